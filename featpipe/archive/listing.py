@@ -1,0 +1,214 @@
+"""What every kind of archive is listed into: sources, columns, and which names are samples."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from featpipe.archive.notes import LARGEST_NOTE_BYTES, Note, is_note, key_of
+from featpipe.errors import ArchiveError
+from featpipe.status import Status
+
+__all__ = [
+    "LIMITS",
+    "SUFFIXES",
+    "ArchiveLimits",
+    "Listing",
+    "Source",
+    "is_hidden",
+    "is_sample",
+    "plain",
+    "shown",
+    "suffix_of",
+]
+
+DECODED = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
+RECOGNISED = (
+    *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".hdr"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dcm", ".cr2", ".nef", ".arw", ".dng"),
+)
+SUFFIXES = frozenset(DECODED + RECOGNISED)
+"""Suffixes, in lower case, that make a file a sample.
+
+Those that are not decoded are among them so that such a file gets a row with a status instead of vanishing.
+"""
+
+_LARGEST_INT64 = 2**63 - 1
+_LONGEST_SUFFIX = 12
+_MOST_SUFFIXES = 200
+
+
+@dataclass(frozen=True)
+class ArchiveLimits:
+    """What an archive may cost before it is taken for hostile.
+
+    Attributes
+    ----------
+    members : int
+        Files, folders and links in one archive.
+    member_bytes : int
+        Size of one image; a larger one keeps its row with the status ``too-large``.
+    ratio : int
+        How many times its own size a .zip or compressed .tar may unfold to; the first 256 MiB are free.
+    """
+
+    members: int = 100_000_000
+    member_bytes: int = 512 * 2**20
+    ratio: int = 250
+
+    def unfolded_bytes(self, archive_bytes: int) -> int:
+        """The most bytes to which an archive of this size may unfold."""
+        return max(256 * 2**20, self.ratio * archive_bytes)
+
+
+LIMITS = ArchiveLimits()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder, one archive file, or the folder to which single files are relative.
+
+    Attributes
+    ----------
+    path : Path
+        As it was given.
+    kind : {"folder", "tar", "zip", "files"}
+    real : str
+        The absolute path with links resolved.
+    compression : {"", "gz", "bz2", "xz"}
+        Of a tar; a compressed one can only be read front to back.
+    size_bytes, mtime_ns : int
+        Of the archive file when it was listed, 0 for a folder.
+    """
+
+    path: Path
+    kind: Literal["folder", "tar", "zip", "files"]
+    real: str
+    compression: Literal["", "gz", "bz2", "xz"] = ""
+    size_bytes: int = 0
+    mtime_ns: int = 0
+
+
+class Listing:
+    """The samples of one source while they are being listed, as columns.
+
+    Attributes
+    ----------
+    names : list of str
+        The path within the source as it stands there; undecodable bytes as surrogate escapes.
+    offset, size, mtime_ns : array of int64
+    fault : bytearray
+        One `Status` for each sample.
+    ignored : Counter
+        What was there and is no sample: suffixes, ``hidden``, ``__MACOSX``.
+    notes : dict
+        For each sample key the label that a sidecar file states, or why it cannot be read.
+    """
+
+    def __init__(self, source: Source, limits: ArchiveLimits) -> None:
+        self.source = source
+        self.limits = limits
+        self.names: list[str] = []
+        self.offset = array("q")
+        self.size = array("q")
+        self.mtime_ns = array("q")
+        self.fault = bytearray()
+        self.ignored: Counter[str] = Counter()
+        self.notes: dict[str, Note | ArchiveError] = {}
+        self._members = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, *, offset: int = 0, size: int, mtime_ns: int = 0, fault: Status = Status.OK) -> None:
+        """Append one sample; size in bytes. A size out of bounds becomes its fault."""
+        self.names.append(name)
+        self.offset.append(offset)
+        self.size.append(min(size, _LARGEST_INT64))
+        self.mtime_ns.append(mtime_ns)
+        self.fault.append(fault if fault != Status.OK else self.fault_of(size))
+
+    def fault_of(self, size: int) -> Status:
+        """What is wrong with a sample of so many bytes."""
+        if size == 0:
+            return Status.EMPTY
+        return Status.TOO_LARGE if size > self.limits.member_bytes else Status.OK
+
+    def count(self) -> None:
+        """Count one member, sample or not, against the limit."""
+        self._members += 1
+        if self._members > self.limits.members:
+            raise ArchiveError(
+                f"{self.source.path}: more than {self.limits.members} members; raise the limit if that is meant"
+            )
+
+    def wants(self, name: str) -> bool:
+        """Whether a file of this name is a sample; counted as ignored if it is not, unless it may be a note."""
+        parts = name.split("/")
+        if "__MACOSX" in parts:
+            self.ignored["__MACOSX"] += 1
+        elif any(is_hidden(part) for part in parts):
+            self.ignored["hidden"] += 1
+        elif is_sample(name):
+            return True
+        elif not is_note(name):
+            self.ignore(name)
+        return False
+
+    def ignore(self, name: str) -> None:
+        suffix = suffix_of(name)
+        known = suffix in self.ignored or len(self.ignored) < _MOST_SUFFIXES
+        if len(suffix) > _LONGEST_SUFFIX or not suffix.isprintable() or not known:
+            suffix = "other"
+        self.ignored[suffix or "no suffix"] += 1
+
+    def note(self, name: str, data: bytes) -> None:
+        """Take a sidecar file. What is wrong with it matters only if it belongs to a sample."""
+        if len(data) > LARGEST_NOTE_BYTES:
+            self.bad_note(name, f"more than {LARGEST_NOTE_BYTES} bytes")
+            return
+        try:
+            found = Note.parse(suffix_of(name), data)
+        except ValueError as error:
+            self.bad_note(name, " ".join(str(error).split())[:200])
+            return
+        if found is None:
+            self.ignore(name)
+            return
+        key = key_of(name)
+        self.notes[key] = found.beside(self.notes.get(key), f"{self.source.path}: {shown(name)}")
+
+    def bad_note(self, name: str, reason: str) -> None:
+        """Remember that a sidecar file cannot be read."""
+        self.notes[key_of(name)] = ArchiveError(
+            f"{self.source.path}: {shown(name)}: a label file that cannot be used: {reason}; correct or remove it"
+        )
+
+
+def is_hidden(part: str) -> bool:
+    return part.startswith(".") and part not in (".", "..")
+
+
+def suffix_of(name: str) -> str:
+    """The suffix with its dot, in lower case; empty where there is none."""
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return dot + suffix.lower() if stem else ""
+
+
+def is_sample(name: str) -> bool:
+    return suffix_of(name) in SUFFIXES
+
+
+def shown(name: str) -> str:
+    """A name as messages show it: on one line, and of bounded length."""
+    return repr(name if len(name) <= 120 else f"{name[:80]}…{name[-30:]}")
+
+
+def plain(name: str) -> str:
+    """A name as valid text: undecodable bytes and NUL as backslash escapes."""
+    if name.isascii():
+        return name.replace("\0", "\\x00")
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -1,0 +1,108 @@
+"""Sidecar label files: ``key.cls`` and ``key.json`` beside ``key.jpg``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+from featpipe.errors import ArchiveError
+
+__all__ = ["LARGEST_NOTE_BYTES", "Note", "is_note", "key_of"]
+
+LARGEST_NOTE_BYTES = 2**20
+
+_JSON_KEYS = ("label", "class", "cls", "target", "labels")
+
+Value = str | int | float | tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Note:
+    """What one sidecar file says of its sample.
+
+    Attributes
+    ----------
+    suffix : {".cls", ".json"}
+    value : str, int, float, tuple of str, or None
+        A class or a number, several labels, or explicitly none.
+    numeric : bool
+        Whether a number is meant as a target to regress on.
+    """
+
+    suffix: str
+    value: Value
+    numeric: bool = False
+
+    @classmethod
+    def parse(cls, suffix: str, data: bytes) -> Note | None:
+        """Read a sidecar file; None where it holds no label. Raises ValueError where it is malformed."""
+        return _parse_cls(data) if suffix == ".cls" else _parse_json(data)
+
+    def beside(self, other: Note | ArchiveError | None, where: str) -> Note | ArchiveError:
+        """Of two notes on one sample ``.cls`` goes first; two of a kind must agree."""
+        if other is None or self == other:
+            return self
+        if isinstance(other, ArchiveError):
+            return other
+        if self.suffix != other.suffix:
+            return self if self.suffix == ".cls" else other
+        return ArchiveError(f"{where}: a second label for one sample, {other.value!r} and {self.value!r}")
+
+
+def is_note(name: str) -> bool:
+    return name.lower().endswith((".cls", ".json"))
+
+
+def key_of(name: str) -> str:
+    """What the files of one sample share: the path up to the first dot of the file name.
+
+    Examples
+    --------
+    >>> key_of("a.b/000.left.jpg")
+    'a.b/000'
+    """
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _parse_cls(data: bytes) -> Note:
+    text = data.decode("utf-8-sig").strip()
+    if "\n" in text or "\0" in text:
+        raise ValueError("expected one class name on one line")
+    return Note(".cls", text or None)
+
+
+def _parse_json(data: bytes) -> Note | None:
+    try:
+        content = json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if not isinstance(content, dict):
+        return None
+    key = next((key for key in _JSON_KEYS if key in content), None)
+    if key is None:
+        return None
+    value = content[key]
+    if isinstance(value, list):
+        return Note(".json", tuple(_name(key, item) for item in value))
+    if value is None:
+        return Note(".json", None)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key!r} is {value}, expected a finite number")
+    numeric = key == "target" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Note(".json", value if isinstance(value, (int, float)) and numeric else _plain(key, value), numeric)
+
+
+def _plain(key: str, value: object) -> str | int | float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    return _name(key, value)
+
+
+def _name(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, int)):
+        return str(value)
+    raise ValueError(f"{key!r} holds {type(value).__name__}, expected a class name, a number or a list of names")

@@ -1,0 +1,155 @@
+"""A backbone, and the proof that it is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featpipe.backbone.output import Output, Recorder
+from featpipe.backbone.transform import CustomTransform, Transform
+from featpipe.errors import ConfigError
+
+__all__ = ["Backbone", "prove_frozen"]
+
+PROBES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen, headless network with its weights, its own transform and named outputs.
+
+    Attributes
+    ----------
+    name : str
+        As :func:`featpipe.backbone.load` takes it.
+    source : {"packaged", "torchvision", "timm", "user"}
+    network : Module
+        Headless, in eval mode, without gradients.
+    transform : Transform or CustomTransform
+        uint8 (3, H, W) → float32 (3, h, w).
+    outputs : tuple of Output
+    digest : str
+        SHA-256 of the headless network's state: names, dtypes, shapes and bytes. The format of the file that the
+        weights came from does not show in it.
+    origin : str
+        Where the weights came from, for people: a published name, a file, or that there are none. Not identity.
+    code : mapping
+        What identifies a user's own network beyond its weights; empty for the libraries'.
+    """
+
+    name: str
+    source: str
+    network: nn.Module
+    transform: Transform | CustomTransform
+    outputs: tuple[Output, ...]
+    digest: str
+    origin: str
+    code: Mapping[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Output name → shape for one image: (d,), (t, d) or (c, h, w)."""
+        return {output.name: output.shape for output in self.outputs}
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector of the first output; channels, if it is a map or tokens."""
+        shape = self.outputs[0].shape
+        return shape[-1] if len(shape) == 2 else shape[0]
+
+    def facts(self) -> dict[str, Any]:
+        """The identity: backbones with equal facts give equal embeddings. JSON can hold it."""
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "source": self.source,
+            "weights": self.digest,
+            "transform": self.transform.facts(),
+            "outputs": {output.name: output.facts() for output in self.outputs},
+        }
+        return {**facts, "code": dict(self.code)} if self.code else facts
+
+    def embed(self, images: Tensor) -> dict[str, Tensor]:
+        """The values of all outputs, from one forward pass that goes no further than it must.
+
+        Several threads may embed with one network at the same time.
+
+        Parameters
+        ----------
+        images : Tensor of shape (b, 3, h, w)
+            Transformed, on the network's device and in its dtype.
+
+        Returns
+        -------
+        dict from output name to Tensor of shape (b, *shape)
+        """
+        values = Recorder(self.outputs).run(self.network, images)
+        return {output.name: values[output.name] for output in self.outputs}
+
+
+def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
+    """Check on a few made-up pictures that embeddings depend on nothing but the picture.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    tolerance : float
+        Largest accepted distance between two embeddings of a picture, relative to their length. Batches of different
+        sizes are summed in different orders, so that it cannot be 0; half precision needs 100 times the default.
+
+    Raises
+    ------
+    ConfigError
+        If a module trains, a parameter has a gradient, two passes differ, a picture's embedding depends on its
+        neighbours, or a forward pass changes the network.
+    """
+    where = f"backbone {backbone.name!r} is not frozen"
+    for name, module in backbone.network.named_modules():
+        if module.training:
+            raise ConfigError(f"{where}: module {name or '(the network itself)'!r} stays in training mode after eval()")
+    for name, parameter in backbone.network.named_parameters():
+        if parameter.requires_grad:
+            raise ConfigError(f"{where}: parameter {name!r} requires a gradient")
+    before = {name: value.clone() for name, value in _tensors(backbone.network).items()}
+    with torch.inference_mode():
+        images = _probes(backbone)
+        together, again = backbone.embed(images), backbone.embed(images)
+        alone = [backbone.embed(images[i : i + 1]) for i in range(PROBES)]
+    for name, value in _tensors(backbone.network).items():
+        if not torch.equal(value, before[name]) and not (value.isnan() == before[name].isnan()).all():
+            raise ConfigError(f"{where}: a forward pass changes {name!r}")
+    for name, value in together.items():
+        if not value.isfinite().all():
+            raise ConfigError(f"backbone {backbone.name!r}: output {name!r} is not finite; its weights are damaged")
+        _check_same(value, again[name], tolerance, f"{where}: output {name!r} differs between two passes")
+        single = torch.cat([one[name] for one in alone])
+        _check_same(value, single, tolerance, f"{where}: output {name!r} of an image depends on its neighbours")
+
+
+def _check_same(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    distance = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    if distance.max() > tolerance:
+        advice = "use a network whose eval() mode is deterministic"
+        raise ConfigError(
+            f"{problem}, by {distance.max():.1e} of its length where {tolerance:.0e} is allowed; {advice}"
+        )
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict([*network.named_parameters(), *network.named_buffers()])
+
+
+def _probes(backbone: Backbone) -> Tensor:
+    """Noise of very different brightness and contrast, so that statistics of a batch are not those of its images."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = []
+    for i in range(PROBES):
+        noise = torch.rand(3, 256, 320, generator=generator)
+        low, high = (0, 255) if i == 0 else (0, 255 >> (2 * i)) if i % 2 else (255 - (255 >> i), 255)
+        pictures.append(backbone.transform((low + noise * (high - low)).to(torch.uint8)))
+    like = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.stack(pictures).to(like.device, like.dtype)

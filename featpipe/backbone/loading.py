@@ -1,0 +1,121 @@
+"""A name, weights and outputs → a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from featpipe.backbone.catalogue import PACKAGED, TIMM, names
+from featpipe.backbone.frozen import Backbone
+from featpipe.backbone.headless import Headless
+from featpipe.backbone.output import POOLED, resolve
+from featpipe.backbone.own import AnyTransform
+from featpipe.backbone.transform import CustomTransform, Transform
+from featpipe.backbone.weights import digest_state
+from featpipe.errors import WeightsError
+from featpipe.names import unknown
+
+__all__ = ["load"]
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+def load(
+    name: str | nn.Module = "efficientnet_lite0",
+    *,
+    weights: str | Path | None = None,
+    outputs: Sequence[str] = (POOLED,),
+    transform: AnyTransform | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Backbone:
+    """Load a backbone.
+
+    Parameters
+    ----------
+    name : str or Module
+        One of :func:`featpipe.backbone.names`, or ``package.module:factory`` for a network of your own, or the network.
+    weights : str or Path, optional
+        None: the published ones. ``none``: untrained. A published name such as ``IMAGENET1K_V2``. Or a file:
+        safetensors, or a state dict, with or without the old classifier, with any prefix.
+    outputs : sequence of str
+        ``pooled``, the network's own answer, and ``NODE[:POOL]``: a module by its dotted name, pooled by ``avg``,
+        ``max``, ``gem``, ``cls`` or ``none``.
+    transform : Transform or callable, optional
+        In place of the one that belongs to the weights; required for a network of your own that brings none.
+    seed : int
+        Of an untrained network.
+    progress : bool
+        Show a bar on stderr while downloading.
+
+    Returns
+    -------
+    Backbone
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown, an output does not fit, or a transform is missing.
+    WeightsError
+        If weights are missing, unreadable or belong to another network.
+
+    Examples
+    --------
+    >>> load("resnet18", weights="none", outputs=["pooled", "layer3:max"]).shapes
+    {'pooled': (512,), 'layer3:max': (256,)}
+    """
+    headless = _headless(name, _file_or_name(weights), transform, seed, progress)
+    if transform is not None and headless.source != "user":
+        given = transform if isinstance(transform, (Transform, CustomTransform)) else CustomTransform(transform)
+    else:
+        given = headless.transform
+    network = headless.network.eval().requires_grad_(False)
+    backbone = Backbone(
+        name=name if isinstance(name, str) else headless.code["import"],
+        source=headless.source,
+        network=network,
+        transform=given,
+        outputs=resolve(network, _sequence(outputs), given.size),
+        digest=digest_state(network),
+        origin=headless.origin,
+        code=headless.code,
+    )
+    _check_width(backbone, headless.width)
+    return backbone
+
+
+def _headless(
+    name: str | nn.Module, weights: str | Path | None, transform: AnyTransform | None, seed: int, progress: bool
+) -> Headless:
+    from featpipe.backbone import from_timm, from_torchvision, own, packaged
+
+    if isinstance(name, nn.Module):
+        return own.wrap(name, weights, transform)
+    if ":" in name:
+        return own.build(name, weights, transform, seed)
+    if name.startswith(TIMM):
+        return from_timm.build(name, weights, seed, progress)
+    if name in PACKAGED:
+        return packaged.build(name, weights, seed, progress)
+    if from_torchvision.is_known(name):
+        return from_torchvision.build(name, weights, seed, progress)
+    known = names()
+    raise unknown("backbone", name, [TIMM + name] if TIMM + name in known else known)
+
+
+def _file_or_name(weights: str | Path | None) -> str | Path | None:
+    if isinstance(weights, str) and (Path(weights).suffix in SUFFIXES or "/" in weights or Path(weights).is_file()):
+        return Path(weights).expanduser()
+    return weights
+
+
+def _sequence(outputs: Sequence[str]) -> Sequence[str]:
+    return (outputs,) if isinstance(outputs, str) else outputs
+
+
+def _check_width(backbone: Backbone, declared: int | None) -> None:
+    found = backbone.shapes.get(POOLED)
+    if declared is not None and found is not None and found != (declared,):
+        raise WeightsError(f"{backbone.name}: gives {found} for an image, but declares a width of {declared}")

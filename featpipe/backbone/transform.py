@@ -1,0 +1,242 @@
+"""The fixed preprocessing that belongs to the weights: an upright RGB picture → what the network was trained on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from featpipe.errors import ConfigError, SampleError
+from featpipe.status import Status
+
+__all__ = ["CustomTransform", "Mode", "Transform", "code_of"]
+
+Mode = Literal["center", "squash", "border"]
+
+PIXELS_MAX = 1 << 26  # of a resized picture: a strip of 1 × 20,000 would otherwise become 4 GB
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, crop, scale to [0, 1] and normalise.
+
+    Parameters
+    ----------
+    resize : int or (int, int) or None
+        Pixels. One number: the shorter side. Two, height and width: see ``mode``. None: as it is.
+    crop : (int, int)
+        Height and width of the result, cut from the middle; a picture that is smaller is padded.
+    interpolation : {"bilinear", "bicubic"}
+    antialias : bool
+    mean, std : tuple of 3 float
+        For the channels R, G, B in [0, 1].
+    mode : {"center", "squash", "border"}
+        With two numbers in ``resize``: ``center`` keeps the aspect ratio and covers that rectangle, ``squash`` takes
+        exactly that shape, ``border`` keeps the aspect ratio and stays within it, with borders of the mean colour.
+
+    Notes
+    -----
+    The resize works on bytes and rounds to bytes after each of its two passes, as Pillow does, with which published
+    weights were evaluated: it differs from Pillow by one level in one of a few hundred values. Interpolation in
+    floating point, which torchvision applies to tensors, rounds once, and differs from Pillow in one value of six. The
+    same arithmetic runs on every processor.
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mode: Mode = "center"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ConfigError(f"interpolation {self.interpolation!r} is none of bilinear, bicubic")
+        if self.mode not in ("center", "squash", "border"):
+            raise ConfigError(f"crop mode {self.mode!r} is none of center, squash, border")
+        if self.mode != "center" and not isinstance(self.resize, tuple):
+            raise ConfigError(f"crop mode {self.mode!r} needs a height and a width to resize to, got {self.resize}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the network sees."""
+        return self.crop
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Apply all of it.
+
+        Parameters
+        ----------
+        image : Tensor of shape (3, H, W), uint8
+            In any memory layout; channels last in memory is the fastest.
+
+        Returns
+        -------
+        Tensor of shape (3, h, w), float32
+
+        Raises
+        ------
+        SampleError
+            If the picture is so long and thin that resizing it would make it enormous.
+        """
+        return self.normalise(self.picture(image))
+
+    def picture(self, image: Tensor) -> Tensor:
+        """The geometric part: uint8 of shape (3, H, W) → uint8 of shape (3, h, w)."""
+        target = self._target(*image.shape[-2:])
+        if target[0] * target[1] > PIXELS_MAX:
+            found = f"{image.shape[-2]} × {image.shape[-1]} pixels would be resized to {target[0]} × {target[1]}"
+            raise SampleError(f"too long and thin: {found}", status=Status.TOO_LARGE)
+        fill = [round(255 * value) for value in self.mean] if self.mode == "border" else [0, 0, 0]
+        return _center_crop(_resize(image, target, self.interpolation, self.antialias), self.crop, fill)
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """The arithmetic part: uint8 of shape (…, 3, h, w) → float32 of the same shape."""
+        mean, std = (value.to(pictures.device) for value in self._statistics)
+        return pictures.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, as JSON can hold it."""
+        return {
+            "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
+            "crop": list(self.crop),
+            "mode": self.mode,
+            "interpolation": self.interpolation,
+            "antialias": self.antialias,
+            "arithmetic": "uint8",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing; each library's own way of rounding is part of its transform."""
+        if self.resize is None:
+            return height, width
+        if isinstance(self.resize, int):
+            long = int(self.resize * max(height, width) / min(height, width))
+            return (self.resize, long) if height <= width else (long, self.resize)
+        if self.mode == "squash":
+            return self.resize
+        ratios = height / self.resize[0], width / self.resize[1]
+        ratio = max(ratios) if self.mode == "border" else min(ratios)
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+
+def _resize(image: Tensor, target: tuple[int, int], interpolation: str, antialias: bool) -> Tensor:
+    channels, height, width = image.shape
+    if (height, width) == target:
+        return image
+    if image.stride(0) == 1:
+        # A batch of one has no stride of its own. Given this one, torch knows that channels are last in memory, and
+        # neither repacks the picture nor the result.
+        batch = image.as_strided((1, channels, height, width), (image.stride(1) * height, *image.stride()))
+    else:
+        batch = image[None]
+    return interpolate(batch, target, mode=interpolation, antialias=antialias, align_corners=False)[0]
+
+
+def _center_crop(image: Tensor, crop: tuple[int, int], fill: list[int]) -> Tensor:
+    missing = [max(0, want - have) for want, have in zip(crop, image.shape[-2:], strict=True)]
+    if any(missing):
+        (top, left), (bottom, right) = [n // 2 for n in missing], [(n + 1) // 2 for n in missing]
+        borders = (left, right, top, bottom)
+        image = torch.stack([pad(c, borders, value=value) for c, value in zip(image, fill, strict=True)])
+    top, left = (round((have - want) / 2) for want, have in zip(crop, image.shape[-2:], strict=True))
+    return image[:, top : top + crop[0], left : left + crop[1]]
+
+
+@dataclass(frozen=True)
+class CustomTransform:
+    """A user's own transform, held to what a transform promises.
+
+    Its identity is its source code and what it makes of a few fixed pictures, so that parameters that the code does
+    not show are noticed too.
+
+    Parameters
+    ----------
+    function : callable
+        uint8 Tensor of shape (3, H, W) → float Tensor of shape (3, h, w), the same h and w for every picture.
+
+    Raises
+    ------
+    ConfigError
+        If it does not give that, is random, or its source code cannot be found.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    size: tuple[int, int] = field(init=False)
+    answers: str = field(init=False)
+    code: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        images = [_noise(*size, seed) for seed, size in enumerate([(480, 640), (333, 250), (64, 64)])]
+        results = [self.function(image.clone()) for image in images]
+        for image, result in zip(images, results, strict=True):
+            self._check(image, result, results[0])
+            if not torch.equal(result, self.function(image.clone())):
+                raise ConfigError(f"transform {_name(self.function)} is random: the same picture gave two results")
+        object.__setattr__(self, "size", tuple(results[0].shape[1:]))
+        data = b"".join(result.to(torch.float32).contiguous().numpy().tobytes() for result in results)
+        object.__setattr__(self, "answers", sha256(data).hexdigest())
+        object.__setattr__(self, "code", code_of(self.function))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        result = self.function(image)
+        if result.shape != (3, *self.size):
+            found = f"{tuple(result.shape)} for a picture of {tuple(image.shape)}"
+            raise ConfigError(f"transform {_name(self.function)} gave {found}, and {(3, *self.size)} before")
+        return result
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, as JSON can hold it."""
+        return {"name": _name(self.function), "code": self.code, "answers": self.answers, "size": list(self.size)}
+
+    def _check(self, image: Tensor, result: object, first: Tensor) -> None:
+        fits = isinstance(result, Tensor) and result.ndim == 3 and result.is_floating_point()
+        if not (fits and isinstance(result, Tensor) and result.shape == (3, *first.shape[1:])):
+            found = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise ConfigError(
+                f"transform {_name(self.function)} gave {found} for a uint8 tensor of {tuple(image.shape)}; "
+                "expected a float tensor (3, h, w), the same h and w for every picture"
+            )
+
+
+def code_of(thing: object) -> str:
+    """The SHA-256 of the source of a function, or of the class of an object: its whole file where there is one."""
+    owner = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
+    try:
+        file = inspect.getsourcefile(owner)
+        if file is not None and not file.startswith("<"):
+            with open(file, "rb") as handle:
+                return sha256(handle.read()).hexdigest()
+    except (OSError, TypeError):
+        pass
+    try:  # a notebook cell has source but no file
+        return sha256(inspect.getsource(owner).encode()).hexdigest()
+    except (OSError, TypeError):
+        raise ConfigError(
+            f"the source code of {_name(thing)} cannot be found, so its embeddings could not be told from those of "
+            "another version; define it in a file"
+        ) from None
+
+
+def _name(thing: object) -> str:
+    owner = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{owner.__module__}:{owner.__qualname__}"
+
+
+def _noise(height: int, width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)

@@ -1,0 +1,131 @@
+"""Commands that make something: extract, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.recipe import PRECISIONS, STORAGES, Extraction
+
+__all__ = ["extract", "train"]
+
+DEFAULT = Extraction()
+
+
+@click.command(short_help="Run a frozen network once over images and cache the embeddings.")
+@click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
+@click.option("--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`.")
+@click.option("--weights", metavar="FILE|NAME|none", help="Other than the published default.")
+@click.option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]")
+@click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels.")
+@click.option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]")
+@click.option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas.")
+@click.option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are.")
+@click.option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default=DEFAULT.precision, show_default=True)
+@click.option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True)
+@click.option("--cache", default=str(DEFAULT.cache), show_default=True, metavar="DIR", help="Where caches are kept.")
+@click.option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache.")
+@click.option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass.")
+@click.option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read.")
+@click.option("--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged.")
+@click.option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def extract(
+    archives: tuple[str, ...],
+    as_json: bool,
+    path_column: str | None,
+    label_column: str | None,
+    task: Any,
+    **settings: Any,
+) -> None:
+    """Run a frozen network once over images and cache the embeddings.
+
+    ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
+    Prints the path of the cache. Images that any cache in --cache knows are not embedded again.
+
+    \b
+    Example:
+      featpipe extract photos/ --backbone resnet50 --precision bf16
+    """
+    from featpipe.archive import Table
+    from featpipe.extraction import extract as run
+
+    labels = settings.pop("labels")
+    if labels is not None:
+        labels = Table(Path(labels), path_column=path_column, label_column=label_column, task=task)
+    elif path_column or label_column or task:
+        raise click.UsageError("--path-column, --label-column and --task describe a table; give it with --labels")
+    settings["outputs"] = settings["outputs"] or DEFAULT.outputs
+    with Terminal() as terminal:
+        cache = run(list(archives), labels=labels, progress=terminal, **settings)
+    if as_json:
+        dump({"cache": str(cache.path), "samples": len(cache), "bad": cache.bad_rows(), "manifest": cache.manifest})
+    else:
+        click.echo(cache.path)
+
+
+@click.command(short_help="Train a head on a cache; prints the path of the model.")
+@click.argument("cache", metavar="CACHE")
+@click.option("--head", default="logistic", show_default=True, metavar="NAME", help="See `featpipe heads`.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the head, such as C=10.")
+@click.option("--cv", type=click.IntRange(0), default=5, show_default=True, metavar="K", help="Folds; 0 for none.")
+@click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
+@click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
+@click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
+@click.option("--out", metavar="MODEL", help="The model's file.  [default: CACHE's name with .HEAD.model]")
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
+def train(
+    cache: str,
+    head: str,
+    settings: tuple[str, ...],
+    cv: int,
+    output: str | None,
+    seed: int,
+    portable: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Train a head on a cache; prints the path of the model.
+
+    Its quality is estimated by cross-validation on the training images; the model is then fitted on all of them.
+
+    \b
+    Example:
+      featpipe train cache/photos.h5 --head mlp --set hidden=256
+    """
+    from featpipe import heads
+    from featpipe.cache import FeatureCache
+    from featpipe.training import train as run
+
+    opened = FeatureCache(cache)
+    with Terminal() as terminal:
+        model = run(
+            opened,
+            head,
+            cv=cv or None,
+            params=heads.parse_settings(settings),
+            output=output,
+            random_state=seed,
+            progress=terminal,
+        )
+    path = model.save(out or opened.path.with_suffix(f".{head}.model"), portable=portable)
+    estimate = model.scores.get("cross_validation")
+    if as_json:
+        dump({"model": str(path), "scores": model.scores, "history": model.history})
+        return
+    if estimate:
+        rows = [[name, _interval(value)] for name, value in estimate["metrics"].items()]
+        click.echo(table(rows, [estimate["how"], ""]), err=True)
+    click.echo(path)
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    low, high = metric.get("low"), metric.get("high")
+    bounds = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{metric['value']:.3f}{bounds}"

@@ -1,0 +1,100 @@
+"""What a person sees while a command works, and the tables at its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import click
+
+from featpipe.progress import Progress
+
+__all__ = ["Terminal", "dump", "table"]
+
+SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
+
+
+class Terminal:
+    """Progress on stderr: bars with rate and time left on a terminal, a line a minute elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+        self._said_at = time.monotonic()
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.kind == "bar":
+            self._advance(progress)
+            return
+        self._close()
+        click.echo(f"{'warning: ' if progress.kind == 'warning' else ''}{progress.text}", err=True)
+
+    def _advance(self, progress: Progress) -> None:
+        if not sys.stderr.isatty():
+            if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
+                click.echo(f"{progress.text}: {progress.done} of {progress.total} {progress.unit}", err=True)
+                self._said_at = time.monotonic()
+            return
+        if self._stage != progress.text:
+            self._close()
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._stage = progress.text
+            self._bar = tqdm(total=progress.total, desc=progress.text, unit=f" {progress.unit}", leave=False, smoothing=0.1)
+        self._bar.update(progress.done - self._bar.n)
+        if progress.done >= progress.total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._stage = None, ""
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequence[int] = ()) -> str:
+    """Columns of text, aligned by what a terminal shows.
+
+    Examples
+    --------
+    >>> print(table([["mlp", 0.91]], ["head", "score"], right=[1]))
+    head  score
+    mlp    0.91
+    """
+    lines = [[_printable(str(cell)) for cell in row] for row in [header, *rows]]
+    widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            (" " * (widths[i] - _width(cell)) + cell) if i in right else cell + " " * (widths[i] - _width(cell))
+            for i, cell in enumerate(line)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def dump(value: object) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _printable(text: str, most: int = 60) -> str:
+    """Names from archives are not trusted: no control character reaches the terminal."""
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return clean if len(clean) <= most else clean[: most - 1] + "…"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)

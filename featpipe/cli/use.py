@@ -1,0 +1,94 @@
+"""Commands that use a model: evaluate, predict."""
+
+from __future__ import annotations
+
+import click
+
+from featpipe.cli.terminal import Terminal, dump
+
+__all__ = ["evaluate", "predict"]
+
+
+@click.command(short_help="Score a model on images that it was not trained on.")
+@click.argument("model", metavar="MODEL")
+@click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
+@click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
+@click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
+@click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
+@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--report", metavar="PAGE.html", help="Write a page with pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def evaluate(
+    model: str,
+    data: tuple[str, ...],
+    labels: str | None,
+    cache: str,
+    backbone: str | None,
+    device: str,
+    report: str | None,
+    as_json: bool,
+) -> None:
+    """Score a model on images that it was not trained on.
+
+    Images whose bytes were among the training images are left out, and counted.
+
+    \b
+    Example:
+      featpipe evaluate photos.model new-photos/ --report page.html
+    """
+    from featpipe import pipeline
+    from featpipe.evaluation import evaluate as run
+    from featpipe.model import load_model
+
+    loaded = load_model(model, backbone=backbone, device=device)
+    with Terminal() as terminal:
+        evaluation = run(loaded, list(data), labels=labels, cache=cache, progress=terminal)
+        if report:
+            pipeline.write_report(report, loaded, evaluation, command=pipeline.command_line())
+    if as_json:
+        dump(evaluation.to_dict())
+        return
+    click.echo(evaluation.table())
+    if report:
+        click.echo(f"report: {report}", err=True)
+
+
+@click.command(short_help="Predict every image of some archives.")
+@click.argument("model", metavar="MODEL")
+@click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
+@click.option("--out", metavar="FILE", help="A .csv, .jsonl or .parquet file.  [default: CSV on standard output]")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="K", help="Classes to name.")
+@click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
+@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print how many samples have which status, as JSON.")
+def predict(
+    model: str,
+    archives: tuple[str, ...],
+    out: str | None,
+    top: int,
+    backbone: str | None,
+    device: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Predict every image of some archives.
+
+    One row for each sample, in the archive's order, also for those that cannot be read; memory is flat.
+
+    \b
+    Example:
+      featpipe predict photos.model 'shards-{000..099}.tar' --out predictions.csv
+    """
+    from featpipe.model import load_model
+    from featpipe.prediction import predict as run
+
+    if as_json and not out:
+        raise click.UsageError("--json prints counts on standard output, where the predictions would go; give --out")
+    loaded = load_model(model, backbone=backbone, device=device)
+    with Terminal() as terminal:
+        counts = run(loaded, list(archives), out, top=top, workers=workers, progress=terminal)
+    if as_json:
+        dump({"out": out, "samples": sum(counts.values()), "status": counts})
+    elif out:
+        click.echo(out)

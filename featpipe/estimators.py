@@ -1,0 +1,277 @@
+"""The scikit-learn face: images in, predictions out, embeddings cached in between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+
+from featpipe import heads
+from featpipe.backbone import Backbone
+from featpipe.errors import SampleError
+from featpipe.extraction import embed_files, load_backbone
+from featpipe.recipe import Extraction
+from featpipe.status import Status
+
+__all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
+
+
+class _Embeds(BaseEstimator):
+    """What the three estimators share: how images become embeddings."""
+
+    def __init__(
+        self,
+        backbone: Any = "efficientnet_lite0",
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        output: str = "pooled",
+        device: str = "auto",
+        precision: str = "fp32",
+        cache: str | os.PathLike[str] | None = "cache",
+        seed: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.weights = weights
+        self.output = output
+        self.device = device
+        self.precision = precision
+        self.cache = cache
+        self.seed = seed
+
+    def _embed(self, X: Any) -> NDArray[np.float32]:
+        """The embeddings of images, shape (n, d); through the cache where they are files."""
+        images = _as_list(X)
+        settings = Extraction(
+            backbone=self.backbone,
+            weights=self.weights,
+            outputs=(self.output,),
+            device=self.device,
+            precision=self.precision,
+            cache="cache" if self.cache is None else self.cache,
+            seed=self.seed,
+        )
+        backbone = _backbone(settings)
+        if self.cache is None or not all(isinstance(item, (str, os.PathLike)) for item in images):
+            return _embed_at_hand(images, backbone, settings)
+        features, status = embed_files(images, backbone, settings)
+        for row in np.flatnonzero(status)[:1]:
+            raise _bad(images[row], int(row), Status(int(status[row])))
+        return np.asarray(features, np.float32)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        tags.no_validation = True
+        return tags
+
+
+class FeatureExtractor(TransformerMixin, _Embeds):
+    """Images → embeddings, as a scikit-learn transformer.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module or Backbone
+    weights : str or path-like, optional
+        A published name, a file, or ``"none"``.
+    output : str
+        ``pooled``, or ``NODE[:POOL]``.
+    device : str
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+    cache : path-like or None
+        The folder where embeddings of files are kept and looked for; None keeps nothing.
+    seed : int
+        For untrained weights.
+
+    Examples
+    --------
+    >>> pipe = make_pipeline(FeatureExtractor("resnet18"), LogisticRegression())   # doctest: +SKIP
+    >>> pipe.fit(paths, y)                                                         # doctest: +SKIP
+    """
+
+    def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
+        """Load the backbone, so that a wrong name is told before hours of work. Nothing is learnt."""
+        settings = Extraction(backbone=self.backbone, weights=self.weights, outputs=(self.output,), seed=self.seed)
+        self.n_features_out_ = int(np.prod(next(iter(_backbone(settings).shapes.values()))))
+        return self
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Embeddings of shape (n, d) of n paths, bytes, Pillow images or uint8 arrays.
+
+        Raises
+        ------
+        SampleError
+            If an image cannot be read; none is replaced or dropped.
+        """
+        check_is_fitted(self, "n_features_out_")
+        features = self._embed(X)
+        return features.reshape(len(features), -1)
+
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[np.object_]:
+        check_is_fitted(self, "n_features_out_")
+        return np.array([f"{self.output}{i}" for i in range(self.n_features_out_)], dtype=object)
+
+
+class _Transfer(_Embeds):
+    """A head on embeddings."""
+
+    _task: str
+
+    def __init__(
+        self,
+        backbone: Any = "efficientnet_lite0",
+        head: str = "logistic",
+        *,
+        head_params: Mapping[str, object] | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        output: str = "pooled",
+        device: str = "auto",
+        precision: str = "fp32",
+        cache: str | os.PathLike[str] | None = "cache",
+        seed: int = 0,
+        random_state: int | None = 0,
+    ) -> None:
+        super().__init__(
+            backbone, weights=weights, output=output, device=device, precision=precision, cache=cache, seed=seed
+        )
+        self.head = head
+        self.head_params = head_params
+        self.random_state = random_state
+
+    def _fit(self, X: Any, y: NDArray[Any]) -> None:
+        estimator = heads.build(self.head, self._task, params=self.head_params, random_state=self.random_state)
+        if len(y) != len(_as_list(X)):
+            raise ValueError(f"X has {len(_as_list(X))} images, y has {len(y)} labels")
+        self.head_ = estimator.fit(self._embed(X), y)
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Predictions of shape (n,) for n paths, bytes, Pillow images or uint8 arrays."""
+        check_is_fitted(self, "head_")
+        return np.asarray(self.head_.predict(self._embed(X)))
+
+
+class TransferClassifier(ClassifierMixin, _Transfer):
+    """A frozen backbone and a head, as a scikit-learn classifier on images.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module or Backbone
+    head : str
+        A name that ``featpipe heads`` lists.
+    head_params : mapping, optional
+        Settings of the head, such as ``{"C": 10}``.
+    weights, output, device, precision, cache, seed
+        As in :class:`FeatureExtractor`.
+    random_state : int or None
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (k,)
+    head_ : estimator
+        The fitted head, on embeddings.
+
+    Examples
+    --------
+    >>> clf = TransferClassifier(head="mlp").fit(paths, y)                  # doctest: +SKIP
+    >>> clf.predict(["a.jpg"])                                              # doctest: +SKIP
+    """
+
+    _task = "classification"
+
+    def fit(self, X: Any, y: ArrayLike) -> TransferClassifier:
+        """Embed n images, or take their embeddings from the cache, and fit the head."""
+        y = np.asarray(y)
+        check_classification_targets(y)
+        self._fit(X, y)
+        self.classes_ = self.head_.classes_
+        return self
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Probabilities of shape (n, k), columns in the order of ``classes_``."""
+        check_is_fitted(self, "head_")
+        return np.asarray(self.head_.predict_proba(self._embed(X)))
+
+
+class TransferRegressor(RegressorMixin, _Transfer):
+    """A frozen backbone and a head, as a scikit-learn regressor on images; parameters as in the classifier."""
+
+    _task = "regression"
+
+    def __init__(
+        self,
+        backbone: Any = "efficientnet_lite0",
+        head: str = "linear",
+        *,
+        head_params: Mapping[str, object] | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        output: str = "pooled",
+        device: str = "auto",
+        precision: str = "fp32",
+        cache: str | os.PathLike[str] | None = "cache",
+        seed: int = 0,
+        random_state: int | None = 0,
+    ) -> None:
+        super().__init__(
+            backbone,
+            head,
+            head_params=head_params,
+            weights=weights,
+            output=output,
+            device=device,
+            precision=precision,
+            cache=cache,
+            seed=seed,
+            random_state=random_state,
+        )
+
+    def fit(self, X: Any, y: ArrayLike) -> TransferRegressor:
+        """Embed n images, or take their embeddings from the cache, and fit the head."""
+        self._fit(X, np.asarray(y, np.float64))
+        return self
+
+
+def _as_list(X: Any) -> list[Any]:
+    """The images, from a list, an array or column of paths, or a stack of pictures."""
+    if isinstance(X, (str, bytes, os.PathLike)):
+        raise ValueError("X is one image; give a list of them")
+    if isinstance(X, np.ndarray) and X.dtype.kind in "OU" and X.ndim == 2 and X.shape[1] == 1:
+        X = X[:, 0]
+    return list(X)
+
+
+def _bad(item: object, row: int, status: Status) -> SampleError:
+    name = str(item) if isinstance(item, (str, os.PathLike)) else type(item).__name__
+    return SampleError(f"image {row} ({name}): {status.word}; leave it out or repair it", status=status)
+
+
+def _backbone(settings: Extraction) -> Backbone:
+    if isinstance(settings.backbone, str):
+        weights = None if settings.weights is None else os.fspath(settings.weights)
+        return _named(settings.backbone, weights, tuple(settings.outputs), settings.seed)
+    return load_backbone(settings)
+
+
+@lru_cache(maxsize=2)  # a grid search clones and fits many times; the network is read from disk once
+def _named(name: str, weights: str | None, outputs: tuple[str, ...], seed: int) -> Backbone:
+    return load_backbone(Extraction(backbone=name, weights=weights, outputs=outputs, seed=seed))
+
+
+def _embed_at_hand(images: list[Any], backbone: Backbone, settings: Extraction) -> NDArray[np.float32]:
+    from featpipe.engine import Engine, resolve_device
+    from featpipe.loader import Pictures, embed_pictures
+
+    engine = Engine(backbone, resolve_device(settings.device), settings.precision)
+    features, status = embed_pictures(Pictures(images), backbone.transform, engine, settings.outputs[0])
+    for row in np.flatnonzero(status)[:1]:
+        raise _bad(images[row], int(row), Status(int(status[row])))
+    return features
+
+

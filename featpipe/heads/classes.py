@@ -1,0 +1,218 @@
+"""From y to arrays, and from scores back to answers: what every classifier among the heads has in common."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
+from scipy.special import expit, softmax
+from sklearn.base import ClassifierMixin
+from sklearn.exceptions import DataConversionWarning
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+__all__ = ["ScoredClassifier", "Targets", "class_targets", "row_weights", "rows_to_fit", "scores_of"]
+
+ROWS_AT_A_TIME = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a classifier is to answer for n rows.
+
+    Attributes
+    ----------
+    classes : ndarray of shape (k,)
+        The distinct values of y, sorted; with several labels a row, the column numbers.
+    multilabel : bool
+    Y : ndarray of shape (n,) or (n, k), int64
+        Class codes, or 0 and 1 for each label.
+    weights : ndarray of the shape of Y, float64
+        Sample weights times class weights.
+    """
+
+    classes: NDArray[Any]
+    multilabel: bool
+    Y: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+
+def row_weights(sample_weight: ArrayLike | None, n: int) -> NDArray[np.float64]:
+    """Checked sample weights of shape (n,), float64: ones when there are none."""
+    if sample_weight is None:
+        return np.ones(n)
+    weights = np.asarray(sample_weight, np.float64)
+    if weights.ndim == 0:
+        weights = np.full(n, weights)
+    if weights.shape != (n,):
+        raise ValueError(f"sample_weight has shape {weights.shape}, X has {n} rows; give one weight a row")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError("sample_weight holds negative or infinite weights or only zeros; give weights of 0 or more")
+    return weights
+
+
+def rows_to_fit(
+    estimator: Any, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, **checks: Any
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """X (n, d), y (n,) or (n, k) and weights (n,), checked, without the rows of weight zero."""
+    X_checked, y_checked = validate_data(estimator, X, y, multi_output=True, **checks)
+    weights = row_weights(sample_weight, len(X_checked))
+    used = weights > 0
+    if used.all():
+        return X_checked, y_checked, weights
+    return X_checked[used], y_checked[used], weights[used]
+
+
+def scores_of(estimator: Any, X: ArrayLike) -> NDArray[np.float64]:
+    """The scores of a fitted estimator, shape (m, k): a few thousand rows at a time, so that copies stay small."""
+    check_is_fitted(estimator)
+    checked: NDArray[Any] = validate_data(estimator, X, reset=False, dtype=[np.float64, np.float32])
+    starts = range(0, len(checked), ROWS_AT_A_TIME)
+    return np.concatenate(
+        [estimator._scores(checked[start : start + ROWS_AT_A_TIME].astype(np.float64)) for start in starts]
+    )
+
+
+def class_targets(
+    y: Any,
+    weights: NDArray[np.float64],
+    class_weight: Mapping[Any, float] | str | None,
+    multilabel: bool | None,
+) -> Targets:
+    """Encode the y of a classifier.
+
+    Parameters
+    ----------
+    y : ndarray or sparse matrix of shape (n,) or (n, k)
+        Classes, or 0 and 1 for each label.
+    weights : ndarray of shape (n,), float64
+        Positive weight of each row.
+    class_weight : mapping, "balanced" or None
+        By class; with several labels by 0 and 1, for every label alike.
+    multilabel : bool or None
+        Whether y is a 0/1 matrix; None takes one of two or more columns for such.
+    """
+    array: NDArray[Any] = y.toarray() if issparse(y) else y
+    if multilabel is None:
+        multilabel = array.ndim == 2 and array.shape[1] > 1
+    if multilabel:
+        Y = _label_matrix(array)
+        return Targets(np.arange(Y.shape[1]), True, Y, weights[:, None] * _label_weights(Y, weights, class_weight))
+    if array.ndim == 2 and array.shape[1] == 1:
+        warnings.warn(
+            "A column-vector y was passed when a 1d array was expected; give y of shape (n,)",
+            DataConversionWarning,
+            stacklevel=3,
+        )
+        array = array.ravel()
+    classes, codes = _classes(array)
+    by_class = _class_weights(classes, codes, weights, class_weight)
+    return Targets(classes, False, codes, weights * by_class[codes])
+
+
+def _label_matrix(array: NDArray[Any]) -> NDArray[np.int64]:
+    if array.ndim != 2 or not np.isin(array, (0, 1)).all():
+        raise ValueError(
+            f"Unknown label type: y of shape {array.shape} with several labels a row must be a matrix of 0 and 1, "
+            "one column a label; for targets that are numbers take a regressor"
+        )
+    return array.astype(np.int64)
+
+
+def _classes(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
+        raise ValueError(
+            f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold classes; for targets that "
+            "are numbers take a regressor"
+        )
+    try:
+        classes, codes = np.unique(array, return_inverse=True)
+    except TypeError:
+        raise ValueError("y mixes types or has rows without a class; leave those rows out") from None
+    if len(classes) < 2:
+        raise ValueError(f"y holds one class only ({str(classes[0])!r}); a classifier needs two or more")
+    return classes, codes.astype(np.int64)
+
+
+def _class_weights(
+    classes: NDArray[Any],
+    codes: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    class_weight: Mapping[Any, float] | str | None,
+) -> NDArray[np.float64]:
+    if class_weight is None:
+        return np.ones(len(classes))
+    if isinstance(class_weight, str):
+        return weights.sum() / (len(classes) * np.bincount(codes, weights, len(classes)))
+    named = {value: i for i, value in enumerate(classes.tolist())}
+    strangers = [str(name) for name in class_weight if name not in named]
+    if strangers:
+        raise ValueError(f"class_weight names {', '.join(strangers)}: not among the classes of y")
+    by_class = np.ones(len(classes))
+    for name, weight in class_weight.items():
+        by_class[named[name]] = weight
+    return by_class
+
+
+def _label_weights(
+    Y: NDArray[np.int64], weights: NDArray[np.float64], class_weight: Mapping[Any, float] | str | None
+) -> NDArray[np.float64]:
+    """Weight of each cell, shape (n, k)."""
+    if class_weight is None:
+        return np.ones(Y.shape)
+    if isinstance(class_weight, str):
+        ones = weights @ Y
+        counts = np.stack([weights.sum() - ones, ones])
+        # A label that is always or never there has nothing to balance.
+        balanced = np.where(counts.all(axis=0), weights.sum() / (2 * np.maximum(counts, 1e-300)), 1.0)
+        return np.where(Y == 1, balanced[1], balanced[0])
+    if not set(class_weight) <= {0, 1}:
+        raise ValueError("class_weight with several labels a row is by 0 and 1, for every label alike")
+    return np.where(Y == 1, class_weight.get(1, 1.0), class_weight.get(0, 1.0)).astype(np.float64)
+
+
+class ScoredClassifier(ClassifierMixin):
+    """Answers from scores: a softmax over three classes or more, a sigmoid for two classes and for each label.
+
+    A subclass gives ``_scores(X)``, from (b, d) float64 to (b, k), one column for two classes; and when it is fitted,
+    ``classes_`` and ``multilabel_``.
+    """
+
+    classes_: NDArray[Any]
+    multilabel_: bool
+
+    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Scores (log odds) of shape (m, k): (m,) for two classes.
+
+        Parameters
+        ----------
+        X : array-like of shape (m, d)
+        """
+        scores = scores_of(self, X)
+        return scores if self.multilabel_ or len(self.classes_) > 2 else scores[:, 0]
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Classes of shape (m,), or 0 and 1 for each label, shape (m, k)."""
+        scores = self.decision_function(X)
+        if self.multilabel_:
+            return (scores > 0).astype(np.int64)
+        chosen = scores.argmax(axis=1) if scores.ndim == 2 else (scores > 0).astype(np.intp)
+        return self.classes_[chosen]
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities of shape (m, k): rows sum to one, except with several labels a row, where each stands alone."""
+        scores = self.decision_function(X)
+        if self.multilabel_:
+            return expit(scores)
+        if scores.ndim == 1:
+            return np.column_stack([expit(-scores), expit(scores)])
+        return softmax(scores, axis=1)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags

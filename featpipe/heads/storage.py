@@ -1,0 +1,94 @@
+"""Fitted heads as bytes that can run no code when they are read."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
+from featpipe.errors import ModelError
+
+__all__ = ["TRUSTED", "dumps", "loads"]
+
+# What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
+TRUSTED: tuple[str, ...] = (
+    "featpipe.heads.softmax.SoftmaxRegression",
+    "featpipe.heads.torch_heads.LinearClassifier",
+    "featpipe.heads.torch_heads.LinearRegressor",
+    "featpipe.heads.torch_heads.MLPClassifier",
+    "featpipe.heads.torch_heads.MLPRegressor",
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
+)
+
+
+def dumps(estimator: Any) -> bytes:
+    """Write a scikit-learn estimator, as skops does.
+
+    Raises
+    ------
+    ModelError
+        If `loads` would refuse what was written.
+    """
+    import skops.io
+
+    kind = type(estimator).__name__
+    try:
+        data = skops.io.dumps(estimator)
+    # What skops raises on an object that it cannot take depends on the object.
+    except Exception as error:
+        raise ModelError(f"{kind} cannot be saved: {_line(error)}; use a head of the table") from error
+    try:
+        loads(data)
+    except ModelError as error:
+        raise ModelError(f"{kind} cannot be saved so that it loads again: {error}") from error
+    return data
+
+
+def loads(data: bytes) -> Any:
+    """Read an estimator that `dumps` wrote.
+
+    Raises
+    ------
+    ModelError
+        If the bytes are damaged, hold a type that is not trusted, or no estimator.
+    """
+    import skops.io
+    from sklearn.base import BaseEstimator
+    from skops.io.exceptions import UntrustedTypesFoundException
+
+    _check_container(data)
+    try:
+        untrusted = sorted(set(skops.io.get_untrusted_types(data=data)) - set(TRUSTED))
+        if untrusted:
+            raise ModelError(
+                f"the head holds {', '.join(untrusted)}, which may not be loaded; train again with a head of the table"
+            )
+        estimator = skops.io.loads(data, trusted=list(TRUSTED))
+    except ModelError:
+        raise
+    except UntrustedTypesFoundException as error:
+        raise ModelError(f"the head holds a type that may not be loaded: {_line(error)}") from error
+    # Damaged bytes surface wherever skops, json or numpy first stumble over them.
+    except Exception as error:
+        raise ModelError(f"the head is damaged ({_line(error)}); copy the model again or train it again") from error
+    if not isinstance(estimator, BaseEstimator):
+        raise ModelError(f"the head is a {type(estimator).__name__}, not an estimator; train it again")
+    return estimator
+
+
+def _check_container(data: bytes) -> None:
+    """Refuse a zip that unpacks to more than it holds: skops stores members as they are."""
+    try:
+        with ZipFile(io.BytesIO(data)) as container:
+            members = container.infolist()
+            broken = container.testzip() if all(m.compress_type == ZIP_STORED for m in members) else "a packed member"
+    except (BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the head is damaged ({_line(error)}); copy the model again or train it again") from error
+    if broken is not None or sum(member.file_size for member in members) > len(data):
+        raise ModelError(f"the head is damaged ({broken or 'overlapping members'}); copy the model again")
+
+
+def _line(error: BaseException) -> str:
+    """The error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

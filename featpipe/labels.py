@@ -1,0 +1,123 @@
+"""What is known about each sample: a class, numbers, or several labels at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.errors import ConfigError
+
+__all__ = ["Labels", "Task", "order_classes"]
+
+Task = Literal["none", "classification", "regression", "multilabel"]
+
+
+def order_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """The order of classes, the same on every machine.
+
+    By Unicode code point; by value when every name is a whole number written plainly.
+
+    Examples
+    --------
+    >>> order_classes(["dog", "Cat", "bird"]), order_classes(["10", "9"])
+    (('Cat', 'bird', 'dog'), ('9', '10'))
+    """
+    unique = set(names)
+    plain = all(name == "0" or re.fullmatch("[1-9][0-9]{0,17}", name) for name in unique)
+    return tuple(sorted(unique, key=int if plain else None))
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The labels of n samples.
+
+    Attributes
+    ----------
+    task : {"none", "classification", "regression", "multilabel"}
+    values : ndarray
+        none: shape (n, 0), uint8. classification: class codes of shape (n,), int32, -1 where there is no label.
+        regression: targets of shape (n, t), float64, NaN where there is none. multilabel: shape (n, k), int8,
+        1 or 0 for each class, -1 in the whole row where there is no label.
+    classes : tuple of str
+        Class names (classification, multilabel) or target names (regression).
+    """
+
+    task: Task
+    values: NDArray[np.generic]
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def none(cls, n: int) -> Labels:
+        return cls("none", np.zeros((n, 0), np.uint8))
+
+    @classmethod
+    def of_classes(cls, names: Sequence[str | None], classes: Sequence[str] | None = None) -> Labels:
+        """From one class name for each sample, None where it is not known."""
+        ordered = tuple(classes) if classes is not None else order_classes(n for n in names if n is not None)
+        code = {name: i for i, name in enumerate(ordered)}
+        try:
+            codes = np.array([-1 if name is None else code[name] for name in names], np.int32)
+        except KeyError as error:
+            raise ConfigError(f"label {error.args[0]!r} is not one of the {len(ordered)} classes") from None
+        return cls("classification", codes, ordered)
+
+    @classmethod
+    def of_sets(cls, sets: Sequence[Iterable[str] | None]) -> Labels:
+        """From the set of labels of each sample (multi-label), None where it is not known."""
+        known = [None if names is None else set(names) for names in sets]
+        ordered = order_classes(name for names in known if names is not None for name in names)
+        code = {name: i for i, name in enumerate(ordered)}
+        values = np.zeros((len(known), len(ordered)), np.int8)
+        for row, names in enumerate(known):
+            if names is None:
+                values[row] = -1
+            else:
+                values[row, [code[name] for name in names]] = 1
+        return cls("multilabel", values, ordered)
+
+    @classmethod
+    def of_targets(cls, targets: NDArray[np.floating] | Sequence[object], names: Sequence[str]) -> Labels:
+        """From numeric targets of shape (n,) or (n, t)."""
+        values = np.asarray(targets, np.float64)
+        return cls("regression", values.reshape(len(values), len(names)), tuple(names))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which rows have a label, shape (n,)."""
+        if self.task == "none":
+            return np.zeros(len(self), bool)
+        if self.task == "regression":
+            return np.isfinite(self.values).all(axis=1)
+        codes = self.values if self.task == "classification" else self.values.min(axis=1, initial=1)
+        return np.asarray(codes >= 0)
+
+    def take(self, rows: NDArray[np.intp] | NDArray[np.bool_] | Sequence[int]) -> Labels:
+        return Labels(self.task, self.values[np.asarray(rows)], self.classes)
+
+    @property
+    def y(self) -> NDArray[np.generic]:
+        """As scikit-learn takes them: class names (object array, None where unknown), targets, or a 0/1 matrix.
+
+        A single target comes as shape (n,).
+        """
+        if self.task == "classification":
+            names = np.array([*self.classes, None], dtype=object)
+            return names[self.values]
+        if self.task == "regression" and self.values.shape[1] == 1:
+            return self.values[:, 0]
+        return self.values
+
+    def same_as(self, other: Labels) -> bool:
+        return (
+            self.task == other.task
+            and self.classes == other.classes
+            and np.array_equal(self.values, other.values, equal_nan=self.task == "regression")
+        )

@@ -1,0 +1,108 @@
+"""The settings of each stage: frozen dataclasses, the one home of the defaults that commands, recipes and Python share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from featpipe.errors import ConfigError
+from featpipe.names import unknown
+
+__all__ = ["PRECISIONS", "STORAGES", "Extraction"]
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+STORAGES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How to extract: the one home of the defaults.
+
+    Parameters
+    ----------
+    backbone : str or torch.nn.Module or Backbone
+        A name that ``featpipe backbones`` lists, ``package.module:factory``, or a network.
+    weights : str or path-like, optional
+        A published name, a file, or ``"none"`` for the untrained architecture; the published default if not given.
+    outputs : sequence of str
+        What to cache of the network: ``pooled``, or ``NODE[:POOL]``.
+    transform : callable, optional
+        For a network of your own: uint8 (3, H, W) → float32 (3, h, w).
+    seed : int
+        For untrained weights.
+    labels : path-like or Table, optional
+        A CSV or Parquet table of paths and labels.
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+    storage : {"float32", "float16"}
+        How the features are stored.
+    cache : path-like
+        The folder where caches are kept and looked for.
+    out : path-like, optional
+        The cache's file; a name made from archive, backbone and fingerprint in ``cache`` if not given.
+    overwrite : bool
+        Replace a cache at ``out`` that was made from something else.
+    workers, batch : int, optional
+        Threads, and images in one forward pass; chosen for the machine if not given.
+    max_bad : int, float or str, optional
+        How many images may have no features before the extraction stops: a number, or a share such as ``"5%"`` or
+        ``0.05``. No limit if not given.
+    check_content : bool
+        Read every image's bytes even where size and modification time say that it is unchanged.
+    """
+
+    backbone: Any = "efficientnet_lite0"
+    weights: str | os.PathLike[str] | None = None
+    outputs: Sequence[str] = ("pooled",)
+    transform: Any = None
+    seed: int = 0
+    labels: Any = None
+    device: str = "auto"
+    precision: str = "fp32"
+    storage: str = "float32"
+    cache: str | os.PathLike[str] = "cache"
+    out: str | os.PathLike[str] | None = None
+    overwrite: bool = False
+    workers: int | None = None
+    batch: int | None = None
+    max_bad: int | float | str | None = None
+    check_content: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        if self.storage not in STORAGES:
+            raise unknown("storage", self.storage, STORAGES)
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; it must be at least 1")
+        if isinstance(self.outputs, str):
+            object.__setattr__(self, "outputs", (self.outputs,))
+        self.bad_limit(0)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Extraction:
+        """From keyword arguments; an unknown one is answered with the nearest."""
+        names = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise unknown("setting", name, names)
+        return cls(**settings)
+
+    def bad_limit(self, n: int) -> int | None:
+        """How many of n images may be bad."""
+        value = self.max_bad
+        if value is None:
+            return None
+        try:
+            if isinstance(value, str) and value.endswith("%"):
+                value = float(value[:-1]) / 100
+            number = float(value)
+        except ValueError:
+            raise ConfigError(f"max-bad is {self.max_bad!r}; give a number or a share such as 5%") from None
+        is_share = isinstance(value, float) or (isinstance(value, str) and "." in value)
+        if number < 0 or (is_share and number > 1):
+            raise ConfigError(f"max-bad is {self.max_bad!r}; a number is at least 0, a share at most 100%")
+        return int(number * n) if is_share else int(number)

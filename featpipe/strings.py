@@ -1,0 +1,77 @@
+"""A long column of text in two arrays, so that ten million sample ids cost their characters and eight bytes each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Strings"]
+
+
+class Strings(Sequence[str]):
+    """An immutable sequence of text.
+
+    Parameters
+    ----------
+    data : ndarray of shape (total,), uint8
+        The UTF-8 bytes of all strings, one after the other.
+    offsets : ndarray of shape (n + 1,), int64
+        String ``i`` is ``data[offsets[i]:offsets[i + 1]]``.
+    """
+
+    __slots__ = ("data", "offsets")
+
+    def __init__(self, data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self.data = data
+        self.offsets = offsets
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Strings:
+        """Build the column. Lone surrogates (undecodable file names) become backslash escapes."""
+        encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(text) for text in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Strings:
+        """The strings of some rows, as a new column."""
+        return Strings.of(self[int(row)] for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        n = len(self)
+        if not -n <= row < n:
+            raise IndexError(row)
+        row %= n
+        return bytes(self.data[self.offsets[row] : self.offsets[row + 1]]).decode("utf-8", "replace")
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 65536):
+            offsets = self.offsets[start : start + 65537]
+            block = bytes(self.data[offsets[0] : offsets[-1]])
+            cuts = (offsets - offsets[0]).tolist()
+            for left, right in zip(cuts[:-1], cuts[1:], strict=True):
+                yield block[left:right].decode("utf-8", "replace")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Strings):
+            return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.data, other.data)
+        return isinstance(other, (list, tuple)) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash((self.data.tobytes(), self.offsets.tobytes()))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(text) for text in self[:3])
+        return f"Strings([{shown}{', …' if len(self) > 3 else ''}], n={len(self)})"

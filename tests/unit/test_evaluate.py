@@ -1,0 +1,310 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn import metrics as sk
+
+from featpipe.errors import ConfigError
+from featpipe.evaluate import METRICS, Interval, score_classification, score_multilabel, score_regression
+
+CLASSES = tuple("abcdefgh")
+
+
+def predictions(m=300, k=8, sharpness=1.5, seed=0):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, k, m)
+    logits = rng.normal(size=(m, k)).round(1)
+    logits[np.arange(m), codes] += sharpness
+    p = np.exp(logits)
+    return codes, p / p.sum(axis=1, keepdims=True)
+
+
+def named(codes):
+    return [CLASSES[code] for code in codes]
+
+
+def classification_oracle(codes, p):
+    predicted, present = p.argmax(axis=1), np.unique(codes)
+    return {
+        "accuracy": sk.accuracy_score(codes, predicted),
+        "balanced_accuracy": sk.balanced_accuracy_score(codes, predicted),
+        "macro_f1": sk.f1_score(codes, predicted, average="macro"),
+        "top5_accuracy": sk.top_k_accuracy_score(codes, p, k=5, labels=range(p.shape[1])),
+        "log_loss": sk.log_loss(codes, p, labels=range(p.shape[1])),
+        "roc_auc": np.mean([sk.roc_auc_score(codes == c, p[:, c]) for c in present]),
+    }
+
+
+def multilabel_oracle(y, p):
+    given = p >= 0.5
+    return {
+        "mean_average_precision": sk.average_precision_score(y, p, average="macro"),
+        "micro_f1": sk.f1_score(y, given, average="micro"),
+        "macro_f1": sk.f1_score(y, given, average="macro"),
+        "exact_match": sk.accuracy_score(y, given),
+    }
+
+
+def regression_oracle(y, p):
+    return {
+        "mae": sk.mean_absolute_error(y, p),
+        "rmse": sk.root_mean_squared_error(y, p),
+        "r2": sk.r2_score(y, p),
+        "spearman": np.mean([spearmanr(y[:, c], p[:, c]).statistic for c in range(y.shape[1])]),
+    }
+
+
+def resampled(y, p, oracle, bootstrap, seed):
+    """The same intervals by the slow and obvious way."""
+    rng = np.random.default_rng(seed)
+    values = [oracle(y[rows], p[rows]) for rows in rng.integers(0, len(y), (bootstrap, len(y)))]
+    return {name: np.percentile([v[name] for v in values], (2.5, 97.5)) for name in values[0]}
+
+
+def multilabel(m=200, k=4, seed=0):
+    rng = np.random.default_rng(seed)
+    y = (rng.random((m, k)) < 0.4).astype(int)
+    return y, np.clip(0.35 * y + 0.65 * rng.random((m, k)), 0, 1).round(2)
+
+
+def regression(m=200, t=2, seed=0):
+    rng = np.random.default_rng(seed)
+    y = rng.normal(10, 3, (m, t)).round(1)
+    return y, (y + rng.normal(0, 2, (m, t))).round(1)
+
+
+def test_classification_scores_equal_scikit_learns():
+    codes, p = predictions()
+    scores = score_classification(named(codes), p, CLASSES, bootstrap=0)
+    oracle = classification_oracle(codes, p)
+    assert list(scores.metrics) == list(oracle)
+    assert {name: score.value for name, score in scores.metrics.items()} == pytest.approx(oracle, abs=1e-12)
+    np.testing.assert_array_equal(scores.confusion, sk.confusion_matrix(codes, p.argmax(axis=1)))
+
+
+def test_two_class_auc_is_the_binary_one():
+    codes, p = predictions(k=2)
+    scores = score_classification(named(codes), p, CLASSES[:2], bootstrap=0)
+    assert scores.metrics["roc_auc"].value == pytest.approx(sk.roc_auc_score(codes, p[:, 1]))
+    assert "top5_accuracy" not in scores.metrics
+
+
+def test_multilabel_scores_equal_scikit_learns():
+    y, p = multilabel()
+    scores = score_multilabel(y, p, CLASSES[:4], bootstrap=0)
+    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(multilabel_oracle(y, p), abs=1e-12)
+
+
+def test_regression_scores_equal_scikit_learns():
+    y, p = regression()
+    scores = score_regression(y, p, ["height", "width"], bootstrap=0)
+    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(regression_oracle(y, p), abs=1e-12)
+    assert scores.per_class[1]["rmse"] == pytest.approx(sk.root_mean_squared_error(y[:, 1], p[:, 1]))
+
+
+@pytest.mark.parametrize(
+    ("score", "names", "data", "oracle"),
+    [
+        (score_multilabel, CLASSES[:4], multilabel(80), multilabel_oracle),
+        (score_regression, ("height", "width"), regression(80), regression_oracle),
+        (score_classification, CLASSES, predictions(120, sharpness=1), classification_oracle),
+    ],
+    ids=["multilabel", "regression", "classification"],
+)
+def test_intervals_equal_those_of_resampling_the_rows_one_by_one(score, names, data, oracle):
+    y, p = data
+    labels = named(y) if score is score_classification else y
+    metrics = score(labels, p, names, bootstrap=60, seed=5).metrics
+    for name, (low, high) in resampled(y, p, oracle, 60, 5).items():
+        assert metrics[name].low == pytest.approx(min(low, metrics[name].value), abs=1e-9), name
+        assert metrics[name].high == pytest.approx(max(high, metrics[name].value), abs=1e-9), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(2, 40), k=st.integers(1, 8), seed=st.integers(0, 1000))
+def test_every_interval_holds_its_value(m, k, seed):
+    codes, p = predictions(m, k, seed=seed)
+    scores = score_classification(named(codes), p, CLASSES[:k], bootstrap=50)
+    for score in scores.metrics.values():
+        assert score.low <= score.value <= score.high
+
+
+def test_intervals_shrink_with_the_root_of_the_rows():
+    def width(m):
+        codes, p = predictions(m)
+        score = score_classification(named(codes), p, CLASSES).metrics["accuracy"]
+        return score.high - score.low
+
+    assert width(200) / width(3200) == pytest.approx(4, rel=0.15)
+
+
+def test_the_interval_of_the_accuracy_is_that_of_a_binomial():
+    codes, p = predictions(2000)
+    score = score_classification(named(codes), p, CLASSES).metrics["accuracy"]
+    width = 2 * 1.96 * math.sqrt(score.value * (1 - score.value) / 2000)
+    assert score.high - score.low == pytest.approx(width, rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
+    codes, p = predictions(100)
+    first, again, other = (
+        score_classification(named(codes), p, CLASSES, seed=seed).to_dict()["metrics"] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
+    monkeypatch.setattr("featpipe.evaluate._RANKED", 10)
+    codes, p = predictions(50)
+    metrics = score_classification(named(codes), p, CLASSES).metrics
+    assert not metrics["roc_auc"].known
+    assert math.isfinite(metrics["roc_auc"].value)
+    assert metrics["log_loss"].known
+
+
+def test_a_class_absent_from_y_is_left_out_of_the_averages_and_has_no_recall():
+    codes, p = predictions(300)
+    keep = codes != 3
+    p[:, 3] = 0
+    p /= p.sum(axis=1, keepdims=True)
+    scores = score_classification(named(codes[keep]), p[keep], CLASSES)
+    assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(classification_oracle(codes[keep], p[keep]))
+    absent = scores.per_class[3]
+    assert absent["support"] == 0
+    assert math.isnan(absent["recall"])
+    assert scores.to_dict()["per_class"][3]["precision"] is None
+    assert scores.weakest()[-1] is absent
+
+
+def test_one_row_is_scored_without_intervals_and_without_warnings():
+    scores = score_classification(["b"], [[0.3, 0.7]], ["a", "b"])
+    assert (
+        scores.metrics["accuracy"] == pytest.approx(Interval(1.0), nan_ok=True) or not scores.metrics["accuracy"].known
+    )
+    assert scores.metrics["accuracy"].value == 1
+    assert "roc_auc" not in scores.metrics
+
+
+def test_one_class_is_always_right():
+    scores = score_classification(["a", "a"], [[1.0], [1.0]], ["a"])
+    assert scores.metrics == {
+        "accuracy": Interval(1, 1, 1),
+        "balanced_accuracy": Interval(1, 1, 1),
+        "macro_f1": Interval(1, 1, 1),
+    }
+
+
+def test_a_single_label_of_several_is_not_taken_for_a_binary_problem():
+    y, p = multilabel(k=1)
+    scores = score_multilabel(y, p, ["a"], bootstrap=0)
+    assert scores.metrics["macro_f1"].value == pytest.approx(sk.f1_score(y[:, 0], p[:, 0] >= 0.5))
+    assert scores.metrics["micro_f1"].value == pytest.approx(scores.metrics["macro_f1"].value)
+
+
+def test_a_label_that_no_row_has_is_left_out_of_the_mean_average_precision():
+    y, p = multilabel()
+    y[:, 2] = 0
+    value = score_multilabel(y, p, CLASSES[:4], bootstrap=20).metrics["mean_average_precision"].value
+    kept = [0, 1, 3]
+    assert value == pytest.approx(sk.average_precision_score(y[:, kept], p[:, kept]))
+
+
+def test_a_constant_prediction_has_no_rank_correlation_and_the_mean_explains_nothing():
+    y = np.array([1.0, 2.0, 3.0, 4.0])
+    scores = score_regression(y, np.full(4, 2.5), ["height"])
+    assert "spearman" not in scores.metrics
+    assert scores.metrics["r2"].value == 0
+    assert scores.metrics["r2"].low > -1e6
+
+
+def test_single_precision_probabilities_are_accepted():
+    codes, p = predictions()
+    value = score_classification(named(codes), p.astype(np.float32), CLASSES, bootstrap=0).metrics["log_loss"]
+    assert value.value == pytest.approx(sk.log_loss(codes, p), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "dgo"], "unknown class 'dgo'; did you mean 'dog'\\?"),
+        (["x1", "x2"], "2 of 2 labels are none of the 2 classes: 'x1', 'x2'"),
+        (["cat", None], "1 of 2 rows have no label"),
+        (["cat"], "found 1 labels and 2 predictions"),
+    ],
+)
+def test_labels_that_are_no_class_are_named(labels, message):
+    with pytest.raises(ConfigError, match=message):
+        score_classification(labels, [[0.5, 0.5], [0.5, 0.5]], ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "message"),
+    [
+        ([[2.0, -1.0]], "does not sum to 1"),
+        ([[3.0, 4.0]], "does not sum to 1"),
+        ([[math.nan, 1.0]], "1 of 1 rows are not finite, the first is row 0"),
+        ([[0.2, 0.3, 0.5]], "found shape \\(1, 3\\)"),
+        (np.empty((0, 2)), "at least one row"),
+    ],
+)
+def test_what_is_no_probability_is_refused(probabilities, message):
+    with pytest.raises(ConfigError, match=message):
+        score_classification(["cat"], probabilities, ["cat", "dog"])
+
+
+def test_rows_without_labels_are_refused_for_several_labels():
+    with pytest.raises(ConfigError, match="neither 0 nor 1"):
+        score_multilabel([[1, 0], [-1, -1]], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
+
+
+def test_the_dictionary_is_json_with_stable_keys():
+    codes, p = predictions(50)
+    scores = json.loads(json.dumps(score_classification(named(codes), p, CLASSES).to_dict(), allow_nan=False))
+    assert list(scores) == ["task", "n", "metrics", "per_class", "confusion", "classes"]
+    assert set(scores["metrics"]["accuracy"]) == {"value", "low", "high"}
+    assert set(scores["per_class"][0]) == {"name", "precision", "recall", "f1", "support"}
+    assert np.sum(scores["confusion"]) == scores["n"] == 50
+
+
+def test_the_most_confused_pairs_come_first():
+    p = np.eye(3)[[1, 1, 0, 2, 2, 0]] * 0.9 + 0.1 / 3
+    scores = score_classification(["a", "a", "a", "c", "b", "b"], p, "abc")
+    assert scores.confused(2) == [("a", "b", 2), ("b", "a", 1)]
+
+
+def test_the_table_shows_every_score_and_the_weakest_class_first():
+    codes, p = predictions(200)
+    scores = score_classification(named(codes), p, CLASSES)
+    table = scores.table(limit=3)
+    for name, score in scores.metrics.items():
+        assert METRICS[name][0] in table
+        assert f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]" in table
+    assert table.splitlines()[-4].startswith(scores.weakest()[0]["name"])
+    assert table.endswith("the 3 weakest of 8")
+
+
+def test_class_names_cannot_write_to_the_terminal():
+    scores = score_classification(["\x1b[31mred\n", "\u202eb"], np.eye(2), ["\x1b[31mred\n", "\u202eb"])
+    assert "\x1b" not in scores.table()
+    assert "\\x1b[31mred\\n" in scores.table()
+    assert "\\u202eb" in scores.table()
+
+
+def test_long_class_names_are_cut_in_the_table():
+    table = score_classification(["x" * 10_000, "y"], np.eye(2), ["x" * 10_000, "y"]).table()
+    assert max(map(len, table.splitlines())) < 100
+
+
+def test_every_score_has_a_name_and_a_meaning():
+    codes, p = predictions(50)
+    found = {
+        *score_classification(named(codes), p, CLASSES).metrics,
+        *score_multilabel(*multilabel(), CLASSES[:4]).metrics,
+        *score_regression(*regression(), ["a", "b"]).metrics,
+    }
+    assert found == set(METRICS)

@@ -1,0 +1,294 @@
+import base64
+import hashlib
+import math
+import os
+import re
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from featpipe.errors import ConfigError
+from featpipe.evaluate import Interval, score_classification, score_multilabel, score_regression
+from featpipe.report import Page, Picture, Row, render, write
+from featpipe.report.charts import Axis, axis_of, curve_of, matrix_of
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='alert(1)'>",
+    "{{ 7 * 7 }}",
+    "</style><svg onload=alert(1)>",
+    "line\nbreak\ttab\x00nul",
+    "\u202egnp.exe",
+    "שלום",
+    "x" * 10_000,
+    "\ud800 lone",
+    "",
+]
+
+
+def scores_of(classes, m=200, seed=0):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, len(classes), m)
+    p = rng.random((m, len(classes)))
+    p[np.arange(m), codes] += 0.5 * rng.random(m) + 0.4
+    p /= p.sum(axis=1, keepdims=True)
+    return score_classification([classes[code] for code in codes], p, classes, bootstrap=100)
+
+
+def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
+    return Page(
+        title=text("Textures"),
+        lead=text("Nearly all are right."),
+        facts=[("Samples", "940"), (text("Classes"), text("17"))],
+        comparison=[
+            Row(text("logistic"), Interval(0.92, 0.901, 0.938), 0.34, text("softmax"), chosen=True),
+            Row("raw pixels", Interval(0.29, 0.251, 0.333), 125.0),
+            Row("majority", Interval(0.11)),
+        ],
+        scores=scores_of([*classes]),
+        pictures=[
+            Picture(b"\xff\xd8right", text("a.png"), "brick", "brick", 0.97),
+            Picture(b"\xff\xd8wrong", "b.png", text("brick"), "grass", 0.51),
+            Picture(b"\xff\xd8unknown", "c.png", None, text("grass"), 0.999),
+        ],
+        bad=[(text("damaged"), 2)],
+        provenance=[(text("Backbone"), text("efficientnet_lite0"))],
+        curves={text("loss"): [2.5, 1.0, math.nan, 0.5]},
+    )
+
+
+class Outline(HTMLParser):
+    """Tags, attributes and text as a browser reads them."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._style = [], [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        self._style = tag == "style"
+
+    def handle_endtag(self, tag):
+        self._style = False
+
+    def handle_data(self, data):
+        if not self._style:
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def test_the_page_says_the_numbers_it_was_given():
+    page = full_page()
+    words = Outline(render(page)).words
+    for expected in ("940", "0.920 0.901–0.938", "0.34 s", "2 min 05 s", "0.290 0.251–0.333", "97 %", "> 99 %"):
+        assert expected in words
+    for score in page.scores.metrics.values():
+        assert f"{score.value:.3f} {score.low:.3f}–{score.high:.3f}" in words
+    for row in page.scores.per_class:
+        assert f"{row['f1']:.3f} {row['precision']:.3f} {row['recall']:.3f} {row['support']}" in words
+
+
+def test_the_bars_are_as_long_as_the_scores():
+    html = render(full_page())
+    assert re.findall(r'class="bar" x="0.00%" y="8" height="16" width="([\d.]+)%"', html) == [
+        "92.00",
+        "29.00",
+        "11.00",
+    ]
+    assert '<line x1="90.10%" x2="93.80%" y1="16" y2="16"/>' in html
+
+
+def test_the_confusion_matrix_holds_every_count():
+    page = full_page()
+    words = Outline(render(page)).words
+    for true, counts in enumerate(page.scores.confusion.tolist()):
+        for predicted, rows in enumerate(counts):
+            if rows and true != predicted:
+                names = f"{page.scores.classes[true]} taken for {page.scores.classes[predicted]}"
+                assert re.search(rf"{rows} {rows} of {sum(counts)} \(\d+ %\): {names}", words)
+
+
+def test_a_mistake_is_told_in_words_and_not_by_colour_alone():
+    words = Outline(render(full_page())).words
+    assert "✗ grass 51 % really brick b.png" in words
+    assert "✓ brick 97 % a.png" in words
+    assert "✗" not in words.split("c.png")[0].split("b.png")[1]
+
+
+def test_pictures_are_inside_the_page():
+    html = render(full_page())
+    pictures = [value for tag, name, value in Outline(html).attributes if (tag, name) == ("img", "src")]
+    assert [base64.b64decode(value.removeprefix("data:image/jpeg;base64,")) for value in pictures] == [
+        b"\xff\xd8right",
+        b"\xff\xd8wrong",
+        b"\xff\xd8unknown",
+    ]
+
+
+def test_nothing_is_asked_of_the_network():
+    html = render(full_page())
+    outline = Outline(html)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
+    assert not {"script", "link", "iframe", "object", "form", "base"} & set(outline.tags)
+    for _, name, value in outline.attributes:
+        assert not name.startswith("on")
+        assert name != "style"
+        if name in ("src", "href"):
+            assert value.startswith(("data:image/jpeg;base64,", "#"))
+
+
+def test_the_content_security_policy_allows_this_style_sheet_and_pictures_alone():
+    html = render(full_page())
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
+def test_untrusted_text_stays_text_wherever_it_stands(text):
+    plain = Outline(render(full_page()))
+    outline = Outline(render(full_page(lambda _: text, classes=(text, "grass", "gravel"))))
+    assert set(outline.tags) <= set(plain.tags)
+    assert {(tag, name) for tag, name, _ in outline.attributes} <= {(tag, n) for tag, n, _ in plain.attributes}
+
+
+def test_a_long_name_is_cut_with_the_whole_in_its_title():
+    outline = Outline(render(full_page(classes=("x" * 10_000, "grass", "gravel"))))
+    assert ("bdi", "title", "x" * 10_000) in outline.attributes
+    assert max(len(text) for text in outline.text) < 500
+
+
+def test_names_are_isolated_and_cannot_turn_their_neighbours_around():
+    outline = Outline(render(full_page(classes=("\u202egnp.exe", "שלום", "gravel"))))
+    assert "\u202e" not in outline.words
+    assert "\\u202egnp.exe" in outline.words
+    assert ("bdi", "title", "שלום") in outline.attributes
+
+
+def test_an_empty_page_shows_its_title_and_nothing_else():
+    outline = Outline(render(Page("Nothing yet")))
+    assert outline.words == "Nothing yet Nothing yet"
+    assert "section" not in outline.tags
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        score_regression([1.0, 2.0, 4.0], [1.5, 2.0, 3.0], ["height"], bootstrap=10),
+        score_regression([[1.0, 2.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 1.5]], ["height", "width"], bootstrap=10),
+        score_multilabel([[1, 0], [0, 1]], [[0.9, 0.2], [0.4, 0.4]], ["sky", "sea"], bootstrap=10),
+        score_classification(["a"], [[1.0]], ["a"]),
+        score_classification(["a"], [[0.5, 0.5]], ["a", "never seen"]),
+    ],
+    ids=["one target", "two targets", "labels", "one class", "an absent class"],
+)
+def test_every_task_has_a_page(scores):
+    words = Outline(render(Page("Scores", scores=scores))).words
+    for score in scores.metrics.values():
+        assert f"{score.value:.3f}" in words
+    assert len(scores.classes) == 1 or all(name in words for name in scores.classes)
+
+
+def test_a_thousand_classes_show_the_most_confused_pairs_in_a_small_page_soon():
+    classes = [f"class {i:04d}" for i in range(1000)]
+    scores = scores_of(classes, m=3000)
+    start = time.perf_counter()
+    html = render(Page("Many", scores=scores))
+    assert time.perf_counter() - start < 2
+    assert len(html) < 10_000_000
+    assert 'class="matrix' not in html
+    words = Outline(html).words
+    for true, predicted, rows in scores.confused(20):
+        assert f"{true} {predicted} {rows}" in words
+    assert all(name in words for name in classes)
+
+
+def test_a_negative_score_draws_to_the_left_of_zero():
+    axis = axis_of([-0.5, 1.0])
+    assert (axis.low, axis.high) == (-0.5, 1.0)
+    html = render(Page("R²", comparison=[Row("mean", Interval(-0.5, -0.75, -0.25))], comparison_score="r2"))
+    assert "-0.750 to -0.250" in html
+    assert re.search(r'class="bar" x="37.50%" y="8" height="16" width="62.50%"', html)
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [math.nan], [5e-324], [1e-9], [1e12, -3.0], [math.inf, 2.0]])
+def test_an_axis_holds_zero_and_every_finite_value(values):
+    axis = axis_of(values)
+    finite = [value for value in values if math.isfinite(value)]
+    assert axis.low <= min([0, *finite])
+    assert axis.high >= max([0, *finite])
+    assert axis.low < axis.high
+    assert 2 <= len(axis.ticks) <= 7
+
+
+def test_places_stay_within_the_chart():
+    assert Axis(0, 1, ()).at(7.0) == "100.00%"
+    assert Axis(0, 1, ()).at(-7.0) == "0.00%"
+
+
+def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
+    curve = curve_of("loss", [3.0, 2.0, math.nan, 1.0])
+    assert curve.path == "M0.00 2.00L33.33 20.00M100.00 38.00"
+    assert (curve.first, curve.last, curve.epochs) == ("3.000", "1.000", 4)
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0], [2.0, 2.0]])
+def test_a_curve_of_almost_nothing_can_be_drawn(values):
+    assert "nan" not in curve_of("loss", values).path
+    assert render(Page("Curves", curves={"loss": values}))
+
+
+def test_the_colour_of_a_cell_is_its_share_of_the_true_class():
+    p = np.eye(2)[[0] * 9 + [1] + [1] * 10]
+    table = matrix_of(score_classification(["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
+    assert [(cell.rows, cell.level, cell.right) for _, _, row in table for cell in row] == [
+        (9, 5, True),
+        (1, 3, False),
+        (0, 0, False),
+        (10, 5, True),
+    ]
+
+
+def test_the_same_page_is_the_same_bytes(tmp_path):
+    first, second = write(full_page(), tmp_path / "1.html"), write(full_page(), tmp_path / "2.html")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_page_is_written_whole_and_leaves_nothing_else_behind(tmp_path):
+    path = tmp_path / "report.html"
+    assert write(full_page(), str(path)) == path
+    assert path.read_text("utf-8") == render(full_page())
+    assert os.listdir(tmp_path) == ["report.html"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_page_of_before(tmp_path, monkeypatch, call):
+    path = tmp_path / "report.html"
+    path.write_text("before")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"featpipe.report.html.os.{call}", fail)
+    with pytest.raises(ConfigError, match=r"report\.html: cannot write the report: No space left on device"):
+        write(full_page(), path)
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_missing_folder_is_said_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="No such file or directory; name a file in a folder"):
+        write(Page("Lost"), tmp_path / "nowhere" / "report.html")
