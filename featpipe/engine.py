@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -74,7 +76,7 @@ class Engine:
     Parameters
     ----------
     backbone : Backbone
-        Its network is moved to the device and converted.
+        A copy of its network is moved to the device and converted.
     device : torch.device
     precision : {"fp32", "tf32", "bf16", "fp16"}
         ``fp32`` is strict: no TF32 in matrix products or convolutions.
@@ -92,14 +94,15 @@ class Engine:
             raise ConfigError(f"precision 'tf32' needs a CUDA device, this is {device}; use fp32 or bf16")
         if batch is not None and batch < 1:
             raise ConfigError(f"batch is {batch}; it must be at least 1")
-        self.backbone = backbone
         self.device = device
         self.precision = precision
         self.dtype = DTYPES[precision]
         self.batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
         if device.type == "cpu":
             _keep_freed_memory()
-        backbone.network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
+        network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = replace(backbone, network=network)
 
     @property
     def workers(self) -> int:

@@ -176,7 +176,8 @@ def _cross_validate(build: Any, rows: Rows, task: str, k: int, progress: Tell) -
         predicted[held] = values
         progress(Progress("bar", "cross-validating", number, k, "folds"))
     assert predicted is not None
-    return score(task, rows.y, predicted, rows.classes)
+    truth = np.array(rows.classes, dtype=object)[rows.y] if task == "classification" else rows.y
+    return score(task, truth, predicted, rows.classes)
 
 
 def _history(

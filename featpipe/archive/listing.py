@@ -13,9 +13,11 @@ from featpipe.errors import ArchiveError
 from featpipe.status import Status
 
 __all__ = [
+    "DECODED",
     "LIMITS",
     "SUFFIXES",
     "ArchiveLimits",
+    "Compression",
     "Listing",
     "Source",
     "is_hidden",
@@ -35,6 +37,8 @@ SUFFIXES = frozenset(DECODED + RECOGNISED)
 
 Those that are not decoded are among them so that such a file gets a row with a status instead of vanishing.
 """
+
+Compression = Literal["", "gz", "bz2", "xz"]
 
 _LARGEST_INT64 = 2**63 - 1
 _LONGEST_SUFFIX = 12
@@ -87,7 +91,7 @@ class Source:
     path: Path
     kind: Literal["folder", "tar", "zip", "files"]
     real: str
-    compression: Literal["", "gz", "bz2", "xz"] = ""
+    compression: Compression = ""
     size_bytes: int = 0
     mtime_ns: int = 0
 
@@ -189,6 +193,7 @@ class Listing:
 
 
 def is_hidden(part: str) -> bool:
+    """Whether one part of a path begins with a dot, ``.`` and ``..`` aside."""
     return part.startswith(".") and part not in (".", "..")
 
 
@@ -199,6 +204,7 @@ def suffix_of(name: str) -> str:
 
 
 def is_sample(name: str) -> bool:
+    """Whether the suffix says that a file is a sample; its bytes may still say otherwise."""
     return suffix_of(name) in SUFFIXES
 
 

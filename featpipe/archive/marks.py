@@ -118,7 +118,9 @@ def by_note(listings: Sequence[Listing]) -> Marks | None:
         return None
     where = str(listings[0].source.path)
     numeric = any(note is not None and note.numeric for note in notes)
-    return interpret([note and note.value for note in notes], "target" if numeric else "label", where=where)
+    return interpret(
+        [None if note is None else note.value for note in notes], "target" if numeric else "label", where=where
+    )
 
 
 def interpret(values: Sequence[Value], column: str, *, where: str, task: Task | None = None) -> Marks:
@@ -163,4 +165,3 @@ def _several(value: Value, where: str) -> tuple[str, ...] | None:
 def _class_name(value: Value) -> str:
     whole = isinstance(value, float) and value == int(value)
     return plain(str(int(value) if whole and isinstance(value, float) else value))
-

@@ -51,6 +51,7 @@ class Note:
 
 
 def is_note(name: str) -> bool:
+    """Whether a file may hold the label of a sample beside it."""
     return name.lower().endswith((".cls", ".json"))
 
 

@@ -76,9 +76,7 @@ def read_table(table: Table, *, need_labels: bool) -> Rows:
     path_column = _pick(table.path, names, table.path_column, _PATH_COLUMNS, "paths")
     label_columns: list[str] = []
     if table.label_column is not None and table.label_column.lower() not in map(str.lower, names):
-        label_columns = [
-            _pick(table.path, names, part.strip(), (), "labels") for part in table.label_column.split(",")
-        ]
+        label_columns = [_pick(table.path, names, part.strip(), (), "labels") for part in table.label_column.split(",")]
     elif need_labels or table.label_column is not None or _found(names, _LABEL_COLUMNS):
         label_columns = [_pick(table.path, names, table.label_column, _LABEL_COLUMNS, "labels")]
     split_column = _found(names, ("split",))

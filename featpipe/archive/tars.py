@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import tarfile
 import threading
 import zlib
@@ -16,7 +17,7 @@ from featpipe.archive.notes import LARGEST_NOTE_BYTES, is_note
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
-__all__ = ["TarReader", "TarStream", "list_tar", "open_raw"]
+__all__ = ["PlainTarReader", "TarReader", "TarStream", "list_tar", "open_raw"]
 
 _BLOCK = 512
 _CHUNK = 2**20
@@ -160,12 +161,10 @@ def _opened(source: Source, limits: ArchiveLimits) -> TarStream:
 
 def _members(source: Source, stream: TarStream) -> Iterator[tarfile.TarInfo]:
     try:
-        tar = tarfile.TarFile(
-            source.real, fileobj=cast(Any, stream), encoding="utf-8", errors="surrogateescape"
-        )
+        tar = tarfile.TarFile(source.real, fileobj=cast(Any, stream), encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None:
             _check_extent(source, member)
-            tar.members.clear()  # tarfile would keep an object for each of millions
+            cast(Any, tar).members.clear()  # tarfile would keep an object for each of millions
             yield member
         _check_end(source, stream)
     except ArchiveError:
@@ -196,9 +195,7 @@ def _check_end(source: Source, stream: TarStream) -> None:
             f"{source.path}: truncated: no end-of-archive marker at byte {stream.tell()}; get the archive again"
         )
     if stream.last.strip(b"\0"):
-        raise ArchiveError(
-            f"{source.path}: damaged header at byte {stream.tell() - _BLOCK}; get the archive again"
-        )
+        raise ArchiveError(f"{source.path}: damaged header at byte {stream.tell() - _BLOCK}; get the archive again")
     while rest := stream.take(_CHUNK):
         if rest.strip(b"\0"):
             raise ArchiveError(
@@ -236,3 +233,32 @@ class TarReader:
         if self._stream is not None:
             self._stream.__exit__()
             self._stream = None
+
+
+class PlainTarReader:
+    """Reads the members of an uncompressed tar by their place, without a lock where the system can."""
+
+    def __init__(self, source: Source) -> None:
+        self._file = open(source.real, "rb", buffering=0)  # noqa: SIM115
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        pieces = []
+        try:
+            while size > 0 and (piece := self._piece(offset, size)):
+                pieces.append(piece)
+                offset += len(piece)
+                size -= len(piece)
+        except OSError as error:
+            raise SampleError(f"cannot be read: {error.strerror}", status=Status.UNREADABLE) from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _piece(self, offset: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), size, offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(size) or b""
+
+    def close(self) -> None:
+        self._file.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from featpipe.errors import ConfigError
 
 __all__ = ["Backbone", "prove_frozen"]
 
-PROBES = 3
+LEVELS = ((0, 256), (0, 48), (176, 256))  # of the probes' pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,8 @@ class Backbone:
         Where the weights came from, for people: a published name, a file, or that there are none. Not identity.
     code : mapping
         What identifies a user's own network beyond its weights; empty for the libraries'.
+    request : mapping
+        What :func:`featpipe.backbone.load` was asked for, to load it again: name, weights, outputs, seed.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Backbone:
     digest: str
     origin: str
     code: Mapping[str, str]
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -117,9 +120,9 @@ def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
     with torch.inference_mode():
         images = _probes(backbone)
         together, again = backbone.embed(images), backbone.embed(images)
-        alone = [backbone.embed(images[i : i + 1]) for i in range(PROBES)]
+        alone = [backbone.embed(image[None]) for image in images]
     for name, value in _tensors(backbone.network).items():
-        if not torch.equal(value, before[name]) and not (value.isnan() == before[name].isnan()).all():
+        if name not in before or not _equal(value, before[name]):
             raise ConfigError(f"{where}: a forward pass changes {name!r}")
     for name, value in together.items():
         if not value.isfinite().all():
@@ -130,13 +133,17 @@ def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
 
 
 def _check_same(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
-    a, b = a.double().flatten(1), b.double().flatten(1)
+    a, b = (value.cpu().double().flatten(1) for value in (a, b))
     distance = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     if distance.max() > tolerance:
         advice = "use a network whose eval() mode is deterministic"
         raise ConfigError(
             f"{problem}, by {distance.max():.1e} of its length where {tolerance:.0e} is allowed; {advice}"
         )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -147,9 +154,8 @@ def _probes(backbone: Backbone) -> Tensor:
     """Noise of very different brightness and contrast, so that statistics of a batch are not those of its images."""
     generator = torch.Generator().manual_seed(0)
     pictures = []
-    for i in range(PROBES):
-        noise = torch.rand(3, 256, 320, generator=generator)
-        low, high = (0, 255) if i == 0 else (0, 255 >> (2 * i)) if i % 2 else (255 - (255 >> i), 255)
-        pictures.append(backbone.transform((low + noise * (high - low)).to(torch.uint8)))
+    for low, high in LEVELS:
+        noise = torch.randint(low, high, (3, 256, 320), dtype=torch.uint8, generator=generator)
+        pictures.append(backbone.transform(noise))
     like = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
     return torch.stack(pictures).to(like.device, like.dtype)

@@ -81,6 +81,12 @@ def load(
         digest=digest_state(network),
         origin=headless.origin,
         code=headless.code,
+        request={
+            "name": name if isinstance(name, str) else headless.code["import"],
+            "weights": _lasting(_file_or_name(weights)),
+            "outputs": list(_sequence(outputs)),
+            "seed": seed,
+        },
     )
     _check_width(backbone, headless.width)
     return backbone
@@ -109,6 +115,11 @@ def _file_or_name(weights: str | Path | None) -> str | Path | None:
     if isinstance(weights, str) and (Path(weights).suffix in SUFFIXES or "/" in weights or Path(weights).is_file()):
         return Path(weights).expanduser()
     return weights
+
+
+def _lasting(weights: str | Path | None) -> str | None:
+    """A file by its absolute path: a model may be used from another folder than it was trained in."""
+    return str(weights.absolute()) if isinstance(weights, Path) else weights
 
 
 def _sequence(outputs: Sequence[str]) -> Sequence[str]:

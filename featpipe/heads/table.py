@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
 
@@ -158,9 +159,13 @@ def _addressed(params: Mapping[str, object], known: list[str], name: str) -> dic
     for key, value in params.items():
         target = short.get(key, key)
         if target not in known:
-            raise unknown(f"setting of head {name!r}", key, short, hint=f"(settings: {', '.join(short)})")
+            near = get_close_matches(key, short, n=1, cutoff=0.5)
+            meant = f", did you mean {near[0]!r}?" if near else ";"
+            raise ConfigError(f"head {name!r} has no setting {key!r}{meant} it has {', '.join(short)}")
         if target in addressed:
             raise ConfigError(f"head {name!r}: {key!r} and {target!r} are the same setting; give one of them")
+        if target == "scale" and value != "passthrough" and not hasattr(value, "transform"):
+            raise ConfigError(f"head {name!r}: scale is {value!r}; give passthrough, or a scikit-learn transformer")
         addressed[target] = value
     return addressed
 

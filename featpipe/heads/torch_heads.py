@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -43,7 +42,7 @@ class _TorchHead(BaseEstimator):
 
     def _hidden(self) -> tuple[Any, ...]:
         hidden = getattr(self, "hidden", ())
-        return (hidden,) if isinstance(hidden, Integral) else tuple(hidden)
+        return tuple(hidden) if isinstance(hidden, Sequence | np.ndarray) else (hidden,)
 
     def _train(self, data: Data, *, outputs: int, loss: Loss) -> Trained:
         plan, random = self._plan(), check_random_state(self.random_state)

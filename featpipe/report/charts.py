@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from featpipe.evaluate import Scores, number
+from featpipe.scores import Scores, number
 
 __all__ = ["Axis", "Cell", "Curve", "axis_of", "curve_of", "matrix_of"]
 
@@ -48,7 +48,7 @@ def axis_of(values: Iterable[float]) -> Axis:
     if low >= 0 and 0.05 < high <= 1:
         return Axis(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
     low, high = min(low, 0.0), max(high, 0.0)
-    step = _round_step((high - low or 1.0) / 4)
+    step = _round_step((high - low if high - low > 1e-300 else 1.0) / 4)
     first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
     ticks = tuple(float(f"{step * i:.12g}") for i in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)

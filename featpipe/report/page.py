@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from featpipe.evaluate import Interval, Scores
+from featpipe.scores import Interval, Scores
 
 __all__ = ["Page", "Picture", "Row"]
 
@@ -69,7 +69,7 @@ class Page:
         Summary figures: ("Samples", "940").
     comparison : sequence of Row
     comparison_score : str
-        What is compared, as one of the names in `featpipe.evaluate.METRICS` or any text.
+        What is compared, as one of the names in `featpipe.scores.METRICS` or any text.
     scores : Scores or None
     pictures : sequence of Picture
     bad : sequence of (str, int)

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
 from featpipe.errors import ConfigError
-from featpipe.evaluate import METRICS, Interval, score_classification, score_multilabel, score_regression
+from featpipe.scores import METRICS, Interval, score_classification, score_multilabel, score_regression
 
 CLASSES = tuple("abcdefgh")
 
@@ -88,6 +88,7 @@ def test_classification_scores_equal_scikit_learns():
 
 def test_two_class_auc_is_the_binary_one():
     codes, p = predictions(k=2)
+    p = p.round(6)
     scores = score_classification(named(codes), p, CLASSES[:2], bootstrap=0)
     assert scores.metrics["roc_auc"].value == pytest.approx(sk.roc_auc_score(codes, p[:, 1]))
     assert "top5_accuracy" not in scores.metrics
@@ -159,7 +160,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
 
 
 def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
-    monkeypatch.setattr("featpipe.evaluate._RANKED", 10)
+    monkeypatch.setattr("featpipe.scores._RANKED", 10)
     codes, p = predictions(50)
     metrics = score_classification(named(codes), p, CLASSES).metrics
     assert not metrics["roc_auc"].known
@@ -183,9 +184,7 @@ def test_a_class_absent_from_y_is_left_out_of_the_averages_and_has_no_recall():
 
 def test_one_row_is_scored_without_intervals_and_without_warnings():
     scores = score_classification(["b"], [[0.3, 0.7]], ["a", "b"])
-    assert (
-        scores.metrics["accuracy"] == pytest.approx(Interval(1.0), nan_ok=True) or not scores.metrics["accuracy"].known
-    )
+    assert not any(score.known for score in scores.metrics.values())
     assert scores.metrics["accuracy"].value == 1
     assert "roc_auc" not in scores.metrics
 

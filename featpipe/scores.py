@@ -171,6 +171,23 @@ class Scores:
         return "\n".join(lines)
 
 
+def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -> Scores:
+    """The scores that a task has; parameters as in the function for that task.
+
+    Parameters
+    ----------
+    task : {"classification", "multilabel", "regression"}
+    y : array-like
+    predicted : array-like
+        Probabilities, or numbers for a regression.
+    names : sequence of str
+        Of classes or targets.
+    """
+    if task not in _SCORERS:
+        raise unknown("task", task, _SCORERS)
+    return _SCORERS[task](y, predicted, names)
+
+
 def score_classification(
     y: ArrayLike,
     probabilities: ArrayLike,
@@ -222,10 +239,8 @@ def score_classification(
     names = tuple(classes)
     p = _matrix("probabilities", probabilities, names)
     codes = _codes(y, names, len(p))
-    sums = p.sum(axis=1, keepdims=True)
-    if p.min() < 0 or abs(sums - 1).max() > 1e-3:
+    if p.min() < 0 or abs(p.sum(axis=1) - 1).max() > 1e-3:
         raise ConfigError("probabilities: a row is negative or does not sum to 1; pass probabilities, not scores")
-    p /= sums
     predicted = p.argmax(axis=1)
     columns = np.arange(len(names))
     precision, recall, f1, support = sk.precision_recall_fscore_support(
@@ -414,8 +429,10 @@ def _probability_measures(codes: NDArray[np.intp], p: Floats) -> dict[str, Measu
             _mean_of(above < 5),
         )
     if len(columns) > 1:
-        loss = -np.log(np.maximum(own[:, 0], np.finfo(p.dtype).eps))
-        measures["log_loss"] = (sk.log_loss(codes, p, labels=columns), _mean_of(loss))
+        # Only here, as the last bits of a division would break ties that the ranking scores must see.
+        sums = p.sum(axis=1, keepdims=True)
+        loss = -np.log(np.maximum(own / sums, np.finfo(p.dtype).eps))[:, 0]
+        measures["log_loss"] = (sk.log_loss(codes, p / sums, labels=columns), _mean_of(loss))
     return measures
 
 
@@ -643,3 +660,10 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]).rstrip()
         for first, *rest in rows
     ]
+
+
+_SCORERS: dict[str, Callable[..., Scores]] = {
+    "classification": score_classification,
+    "multilabel": score_multilabel,
+    "regression": score_regression,
+}

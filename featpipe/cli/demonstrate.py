@@ -1,0 +1,66 @@
+"""The demonstration command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+from featpipe.cli.terminal import Terminal, dump, table
+
+__all__ = ["demo"]
+
+
+@click.command(short_help="Run the whole line on real photographs, with nothing to download.")
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def demo(out: str, as_json: bool) -> None:
+    """Run the whole line on real photographs, with nothing to download.
+
+    Tiles of seventeen photographs are embedded by an ImageNet network; three heads learn from the left half of each
+    photograph and are tested on the right half.
+
+    \b
+    Example:
+      featpipe demo --out demo
+    """
+    started = perf_counter()
+    from featpipe.demo import demonstrate
+    from featpipe.pipeline import command_line
+
+    with Terminal() as terminal:
+        done = demonstrate(Path(out), terminal, command_line())
+    if as_json:
+        rows = [
+            {"name": r.name, "accuracy": r.score.value, "low": r.score.low, "high": r.score.high} for r in done.comparison
+        ]
+        dump({"cache": str(done.cache.path), "report": str(done.report), "chosen": done.chosen, "comparison": rows})
+        return
+    rows = [
+        ["→" if r.chosen else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
+        for r in done.comparison
+    ]
+    click.echo(f"\nAccuracy on {_tested(done)} tiles from the right halves, with 95 % intervals\n")
+    click.echo(table(rows, ["", "", "accuracy", "fit s", ""], right=[3]))
+    click.echo("\nSome of them, as the chosen head sees them\n")
+    examples = [[name, said, f"{p:.2f}", "" if said == true else f"no: {true}"] for name, true, said, p in done.examples]
+    click.echo(table(examples, ["tile", "predicted", "", ""]))
+    click.echo(
+        f"""
+Made in {perf_counter() - started:.0f} s: {done.archive}, {done.cache.path}, {', '.join(map(str, done.models.values()))}
+Open {done.report} in a browser.
+
+With your own images, one folder for each class:
+  featpipe extract photos/
+  featpipe train cache/photos-*.h5
+  featpipe predict cache/photos-*.logistic.model more-photos/"""
+    )
+
+
+def _tested(done: Any) -> int:
+    from featpipe.cache import SPLITS
+
+    split = done.cache.split
+    return int((split == SPLITS.index("test")).sum())

@@ -1,0 +1,107 @@
+"""What every head of the table, and every estimator of ours, promises."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError, SkipTestWarning
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featpipe import heads
+from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
+from featpipe.heads.table import _load
+
+# The checks have few rows and columns, where the defaults, made for embeddings, take too few and too small steps.
+# A single batch makes weighted and repeated rows the same.
+QUICK = {"learning_rate": 0.05, "batch_size": 1000, "epochs": 80}
+ESTIMATORS = [
+    SoftmaxRegression(),
+    LinearClassifier(**QUICK),
+    LinearRegressor(**QUICK),
+    MLPClassifier(16, **QUICK),
+    MLPRegressor(16, **QUICK),
+]
+EVERY = [(name, task) for name in heads.names() for task in heads.TABLE[name].estimators]
+
+
+@parametrize_with_checks(ESTIMATORS)
+def test_estimators_keep_scikit_learns_contract(estimator, check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkipTestWarning)
+        check(estimator)
+
+
+def data(task: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(90, 8)).astype(np.float32)
+    if task == "classification":
+        return X, np.array(["ant", "bee", "cat"], dtype=object)[(X[:, 0] > 0).astype(int) + (X[:, 1] > 0.5)]
+    if task == "multilabel":
+        return X, (X[:, :4] + 0.3 * rng.normal(size=(90, 4)) > 0.3).astype(np.int8)
+    return X, X[:, :2] @ [[2.0, 0.0], [1.0, -50.0]] + 1e3
+
+
+def settings(name: str) -> dict[str, object]:
+    """Enough steps for eight columns."""
+    return {} if name == "logistic" else {"learning_rate": 0.05, "epochs": 20, "batch_size": 16}
+
+
+@pytest.mark.parametrize(("name", "task"), EVERY)
+def test_a_head_learns_its_task_and_answers_in_the_right_shape(name, task):
+    X, y = data(task)
+    head = heads.build(name, task, params=settings(name)).fit(X, y)
+    assert head.predict(X).shape == y.shape
+    if task == "regression":
+        assert head.score(X, y) > 0.95
+        return
+    p = head.predict_proba(X)
+    if task == "classification":
+        assert p.shape == (90, 3)
+        np.testing.assert_allclose(p.sum(axis=1), 1)
+        assert (head.predict(X) == head.classes_[p.argmax(axis=1)]).all()
+    else:
+        assert p.shape == y.shape
+        np.testing.assert_array_equal(head.predict(X), p > 0.5)
+    assert (head.predict(X) == y).mean() > 0.85
+
+
+@pytest.mark.parametrize(("name", "task"), EVERY)
+def test_a_saved_head_answers_bit_for_bit_the_same(name, task):
+    X, y = data(task)
+    head = heads.build(name, task, params={} if name == "logistic" else {"epochs": 2}).fit(X, y)
+    again = heads.loads(heads.dumps(head))
+    np.testing.assert_array_equal(again.predict(X), head.predict(X))
+    if task != "regression":
+        np.testing.assert_array_equal(again.predict_proba(X), head.predict_proba(X))
+    assert again.get_params()["head"].get_params() == head.get_params()["head"].get_params()
+
+
+@pytest.mark.parametrize(("name", "task"), EVERY)
+def test_a_head_before_fit_says_that_it_is_not_fitted_and_clones(name, task):
+    head = heads.build(name, task)
+    with pytest.raises(NotFittedError):
+        clone(head).named_steps["head"].predict(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "task"), EVERY)
+def test_an_answer_does_not_depend_on_the_other_rows(name, task):
+    X, y = data(task)
+    head = heads.build(name, task, params={} if name == "logistic" else {"epochs": 2}).fit(X, y)
+    answer = head.predict if task == "regression" else head.predict_proba
+    np.testing.assert_allclose(np.concatenate([answer(X[i : i + 1]) for i in range(9)]), answer(X)[:9], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "task"), EVERY)
+def test_every_estimator_of_the_table_is_trusted_by_the_loader(name, task):
+    kind = _load(heads.TABLE[name].estimators[task])
+    module = kind.__module__
+    assert not module.startswith("featpipe.") or f"{module}.{kind.__qualname__}" in heads.TRUSTED
+
+
+@pytest.mark.parametrize("name", heads.names())
+def test_every_head_is_described_in_one_sentence(name):
+    assert 20 < len(heads.describe(name)) < 120
+    assert "\n" not in heads.describe(name)

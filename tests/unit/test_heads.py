@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import check_grad
+from sklearn.base import clone
+from sklearn.datasets import make_classification
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from featpipe import heads
+from featpipe.errors import ConfigError, ModelError
+from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
+from featpipe.heads.solver import Problem
+from featpipe.heads.training import _OPTIMIZERS, Plan
+
+
+def features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows like embeddings: a few directions matter, many are noise."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, k, n)
+    latent = spread * np.random.default_rng(99).normal(size=(k, 16))[y] + rng.normal(size=(n, 16))
+    X = np.maximum(latent @ np.random.default_rng(98).normal(size=(16, d)) / 4 + 0.3 * rng.normal(size=(n, d)), 0)
+    return X, y
+
+
+def problem_kinds() -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    rng = np.random.default_rng(0)
+    X, y = make_classification(300, 20, n_informative=10, n_classes=4, random_state=0)
+    separable = make_classification(200, 15, n_informative=10, n_classes=3, class_sep=6, random_state=0)
+    rare = (rng.random(800) < 0.02).astype(int) + 2 * (rng.random(800) < 0.01)
+    wide = rng.normal(size=(60, 300))
+    return {
+        "well conditioned": (X, y, 1.0),
+        "badly conditioned": (X * np.logspace(-3, 2, 20), y, 1.0),
+        "separable": (*separable, 10.0),
+        "imbalanced": (rng.normal(size=(800, 8)) + rare[:, None], np.minimum(rare, 2), 1.0),
+        "wide": (wide, rng.integers(0, 5, 60), 1.0),
+        "binary": (X, (y > 1).astype(int), 0.1),
+    }
+
+
+KINDS = problem_kinds()
+
+
+def objective(W, b, X, y, C, weights=None) -> float:
+    """scikit-learn's objective, written down once more: labels are 0, 1, …"""
+    scores = X @ W.T + b
+    if len(W) == 1:
+        scores = np.hstack([np.zeros_like(scores), scores])
+    scores = scores - scores.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(y)), y]
+    return C * float(losses @ (np.ones(len(y)) if weights is None else weights)) + 0.5 * float((W**2).sum())
+
+
+def reference(X, y, C, **settings) -> LogisticRegression:
+    return LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000, **settings).fit(X, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_softmax_regression_reaches_the_minimum_of_scikit_learns_objective(kind):
+    X, y, C = KINDS[kind]
+    ours, theirs = SoftmaxRegression(C=C).fit(X, y), reference(X, y, C)
+    lowest = min(objective(e.coef_, e.intercept_, X, y, C) for e in (ours, theirs))
+    assert objective(ours.coef_, ours.intercept_, X, y, C) <= lowest * (1 + 1e-6)
+    assert ours.coef_.shape == theirs.coef_.shape
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-3 * np.abs(theirs.coef_).max())
+
+
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 2: 0.5}])
+def test_softmax_regression_weighs_rows_and_classes_as_scikit_learn_does(fit_intercept, class_weight):
+    X, y, C = KINDS["well conditioned"]
+    weights = np.random.default_rng(0).random(len(y)) + 0.1
+    settings = {"C": C, "fit_intercept": fit_intercept, "class_weight": class_weight}
+    ours = SoftmaxRegression(**settings).fit(X, y, sample_weight=weights)
+    theirs = LogisticRegression(solver="newton-cholesky", tol=1e-12, max_iter=1000, **settings)
+    theirs.fit(X, y, sample_weight=weights)
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
+    assert fit_intercept or not ours.intercept_.any()
+
+
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+def test_the_gradient_of_the_problem_is_that_of_its_value(link):
+    rng = np.random.default_rng(0)
+    k = 3 if link == "softmax" else 1
+    Y = np.eye(3)[rng.integers(0, 3, 20)] if link == "softmax" else rng.integers(0, 2, (20, 1)).astype(float)
+    problem = Problem(rng.normal(size=(20, 4)), Y, rng.random(20), link)
+
+    def value(flat):
+        return problem.value_and_gradient(flat[: 4 * k].reshape(k, 4), flat[4 * k :])[0]
+
+    def gradient(flat):
+        _, in_W, in_b = problem.value_and_gradient(flat[: 4 * k].reshape(k, 4), flat[4 * k :])
+        return np.concatenate([in_W.ravel(), in_b])
+
+    assert check_grad(value, gradient, rng.normal(size=5 * k)) < 1e-5
+
+
+def test_a_fit_that_runs_out_of_steps_warns_with_its_gap():
+    X, y, _ = KINDS["separable"]
+    with pytest.warns(ConvergenceWarning, match=r"after 3 steps at a relative gap of at most .*; raise max_iter"):
+        head = SoftmaxRegression(C=1e4, max_iter=3).fit(X, y)
+    assert head.n_iter_ == 3
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e300])
+def test_probabilities_are_exact_for_huge_scores(scale):
+    head = SoftmaxRegression().fit(*KINDS["well conditioned"][:2])
+    head.coef_ = np.zeros_like(head.coef_)
+    head.intercept_ = np.array([0.0, -np.log(3) - scale, -scale, 1.0])
+    found = head.predict_proba(np.zeros((2, 20)))
+    np.testing.assert_allclose(found, [[1 / (1 + np.e), 0, 0, np.e / (1 + np.e)]] * 2, atol=1e-15)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-15)
+
+
+def test_several_labels_are_as_many_binary_regressions():
+    X, y, _ = KINDS["well conditioned"]
+    Y = np.column_stack([y == 0, y > 1, y != 2]).astype(np.int8)
+    head = SoftmaxRegression().fit(X, Y)
+    single = [reference(X, column, 1.0) for column in Y.T]
+    expected = np.column_stack([each.predict_proba(X)[:, 1] for each in single])
+    np.testing.assert_allclose(head.predict_proba(X), expected, atol=1e-4)
+    np.testing.assert_array_equal(head.predict(X), expected > 0.5)
+
+
+def test_a_label_that_no_row_has_gets_a_low_finite_probability():
+    X, y, _ = KINDS["well conditioned"]
+    head = SoftmaxRegression().fit(X, np.column_stack([y == 0, np.zeros_like(y)]))
+    np.testing.assert_allclose(head.predict_proba(X)[:, 1], 0.5 / (len(y) + 1), rtol=1e-12)
+
+
+def test_one_label_alone_stays_a_matrix_when_the_task_says_so():
+    X, y, _ = KINDS["well conditioned"]
+    for name in heads.names("multilabel"):
+        head = heads.build(name, "multilabel").fit(X, (y == 0)[:, None].astype(int))
+        assert head.predict_proba(X).shape == head.predict(X).shape == (len(X), 1)
+
+
+def test_a_row_of_weight_zero_counts_as_absent():
+    X, y, _ = KINDS["well conditioned"]
+    weights = np.ones(len(y))
+    weights[y == 3] = 0
+    head = SoftmaxRegression().fit(X, y, sample_weight=weights)
+    assert head.classes_.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(head.coef_, SoftmaxRegression().fit(X[y < 3], y[y < 3]).coef_)
+
+
+@pytest.mark.parametrize("weights", [-np.ones(300), np.full(300, np.inf), np.zeros(300), np.ones(3)])
+def test_sample_weights_that_make_no_sense_are_refused(weights):
+    X, y, _ = KINDS["well conditioned"]
+    with pytest.raises(ValueError, match="sample_weight"):
+        SoftmaxRegression().fit(X, y, sample_weight=weights)
+
+
+def test_class_names_may_be_text_in_an_object_array():
+    X, y, _ = KINDS["well conditioned"]
+    names = np.array(["ant", "bee", "cat", "dog"], dtype=object)
+    assert set(SoftmaxRegression().fit(X, names[y]).predict(X)) <= set(names)
+    with pytest.raises(ValueError, match="without a class"):
+        SoftmaxRegression().fit(X, np.where(y == 0, None, names[y]))
+    with pytest.raises(ValueError, match="class_weight names eel"):
+        SoftmaxRegression(class_weight={"eel": 2.0}).fit(X, names[y])
+
+
+def test_float32_features_give_the_answers_of_the_same_numbers_in_float64():
+    X, y, _ = KINDS["wide"]
+    X = X.astype(np.float32)
+    np.testing.assert_array_equal(
+        SoftmaxRegression().fit(X, y).predict_proba(X),
+        SoftmaxRegression().fit(X.astype(np.float64), y).predict_proba(X.astype(np.float64)),
+    )
+
+
+CLASSIFIERS = [LinearClassifier, MLPClassifier]
+REGRESSORS = [LinearRegressor, MLPRegressor]
+
+
+def test_a_linear_classifier_trained_long_enough_finds_the_logistic_optimum():
+    X, y, _ = KINDS["well conditioned"]
+    X = StandardScaler().fit_transform(X)
+    head = LinearClassifier(learning_rate=0.1, epochs=400, batch_size=1000, weight_decay=0, random_state=0).fit(X, y)
+    theirs = reference(X, y, 1e8)
+    np.testing.assert_allclose(head.predict_proba(X), theirs.predict_proba(X), atol=1e-2)
+
+
+def test_a_linear_regressor_trained_long_enough_finds_least_squares():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 5))
+    Y = X @ rng.normal(size=(5, 2)) * [1.0, 1e5] + [1e3, -1e7] + rng.normal(size=(200, 2)) * [0.1, 1e4]
+    head = LinearRegressor(learning_rate=0.1, epochs=600, batch_size=1000, weight_decay=0, random_state=0).fit(X, Y)
+    theirs = Ridge(alpha=0).fit(X, Y)
+    np.testing.assert_allclose(head.coef_, theirs.coef_, rtol=1e-3)
+    np.testing.assert_allclose(head.predict(X), theirs.predict(X), rtol=1e-3)
+    np.testing.assert_allclose(head.intercept_, theirs.intercept_, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_an_optimizer_takes_the_steps_of_torchs_own(ours, theirs):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
+    twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    decay = 0.0 if ours == "sgd" else 0.1
+    mine = _OPTIMIZERS[ours]([weight], [bias], Plan(weight_decay=decay))
+    groups = [{"params": twins[:1], "weight_decay": decay}, {"params": twins[1:], "weight_decay": 0.0}]
+    more = {"momentum": 0.9, "nesterov": True} if ours == "sgd" else {}
+    its = theirs(groups, lr=0.01, **more)
+    for _ in range(5):
+        gradients = [torch.randn(p.shape, generator=generator) for p in twins]
+        mine.step(gradients, 0.01)
+        for twin, gradient in zip(twins, gradients, strict=True):
+            twin.grad = gradient.clone()
+        its.step()
+    torch.testing.assert_close(weight, twins[0].detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(bias, twins[1].detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [*CLASSIFIERS, *REGRESSORS])
+def test_two_fits_agree_bit_for_bit_and_leave_torch_as_it_was(kind):
+    X, y = features(120, 30, 3)
+    dropout = {"dropout": 0.3} if "MLP" in kind.__name__ else {}
+    state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
+    with torch.no_grad():
+        first = kind(epochs=4, early_stopping=True, random_state=3, **dropout).fit(X, y)
+    second = clone(first).fit(X[:50], y[:50]).fit(X, y)
+    for one, other in zip(first.coefs_ + first.intercepts_, second.coefs_ + second.intercepts_, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert first.loss_curve_ == second.loss_curve_
+    assert torch.equal(state, torch.get_rng_state())
+    assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
+    np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_what_was_learnt_is_numpy_in_the_type_of_the_features():
+    X, y = features(60, 10, 3)
+    head = MLPClassifier((8, 4), epochs=2, random_state=0).fit(X.astype(np.float32), y)
+    assert [coef.shape for coef in head.coefs_] == [(10, 8), (8, 4), (4, 3)]
+    assert all(type(a) is np.ndarray and a.dtype == np.float32 for a in head.coefs_ + head.intercepts_)
+    assert head.predict_proba(X).sum(axis=1) == pytest.approx(1)
+
+
+def test_early_stopping_returns_the_best_epoch_and_not_the_last():
+    X, y = features(150, 40, 3, spread=0.4)
+    settings = {"learning_rate": 0.02, "schedule": "constant", "random_state": 0}
+    head = MLPClassifier(64, epochs=50, early_stopping=True, validation_fraction=0.3, patience=4, **settings).fit(X, y)
+    assert head.best_epoch_ == np.argmin(head.validation_curve_) + 1
+    assert head.n_iter_ == head.best_epoch_ + 4 < 50
+    again = clone(head).set_params(epochs=head.best_epoch_).fit(X, y)
+    for one, other in zip(head.coefs_, again.coefs_, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_early_stopping_with_too_few_rows_is_refused():
+    with pytest.raises(ValueError, match="early_stopping finds no validation rows: 0.1 of n_samples=4"):
+        LinearClassifier(early_stopping=True).fit([[0.0], [1.0], [2.0], [3.0]], [0, 0, 1, 1])
+
+
+def test_training_that_diverges_says_so():
+    X, y = features(60, 10, 3)
+    with pytest.raises(ValueError, match="diverged in epoch"):
+        LinearRegressor(optimizer="sgd", learning_rate=1e6, random_state=0).fit(X, y)
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_class_weights_move_the_answers_of_trained_classifiers(kind):
+    rng = np.random.default_rng(0)
+    y = (rng.random(400) < 0.1).astype(int)
+    X = rng.normal(size=(400, 5)) + 0.7 * y[:, None]
+    settings = {"learning_rate": 0.02, "random_state": 0}
+    plain = kind(**settings).fit(X, y)
+    balanced = kind(class_weight="balanced", **settings).fit(X, y)
+    weighted = kind(**settings).fit(X, y, sample_weight=np.where(y == 1, 9.0, 1.0))
+    assert plain.predict(X).mean() < 0.15
+    assert balanced.predict(X).mean() > 0.2
+    assert weighted.predict(X).mean() > 0.2
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_label_smoothing_bounds_the_confidence(kind):
+    X, y = features(100, 20, 2, spread=3)
+    settings = {"learning_rate": 0.05, "epochs": 60, "random_state": 0}
+    sharp = kind(**settings).fit(X, y).predict_proba(X).max(axis=1).mean()
+    smooth = kind(label_smoothing=0.2, **settings).fit(X, y).predict_proba(X).max(axis=1).mean()
+    assert sharp > 0.97
+    assert smooth == pytest.approx(0.9, abs=0.03)
+
+
+def test_balanced_weights_leave_out_a_label_that_is_always_or_never_there():
+    X, y = features(90, 10, 3)
+    Y = np.column_stack([y == 0, np.zeros_like(y)])
+    head = LinearClassifier(class_weight="balanced", epochs=3, random_state=0).fit(X, Y)
+    assert np.isfinite(head.predict_proba(X)).all()
+
+
+# The table ---------------------------------------------------------------------------------------------------------
+
+
+def test_importing_heads_and_predicting_needs_no_torch():
+    code = (
+        "import sys, pickle, numpy\n"
+        "from featpipe import heads\n"
+        "heads.names('regression'), heads.describe('mlp'), heads.parse_settings(['C=1'])\n"
+        "assert not {'torch', 'sklearn'} & set(sys.modules)\n"
+        "from featpipe.heads import torch_heads\n"
+        "heads.build('mlp'); heads.build('logistic').fit([[0.], [1.]], [0, 1]).predict([[2.]])\n"
+        "head = pickle.load(sys.stdin.buffer).predict(numpy.zeros((3, 4)))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    head = LinearClassifier(epochs=1).fit(np.eye(4), [0, 1, 0, 1])
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(head), check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"c": 1}, "head 'logistic' has no setting 'c'.* it has C, class_weight,"),
+        ({"scale__with_maen": False}, "did you mean 'scale__with_mean'"),
+        ({"multilabel": True}, "no setting 'multilabel'"),
+        ({"C": 0}, "C is 0; give a number above 0"),
+        ({"C": True}, "C is True"),
+        ({"C": float("inf")}, "C is inf"),
+        ({"max_iter": 1.5}, "max_iter is 1.5; give a whole number of 1 or more"),
+        ({"class_weight": "equal"}, "class_weight is 'equal'"),
+        ({"C": 1, "head__C": 2}, "the same setting"),
+        ({"scale": "no"}, "scale is 'no'"),
+    ],
+)
+def test_settings_that_do_not_exist_or_are_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        heads.build("logistic", params=settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden": 0}, {"hidden": "wide"}, {"hidden": (64, 2.5)}, {"epochs": 0}, {"optimizer": "adam"}, {"dropout": 1},
+        {"learning_rate": 0}, {"momentum": 1}, {"label_smoothing": -0.1}, {"early_stopping": 1}, {"patience": 0},
+        {"validation_fraction": 1.0}, {"weight_decay": -1}, {"schedule": "step"}, {"batch_size": "8"},
+    ],
+)  # fmt: skip
+def test_training_settings_out_of_range_are_refused_before_any_data(settings):
+    with pytest.raises(ConfigError, match=f"head 'mlp': {next(iter(settings))} is"):
+        heads.build("mlp", params=settings)
+
+
+def test_settings_reach_the_step_that_they_name():
+    built = heads.build("logistic", params={"C": 10, "scale__with_mean": False})
+    assert (built.named_steps["head"].C, built.named_steps["scale"].with_mean) == (10, False)
+    assert heads.build("mlp", params={"scale": "passthrough"}).named_steps["scale"] == "passthrough"
+    assert heads.build("mlp", random_state=7).named_steps["head"].random_state == 7
+    assert heads.build("mlp", params={"random_state": 8}).named_steps["head"].random_state == 8
+
+
+def test_unknown_heads_and_tasks_answer_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'logistic'"):
+        heads.build("logistik")
+    with pytest.raises(ConfigError, match="did you mean 'regression'"):
+        heads.names("regresion")
+    with pytest.raises(ConfigError, match="head 'logistic' does classification and multilabel, .* take mlp or linear"):
+        heads.build("logistic", "regression")
+
+
+def test_typed_settings_are_read_as_what_they_look_like():
+    typed = ["C=10", "tol=1e-3", "hidden=256,128", "one=64,", "a=true", "b=None", "c='1'", "d=x=y", "e=(3, 4)", "f="]
+    assert heads.parse_settings(typed) == {
+        "C": 10, "tol": 1e-3, "hidden": (256, 128), "one": (64,), "a": True, "b": None, "c": "1", "d": "x=y",
+        "e": (3, 4), "f": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", [["C"], ["=3"], ["C=1", "C=2"]])
+def test_typed_settings_without_key_or_twice_are_refused(typed):
+    with pytest.raises(ConfigError, match="KEY=VALUE|given twice"):
+        heads.parse_settings(typed)
+
+
+def test_a_grid_search_over_a_built_head_works():
+    X, y = features(90, 12, 3)
+    search = GridSearchCV(heads.build("logistic"), {"head__C": [0.01, 1.0]}, cv=3).fit(X, y)
+    assert search.best_score_ > 0.8
+
+
+# Bytes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored() -> bytes:
+    X, y = features(60, 6, 3)
+    return heads.dumps(heads.build("logistic").fit(X, y))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1, -30])
+def test_damaged_bytes_are_a_model_error(stored, cut):
+    with pytest.raises(ModelError, match="damaged"):
+        heads.loads(stored[:cut] if cut else b"")
+
+
+def test_every_flipped_bit_is_refused_or_harmless(stored):
+    X, _ = features(60, 6, 3)
+    expected = heads.loads(stored).predict_proba(X)
+    for position in np.random.default_rng(0).integers(0, len(stored), 150):
+        flipped = bytearray(stored)
+        flipped[position] ^= 1 << (position % 8)
+        try:
+            found = heads.loads(bytes(flipped))
+        except ModelError:
+            continue
+        np.testing.assert_array_equal(found.predict_proba(X), expected)
+
+
+def test_an_estimator_with_a_foreign_type_cannot_be_saved():
+    with pytest.raises(ModelError, match="cannot be saved so that it loads again: .*may not be loaded"):
+        heads.dumps(FunctionTransformer(subprocess.run))
+
+
+def test_bytes_with_a_foreign_type_are_refused():
+    import skops.io
+
+    with pytest.raises(ModelError, match=r"holds .*run, which may not be loaded"):
+        heads.loads(skops.io.dumps(FunctionTransformer(subprocess.run)))
+
+
+def test_bytes_that_hold_no_estimator_are_refused():
+    import skops.io
+
+    with pytest.raises(ModelError, match="is a dict, not an estimator"):
+        heads.loads(skops.io.dumps({"C": 1.0}))
+
+
+def test_a_container_that_unpacks_to_more_than_it_holds_is_refused():
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as container:
+        container.writestr("schema.json", b" " * 10_000_000)
+    with pytest.raises(ModelError, match="a packed member"):
+        heads.loads(packed.getvalue())
+
+
+def test_heads_survive_pickle_and_joblib(tmp_path):
+    X, y = features(60, 6, 3)
+    for kind in [SoftmaxRegression(), LinearClassifier(epochs=2), MLPRegressor(4, epochs=2)]:
+        head = kind.fit(X, y)
+        joblib.dump(head, tmp_path / "head")
+        for again in (pickle.loads(pickle.dumps(head)), joblib.load(tmp_path / "head")):
+            np.testing.assert_array_equal(again.predict(X), head.predict(X))
