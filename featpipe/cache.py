@@ -21,7 +21,17 @@ from featpipe.names import unknown
 from featpipe.status import Status
 from featpipe.strings import Strings
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "SPLITS", "FeatureCache", "Table", "fsync_directory", "narrowed", "parts_directory", "write_cache"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "SPLITS",
+    "FeatureCache",
+    "Table",
+    "fsync_directory",
+    "narrowed",
+    "parts_directory",
+    "write_cache",
+]
 
 FORMAT = "featpipe-cache"
 FORMAT_VERSION = "1.0"
@@ -169,7 +179,8 @@ class FeatureCache:
 
     @property
     def status(self) -> NDArray[np.str_]:
-        words = [Status(code).word if code in Status else f"status-{code}" for code in range(256)]
+        known = {status.value: status.word for status in Status}
+        words = [known.get(code, f"status-{code}") for code in range(256)]
         return np.array(words)[self.status_codes]
 
     @property
@@ -317,9 +328,7 @@ def fsync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _complete(
-    manifest: Mapping[str, Any], table: Table, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
+def _complete(manifest: Mapping[str, Any], table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return {
         **manifest,
         "format": FORMAT,

@@ -1,12 +1,12 @@
 """Parts: finished pieces of an unfinished extraction, written whole, made durable, published; and found again.
 
 A part is built in memory, written to a unique temporary name, fsynced, and renamed to a name that carries its
-digest. Then a small record with name, size, digest, fingerprint and row count, and a checksum of its own, is published
-with an exclusive ``link()`` and the directory fsynced. Readers trust records alone, and verify what they name, so that a
-kill at any point loses at most the part in hand.
+digest. Then a small record with name, size, digest, fingerprint and row count, and a checksum of its own, is
+published with an exclusive ``link()`` and the directory fsynced. Readers trust records alone, and verify what they
+name, so that a kill at any point loses at most the part in hand.
 
-A part says what was embedded by the images' own digests and stamps, not by row numbers: an extraction that goes on after
-images were added or renamed finds its finished work all the same.
+A part says what was embedded by the images' own digests and stamps, not by row numbers: an extraction that goes on
+after images were added or renamed finds its finished work all the same.
 """
 
 from __future__ import annotations

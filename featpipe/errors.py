@@ -43,9 +43,7 @@ class SampleError(ArchiveError):
     sample_id : str
     """
 
-    def __init__(
-        self, message: str, *, status: Status, archive: str = "", sample_id: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, status: Status, archive: str = "", sample_id: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.archive = archive

@@ -273,5 +273,3 @@ def _embed_at_hand(images: list[Any], backbone: Backbone, settings: Extraction) 
     for row in np.flatnonzero(status)[:1]:
         raise _bad(images[row], int(row), Status(int(status[row])))
     return features
-
-

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import archive, backbone as backbones
+from featpipe import archive
+from featpipe import backbone as backbones
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
@@ -90,7 +91,7 @@ def load_backbone(settings: Extraction) -> Backbone:
         return settings.backbone
     return backbones.load(
         settings.backbone,
-        weights=settings.weights,
+        weights=None if settings.weights is None else os.fspath(settings.weights),
         outputs=tuple(settings.outputs),
         transform=settings.transform,
         seed=settings.seed,
@@ -107,9 +108,7 @@ def facts_of(backbone: Backbone, settings: Extraction) -> dict[str, Any]:
     }
 
 
-def extract_index(
-    index: Index, backbone: Backbone, settings: Extraction, progress: Tell = quiet
-) -> FeatureCache:
+def extract_index(index: Index, backbone: Backbone, settings: Extraction, progress: Tell = quiet) -> FeatureCache:
     """The cache of an index: from what is known already, and a forward pass for the rest."""
     facts = facts_of(backbone, settings)
     path = _path(index, backbone, facts, settings)
@@ -253,9 +252,7 @@ class _Part:
 class _Run:
     """One extraction: reads and embeds what is not known, and commits it part by part."""
 
-    def __init__(
-        self, ledger: _Ledger, backbone: Backbone, settings: Extraction, parts: Parts, progress: Tell
-    ) -> None:
+    def __init__(self, ledger: _Ledger, backbone: Backbone, settings: Extraction, parts: Parts, progress: Tell) -> None:
         self.ledger = ledger
         self.backbone = backbone
         self.settings = settings

@@ -39,7 +39,7 @@ def digest_arrays(arrays: Iterable[tuple[str, NDArray[np.generic]]]) -> str:
     state = hashlib.sha256()
     for name, array in sorted(arrays, key=lambda item: item[0]):
         state.update(canonical([name, array.dtype.str, list(array.shape)]))
-        state.update(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+        state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()
 
 

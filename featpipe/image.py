@@ -168,9 +168,7 @@ def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
             raise _refusal(picture.format or "Pillow", error) from error
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or not _is_picture(picture.shape):
         found = (
-            f"{picture.dtype} of shape {picture.shape}"
-            if isinstance(picture, np.ndarray)
-            else type(picture).__name__
+            f"{picture.dtype} of shape {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
         )
         raise ConfigError(
             f"picture: {found}; expected a Pillow image or a uint8 array of shape (h, w), (h, w, 1), "

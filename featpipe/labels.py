@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Labels:
     """
 
     task: Task
-    values: NDArray[np.generic]
+    values: NDArray[Any]
     classes: tuple[str, ...] = ()
 
     @classmethod
@@ -103,7 +103,7 @@ class Labels:
         return Labels(self.task, self.values[np.asarray(rows)], self.classes)
 
     @property
-    def y(self) -> NDArray[np.generic]:
+    def y(self) -> NDArray[Any]:
         """As scikit-learn takes them: class names (object array, None where unknown), targets, or a 0/1 matrix.
 
         A single target comes as shape (n,).

@@ -44,8 +44,6 @@ class Readable(Protocol):
     """What a loader reads from: an index of archives, or pictures at hand."""
 
     @property
-    def fault(self) -> NDArray[np.uint8]: ...
-    @property
     def sequential(self) -> bool: ...
     def open(self) -> Reads: ...
 
@@ -71,10 +69,6 @@ class Pictures:
     items: Sequence[object]
     sequential: bool = False
 
-    @property
-    def fault(self) -> NDArray[np.uint8]:
-        return np.zeros(len(self.items), np.uint8)
-
     def open(self) -> Pictures:
         return self
 
@@ -83,7 +77,7 @@ class Pictures:
         if isinstance(item, (bytes, bytearray, memoryview)):
             return bytes(item)
         if not isinstance(item, (str, os.PathLike)):
-            return image.to_rgb(item)
+            return image.to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
         try:
             with open(item, "rb") as file:
                 return file.read()
@@ -160,7 +154,6 @@ class Loader:
         self.batch = batch
         self.is_known = is_known
         self.reader = index.open()
-        self._fault = index.fault
         self._sequential = index.sequential
         self._rows = iter(rows.tolist())
         self._feed = threading.Lock()
@@ -171,7 +164,8 @@ class Loader:
     def batches(self) -> Iterator[Batch]:
         """Batches until the rows are used up; each thread runs a generator of its own over the shared rows."""
         while True:
-            batch, pictures = Batch(), []
+            batch = Batch()
+            pictures: list[Tensor] = []
             while len(pictures) < self.batch:
                 taken = self._take(self.batch - len(pictures), batch.seconds)
                 if not taken:
@@ -200,8 +194,6 @@ class Loader:
     def _read(self, row: int, seconds: Seconds) -> bytes | NDArray[np.uint8] | SampleError:
         started = perf_counter()
         try:
-            if self._fault[row]:
-                return SampleError("found while listing", status=Status(int(self._fault[row])))
             return self.reader.read(row)
         except SampleError as error:
             return error

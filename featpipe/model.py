@@ -155,7 +155,7 @@ class Model:
         WeightsError
             If the weights are not there, or not the ones that the head was trained on.
         ModelError
-            If the network is code of somebody's own; pass it to :meth:`attach` or :func:`load_model` if you trust it.
+            If the network is code of somebody's own; pass it to :func:`load_model` if you trust it.
         """
         if self._backbone is None:
             self.attach(self._load_backbone())

@@ -85,14 +85,17 @@ def predict(
     ArchiveError
         If an archive cannot be listed.
     """
+    writer = _writer(out)
     index = archive.index(archives)
     counts: dict[str, int] = {}
     names = [f"predicted_{name}" for name in model.classes] if model.task == "regression" else None
-    with _writer(out)(Path(out) if out is not None else None, names) as write:
-        with closing(stream(model, index, top=top, workers=workers, progress=progress)) as predictions:
-            for prediction in predictions:
-                counts[prediction.status] = counts.get(prediction.status, 0) + 1
-                write(prediction)
+    with (
+        writer(Path(out) if out is not None else None, names) as write,
+        closing(stream(model, index, top=top, workers=workers, progress=progress)) as predictions,
+    ):
+        for prediction in predictions:
+            counts[prediction.status] = counts.get(prediction.status, 0) + 1
+            write(prediction)
     bad = {status: count for status, count in counts.items() if status != Status.OK.word}
     if bad:
         reasons = ", ".join(f"{count} {status}" for status, count in bad.items())
@@ -125,7 +128,7 @@ def _predictions(
     made: dict[int, Prediction] = {}
     if features:
         X = features[model.output]
-        finite = np.isfinite(X).all(axis=1)
+        finite = np.asarray(np.isfinite(X).all(axis=1))
         told = iter(_tell(model, X[finite], top))
         for place, good in zip(batch.places, finite, strict=True):
             told_here = next(told) if good else {}
@@ -156,7 +159,7 @@ def _record(prediction: Prediction, targets: Sequence[str] | None) -> dict[str, 
     """One flat row; the same columns for every sample of a file."""
     record: dict[str, Any] = {"id": prediction.id, "status": prediction.status}
     if targets is not None:
-        values = prediction.values or [None] * len(targets)
+        values: Sequence[float | None] = prediction.values or [None] * len(targets)
         return {**record, **dict(zip(targets, values, strict=True))}
     ranked = {label: round(probability, 6) for label, probability in prediction.top}
     return {**record, "label": prediction.label, "probability": prediction.probability, "top": ranked}
@@ -225,7 +228,8 @@ def _parquet(path: Path | None, targets: Sequence[str] | None) -> Iterator[Any]:
     else:
         pairs = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
         kinds += [pa.field("label", pa.string()), pa.field("probability", pa.float64()), pa.field("top", pairs)]
-    schema, block = pa.schema(kinds), []
+    schema = pa.schema(kinds)
+    block: list[dict[str, Any]] = []
     with _whole(path, binary=True) as file, pq.ParquetWriter(file, schema) as writer:
 
         def flush() -> None:

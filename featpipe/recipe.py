@@ -1,4 +1,4 @@
-"""The settings of each stage: frozen dataclasses, the one home of the defaults that commands, recipes and Python share."""
+"""The settings of each stage: the one home of the defaults that commands, recipes and Python share."""
 
 from __future__ import annotations
 

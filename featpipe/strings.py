@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -61,7 +62,7 @@ class Strings(Sequence[str]):
             offsets = self.offsets[start : start + 65537]
             block = bytes(self.data[offsets[0] : offsets[-1]])
             cuts = (offsets - offsets[0]).tolist()
-            for left, right in zip(cuts[:-1], cuts[1:], strict=True):
+            for left, right in pairwise(cuts):
                 yield block[left:right].decode("utf-8", "replace")
 
     def __eq__(self, other: object) -> bool:

@@ -251,7 +251,7 @@ def _list_archive(path: Path, limits: ArchiveLimits) -> Listing:
     compression = cast(Compression, "" if kind == "zip" else kind)
     if kind == "zip":
         return list_zip(Source(path, "zip", real, "", found.st_size, found.st_mtime_ns), limits)
-    if kind or head[_TAR_MAGIC_AT:] == b"ustar" or ".tar" in path.suffixes[-2:]:
+    if kind or head[_TAR_MAGIC_AT:] == b"ustar" or path.suffix.lower() == ".tar":
         return list_tar(Source(path, "tar", real, compression, found.st_size, found.st_mtime_ns), limits)
     raise ArchiveError(
         f"{path}: begins with {head[:8]!r}; expected a folder, a .tar (also .gz, .bz2, .xz), a .zip, or a table of "
@@ -273,13 +273,14 @@ def _assembled(listings: Sequence[Listing], limits: ArchiveLimits) -> Index:
     ids: list[str] = []
     for listing in listings:
         prefix = prefixes.get(listing.source, "")
-        ids += (prefix + _id(name) for name in listing.names)
-    n = len(ids)
+        ids += (prefix + _id(listing.source, name) for name in listing.names)
+    n, column = len(ids), Strings.of(_unique(ids))
+    names = _raw_names(name for listing in listings for name in listing.names)
     number = {source: i for i, source in enumerate(sources)}
     return Index(
         sources=sources,
-        ids=Strings.of(_unique(ids)),
-        names=_raw_names(name for listing in listings for name in listing.names),
+        ids=column,
+        names=column if names == column else names,  # mostly equal, and then kept once
         source=np.repeat(
             np.array([number[listing.source] for listing in listings], np.int32), list(map(len, listings))
         ),
@@ -307,7 +308,7 @@ def _raw_names(names: Iterable[str]) -> Strings:
 
 def _prefixes(given: Sequence[Source]) -> dict[Source, str]:
     """What goes before the ids of each archive when there are several; single images have no archive."""
-    paths = [(source, Path(os.path.abspath(source.path)).parts) for source in given if source.path != Path()]
+    paths = [(source, Path(os.path.abspath(source.path)).parts) for source in given if source != _here()]
     double = next((parts for parts, count in Counter(parts for _, parts in paths).items() if count > 1), None)
     if double is not None:
         raise ArchiveError(f"{Path(*double)}: given twice; give each archive once")
@@ -321,8 +322,8 @@ def _prefixes(given: Sequence[Source]) -> dict[Source, str]:
     return {source: plain(name) + "/" for (source, _), name in zip(paths, names, strict=True)}
 
 
-def _id(name: str) -> str:
-    return plain(clean(name))
+def _id(source: Source, name: str) -> str:
+    return plain(name if source.kind == "files" else clean(name))
 
 
 def _unique(ids: list[str]) -> list[str]:

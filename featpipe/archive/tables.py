@@ -44,6 +44,9 @@ class Table:
     label_column: str | None = None
     task: Task | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
 
 @dataclass(frozen=True)
 class Rows:

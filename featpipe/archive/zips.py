@@ -89,8 +89,8 @@ def _fault(entry: zipfile.ZipInfo) -> Status:
 def _check(source: Source, archive: zipfile.ZipFile, limits: ArchiveLimits) -> None:
     """Refuse entries that share bytes, which is how a small file unfolds without end, and too high a ratio."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    starts = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
-    for entry, following in zip(entries, starts, strict=True):
+    starts = [entry.header_offset for entry in entries] + [archive.start_dir]
+    for entry, following in zip(entries, starts[1:], strict=True):
         if entry.header_offset < 0 or entry.header_offset + _LOCAL_HEADER + entry.compress_size > following:
             raise ArchiveError(
                 f"{source.path}: {shown(entry.orig_filename)} overlaps what follows it; not a zip to be trusted"

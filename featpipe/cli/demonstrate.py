@@ -17,7 +17,7 @@ __all__ = ["demo"]
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def demo(out: str, as_json: bool) -> None:
-    """Run the whole line on real photographs, with nothing to download.
+    r"""Run the whole line on real photographs, with nothing to download.
 
     Tiles of seventeen photographs are embedded by an ImageNet network; three heads learn from the left half of each
     photograph and are tested on the right half.
@@ -33,10 +33,8 @@ def demo(out: str, as_json: bool) -> None:
     with Terminal() as terminal:
         done = demonstrate(Path(out), terminal, command_line())
     if as_json:
-        rows = [
-            {"name": r.name, "accuracy": r.score.value, "low": r.score.low, "high": r.score.high} for r in done.comparison
-        ]
-        dump({"cache": str(done.cache.path), "report": str(done.report), "chosen": done.chosen, "comparison": rows})
+        scores = [{"name": row.name, "accuracy": row.score.value} for row in done.comparison]
+        dump({"cache": str(done.cache.path), "report": str(done.report), "chosen": done.chosen, "comparison": scores})
         return
     rows = [
         ["→" if r.chosen else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
@@ -45,11 +43,13 @@ def demo(out: str, as_json: bool) -> None:
     click.echo(f"\nAccuracy on {_tested(done)} tiles from the right halves, with 95 % intervals\n")
     click.echo(table(rows, ["", "", "accuracy", "fit s", ""], right=[3]))
     click.echo("\nSome of them, as the chosen head sees them\n")
-    examples = [[name, said, f"{p:.2f}", "" if said == true else f"no: {true}"] for name, true, said, p in done.examples]
+    examples = [
+        [name, said, f"{p:.2f}", "" if said == true else f"no: {true}"] for name, true, said, p in done.examples
+    ]
     click.echo(table(examples, ["tile", "predicted", "", ""]))
     click.echo(
         f"""
-Made in {perf_counter() - started:.0f} s: {done.archive}, {done.cache.path}, {', '.join(map(str, done.models.values()))}
+Made in {perf_counter() - started:.0f} s: {done.archive}, {done.cache.path}, {", ".join(map(str, done.models.values()))}
 Open {done.report} in a browser.
 
 With your own images, one folder for each class:

@@ -17,7 +17,9 @@ DEFAULT = Extraction()
 
 @click.command(short_help="Run a frozen network once over images and cache the embeddings.")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
-@click.option("--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`.")
+@click.option(
+    "--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`."
+)
 @click.option("--weights", metavar="FILE|NAME|none", help="Other than the published default.")
 @click.option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]")
 @click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels.")
@@ -44,7 +46,7 @@ def extract(
     task: Any,
     **settings: Any,
 ) -> None:
-    """Run a frozen network once over images and cache the embeddings.
+    r"""Run a frozen network once over images and cache the embeddings.
 
     ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
     Prints the path of the cache. Images that any cache in --cache knows are not embedded again.
@@ -91,7 +93,7 @@ def train(
     out: str | None,
     as_json: bool,
 ) -> None:
-    """Train a head on a cache; prints the path of the model.
+    r"""Train a head on a cache; prints the path of the model.
 
     Its quality is estimated by cross-validation on the training images; the model is then fitted on all of them.
 

@@ -16,7 +16,7 @@ __all__ = ["backbones", "heads", "info"]
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def info(path: str, as_json: bool) -> None:
-    """Show what a cache or a model holds.
+    r"""Show what a cache or a model holds.
 
     \b
     Example:
@@ -94,7 +94,9 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {_shown(item)}" for name, item in list(value.items())[:40])
     if isinstance(value, list):
-        return " × ".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value[:40]))
+        return (
+            " × ".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value[:40]))
+        )
     if isinstance(value, float):
         return f"{value:.4g}"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
@@ -104,7 +106,7 @@ def _shown(value: object) -> str:
 @click.argument("pattern", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def backbones(pattern: str | None, as_json: bool) -> None:
-    """List the networks that can be used, all or those whose names match PATTERN.
+    r"""List the networks that can be used, all or those whose names match PATTERN.
 
     \b
     Example:
@@ -122,7 +124,7 @@ def backbones(pattern: str | None, as_json: bool) -> None:
 @click.command(short_help="List the heads that can be trained.")
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def heads(as_json: bool) -> None:
-    """List the heads that can be trained, what they are for and what can be set.
+    r"""List the heads that can be trained, what they are for and what can be set.
 
     \b
     Example:

@@ -54,7 +54,9 @@ class Terminal:
             from tqdm import tqdm
 
             self._stage = progress.text
-            self._bar = tqdm(total=progress.total, desc=progress.text, unit=f" {progress.unit}", leave=False, smoothing=0.1)
+            self._bar = tqdm(
+                total=progress.total, desc=progress.text, unit=f" {progress.unit}", leave=False, smoothing=0.1
+            )
         self._bar.update(progress.done - self._bar.n)
         if progress.done >= progress.total:
             self._close()

@@ -97,7 +97,6 @@ def test_a_lossless_format_gives_back_the_pixels_that_were_drawn(kind: str) -> N
     assert picture.dtype == np.uint8
     assert picture.flags.c_contiguous
     assert picture.flags.writeable
-    assert picture.flags.owndata or picture.base is not None
 
 
 def test_lossless_webp_gives_back_the_pixels_that_were_drawn() -> None:
@@ -238,14 +237,17 @@ def test_floating_point_gray_that_is_not_finite_is_damaged() -> None:
     assert refused(encoded(np.array([[0, np.nan]], np.float32), "TIFF")).status is Status.DAMAGED
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-@pytest.mark.parametrize("kind", ["TIFF", "PNG", "JPEG"])
-def test_other_modes_become_rgb_as_pillow_converts_them(mode: str, kind: str) -> None:
-    picture = Image.fromarray(SMOOTH).convert(mode)
-    try:
-        data = encoded(picture, kind)
-    except OSError:
-        pytest.skip(f"{kind} has no {mode}")
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("TIFF", mode) for mode in ("1", "L", "P", "CMYK", "YCbCr")),
+        *(("PNG", mode) for mode in ("1", "L", "P")),
+        *(("JPEG", mode) for mode in ("1", "L", "CMYK", "YCbCr")),
+        *(("BMP", mode) for mode in ("1", "L", "P")),
+    ],
+)
+def test_other_modes_become_rgb_as_pillow_converts_them(kind: str, mode: str) -> None:
+    data = encoded(Image.fromarray(SMOOTH).convert(mode), kind)
     np.testing.assert_array_equal(decode(data), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
 
 
@@ -344,9 +346,7 @@ def test_many_threads_decode_at_once() -> None:
 
     def work() -> None:
         for _ in range(5):
-            wrong.extend(
-                name for name, data in SAMPLES.items() if not np.array_equal(decode(data), expected[name])
-            )
+            wrong.extend(name for name, data in SAMPLES.items() if not np.array_equal(decode(data), expected[name]))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

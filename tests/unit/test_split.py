@@ -226,7 +226,7 @@ def test_a_class_with_fewer_images_than_folds_is_named_with_the_k_that_works():
 
 
 def test_a_class_with_one_image_has_no_k_that_works():
-    with pytest.raises(ConfigError, match="class 'dog' has 1 distinct image, .* leave the class out"):
+    with pytest.raises(ConfigError, match=r"class 'dog' has 1 distinct image, .* leave the class out"):
         folds(many(11), ["cat"] * 10 + ["dog"], k=2)
 
 
