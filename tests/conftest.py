@@ -1,0 +1,91 @@
+"""What the tests share: small archives of made-up photographs, and a tiny network."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A smooth random picture: noise, blown up."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
+    file = io.BytesIO()
+    picture(seed, size).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def tiny_transform(image: Tensor) -> Tensor:
+    """Twelve by twelve pixels in [0, 1]."""
+    small = nn.functional.interpolate(image[None].float(), (12, 12), mode="area")
+    return small[0] / 255
+
+
+class Tiny(nn.Module):
+    """A network that embeds thousands of images in a second."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.norm = nn.BatchNorm2d(8)
+            self.norm.running_mean.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+
+@pytest.fixture
+def tiny() -> object:
+    """The tiny network as a backbone of its own."""
+    from featpipe import backbone
+
+    return backbone.load(Tiny(), transform=tiny_transform)
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of small JPEGs, one folder for each class; the pictures of a class look alike."""
+
+    def make(classes: Sequence[str] = ("ape", "bee", "cow"), each: int = 6, name: str = "photos") -> Path:
+        folder = tmp_path / name
+        for number, label in enumerate(classes):
+            (folder / label).mkdir(parents=True)
+            for i in range(each):
+                (folder / label / f"{i:02}.jpg").write_bytes(jpeg(1000 * number + i))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the real command in a process of its own, in the temporary folder."""
+
+    def run(*arguments: str | Path, code: int = 0, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "featpipe", *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "PYTHONWARNINGS": "default"},
+        )
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run

@@ -1,0 +1,370 @@
+"""Archive + backbone → cache: no image is embedded twice, and what was committed is never lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featpipe import archive, backbone, extraction, image
+from featpipe.engine import Engine
+from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError, SampleError
+from featpipe.extraction import embed_files, extract, facts_of
+from featpipe.progress import Progress
+from featpipe.recipe import Extraction
+from featpipe.status import Status
+from tests.conftest import Tiny, jpeg, tiny_transform
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """Counts the images that go through the network."""
+    counts = []
+    embed = Engine.embed
+    monkeypatch.setattr(Engine, "embed", lambda self, x: counts.append(len(x)) or embed(self, x))
+    return lambda: sum(counts), counts.clear
+
+
+@pytest.fixture
+def count(embedded):
+    return embedded[0]
+
+
+def old(folder):
+    """Let the files look as if they had not been written just now."""
+    past = time.time() - 3600
+    for path in folder.rglob("*"):
+        os.utime(path, (past, past))
+    return folder
+
+
+def by_hand(folder, ids):
+    network = Tiny().eval()
+    pictures = [image.decode((folder / name).read_bytes()) for name in ids]
+    with torch.inference_mode():
+        return torch.cat(
+            [network(tiny_transform(torch.from_numpy(p).permute(2, 0, 1))[None]) for p in pictures]
+        ).numpy()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_each_row_is_the_network_called_by_hand_on_that_image(make_folder, tiny, tmp_path, workers, batch):
+    folder = make_folder()
+    cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=workers, batch=batch)
+    assert list(cache.ids) == [f"{label}/{i:02}.jpg" for label in ("ape", "bee", "cow") for i in range(6)]
+    assert np.allclose(cache.features(), by_hand(folder, cache.ids), rtol=1e-5, atol=1e-6)
+    assert cache.y.tolist() == [name.split("/")[0] for name in cache.ids]
+
+
+def test_a_rerun_does_no_forward_pass_and_says_so(make_folder, tiny, tmp_path, count):
+    folder = old(make_folder())
+    first = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    done, told = count(), []
+    second = extract(folder, backbone=tiny, cache=tmp_path / "c", progress=told.append)
+    assert (done, count()) == (18, 18)
+    assert second.path == first.path
+    assert any("no forward pass" in progress.text for progress in told)
+
+
+def test_a_rerun_reads_no_image(make_folder, tiny, tmp_path, monkeypatch):
+    folder = old(make_folder())
+    first = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    written = first.path.stat()
+    monkeypatch.setattr(archive.Reader, "read", lambda *_: pytest.fail("an image was read"))
+    again = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    assert again.path.stat().st_mtime_ns == written.st_mtime_ns
+
+
+def test_a_change_within_the_clocks_tick_is_seen(make_folder, tiny, tmp_path, count):
+    folder = make_folder(("ape",), 2)
+    extract(folder, backbone=tiny, cache=tmp_path / "c")
+    path = folder / "ape" / "00.jpg"
+    before, size = path.stat(), path.stat().st_size
+    changed = jpeg(77)[:size].ljust(size, b"\0")
+    path.write_bytes(changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    assert cache.digests[0].tobytes() == extraction.hashlib.sha256(changed).digest()
+
+
+def test_content_is_checked_on_request(make_folder, tiny, tmp_path):
+    folder = old(make_folder(("ape",), 2))
+    extract(folder, backbone=tiny, cache=tmp_path / "c")
+    path = folder / "ape" / "00.jpg"
+    before, size = path.stat(), path.stat().st_size
+    path.write_bytes(jpeg(77)[:size].ljust(size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    trusted = extract(folder, backbone=tiny, cache=tmp_path / "c").digests[0].copy()
+    checked = extract(folder, backbone=tiny, cache=tmp_path / "c", check_content=True).digests[0]
+    assert not np.array_equal(trusted, checked)
+
+
+@pytest.mark.parametrize("change", ["rename", "move", "add", "remove", "tar", "copy"])
+def test_only_bytes_that_are_new_are_embedded(make_folder, tiny, tmp_path, embedded, change):
+    count, clear = embedded
+    folder = make_folder()
+    where = folder
+    first = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    vectors = {d.tobytes(): f for d, f in zip(first.digests, first.features(), strict=True)}
+    clear()
+    if change == "rename":
+        (folder / "ape" / "00.jpg").rename(folder / "ape" / "zz.jpg")
+    elif change == "move":
+        (folder / "ape" / "00.jpg").rename(folder / "cow" / "a.jpg")
+    elif change == "add":
+        (folder / "bee" / "new.jpg").write_bytes(jpeg(500))
+    elif change == "remove":
+        (folder / "bee" / "03.jpg").unlink()
+    elif change == "tar":
+        where = tmp_path / "photos.tar"
+        with tarfile.open(where, "w") as tar:
+            tar.add(folder, "photos")
+    else:
+        shutil.copytree(folder, where := tmp_path / "elsewhere")
+    second = extract(where, backbone=tiny, cache=tmp_path / "c")
+    assert count() == (1 if change == "add" else 0)
+    for digest, row in zip(second.digests, second.features(), strict=True):
+        if digest.tobytes() in vectors:
+            assert np.array_equal(row, vectors[digest.tobytes()])
+    assert np.allclose(second.features(), by_hand_of(where, second), rtol=1e-5, atol=1e-6)
+
+
+def by_hand_of(where, cache):
+    index = archive.index(where)
+    with index.open() as reader:
+        pictures = [image.decode(reader.read(row)) for row in range(len(index))]
+    with torch.inference_mode():
+        tensors = [tiny_transform(torch.from_numpy(p).permute(2, 0, 1)) for p in pictures]
+        return Tiny().eval()(torch.stack(tensors)).numpy()
+
+
+def test_duplicates_within_an_archive_are_embedded_once(make_folder, tiny, tmp_path, count):
+    folder = make_folder(("ape",), 4)
+    for i in range(20):
+        shutil.copy(folder / "ape" / "00.jpg", folder / "ape" / f"copy{i}.jpg")
+    cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=4, batch=2)
+    assert count() == 4
+    assert np.allclose(cache.features(), by_hand(folder, cache.ids), rtol=1e-5, atol=1e-6)
+
+
+def test_duplicates_of_a_damaged_image_are_all_damaged(make_folder, tiny, tmp_path):
+    folder = make_folder(("ape",), 2)
+    for i in range(5):
+        (folder / "ape" / f"bad{i}.jpg").write_bytes(jpeg(9)[:150])
+    with pytest.warns(UserWarning, match="5 of 7 images have no features: 5 damaged"):
+        cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=3, batch=1)
+    assert cache.status.tolist() == ["ok", "ok"] + ["damaged"] * 5
+    assert np.isnan(cache.features()[2:]).all()
+    assert np.isfinite(cache.features()[:2]).all()
+
+
+def test_relabelling_costs_no_forward_pass(make_folder, tiny, tmp_path, embedded):
+    count, clear = embedded
+    folder = make_folder(("ape", "bee"), 3)
+    extract(folder, backbone=tiny, cache=tmp_path / "c")
+    clear()
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "path,label\n" + "".join(f"{c}/0{i}.jpg,{c.upper()}{i}\n" for c in ("ape", "bee") for i in range(3))
+    )
+    cache = extract(folder, backbone=tiny, cache=tmp_path / "c", labels=table)
+    assert count() == 0
+    assert cache.y.tolist() == ["APE0", "APE1", "APE2", "BEE0", "BEE1", "BEE2"]
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 3, 7])
+def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
+    make_folder, tiny, tmp_path, embedded, interrupted_at
+):
+    count, clear = embedded
+    folder = make_folder()
+    whole = extract(folder, backbone=tiny, cache=tmp_path / "whole", batch=2)
+    clear()
+
+    def interrupt(progress: Progress) -> None:
+        if progress.kind == "bar" and progress.done >= 2 * interrupted_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2, progress=interrupt)
+    parts = list((tmp_path / "c").glob("*.parts/*.record"))
+    assert len(parts) == 1
+    assert not list((tmp_path / "c").glob("*.h5"))
+    done = count()
+    resumed = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2)
+    assert done >= 2 * interrupted_at
+    assert count() <= 18 + 2 * 8  # batches that were in flight were not committed
+    assert resumed.features().tobytes() == whole.features().tobytes()
+    assert not list((tmp_path / "c").glob("*.parts"))
+
+
+def test_work_is_committed_while_it_goes_on(make_folder, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "PART_SECONDS", 0.0)
+    folder = make_folder()
+    commits = []
+    commit = extraction.Parts.commit
+    monkeypatch.setattr(extraction.Parts, "commit", lambda self, a: commits.append(len(a["digest"])) or commit(self, a))
+    cache = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2, workers=2)
+    assert len(commits) >= 9
+    assert sum(commits) == 18
+    assert np.allclose(cache.features(), by_hand(folder, cache.ids), rtol=1e-5, atol=1e-6)
+
+
+def test_another_bit_in_the_weights_is_another_cache(make_folder, tmp_path, embedded):
+    count, clear = embedded
+    folder = make_folder(("ape",), 3)
+    network = Tiny()
+    extract(folder, backbone=backbone.load(network, transform=tiny_transform), cache=tmp_path / "c")
+    clear()
+    with torch.no_grad():
+        network.conv.bias[0] = torch.nextafter(network.conv.bias[0], torch.tensor(9.0))
+    extract(folder, backbone=backbone.load(network, transform=tiny_transform), cache=tmp_path / "c")
+    assert count() == 3
+    assert len(list((tmp_path / "c").glob("*.h5"))) == 2
+
+
+@pytest.mark.parametrize("changed", [{"precision": "bf16"}, {"storage": "float16"}])
+def test_precision_and_storage_are_part_of_the_identity(tiny, changed):
+    assert facts_of(tiny, Extraction(**changed)) != facts_of(tiny, Extraction())
+
+
+def test_float16_is_stored_and_is_near(make_folder, tiny, tmp_path):
+    folder = make_folder()
+    exact = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    half = extract(folder, backbone=tiny, cache=tmp_path / "c", storage="float16")
+    assert half.features().dtype == np.float16
+    assert np.allclose(half.features(), exact.features(), rtol=1e-3, atol=1e-4)
+
+
+def test_several_outputs_come_from_one_pass(make_folder, tmp_path, count):
+    net = backbone.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:avg", "conv:none"])
+    cache = extract(make_folder(("ape",), 3), backbone=net, cache=tmp_path / "c")
+    assert count() == 3
+    assert cache.outputs == ("pooled", "conv:avg", "conv:none")
+    assert cache.features("conv:none").shape == (3, 8, 10, 10)
+    assert np.allclose(cache.features("conv:none").mean((2, 3)), cache.features("conv:avg"), atol=1e-5)
+
+
+def test_too_many_bad_images_stop_the_extraction_and_lose_nothing(make_folder, tiny, tmp_path, embedded):
+    count, clear = embedded
+    folder = make_folder(("ape",), 10)
+    for i in (3, 6, 9):
+        (folder / "ape" / f"0{i}.jpg").write_bytes(b"no image")
+    for limit in (2, "20%", 0.2, "0.2"):
+        with pytest.raises(ArchiveError, match=r"3 images have no features \(3 unsupported\).*--max-bad"):
+            extract(folder, backbone=tiny, cache=tmp_path / "c", max_bad=limit, batch=4, workers=1)
+    done = count()
+    with pytest.warns(UserWarning, match="3 unsupported"):
+        cache = extract(folder, backbone=tiny, cache=tmp_path / "c", max_bad=3, batch=4, workers=1)
+    assert done == count() == 7
+    assert len(cache.X) == 7
+
+
+@pytest.mark.parametrize("limit", ["many", -1, "120%", 1.5])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(ConfigError, match="max-bad"):
+        Extraction(max_bad=limit)
+
+
+def test_an_archive_of_which_nothing_can_be_read_is_an_error(tmp_path, tiny):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    with (
+        pytest.raises(ArchiveError, match=r"none of the 1 images.*1 empty"),
+        pytest.warns(UserWarning, match="1 empty"),
+    ):
+        extract(tmp_path / "photos", backbone=tiny, cache=tmp_path / "c")
+
+
+def test_a_cache_made_otherwise_is_not_replaced_unasked(make_folder, tiny, tmp_path):
+    folder, out = make_folder(("ape",), 2), tmp_path / "x.h5"
+    extract(folder, backbone=tiny, out=out)
+    with pytest.raises(CacheMismatchError, match=r"precision is 'fp32', asked for 'bf16'.*--overwrite"):
+        extract(folder, backbone=tiny, out=out, precision="bf16")
+    assert extract(folder, backbone=tiny, out=out, precision="bf16", overwrite=True).facts["precision"] == "bf16"
+
+
+def test_a_cache_of_another_archive_is_not_replaced_unasked(make_folder, tiny, tmp_path):
+    one, other, out = make_folder(("ape",), 2), make_folder(("bee",), 2, "others"), tmp_path / "x.h5"
+    extract(one, backbone=tiny, out=out)
+    with pytest.raises(CacheMismatchError, match=r"others.*--overwrite"):
+        extract(other, backbone=tiny, out=out)
+
+
+def test_an_out_that_is_no_hdf5_name_is_refused_before_any_work(make_folder, tiny, tmp_path, count):
+    with pytest.raises(ConfigError, match=r"ends in \.h5"):
+        extract(make_folder(), backbone=tiny, out=tmp_path / "x.npy")
+    assert count() == 0
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line(make_folder, tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match="cannot be made"):
+        extract(make_folder(), backbone=tiny, cache=tmp_path / "file" / "cache")
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest(make_folder):
+    with pytest.raises(ConfigError, match="'precision'"):
+        extract(make_folder(), precison="fp32")
+
+
+def test_infinite_embeddings_are_a_status_and_not_an_answer(make_folder, tmp_path):
+    class Overflowing(Tiny):
+        def forward(self, x):
+            return super().forward(x) / (x.mean((1, 2, 3)) > 0.99).float()[:, None].sub(1).abs()
+
+    folder = make_folder(("ape",), 2)
+    Image.new("RGB", (20, 20), "white").save(folder / "ape" / "white.png")
+    net = backbone.load(Tiny(), transform=tiny_transform)
+    net = replace(net, network=Overflowing().eval().requires_grad_(False))
+    with pytest.warns(UserWarning, match="1 not-finite"):
+        cache = extract(folder, backbone=net, cache=tmp_path / "c")
+    assert cache.status_codes.tolist() == [0, 0, Status.NOT_FINITE]
+    assert np.isnan(cache.features()[2]).all()
+
+
+def test_files_are_embedded_through_the_caches_of_the_folder(make_folder, tiny, tmp_path, embedded):
+    count, clear = embedded
+    folder = make_folder()
+    cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    clear()
+    new = tmp_path / "new.jpg"
+    new.write_bytes(jpeg(99))
+    paths = [folder / "cow" / "05.jpg", new, folder / "ape" / "00.jpg", new, tmp_path / "none.jpg"]
+    features, status = embed_files(paths, tiny, Extraction(cache=tmp_path / "c"), progress=lambda _: None)
+    assert count() == 1
+    assert status.tolist() == [0, 0, 0, 0, Status.MISSING]
+    assert np.array_equal(features[[0, 2]], cache.features()[[17, 0]])
+    assert np.array_equal(features[1], features[3])
+    assert np.isnan(features[4]).all()
+
+
+def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder, tiny, tmp_path, monkeypatch):
+    folder = old(make_folder(("ape",), 3))
+    (folder / "ape" / "01.jpg").write_bytes(jpeg(1)[:99])
+    old(folder)
+    read = archive.Reader.read
+    tried = []
+
+    def failing(self, row):
+        tried.append(row)
+        if row == 2 and len(tried) <= 3:
+            raise SampleError("the disk hiccuped", status=Status.UNREADABLE)
+        return read(self, row)
+
+    monkeypatch.setattr(archive.Reader, "read", failing)
+    with pytest.warns(UserWarning, match="1 unreadable, 1 damaged"):
+        extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
+    tried_first = len(tried)
+    with pytest.warns(UserWarning, match="1 of 3 images have no features: 1 damaged"):
+        cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
+    assert tried[tried_first:] == [2]
+    assert cache.status.tolist() == ["ok", "damaged", "ok"]
