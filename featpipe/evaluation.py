@@ -108,6 +108,8 @@ def _open(model: Model, data: Any, labels: Any, cache: str | os.PathLike[str], p
     if isinstance(data, FeatureCache):
         return data
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    if not paths:
+        raise ConfigError("there is nothing to evaluate on: give a cache, or archives")
     suffixes = {Path(path).suffix for path in paths}
     if suffixes <= {".h5", ".hdf5"}:
         if len(paths) > 1:
@@ -152,16 +154,31 @@ def _rows(model: Model, cache: FeatureCache) -> tuple[NDArray[np.int64], dict[st
 
 
 def _truth(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """The labels of the rows in the model's terms: class names, targets, or a matrix in the order of its classes."""
+    """The labels of the rows in the model's terms: class names, or columns in the order of its labels or targets."""
     labels = cache.label_table.take(rows)
-    if model.task != "multilabel":
+    if model.task == "classification":
+        _refuse_strange(model, cache, [cache.classes[code] for code in np.unique(labels.values)])
         return labels.y
-    column = {name: i for i, name in enumerate(cache.classes)}
-    strange = [name for name in cache.classes if name not in model.classes and labels.values[:, column[name]].any()]
+    if model.task == "multilabel":
+        _refuse_strange(model, cache, [cache.classes[column] for column in np.flatnonzero(labels.values.any(axis=0))])
+        column = {name: i for i, name in enumerate(cache.classes)}
+        absent = np.zeros(len(rows), np.int8)
+        return np.column_stack([labels.values[:, column[name]] if name in column else absent for name in model.classes])
+    missing = [name for name in model.classes if name not in cache.classes]
+    if missing:
+        raise ConfigError(
+            f"{cache.path}: has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
+            f"it has {', '.join(map(repr, cache.classes[:5]))}: give fitting labels with --labels"
+        )
+    y = labels.values[:, [cache.classes.index(name) for name in model.classes]]
+    return y[:, 0] if len(model.classes) == 1 else y
+
+
+def _refuse_strange(model: Model, cache: FeatureCache, found: Sequence[str]) -> None:
+    strange = [name for name in found if name not in model.classes]
     if strange:
-        raise ConfigError(f"{cache.path}: has labels that the model does not know: {', '.join(map(repr, strange[:3]))}")
-    y = np.zeros((len(rows), len(model.classes)), np.int8)
-    for i, name in enumerate(model.classes):
-        if name in column:
-            y[:, i] = labels.values[:, column[name]]
-    return y
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise ConfigError(
+            f"{cache.path}: has labels that the model does not know: {', '.join(map(repr, strange[:3]))}{more}; "
+            "leave those images out, or train a model that has them"
+        )

@@ -6,11 +6,13 @@ weights, ``backbone.safetensors``. ``model.json`` names the SHA-256 of the other
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,34 @@ from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleE
 from featpipe.fingerprint import canonical, differences
 from featpipe.status import Status
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "KEPT_DIGEST_BYTES", "Model", "load_model"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "KEPT_DIGEST_BYTES",
+    "Model",
+    "embed_images",
+    "listed",
+    "load_model",
+    "read_document",
+    "refuse_bad",
+]
 
 FORMAT = "featpipe-model"
 FORMAT_VERSION = "1.0"
 KEPT_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
 MEMBER_BYTES_MAX = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
 WEIGHTS_MEMBER = "backbone.safetensors"
-WEIGHTS_BYTES_MAX = 64 * 2**30
+MEMBER_KINDS = {  # what model.json must hold, besides format and version
+    "head": str,
+    "task": str,
+    "classes": list,
+    "output": str,
+    "facts": dict,
+    "backbone": dict,
+    "scores": dict,
+    "history": dict,
+    "files": dict,
+}
 
 
 @dataclass(eq=False)
@@ -72,6 +94,7 @@ class Model:
     history: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     device: str = "auto"
+    _carries_weights: bool = False
     _backbone: Any = None
     _engine: Any = None
 
@@ -130,19 +153,7 @@ class Model:
 
     def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
         """The embeddings of images, shape (m, d), in the order given; parameters and errors as :meth:`predict`."""
-        from featpipe.loader import Pictures, embed_pictures
-
-        if isinstance(images, (str, bytes, os.PathLike)) or not hasattr(images, "__len__"):
-            raise ConfigError("images must be a list, for one image [image]; for a whole archive: featpipe predict")
-        if not len(images):
-            raise ConfigError("images is an empty list; there is nothing to predict")
-        pictures = Pictures(list(images))
-        features, codes = embed_pictures(pictures, self.backbone.transform, self.engine(), self.output)
-        for row in np.flatnonzero(codes)[:1]:
-            status = Status(int(codes[row]))
-            name = f"image {row} ({_named(images[row])})"
-            raise SampleError(f"{name}: {status.word}; leave it out or repair it", status=status, sample_id=str(row))
-        return features
+        return embed_images(listed(images), self.backbone, self.engine(), self.output)
 
     # -- the backbone --------------------------------------------------------------------------------------------
 
@@ -165,9 +176,12 @@ class Model:
         """Use this backbone, a ``Backbone`` or a name; refused if its embeddings are not the ones trained on."""
         from featpipe import backbone as backbones
 
+        if isinstance(backbone, str):
+            backbone = self._load(backbone)
         if not isinstance(backbone, backbones.Backbone):
-            request = {**self.request, "name": backbone}
-            backbone = _load(request)
+            raise ConfigError(
+                f"backbone is a {type(backbone).__name__}; give a name, or featpipe.backbone.load(network, transform=…)"
+            )
         wanted = narrowed(self.facts, self.output)["backbone"]
         found = narrowed({"backbone": backbone.facts()}, self.output)["backbone"]
         if found != wanted:
@@ -187,25 +201,41 @@ class Model:
         return self._engine
 
     def _load_backbone(self) -> Any:
-        if self.path is not None and self.history.get("portable"):
-            return self._load_carried()
-        if ":" in self.request["name"] or self.request.get("own"):
+        name = self.request["name"]
+        if ":" in name:
             raise ModelError(
-                f"{self.path or 'model'}: its backbone {self.request['name']!r} is code of its author's own, which is "
-                "not run unasked; pass --backbone (in Python backbone=...) if you trust it"
+                f"{self.path or 'model'}: its backbone {name!r} is code of its author's own, which is not run unasked; "
+                "pass --backbone (in Python backbone=...) if you trust it"
             )
-        return _load({**self.request, "outputs": [self.output]})
+        return self._load(name)
 
-    def _load_carried(self) -> Any:
-        import tempfile
+    def _load(self, name: str) -> Any:
+        """The backbone of this name with the model's own weights, output and transform."""
+        from featpipe import backbone as backbones
 
+        with self._weights_file() as weights:
+            return backbones.load(
+                name,
+                weights=weights,
+                outputs=(self.output,),
+                transform=_library_transform(self.facts["backbone"]),
+                seed=int(self.request.get("seed", 0)),
+            )
+
+    @contextlib.contextmanager
+    def _weights_file(self) -> Iterator[str | None]:
+        """What to load the backbone from: as it was asked for in training, or the weights that the model carries."""
+        if not self._carries_weights:
+            yield self.request.get("weights")
+            return
         assert self.path is not None
-        with zipfile.ZipFile(self.path) as file, tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / WEIGHTS_MEMBER
-            with file.open(WEIGHTS_MEMBER) as source, open(weights, "wb") as target:
-                while block := source.read(1 << 24):
-                    target.write(block)
-            return _load({**self.request, "outputs": [self.output], "weights": str(weights)})
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / WEIGHTS_MEMBER
+            with _reading(self.path), zipfile.ZipFile(self.path) as bundle, bundle.open(WEIGHTS_MEMBER) as source:
+                with open(file, "wb") as target:
+                    while block := source.read(1 << 24):
+                        target.write(block)
+            yield str(file)
 
     # -- training rows -------------------------------------------------------------------------------------------
 
@@ -230,14 +260,15 @@ class Model:
 
     # -- on disk -------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], *, portable: bool = False) -> Path:
+    def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
         """Write the model to one file, replacing what was there in one step.
 
         Parameters
         ----------
         path : path-like
-        portable : bool
-            Carry the backbone's weights in the file, instead of referring to them by digest.
+        portable : bool, optional
+            Carry the backbone's weights in the file, instead of referring to them by digest. If not given: as the model
+            was loaded, and a new one refers.
 
         Raises
         ------
@@ -245,6 +276,7 @@ class Model:
             If the head cannot be saved without pickling, or the disk is full.
         """
         target = Path(path)
+        portable = self._carries_weights if portable is None else portable
         members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
         if portable:
             members[WEIGHTS_MEMBER] = self._weights()
@@ -264,7 +296,8 @@ class Model:
         except OSError as error:
             raise ModelError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may be what is wrong
+                temporary.unlink(missing_ok=True)
         return target
 
     def _document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:
@@ -285,8 +318,10 @@ class Model:
     def _weights(self) -> bytes:
         import safetensors.torch
 
-        state = {name: value.detach().cpu().contiguous() for name, value in self.backbone.network.state_dict().items()}
-        return safetensors.torch.save(state)
+        state = self.backbone.network.state_dict()
+        # copied, because safetensors refuses tensors that share their memory, as tied weights do
+        own = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        return safetensors.torch.save(own)
 
 
 def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: str = "auto") -> Model:
@@ -311,11 +346,8 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
     >>> model.predict(["a.jpg", "b.jpg"])                                    # doctest: +SKIP
     """
     source = Path(path)
-    if not source.is_file():
-        raise ModelError(f"{source}: there is no such model file; `featpipe train` makes one and prints its path")
-    try:
+    with _reading(source):
         document, members = _read(source)
-        digests = np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, KEPT_DIGEST_BYTES)
         model = Model(
             head=heads.loads(members["head.skops"]),
             head_name=document["head"],
@@ -324,62 +356,157 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             output=document["output"],
             facts=document["facts"],
             request=document["backbone"],
-            trained_on=digests,
+            trained_on=np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, KEPT_DIGEST_BYTES),
             scores=document["scores"],
             history=document["history"],
             path=source,
             device=device,
+            _carries_weights=WEIGHTS_MEMBER in document["files"],
         )
-        _ = model.request["name"], model.facts["backbone"]["outputs"], model.facts["precision"]
-    except ModelError as error:
-        text = str(error)
-        raise ModelError(text if text.startswith(str(source)) else f"{source}: {text}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ModelError(f"{source}: is damaged or not a featpipe model ({type(error).__name__}: {error})") from None
+        if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
+            raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
     return model if backbone is None else model.attach(backbone)
 
 
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model says of itself, without loading its head: for ``featpipe info``."""
-    try:
+    with _reading(Path(path)):
         return _read(Path(path))[0]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path}: is damaged or not a featpipe model ({type(error).__name__}: {error})") from None
+
+
+def embed_images(images: Sequence[object], backbone: Any, engine: Any, output: str) -> NDArray[np.float32]:
+    """The embeddings of images at hand, shape (m, …), in the order given.
+
+    Raises
+    ------
+    SampleError
+        If one has no embedding.
+    """
+    from featpipe.loader import Pictures, embed_pictures
+
+    features, codes = embed_pictures(Pictures(images), backbone.transform, engine, output)
+    finite = np.isfinite(features.reshape(len(images), -1)).all(axis=1)
+    refuse_bad(images, np.where((codes == Status.OK) & ~finite, Status.NOT_FINITE, codes))
+    return features
+
+
+def refuse_bad(images: Sequence[object], codes: NDArray[np.integer]) -> None:
+    """Raise for the first image that has no embedding: in a list of predictions there is no row for a reason.
+
+    Parameters
+    ----------
+    images : sequence of length m
+    codes : ndarray of shape (m,)
+        Codes of :class:`featpipe.status.Status`.
+    """
+    for row in np.flatnonzero(codes)[:1].tolist():
+        item, status = images[row], Status(int(codes[row]))
+        name = str(item) if isinstance(item, (str, os.PathLike)) else type(item).__name__
+        raise SampleError(
+            f"image {row} ({name}): {status.word}; leave it out or repair it", status=status, sample_id=str(row)
+        )
+
+
+def listed(images: object) -> list[Any]:
+    """The images as a list: from a sequence, an array or column of paths, or a stack of pictures.
+
+    Raises
+    ------
+    ConfigError
+        If it is one image, or none at all, or nothing that has an order.
+    """
+    advice = "images must be a list, for one image [image]"
+    if getattr(images, "ndim", 1) == 2 and getattr(images, "shape", (0, 0))[1] == 1:
+        images = images.iloc[:, 0] if hasattr(images, "iloc") else images[:, 0]  # type: ignore[index]
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Set)) or hasattr(images, "columns"):
+        raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
+        looks_like_one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (3, 4))
+        if looks_like_one:
+            raise ConfigError(f"got an array of shape {images.shape}; {advice}, or a stack of shape (n, h, w, 3)")
+    if not hasattr(images, "__len__") or not hasattr(images, "__iter__"):
+        raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
+    if not len(images):
+        raise ConfigError("there are no images: an empty list, 0 sample(s)")
+    return list(images)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a damaged or hostile file makes of itself becomes one error with its name."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there is no such model file; `featpipe train` makes one and prints its path") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a model file") from None
+    # RuntimeError: encrypted members, and JSON that is nested too deeply
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{path}: is damaged or not a featpipe model ({reason}); copy it again, or train again") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The checked document, and the members that are needed at once."""
     with zipfile.ZipFile(path) as file:
         infos = {info.filename: info for info in file.infolist()}
-        unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER}
-        if unknown or len(infos) != len(file.infolist()):
-            raise ModelError(f"holds {sorted(unknown) or 'a member twice'}, which no model does")
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
-            raise ModelError("holds compressed members, which no model does")
-        for name, most in MEMBER_BYTES_MAX.items():
-            if name not in infos:
-                raise ModelError(f"has no {name}; it is not a featpipe model")
-            if infos[name].file_size > min(most, path.stat().st_size):
-                raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
+        _check_members(infos, len(file.infolist()), path.stat().st_size)
         document = json.loads(file.read("model.json"))
-        if document.get("format") != FORMAT or str(document.get("format_version")).split(".")[0] != "1":
-            raise ModelError(f"is of format {document.get('format')} {document.get('format_version')}, not {FORMAT} 1")
+        _check_document(document)
+        if infos.keys() != {"model.json", *document["files"]}:
+            raise ModelError("holds other members than its model.json names")
         members = {name: file.read(name) for name in ("head.skops", "trained_on.bin")}
-        for name, data in members.items():
-            if hashlib.sha256(data).hexdigest() != document["files"][name]:
-                raise ModelError(f"{name} is damaged: its digest is not the one in model.json")
+    for name, data in members.items():
+        if hashlib.sha256(data).hexdigest() != document["files"][name]:
+            raise ModelError(f"{name} is damaged: its digest is not the one in model.json; copy the model again")
     return document, members
 
 
-def _load(request: Mapping[str, Any]) -> Any:
-    from featpipe import backbone as backbones
+def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) -> None:
+    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER}
+    if unknown or len(infos) != count:
+        raise ModelError(f"holds {', '.join(map(repr, sorted(unknown)[:3])) or 'a member twice'}, which no model does")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
+        raise ModelError("holds compressed members, which no model does")
+    for name, most in MEMBER_BYTES_MAX.items():
+        if name not in infos:
+            raise ModelError(f"has no {name}; it is not a featpipe model")
+        if infos[name].file_size > min(most, size):
+            raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
 
-    return backbones.load(
-        request["name"],
-        weights=request.get("weights"),
-        outputs=tuple(request["outputs"]),
-        seed=int(request.get("seed", 0)),
-    )
+
+def _check_document(document: Any) -> None:
+    """The types of all that is used later, so that no command stumbles half way."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ModelError(f"model.json is not of format {FORMAT}; it is not a featpipe model")
+    version = str(document.get("format_version"))
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise ModelError(f"has format version {version[:20]}, this featpipe reads {FORMAT_VERSION.split('.')[0]}.x")
+    for key, kind in MEMBER_KINDS.items():
+        if not isinstance(document.get(key), kind):
+            raise ModelError(f"model.json has no {key}, or not as a {kind.__name__}; copy the model again")
+    classes, facts, request = document["classes"], document["facts"], document["backbone"]
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        raise ModelError("model.json names its classes twice, or not by text; train the model again")
+    backbone = facts.get("backbone")
+    if document["task"] not in heads.TASKS or not isinstance(request.get("name"), str):
+        raise ModelError(f"model.json names no task of {', '.join(heads.TASKS)}, or no backbone; train the model again")
+    if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
+        raise ModelError("model.json does not say what its output is; train the model again")
+    if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
+        raise ModelError("model.json does not say how the images were embedded; train the model again")
 
 
-def _named(item: object) -> str:
-    return str(item) if isinstance(item, (str, os.PathLike)) else type(item).__name__
+def _library_transform(facts: Mapping[str, Any]) -> Any:
+    """The transform trained with, of a library's network: the library may have another for this name by now."""
+    from featpipe.backbone import Transform
+
+    settings = {key: value for key, value in facts["transform"].items() if key != "arithmetic"}
+    if facts.get("source") == "user" or "crop" not in settings:
+        return None
+    try:
+        return Transform(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"its transform is none that this featpipe knows ({error}); use the featpipe it was made with") from None

@@ -15,6 +15,7 @@ from featpipe import archive, image
 from featpipe.cache import FeatureCache
 from featpipe.errors import ArchiveError
 from featpipe.evaluation import Evaluation
+from featpipe.fingerprint import digest
 from featpipe.model import Model
 from featpipe.report import Page, Picture, Row, write
 
@@ -147,7 +148,9 @@ def _thumbnails(cache: FeatureCache, rows: Sequence[int]) -> dict[int, bytes]:
     with index.open() as reader:
         for at, row in enumerate(rows):
             try:
-                made[at] = image.thumbnail(image.decode(reader.read(row)), THUMBNAIL_PIXELS)
+                data = reader.read(row)
+                if digest(data) == cache.digests[row].tobytes():  # else it is another picture by now
+                    made[at] = image.thumbnail(image.decode(data), THUMBNAIL_PIXELS)
             except ArchiveError:
                 continue
     return made

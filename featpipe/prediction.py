@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -86,6 +86,7 @@ def predict(
         If an archive cannot be listed.
     """
     writer = _writer(out)
+    _check(top, workers)
     index = archive.index(archives)
     counts: dict[str, int] = {}
     names = [f"predicted_{name}" for name in model.classes] if model.task == "regression" else None
@@ -107,6 +108,7 @@ def stream(
     model: Model, index: Index, *, top: int = 5, workers: int | None = None, progress: Tell = quiet
 ) -> Generator[Prediction, None, None]:
     """The predictions of an index, in its order, as they are made."""
+    _check(top, workers)
     engine = model.engine()
     workers = workers or engine.workers
     n, done = len(index), 0
@@ -120,6 +122,12 @@ def stream(
                 yield waiting.pop(done)
                 done += 1
             progress(Progress("bar", "predicting", done, n))
+
+
+def _check(top: int, workers: int | None) -> None:
+    for name, value in (("top", top), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
 
 
 def _predictions(
@@ -186,7 +194,8 @@ def _whole(path: Path | None, binary: bool = False) -> Iterator[Any]:
             raise
         raise ArchiveError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be what is wrong
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

