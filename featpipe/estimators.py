@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +17,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from featpipe import heads
 from featpipe.backbone import Backbone
-from featpipe.errors import SampleError
+from featpipe.backbone.output import resolve
+from featpipe.engine import Engine, resolve_device
+from featpipe.errors import ConfigError
 from featpipe.extraction import embed_files, load_backbone
+from featpipe.model import embed_images, listed, refuse_bad
 from featpipe.recipe import Extraction
-from featpipe.status import Status
 
 __all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
 
@@ -46,9 +50,19 @@ class _Embeds(BaseEstimator):
         self.seed = seed
 
     def _embed(self, X: Any) -> NDArray[np.float32]:
-        """The embeddings of images, shape (n, d); through the cache where they are files."""
-        images = _as_list(X)
-        settings = Extraction(
+        """The embeddings of images, shape (n, …); through the cache where they are files."""
+        images = listed(X)
+        settings = self._settings()
+        backbone = _backbone(settings)
+        if self.cache is None or not all(isinstance(item, (str, os.PathLike)) for item in images):
+            engine = _engine(backbone, settings.device, settings.precision)
+            return embed_images(images, backbone, engine, settings.outputs[0])
+        features, status = embed_files(images, backbone, settings)
+        refuse_bad(images, status)
+        return np.asarray(features, np.float32)
+
+    def _settings(self) -> Extraction:
+        return Extraction(
             backbone=self.backbone,
             weights=self.weights,
             outputs=(self.output,),
@@ -57,13 +71,6 @@ class _Embeds(BaseEstimator):
             cache="cache" if self.cache is None else self.cache,
             seed=self.seed,
         )
-        backbone = _backbone(settings)
-        if self.cache is None or not all(isinstance(item, (str, os.PathLike)) for item in images):
-            return _embed_at_hand(images, backbone, settings)
-        features, status = embed_files(images, backbone, settings)
-        for row in np.flatnonzero(status)[:1]:
-            raise _bad(images[row], int(row), Status(int(status[row])))
-        return np.asarray(features, np.float32)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -79,7 +86,8 @@ class FeatureExtractor(TransformerMixin, _Embeds):
 
     Parameters
     ----------
-    backbone : str or torch.nn.Module or Backbone
+    backbone : str or Backbone
+        A name that ``featpipe backbones`` lists, ``package.module:factory``, or what ``featpipe.backbone.load`` gives.
     weights : str or path-like, optional
         A published name, a file, or ``"none"``.
     output : str
@@ -99,8 +107,7 @@ class FeatureExtractor(TransformerMixin, _Embeds):
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
         """Load the backbone, so that a wrong name is told before hours of work. Nothing is learnt."""
-        settings = Extraction(backbone=self.backbone, weights=self.weights, outputs=(self.output,), seed=self.seed)
-        self.n_features_out_ = int(np.prod(next(iter(_backbone(settings).shapes.values()))))
+        self.n_features_out_ = int(np.prod(next(iter(_backbone(self._settings()).shapes.values()))))
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
@@ -148,9 +155,18 @@ class _Transfer(_Embeds):
 
     def _fit(self, X: Any, y: NDArray[Any]) -> None:
         estimator = heads.build(self.head, self._task, params=self.head_params, random_state=self.random_state)
-        if len(y) != len(_as_list(X)):
-            raise ValueError(f"X has {len(_as_list(X))} images, y has {len(y)} labels")
-        self.head_ = estimator.fit(self._embed(X), y)
+        images = listed(X)
+        if y.ndim == 0 or len(y) != len(images):
+            raise ValueError(
+                f"X has {len(images)} images, y has shape {y.shape}; give one label or target for each image"
+            )
+        features = self._embed(images)
+        if features.ndim != 2:
+            raise ConfigError(
+                f"output {self.output!r} gives feature maps of shape {features.shape[1:]}; heads train on pooled "
+                f"outputs: {self.output.partition(':')[0]}:avg"
+            )
+        self.head_ = estimator.fit(features, y)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Predictions of shape (n,) for n paths, bytes, Pillow images or uint8 arrays."""
@@ -163,7 +179,7 @@ class TransferClassifier(ClassifierMixin, _Transfer):
 
     Parameters
     ----------
-    backbone : str or torch.nn.Module or Backbone
+    backbone : str or Backbone
     head : str
         A name that ``featpipe heads`` lists.
     head_params : mapping, optional
@@ -238,38 +254,49 @@ class TransferRegressor(RegressorMixin, _Transfer):
         return self
 
 
-def _as_list(X: Any) -> list[Any]:
-    """The images, from a list, an array or column of paths, or a stack of pictures."""
-    if isinstance(X, (str, bytes, os.PathLike)):
-        raise ValueError("X is one image; give a list of them")
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OU" and X.ndim == 2 and X.shape[1] == 1:
-        X = X[:, 0]
-    return list(X)
-
-
-def _bad(item: object, row: int, status: Status) -> SampleError:
-    name = str(item) if isinstance(item, (str, os.PathLike)) else type(item).__name__
-    return SampleError(f"image {row} ({name}): {status.word}; leave it out or repair it", status=status)
-
-
 def _backbone(settings: Extraction) -> Backbone:
-    if isinstance(settings.backbone, str):
-        weights = None if settings.weights is None else os.fspath(settings.weights)
-        return _named(settings.backbone, weights, tuple(settings.outputs), settings.seed)
-    return load_backbone(settings)
+    """The backbone with the one output that the settings ask for."""
+    if isinstance(settings.backbone, Backbone):
+        return _with_output(settings.backbone, settings.outputs[0])
+    if not isinstance(settings.backbone, str):
+        raise ConfigError(
+            f"backbone is a {type(settings.backbone).__name__}; give a name, or "
+            "featpipe.backbone.load(network, transform=…)"
+        )
+    weights = None if settings.weights is None else os.fspath(settings.weights)
+    return _named(settings.backbone, weights, tuple(settings.outputs), settings.seed, _stamp(weights))
 
 
-@lru_cache(maxsize=2)  # a grid search clones and fits many times; the network is read from disk once
-def _named(name: str, weights: str | None, outputs: tuple[str, ...], seed: int) -> Backbone:
+# A grid search clones and fits many times: the network is read from disk, and moved to the device, once.
+
+
+@lru_cache(maxsize=2)
+def _named(
+    name: str, weights: str | None, outputs: tuple[str, ...], seed: int, stamp: tuple[int, int] | None
+) -> Backbone:
     return load_backbone(Extraction(backbone=name, weights=weights, outputs=outputs, seed=seed))
 
 
-def _embed_at_hand(images: list[Any], backbone: Backbone, settings: Extraction) -> NDArray[np.float32]:
-    from featpipe.engine import Engine, resolve_device
-    from featpipe.loader import Pictures, embed_pictures
+@lru_cache(maxsize=2)
+def _with_output(backbone: Backbone, output: str) -> Backbone:
+    if backbone.outputs[0].name == output and len(backbone.outputs) == 1:
+        return backbone
+    network = deepcopy(backbone.network)  # hooks are left in it
+    request = {**backbone.request, "outputs": [output]}
+    return replace(
+        backbone, network=network, outputs=resolve(network, (output,), backbone.transform.size), request=request
+    )
 
-    engine = Engine(backbone, resolve_device(settings.device), settings.precision)
-    features, status = embed_pictures(Pictures(images), backbone.transform, engine, settings.outputs[0])
-    for row in np.flatnonzero(status)[:1]:
-        raise _bad(images[row], int(row), Status(int(status[row])))
-    return features
+
+@lru_cache(maxsize=2)
+def _engine(backbone: Backbone, device: str, precision: str) -> Engine:
+    return Engine(backbone, resolve_device(device), precision)
+
+
+def _stamp(weights: str | None) -> tuple[int, int] | None:
+    """What changes when a file of weights is replaced."""
+    try:
+        found = os.stat(weights or "")
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

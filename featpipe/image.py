@@ -37,7 +37,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = ["BACKGROUND", "LIMITS", "Limits", "decode", "encode_png", "thumbnail", "to_rgb"]
+__all__ = ["BACKGROUND", "LIMITS", "Limits", "decode", "encode_png", "resize", "thumbnail", "to_rgb"]
 
 BACKGROUND = (255, 255, 255)
 """The colour, white, that shows through transparent pixels."""
@@ -179,6 +179,20 @@ def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     if picture.ndim == 2 or picture.shape[2] == 1:
         return np.repeat(picture.reshape(*picture.shape[:2], 1), 3, axis=2)
     return np.require(picture, requirements=["C", "W"])
+
+
+def resize(picture: NDArray[np.uint8], height: int, width: int, filter_: str) -> NDArray[np.uint8]:
+    """Resize a picture, antialiased, to the bit as Pillow does it.
+
+    Parameters
+    ----------
+    picture : ndarray of shape (h, w, 3), uint8
+    height, width : int
+        Pixels.
+    filter_ : {"bilinear", "bicubic"}
+    """
+    method = Image.Resampling[filter_.upper()]
+    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), method))
 
 
 def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:

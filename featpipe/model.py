@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,9 @@ class Model:
         wanted = narrowed(self.facts, self.output)["backbone"]
         found = narrowed({"backbone": backbone.facts()}, self.output)["backbone"]
         if found != wanted:
+            differ = "; ".join(differences(found, wanted)[:4])
             raise WeightsError(
-                f"{self.path or 'model'}: was trained on another backbone ({'; '.join(differences(found, wanted)[:4])}); "
+                f"{self.path or 'model'}: was trained on another backbone ({differ}); "
                 "bring the weights it was trained with"
             )
         self._backbone, self._engine = backbone, None
@@ -231,10 +233,13 @@ class Model:
         assert self.path is not None
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / WEIGHTS_MEMBER
-            with _reading(self.path), zipfile.ZipFile(self.path) as bundle, bundle.open(WEIGHTS_MEMBER) as source:
-                with open(file, "wb") as target:
-                    while block := source.read(1 << 24):
-                        target.write(block)
+            with (
+                _reading(self.path),
+                zipfile.ZipFile(self.path) as bundle,
+                bundle.open(WEIGHTS_MEMBER) as source,
+                open(file, "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 24)
             yield str(file)
 
     # -- training rows -------------------------------------------------------------------------------------------
@@ -439,13 +444,17 @@ def _reading(path: Path) -> Iterator[None]:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     except FileNotFoundError:
-        raise ModelError(f"{path}: there is no such model file; `featpipe train` makes one and prints its path") from None
+        raise ModelError(
+            f"{path}: there is no such model file; `featpipe train` makes one and prints its path"
+        ) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a model file") from None
     # RuntimeError: encrypted members, and JSON that is nested too deeply
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{path}: is damaged or not a featpipe model ({reason}); copy it again, or train again") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{path}: is damaged or not a featpipe model ({reason}); copy it again, or train again"
+        ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -503,10 +512,8 @@ def _library_transform(facts: Mapping[str, Any]) -> Any:
     """The transform trained with, of a library's network: the library may have another for this name by now."""
     from featpipe.backbone import Transform
 
-    settings = {key: value for key, value in facts["transform"].items() if key != "arithmetic"}
-    if facts.get("source") == "user" or "crop" not in settings:
+    known = {item.name for item in fields(Transform)}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["transform"].items()}
+    if facts.get("source") == "user" or not known <= given.keys():
         return None
-    try:
-        return Transform(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"its transform is none that this featpipe knows ({error}); use the featpipe it was made with") from None
+    return Transform(**{key: given[key] for key in known})

@@ -13,7 +13,7 @@ import numpy as np
 
 from featpipe import archive, image
 from featpipe.cache import FeatureCache
-from featpipe.errors import ArchiveError
+from featpipe.errors import ArchiveError, FeatpipeError
 from featpipe.evaluation import Evaluation
 from featpipe.fingerprint import digest
 from featpipe.model import Model
@@ -141,7 +141,7 @@ def _thumbnails(cache: FeatureCache, rows: Sequence[int]) -> dict[int, bytes]:
     made: dict[int, bytes] = {}
     try:
         index = archive.index(cache.manifest.get("archives", []))
-    except ArchiveError:
+    except FeatpipeError:
         return made
     if index.ids != cache.ids:
         return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -131,18 +131,20 @@ def train(
         raise unknown("output", output, cache.outputs)
     rows = training_rows(cache, output)
 
-    def build() -> Any:
-        return heads.build(head, cache.task, params=params, random_state=random_state)
+    settings = _by_code(params or {}, rows.classes) if cache.task == "classification" else params
 
-    estimator = build()
+    def build() -> Any:
+        return heads.build(head, cache.task, params=settings, random_state=random_state)
+
+    estimator, where = build(), f"{cache.path}: head {head!r}"
     scores: dict[str, Any] = {}
     if cv:
-        estimate = _cross_validate(build, rows, cache.task, cv, progress)
+        estimate = _cross_validate(build, rows, cache.task, cv, progress, where)
         how = f"{cv}-fold cross-validation on the {len(rows.X)} training images"
         scores["cross_validation"] = {"how": how, "folds": cv, **estimate.to_dict()}
     started = perf_counter()
     progress(Progress("note", f"fitting {head} on {len(rows.X)} images"))
-    estimator.fit(rows.X, rows.y)
+    _fit(estimator, rows.X, rows.y, where)
     seconds = perf_counter() - started
     return Model(
         head=estimator,
@@ -158,14 +160,35 @@ def train(
     )
 
 
-def _cross_validate(build: Any, rows: Rows, task: str, k: int, progress: Tell) -> Scores:
+def _by_code(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str, object]:
+    """The settings for a head that is fitted on class numbers: weights of classes are given by name."""
+    translated = dict(params)
+    weights = params.get("class_weight")
+    if isinstance(weights, Mapping):
+        strange = [name for name in weights if name not in classes]
+        if strange:
+            raise unknown("class", str(strange[0]), classes, "(in class_weight)")
+        translated["class_weight"] = {classes.index(name): weight for name, weight in weights.items()}
+    return translated
+
+
+def _fit(estimator: Any, X: NDArray[np.float32], y: NDArray[Any], where: str) -> Any:
+    try:
+        return estimator.fit(X, y)
+    except ConfigError:
+        raise
+    except ValueError as error:  # how estimators refuse data, in scikit-learn's world
+        raise ConfigError(f"{where} cannot be fitted: {' '.join(str(error).split())}") from error
+
+
+def _cross_validate(build: Callable[[], Any], rows: Rows, task: str, k: int, progress: Tell, where: str) -> Scores:
     """Scores of predictions for each row by a head that was fitted on the other folds."""
     predicted: NDArray[Any] | None = None
     stratify = rows.y if task == "classification" else None
     names = rows.classes if task == "classification" else None
     folds = split.folds(rows.digests, stratify, k=k, names=names)
     for number, (fit, held) in enumerate(folds, 1):
-        estimator = build().fit(rows.X[fit], rows.y[fit])
+        estimator = _fit(build(), rows.X[fit], rows.y[fit], where)
         X = rows.X[held]
         values = estimator.predict(X) if task == "regression" else estimator.predict_proba(X)
         if task == "classification" and values.shape[1] < len(rows.classes):
@@ -203,6 +226,8 @@ def _history(
 
 def _plain(value: object) -> object:
     """A setting as JSON can hold it; by its own words what JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):

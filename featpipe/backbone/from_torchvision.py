@@ -106,7 +106,6 @@ def transform_of(member: Any) -> Transform:
         resize=int(preset.resize_size[0]),
         crop=(int(preset.crop_size[0]), int(preset.crop_size[0])),
         interpolation=preset.interpolation.value,
-        antialias=bool(preset.antialias),
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )

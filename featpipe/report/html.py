@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from featpipe.errors import ConfigError
-from featpipe.scores import METRICS, Scores, number
 from featpipe.report.charts import axis_of, curve_of, matrix_of
 from featpipe.report.page import Page
+from featpipe.scores import METRICS, Scores, number
 
 __all__ = ["render", "write"]
 

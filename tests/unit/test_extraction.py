@@ -253,8 +253,7 @@ def test_several_outputs_come_from_one_pass(make_folder, tmp_path, count):
     assert np.allclose(cache.features("conv:none").mean((2, 3)), cache.features("conv:avg"), atol=1e-5)
 
 
-def test_too_many_bad_images_stop_the_extraction_and_lose_nothing(make_folder, tiny, tmp_path, embedded):
-    count, clear = embedded
+def test_too_many_bad_images_stop_the_extraction_and_lose_nothing(make_folder, tiny, tmp_path, count):
     folder = make_folder(("ape",), 10)
     for i in (3, 6, 9):
         (folder / "ape" / f"0{i}.jpg").write_bytes(b"no image")

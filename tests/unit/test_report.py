@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from featpipe.errors import ConfigError
-from featpipe.scores import Interval, score_classification, score_multilabel, score_regression
 from featpipe.report import Page, Picture, Row, render, write
 from featpipe.report.charts import Axis, axis_of, curve_of, matrix_of
+from featpipe.scores import Interval, score_classification, score_multilabel, score_regression
 
 NASTY = [
     "<script>alert(1)</script>",
