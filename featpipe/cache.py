@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError
 from featpipe.fingerprint import fingerprint
-from featpipe.labels import Labels
+from featpipe.labels import Labels, order_classes
 from featpipe.names import unknown
 from featpipe.status import Status
 from featpipe.strings import Strings
@@ -37,15 +39,25 @@ FORMAT = "featpipe-cache"
 FORMAT_VERSION = "1.0"
 SPLITS = ("none", "train", "validation", "test")
 BLOCK_BYTES = 32 * 2**20
-MANIFEST_BYTES_MAX = 64 * 2**20
+MANIFEST_BYTES_MAX = 16 * 2**20  # parsed JSON takes up to thirty times its bytes
+ENTRIES_MAX = 4096  # in one group of a file; looking at each takes some 50 µs
+ALIGNMENT_BYTES = 64  # arrays that begin anywhere are copied by BLAS and refused by some of torch's kernels
 
-_COLUMNS = {  # name → dtype, shape after n; n itself is told by the status column
-    "samples/status": ("u1", ()),
-    "samples/digest": ("u1", (32,)),
-    "samples/stamp": ("u1", (16,)),
-    "samples/split": ("u1", ()),
-}
+_STATUSES = frozenset(Status)
 _LABEL_DTYPES = {"classification": "<i4", "regression": "<f8", "multilabel": "i1"}
+_MANIFEST = {  # what a manifest must hold, and of which type
+    "format": str,
+    "format_version": str,
+    "facts": dict,
+    "fingerprint": str,
+    "outputs": dict,
+    "task": str,
+    "classes": list,
+    "samples": int,
+    "ok": int,
+}
+_FACTS = {"backbone": dict, "precision": str, "storage": str, "extraction": int}
+_BACKBONE_FACTS = {"name": str, "source": str, "weights": str, "transform": dict, "outputs": dict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,20 +86,12 @@ class Table:
     labels: Labels
 
 
-@dataclass(frozen=True)
-class _Column:
-    """Where an array lies in the file, so that it can be mapped without HDF5."""
-
-    offset: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-
 class FeatureCache:
     """The embeddings of an archive, read at memory speed.
 
-    Opening reads the manifest and checks the layout; arrays are memory-mapped when first used. The object holds
-    no open HDF5 handle: it can be pickled, forked and read by many processes.
+    Opening checks the layout, reads the manifest and maps the file into memory, in milliseconds whatever its size.
+    The object holds no HDF5 handle: it can be pickled, forked and read by many processes. It goes on showing the
+    file that it opened when an extraction puts a new one in its place.
 
     Parameters
     ----------
@@ -127,25 +131,20 @@ class FeatureCache:
         self.path = Path(path)
         if not self.path.is_file():
             raise _absent(self.path)
-        self.manifest, self._columns = _read_layout(self.path)
+        try:
+            with open(self.path, "rb") as file, _format_errors(self.path):
+                self.manifest, self._columns = _read(file)
+        except OSError as error:
+            raise CacheError(f"{self.path}: cannot be read ({error.strerror or error})") from None
 
     def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
-        return FeatureCache, (self.path,)
+        return FeatureCache, (self.path.absolute(),)
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.path)!r}, n={len(self)}, outputs={list(self.outputs)})"
 
     def __len__(self) -> int:
-        return self._columns["samples/status"].shape[0]
-
-    def _column(self, name: str) -> NDArray[Any]:
-        column = self._columns[name]
-        if 0 in column.shape:
-            return np.empty(column.shape, column.dtype)
-        try:
-            return np.memmap(self.path, column.dtype, "r", column.offset, column.shape)
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{self.path}: cannot be read any more ({error})") from None
+        return len(self._columns["samples/status"])
 
     @property
     def fingerprint(self) -> str:
@@ -171,48 +170,55 @@ class FeatureCache:
 
     @cached_property
     def ids(self) -> Strings:
-        return Strings(self._column("samples/id_bytes"), self._column("samples/id_offsets"))
+        offsets = self._columns["samples/id_offsets"]
+        self._refuse_unless(bool((offsets[1:] >= offsets[:-1]).all()), "samples/id_offsets does not ascend")
+        return Strings(self._columns["samples/id_bytes"], offsets)
 
-    @cached_property
+    @property
     def status_codes(self) -> NDArray[np.uint8]:
-        return self._column("samples/status")
+        return self._columns["samples/status"]
 
     @property
     def status(self) -> NDArray[np.str_]:
-        known = {status.value: status.word for status in Status}
-        words = [known.get(code, f"status-{code}") for code in range(256)]
-        return np.array(words)[self.status_codes]
+        return np.array([_word(code) for code in range(256)])[self.status_codes]
 
     @property
     def ok(self) -> NDArray[np.bool_]:
         """Which rows have features, shape (n,)."""
         return np.asarray(self.status_codes == Status.OK)
 
-    @cached_property
+    @property
     def digests(self) -> NDArray[np.uint8]:
         """SHA-256 of each image's bytes, shape (n, 32)."""
-        return self._column("samples/digest")
+        return self._columns["samples/digest"]
 
-    @cached_property
+    @property
     def stamps(self) -> NDArray[np.uint8]:
-        return self._column("samples/stamp")
+        return self._columns["samples/stamp"]
 
     @cached_property
     def split(self) -> NDArray[np.uint8]:
         """The split that came with the labels, as positions in ``SPLITS``, shape (n,)."""
-        return self._column("samples/split")
+        split = self._columns["samples/split"]
+        self._refuse_unless(bool((split < len(SPLITS)).all()), "samples/split holds codes that are no split")
+        return split
 
     @cached_property
     def label_table(self) -> Labels:
         """Labels as codes, targets or a 0/1 matrix, with the names of classes or targets."""
         if self.task == "none":
             return Labels.none(len(self))
-        values = self._column("labels/values")
-        if self.task == "classification" and len(values):
-            lowest, highest = int(values.min()), int(values.max())
-            if lowest < -1 or highest >= len(self.classes):
-                raise CacheFormatError(f"{self.path}: labels/values holds codes that are no class")
+        values = self._columns["labels/values"]
+        if self.task != "regression" and values.size:
+            highest = 1 if self.task == "multilabel" else len(self.classes) - 1
+            within = int(values.min()) >= -1 and int(values.max()) <= highest
+            self._refuse_unless(within, "labels/values holds codes that are no class")
         return Labels(self.task, values, self.classes)  # type: ignore[arg-type]
+
+    def _refuse_unless(self, true: bool, what: str) -> None:
+        """For what takes time in n, and so is looked at when it is used and not on opening."""
+        if not true:
+            raise CacheFormatError(f"{self.path}: {what}; the file is damaged, extract again")
 
     @property
     def labels(self) -> NDArray[Any] | None:
@@ -234,7 +240,7 @@ class FeatureCache:
         name = self.outputs[0] if output is None else output
         if name not in self.outputs:
             raise unknown("output", name, self.outputs)
-        return self._column(f"features/{name}")
+        return self._columns[f"features/{name}"]
 
     @cached_property
     def usable(self) -> NDArray[np.intp]:
@@ -253,10 +259,15 @@ class FeatureCache:
     def bad_rows(self) -> dict[str, int]:
         """How many rows have no features, by reason."""
         codes, counts = np.unique(self.status_codes, return_counts=True)
-        return {Status(c).word: int(k) for c, k in zip(codes, counts, strict=True) if c != Status.OK}
+        return {_word(code): int(k) for code, k in zip(codes, counts, strict=True) if code != Status.OK}
 
     def table(self) -> Table:
         return Table(self.ids, self.status_codes, self.digests, self.stamps, self.split, self.label_table)
+
+
+def _word(code: int) -> str:
+    """The word of a status; a later version of the format may have more of them."""
+    return Status(code).word if code in _STATUSES else f"status-{code}"
 
 
 def narrowed(facts: Mapping[str, Any], output: str) -> dict[str, Any]:
@@ -298,26 +309,37 @@ def write_cache(
     shapes : mapping from output to the shape of one row
     dtype : {"float32", "float16"}
     gather : callable
-        ``gather(output, start, stop)`` gives the features of those rows.
+        ``gather(output, start, stop)`` gives the features of those rows, NaN where their status is not ``ok``.
 
     Raises
     ------
     CacheError
-        If the disk is full or not writable; nothing is left behind, and an older cache stays as it was.
+        If the disk is full or not writable, or the result would not open; nothing is left behind, and an older
+        cache stays as it was.
     """
     complete = _complete(manifest, table, shapes)  # not canonical: the order of the outputs is theirs
     text = json.dumps(complete, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    temporary = _temporary(path)
     try:
         _write_file(temporary, table, text, shapes, dtype, gather)
+        FeatureCache(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
+    except CacheFormatError as error:
+        raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
     except (OSError, RuntimeError) as error:  # h5py reports a full disk as RuntimeError, sometimes only at close
         raise CacheError(f"{path}: cannot be written ({error}); free some space or choose another --cache") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name that no one reads; among the parts of the cache where there are any, and so removed with them."""
+    parts = parts_directory(path)
+    folder = parts if parts.is_dir() else path.parent
+    return folder / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
 
 
 def fsync_directory(directory: Path) -> None:
@@ -354,7 +376,8 @@ def _write_file(
     import h5py
 
     n = len(table.ids)
-    with h5py.File(path, "w-", libver=("v110", "v110"), track_order=False) as file:
+    layout = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": ALIGNMENT_BYTES}
+    with h5py.File(path, "w-", track_order=False, **layout) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
         text_type = h5py.string_dtype("utf-8", len(manifest))
@@ -376,25 +399,36 @@ def _write_file(
             rows = max(1, BLOCK_BYTES // max(1, int(np.prod(shape)) * 4))
             for start in range(0, n, rows):
                 stop = min(n, start + rows)
-                features[start:stop] = gather(output, start, stop)
+                block = gather(output, start, stop)
+                if not np.isnan(block[table.status[start:stop] != Status.OK]).all():
+                    raise ValueError(f"{output}: features of rows {start} to {stop} that are not ok must be NaN")
+                features[start:stop] = block
 
 
-def _read_layout(path: Path) -> tuple[dict[str, Any], dict[str, _Column]]:
+def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The manifest and the mapped arrays of a file, all by the one handle: its name may get another file meanwhile."""
     import h5py
 
-    with _format_errors(path), h5py.File(path, "r") as file:
-        version = _attribute(file, "format_version")
-        if _attribute(file, "format") != FORMAT:
-            raise CacheFormatError(f"{path}: is HDF5 but not a featpipe cache")
-        if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-            raise CacheFormatError(
-                f"{path}: has format version {version}, this featpipe reads {FORMAT_VERSION.split('.')[0]}.x"
-            )
-        size = path.stat().st_size
-        columns = {name: _locate(dataset, name, size) for name, dataset in _datasets(file)}
-        manifest = _read_manifest(path, columns)
-    _check(manifest, columns)
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise CacheFormatError("is empty")
+    with h5py.File(file, "r") as hdf5:
+        if _attribute(hdf5, "format") != FORMAT:
+            raise CacheFormatError("is HDF5 but not a featpipe cache")
+        version, ours = _attribute(hdf5, "format_version"), FORMAT_VERSION.split(".")[0]
+        if not re.fullmatch(rf"{ours}\.[0-9]+", version):
+            raise CacheFormatError(f"has format version {version!r}, this featpipe reads {ours}.x")
+        located = {name: _locate(dataset, name, size) for name, dataset in _datasets(hdf5)}
+    whole = np.memmap(file, np.uint8, "r")
+    columns = {name: _view(whole, *place) for name, place in located.items()}
+    manifest = _manifest(columns)
+    _check_columns(manifest, columns)
     return manifest, columns
+
+
+def _view(whole: NDArray[np.uint8], offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    nbytes = dtype.itemsize * math.prod(shape)
+    return whole[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
 @contextmanager
@@ -403,11 +437,8 @@ def _format_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except CacheFormatError as error:
-        text = str(error)
-        raise CacheFormatError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    except PermissionError:
-        raise CacheError(f"{path}: may not be read; check its permissions") from None
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CacheFormatError(f"{path}: {error}") from None
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CacheFormatError(f"{path}: is not a readable featpipe cache ({_one_line(error)})") from None
 
 
@@ -416,7 +447,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _attribute(file: Any, name: str) -> str:
-    value = file.attrs.get(name, "")
+    """A short text attribute, or nothing; what declares more is not read."""
+    if name not in file.attrs:
+        return ""
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.get_storage_size() > 64:
+        return ""
+    value = file.attrs[name]
     return value if isinstance(value, str) else ""
 
 
@@ -426,71 +463,117 @@ def _datasets(file: Any) -> Iterator[tuple[str, Any]]:
 
     groups = [("", file)]
     for prefix, group in groups:
+        if len(group) > ENTRIES_MAX:
+            raise CacheFormatError(f"{prefix or '/'} has {len(group)} entries, more than {ENTRIES_MAX}")
         for name in group:
             full = f"{prefix}{name}"
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise CacheFormatError(f"{full} is a link; a cache holds none")
+                raise CacheFormatError(f"{full!r} is a link; a cache holds none")
             entry = group[name]
             if isinstance(entry, h5py.Dataset):
                 yield full, entry
-            elif isinstance(entry, h5py.Group) and prefix == "" and full in ("features", "samples", "labels"):
+            elif isinstance(entry, h5py.Group) and full in ("features", "samples", "labels"):
                 groups.append((f"{full}/", entry))
             elif not isinstance(entry, h5py.Group):
-                raise CacheFormatError(f"{full} is neither a dataset nor a group")
+                raise CacheFormatError(f"{full!r} is neither a dataset nor a group")
 
 
-def _locate(dataset: Any, name: str, file_bytes: int) -> _Column:
+def _locate(dataset: Any, name: str, file_bytes: int) -> tuple[int, np.dtype[Any], tuple[int, ...]]:
+    """Where an array lies in the file, so that it can be mapped without HDF5: offset, dtype and shape."""
     import h5py
 
     plist = dataset.id.get_create_plist()
     if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count() or plist.get_nfilters():
-        raise CacheFormatError(f"{name} is not stored in one contiguous piece of this file")
-    kind = dataset.dtype
-    if kind.hasobject or kind.kind not in "fiuS":
-        raise CacheFormatError(f"{name} has the type {kind}, which no cache holds")
-    nbytes = int(kind.itemsize) * int(np.prod(dataset.shape, dtype=object))
+        raise CacheFormatError(f"{name!r} is not stored in one contiguous piece of this file")
+    dtype, shape = _dtype(dataset.id.get_type(), name), dataset.shape
+    if shape is None:
+        raise CacheFormatError(f"{name!r} has no shape")
+    nbytes = dtype.itemsize * math.prod(shape)
     offset = dataset.id.get_offset()
     if nbytes and (offset is None or offset + nbytes > file_bytes):
-        raise CacheFormatError(f"{name} declares {nbytes} bytes, more than the file holds; it is truncated")
-    return _Column(offset or 0, kind, tuple(dataset.shape))
+        raise CacheFormatError(f"{name!r} declares {nbytes} bytes, more than the file holds; it is truncated")
+    return (offset if nbytes else 0), dtype, tuple(map(int, shape))
 
 
-def _read_manifest(path: Path, columns: Mapping[str, _Column]) -> dict[str, Any]:
-    column = columns["manifest"]
-    if column.shape != () or column.dtype.kind != "S" or column.dtype.itemsize > MANIFEST_BYTES_MAX:
-        raise CacheFormatError("manifest is not one text")
-    with open(path, "rb") as file:
-        manifest = json.loads(_read_at(file, column.offset, column.dtype.itemsize))
-    if not isinstance(manifest, dict):
-        raise CacheFormatError("manifest is not a JSON object")
+def _dtype(stored: Any, name: str) -> np.dtype[Any]:
+    """The dtype whose bytes are exactly the stored ones: numpy knows no integers of 20 bits and no other floats."""
+    from h5py import h5t
+
+    if isinstance(stored, h5t.TypeStringID) and not stored.is_variable_str():
+        return np.dtype(("S", stored.get_size()))
+    if isinstance(stored, (h5t.TypeIntegerID, h5t.TypeFloatID)) and h5t.py_create(stored.dtype) == stored:
+        return stored.dtype
+    raise CacheFormatError(f"{name!r} has a type that no cache holds; expected integers, floats or byte strings")
+
+
+def _manifest(columns: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    text = columns.get("manifest")
+    if text is None or text.shape != () or text.dtype.kind != "S":
+        raise CacheFormatError("the manifest is missing or not one text")
+    if text.dtype.itemsize > MANIFEST_BYTES_MAX:
+        raise CacheFormatError(f"the manifest has {text.dtype.itemsize} bytes, more than {MANIFEST_BYTES_MAX}")
+    manifest = json.loads(text.tobytes().rstrip(b"\0").decode("utf-8"))
+    _check_keys(manifest, _MANIFEST, "the manifest")
+    facts = manifest["facts"]
+    _check_keys(facts, _FACTS, "facts in the manifest")
+    _check_keys(facts["backbone"], _BACKBONE_FACTS, "facts.backbone in the manifest")
+    if manifest["fingerprint"] != fingerprint(facts):
+        raise CacheFormatError("the fingerprint is not that of the facts in the manifest")
+    if not manifest["outputs"] or manifest["outputs"].keys() != facts["backbone"]["outputs"].keys():
+        raise CacheFormatError("the manifest names no output, or others than its facts")
+    if facts["storage"] not in ("float32", "float16"):
+        raise CacheFormatError(f"the features are stored as {facts['storage']!r}, expected float32 or float16")
+    classes = manifest["classes"]
+    if not all(isinstance(name, str) for name in classes):
+        raise CacheFormatError("classes in the manifest are not text")
+    if manifest["task"] in ("classification", "multilabel") and order_classes(classes) != tuple(classes):
+        raise CacheFormatError("classes in the manifest are not in their order, or not unique")
     return manifest
 
 
-def _read_at(file: IO[bytes], offset: int, nbytes: int) -> str:
-    file.seek(offset)
-    return file.read(nbytes).rstrip(b"\0").decode("utf-8")
+def _check_keys(found: object, wanted: Mapping[str, type], where: str) -> None:
+    if not isinstance(found, dict):
+        raise CacheFormatError(f"{where}: is not a JSON object")
+    for key, kind in wanted.items():
+        if not isinstance(found.get(key), kind):
+            raise CacheFormatError(f"{where}: {key} is missing or not of type {kind.__name__}")
 
 
-def _check(manifest: Mapping[str, Any], columns: Mapping[str, _Column]) -> None:
+def _check_columns(manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> None:
     """What the manifest says and what the file holds must agree."""
-    n = columns["samples/status"].shape[0] if "samples/status" in columns else -1
-    wanted = {name: (np.dtype(kind), (n, *rest)) for name, (kind, rest) in _COLUMNS.items()}
-    wanted["samples/id_offsets"] = (np.dtype("<i8"), (n + 1,))
-    for name, (dtype, shape) in wanted.items():
-        if name not in columns or columns[name].dtype != dtype or columns[name].shape != shape:
-            raise CacheFormatError(f"{name} is missing or not of type {dtype} and shape {shape}")
-    for name, kind in (("facts", dict), ("outputs", dict), ("classes", list), ("task", str), ("fingerprint", str)):
-        if not isinstance(manifest.get(name), kind):
-            raise CacheFormatError(f"the manifest has no {name}")
-    if manifest["fingerprint"] != fingerprint(manifest["facts"]):
-        raise CacheFormatError("the fingerprint is not that of the facts in the manifest")
-    if not manifest["outputs"]:
-        raise CacheFormatError("the manifest names no output")
+    for name, (kind, shape) in _wanted_columns(manifest, columns).items():
+        column = columns.get(name)
+        if column is None:
+            raise CacheFormatError(f"{name!r} is missing")
+        if column.dtype != np.dtype(kind) or column.shape != shape:
+            raise CacheFormatError(
+                f"{name!r} is {column.dtype} of shape {column.shape}, expected {np.dtype(kind)} of shape {shape}"
+            )
+    offsets = columns["samples/id_offsets"]
+    if offsets[0] != 0 or offsets[-1] != len(columns["samples/id_bytes"]):
+        raise CacheFormatError("samples/id_offsets does not begin and end with samples/id_bytes")
+    if not 0 <= manifest["ok"] <= manifest["samples"]:
+        raise CacheFormatError(f"{manifest['ok']} of {manifest['samples']} samples cannot be ok")
+
+
+def _wanted_columns(
+    manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    n, task, classes = manifest["samples"], manifest["task"], len(manifest["classes"])
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        "samples/status": ("u1", (n,)),
+        "samples/digest": ("u1", (n, 32)),
+        "samples/stamp": ("u1", (n, 16)),
+        "samples/split": ("u1", (n,)),
+        "samples/id_offsets": ("<i8", (n + 1,)),
+        "samples/id_bytes": ("u1", columns["samples/id_bytes"].shape[:1] if "samples/id_bytes" in columns else ()),
+    }
     for output, shape in manifest["outputs"].items():
-        column = columns.get(f"features/{output}")
-        if column is None or column.shape != (n, *shape) or column.dtype.kind != "f":
-            raise CacheFormatError(f"features/{output} is missing or not of shape {(n, *shape)}")
-    if manifest["task"] != "none":
-        labels = columns.get("labels/values")
-        if manifest["task"] not in _LABEL_DTYPES or labels is None or labels.shape[:1] != (n,):
-            raise CacheFormatError(f"labels/values is missing or does not fit the task {manifest['task']!r}")
+        if not isinstance(shape, list):
+            raise CacheFormatError(f"the manifest gives no shape for output {output!r}")
+        wanted[f"features/{output}"] = (np.dtype(manifest["facts"]["storage"]).newbyteorder("<").str, (n, *shape))
+    if task in _LABEL_DTYPES:
+        wanted["labels/values"] = (_LABEL_DTYPES[task], (n,) if task == "classification" else (n, classes))
+    elif task != "none":
+        raise CacheFormatError(f"the manifest has the unknown task {task!r}")
+    return wanted

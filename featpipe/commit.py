@@ -6,16 +6,20 @@ published with an exclusive ``link()`` and the directory fsynced. Readers trust 
 name, so that a kill at any point loses at most the part in hand.
 
 A part says what was embedded by the images' own digests and stamps, not by row numbers: an extraction that goes on
-after images were added or renamed finds its finished work all the same.
+after images were added or renamed finds its finished work all the same. It also carries the fingerprint of the facts
+it was made from, so that equal arrays made from other facts are another part.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +37,13 @@ __all__ = ["Part", "Parts", "exclusive"]
 
 RECORD_BYTES_MAX = 64 * 1024
 
+_TEMPORARY = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")
+_OURS = re.compile(rf"{_TEMPORARY.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_COLUMNS = {"digest": ("U8", (32,)), "stamp": ("U8", (16,)), "status": ("U8", ())}
+_FEATURES = ("F32", "F16")
+_TORN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -49,8 +60,13 @@ class Part:
 
     def read(self, name: str) -> NDArray[Any]:
         """One array of the part: ``digest``, ``stamp``, ``status`` or ``features/OUTPUT``."""
-        with safetensors.safe_open(self.path, framework="numpy") as file:
-            return np.asarray(file.get_tensor(name))
+        try:
+            with safetensors.safe_open(self.path, framework="numpy") as file:
+                return np.asarray(file.get_tensor(name))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CacheError(
+                f"{self.path}: {name} cannot be read any more ({error}); run the same command again"
+            ) from None
 
 
 class Parts:
@@ -72,16 +88,35 @@ class Parts:
         """Hold the folder for one writer; a second one waits. The lock dies with its process."""
         while True:
             with self._errors():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                handle = self._locked()
+            if handle is None:
+                continue
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                if not self._is_current(handle):  # the writer before us finished and removed the folder
-                    continue
+                self._sweep(_TEMPORARY)  # whoever began these held the lock, and is gone
                 yield
                 return
             finally:
                 os.close(handle)
+
+    def _locked(self) -> int | None:
+        """The lock, once it is ours, or None if the writer before us finished and removed it with the folder."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        fsync_directory(self.directory.parent)  # what is committed in a folder is lost with the folder
+        try:
+            handle = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), os.stat(self.directory / "lock")):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        return None
 
     def busy(self) -> bool:
         """Whether another process is writing parts here now."""
@@ -93,6 +128,8 @@ class Parts:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:
+            return False  # no locks on this file system: writing() will say so
         else:
             return False
         finally:
@@ -104,11 +141,22 @@ class Parts:
         Parameters
         ----------
         arrays : mapping from name to ndarray
-            All with the same first axis, the part's rows.
+            ``digest`` (r, 32), ``stamp`` (r, 16) and ``status`` (r,), uint8, and one ``features/OUTPUT`` (r, …),
+            float32 or float16, for each output.
+
+        Returns
+        -------
+        Part
+
+        Raises
+        ------
+        CacheError
+            If the disk is full or not writable; what was committed before is still there.
         """
-        data = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        data = safetensors.numpy.save(contiguous, {"fingerprint": self.fingerprint})
         digest = hashlib.sha256(data).hexdigest()
-        part = Part(self.directory / f"{digest[:24]}.part", len(next(iter(arrays.values()))))
+        part = Part(self.directory / f"{digest[:24]}.part", len(arrays["status"]))
         facts = {
             "file": part.path.name,
             "bytes": len(data),
@@ -130,29 +178,44 @@ class Parts:
         return [part for part in found if part is not None]
 
     def remove(self) -> None:
-        """Remove the folder and all that lies in it; called by the writer, after the cache is published."""
-        for pattern in ("*.record", "*.part", ".*.tmp", "lock"):
-            for path in self.directory.glob(pattern):
-                path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody's own file lies there: leave it to them
+        """Remove the parts and their folder; called by the writer, after the cache is published.
+
+        What is not a part's stays, and the folder with it.
+        """
+        self._sweep(_OURS)
+        with contextlib.suppress(OSError):  # somebody's own file lies there
             self.directory.rmdir()
 
+    def _sweep(self, names: re.Pattern[str]) -> None:
+        for path in self.directory.glob("*"):
+            if names.fullmatch(path.name):
+                with contextlib.suppress(OSError):  # what cannot be removed does no harm
+                    path.unlink()
+
     def _verify(self, record: Path) -> Part | None:
+        path = record.with_suffix(".part")
         try:
-            if record.stat().st_size > RECORD_BYTES_MAX:
+            if _file_bytes(record) > RECORD_BYTES_MAX:
                 return None
             facts = json.loads(record.read_bytes())
             check = facts.pop("check")
             if check != digest_of(facts) or facts["fingerprint"] != self.fingerprint:
                 return None
-            path = record.with_suffix(".part")
-            if facts["file"] != path.name or path.stat().st_size != facts["bytes"]:
+            if facts["file"] != path.name or _file_bytes(path) != facts["bytes"]:
                 return None
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                     return None
-            return Part(path, int(facts["rows"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return Part(path, int(facts["rows"])) if _is_laid_out(path, facts["rows"]) else None
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            safetensors.SafetensorError,
+        ):
             return None  # a torn or foreign file is not a part; its images are embedded again
 
     def _publish(self, data: bytes, path: Path, place: Callable[[Path, Path], None]) -> None:
@@ -166,12 +229,6 @@ class Parts:
             fsync_directory(self.directory)
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _is_current(self, handle: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(handle), os.stat(self.directory / "lock"))
-        except FileNotFoundError:
-            return False
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -187,7 +244,10 @@ class Parts:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock file; whoever else wants it waits. The lock dies with its process."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be locked ({error.strerror}); choose another --cache") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -195,9 +255,34 @@ def exclusive(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _file_bytes(path: Path) -> int:
+    """The size of a regular file; a link or a pipe laid in its place is not one."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise FileNotFoundError(path)
+    return found.st_size
+
+
+def _is_laid_out(path: Path, rows: int) -> bool:
+    """Whether a part holds what a part must, each array with this many rows."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        held = {name: (array.get_dtype(), tuple(array.get_shape())) for name, array in slices.items()}
+    columns = {name: held.pop(name, None) for name in _COLUMNS}
+    wanted = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in _COLUMNS.items()}
+    return columns == wanted and all(
+        name.startswith("features/") and dtype in _FEATURES and shape[:1] == (rows,)
+        for name, (dtype, shape) in held.items()
+    )
+
+
 def _link_once(temporary: Path, path: Path) -> None:
-    """Publish under a name that nobody holds. A record of this name can only be of the same bytes, or damaged."""
+    """Publish under a name that nobody holds. A record of this name can only be of the same part, or damaged."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.replace(temporary, path)  # a file system without links; the lock keeps other writers away

@@ -43,6 +43,8 @@ class Demonstration:
     chosen : str
         The head with the best cross-validated accuracy on the training tiles.
     examples : list of (id, true, predicted, probability)
+    tested : int
+        Test tiles; those that are byte for byte among the training tiles (black sky) are left out.
     """
 
     archive: Path
@@ -53,6 +55,7 @@ class Demonstration:
     comparison: list[Row]
     chosen: str
     examples: list[tuple[str, str, str, float]]
+    tested: int
 
 
 def demonstrate(folder: Path, progress: Tell = quiet, command: str = "") -> Demonstration:
@@ -72,8 +75,8 @@ def demonstrate(folder: Path, progress: Tell = quiet, command: str = "") -> Demo
     paths = {head: model.save(folder / f"tiles.{head}.model") for head, model in models.items()}
     chosen = max(HEADS, key=lambda head: _estimate(models[head]))
     evaluations = {head: evaluate(model, cache) for head, model in models.items()}
-    comparison = [*_heads(models, evaluations, chosen), *_baselines(cache, tiles, progress)]
     best = evaluations[chosen]
+    comparison = [*_heads(models, evaluations, chosen), *_baselines(cache, best.rows, tiles, progress)]
     report = write_report(
         folder / "report.html",
         models[chosen],
@@ -82,7 +85,8 @@ def demonstrate(folder: Path, progress: Tell = quiet, command: str = "") -> Demo
         comparison=comparison,
         command=command,
     )
-    return Demonstration(tiles, labels, cache, paths, report, comparison, chosen, _examples(models[chosen], best))
+    examples = _examples(models[chosen], best)
+    return Demonstration(tiles, labels, cache, paths, report, comparison, chosen, examples, len(best.rows))
 
 
 def _estimate(model: Model) -> float:
@@ -102,10 +106,10 @@ def _heads(models: dict[str, Model], evaluations: dict[str, Evaluation], chosen:
     ]
 
 
-def _baselines(cache: FeatureCache, tiles: Path, progress: Tell) -> list[Row]:
+def _baselines(cache: FeatureCache, held: NDArray[np.int64], tiles: Path, progress: Tell) -> list[Row]:
     """What the same test rows give without a network."""
-    y, split = cache.label_table.values, cache.split
-    fit, held = (np.flatnonzero(split == SPLITS.index(name)) for name in ("train", "test"))
+    y = cache.label_table.values
+    fit = np.flatnonzero(cache.split == SPLITS.index("train"))
     truth = cache.label_table.take(held).y
     progress(Progress("note", "baseline: logistic regression on raw pixels"))
     pixels = _pixels(tiles)

@@ -65,8 +65,8 @@ class _Table:
 class Known:
     """The embeddings that are there already under one fingerprint.
 
-    Rows whose status may end better on another attempt are not among them. Lookups may run in any thread while one
-    thread adds sources.
+    Rows whose status may end better on another attempt, or is not known to this version, are not among them. Lookups
+    may run in any thread while one thread adds sources.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Known:
         """Add a source; its number."""
         number = len(self.sources)
         self.sources.append(source)
-        lasting = ~np.isin(source.status, [s for s in Status if s.transient])
+        lasting = np.isin(source.status, [status for status in Status if not status.transient])
         self._by_digest = _grown(self._by_digest, _Table.of(source.digests, lasting, number))
         self._by_stamp = _grown(self._by_stamp, _Table.of(source.stamps, lasting, number))
         return number
@@ -102,16 +102,26 @@ class Known:
         place = np.zeros(len(stamps), np.int64)
         keys = _keys(stamps)
         for table in self._by_stamp:
-            if not len(table.keys):
-                continue
-            at = np.minimum(np.searchsorted(table.keys, keys), len(table.keys) - 1)
-            hit = np.flatnonzero((table.keys[at] == keys) & (source < 0) & stamps.any(axis=1))
-            for number in np.unique(table.source[at[hit]]):
-                rows = hit[table.source[at[hit]] == number]
-                there = table.place[at[rows]]
-                same = (self.sources[number].stamps[there] == stamps[rows]).all(axis=1)
-                source[rows[same]], place[rows[same]] = number, there[same]
+            at = np.searchsorted(table.keys, keys)
+            rows = np.flatnonzero((source < 0) & stamps.any(axis=1))
+            while len(rows):  # another round only where different stamps begin with the same eight bytes
+                rows = rows[at[rows] < len(table.keys)]
+                rows = rows[table.keys[at[rows]] == keys[rows]]
+                found, there = table.source[at[rows]], table.place[at[rows]]
+                same = self._same_stamps(found, there, stamps[rows])
+                source[rows[same]], place[rows[same]] = found[same], there[same]
+                rows = rows[~same]
+                at[rows] += 1
         return source, place
+
+    def _same_stamps(
+        self, source: NDArray[np.int32], place: NDArray[np.int64], stamps: NDArray[np.uint8]
+    ) -> NDArray[np.bool_]:
+        same = np.zeros(len(stamps), bool)
+        for number in np.unique(source):
+            rows = np.flatnonzero(source == number)
+            same[rows] = (self.sources[number].stamps[place[rows]] == stamps[rows]).all(axis=1)
+        return same
 
 
 def _keys(bytes_: NDArray[np.uint8]) -> NDArray[np.uint64]:

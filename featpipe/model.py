@@ -207,7 +207,7 @@ class Model:
         if ":" in name:
             raise ModelError(
                 f"{self.path or 'model'}: its backbone {name!r} is code of its author's own, which is not run unasked; "
-                "pass --backbone (in Python backbone=...) if you trust it"
+                "pass --backbone (in Python backbone=..., or model.attach(...)) if you trust it"
             )
         return self._load(name)
 

@@ -198,11 +198,21 @@ def _whole(path: Path | None, binary: bool = False) -> Iterator[Any]:
             temporary.unlink(missing_ok=True)
 
 
+class _Lines:
+    """Ends the rows of a table with a line feed. The csv module quotes a carriage return only if rows end with it."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
 @contextmanager
 def _csv(path: Path | None, targets: Sequence[str] | None) -> Iterator[Any]:
     columns = ["id", "status", *(targets if targets is not None else ["label", "probability", "top"])]
     with _whole(path) as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(_Lines(file), columns)
         writer.writeheader()
 
         def write(prediction: Prediction) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import click
 
@@ -40,7 +39,7 @@ def demo(out: str, as_json: bool) -> None:
         ["→" if r.chosen else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
         for r in done.comparison
     ]
-    click.echo(f"\nAccuracy on {_tested(done)} tiles from the right halves, with 95 % intervals\n")
+    click.echo(f"\nAccuracy on {done.tested} tiles from the right halves, with 95 % intervals\n")
     click.echo(table(rows, ["", "", "accuracy", "fit s", ""], right=[3]))
     click.echo("\nSome of them, as the chosen head sees them\n")
     examples = [
@@ -58,9 +57,3 @@ With your own images, one folder for each class:
   featpipe predict cache/photos-*.logistic.model more-photos/"""
     )
 
-
-def _tested(done: Any) -> int:
-    from featpipe.cache import SPLITS
-
-    split = done.cache.split
-    return int((split == SPLITS.index("test")).sum())

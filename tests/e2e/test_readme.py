@@ -1,0 +1,68 @@
+"""Every command and every line of Python in the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import jpeg
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with what the README speaks of: photos/, more-photos/, photos.zip, labels.csv."""
+    home = tmp_path_factory.mktemp("home")
+    for folder, seed in (("photos", 0), ("more-photos", 500)):
+        for number, label in enumerate(("cat", "dog")):
+            (home / folder / label).mkdir(parents=True)
+            for i in range(6):
+                (home / folder / label / f"{i:03}.jpg").write_bytes(jpeg(seed + 100 * number + i, (120, 90)))
+    shutil.make_archive(str(home / "photos"), "zip", home / "photos")
+    rows = [f"{label}/{i:03}.jpg,{'xy'[i % 2]}" for label in ("cat", "dog") for i in range(6)]
+    (home / "labels.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    return home
+
+
+def commands() -> list[str]:
+    shell = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    return [line for line in shell if line.startswith("featpipe ")]
+
+
+def test_the_set_up_is_two_commands_of_which_the_continuous_integration_runs_each_part():
+    first = next(text for kind, text in BLOCKS if kind == "bash")
+    steps = [step.strip() for line in first.splitlines() for step in line.split("&&")]
+    assert steps == ["pip install '.[demo]'", "featpipe demo", "pip install '.[test]'", "pytest"]
+    script = (Path(__file__).parents[2] / ".ci" / "run").read_text().replace("--quiet ", "")
+    for step in steps:
+        assert re.search(rf"^{re.escape(step)}\b", script, re.MULTILINE), step
+
+
+@pytest.mark.parametrize("line", commands())
+def test_each_command_runs(home, line):
+    """In the README's order, in one folder; `--backbone resnet18 --weights none` needs no network."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=home, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_each_line_of_python_runs(home, monkeypatch):
+    monkeypatch.chdir(home)
+    paths = sorted(map(str, Path("photos").rglob("*.jpg")))
+    names = {"paths": paths, "y": [path.split("/")[1] for path in paths]}
+    for kind, text in BLOCKS:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), names)
+    assert len(names["cache"].X) == 12
+    assert list(names["model"].classes) == ["cat", "dog"]
