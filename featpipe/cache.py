@@ -41,6 +41,8 @@ SPLITS = ("none", "train", "validation", "test")
 BLOCK_BYTES = 32 * 2**20
 MANIFEST_BYTES_MAX = 16 * 2**20  # parsed JSON takes up to thirty times its bytes
 ENTRIES_MAX = 4096  # in one group of a file; looking at each takes some 50 µs
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SUPERBLOCK_MIN = 2  # from here on HDF5 checks its own structures; it can loop for ever in damaged ones of before
 ALIGNMENT_BYTES = 64  # arrays that begin anywhere are copied by BLAS and refused by some of torch's kernels
 
 _STATUSES = frozenset(Status)
@@ -378,8 +380,8 @@ def _write_file(
     n = len(table.ids)
     layout = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": ALIGNMENT_BYTES}
     with h5py.File(path, "w-", track_order=False, **layout) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["format"] = np.bytes_(FORMAT)
+        file.attrs["format_version"] = np.bytes_(FORMAT_VERSION)
         text_type = h5py.string_dtype("utf-8", len(manifest))
         file.create_dataset("manifest", data=np.array(manifest, dtype=text_type), dtype=text_type)
         columns = {
@@ -410,8 +412,11 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     import h5py
 
     size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise CacheFormatError("is empty")
+    start = file.read(len(SIGNATURE) + 1)
+    if start[:-1] != SIGNATURE:
+        raise CacheFormatError("is not an HDF5 file" if size else "is empty")
+    if start[-1] < SUPERBLOCK_MIN:
+        raise CacheFormatError("is HDF5 of the oldest kind, without checksums; no cache is")
     with h5py.File(file, "r") as hdf5:
         if _attribute(hdf5, "format") != FORMAT:
             raise CacheFormatError("is HDF5 but not a featpipe cache")
@@ -447,14 +452,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _attribute(file: Any, name: str) -> str:
-    """A short text attribute, or nothing; what declares more is not read."""
+    """A short text attribute of fixed length, or nothing: HDF5 can loop for ever in a damaged heap of other texts."""
     if name not in file.attrs:
         return ""
     attribute = file.attrs.get_id(name)
-    if attribute.shape != () or attribute.get_storage_size() > 64:
+    if attribute.shape != () or attribute.dtype.kind != "S" or attribute.dtype.itemsize > 64:
         return ""
-    value = file.attrs[name]
-    return value if isinstance(value, str) else ""
+    return bytes(file.attrs[name]).decode("ascii")
 
 
 def _datasets(file: Any) -> Iterator[tuple[str, Any]]:

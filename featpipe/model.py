@@ -502,6 +502,8 @@ def _check_document(document: Any) -> None:
     backbone = facts.get("backbone")
     if document["task"] not in heads.TASKS or not isinstance(request.get("name"), str):
         raise ModelError(f"model.json names no task of {', '.join(heads.TASKS)}, or no backbone; train the model again")
+    if not isinstance(request.get("weights"), str | None) or not isinstance(request.get("seed", 0), int):
+        raise ModelError("model.json does not say which weights its backbone has; train the model again")
     if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
         raise ModelError("model.json does not say what its output is; train the model again")
     if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
@@ -512,8 +514,9 @@ def _library_transform(facts: Mapping[str, Any]) -> Any:
     """The transform trained with, of a library's network: the library may have another for this name by now."""
     from featpipe.backbone import Transform
 
-    known = {item.name for item in fields(Transform)}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in facts["transform"].items()}
-    if facts.get("source") == "user" or not known <= given.keys():
+    given = facts["transform"]
+    known = [item.name for item in fields(Transform)]
+    if facts.get("source") == "user" or not given.keys() >= set(known):
         return None
-    return Transform(**{key: given[key] for key in known})
+    settings: Any = {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in known}
+    return Transform(**settings)

@@ -88,6 +88,7 @@ def predict(
     writer = _writer(out)
     _check(top, workers)
     index = archive.index(archives)
+    model.engine()  # a backbone that cannot be had is told before the first line is written
     counts: dict[str, int] = {}
     names = [f"predicted_{name}" for name in model.classes] if model.task == "regression" else None
     with (

@@ -100,54 +100,7 @@ def test_results_are_json_on_request(command, make_folder, own):
     assert "resnet18" in json.loads(command("backbones", "resnet1*", "--json").stdout)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_extraction_says_how_to_go_on_and_goes_on(command, make_folder, slow, tmp_path, stop):
-    make_folder(each=40)
-    arguments = ["extract", "photos", "--backbone", slow, "--batch", "2", "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featpipe", *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cache/*.parts/lock")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(2.0)
-    process.send_signal(stop)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 1, err
-    assert out == ""
-    assert "interrupted" in err
-    assert "Traceback" not in err
-    assert list(tmp_path.glob("cache/*.parts/*.record"))
-    assert not list(tmp_path.glob("cache/*.h5"))
-    again = command(*arguments)
-    assert "are in a cache already" in again.stderr
-    assert Path(tmp_path, again.stdout.strip()).is_file()
-
-
-def test_a_killed_extraction_goes_on(command, make_folder, slow, tmp_path):
-    make_folder(each=40)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, "extract", "photos", "--backbone", slow, "--batch", "2"],
-        cwd=tmp_path,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("cache/*.parts/*.record"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not list(tmp_path.glob("cache/*.h5"))
-    again = command("extract", "photos", "--backbone", slow, "--batch", "2", "--json")
-    done = json.loads(again.stdout)
-    assert done["samples"] == 120
-    assert done["manifest"]["embedded"] < 120
-
-
-KILLED = """
+COMMITTING_OFTEN = """
 import sys
 from featpipe import extraction
 extraction.PART_SECONDS = 0.2
@@ -155,6 +108,41 @@ sys.argv[0] = "featpipe"
 from featpipe.cli import main
 main()
 """
+
+
+def begun(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own, after it committed its first part."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMITTING_OFTEN, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("cache/*.parts/*.record")):
+        assert time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_extraction_that_is_stopped_says_how_to_go_on_and_goes_on(command, make_folder, slow, tmp_path, stop):
+    make_folder(each=40)
+    arguments = ["extract", "photos", "--backbone", slow, "--batch", "2", "--workers", "2"]
+    process = begun(arguments, tmp_path)
+    process.send_signal(stop)
+    out, err = process.communicate(timeout=30)
+    assert out == ""
+    if stop != signal.SIGKILL:
+        assert process.returncode == 1, err
+        assert "interrupted" in err
+        assert "Traceback" not in err
+    assert not list(tmp_path.glob("cache/*.h5"))
+    again = json.loads(command(*arguments, "--json").stdout)
+    assert again["samples"] == 120
+    assert 0 < again["manifest"]["embedded"] < 120
 
 
 def wrong_input(tmp_path) -> dict[str, tuple[list[str], int, str]]:
@@ -228,7 +216,7 @@ def test_wrong_training_is_answered_in_one_line_that_helps(command, make_folder,
     for arguments, says in {
         ("train", cache): "lone",
         ("train", cache, "--head", "logistik"): "logistic",
-        ("train", cache, "--set", "D=1"): "'C'",
+        ("train", cache, "--set", "D=1"): "it has C",
         ("train", cache, "--set", "C=-1"): "C",
         ("train", cache, "--output", "layer"): "pooled",
         ("train", unlabelled): "--labels",

@@ -226,6 +226,8 @@ def test_a_member_too_many_packed_doubled_missing_or_changed_is_refused(saved: P
         {"facts": {}},
         {"facts": {"backbone": {"outputs": ["pooled"], "transform": 1}, "precision": "fp32", "storage": "float32"}},
         {"backbone": {"name": 7}},
+        {"backbone": {"name": "resnet18", "weights": 7}},
+        {"backbone": {"name": "resnet18", "seed": "x"}},
         {"output": "fc"},
         {"history": None},
     ],

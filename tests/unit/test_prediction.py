@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import tarfile
@@ -20,7 +19,7 @@ from torch import nn
 
 from featpipe import Model, archive, backbone, extract, load_model, predict, train
 from featpipe.archive import Table
-from featpipe.errors import ArchiveError, ConfigError
+from featpipe.errors import ArchiveError, ConfigError, ModelError
 from featpipe.loader import Loader
 from featpipe.prediction import Prediction, stream
 from featpipe.progress import Progress
@@ -161,9 +160,11 @@ def test_an_archive_of_bad_images_alone_is_predicted(model: Model, tmp_path: Pat
 
 
 def test_an_embedding_that_is_not_finite_is_a_status(model: Model, photos: list[Path]) -> None:
+    network = model.backbone.network
+
     class Picky(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            values = model.backbone.network(x)
+            values = network(x)
             return torch.where(x.mean((1, 2, 3))[:, None] > limit, torch.nan, values)
 
     brightness = [model.backbone.transform(torch.from_numpy(p)).mean() for p in pixels(photos)]
@@ -253,6 +254,15 @@ def test_standard_output_gets_the_same_table(model: Model, tmp_path: Path, capsy
     predict(model, tmp_path / "photos", tmp_path / "out.csv")
     predict(model, tmp_path / "photos")
     assert capsys.readouterr().out.splitlines() == (tmp_path / "out.csv").read_text().splitlines()
+
+
+def test_a_backbone_that_cannot_be_had_is_told_before_the_first_line(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_model(model.save(tmp_path / "m.model"))
+    with pytest.raises(ModelError, match="not run unasked"):
+        predict(loaded, tmp_path / "photos")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_reader_that_goes_away_is_no_other_error(
@@ -347,4 +357,4 @@ def test_progress_ends_with_all_samples(model: Model, tmp_path: Path) -> None:
     predict(model, tmp_path / "photos", tmp_path / "out.csv", progress=told.append)
     bars = [p for p in told if p.kind == "bar"]
     assert (bars[-1].done, bars[-1].total) == (18, 18)
-    assert io.StringIO(bars[-1].text).read() == "predicting"
+    assert bars[-1].text == "predicting"
