@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import featpipe
+from featpipe.cli.terminal import printable
 from featpipe.errors import FeatpipeError
 
 __all__ = ["main"]
@@ -95,7 +96,7 @@ def _exit_codes() -> Iterator[None]:
         error.show()
         sys.exit(1)
     except FeatpipeError as error:
-        click.echo(f"featpipe: {' '.join(str(error).split())}", err=True)
+        click.echo(f"featpipe: {printable(str(error))}", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nfeatpipe: interrupted; what was finished is kept, the same command goes on from there", err=True)

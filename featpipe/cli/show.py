@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from featpipe.cli.terminal import dump, table
+from featpipe.cli.terminal import dump, printable, table
 
 __all__ = ["backbones", "heads", "info"]
 
@@ -26,6 +26,8 @@ def info(path: str, as_json: bool) -> None:
     if as_json:
         dump(facts)
         return
+    if "scores" in facts:
+        facts |= {"scores": _metrics(facts["scores"]), "trained_on": facts["history"]["trained_on"], "history": None}
     rows = [[name.replace("_", " "), _shown(value)] for name, value in facts.items() if value not in (None, {}, [])]
     click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
 
@@ -90,6 +92,14 @@ def _of_model(path: Path) -> dict[str, Any]:
     }
 
 
+def _metrics(scores: dict[str, Any]) -> dict[str, Any]:
+    """How each estimate was made, and its figures alone."""
+    return {
+        estimate["how"]: {name: metric["value"] for name, metric in estimate["metrics"].items()}
+        for estimate in scores.values()
+    }
+
+
 def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {_shown(item)}" for name, item in list(value.items())[:40])
@@ -99,7 +109,7 @@ def _shown(value: object) -> str:
         )
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return printable(str(value))
 
 
 @click.command(short_help="List the networks that can be used.")

@@ -14,8 +14,9 @@ import click
 
 from featpipe.progress import Progress
 
-__all__ = ["Terminal", "dump", "table"]
+__all__ = ["Terminal", "dump", "printable", "table"]
 
+CELL_CHARACTERS = 110
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
 
 
@@ -40,7 +41,7 @@ class Terminal:
             self._advance(progress)
             return
         self._close()
-        click.echo(f"{'warning: ' if progress.kind == 'warning' else ''}{progress.text}", err=True)
+        click.echo(f"{'warning: ' if progress.kind == 'warning' else ''}{printable(progress.text)}", err=True)
 
     def _advance(self, progress: Progress) -> None:
         if not sys.stderr.isatty():
@@ -76,7 +77,7 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequen
     head  score
     mlp    0.91
     """
-    lines = [[_printable(str(cell)) for cell in row] for row in [header, *rows]]
+    lines = [[_cell(str(cell)) for cell in row] for row in [header, *rows]]
     widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -92,10 +93,14 @@ def dump(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def _printable(text: str, most: int = 60) -> str:
-    """Names from archives are not trusted: no control character reaches the terminal."""
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return clean if len(clean) <= most else clean[: most - 1] + "…"
+def printable(text: str) -> str:
+    """One line without control characters: names from archives are not trusted."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+
+
+def _cell(text: str) -> str:
+    clean = printable(text)
+    return clean if len(clean) <= CELL_CHARACTERS else clean[: CELL_CHARACTERS - 1] + "…"
 
 
 def _width(text: str) -> int:

@@ -1,0 +1,94 @@
+"""What is known about each sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from featpipe.errors import ConfigError
+from featpipe.labels import Labels, order_classes
+from featpipe.strings import Strings
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["b", "a", "C"], ("C", "a", "b")),
+        (["10", "9", "1"], ("1", "9", "10")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["010", "9"], ("010", "9")),
+        (["-1", "2"], ("-1", "2")),
+        (["é", "z", "ab"], ("ab", "z", "é")),
+        (["²", "1"], ("1", "²")),
+        ([], ()),
+    ],
+)
+def test_classes_are_ordered_by_code_point_or_by_value_when_all_are_whole_numbers(names, expected):
+    assert order_classes(names) == expected
+
+
+def test_class_names_become_codes_and_come_back():
+    labels = Labels.of_classes(["dog", None, "ape", "dog"])
+    assert labels.values.tolist() == [1, -1, 0, 1]
+    assert labels.known.tolist() == [True, False, True, True]
+    assert labels.y.tolist() == ["dog", None, "ape", "dog"]
+    assert labels.take([3, 2]).y.tolist() == ["dog", "ape"]
+
+
+def test_an_empty_class_list_gives_unknown_labels_only():
+    labels = Labels.of_classes([None, None])
+    assert labels.y.tolist() == [None, None]
+    assert not labels.known.any()
+
+
+def test_a_label_outside_the_given_classes_is_named():
+    with pytest.raises(ConfigError, match="'cat' is not one of the 2 classes"):
+        Labels.of_classes(["cat"], ["ape", "dog"])
+
+
+def test_sets_of_labels_become_a_matrix():
+    labels = Labels.of_sets([{"b", "a"}, None, set(), {"b"}])
+    assert labels.classes == ("a", "b")
+    assert labels.values.tolist() == [[1, 1], [-1, -1], [0, 0], [0, 1]]
+    assert labels.known.tolist() == [True, False, True, True]
+
+
+def test_targets_keep_their_numbers_and_nan_is_unknown():
+    one = Labels.of_targets([1.5, float("nan"), -2], ["age"])
+    assert one.y[0] == 1.5
+    assert one.y.shape == (3,)
+    assert one.known.tolist() == [True, False, True]
+    assert Labels.of_targets([[1, 2], [3, 4]], ["a", "b"]).y.shape == (2, 2)
+
+
+def test_equality_is_of_task_classes_and_values():
+    labels = Labels.of_targets([1.0, float("nan")], ["age"])
+    assert labels.same_as(Labels.of_targets([1.0, float("nan")], ["age"]))
+    assert not labels.same_as(Labels.of_targets([1.0, float("nan")], ["size"]))
+    assert not Labels.none(2).same_as(Labels.of_classes([None, None]))
+
+
+TEXTS = ["", "a", "naïve", "日本", "a\nb", "x" * 10_000, "\udcff.jpg"]
+
+
+def test_a_column_of_text_gives_back_what_went_in():
+    column = Strings.of(TEXTS)
+    expected = [*TEXTS[:-1], "\\udcff.jpg"]
+    assert list(column) == expected
+    assert [column[i] for i in range(len(column))] == expected
+    assert column[-2] == expected[-2]
+    assert column[1:3] == expected[1:3]
+    assert column == expected
+    assert column.take(np.array([3, 1])) == ["日本", "a"]
+    with pytest.raises(IndexError):
+        column[len(TEXTS)]
+
+
+def test_a_long_column_is_iterated_in_blocks():
+    texts = [str(i) for i in range(150_000)]
+    assert list(Strings.of(texts)) == texts
+
+
+def test_an_empty_column_is_empty():
+    assert list(Strings.of([])) == []
+    assert Strings.of([]) == Strings.of([])

@@ -1,0 +1,98 @@
+"""What a person sees while a command works."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from featpipe import fingerprint
+from featpipe.cli.terminal import Terminal, table
+from featpipe.progress import Progress, quiet
+from featpipe.recipe import Extraction
+from featpipe.status import Status
+
+
+def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
+    shown = table([["\x1b[31mred\x07", "a\nb", "\u202egpj.exe"]], ["", "", ""])
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "\u202e" not in shown
+    assert len(shown.splitlines()) == 2
+
+
+def test_notes_from_archives_cannot_either(capsys):
+    with Terminal() as terminal:
+        terminal(Progress("note", "ignored \x1b[2J\x1b]0;title\x07"))
+        terminal(Progress("warning", "a\r\nfeatpipe: all is well"))
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert "\r" not in err
+    assert len(err.splitlines()) == 2
+
+
+def test_columns_are_aligned_by_what_a_terminal_shows():
+    shown = table([["日本", "1"], ["ab", "22"]], ["name", "n"], right=[1])
+    assert shown.splitlines() == ["name   n", "日本   1", "ab    22"]
+
+
+def test_without_a_terminal_there_is_no_bar(capsys):
+    with Terminal() as terminal:
+        for done in range(100):
+            terminal(Progress("bar", "embedding", done, 100))
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_terminal_a_line_comes_every_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("featpipe.cli.terminal.time.monotonic", lambda: now[0])
+    with Terminal() as terminal:
+        for done in range(180):
+            now[0] += 1
+            terminal(Progress("bar", "embedding", done, 180))
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_in_python_warnings_go_where_warnings_go_and_the_rest_is_quiet(capsys):
+    quiet(Progress("note", "hello"))
+    with pytest.warns(UserWarning, match="2 of 3 images"):
+        quiet(Progress("warning", "2 of 3 images have no features"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_equal_facts_have_equal_fingerprints_whatever_their_order():
+    assert fingerprint.fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint.fingerprint({"b": [1.5, None], "a": 1})
+    assert fingerprint.fingerprint({"a": 1}) != fingerprint.fingerprint({"a": 1.0})
+
+
+def test_a_bit_a_shape_a_dtype_or_a_name_changes_the_digest_of_arrays():
+    array = np.arange(6, dtype=np.float32)
+    digests = {
+        fingerprint.digest_arrays([("a", array)]),
+        fingerprint.digest_arrays([("b", array)]),
+        fingerprint.digest_arrays([("a", array.reshape(2, 3))]),
+        fingerprint.digest_arrays([("a", array.view(np.int32))]),
+        fingerprint.digest_arrays([("a", np.nextafter(array, 9))]),
+    }
+    assert len(digests) == 5
+
+
+def test_status_numbers_are_those_of_the_specification():
+    assert {status.word: int(status) for status in Status} == {
+        "ok": 0,
+        "missing": 1,
+        "unreadable": 2,
+        "empty": 3,
+        "unsupported": 4,
+        "damaged": 5,
+        "too-large": 6,
+        "not-a-file": 7,
+        "out-of-memory": 8,
+        "not-finite": 9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed"), [(None, None), (0, 0), (7, 7), ("7", 7), ("5%", 10), (0.05, 10), ("0.05", 10), ("100%", 200)]
+)
+def test_a_limit_of_bad_images_is_a_number_or_a_share(limit, allowed):
+    assert Extraction(max_bad=limit).bad_limit(200) == allowed
