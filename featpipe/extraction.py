@@ -25,7 +25,7 @@ from featpipe import archive
 from featpipe import backbone as backbones
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
+from featpipe.cache import FeatureCache, Table, narrowed, parts_directory, write_cache
 from featpipe.commit import Part, Parts, exclusive
 from featpipe.engine import Engine, resolve_device
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError
@@ -478,14 +478,17 @@ def _existing(path: Path, facts: Mapping[str, Any], index: Index, settings: Extr
 
 
 def _caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
-    """The caches of a folder made under the same facts."""
+    """The caches of a folder that hold the wanted outputs under the same facts, whatever others they hold."""
+    outputs = list(facts["backbone"]["outputs"])
     found = []
     for path in sorted(folder.glob("*.h5")):
         try:
             cache = FeatureCache(path)
         except CacheError:
             continue  # not ours to judge here: a file that is no cache has nothing to copy
-        if cache.facts == facts:
+        if all(
+            output in cache.outputs and narrowed(cache.facts, output) == narrowed(facts, output) for output in outputs
+        ):
             found.append(cache)
     return found
 

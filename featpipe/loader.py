@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe import image
-from featpipe.errors import SampleError
+from featpipe.errors import ConfigError, SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
 
@@ -77,7 +77,10 @@ class Pictures:
         if isinstance(item, (bytes, bytearray, memoryview)):
             return bytes(item)
         if not isinstance(item, (str, os.PathLike)):
-            return image.to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
+            try:
+                return image.to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
+            except ConfigError as error:
+                raise ConfigError(f"image {row}: {error}") from None
         try:
             with open(item, "rb") as file:
                 return file.read()
@@ -236,6 +239,7 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
     work : callable
         Makes a generator; called once in each thread.
     threads : int
+        At least 1.
     ahead : int
         Items that each thread may be ahead of the consumer.
     """
@@ -326,5 +330,8 @@ def embed_pictures(
             if values:
                 if features is None:
                     features = np.full((n, *values[output].shape[1:]), np.nan, np.float32)
-                features[np.array(batch.rows)[batch.places]] = values[output]
+                rows = np.array(batch.rows)[batch.places]
+                features[rows] = values[output]
+                finite = np.isfinite(values[output].reshape(len(rows), -1)).all(axis=1)
+                status[rows[~finite]] = Status.NOT_FINITE
     return (np.full((n, 0), np.nan, np.float32) if features is None else features), status

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featpipe import heads
 from featpipe.cache import FeatureCache, fsync_directory, narrowed
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
-from featpipe.fingerprint import canonical, differences
+from featpipe.fingerprint import differences
 from featpipe.status import Status
 
 __all__ = [
@@ -291,7 +291,8 @@ class Model:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as handle:
                 with zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
-                    file.writestr(zipfile.ZipInfo("model.json"), canonical(document))
+                    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+                    file.writestr(zipfile.ZipInfo("model.json"), text.encode("utf-8", "backslashreplace"))
                     for name, data in members.items():
                         file.writestr(zipfile.ZipInfo(name), data)
                 handle.flush()
@@ -390,8 +391,7 @@ def embed_images(images: Sequence[object], backbone: Any, engine: Any, output: s
     from featpipe.loader import Pictures, embed_pictures
 
     features, codes = embed_pictures(Pictures(images), backbone.transform, engine, output)
-    finite = np.isfinite(features.reshape(len(images), -1)).all(axis=1)
-    refuse_bad(images, np.where((codes == Status.OK) & ~finite, Status.NOT_FINITE, codes))
+    refuse_bad(images, codes)
     return features
 
 

@@ -73,6 +73,10 @@ class Backbone:
             "transform": self.transform.facts(),
             "outputs": {output.name: output.facts() for output in self.outputs},
         }
+        if isinstance(switch := getattr(self.network, "transform_input", None), bool):
+            facts["transform_input"] = (
+                switch  # GoogLeNet and Inception normalise again inside, if their weights want it
+            )
         return {**facts, "code": dict(self.code)} if self.code else facts
 
     def embed(self, images: Tensor) -> dict[str, Tensor]:

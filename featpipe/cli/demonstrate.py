@@ -56,4 +56,3 @@ With your own images, one folder for each class:
   featpipe train cache/photos-*.h5
   featpipe predict cache/photos-*.logistic.model more-photos/"""
     )
-

@@ -80,6 +80,7 @@ def extract(
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
 @click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
+@click.option("--backbone", metavar="NAME", help="With --portable, for a cache made with code of your own.")
 @click.option("--out", metavar="MODEL", help="The model's file.  [default: CACHE's name with .HEAD.model]")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 def train(
@@ -90,6 +91,7 @@ def train(
     output: str | None,
     seed: int,
     portable: bool,
+    backbone: str | None,
     out: str | None,
     as_json: bool,
 ) -> None:
@@ -116,6 +118,8 @@ def train(
             random_state=seed,
             progress=terminal,
         )
+    if portable and backbone:
+        model.attach(backbone)
     path = model.save(out or opened.path.with_suffix(f".{head}.model"), portable=portable)
     estimate = model.scores.get("cross_validation")
     if as_json:

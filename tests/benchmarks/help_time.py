@@ -1,6 +1,6 @@
 """How long `featpipe --help` takes, against an empty click program, in turns.
 
-    python tests/benchmarks/help_time.py
+python tests/benchmarks/help_time.py
 """
 
 from __future__ import annotations

@@ -116,15 +116,18 @@ def test_each_dependency_has_one_owner(package):
     assert users <= OWNERS[package]
 
 
-@pytest.mark.parametrize("statement", [
-    "import featpipe",
-    "import featpipe.cli",
-    "from featpipe import FeatureCache",
-    "import featpipe.heads",
-    "from featpipe.backbone import names; names('resnet*')",
-    "from featpipe.cli import show",
-    "from featpipe.cli import make",
-])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import featpipe",
+        "import featpipe.cli",
+        "from featpipe import FeatureCache",
+        "import featpipe.heads",
+        "from featpipe.backbone import names; names('resnet*')",
+        "from featpipe.cli import show",
+        "from featpipe.cli import make",
+    ],
+)
 def test_what_only_reads_imports_no_torch(statement):
     code = f"{statement}\nimport sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

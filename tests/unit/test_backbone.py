@@ -853,3 +853,10 @@ def test_a_parameter_with_a_gradient_is_found_out():
     backbone.network[0].weight.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"'0\.weight' requires a gradient"):
         prove_frozen(backbone)
+
+
+def test_a_network_that_normalises_again_inside_is_another_backbone():
+    net = load("googlenet", weights="none")
+    before = net.facts()
+    net.network.transform_input = not net.network.transform_input
+    assert net.facts() != before

@@ -367,3 +367,16 @@ def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder,
         cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
     assert tried[tried_first:] == [2]
     assert cache.status.tolist() == ["ok", "damaged", "ok"]
+
+
+def test_a_cache_of_several_outputs_serves_a_request_for_one_of_them(make_folder, tmp_path, embedded):
+    count, clear = embedded
+    folder = make_folder(("ape",), 3)
+    both = backbone.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:max"])
+    one = backbone.load(Tiny(), transform=tiny_transform, outputs=["conv:max"])
+    first = extract(folder, backbone=both, cache=tmp_path / "c")
+    clear()
+    second = extract(folder, backbone=one, cache=tmp_path / "c")
+    assert count() == 0
+    assert second.outputs == ("conv:max",)
+    assert np.array_equal(second.features(), first.features("conv:max"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featpipe import archive, image
-from featpipe.errors import SampleError
+from featpipe.errors import ConfigError, SampleError
 from featpipe.fingerprint import digest
 from featpipe.loader import Loader, Pictures, spread
 from featpipe.status import Status
@@ -141,3 +141,8 @@ def test_workers_do_not_run_far_ahead_of_a_slow_consumer():
     time.sleep(0.2)
     assert len(made) <= 2 * 3 + 2 + 2
     stream.close()
+
+
+def test_something_that_is_no_image_is_named_by_its_place():
+    with pytest.raises(ConfigError, match="image 1"):
+        load_all(Loader(Pictures([jpeg(1), 7]), np.arange(2), tiny_transform, 2))
