@@ -323,16 +323,19 @@ def write_cache(
     text = json.dumps(complete, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
     temporary = _temporary(path)
     try:
-        _write_file(temporary, table, text, shapes, dtype, gather)
+        with open(temporary, "xb+") as file:
+            _write_file(file, table, text, shapes, dtype, gather)
+            file.flush()
+            os.fsync(file.fileno())
         FeatureCache(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
     except CacheFormatError as error:
         raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
-    except (OSError, RuntimeError) as error:  # h5py reports a full disk as RuntimeError, sometimes only at close
-        raise CacheError(f"{path}: cannot be written ({error}); free some space or choose another --cache") from None
+    except (OSError, RuntimeError) as error:  # h5py reports some failures of its own as RuntimeError
+        raise CacheError(
+            f"{path}: cannot be written ({_one_line(error)}); free some space or choose another --cache"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -367,8 +370,49 @@ def _complete(manifest: Mapping[str, Any], table: Table, shapes: Mapping[str, tu
     }
 
 
+class _Sink:
+    """The file that HDF5 writes into. It hears of no failure, because it can crash when a disk is full; we do."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _attempt(self, action: Callable[..., Any], *given: Any) -> Any:
+        if self._error is None:
+            try:
+                return action(*given)
+            except OSError as error:
+                self._error = error
+        return 0
+
+    def read(self, size: int = -1) -> bytes:
+        return self._attempt(self._file.read, size) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        return self._attempt(self._file.readinto, buffer)  # type: ignore[attr-defined]
+
+    def write(self, data: Any) -> int:
+        return self._attempt(self._file.write, data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._attempt(self._file.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._attempt(self._file.tell)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._attempt(self._file.truncate, size)
+
+    def flush(self) -> None:
+        self._attempt(self._file.flush)
+
+
 def _write_file(
-    path: Path,
+    target: BinaryIO,
     table: Table,
     manifest: bytes,
     shapes: Mapping[str, tuple[int, ...]],
@@ -379,7 +423,8 @@ def _write_file(
 
     n = len(table.ids)
     layout = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": ALIGNMENT_BYTES}
-    with h5py.File(path, "w-", track_order=False, **layout) as file:
+    sink = _Sink(target)
+    with h5py.File(sink, "w", track_order=False, **layout) as file:
         file.attrs["format"] = np.bytes_(FORMAT)
         file.attrs["format_version"] = np.bytes_(FORMAT_VERSION)
         text_type = h5py.string_dtype("utf-8", len(manifest))
@@ -405,6 +450,8 @@ def _write_file(
                 if not np.isnan(block[table.status[start:stop] != Status.OK]).all():
                     raise ValueError(f"{output}: features of rows {start} to {stop} that are not ok must be NaN")
                 features[start:stop] = block
+                sink.raise_error()
+    sink.raise_error()
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

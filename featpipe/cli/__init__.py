@@ -68,7 +68,7 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(featpipe.__version__, prog_name="featpipe")
 def cli() -> None:
-    r"""Transfer learning on images: embed once with a frozen network, train heads in seconds.
+    """Transfer learning on images: embed once with a frozen network, train heads in seconds.
 
     \b
     Example:

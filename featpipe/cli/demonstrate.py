@@ -16,7 +16,7 @@ __all__ = ["demo"]
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def demo(out: str, as_json: bool) -> None:
-    r"""Run the whole line on real photographs, with nothing to download.
+    """Run the whole line on real photographs, with nothing to download.
 
     Tiles of seventeen photographs are embedded by an ImageNet network; three heads learn from the left half of each
     photograph and are tested on the right half.

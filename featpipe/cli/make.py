@@ -46,7 +46,7 @@ def extract(
     task: Any,
     **settings: Any,
 ) -> None:
-    r"""Run a frozen network once over images and cache the embeddings.
+    """Run a frozen network once over images and cache the embeddings.
 
     ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
     Prints the path of the cache. Images that any cache in --cache knows are not embedded again.
@@ -95,7 +95,7 @@ def train(
     out: str | None,
     as_json: bool,
 ) -> None:
-    r"""Train a head on a cache; prints the path of the model.
+    """Train a head on a cache; prints the path of the model.
 
     Its quality is estimated by cross-validation on the training images; the model is then fitted on all of them.
 

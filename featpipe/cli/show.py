@@ -16,7 +16,7 @@ __all__ = ["backbones", "heads", "info"]
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def info(path: str, as_json: bool) -> None:
-    r"""Show what a cache or a model holds.
+    """Show what a cache or a model holds.
 
     \b
     Example:
@@ -116,7 +116,7 @@ def _shown(value: object) -> str:
 @click.argument("pattern", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def backbones(pattern: str | None, as_json: bool) -> None:
-    r"""List the networks that can be used, all or those whose names match PATTERN.
+    """List the networks that can be used, all or those whose names match PATTERN.
 
     \b
     Example:
@@ -134,7 +134,7 @@ def backbones(pattern: str | None, as_json: bool) -> None:
 @click.command(short_help="List the heads that can be trained.")
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def heads(as_json: bool) -> None:
-    r"""List the heads that can be trained, what they are for and what can be set.
+    """List the heads that can be trained, what they are for and what can be set.
 
     \b
     Example:

@@ -28,7 +28,7 @@ def evaluate(
     report: str | None,
     as_json: bool,
 ) -> None:
-    r"""Score a model on images that it was not trained on.
+    """Score a model on images that it was not trained on.
 
     Images whose bytes were among the training images are left out, and counted.
 
@@ -72,7 +72,7 @@ def predict(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    r"""Predict every image of some archives.
+    """Predict every image of some archives.
 
     One row for each sample, in the archive's order, also for those that cannot be read; memory is flat.
 

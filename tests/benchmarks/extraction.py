@@ -1,7 +1,7 @@
 """From a folder of 500 × 375 JPEGs to features on disk: featpipe against the script that people write, in turns.
 
-The peer: ImageFolder, DataLoader with 2 workers, eager fp32 under no_grad, a list, np.save; the same network, weights and
-transform. Run on an otherwise idle machine:
+The peer: ImageFolder, DataLoader with 2 workers, eager fp32 under no_grad, a list, np.save; the same network, weights
+and transform. Run on an otherwise idle machine:
 
     python tests/benchmarks/extraction.py [images]
 """
@@ -25,7 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision import transforms as T
 from featpipe import backbone
 network = backbone.load("efficientnet_lite0").network
-transform = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(), T.Normalize([.5] * 3, [.5] * 3)])
+resize = T.Resize(256, T.InterpolationMode.BICUBIC)
+transform = T.Compose([resize, T.CenterCrop(224), T.ToTensor(), T.Normalize([.5] * 3, [.5] * 3)])
 loader = DataLoader(ImageFolder(sys.argv[1], transform), batch_size=32, num_workers=2)
 features = []
 with torch.no_grad():

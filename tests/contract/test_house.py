@@ -179,7 +179,8 @@ def every_command() -> dict[str, click.Command]:
 def test_every_command_is_in_the_readme_and_has_a_summary_and_an_example(name):
     command = every_command()[name]
     assert f"featpipe {name}" in (ROOT / "README.md").read_text()
-    assert re.search(rf"Example:\n\s+featpipe {name}\b", command.help)
+    shown = command.get_help(click.Context(command, info_name=name))
+    assert re.search(rf"^\s+Example:\n\s+featpipe {name}\b", shown, re.MULTILINE)
     assert cli.SUMMARIES[name] == command.short_help
     assert command.help.startswith(command.short_help.removesuffix(".")), "help and summary say different things"
     assert any("--json" in parameter.opts for parameter in command.params)

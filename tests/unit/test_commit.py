@@ -208,17 +208,24 @@ def test_a_planted_part_that_fits_is_taken_as_any_other(parts):
     assert [holds(part, arrays()) for part in parts.committed()] == [True]
 
 
+MISFITS = {
+    "digest": np.zeros((4, 32), "u1"),
+    "stamp": np.zeros((3, 32), "u1"),
+    "status": np.zeros(3, "i8"),
+    "features/pooled": np.zeros((2, 5), "f4"),
+    "features/layer2": np.zeros((3, 5), "i4"),
+    "more": np.zeros(3, "f4"),
+}
+
+
+def header(nbytes: int, text: bytes) -> bytes:
+    return nbytes.to_bytes(8, "little") + text
+
+
 @pytest.mark.parametrize("data", [
-    b"not safetensors", b"", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}", (10**5).to_bytes(8, "little") + b"[" * 10**5,
-    safetensors.numpy.save({}),
-    *(safetensors.numpy.save({k: v for k, v in arrays().items() if k != name}) for name in ("digest", "stamp", "status")),
-    *(
-        safetensors.numpy.save({**arrays(), name: value})
-        for name, value in {
-            "digest": np.zeros((4, 32), "u1"), "stamp": np.zeros((3, 32), "u1"), "status": np.zeros(3, "i8"),
-            "features/pooled": np.zeros((2, 5), "f4"), "features/layer2": np.zeros((3, 5), "i4"), "more": np.zeros(3, "f4"),
-        }.items()
-    ),
+    b"", b"not safetensors", b"\xff" * 64, header(2**40, b"{}"), header(10**5, b"[" * 10**5), header(2, b"{}"),
+    *(safetensors.numpy.save({k: v for k, v in arrays().items() if k != name}) for name in list(MISFITS)[:3]),
+    *(safetensors.numpy.save({**arrays(), name: value}) for name, value in MISFITS.items()),
 ])  # fmt: skip
 def test_a_planted_part_that_is_laid_out_otherwise_is_not_there(parts, data):
     planted(parts, data)

@@ -115,7 +115,7 @@ def test_zeros_never_match():
     assert known.by_stamp(np.zeros((5, 16), np.uint8))[0].tolist() == [-1] * 5
 
 
-@pytest.mark.parametrize("status", range(256))
+@pytest.mark.parametrize("status", [*range(12), 255])
 def test_only_statuses_that_last_and_that_this_version_knows_match(status):
     known = Known()
     known.add(source(rows([b"a"], 32), rows([b"s"], 16), status))
