@@ -282,9 +282,9 @@ class _Run:
 
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         started = self._committed_at = perf_counter()
-        backbones.prove_frozen(self.backbone)
         device = resolve_device(self.settings.device)
         engine = Engine(self.backbone, device, self.settings.precision, self.settings.batch)
+        backbones.prove_frozen(self.backbone)
         try:
             self._stream(engine, rows)
         finally:  # also when interrupted: what is finished is not lost
