@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -337,7 +338,8 @@ def write_cache(
             f"{path}: cannot be written ({_one_line(error)}); free some space or choose another --cache"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
@@ -348,10 +350,13 @@ def _temporary(path: Path) -> Path:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make a rename or a link in this folder survive a power cut."""
+    """Make a rename or a link in this folder survive a power cut, where the file system can."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
     finally:
         os.close(handle)
 
@@ -375,7 +380,7 @@ class _Sink:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
 
     def raise_error(self) -> None:
         if self._error is not None:
@@ -385,7 +390,7 @@ class _Sink:
         if self._error is None:
             try:
                 return action(*given)
-            except OSError as error:
+            except BaseException as error:  # an interrupt too: it is raised where HDF5 is done
                 self._error = error
         return 0
 

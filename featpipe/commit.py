@@ -100,7 +100,13 @@ class Parts:
 
     def _locked(self) -> int | None:
         """The lock, once it is ours, or None if the writer before us finished and removed it with the folder."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(self.directory.lstat().st_mode):
+                    raise
+            return None  # removed between the two looks that mkdir takes
         fsync_directory(self.directory.parent)  # what is committed in a folder is lost with the folder
         try:
             handle = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -207,15 +213,7 @@ class Parts:
                 if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                     return None
             return Part(path, int(facts["rows"])) if _is_laid_out(path, facts["rows"]) else None
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            safetensors.SafetensorError,
-        ):
+        except _TORN:
             return None  # a torn or foreign file is not a part; its images are embedded again
 
     def _publish(self, data: bytes, path: Path, place: Callable[[Path, Path], None]) -> None:

@@ -127,15 +127,14 @@ def extract_index(index: Index, backbone: Backbone, settings: Extraction, progre
         run = _Run(ledger, backbone, settings, parts, progress)
         run.embed()
         table = ledger.table()
-        if existing is not None and _same_table(existing.table(), table):
+        shapes = dict(backbone.shapes)
+        same = existing is not None and existing.outputs == tuple(shapes) and _same_table(existing.table(), table)
+        if existing is not None and same:
             parts.remove()
             return existing
         _refuse_all_bad(table, index)
-        started = perf_counter()
-        shapes = dict(backbone.shapes)
-        manifest = run.manifest(facts)
-        write_cache(path, table, manifest, shapes, settings.storage, ledger.gather(shapes, settings.storage))
-        run.seconds["publishing"] = perf_counter() - started
+        gather = ledger.gather(shapes, settings.storage)
+        write_cache(path, table, run.manifest(facts), shapes, settings.storage, gather)
         parts.remove()
     return FeatureCache(path)
 
@@ -276,7 +275,8 @@ class _Run:
                 self.progress(Progress("note", f"{n - len(rows)} of {n} images are in a cache already"))
             self._embed_rows(rows)
         if not self.embedded:
-            self.progress(Progress("note", f"all {n} images are in a cache already: no forward pass"))
+            what = f"all {n} images are" if not self.ledger.status.any() else f"all that can be read of {n} images is"
+            self.progress(Progress("note", f"{what} in a cache already: no forward pass"))
         self._refuse_too_many_bad()
         self._tell_bad()
 

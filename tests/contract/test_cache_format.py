@@ -711,6 +711,21 @@ def test_no_other_file_is_opened(tmp_path, pipe):
     assert read_all(paths) == ["CacheFormatError"] * len(edits)
 
 
+@pytest.mark.parametrize("spoil", [slice(16, 200), slice(24, 32)])
+def test_a_damaged_heap_of_texts_cannot_make_a_reader_loop(file, spoil):
+    def edit(hdf5: h5py.File) -> None:
+        for name, value in (("format", "featpipe-cache"), ("format_version", "1.0")):
+            del hdf5.attrs[name]
+            hdf5.attrs[name] = value  # of variable length, and so in the heap
+
+    data = bytearray(changed(file, edit).read_bytes())
+    heap = data.index(b"GCOL")
+    length = spoil.stop - spoil.start
+    data[heap + spoil.start : heap + spoil.stop] = bytes(length) if length > 8 else b"\xf0" + b"\xff" * 7
+    file.write_bytes(data)
+    assert read_all([file]) == ["CacheFormatError"]
+
+
 def test_what_is_not_a_file_is_not_opened(tmp_path, pipe):
     folder = tmp_path / "folder.h5"
     folder.mkdir()

@@ -452,6 +452,29 @@ def test_a_disk_that_fails_at_publishing_leaves_the_old_cache_and_nothing_else(t
     assert is_whole(tmp_path / "a.h5", old)
 
 
+def test_a_folder_that_cannot_be_synced_after_the_rename_leaves_the_new_cache(tmp_path, old, monkeypatch):
+    made = Made(50)
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(cache_room, "fsync_directory", fail)
+    with pytest.raises(CacheError, match="cannot be written"):
+        made.write(tmp_path / "a.h5")
+    assert only(tmp_path) == ["a.h5"]
+    assert is_whole(tmp_path / "a.h5", made)
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_syncs_no_folders_is_no_error(tmp_path, monkeypatch, number, passes):
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with contextlib.nullcontext() if passes else pytest.raises(OSError, match=os.strerror(number)):
+        cache_room.fsync_directory(tmp_path)
+
+
 @contextlib.contextmanager
 def files_of_at_most(nbytes: int) -> Iterator[None]:
     """Every write beyond this size fails, HDF5's own too."""
@@ -475,6 +498,36 @@ def test_writes_of_hdf5_that_fail_anywhere_leave_the_old_cache_and_nothing_else(
     with files_of_at_most(size):
         made.write(path)
     assert is_whole(path, made)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken")], ids=repr)
+def test_a_call_of_hdf5_to_its_file_that_fails_leaves_the_old_cache_and_nothing_else(tmp_path, old, monkeypatch, error):
+    """At every call: an interrupt is raised in the first Python code that runs, which is often such a call."""
+    made, path = Made(30), tmp_path / "a.h5"
+    calls, at = [0], [-1]
+
+    class Failing(cache_room._Sink):
+        def _attempt(self, action, *given):
+            calls[0] += 1
+
+            def failing(*given):
+                if calls[0] - 1 == at[0]:
+                    raise error
+                return action(*given)
+
+            return super()._attempt(failing, *given)
+
+    monkeypatch.setattr(cache_room, "_Sink", Failing)
+    made.write(tmp_path / "b.h5")
+    total = calls[0]
+    (tmp_path / "b.h5").unlink()
+    assert total > 40
+    for at[0] in range(0, total, 3):
+        calls[0] = 0
+        with pytest.raises(CacheError if isinstance(error, OSError) else KeyboardInterrupt):
+            made.write(path)
+        assert only(tmp_path) == ["a.h5"]
+        assert is_whole(path, old)
 
 
 def test_a_really_full_disk_leaves_the_old_cache_and_nothing_else(tmp_path):

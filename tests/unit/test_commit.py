@@ -364,9 +364,19 @@ def test_a_really_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_r
 
 
 @pytest.mark.parametrize("make", [Parts.writing, lambda parts: contextlib.nullcontext(parts.commit(arrays()))])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CacheError, match="choose another --cache"), make(Parts(tmp_path / "file" / "a.parts", MINE)):
+@pytest.mark.parametrize("obstacle", ["file above", "file", "pipe", "dangling link"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
+    path = tmp_path / "a.parts"
+    if obstacle == "file above":
+        path.write_text("in the way")
+        path = path / "a.parts"
+    elif obstacle == "file":
+        path.write_text("in the way")
+    elif obstacle == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CacheError, match="choose another --cache"), make(Parts(path, MINE)):
         pass
 
 

@@ -380,3 +380,13 @@ def test_a_cache_of_several_outputs_serves_a_request_for_one_of_them(make_folder
     assert count() == 0
     assert second.outputs == ("conv:max",)
     assert np.array_equal(second.features(), first.features("conv:max"))
+
+
+def test_the_first_output_asked_for_is_the_default_one_also_when_the_order_changes(make_folder, tmp_path, embedded):
+    count, clear = embedded
+    folder = make_folder(("ape",), 3)
+    for outputs in (["pooled", "conv:max"], ["conv:max", "pooled"]):
+        clear()
+        net = backbone.load(Tiny(), transform=tiny_transform, outputs=outputs)
+        assert extract(folder, backbone=net, cache=tmp_path / "c").outputs == tuple(outputs)
+    assert count() == 0
