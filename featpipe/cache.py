@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError
 from featpipe.fingerprint import fingerprint
 from featpipe.labels import Labels, order_classes
@@ -30,7 +30,6 @@ __all__ = [
     "SPLITS",
     "FeatureCache",
     "Table",
-    "fsync_directory",
     "narrowed",
     "parts_directory",
     "write_cache",
@@ -347,18 +346,6 @@ def _temporary(path: Path) -> Path:
     parts = parts_directory(path)
     folder = parts if parts.is_dir() else path.parent
     return folder / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make a rename or a link in this folder survive a power cut, where the file system can."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def _complete(manifest: Mapping[str, Any], table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from featpipe.cache import fsync_directory
+from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError
 from featpipe.fingerprint import fingerprint as digest_of
 

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import heads
-from featpipe.cache import FeatureCache, fsync_directory, narrowed
+from featpipe.cache import FeatureCache, narrowed
+from featpipe.durable import whole_file
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.fingerprint import differences
 from featpipe.status import Status
@@ -102,8 +103,6 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({self.head_name} on {self.request['name']}, {self.task}, {len(self.classes)} classes)"
 
-    # -- on features ---------------------------------------------------------------------------------------------
-
     def predict_features(self, X: NDArray[np.floating]) -> NDArray[Any]:
         """Predictions from embeddings.
 
@@ -125,8 +124,6 @@ class Model:
         if self.task == "regression":
             raise ConfigError("this model predicts numbers, not classes; it has no probabilities: use predict")
         return np.asarray(self.head.predict_proba(X), np.float64)
-
-    # -- on images -----------------------------------------------------------------------------------------------
 
     def predict(self, images: Sequence[object]) -> NDArray[Any]:
         """Predictions for images, in the order given.
@@ -155,8 +152,6 @@ class Model:
     def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
         """The embeddings of images, shape (m, d), in the order given; parameters and errors as :meth:`predict`."""
         return embed_images(listed(images), self.backbone, self.engine(), self.output)
-
-    # -- the backbone --------------------------------------------------------------------------------------------
 
     @property
     def backbone(self) -> Any:
@@ -242,8 +237,6 @@ class Model:
                 shutil.copyfileobj(source, target, 1 << 24)
             yield str(file)
 
-    # -- training rows -------------------------------------------------------------------------------------------
-
     def was_trained_on(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which images the head was trained on, by the SHA-256 of their bytes, shape (n, 32) → (n,)."""
         known = {row.tobytes() for row in self.trained_on}
@@ -262,8 +255,6 @@ class Model:
                 f"{cache.path}: holds other embeddings than the model was trained on ({'; '.join(differ[:4])}); "
                 "extract again with the model's backbone"
             )
-
-    # -- on disk -------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
         """Write the model to one file, replacing what was there in one step.
@@ -286,24 +277,14 @@ class Model:
         if portable:
             members[WEIGHTS_MEMBER] = self._weights()
         document = self._document(portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()})
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as handle:
-                with zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
-                    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-                    file.writestr(zipfile.ZipInfo("model.json"), text.encode("utf-8", "backslashreplace"))
-                    for name, data in members.items():
-                        file.writestr(zipfile.ZipInfo(name), data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, target)
-            fsync_directory(target.parent)
+            with whole_file(target) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
+                text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+                file.writestr(zipfile.ZipInfo("model.json"), text.encode("utf-8", "backslashreplace"))
+                for name, data in members.items():
+                    file.writestr(zipfile.ZipInfo(name), data)
         except OSError as error:
             raise ModelError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from None
-        finally:
-            with contextlib.suppress(OSError):  # the folder may be what is wrong
-                temporary.unlink(missing_ok=True)
         return target
 
     def _document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:

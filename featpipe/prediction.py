@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featpipe import archive
 from featpipe.archive import Index
-from featpipe.cache import fsync_directory
+from featpipe.durable import whole_file
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.loader import Loader, embedded
 from featpipe.model import Model
@@ -181,22 +181,13 @@ def _whole(path: Path | None, binary: bool = False) -> Iterator[Any]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") if binary else open(temporary, "x", encoding="utf-8", newline="") as file:
+        with whole_file(path, text=not binary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         raise ArchiveError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from None
-    finally:
-        with suppress(OSError):  # the folder may be what is wrong
-            temporary.unlink(missing_ok=True)
 
 
 class _Lines:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from featpipe.durable import whole_file
 from featpipe.errors import ConfigError
 from featpipe.image import encode_png
 
@@ -126,6 +126,5 @@ def _tiles(photograph: NDArray[np.uint8], half: str) -> Iterator[NDArray[np.uint
 def _write(path: Path, data: bytes) -> None:
     if path.is_file() and path.read_bytes() == data:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(data)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
 import re
-import secrets
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
+from featpipe.durable import whole_file
 from featpipe.errors import ConfigError
 from featpipe.report.charts import axis_of, curve_of, matrix_of
 from featpipe.report.page import Page
@@ -54,20 +53,13 @@ def write(page: Page, path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     data = render(page).encode("utf-8", "backslashreplace")
-    part = target.with_name(f".report-{secrets.token_hex(8)}.part")
     try:
-        with open(part, "xb") as file:
+        with whole_file(target) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
     except OSError as error:
         raise ConfigError(
             f"{target}: cannot write the report: {error.strerror}; name a file in a folder that can be written"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
     return target
 
 

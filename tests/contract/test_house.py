@@ -20,7 +20,19 @@ PACKAGE = ROOT / "featpipe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"status", "errors", "names", "strings", "labels", "progress", "fingerprint", "recipe", "image", "split"},
+    {
+        "durable",
+        "status",
+        "errors",
+        "names",
+        "strings",
+        "labels",
+        "progress",
+        "fingerprint",
+        "recipe",
+        "image",
+        "split",
+    },
     {"archive", "backbone", "cache", "heads", "scores"},
     {"commit", "engine", "known", "loader"},
     {"extraction", "model"},

@@ -289,6 +289,11 @@ def test_a_full_disk_leaves_the_page_of_before(tmp_path, monkeypatch, call):
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_a_missing_folder_is_said_in_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="No such file or directory; name a file in a folder"):
-        write(Page("Lost"), tmp_path / "nowhere" / "report.html")
+def test_a_missing_folder_is_made(tmp_path):
+    assert write(Page("t"), tmp_path / "new" / "page.html").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"cannot write the report: .*; name a file in a folder that can be written"):
+        write(Page("t"), tmp_path / "file" / "page.html")

@@ -1,0 +1,50 @@
+"""Files that have their name only when they are complete, and keep it through a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["fsync_directory", "whole_file"]
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
+    """A file to write, which takes its name when the block ends well; else what had the name is as it was.
+
+    Missing folders are made.
+
+    Parameters
+    ----------
+    path : Path
+    text : bool
+        UTF-8, with line ends as they are written; bytes if not.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "x", encoding="utf-8", newline="") if text else open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # the folder may be what is wrong
+            temporary.unlink(missing_ok=True)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make a rename or a link in this folder survive a power cut, where the file system can."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(handle)
