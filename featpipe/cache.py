@@ -403,6 +403,31 @@ class _Sink:
         self._attempt(self._file.flush)
 
 
+@contextmanager
+def _hdf5(file: Any, new: bool = False) -> Iterator[Any]:
+    """A Python file as HDF5, of which nothing is left open however the block ends.
+
+    What a traceback keeps alive of a Python file until the process ends, its access properties alone are enough, HDF5
+    frees when there is no Python any more, and crashes.
+    """
+    import h5py
+
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    try:
+        access.set_fileobj_driver(h5py.h5fd.fileobj_driver, file)
+        access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+        if new:
+            access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+            access.set_alignment(1, ALIGNMENT_BYTES)
+            opened = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fapl=access)
+        else:
+            opened = h5py.h5f.open(b"cache", h5py.h5f.ACC_RDONLY, fapl=access)
+    finally:
+        access.close()
+    with h5py.File(opened) as hdf5:
+        yield hdf5
+
+
 def _write_file(
     target: BinaryIO,
     table: Table,
@@ -414,9 +439,8 @@ def _write_file(
     import h5py
 
     n = len(table.ids)
-    layout = {"libver": ("v110", "v110"), "alignment_threshold": 1, "alignment_interval": ALIGNMENT_BYTES}
     sink = _Sink(target)
-    with h5py.File(sink, "w", track_order=False, **layout) as file:
+    with _hdf5(sink, new=True) as file:
         file.attrs["format"] = np.bytes_(FORMAT)
         file.attrs["format_version"] = np.bytes_(FORMAT_VERSION)
         text_type = h5py.string_dtype("utf-8", len(manifest))
@@ -448,15 +472,13 @@ def _write_file(
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The manifest and the mapped arrays of a file, all by the one handle: its name may get another file meanwhile."""
-    import h5py
-
     size = os.fstat(file.fileno()).st_size
     start = file.read(len(SIGNATURE) + 1)
     if start[:-1] != SIGNATURE:
         raise CacheFormatError("is not an HDF5 file" if size else "is empty")
     if start[-1] < SUPERBLOCK_MIN:
         raise CacheFormatError("is HDF5 of the oldest kind, without checksums; no cache is")
-    with h5py.File(file, "r") as hdf5:
+    with _hdf5(file) as hdf5:
         if _attribute(hdf5, "format") != FORMAT:
             raise CacheFormatError("is HDF5 but not a featpipe cache")
         version, ours = _attribute(hdf5, "format_version"), FORMAT_VERSION.split(".")[0]

@@ -656,3 +656,28 @@ def test_every_message_is_one_line_that_begins_with_the_path(tmp_path, old):
 def test_it_shows_what_it_is(tmp_path, old):
     cache = FeatureCache(tmp_path / "a.h5")
     assert repr(cache) == f"FeatureCache({str(cache.path)!r}, n=20, outputs=['pooled', 'layer2'])"
+
+
+def test_a_process_that_keeps_the_failure_ends_well(tmp_path):
+    """HDF5 frees what is open of a Python file after Python itself, and crashes."""
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from featpipe import cache
+from tests.unit.test_cache import Made
+class Failing(cache._Sink):
+    def _attempt(self, action, *given):
+        def fail(*given):
+            raise OSError(28, "full")
+        return super()._attempt(fail, *given)
+cache._Sink = Failing
+try:
+    Made(30).write(Path({str(tmp_path)!r}) / "a.h5")
+except cache.CacheError as error:
+    kept = error
+    sys.kept = error
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr
