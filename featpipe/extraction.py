@@ -125,7 +125,12 @@ def extract_index(index: Index, backbone: Backbone, settings: Extraction, progre
             ledger.known.add(_source(part))
         ledger.resolve()
         run = _Run(ledger, backbone, settings, parts, progress)
-        run.embed()
+        try:
+            run.embed()
+        except BaseException:
+            if not parts.committed():  # nothing to go on from: leave no trace
+                parts.remove()
+            raise
         table = ledger.table()
         shapes = dict(backbone.shapes)
         same = existing is not None and existing.outputs == tuple(shapes) and _same_table(existing.table(), table)
@@ -283,6 +288,7 @@ class _Run:
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         started = self._committed_at = perf_counter()
         device = resolve_device(self.settings.device)
+        self.progress(Progress("note", f"embedding on {device} in {self.settings.precision}"))
         engine = Engine(self.backbone, device, self.settings.precision, self.settings.batch)
         backbones.prove_frozen(self.backbone)
         try:
@@ -444,7 +450,9 @@ def _path(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings: 
             raise ConfigError(f"--out {out}: a cache is one HDF5 file; give it a name that ends in .h5")
         return out
     places = _places(index)
-    made_from = hashlib.sha256("\n".join([fingerprint(facts), *places]).encode("utf-8", "replace"))
+    table = getattr(settings.labels, "path", settings.labels)
+    labels = [] if table is None else ["labels", os.path.abspath(table)]  # another table is another cache
+    made_from = hashlib.sha256("\n".join([fingerprint(facts), *places, *labels]).encode("utf-8", "replace"))
     stem = Path(places[0]).name.split(".")[0] or "images"
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-") for text in (stem, backbone.name))
     return Path(settings.cache) / f"{name[:100]}-{made_from.hexdigest()[:8]}.h5"

@@ -78,7 +78,6 @@ def write_tiles(folder: Path) -> tuple[Path, Path]:
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
                     rows.writerow([path, name, split])
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "tiles.tar", archive.getvalue())
     _write(folder / "tiles.csv", table.getvalue().encode())
     return folder / "tiles.tar", folder / "tiles.csv"
@@ -126,5 +125,8 @@ def _tiles(photograph: NDArray[np.uint8], half: str) -> Iterator[NDArray[np.uint
 def _write(path: Path, data: bytes) -> None:
     if path.is_file() and path.read_bytes() == data:
         return
-    with whole_file(path) as file:
-        file.write(data)
+    try:
+        with whole_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from None

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from featpipe.cli.terminal import dump, printable, table
+from featpipe.names import unknown
 
 __all__ = ["backbones", "heads", "info"]
 
@@ -102,10 +103,12 @@ def _metrics(scores: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {_shown(item)}" for name, item in list(value.items())[:40])
+        return ", ".join(f"{printable(str(name))}: {_shown(item)}" for name, item in list(value.items())[:40])
     if isinstance(value, list):
         return (
-            " × ".join(map(str, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(str, value[:40]))
+            " × ".join(map(str, value))
+            if all(isinstance(v, int) for v in value)
+            else ", ".join(printable(str(item)) for item in value[:40])
         )
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -125,6 +128,8 @@ def backbones(pattern: str | None, as_json: bool) -> None:
     from featpipe import backbone
 
     found = backbone.names(pattern)
+    if pattern and not found:
+        raise unknown("backbone", pattern, backbone.names())
     if as_json:
         dump(found)
     else:

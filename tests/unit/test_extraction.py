@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from featpipe import archive, backbone, extraction, image
+from featpipe.cache import FeatureCache
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError, SampleError
 from featpipe.extraction import embed_files, extract, facts_of
@@ -390,3 +391,35 @@ def test_the_first_output_asked_for_is_the_default_one_also_when_the_order_chang
         net = backbone.load(Tiny(), transform=tiny_transform, outputs=outputs)
         assert extract(folder, backbone=net, cache=tmp_path / "c").outputs == tuple(outputs)
     assert count() == 0
+
+
+def test_labels_of_another_table_do_not_replace_a_cache_that_was_made(make_folder, tiny, tmp_path):
+    folder = make_folder(("ape", "bee"), 2)
+    paths = [f"{label}/0{i}.jpg" for label in ("ape", "bee") for i in range(2)]
+    for name in ("one", "two"):
+        rows = "".join(f"{path},{name}{at % 2}\n" for at, path in enumerate(paths))
+        (tmp_path / f"{name}.csv").write_text(f"path,label\n{rows}")
+    made = [
+        extract(folder, backbone=tiny, cache=tmp_path / "c", labels=labels)
+        for labels in (None, tmp_path / "one.csv", tmp_path / "two.csv")
+    ]
+    assert len({cache.path for cache in made}) == 3
+    assert [FeatureCache(cache.path).classes for cache in made] == [("ape", "bee"), ("one0", "one1"), ("two0", "two1")]
+
+
+def test_a_failure_before_anything_was_embedded_leaves_no_trace(make_folder, tmp_path):
+    class Leaking(Tiny):
+        def forward(self, x):
+            return super().forward(x) - super().forward(x).mean(0)
+
+    folder = make_folder(("ape",), 3)
+    net = replace(backbone.load(Tiny(), transform=tiny_transform), network=Leaking().eval().requires_grad_(False))
+    with pytest.raises(ConfigError, match="depends on its neighbours"):
+        extract(folder, backbone=net, cache=tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_the_device_and_the_precision_are_said(make_folder, tiny, tmp_path):
+    told = []
+    extract(make_folder(("ape",), 2), backbone=tiny, cache=tmp_path / "c", device="auto", progress=told.append)
+    assert any("embedding on cpu in fp32" in p.text or "embedding on cuda" in p.text for p in told)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from featpipe import fingerprint
+from featpipe.cli import show
 from featpipe.cli.terminal import Terminal, table
 from featpipe.progress import Progress, quiet
 from featpipe.recipe import Extraction
@@ -96,3 +97,8 @@ def test_status_numbers_are_those_of_the_specification():
 )
 def test_a_limit_of_bad_images_is_a_number_or_a_share(limit, allowed):
     assert Extraction(max_bad=limit).bad_limit(200) == allowed
+
+
+def test_what_info_shows_cannot_either():
+    shown = show._shown({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
+    assert shown.isprintable()
