@@ -85,7 +85,10 @@ class Parts:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder for one writer; a second one waits. The lock dies with its process."""
+        """Hold the folder for one writer; a second one waits. The lock dies with its process.
+
+        A writer that fails before it committed anything leaves no folder behind.
+        """
         while True:
             with self._errors():
                 handle = self._locked()
@@ -95,6 +98,10 @@ class Parts:
                 self._sweep(_TEMPORARY)  # whoever began these held the lock, and is gone
                 yield
                 return
+            except BaseException:
+                if not any(self.directory.glob("*.record")):  # nothing to go on from: leave no trace
+                    self.remove()
+                raise
             finally:
                 os.close(handle)
 

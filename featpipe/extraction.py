@@ -125,12 +125,7 @@ def extract_index(index: Index, backbone: Backbone, settings: Extraction, progre
             ledger.known.add(_source(part))
         ledger.resolve()
         run = _Run(ledger, backbone, settings, parts, progress)
-        try:
-            run.embed()
-        except BaseException:
-            if not parts.committed():  # nothing to go on from: leave no trace
-                parts.remove()
-            raise
+        run.embed()
         table = ledger.table()
         shapes = dict(backbone.shapes)
         same = existing is not None and existing.outputs == tuple(shapes) and _same_table(existing.table(), table)

@@ -289,6 +289,7 @@ def test_a_cache_made_otherwise_is_not_replaced_unasked(make_folder, tiny, tmp_p
     extract(folder, backbone=tiny, out=out)
     with pytest.raises(CacheMismatchError, match=r"precision is 'fp32', asked for 'bf16'.*--overwrite"):
         extract(folder, backbone=tiny, out=out, precision="bf16")
+    assert not list(tmp_path.glob("*.parts"))
     assert extract(folder, backbone=tiny, out=out, precision="bf16", overwrite=True).facts["precision"] == "bf16"
 
 
