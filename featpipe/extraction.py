@@ -118,23 +118,24 @@ def extract_index(index: Index, backbone: Backbone, settings: Extraction, progre
         progress(Progress("note", f"{path}: another extraction writes this cache; waiting for it"))
     with parts.writing():
         existing = _existing(path, facts, index, settings)
+        shapes = dict(backbone.shapes)
         ledger = _Ledger(index, settings.check_content)
         for cache in _caches(path.parent, facts):
-            ledger.known.add(Source.of_cache(cache))
+            ledger.known.add(Source.of_cache(cache, shapes))
         for part in parts.committed():
             ledger.known.add(_source(part))
         ledger.resolve()
+        if existing is None or not _is_cache_of(existing, ledger, shapes):
+            ledger.drop_damaged()
         run = _Run(ledger, backbone, settings, parts, progress)
         run.embed()
-        table = ledger.table()
-        shapes = dict(backbone.shapes)
-        same = existing is not None and existing.outputs == tuple(shapes) and _same_table(existing.table(), table)
-        if existing is not None and same:
+        if existing is not None and _is_cache_of(existing, ledger, shapes):
             parts.remove()
             return existing
+        table = ledger.table()
         _refuse_all_bad(table, index)
         gather = ledger.gather(shapes, settings.storage)
-        write_cache(path, table, run.manifest(facts), shapes, settings.storage, gather)
+        write_cache(path, table, run.manifest(facts), shapes, settings.storage, gather, settings.shard_bytes)
         parts.remove()
     return FeatureCache(path)
 
@@ -158,10 +159,11 @@ def embed_files(
     _make_folder(folder)
     with exclusive(folder / f".files-{fingerprint(facts)[:8]}.lock"):
         ledger = _Ledger(archive.index_files(names.tolist()), settings.check_content)
-        for cache in _caches(folder, facts):
-            ledger.known.add(Source.of_cache(cache))
-        ledger.resolve()
         shapes = dict(backbone.shapes)
+        for cache in _caches(folder, facts):
+            ledger.known.add(Source.of_cache(cache, shapes))
+        ledger.resolve()
+        ledger.drop_damaged()
         output = next(iter(shapes))
         features = ledger.gather(shapes, settings.storage)(output, 0, len(names))
         unread = ledger.unread
@@ -197,6 +199,14 @@ class _Ledger:
         for number in np.unique(origin[origin >= 0]):
             rows = np.flatnonzero(origin == number)
             self._take(rows, int(number), place[rows])
+
+    def drop_damaged(self) -> None:
+        """Forget what is to be copied and is not as it was written; it is embedded again."""
+        for number in np.unique(self.origin[self.origin >= 0]):
+            rows = np.flatnonzero(self.origin == number)
+            damaged = rows[~self.known.sources[number].whole(self.place[rows])]
+            self.origin[damaged], self.status[damaged] = -1, self.index.fault[damaged]
+            self.digests[damaged] = 0
 
     def _take(self, rows: NDArray[np.intp], number: int, place: NDArray[np.int64]) -> None:
         source = self.known.sources[number]
@@ -471,7 +481,7 @@ def _existing(path: Path, facts: Mapping[str, Any], index: Index, settings: Extr
     """The finished cache of this name, if it was made of the same archives under the same facts."""
     if not path.exists() or settings.overwrite:
         return None
-    cache = FeatureCache(path)
+    cache = FeatureCache(path, salvage=True)
     differ = differences(cache.facts, facts)[:4]
     places = cache.manifest.get("archives")
     if not differ and places == _places(index):
@@ -480,13 +490,20 @@ def _existing(path: Path, facts: Mapping[str, Any], index: Index, settings: Extr
     raise CacheMismatchError(f"{path}: was made otherwise ({what}); choose another --out, or pass --overwrite")
 
 
+def _is_cache_of(cache: FeatureCache, ledger: _Ledger, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a cache is already what the ledger would write."""
+    if cache.lost_shards or cache.outputs != tuple(shapes):
+        return False
+    return cache.table().same_as(ledger.table())
+
+
 def _caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
     """The caches of a folder that hold the wanted outputs under the same facts, whatever others they hold."""
     outputs = list(facts["backbone"]["outputs"])
     found = []
     for path in sorted(folder.glob("*.h5")):
         try:
-            cache = FeatureCache(path)
+            cache = FeatureCache(path, salvage=True)
         except CacheError:
             continue  # not ours to judge here: a file that is no cache has nothing to copy
         if all(
@@ -494,14 +511,3 @@ def _caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
         ):
             found.append(cache)
     return found
-
-
-def _same_table(one: Table, other: Table) -> bool:
-    return (
-        one.ids == other.ids
-        and np.array_equal(one.status, other.status)
-        and np.array_equal(one.digests, other.digests)
-        and np.array_equal(one.stamps, other.stamps)
-        and np.array_equal(one.split, other.split)
-        and one.labels.same_as(other.labels)
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,11 @@ __all__ = ["Known", "Source"]
 TABLES_MAX = 16
 
 
+def _all(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """For what was verified as a whole."""
+    return np.ones(len(rows), bool)
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """Rows that can be copied.
@@ -27,16 +32,24 @@ class Source:
     status : ndarray of shape (r,), uint8
     features : callable
         ``features(output)`` is an array of shape (r, …), memory-mapped or read from the part when asked for.
+    whole : callable
+        ``whole(rows)`` says which of some rows are as they were written, shape (m,), bool.
     """
 
     digests: NDArray[np.uint8]
     stamps: NDArray[np.uint8]
     status: NDArray[np.uint8]
     features: Callable[[str], NDArray[np.floating]]
+    whole: Callable[[NDArray[np.int64]], NDArray[np.bool_]] = _all
 
     @classmethod
-    def of_cache(cls, cache: FeatureCache) -> Source:
-        return cls(cache.digests, cache.stamps, cache.status_codes, cache.features)
+    def of_cache(cls, cache: FeatureCache, outputs: Iterable[str]) -> Source:
+        """The rows of a cache, of which these outputs are wanted."""
+
+        def whole(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return np.all([cache.whole_rows(rows, output) for output in outputs], axis=0)
+
+        return cls(cache.digests, cache.stamps, cache.status_codes, cache.features, whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +104,20 @@ class Known:
             at = int(np.searchsorted(table.keys, key))
             while at < len(table.keys) and table.keys[at] == key:
                 source, place = int(table.source[at]), int(table.place[at])
-                if np.array_equal(self.sources[source].digests[place], wanted):
+                if np.array_equal(self.sources[source].digests[place], wanted) and self.is_whole(source, place):
                     return source, place
                 at += 1
         return None
 
+    def is_whole(self, source: int, place: int) -> bool:
+        """Whether a row is as it was written; damaged ones are not copied."""
+        return bool(self.sources[source].whole(np.array([place]))[0])
+
     def by_stamp(self, stamps: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Source numbers (-1 where unknown) and places of many stamps at once, each of shape (n,)."""
+        """Source numbers (-1 where unknown) and places of many stamps at once, each of shape (n,).
+
+        Whether those rows are whole is for the caller to see, before it copies them.
+        """
         source = np.full(len(stamps), -1, np.int32)
         place = np.zeros(len(stamps), np.int64)
         keys = _keys(stamps)

@@ -45,6 +45,8 @@ class Extraction:
         The cache's file; a name made from archive, backbone and fingerprint in ``cache`` if not given.
     overwrite : bool
         Replace a cache at ``out`` that was made from something else.
+    shard_bytes : int
+        Features larger than this are spread over several files of about this size.
     workers, batch : int, optional
         Threads, and images in one forward pass; chosen for the machine if not given.
     max_bad : int, float or str, optional
@@ -66,6 +68,7 @@ class Extraction:
     cache: str | os.PathLike[str] = "cache"
     out: str | os.PathLike[str] | None = None
     overwrite: bool = False
+    shard_bytes: int = 4 * 2**30
     workers: int | None = None
     batch: int | None = None
     max_bad: int | float | str | None = None
@@ -78,6 +81,8 @@ class Extraction:
             raise unknown("storage", self.storage, STORAGES)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; it must be at least 1")
+        if self.shard_bytes < 1:
+            raise ConfigError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
         if isinstance(self.outputs, str):
             object.__setattr__(self, "outputs", (self.outputs,))
         self.bad_limit(0)

@@ -1,0 +1,86 @@
+"""A cache as a table of pandas or Arrow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featpipe.cache.layout import SPLITS
+from featpipe.errors import ConfigError
+from featpipe.names import unknown
+
+if TYPE_CHECKING:
+    from featpipe.cache.reader import FeatureCache
+
+__all__ = ["to_frame"]
+
+
+def to_frame(cache: FeatureCache, kind: str, output: str | None) -> Any:
+    """The rows of a cache, with the features of an output if one is named."""
+    if kind not in ("pandas", "arrow"):
+        raise unknown("kind of table", kind, ["pandas", "arrow"])
+    try:
+        return _pandas(cache, output) if kind == "pandas" else _arrow(cache, output)
+    except ImportError as error:
+        name = error.name or kind
+        raise ConfigError(f"to_frame({kind!r}) needs {name}, which is not installed; `pip install {name}`") from None
+
+
+def _pandas(cache: FeatureCache, output: str | None) -> Any:
+    import pandas as pd
+
+    columns: dict[str, Any] = {"id": list(cache.ids), "status": _coded(pd, cache.status)}
+    columns["split"] = pd.Categorical.from_codes(cache.split.astype(np.int8), list(SPLITS))
+    labels = cache.label_table
+    if cache.task == "classification":
+        columns["label"] = pd.Categorical.from_codes(labels.values, list(cache.classes))
+    elif cache.task == "multilabel":
+        columns["labels"] = _sets(cache)
+    elif cache.task == "regression":
+        columns |= {name: labels.values[:, i] for i, name in enumerate(cache.classes)}
+    frame = pd.DataFrame(columns)
+    if output is None:
+        return frame
+    flat = cache.features(output).reshape(len(cache), -1)
+    wide = pd.DataFrame(flat, columns=[f"{output}.{i}" for i in range(flat.shape[1])], copy=False)
+    return pd.concat([frame, wide], axis=1)
+
+
+def _coded(pd: Any, words: Any) -> Any:
+    names, codes = np.unique(words, return_inverse=True)
+    return pd.Categorical.from_codes(codes, names.tolist())
+
+
+def _arrow(cache: FeatureCache, output: str | None) -> Any:
+    import pyarrow as pa
+
+    ids = cache.ids
+    offsets = pa.py_buffer(np.ascontiguousarray(ids.offsets))
+    columns: dict[str, Any] = {
+        "id": pa.LargeStringArray.from_buffers(len(cache), offsets, pa.py_buffer(np.ascontiguousarray(ids.data))),
+        "status": pa.array(cache.status).dictionary_encode(),
+        "split": pa.DictionaryArray.from_arrays(pa.array(cache.split.astype(np.int8)), pa.array(SPLITS)),
+    }
+    labels = cache.label_table
+    if cache.task == "classification":
+        codes = pa.array(labels.values, mask=labels.values < 0)
+        columns["label"] = pa.DictionaryArray.from_arrays(codes, pa.array(cache.classes, pa.string()))
+    elif cache.task == "multilabel":
+        columns["labels"] = pa.array(_sets(cache), pa.list_(pa.string()))
+    elif cache.task == "regression":
+        columns |= {name: pa.array(labels.values[:, i], from_pandas=True) for i, name in enumerate(cache.classes)}
+    if output is not None:
+        flat = cache.features(output).reshape(len(cache), -1)
+        values = pa.array(flat.reshape(-1))
+        columns[output] = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
+    return pa.table(columns)
+
+
+def _sets(cache: FeatureCache) -> list[list[str] | None]:
+    """The labels of each sample of a multi-label cache, None where they are not known."""
+    classes = cache.classes
+    return [
+        None if len(row) and row[0] < 0 else [classes[i] for i in np.flatnonzero(row)]
+        for row in cache.label_table.values
+    ]

@@ -1,0 +1,234 @@
+"""HDF5, as far as a cache needs it: files made whole, and arrays located in files of strangers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.cache.headers import CONTIGUOUS, VIRTUAL, storage_of
+from featpipe.cache.layout import FORMAT, GROUPS, version_of
+from featpipe.errors import CacheFormatError
+
+__all__ = ["ALIGNMENT_BYTES", "Created", "Place", "created", "located"]
+
+ALIGNMENT_BYTES = 64  # arrays that begin anywhere are copied by BLAS and refused by some of torch's kernels
+ENTRIES_MAX = 4096  # in one group of a file; looking at each takes some 50 µs
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+SUPERBLOCK_MIN = 2  # from here on HDF5 checks its own structures; it can loop for ever in damaged ones of before
+
+Place = tuple[int, np.dtype[Any], tuple[int, ...]]
+"""Offset in the file, dtype and shape of an array."""
+
+
+class _Sink:
+    """The file that HDF5 writes into. It hears of no failure, because it can crash when a disk is full; we do."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: BaseException | None = None
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _attempt(self, action: Callable[..., Any], *given: Any) -> Any:
+        if self._error is None:
+            try:
+                return action(*given)
+            except BaseException as error:  # an interrupt too: it is raised where HDF5 is done
+                self._error = error
+        return 0
+
+    def read(self, size: int = -1) -> bytes:
+        return self._attempt(self._file.read, size) or b""
+
+    def readinto(self, buffer: Any) -> int:
+        return self._attempt(self._file.readinto, buffer)  # type: ignore[attr-defined]
+
+    def write(self, data: Any) -> int:
+        return self._attempt(self._file.write, data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._attempt(self._file.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._attempt(self._file.tell)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._attempt(self._file.truncate, size)
+
+    def flush(self) -> None:
+        self._attempt(self._file.flush)
+
+
+class Created:
+    """A new HDF5 file under construction."""
+
+    def __init__(self, file: Any, sink: _Sink) -> None:
+        self._file = file
+        self._sink = sink
+
+    def attribute(self, name: str, text: str) -> None:
+        self._file.attrs[name] = np.bytes_(text)
+
+    def array(self, name: str, column: NDArray[Any]) -> None:
+        self._file.create_dataset(name, data=column, track_times=False)
+        self._sink.raise_error()
+
+    def text(self, name: str, data: bytes) -> None:
+        import h5py
+
+        kind = h5py.string_dtype("utf-8", len(data))
+        self._file.create_dataset(name, data=np.array(data, dtype=kind), dtype=kind)
+
+    def blocks(self, name: str, shape: tuple[int, ...], dtype: str, blocks: Iterator[NDArray[Any]]) -> None:
+        """An array that is given block after block, each some rows."""
+        target = self._file.create_dataset(name, shape, dtype, track_times=False)
+        at = 0
+        for block in blocks:
+            target[at : at + len(block)] = block
+            at += len(block)
+            self._sink.raise_error()
+
+    def virtual(
+        self, name: str, shape: tuple[int, ...], dtype: str, sources: list[tuple[str, int, int]]
+    ) -> None:
+        """An array whose rows lie in the datasets of the same name of other files: name, first row, last row + 1."""
+        import h5py
+
+        layout = h5py.VirtualLayout(shape, dtype)
+        for file, start, stop in sources:
+            layout[start:stop] = h5py.VirtualSource(file, name, (stop - start, *shape[1:]), dtype)
+        self._file.create_virtual_dataset(name, layout, fillvalue=np.nan)
+
+    def offset(self, name: str) -> int:
+        """Where in the file the bytes of an array begin."""
+        return int(self._file[name].id.get_offset() or 0)
+
+
+@contextmanager
+def created(target: BinaryIO, alignment_bytes: int = ALIGNMENT_BYTES) -> Iterator[Created]:
+    """A new HDF5 file in an open one; what goes wrong in writing is raised, at the latest at the end."""
+    sink = _Sink(target)
+    with _hdf5(sink, alignment_bytes) as file:
+        yield Created(file, sink)
+    sink.raise_error()
+
+
+@contextmanager
+def _hdf5(file: Any, new_alignment: int = 0) -> Iterator[Any]:
+    """A Python file as HDF5, of which nothing is left open however the block ends.
+
+    What a traceback keeps alive of a Python file until the process ends, its access properties alone are enough, HDF5
+    frees when there is no Python any more, and crashes.
+    """
+    import h5py
+
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    try:
+        access.set_fileobj_driver(h5py.h5fd.fileobj_driver, file)
+        access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+        if new_alignment:
+            access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+            access.set_alignment(1, new_alignment)
+            opened = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fapl=access)
+        else:
+            opened = h5py.h5f.open(b"cache", h5py.h5f.ACC_RDONLY, fapl=access)
+    finally:
+        access.close()
+    with h5py.File(opened) as hdf5:
+        yield hdf5
+
+
+def located(file: BinaryIO, size: int) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the arrays of a cache lie in its file, and the texts at its root.
+
+    Returns
+    -------
+    places : dict from name to Place
+        Virtual datasets are not among them, and are not opened.
+    attributes : dict
+        ``format``, ``format_version`` and ``manifest_sha256``, each empty where it is not a short text.
+
+    Raises
+    ------
+    CacheFormatError
+        If the file is not a cache, or holds what no cache may hold.
+    """
+    start = file.read(len(SIGNATURE) + 3)
+    if start[: len(SIGNATURE)] != SIGNATURE:
+        raise CacheFormatError("is not an HDF5 file" if size else "is empty")
+    if start[-3] < SUPERBLOCK_MIN:
+        raise CacheFormatError("is HDF5 of the oldest kind, without checksums; no cache is")
+    if start[-2:] != b"\x08\x08":
+        raise CacheFormatError("is HDF5 with addresses that are not of eight bytes; no cache is")
+    with _hdf5(file) as hdf5:
+        attributes = {name: _attribute(hdf5, name) for name in ("format", "format_version", "manifest_sha256")}
+        if attributes["format"] != FORMAT:
+            raise CacheFormatError("is HDF5 but not a featpipe cache")
+        version_of(attributes["format_version"])
+        places = {name: _locate(dataset, name, size) for name, dataset in _datasets(hdf5, file.fileno())}
+    return places, attributes
+
+
+def _attribute(file: Any, name: str) -> str:
+    """A short text attribute of fixed length, or nothing: HDF5 can loop for ever in a damaged heap of other texts."""
+    if name not in file.attrs:
+        return ""
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.dtype.kind != "S" or attribute.dtype.itemsize > 64:
+        return ""
+    return bytes(file.attrs[name]).decode("ascii")
+
+
+def _datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
+    """The datasets of a cache, through hard links alone: soft and external ones could read other files."""
+    import h5py
+
+    groups = [("", file)]
+    for prefix, group in groups:
+        if len(group) > ENTRIES_MAX:
+            raise CacheFormatError(f"{prefix or '/'} has {len(group)} entries, more than {ENTRIES_MAX}")
+        for name in group:
+            full = f"{prefix}{name}"
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise CacheFormatError(f"{full!r} is a link; a cache holds none")
+            entry = h5py.h5o.get_info(group.id, name.encode("utf-8", "surrogateescape"))
+            if entry.type == h5py.h5o.TYPE_DATASET:
+                storage = storage_of(descriptor, entry.addr, full)
+                if storage == CONTIGUOUS:
+                    yield full, group[name]
+                elif storage != VIRTUAL or prefix != "features/":
+                    raise CacheFormatError(f"{full!r} is not stored in one contiguous piece of this file")
+            elif entry.type != h5py.h5o.TYPE_GROUP:
+                raise CacheFormatError(f"{full!r} is neither a dataset nor a group")
+            elif full in GROUPS:
+                groups.append((f"{full}/", group[name]))
+
+
+def _locate(dataset: Any, name: str, file_bytes: int) -> Place:
+    """Where an array lies in the file, so that it can be mapped without HDF5."""
+    dtype, shape = _dtype(dataset.id.get_type(), name), dataset.shape
+    if shape is None:
+        raise CacheFormatError(f"{name!r} has no shape")
+    nbytes = dtype.itemsize * math.prod(shape)
+    offset = dataset.id.get_offset()
+    if nbytes and (offset is None or offset + nbytes > file_bytes):
+        raise CacheFormatError(f"{name!r} declares {nbytes} bytes, more than the file holds; it is truncated")
+    return (offset if nbytes else 0), dtype, tuple(map(int, shape))
+
+
+def _dtype(stored: Any, name: str) -> np.dtype[Any]:
+    """The dtype whose bytes are exactly the stored ones: numpy knows no integers of 20 bits and no other floats."""
+    from h5py import h5t
+
+    if isinstance(stored, h5t.TypeStringID) and not stored.is_variable_str():
+        return np.dtype(("S", stored.get_size()))
+    if isinstance(stored, (h5t.TypeIntegerID, h5t.TypeFloatID)) and h5t.py_create(stored.dtype) == stored:
+        return stored.dtype
+    raise CacheFormatError(f"{name!r} has a type that no cache holds; expected integers, floats or byte strings")

@@ -1,0 +1,76 @@
+"""Arrays of files in memory: mapped, not read; several files one after the other as one array."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PAGE_BYTES", "Piece", "joined", "view"]
+
+PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
+
+_MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap does not name it
+_FAILED = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the bytes of a run of rows lie.
+
+    Attributes
+    ----------
+    file : int
+        Descriptor of an open file.
+    offset : int
+        In it, a multiple of ``PAGE_BYTES``.
+    start, nbytes : int
+        Position and size in the array; ``start`` is a multiple of ``PAGE_BYTES``.
+    """
+
+    file: int
+    offset: int
+    start: int
+    nbytes: int
+
+
+def view(whole: NDArray[np.uint8], offset: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> NDArray:
+    """The array that begins at an offset of mapped bytes."""
+    nbytes = dtype.itemsize * math.prod(shape)
+    return whole[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def joined(pieces: Iterable[Piece], nbytes: int) -> NDArray[np.uint8]:
+    """Pieces of several files, one after the other in memory.
+
+    One range of addresses is reserved and each piece mapped to its place in it; the range is given back with the
+    array. Where there is no piece there are zeros.
+
+    Returns
+    -------
+    ndarray of shape (nbytes,), uint8
+        Read-only.
+    """
+    if not nbytes:
+        return np.zeros(0, np.uint8)
+    reserved = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    whole = np.frombuffer(reserved, np.uint8)
+    library = ctypes.CDLL(None, use_errno=True)
+    place = library.mmap
+    place.restype = ctypes.c_void_p
+    place.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    for piece in pieces:
+        if piece.nbytes:
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            wanted = whole.ctypes.data + piece.start
+            if piece.start + piece.nbytes > nbytes or piece.start % mmap.PAGESIZE or piece.offset % mmap.PAGESIZE:
+                raise ValueError("a piece does not lie at a page's beginning, within the array")
+            if place(wanted, piece.nbytes, mmap.PROT_READ, flags, piece.file, piece.offset) == _FAILED:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return whole

@@ -1,0 +1,421 @@
+"""The cache as people use it: mapped arrays, read at memory speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from featpipe.cache.checks import check_rows, digest_of_column
+from featpipe.cache.layout import SPLITS, Table, parts_directory
+from featpipe.cache.opening import Contents, open_cache
+from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, ConfigError
+from featpipe.labels import Labels
+from featpipe.names import unknown
+from featpipe.status import Status
+from featpipe.strings import Strings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+__all__ = ["FeatureCache", "Rows"]
+
+Rows = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
+"""Some rows of a cache: a slice, a mask of shape (n,), or row numbers in any order."""
+
+BLOCK_BYTES = 16 * 2**20
+_ATTEMPTS = 3
+
+_STATUSES = frozenset(Status)
+
+
+class FeatureCache:
+    """The embeddings of an archive, read at memory speed.
+
+    Opening checks the layout, reads the manifest and maps the file into memory, in milliseconds whatever its size.
+    The object holds no HDF5 handle: it can be pickled, forked and read by many processes. It goes on showing the
+    file that it opened when an extraction puts a new one in its place.
+
+    Parameters
+    ----------
+    path : path-like
+    salvage : bool
+        Open a cache of which shards are missing; :meth:`whole_rows` says which rows are not there.
+
+    Attributes
+    ----------
+    X : ndarray of shape (m, d), float32
+        Features of the first output in the rows that can be learnt from: status ``ok`` and, in a cache with
+        labels, a label. Mapped where that is all rows of a float32 cache, else a copy.
+    y : ndarray of shape (m,) or (m, k)
+        Labels of the same rows: class names, targets, or a 0/1 matrix. None without labels.
+    ids : Strings of length n
+    labels : ndarray of n labels or None
+        As ``y``, for all rows; None (classes) or NaN (targets) where there is no label.
+    classes : tuple of str
+    status : ndarray of shape (n,), str
+        ``"ok"``, or the reason why the row has no features.
+    manifest : dict
+
+    Raises
+    ------
+    CacheIncompleteError
+        If an extraction to this name was begun and not finished.
+    CacheFormatError
+        If the file is not a cache that this version reads.
+    CacheError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> cache = FeatureCache("cache/photos.h5")                    # doctest: +SKIP
+    >>> LogisticRegression().fit(cache.X, cache.y)                 # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, salvage: bool = False) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise _absent(self.path)
+        contents = self._open()
+        if contents.lost and not salvage:
+            raise CacheFormatError(
+                f"{self.path}: {len(contents.lost)} of its {len(contents.shards)} shards are missing or damaged, the "
+                f"first is {contents.lost[0]}; bring them back, or `featpipe verify --repair` embeds their rows again"
+            )
+        self.manifest, self._columns = contents.manifest, contents.columns
+        self._shards = contents.shards
+        self.lost_shards = contents.lost
+
+    def _open(self) -> Contents:
+        """Read the file; once more if another was put in its place, and the shards of the first removed."""
+        try:
+            for _ in range(_ATTEMPTS):
+                before = os.stat(self.path)
+                contents = open_cache(self.path)
+                if not contents.lost or os.path.samestat(before, os.stat(self.path)):
+                    break
+        except OSError as error:
+            raise CacheError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        return contents
+
+    def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
+        return FeatureCache, (self.path.absolute(),)
+
+    def __repr__(self) -> str:
+        return f"FeatureCache({str(self.path)!r}, n={len(self)}, outputs={list(self.outputs)})"
+
+    def __len__(self) -> int:
+        return len(self._columns["samples/status"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the facts that decide the embeddings, 64 hexadecimal digits."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts that decide the embeddings: weights, transform, outputs, precision, extraction code."""
+        return dict(self.manifest["facts"])
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(self.manifest["outputs"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each output."""
+        return {name: tuple(shape) for name, shape in self.manifest["outputs"].items()}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.manifest["classes"])
+
+    @property
+    def task(self) -> str:
+        return str(self.manifest["task"])
+
+    @property
+    def shard_files(self) -> tuple[Path, ...]:
+        """The files that hold the features of a cache too large for one; none for others."""
+        return tuple(self.path.parent / shard.file for shard in self._shards)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size on disk, with the shards."""
+        return self.path.stat().st_size + sum(shard.nbytes for shard in self._shards)
+
+    @cached_property
+    def ids(self) -> Strings:
+        offsets = self._columns["samples/id_offsets"]
+        self._refuse_unless(bool((offsets[1:] >= offsets[:-1]).all()), "samples/id_offsets does not ascend")
+        return Strings(self._columns["samples/id_bytes"], offsets)
+
+    @property
+    def status_codes(self) -> NDArray[np.uint8]:
+        return self._columns["samples/status"]
+
+    @property
+    def status(self) -> NDArray[np.str_]:
+        return np.array([_word(code) for code in range(256)])[self.status_codes]
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """Which rows have features, shape (n,)."""
+        return np.asarray(self.status_codes == Status.OK)
+
+    @property
+    def digests(self) -> NDArray[np.uint8]:
+        """SHA-256 of each image's bytes, shape (n, 32)."""
+        return self._columns["samples/digest"]
+
+    @property
+    def stamps(self) -> NDArray[np.uint8]:
+        return self._columns["samples/stamp"]
+
+    @cached_property
+    def split(self) -> NDArray[np.uint8]:
+        """The split that came with the labels, as positions in ``SPLITS``, shape (n,)."""
+        split = self._columns["samples/split"]
+        self._refuse_unless(not len(split) or int(split.max()) < len(SPLITS), "samples/split holds codes of no split")
+        return split
+
+    @cached_property
+    def label_table(self) -> Labels:
+        """Labels as codes, targets or a 0/1 matrix, with the names of classes or targets."""
+        if self.task == "none":
+            return Labels.none(len(self))
+        values = self._columns["labels/values"]
+        if self.task != "regression" and values.size:
+            highest = 1 if self.task == "multilabel" else len(self.classes) - 1
+            within = int(values.min()) >= -1 and int(values.max()) <= highest
+            self._refuse_unless(within, "labels/values holds codes that are no class")
+        return Labels(self.task, values, self.classes)  # type: ignore[arg-type]
+
+    def _refuse_unless(self, true: bool, what: str) -> None:
+        """For what takes time in n, and so is looked at when it is used and not on opening."""
+        if not true:
+            raise CacheFormatError(f"{self.path}: {what}; the file is damaged, extract again")
+
+    @property
+    def labels(self) -> NDArray[Any] | None:
+        return None if self.task == "none" else self.label_table.y
+
+    def features(self, output: str | None = None) -> NDArray[np.floating]:
+        """All rows of one output, memory-mapped and read-only.
+
+        Parameters
+        ----------
+        output : str, optional
+            One of ``outputs``; the first if not given.
+
+        Returns
+        -------
+        ndarray of shape (n, d), or (n, c, h, w) for feature maps
+            As stored, float32 or float16; NaN in the rows whose status is not ``ok``.
+        """
+        return self._columns[f"features/{self._output(output)}"]
+
+    def _output(self, output: str | None) -> str:
+        name = self.outputs[0] if output is None else output
+        if name not in self.outputs:
+            raise unknown("output", name, self.outputs)
+        return name
+
+    def read(
+        self, rows: Rows | None = None, output: str | None = None, dtype: DTypeLike = np.float32
+    ) -> NDArray[np.floating]:
+        """Some rows of one output, without loading the others.
+
+        Parameters
+        ----------
+        rows : slice, mask of shape (n,), or row numbers; all if not given
+        output : str, optional
+            One of ``outputs``; the first if not given.
+        dtype : dtype
+            What is stored otherwise is converted block by block.
+
+        Returns
+        -------
+        ndarray of shape (m, …)
+            Mapped and read-only where ``rows`` is a slice and nothing is to be converted, else a copy.
+
+        Examples
+        --------
+        >>> cache.read(slice(0, 256)).shape, cache.read(cache.split == 1).shape      # doctest: +SKIP
+        ((256, 1280), (5120, 1280))
+        """
+        features = self.features(output)
+        chosen = _chosen(rows, len(self))
+        if isinstance(chosen, slice):
+            source = features[chosen]
+            if source.dtype == np.dtype(dtype):
+                return source
+            result = np.empty(source.shape, dtype)
+            for start, stop in _blocks(len(source), source[:1].nbytes):
+                result[start:stop] = source[start:stop]
+            return result
+        result = np.empty((len(chosen), *features.shape[1:]), dtype)
+        if result.dtype == features.dtype:
+            return np.take(features, chosen, axis=0, out=result, mode="clip")  # "raise" would copy once more
+        for start, stop in _blocks(len(chosen), features[:1].nbytes):
+            result[start:stop] = np.take(features, chosen[start:stop], axis=0, mode="clip")
+        return result
+
+    def batches(
+        self,
+        size: int,
+        rows: Rows | None = None,
+        output: str | None = None,
+        seed: int | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.floating]]]:
+        """Batches of rows with their row numbers.
+
+        Parameters
+        ----------
+        size : int
+            Rows in a batch; the last one may have fewer.
+        rows : slice, mask of shape (n,), or row numbers
+            ``usable`` if not given.
+        output : str, optional
+            One of ``outputs``; the first if not given.
+        seed : int, optional
+            Shuffles; in the order of ``rows`` if not given.
+        dtype : dtype
+
+        Yields
+        ------
+        rows : ndarray of shape (b,), int
+        features : ndarray of shape (b, …)
+        """
+        if size < 1:
+            raise ConfigError(f"size of a batch is {size}; it must be at least 1")
+        chosen = _chosen(self.usable if rows is None else rows, len(self))
+        numbers = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
+        if seed is not None:
+            numbers = np.random.default_rng(seed).permutation(numbers)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            yield batch, self.read(batch, output, dtype)
+
+    @cached_property
+    def usable(self) -> NDArray[np.intp]:
+        """The rows that can be learnt from: status ``ok`` and, in a cache with labels, a label. Ascending."""
+        return np.flatnonzero(self.ok if self.task == "none" else self.ok & self.label_table.known)
+
+    @property
+    def X(self) -> NDArray[np.floating]:
+        return self.read(None if len(self.usable) == len(self) else self.usable)
+
+    @property
+    def y(self) -> NDArray[Any] | None:
+        return None if self.task == "none" else self.label_table.take(self.usable).y
+
+    def bad_rows(self) -> dict[str, int]:
+        """How many rows have no features, by reason."""
+        counts = np.bincount(self.status_codes, minlength=1)
+        return {_word(code): int(k) for code, k in enumerate(counts) if k and code != Status.OK}
+
+    def table(self) -> Table:
+        return Table(self.ids, self.status_codes, self.digests, self.stamps, self.split, self.label_table)
+
+    def to_frame(
+        self, kind: Literal["pandas", "arrow"] = "pandas", *, features: bool = False, output: str | None = None
+    ) -> pd.DataFrame | pa.Table:
+        """All rows as a table: id, status, split, labels or targets, and on request the features.
+
+        Parameters
+        ----------
+        kind : {"pandas", "arrow"}
+            A :class:`pandas.DataFrame`, or a :class:`pyarrow.Table`, for which that package must be installed.
+        features : bool
+            With the features too: columns ``OUTPUT.0`` … of a data frame, one column of fixed-size lists in Arrow.
+        output : str, optional
+            One of ``outputs``; the first if not given.
+
+        Raises
+        ------
+        ConfigError
+            If the kind is unknown or its package is not installed.
+        """
+        from featpipe.cache.frames import to_frame
+
+        return to_frame(self, kind, self._output(output) if features else None)
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether the file holds checks of its rows; those of format 1.0 do not."""
+        return "columns" in self.manifest
+
+    def damaged_columns(self) -> list[str]:
+        """The datasets, features aside, whose bytes are not those that were written."""
+        stated: dict[str, str] = self.manifest.get("columns", {})
+        return [name for name, digest in stated.items() if digest_of_column(self._columns[name]) != digest]
+
+    def whole_rows(self, rows: NDArray[np.integer[Any]], output: str | None = None) -> NDArray[np.bool_]:
+        """Which of some rows have the digest, the status and the features that were written.
+
+        Parameters
+        ----------
+        rows : ndarray of shape (m,), int
+        output : str, optional
+            One of ``outputs``; the first if not given.
+
+        Returns
+        -------
+        ndarray of shape (m,), bool
+            All true in a file of format 1.0, which holds no checks.
+        """
+        whole = np.ones(len(rows), bool)
+        if not self.has_checks:
+            return whole
+        features, checks = self.features(output), self._columns[f"checks/{self._output(output)}"]
+        for start, stop in _blocks(len(rows), features[:1].nbytes):
+            some = rows[start:stop]
+            found = check_rows(self.digests[some], self.status_codes[some], features[some])
+            whole[start:stop] = (found == checks[some]).all(axis=1)
+        return whole
+
+
+def _word(code: int) -> str:
+    """The word of a status; a later version of the format may have more of them."""
+    return Status(code).word if code in _STATUSES else f"status-{code}"
+
+
+def _chosen(rows: Rows | None, n: int) -> slice | NDArray[np.intp]:
+    """Rows as a slice, or as row numbers that are all within the cache."""
+    if rows is None:
+        return slice(None)
+    if isinstance(rows, slice):
+        return rows
+    numbers = np.asarray(rows)
+    if numbers.dtype == bool:
+        if numbers.shape != (n,):
+            raise ConfigError(f"a mask of shape {numbers.shape} for {n} rows; expected ({n},)")
+        return np.flatnonzero(numbers)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ConfigError(f"rows of type {numbers.dtype} and shape {numbers.shape}; expected numbers, a mask or a slice")
+    numbers = numbers.astype(np.intp, copy=False)
+    if numbers.size and not (-n <= numbers.min() and numbers.max() < n):
+        raise IndexError(f"row {numbers[(numbers < -n) | (numbers >= n)][0]} of a cache of {n} rows")
+    return np.where(numbers < 0, numbers + n, numbers) if numbers.size and numbers.min() < 0 else numbers
+
+
+def _blocks(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, n, rows):
+        yield start, min(n, start + rows)
+
+
+def _absent(path: Path) -> CacheError:
+    if path.is_dir():
+        return CacheFormatError(f"{path}: is a folder; a cache is one .h5 file")
+    if parts_directory(path).is_dir():
+        return CacheIncompleteError(f"{path}: its extraction is not finished; run the same extract command again")
+    return CacheError(f"{path}: there is no such file; `featpipe extract` makes caches and prints their path")
