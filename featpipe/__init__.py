@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from featpipe.model import Model, load_model
     from featpipe.prediction import predict
     from featpipe.training import train
+    from featpipe.verification import repair, verify
 
 __all__ = [
     "ArchiveError",
@@ -51,7 +52,9 @@ __all__ = [
     "extract",
     "load_model",
     "predict",
+    "repair",
     "train",
+    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -67,7 +70,9 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "extract": "extraction",
     "load_model": "model",
     "predict": "prediction",
+    "repair": "verification",
     "train": "training",
+    "verify": "verification",
 }
 
 

@@ -108,7 +108,9 @@ def facts_of(backbone: Backbone, settings: Extraction) -> dict[str, Any]:
     }
 
 
-def extract_index(index: Index, backbone: Backbone, settings: Extraction, progress: Tell = quiet) -> FeatureCache:
+def extract_index(
+    index: Index, backbone: Backbone, settings: Extraction, progress: Tell = quiet, *, refuse_all_bad: bool = True
+) -> FeatureCache:
     """The cache of an index: from what is known already, and a forward pass for the rest."""
     facts = facts_of(backbone, settings)
     path = _path(index, backbone, facts, settings)
@@ -133,7 +135,8 @@ def extract_index(index: Index, backbone: Backbone, settings: Extraction, progre
             parts.remove()
             return existing
         table = ledger.table()
-        _refuse_all_bad(table, index)
+        if refuse_all_bad:
+            _refuse_all_bad(table, index)
         gather = ledger.gather(shapes, settings.storage)
         write_cache(path, table, run.manifest(facts), shapes, settings.storage, gather, settings.shard_bytes)
         parts.remove()
@@ -402,6 +405,7 @@ class _Run:
             "facts": facts,
             "backbone": backbone.request,
             "archives": _places(index),
+            "archive_kinds": [source.kind for source in index.sources],
             "ignored": dict(index.ignored),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "embedded": int(self.embedded),

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featpipe import heads
 from featpipe.cache import FeatureCache, narrowed
 from featpipe.durable import whole_file
-from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
+from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.fingerprint import differences
 from featpipe.status import Status
 
@@ -165,28 +165,20 @@ class Model:
             If the network is code of somebody's own; pass it to :func:`load_model` if you trust it.
         """
         if self._backbone is None:
-            self.attach(self._load_backbone())
+            self._refuse_own_code()
+            self.attach(self.request["name"])
         return self._backbone
 
     def attach(self, backbone: Any) -> Model:
         """Use this backbone, a ``Backbone`` or a name; refused if its embeddings are not the ones trained on."""
         from featpipe import backbone as backbones
 
-        if isinstance(backbone, str):
-            backbone = self._load(backbone)
-        if not isinstance(backbone, backbones.Backbone):
-            raise ConfigError(
-                f"backbone is a {type(backbone).__name__}; give a name, or featpipe.backbone.load(network, transform=…)"
+        facts = narrowed(self.facts, self.output)["backbone"]
+        with self._weights_file() if isinstance(backbone, str) else contextlib.nullcontext() as weights:
+            self._backbone = backbones.load_again(
+                backbone, self.request, facts, where=str(self.path or "model"), weights=weights
             )
-        wanted = narrowed(self.facts, self.output)["backbone"]
-        found = narrowed({"backbone": backbone.facts()}, self.output)["backbone"]
-        if found != wanted:
-            differ = "; ".join(differences(found, wanted)[:4])
-            raise WeightsError(
-                f"{self.path or 'model'}: was trained on another backbone ({differ}); "
-                "bring the weights it was trained with"
-            )
-        self._backbone, self._engine = backbone, None
+        self._engine = None
         return self
 
     def engine(self) -> Any:
@@ -197,33 +189,19 @@ class Model:
             self._engine = Engine(self.backbone, resolve_device(self.device), self.facts["precision"])
         return self._engine
 
-    def _load_backbone(self) -> Any:
+    def _refuse_own_code(self) -> None:
         name = self.request["name"]
         if ":" in name:
             raise ModelError(
                 f"{self.path or 'model'}: its backbone {name!r} is code of its author's own, which is not run unasked; "
                 "pass --backbone (in Python backbone=..., or model.attach(...)) if you trust it"
             )
-        return self._load(name)
-
-    def _load(self, name: str) -> Any:
-        """The backbone of this name with the model's own weights, output and transform."""
-        from featpipe import backbone as backbones
-
-        with self._weights_file() as weights:
-            return backbones.load(
-                name,
-                weights=weights,
-                outputs=(self.output,),
-                transform=_library_transform(self.facts["backbone"]),
-                seed=int(self.request.get("seed", 0)),
-            )
 
     @contextlib.contextmanager
     def _weights_file(self) -> Iterator[str | None]:
         """What to load the backbone from: as it was asked for in training, or the weights that the model carries."""
         if not self._carries_weights:
-            yield self.request.get("weights")
+            yield None
             return
         assert self.path is not None
         with tempfile.TemporaryDirectory() as folder:
@@ -489,15 +467,3 @@ def _check_document(document: Any) -> None:
         raise ModelError("model.json does not say what its output is; train the model again")
     if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
         raise ModelError("model.json does not say how the images were embedded; train the model again")
-
-
-def _library_transform(facts: Mapping[str, Any]) -> Any:
-    """The transform trained with, of a library's network: the library may have another for this name by now."""
-    from featpipe.backbone import Transform
-
-    given = facts["transform"]
-    known = [item.name for item in fields(Transform)]
-    if facts.get("source") == "user" or not given.keys() >= set(known):
-        return None
-    settings: Any = {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in known}
-    return Transform(**settings)

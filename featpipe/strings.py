@@ -38,8 +38,13 @@ class Strings(Sequence[str]):
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
     def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Strings:
-        """The strings of some rows, as a new column."""
-        return Strings.of(self[int(row)] for row in rows)
+        """The strings of some rows, as a new column; also where their bytes are no text."""
+        rows = np.asarray(rows, np.intp)
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(self.offsets[rows + 1] - self.offsets[rows], out=offsets[1:])
+        pieces = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        data = b"".join(self.data[start:stop].tobytes() for start, stop in pieces)
+        return Strings(np.frombuffer(data, np.uint8), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

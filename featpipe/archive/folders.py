@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import attrgetter
 
 from featpipe.archive.listing import ArchiveLimits, Listing, Source, is_hidden, is_sample
-from featpipe.archive.notes import LARGEST_NOTE_BYTES, is_note, key_of
+from featpipe.archive.notes import LARGEST_NOTE_BYTES, is_note, key_of, may_hold_notes
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
@@ -23,23 +25,16 @@ def list_folder(source: Source, limits: ArchiveLimits) -> Listing:
     stack = [(_entries(listing, source.real, ""), "", frozenset({_identity(source.real)}))]
     while stack:
         entries, prefix, parents = stack[-1]
-        entry = next(entries, None)
-        if entry is None:
+        folder = _take_files(listing, entries, prefix)
+        if folder is None:
             stack.pop()
-            continue
-        listing.count()
-        name = prefix + entry.name
-        if not _is_folder(entry):
-            if listing.wants(name):
-                _add(listing, name, entry)
-        elif is_hidden(entry.name) or entry.name == "__MACOSX":
-            listing.ignored["hidden" if is_hidden(entry.name) else "__MACOSX"] += 1
+        elif is_hidden(folder.name) or folder.name == "__MACOSX":
+            listing.ignored["hidden" if is_hidden(folder.name) else "__MACOSX"] += 1
+        elif (identity := _identity(folder.path)) in parents:
+            listing.ignored["link to a parent folder"] += 1
         else:
-            identity = _identity(entry.path)
-            if identity in parents:
-                listing.ignored["link to a parent folder"] += 1
-            else:
-                stack.append((_entries(listing, entry.path, name + "/"), name + "/", parents | {identity}))
+            below = f"{prefix}{folder.name}/"
+            stack.append((_entries(listing, folder.path, below), below, parents | {identity}))
     return listing
 
 
@@ -48,7 +43,7 @@ def list_files(source: Source, names: Iterable[str], limits: ArchiveLimits) -> L
     listing = Listing(source, limits)
     for name in names:
         listing.count()
-        _add(listing, name, os.path.join(source.real, name))
+        _add(listing, name, partial(os.stat, os.path.join(source.real, name)))
     return listing
 
 
@@ -77,13 +72,14 @@ def _entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry
     """The entries of a folder in order. Sidecar files that belong to one of its images are taken at once."""
     try:
         with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
+            entries = sorted(scan, key=attrgetter("name"))
     except OSError as error:
         raise ArchiveError(
             f"{folder}: cannot be listed: {error.strerror}; grant access to it, or name its parts one by one"
         ) from error
-    notes = [entry for entry in entries if is_note(entry.name) and not is_hidden(entry.name)]
-    if notes:
+    listing.count(len(entries))
+    if may_hold_notes(entry.name for entry in entries):
+        notes = [entry for entry in entries if is_note(entry.name) and not is_hidden(entry.name)]
         keys = {key_of(entry.name) for entry in entries if is_sample(entry.name)}
         for entry in notes:
             if key_of(entry.name) in keys:
@@ -93,6 +89,16 @@ def _entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry
     return iter(entries)
 
 
+def _take_files(listing: Listing, entries: Iterator[os.DirEntry[str]], prefix: str) -> os.DirEntry[str] | None:
+    """Add the files that come before the next folder; that folder, or None at the end."""
+    for entry in entries:
+        if _is_folder(entry):
+            return entry
+        if listing.wants(entry.name):
+            _add(listing, prefix + entry.name, entry.stat)
+    return None
+
+
 def _take_note(listing: Listing, name: str, path: str) -> None:
     try:
         listing.note(name, read_file(os.fsencode(path), LARGEST_NOTE_BYTES))
@@ -100,9 +106,9 @@ def _take_note(listing: Listing, name: str, path: str) -> None:
         listing.bad_note(name, str(error))
 
 
-def _add(listing: Listing, name: str, file: str | os.DirEntry[str]) -> None:
+def _add(listing: Listing, name: str, look: Callable[[], os.stat_result]) -> None:
     try:
-        found = os.stat(file) if isinstance(file, str) else file.stat()
+        found = look()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         listing.add(name, size=0, fault=Status.MISSING)
     except OSError:

@@ -28,7 +28,7 @@ from featpipe.archive.listing import (
     plain,
     shown,
 )
-from featpipe.archive.marks import Marks, by_folder, by_note, clean
+from featpipe.archive.marks import Marks, by_folder, by_note, cleaned
 from featpipe.archive.matching import keyed, match
 from featpipe.archive.patterns import expand
 from featpipe.archive.reader import Reader
@@ -47,6 +47,7 @@ PathLike = str | os.PathLike[str]
 _MAGIC = {b"PK\3\4": "zip", b"PK\5\6": "zip", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
 _TAR_MAGIC_AT = 257
 _STAMP_BYTES = 16
+_ROWS_AT_ONCE = 65536
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +112,36 @@ class Index:
             stamps are trusted to mean unchanged bytes.
         """
         stamps = np.zeros((len(self), _STAMP_BYTES), np.uint8)
-        for row in np.flatnonzero(self.fault == Status.OK).tolist():
-            source = self.sources[self.source[row]]
-            path, name = os.fsencode(source.real), self.raw_name(row)
-            if source.kind in ("folder", "files"):
-                path, name = os.path.join(path, name), b""
-            facts = struct.pack("<4q", len(path), self.offset[row], self.size[row], self.mtime_ns[row])
-            stamps[row] = np.frombuffer(hashlib.sha256(facts + path + name).digest(), np.uint8, _STAMP_BYTES)
+        sound = np.flatnonzero(self.fault == Status.OK)
+        for rows in np.array_split(sound, range(_ROWS_AT_ONCE, len(sound), _ROWS_AT_ONCE)):
+            stamps[rows] = np.frombuffer(b"".join(self._stamps(rows)), np.uint8).reshape(-1, _STAMP_BYTES)
         return stamps
+
+    def _stamps(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
+        """The stamps of some rows; plain numbers and bytes, because reading one number of an array takes longer."""
+        paths = [os.fsencode(source.real) for source in self.sources]
+        inside = [os.path.join(path, b"") for path in paths]
+        kinds = [source.kind for source in self.sources]
+        columns = (self.source, self.offset, self.size, self.mtime_ns, self.names.offsets[:-1], self.names.offsets[1:])
+        data, sha256, pack = self.names.data, hashlib.sha256, struct.Struct("<4q").pack
+        for number, offset, size, mtime_ns, start, stop in zip(*(c[rows].tolist() for c in columns), strict=True):
+            path, name = paths[number], data[start:stop].tobytes()
+            if kinds[number] == "folder":
+                path, name = inside[number] + name, b""
+            elif kinds[number] == "files":  # whose names may be absolute
+                path, name = os.path.join(path, name), b""
+            yield sha256(pack(len(path), offset, size, mtime_ns) + path + name).digest()[:_STAMP_BYTES]
+
+    def take(self, rows: NDArray[np.int64]) -> Index:
+        """The index of some of the samples alone."""
+        ids = self.ids.take(rows)
+        return replace(
+            self,
+            ids=ids,
+            names=ids if self.names is self.ids else self.names.take(rows),
+            **{name: getattr(self, name)[rows] for name in ("source", "offset", "size", "mtime_ns", "fault", "split")},
+            labels=self.labels.take(rows),
+        )
 
     def raw_name(self, row: int) -> bytes:
         """The bytes of a sample's path within its source, which need not be valid text."""
@@ -273,14 +296,17 @@ def _assembled(listings: Sequence[Listing], limits: ArchiveLimits) -> Index:
     ids: list[str] = []
     for listing in listings:
         prefix = prefixes.get(listing.source, "")
-        ids += (prefix + _id(listing.source, name) for name in listing.names)
-    n, column = len(ids), Strings.of(_unique(ids))
-    names = _raw_names(name for listing in listings for name in listing.names)
+        plain_names = map(plain, listing.names if listing.source.kind == "files" else cleaned(listing))
+        ids += (prefix + name for name in plain_names) if prefix else plain_names
+    n, names = len(ids), [name for listing in listings for name in listing.names]
+    if not (len(listings) == 1 and listings[0].source.kind == "folder" and ids == names):  # unique by nature
+        ids = _unique(ids)
+    column = Strings.of(ids)
     number = {source: i for i, source in enumerate(sources)}
     return Index(
         sources=sources,
         ids=column,
-        names=column if names == column else names,  # mostly equal, and then kept once
+        names=column if ids == names else _raw_names(names),  # mostly equal, and then kept once
         source=np.repeat(
             np.array([number[listing.source] for listing in listings], np.int32), list(map(len, listings))
         ),
@@ -320,10 +346,6 @@ def _prefixes(given: Sequence[Source]) -> dict[Source, str]:
         if len(set(names)) == len(names):
             break
     return {source: plain(name) + "/" for (source, _), name in zip(paths, names, strict=True)}
-
-
-def _id(source: Source, name: str) -> str:
-    return plain(name if source.kind == "files" else clean(name))
 
 
 def _unique(ids: list[str]) -> list[str]:

@@ -131,19 +131,19 @@ class Listing:
         """Append one sample; size in bytes. A size out of bounds becomes its fault."""
         self.names.append(name)
         self.offset.append(offset)
-        self.size.append(min(size, _LARGEST_INT64))
+        self.size.append(size if size <= _LARGEST_INT64 else _LARGEST_INT64)
         self.mtime_ns.append(mtime_ns)
-        self.fault.append(fault if fault != Status.OK else self.fault_of(size))
+        self.fault.append(fault or self.fault_of(size))
 
     def fault_of(self, size: int) -> Status:
         """What is wrong with a sample of so many bytes."""
-        if size == 0:
-            return Status.EMPTY
-        return Status.TOO_LARGE if size > self.limits.member_bytes else Status.OK
+        if 0 < size <= self.limits.member_bytes:
+            return Status.OK
+        return Status.TOO_LARGE if size else Status.EMPTY
 
-    def count(self) -> None:
-        """Count one member, sample or not, against the limit."""
-        self._members += 1
+    def count(self, members: int = 1) -> None:
+        """Count members, samples or not, against the limit."""
+        self._members += members
         if self._members > self.limits.members:
             raise ArchiveError(
                 f"{self.source.path}: more than {self.limits.members} members; raise the limit if that is meant"
@@ -151,6 +151,8 @@ class Listing:
 
     def wants(self, name: str) -> bool:
         """Whether a file of this name is a sample; counted as ignored if it is not, unless it may be a note."""
+        if is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
+            return True  # what nearly all are, told without taking the path apart
         parts = name.split("/")
         if "__MACOSX" in parts:
             self.ignored["__MACOSX"] += 1
@@ -199,8 +201,8 @@ def is_hidden(part: str) -> bool:
 
 def suffix_of(name: str) -> str:
     """The suffix with its dot, in lower case; empty where there is none."""
-    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
-    return dot + suffix.lower() if stem else ""
+    stem, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() if stem and stem[-1] != "/" and "/" not in suffix else ""
 
 
 def is_sample(name: str) -> bool:

@@ -13,7 +13,7 @@ from featpipe.archive.notes import Note, Value, key_of
 from featpipe.errors import ArchiveError
 from featpipe.labels import Labels, Task
 
-__all__ = ["Marks", "by_folder", "by_note", "clean", "interpret", "number"]
+__all__ = ["Marks", "by_folder", "by_note", "clean", "cleaned", "interpret", "number"]
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NUMERIC_COLUMNS = ("target", "targets", "y")
@@ -86,20 +86,39 @@ def clean(name: str) -> str:
     return name
 
 
+def cleaned(listing: Listing) -> Iterable[str]:
+    """The names of a listing as paths within its source; those of a folder are clean as they are."""
+    return listing.names if listing.source.kind in ("folder", "files") else map(clean, listing.names)
+
+
 def by_folder(listings: Sequence[Listing]) -> Marks:
     """Classes from the first folder level of one argument's archives."""
-    paths = [clean(name).split("/", 2) for listing in listings for name in listing.names]
-    level = 0
-    if all(listing.source.kind in ("tar", "zip") for listing in listings):
-        tops = {path[0] if len(path) > 1 else None for path in paths}
-        level = int(len(tops) == 1 and None not in tops and any(len(path) > 2 for path in paths))
-    values: list[Mark] = [plain(path[level]) if len(path) > level + 1 else None for path in paths]
-    labelled = any(value is not None for value in values)
-    return Marks("classification" if labelled else "none", values)
+    top = _one_top(listings) if all(listing.source.kind in ("tar", "zip") for listing in listings) else ""
+    classes: dict[str, str] = {}  # millions of samples share the text of their few classes
+    values: list[Mark] = []
+    for listing in listings:
+        for name in cleaned(listing):
+            folder, slash, _ = name[len(top) :].partition("/")
+            values.append((classes.get(folder) or classes.setdefault(folder, plain(folder))) if slash else None)
+    return Marks("classification" if classes else "none", values)
+
+
+def _one_top(listings: Sequence[Listing]) -> str:
+    """The one top folder that holds everything and itself holds folders of images, with its ``/``; else nothing."""
+    top, nested = "", False
+    for row, name in enumerate(name for listing in listings for name in cleaned(listing)):
+        if row == 0:
+            top = name[: name.find("/") + 1]
+        if not (top and name.startswith(top)):
+            return ""
+        nested = nested or "/" in name[len(top) :]
+    return top if nested else ""
 
 
 def by_note(listings: Sequence[Listing]) -> Marks | None:
     """Labels from sidecar files; None where no sample has one."""
+    if not any(listing.notes for listing in listings):
+        return None
     notes: list[Note | None] = []
     for listing in listings:
         used: set[str] = set()

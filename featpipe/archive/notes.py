@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from featpipe.errors import ArchiveError
 
-__all__ = ["LARGEST_NOTE_BYTES", "Note", "is_note", "key_of"]
+__all__ = ["LARGEST_NOTE_BYTES", "Note", "is_note", "key_of", "may_hold_notes"]
 
 LARGEST_NOTE_BYTES = 2**20
 
+_SUFFIXES = (".cls", ".json")
 _JSON_KEYS = ("label", "class", "cls", "target", "labels")
 
 Value = str | int | float | tuple[str, ...] | None
@@ -52,7 +54,13 @@ class Note:
 
 def is_note(name: str) -> bool:
     """Whether a file may hold the label of a sample beside it."""
-    return name.lower().endswith((".cls", ".json"))
+    return name.lower().endswith(_SUFFIXES)
+
+
+def may_hold_notes(names: Iterable[str]) -> bool:
+    """Whether one of many names may be a note; False is certain, and what most folders are told at once."""
+    together = "\n".join(names).lower()
+    return any(suffix in together for suffix in _SUFFIXES)
 
 
 def key_of(name: str) -> str:

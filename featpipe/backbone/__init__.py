@@ -12,7 +12,7 @@ from featpipe.backbone.catalogue import names
 
 if TYPE_CHECKING:
     from featpipe.backbone.frozen import Backbone, prove_frozen
-    from featpipe.backbone.loading import load
+    from featpipe.backbone.loading import load, load_again
     from featpipe.backbone.output import Output
     from featpipe.backbone.packaged import imagenet_classifier
     from featpipe.backbone.transform import CustomTransform, Transform
@@ -24,6 +24,7 @@ __all__ = [
     "Transform",
     "imagenet_classifier",
     "load",
+    "load_again",
     "names",
     "prove_frozen",
 ]
@@ -35,6 +36,7 @@ _HOME = {
     "Transform": "transform",
     "imagenet_classifier": "packaged",
     "load": "loading",
+    "load_again": "loading",
     "prove_frozen": "frozen",
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +16,11 @@ from featpipe.backbone.output import POOLED, resolve
 from featpipe.backbone.own import AnyTransform
 from featpipe.backbone.transform import CustomTransform, Transform
 from featpipe.backbone.weights import digest_state
-from featpipe.errors import WeightsError
+from featpipe.errors import ConfigError, WeightsError
+from featpipe.fingerprint import differences
 from featpipe.names import unknown
 
-__all__ = ["load"]
+__all__ = ["load", "load_again"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -90,6 +93,73 @@ def load(
     )
     _check_width(backbone, headless.width)
     return backbone
+
+
+def load_again(
+    given: str | Backbone | None,
+    request: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    where: str,
+    weights: str | Path | None = None,
+) -> Backbone:
+    """The backbone that a cache or a model was made with.
+
+    Parameters
+    ----------
+    given : str or Backbone, optional
+        A name to use in place of the stated one, or the backbone itself.
+    request : mapping
+        What it was loaded from: ``Backbone.request``.
+    facts : mapping
+        What it must be: ``Backbone.facts()``, of all outputs or some.
+    where : str
+        What asks, for messages.
+    weights : str or Path, optional
+        In place of those of the request.
+
+    Raises
+    ------
+    ConfigError
+        If it is code of somebody's own, which is not run unasked, and none is given.
+    WeightsError
+        If the weights are not there, or another backbone came of it.
+    """
+    outputs = list(facts["outputs"])
+    name = request.get("name", facts["name"]) if given is None else given
+    if isinstance(name, str):
+        if given is None and ":" in name:
+            raise ConfigError(
+                f"{where}: its backbone {name!r} is code of its author's own, which is not run unasked; "
+                "pass --backbone (in Python backbone=...) if you trust it"
+            )
+        name = load(
+            name,
+            weights=request.get("weights") if weights is None else weights,
+            outputs=outputs,
+            transform=_library_transform(facts),
+            seed=int(request.get("seed", 0)),
+        )
+    if not isinstance(name, Backbone):
+        raise ConfigError(
+            f"backbone is a {type(name).__name__}; give a name, or featpipe.backbone.load(network, transform=…)"
+        )
+    found = name.facts()
+    found["outputs"] = {output: found["outputs"].get(output) for output in outputs}
+    if found != facts:
+        differ = "; ".join(differences(found, facts)[:4])
+        raise WeightsError(f"{where}: was made with another backbone ({differ}); bring the weights it was made with")
+    return name
+
+
+def _library_transform(facts: Mapping[str, Any]) -> Transform | None:
+    """The transform made with, of a library's network: the library may have another for this name by now."""
+    given = facts["transform"]
+    known = [item.name for item in fields(Transform)]
+    if facts.get("source") == "user" or not given.keys() >= set(known):
+        return None
+    settings: Any = {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in known}
+    return Transform(**settings)
 
 
 def _headless(

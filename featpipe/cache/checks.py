@@ -33,7 +33,7 @@ def check_rows(
     if not b:
         return np.zeros((0, CHECK_BYTES), np.uint8)
     heads = memoryview(np.concatenate([digests, status[:, None]], axis=1).tobytes())
-    rows = memoryview(np.ascontiguousarray(features).view(np.uint8)).cast("B")
+    rows = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
     head, width = len(heads) // b, len(rows) // b
     sha256 = hashlib.sha256
     found = bytearray()

@@ -95,9 +95,7 @@ class Created:
             at += len(block)
             self._sink.raise_error()
 
-    def virtual(
-        self, name: str, shape: tuple[int, ...], dtype: str, sources: list[tuple[str, int, int]]
-    ) -> None:
+    def virtual(self, name: str, shape: tuple[int, ...], dtype: str, sources: list[tuple[str, int, int]]) -> None:
         """An array whose rows lie in the datasets of the same name of other files: name, first row, last row + 1."""
         import h5py
 

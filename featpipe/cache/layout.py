@@ -224,7 +224,7 @@ def shards_of(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
         if offsets.keys() != row_bytes.keys() or not all(isinstance(offset, int) for offset in offsets.values()):
             raise CacheFormatError(f"shard {number} in the manifest does not hold the outputs")
         for output, offset in offsets.items():
-            fits = 0 <= offset and offset + (rows[1] - at) * row_bytes[output] <= facts["bytes"]
+            fits = offset >= 0 and offset + (rows[1] - at) * row_bytes[output] <= facts["bytes"]
             if not fits or offset % PAGE_BYTES or at * row_bytes[output] % PAGE_BYTES:
                 raise CacheFormatError(f"shard {number} in the manifest has {output!r} where it cannot lie")
         shards.append(Shard(facts["file"], facts["bytes"], at, rows[1], dict(offsets), facts["check"]))

@@ -6,13 +6,12 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PAGE_BYTES", "Piece", "joined", "view"]
+__all__ = ["PAGE_BYTES", "Piece", "map_into", "reserved", "view"]
 
 PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
 
@@ -46,11 +45,8 @@ def view(whole: NDArray[np.uint8], offset: int, dtype: np.dtype[np.generic], sha
     return whole[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def joined(pieces: Iterable[Piece], nbytes: int) -> NDArray[np.uint8]:
-    """Pieces of several files, one after the other in memory.
-
-    One range of addresses is reserved and each piece mapped to its place in it; the range is given back with the
-    array. Where there is no piece there are zeros.
+def reserved(nbytes: int) -> NDArray[np.uint8]:
+    """A range of addresses, all zeros, into which pieces of files can be mapped; it is given back with the array.
 
     Returns
     -------
@@ -59,18 +55,20 @@ def joined(pieces: Iterable[Piece], nbytes: int) -> NDArray[np.uint8]:
     """
     if not nbytes:
         return np.zeros(0, np.uint8)
-    reserved = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
-    whole = np.frombuffer(reserved, np.uint8)
-    library = ctypes.CDLL(None, use_errno=True)
-    place = library.mmap
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags, prot=mmap.PROT_READ), np.uint8)
+
+
+def map_into(whole: NDArray[np.uint8], piece: Piece) -> None:
+    """Map a piece of a file to its place in a reserved range; its descriptor may be closed after that."""
+    if not piece.nbytes:
+        return
+    if piece.start + piece.nbytes > len(whole) or piece.start % mmap.PAGESIZE or piece.offset % mmap.PAGESIZE:
+        raise ValueError("a piece does not lie at a page's beginning, within the array")
+    place = ctypes.CDLL(None, use_errno=True).mmap
     place.restype = ctypes.c_void_p
     place.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
-    for piece in pieces:
-        if piece.nbytes:
-            flags = mmap.MAP_SHARED | _MAP_FIXED
-            wanted = whole.ctypes.data + piece.start
-            if piece.start + piece.nbytes > nbytes or piece.start % mmap.PAGESIZE or piece.offset % mmap.PAGESIZE:
-                raise ValueError("a piece does not lie at a page's beginning, within the array")
-            if place(wanted, piece.nbytes, mmap.PROT_READ, flags, piece.file, piece.offset) == _FAILED:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return whole
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    found = place(whole.ctypes.data + piece.start, piece.nbytes, mmap.PROT_READ, flags, piece.file, piece.offset)
+    if found == _FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from featpipe.cache.layout import (
     shards_of,
     version_of,
 )
-from featpipe.cache.mapping import Piece, joined, view
+from featpipe.cache.mapping import Piece, map_into, reserved, view
 from featpipe.errors import CacheFormatError
 
 __all__ = ["Contents", "one_line", "open_cache"]
@@ -40,6 +40,8 @@ class Contents:
     columns : dict from name to ndarray
         Mapped, read-only.
     shards : tuple of Shard
+    found : tuple of Path
+        The files of the shards, without those that are lost.
     lost : tuple of str
         Shards that are missing or of another size; zeros stand where their rows were.
     """
@@ -47,6 +49,7 @@ class Contents:
     manifest: dict[str, Any]
     columns: dict[str, NDArray[Any]]
     shards: tuple[Shard, ...] = ()
+    found: tuple[Path, ...] = ()
     lost: tuple[str, ...] = ()
 
 
@@ -70,56 +73,60 @@ def open_cache(path: Path, beside: Path | None = None) -> Contents:
         places, attributes = located(file, size)
         whole = np.memmap(file, np.uint8, "r")
         columns = {name: view(whole, *place) for name, place in places.items()}
-        text = columns.get("manifest")
-        manifest = parse_manifest(text)
+        manifest = parse_manifest(columns.get("manifest"))
         if manifest["format_version"] != attributes["format_version"]:
             raise CacheFormatError("has another format version in its manifest")
-        if version_of(manifest["format_version"]) >= (1, 1):
-            assert text is not None  # parse_manifest  # noqa: S101
-            if hashlib.sha256(text.tobytes()).hexdigest() != attributes["manifest_sha256"]:
-                raise CacheFormatError("the manifest does not have its digest; it is damaged")
+        digest = hashlib.sha256(columns["manifest"].tobytes()).hexdigest()
+        if version_of(manifest["format_version"]) >= (1, 1) and digest != attributes["manifest_sha256"]:
+            raise CacheFormatError("the manifest does not have its digest; it is damaged")
         shards = shards_of(manifest)
         check_columns(manifest, columns, bool(shards))
-        lost: tuple[str, ...] = ()
-        if shards:
-            features, lost = _joined_shards(manifest, shards, beside or path)
-            columns |= features
-        return Contents(manifest, columns, shards, lost)
+        if not shards:
+            return Contents(manifest, columns)
+        features, found = _joined_shards(manifest, shards, beside or path)
+        lost = tuple(shard.file for shard, place in zip(shards, found, strict=True) if place is None)
+        return Contents(manifest, columns | features, shards, tuple(place for place in found if place), lost)
 
 
 def _joined_shards(
     manifest: Mapping[str, Any], shards: Sequence[Shard], path: Path
-) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-    dtype = np.dtype(manifest["facts"]["storage"]).newbyteorder("<")
-    with ExitStack() as stack:
-        opened = {shard: _open_shard(path, shard, stack) for shard in shards}
-        columns = {}
-        for output, shape in manifest["outputs"].items():
-            row_bytes = dtype.itemsize * math.prod(shape)
-            pieces = [
-                Piece(file, shard.offsets[output], shard.start * row_bytes, (shard.stop - shard.start) * row_bytes)
-                for shard, file in opened.items()
-                if file is not None
-            ]
-            flat = joined(pieces, manifest["samples"] * row_bytes)
-            columns[f"features/{output}"] = flat.view(dtype).reshape(manifest["samples"], *shape)
-    return columns, tuple(shard.file for shard, file in opened.items() if file is None)
+) -> tuple[dict[str, NDArray[Any]], list[Path | None]]:
+    """The features of a sharded cache, and where each shard was found; zeros stand for those that were not."""
+    n, dtype = manifest["samples"], np.dtype(manifest["facts"]["storage"]).newbyteorder("<")
+    row_bytes = {output: dtype.itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
+    flat = {output: reserved(n * nbytes) for output, nbytes in row_bytes.items()}
+    found: list[Path | None] = []
+    for shard in shards:  # one after the other: a process may have few files open
+        with _open_shard(path, shard) as (file, place):
+            found.append(None if file is None else place)
+            if file is None:
+                continue
+            for output, nbytes in row_bytes.items():
+                start, size = shard.start * nbytes, (shard.stop - shard.start) * nbytes
+                map_into(flat[output], Piece(file, shard.offsets[output], start, size))
+    columns = {f"features/{name}": flat[name].view(dtype).reshape(n, *manifest["outputs"][name]) for name in flat}
+    return columns, found
 
 
-def _open_shard(path: Path, shard: Shard, stack: ExitStack) -> int | None:
+@contextmanager
+def _open_shard(path: Path, shard: Shard) -> Iterator[tuple[int | None, Path]]:
     """The descriptor of a shard, beside the cache as the manifest says or under the cache's present name."""
-    for place in (path.parent / shard.file, shards_directory(path) / Path(shard.file).name):
+    places = (path.parent / shard.file, shards_directory(path) / Path(shard.file).name)
+    for place in dict.fromkeys(places):
         try:
             if place.parent.is_symlink():
                 continue  # a stranger's link could lead anywhere
             file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
-        stack.callback(os.close, file)
-        found = os.fstat(file)
-        if stat.S_ISREG(found.st_mode) and found.st_size == shard.nbytes:
-            return file
-    return None
+        try:
+            found = os.fstat(file)
+            if stat.S_ISREG(found.st_mode) and found.st_size == shard.nbytes:
+                yield file, place
+                return
+        finally:
+            os.close(file)
+    yield None, places[0]
 
 
 @contextmanager
@@ -134,4 +141,5 @@ def _format_errors(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
+    """What an error says, short enough to be part of a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

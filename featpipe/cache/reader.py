@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from featpipe.cache.checks import check_rows, digest_of_column
-from featpipe.cache.layout import SPLITS, Table, parts_directory
+from featpipe.cache.layout import SPLITS, Table, parts_directory, version_of
 from featpipe.cache.opening import Contents, open_cache
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, ConfigError
 from featpipe.labels import Labels
@@ -89,7 +89,7 @@ class FeatureCache:
                 f"first is {contents.lost[0]}; bring them back, or `featpipe verify --repair` embeds their rows again"
             )
         self.manifest, self._columns = contents.manifest, contents.columns
-        self._shards = contents.shards
+        self._shards, self._shard_files = contents.shards, contents.found
         self.lost_shards = contents.lost
 
     def _open(self) -> Contents:
@@ -143,12 +143,20 @@ class FeatureCache:
     @property
     def shard_files(self) -> tuple[Path, ...]:
         """The files that hold the features of a cache too large for one; none for others."""
-        return tuple(self.path.parent / shard.file for shard in self._shards)
+        return tuple(dict.fromkeys(self._shard_files))  # shards of the same rows are one file
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """Bytes of features in a shard, as :func:`write_cache` takes it; None for a cache in one file."""
+        if not self._shards:
+            return None
+        first = self._shards[0]
+        return sum(self.features(output)[first.start : first.stop].nbytes for output in self.outputs)
 
     @property
     def file_bytes(self) -> int:
         """Size on disk, with the shards."""
-        return self.path.stat().st_size + sum(shard.nbytes for shard in self._shards)
+        return sum(file.stat().st_size for file in (self.path, *self.shard_files))
 
     @cached_property
     def ids(self) -> Strings:
@@ -296,13 +304,13 @@ class FeatureCache:
         """
         if size < 1:
             raise ConfigError(f"size of a batch is {size}; it must be at least 1")
+        output = self._output(output)
         chosen = _chosen(self.usable if rows is None else rows, len(self))
         numbers = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
         if seed is not None:
             numbers = np.random.default_rng(seed).permutation(numbers)
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            yield batch, self.read(batch, output, dtype)
+        cuts = range(0, len(numbers), size)  # a generator expression: what is wrong is said here and not at the first
+        return ((batch, self.read(batch, output, dtype)) for batch in (numbers[at : at + size] for at in cuts))
 
     @cached_property
     def usable(self) -> NDArray[np.intp]:
@@ -351,12 +359,16 @@ class FeatureCache:
     @property
     def has_checks(self) -> bool:
         """Whether the file holds checks of its rows; those of format 1.0 do not."""
-        return "columns" in self.manifest
+        return version_of(self.manifest["format_version"]) >= (1, 1)
 
     def damaged_columns(self) -> list[str]:
         """The datasets, features aside, whose bytes are not those that were written."""
-        stated: dict[str, str] = self.manifest.get("columns", {})
-        return [name for name, digest in stated.items() if digest_of_column(self._columns[name]) != digest]
+        stated: dict[str, str] = self.manifest["columns"] if self.has_checks else {}
+        return [name for name, digest in stated.items() if not self._has_digest(name, digest)]
+
+    def _has_digest(self, name: str, digest: object) -> bool:
+        column = self._columns.get(name)
+        return column is not None and digest_of_column(column) == digest
 
     def whole_rows(self, rows: NDArray[np.integer[Any]], output: str | None = None) -> NDArray[np.bool_]:
         """Which of some rows have the digest, the status and the features that were written.
@@ -400,11 +412,14 @@ def _chosen(rows: Rows | None, n: int) -> slice | NDArray[np.intp]:
             raise ConfigError(f"a mask of shape {numbers.shape} for {n} rows; expected ({n},)")
         return np.flatnonzero(numbers)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise ConfigError(f"rows of type {numbers.dtype} and shape {numbers.shape}; expected numbers, a mask or a slice")
+        raise ConfigError(
+            f"rows of type {numbers.dtype} and shape {numbers.shape}; expected numbers, a mask or a slice"
+        )
+    lowest, highest = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, -1)
+    if lowest < -n or highest >= n:
+        raise IndexError(f"row {lowest if lowest < -n else highest} of a cache of {n} rows")
     numbers = numbers.astype(np.intp, copy=False)
-    if numbers.size and not (-n <= numbers.min() and numbers.max() < n):
-        raise IndexError(f"row {numbers[(numbers < -n) | (numbers >= n)][0]} of a cache of {n} rows")
-    return np.where(numbers < 0, numbers + n, numbers) if numbers.size and numbers.min() < 0 else numbers
+    return np.where(numbers < 0, numbers + n, numbers) if lowest < 0 else numbers
 
 
 def _blocks(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:

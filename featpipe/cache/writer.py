@@ -78,10 +78,10 @@ def write_cache(
             whole = temporary()
             with _durable(whole) as file:
                 job.write_main(file, manifest, [shard for _, shard in shards])
-            _place_shards(path, shards)
-            _refuse_lost(open_cache(whole, beside=path).lost)
-            os.replace(whole, path)
-            fsync_directory(path.parent)
+            with _placed(path, shards):
+                _refuse_lost(open_cache(whole, beside=path).lost)
+                os.replace(whole, path)
+                fsync_directory(path.parent)
     except CacheFormatError as error:
         raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
     except (OSError, RuntimeError) as error:  # h5py reports some failures of its own as RuntimeError
@@ -142,6 +142,7 @@ class _Job:
                     blocks = self.blocks(output, start, stop)
                     hdf5.blocks(f"features/{output}", (stop - start, *shape), self.dtype, blocks)
                 offsets = {output: hdf5.offset(f"features/{output}") for output in self.shapes}
+            file.flush()
             size = os.fstat(file.fileno()).st_size
         check = check_of_shard([checks[start:stop] for checks in self.checks.values()], list(self.shapes.items()))
         name = f"{shards_directory(self.path).name}/{check[:24]}.h5"
@@ -233,15 +234,26 @@ def _durable(temporary: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _place_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> None:
-    """Give the shards their names, which nobody reads before a cache names them."""
-    if shards:
-        folder = shards_directory(path)
-        folder.mkdir(exist_ok=True)
-        for temporary, shard in shards:
-            os.replace(temporary, path.parent / shard.file)
-        fsync_directory(folder)
-        fsync_directory(path.parent)
+@contextmanager
+def _placed(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterator[None]:
+    """Shards under their names, which nobody reads before a cache names them; removed again if none came to do so."""
+    new: set[Path] = set()
+    folder = shards_directory(path)
+    try:
+        if shards:
+            folder.mkdir(exist_ok=True)
+            for temporary, shard in shards:
+                target = path.parent / shard.file
+                if not os.path.lexists(target):
+                    new.add(target)
+                os.replace(temporary, target)
+            fsync_directory(folder)
+            fsync_directory(path.parent)
+        yield
+    except BaseException:
+        with suppress(OSError, CacheFormatError):  # what has the name is looked at: the failure may be after the rename
+            _remove_shards(path, new - _named_shards(path))
+        raise
 
 
 def _refuse_lost(lost: Sequence[str]) -> None:
@@ -252,16 +264,26 @@ def _refuse_lost(lost: Sequence[str]) -> None:
 def _shards_at(path: Path) -> set[Path]:
     """The shards of the cache that has a name now, if there is one."""
     try:
-        return {path.parent / shard.file for shard in open_cache(path).shards}
+        return _named_shards(path)
     except (OSError, CacheFormatError):
         return set()
 
 
+def _named_shards(path: Path) -> set[Path]:
+    """In the folder of this name alone: what a renamed cache has in another may be another's too."""
+    if not path.is_file():
+        return set()
+    folder = shards_directory(path)
+    return {folder / Path(shard.file).name for shard in open_cache(path).shards}
+
+
 def _remove_shards(path: Path, files: set[Path]) -> None:
     """Remove what no cache names any more; whoever has it mapped keeps it."""
+    folder = shards_directory(path)
+    if folder.is_symlink():
+        return
     for file in files:
         with suppress(OSError):  # costs space, and nothing else
             file.unlink()
-    if files:
-        with suppress(OSError):
-            shards_directory(path).rmdir()
+    with suppress(OSError):
+        folder.rmdir()

@@ -25,6 +25,7 @@ COMMANDS = {  # name → module; loaded when the command is called, so that help
     "evaluate": "use",
     "predict": "use",
     "info": "show",
+    "verify": "check",
     "backbones": "show",
     "heads": "show",
 }
@@ -60,6 +61,7 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
     "evaluate": "Score a model on images that it was not trained on.",
     "predict": "Predict every image of some archives.",
     "info": "Show what a cache or a model holds.",
+    "verify": "Check that a cache is what was written; name and mend the rows that are not.",
     "backbones": "List the networks that can be used.",
     "heads": "List the heads that can be trained.",
 }

@@ -36,7 +36,7 @@ FLOORS = [
     {"archive", "backbone", "cache", "heads", "scores"},
     {"commit", "engine", "known", "loader"},
     {"extraction", "model"},
-    {"training", "evaluation", "prediction"},
+    {"training", "evaluation", "prediction", "verification"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},
 ]
 FACE = len(FLOORS) - 1

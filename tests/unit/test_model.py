@@ -387,7 +387,7 @@ def test_other_weights_than_the_model_s_own_are_refused(library: Path, make_fold
     cache = extract(folder, backbone="timm/test_resnet", weights=library, cache=tmp_path / "cache")
     path = train(cache).save(tmp_path / "light.model")
     weights_of(backbones.load("timm/test_resnet", weights="none", seed=6), library)
-    with pytest.raises(WeightsError, match=r"light\.model: was trained on another backbone \(weights is "):
+    with pytest.raises(WeightsError, match=r"light\.model: was made with another backbone \(weights is "):
         load_model(path).predict([folder / "ape/00.jpg"])
 
 
