@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from featpipe.backbone import Backbone
 from featpipe.errors import ConfigError
@@ -31,6 +32,7 @@ DTYPES = {  # name → dtype of weights and activations
 }
 CPU_BATCH = 8
 GPU_BATCH = 64
+CPU_BATCH_MULTIPLY_ADDS = 36e9  # some three seconds at 10 GMAC/s, what one slow core does in fp32
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -82,7 +84,17 @@ class Engine:
         ``fp32`` is strict: no TF32 in matrix products or convolutions.
     batch : int, optional
         Images in one forward pass. Shorter batches are padded to it, so that an image's embedding is computed by the
-        same instructions whatever its neighbours are.
+        same instructions whatever its neighbours are. If not given: 64 on a GPU; on a CPU from 8 down to 1, as many as
+        36·10⁹ multiply-adds are enough for, so that a batch takes seconds and not minutes whatever the network, and
+        little work is ever in hand. It follows from the network alone and never from the clock: a run that is resumed
+        computes as the one before it did.
+
+    Attributes
+    ----------
+    multiply_adds : int or None
+        Of one image, as far as they were counted: on a CPU, where ``batch`` was not given. Convolutions, matrix
+        products and attention count; other operations of a network of your own count nothing, so that one made of
+        nothing else runs in batches of 8.
     """
 
     def __init__(
@@ -97,12 +109,15 @@ class Engine:
         self.device = device
         self.precision = precision
         self.dtype = DTYPES[precision]
-        self.batch = batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-        if device.type == "cpu":
-            _keep_freed_memory()
         network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
         network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = replace(backbone, network=network)
+        self.multiply_adds: int | None = None
+        if device.type == "cpu":
+            _keep_freed_memory()
+            if batch is None:
+                self.multiply_adds = _multiply_adds(self.backbone, self.dtype)
+        self.batch = batch or (GPU_BATCH if device.type != "cpu" else _cpu_batch(self.multiply_adds))
 
     @property
     def workers(self) -> int:
@@ -149,6 +164,39 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _cpu_batch(multiply_adds: int | None) -> int:
+    """Images in one forward pass on one core."""
+    if not multiply_adds:
+        return CPU_BATCH
+    return max(1, min(CPU_BATCH, int(CPU_BATCH_MULTIPLY_ADDS // multiply_adds)))
+
+
+@torch.no_grad()
+def _multiply_adds(backbone: Backbone, dtype: torch.dtype) -> int | None:
+    """The work of one image, counted without doing it; None where that cannot be told.
+
+    The network is run with tensors that have a shape and no values. A network that cannot do without values, because
+    it makes tensors of its own or decides by them, is run once in earnest.
+    """
+    image = torch.zeros(1, 3, *backbone.transform.size, dtype=dtype)
+    for values in (False, True):
+        # A user's own network may raise anything.
+        with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
+            if values:
+                backbone.embed(image)
+            else:
+                replace(backbone, network=_shapes_of(backbone.network)).embed(image.to("meta"))
+            return int(counter.get_total_flops()) // 2
+    return None
+
+
+def _shapes_of(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a network whose weights have only their shapes; a copy, for what it may keep from a forward pass."""
+    memo: dict[int, Any] = {id(value): torch.nn.Parameter(value.to("meta"), False) for value in network.parameters()}
+    memo |= {id(value): value.to("meta") for value in network.buffers()}
+    return copy.deepcopy(network, memo)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from featpipe.status import Status
 __all__ = ["EXTRACTION_VERSION", "embed_files", "extract", "extract_index", "facts_of", "load_backbone"]
 
 EXTRACTION_VERSION = 1  # raised by any change of this code that changes an embedding
-PART_SECONDS = 8.0  # a kill costs at most about this much work
+PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
 PART_BYTES = 64 * 2**20
 RACY_NANOSECONDS = 2 * 10**9  # a file changed this shortly before it is read may change again under the same time
 
@@ -274,6 +274,7 @@ class _Run:
             ("reading", "decoding", "embedding", "committing", "waiting", "total"), 0.0
         )
         self.embedded = 0
+        self.batch: int | None = None
         self._claimed: set[bytes] = set()
         self._claims = threading.Lock()
         self._part = _Part()
@@ -296,8 +297,10 @@ class _Run:
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         started = self._committed_at = perf_counter()
         device = resolve_device(self.settings.device)
-        self.progress(Progress("note", f"embedding on {device} in {self.settings.precision}"))
         engine = Engine(self.backbone, device, self.settings.precision, self.settings.batch)
+        self.batch = engine.batch
+        batches = f"batches of {engine.batch}" if engine.batch > 1 else "one at a time"
+        self.progress(Progress("note", f"embedding on {device} in {self.settings.precision}, {batches}"))
         backbones.prove_frozen(self.backbone)
         try:
             self._stream(engine, rows)
@@ -412,6 +415,7 @@ class _Run:
             "images_per_second": round(self.embedded / total, 2) if total else None,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "device": self.settings.device,
+            "batch": self.batch,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {name: version(name) for name in ("featpipe", "torch", "torchvision", "timm", "h5py")},
         }

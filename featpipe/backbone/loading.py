@@ -165,12 +165,15 @@ def _library_transform(facts: Mapping[str, Any]) -> Transform | None:
 def _headless(
     name: str | nn.Module, weights: str | Path | None, transform: AnyTransform | None, seed: int, progress: bool
 ) -> Headless:
-    from featpipe.backbone import from_timm, from_torchvision, own, packaged
+    from featpipe.backbone import own
 
     if isinstance(name, nn.Module):
         return own.wrap(name, weights, transform)
     if ":" in name:
         return own.build(name, weights, transform, seed)
+
+    from featpipe.backbone import from_timm, from_torchvision, packaged  # seconds of imports
+
     if name.startswith(TIMM):
         return from_timm.build(name, weights, seed, progress)
     if name in PACKAGED:

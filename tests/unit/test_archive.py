@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -21,7 +23,8 @@ import numpy as np
 import pytest
 
 from featpipe import archive
-from featpipe.archive import ArchiveLimits, Index, Table, expand, index, index_files, tars
+from featpipe.archive import ArchiveLimits, Index, Table, expand, index, index_files, indexing, tars
+from featpipe.archive.listing import Listing
 from featpipe.errors import ArchiveError, ConfigError, SampleError
 from featpipe.labels import Labels
 from featpipe.status import Status
@@ -239,6 +242,15 @@ def test_a_file_with_an_undecodable_name_is_read(tmp_path: Path) -> None:
     assert contents(samples)[-1] == b"odd"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_an_escaped_name_that_is_there_as_text_too_leaves_both_their_own_ids_and_bytes(tmp_path: Path) -> None:
+    folder(tmp_path / "a", [("\\udcff.jpg", b"text")])
+    Path(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff.jpg")).write_bytes(b"odd")
+    samples = index(tmp_path / "a")
+    assert list(samples.ids) == ["\\udcff.jpg", "\\udcff.jpg#2"]
+    assert contents(samples) == [b"text", b"odd"]
+
+
 # Globs, braces, arguments
 
 
@@ -306,6 +318,31 @@ def test_hidden_files_other_suffixes_and_resource_forks_are_counted_and_left_out
     samples = index(BUILDERS[kind](tmp_path, [*ANIMALS, *((name, b"x") for name in others)]))
     assert len(samples) == 3
     assert samples.ignored == {"hidden": 2, "__MACOSX": 1, ".txt": 1, "no suffix": 1}
+
+
+def test_what_is_a_sample_is_told_by_its_parts_however_they_are_put_together() -> None:
+    parts = [
+        "a",
+        "b.jpg",
+        ".c.jpg",
+        "..",
+        ".",
+        "__MACOSX",
+        "d.",
+        "e.JPG",
+        "__MACOSX.png",
+        "f.g/h",
+        "",
+        "...jpg",
+        "i.txt",
+    ]
+    for name in map("/".join, (*itertools.product(parts, repeat=2), *itertools.product(parts, repeat=3))):
+        listing = Listing(archive.Source(Path("x"), "tar", "/x"), ArchiveLimits())
+        stem, dot, suffix = name.split("/")[-1].rpartition(".")
+        hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+        wanted = bool(stem) and dot + suffix.lower() in archive.SUFFIXES
+        expected = wanted and not hidden and "__MACOSX" not in name.split("/")
+        assert (listing.wants(name), listing.ignored.total()) == (expected, not expected), name
 
 
 def test_images_of_formats_that_are_not_decoded_get_a_row(tmp_path: Path) -> None:
@@ -425,6 +462,15 @@ def test_one_top_folder_of_a_tar_or_zip_is_its_root(kind: str, tmp_path: Path) -
     samples = index(BUILDERS[kind](tmp_path, files))
     assert classes(samples) == ["cat", "dog", None]
     assert list(samples.ids) == [name for name, _ in files]
+
+
+def test_a_top_folder_is_the_same_however_its_names_are_spelled(tmp_path: Path) -> None:
+    made = tar(tmp_path / "a.tar", [("./p/cat/1.jpg", b"x"), ("p//cat/2.jpg", b"x"), ("/p/dog/1.jpg", b"x")])
+    assert classes(index(made)) == ["cat", "cat", "dog"]
+
+
+def test_two_top_folders_are_two_classes(tmp_path: Path) -> None:
+    assert classes(index(tar(tmp_path / "a.tar", [("p/a/1.jpg", b"x"), ("pp/a/1.jpg", b"x")]))) == ["p", "pp"]
 
 
 def test_one_top_folder_that_holds_images_only_is_a_class(tmp_path: Path) -> None:
@@ -719,6 +765,19 @@ def test_a_touched_archive_or_file_has_another_stamp(kind: str, tmp_path: Path) 
     os.utime(touched, ns=(1, 1))
     after = index(made).stamps()
     assert (before != after).any(axis=1).tolist() == ([True, False, False] if kind == "folder" else [True] * 3)
+
+
+@every_kind
+def test_a_stamp_is_the_digest_of_path_name_offset_size_and_time(kind: str, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(indexing, "_ROWS_AT_ONCE", 2)
+    samples = index(BUILDERS[kind](tmp_path, [*ANIMALS, ("e.jpg", b""), ("z/é.jpg", b"accent")]))
+    for row, stamp in enumerate(samples.stamps()):
+        path, name = os.fsencode(samples.sources[0].real), samples.raw_name(row)
+        if kind == "folder":
+            path, name = path + b"/" + name, b""
+        numbers = (samples.offset[row], samples.size[row], samples.mtime_ns[row])
+        digest = hashlib.sha256(struct.pack("<4q", len(path), *numbers) + path + name).digest()
+        assert stamp.tobytes() == (bytes(16) if samples.fault[row] else digest[:16])
 
 
 def test_a_file_has_one_stamp_by_whatever_way_it_is_reached(tmp_path: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from featpipe import backbone
+from featpipe import backbone, engine
 from featpipe.engine import Engine, available_cores, resolve_device
 from featpipe.errors import ConfigError
-from tests.conftest import Tiny
+from tests.conftest import Tiny, tiny_transform
+
+TINY_MULTIPLY_ADDS = 8 * 10 * 10 * 3 * 3 * 3  # of its one convolution
 
 
 def images(n: int, seed: int = 0) -> torch.Tensor:
@@ -46,6 +52,107 @@ def test_bf16_is_near_and_not_equal_to_fp32(tiny):
     exact, rough = (Engine(tiny, torch.device("cpu"), p).embed(x)["pooled"] for p in ("fp32", "bf16"))
     assert not np.array_equal(exact, rough)
     assert np.allclose(exact, rough, atol=0.05)
+
+
+class Deciding(Tiny):
+    """Decides by a value, and makes a tensor of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (torch.ones(1) if x.sum().item() > 0 else torch.zeros(1) + 1)
+
+
+class Remembering(Tiny):
+    """Keeps a tensor from its first forward pass for the later ones."""
+
+    offset: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.offset is None:
+            self.offset = torch.full((8,), 2.0, device=x.device)
+        return super().forward(x) + self.offset
+
+
+class ByHand(nn.Module):
+    """Computes outside of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "giga", "batch"),
+    [("efficientnet_lite0", 0.384, 8), ("resnet18", 1.814, 8), ("resnet50", 4.087, 8), ("vit_b_16", 17.563, 2)],
+)
+def test_on_a_cpu_the_batch_follows_from_the_published_work_of_the_network(name, giga, batch):
+    made = Engine(backbone.load(name, weights="none"), torch.device("cpu"))
+    assert made.multiply_adds / 1e9 == pytest.approx(giga, rel=0.002)
+    assert made.batch == batch
+
+
+def test_attention_is_counted_whole():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.mean(1)
+            return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+    made = Engine(backbone.load(Attending(), transform=tiny_transform), torch.device("cpu"))
+    assert made.multiply_adds == 4 * 12 * 12 * 12 + 2 * 12 * 12 * 12  # four projections; scores and their sums
+
+
+@pytest.mark.parametrize(("images_within", "batch"), [(0.5, 1), (1, 1), (2.9, 2), (7, 7), (8, 8), (1000, 8)])
+def test_the_batch_is_what_the_bound_has_room_for_between_1_and_8(tiny, monkeypatch, images_within, batch):
+    monkeypatch.setattr(engine, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
+    assert Engine(tiny, torch.device("cpu")).batch == batch
+
+
+def test_another_process_chooses_the_same_batch(tiny):
+    code = (
+        "import torch; from tests.conftest import Tiny, tiny_transform; from featpipe import backbone, engine; "
+        "made = engine.Engine(backbone.load(Tiny(), transform=tiny_transform), torch.device('cpu')); "
+        "print(made.multiply_adds, made.batch)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    here = Engine(tiny, torch.device("cpu"))
+    assert done.stdout.split() == [str(here.multiply_adds), str(here.batch)] == [str(TINY_MULTIPLY_ADDS), "8"]
+
+
+def test_a_batch_that_is_given_is_taken_and_nothing_is_counted(tiny, monkeypatch):
+    monkeypatch.setattr(engine, "CPU_BATCH_MULTIPLY_ADDS", 1)
+    made = Engine(tiny, torch.device("cpu"), batch=5)
+    assert (made.batch, made.multiply_adds) == (5, None)
+
+
+def test_a_network_that_decides_by_values_is_counted_by_running_it():
+    made = Engine(backbone.load(Deciding(), transform=tiny_transform), torch.device("cpu"))
+    assert made.multiply_adds == TINY_MULTIPLY_ADDS
+
+
+def test_counting_leaves_nothing_in_a_network_that_remembers():
+    network = Remembering()
+    made = Engine(backbone.load(network, transform=tiny_transform), torch.device("cpu"))
+    with torch.inference_mode():
+        expected = Remembering().eval()(images(3)).numpy()
+    assert made.multiply_adds == TINY_MULTIPLY_ADDS
+    assert np.allclose(made.embed(images(3))["pooled"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_whose_work_does_not_show_runs_in_batches_of_8():
+    made = Engine(backbone.load(ByHand(), transform=tiny_transform), torch.device("cpu"))
+    assert (made.multiply_adds, made.batch) == (0, 8)
+
+
+def test_a_network_that_cannot_be_counted_runs_in_batches_of_8(tiny, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise RuntimeError("unknown operator")
+
+    monkeypatch.setattr(backbone.Backbone, "embed", refuse)
+    made = Engine(tiny, torch.device("cpu"))
+    assert (made.multiply_adds, made.batch) == (None, 8)
 
 
 def test_the_thread_count_of_the_process_is_put_back(tiny):
