@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,9 +203,14 @@ def repair(
         return found
     parts = Parts(parts_directory(opened.path), opened.fingerprint)
     with parts.writing():
+        if FeatureCache(cache, salvage=True).manifest != opened.manifest:
+            raise CacheError(f"{opened.path}: was written anew meanwhile; verify it again")
         rows = np.array(sorted({damage.row for damage in found.damaged}), np.int64)
-        mended = _mended(opened, rows, found, _index(opened, archives), _backbone(opened, backbone), device, progress)
-        shutil.rmtree(_workplace(opened), ignore_errors=True)
+        index = _index(opened, archives)
+        place = _rows_in(index, opened, rows)
+        there = index.take(place[place >= 0])
+        again = _extracted(opened, there, _backbone(opened, backbone), device, parts, progress) if len(there) else None
+        mended = _mend(opened, found, rows, place >= 0, again)
         parts.remove()
     after = verify(cache, progress=progress)
     after.embedded, after.changed, after.farthest = found.embedded, found.changed, found.farthest
@@ -317,76 +320,77 @@ def _distance(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray
     return np.where(np.isfinite(far), far, np.inf)
 
 
-def _mended(
-    cache: FeatureCache,
-    rows: NDArray[np.int64],
-    found: Verification,
-    index: Index,
-    backbone: Any,
-    device: str,
-    progress: Tell,
-) -> int:
-    """Write the cache anew with some rows computed again; how many of them have features now."""
-    table = _writable(cache.table())
-    if "samples/stamp" in found.columns:
-        table.stamps[:] = 0
-    place = _rows_in(index, cache, rows)
-    there = place >= 0
-    again = _extracted(cache, index, place[there], backbone, device, progress)
-    table.status[rows[~there]] = Status.MISSING
-    taken = rows[there]
-    if again is not None:
-        table.status[taken], table.stamps[taken] = again.status_codes, again.stamps
-        if "samples/digest" not in found.columns:
-            other = (again.digests != table.digests[taken]).any(axis=1) & (again.status_codes == Status.OK)
-            table.status[taken[other]] = Status.MISSING  # another image has its name by now
-        table.digests[taken] = again.digests
-    bad = table.status[rows] != Status.OK
-    table.stamps[rows[bad]] = 0
+def _extracted(
+    cache: FeatureCache, index: Index, backbone: Any, device: str, parts: Parts, progress: Tell
+) -> FeatureCache:
+    """Some images as a cache of their own, which a repair that is interrupted finds again.
 
+    It lies where there is no other cache, because one may hold the same wrong answer to be copied.
+    """
+    from featpipe.extraction import extract_index
+
+    settings = Extraction(
+        precision=cache.facts["precision"],
+        storage=cache.facts["storage"],
+        device=device,
+        out=parts.repairs / "rows.h5",
+        overwrite=True,
+    )
+    return extract_index(index, backbone, settings, progress, refuse_all_bad=False)
+
+
+def _mend(
+    cache: FeatureCache,
+    found: Verification,
+    rows: NDArray[np.int64],
+    there: NDArray[np.bool_],
+    again: FeatureCache | None,
+) -> int:
+    """Write the cache anew with some rows computed again; how many of them have features now.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (m,), int64
+        Those that are damaged.
+    there : ndarray of shape (m,), bool
+        Whose images are still in the archive.
+    again : FeatureCache, optional
+        The rows that are there, in their order.
+    """
+    table = _renewed(cache.table(), found, rows, there, again)
     source = np.full(len(cache), -1, np.int64)
-    source[rows] = len(rows)  # no features, unless they were computed again
-    source[taken] = np.arange(len(taken))
+    source[rows[there]] = np.arange(np.count_nonzero(there))
 
     def gather(output: str, start: int, stop: int) -> NDArray[np.floating]:
         block = np.array(cache.features(output)[start:stop])
-        new = np.flatnonzero((source[start:stop] >= 0) & (table.status[start:stop] == Status.OK))
+        new = np.flatnonzero(source[start:stop] >= 0)
         if len(new) and again is not None:
             block[new] = again.features(output)[source[start:stop][new]]
         block[table.status[start:stop] != Status.OK] = np.nan
         return block
 
     manifest = {key: value for key, value in cache.manifest.items() if key not in ("columns", "shards")}
-    manifest["repaired"] = [
-        *manifest.get("repaired", []),
-        {"when": datetime.now(UTC).isoformat(timespec="seconds"), "rows": len(rows)},
-    ]
+    repaired = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "rows": len(rows)}
+    manifest["repaired"] = [*manifest.get("repaired", []), repaired]
     write_cache(cache.path, table, manifest, cache.shapes, cache.facts["storage"], gather, cache.shard_bytes)
-    return int(np.count_nonzero(~bad))
+    return int(np.count_nonzero(table.status[rows] == Status.OK))
 
 
-def _workplace(cache: FeatureCache) -> Path:
-    """A folder without other caches, of which nothing can be copied: they may hold the same wrong answer."""
-    return parts_directory(cache.path) / "repair"
-
-
-def _writable(table: Table) -> Table:
-    return replace(table, status=np.array(table.status), digests=np.array(table.digests), stamps=np.array(table.stamps))
-
-
-def _extracted(
-    cache: FeatureCache, index: Index, rows: NDArray[np.int64], backbone: Any, device: str, progress: Tell
-) -> FeatureCache | None:
-    """Some rows of an index as a cache of their own, which a repair that is interrupted finds again."""
-    from featpipe.extraction import extract_index
-
-    if not len(rows):
-        return None
-    settings = Extraction(
-        precision=cache.facts["precision"],
-        storage=cache.facts["storage"],
-        device=device,
-        out=_workplace(cache) / "rows.h5",
-        overwrite=True,
-    )
-    return extract_index(index.take(rows), backbone, settings, progress, refuse_all_bad=False)
+def _renewed(
+    table: Table, found: Verification, rows: NDArray[np.int64], there: NDArray[np.bool_], again: FeatureCache | None
+) -> Table:
+    """The table with what is known of some rows by now."""
+    status, digests, stamps = np.array(table.status), np.array(table.digests), np.array(table.stamps)
+    if "samples/stamp" in found.columns:
+        stamps[:] = 0
+    status[rows[~there]] = Status.MISSING
+    taken = rows[there]
+    if again is not None:
+        status[taken], stamps[taken] = again.status_codes, again.stamps
+        if "samples/digest" not in found.columns:
+            other = (again.digests != digests[taken]).any(axis=1) & (again.status_codes == Status.OK)
+            status[taken[other]] = Status.MISSING  # another image has its name by now
+        digests[taken] = again.digests
+    stamps[rows[status[rows] != Status.OK]] = 0
+    digests[rows[status[rows] == Status.MISSING]] = 0
+    return replace(table, status=status, digests=digests, stamps=stamps)

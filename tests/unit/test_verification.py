@@ -188,6 +188,36 @@ def test_a_damaged_row_whose_image_is_gone_or_another_loses_its_features(made, t
     cache = FeatureCache(made.path)
     assert cache.status_codes[rows].tolist() == [Status.MISSING, Status.MISSING, Status.OK]
     assert np.isnan(cache.features()[rows[:2]]).all()
+    assert not cache.digests[rows[:2]].any()
+
+
+def test_a_repair_that_is_interrupted_leaves_the_cache_as_it_was_and_goes_on(made, tiny, monkeypatch, count):
+    from featpipe import verification
+
+    for row in (2, 5, 11):
+        flip(made.path, "features/pooled", row * 32 + 3)
+    damaged = made.path.read_bytes()
+    found = verify(made.path)
+
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "write_cache", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repair(made.path, found, backbone=tiny)
+    assert made.path.read_bytes() == damaged
+    count.clear()
+    assert repair(made.path, found, backbone=tiny).whole
+    assert count == []
+    assert [path.name for path in made.path.parent.iterdir()] == ["a.h5"]
+
+
+def test_extracting_new_images_to_a_damaged_cache_mends_it(made, tiny, tmp_path):
+    flip(made.path, "features/pooled", 5)
+    (tmp_path / "photos" / "ape" / "new.jpg").write_bytes(jpeg(5))
+    featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path, progress=silent)
+    assert verify(made.path).whole
 
 
 def test_no_image_of_the_damaged_rows_left_is_no_error(made, tiny, tmp_path):
