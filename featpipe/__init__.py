@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from featpipe.model import Model, load_model
     from featpipe.prediction import predict
     from featpipe.training import train
+    from featpipe.upkeep import clean, merge, pack
     from featpipe.verification import repair, verify
 
 __all__ = [
@@ -48,9 +49,12 @@ __all__ = [
     "TransferClassifier",
     "TransferRegressor",
     "WeightsError",
+    "clean",
     "evaluate",
     "extract",
     "load_model",
+    "merge",
+    "pack",
     "predict",
     "repair",
     "train",
@@ -66,9 +70,12 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "SoftmaxRegression": "heads",
     "TransferClassifier": "estimators",
     "TransferRegressor": "estimators",
+    "clean": "upkeep",
     "evaluate": "evaluation",
     "extract": "extraction",
     "load_model": "model",
+    "merge": "upkeep",
+    "pack": "upkeep",
     "predict": "prediction",
     "repair": "verification",
     "train": "training",

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError
 from featpipe.fingerprint import fingerprint as digest_of
 
-__all__ = ["Part", "Parts", "exclusive"]
+__all__ = ["OURS", "TEMPORARY", "Part", "Parts", "exclusive"]
 
 RECORD_BYTES_MAX = 64 * 1024
 
-_TEMPORARY = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")
-_OURS = re.compile(rf"{_TEMPORARY.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
+TEMPORARY = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # whose second word is the process
+OURS = re.compile(rf"{TEMPORARY.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _COLUMNS = {"digest": ("U8", (32,)), "stamp": ("U8", (16,)), "status": ("U8", ())}
 _FEATURES = ("F32", "F16")
@@ -83,6 +84,11 @@ class Parts:
         self.directory = directory
         self.fingerprint = fingerprint
 
+    @property
+    def repairs(self) -> Path:
+        """Where rows lie that are computed again to mend a cache; removed with the parts."""
+        return self.directory / "repair"
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder for one writer; a second one waits. The lock dies with its process.
@@ -95,11 +101,11 @@ class Parts:
             if handle is None:
                 continue
             try:
-                self._sweep(_TEMPORARY)  # whoever began these held the lock, and is gone
+                self._sweep(TEMPORARY)  # whoever began these held the lock, and is gone
                 yield
                 return
             except BaseException:
-                if not any(self.directory.glob("*.record")):  # nothing to go on from: leave no trace
+                if not any(self.directory.glob("*.record")) and not self.repairs.exists():  # nothing to go on from
                     self.remove()
                 raise
             finally:
@@ -121,10 +127,8 @@ class Parts:
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), os.stat(self.directory / "lock")):
+            if _is_at(handle, self.directory / "lock"):
                 return handle
-        except FileNotFoundError:
-            pass
         except BaseException:
             os.close(handle)
             raise
@@ -190,12 +194,21 @@ class Parts:
         found = (self._verify(record) for record in sorted(self.directory.glob("*.record")))
         return [part for part in found if part is not None]
 
+    def recorded_rows(self) -> int:
+        """How many rows the records name, whatever facts they were made from; the parts are not looked at."""
+        rows = 0
+        for record in self.directory.glob("*.record"):
+            with contextlib.suppress(*_TORN):
+                rows += int(_read_record(record)["rows"])
+        return rows
+
     def remove(self) -> None:
         """Remove the parts and their folder; called by the writer, after the cache is published.
 
         What is not a part's stays, and the folder with it.
         """
-        self._sweep(_OURS)
+        self._sweep(OURS)
+        shutil.rmtree(self.repairs, ignore_errors=True)
         with contextlib.suppress(OSError):  # somebody's own file lies there
             self.directory.rmdir()
 
@@ -208,11 +221,8 @@ class Parts:
     def _verify(self, record: Path) -> Part | None:
         path = record.with_suffix(".part")
         try:
-            if _file_bytes(record) > RECORD_BYTES_MAX:
-                return None
-            facts = json.loads(record.read_bytes())
-            check = facts.pop("check")
-            if check != digest_of(facts) or facts["fingerprint"] != self.fingerprint:
+            facts = _read_record(record)
+            if facts["fingerprint"] != self.fingerprint:
                 return None
             if facts["file"] != path.name or _file_bytes(path) != facts["bytes"]:
                 return None
@@ -249,15 +259,37 @@ class Parts:
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock file; whoever else wants it waits. The lock dies with its process."""
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be locked ({error.strerror}); choose another --cache") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(handle, path):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a lock still has its name: whoever held it before us may have removed it."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be locked ({error.strerror}); choose another --cache") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What a record says, if it is whole."""
+    if _file_bytes(path) > RECORD_BYTES_MAX:
+        raise ValueError("too large")
+    facts: dict[str, Any] = json.loads(path.read_bytes())
+    check = facts.pop("check")
+    if check != digest_of(facts):
+        raise ValueError("damaged")
+    return facts
 
 
 def _file_bytes(path: Path) -> int:

@@ -43,8 +43,12 @@ def digest_arrays(arrays: Iterable[tuple[str, NDArray[np.generic]]]) -> str:
     return state.hexdigest()
 
 
-def differences(found: Mapping[str, object], wanted: Mapping[str, object], prefix: str = "") -> list[str]:
+def differences(
+    found: Mapping[str, object], wanted: Mapping[str, object], prefix: str = "", *, other: str = "asked for"
+) -> list[str]:
     """The facts that differ, one line each, nested facts by their dotted name.
+
+    ``other`` says where the second ones come from.
 
     Examples
     --------
@@ -55,9 +59,9 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object], prefi
     for key in sorted(found.keys() | wanted.keys()):
         here, there = found.get(key), wanted.get(key)
         if isinstance(here, Mapping) and isinstance(there, Mapping):
-            lines += differences(here, there, f"{prefix}{key}.")
+            lines += differences(here, there, f"{prefix}{key}.", other=other)
         elif here != there:
-            lines.append(f"{prefix}{key} is {_short(here)}, asked for {_short(there)}")
+            lines.append(f"{prefix}{key} is {_short(here)}, {other} {_short(there)}")
     return lines
 
 

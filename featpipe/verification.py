@@ -17,6 +17,7 @@ from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
 from featpipe.commit import Parts
 from featpipe.errors import ArchiveError, CacheError, ConfigError, SampleError
 from featpipe.fingerprint import digest
+from featpipe.known import Known, Source
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.recipe import Extraction
 from featpipe.status import Status
@@ -248,12 +249,16 @@ def _index(cache: FeatureCache, archives: Sequence[str | os.PathLike[str]]) -> I
 
 
 def _rows_in(index: Index, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where in the index some rows of the cache are, by their ids; -1 where they are not."""
+    """Where in the index some rows of the cache are, by where they were read or by their ids; -1 where they are not."""
     if len(index) == len(cache) and index.ids == cache.ids:
         return rows
-    wanted = {cache.ids[int(row)]: at for at, row in enumerate(rows)}
-    found = np.full(len(rows), -1, np.int64)
-    for row, name in enumerate(index.ids):
+    known = Known()
+    nothing = np.zeros((len(index), 32), np.uint8)
+    known.add(Source(nothing, index.stamps(), np.zeros(len(index), np.uint8), cache.features))
+    source, place = known.by_stamp(cache.stamps[rows])
+    found = np.where(source >= 0, place, -1)
+    wanted = {cache.ids[int(rows[at])]: at for at in np.flatnonzero(found < 0)}
+    for row, name in enumerate(index.ids) if wanted else ():
         if name in wanted:
             found[wanted[name]] = row
     return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featpipe.cache.layout import SPLITS
 from featpipe.errors import ConfigError
@@ -42,9 +44,13 @@ def _pandas(cache: FeatureCache, output: str | None) -> Any:
     frame = pd.DataFrame(columns)
     if output is None:
         return frame
-    flat = cache.features(output).reshape(len(cache), -1)
+    flat = _flat(cache, output)
     wide = pd.DataFrame(flat, columns=[f"{output}.{i}" for i in range(flat.shape[1])], copy=False)
     return pd.concat([frame, wide], axis=1)
+
+
+def _flat(cache: FeatureCache, output: str) -> NDArray[np.floating]:
+    return cache.features(output).reshape(len(cache), math.prod(cache.shapes[output]))
 
 
 def _coded(pd: Any, words: Any) -> Any:
@@ -71,7 +77,7 @@ def _arrow(cache: FeatureCache, output: str | None) -> Any:
     elif cache.task == "regression":
         columns |= {name: pa.array(labels.values[:, i], from_pandas=True) for i, name in enumerate(cache.classes)}
     if output is not None:
-        flat = cache.features(output).reshape(len(cache), -1)
+        flat = _flat(cache, output)
         values = pa.array(flat.reshape(-1))
         columns[output] = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
     return pa.table(columns)

@@ -196,14 +196,15 @@ def _datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
             full = f"{prefix}{name}"
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise CacheFormatError(f"{full!r} is a link; a cache holds none")
-            entry = h5py.h5o.get_info(group.id, name.encode("utf-8", "surrogateescape"))
-            if entry.type == h5py.h5o.TYPE_DATASET:
-                storage = storage_of(descriptor, entry.addr, full)
+            # h5o.get_info would decode the heap of a virtual dataset, for its size
+            entry = h5py.h5g.get_objinfo(group.id, name.encode("utf-8", "surrogateescape"))
+            if entry.type == h5py.h5g.DATASET:
+                storage = storage_of(descriptor, entry.objno[0] | entry.objno[1] << 32, full)
                 if storage == CONTIGUOUS:
                     yield full, group[name]
                 elif storage != VIRTUAL or prefix != "features/":
                     raise CacheFormatError(f"{full!r} is not stored in one contiguous piece of this file")
-            elif entry.type != h5py.h5o.TYPE_GROUP:
+            elif entry.type != h5py.h5g.GROUP:
                 raise CacheFormatError(f"{full!r} is neither a dataset nor a group")
             elif full in GROUPS:
                 groups.append((f"{full}/", group[name]))

@@ -207,7 +207,7 @@ def _check_keys(found: object, wanted: Mapping[str, type], where: str) -> None:
 def shards_of(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
     """The shards that a manifest names, if they are all rows one after the other; none for a cache in one file."""
     stated = manifest.get("shards")
-    if stated is None:
+    if stated is None or version_of(manifest["format_version"]) < (1, 1):
         return ()
     if not isinstance(stated, list) or not stated:
         raise CacheFormatError("shards in the manifest are not a list of shards")
@@ -262,6 +262,8 @@ def _wanted_columns(
         "samples/id_bytes": ("u1", columns["samples/id_bytes"].shape[:1] if "samples/id_bytes" in columns else ()),
     }
     for output, shape in manifest["outputs"].items():
+        if sharded and f"features/{output}" in columns:
+            raise CacheFormatError(f"'features/{output}' is in the file, and in shards too")
         if not sharded:
             kind = np.dtype(manifest["facts"]["storage"]).newbyteorder("<").str
             wanted[f"features/{output}"] = (kind, (n, *shape))

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PAGE_BYTES", "Piece", "map_into", "reserved", "view"]
+__all__ = ["HUGE_BYTES", "PAGE_BYTES", "Piece", "map_into", "reserved", "view"]
 
 PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
+HUGE_BYTES = 2**21  # what lies alike within such a piece in file and in memory is mapped at once, and found faster
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap does not name it
 _FAILED = ctypes.c_void_p(-1).value
@@ -45,8 +46,14 @@ def view(whole: NDArray[np.uint8], offset: int, dtype: np.dtype[np.generic], sha
     return whole[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def reserved(nbytes: int) -> NDArray[np.uint8]:
+def reserved(nbytes: int, offset: int) -> NDArray[np.uint8]:
     """A range of addresses, all zeros, into which pieces of files can be mapped; it is given back with the array.
+
+    Parameters
+    ----------
+    nbytes : int
+    offset : int
+        Where in its file the first piece begins; the range begins alike within a huge page.
 
     Returns
     -------
@@ -56,7 +63,9 @@ def reserved(nbytes: int) -> NDArray[np.uint8]:
     if not nbytes:
         return np.zeros(0, np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags, prot=mmap.PROT_READ), np.uint8)
+    whole = np.frombuffer(mmap.mmap(-1, nbytes + HUGE_BYTES, flags=flags, prot=mmap.PROT_READ), np.uint8)
+    skip = (offset - whole.ctypes.data) % HUGE_BYTES
+    return whole[skip : skip + nbytes]
 
 
 def map_into(whole: NDArray[np.uint8], piece: Piece) -> None:

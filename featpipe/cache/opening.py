@@ -94,7 +94,7 @@ def _joined_shards(
     """The features of a sharded cache, and where each shard was found; zeros stand for those that were not."""
     n, dtype = manifest["samples"], np.dtype(manifest["facts"]["storage"]).newbyteorder("<")
     row_bytes = {output: dtype.itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
-    flat = {output: reserved(n * nbytes) for output, nbytes in row_bytes.items()}
+    flat = {output: reserved(n * nbytes, shards[0].offsets[output]) for output, nbytes in row_bytes.items()}
     found: list[Path | None] = []
     for shard in shards:  # one after the other: a process may have few files open
         with _open_shard(path, shard) as (file, place):

@@ -432,5 +432,5 @@ def _absent(path: Path) -> CacheError:
     if path.is_dir():
         return CacheFormatError(f"{path}: is a folder; a cache is one .h5 file")
     if parts_directory(path).is_dir():
-        return CacheIncompleteError(f"{path}: its extraction is not finished; run the same extract command again")
+        return CacheIncompleteError(f"{path}: was begun and is not finished; run the same command again")
     return CacheError(f"{path}: there is no such file; `featpipe extract` makes caches and prints their path")

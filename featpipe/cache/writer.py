@@ -26,7 +26,7 @@ from featpipe.cache.layout import (
     parts_directory,
     shards_directory,
 )
-from featpipe.cache.mapping import PAGE_BYTES
+from featpipe.cache.mapping import HUGE_BYTES, PAGE_BYTES
 from featpipe.cache.opening import one_line, open_cache
 from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError, CacheFormatError
@@ -116,9 +116,15 @@ class _Job:
         width = sum(self.row_bytes.values())
         if shard_bytes is None or self.n * width <= shard_bytes:
             return []
-        step = math.lcm(*(PAGE_BYTES // math.gcd(PAGE_BYTES, nbytes) for nbytes in self.row_bytes.values()))
+        step = self._step(HUGE_BYTES)
+        if step * width > shard_bytes // 4:  # too coarse
+            step = self._step(PAGE_BYTES)
         rows = max(1, shard_bytes // width // step) * step
         return [(start, min(self.n, start + rows)) for start in range(0, self.n, rows)] if rows < self.n else []
+
+    def _step(self, page: int) -> int:
+        """The smallest number of rows that are whole pages in every output."""
+        return math.lcm(*(page // math.gcd(page, nbytes) for nbytes in self.row_bytes.values()))
 
     def blocks(self, output: str, start: int, stop: int) -> Iterator[NDArray[np.floating]]:
         """Features of some rows, a few at a time; their checks are kept."""
@@ -241,6 +247,8 @@ def _placed(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterator[None]:
     folder = shards_directory(path)
     try:
         if shards:
+            if folder.is_symlink():
+                raise OSError(f"{folder.name} is a link, and readers follow none")
             folder.mkdir(exist_ok=True)
             for temporary, shard in shards:
                 target = path.parent / shard.file

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from featpipe.cli.request import IDENTITY, RUN, options, settings_of
 from featpipe.cli.terminal import Terminal, dump, table
-from featpipe.recipe import PRECISIONS, STORAGES, Extraction
 
 __all__ = ["extract", "train"]
-
-DEFAULT = Extraction()
 
 
 @click.command(short_help="Run a frozen network once over images and cache the embeddings.")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
-@click.option(
-    "--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`."
-)
-@click.option("--weights", metavar="FILE|NAME|none", help="Other than the published default.")
-@click.option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]")
-@click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels.")
-@click.option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]")
-@click.option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas.")
-@click.option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are.")
-@click.option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default=DEFAULT.precision, show_default=True)
-@click.option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True)
-@click.option("--cache", default=str(DEFAULT.cache), show_default=True, metavar="DIR", help="Where caches are kept.")
-@click.option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache.")
-@click.option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
-@click.option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass.")
-@click.option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read.")
-@click.option("--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged.")
-@click.option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none.")
+@options(*IDENTITY, *RUN)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
-def extract(
-    archives: tuple[str, ...],
-    as_json: bool,
-    path_column: str | None,
-    label_column: str | None,
-    task: Any,
-    **settings: Any,
-) -> None:
+def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """Run a frozen network once over images and cache the embeddings.
 
     ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
@@ -55,17 +26,11 @@ def extract(
     Example:
       featpipe extract photos/ --backbone resnet50 --precision bf16
     """
-    from featpipe.archive import Table
     from featpipe.extraction import extract as run
 
-    labels = settings.pop("labels")
-    if labels is not None:
-        labels = Table(Path(labels), path_column=path_column, label_column=label_column, task=task)
-    elif path_column or label_column or task:
-        raise click.UsageError("--path-column, --label-column and --task describe a table; give it with --labels")
-    settings["outputs"] = settings["outputs"] or DEFAULT.outputs
+    asked = settings_of(settings)
     with Terminal() as terminal:
-        cache = run(list(archives), labels=labels, progress=terminal, **settings)
+        cache = run(list(archives), progress=terminal, **asked)
     if as_json:
         dump({"cache": str(cache.path), "samples": len(cache), "bad": cache.bad_rows(), "manifest": cache.manifest})
     else:

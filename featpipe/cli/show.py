@@ -2,35 +2,115 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.glance import facts_of_cache, shown_cache
+from featpipe.cli.request import IDENTITY, RUN, options, settings_of
 from featpipe.cli.terminal import dump, printable, table
 from featpipe.names import unknown
+
+if TYPE_CHECKING:
+    from featpipe.upkeep.comparison import Comparison, Samples
 
 __all__ = ["backbones", "heads", "info"]
 
 
 @click.command(short_help="Show what a cache or a model holds.")
 @click.argument("path", metavar="PATH")
+@click.argument("archives", nargs=-1, metavar="[ARCHIVE...|CACHE]")
+@click.option("--why", is_flag=True, help="Say what differs from what the arguments of an extract command ask for.")
+@options(*IDENTITY)
+@options(*RUN, hidden=True)  # so that those of any extract command can be pasted
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def info(path: str, as_json: bool) -> None:
+@click.pass_context
+def info(
+    context: click.Context, path: str, archives: tuple[str, ...], why: bool, as_json: bool, **settings: Any
+) -> None:
     """Show what a cache or a model holds.
+
+    With --why and the arguments of an extract command, or with --why and another cache, it says which facts and how
+    many images differ. No image is read for that.
 
     \b
     Example:
       featpipe info cache/photos.h5
+      featpipe info cache/photos.h5 --why photos/ --backbone resnet50
     """
-    facts = _of_model(Path(path)) if _is_zip(Path(path)) else _of_cache(Path(path))
+    given = [name for name in settings if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    if why:
+        _why(Path(path), archives, settings, bool(given), as_json)
+        return
+    if archives or given:
+        raise click.UsageError("archives and options describe an extraction to compare with; give --why with them")
+    if not _is_zip(Path(path)):
+        facts = facts_of_cache(Path(path))
+        dump(facts) if as_json else click.echo(shown_cache(facts))
+        return
+    facts = _of_model(Path(path))
     if as_json:
         dump(facts)
         return
-    if "scores" in facts:
-        facts |= {"scores": _metrics(facts["scores"]), "trained_on": facts["history"]["trained_on"], "history": None}
+    facts |= {"scores": _metrics(facts["scores"]), "trained_on": facts["history"]["trained_on"], "history": None}
     rows = [[name.replace("_", " "), _shown(value)] for name, value in facts.items() if value not in (None, {}, [])]
     click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
+
+
+def _why(path: Path, archives: tuple[str, ...], settings: dict[str, Any], given: bool, as_json: bool) -> None:
+    from featpipe.cache import FeatureCache
+    from featpipe.recipe import Extraction
+    from featpipe.upkeep.comparison import with_cache, with_request
+
+    cache = FeatureCache(path, salvage=True)
+    other = archives[0] if len(archives) == 1 and archives[0].endswith(".h5") else None
+    if other is not None:
+        if given:
+            raise click.UsageError("options describe an extraction; two caches are compared without any")
+        found = with_cache(cache, FeatureCache(other, salvage=True))
+    else:
+        found = with_request(cache, Extraction.of(settings_of(settings)), archives)
+    if as_json:
+        dump({"cache": str(path), **asdict(found)})
+        return
+    click.echo(printable(f"{path} {_verdict(found, other)}"))
+    for line in found.differences:
+        click.echo(f"  {printable(line)}")
+    if found.samples is not None:
+        click.echo("\n" + _beside(found.samples, found.usable))
+
+
+def _verdict(found: Comparison, other: str | None) -> str:
+    number = len(found.differences)
+    facts = f"{number} {'fact' if number == 1 else 'facts'}"
+    if other is not None:
+        return f"and {other} were made from the same facts" if not number else f"and {other} differ in {facts}:"
+    if not number:
+        return "was made from the facts that are asked for"
+    if found.usable:
+        return f"holds what is asked for, and differs in {facts}; its embeddings are copied:"
+    return f"was made otherwise than asked for, in {facts}; its embeddings cannot be used:"
+
+
+def _beside(samples: Samples, usable: bool) -> str:
+    """The images of the archives beside those of the cache."""
+    counts = [
+        [f"{samples.images:,}", "images are in the archives, of which"],
+        [f"{samples.unchanged:,}", "are in the cache, unchanged by place, size and time"],
+        [f"{samples.changed:,}", "are in the cache under the same id, but changed, moved or to be tried again"],
+        [f"{samples.new:,}", "are new by id"],
+        [f"{samples.gone:,}", "rows of the cache are not in the archives"],
+    ]
+    text = table(counts[1:], counts[0], right=[0])
+    if not usable:
+        return text + "\nAll of them would be embedded, but for those in other caches that were made from these facts."
+    if samples.changed or samples.new:
+        return text + "\nWhat is not unchanged is read; what has bytes that a cache knows is copied all the same."
+    if samples.same_table:
+        return text + "\nSamples, order, labels and splits are the cache's own."
+    return text + "\nOrder, labels or splits differ: the cache is written anew, without a forward pass."
 
 
 def _is_zip(path: Path) -> bool:
@@ -38,40 +118,6 @@ def _is_zip(path: Path) -> bool:
         return path.suffix == ".model"
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
-
-
-def _of_cache(path: Path) -> dict[str, Any]:
-    import numpy as np
-
-    from featpipe.cache import FeatureCache
-
-    cache = FeatureCache(path)
-    manifest = cache.manifest
-    classes: dict[str, int] | None = None
-    if cache.task == "classification":
-        codes = cache.label_table.values
-        counts = np.bincount(codes[codes >= 0], minlength=len(cache.classes))
-        classes = dict(zip(cache.classes, counts.tolist(), strict=True))
-    return {
-        "cache": str(path),
-        "format": f"{manifest['format']} {manifest['format_version']}",
-        "backbone": manifest["facts"]["backbone"]["name"],
-        "outputs": manifest["outputs"],
-        "precision": manifest["facts"]["precision"],
-        "storage": manifest["facts"]["storage"],
-        "samples": len(cache),
-        "bad": cache.bad_rows(),
-        "task": cache.task,
-        "classes": classes if classes is not None else list(cache.classes),
-        "unlabelled": int(np.count_nonzero(~cache.label_table.known)) if cache.task != "none" else None,
-        "archives": manifest.get("archives"),
-        "created": manifest.get("created"),
-        "images_per_second": manifest.get("images_per_second"),
-        "seconds": manifest.get("seconds"),
-        "bytes": path.stat().st_size,
-        "fingerprint": cache.fingerprint,
-        "versions": manifest.get("versions"),
-    }
 
 
 def _of_model(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import click
 
 from featpipe.progress import Progress
 
-__all__ = ["Terminal", "dump", "printable", "table"]
+__all__ = ["Terminal", "dump", "duration", "printable", "size", "table"]
 
 CELL_CHARACTERS = 110
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
@@ -86,6 +86,41 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequen
         ).rstrip()
         for line in lines
     )
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them.
+
+    Examples
+    --------
+    >>> size(900), size(66_600_000)
+    ('900 bytes', '63.5 MiB')
+    """
+    if nbytes < 1024:
+        return f"{nbytes:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        nbytes /= 1024
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1024:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them.
+
+    Examples
+    --------
+    >>> duration(0.24), duration(200), duration(60 * 60 * 5), duration(86400 * 3)
+    ('0.2 s', '3 min 20 s', '5 h', '3 days')
+    """
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+    if whole < 7200:
+        return f"{whole // 60} min"
+    return f"{whole // 3600} h" if whole < 2 * 86400 else f"{whole // 86400:,} days"
 
 
 def dump(value: object) -> None:

@@ -36,7 +36,7 @@ FLOORS = [
     {"archive", "backbone", "cache", "heads", "scores"},
     {"commit", "engine", "known", "loader"},
     {"extraction", "model"},
-    {"training", "evaluation", "prediction", "verification"},
+    {"training", "evaluation", "prediction", "verification", "upkeep"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},
 ]
 FACE = len(FLOORS) - 1

@@ -155,6 +155,15 @@ def test_several_archives_are_found_by_their_ids(make_folder, tiny, tmp_path):
     assert verify(cache.path, sample=100, backbone=tiny).embedded == 24
 
 
+def test_the_images_of_a_merged_cache_are_found_where_they_were_read(made, make_folder, tiny, tmp_path):
+    other = make_folder(classes=("dog",), name="more")
+    for path in other.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    more = featpipe.extract(other, backbone=tiny, out=tmp_path / "b.h5")
+    both = featpipe.merge([made.path, more.path], tmp_path / "both.h5")
+    assert verify(both.path, sample=100, backbone=tiny).embedded == 19 + 6
+
+
 def test_only_damaged_rows_are_embedded_again_and_the_cache_is_then_what_it_was(made, tiny, tmp_path, count):
     before, raw = np.array(made.features()), made.path.read_bytes()
     ids, digests, stamps = list(made.ids), np.array(made.digests), np.array(made.stamps)

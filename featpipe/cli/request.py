@@ -1,0 +1,76 @@
+"""What an extraction is asked for, as options: of the command that makes a cache and of those that compare with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featpipe.recipe import PRECISIONS, STORAGES, Extraction
+
+__all__ = ["IDENTITY", "RUN", "options", "settings_of"]
+
+DEFAULT = Extraction()
+
+_Option = Callable[..., Callable[[Any], Any]]
+_option: Callable[..., _Option] = partial(partial, click.option)
+
+IDENTITY = (  # what decides the content of a cache, besides the images
+    _option(
+        "--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`."
+    ),
+    _option("--weights", metavar="FILE|NAME|none", help="Other than the published default."),
+    _option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]"),
+    _option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels."),
+    _option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]"),
+    _option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas."),
+    _option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are."),
+    _option("--precision", type=click.Choice(PRECISIONS), default=DEFAULT.precision, show_default=True),
+    _option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True),
+    _option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none."),
+)
+RUN = (  # what decides how and where it is made
+    _option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps."),
+    _option("--cache", default=str(DEFAULT.cache), show_default=True, metavar="DIR", help="Where caches are kept."),
+    _option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache."),
+    _option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise."),
+    _option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]"),
+    _option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass."),
+    _option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read."),
+    _option("--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged."),
+    _option(
+        "--shard-bytes",
+        type=click.IntRange(1),
+        default=DEFAULT.shard_bytes,
+        metavar="N",
+        help="Spread larger features over several files of about this size.  [default: 4 GiB]",
+    ),
+)
+
+
+def options(*several: _Option, **more: Any) -> Callable[[Any], Any]:
+    """Options for a command, in this order."""
+
+    def decorated(command: Any) -> Any:
+        for option in reversed(several):
+            command = option(**more)(command)
+        return command
+
+    return decorated
+
+
+def settings_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an extraction from what was given for all of its options."""
+    from featpipe.archive import Table
+
+    settings = dict(given)
+    columns = {name: settings.pop(name) for name in ("path_column", "label_column", "task")}
+    if settings["labels"] is not None:
+        settings["labels"] = Table(Path(settings["labels"]), **columns)
+    elif any(columns.values()):
+        raise click.UsageError("--path-column, --label-column and --task describe a table; give it with --labels")
+    settings["outputs"] = settings["outputs"] or DEFAULT.outputs
+    return settings

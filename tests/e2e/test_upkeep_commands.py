@@ -1,0 +1,123 @@
+"""The commands that look after caches, as they are typed: pack, merge, clean, and info with --why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from featpipe import FeatureCache
+from tests.conftest import jpeg
+from tests.e2e.test_commands import OWN, begun
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "nets.py").write_text(OWN.format(slow=0))
+    (tmp_path / "slownets.py").write_text(OWN.format(slow=0.05))
+    return "nets:make"
+
+
+@pytest.fixture
+def photos(make_folder):
+    folder = make_folder()
+    past = time.time() - 3600
+    for path in folder.rglob("*.jpg"):
+        os.utime(path, (past, past))
+    return folder
+
+
+def test_caches_of_two_folders_are_merged_into_what_one_extraction_of_both_would_give(
+    command, photos, make_folder, own, tmp_path
+):
+    make_folder(("bee", "dog"), 3, "more")
+    for name in ("photos", "more"):
+        command("extract", name, "--backbone", own, "--out", f"{name}.h5")
+    merge = ["merge", "photos.h5", "more.h5", "--out", "all.h5"]
+    assert command(*merge).stdout == "all.h5\n"
+    assert "is there already" in command(*merge).stderr
+    merged, first = FeatureCache(tmp_path / "all.h5"), FeatureCache(tmp_path / "photos.h5")
+    assert merged.classes == ("ape", "bee", "cow", "dog")
+    assert list(merged.ids[18:]) == [
+        "bee/00.jpg#2", "bee/01.jpg#2", "bee/02.jpg#2", "dog/00.jpg", "dog/01.jpg", "dog/02.jpg",
+    ]  # fmt: skip
+    assert list(merged.labels) == [*first.labels, "bee", "bee", "bee", "dog", "dog", "dog"]
+    assert np.array_equal(merged.features()[:18], first.features())
+    shown = json.loads(command("info", "all.h5", "--json").stdout)
+    assert (shown["samples"], shown["classes"]["bee"], len(shown["merged_from"])) == (24, 9, 2)
+    assert "merged from" in command("info", "all.h5").stdout
+    command("extract", "photos", "--backbone", own, "--out", "f16.h5", "--storage", "float16")
+    refused = command("merge", "photos.h5", "f16.h5", "--out", "no.h5", code=1).stderr
+    assert "storage is 'float16', in photos.h5 'float32'" in refused
+
+
+def test_a_sharded_cache_is_packed_and_shown(command, make_folder, own, tmp_path):
+    (tmp_path / "wide.py").write_text(OWN.format(slow=0).replace("nn.Conv2d(3, 8, 3)", "nn.Conv2d(3, 1024, 3)"))
+    make_folder(each=12)
+    command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5", "--shard-bytes", "65536")
+    before = FeatureCache(tmp_path / "a.h5")
+    assert "the file and 3 shards" in command("info", "a.h5").stdout
+    done = json.loads(command("pack", "a.h5", "--out", "out/b.h5", "--json").stdout)
+    assert (done["cache"], done["samples"], done["shards"]) == ("out/b.h5", 36, [])
+    assert np.array_equal(FeatureCache(tmp_path / "out" / "b.h5").features(), before.features())
+    assert command("pack", "a.h5").stdout == "a.h5\n"
+    assert not (tmp_path / "a.h5.shards").exists()
+    assert "in one file" in command("info", "a.h5").stdout
+    again = command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5").stderr
+    assert "no forward pass" in again
+
+
+def test_unfinished_work_is_shown_and_goes_only_when_that_is_wanted(command, make_folder, own, tmp_path):
+    make_folder(each=40)
+    process = begun(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
+    assert "nothing is abandoned here" in command("clean").stdout  # the extraction is running
+    process.kill()
+    process.communicate()
+    shown = command("clean", "--dry-run").stdout
+    assert "an unfinished extraction of" in shown
+    assert "the same extract command would go on from it" in shown
+    [thing] = json.loads(command("clean", "cache", "--json").stdout)["found"]
+    assert thing["images"] > 0
+    assert "--yes" in command("clean", code=1).stderr  # nobody is there to ask
+    assert os.path.isdir(tmp_path / thing["path"])
+    assert json.loads(command("clean", "--json", "--yes").stdout)["found"][0]["removed"]
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert "nowhere: No such file" in command("clean", "nowhere", code=1).stderr
+    command("clean", "--yes", "--dry-run", code=2)
+
+
+def test_why_takes_the_arguments_of_an_extract_command_and_says_what_differs(command, photos, own):
+    asked = ["photos", "--backbone", own, "--out", "a.h5", "--workers", "1", "--batch", "4", "--max-bad", "5%"]
+    command("extract", *asked)
+    same = command("info", "a.h5", "--why", *asked).stdout
+    assert same.startswith("a.h5 was made from the facts that are asked for\n")
+    assert "\n18  are in the cache, unchanged by place, size and time\n" in same
+    assert "Samples, order, labels and splits are the cache's own." in same
+    (photos / "ape" / "00.jpg").write_bytes(jpeg(99))
+    (photos / "ape" / "new.jpg").write_bytes(jpeg(98))
+    shutil.rmtree(photos / "cow")
+    arguments = ["info", "a.h5", "--json", "--why", *asked, "--precision", "bf16"]
+    found = json.loads(command(*arguments).stdout)
+    assert found["differences"] == ["precision is 'fp32', asked for 'bf16'"]
+    assert found["usable"] is False
+    assert found["samples"] == {
+        "images": 13, "unchanged": 11, "changed": 1, "new": 1, "gone": 6, "same_table": False
+    }  # fmt: skip
+    other = command("info", "a.h5", "--why", "--backbone", "slownets:make").stdout
+    assert "backbone.name is 'nets:make', asked for 'slownets:make'" in other
+
+
+def test_why_compares_two_caches(command, photos, own):
+    for storage in ("float32", "float16"):
+        command("extract", "photos", "--backbone", own, "--out", f"{storage}.h5", "--storage", storage)
+    said = command("info", "float32.h5", "--why", "float16.h5").stdout
+    assert said == ("float32.h5 and float16.h5 differ in 1 fact:\n  storage is 'float32', in float16.h5 'float16'\n")
+    same = command("info", "float32.h5", "--why", "float32.h5").stdout
+    assert same == "float32.h5 and float32.h5 were made from the same facts\n"
+    command("info", "float32.h5", "photos", code=2)
+    command("info", "float32.h5", "--storage", "float16", code=2)
+    command("info", "float32.h5", "--why", "float16.h5", "--storage", "float16", code=2)
