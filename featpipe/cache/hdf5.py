@@ -134,7 +134,9 @@ def _hdf5(file: Any, new_alignment: int = 0) -> Iterator[Any]:
         if new_alignment:
             access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
             access.set_alignment(1, new_alignment)
-            opened = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fapl=access)
+            creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+            creation.set_obj_track_times(False)  # the same rows are the same bytes
+            opened = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access)
         else:
             opened = h5py.h5f.open(b"cache", h5py.h5f.ACC_RDONLY, fapl=access)
     finally:

@@ -6,15 +6,12 @@ import contextlib
 import errno
 import gc
 import io
-import json
 import multiprocessing
 import os
 import pickle
-import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from operator import attrgetter, methodcaller
 from pathlib import Path
@@ -23,12 +20,13 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache
-from featpipe import cache as cache_room
-from featpipe.cache import SPLITS, Table, narrowed, parts_directory, write_cache
+from featpipe.cache import SPLITS, Table, hdf5, layout, narrowed, opening, parts_directory, write_cache, writer
+from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, ConfigError
 from featpipe.labels import Labels
 from featpipe.status import Status
 from featpipe.strings import Strings
+from tests.faults.disks import files_of_at_most, small_disk
 
 SHAPES = {"pooled": (5,), "layer2": (3, 2, 2)}
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
@@ -320,12 +318,12 @@ def test_opening_reads_as_many_bytes_of_a_long_file_as_of_a_short_one(tmp_path, 
             read.append(size)
             return super().read(size)
 
-    monkeypatch.setattr(cache_room, "open", Counting, raising=False)
+    monkeypatch.setattr(opening, "open", Counting, raising=False)
     total = {}
     for n in (10, 50_000):
         path = tmp_path / f"{n}.h5"
         with monkeypatch.context() as patch:
-            patch.delattr(cache_room, "open")
+            patch.delattr(opening, "open")
             Made(n, "none").write(path)
         read.clear()
         assert len(FeatureCache(path)) == n
@@ -338,7 +336,7 @@ def test_opening_reads_as_many_bytes_of_a_long_file_as_of_a_short_one(tmp_path, 
 
 # ------------------------------------------------------------------------------------------------- how it is written
 def test_features_are_asked_for_in_blocks_that_are_small_and_cover_every_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_room, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 1000)
     made, asked = Made(333), []
 
     def gather(output: str, start: int, stop: int) -> np.ndarray:
@@ -354,7 +352,7 @@ def test_features_are_asked_for_in_blocks_that_are_small_and_cover_every_row_onc
 
 
 def test_a_row_larger_than_a_block_is_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_room, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 1)
     made = Made(7)
     assert is_whole(made.write(tmp_path / "a.h5").path, made)
 
@@ -397,7 +395,7 @@ def test_a_manifest_that_json_cannot_hold_is_not_published(tmp_path):
 
 
 def test_a_manifest_that_no_reader_would_take_is_not_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_room, "MANIFEST_BYTES_MAX", 2000)
+    monkeypatch.setattr(layout, "MANIFEST_BYTES_MAX", 2000)
     made = Made(3)
     with pytest.raises(CacheError, match=r"no one could open it.*more than 2000"):
         write_cache(tmp_path / "a.h5", made.table, {"facts": facts(), "x": "x" * 2000}, SHAPES, "float32", made.gather)
@@ -424,7 +422,7 @@ def old(tmp_path) -> Made:
 )
 @pytest.mark.parametrize("block", [0, 1, 5])
 def test_a_gather_that_fails_leaves_the_old_cache_and_nothing_else(tmp_path, old, monkeypatch, error, block):
-    monkeypatch.setattr(cache_room, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 200)
     made, calls = Made(50), iter(range(100))
 
     def gather(output: str, start: int, stop: int) -> np.ndarray:
@@ -458,7 +456,7 @@ def test_a_folder_that_cannot_be_synced_after_the_rename_leaves_the_new_cache(tm
     def fail(_: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(cache_room, "fsync_directory", fail)
+    monkeypatch.setattr(writer, "fsync_directory", fail)
     with pytest.raises(CacheError, match="cannot be written"):
         made.write(tmp_path / "a.h5")
     assert only(tmp_path) == ["a.h5"]
@@ -472,18 +470,7 @@ def test_a_file_system_that_syncs_no_folders_is_no_error(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "fsync", fail)
     with contextlib.nullcontext() if passes else pytest.raises(OSError, match=os.strerror(number)):
-        cache_room.fsync_directory(tmp_path)
-
-
-@contextlib.contextmanager
-def files_of_at_most(nbytes: int) -> Iterator[None]:
-    """Every write beyond this size fails, HDF5's own too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        fsync_directory(tmp_path)
 
 
 def test_writes_of_hdf5_that_fail_anywhere_leave_the_old_cache_and_nothing_else(tmp_path, old):
@@ -506,7 +493,7 @@ def test_a_call_of_hdf5_to_its_file_that_fails_leaves_the_old_cache_and_nothing_
     made, path = Made(30), tmp_path / "a.h5"
     calls, at = [0], [-1]
 
-    class Failing(cache_room._Sink):
+    class Failing(hdf5._Sink):
         def _attempt(self, action, *given):
             calls[0] += 1
 
@@ -517,7 +504,7 @@ def test_a_call_of_hdf5_to_its_file_that_fails_leaves_the_old_cache_and_nothing_
 
             return super()._attempt(failing, *given)
 
-    monkeypatch.setattr(cache_room, "_Sink", Failing)
+    monkeypatch.setattr(hdf5, "_Sink", Failing)
     made.write(tmp_path / "b.h5")
     total = calls[0]
     (tmp_path / "b.h5").unlink()
@@ -531,15 +518,7 @@ def test_a_call_of_hdf5_to_its_file_that_fails_leaves_the_old_cache_and_nothing_
 
 
 def test_a_really_full_disk_leaves_the_old_cache_and_nothing_else(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=256k", "featpipe-test", str(disk)]
-    try:
-        if subprocess.run(["mount", *options], capture_output=True).returncode:
-            pytest.skip("may not mount a small disk")
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
         old = Made(20)
         old.write(disk / "a.h5")
         for n in (2500, 4000, 8000):
@@ -547,69 +526,6 @@ def test_a_really_full_disk_leaves_the_old_cache_and_nothing_else(tmp_path):
                 Made(n).write(disk / "a.h5")
             assert only(disk) == ["a.h5"]
             assert is_whole(disk / "a.h5", old)
-    finally:
-        gc.collect()
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-KILLED_AT_EVERY_STEP = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from featpipe import cache as cache_room
-from tests.unit.test_cache import Made, is_whole, only
-
-def counted(function):
-    def call(*given, **named):
-        step()
-        return function(*given, **named)
-    return call
-
-def step():
-    global left
-    left -= 1
-    if left < 0:
-        os._exit(9)
-
-cache_room.BLOCK_BYTES = 1000
-old, new = Made(20, seed=1), Made(100, seed=2)
-outcomes = []
-for kill in range(1000):
-    folder = Path(sys.argv[1]) / str(kill)
-    folder.mkdir()
-    old.write(folder / "a.h5")
-    if kill % 2:
-        (folder / "a.h5.parts").mkdir()
-    child = os.fork()
-    if not child:
-        left = kill
-        for name in ("open", "fsync", "close", "replace", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
-        new.write(folder / "a.h5", counted(new.gather))
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = [is_whole(folder / "a.h5", made) for made in (old, new)]
-    assert sum(found) == 1, (kill, found)
-    assert [name for name in only(folder) if name.endswith(".h5")] == ["a.h5"], only(folder)
-    outcomes.append([code, int(found[1])])
-    if code == 0:
-        break
-print(outcomes)
-"""
-
-
-def test_a_kill_at_any_step_leaves_the_old_cache_or_the_new_one(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(tmp_path), str(Path(__file__).parents[2])],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    codes, new = zip(*json.loads(done.stdout), strict=True)
-    assert len(codes) > 10
-    assert set(codes[:-1]) == {9}
-    assert codes[-1] == 0
-    assert list(new) == sorted(new)
-    assert set(new) == {0, 1}
 
 
 # ----------------------------------------------------------------------------------------------------------- messages
@@ -621,7 +537,7 @@ def test_a_cache_that_is_not_there_says_how_caches_are_made(tmp_path):
 
 def test_a_cache_whose_parts_alone_are_there_is_incomplete(tmp_path):
     parts_directory(tmp_path / "a.h5").mkdir()
-    with pytest.raises(CacheIncompleteError, match="run the same extract command again"):
+    with pytest.raises(CacheIncompleteError, match="run the same command again"):
         FeatureCache(tmp_path / "a.h5")
 
 
@@ -664,17 +580,18 @@ def test_a_process_that_keeps_the_failure_ends_well(tmp_path):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from featpipe import cache
+from featpipe.cache import hdf5
+from featpipe.errors import CacheError
 from tests.unit.test_cache import Made
-class Failing(cache._Sink):
+class Failing(hdf5._Sink):
     def _attempt(self, action, *given):
         def fail(*given):
             raise OSError(28, "full")
         return super()._attempt(fail, *given)
-cache._Sink = Failing
+hdf5._Sink = Failing
 try:
     Made(30).write(Path({str(tmp_path)!r}) / "a.h5")
-except cache.CacheError as error:
+except CacheError as error:
     kept = error
     sys.kept = error
 sys.exit(7)

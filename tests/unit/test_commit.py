@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import safetensors.numpy
 from featpipe import commit
 from featpipe.commit import Part, Parts, exclusive
 from featpipe.errors import CacheError
+from tests.faults.disks import files_of_at_most, small_disk
 
 MINE, OTHERS = "1" * 64, "2" * 64
 Arrays = dict[str, np.ndarray]
@@ -269,17 +269,6 @@ def test_a_part_that_is_gone_or_changed_when_it_is_read_is_one_line(parts):
 
 
 # ----------------------------------------------------------------------------------------------------- full disks
-@contextlib.contextmanager
-def files_of_at_most(nbytes: int) -> Iterator[None]:
-    """Every write beyond this size fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def names(parts: Parts) -> set[str]:
     return {path.name for path in parts.directory.iterdir()}
 
@@ -335,15 +324,7 @@ def test_a_file_system_without_links_still_keeps_parts(parts, monkeypatch):
 
 
 def test_a_really_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_room(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=256k", "featpipe-test", str(disk)]
-    try:
-        if subprocess.run(["mount", *options], capture_output=True).returncode:
-            pytest.skip("may not mount a small disk")
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
         parts, committed = Parts(disk / "a.h5.parts", MINE), {}
         parts.directory.mkdir()
 
@@ -359,8 +340,6 @@ def test_a_really_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_r
         assert all(holds(part, committed[part.path]) for part in found)
         found[0].path.unlink()
         assert holds(parts.commit(arrays(5000, 50)), arrays(5000, 50))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("make", [Parts.writing, lambda parts: contextlib.nullcontext(parts.commit(arrays()))])
@@ -378,81 +357,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
         path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(CacheError, match="choose another --cache"), make(Parts(path, MINE)):
         pass
-
-
-# ---------------------------------------------------------------------------------------------------------- kills
-KILLED_AT_EVERY_STEP = """
-import builtins, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from featpipe import commit
-from featpipe.commit import Parts
-from tests.unit.test_commit import MINE, arrays, holds
-
-def counted(function):
-    def call(*given, **named):
-        step()
-        return function(*given, **named)
-    return call
-
-def step():
-    global left
-    left -= 1
-    if left < 0:
-        os._exit(9)
-
-class Torn:
-    def __init__(self, file): self.file = file
-    def __enter__(self): return self
-    def __exit__(self, *_): step(); self.file.close()
-    def __getattr__(self, name): return counted(getattr(self.file, name))
-    def write(self, data):
-        for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
-            step()
-            self.file.write(piece)
-            self.file.flush()
-
-folder, earlier = Path(sys.argv[1]), None
-outcomes = []
-for kill in range(1000):
-    parts = Parts(folder / f"{kill}.parts", MINE)
-    parts.directory.mkdir()
-    parts.commit(arrays(1))
-    child = os.fork()
-    if not child:
-        left = kill
-        for name in ("open", "fsync", "close", "replace", "link", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
-        commit.open = lambda *given: (step(), Torn(builtins.open(*given)))[1]
-        parts.commit(arrays(2))
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = parts.committed()
-    assert any(holds(part, arrays(1)) for part in found), kill
-    assert all(holds(part, arrays(1)) or holds(part, arrays(2)) for part in found), kill
-    outcomes.append((code, len(found)))
-    with parts.writing():
-        assert not [path for path in parts.directory.iterdir() if path.suffix == ".tmp"], kill
-    assert parts.committed() == found
-    assert holds(parts.commit(arrays(2)), arrays(2)) and len(parts.committed()) == 2, kill
-    if code == 0:
-        break
-print(outcomes)
-"""
-
-
-def test_a_kill_at_any_step_leaves_nothing_or_the_whole_part(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(tmp_path), str(Path(__file__).parents[2])],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    codes, found = zip(*json.loads(done.stdout.replace("(", "[").replace(")", "]")), strict=True)
-    assert len(codes) > 20
-    assert set(codes[:-1]) == {9}
-    assert codes[-1] == 0
-    assert list(found) == sorted(found)
-    assert set(found) == {1, 2}
 
 
 # ---------------------------------------------------------------------------------------------------------- locks
