@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped,unused-ignore]
 
 from featpipe.heads import ranges
 from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, rows_to_fit
-from featpipe.heads.solver import Problem, Solution, minimise
+from featpipe.heads.objective import Problem
+from featpipe.heads.solver import Solution, minimise
+from featpipe.heads.workers import Workers
 
-__all__ = ["SoftmaxRegression"]
-
-ONE_THREAD_BELOW_PRODUCTS = 3e7
+__all__ = ["SoftmaxRegression", "problem_of", "without_constant_labels"]
 
 
 class SoftmaxRegression(ScoredClassifier, BaseEstimator):
@@ -105,39 +104,27 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
             Rows of weight zero count as absent.
         """
         self.check_params()
-        X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=np.float64)
+        X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
         targets = class_targets(y, weights, self.class_weight, self.multilabel)
-        with _threads_for(X.size * targets.Y[0].size):
-            solutions = self._solve(X, targets)
-        self.coef_ = np.concatenate([solution.W for solution in solutions])
-        self.intercept_ = np.concatenate([solution.b for solution in solutions])
+        with Workers(float(X.size) * targets.Y[0].size * (1 if targets.Y.ndim == 2 else len(targets.classes))) as workers:
+            problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
+            solution = self._solve(problem)
+        self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
-        self.n_iter_ = max(solution.steps for solution in solutions)
-        self._warn_if_short(max(solutions, key=lambda solution: solution.gap))
+        self.n_iter_ = solution.steps
+        self._warn_if_short(solution)
         return self
 
-    def _solve(self, X: NDArray[np.float64], targets: Targets) -> list[Solution]:
-        """One solution for all classes, or one for each label."""
-        if targets.multilabel:
-            return [
-                self._solve_sigmoid(X, column, weights)
-                for column, weights in zip(targets.Y.T, targets.weights.T, strict=True)
-            ]
-        if len(targets.classes) == 2:
-            return [self._solve_sigmoid(X, targets.Y, targets.weights)]
-        one_hot = np.zeros((len(X), len(targets.classes)))
-        one_hot[np.arange(len(X)), targets.Y] = 1.0
-        problem = Problem(X, one_hot, self.C * targets.weights, "softmax", self.fit_intercept)
-        return [minimise(problem, tol=self.tol, max_iter=self.max_iter)]
-
-    def _solve_sigmoid(self, X: NDArray[np.float64], y: NDArray[np.int64], weights: NDArray[np.float64]) -> Solution:
-        if y.min() == y.max():
-            ones = float(weights @ y)
-            odds = (ones + 0.5) / (float(weights.sum()) - ones + 0.5)
-            intercept = np.array([np.log(odds) if self.fit_intercept else 0.0])
-            return Solution(np.zeros((1, X.shape[1])), intercept, value=0.0, gap=0.0, steps=1, converged=True)
-        problem = Problem(X, y[:, None].astype(np.float64), self.C * weights, "sigmoid", self.fit_intercept)
-        return minimise(problem, tol=self.tol, max_iter=self.max_iter)
+    def _solve(self, problem: Problem) -> Solution:
+        varying, settled = without_constant_labels(problem)
+        if varying is None:
+            return settled
+        found = minimise(varying, tol=self.tol, max_iter=self.max_iter)
+        if varying is problem:
+            return found
+        rows = np.isnan(settled.b)
+        settled.W[rows], settled.b[rows] = found.W, found.b
+        return replace(found, W=settled.W, b=settled.b)
 
     def _warn_if_short(self, worst: Solution) -> None:
         if not worst.converged:
@@ -152,6 +139,29 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         return X @ self.coef_.T + self.intercept_
 
 
-def _threads_for(products: float) -> AbstractContextManager[Any]:
-    """One BLAS thread where starting more costs more than they bring."""
-    return threadpool_limits(1, user_api="blas") if products < ONE_THREAD_BELOW_PRODUCTS else nullcontext()
+def problem_of(
+    X: NDArray[Any], targets: Targets, C: float, *, fit_intercept: bool, workers: Workers, ridge: float = 1.0
+) -> Problem:
+    """The objective of scikit-learn's LogisticRegression for encoded targets."""
+    Y, weights, k = targets.Y, C * targets.weights, len(targets.classes)
+    if targets.multilabel or k == 2:
+        Y, weights = Y.reshape(len(Y), -1), weights.reshape(len(Y), -1)
+        return Problem(X, Y, weights, "sigmoid", Y.shape[1], fit_intercept, ridge, workers=workers)
+    return Problem(X, Y, weights, "softmax", k, fit_intercept, ridge, workers=workers)
+
+
+def without_constant_labels(problem: Problem) -> tuple[Problem | None, Solution]:
+    """The problem of the labels that vary, if any do, and the answer for the others, NaN for those that vary."""
+    W, b = np.zeros((problem.k, problem.d)), np.full(problem.k, np.nan)
+    settled = Solution(W, b, value=0.0, gap=0.0, steps=1, converged=True)
+    if problem.link == "softmax":
+        return problem, settled
+    constant = problem.Y.min(axis=0) == problem.Y.max(axis=0)
+    if not constant.any():
+        return problem, settled
+    weights = problem.weights[:, constant]
+    ones = (weights * problem.Y[:, constant]).sum(axis=0)
+    # Half a row, and not half of what a row weighs.
+    half = 0.5 * weights.mean(axis=0)
+    b[constant] = np.log((ones + half) / (weights.sum(axis=0) - ones + half)) if problem.fit_intercept else 0.0
+    return (None if constant.all() else problem.only(np.flatnonzero(~constant))), settled

@@ -5,61 +5,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cholesky, solve_triangular
-from scipy.optimize import minimize
-from scipy.special import expit, logsumexp, softmax
 
-__all__ = ["Problem", "Solution", "minimise"]
+from featpipe.heads.curvature import Curvature, Metric
+from featpipe.heads.objective import Point, Problem
+
+__all__ = ["Memory", "Solution", "minimise"]
 
 Array = NDArray[np.float64]
 
-CURVATURE_ROWS = 12_000
-STEPS_PER_ROUND = 40
-HISTORY = 20
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """f(W, b) = Σ w_i loss(y_i, W x_i + b) + ½‖W‖², to be minimised over W of shape (k, d) and b of shape (k,).
-
-    Attributes
-    ----------
-    X : ndarray of shape (n, d), float64
-    Y : ndarray of shape (n, k), float64
-        One-hot rows for the softmax; one column of 0 and 1 for the sigmoid.
-    weights : ndarray of shape (n,), float64
-        Weight of each row's loss, the inverse penalty C included.
-    link : {"softmax", "sigmoid"}
-        The sigmoid takes k = 1.
-    fit_intercept : bool
-        Without it b stays zero.
-    """
-
-    X: Array
-    Y: Array
-    weights: Array
-    link: Literal["softmax", "sigmoid"]
-    fit_intercept: bool = True
-
-    def probabilities(self, scores: Array) -> Array:
-        return softmax(scores, axis=1) if self.link == "softmax" else expit(scores)
-
-    def value_and_gradient(self, W: Array, b: Array) -> tuple[float, Array, Array]:
-        """f, its gradient in W (k, d) and in b (k,)."""
-        scores = self.X @ W.T + b
-        if self.link == "softmax":
-            losses = logsumexp(scores, axis=1) - (self.Y * scores).sum(axis=1)
-        else:
-            losses = (np.logaddexp(0.0, scores) - self.Y * scores)[:, 0]
-        residuals = (self.probabilities(scores) - self.Y) * self.weights[:, None]
-        value = float(self.weights @ losses + 0.5 * (W * W).sum())
-        slope = residuals.sum(axis=0) if self.fit_intercept else np.zeros_like(b)
-        return value, residuals.T @ self.X + W, slope
+HISTORY = 30
+# Late in the search the curvature changes slowly; on separable data it falls by orders of magnitude at first.
+STEPS_WITH_NEW_METRIC = (5, 15, 40, 100)
+FLOAT32_FROM_PRODUCTS = 1e8
+STALLED_AFTER = 12
+TRIALS = 30
+ROUNDING = {"float32": 1e-6, "float64": 1e-13}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +37,9 @@ class Solution:
     W : ndarray of shape (k, d)
     b : ndarray of shape (k,)
     value : float
-        f(W, b).
+        f(W, b), all groups together.
     gap : float
-        Bound on (f(W, b) - min f) / f(W, b); an estimate where rounding ended the search.
+        Bound on (f(W, b) - min f) / f(W, b), the worst of any group; an estimate where rounding ended the search.
     steps : int
     converged : bool
     """
@@ -86,152 +52,289 @@ class Solution:
     converged: bool
 
 
-def minimise(problem: Problem, *, tol: float, max_iter: int) -> Solution:
-    """Minimise until the relative gap is at most ``tol``, or for ``max_iter`` steps.
+@dataclass(eq=False)
+class Memory:
+    """Steps and changes of the gradient along them: what L-BFGS knows of the curvature."""
+
+    steps: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    changes: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    inverses: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    curvature: Curvature | None = None
+
+    def add(self, step: Array, change: Array) -> None:
+        products = _dots(step, change)
+        with np.errstate(divide="ignore", over="ignore"):
+            inverses = np.where(products > 1e-300, 1 / products, 0.0)
+        self.steps.append(step)
+        self.changes.append(change)
+        self.inverses.append(inverses)
+
+    def clear(self) -> None:
+        self.steps.clear()
+        self.changes.clear()
+        self.inverses.clear()
+
+    def only(self, groups: NDArray[np.intp]) -> None:
+        """Forget all groups but some."""
+        for kept in (self.steps, self.changes, self.inverses):
+            kept.extend([kept.popleft()[groups] for _ in range(len(kept))])
+
+    def reweigh(self, times: float, ridge: float) -> None:
+        """Go on as if every row's weight had been multiplied: only the penalty's share of a change stays."""
+        pairs = list(zip(self.steps, self.changes, strict=True))
+        self.clear()
+        for step, change in pairs:
+            penalty = ridge * step
+            penalty[..., -1] = 0
+            self.add(step, times * (change - penalty) + penalty)
+        if self.curvature is not None:
+            self.curvature = Curvature(self.curvature.gram * times)
+
+    def direction(self, gradient: Array, metric: Metric) -> Array:
+        """The quasi-Newton step of each group; arrays have shape (g, rows of theta in a group, d + 1)."""
+        step, scales = gradient.copy(), []
+        for s, y, inverse in zip(reversed(self.steps), reversed(self.changes), reversed(self.inverses), strict=True):
+            scale = inverse * _dots(s, step)
+            scales.append(scale)
+            step -= scale[:, None, None] * y
+        step = _solve(metric, step)
+        if self.steps:
+            y, inverse = self.changes[-1], self.inverses[-1]
+            products = inverse * _dots(y, _solve(metric, y))
+            step /= np.where(products > 0, products, 1.0)[:, None, None]
+        for s, y, inverse, scale in zip(self.steps, self.changes, self.inverses, reversed(scales), strict=True):
+            step += (scale - inverse * _dots(y, step))[:, None, None] * s
+        return -step
+
+
+def minimise(
+    problem: Problem, *, tol: float, max_iter: int, start: Array | None = None, memory: Memory | None = None
+) -> Solution:
+    """Minimise until the relative gap of every group is at most ``tol``, or for ``max_iter`` steps.
+
+    Parameters
+    ----------
+    problem : Problem
+    tol : float
+    max_iter : int
+    start : ndarray of shape (k, d + 1), optional
+        Where to begin.
+    memory : Memory, optional
+        Of a search on the same rows with other weights, brought up to date by `Memory.reweigh`; it is gone on with.
 
     Notes
     -----
-    f is 1-strongly convex in W once b is minimised out, so that ½‖∂f/∂W‖² bounds the gap there; what b still has to
-    gain is estimated by its Newton decrement. L-BFGS runs in the coordinates in which the penalised Gram matrix,
-    weighted by the curvature p(1 - p) of the present point, is the identity; that point is renewed round by round,
-    since on separable data the curvature falls by orders of magnitude. Where rounding ends the search before the
-    bound is reached (columns of very unequal size, a huge C) the Newton decrement in these coordinates decides. With
-    fewer rows than columns the problem is first turned into the span of the rows, where the optimum lies.
+    f is strongly convex in W once b is minimised out, so that ‖∂f/∂W‖² / (2 ridge) bounds the gap there; what b still
+    has to gain is estimated by its Newton decrement. L-BFGS starts each step from the penalised Gram matrix, weighted
+    by the curvature p(1 - p) of a recent point. Groups take their steps side by side and share the passes over X.
+
+    Large problems are searched in float32; the last word has a pass in float64, in which the search goes on if need
+    be. Where rounding ends it before the bound is reached (columns of very unequal size, a huge C) the Newton
+    decrement decides. With fewer rows than columns the problem is first turned into the span of the rows, where the
+    optimum lies.
     """
-    n, d = problem.X.shape
-    k = problem.Y.shape[1]
-    reduced, basis = _into_row_space(problem) if n < d else (problem, None)
-    search = _Search(reduced, tol, np.zeros((k, reduced.X.shape[1] + 1)))
-    steps = 0
-    gap, stalled = search.gap(), False
-    while gap > tol and steps < max_iter and not stalled:
-        before, taken = search.value, search.run(min(STEPS_PER_ROUND, max_iter - steps))
-        steps += taken
-        stalled = taken == 0 or not search.value < before
-        gap = search.newton_gap() if stalled else search.gap()
-    W = search.theta[:, :-1]
+    if problem.n < problem.d and start is None:
+        reduced, basis = _into_row_space(problem)
+        found = minimise(reduced, tol=tol, max_iter=max_iter)
+        return replace(found, W=found.W @ basis.T)
+    search = _Search(problem, tol, Memory() if memory is None else memory)
+    search.begin(problem.start() if start is None else start)
+    steps = search.run(max_iter)
+    gaps = search.gaps
     return Solution(
-        W=W if basis is None else W @ basis.T,
-        b=search.theta[:, -1].copy(),
-        value=search.value,
-        gap=gap,
+        W=search.found[:, :-1],
+        b=search.found[:, -1].copy(),
+        value=float(search.values.sum()),
+        gap=float(gaps.max()),
         steps=max(1, steps),
-        converged=gap <= tol,
+        converged=bool((gaps <= tol).all()),
     )
 
 
 def _into_row_space(problem: Problem) -> tuple[Problem, Array]:
     """The same problem in n coordinates instead of d, and the orthonormal basis (d, n) that leads back."""
-    basis, triangle = np.linalg.qr(problem.X.T)
-    return Problem(
-        np.ascontiguousarray(triangle.T), problem.Y, problem.weights, problem.link, problem.fit_intercept
-    ), basis
+    basis, triangle = np.linalg.qr(problem.rows(slice(None), np.float64).T)
+    return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None), basis
 
 
 @dataclass(eq=False)
 class _Search:
-    """The present point, theta = [W, b] of shape (k, d + 1), with value and gradient there."""
+    """The present point of the groups that are still open, and what was found for all of them."""
 
     problem: Problem
     tol: float
-    theta: Array
-    value: float = field(init=False)
-    gradient: Array = field(init=False)
+    memory: Memory
+    point: Point = field(init=False)
+    metric: Metric = field(init=False)
+    dtype: type[np.floating[Any]] = field(init=False)
+    first_dtype: type[np.floating[Any]] = field(init=False)
+    open: NDArray[np.intp] = field(init=False)
+    resting: NDArray[np.bool_] = field(init=False)
+    found: Array = field(init=False)
+    values: Array = field(init=False)
+    gaps: Array = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.value, self.gradient = self.evaluate(self.theta)
+    def begin(self, theta: Array) -> None:
+        products = float(self.problem.n) * self.problem.d * self.problem.k
+        self.dtype = self.first_dtype = np.float32 if products >= FLOAT32_FROM_PRODUCTS else np.float64
+        self.point = self.problem.at(theta, self.dtype)
+        self.open = np.arange(self.problem.groups)
+        self.found, self.values, self.gaps = theta.copy(), self.point.values.copy(), np.zeros(len(self.open))
 
-    def evaluate(self, theta: Array) -> tuple[float, Array]:
-        value, in_W, in_b = self.problem.value_and_gradient(theta[:, :-1], theta[:, -1])
-        return value, np.column_stack([in_W, in_b])
-
-    def gap(self) -> float:
-        """Bound on the relative gap at the present point."""
-        if self.value <= 0:
-            return 0.0
-        in_W = 0.5 * float((self.gradient[:, :-1] ** 2).sum())
-        if in_W > self.tol * self.value or not self.problem.fit_intercept:
-            return in_W / self.value
-        return (in_W + self._intercept_decrement()) / self.value
-
-    def newton_gap(self) -> float:
-        """Estimate of the relative gap from the curvature, for a gradient that is down to rounding errors."""
-        decrement = 0.5 * float((_Metric.at(self.problem, self.theta).of_gradient(self.gradient) ** 2).sum())
-        return min(self.gap(), decrement / self.value)
-
-    def _intercept_decrement(self) -> float:
-        slope = self.gradient[:, -1]
-        p = self.problem.probabilities(self.problem.X @ self.theta[:, :-1].T + self.theta[:, -1])
-        weighted = p * self.problem.weights[:, None]
-        curvature = np.diag(weighted.sum(axis=0)) - p.T @ weighted
-        return 0.5 * abs(float(slope @ np.linalg.lstsq(curvature, slope, rcond=1e-12)[0]))
-
-    def run(self, max_steps: int) -> int:
-        """L-BFGS in the coordinates of the present point's curvature; how many steps it took."""
-        metric = _Metric.at(self.problem, self.theta)
-        origin, shape = self.theta, self.theta.shape
-        latest: dict[bytes, tuple[float, Array, Array]] = {}
-
-        def objective(flat: Array) -> tuple[float, Array]:
-            theta = origin + metric.to_theta(flat.reshape(shape))
-            value, gradient = self.evaluate(theta)
-            latest.clear()
-            latest[flat.tobytes()] = value, gradient, theta
-            return value, metric.of_gradient(gradient).ravel()
-
-        def after_step(flat: Array) -> None:
-            if flat.tobytes() not in latest:
-                objective(flat)
-            self.value, self.gradient, self.theta = latest[flat.tobytes()]
-            if self.gap() <= self.tol:
-                raise StopIteration
-
-        result = minimize(
-            objective,
-            np.zeros(self.theta.size),
-            jac=True,
-            method="L-BFGS-B",
-            callback=after_step,
-            options={"maxiter": max_steps, "maxcor": HISTORY, "ftol": 0.0, "gtol": 0.0, "maxls": 40},
-        )
-        return int(result.nit)
-
-
-@dataclass(frozen=True, eq=False)
-class _Metric:
-    """Coordinates in which the curvature H of one point is nearly the identity: H = S L Lᵀ S, S diagonal."""
-
-    lower: Array
-    scale: Array
-
-    @classmethod
-    def at(cls, problem: Problem, theta: Array) -> _Metric:
-        n, d = problem.X.shape
-        rows: slice | Array = slice(None)
-        if n > CURVATURE_ROWS:
-            rows = np.linspace(0, n - 1, CURVATURE_ROWS).astype(np.intp)
-        X, weights = problem.X[rows], problem.weights[rows]
-        p = problem.probabilities(X @ theta[:, :-1].T + theta[:, -1])
-        root = np.sqrt(weights * (p * (1 - p)).mean(axis=1) * (problem.weights.sum() / weights.sum()))
-        ones = root if problem.fit_intercept else np.zeros_like(root)
-        scaled = np.column_stack([X * root[:, None], ones])
-        hessian = scaled.T @ scaled
-        hessian[np.arange(d), np.arange(d)] += 1.0
-        # Where no row has curvature left the intercept has none either, and any positive number will do.
-        hessian[d, d] += 1e-12 if hessian[d, d] > 0 else 1.0
-        scale = np.sqrt(hessian.diagonal())
-        hessian /= scale
-        hessian /= scale[:, None]
-        for ridge in (1e-12, 1e-8, 1e-4):
-            hessian[np.arange(d + 1), np.arange(d + 1)] += ridge
-            try:
-                return cls(cholesky(hessian, lower=True, check_finite=False), scale)
-            except LinAlgError:
+    def run(self, max_iter: int) -> int:
+        """Step until all groups are closed; how many steps it took."""
+        best, since = np.inf, 0
+        self._note()
+        for steps in range(max_iter):
+            if self._close():
+                return steps
+            if steps == 0 or steps in STEPS_WITH_NEW_METRIC:
+                self._renew_metric(steps > 0)
+            before = self.point.values.sum()
+            moved = self._step()
+            gap, fell = float(self.gaps[self.open].mean()), before - self.point.values.sum()
+            since = 0 if gap < 0.9 * best or fell > ROUNDING[self._precision] * before else since + 1
+            best = min(best, gap)
+            if moved and since < STALLED_AFTER:
                 continue
-        return cls(np.eye(d + 1), scale)
+            if not self._recover():
+                self._settle()
+                return steps + 1
+            best, since = np.inf, 0
+        self._close()
+        return max_iter
 
-    def to_theta(self, coordinates: Array) -> Array:
-        return solve_triangular(self.lower, coordinates.T, lower=True, trans="T", check_finite=False).T / self.scale
+    @property
+    def _precision(self) -> str:
+        return np.dtype(self.dtype).name
 
-    def of_gradient(self, gradient: Array) -> Array:
-        return solve_triangular(self.lower, (gradient / self.scale).T, lower=True, check_finite=False).T
+    def _grouped(self, rows: Array) -> Array:
+        return rows.reshape(self.problem.groups, -1, rows.shape[1])
+
+    def _note(self) -> None:
+        """Keep what the open groups have come to, and bound their gaps."""
+        rows = self.open if self.problem.link == "sigmoid" else slice(None)
+        self.found[rows] = self.point.theta
+        self.values[self.open] = self.point.values
+        squares = _dots(*2 * (self._grouped(self.point.gradient)[..., :-1],))
+        self.gaps[self.open] = squares / (2 * self.problem.ridge) / np.maximum(self.point.values, 1e-300)
+
+    def _close(self) -> bool:
+        """Drop the groups that are done; whether all are. None is before a pass in float64 says so."""
+        done = self.gaps[self.open] <= self.tol
+        self.resting = self.gaps[self.open] <= self.tol / 2
+        if not done.any():
+            return False
+        if self.dtype == np.float32 and done.all():
+            self.dtype = np.float64
+            self.point = self.problem.at(self.point.theta)
+            self._note()
+            done = self.gaps[self.open] <= self.tol
+        if self.dtype == np.float32:
+            return False
+        if self.problem.fit_intercept and done.any():
+            self.gaps[self.open] += self._intercept_decrements() / np.maximum(self.point.values, 1e-300)
+            done = self.gaps[self.open] <= self.tol
+        self.resting = done
+        if done.all():
+            return True
+        # Narrowing costs a copy of the memory: worth it for a quarter of the groups.
+        if done.sum() * 4 >= len(done) and self.problem.link == "sigmoid":
+            self._narrow(np.flatnonzero(~done))
+            self.resting = np.zeros(len(self.open), bool)
+        return False
+
+    def _narrow(self, keep: NDArray[np.intp]) -> None:
+        self.problem, self.open = self.problem.only(keep), self.open[keep]
+        self.memory.only(keep)
+        self.point = Point(
+            self.point.theta[keep], self.point.losses[keep], self.point.values[keep], self.point.gradient[keep]
+        )
+
+    def _intercept_decrements(self) -> Array:
+        slopes = self.point.gradient[:, -1].reshape(self.problem.groups, -1)
+        curvature = self.problem.intercept_curvature(self.point.theta, self.first_dtype)
+        return np.array(
+            [
+                0.5 * abs(float(slope @ np.linalg.lstsq(matrix, slope, rcond=1e-12)[0]))
+                for slope, matrix in zip(slopes, curvature, strict=True)
+            ]
+        )
+
+    def _renew_metric(self, curvature_too: bool) -> None:
+        if curvature_too or self.memory.curvature is None:
+            self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
+        self.metric = self.memory.curvature.metric(self.problem.ridge)
+
+    def _step(self) -> bool:
+        """One step of every open group; whether any moved."""
+        here = self.point
+        gradient = self._grouped(here.gradient)
+        direction = self.memory.direction(gradient, self.metric)
+        slopes = _dots(direction, gradient)
+        if not (slopes < 0).all():
+            self.memory.clear()
+            direction = -_solve(self.metric, gradient)
+            slopes = _dots(direction, gradient)
+        direction[self.resting] = 0.0
+        there = self._along(direction, slopes)
+        if there is None:
+            return False
+        self.memory.add(
+            self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient)
+        )
+        self.point = there
+        self._note()
+        return True
+
+    def _along(self, direction: Array, slopes: Array) -> Point | None:
+        """A point along the direction, with a length of its own for each group; None if none is better."""
+        here, lengths = self.point, np.ones(len(slopes))
+        slack = ROUNDING[self._precision] * np.abs(here.values)
+        for _ in range(TRIALS):
+            there = self.problem.at(
+                here.theta + (lengths[:, None, None] * direction).reshape(here.theta.shape), self.dtype
+            )
+            rise = there.values - here.values
+            new_slopes = _dots(direction, self._grouped(there.gradient))
+            # Near the optimum values are equal but for rounding, and slopes still tell.
+            fine = (rise <= 1e-4 * lengths * slopes) | ((rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes)))
+            if fine.all():
+                return there
+            with np.errstate(all="ignore"):
+                shorter = -slopes * lengths / (2 * (rise - lengths * slopes))
+            shorter = np.clip(np.where(np.isfinite(shorter), shorter, 0.1), 0.1, 0.5)
+            lengths = np.where(fine, lengths, lengths * shorter)
+        return None
+
+    def _recover(self) -> bool:
+        """After a stall: float64, then a fresh start from here; False when both are used up."""
+        if self.dtype == np.float32:
+            self.dtype = np.float64
+            self.point = self.problem.at(self.point.theta)
+        elif self.memory.steps:
+            self.memory.clear()
+        else:
+            return False
+        self._renew_metric(True)
+        self._note()
+        return True
+
+    def _settle(self) -> None:
+        """Where only rounding errors are left of the gradient, the Newton decrement estimates the gap."""
+        self._renew_metric(True)
+        gradient = self._grouped(self.point.gradient)
+        decrements = 0.5 * _dots(gradient, _solve(self.metric, gradient))
+        bounds = self.gaps[self.open] * self.point.values
+        if self.problem.fit_intercept:
+            bounds += self._intercept_decrements()
+        self.gaps[self.open] = np.minimum(bounds, decrements) / np.maximum(self.point.values, 1e-300)
+
+
+def _dots(a: Array, b: Array) -> Array:
+    """Inner product of each group."""
+    return np.einsum("gkd,gkd->g", a, b)
+
+
+def _solve(metric: Metric, grouped: Array) -> Array:
+    return metric.solve(grouped.reshape(-1, grouped.shape[-1])).reshape(grouped.shape)

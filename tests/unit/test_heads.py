@@ -22,7 +22,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from featpipe import heads
 from featpipe.errors import ConfigError, ModelError
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
-from featpipe.heads.solver import Problem
+from featpipe.heads.objective import Problem
 from featpipe.heads.training import _OPTIMIZERS, Plan
 
 
@@ -95,18 +95,16 @@ def test_softmax_regression_weighs_rows_and_classes_as_scikit_learn_does(fit_int
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
 def test_the_gradient_of_the_problem_is_that_of_its_value(link):
     rng = np.random.default_rng(0)
-    k = 3 if link == "softmax" else 1
-    Y = np.eye(3)[rng.integers(0, 3, 20)] if link == "softmax" else rng.integers(0, 2, (20, 1)).astype(float)
-    problem = Problem(rng.normal(size=(20, 4)), Y, rng.random(20), link)
+    Y = rng.integers(0, 3, 20) if link == "softmax" else rng.integers(0, 2, (20, 3))
+    problem = Problem(rng.normal(size=(20, 4)), Y, rng.random(Y.shape), link, 3)
 
     def value(flat):
-        return problem.value_and_gradient(flat[: 4 * k].reshape(k, 4), flat[4 * k :])[0]
+        return problem.at(flat.reshape(3, 5)).values.sum()
 
     def gradient(flat):
-        _, in_W, in_b = problem.value_and_gradient(flat[: 4 * k].reshape(k, 4), flat[4 * k :])
-        return np.concatenate([in_W.ravel(), in_b])
+        return problem.at(flat.reshape(3, 5)).gradient.ravel()
 
-    assert check_grad(value, gradient, rng.normal(size=5 * k)) < 1e-5
+    assert check_grad(value, gradient, rng.normal(size=15)) < 1e-5
 
 
 def test_a_fit_that_runs_out_of_steps_warns_with_its_gap():

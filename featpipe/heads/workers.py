@@ -1,0 +1,72 @@
+"""Work on blocks of rows, spread over the threads that BLAS may use; the answer does not depend on how many."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, Self, TypeVar
+
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
+
+__all__ = ["Workers"]
+
+ONE_THREAD_BELOW_PRODUCTS = 1e8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A context in which BLAS has one thread and `map` has as many as BLAS had before.
+
+    Parameters
+    ----------
+    products : float
+        Multiplications of one pass over the rows; a small pass stays on the caller's thread, since starting more
+        costs more than they bring.
+
+    Notes
+    -----
+    BLAS threads wait for each other in every product, which on a busy machine takes longer than the product.
+    """
+
+    def __init__(self, products: float = 0.0) -> None:
+        self.products = products
+        self.threads = 1
+        self._pool: ThreadPoolExecutor | None = None
+        self._exits = ExitStack()
+
+    def __enter__(self) -> Self:
+        blas = _controller().select(user_api="blas")
+        if self.products >= ONE_THREAD_BELOW_PRODUCTS:
+            self.threads = max([library.num_threads for library in blas.lib_controllers], default=1)
+        self._exits.enter_context(blas.limit(limits=1))
+        if self.threads > 1:
+            self._pool = self._exits.enter_context(ThreadPoolExecutor(self.threads))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool = None
+        self._exits.close()
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``work`` of each item, in order; few results wait at a time."""
+        if self._pool is None:
+            yield from map(work, items)
+            return
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(self._pool.submit(work, item))
+            if len(waiting) > 2 * self.threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@cache
+def _controller() -> Any:
+    """Looking for the libraries of the process takes milliseconds: once."""
+    return ThreadpoolController()
