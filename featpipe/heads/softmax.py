@@ -106,7 +106,9 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         self.check_params()
         X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
         targets = class_targets(y, weights, self.class_weight, self.multilabel)
-        with Workers(float(X.size) * targets.Y[0].size * (1 if targets.Y.ndim == 2 else len(targets.classes))) as workers:
+        with Workers(
+            float(X.size) * targets.Y[0].size * (1 if targets.Y.ndim == 2 else len(targets.classes))
+        ) as workers:
             problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
             solution = self._solve(problem)
         self.coef_, self.intercept_ = solution.W, solution.b

@@ -280,9 +280,7 @@ class _Search:
         there = self._along(direction, slopes)
         if there is None:
             return False
-        self.memory.add(
-            self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient)
-        )
+        self.memory.add(self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient))
         self.point = there
         self._note()
         return True
