@@ -220,7 +220,8 @@ class _Ledger:
     @property
     def unread(self) -> NDArray[np.int64]:
         """Rows of which nothing is known yet; what the listing found faulty for good is not among them."""
-        return np.flatnonzero((self.origin < 0) & (self.status != Status.NOT_A_FILE))
+        sound = np.isin(self.index.fault, [status for status in Status if status == Status.OK or status.transient])
+        return np.flatnonzero((self.origin < 0) & sound)
 
     def settle(self) -> None:
         """Give the rows that were read and not embedded what is known of their bytes by now."""
@@ -299,8 +300,6 @@ class _Run:
         device = resolve_device(self.settings.device)
         engine = Engine(self.backbone, device, self.settings.precision, self.settings.batch)
         self.batch = engine.batch
-        batches = f"batches of {engine.batch}" if engine.batch > 1 else "one at a time"
-        self.progress(Progress("note", f"embedding on {device} in {self.settings.precision}, {batches}"))
         backbones.prove_frozen(self.backbone)
         try:
             self._stream(engine, rows)
@@ -315,12 +314,21 @@ class _Run:
         started, done = perf_counter(), 0
         with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as results:
             for batch, features in results:
+                if batch.places and not self.embedded:
+                    self._tell_engine(engine)
                 self._collect(batch, features)
                 done += len(batch.rows)
-                self.progress(Progress("bar", "embedding", done, len(rows)))
+                self.progress(Progress("bar", "embedding" if self.embedded else "reading", done, len(rows)))
                 self._refuse_too_many_bad()
         busy = sum(self.seconds[name] for name in ("reading", "decoding", "embedding"))
         self.seconds["waiting"] = max(0.0, workers * (perf_counter() - started) - busy)
+
+    def _tell_engine(self, engine: Engine) -> None:
+        batches = f"batches of {engine.batch}" if engine.batch > 1 else "one at a time"
+        text = f"embedding on {engine.device} in {self.settings.precision}, {batches}"
+        if self.settings.batch is None and engine.multiply_adds is None and engine.device.type == "cpu":
+            text += "; how much work an image is could not be counted: --batch says how many at a time"
+        self.progress(Progress("note", text))
 
     def _is_known(self, digest: bytes) -> bool:
         """Whether an image with these bytes is embedded already, or another worker has it in hand."""

@@ -79,7 +79,10 @@ def _arrow(cache: FeatureCache, output: str | None) -> Any:
     if output is not None:
         flat = _flat(cache, output)
         values = pa.array(flat.reshape(-1))
-        columns[output] = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
+        if flat.shape[1]:
+            columns[output] = pa.FixedSizeListArray.from_arrays(values, flat.shape[1])
+        else:  # Arrow has no lists of size zero
+            columns[output] = pa.array([[]] * len(flat), pa.list_(values.type))
     return pa.table(columns)
 
 

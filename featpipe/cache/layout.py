@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ FORMAT_VERSION = "1.1"
 SPLITS = ("none", "train", "validation", "test")
 GROUPS = ("features", "samples", "labels", "checks")
 LABEL_DTYPES = {"classification": "<i4", "regression": "<f8", "multilabel": "i1"}
-MANIFEST_BYTES_MAX = 16 * 2**20  # parsed JSON takes up to thirty times its bytes
+MANIFEST_BYTES_MAX = 16 * 2**20  # parsed JSON takes up to fifty times its bytes
 
 _MANIFEST = {  # what a manifest must hold, and of which type
     "format": str,
@@ -59,6 +59,22 @@ _MANIFEST = {  # what a manifest must hold, and of which type
 }
 _FACTS = {"backbone": dict, "precision": str, "storage": str, "extraction": int}
 _BACKBONE_FACTS = {"name": str, "source": str, "weights": str, "transform": dict, "outputs": dict}
+_INFORMATIVE: dict[str, tuple[type, ...]] = {  # what it may hold, decides nothing, and is shown; or null
+    "archive_kinds": (list, str),
+    "archives": (list, str),
+    "backbone": (dict,),
+    "batch": (int,),
+    "created": (str,),
+    "device": (str,),
+    "embedded": (int,),
+    "ignored": (dict, int),
+    "images_per_second": (int, float),
+    "machine": (str,),
+    "merged_from": (list, dict),
+    "repaired": (list, dict),
+    "seconds": (dict, int, float),
+    "versions": (dict, str),
+}
 _SHARD = {"file": str, "bytes": int, "rows": list, "offsets": dict, "check": str}
 _SHARD_FILE = re.compile(r"[^/\0]+\.shards/[0-9a-f]{24}\.h5")
 
@@ -172,8 +188,9 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
         raise CacheFormatError("the manifest is missing or not one text")
     if text.dtype.itemsize > MANIFEST_BYTES_MAX:
         raise CacheFormatError(f"the manifest has {text.dtype.itemsize} bytes, more than {MANIFEST_BYTES_MAX}")
-    manifest = json.loads(text.tobytes().rstrip(b"\0").decode("utf-8"))
+    manifest = json.loads(text.tobytes().rstrip(b"\0").decode("utf-8"), parse_constant=_refuse_constant)
     _check_keys(manifest, _MANIFEST, "the manifest")
+    _check_informative(manifest)
     facts = manifest["facts"]
     _check_keys(facts, _FACTS, "facts in the manifest")
     _check_keys(facts["backbone"], _BACKBONE_FACTS, "facts.backbone in the manifest")
@@ -191,7 +208,7 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
     if not 0 <= manifest["ok"] <= manifest["samples"]:
         raise CacheFormatError(f"{manifest['ok']} of {manifest['samples']} samples cannot be ok")
     for output, shape in manifest["outputs"].items():
-        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        if not isinstance(shape, list) or not all(_is(size, (int,)) and size >= 0 for size in shape):
             raise CacheFormatError(f"the manifest gives no shape for output {output!r}")
     return manifest
 
@@ -200,8 +217,31 @@ def _check_keys(found: object, wanted: Mapping[str, type], where: str) -> None:
     if not isinstance(found, dict):
         raise CacheFormatError(f"{where}: is not a JSON object")
     for key, kind in wanted.items():
-        if not isinstance(found.get(key), kind):
+        if not _is(found.get(key), (kind,)):
             raise CacheFormatError(f"{where}: {key} is missing or not of type {kind.__name__}")
+
+
+def _check_informative(manifest: Mapping[str, Any]) -> None:
+    """What decides nothing is of its type all the same, so that whoever shows it need not look."""
+    for key, (kind, *inner) in _INFORMATIVE.items():
+        value = manifest.get(key)
+        if value is None:
+            continue
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        fits = all(_is(item, inner) for item in inside) if kind in (list, dict) and inner else True
+        if not fits or not _is(value, (kind,) if kind in (list, dict) else (kind, *inner)):
+            raise CacheFormatError(f"{key} in the manifest is not what it is to be")
+    if not all(_is(source.get("cache"), (str,)) for source in manifest.get("merged_from") or ()):
+        raise CacheFormatError("merged_from in the manifest is not what it is to be")
+
+
+def _is(value: object, kinds: Sequence[type]) -> bool:
+    """Whether a value of JSON is of one of some types; true and false are no numbers."""
+    return isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))
+
+
+def _refuse_constant(text: str) -> None:
+    raise CacheFormatError(f"the manifest holds {text}, which JSON does not have")
 
 
 def shards_of(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
@@ -272,7 +312,7 @@ def _wanted_columns(
     if task in LABEL_DTYPES:
         wanted["labels/values"] = (LABEL_DTYPES[task], (n,) if task == "classification" else (n, classes))
     elif task != "none":
-        raise CacheFormatError(f"the manifest has the unknown task {task!r}")
+        raise CacheFormatError(f"the manifest has the unknown task {task[:40]!r}")
     if version_of(manifest["format_version"]) >= (1, 1):
         stated = manifest.get("columns")
         digested = {name for name in wanted if not name.startswith("features/")}

@@ -44,10 +44,13 @@ class Contents:
         The files of the shards, without those that are lost.
     lost : tuple of str
         Shards that are missing or of another size; zeros stand where their rows were.
+    digest : str
+        SHA-256 of the manifest's text, which names the digests of all columns.
     """
 
     manifest: dict[str, Any]
     columns: dict[str, NDArray[Any]]
+    digest: str
     shards: tuple[Shard, ...] = ()
     found: tuple[Path, ...] = ()
     lost: tuple[str, ...] = ()
@@ -82,10 +85,11 @@ def open_cache(path: Path, beside: Path | None = None) -> Contents:
         shards = shards_of(manifest)
         check_columns(manifest, columns, bool(shards))
         if not shards:
-            return Contents(manifest, columns)
+            return Contents(manifest, columns, digest)
         features, found = _joined_shards(manifest, shards, beside or path)
         lost = tuple(shard.file for shard, place in zip(shards, found, strict=True) if place is None)
-        return Contents(manifest, columns | features, shards, tuple(place for place in found if place), lost)
+        there = tuple(place for place in found if place)
+        return Contents(manifest, columns | features, digest, shards, there, lost)
 
 
 def _joined_shards(

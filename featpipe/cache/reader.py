@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from featpipe.cache.checks import check_rows, digest_of_column
 from featpipe.cache.layout import SPLITS, Table, parts_directory, version_of
 from featpipe.cache.opening import Contents, open_cache
-from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, ConfigError
+from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, CacheMismatchError, ConfigError
 from featpipe.labels import Labels
 from featpipe.names import unknown
 from featpipe.status import Status
@@ -39,8 +40,9 @@ class FeatureCache:
     """The embeddings of an archive, read at memory speed.
 
     Opening checks the layout, reads the manifest and maps the file into memory, in milliseconds whatever its size.
-    The object holds no HDF5 handle: it can be pickled, forked and read by many processes. It goes on showing the
-    file that it opened when an extraction puts a new one in its place.
+    The object holds no HDF5 handle: it can be forked, pickled (as its path) and read by many processes. It goes on
+    showing the file that it opened when an extraction puts a new one in its place; unpickled after that it is an
+    error, because the rows may be others.
 
     Parameters
     ----------
@@ -86,11 +88,13 @@ class FeatureCache:
         if contents.lost and not salvage:
             raise CacheFormatError(
                 f"{self.path}: {len(contents.lost)} of its {len(contents.shards)} shards are missing or damaged, the "
-                f"first is {contents.lost[0]}; bring them back, or `featpipe verify --repair` embeds their rows again"
+                f"first is {contents.lost[0]!r}; bring them back, or `featpipe verify --repair {self.path}` embeds "
+                "their rows again"
             )
         self.manifest, self._columns = contents.manifest, contents.columns
         self._shards, self._shard_files = contents.shards, contents.found
         self.lost_shards = contents.lost
+        self._digest = contents.digest
 
     def _open(self) -> Contents:
         """Read the file; once more if another was put in its place, and the shards of the first removed."""
@@ -104,8 +108,8 @@ class FeatureCache:
             raise CacheError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         return contents
 
-    def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
-        return FeatureCache, (self.path.absolute(),)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_again, (self.path.absolute(), self._digest, bool(self.lost_shards))
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.path)!r}, n={len(self)}, outputs={list(self.outputs)})"
@@ -259,6 +263,7 @@ class FeatureCache:
         ((256, 1280), (5120, 1280))
         """
         features = self.features(output)
+        _check_dtype(dtype)
         chosen = _chosen(rows, len(self))
         if isinstance(chosen, slice):
             source = features[chosen]
@@ -302,9 +307,10 @@ class FeatureCache:
         rows : ndarray of shape (b,), int
         features : ndarray of shape (b, …)
         """
-        if size < 1:
-            raise ConfigError(f"size of a batch is {size}; it must be at least 1")
+        if not isinstance(size, Integral) or size < 1:
+            raise ConfigError(f"size of a batch is {size!r}; it must be a whole number of at least 1")
         output = self._output(output)
+        _check_dtype(dtype)
         chosen = _chosen(self.usable if rows is None else rows, len(self))
         numbers = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
         if seed is not None:
@@ -364,7 +370,10 @@ class FeatureCache:
     def damaged_columns(self) -> list[str]:
         """The datasets, features aside, whose bytes are not those that were written."""
         stated: dict[str, str] = self.manifest["columns"] if self.has_checks else {}
-        return [name for name, digest in stated.items() if not self._has_digest(name, digest)]
+        damaged = [name for name, digest in stated.items() if not self._has_digest(name, digest)]
+        if "samples/status" not in damaged and np.count_nonzero(self.ok) != self.manifest["ok"]:
+            damaged.insert(0, "samples/status")
+        return damaged
 
     def _has_digest(self, name: str, digest: object) -> bool:
         column = self._columns.get(name)
@@ -393,6 +402,23 @@ class FeatureCache:
             found = check_rows(self.digests[some], self.status_codes[some], features[some])
             whole[start:stop] = (found == checks[some]).all(axis=1)
         return whole
+
+
+def _opened_again(path: Path, digest: str, salvage: bool) -> FeatureCache:
+    """The cache that was pickled."""
+    cache = FeatureCache(path, salvage=salvage)
+    if cache._digest != digest:
+        raise CacheMismatchError(f"{path}: was written anew since this cache was pickled; open it again")
+    return cache
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        fits = np.issubdtype(np.dtype(dtype), np.floating)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ConfigError(f"dtype is {dtype!r}; features are floating-point numbers: float32, float16 or float64")
 
 
 def _word(code: int) -> str:

@@ -86,7 +86,7 @@ def write_cache(
         raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
     except (OSError, RuntimeError) as error:  # h5py reports some failures of its own as RuntimeError
         raise CacheError(
-            f"{path}: cannot be written ({one_line(error)}); free some space or choose another --cache"
+            f"{path}: cannot be written ({one_line(error)}); free some space or write to another disk"
         ) from None
     _remove_shards(path, replaced - {path.parent / shard.file for _, shard in shards})
 

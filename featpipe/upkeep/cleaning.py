@@ -58,7 +58,7 @@ class Abandoned:
 def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> list[Abandoned]:
     """Find what was abandoned in a folder of caches, and remove it on request.
 
-    What a process holds or has just written, files of others, and caches are never touched.
+    What a process holds, files of others, and caches are never touched.
 
     Parameters
     ----------

@@ -187,7 +187,7 @@ class _Rows:
 
     def told(self) -> str:
         doubles = int(np.count_nonzero(~self._kept))
-        text = f"{np.count_nonzero(self._kept):,} rows of {len(self._caches)} caches"
+        text = f"{np.count_nonzero(self._kept):,} rows of {len(self._caches)} cache{'s' * (len(self._caches) != 1)}"
         text += f"; {doubles:,} that several of them hold stand once" if doubles else ""
         return text + (f"; {len(self._names):,} ids that name other images got a #2" if self._names else "")
 

@@ -607,6 +607,34 @@ def test_must_14_digests_that_do_not_agree_name_their_columns(file):
     assert FeatureCache(told(file, edit)).damaged_columns() == ["samples/stamp", "labels/values", "samples/later"]
 
 
+OF_ANOTHER_TYPE = [-1, 1.5, True, "x", [1], ["x"], [[]], {"a": 1}, {"a": "x"}, {"a": {}}, [{"a": 1}], [{"cache": 1}]]
+FITTING = {  # positions in the list above
+    "archives": {5}, "archive_kinds": {5}, "merged_from": set(), "repaired": {10, 11}, "created": {3}, "device": {3},
+    "machine": {3}, "embedded": {0}, "batch": {0}, "images_per_second": {0, 1}, "seconds": {7}, "ignored": {7},
+    "versions": {8}, "backbone": {7, 8, 9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FITTING)
+def test_must_16_what_tells_of_the_run_is_of_its_type(file, key):
+    def give(value: object) -> Edit:
+        return lambda manifest: manifest.update({key: value})
+
+    for number, value in enumerate(OF_ANOTHER_TYPE):
+        if number in FITTING[key]:
+            assert FeatureCache(told(file, give(value))).manifest[key] == value
+        else:
+            refused(told(file, give(value)), key)
+    assert FeatureCache(told(file, give(None))).manifest[key] is None
+    assert key not in FeatureCache(told(file, lambda manifest: manifest.pop(key))).manifest
+
+
+@pytest.mark.parametrize("key", ["seconds", "of somebody's own"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_must_16_a_manifest_holds_no_number_that_json_does_not_have(file, key, value):
+    refused(told(file, lambda manifest: manifest.update({key: {"total": value}})), "JSON does not have")
+
+
 @pytest.fixture
 def sharded(tmp_path) -> Path:
     """A cache in two shards as today's code writes it, in a folder of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import tracemalloc
 
@@ -11,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from featpipe import FeatureCache
-from featpipe.cache import reader
-from featpipe.errors import ConfigError
+from featpipe.cache import reader, write_cache
+from featpipe.errors import CacheMismatchError, ConfigError
 from tests.unit.test_cache import SHAPES, Made
 
 N = 40
@@ -320,3 +321,40 @@ def test_to_read_rows_takes_the_memory_of_these_rows_and_of_a_block(tmp_path, mo
     mapped = storage == "float32" and rows != "a batch"
     assert peak < (0 if mapped else found.nbytes) + 2**18
     assert len(found) == {"a batch": 5000, "a slice": 19_993, "all": 50_000}[rows]
+
+
+@pytest.mark.parametrize("dtype", [int, "bool", "no type", object, "datetime64[s]"])
+def test_features_are_not_read_as_what_is_no_floating_point_number(cache, dtype):
+    for read in (cache.read, lambda **how: cache.batches(4, **how)):
+        with pytest.raises(ConfigError, match="floating-point"):
+            read(dtype=dtype)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "4"])
+def test_a_batch_is_a_whole_number_of_rows(cache, size):
+    with pytest.raises(ConfigError, match="size of a batch"):
+        cache.batches(size)
+
+
+def test_a_pickled_cache_is_the_one_that_was_pickled_or_an_error(tmp_path):
+    Made(5).write(tmp_path / "a.h5")
+    pickled = pickle.dumps(FeatureCache(tmp_path / "a.h5"))
+    assert len(pickle.loads(pickled)) == 5
+    Made(7).write(tmp_path / "a.h5")
+    with pytest.raises(CacheMismatchError, match="anew since this cache was pickled"):
+        pickle.loads(pickled)
+
+
+def test_features_of_width_zero_are_empty_lists_in_arrow(tmp_path):
+    made, facts = Made(3), Made(3).write(tmp_path / "a.h5").facts
+    facts["backbone"]["outputs"] = {"pooled": {}}
+    nothing = np.zeros((3, 0), np.float32)
+    write_cache(tmp_path / "b.h5", made.table, {"facts": facts}, {"pooled": (0,)}, "float32", lambda *_: nothing)
+    assert FeatureCache(tmp_path / "b.h5").to_frame("arrow", features=True)["pooled"].to_pylist() == [[], [], []]
+
+
+def test_a_number_of_good_rows_that_is_not_theirs_is_damage(tmp_path):
+    cache = Made(5).write(tmp_path / "a.h5")
+    assert cache.damaged_columns() == []
+    cache.manifest["ok"] -= 1
+    assert cache.damaged_columns() == ["samples/status"]

@@ -424,3 +424,26 @@ def test_the_device_and_the_precision_are_said(make_folder, tiny, tmp_path):
     told = []
     extract(make_folder(("ape",), 2), backbone=tiny, cache=tmp_path / "c", device="auto", progress=told.append)
     assert any("embedding on cpu in fp32" in p.text or "embedding on cuda" in p.text for p in told)
+
+
+def test_what_the_listing_found_faulty_for_good_is_not_looked_at_again(make_folder, tiny, tmp_path):
+    folder = make_folder()
+    (folder / "empty.jpg").touch()
+    old(folder)
+    told: list[Progress] = []
+    made = extract(folder, backbone=tiny, cache=tmp_path / "cache", progress=told.append)
+    assert made.bad_rows() == {"empty": 1}
+    told.clear()
+    again = extract(folder, backbone=tiny, cache=tmp_path / "cache", progress=told.append)
+    assert again.manifest == made.manifest
+    assert not any("embedding on" in p.text or p.kind == "bar" for p in told)
+
+
+def test_embedding_is_only_said_where_something_is_embedded(make_folder, tiny, tmp_path):
+    folder = make_folder()
+    extract(folder, backbone=tiny, cache=tmp_path / "cache")
+    told: list[Progress] = []
+    folder.rename(tmp_path / "moved")
+    extract(tmp_path / "moved", backbone=tiny, cache=tmp_path / "cache", progress=told.append)
+    assert any("no forward pass" in p.text for p in told)
+    assert not any("embedding" in p.text for p in told)
