@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.heads.curvature import Curvature, Metric
+from featpipe.heads.curvature import Blocks, Curvature, Metric
 from featpipe.heads.objective import Point, Problem
 
 __all__ = ["Memory", "Solution", "minimise"]
@@ -25,6 +25,10 @@ STEPS_WITH_NEW_METRIC = (5, 15, 40, 100)
 FLOAT32_FROM_PRODUCTS = 1e8
 STALLED_AFTER = 12
 TRIALS = 30
+# A curvature for each class is worth its price from here on, and again when that much has been gained since.
+BLOCKS_BELOW = 0.1
+BLOCKS_AGAIN_AFTER = 10.0
+EVALUATIONS_FOR_BLOCKS = 25.0
 ROUNDING = {"float32": 1e-6, "float64": 1e-13}
 
 
@@ -90,7 +94,7 @@ class Memory:
         if self.curvature is not None:
             self.curvature = Curvature(self.curvature.gram * times)
 
-    def direction(self, gradient: Array, metric: Metric) -> Array:
+    def direction(self, gradient: Array, metric: Metric | Blocks) -> Array:
         """The quasi-Newton step of each group; arrays have shape (g, rows of theta in a group, d + 1)."""
         step, scales = gradient.copy(), []
         for s, y, inverse in zip(reversed(self.steps), reversed(self.changes), reversed(self.inverses), strict=True):
@@ -165,7 +169,9 @@ class _Search:
     tol: float
     memory: Memory
     point: Point = field(init=False)
-    metric: Metric = field(init=False)
+    metric: Metric | Blocks = field(init=False)
+    decrement: float = field(init=False, default=np.inf)
+    blocks_at: tuple[int, float] = field(init=False, default=(0, np.inf))
     dtype: type[np.floating[Any]] = field(init=False)
     first_dtype: type[np.floating[Any]] = field(init=False)
     open: NDArray[np.intp] = field(init=False)
@@ -188,7 +194,9 @@ class _Search:
         for steps in range(max_iter):
             if self._close():
                 return steps
-            if steps == 0 or steps in STEPS_WITH_NEW_METRIC:
+            if self._worth_blocks(steps):
+                self._make_blocks(steps)
+            elif steps == 0 or (steps in STEPS_WITH_NEW_METRIC and not isinstance(self.metric, Blocks)):
                 self._renew_metric(steps > 0)
             before = self.point.values.sum()
             moved = self._step()
@@ -247,6 +255,8 @@ class _Search:
     def _narrow(self, keep: NDArray[np.intp]) -> None:
         self.problem, self.open = self.problem.only(keep), self.open[keep]
         self.memory.only(keep)
+        if isinstance(self.metric, Blocks):
+            self.metric = self.metric.only(keep)
         self.point = Point(
             self.point.theta[keep], self.point.losses[keep], self.point.values[keep], self.point.gradient[keep]
         )
@@ -266,6 +276,17 @@ class _Search:
             self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
         self.metric = self.memory.curvature.metric(self.problem.ridge)
 
+    def _worth_blocks(self, steps: int) -> bool:
+        price, (made, decrement) = Blocks.evaluations(self.problem), self.blocks_at
+        if self.dtype != np.float32 or price > EVALUATIONS_FOR_BLOCKS or self.decrement > BLOCKS_BELOW:
+            return False
+        return made == 0 or (steps - made >= price and self.decrement * BLOCKS_AGAIN_AFTER < decrement)
+
+    def _make_blocks(self, steps: int) -> None:
+        self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
+        self.metric = Blocks.at(self.problem, self.point.theta, self.memory.curvature)
+        self.blocks_at = steps, self.decrement
+
     def _step(self) -> bool:
         """One step of every open group; whether any moved."""
         here = self.point
@@ -276,6 +297,7 @@ class _Search:
             self.memory.clear()
             direction = -_solve(self.metric, gradient)
             slopes = _dots(direction, gradient)
+        self.decrement = -0.5 * float(slopes.sum() / self.point.values.sum())
         direction[self.resting] = 0.0
         there = self._along(direction, slopes)
         if there is None:
@@ -334,5 +356,5 @@ def _dots(a: Array, b: Array) -> Array:
     return np.einsum("gkd,gkd->g", a, b)
 
 
-def _solve(metric: Metric, grouped: Array) -> Array:
+def _solve(metric: Metric | Blocks, grouped: Array) -> Array:
     return metric.solve(grouped.reshape(-1, grouped.shape[-1])).reshape(grouped.shape)

@@ -1,0 +1,165 @@
+"""Logistic regression on features against scikit-learn's lbfgs on the same float32 numbers, in turns.
+
+    python tests/benchmarks/softmax.py [CASE]... [--seconds CAP]
+
+Every point that a search comes to is kept with its time; how far each is from the minimum is worked out afterwards in float64,
+outside of all timing, the minimum being that of a longer run. CAP ends a search of scikit-learn's that has not got there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import _logistic as theirs
+
+from featpipe.heads import SoftmaxRegression, solver
+from featpipe.heads.objective import Problem
+from featpipe.heads.workers import Workers
+
+Trace = list[tuple[float, NDArray[Any]]]
+
+CASES = {  # rows, width, classes, kind of rows, rounds
+    "200": (200, 512, 10, "relu", 9),
+    "2000": (2000, 512, 20, "relu", 7),
+    "2000-gauss": (2000, 512, 20, "gauss", 7),
+    "10k": (10_000, 512, 100, "relu", 1),
+    "10k-gauss": (10_000, 512, 100, "gauss", 1),
+    "10k-separable": (10_000, 512, 100, "separable", 1),
+    "50k-512": (50_000, 512, 100, "relu", 1),
+    "50k-512-gauss": (50_000, 512, 100, "gauss", 1),
+    "50k-512-separable": (50_000, 512, 100, "separable", 1),
+    "50k-1280": (50_000, 1280, 100, "relu", 1),
+    "50k-1280-separable": (50_000, 1280, 100, "separable", 1),
+}
+GAPS = (1e-2, 1e-4, 1e-6)
+
+
+def rows(n: int, d: int, k: int, kind: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Standardised rows and their classes.
+
+    gauss: a mean for each class and round noise. relu: what a network's last layer looks like, not negative, of unequal scale,
+    with most of its variance in a few directions and classes that overlap; separable: the same with classes far apart.
+    """
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, k, n)
+    if kind == "gauss":
+        X = 0.12 * rng.normal(size=(k, d))[y] + rng.normal(size=(n, d))
+    else:
+        latent = 64
+        spectrum = np.arange(1, latent + 1) ** -0.5
+        spread = 3.0 if kind == "separable" else 1.0
+        Z = (spread * rng.normal(size=(k, latent))[y] + rng.normal(size=(n, latent))) * spectrum
+        X = Z @ rng.normal(size=(latent, d)) / 2 - 0.5 + 0.3 * rng.normal(size=(n, d))
+        X = np.maximum(X, 0) * np.exp(0.7 * rng.normal(size=d))
+    X = X.astype(np.float32)
+    X -= X.mean(axis=0)
+    X /= np.maximum(X.std(axis=0), 1e-6)
+    return X, y
+
+
+class _TimeIsUp(Exception):
+    pass
+
+
+@contextmanager
+def traced(owner: Any, name: str, point_of: Any, trace: Trace, cap: float = np.inf) -> Iterator[None]:
+    """Keep what goes through a function, and stop after some seconds."""
+    original, started = getattr(owner, name), perf_counter()
+
+    def wrapper(*args: Any, **settings: Any) -> Any:
+        found = original(*args, **settings)
+        seconds = perf_counter() - started
+        trace.append((seconds, point_of(*args)))
+        if seconds > cap:
+            raise _TimeIsUp
+        return found
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    except _TimeIsUp:
+        pass
+    finally:
+        setattr(owner, name, original)
+
+
+def of_scikit_learn(X: Any, y: Any, cap: float) -> Trace:
+    trace: Trace = []
+    k, d = int(y.max()) + 1, X.shape[1]
+    shape = (lambda w: w.reshape(k, d + 1, order="F")) if k > 2 else (lambda w: w[None])
+    head = LogisticRegression(C=1.0, tol=1e-12, max_iter=100_000)
+    with traced(theirs.LinearModelLoss, "loss_gradient", lambda loss, w, *more: shape(w.copy()), trace, cap):
+        head.fit(X, y)
+    return trace
+
+
+def of_featpipe(X: Any, y: Any, tol: float) -> Trace:
+    trace: Trace = []
+    whole = len(X)
+    head = SoftmaxRegression(tol=tol)
+    started = perf_counter()
+    if len(X) < X.shape[1]:
+        head.fit(X, y)
+    else:
+        point = lambda search: search.found.copy() if search.problem.n == whole else None  # noqa: E731
+        with traced(solver._Search, "_note", point, trace):
+            head.fit(X, y)
+    trace.append((perf_counter() - started, np.column_stack([head.coef_, head.intercept_])))
+    return [(seconds, point) for seconds, point in trace if point is not None]
+
+
+def seconds_to(gap: float, trace: Trace, problem: Problem, lowest: float) -> float:
+    """When the gap was reached; the search goes down, so that a bisection finds it."""
+    low, high = 0, len(trace)
+    while low < high:
+        middle = (low + high) // 2
+        value = problem.at(trace[middle][1]).values.sum()
+        low, high = (low, middle) if value <= lowest * (1 + gap) else (middle + 1, high)
+    return trace[low][0] if low < len(trace) else np.inf
+
+
+def compare(case: str, cap: float) -> None:
+    n, d, k, kind, rounds = CASES[case]
+    X, y = rows(n, d, k, kind)
+    timings: dict[str, list[list[float]]] = {"scikit-learn": [], "featpipe": []}
+    warnings.simplefilter("ignore")
+    long = SoftmaxRegression(tol=1e-10).fit(X, y)
+    with Workers(float(n) * d * k) as workers:
+        problem = Problem(X, y, np.ones(n), "softmax", k, workers=workers)
+        lowest = problem.at(np.column_stack([long.coef_, long.intercept_])).values.sum()
+    counts = {}
+    for _ in range(rounds):
+        for name, trace in (
+            ("scikit-learn", of_scikit_learn(X, y, cap)),
+            ("featpipe", of_featpipe(X, y, SoftmaxRegression().tol)),
+        ):
+            counts[name] = len(trace)
+            with Workers(float(n) * d * k) as workers:
+                problem = Problem(X, y, np.ones(n), "softmax", k, workers=workers)
+                timings[name].append([*(seconds_to(gap, trace, problem, lowest) for gap in GAPS), trace[-1][0]])
+    for name, found in timings.items():
+        columns = [statistics.median(column) for column in zip(*found, strict=True)]
+        print(case, f"{name:12}", *(f"{seconds:9.3f}" for seconds in columns), f"{counts[name]} points", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=120.0)
+    asked = parser.parse_args()
+    print("case, whose, seconds to gaps of", *GAPS, "and in all")
+    for case in asked.cases:
+        compare(case, asked.seconds)
+
+
+if __name__ == "__main__":
+    main()
