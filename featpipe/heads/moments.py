@@ -1,0 +1,160 @@
+"""Sums over rows from which closed-form heads are exact, however many rows there are and wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
+
+from featpipe.heads.workers import Workers
+
+__all__ = ["Moments", "RowSource", "blocks", "moments"]
+
+Array = NDArray[np.float64]
+
+BLOCK_NUMBERS = 1 << 22  # of float64: 32 MiB for each thread
+SHIFT_ROWS = 1000
+
+
+class RowSource(Protocol):
+    """Rows that need not fit into memory: a memory map, or a view of some rows of a cache."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, rows: slice) -> NDArray[Any]: ...
+
+
+def blocks(source: RowSource, numbers: int = BLOCK_NUMBERS) -> Iterator[slice]:
+    """Runs of rows of about so many numbers, in order."""
+    n, d = source.shape
+    rows = max(1, numbers // max(1, d))
+    return (slice(start, min(n, start + rows)) for start in range(0, n, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Weighted sums over n rows x of width d and their targets y of width t, with x taken from ``shift``.
+
+    Those of two sets of rows with one shift can be added.
+
+    Attributes
+    ----------
+    rows : int
+    weight : float
+        Σ w
+    x : ndarray of shape (d,)
+        Σ w (x - shift)
+    gram : ndarray of shape (d, d) or (d,)
+        Σ w (x - shift)(x - shift)ᵀ, or its diagonal alone
+    y : ndarray of shape (t,)
+        Σ w y
+    cross : ndarray of shape (d, t)
+        Σ w (x - shift) yᵀ
+    shift : ndarray of shape (d,)
+        Near the mean, so that the differences of sums keep their digits.
+    plain, squares : ndarray of shape (d,)
+        Σ (x - shift) and Σ (x - shift)², without weights, as a scaler takes them.
+    """
+
+    rows: int
+    weight: float
+    x: Array
+    gram: Array
+    y: Array
+    cross: Array
+    shift: Array
+    plain: Array
+    squares: Array
+
+    @property
+    def mean(self) -> Array:
+        """Of the rows, without weights, shape (d,)."""
+        return self.shift + self.plain / self.rows
+
+    @property
+    def variance(self) -> Array:
+        """Of each column, without weights, shape (d,)."""
+        return np.maximum(self.squares / self.rows - (self.plain / self.rows) ** 2, 0.0)
+
+    def __add__(self, other: Moments) -> Moments:
+        if not np.array_equal(self.shift, other.shift):
+            raise ValueError("moments of different shifts cannot be added")
+        return Moments(
+            self.rows + other.rows,
+            self.weight + other.weight,
+            self.x + other.x,
+            self.gram + other.gram,
+            self.y + other.y,
+            self.cross + other.cross,
+            self.shift,
+            self.plain + other.plain,
+            self.squares + other.squares,
+        )
+
+    def around(self, center: Array, scale: Array) -> Moments:
+        """The moments of (x - center) / scale, with shift 0."""
+        move = self.shift - center  # x - center = (x - shift) + move
+        x = self.x + self.weight * move
+        if self.gram.ndim == 2:
+            gram = self.gram + np.outer(self.x, move) + np.outer(move, x)
+            gram = gram / scale / scale[:, None]
+        else:
+            gram = (self.gram + self.x * move + move * x) / scale**2
+        cross = (self.cross + np.outer(move, self.y)) / scale[:, None]
+        plain = self.plain + self.rows * move
+        squares = (self.squares + self.plain * move + move * plain) / scale**2
+        none = np.zeros_like(center)
+        return Moments(self.rows, self.weight, x / scale, gram, self.y, cross, none, plain / scale, squares)
+
+
+def moments(
+    source: RowSource, targets: NDArray[Any], weights: Array | None = None, *, outer: bool = True, k: int | None = None
+) -> Moments:
+    """Gather moments in one pass over the rows, on all threads that BLAS may use.
+
+    Parameters
+    ----------
+    source : RowSource of shape (n, d)
+    targets : ndarray of shape (n, t), or (n,) with ``k``
+        Numbers; or class codes, which stand for k columns of 0 and 1.
+    weights : ndarray of shape (n,), optional
+    outer : bool
+        The whole Gram matrix, or its diagonal alone.
+    k : int, optional
+    """
+    n, d = source.shape
+    shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0)
+
+    def one(rows: slice) -> Moments:
+        x = np.asarray(source[rows], np.float64) - shift
+        y = np.eye(k)[targets[rows]] if k is not None else np.asarray(targets[rows], np.float64)
+        plain, squares = x.sum(axis=0), np.einsum("ij,ij->j", x, x)
+        if weights is None:
+            gram = _outer(x) if outer else squares
+            return Moments(len(x), len(x), plain, gram, y.sum(axis=0), x.T @ y, shift, plain, squares)
+        w = weights[rows]
+        y = y * w[:, None]
+        total, cross = x.T @ w, x.T @ y
+        x *= np.sqrt(w)[:, None]
+        gram = _outer(x) if outer else np.einsum("ij,ij->j", x, x)
+        return Moments(len(x), float(w.sum()), total, gram, y.sum(axis=0), cross, shift, plain, squares)
+
+    gathered: Moments | None = None
+    with Workers(float(n) * d * d) as workers:
+        for part in workers.map(one, blocks(source)):
+            gathered = part if gathered is None else gathered + part
+    assert gathered is not None
+    return gathered
+
+
+def _outer(x: Array) -> Array:
+    """xᵀx, with half the work of a product."""
+    upper = dsyrk(1.0, x.T)  # x.T is in Fortran's order already
+    upper += np.triu(upper, 1).T
+    return np.ascontiguousarray(upper)
