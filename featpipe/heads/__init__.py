@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featpipe.heads.settings import parse_settings
 from featpipe.heads.storage import TRUSTED, dumps, loads
-from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, names
+from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, names, settings_of, spec_of
 
 if TYPE_CHECKING:
     from featpipe.heads.softmax import SoftmaxRegression
@@ -33,6 +33,8 @@ __all__ = [
     "loads",
     "names",
     "parse_settings",
+    "settings_of",
+    "spec_of",
 ]
 
 

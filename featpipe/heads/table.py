@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
 
-__all__ = ["TABLE", "TASKS", "HeadSpec", "Task", "build", "describe", "names"]
+__all__ = ["TABLE", "TASKS", "HeadSpec", "Task", "build", "describe", "names", "settings_of", "spec_of"]
 
 Task = Literal["classification", "regression", "multilabel"]
 TASKS: tuple[Task, ...] = ("classification", "regression", "multilabel")
@@ -29,46 +29,116 @@ class HeadSpec:
         "module:Class" for each task that the head does; imported when it is built.
     fixed : mapping of task to mapping
         Settings that follow from the task and are not for the user.
+    defaults : mapping of task to mapping
+        Settings in which the head departs from the estimator's own defaults.
+    grid : mapping from setting to values
+        What is tried when the head is tuned.
+    standardised : bool
+        Whether its input is.
     """
 
     summary: str
     estimators: Mapping[Task, str]
-    fixed: Mapping[Task, Mapping[str, object]]
+    fixed: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
+    defaults: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
+    grid: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    standardised: bool = True
 
 
 _MULTILABEL: Mapping[Task, Mapping[str, object]] = {
     "classification": {"multilabel": False},
     "multilabel": {"multilabel": True},
 }
+_NEAREST: Mapping[str, object] = {"metric": "cosine", "weights": "distance", "algorithm": "brute"}
+_KERAS: Mapping[str, object] = {
+    "hidden": (1024,),
+    "optimizer": "adam",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "batch_size": 32,
+    "epochs": 10,
+}
 
 TABLE: dict[str, HeadSpec] = {
     "logistic": HeadSpec(
-        summary="softmax logistic regression with an L2 penalty, solved exactly; strength C",
+        summary="softmax regression, solved to the optimum; its strength C is tuned unless it is set",
         estimators={
             "classification": "featpipe.heads.softmax:SoftmaxRegression",
             "multilabel": "featpipe.heads.softmax:SoftmaxRegression",
         },
         fixed=_MULTILABEL,
+        grid={"C": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)},
     ),
     "mlp": HeadSpec(
-        summary="multi-layer perceptron, trained by minibatches; layers hidden, epochs, dropout, early_stopping",
+        summary="multi-layer perceptron, trained by minibatches",
         estimators={
             "classification": "featpipe.heads.torch_heads:MLPClassifier",
             "regression": "featpipe.heads.torch_heads:MLPRegressor",
             "multilabel": "featpipe.heads.torch_heads:MLPClassifier",
         },
         fixed=_MULTILABEL,
+        grid={"hidden": (128, 512), "dropout": (0.0, 0.3), "learning_rate": (3e-4, 1e-3)},
     ),
     "linear": HeadSpec(
-        summary="one linear layer, trained by minibatches; epochs, learning_rate, weight_decay",
+        summary="one linear layer, trained by minibatches",
         estimators={
             "classification": "featpipe.heads.torch_heads:LinearClassifier",
             "regression": "featpipe.heads.torch_heads:LinearRegressor",
             "multilabel": "featpipe.heads.torch_heads:LinearClassifier",
         },
         fixed=_MULTILABEL,
+        grid={"learning_rate": (3e-4, 1e-3, 3e-3), "weight_decay": (1e-4, 1e-2, 1.0)},
+    ),
+    "svm": HeadSpec(
+        summary="linear support vector machine, one class against the rest",
+        estimators={"classification": "sklearn.svm:LinearSVC"},
+        defaults={"classification": {"C": 0.01, "dual": "auto"}},
+        grid={"C": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
+    ),
+    "ridge": HeadSpec(
+        summary="least squares with an L2 penalty, in closed form",
+        estimators={
+            "classification": "sklearn.linear_model:RidgeClassifier",
+            "regression": "sklearn.linear_model:Ridge",
+        },
+        grid={"alpha": (1.0, 10.0, 100.0, 1e3, 1e4)},
+    ),
+    "lda": HeadSpec(
+        summary="linear discriminant analysis with a shrunk covariance, in closed form",
+        estimators={"classification": "sklearn.discriminant_analysis:LinearDiscriminantAnalysis"},
+        defaults={"classification": {"solver": "lsqr", "shrinkage": "auto"}},
+        grid={"shrinkage": ("auto", 0.03, 0.1, 0.3, 0.9)},
+    ),
+    "knn": HeadSpec(
+        summary="nearest neighbours by cosine, the nearer the more weight; keeps all training embeddings",
+        estimators={
+            "classification": "sklearn.neighbors:KNeighborsClassifier",
+            "regression": "sklearn.neighbors:KNeighborsRegressor",
+        },
+        defaults={"classification": _NEAREST, "regression": _NEAREST},
+        grid={"n_neighbors": (1, 3, 5, 10, 20)},
+        standardised=False,
+    ),
+    "centroid": HeadSpec(
+        summary="the class whose mean is nearest",
+        estimators={"classification": "sklearn.neighbors:NearestCentroid"},
+        grid={"shrink_threshold": (None, 0.1, 0.3, 1.0)},
+    ),
+    "keras": HeadSpec(
+        summary="the recipe of Keras's guides: Dense 1024 with ReLU and a softmax, Adam, 10 epochs",
+        estimators={
+            "classification": "featpipe.heads.torch_heads:MLPClassifier",
+            "regression": "featpipe.heads.torch_heads:MLPRegressor",
+            "multilabel": "featpipe.heads.torch_heads:MLPClassifier",
+        },
+        fixed=_MULTILABEL,
+        defaults={"classification": _KERAS, "regression": _KERAS, "multilabel": _KERAS},
+        grid={"learning_rate": (3e-4, 1e-3, 3e-3)},
+        standardised=False,
     ),
 }
+"""The heads that come along; `spec_of` knows any estimator of scikit-learn's kind too."""
 
 
 def names(task: str | None = None) -> list[str]:
@@ -76,8 +146,8 @@ def names(task: str | None = None) -> list[str]:
 
     Examples
     --------
-    >>> names("regression")
-    ['mlp', 'linear']
+    >>> names("multilabel")
+    ['logistic', 'mlp', 'linear', 'keras']
     """
     if task is None:
         return list(TABLE)
@@ -91,9 +161,61 @@ def describe(name: str) -> str:
     Examples
     --------
     >>> describe("linear")
-    'one linear layer, trained by minibatches; epochs, learning_rate, weight_decay'
+    'one linear layer, trained by minibatches'
     """
-    return _spec(name).summary
+    return spec_of(name).summary
+
+
+def settings_of(name: str, task: str | None = None) -> dict[str, object]:
+    """The settings of a head and their defaults, by the names that `build` takes.
+
+    Parameters
+    ----------
+    name : str
+    task : {"classification", "regression", "multilabel"}, optional
+        The first that the head does, if not given.
+
+    Examples
+    --------
+    >>> settings_of("knn")["n_neighbors"]
+    5
+    """
+    spec = spec_of(name)
+    done = next(iter(spec.estimators)) if task is None else task
+    head = build(name, done).named_steps["head"]
+    hidden = {"random_state", "verbose", "n_jobs", "copy_X", *spec.fixed.get(_task(done), {})}
+    return {key: value for key, value in head.get_params(deep=False).items() if key not in hidden}
+
+
+def spec_of(name: str) -> HeadSpec:
+    """A row of the table, or one for an estimator that is named by its import path.
+
+    Parameters
+    ----------
+    name : str
+        ``logistic``; or ``package.module.Class``, ``package.module:Class``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such head, no such class, or it is no classifier or regressor of scikit-learn's kind.
+
+    Examples
+    --------
+    >>> list(spec_of("sklearn.ensemble.RandomForestClassifier").estimators)
+    ['classification']
+    """
+    if name in TABLE:
+        return TABLE[name]
+    path = name if ":" in name else ":".join(name.rpartition(".")[::2])
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise unknown("head", name, TABLE)
+    try:
+        kind = _load(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"head {name!r} cannot be imported ({' '.join(str(error).split())})") from None
+    return HeadSpec(summary=f"{attribute} of {module}", estimators={_task_of(kind, name): path})
 
 
 def build(
@@ -103,16 +225,16 @@ def build(
     params: Mapping[str, object] | None = None,
     random_state: int | None = 0,
 ) -> Any:
-    """An unfitted head that standardises its input: a scikit-learn Pipeline of the steps "scale" and "head".
+    """An unfitted head: a scikit-learn Pipeline of the steps "scale" and "head".
 
     Parameters
     ----------
     name : str
-        A name of the table.
+        A name of the table, or the import path of an estimator.
     task : {"classification", "regression", "multilabel"}
     params : mapping, optional
         Settings of the head by name (``C``), or of the pipeline in scikit-learn's notation (``scale__with_mean``,
-        or ``scale`` itself with "passthrough").
+        or ``scale`` itself with "standard" or "passthrough").
     random_state : int or None
         For heads that draw random numbers.
 
@@ -129,7 +251,7 @@ def build(
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
-    spec, known_task = _spec(name), _task(task)
+    spec, known_task = spec_of(name), _task(task)
     if known_task not in spec.estimators:
         raise ConfigError(
             f"head {name!r} does {' and '.join(spec.estimators)}, not {task}; take {' or '.join(names(task))}"
@@ -137,13 +259,17 @@ def build(
     fixed = dict(spec.fixed.get(known_task, {}))
     head = _load(spec.estimators[known_task])()
     settable = head.get_params(deep=False).keys()
-    head.set_params(**{key: value for key, value in fixed.items() if key in settable})
-    if "random_state" in settable:
-        head.set_params(random_state=random_state)
+    given = {**spec.defaults.get(known_task, {}), **fixed, "random_state": random_state}
+    head.set_params(**{key: value for key, value in given.items() if key in settable})
     pipeline = Pipeline([("scale", StandardScaler()), ("head", head)])
     known = sorted(key for key in pipeline.get_params() if "__" in key or key == "scale")
     known = [key for key in known if key.removeprefix("head__") not in fixed]
-    pipeline.set_params(**_addressed(params or {}, known, name))
+    addressed = _addressed(params or {}, known, name)
+    if not spec.standardised and addressed.get("scale") != "standard":
+        addressed.setdefault("scale", "passthrough")
+    if addressed.get("scale") == "standard":
+        del addressed["scale"]
+    pipeline.set_params(**addressed)
     if hasattr(head, "check_params"):
         try:
             head.check_params()
@@ -164,16 +290,10 @@ def _addressed(params: Mapping[str, object], known: list[str], name: str) -> dic
             raise ConfigError(f"head {name!r} has no setting {key!r}{meant} it has {', '.join(short)}")
         if target in addressed:
             raise ConfigError(f"head {name!r}: {key!r} and {target!r} are the same setting; give one of them")
-        if target == "scale" and value != "passthrough" and not hasattr(value, "transform"):
-            raise ConfigError(f"head {name!r}: scale is {value!r}; give passthrough, or a scikit-learn transformer")
+        if target == "scale" and value not in ("standard", "passthrough") and not hasattr(value, "transform"):
+            raise ConfigError(f"head {name!r}: scale is {value!r}; give standard, passthrough, or a transformer")
         addressed[target] = value
     return addressed
-
-
-def _spec(name: str) -> HeadSpec:
-    if name not in TABLE:
-        raise unknown("head", name, TABLE)
-    return TABLE[name]
 
 
 def _task(task: str) -> Task:
@@ -181,6 +301,22 @@ def _task(task: str) -> Task:
         if task == known:
             return known
     raise unknown("task", task, TASKS)
+
+
+def _task_of(kind: Any, name: str) -> Task:
+    """What an estimator of somebody else's does."""
+    from sklearn.base import is_classifier, is_regressor
+
+    if isinstance(kind, type) and hasattr(kind, "fit") and hasattr(kind, "get_params"):
+        try:
+            head = kind()
+        except TypeError as error:
+            raise ConfigError(f"head {name!r} cannot be made without settings ({error})") from None
+        if is_classifier(head):
+            return "classification"
+        if is_regressor(head):
+            return "regression"
+    raise ConfigError(f"head {name!r} is no classifier or regressor of scikit-learn's kind")
 
 
 def _load(path: str) -> Any:

@@ -33,7 +33,7 @@ FLOORS = [
         "image",
         "split",
     },
-    {"archive", "backbone", "cache", "heads", "scores"},
+    {"archive", "backbone", "cache", "calibration", "heads", "scores"},
     {"commit", "engine", "known", "loader"},
     {"extraction", "model"},
     {"training", "evaluation", "prediction", "verification", "upkeep"},

@@ -1,0 +1,162 @@
+"""From scores to probabilities that mean what they say, and to those of another mix of classes.
+
+A temperature divides the scores before the softmax (Guo et al., "On calibration of modern neural networks", ICML 2017);
+offsets are added to them where the classes are met more or less often than in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, softmax
+
+from featpipe.errors import ConfigError
+
+__all__ = ["Calibration", "calibration_error", "fit_temperature", "logits_of", "prior_offsets"]
+
+Array = NDArray[np.float64]
+
+BINS = 15
+TEMPERATURES = (1e-2, 1e3)
+_LOWEST = 1e-12  # of a probability whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is done to the scores of a head before they become probabilities.
+
+    Attributes
+    ----------
+    temperature : float
+        Scores are divided by it; 1 leaves them as they are.
+    offsets : tuple of k floats
+        Added after that, one for each class; none where the classes are met as often as in training.
+    """
+
+    temperature: float = 1.0
+    offsets: tuple[float, ...] = ()
+
+    def probabilities(self, logits: Array, multilabel: bool = False) -> Array:
+        """Of scores of shape (m, k)."""
+        scores = logits / self.temperature
+        if self.offsets:
+            scores = scores + np.asarray(self.offsets)
+        return np.asarray(expit(scores) if multilabel else softmax(scores, axis=1))
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"temperature": self.temperature, "offsets": list(self.offsets)}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], k: int) -> Calibration:
+        """From `facts`.
+
+        Raises
+        ------
+        ValueError
+            If they are not of k classes.
+        """
+        temperature, offsets = float(facts["temperature"]), tuple(float(value) for value in facts["offsets"])
+        finite = np.isfinite([temperature, *offsets]).all()
+        if not finite or temperature <= 0 or len(offsets) not in (0, k):
+            raise ValueError(f"a calibration of temperature {temperature} and {len(offsets)} offsets for {k} classes")
+        return cls(temperature, offsets)
+
+
+def logits_of(head: Any, X: NDArray[Any]) -> Array:
+    """The scores of a classifier before the softmax, shape (m, k); with several labels a row, before the sigmoids.
+
+    Its decision function; where it has none, the logarithm of its probabilities, or their log odds.
+
+    Raises
+    ------
+    ConfigError
+        If it gives neither.
+    """
+    if hasattr(head, "decision_function"):
+        scores = np.asarray(head.decision_function(X), np.float64)
+        return np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
+    if not hasattr(head, "predict_proba"):
+        kind = type(head[-1] if hasattr(head, "steps") else head).__name__
+        raise ConfigError(f"{kind} gives neither probabilities nor scores; take another head")
+    p = np.clip(np.asarray(head.predict_proba(X), np.float64), _LOWEST, 1.0)
+    if getattr(head, "multilabel_", False):
+        return np.log(p) - np.log(np.clip(1 - p, _LOWEST, 1.0))
+    return np.log(p)
+
+
+def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
+    """The temperature with the least log loss.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (m, k)
+        Of rows that the head was not fitted on.
+    y : ndarray of shape (m,) or (m, k)
+        Class codes; or 0 and 1 for each label.
+    """
+
+    def loss(logarithm: float) -> float:
+        scores = logits * np.exp(-logarithm)
+        if y.ndim == 2:
+            return float(np.mean(np.logaddexp(0, scores) - y * scores))
+        return -float(np.mean(log_softmax(scores, axis=1)[np.arange(len(y)), y]))
+
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def prior_offsets(trained: Mapping[str, float], target: Mapping[str, float], classes: Sequence[str]) -> tuple[float, ...]:
+    """What corrects scores for another mix of classes than that of training: log target - log trained.
+
+    Parameters
+    ----------
+    trained, target : mapping from class to a share or a count
+        Classes that ``target`` does not name share what it leaves in their trained proportions, if it gives shares
+        of less than 1 in all.
+    classes : sequence of str
+
+    Raises
+    ------
+    ConfigError
+        If a class is unknown, a share is not positive, or the shares are of more than 1.
+    """
+    strange = [name for name in target if name not in classes]
+    if strange:
+        raise ConfigError(f"prior names {strange[0]!r}, which is none of the {len(classes)} classes")
+    if any(not np.isfinite(share) or share <= 0 for share in target.values()):
+        raise ConfigError("prior gives a share that is not above 0; leave the class out, or give it a small one")
+    before = np.array([trained[name] for name in classes], np.float64)
+    before /= before.sum()
+    after = np.array([target.get(name, np.nan) for name in classes], np.float64)
+    left = np.isnan(after)
+    if left.any():
+        rest = 1 - np.nansum(after)
+        if rest <= 0:
+            raise ConfigError(f"prior gives {1 - rest:g} to {len(target)} of {len(classes)} classes: nothing is left")
+        after[left] = rest * before[left] / before[left].sum()
+    return tuple((np.log(after / after.sum()) - np.log(before)).tolist())
+
+
+def calibration_error(probabilities: Array, y: NDArray[Any], bins: int = BINS) -> float:
+    """How far confidence is from accuracy: the mean gap over bins of equal width, weighted by their rows.
+
+    Parameters
+    ----------
+    probabilities : ndarray of shape (m, k)
+    y : ndarray of shape (m,) or (m, k)
+        Class codes, judged by the most probable class; or 0 and 1 for each label, each of which is judged.
+    bins : int
+    """
+    if y.ndim == 2:
+        confidence, right = probabilities.ravel(), np.asarray(y, bool).ravel()
+    else:
+        confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(where, confidence, bins) - np.bincount(where, right, bins)
+    return float(np.abs(gaps).sum() / len(confidence))
