@@ -10,7 +10,7 @@ from featpipe.cache.layout import (
     parts_directory,
     shards_directory,
 )
-from featpipe.cache.reader import FeatureCache, Rows
+from featpipe.cache.reader import FeatureCache, Rows, View
 from featpipe.cache.writer import write_cache
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "FeatureCache",
     "Rows",
     "Table",
+    "View",
     "narrowed",
     "parts_directory",
     "shards_directory",

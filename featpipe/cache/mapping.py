@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HUGE_BYTES", "PAGE_BYTES", "Piece", "map_into", "reserved", "view"]
+__all__ = ["HUGE_BYTES", "PAGE_BYTES", "Piece", "forget", "map_into", "reserved", "view"]
 
 PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
 HUGE_BYTES = 2**21  # what lies alike within such a piece in file and in memory is mapped at once, and found faster
@@ -81,3 +81,17 @@ def map_into(whole: NDArray[np.uint8], piece: Piece) -> None:
     found = place(whole.ctypes.data + piece.start, piece.nbytes, mmap.PROT_READ, flags, piece.file, piece.offset)
     if found == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def forget(array: NDArray) -> None:
+    """Give the pages of an array that is mapped from a file back; they are read again when they are wanted.
+
+    What was read of a file counts as memory of the process until then, even where the system could take it back. Of
+    an array that is not mapped the numbers would be lost.
+    """
+    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        advise(first, last - first, mmap.MADV_DONTNEED)

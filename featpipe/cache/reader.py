@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from featpipe.cache.checks import check_rows, digest_of_column
 from featpipe.cache.layout import SPLITS, Table, parts_directory, version_of
+from featpipe.cache.mapping import forget
 from featpipe.cache.opening import Contents, open_cache
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, CacheMismatchError, ConfigError
 from featpipe.labels import Labels
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-__all__ = ["FeatureCache", "Rows"]
+__all__ = ["FeatureCache", "Rows", "View"]
 
 Rows = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 """Some rows of a cache: a slice, a mask of shape (n,), or row numbers in any order."""
@@ -280,6 +281,19 @@ class FeatureCache:
             result[start:stop] = np.take(features, chosen[start:stop], axis=0, mode="clip")
         return result
 
+    def view(self, rows: Rows | None = None, output: str | None = None) -> View:
+        """Some rows as one array that is read where it is sliced, for those that do not fit into memory.
+
+        Parameters
+        ----------
+        rows : slice, mask of shape (n,), or row numbers; all if not given
+        output : str, optional
+            One of ``outputs``; the first if not given.
+        """
+        chosen = _chosen(rows, len(self))
+        numbers = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
+        return View(self.features(output), numbers, mapped=True)
+
     def batches(
         self,
         size: int,
@@ -402,6 +416,48 @@ class FeatureCache:
             found = check_rows(self.digests[some], self.status_codes[some], features[some])
             whole[start:stop] = (found == checks[some]).all(axis=1)
         return whole
+
+
+class View:
+    """Rows of a cache that are read when they are asked for, and leave nothing in memory.
+
+    Parameters
+    ----------
+    features : ndarray of shape (n, d)
+    rows : ndarray of shape (m,), int
+    mapped : bool
+        Whether the features are mapped from a file.
+
+    Attributes
+    ----------
+    shape : tuple
+        ``(m, d)``
+    dtype : dtype
+        As stored.
+    """
+
+    def __init__(self, features: NDArray[np.floating], rows: NDArray[np.intp], mapped: bool = False) -> None:
+        self._features, self._rows, self._mapped = features, rows, mapped
+        self.shape = (len(rows), *features.shape[1:])
+        self.dtype = features.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.integer[Any]]) -> NDArray[np.floating]:
+        """A copy of some rows, shape (b, d), as stored."""
+        numbers = self._rows[rows]
+        if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
+            run = self._features[numbers[0] : numbers[-1] + 1]
+            found = np.array(run)
+            if self._mapped:
+                forget(run)
+            return found
+        return np.take(self._features, numbers, axis=0)
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> View:
+        """A view of some of its rows."""
+        return View(self._features, self._rows[rows], self._mapped)
 
 
 def _opened_again(path: Path, digest: str, salvage: bool) -> FeatureCache:

@@ -358,3 +358,39 @@ def test_a_number_of_good_rows_that_is_not_theirs_is_damage(tmp_path):
     assert cache.damaged_columns() == []
     cache.manifest["ok"] -= 1
     assert cache.damaged_columns() == ["samples/status"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_view_is_the_rows_that_it_is_of_wherever_it_is_sliced(made, cache, rows):
+    wanted = taken(made.features["pooled"], ROWS[rows])
+    view = cache.view(ROWS[rows])
+    assert (view.shape, view.dtype, len(view)) == (wanted.shape, wanted.dtype, len(wanted))
+    for some in (slice(None), slice(2, 5), slice(0, 0), np.arange(len(wanted))[::2], np.arange(len(wanted)) % 2 == 0):
+        for _ in range(2):  # what was given back to the system is read again
+            assert view[some].tobytes() == wanted[some].tobytes()
+    assert view.take(np.arange(len(wanted))[1::2])[:].tobytes() == wanted[1::2].tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_view_leaves_nothing_in_memory(tmp_path):
+    n, d = 20_000, 500
+    rng = np.random.default_rng(0)
+    made = Made(n, task="none")
+    made.status[:] = 0
+    block = rng.normal(size=(n, d)).astype(np.float32)
+    outputs = {"pooled": (d,)}
+    facts = made.write(tmp_path / "a.h5").facts | {}
+    facts["backbone"]["outputs"] = {"pooled": {}}
+    write_cache(
+        tmp_path / "b.h5", made.table, {"facts": facts}, outputs, "float32", lambda _, start, stop: block[start:stop]
+    )
+    view = FeatureCache(tmp_path / "b.h5").view()
+
+    def resident() -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("RssFile")) * 1024
+
+    before = resident()
+    for start in range(0, n, 1000):
+        assert np.array_equal(view[start : start + 1000], block[start : start + 1000])
+        assert resident() - before < 8e6
