@@ -21,13 +21,14 @@ Array = NDArray[np.float64]
 
 HISTORY = 30
 # Late in the search the curvature changes slowly; on separable data it falls by orders of magnitude at first.
-STEPS_WITH_NEW_METRIC = (5, 15, 40, 100)
+STEPS_WITH_NEW_METRIC = (2, 4, 7, 11, 16, 23, 32, 45, 63, 90, 130, 180)
 FLOAT32_FROM_PRODUCTS = 1e8
 STALLED_AFTER = 12
 TRIALS = 30
 # A curvature for each class is worth its price from here on, and again when that much has been gained since.
 BLOCKS_BELOW = 0.1
-BLOCKS_AGAIN_AFTER = 10.0
+FALL = (0.002, 0.08)
+NO_BLOCKS_BELOW = 1e-7
 EVALUATIONS_FOR_BLOCKS = 25.0
 ROUNDING = {"float32": 1e-6, "float64": 1e-13}
 
@@ -171,7 +172,8 @@ class _Search:
     point: Point = field(init=False)
     metric: Metric | Blocks = field(init=False)
     decrement: float = field(init=False, default=np.inf)
-    blocks_at: tuple[int, float] = field(init=False, default=(0, np.inf))
+    fall: float = field(init=False, default=1.0)
+    blocks_at: int = field(init=False, default=0)
     dtype: type[np.floating[Any]] = field(init=False)
     first_dtype: type[np.floating[Any]] = field(init=False)
     open: NDArray[np.intp] = field(init=False)
@@ -277,15 +279,17 @@ class _Search:
         self.metric = self.memory.curvature.metric(self.problem.ridge)
 
     def _worth_blocks(self, steps: int) -> bool:
-        price, (made, decrement) = Blocks.evaluations(self.problem), self.blocks_at
-        if self.dtype != np.float32 or price > EVALUATIONS_FOR_BLOCKS or self.decrement > BLOCKS_BELOW:
+        price, since = Blocks.evaluations(self.problem), steps - self.blocks_at
+        if self.dtype != np.float32 or price > EVALUATIONS_FOR_BLOCKS:
             return False
-        return made == 0 or (steps - made >= price and self.decrement * BLOCKS_AGAIN_AFTER < decrement)
+        if self.blocks_at:
+            return since >= 2 * (price + 1) and self.decrement > NO_BLOCKS_BELOW
+        return steps > 2 and self.decrement < BLOCKS_BELOW and FALL[0] < self.fall < FALL[1]
 
     def _make_blocks(self, steps: int) -> None:
         self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
         self.metric = Blocks.at(self.problem, self.point.theta, self.memory.curvature)
-        self.blocks_at = steps, self.decrement
+        self.blocks_at = steps
 
     def _step(self) -> bool:
         """One step of every open group; whether any moved."""
@@ -297,12 +301,13 @@ class _Search:
             self.memory.clear()
             direction = -_solve(self.metric, gradient)
             slopes = _dots(direction, gradient)
-        self.decrement = -0.5 * float(slopes.sum() / self.point.values.sum())
         direction[self.resting] = 0.0
         there = self._along(direction, slopes)
         if there is None:
             return False
         self.memory.add(self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient))
+        self.decrement = -0.5 * float(slopes.sum() / here.values.sum())
+        self.fall = 1.0 - float(there.values.sum() / here.values.sum())
         self.point = there
         self._note()
         return True
@@ -312,20 +317,31 @@ class _Search:
         here, lengths = self.point, np.ones(len(slopes))
         slack = ROUNDING[self._precision] * np.abs(here.values)
         for _ in range(TRIALS):
-            there = self.problem.at(
-                here.theta + (lengths[:, None, None] * direction).reshape(here.theta.shape), self.dtype
-            )
+            there = self._moved(direction, lengths)
             rise = there.values - here.values
             new_slopes = _dots(direction, self._grouped(there.gradient))
             # Near the optimum values are equal but for rounding, and slopes still tell.
             fine = (rise <= 1e-4 * lengths * slopes) | ((rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes)))
             if fine.all():
-                return there
+                return there if self.memory.steps else self._shorter(there, direction, lengths)
             with np.errstate(all="ignore"):
                 shorter = -slopes * lengths / (2 * (rise - lengths * slopes))
             shorter = np.clip(np.where(np.isfinite(shorter), shorter, 0.1), 0.1, 0.5)
             lengths = np.where(fine, lengths, lengths * shorter)
         return None
+
+    def _shorter(self, there: Point, direction: Array, lengths: Array) -> Point:
+        """Half as far as often as that is much better: a first step on separable rows goes far beyond the minimum."""
+        while True:
+            lengths = lengths / 2
+            nearer = self._moved(direction, lengths)
+            if nearer.values.sum() >= 0.8 * there.values.sum():
+                return there
+            there = nearer
+
+    def _moved(self, direction: Array, lengths: Array) -> Point:
+        steps = (lengths[:, None, None] * direction).reshape(self.point.theta.shape)
+        return self.problem.at(self.point.theta + steps, self.dtype)
 
     def _recover(self) -> bool:
         """After a stall: float64, then a fresh start from here; False when both are used up."""
