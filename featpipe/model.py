@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from featpipe import heads
 from featpipe.cache import FeatureCache, narrowed
+from featpipe.calibration import Calibration, logits_of
 from featpipe.durable import whole_file
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.fingerprint import differences
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 FORMAT = "featpipe-model"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # 1.1 may hold a calibration
 KEPT_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
 MEMBER_BYTES_MAX = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
 WEIGHTS_MEMBER = "backbone.safetensors"
@@ -82,6 +83,8 @@ class Model:
         What is known of its quality, and how that was measured.
     history : dict
         Versions, time, head settings, origin of the training rows.
+    calibration : Calibration or None
+        What is done to the head's scores before they become probabilities.
     """
 
     head: Any
@@ -94,6 +97,7 @@ class Model:
     trained_on: NDArray[np.uint8]
     scores: dict[str, Any] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
     path: Path | None = None
     device: str = "auto"
     _carries_weights: bool = False
@@ -115,6 +119,11 @@ class Model:
         ndarray
             Class names of shape (m,); targets of shape (m,) or (m, t); or a 0/1 matrix of shape (m, k).
         """
+        if self.calibration is not None:
+            p = self.predict_proba_features(X)
+            if self.task == "multilabel":
+                return (p > 0.5).astype(np.int64)
+            return np.array(self.classes, dtype=object)[p.argmax(axis=1)]
         if self.task == "classification":
             return np.array(self.classes, dtype=object)[self.head.predict(X)]
         return np.asarray(self.head.predict(X))
@@ -123,6 +132,8 @@ class Model:
         """Probabilities of shape (m, k) from embeddings, columns in the order of ``classes``."""
         if self.task == "regression":
             raise ConfigError("this model predicts numbers, not classes; it has no probabilities: use predict")
+        if self.calibration is not None:
+            return self.calibration.probabilities(logits_of(self.head, X), self.task == "multilabel")
         return np.asarray(self.head.predict_proba(X), np.float64)
 
     def predict(self, images: Sequence[object]) -> NDArray[Any]:
@@ -277,6 +288,7 @@ class Model:
             "backbone": self.request,
             "scores": self.scores,
             "history": {**self.history, "portable": portable},
+            "calibration": None if self.calibration is None else self.calibration.facts(),
             "files": files,
         }
 
@@ -324,6 +336,7 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             trained_on=np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, KEPT_DIGEST_BYTES),
             scores=document["scores"],
             history=document["history"],
+            calibration=_calibration(document),
             path=source,
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
@@ -414,6 +427,11 @@ def _reading(path: Path) -> Iterator[None]:
         raise ModelError(
             f"{path}: is damaged or not a featpipe model ({reason}); copy it again, or train again"
         ) from None
+
+
+def _calibration(document: Mapping[str, Any]) -> Calibration | None:
+    stated = document.get("calibration")
+    return None if stated is None else Calibration.of(stated, len(document["classes"]))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

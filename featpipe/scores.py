@@ -171,7 +171,7 @@ class Scores:
         return "\n".join(lines)
 
 
-def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -> Scores:
+def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], **how: int) -> Scores:
     """The scores that a task has; parameters as in the function for that task.
 
     Parameters
@@ -182,10 +182,12 @@ def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -
         Probabilities, or numbers for a regression.
     names : sequence of str
         Of classes or targets.
+    **how
+        ``bootstrap`` and ``seed``.
     """
     if task not in _SCORERS:
         raise unknown("task", task, _SCORERS)
-    return _SCORERS[task](y, predicted, names)
+    return _SCORERS[task](y, predicted, names, **how)
 
 
 def score_classification(

@@ -21,7 +21,7 @@ __all__ = ["main"]
 COMMANDS = {  # name → module; loaded when the command is called, so that help costs no torch
     "demo": "demonstrate",
     "extract": "make",
-    "train": "make",
+    "train": "fit",
     "evaluate": "use",
     "predict": "use",
     "info": "show",

@@ -183,22 +183,51 @@ def backbones(pattern: str | None, as_json: bool) -> None:
 
 
 @click.command(short_help="List the heads that can be trained.")
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
-def heads(as_json: bool) -> None:
-    """List the heads that can be trained, what they are for and what can be set.
+def heads(name: str | None, as_json: bool) -> None:
+    """List the heads that can be trained and what they are for; with a NAME, its settings and their defaults.
 
     \b
-    Example:
+    Examples:
       featpipe heads
+      featpipe heads mlp
     """
     from featpipe import heads as rooms
 
-    tasks = ("classification", "regression", "multilabel")
+    if name is not None:
+        _settings(name, as_json)
+        return
     rows = [
-        {"head": name, "tasks": [task for task in tasks if name in rooms.names(task)], "what": rooms.describe(name)}
-        for name in rooms.TABLE
+        {"head": head, "tasks": [task for task in rooms.TASKS if head in rooms.names(task)], "what": spec.summary}
+        for head, spec in rooms.TABLE.items()
     ]
     if as_json:
         dump(rows)
-    else:
-        click.echo(table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
+        return
+    click.echo(table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
+    click.echo("\nAny other estimator of scikit-learn's kind by its import path: sklearn.ensemble.RandomForestClassifier")
+
+
+def _settings(name: str, as_json: bool) -> None:
+    from featpipe import heads as rooms
+
+    spec = rooms.spec_of(name)
+    settings = rooms.settings_of(name)
+    grid = {key: list(values) for key, values in spec.grid.items()}
+    if as_json:
+        facts = {"head": name, "tasks": list(spec.estimators), "what": spec.summary, "settings": settings, "grid": grid}
+        dump(facts)
+        return
+    click.echo(f"{name}: {spec.summary}; for {', '.join(spec.estimators)}\n")
+    rows = [
+        [key, _shown(value), ", ".join(map(_shown, grid.get(key, [])))] for key, value in settings.items()
+    ]
+    click.echo(table(rows, ["setting", "default", "tried by --tune"]))
+
+
+def _shown(value: object) -> str:
+    """As ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -14,6 +14,7 @@ from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, 
 
 if TYPE_CHECKING:
     from featpipe.heads.softmax import SoftmaxRegression
+    from featpipe.heads.streaming import fit_streamed
     from featpipe.heads.torch_heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "build",
     "describe",
     "dumps",
+    "fit_streamed",
     "loads",
     "names",
     "parse_settings",
@@ -38,8 +40,17 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "LinearClassifier": "torch_heads",
+    "LinearRegressor": "torch_heads",
+    "MLPClassifier": "torch_heads",
+    "MLPRegressor": "torch_heads",
+    "SoftmaxRegression": "softmax",
+    "fit_streamed": "streaming",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'featpipe.heads' has no attribute {name!r}")
-    home = "softmax" if name == "SoftmaxRegression" else "torch_heads"
-    return getattr(import_module(f"featpipe.heads.{home}"), name)
+    return getattr(import_module(f"featpipe.heads.{_HOMES[name]}"), name)

@@ -1,0 +1,155 @@
+"""How good a head is, from rows that it was not fitted on and that chose none of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.calibration import Calibration, calibration_error, fit_temperature
+from featpipe.errors import ConfigError
+from featpipe.progress import Progress, Tell
+from featpipe.scores import Scores, score
+from featpipe.training.fitting import Fitted, Plan
+from featpipe.training.rows import Rows
+
+__all__ = ["Estimate", "cross_validate", "main_metric"]
+
+CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
+
+_LOWER_IS_BETTER = ("log_loss", "mae", "rmse")
+
+
+def main_metric(scores: Scores, metric: str | None = None) -> tuple[str, float]:
+    """The score that heads are compared by: its name, and its value with the sign that makes larger the better."""
+    name = metric if metric is not None and metric in scores.metrics else next(iter(scores.metrics))
+    value = float(scores.metrics[name].value)
+    return name, -value if name in _LOWER_IS_BETTER else value
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What cross-validation found.
+
+    Attributes
+    ----------
+    scores : Scores
+        Of the predictions of all folds together.
+    folds : tuple of float
+        The main score of each fold.
+    calibration : Calibration or None
+        Fitted on the predictions of all folds.
+    errors : tuple of two floats, or None
+        The calibration error before and after; after, each fold was calibrated on the others.
+    how : str
+        For people.
+    """
+
+    scores: Scores
+    folds: tuple[float, ...]
+    calibration: Calibration | None
+    errors: tuple[float, float] | None
+    how: str
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the main score over the folds."""
+        return float(np.std(self.folds, ddof=1)) if len(self.folds) > 1 else 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        found = {"how": self.how, "folds": len(self.folds), "by_fold": list(self.folds), "spread": self.spread}
+        if self.calibration is not None and self.errors is not None:
+            before, after = self.errors
+            found["calibration"] = {
+                "temperature": self.calibration.temperature,
+                "error_before": before,
+                "error_after": after,
+            }
+        return {**found, **self.scores.to_dict()}
+
+
+def cross_validate(plan: Plan, rows: Rows, k: int, *, calibrate: bool, tell: Tell, metric: str | None = None) -> Estimate:
+    """Fit on all folds but one, k times, with the settings chosen anew each time."""
+    found = [_Fold(plan, rows, fit, held, tell, number, k) for number, (fit, held) in enumerate(rows.folds(plan.task, k), 1)]
+    calibrate = calibrate or (plan.task != "regression" and not found[0].fitted.gives_probabilities)
+    held = np.concatenate([fold.held for fold in found])
+    calibration, errors = None, None
+    if calibrate:
+        answers, calibration, errors = _calibrated(plan, found, rows.y)
+    else:
+        answers = [fold.fitted.answers(fold.X) for fold in found]
+    truth = _truth(plan.task, rows)
+    order = np.argsort(held, kind="stable")
+    scores = score(plan.task, truth[held[order]], np.concatenate(answers)[order], rows.classes)
+    name, _ = main_metric(scores, metric)
+    each = [
+        score(plan.task, truth[fold.held], answer, rows.classes, bootstrap=0).metrics
+        for fold, answer in zip(found, answers, strict=True)
+    ]
+    by_fold = tuple(metrics[name].value for metrics in each if name in metrics)
+    return Estimate(scores, by_fold, calibration, errors, _how(rows, k, len(held)))
+
+
+class _Fold:
+    def __init__(
+        self, plan: Plan, rows: Rows, fit: NDArray[Any], held: NDArray[Any], tell: Tell, number: int, k: int
+    ) -> None:
+        self.held = held
+        self.fitted: Fitted = plan.fit(rows.take(fit))
+        self.X = rows.take(held).X
+        tell(Progress("bar", "cross-validating", number, k, "folds"))
+
+
+def _calibrated(
+    plan: Plan, folds: Sequence[_Fold], y: NDArray[Any]
+) -> tuple[list[NDArray[np.float64]], Calibration, tuple[float, float]]:
+    """The answers of each fold, calibrated on the others; the calibration by all; and the errors."""
+    logits = [fold.fitted.logits(fold.X) for fold in folds]
+    truths = [y[fold.held] for fold in folds]
+    multilabel = plan.task == "multilabel"
+
+    def fitted(chosen: Sequence[int]) -> Calibration:
+        return Calibration(
+            fit_temperature(np.concatenate([logits[i] for i in chosen]), np.concatenate([truths[i] for i in chosen]))
+        )
+
+    every = list(range(len(folds)))
+    answers = [
+        fitted([j for j in every if j != i] or every).probabilities(logits[i], multilabel) for i in every
+    ]
+    truth = np.concatenate(truths)
+    before = calibration_error(Calibration().probabilities(np.concatenate(logits), multilabel), truth)
+    after = calibration_error(np.concatenate(answers), truth)
+    return answers, fitted(every), (before, after)
+
+
+def calibrated_on_folds(plan: Plan, rows: Rows, k: int | None, tell: Tell) -> Calibration:
+    """A temperature from cross-validation alone, for a head that has no probabilities of its own."""
+    for number in (k, CALIBRATION_FOLDS, 2):
+        if number is None:
+            continue
+        try:
+            splits = rows.folds(plan.task, number)
+        except ConfigError:
+            continue
+        found = [_Fold(plan, rows, fit, held, tell, i, number) for i, (fit, held) in enumerate(splits, 1)]
+        return _calibrated(plan, found, rows.y)[1]
+    raise ConfigError(
+        f"head {plan.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has one "
+        "image only: take logistic, or give more images"
+    )
+
+
+def _truth(task: str, rows: Rows) -> NDArray[Any]:
+    return np.array(rows.classes, dtype=object)[rows.y] if task == "classification" else rows.y
+
+
+def _how(rows: Rows, k: int, held: int) -> str:
+    kept = "" if rows.groups is None else f", {len(np.unique(rows.groups)):,} groups kept together"
+    if rows.times is not None:
+        return f"{k} spans of time, each predicted from those before it: {held:,} of {len(rows):,} training images{kept}"
+    return f"{k}-fold cross-validation on the {len(rows)} training images{kept}"

@@ -1,0 +1,177 @@
+"""One head, fitted on some rows: with its settings chosen, its rows balanced and its features streamed where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe import heads
+from featpipe.calibration import Calibration, logits_of
+from featpipe.errors import ConfigError
+from featpipe.heads.balance import resample
+from featpipe.training.rows import Rows
+from featpipe.training.selection import Choice, choose_strength, scorer_of, search, subset
+
+__all__ = ["Fitted", "Plan"]
+
+ROWS_AT_ONCE = 1 << 16
+LOWEST_LOGIT = -30.0  # beside the others, of a class that a fold was not fitted on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a head is to be fitted.
+
+    Attributes
+    ----------
+    head : str
+    task : {"classification", "regression", "multilabel"}
+    params : mapping
+        Settings of the head; weights of classes by class number.
+    grid : mapping from setting to values
+        What is tried; the head's own grid where ``tune`` is true and this is empty.
+    tune : bool or None
+        None tunes the strength of ``logistic`` alone, where it was not set.
+    metric : str or None
+        What settings are chosen by.
+    one_standard_error : bool
+        The strongest penalty whose score is within one standard error of the best.
+    balance : str or None
+        How rows are resampled before the fit, see :func:`featpipe.heads.balance.resample`.
+    random_state : int or None
+    jobs : int or None
+        Processes for the search.
+    tuning_rows : int
+        The most rows that settings are tried on where features stay in the file.
+    """
+
+    head: str
+    task: str
+    params: Mapping[str, object] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    tune: bool | None = None
+    metric: str | None = None
+    one_standard_error: bool = False
+    balance: str | None = None
+    random_state: int | None = 0
+    jobs: int | None = None
+    tuning_rows: int = 20_000
+
+    def check(self) -> None:
+        """Refuse what cannot be, before any work."""
+        heads.build(self.head, self.task, params=self.params, random_state=self.random_state)
+        scorer_of(self.task, self.metric)
+        if self.one_standard_error and not self.tunes_strength:
+            raise ConfigError("one_standard_error is for the strength C of logistic, where C is not set")
+        if self.balance and self.task != "classification":
+            raise ConfigError(f"balance={self.balance} is for classification, not for {self.task}")
+        for key, values in self._grid().items():
+            for value in values:
+                heads.build(self.head, self.task, params={**self.params, key: value}, random_state=self.random_state)
+
+    @property
+    def tunes_strength(self) -> bool:
+        """Whether the strength of ``logistic`` is chosen along its whole path."""
+        path = self.head == "logistic" and not self.grid and self.tune is not False
+        return path and not {"C", "head__C"} & set(self.params) and self.params.get("penalty") in (None, "l2")
+
+    def _grid(self) -> dict[str, Sequence[object]]:
+        if self.grid or not self.tune or self.tunes_strength:
+            return dict(self.grid)
+        own = heads.spec_of(self.head).grid
+        grid = {key: values for key, values in own.items() if not {key, f"head__{key}"} & set(self.params)}
+        if not grid:
+            raise ConfigError(f"there is nothing to tune of head {self.head!r}; say what to try: --grid SETTING=A,B")
+        return grid
+
+    def fit(self, rows: Rows) -> Fitted:
+        """Fit on all of some rows.
+
+        Raises
+        ------
+        ConfigError
+            If the head cannot be fitted on them.
+        """
+        started = perf_counter()
+        choice = self._choose(rows)
+        params = {**self.params, **(choice.settings if choice else {})}
+        estimator = heads.build(self.head, self.task, params=params, random_state=self.random_state)
+        tuned = perf_counter()
+        if rows.streamed:
+            if self.balance:
+                raise ConfigError(f"balance={self.balance} needs all rows in memory; take class_weight=balanced")
+            heads.fit_streamed(estimator, rows.X, rows.y)
+        else:
+            X, y = np.asarray(rows.X), rows.y
+            if self.balance:
+                X, y = resample(X, y, self.balance, random_state=self.random_state)
+            estimator.fit(X, y)
+        done = perf_counter()
+        return Fitted(estimator, self.task, rows.classes, choice, tuned - started, done - tuned)
+
+    def _choose(self, rows: Rows) -> Choice | None:
+        grid = self._grid()
+        if not grid and not self.tunes_strength:
+            return None
+        some = subset(rows, self.tuning_rows) if rows.streamed else rows
+        if self.tunes_strength:
+            return choose_strength(self, some, len(rows))
+        return search(self, some, grid)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A fitted head.
+
+    Attributes
+    ----------
+    estimator : Pipeline
+    task : str
+    classes : tuple of str
+    choice : Choice or None
+    seconds_to_tune, seconds_to_fit : float
+    """
+
+    estimator: Any
+    task: str
+    classes: tuple[str, ...]
+    choice: Choice | None
+    seconds_to_tune: float
+    seconds_to_fit: float
+
+    @property
+    def gives_probabilities(self) -> bool:
+        return hasattr(self.estimator, "predict_proba")
+
+    def answers(self, X: Any, calibration: Calibration | None = None) -> NDArray[np.float64]:
+        """Probabilities of shape (m, k), or numbers; a few rows at a time."""
+        if self.task == "regression":
+            return _in_blocks(self.estimator.predict, X)
+        if calibration is not None:
+            return calibration.probabilities(self.logits(X), self.task == "multilabel")
+        return self._in_all_classes(_in_blocks(self.estimator.predict_proba, X), 0.0)
+
+    def logits(self, X: Any) -> NDArray[np.float64]:
+        """Scores before the softmax or the sigmoids, shape (m, k)."""
+        found = _in_blocks(lambda block: logits_of(self.estimator, block), X)
+        return self._in_all_classes(found, float(found.min(initial=0)) + LOWEST_LOGIT)
+
+    def _in_all_classes(self, found: NDArray[np.float64], absent: float) -> NDArray[np.float64]:
+        if self.task == "multilabel" or found.shape[1] == len(self.classes):
+            return found
+        full = np.full((len(found), len(self.classes)), absent)
+        full[:, self.estimator.classes_] = found
+        return full
+
+
+def _in_blocks(answer: Any, X: Any) -> NDArray[np.float64]:
+    if isinstance(X, np.ndarray):
+        return np.asarray(answer(X), np.float64)
+    starts = range(0, len(X), ROWS_AT_ONCE)
+    blocks = [answer(np.asarray(X[start : start + ROWS_AT_ONCE], np.float32)) for start in starts]
+    return np.concatenate(blocks).astype(np.float64)

@@ -1,0 +1,171 @@
+"""The rows of a cache that a head is fitted on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from featpipe import split
+from featpipe.cache import SPLITS, FeatureCache, View
+from featpipe.errors import CacheError, ConfigError
+from featpipe.grouping import groups_of, times_of
+
+__all__ = ["Rows", "training_rows"]
+
+COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, that standardised, and what a solver needs
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a cache that a head is fitted on.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (m,), int64
+        Row numbers, ascending.
+    X : ndarray of shape (m, d), float32, or View
+        A view where they do not fit into memory.
+    y : ndarray
+        Class numbers of shape (m,) that count the classes of these rows alone, targets, or a 0/1 matrix.
+    classes : tuple of str
+    digests : ndarray of shape (m, 32), uint8
+    groups, times : ndarray of shape (m,), optional
+        What keeps rows together, or orders them, when they are split.
+    """
+
+    rows: NDArray[np.int64]
+    X: NDArray[np.float32] | View
+    y: NDArray[Any]
+    classes: tuple[str, ...]
+    digests: NDArray[np.uint8]
+    groups: NDArray[Any] | None = None
+    times: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the features stay in the file."""
+        return isinstance(self.X, View)
+
+    def take(self, which: NDArray[np.integer[Any]]) -> Rows:
+        """Some of the rows, of the same classes."""
+        return replace(
+            self,
+            rows=self.rows[which],
+            X=self.X.take(which) if isinstance(self.X, View) else self.X[which],
+            y=self.y[which],
+            digests=self.digests[which],
+            groups=None if self.groups is None else self.groups[which],
+            times=None if self.times is None else self.times[which],
+        )
+
+    def loaded(self) -> Rows:
+        """With the features in memory."""
+        return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, View) else self
+
+    def folds(self, task: str, k: int, seed: int = 0) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Rows to fit on and rows to judge by, k times; see :func:`featpipe.split.folds`."""
+        y, names = (self.y, self.classes) if task == "classification" else (None, None)
+        return split.folds(self.digests, y, k=k, seed=seed, groups=self.groups, times=self.times, names=names)
+
+
+def training_rows(
+    cache: FeatureCache,
+    output: str | None = None,
+    *,
+    groups: str | ArrayLike | None = None,
+    times: str | ArrayLike | None = None,
+    memory: int | None = None,
+) -> Rows:
+    """The labelled, readable rows; those marked ``train``, if the labels came with a split.
+
+    Parameters
+    ----------
+    cache : FeatureCache
+    output : str, optional
+        Which of the cache's outputs; the first if not given.
+    groups, times : str or array-like of shape (n,), optional
+        For each sample of the cache, as :func:`featpipe.split.folds` takes them; or ``TABLE:COLUMN``.
+    memory : int, optional
+        Bytes that training may use; what is available now, if not given. Features that need more stay in the file.
+
+    Raises
+    ------
+    CacheError
+        If the cache has no labels, or no row is left to train on.
+    ConfigError
+        If only one class is left, the output is a feature map, or rows that are ok hold NaN or infinity.
+    """
+    if cache.task == "none":
+        raise CacheError(
+            f"{cache.path}: has no labels; extract again with --labels TABLE or one folder for each class "
+            "(nothing is embedded again)"
+        )
+    rows = cache.usable
+    if cache.split.any():
+        rows = rows[cache.split[rows] == SPLITS.index("train")]
+    if not len(rows):
+        raise CacheError(f"{cache.path}: no row is labelled, readable and marked for training")
+    features = cache.features(output)
+    if features.ndim != 2:
+        raise ConfigError(
+            f"{cache.path}: output {output or cache.outputs[0]!r} holds feature maps of shape {features.shape[1:]}; "
+            "heads train on pooled outputs: extract with NODE:avg"
+        )
+    labels = cache.label_table.take(rows)
+    y, classes = labels.values, cache.classes
+    if cache.task == "classification":
+        present, y = np.unique(y, return_inverse=True)
+        classes = tuple(classes[code] for code in present)
+        if len(classes) < 2:
+            raise ConfigError(f"{cache.path}: all training rows are of class {classes[0]!r}; a head needs two classes")
+    elif cache.task == "regression":
+        y = labels.y
+    needed = COPIES * len(rows) * features.shape[1] * 4
+    stays = needed > (_available() if memory is None else memory)
+    X = cache.view(rows, output) if stays else np.asarray(features[rows], np.float32)
+    _refuse_not_finite(cache, rows, X)
+    found = groups_of(cache, groups, rows) if isinstance(groups, str) else _aligned(cache, groups, rows)
+    when = times_of(cache, times, rows) if isinstance(times, str) else _aligned(cache, times, rows)
+    return Rows(rows, X, y, classes, cache.digests[rows], found, when)
+
+
+def _aligned(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if array.shape != (len(cache),):
+        raise ConfigError(f"groups or times of shape {array.shape} for {len(cache)} samples; give one for each sample")
+    return np.asarray(array[rows])
+
+
+def _refuse_not_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[np.float32] | View) -> None:
+    """Rows that are ok and hold NaN: a stranger's cache, or a damaged one."""
+    step = max(1, 2**22 // max(1, X.shape[1]))
+    bad: list[int] = []
+    for start in range(0, len(rows), step):
+        bad += (rows[start : start + step][~np.isfinite(X[start : start + step]).all(axis=1)]).tolist()
+        if len(bad) > 3:
+            break
+    if bad:
+        names = ", ".join(cache.ids[row] for row in bad[:3])
+        raise ConfigError(
+            f"{cache.path}: rows that are ok hold NaN or infinity ({names}{' and more' * (len(bad) > 3)}); "
+            "`featpipe verify --repair` computes them again"
+        )
+
+
+def _available() -> int:
+    """Bytes of memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

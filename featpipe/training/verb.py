@@ -1,0 +1,270 @@
+"""The verb: fit one head on the embeddings of a cache, and say how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from featpipe.cache import FeatureCache
+from featpipe.calibration import Calibration, prior_offsets
+from featpipe.errors import ConfigError
+from featpipe.model import KEPT_DIGEST_BYTES, Model
+from featpipe.names import unknown
+from featpipe.progress import Progress, Tell, quiet
+from featpipe.training.estimate import Estimate, calibrated_on_folds, cross_validate
+from featpipe.training.fitting import Fitted, Plan
+from featpipe.training.rows import Rows, training_rows
+
+__all__ = ["Trained", "plan_of", "train", "train_on"]
+
+
+def train(
+    cache: FeatureCache,
+    head: str = "logistic",
+    *,
+    cv: int | None = None,
+    params: Mapping[str, object] | None = None,
+    output: str | None = None,
+    tune: bool | None = None,
+    grid: Mapping[str, Sequence[object]] | None = None,
+    metric: str | None = None,
+    one_standard_error: bool = False,
+    balance: str | None = None,
+    calibrate: bool = False,
+    prior: Mapping[str, float] | None = None,
+    groups: str | ArrayLike | None = None,
+    times: str | ArrayLike | None = None,
+    memory: int | None = None,
+    jobs: int | None = None,
+    random_state: int | None = 0,
+    progress: Tell = quiet,
+) -> Model:
+    """Fit a head on the embeddings of a cache.
+
+    Parameters
+    ----------
+    cache : FeatureCache
+    head : str
+        A name that ``featpipe heads`` lists, or the import path of a scikit-learn estimator.
+    cv : int, optional
+        Estimate the quality by so many folds of the training rows before fitting on all of them. Images with the same
+        bytes never lie on both sides of a fold.
+    params : mapping, optional
+        Settings of the head, such as ``{"C": 10}``.
+    output : str, optional
+        Which of the cache's outputs; the first if not given.
+    tune : bool, optional
+        Choose settings on inner folds of the training rows. If not given, this is done for the strength ``C`` of
+        ``logistic`` alone, along 45 values from 1e-6 to 1e5, unless ``params`` sets it.
+    grid : mapping from setting to values, optional
+        What to try, instead of the head's own grid.
+    metric : str, optional
+        What settings are chosen by, one of :data:`featpipe.training.METRICS`; the first of the task if not given.
+    one_standard_error : bool
+        Choose the smallest ``C`` whose score is within one standard error of the best.
+    balance : {"over", "under", "smote"}, optional
+        Resample the training rows of each fit so that all classes are as frequent.
+    calibrate : bool
+        Fit a temperature on the predictions of the folds, so that probabilities mean what they say. Always done for
+        heads that have scores and no probabilities.
+    prior : mapping from class to share, optional
+        How frequent classes are where the model will be used; probabilities are corrected for it.
+    groups : str or array-like of shape (n,), optional
+        For each sample of the cache what it belongs to (a patient, a photograph), which is never on both sides of a
+        fold; ``TABLE:COLUMN`` reads it from a table.
+    times : str or array-like of shape (n,), optional
+        For each sample when it was made, likewise: folds are judged on what is later than what they were fitted on.
+    memory : int, optional
+        Bytes that training may use; features that need more are read from the file, pass after pass.
+    jobs : int, optional
+        Processes for ``tune``, as joblib counts them.
+    random_state : int or None
+    progress : callable
+
+    Returns
+    -------
+    Model
+        ``model.scores`` holds the estimate, ``model.history`` what it was trained on, what was chosen, and the time.
+
+    Raises
+    ------
+    ConfigError
+        If head or setting is unknown, or a class has fewer images than there are folds.
+    CacheError
+        If the cache has no labels.
+
+    Examples
+    --------
+    >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
+    """
+    if output is not None and output not in cache.outputs:
+        raise unknown("output", output, cache.outputs)
+    if calibrate and cache.task == "regression":
+        raise ConfigError("calibrate is for probabilities; a regression has none")
+    rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
+    plan = plan_of(
+        cache,
+        rows,
+        head,
+        params or {},
+        grid=grid or {},
+        tune=tune,
+        metric=metric,
+        one_standard_error=one_standard_error,
+        balance=balance,
+        jobs=jobs,
+        random_state=random_state,
+    )
+    asked = {"params": params or {}, "balance": balance, "random_state": random_state}
+    trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
+    return trained.model(cache, rows, output, asked)
+
+
+def plan_of(cache: FeatureCache, rows: Rows, head: str, params: Mapping[str, object], **how: Any) -> Plan:
+    """The checked plan of one head."""
+    settings = _by_code(params, rows.classes) if cache.task == "classification" else dict(params)
+    plan = Plan(head, cache.task, settings, **how)
+    plan.check()
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A fitted head and what is known of its quality."""
+
+    plan: Plan
+    fitted: Fitted
+    estimate: Estimate | None
+    calibration: Calibration | None
+
+    def model(self, cache: FeatureCache, rows: Rows, output: str | None, asked: Mapping[str, Any]) -> Model:
+        """As it is saved and used."""
+        scores = {} if self.estimate is None else {"cross_validation": self.estimate.facts()}
+        return Model(
+            head=self.fitted.estimator,
+            head_name=self.plan.head,
+            task=cache.task,
+            classes=rows.classes,
+            output=output or cache.outputs[0],
+            facts=cache.facts,
+            request=dict(cache.manifest["backbone"]),
+            trained_on=np.unique(rows.digests[:, :KEPT_DIGEST_BYTES], axis=0),
+            scores=_plain(scores),
+            history=_history(cache, rows, self.fitted, asked),
+            calibration=self.calibration,
+        )
+
+
+def train_on(
+    cache: FeatureCache,
+    rows: Rows,
+    plan: Plan,
+    cv: int | None,
+    *,
+    calibrate: bool = False,
+    prior: Mapping[str, float] | None = None,
+    progress: Tell = quiet,
+) -> Trained:
+    """Estimate, fit and calibrate."""
+    where = f"{cache.path}: head {plan.head!r}"
+    try:
+        offsets = _offsets(rows, prior) if prior else ()
+        estimate = None
+        if cv:
+            estimate = cross_validate(plan, rows, cv, calibrate=calibrate, tell=progress, metric=plan.metric)
+        progress(Progress("note", f"fitting {plan.head} on {len(rows)} images"))
+        fitted = plan.fit(rows)
+        if fitted.choice is not None:
+            progress(Progress("note", _said(plan.head, fitted)))
+        calibration = estimate.calibration if estimate else None
+        needed = plan.task != "regression" and not fitted.gives_probabilities
+        if calibration is None and (calibrate or needed):
+            calibration = calibrated_on_folds(plan, rows, None, progress)
+    except ConfigError:
+        raise
+    except ValueError as error:  # how estimators refuse data, in scikit-learn's world
+        raise ConfigError(f"{where} cannot be fitted: {' '.join(str(error).split())}") from error
+    if offsets:
+        calibration = Calibration((calibration or Calibration()).temperature, offsets)
+    return Trained(plan, fitted, estimate, calibration)
+
+
+def _offsets(rows: Rows, prior: Mapping[str, float]) -> tuple[float, ...]:
+    if rows.y.ndim != 1 or not rows.classes or rows.y.dtype.kind not in "iu":
+        raise ConfigError("prior is for classification: shares of classes that exclude each other")
+    counts = np.bincount(rows.y, minlength=len(rows.classes))
+    return prior_offsets(dict(zip(rows.classes, counts.tolist(), strict=True)), prior, rows.classes)
+
+
+def _said(head: str, fitted: Fitted) -> str:
+    assert fitted.choice is not None
+    chosen = ", ".join(f"{key}={_number(value)}" for key, value in fitted.choice.settings.items())
+    return f"{head}: {chosen}, by {fitted.choice.metric}, {fitted.choice.how}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _by_code(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str, object]:
+    """The settings for a head that is fitted on class numbers: weights of classes are given by name."""
+    translated = dict(params)
+    weights = params.get("class_weight")
+    if isinstance(weights, Mapping):
+        strange = [name for name in weights if name not in classes]
+        if strange:
+            raise unknown("class", str(strange[0]), classes, "(in class_weight)")
+        translated["class_weight"] = {classes.index(name): weight for name, weight in weights.items()}
+    return translated
+
+
+def _history(cache: FeatureCache, rows: Rows, fitted: Fitted, asked: Mapping[str, Any]) -> dict[str, Any]:
+    unlabelled = int(np.count_nonzero(cache.ok)) - len(cache.usable)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "trained_on": {
+            "cache": cache.path.name,
+            "fingerprint": cache.fingerprint,
+            "rows": len(rows),
+            "of": len(cache),
+            "split": "given" if cache.split.any() else "all labelled rows",
+            "bad": cache.bad_rows(),
+            "unlabelled": unlabelled,
+        },
+        "params": _plain(asked["params"]),
+        "balance": asked["balance"],
+        "chosen": None if fitted.choice is None else _plain(fitted.choice.facts()),
+        "streamed": rows.streamed,
+        "random_state": asked["random_state"],
+        "seconds_to_fit": round(fitted.seconds_to_fit, 3),
+        "seconds_to_tune": round(fitted.seconds_to_tune, 3),
+        "curves": _curves(fitted.estimator),
+        "versions": {name: version(name) for name in ("featpipe", "scikit-learn", "numpy")},
+    }
+
+
+def _curves(estimator: Any) -> dict[str, Any]:
+    """Losses by epoch, of heads that have epochs."""
+    head = estimator[-1]
+    curves = {name: getattr(head, name, None) for name in ("loss_curve_", "validation_curve_")}
+    return {name.rstrip("_"): _plain(curve) for name, curve in curves.items() if curve}
+
+
+def _plain(value: object) -> Any:
+    """A value as JSON can hold it; by its own words what JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return " ".join(repr(value).split())
