@@ -22,6 +22,7 @@ ROWS_AT_A_TIME = 1500
 ROWS_OF_A_BLOCK = 2.0
 SHRINKAGE = 0.05
 CANDIDATES = 4e7
+CLASSES_AT_A_TIME = 10
 NUMBERS_IN_ALL_BLOCKS = 2e8
 
 
@@ -29,12 +30,13 @@ NUMBERS_IN_ALL_BLOCKS = 2e8
 class Metric:
     """One matrix M = S L Lᵀ S of shape (d + 1, d + 1), S diagonal, like the curvature of every row of theta."""
 
-    lower: Array
+    lower: NDArray[Any]
     scale: Array
 
     def solve(self, rows: Array) -> Array:
         """M⁻¹ of each row, shape (k, d + 1)."""
-        return cho_solve((self.lower, True), (rows / self.scale).T, check_finite=False).T / self.scale
+        scaled = (rows / self.scale).astype(self.lower.dtype)
+        return cho_solve((self.lower, True), scaled.T, check_finite=False).T / self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,12 @@ class Curvature:
     """
 
     gram: Array
+
+    @staticmethod
+    def evaluations(problem: Problem) -> float:
+        """What making it costs, in evaluations of the objective."""
+        sampled = min(problem.n, SAMPLED_ROWS)
+        return problem.d * (sampled + problem.d) / (4 * problem.n * problem.k) + sampled / problem.n
 
     @classmethod
     def at(cls, problem: Problem, theta: Array, dtype: Any = np.float64) -> Curvature:
@@ -73,9 +81,9 @@ class Curvature:
         gram *= problem.weights.sum() / problem.weights[rows].sum()
         return cls(gram)
 
-    def metric(self, ridge: float, times: float = 1.0) -> Metric:
-        """With a penalty, and the weights of all rows multiplied."""
-        hessian = self.gram * times
+    def metric(self, ridge: float, dtype: Any = np.float64) -> Metric:
+        """With a penalty."""
+        hessian = self.gram.copy()
         inner = np.arange(len(hessian) - 1)
         hessian[inner, inner] += ridge
         # Where no row has curvature left the intercept has none either, and any positive number will do.
@@ -84,10 +92,11 @@ class Curvature:
         hessian /= scale
         hessian /= scale[:, None]
         every = np.arange(len(hessian))
-        for more in (1e-12, 1e-8, 1e-4):
+        rounding = np.finfo(dtype).eps
+        for more in (10 * rounding, 1e-6, 1e-4):
             hessian[every, every] += more
             try:
-                return Metric(cholesky(hessian, lower=True, check_finite=False), scale)
+                return Metric(cholesky(hessian.astype(dtype), lower=True, check_finite=False), scale)
             except LinAlgError:
                 continue
         return Metric(np.eye(len(hessian)), scale)
@@ -129,7 +138,8 @@ class Blocks:
         width = problem.d + 1
         if problem.k * float(width) ** 2 > NUMBERS_IN_ALL_BLOCKS:
             return np.inf
-        return (min(ROWS_OF_A_BLOCK * width, problem.n) * width + width**2) / (4 * problem.n) + 0.5
+        # Products of small matrices run at half the rate.
+        return (min(ROWS_OF_A_BLOCK * width, problem.n) * width + width**2) / (2 * problem.n) + 0.5
 
     @classmethod
     def at(cls, problem: Problem, theta: Array, mean: Curvature) -> Blocks:
@@ -176,11 +186,14 @@ class Blocks:
         if self.softmax:
             rows = rows - rows.mean(axis=0)
 
-        def one(c: int) -> Array:
-            solved: Array = cho_solve((self.factors[c], True), rows[c].astype(np.float32), check_finite=False)
-            return solved
+        gradients = rows.astype(np.float32)
 
-        found = np.array(list(self.workers.map(one, range(len(rows)))), np.float64)
+        def some(start: int) -> list[Array]:
+            stop = min(start + CLASSES_AT_A_TIME, len(rows))
+            return [cho_solve((self.factors[c], True), gradients[c], check_finite=False) for c in range(start, stop)]
+
+        starts = range(0, len(rows), CLASSES_AT_A_TIME)
+        found = np.array([row for part in self.workers.map(some, starts) for row in part], np.float64)
         return found - found.mean(axis=0) if self.softmax else found
 
     def only(self, groups: NDArray[np.intp]) -> Blocks:

@@ -20,16 +20,14 @@ __all__ = ["Memory", "Solution", "minimise"]
 Array = NDArray[np.float64]
 
 HISTORY = 30
-# Late in the search the curvature changes slowly; on separable data it falls by orders of magnitude at first.
-STEPS_WITH_NEW_METRIC = (2, 4, 7, 11, 16, 23, 32, 45, 63, 90, 130, 180)
-FLOAT32_FROM_PRODUCTS = 1e8
+FLOAT32_FROM_PRODUCTS = 1e6
 STALLED_AFTER = 12
 TRIALS = 30
 # A curvature for each class is worth its price from here on, and again when that much has been gained since.
 BLOCKS_BELOW = 0.1
 FALL = (0.002, 0.08)
-NO_BLOCKS_BELOW = 1e-7
-EVALUATIONS_FOR_BLOCKS = 25.0
+NO_BLOCKS_BELOW = 1e-5
+EVALUATIONS_FOR_BLOCKS = 40.0
 ROUNDING = {"float32": 1e-6, "float64": 1e-13}
 
 
@@ -173,6 +171,7 @@ class _Search:
     metric: Metric | Blocks = field(init=False)
     decrement: float = field(init=False, default=np.inf)
     fall: float = field(init=False, default=1.0)
+    metric_at: int = field(init=False, default=0)
     blocks_at: int = field(init=False, default=0)
     dtype: type[np.floating[Any]] = field(init=False)
     first_dtype: type[np.floating[Any]] = field(init=False)
@@ -198,8 +197,9 @@ class _Search:
                 return steps
             if self._worth_blocks(steps):
                 self._make_blocks(steps)
-            elif steps == 0 or (steps in STEPS_WITH_NEW_METRIC and not isinstance(self.metric, Blocks)):
+            elif self._worth_metric(steps):
                 self._renew_metric(steps > 0)
+                self.metric_at = steps
             before = self.point.values.sum()
             moved = self._step()
             gap, fell = float(self.gaps[self.open].mean()), before - self.point.values.sum()
@@ -276,7 +276,14 @@ class _Search:
     def _renew_metric(self, curvature_too: bool) -> None:
         if curvature_too or self.memory.curvature is None:
             self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
-        self.metric = self.memory.curvature.metric(self.problem.ridge)
+        self.metric = self.memory.curvature.metric(self.problem.ridge, self.dtype)
+
+    def _worth_metric(self, steps: int) -> bool:
+        """At the start, and when as much has been spent on steps as a new one costs, ever more rarely."""
+        if steps == 0:
+            return True
+        since = steps - self.metric_at
+        return not self.blocks_at and since >= max(2, 0.4 * steps, 2 * Curvature.evaluations(self.problem))
 
     def _worth_blocks(self, steps: int) -> bool:
         price, since = Blocks.evaluations(self.problem), steps - self.blocks_at
@@ -369,6 +376,8 @@ class _Search:
 
 def _dots(a: Array, b: Array) -> Array:
     """Inner product of each group."""
+    if len(a) == 1:
+        return np.array([np.vdot(a, b)])
     return np.einsum("gkd,gkd->g", a, b)
 
 
