@@ -1,0 +1,596 @@
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from scipy.optimize import brentq
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.linear_model import Lasso, Ridge
+from sklearn.metrics import log_loss, r2_score
+from sklearn.model_selection import cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn import functional
+from torchvision.ops import sigmoid_focal_loss
+
+from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, batches
+from featpipe.heads.batches import Batch, Rows
+from featpipe.heads.losses import Objective
+from featpipe.heads.network import ACTIVATIONS, Network, Shape, forward
+from featpipe.heads.optimizers import BY_NAME, rates
+from featpipe.heads.plan import Plan
+
+HEADS = [LinearClassifier, MLPClassifier, LinearRegressor, MLPRegressor]
+CLASSIFIERS = HEADS[:2]
+# One step an epoch, on all rows, with steps that end small: the optimum to many digits.
+TO_THE_OPTIMUM = {"batch_size": 10_000, "weight_decay": 0.0, "random_state": 0}
+
+
+def rows(n: int = 150, d: int = 8, k: int = 3, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, k, n)
+    return rng.normal(size=(n, d)) + 1.5 * np.random.default_rng(9).normal(size=(k, d))[y], y
+
+
+def linear_targets(n: int = 200, d: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised columns, and a standardised target of which half are noise."""
+    rng = np.random.default_rng(0)
+    X = StandardScaler().fit_transform(rng.normal(size=(n, d)))
+    y = X @ np.array([2.0, -1.0, 0.3, 0.05, 0.0, 0.0])[:d] + rng.normal(size=n)
+    return X, (y - y.mean()) / y.std()
+
+
+def scores_and_codes(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, k, generator=generator, dtype=torch.float64) * 3
+    return (
+        scores,
+        torch.randint(0, k, (40,), generator=generator),
+        torch.randint(0, 2, (40, k), generator=generator).double(),
+    )
+
+
+# Losses ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_cross_entropy_is_torchs(smoothing):
+    scores, codes, _ = scores_and_codes(4)
+    found = Objective("softmax", "cross_entropy").each(scores, codes, smoothing)
+    torch.testing.assert_close(
+        found, functional.cross_entropy(scores, codes, reduction="none", label_smoothing=smoothing)
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_the_focal_loss_of_labels_is_torchvisions(gamma):
+    scores, _, labels = scores_and_codes(3)
+    found = Objective("sigmoid", "focal", focal_gamma=gamma).each(scores, labels)
+    torch.testing.assert_close(found, sigmoid_focal_loss(scores, labels, alpha=-1, gamma=gamma))
+
+
+def test_the_focal_loss_of_two_classes_is_that_of_one_label():
+    scores, codes, _ = scores_and_codes(2)
+    found = Objective("softmax", "focal", focal_gamma=1.5).each(scores, codes)
+    wanted = sigmoid_focal_loss(scores[:, 1] - scores[:, 0], codes.double(), alpha=-1, gamma=1.5)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_focal_loss_of_many_classes_is_the_formula_of_its_paper():
+    scores, codes, _ = scores_and_codes(5)
+    p = softmax(scores.numpy(), axis=1)[np.arange(40), codes.numpy()]
+    found = Objective("softmax", "focal", focal_gamma=2.0).each(scores, codes)
+    np.testing.assert_allclose(found.numpy(), -((1 - p) ** 2) * np.log(p), rtol=1e-10)
+
+
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_the_focal_loss_of_certain_answers_has_a_gradient(link, gamma):
+    scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [60.0, -60.0]], requires_grad=True)
+    answers = torch.tensor([0, 0, 0]) if link == "softmax" else torch.tensor([[1.0, 0.0]] * 3)
+    Objective(link, "focal", focal_gamma=gamma).each(scores, answers).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("link", "loss"),
+    [
+        ("softmax", "cross_entropy"),
+        ("softmax", "focal"),
+        ("sigmoid", "focal"),
+        ("identity", "huber"),
+        ("identity", "squares"),
+        ("identity", "absolute"),
+    ],
+)
+def test_gradients_are_finite_differences(link, loss):
+    scores, codes, labels = scores_and_codes(3)
+    adjustment = None if link == "identity" else np.array([0.1, -2.0, 1.0])
+    objective = Objective(link, loss, adjustment=adjustment)
+    answers = codes if link == "softmax" else labels
+    assert torch.autograd.gradcheck(lambda s: objective.each(s, answers, 0.1), scores.requires_grad_())
+
+
+def test_the_losses_of_numbers_are_torchs():
+    scores, _, labels = scores_and_codes(3)
+    for loss, theirs in [
+        ("squares", 0.5 * functional.mse_loss(scores, labels, reduction="none")),
+        ("absolute", functional.l1_loss(scores, labels, reduction="none")),
+        ("huber", functional.huber_loss(scores, labels, reduction="none", delta=0.7)),
+    ]:
+        found = Objective("identity", loss, huber_delta=0.7).each(scores, labels)
+        torch.testing.assert_close(found, theirs.mean(dim=1))
+
+
+def test_blends_of_two_rows_have_the_loss_of_blended_answers():
+    scores, codes, labels = scores_and_codes(3)
+    order, ones = torch.randperm(40, generator=torch.Generator().manual_seed(1)), torch.ones(40).double()
+    one_hot = functional.one_hot(codes, 3).double()
+    batch = Batch(scores, codes, ones)
+    found = Objective("softmax", "cross_entropy").of_step(scores, batch, batch.take(order), 0.3)
+    torch.testing.assert_close(found, functional.cross_entropy(scores, one_hot.mul(0.3) + one_hot[order].mul(0.7)))
+    batch = Batch(scores, labels, ones)
+    found = Objective("identity", "absolute").of_step(scores, batch, batch.take(order), 0.3)
+    torch.testing.assert_close(found, functional.l1_loss(scores, 0.3 * labels + 0.7 * labels[order]))
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_logit_adjustment_moves_the_scores_by_the_logarithm_of_the_prior(multilabel):
+    rng = np.random.default_rng(0)
+    y = rng.choice(3, 400, p=[0.7, 0.2, 0.1])
+    X = rng.normal(size=(400, 4)) + 0.5 * y[:, None]
+    target = np.column_stack([y == 1, y == 2]).astype(int) if multilabel else y
+    plain, adjusted = (
+        LinearClassifier(learning_rate=0.1, epochs=500, logit_adjustment=tau, **TO_THE_OPTIMUM).fit(X, target)
+        for tau in (0.0, 1.0)
+    )
+    p = target.mean(axis=0) if multilabel else np.bincount(y) / 400
+    prior = np.log(p / (1 - p)) if multilabel else np.log(p)
+    difference = plain.decision_function(X) - adjusted.decision_function(X) - prior
+    if not multilabel:
+        difference -= difference.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(difference, 0, atol=0.01)
+
+
+def test_logit_adjustment_of_balanced_rows_changes_nothing():
+    X, y = rows()
+    settings = {"class_weight": "balanced", "epochs": 5, "random_state": 0}
+    one, other = (LinearClassifier(logit_adjustment=tau, **settings).fit(X, y) for tau in (0, 1))
+    np.testing.assert_allclose(one.predict_proba(X), other.predict_proba(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["absolute", "huber"])
+def test_a_regressor_on_nothing_answers_with_the_minimiser_of_its_loss(loss):
+    y = np.append(np.random.default_rng(0).normal(size=100) ** 3, 60.0)
+    head = LinearRegressor(loss=loss, huber_delta=0.5, learning_rate=0.05, epochs=800, **TO_THE_OPTIMUM)
+    head.fit(np.zeros((101, 2)), y)
+    delta = 0.5 * y.std()
+    wanted = np.median(y) if loss == "absolute" else brentq(lambda m: np.clip(y - m, -delta, delta).sum(), -9, 9)
+    assert head.intercept_[0] == pytest.approx(wanted, abs=2e-3 * y.std())
+
+
+# Penalties and steps -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_an_l1_penalty_ends_at_scikit_learns_lasso(optimizer):
+    X, y = linear_targets()
+    rate = 0.02 if optimizer == "sgd" else 0.05
+    settings = {**TO_THE_OPTIMUM, "optimizer": optimizer, "learning_rate": rate, "epochs": 600}
+    head = LinearRegressor(l1=0.15, **settings).fit(X, y)
+    theirs = Lasso(alpha=0.15, tol=1e-10).fit(X, y)
+    np.testing.assert_allclose(head.coef_[0], theirs.coef_, atol=2e-3)
+    np.testing.assert_array_equal(head.coef_[0] == 0, theirs.coef_ == 0)
+    assert 0 < (theirs.coef_ == 0).sum() < 6
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_weight_decay_ends_at_ridge_regression(optimizer):
+    X, y = linear_targets()
+    settings = {**TO_THE_OPTIMUM, "weight_decay": 0.5, "optimizer": optimizer, "learning_rate": 0.05, "epochs": 500}
+    head = LinearRegressor(**settings).fit(X, y)
+    np.testing.assert_allclose(head.coef_[0], Ridge(alpha=0.5 * len(y)).fit(X, y).coef_, atol=1e-4)
+
+
+def test_noise_on_features_shrinks_a_linear_head_as_ridge_does():
+    X, y = linear_targets()
+    settings = {"learning_rate": 0.02, "batch_size": 50, "epochs": 800, "weight_decay": 0.0, "random_state": 0}
+    head = LinearRegressor(feature_noise=0.7, **settings).fit(X, y)
+    np.testing.assert_allclose(head.coef_[0], Ridge(alpha=0.49 * len(y)).fit(X, y).coef_, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "more"),
+    [
+        ("adamw", torch.optim.AdamW, {}),
+        ("adam", torch.optim.Adam, {}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_an_optimizer_takes_the_steps_of_torchs_own_with_weight_decay(ours, theirs, more):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
+    twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    mine = BY_NAME[ours]([weight], [bias], Plan(weight_decay=0.1))
+    groups = [{"params": twins[:1], "weight_decay": 0.1}, {"params": twins[1:], "weight_decay": 0.0}]
+    its = theirs(groups, lr=0.01, **more)
+    for _ in range(5):
+        gradients = [torch.randn(p.shape, generator=generator) for p in twins]
+        mine.step(gradients, 0.01)
+        for twin, gradient in zip(twins, gradients, strict=True):
+            twin.grad = gradient.clone()
+        its.step()
+    torch.testing.assert_close(weight, twins[0].detach(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(bias, twins[1].detach(), rtol=1e-5, atol=1e-7)
+
+
+def torchs_rates(scheduler, steps: int, **settings) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    schedule, found = scheduler(optimizer, **settings), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "settings"),
+    [
+        ("cosine", torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 40}),
+        ("linear", torch.optim.lr_scheduler.LinearLR, {"start_factor": 1.0, "end_factor": 0.0, "total_iters": 40}),
+        ("step", torch.optim.lr_scheduler.MultiStepLR, {"milestones": [20, 30]}),
+        ("constant", torch.optim.lr_scheduler.ConstantLR, {"factor": 1.0}),
+        ("one-cycle", torch.optim.lr_scheduler.OneCycleLR, {"max_lr": 0.4, "total_steps": 41, "cycle_momentum": False}),
+    ],
+)
+def test_a_schedule_is_torchs(name, scheduler, settings):
+    rate = rates(Plan(schedule=name), 0.4, settings.get("total_steps", 40))
+    np.testing.assert_allclose([rate(step) for step in range(40)], torchs_rates(scheduler, 40, **settings), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step", "constant", "one-cycle"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 97])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
+def test_a_rate_rises_to_the_highest_and_is_never_zero_or_above(name, steps, warmup):
+    rate = rates(Plan(schedule=name, warmup=warmup), 0.4, steps)
+    found = np.array([rate(step) for step in range(steps)])
+    assert (found > 0).all()
+    assert found.max() <= 0.4 + 1e-12
+    rising = np.diff(found[: int(warmup * steps)])
+    assert (rising > 0).all()
+
+
+def test_the_rate_falls_with_the_width_of_the_layers():
+    X, y = rows(60, 20)
+    auto = MLPClassifier(10, epochs=3, random_state=0).fit(X, y)
+    same = MLPClassifier(10, epochs=3, random_state=0, learning_rate=0.5 / 20).fit(X, y)
+    np.testing.assert_array_equal(auto.coefs_[0], same.coefs_[0])
+
+
+# Networks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prediction_with_numpy_is_the_forward_pass_of_torch(activation, dtype):
+    network = Network(
+        Shape((7, 6, 5, 3), activation, initial_weights="glorot"), dtype, torch.Generator().manual_seed(0)
+    )
+    X = 2 * torch.randn(50, 7, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    coefs, intercepts = network.copy()
+    found = forward(X.numpy(), coefs, intercepts, activation)
+    assert found.dtype == X.numpy().dtype
+    np.testing.assert_allclose(found, network(X).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_initial_weights_are_those_of_their_papers():
+    shape = Shape((400, 300, 200), initial_weights="glorot")
+    network = Network(shape, torch.float64, torch.Generator().manual_seed(0))
+    for weight, (fan_in, fan_out) in zip(network.weights, pairwise(shape.widths), strict=True):
+        bound = np.sqrt(6 / (fan_in + fan_out))
+        assert 0.99 * bound < weight.abs().max() <= bound
+        assert weight.var().item() == pytest.approx(2 / (fan_in + fan_out), rel=0.02)
+    he = Network(Shape((400, 300, 200)), torch.float64, torch.Generator().manual_seed(0))
+    assert he.weights[0].var().item() == pytest.approx(2 / 400, rel=0.02)
+    assert not he.weights[1].any()
+
+
+def test_the_recipe_of_keras_is_that_of_torchs_own_modules_from_the_same_start():
+    X, y = rows(96, 12)
+    adam = {"optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0, "schedule": "constant"}
+    settings = {"initial_weights": "glorot", "batch_size": 32, "epochs": 10, "random_state": 0, **adam}
+    head = MLPClassifier(1024, **settings).fit(X, y)
+    seed = int(np.random.RandomState(0).randint(2**31 - 1))
+    generator = torch.Generator().manual_seed(seed)
+    start = Network(Shape((12, 1024, 3), initial_weights="glorot"), torch.float64, generator)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 3)).double()
+    with torch.no_grad():
+        for layer, weight in zip((model[0], model[2]), start.weights, strict=True):
+            layer.weight.copy_(weight.T)
+            layer.bias.zero_()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(10):
+        for chosen in torch.randperm(96, generator=generator).split(32):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(torch.from_numpy(X)[chosen]), torch.from_numpy(y)[chosen]).backward()
+            optimizer.step()
+    theirs = softmax(model(torch.from_numpy(X)).detach().numpy(), axis=1)
+    np.testing.assert_allclose(head.predict_proba(X), theirs, atol=1e-8)
+
+
+def test_what_was_learnt_in_float32_predicts_in_float32():
+    X, y = rows(80, 10)
+    head = MLPClassifier(16, epochs=3, random_state=0).fit(X.astype(np.float16), y)
+    assert {a.dtype for a in head.coefs_ + head.intercepts_} == {np.dtype(np.float32)}
+    exact = forward(X, [c.astype(float) for c in head.coefs_], [c.astype(float) for c in head.intercepts_], "relu")
+    found = head.decision_function(X)
+    assert 0 < np.abs(found - exact).max() < 1e-5
+
+
+# Validation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_given_validation_rows_are_watched_and_their_curves_are_those_of_the_head(early_stopping):
+    X, y = rows(90, 30)
+    y = np.array(["ant", "bee", "cat"])[y]
+    settings = {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0, "random_state": 0, "patience": 3}
+    head = MLPClassifier(32, epochs=12, early_stopping=early_stopping, **settings)
+    head.fit(X[:60], y[:60], validation=(X[60:], y[60:]))
+    assert head.best_epoch_ == (np.argmin(head.validation_curve_) + 1 if early_stopping else 12)
+    assert len(head.loss_curve_) == len(head.validation_curve_) == len(head.validation_score_curve_) == head.n_iter_
+    at = head.best_epoch_ - 1
+    assert head.validation_curve_[at] == pytest.approx(log_loss(y[60:], head.predict_proba(X[60:])), rel=1e-6)
+    assert head.validation_score_curve_[at] == pytest.approx(head.score(X[60:], y[60:]))
+    alone = MLPClassifier(32, epochs=head.best_epoch_, **settings).fit(X[:60], y[:60])
+    np.testing.assert_array_equal(alone.coefs_[0], head.coefs_[0])
+
+
+def test_the_validation_score_of_a_regressor_is_r2():
+    X, y = linear_targets()
+    Y = np.column_stack([y * 1e3 + 7, X[:, 0] - y])
+    weights = np.random.default_rng(0).random(50)
+    head = MLPRegressor(8, epochs=4, random_state=0).fit(X[:150], Y[:150], validation=(X[150:], Y[150:], weights))
+    wanted = r2_score(Y[150:], head.predict(X[150:]), sample_weight=weights)
+    assert head.validation_score_curve_[-1] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_validation_rows_are_weighed_as_training_rows_are():
+    X, y = rows(300, 5)
+    held = (X[200:], y[200:])
+    settings = {"epochs": 2, "random_state": 0}
+    head = LinearClassifier(class_weight={0: 5.0, 1: 0.5}, **settings).fit(X[:200], y[:200], validation=held)
+    weights = np.array([5.0, 0.5, 1.0])[held[1]]
+    wanted = log_loss(held[1], head.predict_proba(held[0]), sample_weight=weights)
+    assert head.validation_curve_[-1] == pytest.approx(wanted, rel=1e-6)
+    drawn = LinearClassifier(sampling="balanced", **settings).fit(X[:200], y[:200], validation=held)
+    weights = 1 / np.bincount(y[:200])[held[1]]
+    wanted = log_loss(held[1], drawn.predict_proba(held[0]), sample_weight=weights)
+    assert drawn.validation_curve_[-1] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (lambda X, y: (X, 0 * y + 5), "validation has the class 5, which no training row has"),
+        (lambda X, y: (X, y[:-1]), "validation has 150 rows of X and 149 of y"),
+        (lambda X, y: (X[:, :3], y), "X has 3 features"),
+        (lambda X, y: (X, y, -np.ones(150)), "sample_weight holds negative"),
+        (lambda X, y: X, r"a pair \(X, y\)"),
+    ],
+)
+def test_validation_rows_that_make_no_sense_are_refused(validation, message):
+    X, y = rows()
+    with pytest.raises(ValueError, match=message):
+        LinearClassifier(epochs=1).fit(X, y, validation=validation(X, y))
+
+
+# Rows and batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """What has more than 4,000 bytes is streamed, in blocks of 5 rows of 8 float32 numbers and buffers of 12 blocks."""
+    monkeypatch.setattr(batches, "KEPT_BYTES", 4000)
+    monkeypatch.setattr(batches, "BLOCK_BYTES", 160)
+
+
+def on_disk(X: np.ndarray, path, dtype: str = "float32") -> np.memmap:
+    X.astype(dtype).tofile(path)
+    return np.memmap(path, dtype, "r", shape=X.shape)
+
+
+def passes(found: Rows, size: int, count: int = 1) -> list[list[Batch]]:
+    generator = torch.Generator().manual_seed(0)
+    return [list(found.shuffled(size, generator)) for _ in range(count)]
+
+
+def numbered(n: int) -> np.ndarray:
+    return np.arange(n)[:, None] + np.zeros(8)
+
+
+@pytest.mark.parametrize("size", [1, 7, 60, 64, 1000])
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_streamed_pass_has_every_row_once_with_its_own_target(small_buffers, tmp_path, size, left_out):
+    numbers = np.flatnonzero(np.arange(203) % 3 > 0) if left_out else np.arange(203)
+    source = on_disk(numbered(203), tmp_path / "X")
+    found = Rows(source, numbers * 10.0, numbers + 1.0, numbers=numbers)
+    for batched in passes(found, size, 3):
+        assert [len(batch) for batch in batched[:-1]] == [size] * (-(-len(numbers) // size) - 1)
+        for batch in batched:
+            np.testing.assert_array_equal(batch.X[:, 0] * 10, batch.Y)
+            np.testing.assert_allclose(batch.weights * (numbers + 1).mean(), batch.X[:, 0] + 1, rtol=1e-6)
+        assert sorted(torch.cat([batch.X[:, 0] for batch in batched]).tolist()) == numbers.tolist()
+    assert torch.cat([batch.X[:, 0] for batch in found.in_order()]).tolist() == numbers.tolist()
+
+
+def test_a_streamed_batch_has_rows_of_many_blocks_and_no_pass_is_like_another(small_buffers, tmp_path):
+    found = Rows(on_disk(numbered(300), tmp_path / "X"), np.zeros(300), np.ones(300))
+    one, other = passes(found, 20, 2)
+    assert min(len(set((batch.X[:, 0] // 5).tolist())) for batch in one) >= 6
+    assert not torch.equal(one[0].X, other[0].X)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_balanced_sampling_draws_classes_equally_often(small_buffers, tmp_path, streamed):
+    codes = np.sort(np.random.default_rng(0).choice(3, 900, p=[0.8, 0.15, 0.05]))
+    X = numbered(900)
+    source = on_disk(X, tmp_path / "X") if streamed else X
+    found = Rows(source, codes, np.ones(900), odds=1 / np.bincount(codes)[codes])
+    drawn = []
+    for batched in passes(found, 64, 20):
+        assert sum(len(batch) for batch in batched) == 900
+        assert {len(batch) for batch in batched[:-1]} == {64}
+        drawn += [batch.Y for batch in batched]
+    np.testing.assert_allclose(np.bincount(torch.cat(drawn)) / 18_000, 1 / 3, atol=0.02)
+
+
+def test_balanced_sampling_answers_as_balanced_weights_do():
+    rng = np.random.default_rng(0)
+    y = (rng.random(600) < 0.1).astype(int)
+    X = rng.normal(size=(600, 4)) + 0.8 * y[:, None]
+    settings = {"learning_rate": 0.02, "epochs": 60, "random_state": 0}
+    drawn = LinearClassifier(sampling="balanced", **settings).fit(X, y)
+    weighed = LinearClassifier(class_weight="balanced", **settings).fit(X, y)
+    np.testing.assert_allclose(drawn.predict_proba(X), weighed.predict_proba(X), atol=0.06)
+    with pytest.raises(ValueError, match="sampling is by class"):
+        drawn.fit(X, np.column_stack([y, y]))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_rows_on_a_disk_that_fit_into_memory_give_the_head_of_the_rows_in_memory(tmp_path, kind):
+    X, y = rows()
+    X = X.astype(np.float16)
+    center, scale = X.mean(axis=0, dtype=float), X.std(axis=0, dtype=float)
+    settings = {"epochs": 4, "early_stopping": True, "random_state": 0}
+    mapped = kind(**settings)._fit_rows(on_disk(X, tmp_path / "X", "float16"), y, None, center=center, scale=scale)
+    standardised = (X.astype(np.float32) - center.astype(np.float32)) / scale.astype(np.float32)
+    plain = kind(**settings).fit(standardised, y)
+    assert mapped.n_features_in_ == 8
+    for one, other in zip(mapped.coefs_ + mapped.intercepts_, plain.coefs_ + plain.intercepts_, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_streamed_fit_repeats_itself_and_learns_what_a_fit_in_memory_learns(small_buffers, tmp_path, kind):
+    X, y = rows(400, 8)
+    X, y = X[np.argsort(y)].astype(np.float32), np.sort(y)
+    source = on_disk(X, tmp_path / "X")
+    settings = {"learning_rate": 0.01, "epochs": 40, "random_state": 0}
+    one, again = (kind(**settings)._fit_rows(source, y, None, validation=(X, y)) for _ in range(2))
+    plain = kind(**settings).fit(X, y)
+    np.testing.assert_array_equal(one.coefs_[0], again.coefs_[0])
+    answer = "predict_proba" if kind in CLASSIFIERS else "predict"
+    np.testing.assert_allclose(getattr(one, answer)(X), getattr(plain, answer)(X), atol=0.25)
+    assert one.score(X, y) == pytest.approx(plain.score(X, y), abs=0.02)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_of_weight_zero_and_held_out_rows_are_not_learnt_from(request, tmp_path, streamed):
+    if streamed:
+        request.getfixturevalue("small_buffers")
+    X, y = rows(300)
+    source = on_disk(X, tmp_path / "X")
+    weights = np.where(np.arange(300) % 4 == 0, 0.0, 1.0)
+    spoilt = on_disk(np.where(weights[:, None] == 0, np.nan, X), tmp_path / "spoilt")
+    settings = {"epochs": 3, "early_stopping": True, "random_state": 0}
+    one, other = (LinearClassifier(**settings)._fit_rows(rows, y, weights) for rows in (source, spoilt))
+    np.testing.assert_array_equal(one.coef_, other.coef_)
+    assert one.validation_curve_ == other.validation_curve_
+
+
+def test_a_row_that_is_not_finite_is_named(small_buffers, tmp_path):
+    X, y = rows(300)
+    X[217, 3] = np.nan
+    with pytest.raises(ValueError, match=r"^row 217 of X holds NaN or infinity"):
+        LinearClassifier(epochs=2)._fit_rows(on_disk(X, tmp_path / "X"), y, None)
+
+
+# The house ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_fit_works_on_one_thread_and_gives_the_others_back(monkeypatch):
+    X, y = rows(60)
+    seen, real = [], Network.__call__
+
+    def watched(self, x, **more):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return real(self, x, **more)
+
+    monkeypatch.setattr(Network, "__call__", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        LinearClassifier(epochs=4, batch_size=60).fit(X, y)
+        assert (set(seen), torch.get_num_threads()) == ({1}, 3)
+        with pytest.raises(KeyboardInterrupt):
+            LinearClassifier(epochs=4, batch_size=60).fit(X, y)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fits_at_the_same_time_give_the_threads_back():
+    X, y = rows(60)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        fits = [threading.Thread(target=LinearClassifier(epochs=n).fit, args=(X, y)) for n in (5, 40, 20)]
+        for fit in fits:
+            fit.start()
+        for fit in fits:
+            fit.join()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_settings_are_scikit_learns_parameters(kind):
+    head = kind(l1=0.5, optimizer="adam", validation_fraction=0.2)
+    again = clone(head)
+    assert again.get_params() == head.get_params()
+    assert (again.l1, again.set_params(epochs=3).epochs) == (0.5, 3)
+    assert repr(head) == f"{kind.__name__}(l1=0.5, optimizer='adam', validation_fraction=0.2)"
+    assert kind.__name__ in head._repr_html_()
+    with pytest.raises(TypeError):
+        kind(depth=3)
+
+
+def test_weights_and_validation_rows_are_routed_to_the_head():
+    X, y = rows()
+    with sklearn.config_context(enable_metadata_routing=True):
+        head = MLPClassifier(4, epochs=3, random_state=0).set_fit_request(sample_weight=True, validation=True)
+        head.set_score_request(sample_weight=True)
+        pipeline = make_pipeline(StandardScaler().set_fit_request(sample_weight=False), head)
+        weights = np.where(y == 0, 100.0, 1.0)
+        pipeline.fit(X, y, sample_weight=weights, validation=(X, y))
+        assert len(pipeline[-1].validation_curve_) == 3
+        assert (pipeline.predict(X) == 0).mean() > 0.5
+        assert len(cross_validate(pipeline, X, y, cv=3, params={"sample_weight": weights})["test_score"]) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "hinge"}, {"focal_gamma": -1}, {"logit_adjustment": -1}, {"sampling": "smote"}, {"warmup": 1.0},
+        {"l1": -1}, {"feature_noise": -0.1}, {"mixup": "a"}, {"activation": "rely"}, {"initial_weights": "zeros"},
+        {"learning_rate": "fast"}, {"schedule": "cyclic"}, {"optimizer": "lion"},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))} is"):
+        MLPClassifier(**settings).fit([[0.0], [1.0]], [0, 1])
+
+
+def test_a_loss_of_numbers_is_none_of_a_classifier():
+    with pytest.raises(ValueError, match="loss is 'focal'; give one of squares, absolute, huber"):
+        LinearRegressor(loss="focal").fit([[0.0], [1.0]], [0, 1])
