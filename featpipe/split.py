@@ -1,21 +1,29 @@
 """Train, validation and test rows, and folds, decided by what the images are and not by where they stand.
 
 Every function takes the digests of the images' own bytes, so that the same image falls on the same side whatever
-its name, its folder, its row and its neighbours, and byte-identical copies are never on both sides.
+its name, its folder, its row and its neighbours, and byte-identical copies are never on both sides. Where images belong
+to groups (a patient, a photograph, a burst), the name of the group decides in place of the bytes; where they have
+times, what is tested is later than what is trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = ["folds", "holdout", "key"]
+__all__ = ["cut", "folds", "given", "group_key", "holdout", "key"]
+
+SEARCH_NODES = 10_000
+"""How far an arrangement of small classes over the sides is searched before there is said to be none."""
 
 Rows = NDArray[np.int64]
 
@@ -55,12 +63,38 @@ def key(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float64]:
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def group_key(groups: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
+    """A number in [0, 1) for each row, uniform over groups, that depends on the group's name and the seed alone.
+
+    Parameters
+    ----------
+    groups : array-like of shape (n,)
+        Text or whole numbers; 7, 7.0 and "7" are one group.
+    seed : int
+
+    Returns
+    -------
+    ndarray of shape (n,), float64
+        The `key` of the SHA-256 of the name in UTF-8.
+
+    Examples
+    --------
+    >>> group_key(["patient 7", "patient 8", "patient 7"])
+    array([0.70682047, 0.84688462, 0.70682047])
+    """
+    names, codes = _groups(groups, len(np.asarray(groups)))
+    return _name_keys(names, seed)[codes]
+
+
 def holdout(
     digests: NDArray[np.uint8],
     y: ArrayLike | None = None,
     *,
     test: float = 0.2,
     seed: int = 0,
+    groups: ArrayLike | None = None,
+    times: ArrayLike | None = None,
+    since: Any = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Rows, Rows]:
     """Divide rows into training and test.
@@ -70,24 +104,34 @@ def holdout(
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes.
     y : array-like of shape (n,), optional
-        Classes. With them every class is found on both sides.
+        Classes. With them every class is found on both sides, unless times decide.
     test : float
-        The share of the test rows, between 0 and 1; kept in expectation, in the whole and in every class.
+        The share of the test rows, between 0 and 1; kept in expectation, in the whole and in every class. With groups
+        it is the share of the groups.
     seed : int
         For a validation set inside the training rows call again on those rows with another seed: under the same
         one their keys are all above the threshold.
+    groups : array-like of shape (n,), optional
+        Text or whole numbers. Rows of one group (a patient, a photograph, a burst) stay together.
+    times : array-like of shape (n,), optional
+        Numbers or numpy dates. Test are the latest: the rows from `since` on. `seed` is not used.
+    since : number or date, optional
+        The earliest time of a test row. Without it `cut` finds the time that leaves about the share `test`; that time
+        moves when images are added, so give it where old test images must stay.
     names : sequence of str, optional
         What messages call the classes, where y holds their positions 0, 1, …
 
     Returns
     -------
     train, test : ndarray of int64
-        Row numbers, ascending; together every row once.
+        Row numbers, ascending; together every row once. With times, rows from before `since` of which a copy or a
+        row of the same group is tested are on neither side.
 
     Raises
     ------
     ConfigError
-        If a class has a single distinct image, or one side would be empty.
+        If a class has a single distinct image (or group), classes share their few images so that they cannot all be on
+        both sides, or one side would be empty.
 
     Notes
     -----
@@ -96,22 +140,36 @@ def holdout(
     The price is that the shares are those of independent draws (at n = 1000 and 0.2, within 0.2 ± 0.025 nineteen
     times of twenty), not exact.
 
+    With groups the key is the `group_key`. Groups that have an image in common, byte by byte, are one, with the
+    smallest of their keys: so an image that joins two groups can bring old training rows to the test, but no old test
+    row to training.
+
     There is one exception, for small classes. A class that has no row below the threshold lends the test side its
-    image with the smallest key, and one that has no row above lends the training side the one with the largest.
-    Only that lent image can go back, when the class later gets an image that lies on the missing side or nearer
-    to it.
+    image (or group) with the smallest key, and one that has no row above lends the training side the one with the
+    largest. Only what is lent can go back, when the class later gets an image that lies on the missing side or
+    nearer to it. (No rule could do without: of three images, each two of which may be all there is of a class, two
+    have the same side.) Where that leaves another class without a side, images (or groups) of such classes change
+    sides, those with keys near the threshold rather than others, so that every class has both; if there is no such
+    way, or none is found within `SEARCH_NODES` steps, that is an error.
     """
-    if not 0 < test < 1:
-        raise ConfigError(f"test is {test!r}; give a share between 0 and 1, such as 0.2")
-    keys = key(digests, seed)
+    _check_share(test)
+    units, keys = _units(digests, groups, seed)
+    codes, distinct = _codes(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
+    if times is not None:
+        when = _times(times, len(keys))
+        start = cut(when, test) if since is None else _moment(since, when)
+        return _by_time(when, units, [start], codes)[0]
+    if since is not None:
+        raise ConfigError(f"since={since!r} is a time, but the rows have none; give times too")
     is_test = keys < test
-    if y is not None:
-        codes, distinct = _codes(y, len(keys))
-        is_test = _both_sides(keys, codes, _called(distinct, names), is_test)
+    if y is not None or len(np.unique(keys)) > 1:
+        what = "image" if groups is None else "group"
+        is_test = _both_sides(keys, test, codes, _called(distinct, names if y is not None else ["the data"]), what)
     train_rows, test_rows = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     if not len(train_rows) or not len(test_rows):
+        kind = "distinct images" if groups is None else "groups"
         raise ConfigError(
-            f"a test share of {test} of {len(keys)} rows ({len(np.unique(keys))} distinct images) leaves "
+            f"a test share of {test} of {len(keys)} rows ({len(np.unique(keys))} {kind}) leaves "
             f"{len(train_rows)} for training and {len(test_rows)} for the test; add images or change the share"
         )
     return train_rows.astype(np.int64), test_rows.astype(np.int64)
@@ -124,9 +182,10 @@ def folds(
     k: int = 5,
     seed: int = 0,
     groups: ArrayLike | None = None,
+    times: ArrayLike | None = None,
     names: Sequence[str] | None = None,
 ) -> list[tuple[Rows, Rows]]:
-    """Divide rows into k folds, each once the test of the others.
+    """Divide rows into k folds, each once the test of the others; by time, of those before it.
 
     Parameters
     ----------
@@ -134,40 +193,124 @@ def folds(
         SHA-256 of each image's bytes.
     y : array-like of shape (n,), optional
         Classes, spread evenly over the folds: without duplicates and groups the numbers of rows of a class in any
-        two folds differ by one at most.
+        two folds differ by one at most, and always every class is in every fold, unless times decide.
     k : int
         Number of folds, at least 2.
     seed : int
     groups : array-like of shape (n,), optional
-        Rows of one group (a patient, a scene) stay together.
+        Text or whole numbers. Rows of one group (a patient, a photograph, a burst) stay together.
+    times : array-like of shape (n,), optional
+        Numbers or numpy dates: forward chaining. The rows are cut into k + 1 spans of time with about as many rows
+        each; fold i is fitted on the first i + 1 spans and tested on the next. Equal times are in one span. `seed` is
+        not used, and a class may be missing on a side, as it was at the time.
     names : sequence of str, optional
         What messages call the classes, where y holds their positions 0, 1, …
 
     Returns
     -------
     list of k tuples (train, test) of ndarray of int64
-        Row numbers, ascending. Every row is in exactly one test fold.
+        Row numbers, ascending. Every row is in exactly one test fold; with times those of the first span are in
+        none, and a fold is not fitted on rows of which a copy or a row of the same group is in its test.
 
     Raises
     ------
     ConfigError
-        If a class has fewer images (distinct ones, or groups) than there are folds.
+        If a class has fewer images (distinct ones, or groups) than there are folds, or cannot be in every fold because
+        it shares them with other classes; if there are too few times, or nothing is left to fit on before one.
 
     Notes
     -----
     What is dealt out is a unit: rows connected by equal digests or equal groups. Units of several rows come first,
-    larger ones before smaller ones and then in the order of their smallest `key`, then single rows in the order of
-    their key; each goes to the fold that has the smallest share of its classes, then the fewest rows. The folds
-    depend on the set of images and the seed, not on the order of the rows.
+    larger ones before smaller ones and then in the order of their `key` (the smallest `group_key` with groups), then
+    single rows in the order of their key; each goes where the sum of squares of the folds' shares of the classes stays
+    smallest, then to the fewest rows. If a class is then missing in a fold, as few rows as possible change folds. The
+    folds depend on the set of images and the seed, not on the order of the rows.
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 2:
         raise ConfigError(f"k is {k!r}; give a whole number of folds, 2 or more")
-    keys = key(digests, seed)
+    units, keys = _units(digests, groups, seed)
     codes, distinct = _codes(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
-    units = _units(keys, None if groups is None else _codes(groups, len(keys), "groups")[0])
-    _check_enough(units, codes, None if y is None else _called(distinct, names), k, grouped=groups is not None)
+    if times is not None:
+        when = _times(times, len(keys))
+        return _by_time(when, units, _cuts(when, int(k)), codes)
+    called = None if y is None else _called(distinct, names)
+    _check_enough(units, codes, called, k, grouped=groups is not None)
     fold = _deal(keys, codes, units, int(k))
+    fold = _in_every_fold(fold, codes, units, called or ["the data"], int(k))
     return [(np.flatnonzero(fold != i).astype(np.int64), np.flatnonzero(fold == i).astype(np.int64)) for i in range(k)]
+
+
+def given(
+    digests: NDArray[np.uint8],
+    train: NDArray[np.bool_],
+    test: NDArray[np.bool_],
+    *,
+    groups: ArrayLike | None = None,
+) -> tuple[Rows, Rows]:
+    """The rows of a split that came with the labels, made honest.
+
+    Parameters
+    ----------
+    digests : ndarray of shape (n, 32), uint8
+        SHA-256 of each image's bytes.
+    train, test : ndarray of shape (n,), bool
+        What each row is marked as; a row need not be either.
+    groups : array-like of shape (n,), optional
+
+    Returns
+    -------
+    train, test : ndarray of int64
+        Row numbers, ascending. A test row of which a copy, byte by byte, is marked for training is left out.
+
+    Raises
+    ------
+    ConfigError
+        If a row is both, a group is on both sides, or a side is empty.
+    """
+    copies, _ = _units(digests, None, 0)
+    if (train & test).any():
+        raise ConfigError(f"{int((train & test).sum())} rows are marked for training and for the test; mark them once")
+    for which, marked in (("training", train), ("the test", test)):
+        if not marked.any():
+            raise ConfigError(f"the split that came with the labels has no row for {which}; mark some")
+    if groups is not None:
+        names, codes = _groups(groups, len(copies))
+        both = np.intersect1d(codes[train], codes[test])
+        if len(both):
+            raise ConfigError(
+                f"{len(both)} of {len(names)} groups are on both sides of the split that came with the labels, the "
+                f"first is {names[both[0]]!r}; mark each group once, or leave out the groups or the split"
+            )
+    seen = np.isin(copies, copies[train])
+    if not (test & ~seen).any():
+        raise ConfigError(
+            f"all {int(test.sum())} images that are marked for the test are, byte by byte, also marked for training; "
+            "mark others"
+        )
+    return np.flatnonzero(train).astype(np.int64), np.flatnonzero(test & ~seen).astype(np.int64)
+
+
+def cut(times: ArrayLike, test: float = 0.2) -> Any:
+    """The earliest time of a test row: the one that leaves the share nearest to `test` at or after it.
+
+    Parameters
+    ----------
+    times : array-like of shape (n,)
+        Numbers or numpy dates.
+    test : float
+
+    Examples
+    --------
+    >>> cut([2019, 2020, 2020, 2021, 2022], test=0.4)
+    2021.0
+    """
+    _check_share(test)
+    return _cuts(_times(times, len(np.asarray(times))), 1, 1 - test)[0]
+
+
+def _check_share(test: float) -> None:
+    if not 0 < test < 1:
+        raise ConfigError(f"test is {test!r}; give a share between 0 and 1, such as 0.2")
 
 
 def _digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -207,30 +350,183 @@ def _called(distinct: NDArray[np.generic], names: Sequence[str] | None) -> list[
     return [str(value) if names is None else names[int(value)] for value in values]
 
 
+def _groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int64]]:
+    """The names of the groups, and for each row the position of its own."""
+    array = np.asarray(groups)
+    if array.shape != (n,):
+        raise ConfigError(f"groups have shape {array.shape}, the digests have {n} rows; give one group a row")
+    distinct, codes = np.unique(array, return_inverse=True) if array.dtype != object else _distinct(array.tolist())
+    names = [_group_name(value) for value in distinct.tolist()]
+    nameless = np.flatnonzero(np.isin(codes, [code for code, name in enumerate(names) if not name]))
+    if len(nameless):
+        raise ConfigError(
+            f"{len(nameless)} of {n} rows have no group, the first is row {nameless[0]}; give each one, an image that "
+            "belongs to no other one of its own"
+        )
+    names_of, codes_of = np.unique(np.array(names, dtype=np.str_), return_inverse=True)  # 7 and "7" are one
+    return names_of.tolist(), codes_of.astype(np.int64)[codes]
+
+
+def _distinct(values: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """As np.unique, of values that need not compare, in the order in which they come."""
+    positions: dict[tuple[type, Any], int] = {}
+    codes = [positions.setdefault((type(value), value), len(positions)) for value in values]
+    distinct = np.empty(len(positions), dtype=object)
+    distinct[:] = [value for _, value in positions]
+    return distinct, np.array(codes, np.int64)
+
+
+def _group_name(value: object) -> str:
+    """The text that stands for a group; empty for what is none."""
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or value != value:
+        return ""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    raise ConfigError(f"a group is {value!r} ({type(value).__name__}); give text or whole numbers")
+
+
+def _name_keys(names: Sequence[str], seed: int) -> NDArray[np.float64]:
+    hashes = b"".join(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest() for name in names)
+    return key(np.frombuffer(hashes, np.uint8).reshape(-1, 32), seed)
+
+
+def _units(
+    digests: NDArray[np.uint8], groups: ArrayLike | None, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The sets of rows that must stay together, numbered in the order of their keys, and the key of each row's set."""
+    keys = key(digests, seed)
+    distinct, images = np.unique(keys, return_inverse=True)
+    if groups is None:
+        return images.astype(np.int64), keys
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    names, codes = _groups(groups, len(keys))
+    ends = len(distinct) + len(names)
+    joined = coo_array((np.ones(len(keys), bool), (images, len(distinct) + codes)), shape=(ends, ends))
+    component = connected_components(joined, directed=False)[1][images]
+    smallest = np.full(ends, np.inf)
+    np.minimum.at(smallest, component, _name_keys(names, seed)[codes])
+    keys = smallest[component]
+    order = np.lexsort((component, keys))
+    changes = np.diff(component[order], prepend=component[order[:1]]) != 0
+    units = np.empty(len(keys), np.int64)
+    units[order] = np.cumsum(changes)
+    return units, keys
+
+
 def _both_sides(
-    keys: NDArray[np.float64], codes: NDArray[np.int64], names: list[str], is_test: NDArray[np.bool_]
+    keys: NDArray[np.float64], test: float, codes: NDArray[np.int64], names: list[str], what: str
 ) -> NDArray[np.bool_]:
-    """Lend each class that lacks a side one image, whole: every row with that key goes along."""
-    is_test = is_test.copy()
+    """Which rows are tested. A class that lacks a side is lent one image or group, whole: every row with that key."""
+    is_test = keys < test
     for code, rows in enumerate(_rows_by_code(codes, len(names))):
         if keys[rows].min() == keys[rows].max():
+            one = "one distinct image" if what == "image" else "one group of images"
             raise ConfigError(
-                f"class {names[code]!r} has one distinct image ({len(rows)} rows); a test set needs two: "
-                "add images or leave the class out"
+                f"class {names[code]!r} has {one} ({len(rows)} rows); a test set needs two: "
+                f"add {what}s or leave the class out"
             )
         if not is_test[rows].any():
             is_test[keys == keys[rows].min()] = True
         elif is_test[rows].all():
             is_test[keys == keys[rows].max()] = False
-    tests = np.bincount(codes, weights=is_test, minlength=len(names))
-    sizes = np.bincount(codes, minlength=len(names))
-    one_sided = np.flatnonzero((tests == 0) | (tests == sizes))
-    if len(one_sided):
+    lacking = _lacking(is_test.astype(np.int64), codes, 2)
+    if not len(lacking):
+        return is_test
+    distinct, units = np.unique(keys, return_inverse=True)
+    side = _arranged((distinct < test).astype(np.int64), np.abs(distinct - test), codes, units.astype(np.int64), 2)
+    if side is None:
         raise ConfigError(
-            f"class {names[one_sided[0]]!r} shares its few images with other classes, so that it cannot be on "
-            "both sides; correct the labels of identical images or add images"
+            f"class {names[lacking[0]]!r} shares its few {what}s with other classes, so that they cannot all be on "
+            f"both sides; correct the labels of identical images, add {what}s or leave a class out"
         )
-    return is_test
+    return side[units] == 1
+
+
+def _lacking(side: NDArray[np.int64], codes: NDArray[np.int64], k: int) -> NDArray[np.intp]:
+    """The classes that are missing on one of the k sides."""
+    counts = np.bincount(codes * k + side, minlength=(int(codes.max(initial=-1)) + 1) * k)
+    return np.flatnonzero((counts.reshape(-1, k) == 0).any(axis=1))
+
+
+def _in_every_fold(
+    fold: NDArray[np.int64], codes: NDArray[np.int64], units: NDArray[np.int64], names: list[str], k: int
+) -> NDArray[np.int64]:
+    """The folds, with rows moved where a class is missing in one."""
+    lacking = _lacking(fold, codes, k)
+    if not len(lacking):
+        return fold
+    first = np.unique(units, return_index=True)[1]
+    side = _arranged(fold[first], np.bincount(units).astype(np.float64), codes, units, k)
+    if side is None:
+        raise ConfigError(
+            f"class {names[lacking[0]]!r} shares its few groups or images with other classes, so that they cannot all "
+            f"be in each of k={k} folds; use a smaller k, add images or leave a class out"
+        )
+    return side[units]
+
+
+def _arranged(
+    side: NDArray[np.int64], cost: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
+) -> NDArray[np.int64] | None:
+    """The sides (u,) of all units, nearest to those given, at which every class is on each of k sides; else None.
+
+    Parameters
+    ----------
+    side, cost : ndarray of shape (u,)
+        Of each unit, where it would be, and what it costs to be elsewhere.
+    codes, units : ndarray of shape (n,)
+        Class and unit of each row.
+    """
+    from scipy.sparse import coo_array
+
+    shape = (int(codes.max()) + 1, len(side))
+    has = coo_array((np.ones(len(codes), np.int64), (codes, units)), shape=shape).tocsr()
+    has.data[:] = 1
+    lacking = _lacking(side[units], codes, k)
+    near = has[lacking].sum(axis=0) > 0
+    # First only what the lacking classes have may move: a small question, mostly with an answer.
+    for free in (np.flatnonzero(near), np.arange(len(side))):
+        moved = _searched(side, cost, has, free, k)
+        if moved is not None:
+            return moved
+    return None
+
+
+def _searched(
+    side: NDArray[np.int64], cost: NDArray[np.float64], has: Any, free: NDArray[np.intp], k: int
+) -> NDArray[np.int64] | None:
+    """The same, where only some units may move: a linear program in x[unit, side], 0 or 1."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import eye_array, kron
+
+    held = np.ones(len(side), bool)
+    held[free] = False
+    counts = np.stack([has @ (held & (side == i)) for i in range(k)], axis=1)
+    touched = np.flatnonzero(has[:, free].sum(axis=1))
+    one_side = LinearConstraint(kron(eye_array(len(free)), np.ones((1, k)), format="csr"), 1, 1)
+    each_class = LinearConstraint(
+        kron(has[touched][:, free], eye_array(k), format="csr"), 1 - np.minimum(counts[touched], 1).ravel(), np.inf
+    )
+    stays = np.zeros((len(free), k))
+    stays[np.arange(len(free)), side[free]] = -cost[free]
+    found = milp(
+        stays.ravel(),
+        integrality=np.ones(stays.size),
+        bounds=Bounds(0, 1),
+        constraints=[one_side, each_class],
+        options={"node_limit": SEARCH_NODES, "mip_rel_gap": 0},
+    )
+    if found.x is None:
+        return None
+    side = side.copy()
+    side[free] = found.x.reshape(-1, k).argmax(axis=1)
+    return side
 
 
 def _rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.intp]]:
@@ -238,23 +534,77 @@ def _rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.int
     return np.split(order, np.cumsum(np.bincount(codes, minlength=n_codes))[:-1])
 
 
-def _units(keys: NDArray[np.float64], groups: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Number the sets of rows that must stay together, shape (n,): in the order of their smallest key."""
-    _, images = np.unique(keys, return_inverse=True)
-    label = images.astype(np.int64)
-    while groups is not None:
-        # The smallest label flows through groups and images in turn until nothing changes: connected components.
-        spread = _minimum_within(images, _minimum_within(groups, label))
-        if np.array_equal(spread, label):
-            break
-        label = spread
-    return np.unique(label, return_inverse=True)[1].astype(np.int64)
+def _times(times: ArrayLike, n: int) -> NDArray[Any]:
+    """Times as float64 or numpy dates of shape (n,), each of them known."""
+    array = np.asarray(times)
+    if array.shape != (n,):
+        raise ConfigError(f"times have shape {array.shape}, the digests have {n} rows; give one time a row")
+    if array.dtype.kind not in "iufM":
+        raise ConfigError(f"times are {array.dtype}; give numbers or numpy dates")
+    if array.dtype.kind != "M":
+        array = array.astype(np.float64)
+    unknown = np.flatnonzero(~np.isfinite(array))
+    if len(unknown):
+        raise ConfigError(f"{len(unknown)} of {n} rows have no time, the first is row {unknown[0]}; give each one")
+    return array
 
 
-def _minimum_within(codes: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    smallest = np.full(int(codes.max(initial=-1)) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(smallest, codes, values)
-    return smallest[codes]
+def _moment(since: Any, times: NDArray[Any]) -> Any:
+    """A time as it can be compared with the others."""
+    try:
+        moment = np.datetime64(since) if times.dtype.kind == "M" else np.float64(since)
+    except (TypeError, ValueError):
+        moment = np.float64("nan")
+    if not np.isfinite(moment):
+        kind = "a date such as 2021-03-04" if times.dtype.kind == "M" else "a number"
+        raise ConfigError(f"since is {since!r}; give {kind}, as the times are")
+    return moment
+
+
+def _cuts(times: NDArray[Any], k: int, first: float | None = None) -> list[Any]:
+    """The k times between k + 1 spans of about equal numbers of rows, or with a share ``first`` in the first span."""
+    distinct, counts = np.unique(times, return_counts=True)
+    if len(distinct) <= k:
+        raise ConfigError(
+            f"the {len(times)} rows have {len(distinct)} distinct times, fewer than the {k + 1} that "
+            f"{'a test' if k == 1 else f'k={k} folds'} by time need{'s' if k == 1 else ''}; "
+            f"{f'use k={len(distinct) - 1}, or ' if len(distinct) > 2 else ''}give times that tell rows apart"
+        )
+    before = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    places: list[int] = []
+    for number in range(1, k + 1):
+        wanted = len(times) * (number / (k + 1) if first is None else first)
+        low, high = (places[-1] + 1 if places else 1), len(distinct) - (k - number)
+        places.append(low + int(np.abs(before[low:high] - wanted).argmin()))
+    return [distinct[place].item() if times.dtype.kind == "f" else distinct[place] for place in places]
+
+
+def _by_time(
+    times: NDArray[Any], units: NDArray[np.int64], cuts: list[Any], codes: NDArray[np.int64]
+) -> list[tuple[Rows, Rows]]:
+    """Train before each cut and test from there to the next, without what the test has seen."""
+    several = len(np.unique(codes)) > 1
+    parts = []
+    for start, stop in pairwise([*cuts, None]):
+        later = times >= start
+        is_test = later if stop is None else later & (times < stop)
+        tested = np.zeros(int(units.max(initial=-1)) + 1, bool)
+        tested[units[is_test]] = True
+        is_train = ~later & ~tested[units]
+        if not is_test.any():
+            raise ConfigError(f"no row is of {start} or later; the times run from {times.min()} to {times.max()}")
+        if not is_train.any():
+            raise ConfigError(
+                f"no row is left to fit on before {start}: each of {int((~later).sum())} has a copy or a row of its "
+                "group in the test after it; take another time, fewer folds, or no groups"
+            )
+        if several and len(np.unique(codes[is_train])) < 2:
+            raise ConfigError(
+                f"the {int(is_train.sum())} rows to fit on before {start} are all of one class; take a later time or "
+                "fewer folds"
+            )
+        parts.append((np.flatnonzero(is_train).astype(np.int64), np.flatnonzero(is_test).astype(np.int64)))
+    return parts
 
 
 def _check_enough(
@@ -287,7 +637,7 @@ def _deal(keys: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np
     for unit in large:
         rows = members[unit]
         present, weights = np.unique(codes[rows], return_counts=True)
-        share = (counts[present] / class_sizes[present, None]).sum(axis=0)
+        share = (counts[present] * (weights / class_sizes[present] ** 2)[:, None]).sum(axis=0)
         chosen = int(np.lexsort((counts.sum(axis=0), share))[0])
         fold[rows] = chosen
         counts[present, chosen] += weights

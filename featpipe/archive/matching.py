@@ -34,10 +34,19 @@ def keyed(path: Path, rows: Rows) -> dict[str, int]:
     return first
 
 
-def match(path: Path, rows: Rows, index: Index) -> list[int]:
+def match(path: Path, rows: Rows, index: Index, *, others: bool = False) -> list[int]:
     """Find the row of a table for each sample.
 
     By id; else by path within the archive, by path relative to the table's folder, or by absolute path.
+
+    Parameters
+    ----------
+    path : Path
+        Of the table.
+    rows : Rows
+    index : Index
+    others : bool
+        Whether the table may name what is no sample.
 
     Returns
     -------
@@ -55,6 +64,8 @@ def match(path: Path, rows: Rows, index: Index) -> list[int]:
     unclaimed = {name: row for name, row in table.items() if row not in by_id}
     if unclaimed:
         _match_paths(path, unclaimed, index, of_sample)
+    if others:
+        return of_sample
     used = set(of_sample)
     absent = [name for name, row in unclaimed.items() if row not in used]
     if absent:

@@ -16,7 +16,7 @@ from featpipe.errors import ArchiveError, ConfigError
 from featpipe.labels import Task
 from featpipe.names import unknown
 
-__all__ = ["TABLE_SUFFIXES", "Rows", "Table", "read_table"]
+__all__ = ["TABLE_SUFFIXES", "Rows", "Table", "read_column", "read_table"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -85,11 +85,40 @@ def read_table(table: Table, *, need_labels: bool) -> Rows:
     split_column = _found(names, ("split",))
     wanted = [path_column, *label_columns, *([split_column] if split_column else [])]
     columns = dict(zip(wanted, _columns(table.path, wanted), strict=True))
-    paths = [str(value) if value is not None else "" for value in columns[path_column]]
-    if "" in paths:
-        raise ArchiveError(f"{table.path}: row {paths.index('') + 1} has no {path_column!r}; give it one")
+    paths = _paths(table.path, path_column, columns[path_column])
     split = _splits(table.path, columns[split_column]) if split_column else bytes(len(paths))
     return Rows(paths, _marks(table, label_columns, columns, len(paths)), split)
+
+
+def read_column(path: Path, column: str) -> tuple[list[str], list[Value]]:
+    """Read the paths of a table's rows, and one column of any name as it stands.
+
+    Returns
+    -------
+    paths : list of str
+    values : list of str, int, float, tuple of str, or None where a cell is empty
+
+    Raises
+    ------
+    ArchiveError
+        If there is no column of paths, or the file cannot be read.
+    ConfigError
+        If the column is not there.
+    """
+    names = _column_names(path)
+    path_column = _pick(path, names, None, _PATH_COLUMNS, "paths")
+    found = column if column in names else _found(names, (column.lower(),))
+    if found is None:
+        raise unknown("column", column, filter(None, names), hint=f"({path})")
+    paths, values = _columns(path, [path_column, found])
+    return _paths(path, path_column, paths), values
+
+
+def _paths(path: Path, column: str, values: Sequence[Value]) -> list[str]:
+    paths = [str(value) if value is not None else "" for value in values]
+    if "" in paths:
+        raise ArchiveError(f"{path}: row {paths.index('') + 1} has no {column!r}; give it one")
+    return paths
 
 
 def _marks(table: Table, names: Sequence[str], columns: dict[str, list[Value]], n: int) -> Marks:

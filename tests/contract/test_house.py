@@ -34,7 +34,7 @@ FLOORS = [
         "split",
     },
     {"archive", "backbone", "cache", "calibration", "heads", "scores"},
-    {"commit", "engine", "known", "loader"},
+    {"commit", "engine", "grouping", "known", "loader"},
     {"extraction", "model"},
     {"training", "evaluation", "prediction", "verification", "upkeep"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},

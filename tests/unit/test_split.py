@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedGroupKFold, TimeSeriesSplit
 
+from featpipe import split
 from featpipe.errors import ConfigError
-from featpipe.split import folds, holdout, key
+from featpipe.split import cut, folds, group_key, holdout, key
 
 
 def digests_of(*numbers: int) -> np.ndarray:
@@ -241,3 +244,371 @@ def test_too_few_groups_are_counted_as_groups():
 def test_fewer_than_two_folds_are_refused(k):
     with pytest.raises(ConfigError, match="k is"):
         folds(many(9), k=k)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_of_a_group_is_that_of_the_digest_of_its_name():
+    hashed = np.frombuffer(hashlib.sha256("Zoë".encode()).digest(), np.uint8)
+    assert group_key(["Zoë", "x"], seed=3)[0] == key(hashed[None], 3)[0]
+
+
+def test_a_number_and_its_digits_are_the_same_group():
+    np.testing.assert_array_equal(group_key([7, 12]), group_key(["7", " 12 "]))
+    np.testing.assert_array_equal(group_key(np.array([7.0, 12.0])), group_key(["7", "12"]))
+    mixed = group_key(np.array([7, "7", "007"], dtype=object))
+    assert mixed[0] == mixed[1] != mixed[2]
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (["a", "", "b", " "], "2 of 4 rows have no group, the first is row 1"),
+        (np.array(["a", "b", "c", None], dtype=object), "1 of 4 rows have no group, the first is row 3"),
+        ([1.0, 2.0, float("nan"), 2.0], "1 of 4 rows have no group, the first is row 2"),
+        ([1.0, 2.5, 3.0, 3.0], "a group is 2.5"),
+        ([True, False, True, False], "a group is False"),
+        (["a"] * 3, r"groups have shape \(3,\), the digests have 4 rows"),
+    ],
+)
+def test_a_row_without_a_group_is_refused(groups, said):
+    with pytest.raises(ConfigError, match=said):
+        holdout(many(4), groups=groups)
+
+
+def test_a_grouped_holdout_is_the_groups_whose_key_is_below_the_share():
+    groups = [f"patient {i}" for i in np.random.default_rng(0).integers(0, 60, 500)]
+    train, test = holdout(many(500), test=0.3, seed=5, groups=groups)
+    np.testing.assert_array_equal(test, np.flatnonzero(group_key(groups, 5) < 0.3))
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(500))
+
+
+def test_added_images_and_groups_never_move_old_ones_between_the_sides_of_a_grouped_holdout():
+    groups = np.random.default_rng(0).integers(0, 80, 900)
+    y = groups % 4
+    _, before = holdout(many(600), y[:600], groups=groups[:600])
+    _, after = holdout(many(900), y, groups=groups)
+    np.testing.assert_array_equal(after[after < 600], before)
+
+
+Row = st.tuples(st.integers(0, 60), st.integers(0, 25))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(Row, min_size=8, max_size=80), st.lists(Row, max_size=20), st.integers(0, 3))
+def test_an_image_that_joins_groups_never_brings_a_test_row_to_training(old, added, seed):
+    images, groups = np.array(old + added).T
+    digests, n = digests_of(*images), len(old)
+    for some in (slice(n), slice(None)):  # where all joined groups are on one side, the other is lent one
+        keys = split._units(digests[some], groups[some], seed)[1]
+        assume(0 < (keys < 0.4).mean() < 1)
+    _, before = holdout(digests[:n], test=0.4, seed=seed, groups=groups[:n])
+    _, after = holdout(digests, test=0.4, seed=seed, groups=groups)
+    assert set(before) <= set(after)
+
+
+def connected(images: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Union-find, row by row."""
+    parent = list(range(len(images)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for i, j in product(range(len(images)), repeat=2):
+        if images[i] == images[j] or groups[i] == groups[j]:
+            parent[root(i)] = root(j)
+    return np.array([root(i) for i in range(len(images))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=40))
+def test_units_are_the_sets_that_a_union_find_connects_in_the_order_of_their_smallest_key(rows):
+    images, groups = np.array(rows).T
+    oracle = connected(images, groups)
+    units, keys = split._units(digests_of(*images), groups, 0)
+    np.testing.assert_array_equal(units[:, None] == units, oracle[:, None] == oracle)
+    own = group_key(groups)
+    np.testing.assert_array_equal(keys, [own[oracle == unit].min() for unit in oracle])
+    np.testing.assert_array_equal(np.argsort(units, kind="stable"), np.argsort(keys, kind="stable"))
+
+
+def test_a_long_chain_of_groups_that_share_an_image_each_is_one_unit():
+    links = np.arange(20_000)
+    images, groups = np.concatenate([links, links]), np.concatenate([links, links + 1])
+    digests = np.zeros((40_000, 32), np.uint8)
+    digests[:, :8] = images[:, None].astype("<u8").view(np.uint8)
+    assert split._units(digests, groups, 0)[0].max() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12), st.integers(0, 3)), min_size=20, max_size=120),
+    st.permutations(range(20)),
+)
+def test_copies_and_groups_never_straddle_a_stratified_holdout_whatever_the_order_of_rows(rows, order):
+    images, groups, y = np.array(rows).T
+    order = np.concatenate([order, np.arange(20, len(rows))])
+    try:
+        train, test = holdout(digests_of(*images), y, groups=groups, test=0.3)
+    except ConfigError:
+        with pytest.raises(ConfigError):
+            holdout(digests_of(*images[order]), y[order], groups=groups[order], test=0.3)
+        return
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(rows)))
+    assert not set(images[train]) & set(images[test])
+    assert not set(groups[train]) & set(groups[test])
+    assert set(y[train]) == set(y[test]) == set(y)
+    _, permuted = holdout(digests_of(*images[order]), y[order], groups=groups[order], test=0.3)
+    np.testing.assert_array_equal(np.sort(order[permuted]), test)
+
+
+def possible(units: np.ndarray, y: np.ndarray, k: int) -> bool:
+    """Whether some arrangement of the units has every class on each of k sides: all of them are tried."""
+    for sides in product(range(k), repeat=int(units.max()) + 1):
+        side = np.array(sides)[units]
+        if all(len(set(side[y == label])) == k for label in set(y)):
+            return True
+    return False
+
+
+Tangle = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=2, max_size=16)
+
+
+@settings(max_examples=150, deadline=None)
+@given(Tangle, st.integers(0, 5))
+def test_every_class_is_on_both_sides_exactly_when_some_arrangement_of_the_groups_has_it_so(rows, seed):
+    groups, y = np.array(rows).T
+    units = np.unique(groups, return_inverse=True)[1]
+    if possible(units, y, 2):
+        train, test = holdout(many(len(rows)), y, groups=groups, seed=seed)
+        assert set(y[train]) == set(y[test]) == set(y)
+    else:
+        with pytest.raises(ConfigError, match=r"^class '"):
+            holdout(many(len(rows)), y, groups=groups, seed=seed)
+
+
+@settings(max_examples=80, deadline=None)
+@given(Tangle, st.integers(2, 3))
+def test_every_class_is_in_every_fold_exactly_when_some_arrangement_of_the_groups_has_it_so(rows, k):
+    groups, y = np.array(rows).T
+    units = np.unique(groups, return_inverse=True)[1]
+    if possible(units, y, k):
+        for train, test in folds(many(len(rows)), y, groups=groups, k=k):
+            assert set(y[train]) == set(y[test]) == set(y)
+    else:
+        with pytest.raises(ConfigError, match=r"^class '"):
+            folds(many(len(rows)), y, groups=groups, k=k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(Tangle, st.integers(2, 3), st.randoms(use_true_random=False))
+def test_what_changes_sides_so_that_no_class_lacks_one_is_the_least_there_is(rows, k, random):
+    groups, y = np.array(rows).T
+    units = np.unique(groups, return_inverse=True)[1]
+    n_units = int(units.max()) + 1
+    start = np.array([random.randrange(k) for _ in range(n_units)])
+    # Only the classes that lack a side are free to move at first, so let all of them lack one.
+    start[:] = start[0]
+    cost = np.array([random.random() + 0.01 for _ in range(n_units)])
+    least = np.inf
+    for sides in product(range(k), repeat=n_units):
+        side = np.array(sides)
+        if all(len(set(side[units][y == label])) == k for label in set(y)):
+            least = min(least, cost[side != start].sum())
+    codes = np.unique(y, return_inverse=True)[1]
+    found = split._arranged(start, cost, codes, units, k)
+    assert (found is None) == np.isinf(least)
+    if found is not None:
+        assert cost[found != start].sum() == pytest.approx(least)
+
+
+def test_a_class_of_one_group_cannot_be_held_out_and_is_named():
+    groups = ["p1", "p2", "p3", "p4", "p5", "p5"]
+    with pytest.raises(ConfigError, match=r"class 'rare' has one group of images \(2 rows\); .* add groups or leave"):
+        holdout(many(6), ["often"] * 4 + ["rare"] * 2, groups=groups)
+
+
+def test_classes_that_cannot_all_have_both_sides_are_refused_and_one_is_named():
+    # Of three groups two are on one side, and each two of them are all there is of a class.
+    with pytest.raises(ConfigError, match=r"class '[abc]' shares its few groups with other classes"):
+        holdout(many(6), ["a", "b", "b", "c", "c", "a"], groups=[1, 1, 2, 2, 3, 3])
+
+
+def test_few_groups_without_classes_have_both_sides():
+    for seed in range(20):
+        train, test = holdout(many(30), groups=np.arange(30) % 3, seed=seed)
+        assert len(train)
+        assert len(test)
+    with pytest.raises(ConfigError, match=r"30 rows \(1 groups\) leaves (30|0) for training"):
+        holdout(many(30), groups=["only"] * 30)
+
+
+def test_grouped_folds_spread_classes_as_evenly_as_scikit_learns():
+    rng = np.random.default_rng(0)
+    ours, theirs = [], []
+    for _ in range(8):
+        n, n_groups, n_classes = rng.integers(300, 900), rng.integers(30, 90), rng.integers(2, 8)
+        groups = rng.choice(n_groups, n, p=rng.dirichlet(np.ones(n_groups)))
+        mixtures = rng.dirichlet(np.ones(n_classes), n_groups)
+        y = np.array([rng.choice(n_classes, p=mixtures[group]) for group in groups])
+        spread = []
+        for parts in (
+            folds(many(n), y, groups=groups),
+            list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(y, y, groups)),
+        ):
+            check_partition(parts, n)
+            assert all(not set(groups[train]) & set(groups[test]) for train, test in parts)
+            shares = np.array([np.bincount(y[test], minlength=n_classes) for _, test in parts]) / np.bincount(y)
+            spread.append(shares.std(axis=0).mean())
+        ours.append(spread[0])
+        theirs.append(spread[1])
+    assert np.mean(ours) < 1.1 * np.mean(theirs)
+
+
+# -- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_folds_by_time_are_scikit_learns_where_all_times_differ():
+    order = np.random.default_rng(0).permutation(60)
+    parts = folds(many(60), times=order, k=4)
+    for (train, test), (fit, held) in zip(parts, TimeSeriesSplit(4).split(np.arange(60)), strict=True):
+        np.testing.assert_array_equal(np.sort(order[train]), fit)
+        np.testing.assert_array_equal(np.sort(order[test]), held)
+
+
+Timed = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15), st.integers(0, 9)), min_size=6, max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(Timed, st.integers(2, 4), st.booleans())
+def test_a_fold_by_time_is_fitted_on_all_that_is_earlier_and_of_no_group_and_no_image_of_its_test(rows, k, grouped):
+    images, groups, times = np.array(rows).T
+    groups = groups if grouped else None
+    digests = digests_of(*images)
+    try:
+        parts = folds(digests, times=times, groups=groups, k=k)
+    except ConfigError:
+        said = "distinct times" if len(set(times)) <= k else "no row is left to fit on"
+        with pytest.raises(ConfigError, match=said):
+            folds(digests, times=times, groups=groups, k=k)
+        return
+    whole = connected(images, np.arange(len(rows)) if groups is None else groups)
+    tests = np.concatenate([test for _, test in parts])
+    first = times[parts[0][1]].min()
+    np.testing.assert_array_equal(np.sort(tests), np.flatnonzero(times >= first))
+    for train, test in parts:
+        expected = (times < times[test].min()) & ~np.isin(whole, whole[test])
+        np.testing.assert_array_equal(train, np.flatnonzero(expected))
+    for (_, earlier), (_, later) in pairwise(parts):
+        assert times[earlier].max() < times[later].min()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.floats(0.05, 0.95))
+def test_the_time_of_a_cut_leaves_the_share_nearest_to_the_one_asked_for(times, share):
+    assume(len(set(times)) > 1)
+    found = cut(times, share)
+    shares = {time: np.mean(np.array(times) >= time) for time in sorted(set(times))[1:]}
+    assert abs(shares[found] - share) == pytest.approx(min(abs(value - share) for value in shares.values()))
+    train, test = holdout(many(len(times)), times=times, test=share)
+    np.testing.assert_array_equal(test, np.flatnonzero(np.array(times) >= found))
+    np.testing.assert_array_equal(train, np.flatnonzero(np.array(times) < found))
+
+
+def test_a_stated_time_decides_for_each_row_so_that_no_added_one_moves_an_old_one():
+    times = np.random.default_rng(0).normal(size=300)
+    train, test = holdout(many(200), times=times[:200], since=0.5)
+    np.testing.assert_array_equal(test, np.flatnonzero(times[:200] >= 0.5))
+    more_train, more_test = holdout(many(300), times=times, since=0.5)
+    np.testing.assert_array_equal(more_test[more_test < 200], test)
+    np.testing.assert_array_equal(more_train[more_train < 200], train)
+
+
+def test_an_early_row_of_a_group_that_is_tested_later_is_on_neither_side():
+    train, test = holdout(
+        digests_of(1, 2, 3, 4, 4, 5), times=[1, 1, 1, 1, 9, 9], groups=["a", "b", "b", "c", "d", "a"], since=5
+    )
+    assert test.tolist() == [4, 5]
+    assert train.tolist() == [1, 2]  # row 0 is of group a, row 3 a copy of row 4
+
+
+def test_dates_are_times_and_since_is_one_too():
+    days = np.array(["2021-01-05", "2021-03-01", "2021-02-01", "2020-01-01"], "datetime64[D]")
+    _, test = holdout(many(4), times=days, since="2021-02-01")
+    assert test.tolist() == [1, 2]
+    assert cut(days, 0.25) == np.datetime64("2021-03-01")
+    with pytest.raises(ConfigError, match="since is 5; give a date such as 2021-03-04"):
+        holdout(many(4), times=days, since=5)
+    with pytest.raises(ConfigError, match="since is 'May'; give a number, as the times are"):
+        holdout(many(4), times=[1, 2, 3, 4], since="May")
+    with pytest.raises(ConfigError, match="no row is of 2022-01-01 or later; the times run from 2020-01-01 to"):
+        holdout(many(4), times=days, since="2022-01-01")
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ([1.0, float("nan"), 3.0, 4.0], "1 of 4 rows have no time, the first is row 1"),
+        (np.array(["2021-01-01", "NaT", "NaT", "2021-01-01"], "datetime64[s]"), "2 of 4 rows have no time"),
+        (["a"] * 4, "times are <U1; give numbers or numpy dates"),
+        ([1, 2, 3], r"times have shape \(3,\)"),
+        ([5, 5, 5, 5], "the 4 rows have 1 distinct times, fewer than the 2 that a test by time needs; give times"),
+    ],
+)
+def test_times_that_cannot_divide_are_refused(times, said):
+    with pytest.raises(ConfigError, match=said):
+        holdout(many(4), times=times)
+
+
+def test_too_few_times_for_the_folds_are_answered_with_the_k_that_works():
+    with pytest.raises(ConfigError, match="9 rows have 4 distinct times, fewer than the 6 that k=5 folds by time need"):
+        folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=5)
+    with pytest.raises(ConfigError, match="use k=3"):
+        folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=5)
+    assert len(folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=3)) == 3
+
+
+def test_groups_that_last_for_ever_leave_nothing_to_fit_on_before_a_time():
+    with pytest.raises(ConfigError, match=r"no row is left to fit on before 3.0: each of 4 has a copy or a row of its"):
+        holdout(many(8), times=[1, 1, 2, 2, 3, 3, 4, 4], groups=list("abababab"), since=3)
+
+
+def test_one_class_before_a_time_is_refused():
+    with pytest.raises(ConfigError, match=r"the 2 rows to fit on before 3.0 are all of one class"):
+        holdout(many(4), list("aabb"), times=[1, 2, 3, 4], since=3)
+
+
+def test_a_time_without_times_is_refused():
+    with pytest.raises(ConfigError, match="since=3 is a time, but the rows have none; give times too"):
+        holdout(many(4), since=3)
+
+
+# -- given -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_given_split_loses_the_test_rows_of_which_a_copy_is_trained_on():
+    marks = np.array(list("ttteex"))
+    train, test = split.given(digests_of(1, 2, 3, 3, 4, 4), marks == "t", marks == "e")
+    assert train.tolist() == [0, 1, 2]
+    assert test.tolist() == [4]
+
+
+def test_a_given_split_that_divides_a_group_is_refused_and_the_group_named():
+    marks = np.array(list("ttteee"))
+    with pytest.raises(ConfigError, match=r"1 of 5 groups are on both sides .* the first is 'p3'"):
+        split.given(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p3", "p3", "p4", "p5"])
+    train, test = split.given(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p2", "p3", "p4", "p5"])
+    assert (train.tolist(), test.tolist()) == ([0, 1, 2], [3, 4, 5])
+
+
+def test_a_given_split_without_rows_on_a_side_is_refused():
+    marks = np.array(list("ttte"))
+    with pytest.raises(ConfigError, match="has no row for the test"):
+        split.given(many(4), marks == "t", marks == "none")
+    with pytest.raises(ConfigError, match="all 1 images that are marked for the test are, byte by byte, also"):
+        split.given(digests_of(1, 2, 3, 3), marks == "t", marks == "e")
+    with pytest.raises(ConfigError, match="3 rows are marked for training and for the test"):
+        split.given(many(4), marks == "t", marks == "t")

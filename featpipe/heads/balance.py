@@ -1,0 +1,397 @@
+"""Classes of unequal size: rows drawn again, left out or made up for a fit, and probabilities corrected after it.
+
+Rows are resampled when a head is fitted and at no other time: within each fold, after the fold was taken apart, and
+behind the scaler, which sees the rows as they are. What comes out is the plain head or pipeline; nothing of
+imbalanced-learn is saved with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
+from sklearn.pipeline import Pipeline
+from sklearn.utils import get_tags
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+
+from featpipe.errors import ConfigError
+from featpipe.heads import ranges
+from featpipe.names import unknown
+
+__all__ = ["HOW", "NEIGHBORS", "Balanced", "drawn_rows", "fit_balanced", "prior_correction", "resample"]
+
+HOW: dict[str, str] = {
+    "over": "rows of smaller classes are drawn again until all classes have as many as the largest",
+    "under": "rows of larger classes are left out until all classes have as few as the smallest",
+    "smote": "rows are made up between neighbours of a smaller class until all have as many as the largest",
+}
+"""The ways to give all classes the same number of rows."""
+
+NEIGHBORS = 5
+
+
+def drawn_rows(y: ArrayLike, how: str, random_state: Any = None) -> NDArray[np.int64]:
+    """The rows that an over- or undersampled fit sees.
+
+    Parameters
+    ----------
+    y : array-like of shape (n,)
+        Classes.
+    how : {"over", "under"}
+    random_state : int, RandomState or None
+
+    Returns
+    -------
+    ndarray of shape (m,), int64
+        Row numbers, ascending; with "over" each at least once and some several times, with "under" each once at most.
+        ``np.bincount(rows, minlength=n)`` are sample weights of the same effect, for a fit that streams.
+
+    Notes
+    -----
+    These are the rows that imbalanced-learn's RandomOverSampler and RandomUnderSampler take.
+    """
+    if how not in ("over", "under"):
+        raise ConfigError(f"rows are drawn by over or under, not by {how}")
+    samplers = _imblearn(how)
+    codes = _coded(y)[1]
+    if len(np.unique(codes)) < 2:
+        return np.arange(len(codes))
+    kind = samplers.RandomOverSampler if how == "over" else samplers.RandomUnderSampler
+    sampler = kind(random_state=random_state)
+    sampler.fit_resample(np.arange(len(codes))[:, None], codes)
+    return np.sort(sampler.sample_indices_).astype(np.int64)
+
+
+def resample(
+    X: ArrayLike, y: ArrayLike, how: str, random_state: Any = None, *, neighbors: int = NEIGHBORS
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Training rows with as many of every class.
+
+    For rows to fit on and for no others: what is validated or tested keeps its classes as they are.
+
+    Parameters
+    ----------
+    X : array-like of shape (n, d)
+        Standardised, where rows are made up: neighbours are near by Euclidean distance.
+    y : array-like of shape (n,)
+        Classes.
+    how : {"over", "under", "smote"}
+    random_state : int, RandomState or None
+    neighbors : int
+        With "smote": between how many of the nearest rows of its class a row is made up; fewer in a class of fewer.
+
+    Returns
+    -------
+    X : ndarray of shape (m, d)
+        Of the dtype of X. With "smote" the rows that are made up come after the others.
+    y : ndarray of shape (m,)
+
+    Raises
+    ------
+    ConfigError
+        If imbalanced-learn is not installed, y holds no classes, or a class is too small for "smote".
+
+    Notes
+    -----
+    "over" and "smote" hold as many rows as there are classes times the rows of the largest: on large data
+    ``class_weight="balanced"`` has the effect of "over" without them.
+
+    References
+    ----------
+    Chawla, Bowyer, Hall and Kegelmeyer, "SMOTE: synthetic minority over-sampling technique", JAIR 16, 2002.
+
+    Examples
+    --------
+    >>> X, y = resample(np.arange(8.0)[:, None], [0, 0, 0, 0, 0, 0, 1, 1], "smote", random_state=0)
+    >>> np.bincount(y), bool(X[y == 1].min() >= 6)
+    (array([6, 6]), True)
+    """
+    if how not in HOW:
+        raise unknown("way to balance", str(how), HOW)
+    values = np.asarray(X)
+    if how != "smote":
+        rows = drawn_rows(y, how, random_state)
+        return values[rows], np.asarray(y)[rows]
+    ranges.whole("neighbors", neighbors, least=1)
+    return _with_made_up_rows(values, y, check_random_state(random_state), neighbors)
+
+
+def _with_made_up_rows(
+    X: NDArray[Any], y: ArrayLike, random: np.random.RandomState, neighbors: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """SMOTE, class by class with as many neighbours as the class has."""
+    smote = _imblearn("smote").SMOTE
+    classes, codes = _coded(y)
+    sizes = np.bincount(codes)
+    most = int(sizes.max())
+    if sizes.min() == 1 < most:
+        raise ConfigError(
+            f"class {str(classes[sizes.argmin()])!r} has one row to fit on, and smote needs two to make up one between "
+            "them; add images, leave the class out, use fewer folds, or take over or class_weight=balanced"
+        )
+    whole = np.empty((most * len(classes), *X.shape[1:]), X.dtype)
+    whole[: len(X)] = X
+    stop = len(X)
+    others = X[codes == sizes.argmax()][:2]  # imbalanced-learn wants to see a second class
+    for code in np.flatnonzero(sizes < most):
+        own = X[codes == code]
+        sampler = smote(sampling_strategy={1: most}, k_neighbors=min(neighbors, len(own) - 1), random_state=random)
+        marks = np.repeat([1, 0], [len(own), len(others)])
+        made = sampler.fit_resample(np.concatenate([own, others]), marks)[0][len(marks) :]
+        whole[stop : stop + len(made)] = made
+        stop += len(made)
+    return whole, np.concatenate([np.asarray(y), np.repeat(classes, most - sizes)])
+
+
+def fit_balanced(
+    estimator: Any,
+    X: ArrayLike,
+    y: ArrayLike,
+    how: str,
+    random_state: Any = None,
+    *,
+    neighbors: int = NEIGHBORS,
+    **fit_params: Any,
+) -> Any:
+    """Fit a head or a pipeline in place on as many rows of every class.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Of a pipeline the steps before the last are fitted on the rows as they are; then what comes out of them is
+        resampled, and the last step fitted on that.
+    X : array-like of shape (n, d)
+    y : array-like of shape (n,)
+    how, random_state, neighbors
+        As for `resample`.
+    **fit_params
+        For the fit of the head, such as ``validation``, in its terms: rows for it are given as they come out of the
+        scaler, and are not resampled.
+
+    Returns
+    -------
+    estimator
+    """
+    pipeline = isinstance(estimator, Pipeline)
+    head = estimator.steps[-1][1] if pipeline else estimator
+    if getattr(head, "early_stopping", False) is True and fit_params.get("validation") is None:
+        raise ConfigError(
+            f"with balance {how} early_stopping would judge by copies of rows that are trained on; turn it off, or "
+            "take class_weight=balanced instead"
+        )
+    if pipeline and len(estimator.steps) > 1:
+        before = estimator[:-1]
+        X = before.fit_transform(X, y)
+        estimator.steps[:-1] = before.steps
+    head.fit(*resample(X, y, how, random_state, neighbors=neighbors), **fit_params)
+    return estimator
+
+
+def _has(name: str) -> Any:
+    def check(self: Balanced) -> bool:
+        return hasattr(getattr(self, "estimator_", self.estimator), name)
+
+    return available_if(check)
+
+
+class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+    """A classifier that is fitted on as many rows of every class.
+
+    For scikit-learn's searches and cross-validation, where the rows of each fit have to be resampled on their own. To
+    keep, take ``estimator_``, which is a plain head or pipeline.
+
+    Parameters
+    ----------
+    estimator : estimator
+        A head, or a pipeline that ends in one: then behind its other steps, which see the rows as they are.
+    how : {"over", "under", "smote"}
+        As for `resample`.
+    random_state : int, RandomState or None
+    neighbors : int
+
+    Attributes
+    ----------
+    estimator_ : estimator
+        Fitted.
+    classes_ : ndarray of shape (k,)
+    prior_ : ndarray of shape (k,)
+        The share of each class in the rows before they were resampled, for `prior_correction`; the head itself was
+        fitted on equal shares.
+    n_features_in_ : int
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> X, y = np.arange(-2.0, 8)[:, None], np.repeat([0, 1], [2, 8])
+    >>> balanced = Balanced(LogisticRegression(), "over", random_state=0).fit(X, y)
+    >>> balanced.prior_
+    array([0.2, 0.8])
+    """
+
+    def __init__(
+        self, estimator: Any, how: str = "over", random_state: Any = None, *, neighbors: int = NEIGHBORS
+    ) -> None:
+        self.estimator = estimator
+        self.how = how
+        self.random_state = random_state
+        self.neighbors = neighbors
+
+    def check_params(self) -> None:
+        """Refuse settings that cannot be, before any work.
+
+        Raises
+        ------
+        ValueError
+        """
+        ranges.choice("how", self.how, list(HOW))
+        ranges.whole("neighbors", self.neighbors, least=1)
+        if hasattr(self.estimator, "check_params"):
+            self.estimator.check_params()
+
+    def fit(self, X: ArrayLike, y: ArrayLike, **fit_params: Any) -> Self:
+        """Learn from n rows, resampled; nothing of an earlier fit remains.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+        y : array-like of shape (n,)
+        **fit_params
+            As for `fit_balanced`.
+        """
+        self.check_params()
+        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
+        self.estimator_ = fit_balanced(
+            clone(self.estimator), X, y, self.how, self.random_state, neighbors=self.neighbors, **fit_params
+        )
+        codes = _coded(y)[1]
+        self.prior_ = np.bincount(codes) / len(codes)
+        return self
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        return self._fitted().classes_
+
+    def _fitted(self) -> Any:
+        check_is_fitted(self, "estimator_")
+        return self.estimator_
+
+    def _answers(self, X: ArrayLike, method: str) -> NDArray[Any]:
+        estimator = self._fitted()
+        X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+        return getattr(estimator, method)(X)
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Classes of shape (m,)."""
+        return self._answers(X, "predict")
+
+    @_has("predict_proba")
+    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
+        """Probabilities of shape (m, k), as if all classes were as frequent."""
+        return self._answers(X, "predict_proba")
+
+    @_has("decision_function")
+    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
+        """Scores of shape (m, k) or (m,)."""
+        return self._answers(X, "decision_function")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        inner = get_tags(self.estimator)
+        tags.classifier_tags.multi_class = inner.classifier_tags is None or inner.classifier_tags.multi_class
+        return tags
+
+
+def prior_correction(
+    probabilities: ArrayLike, trained_prior: ArrayLike, target_prior: ArrayLike
+) -> NDArray[np.float64]:
+    """Probabilities for another mix of classes than that of training.
+
+    Parameters
+    ----------
+    probabilities : array-like of shape (m, k)
+        Of a classifier that was fitted where classes had the shares ``trained_prior``; equal ones after resampling and
+        with ``class_weight="balanced"``.
+    trained_prior, target_prior : array-like of shape (k,)
+        Shares or counts; a class that is not to be expected has a target of 0.
+
+    Returns
+    -------
+    ndarray of shape (m, k), float64
+        Rows sum to one.
+
+    Raises
+    ------
+    ConfigError
+        If the shapes do not fit, a share is negative or not finite, or a class that was never trained is expected.
+
+    Notes
+    -----
+    By Bayes' rule p'(c|x) ∝ p(c|x) p'(c) / p(c), where only the frequency of classes changed and not what each looks
+    like: equation 4 of Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a priori
+    probabilities", Neural Computation 14, 2002. Of scores before a softmax it is the addition of log p'(c)/p(c).
+
+    Examples
+    --------
+    >>> prior_correction([[0.5, 0.5], [0.9, 0.1]], [1, 1], [0.1, 0.9]).round(3)
+    array([[0.1, 0.9],
+           [0.5, 0.5]])
+    """
+    found = np.asarray(probabilities, np.float64)
+    if found.ndim != 2:
+        raise ConfigError(f"probabilities have shape {found.shape}; give (m, k), a column for each class")
+    trained, target = (
+        _shares(name, prior, found.shape[1])
+        for name, prior in (("trained_prior", trained_prior), ("target_prior", target_prior))
+    )
+    never = np.flatnonzero((trained == 0) & (target > 0))
+    if len(never):
+        raise ConfigError(
+            f"class {never[0]} has a target prior of {target[never[0]]:g} and a trained prior of 0: nothing is known "
+            "of it; train with it, or give it a target of 0"
+        )
+    ratio = np.divide(target, trained, out=np.zeros_like(target), where=trained > 0)
+    found = found * (ratio / ratio.max())
+    sums = found.sum(axis=1, keepdims=True)
+    lost = np.flatnonzero(sums[:, 0] == 0)
+    if len(lost):
+        raise ConfigError(
+            f"{len(lost)} rows, the first is {lost[0]}, have probability in no class of a target prior above 0; give "
+            "every class that can occur a share"
+        )
+    return found / sums
+
+
+def _shares(name: str, prior: ArrayLike, k: int) -> NDArray[np.float64]:
+    shares = np.asarray(prior, np.float64)
+    if shares.shape != (k,):
+        raise ConfigError(f"{name} has shape {shares.shape}; give one share for each of the {k} classes")
+    if not np.isfinite(shares).all() or (shares < 0).any() or not shares.any():
+        raise ConfigError(f"{name} is {shares.tolist()}; give shares of 0 or more, of which one is more")
+    return shares / shares.sum()
+
+
+def _coded(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The classes, and the number of each row's."""
+    array = np.asarray(y)
+    if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
+        raise ConfigError(
+            f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold one class a row; only such "
+            "rows are resampled"
+        )
+    classes, codes = np.unique(array, return_inverse=True)
+    return classes, codes.astype(np.int64)
+
+
+def _imblearn(how: str) -> Any:
+    """The samplers of imbalanced-learn by their names."""
+    try:
+        from imblearn import over_sampling, under_sampling
+    except ImportError as error:
+        raise ConfigError(
+            f"to balance classes by {how} takes imbalanced-learn, which is not installed ({error}); "
+            "pip install 'featpipe[balance]', or take class_weight=balanced"
+        ) from error
+    return under_sampling if how == "under" else over_sampling

@@ -1,0 +1,344 @@
+"""Rows are resampled as imbalanced-learn does, for fits alone; probabilities are corrected by Bayes' rule."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.pipeline import make_pipeline as resampling_pipeline
+from imblearn.under_sampling import RandomUnderSampler
+from scipy.special import softmax
+from scipy.stats import norm
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featpipe import heads
+from featpipe.errors import ConfigError
+from featpipe.heads.balance import HOW, Balanced, drawn_rows, fit_balanced, prior_correction, resample
+
+
+def unequal(sizes: tuple[int, ...] = (80, 25, 9), d: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return (rng.normal(size=(len(y), d)) * (1, 5, 0.1, 1, 1, 1)[:d] + 1.5 * y[:, None]).astype(np.float32), y
+
+
+# -- which rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("how", "oracle"), [("over", RandomOverSampler), ("under", RandomUnderSampler)])
+def test_rows_are_drawn_as_imbalanced_learn_draws_them(how: str, oracle: Any) -> None:
+    X, y = unequal()
+    sampler = oracle(random_state=3)
+    sampler.fit_resample(X, y)
+    rows = drawn_rows(y, how, 3)
+    np.testing.assert_array_equal(rows, np.sort(sampler.sample_indices_))
+    np.testing.assert_array_equal(np.bincount(y[rows]), [80 if how == "over" else 9] * 3)
+    resampled, labels = resample(X, y, how, 3)
+    np.testing.assert_array_equal(resampled, X[rows])
+    np.testing.assert_array_equal(labels, y[rows])
+
+
+def test_every_row_is_there_when_oversampled_and_none_twice_when_undersampled() -> None:
+    y = unequal()[1]
+    assert set(drawn_rows(y, "over", 0)) == set(range(len(y)))
+    assert len(set(drawn_rows(y, "under", 0))) == 27
+
+
+def test_counts_of_drawn_rows_are_weights_of_the_same_effect() -> None:
+    X, y = unequal()
+    X = X.astype(np.float64)
+    rows = drawn_rows(y, "over", 0)
+    drawn = LogisticRegression(tol=1e-10, max_iter=1000).fit(X[rows], y[rows])
+    weights = np.bincount(rows, minlength=len(y))
+    weighed = LogisticRegression(tol=1e-10, max_iter=1000).fit(X, y, sample_weight=weights)
+    np.testing.assert_allclose(drawn.predict_proba(X), weighed.predict_proba(X), atol=1e-4)
+
+
+def test_made_up_rows_are_those_of_imbalanced_learns_smote() -> None:
+    X, y = unequal()
+    expected, labels = SMOTE(random_state=np.random.RandomState(5)).fit_resample(X, y)
+    found, found_labels = resample(X, y, "smote", 5)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found_labels, labels)
+
+
+def test_made_up_rows_lie_between_a_row_and_one_of_its_nearest_in_the_class() -> None:
+    X, y = unequal((60, 20))
+    found, labels = resample(X.astype(np.float64), y, "smote", 0, neighbors=3)
+    own = X[y == 1].astype(np.float64)
+    near = NearestNeighbors(n_neighbors=4).fit(own).kneighbors(own, return_distance=False)[:, 1:]
+    pairs = [(own[i], own[j]) for i in range(len(own)) for j in near[i]]
+    for row in found[len(X) :]:
+        gaps = [np.linalg.norm(a - row) + np.linalg.norm(b - row) - np.linalg.norm(a - b) for a, b in pairs]
+        assert min(gaps) < 1e-9
+    assert np.bincount(labels).tolist() == [60, 60]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_class_of_fewer_rows_than_neighbours_takes_those_it_has(size: int) -> None:
+    X, y = unequal((30, size, 12))
+    found, labels = resample(X, y, "smote", 0)
+    assert np.bincount(labels).tolist() == [30, 30, 30]
+    own = X[y == 1]
+    made = found[len(X) :][labels[len(X) :] == 1]
+    assert (made >= own.min(axis=0) - 1e-6).all()
+    assert (made <= own.max(axis=0) + 1e-6).all()
+
+
+def test_a_class_of_one_row_is_named_with_what_to_do() -> None:
+    X, y = unequal((30, 1, 12))
+    with pytest.raises(
+        ConfigError, match=r"class 'bee' has one row to fit on, .* fewer folds, or take over or class_w"
+    ):
+        resample(X, np.array(["ape", "bee", "cow"])[y], "smote", 0)
+    assert np.bincount(resample(X, y, "over", 0)[1]).tolist() == [30, 30, 30]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_the_number_type_stays(how: str, kind: Any) -> None:
+    X, y = unequal()
+    assert resample(X.astype(kind), y, how, 0)[0].dtype == kind
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", [str, object, np.int32])
+def test_classes_may_be_text_or_numbers(how: str, kind: Any) -> None:
+    X, y = unequal()
+    names = y.astype(np.int32) if kind is np.int32 else np.array(["a", "b", "c"], dtype=kind)[y]
+    found, labels = resample(X, names, how, 0)
+    same, codes = resample(X, y, how, 0)
+    np.testing.assert_array_equal(found, same)
+    np.testing.assert_array_equal(np.unique(labels, return_inverse=True)[1], codes)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
+    X, y = unequal((20, 20))
+    found, labels = resample(X, y, how, 0)
+    np.testing.assert_array_equal(found, X)
+    np.testing.assert_array_equal(labels, y)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_one_seed_gives_one_answer_and_another_another(how: str) -> None:
+    X, y = unequal()
+    first, again, other = (resample(X, y, how, seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("y", [np.zeros((9, 2)), np.linspace(0, 1, 9)])
+def test_what_is_not_one_class_a_row_is_refused(y: np.ndarray) -> None:
+    for how in HOW:
+        with pytest.raises(ConfigError, match="does not hold one class a row; only such rows are resampled"):
+            resample(np.zeros((9, 2)), y, how)
+
+
+def test_an_unknown_way_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown way to balance 'smot'; did you mean 'smote'"):
+        resample(*unequal(), "smot")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imblearn", None)
+    with pytest.raises(ConfigError, match=r"pip install 'featpipe\[balance\]', or take class_weight=balanced"):
+        resample(*unequal(), how)
+
+
+# -- fits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_scaler_sees_the_rows_as_they_are_and_the_head_those_resampled_behind_it(how: str) -> None:
+    X, y = unequal()
+    found = fit_balanced(make_pipeline(StandardScaler(), LogisticRegression()), X, y, how, 0)
+    scaler = StandardScaler().fit(X)
+    oracle = LogisticRegression().fit(*resample(scaler.transform(X), y, how, 0))
+    np.testing.assert_array_equal(found[0].mean_, scaler.mean_)
+    np.testing.assert_array_equal(found.predict_proba(X), oracle.predict_proba(scaler.transform(X)))
+
+
+def test_a_balanced_pipeline_is_what_imbalanced_learns_pipeline_would_be() -> None:
+    X, y = unequal()
+    steps = StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000)
+    oracle = resampling_pipeline(steps[0], SMOTE(random_state=np.random.RandomState(1)), steps[1]).fit(X, y)
+    found = Balanced(make_pipeline(*steps), "smote", 1).fit(X, y)
+    np.testing.assert_allclose(found.predict_proba(X), oracle.predict_proba(X), atol=1e-6)
+
+
+def test_what_is_kept_is_a_plain_head_that_is_saved_without_a_word_of_imbalanced_learn() -> None:
+    X, y = unequal()
+    pipeline = fit_balanced(heads.build("logistic"), X, y, "smote", 0)
+    data = heads.dumps(pipeline)
+    assert b"imblearn" not in data
+    assert b"Balanced" not in data
+    np.testing.assert_array_equal(heads.loads(data).predict_proba(X), pipeline.predict_proba(X))
+
+
+def test_held_out_rows_are_never_resampled_and_never_seen() -> None:
+    X, y = unequal()
+    seen: list[np.ndarray] = []
+
+    class Spy(LogisticRegression):
+        def fit(self, X: Any, y: Any) -> Any:
+            seen.append(X)
+            return super().fit(X, y)
+
+    folds = list(StratifiedKFold(3).split(X, y))
+    answers = cross_val_predict(Balanced(Spy(), "over", 0), X, y, cv=folds)
+    assert len(answers) == len(y)
+    for (train, test), rows in zip(folds, seen, strict=True):
+        held = {row.tobytes() for row in X[test]}
+        assert {row.tobytes() for row in rows} == {row.tobytes() for row in X[train]}
+        assert not held & {row.tobytes() for row in rows}
+
+
+def test_a_search_reaches_the_settings_of_the_head_inside() -> None:
+    X, y = unequal()
+    search = GridSearchCV(
+        Balanced(heads.build("logistic", random_state=0), "over", 0), {"estimator__head__C": [1e-4, 1.0]}, cv=3
+    )
+    search.fit(X, y)
+    assert search.best_params_["estimator__head__C"] == search.best_estimator_.estimator_.named_steps["head"].C
+    assert search.best_params_["estimator__head__C"] == search.best_estimator_.estimator["head"].C
+
+
+def test_balancing_finds_more_of_the_rare_class_and_the_prior_tells_what_was_there() -> None:
+    X, y = unequal((600, 30), d=1)
+    plain = LogisticRegression(max_iter=1000).fit(X, y).predict(X)[y == 1].mean()
+    for how in HOW:
+        balanced = Balanced(LogisticRegression(max_iter=1000), how, 0).fit(X, y)
+        assert balanced.predict(X)[y == 1].mean() > plain
+        np.testing.assert_allclose(balanced.prior_, [600 / 630, 30 / 630])
+
+
+def test_early_stopping_does_not_judge_by_copies_of_what_it_is_trained_on() -> None:
+    X, y = unequal()
+    head = heads.build("mlp", params={"early_stopping": True})
+    with pytest.raises(ConfigError, match="with balance over early_stopping would judge by copies"):
+        fit_balanced(head, X, y, "over", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"how": "more"}, "how is 'more'"), ({"neighbors": 0}, "neighbors is 0")]
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Balanced(LogisticRegression(), **settings).check_params()
+
+
+def test_a_balanced_head_answers_only_what_the_head_does() -> None:
+    from sklearn.svm import LinearSVC
+
+    assert not hasattr(Balanced(LinearSVC()), "predict_proba")
+    assert hasattr(Balanced(LinearSVC()), "decision_function")
+    copy = clone(Balanced(LinearSVC(C=3), "under", 7, neighbors=2))
+    assert (copy.how, copy.random_state, copy.neighbors, copy.estimator.C) == ("under", 7, 2, 3)
+
+
+@parametrize_with_checks(
+    [
+        Balanced(LogisticRegression(), "over", 0),
+        Balanced(make_pipeline(StandardScaler(), LogisticRegression()), "under", 0),
+        Balanced(LogisticRegression(), "smote", 0),
+    ]
+)
+def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+# -- priors ----------------------------------------------------------------------------------------------------------
+
+
+def densities(x: np.ndarray) -> np.ndarray:
+    """p(x | class) of three classes that are known, shape (m, 3)."""
+    return np.stack([norm(-1, 1).pdf(x), norm(0.5, 0.7).pdf(x), norm(3, 2).pdf(x)], axis=1)
+
+
+def posterior(x: np.ndarray, prior: Any) -> np.ndarray:
+    joint = densities(x) * np.asarray(prior)
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def test_a_corrected_posterior_is_bayes_rule_with_the_other_prior() -> None:
+    x = np.linspace(-6, 9, 301)
+    trained, target = np.array([0.6, 0.3, 0.1]), np.array([0.05, 0.25, 0.7])
+    found = prior_correction(posterior(x, trained), trained, target)
+    np.testing.assert_allclose(found, posterior(x, target), rtol=1e-12)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-15)
+    np.testing.assert_allclose(prior_correction(found, target, trained), posterior(x, trained), rtol=1e-10)
+
+
+def test_the_correction_is_the_addition_of_the_log_ratio_to_scores() -> None:
+    scores = np.random.default_rng(0).normal(size=(50, 4)) * 5
+    trained, target = np.array([4.0, 3, 2, 1]), np.array([1.0, 1, 1, 7])
+    shifted = softmax(scores + np.log(target / 10) - np.log(trained / 10), axis=1)
+    np.testing.assert_allclose(prior_correction(softmax(scores, axis=1), trained, target), shifted, rtol=1e-12)
+
+
+def test_a_head_fitted_on_one_mix_of_classes_is_right_on_another_once_corrected() -> None:
+    rng = np.random.default_rng(0)
+    means, target = np.array([-1.0, 1.0]), np.array([0.95, 0.05])
+    y = rng.integers(0, 2, 40_000)
+    head = LogisticRegression(C=1e6).fit(rng.normal(means[y])[:, None], y)
+    x = np.linspace(-4, 4, 81)
+    truth = target[1] * norm(1, 1).pdf(x) / (target[1] * norm(1, 1).pdf(x) + target[0] * norm(-1, 1).pdf(x))
+    plain = head.predict_proba(x[:, None])
+    corrected = prior_correction(plain, [0.5, 0.5], target)
+    assert np.abs(corrected[:, 1] - truth).max() < 0.01
+    assert np.abs(plain[:, 1] - truth).max() > 0.5
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_balanced_head_is_given_its_own_mix_back(how: str) -> None:
+    rng = np.random.default_rng(1)
+    y = (rng.random(30_000) < 0.1).astype(int)
+    X = rng.normal(2.0 * y)[:, None]
+    balanced = Balanced(LogisticRegression(C=1e6), how, 0).fit(X, y)
+    truth = 0.1 * norm(2, 1).pdf(X) / (0.1 * norm(2, 1).pdf(X) + 0.9 * norm(0, 1).pdf(X))
+    found = prior_correction(balanced.predict_proba(X), [1, 1], balanced.prior_)
+    assert np.abs(found[:, 1:] - truth).mean() < 0.01
+
+
+def test_a_class_that_is_not_expected_gets_nothing() -> None:
+    found = prior_correction([[0.2, 0.3, 0.5]], [1, 1, 1], [1, 1, 0])
+    np.testing.assert_allclose(found, [[0.4, 0.6, 0]])
+    np.testing.assert_allclose(prior_correction([[0.5, 0.5, 0]], [1, 1, 0], [1, 3, 0]), [[0.25, 0.75, 0]])
+
+
+def test_tiny_shares_lose_no_row() -> None:
+    found = prior_correction([[1e-300, 1.0], [1.0, 0.0]], [1e-12, 1], [1 - 1e-12, 1e-12])
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "target", "said"),
+    [
+        ([1, 1], [1, 0, 0], r"target_prior has shape \(3,\); give one share for each of the 2 classes"),
+        ([1, -1], [1, 1], r"trained_prior is \[1.0, -1.0\]; give shares of 0 or more"),
+        ([0, 0], [1, 1], "trained_prior is .* of which one is more"),
+        ([1, np.nan], [1, 1], "trained_prior is"),
+        ([1, 0], [1, 1], "class 1 has a target prior of 0.5 and a trained prior of 0: nothing is known of it"),
+        ([1, 1], [0, 1], "1 rows, the first is 0, have probability in no class of a target prior above 0"),
+    ],
+)
+def test_priors_that_make_no_sense_are_refused(trained: Any, target: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        prior_correction([[1.0, 0.0]], trained, target)
+
+
+def test_probabilities_of_one_dimension_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"probabilities have shape \(2,\); give \(m, k\)"):
+        prior_correction([0.5, 0.5], [1, 1], [1, 1])
