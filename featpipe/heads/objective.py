@@ -132,8 +132,20 @@ class Problem:
         gradient[:, :-1] += self.ridge * theta[:, :-1]
         if not self.fit_intercept:
             gradient[:, -1] = 0.0
-        squares = np.einsum("kd,kd->k", theta[:, :-1], theta[:, :-1]).reshape(self.groups, -1).sum(axis=1)
-        return Point(theta, losses, losses + 0.5 * self.ridge * squares, gradient)
+        return Point(theta, losses, losses + self._penalties(theta), gradient)
+
+    def under(self, ridge: float, point: Point) -> tuple[Problem, Point]:
+        """The problem with another penalty, and a point of this one as one of that: no row is needed."""
+        W = point.theta[:, :-1]
+        gradient = point.gradient.copy()
+        gradient[:, :-1] += (ridge - self.ridge) * W
+        other = replace(self, ridge=ridge)
+        return other, replace(point, values=point.losses + other._penalties(point.theta), gradient=gradient)
+
+    def _penalties(self, theta: Array) -> Array:
+        squares = np.einsum("kd,kd->k", theta[:, :-1], theta[:, :-1])
+        penalties: Array = 0.5 * self.ridge * squares.reshape(self.groups, -1).sum(axis=1)
+        return penalties
 
     def probabilities(self, theta: Array, x: NDArray[Any]) -> NDArray[Any]:
         """Of rows that `rows` gave, shape (b, k)."""
@@ -167,20 +179,26 @@ class Problem:
         """Σ w_i loss_i of each group; the scores (b, k) become w_i (p_i - y_i) in place."""
         weights, Y = self.weights[block], self.Y[block]
         if self.link == "sigmoid":
+            signs = (1 - 2 * Y).astype(scores.dtype)
+            scores *= signs
             p, exponentials = _sigmoid(scores)
             losses = np.log1p(exponentials, out=exponentials)
             losses += np.maximum(scores, 0)
-            losses -= Y * scores
-            np.multiply(p - Y, weights, out=scores, casting="same_kind")
+            np.multiply(p * signs, weights, out=scores, casting="same_kind")
             return np.einsum("ik,ik->k", weights, losses)
         chosen = np.arange(len(Y)), Y
-        right, highest = scores[chosen], scores.max(axis=1)
+        highest = scores.max(axis=1)
         scores -= highest[:, None]
+        behind = scores[chosen]
         np.exp(scores, out=scores)
-        sums = scores.sum(axis=1)
-        losses = (np.log(sums) + highest - right).astype(np.float64)
-        scores *= (weights / sums).astype(scores.dtype)[:, None]
-        scores[chosen] -= weights.astype(scores.dtype)
+        right = scores[chosen]
+        scores[chosen] = 0
+        # Sums without the right class: what is near 1 keeps no digits of a small loss.
+        others = scores.sum(axis=1)
+        losses = np.where(behind == 0, np.log1p(others), np.log(others + right) - behind).astype(np.float64)
+        factors = weights.astype(scores.dtype) / (others + right)
+        scores *= factors[:, None]
+        scores[chosen] = -others * factors
         return np.array([weights @ losses])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from featpipe.heads.objective import Problem
 from featpipe.heads.solver import Solution, minimise
 from featpipe.heads.workers import Workers
 
-__all__ = ["SoftmaxRegression", "problem_of", "without_constant_labels"]
+__all__ = ["SoftmaxRegression", "problem_of", "solve"]
 
 
 class SoftmaxRegression(ScoredClassifier, BaseEstimator):
@@ -110,23 +110,12 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
             float(X.size) * targets.Y[0].size * (1 if targets.Y.ndim == 2 else len(targets.classes))
         ) as workers:
             problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
-            solution = self._solve(problem)
+            solution = solve(problem, lambda varying: minimise(varying, tol=self.tol, max_iter=self.max_iter))
         self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         self.n_iter_ = solution.steps
         self._warn_if_short(solution)
         return self
-
-    def _solve(self, problem: Problem) -> Solution:
-        varying, settled = without_constant_labels(problem)
-        if varying is None:
-            return settled
-        found = minimise(varying, tol=self.tol, max_iter=self.max_iter)
-        if varying is problem:
-            return found
-        rows = np.isnan(settled.b)
-        settled.W[rows], settled.b[rows] = found.W, found.b
-        return replace(found, W=settled.W, b=settled.b)
 
     def _warn_if_short(self, worst: Solution) -> None:
         if not worst.converged:
@@ -152,7 +141,20 @@ def problem_of(
     return Problem(X, Y, weights, "softmax", k, fit_intercept, ridge, workers=workers)
 
 
-def without_constant_labels(problem: Problem) -> tuple[Problem | None, Solution]:
+def solve(problem: Problem, search: Callable[[Problem], Solution]) -> Solution:
+    """Search for the labels that vary, and answer the others at once."""
+    varying, settled = _without_constant_labels(problem)
+    if varying is None:
+        return settled
+    found = search(varying)
+    if varying is problem:
+        return found
+    rows = np.isnan(settled.b)
+    settled.W[rows], settled.b[rows] = found.W, found.b
+    return replace(found, W=settled.W, b=settled.b)
+
+
+def _without_constant_labels(problem: Problem) -> tuple[Problem | None, Solution]:
     """The problem of the labels that vary, if any do, and the answer for the others, NaN for those that vary."""
     W, b = np.zeros((problem.k, problem.d)), np.full(problem.k, np.nan)
     settled = Solution(W, b, value=0.0, gap=0.0, steps=1, converged=True)

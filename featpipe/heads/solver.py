@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featpipe.heads.curvature import Blocks, Curvature, Metric
 from featpipe.heads.objective import Point, Problem
 
-__all__ = ["Memory", "Solution", "minimise"]
+__all__ = ["Memory", "Solution", "into_row_space", "minimise"]
 
 Array = NDArray[np.float64]
 
@@ -45,6 +45,8 @@ class Solution:
         Bound on (f(W, b) - min f) / f(W, b), the worst of any group; an estimate where rounding ended the search.
     steps : int
     converged : bool
+    point : Point, optional
+        The end of a search on an estimate, from which the next can start without a pass.
     """
 
     W: Array
@@ -53,6 +55,7 @@ class Solution:
     gap: float
     steps: int
     converged: bool
+    point: Point | None = None
 
 
 @dataclass(eq=False)
@@ -63,6 +66,7 @@ class Memory:
     changes: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
     inverses: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
     curvature: Curvature | None = None
+    blocks: Blocks | None = None
 
     def add(self, step: Array, change: Array) -> None:
         products = _dots(step, change)
@@ -82,16 +86,14 @@ class Memory:
         for kept in (self.steps, self.changes, self.inverses):
             kept.extend([kept.popleft()[groups] for _ in range(len(kept))])
 
-    def reweigh(self, times: float, ridge: float) -> None:
-        """Go on as if every row's weight had been multiplied: only the penalty's share of a change stays."""
+    def repenalise(self, more: float) -> None:
+        """Go on under a penalty that is stronger by so much: only its share of the changes differs."""
         pairs = list(zip(self.steps, self.changes, strict=True))
         self.clear()
         for step, change in pairs:
-            penalty = ridge * step
+            penalty = more * step
             penalty[..., -1] = 0
-            self.add(step, times * (change - penalty) + penalty)
-        if self.curvature is not None:
-            self.curvature = Curvature(self.curvature.gram * times)
+            self.add(step, change + penalty)
 
     def direction(self, gradient: Array, metric: Metric | Blocks) -> Array:
         """The quasi-Newton step of each group; arrays have shape (g, rows of theta in a group, d + 1)."""
@@ -111,7 +113,13 @@ class Memory:
 
 
 def minimise(
-    problem: Problem, *, tol: float, max_iter: int, start: Array | None = None, memory: Memory | None = None
+    problem: Problem,
+    *,
+    tol: float,
+    max_iter: int,
+    start: Point | None = None,
+    memory: Memory | None = None,
+    estimate: bool = False,
 ) -> Solution:
     """Minimise until the relative gap of every group is at most ``tol``, or for ``max_iter`` steps.
 
@@ -120,10 +128,12 @@ def minimise(
     problem : Problem
     tol : float
     max_iter : int
-    start : ndarray of shape (k, d + 1), optional
+    start : Point, optional
         Where to begin.
     memory : Memory, optional
-        Of a search on the same rows with other weights, brought up to date by `Memory.reweigh`; it is gone on with.
+        Of a search on the same rows with another penalty, brought up to date by `Memory.repenalise`.
+    estimate : bool
+        End on what two steps running promised and brought, and not on the bound.
 
     Notes
     -----
@@ -137,11 +147,11 @@ def minimise(
     optimum lies.
     """
     if problem.n < problem.d and start is None:
-        reduced, basis = _into_row_space(problem)
+        reduced, basis = into_row_space(problem)
         found = minimise(reduced, tol=tol, max_iter=max_iter)
         return replace(found, W=found.W @ basis.T)
-    search = _Search(problem, tol, Memory() if memory is None else memory)
-    search.begin(problem.start() if start is None else start)
+    search = _Search(problem, tol, Memory() if memory is None else memory, estimate)
+    search.begin(start)
     steps = search.run(max_iter)
     gaps = search.gaps
     return Solution(
@@ -151,10 +161,11 @@ def minimise(
         gap=float(gaps.max()),
         steps=max(1, steps),
         converged=bool((gaps <= tol).all()),
+        point=search.point if estimate else None,
     )
 
 
-def _into_row_space(problem: Problem) -> tuple[Problem, Array]:
+def into_row_space(problem: Problem) -> tuple[Problem, Array]:
     """The same problem in n coordinates instead of d, and the orthonormal basis (d, n) that leads back."""
     basis, triangle = np.linalg.qr(problem.rows(slice(None), np.float64).T)
     return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None), basis
@@ -167,10 +178,12 @@ class _Search:
     problem: Problem
     tol: float
     memory: Memory
+    estimate: bool = False
     point: Point = field(init=False)
     metric: Metric | Blocks = field(init=False)
     decrement: float = field(init=False, default=np.inf)
     fall: float = field(init=False, default=1.0)
+    was_small: bool = field(init=False, default=False)
     metric_at: int = field(init=False, default=0)
     blocks_at: int = field(init=False, default=0)
     dtype: type[np.floating[Any]] = field(init=False)
@@ -181,11 +194,14 @@ class _Search:
     values: Array = field(init=False)
     gaps: Array = field(init=False)
 
-    def begin(self, theta: Array) -> None:
+    def begin(self, start: Point | None) -> None:
         products = float(self.problem.n) * self.problem.d * self.problem.k
         self.dtype = self.first_dtype = np.float32 if products >= FLOAT32_FROM_PRODUCTS else np.float64
-        self.point = self.problem.at(theta, self.dtype)
+        self.point = self.problem.at(self.problem.start(), self.dtype) if start is None else start
+        theta = self.point.theta
         self.open = np.arange(self.problem.groups)
+        if self.memory.blocks is not None and self.dtype == np.float32:
+            self.metric, self.blocks_at, self.metric_at = self.memory.blocks, 1, 1
         self.found, self.values, self.gaps = theta.copy(), self.point.values.copy(), np.zeros(len(self.open))
 
     def run(self, max_iter: int) -> int:
@@ -193,7 +209,7 @@ class _Search:
         best, since = np.inf, 0
         self._note()
         for steps in range(max_iter):
-            if self._close():
+            if self._is_done():
                 return steps
             if self._worth_blocks(steps):
                 self._make_blocks(steps)
@@ -202,6 +218,8 @@ class _Search:
                 self.metric_at = steps
             before = self.point.values.sum()
             moved = self._step()
+            if self.estimate and moved and self._is_near():
+                return steps + 1
             gap, fell = float(self.gaps[self.open].mean()), before - self.point.values.sum()
             since = 0 if gap < 0.9 * best or fell > ROUNDING[self._precision] * before else since + 1
             best = min(best, gap)
@@ -211,7 +229,8 @@ class _Search:
                 self._settle()
                 return steps + 1
             best, since = np.inf, 0
-        self._close()
+        if not self.estimate:
+            self._close()
         return max_iter
 
     @property
@@ -278,10 +297,25 @@ class _Search:
             self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
         self.metric = self.memory.curvature.metric(self.problem.ridge, self.dtype)
 
+    def _is_done(self) -> bool:
+        """Groups share the steps of an estimated search to its end, so that what was learnt is of all of them."""
+        if not self.estimate:
+            return self._close()
+        self.resting = self.gaps <= self.tol
+        return bool(self.resting.all())
+
+    def _is_near(self) -> bool:
+        """Whether two steps running promised and brought little."""
+        small = max(self.decrement, self.fall) <= self.tol
+        near, self.was_small = small and self.was_small, small
+        if near:
+            self.gaps[:] = self.decrement
+        return near
+
     def _worth_metric(self, steps: int) -> bool:
         """At the start, and when as much has been spent on steps as a new one costs, ever more rarely."""
         if steps == 0:
-            return True
+            return not self.blocks_at
         since = steps - self.metric_at
         return not self.blocks_at and since >= max(2, 0.4 * steps, 2 * Curvature.evaluations(self.problem))
 
@@ -295,7 +329,7 @@ class _Search:
 
     def _make_blocks(self, steps: int) -> None:
         self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
-        self.metric = Blocks.at(self.problem, self.point.theta, self.memory.curvature)
+        self.metric = self.memory.blocks = Blocks.at(self.problem, self.point.theta, self.memory.curvature)
         self.blocks_at = steps
 
     def _step(self) -> bool:
