@@ -119,14 +119,12 @@ class Model:
         ndarray
             Class names of shape (m,); targets of shape (m,) or (m, t); or a 0/1 matrix of shape (m, k).
         """
-        if self.calibration is not None:
-            p = self.predict_proba_features(X)
-            if self.task == "multilabel":
-                return (p > 0.5).astype(np.int64)
-            return np.array(self.classes, dtype=object)[p.argmax(axis=1)]
-        if self.task == "classification":
-            return np.array(self.classes, dtype=object)[self.head.predict(X)]
-        return np.asarray(self.head.predict(X))
+        if self.task == "regression":
+            return np.asarray(self.head.predict(X))
+        p = self.predict_proba_features(X)
+        if self.task == "multilabel":
+            return (p > 0.5).astype(np.int64)
+        return np.array(self.classes, dtype=object)[p.argmax(axis=1)]
 
     def predict_proba_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probabilities of shape (m, k) from embeddings, columns in the order of ``classes``."""

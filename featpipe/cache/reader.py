@@ -453,7 +453,10 @@ class View:
             if self._mapped:
                 forget(run)
             return found
-        return np.take(self._features, numbers, axis=0)
+        found = np.take(self._features, numbers, axis=0)
+        if self._mapped and len(numbers):
+            forget(self._features[numbers.min() : numbers.max() + 1])
+        return found
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> View:
         """A view of some of its rows."""

@@ -78,7 +78,7 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
     strength of logistic is chosen along 45 values, on inner folds, unless it is set.
 
     \b
-    Examples:
+    Example:
       featpipe train cache/photos.h5 --head mlp --set hidden=256
       featpipe train cache/photos.h5 --head all --metric macro_f1
     """

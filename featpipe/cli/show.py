@@ -189,7 +189,7 @@ def heads(name: str | None, as_json: bool) -> None:
     """List the heads that can be trained and what they are for; with a NAME, its settings and their defaults.
 
     \b
-    Examples:
+    Example:
       featpipe heads
       featpipe heads mlp
     """
@@ -228,6 +228,8 @@ def _settings(name: str, as_json: bool) -> None:
 
 def _shown(value: object) -> str:
     """As ``--set`` takes it."""
+    if callable(value):
+        return getattr(value, "__name__", repr(value))
     if isinstance(value, tuple):
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -13,6 +13,7 @@ from featpipe.heads.storage import TRUSTED, dumps, loads
 from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, names, settings_of, spec_of
 
 if TYPE_CHECKING:
+    from featpipe.heads.path import SoftmaxRegressionCV
     from featpipe.heads.softmax import SoftmaxRegression
     from featpipe.heads.streaming import fit_streamed
     from featpipe.heads.torch_heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
@@ -27,6 +28,7 @@ __all__ = [
     "MLPClassifier",
     "MLPRegressor",
     "SoftmaxRegression",
+    "SoftmaxRegressionCV",
     "Task",
     "build",
     "describe",
@@ -46,6 +48,7 @@ _HOMES = {
     "MLPClassifier": "torch_heads",
     "MLPRegressor": "torch_heads",
     "SoftmaxRegression": "softmax",
+    "SoftmaxRegressionCV": "path",
     "fit_streamed": "streaming",
 }
 

@@ -12,6 +12,8 @@ __all__ = ["TRUSTED", "dumps", "loads"]
 
 # What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
 TRUSTED: tuple[str, ...] = (
+    "featpipe.heads.neighbors.nearness",
+    "featpipe.heads.path.SoftmaxRegressionCV",
     "featpipe.heads.softmax.SoftmaxRegression",
     "featpipe.heads.torch_heads.LinearClassifier",
     "featpipe.heads.torch_heads.LinearRegressor",

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from featpipe.errors import ConfigError
+from featpipe.heads.neighbors import nearness
 from featpipe.names import unknown
 
 __all__ = ["TABLE", "TASKS", "HeadSpec", "Task", "build", "describe", "names", "settings_of", "spec_of"]
@@ -49,9 +50,10 @@ _MULTILABEL: Mapping[Task, Mapping[str, object]] = {
     "classification": {"multilabel": False},
     "multilabel": {"multilabel": True},
 }
-_NEAREST: Mapping[str, object] = {"metric": "cosine", "weights": "distance", "algorithm": "brute"}
+_NEAREST: Mapping[str, object] = {"metric": "cosine", "weights": nearness, "algorithm": "brute"}
 _KERAS: Mapping[str, object] = {
     "hidden": (1024,),
+    "initial_weights": "glorot",
     "optimizer": "adam",
     "learning_rate": 1e-3,
     "weight_decay": 0.0,
@@ -121,8 +123,9 @@ TABLE: dict[str, HeadSpec] = {
         standardised=False,
     ),
     "centroid": HeadSpec(
-        summary="the class whose mean is nearest",
+        summary="the class whose mean is nearest, by the spread within classes",
         estimators={"classification": "sklearn.neighbors:NearestCentroid"},
+        defaults={"classification": {"priors": "empirical"}},
         grid={"shrink_threshold": (None, 0.1, 0.3, 1.0)},
     ),
     "keras": HeadSpec(
@@ -287,7 +290,7 @@ def _addressed(params: Mapping[str, object], known: list[str], name: str) -> dic
         if target not in known:
             near = get_close_matches(key, short, n=1, cutoff=0.5)
             meant = f", did you mean {near[0]!r}?" if near else ";"
-            raise ConfigError(f"head {name!r} has no setting {key!r}{meant} it has {', '.join(short)}")
+            raise ConfigError(f"head {name!r} has no setting {key!r}{meant} `featpipe heads {name}` lists what it has")
         if target in addressed:
             raise ConfigError(f"head {name!r}: {key!r} and {target!r} are the same setting; give one of them")
         if target == "scale" and value not in ("standard", "passthrough") and not hasattr(value, "transform"):

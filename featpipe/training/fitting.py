@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import heads
+from featpipe import heads, split
 from featpipe.calibration import Calibration, logits_of
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import resample
+from featpipe.heads.balance import fit_balanced
 from featpipe.training.rows import Rows
 from featpipe.training.selection import Choice, choose_strength, scorer_of, search, subset
 
 __all__ = ["Fitted", "Plan"]
 
 ROWS_AT_ONCE = 1 << 16
+WATCHED_SEED = 2  # other rows than those of the folds
 LOWEST_LOGIT = -30.0  # beside the others, of a class that a fold was not fitted on
 
 
@@ -102,17 +103,21 @@ class Plan:
         params = {**self.params, **(choice.settings if choice else {})}
         estimator = heads.build(self.head, self.task, params=params, random_state=self.random_state)
         tuned = perf_counter()
-        if rows.streamed:
-            if self.balance:
-                raise ConfigError(f"balance={self.balance} needs all rows in memory; take class_weight=balanced")
-            heads.fit_streamed(estimator, rows.X, rows.y)
-        else:
-            X, y = np.asarray(rows.X), rows.y
-            if self.balance:
-                X, y = resample(X, y, self.balance, random_state=self.random_state)
-            estimator.fit(X, y)
+        self._fit(estimator, rows)
         done = perf_counter()
         return Fitted(estimator, self.task, rows.classes, choice, tuned - started, done - tuned)
+
+    def _fit(self, estimator: Any, rows: Rows) -> None:
+        if rows.streamed and self.balance:
+            raise ConfigError(f"balance={self.balance} needs all rows in memory; take class_weight=balanced")
+        if rows.streamed:
+            heads.fit_streamed(estimator, rows.X, rows.y)
+        elif self.balance:
+            fit_balanced(estimator, np.asarray(rows.X), rows.y, self.balance, self.random_state)
+        elif getattr(estimator[-1], "early_stopping", False) is True and self.task != "regression":
+            _fit_watched(estimator, rows, self.task)
+        else:
+            estimator.fit(np.asarray(rows.X), rows.y)
 
     def _choose(self, rows: Rows) -> Choice | None:
         grid = self._grid()
@@ -167,6 +172,25 @@ class Fitted:
         full = np.full((len(found), len(self.classes)), absent)
         full[:, self.estimator.classes_] = found
         return full
+
+
+def _fit_watched(estimator: Any, rows: Rows, task: str) -> None:
+    """Fit with rows held out for early stopping that share no image and no group with the others."""
+    head, scaler = estimator[-1], estimator[0]
+    y, names = (rows.y, rows.classes) if task == "classification" else (None, None)
+    fit, held = split.holdout(
+        rows.digests,
+        y,
+        test=head.validation_fraction,
+        seed=WATCHED_SEED,
+        groups=rows.groups,
+        times=rows.times,
+        names=names,
+    )
+    X, watched = rows.X[fit], rows.X[held]
+    if scaler != "passthrough":
+        X, watched = scaler.fit_transform(X), scaler.transform(watched)
+    head.fit(X, rows.y[fit], validation=(watched, rows.y[held]))
 
 
 def _in_blocks(answer: Any, X: Any) -> NDArray[np.float64]:

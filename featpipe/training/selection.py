@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from joblib import Parallel, delayed, effective_n_jobs
 from numpy.typing import NDArray
+from sklearn.exceptions import UndefinedMetricWarning
 
 from featpipe import heads, split
+from featpipe.calibration import logits_of
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
-from featpipe.heads.balance import Balanced
+from featpipe.heads.balance import Balanced, resample
 from featpipe.training.rows import Rows
 
 if TYPE_CHECKING:
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Choice", "choose_strength", "inner_folds", "scorer_of", "search", "subset"]
 
-METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and what scikit-learn calls its scorer
+METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and scikit-learn's name of the scorer
     "classification": {
         "accuracy": "accuracy",
         "balanced_accuracy": "balanced_accuracy",
@@ -30,6 +34,7 @@ METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and what sc
     },
     "multilabel": {
         "mean_average_precision": "average_precision",
+        "log_loss": "log_loss",
         "micro_f1": "f1_micro",
         "macro_f1": "f1_macro",
         "exact_match": "accuracy",
@@ -42,18 +47,27 @@ METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and what sc
 }
 """What settings and heads can be chosen by; the first is the default."""
 
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
+ONE_SPLIT_ABOVE = 5000  # rows
 INNER_SEED = 1  # other folds than those that a score is reported for
 INNER_FOLDS = 5
 
 
-def scorer_of(task: str, metric: str | None) -> str:
-    """What scikit-learn calls a metric."""
+def scorer_of(task: str, metric: str | None) -> Any:
+    """Scikit-learn's scorer for a metric."""
     known = METRICS[task]
-    if metric is None:
-        return next(iter(known.values()))
-    if metric not in known:
+    if metric is not None and metric not in known:
         raise unknown("metric", metric, known)
-    return known[metric]
+    name = next(iter(known.values())) if metric is None else known[metric]
+    return _sigmoid_score if name == "log_loss" else name
+
+
+def _sigmoid_score(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
+    """What scikit-learn has no scorer for: the log loss of one sigmoid for each label, and larger is better."""
+    logits = logits_of(head, X)
+    return -float(np.mean(np.logaddexp(0, logits) - y * logits))
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,81 @@ class Choice:
         return {"settings": self.settings, "metric": self.metric, "how": self.how, "tried": self.tried}
 
 
-def inner_folds(rows: Rows, task: str) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]] | None:
+def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
+    """The strength of the penalty of ``logistic``, along the whole path.
+
+    Each inner fold standardises by its own rows. Without a metric the log loss decides: accuracy cannot tell strengths
+    apart that get the same rows right, however far their probabilities are from the truth. The strengths are those of Kornblith, Shlens and Le, "Do better
+    ImageNet models transfer better?" (CVPR 2019).
+
+    Parameters
+    ----------
+    of : int
+        How many rows the head will be fitted on; a strength is for a sum over rows, and so in proportion to them.
+    """
+    folds = _folds_of_path(rows, plan)
+    metric = plan.metric or "log_loss"
+    if folds is None:
+        return Choice({"C": 1.0}, metric, how="not tuned: a class has a single image")
+    settings = {key: value for key, value in plan.params.items() if key in ("class_weight", "fit_intercept")}
+    standardise = plan.params.get("scale") != "passthrough"
+    jobs = effective_n_jobs(plan.jobs)
+    scores = np.array(
+        Parallel(n_jobs=jobs)(
+            delayed(_path)(rows, fold, plan, settings, standardise, scorer_of(plan.task, metric)) for fold in folds
+        )
+    )
+    means = scores.mean(axis=0)
+    best = int(means.argmax())
+    if plan.one_standard_error and len(scores) > 1:
+        error = scores[:, best].std(ddof=1) / np.sqrt(len(scores))
+        best = int(np.flatnonzero(means >= means[best] - error)[0])
+    spreads = scores.std(axis=0)
+    tried = [
+        {"settings": {"C": C}, "score": float(mean), "spread": float(spread)}
+        for C, mean, spread in zip(STRENGTHS, means, spreads, strict=True)
+    ]
+    how = _how(rows, len(tried), folds)
+    factor = 1.0
+    if of > len(rows):
+        factor, how = len(rows) / of, f"{how}, and scaled to {of:,}"
+    return Choice({"C": float(STRENGTHS[best] * factor)}, metric, tried, how)
+
+
+def _path(
+    rows: Rows, fold: Fold, plan: Plan, settings: Mapping[str, Any], standardise: bool, scoring: str
+) -> NDArray[np.float64]:
+    """The score of each strength on the held-out rows of one fold, shape (s,)."""
+    from sklearn.preprocessing import StandardScaler
+
+    from featpipe.heads.path import SoftmaxRegressionCV
+
+    fit, held = fold
+    X_fit, X_held = np.asarray(rows.X)[fit], np.asarray(rows.X)[held]
+    if standardise:
+        scaler = StandardScaler().fit(X_fit)
+        X_fit, X_held = scaler.transform(X_fit), scaler.transform(X_held)
+    y_fit = rows.y[fit]
+    if plan.balance:
+        X_fit, y_fit = resample(X_fit, y_fit, plan.balance, plan.random_state)
+    X, y = np.concatenate([X_fit, X_held]), np.concatenate([y_fit, rows.y[held]])
+    split_here = [(np.arange(len(X_fit)), np.arange(len(X_fit), len(X)))]
+    multilabel = plan.task == "multilabel"
+    cv = SoftmaxRegressionCV(STRENGTHS, cv=split_here, scoring=scoring, refit=False, multilabel=multilabel, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # of a class that no held-out row is in
+        return np.asarray(cv.fit(X, y).scores_[0])
+
+
+def _folds_of_path(rows: Rows, plan: Plan) -> list[Fold] | None:
+    """Five folds; of many rows one held-out fifth, which tells strengths apart as well."""
+    if len(rows) <= ONE_SPLIT_ABOVE or plan.one_standard_error or rows.times is not None:
+        return inner_folds(rows, plan.task)
+    folds = inner_folds(rows, plan.task)
+    return None if folds is None else folds[:1]
+
+
+def inner_folds(rows: Rows, task: str) -> list[Fold] | None:
     """Five folds, or as many as the rarest class allows; None if there is one image of a class."""
     for k in (INNER_FOLDS, 3, 2):
         try:

@@ -24,6 +24,8 @@ from featpipe.training.rows import Rows, training_rows
 
 __all__ = ["Trained", "plan_of", "train", "train_on"]
 
+CURVES = ("loss_curve_", "validation_curve_", "validation_score_curve_")
+
 
 def train(
     cache: FeatureCache,
@@ -175,7 +177,7 @@ def train_on(
     """Estimate, fit and calibrate."""
     where = f"{cache.path}: head {plan.head!r}"
     try:
-        offsets = _offsets(rows, prior) if prior else ()
+        offsets = _offsets(rows, plan, prior) if prior else ()
         estimate = None
         if cv:
             estimate = cross_validate(plan, rows, cv, calibrate=calibrate, tell=progress, metric=plan.metric)
@@ -196,10 +198,15 @@ def train_on(
     return Trained(plan, fitted, estimate, calibration)
 
 
-def _offsets(rows: Rows, prior: Mapping[str, float]) -> tuple[float, ...]:
-    if rows.y.ndim != 1 or not rows.classes or rows.y.dtype.kind not in "iu":
-        raise ConfigError("prior is for classification: shares of classes that exclude each other")
+def _offsets(rows: Rows, plan: Plan, prior: Mapping[str, float]) -> tuple[float, ...]:
+    if plan.task != "classification":
+        raise ConfigError(f"prior is for classes that exclude each other, not for {plan.task}")
     counts = np.bincount(rows.y, minlength=len(rows.classes))
+    weighted = [plan.params.get(name) for name in ("class_weight", "sampling", "logit_adjustment", "priors")]
+    if plan.balance or "balanced" in weighted:
+        counts = np.ones_like(counts)
+    elif any(weighted):
+        raise ConfigError("prior takes rows as they are, or balanced: not with other weights, or logit_adjustment")
     return prior_offsets(dict(zip(rows.classes, counts.tolist(), strict=True)), prior, rows.classes)
 
 
@@ -253,7 +260,7 @@ def _history(cache: FeatureCache, rows: Rows, fitted: Fitted, asked: Mapping[str
 def _curves(estimator: Any) -> dict[str, Any]:
     """Losses by epoch, of heads that have epochs."""
     head = estimator[-1]
-    curves = {name: getattr(head, name, None) for name in ("loss_curve_", "validation_curve_")}
+    curves = {name: getattr(head, name, None) for name in CURVES}
     return {name.rstrip("_"): _plain(curve) for name, curve in curves.items() if curve}
 
 

