@@ -133,12 +133,16 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         self.check_params()
         X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
         targets = class_targets(y, weights, None, self.multilabel)
-        y = y.ravel() if not targets.multilabel else targets.Y
+        # Scorers take no objects.
+        plain = np.asarray(targets.classes.tolist())
+        y = targets.Y if targets.multilabel else plain[targets.Y]
         self.Cs_ = np.unique(np.asarray(self.Cs, np.float64))
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         given = None if sample_weight is None else weights
         splits = self._splits(X, y)
-        folds = Parallel(n_jobs=self.n_jobs)(delayed(self._fold)(X, y, weights, given, *split) for split in splits)
+        folds = Parallel(n_jobs=self.n_jobs)(
+            delayed(self._fold)(X, y, plain, weights, given, *split) for split in splits
+        )
         self.scores_ = np.array([scores for scores, _, _ in folds])
         self.n_iter_ = np.array([steps for _, steps, _ in folds])
         chosen = self._chosen()
@@ -171,6 +175,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         self,
         X: NDArray[Any],
         y: NDArray[Any],
+        classes: NDArray[Any],
         weights: Array,
         given: Array | None,
         train: NDArray[np.intp],
@@ -178,9 +183,9 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
     ) -> tuple[list[float], list[int], list[Array | None]]:
         """Scores, steps and thetas of every strength on one fold."""
         targets = class_targets(y[train], weights[train], self.class_weight, self.multilabel_)
-        rows = np.searchsorted(self.classes_, targets.classes)
+        rows = np.searchsorted(classes, targets.classes)
         head = self._head(1.0)
-        head.classes_, head.multilabel_, head.n_features_in_ = self.classes_, self.multilabel_, X.shape[1]
+        head.classes_, head.multilabel_, head.n_features_in_ = classes, self.multilabel_, X.shape[1]
         scorer = None if self.scoring is None else get_scorer(self.scoring)
         held_out = X[test], y[test]
         more = {} if given is None else {"sample_weight": given[test]}
@@ -188,7 +193,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         with Workers(float(len(train)) * X.shape[1] * len(targets.classes)) as workers:
             problem = problem_of(X[train], targets, 1.0, fit_intercept=self.fit_intercept, workers=workers)
             for found in solutions(problem, 1 / self.Cs_, tol=self.tol, max_iter=self.max_iter):
-                head.coef_, head.intercept_ = _of_all(found, rows, len(self.classes_), targets.multilabel)
+                head.coef_, head.intercept_ = _of_all(found, rows, len(classes), targets.multilabel)
                 scores.append(head.score(*held_out, **more) if scorer is None else scorer(head, *held_out, **more))
                 steps.append(found.steps)
                 thetas.append(None if self.refit else np.column_stack([head.coef_, head.intercept_]))
