@@ -316,8 +316,9 @@ class _Search:
         """At the start, and when as much has been spent on steps as a new one costs, ever more rarely."""
         if steps == 0:
             return not self.blocks_at
-        since = steps - self.metric_at
-        return not self.blocks_at and since >= max(2, 0.4 * steps, 2 * Curvature.evaluations(self.problem))
+        # The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
+        price = Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else 0.0
+        return not self.blocks_at and steps - self.metric_at >= max(2, 0.4 * steps, 2 * price)
 
     def _worth_blocks(self, steps: int) -> bool:
         price, since = Blocks.evaluations(self.problem), steps - self.blocks_at
