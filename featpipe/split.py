@@ -22,8 +22,11 @@ from featpipe.errors import ConfigError
 
 __all__ = ["cut", "folds", "given", "group_key", "holdout", "key"]
 
-SEARCH_NODES = 10_000
-"""How far an arrangement of small classes over the sides is searched before there is said to be none."""
+# Whether small classes that share their groups can all be on every side is a question that grows without bound: it is
+# answered exactly where few units may move, and otherwise by as many steps as take a second.
+EXACT_CHOICES = 120
+SEARCH_NODES = 1000
+SEARCH_STEPS = 4000
 
 Rows = NDArray[np.int64]
 
@@ -149,8 +152,8 @@ def holdout(
     largest. Only what is lent can go back, when the class later gets an image that lies on the missing side or
     nearer to it. (No rule could do without: of three images, each two of which may be all there is of a class, two
     have the same side.) Where that leaves another class without a side, images (or groups) of such classes change
-    sides, those with keys near the threshold rather than others, so that every class has both; if there is no such
-    way, or none is found within `SEARCH_NODES` steps, that is an error.
+    sides, those with keys near the threshold rather than others, so that every class has both. That there is no such
+    way is an error; so is, among very many classes of a few groups each, that none was found.
     """
     _check_share(test)
     units, keys = _units(digests, groups, seed)
@@ -223,7 +226,7 @@ def folds(
     What is dealt out is a unit: rows connected by equal digests or equal groups. Units of several rows come first,
     larger ones before smaller ones and then in the order of their `key` (the smallest `group_key` with groups), then
     single rows in the order of their key; each goes where the sum of squares of the folds' shares of the classes stays
-    smallest, then to the fewest rows. If a class is then missing in a fold, as few rows as possible change folds. The
+    smallest, then to the fewest rows. If a class is then missing in a fold, a few rows change folds. The
     folds depend on the set of images and the seed, not on the order of the rows.
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 2:
@@ -442,8 +445,8 @@ def _both_sides(
     side = _arranged((distinct < test).astype(np.int64), np.abs(distinct - test), codes, units.astype(np.int64), 2)
     if side is None:
         raise ConfigError(
-            f"class {names[lacking[0]]!r} shares its few {what}s with other classes, so that they cannot all be on "
-            f"both sides; correct the labels of identical images, add {what}s or leave a class out"
+            f"class {names[lacking[0]]!r} shares its few {what}s with other classes, and no way is found to have "
+            f"all on both sides; correct the labels of identical images, add {what}s or leave a class out"
         )
     return side[units] == 1
 
@@ -465,8 +468,8 @@ def _in_every_fold(
     side = _arranged(fold[first], np.bincount(units).astype(np.float64), codes, units, k)
     if side is None:
         raise ConfigError(
-            f"class {names[lacking[0]]!r} shares its few groups or images with other classes, so that they cannot all "
-            f"be in each of k={k} folds; use a smaller k, add images or leave a class out"
+            f"class {names[lacking[0]]!r} shares its few groups or images with other classes, and no way is found to "
+            f"have all in each of k={k} folds; use a smaller k, add images or leave a class out"
         )
     return side[units]
 
@@ -474,7 +477,7 @@ def _in_every_fold(
 def _arranged(
     side: NDArray[np.int64], cost: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
 ) -> NDArray[np.int64] | None:
-    """The sides (u,) of all units, nearest to those given, at which every class is on each of k sides; else None.
+    """The sides (u,) of all units, near those given, at which every class is on each of k sides; None if none is found.
 
     Parameters
     ----------
@@ -492,9 +495,38 @@ def _arranged(
     near = has[lacking].sum(axis=0) > 0
     # First only what the lacking classes have may move: a small question, mostly with an answer.
     for free in (np.flatnonzero(near), np.arange(len(side))):
-        moved = _searched(side, cost, has, free, k)
+        exact = len(free) * k <= EXACT_CHOICES
+        moved = _searched(side, cost, has, free, k) if exact else _stepped(side, cost, has, k)
         if moved is not None:
             return moved
+        if not exact:
+            break
+    return None
+
+
+def _stepped(side: NDArray[np.int64], cost: NDArray[np.float64], has: Any, k: int) -> NDArray[np.int64] | None:
+    """The same by steps: a class that lacks a side gets the unit there that other classes miss least where it was."""
+    side, of_unit, allowed = side.copy(), has.T.tocsr(), np.zeros(len(side), np.int64)
+    counts = np.stack([has @ (side == i).astype(np.int64) for i in range(k)], axis=1)
+    for step in range(SEARCH_STEPS):
+        lacks = np.argwhere(counts == 0)
+        if not len(lacks):
+            return side
+        lacking, target = lacks[step % len(lacks)]
+        units = has.indices[has.indptr[lacking] : has.indptr[lacking + 1]]
+        best: tuple[float, ...] = ()
+        for unit in units[side[units] != target].tolist():
+            classes = of_unit.indices[of_unit.indptr[unit] : of_unit.indptr[unit + 1]]
+            new_lacks = np.sum(counts[classes, side[unit]] == 1) - np.sum(counts[classes, target] == 0)
+            rank = (float(allowed[unit] > step), float(new_lacks), float(cost[unit]), unit)
+            best = min(best, rank) if best else rank
+        if not best:
+            return None
+        unit = int(best[-1])
+        classes = of_unit.indices[of_unit.indptr[unit] : of_unit.indptr[unit + 1]]
+        counts[classes, side[unit]] -= 1
+        counts[classes, target] += 1
+        side[unit], allowed[unit] = target, step + 5 + step % 7  # not back at once, or it would go in circles
     return None
 
 

@@ -425,6 +425,25 @@ def test_what_changes_sides_so_that_no_class_lacks_one_is_the_least_there_is(row
         assert cost[found != start].sum() == pytest.approx(least)
 
 
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_many_classes_of_few_groups_each_are_arranged_by_steps(k):
+    rng = np.random.default_rng(k)
+    hidden = rng.integers(0, k, 400)  # an arrangement that there is
+    of_class = [
+        np.concatenate([*(rng.choice(np.flatnonzero(hidden == i), 1) for i in range(k)), rng.choice(400, 2)])
+        for _ in range(150)
+    ]
+    groups = np.concatenate(of_class)
+    y = np.repeat(np.arange(150), k + 2)
+    assert len(np.unique(groups)) * k > split.EXACT_CHOICES
+    for seed in range(5):
+        parts = folds(many(len(y)), y, groups=groups, k=k, seed=seed)
+        assert all(set(y[train]) == set(y[test]) == set(y) for train, test in parts)
+        assert all(not set(groups[train]) & set(groups[test]) for train, test in parts)
+        train, test = holdout(many(len(y)), y, groups=groups, seed=seed)
+        assert set(y[train]) == set(y[test]) == set(y)
+
+
 def test_a_class_of_one_group_cannot_be_held_out_and_is_named():
     groups = ["p1", "p2", "p3", "p4", "p5", "p5"]
     with pytest.raises(ConfigError, match=r"class 'rare' has one group of images \(2 rows\); .* add groups or leave"):
