@@ -22,6 +22,7 @@ ROWS_AT_A_TIME = 1500
 ROWS_OF_A_BLOCK = 2.0
 SHRINKAGE = 0.05
 CANDIDATES = 4e7
+NUMBERS_FROM_A_FILE = 3e7
 CLASSES_AT_A_TIME = 10
 NUMBERS_IN_ALL_BLOCKS = 2e8
 
@@ -144,13 +145,21 @@ class Blocks:
     @classmethod
     def at(cls, problem: Problem, theta: Array, mean: Curvature) -> Blocks:
         n, k, width = problem.n, problem.k, problem.d + 1
-        candidates = np.linspace(0, n - 1, int(min(n, max(CANDIDATES / k, 4 * width)))).astype(np.intp)
+        # Rows of a file are drawn from a sample that is read once.
+        in_memory = type(problem.X) is np.ndarray
+        most = max(CANDIDATES / k, 4 * width) if in_memory else NUMBERS_FROM_A_FILE / width
+        candidates = np.linspace(0, n - 1, int(min(n, most))).astype(np.intp)
         whole = len(candidates) == n
+        sampled = None if in_memory else problem.rows(slice(None) if whole else candidates, np.float32)
         curvatures = np.empty((k, len(candidates)), np.float32)
 
         def fill(start: int) -> None:
             rows = candidates[start : start + ROWS_AT_A_TIME]
-            p = problem.probabilities(theta, problem.rows(slice(rows[0], rows[-1] + 1) if whole else rows, np.float32))
+            if sampled is None:
+                x = problem.rows(slice(rows[0], rows[-1] + 1) if whole else rows, np.float32)
+            else:
+                x = sampled[start : start + len(rows)]
+            p = problem.probabilities(theta, x)
             weights = problem.weights[rows].reshape(len(rows), -1)
             curvatures[:, start : start + len(rows)] = (p * (1 - p) * weights).T
 
@@ -158,20 +167,18 @@ class Blocks:
             pass
         totals = curvatures.sum(axis=1, dtype=np.float64)
         # The draws are fixed: a fit is repeatable, and the metric decides how fast the minimum is found, not which.
-        draws = (
-            np.random.default_rng(0).random((k, 1), np.float32)
-            + np.arange(len(candidates), dtype=np.float32) * 0.618034
-        )
+        spread = (np.arange(len(candidates)) * 0.6180339887498949) % 1
+        first = np.random.default_rng(0).random(k)
         everybody = (mean.gram * (SHRINKAGE / max(totals.mean(), 1e-300))).astype(np.float32)
         ridge = np.full(width, problem.ridge, np.float32)
         ridge[-1] = 1e-6
 
         def one(c: int) -> NDArray[np.float32]:
             odds = curvatures[c] * np.float32(ROWS_OF_A_BLOCK * width / max(totals[c], 1e-30))
-            taken = np.flatnonzero(odds > draws[c] % 1)
+            taken = np.flatnonzero(odds > (spread + first[c]) % 1)
             kept = np.minimum(odds[taken], 1)
             x = np.empty((len(taken), width), np.float32)
-            x[:, :-1] = problem.rows(candidates[taken], np.float32)
+            x[:, :-1] = problem.rows(candidates[taken], np.float32) if sampled is None else sampled[taken]
             x[:, -1] = 1 if problem.fit_intercept else 0
             x *= np.sqrt(curvatures[c, taken] / kept * np.float32(n / len(candidates)))[:, None]
             gram = x.T @ x

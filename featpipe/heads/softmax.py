@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from featpipe.heads import ranges
-from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, rows_to_fit
+from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, row_weights, rows_to_fit
 from featpipe.heads.objective import Problem
 from featpipe.heads.solver import Solution, minimise
 from featpipe.heads.workers import Workers
@@ -105,11 +105,30 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         """
         self.check_params()
         X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
+        return self._fit_to(X, y, weights)
+
+    def _fit_rows(
+        self,
+        source: Any,
+        y: NDArray[Any],
+        sample_weight: ArrayLike | None = None,
+        *,
+        center: NDArray[np.float64] | None = None,
+        scale: NDArray[np.float64] | None = None,
+    ) -> Self:
+        """Learn from rows that are read block by block in every pass; W and b are for (x - center) / scale."""
+        self.check_params()
+        weights = row_weights(sample_weight, source.shape[0])
+        if not weights.all():
+            raise ValueError("sample_weight holds zeros; leave those rows out of what is streamed")
+        self.n_features_in_ = source.shape[1]
+        return self._fit_to(source, y, weights, center=center, scale=scale)
+
+    def _fit_to(self, X: Any, y: NDArray[Any], weights: NDArray[np.float64], **standardised: Any) -> Self:
         targets = class_targets(y, weights, self.class_weight, self.multilabel)
-        with Workers(
-            float(X.size) * targets.Y[0].size * (1 if targets.Y.ndim == 2 else len(targets.classes))
-        ) as workers:
+        with Workers(float(X.shape[0]) * X.shape[1] * len(targets.classes)) as workers:
             problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
+            problem = replace(problem, **standardised)
             solution = solve(problem, lambda varying: minimise(varying, tol=self.tol, max_iter=self.max_iter))
         self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
@@ -123,7 +142,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
                 f"SoftmaxRegression stopped after {worst.steps} steps at a relative gap of at most {worst.gap:.1e}, "
                 f"tol is {self.tol:.1e}; raise max_iter or tol, or scale the columns of X",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _scores(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
