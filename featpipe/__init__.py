@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
     from featpipe.evaluation import evaluate
     from featpipe.extraction import extract
-    from featpipe.heads import SoftmaxRegression
+    from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
     from featpipe.model import Model, load_model
     from featpipe.prediction import predict
-    from featpipe.training import train
+    from featpipe.training import compare, train
     from featpipe.upkeep import clean, merge, pack
     from featpipe.verification import repair, verify
 
@@ -46,10 +46,12 @@ __all__ = [
     "ModelError",
     "SampleError",
     "SoftmaxRegression",
+    "SoftmaxRegressionCV",
     "TransferClassifier",
     "TransferRegressor",
     "WeightsError",
     "clean",
+    "compare",
     "evaluate",
     "extract",
     "load_model",
@@ -68,9 +70,11 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "FeatureExtractor": "estimators",
     "Model": "model",
     "SoftmaxRegression": "heads",
+    "SoftmaxRegressionCV": "heads",
     "TransferClassifier": "estimators",
     "TransferRegressor": "estimators",
     "clean": "upkeep",
+    "compare": "training",
     "evaluate": "evaluation",
     "extract": "extraction",
     "load_model": "model",

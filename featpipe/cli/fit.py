@@ -83,8 +83,12 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
       featpipe train cache/photos.h5 --head all --metric macro_f1
     """
     from featpipe.cache import FeatureCache
+    from featpipe.heads import TABLE, TASKS, build, refuse_unsavable
 
     opened = FeatureCache(cache)
+    for name in heads:
+        if name not in TABLE and name != "all":
+            refuse_unsavable(build(name, opened.task if opened.task in TASKS else "classification"))
     several = len(set(heads)) > 1 or "all" in heads
     with Terminal() as terminal:
         model, comparison = _compare(opened, heads, asked, terminal) if several else _train(opened, heads, asked, terminal)

@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from featpipe.heads.settings import parse_settings
-from featpipe.heads.storage import TRUSTED, dumps, loads
+from featpipe.heads.storage import TRUSTED, dumps, loads, refuse_unsavable
 from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, names, settings_of, spec_of
 
 if TYPE_CHECKING:
+    from featpipe.heads.path import SoftmaxRegressionCV
     from featpipe.heads.path import SoftmaxRegressionCV
     from featpipe.heads.softmax import SoftmaxRegression
     from featpipe.heads.streaming import fit_streamed
@@ -37,6 +38,7 @@ __all__ = [
     "loads",
     "names",
     "parse_settings",
+    "refuse_unsavable",
     "settings_of",
     "spec_of",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "MLPClassifier": "torch_heads",
     "MLPRegressor": "torch_heads",
     "SoftmaxRegression": "softmax",
+    "SoftmaxRegressionCV": "path",
     "SoftmaxRegressionCV": "path",
     "fit_streamed": "streaming",
 }

@@ -16,21 +16,28 @@ from featpipe.heads import ranges
 from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, row_weights, rows_to_fit
 from featpipe.heads.objective import Problem
 from featpipe.heads.solver import Solution, minimise
+from featpipe.heads.sparse import minimise_sparse
 from featpipe.heads.workers import Workers
 
 __all__ = ["SoftmaxRegression", "problem_of", "solve"]
 
+# A duality gap cannot be told from rounding much below this.
+SPARSE_TOL = 1e-7
+
 
 class SoftmaxRegression(ScoredClassifier, BaseEstimator):
-    """L2-penalised logistic regression: scikit-learn's objective, minimised to a gap that is known.
+    """Penalised logistic regression: scikit-learn's objective, minimised to a gap that is known.
 
-    Minimises C Σ s_i loss(y_i, W x_i + b) + ½‖W‖², s_i being the sample weights times the class weights: the softmax
-    loss for three classes or more, the logistic loss for two classes and for each label of a multi-label y.
+    Minimises C Σ s_i loss(y_i, W x_i + b) + ½ (1 - l1_ratio) ‖W‖² + l1_ratio Σ|W|, s_i being the sample weights times the
+    class weights: the softmax loss for three classes or more, the logistic loss for two classes and for each label of a
+    multi-label y.
 
     Parameters
     ----------
     C : float
         Inverse strength of the penalty, above zero.
+    l1_ratio : float
+        0 for an L2 penalty, 1 for an L1 penalty, which leaves few weights that are not zero, or between.
     fit_intercept : bool
         The intercept is not penalised.
     class_weight : mapping, "balanced" or None
@@ -70,6 +77,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         self,
         C: float = 1.0,
         *,
+        l1_ratio: float = 0.0,
         fit_intercept: bool = True,
         class_weight: Mapping[Any, float] | str | None = None,
         tol: float = 1e-8,
@@ -77,6 +85,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         multilabel: bool | None = None,
     ) -> None:
         self.C = C
+        self.l1_ratio = l1_ratio
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
         self.tol = tol
@@ -86,6 +95,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
     def check_params(self) -> None:
         """Refuse settings out of range, with a ValueError."""
         ranges.number("C", self.C, above=0)
+        ranges.number("l1_ratio", self.l1_ratio, least=0, below=np.nextafter(1, 2))
         ranges.switch("fit_intercept", self.fit_intercept)
         ranges.number("tol", self.tol, above=0, below=1)
         ranges.whole("max_iter", self.max_iter, least=1)
@@ -128,13 +138,18 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         targets = class_targets(y, weights, self.class_weight, self.multilabel)
         with Workers(float(X.shape[0]) * X.shape[1] * len(targets.classes)) as workers:
             problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
-            problem = replace(problem, **standardised)
-            solution = solve(problem, lambda varying: minimise(varying, tol=self.tol, max_iter=self.max_iter))
+            solution = solve(replace(problem, **standardised), self._minimise)
         self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         self.n_iter_ = solution.steps
         self._warn_if_short(solution)
         return self
+
+    def _minimise(self, problem: Problem) -> Solution:
+        if self.l1_ratio == 0:
+            return minimise(problem, tol=self.tol, max_iter=self.max_iter)
+        smooth = replace(problem, ridge=1.0 - self.l1_ratio)
+        return minimise_sparse(smooth, self.l1_ratio, tol=max(self.tol, SPARSE_TOL), max_iter=10 * self.max_iter)
 
     def _warn_if_short(self, worst: Solution) -> None:
         if not worst.converged:

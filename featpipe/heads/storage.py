@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from featpipe.errors import ModelError
 
-__all__ = ["TRUSTED", "dumps", "loads"]
+__all__ = ["TRUSTED", "dumps", "loads", "refuse_unsavable"]
 
 # What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
 TRUSTED: tuple[str, ...] = (
     "featpipe.heads.neighbors.nearness",
+    "featpipe.heads.path.SoftmaxRegressionCV",
     "featpipe.heads.path.SoftmaxRegressionCV",
     "featpipe.heads.softmax.SoftmaxRegression",
     "featpipe.heads.torch_heads.LinearClassifier",
@@ -34,7 +36,7 @@ def dumps(estimator: Any) -> bytes:
     """
     import skops.io
 
-    kind = type(estimator).__name__
+    kind = type(estimator[-1] if hasattr(estimator, "steps") else estimator).__name__
     try:
         data = skops.io.dumps(estimator)
     # What skops raises on an object that it cannot take depends on the object.
@@ -45,6 +47,31 @@ def dumps(estimator: Any) -> bytes:
     except ModelError as error:
         raise ModelError(f"{kind} cannot be saved so that it loads again: {error}") from error
     return data
+
+
+def refuse_unsavable(estimator: Any) -> None:
+    """Refuse an estimator that could not be saved once it is fitted, before that work is done.
+
+    Parameters
+    ----------
+    estimator : estimator
+        A classifier or a regressor, not fitted; a copy of it is fitted on a few rows.
+
+    Raises
+    ------
+    ModelError
+    """
+    import numpy as np
+    from sklearn.base import clone
+
+    X = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            fitted = clone(estimator).fit(X, np.arange(24) % 2)
+        except ValueError:  # settings for other data than these few rows
+            return
+    dumps(fitted)
 
 
 def loads(data: bytes) -> Any:

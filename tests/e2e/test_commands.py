@@ -216,7 +216,7 @@ def test_wrong_training_is_answered_in_one_line_that_helps(command, make_folder,
     for arguments, says in {
         ("train", cache): "lone",
         ("train", cache, "--head", "logistik"): "logistic",
-        ("train", cache, "--set", "D=1"): "it has C",
+        ("train", cache, "--set", "D=1"): "featpipe heads logistic",
         ("train", cache, "--set", "C=-1"): "C",
         ("train", cache, "--output", "layer"): "pooled",
         ("train", unlabelled): "--labels",
