@@ -127,6 +127,11 @@ def moments(
     outer : bool
         The whole Gram matrix, or its diagonal alone.
     k : int, optional
+
+    Raises
+    ------
+    ValueError
+        If a row holds NaN or infinity.
     """
     n, d = source.shape
     shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0)
@@ -150,6 +155,8 @@ def moments(
         for part in workers.map(one, blocks(source)):
             gathered = part if gathered is None else gathered + part
     assert gathered is not None
+    if not np.isfinite(gathered.squares).all():
+        raise ValueError("Input X contains NaN or infinity")
     return gathered
 
 

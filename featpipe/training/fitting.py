@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from featpipe import heads, split
 from featpipe.calibration import Calibration, logits_of
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import fit_balanced
+from featpipe.heads.balance import drawn_rows, fit_balanced, resample
 from featpipe.training.rows import Rows
 from featpipe.training.selection import Choice, choose_strength, scorer_of, search, subset
 
 __all__ = ["Fitted", "Plan"]
 
 ROWS_AT_ONCE = 1 << 16
+TUNING_ROWS = 20_000  # the most that settings are tried on where features stay in the file
 WATCHED_SEED = 2  # other rows than those of the folds
 LOWEST_LOGIT = -30.0  # beside the others, of a class that a fold was not fitted on
 
@@ -47,8 +48,6 @@ class Plan:
     random_state : int or None
     jobs : int or None
         Processes for the search.
-    tuning_rows : int
-        The most rows that settings are tried on where features stay in the file.
     """
 
     head: str
@@ -61,7 +60,6 @@ class Plan:
     balance: str | None = None
     random_state: int | None = 0
     jobs: int | None = None
-    tuning_rows: int = 20_000
 
     def check(self) -> None:
         """Refuse what cannot be, before any work."""
@@ -108,22 +106,31 @@ class Plan:
         return Fitted(estimator, self.task, rows.classes, choice, tuned - started, done - tuned)
 
     def _fit(self, estimator: Any, rows: Rows) -> None:
-        if rows.streamed and self.balance:
-            raise ConfigError(f"balance={self.balance} needs all rows in memory; take class_weight=balanced")
+        head = estimator[-1]
         if rows.streamed:
-            heads.fit_streamed(estimator, rows.X, rows.y)
+            rows, weights = self._drawn(rows)
+            heads.fit_streamed(estimator, rows.X, rows.y, weights)
+        elif getattr(head, "early_stopping", False) is True:
+            _fit_watched(estimator, rows, self)
         elif self.balance:
             fit_balanced(estimator, np.asarray(rows.X), rows.y, self.balance, self.random_state)
-        elif getattr(estimator[-1], "early_stopping", False) is True and self.task != "regression":
-            _fit_watched(estimator, rows, self.task)
         else:
             estimator.fit(np.asarray(rows.X), rows.y)
+
+    def _drawn(self, rows: Rows) -> tuple[Rows, NDArray[np.int64] | None]:
+        """The rows of a balanced fit, and how often each is drawn, which as a weight has the same effect."""
+        if not self.balance:
+            return rows, None
+        if self.balance == "smote":
+            raise ConfigError("balance=smote needs all rows in memory; take over or class_weight=balanced")
+        drawn, times = np.unique(drawn_rows(rows.y, self.balance, self.random_state), return_counts=True)
+        return rows.take(drawn), times if times.max() > 1 else None
 
     def _choose(self, rows: Rows) -> Choice | None:
         grid = self._grid()
         if not grid and not self.tunes_strength:
             return None
-        some = subset(rows, self.tuning_rows) if rows.streamed else rows
+        some = subset(rows, TUNING_ROWS) if rows.streamed else rows
         if self.tunes_strength:
             return choose_strength(self, some, len(rows))
         return search(self, some, grid)
@@ -174,10 +181,10 @@ class Fitted:
         return full
 
 
-def _fit_watched(estimator: Any, rows: Rows, task: str) -> None:
+def _fit_watched(estimator: Any, rows: Rows, plan: Plan) -> None:
     """Fit with rows held out for early stopping that share no image and no group with the others."""
     head, scaler = estimator[-1], estimator[0]
-    y, names = (rows.y, rows.classes) if task == "classification" else (None, None)
+    y, names = (rows.y, rows.classes) if plan.task == "classification" else (None, None)
     fit, held = split.holdout(
         rows.digests,
         y,
@@ -187,10 +194,12 @@ def _fit_watched(estimator: Any, rows: Rows, task: str) -> None:
         times=rows.times,
         names=names,
     )
-    X, watched = rows.X[fit], rows.X[held]
+    X, y_fit, watched = rows.X[fit], rows.y[fit], rows.X[held]
     if scaler != "passthrough":
         X, watched = scaler.fit_transform(X), scaler.transform(watched)
-    head.fit(X, rows.y[fit], validation=(watched, rows.y[held]))
+    if plan.balance:
+        X, y_fit = resample(X, y_fit, plan.balance, plan.random_state)
+    head.fit(X, y_fit, validation=(watched, rows.y[held]))
 
 
 def _in_blocks(answer: Any, X: Any) -> NDArray[np.float64]:

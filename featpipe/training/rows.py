@@ -14,7 +14,7 @@ from featpipe.cache import SPLITS, FeatureCache, View
 from featpipe.errors import CacheError, ConfigError
 from featpipe.grouping import groups_of, times_of
 
-__all__ = ["Rows", "training_rows"]
+__all__ = ["Rows", "refuse_not_finite", "training_rows"]
 
 COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, that standardised, and what a solver needs
 
@@ -130,7 +130,8 @@ def training_rows(
     needed = COPIES * len(rows) * features.shape[1] * 4
     stays = needed > (_available() if memory is None else memory)
     X = cache.view(rows, output) if stays else np.asarray(features[rows], np.float32)
-    _refuse_not_finite(cache, rows, X)
+    if not stays:  # others are looked at in the first pass that the head takes
+        refuse_not_finite(cache, rows, X)
     found = groups_of(cache, groups, rows) if isinstance(groups, str) else _aligned(cache, groups, rows)
     when = times_of(cache, times, rows) if isinstance(times, str) else _aligned(cache, times, rows)
     return Rows(rows, X, y, classes, cache.digests[rows], found, when)
@@ -145,7 +146,7 @@ def _aligned(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int
     return np.asarray(array[rows])
 
 
-def _refuse_not_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[np.float32] | View) -> None:
+def refuse_not_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[np.float32] | View) -> None:
     """Rows that are ok and hold NaN: a stranger's cache, or a damaged one."""
     step = max(1, 2**22 // max(1, X.shape[1]))
     bad: list[int] = []

@@ -20,7 +20,7 @@ from featpipe.names import unknown
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.training.estimate import Estimate, calibrated_on_folds, cross_validate
 from featpipe.training.fitting import Fitted, Plan
-from featpipe.training.rows import Rows, training_rows
+from featpipe.training.rows import Rows, refuse_not_finite, training_rows
 
 __all__ = ["Trained", "plan_of", "train", "train_on"]
 
@@ -192,6 +192,7 @@ def train_on(
     except ConfigError:
         raise
     except ValueError as error:  # how estimators refuse data, in scikit-learn's world
+        refuse_not_finite(cache, rows.rows, rows.X)
         raise ConfigError(f"{where} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)

@@ -517,7 +517,7 @@ def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: A
 
 
 def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("featpipe.training.fitting.Plan.tuning_rows", 100)
+    monkeypatch.setattr("featpipe.training.fitting.TUNING_ROWS", 100)
     X, codes = noisy(n=200)
     cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
     chosen = train(cache, memory=0).history["chosen"]
@@ -530,7 +530,23 @@ def test_heads_that_need_all_rows_say_so(make_cache: Any) -> None:
     codes = np.arange(40) % 2
     cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
     refused(ConfigError, "needs all 40 rows in memory", cache, "knn", memory=0)
-    refused(ConfigError, "balance=over needs all rows in memory", cache, memory=0, balance="over")
+    refused(ConfigError, "balance=smote needs all rows in memory", cache, memory=0, balance="smote")
+
+
+@pytest.mark.parametrize("how", ["over", "under"])
+def test_rows_that_stay_in_the_file_are_balanced_by_weights(how: str, make_cache: Any) -> None:
+    codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
+    X = blobs(codes, spread=3)
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    whole, streamed = (train(cache, params={"C": 1.0}, balance=how, memory=memory) for memory in (None, 0))
+    np.testing.assert_allclose(streamed.predict_proba_features(X), whole.predict_proba_features(X), atol=1e-4)
+
+
+def test_a_balanced_head_may_stop_early(make_cache: Any) -> None:
+    codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
+    cache = make_cache(blobs(codes, spread=3), Labels.of_classes(["ab"[c] for c in codes]))
+    model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3}, balance="smote")
+    assert len(model.history["curves"]["validation_curve"]) == 3
 
 
 def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
@@ -538,7 +554,9 @@ def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
     X = blobs(codes)
     X[[3, 7], 2] = np.nan, np.inf
     cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
-    refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache)
+    for memory in (None, 0):
+        refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache, memory=memory)
+        refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
 
 
 def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatch: Any) -> None:
