@@ -14,7 +14,6 @@ from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, 
 
 if TYPE_CHECKING:
     from featpipe.heads.path import SoftmaxRegressionCV
-    from featpipe.heads.path import SoftmaxRegressionCV
     from featpipe.heads.softmax import SoftmaxRegression
     from featpipe.heads.streaming import fit_streamed
     from featpipe.heads.torch_heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
@@ -50,7 +49,6 @@ _HOMES = {
     "MLPClassifier": "torch_heads",
     "MLPRegressor": "torch_heads",
     "SoftmaxRegression": "softmax",
-    "SoftmaxRegressionCV": "path",
     "SoftmaxRegressionCV": "path",
     "fit_streamed": "streaming",
 }

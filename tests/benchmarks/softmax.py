@@ -1,6 +1,7 @@
 """Logistic regression on features against scikit-learn's lbfgs on the same float32 numbers, in turns.
 
     python tests/benchmarks/softmax.py [CASE]... [--seconds CAP]
+    python tests/benchmarks/softmax.py path
 
 Every point that a search comes to is kept with its time; how far each is from the minimum is worked out afterwards in
 float64, outside of all timing, the minimum being that of a longer run. CAP ends a search of scikit-learn's that has not
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import _logistic as theirs
 
-from featpipe.heads import SoftmaxRegression, solver
+from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, solver
 from featpipe.heads.objective import Problem
 from featpipe.heads.workers import Workers
 
@@ -155,6 +156,27 @@ def compare(case: str, cap: float) -> None:
         print(case, f"{name:12}", *(f"{seconds:9.3f}" for seconds in columns), f"{counts[name]} points", flush=True)
 
 
+def path(n: int = 10_000, d: int = 512, k: int = 50) -> None:
+    """45 strengths against single fits at C = 1 from scratch, on one split and on five folds with the fit at the end."""
+    for kind in ("relu", "noisy", "gauss", "separable"):
+        X, y = rows(n, d, k, kind)
+        seconds: dict[str, list[float]] = {"one fit": [], "one split": [], "five folds": []}
+        split = [(np.arange(n) % 5 > 0, np.arange(n) % 5 == 0)]
+        heads = {
+            "one fit": SoftmaxRegression(),
+            "one split": SoftmaxRegressionCV(cv=[tuple(map(np.flatnonzero, split[0]))], refit=False),
+            "five folds": SoftmaxRegressionCV(cv=5),
+        }
+        for _ in range(3):
+            for name, head in heads.items():
+                started = perf_counter()
+                head.fit(X, y)
+                seconds[name].append(perf_counter() - started)
+        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        ratios = (f"{name} {found:.2f} s = {found / medians['one fit']:.1f} fits" for name, found in medians.items())
+        print("path", kind, *ratios, sep=", ", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES))
@@ -162,6 +184,9 @@ def main() -> None:
     asked = parser.parse_args()
     print("case, whose, seconds to gaps of", *GAPS, "and in all")
     for case in asked.cases:
+        if case == "path":
+            path()
+            continue
         compare(case, asked.seconds)
 
 

@@ -52,6 +52,8 @@ def problem_kinds() -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
 
 
 KINDS = problem_kinds()
+# Since scikit-learn 1.8.
+PENALTY_IS_A_RATIO = LogisticRegression().get_params().get("penalty") == "deprecated"
 
 
 def objective(W, b, X, y, C, weights=None) -> float:
@@ -77,6 +79,41 @@ def test_softmax_regression_reaches_the_minimum_of_scikit_learns_objective(kind)
     assert ours.coef_.shape == theirs.coef_.shape
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
     np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-3 * np.abs(theirs.coef_).max())
+
+
+def with_l1(head, X, y, C, ratio) -> float:
+    """The objective with a share of L1 in its penalty."""
+    W = head.coef_
+    return objective(W, head.intercept_, X, y, C) - 0.5 * ratio * float((W**2).sum()) + ratio * float(np.abs(W).sum())
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["well conditioned", "imbalanced", "binary"])
+def test_an_l1_penalty_reaches_the_minimum_that_saga_reaches(kind, ratio):
+    X, y, C = KINDS[kind]
+    ours = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
+    penalty = {"l1_ratio": ratio} if PENALTY_IS_A_RATIO else {"penalty": "elasticnet", "l1_ratio": ratio}
+    theirs = LogisticRegression(C=C, solver="saga", tol=1e-9, max_iter=20_000, **penalty).fit(X, y)
+    lowest = with_l1(theirs, X, y, C, ratio)
+    assert with_l1(ours, X, y, C, ratio) <= lowest * (1 + 1e-6)
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_small_move_lowers_an_objective_with_l1(kind, ratio):
+    X, y, C = KINDS[kind]
+    head = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
+    W = head.coef_
+    k = max(len(W), len(np.unique(y)))
+    p = head.predict_proba(X) - np.eye(k)[y]
+    p = p[:, 1:] if len(W) == 1 else p
+    # Subgradients of least size, each over the curvature of its coordinate: what a Newton step along it would bring.
+    slopes = C * p.T @ X + (1 - ratio) * W
+    rest = np.where(W != 0, slopes + ratio * np.sign(W), np.sign(slopes) * np.maximum(np.abs(slopes) - ratio, 0))
+    curvature = C * 0.25 * (X**2).sum(axis=0) + 1e-12
+    assert (rest**2 / curvature).sum() <= 2e-3 * with_l1(head, X, y, C, ratio)
+    assert (W == 0).any()
 
 
 @pytest.mark.parametrize("fit_intercept", [True, False])
