@@ -63,9 +63,10 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
 
     Notes
     -----
-    Passes over many rows are in float32, and the last of them, which says how far the minimum is, in float64. With an L1
-    share the gap is 1e-6 at best and a step is one of L-BFGS-B's, of which there may be ten times ``max_iter``. A label that every row has, or none, gets no weights and the log odds of
-    (ones + ½) / (zeros + ½) as intercept, since its minimum lies at infinity.
+    Passes over many rows are in float32, and the last of them, which says how far the minimum is, in float64. With an
+    L1 share the gap is 1e-6 at best and a step is one of L-BFGS-B's, of which there may be ten times ``max_iter``. A
+    label that every row has, or none, gets no weights and the log odds of (ones + ½) / (zeros + ½) as intercept, since
+    its minimum lies at infinity.
 
     Examples
     --------

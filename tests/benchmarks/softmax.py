@@ -157,7 +157,7 @@ def compare(case: str, cap: float) -> None:
 
 
 def path(n: int = 10_000, d: int = 512, k: int = 50) -> None:
-    """45 strengths against single fits at C = 1 from scratch, on one split and on five folds with the fit at the end."""
+    """45 strengths on one split, and on five folds with the fit at the end, against fits from scratch at C = 1."""
     for kind in ("relu", "noisy", "gauss", "separable"):
         X, y = rows(n, d, k, kind)
         seconds: dict[str, list[float]] = {"one fit": [], "one split": [], "five folds": []}
