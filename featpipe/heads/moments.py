@@ -8,15 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
+from scipy.linalg.blas import dsyrk, ssyrk
 
+from featpipe.heads.halves import as_float
 from featpipe.heads.workers import Workers
 
 __all__ = ["Moments", "RowSource", "blocks", "moments"]
 
 Array = NDArray[np.float64]
 
-BLOCK_NUMBERS = 1 << 22  # of float64: 32 MiB for each thread
+BLOCK_NUMBERS = 1 << 22  # some 30 MiB for each thread
 SHIFT_ROWS = 1000
 
 
@@ -134,21 +135,26 @@ def moments(
         If a row holds NaN or infinity.
     """
     n, d = source.shape
-    shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0)
+    # Of float16 even the products are exact in float32; sums over blocks are in float64 always.
+    dtype = np.float32 if source.dtype == np.float16 else np.float64
+    shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0).astype(dtype)
 
     def one(rows: slice) -> Moments:
-        x = np.asarray(source[rows], np.float64) - shift
-        y = np.eye(k)[targets[rows]] if k is not None else np.asarray(targets[rows], np.float64)
-        plain, squares = x.sum(axis=0), np.einsum("ij,ij->j", x, x)
+        x = as_float(source[rows], dtype)
+        x = np.subtract(x, shift, out=x if x.flags.writeable and x.base is None else None)
+        y = _one_hot(targets[rows], k, dtype) if k is not None else np.asarray(targets[rows], dtype)
+        squares = np.einsum("ij,ij->j", x, x)
+        ones = np.ones(len(x), dtype)
         if weights is None:
+            cross, plain = x.T @ y, x.T @ ones
             gram = _outer(x) if outer else squares
-            return Moments(len(x), len(x), plain, gram, y.sum(axis=0), x.T @ y, shift, plain, squares)
-        w = weights[rows]
+            return _moments(len(x), len(x), plain, gram, y.sum(axis=0), cross, shift, plain, squares)
+        w = weights[rows].astype(dtype)
         y = y * w[:, None]
-        total, cross = x.T @ w, x.T @ y
+        plain, total, cross = x.T @ ones, x.T @ w, x.T @ y
         x *= np.sqrt(w)[:, None]
         gram = _outer(x) if outer else np.einsum("ij,ij->j", x, x)
-        return Moments(len(x), float(w.sum()), total, gram, y.sum(axis=0), cross, shift, plain, squares)
+        return _moments(len(x), float(w.sum()), total, gram, y.sum(axis=0), cross, shift, plain, squares)
 
     gathered: Moments | None = None
     with Workers(float(n) * d * d) as workers:
@@ -160,8 +166,18 @@ def moments(
     return gathered
 
 
-def _outer(x: Array) -> Array:
+def _one_hot(codes: NDArray[Any], k: int, dtype: Any) -> NDArray[Any]:
+    found = np.zeros((len(codes), k), dtype)
+    found[np.arange(len(codes)), codes] = 1
+    return found
+
+
+def _moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:
+    return Moments(rows, weight, *(each.astype(np.float64, copy=False) for each in sums))
+
+
+def _outer(x: NDArray[Any]) -> NDArray[Any]:
     """xᵀx, with half the work of a product."""
-    upper = dsyrk(1.0, x.T)  # x.T is in Fortran's order already
+    upper = (ssyrk if x.dtype == np.float32 else dsyrk)(1.0, x.T)  # x.T is in Fortran's order already
     upper += np.triu(upper, 1).T
     return np.ascontiguousarray(upper)

@@ -13,10 +13,11 @@ from featpipe.calibration import Calibration, calibration_error, fit_temperature
 from featpipe.errors import ConfigError
 from featpipe.progress import Progress, Tell
 from featpipe.scores import Scores, score
-from featpipe.training.fitting import Fitted, Plan
+from featpipe.training.fitting import TUNING_ROWS, Fitted, Plan
 from featpipe.training.rows import Rows
+from featpipe.training.selection import subset
 
-__all__ = ["Estimate", "cross_validate", "main_metric"]
+__all__ = ["Estimate", "calibrated_on_folds", "cross_validate", "main_metric"]
 
 CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
 
@@ -129,6 +130,7 @@ def _calibrated(
 
 def calibrated_on_folds(plan: Plan, rows: Rows, k: int | None, tell: Tell) -> Calibration:
     """A temperature from cross-validation alone, for a head that has no probabilities of its own."""
+    rows = subset(rows, TUNING_ROWS) if rows.streamed else rows  # one number
     for number in (k, CALIBRATION_FOLDS, 2):
         if number is None:
             continue

@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from featpipe.errors import ConfigError
 from featpipe.heads import moments as room
+from featpipe.heads.halves import as_float
 from featpipe.heads.moments import moments
 from featpipe.heads.streaming import can_stream, fit_streamed
 
@@ -113,6 +114,37 @@ def test_the_scaler_is_the_one_of_all_rows():
     np.testing.assert_allclose(scaler.mean_, whole.mean_, rtol=1e-12)
     np.testing.assert_allclose(scaler.scale_, whole.scale_, rtol=1e-9)
     assert scaler.scale_[5] == 1.0
+
+
+@pytest.mark.parametrize("name", ["ridge", "lda", "centroid"])
+def test_halves_are_summed_as_exactly_as_they_are_stored(name):
+    X, y = data()
+    X = ((X - X.mean(axis=0)) / np.maximum(X.std(axis=0), 1e-6) + 3).astype(np.float16)
+    X[:, 5] = np.random.default_rng(1).normal(size=len(X))
+    whole = pipeline(CLASSIFIERS[name]()).fit(X.astype(np.float64), y)
+    streamed = fit_streamed(pipeline(CLASSIFIERS[name]()), Source(X, 500), y)
+    np.testing.assert_allclose(
+        streamed.decision_function(X.astype(np.float64)), whole.decision_function(X.astype(np.float64)), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5, 7), (3000, 70)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_halves_are_converted_to_the_bit(shape, dtype):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float16)
+    x.flat[::7] = np.inf
+    x.flags.writeable = False
+    for array in (x, x[::2], np.asfortranarray(x)):
+        found = as_float(array, dtype)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, array.astype(dtype))
+
+
+def test_rows_that_are_not_finite_are_noticed():
+    X, y = data()
+    X[400, 3] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        fit_streamed(pipeline(NearestCentroid()), Source(X, 500), y)
 
 
 def test_closed_forms_take_one_pass():
