@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
@@ -174,6 +175,15 @@ class _Transfer(_Embeds):
         return np.asarray(self.head_.predict(self._embed(X)))
 
 
+def _head_has(method: str) -> Any:
+    """Whether the head, fitted or not, can answer so; svm and ridge have no probabilities."""
+
+    def check(self: _Transfer) -> bool:
+        return hasattr(getattr(self, "head_", None) or heads.build(self.head, self._task), method)
+
+    return available_if(check)
+
+
 class TransferClassifier(ClassifierMixin, _Transfer):
     """A frozen backbone and a head, as a scikit-learn classifier on images.
 
@@ -181,7 +191,8 @@ class TransferClassifier(ClassifierMixin, _Transfer):
     ----------
     backbone : str or Backbone
     head : str
-        A name that ``featpipe heads`` lists.
+        A name that ``featpipe heads`` lists, or the import path of an estimator: ``featpipe.SoftmaxRegressionCV``
+        chooses the strength that ``logistic`` takes from its settings.
     head_params : mapping, optional
         Settings of the head, such as ``{"C": 10}``.
     weights, output, device, precision, cache, seed
@@ -210,10 +221,17 @@ class TransferClassifier(ClassifierMixin, _Transfer):
         self.classes_ = self.head_.classes_
         return self
 
+    @_head_has("predict_proba")
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Probabilities of shape (n, k), columns in the order of ``classes_``."""
         check_is_fitted(self, "head_")
         return np.asarray(self.head_.predict_proba(self._embed(X)))
+
+    @_head_has("decision_function")
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Scores of shape (n, k), or (n,) for two classes."""
+        check_is_fitted(self, "head_")
+        return np.asarray(self.head_.decision_function(self._embed(X)))
 
 
 class TransferRegressor(RegressorMixin, _Transfer):

@@ -404,3 +404,19 @@ def test_what_people_write_works(make_folder: Any, home: Path) -> None:
     assert softmax.score(cache.X, cache.y) == 1.0
     # the estimators copied what was extracted before
     assert sum(featpipe.FeatureCache(path).manifest["embedded"] for path in Path("cache").glob("*.h5")) <= 16
+
+
+@pytest.mark.parametrize(("head", "has"), [
+    ("svm", {"decision_function"}), ("knn", {"predict_proba"}), ("logistic", {"decision_function", "predict_proba"}),
+    ("featpipe.SoftmaxRegressionCV", {"decision_function", "predict_proba"}),
+])  # fmt: skip
+def test_a_classifier_answers_as_its_head_can(
+    head: str, has: set[str], tiny: Any, photos: list[str], y: np.ndarray
+) -> None:
+    clf = TransferClassifier(tiny, head, head_params={"cv": 2} if "CV" in head else None)
+    for _ in range(2):  # before and after it was fitted
+        for name in ("decision_function", "predict_proba"):
+            assert hasattr(clf, name) == (name in has)
+        clf.fit(photos, y)
+    for name in has:
+        assert len(getattr(clf, name)(photos[:3])) == 3
