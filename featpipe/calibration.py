@@ -111,7 +111,9 @@ def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
     return float(np.exp(found.x))
 
 
-def prior_offsets(trained: Mapping[str, float], target: Mapping[str, float], classes: Sequence[str]) -> tuple[float, ...]:
+def prior_offsets(
+    trained: Mapping[str, float], target: Mapping[str, float], classes: Sequence[str]
+) -> tuple[float, ...]:
     """What corrects scores for another mix of classes than that of training: log target - log trained.
 
     Parameters

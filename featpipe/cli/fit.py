@@ -64,7 +64,9 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--groups", metavar="TABLE:COLUMN", help="What images belong to (a patient): never on both sides.")
 @click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
-@click.option("--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]")
+@click.option(
+    "--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
+)
 @click.option("--jobs", type=int, metavar="N", help="Processes for --tune; -1 for all cores.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
 @click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
@@ -91,7 +93,9 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
             refuse_unsavable(build(name, opened.task if opened.task in TASKS else "classification"))
     several = len(set(heads)) > 1 or "all" in heads
     with Terminal() as terminal:
-        model, comparison = _compare(opened, heads, asked, terminal) if several else _train(opened, heads, asked, terminal)
+        model, comparison = (
+            _compare(opened, heads, asked, terminal) if several else _train(opened, heads, asked, terminal)
+        )
     if asked["portable"] and asked["backbone"]:
         model.attach(asked["backbone"])
     target = out or opened.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', model.head_name)}.model")
@@ -159,7 +163,10 @@ def _heads(comparison: Comparison) -> str:
             duration(row.seconds_to_fit),
             f"{row.seconds_to_predict * 1000:,.1f} ms",
             size(row.bytes),
-            ", ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.chosen.items()),
+            ", ".join(
+                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+                for key, value in row.chosen.items()
+            ),
         ]
         for row in comparison.rows
     ]

@@ -206,7 +206,9 @@ def heads(name: str | None, as_json: bool) -> None:
         dump(rows)
         return
     click.echo(table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
-    click.echo("\nAny other estimator of scikit-learn's kind by its import path: sklearn.ensemble.RandomForestClassifier")
+    click.echo(
+        "\nAny other estimator of scikit-learn's kind by its import path, such as sklearn.naive_bayes.GaussianNB"
+    )
 
 
 def _settings(name: str, as_json: bool) -> None:
@@ -220,13 +222,11 @@ def _settings(name: str, as_json: bool) -> None:
         dump(facts)
         return
     click.echo(f"{name}: {spec.summary}; for {', '.join(spec.estimators)}\n")
-    rows = [
-        [key, _shown(value), ", ".join(map(_shown, grid.get(key, [])))] for key, value in settings.items()
-    ]
+    rows = [[key, _typed(value), ", ".join(map(_typed, grid.get(key, [])))] for key, value in settings.items()]
     click.echo(table(rows, ["setting", "default", "tried by --tune"]))
 
 
-def _shown(value: object) -> str:
+def _typed(value: object) -> str:
     """As ``--set`` takes it."""
     if callable(value):
         return getattr(value, "__name__", repr(value))

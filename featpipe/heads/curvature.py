@@ -139,8 +139,7 @@ class Blocks:
         width = problem.d + 1
         if problem.k * float(width) ** 2 > NUMBERS_IN_ALL_BLOCKS:
             return np.inf
-        # Products of small matrices run at half the rate.
-        return (min(ROWS_OF_A_BLOCK * width, problem.n) * width + width**2) / (2 * problem.n) + 0.5
+        return (min(ROWS_OF_A_BLOCK * width, problem.n) * width + width**2) / (4 * problem.n) + 0.5
 
     @classmethod
     def at(cls, problem: Problem, theta: Array, mean: Curvature) -> Blocks:

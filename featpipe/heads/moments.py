@@ -142,14 +142,14 @@ def moments(
     def one(rows: slice) -> Moments:
         x = as_float(source[rows], dtype)
         x = np.subtract(x, shift, out=x if x.flags.writeable and x.base is None else None)
-        y = _one_hot(targets[rows], k, dtype) if k is not None else np.asarray(targets[rows], dtype)
+        y: NDArray[Any] = _one_hot(targets[rows], k, dtype) if k is not None else targets[rows].astype(dtype)
         squares = np.einsum("ij,ij->j", x, x)
         ones = np.ones(len(x), dtype)
         if weights is None:
             cross, plain = x.T @ y, x.T @ ones
             gram = _outer(x) if outer else squares
             return _moments(len(x), len(x), plain, gram, y.sum(axis=0), cross, shift, plain, squares)
-        w = weights[rows].astype(dtype)
+        w: NDArray[Any] = weights[rows].astype(dtype)
         y = y * w[:, None]
         plain, total, cross = x.T @ ones, x.T @ w, x.T @ y
         x *= np.sqrt(w)[:, None]

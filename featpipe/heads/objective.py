@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from featpipe.heads.halves import as_float
 from featpipe.heads.workers import Workers
 
 __all__ = ["Point", "Problem"]
@@ -94,7 +95,7 @@ class Problem:
 
     def rows(self, which: slice | NDArray[np.intp], dtype: Any) -> NDArray[Any]:
         """Some rows of X as the problem means them."""
-        block: NDArray[Any] = np.asarray(self.X[which], dtype)
+        block = as_float(self.X[which], dtype)
         if self.center is not None:
             block = block - np.asarray(self.center, dtype)
         if self.scale is not None:

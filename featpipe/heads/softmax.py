@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -49,6 +49,9 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         Most steps (for each label); ending on them warns, with the gap.
     multilabel : bool or None
         Whether y is a 0/1 matrix of shape (n, k). None: whether it has two or more columns.
+    device : str or None
+        A device of torch that takes the passes over the rows, which must fit into its memory: ``cuda``, or ``auto`` for
+        that where it is there. None computes without torch.
 
     Attributes
     ----------
@@ -85,6 +88,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         tol: float = 1e-8,
         max_iter: int = 2000,
         multilabel: bool | None = None,
+        device: str | None = None,
     ) -> None:
         self.C = C
         self.l1_ratio = l1_ratio
@@ -93,6 +97,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         self.tol = tol
         self.max_iter = max_iter
         self.multilabel = multilabel
+        self.device = device
 
     def check_params(self) -> None:
         """Refuse settings out of range, with a ValueError."""
@@ -140,12 +145,19 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         targets = class_targets(y, weights, self.class_weight, self.multilabel)
         with Workers(float(X.shape[0]) * X.shape[1] * len(targets.classes)) as workers:
             problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
-            solution = solve(replace(problem, **standardised), self._minimise)
+            problem = replace(problem, **standardised)
+            solution = solve(problem if self.device is None else self._moved(problem), self._minimise)
         self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         self.n_iter_ = solution.steps
         self._warn_if_short(solution)
         return self
+
+    def _moved(self, problem: Problem) -> Problem:
+        from featpipe.heads.device import DeviceProblem, device_named
+
+        own = {f.name: getattr(problem, f.name) for f in fields(problem)}
+        return DeviceProblem(**own, device=device_named(str(self.device)))
 
     def _minimise(self, problem: Problem) -> Solution:
         if self.l1_ratio == 0:

@@ -27,7 +27,7 @@ TRIALS = 30
 BLOCKS_BELOW = 0.1
 FALL = (0.002, 0.08)
 NO_BLOCKS_BELOW = 1e-5
-EVALUATIONS_FOR_BLOCKS = 40.0
+EVALUATIONS_FOR_BLOCKS = 30.0
 ROUNDING = {"float32": 1e-6, "float64": 1e-13}
 
 
@@ -325,7 +325,7 @@ class _Search:
         if self.dtype != np.float32 or price > EVALUATIONS_FOR_BLOCKS:
             return False
         if self.blocks_at:
-            return since >= 2 * (price + 1) and self.decrement > NO_BLOCKS_BELOW
+            return since >= price + 4 and self.decrement > NO_BLOCKS_BELOW
         return steps > 2 and self.decrement < BLOCKS_BELOW and FALL[0] < self.fall < FALL[1]
 
     def _make_blocks(self, steps: int) -> None:

@@ -73,9 +73,12 @@ class Estimate:
         return {**found, **self.scores.to_dict()}
 
 
-def cross_validate(plan: Plan, rows: Rows, k: int, *, calibrate: bool, tell: Tell, metric: str | None = None) -> Estimate:
+def cross_validate(
+    plan: Plan, rows: Rows, k: int, *, calibrate: bool, tell: Tell, metric: str | None = None
+) -> Estimate:
     """Fit on all folds but one, k times, with the settings chosen anew each time."""
-    found = [_Fold(plan, rows, fit, held, tell, number, k) for number, (fit, held) in enumerate(rows.folds(plan.task, k), 1)]
+    splits = enumerate(rows.folds(plan.task, k), 1)
+    found = [_Fold(plan, rows, fit, held, tell, number, k) for number, (fit, held) in splits]
     calibrate = calibrate or (plan.task != "regression" and not found[0].fitted.gives_probabilities)
     held = np.concatenate([fold.held for fold in found])
     calibration, errors = None, None
@@ -119,9 +122,7 @@ def _calibrated(
         )
 
     every = list(range(len(folds)))
-    answers = [
-        fitted([j for j in every if j != i] or every).probabilities(logits[i], multilabel) for i in every
-    ]
+    answers = [fitted([j for j in every if j != i] or every).probabilities(logits[i], multilabel) for i in every]
     truth = np.concatenate(truths)
     before = calibration_error(Calibration().probabilities(np.concatenate(logits), multilabel), truth)
     after = calibration_error(np.concatenate(answers), truth)
@@ -153,5 +154,5 @@ def _truth(task: str, rows: Rows) -> NDArray[Any]:
 def _how(rows: Rows, k: int, held: int) -> str:
     kept = "" if rows.groups is None else f", {len(np.unique(rows.groups)):,} groups kept together"
     if rows.times is not None:
-        return f"{k} spans of time, each predicted from those before it: {held:,} of {len(rows):,} training images{kept}"
+        return f"{k} spans of time, each predicted from earlier ones: {held:,} of {len(rows):,} training images{kept}"
     return f"{k}-fold cross-validation on the {len(rows)} training images{kept}"

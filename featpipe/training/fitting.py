@@ -79,9 +79,9 @@ class Plan:
         path = self.head == "logistic" and not self.grid and self.tune is not False
         return path and not {"C", "head__C"} & set(self.params) and self.params.get("penalty") in (None, "l2")
 
-    def _grid(self) -> dict[str, Sequence[object]]:
+    def _grid(self) -> Mapping[str, Sequence[object]]:
         if self.grid or not self.tune or self.tunes_strength:
-            return dict(self.grid)
+            return self.grid
         own = heads.spec_of(self.head).grid
         grid = {key: values for key, values in own.items() if not {key, f"head__{key}"} & set(self.params)}
         if not grid:

@@ -16,7 +16,7 @@ from featpipe.grouping import groups_of, times_of
 
 __all__ = ["Rows", "refuse_not_finite", "training_rows"]
 
-COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, that standardised, and what a solver needs
+COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, that standardised, and a solver's
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from sklearn.exceptions import UndefinedMetricWarning
 from featpipe import heads, split
 from featpipe.calibration import logits_of
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
 from featpipe.heads.balance import Balanced, resample
+from featpipe.names import unknown
 from featpipe.training.rows import Rows
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
     """The strength of the penalty of ``logistic``, along the whole path.
 
     Each inner fold standardises by its own rows. Without a metric the log loss decides: accuracy cannot tell strengths
-    apart that get the same rows right, however far their probabilities are from the truth. The strengths are those of Kornblith, Shlens and Le, "Do better
-    ImageNet models transfer better?" (CVPR 2019).
+    apart that get the same rows right, however far their probabilities are from the truth. The strengths are those of
+    Kornblith, Shlens and Le, "Do better ImageNet models transfer better?" (CVPR 2019).
 
     Parameters
     ----------
@@ -194,13 +194,17 @@ def search(plan: Plan, rows: Rows, grid: Mapping[str, Sequence[object]]) -> Choi
     found = GridSearchCV(estimator, addressed, scoring=scoring, cv=folds, n_jobs=plan.jobs, refit=False)
     found.set_params(error_score="raise").fit(rows.X, rows.y)
     results = found.cv_results_
-    tried = [
-        {"settings": {_short(key): value for key, value in candidate.items()}, "score": float(mean), "spread": float(sd)}
+    tried: list[dict[str, Any]] = [
+        {
+            "settings": {_short(key): value for key, value in candidate.items()},
+            "score": float(mean),
+            "spread": float(sd),
+        }
         for candidate, mean, sd in zip(
             results["params"], results["mean_test_score"], results["std_test_score"], strict=True
         )
     ]
-    best = max(tried, key=lambda one: one["score"])
+    best = tried[int(np.argmax(results["mean_test_score"]))]
     return Choice(best["settings"], plan.metric or next(iter(METRICS[plan.task])), tried, _how(rows, len(tried), folds))
 
 

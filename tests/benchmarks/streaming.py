@@ -2,8 +2,8 @@
 
     python tests/benchmarks/streaming.py [ROWS] [WIDTH] [FOLDER] [HEAD]...
 
-A cache of ROWS × WIDTH float16 in 100 classes is made in FOLDER (a temporary one if not given). Before each question the
-file is dropped from the system's memory. The peer is reading the features with read(2), 8 MiB at a time, in the same
+A cache of ROWS × WIDTH float16 in some classes is made in FOLDER (a temporary one if not given). Before each question
+the file is dropped from the system's memory. The peer is reading the features with read(2), 8 MiB at a time, in the same
 run. Each head is trained in a process of its own, whose largest resident memory counts; a pass is one reading of all
 features, of which heads take several.
 """
@@ -119,16 +119,16 @@ def main(n: int = 5_000_000, d: int = 512, folder: str | None = None, *heads: st
         make(path, n, d)
         cache = FeatureCache(path)
         nbytes = cache.features().nbytes
-        offset = cache.features().ctypes.data - cache._columns["samples/status"].ctypes.data
         del cache
-        disk = statistics.median(read(path, max(0, min(offset, path.stat().st_size - nbytes)), nbytes) for _ in range(ROUNDS))
-        print(f"{n:,} × {d} float16, {nbytes / 1e9:.2f} GB; reading them takes {disk:.1f} s, {nbytes / disk / 1e6:,.0f} MB/s\n")
+        disk = statistics.median(read(path, path.stat().st_size - nbytes, nbytes) for _ in range(ROUNDS))
+        speed = nbytes / disk / 1e6
+        print(f"{n:,} × {d} float16, {nbytes / 1e9:.2f} GB; reading that much takes {disk:.1f} s, {speed:,.0f} MB/s\n")
         print("| head | passes | seconds | a pass | of the disk's speed | memory |\n|---|---|---|---|---|---|")
         for head in heads or HEADS:
             os.close(dropped(path))
             command = [sys.executable, __file__, "--train", str(path), head]
-            with warnings_off():
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+            quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # heads are stopped early on purpose
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=quiet)
             found = json.loads(done.stdout.splitlines()[-1])
             each = found["seconds"] / found["passes"]
             print(
@@ -136,14 +136,6 @@ def main(n: int = 5_000_000, d: int = 512, folder: str | None = None, *heads: st
                 f"| {found['memory'] / 2**20:,.0f} MiB |",
                 flush=True,
             )
-
-
-def warnings_off():  # type: ignore[no-untyped-def]
-    """Stopped early on purpose."""
-    import contextlib
-
-    os.environ["PYTHONWARNINGS"] = "ignore"
-    return contextlib.nullcontext()
 
 
 if __name__ == "__main__":

@@ -123,9 +123,8 @@ def test_halves_are_summed_as_exactly_as_they_are_stored(name):
     X[:, 5] = np.random.default_rng(1).normal(size=len(X))
     whole = pipeline(CLASSIFIERS[name]()).fit(X.astype(np.float64), y)
     streamed = fit_streamed(pipeline(CLASSIFIERS[name]()), Source(X, 500), y)
-    np.testing.assert_allclose(
-        streamed.decision_function(X.astype(np.float64)), whole.decision_function(X.astype(np.float64)), rtol=1e-3, atol=1e-3
-    )
+    found, expected = (each.decision_function(X.astype(np.float64)) for each in (streamed, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 7), (3000, 70)])

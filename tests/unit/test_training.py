@@ -412,10 +412,9 @@ def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(30), 5)
     codes = rng.integers(0, 2, 30)[group]
-    cache = make_cache(np.eye(30)[group] + 0.01 * rng.normal(size=(150, 30)), Labels.of_classes(["ab"[c] for c in codes]))
-    apart, together = (
-        train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group)
-    )
+    X = np.eye(30)[group] + 0.01 * rng.normal(size=(150, 30))
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    apart, together = (train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group))
     assert apart["metrics"]["accuracy"]["value"] > 0.99
     assert together["metrics"]["accuracy"]["value"] < 0.75
     assert "30 groups kept together" in together["how"]

@@ -1,0 +1,56 @@
+"""Logistic regression whose passes over the rows run in torch: on a GPU where there is one, else on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from featpipe.heads import SoftmaxRegression
+from featpipe.heads.device import DeviceProblem, device_named
+from featpipe.heads.objective import Problem
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def data(kind: str, n: int = 400, d: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(n, d)).astype(np.float32)
+    scores = X @ rng.normal(size=(d, 4)) + rng.normal(size=(n, 4))
+    return X, {"classes": scores.argmax(axis=1), "two": scores[:, 0] > 0, "labels": (scores > 1).astype(int)}[kind]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["classes", "two", "labels"])
+@pytest.mark.parametrize("settings", [{}, {"C": 1e4}, {"fit_intercept": False}, {"l1_ratio": 1.0, "C": 0.1}])
+def test_the_minimum_is_the_same_wherever_the_rows_lie(device, kind, settings):
+    X, y = data(kind)
+    weights = np.random.default_rng(1).uniform(0.5, 2, len(X))
+    here = SoftmaxRegression(**settings).fit(X, y, weights)
+    there = SoftmaxRegression(**settings, device=device).fit(X, y, weights)
+    np.testing.assert_allclose(there.predict_proba(X), here.predict_proba(X), atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_value_and_gradient_are_those_on_the_cpu(device, dtype, link, size):
+    rng = np.random.default_rng(0)
+    X, theta = rng.normal(size=(300, 7)), size * rng.normal(size=(5, 8))
+    Y = rng.integers(0, 5, 300) if link == "softmax" else rng.integers(0, 2, (300, 5))
+    weights = rng.uniform(0.1, 2, Y.shape)
+    given = {"center": X.mean(axis=0), "scale": X.std(axis=0), "ridge": 0.3}
+    here = Problem(X, Y, weights, link, 5, **given).at(theta, dtype)
+    there = DeviceProblem(X, Y, weights, link, 5, **given, device=device_named(device)).at(theta, dtype)
+    rtol = 1e-4 if dtype is np.float32 else 1e-9
+    np.testing.assert_allclose(there.losses, here.losses, rtol=rtol)
+    np.testing.assert_allclose(there.gradient, here.gradient, rtol=rtol, atol=rtol * abs(here.gradient).max())
+
+
+def test_a_device_that_is_not_there_is_said():
+    X, y = data("classes", 30)
+    for name in ("nowhere", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device is '{name}', which is not there"):
+            SoftmaxRegression(device=name).fit(X, y)
+    assert SoftmaxRegression(device="auto").fit(X, y).coef_.shape == (4, 20)
