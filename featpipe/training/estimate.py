@@ -142,8 +142,8 @@ def calibrated_on_folds(plan: Plan, rows: Rows, k: int | None, tell: Tell) -> Ca
         found = [_Fold(plan, rows, fit, held, tell, i, number) for i, (fit, held) in enumerate(splits, 1)]
         return _calibrated(plan, found, rows.y)[1]
     raise ConfigError(
-        f"head {plan.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has one "
-        "image only: take logistic, or give more images"
+        f"head {plan.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has "
+        "one image only: take logistic, or give more images"
     )
 
 

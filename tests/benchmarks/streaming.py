@@ -3,9 +3,9 @@
     python tests/benchmarks/streaming.py [ROWS] [WIDTH] [FOLDER] [HEAD]...
 
 A cache of ROWS × WIDTH float16 in some classes is made in FOLDER (a temporary one if not given). Before each question
-the file is dropped from the system's memory. The peer is reading the features with read(2), 8 MiB at a time, in the same
-run. Each head is trained in a process of its own, whose largest resident memory counts; a pass is one reading of all
-features, of which heads take several.
+the file is dropped from the system's memory. The peer is reading as much of the file with read(2), 8 MiB at a time, in
+the same run. Each head is trained in a process of its own, whose largest resident memory counts; a pass is one reading
+of all features, of which heads take several.
 """
 
 from __future__ import annotations
