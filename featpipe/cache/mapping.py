@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HUGE_BYTES", "PAGE_BYTES", "Piece", "forget", "map_into", "reserved", "view"]
+__all__ = ["HUGE_BYTES", "PAGE_BYTES", "Piece", "expect", "forget", "map_into", "reserved", "view"]
 
 PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
 HUGE_BYTES = 2**21  # what lies alike within such a piece in file and in memory is mapped at once, and found faster
@@ -83,15 +83,25 @@ def map_into(whole: NDArray[np.uint8], piece: Piece) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def expect(array: NDArray) -> None:
+    """Have a mapped array read from its file, which the system does piece by piece and late if it is not told."""
+    _advise(array, "MADV_WILLNEED")
+
+
 def forget(array: NDArray) -> None:
     """Give the pages of an array that is mapped from a file back; they are read again when they are wanted.
 
     What was read of a file counts as memory of the process until then, even where the system could take it back. Of
     an array that is not mapped the numbers would be lost.
     """
+    _advise(array, "MADV_DONTNEED")
+
+
+def _advise(array: NDArray, what: str) -> None:
+    """Tell the system of the whole pages of an array."""
     first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+    if last > first and hasattr(mmap, what):
         advise = ctypes.CDLL(None).madvise
         advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        advise(first, last - first, mmap.MADV_DONTNEED)
+        advise(first, last - first, getattr(mmap, what))

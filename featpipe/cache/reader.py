@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from featpipe.cache.checks import check_rows, digest_of_column
 from featpipe.cache.layout import SPLITS, Table, parts_directory, version_of
-from featpipe.cache.mapping import forget
+from featpipe.cache.mapping import expect, forget
 from featpipe.cache.opening import Contents, open_cache
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, CacheMismatchError, ConfigError
 from featpipe.labels import Labels
@@ -33,6 +33,7 @@ Rows = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 
 BLOCK_BYTES = 16 * 2**20
 _ATTEMPTS = 3
+AHEAD = 2  # as much again is read while a run of rows is worked on
 
 _STATUSES = frozenset(Status)
 
@@ -448,7 +449,10 @@ class View:
         """A copy of some rows, shape (b, d), as stored."""
         numbers = self._rows[rows]
         if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
-            run = self._features[numbers[0] : numbers[-1] + 1]
+            first, last = int(numbers[0]), int(numbers[-1]) + 1
+            run = self._features[first:last]
+            if self._mapped:
+                expect(self._features[first : last + AHEAD * (last - first)])
             found = np.array(run)
             if self._mapped:
                 forget(run)

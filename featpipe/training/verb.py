@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration, prior_offsets
@@ -157,7 +157,7 @@ class Trained:
             output=output or cache.outputs[0],
             facts=cache.facts,
             request=dict(cache.manifest["backbone"]),
-            trained_on=np.unique(rows.digests[:, :KEPT_DIGEST_BYTES], axis=0),
+            trained_on=_distinct(rows.digests[:, :KEPT_DIGEST_BYTES]),
             scores=_plain(scores),
             history=_history(cache, rows, self.fitted, asked),
             calibration=self.calibration,
@@ -256,6 +256,16 @@ def _history(cache: FeatureCache, rows: Rows, fitted: Fitted, asked: Mapping[str
         "curves": _curves(fitted.estimator),
         "versions": {name: version(name) for name in ("featpipe", "scikit-learn", "numpy")},
     }
+
+
+def _distinct(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The rows of (m, 16) bytes that differ, in order: `numpy.unique` of rows takes ten times as long."""
+    high, low = np.ascontiguousarray(digests).view(">u8").T.astype(np.uint64)
+    order = np.lexsort((low, high))
+    ordered = digests[order]
+    new = np.ones(len(ordered), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return ordered[new]
 
 
 def _curves(estimator: Any) -> dict[str, Any]:

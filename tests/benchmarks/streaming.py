@@ -28,7 +28,7 @@ from featpipe.cache import FeatureCache, Table, write_cache
 from featpipe.labels import Labels
 from featpipe.strings import Strings
 
-CLASSES = 100
+CLASSES = 10
 HEADS = {  # a few steps are enough to know the speed of one
     "centroid": {},
     "ridge": {},

@@ -27,6 +27,7 @@ from featpipe.scores import score
 from featpipe.status import Status
 from featpipe.strings import Strings
 from featpipe.training import compare, selection, training_rows
+from featpipe.training.verb import _distinct
 
 FACTS = {
     "backbone": {"name": "x", "source": "user", "weights": "0", "transform": {}, "outputs": {"pooled": {}}},
@@ -581,3 +582,11 @@ def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatc
     fit_rows, held = split.holdout(own, codes, test=0.2, seed=2)
     assert (fitted, watched) == (len(fit_rows), len(held))
     assert len(model.history["curves"]["validation_curve"]) == len(model.history["curves"]["loss_curve"])
+
+
+@pytest.mark.parametrize("n", [0, 1, 500])
+def test_the_images_of_a_model_are_the_distinct_ones_in_order(n: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 2, (n, 16), np.uint8) * rng.integers(0, 256, (1, 16), np.uint8)
+    rows = np.concatenate([rows, rows[: n // 2]])
+    np.testing.assert_array_equal(_distinct(rows), np.unique(rows, axis=0))
