@@ -21,7 +21,7 @@ from featpipe.errors import ConfigError
 from featpipe.heads import ranges
 from featpipe.names import unknown
 
-__all__ = ["HOW", "NEIGHBORS", "Balanced", "drawn_rows", "fit_balanced", "prior_correction", "resample"]
+__all__ = ["HOW", "NEIGHBORS", "Balanced", "drawn_rows", "fit_balanced", "resample"]
 
 HOW: dict[str, str] = {
     "over": "rows of smaller classes are drawn again until all classes have as many as the largest",
@@ -218,7 +218,7 @@ class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Fitted.
     classes_ : ndarray of shape (k,)
     prior_ : ndarray of shape (k,)
-        The share of each class in the rows before they were resampled, for `prior_correction`; the head itself was
+        The share of each class in the rows before they were resampled, by which probabilities can be corrected; the head itself was
         fitted on equal shares.
     n_features_in_ : int
 
@@ -302,75 +302,6 @@ class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         inner = get_tags(self.estimator)
         tags.classifier_tags.multi_class = inner.classifier_tags is None or inner.classifier_tags.multi_class
         return tags
-
-
-def prior_correction(
-    probabilities: ArrayLike, trained_prior: ArrayLike, target_prior: ArrayLike
-) -> NDArray[np.float64]:
-    """Probabilities for another mix of classes than that of training.
-
-    Parameters
-    ----------
-    probabilities : array-like of shape (m, k)
-        Of a classifier that was fitted where classes had the shares ``trained_prior``; equal ones after resampling and
-        with ``class_weight="balanced"``.
-    trained_prior, target_prior : array-like of shape (k,)
-        Shares or counts; a class that is not to be expected has a target of 0.
-
-    Returns
-    -------
-    ndarray of shape (m, k), float64
-        Rows sum to one.
-
-    Raises
-    ------
-    ConfigError
-        If the shapes do not fit, a share is negative or not finite, or a class that was never trained is expected.
-
-    Notes
-    -----
-    By Bayes' rule p'(c|x) ∝ p(c|x) p'(c) / p(c), where only the frequency of classes changed and not what each looks
-    like: equation 4 of Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a priori
-    probabilities", Neural Computation 14, 2002. Of scores before a softmax it is the addition of log p'(c)/p(c).
-
-    Examples
-    --------
-    >>> prior_correction([[0.5, 0.5], [0.9, 0.1]], [1, 1], [0.1, 0.9]).round(3)
-    array([[0.1, 0.9],
-           [0.5, 0.5]])
-    """
-    found = np.asarray(probabilities, np.float64)
-    if found.ndim != 2:
-        raise ConfigError(f"probabilities have shape {found.shape}; give (m, k), a column for each class")
-    trained, target = (
-        _shares(name, prior, found.shape[1])
-        for name, prior in (("trained_prior", trained_prior), ("target_prior", target_prior))
-    )
-    never = np.flatnonzero((trained == 0) & (target > 0))
-    if len(never):
-        raise ConfigError(
-            f"class {never[0]} has a target prior of {target[never[0]]:g} and a trained prior of 0: nothing is known "
-            "of it; train with it, or give it a target of 0"
-        )
-    ratio = np.divide(target, trained, out=np.zeros_like(target), where=trained > 0)
-    found = found * (ratio / ratio.max())
-    sums = found.sum(axis=1, keepdims=True)
-    lost = np.flatnonzero(sums[:, 0] == 0)
-    if len(lost):
-        raise ConfigError(
-            f"{len(lost)} rows, the first is {lost[0]}, have probability in no class of a target prior above 0; give "
-            "every class that can occur a share"
-        )
-    return found / sums
-
-
-def _shares(name: str, prior: ArrayLike, k: int) -> NDArray[np.float64]:
-    shares = np.asarray(prior, np.float64)
-    if shares.shape != (k,):
-        raise ConfigError(f"{name} has shape {shares.shape}; give one share for each of the {k} classes")
-    if not np.isfinite(shares).all() or (shares < 0).any() or not shares.any():
-        raise ConfigError(f"{name} is {shares.tolist()}; give shares of 0 or more, of which one is more")
-    return shares / shares.sum()
 
 
 def _coded(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:

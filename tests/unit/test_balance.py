@@ -10,8 +10,6 @@ import pytest
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.pipeline import make_pipeline as resampling_pipeline
 from imblearn.under_sampling import RandomUnderSampler
-from scipy.special import softmax
-from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
@@ -22,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import HOW, Balanced, drawn_rows, fit_balanced, prior_correction, resample
+from featpipe.heads.balance import HOW, Balanced, drawn_rows, fit_balanced, resample
 
 
 def unequal(sizes: tuple[int, ...] = (80, 25, 9), d: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -256,89 +254,3 @@ def test_a_balanced_head_answers_only_what_the_head_does() -> None:
 )
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
-
-
-# -- priors ----------------------------------------------------------------------------------------------------------
-
-
-def densities(x: np.ndarray) -> np.ndarray:
-    """p(x | class) of three classes that are known, shape (m, 3)."""
-    return np.stack([norm(-1, 1).pdf(x), norm(0.5, 0.7).pdf(x), norm(3, 2).pdf(x)], axis=1)
-
-
-def posterior(x: np.ndarray, prior: Any) -> np.ndarray:
-    joint = densities(x) * np.asarray(prior)
-    return joint / joint.sum(axis=1, keepdims=True)
-
-
-def test_a_corrected_posterior_is_bayes_rule_with_the_other_prior() -> None:
-    x = np.linspace(-6, 9, 301)
-    trained, target = np.array([0.6, 0.3, 0.1]), np.array([0.05, 0.25, 0.7])
-    found = prior_correction(posterior(x, trained), trained, target)
-    np.testing.assert_allclose(found, posterior(x, target), rtol=1e-12)
-    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-15)
-    np.testing.assert_allclose(prior_correction(found, target, trained), posterior(x, trained), rtol=1e-10)
-
-
-def test_the_correction_is_the_addition_of_the_log_ratio_to_scores() -> None:
-    scores = np.random.default_rng(0).normal(size=(50, 4)) * 5
-    trained, target = np.array([4.0, 3, 2, 1]), np.array([1.0, 1, 1, 7])
-    shifted = softmax(scores + np.log(target / 10) - np.log(trained / 10), axis=1)
-    np.testing.assert_allclose(prior_correction(softmax(scores, axis=1), trained, target), shifted, rtol=1e-12)
-
-
-def test_a_head_fitted_on_one_mix_of_classes_is_right_on_another_once_corrected() -> None:
-    rng = np.random.default_rng(0)
-    means, target = np.array([-1.0, 1.0]), np.array([0.95, 0.05])
-    y = rng.integers(0, 2, 40_000)
-    head = LogisticRegression(C=1e6).fit(rng.normal(means[y])[:, None], y)
-    x = np.linspace(-4, 4, 81)
-    truth = target[1] * norm(1, 1).pdf(x) / (target[1] * norm(1, 1).pdf(x) + target[0] * norm(-1, 1).pdf(x))
-    plain = head.predict_proba(x[:, None])
-    corrected = prior_correction(plain, [0.5, 0.5], target)
-    assert np.abs(corrected[:, 1] - truth).max() < 0.01
-    assert np.abs(plain[:, 1] - truth).max() > 0.5
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_a_balanced_head_is_given_its_own_mix_back(how: str) -> None:
-    rng = np.random.default_rng(1)
-    y = (rng.random(30_000) < 0.1).astype(int)
-    X = rng.normal(2.0 * y)[:, None]
-    balanced = Balanced(LogisticRegression(C=1e6), how, 0).fit(X, y)
-    truth = 0.1 * norm(2, 1).pdf(X) / (0.1 * norm(2, 1).pdf(X) + 0.9 * norm(0, 1).pdf(X))
-    found = prior_correction(balanced.predict_proba(X), [1, 1], balanced.prior_)
-    assert np.abs(found[:, 1:] - truth).mean() < 0.01
-
-
-def test_a_class_that_is_not_expected_gets_nothing() -> None:
-    found = prior_correction([[0.2, 0.3, 0.5]], [1, 1, 1], [1, 1, 0])
-    np.testing.assert_allclose(found, [[0.4, 0.6, 0]])
-    np.testing.assert_allclose(prior_correction([[0.5, 0.5, 0]], [1, 1, 0], [1, 3, 0]), [[0.25, 0.75, 0]])
-
-
-def test_tiny_shares_lose_no_row() -> None:
-    found = prior_correction([[1e-300, 1.0], [1.0, 0.0]], [1e-12, 1], [1 - 1e-12, 1e-12])
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found.sum(axis=1), 1)
-
-
-@pytest.mark.parametrize(
-    ("trained", "target", "said"),
-    [
-        ([1, 1], [1, 0, 0], r"target_prior has shape \(3,\); give one share for each of the 2 classes"),
-        ([1, -1], [1, 1], r"trained_prior is \[1.0, -1.0\]; give shares of 0 or more"),
-        ([0, 0], [1, 1], "trained_prior is .* of which one is more"),
-        ([1, np.nan], [1, 1], "trained_prior is"),
-        ([1, 0], [1, 1], "class 1 has a target prior of 0.5 and a trained prior of 0: nothing is known of it"),
-        ([1, 1], [0, 1], "1 rows, the first is 0, have probability in no class of a target prior above 0"),
-    ],
-)
-def test_priors_that_make_no_sense_are_refused(trained: Any, target: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        prior_correction([[1.0, 0.0]], trained, target)
-
-
-def test_probabilities_of_one_dimension_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"probabilities have shape \(2,\); give \(m, k\)"):
-        prior_correction([0.5, 0.5], [1, 1], [1, 1])
