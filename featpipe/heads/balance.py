@@ -1,4 +1,4 @@
-"""Classes of unequal size: rows drawn again, left out or made up for a fit, and probabilities corrected after it.
+"""Classes of unequal size: rows drawn again, left out or made up for a fit.
 
 Rows are resampled when a head is fitted and at no other time: within each fold, after the fold was taken apart, and
 behind the scaler, which sees the rows as they are. What comes out is the plain head or pipeline; nothing of
@@ -218,8 +218,8 @@ class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Fitted.
     classes_ : ndarray of shape (k,)
     prior_ : ndarray of shape (k,)
-        The share of each class in the rows before they were resampled, by which probabilities can be corrected; the head itself was
-        fitted on equal shares.
+        The share of each class in the rows before they were resampled, by which probabilities can be corrected; the
+        head itself was fitted on equal shares.
     n_features_in_ : int
 
     Examples
