@@ -134,7 +134,8 @@ def training_rows(
         refuse_not_finite(cache, rows, X)
     found = groups_of(cache, groups, rows) if isinstance(groups, str) else _aligned(cache, groups, rows)
     when = times_of(cache, times, rows) if isinstance(times, str) else _aligned(cache, times, rows)
-    return Rows(rows, X, y, classes, cache.digests[rows], found, when)
+    digests = cache.digests if len(rows) == len(cache) else cache.digests[rows]
+    return Rows(rows, X, y, classes, digests, found, when)
 
 
 def _aligned(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:

@@ -7,14 +7,25 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.base import clone
+from sklearn import config_context
+from sklearn.base import clone, is_regressor
 from sklearn.exceptions import NotFittedError, SkipTestWarning
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
 from featpipe.calibration import Calibration, logits_of
-from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
+from featpipe.heads import (
+    LinearClassifier,
+    LinearRegressor,
+    MLPClassifier,
+    MLPRegressor,
+    SoftmaxRegression,
+    SoftmaxRegressionCV,
+)
 from featpipe.heads.table import _load
 
 ESTIMATORS = [SoftmaxRegression(), LinearClassifier(), LinearRegressor(), MLPClassifier(), MLPRegressor()]
@@ -110,3 +121,29 @@ def test_every_estimator_of_the_table_is_trusted_by_the_loader(name, task):
 def test_every_head_is_described_in_one_sentence(name):
     assert 20 < len(heads.describe(name)) < 120
     assert "\n" not in heads.describe(name)
+
+
+EVERY_ESTIMATOR = [*ESTIMATORS, SoftmaxRegressionCV(cv=3, Cs=(0.1, 1.0))]
+
+
+@pytest.mark.parametrize("estimator", EVERY_ESTIMATOR, ids=lambda estimator: type(estimator).__name__)
+def test_an_estimator_is_shown_in_notebooks_and_routes_its_weights(estimator):
+    X, y = data("regression" if is_regressor(estimator) else "classification")
+    assert type(estimator).__name__ in clone(estimator)._repr_html_()
+    assert type(estimator).__name__ in clone(estimator).fit(X, y)._repr_html_()
+    with config_context(enable_metadata_routing=True):
+        head = clone(estimator).set_fit_request(sample_weight=True)
+        pipeline = Pipeline([("scale", StandardScaler().set_fit_request(sample_weight=False)), ("head", head)])
+        weights = np.random.default_rng(1).integers(1, 4, len(X))
+        routed = pipeline.fit(X, y, sample_weight=weights)
+    plain = clone(estimator).fit(StandardScaler().fit_transform(X), y, sample_weight=weights)
+    if getattr(estimator, "random_state", 0) is not None:  # others draw anew
+        expected = plain.predict(StandardScaler().fit(X).transform(X))
+        assert (routed.predict(X) == expected).all()
+
+
+def test_the_scaler_of_a_head_gives_tables_where_they_are_asked_for():
+    X, y = data("classification")
+    head = heads.build("logistic").set_output(transform="pandas").fit(pd.DataFrame(X, columns=list("abcdefgh")), y)
+    assert list(head["scale"].transform(pd.DataFrame(X, columns=list("abcdefgh"))).columns) == list("abcdefgh")
+    assert list(head["head"].feature_names_in_) == list("abcdefgh")
