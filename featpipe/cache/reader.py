@@ -33,6 +33,7 @@ Rows = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 
 BLOCK_BYTES = 16 * 2**20
 _ATTEMPTS = 3
+ROWS_APART = 1024  # each brings the pages around it into memory
 AHEAD = 2  # as much again is read while a run of rows is worked on
 
 _STATUSES = frozenset(Status)
@@ -457,9 +458,12 @@ class View:
             if self._mapped:
                 forget(run)
             return found
-        found = np.take(self._features, numbers, axis=0)
-        if self._mapped and len(numbers):
-            forget(self._features[numbers.min() : numbers.max() + 1])
+        found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        for start in range(0, len(numbers), ROWS_APART):
+            some = numbers[start : start + ROWS_APART]
+            np.take(self._features, some, axis=0, out=found[start : start + ROWS_APART], mode="clip")
+            if self._mapped:
+                forget(self._features[some.min() : some.max() + 1])
         return found
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> View:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk, ssyrk
 
 from featpipe.heads.halves import as_float
 from featpipe.heads.workers import Workers
@@ -17,7 +16,8 @@ __all__ = ["Moments", "RowSource", "blocks", "moments"]
 
 Array = NDArray[np.float64]
 
-BLOCK_NUMBERS = 1 << 22  # some 30 MiB for each thread
+NUMBERS_IN_A_BLOCK = 1 << 20  # that several operations in turn find in a core's cache
+NUMBERS_FOR_A_GRAM = 1 << 22  # whose product is as large as a small block
 SHIFT_ROWS = 1000
 
 
@@ -31,7 +31,7 @@ class RowSource(Protocol):
     def __getitem__(self, rows: slice) -> NDArray[Any]: ...
 
 
-def blocks(source: RowSource, numbers: int = BLOCK_NUMBERS) -> Iterator[slice]:
+def blocks(source: RowSource, numbers: int) -> Iterator[slice]:
     """Runs of rows of about so many numbers, in order."""
     n, d = source.shape
     rows = max(1, numbers // max(1, d))
@@ -147,18 +147,18 @@ def moments(
         ones = np.ones(len(x), dtype)
         if weights is None:
             cross, plain = x.T @ y, x.T @ ones
-            gram = _outer(x) if outer else squares
+            gram = x.T @ x if outer else squares
             return _moments(len(x), len(x), plain, gram, y.sum(axis=0), cross, shift, plain, squares)
         w: NDArray[Any] = weights[rows].astype(dtype)
         y = y * w[:, None]
         plain, total, cross = x.T @ ones, x.T @ w, x.T @ y
         x *= np.sqrt(w)[:, None]
-        gram = _outer(x) if outer else np.einsum("ij,ij->j", x, x)
+        gram = x.T @ x if outer else np.einsum("ij,ij->j", x, x)
         return _moments(len(x), float(w.sum()), total, gram, y.sum(axis=0), cross, shift, plain, squares)
 
     gathered: Moments | None = None
     with Workers(float(n) * d * d) as workers:
-        for part in workers.map(one, blocks(source)):
+        for part in workers.map(one, blocks(source, NUMBERS_FOR_A_GRAM if outer else NUMBERS_IN_A_BLOCK)):
             gathered = part if gathered is None else gathered + part
     assert gathered is not None
     if not np.isfinite(gathered.squares).all():
@@ -174,10 +174,3 @@ def _one_hot(codes: NDArray[Any], k: int, dtype: Any) -> NDArray[Any]:
 
 def _moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:
     return Moments(rows, weight, *(each.astype(np.float64, copy=False) for each in sums))
-
-
-def _outer(x: NDArray[Any]) -> NDArray[Any]:
-    """xᵀx, with half the work of a product."""
-    upper = (ssyrk if x.dtype == np.float32 else dsyrk)(1.0, x.T)  # x.T is in Fortran's order already
-    upper += np.triu(upper, 1).T
-    return np.ascontiguousarray(upper)

@@ -94,8 +94,13 @@ class Counted:
 
 def trained(path: str, head: str) -> None:
     """In a process of its own: seconds, passes and memory as JSON."""
+    import torch  # noqa: F401
+
+    from featpipe import heads
     from featpipe.cache import View
     from featpipe.training import train
+
+    heads.fit_streamed, heads.build(head)  # what is imported when it is first needed is not of a pass
 
     slicing = View.__getitem__
 

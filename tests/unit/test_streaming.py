@@ -36,8 +36,8 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(room, "BLOCK_NUMBERS", 500)
-    monkeypatch.setattr(room.blocks, "__defaults__", (500,))
+    monkeypatch.setattr(room, "NUMBERS_IN_A_BLOCK", 500)
+    monkeypatch.setattr(room, "NUMBERS_FOR_A_GRAM", 700)
     monkeypatch.setattr(room, "SHIFT_ROWS", 40)
 
 
