@@ -17,7 +17,7 @@ from scipy.special import expit, log_softmax, softmax
 
 from featpipe.errors import ConfigError
 
-__all__ = ["Calibration", "calibration_error", "fit_temperature", "logits_of", "prior_offsets"]
+__all__ = ["Calibration", "calibration_error", "fit_temperature", "logits_of", "prior_offsets", "sigmoid_loss"]
 
 Array = NDArray[np.float64]
 
@@ -90,6 +90,11 @@ def logits_of(head: Any, X: NDArray[Any]) -> Array:
     return np.log(p)
 
 
+def sigmoid_loss(logits: Array, y: NDArray[Any]) -> float:
+    """The mean log loss of one sigmoid for each label; both of shape (m, k), y of 0 and 1."""
+    return float(np.mean(np.logaddexp(0, logits) - y * logits))
+
+
 def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
     """The temperature with the least log loss.
 
@@ -104,7 +109,7 @@ def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
     def loss(logarithm: float) -> float:
         scores = logits * np.exp(-logarithm)
         if y.ndim == 2:
-            return float(np.mean(np.logaddexp(0, scores) - y * scores))
+            return sigmoid_loss(scores, y)
         return -float(np.mean(log_softmax(scores, axis=1)[np.arange(len(y)), y]))
 
     found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})

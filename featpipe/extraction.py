@@ -25,7 +25,7 @@ from featpipe import archive
 from featpipe import backbone as backbones
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.cache import FeatureCache, Table, narrowed, parts_directory, write_cache
+from featpipe.cache import FeatureCache, Table, parts_directory, serves, write_cache
 from featpipe.commit import Part, Parts, exclusive
 from featpipe.engine import Engine, resolve_device
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError
@@ -515,15 +515,12 @@ def _is_cache_of(cache: FeatureCache, ledger: _Ledger, shapes: Mapping[str, tupl
 
 def _caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
     """The caches of a folder that hold the wanted outputs under the same facts, whatever others they hold."""
-    outputs = list(facts["backbone"]["outputs"])
     found = []
     for path in sorted(folder.glob("*.h5")):
         try:
             cache = FeatureCache(path, salvage=True)
         except CacheError:
             continue  # not ours to judge here: a file that is no cache has nothing to copy
-        if all(
-            output in cache.outputs and narrowed(cache.facts, output) == narrowed(facts, output) for output in outputs
-        ):
+        if serves(cache.facts, facts):
             found.append(cache)
     return found

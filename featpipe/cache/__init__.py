@@ -8,6 +8,7 @@ from featpipe.cache.layout import (
     Table,
     narrowed,
     parts_directory,
+    serves,
     shards_directory,
 )
 from featpipe.cache.reader import FeatureCache, Rows, View
@@ -24,6 +25,7 @@ __all__ = [
     "View",
     "narrowed",
     "parts_directory",
+    "serves",
     "shards_directory",
     "write_cache",
 ]

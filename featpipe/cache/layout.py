@@ -34,6 +34,7 @@ __all__ = [
     "narrowed",
     "parse_manifest",
     "parts_directory",
+    "serves",
     "shards_directory",
     "shards_of",
     "version_of",
@@ -59,21 +60,22 @@ _MANIFEST = {  # what a manifest must hold, and of which type
 }
 _FACTS = {"backbone": dict, "precision": str, "storage": str, "extraction": int}
 _BACKBONE_FACTS = {"name": str, "source": str, "weights": str, "transform": dict, "outputs": dict}
-_INFORMATIVE: dict[str, tuple[type, ...]] = {  # what it may hold, decides nothing, and is shown; or null
-    "archive_kinds": (list, str),
-    "archives": (list, str),
-    "backbone": (dict,),
-    "batch": (int,),
-    "created": (str,),
-    "device": (str,),
-    "embedded": (int,),
-    "ignored": (dict, int),
-    "images_per_second": (int, float),
-    "machine": (str,),
-    "merged_from": (list, dict),
-    "repaired": (list, dict),
-    "seconds": (dict, int, float),
-    "versions": (dict, str),
+_INFORMATIVE: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+    # what it may hold besides, decides nothing, and is shown: types of the value, or null, and of what is in it
+    "archive_kinds": ((list,), (str,)),
+    "archives": ((list,), (str,)),
+    "backbone": ((dict,), ()),
+    "batch": ((int,), ()),
+    "created": ((str,), ()),
+    "device": ((str,), ()),
+    "embedded": ((int,), ()),
+    "ignored": ((dict,), (int,)),
+    "images_per_second": ((int, float), ()),
+    "machine": ((str,), ()),
+    "merged_from": ((list,), (dict,)),
+    "repaired": ((list,), (dict,)),
+    "seconds": ((dict,), (int, float)),
+    "versions": ((dict,), (str,)),
 }
 _SHARD = {"file": str, "bytes": int, "rows": list, "offsets": dict, "check": str}
 _SHARD_FILE = re.compile(r"[^/\0]+\.shards/[0-9a-f]{24}\.h5")
@@ -163,6 +165,15 @@ def narrowed(facts: Mapping[str, Any], output: str) -> dict[str, Any]:
     return {**facts, "backbone": backbone}
 
 
+def serves(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether embeddings of some facts can be copied for others: all wanted outputs are held, and made alike."""
+    outputs = held["backbone"]["outputs"]
+    return all(
+        output in outputs and narrowed(held, output) == narrowed(wanted, output)
+        for output in wanted["backbone"]["outputs"]
+    )
+
+
 def parts_directory(path: Path) -> Path:
     """Where the unfinished work of a cache lies."""
     return path.with_name(path.name + ".parts")
@@ -223,13 +234,12 @@ def _check_keys(found: object, wanted: Mapping[str, type], where: str) -> None:
 
 def _check_informative(manifest: Mapping[str, Any]) -> None:
     """What decides nothing is of its type all the same, so that whoever shows it need not look."""
-    for key, (kind, *inner) in _INFORMATIVE.items():
+    for key, (kinds, inner) in _INFORMATIVE.items():
         value = manifest.get(key)
         if value is None:
             continue
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        fits = all(_is(item, inner) for item in inside) if kind in (list, dict) and inner else True
-        if not fits or not _is(value, (kind,) if kind in (list, dict) else (kind, *inner)):
+        held = value.values() if isinstance(value, dict) else value
+        if not _is(value, kinds) or (inner and not all(_is(item, inner) for item in held)):
             raise CacheFormatError(f"{key} in the manifest is not what it is to be")
     if not all(_is(source.get("cache"), (str,)) for source in manifest.get("merged_from") or ()):
         raise CacheFormatError("merged_from in the manifest is not what it is to be")

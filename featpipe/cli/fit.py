@@ -155,6 +155,8 @@ def _compare(
 
 def _heads(comparison: Comparison) -> str:
     """The heads as a table, the best first."""
+    from featpipe.training.selection import shown
+
     rows = [
         [
             row.head,
@@ -163,15 +165,11 @@ def _heads(comparison: Comparison) -> str:
             duration(row.seconds_to_fit),
             f"{row.seconds_to_predict * 1000:,.1f} ms",
             size(row.bytes),
-            ", ".join(
-                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
-                for key, value in row.chosen.items()
-            ),
+            shown(row.chosen),
         ]
         for row in comparison.rows
     ]
-    shown = comparison.rows[0].metric
-    header = ["head", shown, *_beside(comparison), "fit", "1,000 rows", "size", "tuned"]
+    header = ["head", comparison.rows[0].metric, *_beside(comparison), "fit", "1,000 rows", "size", "tuned"]
     note = "the best is chosen by these very scores: `featpipe evaluate` on other images says how good it is"
     return f"{table(rows, header, right=range(1, len(header) - 1))}\n{note}\n"
 

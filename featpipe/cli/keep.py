@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.request import SHARD_BYTES, options
 from featpipe.cli.terminal import Terminal, dump, duration, printable, size
 from featpipe.errors import ConfigError
-from featpipe.recipe import Extraction
 
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
@@ -42,13 +42,7 @@ def pack(cache: str, out: str | None, overwrite: bool, as_json: bool) -> None:
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
 @click.option("--out", required=True, metavar="FILE.h5", help="The new file.")
 @click.option("--overwrite", is_flag=True, help="Replace another cache at --out.")
-@click.option(
-    "--shard-bytes",
-    type=click.IntRange(1),
-    default=Extraction.shard_bytes,
-    metavar="N",
-    help="Spread larger features over several files of about this size.  [default: 4 GiB]",
-)
+@options(SHARD_BYTES)
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def merge(caches: tuple[str, ...], out: str, overwrite: bool, shard_bytes: int, as_json: bool) -> None:
     """Join caches that were made from the same facts, one after the other.

@@ -11,7 +11,7 @@ import click
 
 from featpipe.recipe import PRECISIONS, STORAGES, Extraction
 
-__all__ = ["IDENTITY", "RUN", "options", "settings_of"]
+__all__ = ["IDENTITY", "RUN", "SHARD_BYTES", "options", "settings_of"]
 
 DEFAULT = Extraction()
 
@@ -32,6 +32,13 @@ IDENTITY = (  # what decides the content of a cache, besides the images
     _option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True),
     _option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none."),
 )
+SHARD_BYTES = _option(
+    "--shard-bytes",
+    type=click.IntRange(1),
+    default=DEFAULT.shard_bytes,
+    metavar="N",
+    help="Spread larger features over several files of about this size.  [default: 4 GiB]",
+)
 RUN = (  # what decides how and where it is made
     _option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps."),
     _option("--cache", default=str(DEFAULT.cache), show_default=True, metavar="DIR", help="Where caches are kept."),
@@ -41,13 +48,7 @@ RUN = (  # what decides how and where it is made
     _option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass."),
     _option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read."),
     _option("--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged."),
-    _option(
-        "--shard-bytes",
-        type=click.IntRange(1),
-        default=DEFAULT.shard_bytes,
-        metavar="N",
-        help="Spread larger features over several files of about this size.  [default: 4 GiB]",
-    ),
+    SHARD_BYTES,
 )
 
 

@@ -72,9 +72,7 @@ def scores_of(estimator: Any, X: ArrayLike) -> NDArray[np.float64]:
     check_is_fitted(estimator)
     checked: NDArray[Any] = validate_data(estimator, X, reset=False, dtype=[np.float64, np.float32])
     starts = range(0, len(checked), ROWS_AT_A_TIME)
-    return np.concatenate(
-        [estimator._scores(checked[start : start + ROWS_AT_A_TIME].astype(np.float64)) for start in starts]
-    )
+    return np.concatenate([estimator._scores(checked[start : start + ROWS_AT_A_TIME]) for start in starts])
 
 
 def class_targets(
@@ -178,8 +176,8 @@ def _label_weights(
 class ScoredClassifier(ClassifierMixin):
     """Answers from scores: a softmax over three classes or more, a sigmoid for two classes and for each label.
 
-    A subclass gives ``_scores(X)``, from (b, d) float64 to (b, k), one column for two classes; and when it is fitted,
-    ``classes_`` and ``multilabel_``.
+    A subclass gives ``_scores(X)``, from (b, d) float32 or float64 to (b, k) float64, one column for two classes; and
+    when it is fitted, ``classes_`` and ``multilabel_``.
     """
 
     classes_: NDArray[Any]

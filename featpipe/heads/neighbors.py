@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["nearness"]
 
@@ -24,4 +27,6 @@ def nearness(distances: NDArray[np.floating]) -> NDArray[np.floating]:
     -------
     ndarray of the same shape
     """
+    import numpy as np  # here, because the table of heads names this function, and is shown without numpy
+
     return np.asarray(np.exp(-distances / TEMPERATURE))

@@ -171,6 +171,12 @@ class Problem:
 
         return sum(self.workers.map(one, self.blocks()), np.zeros((1, 1, 1)))
 
+    def intercept_decrements(self, point: Point, dtype: Any) -> Array:
+        """What b has yet to gain, by its Newton decrement, shape (g,); products over rows are in ``dtype``."""
+        slopes = point.gradient[:, -1].reshape(self.groups, -1)
+        pairs = zip(slopes, self.intercept_curvature(point.theta, dtype), strict=True)
+        return np.array([0.5 * abs(float(s @ np.linalg.lstsq(c, s, rcond=1e-12)[0])) for s, c in pairs])
+
     def blocks(self) -> Iterator[slice]:
         """Row ranges whose numbers stay in a core's cache."""
         length = int(np.clip(NUMBERS_IN_A_BLOCK // max(self.d, self.k), *ROWS_IN_A_BLOCK))

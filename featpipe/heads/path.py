@@ -19,7 +19,7 @@ from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
 from featpipe.heads.solver import Memory, Solution, into_row_space, minimise
 from featpipe.heads.workers import Workers
 
-__all__ = ["SoftmaxRegressionCV", "solutions"]
+__all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "solutions"]
 
 Array = NDArray[np.float64]
 
@@ -145,7 +145,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         )
         self.scores_ = np.array([scores for scores, _, _ in folds])
         self.n_iter_ = np.array([steps for _, steps, _ in folds])
-        chosen = self._chosen()
+        chosen = best_strength(self.scores_, self.one_standard_error)
         self.C_ = float(self.Cs_[chosen])
         if self.refit:
             head = self._head(self.C_).set_params(tol=1e-8, max_iter=2000).fit(X, y, sample_weight=weights)
@@ -199,17 +199,26 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
                 thetas.append(None if self.refit else np.column_stack([head.coef_, head.intercept_]))
         return scores, steps, thetas
 
-    def _chosen(self) -> int:
-        """The place of the best strength; the strongest penalty among equals."""
-        means = self.scores_.mean(axis=0)
-        best = int(means.argmax())
-        if not self.one_standard_error or len(self.scores_) < 2:
-            return best
-        error = self.scores_[:, best].std(ddof=1) / np.sqrt(len(self.scores_))
-        return int(np.flatnonzero(means >= means[best] - error)[0])
-
     def _scores(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         return X @ self.coef_.T + self.intercept_
+
+
+def best_strength(scores: Array, one_standard_error: bool) -> int:
+    """The place of the best strength; the strongest penalty among equals.
+
+    Parameters
+    ----------
+    scores : ndarray of shape (folds, s)
+        Of strengths in ascending order.
+    one_standard_error : bool
+        The strongest penalty whose mean score is within one standard error of the best.
+    """
+    means = scores.mean(axis=0)
+    best = int(means.argmax())
+    if not one_standard_error or len(scores) < 2:
+        return best
+    error = scores[:, best].std(ddof=1) / np.sqrt(len(scores))
+    return int(np.flatnonzero(means >= means[best] - error)[0])
 
 
 def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> Iterator[Solution]:

@@ -262,7 +262,9 @@ class _Search:
         if self.dtype == np.float32:
             return False
         if self.problem.fit_intercept and done.any():
-            self.gaps[self.open] += self._intercept_decrements() / np.maximum(self.point.values, 1e-300)
+            self.gaps[self.open] += self.problem.intercept_decrements(self.point, self.first_dtype) / np.maximum(
+                self.point.values, 1e-300
+            )
             done = self.gaps[self.open] <= self.tol
         self.resting = done
         if done.all():
@@ -280,16 +282,6 @@ class _Search:
             self.metric = self.metric.only(keep)
         self.point = Point(
             self.point.theta[keep], self.point.losses[keep], self.point.values[keep], self.point.gradient[keep]
-        )
-
-    def _intercept_decrements(self) -> Array:
-        slopes = self.point.gradient[:, -1].reshape(self.problem.groups, -1)
-        curvature = self.problem.intercept_curvature(self.point.theta, self.first_dtype)
-        return np.array(
-            [
-                0.5 * abs(float(slope @ np.linalg.lstsq(matrix, slope, rcond=1e-12)[0]))
-                for slope, matrix in zip(slopes, curvature, strict=True)
-            ]
         )
 
     def _renew_metric(self, curvature_too: bool) -> None:
@@ -405,7 +397,7 @@ class _Search:
         decrements = 0.5 * _dots(gradient, _solve(self.metric, gradient))
         bounds = self.gaps[self.open] * self.point.values
         if self.problem.fit_intercept:
-            bounds += self._intercept_decrements()
+            bounds += self.problem.intercept_decrements(self.point, self.first_dtype)
         self.gaps[self.open] = np.minimum(bounds, decrements) / np.maximum(self.point.values, 1e-300)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import xlogy
 
-from featpipe.heads.objective import Point, Problem
+from featpipe.heads.objective import Problem
 from featpipe.heads.solver import Solution
 
 __all__ = ["minimise_sparse"]
@@ -116,14 +116,8 @@ class _Search:
             if problem.ridge > 0:
                 gaps = np.minimum(gaps, whole + (excess**2).sum(axis=1) / (2 * problem.ridge))
         if problem.fit_intercept:
-            gaps += self._intercepts(point)
+            gaps += problem.intercept_decrements(point, np.float64)
         return np.maximum(gaps, 0) / np.maximum(primal, 1e-300)
-
-    def _intercepts(self, point: Point) -> Array:
-        slopes = point.gradient[:, -1].reshape(self.problem.groups, -1)
-        curvatures = self.problem.intercept_curvature(point.theta, np.float64)
-        pairs = zip(slopes, curvatures, strict=True)
-        return np.array([0.5 * abs(float(s @ np.linalg.lstsq(c, s, rcond=1e-12)[0])) for s, c in pairs])
 
     def _entropies(self, theta: Array, shares: Array) -> Array:
         """Σ w_i H(q_i) of each group, q between what is true and what the model says."""

@@ -76,13 +76,14 @@ def fit_streamed(
         center = scale = None
         if isinstance(scaler, StandardScaler):
             found = moments(source, np.zeros((len(y), 0)), outer=False)
-            center, scale = _set_scaler(scaler, found)
+            _set_scaler(scaler, found)
+            center, scale = _center_and_scale(scaler, source.shape[1])
         head._fit_rows(source, y, sample_weight, center=center, scale=scale)
     return pipeline
 
 
-def _set_scaler(scaler: StandardScaler, found: Moments) -> tuple[Array, Array]:
-    """Fit a scaler from moments; its center and scale."""
+def _set_scaler(scaler: StandardScaler, found: Moments) -> None:
+    """Fit a scaler from moments."""
     mean, variance = found.mean, found.variance
     rounding = found.rows * np.finfo(np.float64).eps
     constant = (
@@ -93,15 +94,21 @@ def _set_scaler(scaler: StandardScaler, found: Moments) -> tuple[Array, Array]:
     scaler.mean_ = mean if scaler.with_mean or scaler.with_std else None
     scaler.var_ = variance if scaler.with_std else None
     scaler.scale_ = scale if scaler.with_std else None
-    center = mean if scaler.with_mean else np.zeros_like(mean)
-    return center, scale if scaler.with_std else np.ones_like(mean)
 
 
 def _standardised(scaler: StandardScaler | str, found: Moments) -> Moments:
     """The moments of what the head sees."""
     if isinstance(scaler, StandardScaler):
-        return found.around(*_set_scaler(scaler, found))
-    return found.around(np.zeros_like(found.shift), np.ones_like(found.shift))
+        _set_scaler(scaler, found)
+    return found.around(*_center_and_scale(scaler, len(found.shift)))
+
+
+def _center_and_scale(scaler: StandardScaler | str, d: int) -> tuple[Array, Array]:
+    """What a fitted scaler takes from rows, and divides them by."""
+    center, scale = np.zeros(d), np.ones(d)
+    if isinstance(scaler, StandardScaler):
+        return scaler.mean_ if scaler.with_mean else center, scaler.scale_ if scaler.with_std else scale
+    return center, scale
 
 
 def _refuse_weights(head: Any, weights: Array | None) -> None:
@@ -182,15 +189,6 @@ def _lda(
     if len(classes) == 2:
         coef, intercept = np.diff(coef, axis=0), np.diff(intercept)
     head.coef_, head.intercept_ = coef, intercept
-
-
-def _center_and_scale(scaler: Any, d: int) -> tuple[Array, Array]:
-    if not isinstance(scaler, StandardScaler):
-        return np.zeros(d), np.ones(d)
-    return (
-        scaler.mean_ if scaler.with_mean else np.zeros(d),
-        scaler.scale_ if scaler.with_std else np.ones(d),
-    )
 
 
 def _class_covariance(shrinkage: Any, source: Any, rows: NDArray[np.intp], center: Array, scale: Array) -> Array:

@@ -15,15 +15,14 @@ import numpy as np
 from featpipe.heads.batches import Batch, Rows
 from featpipe.heads.losses import Objective
 from featpipe.heads.network import Layers, Network, Shape
-from featpipe.heads.optimizers import BY_NAME as _OPTIMIZERS
-from featpipe.heads.optimizers import rates
+from featpipe.heads.optimizers import BY_NAME, rates
 from featpipe.heads.plan import Plan
 from featpipe.heads.threads import threads_for
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "Trained", "train"]
+__all__ = ["Trained", "train"]
 
 FORWARD_AND_BACKWARD = 3
 
@@ -79,7 +78,7 @@ def train(rows: Rows, validation: Rows | None, *, shape: Shape, objective: Objec
     with torch.inference_mode(False), torch.enable_grad(), threads_for(small):
         generator = torch.Generator().manual_seed(seed)
         network = Network(shape, rows.dtype, generator)
-        optimizer = _OPTIMIZERS[plan.optimizer](network.weights, network.biases, plan)
+        optimizer = BY_NAME[plan.optimizer](network.weights, network.biases, plan)
         disturbance = _Disturbance(plan, generator, np.random.default_rng(seed))
         steps = math.ceil(len(rows) / plan.batch_size)
         rate = rates(plan, plan.highest_rate(shape.widths[:-1]), plan.epochs * steps)

@@ -13,7 +13,6 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
 from featpipe.model import Model
-from featpipe.names import unknown
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.training.estimate import main_metric
 from featpipe.training.rows import Rows, training_rows
@@ -120,8 +119,6 @@ def compare(
     ConfigError
         If a head is unknown or there are fewer than two folds: without an estimate there is nothing to compare.
     """
-    if output is not None and output not in cache.outputs:
-        raise unknown("output", output, cache.outputs)
     if cv < 2:
         raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
     rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
@@ -135,13 +132,9 @@ def compare(
         found.append((_compared(trained, rows, metric), trained))
     found.sort(key=lambda pair: -_goodness(pair[0], pair[1]))
     table, best = [row for row, _ in found], found[0][1]
-    asked = {
-        "params": given.get(best.plan.head, {}),
-        "balance": how.get("balance"),
-        "random_state": best.plan.random_state,
-    }
     assert best.estimate is not None
-    comparison = Comparison(table, best.model(cache, rows, output, asked), best.estimate.how)
+    model = best.model(cache, rows, output, given.get(best.plan.head, {}))
+    comparison = Comparison(table, model, best.estimate.how)
     comparison.model.scores["comparison"] = comparison.to_dict()["heads"]
     return comparison
 

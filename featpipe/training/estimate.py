@@ -19,6 +19,8 @@ from featpipe.training.selection import subset
 
 __all__ = ["Estimate", "calibrated_on_folds", "cross_validate", "main_metric"]
 
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]
+
 CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
 
 _LOWER_IS_BETTER = ("log_loss", "mae", "rmse")
@@ -77,8 +79,7 @@ def cross_validate(
     plan: Plan, rows: Rows, k: int, *, calibrate: bool, tell: Tell, metric: str | None = None
 ) -> Estimate:
     """Fit on all folds but one, k times, with the settings chosen anew each time."""
-    splits = enumerate(rows.folds(plan.task, k), 1)
-    found = [_Fold(plan, rows, fit, held, tell, number, k) for number, (fit, held) in splits]
+    found = _fitted_folds(plan, rows, rows.folds(plan.task, k), tell)
     calibrate = calibrate or (plan.task != "regression" and not found[0].fitted.gives_probabilities)
     held = np.concatenate([fold.held for fold in found])
     calibration, errors = None, None
@@ -98,14 +99,21 @@ def cross_validate(
     return Estimate(scores, by_fold, calibration, errors, _how(rows, k, len(held)))
 
 
+@dataclass(frozen=True, eq=False)
 class _Fold:
-    def __init__(
-        self, plan: Plan, rows: Rows, fit: NDArray[Any], held: NDArray[Any], tell: Tell, number: int, k: int
-    ) -> None:
-        self.held = held
-        self.fitted: Fitted = plan.fit(rows.take(fit))
-        self.X = rows.take(held).X
-        tell(Progress("bar", "cross-validating", number, k, "folds"))
+    """The rows that were held out, their features, and what was fitted on the others."""
+
+    held: NDArray[np.int64]
+    X: Any
+    fitted: Fitted
+
+
+def _fitted_folds(plan: Plan, rows: Rows, splits: Sequence[Split], tell: Tell) -> list[_Fold]:
+    found = []
+    for fit, held in splits:
+        found.append(_Fold(held, rows.take(held).X, plan.fit(rows.take(fit))))
+        tell(Progress("bar", "cross-validating", len(found), len(splits), "folds"))
+    return found
 
 
 def _calibrated(
@@ -129,18 +137,15 @@ def _calibrated(
     return answers, fitted(every), (before, after)
 
 
-def calibrated_on_folds(plan: Plan, rows: Rows, k: int | None, tell: Tell) -> Calibration:
+def calibrated_on_folds(plan: Plan, rows: Rows, tell: Tell) -> Calibration:
     """A temperature from cross-validation alone, for a head that has no probabilities of its own."""
     rows = subset(rows, TUNING_ROWS) if rows.streamed else rows  # one number
-    for number in (k, CALIBRATION_FOLDS, 2):
-        if number is None:
-            continue
+    for k in (CALIBRATION_FOLDS, 2):
         try:
-            splits = rows.folds(plan.task, number)
+            splits = rows.folds(plan.task, k)
         except ConfigError:
             continue
-        found = [_Fold(plan, rows, fit, held, tell, i, number) for i, (fit, held) in enumerate(splits, 1)]
-        return _calibrated(plan, found, rows.y)[1]
+        return _calibrated(plan, _fitted_folds(plan, rows, splits, tell), rows.y)[1]
     raise ConfigError(
         f"head {plan.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has "
         "one image only: take logistic, or give more images"

@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from sklearn.exceptions import UndefinedMetricWarning
 
 from featpipe import heads, split
-from featpipe.calibration import logits_of
+from featpipe.calibration import logits_of, sigmoid_loss
 from featpipe.errors import ConfigError
 from featpipe.heads.balance import Balanced, resample
+from featpipe.heads.path import STRENGTHS, SoftmaxRegressionCV, best_strength
 from featpipe.names import unknown
 from featpipe.training.rows import Rows
 
 if TYPE_CHECKING:
     from featpipe.training.fitting import Plan
 
-__all__ = ["METRICS", "Choice", "choose_strength", "inner_folds", "scorer_of", "search", "subset"]
+__all__ = ["METRICS", "Choice", "choose_strength", "inner_folds", "scorer_of", "search", "shown", "subset"]
 
 METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and scikit-learn's name of the scorer
     "classification": {
@@ -49,7 +50,6 @@ METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and scikit-
 
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
 ONE_SPLIT_ABOVE = 5000  # rows
 INNER_SEED = 1  # other folds than those that a score is reported for
 INNER_FOLDS = 5
@@ -67,8 +67,7 @@ def scorer_of(task: str, metric: str | None) -> Any:
 
 def _sigmoid_score(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
     """What scikit-learn has no scorer for: the log loss of one sigmoid for each label, and larger is better."""
-    logits = logits_of(head, X)
-    return -float(np.mean(np.logaddexp(0, logits) - y * logits))
+    return -sigmoid_loss(logits_of(head, X), y)
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,32 @@ class Choice:
     tried: list[dict[str, Any]] = field(default_factory=list)
     how: str = ""
 
+    def __str__(self) -> str:
+        return shown(self.settings)
+
     def facts(self) -> dict[str, Any]:
         """As JSON can hold it, once the values are plain."""
         return {"settings": self.settings, "metric": self.metric, "how": self.how, "tried": self.tried}
+
+
+def shown(settings: Mapping[str, Any]) -> str:
+    """Settings for people.
+
+    Examples
+    --------
+    >>> shown({"C": 0.0316227766, "hidden": 128})
+    'C=0.0316, hidden=128'
+    """
+    return ", ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+    )
 
 
 def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
     """The strength of the penalty of ``logistic``, along the whole path.
 
     Each inner fold standardises by its own rows. Without a metric the log loss decides: accuracy cannot tell strengths
-    apart that get the same rows right, however far their probabilities are from the truth. The strengths are those of
-    Kornblith, Shlens and Le, "Do better ImageNet models transfer better?" (CVPR 2019).
+    apart that get the same rows right, however far their probabilities are from the truth.
 
     Parameters
     ----------
@@ -114,21 +128,15 @@ def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
         return Choice({"C": 1.0}, metric, how="not tuned: a class has a single image")
     settings = {key: value for key, value in plan.params.items() if key in ("class_weight", "fit_intercept")}
     standardise = plan.params.get("scale") != "passthrough"
-    jobs = effective_n_jobs(plan.jobs)
     scores = np.array(
-        Parallel(n_jobs=jobs)(
+        Parallel(n_jobs=plan.jobs)(
             delayed(_path)(rows, fold, plan, settings, standardise, scorer_of(plan.task, metric)) for fold in folds
         )
     )
-    means = scores.mean(axis=0)
-    best = int(means.argmax())
-    if plan.one_standard_error and len(scores) > 1:
-        error = scores[:, best].std(ddof=1) / np.sqrt(len(scores))
-        best = int(np.flatnonzero(means >= means[best] - error)[0])
-    spreads = scores.std(axis=0)
+    best = best_strength(scores, plan.one_standard_error)
     tried = [
         {"settings": {"C": C}, "score": float(mean), "spread": float(spread)}
-        for C, mean, spread in zip(STRENGTHS, means, spreads, strict=True)
+        for C, mean, spread in zip(STRENGTHS, scores.mean(axis=0), scores.std(axis=0), strict=True)
     ]
     how = _how(rows, len(tried), folds)
     factor = 1.0
@@ -142,8 +150,6 @@ def _path(
 ) -> NDArray[np.float64]:
     """The score of each strength on the held-out rows of one fold, shape (s,)."""
     from sklearn.preprocessing import StandardScaler
-
-    from featpipe.heads.path import SoftmaxRegressionCV
 
     fit, held = fold
     X_fit, X_held = np.asarray(rows.X)[fit], np.asarray(rows.X)[held]
@@ -164,10 +170,9 @@ def _path(
 
 def _folds_of_path(rows: Rows, plan: Plan) -> list[Fold] | None:
     """Five folds; of many rows one held-out fifth, which tells strengths apart as well."""
-    if len(rows) <= ONE_SPLIT_ABOVE or plan.one_standard_error or rows.times is not None:
-        return inner_folds(rows, plan.task)
     folds = inner_folds(rows, plan.task)
-    return None if folds is None else folds[:1]
+    several = len(rows) <= ONE_SPLIT_ABOVE or plan.one_standard_error or rows.times is not None
+    return folds if folds is None or several else folds[:1]
 
 
 def inner_folds(rows: Rows, task: str) -> list[Fold] | None:

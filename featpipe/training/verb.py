@@ -106,10 +106,6 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
-    if output is not None and output not in cache.outputs:
-        raise unknown("output", output, cache.outputs)
-    if calibrate and cache.task == "regression":
-        raise ConfigError("calibrate is for probabilities; a regression has none")
     rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
     plan = plan_of(
         cache,
@@ -124,9 +120,8 @@ def train(
         jobs=jobs,
         random_state=random_state,
     )
-    asked = {"params": params or {}, "balance": balance, "random_state": random_state}
     trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
-    return trained.model(cache, rows, output, asked)
+    return trained.model(cache, rows, output, params or {})
 
 
 def plan_of(cache: FeatureCache, rows: Rows, head: str, params: Mapping[str, object], **how: Any) -> Plan:
@@ -146,8 +141,8 @@ class Trained:
     estimate: Estimate | None
     calibration: Calibration | None
 
-    def model(self, cache: FeatureCache, rows: Rows, output: str | None, asked: Mapping[str, Any]) -> Model:
-        """As it is saved and used."""
+    def model(self, cache: FeatureCache, rows: Rows, output: str | None, params: Mapping[str, object]) -> Model:
+        """As it is saved and used; with the settings as they were given, weights of classes by name."""
         scores = {} if self.estimate is None else {"cross_validation": self.estimate.facts()}
         return Model(
             head=self.fitted.estimator,
@@ -159,7 +154,7 @@ class Trained:
             request=dict(cache.manifest["backbone"]),
             trained_on=_distinct(rows.digests[:, :KEPT_DIGEST_BYTES]),
             scores=_plain(scores),
-            history=_history(cache, rows, self.fitted, asked),
+            history=_history(cache, rows, self, params),
             calibration=self.calibration,
         )
 
@@ -176,6 +171,8 @@ def train_on(
 ) -> Trained:
     """Estimate, fit and calibrate."""
     where = f"{cache.path}: head {plan.head!r}"
+    if calibrate and plan.task == "regression":
+        raise ConfigError("calibrate is for probabilities; a regression has none")
     try:
         offsets = _offsets(rows, plan, prior) if prior else ()
         estimate = None
@@ -184,11 +181,12 @@ def train_on(
         progress(Progress("note", f"fitting {plan.head} on {len(rows)} images"))
         fitted = plan.fit(rows)
         if fitted.choice is not None:
-            progress(Progress("note", _said(plan.head, fitted)))
+            choice = fitted.choice
+            progress(Progress("note", f"{plan.head}: {choice}, by {choice.metric}, {choice.how}"))
         calibration = estimate.calibration if estimate else None
         needed = plan.task != "regression" and not fitted.gives_probabilities
         if calibration is None and (calibrate or needed):
-            calibration = calibrated_on_folds(plan, rows, None, progress)
+            calibration = calibrated_on_folds(plan, rows, progress)
     except ConfigError:
         raise
     except ValueError as error:  # how estimators refuse data, in scikit-learn's world
@@ -211,16 +209,6 @@ def _offsets(rows: Rows, plan: Plan, prior: Mapping[str, float]) -> tuple[float,
     return prior_offsets(dict(zip(rows.classes, counts.tolist(), strict=True)), prior, rows.classes)
 
 
-def _said(head: str, fitted: Fitted) -> str:
-    assert fitted.choice is not None
-    chosen = ", ".join(f"{key}={_number(value)}" for key, value in fitted.choice.settings.items())
-    return f"{head}: {chosen}, by {fitted.choice.metric}, {fitted.choice.how}"
-
-
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _by_code(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str, object]:
     """The settings for a head that is fitted on class numbers: weights of classes are given by name."""
     translated = dict(params)
@@ -233,7 +221,8 @@ def _by_code(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str
     return translated
 
 
-def _history(cache: FeatureCache, rows: Rows, fitted: Fitted, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _history(cache: FeatureCache, rows: Rows, trained: Trained, params: Mapping[str, object]) -> dict[str, Any]:
+    plan, fitted = trained.plan, trained.fitted
     unlabelled = int(np.count_nonzero(cache.ok)) - len(cache.usable)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -246,11 +235,11 @@ def _history(cache: FeatureCache, rows: Rows, fitted: Fitted, asked: Mapping[str
             "bad": cache.bad_rows(),
             "unlabelled": unlabelled,
         },
-        "params": _plain(asked["params"]),
-        "balance": asked["balance"],
+        "params": _plain(params),
+        "balance": plan.balance,
         "chosen": None if fitted.choice is None else _plain(fitted.choice.facts()),
         "streamed": rows.streamed,
-        "random_state": asked["random_state"],
+        "random_state": plan.random_state,
         "seconds_to_fit": round(fitted.seconds_to_fit, 3),
         "seconds_to_tune": round(fitted.seconds_to_tune, 3),
         "curves": _curves(fitted.estimator),

@@ -9,7 +9,7 @@ import numpy as np
 
 from featpipe import archive
 from featpipe.archive import Index
-from featpipe.cache import FeatureCache, narrowed
+from featpipe.cache import FeatureCache, serves
 from featpipe.fingerprint import differences
 from featpipe.known import Known, Source
 from featpipe.recipe import Extraction
@@ -70,12 +70,8 @@ def with_request(cache: FeatureCache, settings: Extraction, archives: Sequence[s
 
     index = archive.index(archives, labels=settings.labels) if archives else None
     facts = facts_of(load_backbone(settings), settings)
-    outputs = list(facts["backbone"]["outputs"])
-    usable = all(
-        output in cache.outputs and narrowed(cache.facts, output) == narrowed(facts, output) for output in outputs
-    )
     samples = None if index is None else _samples(cache, index)
-    return Comparison(differences(cache.facts, facts), usable, samples)
+    return Comparison(differences(cache.facts, facts), serves(cache.facts, facts), samples)
 
 
 def with_cache(cache: FeatureCache, other: FeatureCache) -> Comparison:

@@ -23,7 +23,8 @@ from featpipe import heads
 from featpipe.errors import ConfigError, ModelError
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
 from featpipe.heads.objective import Problem
-from featpipe.heads.training import _OPTIMIZERS, Plan
+from featpipe.heads.optimizers import BY_NAME
+from featpipe.heads.plan import Plan
 
 
 def features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +249,7 @@ def test_an_optimizer_takes_the_steps_of_torchs_own(ours, theirs):
     weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
     twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     decay = 0.0 if ours == "sgd" else 0.1
-    mine = _OPTIMIZERS[ours]([weight], [bias], Plan(weight_decay=decay))
+    mine = BY_NAME[ours]([weight], [bias], Plan(weight_decay=decay))
     groups = [{"params": twins[:1], "weight_decay": decay}, {"params": twins[1:], "weight_decay": 0.0}]
     more = {"momentum": 0.9, "nesterov": True} if ours == "sgd" else {}
     its = theirs(groups, lr=0.01, **more)
