@@ -57,7 +57,7 @@ class _Embeds(BaseEstimator):
         backbone = _backbone(settings)
         if self.cache is None or not all(isinstance(item, (str, os.PathLike)) for item in images):
             engine = _engine(backbone, settings.device, settings.precision)
-            return embed_images(images, backbone, engine, settings.outputs[0])
+            return embed_images(images, engine, settings.outputs[0])
         features, status = embed_files(images, backbone, settings)
         refuse_bad(images, status)
         return np.asarray(features, np.float32)

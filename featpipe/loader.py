@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
@@ -25,10 +26,11 @@ from featpipe.status import Status
 __all__ = ["Batch", "Embeds", "Loader", "Pictures", "Readable", "embed_pictures", "embedded", "spread"]
 
 R = TypeVar("R")
+Embeddings = dict[str, NDArray[np.float32]]
 
 
 class PictureTransform(Protocol):
-    """The fixed preprocessing that belongs to the weights: uint8 (3, H, W) → float32 (3, h, w)."""
+    """The part of the fixed preprocessing that is each picture's own: uint8 (3, H, W) → (3, h, w)."""
 
     def __call__(self, image: Tensor, /) -> Tensor: ...
 
@@ -57,9 +59,13 @@ class Embeds(Protocol):
     def batch(self) -> int: ...
     @property
     def workers(self) -> int: ...
+    @property
+    def transform(self) -> PictureTransform: ...
+    def collect(self, pictures: Sequence[Tensor], /) -> Tensor: ...
     def running(self) -> AbstractContextManager[None]: ...
     def enter_stream(self, workers: int) -> None: ...
-    def embed(self, images: Tensor) -> dict[str, NDArray[np.float32]]: ...
+    def embed(self, images: Tensor) -> Embeddings: ...
+    def submit(self, images: Tensor) -> Callable[[], Embeddings]: ...
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,8 @@ class Batch:
         SHA-256 of each row's bytes; empty where they could not be had.
     status : list of Status
         ``OK`` also for a row that needs no picture, because its embedding is known already.
-    images : Tensor of shape (b, 3, H, W), float32, or None
-        The transformed pictures of the rows at ``places``.
+    images : Tensor of shape (b, 3, h, w), or None
+        The pictures of the rows at ``places``, as the engine takes them.
     places : list of int
         Positions in ``rows``, one for each picture.
     """
@@ -137,12 +143,14 @@ class Loader:
     rows : ndarray of shape (m,), int64
         The rows to read, ascending.
     transform : callable
-        uint8 (3, H, W) → float32 (3, h, w).
+        uint8 (3, H, W) → (3, h, w), of any type.
     batch : int
         Pictures in a batch; the last ones have fewer.
     is_known : callable
         Told the digest of a row's bytes, says whether its embedding is there already or under way; if so the row is
         not decoded.
+    collect : callable
+        Makes one tensor of a batch's pictures.
     """
 
     def __init__(
@@ -152,8 +160,10 @@ class Loader:
         transform: PictureTransform,
         batch: int,
         is_known: Callable[[bytes], bool] = lambda digest: False,
+        collect: Callable[[list[Tensor]], Tensor] = torch.stack,
     ) -> None:
         self.transform = transform
+        self.collect = collect
         self.batch = batch
         self.is_known = is_known
         self.reader = index.open()
@@ -183,7 +193,7 @@ class Loader:
             if not batch.rows:
                 return
             if pictures:
-                batch.images = torch.stack(pictures)
+                batch.images = self.collect(pictures)
             yield batch
 
     def _take(self, count: int, seconds: Seconds) -> list[tuple[int, bytes | NDArray[np.uint8] | SampleError]]:
@@ -226,6 +236,9 @@ class Loader:
         finally:
             batch.seconds.decoding += perf_counter() - started
         return None
+
+
+Embedded = tuple[Batch, Embeddings]
 
 
 def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Generator[R, None, None]:
@@ -283,34 +296,54 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
             worker.join()
 
 
-def embedded(
-    loader: Loader, engine: Embeds, workers: int
-) -> Generator[tuple[Batch, dict[str, NDArray[np.float32]]], None, None]:
+def embedded(loader: Loader, engine: Embeds, workers: int) -> Generator[Embedded, None, None]:
     """The batches of a loader with their embeddings, in no particular order.
 
-    On a CPU each worker embeds what it decoded; for a GPU the workers decode and the caller's thread embeds.
+    On a CPU each worker embeds what it decoded; for a GPU the workers decode, and the caller's thread has it embed one
+    batch while the next is on its way.
     """
 
     def decode() -> Iterator[Batch]:
         engine.enter_stream(workers)
         return loader.batches()
 
-    def embed(batches: Iterator[Batch]) -> Generator[tuple[Batch, dict[str, NDArray[np.float32]]], None, None]:
-        for batch in batches:
-            started = perf_counter()
-            features = engine.embed(batch.images) if batch.images is not None else {}
-            batch.images = None
-            batch.seconds.embedding += perf_counter() - started
-            yield batch, features
-
     if engine.device.type == "cpu":
-        return spread(lambda: embed(decode()), workers)
-    return embed(spread(decode, workers))
+        return spread(lambda: _in_turn(decode(), engine), workers)
+    return _overlapping(spread(decode, workers), engine)
 
 
-def embed_pictures(
-    pictures: Pictures, transform: PictureTransform, engine: Embeds, output: str
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _in_turn(batches: Iterator[Batch], engine: Embeds) -> Generator[Embedded, None, None]:
+    for batch in batches:
+        started = perf_counter()
+        features = engine.embed(batch.images) if batch.images is not None else {}
+        batch.images = None
+        batch.seconds.embedding += perf_counter() - started
+        yield batch, features
+
+
+def _overlapping(batches: Iterator[Batch], engine: Embeds, ahead: int = 1) -> Generator[Embedded, None, None]:
+    """In order, with so many batches begun after the one that is waited for."""
+    begun: deque[tuple[Batch, Callable[[], Embeddings]]] = deque()
+
+    def finish() -> Embedded:
+        batch, answer = begun.popleft()
+        started = perf_counter()
+        features = answer()
+        batch.seconds.embedding += perf_counter() - started
+        return batch, features
+
+    for batch in batches:
+        started = perf_counter()
+        begun.append((batch, engine.submit(batch.images) if batch.images is not None else dict))
+        batch.images = None
+        batch.seconds.embedding += perf_counter() - started
+        if len(begun) > ahead:
+            yield finish()
+    while begun:
+        yield finish()
+
+
+def embed_pictures(pictures: Pictures, engine: Embeds, output: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The embeddings of images at hand, in the order given.
 
     Returns
@@ -323,7 +356,7 @@ def embed_pictures(
     status = np.zeros(n, np.uint8)
     features: NDArray[np.float32] | None = None
     workers = min(engine.workers, -(-n // engine.batch))
-    loader = Loader(pictures, np.arange(n), transform, engine.batch)
+    loader = Loader(pictures, np.arange(n), engine.transform, engine.batch, collect=engine.collect)
     with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as batches:
         for batch, values in batches:
             status[batch.rows] = batch.status

@@ -160,7 +160,7 @@ class Model:
 
     def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
         """The embeddings of images, shape (m, d), in the order given; parameters and errors as :meth:`predict`."""
-        return embed_images(listed(images), self.backbone, self.engine(), self.output)
+        return embed_images(listed(images), self.engine(), self.output)
 
     @property
     def backbone(self) -> Any:
@@ -350,7 +350,7 @@ def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _read(Path(path))[0]
 
 
-def embed_images(images: Sequence[object], backbone: Any, engine: Any, output: str) -> NDArray[np.float32]:
+def embed_images(images: Sequence[object], engine: Any, output: str) -> NDArray[np.float32]:
     """The embeddings of images at hand, shape (m, …), in the order given.
 
     Raises
@@ -360,7 +360,7 @@ def embed_images(images: Sequence[object], backbone: Any, engine: Any, output: s
     """
     from featpipe.loader import Pictures, embed_pictures
 
-    features, codes = embed_pictures(Pictures(images), backbone.transform, engine, output)
+    features, codes = embed_pictures(Pictures(images), engine, output)
     refuse_bad(images, codes)
     return features
 

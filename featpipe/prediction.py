@@ -113,7 +113,7 @@ def stream(
     engine = model.engine()
     workers = workers or engine.workers
     n, done = len(index), 0
-    loader = Loader(index, np.arange(n), model.backbone.transform, engine.batch)
+    loader = Loader(index, np.arange(n), engine.transform, engine.batch, collect=engine.collect)
     waiting: dict[int, Prediction] = {}
     with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as batches:
         for batch, features in batches:

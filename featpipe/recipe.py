@@ -10,10 +10,12 @@ from typing import Any
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
 
-__all__ = ["PRECISIONS", "STORAGES", "Extraction"]
+__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "Extraction"]
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 STORAGES = ("float32", "float16")
+ENGINES = ("auto", "torch", "openvino")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,12 @@ class Extraction:
         A CSV or Parquet table of paths and labels.
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-    precision : {"fp32", "tf32", "bf16", "fp16"}
+    precision : {"fp32", "tf32", "bf16", "fp16", "auto"}
+        ``auto``: the fastest whose embeddings of the first images are within ``min_cosine`` of those in fp32.
+    min_cosine : float
+        The smallest cosine to fp32 that ``precision="auto"`` accepts.
+    engine : {"auto", "torch", "openvino"}
+        What computes on a CPU; not part of a cache's identity, as the device is not.
     storage : {"float32", "float16"}
         How the features are stored.
     cache : path-like
@@ -64,6 +71,8 @@ class Extraction:
     labels: Any = None
     device: str = "auto"
     precision: str = "fp32"
+    min_cosine: float = 0.999
+    engine: str = "auto"
     storage: str = "float32"
     cache: str | os.PathLike[str] = "cache"
     out: str | os.PathLike[str] | None = None
@@ -75,8 +84,12 @@ class Extraction:
     check_content: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, PRECISIONS)
+        if self.precision not in (*PRECISIONS, AUTO):
+            raise unknown("precision", self.precision, (*PRECISIONS, AUTO))
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        if not 0 <= self.min_cosine <= 1:
+            raise ConfigError(f"min_cosine is {self.min_cosine}; it must be from 0 to 1")
         if self.storage not in STORAGES:
             raise unknown("storage", self.storage, STORAGES)
         if self.workers is not None and self.workers < 1:

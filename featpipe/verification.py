@@ -293,7 +293,7 @@ def _compare(
         found.embedded += len(pictures)
         some, distance = np.array(list(pictures), np.int64), np.zeros(len(pictures))
         for output in cache.outputs if pictures else ():
-            again, _ = embed_pictures(Pictures(list(pictures.values())), backbone.transform, engine, output)
+            again, _ = embed_pictures(Pictures(list(pictures.values())), engine, output)
             distance = np.maximum(distance, _distance(cache.features(output)[some], again))
         for row, far in zip(some.tolist(), distance.tolist(), strict=True):
             found.farthest = max(found.farthest or 0.0, far)

@@ -69,6 +69,8 @@ _INFORMATIVE: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "created": ((str,), ()),
     "device": ((str,), ()),
     "embedded": ((int,), ()),
+    "engine": ((str,), ()),
+    "fidelity": ((dict,), ()),
     "ignored": ((dict,), (int,)),
     "images_per_second": ((int, float), ()),
     "machine": ((str,), ()),

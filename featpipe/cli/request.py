@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from featpipe.recipe import PRECISIONS, STORAGES, Extraction
+from featpipe.recipe import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction
 
 __all__ = ["IDENTITY", "RUN", "SHARD_BYTES", "options", "settings_of"]
 
@@ -28,7 +28,14 @@ IDENTITY = (  # what decides the content of a cache, besides the images
     _option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]"),
     _option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas."),
     _option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are."),
-    _option("--precision", type=click.Choice(PRECISIONS), default=DEFAULT.precision, show_default=True),
+    _option("--precision", type=click.Choice([*PRECISIONS, AUTO]), default=DEFAULT.precision, show_default=True),
+    _option(
+        "--min-cosine",
+        type=click.FloatRange(0, 1),
+        default=DEFAULT.min_cosine,
+        show_default=True,
+        help="To fp32 on the first images: what --precision auto accepts.",
+    ),
     _option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True),
     _option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none."),
 )
@@ -41,6 +48,13 @@ SHARD_BYTES = _option(
 )
 RUN = (  # what decides how and where it is made
     _option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps."),
+    _option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        default=DEFAULT.engine,
+        show_default=True,
+        help="On a CPU.",
+    ),
     _option("--cache", default=str(DEFAULT.cache), show_default=True, metavar="DIR", help="Where caches are kept."),
     _option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache."),
     _option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise."),

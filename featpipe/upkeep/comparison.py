@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from featpipe.archive import Index
 from featpipe.cache import FeatureCache, serves
 from featpipe.fingerprint import differences
 from featpipe.known import Known, Source
-from featpipe.recipe import Extraction
+from featpipe.recipe import AUTO, Extraction
 from featpipe.status import Status
 
 __all__ = ["Comparison", "Samples", "with_cache", "with_request"]
@@ -69,6 +69,8 @@ def with_request(cache: FeatureCache, settings: Extraction, archives: Sequence[s
     from featpipe.extraction import facts_of, load_backbone  # two caches are compared without torch
 
     index = archive.index(archives, labels=settings.labels) if archives else None
+    if settings.precision == AUTO:  # it may have been chosen, and would be again
+        settings = replace(settings, precision=cache.facts["precision"])
     facts = facts_of(load_backbone(settings), settings)
     samples = None if index is None else _samples(cache, index)
     return Comparison(differences(cache.facts, facts), serves(cache.facts, facts), samples)

@@ -48,6 +48,7 @@ OWNERS = {
     "torchvision": {"backbone"},
     "timm": {"backbone"},
     "jinja2": {"report"},
+    "openvino": {"engine"},
     "skops": {"heads"},
     "skimage": {"tiles"},
     "tqdm": {"cli"},

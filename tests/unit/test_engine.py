@@ -105,7 +105,7 @@ def test_attention_is_counted_whole():
 
 @pytest.mark.parametrize(("images_within", "batch"), [(0.5, 1), (1, 1), (2.9, 2), (7, 7), (8, 8), (1000, 8)])
 def test_the_batch_is_what_the_bound_has_room_for_between_1_and_8(tiny, monkeypatch, images_within, batch):
-    monkeypatch.setattr(engine, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
+    monkeypatch.setattr(engine.work, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
     assert Engine(tiny, torch.device("cpu")).batch == batch
 
 
@@ -122,7 +122,7 @@ def test_another_process_chooses_the_same_batch(tiny):
 
 
 def test_a_batch_that_is_given_is_taken_and_nothing_is_counted(tiny, monkeypatch):
-    monkeypatch.setattr(engine, "CPU_BATCH_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(engine.work, "CPU_BATCH_MULTIPLY_ADDS", 1)
     made = Engine(tiny, torch.device("cpu"), batch=5)
     assert (made.batch, made.multiply_adds) == (5, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tarfile
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featpipe import archive, backbone, extraction, image
+from featpipe import archive, backbone, commit, extraction, image
 from featpipe.cache import FeatureCache
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError, SampleError
@@ -93,7 +94,7 @@ def test_a_change_within_the_clocks_tick_is_seen(make_folder, tiny, tmp_path, co
     path.write_bytes(changed)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    assert cache.digests[0].tobytes() == extraction.hashlib.sha256(changed).digest()
+    assert cache.digests[0].tobytes() == hashlib.sha256(changed).digest()
 
 
 def test_content_is_checked_on_request(make_folder, tiny, tmp_path):
@@ -208,11 +209,11 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_work_is_committed_while_it_goes_on(make_folder, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(extraction.run, "PART_SECONDS", 0.0)
     folder = make_folder()
     commits = []
-    commit = extraction.Parts.commit
-    monkeypatch.setattr(extraction.Parts, "commit", lambda self, a: commits.append(len(a["digest"])) or commit(self, a))
+    publish = commit.Parts.commit
+    monkeypatch.setattr(commit.Parts, "commit", lambda self, a: commits.append(len(a["digest"])) or publish(self, a))
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2, workers=2)
     assert len(commits) >= 9
     assert sum(commits) == 18

@@ -1,0 +1,51 @@
+"""Which device computes, and what it has."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from featpipe.errors import ConfigError
+from featpipe.names import unknown
+
+__all__ = ["available_cores", "resolve_device"]
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device to run on.
+
+    Parameters
+    ----------
+    name : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``auto`` is the first of cuda, mps, cpu that is there.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdigit())):
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"])
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if int(number or 0) >= count:
+            there = f"this machine has {count} CUDA device{'s' * (count != 1)} that torch can use"
+            raise ConfigError(f"device {name!r} is not there: {there}; use --device auto or cpu")
+    if kind == "mps" and not _has_mps():
+        raise ConfigError("device 'mps' is not there: torch finds no Apple GPU; use --device auto or cpu")
+    return torch.device(name)
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which a container or a scheduler may have narrowed."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

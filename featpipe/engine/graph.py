@@ -1,0 +1,55 @@
+"""A backbone as one graph of operators, from its images to its outputs, for a fixed size of batch."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from featpipe.backbone import Backbone
+
+__all__ = ["graph_of"]
+
+
+class _Answers(nn.Module):
+    """The backbone with its outputs as a plain tuple; what no output needs is not run."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.network = backbone.network
+        self._embed = backbone.embed
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._embed(images).values())
+
+
+def graph_of(backbone: Backbone, batch: int) -> torch.export.ExportedProgram:
+    """Follow one forward pass, without values.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        On a CPU. It is copied: a network may keep something of the pass.
+    batch : int
+        Images, for ever: the graph holds for no other number.
+
+    Raises
+    ------
+    Exception
+        Whatever the exporter raises for a network that decides by values, computes outside of torch, or uses what it
+        does not know. Such a network can only be called.
+
+    Notes
+    -----
+    The outputs' order is that of ``backbone.outputs``.
+    """
+    private = replace(backbone, network=copy.deepcopy(backbone.network))
+    like = next((p for p in private.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    images = torch.zeros(batch, 3, *backbone.transform.size, dtype=like.dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own future
+        return torch.export.export(_Answers(private).eval(), (images,), strict=False)

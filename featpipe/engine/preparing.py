@@ -1,0 +1,115 @@
+"""From a network to something faster that gives the same answers, or the reason why not.
+
+Whatever is made here is compared with the network itself before it is used; where it cannot be made, or answers
+otherwise, the network is called as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featpipe.backbone import Backbone
+from featpipe.engine.eager import Eager
+from featpipe.engine.runner import Runner
+from featpipe.errors import ConfigError
+
+__all__ = ["Fused", "fused", "has_openvino", "openvino"]
+
+FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""From the network's own answers, relative to their length. A wrong graph is wrong by about 1; sums in another order
+cost half precision up to a tenth, on made-up pictures."""
+
+OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class Fused(Eager):
+    """Runs a graph of fused operations in place of the network."""
+
+    name = "torch, fused"
+
+    def __init__(self, eager: Eager, module: torch.fx.GraphModule) -> None:
+        super().__init__(eager.backbone, eager.batch, eager.dtype)
+        self._module = module
+
+    def compute(self, images: Tensor) -> Mapping[str, Tensor]:
+        names = [output.name for output in self.backbone.outputs]
+        return dict(zip(names, self._module(images), strict=True))
+
+
+def fused(exact: Backbone, eager: Eager) -> Fused | None:
+    """The network with its convolutions fused; None where that cannot be done.
+
+    Parameters
+    ----------
+    exact : Backbone
+        In float32.
+    eager : Eager
+        The same in the wanted precision.
+    """
+    if eager.dtype == torch.float16 or not torch.backends.mkldnn.is_available():
+        return None
+    # A user's own network may stop the exporter with anything, and the operators are torch's private ones.
+    with contextlib.suppress(Exception):
+        from featpipe.engine.fusing import fuse
+        from featpipe.engine.graph import graph_of
+
+        network = exact.network
+        weights = dict(network.named_parameters()) | dict(network.named_buffers())
+        made = Fused(eager, fuse(graph_of(eager.backbone, eager.batch), weights, eager.dtype))
+        if _agrees(made, eager):
+            return made
+    return None
+
+
+def has_openvino() -> bool:
+    """Whether the extra ``featpipe[cpu]`` is installed."""
+    return find_spec("openvino") is not None
+
+
+def openvino(exact: Backbone, precision: str, eager: Eager, *, asked_for: bool) -> Runner | None:
+    """The network in OpenVINO; None where that cannot be done and was not asked for.
+
+    Raises
+    ------
+    ConfigError
+        If it was asked for and cannot be done.
+    """
+    try:
+        if precision not in OPENVINO_PRECISIONS:
+            raise ConfigError(f"engine 'openvino' computes in {', '.join(OPENVINO_PRECISIONS)}, not in {precision}")
+        if not has_openvino():
+            raise ConfigError("engine 'openvino' is not installed; pip install 'featpipe[cpu]'")
+        from featpipe.engine.graph import graph_of
+        from featpipe.engine.vino import OpenVino
+
+        made = OpenVino(graph_of(exact, eager.batch), exact, eager.batch, OPENVINO_PRECISIONS[precision])
+        if not _agrees(made, eager):
+            raise ConfigError("OpenVINO's answers are not those of the network")
+        return made
+    except Exception as error:  # an exporter and a converter, on anybody's network
+        if not asked_for:
+            return None
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{exact.name}: OpenVINO cannot run this network ({reason}); pass --engine torch") from error
+
+
+def _agrees(made: Runner, eager: Eager) -> bool:
+    """Whether two engines give the same embeddings of made-up pictures, to what their precision rounds to."""
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randint(0, high, (3, 256, 320), generator=generator, dtype=torch.uint8) for high in (256, 48))
+    images = torch.stack([eager.backbone.transform.picture(picture) for picture in noise])
+    found, expected = made.submit(images)(), eager.submit(images)()
+    for name, value in expected.items():
+        a, b = (array.reshape(len(images), -1).astype(np.float64) for array in (found[name], value))
+        distance = np.linalg.norm(a - b, axis=1)
+        if a.shape != b.shape or not (distance <= FARTHEST[eager.dtype] * np.linalg.norm(b, axis=1)).all():
+            return False
+    return True

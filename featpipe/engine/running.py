@@ -1,0 +1,189 @@
+"""The engine: a backbone made ready for a device, and called with batch after batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from featpipe.backbone import Backbone
+from featpipe.engine.devices import available_cores
+from featpipe.engine.eager import Eager
+from featpipe.engine.memory import keep_freed_memory
+from featpipe.engine.runner import Embeddings, Runner
+from featpipe.engine.work import batch_for, multiply_adds
+from featpipe.errors import ConfigError
+from featpipe.names import unknown
+from featpipe.recipe import ENGINES
+
+__all__ = ["Engine"]
+
+DTYPES = {  # name → dtype of weights and activations
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+FUSING_IMAGES = 100  # following and fusing a graph takes about a second, which fewer images do not give back
+OPENVINO_IMAGES = 1000  # bringing it into OpenVINO takes some three
+
+
+class Engine:
+    """Runs a backbone on a device.
+
+    On a CPU, each calling thread computes alone on one core, so that several callers fill the cores with streams
+    that share nothing; on a GPU there is one caller, whose copies overlap with the computing.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        A copy of its network is moved to the device and converted.
+    device : torch.device
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+        ``fp32`` is strict: no TF32 in matrix products or convolutions.
+    batch : int, optional
+        Images in one forward pass. Shorter batches are padded to it, so that an image's embedding is computed by the
+        same instructions whatever its neighbours are. If not given it follows from the network's work alone and never
+        from the clock, so that a run that is resumed computes as the one before it did. On a CPU: from 8 down to 1, as
+        many as 36·10⁹ multiply-adds are enough for, so that a batch takes seconds and not minutes whatever the
+        network, and little work is ever in hand. On a GPU: from 512 down to 32, as many as 10¹² are enough for; half
+        of that, again and again, where the memory is not enough.
+    kind : {"auto", "torch", "openvino"}
+        What computes on a CPU. ``auto``: OpenVINO if it is installed and the network and precision suit it. They
+        agree to the rounding of the precision, as devices do.
+    images : int, optional
+        How many are going to come, of which follows how much making ready is worth it; few if not given.
+
+    Attributes
+    ----------
+    multiply_adds : int or None
+        Of one image, as far as they were counted: where ``batch`` was not given. Convolutions, matrix products and
+        attention count; other operations of a network of your own count nothing, so that one made of nothing else
+        runs in batches of 8.
+    name : str
+        What computes, for people.
+    transform : callable
+        The part of the backbone's transform that comes before :meth:`collect`: an image's own geometry.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        precision: str = "fp32",
+        batch: int | None = None,
+        *,
+        kind: str = "auto",
+        images: int | None = None,
+    ) -> None:
+        _check(device, precision, batch, kind)
+        self.device = device
+        self.precision = precision
+        self.dtype = DTYPES[precision]
+        self.transform = backbone.transform.picture
+        network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
+        network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = replace(backbone, network=network)
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.multiply_adds = multiply_adds(self.backbone) if batch is None else None
+        self._runner = self._make_runner(backbone, batch or batch_for(device, self.multiply_adds), kind, images or 0)
+
+    def _make_runner(self, exact: Backbone, batch: int, kind: str, images: int) -> Runner:
+        """The fastest that suits; what cannot be made ready is called as it is."""
+        if self.device.type == "cuda":
+            from featpipe.engine.cuda import Cuda
+
+            return Cuda(self.backbone, batch, self.precision, self.device)
+        eager = Eager(self.backbone, batch, self.dtype)
+        if self.device.type != "cpu":
+            return eager
+        from featpipe.engine import preparing  # imports the exporter
+
+        if kind == "openvino" or (kind == "auto" and images >= OPENVINO_IMAGES and preparing.has_openvino()):
+            made = preparing.openvino(exact, self.precision, eager, asked_for=kind == "openvino")
+            if made is not None:
+                return made
+        if images >= FUSING_IMAGES:
+            return preparing.fused(exact, eager) or eager
+        return eager
+
+    @property
+    def name(self) -> str:
+        return self._runner.name
+
+    @property
+    def batch(self) -> int:
+        return self._runner.batch
+
+    @property
+    def workers(self) -> int:
+        """How many threads keep this device busy: one for each core, that decodes and, on a CPU, embeds."""
+        return available_cores()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """To be held by the thread that starts the callers of :meth:`embed`; puts torch's thread count back."""
+        before = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def enter_stream(self, workers: int) -> None:
+        """To be called once by each of some worker threads: it then computes on its own share of the cores."""
+        torch.set_num_threads(max(1, available_cores() // workers))
+        self._runner.enter_stream(workers)
+
+    def collect(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Some pictures as one tensor, channels last in memory, where the device copies it from fastest.
+
+        Parameters
+        ----------
+        pictures : sequence of Tensor of shape (3, h, w)
+            As ``transform`` gives them.
+        """
+        first = pictures[0]
+        shape = (len(pictures), *first.shape[1:], 3)
+        images = torch.empty(shape, dtype=first.dtype, pin_memory=self.device.type == "cuda").permute(0, 3, 1, 2)
+        for place, picture in zip(images, pictures, strict=True):
+            place.copy_(picture)
+        return images
+
+    def embed(self, images: Tensor) -> Embeddings:
+        """The embeddings of some images.
+
+        Parameters
+        ----------
+        images : Tensor of shape (b, 3, h, w)
+            As :meth:`collect` gives them.
+
+        Returns
+        -------
+        dict from output name to ndarray of shape (b, …), float32
+        """
+        return self.submit(images)()
+
+    def submit(self, images: Tensor) -> Callable[[], Embeddings]:
+        """Begin to embed some images; what is returned waits for the embeddings.
+
+        On a GPU the next images are copied and begun meanwhile.
+        """
+        return self._runner.submit(images)
+
+
+def _check(device: torch.device, precision: str, batch: int | None, kind: str) -> None:
+    if precision not in DTYPES:
+        raise unknown("precision", precision, DTYPES)
+    if kind not in ENGINES:
+        raise unknown("engine", kind, ENGINES)
+    if precision == "tf32" and device.type != "cuda":
+        raise ConfigError(f"precision 'tf32' needs a CUDA device, this is {device}; use fp32 or bf16")
+    if kind == "openvino" and device.type != "cpu":
+        raise ConfigError(f"engine 'openvino' computes on the CPU, and the device is {device}; pass --device cpu")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch is {batch}; it must be at least 1")

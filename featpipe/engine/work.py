@@ -1,0 +1,66 @@
+"""How much work an image is, and how many images a batch of it is to have."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from featpipe.backbone import Backbone
+
+__all__ = ["batch_for", "multiply_adds"]
+
+CPU_BATCH = 8
+CPU_BATCH_MULTIPLY_ADDS = 36e9  # some three seconds at 10 GMAC/s, what one slow core does in fp32
+GPU_BATCHES = (32, 512)  # least and most
+GPU_BATCH_MULTIPLY_ADDS = 1e12  # some milliseconds of a large GPU, so that starting its kernels costs nothing
+
+
+def batch_for(device: torch.device, work: int | None) -> int:
+    """Images in one forward pass; it follows from the device's kind and the network alone, never from the clock.
+
+    Parameters
+    ----------
+    device : torch.device
+    work : int or None
+        Multiply-adds of one image, where they could be counted.
+    """
+    if device.type == "cpu":
+        return CPU_BATCH if not work else max(1, min(CPU_BATCH, int(CPU_BATCH_MULTIPLY_ADDS // work)))
+    least, most = GPU_BATCHES
+    if not work:
+        return least
+    power = 1 << max(0, int(GPU_BATCH_MULTIPLY_ADDS // work).bit_length() - 1)
+    return max(least, min(most, power))
+
+
+@torch.no_grad()
+def multiply_adds(backbone: Backbone) -> int | None:
+    """The work of one image, counted without doing it; None where that cannot be told.
+
+    The network is run with tensors that have a shape and no values. A network that cannot do without values, because
+    it makes tensors of its own or decides by them, is run once in earnest.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second, which a rerun has no use for
+
+    like = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    image = torch.zeros(1, 3, *backbone.transform.size, dtype=like.dtype, device=like.device)
+    for values in (False, True):
+        # A user's own network may raise anything.
+        with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
+            if values:
+                backbone.embed(image)
+            else:
+                replace(backbone, network=_shapes_of(backbone.network)).embed(image.to("meta"))
+            return int(counter.get_total_flops()) // 2
+    return None
+
+
+def _shapes_of(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a network whose weights have only their shapes; a copy, for what it may keep from a forward pass."""
+    memo: dict[int, Any] = {id(value): torch.nn.Parameter(value.to("meta"), False) for value in network.parameters()}
+    memo |= {id(value): value.to("meta") for value in network.buffers()}
+    return copy.deepcopy(network, memo)

@@ -1,0 +1,37 @@
+"""What decides an embedding besides the image."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from featpipe import backbone as backbones
+from featpipe.backbone import Backbone
+from featpipe.recipe import Extraction
+
+__all__ = ["EXTRACTION_VERSION", "facts_of", "load_backbone"]
+
+EXTRACTION_VERSION = 2  # raised by any change of this code that changes an embedding
+
+
+def load_backbone(settings: Extraction) -> Backbone:
+    """The backbone that the settings name."""
+    if isinstance(settings.backbone, Backbone):
+        return settings.backbone
+    return backbones.load(
+        settings.backbone,
+        weights=None if settings.weights is None else os.fspath(settings.weights),
+        outputs=tuple(settings.outputs),
+        transform=settings.transform,
+        seed=settings.seed,
+    )
+
+
+def facts_of(backbone: Backbone, settings: Extraction) -> dict[str, Any]:
+    """The facts that decide the embeddings: equal facts and equal image bytes mean equal embeddings."""
+    return {
+        "backbone": backbone.facts(),
+        "precision": settings.precision,
+        "storage": settings.storage,
+        "extraction": EXTRACTION_VERSION,
+    }
