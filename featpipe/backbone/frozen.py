@@ -79,7 +79,7 @@ class Backbone:
             )
         return {**facts, "code": dict(self.code)} if self.code else facts
 
-    def embed(self, images: Tensor) -> dict[str, Tensor]:
+    def embed(self, images: Tensor, *, whole: bool = False) -> dict[str, Tensor]:
         """The values of all outputs, from one forward pass that goes no further than it must.
 
         Several threads may embed with one network at the same time.
@@ -88,12 +88,14 @@ class Backbone:
         ----------
         images : Tensor of shape (b, 3, h, w)
             Transformed, on the network's device and in its dtype.
+        whole : bool
+            Go to the network's end: leaving it half way is nothing that an exporter could follow.
 
         Returns
         -------
         dict from output name to Tensor of shape (b, *shape)
         """
-        values = Recorder(self.outputs).run(self.network, images)
+        values = Recorder(self.outputs, whole=whole).run(self.network, images)
         return {output.name: values[output.name] for output in self.outputs}
 
 

@@ -84,9 +84,12 @@ class Recorder:
     Parameters
     ----------
     outputs : sequence of Output
+    whole : bool
+        Run the network to its end, though no output needs it.
     """
 
-    def __init__(self, outputs: Sequence[Output]) -> None:
+    def __init__(self, outputs: Sequence[Output], *, whole: bool = False) -> None:
+        self._whole = whole
         self.values: dict[str, Tensor] = {}
         self._by_node: dict[str, list[Output]] = {}
         for output in outputs:
@@ -94,7 +97,7 @@ class Recorder:
         self._missing = set(self._by_node)
 
     def run(self, network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """One forward pass, up to the last module that is needed."""
+        """One forward pass, up to the last module that is needed, or to the end."""
         with _listening(self._take):
             try:
                 answer = network(images)
@@ -111,7 +114,7 @@ class Recorder:
         for output in self._by_node.get(node, ()):
             self.values[output.name] = output.reduce(tensor)
         self._missing.discard(node)
-        if not self._missing and node != POOLED:
+        if not self._missing and node != POOLED and not self._whole:
             raise _Enough
 
 

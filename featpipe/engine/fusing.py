@@ -82,6 +82,7 @@ def fuse(program: torch.export.ExportedProgram, weights: Mapping[str, Tensor], d
     """
     module = program.module()
     graph = module.graph
+    _cut_after_outputs(graph)
     for node in list(graph.nodes):
         if node.op == "call_module" and not node.users:  # checks of the shape of what goes in
             graph.erase_node(node)
@@ -98,6 +99,13 @@ def fuse(program: torch.export.ExportedProgram, weights: Mapping[str, Tensor], d
     graph.lint()
     module.recompile()
     return module
+
+
+def _cut_after_outputs(graph: fx.Graph) -> None:
+    """Leave out what the network does after its last output; outputs lie in memory of their own."""
+    *before, answer = graph.nodes
+    while before and answer not in before[-1].users:
+        graph.erase_node(before.pop())
 
 
 def _can_be_replaced(convolution: fx.Node) -> bool:

@@ -15,7 +15,7 @@ __all__ = ["graph_of"]
 
 
 class _Answers(nn.Module):
-    """The backbone with its outputs as a plain tuple; what no output needs is not run."""
+    """The backbone with its outputs as a plain tuple."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class _Answers(nn.Module):
         self._embed = backbone.embed
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._embed(images).values())
+        return tuple(self._embed(images, whole=True).values())
 
 
 def graph_of(backbone: Backbone, batch: int) -> torch.export.ExportedProgram:
