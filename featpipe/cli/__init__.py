@@ -31,6 +31,7 @@ COMMANDS = {  # name → module; loaded when the command is called, so that help
     "verify": "check",
     "backbones": "show",
     "heads": "show",
+    "bench": "gauge",
 }
 
 
@@ -70,6 +71,7 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
     "verify": "Check that a cache is what was written; name and mend the rows that are not.",
     "backbones": "List the networks that can be used.",
     "heads": "List the heads that can be trained.",
+    "bench": "Measure how fast this machine can extract, and what stands in the way.",
 }
 
 

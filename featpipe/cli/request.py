@@ -11,33 +11,30 @@ import click
 
 from featpipe.recipe import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction
 
-__all__ = ["IDENTITY", "RUN", "SHARD_BYTES", "options", "settings_of"]
+__all__ = ["IDENTITY", "MACHINE", "RUN", "SHARD_BYTES", "options", "settings_of"]
 
 DEFAULT = Extraction()
 
 _Option = Callable[..., Callable[[Any], Any]]
 _option: Callable[..., _Option] = partial(partial, click.option)
 
-IDENTITY = (  # what decides the content of a cache, besides the images
+NETWORK = (
     _option(
         "--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`."
     ),
     _option("--weights", metavar="FILE|NAME|none", help="Other than the published default."),
     _option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]"),
-    _option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels."),
-    _option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]"),
-    _option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas."),
-    _option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are."),
-    _option("--precision", type=click.Choice([*PRECISIONS, AUTO]), default=DEFAULT.precision, show_default=True),
+)
+PRECISION = _option("--precision", type=click.Choice([*PRECISIONS, AUTO]), default=DEFAULT.precision, show_default=True)
+DEVICE = (
+    _option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps."),
     _option(
-        "--min-cosine",
-        type=click.FloatRange(0, 1),
-        default=DEFAULT.min_cosine,
-        show_default=True,
-        help="To fp32 on the first images: what --precision auto accepts.",
+        "--engine", type=click.Choice(ENGINES), default=DEFAULT.engine, show_default=True, help="Computes on a CPU."
     ),
-    _option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True),
-    _option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none."),
+)
+PACE = (
+    _option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]"),
+    _option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass."),
 )
 SHARD_BYTES = _option(
     "--shard-bytes",
@@ -46,24 +43,34 @@ SHARD_BYTES = _option(
     metavar="N",
     help="Spread larger features over several files of about this size.  [default: 4 GiB]",
 )
-RUN = (  # what decides how and where it is made
-    _option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps."),
+IDENTITY = (  # what decides the content of a cache, besides the images
+    *NETWORK,
+    _option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels."),
+    _option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]"),
+    _option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas."),
+    _option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are."),
+    PRECISION,
     _option(
-        "--engine",
-        type=click.Choice(ENGINES),
-        default=DEFAULT.engine,
+        "--min-cosine",
+        type=click.FloatRange(0, 1),
+        default=DEFAULT.min_cosine,
         show_default=True,
-        help="On a CPU.",
+        help="To fp32, on the first images: what --precision auto accepts.",
     ),
+    _option("--storage", type=click.Choice(STORAGES), default=DEFAULT.storage, show_default=True),
+    _option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For --weights none."),
+)
+RUN = (  # what decides how and where it is made
+    *DEVICE,
     _option("--cache", default=str(DEFAULT.cache), show_default=True, metavar="DIR", help="Where caches are kept."),
     _option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache."),
     _option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise."),
-    _option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]"),
-    _option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass."),
+    *PACE,
     _option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read."),
     _option("--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged."),
     SHARD_BYTES,
 )
+MACHINE = (*NETWORK, PRECISION, *DEVICE, *PACE)
 
 
 def options(*several: _Option, **more: Any) -> Callable[[Any], Any]:

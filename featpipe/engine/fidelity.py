@@ -16,7 +16,7 @@ from featpipe.backbone import Backbone
 from featpipe.engine.runner import Embeddings
 from featpipe.engine.running import Engine
 
-__all__ = ["Fidelity", "candidates", "choose"]
+__all__ = ["Fidelity", "candidates", "choose", "least_cosine"]
 
 
 @dataclass
@@ -94,7 +94,7 @@ def choose(
     engine, exact = _measured(backbone, device, pictures, "fp32", settings, found)
     for precision in candidates(device) if pictures else ():
         candidate, embeddings = _measured(backbone, device, pictures, precision, settings, found)
-        found.cosine[precision] = min(_cosine(embeddings[name], exact[name]) for name in exact)
+        found.cosine[precision] = least_cosine(embeddings, exact)
         if found.cosine[precision] >= min_cosine:
             found.precision = precision
             return candidate, found
@@ -119,6 +119,11 @@ def _measured(
         answers = [engine.embed(engine.collect(part)) for part in parts]
         found.images_per_second[precision] = len(pictures) / max(perf_counter() - started, 1e-9)
     return engine, {name: np.concatenate([answer[name] for answer in answers]) for name in (answers or [{}])[0]}
+
+
+def least_cosine(found: Embeddings, exact: Embeddings) -> float:
+    """The smallest cosine between two engines' embeddings of the same images, over all outputs."""
+    return min(_cosine(found[name], exact[name]) for name in exact)
 
 
 def _cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:

@@ -36,7 +36,7 @@ FLOORS = [
     {"archive", "backbone", "cache", "calibration", "heads", "scores"},
     {"commit", "engine", "grouping", "known", "loader"},
     {"extraction", "model"},
-    {"training", "evaluation", "prediction", "verification", "upkeep"},
+    {"training", "evaluation", "limits", "prediction", "verification", "upkeep"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},
 ]
 FACE = len(FLOORS) - 1
