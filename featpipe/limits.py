@@ -119,7 +119,7 @@ class Limits:
         return asdict(self)
 
 
-def measure(archives: Sequence[str] = (), *, seconds: float = 45.0, progress: Tell = quiet, **settings: Any) -> Limits:
+def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Tell = quiet, **settings: Any) -> Limits:
     """Measure what this machine allows, for a backbone and an archive.
 
     Parameters
@@ -268,7 +268,7 @@ class _Bench:
             with tarfile.open(path, "w") as tar:
                 for number in range(count):
                     data = images[number % len(images)] + number.to_bytes(8, "big")  # as many different files
-                    member = tarfile.TarInfo(f"{number:07}")
+                    member = tarfile.TarInfo(f"{number:07}.jpg")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
             settings = replace(
@@ -276,7 +276,7 @@ class _Bench:
             )
             cache = extract(path, **{**vars(settings), "backbone": self.backbone})
             seconds = dict(cache.manifest["seconds"])
-            return cache.manifest["embedded"] / seconds["total"], seconds
+            return cache.manifest["images_per_second"], seconds
 
     def machine(self) -> dict[str, Any]:
         """Device, cores and versions."""

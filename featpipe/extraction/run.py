@@ -34,6 +34,7 @@ __all__ = ["Run", "told"]
 
 PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
 PART_BYTES = 64 * 2**20
+STEPS = ("preparing", "reading", "decoding", "embedding", "committing", "waiting", "total")
 
 
 @dataclass
@@ -64,9 +65,7 @@ class Run:
         self.settings = settings
         self.parts = parts
         self.progress = progress
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("reading", "decoding", "embedding", "committing", "waiting", "total"), 0.0
-        )
+        self.seconds: dict[str, float] = dict.fromkeys(STEPS, 0.0)
         self.embedded = 0
         self.batch: int | None = None
         self.engine: str | None = None
@@ -91,15 +90,18 @@ class Run:
         self._tell_bad()
 
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
-        started = self._committed_at = perf_counter()
+        started = perf_counter()
         engine = self._engine()
         backbones.prove_frozen(self.backbone)
+        self._committed_at = perf_counter()
+        self.seconds["preparing"] = self._committed_at - started
         try:
             self._stream(engine, rows)
         finally:  # also when interrupted: what is finished is not lost
             self._commit()
         self.ledger.settle()
         self.seconds["total"] = perf_counter() - started
+        self._tell_seconds()
 
     def _engine(self) -> Engine:
         settings = self.settings
@@ -135,6 +137,20 @@ class Run:
         if self.settings.batch is None and engine.multiply_adds is None and engine.device.type == "cpu":
             text += "; how much work an image is could not be counted: --batch says how many at a time"
         self.progress(Progress("note", text))
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of all that was done with them, once the engine was ready."""
+        seconds = self.seconds["total"] - self.seconds["preparing"]
+        return round(self.embedded / seconds, 2) if seconds > 0 else None
+
+    def _tell_seconds(self) -> None:
+        if self.embedded:
+            where = ", ".join(f"{name} {self.seconds[name]:.1f} s" for name in STEPS[1:-1])
+            text = f"embedded {self.embedded} images, {self.images_per_second:,.1f} a second after "
+            self.progress(
+                Progress("note", f"{text}{self.seconds['preparing']:.1f} s of preparing; of all workers: {where}")
+            )
 
     def _is_known(self, digest: bytes) -> bool:
         """Whether an image with these bytes is embedded already, or another worker has it in hand."""
@@ -217,7 +233,6 @@ class Run:
 
     def manifest(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         index, backbone = self.ledger.index, self.backbone
-        total = self.seconds["total"]
         return {
             "facts": facts,
             "backbone": backbone.request,
@@ -226,7 +241,7 @@ class Run:
             "ignored": dict(index.ignored),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "embedded": int(self.embedded),
-            "images_per_second": round(self.embedded / total, 2) if total else None,
+            "images_per_second": self.images_per_second,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "device": self.settings.device,
             "engine": self.engine,

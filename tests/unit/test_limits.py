@@ -1,0 +1,108 @@
+"""What a machine allows: each step is measured alone, and the bound follows."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from featpipe import limits
+from featpipe.errors import ArchiveError
+from featpipe.limits import Forward, Limits, measure
+
+
+@pytest.fixture
+def tiny_bench(tiny, monkeypatch):
+    monkeypatch.setattr(limits, "candidates", lambda device: ("bf16",))
+    return {"backbone": tiny, "device": "cpu", "seconds": 0.5}
+
+
+def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them(make_folder, tiny_bench):
+    found = measure([make_folder()], **tiny_bench, engine="torch")
+    assert found.images == 18
+    assert {way.precision for way in found.forward} == {"fp32", "bf16"}
+    assert (found.forward[0].engine, found.forward[0].precision) == ("torch, fused", "fp32")
+    assert found.forward[0].cosine == pytest.approx(1)
+    assert all(value > 0 for value in (found.reading, found.decoding, found.writing, found.extraction))
+    first = found.forward[0]
+    assert found.bound == first.bound == min(found.reading, 1 / (1 / found.decoding + 1 / first.images_per_second))
+    assert set(found.seconds) >= {"preparing", "reading", "decoding", "embedding", "committing", "waiting", "total"}
+    assert found.bottleneck in ("reading", "decoding", "forward")
+
+
+def test_without_an_archive_photographs_are_made_up(tiny_bench):
+    found = measure(**tiny_bench)
+    assert found.archive == "made-up JPEGs"
+    assert 40e3 < found.image_bytes < 120e3
+    assert math.isinf(found.reading)
+
+
+def test_an_archive_without_a_readable_image_is_an_error(make_folder, tiny_bench):
+    folder = make_folder(("ape",), 2)
+    for path in (folder / "ape").iterdir():
+        path.write_bytes(b"\xff\xd8\xff nothing")
+    with pytest.raises(ArchiveError, match="none of the first images can be decoded"):
+        measure([folder], **tiny_bench)
+
+
+def test_the_cores_share_decoding_and_embedding_and_a_gpu_does_not():
+    assert limits._together("cpu", math.inf, 300, 150) == pytest.approx(100)
+    assert limits._together("cuda", math.inf, 300, 150) == 150
+    assert limits._together("cuda", 90, 300, 150) == 90
+
+
+MEASURED = Limits(
+    machine={"device": "cpu", "cores": 2, "usable_cores": 2, "workers": 2},
+    backbone="tiny",
+    archive="photos",
+    images=18,
+    image_bytes=1e5,
+    reading=5000.0,
+    decoding=400.0,
+    writing=1e9,
+    forward=(Forward("OpenVINO", "fp32", 8, 150, 1.0, 100.0), Forward("OpenVINO", "bf16", 8, 400, 0.99, 200.0)),
+    bound=100.0,
+    extraction=95.0,
+    bottleneck="forward",
+)
+
+
+def advice(**changes: object) -> str:
+    return "\n".join(limits._advice(replace(MEASURED, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "--precision bf16: 2.0 times as fast, least cosine 0.9900"),
+        ({"machine": {**MEASURED.machine, "usable_cores": 1}}, "may use 1 of 2 cores"),
+        ({"machine": {**MEASURED.machine, "workers": 1}}, "--workers 2"),
+        ({"reading": 120.0}, ".tar shards"),
+        ({"machine": {**MEASURED.machine, "device": "cuda:0"}, "bottleneck": "decoding"}, "the GPU waits for images"),
+        ({"extraction": 50.0}, "50% of the bound"),
+    ],
+)
+def test_what_stands_in_the_way_is_said_with_what_to_change(changes, said):
+    assert said in advice(**changes)
+
+
+def test_nothing_is_advised_that_brings_nothing(monkeypatch):
+    monkeypatch.setattr(limits, "find_spec", lambda name: object())
+    assert advice(forward=MEASURED.forward[:1]) == ""
+    monkeypatch.setattr(limits, "find_spec", lambda name: None)
+    assert "featpipe[cpu]" in advice(forward=MEASURED.forward[:1])
+
+
+def test_the_command_prints_a_table_or_json(command, make_folder, tmp_path):
+
+    (tmp_path / "net.py").write_text(
+        "from tests.conftest import Tiny, tiny_transform\ndef tiny():\n    return Tiny(), tiny_transform\n"
+    )
+    given = [make_folder(), "--backbone", "net:tiny", "--device", "cpu", "--engine", "torch", "--seconds", "1"]
+    printed = command("bench", *given).stdout
+    assert "bound of all together" in printed
+    assert "bottleneck: " in printed
+    found = json.loads(command("bench", *given, "--json").stdout)
+    assert found["forward"][0]["engine"] == "torch, fused"
