@@ -20,7 +20,8 @@ from featpipe.fingerprint import fingerprint
 from featpipe.recipe import PRECISIONS, STORAGES, Extraction
 from tests.conftest import Tiny, tiny_transform
 
-CODE = ["engine.py", "image.py", "loader.py", *(f"backbone/{name}.py" for name in ("frozen", "output", "transform"))]
+BACKBONE = ("frozen", "output", "resampling", "transform")
+CODE = ["engine.py", "image.py", "loader.py", *(f"backbone/{name}.py" for name in BACKBONE)]
 """What is run for each image between its bytes and its row."""
 
 CODE_OF_VERSION = {1: "79738bf4945b2791"}
