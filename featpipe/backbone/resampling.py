@@ -1,4 +1,4 @@
-"""Resizing and cropping a picture at once: Pillow's bits, in a third of its time.
+"""Resizing and cropping a picture at once: Pillow's bits, in less than half its time.
 
 Pillow resizes 8-bit pictures in two passes, along the rows and then along the columns. Each gives whole levels::
 
@@ -20,7 +20,8 @@ where again every step is exact.
 Notes
 -----
 The arithmetic is that of ``ImagingResample`` in Pillow's ``libImaging/Resample.c``. A build of Pillow that does it
-otherwise is noticed (:func:`is_exact`) and then used itself.
+otherwise is noticed (:func:`is_exact`) and then used itself, as Pillow is for a picture that shrinks more than 32 times
+(bicubic; 64 times bilinear) or whose height loses more than twice as many pixels as its width.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from featpipe import image as pictures
 __all__ = ["TAPS_MAX", "Axis", "is_exact", "resize"]
 
 TAPS_MAX = 128
-"""Neighbours in one sum; a picture that shrinks more than 32 times has more, and Pillow resizes it."""
+"""Neighbours in one sum. Exact up to 512; fewer keep the memory small that lies between the two passes."""
 
 STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded: 2 MB of float32
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
@@ -163,7 +164,7 @@ def _resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Te
     return torch.from_numpy(levels).view(vertical.length, horizontal.length, 3).permute(2, 0, 1)
 
 
-@lru_cache(64)
+@lru_cache(64)  # some 100 kB each for a photograph of 500 pixels, 1.4 MB at most for a crop of 224
 def _sums(axis: Axis, filter_: str, channels: int) -> _Sums:
     """The sums along one axis, where each pixel is a number of neighbouring channels."""
     taps, first = axis.taps(filter_), axis.first(filter_)
