@@ -37,7 +37,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = ["BACKGROUND", "LIMITS", "Limits", "decode", "encode_png", "resize", "thumbnail", "to_rgb"]
+__all__ = ["BACKGROUND", "LIMITS", "Limits", "decode", "encode_png", "resize", "resize_weights", "thumbnail", "to_rgb"]
 
 BACKGROUND = (255, 255, 255)
 """The colour, white, that shows through transparent pixels."""
@@ -193,6 +193,31 @@ def resize(picture: NDArray[np.uint8], height: int, width: int, filter_: str) ->
     """
     method = Image.Resampling[filter_.upper()]
     return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), method))
+
+
+def resize_weights(before: int, after: int, filter_: str, spacing: int) -> NDArray[np.int32]:
+    """How much each pixel of an axis counts in `resize`, in units of 2⁻²², as Pillow itself has it.
+
+    A pass of Pillow's over 8-bit levels rounds its weights to that unit. A pass over 32-bit numbers does not, but
+    rounds its results in the same way: so where the picture is 2²² in one pixel and 0 elsewhere, they are the weights.
+
+    Parameters
+    ----------
+    before, after : int
+        Pixels of the axis.
+    filter_ : {"bilinear", "bicubic"}
+    spacing : int
+        Pixels that lie so far apart are tried at once. At least as many as count for one pixel of the result.
+
+    Returns
+    -------
+    ndarray of shape (spacing, after), int32
+        In row i the weight of that pixel, of those numbered i, i + spacing, i + 2 spacing, …, which counts at all.
+    """
+    impulses = np.zeros((spacing, before), np.int32)
+    pixels = np.arange(before)
+    impulses[pixels % spacing, pixels] = 1 << 22
+    return np.asarray(Image.fromarray(impulses).resize((after, spacing), Image.Resampling[filter_.upper()]))
 
 
 def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:

@@ -1,0 +1,235 @@
+"""Every bit is compared with what Pillow makes of the same picture."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from featpipe import image
+from featpipe.backbone import Transform, resampling
+from featpipe.backbone.resampling import TAPS_MAX, Axis
+
+FILTERS = ("bilinear", "bicubic")
+NOISE = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
+MIDDLE = Axis(375, 256, 16, 224), Axis(500, 341, 58, 224)
+
+
+def tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(picture).permute(2, 0, 1)
+
+
+def resized(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
+    return resampling.resize(tensor(picture), *axes, filter_).permute(1, 2, 0).numpy()
+
+
+def by_pillow(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
+    size, filter_ = (axes[1].after, axes[0].after), Image.Resampling[filter_.upper()]
+    left, top = axes[1].start, axes[0].start
+    box = (left, top, left + axes[1].length, top + axes[0].length)
+    return np.asarray(Image.fromarray(picture).resize(size, filter_).crop(box))
+
+
+def whole(before: int, after: int) -> Axis:
+    return Axis(before, after, 0, after)
+
+
+@pytest.fixture
+def without_sums(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the sums were used")
+
+    monkeypatch.setattr(resampling, "_resize", refuse)
+
+
+@pytest.fixture
+def without_pillow(monkeypatch):
+    resampling.is_exact()
+
+    def refuse(*_):
+        raise AssertionError("Pillow was used")
+
+    monkeypatch.setattr(image, "resize", refuse)
+
+
+@st.composite
+def axes(draw: st.DrawFn) -> Axis:
+    before = draw(st.integers(1, 300))
+    after = draw(st.one_of(st.integers(1, 300), st.just(before), st.integers(max(1, before // 33), before)))
+    start = draw(st.integers(0, after - 1))
+    return Axis(before, after, start, draw(st.integers(1, after - start)))
+
+
+@st.composite
+def pictures(draw: st.DrawFn, height: int, width: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["noise", "extremes", "checkerboard", "stripes", "flat"]))
+    if kind == "flat":
+        return np.full((height, width, 3), draw(st.integers(0, 255)), np.uint8)
+    if kind == "noise":
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == "extremes":
+        return rng.choice(np.uint8([0, 255]), (height, width, 3))
+    y, x = np.ogrid[:height, :width]
+    size = draw(st.integers(1, 7))
+    squares = (x // size + (y // size if kind == "checkerboard" else 0 * y)) % 2
+    return np.repeat(squares.astype(np.uint8)[..., None] * 255, 3, axis=2)
+
+
+@settings(max_examples=250, deadline=None)
+@given(vertical=axes(), horizontal=axes(), filter_=st.sampled_from(FILTERS), data=st.data())
+def test_any_part_of_any_resized_picture_is_pillows_to_the_bit(vertical, horizontal, filter_, data):
+    picture = data.draw(pictures(vertical.before, horizontal.before))
+    both = vertical, horizontal
+    np.testing.assert_array_equal(resized(picture, both, filter_), by_pillow(picture, both, filter_))
+
+
+@settings(max_examples=60, deadline=None)
+@given(vertical=axes(), horizontal=axes(), filter_=st.sampled_from(FILTERS))
+def test_pillow_itself_is_asked_only_where_the_rule_says(vertical, horizontal, filter_):
+    down, across = (axis.before - axis.after for axis in (vertical, horizontal))
+    assume(max(vertical.taps(filter_), horizontal.taps(filter_)) <= TAPS_MAX and down <= max(0, 2 * across))
+    picture = np.random.default_rng(0).integers(0, 256, (vertical.before, horizontal.before, 3), dtype=np.uint8)
+    summed = resampling._resize(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(summed, by_pillow(picture, (vertical, horizontal), filter_))
+
+
+@pytest.mark.parametrize("filter_", FILTERS)
+@pytest.mark.parametrize(
+    "both", [(whole(300, 60), whole(100, 40)), (whole(300, 300), whole(1300, 9))], ids=["tall", "many neighbours"]
+)
+def test_what_the_sums_are_not_for_is_left_to_pillow(both, filter_, without_sums):
+    picture = np.random.default_rng(1).integers(0, 256, (both[0].before, both[1].before, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resized(picture, both, filter_), by_pillow(picture, both, filter_))
+
+
+@pytest.mark.parametrize("filter_", FILTERS)
+def test_the_largest_sums_are_exact(filter_, without_pillow):
+    shrink = TAPS_MAX // (2 * resampling.SUPPORT[filter_])
+    axis = whole(16 * shrink, 16)
+    assert axis.taps(filter_) == TAPS_MAX
+    weights = image.resize_weights(axis.before, axis.after, filter_, TAPS_MAX)
+    of_one = weights[np.arange(axis.before) % TAPS_MAX, 8]  # of every pixel in one in the middle
+    positive, low_is_negative = of_one > 0, (of_one + 128) % 256 < 128
+    for bright in (positive, ~positive, low_is_negative, ~low_is_negative):
+        row = np.where(bright, 255, 0).astype(np.uint8)
+        picture = np.repeat(np.tile(row, (24, 1))[..., None], 3, axis=2)
+        for turned in (picture, picture.transpose(1, 0, 2).copy()):
+            both = tuple(whole(n, 16 if n == axis.before else n) for n in turned.shape[:2])
+            expected = by_pillow(turned, both, filter_)
+            summed = resampling._resize(tensor(turned), *both, filter_).permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(summed, expected)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (768, 1024), (90, 100)])
+def test_a_center_crop_of_usual_pictures_needs_no_pillow(size, without_pillow):
+    picture = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    vertical, horizontal = Transform(256, (224, 224))._target(*size)
+    both = Axis(size[0], vertical, (vertical - 224) // 2, 224), Axis(size[1], horizontal, (horizontal - 224) // 2, 224)
+    np.testing.assert_array_equal(resized(picture, both, "bicubic"), by_pillow(picture, both, "bicubic"))
+
+
+@pytest.mark.parametrize("filter_", FILTERS)
+def test_real_photographs_are_resized_to_the_bit(filter_):
+    skimage, sklearn = pytest.importorskip("skimage.data"), pytest.importorskip("sklearn.datasets")
+    names = ("astronaut", "brick", "chelsea", "coffee", "coins", "immunohistochemistry", "moon", "retina", "rocket")
+    photographs = [image.to_rgb(getattr(skimage, name)()) for name in names]
+    photographs += [np.array(photograph) for photograph in sklearn.load_sample_images().images]
+    for photograph in photographs:
+        transform = Transform(256, (224, 224), filter_)
+        height, width = transform._target(*photograph.shape[:2])
+        top, left = round((height - 224) / 2), round((width - 224) / 2)
+        both = Axis(photograph.shape[0], height, top, 224), Axis(photograph.shape[1], width, left, 224)
+        expected = by_pillow(photograph, both, filter_)
+        np.testing.assert_array_equal(resized(photograph, both, filter_), expected)
+        np.testing.assert_array_equal(transform.picture(tensor(photograph)).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(500, 341), (375, 256), (61, 200), (1000, 37), (7, 7)])
+@pytest.mark.parametrize("filter_", FILTERS)
+def test_the_weights_are_those_of_the_filter_in_units_of_two_to_the_minus_22(before, after, filter_):
+    kernels = {
+        "bilinear": lambda x: np.clip(1 - x, 0, None),
+        "bicubic": lambda x: np.where(
+            x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0)
+        ),
+    }
+    shrink = max(1, before / after)
+    centre = (np.arange(after) + 0.5) * before / after
+    expected = kernels[filter_](np.abs(np.arange(before)[:, None] + 0.5 - centre) / shrink)
+    expected *= 2**22 / expected.sum(0)
+    axis = whole(before, after)
+    taps = axis.taps(filter_)
+    weights = image.resize_weights(before, after, filter_, taps)
+    found = np.zeros((before, after))
+    for pixel in range(taps):
+        rows = axis.first(filter_) + pixel
+        found[rows, np.arange(after)] = weights[rows % taps, np.arange(after)]
+    assert np.abs(found - expected).max() <= 0.5 + 1e-6
+
+
+def test_strips_meet_without_a_seam(monkeypatch, without_pillow):
+    expected = resized(NOISE, MIDDLE, "bicubic")
+    for values in (1, 3_000, 100_000):
+        monkeypatch.setattr(resampling, "STRIP_VALUES", values)
+        np.testing.assert_array_equal(resized(NOISE, MIDDLE, "bicubic"), expected)
+
+
+def test_memory_layout_does_not_change_a_bit():
+    expected = resized(NOISE, MIDDLE, "bicubic")
+    planes, window = tensor(NOISE).contiguous(), np.zeros((400, 640, 3), np.uint8)
+    window[10:385, 20:520] = NOISE
+    for other in (planes, tensor(window)[:, 10:385, 20:520], tensor(NOISE[::-1].copy()).flip(1)):
+        found = resampling.resize(other, *MIDDLE, "bicubic").permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_pillow_that_computes_otherwise_is_noticed_and_used(monkeypatch):
+    resize = image.resize
+    monkeypatch.setattr(image, "resize", lambda *given: resize(*given) ^ 1)
+    resampling.is_exact.cache_clear()
+    try:
+        assert not resampling.is_exact()
+        np.testing.assert_array_equal(resized(NOISE, MIDDLE, "bicubic"), by_pillow(NOISE, MIDDLE, "bicubic") ^ 1)
+    finally:
+        monkeypatch.undo()
+        resampling.is_exact.cache_clear()
+    assert resampling.is_exact()
+
+
+def test_threads_share_weights_and_nothing_else():
+    expected = [resized(NOISE[:, : 200 + 40 * i], (MIDDLE[0], whole(200 + 40 * i, 180)), "bicubic") for i in range(4)]
+    resampling._sums.cache_clear()
+    found: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def work(i: int) -> None:
+        picture, both = NOISE[:, : 200 + 40 * i], (MIDDLE[0], whole(200 + 40 * i, 180))
+        found[i] = [resized(picture, both, "bicubic") for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        for again in found[i]:
+            np.testing.assert_array_equal(again, expected[i])
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3, 5, 7), (2, 2, 3, 4, 4)])
+def test_normalising_is_the_formula_to_the_bit_in_any_layout(shape):
+    transform = Transform(8, (8, 8))
+    generator = torch.Generator().manual_seed(0)
+    planes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (transform.mean, transform.std))
+    expected = (planes.to(torch.float32) / 255 - mean) / std
+    last = planes.movedim(-3, -1).contiguous().movedim(-1, -3)
+    for picture in (planes, last, planes.mT.contiguous().mT):
+        assert torch.equal(transform.normalise(picture), expected)
+    assert transform.normalise(last).stride() == last.stride()
