@@ -37,7 +37,8 @@ class Extraction:
     labels : path-like or Table, optional
         A CSV or Parquet table of paths and labels.
     device : str
-        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``, or several joined by commas: then a process for each.
+        ``cuda`` is all GPUs of the machine.
     precision : {"fp32", "tf32", "bf16", "fp16", "auto"}
         ``auto``: the fastest whose embeddings of the first images are within ``min_cosine`` of those in fp32.
     min_cosine : float

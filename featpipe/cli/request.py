@@ -27,7 +27,13 @@ NETWORK = (
 )
 PRECISION = _option("--precision", type=click.Choice([*PRECISIONS, AUTO]), default=DEFAULT.precision, show_default=True)
 DEVICE = (
-    _option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps."),
+    _option(
+        "--device",
+        default=DEFAULT.device,
+        show_default=True,
+        metavar="D",
+        help="auto, cpu, cuda, cuda:N, mps; several: A,B.",
+    ),
     _option(
         "--engine", type=click.Choice(ENGINES), default=DEFAULT.engine, show_default=True, help="Computes on a CPU."
     ),

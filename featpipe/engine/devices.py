@@ -9,7 +9,7 @@ import torch
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
 
-__all__ = ["available_cores", "resolve_device"]
+__all__ = ["available_cores", "resolve_device", "resolve_devices"]
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -38,6 +38,26 @@ def resolve_device(name: str = "auto") -> torch.device:
     if kind == "mps" and not _has_mps():
         raise ConfigError("device 'mps' is not there: torch finds no Apple GPU; use --device auto or cpu")
     return torch.device(name)
+
+
+def resolve_devices(name: str = "auto") -> tuple[torch.device, ...]:
+    """The devices to run on, a process for each if there are several.
+
+    Parameters
+    ----------
+    name : str
+        As :func:`resolve_device` takes it, or several joined by commas. ``cuda``, and ``auto`` where it is that, are
+        all CUDA devices that torch can use.
+
+    Raises
+    ------
+    ConfigError
+        If one is unknown or not there.
+    """
+    devices = tuple(resolve_device(part.strip()) for part in name.split(","))
+    if len(devices) > 1 or devices[0] != torch.device("cuda") or torch.cuda.device_count() < 2:
+        return devices
+    return tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
 
 
 def _has_mps() -> bool:

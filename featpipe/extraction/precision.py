@@ -13,7 +13,7 @@ from torch import Tensor
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache
-from featpipe.engine import Engine, choose, resolve_device
+from featpipe.engine import Engine, choose, resolve_devices
 from featpipe.errors import CacheError
 from featpipe.extraction.facts import facts_of
 from featpipe.extraction.places import path_of
@@ -45,14 +45,15 @@ def with_precision(index: Index, backbone: Backbone, settings: Extraction, progr
     if remembered is not None:
         return remembered
     pictures = _first(index, backbone)
-    device = resolve_device(settings.device)
+    device = resolve_devices(settings.device)[0]
     engine, found = choose(
         backbone, device, pictures, settings.min_cosine, batch=settings.batch, kind=settings.engine, images=len(index)
     )
     measured = ", ".join(f"{name} {cosine:.6f}" for name, cosine in found.cosine.items())
     compared = f": least cosine to fp32 on {found.images} images: {measured}" if measured else ""
     progress(Progress("note", f"precision {found.precision}{compared}"))
-    return replace(settings, precision=found.precision), Chosen(found.facts(), engine)
+    several = len(resolve_devices(settings.device)) > 1  # each process makes its own
+    return replace(settings, precision=found.precision), Chosen(found.facts(), None if several else engine)
 
 
 def _remembered(index: Index, backbone: Backbone, settings: Extraction) -> tuple[Extraction, Chosen] | None:

@@ -1,4 +1,4 @@
-"""One extraction under way: reads and embeds what is not known, and commits it part by part."""
+"""One extraction under way: what is not known is read, embedded and committed, and the ledger kept."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 import platform
 import threading
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from time import perf_counter
@@ -20,32 +18,20 @@ from numpy.typing import NDArray
 from featpipe import backbone as backbones
 from featpipe.backbone import Backbone
 from featpipe.commit import Parts
-from featpipe.engine import Engine, resolve_device
+from featpipe.engine import Engine, resolve_devices
 from featpipe.errors import ArchiveError
+from featpipe.extraction import processes
 from featpipe.extraction.ledger import Ledger, source_of_part
 from featpipe.extraction.places import places_of
 from featpipe.extraction.precision import Chosen
-from featpipe.loader import Batch, Loader, embedded
+from featpipe.extraction.stream import Message, Published, Read, Started, Stream
 from featpipe.progress import Progress, Tell
 from featpipe.recipe import Extraction
 from featpipe.status import Status
 
-__all__ = ["Run", "told"]
+__all__ = ["Run", "engine_for", "told"]
 
-PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
-PART_BYTES = 64 * 2**20
 STEPS = ("preparing", "reading", "decoding", "embedding", "committing", "waiting", "total")
-
-
-@dataclass
-class _PartInHand:
-    """The part in hand."""
-
-    digests: list[bytes] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    status: list[int] = field(default_factory=list)
-    features: dict[str, list[NDArray[np.floating]]] = field(default_factory=dict)
-    bytes: int = 0
 
 
 class Run:
@@ -70,10 +56,10 @@ class Run:
         self.batch: int | None = None
         self.engine: str | None = None
         self.chosen = chosen
+        self._started: list[Started] = []
         self._claimed: set[bytes] = set()
         self._claims = threading.Lock()
-        self._part = _PartInHand()
-        self._committed_at = perf_counter()
+        self._done, self._wanted = 0, 0
 
     def embed(self) -> None:
         """Read the rows of which nothing is known; embed the images whose bytes are new."""
@@ -91,50 +77,64 @@ class Run:
 
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         started = perf_counter()
-        engine = self._engine()
+        self._wanted = len(rows)
         backbones.prove_frozen(self.backbone)
-        self._committed_at = perf_counter()
-        self.seconds["preparing"] = self._committed_at - started
-        try:
-            self._stream(engine, rows)
-        finally:  # also when interrupted: what is finished is not lost
-            self._commit()
+        devices = resolve_devices(self.settings.device)
+        if len(devices) > 1:
+            processes.embed(self, devices, rows)
+        else:
+            self.stream(self.is_known, self.receive).run(self.make_engine, rows)
         self.ledger.settle()
         self.seconds["total"] = perf_counter() - started
         self._tell_seconds()
 
-    def _engine(self) -> Engine:
-        settings = self.settings
+    def stream(self, is_known: Callable[[bytes], bool], deliver: Callable[[Message], None]) -> Stream:
+        """What embeds for this extraction."""
+        ledger = self.ledger
+        return Stream(ledger.index, ledger.stamps, self.backbone, self.settings, self.parts, is_known, deliver)
+
+    def make_engine(self) -> Engine:
+        """The engine that was measured with, or one for the device of the settings."""
         if self.chosen is not None and self.chosen.engine is not None:
-            engine = self.chosen.engine
+            return self.chosen.engine
+        return engine_for(self.backbone, self.settings, len(self.ledger.index))
+
+    def receive(self, message: Message) -> None:
+        """Note what a stream tells."""
+        if isinstance(message, Started):
+            self.batch, self.engine = message.batch, message.name
+            self.seconds["preparing"] = max(self.seconds["preparing"], message.preparing)
+            self._started.append(message)
+        elif isinstance(message, Read):
+            self._read(message)
+        elif isinstance(message, Published):
+            number = self.ledger.known.add(source_of_part(message.part))
+            self.ledger.take(message.rows, number, np.arange(len(message.rows)))
+            with self._claims:
+                self._claimed.difference_update(message.digests)
         else:
-            device = resolve_device(settings.device)
-            images = len(self.ledger.index)  # not those that are left: a run that goes on computes as before
-            engine = Engine(
-                self.backbone, device, settings.precision, settings.batch, kind=settings.engine, images=images
-            )
-        self.batch, self.engine = engine.batch, engine.name
-        return engine
+            self.seconds["committing"] += message.committing
+            self.seconds["waiting"] += message.waiting
 
-    def _stream(self, engine: Engine, rows: NDArray[np.int64]) -> None:
-        workers = self.settings.workers or engine.workers
-        loader = Loader(self.ledger.index, rows, engine.transform, engine.batch, self._is_known, engine.collect)
-        started, done = perf_counter(), 0
-        with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as results:
-            for batch, features in results:
-                if batch.places and not self.embedded:
-                    self._tell_engine(engine)
-                self._collect(batch, features)
-                done += len(batch.rows)
-                self.progress(Progress("bar", "embedding" if self.embedded else "reading", done, len(rows)))
-                self._refuse_too_many_bad()
-        busy = sum(self.seconds[name] for name in ("reading", "decoding", "embedding"))
-        self.seconds["waiting"] = max(0.0, workers * (perf_counter() - started) - busy)
+    def _read(self, message: Read) -> None:
+        ledger = self.ledger
+        if message.embedded and not self.embedded:
+            for started in self._started:
+                self._tell_engine(started)
+        ledger.status[message.rows] = message.status
+        had = message.digests.any(axis=1)
+        ledger.digests[message.rows[had]] = message.digests[had]
+        self.embedded += message.embedded
+        for name in ("reading", "decoding", "embedding"):
+            self.seconds[name] += getattr(message.seconds, name)
+        self._done += len(message.rows)
+        self.progress(Progress("bar", "embedding" if self.embedded else "reading", self._done, self._wanted))
+        self._refuse_too_many_bad()
 
-    def _tell_engine(self, engine: Engine) -> None:
-        batches = f"batches of {engine.batch}" if engine.batch > 1 else "one at a time"
-        text = f"embedding on {engine.device} in {self.settings.precision} with {engine.name}, {batches}"
-        if self.settings.batch is None and engine.multiply_adds is None and engine.device.type == "cpu":
+    def _tell_engine(self, started: Started) -> None:
+        batches = f"batches of {started.batch}" if started.batch > 1 else "one at a time"
+        text = f"embedding on {started.device} in {self.settings.precision} with {started.name}, {batches}"
+        if not started.counted:
             text += "; how much work an image is could not be counted: --batch says how many at a time"
         self.progress(Progress("note", text))
 
@@ -152,7 +152,7 @@ class Run:
                 Progress("note", f"{text}{self.seconds['preparing']:.1f} s of preparing; of all workers: {where}")
             )
 
-    def _is_known(self, digest: bytes) -> bool:
+    def is_known(self, digest: bytes) -> bool:
         """Whether an image with these bytes is embedded already, or another worker has it in hand."""
         with self._claims:
             if digest in self._claimed:
@@ -161,56 +161,6 @@ class Run:
                 return True
             self._claimed.add(digest)
             return False
-
-    def _collect(self, batch: Batch, features: Mapping[str, NDArray[np.float32]]) -> None:
-        ledger, part = self.ledger, self._part
-        for name in ("reading", "decoding", "embedding"):
-            self.seconds[name] += getattr(batch.seconds, name)
-        stored = {name: value.astype(self.settings.storage) for name, value in features.items()}
-        finite = np.ones(len(batch.places), bool)
-        for value in stored.values():
-            finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
-        place = dict(zip(batch.places, range(len(batch.places)), strict=True))
-        for at, row in enumerate(batch.rows):
-            status, digest = batch.status[at], batch.digests[at]
-            if at in place and not finite[place[at]]:
-                status = Status.NOT_FINITE
-            ledger.status[row] = status
-            if digest:
-                ledger.digests[row] = np.frombuffer(digest, np.uint8)
-            if at in place or (digest and not status.transient and status != Status.OK):
-                part.rows.append(row)
-                part.digests.append(digest)
-                part.status.append(int(status))
-                for name, shape in self.backbone.shapes.items():
-                    value = stored[name][place[at]] if status == Status.OK else _nan(shape, self.settings.storage)
-                    part.features.setdefault(name, []).append(value)
-                    part.bytes += value.nbytes
-                self.embedded += status == Status.OK
-        if part.bytes > PART_BYTES or perf_counter() - self._committed_at > PART_SECONDS:
-            self._commit()
-
-    def _commit(self) -> None:
-        part, self._part = self._part, _PartInHand()
-        started = perf_counter()
-        if part.rows:
-            rows = np.array(part.rows)
-            digests = np.frombuffer(b"".join(part.digests), np.uint8).reshape(-1, 32)
-            arrays = {name: np.stack(values) for name, values in part.features.items()}
-            published = self.parts.commit(
-                {
-                    "digest": digests,
-                    "stamp": self.ledger.stamps[rows],
-                    "status": np.array(part.status, np.uint8),
-                    **{f"features/{name}": value for name, value in arrays.items()},
-                }
-            )
-            number = self.ledger.known.add(source_of_part(published))
-            self.ledger.take(rows, number, np.arange(len(rows)))
-            with self._claims:
-                self._claimed.difference_update(part.digests)
-        self._committed_at = perf_counter()
-        self.seconds["committing"] += self._committed_at - started
 
     def _bad(self) -> Counter[str]:
         codes, counts = np.unique(self.ledger.status, return_counts=True)
@@ -252,8 +202,13 @@ class Run:
         }
 
 
-def _nan(shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    return np.full(shape, np.nan, dtype)
+def engine_for(backbone: Backbone, settings: Extraction, images: int) -> Engine:
+    """The engine of an extraction of so many images.
+
+    All of them count, not those that are left, so that a run that goes on computes as before.
+    """
+    device = resolve_devices(settings.device)[0]
+    return Engine(backbone, device, settings.precision, settings.batch, kind=settings.engine, images=images)
 
 
 def told(bad: Counter[str]) -> str:

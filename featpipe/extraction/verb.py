@@ -18,7 +18,7 @@ from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
 from featpipe.commit import Parts, exclusive
-from featpipe.engine import resolve_device
+from featpipe.engine import resolve_devices
 from featpipe.errors import ArchiveError
 from featpipe.extraction.facts import facts_of, load_backbone
 from featpipe.extraction.ledger import Ledger, source_of_part
@@ -69,10 +69,12 @@ def extract(
     >>> cache = extract("photos/", backbone="resnet18", cache="cache/")          # doctest: +SKIP
     """
     settings_ = Extraction.of(settings)
-    device = resolve_device(settings_.device)  # before minutes are spent on listing an archive
+    devices = resolve_devices(settings_.device)  # before minutes are spent on listing an archive
     index = archive.index(archives, labels=settings_.labels)
     _tell_index(index, progress)
-    return extract_index(index, load_backbone(settings_), replace(settings_, device=str(device)), progress)
+    return extract_index(
+        index, load_backbone(settings_), replace(settings_, device=",".join(map(str, devices))), progress
+    )
 
 
 def extract_index(

@@ -102,8 +102,8 @@ def test_results_are_json_on_request(command, make_folder, own):
 
 COMMITTING_OFTEN = """
 import sys
-from featpipe.extraction import run
-run.PART_SECONDS = 0.2
+from featpipe.extraction import stream
+stream.PART_SECONDS = 0.2
 sys.argv[0] = "featpipe"
 from featpipe.cli import main
 main()

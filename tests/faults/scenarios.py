@@ -309,9 +309,9 @@ class Command(Extraction):
 
 def watch(tally: Tally) -> None:
     """Count in this process what is embedded and what is acknowledged, and commit a part after every batch."""
-    if not hasattr(extraction.run, "PART_SECONDS"):
-        raise AttributeError("featpipe.extraction.run.PART_SECONDS is gone; say here how a part is made small")
-    extraction.run.PART_SECONDS = 0
+    if not hasattr(extraction.stream, "PART_SECONDS"):
+        raise AttributeError("featpipe.extraction.stream.PART_SECONDS is gone; say here how a part is made small")
+    extraction.stream.PART_SECONDS = 0
     embed, publish = engine.Engine.embed, commit.Parts.commit
 
     def counted(self: engine.Engine, images: torch.Tensor) -> dict[str, np.ndarray]:
