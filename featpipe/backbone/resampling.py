@@ -1,4 +1,4 @@
-"""Resizing and cropping a picture at once: Pillow's bits, in less than half its time.
+"""Resizing and cropping a picture at once: Pillow's bits, in about half its time.
 
 Pillow resizes 8-bit pictures in two passes, along the rows and then along the columns. Each gives whole levels::
 

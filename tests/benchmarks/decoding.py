@@ -24,8 +24,9 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from featpipe import backbone, engine, image
+from featpipe import backbone, image
 from featpipe.backbone import resampling
+from featpipe.engine.memory import keep_freed_memory
 from featpipe.fingerprint import digest
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "retina", "brick", "grass", "gravel", "immunohistochemistry")
@@ -111,7 +112,7 @@ def compare(title: str, steps: dict[str, tuple[Callable[[Any], object], Sequence
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     torch.set_num_threads(1)
-    engine._keep_freed_memory()  # as in an extraction
+    keep_freed_memory()  # as in an extraction
     assert resampling.is_exact()
     for size, count in SIZES.items():
         files = jpegs(*map(int, size.split(" × ")), count)

@@ -91,7 +91,7 @@ def pack(folder: Path, path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for repeat in range(REPEATS):
             for number, file in enumerate(files):
-                data = file.read_bytes() + bytes([repeat])
+                data = file.read_bytes() + repeat.to_bytes(4, "big")
                 member = tarfile.TarInfo(f"images/{repeat}-{number:05}.jpg")
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))

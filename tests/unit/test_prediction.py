@@ -19,6 +19,7 @@ from torch import nn
 
 from featpipe import Model, archive, backbone, extract, load_model, predict, train
 from featpipe.archive import Table
+from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, ConfigError, ModelError
 from featpipe.loader import Loader
 from featpipe.prediction import Prediction, stream
@@ -94,7 +95,7 @@ def test_the_order_is_the_archive_s_with_any_number_of_workers(
 ) -> None:
     slowly(monkeypatch)
     place = packed(photos, kind, tmp_path)
-    model.engine().batch = 3
+    monkeypatch.setattr(Engine, "batch", 3)
     index = archive.index(place)
     with index.open() as reader:
         data = [reader.read(row) for row in range(len(index))]
