@@ -15,8 +15,9 @@ from sklearn.model_selection import check_cv
 from featpipe.heads import ranges
 from featpipe.heads.classes import ScoredClassifier, class_targets, rows_to_fit
 from featpipe.heads.objective import Point, Problem
+from featpipe.heads.quasi_newton import Memory
 from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
-from featpipe.heads.solver import Memory, Solution, into_row_space, minimise
+from featpipe.heads.solver import Solution, into_row_space, minimise
 from featpipe.heads.workers import Workers
 
 __all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "solutions"]
@@ -247,7 +248,7 @@ def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> 
         return found
 
     for ridge in ridges:
-        memory.repenalise(ridge - before)
+        memory.repenalise(ridge - before, problem.d + 1)
         found = solve(replace(problem, ridge=float(ridge)), search)
         before = ridge
         yield found if basis is None else replace(found, W=found.W @ basis.T)

@@ -5,22 +5,25 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dpotrf, dtrtrs
 
-from featpipe.heads.curvature import Blocks, Curvature, Metric
+from featpipe.heads.curvature import Blocks, Curvature, Diagonal, Metric
 from featpipe.heads.objective import Point, Problem
+from featpipe.heads.quasi_newton import Memory, dots
 
-__all__ = ["Memory", "Solution", "into_row_space", "minimise"]
+__all__ = ["Solution", "into_row_space", "minimise"]
 
 Array = NDArray[np.float64]
 
-HISTORY = 30
 FLOAT32_FROM_PRODUCTS = 1e6
+ROWS_FOR_EACH_CLASS = 80
+# A metric that costs more evaluations than this waits until as many have been spent.
+EVALUATIONS_AT_THE_START = 6.0
 STALLED_AFTER = 12
 TRIALS = 30
 # A curvature for each class is worth its price from here on, and again when that much has been gained since.
@@ -58,60 +61,6 @@ class Solution:
     point: Point | None = None
 
 
-@dataclass(eq=False)
-class Memory:
-    """Steps and changes of the gradient along them: what L-BFGS knows of the curvature."""
-
-    steps: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    changes: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    inverses: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    curvature: Curvature | None = None
-    blocks: Blocks | None = None
-
-    def add(self, step: Array, change: Array) -> None:
-        products = _dots(step, change)
-        with np.errstate(divide="ignore", over="ignore"):
-            inverses = np.where(products > 1e-300, 1 / products, 0.0)
-        self.steps.append(step)
-        self.changes.append(change)
-        self.inverses.append(inverses)
-
-    def clear(self) -> None:
-        self.steps.clear()
-        self.changes.clear()
-        self.inverses.clear()
-
-    def only(self, groups: NDArray[np.intp]) -> None:
-        """Forget all groups but some."""
-        for kept in (self.steps, self.changes, self.inverses):
-            kept.extend([kept.popleft()[groups] for _ in range(len(kept))])
-
-    def repenalise(self, more: float) -> None:
-        """Go on under a penalty that is stronger by so much: only its share of the changes differs."""
-        pairs = list(zip(self.steps, self.changes, strict=True))
-        self.clear()
-        for step, change in pairs:
-            penalty = more * step
-            penalty[..., -1] = 0
-            self.add(step, change + penalty)
-
-    def direction(self, gradient: Array, metric: Metric | Blocks) -> Array:
-        """The quasi-Newton step of each group; arrays have shape (g, rows of theta in a group, d + 1)."""
-        step, scales = gradient.copy(), []
-        for s, y, inverse in zip(reversed(self.steps), reversed(self.changes), reversed(self.inverses), strict=True):
-            scale = inverse * _dots(s, step)
-            scales.append(scale)
-            step -= scale[:, None, None] * y
-        step = _solve(metric, step)
-        if self.steps:
-            y, inverse = self.changes[-1], self.inverses[-1]
-            products = inverse * _dots(y, _solve(metric, y))
-            step /= np.where(products > 0, products, 1.0)[:, None, None]
-        for s, y, inverse, scale in zip(self.steps, self.changes, self.inverses, reversed(scales), strict=True):
-            step += (scale - inverse * _dots(y, step))[:, None, None] * s
-        return -step
-
-
 def minimise(
     problem: Problem,
     *,
@@ -146,11 +95,9 @@ def minimise(
     decrement decides. With fewer rows than columns the problem is first turned into the span of the rows, where the
     optimum lies.
     """
-    if problem.n < problem.d and start is None:
-        reduced, basis = into_row_space(problem)
-        found = minimise(reduced, tol=tol, max_iter=max_iter)
-        return replace(found, W=found.W @ basis.T)
-    search = _Search(problem, tol, Memory() if memory is None else memory, estimate)
+    if start is None and _fits_its_rows(problem):
+        return _in_row_space(problem, tol, max_iter)
+    search = _Search(problem.ready_in(_dtype_of(problem)), tol, Memory() if memory is None else memory, estimate)
     search.begin(start)
     steps = search.run(max_iter)
     gaps = search.gaps
@@ -171,6 +118,37 @@ def into_row_space(problem: Problem) -> tuple[Problem, Array]:
     return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None), basis
 
 
+def _fits_its_rows(problem: Problem) -> bool:
+    """Whether there are fewer rows than columns, and few enough that their inner products cost no more than a search."""
+    return problem.n < problem.d and problem.n <= ROWS_FOR_EACH_CLASS * (problem.k + 9)
+
+
+def _in_row_space(problem: Problem, tol: float, max_iter: int) -> Solution:
+    """By a Cholesky factor of the inner products of the rows; by their QR factors where rounding shows.
+
+    With X Xᵀ = L Lᵀ the rows of L are X in coordinates of its row space, and W = V L⁻¹ X leads back.
+    """
+    rows = problem.rows(slice(None), np.float64)
+    products = rows @ rows.T
+    every = np.arange(len(products))
+    products[every, every] += 1e-13 * products.trace() / len(products)
+    lower, failed = dpotrf(products, lower=1, clean=1)
+    if not failed:
+        reduced = replace(problem, X=np.ascontiguousarray(lower), center=None, scale=None)
+        found = minimise(reduced, tol=tol, max_iter=max_iter)
+        W = dtrtrs(lower, found.W.T, lower=1, trans=1)[0].T @ rows
+        value = replace(problem, X=rows, center=None, scale=None).at(np.column_stack([W, found.b])).values.sum()
+        if abs(value - found.value) <= 0.1 * tol * value:
+            return replace(found, W=W)
+    reduced, basis = into_row_space(problem)
+    found = minimise(reduced, tol=tol, max_iter=max_iter)
+    return replace(found, W=found.W @ basis.T)
+
+
+def _dtype_of(problem: Problem) -> type[np.floating[Any]]:
+    return np.float32 if float(problem.n) * problem.d * problem.k >= FLOAT32_FROM_PRODUCTS else np.float64
+
+
 @dataclass(eq=False)
 class _Search:
     """The present point of the groups that are still open, and what was found for all of them."""
@@ -180,7 +158,7 @@ class _Search:
     memory: Memory
     estimate: bool = False
     point: Point = field(init=False)
-    metric: Metric | Blocks = field(init=False)
+    metric: Diagonal | Metric | Blocks = field(init=False)
     decrement: float = field(init=False, default=np.inf)
     fall: float = field(init=False, default=1.0)
     was_small: bool = field(init=False, default=False)
@@ -195,8 +173,7 @@ class _Search:
     gaps: Array = field(init=False)
 
     def begin(self, start: Point | None) -> None:
-        products = float(self.problem.n) * self.problem.d * self.problem.k
-        self.dtype = self.first_dtype = np.float32 if products >= FLOAT32_FROM_PRODUCTS else np.float64
+        self.dtype = self.first_dtype = _dtype_of(self.problem)
         self.point = self.problem.at(self.problem.start(), self.dtype) if start is None else start
         theta = self.point.theta
         self.open = np.arange(self.problem.groups)
@@ -214,8 +191,7 @@ class _Search:
             if self._worth_blocks(steps):
                 self._make_blocks(steps)
             elif self._worth_metric(steps):
-                self._renew_metric(steps > 0)
-                self.metric_at = steps
+                self._renew_metric(steps)
             before = self.point.values.sum()
             moved = self._step()
             if self.estimate and moved and self._is_near():
@@ -245,7 +221,7 @@ class _Search:
         rows = self.open if self.problem.link == "sigmoid" else slice(None)
         self.found[rows] = self.point.theta
         self.values[self.open] = self.point.values
-        squares = _dots(*2 * (self._grouped(self.point.gradient)[..., :-1],))
+        squares = dots(*2 * (self._grouped(self.point.gradient)[..., :-1],))
         self.gaps[self.open] = squares / (2 * self.problem.ridge) / np.maximum(self.point.values, 1e-300)
 
     def _close(self) -> bool:
@@ -284,10 +260,23 @@ class _Search:
             self.point.theta[keep], self.point.losses[keep], self.point.values[keep], self.point.gradient[keep]
         )
 
-    def _renew_metric(self, curvature_too: bool) -> None:
-        if curvature_too or self.memory.curvature is None:
-            self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
-        self.metric = self.memory.curvature.metric(self.problem.ridge, self.dtype)
+    def _renew_metric(self, steps: int) -> None:
+        known = self.memory.curvature
+        if not steps and known is None and self._price > EVALUATIONS_AT_THE_START:
+            self.metric = Diagonal.at(self.problem)
+            return
+        if steps or known is None:
+            known = self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
+        self.metric = known.metric(self.problem.ridge, self.dtype)
+        self.metric_at = steps
+
+    @property
+    def _price(self) -> float:
+        """Of a new metric, in evaluations.
+
+        The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
+        """
+        return Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else 1.0
 
     def _is_done(self) -> bool:
         """Groups share the steps of an estimated search to its end, so that what was learnt is of all of them."""
@@ -306,11 +295,11 @@ class _Search:
 
     def _worth_metric(self, steps: int) -> bool:
         """At the start, and when as much has been spent on steps as a new one costs, ever more rarely."""
-        if steps == 0:
+        if steps == 0 or self.blocks_at:
             return not self.blocks_at
-        # The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
-        price = Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else 0.0
-        return not self.blocks_at and steps - self.metric_at >= max(2, 0.4 * steps, 2 * price)
+        if isinstance(self.metric, Diagonal):
+            return self.memory.taken >= self._price
+        return steps - self.metric_at >= max(2, 0.4 * steps, 2 * self._price)
 
     def _worth_blocks(self, steps: int) -> bool:
         price, since = Blocks.evaluations(self.problem), steps - self.blocks_at
@@ -329,22 +318,27 @@ class _Search:
         """One step of every open group; whether any moved."""
         here = self.point
         gradient = self._grouped(here.gradient)
-        direction = self.memory.direction(gradient, self.metric)
-        slopes = _dots(direction, gradient)
+        direction = self.memory.direction(gradient, self._solve)
+        slopes = dots(direction, gradient)
         if not (slopes < 0).all():
             self.memory.clear()
-            direction = -_solve(self.metric, gradient)
-            slopes = _dots(direction, gradient)
+            direction = -self._solve(gradient[None])[0]
+            slopes = dots(direction, gradient)
         direction[self.resting] = 0.0
         there = self._along(direction, slopes)
         if there is None:
             return False
         self.memory.add(self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient))
+        self.memory.taken += 1
         self.decrement = -0.5 * float(slopes.sum() / here.values.sum())
         self.fall = 1.0 - float(there.values.sum() / here.values.sum())
         self.point = there
         self._note()
         return True
+
+    def _solve(self, several: Array) -> Array:
+        """The inverse of the metric on arrays of shape (c, g, rows of theta in a group, d + 1)."""
+        return self.metric.solve(several.reshape(len(several), -1, several.shape[-1])).reshape(several.shape)
 
     def _along(self, direction: Array, slopes: Array) -> Point | None:
         """A point along the direction, with a length of its own for each group; None if none is better."""
@@ -353,11 +347,11 @@ class _Search:
         for _ in range(TRIALS):
             there = self._moved(direction, lengths)
             rise = there.values - here.values
-            new_slopes = _dots(direction, self._grouped(there.gradient))
+            new_slopes = dots(direction, self._grouped(there.gradient))
             # Near the optimum values are equal but for rounding, and slopes still tell.
             fine = (rise <= 1e-4 * lengths * slopes) | ((rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes)))
             if fine.all():
-                return there if self.memory.steps else self._shorter(there, direction, lengths)
+                return there if len(self.memory) else self._shorter(there, direction, lengths)
             with np.errstate(all="ignore"):
                 shorter = -slopes * lengths / (2 * (rise - lengths * slopes))
             shorter = np.clip(np.where(np.isfinite(shorter), shorter, 0.1), 0.1, 0.5)
@@ -382,31 +376,20 @@ class _Search:
         if self.dtype == np.float32:
             self.dtype = np.float64
             self.point = self.problem.at(self.point.theta)
-        elif self.memory.steps:
+        elif len(self.memory):
             self.memory.clear()
         else:
             return False
-        self._renew_metric(True)
+        self._renew_metric(1)
         self._note()
         return True
 
     def _settle(self) -> None:
         """Where only rounding errors are left of the gradient, the Newton decrement estimates the gap."""
-        self._renew_metric(True)
+        self._renew_metric(1)
         gradient = self._grouped(self.point.gradient)
-        decrements = 0.5 * _dots(gradient, _solve(self.metric, gradient))
+        decrements = 0.5 * dots(gradient, self._solve(gradient[None])[0])
         bounds = self.gaps[self.open] * self.point.values
         if self.problem.fit_intercept:
             bounds += self.problem.intercept_decrements(self.point, self.first_dtype)
         self.gaps[self.open] = np.minimum(bounds, decrements) / np.maximum(self.point.values, 1e-300)
-
-
-def _dots(a: Array, b: Array) -> Array:
-    """Inner product of each group."""
-    if len(a) == 1:
-        return np.array([np.vdot(a, b)])
-    return np.einsum("gkd,gkd->g", a, b)
-
-
-def _solve(metric: Metric | Blocks, grouped: Array) -> Array:
-    return metric.solve(grouped.reshape(-1, grouped.shape[-1])).reshape(grouped.shape)
