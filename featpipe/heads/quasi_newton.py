@@ -31,6 +31,8 @@ class Memory:
         Of step i and change j, where j is not older than i.
     slots : list of int
         Those in use, from the oldest to the newest.
+    dtype : type
+        Of what is kept.
     taken : int
         Steps in all.
     curvature, blocks : optional
@@ -46,6 +48,7 @@ class Memory:
     changes: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
     products: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
     slots: list[int] = field(default_factory=list)
+    dtype: type[np.floating[Any]] = np.float64
     taken: int = 0
     curvature: Curvature | None = None
     blocks: Blocks | None = None
@@ -57,13 +60,13 @@ class Memory:
         """Remember a pair; both have shape (g, rows of theta in a group, d + 1)."""
         step, change = step.reshape(len(step), -1), change.reshape(len(change), -1)
         if self.steps.shape[::2] != step.shape:
-            self.steps, self.changes = (np.empty((len(step), HISTORY, step.shape[1])) for _ in range(2))
+            self.steps, self.changes = (np.empty((len(step), HISTORY, step.shape[1]), self.dtype) for _ in range(2))
             self.products = np.empty((len(step), HISTORY, HISTORY))
         slot = self.slots.pop(0) if len(self.slots) == HISTORY else len(self.slots)
         self.slots.append(slot)
         self.steps[:, slot], self.changes[:, slot] = step, change
         used = len(self.slots)
-        self.products[:, :used, slot] = _times(self.steps[:, :used], change)
+        self.products[:, :used, slot] = _times(self.steps[:, :used], self.changes[:, slot])
         # A group that did not move, or along whose step there is no curvature but rounding, has nothing to remember.
         nothing = self.products[:, slot, slot] <= 1e-300
         if nothing.any():
@@ -107,8 +110,9 @@ class Memory:
         used, order = len(self.slots), np.array(self.slots)
         steps, changes = self.steps[:, :used], self.changes[:, :used]
         upper = np.triu(self.products[:, order[:, None], order])
-        flat = gradient.reshape(len(gradient), -1)
+        flat = gradient.reshape(len(gradient), -1).astype(self.dtype)
         first = _triangular(upper, _times(steps, flat)[:, order])
+        newest = changes[:, order[-1]]
         newest = changes[:, order[-1]]
         both = np.stack([flat - _combined(first, changes, order), newest])
         there, of_newest = solve(both.reshape(2, *gradient.shape)).reshape(both.shape)
@@ -136,7 +140,7 @@ def _times(rows: Array, vectors: Array) -> Array:
 
 def _combined(shares: Array, rows: Array, order: NDArray[np.intp]) -> Array:
     """Σ_i shares_i rows_order(i), shape (g, p)."""
-    placed = np.empty_like(shares)
+    placed = np.empty(shares.shape, rows.dtype)
     placed[:, order] = shares
     if len(rows) == 1:
         return (placed[0] @ rows[0])[None]
@@ -146,7 +150,7 @@ def _combined(shares: Array, rows: Array, order: NDArray[np.intp]) -> Array:
 def _triangular(upper: Array, right: Array, *, transposed: bool = False) -> Array:
     """Solve upper x = right, or its transpose, for each group."""
     if len(upper) == 1:
-        found: NDArray[Any] = dtrtrs(upper[0], right[0], trans=int(transposed))[0]
+        found: Array = dtrtrs(upper[0], right[0], trans=int(transposed))[0]
         return found.reshape(right.shape)
     matrices = upper.transpose(0, 2, 1) if transposed else upper
     return np.linalg.solve(matrices, right[..., None])[..., 0]

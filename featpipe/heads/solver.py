@@ -176,6 +176,7 @@ class _Search:
         self.dtype = self.first_dtype = _dtype_of(self.problem)
         self.point = self.problem.at(self.problem.start(), self.dtype) if start is None else start
         theta = self.point.theta
+        self.memory.dtype = self.dtype
         self.open = np.arange(self.problem.groups)
         if self.memory.blocks is not None and self.dtype == np.float32:
             self.metric, self.blocks_at, self.metric_at = self.memory.blocks, 1, 1
