@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 NUMBERS_IN_A_BLOCK = 1 << 20
 ROWS_IN_A_BLOCK = (1024, 8192)
-FEWEST_ROWS, FEWEST_BLOCKS = 512, 4
+FEWEST_ROWS, FEWEST_BLOCKS = 512, 2
 NUMBERS_READY = 1 << 24
 
 
@@ -193,7 +193,8 @@ class Problem:
 
     def blocks(self) -> Iterator[slice]:
         """Row ranges whose numbers stay in a core's cache."""
-        length = int(np.clip(NUMBERS_IN_A_BLOCK // max(self.d, self.k), *ROWS_IN_A_BLOCK))
+        least, most = ROWS_IN_A_BLOCK
+        length = min(max(least, NUMBERS_IN_A_BLOCK // max(self.d, self.k)), most)
         length = min(length, max(FEWEST_ROWS, -(-self.n // FEWEST_BLOCKS)))
         return (slice(start, min(start + length, self.n)) for start in range(0, self.n, length))
 

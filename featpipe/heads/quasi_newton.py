@@ -109,7 +109,7 @@ class Memory:
             return -solve(gradient[None])[0]
         used, order = len(self.slots), np.array(self.slots)
         steps, changes = self.steps[:, :used], self.changes[:, :used]
-        upper = np.triu(self.products[:, order[:, None], order])
+        upper = self.products[:, order[:, None], order]
         flat = gradient.reshape(len(gradient), -1).astype(self.dtype)
         first = _triangular(upper, _times(steps, flat)[:, order])
         newest = changes[:, order[-1]]
@@ -148,9 +148,10 @@ def _combined(shares: Array, rows: Array, order: NDArray[np.intp]) -> Array:
 
 
 def _triangular(upper: Array, right: Array, *, transposed: bool = False) -> Array:
-    """Solve upper x = right, or its transpose, for each group."""
+    """Solve upper x = right, or its transpose, for each group; what is below the diagonal does not count."""
     if len(upper) == 1:
         found: Array = dtrtrs(upper[0], right[0], trans=int(transposed))[0]
         return found.reshape(right.shape)
-    matrices = upper.transpose(0, 2, 1) if transposed else upper
-    return np.linalg.solve(matrices, right[..., None])[..., 0]
+    matrices = np.triu(upper).transpose(0, 2, 1) if transposed else np.triu(upper)
+    solved: Array = np.linalg.solve(matrices, right[..., None])[..., 0]
+    return solved

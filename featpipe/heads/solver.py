@@ -31,7 +31,11 @@ BLOCKS_BELOW = 0.1
 FALL = (0.002, 0.08)
 NO_BLOCKS_BELOW = 1e-5
 EVALUATIONS_FOR_BLOCKS = 30.0
-ROUNDING = {"float32": 1e-6, "float64": 1e-13}
+ROUNDING: dict[type[np.floating[Any]], float] = {np.float32: 1e-6, np.float64: 1e-13}
+# A metric is worth making when so many times its price has been spent without one.
+PATIENCE = 1.5
+# The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
+EVALUATIONS_OF_SMALL = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +123,7 @@ def into_row_space(problem: Problem) -> tuple[Problem, Array]:
 
 
 def _fits_its_rows(problem: Problem) -> bool:
-    """Whether there are fewer rows than columns, and few enough that their inner products cost no more than a search."""
+    """Whether there are fewer rows than columns, and their inner products cost no more than a search."""
     return problem.n < problem.d and problem.n <= ROWS_FOR_EACH_CLASS * (problem.k + 9)
 
 
@@ -198,7 +202,7 @@ class _Search:
             if self.estimate and moved and self._is_near():
                 return steps + 1
             gap, fell = float(self.gaps[self.open].mean()), before - self.point.values.sum()
-            since = 0 if gap < 0.9 * best or fell > ROUNDING[self._precision] * before else since + 1
+            since = 0 if gap < 0.9 * best or fell > ROUNDING[self.dtype] * before else since + 1
             best = min(best, gap)
             if moved and since < STALLED_AFTER:
                 continue
@@ -209,10 +213,6 @@ class _Search:
         if not self.estimate:
             self._close()
         return max_iter
-
-    @property
-    def _precision(self) -> str:
-        return np.dtype(self.dtype).name
 
     def _grouped(self, rows: Array) -> Array:
         return rows.reshape(self.problem.groups, -1, rows.shape[1])
@@ -273,11 +273,8 @@ class _Search:
 
     @property
     def _price(self) -> float:
-        """Of a new metric, in evaluations.
-
-        The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
-        """
-        return Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else 1.0
+        """Of a new metric, in evaluations."""
+        return Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else EVALUATIONS_OF_SMALL
 
     def _is_done(self) -> bool:
         """Groups share the steps of an estimated search to its end, so that what was learnt is of all of them."""
@@ -299,7 +296,7 @@ class _Search:
         if steps == 0 or self.blocks_at:
             return not self.blocks_at
         if isinstance(self.metric, Diagonal):
-            return self.memory.taken >= self._price
+            return self.memory.taken >= PATIENCE * self._price
         return steps - self.metric_at >= max(2, 0.4 * steps, 2 * self._price)
 
     def _worth_blocks(self, steps: int) -> bool:
@@ -344,13 +341,15 @@ class _Search:
     def _along(self, direction: Array, slopes: Array) -> Point | None:
         """A point along the direction, with a length of its own for each group; None if none is better."""
         here, lengths = self.point, np.ones(len(slopes))
-        slack = ROUNDING[self._precision] * np.abs(here.values)
+        slack = ROUNDING[self.dtype] * np.abs(here.values)
         for _ in range(TRIALS):
             there = self._moved(direction, lengths)
             rise = there.values - here.values
-            new_slopes = dots(direction, self._grouped(there.gradient))
-            # Near the optimum values are equal but for rounding, and slopes still tell.
-            fine = (rise <= 1e-4 * lengths * slopes) | ((rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes)))
+            fine = rise <= 1e-4 * lengths * slopes
+            if not fine.all():
+                # Near the optimum values are equal but for rounding, and slopes still tell.
+                new_slopes = dots(direction, self._grouped(there.gradient))
+                fine |= (rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes))
             if fine.all():
                 return there if len(self.memory) else self._shorter(there, direction, lengths)
             with np.errstate(all="ignore"):
