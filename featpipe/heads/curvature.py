@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky
 from scipy.linalg.blas import strsv
-from scipy.linalg.lapack import dpotrs, spotrs
+from scipy.linalg.lapack import dpotrs, spotrf, spotrs
 
 from featpipe.heads.objective import Problem
 
@@ -243,9 +243,9 @@ def _factor(hessian: NDArray[np.float32], ridge: NDArray[np.float32]) -> NDArray
     level = np.float32(hessian[every, every].max())
     for more in (0.0, 1e-6, 1e-4, 1e-2):
         hessian[every, every] += level * np.float32(more)
-        try:
-            factor: NDArray[np.float32] = cholesky(hessian, lower=True, check_finite=False)
-            return factor
-        except LinAlgError:
-            continue
+        # The transpose, being in LAPACK's order, needs no copy; the last attempt may spoil it.
+        factor, failed = spotrf(hessian.T, lower=1, clean=0)
+        if not failed:
+            found: NDArray[np.float32] = factor
+            return found
     return np.sqrt(level) * np.eye(len(ridge), dtype=np.float32)

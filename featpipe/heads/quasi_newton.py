@@ -153,5 +153,5 @@ def _triangular(upper: Array, right: Array, *, transposed: bool = False) -> Arra
         found: Array = dtrtrs(upper[0], right[0], trans=int(transposed))[0]
         return found.reshape(right.shape)
     matrices = np.triu(upper).transpose(0, 2, 1) if transposed else np.triu(upper)
-    solved: Array = np.linalg.solve(matrices, right[..., None])[..., 0]
-    return solved
+    solved: NDArray[Any] = np.linalg.solve(matrices, right[..., None])[..., 0]
+    return np.asarray(solved, np.float64)
