@@ -91,6 +91,10 @@ def test_patients_are_kept_together_and_time_goes_forward(cache):
     assert "9 groups kept together" in found["scores"]["cross_validation"]["how"]
     found = trained(cache, "--cv", "3", "--no-tune", "--head", "knn", "--time", f"{table}:date")
     assert found["scores"]["cross_validation"]["n"] < N
+    found = trained(cache, "--no-tune", "--head", "knn", "--time", f"{table}:date", "--since", "2024-01-15")
+    assert found["scores"]["cross_validation"]["how"].startswith(
+        "fitted on what is before 2024-01-15, judged by the 34"
+    )
     with pytest.raises(ConfigError, match="did you mean 'patient'"):
         run("train", cache, "--groups", f"{table}:patiens")
 
