@@ -471,7 +471,7 @@ def test_groups_on_both_sides_of_a_split_that_was_given_are_named(make_cache: An
     cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]), split=marks)
     honest = np.where(marks == 1, "patient " + (np.arange(40) // 8).astype(str).astype(object), "others")
     assert "5 groups kept together" in train(cache, cv=2, groups=honest).scores["cross_validation"]["how"]
-    with pytest.raises(ConfigError, match="8 of 8 groups are on both sides .* the first are '0', '1', '2', '3', '4';"):
+    with pytest.raises(ConfigError, match=r"8 of 8 groups are on both sides .* the first are '0', '1', '2', '3', '4';"):
         train(cache, groups=np.arange(40) // 5)
 
 
