@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -87,20 +88,21 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
     """
     from featpipe.cache import FeatureCache
     from featpipe.heads import TABLE, TASKS, build, refuse_unsavable
+    from featpipe.model import Model
 
     opened = FeatureCache(cache)
     for name in heads:
         if name not in TABLE and name != "all":
             refuse_unsavable(build(name, opened.task if opened.task in TASKS else "classification"))
     several = len(set(heads)) > 1 or "all" in heads
+    Model.check_target(_target(out, opened, heads[0]))
     with Terminal() as terminal:
         model, comparison = (
             _compare(opened, heads, asked, terminal) if several else _train(opened, heads, asked, terminal)
         )
     if asked["portable"] and asked["backbone"]:
         model.attach(asked["backbone"])
-    target = out or opened.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', model.head_name)}.model")
-    path = model.save(target, portable=asked["portable"])
+    path = model.save(_target(out, opened, model.head_name), portable=asked["portable"])
     if as_json:
         dump({"model": str(path), "scores": model.scores, "history": model.history})
         return
@@ -114,6 +116,10 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
             rows.append(["calibration_error", f"{found['error_after']:.3f} (before: {found['error_before']:.3f})"])
         click.echo(table(rows, [estimate["how"], ""]), err=True)
     click.echo(path)
+
+
+def _target(out: str | None, cache: FeatureCache, head: str) -> Path:
+    return Path(out) if out else cache.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', head)}.model")
 
 
 def _common(asked: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ __all__ = ["Rows", "refuse_not_finite", "training_rows"]
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, that standardised, and a solver's
+COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, and float64 copies while it is scaled
 
 
 @dataclass(frozen=True, eq=False)

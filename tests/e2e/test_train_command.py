@@ -122,6 +122,15 @@ def test_features_that_may_not_be_loaded_stay_in_the_file(cache):
     assert run("train", cache, "--memory", "much").exit_code == 2
 
 
+def test_an_out_that_cannot_be_written_is_refused_before_any_fit(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("featpipe.training.train", lambda *_, **__: pytest.fail("fitted"))
+    for out in (tmp_path, tmp_path / "file" / "a.model"):
+        with pytest.raises(ModelError, match="cannot be written"):
+            run("train", cache, "--head", "knn", "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_several_heads_take_no_settings(cache):
     done = run("train", cache, "--head", "knn", "--head", "lda", "--set", "C=1")
     assert done.exit_code == 2
