@@ -112,7 +112,7 @@ class Problem:
 
     def ready_in(self, dtype: Any) -> Problem:
         """The same problem; few rows are converted once, and not in every pass."""
-        if type(self.X) is not np.ndarray or self.X.size > NUMBERS_READY:
+        if dtype in self.ready or type(self.X) is not np.ndarray or self.X.size > NUMBERS_READY:
             return self
         return replace(self, ready={dtype: np.ascontiguousarray(self.rows(slice(None), dtype))})
 

@@ -17,7 +17,7 @@ from featpipe.heads.classes import ScoredClassifier, class_targets, rows_to_fit
 from featpipe.heads.objective import Point, Problem
 from featpipe.heads.quasi_newton import Memory
 from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
-from featpipe.heads.solver import Solution, into_row_space, minimise
+from featpipe.heads.solver import Solution, dtype_of, into_row_space, minimise
 from featpipe.heads.workers import Workers
 
 __all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "solutions"]
@@ -245,6 +245,7 @@ def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> 
     basis = None
     if problem.n < problem.d:
         problem, basis = into_row_space(problem)
+    problem = problem.ready_in(dtype_of(problem))
     memory, points, before = Memory(), list[Point](), ridges[0]
 
     def search(varying: Problem) -> Solution:

@@ -113,7 +113,6 @@ class Memory:
         flat = gradient.reshape(len(gradient), -1).astype(self.dtype)
         first = _triangular(upper, _times(steps, flat)[:, order])
         newest = changes[:, order[-1]]
-        newest = changes[:, order[-1]]
         both = np.stack([flat - _combined(first, changes, order), newest])
         there, of_newest = solve(both.reshape(2, *gradient.shape)).reshape(both.shape)
         lengths = np.einsum("gp,gp->g", newest, of_newest)

@@ -16,7 +16,7 @@ from featpipe.heads.curvature import Blocks, Curvature, Diagonal, Metric
 from featpipe.heads.objective import Point, Problem
 from featpipe.heads.quasi_newton import Memory, dots
 
-__all__ = ["Solution", "into_row_space", "minimise"]
+__all__ = ["Solution", "dtype_of", "into_row_space", "minimise"]
 
 Array = NDArray[np.float64]
 
@@ -92,16 +92,17 @@ def minimise(
     -----
     f is strongly convex in W once b is minimised out, so that ‖∂f/∂W‖² / (2 ridge) bounds the gap there; what b still
     has to gain is estimated by its Newton decrement. L-BFGS starts each step from the penalised Gram matrix, weighted
-    by the curvature p(1 - p) of a recent point. Groups take their steps side by side and share the passes over X.
+    by the curvature p(1 - p) of a recent point; where that matrix costs more than a few passes, from its diagonal until
+    as much has been spent. Groups take their steps side by side and share the passes over X.
 
     Large problems are searched in float32; the last word has a pass in float64, in which the search goes on if need
     be. Where rounding ends it before the bound is reached (columns of very unequal size, a huge C) the Newton
-    decrement decides. With fewer rows than columns the problem is first turned into the span of the rows, where the
-    optimum lies.
+    decrement decides. With few rows, and fewer than columns, the problem is first turned into the span of the rows,
+    where the optimum lies.
     """
     if start is None and _fits_its_rows(problem):
         return _in_row_space(problem, tol, max_iter)
-    search = _Search(problem.ready_in(_dtype_of(problem)), tol, Memory() if memory is None else memory, estimate)
+    search = _Search(problem.ready_in(dtype_of(problem)), tol, Memory() if memory is None else memory, estimate)
     search.begin(start)
     steps = search.run(max_iter)
     gaps = search.gaps
@@ -119,7 +120,7 @@ def minimise(
 def into_row_space(problem: Problem) -> tuple[Problem, Array]:
     """The same problem in n coordinates instead of d, and the orthonormal basis (d, n) that leads back."""
     basis, triangle = np.linalg.qr(problem.rows(slice(None), np.float64).T)
-    return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None), basis
+    return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None, ready={}), basis
 
 
 def _fits_its_rows(problem: Problem) -> bool:
@@ -138,10 +139,11 @@ def _in_row_space(problem: Problem, tol: float, max_iter: int) -> Solution:
     products[every, every] += 1e-13 * products.trace() / len(products)
     lower, failed = dpotrf(products, lower=1, clean=1)
     if not failed:
-        reduced = replace(problem, X=np.ascontiguousarray(lower), center=None, scale=None)
+        reduced = replace(problem, X=np.ascontiguousarray(lower), center=None, scale=None, ready={})
         found = minimise(reduced, tol=tol, max_iter=max_iter)
         W = dtrtrs(lower, found.W.T, lower=1, trans=1)[0].T @ rows
-        value = replace(problem, X=rows, center=None, scale=None).at(np.column_stack([W, found.b])).values.sum()
+        whole = replace(problem, X=rows, center=None, scale=None, ready={})
+        value = whole.at(np.column_stack([W, found.b])).values.sum()
         if abs(value - found.value) <= 0.1 * tol * value:
             return replace(found, W=W)
     reduced, basis = into_row_space(problem)
@@ -149,7 +151,8 @@ def _in_row_space(problem: Problem, tol: float, max_iter: int) -> Solution:
     return replace(found, W=found.W @ basis.T)
 
 
-def _dtype_of(problem: Problem) -> type[np.floating[Any]]:
+def dtype_of(problem: Problem) -> type[np.floating[Any]]:
+    """What its passes are in until the last."""
     return np.float32 if float(problem.n) * problem.d * problem.k >= FLOAT32_FROM_PRODUCTS else np.float64
 
 
@@ -177,7 +180,7 @@ class _Search:
     gaps: Array = field(init=False)
 
     def begin(self, start: Point | None) -> None:
-        self.dtype = self.first_dtype = _dtype_of(self.problem)
+        self.dtype = self.first_dtype = dtype_of(self.problem)
         self.point = self.problem.at(self.problem.start(), self.dtype) if start is None else start
         theta = self.point.theta
         self.memory.dtype = self.dtype
@@ -269,12 +272,13 @@ class _Search:
         if steps or known is None:
             known = self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
         self.metric = known.metric(self.problem.ridge, self.dtype)
-        self.metric_at = steps
+        self.metric_at = max(self.metric_at, steps)
 
     @property
     def _price(self) -> float:
         """Of a new metric, in evaluations."""
-        return Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else EVALUATIONS_OF_SMALL
+        price = Curvature.evaluations(self.problem)
+        return price if self.first_dtype == np.float32 else max(price, EVALUATIONS_OF_SMALL)
 
     def _is_done(self) -> bool:
         """Groups share the steps of an estimated search to its end, so that what was learnt is of all of them."""

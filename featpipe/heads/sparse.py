@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import xlogy
 
 from featpipe.heads.objective import Problem
-from featpipe.heads.solver import FLOAT32_FROM_PRODUCTS, Solution
+from featpipe.heads.solver import Solution, dtype_of
 
 __all__ = ["minimise_sparse"]
 
@@ -72,8 +72,7 @@ class _Search:
     dtype: type[np.floating[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        products = float(self.problem.n) * self.problem.d * self.problem.k
-        self.dtype = np.float32 if products >= FLOAT32_FROM_PRODUCTS else np.float64
+        self.dtype = dtype_of(self.problem)
         squares = sum((x * x).sum(axis=0) for x in map(self._rows, self.problem.blocks()))
         lengths = np.sqrt(squares / self.problem.n)
         # As long as the intercept's column; one without a length has no slope either.
