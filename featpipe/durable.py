@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["fsync_directory", "whole_file"]
+__all__ = ["check_writable", "fsync_directory", "whole_file"]
 
 
 @contextlib.contextmanager
@@ -36,6 +36,21 @@ def whole_file(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(OSError):  # the folder may be what is wrong
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work whether a file can be written where it is wanted; missing folders are made.
+
+    Raises
+    ------
+    OSError
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch(exist_ok=False)
+    temporary.unlink()
 
 
 def fsync_directory(directory: Path) -> None:

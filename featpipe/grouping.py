@@ -24,7 +24,7 @@ from featpipe.errors import ArchiveError, ConfigError
 from featpipe.labels import Labels
 from featpipe.strings import Strings
 
-__all__ = ["address", "column_of", "groups_of", "times_of"]
+__all__ = ["address", "column_of", "groups_of", "moment_of", "times_of"]
 
 _SHOWN = 3
 _ISO = re.compile(r"[0-9]{4}-[0-9]{2}(-[0-9]{2})?([T ][0-9:.,]+ ?(Z|[+-][0-9:]+)?)?")
@@ -162,8 +162,28 @@ def times_of(cache: FeatureCache, where: str, rows: ArrayLike | None = None) -> 
             f"{path}: column {column!r} has times with a zone ({values[zoned.index(True)]}) and without "
             f"({values[zoned.index(False)]}); give all a zone or none"
         )
-    utc = [moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment for moment in known]
-    return np.array(utc, dtype="datetime64[us]")
+    return np.array([_in_utc(moment) for moment in known], dtype="datetime64[us]")
+
+
+def moment_of(text: str, times: NDArray[Any]) -> Any:
+    """A time as it is typed, to be compared with some that `times_of` read.
+
+    Raises
+    ------
+    ConfigError
+        If it is no number where they are numbers, or no date where they are dates.
+
+    Examples
+    --------
+    >>> moment_of("2021-03", np.array(["2021-02-27"], "datetime64[us]"))
+    np.datetime64('2021-03-01T00:00:00.000000')
+    """
+    dates = times.dtype.kind == "M"
+    found = _moment(text) if dates else number(text)
+    if found is None:
+        kind = "dates: write it as in 2021-03-04" if dates else "numbers: give one"
+        raise ConfigError(f"since is {text!r}, and the times are {kind}")
+    return np.datetime64(_in_utc(found), "us") if isinstance(found, datetime) else found
 
 
 def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequence[Value]) -> None:
@@ -202,6 +222,10 @@ def _moment(value: Value) -> datetime | None:
         return datetime.fromisoformat(f"{text}-01" if len(text) == len("2021-03") else text)
     except ValueError:
         return None
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
 
 
 def _index(cache: FeatureCache) -> Index:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featpipe import heads
 from featpipe.cache import FeatureCache, narrowed
 from featpipe.calibration import Calibration, logits_of
-from featpipe.durable import whole_file
+from featpipe.durable import check_writable, whole_file
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.fingerprint import differences
 from featpipe.status import Status
@@ -243,6 +243,14 @@ class Model:
                 "extract again with the model's backbone"
             )
 
+    @staticmethod
+    def check_target(path: str | os.PathLike[str]) -> None:
+        """Refuse a path that `save` could not write to, with a ModelError: before a model is trained for it."""
+        try:
+            check_writable(Path(path))
+        except OSError as error:
+            raise _not_written(path, error) from None
+
     def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
         """Write the model to one file, replacing what was there in one step.
 
@@ -271,7 +279,7 @@ class Model:
                 for name, data in members.items():
                     file.writestr(zipfile.ZipInfo(name), data)
         except OSError as error:
-            raise ModelError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from None
+            raise _not_written(target, error) from None
         return target
 
     def _document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:
@@ -404,6 +412,10 @@ def listed(images: object) -> list[Any]:
     if not len(images):
         raise ConfigError("there are no images: an empty list, 0 sample(s)")
     return list(images)
+
+
+def _not_written(path: str | os.PathLike[str], error: OSError) -> ModelError:
+    return ModelError(f"{path}: cannot be written ({error.strerror or error}); choose another --out")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ EXACT_CHOICES = 120
 SEARCH_NODES = 1000
 SEARCH_STEPS = 4000
 
+GROUPS_NAMED = 5
+
 Rows = NDArray[np.int64]
 
 
@@ -280,9 +282,11 @@ def given(
         names, codes = _groups(groups, len(copies))
         both = np.intersect1d(codes[train], codes[test])
         if len(both):
+            named = ", ".join(repr(str(names[code])) for code in both[:GROUPS_NAMED])
             raise ConfigError(
                 f"{len(both)} of {len(names)} groups are on both sides of the split that came with the labels, the "
-                f"first is {names[both[0]]!r}; mark each group once, or leave out the groups or the split"
+                f"first {'is' if len(both) == 1 else 'are'} {named}; mark each group once, or leave out the groups or "
+                "the split"
             )
     seen = np.isin(copies, copies[train])
     if not (test & ~seen).any():

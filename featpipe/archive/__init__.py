@@ -30,9 +30,9 @@ Undecodable bytes become backslash escapes; reading uses the real ones.
 
 **What labels mean.** In a table, several columns are targets of a regression. A column ``labels``, or of
 lists, holds several labels each, separated by ``;`` or ``|``. Numbers under ``target``, ``targets`` or
-``y``, and numbers that are not all whole, are targets of a regression. Everything else is a class. An empty
-cell is no label. A column ``split`` says ``train``, ``validation`` (``val``, ``valid``, ``dev``) or
-``test``.
+``y``, and numbers that are not all whole, are targets of a regression; numbers and words together under
+those three names are an error. Everything else is a class. An empty cell is no label. A column ``split``
+says ``train``, ``validation`` (``val``, ``valid``, ``dev``) or ``test``.
 
 **Other arguments.** A table of paths: its rows, in its order, are the samples; all must exist. A single
 image: a sample without label, whose id is the path as given.

@@ -160,6 +160,12 @@ def interpret(values: Sequence[Value], column: str, *, where: str, task: Task | 
         return Marks("regression", [None if n is None else (n,) for n in numbers], (column,))
     if task == "none":
         return Marks.none(len(values))
+    numeric = sum(n is not None for n in numbers)
+    if task is None and numeric and wrong is not None and column.lower() in _NUMERIC_COLUMNS:
+        raise ArchiveError(
+            f"{where}: column {column!r} has {numeric} numbers and also {str(wrong)[:60]!r}; leave the cells empty "
+            "that have no number, or name the column label if its values are classes"
+        )
     return Marks("classification", [None if value is None else _class_name(value) for value in values])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -63,6 +64,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--prior", multiple=True, callback=_shares, metavar="CLASS=SHARE", help="How frequent it is in use.")
 @click.option("--groups", metavar="TABLE:COLUMN", help="What images belong to (a patient): never on both sides.")
 @click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
+@click.option("--since", metavar="TIME", help="With --time: judged once, by images from then on, and not on folds.")
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
@@ -86,20 +88,21 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
     """
     from featpipe.cache import FeatureCache
     from featpipe.heads import TABLE, TASKS, build, refuse_unsavable
+    from featpipe.model import Model
 
     opened = FeatureCache(cache)
     for name in heads:
         if name not in TABLE and name != "all":
             refuse_unsavable(build(name, opened.task if opened.task in TASKS else "classification"))
     several = len(set(heads)) > 1 or "all" in heads
+    Model.check_target(_target(out, opened, heads[0]))
     with Terminal() as terminal:
         model, comparison = (
             _compare(opened, heads, asked, terminal) if several else _train(opened, heads, asked, terminal)
         )
     if asked["portable"] and asked["backbone"]:
         model.attach(asked["backbone"])
-    target = out or opened.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', model.head_name)}.model")
-    path = model.save(target, portable=asked["portable"])
+    path = model.save(_target(out, opened, model.head_name), portable=asked["portable"])
     if as_json:
         dump({"model": str(path), "scores": model.scores, "history": model.history})
         return
@@ -115,13 +118,28 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
     click.echo(path)
 
 
+def _target(out: str | None, cache: FeatureCache, head: str) -> Path:
+    return Path(out) if out else cache.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', head)}.model")
+
+
 def _common(asked: dict[str, Any]) -> dict[str, Any]:
     from featpipe.heads import parse_settings
 
     grid = {
         key: value if isinstance(value, tuple) else (value,) for key, value in parse_settings(asked["grids"]).items()
     }
-    names = ("output", "tune", "metric", "one_standard_error", "balance", "calibrate", "prior", "groups", "times")
+    names = (
+        "output",
+        "tune",
+        "metric",
+        "one_standard_error",
+        "balance",
+        "calibrate",
+        "prior",
+        "groups",
+        "times",
+        "since",
+    )
     return {
         **{name: asked[name] for name in (*names, "memory", "jobs")},
         "grid": grid,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ Array = NDArray[np.float64]
 
 NUMBERS_IN_A_BLOCK = 1 << 20
 ROWS_IN_A_BLOCK = (1024, 8192)
+FEWEST_ROWS, FEWEST_BLOCKS = 512, 2
+NUMBERS_READY = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,9 @@ class Problem:
     ridge : float
     center, scale : ndarray of shape (d,) or None
         Each block is read as (x - center) / scale, so that standardised rows need no copy either.
+    workers : Workers
+    ready : mapping from dtype to ndarray of shape (n, d)
+        All rows as the problem means them, where they are few.
     """
 
     X: Any
@@ -76,6 +81,7 @@ class Problem:
     center: NDArray[Any] | None = None
     scale: NDArray[Any] | None = None
     workers: Workers = field(default_factory=Workers)
+    ready: Mapping[Any, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -95,12 +101,20 @@ class Problem:
 
     def rows(self, which: slice | NDArray[np.intp], dtype: Any) -> NDArray[Any]:
         """Some rows of X as the problem means them."""
+        if dtype in self.ready:
+            return self.ready[dtype][which]
         block = as_float(self.X[which], dtype)
         if self.center is not None:
             block = block - np.asarray(self.center, dtype)
         if self.scale is not None:
             block = block / np.asarray(self.scale, dtype)
         return block
+
+    def ready_in(self, dtype: Any) -> Problem:
+        """The same problem; few rows are converted once, and not in every pass."""
+        if dtype in self.ready or type(self.X) is not np.ndarray or self.X.size > NUMBERS_READY:
+            return self
+        return replace(self, ready={dtype: np.ascontiguousarray(self.rows(slice(None), dtype))})
 
     def start(self) -> Array:
         """Zero weights, and the intercepts that are best for them: a point to begin at."""
@@ -179,7 +193,9 @@ class Problem:
 
     def blocks(self) -> Iterator[slice]:
         """Row ranges whose numbers stay in a core's cache."""
-        length = int(np.clip(NUMBERS_IN_A_BLOCK // max(self.d, self.k), *ROWS_IN_A_BLOCK))
+        least, most = ROWS_IN_A_BLOCK
+        length = min(max(least, NUMBERS_IN_A_BLOCK // max(self.d, self.k)), most)
+        length = min(length, max(FEWEST_ROWS, -(-self.n // FEWEST_BLOCKS)))
         return (slice(start, min(start + length, self.n)) for start in range(0, self.n, length))
 
     def _losses_to_residuals(self, scores: NDArray[Any], block: slice) -> Array:

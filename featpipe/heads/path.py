@@ -15,8 +15,9 @@ from sklearn.model_selection import check_cv
 from featpipe.heads import ranges
 from featpipe.heads.classes import ScoredClassifier, class_targets, rows_to_fit
 from featpipe.heads.objective import Point, Problem
+from featpipe.heads.quasi_newton import Memory
 from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
-from featpipe.heads.solver import Memory, Solution, into_row_space, minimise
+from featpipe.heads.solver import Solution, dtype_of, into_row_space, minimise
 from featpipe.heads.workers import Workers
 
 __all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "solutions"]
@@ -187,11 +188,11 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         head = self._head(1.0)
         head.classes_, head.multilabel_, head.n_features_in_ = classes, self.multilabel_, X.shape[1]
         scorer = None if self.scoring is None else get_scorer(self.scoring)
-        held_out = X[test], y[test]
+        held_out = _rows(X, test), y[test]
         more = {} if given is None else {"sample_weight": given[test]}
         scores, steps, thetas = list[float](), list[int](), list[Array | None]()
         with Workers(float(len(train)) * X.shape[1] * len(targets.classes)) as workers:
-            problem = problem_of(X[train], targets, 1.0, fit_intercept=self.fit_intercept, workers=workers)
+            problem = problem_of(_rows(X, train), targets, 1.0, fit_intercept=self.fit_intercept, workers=workers)
             for found in solutions(problem, 1 / self.Cs_, tol=self.tol, max_iter=self.max_iter):
                 head.coef_, head.intercept_ = _of_all(found, rows, len(classes), targets.multilabel)
                 scores.append(head.score(*held_out, **more) if scorer is None else scorer(head, *held_out, **more))
@@ -201,6 +202,13 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
 
     def _scores(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         return X @ self.coef_.T + self.intercept_
+
+
+def _rows(X: NDArray[Any], which: NDArray[np.intp]) -> NDArray[Any]:
+    """Some rows; a view where they are neighbours in their order."""
+    if len(which) and (np.diff(which) == 1).all():
+        return X[which[0] : which[-1] + 1]
+    return X[which]
 
 
 def best_strength(scores: Array, one_standard_error: bool) -> int:
@@ -237,6 +245,7 @@ def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> 
     basis = None
     if problem.n < problem.d:
         problem, basis = into_row_space(problem)
+    problem = problem.ready_in(dtype_of(problem))
     memory, points, before = Memory(), list[Point](), ridges[0]
 
     def search(varying: Problem) -> Solution:
@@ -247,7 +256,7 @@ def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> 
         return found
 
     for ridge in ridges:
-        memory.repenalise(ridge - before)
+        memory.repenalise(ridge - before, problem.d + 1)
         found = solve(replace(problem, ridge=float(ridge)), search)
         before = ridge
         yield found if basis is None else replace(found, W=found.W @ basis.T)

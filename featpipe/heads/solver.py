@@ -5,22 +5,25 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dpotrf, dtrtrs
 
-from featpipe.heads.curvature import Blocks, Curvature, Metric
+from featpipe.heads.curvature import Blocks, Curvature, Diagonal, Metric
 from featpipe.heads.objective import Point, Problem
+from featpipe.heads.quasi_newton import Memory, dots
 
-__all__ = ["Memory", "Solution", "into_row_space", "minimise"]
+__all__ = ["Solution", "dtype_of", "into_row_space", "minimise"]
 
 Array = NDArray[np.float64]
 
-HISTORY = 30
 FLOAT32_FROM_PRODUCTS = 1e6
+ROWS_FOR_EACH_CLASS = 80
+# A metric that costs more evaluations than this waits until as many have been spent.
+EVALUATIONS_AT_THE_START = 6.0
 STALLED_AFTER = 12
 TRIALS = 30
 # A curvature for each class is worth its price from here on, and again when that much has been gained since.
@@ -28,7 +31,11 @@ BLOCKS_BELOW = 0.1
 FALL = (0.002, 0.08)
 NO_BLOCKS_BELOW = 1e-5
 EVALUATIONS_FOR_BLOCKS = 30.0
-ROUNDING = {"float32": 1e-6, "float64": 1e-13}
+ROUNDING: dict[type[np.floating[Any]], float] = {np.float32: 1e-6, np.float64: 1e-13}
+# A metric is worth making when so many times its price has been spent without one.
+PATIENCE = 1.5
+# The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
+EVALUATIONS_OF_SMALL = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,60 +65,6 @@ class Solution:
     point: Point | None = None
 
 
-@dataclass(eq=False)
-class Memory:
-    """Steps and changes of the gradient along them: what L-BFGS knows of the curvature."""
-
-    steps: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    changes: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    inverses: deque[Array] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    curvature: Curvature | None = None
-    blocks: Blocks | None = None
-
-    def add(self, step: Array, change: Array) -> None:
-        products = _dots(step, change)
-        with np.errstate(divide="ignore", over="ignore"):
-            inverses = np.where(products > 1e-300, 1 / products, 0.0)
-        self.steps.append(step)
-        self.changes.append(change)
-        self.inverses.append(inverses)
-
-    def clear(self) -> None:
-        self.steps.clear()
-        self.changes.clear()
-        self.inverses.clear()
-
-    def only(self, groups: NDArray[np.intp]) -> None:
-        """Forget all groups but some."""
-        for kept in (self.steps, self.changes, self.inverses):
-            kept.extend([kept.popleft()[groups] for _ in range(len(kept))])
-
-    def repenalise(self, more: float) -> None:
-        """Go on under a penalty that is stronger by so much: only its share of the changes differs."""
-        pairs = list(zip(self.steps, self.changes, strict=True))
-        self.clear()
-        for step, change in pairs:
-            penalty = more * step
-            penalty[..., -1] = 0
-            self.add(step, change + penalty)
-
-    def direction(self, gradient: Array, metric: Metric | Blocks) -> Array:
-        """The quasi-Newton step of each group; arrays have shape (g, rows of theta in a group, d + 1)."""
-        step, scales = gradient.copy(), []
-        for s, y, inverse in zip(reversed(self.steps), reversed(self.changes), reversed(self.inverses), strict=True):
-            scale = inverse * _dots(s, step)
-            scales.append(scale)
-            step -= scale[:, None, None] * y
-        step = _solve(metric, step)
-        if self.steps:
-            y, inverse = self.changes[-1], self.inverses[-1]
-            products = inverse * _dots(y, _solve(metric, y))
-            step /= np.where(products > 0, products, 1.0)[:, None, None]
-        for s, y, inverse, scale in zip(self.steps, self.changes, self.inverses, reversed(scales), strict=True):
-            step += (scale - inverse * _dots(y, step))[:, None, None] * s
-        return -step
-
-
 def minimise(
     problem: Problem,
     *,
@@ -139,18 +92,17 @@ def minimise(
     -----
     f is strongly convex in W once b is minimised out, so that ‖∂f/∂W‖² / (2 ridge) bounds the gap there; what b still
     has to gain is estimated by its Newton decrement. L-BFGS starts each step from the penalised Gram matrix, weighted
-    by the curvature p(1 - p) of a recent point. Groups take their steps side by side and share the passes over X.
+    by the curvature p(1 - p) of a recent point; where that matrix costs more than a few passes, from its diagonal until
+    as much has been spent. Groups take their steps side by side and share the passes over X.
 
     Large problems are searched in float32; the last word has a pass in float64, in which the search goes on if need
     be. Where rounding ends it before the bound is reached (columns of very unequal size, a huge C) the Newton
-    decrement decides. With fewer rows than columns the problem is first turned into the span of the rows, where the
-    optimum lies.
+    decrement decides. With few rows, and fewer than columns, the problem is first turned into the span of the rows,
+    where the optimum lies.
     """
-    if problem.n < problem.d and start is None:
-        reduced, basis = into_row_space(problem)
-        found = minimise(reduced, tol=tol, max_iter=max_iter)
-        return replace(found, W=found.W @ basis.T)
-    search = _Search(problem, tol, Memory() if memory is None else memory, estimate)
+    if start is None and _fits_its_rows(problem):
+        return _in_row_space(problem, tol, max_iter)
+    search = _Search(problem.ready_in(dtype_of(problem)), tol, Memory() if memory is None else memory, estimate)
     search.begin(start)
     steps = search.run(max_iter)
     gaps = search.gaps
@@ -168,7 +120,40 @@ def minimise(
 def into_row_space(problem: Problem) -> tuple[Problem, Array]:
     """The same problem in n coordinates instead of d, and the orthonormal basis (d, n) that leads back."""
     basis, triangle = np.linalg.qr(problem.rows(slice(None), np.float64).T)
-    return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None), basis
+    return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None, ready={}), basis
+
+
+def _fits_its_rows(problem: Problem) -> bool:
+    """Whether there are fewer rows than columns, and their inner products cost no more than a search."""
+    return problem.n < problem.d and problem.n <= ROWS_FOR_EACH_CLASS * (problem.k + 9)
+
+
+def _in_row_space(problem: Problem, tol: float, max_iter: int) -> Solution:
+    """By a Cholesky factor of the inner products of the rows; by their QR factors where rounding shows.
+
+    With X Xᵀ = L Lᵀ the rows of L are X in coordinates of its row space, and W = V L⁻¹ X leads back.
+    """
+    rows = problem.rows(slice(None), np.float64)
+    products = rows @ rows.T
+    every = np.arange(len(products))
+    products[every, every] += 1e-13 * products.trace() / len(products)
+    lower, failed = dpotrf(products, lower=1, clean=1)
+    if not failed:
+        reduced = replace(problem, X=np.ascontiguousarray(lower), center=None, scale=None, ready={})
+        found = minimise(reduced, tol=tol, max_iter=max_iter)
+        W = dtrtrs(lower, found.W.T, lower=1, trans=1)[0].T @ rows
+        whole = replace(problem, X=rows, center=None, scale=None, ready={})
+        value = whole.at(np.column_stack([W, found.b])).values.sum()
+        if abs(value - found.value) <= 0.1 * tol * value:
+            return replace(found, W=W)
+    reduced, basis = into_row_space(problem)
+    found = minimise(reduced, tol=tol, max_iter=max_iter)
+    return replace(found, W=found.W @ basis.T)
+
+
+def dtype_of(problem: Problem) -> type[np.floating[Any]]:
+    """What its passes are in until the last."""
+    return np.float32 if float(problem.n) * problem.d * problem.k >= FLOAT32_FROM_PRODUCTS else np.float64
 
 
 @dataclass(eq=False)
@@ -180,7 +165,7 @@ class _Search:
     memory: Memory
     estimate: bool = False
     point: Point = field(init=False)
-    metric: Metric | Blocks = field(init=False)
+    metric: Diagonal | Metric | Blocks = field(init=False)
     decrement: float = field(init=False, default=np.inf)
     fall: float = field(init=False, default=1.0)
     was_small: bool = field(init=False, default=False)
@@ -195,10 +180,10 @@ class _Search:
     gaps: Array = field(init=False)
 
     def begin(self, start: Point | None) -> None:
-        products = float(self.problem.n) * self.problem.d * self.problem.k
-        self.dtype = self.first_dtype = np.float32 if products >= FLOAT32_FROM_PRODUCTS else np.float64
+        self.dtype = self.first_dtype = dtype_of(self.problem)
         self.point = self.problem.at(self.problem.start(), self.dtype) if start is None else start
         theta = self.point.theta
+        self.memory.dtype = self.dtype
         self.open = np.arange(self.problem.groups)
         if self.memory.blocks is not None and self.dtype == np.float32:
             self.metric, self.blocks_at, self.metric_at = self.memory.blocks, 1, 1
@@ -214,14 +199,13 @@ class _Search:
             if self._worth_blocks(steps):
                 self._make_blocks(steps)
             elif self._worth_metric(steps):
-                self._renew_metric(steps > 0)
-                self.metric_at = steps
+                self._renew_metric(steps)
             before = self.point.values.sum()
             moved = self._step()
             if self.estimate and moved and self._is_near():
                 return steps + 1
             gap, fell = float(self.gaps[self.open].mean()), before - self.point.values.sum()
-            since = 0 if gap < 0.9 * best or fell > ROUNDING[self._precision] * before else since + 1
+            since = 0 if gap < 0.9 * best or fell > ROUNDING[self.dtype] * before else since + 1
             best = min(best, gap)
             if moved and since < STALLED_AFTER:
                 continue
@@ -233,10 +217,6 @@ class _Search:
             self._close()
         return max_iter
 
-    @property
-    def _precision(self) -> str:
-        return np.dtype(self.dtype).name
-
     def _grouped(self, rows: Array) -> Array:
         return rows.reshape(self.problem.groups, -1, rows.shape[1])
 
@@ -245,7 +225,7 @@ class _Search:
         rows = self.open if self.problem.link == "sigmoid" else slice(None)
         self.found[rows] = self.point.theta
         self.values[self.open] = self.point.values
-        squares = _dots(*2 * (self._grouped(self.point.gradient)[..., :-1],))
+        squares = dots(*2 * (self._grouped(self.point.gradient)[..., :-1],))
         self.gaps[self.open] = squares / (2 * self.problem.ridge) / np.maximum(self.point.values, 1e-300)
 
     def _close(self) -> bool:
@@ -284,10 +264,21 @@ class _Search:
             self.point.theta[keep], self.point.losses[keep], self.point.values[keep], self.point.gradient[keep]
         )
 
-    def _renew_metric(self, curvature_too: bool) -> None:
-        if curvature_too or self.memory.curvature is None:
-            self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
-        self.metric = self.memory.curvature.metric(self.problem.ridge, self.dtype)
+    def _renew_metric(self, steps: int) -> None:
+        known = self.memory.curvature
+        if not steps and known is None and self._price > EVALUATIONS_AT_THE_START:
+            self.metric = Diagonal.at(self.problem)
+            return
+        if steps or known is None:
+            known = self.memory.curvature = Curvature.at(self.problem, self.point.theta, self.dtype)
+        self.metric = known.metric(self.problem.ridge, self.dtype)
+        self.metric_at = max(self.metric_at, steps)
+
+    @property
+    def _price(self) -> float:
+        """Of a new metric, in evaluations."""
+        price = Curvature.evaluations(self.problem)
+        return price if self.first_dtype == np.float32 else max(price, EVALUATIONS_OF_SMALL)
 
     def _is_done(self) -> bool:
         """Groups share the steps of an estimated search to its end, so that what was learnt is of all of them."""
@@ -306,11 +297,11 @@ class _Search:
 
     def _worth_metric(self, steps: int) -> bool:
         """At the start, and when as much has been spent on steps as a new one costs, ever more rarely."""
-        if steps == 0:
+        if steps == 0 or self.blocks_at:
             return not self.blocks_at
-        # The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
-        price = Curvature.evaluations(self.problem) if self.first_dtype == np.float32 else 0.0
-        return not self.blocks_at and steps - self.metric_at >= max(2, 0.4 * steps, 2 * price)
+        if isinstance(self.metric, Diagonal):
+            return self.memory.taken >= PATIENCE * self._price
+        return steps - self.metric_at >= max(2, 0.4 * steps, 2 * self._price)
 
     def _worth_blocks(self, steps: int) -> bool:
         price, since = Blocks.evaluations(self.problem), steps - self.blocks_at
@@ -329,35 +320,42 @@ class _Search:
         """One step of every open group; whether any moved."""
         here = self.point
         gradient = self._grouped(here.gradient)
-        direction = self.memory.direction(gradient, self.metric)
-        slopes = _dots(direction, gradient)
+        direction = self.memory.direction(gradient, self._solve)
+        slopes = dots(direction, gradient)
         if not (slopes < 0).all():
             self.memory.clear()
-            direction = -_solve(self.metric, gradient)
-            slopes = _dots(direction, gradient)
+            direction = -self._solve(gradient[None])[0]
+            slopes = dots(direction, gradient)
         direction[self.resting] = 0.0
         there = self._along(direction, slopes)
         if there is None:
             return False
         self.memory.add(self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient))
+        self.memory.taken += 1
         self.decrement = -0.5 * float(slopes.sum() / here.values.sum())
         self.fall = 1.0 - float(there.values.sum() / here.values.sum())
         self.point = there
         self._note()
         return True
 
+    def _solve(self, several: Array) -> Array:
+        """The inverse of the metric on arrays of shape (c, g, rows of theta in a group, d + 1)."""
+        return self.metric.solve(several.reshape(len(several), -1, several.shape[-1])).reshape(several.shape)
+
     def _along(self, direction: Array, slopes: Array) -> Point | None:
         """A point along the direction, with a length of its own for each group; None if none is better."""
         here, lengths = self.point, np.ones(len(slopes))
-        slack = ROUNDING[self._precision] * np.abs(here.values)
+        slack = ROUNDING[self.dtype] * np.abs(here.values)
         for _ in range(TRIALS):
             there = self._moved(direction, lengths)
             rise = there.values - here.values
-            new_slopes = _dots(direction, self._grouped(there.gradient))
-            # Near the optimum values are equal but for rounding, and slopes still tell.
-            fine = (rise <= 1e-4 * lengths * slopes) | ((rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes)))
+            fine = rise <= 1e-4 * lengths * slopes
+            if not fine.all():
+                # Near the optimum values are equal but for rounding, and slopes still tell.
+                new_slopes = dots(direction, self._grouped(there.gradient))
+                fine |= (rise <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes))
             if fine.all():
-                return there if self.memory.steps else self._shorter(there, direction, lengths)
+                return there if len(self.memory) else self._shorter(there, direction, lengths)
             with np.errstate(all="ignore"):
                 shorter = -slopes * lengths / (2 * (rise - lengths * slopes))
             shorter = np.clip(np.where(np.isfinite(shorter), shorter, 0.1), 0.1, 0.5)
@@ -382,31 +380,20 @@ class _Search:
         if self.dtype == np.float32:
             self.dtype = np.float64
             self.point = self.problem.at(self.point.theta)
-        elif self.memory.steps:
+        elif len(self.memory):
             self.memory.clear()
         else:
             return False
-        self._renew_metric(True)
+        self._renew_metric(1)
         self._note()
         return True
 
     def _settle(self) -> None:
         """Where only rounding errors are left of the gradient, the Newton decrement estimates the gap."""
-        self._renew_metric(True)
+        self._renew_metric(1)
         gradient = self._grouped(self.point.gradient)
-        decrements = 0.5 * _dots(gradient, _solve(self.metric, gradient))
+        decrements = 0.5 * dots(gradient, self._solve(gradient[None])[0])
         bounds = self.gaps[self.open] * self.point.values
         if self.problem.fit_intercept:
             bounds += self.problem.intercept_decrements(self.point, self.first_dtype)
         self.gaps[self.open] = np.minimum(bounds, decrements) / np.maximum(self.point.values, 1e-300)
-
-
-def _dots(a: Array, b: Array) -> Array:
-    """Inner product of each group."""
-    if len(a) == 1:
-        return np.array([np.vdot(a, b)])
-    return np.einsum("gkd,gkd->g", a, b)
-
-
-def _solve(metric: Metric | Blocks, grouped: Array) -> Array:
-    return metric.solve(grouped.reshape(-1, grouped.shape[-1])).reshape(grouped.shape)

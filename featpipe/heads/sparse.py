@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import xlogy
 
 from featpipe.heads.objective import Problem
-from featpipe.heads.solver import Solution
+from featpipe.heads.solver import Solution, dtype_of
 
 __all__ = ["minimise_sparse"]
 
@@ -20,6 +20,7 @@ Array = NDArray[np.float64]
 STEPS_BETWEEN_BOUNDS = 10
 HISTORY = 30
 RESTARTS = 20
+FLOAT32_DOWN_TO = 1e-3
 
 
 def minimise_sparse(problem: Problem, l1: float, *, tol: float, max_iter: int) -> Solution:
@@ -30,8 +31,9 @@ def minimise_sparse(problem: Problem, l1: float, *, tol: float, max_iter: int) -
     W is the difference of two arrays that are not negative, so that the objective is smooth and L-BFGS-B takes the
     steps, in columns scaled to equal length. Fenchel duality bounds the gap: the residuals at a point, shrunk until no
     column has a slope beyond l1, are a point of the dual. What b has to gain is estimated by its Newton decrement.
+    Large problems take their first steps in float32; bounds are in float64 always.
     """
-    search = _Search(problem, l1, tol)
+    search = _Search(problem.ready_in(np.float64), l1, tol)
     start = search.flat(problem.start())
     bounds = [(0.0, None)] * (2 * problem.k * problem.d) + [(None, None)] * problem.k
     options = {"maxiter": max_iter, "maxfun": 10 * max_iter, "maxcor": HISTORY, "ftol": 0.0, "gtol": 0.0, "maxls": 40}
@@ -43,6 +45,7 @@ def minimise_sparse(problem: Problem, l1: float, *, tol: float, max_iter: int) -
             search.value, start, jac=True, method="L-BFGS-B", bounds=bounds, callback=search.after, options=options
         )
         start, steps = found.x, steps + int(found.nit)
+        search.dtype = np.float64
         gaps = search.bound(start)
         if (gaps <= tol).all() or steps >= max_iter:
             break
@@ -66,8 +69,10 @@ class _Search:
     tol: float
     scale: Array = field(init=False)
     steps: int = field(init=False, default=0)
+    dtype: type[np.floating[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.dtype = dtype_of(self.problem)
         squares = sum((x * x).sum(axis=0) for x in map(self._rows, self.problem.blocks()))
         lengths = np.sqrt(squares / self.problem.n)
         # As long as the intercept's column; one without a length has no slope either.
@@ -87,7 +92,7 @@ class _Search:
 
     def value(self, flat: Array) -> tuple[float, Array]:
         k, d = self.problem.k, self.problem.d
-        point = self.problem.at(self.theta(flat))
+        point = self.problem.at(self.theta(flat), self.dtype)
         both = flat[: 2 * k * d].reshape(2, k, d).sum(axis=0) * self.scale
         slopes = point.gradient[:, :-1]
         gradient = [((self.l1 + slopes) * self.scale).ravel(), ((self.l1 - slopes) * self.scale).ravel()]
@@ -95,8 +100,13 @@ class _Search:
 
     def after(self, flat: Array) -> None:
         self.steps += 1
-        if self.steps % STEPS_BETWEEN_BOUNDS == 0 and (self.bound(flat) <= self.tol).all():
+        if self.steps % STEPS_BETWEEN_BOUNDS:
+            return
+        gaps = self.bound(flat)
+        if (gaps <= self.tol).all():
             raise StopIteration
+        if (gaps <= FLOAT32_DOWN_TO).all():
+            self.dtype = np.float64
 
     def bound(self, flat: Array, shrink: bool = True) -> Array:
         """Of each group's relative gap; without shrinking an estimate, for slopes that are beyond l1 by rounding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from copy import copy
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
@@ -15,7 +16,6 @@ __all__ = ["TRUSTED", "dumps", "loads", "refuse_unsavable"]
 TRUSTED: tuple[str, ...] = (
     "featpipe.heads.neighbors.nearness",
     "featpipe.heads.path.SoftmaxRegressionCV",
-    "featpipe.heads.path.SoftmaxRegressionCV",
     "featpipe.heads.softmax.SoftmaxRegression",
     "featpipe.heads.torch_heads.LinearClassifier",
     "featpipe.heads.torch_heads.LinearRegressor",
@@ -26,8 +26,12 @@ TRUSTED: tuple[str, ...] = (
 )
 
 
+# Learnt and large, and no answer needs it: d² numbers of a head that has k d.
+UNNEEDED = {"LinearDiscriminantAnalysis": ("covariance_",)}
+
+
 def dumps(estimator: Any) -> bytes:
-    """Write a scikit-learn estimator, as skops does.
+    """Write a scikit-learn estimator, as skops does, without what its answers do not need.
 
     Raises
     ------
@@ -38,7 +42,7 @@ def dumps(estimator: Any) -> bytes:
 
     kind = type(estimator[-1] if hasattr(estimator, "steps") else estimator).__name__
     try:
-        data = skops.io.dumps(estimator)
+        data = skops.io.dumps(_lean(estimator))
     # What skops raises on an object that it cannot take depends on the object.
     except Exception as error:
         raise ModelError(f"{kind} cannot be saved: {_line(error)}; use a head of the table") from error
@@ -47,6 +51,24 @@ def dumps(estimator: Any) -> bytes:
     except ModelError as error:
         raise ModelError(f"{kind} cannot be saved so that it loads again: {error}") from error
     return data
+
+
+def _lean(estimator: Any) -> Any:
+    """The estimator, or a shallow copy without what is not needed."""
+    if hasattr(estimator, "steps"):
+        name, last = estimator.steps[-1]
+        lean = _lean(last)
+        if lean is last:
+            return estimator
+        pipeline = copy(estimator)
+        pipeline.steps = [*estimator.steps[:-1], (name, lean)]
+        return pipeline
+    surplus = [key for key in UNNEEDED.get(type(estimator).__name__, ()) if hasattr(estimator, key)]
+    if surplus:
+        estimator = copy(estimator)
+        for key in surplus:
+            delattr(estimator, key)
+    return estimator
 
 
 def refuse_unsavable(estimator: Any) -> None:

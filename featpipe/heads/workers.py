@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,un
 
 __all__ = ["Workers"]
 
-ONE_THREAD_BELOW_PRODUCTS = 1e8
+ONE_THREAD_BELOW_PRODUCTS = 1e7
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -90,6 +90,7 @@ def compare(
     memory: int | None = None,
     groups: Any = None,
     times: Any = None,
+    since: Any = None,
     progress: Tell = quiet,
     **how: Any,
 ) -> Comparison:
@@ -105,7 +106,7 @@ def compare(
     params : mapping from head to settings, optional
     metric : str, optional
         What the best is chosen by; the first of the task if not given.
-    output, calibrate, prior, memory, groups, times, progress
+    output, calibrate, prior, memory, groups, times, since, progress
         As for :func:`featpipe.training.train`.
     **how
         ``tune``, ``grid``, ``balance``, ``jobs``, ``one_standard_error``, ``random_state`` likewise.
@@ -119,15 +120,15 @@ def compare(
     ConfigError
         If a head is unknown or there are fewer than two folds: without an estimate there is nothing to compare.
     """
-    if cv < 2:
+    if cv < 2 and since is None:
         raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
-    rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
+    rows = training_rows(cache, output, groups=groups, times=times, since=since, memory=memory)
     wanted = heads.names(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
     given = params or {}
     plans = [plan_of(cache, rows, name, given.get(name, {}), metric=metric, **how) for name in wanted]
     found: list[tuple[Compared, Trained]] = []
     for plan in plans:
-        progress(Progress("note", f"{plan.head}: {cv} folds"))
+        progress(Progress("note", plan.head if since is not None else f"{plan.head}: {cv} folds"))
         trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
         found.append((_compared(trained, rows, metric), trained))
     found.sort(key=lambda pair: -_goodness(pair[0], pair[1]))

@@ -78,9 +78,11 @@ class Estimate:
 def cross_validate(
     plan: Plan, rows: Rows, k: int, *, calibrate: bool, tell: Tell, metric: str | None = None
 ) -> Estimate:
-    """Fit on all folds but one, k times, with the settings chosen anew each time."""
-    found = _fitted_folds(plan, rows, rows.folds(plan.task, k), tell)
+    """Fit on all folds but one, k times, with the settings chosen anew each time; or on what came before a time."""
+    found = _fitted_folds(plan, rows, rows.splits(plan.task, k), tell)
     calibrate = calibrate or (plan.task != "regression" and not found[0].fitted.gives_probabilities)
+    if calibrate and len(found) == 1:
+        found = _halves(found[0], rows)
     held = np.concatenate([fold.held for fold in found])
     calibration, errors = None, None
     if calibrate:
@@ -116,6 +118,12 @@ def _fitted_folds(plan: Plan, rows: Rows, splits: Sequence[Split], tell: Tell) -
     return found
 
 
+def _halves(fold: _Fold, rows: Rows) -> list[_Fold]:
+    """Every other row, so that each can be calibrated on rows that are not its own."""
+    halves = (fold.held[::2], fold.held[1::2])
+    return [_Fold(held, rows.take(held).X, fold.fitted) for held in halves]
+
+
 def _calibrated(
     plan: Plan, folds: Sequence[_Fold], y: NDArray[Any]
 ) -> tuple[list[NDArray[np.float64]], Calibration, tuple[float, float]]:
@@ -130,7 +138,7 @@ def _calibrated(
         )
 
     every = list(range(len(folds)))
-    answers = [fitted([j for j in every if j != i] or every).probabilities(logits[i], multilabel) for i in every]
+    answers = [fitted([j for j in every if j != i]).probabilities(logits[i], multilabel) for i in every]
     truth = np.concatenate(truths)
     before = calibration_error(Calibration().probabilities(np.concatenate(logits), multilabel), truth)
     after = calibration_error(np.concatenate(answers), truth)
@@ -156,8 +164,17 @@ def _truth(task: str, rows: Rows) -> NDArray[Any]:
     return np.array(rows.classes, dtype=object)[rows.y] if task == "classification" else rows.y
 
 
+def _day(moment: Any) -> str:
+    """A time for people: a date without its midnight, a number as it is written."""
+    if isinstance(moment, np.datetime64):
+        return str(moment.astype("datetime64[s]")).removesuffix("T00:00:00")
+    return f"{moment:.15g}" if isinstance(moment, float) else str(moment)
+
+
 def _how(rows: Rows, k: int, held: int) -> str:
     kept = "" if rows.groups is None else f", {len(np.unique(rows.groups)):,} groups kept together"
+    if rows.since is not None:
+        return f"fitted on what is before {_day(rows.since)}, judged by the {held:,} images since then{kept}"
     if rows.times is not None:
         return f"{k} spans of time, each predicted from earlier ones: {held:,} of {len(rows):,} training images{kept}"
     return f"{k}-fold cross-validation on the {len(rows)} training images{kept}"

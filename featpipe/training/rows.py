@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from featpipe import split
 from featpipe.cache import SPLITS, FeatureCache, View
 from featpipe.errors import CacheError, ConfigError
-from featpipe.grouping import groups_of, times_of
+from featpipe.grouping import groups_of, moment_of, times_of
 
 __all__ = ["Rows", "refuse_not_finite", "training_rows"]
 
-COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, that standardised, and a solver's
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, and float64 copies while it is scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,8 @@ class Rows:
     digests : ndarray of shape (m, 32), uint8
     groups, times : ndarray of shape (m,), optional
         What keeps rows together, or orders them, when they are split.
+    since : number or date, optional
+        The earliest time of the rows that all others are judged by.
     """
 
     rows: NDArray[np.int64]
@@ -44,6 +48,7 @@ class Rows:
     digests: NDArray[np.uint8]
     groups: NDArray[Any] | None = None
     times: NDArray[Any] | None = None
+    since: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,7 +59,7 @@ class Rows:
         return isinstance(self.X, View)
 
     def take(self, which: NDArray[np.integer[Any]]) -> Rows:
-        """Some of the rows, of the same classes."""
+        """Some of the rows, of the same classes; to be split anew."""
         return replace(
             self,
             rows=self.rows[which],
@@ -63,13 +68,22 @@ class Rows:
             digests=self.digests[which],
             groups=None if self.groups is None else self.groups[which],
             times=None if self.times is None else self.times[which],
+            since=None,
         )
 
     def loaded(self) -> Rows:
         """With the features in memory."""
         return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, View) else self
 
-    def folds(self, task: str, k: int, seed: int = 0) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def splits(self, task: str, k: int) -> list[Split]:
+        """What a score is reported for: k folds, or what is earlier and what is later than ``since``."""
+        if self.since is None:
+            return self.folds(task, k)
+        y, names = (self.y, self.classes) if task == "classification" else (None, None)
+        there = {"groups": self.groups, "times": self.times, "since": self.since}
+        return [split.holdout(self.digests, y, names=names, **there)]
+
+    def folds(self, task: str, k: int, seed: int = 0) -> list[Split]:
         """Rows to fit on and rows to judge by, k times; see :func:`featpipe.split.folds`."""
         y, names = (self.y, self.classes) if task == "classification" else (None, None)
         return split.folds(self.digests, y, k=k, seed=seed, groups=self.groups, times=self.times, names=names)
@@ -81,6 +95,7 @@ def training_rows(
     *,
     groups: str | ArrayLike | None = None,
     times: str | ArrayLike | None = None,
+    since: Any = None,
     memory: int | None = None,
 ) -> Rows:
     """The labelled, readable rows; those marked ``train``, if the labels came with a split.
@@ -92,6 +107,8 @@ def training_rows(
         Which of the cache's outputs; the first if not given.
     groups, times : str or array-like of shape (n,), optional
         For each sample of the cache, as :func:`featpipe.split.folds` takes them; or ``TABLE:COLUMN``.
+    since : str, number or date, optional
+        With times: the earliest of the rows that the others are judged by.
     memory : int, optional
         Bytes that training may use; what is available now, if not given. Features that need more stay in the file.
 
@@ -100,7 +117,8 @@ def training_rows(
     CacheError
         If the cache has no labels, or no row is left to train on.
     ConfigError
-        If only one class is left, the output is a feature map, or rows that are ok hold NaN or infinity.
+        If only one class is left, the output is a feature map, rows that are ok hold NaN or infinity, or groups are on
+        both sides of a split that came with the labels.
     """
     if cache.task == "none":
         raise CacheError(
@@ -109,7 +127,7 @@ def training_rows(
         )
     rows = cache.usable
     if cache.split.any():
-        rows = rows[cache.split[rows] == SPLITS.index("train")]
+        rows = _marked_for_training(cache, rows, groups)
     if not len(rows):
         raise CacheError(f"{cache.path}: no row is labelled, readable and marked for training")
     features = cache.features(output)
@@ -132,10 +150,33 @@ def training_rows(
     X = cache.view(rows, output) if stays else np.asarray(features[rows], np.float32)
     if not stays:  # others are looked at in the first pass that the head takes
         refuse_not_finite(cache, rows, X)
-    found = groups_of(cache, groups, rows) if isinstance(groups, str) else _aligned(cache, groups, rows)
     when = times_of(cache, times, rows) if isinstance(times, str) else _aligned(cache, times, rows)
+    if since is not None and when is None:
+        raise ConfigError(f"since={since} cuts by time, and nothing says when images were made; give times too")
+    start = moment_of(since, when) if isinstance(since, str) and when is not None else since
     digests = cache.digests if len(rows) == len(cache) else cache.digests[rows]
-    return Rows(rows, X, y, classes, digests, found, when)
+    return Rows(rows, X, y, classes, digests, _groups(cache, groups, rows), when, start)
+
+
+def _marked_for_training(
+    cache: FeatureCache, rows: NDArray[np.int64], groups: str | ArrayLike | None
+) -> NDArray[np.int64]:
+    """Those rows, of a split that keeps each group on one side.
+
+    A copy, byte by byte, of a training image that is marked for the test is left out by what evaluates.
+    """
+    marks = cache.split[rows]
+    train = marks == SPLITS.index("train")
+    others = (marks == SPLITS.index("validation")) | (marks == SPLITS.index("test"))
+    if groups is not None and train.any() and others.any():
+        marked = train | others
+        found = _groups(cache, groups, rows[marked])
+        split.given(cache.digests[rows[marked]], train[marked], others[marked], groups=found)
+    return rows[train]
+
+
+def _groups(cache: FeatureCache, groups: str | ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    return groups_of(cache, groups, rows) if isinstance(groups, str) else _aligned(cache, groups, rows)
 
 
 def _aligned(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:

@@ -54,6 +54,7 @@ ONE_SPLIT_ABOVE = 5000  # rows
 INNER_SEED = 1  # other folds than those that a score is reported for
 INNER_FOLDS = 5
 KEYS_AT_ONCE = 1 << 18
+ROWS_AT_ONCE = 4096
 
 
 def scorer_of(task: str, metric: str | None) -> Any:
@@ -152,15 +153,18 @@ def _path(
     from sklearn.preprocessing import StandardScaler
 
     fit, held = fold
-    X_fit, X_held = np.asarray(rows.X)[fit], np.asarray(rows.X)[held]
+    # One copy of the features, in the order that makes views of both sides, and scaled where it lies.
+    X, y = np.asarray(rows.X)[np.concatenate([fit, held])], rows.y[np.concatenate([fit, held])]
+    n = len(fit)
     if standardise:
-        scaler = StandardScaler().fit(X_fit)
-        X_fit, X_held = scaler.transform(X_fit), scaler.transform(X_held)
-    y_fit = rows.y[fit]
+        scaler = StandardScaler(copy=False)
+        for start in range(0, n, ROWS_AT_ONCE):  # its sums take float64 copies of what they are given
+            scaler.partial_fit(X[start : min(n, start + ROWS_AT_ONCE)])
+        X = scaler.transform(X)
     if plan.balance:
-        X_fit, y_fit = resample(X_fit, y_fit, plan.balance, plan.random_state)
-    X, y = np.concatenate([X_fit, X_held]), np.concatenate([y_fit, rows.y[held]])
-    split_here = [(np.arange(len(X_fit)), np.arange(len(X_fit), len(X)))]
+        X_fit, y_fit = resample(X[:n], y[:n], plan.balance, plan.random_state)
+        X, y, n = np.concatenate([X_fit, X[n:]]), np.concatenate([y_fit, y[n:]]), len(X_fit)
+    split_here = [(np.arange(n), np.arange(n, len(X)))]
     multilabel = plan.task == "multilabel"
     cv = SoftmaxRegressionCV(STRENGTHS, cv=split_here, scoring=scoring, refit=False, multilabel=multilabel, **settings)
     with warnings.catch_warnings():

@@ -43,6 +43,7 @@ def train(
     prior: Mapping[str, float] | None = None,
     groups: str | ArrayLike | None = None,
     times: str | ArrayLike | None = None,
+    since: Any = None,
     memory: int | None = None,
     jobs: int | None = None,
     random_state: int | None = 0,
@@ -83,6 +84,9 @@ def train(
         fold; ``TABLE:COLUMN`` reads it from a table.
     times : str or array-like of shape (n,), optional
         For each sample when it was made, likewise: folds are judged on what is later than what they were fitted on.
+    since : str, number or date, optional
+        With ``times``: estimate the quality once, by the images of that time or later, fitted on those before it; there
+        are no folds then. The model is fitted on all of them at the end.
     memory : int, optional
         Bytes that training may use; features that need more are read from the file, pass after pass.
     jobs : int, optional
@@ -106,7 +110,7 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
-    rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
+    rows = training_rows(cache, output, groups=groups, times=times, since=since, memory=memory)
     plan = plan_of(
         cache,
         rows,
@@ -176,8 +180,8 @@ def train_on(
     try:
         offsets = _offsets(rows, plan, prior) if prior else ()
         estimate = None
-        if cv:
-            estimate = cross_validate(plan, rows, cv, calibrate=calibrate, tell=progress, metric=plan.metric)
+        if cv or rows.since is not None:
+            estimate = cross_validate(plan, rows, cv or 1, calibrate=calibrate, tell=progress, metric=plan.metric)
         progress(Progress("note", f"fitting {plan.head} on {len(rows)} images"))
         fitted = plan.fit(rows)
         if fitted.choice is not None:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import _logistic as theirs
+from threadpoolctl import threadpool_limits
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, solver
 from featpipe.heads.objective import Problem
@@ -31,9 +32,14 @@ Trace = list[tuple[float, NDArray[Any]]]
 
 CASES = {  # rows, width, classes, kind of rows, rounds
     "200": (200, 512, 10, "relu", 9),
+    "200-two": (200, 64, 2, "noisy", 9),
+    "200-hundred": (200, 512, 100, "relu", 5),
     "2000": (2000, 512, 20, "relu", 7),
     "2000-noisy": (2000, 512, 20, "noisy", 7),
     "2000-gauss": (2000, 512, 20, "gauss", 7),
+    "2000-two": (2000, 512, 2, "noisy", 7),
+    "2000-hundred": (2000, 512, 100, "noisy", 3),
+    "2000-wide": (2000, 1280, 100, "noisy", 1),
     "50k-512": (50_000, 512, 100, "relu", 1),
     "50k-512-noisy": (50_000, 512, 100, "noisy", 1),
     "50k-512-gauss": (50_000, 512, 100, "gauss", 1),
@@ -68,7 +74,8 @@ def rows(n: int, d: int, k: int, kind: str) -> tuple[NDArray[np.float32], NDArra
     X = X.astype(np.float32)
     X -= X.mean(axis=0)
     X /= np.maximum(X.std(axis=0), 1e-6)
-    return X, y
+    # Of few rows some classes have none.
+    return X, np.unique(y, return_inverse=True)[1]
 
 
 class _TimeIsUp(Exception):
@@ -109,17 +116,14 @@ def of_scikit_learn(X: Any, y: Any, cap: float) -> Trace:
 
 def of_featpipe(X: Any, y: Any, tol: float) -> Trace:
     trace: Trace = []
-    whole = len(X)
     head = SoftmaxRegression(tol=tol)
     started = perf_counter()
-    if len(X) < X.shape[1]:
+    # In coordinates of few rows a point has another length, and its value in float64 is the same.
+    reached = (lambda search: search.point.values.sum()) if len(X) < X.shape[1] else lambda search: search.found.copy()
+    with traced(solver._Search, "_note", reached, trace):
         head.fit(X, y)
-    else:
-        point = lambda search: search.found.copy() if search.problem.n == whole else None  # noqa: E731
-        with traced(solver._Search, "_note", point, trace):
-            head.fit(X, y)
     trace.append((perf_counter() - started, np.column_stack([head.coef_, head.intercept_])))
-    return [(seconds, point) for seconds, point in trace if point is not None]
+    return trace
 
 
 def seconds_to(gap: float, trace: Trace, problem: Problem, lowest: float) -> float:
@@ -127,7 +131,8 @@ def seconds_to(gap: float, trace: Trace, problem: Problem, lowest: float) -> flo
     low, high = 0, len(trace)
     while low < high:
         middle = (low + high) // 2
-        value = problem.at(trace[middle][1]).values.sum()
+        point = trace[middle][1]
+        value = problem.at(point).values.sum() if np.ndim(point) else point
         low, high = (low, middle) if value <= lowest * (1 + gap) else (middle + 1, high)
     return trace[low][0] if low < len(trace) else np.inf
 
@@ -135,25 +140,31 @@ def seconds_to(gap: float, trace: Trace, problem: Problem, lowest: float) -> flo
 def compare(case: str, cap: float) -> None:
     n, d, k, kind, rounds = CASES[case]
     X, y = rows(n, d, k, kind)
-    timings: dict[str, list[list[float]]] = {"scikit-learn": [], "featpipe": []}
+    k = int(y.max()) + 1
+    alone = "scikit-learn, one thread"
+    timings: dict[str, list[list[float]]] = {"scikit-learn": [], alone: [], "featpipe": []}
     warnings.simplefilter("ignore")
     long = SoftmaxRegression(tol=1e-10).fit(X, y)
+    settings = (y, np.ones(n), "softmax", k) if k > 2 else (y[:, None], np.ones((n, 1)), "sigmoid", 1)
     with Workers(float(n) * d * k) as workers:
-        problem = Problem(X, y, np.ones(n), "softmax", k, workers=workers)
+        problem = Problem(X, *settings, workers=workers)
         lowest = problem.at(np.column_stack([long.coef_, long.intercept_])).values.sum()
     counts = {}
     for _ in range(rounds):
-        for name, trace in (
-            ("scikit-learn", of_scikit_learn(X, y, cap)),
-            ("featpipe", of_featpipe(X, y, SoftmaxRegression().tol)),
-        ):
+        traces = {"scikit-learn": of_scikit_learn(X, y, cap), "featpipe": of_featpipe(X, y, SoftmaxRegression().tol)}
+        if n < 10_000:
+            with threadpool_limits(1):
+                traces[alone] = of_scikit_learn(X, y, cap)
+        for name, trace in traces.items():
             counts[name] = len(trace)
             with Workers(float(n) * d * k) as workers:
-                problem = Problem(X, y, np.ones(n), "softmax", k, workers=workers)
+                problem = Problem(X, *settings, workers=workers)
                 timings[name].append([*(seconds_to(gap, trace, problem, lowest) for gap in GAPS), trace[-1][0]])
     for name, found in timings.items():
+        if not found:
+            continue
         columns = [statistics.median(column) for column in zip(*found, strict=True)]
-        print(case, f"{name:12}", *(f"{seconds:9.3f}" for seconds in columns), f"{counts[name]} points", flush=True)
+        print(case, f"{name:24}", *(f"{seconds:9.3f}" for seconds in columns), f"{counts[name]} points", flush=True)
 
 
 def path(n: int = 10_000, d: int = 512, k: int = 50) -> None:

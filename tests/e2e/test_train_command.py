@@ -91,6 +91,10 @@ def test_patients_are_kept_together_and_time_goes_forward(cache):
     assert "9 groups kept together" in found["scores"]["cross_validation"]["how"]
     found = trained(cache, "--cv", "3", "--no-tune", "--head", "knn", "--time", f"{table}:date")
     assert found["scores"]["cross_validation"]["n"] < N
+    found = trained(cache, "--no-tune", "--head", "knn", "--time", f"{table}:date", "--since", "2024-01-15")
+    assert found["scores"]["cross_validation"]["how"].startswith(
+        "fitted on what is before 2024-01-15, judged by the 34"
+    )
     with pytest.raises(ConfigError, match="did you mean 'patient'"):
         run("train", cache, "--groups", f"{table}:patiens")
 
@@ -116,6 +120,15 @@ def test_features_that_may_not_be_loaded_stay_in_the_file(cache):
     assert trained(cache, "--head", "lda", "--memory", "1k")["history"]["streamed"]
     assert not trained(cache, "--head", "lda", "--memory", "1.5 GiB")["history"]["streamed"]
     assert run("train", cache, "--memory", "much").exit_code == 2
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_any_fit(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("featpipe.training.train", lambda *_, **__: pytest.fail("fitted"))
+    for out in (tmp_path, tmp_path / "file" / "a.model"):
+        with pytest.raises(ModelError, match="cannot be written"):
+            run("train", cache, "--head", "knn", "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_several_heads_take_no_settings(cache):

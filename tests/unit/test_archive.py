@@ -594,7 +594,8 @@ def test_a_table_names_samples_in_any_of_four_ways(style: str, several: bool, tm
         ("path,label\na.jpg,3\nb.jpg,10\n", Labels.of_classes(["3", "10"])),
         ("path,label\na.jpg,3\nb.jpg,1.5\n", Labels.of_targets([3, 1.5], ["label"])),
         ("path,target\na.jpg,3\nb.jpg,\n", Labels.of_targets([3, np.nan], ["target"])),
-        ("path,target\na.jpg,3\nb.jpg,x\n", Labels.of_classes(["3", "x"])),
+        ("path,target\na.jpg,warm\nb.jpg,cold\n", Labels.of_classes(["warm", "cold"])),
+        ("path,label\na.jpg,3\nb.jpg,x\n", Labels.of_classes(["3", "x"])),
         ("path,labels\na.jpg,x;y\nb.jpg,\n", Labels.of_sets([["x", "y"], None])),
         ("path,labels\na.jpg,x | y\nb.jpg,y\n", Labels.of_sets([["x", "y"], ["y"]])),
         ("image,class\na.jpg,nan\nb.jpg,1\n", Labels.of_classes(["nan", "1"])),
@@ -603,6 +604,15 @@ def test_a_table_names_samples_in_any_of_four_ways(style: str, several: bool, tm
 def test_what_a_column_means_follows_from_its_name_and_values(text: str, expected: Labels, tmp_path: Path) -> None:
     made = folder(tmp_path / "a", [("a.jpg", b"a"), ("b.jpg", b"b")])
     assert index(made, labels=table(tmp_path / "t.csv", text)).labels.same_as(expected)
+
+
+def test_numbers_and_words_among_targets_are_refused(tmp_path: Path) -> None:
+    made = folder(tmp_path / "a", [("a.jpg", b"a"), ("b.jpg", b"b")])
+    text = "path,target\na.jpg,3\nb.jpg,n/a?\n"
+    with pytest.raises(ArchiveError, match="'target' has 1 numbers and also 'n/a\\?'; leave the cells empty"):
+        index(made, labels=table(tmp_path / "t.csv", text))
+    stated = index(made, labels=Table(tmp_path / "t.csv", task="classification")).labels
+    assert stated.same_as(Labels.of_classes(["3", "n/a?"]))
 
 
 def test_columns_and_task_can_be_stated(tmp_path: Path) -> None:

@@ -443,6 +443,15 @@ def stored() -> bytes:
     return heads.dumps(heads.build("logistic").fit(X, y))
 
 
+def test_a_saved_lda_leaves_out_the_covariance_that_no_answer_needs():
+    X, y = features(90, 200, 3)
+    head = heads.build("lda", "classification").fit(X, y)
+    data = heads.dumps(head)
+    assert len(data) < 200 * 200 * 8 / 4
+    assert head[-1].covariance_.shape == (200, 200)
+    np.testing.assert_array_equal(heads.loads(data).predict_proba(X), head.predict_proba(X))
+
+
 @pytest.mark.parametrize("cut", [0, 1, 100, -1, -30])
 def test_damaged_bytes_are_a_model_error(stored, cut):
     with pytest.raises(ModelError, match="damaged"):

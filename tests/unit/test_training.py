@@ -429,6 +429,52 @@ def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
     assert "3 spans of time" in found["how"]
 
 
+@pytest.mark.parametrize(
+    ("head", "times", "since"),
+    [
+        ("logistic", np.arange(120.0), 90),
+        ("ridge", np.datetime64("2024-01-01") + np.arange(120), "2024-03-31"),
+    ],
+)
+def test_a_time_cuts_once_and_what_is_later_judges(
+    head: str, times: Any, since: Any, make_cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featpipe.training.fitting import Plan
+
+    codes = np.random.default_rng(0).integers(0, 2, 120)
+    X = blobs(codes, spread=0.1)
+    codes[90:] = 1 - codes[90:]
+    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    fitted: list[int] = []
+    original = Plan.fit
+    monkeypatch.setattr(Plan, "fit", lambda self, rows: (fitted.append(len(rows)), original(self, rows))[1])
+    model = train(cache, head=head, times=times, since=since, tune=False)
+    found = model.scores["cross_validation"]
+    # What came later has its classes exchanged: whoever has seen none of it is always wrong.
+    assert (found["n"], found["metrics"]["accuracy"]["value"], fitted) == (30, 0.0, [90, 120])
+    assert "judged by the 30 images since then" in found["how"]
+
+
+def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
+    codes = np.arange(40) % 2
+    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    with pytest.raises(ConfigError, match="since=2024 cuts by time, and nothing says when"):
+        train(cache, since="2024")
+    with pytest.raises(ConfigError, match="since is 'May', and the times are numbers"):
+        train(cache, times=np.arange(40.0), since="May")
+    with pytest.raises(ConfigError, match="no row is of 77"):
+        train(cache, times=np.arange(40.0), since=77)
+
+
+def test_groups_on_both_sides_of_a_split_that_was_given_are_named(make_cache: Any) -> None:
+    codes, marks = np.arange(40) % 2, np.array([1, 1, 1, 3, 2] * 8, np.uint8)
+    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]), split=marks)
+    honest = np.where(marks == 1, "patient " + (np.arange(40) // 8).astype(str).astype(object), "others")
+    assert "5 groups kept together" in train(cache, cv=2, groups=honest).scores["cross_validation"]["how"]
+    with pytest.raises(ConfigError, match=r"8 of 8 groups are on both sides .* the first are '0', '1', '2', '3', '4';"):
+        train(cache, groups=np.arange(40) // 5)
+
+
 def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(40) % 2
     cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
