@@ -190,12 +190,13 @@ class Model:
         self._engine = None
         return self
 
-    def engine(self) -> Any:
-        """The engine that embeds for this model, in the precision it was trained with."""
+    def engine(self, images: int = 0) -> Any:
+        """The engine that embeds so many images for this model, in the precision it was trained with."""
         from featpipe.engine import Engine, resolve_device
 
-        if self._engine is None:
-            self._engine = Engine(self.backbone, resolve_device(self.device), self.facts["precision"])
+        if self._engine is None or not self._engine.is_ready_for(images):
+            device = resolve_device(self.device)
+            self._engine = Engine(self.backbone, device, self.facts["precision"], images=images)
         return self._engine
 
     def _refuse_own_code(self) -> None:

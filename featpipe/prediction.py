@@ -88,7 +88,7 @@ def predict(
     writer = _writer(out)
     _check(top, workers)
     index = archive.index(archives)
-    model.engine()  # a backbone that cannot be had is told before the first line is written
+    model.engine(len(index))  # a backbone that cannot be had is told before the first line is written
     counts: dict[str, int] = {}
     names = [f"predicted_{name}" for name in model.classes] if model.task == "regression" else None
     with (
@@ -110,7 +110,7 @@ def stream(
 ) -> Generator[Prediction, None, None]:
     """The predictions of an index, in its order, as they are made."""
     _check(top, workers)
-    engine = model.engine()
+    engine = model.engine(len(index))
     workers = workers or engine.workers
     n, done = len(index), 0
     loader = Loader(index, np.arange(n), engine.transform, engine.batch, collect=engine.collect)

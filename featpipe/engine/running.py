@@ -90,8 +90,13 @@ class Engine:
         self.backbone = replace(backbone, network=network)
         if device.type == "cpu":
             keep_freed_memory()
+        self._effort = _effort(images or 0)
         self.multiply_adds = multiply_adds(self.backbone) if batch is None else None
         self._runner = self._make_runner(backbone, batch or batch_for(device, self.multiply_adds), kind, images or 0)
+
+    def is_ready_for(self, images: int) -> bool:
+        """Whether an engine for so many images would be made ready in the same way."""
+        return _effort(images) <= self._effort
 
     def _make_runner(self, exact: Backbone, batch: int, kind: str, images: int) -> Runner:
         """The fastest that suits; what cannot be made ready is called as it is."""
@@ -174,6 +179,11 @@ class Engine:
         On a GPU the next images are copied and begun meanwhile.
         """
         return self._runner.submit(images)
+
+
+def _effort(images: int) -> int:
+    """How much is done to be fast for so many images."""
+    return (images >= FUSING_IMAGES) + (images >= OPENVINO_IMAGES)
 
 
 def _check(device: torch.device, precision: str, batch: int | None, kind: str) -> None:

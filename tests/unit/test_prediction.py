@@ -295,7 +295,7 @@ def test_predictions_come_before_the_last_image_is_read(
     monkeypatch.setattr(Loader, "_read", counted)
     many = tmp_path / "many.csv"
     many.write_text("path\n" + "\n".join(f"photos/{p.relative_to(tmp_path / 'photos')}" for p in photos * 30) + "\n")
-    model.engine().batch = 2
+    monkeypatch.setattr(Engine, "batch", 2)
     index = archive.index(many)
     predictions = stream(model, index, workers=2)
     first = next(predictions)
