@@ -60,6 +60,7 @@ class Run:
         self._claimed: set[bytes] = set()
         self._claims = threading.Lock()
         self._done, self._wanted = 0, 0
+        self._began = 0.0
 
     def embed(self) -> None:
         """Read the rows of which nothing is known; embed the images whose bytes are new."""
@@ -76,7 +77,7 @@ class Run:
         self._tell_bad()
 
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
-        started = perf_counter()
+        self._began = perf_counter()
         self._wanted = len(rows)
         backbones.prove_frozen(self.backbone)
         devices = resolve_devices(self.settings.device)
@@ -85,7 +86,7 @@ class Run:
         else:
             self.stream(self.is_known, self.receive).run(self.make_engine, rows)
         self.ledger.settle()
-        self.seconds["total"] = perf_counter() - started
+        self.seconds["total"] = perf_counter() - self._began
         self._tell_seconds()
 
     def stream(self, is_known: Callable[[bytes], bool], deliver: Callable[[Message], None]) -> Stream:
@@ -103,7 +104,7 @@ class Run:
         """Note what a stream tells."""
         if isinstance(message, Started):
             self.batch, self.engine = message.batch, message.name
-            self.seconds["preparing"] = max(self.seconds["preparing"], message.preparing)
+            self.seconds["preparing"] = perf_counter() - self._began
             self._started.append(message)
         elif isinstance(message, Read):
             self._read(message)

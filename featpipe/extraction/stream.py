@@ -32,7 +32,6 @@ class Started:
     name: str
     batch: int
     counted: bool
-    preparing: float
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,9 @@ class Stream:
 
     def run(self, make_engine: Callable[[], Engine], rows: NDArray[np.int64]) -> None:
         """Embed some rows. What is finished when this is interrupted is committed."""
-        started = perf_counter()
         engine = make_engine()
         counted = engine.multiply_adds is not None or self.settings.batch is not None or engine.device.type != "cpu"
-        preparing = perf_counter() - started
-        self.deliver(Started(str(engine.device), engine.name, engine.batch, counted, preparing))
+        self.deliver(Started(str(engine.device), engine.name, engine.batch, counted))
         started = self._committed_at = perf_counter()
         workers = self.settings.workers or engine.workers
         loader = Loader(self.index, rows, engine.transform, engine.batch, self.is_known, engine.collect)
