@@ -67,6 +67,9 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
 )
+@click.option(
+    "--keep", metavar="WHAT", help="For more classes later: none, all, statistics, rows=N …  [default: no rows]"
+)
 @click.option("--jobs", type=int, metavar="N", help="Processes for --tune; -1 for all cores.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
 @click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
@@ -123,7 +126,7 @@ def _common(asked: dict[str, Any]) -> dict[str, Any]:
     }
     names = ("output", "tune", "metric", "one_standard_error", "balance", "calibrate", "prior", "groups", "times")
     return {
-        **{name: asked[name] for name in (*names, "memory", "jobs")},
+        **{name: asked[name] for name in (*names, "memory", "keep", "jobs")},
         "grid": grid,
         "random_state": asked["seed"],
     }
