@@ -202,9 +202,7 @@ class Kept:
         return cls(counts, rows, codes, statistics, importances)
 
 
-def keep_of(
-    keep: Keep, pipeline: Any, X: NDArray[Any], y: NDArray[np.integer[Any]], k: int, selection: str = "herding"
-) -> Kept:
+def keep_of(keep: Keep, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: int, selection: str = "herding") -> Kept:
     """What to keep of the rows that a pipeline was fitted on.
 
     Parameters

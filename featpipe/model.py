@@ -235,6 +235,14 @@ class Model:
         known = {row.tobytes() for row in self.trained_on}
         return np.array([row.tobytes() in known for row in digests[:, :KEPT_DIGEST_BYTES]], bool)
 
+    @property
+    def identity(self) -> str:
+        """A digest of its head, its classes and the images that it was trained on."""
+        digest = hashlib.sha256(repr((self.classes, self.head_name)).encode())
+        digest.update(self.trained_on.tobytes())
+        digest.update(repr(self.history.get("created")).encode())
+        return digest.hexdigest()
+
     def expand(self, data: Any, **how: Any) -> Model:
         """A model of more classes, or of fewer; see :func:`featpipe.expand`, which takes the same and says more.
 

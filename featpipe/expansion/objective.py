@@ -38,7 +38,7 @@ class Teacher:
     strength: float = 1.0
 
     def loss(self, scores: Array, weights: Array) -> tuple[float, Array]:
-        """strength T² Σ w KL(old ‖ new), both at temperature T and over the old classes; and its gradient."""
+        """Strength T² Σ w KL(old ‖ new), both at temperature T and over the old classes; and its gradient."""
         k, T = self.scores.shape[1], self.temperature
         old, new = log_softmax(self.scores / T, axis=1), log_softmax(scores[:, :k] / T, axis=1)
         p = np.exp(old)
@@ -49,7 +49,7 @@ class Teacher:
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """A pull to the old weights, each by its importance (Kirkpatrick et al., "Overcoming catastrophic forgetting", 2017).
+    """A pull to the old weights, each by its importance (elastic weight consolidation, Kirkpatrick et al. 2017).
 
     Attributes
     ----------

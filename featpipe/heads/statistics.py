@@ -14,13 +14,23 @@ from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from featpipe.heads.closed import centroid_from, lda_from, ridge_classifier_from, scaled_by, shrunk_apart, standardised
+from featpipe.heads.closed import (
+    centroid_from,
+    lda_from,
+    ridge_classifier_from,
+    scaled_by,
+    shrunk,
+    shrunk_apart,
+    standardised,
+)
 from featpipe.heads.moments import Moments, RowSource, moments
 
 __all__ = ["Kind", "Statistics", "fit_from_statistics", "gather", "kind_for"]
 
 Array = NDArray[np.float64]
 Kind = Literal["diagonal", "gram", "apart"]
+
+DRAWN_SHRINKAGE = 0.1  # of a covariance that was not shrunk before rows are drawn from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +140,33 @@ class Statistics:
             square = square - about @ sums[gone] - share * scatter
         counts[gone], sums[gone] = 0, 0
         return replace(self, counts=counts, sums=sums, squares=squares, square=square, flat=flat)
+
+    def draw(self, each: int, seed: int = 0) -> tuple[Array, NDArray[np.int64]]:
+        """Made-up rows: normally distributed about the means of the classes, with the scatter within classes.
+
+        Parameters
+        ----------
+        each : int
+            Rows for each class that has any.
+        seed : int
+
+        Returns
+        -------
+        X : ndarray of shape (r, d), codes : ndarray of shape (r,)
+        """
+        from scipy.linalg import cholesky
+
+        codes = np.repeat(np.flatnonzero(self.counts > 0), each)
+        noise = np.random.default_rng(seed).normal(size=(len(codes), len(self.shift)))
+        around = (self.sums.T / np.maximum(self.counts, 1)) @ self.sums if self.kind == "gram" else 0.0
+        within = np.maximum(self.squares - (self.sums**2 / np.maximum(self.counts, 1)[:, None]).sum(axis=0), 0)
+        if self.kind == "diagonal":
+            return self.means[codes] + noise * np.sqrt(within / self.rows), codes
+        covariance = (self.square - around) / self.rows
+        if self.kind == "gram":
+            covariance = shrunk(covariance, DRAWN_SHRINKAGE)
+        covariance.flat[:: len(covariance) + 1] += 1e-6 * max(np.trace(covariance) / len(covariance), 1e-300)
+        return self.means[codes] + noise @ cholesky(covariance), codes
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """As they are stored: of a symmetric matrix the lower triangle."""
