@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from featpipe.model import Model
     from featpipe.training import Comparison
 
-__all__ = ["train"]
+__all__ = ["bytes_option", "train"]
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def _bytes(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+def bytes_option(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """How many bytes a text such as 2G means."""
     if text is None:
         return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)i?b?", text.strip().lower())
@@ -65,7 +66,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
 @click.option(
-    "--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
+    "--memory", callback=bytes_option, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
 )
 @click.option(
     "--keep", metavar="WHAT", help="For more classes later: none, all, statistics, rows=N …  [default: no rows]"

@@ -12,7 +12,8 @@ import numpy as np
 from featpipe.calibration import Calibration
 from featpipe.expansion.case import Case
 from featpipe.expansion.choice import Found
-from featpipe.expansion.memory import remembered, wanted
+from featpipe.expansion.memory import remembered, wanted, within
+from featpipe.expansion.methods import METHODS
 from featpipe.expansion.result import Expansion, metrics_of
 from featpipe.heads.grown import innermost
 from featpipe.model import KEPT_DIGEST_BYTES, Model
@@ -43,6 +44,9 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
     """
     model, growth, rows = case.model, case.growth, case.rows
     keep = wanted(model.kept, case.keep, case.settings if case.memory_given else None, found.method)
+    kept = remembered(found.step, found.pipeline, keep, retrained=found.method == "joint")
+    if kept is not None and case.budget is not None:
+        kept = within(kept, case.budget, METHODS[found.method].keeps if found.method in METHODS else "")
     digests = np.concatenate([model.trained_on, rows.new.digests[:, :KEPT_DIGEST_BYTES]])
     after = replace(
         model,
@@ -51,9 +55,10 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
         classes=growth.classes,
         trained_on=np.unique(digests, axis=0),
         calibration=_calibration(model, found),
-        kept=remembered(found.step, found.pipeline, keep, retrained=found.method == "joint"),
+        kept=kept,
         scores={},
         history=_history(case, found, caches, request),
+        path=model.path if model._carries_weights else None,  # where its weights are
     )
     judge = found.judge
     expansion = Expansion(

@@ -174,25 +174,34 @@ def arrivals(
     left: Counter[str] = Counter()
     learn, test = _none(model), _none(model)
     for cache in caches:
-        learn += _side(model, growth, cache, _rows_to_learn(cache), left)
+        learn = _joined(learn, _side(model, growth, cache, _rows_to_learn(cache), left))
         if cache.split.any():
-            test += _side(model, growth, cache, _marked(cache, "test"), left)
+            test = _joined(test, _side(model, growth, cache, _marked(cache, "test"), left))
     for cache in tests:
-        test += _side(model, growth, cache, _marked(cache, "test") if cache.split.any() else cache.usable, left)
+        rows = _marked(cache, "test") if cache.split.any() else cache.usable
+        test = _joined(test, _side(model, growth, cache, rows, left))
     known = model.was_trained_on(learn.digests)
     if strict:
         _refuse_renamed(model, growth, learn, known)
-    seen = model.was_trained_on(test.digests) | np.isin(
-        test.digests.view("V32").ravel(), learn.digests.view("V32").ravel()
-    )
+    seen = model.was_trained_on(test.digests) | _among(test, learn)
     left["trained on, and so not judged by"] += int(seen.sum())
     given = bool(tests) or any(cache.split.any() for cache in caches)
     left_out = {reason: count for reason, count in left.items() if count}
     return Arrivals(learn.take(~known), learn.take(known), test.take(~seen), left_out, given)
 
 
+def _among(some: Side, others: Side) -> NDArray[np.bool_]:
+    """Which rows are of images that others are of too."""
+    return np.isin(some.digests.view("V32").ravel(), others.digests.view("V32").ravel())
+
+
+def _joined(first: Side, more: Side) -> Side:
+    """Rows of two caches, an image that is in both once."""
+    return first + more.take(~_among(more, first))
+
+
 def _none(model: Model) -> Side:
-    d = int(model.head.n_features_in_)
+    d = int(model.head[-1].n_features_in_)
     return Side(np.zeros((0, d), np.float32), np.zeros(0, np.int64), np.zeros((0, 32), np.uint8))
 
 

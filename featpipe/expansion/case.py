@@ -11,6 +11,7 @@ import numpy as np
 from featpipe.errors import ConfigError
 from featpipe.expansion.arrivals import Arrivals
 from featpipe.expansion.growth import Growth, near_names
+from featpipe.expansion.memory import within
 from featpipe.expansion.step import Settings, Step
 from featpipe.kept import Keep
 from featpipe.model import KEPT_DIGEST_BYTES, Model
@@ -67,6 +68,7 @@ class Case:
         if self.budget is not None:
             a_row = 4 * len(self.growth.classes) * rows.new.X.shape[1]
             settings = replace(settings, memory=max(1, min(settings.memory, self.budget // a_row)))
+            kept = None if kept is None else within(kept, self.budget)
         T = 1.0 if model.calibration is None else model.calibration.temperature
         return Step(model.head, T, self.growth, kept, rows.new, rows.old, whole, settings)
 
@@ -88,7 +90,7 @@ class Case:
         if not len(rows.new) and not growth.new and not growth.regroups:
             if len(rows.old):
                 raise ConfigError(
-                    f"the model was trained on all {len(rows.old):,} images, and there is no new class: nothing to learn"
+                    f"the model was trained on all {len(rows.old):,} images, and no class is new: nothing to learn"
                 )
             raise ConfigError("there is no labelled image to learn; give caches or archives, --drop or --merge")
         for new, old in near_names(growth.new, growth.classes[: growth.k_old]):

@@ -113,7 +113,7 @@ def _judged(
         seconds = round(perf_counter() - started, 3)
         rights[name] = judge.right(fitted[name])
         thin = vars(curves.thinned()) if curves.epochs else {}
-        keeps = bytes_for(METHODS[name].keeps, step)
+        keeps = bytes_for(name, step)
         outcomes[name] = judge.outcome(name, rights[name], bytes=keeps, seconds=seconds, curves=thin)
         case.tell(Progress("bar", "comparing methods", len(outcomes), len(names), "methods"))
     recommended = _recommended(case.budget, judge, outcomes, rights) if method == "all" else None

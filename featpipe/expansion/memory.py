@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
+from featpipe.expansion.methods import BALANCED, METHODS
 from featpipe.expansion.step import Settings, Step
 from featpipe.heads.grown import layer_of
 from featpipe.heads.layer import fisher
 from featpipe.heads.statistics import Statistics, gather, kind_for
 from featpipe.kept import Keep, Kept, features_of, keep_of, pick
 
-__all__ = ["bytes_for", "remembered", "wanted"]
+__all__ = ["bytes_for", "remembered", "wanted", "within"]
 
 
 def wanted(before: Kept | None, keep: Keep | None, given: Settings | None, method: str) -> Keep:
@@ -73,15 +75,15 @@ def _rows(step: Step, n: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
     old_y: NDArray[Any] = step.old.y
     if kept is not None and len(kept.rows):
         old_X, old_y = kept.rows, kept.codes
-    X = np.concatenate([old_X, step.new.X.astype(old_X.dtype)])
+    X: NDArray[Any] = np.concatenate([old_X, np.asarray(step.new.X, old_X.dtype)])
     y = np.concatenate([old_y, step.new.y]).astype(np.int32)
     of_new = np.isin(y, np.unique(step.new.y))
     fits = [np.flatnonzero(y == code)[:n] for code in np.unique(y[~of_new])]  # in the order in which they were kept
     if kept is None or not len(kept.rows):
         fits = [pick(step.settings.selection, step.features(X[~of_new]), y[~of_new], n)] if (~of_new).any() else []
         fits = [np.flatnonzero(~of_new)[rows] for rows in fits]
-    chosen = np.flatnonzero(of_new)[pick(step.settings.selection, step.features(X[of_new]), y[of_new], n)]
-    every = np.concatenate([*fits, chosen]).astype(np.intp)
+    fits.append(np.flatnonzero(of_new)[pick(step.settings.selection, step.features(X[of_new]), y[of_new], n)])
+    every = np.concatenate(fits).astype(np.intp)
     return X[every], y[every]
 
 
@@ -110,11 +112,37 @@ def _importances(step: Step, pipeline: Pipeline, before: Kept | None) -> NDArray
     else:
         return None
     m = len(step.new)
-    return ((n * old + m * found) / (n + m)).astype(np.float32)
+    return np.asarray((n * old + m * found) / (n + m), np.float32)
 
 
-def bytes_for(part: str, step: Step) -> int:
-    """How much of what a model keeps a method lives on."""
+def within(kept: Kept, budget: int, first: str = "") -> Kept:
+    """What of it is not larger than so many bytes, in all: of rows as many as that allows; one part before others."""
+    left = budget
+    for part in sorted(("rows", "statistics", "importances"), key=lambda name: name != first):
+        held = getattr(kept, part)
+        if held is None or not len(held if part == "rows" else [0]):
+            continue
+        if part == "rows":
+            each = int(np.bincount(kept.codes).max())
+            kept = kept.first(min(each, left // (len(kept.counts) * (held[:1].nbytes + kept.codes.itemsize))))
+            left -= kept.rows.nbytes + kept.codes.nbytes
+        elif held.nbytes <= left:
+            left -= held.nbytes
+        else:
+            kept = replace(kept, statistics=None) if part == "statistics" else replace(kept, importances=None)
+    return kept
+
+
+def bytes_for(method: str, step: Step) -> int:
+    """How much of what a model keeps a method lives on, also where it only sets old classes against new ones by it."""
+    part, kept = METHODS[method].keeps, step.kept
+    if method in BALANCED and kept is not None:
+        stands = "rows" if len(kept.rows) else "statistics" if kept.statistics is not None else ""
+        return _bytes_of(part, step) + _bytes_of(stands, step)
+    return _bytes_of(part, step)
+
+
+def _bytes_of(part: str, step: Step) -> int:
     kept = step.kept
     d = step.new.X.shape[1]
     if part == "rows":

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import logsumexp
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import has_fit_parameter
 
 from featpipe import heads
+from featpipe.expansion.arrivals import Side
 from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
 from featpipe.expansion.step import Step, Watch
 from featpipe.heads.grown import grown, innermost
@@ -21,7 +22,7 @@ from featpipe.heads.layer import LastLayer, fisher, with_layer
 from featpipe.heads.statistics import fit_from_statistics, gather, kind_for
 from featpipe.kept import pick
 
-__all__ = ["METHODS", "Method", "regrouped_head", "start"]
+__all__ = ["BALANCED", "METHODS", "Method", "regrouped_head", "start"]
 
 Array = NDArray[np.float64]
 
@@ -103,14 +104,32 @@ def _naive(step: Step, watch: Watch | None) -> Pipeline:
 # ------------------------------------------------------------------------------------------------- some old rows
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Old rows that stand for others, and new ones."""
+    """Old rows that stand for others, and new ones.
+
+    Attributes
+    ----------
+    X : ndarray of shape (r, d)
+    y, weights : ndarray of shape (r,)
+    judges : ndarray of shape (r,)
+        How much each tells of where old and new classes part: made-up rows nothing, where there are others, which
+        are harder.
+    """
 
     X: NDArray[Any]
     y: NDArray[np.integer[Any]]
     weights: Array
+    judges: Array
+
+    @classmethod
+    def plain(cls, side: Side) -> _Rows:
+        one = np.ones(len(side))
+        return cls(side.X, side.y, one, one)
 
     def take(self, which: NDArray[np.bool_]) -> _Rows:
-        return _Rows(self.X[which], self.y[which], self.weights[which])
+        return _Rows(self.X[which], self.y[which], self.weights[which], self.judges[which])
+
+    def __add__(self, other: _Rows) -> _Rows:
+        return _Rows(*(np.concatenate(pair) for pair in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def _remembered(step: Step) -> _Rows:
@@ -121,14 +140,18 @@ def _remembered(step: Step) -> _Rows:
     kept, n = step.kept, step.settings.memory
     if kept is not None and len(kept.rows):
         kept = kept.first(n)
-        rows = _Rows(np.asarray(kept.rows, np.float32), kept.codes, kept.weights())
+        stands = kept.weights()
+        rows = _Rows(np.asarray(kept.rows, np.float32), kept.codes, stands, stands)
         drawn = _drawn(step, kept.counts - np.bincount(kept.codes, minlength=len(kept.counts)))
-        return rows if drawn is None else _Rows(*_stacked(replace(rows, weights=np.ones(len(rows.y))), drawn))
+        if drawn is None:
+            return rows
+        return replace(rows, weights=np.ones(len(stands))) + replace(drawn, judges=np.zeros(len(drawn.y)))
     old = step.old
     chosen = pick(step.settings.selection, step.features(old.X), old.y, n)
     counts = np.bincount(old.y, minlength=step.k)
     of = np.bincount(old.y[chosen], minlength=step.k)
-    return _Rows(old.X[chosen], old.y[chosen], (counts / np.maximum(of, 1))[old.y[chosen]])
+    stands = (counts / np.maximum(of, 1))[old.y[chosen]]
+    return _Rows(old.X[chosen], old.y[chosen], stands, stands)
 
 
 def _replay(step: Step, watch: Watch | None) -> Pipeline:
@@ -136,7 +159,7 @@ def _replay(step: Step, watch: Watch | None) -> Pipeline:
     old = _remembered(step)
     if step.layer is None:
         return _refit(step, old)
-    new = _Rows(step.new.X, step.new.y, np.ones(len(step.new)))
+    new = _Rows.plain(step.new)
     layer = _replayed(step, old, new, watch)
     fold_old, fold_new = (_folds(len(rows.y), seed) for seed, rows in enumerate((old, new)))
     scores_old, scores_new = np.zeros((len(old.y), step.k)), np.zeros((len(new.y), step.k))
@@ -145,18 +168,18 @@ def _replay(step: Step, watch: Watch | None) -> Pipeline:
         part = _replayed(step, old.take(~held_old), new.take(~held_new), None)
         scores_old[held_old] = part.scores(step.features(old.X[held_old]))
         scores_new[held_new] = part.scores(step.features(new.X[held_new]))
-    return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, old.weights, scores_new, new.y)))
+    return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, old.judges, scores_new, new.y)))
 
 
 def _replayed(step: Step, old: _Rows, new: _Rows, watch: Watch | None) -> LastLayer:
     assert step.layer is not None
-    Z = step.features(np.concatenate([old.X, new.X]))
-    y, weights = np.concatenate([old.y, new.y]), np.concatenate([old.weights, new.weights])
+    rows = old + new
+    Z = step.features(rows.X)
     theta = _theta(step.layer)
     hold = np.zeros((step.k, theta.shape[1]))
     hold[: step.k_old, :-1] = REPLAY_ANCHOR * step.ridge
-    objective = Objective(Z, y, weights, step.ridge, anchor=Anchor(theta, hold))
-    first = _start_with(step, Z, y)
+    objective = Objective(Z, rows.y, rows.weights, step.ridge, anchor=Anchor(theta, hold))
+    first = _start_with(step, Z, rows.y)
     return minimise(objective, first, step.settings.epochs, watch)
 
 
@@ -171,11 +194,10 @@ def _start_with(step: Step, Z: Array, y: NDArray[np.integer[Any]]) -> LastLayer:
 def _refit(step: Step, old: _Rows) -> Pipeline:
     """Heads without a last layer: anew, on what there is."""
     pipeline = step.fresh()
-    X, y = np.concatenate([old.X, step.new.X]), np.concatenate([old.y, step.new.y])
+    rows = old + _Rows.plain(step.new)
     if has_fit_parameter(pipeline[-1], "sample_weight"):
-        weights = np.concatenate([old.weights, np.ones(len(step.new))])
-        return pipeline.fit(X, y, head__sample_weight=weights)
-    return pipeline.fit(X, y)
+        return pipeline.fit(rows.X, rows.y, head__sample_weight=rows.weights)
+    return pipeline.fit(rows.X, rows.y)
 
 
 # ------------------------------------------------------------------------------------------------- sums over old rows
@@ -231,7 +253,7 @@ def _ewc(step: Step, watch: Watch | None) -> Pipeline:
 
 def _balanced(step: Step, fit: Callable[[_Rows, Watch | None], LastLayer], watch: Watch | None) -> Pipeline:
     """With an offset between old and new classes that is found on new rows that were held out."""
-    rows = _Rows(step.new.X, step.new.y, np.ones(len(step.new)))
+    rows = _Rows.plain(step.new)
     layer = fit(rows, watch)
     old = _stand_ins(step)
     scores = np.zeros((len(rows.y), step.k))
@@ -242,14 +264,14 @@ def _balanced(step: Step, fit: Callable[[_Rows, Watch | None], LastLayer], watch
         scores[held] = part.scores(step.features(rows.X[held]))
         if old is not None:
             scores_old += part.scores(step.features(old.X)) / FOLDS
-    weights = np.zeros(0) if old is None else old.weights
+    weights = np.zeros(0) if old is None else old.judges
     return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, weights, scores, rows.y)))
 
 
 def _frozen_old(step: Step, watch: Watch | None) -> Pipeline:
     """New rows alone are trained, against what stands for old rows, or else against each other; then the offset."""
     old, T = _stand_ins(step), step.temperature
-    inside = _Rows(step.new.X, step.new.y, np.ones(len(step.new)))
+    inside = _Rows.plain(step.new)
     new_only = inside.take(inside.y >= step.k_old)
 
     def fit(rows: _Rows, told: Watch | None) -> LastLayer:
@@ -264,9 +286,8 @@ def _frozen_old(step: Step, watch: Watch | None) -> Pipeline:
         fixed = step.old_scores(rows.X) / T
         return minimise(Objective(Z, rows.y, rows.weights, step.ridge, fixed), own, step.settings.epochs, told)
 
-    rows = new_only if old is None else _Rows(*_stacked(old, inside))
+    rows = new_only if old is None else old + inside
     layer = fit(rows, watch)
-    scores, scores_old = np.zeros((len(new_only.y), step.k)), np.zeros((0, step.k))
     fold = _folds(len(rows.y), 1)
     beside = np.zeros((len(rows.y), step.k))
     beside[:, : step.k_old] = step.old_scores(rows.X) / T
@@ -274,7 +295,7 @@ def _frozen_old(step: Step, watch: Watch | None) -> Pipeline:
         beside[held, step.k_old :] = fit(rows.take(~held), None).scores(step.features(rows.X[held]))
     is_new = rows.y >= step.k_old
     scores, scores_old = beside[is_new], beside[~is_new]
-    offset = _offset(step.k_old, scores_old, rows.weights[~is_new], scores, rows.y[is_new])
+    offset = _offset(step.k_old, scores_old, rows.judges[~is_new], scores, rows.y[is_new])
     new = LastLayer(T * layer.W, T * (layer.b + offset))
     head = grown(step.pipeline[-1], step.growth.place, new, int(step.pipeline[-1].n_features_in_))
     return Pipeline([("scale", step.pipeline[0]), ("head", head)])
@@ -284,14 +305,6 @@ def _of_new(step: Step, Z: Array, y: NDArray[np.integer[Any]]) -> tuple[Array, N
     if np.isin(np.arange(step.k_old, step.k), y).all():
         return Z, y
     return step.features(step.new.X), step.new.y
-
-
-def _stacked(old: _Rows, new: _Rows) -> tuple[NDArray[Any], NDArray[Any], Array]:
-    return (
-        np.concatenate([old.X, new.X]),
-        np.concatenate([old.y, new.y]),
-        np.concatenate([old.weights, new.weights]),
-    )
 
 
 def _stand_ins(step: Step) -> _Rows | None:
@@ -306,8 +319,10 @@ def _drawn(step: Step, counts: NDArray[np.int64]) -> _Rows | None:
     """Rows made up from the statistics that are kept, as heavy as so many of each class."""
     if step.kept is None or step.kept.statistics is None:
         return None
-    X, codes = step.kept.statistics.draw(DRAWN)
-    rows = _Rows(X.astype(np.float32), codes, counts[codes] / DRAWN)
+    each = int(min(DRAWN, max(1, counts.max(initial=0))))
+    X, codes = step.kept.statistics.draw(each)
+    stands = counts[codes] / each
+    rows = _Rows(X.astype(np.float32), codes, stands, stands)
     return rows.take(rows.weights > 0)
 
 
@@ -349,11 +364,13 @@ def _offset(k_old: int, old: Array, weights: Array, new: Array, y: NDArray[np.in
     beside = logsumexp(old[:, k_old:], axis=1) - logsumexp(old[:, :k_old], axis=1)
     sign = np.where(is_new, -1.0, 1.0)
 
-    def loss(offset: float) -> float:
-        return float(weights @ np.logaddexp(0, beside + offset) + np.logaddexp(0, sign * (margin + offset)).sum())
+    def loss(slope_and_offset: Array) -> float:
+        """Of telling old from new by the margin; with a slope, since scores of few rows are too sure of themselves."""
+        slope, offset = np.exp(slope_and_offset[0]), slope_and_offset[1]
+        of_old = weights @ np.logaddexp(0, slope * (beside + offset))
+        return float(of_old + np.logaddexp(0, slope * sign * (margin + offset)).sum())
 
-    bound = float(np.abs(np.concatenate([margin, beside])).max()) + 1
-    return float(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x)
+    return float(minimize(loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-8}).x[1])
 
 
 def _moved(layer: LastLayer, k_old: int, offset: float) -> LastLayer:
@@ -432,3 +449,8 @@ METHODS: dict[str, Method] = {
     ),
     "naive": Method("the new images alone: what forgetting is", _naive, _no_layer),
 }
+BALANCED = (
+    "frozen-old",
+    "distill",
+    "ewc",
+)  # which remember no old row, and are set against old classes by what there is

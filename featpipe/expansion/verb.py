@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def expand(
     labels: Any = None,
     cache: str | os.PathLike[str] = "cache",
     out: str | os.PathLike[str] | None = None,
+    place: Callable[[Path, int], Path] | None = None,
     progress: Tell = quiet,
 ) -> Expansion:
     """Teach a model more classes.
@@ -75,6 +76,8 @@ def expand(
         Of archives, as :func:`featpipe.extract` takes them.
     out : path-like, optional
         Where the model is saved. If that file is what these very arguments gave before, no work is done.
+    place : callable, optional
+        Where it is saved if ``out`` is not given: from the path of the model before and the number of classes.
     progress : callable
 
     Returns
@@ -105,11 +108,15 @@ def expand(
     wanted_keep = None if keep is None else Keep.of(keep)
     learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
     request = digest_of_request([*learn, *judge], (len(learn), asked))
-    done = _done(model, request, out)
-    if done is not None:
+    if (done := _done(model, request, out)) is not None:
         progress(Progress("note", f"{out}: is what is asked for already"))
         return done
     growth = Growth.of(model.classes, labels_of(learn), drop, merge)
+    if out is None and place is not None and model.path is not None:
+        out = place(model.path, len(growth.classes))
+        if (done := _done(model, request, out)) is not None:
+            progress(Progress("note", f"{out}: is what is asked for already"))
+            return done
     rows = arrivals(model, growth, learn, judge, strict=method != "joint")
     case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
     case.refuse_nothing()
