@@ -199,12 +199,13 @@ class Judge:
             weight = drawn[rows].sum(axis=0)
             mean = np.divide(change @ drawn[rows], weight, out=np.full(weight.shape, np.nan), where=weight > 0)
             samples.append(sign * (mean + since_then))
-        return _interval(float(np.mean(values)), np.nanmean(np.stack(samples), axis=0))
+        drawn_at_all = np.isfinite(samples)
+        total = np.where(drawn_at_all, samples, 0.0).sum(axis=0)
+        return _interval(float(np.mean(values)), total / np.maximum(drawn_at_all.sum(axis=0), 1))
 
     def _known(self, number: int) -> Mapping[str, Any] | None:
-        if number >= len(self.past) or self.past[number].get("rows") != self.rows_of(number):
-            return None
-        return self.past[number]
+        known = self.past[number] if number < len(self.past) else {}
+        return known if known.get("rows") == self.rows_of(number) and known.get("best") is not None else None
 
     def rows_of(self, number: int) -> str:
         """A digest of the test rows of a step: accuracies on other rows cannot be compared."""
@@ -213,9 +214,12 @@ class Judge:
 
     def record(self, outcome: Outcome) -> list[dict[str, Any]]:
         """What is to be known later of each step."""
-        found = []
+        found: list[dict[str, Any]] = []
         for number, now in enumerate(outcome.steps):
             rows, known = self.step_of == number, self._known(number)
+            if not rows.any():
+                found.append({"rows": "", "learnt": None, "best": None, "now": None})
+                continue
             before = _mean(self.before[rows]) if (self.test.y[rows] < self.step.k_old).any() else now
             learnt = before if known is None else known["learnt"]
             best = max(now, before, learnt, 0.0 if known is None else known["best"])

@@ -75,14 +75,15 @@ def _rows(step: Step, n: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
     old_y: NDArray[Any] = step.old.y
     if kept is not None and len(kept.rows):
         old_X, old_y = kept.rows, kept.codes
-    X: NDArray[Any] = np.concatenate([old_X, np.asarray(step.new.X, old_X.dtype)])
+    X = np.concatenate([old_X, step.new.X.astype(old_X.dtype)])
     y = np.concatenate([old_y, step.new.y]).astype(np.int32)
     of_new = np.isin(y, np.unique(step.new.y))
     fits = [np.flatnonzero(y == code)[:n] for code in np.unique(y[~of_new])]  # in the order in which they were kept
     if kept is None or not len(kept.rows):
         fits = [pick(step.settings.selection, step.features(X[~of_new]), y[~of_new], n)] if (~of_new).any() else []
         fits = [np.flatnonzero(~of_new)[rows] for rows in fits]
-    fits.append(np.flatnonzero(of_new)[pick(step.settings.selection, step.features(X[of_new]), y[of_new], n)])
+    if of_new.any():
+        fits.append(np.flatnonzero(of_new)[pick(step.settings.selection, step.features(X[of_new]), y[of_new], n)])
     every = np.concatenate(fits).astype(np.intp)
     return X[every], y[every]
 
@@ -105,6 +106,7 @@ def _importances(step: Step, pipeline: Pipeline, before: Kept | None) -> NDArray
     if layer is None:
         return None
     found = fisher(layer, features_of(pipeline, step.new.X)) if len(step.new) else 0.0
+    old: NDArray[Any]
     if before is not None and before.importances is not None:
         old, n = before.importances, int(before.counts.sum())
     elif step.whole and len(step.old):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import has_fit_parameter
 
@@ -26,10 +26,11 @@ __all__ = ["BALANCED", "METHODS", "Method", "regrouped_head", "start"]
 
 Array = NDArray[np.float64]
 
-FOLDS = 3  # on which the offset between old and new classes is found
+FOLDS, FOLDS_FROM = 3, 6  # rows; on which the offset between old and new classes is found
 REPLAY_ANCHOR = 10.0  # how much stronger than the head's own penalty old weights are held in replay
 DISTILL_STRENGTH = 20.0
 DRAWN = 100  # made-up rows of each old class
+SLOPE_RIDGE = 1e-3  # for old and new rows that are told apart without a mistake
 NEW_WIN = 0.75  # the share of new rows that the offset lets win where nothing is remembered of the old ones
 
 
@@ -161,11 +162,9 @@ def _replay(step: Step, watch: Watch | None) -> Pipeline:
         return _refit(step, old)
     new = _Rows.plain(step.new)
     layer = _replayed(step, old, new, watch)
-    fold_old, fold_new = (_folds(len(rows.y), seed) for seed, rows in enumerate((old, new)))
     scores_old, scores_new = np.zeros((len(old.y), step.k)), np.zeros((len(new.y), step.k))
-    for fold in range(FOLDS):
-        held_old, held_new = fold_old == fold, fold_new == fold
-        part = _replayed(step, old.take(~held_old), new.take(~held_new), None)
+    for (fit_old, held_old), (fit_new, held_new) in _turns(len(old.y), len(new.y)):
+        part = _replayed(step, old.take(fit_old), new.take(fit_new), None)
         scores_old[held_old] = part.scores(step.features(old.X[held_old]))
         scores_new[held_new] = part.scores(step.features(new.X[held_new]))
     return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, old.judges, scores_new, new.y)))
@@ -226,26 +225,40 @@ def _distill(step: Step, watch: Watch | None) -> Pipeline:
         teacher = Teacher(
             step.old_scores(rows.X), step.settings.temperature, DISTILL_STRENGTH if strength is None else strength
         )
-        objective = Objective(Z, rows.y, rows.weights, step.ridge, teacher=teacher)
+        ridge, anchor = _held(step)
+        objective = Objective(Z, rows.y, rows.weights, ridge, teacher=teacher, anchor=anchor)
         return minimise(objective, _start_with(step, Z, rows.y), step.settings.epochs, told)
 
     return _balanced(step, fit, watch)
 
 
+def _held(step: Step, importances: NDArray[np.floating] | float = 0.0) -> tuple[Array, Anchor]:
+    """The head's penalty, which draws new weights to zero, and old ones to what they were; and importances beside it.
+
+    Drawn to zero, old weights would be forgotten by the penalty alone, the sooner the fewer new rows there are.
+    """
+    assert step.layer is not None
+    theta = _theta(step.layer)
+    hold = np.zeros((step.k, theta.shape[1]))
+    hold[: step.k_old, :-1] = step.ridge
+    hold[: step.k_old] += importances
+    ridge = np.where(np.arange(step.k) < step.k_old, 0.0, step.ridge)[:, None]
+    return ridge, Anchor(theta, hold)
+
+
 def _ewc(step: Step, watch: Watch | None) -> Pipeline:
     """On new rows, with the old weights held by their importance: of strength 1 as much as the old rows would."""
     assert step.layer is not None
-    theta, strength = _theta(step.layer), step.settings.strength
-    hold = np.zeros((step.k, theta.shape[1]))
     if step.kept is not None and step.kept.importances is not None:
-        hold[: step.k_old], n = step.kept.importances[: step.k_old], step.kept.counts.sum()
+        found, n = step.kept.importances[: step.k_old], int(step.kept.counts.sum())
     else:
-        hold[: step.k_old], n = fisher(step.layer, step.features(step.old.X)), len(step.old)
-    hold *= n * (1.0 if strength is None else strength)
+        found, n = fisher(step.layer, step.features(step.old.X)), len(step.old)
+    strength = step.settings.strength
+    ridge, anchor = _held(step, n * (1.0 if strength is None else strength) * found)
 
     def fit(rows: _Rows, told: Watch | None) -> LastLayer:
         Z = step.features(rows.X)
-        objective = Objective(Z, rows.y, rows.weights, step.ridge, anchor=Anchor(theta, hold))
+        objective = Objective(Z, rows.y, rows.weights, ridge, anchor=anchor)
         return minimise(objective, _start_with(step, Z, rows.y), step.settings.epochs, told)
 
     return _balanced(step, fit, watch)
@@ -258,12 +271,12 @@ def _balanced(step: Step, fit: Callable[[_Rows, Watch | None], LastLayer], watch
     old = _stand_ins(step)
     scores = np.zeros((len(rows.y), step.k))
     scores_old = np.zeros((0 if old is None else len(old.y), step.k))
-    fold = _folds(len(rows.y), 1)
-    for held in (fold == number for number in range(FOLDS)):
-        part = fit(rows.take(~held), None)
+    turns = _turns(len(rows.y))
+    for ((fit_rows, held),) in turns:
+        part = fit(rows.take(fit_rows), None)
         scores[held] = part.scores(step.features(rows.X[held]))
         if old is not None:
-            scores_old += part.scores(step.features(old.X)) / FOLDS
+            scores_old += part.scores(step.features(old.X)) / len(turns)
     weights = np.zeros(0) if old is None else old.judges
     return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, weights, scores, rows.y)))
 
@@ -288,11 +301,10 @@ def _frozen_old(step: Step, watch: Watch | None) -> Pipeline:
 
     rows = new_only if old is None else old + inside
     layer = fit(rows, watch)
-    fold = _folds(len(rows.y), 1)
     beside = np.zeros((len(rows.y), step.k))
     beside[:, : step.k_old] = step.old_scores(rows.X) / T
-    for held in (fold == number for number in range(FOLDS)):
-        beside[held, step.k_old :] = fit(rows.take(~held), None).scores(step.features(rows.X[held]))
+    for ((fit_rows, held),) in _turns(len(rows.y)):
+        beside[held, step.k_old :] = fit(rows.take(fit_rows), None).scores(step.features(rows.X[held]))
     is_new = rows.y >= step.k_old
     scores, scores_old = beside[is_new], beside[~is_new]
     offset = _offset(step.k_old, scores_old, rows.judges[~is_new], scores, rows.y[is_new])
@@ -340,8 +352,15 @@ def regrouped_head(step: Step) -> Pipeline:
 
 
 # ------------------------------------------------------------------------------------------------- old against new
-def _folds(n: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).permutation(n) % FOLDS
+def _turns(*numbers: int) -> list[tuple[tuple[NDArray[np.bool_], NDArray[np.bool_]], ...]]:
+    """Which rows to fit on and which to judge by, in turns; for each of several kinds of rows, of so many each.
+
+    All of them are both where there are too few of a kind.
+    """
+    if min(numbers) < FOLDS_FROM:
+        return [tuple((np.ones(n, bool), np.ones(n, bool)) for n in numbers)]
+    folds = [np.random.default_rng(seed).permutation(n) % FOLDS for seed, n in enumerate(numbers)]
+    return [tuple((fold != number, fold == number) for fold in folds) for number in range(FOLDS)]
 
 
 def _offset(k_old: int, old: Array, weights: Array, new: Array, y: NDArray[np.integer[Any]]) -> float:
@@ -362,15 +381,19 @@ def _offset(k_old: int, old: Array, weights: Array, new: Array, y: NDArray[np.in
     if not len(old) and is_new.all():
         return -float(np.quantile(margin, 1 - NEW_WIN))
     beside = logsumexp(old[:, k_old:], axis=1) - logsumexp(old[:, :k_old], axis=1)
-    sign = np.where(is_new, -1.0, 1.0)
+    z, sign = np.concatenate([beside, margin]), np.concatenate([np.ones(len(beside)), np.where(is_new, -1.0, 1.0)])
+    w, unit = np.concatenate([weights, np.ones(len(margin))]), max(float(z.std()), 1e-12)
 
-    def loss(slope_and_offset: Array) -> float:
+    def loss(slope_and_offset: Array) -> tuple[float, Array]:
         """Of telling old from new by the margin; with a slope, since scores of few rows are too sure of themselves."""
-        slope, offset = np.exp(slope_and_offset[0]), slope_and_offset[1]
-        of_old = weights @ np.logaddexp(0, slope * (beside + offset))
-        return float(of_old + np.logaddexp(0, slope * sign * (margin + offset)).sum())
+        slope, offset = slope_and_offset
+        wrong = sign * (slope * z / unit + offset)
+        pull = w * sign * expit(wrong)
+        value = w @ np.logaddexp(0, wrong) + 0.5 * SLOPE_RIDGE * w.sum() * slope**2
+        return float(value), np.array([pull @ z / unit + SLOPE_RIDGE * w.sum() * slope, pull.sum()])
 
-    return float(minimize(loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-8}).x[1])
+    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="BFGS").x
+    return float(unit * offset / slope) if slope > SLOPE_RIDGE else 0.0
 
 
 def _moved(layer: LastLayer, k_old: int, offset: float) -> LastLayer:

@@ -72,7 +72,7 @@ class Anchor:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Σ w_i loss(y_i, W z_i + b) + ½ ridge ‖W‖², and what is added to it.
+    """Σ w_i loss(y_i, W z_i + b) + ½ Σ ridge W², and what is added to it.
 
     Attributes
     ----------
@@ -81,7 +81,8 @@ class Objective:
     y : ndarray of shape (n,)
         Class codes.
     weights : ndarray of shape (n,)
-    ridge : float
+    ridge : float, or ndarray of shape (k, 1)
+        The same for all classes, or for each.
     fixed : ndarray of shape (n, k_fixed) or None
         Scores of the first classes, where these are not trained: the layer is then that of the others alone.
     teacher : Teacher or None
@@ -91,7 +92,7 @@ class Objective:
     Z: Array
     y: NDArray[np.integer]
     weights: Array
-    ridge: float = 0.0
+    ridge: float | Array = 0.0
     fixed: Array | None = None
     teacher: Teacher | None = None
     anchor: Anchor | None = None
@@ -112,7 +113,7 @@ class Objective:
         by_theta = np.empty_like(theta)
         by_theta[:, :-1] = by_own.T @ self.Z + self.ridge * theta[:, :-1]
         by_theta[:, -1] = by_own.sum(axis=0)
-        value += 0.5 * self.ridge * float((theta[:, :-1] ** 2).sum())
+        value += 0.5 * float((self.ridge * theta[:, :-1] ** 2).sum())
         if self.anchor is not None:
             more, gradient = self.anchor.loss(theta)
             value, by_theta = value + more, by_theta + gradient

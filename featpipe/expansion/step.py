@@ -123,10 +123,14 @@ class Step:
 
     def features(self, X: NDArray[Any]) -> Array:
         """What the last layer sees."""
+        if not len(X):
+            return np.zeros((0, X.shape[1] if self.layer is None else self.layer.W.shape[1]))
         return np.asarray(features_of(self.pipeline, X), np.float64)
 
     def old_scores(self, X: NDArray[Any]) -> Array:
         """What the head before says of rows, in the classes after, shape (m, k_old)."""
+        if not len(X):
+            return np.zeros((0, self.k_old))
         return regrouped(logits_of(self.pipeline, X), self.growth.place, self.k_old)
 
     @cached_property

@@ -150,7 +150,7 @@ def shrunk_apart(x: Array) -> tuple[Array, Array]:
     covariance = shrunk(x.T @ x / len(x), amount)
     flat = np.where(constant, covariance.diagonal(), 0.0)
     covariance[constant, constant] = 0.0
-    return covariance * spread * spread[:, None], flat
+    return covariance * np.outer(spread, spread), flat
 
 
 def centroid_from(head: NearestCentroid, found: Moments, classes: NDArray[Any]) -> None:

@@ -88,8 +88,9 @@ def with_layer(head: Any, layer: LastLayer) -> Any:
 
 
 def penalty(head: Any) -> float:
-    """The strength of the head's own L2 penalty, against the summed loss of its rows."""
-    return 1.0 / float(getattr(head, "C_", None) or getattr(head, "C", None) or 1.0)
+    """The strength of the head's own L2 penalty against the summed loss of its rows; 1 for heads that have no such."""
+    strength = getattr(head, "C_", None) or getattr(head, "C", None) if isinstance(head, _LINEAR) else None
+    return 1.0 / float(strength or 1.0)
 
 
 def fisher(layer: LastLayer, Z: NDArray[Any]) -> Array:
