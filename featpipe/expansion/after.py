@@ -83,8 +83,11 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
 def _how(case: Case, found: Found) -> str:
     if found.judge is None:
         return "not judged"
-    kind = "images marked or given to judge by" if case.rows.given else "new images held out, and learnt afterwards"
-    return f"{len(found.judge.test):,} {kind}"
+    n, given = len(found.judge.test), len(case.rows.test)
+    if n == given:
+        return f"{n:,} images marked or given to judge by"
+    held = f"{n - given:,} new images held out, and learnt afterwards"
+    return f"{given:,} images given to judge by and {held}" if given else held
 
 
 def _head_name(model: Model, found: Found) -> str:

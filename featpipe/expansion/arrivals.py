@@ -71,7 +71,7 @@ class Arrivals:
     left_out : dict
         How many rows are of no use, by reason.
     given : bool
-        Whether the test rows came with the labels, or with caches of their own.
+        Whether test rows came with the labels, or with caches of their own, of new classes too.
     """
 
     new: Side
@@ -185,7 +185,8 @@ def arrivals(
         _refuse_renamed(model, growth, learn, known)
     seen = model.was_trained_on(test.digests) | _among(test, learn)
     left["trained on, and so not judged by"] += int(seen.sum())
-    given = bool(tests) or any(cache.split.any() for cache in caches)
+    of_new = bool((test.y[~seen] >= growth.k_old).any()) or not growth.new
+    given = (bool(tests) and of_new) or any(cache.split.any() for cache in caches)
     left_out = {reason: count for reason, count in left.items() if count}
     return Arrivals(learn.take(~known), learn.take(known), test.take(~seen), left_out, given)
 

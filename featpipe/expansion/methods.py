@@ -249,6 +249,7 @@ def _held(step: Step, importances: NDArray[np.floating] | float = 0.0) -> tuple[
 def _ewc(step: Step, watch: Watch | None) -> Pipeline:
     """On new rows, with the old weights held by their importance: of strength 1 as much as the old rows would."""
     assert step.layer is not None
+    found: NDArray[Any]
     if step.kept is not None and step.kept.importances is not None:
         found, n = step.kept.importances[: step.k_old], int(step.kept.counts.sum())
     else:
