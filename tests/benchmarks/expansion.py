@@ -1,12 +1,11 @@
 """More classes for a trained model: what each method forgets, on real images.
 
-    python tests/benchmarks/expansion.py [tiles | FOLDER TABLE SIZES] [HEAD]...
+    python tests/benchmarks/expansion.py [tiles | CACHE SIZES] [HEAD]...
 
-"tiles" are the demonstration's, 10 photographs and then 7: trained on left halves, judged on right halves. Or a FOLDER of images with a
-TABLE of the columns path, label and split, and how many classes come in each step, as 3,3,3. Each method goes through all
-steps by itself; ``joint`` sees all old images again, the others what the model keeps: statistics, importances and 20
-embeddings of each class. The order of classes is shuffled in three ways, and the table gives the mean over these orders after
-the last step. "points" is how far a method's accuracy on all classes is below that of ``joint``.
+"tiles" are the demonstration's, 10 photographs and then 7: trained on left halves, judged on right halves. Or a CACHE of
+labels that came with a split, and how many classes come in each step, as 3,3,3. Each method goes through all steps by
+itself; ``joint`` sees all old images again, the others what the model keeps: statistics, importances and 20 embeddings of
+each class. The order of classes is shuffled in three ways; the table gives means over these orders after the last step.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -55,10 +55,7 @@ def steps(cache: FeatureCache, sizes: Sequence[int], order: int, folder: Path) -
     if order:
         np.random.default_rng(order).shuffle(names)
     cuts = np.cumsum([0, *sizes])
-    return [
-        part(cache, names[start:stop], folder / f"{order}-{start}.h5")
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    return [part(cache, names[start:stop], folder / f"{order}-{start}.h5") for start, stop in pairwise(cuts)]
 
 
 def run(head: str, parts: Sequence[FeatureCache], method: str) -> tuple[Outcome, float] | None:
@@ -89,12 +86,10 @@ def figures(head: str, orders: Sequence[Sequence[FeatureCache]]) -> Iterator[str
         old, new, forgotten = (
             np.mean([getattr(outcome, name).value for outcome in outcomes]) for name in ("old", "new", "forgetting")
         )
-        apart = [100 * (b - a) for a, b in zip(accuracies, best, strict=True)]
-        each = " ".join(f"{points:+.1f}" for points in apart)
-        yield (
-            f"| {head} | {method} | {old:.3f} | {new:.3f} | {np.mean(accuracies):.3f} | {np.mean(apart):+.1f} ({each}) | "
-            f"{forgotten:+.3f} | {np.mean([outcome.bytes for outcome in outcomes]) / 1e6:.1f} MB |"
-        )
+        apart = [100 * (there - here) for here, there in zip(accuracies, best, strict=True)]
+        each, keeps = " ".join(f"{points:.1f}" for points in apart), np.mean([outcome.bytes for outcome in outcomes])
+        shown = f"{old:.3f} | {new:.3f} | {np.mean(accuracies):.3f} | {np.mean(apart):.1f} ({each}) | {forgotten:.3f}"
+        yield f"| {head} | {method} | {shown} | {keeps / 1e6:.1f} MB |"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -102,11 +97,11 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path(name)
         if not arguments or arguments[0] == "tiles":
             archive, table = write_tiles(folder)
-            sizes, heads = [10, 7], arguments[1:]
+            cache, sizes = extract(archive, labels=table, cache=folder, out=folder / "all.h5"), [10, 7]
+            heads = arguments[1:]
         else:
-            archive, table = Path(arguments[0]), Path(arguments[1])
-            sizes, heads = [int(size) for size in arguments[2].split(",")], arguments[3:]
-        cache = extract(archive, labels=table, cache=folder, out=folder / "all.h5")
+            cache, sizes = FeatureCache(arguments[0]), [int(size) for size in arguments[1].split(",")]
+            heads = arguments[2:]
         orders = [steps(cache, sizes, order, folder) for order in range(ORDERS)]
         print("| head | method | old | new | all | points below joint (each order) | forgetting | keeps |")
         print("|---|---|---|---|---|---|---|---|")
