@@ -470,6 +470,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         _check_members(infos, len(file.infolist()), path.stat().st_size)
         document = json.loads(file.read("model.json"))
         _check_document(document)
+        for name in document["files"].keys() - infos.keys():
+            raise ModelError(f"has no {name}, which its model.json names; copy the model again")
         if infos.keys() != {"model.json", *document["files"]}:
             raise ModelError("holds other members than its model.json names")
         wanted = ("head.skops", "trained_on.bin", KEPT_MEMBER)

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/expansion.py [tiles | CACHE SIZES] [HEAD]...
 
-"tiles" are the demonstration's, 10 photographs and then 7: trained on left halves, judged on right halves. Or a CACHE of
-labels that came with a split, and how many classes come in each step, as 3,3,3. Each method goes through all steps by
-itself; ``joint`` sees all old images again, the others what the model keeps: statistics, importances and 20 embeddings of
-each class. The order of classes is shuffled in three ways; the table gives means over these orders after the last step.
+"tiles" are the demonstration's, 10 photographs and then 7: trained on left halves, judged on right halves. Or a CACHE
+of labels that came with a split, and how many classes come in each step, as 3,3,3. Each method goes through all steps
+by itself; ``joint`` sees all old images again, the others what the model keeps: statistics, importances and 20
+embeddings of each class. Classes come in three orders; the table gives means over these after the last step.
 """
 
 from __future__ import annotations
