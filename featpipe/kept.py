@@ -149,6 +149,23 @@ class Kept:
             importances,
         )
 
+    def check(self, pipeline: Any) -> None:
+        """Refuse what is of embeddings, or of a last layer, of another width than the head's.
+
+        Raises
+        ------
+        ValueError
+        """
+        d = int(pipeline[-1].n_features_in_)
+        widths = {self.rows.shape[1]} if len(self.rows) else set()
+        widths |= {len(self.statistics.shift)} if self.statistics is not None else set()
+        layer = layer_of(pipeline[-1])
+        own = None if layer is None else layer.W.shape[1] + 1
+        if widths - {d} or (self.importances is not None and own not in (None, self.importances.shape[1])):
+            raise ValueError(f"what is kept is of other embeddings than those of width {d} that the head takes")
+        if self.statistics is not None and self.statistics.kind != kind_for(pipeline)[0]:
+            raise ValueError(f"{type(pipeline[-1]).__name__} does not take statistics of kind {self.statistics.kind}")
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         found: dict[str, NDArray[Any]] = {"counts": self.counts}
         if len(self.rows):

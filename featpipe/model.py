@@ -370,6 +370,8 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
         )
+        if model.kept is not None:
+            model.kept.check(model.head)
         if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
             raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
     return model if backbone is None else model.attach(backbone)
@@ -516,5 +518,18 @@ def _check_document(document: Any) -> None:
         raise ModelError("model.json does not say which weights its backbone has; train the model again")
     if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
         raise ModelError("model.json does not say what its output is; train the model again")
+    _check_memory(document.get("kept"), document["history"].get("steps", []))
     if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
         raise ModelError("model.json does not say how the images were embedded; train the model again")
+
+
+def _check_memory(kept: Any, steps: Any) -> None:
+    """What is said of the data that are kept, and of the steps in which classes came."""
+    if kept is not None:
+        sizes = kept.get("bytes") if isinstance(kept, dict) else None
+        numbers = [*sizes.values(), kept.get("rows"), kept.get("rows_a_class")] if isinstance(sizes, dict) else [None]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ModelError("model.json does not say how large what it keeps is; copy the model again")
+    told = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+    if not told or not all(isinstance(step.get("classes"), list) and "method" in step for step in steps):
+        raise ModelError("model.json does not say which classes came in which step; train the model again")

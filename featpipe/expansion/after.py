@@ -106,6 +106,8 @@ def _notes(case: Case, found: Found) -> list[str]:
     model, growth, notes = case.model, case.growth, []
     if model.calibration is not None and model.calibration.offsets:
         notes.append("the correction of priors was for the classes before, and is gone")
+    if model.history.get("balance"):
+        notes.append("the model was trained on resampled rows; it is expanded on rows as they are")
     if _head_name(model, found) != model.head_name:
         notes.append(f"the head is an lda now, and was {model.head_name}, of which statistics are no closed form")
     kept = found.step.kept

@@ -35,7 +35,7 @@ class Curves:
     epochs : list of int
         0 is before the first step.
     train_loss, old_loss, new_loss, old_accuracy, new_accuracy : list of float
-        The first on the rows that are trained on; NaN where there is no test row.
+        The first on the rows that are trained on, with what the method adds to it; NaN where there is no test row.
     """
 
     epochs: list[int] = field(default_factory=list)

@@ -45,8 +45,6 @@ class Method:
         From a step, and a function that is told each epoch, to a fitted pipeline of the classes after.
     missing : callable
         From a step to what it lacks, in words; or None.
-    sees_old : bool
-        Whether it needs the old images at hand.
     keeps : str
         The part of what a model keeps that it lives on.
     """
@@ -54,7 +52,6 @@ class Method:
     summary: str
     fit: Callable[[Step, Watch | None], Pipeline]
     missing: Callable[[Step], str | None]
-    sees_old: bool = False
     keeps: str = ""
 
 
@@ -191,11 +188,12 @@ def _start_with(step: Step, Z: Array, y: NDArray[np.integer[Any]]) -> LastLayer:
 
 
 def _refit(step: Step, old: _Rows) -> Pipeline:
-    """Heads without a last layer: anew, on what there is."""
-    pipeline = step.fresh()
-    rows = old + _Rows.plain(step.new)
+    """Heads without a last layer: anew, on what there is; on true rows alone, where rows cannot have weights."""
+    pipeline, new = step.fresh(), _Rows.plain(step.new)
     if has_fit_parameter(pipeline[-1], "sample_weight"):
+        rows = old + new
         return pipeline.fit(rows.X, rows.y, head__sample_weight=rows.weights)
+    rows = old.take(old.judges > 0) + new
     return pipeline.fit(rows.X, rows.y)
 
 
@@ -450,7 +448,7 @@ def _all_of(*checks: Callable[[Step], str | None]) -> Callable[[Step], str | Non
 
 
 METHODS: dict[str, Method] = {
-    "joint": Method("old and new images together, which must be at hand", _joint, _no_old_images, sees_old=True),
+    "joint": Method("old and new images together, which must be at hand", _joint, _no_old_images),
     "statistics": Method(
         "closed form from sums over the old rows; lda, ridge and centroid exactly, other heads become lda",
         _statistics,

@@ -14,10 +14,9 @@ import pytest
 from featpipe import FeatureCache, expand, load_model, train
 from featpipe.cache import SPLITS, Table, write_cache
 from featpipe.calibration import logits_of
-from featpipe.errors import CacheError, CacheMismatchError, ConfigError
+from featpipe.errors import CacheError, CacheMismatchError, ConfigError, ModelError
 from featpipe.expansion import METHODS, Expansion
 from featpipe.expansion.growth import Growth
-from featpipe.expansion.measure import Judge
 from featpipe.labels import Labels
 from featpipe.model import Model
 from featpipe.progress import Progress
@@ -480,8 +479,24 @@ def test_what_cannot_be_learnt_from_is_refused(models: Any, new: FeatureCache, m
         expand(models(), make({"dog": 3}, 52), method="all")
 
 
-def test_a_digest_of_the_rows_decides_whether_accuracies_can_be_compared(compared: Expansion) -> None:
+def test_what_is_kept_must_be_of_the_head_s_own_embeddings(models: Any, tmp_path: Path) -> None:
+    model, other = models(), models("ridge")
+    for wrong in (
+        replace(model.kept, rows=model.kept.rows[:, :-1]),
+        replace(model.kept, importances=model.kept.importances[:, :-1]),
+        replace(model.kept, statistics=other.kept.statistics),
+    ):
+        path = replace(model, kept=wrong).save(tmp_path / "wrong.model")
+        with pytest.raises(ModelError, match=r"wrong\.model: is damaged"):
+            load_model(path)
+
+
+def test_the_numbers_of_a_step_are_known_to_the_next(compared: Expansion) -> None:
     judged = compared.model.history["judged"]
     assert [set(one) for one in judged] == [{"rows", "learnt", "best", "now"}] * 2
     assert judged[0]["best"] >= judged[0]["now"]
-    assert Judge.__doc__ is not None
+
+
+def test_rows_that_were_resampled_in_training_are_pointed_out(old: FeatureCache, new: FeatureCache) -> None:
+    model = train(old, tune=False, balance="over")
+    assert any("resampled rows" in note for note in expand(model, new, method="frozen-old").notes)
