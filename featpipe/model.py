@@ -370,10 +370,10 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
         )
-        if model.kept is not None:
-            model.kept.check(model.head)
         if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
             raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
+        if model.kept is not None:
+            model.kept.check(model.head)
     return model if backbone is None else model.attach(backbone)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -115,6 +116,20 @@ def test_train_keeps_what_it_is_told(keep, home, tmp_path):
     assert (kept and set(kept["bytes"])) == expected[keep]
     with pytest.raises(ConfigError, match="give none, all, or some of"):
         run("train", home["old"], "--keep", "everything")
+
+
+def test_of_rows_that_stay_in_the_file_the_same_statistics_are_kept(home, tmp_path):
+    kept = []
+    for memory in ("1k", "1G"):
+        out = tmp_path / f"{memory}.model"
+        how = ["--head", "lda", "--cv", "0", "--memory", memory, "--keep", "statistics", "--out", out]
+        assert run("train", home["old"], *how).exit_code == 0
+        kept.append(load_model(out).kept.arrays())
+    for name, array in kept[0].items():
+        assert np.allclose(array, kept[1][name], rtol=1e-9, atol=1e-7), name
+    assert load_model(run("train", home["old"], "--head", "lda", "--memory", "1k").stdout.strip()).kept is None
+    with pytest.raises(ConfigError, match="of features that stay in the file only statistics are kept"):
+        run("train", home["old"], "--head", "lda", "--memory", "1k", "--keep", "rows")
 
 
 def test_wrong_input_is_one_line(home, tmp_path):

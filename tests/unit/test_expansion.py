@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featpipe import FeatureCache, expand, load_model, train
+from featpipe import FeatureCache, evaluate, expand, load_model, train
 from featpipe.cache import SPLITS, Table, write_cache
 from featpipe.calibration import logits_of
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError, ModelError
@@ -489,6 +489,13 @@ def test_what_is_kept_must_be_of_the_head_s_own_embeddings(models: Any, tmp_path
         path = replace(model, kept=wrong).save(tmp_path / "wrong.model")
         with pytest.raises(ModelError, match=r"wrong\.model: is damaged"):
             load_model(path)
+
+
+def test_an_expanded_model_is_evaluated_like_any_other(compared: Expansion, test: FeatureCache, tmp_path: Path) -> None:
+    loaded = load_model(compared.model.save(tmp_path / "m.model"))
+    found = evaluate(loaded, test)
+    assert found.scores.metrics["accuracy"].value == compared.outcomes[0].all.value
+    assert found.scores.classes == NAMES[:5]
 
 
 def test_the_numbers_of_a_step_are_known_to_the_next(compared: Expansion) -> None:
