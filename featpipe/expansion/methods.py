@@ -27,7 +27,7 @@ __all__ = ["BALANCED", "METHODS", "Method", "regrouped_head", "start"]
 Array = NDArray[np.float64]
 
 FOLDS, FOLDS_FROM = 3, 6  # rows; on which the offset between old and new classes is found
-REPLAY_ANCHOR = 10.0  # how much stronger than the head's own penalty old weights are held in replay
+REPLAY_ANCHOR = 10.0  # how much stronger than the head's own penalty replay holds old weights, were no old row there
 DISTILL_STRENGTH = 20.0
 DRAWN = 100  # made-up rows of each old class
 SLOPE_RIDGE = 1e-3  # for old and new rows that are told apart without a mistake
@@ -172,8 +172,10 @@ def _replayed(step: Step, old: _Rows, new: _Rows, watch: Watch | None) -> LastLa
     rows = old + new
     Z = step.features(rows.X)
     theta = _theta(step.layer)
+    true = old.judges > 0
+    absent = 1 - true.sum() / max(old.judges.sum(), 1.0)  # the share of old images that others stand for
     hold = np.zeros((step.k, theta.shape[1]))
-    hold[: step.k_old, :-1] = REPLAY_ANCHOR * step.ridge
+    hold[: step.k_old, :-1] = REPLAY_ANCHOR * absent * step.ridge
     objective = Objective(Z, rows.y, rows.weights, step.ridge, anchor=Anchor(theta, hold))
     first = _start_with(step, Z, rows.y)
     return minimise(objective, first, step.settings.epochs, watch)
