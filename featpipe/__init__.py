@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
     from featpipe.evaluation import evaluate
+    from featpipe.expansion import expand
     from featpipe.extraction import extract
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
     from featpipe.model import Model, load_model
@@ -53,6 +54,7 @@ __all__ = [
     "clean",
     "compare",
     "evaluate",
+    "expand",
     "extract",
     "load_model",
     "merge",
@@ -76,6 +78,7 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "clean": "upkeep",
     "compare": "training",
     "evaluate": "evaluation",
+    "expand": "expansion",
     "extract": "extraction",
     "load_model": "model",
     "merge": "upkeep",

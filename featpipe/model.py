@@ -1,7 +1,8 @@
 """Backbone + head + classes, as one safe file on disk; predicts on images.
 
-The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin`` and, if it carries its
-weights, ``backbone.safetensors``. ``model.json`` names the SHA-256 of the others. Nothing in it is unpickled.
+The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin``, if it keeps something of
+its training data ``kept.safetensors``, and if it carries its weights ``backbone.safetensors``. ``model.json`` names the
+SHA-256 of the others. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from featpipe.calibration import Calibration, logits_of
 from featpipe.durable import check_writable, whole_file
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.fingerprint import differences
+from featpipe.kept import Kept
 from featpipe.status import Status
 
 __all__ = [
@@ -42,9 +44,10 @@ __all__ = [
 ]
 
 FORMAT = "featpipe-model"
-FORMAT_VERSION = "1.1"  # 1.1 may hold a calibration
+FORMAT_VERSION = "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of the training data
 KEPT_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
 MEMBER_BYTES_MAX = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
+KEPT_MEMBER, KEPT_BYTES_MAX = "kept.safetensors", 8 * 2**30
 WEIGHTS_MEMBER = "backbone.safetensors"
 MEMBER_KINDS = {  # what model.json must hold, besides format and version
     "head": str,
@@ -85,6 +88,8 @@ class Model:
         Versions, time, head settings, origin of the training rows.
     calibration : Calibration or None
         What is done to the head's scores before they become probabilities.
+    kept : Kept or None
+        What it keeps of its training data, so that it can learn more classes.
     """
 
     head: Any
@@ -98,6 +103,7 @@ class Model:
     scores: dict[str, Any] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    kept: Kept | None = None
     path: Path | None = None
     device: str = "auto"
     _carries_weights: bool = False
@@ -230,6 +236,27 @@ class Model:
         known = {row.tobytes() for row in self.trained_on}
         return np.array([row.tobytes() in known for row in digests[:, :KEPT_DIGEST_BYTES]], bool)
 
+    @property
+    def identity(self) -> str:
+        """A digest of its head, its classes and the images that it was trained on."""
+        digest = hashlib.sha256(repr((self.classes, self.head_name)).encode())
+        digest.update(self.trained_on.tobytes())
+        digest.update(repr(self.history.get("created")).encode())
+        return digest.hexdigest()
+
+    def expand(self, data: Any, **how: Any) -> Model:
+        """A model of more classes, or of fewer; see :func:`featpipe.expand`, which takes the same and says more.
+
+        Parameters
+        ----------
+        data : FeatureCache, path of one, archives, or several
+        **how
+            ``method``, ``memory``, ``drop``, ``merge``, … as there.
+        """
+        from featpipe.expansion import expand
+
+        return expand(self, data, **how).model
+
     def check_cache(self, cache: FeatureCache) -> None:
         """Refuse a cache whose embeddings are not of the kind that the head was trained on."""
         if self.output not in cache.outputs:
@@ -270,6 +297,8 @@ class Model:
         target = Path(path)
         portable = self._carries_weights if portable is None else portable
         members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
+        if self.kept is not None:
+            members[KEPT_MEMBER] = self.kept.dumps()
         if portable:
             members[WEIGHTS_MEMBER] = self._weights()
         document = self._document(portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()})
@@ -296,6 +325,7 @@ class Model:
             "scores": self.scores,
             "history": {**self.history, "portable": portable},
             "calibration": None if self.calibration is None else self.calibration.facts(),
+            "kept": None if self.kept is None else self.kept.facts(),
             "files": files,
         }
 
@@ -344,12 +374,15 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             scores=document["scores"],
             history=document["history"],
             calibration=_calibration(document),
+            kept=Kept.loads(members[KEPT_MEMBER], len(document["classes"])) if KEPT_MEMBER in members else None,
             path=source,
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
         )
         if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
             raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
+        if model.kept is not None:
+            model.kept.check(model.head)
     return model if backbone is None else model.attach(backbone)
 
 
@@ -452,9 +485,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         _check_members(infos, len(file.infolist()), path.stat().st_size)
         document = json.loads(file.read("model.json"))
         _check_document(document)
+        for name in document["files"].keys() - infos.keys():
+            raise ModelError(f"has no {name}, which its model.json names; copy the model again")
         if infos.keys() != {"model.json", *document["files"]}:
             raise ModelError("holds other members than its model.json names")
-        members = {name: file.read(name) for name in ("head.skops", "trained_on.bin")}
+        wanted = ("head.skops", "trained_on.bin", KEPT_MEMBER)
+        members = {name: file.read(name) for name in wanted if name in infos}
     for name, data in members.items():
         if hashlib.sha256(data).hexdigest() != document["files"][name]:
             raise ModelError(f"{name} is damaged: its digest is not the one in model.json; copy the model again")
@@ -462,15 +498,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) -> None:
-    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER}
+    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER, KEPT_MEMBER}
     if unknown or len(infos) != count:
         raise ModelError(f"holds {', '.join(map(repr, sorted(unknown)[:3])) or 'a member twice'}, which no model does")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
         raise ModelError("holds compressed members, which no model does")
-    for name, most in MEMBER_BYTES_MAX.items():
+    for name in MEMBER_BYTES_MAX:
         if name not in infos:
             raise ModelError(f"has no {name}; it is not a featpipe model")
-        if infos[name].file_size > min(most, size):
+    for name, most in {**MEMBER_BYTES_MAX, KEPT_MEMBER: KEPT_BYTES_MAX}.items():
+        if name in infos and infos[name].file_size > min(most, size):
             raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
 
 
@@ -494,5 +531,18 @@ def _check_document(document: Any) -> None:
         raise ModelError("model.json does not say which weights its backbone has; train the model again")
     if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
         raise ModelError("model.json does not say what its output is; train the model again")
+    _check_memory(document.get("kept"), document["history"].get("steps", []))
     if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
         raise ModelError("model.json does not say how the images were embedded; train the model again")
+
+
+def _check_memory(kept: Any, steps: Any) -> None:
+    """What is said of the data that are kept, and of the steps in which classes came."""
+    if kept is not None:
+        sizes = kept.get("bytes") if isinstance(kept, dict) else None
+        numbers = [*sizes.values(), kept.get("rows"), kept.get("rows_a_class")] if isinstance(sizes, dict) else [None]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ModelError("model.json does not say how large what it keeps is; copy the model again")
+    told = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+    if not told or not all(isinstance(step.get("classes"), list) and "method" in step for step in steps):
+        raise ModelError("model.json does not say which classes came in which step; train the model again")

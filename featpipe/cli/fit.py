@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from featpipe.model import Model
     from featpipe.training import Comparison
 
-__all__ = ["train"]
+__all__ = ["bytes_option", "train"]
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-def _bytes(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+def bytes_option(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """How many bytes a text such as 2G means."""
     if text is None:
         return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)i?b?", text.strip().lower())
@@ -67,7 +68,10 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--since", metavar="TIME", help="With --time: judged once, by images from then on, and not on folds.")
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
 @click.option(
-    "--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
+    "--memory", callback=bytes_option, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
+)
+@click.option(
+    "--keep", metavar="WHAT", help="For more classes later: none, all, statistics, rows=N …  [default: no rows]"
 )
 @click.option("--jobs", type=int, metavar="N", help="Processes for --tune; -1 for all cores.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
@@ -141,7 +145,7 @@ def _common(asked: dict[str, Any]) -> dict[str, Any]:
         "since",
     )
     return {
-        **{name: asked[name] for name in (*names, "memory", "jobs")},
+        **{name: asked[name] for name in (*names, "memory", "keep", "jobs")},
         "grid": grid,
         "random_state": asked["seed"],
     }

@@ -10,7 +10,7 @@ import click
 
 from featpipe.cli.glance import facts_of_cache, shown_cache
 from featpipe.cli.request import IDENTITY, RUN, options, settings_of
-from featpipe.cli.terminal import dump, printable, table
+from featpipe.cli.terminal import dump, printable, size, table
 from featpipe.names import unknown
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def info(
     if as_json:
         dump(facts)
         return
-    facts |= {"scores": _metrics(facts["scores"]), "trained_on": facts["history"]["trained_on"], "history": None}
+    history = facts["history"]
+    facts |= {"scores": _metrics(facts["scores"]), "trained_on": history["trained_on"], "history": None}
+    facts |= {"keeps": _kept(facts["keeps"]), "steps": _steps(history.get("steps") or [])}
     rows = [[name.replace("_", " "), _shown(value)] for name, value in facts.items() if value not in (None, {}, [])]
     click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
 
@@ -133,10 +135,29 @@ def _of_model(path: Path) -> dict[str, Any]:
         "head": document["head"],
         "task": document["task"],
         "classes": document["classes"],
+        "keeps": document.get("kept"),
         "scores": document["scores"],
         "history": document["history"],
         "bytes": path.stat().st_size,
     }
+
+
+def _kept(kept: dict[str, Any] | None) -> str:
+    """What it keeps of its training data, and how large that is."""
+    if not kept:
+        return "nothing of its training data but the digests of the images"
+    sizes = {name: size(nbytes) for name, nbytes in kept["bytes"].items()}
+    if "rows" in sizes:
+        sizes["rows"] = f"{kept['rows']:,} embeddings, at most {kept['rows_a_class']} of a class, {sizes['rows']}"
+    return "; ".join(f"{name}: {text}" if name != "rows" else text for name, text in sizes.items())
+
+
+def _steps(steps: list[dict[str, Any]]) -> list[str]:
+    """Which classes came when, by what method, from which caches."""
+    return [
+        f"{len(step['classes'])} classes by {step['method']} from {' and '.join(step.get('caches') or ['?'])}"
+        for step in steps
+    ]
 
 
 def _metrics(scores: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +165,7 @@ def _metrics(scores: dict[str, Any]) -> dict[str, Any]:
     return {
         estimate["how"]: {name: metric["value"] for name, metric in estimate["metrics"].items()}
         for estimate in scores.values()
+        if isinstance(estimate, dict)  # a comparison of heads is a list
     }
 
 

@@ -115,7 +115,13 @@ class Moments:
 
 
 def moments(
-    source: RowSource, targets: NDArray[Any], weights: Array | None = None, *, outer: bool = True, k: int | None = None
+    source: RowSource,
+    targets: NDArray[Any],
+    weights: Array | None = None,
+    *,
+    outer: bool = True,
+    k: int | None = None,
+    shift: Array | None = None,
 ) -> Moments:
     """Gather moments in one pass over the rows, on all threads that BLAS may use.
 
@@ -128,6 +134,8 @@ def moments(
     outer : bool
         The whole Gram matrix, or its diagonal alone.
     k : int, optional
+    shift : ndarray of shape (d,), optional
+        That of the moments to which these are to be added; near the mean of the first rows if not given.
 
     Raises
     ------
@@ -137,7 +145,10 @@ def moments(
     n, d = source.shape
     # Of float16 even the products are exact in float32; sums over blocks are in float64 always.
     dtype = np.float32 if source.dtype == np.float16 else np.float64
-    shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0).astype(dtype)
+    if shift is None:
+        shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0).astype(dtype)
+    elif not np.array_equal(shift, shift.astype(dtype)):
+        dtype = np.float64  # in float32 it would be another shift
 
     def one(rows: slice) -> Moments:
         x = as_float(source[rows], dtype)

@@ -14,6 +14,7 @@ __all__ = ["TRUSTED", "dumps", "loads", "refuse_unsavable"]
 
 # What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
 TRUSTED: tuple[str, ...] = (
+    "featpipe.heads.grown.GrownClassifier",
     "featpipe.heads.neighbors.nearness",
     "featpipe.heads.path.SoftmaxRegressionCV",
     "featpipe.heads.softmax.SoftmaxRegression",

@@ -16,7 +16,7 @@ from featpipe.model import Model
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.training.estimate import main_metric
 from featpipe.training.rows import Rows, training_rows
-from featpipe.training.verb import Trained, plan_of, train_on
+from featpipe.training.verb import Trained, keeping, plan_of, train_on
 
 __all__ = ["Compared", "Comparison", "compare"]
 
@@ -88,6 +88,7 @@ def compare(
     calibrate: bool = False,
     prior: Mapping[str, float] | None = None,
     memory: int | None = None,
+    keep: str | None = None,
     groups: Any = None,
     times: Any = None,
     since: Any = None,
@@ -106,7 +107,7 @@ def compare(
     params : mapping from head to settings, optional
     metric : str, optional
         What the best is chosen by; the first of the task if not given.
-    output, calibrate, prior, memory, groups, times, since, progress
+    output, calibrate, prior, memory, keep, groups, times, since, progress
         As for :func:`featpipe.training.train`.
     **how
         ``tune``, ``grid``, ``balance``, ``jobs``, ``one_standard_error``, ``random_state`` likewise.
@@ -122,6 +123,7 @@ def compare(
     """
     if cv < 2 and since is None:
         raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
+    kept = keeping(keep)
     rows = training_rows(cache, output, groups=groups, times=times, since=since, memory=memory)
     wanted = heads.names(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
     given = params or {}
@@ -134,7 +136,7 @@ def compare(
     found.sort(key=lambda pair: -_goodness(pair[0], pair[1]))
     table, best = [row for row, _ in found], found[0][1]
     assert best.estimate is not None
-    model = best.model(cache, rows, output, given.get(best.plan.head, {}))
+    model = best.model(cache, rows, output, given.get(best.plan.head, {}), kept)
     comparison = Comparison(table, model, best.estimate.how)
     comparison.model.scores["comparison"] = comparison.to_dict()["heads"]
     return comparison

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration, prior_offsets
 from featpipe.errors import ConfigError
+from featpipe.heads.statistics import fit_from_statistics, kind_for
+from featpipe.kept import DEFAULT, Keep, Kept, keep_of
 from featpipe.model import KEPT_DIGEST_BYTES, Model
 from featpipe.names import unknown
 from featpipe.progress import Progress, Tell, quiet
@@ -22,7 +24,7 @@ from featpipe.training.estimate import Estimate, calibrated_on_folds, cross_vali
 from featpipe.training.fitting import Fitted, Plan
 from featpipe.training.rows import Rows, refuse_not_finite, training_rows
 
-__all__ = ["Trained", "plan_of", "train", "train_on"]
+__all__ = ["Trained", "keeping", "plan_of", "train", "train_on"]
 
 CURVES = ("loss_curve_", "validation_curve_", "validation_score_curve_")
 
@@ -45,6 +47,7 @@ def train(
     times: str | ArrayLike | None = None,
     since: Any = None,
     memory: int | None = None,
+    keep: str | None = None,
     jobs: int | None = None,
     random_state: int | None = 0,
     progress: Tell = quiet,
@@ -89,6 +92,10 @@ def train(
         are no folds then. The model is fitted on all of them at the end.
     memory : int, optional
         Bytes that training may use; features that need more are read from the file, pass after pass.
+    keep : str, optional
+        What the model keeps of a classifier's training data, so that it can learn more classes without it:
+        ``none``, ``all``, or some of ``statistics``, ``importances`` and ``rows=N`` (embeddings of each class), with
+        commas. If not given: statistics and importances; nothing where features stay in the file.
     jobs : int, optional
         Processes for ``tune``, as joblib counts them.
     random_state : int or None
@@ -110,6 +117,7 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
+    kept = keeping(keep)
     rows = training_rows(cache, output, groups=groups, times=times, since=since, memory=memory)
     plan = plan_of(
         cache,
@@ -125,7 +133,12 @@ def train(
         random_state=random_state,
     )
     trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
-    return trained.model(cache, rows, output, params or {})
+    return trained.model(cache, rows, output, params or {}, kept)
+
+
+def keeping(text: str | None) -> Keep | None:
+    """What to keep, as it is typed; None is what there is room for."""
+    return None if text is None else Keep.of(text)
 
 
 def plan_of(cache: FeatureCache, rows: Rows, head: str, params: Mapping[str, object], **how: Any) -> Plan:
@@ -145,8 +158,16 @@ class Trained:
     estimate: Estimate | None
     calibration: Calibration | None
 
-    def model(self, cache: FeatureCache, rows: Rows, output: str | None, params: Mapping[str, object]) -> Model:
+    def model(
+        self,
+        cache: FeatureCache,
+        rows: Rows,
+        output: str | None,
+        params: Mapping[str, object],
+        keep: Keep | None = None,
+    ) -> Model:
         """As it is saved and used; with the settings as they were given, weights of classes by name."""
+        kept = self._kept(rows, keep)
         scores = {} if self.estimate is None else {"cross_validation": self.estimate.facts()}
         return Model(
             head=self.fitted.estimator,
@@ -160,7 +181,22 @@ class Trained:
             scores=_plain(scores),
             history=_history(cache, rows, self, params),
             calibration=self.calibration,
+            kept=kept,
         )
+
+    def _kept(self, rows: Rows, keep: Keep | None) -> Kept | None:
+        """What is kept of the rows; a closed-form head is then what follows from its statistics, to the last digits."""
+        if keep is None:
+            keep = Keep() if rows.streamed else Keep.of(DEFAULT)
+        if self.plan.task != "classification" or not keep:
+            return None
+        pipeline = self.fitted.estimator
+        if rows.streamed and keep != Keep(statistics=True):
+            raise ConfigError("keep: of features that stay in the file only statistics are kept; give more --memory")
+        kept = keep_of(keep, pipeline, rows.X, rows.y, len(rows.classes))
+        if kept.statistics is not None and kind_for(pipeline)[1] and not self.plan.balance:
+            fit_from_statistics(pipeline, kept.statistics)
+        return kept
 
 
 def train_on(

@@ -34,9 +34,9 @@ FLOORS = [
         "split",
     },
     {"archive", "backbone", "cache", "calibration", "heads", "scores"},
-    {"commit", "engine", "grouping", "known", "loader"},
+    {"commit", "engine", "grouping", "kept", "known", "loader"},
     {"extraction", "model"},
-    {"training", "evaluation", "limits", "prediction", "verification", "upkeep"},
+    {"training", "evaluation", "expansion", "limits", "prediction", "verification", "upkeep"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},
 ]
 FACE = len(FLOORS) - 1
@@ -56,6 +56,8 @@ OWNERS = {
 NEIGHBOURS = {  # of one floor, and yet used: with the reason
     ("commit", "cache"): "a part is of a cache, and lies beside it",
     ("evaluation", "scores"): "arithmetic",
+    ("heads", "calibration"): "a head that grew asks the old one for its scores",
+    ("model", "expansion"): "model.expand, which imports it when it is called",
 }
 
 

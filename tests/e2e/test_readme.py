@@ -19,10 +19,11 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with what the README speaks of: photos/, more-photos/, photos.zip, labels.csv."""
+    """A folder with what the README speaks of: photos/, more-photos/, birds/, photos.zip, labels.csv."""
     home = tmp_path_factory.mktemp("home")
-    for folder, seed in (("photos", 0), ("more-photos", 500)):
-        for number, label in enumerate(("cat", "dog")):
+    pets, birds = ("cat", "dog"), ("finch", "owl")
+    for folder, seed, labels in (("photos", 0, pets), ("more-photos", 500, pets), ("birds", 900, birds)):
+        for number, label in enumerate(labels):
             (home / folder / label).mkdir(parents=True)
             for i in range(6):
                 (home / folder / label / f"{i:03}.jpg").write_bytes(jpeg(seed + 100 * number + i, (120, 90)))

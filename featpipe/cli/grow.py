@@ -1,0 +1,93 @@
+"""The command that teaches a model more classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featpipe.cli.fit import bytes_option
+from featpipe.cli.terminal import Terminal, dump, table
+
+if TYPE_CHECKING:
+    from featpipe.expansion import Expansion
+
+__all__ = ["expand"]
+
+
+def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, list[str]]:
+    merges: dict[str, list[str]] = {}
+    for text in texts:
+        sources, equals, target = text.rpartition("=")
+        names = [name for name in sources.split(",") if name]
+        if not equals or not names or not target or target in merges:
+            raise click.BadParameter(f"{text!r} is not A,B=C; write it as in wolf,dog=canine")
+        merges[target] = names
+    return merges
+
+
+@click.command(short_help="Teach a model more classes; prints the path of the new model.")
+@click.argument("model", metavar="MODEL")
+@click.argument("data", nargs=-1, metavar="CACHE|ARCHIVE...")
+@click.option("--method", metavar="M", help="joint, statistics, replay, frozen-old, distill, ewc, naive; all compares.")
+@click.option("--memory", type=click.IntRange(1), metavar="N", help="Embeddings to keep of each class.  [default: 20]")
+@click.option("--budget", callback=bytes_option, metavar="SIZE", help="The most bytes that the new model may keep.")
+@click.option("--drop", multiple=True, metavar="CLASS", help="Leave a class out.")
+@click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
+@click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
+@click.option("--keep", metavar="WHAT", help="none, all, statistics, importances, rows=N.  [default: as before]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="epochs, selection, temperature, strength.")
+@click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
+@click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
+@click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
+@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--out", metavar="MODEL", help="The new model's file.  [default: MODEL's name with .N-classes.model]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str, ...], **asked: Any) -> None:
+    """Teach a model more classes; prints the path of the new model.
+
+    Images that it was trained on are known by their bytes: give their cache too, and it learns old and new together.
+    Without them, how much is forgotten depends on the method and on what the model keeps (see `featpipe info MODEL`);
+    the table at the end says. Without new images, classes are dropped or merged.
+
+    \b
+    Example:
+      featpipe expand photos.model cache/more-photos.h5 --method replay
+    """
+    from featpipe.expansion import expand as run
+    from featpipe.heads import parse_settings
+    from featpipe.model import load_model
+
+    loaded = load_model(model, backbone=asked.pop("backbone"), device=asked.pop("device"))
+    asked["test"], asked["drop"] = list(asked["test"]), list(asked["drop"])
+    with Terminal() as terminal:
+        found = run(loaded, list(data), params=parse_settings(settings), place=_place, progress=terminal, **asked)
+    if as_json:
+        dump({"model": str(found.model.path), **found.to_dict()})
+        return
+    _show(found)
+    click.echo(found.model.path)
+
+
+def _place(before: Path, k: int) -> Path:
+    """Beside the model before, and never the same file."""
+    stem = re.sub(r"\.\d+-classes(-\d+)?$", "", before.name.removesuffix(".model"))
+    names = (f"{stem}.{k}-classes{f'-{number}' if number > 1 else ''}.model" for number in count(1))
+    return before.with_name(next(name for name in names if name != before.name))
+
+
+def _show(found: Expansion) -> None:
+    """The epochs of the chosen method, and the table that matters."""
+    for rows in (found.curve_table(), found.as_table() if found.outcomes else []):
+        if rows:
+            click.echo(table(rows[1:], rows[0], right=range(1, len(rows[0]))) + "\n", err=True)
+    if found.outcomes:
+        click.echo(f"judged by {found.how}; 95 % intervals", err=True)
+    for method, why in found.unavailable.items() if found.recommended else []:
+        click.echo(f"{method} {why}", err=True)
+    if found.recommended:
+        click.echo(f"recommended: {found.recommended}", err=True)

@@ -1,0 +1,154 @@
+"""The model after an expansion, and what is said of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from featpipe.calibration import Calibration
+from featpipe.expansion.case import Case
+from featpipe.expansion.choice import Found
+from featpipe.expansion.memory import remembered, wanted, within
+from featpipe.expansion.methods import METHODS
+from featpipe.expansion.result import Expansion, metrics_of
+from featpipe.heads.grown import innermost
+from featpipe.model import KEPT_DIGEST_BYTES, Model
+
+__all__ = ["model_after"]
+
+APART = (
+    "lda shrinks the covariance of each class by its own rows; of old classes that got more images the two parts are "
+    "shrunk apart, which is near training on all at once and not equal to it (with shrinkage=NUMBER it is equal)"
+)
+BALANCE = (
+    "old and new classes are balanced: what stands for old images weighs as much as they did, and an offset found on "
+    "rows that were held out sets new classes against old ones"
+)
+
+
+def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -> Expansion:
+    """Put together what was found.
+
+    Parameters
+    ----------
+    case : Case
+    found : Found
+    caches : sequence of str
+        Names of what was learnt from.
+    request : str
+        A digest of what was asked for.
+    """
+    model, growth, rows = case.model, case.growth, case.rows
+    keep = wanted(model.kept, case.keep, case.settings if case.memory_given else None, found.method)
+    kept = remembered(found.step, found.pipeline, keep, retrained=found.method == "joint")
+    if kept is not None and case.budget is not None:
+        kept = within(kept, case.budget, METHODS[found.method].keeps if found.method in METHODS else "")
+    digests = np.concatenate([model.trained_on, rows.new.digests[:, :KEPT_DIGEST_BYTES]])
+    after = replace(
+        model,
+        head=found.pipeline,
+        head_name=_head_name(model, found),
+        classes=growth.classes,
+        trained_on=np.unique(digests, axis=0),
+        calibration=_calibration(model, found),
+        kept=kept,
+        scores={},
+        history=_history(case, found, caches, request),
+        path=model.path if model._carries_weights else None,  # where its weights are
+    )
+    judge = found.judge
+    expansion = Expansion(
+        model=after,
+        method=found.method,
+        new=growth.new,
+        dropped=growth.dropped,
+        merged=dict(growth.names),
+        images={"learnt": len(rows.new), "old": len(rows.old), "tested": 0 if judge is None else len(judge.test)},
+        how=_how(case, found),
+        before=None if judge is None else judge.outcome("before", judge.before).old,
+        outcomes=found.outcomes,
+        recommended=found.recommended,
+        unavailable=found.unavailable,
+        notes=tuple(_notes(case, found)),
+    )
+    metrics = metrics_of(found.outcomes[0]) if found.outcomes else {}
+    after.scores["expansion"] = {"how": expansion.how, "metrics": metrics, "result": expansion.to_dict()}
+    return expansion
+
+
+def _how(case: Case, found: Found) -> str:
+    if found.judge is None:
+        return "not judged"
+    n, given = len(found.judge.test), len(case.rows.test)
+    if n == given:
+        return f"{n:,} images marked or given to judge by"
+    held = f"{n - given:,} new images held out, and learnt afterwards"
+    return f"{given:,} images given to judge by and {held}" if given else held
+
+
+def _head_name(model: Model, found: Found) -> str:
+    same = type(innermost(found.pipeline[-1])) is type(innermost(model.head[-1]))
+    return model.head_name if same else "lda"
+
+
+def _calibration(model: Model, found: Found) -> Calibration | None:
+    """The temperature, where it is of the same head; a correction of priors was for other classes."""
+    if model.calibration is None or _head_name(model, found) != model.head_name:
+        return None
+    return Calibration(model.calibration.temperature)
+
+
+def _notes(case: Case, found: Found) -> list[str]:
+    model, growth, notes = case.model, case.growth, []
+    if model.calibration is not None and model.calibration.offsets:
+        notes.append("the correction of priors was for the classes before, and is gone")
+    if model.history.get("balance"):
+        notes.append("the model was trained on resampled rows; it is expanded on rows as they are")
+    if _head_name(model, found) != model.head_name:
+        notes.append(f"the head is an lda now, and was {model.head_name}, of which statistics are no closed form")
+    kept = found.step.kept
+    apart = kept is not None and kept.statistics is not None and kept.statistics.kind == "apart"
+    if found.method == "statistics" and apart and (found.step.new.y < growth.k_old).any():
+        notes.append(APART)
+    if found.method == "statistics" and growth.dropped:
+        notes.append("dropped classes leave with the share of the scatter within classes that their images had")
+    if found.method not in ("joint", "naive", "statistics", "regroup"):
+        notes.append(BALANCE)
+    if case.rows.left_out:
+        notes.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in case.rows.left_out.items()))
+    for text in notes:
+        case.note(text)
+    return notes
+
+
+def _history(case: Case, found: Found, caches: Sequence[str], request: str) -> dict[str, Any]:
+    model, growth = case.model, case.growth
+    trained = dict(model.history.get("trained_on") or {})
+    trained["rows"] = int(trained.get("rows", len(model.trained_on))) + len(case.rows.new)
+    before = model.history.get("steps") or [{"method": "train", "caches": [str(trained.get("cache", ""))]}]
+    steps = [{**old, "classes": names} for old, names in zip(before, case.past()[0], strict=True)]
+    this = {"method": found.method, "when": datetime.now(UTC).isoformat(timespec="seconds"), "caches": list(caches)}
+    if growth.new:
+        steps.append({"classes": list(growth.new), **this})
+    return {
+        **model.history,
+        "trained_on": trained,
+        "steps": steps,
+        "judged": [] if found.judge is None else found.judge.record(found.outcomes[0]),
+        "expansions": [
+            *(model.history.get("expansions") or []),
+            {
+                **this,
+                "new": list(growth.new),
+                "dropped": list(growth.dropped),
+                "merged": dict(growth.names),
+                "images": len(case.rows.new),
+                "request": request,
+                "from": model.identity,
+            },
+        ],
+    }

@@ -1,0 +1,151 @@
+"""The verb: a model learns more classes, and it is measured what that does to the old ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from featpipe.cache import FeatureCache
+from featpipe.errors import ConfigError, ModelError
+from featpipe.expansion.after import model_after
+from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, labels_of
+from featpipe.expansion.case import Case
+from featpipe.expansion.choice import learnt
+from featpipe.expansion.growth import Growth
+from featpipe.expansion.methods import METHODS
+from featpipe.expansion.result import Expansion
+from featpipe.expansion.step import Settings
+from featpipe.kept import Keep
+from featpipe.model import Model, load_model
+from featpipe.names import unknown
+from featpipe.progress import Progress, Tell, quiet
+
+__all__ = ["expand"]
+
+
+def expand(
+    model: Model | str | os.PathLike[str],
+    data: Any = (),
+    *,
+    method: str | None = None,
+    memory: int | None = None,
+    budget: int | None = None,
+    drop: Sequence[str] = (),
+    merge: Mapping[str, Sequence[str]] | None = None,
+    test: Any = (),
+    keep: str | None = None,
+    params: Mapping[str, object] | None = None,
+    labels: Any = None,
+    cache: str | os.PathLike[str] = "cache",
+    out: str | os.PathLike[str] | None = None,
+    place: Callable[[Path, int], Path] | None = None,
+    progress: Tell = quiet,
+) -> Expansion:
+    """Teach a model more classes.
+
+    Images that the model was trained on are known by their bytes, whatever cache they are in: ``joint`` trains on them
+    again, no other method learns them twice.
+
+    Parameters
+    ----------
+    model : Model or path of one
+    data : FeatureCache, path of one, archives, or a sequence of these
+        With the new classes, and perhaps new images of old ones. Nothing, to drop or merge classes alone.
+    method : str, optional
+        One of :data:`featpipe.expansion.METHODS`, or ``all``, which compares them. If not given: ``joint`` where all
+        images that the model was trained on are at hand; else ``statistics`` for heads of which it is exact; else
+        ``replay`` where embeddings are kept; else ``frozen-old``.
+    memory : int, optional
+        Embeddings of each class that ``replay`` uses and that the new model keeps; as many as the model keeps, or 20.
+    budget : int, optional
+        Bytes that the new model may keep for its method; what ``all`` recommends is within it.
+    drop : sequence of str
+        Classes to leave out.
+    merge : mapping from class to classes, optional
+        Classes that become one, by its name.
+    test : as ``data``
+        Images to judge by, never trained on. If there are none, and the labels come without a split, a fifth of the new
+        images are held out, judged by, and then learnt too.
+    keep : str, optional
+        What the new model keeps, as :func:`featpipe.train` takes it; if not given what this one does.
+    params : mapping, optional
+        ``epochs``, ``selection``, ``temperature``, ``strength``, see :class:`featpipe.expansion.step.Settings`.
+    labels, cache
+        Of archives, as :func:`featpipe.extract` takes them.
+    out : path-like, optional
+        Where the model is saved. If that file is what these very arguments gave before, no work is done.
+    place : callable, optional
+        Where it is saved if ``out`` is not given: from the path of the model before and the number of classes.
+    progress : callable
+
+    Returns
+    -------
+    Expansion
+        With the ``model``, and what the step did to old and new classes.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown, there is nothing to learn, or the method lacks what it needs.
+    CacheError
+        If a cache has no labels, or other embeddings than the model.
+
+    Examples
+    --------
+    >>> expand("photos.model", "cache/more.h5", method="replay").model          # doctest: +SKIP
+    """
+    model = model if isinstance(model, Model) else load_model(model)
+    if model.task != "classification":
+        raise ConfigError(
+            f"expand is for models that tell classes apart, and this one does {model.task}; train it again"
+        )
+    if method is not None and method not in METHODS and method != "all":
+        raise unknown("method", method, [*METHODS, "all"])
+    settings = Settings.of(dict(params or {}) | ({} if memory is None else {"memory": memory}))
+    asked = (method, memory, budget, tuple(drop), _flat(merge), keep, sorted((params or {}).items()))
+    wanted_keep = None if keep is None else Keep.of(keep)
+    learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
+    request = digest_of_request([*learn, *judge], (len(learn), asked))
+    if (done := _done(model, request, out)) is not None:
+        progress(Progress("note", f"{out}: is what is asked for already"))
+        return done
+    growth = Growth.of(model.classes, labels_of(learn), drop, merge)
+    if out is None and place is not None and model.path is not None:
+        out = place(model.path, len(growth.classes))
+        if (done := _done(model, request, out)) is not None:
+            progress(Progress("note", f"{out}: is what is asked for already"))
+            return done
+    rows = arrivals(model, growth, learn, judge, strict=method != "joint")
+    case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
+    case.refuse_nothing()
+    found = learnt(case, method)
+    expansion = model_after(case, found, [cache.path.name for cache in learn], request)
+    if out is not None:
+        expansion.model.save(out)
+        expansion.model.path = Path(out)
+    return expansion
+
+
+def _some(given: Any) -> bool:
+    return isinstance(given, (str, os.PathLike, FeatureCache)) or len(given) > 0
+
+
+def _flat(merge: Mapping[str, Sequence[str]] | None) -> list[tuple[str, tuple[str, ...]]]:
+    return sorted((name, tuple(sources)) for name, sources in (merge or {}).items())
+
+
+def _done(model: Model, request: str, out: str | os.PathLike[str] | None) -> Expansion | None:
+    """What is at the target already, if it came from this model, or is this model, by this request."""
+    if out is None or not Path(out).is_file():
+        return None
+    try:
+        there = load_model(out)
+    except ModelError:
+        return None
+    last = (there.history.get("expansions") or [{}])[-1]
+    same = model.path is not None and Path(out).exists() and os.path.samefile(out, model.path)
+    if last.get("request") != request or (not same and last.get("from") != model.identity):
+        return None
+    return Expansion.of(there, there.scores["expansion"]["result"])

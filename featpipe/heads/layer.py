@@ -1,0 +1,119 @@
+"""The last layer of a classifier: softmax regression on whatever comes before it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from featpipe.heads.network import forward
+from featpipe.heads.path import SoftmaxRegressionCV
+from featpipe.heads.softmax import SoftmaxRegression
+from featpipe.heads.torch_heads import LinearClassifier, MLPClassifier
+
+__all__ = ["LastLayer", "fisher", "hidden", "last_layer", "penalty", "with_layer"]
+
+Array = NDArray[np.float64]
+
+ROWS_AT_ONCE = 8192
+_LINEAR = (SoftmaxRegression, SoftmaxRegressionCV, LogisticRegression)
+_TORCH = (LinearClassifier, MLPClassifier)
+
+
+@dataclass(frozen=True, eq=False)
+class LastLayer:
+    """Scores W z + b of k classes from p features.
+
+    Attributes
+    ----------
+    W : ndarray of shape (k, p), float64
+    b : ndarray of shape (k,), float64
+    """
+
+    W: Array
+    b: Array
+
+    def scores(self, Z: NDArray[Any]) -> Array:
+        return np.asarray(Z @ self.W.T + self.b)
+
+
+def last_layer(head: Any) -> LastLayer | None:
+    """That of a fitted head; None if it does not end in a softmax of linear scores.
+
+    Of two classes the first has scores of zero, as :func:`featpipe.calibration.logits_of` gives them.
+    """
+    if getattr(head, "multilabel_", False):
+        return None
+    if isinstance(head, _LINEAR):
+        W, b = np.asarray(head.coef_, np.float64), np.asarray(head.intercept_, np.float64)
+    elif isinstance(head, _TORCH):
+        W, b = np.asarray(head.coefs_[-1].T, np.float64), np.asarray(head.intercepts_[-1], np.float64)
+    else:
+        return None
+    if len(W) == 1:
+        W, b = np.vstack([np.zeros_like(W), W]), np.concatenate([[0.0], b])
+    return LastLayer(W, b)
+
+
+def hidden(head: Any, X: NDArray[Any]) -> NDArray[Any]:
+    """What the last layer sees, shape (n, p): X itself where there is no other layer."""
+    if not isinstance(head, MLPClassifier):
+        return X
+    width = head.coefs_[-1].shape[0]
+    dtype = head.coefs_[-1].dtype
+    coefs = [*head.coefs_[:-1], np.eye(width, dtype=dtype)]
+    intercepts = [*head.intercepts_[:-1], np.zeros(width, dtype)]
+    starts = range(0, max(1, len(X)), ROWS_AT_ONCE)
+    return np.concatenate([forward(X[at : at + ROWS_AT_ONCE], coefs, intercepts, head.activation) for at in starts])
+
+
+def with_layer(head: Any, layer: LastLayer) -> Any:
+    """A copy of a head with another last layer, of classes 0 to k - 1."""
+    grown, k = copy.copy(head), len(layer.b)
+    W, b = layer.W, layer.b
+    if k == 2:
+        W, b = np.diff(W, axis=0), np.diff(b)
+    if isinstance(head, _TORCH):
+        dtype = head.coefs_[-1].dtype
+        grown.coefs_ = [*head.coefs_[:-1], np.ascontiguousarray(W.T, dtype)]
+        grown.intercepts_ = [*head.intercepts_[:-1], b.astype(dtype)]
+    else:
+        grown.coef_, grown.intercept_ = W, b
+    grown.classes_ = np.arange(k)
+    return grown
+
+
+def penalty(head: Any) -> float:
+    """The strength of the head's own L2 penalty against the summed loss of its rows; 1 for heads that have no such."""
+    strength = getattr(head, "C_", None) or getattr(head, "C", None) if isinstance(head, _LINEAR) else None
+    return 1.0 / float(strength or 1.0)
+
+
+def fisher(layer: LastLayer, Z: NDArray[Any]) -> Array:
+    """The diagonal of the Fisher information of the last layer, shape (k, p + 1), intercepts last.
+
+    Parameters
+    ----------
+    layer : LastLayer
+    Z : ndarray of shape (n, p)
+
+    Notes
+    -----
+    The mean over rows, and over the answers that the model itself expects, of the squared gradient of log p(y | z): for
+    a softmax p_c (1 - p_c) z_d², in closed form. It is the mean of squares, row by row, and not the square of a mean
+    over a batch, which shrinks with the batch.
+    """
+    from scipy.special import softmax
+
+    total = np.zeros((len(layer.b), layer.W.shape[1] + 1))
+    for at in range(0, len(Z), ROWS_AT_ONCE):
+        z = np.asarray(Z[at : at + ROWS_AT_ONCE], np.float64)
+        p = softmax(layer.scores(z), axis=1)
+        spread = p * (1 - p)
+        total[:, :-1] += spread.T @ z**2
+        total[:, -1] += spread.sum(axis=0)
+    return total / max(1, len(Z))

@@ -1,0 +1,186 @@
+"""`featpipe expand`, as it is typed: once, twice, wrongly; and `info` on what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from featpipe import FeatureCache, load_model, train
+from featpipe.cli import cli
+from featpipe.errors import ConfigError, FeatpipeError
+from tests.unit.test_expansion import make  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def home(make, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+    """A model of three classes, a cache of two more, and one to judge by."""
+    folder = tmp_path_factory.mktemp("expand")
+    old = make({"ant": 30, "bee": 30, "cow": 30}, seed=1)
+    model = train(old, tune=False, keep="all").save(folder / "three.model")
+    new, test = make({"dog": 25, "eel": 25}, seed=2), make(dict.fromkeys(("ant", "bee", "cow", "dog", "eel"), 10), 3)
+    return {"model": model, "old": old.path, "new": new.path, "test": test.path, "folder": folder}
+
+
+def run(*arguments: object) -> Result:
+    done = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=True)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def test_the_path_is_printed_and_the_table_and_a_second_time_there_is_no_work(home):
+    done = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
+    assert done.exit_code == 0, done.output
+    path = Path(done.stdout.strip())
+    assert path == home["folder"] / "three.5-classes.model"
+    for word in ("epoch", "old accuracy", "forgetting", "backward transfer", "replay", "naive", "before"):
+        assert word in done.stderr
+    assert "50 images marked or given to judge by" in done.stderr
+    written = path.stat().st_mtime_ns
+    again = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
+    assert again.stdout == done.stdout
+    assert "is what is asked for already" in again.stderr
+    assert "naive" in again.stderr  # the table is shown again
+    assert path.stat().st_mtime_ns == written
+    run("expand", home["model"], home["new"], "--test", home["test"], "--method", "distill")
+    assert path.stat().st_mtime_ns > written
+
+
+def test_in_place_it_is_done_once_too(home, tmp_path):
+    path = tmp_path / "here.model"
+    path.write_bytes(home["model"].read_bytes())
+    arguments = ["expand", path, home["new"], "--drop", "bee", "--method", "replay", "--out", path]
+    assert run(*arguments).stdout.strip() == str(path)
+    written = path.stat().st_mtime_ns
+    assert run(*arguments).stdout.strip() == str(path)
+    assert path.stat().st_mtime_ns == written
+    assert load_model(path).classes == ("ant", "cow", "dog", "eel")
+
+
+def test_json_says_what_was_found(home, tmp_path):
+    found = json.loads(
+        run("expand", home["model"], home["new"], "--method", "all", "--out", tmp_path / "m.model", "--json").stdout
+    )
+    assert found["model"] == str(tmp_path / "m.model")
+    assert found["classes"] == ["ant", "bee", "cow", "dog", "eel"]
+    assert found["recommended"] == found["method"]
+    assert "joint" in found["unavailable"]
+    outcome = found["outcomes"][0]
+    assert outcome["new"]["low"] <= outcome["new"]["value"] <= outcome["new"]["high"]
+    assert outcome["old"] is None
+
+
+def test_classes_are_dropped_merged_and_renamed(home, tmp_path):
+    done = run(
+        "expand", home["model"], "--drop", "cow", "--merge", "ant,bee=insect", "--merge", "dog=hound",
+        home["new"], "--method", "statistics", "--out", tmp_path / "m.model",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert load_model(tmp_path / "m.model").classes == ("insect", "eel", "hound")
+    for wrong in ("ant", "ant=", "=x", ",=x"):
+        assert run("expand", home["model"], "--merge", wrong).exit_code == 2
+
+
+def test_info_says_what_a_model_keeps_and_which_classes_came_when(home, tmp_path):
+    out = run("expand", home["model"], home["new"], "--method", "replay", "--out", tmp_path / "m.model").stdout.strip()
+    shown = run("info", out).stdout
+    assert "100 embeddings, at most 20 of a class" in shown
+    assert "statistics:" in shown
+    assert "3 classes by train from" in shown
+    assert "2 classes by replay from" in shown
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert facts["keeps"]["rows"] == 100
+    assert facts["history"]["expansions"][0]["new"] == ["dog", "eel"]
+    refused = run("expand", home["model"], home["new"], "--method", "replay", "--keep", "none", "--out", out)
+    assert refused.exit_code == 0
+    assert "nothing of its training data but the digests" in run("info", out).stdout
+    assert load_model(out).kept is None
+
+
+@pytest.mark.parametrize("keep", ["none", "rows=7", "statistics", None])
+def test_train_keeps_what_it_is_told(keep, home, tmp_path):
+    how = [] if keep is None else ["--keep", keep]
+    done = run("train", home["old"], "--no-tune", "--cv", "0", "--out", tmp_path / "t.model", *how)
+    assert done.exit_code == 0, done.output
+    kept = json.loads(run("info", tmp_path / "t.model", "--json").stdout)["keeps"]
+    expected = {"none": None, "rows=7": {"rows"}, "statistics": {"statistics"}, None: {"statistics", "importances"}}
+    assert (kept and set(kept["bytes"])) == expected[keep]
+    with pytest.raises(ConfigError, match="give none, all, or some of"):
+        run("train", home["old"], "--keep", "everything")
+
+
+def test_of_rows_that_stay_in_the_file_the_same_statistics_are_kept(home, tmp_path):
+    kept = []
+    for memory in ("1k", "1G"):
+        out = tmp_path / f"{memory}.model"
+        how = ["--head", "lda", "--cv", "0", "--memory", memory, "--keep", "statistics", "--out", out]
+        assert run("train", home["old"], *how).exit_code == 0
+        kept.append(load_model(out).kept.arrays())
+    for name, array in kept[0].items():
+        assert np.allclose(array, kept[1][name], rtol=1e-9, atol=1e-7), name
+    assert load_model(run("train", home["old"], "--head", "lda", "--memory", "1k").stdout.strip()).kept is None
+    with pytest.raises(ConfigError, match="of features that stay in the file only statistics are kept"):
+        run("train", home["old"], "--head", "lda", "--memory", "1k", "--keep", "rows")
+
+
+def test_wrong_input_is_one_line(home, tmp_path):
+    for arguments, problem in {
+        (home["model"],): "no labelled image to learn",
+        (home["model"], home["old"]): "no class is new: nothing to learn",
+        (home["model"], home["new"], "--method", "replays"): "did you mean 'replay'",
+        (home["model"], home["new"], tmp_path): "caches and archives are mixed",
+        (home["model"], home["new"], "--set", "epochs=0"): "epochs is 0",
+        (home["model"], home["new"], "--keep", "rows=0"): "keep is 'rows=0'",
+        (tmp_path / "no.model", home["new"]): "there is no such model file",
+    }.items():
+        with pytest.raises(FeatpipeError, match=problem) as caught:
+            run("expand", *arguments)
+        assert "\n" not in str(caught.value)
+    typed = [sys.executable, "-m", "featpipe", "expand", str(home["model"])]
+    done = subprocess.run(typed, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_an_interrupted_expansion_leaves_no_model(home, tmp_path):
+    out = tmp_path / "cut.model"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "featpipe", "expand", home["model"], home["new"], "--method", "all", "--test",
+         home["test"], "--set", "epochs=100000", "--out", out],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
+    )  # fmt: skip
+    time.sleep(2.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode:  # else it was quicker
+        assert "interrupted" in said
+        assert "Traceback" not in said
+        assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_old_models_and_foreign_parts(home, tmp_path):
+    """A model that says version 1.1 and keeps nothing loads, and learns by what needs no memory."""
+    import zipfile
+
+    bare = train(FeatureCache(home["old"]), tune=False, keep="none").save(tmp_path / "bare.model")
+    with zipfile.ZipFile(bare) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    document = json.loads(parts["model.json"])
+    del document["kept"]
+    parts["model.json"] = json.dumps(document | {"format_version": "1.1"}).encode()
+    with zipfile.ZipFile(bare, "w") as file:
+        for name, data in parts.items():
+            file.writestr(name, data)
+    assert run("info", bare).exit_code == 0
+    done = run("expand", bare, home["new"])
+    assert done.exit_code == 0, done.output
+    assert "method: frozen-old" in done.stderr

@@ -1,0 +1,509 @@
+"""A model learns more classes: the old ones stay what they were, and what is said of them is measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featpipe import FeatureCache, evaluate, expand, load_model, train
+from featpipe.cache import SPLITS, Table, write_cache
+from featpipe.calibration import logits_of
+from featpipe.errors import CacheError, CacheMismatchError, ConfigError, ModelError
+from featpipe.expansion import METHODS, Expansion
+from featpipe.expansion.growth import Growth
+from featpipe.labels import Labels
+from featpipe.model import Model
+from featpipe.progress import Progress
+from featpipe.strings import Strings
+from tests.unit.test_training import FACTS
+
+D = 8
+NAMES = ("ant", "bee", "cow", "dog", "eel", "fox")
+CENTRES = dict(zip(NAMES, 2.5 * np.random.default_rng(7).normal(size=(len(NAMES), D)), strict=True))
+
+
+def embeddings(labels: Sequence[str], seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(size=(len(labels), D))
+    return (np.stack([CENTRES[name] for name in labels]) + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FeatureCache]:
+    """Writes a cache of images of some classes; images of one seed are the same images, whatever they are called."""
+    folder = tmp_path_factory.mktemp("caches")
+
+    def cache(
+        counts: dict[str, int],
+        seed: int,
+        *,
+        split: str | None = None,
+        called: dict[str, str] | None = None,
+        facts: dict[str, Any] = FACTS,
+    ) -> FeatureCache:
+        labels = [name for name, count in counts.items() for _ in range(count)]
+        X, n = embeddings(labels, seed), len(labels)
+        ids = [f"{seed}-{name}-{i:03}" for i, name in enumerate(labels)]
+        digests = np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest() for name in ids), np.uint8)
+        table = Table(
+            ids=Strings.of(ids),
+            status=np.zeros(n, np.uint8),
+            digests=digests.reshape(n, 32),
+            stamps=np.zeros((n, 16), np.uint8),
+            split=np.full(n, SPLITS.index(split) if split else 0, np.uint8),
+            labels=Labels.of_classes([(called or {}).get(name, name) for name in labels]),
+        )
+        path = folder / f"{hashlib.sha256(repr((counts, seed, split, called, facts)).encode()).hexdigest()[:12]}.h5"
+        manifest = {"facts": facts, "backbone": {"name": "x:y", "outputs": ["pooled"]}}
+        write_cache(path, table, manifest, {"pooled": (D,)}, "float32", lambda _, start, stop: X[start:stop])
+        return FeatureCache(path)
+
+    return cache
+
+
+@pytest.fixture(scope="module")
+def old(make: Any) -> FeatureCache:
+    return make({"ant": 40, "bee": 30, "cow": 25}, seed=1)
+
+
+@pytest.fixture(scope="module")
+def new(make: Any) -> FeatureCache:
+    return make({"dog": 30, "eel": 25}, seed=2)
+
+
+@pytest.fixture(scope="module")
+def test(make: Any) -> FeatureCache:
+    return make(dict.fromkeys(NAMES[:5], 40), seed=3)
+
+
+@pytest.fixture(scope="module")
+def models(old: FeatureCache) -> Callable[..., Model]:
+    """Trained models, each made once."""
+    made: dict[Any, Model] = {}
+
+    def model(head: str = "logistic", keep: str = "all", **params: Any) -> Model:
+        key = (head, keep, repr(params))
+        if key not in made:
+            made[key] = train(old, head, keep=keep, tune=False, params=params)
+        return replace(made[key], history=dict(made[key].history))
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def compared(models: Any, old: FeatureCache, new: FeatureCache, test: FeatureCache) -> Expansion:
+    return expand(models(), [old, new], method="all", test=test)
+
+
+def accuracy(model: Model, cache: FeatureCache, names: Sequence[str] = NAMES) -> float:
+    rows = np.isin(cache.y.astype(str), names)
+    return float((model.predict_features(cache.X[rows]) == cache.y[rows]).mean())
+
+
+# -- methods ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_method_does_what_it_is_for(compared: Expansion) -> None:
+    rows = {row.method: row for row in compared.outcomes}
+    assert set(rows) == set(METHODS)
+    assert rows["naive"].old.value < 0.05
+    assert rows["naive"].new.value > 0.9
+    for name in ("joint", "replay", "statistics", "frozen-old"):
+        assert rows[name].all.value > rows["joint"].all.value - 0.03, name
+    for name in ("distill", "ewc"):
+        assert rows[name].old.value > 0.5, name
+        assert rows[name].new.value > 0.5, name
+    assert compared.recommended == compared.method
+    assert compared.method not in ("joint", "naive")
+
+
+@pytest.mark.parametrize("head", ["lda", "ridge", "centroid"])
+def test_statistics_give_the_model_that_training_on_everything_gives(
+    head: str, models: Any, old: FeatureCache, new: FeatureCache, make: Any
+) -> None:
+    """In one step, in two, and in any order of classes; the last step brings more images of an old class."""
+    more = make({"fox": 12} | ({} if head == "lda" else {"bee": 7}), seed=4)
+    model = models(head, "statistics").expand(new, method="statistics").expand(more, method="statistics")
+    assert model.classes == NAMES
+    X = np.concatenate([cache.X for cache in (old, new, more)])
+    names = np.concatenate([cache.y for cache in (old, new, more)]).astype(str)
+    from featpipe import heads
+
+    peer = heads.build(head, params=_params(model)).fit(X.astype(np.float64), np.searchsorted(NAMES, names))
+    found, expected = logits_of(model.head, X.astype(np.float64)), logits_of(peer, X.astype(np.float64))
+    assert np.abs(found - expected).max() < 1e-8 * np.abs(expected).max()
+    assert model.kept.counts.tolist() == [np.count_nonzero(names == name) for name in NAMES]
+
+
+def _params(model: Model) -> dict[str, Any]:
+    return {key: value for key, value in model.head[-1].get_params().items() if key in ("alpha", "shrinkage")}
+
+
+@pytest.mark.parametrize(
+    ("head", "params"),
+    [("logistic", {"C": 1.0}), ("mlp", {"epochs": 5, "hidden": 16}), ("svm", {}), ("knn", {}), ("ridge", {})],
+)
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_frozen_old_scores_are_bit_for_bit_what_they_were(
+    head: str,
+    params: dict[str, Any],
+    keep: str,
+    models: Any,
+    new: FeatureCache,
+    test: FeatureCache,
+    make: Any,
+    tmp_path: Path,
+) -> None:
+    model = models(head, keep, **params)
+    grown = model.expand(new, method="frozen-old")
+    again = grown.expand(make({"fox": 15}, seed=4), method="frozen-old")
+    loaded = load_model(again.save(tmp_path / "grown.model"))
+    before = logits_of(model.head, test.X)
+    for after in (grown, again, loaded):
+        assert np.array_equal(logits_of(after.head, test.X)[:, :3], before)
+    assert np.array_equal(loaded.predict_proba_features(test.X), again.predict_proba_features(test.X))
+    assert accuracy(grown, test) > (0.85 if keep == "all" else 0.5)
+
+
+def test_joint_is_training_on_both_with_the_head_s_settings(
+    models: Any, old: FeatureCache, new: FeatureCache, test: FeatureCache
+) -> None:
+    from featpipe import heads
+
+    model = models(C=0.5).expand([old, new], method="joint")
+    X, names = np.concatenate([old.X, new.X]), np.concatenate([old.y, new.y]).astype(str)
+    peer = heads.build("logistic", params={"C": 0.5}).fit(X, np.searchsorted(NAMES, names))
+    assert np.allclose(model.predict_proba_features(test.X), peer.predict_proba(test.X), atol=1e-5)
+    assert model.kept.counts.tolist() == [40, 30, 25, 30, 25]
+
+
+@pytest.mark.parametrize("head", ["logistic", "mlp", "svm", "knn", "lda"])
+def test_replay_is_for_any_head_and_the_memory_is_kept_on(
+    head: str, models: Any, new: FeatureCache, test: FeatureCache, tmp_path: Path
+) -> None:
+    params = {"epochs": 5, "hidden": 16} if head == "mlp" else {}
+    model = models(head, "rows=10", **params).expand(new, method="replay")
+    assert accuracy(model, test) > 0.85
+    assert np.bincount(model.kept.codes).tolist() == [10] * 5
+    fewer = models(head, "rows=10", **params).expand(new, method="replay", memory=4)
+    assert np.bincount(fewer.kept.codes).tolist() == [4] * 5
+    assert np.array_equal(fewer.kept.rows[:4], model.kept.rows[:4])
+    assert np.array_equal(load_model(model.save(tmp_path / "m.model")).kept.rows, model.kept.rows)
+
+
+def test_rows_that_were_chosen_at_random_can_be_replayed(models: Any, old: Any, new: FeatureCache, test: Any) -> None:
+    model = models("logistic", "none").expand(
+        [old, new], method="replay", memory=8, params={"selection": "random"}, keep="rows=8"
+    )
+    assert accuracy(model, test) > 0.85
+    assert np.bincount(model.kept.codes).tolist() == [8] * 5
+
+
+# -- which classes ---------------------------------------------------------------------------------------------------
+
+
+def test_old_classes_keep_their_order_and_new_ones_follow(models: Any, make: Any) -> None:
+    cache = make({"dog": 20, "eel": 20, "ant": 5}, seed=5, called={"dog": "aardvark", "eel": "zebra"})
+    told: list[Progress] = []
+    found = expand(models(), cache, method="frozen-old", progress=told.append)
+    assert found.model.classes == ("ant", "bee", "cow", "aardvark", "zebra")
+    assert found.new == ("aardvark", "zebra")
+    assert found.images["learnt"] == 45
+
+
+def test_names_that_are_hardly_new_and_images_that_look_known_are_pointed_out(models: Any, make: Any) -> None:
+    told: list[Progress] = []
+    cache = make({"cow": 20, "eel": 20}, seed=6, called={"cow": "Cow", "eel": "calf"})
+    expand(models(), cache, method="frozen-old", progress=told.append)
+    texts = [(said.kind, said.text) for said in told]
+    assert ("warning", "class 'Cow' is new beside 'cow'; if they are one, give --merge cow,Cow=cow") in texts
+    assert any("of the images of 'Cow' are 'cow' to the model before" in text for _, text in texts)
+
+
+def test_a_class_under_a_new_name_is_refused_with_the_way_out(models: Any, make: Any) -> None:
+    renamed = make({"ant": 40, "eel": 10}, seed=1, called={"ant": "formica"})
+    with pytest.raises(ConfigError, match=r"'formica' is new, but .* 40 of its 40 .* --merge ant,formica=formica"):
+        models().expand(renamed)
+    model = models().expand(renamed, method="replay", merge={"formica": ["ant", "formica"]})
+    assert model.classes == ("formica", "bee", "cow", "eel")
+
+
+def test_no_new_class_is_learnt_as_more_images_or_refused_if_all_are_known(models: Any, old: Any, make: Any) -> None:
+    with pytest.raises(ConfigError, match="trained on all 95 images, and no class is new: nothing to learn"):
+        models().expand(old)
+    told: list[Progress] = []
+    found = expand(models(), make({"ant": 9, "bee": 9}, seed=8), method="statistics", progress=told.append)
+    assert found.model.classes == ("ant", "bee", "cow")
+    assert "no new class: 18 new images of 3 known ones are learnt" in [said.text for said in told]
+    assert found.model.kept.counts.tolist() == [49, 39, 25]
+    with pytest.raises(ConfigError, match="trains new classes alone, and there are none"):
+        models().expand(make({"ant": 9, "bee": 9}, seed=8), method="frozen-old")
+
+
+@pytest.mark.parametrize("head", ["logistic", "knn", "lda"])
+def test_classes_are_dropped_and_merged_without_images(head: str, models: Any, test: FeatureCache) -> None:
+    """Of what is left of the probabilities, and their sums; an LDA is that of the other sums."""
+    model = models(head)
+    p = model.predict_proba_features(test.X)
+    dropped = model.expand((), drop=["bee"])
+    merged = model.expand((), merge={"insect": ["ant", "bee"]})
+    assert dropped.classes == ("ant", "cow")
+    assert merged.classes == ("insect", "cow")
+    if head == "lda":
+        assert accuracy(dropped, test, ["ant", "cow"]) > 0.9
+        return
+    usable = p[:, [0, 2]].sum(axis=1) > 1e-6
+    left = p[usable][:, [0, 2]]
+    assert np.allclose(
+        dropped.predict_proba_features(test.X[usable]), left / left.sum(axis=1, keepdims=True), atol=1e-6
+    )
+    together = np.column_stack([p[:, 0] + p[:, 1], p[:, 2]])
+    assert np.allclose(merged.predict_proba_features(test.X), together, atol=1e-6)
+
+
+def test_dropped_and_merged_models_go_on_learning(
+    models: Any, new: FeatureCache, test: FeatureCache, make: Any
+) -> None:
+    for head in ("logistic", "lda"):
+        model = models(head).expand((), merge={"insect": ["ant", "bee"]}).expand(new, drop=["cow"])
+        assert model.classes == ("insect", "dog", "eel")
+        assert model.kept.counts.tolist() == [70, 30, 25]
+        assert accuracy(model, test, ["dog", "eel"]) > 0.9
+        insects = np.isin(test.y.astype(str), ["ant", "bee"])
+        assert (model.predict_features(test.X[insects]) == "insect").mean() > 0.85
+        history = model.history
+        assert [step["classes"] for step in history["steps"]] == [["insect"], ["dog", "eel"]]
+        assert [one["dropped"] for one in history["expansions"]] == [[], ["cow"]]
+
+
+@pytest.mark.parametrize(
+    ("drop", "merge", "problem"),
+    [
+        (["ent"], {}, "unknown class 'ent'.*did you mean 'ant'"),
+        ([], {"x": ["bea"]}, "unknown class 'bea'.*did you mean 'bee'"),
+        (["ant"], {"x": ["ant", "bee"]}, "is merged, and dropped or merged again"),
+        ([], {"cow": ["ant", "bee"]}, "'cow' is a class already; merge ant,bee,cow=cow"),
+        (["ant", "bee", "cow"], {}, "0 of them old"),
+        (["ant", "bee"], {}, "1 classes would be left"),
+        ([], {"x": "ant"}, "give a name and a list"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(drop: Any, merge: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Growth.of(("ant", "bee", "cow"), (), drop, merge)
+
+
+# -- sequences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["replay", "statistics", "frozen-old", "distill", "ewc"])
+def test_several_steps_unequal_and_of_one_image_in_a_row(method: str, models: Any, make: Any, test: Any) -> None:
+    """The one-shot class is learnt too, and what was learnt first is still there."""
+    model = models()
+    for step, counts in enumerate(({"dog": 60}, {"eel": 1}, {"fox": 8, "ant": 3})):
+        model = model.expand(make(counts, seed=20 + step), method=method, test=test)
+    assert model.classes == NAMES
+    assert accuracy(model, test, NAMES[:3]) > {"distill": 0.25, "ewc": 0.25}.get(method, 0.75)
+    assert accuracy(model, test, ["dog"]) > 0.5
+    assert [step["method"] for step in model.history["steps"]] == ["train", method, method, method]
+    assert model.history["trained_on"]["rows"] == 95 + 72
+    assert model.was_trained_on(make({"eel": 1}, seed=21).digests).all()
+    if method in ("replay", "statistics"):
+        assert accuracy(model, test, ["eel"]) > 0.5
+
+
+# -- what is said of it ----------------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_that_of_rows_that_were_never_trained_on(
+    models: Any, old: FeatureCache, new: FeatureCache, test: FeatureCache
+) -> None:
+    found = expand(models(), new, method="replay", test=[test, old])
+    assert found.images == {"learnt": 55, "old": 0, "tested": 200}
+    assert "left out: 95 trained on, and so not judged by" in found.notes
+    row = found.outcomes[0]
+    assert row.old.value == accuracy(found.model, test, NAMES[:3])
+    assert row.new.value == accuracy(found.model, test, NAMES[3:])
+    assert row.all.value == accuracy(found.model, test)
+    before = accuracy(models(), test, NAMES[:3])
+    assert found.before.value == before
+    assert row.forgetting.value == pytest.approx(before - row.old.value)
+    assert row.backward.value == pytest.approx(row.old.value - before)
+    assert row.forgetting.low <= row.forgetting.value <= row.forgetting.high
+    assert [outcome.method for outcome in found.outcomes] == ["replay", "naive"]
+
+
+def test_forgetting_is_since_the_best_and_backward_transfer_since_it_was_learnt(
+    models: Any, make: Any, test: FeatureCache
+) -> None:
+    """Averaged over the steps in which classes came, on the same rows each time."""
+    first = expand(models(), make({"dog": 30}, seed=30), method="replay", test=test)
+    second = expand(first.model, make({"eel": 30}, seed=31), method="distill", test=test)
+    groups = [NAMES[:3], ("dog",)]
+    at_first = [accuracy(models(), test, groups[0]), accuracy(first.model, test, groups[1])]
+    between = [accuracy(first.model, test, names) for names in groups]
+    now = [accuracy(second.model, test, names) for names in groups]
+    row = second.outcomes[0]
+    assert row.steps[:2] == pytest.approx(now)
+    assert row.backward.value == pytest.approx(np.mean(np.subtract(now, at_first)))
+    assert row.forgetting.value == pytest.approx(np.mean(np.maximum(at_first, between)) - np.mean(now))
+
+
+def test_intervals_are_those_of_paired_resamples(compared: Expansion, test: FeatureCache) -> None:
+    row = next(row for row in compared.outcomes if row.method == "ewc")
+    for name in ("old", "new", "all", "forgetting", "backward"):
+        interval = getattr(row, name)
+        assert interval.low < interval.value < interval.high
+    n = 200
+    spread = np.sqrt(row.all.value * (1 - row.all.value) / n)
+    assert row.all.high - row.all.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
+
+
+def test_without_test_images_a_fifth_of_the_new_ones_is_held_out_and_learnt_afterwards(models: Any, make: Any) -> None:
+    new = make({"dog": 50, "eel": 50, "fox": 2}, seed=40)
+    found = expand(models(), new, method="replay")
+    assert found.how.endswith("new images held out, and learnt afterwards")
+    assert 8 <= found.images["tested"] <= 32
+    assert found.before is None
+    assert found.outcomes[0].old is None
+    assert found.model.kept.counts.tolist() == [40, 30, 25, 50, 50, 2]
+    assert found.images["learnt"] == 102
+
+
+def test_marked_test_rows_judge_and_are_not_learnt(models: Any, make: Any) -> None:
+    train_rows, test_rows = make({"dog": 30}, 41, split="train"), make({"dog": 10, "ant": 10}, 42, split="test")
+    found = expand(models(), [train_rows, test_rows], method="statistics")
+    assert found.images == {"learnt": 30, "old": 0, "tested": 20}
+    assert not found.model.was_trained_on(test_rows.digests).any()
+
+
+def test_both_sides_are_watched_epoch_by_epoch(compared: Expansion) -> None:
+    rows = {row.method: row for row in compared.outcomes}
+    for name in ("replay", "frozen-old", "distill", "ewc", "naive"):
+        curves = rows[name].curves
+        assert {len(values) for values in curves.values()} == {len(curves["epochs"])}
+        assert curves["epochs"][0] == 0
+        assert curves["train_loss"][-1] < curves["train_loss"][0]
+    assert rows["naive"].curves["old_accuracy"][0] > 0.5
+    assert rows["naive"].curves["old_accuracy"][-1] < 0.05
+    assert not rows["statistics"].curves
+    assert len(compared.as_table()) == 2 + len(METHODS)
+
+
+def test_what_is_said_survives_the_file(compared: Expansion, tmp_path: Path) -> None:
+    model = load_model(compared.model.save(tmp_path / "m.model"))
+    again = Expansion.of(model, model.scores["expansion"]["result"])
+    assert again.to_dict() == compared.to_dict()
+    assert again.as_table() == compared.as_table()
+
+
+def test_what_may_be_kept_bounds_what_is_recommended(models: Any, new: FeatureCache, test: FeatureCache) -> None:
+    found = expand(models(), new, method="all", test=test, budget=400)
+    assert found.outcomes[0].bytes <= 400
+    assert found.model.kept is None or found.model.kept.nbytes <= 400 + 8 * 5
+
+
+# -- what a model lacks ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_keeps_nothing_says_what_is_missing_and_how_to_have_it(
+    models: Any, old: FeatureCache, new: FeatureCache
+) -> None:
+    bare = models(keep="none")
+    assert bare.kept is None
+    for method, problem in {
+        "replay": r"needs rows of the old classes, and the model keeps none: train it with --keep rows=20",
+        "statistics": r"needs statistics of the old classes.* --keep statistics",
+        "ewc": r"needs importances of the old classes.* --keep importances",
+        "joint": r"needs the images that the model was trained on, and there are none of 'ant', 'bee', 'cow'",
+    }.items():
+        with pytest.raises(ConfigError, match=problem + r".*What works: frozen-old, distill, naive") as caught:
+            bare.expand(new, method=method)
+        assert "\n" not in str(caught.value)
+    for method in ("distill", "frozen-old"):
+        assert bare.expand(new, method=method).kept is None
+    for method in METHODS:  # all of it can be had from the old images
+        assert bare.expand([old, new], method=method).classes == NAMES[:5]
+
+
+def test_heads_without_a_softmax_layer_say_which_have_one(models: Any, new: FeatureCache) -> None:
+    for method in ("distill", "ewc", "naive"):
+        with pytest.raises(ConfigError, match=r"softmax layer \(logistic, linear, mlp, keras\), and .* a KNeigh"):
+            models("knn").expand(new, method=method)
+
+
+def test_the_method_that_is_taken_follows_from_what_there_is(models: Any, old: Any, new: Any) -> None:
+    def taken(model: Model, data: Any) -> str:
+        return expand(model, data).method
+
+    assert taken(models(), [old, new]) == "joint"
+    assert taken(models("lda"), new) == "statistics"
+    assert taken(models(), new) == "replay"
+    assert taken(models(keep="statistics"), new) == "frozen-old"
+
+
+def test_an_lda_takes_the_place_of_other_heads_and_that_is_said(models: Any, new: Any, test: Any) -> None:
+    found = expand(models(), new, method="statistics", test=test)
+    assert found.model.head_name == "lda"
+    assert any("the head is an lda now, and was logistic" in note for note in found.notes)
+
+
+def test_scores_alone_are_calibrated_as_before(models: Any, new: FeatureCache, test: FeatureCache) -> None:
+    model = models("ridge")
+    grown = model.expand(new, method="statistics")
+    assert grown.calibration.temperature == model.calibration.temperature
+    assert np.allclose(grown.predict_proba_features(test.X).sum(axis=1), 1)
+
+
+def test_what_cannot_be_learnt_from_is_refused(models: Any, new: FeatureCache, make: Any, old: FeatureCache) -> None:
+    with pytest.raises(ConfigError, match=r"unknown method 'replai'.*did you mean 'replay'"):
+        models().expand(new, method="replai")
+    with pytest.raises(ConfigError, match=r"unknown setting 'epoch'"):
+        models().expand(new, params={"epoch": 3})
+    with pytest.raises(ConfigError, match="temperature is 0"):
+        models().expand(new, params={"temperature": 0})
+    with pytest.raises(ConfigError, match=r"nothing to learn|no labelled image to learn"):
+        models().expand(())
+    with pytest.raises(CacheMismatchError, match="other embeddings"):
+        models().expand(make({"dog": 5}, 50, facts=FACTS | {"precision": "bf16"}))
+    unlabelled = make({"dog": 5}, 51)
+    unlabelled.manifest["task"] = "none"
+    with pytest.raises(CacheError, match="has no labels"):
+        models().expand(unlabelled)
+    with pytest.raises(ConfigError, match="images to judge by, and there are none"):
+        expand(models(), make({"dog": 3}, 52), method="all")
+
+
+def test_what_is_kept_must_be_of_the_head_s_own_embeddings(models: Any, tmp_path: Path) -> None:
+    model, other = models(), models("ridge")
+    for wrong in (
+        replace(model.kept, rows=model.kept.rows[:, :-1]),
+        replace(model.kept, importances=model.kept.importances[:, :-1]),
+        replace(model.kept, statistics=other.kept.statistics),
+    ):
+        path = replace(model, kept=wrong).save(tmp_path / "wrong.model")
+        with pytest.raises(ModelError, match=r"wrong\.model: is damaged"):
+            load_model(path)
+
+
+def test_an_expanded_model_is_evaluated_like_any_other(compared: Expansion, test: FeatureCache, tmp_path: Path) -> None:
+    loaded = load_model(compared.model.save(tmp_path / "m.model"))
+    found = evaluate(loaded, test)
+    assert found.scores.metrics["accuracy"].value == compared.outcomes[0].all.value
+    assert found.scores.classes == NAMES[:5]
+
+
+def test_the_numbers_of_a_step_are_known_to_the_next(compared: Expansion) -> None:
+    judged = compared.model.history["judged"]
+    assert [set(one) for one in judged] == [{"rows", "learnt", "best", "now"}] * 2
+    assert judged[0]["best"] >= judged[0]["now"]
+
+
+def test_rows_that_were_resampled_in_training_are_pointed_out(old: FeatureCache, new: FeatureCache) -> None:
+    model = train(old, tune=False, balance="over")
+    assert any("resampled rows" in note for note in expand(model, new, method="frozen-old").notes)

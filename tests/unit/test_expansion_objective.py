@@ -1,0 +1,102 @@
+"""What the last layer is trained on, against the papers' formulas in torch, differentiated by torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from featpipe import SoftmaxRegression
+from featpipe.expansion.methods import start
+from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
+from featpipe.heads.layer import LastLayer
+
+N, P, K, OLD = 30, 5, 6, 4
+
+
+@pytest.fixture(scope="module")
+def problem() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "Z": rng.normal(size=(N, P)),
+        "y": rng.integers(0, K, N),
+        "weights": rng.uniform(0.5, 2, N),
+        "theta": rng.normal(size=(K, P + 1)),
+        "old": rng.normal(size=(OLD, P + 1)),
+        "taught": 3 * rng.normal(size=(N, OLD)),
+        "importances": np.vstack([rng.uniform(size=(OLD, P + 1)), np.zeros((K - OLD, P + 1))]),
+    }
+
+
+def by_torch(problem: dict[str, Any], theta: torch.Tensor, parts: set[str]) -> torch.Tensor:
+    """Written as in the papers: learning without forgetting (temperature 2), elastic weight consolidation."""
+    Z, w = torch.tensor(problem["Z"]), torch.tensor(problem["weights"])
+    scores = Z @ theta[:, :-1].T + theta[:, -1]
+    loss = (w * functional.cross_entropy(scores, torch.tensor(problem["y"]), reduction="none")).sum()
+    loss = loss + 0.5 * 0.3 * (theta[:, :-1] ** 2).sum()
+    if "distill" in parts:
+        target = torch.softmax(torch.tensor(problem["taught"]) / 2, dim=1)
+        new = torch.log_softmax(scores[:, :OLD] / 2, dim=1)
+        each = functional.kl_div(new, target, reduction="none").sum(dim=1)
+        loss = loss + 7.0 * 2**2 * (w * each).sum()
+    if "ewc" in parts:
+        apart = theta[:OLD] - torch.tensor(problem["old"])
+        loss = loss + 0.5 * (torch.tensor(problem["importances"])[:OLD] * apart**2).sum()
+        loss = loss + 0.5 * (torch.tensor(problem["importances"])[OLD:] * theta[OLD:] ** 2).sum()
+    return loss
+
+
+@pytest.mark.parametrize("parts", [set(), {"distill"}, {"ewc"}, {"distill", "ewc"}])
+def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem: dict[str, Any]) -> None:
+    objective = Objective(
+        problem["Z"],
+        problem["y"],
+        problem["weights"],
+        0.3,
+        teacher=Teacher(problem["taught"], 2.0, 7.0) if "distill" in parts else None,
+        anchor=Anchor(problem["old"], problem["importances"]) if "ewc" in parts else None,
+    )
+    value, gradient = objective.value(problem["theta"])
+    theta = torch.tensor(problem["theta"], requires_grad=True)
+    reference = by_torch(problem, theta, parts)
+    (expected,) = torch.autograd.grad(reference, [theta])
+    assert value == pytest.approx(reference.item(), rel=1e-12)
+    assert np.allclose(gradient, expected.numpy(), rtol=1e-10, atol=1e-12)
+
+
+def test_scores_that_are_fixed_leave_the_gradient_of_the_others(problem: dict[str, Any]) -> None:
+    theta = problem["theta"]
+    whole = Objective(problem["Z"], problem["y"], problem["weights"])
+    fixed = problem["Z"] @ theta[:OLD, :-1].T + theta[:OLD, -1]
+    part = Objective(problem["Z"], problem["y"], problem["weights"], fixed=fixed)
+    value, gradient = part.value(theta[OLD:])
+    assert value == pytest.approx(whole.value(theta)[0])
+    assert np.allclose(gradient, whole.value(theta)[1][OLD:])
+
+
+def test_the_least_value_is_that_of_softmax_regression_and_the_epochs_are_told(problem: dict[str, Any]) -> None:
+    told: list[float] = []
+    objective = Objective(problem["Z"], problem["y"], np.ones(N), 1 / 2.0)
+    found = minimise(objective, LastLayer(np.zeros((K, P)), np.zeros(K)), 500, lambda layer, loss: told.append(loss))
+    peer = SoftmaxRegression(C=2.0).fit(problem["Z"], problem["y"])
+    assert np.allclose(found.W, peer.coef_, atol=1e-3)
+    assert told == sorted(told, reverse=True)
+    assert told[0] == pytest.approx(np.log(K))
+    assert len(told) > 5
+
+
+def test_new_classes_start_at_their_means_and_old_ones_as_they_were(problem: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    y = np.repeat([4, 5], 20)
+    Z = 4 * np.eye(P)[y - 4] + 0.3 * rng.normal(size=(40, P))
+    old = LastLayer(problem["old"][:, :-1], problem["old"][:, -1])
+    layer = start(old, Z, y, K)
+    assert np.array_equal(layer.W[:OLD], old.W)
+    assert np.array_equal(layer.b[:OLD], old.b)
+    assert (layer.scores(Z)[:, OLD:].argmax(axis=1) == y - OLD).all()
+    means = np.stack([Z[y == code].mean(axis=0) for code in (4, 5)])
+    assert np.allclose(layer.W[OLD:] / np.linalg.norm(layer.W[OLD]), means / np.linalg.norm(means[0]))
+    assert np.linalg.norm(layer.W[OLD:], axis=1).mean() == pytest.approx(np.linalg.norm(old.W, axis=1).mean())

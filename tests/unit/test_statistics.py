@@ -1,0 +1,144 @@
+"""Sums over rows are enough: a head learns them in any number of steps as from all rows at once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.pipeline import Pipeline
+
+from featpipe import heads
+from featpipe.heads.statistics import Statistics, fit_from_statistics, gather, kind_for
+
+HEADS = {
+    "lda": {},
+    "lda, shrinkage 0.1": {"shrinkage": 0.1},
+    "ridge": {"alpha": 3.0},
+    "centroid": {},
+    "centroid, shrunk": {"shrink_threshold": 0.3},
+    "lda, not scaled": {"scale": "passthrough"},
+}
+K, D = 5, 7
+
+
+def head(name: str) -> Pipeline:
+    return heads.build(name.split(",")[0], params=HEADS[name])
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    """Five classes of unequal size and spread, one of a single row, with a column that one class does not vary in."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(K), [30, 12, 20, 1, 9])
+    X = 3 * rng.normal(size=(K, D))[y] + rng.normal(size=(len(y), D)) * (1 + y[:, None]) @ rng.normal(size=(D, D)) + 50
+    X[y == 1, 2] = 4.25
+    return X.astype(np.float32).astype(np.float64), y
+
+
+def scores(pipeline: Pipeline, X: np.ndarray) -> np.ndarray:
+    return np.asarray(pipeline.decision_function(X), np.float64)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_two_steps_are_one_step_and_scikit_learn_s_own_fit(name: str, rows: Any) -> None:
+    X, y = rows
+    first = y < 3
+    kind, exact = kind_for(head(name))
+    assert exact
+    in_steps = gather(kind, X[first], y[first], K)
+    in_steps = in_steps + gather(kind, X[~first], y[~first], K, in_steps.shift)
+    found = scores(fit_from_statistics(head(name), in_steps), X)
+    at_once = scores(fit_from_statistics(head(name), gather(kind, X, y, K)), X)
+    with warnings.catch_warnings():  # of the class with one row, of which scikit-learn says that it has one row
+        warnings.simplefilter("ignore")
+        peer = scores(head(name).fit(X, y), X)
+    scale = np.abs(peer).max()
+    assert np.abs(found - at_once).max() < 1e-8 * scale
+    assert np.abs(found - peer).max() < 1e-8 * scale
+
+
+@pytest.mark.parametrize("name", ["lda, shrinkage 0.1", "ridge", "centroid"])
+def test_new_rows_of_old_classes_are_learnt_exactly_too(name: str, rows: Any) -> None:
+    X, y = rows
+    kind = kind_for(head(name))[0]
+    early = np.arange(len(y)) % 3 > 0
+    early[y == 3] = True
+    parts = gather(kind, X[early], y[early], K)
+    parts = parts + gather(kind, X[~early], y[~early], K, parts.shift)
+    found, peer = (scores(fit_from_statistics(head(name), s), X) for s in (parts, gather(kind, X, y, K)))
+    assert np.abs(found - peer).max() < 1e-8 * np.abs(peer).max()
+
+
+@pytest.mark.parametrize("name", ["lda, shrinkage 0.1", "ridge", "centroid"])
+def test_merged_classes_are_as_if_they_had_had_one_name_from_the_start(name: str, rows: Any) -> None:
+    X, y = rows
+    kind, place = kind_for(head(name))[0], np.array([0, 1, 0, 2, 3])
+    merged = gather(kind, X, y, K).regrouped(place, 4)
+    found = scores(fit_from_statistics(head(name), merged), X)
+    peer = scores(fit_from_statistics(head(name), gather(kind, X, place[y], 4)), X)
+    assert np.abs(found - peer).max() < 1e-8 * np.abs(peer).max()
+
+
+def test_merged_classes_of_lda_have_the_scatter_of_their_rows(rows: Any) -> None:
+    """What shrinkage added to each class stays; the rest is that of the rows under one name."""
+    X, y = rows
+    place = np.array([0, 1, 0, 2, 3])
+    apart = gather("apart", X, y, K)
+    means = apart.means
+    between = sum(
+        n * np.outer(m - c, m - c)
+        for n, m, c in zip(apart.counts, means, np.stack([X[place[y] == p].mean(axis=0) for p in place]), strict=True)
+    )
+    assert np.allclose(apart.regrouped(place, 4).square, apart.square + between)
+
+
+def test_a_dropped_class_leaves_the_others_means_and_the_shared_covariance(rows: Any) -> None:
+    X, y = rows
+    whole = gather("gram", X, y, K)
+    left = whole.regrouped(np.array([0, -1, 1, 2, 3]), 4)
+    assert left.rows == len(y) - 12
+    assert np.allclose(left.means, whole.means[[0, 2, 3, 4]])
+
+    def within(s: Statistics) -> np.ndarray:
+        return (s.square - (s.sums.T / s.counts) @ s.sums) / s.rows
+
+    assert np.allclose(within(left), within(whole))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "gram", "apart"])
+def test_they_are_stored_in_a_triangle_and_read_again(kind: Any, rows: Any) -> None:
+    X, y = rows
+    whole = gather(kind, X, y, K)
+    again = Statistics.of(whole.arrays())
+    for name, value in vars(whole).items():
+        assert np.array_equal(getattr(again, name), value), name
+    triangle = {"diagonal": 0, "gram": D * (D + 1) // 2, "apart": D * (D + 1) // 2 + D}[kind]
+    assert whole.nbytes == 8 * (K + K * D + 2 * D + triangle)
+    for name in whole.arrays():
+        with pytest.raises((ValueError, KeyError)):
+            Statistics.of(whole.arrays() | {name: np.full_like(whole.arrays()[name], np.nan)})
+        with pytest.raises((ValueError, KeyError)):
+            Statistics.of(whole.arrays() | {name: whole.arrays()[name][:-1]})
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "gram", "apart"])
+def test_rows_that_are_made_up_have_the_means_and_the_scatter(kind: Any, rows: Any) -> None:
+    X, y = rows
+    drawn, codes = gather(kind, X, y, K).draw(20_000)
+    again = gather("gram", drawn, codes, K)
+    assert np.allclose(again.means, gather(kind, X, y, K).means, atol=0.2)
+    spread = (again.square - (again.sums.T / again.counts) @ again.sums) / again.rows
+    centred = X - np.stack([X[y == code].mean(axis=0) for code in range(K)])[y]
+    assert np.allclose(np.sqrt(np.diag(spread)), np.sqrt((centred**2).mean(axis=0)), rtol=0.3)
+
+
+def test_heads_without_a_closed_form_get_what_an_lda_takes() -> None:
+    assert kind_for(heads.build("logistic")) == ("apart", False)
+    assert kind_for(heads.build("ridge", params={"class_weight": "balanced"})) == ("apart", False)
+    assert kind_for(heads.build("centroid", params={"metric": "manhattan"})) == ("apart", False)
+    with pytest.raises(ValueError, match="class 1 has no rows"):
+        fit_from_statistics(heads.build("lda"), gather("apart", np.eye(4), np.array([0, 0, 2, 2]), 3))
+    with pytest.raises(ValueError, match="takes statistics of kind gram"):
+        fit_from_statistics(heads.build("ridge"), gather("diagonal", np.eye(4), np.array([0, 0, 1, 1]), 2))
