@@ -31,6 +31,7 @@ FLOORS = [
         "fingerprint",
         "recipe",
         "image",
+        "reliability",
         "split",
     },
     {"archive", "backbone", "cache", "calibration", "heads", "scores"},
