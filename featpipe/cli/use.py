@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from featpipe.cli.terminal import Terminal, dump
@@ -12,45 +14,58 @@ __all__ = ["evaluate", "predict"]
 @click.command(short_help="Score a model on images that it was not trained on.")
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
+@click.option("--against", multiple=True, metavar="MODEL", help="Compare with another model on the same rows.")
 @click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
+@click.option("--without", metavar="TABLE", help="Leave out the samples of a table, such as one of --findings.")
+@click.option(
+    "--trained-on", metavar="CACHE", help="What the model was trained on, for near-duplicates.  [default: looked for]"
+)
+@click.option("--near", type=click.FloatRange(0, 1, min_open=True), metavar="COSINE", help="Of near-duplicates.")
 @click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
 @click.option("--report", metavar="PAGE.html", help="Write a page with pictures.")
-@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@click.option("--findings", metavar="DIR", help="Write tables of what to look at next, as CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print scores and findings as JSON.")
 def evaluate(
     model: str,
     data: tuple[str, ...],
-    labels: str | None,
-    cache: str,
+    against: tuple[str, ...],
     backbone: str | None,
     device: str,
     report: str | None,
+    findings: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Score a model on images that it was not trained on.
 
-    Images whose bytes were among the training images are left out, and counted.
+    Images whose bytes were among the training images are left out, and counted; near-duplicates of them are counted.
 
     \b
     Example:
       featpipe evaluate photos.model new-photos/ --report page.html
+      featpipe evaluate photos.model cache/photos.h5 --against other.model --findings findings/
     """
     from featpipe import pipeline
     from featpipe.evaluation import evaluate as run
+    from featpipe.findings import write_findings
     from featpipe.model import load_model
 
     loaded = load_model(model, backbone=backbone, device=device)
+    others = [load_model(path, backbone=backbone, device=device) for path in against]
+    asked = {name: value for name, value in asked.items() if value is not None}
     with Terminal() as terminal:
-        evaluation = run(loaded, list(data), labels=labels, cache=cache, progress=terminal)
+        evaluation = run(loaded, list(data), against=others, progress=terminal, **asked)
         if report:
-            pipeline.write_report(report, loaded, evaluation, command=pipeline.command_line())
+            pipeline.write_report(report, evaluation, command=pipeline.command_line())
+        written = write_findings(evaluation.findings, findings) if findings else []
     if as_json:
         dump(evaluation.to_dict())
         return
     click.echo(evaluation.table())
-    if report:
-        click.echo(f"report: {report}", err=True)
+    for path in [*([report] if report else []), *map(str, written)]:
+        click.echo(path, err=True)
 
 
 @click.command(short_help="Predict every image of some archives.")

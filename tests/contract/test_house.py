@@ -34,7 +34,7 @@ FLOORS = [
         "reliability",
         "split",
     },
-    {"archive", "backbone", "cache", "calibration", "heads", "scores"},
+    {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores"},
     {"commit", "engine", "grouping", "known", "loader"},
     {"extraction", "model"},
     {"training", "evaluation", "prediction", "verification", "upkeep"},
@@ -51,11 +51,12 @@ OWNERS = {
     "jinja2": {"report"},
     "skops": {"heads"},
     "skimage": {"tiles"},
+    "cleanlab": {"findings"},
     "tqdm": {"cli"},
 }
 NEIGHBOURS = {  # of one floor, and yet used: with the reason
     ("commit", "cache"): "a part is of a cache, and lies beside it",
-    ("evaluation", "scores"): "arithmetic",
+    ("evaluation", "training"): "a learning curve fits the model's head anew",
 }
 
 
