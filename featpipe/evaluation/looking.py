@@ -145,7 +145,7 @@ def judged_of(evaluation: Evaluation) -> Judged:
 
 def tables_of(evaluation: Evaluation) -> list[Finding]:
     """All tables, the most useful first."""
-    judged = judged_of(evaluation)
+    judged = evaluation.judged
     first, *others = suspects(judged)
     found = [first, _near(evaluation, judged), *others, _outliers(evaluation, judged)]
     return [*found, _short(evaluation)] if evaluation.model.task == "classification" else found

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
-from featpipe.evaluation.looking import Duplicates, Neighbourhood, duplicates_of, neighbourhood_of, tables_of
+from featpipe.evaluation.looking import Duplicates, Neighbourhood, duplicates_of, judged_of, neighbourhood_of, tables_of
 from featpipe.evaluation.reference import Reference
 from featpipe.evaluation.rows import truth_of
-from featpipe.findings import NEAR, Finding, Forecast
+from featpipe.findings import NEAR, Finding, Forecast, Judged
 from featpipe.model import Model
 from featpipe.scores import METRICS, Paired, Scores, number
 
@@ -84,6 +84,11 @@ class Evaluation:
     def features(self) -> NDArray[np.float32]:
         """The embeddings of the rows, shape (m, d)."""
         return np.asarray(self.cache.features(self.model.output)[self.rows], np.float32)
+
+    @cached_property
+    def judged(self) -> Judged:
+        """The predictions with sample ids and codes, as findings take them."""
+        return judged_of(self)
 
     @cached_property
     def neighbourhood(self) -> Neighbourhood:
