@@ -20,6 +20,7 @@ from featpipe.report.evaluated import shown_of
 __all__ = ["command_line", "page_of", "write_report"]
 
 FEW_ROWS = 100
+_SPLITS = {"given": "marked for training in the split that came with the labels", "all labelled rows": "all labelled"}
 
 
 def command_line() -> str:
@@ -108,7 +109,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
     found = {finding.name: finding.total for finding in evaluation.findings}
     if found.get("label_errors"):
         total = found["label_errors"]
-        notes.append(f"{total:,} label{' is' if total == 1 else 's are'} likely wrong: look at them below")
+        notes.append(f"{total:,} label{' is' if total == 1 else 's are'} in doubt: look at them below")
     return [note[0].upper() + note[1:] + "." for note in notes]
 
 
@@ -118,7 +119,7 @@ def _how(evaluation: Evaluation) -> list[tuple[str, str]]:
     lines = [
         ("Scored", how["scored"]),
         *((f"Left out: {reason}", f"{count:,}") for reason, count in evaluation.left_out.items()),
-        ("Trained on", f"{how['training_rows']:,} images, {how['training_split'] or 'split unknown'}"),
+        ("Trained on", f"{how['training_rows']:,} images, {_SPLITS.get(how['training_split'], 'of an unknown split')}"),
         ("Unreadable", f"{how['bad']:,} of the scored cache, {how['bad_in_training']:,} of the training cache"),
         ("Copies of training images", _copies(evaluation)),
         (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import FeatureCache
+from featpipe.cache import SPLITS, FeatureCache
 from featpipe.errors import CacheMismatchError, ConfigError, FeatpipeError
 from featpipe.model import Model
 
@@ -80,5 +80,7 @@ def _candidates(model: Model, data: FeatureCache, folder: Path) -> Iterator[Feat
 
 def _trained_rows(model: Model, cache: FeatureCache) -> Reference | None:
     rows = cache.usable
+    if cache.split.any():  # a test row may be a copy of a training image
+        rows = rows[cache.split[rows] == SPLITS.index("train")]
     rows = rows[model.was_trained_on(cache.digests[rows])]
     return Reference(cache, rows.astype(np.int64)) if len(rows) else None

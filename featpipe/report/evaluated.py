@@ -135,7 +135,7 @@ def _gallery(
 
 def _note(finding: Finding, row: Any) -> str:
     if finding.name == "near_duplicates":
-        return f"cosine {row['similarity']:.2f} to {row['of']} image {row['other'][:LONGEST]}, {row['other_label']}"
+        return f"{row['similarity']:.2f} to {row['of']} image {row['other'][:LONGEST]}, {row['other_label'][:LONGEST]}"
     if finding.name == "label_errors":
         return f"label quality {row['quality']:.2f}"
     return f"distance {row['distance']:.2f}" if finding.name == "outliers" else ""
@@ -201,7 +201,7 @@ def _samples(
         "ids": [told.ids[row][:LONGEST] for row in here],
         "true": [code[told.labels[row]] if whole else told.labels[row][:LONGEST] for row in here],
         "predicted": [code[told.predicted[row]] if whole else told.predicted[row][:LONGEST] for row in here],
-        "sure": [None if np.isnan(told.sure[row]) else round(float(told.sure[row]), 3) for row in here],
+        "sure": [None if np.isnan(told.sure[row]) else _thousandths(told.sure[row]) for row in here],
         "right": [int(told.right[row]) for row in here],
         "x": [round(float(value), 4) for value in xy[here, 0]],
         "y": [round(float(value), 4) for value in xy[here, 1]],
@@ -209,6 +209,11 @@ def _samples(
         "pictures": images,
         "of": len(told.ids),
     }
+
+
+def _thousandths(probability: float) -> float:
+    """Rounded, but never up to certainty."""
+    return round(float(probability), 3) if probability >= 1 else min(round(float(probability), 3), 0.999)
 
 
 def _known(right: NDArray[np.bool_]) -> Rows:

@@ -16,10 +16,12 @@
     return data.pictures[row] || (inPage.has(row) ? inPage.get(row).src : null);
   };
   const sure = (i) => (data.sure[i] === null ? "" : ` (${percent(data.sure[i])})`);
+  const brief = (text) => (text.length > 60 ? text.slice(0, 59) + "…" : text);
   const judgement = (i) => {
-    if (data.task === "regression") return `predicted ${said(data.predicted[i])}, true ${said(data.true[i])}`;
-    if (data.right[i]) return `${said(data.predicted[i])}${sure(i)}, rightly`;
-    return `${said(data.predicted[i])}${sure(i)}, really ${said(data.true[i])}`;
+    const [truth, predicted] = [brief(said(data.true[i])), brief(said(data.predicted[i]))];
+    if (data.task === "regression") return `predicted ${predicted}, true ${truth}`;
+    if (data.right[i]) return `${predicted}${sure(i)}, rightly`;
+    return `${predicted}${sure(i)}, labelled ${truth}`;
   };
 
   const element = (name, className, text) => {

@@ -92,7 +92,10 @@ def test_the_page_says_the_numbers_it_was_given():
     for score in page.scores.metrics.values():
         assert f"{score.value:.3f} {score.low:.3f}–{score.high:.3f}" in words
     for row in page.scores.per_class:
-        assert f"{row['f1']:.3f} {row['precision']:.3f} {row['recall']:.3f} {row['support']}" in words
+        low, high = row["recall_interval"]
+        recall = f"{row['recall']:.3f} {low:.3f}–{high:.3f} {row['support']}"
+        low, high = row["precision_interval"]
+        assert f"{row['f1']:.3f} {row['precision']:.3f} {low:.3f}–{high:.3f} {recall}" in words
 
 
 def test_the_bars_are_as_long_as_the_scores():
@@ -117,7 +120,7 @@ def test_the_confusion_matrix_holds_every_count():
 
 def test_a_mistake_is_told_in_words_and_not_by_colour_alone():
     words = Outline(render(full_page())).words
-    assert "✗ grass 51 % really brick b.png" in words
+    assert "✗ grass 51 % labelled brick b.png" in words
     assert "✓ brick 97 % a.png" in words
     assert "✗" not in words.split("c.png")[0].split("b.png")[1]
 
