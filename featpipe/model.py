@@ -1,7 +1,8 @@
 """Backbone + head + classes, as one safe file on disk; predicts on images.
 
-The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin`` and, if it carries its
-weights, ``backbone.safetensors``. ``model.json`` names the SHA-256 of the others. Nothing in it is unpickled.
+The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin``, ``trust.safetensors``
+and, if it carries its weights, ``backbone.safetensors``. ``model.json`` names the SHA-256 of the others. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import heads
+from featpipe import heads, trust
 from featpipe.cache import FeatureCache, narrowed
 from featpipe.calibration import Calibration, logits_of
 from featpipe.durable import whole_file
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.fingerprint import differences
 from featpipe.status import Status
+from featpipe.trust import Conformal, Trust
 
 __all__ = [
     "FORMAT",
@@ -42,10 +44,12 @@ __all__ = [
 ]
 
 FORMAT = "featpipe-model"
-FORMAT_VERSION = "1.1"  # 1.1 may hold a calibration
+FORMAT_VERSION = "1.2"  # 1.1 may hold a calibration, 1.2 what is known of held-out images
 KEPT_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
 MEMBER_BYTES_MAX = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
 WEIGHTS_MEMBER = "backbone.safetensors"
+TRUST_MEMBER = "trust.safetensors"
+TRUST_BYTES_MAX = 2**30
 MEMBER_KINDS = {  # what model.json must hold, besides format and version
     "head": str,
     "task": str,
@@ -85,6 +89,8 @@ class Model:
         Versions, time, head settings, origin of the training rows.
     calibration : Calibration or None
         What is done to the head's scores before they become probabilities.
+    trust : Trust
+        What is known of held-out images: how new an image looks, and sets of answers.
     """
 
     head: Any
@@ -98,6 +104,7 @@ class Model:
     scores: dict[str, Any] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    trust: Trust = field(default_factory=Trust)
     path: Path | None = None
     device: str = "auto"
     _carries_weights: bool = False
@@ -133,6 +140,67 @@ class Model:
         if self.calibration is not None:
             return self.calibration.probabilities(logits_of(self.head, X), self.task == "multilabel")
         return np.asarray(self.head.predict_proba(X), np.float64)
+
+    def novelty_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
+        """How new embeddings of shape (m, d) look: the share of training-like images that look less so, shape (m,).
+
+        Raises
+        ------
+        ConfigError
+            If the model was saved before featpipe measured this.
+        """
+        if self.trust.novelty is None:
+            raise ConfigError("this model does not know how new an image looks; train it again")
+        if X.ndim != 2 or X.shape[1] != self.trust.novelty.rows.shape[1]:
+            raise ConfigError(f"embeddings of shape {X.shape}, expected (m, {self.trust.novelty.rows.shape[1]})")
+        return self.trust.novelty(X)
+
+    def predict_sets_features(
+        self, X: NDArray[np.floating], level: float = 0.9
+    ) -> list[tuple[str, ...]] | NDArray[Any]:
+        """Sets of answers that hold the right one as often as ``level`` says, from embeddings.
+
+        Parameters
+        ----------
+        X : ndarray of shape (m, d)
+        level : float
+
+        Returns
+        -------
+        list of m tuple of str
+            Class names, the most probable first; of a regression an ndarray of shape (m, t, 2), the ends of intervals.
+
+        Raises
+        ------
+        ConfigError
+            If the model was trained without cross-validation, with a ``prior``, or for several labels.
+        """
+        conformal = self.sets_known()
+        if self.task == "regression":
+            return conformal.intervals(self.predict_features(X), level)
+        p = self.predict_proba_features(X)
+        order = np.argsort(-p, axis=1, kind="stable")
+        inside = np.take_along_axis(conformal.sets(p, level), order, axis=1)
+        return [tuple(self.classes[i] for i in row[held]) for row, held in zip(order, inside, strict=True)]
+
+    def sets_known(self) -> Conformal:
+        """What sets are made from; refused in one sentence where there is nothing."""
+        if self.trust.conformal is None:
+            if self.task == "multilabel":
+                raise ConfigError("sets are of classes that exclude each other; this model gives several labels")
+            raise ConfigError(
+                "this model has no held-out answers to calibrate sets with; train with --cv 2 or more, and no --prior"
+            )
+        return self.trust.conformal
+
+    def novelty(self, images: Sequence[object]) -> NDArray[np.float64]:
+        """How new images look, shape (m,): 0.95 if 95 % of training-like images look less so; as :meth:`predict`."""
+        return self.novelty_features(self.embed(images))
+
+    def predict_sets(self, images: Sequence[object], level: float = 0.9) -> list[tuple[str, ...]] | NDArray[Any]:
+        """Sets of answers for images; see :meth:`predict_sets_features`."""
+        self.sets_known()
+        return self.predict_sets_features(self.embed(images), level)
 
     def predict(self, images: Sequence[object]) -> NDArray[Any]:
         """Predictions for images, in the order given.
@@ -261,6 +329,8 @@ class Model:
         target = Path(path)
         portable = self._carries_weights if portable is None else portable
         members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
+        if self.trust.novelty is not None or self.trust.conformal is not None:
+            members[TRUST_MEMBER] = trust.dumps(self.trust)
         if portable:
             members[WEIGHTS_MEMBER] = self._weights()
         document = self._document(portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()})
@@ -335,6 +405,7 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             scores=document["scores"],
             history=document["history"],
             calibration=_calibration(document),
+            trust=trust.loads(members[TRUST_MEMBER]) if TRUST_MEMBER in members else Trust(),
             path=source,
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
@@ -439,9 +510,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         _check_members(infos, len(file.infolist()), path.stat().st_size)
         document = json.loads(file.read("model.json"))
         _check_document(document)
+        absent = sorted(document["files"].keys() - infos.keys())
+        if absent and absent[0] != WEIGHTS_MEMBER:
+            raise ModelError(f"has no {absent[0][:60]}, which its model.json names; copy the model again")
         if infos.keys() != {"model.json", *document["files"]}:
             raise ModelError("holds other members than its model.json names")
-        members = {name: file.read(name) for name in ("head.skops", "trained_on.bin")}
+        wanted = [name for name in ("head.skops", "trained_on.bin", TRUST_MEMBER) if name in document["files"]]
+        members = {name: file.read(name) for name in wanted}
     for name, data in members.items():
         if hashlib.sha256(data).hexdigest() != document["files"][name]:
             raise ModelError(f"{name} is damaged: its digest is not the one in model.json; copy the model again")
@@ -449,7 +524,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) -> None:
-    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER}
+    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER, TRUST_MEMBER}
     if unknown or len(infos) != count:
         raise ModelError(f"holds {', '.join(map(repr, sorted(unknown)[:3])) or 'a member twice'}, which no model does")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
@@ -459,6 +534,8 @@ def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) 
             raise ModelError(f"has no {name}; it is not a featpipe model")
         if infos[name].file_size > min(most, size):
             raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
+    if TRUST_MEMBER in infos and infos[TRUST_MEMBER].file_size > min(TRUST_BYTES_MAX, size):
+        raise ModelError(f"{TRUST_MEMBER} declares {infos[TRUST_MEMBER].file_size} bytes, more than a model may hold")
 
 
 def _check_document(document: Any) -> None:

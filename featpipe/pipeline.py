@@ -13,6 +13,7 @@ from typing import Any
 from featpipe.cache import FeatureCache
 from featpipe.evaluation import Evaluation
 from featpipe.evaluation.document import how_of
+from featpipe.evaluation.trusting import novelty_summary
 from featpipe.model import Model
 from featpipe.report import Page, Rival, Row, write
 from featpipe.report.evaluated import shown_of
@@ -106,6 +107,9 @@ def _notes(evaluation: Evaluation) -> list[str]:
     curve = evaluation.learning_curve
     if curve is not None and curve.high < curve.errors[-1]:
         notes.append("more labels like these would help: see the learning curve")
+    new = novelty_summary(evaluation)
+    if new is not None and new["share"] > 2 * (1 - new["from"]):
+        notes.append(f"{new['share']:.0%} of the images look unlike those of training, where 5 % would be usual")
     found = {finding.name: finding.total for finding in evaluation.findings}
     if found.get("label_errors"):
         total = found["label_errors"]

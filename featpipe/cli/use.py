@@ -73,6 +73,9 @@ def evaluate(
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
 @click.option("--out", metavar="FILE", help="A .csv, .jsonl or .parquet file.  [default: CSV on standard output]")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="K", help="Classes to name.")
+@click.option(
+    "--sets", type=float, metavar="LEVEL", help="Name classes that hold the right one this often, such as 0.9."
+)
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
@@ -82,6 +85,7 @@ def predict(
     archives: tuple[str, ...],
     out: str | None,
     top: int,
+    sets: float | None,
     backbone: str | None,
     device: str,
     workers: int | None,
@@ -89,7 +93,8 @@ def predict(
 ) -> None:
     """Predict every image of some archives.
 
-    One row for each sample, in the archive's order, also for those that cannot be read; memory is flat.
+    One row for each sample, in the archive's order, also for those that cannot be read; memory is flat. The column
+    novelty says which share of training-like images look less new.
 
     \b
     Example:
@@ -102,7 +107,7 @@ def predict(
         raise click.UsageError("--json prints counts on standard output, where the predictions would go; give --out")
     loaded = load_model(model, backbone=backbone, device=device)
     with Terminal() as terminal:
-        counts = run(loaded, list(archives), out, top=top, workers=workers, progress=terminal)
+        counts = run(loaded, list(archives), out, top=top, sets=sets, workers=workers, progress=terminal)
     if as_json:
         dump({"out": out, "samples": sum(counts.values()), "status": counts})
     elif out:

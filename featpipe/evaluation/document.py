@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from featpipe.evaluation.result import SCHEMA
+from featpipe.evaluation.trusting import novelty_summary
 from featpipe.model import Model
 from featpipe.scores import Scores
 
@@ -39,6 +40,8 @@ def document_of(evaluation: Evaluation) -> dict[str, Any]:
             for rival in evaluation.rivals
         ],
         "learning_curve": None if curve is None else curve.to_dict(),
+        "sets": [coverage.to_dict() for coverage in evaluation.coverage],
+        "novelty": novelty_summary(evaluation),
         "findings": {finding.name: finding.to_dict() for finding in evaluation.findings},
     }
 

@@ -13,6 +13,7 @@ from featpipe.cache import FeatureCache
 from featpipe.evaluation.looking import Duplicates, Neighbourhood, duplicates_of, judged_of, neighbourhood_of, tables_of
 from featpipe.evaluation.reference import Reference
 from featpipe.evaluation.rows import truth_of
+from featpipe.evaluation.trusting import Coverage, coverage_of
 from featpipe.findings import NEAR, Finding, Forecast, Judged
 from featpipe.model import Model
 from featpipe.scores import METRICS, Paired, Scores, number
@@ -106,6 +107,16 @@ class Evaluation:
         from featpipe.evaluation.learning import learning_curve_of
 
         return learning_curve_of(self)
+
+    @cached_property
+    def novelty(self) -> NDArray[np.float64] | None:
+        """How new each row looks, shape (m,); None where the model cannot say."""
+        return None if self.model.trust.novelty is None else self.model.novelty_features(self.features)
+
+    @cached_property
+    def coverage(self) -> list[Coverage]:
+        """How often sets of answers hold the right one, at several levels; empty where the model has none."""
+        return coverage_of(self)
 
     @cached_property
     def findings(self) -> list[Finding]:

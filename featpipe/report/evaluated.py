@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from featpipe.evaluation import Evaluation
 from featpipe.findings import Finding
-from featpipe.report.figures import learning_of, reliability_of, threshold_of
+from featpipe.report.figures import learning_of, novelty_of, reliability_of, sets_of, threshold_of
 from featpipe.report.page import Gallery, Picture, Table
 from featpipe.report.projection import projected
 from featpipe.report.thumbnails import Thumbnails
@@ -66,6 +66,8 @@ def shown_of(evaluation: Evaluation, made: Thumbnails | None = None) -> Shown:
     for name, figure in (
         ("reliability", reliability_of(evaluation)),
         ("threshold", threshold_of(evaluation)),
+        ("sets", sets_of(evaluation)),
+        ("novelty", novelty_of(evaluation)),
         ("learning", learning_of(evaluation)),
     ):
         if figure is not None:
@@ -208,6 +210,7 @@ def _samples(
         "projection": how,
         "pictures": images,
         "of": len(told.ids),
+        **({} if evaluation.novelty is None else {"new": [round(float(n), 3) for n in evaluation.novelty[here]]}),
     }
 
 

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.evaluation import Evaluation
+from featpipe.evaluation.trusting import NEW, novelty_summary
 from featpipe.reliability import judged
 from featpipe.report.page import Table
 from featpipe.scores import share_interval
 
-__all__ = ["Figure", "learning_of", "reliability_of", "threshold_of"]
+__all__ = ["Figure", "learning_of", "novelty_of", "reliability_of", "sets_of", "threshold_of"]
 
 Figure = tuple[Table, str, Any]
 
@@ -138,3 +139,36 @@ def learning_of(evaluation: Evaluation) -> Figure | None:
     text = f"With twice the training images ({curve.ahead:,}) the error is expected to go from {now} to {then}, within "
     text += f"{low} and {high}" + ("." if curve.high < curve.errors[-1] else ": a gain cannot be told from chance.")
     return Table(["training images", "error", "low", "high"], rows), text, {"measured": measured, "ahead": ahead}
+
+
+def sets_of(evaluation: Evaluation) -> Figure | None:
+    """How often sets of answers hold the right one."""
+    found = evaluation.coverage
+    if not found:
+        return None
+    numbers = evaluation.model.task == "regression"
+    points = [coverage.to_dict() for coverage in found]
+    size = "mean width" if numbers else "mean size"
+    rows = [[f"{p['level']:.0%}", p["coverage"], p["low"], p["high"], p["size"], p["single"]] for p in points]
+    at = min(found, key=lambda coverage: abs(coverage.level - 0.9))
+    what = "intervals" if numbers else "sets"
+    text = f"Of {what} asked to hold the right answer {at.level:.0%} of the time, {at.coverage.value:.1%} do"
+    text += f", with a {size} of {at.size:.3g}." + ("" if numbers else f" {at.single:.0%} name one class alone.")
+    return Table(["asked for", "holds", "low", "high", size, "single"], rows), text, points
+
+
+def novelty_of(evaluation: Evaluation) -> Figure | None:
+    """How new the rows look, beside training-like images, of which each bar would hold as many."""
+    novelty, summary = evaluation.novelty, novelty_summary(evaluation)
+    if novelty is None or summary is None:
+        return None
+    count = np.histogram(novelty, bins=20, range=(0, 1))[0]
+    points = [
+        {"from": i / 20, "to": (i + 1) / 20, "share": round(n / len(novelty), 4)} for i, n in enumerate(count.tolist())
+    ]
+    text = f"{summary['share']:.1%} of the images look newer than {NEW:.0%} of training-like ones"
+    right, others = summary.get("right_of_new"), summary.get("right_of_others")
+    if right is not None and others is not None:
+        text += f"; of those {right:.1%} are right, of the others {others:.1%}"
+    rows = [[f"{p['from']:.2f}–{p['to']:.2f}", n, p["share"]] for p, n in zip(points, count.tolist(), strict=True)]
+    return Table(["novelty", "images", "share"], rows), text + ".", points

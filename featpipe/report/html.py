@@ -89,7 +89,7 @@ def _contents(page: Page) -> list[tuple[str, str]]:
     sections = [
         ("comparison", "Comparison", page.comparison),
         ("scores", "Scores", page.scores),
-        ("sure", "How sure", "reliability" in page.tables),
+        ("sure", "How sure", page.tables.keys() - {"learning"}),
         ("confusion", "Confusions", page.scores is not None and page.scores.confusion is not None),
         ("next", "Look at next", page.galleries),
         ("map", "Map", page.drawn),

@@ -197,6 +197,7 @@
     if (few) colour.append(option("class", "true class"));
     if (data.task === "regression") colour.append(option("plain", "one"));
     if (data.sure.some((value) => value !== null)) colour.append(option("sure", "how sure"));
+    if (data.new) colour.append(option("new", "how new"));
     if (few) colour.value = "class";
     only.append(option("", "all images"));
     if (data.task !== "regression") only.append(option("wrong", "mistakes"));
@@ -206,6 +207,7 @@
   const paint = (i) => {
     if (colour.value === "class") return palette[data.true[i]];
     if (colour.value === "sure") return d3.interpolateLab(style("--wrong"), style("--right"))(data.sure[i]);
+    if (colour.value === "new") return d3.interpolateLab(style("--right"), style("--wrong"))(data.new[i] ** 3);
     return data.right[i] ? style("--right") : style("--wrong");
   };
   const map = () => {
@@ -256,6 +258,7 @@
     };
     if (colour.value === "class") holder.replaceChildren(...data.classes.map((name, i) => key(palette[i], said(i))), element("span", "keyed", "ringed: mistaken"));
     else if (colour.value === "sure") holder.replaceChildren(key(style("--right"), "sure"), key(style("--wrong"), "unsure"));
+    else if (colour.value === "new") holder.replaceChildren(key(style("--right"), "like training"), key(style("--wrong"), "new"));
     else if (colour.value === "right") holder.replaceChildren(key(style("--right"), "right"), key(style("--wrong"), "wrong"));
     else holder.replaceChildren();
   };

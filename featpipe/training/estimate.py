@@ -16,6 +16,7 @@ from featpipe.scores import Scores, score
 from featpipe.training.fitting import TUNING_ROWS, Fitted, Plan
 from featpipe.training.rows import Rows
 from featpipe.training.selection import subset
+from featpipe.trust import Conformal
 
 __all__ = ["Estimate", "calibrated_on_folds", "cross_validate", "main_metric"]
 
@@ -49,6 +50,8 @@ class Estimate:
         The calibration error before and after; after, each fold was calibrated on the others.
     how : str
         For people.
+    conformal : Conformal or None
+        From the predictions of all folds; None of several labels.
     """
 
     scores: Scores
@@ -56,6 +59,7 @@ class Estimate:
     calibration: Calibration | None
     errors: tuple[float, float] | None
     how: str
+    conformal: Conformal | None = None
 
     @property
     def spread(self) -> float:
@@ -96,7 +100,8 @@ def cross_validate(
         for fold, answer in zip(found, answers, strict=True)
     ]
     by_fold = tuple(metrics[name].value for metrics in each if name in metrics)
-    return Estimate(scores, by_fold, calibration, errors, _how(rows, k, len(held)))
+    conformal = None if plan.task == "multilabel" else Conformal.of(np.concatenate(answers), rows.y[held])
+    return Estimate(scores, by_fold, calibration, errors, _how(rows, k, len(held)), conformal)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,9 @@ from featpipe.names import unknown
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.training.estimate import Estimate, calibrated_on_folds, cross_validate
 from featpipe.training.fitting import Fitted, Plan
+from featpipe.training.novelty import novelty_of
 from featpipe.training.rows import Rows, refuse_not_finite, training_rows
+from featpipe.trust import Trust
 
 __all__ = ["Trained", "plan_of", "train", "train_on"]
 
@@ -140,6 +142,7 @@ class Trained:
     fitted: Fitted
     estimate: Estimate | None
     calibration: Calibration | None
+    trust: Trust
 
     def model(self, cache: FeatureCache, rows: Rows, output: str | None, params: Mapping[str, object]) -> Model:
         """As it is saved and used; with the settings as they were given, weights of classes by name."""
@@ -156,6 +159,7 @@ class Trained:
             scores=_plain(scores),
             history=_history(cache, rows, self, params),
             calibration=self.calibration,
+            trust=self.trust,
         )
 
 
@@ -194,7 +198,9 @@ def train_on(
         raise ConfigError(f"{where} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)
-    return Trained(plan, fitted, estimate, calibration)
+    # answers of the folds know nothing of another mix of classes
+    conformal = estimate.conformal if estimate is not None and not offsets else None
+    return Trained(plan, fitted, estimate, calibration, Trust(novelty_of(rows, plan.task), conformal))
 
 
 def _offsets(rows: Rows, plan: Plan, prior: Mapping[str, float]) -> tuple[float, ...]:

@@ -34,7 +34,7 @@ FLOORS = [
         "reliability",
         "split",
     },
-    {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores"},
+    {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores", "trust"},
     {"commit", "engine", "grouping", "known", "loader"},
     {"extraction", "model"},
     {"training", "evaluation", "prediction", "verification", "upkeep"},
