@@ -253,8 +253,11 @@ def _record(prediction: Prediction, columns: _Columns) -> dict[str, Any]:
     record: dict[str, Any] = {"id": prediction.id, "status": prediction.status}
     if columns.targets is not None:
         n = len(columns.targets)
-        ends: list[Any] = [end for bounds in prediction.bounds for end in bounds] or [None] * 2 * n
-        told: list[Any] = [*(prediction.values or [None] * n), *(ends if columns.sets else [])]
+        nothing: list[Any] = [None] * n
+        told: list[Any] = [*prediction.values] or nothing
+        if columns.sets:
+            ends: list[Any] = [end for bounds in prediction.bounds for end in bounds]
+            told += ends or nothing * 2
     else:
         ranked = {label: round(probability, 6) for label, probability in prediction.top}
         told = [prediction.label, prediction.probability, ranked]
@@ -299,10 +302,8 @@ def _csv(path: Path | None, columns: _Columns) -> Iterator[Any]:
         def write(prediction: Prediction) -> None:
             record = _record(prediction, columns)
             if columns.targets is None:
-                nested = {
-                    name: json.dumps(record[name], ensure_ascii=False) for name in ("top", "set") if name in record
-                }
-                record |= nested
+                for name in [name for name in ("top", "set") if name in record]:
+                    record[name] = json.dumps(record[name], ensure_ascii=False)
             writer.writerow(record)
 
         yield write
