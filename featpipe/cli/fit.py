@@ -63,6 +63,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--prior", multiple=True, callback=_shares, metavar="CLASS=SHARE", help="How frequent it is in use.")
 @click.option("--groups", metavar="TABLE:COLUMN", help="What images belong to (a patient): never on both sides.")
 @click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
+@click.option("--without", metavar="TABLE", help="Leave out the images of a table, such as one of --findings.")
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
 @click.option(
     "--memory", callback=_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
@@ -121,7 +122,18 @@ def _common(asked: dict[str, Any]) -> dict[str, Any]:
     grid = {
         key: value if isinstance(value, tuple) else (value,) for key, value in parse_settings(asked["grids"]).items()
     }
-    names = ("output", "tune", "metric", "one_standard_error", "balance", "calibrate", "prior", "groups", "times")
+    names = (
+        "output",
+        "tune",
+        "metric",
+        "one_standard_error",
+        "balance",
+        "calibrate",
+        "prior",
+        "groups",
+        "times",
+        "without",
+    )
     return {
         **{name: asked[name] for name in (*names, "memory", "jobs")},
         "grid": grid,

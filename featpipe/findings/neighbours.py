@@ -13,6 +13,7 @@ __all__ = ["Directions", "nearest", "outlying"]
 Floats = NDArray[np.float32]
 
 _ROWS, _COLUMNS = 1024, 8192  # of a block of similarities, 32 MB
+_SPAN = 64  # columns of which only the peak is looked at, at first
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +85,29 @@ def _keep_best(held: Floats, held_number: NDArray[np.int64], found: Floats, left
     """Merge the best of a block, in place."""
     k = held.shape[1]
     if found.shape[1] > k:
-        some = np.argpartition(-found, k - 1, axis=1)[:, :k]
-        found, numbers = np.take_along_axis(found, some, axis=1), some + left
+        some = _among_the_best(found, k)
+        values = np.take_along_axis(found, some, axis=1)
+        best = np.argpartition(-values, k - 1, axis=1)[:, :k]
+        some, found = np.take_along_axis(some, best, axis=1), np.take_along_axis(values, best, axis=1)
+        numbers = some + left
     else:
         numbers = np.broadcast_to(np.arange(found.shape[1]) + left, found.shape)
     every, every_number = np.hstack([held, found]), np.hstack([held_number, numbers])
     order = np.argsort(-every, axis=1, kind="stable")[:, :k]
     held[:], held_number[:] = np.take_along_axis(every, order, 1), np.take_along_axis(every_number, order, 1)
+
+
+def _among_the_best(found: Floats, k: int) -> NDArray[np.int64]:
+    """Columns of which the k best of each row are some: those of the k spans with the highest peaks."""
+    m, n = found.shape
+    spans = n // _SPAN
+    if spans <= 2 * k:
+        return np.broadcast_to(np.arange(n), (m, n))
+    peaks = found[:, : spans * _SPAN].reshape(m, spans, _SPAN).max(axis=2)
+    best = np.argpartition(-peaks, k - 1, axis=1)[:, :k]
+    columns = (best[:, :, None] * _SPAN + np.arange(_SPAN)).reshape(m, k * _SPAN)
+    rest = np.broadcast_to(np.arange(spans * _SPAN, n), (m, n - spans * _SPAN))
+    return np.hstack([columns, rest])
 
 
 def outlying(similarities: Floats) -> Floats:

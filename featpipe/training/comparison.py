@@ -90,6 +90,7 @@ def compare(
     memory: int | None = None,
     groups: Any = None,
     times: Any = None,
+    without: Any = None,
     progress: Tell = quiet,
     **how: Any,
 ) -> Comparison:
@@ -105,7 +106,7 @@ def compare(
     params : mapping from head to settings, optional
     metric : str, optional
         What the best is chosen by; the first of the task if not given.
-    output, calibrate, prior, memory, groups, times, progress
+    output, calibrate, prior, memory, groups, times, without, progress
         As for :func:`featpipe.training.train`.
     **how
         ``tune``, ``grid``, ``balance``, ``jobs``, ``one_standard_error``, ``random_state`` likewise.
@@ -121,7 +122,7 @@ def compare(
     """
     if cv < 2:
         raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
-    rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
+    rows = training_rows(cache, output, groups=groups, times=times, without=without, memory=memory)
     wanted = heads.names(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
     given = params or {}
     plans = [plan_of(cache, rows, name, given.get(name, {}), metric=metric, **how) for name in wanted]

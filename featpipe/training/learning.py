@@ -18,10 +18,10 @@ from featpipe.training.verb import plan_of
 
 __all__ = ["errors_by_size"]
 
-PARTS = (16, 8, 4, 2)
+PARTS = ((16, 8, 4, 2), (16, 8, 4), (16, 8), (32, 16))  # the more, the better; as time allows
 LEAST = 24  # rows
 DRAWS = 3
-WORK = 4e9  # rows × width × classes × draws of the largest part, some seconds of a softmax regression
+SECONDS = 3.0
 MOST = 20_000  # rows
 
 Floats = NDArray[np.float64]
@@ -68,9 +68,8 @@ def errors_by_size(
     if every.classes != model.classes:
         raise ConfigError("the training rows have other classes than the model")
     plan = plan_of(cache, every, model.head_name, _settings(model), tune=False, balance=model.history.get("balance"))
-    sizes = [len(every) // part for part in PARTS if len(every) // part >= max(LEAST, 2 * len(model.classes))]
-    columns = max(1, len(model.classes))
-    draws = DRAWS if len(every) * X.shape[1] * columns * DRAWS <= WORK else 1
+    parts, draws = _affordable(float(model.history.get("seconds_to_fit") or 0.0))
+    sizes = [len(every) // part for part in parts if len(every) // part >= max(LEAST, 2 * len(model.classes))]
     found = np.zeros((len(sizes), len(X)))
     for draw in range(draws):
         order = _in_proportion(every, plan.task, draw)
@@ -78,6 +77,18 @@ def errors_by_size(
             fitted = plan.fit(every.take(np.sort(order[:size])))
             found[i] += error(_answers(model, fitted, X)) / draws
     return sizes, found
+
+
+def _affordable(seconds: float) -> tuple[tuple[int, ...], int]:
+    """The parts and the draws of each that take a few seconds, where the whole took so many; none where none do.
+
+    By the time that the model's own fit is known to have taken, so that an evaluation finds the same on every machine.
+    """
+    for parts in PARTS:
+        cost = seconds * sum(1 / part for part in parts)
+        if cost <= SECONDS:
+            return parts, int(min(DRAWS, SECONDS // cost)) if cost else DRAWS
+    return (), 0
 
 
 def _answers(model: Model, fitted: Any, X: NDArray[np.float32]) -> Floats:

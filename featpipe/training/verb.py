@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +46,7 @@ def train(
     prior: Mapping[str, float] | None = None,
     groups: str | ArrayLike | None = None,
     times: str | ArrayLike | None = None,
+    without: str | os.PathLike[str] | None = None,
     memory: int | None = None,
     jobs: int | None = None,
     random_state: int | None = 0,
@@ -85,6 +87,8 @@ def train(
         fold; ``TABLE:COLUMN`` reads it from a table.
     times : str or array-like of shape (n,), optional
         For each sample when it was made, likewise: folds are judged on what is later than what they were fitted on.
+    without : path-like, optional
+        A table of images to leave out, such as one of an evaluation's findings.
     memory : int, optional
         Bytes that training may use; features that need more are read from the file, pass after pass.
     jobs : int, optional
@@ -108,7 +112,7 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
-    rows = training_rows(cache, output, groups=groups, times=times, memory=memory)
+    rows = training_rows(cache, output, groups=groups, times=times, without=without, memory=memory)
     plan = plan_of(
         cache,
         rows,

@@ -20,10 +20,12 @@ def unit(m, d=12, seed=0):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_neighbours_are_those_of_scikit_learn_whatever_the_blocks(monkeypatch, same):
+@pytest.mark.parametrize(("columns", "span"), [(11, 64), (57, 3)])
+def test_neighbours_are_those_of_scikit_learn_whatever_the_blocks(monkeypatch, same, columns, span):
     monkeypatch.setattr(module, "_ROWS", 7)
-    monkeypatch.setattr(module, "_COLUMNS", 11)
-    rows, others = unit(50), unit(60, seed=1)
+    monkeypatch.setattr(module, "_COLUMNS", columns)
+    monkeypatch.setattr(module, "_SPAN", span)
+    rows, others = unit(100), unit(120, seed=1)
     others = rows if same else others
     similar, numbers = nearest(rows, others, 4, same=same)
     oracle = NearestNeighbors(n_neighbors=4 + same, metric="cosine", algorithm="brute").fit(others)
