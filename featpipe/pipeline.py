@@ -110,6 +110,12 @@ def _notes(evaluation: Evaluation) -> list[str]:
     new = novelty_summary(evaluation)
     if new is not None and new["share"] > 2 * (1 - new["from"]):
         notes.append(f"{new['share']:.0%} of the images look unlike those of training, where 5 % would be usual")
+    short = [held for held in evaluation.coverage if held.level == 0.9 and held.coverage.high < held.level]
+    if short:
+        notes.append(
+            f"sets asked to hold the right answer 90 % of the time do so {short[0].coverage.value:.0%} of the time: "
+            "these images are unlike those that the model was calibrated on"
+        )
     found = {finding.name: finding.total for finding in evaluation.findings}
     if found.get("label_errors"):
         total = found["label_errors"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featpipe.findings import Finding, Judged, Pairs, near_duplicates, nearest, outlying, suspects
 from featpipe.findings.judgements import SHOWN
 from featpipe.findings.neighbours import Directions
-from featpipe.scores import Scores, score
+from featpipe.scores import METRICS, Scores, score
 
 if TYPE_CHECKING:
     from featpipe.evaluation.reference import Reference
@@ -82,7 +82,7 @@ class Duplicates:
         if self.without is None:
             return text
         name, value = next(iter(self.without.metrics.items()))
-        return f"{text}; without them {name.replace('_', ' ')} {value} on {self.without.n:,} rows"
+        return f"{text}; without them {METRICS[name][0].lower()} {value} on {self.without.n:,} rows"
 
 
 def neighbourhood_of(evaluation: Evaluation) -> Neighbourhood:

@@ -102,9 +102,11 @@ def threshold_of(evaluation: Evaluation) -> Figure | None:
 
 def _labels_given(p: NDArray[np.float64], true: NDArray[np.bool_]) -> Figure:
     """Precision and recall over all labels."""
-    points = []
-    for step in range(1, 100):
+    points: list[dict[str, Any]] = []
+    for step in range(100):
         given = p >= step / 100
+        if not given.any():
+            break
         hits = int((given & true).sum())
         points.append(
             {
@@ -117,7 +119,7 @@ def _labels_given(p: NDArray[np.float64], true: NDArray[np.bool_]) -> Figure:
         )
     best = max(points, key=lambda q: 2 * q["right"] * q["answered"] / max(1e-9, q["right"] + q["answered"]))
     text = f"Precision and recall are best balanced at a probability of {best['threshold']:.2f}."
-    rows = [[q["threshold"], q["rows"], q["answered"], q["right"], q["wrong"]] for q in points[9::10]]
+    rows = [[q["threshold"], q["rows"], q["answered"], q["right"], q["wrong"]] for q in points[::10]]
     return Table(["threshold", "labels given", "recall", "precision", "wrong"], rows), text, points
 
 

@@ -64,8 +64,8 @@
           many ? null : Plot.areaY(data.threshold, { x: "threshold", y1: "low", y2: "high", fill: "var(--right)", fillOpacity: 0.2 }),
           Plot.line(data.threshold, { x: "threshold", y: "right", stroke: "var(--right)", strokeWidth: 2 }),
           Plot.line(data.threshold, { x: "threshold", y: "answered", stroke: "var(--wrong)", strokeWidth: 2, strokeDasharray: "6 3" }),
-          Plot.text([last], { x: "threshold", y: "right", text: () => names[1], textAnchor: "start", dx: 6, fill: "var(--right)" }),
-          Plot.text([last], { x: "threshold", y: "answered", text: () => names[0], textAnchor: "start", dx: 6, fill: "var(--wrong)" }),
+          Plot.text([last], { x: "threshold", y: "right", text: () => names[1], textAnchor: "start", dx: 6, dy: last.right >= last.answered ? -5 : 5, fill: "var(--right)" }),
+          Plot.text([last], { x: "threshold", y: "answered", text: () => names[0], textAnchor: "start", dx: 6, dy: last.right >= last.answered ? 5 : -5, fill: "var(--wrong)" }),
           Plot.ruleX([now], { stroke: "var(--ink)" }),
         ],
       };
