@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.findings import Finding, Judged, Pairs, near_duplicates, nearest, outlying, suspects
-from featpipe.findings.judgements import SHOWN
+from featpipe.findings.judgements import SHOWN, few
 from featpipe.findings.neighbours import Directions
 from featpipe.scores import METRICS, Scores, score
 
@@ -210,7 +210,7 @@ def _outliers(evaluation: Evaluation, judged: Judged) -> Finding:
     trained = near.training is not None and near.training.shape[1] > 0
     similar = near.training if trained and near.training is not None else near.within
     distance, labels = outlying(similar), _labels(judged)
-    order = np.argsort(-distance, kind="stable")[: min(SHOWN, max(20, len(distance) // 50))].tolist()
+    order = np.argsort(-distance, kind="stable")[: few(len(distance), 0.02)].tolist()
     return Finding(
         "outliers",
         "Outliers",

@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 
 from featpipe.findings.table import Finding
 
-__all__ = ["SHOWN", "Judged", "suspects"]
+__all__ = ["SHOWN", "Judged", "few", "suspects"]
 
 Floats = NDArray[np.float64]
 
 SHOWN = 1000
 """The most rows of one table."""
+
+
+def few(m: int, share: float) -> int:
+    """How many of m rows are the most extreme ones: a share of many, some of few."""
+    return min(SHOWN, max(int(share * m), min(20, -(-m // 4))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +97,7 @@ def _unsure(judged: Judged) -> Finding:
     else:
         two = np.sort(judged.predicted, axis=1)[:, -2:]
         margin = two[:, -1] - two[:, 0] if two.shape[1] > 1 else np.ones(len(two))
-    order = np.argsort(margin, kind="stable")[: min(SHOWN, max(20, len(margin) // 20))]
+    order = np.argsort(margin, kind="stable")[: few(len(margin), 0.05)]
     return Finding(
         "unsure",
         "Least confident",
@@ -194,7 +199,7 @@ def _errors(judged: Judged) -> Finding:
     true, predicted = (np.reshape(values, (len(judged.ids), -1)) for values in (judged.y, judged.predicted))
     spread = np.maximum(true.std(axis=0), 1e-12)
     error = abs(predicted - true) / spread
-    order = np.argsort(-error.max(axis=1), kind="stable")[: min(SHOWN, max(20, len(true) // 20))].tolist()
+    order = np.argsort(-error.max(axis=1), kind="stable")[: few(len(true), 0.05)].tolist()
     worst = error.argmax(axis=1)
     rows = [
         {
