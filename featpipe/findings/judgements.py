@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ class Judged:
     predicted: Floats
     names: Sequence[str]
 
-    @property
+    @cached_property
     def best(self) -> NDArray[np.intp]:
         """The most probable class of each row, shape (m,)."""
         return np.asarray(self.predicted.argmax(axis=1))
 
-    @property
+    @cached_property
     def right(self) -> NDArray[np.bool_]:
         """Whether each row is right as a whole, shape (m,)."""
         if self.task == "multilabel":
