@@ -76,8 +76,8 @@ def forecast(sizes: ArrayLike, errors: ArrayLike, *, times: float = 2.0, seed: i
     --------
     >>> n = np.array([100, 200, 400, 800])
     >>> found = forecast(n, np.repeat((0.05 + 3 / n)[:, None], 50, axis=1))
-    >>> f"{found.expected:.4f}"
-    '0.0519'
+    >>> f"{found.expected:.3f}"
+    '0.052'
     """
     n, rows = np.asarray(sizes, float), np.asarray(errors, float)
     m = rows.shape[1]
