@@ -88,8 +88,6 @@ class Duplicates:
 def neighbourhood_of(evaluation: Evaluation) -> Neighbourhood:
     """Find them, exactly."""
     reference, X = evaluation.reference, evaluation.features
-    if X.ndim != 2:
-        raise AssertionError("heads are trained on pooled outputs")
     directions = Directions.of(X if reference is None else _sample(evaluation, reference))
     rows = directions(X)
     within, within_rows = nearest(rows, rows, NEIGHBOURS, same=True)
