@@ -72,6 +72,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
 @click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
 @click.option("--backbone", metavar="NAME", help="With --portable, for a cache made with code of your own.")
+@click.option("--findings", metavar="DIR", help="Write tables of training images to look at, by the folds.")
 @click.option("--out", metavar="MODEL", help="The model's file.  [default: CACHE's name with .HEAD.model]")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **asked: Any) -> None:
@@ -148,7 +149,8 @@ def _train(
     from featpipe.training import train as run
 
     params = parse_settings(asked["settings"])
-    return run(cache, heads[0], cv=asked["cv"] or None, params=params, progress=terminal, **_common(asked)), None
+    how = {"cv": asked["cv"] or None, "params": params, "findings": asked["findings"], **_common(asked)}
+    return run(cache, heads[0], progress=terminal, **how), None
 
 
 def _compare(
@@ -156,8 +158,10 @@ def _compare(
 ) -> tuple[Model, Comparison | None]:
     from featpipe.training import compare
 
-    if asked["settings"] or asked["grids"]:
-        raise click.UsageError("--set and --grid are of one head; several are compared with their own settings")
+    if asked["settings"] or asked["grids"] or asked["findings"]:
+        raise click.UsageError(
+            "--set, --grid and --findings are of one head; several are compared with their own settings"
+        )
     common = _common(asked)
     del common["grid"]
     names = "all" if "all" in heads else heads

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration, prior_offsets
 from featpipe.errors import ConfigError
+from featpipe.findings import Finding, Judged, suspects, write_findings
 from featpipe.model import KEPT_DIGEST_BYTES, Model
 from featpipe.names import unknown
 from featpipe.progress import Progress, Tell, quiet
@@ -50,6 +51,7 @@ def train(
     memory: int | None = None,
     jobs: int | None = None,
     random_state: int | None = 0,
+    findings: str | os.PathLike[str] | None = None,
     progress: Tell = quiet,
 ) -> Model:
     """Fit a head on the embeddings of a cache.
@@ -94,6 +96,9 @@ def train(
     jobs : int, optional
         Processes for ``tune``, as joblib counts them.
     random_state : int or None
+    findings : path-like, optional
+        A folder for tables of training images to look at: likely label errors, mistakes and doubts of the folds, each
+        image judged by a head that was not fitted on it.
     progress : callable
 
     Returns
@@ -112,6 +117,8 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
+    if findings is not None and not cv:
+        raise ConfigError("findings are of images that were held out; give cv, 2 or more folds")
     rows = training_rows(cache, output, groups=groups, times=times, without=without, memory=memory)
     plan = plan_of(
         cache,
@@ -127,7 +134,15 @@ def train(
         random_state=random_state,
     )
     trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
+    if findings is not None and trained.estimate is not None:
+        write_findings(_suspects(cache, rows, plan.task, trained.estimate), findings)
     return trained.model(cache, rows, output, params or {})
+
+
+def _suspects(cache: FeatureCache, rows: Rows, task: str, estimate: Estimate) -> list[Finding]:
+    """What the folds say of the rows that they were not fitted on."""
+    ids = [cache.ids[row] for row in rows.rows[estimate.held].tolist()]
+    return suspects(Judged(task, ids, rows.y[estimate.held], estimate.answers, rows.classes))
 
 
 def plan_of(cache: FeatureCache, rows: Rows, head: str, params: Mapping[str, object], **how: Any) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from collections.abc import Callable
@@ -324,6 +325,22 @@ def test_samples_of_a_table_are_left_out(judged: Any, tmp_path: Path) -> None:
     strange.write_text("id\nnowhere.jpg\n")
     with pytest.raises(ArchiveError, match=r"none of its 1 paths, such as 'nowhere\.jpg', is an image of"):
         evaluate(model, cache, without=strange)
+
+
+def test_labels_of_training_images_are_doubted_by_the_folds_that_did_not_see_them(
+    embed: Any, make_folder: Any, tmp_path: Path
+) -> None:
+    folder = make_folder(each=12)
+    names = {name: name.split("/")[0] for name in files(folder)}
+    cache = embed(folder, labels=labelled(folder, names, "label"))
+    train(cache, cv=3, params={"C": 1.0}, findings=tmp_path / "found")
+    with open(tmp_path / "found" / "mistakes.csv", newline="") as file:
+        mistakes = list(csv.DictReader(file))
+    estimate = train(cache, cv=3, params={"C": 1.0}).scores["cross_validation"]
+    assert len(mistakes) == round(36 * (1 - estimate["metrics"]["accuracy"]["value"]))
+    assert all(names[row["id"]] == row["label"] != row["predicted"] for row in mistakes)
+    with pytest.raises(ConfigError, match="findings are of images that were held out; give cv"):
+        train(cache, findings=tmp_path / "found")
 
 
 def test_the_json_is_as_its_schema_says(judged: Any, embed: Any, make_folder: Any) -> None:
