@@ -16,12 +16,12 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax, softmax
 
 from featpipe.errors import ConfigError
+from featpipe.reliability import calibration_error
 
 __all__ = ["Calibration", "calibration_error", "fit_temperature", "logits_of", "prior_offsets", "sigmoid_loss"]
 
 Array = NDArray[np.float64]
 
-BINS = 15
 TEMPERATURES = (1e-2, 1e3)
 _LOWEST = 1e-12  # of a probability whose logarithm is taken
 
@@ -148,22 +148,3 @@ def prior_offsets(
             raise ConfigError(f"prior gives {1 - rest:g} to {len(target)} of {len(classes)} classes: nothing is left")
         after[left] = rest * before[left] / before[left].sum()
     return tuple((np.log(after / after.sum()) - np.log(before)).tolist())
-
-
-def calibration_error(probabilities: Array, y: NDArray[Any], bins: int = BINS) -> float:
-    """How far confidence is from accuracy: the mean gap over bins of equal width, weighted by their rows.
-
-    Parameters
-    ----------
-    probabilities : ndarray of shape (m, k)
-    y : ndarray of shape (m,) or (m, k)
-        Class codes, judged by the most probable class; or 0 and 1 for each label, each of which is judged.
-    bins : int
-    """
-    if y.ndim == 2:
-        confidence, right = probabilities.ravel(), np.asarray(y, bool).ravel()
-    else:
-        confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
-    where = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(where, confidence, bins) - np.bincount(where, right, bins)
-    return float(np.abs(gaps).sum() / len(confidence))

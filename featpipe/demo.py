@@ -19,7 +19,7 @@ from featpipe.model import Model
 from featpipe.pipeline import write_report
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.report import Row
-from featpipe.scores import score
+from featpipe.scores import Scores, score
 from featpipe.tiles import SIDE, write_tiles
 from featpipe.training import train
 
@@ -74,12 +74,11 @@ def demonstrate(folder: Path, progress: Tell = quiet, command: str = "") -> Demo
     models = {head: train(cache, head, cv=3, progress=progress) for head in HEADS}
     paths = {head: model.save(folder / f"tiles.{head}.model") for head, model in models.items()}
     chosen = max(HEADS, key=lambda head: _estimate(models[head]))
-    evaluations = {head: evaluate(model, cache) for head, model in models.items()}
-    best = evaluations[chosen]
-    comparison = [*_heads(models, evaluations, chosen), *_baselines(cache, best.rows, tiles, progress)]
+    best = evaluate(models[chosen], cache, against=[model for head, model in models.items() if head != chosen])
+    scores = {chosen: best.scores, **{rival.name: rival.scores for rival in best.rivals}}
+    comparison = [*_heads(models, scores, chosen), *_baselines(cache, best.rows, tiles, progress)]
     report = write_report(
         folder / "report.html",
-        models[chosen],
         best,
         title="Seventeen photographs, told apart by their tiles",
         comparison=comparison,
@@ -93,11 +92,11 @@ def _estimate(model: Model) -> float:
     return float(model.scores["cross_validation"]["metrics"]["accuracy"]["value"])
 
 
-def _heads(models: dict[str, Model], evaluations: dict[str, Evaluation], chosen: str) -> list[Row]:
+def _heads(models: dict[str, Model], scores: dict[str, Scores], chosen: str) -> list[Row]:
     return [
         Row(
             name=head,
-            score=evaluations[head].scores.metrics["accuracy"],
+            score=scores[head].metrics["accuracy"],
             seconds_to_fit=model.history["seconds_to_fit"],
             note=f"on embeddings; cross-validated {_estimate(model):.3f} on the left halves",
             chosen=head == chosen,

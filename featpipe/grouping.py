@@ -18,13 +18,13 @@ from featpipe.archive.listing import plain, shown
 from featpipe.archive.marks import Marks, number
 from featpipe.archive.matching import match
 from featpipe.archive.notes import Value
-from featpipe.archive.tables import TABLE_SUFFIXES, Rows, read_column
+from featpipe.archive.tables import TABLE_SUFFIXES, Rows, read_column, read_paths
 from featpipe.cache import FeatureCache
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.labels import Labels
 from featpipe.strings import Strings
 
-__all__ = ["address", "column_of", "groups_of", "moment_of", "times_of"]
+__all__ = ["address", "column_of", "groups_of", "moment_of", "rows_named", "times_of"]
 
 _SHOWN = 3
 _ISO = re.compile(r"[0-9]{4}-[0-9]{2}(-[0-9]{2})?([T ][0-9:.,]+ ?(Z|[+-][0-9:]+)?)?")
@@ -97,6 +97,27 @@ def column_of(
     if len(empty):
         raise ArchiveError(f"{path}: {_listed(cache, empty, len(asked))} have an empty {column!r}; fill it in")
     return found
+
+
+def rows_named(cache: FeatureCache, table: str | os.PathLike[str]) -> NDArray[np.int64]:
+    """The rows of a cache whose images a table names, matched as in :func:`column_of`, ascending.
+
+    Raises
+    ------
+    ArchiveError
+        If it names none of them, or cannot be read.
+    """
+    path = Path(table)
+    paths = read_paths(path)
+    marks = Marks("none", [None] * len(paths))
+    found = match(path, Rows(paths, marks, bytes(len(paths))), _index(cache), others=True)
+    rows = np.flatnonzero(np.array(found, np.int64) >= 0)
+    if paths and not len(rows):
+        raise ArchiveError(
+            f"{path}: none of its {len(paths)} paths, such as {shown(paths[0])}, is an image of {cache.path.name}; "
+            "give a table with the ids of its images"
+        )
+    return rows
 
 
 def groups_of(cache: FeatureCache, where: str, rows: ArrayLike | None = None) -> NDArray[np.str_]:

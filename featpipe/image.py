@@ -37,7 +37,18 @@ from PIL.WebPImagePlugin import WebPImageFile
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = ["BACKGROUND", "LIMITS", "Limits", "decode", "encode_png", "resize", "resize_weights", "thumbnail", "to_rgb"]
+__all__ = [
+    "BACKGROUND",
+    "LIMITS",
+    "Limits",
+    "decode",
+    "encode_png",
+    "preview",
+    "resize",
+    "resize_weights",
+    "thumbnail",
+    "to_rgb",
+]
 
 BACKGROUND = (255, 255, 255)
 """The colour, white, that shows through transparent pixels."""
@@ -232,6 +243,36 @@ def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
     small = Image.fromarray(picture)
     small.thumbnail((size, size))
     return _encoded(small, "JPEG", quality=85)
+
+
+def preview(data: bytes, size: int, limits: Limits = LIMITS) -> bytes:
+    """A small WebP of an encoded image, without metadata, for reports.
+
+    Parameters
+    ----------
+    data : bytes
+        From any source; refused as `decode` does.
+    size : int
+        The longest side in pixels.
+
+    Notes
+    -----
+    A JPEG is decoded at the smallest of its own scales that suffices, in a fraction of the time.
+    """
+    kind = _sniff(data, limits)
+    try:
+        with _OPENERS[kind](BytesIO(data)) as picture:
+            _check_pixels(picture, limits)
+            if kind == "JPEG":
+                picture.draft("RGB", (2 * size, 2 * size))
+            picture.load()
+            small = Image.fromarray(_upright_rgb(picture))
+            small.thumbnail((size, size))
+            return _encoded(small, "WEBP", quality=60, method=2)
+    except SampleError:
+        raise
+    except Exception as error:
+        raise _refusal(kind, error) from error
 
 
 def encode_png(picture: NDArray[np.uint8]) -> bytes:

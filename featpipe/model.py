@@ -1,8 +1,8 @@
 """Backbone + head + classes, as one safe file on disk; predicts on images.
 
-The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin``, if it keeps something of
-its training data ``kept.safetensors``, and if it carries its weights ``backbone.safetensors``. ``model.json`` names the
-SHA-256 of the others. Nothing in it is unpickled.
+The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin``; where there is any,
+``kept.safetensors`` (of training data) and ``trust.safetensors`` (of held-out images); if it carries its weights
+``backbone.safetensors``. ``model.json`` names the SHA-256 of the others. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import heads
+from featpipe import heads, trust
 from featpipe.cache import FeatureCache, narrowed
 from featpipe.calibration import Calibration, logits_of
 from featpipe.durable import check_writable, whole_file
@@ -30,6 +30,7 @@ from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleE
 from featpipe.fingerprint import differences
 from featpipe.kept import Kept
 from featpipe.status import Status
+from featpipe.trust import Conformal, Trust
 
 __all__ = [
     "FORMAT",
@@ -44,11 +45,11 @@ __all__ = [
 ]
 
 FORMAT = "featpipe-model"
-FORMAT_VERSION = "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of the training data
+FORMAT_VERSION = "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of training data and known of held-out images
 KEPT_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
 MEMBER_BYTES_MAX = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
-KEPT_MEMBER, KEPT_BYTES_MAX = "kept.safetensors", 8 * 2**30
-WEIGHTS_MEMBER = "backbone.safetensors"
+KEPT_MEMBER, TRUST_MEMBER, WEIGHTS_MEMBER = "kept.safetensors", "trust.safetensors", "backbone.safetensors"
+OPTIONAL_BYTES_MAX = {KEPT_MEMBER: 8 * 2**30, TRUST_MEMBER: 2**30}
 MEMBER_KINDS = {  # what model.json must hold, besides format and version
     "head": str,
     "task": str,
@@ -90,6 +91,8 @@ class Model:
         What is done to the head's scores before they become probabilities.
     kept : Kept or None
         What it keeps of its training data, so that it can learn more classes.
+    trust : Trust
+        What is known of held-out images: how new an image looks, and sets of answers.
     """
 
     head: Any
@@ -104,6 +107,7 @@ class Model:
     history: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
     kept: Kept | None = None
+    trust: Trust = field(default_factory=Trust)
     path: Path | None = None
     device: str = "auto"
     _carries_weights: bool = False
@@ -139,6 +143,67 @@ class Model:
         if self.calibration is not None:
             return self.calibration.probabilities(logits_of(self.head, X), self.task == "multilabel")
         return np.asarray(self.head.predict_proba(X), np.float64)
+
+    def novelty_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
+        """How new embeddings of shape (m, d) look: the share of training-like images that look less so, shape (m,).
+
+        Raises
+        ------
+        ConfigError
+            If the model was saved before featpipe measured this.
+        """
+        if self.trust.novelty is None:
+            raise ConfigError("this model does not know how new an image looks; train it again")
+        if X.ndim != 2 or X.shape[1] != self.trust.novelty.rows.shape[1]:
+            raise ConfigError(f"embeddings of shape {X.shape}, expected (m, {self.trust.novelty.rows.shape[1]})")
+        return self.trust.novelty(X)
+
+    def predict_sets_features(
+        self, X: NDArray[np.floating], level: float = 0.9
+    ) -> list[tuple[str, ...]] | NDArray[Any]:
+        """Sets of answers that hold the right one as often as ``level`` says, from embeddings.
+
+        Parameters
+        ----------
+        X : ndarray of shape (m, d)
+        level : float
+
+        Returns
+        -------
+        list of m tuple of str
+            Class names, the most probable first; of a regression an ndarray of shape (m, t, 2), the ends of intervals.
+
+        Raises
+        ------
+        ConfigError
+            If the model was trained without cross-validation, with a ``prior``, or for several labels.
+        """
+        conformal = self.sets_known()
+        if self.task == "regression":
+            return conformal.intervals(self.predict_features(X), level)
+        p = self.predict_proba_features(X)
+        order = np.argsort(-p, axis=1, kind="stable")
+        inside = np.take_along_axis(conformal.sets(p, level), order, axis=1)
+        return [tuple(self.classes[i] for i in row[held]) for row, held in zip(order, inside, strict=True)]
+
+    def sets_known(self) -> Conformal:
+        """What sets are made from; refused in one sentence where there is nothing."""
+        if self.trust.conformal is None:
+            if self.task == "multilabel":
+                raise ConfigError("sets are of classes that exclude each other; this model gives several labels")
+            raise ConfigError(
+                "this model has no held-out answers to calibrate sets with; train with --cv 2 or more, and no --prior"
+            )
+        return self.trust.conformal
+
+    def novelty(self, images: Sequence[object]) -> NDArray[np.float64]:
+        """How new images look, shape (m,): 0.95 if 95 % of training-like images look less so; as :meth:`predict`."""
+        return self.novelty_features(self.embed(images))
+
+    def predict_sets(self, images: Sequence[object], level: float = 0.9) -> list[tuple[str, ...]] | NDArray[Any]:
+        """Sets of answers for images; see :meth:`predict_sets_features`."""
+        self.sets_known()
+        return self.predict_sets_features(self.embed(images), level)
 
     def predict(self, images: Sequence[object]) -> NDArray[Any]:
         """Predictions for images, in the order given.
@@ -299,6 +364,8 @@ class Model:
         members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
         if self.kept is not None:
             members[KEPT_MEMBER] = self.kept.dumps()
+        if self.trust.novelty is not None or self.trust.conformal is not None:
+            members[TRUST_MEMBER] = trust.dumps(self.trust)
         if portable:
             members[WEIGHTS_MEMBER] = self._weights()
         document = self._document(portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()})
@@ -375,6 +442,7 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             history=document["history"],
             calibration=_calibration(document),
             kept=Kept.loads(members[KEPT_MEMBER], len(document["classes"])) if KEPT_MEMBER in members else None,
+            trust=trust.loads(members[TRUST_MEMBER]) if TRUST_MEMBER in members else Trust(),
             path=source,
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
@@ -485,11 +553,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         _check_members(infos, len(file.infolist()), path.stat().st_size)
         document = json.loads(file.read("model.json"))
         _check_document(document)
-        for name in document["files"].keys() - infos.keys():
-            raise ModelError(f"has no {name}, which its model.json names; copy the model again")
+        absent = sorted(document["files"].keys() - infos.keys())
+        if absent:
+            raise ModelError(f"has no {absent[0][:60]}, which its model.json names; copy the model again")
         if infos.keys() != {"model.json", *document["files"]}:
             raise ModelError("holds other members than its model.json names")
-        wanted = ("head.skops", "trained_on.bin", KEPT_MEMBER)
+        wanted = ("head.skops", "trained_on.bin", *OPTIONAL_BYTES_MAX)
         members = {name: file.read(name) for name in wanted if name in infos}
     for name, data in members.items():
         if hashlib.sha256(data).hexdigest() != document["files"][name]:
@@ -498,7 +567,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) -> None:
-    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - {WEIGHTS_MEMBER, KEPT_MEMBER}
+    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - OPTIONAL_BYTES_MAX.keys() - {WEIGHTS_MEMBER}
     if unknown or len(infos) != count:
         raise ModelError(f"holds {', '.join(map(repr, sorted(unknown)[:3])) or 'a member twice'}, which no model does")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
@@ -506,7 +575,7 @@ def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) 
     for name in MEMBER_BYTES_MAX:
         if name not in infos:
             raise ModelError(f"has no {name}; it is not a featpipe model")
-    for name, most in {**MEMBER_BYTES_MAX, KEPT_MEMBER: KEPT_BYTES_MAX}.items():
+    for name, most in {**MEMBER_BYTES_MAX, **OPTIONAL_BYTES_MAX}.items():
         if name in infos and infos[name].file_size > min(most, size):
             raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -9,20 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from featpipe import archive, image
 from featpipe.cache import FeatureCache
-from featpipe.errors import ArchiveError, FeatpipeError
 from featpipe.evaluation import Evaluation
-from featpipe.fingerprint import digest
+from featpipe.evaluation.document import how_of
+from featpipe.evaluation.trusting import novelty_summary
 from featpipe.model import Model
-from featpipe.report import Page, Picture, Row, write
+from featpipe.report import Page, Rival, Row, write
+from featpipe.report.evaluated import shown_of
 
-__all__ = ["command_line", "write_report"]
+__all__ = ["command_line", "page_of", "write_report"]
 
-PICTURES = 24
-THUMBNAIL_PIXELS = 96
+FEW_ROWS = 100
+_SPLITS = {"given": "marked for training in the split that came with the labels", "all labelled rows": "all labelled"}
 
 
 def command_line() -> str:
@@ -32,42 +31,50 @@ def command_line() -> str:
 
 def write_report(
     path: str | os.PathLike[str],
-    model: Model,
     evaluation: Evaluation,
     *,
     title: str = "",
     comparison: Sequence[Row] = (),
     command: str = "",
 ) -> Path:
-    """Write the page of an evaluation.
+    """Write the page of an evaluation; parameters as for `page_of`."""
+    return write(page_of(evaluation, title=title, comparison=comparison, command=command), path)
+
+
+def page_of(evaluation: Evaluation, *, title: str = "", comparison: Sequence[Row] = (), command: str = "") -> Page:
+    """The page of an evaluation.
 
     Parameters
     ----------
-    path : path-like
-    model : Model
     evaluation : Evaluation
     title : str
     comparison : sequence of Row
-        Other heads and baselines on the same rows.
+        Other heads and baselines on the same rows; the models that it was compared with if not given.
     command : str
         What to type to repeat it.
     """
-    scores, cache = evaluation.scores, evaluation.cache
+    model, scores, cache = evaluation.model, evaluation.scores, evaluation.cache
     name, first = next(iter(scores.metrics.items()))
-    page = Page(
+    shown = shown_of(evaluation)
+    return Page(
         title=title or f"{model.head_name} on {model.request['name']}",
         lead=_lead(model, evaluation, name, first),
         facts=_facts(model, evaluation),
-        comparison=list(comparison),
+        comparison=list(comparison) or _models(evaluation, name),
         comparison_score=name,
         scores=scores,
-        pictures=_pictures(model, evaluation),
+        pictures=shown.pictures,
         bad=list(cache.bad_rows().items()),
         provenance=_provenance(model, cache, command),
         curves=_curves(model),
+        notes=[*_notes(evaluation), *([shown.note] if shown.note else [])],
+        how=_how(evaluation),
+        rivals=_rivals(evaluation, name),
+        galleries=shown.galleries,
+        tables=shown.tables,
+        sentences=shown.sentences,
+        drawn=shown.drawn,
     )
-    write(page, path)
-    return Path(path)
 
 
 def _lead(model: Model, evaluation: Evaluation, name: str, value: Any) -> str:
@@ -82,15 +89,111 @@ def _lead(model: Model, evaluation: Evaluation, name: str, value: Any) -> str:
 
 
 def _facts(model: Model, evaluation: Evaluation) -> list[tuple[str, str]]:
-    cache, history = evaluation.cache, model.history["trained_on"]
-    facts = [
-        ("Trained on", f"{history['rows']:,} images"),
+    cache, history = evaluation.cache, model.history.get("trained_on", {})
+    return [
+        ("Trained on", f"{history.get('rows', len(model.trained_on)):,} images"),
         ("Scored on", f"{len(evaluation.rows):,} images"),
         ("Classes" if model.task != "regression" else "Targets", f"{len(model.classes):,}"),
         ("Unreadable images", f"{sum(cache.bad_rows().values()):,}"),
-        ("How the rows were split", history["split"]),
     ]
-    return facts + [(f"Left out: {reason}", f"{count:,}") for reason, count in evaluation.left_out.items()]
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    """What could make the result look better, or surer, than it is."""
+    notes = [text for text in (evaluation.duplicates.told(),) if text]
+    n = len(evaluation.rows)
+    if n < FEW_ROWS:
+        notes.append(f"only {n} images were scored: read the intervals, not the figures")
+    curve = evaluation.learning_curve
+    if curve is not None and curve.high < curve.errors[-1]:
+        notes.append("more labels like these would help: see the learning curve")
+    new = novelty_summary(evaluation)
+    if new is not None and new["share"] > 2 * (1 - new["from"]):
+        notes.append(f"{new['share']:.0%} of the images look unlike those of training, where 5 % would be usual")
+    short = [held for held in evaluation.coverage if held.level == 0.9 and held.coverage.high < held.level]
+    if short:
+        notes.append(
+            f"sets asked to hold the right answer 90 % of the time do so {short[0].coverage.value:.0%} of the time: "
+            "these images are unlike those that the model was calibrated on"
+        )
+    found = {finding.name: finding.total for finding in evaluation.findings}
+    if found.get("label_errors"):
+        total = found["label_errors"]
+        notes.append(f"{total:,} label{' is' if total == 1 else 's are'} in doubt: look at them below")
+    return [note[0].upper() + note[1:] + "." for note in notes]
+
+
+def _how(evaluation: Evaluation) -> list[tuple[str, str]]:
+    how = how_of(evaluation)
+    tuned = how["tuned"]
+    lines = [
+        ("Scored", how["scored"]),
+        *((f"Left out: {reason}", f"{count:,}") for reason, count in evaluation.left_out.items()),
+        ("Trained on", f"{how['training_rows']:,} images, {_SPLITS.get(how['training_split'], 'of an unknown split')}"),
+        ("Unreadable", f"{how['bad']:,} of the scored cache, {how['bad_in_training']:,} of the training cache"),
+        ("Copies of training images", _copies(evaluation)),
+        (
+            "Settings",
+            f"{tuned['settings']} chosen by {tuned['metric']}, {tuned['how']} of the training images"
+            if tuned
+            else "none was chosen on any rows",
+        ),
+        ("Head", _head_chosen(how)),
+        ("Probabilities", "calibrated on held-out training images" if how["calibrated"] else "as the head gives them"),
+        ("Intervals", "95 %: Wilson's of shares, else percentiles over 1,000 resamples of the rows, seed 0"),
+    ]
+    return lines
+
+
+def _copies(evaluation: Evaluation) -> str:
+    found = evaluation.duplicates
+    near = "near ones were not looked for" if found.training is None else f"{len(found.training):,} near, scored"
+    return f"{found.exact:,} exact, left out; {near}; {len(found.within):,} near pairs among the scored"
+
+
+def _head_chosen(how: dict[str, Any]) -> str:
+    if how["heads_compared"] > 1:
+        return f"the best of {how['heads_compared']} by cross-validation on the training images"
+    return "was given, not chosen by these scores"
+
+
+def _models(evaluation: Evaluation, name: str) -> list[Row]:
+    """The model and those that it was compared with, on the same rows."""
+    if not evaluation.rivals:
+        return []
+    model = evaluation.model
+    rows = [Row(model.head_name, evaluation.scores.metrics[name], _seconds(model), "this model", chosen=True)]
+    for rival in evaluation.rivals:
+        if name in rival.scores.metrics:
+            note = f"{rival.model.head_name} on {rival.model.request['name']}"
+            rows.append(Row(rival.name, rival.scores.metrics[name], _seconds(rival.model), note))
+    return rows
+
+
+def _seconds(model: Model) -> float | None:
+    seconds = model.history.get("seconds_to_fit")
+    return float(seconds) if isinstance(seconds, (int, float)) and math.isfinite(seconds) else None
+
+
+def _rivals(evaluation: Evaluation, name: str) -> list[Rival]:
+    rows = []
+    for rival in evaluation.rivals:
+        contrast = rival.paired.contrasts.get(name)
+        if contrast is not None:
+            test = "McNemar's exact test" if contrast.test == "mcnemar" else "paired bootstrap"
+            found = rival.paired
+            rows.append(
+                Rival(
+                    rival.name,
+                    rival.scores.metrics[name],
+                    contrast.difference,
+                    contrast.p,
+                    test,
+                    found.only_first,
+                    found.only_second,
+                )
+            )
+    return rows
 
 
 def _provenance(model: Model, cache: FeatureCache, command: str) -> list[tuple[str, str]]:
@@ -100,7 +203,8 @@ def _provenance(model: Model, cache: FeatureCache, command: str) -> list[tuple[s
         ("Backbone", f"{facts['name']} ({facts['source']}), weights {facts['weights'][:16]}"),
         ("Output", model.output),
         ("Precision", str(model.facts["precision"])),
-        ("Head", f"{model.head_name} {model.history['params'] or ''}".strip()),
+        ("Head", f"{model.head_name} {model.history.get('params') or ''}".strip()),
+        ("Random state", str(model.history.get("random_state"))),
         ("Fingerprint of the cache", cache.fingerprint),
         ("Cache", str(cache.path)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
@@ -109,48 +213,16 @@ def _provenance(model: Model, cache: FeatureCache, command: str) -> list[tuple[s
 
 
 def _curves(model: Model) -> dict[str, list[float]]:
-    head = model.head[-1] if hasattr(model.head, "steps") else model.head
-    named = {"Training loss": "loss_curve_", "Validation score": "validation_scores_"}
-    found = {label: getattr(head, attribute, None) for label, attribute in named.items()}
-    return {label: [float(v) for v in values] for label, values in found.items() if values is not None and len(values)}
-
-
-def _pictures(model: Model, evaluation: Evaluation) -> list[Picture]:
-    """The most confident mistakes, then examples of what is right; none if the archives are gone."""
-    if model.task != "classification":
-        return []
-    cache = evaluation.cache
-    truth = cache.label_table.take(evaluation.rows).y
-    best = evaluation.predicted.argmax(axis=1)
-    probability = evaluation.predicted[np.arange(len(best)), best]
-    right = np.array([model.classes[b] == t for b, t in zip(best, truth, strict=True)])
-    wrong = np.flatnonzero(~right)[np.argsort(-probability[~right], kind="stable")][: PICTURES // 2]
-    good = np.flatnonzero(right)
-    good = good[np.linspace(0, len(good) - 1, min(len(good), PICTURES - len(wrong))).round().astype(int)]
-    chosen = [*wrong.tolist(), *good.tolist()]
-    jpegs = _thumbnails(cache, evaluation.rows[chosen].tolist())
-    return [
-        Picture(jpegs[at], cache.ids[int(evaluation.rows[i])], truth[i], model.classes[best[i]], float(probability[i]))
-        for at, i in enumerate(chosen)
-        if at in jpegs
-    ]
-
-
-def _thumbnails(cache: FeatureCache, rows: Sequence[int]) -> dict[int, bytes]:
-    """Small re-encoded pictures of some rows, by position; those that can still be read."""
-    made: dict[int, bytes] = {}
-    try:
-        index = archive.index(cache.manifest.get("archives", []))
-    except FeatpipeError:
-        return made
-    if index.ids != cache.ids:
-        return made
-    with index.open() as reader:
-        for at, row in enumerate(rows):
-            try:
-                data = reader.read(row)
-                if digest(data) == cache.digests[row].tobytes():  # else it is another picture by now
-                    made[at] = image.thumbnail(image.decode(data), THUMBNAIL_PIXELS)
-            except ArchiveError:
-                continue
-    return made
+    """Of heads that have epochs."""
+    named = {
+        "Training loss": "loss_curve",
+        "Validation loss": "validation_curve",
+        "Validation score": "validation_score_curve",
+    }
+    curves = model.history.get("curves") or {}
+    found = {label: curves.get(name) for label, name in named.items()}
+    return {
+        label: [float(v) if isinstance(v, (int, float)) else math.nan for v in values]
+        for label, values in found.items()
+        if values
+    }

@@ -44,6 +44,12 @@ class Prediction:
         The most probable classes.
     values : tuple of float
         The targets that a regression model predicts.
+    novelty : float or None
+        The share of training-like images that look less new.
+    answers : tuple of str
+        The set that holds the right class as often as was asked for.
+    bounds : tuple of (low, high)
+        The interval of each target, likewise.
     """
 
     id: str
@@ -52,6 +58,32 @@ class Prediction:
     probability: float | None = None
     top: Sequence[tuple[str, float]] = ()
     values: Sequence[float] = ()
+    novelty: float | None = None
+    answers: Sequence[str] = ()
+    bounds: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be told of each sample.
+
+    Attributes
+    ----------
+    top : int
+        How many classes to name.
+    sets : float or None
+        How often a set of answers shall hold the right one.
+    """
+
+    top: int = 5
+    sets: float | None = None
+
+    def check(self, model: Model) -> None:
+        """Refuse what cannot be, before any work."""
+        if self.top < 1:
+            raise ConfigError(f"top is {self.top}; it must be at least 1")
+        if self.sets is not None:
+            model.sets_known().reach(self.sets)
 
 
 def predict(
@@ -60,6 +92,7 @@ def predict(
     out: str | os.PathLike[str] | None = None,
     *,
     top: int = 5,
+    sets: float | None = None,
     workers: int | None = None,
     progress: Tell = quiet,
 ) -> dict[str, int]:
@@ -73,6 +106,9 @@ def predict(
         ``.csv``, ``.jsonl`` or ``.parquet``; CSV on standard output if not given. A file is whole or absent.
     top : int
         How many classes to name for each sample.
+    sets : float, optional
+        Name a set of classes for each sample that holds the right one this often, such as 0.9; of a regression, the
+        ends of an interval.
     workers : int, optional
     progress : callable
 
@@ -86,14 +122,15 @@ def predict(
         If an archive cannot be listed.
     """
     writer = _writer(out)
-    _check(top, workers)
+    _check(workers)
+    Asked(top, sets).check(model)
     index = archive.index(archives)
     model.engine(len(index))  # a backbone that cannot be had is told before the first line is written
     counts: dict[str, int] = {}
-    names = [f"predicted_{name}" for name in model.classes] if model.task == "regression" else None
+    columns = _Columns.of(model, sets)
     with (
-        writer(Path(out) if out is not None else None, names) as write,
-        closing(stream(model, index, top=top, workers=workers, progress=progress)) as predictions,
+        writer(Path(out) if out is not None else None, columns) as write,
+        closing(stream(model, index, top=top, sets=sets, workers=workers, progress=progress)) as predictions,
     ):
         for prediction in predictions:
             counts[prediction.status] = counts.get(prediction.status, 0) + 1
@@ -106,10 +143,18 @@ def predict(
 
 
 def stream(
-    model: Model, index: Index, *, top: int = 5, workers: int | None = None, progress: Tell = quiet
+    model: Model,
+    index: Index,
+    *,
+    top: int = 5,
+    sets: float | None = None,
+    workers: int | None = None,
+    progress: Tell = quiet,
 ) -> Generator[Prediction, None, None]:
     """The predictions of an index, in its order, as they are made."""
-    _check(top, workers)
+    _check(workers)
+    asked = Asked(top, sets)
+    asked.check(model)
     engine = model.engine(len(index))
     workers = workers or engine.workers
     n, done = len(index), 0
@@ -118,27 +163,26 @@ def stream(
     with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as batches:
         for batch, features in batches:
             ids = [index.ids[row] for row in batch.rows]
-            waiting.update(zip(batch.rows, _predictions(model, ids, batch, features, top), strict=True))
+            waiting.update(zip(batch.rows, _predictions(model, ids, batch, features, asked), strict=True))
             while done in waiting:
                 yield waiting.pop(done)
                 done += 1
             progress(Progress("bar", "predicting", done, n))
 
 
-def _check(top: int, workers: int | None) -> None:
-    for name, value in (("top", top), ("workers", workers)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+def _check(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; it must be at least 1")
 
 
 def _predictions(
-    model: Model, ids: list[str], batch: Any, features: dict[str, NDArray[np.float32]], top: int
+    model: Model, ids: list[str], batch: Any, features: dict[str, NDArray[np.float32]], asked: Asked
 ) -> Iterator[Prediction]:
     made: dict[int, Prediction] = {}
     if features:
         X = features[model.output]
         finite = np.asarray(np.isfinite(X).all(axis=1))
-        told = iter(_tell(model, X[finite], top))
+        told = iter(_tell(model, X[finite], asked))
         for place, good in zip(batch.places, finite, strict=True):
             told_here = next(told) if good else {}
             status = Status.OK if good else Status.NOT_FINITE
@@ -147,31 +191,80 @@ def _predictions(
         yield made.get(at) or Prediction(name, batch.status[at].word)
 
 
-def _tell(model: Model, X: NDArray[np.float32], top: int) -> Iterable[dict[str, Any]]:
+def _tell(model: Model, X: NDArray[np.float32], asked: Asked) -> Iterable[dict[str, Any]]:
     if not len(X):
         return
+    found = model.predict_sets_features(X, asked.sets) if asked.sets is not None else [()] * len(X)
+    new = model.novelty_features(X).tolist() if model.trust.novelty is not None else [None] * len(X)
     if model.task == "regression":
-        for values in model.predict_features(X).reshape(len(X), -1):
-            yield {"values": tuple(map(float, values))}
+        for values, bounds, novelty in zip(model.predict_features(X).reshape(len(X), -1), found, new, strict=True):
+            ends = tuple((float(low), float(high)) for low, high in bounds)
+            yield {"values": tuple(map(float, values)), "bounds": ends, "novelty": novelty}
         return
-    for row in model.predict_proba_features(X):
-        order = np.argsort(-row, kind="stable")[:top]
+    for row, answers, novelty in zip(model.predict_proba_features(X), found, new, strict=True):
+        order = np.argsort(-row, kind="stable")[: asked.top]
         ranked = [(model.classes[i], float(row[i])) for i in order]
         if model.task == "multilabel":
             chosen = [model.classes[i] for i in np.flatnonzero(row > 0.5)]
-            yield {"label": ";".join(chosen), "probability": None, "top": ranked}
+            told: dict[str, Any] = {"label": ";".join(chosen), "probability": None}
         else:
-            yield {"label": ranked[0][0], "probability": ranked[0][1], "top": ranked}
+            told = {"label": ranked[0][0], "probability": ranked[0][1]}
+        yield {**told, "top": ranked, "answers": answers, "novelty": novelty}
 
 
-def _record(prediction: Prediction, targets: Sequence[str] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a file of predictions, besides id and status.
+
+    Attributes
+    ----------
+    targets : tuple of str or None
+        Of a regression.
+    novelty, sets : bool
+    """
+
+    targets: tuple[str, ...] | None
+    novelty: bool
+    sets: bool
+
+    @classmethod
+    def of(cls, model: Model, sets: float | None) -> _Columns:
+        return cls(
+            model.classes if model.task == "regression" else None, model.trust.novelty is not None, sets is not None
+        )
+
+    @property
+    def names(self) -> list[str]:
+        columns = ["label", "probability", "top"] if self.targets is None else self._of_targets()
+        return [
+            *columns,
+            *(["set"] if self.sets and self.targets is None else []),
+            *(["novelty"] if self.novelty else []),
+        ]
+
+    def _of_targets(self) -> list[str]:
+        assert self.targets is not None
+        ends = [f"{end}_{name}" for name in self.targets for end in ("low", "high")] if self.sets else []
+        return [*(f"predicted_{name}" for name in self.targets), *ends]
+
+
+def _record(prediction: Prediction, columns: _Columns) -> dict[str, Any]:
     """One flat row; the same columns for every sample of a file."""
     record: dict[str, Any] = {"id": prediction.id, "status": prediction.status}
-    if targets is not None:
-        values: Sequence[float | None] = prediction.values or [None] * len(targets)
-        return {**record, **dict(zip(targets, values, strict=True))}
-    ranked = {label: round(probability, 6) for label, probability in prediction.top}
-    return {**record, "label": prediction.label, "probability": prediction.probability, "top": ranked}
+    if columns.targets is not None:
+        n = len(columns.targets)
+        nothing: list[Any] = [None] * n
+        told: list[Any] = [*prediction.values] or nothing
+        if columns.sets:
+            ends: list[Any] = [end for bounds in prediction.bounds for end in bounds]
+            told += ends or nothing * 2
+    else:
+        ranked = {label: round(probability, 6) for label, probability in prediction.top}
+        told = [prediction.label, prediction.probability, ranked]
+        told += [list(prediction.answers)] if columns.sets else []
+    if columns.novelty:
+        told.append(None if prediction.novelty is None else round(prediction.novelty, 4))
+    return {**record, **dict(zip(columns.names, told, strict=True))}
 
 
 @contextmanager
@@ -201,25 +294,25 @@ class _Lines:
 
 
 @contextmanager
-def _csv(path: Path | None, targets: Sequence[str] | None) -> Iterator[Any]:
-    columns = ["id", "status", *(targets if targets is not None else ["label", "probability", "top"])]
+def _csv(path: Path | None, columns: _Columns) -> Iterator[Any]:
     with _whole(path) as file:
-        writer = csv.DictWriter(_Lines(file), columns)
+        writer = csv.DictWriter(_Lines(file), ["id", "status", *columns.names])
         writer.writeheader()
 
         def write(prediction: Prediction) -> None:
-            record = _record(prediction, targets)
-            if "top" in record:
-                record["top"] = json.dumps(record["top"], ensure_ascii=False)
+            record = _record(prediction, columns)
+            if columns.targets is None:
+                for name in [name for name in ("top", "set") if name in record]:
+                    record[name] = json.dumps(record[name], ensure_ascii=False)
             writer.writerow(record)
 
         yield write
 
 
 @contextmanager
-def _jsonl(path: Path | None, targets: Sequence[str] | None) -> Iterator[Any]:
+def _jsonl(path: Path | None, columns: _Columns) -> Iterator[Any]:
     with _whole(path) as file:
-        yield lambda prediction: _line(file, _record(prediction, targets))
+        yield lambda prediction: _line(file, _record(prediction, columns))
 
 
 def _line(file: IO[str], record: dict[str, Any]) -> None:
@@ -227,18 +320,16 @@ def _line(file: IO[str], record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _parquet(path: Path | None, targets: Sequence[str] | None) -> Iterator[Any]:
+def _parquet(path: Path | None, columns: _Columns) -> Iterator[Any]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise ConfigError("Parquet needs pyarrow: pip install 'featpipe[parquet]', or write .csv or .jsonl") from None
-    kinds = [pa.field("id", pa.string()), pa.field("status", pa.string())]
-    if targets is not None:
-        kinds += [pa.field(name, pa.float64()) for name in targets]
-    else:
-        pairs = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
-        kinds += [pa.field("label", pa.string()), pa.field("probability", pa.float64()), pa.field("top", pairs)]
+    pairs = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
+    text = {"id": pa.string(), "status": pa.string(), "label": pa.string(), "top": pairs, "set": pa.list_(pa.string())}
+    known = text if columns.targets is None else {name: text[name] for name in ("id", "status")}
+    kinds = [pa.field(name, known.get(name, pa.float64())) for name in ["id", "status", *columns.names]]
     schema = pa.schema(kinds)
     block: list[dict[str, Any]] = []
     with _whole(path, binary=True) as file, pq.ParquetWriter(file, schema) as writer:
@@ -248,8 +339,8 @@ def _parquet(path: Path | None, targets: Sequence[str] | None) -> Iterator[Any]:
             block.clear()
 
         def write(prediction: Prediction) -> None:
-            record = _record(prediction, targets)
-            if "top" in record:
+            record = _record(prediction, columns)
+            if columns.targets is None:
                 record["top"] = [{"label": a, "probability": b} for a, b in record["top"].items()]
             block.append(record)
             if len(block) >= 4096:

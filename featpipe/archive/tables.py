@@ -16,7 +16,7 @@ from featpipe.errors import ArchiveError, ConfigError
 from featpipe.labels import Task
 from featpipe.names import unknown
 
-__all__ = ["TABLE_SUFFIXES", "Rows", "Table", "read_column", "read_table"]
+__all__ = ["TABLE_SUFFIXES", "Rows", "Table", "read_column", "read_paths", "read_table"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -112,6 +112,18 @@ def read_column(path: Path, column: str) -> tuple[list[str], list[Value]]:
         raise unknown("column", column, filter(None, names), hint=f"({path})")
     paths, values = _columns(path, [path_column, found])
     return _paths(path, path_column, paths), values
+
+
+def read_paths(path: Path) -> list[str]:
+    """Read the paths of a table's rows and nothing else.
+
+    Raises
+    ------
+    ArchiveError
+        If there is no column of paths, or the file cannot be read.
+    """
+    column = _pick(path, _column_names(path), None, _PATH_COLUMNS, "paths")
+    return _paths(path, column, _columns(path, [column])[0])
 
 
 def _paths(path: Path, column: str, values: Sequence[Value]) -> list[str]:

@@ -66,6 +66,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--groups", metavar="TABLE:COLUMN", help="What images belong to (a patient): never on both sides.")
 @click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
 @click.option("--since", metavar="TIME", help="With --time: judged once, by images from then on, and not on folds.")
+@click.option("--without", metavar="TABLE", help="Leave out the images of a table, such as one of --findings.")
 @click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
 @click.option(
     "--memory", callback=bytes_option, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
@@ -77,6 +78,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
 @click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
 @click.option("--backbone", metavar="NAME", help="With --portable, for a cache made with code of your own.")
+@click.option("--findings", metavar="DIR", help="Write tables of training images to look at, by the folds.")
 @click.option("--out", metavar="MODEL", help="The model's file.  [default: CACHE's name with .HEAD.model]")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **asked: Any) -> None:
@@ -143,6 +145,7 @@ def _common(asked: dict[str, Any]) -> dict[str, Any]:
         "groups",
         "times",
         "since",
+        "without",
     )
     return {
         **{name: asked[name] for name in (*names, "memory", "keep", "jobs")},
@@ -158,7 +161,8 @@ def _train(
     from featpipe.training import train as run
 
     params = parse_settings(asked["settings"])
-    return run(cache, heads[0], cv=asked["cv"] or None, params=params, progress=terminal, **_common(asked)), None
+    how = {"cv": asked["cv"] or None, "params": params, "findings": asked["findings"], **_common(asked)}
+    return run(cache, heads[0], progress=terminal, **how), None
 
 
 def _compare(
@@ -166,8 +170,10 @@ def _compare(
 ) -> tuple[Model, Comparison | None]:
     from featpipe.training import compare
 
-    if asked["settings"] or asked["grids"]:
-        raise click.UsageError("--set and --grid are of one head; several are compared with their own settings")
+    if asked["settings"] or asked["grids"] or asked["findings"]:
+        raise click.UsageError(
+            "--set, --grid and --findings are of one head; several are compared with their own settings"
+        )
     common = _common(asked)
     del common["grid"]
     names = "all" if "all" in heads else heads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from featpipe.cli.terminal import Terminal, dump
@@ -12,45 +14,58 @@ __all__ = ["evaluate", "predict"]
 @click.command(short_help="Score a model on images that it was not trained on.")
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
+@click.option("--against", multiple=True, metavar="MODEL", help="Compare with another model on the same rows.")
 @click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
+@click.option("--without", metavar="TABLE", help="Leave out the samples of a table, such as one of --findings.")
+@click.option(
+    "--trained-on", metavar="CACHE", help="What the model was trained on, for near-duplicates.  [default: looked for]"
+)
+@click.option("--near", type=click.FloatRange(0, 1, min_open=True), metavar="COSINE", help="Of near-duplicates.")
 @click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
 @click.option("--report", metavar="PAGE.html", help="Write a page with pictures.")
-@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@click.option("--findings", metavar="DIR", help="Write tables of what to look at next, as CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print scores and findings as JSON.")
 def evaluate(
     model: str,
     data: tuple[str, ...],
-    labels: str | None,
-    cache: str,
+    against: tuple[str, ...],
     backbone: str | None,
     device: str,
     report: str | None,
+    findings: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Score a model on images that it was not trained on.
 
-    Images whose bytes were among the training images are left out, and counted.
+    Images whose bytes were among the training images are left out, and counted; near-duplicates of them are counted.
 
     \b
     Example:
       featpipe evaluate photos.model new-photos/ --report page.html
+      featpipe evaluate photos.model cache/photos.h5 --against other.model --findings findings/
     """
     from featpipe import pipeline
     from featpipe.evaluation import evaluate as run
+    from featpipe.findings import write_findings
     from featpipe.model import load_model
 
     loaded = load_model(model, backbone=backbone, device=device)
+    others = [load_model(path, backbone=backbone, device=device) for path in against]
+    asked = {name: value for name, value in asked.items() if value is not None}
     with Terminal() as terminal:
-        evaluation = run(loaded, list(data), labels=labels, cache=cache, progress=terminal)
+        evaluation = run(loaded, list(data), against=others, progress=terminal, **asked)
         if report:
-            pipeline.write_report(report, loaded, evaluation, command=pipeline.command_line())
+            pipeline.write_report(report, evaluation, command=pipeline.command_line())
+        written = write_findings(evaluation.findings, findings) if findings else []
     if as_json:
         dump(evaluation.to_dict())
         return
     click.echo(evaluation.table())
-    if report:
-        click.echo(f"report: {report}", err=True)
+    for path in [*([report] if report else []), *map(str, written)]:
+        click.echo(path, err=True)
 
 
 @click.command(short_help="Predict every image of some archives.")
@@ -58,6 +73,9 @@ def evaluate(
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
 @click.option("--out", metavar="FILE", help="A .csv, .jsonl or .parquet file.  [default: CSV on standard output]")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="K", help="Classes to name.")
+@click.option(
+    "--sets", type=float, metavar="LEVEL", help="Name classes that hold the right one this often, such as 0.9."
+)
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
@@ -67,6 +85,7 @@ def predict(
     archives: tuple[str, ...],
     out: str | None,
     top: int,
+    sets: float | None,
     backbone: str | None,
     device: str,
     workers: int | None,
@@ -74,7 +93,8 @@ def predict(
 ) -> None:
     """Predict every image of some archives.
 
-    One row for each sample, in the archive's order, also for those that cannot be read; memory is flat.
+    One row for each sample, in the archive's order, also for those that cannot be read; memory is flat. The column
+    novelty says which share of training-like images look less new.
 
     \b
     Example:
@@ -87,7 +107,7 @@ def predict(
         raise click.UsageError("--json prints counts on standard output, where the predictions would go; give --out")
     loaded = load_model(model, backbone=backbone, device=device)
     with Terminal() as terminal:
-        counts = run(loaded, list(archives), out, top=top, workers=workers, progress=terminal)
+        counts = run(loaded, list(archives), out, top=top, sets=sets, workers=workers, progress=terminal)
     if as_json:
         dump({"out": out, "samples": sum(counts.values()), "status": counts})
     elif out:

@@ -1,6 +1,6 @@
 """One self-contained HTML page that says what was done and how well it works."""
 
 from featpipe.report.html import render, write
-from featpipe.report.page import Page, Picture, Row
+from featpipe.report.page import Gallery, Page, Picture, Rival, Row, Table
 
-__all__ = ["Page", "Picture", "Row", "render", "write"]
+__all__ = ["Gallery", "Page", "Picture", "Rival", "Row", "Table", "render", "write"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -64,19 +66,38 @@ def write(page: Page, path: str | os.PathLike[str]) -> Path:
 
 
 def render(page: Page) -> str:
-    """The page as HTML that asks nothing of the network: styles and pictures inside, no script."""
-    template, style, digest = _parts()
+    """The page as HTML that asks nothing of the network: styles, scripts, data and pictures inside."""
+    template, style, scripts = _parts()
     name, meaning = METRICS.get(page.comparison_score, (page.comparison_score, ""))
     bounds = [bound for row in page.comparison for bound in (row.score.value, row.score.low, row.score.high)]
     return template.render(
         page=page,
         style=style,
-        digest=digest,
+        scripts=scripts if page.drawn else (),
+        policy=_policy(style, scripts if page.drawn else ()),
+        data=_json(page.drawn) if page.drawn else "",
         axis=axis_of(bounds),
         compared={"name": name, "meaning": meaning},
         curves=[curve_of(name, values) for name, values in page.curves.items()],
+        contents=_contents(page),
         **_scored(page.scores),
     )
+
+
+def _contents(page: Page) -> list[tuple[str, str]]:
+    """The sections that people jump to."""
+    sections = [
+        ("comparison", "Comparison", page.comparison),
+        ("scores", "Scores", page.scores),
+        ("sure", "How sure", page.tables.keys() - {"learning"}),
+        ("confusion", "Confusions", page.scores is not None and page.scores.confusion is not None),
+        ("next", "Look at next", page.galleries),
+        ("map", "Map", page.drawn),
+        ("learning", "More labels", "learning" in page.tables),
+        ("how", "How it was judged", page.how),
+        ("provenance", "Repeat", page.provenance),
+    ]
+    return [(target, title) for target, title, there in sections if there]
 
 
 def _scored(scores: Scores | None) -> dict[str, Any]:
@@ -98,8 +119,8 @@ def _scored(scores: Scores | None) -> dict[str, Any]:
 
 
 @cache
-def _parts() -> tuple[Template, str, str]:
-    """The template, the style sheet and its digest as a content security policy wants it."""
+def _parts() -> tuple[Template, str, tuple[str, ...]]:
+    """The template, the style sheet and the scripts: D3 and Observable Plot, then our own."""
     room = files("featpipe.report")
     environment = Environment(
         loader=FunctionLoader(lambda name: (room / name).read_text("utf-8")),
@@ -109,15 +130,55 @@ def _parts() -> tuple[Template, str, str]:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=_cell, plain=_plain, short=_short, seconds=_seconds, data_uri=_data_uri, percent=_percent
+        number=_cell, plain=_plain, short=_short, seconds=_seconds, data_uri=_data_uri, percent=_percent, chance=_chance
     )
-    style = (room / "style.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return environment.get_template("page.html"), style, digest
+    scripts = tuple(
+        (room / name).read_text("utf-8").strip() for name in ("vendor/d3.min.js", "vendor/plot.min.js", "page.js")
+    )
+    return environment.get_template("page.html"), (room / "style.css").read_text("utf-8"), scripts
 
 
-def _cell(value: float | int) -> str:
-    return f"{value:,}" if isinstance(value, int) else number(value)
+def _policy(style: str, scripts: Sequence[str]) -> str:
+    """What a browser may do for this page: run these scripts, use this style, show pictures that are inside it."""
+    parts = ["default-src 'none'", "img-src data:", f"style-src {_hash(style)}"]
+    if scripts:
+        parts.append(f"script-src {' '.join(map(_hash, scripts))}")
+    return "; ".join([*parts, "base-uri 'none'", "form-action 'none'"])
+
+
+@cache
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _json(value: object) -> str:
+    """As it can stand within a script element: no character of HTML in it, texts as `_plain` makes them."""
+    text = json.dumps(_visible(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _visible(value: object) -> Any:
+    if isinstance(value, str):
+        return _plain(value)
+    if isinstance(value, bytes):
+        return _data_uri(value)
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _visible(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_visible(item) for item in value]
+    return value
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return _short(_plain(value))
+    if value is None:
+        return "–"
+    return number(value) if isinstance(value, float) else f"{value:,}"
+
+
+def _chance(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {number(p)}"
 
 
 def _plain(text: str) -> str:
@@ -154,5 +215,6 @@ def _seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _data_uri(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+def _data_uri(picture: bytes) -> str:
+    kind = "webp" if picture[:4] == b"RIFF" else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode("ascii")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from featpipe.scores import Interval, Scores
 
-__all__ = ["Page", "Picture", "Row"]
+__all__ = ["Gallery", "Page", "Picture", "Rival", "Row", "Table"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Picture:
     Attributes
     ----------
     jpeg : bytes
-        A thumbnail; it is shown as it is, so make it small.
+        A thumbnail, JPEG or WebP; it is shown as it is, so make it small. Empty where the image is not at hand.
     id : str
         The sample's id, as caption.
     true : str or None
@@ -47,6 +48,12 @@ class Picture:
     predicted : str
     probability : float or None
         Of what was predicted, None where there is none (a number).
+    row : int or None
+        Its place among the samples that the script knows.
+    beside : bytes
+        Another picture that it is shown with, as a copy of it.
+    note : str
+        A few words more.
     """
 
     jpeg: bytes
@@ -54,6 +61,75 @@ class Picture:
     true: str | None
     predicted: str
     probability: float | None = None
+    row: int | None = None
+    beside: bytes = b""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures, with their headings.
+
+    Attributes
+    ----------
+    columns : sequence of str
+    rows : sequence of sequence
+        Text and numbers.
+    total : int
+        How many rows there are in all.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Samples of one kind that deserve a look.
+
+    Attributes
+    ----------
+    name : str
+        For links within the page.
+    title, meaning : str
+    table : Table
+    pictures : sequence of Picture
+    note : str
+        What was not looked for, and why.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    table: Table
+    pictures: Sequence[Picture] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another model on the same rows, and how the two differ.
+
+    Attributes
+    ----------
+    name : str
+    score, difference : Interval
+        Of it; and of the first model minus it.
+    p : float
+    test : str
+        For people.
+    only_first, only_second : int or None
+        Rows that one alone gets right.
+    """
+
+    name: str
+    score: Interval
+    difference: Interval
+    p: float
+    test: str
+    only_first: int | None = None
+    only_second: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +154,18 @@ class Page:
         What makes the result repeatable: backbone, fingerprint, versions, command.
     curves : mapping of str to sequence of float
         A value for each epoch, by name.
+    notes : sequence of str
+        What someone with one minute must know beside the result.
+    how : sequence of (str, str)
+        How the rows were split, and what was chosen by which of them.
+    rivals : sequence of Rival
+    galleries : sequence of Gallery
+    tables : mapping of str to Table
+        The figures behind the charts, by the chart's name: ``reliability``, ``threshold``, ``learning``, ``sets``.
+    sentences : mapping of str to str
+        What a chart shows, in words, by its name.
+    drawn : mapping
+        What the script draws, as JSON can hold it; its texts are untrusted too.
     """
 
     title: str
@@ -90,3 +178,10 @@ class Page:
     bad: Sequence[tuple[str, int]] = ()
     provenance: Sequence[tuple[str, str]] = ()
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    how: Sequence[tuple[str, str]] = ()
+    rivals: Sequence[Rival] = ()
+    galleries: Sequence[Gallery] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    sentences: Mapping[str, str] = field(default_factory=dict)
+    drawn: Mapping[str, Any] = field(default_factory=dict)

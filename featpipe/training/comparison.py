@@ -92,6 +92,7 @@ def compare(
     groups: Any = None,
     times: Any = None,
     since: Any = None,
+    without: Any = None,
     progress: Tell = quiet,
     **how: Any,
 ) -> Comparison:
@@ -107,7 +108,7 @@ def compare(
     params : mapping from head to settings, optional
     metric : str, optional
         What the best is chosen by; the first of the task if not given.
-    output, calibrate, prior, memory, keep, groups, times, since, progress
+    output, calibrate, prior, memory, keep, groups, times, since, without, progress
         As for :func:`featpipe.training.train`.
     **how
         ``tune``, ``grid``, ``balance``, ``jobs``, ``one_standard_error``, ``random_state`` likewise.
@@ -124,7 +125,7 @@ def compare(
     if cv < 2 and since is None:
         raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
     kept = keeping(keep)
-    rows = training_rows(cache, output, groups=groups, times=times, since=since, memory=memory)
+    rows = training_rows(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
     wanted = heads.names(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
     given = params or {}
     plans = [plan_of(cache, rows, name, given.get(name, {}), metric=metric, **how) for name in wanted]

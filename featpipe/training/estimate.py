@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from featpipe.scores import Scores, score
 from featpipe.training.fitting import TUNING_ROWS, Fitted, Plan
 from featpipe.training.rows import Rows
 from featpipe.training.selection import subset
+from featpipe.trust import Conformal
 
 __all__ = ["Estimate", "calibrated_on_folds", "cross_validate", "main_metric"]
 
@@ -49,6 +50,10 @@ class Estimate:
         The calibration error before and after; after, each fold was calibrated on the others.
     how : str
         For people.
+    conformal : Conformal or None
+        From the predictions of all folds; None of several labels.
+    held, answers : ndarray of shape (h,) and (h, k)
+        Positions among the rows, ascending, and what was predicted for them where they were held out.
     """
 
     scores: Scores
@@ -56,6 +61,9 @@ class Estimate:
     calibration: Calibration | None
     errors: tuple[float, float] | None
     how: str
+    conformal: Conformal | None = None
+    held: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    answers: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     @property
     def spread(self) -> float:
@@ -91,14 +99,16 @@ def cross_validate(
         answers = [fold.fitted.answers(fold.X) for fold in found]
     truth = _truth(plan.task, rows)
     order = np.argsort(held, kind="stable")
-    scores = score(plan.task, truth[held[order]], np.concatenate(answers)[order], rows.classes)
+    together = np.concatenate(answers)[order]
+    scores = score(plan.task, truth[held[order]], together, rows.classes)
     name, _ = main_metric(scores, metric)
     each = [
         score(plan.task, truth[fold.held], answer, rows.classes, bootstrap=0).metrics
         for fold, answer in zip(found, answers, strict=True)
     ]
     by_fold = tuple(metrics[name].value for metrics in each if name in metrics)
-    return Estimate(scores, by_fold, calibration, errors, _how(rows, k, len(held)))
+    conformal = None if plan.task == "multilabel" else Conformal.of(np.concatenate(answers), rows.y[held])
+    return Estimate(scores, by_fold, calibration, errors, _how(rows, k, len(held)), conformal, held[order], together)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from featpipe import split
 from featpipe.cache import SPLITS, FeatureCache, View
 from featpipe.errors import CacheError, ConfigError
-from featpipe.grouping import groups_of, moment_of, times_of
+from featpipe.grouping import groups_of, moment_of, rows_named, times_of
 
 __all__ = ["Rows", "refuse_not_finite", "training_rows"]
 
@@ -96,6 +96,7 @@ def training_rows(
     groups: str | ArrayLike | None = None,
     times: str | ArrayLike | None = None,
     since: Any = None,
+    without: str | os.PathLike[str] | None = None,
     memory: int | None = None,
 ) -> Rows:
     """The labelled, readable rows; those marked ``train``, if the labels came with a split.
@@ -109,6 +110,8 @@ def training_rows(
         For each sample of the cache, as :func:`featpipe.split.folds` takes them; or ``TABLE:COLUMN``.
     since : str, number or date, optional
         With times: the earliest of the rows that the others are judged by.
+    without : path-like, optional
+        A table of images to leave out.
     memory : int, optional
         Bytes that training may use; what is available now, if not given. Features that need more stay in the file.
 
@@ -128,6 +131,8 @@ def training_rows(
     rows = cache.usable
     if cache.split.any():
         rows = _marked_for_training(cache, rows, groups)
+    if without is not None:
+        rows = rows[~np.isin(rows, rows_named(cache, without))]
     if not len(rows):
         raise CacheError(f"{cache.path}: no row is labelled, readable and marked for training")
     features = cache.features(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration, prior_offsets
 from featpipe.errors import ConfigError
+from featpipe.findings import Finding, Judged, suspects, write_findings
 from featpipe.heads.statistics import fit_from_statistics, kind_for
 from featpipe.kept import DEFAULT, Keep, Kept, keep_of
 from featpipe.model import KEPT_DIGEST_BYTES, Model
@@ -22,7 +24,9 @@ from featpipe.names import unknown
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.training.estimate import Estimate, calibrated_on_folds, cross_validate
 from featpipe.training.fitting import Fitted, Plan
+from featpipe.training.novelty import novelty_of
 from featpipe.training.rows import Rows, refuse_not_finite, training_rows
+from featpipe.trust import Trust
 
 __all__ = ["Trained", "keeping", "plan_of", "train", "train_on"]
 
@@ -46,10 +50,12 @@ def train(
     groups: str | ArrayLike | None = None,
     times: str | ArrayLike | None = None,
     since: Any = None,
+    without: str | os.PathLike[str] | None = None,
     memory: int | None = None,
     keep: str | None = None,
     jobs: int | None = None,
     random_state: int | None = 0,
+    findings: str | os.PathLike[str] | None = None,
     progress: Tell = quiet,
 ) -> Model:
     """Fit a head on the embeddings of a cache.
@@ -90,6 +96,8 @@ def train(
     since : str, number or date, optional
         With ``times``: estimate the quality once, by the images of that time or later, fitted on those before it; there
         are no folds then. The model is fitted on all of them at the end.
+    without : path-like, optional
+        A table of images to leave out, such as one of an evaluation's findings.
     memory : int, optional
         Bytes that training may use; features that need more are read from the file, pass after pass.
     keep : str, optional
@@ -99,6 +107,9 @@ def train(
     jobs : int, optional
         Processes for ``tune``, as joblib counts them.
     random_state : int or None
+    findings : path-like, optional
+        A folder for tables of training images to look at: likely label errors, mistakes and doubts of the folds, each
+        image judged by a head that was not fitted on it.
     progress : callable
 
     Returns
@@ -117,8 +128,10 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
+    if findings is not None and not cv:
+        raise ConfigError("findings are of images that were held out; give cv, 2 or more folds")
     kept = keeping(keep)
-    rows = training_rows(cache, output, groups=groups, times=times, since=since, memory=memory)
+    rows = training_rows(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
     plan = plan_of(
         cache,
         rows,
@@ -133,12 +146,20 @@ def train(
         random_state=random_state,
     )
     trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
+    if findings is not None and trained.estimate is not None:
+        write_findings(_suspects(cache, rows, plan.task, trained.estimate), findings)
     return trained.model(cache, rows, output, params or {}, kept)
 
 
 def keeping(text: str | None) -> Keep | None:
     """What to keep, as it is typed; None is what there is room for."""
     return None if text is None else Keep.of(text)
+
+
+def _suspects(cache: FeatureCache, rows: Rows, task: str, estimate: Estimate) -> list[Finding]:
+    """What the folds say of the rows that they were not fitted on."""
+    ids = [cache.ids[row] for row in rows.rows[estimate.held].tolist()]
+    return suspects(Judged(task, ids, rows.y[estimate.held], estimate.answers, rows.classes))
 
 
 def plan_of(cache: FeatureCache, rows: Rows, head: str, params: Mapping[str, object], **how: Any) -> Plan:
@@ -157,6 +178,7 @@ class Trained:
     fitted: Fitted
     estimate: Estimate | None
     calibration: Calibration | None
+    trust: Trust
 
     def model(
         self,
@@ -182,6 +204,7 @@ class Trained:
             history=_history(cache, rows, self, params),
             calibration=self.calibration,
             kept=kept,
+            trust=self.trust,
         )
 
     def _kept(self, rows: Rows, keep: Keep | None) -> Kept | None:
@@ -234,7 +257,9 @@ def train_on(
         raise ConfigError(f"{where} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)
-    return Trained(plan, fitted, estimate, calibration)
+    # answers of the folds know nothing of another mix of classes
+    conformal = estimate.conformal if estimate is not None and not offsets else None
+    return Trained(plan, fitted, estimate, calibration, Trust(novelty_of(rows, plan.task), conformal))
 
 
 def _offsets(rows: Rows, plan: Plan, prior: Mapping[str, float]) -> tuple[float, ...]:

@@ -31,9 +31,10 @@ FLOORS = [
         "fingerprint",
         "recipe",
         "image",
+        "reliability",
         "split",
     },
-    {"archive", "backbone", "cache", "calibration", "heads", "scores"},
+    {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores", "trust"},
     {"commit", "engine", "grouping", "kept", "known", "loader"},
     {"extraction", "model"},
     {"training", "evaluation", "expansion", "limits", "prediction", "verification", "upkeep"},
@@ -51,11 +52,12 @@ OWNERS = {
     "openvino": {"engine"},
     "skops": {"heads"},
     "skimage": {"tiles"},
+    "cleanlab": {"findings"},
     "tqdm": {"cli"},
 }
 NEIGHBOURS = {  # of one floor, and yet used: with the reason
     ("commit", "cache"): "a part is of a cache, and lies beside it",
-    ("evaluation", "scores"): "arithmetic",
+    ("evaluation", "training"): "a learning curve fits the model's head anew",
     ("heads", "calibration"): "a head that grew asks the old one for its scores",
     ("model", "expansion"): "model.expand, which imports it when it is called",
 }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from collections.abc import Callable
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score, mean_absolute_error
 
 from featpipe import FeatureCache, Model, evaluate, extract, load_model, train
 from featpipe.archive import Table
 from featpipe.engine import Engine
-from featpipe.errors import CacheError, CacheMismatchError, ConfigError
+from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError
+from featpipe.evaluation import SCHEMA
+from featpipe.findings import write_findings
 from featpipe.scores import score
 
 
@@ -220,3 +225,172 @@ def test_several_labels_are_matched_by_name(embed: Any, make_folder: Any) -> Non
     table = labelled(new, {name: kinds[name[:3]] + ";tail" for name in files(new)}, "labels")
     with pytest.raises(ConfigError, match="does not know: 'tail'"):
         evaluate(model, embed(new, labels=table))
+
+
+def strip(path: Path, out: Path, sides: tuple[int, int] = (30, 24)) -> None:
+    """The same picture with other bytes: smaller, as a PNG."""
+    with Image.open(path) as picture:
+        picture.resize(sides).save(out)
+
+
+@pytest.fixture
+def judged(embed: Any, make_folder: Any) -> tuple[Any, FeatureCache, FeatureCache]:
+    """A model, the cache that it was trained on, and one to judge it by, in which two images are copies."""
+    trained = embed(make_folder(each=12))
+    new = make_folder(each=20, name="new")
+    for path in sorted(new.rglob("*.jpg")):
+        if int(path.stem) < 12:
+            path.unlink()
+    for i in (3, 4):
+        strip(new.parent / "photos" / "ape" / f"{i:02}.jpg", new / "ape" / f"copy-{i}.png", (39, 31))
+    return train(trained, cv=3, params={"C": 1.0}), trained, embed(new)
+
+
+def test_copies_of_training_images_are_found_and_the_score_without_them_shown(judged: Any) -> None:
+    model, trained, cache = judged
+    found = evaluate(model, cache, trained_on=trained, near=0.999)
+    copies = found.duplicates
+    names = {
+        cache.ids[int(found.rows[a])]: trained.ids[int(found.reference.rows[b])]
+        for a, b in zip(copies.training.rows, copies.training.others, strict=True)
+    }
+    assert names == {"ape/copy-3.png": "ape/03.jpg", "ape/copy-4.png": "ape/04.jpg"}
+    kept = np.array(["copy" not in cache.ids[int(row)] for row in found.rows])
+    oracle = accuracy_score(found.truth[kept], np.array(model.classes)[found.predicted[kept].argmax(axis=1)])
+    assert copies.without.metrics["accuracy"].value == pytest.approx(oracle)
+    assert "2 rows are nearly a training image" in found.table()
+
+
+def test_the_training_images_are_found_by_their_bytes_beside_the_data_and_never_by_a_name(
+    judged: Any, tmp_path: Path, embed: Any, make_folder: Any
+) -> None:
+    model, trained, cache = judged
+    assert evaluate(model, cache).reference.cache.path == trained.path
+    model.history["trained_on"]["cache"] = cache.path.name  # of the name, but not the same
+    missing = evaluate(model, cache)
+    assert missing.reference is None
+    assert "not looked for" in missing.table()
+    assert missing.learning_curve is None
+    with pytest.raises(ConfigError, match="trained on none of its images; give the cache that it was"):
+        evaluate(model, cache, trained_on=cache)
+
+
+def test_models_are_compared_on_rows_that_none_was_trained_on(judged: Any, embed: Any, make_folder: Any) -> None:
+    model, _, cache = judged
+    some = make_folder(each=15, name="some")  # images 12 to 14 of each class are in the test cache
+    other = train(embed(some), "centroid")
+    found = evaluate(model, cache, against=[other])
+    assert found.left_out == {"trained on": 9}
+    (rival,) = found.rivals
+    assert rival.name == "centroid"
+    theirs = evaluate(other, cache)
+    assert theirs.rows.tolist() == found.rows.tolist()
+    assert rival.scores.to_dict() == theirs.scores.to_dict()
+    first, second = found.judged.right, theirs.judged.right
+    assert rival.paired.only_first == (first & ~second).sum()
+    assert rival.paired.only_second == (second & ~first).sum()
+    assert "against centroid, on the same" in found.table()
+
+
+def test_models_of_the_same_classes_in_another_order_are_compared_by_name(judged: Any) -> None:
+    model, trained, cache = judged
+    turned = train(trained, cv=None)
+    turned.classes = model.classes[::-1]
+    turned.head = Turned(model.head)
+    (rival,) = evaluate(model, cache, against=[turned]).rivals
+    assert (rival.paired.only_first, rival.paired.only_second) == (0, 0)
+    assert rival.paired.contrasts["log_loss"].difference.value == pytest.approx(0, abs=1e-12)
+
+
+class Turned:
+    """A head whose columns stand the other way round."""
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+
+    def predict_proba(self, X: Any) -> Any:
+        return self.head.predict_proba(X)[:, ::-1]
+
+
+def test_samples_of_a_table_are_left_out(judged: Any, tmp_path: Path) -> None:
+    model, trained, cache = judged
+    first = evaluate(model, cache, trained_on=trained, near=0.999)
+    paths = write_findings(first.findings, tmp_path / "findings")
+    table = tmp_path / "findings" / "near_duplicates.csv"
+    assert table in paths
+    found = evaluate(model, cache, without=table)
+    assert found.left_out["named by --without"] >= 2
+    assert not any("copy" in cache.ids[int(row)] for row in found.rows)
+    strange = tmp_path / "strange.csv"
+    strange.write_text("id\nnowhere.jpg\n")
+    with pytest.raises(ArchiveError, match=r"none of its 1 paths, such as 'nowhere\.jpg', is an image of"):
+        evaluate(model, cache, without=strange)
+
+
+def test_labels_of_training_images_are_doubted_by_the_folds_that_did_not_see_them(
+    embed: Any, make_folder: Any, tmp_path: Path
+) -> None:
+    folder = make_folder(each=12)
+    names = {name: name.split("/")[0] for name in files(folder)}
+    cache = embed(folder, labels=labelled(folder, names, "label"))
+    train(cache, cv=3, params={"C": 1.0}, findings=tmp_path / "found")
+    with open(tmp_path / "found" / "mistakes.csv", newline="") as file:
+        mistakes = list(csv.DictReader(file))
+    estimate = train(cache, cv=3, params={"C": 1.0}).scores["cross_validation"]
+    assert len(mistakes) == round(36 * (1 - estimate["metrics"]["accuracy"]["value"]))
+    assert all(names[row["id"]] == row["label"] != row["predicted"] for row in mistakes)
+    with pytest.raises(ConfigError, match="findings are of images that were held out; give cv"):
+        train(cache, findings=tmp_path / "found")
+
+
+def test_the_json_is_as_its_schema_says(judged: Any, embed: Any, make_folder: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    model, trained, cache = judged
+    schema = json.loads((resources("featpipe.evaluation") / "schema.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    found = evaluate(model, cache, against=[train(trained, "centroid")])
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    jsonschema.validate(document, schema)
+    assert document["schema"] == SCHEMA
+    assert set(document) == set(schema["properties"])
+    assert set(document["findings"]) < set(schema["properties"]["findings"]["properties"])
+    assert document["sets"][1]["level"] == 0.9
+    assert 0 <= document["novelty"]["median"] < 1
+    alone = json.loads(json.dumps(evaluate(train(embed(make_folder(name="few"))), cache).to_dict(), allow_nan=False))
+    jsonschema.validate(alone, schema)  # a model without cross-validation, whose training images are few
+
+
+def test_the_schema_keeps_every_key_of_version_1_0() -> None:
+    schema = json.loads((resources("featpipe.evaluation") / "schema.json").read_text("utf-8"))
+    kept = "schema featpipe model cache fingerprint rows left_out how task n metrics per_class confusion classes"
+    assert set(schema["required"]) >= {
+        *kept.split(),
+        "duplicates",
+        "against",
+        "learning_curve",
+        "sets",
+        "novelty",
+        "findings",
+    }
+
+
+def test_a_learning_curve_ends_at_the_model_itself(embed: Any, make_folder: Any) -> None:
+    model = train(embed(make_folder(each=60)), params={"C": 1.0})
+    cache = embed(make_folder(each=90, name="new"))
+    found = evaluate(model, cache)
+    curve = found.learning_curve
+    assert curve.sizes == (45, 90, 180)
+    assert curve.errors[-1] == pytest.approx(1 - found.scores.metrics["accuracy"].value)
+    assert curve.ahead == 360
+    assert curve.to_dict() == evaluate(model, cache).learning_curve.to_dict()
+
+
+def test_sets_and_novelty_are_measured_on_the_rows(judged: Any) -> None:
+    model, _, cache = judged
+    found = evaluate(model, cache)
+    at = next(coverage for coverage in found.coverage if coverage.level == 0.8)
+    sets = model.predict_sets_features(found.features, 0.8)
+    holds = [label in answers for label, answers in zip(found.truth, sets, strict=True)]
+    assert at.coverage.value == pytest.approx(np.mean(holds))
+    assert at.size == pytest.approx(np.mean([len(answers) for answers in sets]))
+    np.testing.assert_array_equal(found.novelty, model.novelty_features(found.features))

@@ -330,7 +330,7 @@ def test_a_regression_has_a_column_for_each_target(
     with pytest.warns(UserWarning, match="1 of 18"):
         predict(model, tmp_path / "photos", out)
     rows, names = READERS[suffix](out), [f"predicted_{name}" for name in columns.split(",")]
-    assert list(rows[0]) == ["id", "status", *names]
+    assert list(rows[0]) == ["id", "status", *names, "novelty"]
     assert [rows[7][name] or None for name in names] == [None] * len(names)
     found = [[float(row[name]) for name in names] for i, row in enumerate(rows) if i != 7]
     assert found == np.delete(expected, 7, axis=0).tolist()

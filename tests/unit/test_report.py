@@ -1,16 +1,18 @@
 import base64
 import hashlib
+import json
 import math
 import os
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from featpipe.errors import ConfigError
-from featpipe.report import Page, Picture, Row, render, write
+from featpipe.report import Gallery, Page, Picture, Rival, Row, Table, render, write
 from featpipe.report.charts import Axis, axis_of, curve_of, matrix_of
 from featpipe.scores import Interval, score_classification, score_multilabel, score_regression
 
@@ -59,6 +61,35 @@ def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
     )
 
 
+def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
+    """With all that a page of an evaluation has besides."""
+    pictures = [Picture(b"RIFFwebp", text("d.png"), text("brick"), "grass", 0.7, 3, b"RIFFtwin", text("0.99 to e.png"))]
+    return replace(
+        full_page(text, classes),
+        notes=[text("Read the intervals.")],
+        how=[(text("Scored"), text("all rows"))],
+        rivals=[
+            Rival(text("mlp"), Interval(0.9, 0.8, 0.95), Interval(0.02, -0.01, 0.05), 0.0004, text("McNemar"), 5, 1)
+        ],
+        galleries=[
+            Gallery(
+                "mistakes", text("Mistakes"), text("Look."), Table(["id", "p"], [[text("d.png"), 0.7]], 90), pictures
+            ),
+            Gallery("outliers", text("Outliers"), text("Look."), Table(["id"], []), note=text("not looked for")),
+        ],
+        tables={"reliability": Table([text("rows")], [[text("0.1"), 3, None]])},
+        sentences={"reliability": text("Overconfident.")},
+        drawn={
+            "task": "classification",
+            "classes": [text(name) for name in classes],
+            "ids": [text("a.png")],
+            "pictures": {"0": b"RIFFmore"},
+            "projection": text("principal components"),
+            "of": 1,
+        },
+    )
+
+
 class Outline(HTMLParser):
     """Tags, attributes and text as a browser reads them."""
 
@@ -76,7 +107,7 @@ class Outline(HTMLParser):
         self._style = False
 
     def handle_data(self, data):
-        if not self._style:
+        if not self._style and self.cdata_elem != "script":
             self.text.append(data)
 
     @property
@@ -92,7 +123,10 @@ def test_the_page_says_the_numbers_it_was_given():
     for score in page.scores.metrics.values():
         assert f"{score.value:.3f} {score.low:.3f}–{score.high:.3f}" in words
     for row in page.scores.per_class:
-        assert f"{row['f1']:.3f} {row['precision']:.3f} {row['recall']:.3f} {row['support']}" in words
+        low, high = row["recall_interval"]
+        recall = f"{row['recall']:.3f} {low:.3f}–{high:.3f} {row['support']}"
+        low, high = row["precision_interval"]
+        assert f"{row['f1']:.3f} {row['precision']:.3f} {low:.3f}–{high:.3f} {recall}" in words
 
 
 def test_the_bars_are_as_long_as_the_scores():
@@ -117,7 +151,7 @@ def test_the_confusion_matrix_holds_every_count():
 
 def test_a_mistake_is_told_in_words_and_not_by_colour_alone():
     words = Outline(render(full_page())).words
-    assert "✗ grass 51 % really brick b.png" in words
+    assert "✗ grass 51 % labelled brick b.png" in words
     assert "✓ brick 97 % a.png" in words
     assert "✗" not in words.split("c.png")[0].split("b.png")[1]
 
@@ -132,32 +166,84 @@ def test_pictures_are_inside_the_page():
     ]
 
 
-def test_nothing_is_asked_of_the_network():
-    html = render(full_page())
+SCRIPT = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
+
+
+@pytest.mark.parametrize("make", [full_page, scripted_page])
+def test_nothing_is_asked_of_the_network(make):
+    html = render(make())
     outline = Outline(html)
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
-    assert not {"script", "link", "iframe", "object", "form", "base"} & set(outline.tags)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", SCRIPT.sub("", html))
+    assert not {"link", "iframe", "object", "form", "base"} & set(outline.tags)
+    assert ("script" in outline.tags) == (make is scripted_page)
     for _, name, value in outline.attributes:
         assert not name.startswith("on")
         assert name != "style"
         if name in ("src", "href"):
-            assert value.startswith(("data:image/jpeg;base64,", "#"))
+            assert value.startswith(("data:image/jpeg;base64,", "data:image/webp;base64,", "#"))
+
+
+def digests(texts):
+    return [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts]
+
+
+def policy_of(html):
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
+    return policy
 
 
 def test_the_content_security_policy_allows_this_style_sheet_and_pictures_alone():
     html = render(full_page())
-    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
-    assert policy == (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    (style,) = digests(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+    assert policy_of(html) == (
+        f"default-src 'none'; img-src data:; style-src {style}; base-uri 'none'; form-action 'none'"
     )
+
+
+def test_the_content_security_policy_allows_these_scripts_and_no_other():
+    html = render(scripted_page())
+    (style,) = digests(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+    scripts = digests(re.findall(r"<script>(.*?)</script>", html, re.DOTALL))
+    assert len(scripts) == 3
+    assert policy_of(html) == (
+        f"default-src 'none'; img-src data:; style-src {style}; script-src {' '.join(scripts)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def data_of(html):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert not re.search("[<>&\n]", text)
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
+def test_the_data_of_the_script_are_the_texts_and_nothing_else(text):
+    page = scripted_page(lambda _: text, classes=(text, "grass", "gravel"))
+    data = data_of(render(page))
+    plain = re.sub("[\x00-\x1f\u202e]", lambda found: found[0].encode("unicode_escape").decode(), text)
+    assert data["ids"] == [plain]
+    assert data["pictures"] == {"0": "data:image/webp;base64," + base64.b64encode(b"RIFFmore").decode()}
+
+
+def test_findings_and_rivals_are_said_in_words():
+    words = Outline(render(scripted_page())).words
+    for expected in (
+        "Mistakes 90",
+        "✗ grass 70 % labelled brick 0.99 to e.png d.png",
+        "1 of 90",
+        "not looked for",
+        "mlp 0.900 0.800–0.950 +0.020 -0.010 to +0.050 p < 0.001 McNemar 5 1",
+        "Read the intervals.",
+        "Scored all rows",
+    ):
+        assert expected in words
 
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
 def test_untrusted_text_stays_text_wherever_it_stands(text):
-    plain = Outline(render(full_page()))
-    outline = Outline(render(full_page(lambda _: text, classes=(text, "grass", "gravel"))))
+    plain = Outline(render(scripted_page()))
+    outline = Outline(render(scripted_page(lambda _: text, classes=(text, "grass", "gravel"))))
     assert set(outline.tags) <= set(plain.tags)
     assert {(tag, name) for tag, name, _ in outline.attributes} <= {(tag, n) for tag, n, _ in plain.attributes}
 

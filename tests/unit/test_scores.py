@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -5,13 +6,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import binomtest, spearmanr
 from sklearn import metrics as sk
 
 from featpipe.errors import ConfigError
-from featpipe.scores import METRICS, Interval, score_classification, score_multilabel, score_regression
+from featpipe.scores import (
+    METRICS,
+    Interval,
+    paired,
+    score_classification,
+    score_multilabel,
+    score_regression,
+    share_interval,
+)
+from featpipe.scores.paired import mcnemar
 
 CLASSES = tuple("abcdefgh")
+SHARES = ("accuracy", "top5_accuracy", "exact_match")
 
 
 def predictions(m=300, k=8, sharpness=1.5, seed=0):
@@ -27,6 +38,16 @@ def named(codes):
     return [CLASSES[code] for code in codes]
 
 
+def calibration_oracle(confidence, right, bins=15):
+    """Slowly: bin by bin, the mean confidence beside the share that is right."""
+    edges, error = np.linspace(0, 1, bins + 1), 0.0
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        within = (confidence >= low) & ((confidence < high) | (i == bins - 1))
+        if within.any():
+            error += within.mean() * abs(confidence[within].mean() - right[within].mean())
+    return error
+
+
 def classification_oracle(codes, p):
     predicted, present = p.argmax(axis=1), np.unique(codes)
     return {
@@ -35,7 +56,9 @@ def classification_oracle(codes, p):
         "macro_f1": sk.f1_score(codes, predicted, average="macro"),
         "top5_accuracy": sk.top_k_accuracy_score(codes, p, k=5, labels=range(p.shape[1])),
         "log_loss": sk.log_loss(codes, p, labels=range(p.shape[1])),
+        "calibration_error": calibration_oracle(p.max(axis=1), predicted == codes),
         "roc_auc": np.mean([sk.roc_auc_score(codes == c, p[:, c]) for c in present]),
+        "pr_auc": np.mean([sk.average_precision_score(codes == c, p[:, c]) for c in present]),
     }
 
 
@@ -46,6 +69,7 @@ def multilabel_oracle(y, p):
         "micro_f1": sk.f1_score(y, given, average="micro"),
         "macro_f1": sk.f1_score(y, given, average="macro"),
         "exact_match": sk.accuracy_score(y, given),
+        "calibration_error": calibration_oracle(np.ravel(p), np.ravel(y)),
     }
 
 
@@ -121,6 +145,8 @@ def test_intervals_equal_those_of_resampling_the_rows_one_by_one(score, names, d
     labels = named(y) if score is score_classification else y
     metrics = score(labels, p, names, bootstrap=60, seed=5).metrics
     for name, (low, high) in resampled(y, p, oracle, 60, 5).items():
+        if name in SHARES:
+            continue
         assert metrics[name].low == pytest.approx(min(low, metrics[name].value), abs=1e-9), name
         assert metrics[name].high == pytest.approx(max(high, metrics[name].value), abs=1e-9), name
 
@@ -143,11 +169,36 @@ def test_intervals_shrink_with_the_root_of_the_rows():
     assert width(200) / width(3200) == pytest.approx(4, rel=0.15)
 
 
-def test_the_interval_of_the_accuracy_is_that_of_a_binomial():
+def test_the_interval_of_a_share_is_wilsons():
     codes, p = predictions(2000)
-    score = score_classification(named(codes), p, CLASSES).metrics["accuracy"]
-    width = 2 * 1.96 * math.sqrt(score.value * (1 - score.value) / 2000)
-    assert score.high - score.low == pytest.approx(width, rel=0.1)
+    scores = score_classification(named(codes), p, CLASSES)
+    right = codes == p.argmax(axis=1)
+    expected = binomtest(int(right.sum()), 2000).proportion_ci(method="wilson")
+    assert (scores.metrics["accuracy"].low, scores.metrics["accuracy"].high) == pytest.approx(tuple(expected))
+    for code, row in enumerate(scores.per_class):
+        own = codes == code
+        expected = binomtest(int(right[own].sum()), int(own.sum())).proportion_ci(method="wilson")
+        assert row["recall_interval"] == pytest.approx(list(expected))
+
+
+def test_a_share_has_its_interval_at_the_ends_too():
+    low, high = share_interval([0, 20], [20, 20])
+    ends = [binomtest(right, 20).proportion_ci(method="wilson") for right in (0, 20)]
+    assert low == pytest.approx([end.low for end in ends])
+    assert high == pytest.approx([end.high for end in ends])
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_where_all_rows_are_right_or_wrong_no_score_is_certain(right):
+    codes = np.arange(40) % 4
+    p = 0.025 + 0.9 * np.eye(4)[codes if right else (codes + 1) % 4]
+    metrics = score_classification(named(codes), p, CLASSES[:4]).metrics
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", *(("roc_auc", "pr_auc") if right else ())):
+        assert metrics[name].value == (1 if right else 0), name
+        assert metrics[name].high - metrics[name].low > 0.05, name
+    rare = np.repeat(np.arange(2), (38, 2))
+    metrics = score_classification(named(rare), 0.1 + 0.8 * np.eye(2)[rare], CLASSES[:2]).metrics
+    assert metrics["balanced_accuracy"].low < metrics["accuracy"].low - 0.2  # two rows say little of a class
 
 
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
@@ -160,7 +211,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
 
 
 def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
-    monkeypatch.setattr("featpipe.scores._RANKED", 10)
+    monkeypatch.setattr("featpipe.scores.measuring._RANKED", 10)
     codes, p = predictions(50)
     metrics = score_classification(named(codes), p, CLASSES).metrics
     assert not metrics["roc_auc"].known
@@ -266,7 +317,10 @@ def test_the_dictionary_is_json_with_stable_keys():
     scores = json.loads(json.dumps(score_classification(named(codes), p, CLASSES).to_dict(), allow_nan=False))
     assert list(scores) == ["task", "n", "metrics", "per_class", "confusion", "classes"]
     assert set(scores["metrics"]["accuracy"]) == {"value", "low", "high"}
-    assert set(scores["per_class"][0]) == {"name", "precision", "recall", "f1", "support"}
+    assert set(scores["per_class"][0]) == {
+        *("name", "precision", "recall", "f1", "support"),
+        *("precision_interval", "recall_interval"),
+    }
     assert np.sum(scores["confusion"]) == scores["n"] == 50
 
 
@@ -307,3 +361,60 @@ def test_every_score_has_a_name_and_a_meaning():
         *score_regression(*regression(), ["a", "b"]).metrics,
     }
     assert found == set(METRICS)
+
+
+def test_mcnemar_counts_the_rows_that_one_model_alone_gets_right():
+    y = np.zeros(60, int)
+    first, second = np.ones(60), np.ones(60)
+    first[:4], second[2:14] = 0, 0  # 2 wrong in both, 2 in the first alone, 10 in the second alone
+    both = [np.column_stack([right, 1 - right]) for right in (first, second)]
+    found = paired("classification", named(y), *both, CLASSES[:2])
+    assert (found.only_first, found.only_second, found.n) == (10, 2, 60)
+    exact = 2 * sum(math.comb(12, i) for i in range(3)) / 2**12
+    contrast = found.contrasts["accuracy"]
+    assert contrast.p == pytest.approx(exact)
+    assert contrast.test == "mcnemar"
+    assert contrast.difference.value == pytest.approx(8 / 60)
+    assert contrast.difference.low < 8 / 60 < contrast.difference.high
+    swapped = paired("classification", named(y), *both[::-1], CLASSES[:2])
+    assert swapped.contrasts["accuracy"].difference.value == pytest.approx(-8 / 60)
+    assert swapped.contrasts["accuracy"].p == contrast.p
+
+
+def test_models_that_agree_on_every_row_differ_by_nothing_with_an_interval():
+    codes, p = predictions(100)
+    contrast = paired("classification", named(codes), p, p, CLASSES).contrasts["accuracy"]
+    assert (contrast.p, contrast.difference.value) == (1.0, 0.0)
+    assert contrast.difference.low == pytest.approx(-contrast.difference.high)
+    assert contrast.difference.high > 0.005
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "data", "oracle"),
+    [
+        ("regression", ("height", "width"), regression(80), regression_oracle),
+        ("multilabel", CLASSES[:4], multilabel(80), multilabel_oracle),
+    ],
+)
+def test_the_interval_of_a_difference_resamples_both_models_alike(task, names, data, oracle):
+    y, p = data
+    q = p.copy()
+    q[::3] = q[::3][:, ::-1]
+    found = paired(task, y, p, q, names, bootstrap=60, seed=3).contrasts
+    rng = np.random.default_rng(3)
+    draws = rng.integers(0, len(y), (60, len(y)))
+    values = [{n: v - oracle(y[r], q[r])[n] for n, v in oracle(y[r], p[r]).items()} for r in draws]
+    for name in set(found) - set(SHARES):
+        difference = np.array([value[name] for value in values])
+        low, high = np.percentile(difference, (2.5, 97.5))
+        assert (found[name].difference.low, found[name].difference.high) == pytest.approx((low, high), abs=1e-9)
+        assert found[name].p <= 1
+
+
+def test_the_interval_of_a_paired_difference_holds_the_truth_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        first, second = rng.random(150) < 0.9, rng.random(150) < 0.8
+        found = mcnemar(first, second).difference
+        held += found.low <= 0.1 <= found.high
+    assert 0.93 <= held / 400 <= 0.985

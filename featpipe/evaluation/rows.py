@@ -1,0 +1,82 @@
+"""Which rows of a cache a model may be judged by, and what is true of them in the model's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.cache import SPLITS, FeatureCache
+from featpipe.errors import CacheError, ConfigError
+from featpipe.model import Model
+
+__all__ = ["rows_to_score", "truth_of"]
+
+
+def rows_to_score(
+    models: Sequence[Model], cache: FeatureCache, without: NDArray[np.integer[Any]]
+) -> tuple[NDArray[np.int64], dict[str, int]]:
+    """The rows to score, and how many are left out for which reason.
+
+    Parameters
+    ----------
+    models : sequence of Model
+        A row that one of them was trained on is scored for none.
+    cache : FeatureCache
+    without : ndarray of int
+        Row numbers that are left out on request.
+    """
+    rows = cache.usable
+    left_out = dict(cache.bad_rows())
+    unlabelled = int(np.count_nonzero(cache.ok)) - len(rows)
+    if cache.split.any():
+        test = cache.split[rows] == SPLITS.index("test")
+        left_out["not in the test split"] = int(np.count_nonzero(~test))
+        rows = rows[test]
+    unwanted = np.isin(rows, without)
+    left_out["named by --without"] = int(np.count_nonzero(unwanted))
+    rows = rows[~unwanted]
+    seen = np.any([model.was_trained_on(cache.digests[rows]) for model in models], axis=0)
+    left_out |= {"without a label": unlabelled, "trained on": int(np.count_nonzero(seen))}
+    rows = rows[~seen]
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    if not len(rows):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise CacheError(
+            f"{cache.path}: no row is left to score ({reasons}); evaluate on other images, "
+            "or read the cross-validated scores that `featpipe info MODEL` shows"
+        )
+    return rows.astype(np.int64), left_out
+
+
+def truth_of(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """The labels of the rows in the model's terms: class names, or columns in the order of its labels or targets."""
+    labels = cache.label_table.take(rows)
+    if model.task == "classification":
+        _refuse_strange(model, cache, [cache.classes[code] for code in np.unique(labels.values)])
+        return labels.y
+    if model.task == "multilabel":
+        _refuse_strange(model, cache, [cache.classes[column] for column in np.flatnonzero(labels.values.any(axis=0))])
+        column = {name: i for i, name in enumerate(cache.classes)}
+        absent = np.zeros(len(rows), np.int8)
+        return np.column_stack([labels.values[:, column[name]] if name in column else absent for name in model.classes])
+    missing = [name for name in model.classes if name not in cache.classes]
+    if missing:
+        raise ConfigError(
+            f"{cache.path}: has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
+            f"it has {', '.join(map(repr, cache.classes[:5]))}: give fitting labels with --labels"
+        )
+    y = labels.values[:, [cache.classes.index(name) for name in model.classes]]
+    return y[:, 0] if len(model.classes) == 1 else y
+
+
+def _refuse_strange(model: Model, cache: FeatureCache, found: Sequence[str]) -> None:
+    strange = [name for name in found if name not in model.classes]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise ConfigError(
+            f"{cache.path}: has labels that the model does not know: {', '.join(map(repr, strange[:3]))}{more}; "
+            "leave those images out, or train a model that has them"
+        )

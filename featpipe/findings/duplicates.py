@@ -1,0 +1,66 @@
+"""Pictures that are nearly the same: copies that were scaled, cut or compressed anew, and so have other bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["NEAR", "Pairs", "near_duplicates"]
+
+NEAR = 0.93
+"""From this cosine on, seen from the mean of the embeddings, two pictures are taken for copies of each other.
+
+Measured with ``efficientnet_lite0`` on 500 drawings of openclipart of at most 400 pixels: of copies this finds 98 % of
+those mirrored, 90 % of those made darker by 15 %, 72 % of those with 4 % cut off each side, 44 % of those compressed to
+JPEG at quality 60 and 34 % of those at half the size. Of the drawings themselves every seventh has another as near,
+most of them variants of one drawing; of Google's emoji 12 %, which differ in a detail such as the colour of hair.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of a row and its most similar other picture, the most similar first.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (p,), int64
+        Positions among the rows that were looked at.
+    others : ndarray of shape (p,), int64
+    similarities : ndarray of shape (p,)
+    """
+
+    rows: NDArray[np.int64]
+    others: NDArray[np.int64]
+    similarities: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def near_duplicates(
+    similarities: NDArray[np.float32], numbers: NDArray[np.int64], threshold: float = NEAR, *, same: bool = False
+) -> Pairs:
+    """The rows whose nearest neighbour is nearly the same picture.
+
+    Parameters
+    ----------
+    similarities, numbers : ndarray of shape (m, k)
+        As :func:`featpipe.findings.nearest` finds them.
+    threshold : float
+    same : bool
+        Whether the neighbours are among the rows: a pair is then named once.
+    """
+    if not similarities.shape[1]:
+        empty: NDArray[Any] = np.zeros(0)
+        return Pairs(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.float32))
+    rows = np.flatnonzero(similarities[:, 0] >= threshold)
+    others, best = numbers[rows, 0], similarities[rows, 0]
+    if same:
+        mutual = numbers[others, 0] == rows
+        once = ~mutual | (rows < others)
+        rows, others, best = rows[once], others[once], best[once]
+    order = np.argsort(-best, kind="stable")
+    return Pairs(rows[order], others[order], best[order])

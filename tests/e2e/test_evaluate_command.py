@@ -1,0 +1,115 @@
+"""The evaluate command: tables that go back into commands, JSON, a page, and errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+
+import jsonschema
+import pytest
+
+from featpipe.cli import main
+from tests.conftest import jpeg
+
+
+@dataclass
+class Done:
+    """What a command left."""
+
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str, code: int = 0) -> Done:
+    """The command as it is typed, in this process: starting one costs more than the work."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["featpipe", *arguments]
+    found = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as done:
+        found = int(done.code or 0)
+    finally:
+        sys.argv = before
+    assert found == code, f"exit {found}\n{out.getvalue()}\n{err.getvalue()}"
+    return Done(out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two caches and two models, made by the commands themselves."""
+    home = tmp_path_factory.mktemp("evaluate")
+    for part, first in (("train", 0), ("test", 50)):
+        for number, label in enumerate(("ape", "bee")):
+            (home / part / label).mkdir(parents=True)
+            for i in range(9):
+                (home / part / label / f"{i}.jpg").write_bytes(jpeg(1000 * number + first + i))
+    with contextlib.chdir(home):
+        for part in ("train", "test"):
+            run("extract", part, "--backbone", "resnet18", "--weights", "none", "--out", f"cache/{part}.h5")
+        run("train", "cache/train.h5", "--set", "C=1", "--cv", "2", "--out", "a.model")
+        run("train", "cache/train.h5", "--head", "centroid", "--cv", "0", "--out", "b.model")
+    return home
+
+
+@pytest.fixture
+def home(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def test_findings_go_back_into_evaluate_and_train(home):
+    done = run("evaluate", "a.model", "cache/test.h5", "--against", "b.model", "--findings", "found")
+    assert "against centroid, on the same 18 rows" in done.stdout
+    with open(home / "found" / "unsure.csv", newline="") as file:
+        ids = [row["id"] for row in csv.DictReader(file)]
+    assert ids
+    assert set(ids) <= {f"{label}/{i}.jpg" for label in ("ape", "bee") for i in range(9)}
+    (home / "one.csv").write_text(f"id\n{ids[0]}\n")
+    left = json.loads(run("evaluate", "a.model", "cache/test.h5", "--without", "one.csv", "--json").stdout)
+    assert left["left_out"] == {"named by --without": 1}
+    run("train", "cache/test.h5", "--without", "one.csv", "--set", "C=1", "--cv", "0", "--out", "c.model")
+    rest = json.loads(run("evaluate", "c.model", "cache/test.h5", "--json").stdout)
+    assert (rest["rows"], rest["left_out"]) == (1, {"trained on": 17})
+
+
+def test_the_json_is_as_the_schema_says_and_a_page_is_written_beside_it(home):
+    done = run("evaluate", "a.model", "test", "--report", "page.html", "--json")
+    schema = json.loads((files("featpipe.evaluation") / "schema.json").read_text("utf-8"))
+    jsonschema.validate(json.loads(done.stdout), schema)
+    page = (home / "page.html").read_text("utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "featpipe evaluate a.model test --report page.html --json" in page
+    assert len(page) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("b.model", "cache/none.h5"), "cache/none.h5"),
+        (("a.model", "cache/test.h5", "--against", "none.model"), "none.model: there is no such model file"),
+        (("a.model", "cache/test.h5", "--trained-on", "cache/test.h5"), "the model was trained on none of its images"),
+        (("a.model", "cache/test.h5", "--without", "none.csv"), "none.csv: cannot be read"),
+        (("a.model", "cache/test.h5", "--findings", "a.model/x"), "cannot write the findings"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(home, arguments, message):
+    done = run("evaluate", *arguments, code=1)
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("featpipe: ")
+    assert message in lines[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_sets_need_a_level_that_is_a_share_and_a_model_that_has_them(home):
+    run("predict", "a.model", "test", "--sets", "0.8", "--out", "p.jsonl")
+    rows = [json.loads(line) for line in (home / "p.jsonl").read_text().splitlines()]
+    assert all(row["label"] in row["set"] and 0 <= row["novelty"] < 1 for row in rows)
+    assert "between 0 and 1" in run("predict", "a.model", "test", "--sets", "9", code=1).stderr
+    assert "train with --cv 2 or more" in run("predict", "b.model", "test", "--sets", "0.9", code=1).stderr

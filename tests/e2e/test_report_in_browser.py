@@ -1,0 +1,227 @@
+"""The report in a real browser: Chromium, driven by Playwright; skipped where either is missing.
+
+One browser and one page with hostile names serve all tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featpipe import evaluate, extract, train
+from featpipe.pipeline import write_report
+from tests.conftest import jpeg
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")
+
+CLASSES = (
+    "<script>document.title='owned'<∕script>",  # a slash in a folder's name would be another folder
+    '"><img src=x onerror="document.title=\'owned\'">',
+    "line\nbreak & \u202egnp.exe",
+    "שלום",
+    "long" + "g" * 200,
+)
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """The report of a model on images of classes with hostile names, compared with another model."""
+    from featpipe import backbone
+    from tests.conftest import Tiny, tiny_transform
+
+    home = tmp_path_factory.mktemp("report")
+    for part, each in (("train", 8), ("test", 12)):
+        for number, name in enumerate(CLASSES):
+            folder = home / part / name
+            folder.mkdir(parents=True)
+            for i in range(each):
+                seed = 1000 * (number // 2) + (100 if part == "test" else 0) + i  # two and two classes look alike
+                (folder / f"{i:02}<b>.jpg").write_bytes(jpeg(seed))
+    tiny = backbone.load(Tiny(), transform=tiny_transform)
+    caches = {
+        part: extract(home / part, backbone=tiny, cache=home, out=home / f"{part}.h5") for part in ("train", "test")
+    }
+    model, other = train(caches["train"], "logistic", cv=2), train(caches["train"], "centroid")
+    evaluation = evaluate(model, caches["test"], against=[other], trained_on=caches["train"])
+    return write_report(home / "page.html", evaluation, command="featpipe evaluate …"), evaluation
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as driver:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def opened(browser, page_file):
+    """The page, and all that it complained of or asked for."""
+    complaints: list[str] = []
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.append(request.url) if not own(request.url, page_file[0]) else None)
+    page.goto(page_file[0].as_uri())
+    yield page, complaints
+    page.close()
+
+
+def own(url: str, file: Path) -> bool:
+    return url.startswith("data:") or url.split("#")[0] == file.as_uri()
+
+
+def test_nothing_is_complained_of_and_nothing_asked_of_the_network(opened):
+    page, complaints = opened
+    assert page.evaluate("document.documentElement.classList.contains('scripted')")
+    assert page.title().startswith("logistic on")
+    assert complaints == []
+
+
+def test_hostile_names_stay_text(opened):
+    page, _ = opened
+    assert page.locator("b >> text=.jpg").count() == 0
+    for name in CLASSES[:2]:
+        assert page.locator("th bdi", has_text=name[:12]).count() > 0
+    assert page.evaluate("document.body.innerText.includes('\\u202e')") is False
+
+
+def test_every_chart_is_drawn_from_the_figures(opened, page_file):
+    page, _ = opened
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('[data-chart]')].map(e => [e.dataset.chart, !!e.querySelector('svg')])"
+    )
+    assert {name for name, there in drawn if there} >= {"reliability", "threshold"}
+    assert all(there for _, there in drawn)
+    assert page.locator("svg style").count() == 0
+
+
+def test_a_click_on_a_cell_shows_its_images_and_escape_closes_them(opened, page_file):
+    page, complaints = opened
+    confusion = page_file[1].scores.confusion
+    true, predicted = (int(i) for i in np.argwhere((confusion > 0) & ~np.eye(len(confusion), dtype=bool))[0])
+    page.locator(f"[data-cell='{true},{predicted}']").click()
+    dialog = page.locator("#dialog")
+    assert dialog.is_visible()
+    assert dialog.locator("figure").count() == confusion[true, predicted]
+    assert all(
+        source.startswith("data:image/webp;base64,")
+        for source in dialog.locator("img").evaluate_all("images => images.map(image => image.src)")
+    )
+    assert dialog.locator("img").evaluate_all("images => images.every(image => image.naturalWidth > 0)")
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    page.locator(f"[data-cell='{true},{predicted}']").focus()
+    page.keyboard.press("Enter")
+    assert dialog.is_visible()
+    page.locator("#dialog-close").click()
+    assert not dialog.is_visible()
+    assert complaints == []
+
+
+def test_the_threshold_says_what_is_left(opened, page_file):
+    page, _ = opened
+    evaluation = page_file[1]
+    slider = page.locator("#threshold")
+    slider.focus()
+    threshold = int(100 * np.median(evaluation.predicted.max(axis=1))) / 100
+    slider.evaluate("(input, to) => { input.value = to; input.dispatchEvent(new Event('input')); }", threshold - 0.01)
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#threshold-value").inner_text() == f"{threshold:.2f}"
+    sure = evaluation.predicted.max(axis=1) >= threshold
+    right = evaluation.judged.right[sure].mean()
+    expected = (
+        f"({sure.sum()}), {100 * right:.1f} % of them rightly; {(sure & ~evaluation.judged.right).sum()} mistakes"
+    )
+    assert expected in page.locator("#threshold-outcome").inner_text()
+
+
+def test_the_map_is_walked_with_arrows_and_shows_pictures_on_hover(opened):
+    page, complaints = opened
+    canvas = page.locator("#map-canvas")
+    canvas.scroll_into_view_if_needed()
+    canvas.focus()
+    page.keyboard.press("ArrowRight")
+    card = page.locator("#map-card")
+    first = card.inner_text()
+    assert "%" in first
+    assert page.locator("#map-picture").evaluate("image => image.naturalWidth") > 0
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")
+    assert card.inner_text() != first
+    page.keyboard.press("Escape")
+    assert card.is_hidden()
+    box = canvas.bounding_box()
+    for share in np.linspace(0.1, 0.9, 40):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+        if card.is_visible():
+            break
+    assert card.is_visible()
+    page.mouse.move(box["x"] + 5, box["y"] - 40)
+    page.locator("#map-class").select_option("wrong")
+    page.locator("#map-colour").select_option("sure")
+    assert complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_text_is_legible_and_nothing_sticks_out(opened, scheme, width):
+    page, complaints = opened
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.wait_for_timeout(50)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    contrast = page.evaluate(CONTRAST)
+    assert min(contrast.values()) >= 4.5, contrast
+    assert complaints == []
+    page.set_viewport_size({"width": 1200, "height": 900})
+
+
+CONTRAST = """() => {
+  const style = getComputedStyle(document.documentElement);
+  const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const luminance = (name) => {
+    const [r, g, b] = style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/gi).map((h) => linear(parseInt(h, 16)));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const paper = luminance("--paper");
+  return Object.fromEntries(["--ink", "--muted", "--right", "--wrong"].map((n) => [n, ratio(luminance(n), paper)]));
+}"""
+
+
+def test_what_is_pressed_can_be_reached_with_the_keyboard(opened):
+    page, _ = opened
+    unreachable = page.evaluate(
+        "[...document.querySelectorAll('[data-cell], a, button, input, select, canvas, summary')]"
+        ".filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert unreachable == []
+
+
+def test_it_prints_without_controls(opened, tmp_path):
+    page, complaints = opened
+    page.emulate_media(media="print")
+    assert not page.locator(".slider").is_visible()
+    assert not page.locator("nav").is_visible()
+    assert page.locator("[data-chart=reliability] svg").is_visible()
+    assert len(page.pdf()) > 10_000
+    page.emulate_media(media="screen")
+    assert complaints == []
+
+
+def test_without_scripts_the_tables_and_galleries_are_there(browser, page_file):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(page_file[0].as_uri())
+    assert page.locator("figure img").first.is_visible()
+    assert not page.locator("#map-canvas").is_visible()
+    assert page.locator(".chart summary").first.is_visible()
+    context.close()
