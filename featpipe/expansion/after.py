@@ -17,6 +17,7 @@ from featpipe.expansion.methods import METHODS
 from featpipe.expansion.result import Expansion, metrics_of
 from featpipe.heads.grown import innermost
 from featpipe.model import KEPT_DIGEST_BYTES, Model
+from featpipe.trust import Trust
 
 __all__ = ["model_after"]
 
@@ -56,6 +57,7 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
         trained_on=np.unique(digests, axis=0),
         calibration=_calibration(model, found),
         kept=kept,
+        trust=Trust(),  # what was known of held-out images was of other classes
         scores={},
         history=_history(case, found, caches, request),
         path=model.path if model._carries_weights else None,  # where its weights are

@@ -270,18 +270,32 @@ def _ewc(step: Step, watch: Watch | None) -> Pipeline:
 def _balanced(step: Step, fit: Callable[[_Rows, Watch | None], LastLayer], watch: Watch | None) -> Pipeline:
     """With an offset between old and new classes that is found on new rows that were held out."""
     rows = _Rows.plain(step.new)
-    layer = fit(rows, watch)
+    layer = _level(step, fit(rows, watch), rows)
     old = _stand_ins(step)
     scores = np.zeros((len(rows.y), step.k))
     scores_old = np.zeros((0 if old is None else len(old.y), step.k))
     turns = _turns(len(rows.y))
     for ((fit_rows, held),) in turns:
-        part = fit(rows.take(fit_rows), None)
+        part = _level(step, fit(rows.take(fit_rows), None), rows.take(fit_rows))
         scores[held] = part.scores(step.features(rows.X[held]))
         if old is not None:
             scores_old += part.scores(step.features(old.X)) / len(turns)
     weights = np.zeros(0) if old is None else old.judges
     return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, weights, scores, rows.y)))
+
+
+def _level(step: Step, layer: LastLayer, rows: _Rows) -> LastLayer:
+    """New classes as high as old ones, on average over the new rows that the layer was fitted on.
+
+    Rows of new classes alone draw the two apart without end, and how far they come is the search's, not the rows'. An
+    offset can only be carried over between layers that begin alike.
+    """
+    Z = step.features(rows.X[rows.y >= step.k_old])
+    if not len(Z):
+        return layer
+    scores = layer.scores(Z)
+    gap = logsumexp(scores[:, step.k_old :], axis=1) - logsumexp(scores[:, : step.k_old], axis=1)
+    return _moved(layer, step.k_old, -float(gap.mean()))
 
 
 def _frozen_old(step: Step, watch: Watch | None) -> Pipeline:

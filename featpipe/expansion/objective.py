@@ -144,7 +144,7 @@ def minimise(objective: Objective, start: LastLayer, epochs: int, watch: Watch |
 
     first = np.column_stack([start.W, start.b]).ravel()
     told(first)
-    options = {"maxiter": epochs, "maxfun": 4 * epochs, "gtol": 1e-6, "ftol": 1e-9}
+    options = {"maxiter": epochs, "maxfun": 4 * epochs, "gtol": 1e-8, "ftol": 1e-14}
     found = minimize(mean_value, first, jac=True, method="L-BFGS-B", callback=told, options=options)
     return _layer(found.x.reshape(shape))
 
