@@ -204,13 +204,66 @@ def test_an_unknown_precision_is_answered_with_the_nearest(tiny):
         Engine(tiny, torch.device("cpu"), "fp23")
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def pictures(n: int, size: tuple[int, int] = (224, 224)) -> Tensor:
+    return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def farthest(a: np.ndarray, b: np.ndarray) -> float:
+    """1 - the least cosine of two embeddings of an image."""
+    return float(1 - ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
+@pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("tf32", 1e-3), ("bf16", 1e-2), ("fp16", 1e-3)])
-def test_a_gpu_gives_the_embeddings_of_the_cpu(precision, tolerance):
+def test_a_gpu_gives_the_embeddings_of_the_cpu(name, precision, tolerance):
+    net = backbone.load(name, weights="none")
+    exact = Engine(net, torch.device("cpu")).embed(pictures(4))["pooled"]
+    found = Engine(net, torch.device("cuda"), precision).embed(pictures(4))["pooled"]
+    assert farthest(found, exact) < tolerance
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_batches_that_are_begun_before_others_are_waited_for_keep_their_answers():
     net = backbone.load("resnet18", weights="none")
-    x = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    exact = Engine(net, torch.device("cpu")).embed(x)["pooled"]
-    found = Engine(net, torch.device("cuda"), precision).embed(x)["pooled"]
-    cosine = (exact * found).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(found, axis=1)
-    assert cosine.min() > 1 - tolerance
+    made = Engine(net, torch.device("cuda"), batch=8)
+    batches = [made.collect(list(part)) for part in pictures(60).split(8)]
+    begun = [made.submit(batch) for batch in batches]
+    together = np.concatenate([answer()["pooled"] for answer in begun])
+    alone = np.concatenate([made.embed(batch)["pooled"] for batch in batches])
+    assert np.array_equal(together, alone)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_network_that_cannot_be_captured_is_called():
+    net = backbone.load(Deciding(), transform=tiny_transform)
+    made = Engine(net, torch.device("cuda"))
+    expected = Engine(net, torch.device("cpu")).embed(images(3))["pooled"]
+    assert np.allclose(made.embed(images(3))["pooled"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(monkeypatch):
+    from featpipe.engine.cuda import Cuda
+
+    begin = Cuda._begin
+
+    def crowded(self, some):
+        if self.batch > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(self, some)
+
+    net = backbone.load("resnet18", weights="none")
+    expected = Engine(net, torch.device("cpu")).embed(pictures(8))["pooled"]
+    monkeypatch.setattr(Cuda, "_begin", crowded)
+    made = Engine(net, torch.device("cuda"), batch=16)
+    found = made.embed(made.collect(list(pictures(8))))["pooled"]
+    assert made.batch == 4
+    assert farthest(found, expected) < 1e-6
