@@ -129,7 +129,7 @@ def begun(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_extraction_that_is_stopped_says_how_to_go_on_and_goes_on(command, make_folder, slow, tmp_path, stop):
-    make_folder(each=40)
+    make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     arguments = ["extract", "photos", "--backbone", slow, "--batch", "2", "--workers", "2"]
     process = begun(arguments, tmp_path)
     process.send_signal(stop)
@@ -141,8 +141,8 @@ def test_an_extraction_that_is_stopped_says_how_to_go_on_and_goes_on(command, ma
         assert "Traceback" not in err
     assert not list(tmp_path.glob("cache/*.h5"))
     again = json.loads(command(*arguments, "--json").stdout)
-    assert again["samples"] == 120
-    assert 0 < again["manifest"]["embedded"] < 120
+    assert again["samples"] == 90
+    assert 0 < again["manifest"]["embedded"] < 90
 
 
 def wrong_input(tmp_path) -> dict[str, tuple[list[str], int, str]]:

@@ -95,7 +95,7 @@ main()
 
 
 def test_an_interrupt_commits_what_the_processes_have_and_ends_them(make_folder, tmp_path):
-    folder = make_folder(each=60)
+    folder = make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
     given = ["extract", folder, "--backbone", "slow:net", "--batch", "2", "--device", "cpu,cpu", "--out", "c.h5"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
