@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -102,15 +102,13 @@ def embed(run: Run, devices: Sequence[torch.device], rows: NDArray[np.int64]) ->
 @contextlib.contextmanager
 def _started(tasks: Sequence[_Task]) -> Iterator[dict[_Connection, _Process]]:
     """The processes with their tasks; all of them are gone afterwards, and have committed what they had."""
-    with contextlib.ExitStack() as stack:
-        processes: dict[_Connection, _Process] = {}
+    processes: dict[_Connection, _Process] = {}
+    try:
         for _ in tasks:
             ours, theirs = Pipe()
-            stack.callback(ours.close)
             with theirs:
                 command = [sys.executable, "-c", START, str(theirs.fileno())]
                 processes[ours] = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: S603
-        stack.callback(_stop, list(processes.values()))
         for task, (connection, process) in zip(tasks, processes.items(), strict=True):
             try:
                 connection.send(sys.path)
@@ -121,6 +119,8 @@ def _started(tasks: Sequence[_Task]) -> Iterator[dict[_Connection, _Process]]:
             except Exception as error:  # whatever a network of one's own holds that cannot be copied
                 raise ConfigError(f"{task.backbone.name} {ALONE} ({error})") from error
         yield processes
+    finally:
+        _stop(processes)
 
 
 def _listen(run: Run, processes: dict[_Connection, _Process]) -> None:
@@ -151,12 +151,14 @@ def _refuse_dead(process: _Process) -> None:
         raise CacheError(f"a process of this extraction {how}; what was finished is kept: run the same command again")
 
 
-def _stop(processes: Sequence[_Process]) -> None:
+def _stop(processes: Mapping[_Connection, _Process]) -> None:
     """Ask the processes to commit what they have and go; those that do not are killed."""
-    for process in processes:
+    for process in processes.values():
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-    for process in processes:
+    for connection in processes:
+        connection.close()  # who waits for an answer gets none any more
+    for process in processes.values():
         try:
             process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
