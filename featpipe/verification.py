@@ -28,8 +28,8 @@ TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 0.3}
 """Largest accepted distance of an embedding computed again, relative to its length, for each precision.
 
 Another processor, engine or version of torch sums in another order. On one machine with the same engine and batch size
-the distance is 0. Half precision moved EfficientNet-Lite0's embeddings of photographs by up to 0.15, each engine's in its
-own way.
+the distance is 0. Half precision moved EfficientNet-Lite0's embeddings of photographs by up to 0.15, each engine's in
+its own way.
 """
 HALF_STORAGE = 1e-3  # on top, where float16 is stored: its rounding error is at most 2^-11 for each number
 ROWS_AT_ONCE = 8192
