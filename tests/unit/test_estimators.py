@@ -347,7 +347,9 @@ def test_labels_that_do_not_fit_are_value_errors(tiny: Any, photos: list[str], y
     one_line(ValueError, "could not convert", regressor.fit, photos, y)
 
 
-@pytest.mark.parametrize("X", ["a.jpg", b"...", [], np.zeros((9, 9, 3), np.uint8), iter(["a.jpg"])], ids=repr)
+@pytest.mark.parametrize(
+    "X", ["a.jpg", b"...", [], np.zeros((9, 9, 3), np.uint8), iter(["a.jpg"])], ids=lambda X: type(X).__name__
+)
 def test_what_is_not_a_list_of_images_is_a_value_error(X: Any, tiny: Any) -> None:
     one_line(ValueError, "list", FeatureExtractor(tiny).fit(X).transform, X)
 

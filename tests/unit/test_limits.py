@@ -98,7 +98,10 @@ def test_nothing_is_advised_that_brings_nothing(monkeypatch):
 def test_the_command_prints_a_table_or_json(command, make_folder, tmp_path):
 
     (tmp_path / "net.py").write_text(
-        "from tests.conftest import Tiny, tiny_transform\ndef tiny():\n    return Tiny(), tiny_transform\n"
+        "from torch import nn\n"
+        "def tiny():\n"
+        "    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "    return network, lambda image: image[:, :12, :12].float() / 255\n"
     )
     given = [make_folder(), "--backbone", "net:tiny", "--device", "cpu", "--engine", "torch", "--seconds", "1"]
     printed = command("bench", *given).stdout

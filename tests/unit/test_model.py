@@ -495,7 +495,7 @@ def test_columns_and_stacks_of_images_are_lists_of_images(model: Model, photos: 
     "images",
     ["a.jpg", b"...", Path("a.jpg"), Image.new("RGB", (4, 4)), np.zeros((9, 9, 3), np.uint8), None, 7,
      np.zeros((9, 9), np.uint8), np.zeros((0, 4, 4, 3), np.uint8), {"a.jpg": 1}, {"a.jpg"}, iter(["a.jpg"]), []],
-    ids=repr,
+    ids=lambda images: type(images).__name__,
 )  # fmt: skip
 def test_what_is_not_a_list_of_images_is_one_line(images: object, model: Model) -> None:
     with pytest.raises(ConfigError, match="list") as caught:
