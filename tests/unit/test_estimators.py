@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -56,6 +57,7 @@ def by_hand(backbone: Any, paths: list[str]) -> np.ndarray:
 @pytest.fixture
 def counting(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A network that writes down each image that it embeds, in whatever process; not the probes before."""
+    get_reusable_executor().shutdown(wait=True)  # processes of an earlier test do not know where the module is
     (home / "counting.py").write_text(
         textwrap.dedent(
             """
