@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,7 +23,16 @@ from torch import Tensor
 
 from featpipe import archive, image
 from featpipe.backbone import Backbone
-from featpipe.engine import Engine, available_cores, candidates, least_cosine, resolve_device
+from featpipe.engine import (
+    OPENVINO_PRECISIONS,
+    Engine,
+    available_cores,
+    candidates,
+    embeddings_of,
+    has_openvino,
+    least_cosine,
+    resolve_device,
+)
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.extraction import extract, load_backbone
 from featpipe.loader import Loader, Pictures, spread
@@ -182,11 +190,16 @@ class _Bench:
     def workers(self) -> int:
         return self.asked.workers or available_cores()
 
+    @property
+    def share(self) -> float:
+        """Seconds for one of the things that are measured."""
+        return self.seconds / 9
+
     def decode(self, images: Sequence[bytes]) -> tuple[list[Tensor], float]:
         """The pictures, and how many a second come of all cores."""
         pictures: list[Tensor] = []
         count, started = 0, perf_counter()
-        while perf_counter() - started < self.seconds / 9:
+        while perf_counter() - started < self.share:
             loader = Loader(
                 Pictures(images),
                 np.arange(len(images)),
@@ -199,7 +212,7 @@ class _Bench:
                     count += len(batch.rows)
                     if len(pictures) < PREVIEW:
                         pictures.extend(batch.images if batch.images is not None else ())
-                    if perf_counter() - started > self.seconds / 9:
+                    if perf_counter() - started > self.share:
                         break
         if not pictures:
             raise ArchiveError("none of the first images can be decoded; there is nothing to measure with")
@@ -209,12 +222,12 @@ class _Bench:
         """Each engine and precision that this device has; first what the settings take."""
         found: list[Forward] = []
         plain = Engine(self.backbone, self.device, batch=self.asked.batch)
-        exact = _embeddings(plain, pictures[:COMPARED])
+        exact = embeddings_of(plain, pictures[:COMPARED])
         for kind, precision in self._ways():
             engine = Engine(self.backbone, self.device, precision, self.asked.batch, kind=kind, images=MANY)
             if any((way.engine, way.precision) == (engine.name, precision) for way in found):
                 continue  # what was asked for cannot run this network, and another did
-            cosine = least_cosine(_embeddings(engine, pictures[:COMPARED]), exact)
+            cosine = least_cosine(embeddings_of(engine, pictures[:COMPARED]), exact)
             rate = self._forward(engine, pictures)
             self.progress(Progress("note", f"forward with {engine.name} in {precision}: {rate:,.1f} images/s"))
             bound = _together(self.device.type, reading, decoding, rate)
@@ -224,9 +237,10 @@ class _Bench:
     def _ways(self) -> Iterator[tuple[str, str]]:
         first = "fp32" if self.asked.precision == AUTO else self.asked.precision
         precisions = dict.fromkeys((first, "fp32", *candidates(self.device)))
-        for kind in dict.fromkeys((self.asked.engine, "auto", "torch")):
+        others = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
+        for kind in dict.fromkeys((self.asked.engine, *others)):
             for precision in precisions:
-                if kind != "openvino" or precision in ("fp32", "bf16"):
+                if kind != "openvino" or precision in OPENVINO_PRECISIONS:
                     yield kind, precision
 
     def _forward(self, engine: Engine, pictures: list[Tensor]) -> float:
@@ -243,7 +257,7 @@ class _Bench:
             ready.wait()
             started = perf_counter()
             answer = engine.submit(images)
-            while perf_counter() - started < self.seconds / 9:
+            while perf_counter() - started < self.share:
                 following = engine.submit(images)  # begun before the one before it is waited for
                 answer()
                 counts[number] += len(images)
@@ -300,11 +314,6 @@ def _together(device: str, reading: float, decoding: float, forward: float) -> f
     return min(reading, busy)
 
 
-def _embeddings(engine: Engine, pictures: list[Tensor]) -> dict[str, Any]:
-    answers = [engine.embed(engine.collect([picture])) for picture in pictures]
-    return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-
-
 def _made_up() -> tuple[list[bytes], float, str]:
     """JPEGs of about 70 kB: smooth shapes with grain."""
     rng = np.random.default_rng(0)
@@ -358,7 +367,7 @@ def _advice(found: Limits) -> Iterator[str]:
                 f"least cosine {way.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
             )
             break
-    if machine["device"] == "cpu" and find_spec("openvino") is None:
+    if machine["device"] == "cpu" and not has_openvino():
         yield "pip install 'featpipe[cpu]': OpenVINO is usually 1.3 times as fast as torch on a CPU"
     if machine["usable_cores"] < (machine["cores"] or 1):
         text = f"this process may use {machine['usable_cores']} of {machine['cores']} cores"

@@ -261,6 +261,11 @@ class Model:
         self._engine = None
         return self
 
+    def extraction(self) -> dict[str, Any]:
+        """The settings of an extraction whose cache fits this model."""
+        how = {name: self.facts[name] for name in ("precision", "storage")}
+        return {"backbone": self.backbone, "device": self.device, **how}
+
     def engine(self, images: int = 0) -> Any:
         """The engine that embeds so many images for this model, in the precision it was trained with."""
         from featpipe.engine import Engine, resolve_device

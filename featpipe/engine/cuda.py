@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,8 +156,6 @@ def _to_host(value: Tensor) -> Tensor:
 
 
 def _joined(parts: list[Embeddings]) -> Embeddings:
-    import numpy as np
-
     return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 

@@ -16,7 +16,7 @@ from featpipe.backbone import Backbone
 from featpipe.engine.runner import Embeddings
 from featpipe.engine.running import Engine
 
-__all__ = ["Fidelity", "candidates", "choose", "least_cosine"]
+__all__ = ["Fidelity", "candidates", "choose", "embeddings_of", "least_cosine"]
 
 
 @dataclass
@@ -110,15 +110,20 @@ def _measured(
     found: Fidelity,
 ) -> tuple[Engine, Embeddings]:
     engine = Engine(backbone, device, precision, **settings)
-    parts = [pictures[start : start + engine.batch] for start in range(0, len(pictures), engine.batch)]
     with engine.running():
         engine.enter_stream(engine.workers)
-        if parts:
-            engine.embed(engine.collect(parts[0]))
+        embeddings_of(engine, pictures[: engine.batch])  # the first pass chooses algorithms
         started = perf_counter()
-        answers = [engine.embed(engine.collect(part)) for part in parts]
+        embeddings = embeddings_of(engine, pictures)
         found.images_per_second[precision] = len(pictures) / max(perf_counter() - started, 1e-9)
-    return engine, {name: np.concatenate([answer[name] for answer in answers]) for name in (answers or [{}])[0]}
+    return engine, embeddings
+
+
+def embeddings_of(engine: Engine, pictures: Sequence[Tensor]) -> Embeddings:
+    """The embeddings of some pictures, batch by batch on the calling thread; empty without a picture."""
+    parts = [pictures[start : start + engine.batch] for start in range(0, len(pictures), engine.batch)]
+    answers = [engine.embed(engine.collect(part)) for part in parts]
+    return {name: np.concatenate([answer[name] for answer in answers]) for name in (answers or [{}])[0]}
 
 
 def least_cosine(found: Embeddings, exact: Embeddings) -> float:

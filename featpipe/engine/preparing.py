@@ -19,9 +19,9 @@ from featpipe.engine.eager import Eager
 from featpipe.engine.runner import Runner
 from featpipe.errors import ConfigError
 
-__all__ = ["Fused", "fused", "has_openvino", "openvino"]
+__all__ = ["OPENVINO_PRECISIONS", "Fused", "fused", "has_openvino", "openvino"]
 
-FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.1}
+FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 """From the network's own answers, relative to their length. A wrong graph is wrong by about 1; sums in another order
 cost half precision up to a tenth, on made-up pictures."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featpipe.backbone import Backbone
+from featpipe.engine import preparing
 from featpipe.engine.devices import available_cores
 from featpipe.engine.eager import Eager
 from featpipe.engine.memory import keep_freed_memory
@@ -107,8 +108,6 @@ class Engine:
         eager = Eager(self.backbone, batch, self.dtype)
         if self.device.type != "cpu":
             return eager
-        from featpipe.engine import preparing  # imports the exporter
-
         if kind == "openvino" or (kind == "auto" and images >= OPENVINO_IMAGES and preparing.has_openvino()):
             made = preparing.openvino(exact, self.precision, eager, asked_for=kind == "openvino")
             if made is not None:

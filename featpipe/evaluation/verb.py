@@ -170,13 +170,4 @@ def _open(model: Model, data: Any, labels: Any, cache: str | os.PathLike[str], p
         return FeatureCache(paths[0])
     from featpipe.extraction import extract
 
-    return extract(
-        paths,
-        backbone=model.backbone,
-        labels=labels,
-        device=model.device,
-        precision=model.facts["precision"],
-        storage=model.facts["storage"],
-        cache=cache,
-        progress=progress,
-    )
+    return extract(paths, labels=labels, cache=cache, progress=progress, **model.extraction())

@@ -134,16 +134,7 @@ def caches_of(
 def _extracted(model: Model, archives: Any, labels: Any, cache: Any, progress: Tell) -> FeatureCache:
     from featpipe.extraction import extract
 
-    return extract(
-        archives,
-        backbone=model.backbone,
-        labels=labels,
-        device=model.device,
-        precision=model.facts["precision"],
-        storage=model.facts["storage"],
-        cache=cache,
-        progress=progress,
-    )
+    return extract(archives, labels=labels, cache=cache, progress=progress, **model.extraction())
 
 
 def labels_of(caches: Sequence[FeatureCache]) -> set[str]:

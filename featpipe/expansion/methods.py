@@ -489,8 +489,5 @@ METHODS: dict[str, Method] = {
     ),
     "naive": Method("the new images alone: what forgetting is", _naive, _no_layer),
 }
-BALANCED = (
-    "frozen-old",
-    "distill",
-    "ewc",
-)  # which remember no old row, and are set against old classes by what there is
+# which remember no old row, and are set against old classes by what there is
+BALANCED = ("frozen-old", "distill", "ewc")

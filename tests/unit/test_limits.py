@@ -89,9 +89,9 @@ def test_what_stands_in_the_way_is_said_with_what_to_change(changes, said):
 
 
 def test_nothing_is_advised_that_brings_nothing(monkeypatch):
-    monkeypatch.setattr(limits, "find_spec", lambda name: object())
+    monkeypatch.setattr(limits, "has_openvino", lambda: True)
     assert advice(forward=MEASURED.forward[:1]) == ""
-    monkeypatch.setattr(limits, "find_spec", lambda name: None)
+    monkeypatch.setattr(limits, "has_openvino", lambda: False)
     assert "featpipe[cpu]" in advice(forward=MEASURED.forward[:1])
 
 
