@@ -13,6 +13,7 @@ __all__ = ["Directions", "nearest", "outlying"]
 Floats = NDArray[np.float32]
 
 _ROWS, _COLUMNS = 1024, 8192  # of a block of similarities, 32 MB
+_SQUARE = 3392  # of a block that is used both ways
 _SPAN = 64  # columns of which only the peak is looked at, at first
 
 
@@ -64,21 +65,30 @@ def nearest(rows: Floats, others: Floats, k: int, *, same: bool = False) -> tupl
     number = np.zeros((len(rows), k), np.int64)
     if not k:
         return best, number
+    if same:
+        _nearest_within(rows, best, number)
+        return best, number
     for top in range(0, len(rows), _ROWS):
         block = rows[top : top + _ROWS]
         held, held_number = best[top : top + _ROWS], number[top : top + _ROWS]
         for left in range(0, len(others), _COLUMNS):
-            found = block @ others[left : left + _COLUMNS].T
-            if same:
-                _hide_itself(found, top - left)
-            _keep_best(held, held_number, found, left)
+            _keep_best(held, held_number, block @ others[left : left + _COLUMNS].T, left)
     return best, number
 
 
-def _hide_itself(found: Floats, offset: int) -> None:
-    own = np.arange(len(found)) + offset
-    here = (own >= 0) & (own < found.shape[1])
-    found[np.flatnonzero(here), own[here]] = -np.inf
+def _nearest_within(rows: Floats, best: Floats, number: NDArray[np.int64]) -> None:
+    """Fill in the best of the other rows; each pair is compared once, for both."""
+    starts = range(0, len(rows), _SQUARE)
+    for top in starts:
+        here = slice(top, top + _SQUARE)
+        for left in starts[top // _SQUARE :]:
+            there = slice(left, left + _SQUARE)
+            found = rows[here] @ rows[there].T
+            if left == top:
+                np.fill_diagonal(found, -np.inf)
+            else:
+                _keep_best(best[there], number[there], found.T, top)
+            _keep_best(best[here], number[here], found, left)
 
 
 def _keep_best(held: Floats, held_number: NDArray[np.int64], found: Floats, left: int) -> None:
@@ -103,7 +113,10 @@ def _among_the_best(found: Floats, k: int) -> NDArray[np.int64]:
     spans = n // _SPAN
     if spans <= 2 * k:
         return np.broadcast_to(np.arange(n), (m, n))
-    peaks = found[:, : spans * _SPAN].reshape(m, spans, _SPAN).max(axis=2)
+    if found.flags.c_contiguous:
+        peaks = found[:, : spans * _SPAN].reshape(m, spans, _SPAN).max(axis=2)
+    else:  # a block seen from its other side
+        peaks = found.T[: spans * _SPAN].reshape(spans, _SPAN, m).max(axis=1).T
     best = np.argpartition(-peaks, k - 1, axis=1)[:, :k]
     columns = (best[:, :, None] * _SPAN + np.arange(_SPAN)).reshape(m, k * _SPAN)
     rest = np.broadcast_to(np.arange(spans * _SPAN, n), (m, n - spans * _SPAN))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.heads.halves import as_float
-from featpipe.heads.workers import Workers
+from featpipe.workers import Workers
 
 __all__ = ["Moments", "RowSource", "blocks", "moments"]
 

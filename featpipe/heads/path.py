@@ -18,7 +18,7 @@ from featpipe.heads.objective import Point, Problem
 from featpipe.heads.quasi_newton import Memory
 from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
 from featpipe.heads.solver import Solution, dtype_of, into_row_space, minimise
-from featpipe.heads.workers import Workers
+from featpipe.workers import Workers
 
 __all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "solutions"]
 

@@ -17,7 +17,7 @@ from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, row
 from featpipe.heads.objective import Problem
 from featpipe.heads.solver import Solution, minimise
 from featpipe.heads.sparse import minimise_sparse
-from featpipe.heads.workers import Workers
+from featpipe.workers import Workers
 
 __all__ = ["SoftmaxRegression", "problem_of", "solve"]
 

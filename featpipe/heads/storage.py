@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 import warnings
 from copy import copy
 from typing import Any
@@ -39,11 +41,10 @@ def dumps(estimator: Any) -> bytes:
     ModelError
         If `loads` would refuse what was written.
     """
-    import skops.io
-
+    skops_io = _skops_io()
     kind = type(estimator[-1] if hasattr(estimator, "steps") else estimator).__name__
     try:
-        data = skops.io.dumps(_lean(estimator))
+        data = skops_io.dumps(_lean(estimator))
     # What skops raises on an object that it cannot take depends on the object.
     except Exception as error:
         raise ModelError(f"{kind} cannot be saved: {_line(error)}; use a head of the table") from error
@@ -105,18 +106,18 @@ def loads(data: bytes) -> Any:
     ModelError
         If the bytes are damaged, hold a type that is not trusted, or no estimator.
     """
-    import skops.io
+    skops_io = _skops_io()
     from sklearn.base import BaseEstimator
     from skops.io.exceptions import UntrustedTypesFoundException
 
     _check_container(data)
     try:
-        untrusted = sorted(set(skops.io.get_untrusted_types(data=data)) - set(TRUSTED))
+        untrusted = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED))
         if untrusted:
             raise ModelError(
                 f"the head holds {', '.join(untrusted)}, which may not be loaded; train again with a head of the table"
             )
-        estimator = skops.io.loads(data, trusted=list(TRUSTED))
+        estimator = skops_io.loads(data, trusted=list(TRUSTED))
     except ModelError:
         raise
     except UntrustedTypesFoundException as error:
@@ -127,6 +128,22 @@ def loads(data: bytes) -> Any:
     if not isinstance(estimator, BaseEstimator):
         raise ModelError(f"the head is a {type(estimator).__name__}, not an estimator; train it again")
     return estimator
+
+
+def _skops_io() -> Any:
+    """The module, imported without torch where that is not there yet.
+
+    To learn the names of scikit-learn's estimators skops imports all of its packages, the one that wraps torch among
+    them: two seconds for every command that reads a model. A package that cannot be imported is passed over.
+    """
+    wrapper = "sklearn.externals.array_api_compat.torch"
+    if "skops.io" in sys.modules or "torch" in sys.modules:
+        return importlib.import_module("skops.io")
+    sys.modules[wrapper] = None  # type: ignore[assignment]  # the language's own way to say: not to be had
+    try:
+        return importlib.import_module("skops.io")
+    finally:
+        del sys.modules[wrapper]
 
 
 def _check_container(data: bytes) -> None:

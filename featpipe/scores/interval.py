@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
 from featpipe.errors import ConfigError
+from featpipe.workers import Workers
 
 __all__ = ["Floats", "Interval", "Measure", "Statistic", "intervals", "number", "resamples", "share_interval"]
 
@@ -18,8 +19,8 @@ Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]  # how often each row was drawn, (m, b) -> one value a resample, (b,)
 
 LEVEL = 0.95
-# Draws that are held at once: m rows × b resamples of float64, some 16 MB.
-_BLOCK = 2_000_000
+# Draws that are held at once: m rows × b resamples of float64, some 4 MB: what is made of them stays near the core.
+_BLOCK = 500_000
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,33 @@ def intervals(measures: Mapping[str, Measure], m: int, bootstrap: int, seed: int
     if bootstrap < 0:
         raise ConfigError(f"bootstrap: found {bootstrap}, expected 0 (no intervals) or more")
     defined = {name: measure for name, measure in measures.items() if math.isfinite(measure.value)}
-    found: dict[str, list[Floats]] = {name: [] for name in defined}
+    resampled = {name: measure for name, measure in defined.items() if measure.statistic and not measure.share}
     judged = bootstrap > 0 and m > 1
-    done = 0
-    for drawn in resamples(m, bootstrap if judged else 0, seed):
-        for name, measure in defined.items():
-            if measure.statistic is not None and not measure.share:
-                left = drawn.shape[1] if measure.resamples is None else max(0, measure.resamples - done)
-                if left:
-                    found[name].append(measure.statistic(drawn[:, :left]))
-        done += drawn.shape[1]
+    found: dict[str, list[Floats]] = {name: [] for name in defined}
+    with Workers(m * bootstrap) as workers:
+        draws = _numbered(resamples(m, bootstrap if judged else 0, seed))
+        for values in workers.map(lambda drawn: _values(resampled, *drawn), draws):
+            for name, value in values.items():
+                found[name].append(value)
     return {name: _interval(measure, found[name], judged) for name, measure in defined.items()}
+
+
+def _numbered(draws: Iterable[Floats]) -> Iterator[tuple[int, Floats]]:
+    """Each block with the number of resamples before it."""
+    done = 0
+    for drawn in draws:
+        yield done, drawn
+        done += drawn.shape[1]
+
+
+def _values(measures: Mapping[str, Measure], done: int, drawn: Floats) -> dict[str, Floats]:
+    """What each measure is in the resamples of a block that it wants."""
+    found = {}
+    for name, measure in measures.items():
+        wanted = drawn if measure.resamples is None else drawn[:, : max(0, measure.resamples - done)]
+        if wanted.shape[1] and measure.statistic is not None:
+            found[name] = measure.statistic(wanted)
+    return found
 
 
 def _interval(measure: Measure, found: list[Floats], judged: bool) -> Interval:

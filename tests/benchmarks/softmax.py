@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, solver
 from featpipe.heads.objective import Problem
-from featpipe.heads.workers import Workers
+from featpipe.workers import Workers
 
 Trace = list[tuple[float, NDArray[Any]]]
 

@@ -33,6 +33,7 @@ FLOORS = [
         "image",
         "reliability",
         "split",
+        "workers",
     },
     {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores", "trust"},
     {"commit", "engine", "grouping", "kept", "known", "loader"},
@@ -143,6 +144,8 @@ def test_each_dependency_has_one_owner(package):
         "from featpipe.backbone import names; names('resnet*')",
         "from featpipe.cli import show",
         "from featpipe.cli import make",
+        "from sklearn.linear_model import Ridge; from featpipe.heads import storage; "
+        "storage.loads(storage.dumps(Ridge().fit([[0], [1]], [0, 1])))",
     ],
 )
 def test_what_only_reads_imports_no_torch(statement):
