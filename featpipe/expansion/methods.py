@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
+from sklearn.base import clone
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
 
 from featpipe import heads
@@ -20,6 +22,7 @@ from featpipe.expansion.step import Step, Watch
 from featpipe.heads.grown import grown, innermost
 from featpipe.heads.layer import LastLayer, fisher, with_layer
 from featpipe.heads.statistics import fit_from_statistics, gather, kind_for
+from featpipe.heads.torch_heads import MLPClassifier
 from featpipe.kept import pick
 
 __all__ = ["BALANCED", "METHODS", "Method", "regrouped_head", "start"]
@@ -27,7 +30,7 @@ __all__ = ["BALANCED", "METHODS", "Method", "regrouped_head", "start"]
 Array = NDArray[np.float64]
 
 FOLDS, FOLDS_FROM = 3, 6  # rows; on which the offset between old and new classes is found
-REPLAY_ANCHOR = 10.0  # how much stronger than the head's own penalty replay holds old weights, were no old row there
+REPLAY_DISTILL = 1.0  # how much replay weighs what the old head says
 DISTILL_STRENGTH = 20.0
 DRAWN = 100  # made-up rows of each old class
 SLOPE_RIDGE = 1e-3  # for old and new rows that are told apart without a mistake
@@ -153,32 +156,65 @@ def _remembered(step: Step) -> _Rows:
 
 
 def _replay(step: Step, watch: Watch | None) -> Pipeline:
-    """On remembered and new rows: classes weigh as they would if all old rows were there."""
+    """On remembered and new rows: classes weigh as they would if all old rows were there.
+
+    What old rows said that are no longer there, the old head still says, of all rows that are; and the weights that it
+    learnt from them are drawn to what they were, as strongly as by its own penalty.
+    """
     old = _remembered(step)
     if step.layer is None:
         return _refit(step, old)
-    new = _Rows.plain(step.new)
-    layer = _replayed(step, old, new, watch)
-    scores_old, scores_new = np.zeros((len(old.y), step.k)), np.zeros((len(new.y), step.k))
-    for (fit_old, held_old), (fit_new, held_new) in _turns(len(old.y), len(new.y)):
-        part = _replayed(step, old.take(fit_old), new.take(fit_new), None)
-        scores_old[held_old] = part.scores(step.features(old.X[held_old]))
-        scores_new[held_new] = part.scores(step.features(new.X[held_new]))
-    return _pipeline(step, _moved(layer, step.k_old, _offset(step.k_old, scores_old, old.judges, scores_new, new.y)))
+    rows = old + _Rows.plain(step.new)
+    was, now = step.pipeline[0], _standardised_anew(step, rows)
+    layer = step.layer if now is was else _rescaled(step.layer, was, now)
+    Z = step.features(rows.X) if now is was else np.asarray(now.transform(rows.X), np.float64)
 
+    def told(found: LastLayer, loss: float) -> None:
+        if watch is not None:
+            watch(found if now is was else _rescaled(found, now, was), loss)
 
-def _replayed(step: Step, old: _Rows, new: _Rows, watch: Watch | None) -> LastLayer:
-    assert step.layer is not None
-    rows = old + new
-    Z = step.features(rows.X)
-    theta = _theta(step.layer)
-    true = old.judges > 0
-    absent = 1 - true.sum() / max(old.judges.sum(), 1.0)  # the share of old images that others stand for
+    theta = _theta(layer)
     hold = np.zeros((step.k, theta.shape[1]))
-    hold[: step.k_old, :-1] = REPLAY_ANCHOR * absent * step.ridge
-    objective = Objective(Z, rows.y, rows.weights, step.ridge, anchor=Anchor(theta, hold))
-    first = _start_with(step, Z, rows.y)
-    return minimise(objective, first, step.settings.epochs, watch)
+    hold[: step.k_old, :-1] = step.ridge
+    weights, offsets = _shared_out(rows, step.k)
+    objective = Objective(
+        Z,
+        rows.y,
+        weights,
+        step.ridge,
+        offsets=offsets,
+        teacher=Teacher(step.old_scores(rows.X), step.settings.temperature, REPLAY_DISTILL),
+        anchor=Anchor(theta, hold),
+    )
+    found = minimise(objective, start(layer, Z, rows.y, step.k), step.settings.epochs, told)
+    return Pipeline([("scale", now), ("head", with_layer(innermost(step.pipeline[-1]), found))])
+
+
+def _shared_out(rows: _Rows, k: int) -> tuple[Array, Array]:
+    """How few rows stand for many: half by their weight, half by an offset of their class, in logarithms.
+
+    Few rows of great weight are learnt by heart; rows of weight one, of which the loss alone knows how rare they are
+    (Menon et al., "Long-tail learning via logit adjustment", 2021), give too much room to classes of many rows.
+    """
+    stands = np.bincount(rows.y, rows.weights, k) / np.maximum(np.bincount(rows.y, minlength=k), 1)
+    stands = np.where(stands > 0, stands, 1.0)
+    return np.sqrt(stands)[rows.y], -0.5 * np.log(stands)
+
+
+def _standardised_anew(step: Step, rows: _Rows) -> Any:
+    """A scaler of old and new classes; that of the old ones where hidden layers have learnt from what it gives."""
+    scaler = step.pipeline[0]
+    if isinstance(innermost(step.pipeline[-1]), MLPClassifier) or not isinstance(scaler, StandardScaler):
+        return scaler
+    if not (scaler.with_mean and scaler.with_std):
+        return scaler
+    return clone(scaler).fit(np.asarray(rows.X, np.float64), sample_weight=rows.weights)
+
+
+def _rescaled(layer: LastLayer, was: StandardScaler, now: StandardScaler) -> LastLayer:
+    """The layer that says of features of one scaler what a layer says of those of another."""
+    W = layer.W / was.scale_
+    return LastLayer(W * now.scale_, layer.b + W @ (now.mean_ - was.mean_))
 
 
 def _start_with(step: Step, Z: Array, y: NDArray[np.integer[Any]]) -> LastLayer:

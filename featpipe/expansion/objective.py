@@ -85,6 +85,8 @@ class Objective:
         The same for all classes, or for each.
     fixed : ndarray of shape (n, k_fixed) or None
         Scores of the first classes, where these are not trained: the layer is then that of the others alone.
+    offsets : ndarray of shape (k,) or None
+        Added to the scores in the loss alone: the layer is for rows among which classes are not as frequent as here.
     teacher : Teacher or None
     anchor : Anchor or None
     """
@@ -94,6 +96,7 @@ class Objective:
     weights: Array
     ridge: float | Array = 0.0
     fixed: Array | None = None
+    offsets: Array | None = None
     teacher: Teacher | None = None
     anchor: Anchor | None = None
 
@@ -102,8 +105,9 @@ class Objective:
         own = self.Z @ theta[:, :-1].T + theta[:, -1]
         scores = own if self.fixed is None else np.concatenate([self.fixed, own], axis=1)
         rows = np.arange(len(self.y))
-        value = float(self.weights @ (logsumexp(scores, axis=1) - scores[rows, self.y]))
-        by_score = softmax(scores, axis=1)
+        judged = scores if self.offsets is None else scores + self.offsets
+        value = float(self.weights @ (logsumexp(judged, axis=1) - judged[rows, self.y]))
+        by_score = softmax(judged, axis=1)
         by_score[rows, self.y] -= 1
         by_score *= self.weights[:, None]
         if self.teacher is not None:

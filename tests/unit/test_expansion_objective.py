@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from featpipe import SoftmaxRegression
-from featpipe.expansion.methods import start
+from featpipe.expansion.methods import _rescaled, _Rows, _shared_out, start
 from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
 from featpipe.heads.layer import LastLayer
 
@@ -27,6 +29,7 @@ def problem() -> dict[str, Any]:
         "theta": rng.normal(size=(K, P + 1)),
         "old": rng.normal(size=(OLD, P + 1)),
         "taught": 3 * rng.normal(size=(N, OLD)),
+        "offsets": rng.normal(size=K),
         "importances": np.vstack([rng.uniform(size=(OLD, P + 1)), np.zeros((K - OLD, P + 1))]),
     }
 
@@ -35,7 +38,8 @@ def by_torch(problem: dict[str, Any], theta: torch.Tensor, parts: set[str]) -> t
     """Written as in the papers: learning without forgetting (temperature 2), elastic weight consolidation."""
     Z, w = torch.tensor(problem["Z"]), torch.tensor(problem["weights"])
     scores = Z @ theta[:, :-1].T + theta[:, -1]
-    loss = (w * functional.cross_entropy(scores, torch.tensor(problem["y"]), reduction="none")).sum()
+    judged = scores + torch.tensor(problem["offsets"]) if "offsets" in parts else scores
+    loss = (w * functional.cross_entropy(judged, torch.tensor(problem["y"]), reduction="none")).sum()
     loss = loss + 0.5 * 0.3 * (theta[:, :-1] ** 2).sum()
     if "distill" in parts:
         target = torch.softmax(torch.tensor(problem["taught"]) / 2, dim=1)
@@ -49,13 +53,14 @@ def by_torch(problem: dict[str, Any], theta: torch.Tensor, parts: set[str]) -> t
     return loss
 
 
-@pytest.mark.parametrize("parts", [set(), {"distill"}, {"ewc"}, {"distill", "ewc"}])
+@pytest.mark.parametrize("parts", [set(), {"distill"}, {"ewc"}, {"distill", "ewc"}, {"offsets", "distill", "ewc"}])
 def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem: dict[str, Any]) -> None:
     objective = Objective(
         problem["Z"],
         problem["y"],
         problem["weights"],
         0.3,
+        offsets=problem["offsets"] if "offsets" in parts else None,
         teacher=Teacher(problem["taught"], 2.0, 7.0) if "distill" in parts else None,
         anchor=Anchor(problem["old"], problem["importances"]) if "ewc" in parts else None,
     )
@@ -65,6 +70,26 @@ def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem
     (expected,) = torch.autograd.grad(reference, [theta])
     assert value == pytest.approx(reference.item(), rel=1e-12)
     assert np.allclose(gradient, expected.numpy(), rtol=1e-10, atol=1e-12)
+
+
+def test_few_rows_with_half_weight_and_half_offset_expect_the_classes_as_often_as_they_were() -> None:
+    """Without features to tell them by, the probabilities are the shares of the rows that are stood for."""
+    y, stands = np.array([0, 0, 1, 1, 1, 2]), np.array([10.0, 10.0, 1.0, 1.0, 1.0, 4.0])
+    one = np.ones(6)
+    weights, offsets = _shared_out(_Rows(np.zeros((6, 1)), y, stands, one), 3)
+    found = minimise(
+        Objective(np.zeros((6, 1)), y, weights, offsets=offsets), LastLayer(np.zeros((3, 1)), np.zeros(3)), 200
+    )
+    assert np.allclose(softmax(found.b), np.array([20, 3, 4]) / 27, atol=1e-5)
+
+
+def test_a_layer_says_the_same_of_features_that_are_scaled_anew() -> None:
+    rng = np.random.default_rng(0)
+    X, more = rng.normal(size=(50, P)) * 3, rng.normal(size=(90, P)) + 2
+    was, now = StandardScaler().fit(X), StandardScaler().fit(more)
+    layer = LastLayer(rng.normal(size=(K, P)), rng.normal(size=K))
+    again = _rescaled(layer, was, now)
+    assert np.allclose(again.scores(now.transform(X)), layer.scores(was.transform(X)), atol=1e-10)
 
 
 def test_scores_that_are_fixed_leave_the_gradient_of_the_others(problem: dict[str, Any]) -> None:
