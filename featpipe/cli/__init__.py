@@ -14,10 +14,11 @@ import click
 
 import featpipe
 from featpipe.cli.terminal import printable
-from featpipe.errors import FeatpipeError
+from featpipe.errors import FeatpipeError, TimeLimitError
 
 __all__ = ["main"]
 
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command is to be run again
 COMMANDS = {  # name → module; loaded when the command is called, so that help costs no torch
     "demo": "demonstrate",
     "extract": "make",
@@ -107,6 +108,9 @@ def _exit_codes() -> Iterator[None]:
     except click.ClickException as error:
         error.show()
         sys.exit(1)
+    except TimeLimitError as error:
+        click.echo(f"featpipe: {error}", err=True)
+        sys.exit(AGAIN)
     except FeatpipeError as error:
         click.echo(f"featpipe: {printable(str(error))}", err=True)
         sys.exit(1)
