@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.log import say
 from featpipe.cli.request import SHARD_BYTES, options
 from featpipe.cli.terminal import Terminal, dump, duration, printable, size
 from featpipe.errors import ConfigError
@@ -100,9 +101,9 @@ def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
         return
     for thing in found if wanted else ():
         if thing not in removed:
-            click.echo(f"not removed, in use again or not permitted: {printable(str(thing.path))}", err=True)
+            say(f"not removed, in use again or not permitted: {printable(str(thing.path))}")
     if removed:
-        click.echo(f"removed {size(sum(thing.nbytes for thing in removed))}", err=True)
+        say(f"removed {size(sum(thing.nbytes for thing in removed))}")
 
 
 def _agreed(found: list[Abandoned]) -> bool:

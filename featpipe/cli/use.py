@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from featpipe.cli.log import say
 from featpipe.cli.request import CHECK_CONTENT, LIMITS, options
 from featpipe.cli.terminal import Terminal, dump
 
@@ -66,7 +67,7 @@ def evaluate(
         return
     click.echo(evaluation.table())
     for path in [*([report] if report else []), *map(str, written)]:
-        click.echo(path, err=True)
+        say(path)
 
 
 @click.command(short_help="Predict every image of some archives.")
