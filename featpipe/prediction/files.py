@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from featpipe.cache import parts_directory
 from featpipe.durable import whole_file
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.model import Model
 from featpipe.names import unknown
 from featpipe.prediction.answers import Prediction
 
-__all__ = ["WRITERS", "Columns", "Write", "cannot_write", "columns_of", "writer_for"]
+__all__ = ["WRITERS", "Columns", "Write", "cannot_write", "columns_of", "unfinished_at", "writer_for"]
 
 Write = Callable[[Sequence[Prediction]], None]
 """Takes one sample: what each model says of it."""
@@ -108,12 +109,18 @@ def _whole(path: Path | None, binary: bool = False) -> Iterator[Any]:
         sys.stdout.flush()
         return
     try:
-        with whole_file(path, text=not binary) as file:
+        with whole_file(path, text=not binary, folder=unfinished_at(path)) as file:
             yield file
     except BrokenPipeError:
         raise
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def unfinished_at(path: Path) -> Path | None:
+    """Where the unfinished work of a file lies, if there is any: the next one to go on from it clears the folder."""
+    folder = parts_directory(path)
+    return folder if folder.is_dir() else None
 
 
 def cannot_write(path: Path, error: OSError) -> ArchiveError:

@@ -31,7 +31,7 @@ from featpipe.extraction import EXTRACTION_VERSION, RACY_NANOSECONDS
 from featpipe.fingerprint import digest, digest_arrays, fingerprint
 from featpipe.model import Model
 from featpipe.prediction.asked import Asked
-from featpipe.prediction.files import Columns, columns_of
+from featpipe.prediction.files import Columns, columns_of, unfinished_at
 from featpipe.progress import Progress, Tell
 from featpipe.status import Status
 
@@ -181,7 +181,7 @@ def record_of(path: Path) -> Path:
 
 
 def _write(path: Path, made: Made) -> None:
-    with whole_file(record_of(path), text=True) as file:
+    with whole_file(record_of(path), text=True, folder=unfinished_at(path)) as file:
         json.dump({"format": FORMAT, **asdict(made)}, file, indent=1)
 
 

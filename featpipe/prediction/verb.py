@@ -9,6 +9,7 @@ which itself has 100.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -24,7 +25,6 @@ from featpipe.archive import Index
 from featpipe.cache import narrowed, parts_directory
 from featpipe.commit import Parts
 from featpipe.deadline import Deadline
-from featpipe.durable import check_writable
 from featpipe.errors import ConfigError
 from featpipe.extraction import Embedded, embed_into, extract_index, facts_of
 from featpipe.fingerprint import differences, fingerprint
@@ -137,10 +137,7 @@ class _Work:
         done = self._finished(request, path)
         if done is not None:
             return done
-        try:
-            check_writable(path)
-        except OSError as error:
-            raise cannot_write(path, error) from None
+        _refuse_unwritable(path)
         if self.asked.cache is not None:
             return self._finish(request, path, self._cached())
         return self._in_parts(request, path)
@@ -221,6 +218,18 @@ class _Work:
             reasons = ", ".join(f"{count} {status}" for status, count in bad.items())
             text = f"{sum(bad.values())} of {len(self.index)} images have no prediction: {reasons}"
             self.progress(Progress("warning", text))
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Find out before the work, and without a file that a kill would leave there; missing folders are made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    if path.is_dir():
+        raise cannot_write(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not os.access(path.parent, os.W_OK):
+        raise cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def _remove_unfinished(path: Path) -> None:

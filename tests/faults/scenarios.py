@@ -344,9 +344,8 @@ class Prediction(Scenario):
 
     def check_resumed(self, folder: Path, acknowledged: int, tally: Tally) -> None:
         super().check_resumed(folder, acknowledged, tally)
-        found = frozenset(name for name in _names(folder) if not name.endswith(".tmp"))
-        if found != self.files:
-            raise Wrong(f"left {sorted(found ^ self.files)}")
+        if _names(folder) != self.files:
+            raise Wrong(f"left {sorted(_names(folder) ^ self.files)}")
         if tally["embedded"] > self.fresh - acknowledged:
             raise Wrong(f"embedded {tally['embedded']} of {self.fresh} again, {acknowledged} had been acknowledged")
 
