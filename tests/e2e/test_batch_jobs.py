@@ -36,10 +36,10 @@ Home = Path
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A folder with photos/, nets.py, a.h5 and a.model."""
     home = tmp_path_factory.mktemp("home")
-    for number, label in enumerate(("ape", "bee", "cow")):
-        (home / "photos" / label).mkdir(parents=True)
+    for number, label in enumerate(("photos/ape", "photos/bee", "photos/cow", "more/owl")):
+        (home / label).mkdir(parents=True)
         for i in range(30):
-            (home / "photos" / label / f"{i:02}.jpg").write_bytes(jpeg(1000 * number + i))
+            (home / label / f"{i:02}.jpg").write_bytes(jpeg(1000 * number + i))
     (home / "nets.py").write_text(OWN.format(slow=0))
     (home / "slownets.py").write_text(OWN.format(slow=0.05))
     for name in ("nets", "slownets"):
@@ -55,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 LONG = {
     "extract": ["photos", "--backbone", "nets:make", "--cache", "elsewhere"],
     "train": ["nets.h5", "--out", "t.model"],
-    "expand": ["nets.model", "nets.h5", "--method", "all", "--out", "e.model"],
+    "expand": ["nets.model", "more", "--backbone", "nets:make", "--cache", "elsewhere", "--out", "e.model"],
     "evaluate": ["nets.model", "photos", "--backbone", "nets:make", "--cache", "elsewhere"],
     "predict": ["nets.model", "photos", "--backbone", "nets:make", "--out", "p.csv"],
     "verify": ["nets.h5"],
@@ -111,7 +111,8 @@ def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(
     assert err.splitlines()[-1].startswith("featpipe: interrupted; what was finished is kept")
     assert out == ""
     new = {path.name for path in home.iterdir()} - left
-    assert all(path in ("elsewhere", "demo", "__pycache__") for path in new), new
+    assert new <= {"elsewhere", "demo", "__pycache__", "p.csv.parts"}  # unfinished work, and no file of a final name
+    assert not list(home.glob("elsewhere/*.h5"))
 
 
 COMMITTING_OFTEN = """
@@ -124,8 +125,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
-def test_predictions_that_are_stopped_go_on(stop: signal.Signals, home: Home, tmp_path: Path, command: Any) -> None:
+def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command: Any) -> None:
     out = tmp_path / "p.jsonl"
     arguments = ["predict", "slownets.model", "photos", "--backbone", "slownets:make", "--out", str(out)]
     process = subprocess.Popen(
@@ -137,19 +137,16 @@ def test_predictions_that_are_stopped_go_on(stop: signal.Signals, home: Home, tm
         assert time.monotonic() < deadline, process.communicate()
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(stop)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     finished = Parts(tmp_path / "p.jsonl.parts", "").recorded_rows()
     assert 0 < finished < 90
     assert not out.exists()
-    if stop == signal.SIGTERM:
-        last = json.loads(err.splitlines()[-1])
-        assert (process.returncode, last["event"], last["code"]) == (1, "interrupted", 1)
+    last = json.loads(err.splitlines()[-1])
+    assert (process.returncode, last["event"], last["code"]) == (1, "interrupted", 1)
     done = command(*arguments, cwd=home)
     assert f"{finished} of 90 images are in a cache already" in done.stderr
     assert len(out.read_text().splitlines()) == 90
-    again = command(*arguments, cwd=home)
-    assert "no forward pass" in again.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]
 
 
@@ -170,8 +167,8 @@ def test_a_job_with_a_time_limit_that_is_run_again_while_it_says_so_ends(home: H
 
 IN_LARGE_STEPS = """
 import sys
-from featpipe.engine import Engine
-Engine.batch = 40
+from featpipe.engine import running
+running.batch_for = lambda device, multiply_adds: 40
 sys.argv[0] = "featpipe"
 from featpipe.cli import main
 main()
@@ -183,9 +180,9 @@ main()
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A folder with shards/000.tar to 003.tar, of two classes."""
+    """A folder with shards/000.tar and 001.tar, of two classes."""
     (tmp_path / "shards").mkdir()
-    for shard in range(4):
+    for shard in range(2):
         folder = tmp_path / "images" / str(shard)
         for number, label in enumerate(("cat", "dog")):
             (folder / label).mkdir(parents=True)
@@ -211,10 +208,7 @@ def run(text: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 def test_the_array_over_shards_gives_what_one_process_gives(shards: Path) -> None:
     array, after = scripts()
-    lines = next(line for line in array.splitlines() if "--array" in line)
-    first, last = map(int, re.search(r"--array=(\d+)-(\d+)", lines).groups())  # type: ignore[union-attr]
-    assert (first, last) == (0, 3)
-    jobs = [run(array, shards, SLURM_ARRAY_TASK_ID=str(number), SLURM_JOB_ID="1") for number in range(last + 1)]
+    jobs = [run(array, shards, SLURM_ARRAY_TASK_ID=str(number), SLURM_JOB_ID="1") for number in range(2)]
     for job in jobs:
         _, err = job.communicate(timeout=200)
         assert job.returncode == 0, err
@@ -259,11 +253,9 @@ def test_the_cron_job_runs(shards: Path) -> None:
     (shards / "photos").mkdir()
     (shards / "images").rename(shards / "photos" / "incoming")
     cache = featpipe.extract(shards / "photos" / "incoming", out=shards / "i.h5")
-    assert len(cache) == 24
+    assert len(cache) == 12
     featpipe.train(cache, params={"C": 1.0}, cv=None).save(shards / "photos" / "photos.model")
-    for _ in range(2):
-        job = run(line, shards, HOME=str(shards))
-        _, err = job.communicate(timeout=200)
-        assert job.returncode == 0, err
-    assert "no forward pass" in err
-    assert len((shards / "photos" / "predictions.csv").read_text().splitlines()) == 25
+    job = run(line, shards, HOME=str(shards))
+    _, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    assert len((shards / "photos" / "predictions.csv").read_text().splitlines()) == 13
