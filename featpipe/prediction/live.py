@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from featpipe.archive import Index
 from featpipe.loader import Batch, Loader, embedded
 from featpipe.model import Model
+from featpipe.names import unknown
 from featpipe.prediction.answers import Prediction, predictions
 from featpipe.prediction.asked import Asked
 from featpipe.progress import Progress, Tell, quiet
@@ -19,6 +20,7 @@ from featpipe.status import Status
 
 __all__ = ["stream", "stream_all"]
 
+TOLD = ("top", "sets", "workers")
 Row = tuple[Prediction, ...]
 """What each of some models says of one sample."""
 
@@ -32,8 +34,11 @@ def stream(model: Model, index: Index, *, progress: Tell = quiet, **asked: Any) 
     index : Index
     progress : callable
     **asked
-        ``top``, ``sets`` and ``workers`` of :class:`Asked`.
+        ``top``, ``sets`` and ``workers`` of :class:`Asked`; nothing is kept, and so nothing else is of use.
     """
+    for name in asked:
+        if name not in TOLD:
+            raise unknown("setting", name, TOLD)
     with closing(stream_all([model], index, Asked.of(asked), progress)) as rows:
         for (prediction,) in rows:
             yield prediction

@@ -147,6 +147,12 @@ def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command:
     done = command(*arguments, cwd=home)
     assert f"{finished} of 90 images are in a cache already" in done.stderr
     assert len(out.read_text().splitlines()) == 90
+    told: list[Progress] = []
+    model = featpipe.load_model(home / "slownets.model")  # whose network is not asked for
+    assert featpipe.predict(model, home / "photos", out, progress=told.append) == {"ok": 90}
+    assert [note.text.rsplit("; ")[-1] for note in told] == [
+        f"{out}: these predictions of 90 images are there already: no forward pass"
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]
 
 

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from featpipe import FeatureCache, Model, backbone, extract, load_model, predict, train
+from featpipe import FeatureCache, Model, archive, backbone, clean, extract, load_model, predict, train
 from featpipe.commit import Parts
 from featpipe.deadline import Deadline, seconds_of
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, ConfigError, TimeLimitError
 from featpipe.extraction import stream
 from featpipe.prediction import Counts, made, verb
+from featpipe.prediction import stream as live
 from featpipe.progress import Progress
 from tests.conftest import Tiny, jpeg, tiny_transform
 
@@ -459,6 +460,23 @@ def test_standard_output_is_no_place_for_finished_work(model: Model, photos: Pat
 def test_unknown_settings_are_answered_with_the_nearest(model: Model, photos: Path) -> None:
     with pytest.raises(ConfigError, match="unknown setting 'tops'; did you mean 'top'"):
         predict(model, photos, tops=3)
+
+
+def test_what_is_told_as_it_is_made_has_no_place_for_finished_work_either(model: Model, photos: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'cache'"):
+        next(live(model, archive.index(photos), cache="cache"))
+
+
+def test_unfinished_predictions_are_found_and_removed_with_what_else_is_unfinished(
+    model: Model, photos: Path, tmp_path: Path, in_parts: None
+) -> None:
+    with pytest.raises(Stop):
+        predict(model, photos, tmp_path / "p.csv", workers=1, progress=after(4))
+    (found,) = clean(tmp_path)
+    assert (found.kind, found.path, found.renews) == ("parts", tmp_path / "p.csv.parts", False)
+    assert found.rows >= 6
+    assert [thing.path for thing in clean(tmp_path, yes=True)] == [found.path]
+    assert not (tmp_path / "p.csv.parts").exists()
 
 
 def test_several_devices_work_on_one_file(
