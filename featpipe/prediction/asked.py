@@ -79,6 +79,10 @@ class Asked:
         """The type of the embeddings that the predictions are made of."""
         return "float32" if self.cache is None else str(model.facts["storage"])
 
+    def bad_limit(self, n: int) -> int | None:
+        """How many of n images may have no prediction."""
+        return Extraction(max_bad=self.max_bad).bad_limit(n)
+
     def _limits(self) -> dict[str, Any]:
         limits = {name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")}
         Extraction.of(limits)  # which refuses what cannot be

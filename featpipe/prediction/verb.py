@@ -25,7 +25,7 @@ from featpipe.archive import Index
 from featpipe.cache import narrowed, parts_directory
 from featpipe.commit import Parts
 from featpipe.deadline import Deadline
-from featpipe.errors import ConfigError
+from featpipe.errors import ArchiveError, ConfigError
 from featpipe.extraction import Embedded, embed_into, extract_index, facts_of
 from featpipe.fingerprint import differences, fingerprint
 from featpipe.model import Model
@@ -181,6 +181,7 @@ class _Work:
         n = len(self.index)
         self.progress(Progress("note", f"{path}: these predictions of {n} images are there already: no forward pass"))
         self._tell_bad(counts)
+        self._refuse_too_many_bad(counts)
         return counts
 
     def _finish(self, request: Request, path: Path, found: Embedded) -> Counts:
@@ -198,7 +199,7 @@ class _Work:
             stop = min(n, start + ROWS_AT_ONCE)
             status = found.status[start:stop]
             X = np.asarray(found.block(output, start, stop)[status == Status.OK], np.float32)
-            ids = [self.index.ids[row] for row in range(start, stop)]
+            ids = self.index.ids[start:stop]
             told = (predictions(model, ids, status.tolist(), X, self.asked) for model in self.models)
             yield from zip(*told, strict=True)
             self.progress(Progress("bar", "predicting", stop, n))
@@ -211,6 +212,16 @@ class _Work:
                 counts[status] = counts.get(status, 0) + 1
                 write(sample)
         return counts
+
+    def _refuse_too_many_bad(self, counts: Mapping[str, int]) -> None:
+        """Of a finished file: another limit may have held when it was made."""
+        limit = self.asked.bad_limit(len(self.index))
+        bad = sum(counts.values()) - counts.get(Status.OK.word, 0)
+        if limit is not None and bad > limit:
+            raise ArchiveError(
+                f"{self.path}: {bad} images have no prediction, more than --max-bad {self.asked.max_bad} allows; "
+                "repair them, or run again with a higher --max-bad"
+            )
 
     def _tell_bad(self, counts: Mapping[str, int]) -> None:
         bad = {status: count for status, count in counts.items() if status != Status.OK.word}

@@ -54,6 +54,7 @@ def main() -> None:
             for way in WAYS:
                 with tempfile.TemporaryDirectory() as out:
                     seconds[way].append(extraction.answer(CALL, way, tar, model, out))
+            print({way: round(values[-1], 2) for way, values in seconds.items()}, file=sys.stderr, flush=True)
     for way in WAYS:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds[way], seconds["extract"], strict=True))
         middle = statistics.median(seconds[way])

@@ -449,6 +449,8 @@ def test_too_many_bad_images_stop_the_work_and_a_higher_limit_goes_on(
     with pytest.warns(UserWarning, match="2 of 18"):
         assert predict(model, photos, tmp_path / "p.csv", max_bad="20%") == {"ok": 16, "unsupported": 2}
     assert sum(forward) == 16
+    with pytest.warns(UserWarning, match="2 of 18"), pytest.raises(ArchiveError, match="more than --max-bad 1 allows"):
+        predict(model, photos, tmp_path / "p.csv", max_bad=1)
 
 
 @pytest.mark.parametrize("asked", [{"max_bad": 1}, {"time_limit": "3h"}])
