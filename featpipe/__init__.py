@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FeatpipeError,
         ModelError,
         SampleError,
+        TimeLimitError,
         WeightsError,
     )
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
@@ -48,6 +49,7 @@ __all__ = [
     "SampleError",
     "SoftmaxRegression",
     "SoftmaxRegressionCV",
+    "TimeLimitError",
     "TransferClassifier",
     "TransferRegressor",
     "WeightsError",

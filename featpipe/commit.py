@@ -252,7 +252,7 @@ class Parts:
         except OSError as error:
             raise CacheError(
                 f"{self.directory}: cannot be written ({error.strerror or error}); what was committed is kept: "
-                "free some space or choose another --cache, and run the same command again"
+                "free some space, or choose another --cache or --out, and run the same command again"
             ) from None
 
 

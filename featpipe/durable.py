@@ -13,7 +13,7 @@ __all__ = ["check_writable", "fsync_directory", "whole_file"]
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
+def whole_file(path: Path, *, text: bool = False, folder: Path | None = None) -> Iterator[IO[Any]]:
     """A file to write, which takes its name when the block ends well; else what had the name is as it was.
 
     Missing folders are made.
@@ -23,8 +23,10 @@ def whole_file(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
     path : Path
     text : bool
         UTF-8, with line ends as they are written; bytes if not.
+    folder : Path, optional
+        Of the same file system, where it lies until then: one that somebody clears, should this process be killed.
     """
-    temporary = path.with_name(f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
+    temporary = (folder or path.parent) / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "x", encoding="utf-8", newline="") if text else open(temporary, "xb") as file:

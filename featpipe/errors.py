@@ -14,6 +14,7 @@ __all__ = [
     "FeatpipeError",
     "ModelError",
     "SampleError",
+    "TimeLimitError",
     "WeightsError",
 ]
 
@@ -72,3 +73,7 @@ class CacheMismatchError(CacheError):
 
 class ModelError(FeatpipeError):
     """A model file is damaged, or holds what may not be loaded."""
+
+
+class TimeLimitError(FeatpipeError):
+    """The time that was given has passed before the work was done; the same call goes on from what is finished."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from featpipe.deadline import seconds_of
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
 
@@ -60,6 +61,8 @@ class Extraction:
     max_bad : int, float or str, optional
         How many images may have no features before the extraction stops: a number, or a share such as ``"5%"`` or
         ``0.05``. No limit if not given.
+    time_limit : float or str, optional
+        Seconds, or a time such as ``"3h"``, after which the extraction stops so that it can be gone on with.
     check_content : bool
         Read every image's bytes even where size and modification time say that it is unchanged.
     """
@@ -82,6 +85,7 @@ class Extraction:
     workers: int | None = None
     batch: int | None = None
     max_bad: int | float | str | None = None
+    time_limit: float | str | None = None
     check_content: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +104,8 @@ class Extraction:
         if isinstance(self.outputs, str):
             object.__setattr__(self, "outputs", (self.outputs,))
         self.bad_limit(0)
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Extraction:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 import featpipe
+from featpipe.cli.log import Level, is_json, option, say
 from featpipe.cli.terminal import printable
-from featpipe.errors import FeatpipeError
+from featpipe.errors import FeatpipeError, TimeLimitError
 
 __all__ = ["main"]
 
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command is to be run again
 COMMANDS = {  # name → module; loaded when the command is called, so that help costs no torch
     "demo": "demonstrate",
     "extract": "make",
@@ -45,6 +48,8 @@ class _Lazy(click.Group):
             return None
         module = importlib.import_module(f"featpipe.cli.{COMMANDS[name]}")
         command: click.Command = getattr(module, name)
+        if not any(parameter.name == "log_format" for parameter in command.params):
+            command.params.append(option())
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -77,7 +82,11 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
 }
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Lazy,
+    params=[option(of_group=True)],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(featpipe.__version__, prog_name="featpipe")
 def cli() -> None:
     """Transfer learning on images: embed once with a frozen network, train heads in seconds.
@@ -102,20 +111,36 @@ def _exit_codes() -> Iterator[None]:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.UsageError as error:
-        error.show()
-        sys.exit(2)
+        _fail(error, 2, "usage")
     except click.ClickException as error:
-        error.show()
-        sys.exit(1)
+        _fail(error, 1, "error")
+    except TimeLimitError as error:
+        _end(str(error), AGAIN, "time-limit", "info")
     except FeatpipeError as error:
-        click.echo(f"featpipe: {printable(str(error))}", err=True)
-        sys.exit(1)
+        _end(printable(str(error)), 1, "error")
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nfeatpipe: interrupted; what was finished is kept, the same command goes on from there", err=True)
-        sys.exit(1)
+        click.echo(err=True, nl=not is_json())  # after the terminal's ^C
+        _end("interrupted; what was finished is kept, the same command goes on from there", 1, "interrupted")
     except BrokenPipeError:  # `featpipe predict … | head` has seen enough
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:  # a bug of ours
+        if not is_json():
+            raise
+        _end(f"{type(error).__name__}: {error}", 1, "bug", traceback=traceback.format_exc())
+
+
+def _end(text: str, code: int, event: str, level: Level = "error", **facts: Any) -> NoReturn:
+    say(text if is_json() else f"featpipe: {text}", level=level, event=event, code=code, **facts)
+    sys.exit(code)
+
+
+def _fail(error: click.ClickException, code: int, event: str) -> NoReturn:
+    """Show what click has to say, with the usage of the command."""
+    if is_json():
+        _end(error.format_message(), code, event)
+    error.show()
+    sys.exit(code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.log import say
 from featpipe.cli.terminal import Terminal, dump, table
 from featpipe.errors import CacheError
 
@@ -60,13 +62,14 @@ def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
 
 
 def _tell(found: Verification, terminal_only: bool = False) -> None:
+    tell: Callable[[str], None] = say if terminal_only else click.echo
     rows = [[damage.row, damage.id, _reason(damage.what, damage.distance)] for damage in found.damaged[:ROWS_SHOWN]]
     if rows:
-        click.echo(table(rows, ["row", "id", "what is wrong"], right=[0]), err=terminal_only)
+        tell(table(rows, ["row", "id", "what is wrong"], right=[0]))
     if len(found.damaged) > ROWS_SHOWN:
-        click.echo(f"… and {len(found.damaged) - ROWS_SHOWN} more rows; --json names them all", err=terminal_only)
+        tell(f"… and {len(found.damaged) - ROWS_SHOWN} more rows; --json names them all")
     for name in [*found.columns, *found.shards]:
-        click.echo(f"damaged: {name}", err=terminal_only)
+        tell(f"damaged: {name}")
     if terminal_only:
         return
     if not found.checked:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.log import say
 from featpipe.cli.terminal import Terminal, dump, duration, size, table
 
 if TYPE_CHECKING:
@@ -113,14 +114,14 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
         dump({"model": str(path), "scores": model.scores, "history": model.history})
         return
     if comparison is not None:
-        click.echo(_heads(comparison), err=True)
+        say(_heads(comparison), event="table")
     estimate = model.scores.get("cross_validation")
     if estimate:
         rows = [[name, _interval(value)] for name, value in estimate["metrics"].items()]
         if "calibration" in estimate:
             found = estimate["calibration"]
             rows.append(["calibration_error", f"{found['error_after']:.3f} (before: {found['error_before']:.3f})"])
-        click.echo(table(rows, [estimate["how"], ""]), err=True)
+        say(table(rows, [estimate["how"], ""]), event="table")
     click.echo(path)
 
 

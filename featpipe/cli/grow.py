@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.fit import bytes_option
+from featpipe.cli.log import say
 from featpipe.cli.terminal import Terminal, dump, table
 
 if TYPE_CHECKING:
@@ -84,10 +85,10 @@ def _show(found: Expansion) -> None:
     """The epochs of the chosen method, and the table that matters."""
     for rows in (found.curve_table(), found.as_table() if found.outcomes else []):
         if rows:
-            click.echo(table(rows[1:], rows[0], right=range(1, len(rows[0]))) + "\n", err=True)
+            say(table(rows[1:], rows[0], right=range(1, len(rows[0]))) + "\n", event="table")
     if found.outcomes:
-        click.echo(f"judged by {found.how}; 95 % intervals", err=True)
+        say(f"judged by {found.how}; 95 % intervals")
     for method, why in found.unavailable.items() if found.recommended else []:
-        click.echo(f"{method} {why}", err=True)
+        say(f"{method} {why}")
     if found.recommended:
-        click.echo(f"recommended: {found.recommended}", err=True)
+        say(f"recommended: {found.recommended}")

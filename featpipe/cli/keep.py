@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.log import say
 from featpipe.cli.request import SHARD_BYTES, options
 from featpipe.cli.terminal import Terminal, dump, duration, printable, size
 from featpipe.errors import ConfigError
@@ -78,8 +79,8 @@ def _print(made: FeatureCache, as_json: bool) -> None:
 def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Remove work that was begun and that nobody goes on with, from DIR, by default `cache`.
 
-    Shows unfinished extractions, shards that no cache names, temporary files and locks of processes that have ended,
-    and asks. What a process is using, and files that are not featpipe's, are left alone.
+    Shows unfinished extractions and predictions, shards that no cache names, temporary files and locks of processes
+    that have ended, and asks. What a process is using, and files that are not featpipe's, are left alone.
 
     \b
     Example:
@@ -100,9 +101,9 @@ def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
         return
     for thing in found if wanted else ():
         if thing not in removed:
-            click.echo(f"not removed, in use again or not permitted: {printable(str(thing.path))}", err=True)
+            say(f"not removed, in use again or not permitted: {printable(str(thing.path))}")
     if removed:
-        click.echo(f"removed {size(sum(thing.nbytes for thing in removed))}", err=True)
+        say(f"removed {size(sum(thing.nbytes for thing in removed))}")
 
 
 def _agreed(found: list[Abandoned]) -> bool:
@@ -116,17 +117,18 @@ def _agreed(found: list[Abandoned]) -> bool:
 
 def _told(thing: Abandoned) -> str:
     number = len(thing.files)
+    work, command = ("extraction", "extract") if thing.path.name.endswith(".h5.parts") else ("prediction", "predict")
     what = {
-        "parts": f"an unfinished extraction of {thing.rows:,} images" if thing.rows else "work without any result",
+        "parts": f"an unfinished {work} of {thing.rows:,} images" if thing.rows else "work without any result",
         "shards": f"{number:,} {'shard' if number == 1 else 'shards'} that no cache in this folder names",
         "temporary": "a temporary file of a process that has ended",
         "lock": "a lock that nobody holds",
     }[thing.kind]
     advice = {
-        "parts": "the same extract command would go on from it" if thing.rows else "",
+        "parts": f"the same {command} command would go on from it" if thing.rows else "",
         "shards": "if their cache was moved without them, it needs them",
     }.get(thing.kind, "")
-    earlier = "; the cache of an earlier extraction is there" if thing.renews else ""
+    earlier = "; what an earlier one made is there" if thing.renews else ""
     text = f"{what}, {size(thing.nbytes)}, {duration(thing.seconds)} old{earlier}" + (f"; {advice}" if advice else "")
     return f"{printable(str(thing.path))}\n  {text}"
 

@@ -11,7 +11,7 @@ import click
 
 from featpipe.recipe import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction
 
-__all__ = ["IDENTITY", "MACHINE", "RUN", "SHARD_BYTES", "options", "settings_of"]
+__all__ = ["CHECK_CONTENT", "DEVICE", "IDENTITY", "LIMITS", "MACHINE", "RUN", "SHARD_BYTES", "options", "settings_of"]
 
 DEFAULT = Extraction()
 
@@ -41,6 +41,15 @@ DEVICE = (
 PACE = (
     _option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]"),
     _option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass."),
+)
+LIMITS = (
+    _option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read."),
+    _option(
+        "--time-limit", metavar="TIME", help="Stop after 3h, 90m or so many seconds, to go on later: exit code 75."
+    ),
+)
+CHECK_CONTENT = _option(
+    "--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged."
 )
 SHARD_BYTES = _option(
     "--shard-bytes",
@@ -72,8 +81,8 @@ RUN = (  # what decides how and where it is made
     _option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache."),
     _option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise."),
     *PACE,
-    _option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read."),
-    _option("--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged."),
+    *LIMITS,
+    CHECK_CONTENT,
     SHARD_BYTES,
 )
 MACHINE = (*NETWORK, PRECISION, *DEVICE, *PACE)

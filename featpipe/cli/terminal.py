@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from featpipe.cli.log import is_json, say
 from featpipe.progress import Progress
 
 __all__ = ["Terminal", "dump", "duration", "printable", "size", "table"]
@@ -41,13 +42,13 @@ class Terminal:
             self._advance(progress)
             return
         self._close()
-        click.echo(f"{'warning: ' if progress.kind == 'warning' else ''}{printable(progress.text)}", err=True)
+        is_warning = progress.kind == "warning"
+        text = f"{'warning: ' if is_warning and not is_json() else ''}{printable(progress.text)}"
+        say(text, level="warning" if is_warning else "info", event=progress.kind)
 
     def _advance(self, progress: Progress) -> None:
-        if not sys.stderr.isatty():
-            if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
-                click.echo(f"{progress.text}: {progress.done} of {progress.total} {progress.unit}", err=True)
-                self._said_at = time.monotonic()
+        if is_json() or not sys.stderr.isatty():
+            self._say_seldom(progress)
             return
         if self._stage != progress.text:
             self._close()
@@ -62,10 +63,21 @@ class Terminal:
         if progress.done >= progress.total:
             self._close()
 
+    def _say_seldom(self, progress: Progress) -> None:
+        """A line a minute; as JSON also where a stage begins and ends."""
+        turns = progress.text != self._stage or progress.done >= progress.total
+        if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES or (is_json() and turns):
+            done, total, unit = progress.done, progress.total, progress.unit
+            text = f"{progress.text}: {done} of {total} {unit}"
+            say(text, event="progress", stage=progress.text, done=done, total=total, unit=unit)
+            self._said_at = time.monotonic()
+        self._stage = progress.text
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._stage = None, ""
+            self._stage = ""
+        self._bar = None
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequence[int] = ()) -> str:

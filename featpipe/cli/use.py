@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from featpipe.cli.log import say
+from featpipe.cli.request import CHECK_CONTENT, LIMITS, options
 from featpipe.cli.terminal import Terminal, dump
 
 __all__ = ["evaluate", "predict"]
@@ -65,36 +67,41 @@ def evaluate(
         return
     click.echo(evaluation.table())
     for path in [*([report] if report else []), *map(str, written)]:
-        click.echo(path, err=True)
+        say(path)
 
 
 @click.command(short_help="Predict every image of some archives.")
 @click.argument("model", metavar="MODEL")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
 @click.option("--out", metavar="FILE", help="A .csv, .jsonl or .parquet file.  [default: CSV on standard output]")
+@click.option("--also", multiple=True, metavar="MODEL", help="Another model, by the same forward pass: more columns.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="K", help="Classes to name.")
 @click.option(
     "--sets", type=float, metavar="LEVEL", help="Name classes that hold the right one this often, such as 0.9."
 )
+@click.option("--cache", metavar="DIR", help="Keep the embeddings as a cache, and take from it what is there.")
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
-@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps; several: A,B."
+)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
+@options(*LIMITS, CHECK_CONTENT)
 @click.option("--json", "as_json", is_flag=True, help="Print how many samples have which status, as JSON.")
 def predict(
     model: str,
     archives: tuple[str, ...],
     out: str | None,
-    top: int,
-    sets: float | None,
+    also: tuple[str, ...],
     backbone: str | None,
     device: str,
-    workers: int | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Predict every image of some archives.
 
     One row for each sample, in the archive's order, also for those that cannot be read; memory is flat. The column
-    novelty says which share of training-like images look less new.
+    novelty says which share of training-like images look less new. Interrupted, the same command goes on; finished, it
+    does nothing until an image, a model or an option changes.
 
     \b
     Example:
@@ -106,8 +113,9 @@ def predict(
     if as_json and not out:
         raise click.UsageError("--json prints counts on standard output, where the predictions would go; give --out")
     loaded = load_model(model, backbone=backbone, device=device)
+    others = [load_model(path) for path in also]
     with Terminal() as terminal:
-        counts = run(loaded, list(archives), out, top=top, sets=sets, workers=workers, progress=terminal)
+        counts = run(loaded, list(archives), out, also=others, progress=terminal, **asked)
     if as_json:
         dump({"out": out, "samples": sum(counts.values()), "status": counts})
     elif out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,19 @@ class Evaluation:
         parts += [text for text in (self.duplicates.told(),) if text]
         left = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
         return "\n\n".join([*parts, *([f"left out: {left}"] if left else [])])
+
+    def _repr_html_(self) -> str:
+        """The scores in a notebook, each beside those of the models that it was compared with."""
+        columns = [("", self.scores), *((rival.name, rival.scores) for rival in self.rivals)]
+        head = "".join(f"<th>{escape(name)}</th>" for name, _ in [("", None), *columns])
+        rows = "".join(
+            f"<tr><th>{escape(METRICS[name][0])}</th>"
+            + "".join(f"<td>{escape(str(scores.metrics.get(name, '–')))}</td>" for _, scores in columns)
+            + "</tr>"
+            for name in self.scores.metrics
+        )
+        caption = f"{self.model!r}, {len(self.rows):,} rows; 95 % intervals"
+        return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{rows}</table>"
 
 
 def _beside(rival: Rival, scores: Scores) -> str:

@@ -16,7 +16,7 @@ from featpipe.commit import Part
 from featpipe.known import Known, Source
 from featpipe.status import Status
 
-__all__ = ["Ledger", "source_of_part"]
+__all__ = ["RACY_NANOSECONDS", "Ledger", "source_of_part"]
 
 RACY_NANOSECONDS = 2 * 10**9  # a file changed this shortly before it is read may change again under the same time
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from featpipe import backbone as backbones
 from featpipe.backbone import Backbone
 from featpipe.commit import Parts
+from featpipe.deadline import Deadline
 from featpipe.engine import Engine, resolve_devices
 from featpipe.errors import ArchiveError
 from featpipe.extraction import processes
@@ -45,6 +46,7 @@ class Run:
         parts: Parts,
         progress: Tell,
         chosen: Chosen | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.ledger = ledger
         self.backbone = backbone
@@ -56,6 +58,7 @@ class Run:
         self.batch: int | None = None
         self.engine: str | None = None
         self.chosen = chosen
+        self.deadline = deadline or Deadline(settings.time_limit)
         self._started: list[Started] = []
         self._claimed: set[bytes] = set()
         self._claims = threading.Lock()
@@ -131,6 +134,8 @@ class Run:
         self._done += len(message.rows)
         self.progress(Progress("bar", "embedding" if self.embedded else "reading", self._done, self._wanted))
         self._refuse_too_many_bad()
+        if self._done < self._wanted:  # after a batch and never before one: who tries again and again gets on
+            self.deadline.check()
 
     def _tell_engine(self, started: Started) -> None:
         batches = f"batches of {started.batch}" if started.batch > 1 else "one at a time"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
 from featpipe.commit import Parts, exclusive
+from featpipe.deadline import Deadline
 from featpipe.engine import resolve_devices
 from featpipe.errors import ArchiveError
 from featpipe.extraction.facts import facts_of, load_backbone
@@ -31,7 +32,7 @@ from featpipe.progress import Progress, Tell, quiet
 from featpipe.recipe import AUTO, Extraction
 from featpipe.status import Status
 
-__all__ = ["embed_files", "extract", "extract_index"]
+__all__ = ["Embedded", "embed_files", "embed_into", "extract", "extract_index"]
 
 
 def extract(
@@ -69,18 +70,25 @@ def extract(
     >>> cache = extract("photos/", backbone="resnet18", cache="cache/")          # doctest: +SKIP
     """
     settings_ = Extraction.of(settings)
+    deadline = Deadline(settings_.time_limit)
     devices = resolve_devices(settings_.device)  # before minutes are spent on listing an archive
     index = archive.index(archives, labels=settings_.labels)
     _tell_index(index, progress)
-    return extract_index(
-        index, load_backbone(settings_), replace(settings_, device=",".join(map(str, devices))), progress
-    )
+    settings_ = replace(settings_, device=",".join(map(str, devices)))
+    return extract_index(index, load_backbone(settings_), settings_, progress, deadline=deadline)
 
 
 def extract_index(
-    index: Index, backbone: Backbone, settings: Extraction, progress: Tell = quiet, *, refuse_all_bad: bool = True
+    index: Index,
+    backbone: Backbone,
+    settings: Extraction,
+    progress: Tell = quiet,
+    *,
+    refuse_all_bad: bool = True,
+    deadline: Deadline | None = None,
 ) -> FeatureCache:
     """The cache of an index: from what is known already, and a forward pass for the rest."""
+    deadline = deadline or Deadline(settings.time_limit)
     chosen = None
     if settings.precision == AUTO:
         settings, chosen = with_precision(index, backbone, settings, progress)
@@ -101,7 +109,7 @@ def extract_index(
         ledger.resolve()
         if existing is None or not is_cache_of(existing, ledger.table(), shapes):
             ledger.drop_damaged()
-        run = Run(ledger, backbone, settings, parts, progress, chosen)
+        run = Run(ledger, backbone, settings, parts, progress, chosen, deadline)
         run.embed()
         if existing is not None and is_cache_of(existing, ledger.table(), shapes):
             parts.remove()
@@ -113,6 +121,47 @@ def extract_index(
         write_cache(path, table, run.manifest(facts), shapes, settings.storage, gather, settings.shard_bytes)
         parts.remove()
     return FeatureCache(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """The embeddings of an index, as long as the parts that hold them are there.
+
+    Attributes
+    ----------
+    status : ndarray of shape (n,), uint8
+        Codes of :class:`featpipe.status.Status`.
+    digests : ndarray of shape (n, 32), uint8
+        SHA-256 of each image's bytes, zero where they could not be read.
+    block : callable
+        ``block(output, start, stop)`` are the features of these rows, NaN where the status is not 0.
+    """
+
+    status: NDArray[np.uint8]
+    digests: NDArray[np.uint8]
+    block: Callable[[str, int, int], NDArray[np.floating]]
+
+
+def embed_into(
+    parts: Parts,
+    index: Index,
+    backbone: Backbone,
+    settings: Extraction,
+    progress: Tell = quiet,
+    *,
+    deadline: Deadline | None = None,
+) -> Embedded:
+    """Embed an index into parts that never become a cache; what lies there already is not embedded again.
+
+    The caller holds the folder by :meth:`Parts.writing`, and removes the parts when they have served.
+    """
+    shapes = dict(backbone.shapes)
+    ledger = Ledger(index, settings.check_content)
+    for part in parts.committed():
+        ledger.known.add(source_of_part(part))
+    ledger.resolve()
+    Run(ledger, backbone, settings, parts, progress, deadline=deadline).embed()
+    return Embedded(ledger.status, ledger.digests, ledger.gather(shapes, settings.storage))
 
 
 def embed_files(

@@ -21,6 +21,7 @@ __all__ = ["Abandoned", "clean", "remove"]
 
 SECONDS_MIN = 3600  # what is younger may be somebody's copy under way, or belong to a process of another machine
 
+_PARTS = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # of a cache or a file of predictions
 _SHARD = re.compile(r"[0-9a-f]{24}\.h5")
 _LOCK = re.compile(r"\.files-[0-9a-f]{8}\.lock")
 
@@ -32,8 +33,8 @@ class Abandoned:
     Attributes
     ----------
     kind : {"parts", "shards", "temporary", "lock"}
-        ``parts``: an extraction that was not finished. ``shards``: pieces that no cache of the folder names.
-        ``temporary``: a file of a process that has ended. ``lock``: a lock that nobody holds.
+        ``parts``: an extraction or a prediction that was not finished. ``shards``: pieces that no cache of the folder
+        names. ``temporary``: a file of a process that has ended. ``lock``: a lock that nobody holds.
     path : Path
     files : tuple of Path
         What is to be removed: ``path`` itself, or files in it.
@@ -41,9 +42,9 @@ class Abandoned:
     seconds : float
         How long ago it was last written.
     rows : int
-        Images that an unfinished extraction has committed: work that the same extract command would go on from.
+        Images of which the unfinished work has committed embeddings: the same command would go on from there.
     renews : bool
-        Whether the cache that the extraction was for is there, from an earlier one.
+        Whether the file that the work was for is there, from an earlier one.
     """
 
     kind: Literal["parts", "shards", "temporary", "lock"]
@@ -65,7 +66,7 @@ def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> lis
     folder : path-like
         Where caches are kept; folders in it are not looked into.
     yes : bool
-        Remove what is found; also finished work of unfinished extractions, see :attr:`Abandoned.rows`.
+        Remove what is found; also finished work of what is not finished, see :attr:`Abandoned.rows`.
 
     Returns
     -------
@@ -102,7 +103,7 @@ def remove(found: Iterable[Abandoned]) -> list[Abandoned]:
 
 def _parts(folder: Path) -> Iterator[Abandoned]:
     for path in sorted(folder.iterdir()):
-        if not path.name.endswith(".h5.parts") or path.is_symlink() or not path.is_dir():
+        if not _PARTS.search(path.name) or path.is_symlink() or not path.is_dir():
             continue
         files = tuple(file for file in path.iterdir() if OURS.fullmatch(file.name))
         parts = Parts(path, "")

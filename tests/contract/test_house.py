@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {
+        "deadline",
         "durable",
         "status",
         "errors",

@@ -62,7 +62,7 @@ class Ended:
         """A library's error is one line; a command told its progress before it."""
         lines = self.said.splitlines()
         command = lines[-1].startswith("featpipe: ") and not any("Error" in line for line in lines[:-1])
-        return command or (len(lines) == 1 and lines[0].startswith("CacheError: "))
+        return command or (len(lines) == 1 and lines[0].startswith(("CacheError: ", "ArchiveError: ")))
 
 
 @dataclass(frozen=True)

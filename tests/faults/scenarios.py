@@ -307,6 +307,49 @@ class Command(Extraction):
         main()
 
 
+class Prediction(Scenario):
+    """Images are embedded part by part, and predictions written."""
+
+    finds = frozenset({"absent", "incomplete", "new"})
+
+    def __init__(self, home: Path, images: int = 20) -> None:
+        self.archive = home / "photos"
+        self.archive.mkdir(parents=True)
+        for i in range(images):
+            path = self.archive / f"{i:02}.jpg"
+            path.write_bytes(jpeg(i))
+            os.utime(path, (OLD_SECONDS, OLD_SECONDS))
+        self.fresh = images
+        network = backbone.load(*tiny()[:1], transform=tiny_transform)
+        lines = ["path,label", *(f"photos/{i:02}.jpg,{'ab'[i % 2]}" for i in range(images))]
+        (home / "labels.csv").write_text("\n".join(lines) + "\n")
+        cache = featpipe.extract(self.archive, backbone=network, out=home / "a.h5", labels=home / "labels.csv")
+        trained = featpipe.train(cache, params={"C": 1.0}).save(home / "a.model")
+        self.model = featpipe.load_model(trained, backbone=network, device="cpu")
+        featpipe.predict(self.model, self.archive, home / "reference" / "p.csv", workers=1)
+        self.expected, self.files = (home / "reference" / "p.csv").read_bytes(), _names(home / "reference")
+
+    def act(self, folder: Path, tally: Tally) -> None:
+        watch(tally)
+        featpipe.predict(self.model, self.archive, folder / "p.csv", workers=1)
+        tally.add("ended", 1)
+
+    def state(self, folder: Path) -> str:
+        path = folder / "p.csv"
+        if not path.exists():
+            return "incomplete" if any(folder.glob("p.csv.parts/*.record")) else "absent"
+        if path.read_bytes() != self.expected:
+            raise Wrong(f"a file of {path.stat().st_size} bytes that differs")
+        return "new"
+
+    def check_resumed(self, folder: Path, acknowledged: int, tally: Tally) -> None:
+        super().check_resumed(folder, acknowledged, tally)
+        if _names(folder) != self.files:
+            raise Wrong(f"left {sorted(_names(folder) ^ self.files)}")
+        if tally["embedded"] > self.fresh - acknowledged:
+            raise Wrong(f"embedded {tally['embedded']} of {self.fresh} again, {acknowledged} had been acknowledged")
+
+
 def watch(tally: Tally) -> None:
     """Count in this process what is embedded and what is acknowledged, and commit a part after every batch."""
     if not hasattr(extraction.stream, "PART_SECONDS"):
@@ -392,6 +435,7 @@ SCENARIOS: dict[str, Callable[..., Scenario]] = {
     "an extraction that replaces a cache": partial(Extraction, after="another cache"),
     "an extraction of shards": SHARDED,
     "an extraction that replaces shards": partial(SHARDED, after="another cache"),
+    "a prediction": Prediction,
     "the command": Command,
     "syncs no files": partial(Forgetful, what="files"),
     "syncs no folders": partial(Forgetful, what="folders"),

@@ -24,9 +24,10 @@ EVERY = {  # a fault at each call, or at every so many of them: much of it is th
     "an extraction that replaces a cache": 4,
     "an extraction of shards": 8,
     "an extraction that replaces shards": 6,
+    "a prediction": 6,
     "the command": 8,
 }
-INCOMPLETE = ("an extraction", "an extraction that goes on", "an extraction of shards", "the command")
+INCOMPLETE = ("an extraction", "an extraction that goes on", "an extraction of shards", "a prediction", "the command")
 POWER_CUTS = {  # how many of the folders that may be found are tried
     "a part": 100,
     "a cache file": 40,
@@ -34,6 +35,7 @@ POWER_CUTS = {  # how many of the folders that may be found are tried
     "an extraction that goes on": 20,
     "an extraction that replaces a cache": 30,
     "an extraction that replaces shards": 40,
+    "a prediction": 20,
 }
 
 

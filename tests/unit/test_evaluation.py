@@ -394,3 +394,10 @@ def test_sets_and_novelty_are_measured_on_the_rows(judged: Any) -> None:
     assert at.coverage.value == pytest.approx(np.mean(holds))
     assert at.size == pytest.approx(np.mean([len(answers) for answers in sets]))
     np.testing.assert_array_equal(found.novelty, model.novelty_features(found.features))
+
+
+def test_a_notebook_shows_the_scores_as_a_table(embed: Any, make_folder: Any) -> None:
+    model = train(embed(make_folder(("<i>", "bee"))), params={"C": 1.0})
+    shown = evaluate(model, embed(make_folder(("<i>", "bee"), each=12, name="others")))._repr_html_()
+    assert "<th>Accuracy</th>" in shown
+    assert "<i>" not in shown

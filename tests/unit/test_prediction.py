@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import stat
 import tarfile
 import time
 import zipfile
@@ -20,7 +21,7 @@ from torch import nn
 from featpipe import Model, archive, backbone, extract, load_model, predict, train
 from featpipe.archive import Table
 from featpipe.engine import Engine
-from featpipe.errors import ArchiveError, ConfigError, ModelError
+from featpipe.errors import ArchiveError, CacheError, ConfigError, ModelError
 from featpipe.loader import Loader
 from featpipe.prediction import Prediction, stream
 from featpipe.progress import Progress
@@ -36,6 +37,20 @@ def model(tiny: Any, make_folder: Any, tmp_path: Path) -> Model:
 @pytest.fixture
 def photos(model: Model, tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "photos").rglob("*.jpg"))
+
+
+@pytest.fixture
+def forward(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward pass was of, from here on; what proves that a network is frozen is none."""
+    passes: list[int] = []
+    submit = Engine.submit
+
+    def counted(self: Engine, images: torch.Tensor) -> Any:
+        passes.append(len(images))
+        return submit(self, images)
+
+    monkeypatch.setattr(Engine, "submit", counted)
+    return passes
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -137,7 +152,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_row_and_says_why(
     photos[4].write_bytes(photos[5].read_bytes()[:300])
     photos[9].write_bytes(b"no image")
     out = tmp_path / f"predictions{suffix}"
-    with pytest.warns(UserWarning, match="3 of 18 images have no prediction: 1 empty, 1 damaged, 1 unsupported"):
+    with pytest.warns(UserWarning, match="3 of 18 images have no features: 1 empty, 1 unsupported, 1 damaged"):
         counts = predict(model, tmp_path / "photos", out)
     rows = READERS[suffix](out)
     assert counts == {"ok": 15, "empty": 1, "damaged": 1, "unsupported": 1}
@@ -225,13 +240,33 @@ def test_an_interrupted_prediction_leaves_the_old_file(
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    sync = os.fsync
 
-    monkeypatch.setattr("featpipe.prediction.os.fsync", full)
-    with pytest.raises(ArchiveError, match=r"out\.csv: cannot be written \(No space left on device\); choose another"):
+    def full(descriptor: int) -> None:
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CacheError, match=r"out\.csv\.parts: cannot be written \(No space left on device\)"):
         predict(model, tmp_path / "photos", tmp_path / "out.csv")
     assert list(tmp_path.glob("*out*")) == []
+
+
+def test_a_disk_that_is_full_in_the_end_leaves_the_finished_work(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: list[int]
+) -> None:
+    def full(path: Path, **_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featpipe.prediction.files.whole_file", full)
+        with pytest.raises(ArchiveError, match=r"out\.csv: cannot be written \(No space left on device\); choose"):
+            predict(model, tmp_path / "photos", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+    assert sum(forward) == 18
+    assert predict(model, tmp_path / "photos", tmp_path / "out.csv") == {"ok": 18}
+    assert sum(forward) == 18
 
 
 def test_places_and_settings_that_cannot_be_used_are_one_line(model: Model, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""When work is to stop, whether it is done or not."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from time import monotonic
+
+from featpipe.errors import ConfigError, TimeLimitError
+
+__all__ = ["Deadline", "seconds_of"]
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_LIMIT = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?[dhms])+")
+_TERM = re.compile(r"([0-9.]+)([dhms])")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A time after which nothing new is begun.
+
+    Attributes
+    ----------
+    limit : float or str or None
+        As it was asked for: seconds, or as in ``"3h"``; None for no end.
+    began : float
+        When the clock was started, in seconds of `time.monotonic`.
+    """
+
+    limit: float | str | None = None
+    began: float = field(default_factory=monotonic)
+
+    def check(self) -> None:
+        """To be called where work can be gone on with.
+
+        Raises
+        ------
+        TimeLimitError
+            If the time has passed.
+        """
+        if self.limit is not None and monotonic() - self.began >= seconds_of(self.limit):
+            unit = "" if str(self.limit)[-1].isalpha() else " seconds"
+            raise TimeLimitError(
+                f"the time limit of {self.limit}{unit} has passed; what was finished is kept: run the same command "
+                "again to go on"
+            )
+
+
+def seconds_of(limit: float | str) -> float:
+    """How many seconds a time limit is.
+
+    Examples
+    --------
+    >>> seconds_of(90), seconds_of("90"), seconds_of("90m"), seconds_of("1h30m")
+    (90.0, 90.0, 5400.0, 5400.0)
+    """
+    try:
+        seconds = float(limit)
+    except ValueError:
+        text = str(limit).strip().lower().replace(" ", "")
+        whole = _LIMIT.fullmatch(text)
+        seconds = sum(float(number) * UNITS[unit] for number, unit in _TERM.findall(text)) if whole else math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"time-limit is {limit!r}; give seconds, or a time such as 90m or 3h")
+    return seconds

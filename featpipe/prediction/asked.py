@@ -1,0 +1,89 @@
+"""What is to be told of each sample, and how far the work may go: the one home of the defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from featpipe.errors import ConfigError
+from featpipe.model import Model
+from featpipe.names import unknown
+from featpipe.recipe import Extraction
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How to predict.
+
+    Parameters
+    ----------
+    top : int
+        How many classes to name for each sample.
+    sets : float, optional
+        Name a set of classes for each sample that holds the right one this often, such as 0.9; of a regression, the
+        ends of an interval.
+    cache : path-like, optional
+        Keep the embeddings as a cache in this folder, and take from its caches what is there.
+    workers : int, optional
+        Threads; chosen for the machine if not given.
+    max_bad : int, float or str, optional
+        How many images may have no prediction before the work stops: a number, or a share such as ``"5%"``.
+    time_limit : float or str, optional
+        Seconds, or a time such as ``"3h"``, after which the work stops so that it can be gone on with.
+    check_content : bool
+        Read every image's bytes even where size and modification time say that it is unchanged.
+    """
+
+    top: int = 5
+    sets: float | None = None
+    cache: str | os.PathLike[str] | None = None
+    workers: int | None = None
+    max_bad: int | float | str | None = None
+    time_limit: float | str | None = None
+    check_content: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ConfigError(f"top is {self.top}; it must be at least 1")
+        self._limits()
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Any]) -> Asked:
+        """From keyword arguments; an unknown one is answered with the nearest."""
+        names = [f.name for f in fields(cls)]
+        for name in asked:
+            if name not in names:
+                raise unknown("setting", name, names)
+        return cls(**asked)
+
+    def check(self, models: Sequence[Model]) -> None:
+        """Refuse what the models cannot tell, before any work."""
+        if self.sets is not None:
+            for model in models:
+                model.sets_known().reach(self.sets)
+
+    def extraction(self, model: Model) -> Extraction:
+        """How the images are embedded for a model.
+
+        Embeddings that are not kept are not rounded: predictions are then those of ``model.predict_proba``, bit for
+        bit, whatever type the caches have that the head was trained on.
+        """
+        settings = {**model.extraction(), **self._limits(), "storage": self.storage(model)}
+        return Extraction.of(settings if self.cache is None else {**settings, "cache": self.cache})
+
+    def storage(self, model: Model) -> str:
+        """The type of the embeddings that the predictions are made of."""
+        return "float32" if self.cache is None else str(model.facts["storage"])
+
+    def bad_limit(self, n: int) -> int | None:
+        """How many of n images may have no prediction."""
+        return Extraction(max_bad=self.max_bad).bad_limit(n)
+
+    def _limits(self) -> dict[str, Any]:
+        limits = {name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")}
+        Extraction.of(limits)  # which refuses what cannot be
+        return limits

@@ -1,0 +1,267 @@
+"""Commands as schedulers run them: stopped, sent again, beside each other; and the README's own scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+import featpipe
+from featpipe import cli
+from featpipe.cli import terminal
+from featpipe.commit import Parts
+from featpipe.progress import Progress
+from tests.conftest import jpeg
+from tests.e2e.test_commands import OWN
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+Home = Path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A folder with photos/, nets.py, a.h5 and a.model."""
+    home = tmp_path_factory.mktemp("home")
+    for number, label in enumerate(("photos/ape", "photos/bee", "photos/cow", "more/owl")):
+        (home / label).mkdir(parents=True)
+        for i in range(30):
+            (home / label / f"{i:02}.jpg").write_bytes(jpeg(1000 * number + i))
+    (home / "nets.py").write_text(OWN.format(slow=0))
+    (home / "slownets.py").write_text(OWN.format(slow=0.05))
+    for name in ("nets", "slownets"):
+        sys.path.insert(0, str(home))
+        cache = featpipe.extract(home / "photos", backbone=f"{name}:make", out=home / f"{name}.h5")
+        featpipe.train(cache, params={"C": 1.0}, cv=None).save(home / f"{name}.model")
+        sys.path.remove(str(home))
+    return home
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+LONG = {
+    "extract": ["photos", "--backbone", "nets:make", "--cache", "elsewhere"],
+    "train": ["nets.h5", "--out", "t.model"],
+    "expand": ["nets.model", "more", "--backbone", "nets:make", "--cache", "elsewhere", "--out", "e.model"],
+    "evaluate": ["nets.model", "photos", "--backbone", "nets:make", "--cache", "elsewhere"],
+    "predict": ["nets.model", "photos", "--backbone", "nets:make", "--out", "p.csv"],
+    "verify": ["nets.h5"],
+    "merge": ["nets.h5", "nets.h5", "--out", "m.h5"],
+    "pack": ["nets.h5", "--out", "packed.h5"],
+    "bench": ["photos", "--backbone", "nets:make", "--seconds", "1"],
+    "demo": ["--out", "demo"],
+}
+
+
+def test_every_command_that_tells_of_progress_is_stopped_below() -> None:
+    told = {
+        name
+        for name, module in cli.COMMANDS.items()
+        if "with Terminal()" in Path(cli.__file__).with_name(f"{module}.py").read_text()
+        and "Terminal()" in _source(name, module)
+    }
+    assert told == set(LONG)
+
+
+def _source(name: str, module: str) -> str:
+    """The text of one command."""
+    text = Path(cli.__file__).with_name(f"{module}.py").read_text()
+    return re.split(r"^@click\.command", text[text.index(f"def {name}(") :], flags=re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(
+    name: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signal comes when the command first says something: then it is at work."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+    monkeypatch.setattr(sys, "argv", ["featpipe", name, *LONG[name]])
+    sent: list[Progress] = []
+
+    def tell(self: terminal.Terminal, progress: Progress) -> None:
+        if not sent:
+            sent.append(progress)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(terminal.Terminal, "__call__", tell)
+    left = {path.name for path in home.iterdir()}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    out, err = capsys.readouterr()
+    assert sent
+    assert ended.value.code == 1
+    assert err.splitlines()[-1].startswith("featpipe: interrupted; what was finished is kept")
+    assert out == ""
+    new = {path.name for path in home.iterdir()} - left
+    assert new <= {"elsewhere", "demo", "__pycache__", "p.csv.parts"}  # unfinished work, and no file of a final name
+    assert not list(home.glob("elsewhere/*.h5"))
+
+
+COMMITTING_OFTEN = """
+import sys
+from featpipe.extraction import stream
+stream.PART_SECONDS = 0.2
+sys.argv[0] = "featpipe"
+from featpipe.cli import main
+main()
+"""
+
+
+def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command: Any) -> None:
+    out = tmp_path / "p.jsonl"
+    arguments = ["predict", "slownets.model", "photos", "--backbone", "slownets:make", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMITTING_OFTEN, "--log-format", "json", *arguments, "--workers", "1"],
+        cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("p.jsonl.parts/*.record")):
+        assert time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    finished = Parts(tmp_path / "p.jsonl.parts", "").recorded_rows()
+    assert 0 < finished < 90
+    assert not out.exists()
+    last = json.loads(err.splitlines()[-1])
+    assert (process.returncode, last["event"], last["code"]) == (1, "interrupted", 1)
+    done = command(*arguments, cwd=home)
+    assert f"{finished} of 90 images are in a cache already" in done.stderr
+    assert len(out.read_text().splitlines()) == 90
+    told: list[Progress] = []
+    model = featpipe.load_model(home / "slownets.model")  # whose network is not asked for
+    assert featpipe.predict(model, home / "photos", out, progress=told.append) == {"ok": 90}
+    assert [note.text.rsplit("; ")[-1] for note in told] == [
+        f"{out}: these predictions of 90 images are there already: no forward pass"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]
+
+
+def test_a_job_with_a_time_limit_that_is_run_again_while_it_says_so_ends(home: Home, tmp_path: Path) -> None:
+    """As a script does that runs a job until it has not ended with 75."""
+    out = tmp_path / "p.csv"
+    given = f"nets.model photos --backbone nets:make --time-limit 0.001 --workers 1 --log-format json --out {out}"
+    featpipe_ = f"{sys.executable} -c {shlex.quote(IN_LARGE_STEPS)}"
+    script = f"for i in $(seq 9); do {featpipe_} predict {given}; c=$?; echo $c; [ $c -eq 75 ] || exit $c; done"
+    done = subprocess.run(["bash", "-c", script], cwd=home, capture_output=True, text=True, timeout=280)
+    codes = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert codes[-1] == "0", done.stderr
+    assert set(codes[:-1]) == {"75"}
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert events.count("time-limit") == len(codes) - 1
+    assert len(out.read_text().splitlines()) == 91
+
+
+IN_LARGE_STEPS = """
+import sys
+from featpipe.engine import running
+running.batch_for = lambda device, multiply_adds: 40
+sys.argv[0] = "featpipe"
+from featpipe.cli import main
+main()
+"""
+
+
+# -- the README ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder with shards/000.tar and 001.tar, of two classes."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        folder = tmp_path / "images" / str(shard)
+        for number, label in enumerate(("cat", "dog")):
+            (folder / label).mkdir(parents=True)
+            for i in range(3):
+                path = folder / label / f"{shard}-{i}.jpg"
+                path.write_bytes(jpeg(100 * shard + 10 * number + i, (120, 90)))
+        with tarfile.open(tmp_path / "shards" / f"{shard:03}.tar", "w") as tar:
+            tar.add(folder, ".")
+    return tmp_path
+
+
+def scripts() -> list[str]:
+    return [text for kind, text in BLOCKS if kind == "sh"]
+
+
+def run(text: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    path = f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", "-c", text], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PATH": path, **environment},
+    )  # fmt: skip
+
+
+def test_the_array_over_shards_gives_what_one_process_gives(shards: Path) -> None:
+    array, after = scripts()
+    jobs = [run(array, shards, SLURM_ARRAY_TASK_ID=str(number), SLURM_JOB_ID="1") for number in range(2)]
+    for job in jobs:
+        _, err = job.communicate(timeout=200)
+        assert job.returncode == 0, err
+        assert {json.loads(line)["level"] for line in err.splitlines()} == {"info"}
+    ended = run(after, shards)
+    _, err = ended.communicate(timeout=200)
+    assert ended.returncode == 0, err
+    merged = featpipe.FeatureCache(shards / "all.h5")
+    alone = featpipe.extract(sorted((shards / "shards").glob("*.tar")), out=shards / "alone.h5")
+    assert np.array_equal(merged.digests, alone.digests)
+    assert np.array_equal(merged.features(), alone.features())
+    assert list(merged.labels) == list(alone.labels)
+    assert featpipe.load_model(shards / "shards.model").classes == ("cat", "dog")
+
+
+def test_a_job_of_the_array_that_ran_out_of_time_is_queued_again_and_ends_with_its_code(shards: Path) -> None:
+    (shards / "scontrol").write_text('#!/bin/sh\necho "$@" >> queued\n')
+    (shards / "featpipe").write_text('#!/bin/sh\nexit "$CODE"\n')
+    for name in ("scontrol", "featpipe"):
+        (shards / name).chmod(0o755)
+    for code in (0, 1, 2, 75):
+        job = run(scripts()[0], shards, SLURM_ARRAY_TASK_ID="1", SLURM_JOB_ID=f"7{code}", CODE=str(code))
+        job.communicate(timeout=60)
+        assert job.returncode == code
+    assert (shards / "queued").read_text() == "requeue 775\n"
+
+
+@pytest.mark.parametrize("kind", ["cron", "docker"])
+def test_the_commands_of_other_jobs_are_ones_that_the_command_line_takes(kind: str) -> None:
+    (text,) = (text for name, text in BLOCKS if name == kind)
+    typed = re.search(r"featpipe (predict .*?)[\"\n]", text)
+    assert typed is not None
+    name, *arguments = shlex.split(typed[1])
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    assert command is not None
+    assert command.make_context(name, arguments).params["out"] == "predictions.csv"
+
+
+def test_the_cron_job_runs(shards: Path) -> None:
+    (text,) = (text for name, text in BLOCKS if name == "cron")
+    line = re.sub(r"^(\S+ ){5}", "", text.strip())
+    (shards / "photos").mkdir()
+    (shards / "images").rename(shards / "photos" / "incoming")
+    cache = featpipe.extract(shards / "photos" / "incoming", out=shards / "i.h5")
+    assert len(cache) == 12
+    featpipe.train(cache, params={"C": 1.0}, cv=None).save(shards / "photos" / "photos.model")
+    job = run(line, shards, HOME=str(shards))
+    _, err = job.communicate(timeout=200)
+    assert job.returncode == 0, err
+    assert len((shards / "photos" / "predictions.csv").read_text().splitlines()) == 13

@@ -1,0 +1,144 @@
+"""What goes to stderr, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pytest
+
+from featpipe import cli
+from featpipe.cli import log
+from featpipe.cli.terminal import Terminal
+from featpipe.errors import ArchiveError, TimeLimitError
+from featpipe.progress import Progress
+
+HOSTILE = 'new\nline, "quoted" \x1b[31m and 🐝'
+
+
+@pytest.fixture
+def as_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(log._chosen, "format", "json")
+    with warnings.catch_warnings():
+        yield
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.isascii()  # no name from an archive reaches a terminal as it is
+    return [json.loads(line) for line in captured.err.splitlines()]
+
+
+def test_each_line_is_an_object_with_time_level_event_and_text(
+    as_json: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Terminal() as terminal:
+        terminal(Progress("note", "hello"))
+        terminal(Progress("warning", HOSTILE))
+    log.say("a\nb", event="table")
+    found = lines(capsys)
+    assert [(line["level"], line["event"]) for line in found] == [
+        ("info", "note"),
+        ("warning", "warning"),
+        ("info", "table"),
+    ]
+    assert all(line["time"].endswith("+00:00") for line in found)
+    assert [found[0]["text"], found[2]["text"]] == ["hello", "a\nb"]
+
+
+def test_progress_is_told_when_a_stage_begins_and_ends_and_every_minute(
+    as_json: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("featpipe.cli.terminal.time.monotonic", lambda: now[0])
+    with Terminal() as terminal:
+        for stage in ("reading", "embedding"):
+            for done in range(1, 101):
+                now[0] += 1
+                terminal(Progress("bar", stage, done, 100))
+    told = [(line["stage"], line["done"], line["total"]) for line in lines(capsys)]
+    reading = [("reading", done, 100) for done in (1, 62, 100)]
+    assert told == [*reading, *(("embedding", done, 100) for done in (1, 62, 100))]
+
+
+def test_warnings_of_libraries_are_lines_too(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = log._warned
+        warnings.warn(HOSTILE, stacklevel=1)
+    (line,) = lines(capsys)
+    assert (line["event"], line["text"]) == ("warning", f"UserWarning: {HOSTILE}")
+    assert "test_log.py:" in line["where"]
+
+
+ENDS = [
+    (ArchiveError("none"), 1, "error", "none"),
+    (TimeLimitError("over"), 75, "time-limit", "over"),
+    (KeyboardInterrupt(), 1, "interrupted", "interrupted; what was finished is kept"),
+    (click.UsageError("which?"), 2, "usage", "which?"),
+    (ZeroDivisionError("oh"), 1, "bug", "ZeroDivisionError: oh"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "event", "text"), ENDS)
+def test_an_end_has_its_code_and_what_it_was(
+    error: BaseException, code: int, event: str, text: str, as_json: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, cli._exit_codes():
+        raise error
+    assert ended.value.code == code
+    (line,) = lines(capsys)
+    assert (line["event"], line["code"]) == (event, code)
+    assert line["text"].startswith(text)
+    assert ("Traceback" in line.get("traceback", "")) == (event == "bug")
+
+
+@pytest.mark.parametrize(("error", "code", "event", "text"), ENDS[:4])
+def test_the_same_ends_for_people(
+    error: BaseException, code: int, event: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, cli._exit_codes():
+        raise error
+    assert ended.value.code == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{'Error' if event == 'usage' else 'featpipe'}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "is_json"),
+    [
+        (["heads"], None, False),
+        (["heads"], "json", True),
+        (["--log-format", "json", "heads"], None, True),
+        (["heads", "--log-format", "json"], None, True),
+        (["--log-format", "json", "heads", "--log-format", "text"], None, False),
+        (["--log-format", "text", "heads"], "json", False),
+    ],
+)
+def test_the_format_is_chosen_by_the_group_the_command_or_the_environment(
+    arguments: list[str],
+    variable: str | None,
+    is_json: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(log._chosen, "format", "text")
+    monkeypatch.setattr(sys, "argv", ["featpipe", *arguments])
+    if variable is not None:
+        monkeypatch.setenv(log.VARIABLE, variable)
+    with warnings.catch_warnings():
+        cli.cli(arguments, standalone_mode=False)
+        assert log.is_json() == is_json
+    assert "logistic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_takes_it(name: str) -> None:
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    assert command is not None
+    assert [p.name for p in command.params].count("log_format") == 1
