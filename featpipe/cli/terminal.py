@@ -14,7 +14,7 @@ import click
 
 from featpipe.progress import Progress
 
-__all__ = ["Terminal", "dump", "duration", "printable", "size", "table"]
+__all__ = ["Terminal", "dump", "duration", "in_notebook", "printable", "size", "table"]
 
 CELL_CHARACTERS = 110
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
@@ -44,7 +44,7 @@ class Terminal:
         click.echo(f"{'warning: ' if progress.kind == 'warning' else ''}{printable(progress.text)}", err=True)
 
     def _advance(self, progress: Progress) -> None:
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() and not in_notebook():
             if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
                 click.echo(f"{progress.text}: {progress.done} of {progress.total} {progress.unit}", err=True)
                 self._said_at = time.monotonic()
@@ -52,7 +52,7 @@ class Terminal:
         if self._stage != progress.text:
             self._close()
         if self._bar is None:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm
 
             self._stage = progress.text
             self._bar = tqdm(
@@ -66,6 +66,12 @@ class Terminal:
         if self._bar is not None:
             self._bar.close()
         self._bar, self._stage = None, ""
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook's kernel, which shows bars although its stderr is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequence[int] = ()) -> str:
