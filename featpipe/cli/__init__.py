@@ -34,6 +34,7 @@ COMMANDS = {  # name → module; loaded when the command is called, so that help
     "backbones": "show",
     "heads": "show",
     "bench": "gauge",
+    "completion": "complete",
 }
 
 
@@ -76,6 +77,7 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
     "backbones": "List the networks that can be used.",
     "heads": "List the heads that can be trained.",
     "bench": "Measure how fast this machine can extract, and what stands in the way.",
+    "completion": "Print what makes a shell complete commands, options and names.",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
+from featpipe.cli.complete import Name
 from featpipe.cli.terminal import Terminal, dump, table
 
 if TYPE_CHECKING:
@@ -15,28 +15,20 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-class _RecipeName(click.ParamType):
-    """A name that comes along or a file; both are completed."""
+def _known() -> list[tuple[str, str]]:
+    from featpipe.recipe import question_of, shipped
 
-    name = "recipe"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from featpipe.recipe import question_of, shipped
-
-        names = [name for name in shipped() if name.startswith(incomplete)]
-        return [*(CompletionItem(name, help=question_of(name)) for name in names), CompletionItem(incomplete, "file")]
+    return [(name, question_of(name)) for name in shipped()]
 
 
 def _listed(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from featpipe.recipe import question_of, shipped
-
-        click.echo(table([[name, question_of(name)] for name in shipped()], ["recipe", "question"]))
+        click.echo(table(_known(), ["recipe", "question"]))
         context.exit()
 
 
 @click.command(short_help="Run a recipe: from images to trained models and a page.")
-@click.argument("recipe", metavar="RECIPE", type=_RecipeName())
+@click.argument("recipe", metavar="RECIPE", type=Name("recipe", _known, files=True))
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...", type=click.Path())
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another value: heads.0.C=10; lists: 1,10.")
 @click.option("--out", metavar="DIR", type=click.Path(), help="The run's folder.  [default: runs/RECIPE]")

@@ -166,7 +166,13 @@ class Line:
         recipe = resolved(asked, task)
         if recipe.split.per_class and task != "classification":
             raise ConfigError(f"{asked.where}: [split] per_class draws images of classes; these labels are for {task}")
-        return cls(recipe, task, index, scored_index_of(recipe.evaluation, recipe.samples, tiles), folder, tell)
+        scored = scored_index_of(recipe.evaluation, recipe.samples, tiles)
+        if scored is not None and scored.labels.task != task:
+            raise ConfigError(
+                f"{asked.where}: [evaluation] archive has labels for {scored.labels.task}, those of training are for "
+                f"{task}; give fitting ones with labels"
+            )
+        return cls(recipe, task, index, scored, folder, tell)
 
     def embedded(self) -> list[Caches]:
         """The caches of all backbones."""

@@ -106,7 +106,7 @@ def _checked(head: Head, task: str, recipe: Recipe) -> Head:
     except (ValueError, TypeError) as error:  # an estimator of somebody's own
         raise ConfigError(f"{recipe.where}: [{head.table}] head {head.name!r} refuses its settings ({error})") from None
     own = {key: value for key, value in head.settings.items() if key not in default or default[key] != value}
-    return replace(head, settings=own)
+    return replace(head, settings=dict(sorted(own.items())))
 
 
 def settings_in_full(head: Head, task: str) -> dict[str, Any]:
