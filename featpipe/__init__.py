@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from featpipe.extraction import extract
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
     from featpipe.model import Model, load_model
+    from featpipe.pipeline import run
     from featpipe.prediction import predict
     from featpipe.training import compare, train
     from featpipe.upkeep import clean, merge, pack
@@ -63,6 +64,7 @@ __all__ = [
     "pack",
     "predict",
     "repair",
+    "run",
     "train",
     "verify",
 ]
@@ -87,6 +89,7 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "pack": "upkeep",
     "predict": "prediction",
     "repair": "verification",
+    "run": "pipeline",
     "train": "training",
     "verify": "verification",
 }

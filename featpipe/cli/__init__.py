@@ -28,6 +28,7 @@ COMMANDS = {  # name → module; loaded when the command is called, so that help
     "expand": "grow",
     "evaluate": "use",
     "predict": "use",
+    "run": "recipes",
     "info": "show",
     "pack": "keep",
     "merge": "keep",
@@ -36,6 +37,7 @@ COMMANDS = {  # name → module; loaded when the command is called, so that help
     "backbones": "show",
     "heads": "show",
     "bench": "gauge",
+    "completion": "complete",
 }
 
 
@@ -71,6 +73,7 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
     "expand": "Teach a model more classes; prints the path of the new model.",
     "evaluate": "Score a model on images that it was not trained on.",
     "predict": "Predict every image of some archives.",
+    "run": "Run a recipe: from images to trained models and a page.",
     "info": "Show what a cache or a model holds.",
     "pack": "Make one portable file of a cache that is spread over shards.",
     "merge": "Join caches that were made from the same facts.",
@@ -79,6 +82,7 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
     "backbones": "List the networks that can be used.",
     "heads": "List the heads that can be trained.",
     "bench": "Measure how fast this machine can extract, and what stands in the way.",
+    "completion": "Print what makes a shell complete commands, options and names.",
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.complete import HEAD
 from featpipe.cli.log import say
 from featpipe.cli.terminal import Terminal, dump, duration, size, table
 
@@ -52,6 +53,7 @@ def _shares(context: click.Context, option: click.Parameter, texts: Sequence[str
     "heads",
     multiple=True,
     default=["logistic"],
+    type=HEAD,
     metavar="NAME",
     help="See `featpipe heads`; several, or all, are compared and the best is saved.  [default: logistic]",
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from featpipe.cli.complete import BACKBONE
 from featpipe.recipe import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction
 
 __all__ = ["CHECK_CONTENT", "DEVICE", "IDENTITY", "LIMITS", "MACHINE", "RUN", "SHARD_BYTES", "options", "settings_of"]
@@ -20,7 +21,12 @@ _option: Callable[..., _Option] = partial(partial, click.option)
 
 NETWORK = (
     _option(
-        "--backbone", default=DEFAULT.backbone, show_default=True, metavar="NAME", help="See `featpipe backbones`."
+        "--backbone",
+        default=DEFAULT.backbone,
+        type=BACKBONE,
+        show_default=True,
+        metavar="NAME",
+        help="See `featpipe backbones`.",
     ),
     _option("--weights", metavar="FILE|NAME|none", help="Other than the published default."),
     _option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]"),

@@ -15,7 +15,7 @@ import click
 from featpipe.cli.log import is_json, say
 from featpipe.progress import Progress
 
-__all__ = ["Terminal", "dump", "duration", "printable", "size", "table"]
+__all__ = ["Terminal", "dump", "duration", "in_notebook", "printable", "size", "table"]
 
 CELL_CHARACTERS = 110
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
@@ -47,13 +47,13 @@ class Terminal:
         say(text, level="warning" if is_warning else "info", event=progress.kind)
 
     def _advance(self, progress: Progress) -> None:
-        if is_json() or not sys.stderr.isatty():
+        if is_json() or not (sys.stderr.isatty() or in_notebook()):
             self._say_seldom(progress)
             return
         if self._stage != progress.text:
             self._close()
         if self._bar is None:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm
 
             self._stage = progress.text
             self._bar = tqdm(
@@ -78,6 +78,12 @@ class Terminal:
             self._bar.close()
             self._stage = ""
         self._bar = None
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook's kernel, which shows bars although its stderr is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequence[int] = ()) -> str:

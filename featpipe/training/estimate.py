@@ -18,20 +18,20 @@ from featpipe.training.rows import Rows
 from featpipe.training.selection import subset
 from featpipe.trust import Conformal
 
-__all__ = ["Estimate", "calibrated_on_folds", "cross_validate", "main_metric"]
+__all__ = ["LOWER_IS_BETTER", "Estimate", "calibrated_on_folds", "cross_validate", "main_metric"]
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
 
-_LOWER_IS_BETTER = ("log_loss", "mae", "rmse")
+LOWER_IS_BETTER = ("log_loss", "mae", "rmse")
 
 
 def main_metric(scores: Scores, metric: str | None = None) -> tuple[str, float]:
     """The score that heads are compared by: its name, and its value with the sign that makes larger the better."""
     name = metric if metric is not None and metric in scores.metrics else next(iter(scores.metrics))
     value = float(scores.metrics[name].value)
-    return name, -value if name in _LOWER_IS_BETTER else value
+    return name, -value if name in LOWER_IS_BETTER else value
 
 
 @dataclass(frozen=True, eq=False)

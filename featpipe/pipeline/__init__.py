@@ -1,0 +1,9 @@
+"""Stages in order: a recipe is run, what is done is skipped, and a page tells what came out."""
+
+from __future__ import annotations
+
+from featpipe.pipeline.outcome import Embedded, Result, Run
+from featpipe.pipeline.page import command_line, page_of, write_report
+from featpipe.pipeline.running import run
+
+__all__ = ["Embedded", "Result", "Run", "command_line", "page_of", "run", "write_report"]

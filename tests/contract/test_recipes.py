@@ -1,0 +1,133 @@
+"""Every recipe that comes along runs, answers its question in a table, and runs again from its resolved file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import featpipe
+from featpipe.recipe import question_of, read_recipe, shipped
+from tests.conftest import Tiny, tiny_transform
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "pipelines").glob("*.toml"))
+EACH = 24
+
+
+def tiny() -> Any:
+    return Tiny(), tiny_transform
+
+
+def other() -> Any:
+    return Tiny(7), tiny_transform
+
+
+HERE = "tests.contract.test_recipes"
+CHANGES: dict[str, dict[str, Any]] = {  # beside the network and two folds: what is quick on a tiny archive
+    "compare-backbones": {"backbones.0.name": [f"{HERE}:tiny", f"{HERE}:other"], "images": 60, "heads.0.C": 1},
+    "compare-heads": {"heads.0.tune": False},
+    "few-shot": {"split.draws": 2, "heads.0.C": 1},
+    "imbalanced": {"heads.0.C": 1, "heads.1.C": 1, "heads.2.epochs": 3},
+    "linear-probe": {"heads.0.C": [0.1, 1]},
+    "regression": {"labels": "brightness.csv", "heads.1.epochs": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three colours that are nearly told apart, in folders, and a table of how bright each picture is."""
+    folder = tmp_path_factory.mktemp("recipes")
+    rng = np.random.default_rng(0)
+    rows = [["path", "target"]]
+    for number, name in enumerate(("blue", "green", "red")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(EACH):
+            pixels = rng.integers(0, 160, (16, 16, 3))
+            pixels[..., 2 - number] += rng.integers(0, 24)
+            file = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+            (folder / "photos" / name / f"{i:02}.png").write_bytes(file.getvalue())
+            rows.append([f"{name}/{i:02}.png", str(pixels.mean())])
+    with open(folder / "brightness.csv", "w", newline="") as out:
+        csv.writer(out).writerows(rows)
+    return folder
+
+
+def changes_of(name: str) -> dict[str, Any]:
+    return {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2, **CHANGES.get(name, {})}
+
+
+@pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # centroid, of a feature that is always zero
+@pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "smoke"])
+def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    found = featpipe.run(name, "photos", changes=changes_of(name), out=f"runs/{name}")
+    again = featpipe.run(f"runs/{name}/recipe.toml", out=f"again/{name}")
+    assert numbers(again) == numbers(found)
+    assert again.recipe.heads == found.recipe.heads
+    assert found.report.read_text().startswith("<!doctype html>")
+    assert found.recipe.question in found.report.read_text().replace("&#39;", "'")
+    assert found.model.path == found.best.model
+    document = json.loads((photos / "runs" / name / "results.json").read_text())
+    assert [row["name"] for row in document["results"]] == [row.name for row in found.results]
+    assert (photos / "runs" / name / "table.txt").read_text() == f"{found}\n"
+
+
+def numbers(run: featpipe.pipeline.Run) -> list[Any]:
+    """All that is measured but times and sizes."""
+    return [
+        (row.name, row.chosen_settings, row.cross_validated, row.held_out, row.best, row.model_digest)
+        for row in run.results
+    ]
+
+
+def test_smoke_runs_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = featpipe.run("smoke")
+    assert found.folder == Path("runs/smoke")
+    assert {row.head for row in found.results} == {"logistic", "ridge"}
+    assert found.best.held_out["low"] > 1 / 17, "no better than a guess among seventeen photographs"
+    assert found.embedded[0].samples == 170
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_says_its_question_and_its_time_and_no_default(path):
+    text = path.read_text()
+    document = tomllib.loads(text)
+    assert document["question"] == question_of(path.stem)
+    assert document["question"].endswith("?")
+    assert re.search(r"^# .*(second|minute)s?\b.* on two cores", text, re.MULTILINE | re.IGNORECASE), "how long?"
+    readme = (ROOT / "pipelines" / "README.md").read_text()
+    assert f"`{path.stem}`" in readme
+    assert document["question"] in readme
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_says_only_what_is_not_the_default(path):
+    document = tomllib.loads(path.read_text())
+    as_it_is = read_recipe(document)
+    for table in [document, *(value for key in document for value in tables(document[key]))]:
+        for key in [key for key, value in table.items() if not tables(value) and key != "name"]:
+            value = table.pop(key)
+            assert read_recipe(document) != as_it_is, f"{key} = {value!r} is what there is without it"
+            table[key] = value
+
+
+def tables(value: Any) -> list[dict[str, Any]]:
+    """The tables that a value of a recipe is."""
+    found = value if isinstance(value, list) else [value]
+    return [table for table in found if isinstance(table, dict)]
+
+
+def test_the_recipes_come_with_the_package():
+    assert shipped() == [path.stem for path in FILES]
+    assert len(FILES) >= 8

@@ -1,0 +1,221 @@
+"""`featpipe run` and `featpipe completion`, as they are typed; killed and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import featpipe
+from featpipe import load_model, split
+from featpipe.cli import cli
+from featpipe.errors import ConfigError
+from featpipe.heads import SoftmaxRegression
+from featpipe.progress import Progress
+from tests.conftest import jpeg
+from tests.contract.test_recipes import HERE, numbers, photos  # noqa: F401
+
+NETWORK = ["--set", f"backbones.0.name={HERE}:tiny", "--set", "training.cv=2"]
+
+
+@pytest.fixture(autouse=True)
+def _here(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """In a folder of its own, with the pictures."""
+    (tmp_path / "photos").symlink_to(photos / "photos")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object) -> Result:
+    done = CliRunner().invoke(cli, list(map(str, arguments)))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def test_a_sweep_is_one_extraction_and_one_table():
+    done = run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.01,1", "--set", "heads.1.name=ridge")
+    header, *lines = done.stdout.splitlines()
+    assert " ".join(header.split()) == "head settings accuracy, cross-validated accuracy, held out fit head's size"
+    rows = [" ".join(line.removeprefix("→").split()[:2]) for line in lines[:3]]
+    assert {*rows} >= {"logistic C=0.01", "logistic C=1"}
+    assert lines[0].startswith("→"), "the best comes first"
+    assert done.stderr.count("embedding on cpu") == 1
+    assert "cross-validated: on the training images, ± standard deviation over 2 folds; the best" in done.stdout
+    assert sorted(path.name for path in Path("runs/linear-probe/models").iterdir()) == [
+        "logistic-C-0.01.model", "logistic-C-1.model", "ridge.model",
+    ]  # fmt: skip
+
+
+def test_the_scores_are_those_of_the_stages_one_by_one():
+    found = json.loads(run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.5", "--json").stdout)
+    row, cache = found["results"][0], featpipe.FeatureCache(found["backbones"][0]["cache"])
+    fit, held = split.holdout(cache.digests, cache.label_table.values, test=0.2)
+    X, y = cache.X.astype(np.float64), cache.y
+    mean, std = X[fit].mean(axis=0), X[fit].std(axis=0)
+    std[std == 0] = 1
+    oracle = SoftmaxRegression(C=0.5).fit((X[fit] - mean) / std, y[fit])
+    assert row["held_out"]["n"] == len(held)
+    assert row["held_out"]["value"] == np.mean(oracle.predict((X[held] - mean) / std) == y[held])
+    again = featpipe.train(cache, params={"C": 0.5}, cv=2, without=_table(cache, held))
+    assert row["cross_validated"]["value"] == again.scores["cross_validation"]["metrics"]["accuracy"]["value"]
+
+
+def _table(cache: featpipe.FeatureCache, rows: np.ndarray) -> Path:
+    path = Path("held.csv")
+    path.write_text("path\n" + "".join(f"{cache.ids[row]}\n" for row in rows.tolist()))
+    return path
+
+
+def test_a_dry_run_says_what_is_left_and_leaves_nothing():
+    asked = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--dry-run", "--json")
+    other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
+    found = json.loads(run(*asked).stdout)
+    assert found["embed"][0]["images"] == found["embed"][0]["unknown"] == 72
+    assert found["train"] == [{"name": "logistic-C-1", "trained": False, "scored": False}]
+    assert [path.name for path in Path().iterdir()] == ["photos"]
+    run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1")
+    found = json.loads(run(*asked, "--set", "heads.1.name=ridge").stdout)
+    assert found["embed"][0]["unknown"] == 0
+    assert found["train"] == [
+        {"name": "logistic-C-1", "trained": True, "scored": True},
+        {"name": "ridge", "trained": False, "scored": False},
+    ]
+    assert "to train" in run(*other).stdout
+
+
+CHANGES: dict[str, Any] = {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2, "heads.0.name": ["ridge", "lda"]}
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was():
+    def killed(progress: Progress) -> None:
+        if progress.text.startswith("lda: "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        featpipe.run("linear-probe", "photos", changes=CHANGES, progress=killed)
+    folder = Path("runs/linear-probe")
+    assert (folder / "models" / "ridge.model").exists()
+    assert not (folder / "results.json").exists()
+    done = (folder / "models" / "ridge.model").stat()
+    said: list[str] = []
+    again = featpipe.run("linear-probe", "photos", changes=CHANGES, progress=lambda told: said.append(told.text))
+    assert not any(text.startswith("ridge: ") for text in said)
+    assert (folder / "models" / "ridge.model").stat().st_mtime_ns == done.st_mtime_ns
+    assert numbers(again) == numbers(featpipe.run("linear-probe", "photos", changes=CHANGES, out="elsewhere"))
+
+
+def trained(changes: dict[str, Any]) -> list[str]:
+    """The heads that a run trains."""
+    said: list[str] = []
+    featpipe.run("linear-probe", "photos", changes={**CHANGES, **changes}, progress=lambda told: said.append(told.text))
+    return [text.split(":")[0] for text in said if text.endswith("images to learn from")]
+
+
+def test_a_head_is_trained_again_when_anything_that_decides_it_changes():
+    assert trained({}) == ["ridge", "lda"]
+    assert trained({}) == []
+    assert trained({"training.seed": 1}) == ["ridge", "lda"]
+    assert trained({"training.seed": 1, "split.seed": 4}) == ["ridge", "lda"]
+    assert trained({"training.jobs": 1}) == ["ridge", "lda"], "the first seed again"
+    assert trained({"heads.1.name": "knn"}) == ["knn"]
+    model = Path("runs/linear-probe/models/lda.model")
+    model.write_bytes(Path("runs/linear-probe/models/ridge.model").read_bytes())
+    assert trained({}) == ["lda"], "another file under its name"
+    assert load_model(model).head_name == "lda"
+    labels = "".join(
+        f"{path.relative_to('photos')},{'xy'[i % 2]}\n" for i, path in enumerate(sorted(Path("photos").rglob("*.png")))
+    )
+    Path("other.csv").write_text(f"path,label\n{labels}")
+    assert trained({"labels": "other.csv"}) == ["ridge", "lda"]
+
+
+def test_other_images_are_scored_and_none_is_held_out():
+    for number, path in enumerate(sorted(Path("photos").rglob("*.png"))[::5]):
+        other = Path("others", path.parent.name, path.name)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(jpeg(number) if number else path.read_bytes())
+    found = featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others"})
+    assert "72 training images" in found.best.cross_validated["how"]
+    assert found.best.held_out["n"] == 14
+    assert found.best.held_out["left_out"] == {"trained on": 1}
+    with pytest.raises(ConfigError, match=r"\[evaluation\] archive has labels for none"):
+        featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others/red"})
+
+
+def test_some_of_the_images_do_not_take_the_place_of_all():
+    featpipe.run("linear-probe", "photos", changes=CHANGES)
+    said: list[str] = []
+    changes = {**CHANGES, "images": 30}
+    some = featpipe.run(
+        "linear-probe", "photos", changes=changes, out="some", progress=lambda told: said.append(told.text)
+    )
+    assert some.embedded[0].samples == 30
+    assert "all 30 images are in a cache already: no forward pass" in said
+    assert featpipe.FeatureCache(some.embedded[0].cache).label_table.values.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert trained({}) == []
+
+
+def test_what_cannot_be_is_said_before_any_image_is_read(photos: Path):  # noqa: F811
+    for changes, message in [
+        (
+            {"heads.0.name": "logistc"},
+            r"linear-probe.toml: \[heads\.0\] unknown head 'logistc'; did you mean 'logistic'",
+        ),
+        ({"heads.0.name": "knn", "heads.0.C": 1}, r"linear-probe.toml: \[heads\.0\] head 'knn' has no setting 'C'"),
+        (
+            {"heads.0.name": "ridge", "labels": str(photos / "brightness.csv"), "split.per_class": [1]},
+            "per_class draws",
+        ),
+        ({"heads.0.name": "lda", "labels": str(photos / "brightness.csv")}, r"\[heads\.0\] head 'lda' does class"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            featpipe.run("linear-probe", "photos", changes=changes)
+    with pytest.raises(ConfigError, match=r"names no archive; give one, as in `featpipe run linear-probe photos/`"):
+        featpipe.run("linear-probe")
+    assert not Path("cache").exists()
+
+
+def test_a_notebook_shows_the_table():
+    found = featpipe.run("linear-probe", "photos", changes={**CHANGES, "heads.0.name": "ridge"})
+    shown = found._repr_html_()
+    assert "<th>accuracy, held out</th>" in shown
+    assert "<td>ridge</td>" in shown
+    assert "→" not in shown, "one row needs no mark"
+
+
+def test_recipes_are_listed_with_their_questions():
+    shown = run("run", "--list").stdout
+    assert "few-shot                  How many images of each class do I have to label?" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("featpipe run co", {"compare-backbones", "compare-heads"}),
+        ("featpipe run smoke --dr", {"--dry-run"}),
+        ("featpipe train x.h5 --head l", {"logistic", "linear", "lda"}),
+        ("featpipe extract x --backbone resnet1", {"resnet18", "resnet101", "resnet152"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(words, found):
+    asked = {"_FEATPIPE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "featpipe"], env={**os.environ, **asked}, capture_output=True, text=True, timeout=100
+    )
+    assert {line.split(",")[1] for line in done.stdout.splitlines() if line.startswith("plain,")} == found
+
+
+@pytest.mark.parametrize(
+    ("shell", "mark"), [("bash", "complete -o nosort"), ("zsh", "#compdef featpipe"), ("fish", "complete --no")]
+)
+def test_the_script_of_each_shell_is_printed(shell, mark):
+    done = run("completion", shell)
+    assert mark in done.stdout
+    assert "_FEATPIPE_COMPLETE" in done.stdout
