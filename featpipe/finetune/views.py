@@ -167,7 +167,7 @@ class View:
         return {**facts, "augmentation": self.augmentation.facts(), "view": self.number, "seed": self.seed}
 
 
-class drawn(TorchFunctionMode):  # noqa: N801  # a context manager, used as a function
+class drawn(TorchFunctionMode):  # a context manager, used as a function
     """Random numbers from a seed, in this thread alone; the generator that all threads share is not touched.
 
     Examples
