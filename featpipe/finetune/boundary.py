@@ -1,8 +1,8 @@
 """Feature maps at the frozen boundary: computed once into a cache, and trained on in place of the pictures.
 
-What is frozen gives the same maps in every epoch. They are extracted as embeddings are, with the same engines, parts and
-caches, so that a kill costs nothing and a second run computes none of them again; a view of a picture is part of the
-transform, and so of what a cache is made of.
+What is frozen gives the same maps in every epoch. They are extracted as embeddings are, with the same engines, parts
+and caches, so that a kill costs nothing and a second run computes none of them again; a view of a picture is part of
+the transform, and so of what a cache is made of.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from featpipe.cache import FeatureCache
 from featpipe.engine.work import multiply_adds
 from featpipe.errors import ConfigError
 from featpipe.extraction import extract_index, facts_of
+from featpipe.extraction.places import places_of
 from featpipe.finetune.views import Augmentation, View
 from featpipe.fingerprint import fingerprint
 from featpipe.progress import Tell, quiet
@@ -203,8 +204,9 @@ def map_source(
 
 def _path(index: Index, view: Backbone, settings: Extraction) -> Path:
     """A file for these images and this view: those of other rows of the same archive lie beside it."""
-    made_from = sha256(fingerprint(facts_of(view, settings)).encode())
-    made_from.update(index.stamps().tobytes())
+    made_from = sha256("\n".join([fingerprint(facts_of(view, settings)), *places_of(index)]).encode("utf-8", "replace"))
+    for name in index.ids:
+        made_from.update(name.encode("utf-8", "replace") + b"\n")
     return Path(settings.cache) / f"boundary-{made_from.hexdigest()[:16]}.h5"
 
 
