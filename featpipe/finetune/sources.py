@@ -39,15 +39,12 @@ def opened(case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen)
     found = _boundary(case, backbone, network, chosen, augmentation)
     if found is None:
         return _pictures(case, backbone, network, augmentation), _pictures(case, backbone, network, plain)
-    how: dict[str, Any] = {
-        "settings": {"cache": case.cache, "device": str(case.device), "workers": case.tuning.workers}
-    }
-    how |= {"seed": case.tuning.seed, "progress": case.tell}
-    views = min(case.tuning.views, case.tuning.epochs)
+    settings = {"cache": case.cache, "device": str(case.device), "workers": case.tuning.workers}
+    how: dict[str, Any] = {"settings": settings, "seed": case.tuning.seed, "progress": case.tell}
+    how["views"] = min(case.tuning.views, case.tuning.epochs)
 
     def maps(rows: Any, changes: Augmentation) -> Opened:
-        given = {**how, "augmentation": changes, "views": views}
-        return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, **given))
+        return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, augmentation=changes, **how))
 
     return maps(case.sides.train, augmentation), maps(case.sides.validation, plain)
 
