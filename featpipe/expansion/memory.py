@@ -137,11 +137,11 @@ def within(kept: Kept, budget: int, first: str = "") -> Kept:
 
 def bytes_for(method: str, step: Step) -> int:
     """How much of what a model keeps a method lives on, also where it only sets old classes against new ones by it."""
-    part, kept = METHODS[method].keeps, step.kept
-    if method in BALANCED and kept is not None:
-        stands = "rows" if len(kept.rows) else "statistics" if kept.statistics is not None else ""
-        return _bytes_of(part, step) + _bytes_of(stands, step)
-    return _bytes_of(part, step)
+    parts, kept = {METHODS[method].keeps}, step.kept
+    if kept is not None and (method in BALANCED or method == "replay"):  # old rows are made up too, from statistics
+        parts |= {"rows"} if len(kept.rows) else set()
+        parts |= {"statistics"} if kept.statistics is not None else set()
+    return sum(_bytes_of(part, step) for part in parts)
 
 
 def _bytes_of(part: str, step: Step) -> int:
