@@ -159,8 +159,8 @@ class Request:
 def made_at(path: Path) -> Made | None:
     """What is recorded of a file whose bytes are those that were written; else None."""
     try:
-        text = record_of(path).read_bytes()[:BYTES_MAX]
-        facts = json.loads(text)
+        with open(record_of(path), "rb") as file:
+            facts = json.loads(file.read(BYTES_MAX))
         made = Made(**{name: facts[name] for name in Made.__dataclass_fields__})
         if facts["format"] == FORMAT and _sums(path) == (made.bytes, made.sha256):
             return made
