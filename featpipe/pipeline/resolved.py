@@ -25,14 +25,19 @@ def text_of(recipe: Recipe, task: str, made_with: Mapping[str, str]) -> str:
     made_with : mapping
         Versions and fingerprints, as comments at its head.
     """
-    stages = {"split": recipe.split, "training": recipe.training, "evaluation": recipe.evaluation}
+    stages: dict[str, Any] = {"split": recipe.split, "training": recipe.training}
+    stages |= {} if recipe.finetune is None else {"finetune": recipe.finetune}
+    stages |= {"evaluation": recipe.evaluation, "report": recipe.report}
     prints = [f"#   {key} {value}" for key, value in made_with.items()]
     parts = ["\n".join([f"# {recipe.name}, with every default. Made with:", *prints]) + "\n"]
     parts += [tomli_w.dumps({"question": recipe.question}) + _stage(recipe.samples)]
     parts += [f"[extraction]\n{tomli_w.dumps(_of(recipe.extractions[0], {key: key for key in EXTRACTION}))}"]
     parts += [_array("backbones", _of(extraction, BACKBONE)) for extraction in recipe.extractions]
     parts += [_array("heads", _of_head(one, task)) for one in recipe.heads]
-    parts += [f"[{name}]\n{_stage(stage)}" for name, stage in {**stages, "report": recipe.report}.items()]
+    parts += [
+        f"[{name}]\n{_stage(stage)}"
+        for name, stage in {**stages, "evaluation": recipe.evaluation, "report": recipe.report}.items()
+    ]
     return "\n".join(parts)
 
 

@@ -24,7 +24,7 @@ from featpipe.status import Status
 from featpipe.tiles import write_tiles
 from featpipe.training import Rows, training_rows
 
-__all__ = ["Divided", "divided", "drawn", "identity_of", "index_of", "scored_index_of", "tell_short"]
+__all__ = ["Divided", "divided", "drawn", "identity_of", "index_of", "places_of", "scored_index_of", "tell_short"]
 
 
 def index_of(samples: Samples, folder: Path, where: str) -> Index:
@@ -61,13 +61,19 @@ def scored_index_of(evaluation: Evaluation, samples: Samples, folder: Path) -> I
 
 
 def _listed(paths: Sequence[str], samples: Samples, folder: Path) -> Index:
+    places, labels = places_of(paths, samples, folder)
+    return archive.index(places, labels=labels)
+
+
+def places_of(paths: Sequence[str], samples: Samples, folder: Path) -> tuple[list[str], Table | None]:
+    """The archives as files, and the table of their labels; the tiles are written if they are asked for."""
     labels: Table | None = None
     if samples.labels is not None:
         labels = Table(Path(samples.labels), samples.path_column, samples.label_column, samples.task)  # type: ignore[arg-type]
     if TILES in paths:
         tiles, table = write_tiles(folder)
         paths, labels = [str(tiles) if path == TILES else path for path in paths], labels or Table(table)
-    return archive.index(paths, labels=labels)
+    return list(paths), labels
 
 
 def _some(index: Index, most: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from PIL import Image
 import featpipe
 from featpipe.recipe import question_of, read_recipe, shipped
 from tests.conftest import Tiny, tiny_transform
+from tests.finetuning import Ladder, small_transform
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipelines").glob("*.toml"))
@@ -31,11 +32,16 @@ def other() -> Any:
     return Tiny(7), tiny_transform
 
 
+def ladder() -> Any:
+    return Ladder(), small_transform
+
+
 HERE = "tests.contract.test_recipes"
 CHANGES: dict[str, dict[str, Any]] = {  # beside the network and two folds: what is quick on a tiny archive
     "compare-backbones": {"backbones.0.name": [f"{HERE}:tiny", f"{HERE}:other"], "images": 60, "heads.0.C": 1},
     "compare-heads": {"heads.0.tune": False},
     "few-shot": {"split.draws": 2, "heads.0.C": 1},
+    "fine-tune": {"backbones.0.name": f"{HERE}:ladder", "heads.0.C": 1, "finetune.epochs": 1},
     "imbalanced": {"heads.0.C": 1, "heads.1.C": 1, "heads.2.epochs": 3},
     "linear-probe": {"heads.0.C": [0.1, 1]},
     "regression": {"labels": "brightness.csv", "heads.1.epochs": 3},
