@@ -17,7 +17,7 @@ from featpipe.cache import SPLITS, FeatureCache
 from featpipe.durable import whole_file
 from featpipe.errors import ConfigError
 from featpipe.fingerprint import digest_arrays, fingerprint
-from featpipe.grouping import moment_of
+from featpipe.grouping import moment_of, rows_named
 from featpipe.progress import Progress, Tell
 from featpipe.recipe import TILES, Evaluation, Samples, Split
 from featpipe.status import Status
@@ -57,7 +57,8 @@ def scored_index_of(evaluation: Evaluation, samples: Samples, folder: Path) -> I
     """The images that models are scored on, if these are not held out of the others."""
     if not evaluation.archive:
         return None
-    return _listed(evaluation.archive, replace(samples, labels=evaluation.labels), folder)
+    asked = Samples() if evaluation.labels is None else replace(samples, labels=evaluation.labels)
+    return _listed(evaluation.archive, asked, folder)
 
 
 def _listed(paths: Sequence[str], samples: Samples, folder: Path) -> Index:
@@ -143,7 +144,10 @@ def divided(
         usable = scored.usable
         if scored.split.any():
             usable = usable[scored.split[usable] == SPLITS.index("test")]
-        return Divided(rows, scored, _unseen(usable, scored, rows), None)
+        without = None if asked.without is None or other is not None else Path(asked.without)
+        if without is not None:
+            usable = np.setdiff1d(usable, rows_named(cache, without))
+        return Divided(rows, scored, _unseen(usable, scored, rows), without)
     fit, held = _by_content(cache, rows, asked)
     neither = np.setdiff1d(cache.usable, np.concatenate([rows.rows[fit], rows.rows[held]]))
     training = _of_present_classes(rows.take(fit))

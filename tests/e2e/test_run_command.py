@@ -49,7 +49,7 @@ def test_a_sweep_is_one_extraction_and_one_table():
     assert done.stderr.count("embedding on cpu") == 1
     assert "cross-validated: on the training images, ± standard deviation over 2 folds; the best" in done.stdout
     assert sorted(path.name for path in Path("runs/linear-probe/models").iterdir()) == [
-        "logistic-C-0.01.model", "logistic-C-1.model", "ridge.model",
+        "logistic-C=0.01.model", "logistic-C=1.model", "ridge.model",
     ]  # fmt: skip
 
 
@@ -78,13 +78,13 @@ def test_a_dry_run_says_what_is_left_and_leaves_nothing():
     other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
     found = json.loads(run(*asked).stdout)
     assert found["embed"][0]["images"] == found["embed"][0]["unknown"] == 72
-    assert found["train"] == [{"name": "logistic-C-1", "trained": False, "scored": False}]
+    assert found["train"] == [{"name": "logistic-C=1", "trained": False, "scored": False}]
     assert [path.name for path in Path().iterdir()] == ["photos"]
     run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1")
     found = json.loads(run(*asked, "--set", "heads.1.name=ridge").stdout)
     assert found["embed"][0]["unknown"] == 0
     assert found["train"] == [
-        {"name": "logistic-C-1", "trained": True, "scored": True},
+        {"name": "logistic-C=1", "trained": True, "scored": True},
         {"name": "ridge", "trained": False, "scored": False},
     ]
     assert "to train" in run(*other).stdout
