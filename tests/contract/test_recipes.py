@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 import featpipe
-from featpipe.recipe import question_of, read_recipe, shipped
+from featpipe.recipe import Evaluation, Report, Samples, Split, Training, question_of, read_recipe, shipped
+from featpipe.recipe.reading import TABLES
 from tests.conftest import Tiny, tiny_transform
 from tests.finetuning import Ladder, small_transform
 
@@ -86,6 +88,20 @@ def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos
     document = json.loads((photos / "runs" / name / "results.json").read_text())
     assert [row["name"] for row in document["results"]] == [row.name for row in found.results]
     assert (photos / "runs" / name / "table.txt").read_text() == f"{found}\n"
+
+
+def test_every_key_of_the_results_is_explained(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    found = featpipe.run("keras-feature-extraction", "photos", changes=changes_of("keras-feature-extraction"))
+    readme, document = (ROOT / "pipelines" / "README.md").read_text(), found.to_dict()
+    for table in (document, document["results"][0], document["backbones"][0]):
+        for key in table:
+            assert re.search(rf"`(results\[\]\.)?{key}`", readme), key
+    for table in TABLES:
+        assert f"[{table}]" in readme
+    for stage in (Samples, Split, Training, Evaluation, Report):
+        for field in fields(stage):
+            assert re.search(rf"\b{field.name}\b", readme), field.name
 
 
 def numbers(run: featpipe.pipeline.Run) -> list[Any]:

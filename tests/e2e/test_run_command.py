@@ -149,6 +149,24 @@ def test_other_images_are_scored_and_none_is_held_out():
         featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others/red"})
 
 
+def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_twice():
+    changes = {"backbones.0.name": f"{HERE}:ladder", "training.cv": 2, "heads.0.C": 1, "finetune.epochs": 1}
+    said: list[str] = []
+    found = featpipe.run("fine-tune", "photos", changes=changes)
+    probe, tuned = found.results
+    comparison = found.tuned.comparison
+    row = next(row for row in comparison.metrics if row["name"] == "accuracy")
+    assert comparison.n == probe.held_out["n"] == tuned.held_out["n"]
+    assert row["probe"][0] == probe.held_out["value"]
+    assert row["tuned"][0] == pytest.approx(tuned.held_out["value"])
+    assert comparison.verdict() in str(found)
+    assert found.model.path == (tuned if found.tuned.kept == "fine-tuned" else probe).model
+    again = featpipe.run("fine-tune", "photos", changes=changes, progress=lambda told: said.append(told.text))
+    assert numbers(again) == numbers(found)
+    assert any(text.endswith("is what is asked for already") for text in said)
+    assert "writing the page" not in said
+
+
 def test_some_of_the_images_do_not_take_the_place_of_all():
     featpipe.run("linear-probe", "photos", changes=CHANGES)
     said: list[str] = []
