@@ -28,6 +28,7 @@ __all__ = ["Above", "Cut", "cut"]
 
 FARTHEST = 1e-4  # of the answer's length; what is computed otherwise than in the whole network is wrong by about 1
 IMAGES = 2
+TRIED_MAX = 24  # modules; the value of a network that is all branches is looked for in vain
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +77,19 @@ def cut(backbone: Backbone, frozen: Collection[str]) -> Cut:
         )
     trains = f"{first.name or 'the network itself'!r} trains"
     before = sorted((run for run in ran.values() if run.ended < first.began), key=lambda run: -run.ended)
-    for place, run in enumerate(before):
+    outer = [run for run, later in zip(before, [None, *before], strict=False) if not _is_last_of(run, later)]
+    for run in outer[:TRIED_MAX]:
         above = _above(backbone, run, ran)
         if above is not None:
-            below = tuple(other.name for other in before[place:])
+            below = tuple(other.name for other in before if other.ended <= run.ended)
             return Cut(above.at.name, above, below, f"{trains}; all that comes before goes through {run.name!r}")
     reason = "what comes before it is not one value" if before else "no module is done before it"
     raise ConfigError(f"{backbone.name} cannot be cut into a frozen part and one that trains: {trains}, and {reason}")
+
+
+def _is_last_of(run: Run, later: Run | None) -> bool:
+    """Whether a module is the last of the one around it, whose value is the same or made of it at once."""
+    return later is not None and later.began < run.began and later.ended == run.ended + 1
 
 
 def _first_to_train(network: nn.Module, frozen: Collection[str], ran: Mapping[nn.Module, Run]) -> Run | None:

@@ -5,5 +5,6 @@ The loop is in `loop`, and reads top to bottom; what it trains, on what and how 
 
 from featpipe.finetune.result import Comparison, FineTuned
 from featpipe.finetune.verb import finetune
+from featpipe.finetune.views import Augmentation
 
-__all__ = ["Comparison", "FineTuned", "finetune"]
+__all__ = ["Augmentation", "Comparison", "FineTuned", "finetune"]

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 
 from featpipe import image
 from featpipe.archive import Index
-from featpipe.backbone import Backbone
 from featpipe.backbone.output import Output, Recorder
 from featpipe.engine.devices import available_cores
 from featpipe.errors import SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
 
-__all__ = ["Embedding", "PictureSource", "Source", "View", "ahead", "plain"]
-
-View = Callable[[Tensor, bytes, int], Tensor]
-"""A picture, uint8 (3, H, W), the digest of its bytes, and the number of a view → float32 (3, h, w)."""
+__all__ = ["Embedding", "PictureSource", "Source", "ahead"]
 
 READY = 2  # batches that are made ready while one is trained on
 
@@ -63,11 +59,6 @@ class Embedding(nn.Module):
         return Recorder([self.output]).run(self.network, images)[self.output.name]
 
 
-def plain(backbone: Backbone) -> View:
-    """The one view that is no augmentation: the backbone's own transform."""
-    return lambda picture, digest, view: backbone.transform(picture)
-
-
 class PictureSource:
     """Decodes and changes the pictures of an archive.
 
@@ -77,7 +68,8 @@ class PictureSource:
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes, as they were embedded.
     network : Module
-    view : callable
+    views : callable
+        A picture, uint8 (3, H, W), and the number of an epoch → float32 (3, h, w).
     workers : int, optional
         Threads that decode; as many as there are cores if not given.
     """
@@ -87,13 +79,13 @@ class PictureSource:
         index: Index,
         digests: NDArray[np.uint8],
         network: nn.Module,
-        view: View,
+        views: Callable[[Tensor, int], Tensor],
         workers: int | None = None,
     ) -> None:
         self.network = network
         self._index = index
         self._digests = digests
-        self._view = view
+        self._views = views
         self._reader = index.open()
         self._kept = [self._read(row) for row in range(len(index))] if index.sequential else None
         self._pool = ThreadPoolExecutor(workers or available_cores(), "featpipe-pictures")
@@ -113,15 +105,14 @@ class PictureSource:
 
     def _picture(self, row: int, epoch: int) -> Tensor:
         data = self._kept[row] if self._kept is not None else self._read(row)
-        wanted = self._digests[row].tobytes()
-        if digest(data) != wanted:
+        if digest(data) != self._digests[row].tobytes():
             name = self._index.ids[row]
             raise SampleError(
                 f"{name}: its bytes are others than when it was embedded; run the same command again",
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
-        return self._view(torch.from_numpy(image.decode(data)).permute(2, 0, 1), wanted, epoch)
+        return self._views(torch.from_numpy(image.decode(data)).permute(2, 0, 1), epoch)
 
     def _read(self, row: int) -> bytes:
         """Its bytes; what can only be read front to back is kept in memory, as it is encoded."""

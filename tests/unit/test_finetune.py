@@ -340,13 +340,13 @@ def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, wo
 def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
     from featpipe.finetune import verb
 
-    real = verb._trained
+    real = verb.trained
 
     def changed(case, *rest):
         write_photos(photos, each=14, first=77)
         return real(case, *rest)
 
-    monkeypatch.setattr(verb, "_trained", changed)
+    monkeypatch.setattr(verb, "trained", changed)
     with pytest.raises(featpipe.SampleError, match=r"\.png: its bytes are others than when it was embedded"):
         finetune(model, photos, cache=tmp_path / "cache", **QUICK)
 
