@@ -63,7 +63,7 @@ class Result:
         What is particular to it; also the name of its files.
     backbone, head : str
     settings : dict
-        Of the head, as far as they are not the default.
+        Of the head, its output and balance among them, as far as they are not the default.
     chosen_settings : dict
         Those that were chosen on inner folds.
     per_class : int or None
@@ -103,6 +103,13 @@ class Result:
     head_bytes: int
     model_digest: str
     best: bool = False
+
+    def told_settings(self) -> str:
+        """What is particular to it, for people: images of each class, and settings, given or chosen."""
+        from featpipe.training.selection import shown
+
+        parts = [f"{self.per_class} per class"] if self.per_class is not None else []
+        return ", ".join([*parts, *filter(None, [shown({**self.settings, **self.chosen_settings})])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +226,7 @@ def _columns(run: Run) -> dict[str, list[str]]:
         "": ["→" if result.best and len(results) > 1 else "" for result in results],
         "backbone": [result.backbone if len(of) > 1 else "" for result in results],
         "head": [result.head for result in results],
-        "settings": [_settings(result) for result in results],
+        "settings": [result.told_settings() for result in results],
         f"{metric}, cross-validated": [_spread(result.cross_validated) for result in results],
         f"{metric}, held out": [_interval(result.held_out) for result in results],
         "fit": [_duration(result.seconds_to_fit) for result in results],
@@ -242,17 +249,10 @@ def _ordered(results: list[Result]) -> list[Result]:
     return sorted(results, key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
 
 
-def _settings(result: Result) -> str:
-    from featpipe.training.selection import shown
-
-    parts = [f"{result.per_class} per class"] if result.per_class is not None else []
-    return ", ".join([*parts, *filter(None, [shown({**result.settings, **result.chosen_settings})])])
-
-
 def _spread(found: Mapping[str, Any] | None) -> str:
     from featpipe.scores import number
 
-    return "" if found is None else f"{number(found['value'])} ± {number(found['spread'])}"
+    return "" if found is None or found["value"] is None else f"{number(found['value'])} ± {number(found['spread'])}"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -260,5 +260,7 @@ def _interval(found: Mapping[str, Any]) -> str:
 
     if found.get("spread") is not None:
         return _spread(found)
+    if found["value"] is None:
+        return "–"
     known = found["low"] is not None and found["high"] is not None
     return number(found["value"]) + (f" [{number(found['low'])}, {number(found['high'])}]" if known else "")

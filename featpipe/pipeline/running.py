@@ -276,6 +276,7 @@ class _Page:
             evaluation,
             title=recipe.report.title or recipe.question,
             comparison=[_row(result, found) for result in found.results],
+            compared_by=found.best.metric,
             command=again,
         )
         if self._findings:
@@ -305,7 +306,7 @@ def _row(result: Result, run: Run) -> Row:
     low, high = (held.get(key) for key in ("low", "high"))
     bounds = (math.nan, math.nan) if low is None or high is None else (low, high)
     return Row(
-        name=result.name,
+        name=result.head,
         score=Interval(math.nan if held["value"] is None else held["value"], *bounds),
         seconds_to_fit=result.seconds_to_fit,
         note=_note(result, len(run.embedded) > 1),
@@ -314,14 +315,14 @@ def _row(result: Result, run: Run) -> Row:
 
 
 def _note(result: Result, several: bool) -> str:
+    """What is particular to a row, and what else is known of it."""
     parts = [f"on {result.backbone}"] if several else []
-    if result.cross_validated is not None:
+    parts += [result.told_settings()] if result.told_settings() else []
+    if result.cross_validated is not None and result.cross_validated["value"] is not None:
         found = result.cross_validated
-        parts.append(f"cross-validated {found['value']:.3f} ± {found['spread']:.3f} on the training images")
+        parts.append(f"cross-validated {found['value']:.3f} ± {found['spread']:.3f}")
     elif "by_draw" in result.held_out:
         parts.append(f"mean of {len(result.held_out['by_draw'])} draws, ± {result.held_out['spread']:.3f}")
-    else:
-        parts.append("with the network trained too")
     return "; ".join(parts)
 
 
