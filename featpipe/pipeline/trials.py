@@ -92,6 +92,8 @@ def resolved(recipe: Recipe, task: str) -> Recipe:
     ------
     ConfigError
         If a head or a setting is unknown, or does not do the task; it names file, table and key.
+    ModelError
+        If an estimator of somebody's own cannot be saved.
     """
     found: list[Head] = []
     for head in recipe.heads:
@@ -103,7 +105,9 @@ def resolved(recipe: Recipe, task: str) -> Recipe:
 def _checked(head: Head, task: str, recipe: Recipe) -> Head:
     try:
         grid = {key: values[0] for key, values in head.grid.items()}
-        heads.build(head.name, task, params={**head.settings, **grid}, random_state=recipe.training.seed)
+        built = heads.build(head.name, task, params={**head.settings, **grid}, random_state=recipe.training.seed)
+        if head.name not in heads.TABLE:
+            heads.refuse_unsavable(built)
         default = settings_in_full(replace(head, settings={}), task)
     except ConfigError as error:
         raise ConfigError(f"{recipe.where}: [{head.table}] {error}") from None
