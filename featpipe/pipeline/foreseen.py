@@ -75,12 +75,15 @@ class Foreseen:
     task : str
     embed : list of ToEmbed
     train : list of ToTrain
+    finetune : bool
+        Whether the network of the best head would be trained too, unless that is done.
     """
 
     folder: Path
     task: str
     embed: list[ToEmbed]
     train: list[ToTrain]
+    finetune: bool
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -92,10 +95,12 @@ class Foreseen:
 
         images = [[f"{one.images:,}", _told(one), one.backbone, one.cache] for one in self.embed]
         rows = [[one.name, _state(one.trained, "train"), _state(one.scored, "score")] for one in self.train]
+        then = ["then the network of the best head would be trained too, unless that is done"] if self.finetune else []
         return "\n\n".join(
             [
                 table(images, ["images", "to embed", "backbone", "cache"], right=[0, 1]),
                 table(rows, ["head", "", ""]),
+                *then,
                 f"would be written to {self.folder}; nothing was done",
             ]
         )
@@ -132,7 +137,7 @@ def foresee(
         if (folder / "records").is_dir():
             done = {one.trial.slug: one.is_done() for one in attempts(line, [caches for _, caches in seen])}
     train = [ToTrain(trial.slug, *done.get(trial.slug, (False, False))) for trial in trials_of(line.recipe)]
-    return Foreseen(folder, line.task, [told for told, _ in seen], train)
+    return Foreseen(folder, line.task, [told for told, _ in seen], train, line.recipe.finetune is not None)
 
 
 def _embedding(line: Line, settings: Extraction) -> tuple[ToEmbed, Caches | None]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featpipe.finetune import FineTuned
 from featpipe.model import Model, load_model
 from featpipe.recipe import Recipe
 
@@ -62,7 +63,7 @@ class Result:
         What is particular to it; also the name of its files.
     backbone, head : str
     settings : dict
-        Of the head, as far as they are not the default.
+        Of the head, its output and balance among them, as far as they are not the default.
     chosen_settings : dict
         Those that were chosen on inner folds.
     per_class : int or None
@@ -75,8 +76,8 @@ class Result:
         ``value``, ``low``, ``high``, ``n``, and ``metrics``; of draws ``spread`` and ``by_draw``, and no interval.
     goodness : float
         The cross-validated score with the sign that makes larger the better; of draws, NaN: nothing is chosen by them.
-    seconds_to_fit : float
-        On all training images, the choice of settings included.
+    seconds_to_fit : float or None
+        On all training images, the choice of settings included; None of fine-tuning, which may go on after a kill.
     model : Path
     model_bytes, head_bytes : int
         Of the file, which also holds what it knows of its training images; and of the head alone.
@@ -96,12 +97,19 @@ class Result:
     cross_validated: dict[str, Any] | None
     held_out: dict[str, Any]
     goodness: float
-    seconds_to_fit: float
+    seconds_to_fit: float | None
     model: Path
     model_bytes: int
     head_bytes: int
     model_digest: str
     best: bool = False
+
+    def told_settings(self) -> str:
+        """What is particular to it, for people: images of each class, and settings, given or chosen."""
+        from featpipe.training.selection import shown
+
+        parts = [f"{self.per_class} per class"] if self.per_class is not None else []
+        return ", ".join([*parts, *filter(None, [shown({**self.settings, **self.chosen_settings})])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +131,8 @@ class Run:
     seconds : float
         That this run took; little, where most was done.
     versions : dict
+    tuned : FineTuned or None
+        What training the network too brought, where that was asked for.
     """
 
     folder: Path
@@ -133,6 +143,7 @@ class Run:
     report: Path
     seconds: float
     versions: Mapping[str, str] = field(default_factory=dict)
+    tuned: FineTuned | None = None
 
     @property
     def best(self) -> Result:
@@ -164,9 +175,10 @@ class Run:
         if first.cross_validated is None:
             draws = f"{len(first.held_out['by_draw'])} draws of the training images"
             return [f"{held}, mean ± standard deviation over {draws}"]
+        tuned = [] if self.tuned is None else [self.tuned.comparison.verdict()]
         chosen = "; the best (→) is chosen by it" if len(self.results) > 1 else ""
         folds = f"± standard deviation over {first.cross_validated['folds']} folds"
-        return [f"cross-validated: on the training images, {folds}{chosen}", f"{held}, with a 95 % interval"]
+        return [f"cross-validated: on the training images, {folds}{chosen}", f"{held}, with a 95 % interval", *tuned]
 
     def __str__(self) -> str:
         return self.table()
@@ -190,6 +202,7 @@ class Run:
             "best": self.best.name,
             "results": [_told(result, self.folder) for result in self.results],
             "backbones": [{**asdict(one), "cache": str(one.cache), "scored": str(one.scored)} for one in self.embedded],
+            "finetuning": None if self.tuned is None else self.tuned.to_dict(),
             "report": self.report.name,
             "seconds": round(self.seconds, 3),
             "versions": dict(self.versions),
@@ -204,7 +217,7 @@ def _told(result: Result, folder: Path) -> dict[str, Any]:
 
 def _columns(run: Run) -> dict[str, list[str]]:
     """The columns by their headings; those that say the same of all rows, or nothing, are left out."""
-    from featpipe.cli.terminal import duration, size
+    from featpipe.cli.terminal import size
 
     results, metric = _ordered(run.results), run.results[0].metric
     of = {one.backbone: one for one in run.embedded}
@@ -213,10 +226,10 @@ def _columns(run: Run) -> dict[str, list[str]]:
         "": ["→" if result.best and len(results) > 1 else "" for result in results],
         "backbone": [result.backbone if len(of) > 1 else "" for result in results],
         "head": [result.head for result in results],
-        "settings": [_settings(result) for result in results],
+        "settings": [result.told_settings() for result in results],
         f"{metric}, cross-validated": [_spread(result.cross_validated) for result in results],
         f"{metric}, held out": [_interval(result.held_out) for result in results],
-        "fit": [duration(result.seconds_to_fit) for result in results],
+        "fit": [_duration(result.seconds_to_fit) for result in results],
         "head's size": [size(result.head_bytes) for result in results],
         "images/s": ["–" if one.images_per_second is None else f"{one.images_per_second:,.0f}" for one in backbones],
         "network's size": [size(one.network_bytes) for one in backbones],
@@ -226,21 +239,20 @@ def _columns(run: Run) -> dict[str, list[str]]:
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 
+def _duration(seconds: float | None) -> str:
+    from featpipe.cli.terminal import duration
+
+    return "–" if seconds is None else duration(seconds)
+
+
 def _ordered(results: list[Result]) -> list[Result]:
     return sorted(results, key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
-
-
-def _settings(result: Result) -> str:
-    from featpipe.training.selection import shown
-
-    parts = [f"{result.per_class} per class"] if result.per_class is not None else []
-    return ", ".join([*parts, *filter(None, [shown({**result.settings, **result.chosen_settings})])])
 
 
 def _spread(found: Mapping[str, Any] | None) -> str:
     from featpipe.scores import number
 
-    return "" if found is None else f"{number(found['value'])} ± {number(found['spread'])}"
+    return "" if found is None or found["value"] is None else f"{number(found['value'])} ± {number(found['spread'])}"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
@@ -248,5 +260,7 @@ def _interval(found: Mapping[str, Any]) -> str:
 
     if found.get("spread") is not None:
         return _spread(found)
+    if found["value"] is None:
+        return "–"
     known = found["low"] is not None and found["high"] is not None
     return number(found["value"]) + (f" [{number(found['low'])}, {number(found['high'])}]" if known else "")

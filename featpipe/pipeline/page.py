@@ -35,13 +35,22 @@ def write_report(
     *,
     title: str = "",
     comparison: Sequence[Row] = (),
+    compared_by: str = "",
     command: str = "",
 ) -> Path:
     """Write the page of an evaluation; parameters as for `page_of`."""
-    return write(page_of(evaluation, title=title, comparison=comparison, command=command), path)
+    told = {"title": title, "compared_by": compared_by, "command": command}
+    return write(page_of(evaluation, comparison=comparison, **told), path)
 
 
-def page_of(evaluation: Evaluation, *, title: str = "", comparison: Sequence[Row] = (), command: str = "") -> Page:
+def page_of(
+    evaluation: Evaluation,
+    *,
+    title: str = "",
+    comparison: Sequence[Row] = (),
+    compared_by: str = "",
+    command: str = "",
+) -> Page:
     """The page of an evaluation.
 
     Parameters
@@ -50,6 +59,8 @@ def page_of(evaluation: Evaluation, *, title: str = "", comparison: Sequence[Row
     title : str
     comparison : sequence of Row
         Other heads and baselines on the same rows; the models that it was compared with if not given.
+    compared_by : str
+        The score of their rows; the first of the task if not given.
     command : str
         What to type to repeat it.
     """
@@ -61,7 +72,7 @@ def page_of(evaluation: Evaluation, *, title: str = "", comparison: Sequence[Row
         lead=_lead(model, evaluation, name, first),
         facts=_facts(model, evaluation),
         comparison=list(comparison) or _models(evaluation, name),
-        comparison_score=name,
+        comparison_score=compared_by or name,
         scores=scores,
         pictures=shown.pictures,
         bad=list(cache.bad_rows().items()),

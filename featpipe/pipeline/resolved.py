@@ -25,23 +25,34 @@ def text_of(recipe: Recipe, task: str, made_with: Mapping[str, str]) -> str:
     made_with : mapping
         Versions and fingerprints, as comments at its head.
     """
-    stages = {"split": recipe.split, "training": recipe.training, "evaluation": recipe.evaluation}
+    stages: dict[str, Any] = {"split": recipe.split, "training": recipe.training}
+    stages |= {} if recipe.finetune is None else {"finetune": recipe.finetune}
+    stages |= {"evaluation": recipe.evaluation, "report": recipe.report}
     prints = [f"#   {key} {value}" for key, value in made_with.items()]
     parts = ["\n".join([f"# {recipe.name}, with every default. Made with:", *prints]) + "\n"]
-    parts += [tomli_w.dumps({"question": recipe.question}) + _stage(recipe.samples)]
+    parts += [tomli_w.dumps({"question": recipe.question, **_given(recipe.samples)}) + _unset(recipe.samples)]
     parts += [f"[extraction]\n{tomli_w.dumps(_of(recipe.extractions[0], {key: key for key in EXTRACTION}))}"]
     parts += [_array("backbones", _of(extraction, BACKBONE)) for extraction in recipe.extractions]
     parts += [_array("heads", _of_head(one, task)) for one in recipe.heads]
-    parts += [f"[{name}]\n{_stage(stage)}" for name, stage in {**stages, "report": recipe.report}.items()]
+    parts += [_stage(name, stage) for name, stage in stages.items()]
     return "\n".join(parts)
 
 
-def _stage(stage: Any) -> str:
-    """The keys of a table, and in a comment those that are not set, which TOML has no value for."""
-    values = {field.name: getattr(stage, field.name) for field in fields(stage)}
-    unset = [name for name, value in values.items() if value is None or value == {}]
-    told = f"# not set: {', '.join(unset)}\n" if unset else ""
-    return told + tomli_w.dumps(_set({name: value for name, value in values.items() if name not in unset}))
+def _stage(name: str, stage: Any) -> str:
+    """One table, and in a comment the keys that are not set, which TOML has no value for."""
+    head = f"[{name}]\n"
+    return tomli_w.dumps({name: _given(stage)}).replace(head, head + _unset(stage), 1)
+
+
+def _given(stage: Any) -> dict[str, Any]:
+    values = _set({field.name: getattr(stage, field.name) for field in fields(stage)})
+    return {name: value for name, value in values.items() if value != {}}
+
+
+def _unset(stage: Any) -> str:
+    given = _given(stage)
+    names = [field.name for field in fields(stage) if field.name not in given]
+    return f"# not set: {', '.join(names)}\n" if names else ""
 
 
 def _set(values: Mapping[str, Any]) -> dict[str, Any]:

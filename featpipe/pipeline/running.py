@@ -19,15 +19,17 @@ from featpipe.durable import whole_file
 from featpipe.errors import ConfigError
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.findings import write_findings
+from featpipe.finetune import FineTuned
 from featpipe.model import load_model
 from featpipe.pipeline.embedding import Caches, embedded
 from featpipe.pipeline.outcome import Result, Run
 from featpipe.pipeline.page import write_report
 from featpipe.pipeline.records import Records, versions
 from featpipe.pipeline.resolved import text_of
-from featpipe.pipeline.samples import Divided, divided, index_of, scored_index_of, tell_short
+from featpipe.pipeline.samples import Divided, divided, index_of, places_of, scored_index_of, tell_short
 from featpipe.pipeline.trials import resolved, trials_of
 from featpipe.pipeline.trying import Attempt
+from featpipe.pipeline.tuning import Tuning
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.recipe import Recipe, read_recipe
 from featpipe.report import Row
@@ -87,9 +89,11 @@ def run(
         line = Line.of(asked, folder, tell, tiles_of(asked))
         caches = line.embedded()
         results = _judged([attempt.result() for attempt in attempts(line, caches)])
+        tuning, tuned = line.tuned(caches, results)
+        results = results if tuning is None or tuned is None else _with_tuned(results, tuning.result(tuned))
         told = [one.told() for one in caches]
-        page = _Page(line, caches, results)
-        found = Run(folder, line.recipe, line.task, results, told, page.path, 0.0, versions())
+        page = _Page(line, caches, results, tuning)
+        found = Run(folder, line.recipe, line.task, results, told, page.path, 0.0, versions(), tuned)
         page.write(found)
         found = replace(found, seconds=perf_counter() - started)
         _write(found)
@@ -179,6 +183,18 @@ class Line:
         images = self.recipe.samples.images
         return [embedded(one, self.index, self.scored, images, self.tell) for one in self.recipe.extractions]
 
+    def tuned(self, caches: Sequence[Caches], results: Sequence[Result]) -> tuple[Tuning | None, FineTuned | None]:
+        """The network of the best head trained too, if that is asked for."""
+        if self.recipe.finetune is None:
+            return None, None
+        best = next(result for result in results if result.best)
+        of = next(one for one in caches if one.label == best.backbone)
+        trial = next(trial for trial in trials_of(self.recipe) if trial.slug == best.name)
+        sides = self.divided(of.cache, of.scored, trial.head.output)
+        places, _ = places_of(self.recipe.samples.archive, self.recipe.samples, tiles_of(self.recipe))
+        tuning = Tuning(self.recipe, places, best, of, sides, self.folder, self.tell)
+        return tuning, tuning.found()
+
     def divided(self, cache: FeatureCache, scored: FeatureCache | None, output: str | None) -> Divided:
         """The sides of a cache."""
         return divided(cache, scored, output, self.recipe.split, self.recipe.training.memory, self.folder)
@@ -227,6 +243,11 @@ def _judged(results: list[Result]) -> list[Result]:
     return [replace(result, best=result is best) for result in results]
 
 
+def _with_tuned(results: list[Result], tuned: Result) -> list[Result]:
+    """With one row more, which is the best if it was kept."""
+    return [*(replace(result, best=result.best and not tuned.best) for result in results), tuned]
+
+
 @dataclass(frozen=True, eq=False)
 class _Page:
     """The last stage: the page of the best model, beside the others."""
@@ -234,6 +255,7 @@ class _Page:
     line: Line
     caches: list[Caches]
     results: list[Result]
+    tuning: Tuning | None
 
     @property
     def path(self) -> Path:
@@ -254,6 +276,7 @@ class _Page:
             evaluation,
             title=recipe.report.title or recipe.question,
             comparison=[_row(result, found) for result in found.results],
+            compared_by=found.best.metric,
             command=again,
         )
         if self._findings:
@@ -265,12 +288,14 @@ class _Page:
         return self.line.recipe.evaluation.findings
 
     def _evaluation(self, best: Result) -> Evaluation:
+        if self.tuning is not None and best.model == self.tuning.path:
+            return self.tuning.evaluation()
         caches = next(one for one in self.caches if one.label == best.backbone)
         trial = next(trial for trial in trials_of(self.line.recipe) if trial.slug == best.name)
         sides = self.line.divided(caches.cache, caches.scored, trial.head.output)
         same = [result for result in self.results if result.backbone == best.backbone and result is not best]
         same.sort(key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
-        rivals = [load_model(result.model) for result in same[:RIVALS] if result.per_class is None]
+        rivals = [load_model(one.model) for one in same[:RIVALS] if one.per_class is None and one.cross_validated]
         model = load_model(best.model)
         return evaluate(model, sides.scored, against=rivals, trained_on=caches.cache, without=sides.without)
 
@@ -281,7 +306,7 @@ def _row(result: Result, run: Run) -> Row:
     low, high = (held.get(key) for key in ("low", "high"))
     bounds = (math.nan, math.nan) if low is None or high is None else (low, high)
     return Row(
-        name=result.name,
+        name=result.head,
         score=Interval(math.nan if held["value"] is None else held["value"], *bounds),
         seconds_to_fit=result.seconds_to_fit,
         note=_note(result, len(run.embedded) > 1),
@@ -290,11 +315,13 @@ def _row(result: Result, run: Run) -> Row:
 
 
 def _note(result: Result, several: bool) -> str:
+    """What is particular to a row, and what else is known of it."""
     parts = [f"on {result.backbone}"] if several else []
-    if result.cross_validated is not None:
+    parts += [result.told_settings()] if result.told_settings() else []
+    if result.cross_validated is not None and result.cross_validated["value"] is not None:
         found = result.cross_validated
-        parts.append(f"cross-validated {found['value']:.3f} ± {found['spread']:.3f} on the training images")
-    else:
+        parts.append(f"cross-validated {found['value']:.3f} ± {found['spread']:.3f}")
+    elif "by_draw" in result.held_out:
         parts.append(f"mean of {len(result.held_out['by_draw'])} draws, ± {result.held_out['spread']:.3f}")
     return "; ".join(parts)
 

@@ -17,14 +17,14 @@ from featpipe.cache import SPLITS, FeatureCache
 from featpipe.durable import whole_file
 from featpipe.errors import ConfigError
 from featpipe.fingerprint import digest_arrays, fingerprint
-from featpipe.grouping import moment_of
+from featpipe.grouping import moment_of, rows_named
 from featpipe.progress import Progress, Tell
 from featpipe.recipe import TILES, Evaluation, Samples, Split
 from featpipe.status import Status
 from featpipe.tiles import write_tiles
 from featpipe.training import Rows, training_rows
 
-__all__ = ["Divided", "divided", "drawn", "identity_of", "index_of", "scored_index_of", "tell_short"]
+__all__ = ["Divided", "divided", "drawn", "identity_of", "index_of", "places_of", "scored_index_of", "tell_short"]
 
 
 def index_of(samples: Samples, folder: Path, where: str) -> Index:
@@ -57,17 +57,24 @@ def scored_index_of(evaluation: Evaluation, samples: Samples, folder: Path) -> I
     """The images that models are scored on, if these are not held out of the others."""
     if not evaluation.archive:
         return None
-    return _listed(evaluation.archive, replace(samples, labels=evaluation.labels), folder)
+    asked = Samples() if evaluation.labels is None else replace(samples, labels=evaluation.labels)
+    return _listed(evaluation.archive, asked, folder)
 
 
 def _listed(paths: Sequence[str], samples: Samples, folder: Path) -> Index:
+    places, labels = places_of(paths, samples, folder)
+    return archive.index(places, labels=labels)
+
+
+def places_of(paths: Sequence[str], samples: Samples, folder: Path) -> tuple[list[str], Table | None]:
+    """The archives as files, and the table of their labels; the tiles are written if they are asked for."""
     labels: Table | None = None
     if samples.labels is not None:
         labels = Table(Path(samples.labels), samples.path_column, samples.label_column, samples.task)  # type: ignore[arg-type]
     if TILES in paths:
         tiles, table = write_tiles(folder)
         paths, labels = [str(tiles) if path == TILES else path for path in paths], labels or Table(table)
-    return archive.index(paths, labels=labels)
+    return list(paths), labels
 
 
 def _some(index: Index, most: int) -> NDArray[np.int64]:
@@ -137,7 +144,10 @@ def divided(
         usable = scored.usable
         if scored.split.any():
             usable = usable[scored.split[usable] == SPLITS.index("test")]
-        return Divided(rows, scored, _unseen(usable, scored, rows), None)
+        without = None if asked.without is None or other is not None else Path(asked.without)
+        if without is not None:
+            usable = np.setdiff1d(usable, rows_named(cache, without))
+        return Divided(rows, scored, _unseen(usable, scored, rows), without)
     fit, held = _by_content(cache, rows, asked)
     neither = np.setdiff1d(cache.usable, np.concatenate([rows.rows[fit], rows.rows[held]]))
     training = _of_present_classes(rows.take(fit))

@@ -9,6 +9,7 @@ from typing import Any
 
 from featpipe import heads
 from featpipe.errors import ConfigError
+from featpipe.fingerprint import fingerprint
 from featpipe.recipe import ALL, BACKBONE, Extraction, Head, Recipe
 
 __all__ = ["Trial", "label_of", "resolved", "settings_in_full", "trials_of"]
@@ -37,7 +38,10 @@ class Trial:
     @property
     def slug(self) -> str:
         """What its files are called."""
-        return re.sub(r"[^A-Za-z0-9_.]+", "-", self.label).strip("-.")[:120]
+        plain = re.sub("[, ]+", "-", self.label)
+        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{,99}", plain):
+            return plain
+        return f"{re.sub('[^A-Za-z0-9_.=+-]+', '-', plain).strip('-.')[:90]}-{fingerprint(self.label)[:8]}"
 
 
 def trials_of(recipe: Recipe) -> list[Trial]:
@@ -78,7 +82,7 @@ def _labelled(name: str, given: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "×".join(map(_short, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value) if isinstance(value, str) and re.search("[ ,]", value) else str(value)
 
 
 def resolved(recipe: Recipe, task: str) -> Recipe:
@@ -88,6 +92,8 @@ def resolved(recipe: Recipe, task: str) -> Recipe:
     ------
     ConfigError
         If a head or a setting is unknown, or does not do the task; it names file, table and key.
+    ModelError
+        If an estimator of somebody's own cannot be saved.
     """
     found: list[Head] = []
     for head in recipe.heads:
@@ -99,7 +105,9 @@ def resolved(recipe: Recipe, task: str) -> Recipe:
 def _checked(head: Head, task: str, recipe: Recipe) -> Head:
     try:
         grid = {key: values[0] for key, values in head.grid.items()}
-        heads.build(head.name, task, params={**head.settings, **grid}, random_state=recipe.training.seed)
+        built = heads.build(head.name, task, params={**head.settings, **grid}, random_state=recipe.training.seed)
+        if head.name not in heads.TABLE:
+            heads.refuse_unsavable(built)
         default = settings_in_full(replace(head, settings={}), task)
     except ConfigError as error:
         raise ConfigError(f"{recipe.where}: [{head.table}] {error}") from None

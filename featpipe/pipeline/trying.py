@@ -86,11 +86,12 @@ class Attempt:
         folds = model.scores.get("cross_validation")
         metric, goodness = self._judged(folds, held_out)
         head, history = self.trial.head, model.history
+        beside = {name: getattr(head, name) for name in ("output", "balance") if getattr(head, name)}
         return Result(
             name=self.trial.slug,
             backbone=self.caches.label,
             head=head.name,
-            settings={**dict(head.settings), **({"output": head.output} if head.output else {})},
+            settings={**head.settings, **beside},
             chosen_settings=(history.get("chosen") or {}).get("settings", {}),
             per_class=self.trial.per_class,
             metric=metric,
@@ -203,4 +204,5 @@ def _values(scores: Scores) -> dict[str, float]:
 
 
 def _with(metric: str, found: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {**found["metrics"][metric], **{key: found[key] for key in keys if key in found}}
+    undefined = {"value": None, "low": None, "high": None}
+    return {**found["metrics"].get(metric, undefined), **{key: found[key] for key in keys if key in found}}

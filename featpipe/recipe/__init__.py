@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from featpipe.recipe.changes import parse_changes
 from featpipe.recipe.reading import BACKBONE, EXTRACTION, read_recipe
-from featpipe.recipe.settings import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction
+from featpipe.recipe.settings import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction, FineTuning
 from featpipe.recipe.shipped import question_of, shipped
 from featpipe.recipe.tables import ALL, TILES, Evaluation, Head, Recipe, Report, Samples, Split, Training
 
@@ -19,6 +19,7 @@ __all__ = [
     "TILES",
     "Evaluation",
     "Extraction",
+    "FineTuning",
     "Head",
     "Recipe",
     "Report",

@@ -14,7 +14,7 @@ from featpipe.errors import ConfigError
 from featpipe.names import unknown
 from featpipe.recipe.changes import changed
 from featpipe.recipe.kinds import fits, kinds_of, listed, plain, told
-from featpipe.recipe.settings import Extraction
+from featpipe.recipe.settings import Extraction, FineTuning
 from featpipe.recipe.shipped import FOLDER, find
 from featpipe.recipe.tables import TILES, Evaluation, Head, Recipe, Report, Samples, Split, Training
 
@@ -33,7 +33,7 @@ EXTRACTION = ("cache", "device", "engine", "workers", "batch", "max_bad", "check
 """Keys of the table [extraction]: how and where it runs."""
 
 STAGES: dict[str, type] = {"split": Split, "training": Training, "evaluation": Evaluation, "report": Report}
-TABLES = ("backbones", "extraction", "heads", *STAGES)
+TABLES = ("backbones", "extraction", "heads", "finetune", *STAGES)
 
 _KINDS = {"backbone": str, "weights": str | None, "cache": str}  # where Python takes more than a file can say
 _HEAD = tuple(field.name for field in fields(Head) if field.name not in ("settings", "table"))
@@ -144,15 +144,17 @@ class _Reader:
         known = [field.name for field in fields(Samples)]
         self._known("", tops, ["question", *known, *TABLES])
         question = self._value("", "question", tops.pop("question", ""), str)
-        return Recipe(
-            name=name,
-            where=self.where,
-            question=question,
-            samples=self._stage("", Samples, tops),
-            extractions=self._extractions(document),
-            heads=self._heads(document.get("heads", [{}])),
-            **{key: self._stage(key, stage, self._table(key, document)) for key, stage in STAGES.items()},
-        )
+        stages = {key: self._stage(key, stage, self._table(key, document)) for key, stage in STAGES.items()}
+        several = {"extractions": self._extractions(document), "heads": self._heads(document.get("heads", [{}]))}
+        told = {"name": name, "where": self.where, "question": question, "samples": self._stage("", Samples, tops)}
+        tuning = self._finetuning(document) if "finetune" in document else None
+        return self._made("", Recipe, {**told, **several, **stages, "finetune": tuning})
+
+    def _finetuning(self, document: Mapping[str, Any]) -> FineTuning:
+        table, kinds = self._table("finetune", document), kinds_of(FineTuning)
+        self._known("finetune", table, [field.name for field in fields(FineTuning)])
+        given = {key: self._value("finetune", key, value, kinds[key]) for key, value in table.items()}
+        return self._made("finetune", lambda **values: FineTuning.of(values), given)
 
     def _table(self, name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:
         table = document.get(name, {})
@@ -211,7 +213,7 @@ class _Reader:
             raise self._error(table, f"{key} is {value!r}; expected {told(kind)}{hint}", key)
         return plain(value, kind)
 
-    def _made(self, table: str, stage: type, values: Mapping[str, Any]) -> Any:
+    def _made(self, table: str, stage: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         try:
             return stage(**values)
         except ConfigError as error:

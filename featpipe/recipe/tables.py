@@ -8,7 +8,7 @@ from typing import Any
 
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
-from featpipe.recipe.settings import Extraction
+from featpipe.recipe.settings import Extraction, FineTuning
 
 __all__ = ["ALL", "TILES", "Evaluation", "Head", "Recipe", "Report", "Samples", "Split", "Training"]
 
@@ -231,6 +231,8 @@ class Recipe:
     heads : tuple of Head
     split : Split
     training : Training
+    finetune : FineTuning or None
+        What is asked for of the stage that trains the network too, where there is to be one.
     evaluation : Evaluation
     report : Report
     """
@@ -243,5 +245,10 @@ class Recipe:
     heads: tuple[Head, ...] = (Head(),)
     split: Split = field(default_factory=Split)
     training: Training = field(default_factory=Training)
+    finetune: FineTuning | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        if self.finetune is not None and (self.split.per_class or self.samples.images is not None):
+            raise ConfigError("[finetune] trains on all of the images; leave images and [split] per_class out")

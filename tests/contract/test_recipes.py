@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 from PIL import Image
 
 import featpipe
-from featpipe.recipe import question_of, read_recipe, shipped
+from featpipe.recipe import Evaluation, Report, Samples, Split, Training, question_of, read_recipe, shipped
+from featpipe.recipe.reading import TABLES
 from tests.conftest import Tiny, tiny_transform
+from tests.finetuning import Ladder, small_transform
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipelines").glob("*.toml"))
@@ -31,11 +34,16 @@ def other() -> Any:
     return Tiny(7), tiny_transform
 
 
+def ladder() -> Any:
+    return Ladder(), small_transform
+
+
 HERE = "tests.contract.test_recipes"
 CHANGES: dict[str, dict[str, Any]] = {  # beside the network and two folds: what is quick on a tiny archive
     "compare-backbones": {"backbones.0.name": [f"{HERE}:tiny", f"{HERE}:other"], "images": 60, "heads.0.C": 1},
     "compare-heads": {"heads.0.tune": False},
     "few-shot": {"split.draws": 2, "heads.0.C": 1},
+    "fine-tune": {"backbones.0.name": f"{HERE}:ladder", "heads.0.C": 1, "finetune.epochs": 1},
     "imbalanced": {"heads.0.C": 1, "heads.1.C": 1, "heads.2.epochs": 3},
     "linear-probe": {"heads.0.C": [0.1, 1]},
     "regression": {"labels": "brightness.csv", "heads.1.epochs": 3},
@@ -80,6 +88,20 @@ def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos
     document = json.loads((photos / "runs" / name / "results.json").read_text())
     assert [row["name"] for row in document["results"]] == [row.name for row in found.results]
     assert (photos / "runs" / name / "table.txt").read_text() == f"{found}\n"
+
+
+def test_every_key_of_the_results_is_explained(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    found = featpipe.run("keras-feature-extraction", "photos", changes=changes_of("keras-feature-extraction"))
+    readme, document = (ROOT / "pipelines" / "README.md").read_text(), found.to_dict()
+    for table in (document, document["results"][0], document["backbones"][0]):
+        for key in table:
+            assert re.search(rf"`(results\[\]\.)?{key}`", readme), key
+    for table in TABLES:
+        assert f"[{table}]" in readme
+    for stage in (Samples, Split, Training, Evaluation, Report):
+        for field in fields(stage):
+            assert re.search(rf"\b{field.name}\b", readme), field.name
 
 
 def numbers(run: featpipe.pipeline.Run) -> list[Any]:

@@ -49,7 +49,7 @@ def test_a_sweep_is_one_extraction_and_one_table():
     assert done.stderr.count("embedding on cpu") == 1
     assert "cross-validated: on the training images, ± standard deviation over 2 folds; the best" in done.stdout
     assert sorted(path.name for path in Path("runs/linear-probe/models").iterdir()) == [
-        "logistic-C-0.01.model", "logistic-C-1.model", "ridge.model",
+        "logistic-C=0.01.model", "logistic-C=1.model", "ridge.model",
     ]  # fmt: skip
 
 
@@ -78,13 +78,13 @@ def test_a_dry_run_says_what_is_left_and_leaves_nothing():
     other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
     found = json.loads(run(*asked).stdout)
     assert found["embed"][0]["images"] == found["embed"][0]["unknown"] == 72
-    assert found["train"] == [{"name": "logistic-C-1", "trained": False, "scored": False}]
+    assert found["train"] == [{"name": "logistic-C=1", "trained": False, "scored": False}]
     assert [path.name for path in Path().iterdir()] == ["photos"]
     run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1")
     found = json.loads(run(*asked, "--set", "heads.1.name=ridge").stdout)
     assert found["embed"][0]["unknown"] == 0
     assert found["train"] == [
-        {"name": "logistic-C-1", "trained": True, "scored": True},
+        {"name": "logistic-C=1", "trained": True, "scored": True},
         {"name": "ridge", "trained": False, "scored": False},
     ]
     assert "to train" in run(*other).stdout
@@ -147,6 +147,24 @@ def test_other_images_are_scored_and_none_is_held_out():
     assert found.best.held_out["left_out"] == {"trained on": 1}
     with pytest.raises(ConfigError, match=r"\[evaluation\] archive has labels for none"):
         featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others/red"})
+
+
+def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_twice():
+    changes = {"backbones.0.name": f"{HERE}:ladder", "training.cv": 2, "heads.0.C": 1, "finetune.epochs": 1}
+    said: list[str] = []
+    found = featpipe.run("fine-tune", "photos", changes=changes)
+    probe, tuned = found.results
+    comparison = found.tuned.comparison
+    row = next(row for row in comparison.metrics if row["name"] == "accuracy")
+    assert comparison.n == probe.held_out["n"] == tuned.held_out["n"]
+    assert row["probe"][0] == probe.held_out["value"]
+    assert row["tuned"][0] == pytest.approx(tuned.held_out["value"])
+    assert comparison.verdict() in str(found)
+    assert found.model.path == (tuned if found.tuned.kept == "fine-tuned" else probe).model
+    again = featpipe.run("fine-tune", "photos", changes=changes, progress=lambda told: said.append(told.text))
+    assert numbers(again) == numbers(found)
+    assert any(text.endswith("is what is asked for already") for text in said)
+    assert "writing the page" not in said
 
 
 def test_some_of_the_images_do_not_take_the_place_of_all():

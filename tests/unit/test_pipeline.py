@@ -1,0 +1,70 @@
+"""The rows that a recipe asks for, their names, and the file that asks for the same again."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from featpipe.pipeline.resolved import text_of
+from featpipe.pipeline.trials import resolved, trials_of
+from featpipe.recipe import read_recipe
+
+DOCUMENT: dict[str, Any] = {
+    "archive": "photos",
+    "backbones": [{"name": ["resnet18", "resnet50"], "weights": "none", "outputs": ["pooled", "layer3:avg"]}],
+    "heads": [
+        {"name": "logistic", "C": [0.1, 1.0], "output": "layer3:avg"},
+        {"name": "mlp", "hidden": [[256, 128], [64]], "class_weight": "balanced", "epochs": 30},
+        {"name": "centroid", "grid": {"shrink_threshold": [0.1, 0.2]}},
+        {"name": "lda", "shrinkage": "none", "solver": "svd"},
+    ],
+    "split": {"groups": "visits.csv:patient", "test": 0.3},
+    "training": {"prior": {"cat": 0.9}, "metric": "macro_f1"},
+    "finetune": {"unfreeze": "2 stages", "augmentation": {"flip": True}},
+    "report": {"title": 'A "title" = [1]'},
+}
+
+
+def test_the_resolved_file_asks_for_the_same():
+    recipe = resolved(read_recipe(DOCUMENT), "classification")
+    text = text_of(recipe, "classification", {"featpipe": "1"})
+    again = resolved(read_recipe(tomllib.loads(text)), "classification")
+    assert replace(again, heads=()) == replace(recipe, heads=())
+    assert again.heads == recipe.heads
+    assert [trial.slug for trial in trials_of(again)] == [trial.slug for trial in trials_of(recipe)]
+    assert text_of(again, "classification", {"featpipe": "1"}) == text
+
+
+def test_the_resolved_file_says_every_default_but_what_is_chosen():
+    recipe = resolved(read_recipe({"heads": [{}, {"name": "mlp"}]}), "classification")
+    first, second = tomllib.loads(text_of(recipe, "classification", {}))["heads"]
+    assert first["max_iter"] == 2000
+    assert "C" not in first, "it is tuned"
+    assert second["hidden"] == [[512]]
+    assert second["learning_rate"] == "auto"
+
+
+def test_a_setting_that_is_the_default_makes_no_other_row():
+    recipe = resolved(read_recipe({"heads": [{"name": "mlp", "epochs": [30, 10], "dropout": 0.0}]}), "classification")
+    assert [trial.slug for trial in trials_of(recipe)] == ["mlp", "mlp-epochs=10"]
+    recipe = resolved(read_recipe({"heads": [{"name": "logistic", "C": 1.0}]}), "classification")
+    assert dict(recipe.heads[0].settings) == {"C": 1.0}, "or it would be tuned"
+
+
+@pytest.mark.parametrize(
+    "values", [[1e-9, 1.1e-9], [-1, 1], ["a b", "a-b"], ["a:b", "a/b"], ["x" * 120 + "a", "x" * 120 + "b"]]
+)
+def test_rows_that_differ_have_files_that_differ(values):
+    head = read_recipe({}).heads[0]
+    recipe = replace(read_recipe({}), heads=tuple(replace(head, settings={"C": value}) for value in values))
+    slugs = [trial.slug for trial in trials_of(recipe)]
+    assert len({*slugs}) == 2
+    assert all("/" not in slug and len(slug) < 110 for slug in slugs)
+
+
+def test_all_stands_for_the_heads_of_the_task():
+    recipe = resolved(read_recipe({"heads": [{"name": "all"}]}), "regression")
+    assert [head.name for head in recipe.heads] == ["mlp", "linear", "ridge", "knn", "keras"]
