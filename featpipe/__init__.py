@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from featpipe.evaluation import evaluate
     from featpipe.expansion import expand
     from featpipe.extraction import extract
+    from featpipe.finetune import finetune
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
     from featpipe.model import Model, load_model
     from featpipe.prediction import predict
@@ -56,6 +57,7 @@ __all__ = [
     "evaluate",
     "expand",
     "extract",
+    "finetune",
     "load_model",
     "merge",
     "pack",
@@ -80,6 +82,7 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "evaluate": "evaluation",
     "expand": "expansion",
     "extract": "extraction",
+    "finetune": "finetune",
     "load_model": "model",
     "merge": "upkeep",
     "pack": "upkeep",

@@ -11,8 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -254,10 +252,10 @@ class Model:
         from featpipe import backbone as backbones
 
         facts = narrowed(self.facts, self.output)["backbone"]
-        with self._weights_file() if isinstance(backbone, str) else contextlib.nullcontext() as weights:
-            self._backbone = backbones.load_again(
-                backbone, self.request, facts, where=str(self.path or "model"), weights=weights
-            )
+        weights = self.path if self._carries_weights and isinstance(backbone, str) else None
+        self._backbone = backbones.load_again(
+            backbone, self.request, facts, where=str(self.path or "model"), weights=weights
+        )
         self._engine = None
         return self
 
@@ -282,24 +280,6 @@ class Model:
                 f"{self.path or 'model'}: its backbone {name!r} is code of its author's own, which is not run unasked; "
                 "pass --backbone (in Python backbone=..., or model.attach(...)) if you trust it"
             )
-
-    @contextlib.contextmanager
-    def _weights_file(self) -> Iterator[str | None]:
-        """What to load the backbone from: as it was asked for in training, or the weights that the model carries."""
-        if not self._carries_weights:
-            yield None
-            return
-        assert self.path is not None
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / WEIGHTS_MEMBER
-            with (
-                _reading(self.path),
-                zipfile.ZipFile(self.path) as bundle,
-                bundle.open(WEIGHTS_MEMBER) as source,
-                open(file, "wb") as target,
-            ):
-                shutil.copyfileobj(source, target, 1 << 24)
-            yield str(file)
 
     def was_trained_on(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which images the head was trained on, by the SHA-256 of their bytes, shape (n, 32) → (n,)."""
@@ -326,6 +306,19 @@ class Model:
         from featpipe.expansion import expand
 
         return expand(self, data, **how).model
+
+    def finetune(self, archives: Any, **how: Any) -> Model:
+        """A model whose backbone was trained further; see :func:`featpipe.finetune`, which says more.
+
+        Parameters
+        ----------
+        archives : path-like or sequence of path-like
+        **how
+            ``unfreeze``, ``epochs``, ``labels``, ``out``, … as there.
+        """
+        from featpipe.finetune import finetune
+
+        return finetune(self, archives, **how).model
 
     def check_cache(self, cache: FeatureCache) -> None:
         """Refuse a cache whose embeddings are not of the kind that the head was trained on."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from featpipe.errors import ConfigError
 from featpipe.names import unknown
 
-__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "Extraction"]
+__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "Extraction", "FineTuning"]
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 STORAGES = ("float32", "float16")
 ENGINES = ("auto", "torch", "openvino")
 AUTO = "auto"
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "one-cycle", "constant")
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,146 @@ class Extraction:
         if number < 0 or (is_share and number > 1):
             raise ConfigError(f"max-bad is {self.max_bad!r}; a number is at least 0, a share at most 100%")
         return int(number * n) if is_share else int(number)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How to fine-tune: the one home of the defaults.
+
+    Parameters
+    ----------
+    unfreeze : str
+        What is trained below the new layer: ``head`` (nothing), ``last``, ``3`` or ``3 stages``, ``0.3`` (that share of
+        the stages), ``all``, ``layers[15:]`` (a slice of the layers with weights, the input's first), or a glob of
+        module names such as ``blocks.6*``; several joined by commas.
+    weights : str, optional
+        ``none`` starts from the untrained architecture and a new layer, and trains all of it.
+    gradual : int
+        Train the new layer alone for so many epochs, then one more stage every so many; 0 trains all from the start.
+    batch_norm : {"frozen", "trained"}
+        Whether batch norms keep the statistics they came with, also in the part that is trained, or follow the batches
+        there.
+    epochs, batch : int
+        Batch: images in one step of the optimizer.
+    accumulate : int
+        Into how many pieces a batch is divided, for its gradients to be summed; more where memory runs out.
+    optimizer : {"adamw", "sgd"}
+        SGD has a Nesterov momentum of ``momentum``.
+    learning_rate : float or "find"
+        The highest rate of the new layer; ``find`` looks for one on the first batches.
+    layer_decay : float
+        What the rate is multiplied by from the new layer to the last stage, and from each stage to the one before.
+    momentum : float
+    weight_decay : float
+        Of weights, and not of norms and biases.
+    warmup : float
+        Share of the steps in which the rate rises.
+    schedule : {"cosine", "one-cycle", "constant"}
+    clip : float
+        The longest that the gradient may be; 0 for any.
+    precision : {"fp32", "bf16", "fp16"}
+        Of the forward and backward passes; weights and their updates are float32.
+    label_smoothing, mixup, cutmix : float
+        Alpha of Beta(alpha, alpha) of the latter two (Zhang et al. 2018, Yun et al. 2019); 0 is without.
+    augmentation : mapping
+        How pictures are changed in training, by the names of :class:`featpipe.finetune.Augmentation`.
+    class_weight, sampling : "balanced", optional
+        Rare classes count more in the loss; are drawn more often.
+    ema : float
+        Decay of a moving average of the weights, which is then what is judged and kept; 0 is without.
+    patience : int
+        Stop after so many epochs without a lower loss on validation images; 0 never does. The best epoch is kept in
+        any case.
+    test, validation : float
+        Shares of the images that are held out for the final table, and of the rest that decide when to stop, where the
+        labels come without a split.
+    cache_activations : {"auto", "yes", "no"}
+        Compute the frozen part once and train on its feature maps; ``auto`` where that is faster.
+    views : int
+        Augmented views of each image that are then cached; epochs take turns.
+    seed : int
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    workers : int, optional
+        Threads that decode; as many as there are cores if not given.
+    keep_worse : bool
+        Save the fine-tuned model even if it is worse than the probe on held-out images.
+    """
+
+    unfreeze: str = "last"
+    weights: str | None = None
+    gradual: int = 0
+    batch_norm: str = "frozen"
+    epochs: int = 10
+    batch: int = 32
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float | str = 3e-4
+    layer_decay: float = 0.8
+    momentum: float = 0.9
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    clip: float = 1.0
+    precision: str = "fp32"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augmentation: Mapping[str, Any] = field(default_factory=dict)
+    class_weight: str | None = None
+    sampling: str | None = None
+    ema: float = 0.0
+    patience: int = 3
+    test: float = 0.2
+    validation: float = 0.2
+    cache_activations: str = AUTO
+    views: int = 4
+    seed: int = 0
+    device: str = AUTO
+    workers: int | None = None
+    keep_worse: bool = False
+
+    def __post_init__(self) -> None:
+        words = {
+            "batch_norm": ("frozen", "trained"),
+            "optimizer": OPTIMIZERS,
+            "schedule": SCHEDULES,
+            "precision": ("fp32", "bf16", "fp16"),
+            "cache_activations": (AUTO, "yes", "no"),
+            "class_weight": (None, "balanced"),
+            "sampling": (None, "balanced"),
+            "weights": (None, "none"),
+        }
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), [word for word in known if word is not None])
+        if isinstance(self.learning_rate, str) and self.learning_rate != "find":
+            raise ConfigError(f"learning_rate is {self.learning_rate!r}; give a number above 0, or find")
+        for name, least in {"epochs": 1, "batch": 1, "accumulate": 1, "views": 1, "patience": 0, "gradual": 0}.items():
+            _check_range(name, getattr(self, name), least, None, whole=True)
+        for name in ("momentum", "warmup", "label_smoothing", "ema", "test", "validation"):
+            _check_range(name, getattr(self, name), 0, 1)
+        for name in ("weight_decay", "clip", "mixup", "cutmix", "layer_decay"):
+            _check_range(name, getattr(self, name), 0, None)
+        if not isinstance(self.learning_rate, str):
+            _check_range("learning_rate", self.learning_rate, 1e-12, None)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> FineTuning:
+        """From keyword arguments; an unknown one is answered with the nearest."""
+        names = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in names:
+                raise unknown("setting", name, names)
+        if settings.get("weights") == "none":  # an untrained network learns nothing with most of it frozen
+            settings = {"unfreeze": "all", "batch_norm": "trained", **settings}
+        return cls(**settings)
+
+
+def _check_range(name: str, value: object, least: float, below: float | None, *, whole: bool = False) -> None:
+    """Refuse what is no number from ``least`` up to, and without, ``below``."""
+    kinds = (int,) if whole else (int, float)
+    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    if not fits or not least <= value or (below is not None and not value < below):  # type: ignore[operator]
+        kind, high = ("whole number" if whole else "number"), "" if below is None else f", below {below:g}"
+        raise ConfigError(f"{name} is {value!r}; give a {kind} of {least:g} or more{high}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from featpipe.backbone.carried import carried_by, is_model
 from featpipe.backbone.catalogue import PACKAGED, TIMM, names
 from featpipe.backbone.frozen import Backbone
 from featpipe.backbone.headless import Headless
@@ -22,7 +23,7 @@ from featpipe.names import unknown
 
 __all__ = ["load", "load_again"]
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".model")
 
 
 def load(
@@ -39,10 +40,12 @@ def load(
     Parameters
     ----------
     name : str or Module
-        One of :func:`featpipe.backbone.names`, or ``package.module:factory`` for a network of your own, or the network.
+        One of :func:`featpipe.backbone.names`, or ``package.module:factory`` for a network of your own, or the network;
+        or a model's file, for the backbone of that model.
     weights : str or Path, optional
         None: the published ones. ``none``: untrained. A published name such as ``IMAGENET1K_V2``. Or a file:
-        safetensors, or a state dict, with or without the old classifier, with any prefix.
+        safetensors, or a state dict, with or without the old classifier, with any prefix; or a model that carries some,
+        as fine-tuned ones do, with its transform.
     outputs : sequence of str
         ``pooled``, the network's own answer, and ``NODE[:POOL]``: a module by its dotted name, pooled by ``avg``,
         ``max``, ``gem``, ``cls`` or ``none``.
@@ -69,7 +72,12 @@ def load(
     >>> load("resnet18", weights="none", outputs=["pooled", "layer3:max"]).shapes
     {'pooled': (512,), 'layer3:max': (256,)}
     """
-    headless = _headless(name, _file_or_name(weights), transform, seed, progress)
+    if isinstance(name, str) and Path(name).suffix == ".model":
+        name, weights, seed = _of_model(Path(name), weights, seed)
+    given_weights = _file_or_name(weights)
+    if transform is None and isinstance(given_weights, Path) and is_model(given_weights):
+        transform = _library_transform(carried_by(given_weights).facts)
+    headless = _headless(name, given_weights, transform, seed, progress)
     if transform is not None and headless.source != "user":
         given = transform if isinstance(transform, (Transform, CustomTransform)) else CustomTransform(transform)
     else:
@@ -86,7 +94,7 @@ def load(
         code=headless.code,
         request={
             "name": name if isinstance(name, str) else headless.code["import"],
-            "weights": _lasting(_file_or_name(weights)),
+            "weights": _lasting(given_weights),
             "outputs": list(_sequence(outputs)),
             "seed": seed,
         },
@@ -150,6 +158,19 @@ def load_again(
         differ = "; ".join(differences(found, facts)[:4])
         raise WeightsError(f"{where}: was made with another backbone ({differ}); bring the weights it was made with")
     return name
+
+
+def _of_model(path: Path, weights: str | Path | None, seed: int) -> tuple[str, str | Path | None, int]:
+    """The backbone of a model's file, by its name, with the weights that were asked for or its own."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` make them")
+    found = carried_by(path)
+    if ":" in found.name:
+        raise ConfigError(
+            f"{path}: its backbone {found.name!r} is code of its author's own, which is not run unasked; "
+            f"pass --backbone {found.name} --weights {path} if you trust it"
+        )
+    return (found.name, found.weights, found.seed) if weights is None else (found.name, weights, seed)
 
 
 def _library_transform(facts: Mapping[str, Any]) -> Transform | None:

@@ -12,6 +12,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from featpipe.backbone.carried import is_model, read_carried
 from featpipe.errors import WeightsError
 from featpipe.fingerprint import digest_arrays
 
@@ -77,6 +78,8 @@ def read(path: Path) -> list[State]:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth, .pt or .bin")
+    if is_model(path):
+        return [read_carried(path)]
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     found = list(_states(content, DEPTH_MAX))
     if not found:

@@ -1,5 +1,10 @@
-"""Fine-tuning: the optional stage that goes back into the network."""
+"""Fine-tuning: back into the network, from where the probe ended.
 
-from __future__ import annotations
+The loop is in `loop`, and reads top to bottom; what it trains, on what and how is a `job`, what changes is a `state`.
+"""
 
-__all__: list[str] = []
+from featpipe.finetune.result import Comparison, FineTuned
+from featpipe.finetune.verb import finetune
+from featpipe.finetune.views import Augmentation
+
+__all__ = ["Augmentation", "Comparison", "FineTuned", "finetune"]

@@ -37,7 +37,7 @@ FLOORS = [
     {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores", "trust"},
     {"commit", "engine", "grouping", "kept", "known", "loader"},
     {"extraction", "model"},
-    {"training", "evaluation", "expansion", "limits", "prediction", "verification", "upkeep"},
+    {"training", "evaluation", "expansion", "finetune", "limits", "prediction", "verification", "upkeep"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},
 ]
 FACE = len(FLOORS) - 1
@@ -58,8 +58,10 @@ OWNERS = {
 NEIGHBOURS = {  # of one floor, and yet used: with the reason
     ("commit", "cache"): "a part is of a cache, and lies beside it",
     ("evaluation", "training"): "a learning curve fits the model's head anew",
+    ("finetune", "training"): "the probe is fitted again, on rows that do not judge it",
     ("heads", "calibration"): "a head that grew asks the old one for its scores",
     ("model", "expansion"): "model.expand, which imports it when it is called",
+    ("model", "finetune"): "model.finetune, likewise",
 }
 
 

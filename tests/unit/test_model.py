@@ -23,6 +23,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 from featpipe import backbone as backbones
 from featpipe import extract, image, load_model, train
+from featpipe.backbone.carried import read_carried
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.heads import dumps
 from featpipe.model import Model, listed, read_document
@@ -261,9 +262,8 @@ def outcome(path: Path, images: list[Path], backbone: Any) -> object:
     """What a file answers, or the error."""
     try:
         loaded = load_model(path)
-        with loaded._weights_file() as weights:
-            carried = Path(str(weights)).read_bytes()
-    except ModelError as error:
+        carried = {name: value.tolist() for name, value in read_carried(path).items()}
+    except (ModelError, WeightsError) as error:
         return str(error)
     return loaded.attach(backbone).predict_proba(images).tolist(), loaded.facts, loaded.classes, carried
 

@@ -1,0 +1,112 @@
+"""The command that goes back into the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.recipe import AUTO, FineTuning
+
+if TYPE_CHECKING:
+    from featpipe.finetune import FineTuned
+
+__all__ = ["finetune"]
+
+DEFAULT = FineTuning()
+SHOWN = 20  # classes
+
+
+def _rate(context: click.Context, option: click.Parameter, text: str) -> float | str:
+    try:
+        return text if text == "find" else float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no number; write it as in 3e-4, or find") from None
+
+
+@click.command(short_help="Train some of a model's network too; prints the path of the new model.")
+@click.argument("model", metavar="MODEL")
+@click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
+@click.option(
+    "--unfreeze",
+    metavar="WHAT",
+    help='head, last, "3 stages", 0.3 of them, all, "layers[15:]", names such as "blocks.6*".  [default: last]',
+)
+@click.option("--weights", type=click.Choice(["none"]), help="Start from the untrained architecture instead.")
+@click.option("--gradual", type=int, default=DEFAULT.gradual, metavar="N", help="One more stage every N epochs.")
+@click.option("--epochs", type=int, default=DEFAULT.epochs, show_default=True, metavar="N", help="At most.")
+@click.option("--batch", type=int, default=DEFAULT.batch, show_default=True, metavar="N", help="Images in a step.")
+@click.option(
+    "--learning-rate",
+    default=str(DEFAULT.learning_rate),
+    show_default=True,
+    callback=_rate,
+    metavar="R",
+    help="Of the new layer; find looks for one.",
+)
+@click.option("--patience", type=int, default=DEFAULT.patience, show_default=True, metavar="N", help="0: all epochs.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default=DEFAULT.precision, show_default=True)
+@click.option(
+    "--cache-activations", type=click.Choice([AUTO, "yes", "no"]), default=DEFAULT.cache_activations, show_default=True
+)
+@click.option("--augment", "augmentation", multiple=True, metavar="KEY=VALUE", help="Change pictures: flip=true …")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="layer_decay, ema, mixup, schedule, … .")
+@click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels; a column split counts.")
+@click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
+@click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
+@click.option("--device", default=DEFAULT.device, show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--seed", type=int, default=DEFAULT.seed, show_default=True, help="For the order of the images.")
+@click.option("--resume/--restart", default=True, show_default=True, help="Go on from the checkpoint beside --out.")
+@click.option("--keep-worse", is_flag=True, help="Save the fine-tuned model even if the probe is better.")
+@click.option("--tensorboard", metavar="DIR", help="Write losses and scores by epoch there.")
+@click.option("--out", metavar="MODEL", help="The new model's file.  [default: MODEL's name with .tuned.model]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def finetune(model: str, archives: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+    """Train some of a model's network too; prints the path of the new model.
+
+    The new layer starts as the model's head, so that the first answers are the model's own. Some images are held out;
+    on these the fine-tuned model and the old one are compared at the end, and the old one is kept if it is better.
+
+    \b
+    Example:
+      featpipe finetune photos.model photos/ --unfreeze "2 stages" --epochs 20
+    """
+    from featpipe.finetune import finetune as run
+    from featpipe.heads import parse_settings
+    from featpipe.model import load_model
+
+    loaded = load_model(model, backbone=asked.pop("backbone"), device=asked["device"])
+    out = asked.pop("out") or _place(Path(model))
+    more: dict[str, Any] = {
+        **parse_settings(asked.pop("settings")),
+        "augmentation": parse_settings(asked.pop("augmentation")),
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    if repeated := sorted(given.keys() & more.keys()):
+        raise click.UsageError(f"--set {repeated[0]}: there is an option for it, --{repeated[0].replace('_', '-')}")
+    with Terminal() as terminal:
+        found = run(loaded, list(archives), out=out, progress=terminal, **given, **more)
+    if as_json:
+        dump({"model": str(found.model.path), **found.to_dict()})
+        return
+    _show(found)
+    click.echo(found.model.path)
+
+
+def _place(before: Path) -> Path:
+    """Beside the model before."""
+    return before.with_name(f"{before.name.removesuffix('.model')}.tuned.model")
+
+
+def _show(found: FineTuned) -> None:
+    """Scores of both models, the classes, and the verdict."""
+    scores, classes = found.as_table(), found.class_table()
+    click.echo("\n" + table(scores[1:], scores[0], right=range(1, 5)), err=True)
+    if len(classes) > 1:
+        click.echo("\n" + table(classes[1 : 1 + SHOWN], classes[0], right=range(1, 5)), err=True)
+        if len(classes) > 1 + SHOWN:
+            click.echo(f"the first {SHOWN} of {len(classes) - 1} classes; --json has all", err=True)
+    kept = "" if found.kept == "fine-tuned" else "; the model before is kept (--keep-worse saves the other)"
+    click.echo(f"\n{found.comparison.verdict()}{kept}", err=True)

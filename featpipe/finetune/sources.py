@@ -1,0 +1,86 @@
+"""Whether pictures are decoded in every epoch, or feature maps computed once: decided, opened, and said."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from featpipe.backbone import Backbone
+from featpipe.backbone.cutting import Cut, cut
+from featpipe.errors import ConfigError
+from featpipe.finetune.boundary import MIXED, Worth, map_source, worth
+from featpipe.finetune.case import Case
+from featpipe.finetune.source import Embedding, PictureSource, Source
+from featpipe.finetune.unfreezing import Unfrozen
+from featpipe.finetune.views import Augmentation, View
+from featpipe.progress import Progress
+
+__all__ = ["opened"]
+
+Opened = AbstractContextManager[Source]
+
+
+def opened(case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen) -> tuple[Opened, Opened]:
+    """The sources of what is trained on, and of what says when to stop, without augmentation.
+
+    Parameters
+    ----------
+    case : Case
+    backbone : Backbone
+        Before the training.
+    network : Module
+        A copy of its network, which is trained.
+    chosen : Unfrozen
+    """
+    augmentation, plain = Augmentation.of(case.tuning.augmentation), Augmentation()
+    found = _boundary(case, backbone, network, chosen, augmentation)
+    if found is None:
+        return _pictures(case, backbone, network, augmentation), _pictures(case, backbone, network, plain)
+    settings = {"cache": case.cache, "device": str(case.device), "workers": case.tuning.workers}
+    how: dict[str, Any] = {"settings": settings, "seed": case.tuning.seed, "progress": case.tell}
+    how["views"] = min(case.tuning.views, case.tuning.epochs)
+
+    def maps(rows: Any, changes: Augmentation) -> Opened:
+        return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, augmentation=changes, **how))
+
+    return maps(case.sides.train, augmentation), maps(case.sides.validation, plain)
+
+
+def _pictures(case: Case, backbone: Backbone, network: nn.Module, augmentation: Augmentation) -> PictureSource:
+    embedding = Embedding(network, backbone.outputs[0])
+
+    def view(picture: Any, epoch: int) -> Any:
+        return View(backbone.transform, augmentation, epoch, case.tuning.seed)(picture)
+
+    return PictureSource(case.index, case.before.digests, embedding, view, case.tuning.workers)
+
+
+def _boundary(
+    case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen, augmentation: Augmentation
+) -> Cut | None:
+    """Where the network is cut; None where pictures are decoded, which is said."""
+    wish, tuning = case.tuning.cache_activations, case.tuning
+    if wish == "no":
+        return None
+    frozen = [name for name, _ in network.named_parameters() if name not in chosen.depth]
+    try:
+        if tuning.mixup or tuning.cutmix:
+            raise ConfigError(MIXED)
+        found = cut(replace(backbone, network=network), frozen)
+        pays = _worth(case, backbone, found, augmentation)
+    except ConfigError as error:
+        if wish == "yes":
+            raise ConfigError(f"cache_activations=yes: {error}") from None
+        case.tell(Progress("note", f"every epoch decodes the pictures: {error}"))
+        return None
+    case.tell(Progress("note", pays.why))
+    return found if pays.pays or wish == "yes" else None
+
+
+def _worth(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> Worth:
+    images = len(case.sides.train) + len(case.sides.validation)
+    views = case.tuning.views if augmentation.changes else 1
+    return worth(backbone, found, images, case.tuning.epochs, views, case.cache)

@@ -1,0 +1,356 @@
+"""Fine-tuning from a model and an archive to a better model, judged by rows that nothing has seen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import featpipe
+from featpipe import backbone
+from featpipe.errors import CacheError, ConfigError, WeightsError
+from featpipe.finetune import finetune
+from featpipe.finetune.sides import sides_of
+from featpipe.recipe import FineTuning
+from tests.finetuning import Ladder, small_transform, write_photos
+
+QUICK = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "all"}
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return backbone.load(Ladder(), transform=small_transform)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos", each=14)
+
+
+@pytest.fixture
+def model(tmp_path, photos, ladder):
+    cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
+    made = featpipe.train(cache, "ridge" if cache.task == "regression" else "lda", cv=3).attach(ladder)
+    made.save(tmp_path / "photos.model")
+    return made
+
+
+def marked(photos, path, marks) -> None:
+    """A table of labels with a split: the first images of each class have the marks, the others train."""
+    rows = []
+    for file in sorted(photos.rglob("*.png")):
+        place = int(file.stem)
+        rows.append([f"{file.parent.name}/{file.name}", file.parent.name, marks.get(place, "train")])
+    with open(path, "w") as table:
+        csv.writer(table).writerows([["path", "label", "split"], *rows])
+
+
+def test_out_comes_a_model_whose_network_learnt_and_the_table_of_both(tmp_path, photos, model):
+    settings = {**QUICK, "epochs": 12, "patience": 0, "learning_rate": 2e-2}
+    found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "t.model", **settings)
+    assert found.curve[found.best_epoch]["validation_loss"] < found.curve[0]["validation_loss"]
+    assert found.kept == "fine-tuned"
+    again = featpipe.load_model(tmp_path / "t.model", backbone=None)
+    assert again.classes == model.classes
+    assert again.facts["backbone"]["weights"] != model.facts["backbone"]["weights"]
+    held = next(row for row in found.comparison.metrics if row["name"] == "accuracy")
+    assert held["tuned"][0] >= held["probe"][0]
+    assert sum(row["rows"] for row in found.comparison.per_class) == found.comparison.n
+    assert found.as_table()[1][0] == "Accuracy"
+    assert not (tmp_path / "t.model.checkpoint").exists()
+
+
+def test_the_model_says_what_the_trained_network_says(tmp_path, photos, model):
+    tuned = model.finetune(photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
+    files = sorted(photos.rglob("*.png"))[::5]
+    images = [featpipe.image.decode(file.read_bytes()) for file in files]
+    batch = torch.stack([small_transform(torch.from_numpy(image).permute(2, 0, 1)) for image in images])
+    with torch.no_grad():
+        embeddings = tuned.backbone.network(batch)
+    np.testing.assert_allclose(tuned.predict_proba(files), tuned.predict_proba_features(embeddings.numpy()), atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in tuned.backbone.network.parameters())
+
+
+def test_the_old_backbone_and_its_cache_stay_as_they_were(tmp_path, photos, model, ladder):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*.h5")}
+    weights = {name: value.clone() for name, value in ladder.network.state_dict().items()}
+    tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
+    assert {name: (tmp_path / "cache" / name).read_bytes() for name in before} == before
+    assert all(torch.equal(value, weights[name]) for name, value in ladder.network.state_dict().items())
+    caches = [featpipe.FeatureCache(path) for path in (tmp_path / "cache").glob("*.h5")]
+    assert {cache.facts["backbone"]["weights"] for cache in caches} == {ladder.digest, tuned.backbone.digest}
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+def test_numbers_and_several_labels_are_learnt_too(tmp_path, photos, ladder, task):
+    column, of = {
+        "regression": ("target", {"ape": 1000.5, "bee": 1200.25, "cow": 1500.0}),
+        "multilabel": ("labels", {"ape": "red;warm", "bee": "green", "cow": "blue;warm"}),
+    }[task]
+    names = [f"{file.parent.name}/{file.name}" for file in sorted(photos.rglob("*.png"))]
+    with open(tmp_path / "t.csv", "w") as table:
+        csv.writer(table).writerows([["path", column], *([name, of[name.split("/")[0]]] for name in names)])
+    cache = featpipe.extract(photos, backbone=ladder, labels=tmp_path / "t.csv", cache=tmp_path / "cache")
+    model = featpipe.train(cache, "ridge" if task == "regression" else "logistic").attach(ladder)
+    settings = {**QUICK, "epochs": 8, "learning_rate": 1e-3, "patience": 0}
+    found = finetune(model, photos, labels=tmp_path / "t.csv", cache=tmp_path / "cache", keep_worse=True, **settings)
+    assert found.curve[-1]["loss"] < 0.9 * found.curve[1]["loss"]
+    answers = found.model.predict(sorted(photos.rglob("*.png"))[:2])
+    assert answers.shape == ((2,) if task == "regression" else (2, 4))
+
+
+# -- honest rows ------------------------------------------------------------------------------------------------------
+
+
+def test_no_image_is_on_two_sides_and_a_side_follows_from_the_bytes(tmp_path, photos, model, ladder):
+    shutil.copy(photos / "ape" / "03.png", photos / "ape" / "99.png")
+    cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
+    sides = sides_of(model, cache, FineTuning())
+    rows = [set(side.tolist()) for side in (sides.train, sides.validation, sides.held)]
+    assert len(set.union(*rows)) == sum(map(len, rows)) == len(cache)
+    digests = [{cache.digests[row].tobytes() for row in side} for side in rows]
+    assert not digests[0] & digests[1] | digests[0] & digests[2] | digests[1] & digests[2]
+    write_photos(photos, each=3, first=500_000)  # the first three of each class are other pictures now
+    other = sides_of(model, featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache2"), FineTuning())
+    assert {cache.ids[row] for row in sides.held if int(cache.ids[row][-6:-4]) > 2} == {
+        cache.ids[row] for row in other.held if int(cache.ids[row][-6:-4]) > 2
+    }
+
+
+def test_the_split_that_came_with_the_labels_is_kept(tmp_path, photos, model, ladder):
+    marked(photos, tmp_path / "s.csv", {0: "test", 1: "test", 2: "validation"})
+    cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
+    sides = sides_of(model, cache, FineTuning())
+    assert {cache.ids[row][-6:-4] for row in sides.held} == {"00", "01"}
+    assert {cache.ids[row][-6:-4] for row in sides.validation} == {"02"}
+    marked(photos, tmp_path / "s2.csv", {0: "test"})
+    some = featpipe.extract(photos, labels=tmp_path / "s2.csv", backbone=ladder, cache=tmp_path / "cache3")
+    sides = sides_of(model, some, FineTuning())
+    assert {some.ids[row][-6:-4] for row in sides.held} == {"00"}
+    assert len(sides.validation) > 2
+    assert "test as the labels mark them" in sides.how
+
+
+def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp_path, photos, model):
+    said = []
+    found = finetune(model, photos, cache=tmp_path / "cache", progress=said.append, **QUICK)
+    notes = [told.text for told in said if "fitted again" in told.text]
+    cache = next(
+        c
+        for c in map(featpipe.FeatureCache, (tmp_path / "cache").glob("*.h5"))
+        if c.facts["backbone"]["weights"] == model.facts["backbone"]["weights"]
+    )
+    sides = sides_of(model, cache, FineTuning())
+    assert [int(text.split("again on ")[1].split()[0]) for text in notes] == [len(sides.train), len(sides.seen)]
+    y = cache.label_table.values
+    from featpipe import heads
+
+    again = heads.build("lda").fit(cache.X[sides.seen], y[sides.seen])
+    right = float(np.mean(again.predict(cache.X[sides.held]) == y[sides.held]))
+    accuracy = next(row for row in found.comparison.metrics if row["name"] == "accuracy")
+    assert accuracy["probe"][0] == pytest.approx(right)
+
+
+def test_a_probe_that_never_saw_them_is_taken_as_it_is(tmp_path, photos, ladder):
+    marked(photos, tmp_path / "s.csv", {0: "test", 1: "validation"})
+    cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
+    model, said = featpipe.train(cache, "lda").attach(ladder), []
+    finetune(model, photos, labels=tmp_path / "s.csv", cache=tmp_path / "cache", progress=said.append, **QUICK)
+    assert not [told.text for told in said if "fitted again" in told.text]
+
+
+def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, model, ladder):
+    tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
+    cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
+    sides = sides_of(model, cache, FineTuning())
+    assert tuned.was_trained_on(cache.digests[sides.seen]).all()
+    assert not tuned.was_trained_on(cache.digests[sides.held]).any()
+    fresh = featpipe.evaluate(tuned, photos, cache=tmp_path / "cache")
+    assert fresh.left_out["trained on"] == len(sides.seen)
+    assert fresh.scores.n == len(sides.held)
+
+
+def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
+    from featpipe.finetune import verb
+
+    real = verb.compared
+
+    def turned(task, truth, probe, tuned, classes):  # each right answer under the next class's name
+        return real(task, truth, probe, np.roll(tuned, 1, axis=1), classes)
+
+    monkeypatch.setattr(verb, "compared", turned)
+    settings = {**QUICK, "learning_rate": 1e-2}
+    found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "k.model", **settings)
+    assert found.comparison.verdict().startswith("fine-tuned is worse than the probe on ")
+    assert found.kept == "probe"
+    assert featpipe.load_model(tmp_path / "k.model").facts == model.facts
+    told = featpipe.load_model(tmp_path / "k.model").history["finetuning"]["result"]
+    assert told["kept"] == "probe"
+    kept = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "w.model", keep_worse=True, **settings)
+    assert kept.kept == "fine-tuned"
+
+
+# -- again ------------------------------------------------------------------------------------------------------------
+
+
+def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos, model):
+    out = tmp_path / "t.model"
+    first = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
+    data, said = out.read_bytes(), []
+    second = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, progress=said.append, **QUICK)
+    assert out.read_bytes() == data
+    assert second.to_dict() == json.loads(json.dumps(first.to_dict()))
+    assert any("is what is asked for already" in told.text for told in said)
+    finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **{**QUICK, "seed": 1})
+    assert out.read_bytes() != data
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, photos, model, monkeypatch):
+    from featpipe.finetune import loop
+
+    whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
+    out, made = tmp_path / "t.model", []
+    real = loop.step
+
+    def interrupted(*given):
+        real(*given)
+        made.append(1)
+        if len(made) == 3:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
+    assert out.with_name("t.model.checkpoint").exists()
+    assert not out.exists()
+    with pytest.raises(ConfigError, match=r"settings.epochs is 2, asked for 5"):
+        finetune(model, photos, cache=tmp_path / "cache", out=out, **{**QUICK, "epochs": 5})
+    resumed = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK).model
+    assert resumed.backbone.digest == whole.backbone.digest
+    np.testing.assert_array_equal(resumed.head[-1].coefs_[0], whole.head[-1].coefs_[0])
+    assert len(made) < 3 + 2 * 2
+
+
+# -- the backbone -----------------------------------------------------------------------------------------------------
+
+
+def test_its_backbone_is_extracted_with_under_its_own_fingerprint(tmp_path, photos, ladder):
+    """With a network of the table, by name; untrained, since published weights are not needed for this."""
+    network = backbone.load("timm/test_resnet", weights="none")
+    cache = featpipe.extract(photos, backbone=network, cache=tmp_path / "cache")
+    model = featpipe.train(cache, "logistic", params={"C": 1e-4})
+    settings = {**QUICK, "epochs": 4, "unfreeze": "last", "learning_rate": 1e-3}
+    out = tmp_path / "t.model"
+    tuned = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **settings).model
+    for given in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
+        loaded = backbone.load(given["backbone"], weights=given.get("weights"))
+        assert loaded.facts() == tuned.backbone.facts()
+        again = featpipe.extract(photos, cache=tmp_path / "cache", **given)
+        assert again.manifest["embedded"] == 0 or again.facts == tuned.facts
+        assert again.facts == tuned.facts
+    assert backbone.load("timm/test_resnet", weights="none").facts() == network.facts() != tuned.backbone.facts()
+    copied = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
+    out.unlink()
+    files = sorted(photos.rglob("*.png"))[:3]
+    np.testing.assert_array_equal(copied.predict_proba(files), tuned.predict_proba(files))
+    trained = featpipe.train(featpipe.extract(photos, backbone=str(copied.path), cache=tmp_path / "cache4"), "lda")
+    trained.save(tmp_path / "other.model")
+    assert featpipe.load_model(tmp_path / "other.model").backbone.digest == tuned.backbone.digest
+
+
+def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged_one_is_refused(tmp_path, photos):
+    network = backbone.load("timm/test_resnet", weights="none", seed=3)
+    model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
+    plain = model.save(tmp_path / "plain.model")
+    assert backbone.load(str(plain)).facts() == network.facts()
+    with pytest.raises(WeightsError, match="carries no weights"):
+        backbone.load("timm/test_resnet", weights=plain)
+    whole = model.save(tmp_path / "whole.model", portable=True)
+    data = bytearray(whole.read_bytes())
+    data[-3000] ^= 1
+    whole.write_bytes(data)
+    with pytest.raises(WeightsError, match="is damaged or no featpipe model"):
+        backbone.load(str(whole))
+    with pytest.raises(WeightsError, match="there is no such model file"):
+        backbone.load(str(tmp_path / "gone.model"))
+
+
+def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos):
+    network = backbone.load("timm/test_resnet", weights="none", seed=3)
+    model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
+    settings = {"epochs": 1, "batch": 16, "device": "cpu", "weights": "none", "keep_worse": True}
+    said = []
+    tuned = finetune(model, photos, cache=tmp_path / "cache", progress=said.append, **settings)
+    assert any("the architecture alone" in told.text for told in said)
+    assert FineTuning.of(settings).unfreeze == "all"
+    assert FineTuning.of(settings).batch_norm == "trained"
+    statistics = [name for name in network.network.state_dict() if "running_mean" in name]
+    after = tuned.model.backbone.network.state_dict()
+    assert all(not torch.equal(after[name], network.network.state_dict()[name]) for name in statistics)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda photos: write_photos(photos / "..", 3, ("ape",)) and (photos.parent / "ape").rename(photos / "dog"),
+         ConfigError, "has class 'dog', which the model does not know; teach it with `featpipe expand`"),
+        (lambda photos: shutil.rmtree(photos / "cow"), ConfigError, "no image of class 'cow', which the model knows"),
+    ],
+)  # fmt: skip
+def test_other_classes_than_the_models_are_named(tmp_path, photos, model, change, error, words):
+    change(photos)
+    with pytest.raises(error, match=words):
+        finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+
+
+def test_images_without_labels_are_refused(tmp_path, photos, model):
+    with pytest.raises(CacheError, match="has no labels, the model does classification"):
+        finetune(model, sorted(photos.rglob("*.png")), cache=tmp_path / "cache", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"unfreze": "all"}, "unknown setting 'unfreze'; did you mean 'unfreeze'"),
+        ({"unfreeze": "layer7"}, "unknown part of the network 'layer7'; did you mean"),
+        ({"epochs": 0}, "epochs is 0; give a whole number of 1 or more"),
+        ({"learning_rate": "quick"}, "give a number above 0, or find"),
+        ({"optimizer": "adma"}, "unknown optimizer 'adma'; did you mean 'adamw'"),
+        ({"label_smoothing": 1}, "below 1"),
+        ({"batch": 1, "batch_norm": "trained"}, "batch norms follow the batches.*batch of one"),
+        ({"weights": "none"}, "network of your own"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        finetune(model, photos, cache=tmp_path / "cache", **{**QUICK, **settings})
+
+
+def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
+    from featpipe.finetune import verb
+
+    real = verb.trained
+
+    def changed(case, *rest):
+        write_photos(photos, each=14, first=77)
+        return real(case, *rest)
+
+    monkeypatch.setattr(verb, "trained", changed)
+    with pytest.raises(featpipe.SampleError, match=r"\.png: its bytes are others than when it was embedded"):
+        finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+
+
+def test_settings_that_decide_nothing_do_not_make_another_run():
+    one, two = FineTuning(workers=1), FineTuning(workers=2)
+    assert replace(one, workers=2) == two
