@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ def finetune(model: str, archives: tuple[str, ...], as_json: bool, **asked: Any)
         raise click.UsageError(f"--set {repeated[0]}: there is an option for it, --{repeated[0].replace('_', '-')}")
     with Terminal() as terminal:
         found = run(loaded, list(archives), out=out, progress=terminal, **given, **more)
+    if int(os.environ.get("RANK", "0")):  # of several processes that torchrun started, one speaks
+        return
     if as_json:
         dump({"model": str(found.model.path), **found.to_dict()})
         return

@@ -1,0 +1,107 @@
+"""The command that fine-tunes: interrupted and typed again, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import featpipe
+from tests.finetuning import write_photos
+
+NETWORK = "timm/test_resnet"
+OPTIONS = ["--unfreeze", "all", "--epochs", "2", "--batch", "8", "--device", "cpu", "--keep-worse"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Photographs, the cache of a small untrained network, and a model that has much to learn."""
+    home = tmp_path_factory.mktemp("home")
+    photos = write_photos(home / "photos", each=14)
+    cache = featpipe.extract(photos, backbone=NETWORK, weights="none", cache=home / "cache")
+    featpipe.train(cache, "logistic", params={"C": 1e-4}).save(home / "photos.model")
+    return home
+
+
+@pytest.fixture(scope="module")
+def tuned(home):
+    """What one process gives in one go."""
+    done = run(home, "finetune", "photos.model", "photos", *OPTIONS)
+    return done, featpipe.load_model(home / done.stdout.strip())
+
+
+def started(home, *arguments, launcher=()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "featpipe", *arguments],
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(home, *arguments, **how) -> subprocess.CompletedProcess[str]:
+    process = started(home, *arguments, **how)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return subprocess.CompletedProcess(arguments, 0, out, err)
+
+
+def same(a: featpipe.Model, b: featpipe.Model, tolerance: float) -> None:
+    one, two = (model.backbone.network.state_dict() for model in (a, b))
+    for name in one:
+        np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), atol=tolerance, rtol=tolerance, err_msg=name)
+    np.testing.assert_allclose(a.head[-1].coefs_[0], b.head[-1].coefs_[0], atol=tolerance, rtol=tolerance)
+
+
+def test_it_prints_the_path_of_a_model_and_the_table_of_both(home, tuned):
+    done, model = tuned
+    assert done.stdout == "photos.tuned.model\n"
+    assert "probe" in done.stderr
+    assert "fine-tuned" in done.stderr
+    assert "held-out images" in done.stderr or "changed nothing" in done.stderr
+    for label in ("ape", "bee", "cow"):
+        assert f"\n{label}" in done.stderr
+    assert model.backbone.digest != featpipe.load_model(home / "photos.model").backbone.digest
+
+
+def test_typed_again_it_does_no_work(home, tuned):
+    before = (home / "photos.tuned.model").stat().st_mtime_ns
+    done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--json")
+    assert (home / "photos.tuned.model").stat().st_mtime_ns == before
+    found = json.loads(done.stdout)
+    assert found["model"] == "photos.tuned.model"
+    assert len(found["curve"]) == 3
+
+
+def test_interrupted_the_same_command_ends_with_the_same_weights(home, tuned):
+    out = "interrupted.model"
+    arguments = ["finetune", "photos.model", "photos", *OPTIONS, "--out", out]
+    process = started(home, *arguments)
+    for line in process.stderr:
+        if "before training" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1, err
+    assert "the same command goes on from there" in err
+    assert (home / f"{out}.checkpoint").exists()
+    done = run(home, *arguments)
+    assert "going on from" in done.stderr
+    same(featpipe.load_model(home / out), tuned[1], 0)
+
+
+def test_two_processes_give_what_one_does(home, tuned):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--out", "two.model", launcher=launcher)
+    assert done.stdout == "two.model\n"
+    two, one = featpipe.load_model(home / "two.model"), tuned[1]
+    same(two, one, 1e-3)
+    curves = [model.history["curves"]["loss_curve"] for model in (two, one)]
+    np.testing.assert_allclose(*curves, rtol=1e-3)
