@@ -198,7 +198,8 @@ def map_source(
     for number in range(views if augmentation.changes else 1):
         view = replace(below, transform=View(backbone.transform, augmentation, number, seed))  # type: ignore[arg-type]
         given = Extraction.of({"storage": "float16", **(settings or {}), "backbone": view, "outputs": (cut.output,)})
-        caches.append(extract_index(some, view, replace(given, out=_path(some, view, given)), progress))
+        settings_ = replace(given, out=_path(some, view, given))
+        caches.append(extract_index(some, view, settings_, progress, refuse_all_bad=False))
     return MapSource(cut.above, caches, rows)
 
 
