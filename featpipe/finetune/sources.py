@@ -55,6 +55,9 @@ def _maps(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation
     def maps(rows: Any, changes: Augmentation) -> Opened:
         return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, augmentation=changes, **how))
 
+    if not augmentation.changes:
+        both = maps(case.sides.seen, augmentation)
+        return both, both
     return maps(case.sides.train, augmentation), maps(case.sides.validation, Augmentation())
 
 
@@ -85,8 +88,12 @@ def _boundary(
             raise ConfigError(f"cache_activations=yes: {error}") from None
         case.tell(Progress("note", f"every epoch decodes the pictures: {error}"))
         return None
-    case.tell(Progress("note", pays.why))
-    return found if pays.pays or wish == "yes" else None
+    keeps = pays.pays or wish == "yes"
+    before = (
+        "" if pays.pays else "feature maps are kept, as was asked: " if keeps else "every epoch decodes the pictures: "
+    )
+    case.tell(Progress("note", before + pays.why))
+    return found if keeps else None
 
 
 def _worth(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> Worth:
