@@ -70,7 +70,7 @@ def cut(backbone: Backbone, frozen: Collection[str]) -> Cut:
     """
     network, embedding = backbone.network, backbone.outputs[0]
     ran = runs(network, backbone.transform.size)
-    first = _first_to_train(network, frozen, ran)
+    first = _first_to_train(network, frozenset(frozen), ran)
     if first is None:
         return Cut(
             embedding.name, nn.Identity(), tuple(run.name for run in ran.values()), "nothing of the network trains"
@@ -92,7 +92,7 @@ def _is_last_of(run: Run, later: Run | None) -> bool:
     return later is not None and later.began < run.began and later.ended == run.ended + 1
 
 
-def _first_to_train(network: nn.Module, frozen: Collection[str], ran: Mapping[nn.Module, Run]) -> Run | None:
+def _first_to_train(network: nn.Module, frozen: frozenset[str], ran: Mapping[nn.Module, Run]) -> Run | None:
     """The module that begins first among those with a parameter that trains."""
     by_name = {run.name: run for run in ran.values()}
     first: Run | None = None

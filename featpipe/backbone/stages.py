@@ -8,8 +8,9 @@ A network that has hardly any stages by that, as one that stays at one resolutio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, prod
 
 from torch import nn
@@ -75,12 +76,8 @@ def stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     ran = runs(network, size)
     chain = _by_resolution(_Unit(ran[network], ()), ran, prod(size), size)
     groups = _grouped(chain, size)
-    while len(groups) < STAGES_MIN:
-        repeating = [unit for unit in chain if _repeats(unit.run.module, ran)]
-        if not repeating:
-            break
-        at = chain.index(max(repeating, key=lambda unit: _size(unit.run.module)))
-        chain[at : at + 1] = chain[at].apart(ran, alone=True)
+    if len(groups) < STAGES_MIN:
+        chain = _by_blocks(chain, ran)
         groups = _grouped(chain, size)
     return tuple(Stage(_name(group, first=not n), _names(group)) for n, group in enumerate(groups))
 
@@ -91,17 +88,16 @@ class _Unit:
 
     run: Run
     with_it: tuple[str, ...]
-    alone: bool = False  # begins a stage, if it has a body
+    alone: bool = False  # begins a stage
 
-    def apart(self, ran: dict[nn.Module, Run], *, alone: bool = False) -> list[_Unit]:
+    def apart(self, ran: dict[nn.Module, Run]) -> list[_Unit]:
         """The modules that it consists of; what did not run of it, and its own parameters, go with the first."""
         pieces = sorted(_pieces(self.run.module, ran), key=lambda run: run.began)
         if not pieces:
             return [self]
         held = [name for name, _ in self.run.module.named_parameters(prefix=self.run.name)]
         left = [name for name in held if not belongs(name, [run.name for run in pieces])]
-        units = [_Unit(run, (), alone and _is_body(run.module)) for run in pieces]
-        return [_Unit(pieces[0], (*self.with_it, *left), units[0].alone), *units[1:]]
+        return [_Unit(pieces[0], (*self.with_it, *left)), *(_Unit(run, ()) for run in pieces[1:])]
 
 
 def _pieces(module: nn.Module, ran: dict[nn.Module, Run]) -> Iterator[Run]:
@@ -123,6 +119,14 @@ def _by_resolution(unit: _Unit, ran: dict[nn.Module, Run], before: int, size: tu
         chain += _by_resolution(piece, ran, before, size)
         before = _positions(piece.run, before, size)
     return chain
+
+
+def _by_blocks(chain: list[_Unit], ran: dict[nn.Module, Run]) -> list[_Unit]:
+    """A chain in which each block that is one of several of its kind stands alone."""
+    while any(_repeats(unit.run.module, ran) for unit in chain):
+        chain = [piece for unit in chain for piece in (unit.apart(ran) if _repeats(unit.run.module, ran) else [unit])]
+    kinds = Counter(type(unit.run.module) for unit in chain if _is_body(unit.run.module))
+    return [replace(unit, alone=kinds[type(unit.run.module)] > 1) for unit in chain]
 
 
 def _grouped(chain: list[_Unit], size: tuple[int, int]) -> list[list[_Unit]]:

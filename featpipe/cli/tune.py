@@ -52,7 +52,9 @@ def _rate(context: click.Context, option: click.Parameter, text: str) -> float |
 @click.option(
     "--cache-activations", type=click.Choice([AUTO, "yes", "no"]), default=DEFAULT.cache_activations, show_default=True
 )
-@click.option("--augment", "augmentation", multiple=True, metavar="KEY=VALUE", help="Change pictures: flip=true …")
+@click.option(
+    "--augment", "augmentation", multiple=True, metavar="KEY=VALUE", help="Change pictures: flip=0.5, crop=0.5 …"
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="layer_decay, ema, mixup, schedule, … .")
 @click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels; a column split counts.")
 @click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")

@@ -136,7 +136,8 @@ class Stream:
 
     def _collect(self, batch: Batch, features: Mapping[str, NDArray[np.float32]]) -> None:
         part = self._part
-        stored = {name: value.astype(self.settings.storage) for name, value in features.items()}
+        with np.errstate(over="ignore"):  # what is too large for float16 is infinite then, which the row's status says
+            stored = {name: value.astype(self.settings.storage) for name, value in features.items()}
         finite = np.ones(len(batch.places), bool)
         for value in stored.values():
             finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)

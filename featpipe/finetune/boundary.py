@@ -90,20 +90,20 @@ def worth(
     needed = bytes_of(backbone, cut, storage) * images * views
     whole, below = multiply_adds(backbone), multiply_adds(_maps_of(backbone, cut))
     if not whole or below is None:
-        return Worth(False, "how much work the frozen part is could not be counted, so pictures are decoded", needed, 1)
+        return Worth(False, "how much work the frozen part is could not be counted", needed, 1)
     above = (1 + BACKWARD) * max(0, whole - below)
     gain = epochs * (below + above) / (views * below + epochs * above)
     share = f"the frozen part, {below / whole:.0%} of a forward pass,"
-    size = f"{needed / 1e6:,.1f} MB"
+    size, times = f"{needed / 1e6:,.1f} MB", f"{gain:.1f} times less work"
     if gain < GAIN_MIN:
-        much = f"{views} views for {epochs} epochs are too little gain ({gain:.1f} times less work)"
-        return Worth(False, f"{share} is computed in every epoch: {much}", needed, gain)
+        much = f"{epochs} epochs of {views} view{'s' * (views > 1)}"
+        return Worth(False, f"computing {share} ahead for {much} would be {times}", needed, gain)
     free = shutil.disk_usage(_existing(folder)).free
     if needed > DISK_SHARE * free:
-        why = f"{share} is computed in every epoch: its maps would be {size}, and {free / 1e6:,.1f} MB are free"
+        why = f"the maps of {share} would take {size}, and {free / 1e6:,.1f} MB are free"
         return Worth(False, why, needed, gain)
     once = "once" if views == 1 else f"for {views} views"
-    return Worth(True, f"{share} is computed {once} and kept, {size}: {gain:.1f} times less work", needed, gain)
+    return Worth(True, f"{share} is computed {once} and kept, {size}: {times}", needed, gain)
 
 
 def bytes_of(backbone: Backbone, cut: Cut, storage: str) -> int:
@@ -198,7 +198,8 @@ def map_source(
     for number in range(views if augmentation.changes else 1):
         view = replace(below, transform=View(backbone.transform, augmentation, number, seed))  # type: ignore[arg-type]
         given = Extraction.of({"storage": "float16", **(settings or {}), "backbone": view, "outputs": (cut.output,)})
-        caches.append(extract_index(some, view, replace(given, out=_path(some, view, given)), progress))
+        settings_ = replace(given, out=_path(some, view, given))
+        caches.append(extract_index(some, view, settings_, progress, refuse_all_bad=False))
     return MapSource(cut.above, caches, rows)
 
 

@@ -37,8 +37,17 @@ def opened(case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen)
     """
     augmentation, plain = Augmentation.of(case.tuning.augmentation), Augmentation()
     found = _boundary(case, backbone, network, chosen, augmentation)
-    if found is None:
-        return _pictures(case, backbone, network, augmentation), _pictures(case, backbone, network, plain)
+    if found is not None:
+        try:
+            return _maps(case, backbone, found, augmentation)
+        except ConfigError as error:
+            if case.tuning.cache_activations == "yes":
+                raise
+            case.tell(Progress("warning", str(error)))
+    return _pictures(case, backbone, network, augmentation), _pictures(case, backbone, network, plain)
+
+
+def _maps(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> tuple[Opened, Opened]:
     settings = {"cache": case.cache, "device": str(case.device), "workers": case.tuning.workers}
     how: dict[str, Any] = {"settings": settings, "seed": case.tuning.seed, "progress": case.tell}
     how["views"] = min(case.tuning.views, case.tuning.epochs)
@@ -46,7 +55,10 @@ def opened(case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen)
     def maps(rows: Any, changes: Augmentation) -> Opened:
         return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, augmentation=changes, **how))
 
-    return maps(case.sides.train, augmentation), maps(case.sides.validation, plain)
+    if not augmentation.changes:
+        both = maps(case.sides.seen, augmentation)
+        return both, both
+    return maps(case.sides.train, augmentation), maps(case.sides.validation, Augmentation())
 
 
 def _pictures(case: Case, backbone: Backbone, network: nn.Module, augmentation: Augmentation) -> PictureSource:
@@ -76,8 +88,12 @@ def _boundary(
             raise ConfigError(f"cache_activations=yes: {error}") from None
         case.tell(Progress("note", f"every epoch decodes the pictures: {error}"))
         return None
-    case.tell(Progress("note", pays.why))
-    return found if pays.pays or wish == "yes" else None
+    keeps = pays.pays or wish == "yes"
+    before = (
+        "" if pays.pays else "feature maps are kept, as was asked: " if keeps else "every epoch decodes the pictures: "
+    )
+    case.tell(Progress("note", before + pays.why))
+    return found if keeps else None
 
 
 def _worth(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> Worth:

@@ -46,7 +46,7 @@ OWNERS = {
     "h5py": {"cache"},
     "PIL": {"image"},
     "click": {"cli"},
-    "torchvision": {"backbone"},
+    "torchvision": {"backbone", "finetune"},
     "timm": {"backbone"},
     "jinja2": {"report"},
     "openvino": {"engine"},

@@ -1,0 +1,148 @@
+"""Feature maps at the frozen boundary: what the pictures would have given, computed once."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import featpipe
+from featpipe import archive, backbone, image
+from featpipe.backbone.cutting import cut
+from featpipe.engine import Engine
+from featpipe.errors import ConfigError
+from featpipe.finetune import boundary, finetune
+from featpipe.finetune.boundary import map_source, worth
+from featpipe.finetune.views import Augmentation, View
+from tests.finetuning import Ladder, small_transform, write_photos
+
+CHANGED = Augmentation(flip=0.5, color=0.3)
+BELOW = ["stem", "layer1", "layer2"]
+QUICK = {"epochs": 4, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "last", "patience": 0}
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return backbone.load(Ladder(), transform=small_transform)
+
+
+@pytest.fixture
+def index(tmp_path):
+    return archive.index(write_photos(tmp_path / "photos", each=5))
+
+
+def made(ladder):
+    """A copy of the network that may be trained, and its cut."""
+    network = copy.deepcopy(ladder.network)
+    return network, cut(replace(ladder, network=network), BELOW)
+
+
+def pictures(index, rows, view):
+    with index.open() as reader:
+        decoded = [torch.from_numpy(image.decode(reader.read(row))).permute(2, 0, 1) for row in rows]
+    return torch.stack([view(one) for one in decoded])
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_maps_give_what_the_same_views_of_the_pictures_give(tmp_path, index, ladder, storage, tolerance):
+    network, found = made(ladder)
+    rows = np.array([1, 4, 5, 9, 13])
+    settings = {"cache": tmp_path / "cache", "storage": storage}
+    source = map_source(index, rows, ladder, found, augmentation=CHANGED, views=2, seed=3, settings=settings)
+    shuffled = np.array([9, 1, 13])
+    for epoch in range(3):
+        view = View(ladder.transform, CHANGED, epoch % 2, seed=3)
+        with torch.no_grad():
+            expected = network(pictures(index, shuffled, view))
+            answer = source.network(source.batch(shuffled, epoch))
+        torch.testing.assert_close(answer, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_a_second_run_embeds_nothing_and_other_rows_leave_it_alone(tmp_path, index, ladder, monkeypatch):
+    _, found = made(ladder)
+    how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
+    train, rest = np.arange(0, 10), np.arange(10, 15)
+    first = map_source(index, train, ladder, found, **how)
+    map_source(index, rest, ladder, found, **how)
+    monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
+    again = map_source(index, train, ladder, found, **how)
+    assert torch.equal(again.batch(train, 0), first.batch(train, 0))
+    assert map_source(index, rest, ladder, found, **how).bytes == 5 * 8 * 8 * 8 * 2
+    assert len(list((tmp_path / "cache").glob("*.h5"))) == 2
+
+
+def test_each_view_is_a_cache_of_its_own_with_its_augmentation_in_its_facts(tmp_path, index, ladder):
+    _, found = made(ladder)
+    settings = {"cache": tmp_path / "cache"}
+    map_source(index, np.arange(4), ladder, found, augmentation=CHANGED, views=3, settings=settings)
+    caches = [featpipe.FeatureCache(path) for path in (tmp_path / "cache").glob("*.h5")]
+    facts = [cache.facts["backbone"]["transform"] for cache in caches]
+    assert sorted(fact["view"] for fact in facts) == [0, 1, 2]
+    assert all(fact["augmentation"]["color"] == 0.3 for fact in facts)
+    assert all(cache.outputs == ("layer2:none",) and cache.features().dtype == np.float16 for cache in caches)
+
+
+def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_path, index):
+    network = Ladder()
+    with torch.no_grad():
+        network.layer2[1].skip.weight.mul_(1e7)
+    loaded = backbone.load(network, transform=small_transform)
+    found = cut(loaded, BELOW)
+    how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
+    with pytest.raises(ConfigError, match=r"15 images have no feature map .*: not-finite.*--cache-activations no"):
+        map_source(index, np.arange(15), loaded, found, progress=lambda event: None, **how)
+
+
+def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
+    _, found = made(ladder)
+    often, once = (worth(ladder, found, 100, epochs, 1, tmp_path) for epochs in (10, 1))
+    assert often.pays
+    assert not once.pays
+    assert often.bytes == 100 * 8 * 8 * 8 * 2
+    assert 1 < once.gain + 1e-9 < often.gain
+    assert "computed once and kept, 0.1 MB" in often.why
+    assert "for 1 epochs of 1 view would be 1.0 times less work" in once.why
+    assert not worth(ladder, found, 100, 10, 10, tmp_path).pays  # as many views as epochs
+
+
+def test_what_does_not_fit_the_disk_is_not_kept(tmp_path, ladder, monkeypatch):
+    _, found = made(ladder)
+    monkeypatch.setattr(boundary.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
+    refused = worth(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
+    assert not refused.pays
+    assert "0.1 MB, and 0.1 MB are free" in refused.why
+
+
+@pytest.fixture
+def model(tmp_path, ladder):
+    cache = featpipe.extract(write_photos(tmp_path / "photos", each=14), backbone=ladder, cache=tmp_path / "cache")
+    return featpipe.train(cache, head="lda").attach(ladder)
+
+
+@pytest.mark.parametrize("augmentation", [{}, {"flip": 0.5, "color": 0.3}])
+def test_the_loop_on_maps_ends_where_the_loop_on_pictures_does(tmp_path, model, augmentation):
+    """The same losses, epoch by epoch, to what float16 rounds to, with as many views as epochs."""
+    curves = {}
+    for way in ("no", "yes"):
+        settings = {**QUICK, "cache_activations": way, "augmentation": augmentation, "views": 4, "keep_worse": True}
+        found = finetune(model, tmp_path / "photos", cache=tmp_path / way, **settings)
+        curves[way] = [[epoch["loss"], epoch["validation_loss"]] for epoch in found.curve[1:]]
+    np.testing.assert_allclose(curves["yes"], curves["no"], rtol=5e-3)
+    assert not list((tmp_path / "no").glob("boundary-*"))
+    assert list((tmp_path / "yes").glob("boundary-*"))
+
+
+def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model):
+    told: list[str] = []
+    settings = {**QUICK, "cache": tmp_path / "cache", "epochs": 10, "keep_worse": True}
+    finetune(model, tmp_path / "photos", progress=lambda event: told.append(event.text), **settings)
+    assert any("times less work" in text for text in told)
+    told.clear()
+    settings["epochs"] = 2
+    finetune(model, tmp_path / "photos", mixup=0.2, progress=lambda event: told.append(event.text), **settings)
+    assert any("mixup and cutmix mix pictures" in text for text in told)
+    with pytest.raises(ConfigError, match="cache_activations=yes: mixup and cutmix mix pictures"):
+        finetune(model, tmp_path / "photos", mixup=0.2, cache_activations="yes", **settings)
