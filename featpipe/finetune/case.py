@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from featpipe.cache import FeatureCache
 from featpipe.extraction import extract_index
 from featpipe.finetune.parallel import World
 from featpipe.finetune.sides import Sides
+from featpipe.finetune.state import Epoch
 from featpipe.fingerprint import fingerprint
 from featpipe.model import Model
 from featpipe.progress import Tell
@@ -45,6 +47,8 @@ class Case:
         The folder of all caches.
     out : path-like or None
     tell : callable
+    board : callable or None
+        Told each epoch.
     """
 
     model: Model
@@ -57,6 +61,7 @@ class Case:
     cache: str | os.PathLike[str]
     out: str | os.PathLike[str] | None
     tell: Tell
+    board: Callable[[Epoch], None] | None = None
 
     @property
     def checkpoint(self) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +64,8 @@ class Job:
         Rows of the archive.
     ids : sequence of str
         What people call them.
+    board : callable or None
+        Told each :class:`featpipe.finetune.state.Epoch` that is done.
     """
 
     network: nn.Module
@@ -80,6 +82,7 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: World = field(default_factory=World)
     progress: Tell = quiet
+    board: Callable[[Any], None] | None = None
 
     @property
     def steps(self) -> int:

@@ -229,3 +229,5 @@ def _tell(job: Job, state: State) -> None:
     loss = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
     text = f"{loss}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
     job.progress(Progress("note", text))
+    if job.board is not None:
+        job.board(epoch)

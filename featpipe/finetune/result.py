@@ -57,7 +57,7 @@ class Comparison:
         name, p = METRICS[self.main][0].lower(), row["p"]
         change = f"{name} {_shown(row['probe'])} → {_shown(row['tuned'])}"
         if self.gain == 0:
-            return f"fine-tuning changed nothing: {change}"
+            return f"fine-tuned is neither better nor worse than the probe on {self.n} held-out images: {change}"
         what = "better" if self.gain > 0 else "worse"
         chance = "" if self.sure else ", which may be chance"
         return f"fine-tuned is {what} than the probe on {self.n} held-out images{chance}: {change}, p = {p:.2g}"

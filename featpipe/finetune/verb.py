@@ -18,6 +18,7 @@ from featpipe.engine import resolve_device
 from featpipe.engine.memory import keep_freed_memory
 from featpipe.errors import ModelError
 from featpipe.finetune.after import answers_of, model_of, tuned_backbone
+from featpipe.finetune.board import board
 from featpipe.finetune.case import Case, embedded
 from featpipe.finetune.layers import Layers
 from featpipe.finetune.parallel import joined
@@ -42,6 +43,7 @@ def finetune(
     cache: str | os.PathLike[str] = "cache",
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
+    tensorboard: str | os.PathLike[str] | None = None,
     progress: Tell = quiet,
     **settings: Any,
 ) -> FineTuned:
@@ -64,6 +66,8 @@ def finetune(
         what these very arguments gave before, no work is done.
     resume : bool
         Go on from the checkpoint, if there is one.
+    tensorboard : path-like, optional
+        A folder for losses and scores by epoch, for TensorBoard.
     progress : callable
     **settings
         The fields of :class:`featpipe.recipe.FineTuning`.
@@ -97,7 +101,8 @@ def finetune(
         index = archive.index(archives, labels=labels)
         before = world.in_turn(lambda: embedded(index, model, model.backbone, cache, tell))
         sides = sides_of(model, before, tuning)
-        case = Case(model, index, before, sides, tuning, device, world, cache, out, tell)
+        writes = None if tensorboard is None or not world.first else board(tensorboard)
+        case = Case(model, index, before, sides, tuning, device, world, cache, out, tell, writes)
         tell(Progress("note", sides.how))
         if (done := _done(case)) is not None:
             tell(Progress("note", f"{out}: is what is asked for already"))

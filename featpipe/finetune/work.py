@@ -63,7 +63,7 @@ def _untrained(case: Case, backbone: Backbone) -> Backbone:
 def trained(case: Case, backbone: Backbone, start: Start, resume: bool) -> tuple[nn.Module, Layers, State]:
     """The network after the best epoch, and its new layers, with answers in the units of the targets."""
     tuning, device = case.tuning, case.device
-    chosen = unfrozen(backbone, tuning.unfreeze)
+    chosen = unfrozen(backbone, str(tuning.unfreeze))
     case.tell(Progress("note", chosen.told(backbone.network)))
     network = copy.deepcopy(backbone.network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = Objective(LINKS[case.model.task], "squares" if case.model.task == "regression" else "cross_entropy")
@@ -84,6 +84,7 @@ def trained(case: Case, backbone: Backbone, start: Start, resume: bool) -> tuple
             device=device,
             world=case.world,
             progress=case.tell,
+            board=case.board,
         )
         _check_batch_norms(job)
         case.world.take_from_first(job.kept().values())

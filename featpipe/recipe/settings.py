@@ -141,7 +141,7 @@ class FineTuning:
 
     Parameters
     ----------
-    unfreeze : str
+    unfreeze : str, int or float
         What is trained below the new layer: ``head`` (nothing), ``last``, ``3`` or ``3 stages``, ``0.3`` (that share of
         the stages), ``all``, ``layers[15:]`` (a slice of the layers with weights, the input's first), or a glob of
         module names such as ``blocks.6*``; several joined by commas.
@@ -199,7 +199,7 @@ class FineTuning:
         Save the fine-tuned model even if it is worse than the probe on held-out images.
     """
 
-    unfreeze: str = "last"
+    unfreeze: str | int | float = "last"
     weights: str | None = None
     gradual: int = 0
     batch_norm: str = "frozen"
@@ -246,6 +246,7 @@ class FineTuning:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), [word for word in known if word is not None])
+        object.__setattr__(self, "unfreeze", str(self.unfreeze))  # 3 and 0.3 are numbers to whoever does not type them
         if isinstance(self.learning_rate, str) and self.learning_rate != "find":
             raise ConfigError(f"learning_rate is {self.learning_rate!r}; give a number above 0, or find")
         for name, least in {"epochs": 1, "batch": 1, "accumulate": 1, "views": 1, "patience": 0, "gradual": 0}.items():

@@ -354,3 +354,32 @@ def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monke
 def test_settings_that_decide_nothing_do_not_make_another_run():
     one, two = FineTuning(workers=1), FineTuning(workers=2)
     assert replace(one, workers=2) == two
+
+
+def test_epochs_are_written_for_tensorboard_or_it_is_said_what_to_install(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    from featpipe.finetune.board import board
+    from featpipe.finetune.state import Epoch
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="TensorBoard is not installed; pip install tensorboard"):
+        board(tmp_path)
+    written = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def __enter__(self) -> Writer:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def add_scalar(self, *what: object) -> None:
+            written.append(what)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    board(tmp_path)(Epoch(2, float("nan"), 0.5, 0.75, 0.1))
+    assert written == [("validation_loss", 0.5, 2), ("validation_score", 0.75, 2), ("rate", 0.1, 2)]
