@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from featpipe.cache import FeatureCache
 from featpipe.evaluation import Evaluation
 from featpipe.evaluation.document import how_of
 from featpipe.evaluation.trusting import novelty_summary
+from featpipe.expansion.result import Expansion
 from featpipe.model import Model
 from featpipe.report import Page, Rival, Row, write
 from featpipe.report.evaluated import shown_of
@@ -21,6 +22,13 @@ from featpipe.report.evaluated import shown_of
 __all__ = ["command_line", "page_of", "write_report"]
 
 FEW_ROWS = 100
+_CURVES_OF_SIDES = {
+    "Accuracy of old classes": "old_accuracy",
+    "Accuracy of new classes": "new_accuracy",
+    "Loss on old classes": "old_loss",
+    "Loss on new classes": "new_loss",
+    "Loss of the expansion": "train_loss",
+}
 _SPLITS = {"given": "marked for training in the split that came with the labels", "all labelled rows": "all labelled"}
 
 
@@ -151,6 +159,7 @@ def _how(evaluation: Evaluation) -> list[tuple[str, str]]:
         ),
         ("Head", _head_chosen(how)),
         ("Probabilities", "calibrated on held-out training images" if how["calibrated"] else "as the head gives them"),
+        *_learnt_later(evaluation.model),
         ("Intervals", "95 %: Wilson's of shares, else percentiles over 1,000 resamples of the rows, seed 0"),
     ]
     return lines
@@ -230,10 +239,39 @@ def _curves(model: Model) -> dict[str, list[float]]:
         "Validation loss": "validation_curve",
         "Validation score": "validation_score_curve",
     }
-    curves = model.history.get("curves") or {}
-    found = {label: curves.get(name) for label, name in named.items()}
+    found = _drawable(model.history.get("curves") or {}, named)
+    expansion = _expansion_of(model)
+    if expansion is not None and expansion.outcomes:
+        found |= _drawable(expansion.outcomes[0].curves, _CURVES_OF_SIDES)
+    return found
+
+
+def _drawable(curves: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, list[float]]:
+    """Those that there are, by what they are called on the page."""
     return {
-        label: [float(v) if isinstance(v, (int, float)) else math.nan for v in values]
-        for label, values in found.items()
-        if values
+        label: [float(v) if isinstance(v, (int, float)) else math.nan for v in curves[name]]
+        for label, name in named.items()
+        if curves.get(name)
     }
+
+
+def _expansion_of(model: Model) -> Expansion | None:
+    """What the step in which a model learnt its last classes did."""
+    found = model.scores.get("expansion")
+    return None if found is None else Expansion.of(model, found["result"])
+
+
+def _learnt_later(model: Model) -> list[tuple[str, str]]:
+    """What each method did to old and new classes, when the last ones came."""
+    expansion = _expansion_of(model)
+    if expansion is None:
+        return []
+    came = ", ".join(expansion.new) or "no new class"
+    lines = [("Learnt later", f"{came}, by {expansion.method}; judged by {expansion.how or 'nothing'}")]
+    if expansion.before is not None:
+        lines.append(("Before that", f"old classes {expansion.before}, among themselves"))
+    for outcome in expansion.outcomes:
+        sides = {"old classes": outcome.old, "new": outcome.new, "all": outcome.all, "forgetting": outcome.forgetting}
+        told = ", ".join(f"{name} {value}" for name, value in sides.items() if value is not None)
+        lines.append((f"By {outcome.method}", told))
+    return lines

@@ -55,6 +55,21 @@ def test_the_path_is_printed_and_the_table_and_a_second_time_there_is_no_work(ho
     assert path.stat().st_mtime_ns > written
 
 
+def test_the_report_of_an_expanded_model_shows_both_sides_by_epoch_and_every_method(home, tmp_path):
+    path = tmp_path / "five.model"
+    done = run(
+        "expand", home["model"], home["new"], "--test", home["test"], "--method", "replay", "--out", path, "--json"
+    )
+    found = json.loads(done.stdout)
+    run("evaluate", path, home["test"], "--report", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "dog, eel, by replay" in page
+    for words in ("Accuracy of old classes", "Loss on new classes", "By naive", "forgetting"):
+        assert words in page
+    old = found["outcomes"][0]["old"]["value"]
+    assert f"old classes {old:.3f}" in page
+
+
 def test_in_place_it_is_done_once_too(home, tmp_path):
     path = tmp_path / "here.model"
     path.write_bytes(home["model"].read_bytes())
