@@ -21,6 +21,7 @@ from featpipe.evaluation import Evaluation, evaluate
 from featpipe.findings import write_findings
 from featpipe.finetune import FineTuned
 from featpipe.model import load_model
+from featpipe.names import unknown
 from featpipe.pipeline.embedding import Caches, embedded
 from featpipe.pipeline.outcome import Result, Run
 from featpipe.pipeline.page import write_report
@@ -34,6 +35,7 @@ from featpipe.progress import Progress, Tell, quiet
 from featpipe.recipe import Recipe, read_recipe
 from featpipe.report import Row
 from featpipe.scores import Interval
+from featpipe.training import METRICS
 
 __all__ = ["Line", "attempts", "folder_named", "folder_of", "run", "tiles_of"]
 
@@ -167,6 +169,11 @@ class Line:
         """
         index = index_of(asked.samples, tiles, asked.where)
         task = index.labels.task
+        metric = asked.training.metric
+        if metric is not None and metric not in METRICS[task]:
+            raise ConfigError(
+                f"{asked.where}: [training] {unknown('metric', metric, METRICS[task])} (the labels are for {task})"
+            )
         recipe = resolved(asked, task)
         if recipe.split.per_class and task != "classification":
             raise ConfigError(f"{asked.where}: [split] per_class draws images of classes; these labels are for {task}")

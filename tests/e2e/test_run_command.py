@@ -191,6 +191,7 @@ def test_what_cannot_be_is_said_before_any_image_is_read(photos: Path):  # noqa:
             {"heads.0.name": "ridge", "labels": str(photos / "brightness.csv"), "split.per_class": [1]},
             "per_class draws",
         ),
+        ({"training.metric": "mae"}, r"linear-probe.toml: \[training\] unknown metric 'mae'.*labels are for classif"),
         ({"heads.0.name": "lda", "labels": str(photos / "brightness.csv")}, r"\[heads\.0\] head 'lda' does class"),
     ]:
         with pytest.raises(ConfigError, match=message):
