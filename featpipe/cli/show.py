@@ -57,6 +57,7 @@ def info(
     history = facts["history"]
     facts |= {"scores": _metrics(facts["scores"]), "trained_on": history["trained_on"], "history": None}
     facts |= {"keeps": _kept(facts["keeps"]), "steps": _steps(history.get("steps") or [])}
+    facts["fine_tuning"] = _fine_tuning(history.get("finetuning"))
     rows = [[name.replace("_", " "), _shown(value)] for name, value in facts.items() if value not in (None, {}, [])]
     click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
 
@@ -150,6 +151,14 @@ def _kept(kept: dict[str, Any] | None) -> str:
     if "rows" in sizes:
         sizes["rows"] = f"{kept['rows']:,} embeddings, at most {kept['rows_a_class']} of a class, {sizes['rows']}"
     return "; ".join(f"{name}: {text}" if name != "rows" else text for name, text in sizes.items())
+
+
+def _fine_tuning(told: Any) -> str | None:
+    """What fine-tuning brought, and which model was kept."""
+    result = told.get("result") if isinstance(told, dict) else None
+    if not isinstance(result, dict):
+        return None
+    return f"the {result.get('kept')} model is kept; {result.get('verdict')}"
 
 
 def _steps(steps: list[dict[str, Any]]) -> list[str]:

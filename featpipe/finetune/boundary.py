@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.backbone.cutting import Cut
+from featpipe.backbone.cutting import Above, Cut
 from featpipe.backbone.output import resolve
 from featpipe.cache import FeatureCache
 from featpipe.engine.work import multiply_adds
@@ -188,16 +188,17 @@ def map_source(
     seed : int
         Of the augmentation.
     settings : mapping
-        Of :class:`featpipe.recipe.Extraction`, for what differs from its defaults; maps are stored as float16 if
-        nothing is said.
+        Of :class:`featpipe.recipe.Extraction`, for what differs from its defaults. If nothing is said, maps are stored
+        as float16, and embeddings, where nothing of the network trains, as float32.
     progress : callable
     """
     below = _maps_of(backbone, cut)
     some = index.take(rows)
+    storage = "float16" if isinstance(cut.above, Above) else "float32"  # as embeddings are kept already
     caches = []
     for number in range(views if augmentation.changes else 1):
         view = replace(below, transform=View(backbone.transform, augmentation, number, seed))  # type: ignore[arg-type]
-        given = Extraction.of({"storage": "float16", **(settings or {}), "backbone": view, "outputs": (cut.output,)})
+        given = Extraction.of({"storage": storage, **(settings or {}), "backbone": view, "outputs": (cut.output,)})
         settings_ = replace(given, out=_path(some, view, given))
         caches.append(extract_index(some, view, settings_, progress, refuse_all_bad=False))
     return MapSource(cut.above, caches, rows)

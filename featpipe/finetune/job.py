@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -153,9 +154,13 @@ class Job:
             self.network.eval()
             self.head.eval()
 
+    @cached_property
+    def _trained(self) -> set[int]:
+        return {id(parameter) for parameter in self.parameters().values()}
+
     def _follows(self, module: nn.Module) -> bool:
-        trained = {id(parameter) for parameter in self.parameters().values()}
-        return self.tuning.batch_norm == "trained" and any(id(p) in trained for p in module.parameters())
+        """Whether a batch norm's statistics follow the batches, once it is thawed."""
+        return self.tuning.batch_norm == "trained" and any(id(p) in self._trained for p in module.parameters())
 
     def scores(self, source: Source, inputs: Tensor) -> Tensor:
         """Logits, or standardised numbers, of shape (b, k), float32."""

@@ -7,7 +7,7 @@ temperature, corrections of priors and the spread of targets are folded into the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -55,7 +55,6 @@ class Layers:
     biases: tuple[Array, ...]
     activation: str = "relu"
     dropout: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def untrained(cls, inputs: int, outputs: int) -> Layers:

@@ -106,7 +106,8 @@ def gradients(job: Job, state: State, rows: NDArray[np.int64], inputs: Tensor, w
     whole : int
         Rows of the batch in all processes.
     """
-    inputs, blend = blended(inputs.to(job.device), job.tuning)
+    layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
+    inputs, blend = blended(inputs.to(job.device, memory_format=layout), job.tuning)
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         try:
@@ -195,7 +196,9 @@ def _seed(*numbers: int) -> int:
 
 def _is_memory(error: BaseException) -> bool:
     """Whether memory ran out; on a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory")
+    )
 
 
 def _divide(job: Job, state: State, rows: NDArray[np.int64], error: BaseException) -> None:

@@ -94,7 +94,8 @@ def compared(
         for name, c in contrasts.items()
     ]
     per_class = _per_class(truth, probe, tuned, ours, theirs) if task == "classification" else []
-    return Comparison(len(truth), next(iter(ours.metrics)), metrics, per_class)
+    main = next(name for name in ours.metrics if name in contrasts)
+    return Comparison(len(truth), main, metrics, per_class)
 
 
 def _per_class(
@@ -162,6 +163,7 @@ class FineTuned:
         """As JSON can hold it."""
         return {
             "kept": self.kept,
+            "verdict": self.comparison.verdict(),
             "comparison": self.comparison.to_dict(),
             "curve": self.curve,
             "best_epoch": self.best_epoch,

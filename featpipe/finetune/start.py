@@ -14,7 +14,7 @@ from featpipe.finetune.layers import Layers, layers_of
 from featpipe.heads.network import forward
 from featpipe.model import Model
 
-__all__ = ["Start", "answers_of", "start_of"]
+__all__ = ["Start", "start_of"]
 
 NEAR = 1e-4
 COMPARED = 1000  # rows
@@ -58,7 +58,7 @@ def start_of(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> Start:
     some, d = X[:COMPARED], X.shape[1]
     found = layers_of(model.head, model.task, model.calibration, d)
     how = f"the layer starts as the {model.head_name} head of the model"
-    if found is None or not _same(answers_of(found, model.task, some), _asked(model, some)):
+    if found is None or not _same(_said(found, model.task, some), _asked(model, some)):
         name = "ridge" if model.task == "regression" else "logistic"
         pipeline = heads.build(name, model.task).fit(X, y)
         found = layers_of(pipeline, model.task, None, d)
@@ -68,7 +68,7 @@ def start_of(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> Start:
     return Start(found.before(1 / spread, -mean / spread), mean, spread, how)
 
 
-def answers_of(layers: Layers, task: str, X: NDArray[np.floating]) -> NDArray[np.float64]:
+def _said(layers: Layers, task: str, X: NDArray[np.floating]) -> NDArray[np.float64]:
     """Probabilities of shape (m, k), or numbers of shape (m, t)."""
     scores = forward(X.astype(np.float64), [w.T for w in layers.weights], layers.biases, layers.activation)
     if task == "regression":

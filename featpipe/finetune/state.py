@@ -70,6 +70,8 @@ class State:
         What training changes, as it was after the best epoch.
     average : dict of str to Tensor
         The same, averaged over the steps; empty without averaging.
+    monitor : {"loss", "score"}
+        What the best epoch is the best by.
     """
 
     optimizer: torch.optim.Optimizer
@@ -83,6 +85,7 @@ class State:
     curve: list[Epoch] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    monitor: str = "loss"
 
     @classmethod
     def begun(cls, job: Job, rate: float) -> State:
@@ -91,14 +94,18 @@ class State:
         head = {name: parameter for name, parameter in job.parameters().items() if name not in below}
         optimizer = optimizer_of(groups(head, below, job.depth(), job.tuning), job.tuning)
         scaler = torch.amp.GradScaler(job.device.type, enabled=job.tuning.precision == "fp16")
-        state = cls(optimizer, scaler, rate, pieces=job.tuning.accumulate)
+        state = cls(optimizer, scaler, rate, pieces=job.tuning.accumulate, monitor=job.tuning.monitor)
         if job.tuning.ema:
             state.average = copied(job.kept())
         return state
 
     @property
     def best_epoch(self) -> Epoch:
-        return min(self.curve, key=lambda epoch: (epoch.validation_loss, epoch.number))
+        def order(epoch: Epoch) -> tuple[float, float, int]:
+            score = -epoch.validation_score if self.monitor == "score" else 0.0
+            return score, epoch.validation_loss, epoch.number
+
+        return min(self.curve, key=order)
 
     @property
     def waited(self) -> int:

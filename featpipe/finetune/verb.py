@@ -150,7 +150,10 @@ def _outcome(
     answers = answers_of(probe, case.before, sides.held), answers_of(tuned, after, sides.held)
     comparison = compared(model.task, truth, *answers, model.classes)
     keeps = case.tuning.keep_worse or (comparison.gain >= 0 and state.best_epoch.number > 0)
-    notes = (sides.how, start.how)
+    notes: tuple[str, ...] = (sides.how, start.how)
+    if state.best_epoch.number == 0:
+        notes += ("no epoch was better on the validation images than the start, which is what is compared",)
+        case.tell(Progress("note", notes[-1]))
     best = tuned if keeps else replace(model, history=dict(model.history), scores=dict(model.scores))
     found = FineTuned(
         best,

@@ -181,8 +181,10 @@ class FineTuning:
     ema : float
         Decay of a moving average of the weights, which is then what is judged and kept; 0 is without.
     patience : int
-        Stop after so many epochs without a lower loss on validation images; 0 never does. The best epoch is kept in
-        any case.
+        Stop after so many epochs without a better one; 0 never does. The best epoch is kept in any case.
+    monitor : {"loss", "score"}
+        What an epoch is judged by, on validation images: the loss; or the share of right answers (R² of numbers), and
+        the loss where that is equal.
     test, validation : float
         Shares of the images that are held out for the final table, and of the rest that decide when to stop, where the
         labels come without a split.
@@ -223,6 +225,7 @@ class FineTuning:
     sampling: str | None = None
     ema: float = 0.0
     patience: int = 3
+    monitor: str = "loss"
     test: float = 0.2
     validation: float = 0.2
     cache_activations: str = AUTO
@@ -238,6 +241,7 @@ class FineTuning:
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
             "precision": ("fp32", "bf16", "fp16"),
+            "monitor": ("loss", "score"),
             "cache_activations": (AUTO, "yes", "no"),
             "class_weight": (None, "balanced"),
             "sampling": (None, "balanced"),

@@ -68,6 +68,8 @@ def test_it_prints_the_path_of_a_model_and_the_table_of_both(home, tuned):
     assert "than the probe on" in done.stderr
     for label in ("ape", "bee", "cow"):
         assert f"\n{label}" in done.stderr
+    told = run(home, "info", "photos.tuned.model").stdout
+    assert "fine tuning       the fine-tuned model is kept; fine-tuned is" in told
     assert model.backbone.digest != featpipe.load_model(home / "photos.model").backbone.digest
 
 

@@ -85,6 +85,15 @@ def test_each_view_is_a_cache_of_its_own_with_its_augmentation_in_its_facts(tmp_
     assert all(cache.outputs == ("layer2:none",) and cache.features().dtype == np.float16 for cache in caches)
 
 
+def test_where_nothing_of_the_network_trains_the_embeddings_are_there_already(tmp_path, index, ladder, monkeypatch):
+    cache = featpipe.extract(tmp_path / "photos", backbone=ladder, cache=tmp_path / "cache")
+    monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
+    found = cut(ladder, ["stem", "layer1", "layer2", "layer3"])
+    how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
+    source = map_source(index, np.array([3, 7]), ladder, found, **how)
+    np.testing.assert_array_equal(source.network(source.batch(np.array([7, 3]), 0)), cache.features()[[7, 3]])
+
+
 def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_path, index):
     network = Ladder()
     with torch.no_grad():

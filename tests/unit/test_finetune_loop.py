@@ -23,7 +23,7 @@ from featpipe.finetune.job import Job, Targets
 from featpipe.finetune.loop import answers, fine_tune, gradients
 from featpipe.finetune.rates import factor, groups
 from featpipe.finetune.source import Embedding
-from featpipe.finetune.state import State
+from featpipe.finetune.state import Epoch, State
 from featpipe.finetune.unfreezing import unfrozen
 from featpipe.heads.losses import Objective
 from featpipe.recipe import FineTuning
@@ -327,6 +327,14 @@ def test_it_stops_when_validation_gets_no_better_and_puts_the_best_weights_back(
     assert len(state.curve) < 31
     assert state.curve[-1].number - state.best_epoch.number == 2
     assert_equal(dict(job.kept()), state.best)
+
+
+def test_the_best_epoch_is_that_of_the_lowest_loss_or_of_the_most_right_answers():
+    curve = [Epoch(0, 1.0, 0.5, 0.7), Epoch(1, 1.0, 0.6, 0.9), Epoch(2, 1.0, 0.55, 0.9), Epoch(3, 1.0, 0.5, 0.8)]
+    for monitor, best in (("loss", 0), ("score", 2)):
+        state = begun(job_of(monitor=monitor))
+        state.curve = curve
+        assert state.best_epoch.number == best
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------------
