@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from featpipe.evaluation import evaluate
     from featpipe.expansion import expand
     from featpipe.extraction import extract
-    from featpipe.finetune import finetune
+    from featpipe.finetuning import finetune
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
     from featpipe.model import Model, load_model
     from featpipe.pipeline import run
@@ -86,7 +86,7 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "evaluate": "evaluation",
     "expand": "expansion",
     "extract": "extraction",
-    "finetune": "finetune",
+    "finetune": "finetuning",
     "load_model": "model",
     "merge": "upkeep",
     "pack": "upkeep",

@@ -316,7 +316,7 @@ class Model:
         **how
             ``unfreeze``, ``epochs``, ``labels``, ``out``, … as there.
         """
-        from featpipe.finetune import finetune
+        from featpipe.finetuning import finetune
 
         return finetune(self, archives, **how).model
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.complete import Name
+from featpipe.cli.log import say
 from featpipe.cli.terminal import Terminal, dump, table
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def run(
         dump(found.to_dict())
         return
     click.echo(found.table())
-    click.echo(f"\n{found.report}\n{found.best.model}", err=True)
+    say(f"\n{found.report}\n{found.best.model}")
 
 
 def _foretold(recipe: str, archives: tuple[str, ...], changes: dict[str, Any], out: str | None, as_json: bool) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featpipe.cli.log import say
 from featpipe.cli.terminal import Terminal, dump, table
 from featpipe.recipe import AUTO, FineTuning
 
 if TYPE_CHECKING:
-    from featpipe.finetune import FineTuned
+    from featpipe.finetuning import FineTuned
 
 __all__ = ["finetune"]
 
@@ -76,7 +77,7 @@ def finetune(model: str, archives: tuple[str, ...], as_json: bool, **asked: Any)
     Example:
       featpipe finetune photos.model photos/ --unfreeze "2 stages" --epochs 20
     """
-    from featpipe.finetune import finetune as run
+    from featpipe.finetuning import finetune as run
     from featpipe.heads import parse_settings
     from featpipe.model import load_model
 
@@ -108,10 +109,10 @@ def _place(before: Path) -> Path:
 def _show(found: FineTuned) -> None:
     """Scores of both models, the classes, and the verdict."""
     scores, classes = found.as_table(), found.class_table()
-    click.echo("\n" + table(scores[1:], scores[0], right=range(1, 5)), err=True)
+    say("\n" + table(scores[1:], scores[0], right=range(1, 5)), event="table")
     if len(classes) > 1:
-        click.echo("\n" + table(classes[1 : 1 + SHOWN], classes[0], right=range(1, 5)), err=True)
+        say("\n" + table(classes[1 : 1 + SHOWN], classes[0], right=range(1, 5)), event="table")
         if len(classes) > 1 + SHOWN:
-            click.echo(f"the first {SHOWN} of {len(classes) - 1} classes; --json has all", err=True)
+            say(f"the first {SHOWN} of {len(classes) - 1} classes; --json has all")
     kept = "" if found.kept == "fine-tuned" else "; the model before is kept (--keep-worse saves the other)"
-    click.echo(f"\n{found.comparison.verdict()}{kept}", err=True)
+    say(f"\n{found.comparison.verdict()}{kept}")

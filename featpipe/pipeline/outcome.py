@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featpipe.finetune import FineTuned
+from featpipe.finetuning import FineTuned
 from featpipe.model import Model, load_model
 from featpipe.recipe import Recipe
 

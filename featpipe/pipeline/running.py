@@ -19,7 +19,7 @@ from featpipe.durable import whole_file
 from featpipe.errors import ConfigError
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.findings import write_findings
-from featpipe.finetune import FineTuned
+from featpipe.finetuning import FineTuned
 from featpipe.model import load_model
 from featpipe.names import unknown
 from featpipe.pipeline.embedding import Caches, embedded

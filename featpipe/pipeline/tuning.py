@@ -11,7 +11,7 @@ from featpipe.archive import Table
 from featpipe.cache import FeatureCache
 from featpipe.durable import whole_file
 from featpipe.evaluation import Evaluation, evaluate
-from featpipe.finetune import FineTuned, finetune
+from featpipe.finetuning import FineTuned, finetune
 from featpipe.fingerprint import fingerprint
 from featpipe.model import Model, load_model
 from featpipe.pipeline.embedding import Caches

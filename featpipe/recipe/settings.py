@@ -175,7 +175,7 @@ class FineTuning:
     label_smoothing, mixup, cutmix : float
         Alpha of Beta(alpha, alpha) of the latter two (Zhang et al. 2018, Yun et al. 2019); 0 is without.
     augmentation : mapping
-        How pictures are changed in training, by the names of :class:`featpipe.finetune.Augmentation`.
+        How pictures are changed in training, by the names of :class:`featpipe.finetuning.Augmentation`.
     class_weight, sampling : "balanced", optional
         Rare classes count more in the loss; are drawn more often.
     ema : float

@@ -39,7 +39,7 @@ FLOORS = [
     {"archive", "backbone", "cache", "calibration", "findings", "heads", "scores", "trust"},
     {"commit", "engine", "grouping", "kept", "known", "loader"},
     {"extraction", "model"},
-    {"training", "evaluation", "expansion", "finetune", "limits", "prediction", "verification", "upkeep"},
+    {"training", "evaluation", "expansion", "finetuning", "limits", "prediction", "verification", "upkeep"},
     {"cli", "demo", "estimators", "pipeline", "report", "tiles", "__main__", "__init__"},
 ]
 FACE = len(FLOORS) - 1
@@ -48,7 +48,7 @@ OWNERS = {
     "h5py": {"cache"},
     "PIL": {"image"},
     "click": {"cli"},
-    "torchvision": {"backbone", "finetune"},
+    "torchvision": {"backbone", "finetuning"},
     "timm": {"backbone"},
     "jinja2": {"report"},
     "openvino": {"engine"},
@@ -61,10 +61,10 @@ OWNERS = {
 NEIGHBOURS = {  # of one floor, and yet used: with the reason
     ("commit", "cache"): "a part is of a cache, and lies beside it",
     ("evaluation", "training"): "a learning curve fits the model's head anew",
-    ("finetune", "training"): "the probe is fitted again, on rows that do not judge it",
+    ("finetuning", "training"): "the probe is fitted again, on rows that do not judge it",
     ("heads", "calibration"): "a head that grew asks the old one for its scores",
     ("model", "expansion"): "model.expand, which imports it when it is called",
-    ("model", "finetune"): "model.finetune, likewise",
+    ("model", "finetuning"): "model.finetune, likewise",
 }
 
 

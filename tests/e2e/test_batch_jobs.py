@@ -57,6 +57,8 @@ LONG = {
     "train": ["nets.h5", "--out", "t.model"],
     "expand": ["nets.model", "more", "--backbone", "nets:make", "--cache", "elsewhere", "--out", "e.model"],
     "evaluate": ["nets.model", "photos", "--backbone", "nets:make", "--cache", "elsewhere"],
+    "finetune": ["nets.model", "photos", "--backbone", "nets:make", "--cache", "elsewhere", "--out", "f.model"],
+    "run": ["linear-probe", "photos", "--set", "backbones.0.name=nets:make", "--out", "run"],
     "predict": ["nets.model", "photos", "--backbone", "nets:make", "--out", "p.csv"],
     "verify": ["nets.h5"],
     "merge": ["nets.h5", "nets.h5", "--out", "m.h5"],

@@ -14,9 +14,9 @@ from featpipe import archive, backbone, image
 from featpipe.backbone.cutting import cut
 from featpipe.engine import Engine
 from featpipe.errors import ConfigError
-from featpipe.finetune import boundary, finetune
-from featpipe.finetune.boundary import map_source, worth
-from featpipe.finetune.views import Augmentation, View
+from featpipe.finetuning import boundary, finetune
+from featpipe.finetuning.boundary import map_source, worth
+from featpipe.finetuning.views import Augmentation, View
 from tests.finetuning import Ladder, small_transform, write_photos
 
 CHANGED = Augmentation(flip=0.5, color=0.3)

@@ -14,8 +14,8 @@ import torch
 import featpipe
 from featpipe import backbone
 from featpipe.errors import CacheError, ConfigError, WeightsError
-from featpipe.finetune import finetune
-from featpipe.finetune.sides import sides_of
+from featpipe.finetuning import finetune
+from featpipe.finetuning.sides import sides_of
 from featpipe.recipe import FineTuning
 from tests.finetuning import Ladder, small_transform, write_photos
 
@@ -176,7 +176,7 @@ def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, mo
 
 
 def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
-    from featpipe.finetune import verb
+    from featpipe.finetuning import verb
 
     real = verb.compared
 
@@ -211,7 +211,7 @@ def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos,
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, photos, model, monkeypatch):
-    from featpipe.finetune import loop
+    from featpipe.finetuning import loop
 
     whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     out, made = tmp_path / "t.model", []
@@ -338,7 +338,7 @@ def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, wo
 
 
 def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
-    from featpipe.finetune import verb
+    from featpipe.finetuning import verb
 
     real = verb.trained
 
@@ -360,8 +360,8 @@ def test_epochs_are_written_for_tensorboard_or_it_is_said_what_to_install(tmp_pa
     import sys
     import types
 
-    from featpipe.finetune.board import board
-    from featpipe.finetune.state import Epoch
+    from featpipe.finetuning.board import board
+    from featpipe.finetuning.state import Epoch
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="TensorBoard is not installed; pip install tensorboard"):

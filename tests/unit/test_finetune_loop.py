@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from featpipe import backbone
 from featpipe.errors import ConfigError, ModelError
-from featpipe.finetune import checkpoint
-from featpipe.finetune.blending import blended
-from featpipe.finetune.finder import found_rate
-from featpipe.finetune.job import Job, Targets
-from featpipe.finetune.loop import answers, fine_tune, gradients
-from featpipe.finetune.rates import factor, groups
-from featpipe.finetune.source import Embedding
-from featpipe.finetune.state import Epoch, State
-from featpipe.finetune.unfreezing import unfrozen
+from featpipe.finetuning import checkpoint
+from featpipe.finetuning.blending import blended
+from featpipe.finetuning.finder import found_rate
+from featpipe.finetuning.job import Job, Targets
+from featpipe.finetuning.loop import answers, fine_tune, gradients
+from featpipe.finetuning.rates import factor, groups
+from featpipe.finetuning.source import Embedding
+from featpipe.finetuning.state import Epoch, State
+from featpipe.finetuning.unfreezing import unfrozen
 from featpipe.heads.losses import Objective
 from featpipe.recipe import FineTuning
 from tests.finetuning import Ladder, small_transform

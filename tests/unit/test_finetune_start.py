@@ -13,9 +13,9 @@ import torch
 import featpipe
 from featpipe import backbone, heads
 from featpipe.calibration import Calibration
-from featpipe.finetune.layers import Layers, estimator_of, layers_of
-from featpipe.finetune.source import Embedding
-from featpipe.finetune.start import start_of
+from featpipe.finetuning.layers import Layers, estimator_of, layers_of
+from featpipe.finetuning.source import Embedding
+from featpipe.finetuning.start import start_of
 from tests.finetuning import Ladder, small_transform, write_photos
 
 

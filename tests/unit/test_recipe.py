@@ -122,4 +122,5 @@ def test_dates_are_texts():
 
 def test_every_setting_of_an_extraction_has_its_place_in_a_recipe():
     elsewhere = {"transform": "code", "labels": "a key of the whole", "out": "a run's own", "overwrite": "a run's own"}
+    elsewhere["time_limit"] = "of one call, and not of what it asks for"
     assert {field.name for field in fields(Extraction)} == {*BACKBONE.values(), *EXTRACTION, *elsewhere}

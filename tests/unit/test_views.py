@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featpipe.backbone import CustomTransform, Transform
 from featpipe.errors import ConfigError
-from featpipe.finetune.views import Augmentation, View, drawn
+from featpipe.finetuning.views import Augmentation, View, drawn
 from tests.conftest import picture, tiny_transform
 
 ALL = Augmentation(crop=0.5, flip=0.5, rotation=10, color=0.2, rand_augment=9, blur=1, noise=0.1, erase=0.5)

@@ -12,7 +12,7 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration
 from featpipe.errors import ConfigError
-from featpipe.finetune.sides import Sides
+from featpipe.finetuning.sides import Sides
 from featpipe.model import Model
 from featpipe.progress import Progress, Tell
 from featpipe.training.rows import Rows

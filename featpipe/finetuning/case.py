@@ -16,9 +16,9 @@ from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.extraction import extract_index
-from featpipe.finetune.parallel import World
-from featpipe.finetune.sides import Sides
-from featpipe.finetune.state import Epoch
+from featpipe.finetuning.parallel import World
+from featpipe.finetuning.sides import Sides
+from featpipe.finetuning.state import Epoch
 from featpipe.fingerprint import fingerprint
 from featpipe.model import Model
 from featpipe.progress import Tell

@@ -17,10 +17,10 @@ from featpipe.backbone import Backbone
 from featpipe.backbone.weights import digest_state
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration, fit_temperature, logits_of
-from featpipe.finetune.layers import Layers, estimator_of
-from featpipe.finetune.probe import rows_of
-from featpipe.finetune.sides import Sides
-from featpipe.finetune.state import State
+from featpipe.finetuning.layers import Layers, estimator_of
+from featpipe.finetuning.probe import rows_of
+from featpipe.finetuning.sides import Sides
+from featpipe.finetuning.state import State
 from featpipe.kept import Keep, Kept, keep_of
 from featpipe.model import KEPT_DIGEST_BYTES, Model
 from featpipe.training.novelty import novelty_of

@@ -15,17 +15,17 @@ from torch import nn
 from featpipe import backbone as backbones
 from featpipe.backbone import Backbone
 from featpipe.errors import ConfigError
-from featpipe.finetune import checkpoint
-from featpipe.finetune.case import Case
-from featpipe.finetune.finder import found_rate
-from featpipe.finetune.job import Job, Targets
-from featpipe.finetune.layers import Layers
-from featpipe.finetune.loop import fine_tune
-from featpipe.finetune.probe import fitted_without, rows_of
-from featpipe.finetune.sources import opened
-from featpipe.finetune.start import Start, start_of
-from featpipe.finetune.state import State
-from featpipe.finetune.unfreezing import unfrozen
+from featpipe.finetuning import checkpoint
+from featpipe.finetuning.case import Case
+from featpipe.finetuning.finder import found_rate
+from featpipe.finetuning.job import Job, Targets
+from featpipe.finetuning.layers import Layers
+from featpipe.finetuning.loop import fine_tune
+from featpipe.finetuning.probe import fitted_without, rows_of
+from featpipe.finetuning.sources import opened
+from featpipe.finetuning.start import Start, start_of
+from featpipe.finetuning.state import State
+from featpipe.finetuning.unfreezing import unfrozen
 from featpipe.heads.losses import Objective
 from featpipe.model import Model
 from featpipe.progress import Progress

@@ -7,10 +7,10 @@ import math
 import torch
 
 from featpipe.errors import ConfigError
-from featpipe.finetune.job import Job
-from featpipe.finetune.loop import NotFinite, gradients, step
-from featpipe.finetune.source import ahead
-from featpipe.finetune.state import State, copied, put
+from featpipe.finetuning.job import Job
+from featpipe.finetuning.loop import NotFinite, gradients, step
+from featpipe.finetuning.source import ahead
+from featpipe.finetuning.state import State, copied, put
 from featpipe.progress import Progress
 
 __all__ = ["found_rate"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from featpipe.finetune.job import Job
-from featpipe.finetune.rates import groups, optimizer_of
+from featpipe.finetuning.job import Job
+from featpipe.finetuning.rates import groups, optimizer_of
 
 __all__ = ["Epoch", "State"]
 

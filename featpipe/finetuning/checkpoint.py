@@ -16,8 +16,8 @@ from torch import Tensor
 
 from featpipe.durable import whole_file
 from featpipe.errors import ConfigError, ModelError
-from featpipe.finetune.job import Job
-from featpipe.finetune.state import Epoch, State, put
+from featpipe.finetuning.job import Job
+from featpipe.finetuning.state import Epoch, State, put
 from featpipe.fingerprint import differences
 
 __all__ = ["read", "write"]

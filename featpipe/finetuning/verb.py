@@ -17,17 +17,17 @@ from featpipe import archive
 from featpipe.engine import resolve_device
 from featpipe.engine.memory import keep_freed_memory
 from featpipe.errors import ModelError
-from featpipe.finetune.after import answers_of, model_of, tuned_backbone
-from featpipe.finetune.board import board
-from featpipe.finetune.case import Case, embedded
-from featpipe.finetune.layers import Layers
-from featpipe.finetune.parallel import joined
-from featpipe.finetune.probe import fitted_without
-from featpipe.finetune.result import FineTuned, compared
-from featpipe.finetune.sides import sides_of
-from featpipe.finetune.start import Start
-from featpipe.finetune.state import State
-from featpipe.finetune.work import begin, trained
+from featpipe.finetuning.after import answers_of, model_of, tuned_backbone
+from featpipe.finetuning.board import board
+from featpipe.finetuning.case import Case, embedded
+from featpipe.finetuning.layers import Layers
+from featpipe.finetuning.parallel import joined
+from featpipe.finetuning.probe import fitted_without
+from featpipe.finetuning.result import FineTuned, compared
+from featpipe.finetuning.sides import sides_of
+from featpipe.finetuning.start import Start
+from featpipe.finetuning.state import State
+from featpipe.finetuning.work import begin, trained
 from featpipe.model import Model, load_model
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.recipe import FineTuning

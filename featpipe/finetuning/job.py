@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from featpipe.finetune.parallel import World
-from featpipe.finetune.source import Source
-from featpipe.finetune.unfreezing import Unfrozen
+from featpipe.finetuning.parallel import World
+from featpipe.finetuning.source import Source
+from featpipe.finetuning.unfreezing import Unfrozen
 from featpipe.heads.losses import Objective
 from featpipe.progress import Tell, quiet
 from featpipe.recipe import FineTuning
@@ -66,7 +66,7 @@ class Job:
     ids : sequence of str
         What people call them.
     board : callable or None
-        Told each :class:`featpipe.finetune.state.Epoch` that is done.
+        Told each :class:`featpipe.finetuning.state.Epoch` that is done.
     """
 
     network: nn.Module

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from featpipe.errors import ConfigError
-from featpipe.finetune.state import Epoch
+from featpipe.finetuning.state import Epoch
 
 __all__ = ["board"]
 

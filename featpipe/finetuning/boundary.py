@@ -30,7 +30,7 @@ from featpipe.engine.work import multiply_adds
 from featpipe.errors import ConfigError
 from featpipe.extraction import extract_index, facts_of
 from featpipe.extraction.places import places_of
-from featpipe.finetune.views import Augmentation, View
+from featpipe.finetuning.views import Augmentation, View
 from featpipe.fingerprint import fingerprint
 from featpipe.progress import Tell, quiet
 from featpipe.recipe import Extraction

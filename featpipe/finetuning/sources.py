@@ -11,11 +11,11 @@ from torch import nn
 from featpipe.backbone import Backbone
 from featpipe.backbone.cutting import Cut, cut
 from featpipe.errors import ConfigError
-from featpipe.finetune.boundary import MIXED, Worth, map_source, worth
-from featpipe.finetune.case import Case
-from featpipe.finetune.source import Embedding, PictureSource, Source
-from featpipe.finetune.unfreezing import Unfrozen
-from featpipe.finetune.views import Augmentation, View
+from featpipe.finetuning.boundary import MIXED, Worth, map_source, worth
+from featpipe.finetuning.case import Case
+from featpipe.finetuning.source import Embedding, PictureSource, Source
+from featpipe.finetuning.unfreezing import Unfrozen
+from featpipe.finetuning.views import Augmentation, View
 from featpipe.progress import Progress
 
 __all__ = ["opened"]

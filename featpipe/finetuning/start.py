@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from featpipe import heads
-from featpipe.finetune.layers import Layers, layers_of
+from featpipe.finetuning.layers import Layers, layers_of
 from featpipe.heads.network import forward
 from featpipe.model import Model
 

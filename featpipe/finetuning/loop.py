@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe.errors import ConfigError
-from featpipe.finetune.blending import Blend, blended
-from featpipe.finetune.interrupts import between_steps
-from featpipe.finetune.job import Job
-from featpipe.finetune.rates import factor
-from featpipe.finetune.source import Source, ahead
-from featpipe.finetune.state import Epoch, State, put
+from featpipe.finetuning.blending import Blend, blended
+from featpipe.finetuning.interrupts import between_steps
+from featpipe.finetuning.job import Job
+from featpipe.finetuning.rates import factor
+from featpipe.finetuning.source import Source, ahead
+from featpipe.finetuning.state import Epoch, State, put
 from featpipe.progress import Progress
 
 __all__ = ["NotFinite", "answers", "fine_tune", "gradients"]
