@@ -113,7 +113,13 @@ def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(
     assert err.splitlines()[-1].startswith("featpipe: interrupted; what was finished is kept")
     assert out == ""
     new = {path.name for path in home.iterdir()} - left
-    assert new <= {"elsewhere", "demo", "__pycache__", "p.csv.parts"}  # unfinished work, and no file of a final name
+    assert new <= {
+        "elsewhere",
+        "demo",
+        "run",
+        "__pycache__",
+        "p.csv.parts",
+    }  # unfinished work, and no file of a final name
     assert not list(home.glob("elsewhere/*.h5"))
 
 
