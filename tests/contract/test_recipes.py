@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import tomllib
 from dataclasses import fields
@@ -64,6 +65,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
             (folder / "photos" / name / f"{i:02}.png").write_bytes(file.getvalue())
+            os.utime(folder / "photos" / name / f"{i:02}.png", (1e9, 1e9))  # a file just written is read again
             rows.append([f"{name}/{i:02}.png", str(pixels.mean())])
     with open(folder / "brightness.csv", "w", newline="") as out:
         csv.writer(out).writerows(rows)
