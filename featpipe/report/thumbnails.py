@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,19 +27,20 @@ class Thumbnails:
     Attributes
     ----------
     found : bool
-        Whether the archives are where they were, with the same samples.
+        Whether the archives are where they were, with samples of the cache. Others may have come, or been left out.
     """
 
     def __init__(self, cache: FeatureCache) -> None:
         self._cache = cache
         self._index: Any = None
-        places = cache.manifest.get("archives", [])
+        paths = cache.manifest.get("archives", [])
         try:
-            index = archive.index(places) if places else None
+            index = archive.index(paths) if paths else None
         except FeatpipeError:
             index = None
-        if index is not None and index.ids == cache.ids:
-            self._index = index
+        places = {} if index is None else _places(index.ids, cache.ids)
+        self._index = index if places else None
+        self._places = places
         self._made: dict[int, bytes] = {}
 
     @property
@@ -48,11 +49,12 @@ class Thumbnails:
 
     def of(self, rows: Sequence[int]) -> dict[int, bytes]:
         """Thumbnails by row number."""
-        wanted = [row for row in dict.fromkeys(rows) if row not in self._made]
+        wanted = [row for row in dict.fromkeys(rows) if row not in self._made and row in self._places]
         if self._index is not None and wanted:
+            wanted.sort(key=self._places.__getitem__)
             blocks = [wanted[start::WORKERS] for start in range(WORKERS)]
             with ThreadPoolExecutor(WORKERS) as pool:
-                for made in pool.map(self._read, [sorted(block) for block in blocks if block]):
+                for made in pool.map(self._read, [block for block in blocks if block]):
                     self._made |= made
         return {row: self._made[row] for row in rows if row in self._made}
 
@@ -61,9 +63,17 @@ class Thumbnails:
         with self._index.open() as reader:
             for row in rows:
                 try:
-                    data = reader.read(row)
+                    data = reader.read(self._places[row])
                     if digest(data) == self._cache.digests[row].tobytes():  # else it is another picture by now
                         made[row] = image.preview(data, PIXELS)
                 except ArchiveError:
                     continue
         return made
+
+
+def _places(there: Sequence[str], ids: Sequence[str]) -> Mapping[int, int] | range:
+    """Where in an index the samples of a cache are, by their rows; by id, since a cache may hold some of them."""
+    if there == ids:
+        return range(len(ids))
+    rows = {name: row for row, name in enumerate(there)}
+    return {row: rows[name] for row, name in enumerate(ids) if name in rows}

@@ -73,6 +73,13 @@ def _table(cache: featpipe.FeatureCache, rows: np.ndarray) -> Path:
     return path
 
 
+def test_the_page_of_some_of_the_images_has_their_pictures():
+    run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--set", "images=36")
+    page = Path("runs/linear-probe/report.html").read_text()
+    assert "There are no pictures" not in page
+    assert page.count("data:image/webp") >= 1
+
+
 def test_a_dry_run_says_what_is_left_and_leaves_nothing():
     asked = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--dry-run", "--json")
     other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
