@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from featpipe.cli import log
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -57,6 +60,13 @@ def tiny() -> object:
     from featpipe import backbone
 
     return backbone.load(Tiny(), transform=tiny_transform)
+
+
+@pytest.fixture(autouse=True)
+def _log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test asks of the log of its process, the next one does not find."""
+    monkeypatch.setitem(log._chosen, "format", "text")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 
 @pytest.fixture
