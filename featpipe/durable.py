@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["check_writable", "fsync_directory", "whole_file"]
+from featpipe.errors import FeatpipeError
+
+__all__ = ["check_writable", "fsync_directory", "make_folder", "whole_file"]
 
 
 @contextlib.contextmanager
@@ -65,3 +67,19 @@ def fsync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path, error: type[FeatpipeError], option: str) -> None:
+    """A folder that can be written.
+
+    Raises
+    ------
+    FeatpipeError
+        What is given as ``error``, if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as found:
+        raise error(f"{folder}: cannot be made ({found.strerror or found}); choose another {option}") from None
+    if not os.access(folder, os.W_OK):
+        raise error(f"{folder}: may not be written; choose another {option}")

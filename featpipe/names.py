@@ -7,7 +7,20 @@ from difflib import get_close_matches
 
 from featpipe.errors import ConfigError
 
-__all__ = ["unknown"]
+__all__ = ["check_names", "unknown"]
+
+
+def check_names(kind: str, given: Iterable[str], known: Iterable[str], hint: str = "") -> None:
+    """Refuse the first name that is not in a table.
+
+    Raises
+    ------
+    ConfigError
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            raise unknown(kind, name, names, hint)
 
 
 def unknown(kind: str, given: str, known: Iterable[str], hint: str = "") -> ConfigError:

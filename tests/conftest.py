@@ -54,6 +54,21 @@ class Tiny(nn.Module):
         return self.norm(self.conv(x)).relu().mean((2, 3))
 
 
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each forward pass is of, from here on; what proves that a network is frozen is none."""
+    from featpipe.engine import Engine
+
+    passes: list[int] = []
+    submit = Engine.submit
+
+    def counted(self: Engine, images: Tensor) -> object:
+        passes.append(len(images))
+        return submit(self, images)
+
+    monkeypatch.setattr(Engine, "submit", counted)
+    return passes
+
+
 @pytest.fixture
 def tiny() -> object:
     """The tiny network as a backbone of its own."""

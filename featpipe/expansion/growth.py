@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
 from featpipe.labels import order_classes
-from featpipe.names import unknown
+from featpipe.names import check_names, unknown
 
 __all__ = ["Growth", "near_names"]
 
@@ -83,9 +83,7 @@ class Growth:
         labels = set(found)
         known = [*before, *order_classes(labels - set(before))]
         names = _names(merge or {}, known, before, drop)
-        for name in drop:
-            if name not in known:
-                raise unknown("class", name, known, "(to drop)")
+        check_names("class", drop, known, "(to drop)")
         kept = [names.get(name, name) for name in before if name not in drop]
         after = list(dict.fromkeys(kept))
         new = order_classes({names.get(name, name) for name in labels if name not in drop} - set(after))

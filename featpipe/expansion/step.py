@@ -20,7 +20,7 @@ from featpipe.heads import ranges
 from featpipe.heads.grown import innermost, joined, layer_of, regrouped
 from featpipe.heads.layer import LastLayer, penalty
 from featpipe.kept import SELECTIONS, Kept, features_of
-from featpipe.names import unknown
+from featpipe.names import check_names
 
 __all__ = ["Settings", "Step", "Watch"]
 
@@ -61,10 +61,7 @@ class Settings:
         ConfigError
             If a setting is unknown or out of range.
         """
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise unknown("setting", name, known, "(of expand)")
+        check_names("setting", given, [field.name for field in fields(cls)], "(of expand)")
         settings = cls(**given)  # type: ignore[arg-type]
         try:
             ranges.whole("memory", settings.memory, least=1)

@@ -16,7 +16,7 @@ from featpipe.errors import CacheError, CacheMismatchError, ConfigError
 from featpipe.fingerprint import differences, fingerprint
 from featpipe.recipe import Extraction
 
-__all__ = ["caches_for", "existing_at", "is_cache_of", "make_folder", "path_of", "places_of"]
+__all__ = ["caches_for", "existing_at", "is_cache_of", "path_of", "places_of"]
 
 
 def path_of(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings: Extraction) -> Path:
@@ -38,21 +38,6 @@ def path_of(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings
 def places_of(index: Index) -> list[str]:
     """Where the archives lie, as absolute paths."""
     return [os.path.abspath(source.path) for source in index.sources]
-
-
-def make_folder(folder: Path) -> None:
-    """A folder that can be written.
-
-    Raises
-    ------
-    CacheError
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"{folder}: cannot be made ({error.strerror}); choose another --cache or --out") from None
-    if not os.access(folder, os.W_OK):
-        raise CacheError(f"{folder}: may not be written; choose another --cache or --out")
 
 
 def existing_at(path: Path, facts: Mapping[str, Any], index: Index, settings: Extraction) -> FeatureCache | None:

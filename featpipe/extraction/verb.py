@@ -19,11 +19,12 @@ from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
 from featpipe.commit import Parts, exclusive
 from featpipe.deadline import Deadline
+from featpipe.durable import make_folder
 from featpipe.engine import resolve_devices
-from featpipe.errors import ArchiveError
+from featpipe.errors import ArchiveError, CacheError
 from featpipe.extraction.facts import facts_of, load_backbone
 from featpipe.extraction.ledger import Ledger, source_of_part
-from featpipe.extraction.places import caches_for, existing_at, is_cache_of, make_folder, path_of
+from featpipe.extraction.places import caches_for, existing_at, is_cache_of, path_of
 from featpipe.extraction.precision import with_precision
 from featpipe.extraction.run import Run, told
 from featpipe.fingerprint import fingerprint
@@ -95,7 +96,7 @@ def extract_index(
     facts = facts_of(backbone, settings)
     path = path_of(index, backbone, facts, settings)
     parts = Parts(parts_directory(path), fingerprint(facts))
-    make_folder(path.parent)
+    make_folder(path.parent, CacheError, "--cache or --out")
     if parts.busy():
         progress(Progress("note", f"{path}: another extraction writes this cache; waiting for it"))
     with parts.writing():
@@ -180,7 +181,7 @@ def embed_files(
     """
     names, inverse = np.unique([os.path.abspath(path) for path in paths], return_inverse=True)
     facts, folder = facts_of(backbone, settings), Path(settings.cache)
-    make_folder(folder)
+    make_folder(folder, CacheError, "--cache or --out")
     with exclusive(folder / f".files-{fingerprint(facts)[:8]}.lock"):
         ledger = Ledger(archive.index_files(names.tolist()), settings.check_content)
         shapes = dict(backbone.shapes)

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from featpipe.backbone import CustomTransform, Transform
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
+from featpipe.names import check_names
 
 __all__ = ["Augmentation", "View", "drawn"]
 
@@ -69,10 +69,7 @@ class Augmentation:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Augmentation:
         """From a mapping; an unknown name is answered with the nearest."""
-        names = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise unknown("augmentation", name, names)
+        check_names("augmentation", settings, [field.name for field in fields(cls)])
         return cls(**settings)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from featpipe.pipeline.outcome import Embedded, Result, Run
-from featpipe.pipeline.page import command_line, page_of, write_report
+from featpipe.pipeline.page import command_line, write_report
 from featpipe.pipeline.running import run
 
-__all__ = ["Embedded", "Result", "Run", "command_line", "page_of", "run", "write_report"]
+__all__ = ["Embedded", "Result", "Run", "command_line", "run", "write_report"]

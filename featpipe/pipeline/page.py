@@ -19,7 +19,7 @@ from featpipe.model import Model
 from featpipe.report import Page, Rival, Row, write
 from featpipe.report.evaluated import shown_of
 
-__all__ = ["command_line", "page_of", "write_report"]
+__all__ = ["command_line", "write_report"]
 
 FEW_ROWS = 100
 _CURVES_OF_SIDES = {
@@ -46,23 +46,11 @@ def write_report(
     compared_by: str = "",
     command: str = "",
 ) -> Path:
-    """Write the page of an evaluation; parameters as for `page_of`."""
-    told = {"title": title, "compared_by": compared_by, "command": command}
-    return write(page_of(evaluation, comparison=comparison, **told), path)
-
-
-def page_of(
-    evaluation: Evaluation,
-    *,
-    title: str = "",
-    comparison: Sequence[Row] = (),
-    compared_by: str = "",
-    command: str = "",
-) -> Page:
-    """The page of an evaluation.
+    """Write the page of an evaluation.
 
     Parameters
     ----------
+    path : path
     evaluation : Evaluation
     title : str
     comparison : sequence of Row
@@ -75,7 +63,7 @@ def page_of(
     model, scores, cache = evaluation.model, evaluation.scores, evaluation.cache
     name, first = next(iter(scores.metrics.items()))
     shown = shown_of(evaluation)
-    return Page(
+    page = Page(
         title=title or f"{model.head_name} on {model.request['name']}",
         lead=_lead(model, evaluation, name, first),
         facts=_facts(model, evaluation),
@@ -94,6 +82,7 @@ def page_of(
         sentences=shown.sentences,
         drawn=shown.drawn,
     )
+    return write(page, path)
 
 
 def _lead(model: Model, evaluation: Evaluation, name: str, value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from featpipe.archive import Index
 from featpipe.cache import FeatureCache
 from featpipe.commit import exclusive
-from featpipe.durable import whole_file
+from featpipe.durable import make_folder, whole_file
 from featpipe.errors import ConfigError
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.findings import write_findings
@@ -105,12 +105,7 @@ def run(
 def folder_of(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
     """The run's folder, made if it is not there."""
     folder = folder_named(recipe, out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made ({error.strerror or error}); choose another --out") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{folder}: may not be written; choose another --out")
+    make_folder(folder, ConfigError, "--out")
     return folder
 
 

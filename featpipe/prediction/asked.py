@@ -9,7 +9,7 @@ from typing import Any
 
 from featpipe.errors import ConfigError
 from featpipe.model import Model
-from featpipe.names import unknown
+from featpipe.names import check_names
 from featpipe.recipe import Extraction
 
 __all__ = ["Asked"]
@@ -54,10 +54,7 @@ class Asked:
     @classmethod
     def of(cls, asked: Mapping[str, Any]) -> Asked:
         """From keyword arguments; an unknown one is answered with the nearest."""
-        names = [f.name for f in fields(cls)]
-        for name in asked:
-            if name not in names:
-                raise unknown("setting", name, names)
+        check_names("setting", asked, [f.name for f in fields(cls)])
         return cls(**asked)
 
     def check(self, models: Sequence[Model]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from featpipe.archive import Index
 from featpipe.loader import Batch, Loader, embedded
 from featpipe.model import Model
-from featpipe.names import unknown
+from featpipe.names import check_names
 from featpipe.prediction.answers import Prediction, predictions
 from featpipe.prediction.asked import Asked
 from featpipe.progress import Progress, Tell, quiet
@@ -36,9 +36,7 @@ def stream(model: Model, index: Index, *, progress: Tell = quiet, **asked: Any) 
     **asked
         ``top``, ``sets`` and ``workers`` of :class:`Asked`; nothing is kept, and so nothing else is of use.
     """
-    for name in asked:
-        if name not in TOLD:
-            raise unknown("setting", name, TOLD)
+    check_names("setting", asked, TOLD)
     with closing(stream_all([model], index, Asked.of(asked), progress)) as rows:
         for (prediction,) in rows:
             yield prediction

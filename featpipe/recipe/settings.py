@@ -9,7 +9,7 @@ from typing import Any
 
 from featpipe.deadline import seconds_of
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
+from featpipe.names import check_names, unknown
 
 __all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "Extraction", "FineTuning"]
 
@@ -112,10 +112,7 @@ class Extraction:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Extraction:
         """From keyword arguments; an unknown one is answered with the nearest."""
-        names = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise unknown("setting", name, names)
+        check_names("setting", settings, [f.name for f in fields(cls)])
         return cls(**settings)
 
     def bad_limit(self, n: int) -> int | None:
@@ -265,10 +262,7 @@ class FineTuning:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> FineTuning:
         """From keyword arguments; an unknown one is answered with the nearest."""
-        names = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in names:
-                raise unknown("setting", name, names)
+        check_names("setting", settings, [f.name for f in fields(cls)])
         if settings.get("weights") == "none":  # an untrained network learns nothing with most of it frozen
             settings = {"unfreeze": "all", "batch_norm": "trained", **settings}
         return cls(**settings)

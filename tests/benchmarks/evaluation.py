@@ -19,8 +19,7 @@ from torch import nn
 
 from featpipe import backbone, evaluate, extract, train
 from featpipe.demo import write_tiles
-from featpipe.pipeline import page_of
-from featpipe.report import write
+from featpipe.pipeline import write_report
 from featpipe.tiles import _photograph
 
 PHOTOGRAPHS = (
@@ -85,7 +84,7 @@ def page(folder: Path) -> None:
         getattr(evaluation, name)
         seconds[name.replace("_", " ")] = perf_counter() - before
     before = perf_counter()
-    made = write(page_of(evaluation), folder / "page.html")
+    made = write_report(folder / "page.html", evaluation)
     seconds["page"] = perf_counter() - before
     for name, taken in seconds.items():
         print(f"{name:<24}{taken:6.1f} s")

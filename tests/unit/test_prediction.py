@@ -25,6 +25,7 @@ from featpipe.errors import ArchiveError, CacheError, ConfigError, ModelError
 from featpipe.loader import Loader
 from featpipe.prediction import Prediction, stream
 from featpipe.progress import Progress
+from tests.conftest import count_passes
 
 HOSTILE = ["new\nline", 'a "quoted", name', "comma,semi;colon", "🐝 émoji", "carriage\rreturn", "=1+1", " space ", "'"]
 
@@ -41,16 +42,8 @@ def photos(model: Model, tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def forward(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward pass was of, from here on; what proves that a network is frozen is none."""
-    passes: list[int] = []
-    submit = Engine.submit
-
-    def counted(self: Engine, images: torch.Tensor) -> Any:
-        passes.append(len(images))
-        return submit(self, images)
-
-    monkeypatch.setattr(Engine, "submit", counted)
-    return passes
+    """Counted once there is a model."""
+    return count_passes(monkeypatch)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

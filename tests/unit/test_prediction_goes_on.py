@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from featpipe import FeatureCache, Model, archive, backbone, clean, extract, load_model, predict, train
 from featpipe.commit import Parts
@@ -24,7 +23,7 @@ from featpipe.extraction import stream
 from featpipe.prediction import Counts, made, verb
 from featpipe.prediction import stream as live
 from featpipe.progress import Progress
-from tests.conftest import Tiny, jpeg, tiny_transform
+from tests.conftest import Tiny, count_passes, jpeg, tiny_transform
 
 OLD_SECONDS = 1_000_000_000  # files that changed long ago: their times are to be trusted
 
@@ -67,16 +66,8 @@ def other(trained: Path, tiny: Any) -> Model:
 
 @pytest.fixture
 def forward(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward pass was of, from here on."""
-    passes: list[int] = []
-    submit = Engine.submit
-
-    def counted(self: Engine, images: torch.Tensor) -> Any:
-        passes.append(len(images))
-        return submit(self, images)
-
-    monkeypatch.setattr(Engine, "submit", counted)
-    return passes
+    """Counted once there is a model."""
+    return count_passes(monkeypatch)
 
 
 @pytest.fixture
