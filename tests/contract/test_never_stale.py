@@ -21,6 +21,7 @@ from featpipe.recipe import PRECISIONS, STORAGES, Extraction
 from tests.conftest import Tiny, tiny_transform
 
 CODE = [
+    "decoding.py",
     "image.py",
     "loader.py",
     *(f"backbone/{name}.py" for name in ("frozen", "output", "resampling", "transform")),
