@@ -63,7 +63,7 @@ class Forward:
     cosine : float
         The least, to float32, on some of the images.
     bound : float
-        Images per second that reading, decoding and this allow together.
+        Images per second that reading, decoding, this and writing allow together.
     """
 
     engine: str
@@ -94,6 +94,8 @@ class Limits:
         Images per second on all cores: checked, decoded, resized and cropped.
     writing : float
         Bytes per second, made durable.
+    row_bytes : int
+        Of one image's embeddings, as they are stored.
     forward : tuple of Forward
         The first is what an extraction with these settings takes.
     bound : float
@@ -119,6 +121,7 @@ class Limits:
     bound: float
     extraction: float
     seconds: dict[str, float] = field(default_factory=dict)
+    row_bytes: int = 0
     bottleneck: str = ""
     advice: tuple[str, ...] = ()
 
@@ -154,10 +157,12 @@ def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Te
     images, reading, name = _made_up() if not archives else _read(archives, asked)
     progress(Progress("note", f"{len(images)} images of {name}"))
     pictures, decoding = bench.decode(images)
-    forward = bench.forwards(pictures, reading, decoding)
+    writing = _write()
+    written = writing / bench.row_bytes
+    forward = bench.forwards(pictures, min(reading, written), decoding)
     precision = forward[0].precision
     extraction, spent = bench.extract(images, precision, forward[0].bound)
-    steps = {"reading": reading, "decoding": decoding, "forward": forward[0].images_per_second}
+    steps = {"reading": reading, "decoding": decoding, "forward": forward[0].images_per_second, "writing": written}
     found = Limits(
         machine=bench.machine(),
         backbone=bench.backbone.name,
@@ -166,7 +171,8 @@ def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Te
         image_bytes=float(np.mean([len(data) for data in images])),
         reading=reading,
         decoding=decoding,
-        writing=_write(),
+        writing=writing,
+        row_bytes=bench.row_bytes,
         forward=tuple(forward),
         bound=forward[0].bound,
         extraction=extraction,
@@ -189,6 +195,11 @@ class _Bench:
     @property
     def workers(self) -> int:
         return self.asked.workers or available_cores()
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one image's embeddings, as they are stored."""
+        return sum(map(math.prod, self.backbone.shapes.values())) * np.dtype(self.asked.storage).itemsize
 
     @property
     def share(self) -> float:
@@ -218,8 +229,11 @@ class _Bench:
             raise ArchiveError("none of the first images can be decoded; there is nothing to measure with")
         return pictures[:PREVIEW], count / (perf_counter() - started)
 
-    def forwards(self, pictures: list[Tensor], reading: float, decoding: float) -> list[Forward]:
-        """Each engine and precision that this device has; first what the settings take."""
+    def forwards(self, pictures: list[Tensor], disk: float, decoding: float) -> list[Forward]:
+        """Each engine and precision that this device has; first what the settings take.
+
+        ``disk`` and ``decoding`` are images per second, that come and go, and that are decoded.
+        """
         found: list[Forward] = []
         plain = Engine(self.backbone, self.device, batch=self.asked.batch)
         exact = embeddings_of(plain, pictures[:COMPARED])
@@ -230,7 +244,7 @@ class _Bench:
             cosine = least_cosine(embeddings_of(engine, pictures[:COMPARED]), exact)
             rate = self._forward(engine, pictures)
             self.progress(Progress("note", f"forward with {engine.name} in {precision}: {rate:,.1f} images/s"))
-            bound = _together(self.device.type, reading, decoding, rate)
+            bound = _together(self.device.type, disk, decoding, rate)
             found.append(Forward(engine.name, precision, engine.batch, rate, cosine, bound))
         return found
 
@@ -308,10 +322,10 @@ class _Bench:
         }
 
 
-def _together(device: str, reading: float, decoding: float, forward: float) -> float:
+def _together(device: str, disk: float, decoding: float, forward: float) -> float:
     """Images per second when all is done at once: the same cores decode and embed, or a GPU embeds beside them."""
     busy = min(decoding, forward) if device == "cuda" else 1 / (1 / decoding + 1 / forward)
-    return min(reading, busy)
+    return min(disk, busy)
 
 
 def _made_up() -> tuple[list[bytes], float, str]:
@@ -376,6 +390,11 @@ def _advice(found: Limits) -> Iterator[str]:
         yield f"--workers {machine['usable_cores']}: one for each core, where there are {machine['workers']} now"
     if found.reading < 2 * taken.bound:
         yield "reading is near the limit: pack single files into .tar shards on a local disk"
+    if found.row_bytes and found.writing / found.row_bytes < 2 * taken.bound:
+        yield (
+            f"writing is near the limit, {found.row_bytes:,} bytes an image: --storage float16 halves float32, "
+            "--output NODE:avg makes one number of each map, and --cache can name a faster disk"
+        )
     if machine["device"] != "cpu" and found.bottleneck == "decoding":
         yield "the GPU waits for images: more cores, or images stored nearer to the size that the network sees"
     if found.extraction < 0.8 * found.bound:

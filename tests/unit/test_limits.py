@@ -27,9 +27,11 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
     assert found.forward[0].cosine == pytest.approx(1)
     assert all(value > 0 for value in (found.reading, found.decoding, found.writing, found.extraction))
     first = found.forward[0]
-    assert found.bound == first.bound == min(found.reading, 1 / (1 / found.decoding + 1 / first.images_per_second))
+    computing = 1 / (1 / found.decoding + 1 / first.images_per_second)
+    assert found.row_bytes == 4 * tiny_bench["backbone"].width
+    assert found.bound == first.bound == min(found.reading, found.writing / found.row_bytes, computing)
     assert set(found.seconds) >= {"preparing", "reading", "decoding", "embedding", "committing", "waiting", "total"}
-    assert found.bottleneck in ("reading", "decoding", "forward")
+    assert found.bottleneck in ("reading", "decoding", "forward", "writing")
 
 
 def test_without_an_archive_photographs_are_made_up(tiny_bench):
@@ -80,6 +82,7 @@ def advice(**changes: object) -> str:
         ({"machine": {**MEASURED.machine, "usable_cores": 1}}, "may use 1 of 2 cores"),
         ({"machine": {**MEASURED.machine, "workers": 1}}, "--workers 2"),
         ({"reading": 120.0}, ".tar shards"),
+        ({"writing": 1.5e6, "row_bytes": 10_000}, "writing is near the limit, 10,000 bytes an image"),
         ({"machine": {**MEASURED.machine, "device": "cuda:0"}, "bottleneck": "decoding"}, "the GPU waits for images"),
         ({"extraction": 50.0}, "50% of the bound"),
     ],
