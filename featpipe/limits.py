@@ -237,10 +237,10 @@ class _Bench:
         found: list[Forward] = []
         plain = Engine(self.backbone, self.device, batch=self.asked.batch)
         exact = embeddings_of(plain, pictures[:COMPARED])
-        for kind, precision in self._ways():
-            engine = Engine(self.backbone, self.device, precision, self.asked.batch, kind=kind, images=MANY)
-            if any((way.engine, way.precision) == (engine.name, precision) for way in found):
-                continue  # what was asked for cannot run this network, and another did
+        for kind, precision, batch in self._ways():
+            engine = Engine(self.backbone, self.device, precision, batch, kind=kind, images=MANY)
+            if any((way.engine, way.precision, way.batch) == (engine.name, precision, engine.batch) for way in found):
+                continue  # what was asked for cannot run this network, and another did; or its batch is the chosen one
             cosine = least_cosine(embeddings_of(engine, pictures[:COMPARED]), exact)
             rate = self._forward(engine, pictures)
             self.progress(Progress("note", f"forward with {engine.name} in {precision}: {rate:,.1f} images/s"))
@@ -248,14 +248,20 @@ class _Bench:
             found.append(Forward(engine.name, precision, engine.batch, rate, cosine, bound))
         return found
 
-    def _ways(self) -> Iterator[tuple[str, str]]:
+    def _ways(self) -> dict[tuple[str, str, int | None], None]:
+        """Engine, precision and batch: what the settings take, the same with a batch that is chosen, and the others."""
         first = "fp32" if self.asked.precision == AUTO else self.asked.precision
         precisions = dict.fromkeys((first, "fp32", *candidates(self.device)))
         others = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
-        for kind in dict.fromkeys((self.asked.engine, *others)):
-            for precision in precisions:
-                if kind != "openvino" or precision in OPENVINO_PRECISIONS:
-                    yield kind, precision
+        batch = self.asked.batch
+        ways = [(self.asked.engine, first, batch), (self.asked.engine, first, None)]
+        ways.extend(
+            (kind, precision, batch)
+            for kind in dict.fromkeys((self.asked.engine, *others))
+            for precision in precisions
+            if kind != "openvino" or precision in OPENVINO_PRECISIONS
+        )
+        return dict.fromkeys(ways)
 
     def _forward(self, engine: Engine, pictures: list[Tensor]) -> float:
         """Images per second of forward passes alone."""
@@ -369,17 +375,24 @@ def _write() -> float:
         return WRITTEN_BYTES / (perf_counter() - started)
 
 
+def _change(taken: Forward, way: Forward) -> str:
+    faster = f"{way.bound / taken.bound:.1f} times as fast"
+    if (way.engine, way.precision) == (taken.engine, taken.precision):
+        return f"leave --batch out: batches of {way.batch} are {faster} as those of {taken.batch}"
+    engine = " --engine openvino" if "OpenVINO" in way.engine and "OpenVINO" not in taken.engine else ""
+    return (
+        f"--precision {way.precision}{engine}: {faster}, "
+        f"least cosine {way.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
+    )
+
+
 def _advice(found: Limits) -> Iterator[str]:
     """What to change, the most useful first."""
     taken, machine = found.forward[0], found.machine
     ways = sorted(found.forward[1:], key=lambda way: -way.bound)
     for way in ways:
         if way.bound > WORTH * taken.bound:
-            engine = " --engine openvino" if "OpenVINO" in way.engine and "OpenVINO" not in taken.engine else ""
-            yield (
-                f"--precision {way.precision}{engine}: {way.bound / taken.bound:.1f} times as fast, "
-                f"least cosine {way.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
-            )
+            yield _change(taken, way)
             break
     if machine["device"] == "cpu" and not has_openvino():
         yield "pip install 'featpipe[cpu]': OpenVINO is usually 1.3 times as fast as torch on a CPU"

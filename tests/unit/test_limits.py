@@ -34,6 +34,14 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
     assert found.bottleneck in ("reading", "decoding", "forward", "writing")
 
 
+def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(make_folder, tiny_bench):
+    found = measure([make_folder()], **tiny_bench, engine="torch", batch=2)
+    measured = [(way.precision, way.batch) for way in found.forward]
+    assert measured[:2] == [("fp32", 2), ("fp32", 8)]
+    assert ("bf16", 2) in measured
+    assert len(set(found.forward)) == len(measured)
+
+
 def test_without_an_archive_photographs_are_made_up(tiny_bench):
     found = measure(**tiny_bench)
     assert found.archive == "made-up JPEGs"
@@ -79,6 +87,10 @@ def advice(**changes: object) -> str:
     ("changes", "said"),
     [
         ({}, "--precision bf16: 2.0 times as fast, least cosine 0.9900"),
+        (
+            {"forward": (MEASURED.forward[0], replace(MEASURED.forward[0], batch=2, bound=140.0))},
+            "leave --batch out: batches of 2 are 1.4 times as fast as those of 8",
+        ),
         ({"machine": {**MEASURED.machine, "usable_cores": 1}}, "may use 1 of 2 cores"),
         ({"machine": {**MEASURED.machine, "workers": 1}}, "--workers 2"),
         ({"reading": 120.0}, ".tar shards"),
