@@ -47,7 +47,7 @@ __all__ = ["TAPS_MAX", "Axis", "is_exact", "resize"]
 TAPS_MAX = 128
 """Neighbours in one sum, for which it is exact."""
 
-STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded: 2 MB of float32
+STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
 UNIT = 2.0**-13  # levels
 BEFORE_HIGH, AFTER_HIGH = (-255 / 1024 * UNIT, 514.5), -514.0
