@@ -20,6 +20,7 @@ decode at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -40,8 +41,10 @@ from featpipe.status import Status
 __all__ = [
     "BACKGROUND",
     "LIMITS",
+    "Jpeg",
     "Limits",
     "decode",
+    "encode_jpeg",
     "encode_png",
     "preview",
     "resize",
@@ -71,6 +74,9 @@ class Limits:
 
 
 LIMITS = Limits()
+
+Jpeg = Callable[[bytes], NDArray[np.uint8] | None]
+"""Gives the pixels of a colour JPEG as they are stored, (h, w, 3), C-contiguous and writable; None where it cannot."""
 
 
 class _Jpeg(JpegImageFile):
@@ -116,7 +122,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
 _WHITE_IS_ZERO = 0
 
 
-def decode(data: bytes, limits: Limits = LIMITS) -> NDArray[np.uint8]:
+def decode(data: bytes, limits: Limits = LIMITS, jpeg: Jpeg | None = None) -> NDArray[np.uint8]:
     """Decode one image.
 
     Parameters
@@ -125,6 +131,8 @@ def decode(data: bytes, limits: Limits = LIMITS) -> NDArray[np.uint8]:
         The encoded image, from any source.
     limits : Limits
         Checked before pixels are decoded.
+    jpeg : Jpeg, optional
+        Is asked before Pillow is, and must give the same bits.
 
     Returns
     -------
@@ -141,6 +149,10 @@ def decode(data: bytes, limits: Limits = LIMITS) -> NDArray[np.uint8]:
     try:
         with _OPENERS[kind](BytesIO(data)) as picture:
             _check_pixels(picture, limits)
+            if jpeg is not None and kind == "JPEG" and picture.mode == "RGB":
+                pixels = jpeg(data)
+                if pixels is not None and pixels.shape == (picture.height, picture.width, 3):
+                    return _turned(pixels, _orientation(picture))
             picture.load()
             return _upright_rgb(picture)
     except SampleError:
@@ -280,6 +292,11 @@ def encode_png(picture: NDArray[np.uint8]) -> bytes:
     return _encoded(Image.fromarray(picture), "PNG")
 
 
+def encode_jpeg(picture: NDArray[np.uint8], *, subsampling: int = 2, progressive: bool = False) -> bytes:
+    """The JPEG of a picture of shape (h, w, 3), uint8; subsampling as Pillow's: 4:4:4, 4:2:2 or 4:2:0 by number."""
+    return _encoded(Image.fromarray(picture), "JPEG", subsampling=subsampling, progressive=progressive)
+
+
 def _encoded(picture: Image.Image, kind: str, **options: int) -> bytes:
     buffer = BytesIO()
     picture.save(buffer, kind, **options)
@@ -331,6 +348,11 @@ def _upright_rgb(picture: Image.Image) -> NDArray[np.uint8]:
     turn = _UPRIGHT.get(_orientation(picture))
     flat = _flat(picture)
     return _pixels(flat if turn is None else flat.transpose(turn))
+
+
+def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    turn = _UPRIGHT.get(orientation)
+    return pixels if turn is None else _pixels(Image.fromarray(pixels).transpose(turn))
 
 
 def _flat(picture: Image.Image) -> Image.Image:

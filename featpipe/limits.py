@@ -63,7 +63,7 @@ class Forward:
     cosine : float
         The least, to float32, on some of the images.
     bound : float
-        Images per second that reading, decoding and this allow together.
+        Images per second that reading, decoding, this and writing allow together.
     """
 
     engine: str
@@ -94,6 +94,8 @@ class Limits:
         Images per second on all cores: checked, decoded, resized and cropped.
     writing : float
         Bytes per second, made durable.
+    row_bytes : int
+        Of one image's embeddings, as they are stored.
     forward : tuple of Forward
         The first is what an extraction with these settings takes.
     bound : float
@@ -119,6 +121,7 @@ class Limits:
     bound: float
     extraction: float
     seconds: dict[str, float] = field(default_factory=dict)
+    row_bytes: int = 0
     bottleneck: str = ""
     advice: tuple[str, ...] = ()
 
@@ -154,10 +157,12 @@ def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Te
     images, reading, name = _made_up() if not archives else _read(archives, asked)
     progress(Progress("note", f"{len(images)} images of {name}"))
     pictures, decoding = bench.decode(images)
-    forward = bench.forwards(pictures, reading, decoding)
+    writing = _write()
+    written = writing / bench.row_bytes
+    forward = bench.forwards(pictures, min(reading, written), decoding)
     precision = forward[0].precision
     extraction, spent = bench.extract(images, precision, forward[0].bound)
-    steps = {"reading": reading, "decoding": decoding, "forward": forward[0].images_per_second}
+    steps = {"reading": reading, "decoding": decoding, "forward": forward[0].images_per_second, "writing": written}
     found = Limits(
         machine=bench.machine(),
         backbone=bench.backbone.name,
@@ -166,7 +171,8 @@ def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Te
         image_bytes=float(np.mean([len(data) for data in images])),
         reading=reading,
         decoding=decoding,
-        writing=_write(),
+        writing=writing,
+        row_bytes=bench.row_bytes,
         forward=tuple(forward),
         bound=forward[0].bound,
         extraction=extraction,
@@ -189,6 +195,11 @@ class _Bench:
     @property
     def workers(self) -> int:
         return self.asked.workers or available_cores()
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one image's embeddings, as they are stored."""
+        return sum(map(math.prod, self.backbone.shapes.values())) * np.dtype(self.asked.storage).itemsize
 
     @property
     def share(self) -> float:
@@ -218,30 +229,39 @@ class _Bench:
             raise ArchiveError("none of the first images can be decoded; there is nothing to measure with")
         return pictures[:PREVIEW], count / (perf_counter() - started)
 
-    def forwards(self, pictures: list[Tensor], reading: float, decoding: float) -> list[Forward]:
-        """Each engine and precision that this device has; first what the settings take."""
+    def forwards(self, pictures: list[Tensor], disk: float, decoding: float) -> list[Forward]:
+        """Each engine and precision that this device has; first what the settings take.
+
+        ``disk`` and ``decoding`` are images per second, that come and go, and that are decoded.
+        """
         found: list[Forward] = []
         plain = Engine(self.backbone, self.device, batch=self.asked.batch)
         exact = embeddings_of(plain, pictures[:COMPARED])
-        for kind, precision in self._ways():
-            engine = Engine(self.backbone, self.device, precision, self.asked.batch, kind=kind, images=MANY)
-            if any((way.engine, way.precision) == (engine.name, precision) for way in found):
-                continue  # what was asked for cannot run this network, and another did
+        for kind, precision, batch in self._ways():
+            engine = Engine(self.backbone, self.device, precision, batch, kind=kind, images=MANY)
+            if any((way.engine, way.precision, way.batch) == (engine.name, precision, engine.batch) for way in found):
+                continue  # what was asked for cannot run this network, and another did; or its batch is the chosen one
             cosine = least_cosine(embeddings_of(engine, pictures[:COMPARED]), exact)
             rate = self._forward(engine, pictures)
             self.progress(Progress("note", f"forward with {engine.name} in {precision}: {rate:,.1f} images/s"))
-            bound = _together(self.device.type, reading, decoding, rate)
+            bound = _together(self.device.type, disk, decoding, rate)
             found.append(Forward(engine.name, precision, engine.batch, rate, cosine, bound))
         return found
 
-    def _ways(self) -> Iterator[tuple[str, str]]:
+    def _ways(self) -> dict[tuple[str, str, int | None], None]:
+        """Engine, precision and batch: what the settings take, the same with a batch that is chosen, and the others."""
         first = "fp32" if self.asked.precision == AUTO else self.asked.precision
         precisions = dict.fromkeys((first, "fp32", *candidates(self.device)))
         others = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
-        for kind in dict.fromkeys((self.asked.engine, *others)):
-            for precision in precisions:
-                if kind != "openvino" or precision in OPENVINO_PRECISIONS:
-                    yield kind, precision
+        batch = self.asked.batch
+        ways = [(self.asked.engine, first, batch), (self.asked.engine, first, None)]
+        ways.extend(
+            (kind, precision, batch)
+            for kind in dict.fromkeys((self.asked.engine, *others))
+            for precision in precisions
+            if kind != "openvino" or precision in OPENVINO_PRECISIONS
+        )
+        return dict.fromkeys(ways)
 
     def _forward(self, engine: Engine, pictures: list[Tensor]) -> float:
         """Images per second of forward passes alone."""
@@ -308,10 +328,10 @@ class _Bench:
         }
 
 
-def _together(device: str, reading: float, decoding: float, forward: float) -> float:
+def _together(device: str, disk: float, decoding: float, forward: float) -> float:
     """Images per second when all is done at once: the same cores decode and embed, or a GPU embeds beside them."""
     busy = min(decoding, forward) if device == "cuda" else 1 / (1 / decoding + 1 / forward)
-    return min(reading, busy)
+    return min(disk, busy)
 
 
 def _made_up() -> tuple[list[bytes], float, str]:
@@ -355,17 +375,24 @@ def _write() -> float:
         return WRITTEN_BYTES / (perf_counter() - started)
 
 
+def _change(taken: Forward, way: Forward) -> str:
+    faster = f"{way.bound / taken.bound:.1f} times as fast"
+    if (way.engine, way.precision) == (taken.engine, taken.precision):
+        return f"leave --batch out: batches of {way.batch} are {faster} as those of {taken.batch}"
+    engine = " --engine openvino" if "OpenVINO" in way.engine and "OpenVINO" not in taken.engine else ""
+    return (
+        f"--precision {way.precision}{engine}: {faster}, "
+        f"least cosine {way.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
+    )
+
+
 def _advice(found: Limits) -> Iterator[str]:
     """What to change, the most useful first."""
     taken, machine = found.forward[0], found.machine
     ways = sorted(found.forward[1:], key=lambda way: -way.bound)
     for way in ways:
         if way.bound > WORTH * taken.bound:
-            engine = " --engine openvino" if "OpenVINO" in way.engine and "OpenVINO" not in taken.engine else ""
-            yield (
-                f"--precision {way.precision}{engine}: {way.bound / taken.bound:.1f} times as fast, "
-                f"least cosine {way.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
-            )
+            yield _change(taken, way)
             break
     if machine["device"] == "cpu" and not has_openvino():
         yield "pip install 'featpipe[cpu]': OpenVINO is usually 1.3 times as fast as torch on a CPU"
@@ -376,6 +403,11 @@ def _advice(found: Limits) -> Iterator[str]:
         yield f"--workers {machine['usable_cores']}: one for each core, where there are {machine['workers']} now"
     if found.reading < 2 * taken.bound:
         yield "reading is near the limit: pack single files into .tar shards on a local disk"
+    if found.row_bytes and found.writing / found.row_bytes < 2 * taken.bound:
+        yield (
+            f"writing is near the limit, {found.row_bytes:,} bytes an image: --storage float16 halves float32, "
+            "--output NODE:avg makes one number of each map, and --cache can name a faster disk"
+        )
     if machine["device"] != "cpu" and found.bottleneck == "decoding":
         yield "the GPU waits for images: more cores, or images stored nearer to the size that the network sees"
     if found.extraction < 0.8 * found.bound:

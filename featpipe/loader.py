@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featpipe import image
+from featpipe import decoding, image
 from featpipe.errors import ConfigError, SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
@@ -227,7 +227,7 @@ class Loader:
             if self.is_known(batch.digests[-1]):
                 return None
         try:
-            picture = image.decode(data) if isinstance(data, bytes) else data
+            picture = decoding.decode(data) if isinstance(data, bytes) else data
             return self.transform(torch.from_numpy(picture).permute(2, 0, 1))
         except SampleError as error:
             batch.status[-1] = error.status

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featpipe import image
+from featpipe import decoding
 from featpipe.archive import Index
 from featpipe.backbone.output import Output, Recorder
 from featpipe.engine.devices import available_cores
@@ -112,7 +112,7 @@ class PictureSource:
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
-        return self._views(torch.from_numpy(image.decode(data)).permute(2, 0, 1), epoch)
+        return self._views(torch.from_numpy(decoding.decode(data)).permute(2, 0, 1), epoch)
 
     def _read(self, row: int) -> bytes:
         """Its bytes; what can only be read front to back is kept in memory, as it is encoded."""

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from featpipe import backbone, image
+from featpipe import backbone, decoding, image
 from featpipe.backbone import resampling
 from featpipe.engine.memory import keep_freed_memory
 from featpipe.fingerprint import digest
@@ -52,7 +52,7 @@ def tensor(picture: np.ndarray) -> torch.Tensor:
 
 
 def pillow_resizes(picture: np.ndarray) -> torch.Tensor:
-    """What `Transform.picture` did before it had sums of its own."""
+    """What `Transform.picture` does where it has no sums of its own."""
     height, width = TRANSFORM._target(*picture.shape[:2])
     resized = image.resize(picture, height, width, "bicubic")
     top, left = round((height - 224) / 2), round((width - 224) / 2)
@@ -75,7 +75,7 @@ def before(data: bytes) -> torch.Tensor:
 
 def now(data: bytes) -> torch.Tensor:
     digest(data)
-    return TRANSFORM(tensor(image.decode(data)))
+    return TRANSFORM(tensor(decoding.decode(data)))
 
 
 def milliseconds(work: Callable[[Any], object], items: Sequence[Any], threads: int) -> float:
@@ -113,6 +113,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     torch.set_num_threads(1)
     keep_freed_memory()  # as in an extraction
+    assert decoding.is_exact()
     assert resampling.is_exact()
     for size, count in SIZES.items():
         files = jpegs(*map(int, size.split(" × ")), count)
@@ -124,7 +125,8 @@ def main() -> None:
         ours = [TRANSFORM.picture(tensor(picture)) for picture in pictures]
         steps = {
             "SHA-256": (digest, files),
-            "decode": (image.decode, files),
+            "decode: Pillow": (image.decode, files),
+            "decode: featpipe": (decoding.decode, files),
             "resize and crop: Pillow": (pillow_resizes, pictures),
             "resize and crop: featpipe": (lambda picture: TRANSFORM.picture(tensor(picture)), pictures),
             "normalise: the formula": (by_the_formula, theirs),

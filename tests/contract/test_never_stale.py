@@ -21,6 +21,7 @@ from featpipe.recipe import PRECISIONS, STORAGES, Extraction
 from tests.conftest import Tiny, tiny_transform
 
 CODE = [
+    "decoding.py",
     "image.py",
     "loader.py",
     *(f"backbone/{name}.py" for name in ("frozen", "output", "resampling", "transform")),
@@ -28,7 +29,7 @@ CODE = [
 ]
 """What is run for each image between its bytes and its row."""
 
-CODE_OF_VERSION = {2: "16ccc8e8766c5c18"}
+CODE_OF_VERSION = {2: "74c93cdaa17752dd"}
 
 
 def identity(network=None, transform=tiny_transform, outputs=("pooled",), **settings) -> str:

@@ -27,9 +27,19 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
     assert found.forward[0].cosine == pytest.approx(1)
     assert all(value > 0 for value in (found.reading, found.decoding, found.writing, found.extraction))
     first = found.forward[0]
-    assert found.bound == first.bound == min(found.reading, 1 / (1 / found.decoding + 1 / first.images_per_second))
+    computing = 1 / (1 / found.decoding + 1 / first.images_per_second)
+    assert found.row_bytes == 4 * tiny_bench["backbone"].width
+    assert found.bound == first.bound == min(found.reading, found.writing / found.row_bytes, computing)
     assert set(found.seconds) >= {"preparing", "reading", "decoding", "embedding", "committing", "waiting", "total"}
-    assert found.bottleneck in ("reading", "decoding", "forward")
+    assert found.bottleneck in ("reading", "decoding", "forward", "writing")
+
+
+def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(make_folder, tiny_bench):
+    found = measure([make_folder()], **tiny_bench, engine="torch", batch=2)
+    measured = [(way.precision, way.batch) for way in found.forward]
+    assert measured[:2] == [("fp32", 2), ("fp32", 8)]
+    assert ("bf16", 2) in measured
+    assert len(set(found.forward)) == len(measured)
 
 
 def test_without_an_archive_photographs_are_made_up(tiny_bench):
@@ -77,9 +87,14 @@ def advice(**changes: object) -> str:
     ("changes", "said"),
     [
         ({}, "--precision bf16: 2.0 times as fast, least cosine 0.9900"),
+        (
+            {"forward": (MEASURED.forward[0], replace(MEASURED.forward[0], batch=2, bound=140.0))},
+            "leave --batch out: batches of 2 are 1.4 times as fast as those of 8",
+        ),
         ({"machine": {**MEASURED.machine, "usable_cores": 1}}, "may use 1 of 2 cores"),
         ({"machine": {**MEASURED.machine, "workers": 1}}, "--workers 2"),
         ({"reading": 120.0}, ".tar shards"),
+        ({"writing": 1.5e6, "row_bytes": 10_000}, "writing is near the limit, 10,000 bytes an image"),
         ({"machine": {**MEASURED.machine, "device": "cuda:0"}, "bottleneck": "decoding"}, "the GPU waits for images"),
         ({"extraction": 50.0}, "50% of the bound"),
     ],

@@ -116,7 +116,7 @@ def test_the_largest_sums_are_exact(filter_, without_pillow):
     assert axis.taps(filter_) == TAPS_MAX
     weights = image.resize_weights(axis.before, axis.after, filter_, TAPS_MAX)
     of_one = weights[np.arange(axis.before) % TAPS_MAX, 8]  # of every pixel in one in the middle
-    positive, low_is_negative = of_one > 0, (of_one + 128) % 256 < 128
+    positive, low_is_negative = of_one > 0, (of_one + 256) % 512 < 256
     for bright in (positive, ~positive, low_is_negative, ~low_is_negative):
         row = np.where(bright, 255, 0).astype(np.uint8)
         picture = np.repeat(np.tile(row, (24, 1))[..., None], 3, axis=2)
