@@ -13,8 +13,11 @@ from featpipe.expansion.after import model_after
 from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, labels_of
 from featpipe.expansion.case import Case
 from featpipe.expansion.choice import learnt
+from featpipe.expansion.entering import REFUSED
 from featpipe.expansion.growth import Growth
 from featpipe.expansion.methods import METHODS
+from featpipe.expansion.pictures import Pictures, listed
+from featpipe.expansion.reentry import Way, reentered, settings_of
 from featpipe.expansion.result import Expansion
 from featpipe.expansion.step import Settings
 from featpipe.kept import Keep
@@ -39,6 +42,8 @@ def expand(
     params: Mapping[str, object] | None = None,
     labels: Any = None,
     cache: str | os.PathLike[str] = "cache",
+    unfreeze: str | int | float = "head",
+    resume: bool = True,
     out: str | os.PathLike[str] | None = None,
     place: Callable[[Path, int], Path] | None = None,
     progress: Tell = quiet,
@@ -71,9 +76,15 @@ def expand(
     keep : str, optional
         What the new model keeps, as :func:`featpipe.train` takes it; if not given what this one does.
     params : mapping, optional
-        ``epochs``, ``selection``, ``temperature``, ``strength``, see :class:`featpipe.expansion.step.Settings`.
+        ``epochs``, ``selection``, ``temperature``, ``strength``, see :class:`featpipe.expansion.step.Settings`; with
+        ``unfreeze`` also fields of :class:`featpipe.recipe.FineTuning`, of which ``epochs`` is then one.
     labels, cache
         Of archives, as :func:`featpipe.extract` takes them.
+    unfreeze : str, int or float
+        What of the network is trained too, as :class:`featpipe.recipe.FineTuning` describes it; ``head`` is nothing of
+        it. It is for ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, and for archives.
+    resume : bool
+        Where the network is trained and that was interrupted, go on from the checkpoint beside ``out``.
     out : path-like, optional
         Where the model is saved. If that file is what these very arguments gave before, no work is done.
     place : callable, optional
@@ -103,9 +114,17 @@ def expand(
         )
     if method is not None and method not in METHODS and method != "all":
         raise unknown("method", method, [*METHODS, "all"])
-    settings = Settings.of(dict(params or {}) | ({} if memory is None else {"memory": memory}))
+    enters = str(unfreeze).strip() != "head"
+    if enters and method in REFUSED:
+        raise ConfigError(f"{method} {REFUSED[method]}; give another --method, or leave --unfreeze out")
+    given, tuning = settings_of(params or {}, unfreeze) if enters else (dict(params or {}), None)
+    settings = Settings.of(given | ({} if memory is None else {"memory": memory}))
     asked = (method, memory, budget, tuple(drop), _flat(merge), keep, sorted((params or {}).items()))
+    asked += (str(unfreeze),) if enters else ()
     wanted_keep = None if keep is None else Keep.of(keep)
+    archives = listed(data, test) if enters else []
+    if wanted_keep is not None and not enters and (model.kept is None or model.kept.network is None):
+        wanted_keep.refuse_network()
     learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
     request = digest_of_request([*learn, *judge], (len(learn), asked))
     if (done := _done(model, request, out)) is not None:
@@ -120,6 +139,10 @@ def expand(
     rows = arrivals(model, growth, learn, judge, strict=method != "joint")
     case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
     case.refuse_nothing()
+    if tuning is not None:
+        pictures = Pictures.of(model, archives, labels, cache, progress)
+        way = Way(tuning, pictures, cache, out, resume)
+        return reentered(case, method, way, [one.path.name for one in learn], request)
     found = learnt(case, method)
     expansion = model_after(case, found, [cache.path.name for cache in learn], request)
     if out is not None:
