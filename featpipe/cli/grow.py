@@ -40,7 +40,7 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--drop", multiple=True, metavar="CLASS", help="Leave a class out.")
 @click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
 @click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
-@click.option("--keep", metavar="WHAT", help="none, all, statistics, importances, rows=N, network.  [default: as before]")
+@click.option("--keep", metavar="W", help="none, all, statistics, importances, rows=N, network.  [default: as before]")
 @click.option(
     "--unfreeze",
     default="head",

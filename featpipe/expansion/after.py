@@ -31,9 +31,7 @@ BALANCE = (
 )
 
 
-def model_after(
-    case: Case, found: Found, caches: Sequence[str], request: str, notes: Sequence[str] = ()
-) -> Expansion:
+def model_after(case: Case, found: Found, caches: Sequence[str], request: str, notes: Sequence[str] = ()) -> Expansion:
     """Put together what was found.
 
     Parameters

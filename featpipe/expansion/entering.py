@@ -100,9 +100,7 @@ class Through:
 
 
 def missing(method: str, step: Step) -> str | None:
-    """Why a method cannot go into the network; None if it can."""
-    if method in REFUSED:
-        return f"{REFUSED[method]}. What works with --unfreeze: {', '.join(THROUGH)}"
+    """What a method lacks to go into the network; None if it can."""
     if not len(step.new):
         return "with --unfreeze learns from new images, and there are none"
     return THROUGH[method].missing(step)
@@ -210,4 +208,3 @@ THROUGH: Mapping[str, Through] = {
     "ewc": Through(_none, _no_importances, _on_features("ewc")),
     "naive": Through(_none, no_layer, started_head),
 }
-

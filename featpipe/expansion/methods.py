@@ -482,6 +482,7 @@ def _moved(layer: LastLayer, k_old: int, offset: float) -> LastLayer:
 
 # ------------------------------------------------------------------------------------------------- what each needs
 def no_layer(step: Step) -> str | None:
+    """What a method of last layers lacks."""
     if step.layer is None:
         kind = type(innermost(step.pipeline[-1])).__name__
         return f"is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this one is a {kind}"
@@ -497,6 +498,7 @@ def _no_new_class(step: Step) -> str | None:
 
 
 def no_old_images(step: Step) -> str | None:
+    """What a method that sees old images lacks: some of each class."""
     of_old = np.unique(step.old.y)
     if len(of_old) < step.k_old:
         missing = [name for code, name in enumerate(step.growth.classes[: step.k_old]) if code not in of_old]

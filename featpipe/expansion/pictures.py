@@ -32,7 +32,7 @@ def listed(*several: Any) -> list[str | os.PathLike[str]]:
     ConfigError
         If one is a cache.
     """
-    found: list[str | os.PathLike[str]] = []
+    found: list[Any] = []
     for given in several:
         found += [given] if isinstance(given, (str, os.PathLike, FeatureCache)) else list(given)
     for one in found:

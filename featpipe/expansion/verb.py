@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError, ModelError
 from featpipe.expansion.after import model_after
 from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, labels_of
+from featpipe.expansion.begun import Way
 from featpipe.expansion.case import Case
 from featpipe.expansion.choice import learnt
-from featpipe.expansion.entering import REFUSED
 from featpipe.expansion.growth import Growth
 from featpipe.expansion.methods import METHODS
-from featpipe.expansion.pictures import Pictures, listed
-from featpipe.expansion.reentry import Way, reentered, settings_of
+from featpipe.expansion.pictures import listed
+from featpipe.expansion.reentry import reentered
 from featpipe.expansion.result import Expansion
 from featpipe.expansion.step import Settings
+from featpipe.finetuning.case import MACHINE, checkpoint_of
 from featpipe.kept import Keep
 from featpipe.model import Model, load_model
 from featpipe.names import unknown
@@ -114,19 +116,18 @@ def expand(
         )
     if method is not None and method not in METHODS and method != "all":
         raise unknown("method", method, [*METHODS, "all"])
-    enters = str(unfreeze).strip() != "head"
-    if enters and method in REFUSED:
-        raise ConfigError(f"{method} {REFUSED[method]}; give another --method, or leave --unfreeze out")
-    given, tuning = settings_of(params or {}, unfreeze) if enters else (dict(params or {}), None)
-    settings = Settings.of(given | ({} if memory is None else {"memory": memory}))
-    asked = (method, memory, budget, tuple(drop), _flat(merge), keep, sorted((params or {}).items()))
-    asked += (str(unfreeze),) if enters else ()
+    params, enters = dict(params or {}), str(unfreeze).strip() != "head"
+    asked: list[Any] = [method, memory, budget, tuple(drop), _flat(merge), keep, _deciding(params)]
+    way = None
+    if enters:
+        asked += [str(unfreeze)]
+        way, params = Way.of(method, listed(data, test), params, unfreeze, labels, cache, resume)
+    settings = Settings.of(params | ({} if memory is None else {"memory": memory}))
     wanted_keep = None if keep is None else Keep.of(keep)
-    archives = listed(data, test) if enters else []
     if wanted_keep is not None and not enters and (model.kept is None or model.kept.network is None):
         wanted_keep.refuse_network()
     learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
-    request = digest_of_request([*learn, *judge], (len(learn), asked))
+    request = digest_of_request([*learn, *judge], (len(learn), tuple(asked)))
     if (done := _done(model, request, out)) is not None:
         progress(Progress("note", f"{out}: is what is asked for already"))
         return done
@@ -139,16 +140,20 @@ def expand(
     rows = arrivals(model, growth, learn, judge, strict=method != "joint")
     case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
     case.refuse_nothing()
-    if tuning is not None:
-        pictures = Pictures.of(model, archives, labels, cache, progress)
-        way = Way(tuning, pictures, cache, out, resume)
-        return reentered(case, method, way, [one.path.name for one in learn], request)
-    found = learnt(case, method)
-    expansion = model_after(case, found, [cache.path.name for cache in learn], request)
+    names = [cache.path.name for cache in learn]
+    if way is not None:
+        expansion = reentered(case, method, replace(way, out=out), names, request)
+    else:
+        expansion = model_after(case, learnt(case, method), names, request)
     if out is not None:
         expansion.model.save(out)
         expansion.model.path = Path(out)
+        checkpoint_of(out).unlink(missing_ok=True)
     return expansion
+
+
+def _deciding(params: Mapping[str, object]) -> list[tuple[str, object]]:
+    return sorted((name, value) for name, value in params.items() if name not in MACHINE)
 
 
 def _some(given: Any) -> bool:

@@ -26,7 +26,7 @@ from featpipe.model import Model
 from featpipe.progress import Tell
 from featpipe.recipe import Extraction, FineTuning
 
-__all__ = ["Case", "embedded"]
+__all__ = ["MACHINE", "Case", "checkpoint_of", "embedded"]
 
 MACHINE = ("device", "workers", "keep_worse")  # settings that decide nothing in the training
 
@@ -75,7 +75,7 @@ class Case:
 
     @property
     def checkpoint(self) -> Path | None:
-        return None if self.out is None else Path(f"{self.out}.checkpoint")
+        return None if self.out is None else checkpoint_of(self.out)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -100,6 +100,11 @@ class Case:
     def extracted(self, backbone: Backbone) -> FeatureCache:
         """The embeddings of all images by a backbone."""
         return embedded(self.index, self.model, backbone, self.cache, self.tell)
+
+
+def checkpoint_of(out: str | os.PathLike[str]) -> Path:
+    """Beside the model that is going to be."""
+    return Path(f"{os.fspath(out)}.checkpoint")
 
 
 def embedded(index: Index, model: Model, backbone: Backbone, cache: Any, tell: Tell) -> FeatureCache:

@@ -192,7 +192,8 @@ def both_sides(job: Job, state: State) -> dict[str, float]:
         return {}
     with state.averaged(job):
         scores = answers(job, job.watched, job.beside)
-    Y, found = job.targets.of(job.beside, scores.device)[0], {}
+    found: dict[str, float] = {}
+    Y = job.targets.of(job.beside, scores.device)[0]
     losses, right = torch.nn.functional.cross_entropy(scores, Y, reduction="none"), scores.argmax(dim=1) == Y
     for side, rows in (("old", job.past.k_old > Y), ("new", job.past.k_old <= Y)):
         found |= {f"{side}_loss": float(losses[rows].mean()), f"{side}_score": float(right[rows].double().mean())}
