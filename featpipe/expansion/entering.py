@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline
 
 from featpipe import split
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import JUDGED_FROM, Side
+from featpipe.expansion.arrivals import Side
 from featpipe.expansion.methods import (
     DISTILL_STRENGTH,
     METHODS,
@@ -29,6 +29,7 @@ from featpipe.kept import Kept, pick
 
 __all__ = ["REFUSED", "THROUGH", "Lesson", "Through", "default", "lesson_of", "missing"]
 
+WATCHED_FROM = 3  # images that a class must have for some of them to say when to stop
 REFUSED = {
     "statistics": "is sums over embeddings, and a network that is trained gives others",
     "frozen-old": "keeps the old scores bit for bit, and a network that is trained moves all of them",
@@ -147,10 +148,10 @@ def lesson_of(step: Step, method: str, share: float) -> Lesson:
 
 def _divided(pool: Side, share: float, names: Sequence[str]) -> NDArray[np.bool_]:
     """Which images are trained on."""
-    enough = np.flatnonzero(np.bincount(pool.y)[pool.y] >= JUDGED_FROM)
+    enough = np.flatnonzero(np.bincount(pool.y)[pool.y] >= WATCHED_FROM)
     if not len(enough):
         raise ConfigError(
-            f"no class has {JUDGED_FROM} images to train on, of which some say when to stop; give more, or leave "
+            f"no class has {WATCHED_FROM} images to train on, of which some say when to stop; give more, or leave "
             "--unfreeze out"
         )
     some = pool.take(enough)

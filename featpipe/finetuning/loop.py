@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from time import monotonic
 
@@ -256,8 +257,9 @@ def _tell(job: Job, state: State) -> None:
     epoch = state.curve[-1]
     loss = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
     text = f"{loss}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
-    if epoch.old_score is not None and epoch.new_score is not None:
-        text += f"; old classes {epoch.old_score:.3f}, new ones {epoch.new_score:.3f}"
+    sides = {"old classes": epoch.old_score, "new ones": epoch.new_score}
+    shown = [f"{side} {score:.3f}" for side, score in sides.items() if score is not None and math.isfinite(score)]
+    text += f"; {', '.join(shown)}" if shown else ""
     job.progress(Progress("note", text))
     if job.board is not None:
         job.board(epoch)
