@@ -39,8 +39,8 @@ __all__ = ["reentered"]
 
 OFFSET = ("distill", "ewc")  # after which old and new classes are set against each other
 AS_IT_WAS = (
-    "no epoch was better than the start on the images that say when to stop: the network stays as it was, and the "
-    "model is the one that features give"
+    "no epoch was better than the start on the images that say when to stop: the network stays as it was, and what "
+    "comes out is what features give"
 )
 
 
@@ -77,6 +77,8 @@ def reentered(
         case.note(f"method: {method}, {METHODS[method].summary}")
     if (lacks := missing(method, whole)) is not None:
         raise ConfigError(f"{method} {lacks}")
+    if way.out is not None:
+        Model.check_target(way.out)
     begun = Begun.of(case, method, way, whole)
     network, layers, state = trained(begun.tuned_by, begun.backbone, begun.start, way.resume)
     if state.best_epoch.number == 0 and METHODS[method].missing(whole) is None:
@@ -99,16 +101,17 @@ def _outcome(
     weights = None if tuned_by.out is None else os.path.abspath(tuned_by.out)
     backbone = tuned_backbone(case.model.backbone, network, weights)
     after = tuned_by.extracted(backbone)
-    layers = _set_apart(begun, layers, after)
+    unmoved = [AS_IT_WAS] if state.best_epoch.number == 0 else []
+    layers = layers if unmoved else _set_apart(begun, layers, after)
     plain = replace(tuned_by.model, calibration=None)  # its temperature is in the layers
     model = model_of(plain, tuned_by.model, backbone, after, tuned_by.sides, layers, state, {})
     model.kept = kept_after(begun, model, network, layers, after)
     outcomes: tuple[Outcome, ...] = ()
-    notes = [begun.start.how, tuned_by.sides.how, *gone(case.model.kept, model.kept)]
+    notes = [begun.start.how, tuned_by.sides.how, *unmoved, *gone(case.model.kept, model.kept)]
     if len(case.rows.test):
         judge = Judge.of(case.rows.test, begun.whole, *case.past())
         outcomes, verdict = _judged(begun, judge, model, after, state, seconds)
-        notes.append(verdict)
+        notes += [verdict] if verdict else []
     for text in notes[2:]:
         case.note(text)
     found = Found(begun.method, model.head, begun.whole, outcomes, judge)

@@ -11,7 +11,7 @@ from torch import nn
 from featpipe.cache import FeatureCache
 from featpipe.expansion.begun import Begun
 from featpipe.expansion.case import Case
-from featpipe.expansion.memory import wanted
+from featpipe.expansion.memory import wanted, within
 from featpipe.expansion.weighing import Weights, images, last_of
 from featpipe.finetuning.layers import Layers
 from featpipe.finetuning.work import weighed
@@ -29,10 +29,8 @@ def kept_after(begun: Begun, model: Model, network: nn.Module, layers: Layers, a
     if not keep:
         return None
     X, y = begun.embeddings(after, begun.rows), lesson.pool.y
-    counts = np.bincount(whole.new.y, minlength=whole.k).astype(np.int64)
-    counts[: whole.k_old] += (np.bincount(whole.old.y, minlength=whole.k) if whole.kept is None else whole.kept.counts)[
-        : whole.k_old
-    ]
+    before = np.bincount(whole.old.y, minlength=whole.k) if whole.kept is None else whole.kept.counts
+    counts = (np.bincount(whole.new.y, minlength=whole.k) + before).astype(np.int64)
     if method == "joint":
         kept = keep_of(replace(keep, network=False), model.head, X, y, whole.k, case.settings.selection)
     elif method == "replay":
@@ -41,8 +39,12 @@ def kept_after(begun: Begun, model: Model, network: nn.Module, layers: Layers, a
     else:
         kept = Kept(counts, X[:0], np.zeros(0, np.int32))
     found = _importances(begun, network, layers) if keep.network else None
-    if found is None:
-        return kept
+    if found is not None:
+        kept = _with_importances(kept, found, layers)
+    return kept if case.budget is None else within(kept, case.budget)
+
+
+def _with_importances(kept: Kept, found: Weights, layers: Layers) -> Kept:
     last = last_of(layers)
     W = np.column_stack([found.pop(f"{last}.weight"), found.pop(f"{last}.bias")])
     return replace(kept, importances=np.asarray(W, np.float32), network=found)
@@ -80,4 +82,4 @@ def gone(before: Kept | None, after: Kept | None) -> list[str]:
     had = {} if before is None else before.facts()["bytes"]
     has = {} if after is None else after.facts()["bytes"]
     lost = [part for part in had if part not in has]
-    return [f"the embeddings are others now; gone is what was kept of those before: {', '.join(lost)}"] if lost else []
+    return [f"gone is what was kept of the embeddings before: {', '.join(lost)}"] if lost else []
