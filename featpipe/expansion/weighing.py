@@ -100,7 +100,7 @@ def anchor_to(start: Layers, before: Layers, known: Weights, amount: float, netw
     weights |= {HEAD + name: parameter.detach().clone() for name, parameter in here.items()}
     for name, parameter in was.items():
         old, now = parameter.detach(), here[name].detach()
-        moved = (now[: len(old)] - old).mean(dim=0) if (HEAD + name).startswith(last_of(start)) else 0.0
+        moved = (now[: len(old)] - old).mean(dim=0) if (HEAD + name).startswith(last_of(start) + ".") else 0.0
         weights[HEAD + name][: len(old)] = old + moved
     return Anchor(
         {name: weights[name] for name in known},
