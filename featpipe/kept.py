@@ -24,6 +24,7 @@ __all__ = ["DEFAULT", "SELECTIONS", "Keep", "Kept", "features_of", "herd", "keep
 DEFAULT = "statistics,importances"
 ROWS = 20  # of each class, where rows are asked for without a number
 _PARTS = ("statistics", "importances", "rows")
+_NETWORK = "network."  # before the names of what is trained below the last layer
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,15 @@ class Keep:
         The Fisher information of the last layer: as many numbers as it has weights.
     rows : int
         Embeddings of each class, as they are.
+    network : bool
+        The Fisher information of the weights of the network that were trained, and of the last layer: known where
+        images go through the network, which is when it is trained.
     """
 
     statistics: bool = False
     importances: bool = False
     rows: int = 0
+    network: bool = False
 
     @classmethod
     def of(cls, text: str) -> Keep:
@@ -55,8 +60,10 @@ class Keep:
 
         Examples
         --------
-        >>> Keep.of("rows=50,statistics"), Keep.of("none")
-        (Keep(statistics=True, importances=False, rows=50), Keep(statistics=False, importances=False, rows=0))
+        >>> Keep.of("rows=50,statistics")
+        Keep(statistics=True, importances=False, rows=50, network=False)
+        >>> bool(Keep.of("none"))
+        False
         """
         words = [word.strip() for word in text.split(",") if word.strip()]
         found = cls(**dict.fromkeys(_PARTS[:2], True), rows=ROWS) if words == ["all"] else cls()
@@ -64,7 +71,7 @@ class Keep:
             name, equals, number = word.partition("=")
             if name == "rows" and (not equals or re.fullmatch("[1-9][0-9]{0,8}", number)):
                 found = replace(found, rows=int(number) if equals else ROWS)
-            elif name in _PARTS[:2] and not equals:
+            elif name in (*_PARTS[:2], "network") and not equals:
                 found = replace(found, **{name: True})
             else:
                 raise ConfigError(
@@ -73,7 +80,15 @@ class Keep:
         return found
 
     def __bool__(self) -> bool:
-        return self.statistics or self.importances or self.rows > 0
+        return self.statistics or self.importances or self.network or self.rows > 0
+
+    def refuse_network(self) -> None:
+        """Refuse what embeddings alone do not tell."""
+        if self.network:
+            raise ConfigError(
+                "keep=network: importances of the network are of images that go through it, and embeddings do not; "
+                "keep them where the network is trained, with `featpipe expand --unfreeze`"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +106,8 @@ class Kept:
     statistics : Statistics or None
     importances : ndarray of shape (k, p + 1), float32, or None
         See :func:`featpipe.heads.layer.fisher`.
+    network : mapping from parameter to ndarray of float32, or None
+        The same of weights below the last layer, by the names of :meth:`featpipe.finetuning.job.Job.parameters`.
     """
 
     counts: NDArray[np.int64]
@@ -98,6 +115,7 @@ class Kept:
     codes: NDArray[np.int32]
     statistics: Statistics | None = None
     importances: NDArray[np.float32] | None = None
+    network: Mapping[str, NDArray[np.float32]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +129,7 @@ class Kept:
             "rows": self.rows.nbytes + self.codes.nbytes if len(self.rows) else 0,
             "statistics": statistics.nbytes if statistics is not None else 0,
             "importances": importances.nbytes if importances is not None else 0,
+            "network": sum(array.nbytes for array in (self.network or {}).values()),
         }
         return {
             "images": int(self.counts.sum()),
@@ -147,6 +166,7 @@ class Kept:
             place[self.codes[rows]].astype(np.int32),
             None if self.statistics is None else self.statistics.regrouped(place, k),
             importances,
+            self.network,
         )
 
     def check(self, pipeline: Any) -> None:
@@ -174,7 +194,7 @@ class Kept:
             found["importances"] = self.importances
         if self.statistics is not None:
             found |= {f"statistics.{name}": array for name, array in self.statistics.arrays().items()}
-        return found
+        return found | {_NETWORK + name: array for name, array in (self.network or {}).items()}
 
     def dumps(self) -> bytes:
         import safetensors.numpy
@@ -204,6 +224,7 @@ class Kept:
         prefix = "statistics."
         sums = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         statistics = Statistics.of(sums) if sums else None
+        network = {name.removeprefix(_NETWORK): array for name, array in arrays.items() if name.startswith(_NETWORK)}
         rows, codes = arrays.get("rows", np.zeros((0, 0), np.float32)), arrays.get("codes", np.zeros(0, np.int32))
         counts, importances = arrays["counts"], arrays.get("importances")
         if counts.shape != (k,) or (counts < 0).any() or counts.dtype != np.int64:
@@ -216,7 +237,9 @@ class Kept:
             raise ValueError(f"kept statistics are of {len(statistics.counts)} classes, not {k}")
         if importances is not None and (importances.shape[:1] != (k,) or not np.isfinite(importances).all()):
             raise ValueError("kept importances are of other classes, or no numbers")
-        return cls(counts, rows, codes, statistics, importances)
+        if any(array.dtype != np.float32 or not (array >= 0).all() for array in network.values()):
+            raise ValueError("kept importances of the network are no numbers of 0 or more")
+        return cls(counts, rows, codes, statistics, importances, network or None)
 
 
 def keep_of(keep: Keep, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: int, selection: str = "herding") -> Kept:

@@ -40,8 +40,23 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--drop", multiple=True, metavar="CLASS", help="Leave a class out.")
 @click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
 @click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
-@click.option("--keep", metavar="WHAT", help="none, all, statistics, importances, rows=N.  [default: as before]")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="epochs, selection, temperature, strength.")
+@click.option("--keep", metavar="W", help="none, all, statistics, importances, rows=N, network.  [default: as before]")
+@click.option(
+    "--unfreeze",
+    default="head",
+    show_default=True,
+    metavar="WHAT",
+    help="Train some of the network too, on archives: last, 3, 0.3, all …, as `featpipe finetune` takes it.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="epochs, selection, temperature, strength; with --unfreeze learning_rate, batch, … too.",
+)
+@click.option("--augment", "augmentation", multiple=True, metavar="KEY=VALUE", help="With --unfreeze: flip=0.5 …")
+@click.option("--resume/--restart", default=True, show_default=True, help="Go on from the checkpoint beside --out.")
 @click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
 @click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
@@ -55,6 +70,8 @@ def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str
     Without them, how much is forgotten depends on the method and on what the model keeps (see `featpipe info MODEL`);
     the table at the end says. Without new images, classes are dropped or merged.
 
+    With --unfreeze the method goes on into the network from there, by the loop of `featpipe finetune`.
+
     \b
     Example:
       featpipe expand photos.model cache/more-photos.h5 --method replay
@@ -65,8 +82,13 @@ def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str
 
     loaded = load_model(model, backbone=asked.pop("backbone"), device=asked.pop("device"))
     asked["test"], asked["drop"] = list(asked["test"]), list(asked["drop"])
+    params, changes = parse_settings(settings), parse_settings(asked.pop("augmentation"))
+    if asked["unfreeze"].strip() != "head":
+        params |= {"device": loaded.device} | ({"augmentation": changes} if changes else {})
+    elif changes:
+        raise click.UsageError("--augment changes pictures, and without --unfreeze embeddings are trained on")
     with Terminal() as terminal:
-        found = run(loaded, list(data), params=parse_settings(settings), place=_place, progress=terminal, **asked)
+        found = run(loaded, list(data), params=params, place=_place, progress=terminal, **asked)
     if as_json:
         dump({"model": str(found.model.path), **found.to_dict()})
         return

@@ -150,6 +150,8 @@ def _kept(kept: dict[str, Any] | None) -> str:
     sizes = {name: size(nbytes) for name, nbytes in kept["bytes"].items()}
     if "rows" in sizes:
         sizes["rows"] = f"{kept['rows']:,} embeddings, at most {kept['rows_a_class']} of a class, {sizes['rows']}"
+    if "network" in sizes:
+        sizes["importances of the network"] = sizes.pop("network")
     return "; ".join(f"{name}: {text}" if name != "rows" else text for name, text in sizes.items())
 
 

@@ -19,7 +19,7 @@ from featpipe.heads.grown import innermost
 from featpipe.model import KEPT_DIGEST_BYTES, Model
 from featpipe.trust import Trust
 
-__all__ = ["model_after"]
+__all__ = ["history_of", "model_after", "told"]
 
 APART = (
     "lda shrinks the covariance of each class by its own rows; of old classes that got more images the two parts are "
@@ -31,7 +31,7 @@ BALANCE = (
 )
 
 
-def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -> Expansion:
+def model_after(case: Case, found: Found, caches: Sequence[str], request: str, notes: Sequence[str] = ()) -> Expansion:
     """Put together what was found.
 
     Parameters
@@ -42,6 +42,8 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
         Names of what was learnt from.
     request : str
         A digest of what was asked for.
+    notes : sequence of str
+        What is to be said before anything else.
     """
     model, growth, rows = case.model, case.growth, case.rows
     keep = wanted(model.kept, case.keep, case.settings if case.memory_given else None, found.method)
@@ -59,10 +61,15 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
         kept=kept,
         trust=Trust(),  # what was known of held-out images was of other classes
         scores={},
-        history=_history(case, found, caches, request),
+        history=history_of(case, found, caches, request),
         path=model.path if model._carries_weights else None,  # where its weights are
     )
-    judge = found.judge
+    return told(case, found, after, _how(case, found), [*notes, *_notes(case, found)])
+
+
+def told(case: Case, found: Found, after: Model, how: str, notes: Sequence[str]) -> Expansion:
+    """What is said of a step, also in the model after it."""
+    growth, rows, judge = case.growth, case.rows, found.judge
     expansion = Expansion(
         model=after,
         method=found.method,
@@ -70,12 +77,12 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str) -
         dropped=growth.dropped,
         merged=dict(growth.names),
         images={"learnt": len(rows.new), "old": len(rows.old), "tested": 0 if judge is None else len(judge.test)},
-        how=_how(case, found),
+        how=how,
         before=None if judge is None else judge.outcome("before", judge.before).old,
         outcomes=found.outcomes,
         recommended=found.recommended,
         unavailable=found.unavailable,
-        notes=tuple(_notes(case, found)),
+        notes=tuple(notes),
     )
     metrics = metrics_of(found.outcomes[0]) if found.outcomes else {}
     after.scores["expansion"] = {"how": expansion.how, "metrics": metrics, "result": expansion.to_dict()}
@@ -127,7 +134,8 @@ def _notes(case: Case, found: Found) -> list[str]:
     return notes
 
 
-def _history(case: Case, found: Found, caches: Sequence[str], request: str) -> dict[str, Any]:
+def history_of(case: Case, found: Found, caches: Sequence[str], request: str, **more: Any) -> dict[str, Any]:
+    """What is remembered of the step; more of it, in its own entry."""
     model, growth = case.model, case.growth
     trained = dict(model.history.get("trained_on") or {})
     trained["rows"] = int(trained.get("rows", len(model.trained_on))) + len(case.rows.new)
@@ -151,6 +159,7 @@ def _history(case: Case, found: Found, caches: Sequence[str], request: str) -> d
                 "images": len(case.rows.new),
                 "request": request,
                 "from": model.identity,
+                **more,
             },
         ],
     }

@@ -27,7 +27,7 @@ def wanted(before: Kept | None, keep: Keep | None, given: Settings | None, metho
         return Keep()
     had = int(np.bincount(before.codes).max(initial=0))
     rows = given.memory if given is not None and (had or method == "replay") else had
-    return Keep(before.statistics is not None, before.importances is not None, rows)
+    return Keep(before.statistics is not None, before.importances is not None, rows, before.network is not None)
 
 
 def remembered(step: Step, pipeline: Pipeline, keep: Keep, *, retrained: bool) -> Kept | None:
@@ -46,7 +46,8 @@ def remembered(step: Step, pipeline: Pipeline, keep: Keep, *, retrained: bool) -
         return None
     rows = step.old + step.new
     if retrained:
-        return keep_of(keep, pipeline, rows.X, rows.y, step.k, step.settings.selection)
+        again = keep_of(keep, pipeline, rows.X, rows.y, step.k, step.settings.selection)
+        return replace(again, network=_network(step, step.kept) if keep.network else None)
     before = step.kept
     counts = np.bincount(step.new.y, minlength=step.k)
     counts[: step.k_old] += _counts_before(step)
@@ -57,6 +58,7 @@ def remembered(step: Step, pipeline: Pipeline, keep: Keep, *, retrained: bool) -
         codes,
         _statistics(step, pipeline, before) if keep.statistics else None,
         _importances(step, pipeline, before) if keep.importances else None,
+        _network(step, before) if keep.network else None,
     )
 
 
@@ -117,6 +119,14 @@ def _importances(step: Step, pipeline: Pipeline, before: Kept | None) -> NDArray
     return np.asarray((n * old + m * found) / (n + m), np.float32)
 
 
+def _network(step: Step, before: Kept | None) -> dict[str, NDArray[np.float32]] | None:
+    """Those before: of new images, which did not go through the network, nothing is known."""
+    if before is None or before.network is None:
+        return None
+    n, m = int(before.counts.sum()), len(step.new)
+    return {name: np.asarray(n / max(1, n + m) * array, np.float32) for name, array in before.network.items()}
+
+
 def within(kept: Kept, budget: int, first: str = "") -> Kept:
     """What of it is not larger than so many bytes, in all: of rows as many as that allows; one part before others."""
     left = budget
@@ -132,7 +142,8 @@ def within(kept: Kept, budget: int, first: str = "") -> Kept:
             left -= held.nbytes
         else:
             kept = replace(kept, statistics=None) if part == "statistics" else replace(kept, importances=None)
-    return kept
+    too_large = kept.network is not None and sum(array.nbytes for array in kept.network.values()) > left
+    return replace(kept, network=None) if too_large else kept
 
 
 def bytes_for(method: str, step: Step) -> int:

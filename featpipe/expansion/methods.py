@@ -25,7 +25,20 @@ from featpipe.heads.statistics import fit_from_statistics, gather, kind_for
 from featpipe.heads.torch_heads import MLPClassifier
 from featpipe.kept import pick
 
-__all__ = ["BALANCED", "METHODS", "Method", "regrouped_head", "start"]
+__all__ = [
+    "BALANCED",
+    "DISTILL_STRENGTH",
+    "METHODS",
+    "REPLAY_DISTILL",
+    "Method",
+    "no_layer",
+    "no_old_images",
+    "old_head",
+    "regrouped_head",
+    "shared_out",
+    "start",
+    "started_head",
+]
 
 Array = NDArray[np.float64]
 
@@ -81,6 +94,18 @@ def start(layer: LastLayer, Z: Array, y: NDArray[np.integer[Any]], k: int) -> La
 def _pipeline(step: Step, layer: LastLayer) -> Pipeline:
     head = with_layer(innermost(step.pipeline[-1]), layer)
     return Pipeline([("scale", step.pipeline[0]), ("head", head)])
+
+
+def started_head(step: Step) -> Pipeline:
+    """The head with more classes, before it learns anything."""
+    assert step.layer is not None
+    return _pipeline(step, start(step.layer, step.features(step.new.X), step.new.y, step.k))
+
+
+def old_head(step: Step) -> Pipeline:
+    """The head before, of the classes that stay: one whose last layer is linear, also where classes were joined."""
+    assert step.layer is not None
+    return _pipeline(step, step.layer)
 
 
 def _theta(layer: LastLayer) -> Array:
@@ -176,7 +201,7 @@ def _replay(step: Step, watch: Watch | None) -> Pipeline:
     theta = _theta(layer)
     hold = np.zeros((step.k, theta.shape[1]))
     hold[: step.k_old, :-1] = step.ridge
-    weights, offsets = _shared_out(rows, step.k)
+    weights, offsets = shared_out(rows.y, rows.weights, step.k)
     objective = Objective(
         Z,
         rows.y,
@@ -190,15 +215,15 @@ def _replay(step: Step, watch: Watch | None) -> Pipeline:
     return Pipeline([("scale", now), ("head", with_layer(innermost(step.pipeline[-1]), found))])
 
 
-def _shared_out(rows: _Rows, k: int) -> tuple[Array, Array]:
+def shared_out(y: NDArray[np.integer[Any]], stand_for: Array, k: int) -> tuple[Array, Array]:
     """How few rows stand for many: half by their weight, half by an offset of their class, in logarithms.
 
     Few rows of great weight are learnt by heart; rows of weight one, of which the loss alone knows how rare they are
     (Menon et al., "Long-tail learning via logit adjustment", 2021), give too much room to classes of many rows.
     """
-    stands = np.bincount(rows.y, rows.weights, k) / np.maximum(np.bincount(rows.y, minlength=k), 1)
+    stands = np.bincount(y, stand_for, k) / np.maximum(np.bincount(y, minlength=k), 1)
     stands = np.where(stands > 0, stands, 1.0)
-    return np.sqrt(stands)[rows.y], -0.5 * np.log(stands)
+    return np.sqrt(stands)[y], -0.5 * np.log(stands)
 
 
 def _standardised_anew(step: Step, rows: _Rows) -> Any:
@@ -456,7 +481,8 @@ def _moved(layer: LastLayer, k_old: int, offset: float) -> LastLayer:
 
 
 # ------------------------------------------------------------------------------------------------- what each needs
-def _no_layer(step: Step) -> str | None:
+def no_layer(step: Step) -> str | None:
+    """What a method of last layers lacks."""
     if step.layer is None:
         kind = type(innermost(step.pipeline[-1])).__name__
         return f"is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this one is a {kind}"
@@ -471,7 +497,8 @@ def _no_new_class(step: Step) -> str | None:
     return None if step.growth.new else "trains new classes alone, and there are none"
 
 
-def _no_old_images(step: Step) -> str | None:
+def no_old_images(step: Step) -> str | None:
+    """What a method that sees old images lacks: some of each class."""
     of_old = np.unique(step.old.y)
     if len(of_old) < step.k_old:
         missing = [name for code, name in enumerate(step.growth.classes[: step.k_old]) if code not in of_old]
@@ -487,7 +514,7 @@ def _no_memory(part: str, typed: str) -> Callable[[Step], str | None]:
         held = getattr(step.kept, part, None)
         if held is not None and (part != "rows" or len(held)):
             return None
-        if _no_old_images(step) is None and (step.whole or part == "rows"):
+        if no_old_images(step) is None and (step.whole or part == "rows"):
             return None
         return (
             f"needs {part} of the old classes, and the model keeps none: train it with --keep {typed}, "
@@ -502,7 +529,7 @@ def _all_of(*checks: Callable[[Step], str | None]) -> Callable[[Step], str | Non
 
 
 METHODS: dict[str, Method] = {
-    "joint": Method("old and new images together, which must be at hand", _joint, _no_old_images),
+    "joint": Method("old and new images together, which must be at hand", _joint, no_old_images),
     "statistics": Method(
         "closed form from sums over the old rows; lda, ridge and centroid exactly, other heads become lda",
         _statistics,
@@ -516,14 +543,14 @@ METHODS: dict[str, Method] = {
         keeps="rows",
     ),
     "frozen-old": Method("the scores of old classes stay bit for bit; any classifier", _frozen_old, _no_new_class),
-    "distill": Method("the old model's answers on the new images as soft targets", _distill, _no_layer),
+    "distill": Method("the old model's answers on the new images as soft targets", _distill, no_layer),
     "ewc": Method(
         "old weights held by their importance",
         _ewc,
-        _all_of(_no_layer, _no_memory("importances", "importances")),
+        _all_of(no_layer, _no_memory("importances", "importances")),
         keeps="importances",
     ),
-    "naive": Method("the new images alone: what forgetting is", _naive, _no_layer),
+    "naive": Method("the new images alone: what forgetting is", _naive, no_layer),
 }
 # which remember no old row, and are set against old classes by what there is
 BALANCED = ("frozen-old", "distill", "ewc")

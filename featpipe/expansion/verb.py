@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError, ModelError
 from featpipe.expansion.after import model_after
 from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, labels_of
+from featpipe.expansion.begun import Way
 from featpipe.expansion.case import Case
 from featpipe.expansion.choice import learnt
 from featpipe.expansion.growth import Growth
 from featpipe.expansion.methods import METHODS
+from featpipe.expansion.pictures import listed
+from featpipe.expansion.reentry import reentered
 from featpipe.expansion.result import Expansion
 from featpipe.expansion.step import Settings
+from featpipe.finetuning.case import MACHINE, checkpoint_of
 from featpipe.kept import Keep
 from featpipe.model import Model, load_model
 from featpipe.names import unknown
@@ -39,6 +44,8 @@ def expand(
     params: Mapping[str, object] | None = None,
     labels: Any = None,
     cache: str | os.PathLike[str] = "cache",
+    unfreeze: str | int | float = "head",
+    resume: bool = True,
     out: str | os.PathLike[str] | None = None,
     place: Callable[[Path, int], Path] | None = None,
     progress: Tell = quiet,
@@ -71,9 +78,15 @@ def expand(
     keep : str, optional
         What the new model keeps, as :func:`featpipe.train` takes it; if not given what this one does.
     params : mapping, optional
-        ``epochs``, ``selection``, ``temperature``, ``strength``, see :class:`featpipe.expansion.step.Settings`.
+        ``epochs``, ``selection``, ``temperature``, ``strength``, see :class:`featpipe.expansion.step.Settings`; with
+        ``unfreeze`` also fields of :class:`featpipe.recipe.FineTuning`, of which ``epochs`` is then one.
     labels, cache
         Of archives, as :func:`featpipe.extract` takes them.
+    unfreeze : str, int or float
+        What of the network is trained too, as :class:`featpipe.recipe.FineTuning` describes it; ``head`` is nothing of
+        it. It is for ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, and for archives.
+    resume : bool
+        Where the network is trained and that was interrupted, go on from the checkpoint beside ``out``.
     out : path-like, optional
         Where the model is saved. If that file is what these very arguments gave before, no work is done.
     place : callable, optional
@@ -103,11 +116,18 @@ def expand(
         )
     if method is not None and method not in METHODS and method != "all":
         raise unknown("method", method, [*METHODS, "all"])
-    settings = Settings.of(dict(params or {}) | ({} if memory is None else {"memory": memory}))
-    asked = (method, memory, budget, tuple(drop), _flat(merge), keep, sorted((params or {}).items()))
+    params, enters = dict(params or {}), str(unfreeze).strip() != "head"
+    asked: list[Any] = [method, memory, budget, tuple(drop), _flat(merge), keep, _deciding(params)]
+    way = None
+    if enters:
+        asked += [str(unfreeze)]
+        way, params = Way.of(method, listed(data, test), params, unfreeze, labels, cache, resume)
+    settings = Settings.of(params | ({} if memory is None else {"memory": memory}))
     wanted_keep = None if keep is None else Keep.of(keep)
+    if wanted_keep is not None and not enters and (model.kept is None or model.kept.network is None):
+        wanted_keep.refuse_network()
     learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
-    request = digest_of_request([*learn, *judge], (len(learn), asked))
+    request = digest_of_request([*learn, *judge], (len(learn), tuple(asked)))
     if (done := _done(model, request, out)) is not None:
         progress(Progress("note", f"{out}: is what is asked for already"))
         return done
@@ -120,12 +140,20 @@ def expand(
     rows = arrivals(model, growth, learn, judge, strict=method != "joint")
     case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
     case.refuse_nothing()
-    found = learnt(case, method)
-    expansion = model_after(case, found, [cache.path.name for cache in learn], request)
+    names = [cache.path.name for cache in learn]
+    if way is not None:
+        expansion = reentered(case, method, replace(way, out=out), names, request)
+    else:
+        expansion = model_after(case, learnt(case, method), names, request)
     if out is not None:
         expansion.model.save(out)
         expansion.model.path = Path(out)
+        checkpoint_of(out).unlink(missing_ok=True)
     return expansion
+
+
+def _deciding(params: Mapping[str, object]) -> list[tuple[str, object]]:
+    return sorted((name, value) for name, value in params.items() if name not in MACHINE)
 
 
 def _some(given: Any) -> bool:

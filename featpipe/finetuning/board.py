@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 
@@ -29,9 +28,8 @@ def board(folder: str | os.PathLike[str]) -> Callable[[Epoch], None]:
 
     def write(epoch: Epoch) -> None:
         with SummaryWriter(os.fspath(folder)) as writer:
-            for name in ("loss", "validation_loss", "validation_score", "rate"):
-                value = getattr(epoch, name)
-                if math.isfinite(value):
+            for name, value in epoch.facts().items():
+                if name != "number" and value is not None:
                     writer.add_scalar(name, value, epoch.number)
 
     return write

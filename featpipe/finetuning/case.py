@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.extraction import extract_index
 from featpipe.finetuning.parallel import World
+from featpipe.finetuning.past import Past
 from featpipe.finetuning.sides import Sides
 from featpipe.finetuning.state import Epoch
 from featpipe.fingerprint import fingerprint
@@ -24,7 +26,7 @@ from featpipe.model import Model
 from featpipe.progress import Tell
 from featpipe.recipe import Extraction, FineTuning
 
-__all__ = ["Case", "embedded"]
+__all__ = ["MACHINE", "Case", "checkpoint_of", "embedded"]
 
 MACHINE = ("device", "workers", "keep_worse")  # settings that decide nothing in the training
 
@@ -49,6 +51,8 @@ class Case:
     tell : callable
     board : callable or None
         Told each epoch.
+    past : Past or None
+        Where classes have come to those that the model knew: the held-out rows are then watched after each epoch too.
     """
 
     model: Model
@@ -62,10 +66,16 @@ class Case:
     out: str | os.PathLike[str] | None
     tell: Tell
     board: Callable[[Epoch], None] | None = None
+    past: Past | None = None
+
+    @property
+    def beside(self) -> NDArray[np.int64]:
+        """Rows that are looked at after each epoch and decide nothing."""
+        return self.sides.held[:0] if self.past is None else self.sides.held
 
     @property
     def checkpoint(self) -> Path | None:
-        return None if self.out is None else Path(f"{self.out}.checkpoint")
+        return None if self.out is None else checkpoint_of(self.out)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -74,7 +84,9 @@ class Case:
         rows = hashlib.sha256()
         for side in (self.sides.train, self.sides.validation, self.sides.held):
             rows.update(self.before.digests[side].tobytes() + np.ascontiguousarray(self.sides.y[side]).tobytes() + b"|")
+        past = {} if self.past is None else {"past": dict(self.past.facts or {})}
         return {
+            **past,
             "settings": settings,
             "model": self.model.identity,
             "backbone": fingerprint(self.before.facts["backbone"]),
@@ -88,6 +100,11 @@ class Case:
     def extracted(self, backbone: Backbone) -> FeatureCache:
         """The embeddings of all images by a backbone."""
         return embedded(self.index, self.model, backbone, self.cache, self.tell)
+
+
+def checkpoint_of(out: str | os.PathLike[str]) -> Path:
+    """Beside the model that is going to be."""
+    return Path(f"{os.fspath(out)}.checkpoint")
 
 
 def embedded(index: Index, model: Model, backbone: Backbone, cache: Any, tell: Tell) -> FeatureCache:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from featpipe.heads.losses import Objective
 from featpipe.progress import Tell, quiet
 from featpipe.recipe import FineTuning
 
-__all__ = ["HEAD", "Job", "Targets"]
+if TYPE_CHECKING:
+    from featpipe.finetuning.past import Past
+
+__all__ = ["BELOW", "HEAD", "Job", "Targets"]
 
 HEAD, BELOW = "head.", "backbone."  # before the names of parameters
 
@@ -67,6 +70,10 @@ class Job:
         What people call them.
     board : callable or None
         Told each :class:`featpipe.finetuning.state.Epoch` that is done.
+    past : Past or None
+        Where classes have come to those that the model knew.
+    beside : ndarray of shape (t,), int64
+        Rows by which both sides are then watched, of ``watched``; they decide nothing.
     """
 
     network: nn.Module
@@ -84,6 +91,8 @@ class Job:
     world: World = field(default_factory=World)
     progress: Tell = quiet
     board: Callable[[Any], None] | None = None
+    past: Past | None = None
+    beside: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from time import monotonic
 
@@ -52,7 +53,7 @@ def fine_tune(job: Job, state: State, save: Save = lambda state: None) -> State:
     saved = monotonic()
     with between_steps() as asked, torch.random.fork_rng(enabled=True):
         if not state.curve:
-            state.record(Epoch(0, float("nan"), *judged(job, state)), job)
+            state.record(Epoch(0, float("nan"), *judged(job, state), **both_sides(job, state)), job)
             _tell(job, state)
         for epoch in range(state.epoch, tuning.epochs):
             if tuning.patience and state.waited >= tuning.patience:
@@ -83,7 +84,8 @@ def fine_tune(job: Job, state: State, save: Save = lambda state: None) -> State:
                     save(state)
                     saved = monotonic()
             rate = state.optimizer.param_groups[0]["lr"]
-            state.record(Epoch(epoch + 1, state.loss / state.seen, *judged(job, state), rate), job)
+            told = (*judged(job, state), rate)
+            state.record(Epoch(epoch + 1, state.loss / state.seen, *told, **both_sides(job, state)), job)
             state.epoch, state.step, state.loss, state.seen = epoch + 1, 0, 0.0, 0
             _tell(job, state)
             save(state)
@@ -122,6 +124,10 @@ def gradients(job: Job, state: State, rows: NDArray[np.int64], inputs: Tensor, w
             if not _is_memory(error):
                 raise
             _divide(job, state, rows, error)
+    if job.past is not None and job.past.anchor is not None:
+        pull = job.past.anchor.pull(job.parameters()) / job.world.size
+        state.scaler.scale(pull).backward()
+        total += pull.detach()
     active = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
     for parameter in active:
         if parameter.grad is None:
@@ -136,12 +142,18 @@ def _loss(job: Job, rows: NDArray[np.int64], inputs: Tensor, blend: Blend, piece
     scores = job.scores(job.source, inputs[torch.from_numpy(piece)])
 
     def of(chosen: NDArray[np.int64]) -> Tensor:
-        Y, weights = job.targets.of(chosen, job.device)
-        each = job.objective.each(scores, Y, job.tuning.label_smoothing)
-        return ((each.mean(dim=1) if each.ndim == 2 else each) * weights).sum()
+        weights = job.targets.of(chosen, job.device)[1]
+        return (_each(job, scores, chosen, job.tuning.label_smoothing) * weights).sum()
 
     loss = of(rows[piece])
     return loss if blend.partner is None else blend.share * loss + (1 - blend.share) * of(rows[blend.partner[piece]])
+
+
+def _each(job: Job, scores: Tensor, rows: NDArray[np.int64], smoothing: float = 0.0) -> Tensor:
+    """The loss of each row, shape (b,), with what ties its answer to the one of the model before."""
+    each = job.objective.each(scores, job.targets.of(rows, scores.device)[0], smoothing)
+    each = each.mean(dim=1) if each.ndim == 2 else each
+    return each if job.past is None or job.past.teacher is None else each + job.past.teacher.each(scores, rows)
 
 
 def step(state: State, active: tuple[Tensor, ...], loss: float, norm: Tensor, clip: float) -> None:
@@ -165,14 +177,28 @@ def step(state: State, active: tuple[Tensor, ...], loss: float, norm: Tensor, cl
 
 
 def judged(job: Job, state: State) -> tuple[float, float]:
-    """Loss and score on the validation rows, without augmentation."""
-    with state.averaged(job):
+    """Loss and score on the validation rows, without augmentation; the loss is of what is trained for."""
+    with state.averaged(job), torch.no_grad():
         scores = answers(job, job.watched, job.validation)
+        pull = job.past.anchor.pull(job.parameters()) if job.past is not None and job.past.anchor is not None else 0.0
     Y, weights = job.targets.of(job.validation, torch.device("cpu"))
-    each = job.objective.each(scores, Y)
-    loss = ((each.mean(dim=1) if each.ndim == 2 else each) * weights).sum() / weights.sum()
+    loss = (_each(job, scores, job.validation) * weights).sum() / weights.sum() + float(pull)
     variance = Y.var(dim=0, correction=0) if job.objective.link == "identity" else None
     return float(loss), float(job.objective.right(scores, Y, variance).mean())
+
+
+def both_sides(job: Job, state: State) -> dict[str, float]:
+    """Cross-entropy and share of right answers on rows of old and of new classes, where classes have come."""
+    if job.past is None or not len(job.beside):
+        return {}
+    with state.averaged(job):
+        scores = answers(job, job.watched, job.beside)
+    found: dict[str, float] = {}
+    Y = job.targets.of(job.beside, scores.device)[0]
+    losses, right = torch.nn.functional.cross_entropy(scores, Y, reduction="none"), scores.argmax(dim=1) == Y
+    for side, rows in (("old", job.past.k_old > Y), ("new", job.past.k_old <= Y)):
+        found |= {f"{side}_loss": float(losses[rows].mean()), f"{side}_score": float(right[rows].double().mean())}
+    return found
 
 
 @torch.no_grad()
@@ -231,6 +257,9 @@ def _tell(job: Job, state: State) -> None:
     epoch = state.curve[-1]
     loss = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
     text = f"{loss}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
+    sides = {"old classes": epoch.old_score, "new ones": epoch.new_score}
+    shown = [f"{side} {score:.3f}" for side, score in sides.items() if score is not None and math.isfinite(score)]
+    text += f"; {', '.join(shown)}" if shown else ""
     job.progress(Progress("note", text))
     if job.board is not None:
         job.board(epoch)

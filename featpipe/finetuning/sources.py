@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from featpipe.backbone import Backbone
@@ -55,10 +56,11 @@ def _maps(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation
     def maps(rows: Any, changes: Augmentation) -> Opened:
         return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, augmentation=changes, **how))
 
+    looked_at = np.concatenate([case.sides.validation, case.beside])
     if not augmentation.changes:
-        both = maps(case.sides.seen, augmentation)
+        both = maps(np.union1d(case.sides.train, looked_at), augmentation)
         return both, both
-    return maps(case.sides.train, augmentation), maps(case.sides.validation, Augmentation())
+    return maps(case.sides.train, augmentation), maps(np.unique(looked_at), Augmentation())
 
 
 def _pictures(case: Case, backbone: Backbone, network: nn.Module, augmentation: Augmentation) -> PictureSource:
@@ -97,6 +99,6 @@ def _boundary(
 
 
 def _worth(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> Worth:
-    images = len(case.sides.train) + len(case.sides.validation)
+    images = len(case.sides.seen) + len(case.beside)
     views = case.tuning.views if augmentation.changes else 1
     return worth(backbone, found, images, case.tuning.epochs, views, case.cache)

@@ -29,6 +29,8 @@ class Epoch:
         The score: the share of right answers, or R² of numbers.
     rate : float
         The highest learning rate of its last step.
+    old_loss, new_loss, old_score, new_score : float or None
+        Of rows of old and of new classes that decide nothing; NaN of a side without rows, None where no class came.
     """
 
     number: int
@@ -36,10 +38,15 @@ class Epoch:
     validation_loss: float
     validation_score: float
     rate: float = 0.0
+    old_loss: float | None = None
+    new_loss: float | None = None
+    old_score: float | None = None
+    new_score: float | None = None
 
     def facts(self) -> dict[str, float | int | None]:
         """As JSON can hold it."""
-        found = {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        found = {name: value if math.isfinite(value) else None for name, value in known.items()}
         return {**found, "number": self.number}
 
     @classmethod

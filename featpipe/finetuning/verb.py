@@ -32,7 +32,7 @@ from featpipe.model import Model, load_model
 from featpipe.progress import Progress, Tell, quiet
 from featpipe.recipe import FineTuning
 
-__all__ = ["finetune"]
+__all__ = ["device_of", "finetune"]
 
 
 def finetune(
@@ -95,7 +95,7 @@ def finetune(
     model = model if isinstance(model, Model) else load_model(model)
     if out is not None:
         Model.check_target(out)
-    device = _device(tuning.device)
+    device = device_of(tuning.device)
     with joined(device) as world:
         tell = progress if world.first else quiet
         index = archive.index(archives, labels=labels)
@@ -112,7 +112,7 @@ def finetune(
         return world.in_turn(lambda: _outcome(case, start_model, start, network, layers, state))
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """Of several processes on one machine each has a GPU of its own."""
     device = resolve_device(name)
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:

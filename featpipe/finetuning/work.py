@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from featpipe import backbone as backbones
@@ -21,16 +22,18 @@ from featpipe.finetuning.finder import found_rate
 from featpipe.finetuning.job import Job, Targets
 from featpipe.finetuning.layers import Layers
 from featpipe.finetuning.loop import fine_tune
+from featpipe.finetuning.past import importances
 from featpipe.finetuning.probe import fitted_without, rows_of
+from featpipe.finetuning.source import Source
 from featpipe.finetuning.sources import opened
 from featpipe.finetuning.start import Start, start_of
 from featpipe.finetuning.state import State
-from featpipe.finetuning.unfreezing import unfrozen
+from featpipe.finetuning.unfreezing import Unfrozen, unfrozen
 from featpipe.heads.losses import Objective
 from featpipe.model import Model
 from featpipe.progress import Progress
 
-__all__ = ["begin", "trained"]
+__all__ = ["begin", "trained", "weighed"]
 
 LINKS: Mapping[str, Any] = {"classification": "softmax", "multilabel": "sigmoid", "regression": "identity"}
 
@@ -62,34 +65,74 @@ def _untrained(case: Case, backbone: Backbone) -> Backbone:
 
 def trained(case: Case, backbone: Backbone, start: Start, resume: bool) -> tuple[nn.Module, Layers, State]:
     """The network after the best epoch, and its new layers, with answers in the units of the targets."""
-    tuning, device = case.tuning, case.device
-    chosen = unfrozen(backbone, str(tuning.unfreeze))
+    chosen = unfrozen(backbone, str(case.tuning.unfreeze))
     case.tell(Progress("note", chosen.told(backbone.network)))
-    network = copy.deepcopy(backbone.network).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective = Objective(LINKS[case.model.task], "squares" if case.model.task == "regression" else "cross_entropy")
+    network = _copied(case, backbone.network)
     with ExitStack() as stack:
-        training, watched = (stack.enter_context(source) for source in opened(case, backbone, network, chosen))
-        job = Job(
-            network=network,
-            head=start.layers.module().to(device),
-            unfrozen=chosen,
-            source=training,
-            watched=watched,
-            train=case.sides.train,
-            validation=case.sides.validation,
-            targets=_targets(case, start),
-            objective=objective,
-            tuning=tuning,
-            ids=case.before.ids,
-            device=device,
-            world=case.world,
-            progress=case.tell,
-            board=case.board,
-        )
+        sources = [stack.enter_context(source) for source in opened(case, backbone, network, chosen)]
+        job = _job(case, network, start, chosen, sources)
         _check_batch_norms(job)
         case.world.take_from_first(job.kept().values())
         state = _run(case, job, resume)
     return network, start.in_units(start.layers.learnt(job.head)), state
+
+
+def weighed(
+    case: Case, backbone: Backbone, network: nn.Module, start: Start, rows: NDArray[np.int64]
+) -> dict[str, NDArray[np.float32]]:
+    """How important each weight that a case trains is for the answers to some images, as they are; see `importances`.
+
+    Parameters
+    ----------
+    case : Case
+    backbone : Backbone
+        Before the training, which is what the frozen part is.
+    network : Module
+        Its network, before or after.
+    start : Start
+        The layers on it.
+    rows : ndarray of shape (m,), int64
+    """
+    tuning = replace(case.tuning, augmentation={}, mixup=0.0, cutmix=0.0)
+    sides = replace(case.sides, train=rows, validation=rows[:0], held=rows[:0])
+    plain, chosen = replace(case, tuning=tuning, sides=sides, past=None), unfrozen(backbone, str(tuning.unfreeze))
+    copied = _copied(case, network)
+    with ExitStack() as stack:
+        sources = [stack.enter_context(source) for source in opened(plain, backbone, copied, chosen)]
+        found = importances(_job(plain, copied, start, chosen, sources), rows)
+    return {name: np.asarray(value.cpu().numpy(), np.float32) for name, value in found.items()}
+
+
+def _copied(case: Case, network: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(network).to(case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return cast(nn.Module, copied)
+
+
+def _job(case: Case, network: nn.Module, start: Start, chosen: Unfrozen, sources: Sequence[Source]) -> Job:
+    objective = Objective(
+        LINKS[case.model.task],
+        "squares" if case.model.task == "regression" else "cross_entropy",
+        adjustment=None if case.past is None else case.past.adjustment,
+    )
+    return Job(
+        network=network,
+        head=start.layers.module().to(case.device),
+        unfrozen=chosen,
+        source=sources[0],
+        watched=sources[1],
+        train=case.sides.train,
+        validation=case.sides.validation,
+        targets=_targets(case, start),
+        objective=objective,
+        tuning=case.tuning,
+        ids=case.before.ids,
+        device=case.device,
+        world=case.world,
+        progress=case.tell,
+        board=case.board,
+        past=case.past,
+        beside=case.beside,
+    )
 
 
 def _check_batch_norms(job: Job) -> None:
@@ -130,6 +173,8 @@ def _targets(case: Case, start: Start) -> Targets:
         raise ConfigError(
             f"class_weight and sampling are for classes that exclude each other, not for {case.model.task}"
         )
+    if case.past is not None and case.past.weights is not None:
+        weights = case.past.weights
     if case.tuning.class_weight:
         counts = np.bincount(y[train], minlength=len(case.model.classes))
         weights = len(train) / (len(counts) * np.maximum(counts, 1))[np.maximum(y, 0)]

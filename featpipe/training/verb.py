@@ -153,7 +153,11 @@ def train(
 
 def keeping(text: str | None) -> Keep | None:
     """What to keep, as it is typed; None is what there is room for."""
-    return None if text is None else Keep.of(text)
+    if text is None:
+        return None
+    keep = Keep.of(text)
+    keep.refuse_network()
+    return keep
 
 
 def _suspects(cache: FeatureCache, rows: Rows, task: str, estimate: Estimate) -> list[Finding]:

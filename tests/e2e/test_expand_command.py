@@ -155,6 +155,8 @@ def test_wrong_input_is_one_line(home, tmp_path):
         (home["model"], home["new"], tmp_path): "caches and archives are mixed",
         (home["model"], home["new"], "--set", "epochs=0"): "epochs is 0",
         (home["model"], home["new"], "--keep", "rows=0"): "keep is 'rows=0'",
+        (home["model"], home["new"], "--unfreeze", "last"): "is a cache, and --unfreeze trains on pictures",
+        (home["model"], home["new"], "--keep", "network"): "images that go through it, and embeddings do not",
         (tmp_path / "no.model", home["new"]): "there is no such model file",
     }.items():
         with pytest.raises(FeatpipeError, match=problem) as caught:
@@ -163,6 +165,12 @@ def test_wrong_input_is_one_line(home, tmp_path):
     typed = [sys.executable, "-m", "featpipe", "expand", str(home["model"])]
     done = subprocess.run(typed, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_pictures_are_changed_where_they_are_trained_on(home):
+    done = run("expand", home["model"], home["new"], "--augment", "flip=0.5")
+    assert done.exit_code == 2
+    assert "without --unfreeze embeddings are trained on" in done.stderr
 
 
 def test_an_interrupted_expansion_leaves_no_model(home, tmp_path):

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from featpipe import SoftmaxRegression
-from featpipe.expansion.methods import _rescaled, _Rows, _shared_out, start
+from featpipe.expansion.methods import _rescaled, shared_out, start
 from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
 from featpipe.heads.layer import LastLayer
 
@@ -75,8 +75,7 @@ def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem
 def test_few_rows_with_half_weight_and_half_offset_expect_the_classes_as_often_as_they_were() -> None:
     """Without features to tell them by, the probabilities are the shares of the rows that are stood for."""
     y, stands = np.array([0, 0, 1, 1, 1, 2]), np.array([10.0, 10.0, 1.0, 1.0, 1.0, 4.0])
-    one = np.ones(6)
-    weights, offsets = _shared_out(_Rows(np.zeros((6, 1)), y, stands, one), 3)
+    weights, offsets = shared_out(y, stands, 3)
     found = minimise(
         Objective(np.zeros((6, 1)), y, weights, offsets=offsets), LastLayer(np.zeros((3, 1)), np.zeros(3)), 200
     )
