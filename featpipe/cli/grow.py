@@ -40,6 +40,9 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--drop", multiple=True, metavar="CLASS", help="Leave a class out.")
 @click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
 @click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
+@click.option(
+    "--calibration", multiple=True, metavar="CACHE|ARCHIVE", help="Images for sets; neither learnt nor judged by."
+)
 @click.option("--keep", metavar="WHAT", help="none, all, statistics, importances, rows=N.  [default: as before]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="epochs, selection, temperature, strength.")
 @click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
@@ -64,7 +67,7 @@ def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str
     from featpipe.model import load_model
 
     loaded = load_model(model, backbone=asked.pop("backbone"), device=asked.pop("device"))
-    asked["test"], asked["drop"] = list(asked["test"]), list(asked["drop"])
+    asked |= {name: list(asked[name]) for name in ("test", "calibration", "drop")}
     with Terminal() as terminal:
         found = run(loaded, list(data), params=parse_settings(settings), place=_place, progress=terminal, **asked)
     if as_json:

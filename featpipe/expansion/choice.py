@@ -94,7 +94,8 @@ def _default(step: Step) -> str:
 
 def _regrouped(step: Step) -> Found:
     """Classes left out, joined or renamed, and nothing to learn."""
-    if kind_for(step.pipeline)[1] and METHODS["statistics"].missing(step) is None:
+    renamed = np.array_equal(step.growth.place, np.arange(len(step.growth.place)))
+    if not renamed and kind_for(step.pipeline)[1] and METHODS["statistics"].missing(step) is None:
         return Found("statistics", METHODS["statistics"].fit(step, None), step)
     return Found("regroup", regrouped_head(step), step)
 

@@ -35,6 +35,7 @@ def expand(
     drop: Sequence[str] = (),
     merge: Mapping[str, Sequence[str]] | None = None,
     test: Any = (),
+    calibration: Any = (),
     keep: str | None = None,
     params: Mapping[str, object] | None = None,
     labels: Any = None,
@@ -68,6 +69,9 @@ def expand(
     test : as ``data``
         Images to judge by, never trained on. If there are none, and the labels come without a split, a fifth of the new
         images are held out, judged by, and then learnt too.
+    calibration : as ``data``
+        Images to calibrate probabilities and sets by, neither learnt nor judged by; beside those that the labels of
+        the others mark ``validation``. With some of every class the new model gives sets.
     keep : str, optional
         What the new model keeps, as :func:`featpipe.train` takes it; if not given what this one does.
     params : mapping, optional
@@ -106,8 +110,10 @@ def expand(
     settings = Settings.of(dict(params or {}) | ({} if memory is None else {"memory": memory}))
     asked = (method, memory, budget, tuple(drop), _flat(merge), keep, sorted((params or {}).items()))
     wanted_keep = None if keep is None else Keep.of(keep)
-    learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
-    request = digest_of_request([*learn, *judge], (len(learn), asked))
+    learn, judge, check = (
+        caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test, calibration)
+    )
+    request = digest_of_request([*learn, *judge, *check], (len(learn), len(judge), asked))
     if (done := _done(model, request, out)) is not None:
         progress(Progress("note", f"{out}: is what is asked for already"))
         return done
@@ -117,7 +123,7 @@ def expand(
         if (done := _done(model, request, out)) is not None:
             progress(Progress("note", f"{out}: is what is asked for already"))
             return done
-    rows = arrivals(model, growth, learn, judge, strict=method != "joint")
+    rows = arrivals(model, growth, learn, judge, strict=method != "joint", calibration=check)
     case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
     case.refuse_nothing()
     found = learnt(case, method)

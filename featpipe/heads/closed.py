@@ -14,6 +14,7 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
+from featpipe.heads.evidence import strength_by_evidence
 from featpipe.heads.moments import Moments
 
 __all__ = [
@@ -90,7 +91,11 @@ def _solve_ridge(head: Any, found: Moments) -> tuple[Array, Array]:
     gram, cross = found.gram, found.cross
     if head.fit_intercept:
         gram, cross = gram - found.weight * np.outer(x, x), cross - found.weight * np.outer(x, y)
-    alphas = np.broadcast_to(np.asarray(head.alpha, np.float64), cross.shape[1:])
+    alpha = head.alpha
+    if isinstance(alpha, str):  # "auto", of targets 1 and -1
+        total = found.weight * float((1 - y**2).sum())
+        alpha = head.alpha_ = strength_by_evidence(gram, cross, total, found.weight)
+    alphas = np.broadcast_to(np.asarray(alpha, np.float64), cross.shape[1:])
     coef = np.empty(cross.shape[::-1])
     for alpha in np.unique(alphas):
         chosen = alphas == alpha
