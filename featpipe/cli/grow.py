@@ -41,7 +41,7 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
 @click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
 @click.option(
-    "--calibration", multiple=True, metavar="CACHE|ARCHIVE", help="Images for sets; neither learnt nor judged by."
+    "--calibration", multiple=True, metavar="CACHE|ARCHIVE", help="Images for sets; not learnt, nor judged by."
 )
 @click.option("--keep", metavar="WHAT", help="none, all, statistics, importances, rows=N.  [default: as before]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="epochs, selection, temperature, strength.")

@@ -87,9 +87,7 @@ def _default(step: Step) -> str:
         return "statistics"
     if missing["replay"] is None and step.kept is not None and len(step.kept.rows):
         return "replay"
-    return next(
-        name for name in ("frozen-old", "distill", "statistics") if missing[name] is None or name == "statistics"
-    )
+    return next(name for name in ("statistics", "frozen-old", "distill") if missing[name] is None or name == "distill")
 
 
 def _regrouped(step: Step) -> Found:

@@ -21,7 +21,7 @@ __all__ = ["Held", "held_by_folds", "held_in_halves"]
 Array = NDArray[np.float64]
 Fit = Callable[[Step, Watch | None], Any]
 
-FOLDS = 5
+FOLDS = 3
 LEAST = 10  # rows, from which a temperature is found
 
 
@@ -78,7 +78,7 @@ def held_in_halves(pipeline: Any, rows: Side, k: int) -> Held:
 
 
 def held_by_folds(step: Step, fit: Fit, *, old: bool) -> Held:
-    """A fifth of the rows after another is left out of the step, and scored by the head that comes of it.
+    """A third of the rows after another is left out of the step, and scored by the head that comes of it.
 
     Parameters
     ----------

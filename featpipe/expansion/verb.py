@@ -57,7 +57,7 @@ def expand(
     method : str, optional
         One of :data:`featpipe.expansion.METHODS`, or ``all``, which compares them. If not given: ``joint`` where all
         images that the model was trained on are at hand; else ``statistics`` for heads of which it is exact; else
-        ``replay`` where embeddings are kept; else ``frozen-old``.
+        ``replay`` where embeddings are kept; else ``statistics`` where those are kept; else ``frozen-old``.
     memory : int, optional
         Embeddings of each class that ``replay`` uses and that the new model keeps; as many as the model keeps, or 20.
     budget : int, optional

@@ -37,7 +37,7 @@ def strength_by_evidence(gram: Array, cross: Array, total: float, n: float) -> f
     Notes
     -----
     The evidence of MacKay, "Bayesian interpolation", Neural Computation 1992: coefficients are normal of variance
-    s² / alpha, errors of variance s², which has its best value for each alpha. It needs the sums alone, and no row to be
+    s² / alpha, errors of variance s², which has its best value for each alpha. It needs the sums alone, and no row
     left out. Generalized cross-validation needs no more, but divides what is left over by the degrees of freedom that
     are: with as many features as rows that is nothing by nothing, and on 490 tiles of width 1,280 it took the weakest
     strength of all, where accuracy was .77 instead of .89.
@@ -56,7 +56,7 @@ def strength_by_evidence(gram: Array, cross: Array, total: float, n: float) -> f
 
 
 class EvidenceRidgeClassifier(RidgeClassifier):
-    """scikit-learn's, and with ``alpha="auto"`` the strength that has most evidence.
+    """scikit-learn's, and with ``alpha="auto"`` of the strength that has most evidence, with classes that weigh alike.
 
     Parameters
     ----------

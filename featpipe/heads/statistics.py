@@ -232,9 +232,9 @@ def takes(pipeline: Any, kind: Kind) -> bool:
 def in_place_of(pipeline: Pipeline, kind: Kind) -> Pipeline:
     """An unfitted head that follows exactly from statistics of a kind: the same where it does.
 
-    For a head without a closed form a ridge whose strength has most evidence: of the closed-form heads it is the nearest
-    to a logistic head on real images (tests/benchmarks), it takes classes of a single image, and its sums are exact
-    for more images of old classes too. An LDA, of models that keep the sums of one.
+    For a head without a closed form a ridge whose strength has most evidence. Of the closed-form heads it is nearest to
+    a logistic head on real images (tests/benchmarks); its sums are exact for more images of old classes too; and in it
+    classes of one image count as much as others. An LDA, of models that keep the sums of one.
     """
     if kind_for(pipeline)[1]:
         return pipeline
