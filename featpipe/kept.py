@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featpipe.errors import ConfigError
 from featpipe.heads.grown import innermost, layer_of
 from featpipe.heads.layer import fisher, hidden
-from featpipe.heads.statistics import Statistics, gather, kind_for
+from featpipe.heads.statistics import Statistics, gather, kind_for, takes
 
 __all__ = ["DEFAULT", "SELECTIONS", "Keep", "Kept", "features_of", "herd", "keep_of", "pick"]
 
@@ -183,7 +183,7 @@ class Kept:
         own = None if layer is None else layer.W.shape[1] + 1
         if widths - {d} or (self.importances is not None and own not in (None, self.importances.shape[1])):
             raise ValueError(f"what is kept is of other embeddings than those of width {d} that the head takes")
-        if self.statistics is not None and self.statistics.kind != kind_for(pipeline)[0]:
+        if self.statistics is not None and not takes(pipeline, self.statistics.kind):
             raise ValueError(f"{type(pipeline[-1]).__name__} does not take statistics of kind {self.statistics.kind}")
 
     def arrays(self) -> dict[str, NDArray[Any]]:

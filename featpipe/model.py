@@ -189,6 +189,11 @@ class Model:
         if self.trust.conformal is None:
             if self.task == "multilabel":
                 raise ConfigError("sets are of classes that exclude each other; this model gives several labels")
+            if self.history.get("expansions"):
+                raise ConfigError(
+                    "this model learnt more classes without held-out images of each to calibrate sets with; expand the "
+                    "model before again, with --calibration and such images, or by --method joint if it had sets"
+                )
             raise ConfigError(
                 "this model has no held-out answers to calibrate sets with; train with --cv 2 or more, and no --prior"
             )

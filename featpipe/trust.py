@@ -60,16 +60,26 @@ class Novelty:
             Rows that agree in any column are not held out from each other: copies, or of one group.
         """
         rows = _directions(X[kept]).astype(np.float16)
-        alike = np.reshape(alike, (len(X), -1))
-        found = []
-        for start in range(0, len(X), ROWS_AT_ONCE):
-            block = slice(start, start + ROWS_AT_ONCE)
-            similar = _directions(X[block]) @ rows.astype(np.float32).T
-            for column in alike.T:
-                similar[column[block, None] == column[kept][None]] = -np.inf
-            found.append(_distance(similar))
-        distances = np.concatenate(found)
-        return cls(rows, _quantiles(distances[np.isfinite(distances)]))
+        return cls(rows, _quantiles(_distances_apart(X, rows[:0], rows, kept, alike)))
+
+    def joined(self, X: NDArray[Any], kept: NDArray[np.integer[Any]], alike: NDArray[Any], images: int) -> Novelty:
+        """With more training embeddings, each distance as frequent as the images that it stands for.
+
+        The distances of earlier images stay what they were. Rows of other classes are seldom nearer than their own, so
+        that they become a little smaller at most, and an image of theirs looks no newer than it should.
+
+        Parameters
+        ----------
+        X, kept, alike
+            Of the embeddings that come, as `of` takes them.
+        images : int
+            How many the distances so far stand for.
+        """
+        rows = _directions(X[kept]).astype(np.float16)
+        found = np.sort(_distances_apart(X, self.rows, rows, kept, alike))
+        q, share = min(QUANTILES, images + len(found)), images / max(1, images + len(found))
+        before, after = _spread(self.distances, round(q * share)), _spread(found, q - round(q * share))
+        return Novelty(np.concatenate([self.rows, rows]), np.sort(np.concatenate([before, after])).astype(np.float32))
 
     def __call__(self, X: NDArray[Any]) -> Floats:
         """For each embedding the share of training-like images that look less new, shape (m,): 0 to 1."""
@@ -90,12 +100,38 @@ def _distance(similar: NDArray[np.float32]) -> Floats:
     return np.asarray(1 - np.partition(similar, -k, axis=1)[:, -k:].mean(axis=1), np.float64)
 
 
+def _distances_apart(
+    X: NDArray[Any],
+    others: NDArray[np.float16],
+    rows: NDArray[np.float16],
+    kept: NDArray[np.integer[Any]],
+    alike: NDArray[Any],
+) -> Floats:
+    """Of embeddings from directions, of which some are their own and left out; those that are left with any."""
+    alike = np.reshape(alike, (len(X), -1))
+    every, n = np.concatenate([others, rows]).astype(np.float32), len(others)
+    found = []
+    for start in range(0, len(X), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        similar = _directions(X[block]) @ every.T
+        for column in alike.T:
+            similar[:, n:][column[block, None] == column[kept][None]] = -np.inf
+        found.append(_distance(similar))
+    distances = np.concatenate(found)
+    return distances[np.isfinite(distances)]
+
+
 def _quantiles(values: NDArray[Any]) -> NDArray[np.float32]:
     """The values, ascending; of very many so many that stand at even distances in their order."""
     ordered = np.sort(values, axis=0)
-    if len(ordered) > QUANTILES:
-        ordered = ordered[np.ceil(np.arange(1, QUANTILES + 1) * len(ordered) / QUANTILES).astype(int) - 1]
-    return np.asarray(ordered, np.float32)
+    return np.asarray(_spread(ordered, QUANTILES) if len(ordered) > QUANTILES else ordered, np.float32)
+
+
+def _spread(ordered: NDArray[Any], n: int) -> NDArray[Any]:
+    """So many of some values in their order, at even distances; each several times where there are fewer."""
+    if not len(ordered):
+        return ordered
+    return np.asarray(ordered[np.ceil(np.arange(1, n + 1) * len(ordered) / n).astype(int) - 1])
 
 
 @dataclass(frozen=True, eq=False)

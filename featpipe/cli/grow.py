@@ -40,6 +40,9 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--drop", multiple=True, metavar="CLASS", help="Leave a class out.")
 @click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
 @click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
+@click.option(
+    "--calibration", multiple=True, metavar="CACHE|ARCHIVE", help="Images for sets; not learnt, nor judged by."
+)
 @click.option("--keep", metavar="W", help="none, all, statistics, importances, rows=N, network.  [default: as before]")
 @click.option(
     "--unfreeze",
@@ -81,7 +84,7 @@ def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str
     from featpipe.model import load_model
 
     loaded = load_model(model, backbone=asked.pop("backbone"), device=asked.pop("device"))
-    asked["test"], asked["drop"] = list(asked["test"]), list(asked["drop"])
+    asked |= {name: list(asked[name]) for name in ("test", "calibration", "drop")}
     params, changes = parse_settings(settings), parse_settings(asked.pop("augmentation"))
     if asked["unfreeze"].strip() != "head":
         params |= {"device": loaded.device} | ({"augmentation": changes} if changes else {})

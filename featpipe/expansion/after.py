@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 
 from featpipe.calibration import Calibration
+from featpipe.expansion.arrivals import Side
 from featpipe.expansion.case import Case
 from featpipe.expansion.choice import Found
+from featpipe.expansion.held import Held, held_by_folds, held_in_halves
 from featpipe.expansion.memory import remembered, wanted, within
 from featpipe.expansion.methods import METHODS
 from featpipe.expansion.result import Expansion, metrics_of
+from featpipe.heads.evidence import EvidenceRidgeClassifier
 from featpipe.heads.grown import innermost
 from featpipe.model import KEPT_DIGEST_BYTES, Model
-from featpipe.trust import Trust
+from featpipe.training.novelty import novelty_after, novelty_of
+from featpipe.training.rows import Rows
+from featpipe.trust import Conformal, Novelty, Trust
 
 __all__ = ["history_of", "model_after", "told"]
 
@@ -28,6 +33,14 @@ APART = (
 BALANCE = (
     "old and new classes are balanced: what stands for old images weighs as much as they did, and an offset found on "
     "rows that were held out sets new classes against old ones"
+)
+
+NO_SETS = (
+    "the model gives no sets of classes: they need images of every class that it was not trained on; give them as "
+    "--calibration, or all old images to --method joint"
+)
+ROUGH_TEMPERATURE = (
+    0.25  # of a ridge, where there are too few rows to find it on: half way between 0.2 and 0.3, of tiles and emoji
 )
 
 
@@ -50,6 +63,9 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str, n
     kept = remembered(found.step, found.pipeline, keep, retrained=found.method == "joint")
     if kept is not None and case.budget is not None:
         kept = within(kept, case.budget, METHODS[found.method].keeps if found.method in METHODS else "")
+    held = _held(case, found)
+    calibration = _calibration(model, found, held)
+    trust = Trust(_novelty(case, found), _conformal(case, found, held, calibration))
     digests = np.concatenate([model.trained_on, rows.new.digests[:, :KEPT_DIGEST_BYTES]])
     after = replace(
         model,
@@ -57,14 +73,14 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str, n
         head_name=_head_name(model, found),
         classes=growth.classes,
         trained_on=np.unique(digests, axis=0),
-        calibration=_calibration(model, found),
+        calibration=calibration,
         kept=kept,
-        trust=Trust(),  # what was known of held-out images was of other classes
+        trust=trust,
         scores={},
         history=history_of(case, found, caches, request),
         path=model.path if model._carries_weights else None,  # where its weights are
     )
-    return told(case, found, after, _how(case, found), [*notes, *_notes(case, found)])
+    return told(case, found, after, _how(case, found), [*notes, *_notes(case, found, trust.conformal)])
 
 
 def told(case: Case, found: Found, after: Model, how: str, notes: Sequence[str]) -> Expansion:
@@ -100,25 +116,76 @@ def _how(case: Case, found: Found) -> str:
 
 
 def _head_name(model: Model, found: Found) -> str:
-    same = type(innermost(found.pipeline[-1])) is type(innermost(model.head[-1]))
-    return model.head_name if same else "lda"
+    """As the table has it; statistics put a closed-form head in the place of others."""
+    head = innermost(found.pipeline[-1])
+    if type(head) is type(innermost(model.head[-1])):
+        return model.head_name
+    return "ridge" if isinstance(head, EvidenceRidgeClassifier) else "lda"
 
 
-def _calibration(model: Model, found: Found) -> Calibration | None:
-    """The temperature, where it is of the same head; a correction of priors was for other classes."""
-    if model.calibration is None or _head_name(model, found) != model.head_name:
+def _held(case: Case, found: Found) -> Held:
+    """Scores of rows that were held out, where the model needs them."""
+    step, rows, before = found.step, case.rows.calibration, case.model
+    fit = METHODS[found.method].fit if found.method in METHODS else None
+    if rows is not None and len(rows):
+        return held_in_halves(found.pipeline, rows, step.k)
+    joint = found.method == "joint"
+    sets = joint and before.trust.conformal is not None
+    uncalibrated = _needs_temperature(before, found) and found.method != "frozen-old"  # it is made for the one before
+    if fit is None or not (sets or uncalibrated):
+        return Held((), (), step.k)
+    case.note("calibrating on rows that are held out in turns")
+    return held_by_folds(step, fit, old=joint)
+
+
+def _needs_temperature(model: Model, found: Found) -> bool:
+    had = model.calibration is not None and model.calibration.temperature != 1
+    return had or not hasattr(found.pipeline, "predict_proba")
+
+
+def _calibration(model: Model, found: Found, held: Held) -> Calibration | None:
+    """A temperature from rows that were held out, else that of the same head; offsets were of other classes."""
+    if not _needs_temperature(model, found):
         return None
-    return Calibration(model.calibration.temperature)
+    if held.temperature is not None:
+        return Calibration(held.temperature)
+    if model.calibration is not None and _head_name(model, found) == model.head_name:
+        return Calibration(model.calibration.temperature)
+    return None if hasattr(found.pipeline, "predict_proba") else Calibration(ROUGH_TEMPERATURE)
 
 
-def _notes(case: Case, found: Found) -> list[str]:
+def _conformal(case: Case, found: Found, held: Held, calibration: Calibration | None) -> Conformal | None:
+    before = case.model.trust.conformal
+    if len(held):
+        return held.conformal(calibrate=calibration is not None)
+    # of classes that became one the probability is no less than that of each: sets hold it at least as often
+    same = found.method == "regroup" and not case.growth.dropped
+    return before if same and case.model.calibration == calibration else None
+
+
+def _novelty(case: Case, found: Found) -> Novelty | None:
+    """Of all images that the model learnt; those of dropped classes stay known."""
+    before, step = case.model.trust.novelty, found.step
+    if before is None:
+        return None
+    if found.method == "joint" and step.whole:
+        return novelty_of(_rows(step.old + step.new, case.growth.classes), "classification")
+    return novelty_after(before, len(case.model.trained_on), _rows(step.new, case.growth.classes))
+
+
+def _rows(side: Side, classes: tuple[str, ...]) -> Rows:
+    return Rows(np.arange(len(side)), side.X, side.y, classes, side.digests)
+
+
+def _notes(case: Case, found: Found, sets: Conformal | None) -> list[str]:
     model, growth, notes = case.model, case.growth, []
     if model.calibration is not None and model.calibration.offsets:
         notes.append("the correction of priors was for the classes before, and is gone")
     if model.history.get("balance"):
         notes.append("the model was trained on resampled rows; it is expanded on rows as they are")
     if _head_name(model, found) != model.head_name:
-        notes.append(f"the head is an lda now, and was {model.head_name}, of which statistics are no closed form")
+        head = f"{_head_name(model, found)} now, and was {model.head_name}, of which statistics are no closed form"
+        notes.append(f"the head is {head}")
     kept = found.step.kept
     apart = kept is not None and kept.statistics is not None and kept.statistics.kind == "apart"
     if found.method == "statistics" and apart and (found.step.new.y < growth.k_old).any():
@@ -129,9 +196,17 @@ def _notes(case: Case, found: Found) -> list[str]:
         notes.append(BALANCE)
     if case.rows.left_out:
         notes.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in case.rows.left_out.items()))
+    tried = case.rows.calibration is not None and len(case.rows.calibration)
+    if sets is None and (tried or model.trust.conformal is not None):
+        notes.append(NO_SETS)
     for text in notes:
         case.note(text)
     return notes
+
+
+def _params(found: Found) -> dict[str, Any]:
+    """The settings of a head that took another's place."""
+    return {"alpha": "auto"} if isinstance(innermost(found.pipeline[-1]), EvidenceRidgeClassifier) else {}
 
 
 def history_of(case: Case, found: Found, caches: Sequence[str], request: str, **more: Any) -> dict[str, Any]:
@@ -144,8 +219,10 @@ def history_of(case: Case, found: Found, caches: Sequence[str], request: str, **
     this = {"method": found.method, "when": datetime.now(UTC).isoformat(timespec="seconds"), "caches": list(caches)}
     if growth.new:
         steps.append({"classes": list(growth.new), **this})
+    changed = {} if _head_name(model, found) == model.head_name else {"params": _params(found), "chosen": None}
     return {
         **model.history,
+        **changed,
         "trained_on": trained,
         "steps": steps,
         "judged": [] if found.judge is None else found.judge.record(found.outcomes[0]),

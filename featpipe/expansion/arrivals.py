@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Arrivals:
         How many rows are of no use, by reason.
     given : bool
         Whether test rows came with the labels, or with caches of their own, of new classes too.
+    calibration : Side or None
+        By which probabilities and sets are calibrated: neither trained on, nor learnt, nor judged by.
     """
 
     new: Side
@@ -79,6 +81,7 @@ class Arrivals:
     test: Side
     left_out: dict[str, int] = field(default_factory=dict)
     given: bool = True
+    calibration: Side | None = None
 
     def held_out(self) -> Arrivals:
         """With some of the new rows to judge by, where none came with the labels: decided by their bytes."""
@@ -98,7 +101,7 @@ class Arrivals:
         stays = np.ones(len(new), bool)
         stays[held] = False
         stays &= ~np.isin(new.digests.view("V32").ravel(), new.digests[held].view("V32").ravel())
-        return Arrivals(new.take(stays), self.old, self.test + new.take(held), self.left_out, given=False)
+        return replace(self, new=new.take(stays), test=self.test + new.take(held), given=False)
 
 
 def caches_of(
@@ -147,7 +150,12 @@ def labels_of(caches: Sequence[FeatureCache]) -> set[str]:
 
 
 def arrivals(
-    model: Model, growth: Growth, caches: Sequence[FeatureCache], tests: Sequence[FeatureCache], strict: bool
+    model: Model,
+    growth: Growth,
+    caches: Sequence[FeatureCache],
+    tests: Sequence[FeatureCache],
+    strict: bool,
+    calibration: Sequence[FeatureCache] = (),
 ) -> Arrivals:
     """Read the rows of caches.
 
@@ -161,6 +169,8 @@ def arrivals(
         To judge by alone.
     strict : bool
         Whether a class that consists of known images under a new name is refused.
+    calibration : sequence of FeatureCache
+        To calibrate by alone; as are rows that the labels of the others mark ``validation``.
     """
     left: Counter[str] = Counter()
     learn, test = _none(model), _none(model)
@@ -178,8 +188,20 @@ def arrivals(
     left["trained on, and so not judged by"] += int(seen.sum())
     of_new = bool((test.y[~seen] >= growth.k_old).any()) or not growth.new
     given = (bool(tests) and of_new) or any(cache.split.any() for cache in caches)
+    checked = _to_calibrate(model, growth, [*caches, *tests], calibration, left)
+    checked = checked.take(~(model.was_trained_on(checked.digests) | _among(checked, learn + test)))
     left_out = {reason: count for reason, count in left.items() if count}
-    return Arrivals(learn.take(~known), learn.take(known), test.take(~seen), left_out, given)
+    return Arrivals(learn.take(~known), learn.take(known), test.take(~seen), left_out, given, checked)
+
+
+def _to_calibrate(
+    model: Model, growth: Growth, marked: Sequence[FeatureCache], whole: Sequence[FeatureCache], left: Counter[str]
+) -> Side:
+    found = _none(model)
+    for cache in (*marked, *whole):
+        rows = cache.usable if cache in whole else _marked(cache, "validation")
+        found = _joined(found, _side(model, growth, cache, rows, left))
+    return found
 
 
 def _among(some: Side, others: Side) -> NDArray[np.bool_]:

@@ -87,14 +87,13 @@ def _default(step: Step) -> str:
         return "statistics"
     if missing["replay"] is None and step.kept is not None and len(step.kept.rows):
         return "replay"
-    return next(
-        name for name in ("frozen-old", "distill", "statistics") if missing[name] is None or name == "statistics"
-    )
+    return next(name for name in ("statistics", "frozen-old", "distill") if missing[name] is None or name == "distill")
 
 
 def _regrouped(step: Step) -> Found:
     """Classes left out, joined or renamed, and nothing to learn."""
-    if kind_for(step.pipeline)[1] and METHODS["statistics"].missing(step) is None:
+    renamed = np.array_equal(step.growth.place, np.arange(len(step.growth.place)))
+    if not renamed and kind_for(step.pipeline)[1] and METHODS["statistics"].missing(step) is None:
         return Found("statistics", METHODS["statistics"].fit(step, None), step)
     return Found("regroup", regrouped_head(step), step)
 

@@ -13,7 +13,7 @@ from featpipe.expansion.methods import BALANCED, METHODS
 from featpipe.expansion.step import Settings, Step
 from featpipe.heads.grown import layer_of
 from featpipe.heads.layer import fisher
-from featpipe.heads.statistics import Statistics, gather, kind_for
+from featpipe.heads.statistics import Statistics, gather, kind_for, takes
 from featpipe.kept import Keep, Kept, features_of, keep_of, pick
 
 __all__ = ["bytes_for", "remembered", "wanted", "within"]
@@ -97,7 +97,7 @@ def _statistics(step: Step, pipeline: Pipeline, before: Kept | None) -> Statisti
         old = gather(kind_for(pipeline)[0], step.old.X, step.old.y, step.k)
     else:
         return None
-    if old.kind != kind_for(pipeline)[0]:
+    if not takes(pipeline, old.kind):
         return None
     return old + gather(old.kind, step.new.X, step.new.y, step.k, old.shift) if len(step.new) else old
 

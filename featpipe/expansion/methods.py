@@ -15,13 +15,12 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
 
-from featpipe import heads
 from featpipe.expansion.arrivals import Side
 from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
 from featpipe.expansion.step import Step, Watch
 from featpipe.heads.grown import grown, innermost
 from featpipe.heads.layer import LastLayer, fisher, with_layer
-from featpipe.heads.statistics import fit_from_statistics, gather, kind_for
+from featpipe.heads.statistics import fit_from_statistics, gather, in_place_of, kind_for
 from featpipe.heads.torch_heads import MLPClassifier
 from featpipe.kept import pick
 
@@ -264,18 +263,16 @@ def _refit(step: Step, old: _Rows) -> Pipeline:
 
 # ------------------------------------------------------------------------------------------------- sums over old rows
 def _statistics(step: Step, watch: Watch | None) -> Pipeline:
-    """In closed form: what training on everything at once gives. Other heads give way to an LDA."""
-    pipeline = step.fresh()
-    if not kind_for(pipeline)[1]:
-        pipeline = heads.build("lda")
+    """In closed form: what training on everything at once gives. Heads without one give way, see `in_place_of`."""
+    pipeline, kept = step.fresh(), step.kept
     kind = kind_for(pipeline)[0]
-    if step.kept is not None and step.kept.statistics is not None:
-        old = step.kept.statistics
+    if kept is not None and kept.statistics is not None:
+        old, kind = kept.statistics, kept.statistics.kind
     else:
         old = gather(kind, step.old.X, step.old.y, step.k)
     if len(step.new):
         old = old + gather(kind, step.new.X, step.new.y, step.k, old.shift)
-    return fit_from_statistics(pipeline, old)
+    return fit_from_statistics(in_place_of(pipeline, kind), old)
 
 
 # ------------------------------------------------------------------------------------------------- no old rows
@@ -531,7 +528,7 @@ def _all_of(*checks: Callable[[Step], str | None]) -> Callable[[Step], str | Non
 METHODS: dict[str, Method] = {
     "joint": Method("old and new images together, which must be at hand", _joint, no_old_images),
     "statistics": Method(
-        "closed form from sums over the old rows; lda, ridge and centroid exactly, other heads become lda",
+        "closed form from sums over the old rows; lda, ridge and centroid exactly, other heads become ridge",
         _statistics,
         _no_memory("statistics", "statistics"),
         keeps="statistics",

@@ -40,6 +40,7 @@ def expand(
     drop: Sequence[str] = (),
     merge: Mapping[str, Sequence[str]] | None = None,
     test: Any = (),
+    calibration: Any = (),
     keep: str | None = None,
     params: Mapping[str, object] | None = None,
     labels: Any = None,
@@ -63,7 +64,7 @@ def expand(
     method : str, optional
         One of :data:`featpipe.expansion.METHODS`, or ``all``, which compares them. If not given: ``joint`` where all
         images that the model was trained on are at hand; else ``statistics`` for heads of which it is exact; else
-        ``replay`` where embeddings are kept; else ``frozen-old``.
+        ``replay`` where embeddings are kept; else ``statistics`` where those are kept; else ``frozen-old``.
     memory : int, optional
         Embeddings of each class that ``replay`` uses and that the new model keeps; as many as the model keeps, or 20.
     budget : int, optional
@@ -75,6 +76,9 @@ def expand(
     test : as ``data``
         Images to judge by, never trained on. If there are none, and the labels come without a split, a fifth of the new
         images are held out, judged by, and then learnt too.
+    calibration : as ``data``
+        Images to calibrate probabilities and sets by, neither learnt nor judged by; beside those that the labels of
+        the others mark ``validation``. With some of every class the new model gives sets.
     keep : str, optional
         What the new model keeps, as :func:`featpipe.train` takes it; if not given what this one does.
     params : mapping, optional
@@ -126,8 +130,10 @@ def expand(
     wanted_keep = None if keep is None else Keep.of(keep)
     if wanted_keep is not None and not enters and (model.kept is None or model.kept.network is None):
         wanted_keep.refuse_network()
-    learn, judge = (caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test))
-    request = digest_of_request([*learn, *judge], (len(learn), tuple(asked)))
+    learn, judge, check = (
+        caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test, calibration)
+    )
+    request = digest_of_request([*learn, *judge, *check], (len(learn), len(judge), tuple(asked)))
     if (done := _done(model, request, out)) is not None:
         progress(Progress("note", f"{out}: is what is asked for already"))
         return done
@@ -137,7 +143,7 @@ def expand(
         if (done := _done(model, request, out)) is not None:
             progress(Progress("note", f"{out}: is what is asked for already"))
             return done
-    rows = arrivals(model, growth, learn, judge, strict=method != "joint")
+    rows = arrivals(model, growth, learn, judge, strict=method != "joint", calibration=check)
     case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
     case.refuse_nothing()
     names = [cache.path.name for cache in learn]

@@ -16,6 +16,7 @@ __all__ = ["TRUSTED", "dumps", "loads", "refuse_unsavable"]
 
 # What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
 TRUSTED: tuple[str, ...] = (
+    "featpipe.heads.evidence.EvidenceRidgeClassifier",
     "featpipe.heads.grown.GrownClassifier",
     "featpipe.heads.neighbors.nearness",
     "featpipe.heads.path.SoftmaxRegressionCV",

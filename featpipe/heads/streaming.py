@@ -12,7 +12,6 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import compute_class_weight
 
 from featpipe.errors import ConfigError
 from featpipe.heads.classes import row_weights
@@ -27,6 +26,7 @@ from featpipe.heads.closed import (
     shrunk_apart,
     standardised,
 )
+from featpipe.heads.evidence import EvidenceRidgeClassifier, weights_of
 from featpipe.heads.moments import RowSource, moments
 
 __all__ = ["can_stream", "fit_streamed"]
@@ -104,9 +104,7 @@ def _ridge_classifier(
     head: RidgeClassifier, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None
 ) -> None:
     classes, codes = np.unique(y, return_inverse=True)
-    if head.class_weight is not None:
-        by_class = compute_class_weight(head.class_weight, classes=classes, y=y)
-        weights = by_class[codes] * (1.0 if weights is None else weights)
+    weights = weights_of(head, y, classes, codes, weights)
     ridge_classifier_from(head, standardised(scaler, moments(source, codes, weights, k=len(classes))), classes)
 
 
@@ -150,6 +148,7 @@ def _centroid(head: NearestCentroid, scaler: Any, source: RowSource, y: NDArray[
 _CLOSED: dict[type, Callable[..., None]] = {
     Ridge: _ridge,
     RidgeClassifier: _ridge_classifier,
+    EvidenceRidgeClassifier: _ridge_classifier,
     LinearDiscriminantAnalysis: _lda,
     NearestCentroid: _centroid,
 }

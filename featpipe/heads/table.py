@@ -101,9 +101,10 @@ TABLE: dict[str, HeadSpec] = {
     "ridge": HeadSpec(
         summary="least squares with an L2 penalty, in closed form",
         estimators={
-            "classification": "sklearn.linear_model:RidgeClassifier",
+            "classification": "featpipe.heads.evidence:EvidenceRidgeClassifier",
             "regression": "sklearn.linear_model:Ridge",
         },
+        defaults={"classification": {"alpha": 1.0}},  # of classes "auto" too: by evidence
         grid={"alpha": (1.0, 10.0, 100.0, 1e3, 1e4)},
     ),
     "lda": HeadSpec(

@@ -26,9 +26,17 @@ from featpipe.heads import (
     SoftmaxRegression,
     SoftmaxRegressionCV,
 )
+from featpipe.heads.evidence import EvidenceRidgeClassifier
 from featpipe.heads.table import _load
 
-ESTIMATORS = [SoftmaxRegression(), LinearClassifier(), LinearRegressor(), MLPClassifier(), MLPRegressor()]
+ESTIMATORS = [
+    EvidenceRidgeClassifier(),
+    SoftmaxRegression(),
+    LinearClassifier(),
+    LinearRegressor(),
+    MLPClassifier(),
+    MLPRegressor(),
+]
 EVERY = [(name, task) for name in heads.names() for task in heads.TABLE[name].estimators]
 
 

@@ -62,6 +62,7 @@ NEIGHBOURS = {  # of one floor, and yet used: with the reason
     ("commit", "cache"): "a part is of a cache, and lies beside it",
     ("evaluation", "training"): "a learning curve fits the model's head anew",
     ("expansion", "finetuning"): "an expansion may go on into the network, by its loop",
+    ("expansion", "training"): "rows that came are added to what is known of how new an image looks",
     ("finetuning", "training"): "the probe is fitted again, on rows that do not judge it",
     ("heads", "calibration"): "a head that grew asks the old one for its scores",
     ("model", "expansion"): "model.expand, which imports it when it is called",

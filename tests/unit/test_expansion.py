@@ -444,20 +444,127 @@ def test_the_method_that_is_taken_follows_from_what_there_is(models: Any, old: A
     assert taken(models(), [old, new]) == "joint"
     assert taken(models("lda"), new) == "statistics"
     assert taken(models(), new) == "replay"
-    assert taken(models(keep="statistics"), new) == "frozen-old"
+    assert taken(models(keep="statistics"), new) == "statistics"
+    assert taken(models(keep="importances"), new) == "frozen-old"
 
 
-def test_an_lda_takes_the_place_of_other_heads_and_that_is_said(models: Any, new: Any, test: Any) -> None:
+def test_a_ridge_takes_the_place_of_other_heads_and_that_is_said(
+    models: Any, old: Any, new: Any, test: Any, make: Any, tmp_path: Path
+) -> None:
+    """In two steps, the second with more images of an old class, it is that of all rows at once, to 1e-8."""
+    from featpipe import heads
+
+    more = make({"fox": 1, "bee": 7}, seed=4)
     found = expand(models(), new, method="statistics", test=test)
-    assert found.model.head_name == "lda"
-    assert any("the head is an lda now, and was logistic" in note for note in found.notes)
+    assert found.model.head_name == "ridge"
+    assert any("the head is ridge now, and was logistic" in note for note in found.notes)
+    model = load_model(found.model.expand(more, method="statistics").save(tmp_path / "m.model"))
+    X = np.concatenate([cache.X for cache in (old, new, more)]).astype(np.float64)
+    names = np.concatenate([cache.y for cache in (old, new, more)]).astype(str)
+    peer = heads.build("ridge", params=model.history["params"]).fit(X, np.searchsorted(NAMES, names))
+    scores, expected = logits_of(model.head, X), logits_of(peer, X)
+    assert np.abs(scores - expected).max() < 1e-8 * np.abs(expected).max()
+    assert model.head[-1].alpha_ == pytest.approx(peer[-1].alpha_, rel=1e-8)
+    assert accuracy(model, make({"fox": 40}, seed=9)) > 0.5  # of one image
 
 
-def test_scores_alone_are_calibrated_as_before(models: Any, new: FeatureCache, test: FeatureCache) -> None:
+def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, new: FeatureCache) -> None:
+    from featpipe.heads.statistics import gather
+
+    model = models()
+    codes = np.searchsorted(NAMES, old.y.astype(str))
+    model.kept = replace(model.kept, statistics=gather("apart", old.X.astype(np.float64), codes, 3))
+    assert model.expand(new, method="statistics").head_name == "lda"
+
+
+def test_what_stands_for_scores_alone_is_calibrated_on_rows_that_were_held_out(
+    models: Any, make: Any, tmp_path: Path
+) -> None:
+    """Its confidence is about how often it is right; too few rows leave the temperature as it was."""
+    from featpipe.calibration import calibration_error, fit_temperature
+
     model = models("ridge")
-    grown = model.expand(new, method="statistics")
-    assert grown.calibration.temperature == model.calibration.temperature
-    assert np.allclose(grown.predict_proba_features(test.X).sum(axis=1), 1)
+    near = {"dog": 60, "eel": 60}
+    grown = model.expand(make(near, seed=70), method="statistics")
+    assert grown.calibration.temperature != model.calibration.temperature
+    fresh = make(near, seed=71)
+    best = fit_temperature(logits_of(grown.head, fresh.X), np.searchsorted(NAMES, fresh.y.astype(str)))
+    assert 0.2 < grown.calibration.temperature / best < 5
+    p = grown.predict_proba_features(fresh.X)
+    assert calibration_error(p, np.searchsorted(NAMES, fresh.y.astype(str))) < 0.1
+    few = make({"dog": 2}, seed=72)
+    assert model.expand(few, method="statistics").calibration == model.calibration
+    assert models().expand(few, method="statistics").calibration.temperature == 0.25
+
+
+# -- what is known of held-out images --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(old: FeatureCache) -> Model:
+    return train(old, "logistic", params={"C": 0.1}, cv=3, keep="all")
+
+
+def test_novelty_goes_on_and_old_and_new_images_look_as_new_as_they_should(
+    judged: Model, new: FeatureCache, make: Any, tmp_path: Path
+) -> None:
+    fresh = make(dict.fromkeys(NAMES[:5], 200), seed=80)
+    stranger = make({"fox": 100}, seed=81)
+    for method in ("replay", "statistics", "frozen-old"):
+        grown = judged.expand(new, method=method)
+        grown = load_model(grown.save(tmp_path / "m.model"))
+        novelty = grown.novelty_features(fresh.X)
+        assert (novelty >= 0.9).mean() == pytest.approx(0.1, abs=0.05)
+        known = np.isin(fresh.y.astype(str), NAMES[:3])
+        assert np.median(judged.novelty_features(fresh.X[~known])) > np.median(novelty[~known])
+        assert np.median(grown.novelty_features(stranger.X)) > 0.8
+    assert len(grown.trust.novelty.rows) == 95 + 55
+
+
+def test_sets_hold_the_right_class_as_often_as_asked_of_rows_that_did_not_train(
+    judged: Model, old: FeatureCache, new: FeatureCache, make: Any, tmp_path: Path
+) -> None:
+    """Calibrated on images that are given for that; or, of old and new images together, on those held out in turns."""
+    check = make(dict.fromkeys(NAMES[:5], 100), seed=82)
+    fresh = make(dict.fromkeys(NAMES[:5], 200), seed=83)
+    for method in ("replay", "statistics", "distill"):
+        found = expand(judged, new, method=method, calibration=check)
+        model = load_model(found.model.save(tmp_path / "m.model"))
+        assert not model.was_trained_on(check.digests).any()
+        assert coverage(model, fresh, 0.8) > 0.76
+    joint = expand(judged, [old, new], method="joint").model
+    assert coverage(joint, fresh, 0.8) > 0.76
+    assert len(joint.trust.conformal.scores) == 150
+
+
+def coverage(model: Model, cache: FeatureCache, level: float) -> float:
+    sets = model.predict_sets_features(cache.X, level)
+    return float(np.mean([name in held for name, held in zip(cache.y.astype(str), sets, strict=True)]))
+
+
+def test_validation_rows_calibrate_too_and_what_is_missing_is_said(
+    judged: Model, new: FeatureCache, make: Any, test: FeatureCache
+) -> None:
+    marked = make(dict.fromkeys(NAMES[:5], 20), seed=84, split="validation")
+    found = expand(judged, [new, marked], method="replay", test=test)
+    assert found.images["learnt"] == 55
+    assert len(found.model.trust.conformal.scores) == 100
+    without = expand(judged, [new, make({"ant": 20}, 85, split="validation")], method="replay", test=test)
+    assert any("gives no sets of classes" in note and "--calibration" in note for note in without.notes)
+    with pytest.raises(ConfigError, match=r"learnt more classes without .*--calibration"):
+        without.model.predict_sets_features(new.X, 0.9)
+
+
+def test_sets_stay_true_where_classes_are_renamed_or_joined_and_go_where_one_is_left_out(
+    judged: Model, make: Any
+) -> None:
+    fresh = make(dict.fromkeys(NAMES[:3], 100), seed=86)
+    joined = judged.expand((), merge={"insect": ["ant", "bee"]})
+    sets = joined.predict_sets_features(fresh.X, 0.9)
+    truth = np.where(fresh.y == "cow", "cow", "insect")
+    assert np.mean([name in held for name, held in zip(truth, sets, strict=True)]) > 0.87
+    assert judged.expand((), merge={"calf": ["cow"]}).trust.conformal is judged.trust.conformal
+    assert judged.expand((), drop=["ant"]).trust.conformal is None
 
 
 def test_what_cannot_be_learnt_from_is_refused(models: Any, new: FeatureCache, make: Any, old: FeatureCache) -> None:
@@ -480,7 +587,7 @@ def test_what_cannot_be_learnt_from_is_refused(models: Any, new: FeatureCache, m
 
 
 def test_what_is_kept_must_be_of_the_head_s_own_embeddings(models: Any, tmp_path: Path) -> None:
-    model, other = models(), models("ridge")
+    model, other = models(), models("centroid")
     for wrong in (
         replace(model.kept, rows=model.kept.rows[:, :-1]),
         replace(model.kept, importances=model.kept.importances[:, :-1]),

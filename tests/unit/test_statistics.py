@@ -10,12 +10,13 @@ import pytest
 from sklearn.pipeline import Pipeline
 
 from featpipe import heads
-from featpipe.heads.statistics import Statistics, fit_from_statistics, gather, kind_for
+from featpipe.heads.statistics import Statistics, fit_from_statistics, gather, in_place_of, kind_for, takes
 
 HEADS = {
     "lda": {},
     "lda, shrinkage 0.1": {"shrinkage": 0.1},
     "ridge": {"alpha": 3.0},
+    "ridge, by evidence": {"alpha": "auto"},
     "centroid": {},
     "centroid, shrunk": {"shrink_threshold": 0.3},
     "lda, not scaled": {"scale": "passthrough"},
@@ -134,10 +135,14 @@ def test_rows_that_are_made_up_have_the_means_and_the_scatter(kind: Any, rows: A
     assert np.allclose(np.sqrt(np.diag(spread)), np.sqrt((centred**2).mean(axis=0)), rtol=0.3)
 
 
-def test_heads_without_a_closed_form_get_what_an_lda_takes() -> None:
-    assert kind_for(heads.build("logistic")) == ("apart", False)
-    assert kind_for(heads.build("ridge", params={"class_weight": "balanced"})) == ("apart", False)
-    assert kind_for(heads.build("centroid", params={"metric": "manhattan"})) == ("apart", False)
+def test_heads_without_a_closed_form_get_what_a_ridge_takes() -> None:
+    assert kind_for(heads.build("logistic")) == ("gram", False)
+    assert kind_for(heads.build("ridge", params={"class_weight": "balanced"})) == ("gram", False)
+    assert kind_for(heads.build("centroid", params={"metric": "manhattan"})) == ("gram", False)
+    for kind, head in (("gram", "EvidenceRidgeClassifier"), ("apart", "LinearDiscriminantAnalysis")):
+        assert takes(heads.build("logistic"), kind)
+        assert type(in_place_of(heads.build("logistic"), kind)[-1]).__name__ == head
+    assert not takes(heads.build("ridge"), "apart")
     with pytest.raises(ValueError, match="class 1 has no rows"):
         fit_from_statistics(heads.build("lda"), gather("apart", np.eye(4), np.array([0, 0, 2, 2]), 3))
     with pytest.raises(ValueError, match="takes statistics of kind gram"):
