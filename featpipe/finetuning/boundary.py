@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -201,6 +202,8 @@ def map_source(
         given = Extraction.of({"storage": storage, **(settings or {}), "backbone": view, "outputs": (cut.output,)})
         settings_ = replace(given, out=_path(some, view, given))
         caches.append(extract_index(some, view, settings_, progress, refuse_all_bad=False))
+        with suppress(OSError):  # `featpipe clean` removes what has not been used for long
+            os.utime(caches[-1].path)
     return MapSource(cut.above, caches, rows)
 
 
