@@ -87,9 +87,9 @@ def worth(
         Where the maps would be kept.
     storage : {"float16", "float32"}
     """
-    views = min(views, epochs)
-    needed = bytes_of(backbone, cut, storage) * images * views
-    whole, below = multiply_adds(backbone), multiply_adds(_maps_of(backbone, cut))
+    views, maps = min(views, epochs), _maps_of(backbone, cut)
+    needed = _bytes_of(maps, storage) * images * views
+    whole, below = multiply_adds(backbone), multiply_adds(maps)
     if not whole or below is None:
         return Worth(False, "how much work the frozen part is could not be counted", needed, 1)
     above = (1 + BACKWARD) * max(0, whole - below)
@@ -109,7 +109,11 @@ def worth(
 
 def bytes_of(backbone: Backbone, cut: Cut, storage: str) -> int:
     """On disk, for one view of one image."""
-    (shape,) = _maps_of(backbone, cut).shapes.values()
+    return _bytes_of(_maps_of(backbone, cut), storage)
+
+
+def _bytes_of(maps: Backbone, storage: str) -> int:
+    (shape,) = maps.shapes.values()
     return math.prod(shape) * np.dtype(storage).itemsize
 
 

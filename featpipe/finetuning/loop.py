@@ -158,7 +158,7 @@ def step(state: State, active: tuple[Tensor, ...], loss: float, norm: Tensor, cl
     overflows = state.scaler.is_enabled() and state.scaler.get_scale() > LEAST_SCALE
     if not torch.isfinite(norm) and not overflows:
         raise NotFinite("the gradient is not finite")
-    if clip and torch.isfinite(norm):
+    if clip and clip < norm < torch.inf:
         torch.nn.utils.clip_grads_with_norm_(active, clip, norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
