@@ -164,6 +164,11 @@ class Job:
     def _trained(self) -> set[int]:
         return {id(parameter) for parameter in self.parameters().values()}
 
+    @property
+    def follows(self) -> bool:
+        """Whether the statistics of any batch norm follow the batches."""
+        return any(isinstance(module, _NormBase) and self._follows(module) for module in self.network.modules())
+
     def _follows(self, module: nn.Module) -> bool:
         """Whether a batch norm's statistics follow the batches, once it is thawed."""
         return self.tuning.batch_norm == "trained" and any(id(p) in self._trained for p in module.parameters())
