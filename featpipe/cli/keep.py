@@ -71,7 +71,7 @@ def _print(made: FeatureCache, as_json: bool) -> None:
         click.echo(made.path)
 
 
-@click.command(short_help="Remove unfinished work and what fine-tuning kept, if nobody uses it.")
+@click.command(short_help="Remove work that was begun and that nobody goes on with.")
 @click.argument("folder", default="cache", metavar="[DIR]")
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.option("--dry-run", is_flag=True, help="Only show.")
