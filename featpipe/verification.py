@@ -271,6 +271,11 @@ def _backbone(cache: FeatureCache, given: Any) -> Any:
     from featpipe import backbone as backbones
 
     request = cache.manifest.get("backbone", {})
+    if "augmentation" in cache.facts["backbone"].get("transform", {}):
+        raise ConfigError(
+            f"{cache.path}: is of pictures that were changed at random, for fine-tuning, and only its checksums can be "
+            "verified; leave --sample and --repair out, or remove it: fine-tuning computes it again"
+        )
     return backbones.load_again(given, request, cache.facts["backbone"], where=str(cache.path))
 
 

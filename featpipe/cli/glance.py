@@ -29,6 +29,7 @@ def facts_of_cache(path: Path) -> dict[str, Any]:
         "format": f"{manifest['format']} {manifest['format_version']}",
         "backbone": manifest["facts"]["backbone"]["name"],
         "weights": manifest["facts"]["backbone"]["weights"],
+        "view": _view(manifest["facts"]["backbone"].get("transform", {})),
         "outputs": manifest["outputs"],
         "precision": manifest["facts"]["precision"],
         "storage": manifest["facts"]["storage"],
@@ -54,6 +55,14 @@ def facts_of_cache(path: Path) -> dict[str, Any]:
         "fingerprint": cache.fingerprint,
         "versions": manifest.get("versions"),
     }
+
+
+def _view(transform: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the pictures were changed at random before they were embedded, if they were: for fine-tuning."""
+    if "augmentation" not in transform:
+        return None
+    changes = {name: value for name, value in transform["augmentation"].items() if name != "versions"}
+    return {"number": transform["view"], "seed": transform["seed"], **changes}
 
 
 def _splits(cache: FeatureCache) -> dict[str, int]:
@@ -98,6 +107,7 @@ def shown_cache(facts: Mapping[str, Any]) -> str:
         ("splits", ", ".join(f"{count:,} {name}" for name, count in facts["splits"].items())),
         ("outputs", ", ".join(f"{name} {_shape(shape)}" for name, shape in facts["outputs"].items())),
         ("backbone", f"{facts['backbone']}, weights {facts['weights'][:12]}, {facts['precision']}"),
+        ("view", _viewed(facts["view"])),
         ("size", _size(facts)),
         ("lost", _few(facts["lost_shards"])),
         ("made", _made(facts)),
@@ -116,6 +126,13 @@ def _bad(facts: Mapping[str, Any]) -> str:
     if not bad:
         return "all with features"
     return f"{sum(facts['bad'].values()):,} without features: " + ", ".join(f"{count:,} {word}" for word, count in bad)
+
+
+def _viewed(view: Mapping[str, Any] | None) -> str:
+    if view is None:
+        return ""
+    changes = [f"{name} {value:g}" for name, value in view.items() if name not in ("number", "seed")]
+    return f"number {view['number'] + 1} of the pictures as fine-tuning changes them: {', '.join(changes)}"
 
 
 def _labelled(facts: Mapping[str, Any]) -> str:

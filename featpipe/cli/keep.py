@@ -79,8 +79,9 @@ def _print(made: FeatureCache, as_json: bool) -> None:
 def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Remove work that was begun and that nobody goes on with, from DIR, by default `cache`.
 
-    Shows unfinished extractions and predictions, shards that no cache names, temporary files and locks of processes
-    that have ended, and asks. What a process is using, and files that are not featpipe's, are left alone.
+    Shows unfinished extractions and predictions, feature maps that fine-tuning kept and has not used for an hour,
+    shards that no cache names, temporary files and locks of processes that have ended, and asks. What a process is
+    using, caches of embeddings, and files that are not featpipe's, are left alone.
 
     \b
     Example:
@@ -118,14 +119,17 @@ def _agreed(found: list[Abandoned]) -> bool:
 def _told(thing: Abandoned) -> str:
     number = len(thing.files)
     work, command = ("extraction", "extract") if thing.path.name.endswith(".h5.parts") else ("prediction", "predict")
+    command = "finetune" if thing.path.name.startswith("boundary-") else command
     what = {
         "parts": f"an unfinished {work} of {thing.rows:,} images" if thing.rows else "work without any result",
+        "maps": f"feature maps of {thing.rows:,} images, for fine-tuning",
         "shards": f"{number:,} {'shard' if number == 1 else 'shards'} that no cache in this folder names",
         "temporary": "a temporary file of a process that has ended",
         "lock": "a lock that nobody holds",
     }[thing.kind]
     advice = {
         "parts": f"the same {command} command would go on from it" if thing.rows else "",
+        "maps": "featpipe info shows of what; the next finetune command that needs them would compute them again",
         "shards": "if their cache was moved without them, it needs them",
     }.get(thing.kind, "")
     earlier = "; what an earlier one made is there" if thing.renews else ""

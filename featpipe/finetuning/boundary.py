@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -86,9 +87,9 @@ def worth(
         Where the maps would be kept.
     storage : {"float16", "float32"}
     """
-    views = min(views, epochs)
-    needed = bytes_of(backbone, cut, storage) * images * views
-    whole, below = multiply_adds(backbone), multiply_adds(_maps_of(backbone, cut))
+    views, maps = min(views, epochs), _maps_of(backbone, cut)
+    needed = _bytes_of(maps, storage) * images * views
+    whole, below = multiply_adds(backbone), multiply_adds(maps)
     if not whole or below is None:
         return Worth(False, "how much work the frozen part is could not be counted", needed, 1)
     above = (1 + BACKWARD) * max(0, whole - below)
@@ -108,7 +109,11 @@ def worth(
 
 def bytes_of(backbone: Backbone, cut: Cut, storage: str) -> int:
     """On disk, for one view of one image."""
-    (shape,) = _maps_of(backbone, cut).shapes.values()
+    return _bytes_of(_maps_of(backbone, cut), storage)
+
+
+def _bytes_of(maps: Backbone, storage: str) -> int:
+    (shape,) = maps.shapes.values()
     return math.prod(shape) * np.dtype(storage).itemsize
 
 
@@ -201,6 +206,8 @@ def map_source(
         given = Extraction.of({"storage": storage, **(settings or {}), "backbone": view, "outputs": (cut.output,)})
         settings_ = replace(given, out=_path(some, view, given))
         caches.append(extract_index(some, view, settings_, progress, refuse_all_bad=False))
+        with suppress(OSError):  # `featpipe clean` removes what has not been used for long
+            os.utime(caches[-1].path)
     return MapSource(cut.above, caches, rows)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -105,8 +106,9 @@ def _restored(job: Job, document: Mapping[str, Any], tensors: Mapping[str, Tenso
     parameters = job.parameters()
     for name, tensor in _below("optimizer", tensors).items():
         parameter, _, key = name.rpartition("/")
-        where = "cpu" if key == "step" else job.device
-        state.optimizer.state[parameters[parameter]][key] = tensor.to(where)
+        own = parameters[parameter]  # as its numbers lie in memory, so must those of the state
+        place = tensor if key == "step" else torch.empty_like(own).copy_(tensor)
+        state.optimizer.state[own][key] = place
     return state
 
 

@@ -93,6 +93,7 @@ class Job:
     board: Callable[[Any], None] | None = None
     past: Past | None = None
     beside: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _modes: list[nn.Module] = field(default_factory=list, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -141,31 +142,41 @@ class Job:
             if name not in active:
                 parameter.grad = None
         self.head.requires_grad_(True)
+        self.network.eval()
+        self._modes[:] = self._training()
         return tuple(p for p in (*self.head.parameters(), *self.network.parameters()) if p.requires_grad)
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Dropout and its like are on in what is trained; batch norms follow the batches where that was asked for."""
-        self.head.train()
-        for module in self.network.modules():
-            if isinstance(module, _NormBase):
-                module.training = self._follows(module) and any(p.requires_grad for p in module.parameters())
-            else:
-                module.training = any(parameter.requires_grad for parameter in module.parameters())
-        for parent in list(self.network.modules()):
-            for child in parent.children():  # dropout and its like have no parameters of their own
-                if next(child.parameters(), None) is None:
-                    for module in child.modules():
-                        module.training = parent.training
+        for module in self._modes:
+            module.training = True
         try:
             yield
         finally:
-            self.network.eval()
-            self.head.eval()
+            for module in self._modes:
+                module.training = False
+
+    def _training(self) -> list[nn.Module]:
+        """The modules that are in training mode while what is thawed now is trained; the network is in eval mode."""
+        found = {module: any(p.requires_grad for p in module.parameters()) for module in self.network.modules()}
+        for module in self.network.modules():
+            if isinstance(module, _NormBase):
+                found[module] &= self._follows(module)
+        for parent in self.network.modules():
+            for child in parent.children():  # dropout and its like have no parameters of their own
+                if next(child.parameters(), None) is None:
+                    found |= dict.fromkeys(child.modules(), found[parent])
+        return [*self.head.modules(), *(module for module, trains in found.items() if trains)]
 
     @cached_property
     def _trained(self) -> set[int]:
         return {id(parameter) for parameter in self.parameters().values()}
+
+    @property
+    def follows(self) -> bool:
+        """Whether the statistics of any batch norm follow the batches."""
+        return any(isinstance(module, _NormBase) and self._follows(module) for module in self.network.modules())
 
     def _follows(self, module: nn.Module) -> bool:
         """Whether a batch norm's statistics follow the batches, once it is thawed."""

@@ -170,7 +170,7 @@ def step(state: State, active: tuple[Tensor, ...], loss: float, norm: Tensor, cl
     overflows = state.scaler.is_enabled() and state.scaler.get_scale() > LEAST_SCALE
     if not torch.isfinite(norm) and not overflows:
         raise NotFinite("the gradient is not finite")
-    if clip and torch.isfinite(norm):
+    if clip and clip < norm < torch.inf:
         torch.nn.utils.clip_grads_with_norm_(active, clip, norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -228,17 +228,19 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _divide(job: Job, state: State, rows: NDArray[np.int64], error: BaseException) -> None:
-    if state.pieces >= len(rows):
+    least = 2 if job.follows else 1  # of a batch of one there are no statistics
+    most = len(rows) // least
+    if state.pieces >= most:
+        number = "one image" if least == 1 else "two images"
         raise ConfigError(
-            f"there is not enough memory to train on one image at a time ({error}); unfreeze less, or "
+            f"there is not enough memory to train on {number} at a time ({error}); unfreeze less, or "
             "take --precision bf16"
         ) from error
-    state.pieces = min(2 * state.pieces, len(rows))
+    state.pieces = min(2 * state.pieces, most)
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
-    text = (
-        f"memory ran out: batches of {job.tuning.batch} are computed in {state.pieces} pieces, with the same gradients"
-    )
+    same = "each with batch statistics of its own" if job.follows else "with the same gradients"
+    text = f"memory ran out: batches of {job.tuning.batch} are computed in {state.pieces} pieces, {same}"
     job.progress(Progress("warning", text))
 
 

@@ -77,7 +77,7 @@ class State:
         What training changes, as it was after the best epoch.
     average : dict of str to Tensor
         The same, averaged over the steps; empty without averaging.
-    monitor : {"loss", "score"}
+    monitor : {"score", "loss"}
         What the best epoch is the best by.
     """
 
@@ -92,7 +92,7 @@ class State:
     curve: list[Epoch] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
-    monitor: str = "loss"
+    monitor: str = "score"
 
     @classmethod
     def begun(cls, job: Job, rate: float) -> State:

@@ -178,10 +178,12 @@ class FineTuning:
     ema : float
         Decay of a moving average of the weights, which is then what is judged and kept; 0 is without.
     patience : int
-        Stop after so many epochs without a better one; 0 never does. The best epoch is kept in any case.
-    monitor : {"loss", "score"}
-        What an epoch is judged by, on validation images: the loss; or the share of right answers (R² of numbers), and
-        the loss where that is equal.
+        Stop after so many epochs without a better one. 0 never does: the first epochs, at the highest rates, are often
+        worse than the start, and the last ones better. The best epoch is kept in any case.
+    monitor : {"score", "loss"}
+        What an epoch is judged by, on validation images: the share of right answers (R² of numbers), which is what the
+        final table decides by, and the loss where that is equal; or the loss alone, which rises with a network's
+        confidence while its answers still get better.
     test, validation : float
         Shares of the images that are held out for the final table, and of the rest that decide when to stop, where the
         labels come without a split.
@@ -221,8 +223,8 @@ class FineTuning:
     class_weight: str | None = None
     sampling: str | None = None
     ema: float = 0.0
-    patience: int = 3
-    monitor: str = "loss"
+    patience: int = 0
+    monitor: str = "score"
     test: float = 0.2
     validation: float = 0.2
     cache_activations: str = AUTO
@@ -238,7 +240,7 @@ class FineTuning:
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
             "precision": ("fp32", "bf16", "fp16"),
-            "monitor": ("loss", "score"),
+            "monitor": ("score", "loss"),
             "cache_activations": (AUTO, "yes", "no"),
             "class_weight": (None, "balanced"),
             "sampling": (None, "balanced"),

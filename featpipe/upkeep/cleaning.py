@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featpipe.cache import FeatureCache
+from featpipe.cache import FeatureCache, parts_directory
 from featpipe.commit import OURS, TEMPORARY, Parts
 from featpipe.errors import CacheError
 
@@ -24,6 +24,7 @@ SECONDS_MIN = 3600  # what is younger may be somebody's copy under way, or belon
 _PARTS = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # of a cache or a file of predictions
 _SHARD = re.compile(r"[0-9a-f]{24}\.h5")
 _LOCK = re.compile(r"\.files-[0-9a-f]{8}\.lock")
+_MAPS = re.compile(r"boundary-[0-9a-f]{16}\.h5")  # as featpipe.finetuning.boundary names them
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,24 @@ class Abandoned:
 
     Attributes
     ----------
-    kind : {"parts", "shards", "temporary", "lock"}
-        ``parts``: an extraction or a prediction that was not finished. ``shards``: pieces that no cache of the folder
-        names. ``temporary``: a file of a process that has ended. ``lock``: a lock that nobody holds.
+    kind : {"parts", "maps", "shards", "temporary", "lock"}
+        ``parts``: an extraction or a prediction that was not finished. ``maps``: feature maps that fine-tuning kept for
+        its next run, and has not used for an hour. ``shards``: pieces that no cache of the folder names. ``temporary``:
+        a file of a process that has ended. ``lock``: a lock that nobody holds.
     path : Path
     files : tuple of Path
         What is to be removed: ``path`` itself, or files in it.
     nbytes : int
     seconds : float
-        How long ago it was last written.
+        How long ago it was last written, or used.
     rows : int
-        Images of which the unfinished work has committed embeddings: the same command would go on from there.
+        Images of which the unfinished work has committed embeddings, or whose maps are kept: the same command would go
+        on from there.
     renews : bool
         Whether the file that the work was for is there, from an earlier one.
     """
 
-    kind: Literal["parts", "shards", "temporary", "lock"]
+    kind: Literal["parts", "maps", "shards", "temporary", "lock"]
     path: Path
     files: tuple[Path, ...]
     nbytes: int
@@ -59,7 +62,7 @@ class Abandoned:
 def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> list[Abandoned]:
     """Find what was abandoned in a folder of caches, and remove it on request.
 
-    What a process holds, files of others, and caches are never touched.
+    What a process holds, files of others, and caches of embeddings are never touched.
 
     Parameters
     ----------
@@ -84,7 +87,7 @@ def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> lis
     """
     path = Path(folder)
     try:
-        found = [*_parts(path), *_shards(path), *_temporaries(path), *_locks(path)]
+        found = [*_parts(path), *_maps(path), *_shards(path), *_temporaries(path), *_locks(path)]
     except OSError as error:
         raise CacheError(f"{path}: {error.strerror}; give the folder where caches are kept") from None
     return remove(found) if yes else found
@@ -92,7 +95,13 @@ def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> lis
 
 def remove(found: Iterable[Abandoned]) -> list[Abandoned]:
     """Remove what :func:`clean` found, where that is still abandoned; what was removed."""
-    removals = {"parts": _remove_parts, "shards": _remove_shards, "temporary": _remove_file, "lock": _remove_lock}
+    removals = {
+        "parts": _remove_parts,
+        "maps": _remove_maps,
+        "shards": _remove_shards,
+        "temporary": _remove_file,
+        "lock": _remove_lock,
+    }
     removed = []
     for thing in found:
         with suppress(OSError, CacheError):  # somebody else's by now, or not ours to remove: it is not in the answer
@@ -122,6 +131,32 @@ def _remove_parts(thing: Abandoned) -> bool:
             return False  # somebody went on with it since it was shown
         parts.remove()
     return not any(file.exists() for file in thing.files)
+
+
+def _maps(folder: Path) -> Iterator[Abandoned]:
+    for path in sorted(folder.iterdir()):
+        if _MAPS.fullmatch(path.name) and _is_old_file(path) and not _parts_of_cache(path).busy():
+            with suppress(CacheError):  # what does not open as a cache is not ours to judge
+                cache = FeatureCache(path, salvage=True)
+                files = (path, *cache.shard_files)
+                yield Abandoned("maps", path, files, _bytes(files), _age([path]), len(cache))
+
+
+def _remove_maps(thing: Abandoned) -> bool:
+    """Who has them open goes on reading: the files have no name any more, and are there until they are closed."""
+    parts = _parts_of_cache(thing.path)
+    if parts.busy() or not _is_old_file(thing.path):
+        return False
+    with parts.writing():
+        thing.path.unlink()
+        shards = thing.path.with_name(thing.path.name + ".shards")
+        for file in {*thing.files} & {*_orphans(thing.path.parent, shards)}:  # no copy of the cache names them
+            file.unlink()
+        with suppress(OSError):
+            shards.rmdir()
+        if not parts.recorded_rows():
+            parts.remove()
+    return True
 
 
 def _shards(folder: Path) -> Iterator[Abandoned]:
@@ -165,7 +200,11 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _parts_of(shards: Path) -> Parts:
-    return Parts(shards.with_name(shards.name.removesuffix(".shards") + ".parts"), "")
+    return _parts_of_cache(shards.with_name(shards.name.removesuffix(".shards")))
+
+
+def _parts_of_cache(cache: Path) -> Parts:
+    return Parts(parts_directory(cache), "")
 
 
 def _remove_shards(thing: Abandoned) -> bool:

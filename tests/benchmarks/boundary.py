@@ -7,7 +7,10 @@ making ready, the extraction of the maps and its validation. The bound is what t
 decoding and of the part below, each measured alone, and ten epochs of the part above on tensors in memory; the making
 ready of the network, some two seconds whatever the number of images, is not counted against it.
 
-    python tests/benchmarks/boundary.py [images] [rounds] [backbone ...]
+A backbone as ``resnet18:bf16`` trains in that precision: loop and bound stay fp32, and so the share of the bound says
+nothing then.
+
+    python tests/benchmarks/boundary.py [images] [rounds] [backbone[:precision] ...]
 """
 
 from __future__ import annotations
@@ -70,13 +73,13 @@ from featpipe.backbone.stages import stages
 from featpipe.engine import Engine, resolve_device
 from featpipe.limits import _Bench, _together
 from featpipe.recipe import Extraction
-folder, out, name, epochs = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+folder, out, name, epochs, precision = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 cache = featpipe.extract(folder, backbone=name, weights=None if "lite" in name else "none", cache=out, device="cpu")
 model = featpipe.train(cache, head="logistic")
 loaded, noted = model.backbone, []
 told = lambda event: noted.append((time.perf_counter(), event.kind, event.text))
 settings = dict(unfreeze="last", epochs=epochs, batch=32, patience=0, cache_activations="yes", keep_worse=True)
-settings |= dict(learning_rate=1e-4, test=0.02, validation=0.02, device="cpu")
+settings |= dict(learning_rate=1e-4, test=0.02, validation=0.02, device="cpu", precision=precision)
 featpipe.finetune(model, folder, cache=out, progress=told, **settings)
 began = next(at for at, kind, text in noted if text.startswith("trained:"))
 ended = next(at for at, kind, text in noted if text.startswith(f"epoch {epochs}: "))
@@ -119,13 +122,14 @@ EPOCHS = 10
 TIMED = 2  # of the loop's
 
 
-def compare(backbone: str, folder: Path, rounds: int) -> None:
+def compare(what: str, folder: Path, rounds: int) -> None:
+    backbone, _, precision = what.partition(":")
     script: list[float] = []
     found: list[dict[str, Any]] = []
     for _ in range(rounds):
         script.append(answer(PEER, folder, backbone, TIMED) * EPOCHS)
         with tempfile.TemporaryDirectory() as out:
-            found.append(answer(OURS, folder, out, backbone, EPOCHS))
+            found.append(answer(OURS, folder, out, backbone, EPOCHS, precision or "fp32"))
     seconds, once, each, bound = (
         1000 * statistics.median(one[key] for one in found) for key in ("seconds", "once", "each", "bound")
     )
@@ -133,7 +137,7 @@ def compare(backbone: str, folder: Path, rounds: int) -> None:
     share = statistics.median(one["bound"] / (one["seconds"] - one["ready"]) for one in found)
     ready = statistics.median(one["ready"] * one["images"] for one in found)
     print(
-        f"{backbone}: the loop {1000 * statistics.median(script):.0f} ms an image, featpipe {seconds:.0f} ms: "
+        f"{what}: the loop {1000 * statistics.median(script):.0f} ms an image, featpipe {seconds:.0f} ms: "
         f"{ratio:.2f} times faster, {share:.0%} of the bound ({bound:.0f} ms: {once:.1f} once, {each:.2f} an epoch), "
         f"ready in {ready:.1f} s; "
         f"{found[0]['disk'] / 1000:.1f} kB on disk an image; {found[0]['said']}",
@@ -147,8 +151,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "photographs"
         photographs(folder, n)
-        for backbone in sys.argv[3:] or ["efficientnet_lite0", "resnet18"]:
-            compare(backbone, folder, rounds)
+        for what in sys.argv[3:] or ["efficientnet_lite0", "resnet18"]:
+            compare(what, folder, rounds)
 
 
 if __name__ == "__main__":

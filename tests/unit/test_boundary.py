@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +14,14 @@ import torch
 import featpipe
 from featpipe import archive, backbone, image
 from featpipe.backbone.cutting import cut
+from featpipe.cli.glance import facts_of_cache, shown_cache
 from featpipe.engine import Engine
 from featpipe.errors import ConfigError
 from featpipe.finetuning import boundary, finetune
 from featpipe.finetuning.boundary import map_source, worth
 from featpipe.finetuning.views import Augmentation, View
+from featpipe.upkeep import clean, cleaning
+from featpipe.verification import verify
 from tests.finetuning import Ladder, small_transform, write_photos
 
 CHANGED = Augmentation(flip=0.5, color=0.3)
@@ -155,3 +160,30 @@ def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model
     assert any("mixup and cutmix mix pictures" in text for text in told)
     with pytest.raises(ConfigError, match="cache_activations=yes: mixup and cutmix mix pictures"):
         finetune(model, tmp_path / "photos", mixup=0.2, cache_activations="yes", **settings)
+
+
+def test_the_cache_of_a_changed_view_can_be_told_and_checked_but_not_embedded_again(tmp_path, index, ladder):
+    _, found = made(ladder)
+    map_source(index, np.arange(4), ladder, found, augmentation=CHANGED, settings={"cache": tmp_path})
+    (path,) = tmp_path.glob("boundary-*.h5")
+    assert facts_of_cache(path)["view"] == {"number": 0, "seed": 0, "flip": 0.5, "color": 0.3}
+    assert "view         number 1 of the pictures" in shown_cache(facts_of_cache(path))
+    assert verify(path).whole
+    with pytest.raises(ConfigError, match="changed at random, for fine-tuning, and only its checksums"):
+        verify(path, sample=1, backbone=ladder)
+
+
+def test_maps_that_are_used_again_are_as_good_as_new_to_who_cleans(tmp_path, index, ladder, monkeypatch):
+    _, found = made(ladder)
+
+    def again():
+        map_source(index, np.arange(4), ladder, found, augmentation=Augmentation(), settings={"cache": tmp_path})
+
+    again()
+    (path,) = tmp_path.glob("boundary-*.h5")
+    os.utime(path, (0, 0))
+    again()
+    assert time.time() - path.stat().st_mtime < 60
+    now = time.time() + 7200
+    monkeypatch.setattr(cleaning.time, "time", lambda: now)
+    assert [(thing.kind, thing.path) for thing in clean(tmp_path)] == [("maps", path)]

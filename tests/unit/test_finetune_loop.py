@@ -486,9 +486,12 @@ def test_where_memory_runs_out_batches_are_computed_in_pieces_with_the_same_resu
     assert_equal(weights(whole), weights(small), atol=1e-4, rtol=1e-3)
 
 
-def test_memory_for_not_even_one_image_is_an_error():
-    job = job_of()
+@pytest.mark.parametrize(("batch_norm", "least"), [("frozen", "one image"), ("trained", "two images")])
+def test_memory_for_not_even_the_smallest_batch_is_an_error(batch_norm, least):
+    job, said = job_of(batch_norm=batch_norm), []
     source = Tensors(Small(job.source.network, 0), job.source.images)
-    job = replace(job, source=source, progress=lambda told: None)
-    with pytest.raises(ConfigError, match="not enough memory to train on one image at a time"):
+    job = replace(job, source=source, watched=job.source, progress=said.append)
+    with pytest.raises(ConfigError, match=f"not enough memory to train on {least} at a time"):
         fine_tune(job, begun(job))
+    kept = any("with the same gradients" in p.text for p in said if p.kind == "warning")
+    assert kept == (batch_norm == "frozen")

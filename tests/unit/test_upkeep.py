@@ -471,6 +471,27 @@ def test_no_shard_is_removed_while_a_cache_beside_it_cannot_be_read(tmp_path, la
     assert len(names(tmp_path / "a.h5.shards")) == 2
 
 
+@pytest.mark.parametrize("shard_bytes", [None, SHARD])
+def test_feature_maps_that_fine_tuning_kept_go_with_their_shards_and_nothing_else_does(tmp_path, later, shard_bytes):
+    more = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    maps = "boundary-0123456789abcdef.h5"
+    make(tmp_path / maps, many(40), **more)
+    make(tmp_path / "boundary-mine.h5", many(2))
+    make(tmp_path / "a.h5", many(3))
+    before = {maps, f"{maps}.shards"} if shard_bytes else {maps}
+    (found,) = clean(tmp_path)
+    assert (found.kind, found.path.name, found.rows) == ("maps", maps, 40)
+    assert found.nbytes == sum(path.stat().st_size for path in found.files)
+    assert before <= set(names(tmp_path))
+    assert [thing.path for thing in clean(tmp_path, yes=True)] == [found.path]
+    assert names(tmp_path) == ["a.h5", "boundary-mine.h5"]
+
+
+def test_feature_maps_that_were_used_a_moment_ago_are_left_alone(tmp_path):
+    make(tmp_path / "boundary-0123456789abcdef.h5", many(4))
+    assert clean(tmp_path, yes=True) == []
+
+
 def test_what_is_young_is_left_alone(tmp_path):
     make(tmp_path / "a.h5", many(40), shard_bytes=SHARD)
     (tmp_path / "a.h5").unlink()
