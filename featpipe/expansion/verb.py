@@ -88,7 +88,7 @@ def expand(
         Of archives, as :func:`featpipe.extract` takes them.
     unfreeze : str, int or float
         What of the network is trained too, as :class:`featpipe.recipe.FineTuning` describes it; ``head`` is nothing of
-        it. It is for ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, and for archives.
+        it. It is for ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, and for archives, without calibration.
     resume : bool
         Where the network is trained and that was interrupted, go on from the checkpoint beside ``out``.
     out : path-like, optional
@@ -124,6 +124,8 @@ def expand(
     asked: list[Any] = [method, memory, budget, tuple(drop), _flat(merge), keep, _deciding(params)]
     way = None
     if enters:
+        if _some(calibration):
+            raise ConfigError("--calibration is for a network that stays as it is, and --unfreeze trains it; leave one out")
         asked += [str(unfreeze)]
         way, params = Way.of(method, listed(data, test), params, unfreeze, labels, cache, resume)
     settings = Settings.of(params | ({} if memory is None else {"memory": memory}))

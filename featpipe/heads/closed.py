@@ -72,7 +72,7 @@ def ridge_classifier_from(head: RidgeClassifier, found: Moments, classes: NDArra
     """Fit to class codes, which stand for columns of 0 and 1."""
     from sklearn.preprocessing import LabelBinarizer
 
-    if isinstance(head.alpha, str):
+    if isinstance(head.alpha, str) and head.class_weight is None:
         found = _levelled(found)
     y_sums, cross = 2 * found.y - found.weight, 2 * found.cross - found.x[:, None]  # of 1 and -1 instead of 1 and 0
     if len(classes) == 2:

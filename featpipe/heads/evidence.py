@@ -61,7 +61,9 @@ class EvidenceRidgeClassifier(RidgeClassifier):
     Parameters
     ----------
     alpha : float or "auto"
-    fit_intercept, copy_X, max_iter, tol, class_weight, solver, positive, random_state
+    class_weight : mapping or "balanced", optional
+        As there; without, all classes weigh alike under ``"auto"``.
+    fit_intercept, copy_X, max_iter, tol, solver, positive, random_state
         As there.
 
     Attributes

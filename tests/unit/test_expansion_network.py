@@ -336,7 +336,7 @@ def test_an_interrupted_expansion_goes_on_to_the_same_model(grow: Any, tmp_path:
 
 
 def test_a_network_that_got_no_better_stays_and_the_model_is_that_of_features(grow: Any, model: Model) -> None:
-    found = grow("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0})
+    found = grow("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0, "monitor": "loss"})
     assert found.notes[0].startswith("no epoch was better than the start")
     assert found.model.facts == model.facts
     features = grow("distill", unfreeze="head")
@@ -438,6 +438,7 @@ def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> 
         ("distill", "new", {"unfreeze": "head", "keep": "network"}, "embeddings do not; keep them where"),
         ("distill", "new", {"unfreeze": "head", "params": {"batch": 8}}, "unknown setting 'batch'"),
         ("distill", "old", {}, "no class is new: nothing to learn"),
+        ("distill", "new", {"calibration": "old"}, "--calibration is for a network that stays as it is"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(method: str, data: str, how: Any, problem: str, grow: Any) -> None:

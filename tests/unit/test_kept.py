@@ -76,13 +76,22 @@ def test_what_is_kept_is_read_again_as_it_was_and_its_size_is_told(kept: Kept) -
     assert sum(facts["bytes"].values()) + 8 * K == kept.nbytes
 
 
-@pytest.mark.parametrize("name", ["counts", "rows", "codes", "importances", "statistics.sums", "statistics.apart"])
+@pytest.mark.parametrize("name", ["counts", "rows", "codes", "importances", "statistics.sums", "statistics.gram"])
 def test_arrays_that_do_not_fit_are_refused(name: str, kept: Kept) -> None:
+    _refused_unless_they_fit(name, kept)
+
+
+@pytest.mark.filterwarnings("ignore:Only one sample available")  # scikit-learn's, of the class of one image
+def test_a_scatter_that_does_not_fit_is_refused(rows: Any) -> None:
+    _refused_unless_they_fit("statistics.apart", keep_of(Keep.of("all"), heads.build("lda").fit(*rows), *rows, K))
+
+
+def _refused_unless_they_fit(name: str, kept: Kept) -> None:
     arrays = kept.arrays()
     with pytest.raises(ValueError):  # noqa: PT011 - each has words of its own
         Kept.of(arrays | {name: arrays[name][:-1]}, K)
     for wrong in (np.nan, -7):
-        if name in ("statistics.sums", "statistics.apart", "rows", "importances") and wrong == -7:
+        if name.startswith(("statistics.", "rows", "importances")) and wrong == -7:
             continue
         if arrays[name].dtype.kind == "i" and wrong != -7:
             continue
