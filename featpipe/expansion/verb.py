@@ -125,7 +125,7 @@ def expand(
     way = None
     if enters:
         if _some(calibration):
-            raise ConfigError("--calibration is for a network that stays as it is, and --unfreeze trains it; leave one out")
+            raise ConfigError("--calibration is for a network that stays as it is, not for --unfreeze; leave one out")
         asked += [str(unfreeze)]
         way, params = Way.of(method, listed(data, test), params, unfreeze, labels, cache, resume)
     settings = Settings.of(params | ({} if memory is None else {"memory": memory}))
