@@ -46,6 +46,8 @@ REPLAY_DISTILL = 1.0  # how much replay weighs what the old head says
 DISTILL_STRENGTH = 20.0
 DRAWN = 100  # made-up rows of each old class
 SLOPE_RIDGE = 1e-3  # for old and new rows that are told apart without a mistake
+# Of a margin that tells next to nothing, in its deviations: a smaller one would give all rows to the more frequent side.
+LEAST_SLOPE = 1.0
 NEW_WIN = 0.75  # the share of new rows that the offset lets win where nothing is remembered of the old ones
 
 
@@ -467,8 +469,9 @@ def _offset(k_old: int, old: Array, weights: Array, new: Array, y: NDArray[np.in
         value = w @ np.logaddexp(0, wrong) + 0.5 * SLOPE_RIDGE * w.sum() * slope**2
         return float(value), np.array([pull @ z / unit + SLOPE_RIDGE * w.sum() * slope, pull.sum()])
 
-    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="BFGS").x
-    return float(unit * offset / slope) if slope > SLOPE_RIDGE else 0.0
+    bounds = [(LEAST_SLOPE, None), (None, None)]
+    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return float(unit * offset / slope)
 
 
 def _moved(layer: LastLayer, k_old: int, offset: float) -> LastLayer:

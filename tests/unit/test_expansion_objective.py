@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from featpipe import SoftmaxRegression
-from featpipe.expansion.methods import _rescaled, shared_out, start
+from featpipe.expansion.methods import _offset, _rescaled, shared_out, start
 from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
 from featpipe.heads.layer import LastLayer
 
@@ -124,3 +124,14 @@ def test_new_classes_start_at_their_means_and_old_ones_as_they_were(problem: dic
     means = np.stack([Z[y == code].mean(axis=0) for code in (4, 5)])
     assert np.allclose(layer.W[OLD:] / np.linalg.norm(layer.W[OLD]), means / np.linalg.norm(means[0]))
     assert np.linalg.norm(layer.W[OLD:], axis=1).mean() == pytest.approx(np.linalg.norm(old.W, axis=1).mean())
+
+
+def test_an_offset_is_where_old_and_new_part_and_stays_among_the_scores_where_they_do_not() -> None:
+    rng = np.random.default_rng(0)
+    old, new = np.zeros((500, 2)), np.zeros((500, 2))
+    old[:, 1], new[:, 1] = rng.normal(4, 1, 500), rng.normal(10, 1, 500)
+    y, weights = np.ones(500, np.int64), np.ones(500)
+    assert _offset(1, old, weights, new, y) == pytest.approx(-7, abs=0.3)
+    old[:, 1] = rng.normal(0, 100, 500)
+    new[:, 1] = old[:, 1] + 3  # next to nothing
+    assert abs(_offset(1, old, 3 * weights, new, y)) < 3 * 100
