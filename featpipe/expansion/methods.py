@@ -46,7 +46,7 @@ REPLAY_DISTILL = 1.0  # how much replay weighs what the old head says
 DISTILL_STRENGTH = 20.0
 DRAWN = 100  # made-up rows of each old class
 SLOPE_RIDGE = 1e-3  # for old and new rows that are told apart without a mistake
-# Of a margin that tells next to nothing, in its deviations: a smaller one would give all rows to the more frequent side.
+# Of a margin that tells next to nothing, in its deviations: with less all rows go to the more frequent side.
 LEAST_SLOPE = 1.0
 NEW_WIN = 0.75  # the share of new rows that the offset lets win where nothing is remembered of the old ones
 
