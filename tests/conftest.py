@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -67,6 +68,22 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Engine, "submit", counted)
     return passes
+
+
+def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """As Ctrl-C would, after some steps, once; gets an entry for each step."""
+    from featpipe.finetuning import loop
+
+    real, made = loop.step, list[int]()
+
+    def interrupted(*given: object) -> None:
+        real(*given)  # type: ignore[arg-type]
+        made.append(1)
+        if len(made) == after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    return made
 
 
 @pytest.fixture

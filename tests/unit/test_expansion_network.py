@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +35,7 @@ from featpipe.finetuning.state import Epoch
 from featpipe.kept import Kept
 from featpipe.model import Model
 from tests import finetuning as pictures
+from tests.conftest import interrupt_fine_tuning
 from tests.unit.test_finetune_loop import ASKED, Interrupting, N, assert_equal, begun, job_of, weights
 
 OLD, NEW = ("ape", "bee"), ("cow", "dog")
@@ -307,19 +306,9 @@ def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
 
 
 def test_an_interrupted_expansion_goes_on_to_the_same_model(grow: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    from featpipe.finetuning import loop
-
     how = {"params": LEARNS, "out": tmp_path / "m.model"}
     whole = grow("ewc", "old", "new", **{**how, "out": tmp_path / "whole.model"})
-    real, made = loop.step, []
-
-    def interrupted(*given: Any) -> None:
-        real(*given)
-        made.append(1)
-        if len(made) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop, "step", interrupted)
+    interrupt_fine_tuning(monkeypatch, after=3)
     with pytest.raises(KeyboardInterrupt):
         grow("ewc", "old", "new", **how)
     assert not (tmp_path / "m.model").exists()

@@ -17,6 +17,7 @@ from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import finetune
 from featpipe.finetuning.sides import sides_of
 from featpipe.recipe import FineTuning
+from tests.conftest import interrupt_fine_tuning
 from tests.finetuning import Ladder, small_transform, write_photos
 
 QUICK = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "all"}
@@ -211,22 +212,9 @@ def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos,
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, photos, model, monkeypatch):
-    from featpipe.finetuning import loop
-
     whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
-    out, made = tmp_path / "t.model", []
-    real = loop.step
-
-    def interrupted(*given):
-        real(*given)
-        made.append(1)
-        if len(made) == 3:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop, "step", interrupted)
+    out = tmp_path / "t.model"
+    made = interrupt_fine_tuning(monkeypatch, after=3)
     with pytest.raises(KeyboardInterrupt):
         finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
     assert out.with_name("t.model.checkpoint").exists()
