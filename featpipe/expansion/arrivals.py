@@ -20,7 +20,7 @@ from featpipe.expansion.growth import Growth
 from featpipe.model import Model
 from featpipe.progress import Tell
 
-__all__ = ["Arrivals", "Side", "arrivals", "caches_of", "digest_of_request", "labels_of"]
+__all__ = ["Arrivals", "Side", "arrivals", "caches_of", "digest_of_request", "each_of", "is_cache", "labels_of"]
 
 TEST_SHARE = 0.2
 JUDGED_FROM = 5  # distinct images that a class must have for some of them to be held out
@@ -44,6 +44,20 @@ class Side:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def keys(self) -> NDArray[Any]:
+        """The digests as one value each, shape (m,)."""
+        return self.digests.view("V32").ravel()
+
+    @property
+    def first(self) -> NDArray[np.intp]:
+        """A row of each image: of copies the first."""
+        return np.unique(self.keys, return_index=True)[1]
+
+    def distinct(self, k: int) -> NDArray[np.int64]:
+        """How many different images each of k classes has, shape (k,)."""
+        return np.bincount(self.y[self.first], minlength=k)
 
     def take(self, which: NDArray[Any]) -> Side:
         return Side(self.X[which], self.y[which], self.digests[which])
@@ -88,9 +102,7 @@ class Arrivals:
         new = self.new
         if self.given or not len(new):
             return self
-        first = np.unique(new.digests.view("V32").ravel(), return_index=True)[1]
-        distinct = np.bincount(new.y[first], minlength=int(new.y.max()) + 1)
-        enough = np.flatnonzero(distinct[new.y] >= JUDGED_FROM)
+        enough = np.flatnonzero(new.distinct(int(new.y.max()) + 1)[new.y] >= JUDGED_FROM)
         if not len(enough):
             return self
         some = new.take(enough)
@@ -98,10 +110,18 @@ class Arrivals:
             held = enough[split.holdout(some.digests, some.y, test=TEST_SHARE)[1]]
         except ConfigError:  # classes that share their few images
             return self
-        stays = np.ones(len(new), bool)
-        stays[held] = False
-        stays &= ~np.isin(new.digests.view("V32").ravel(), new.digests[held].view("V32").ravel())
+        stays = ~np.isin(new.keys, new.keys[held])
         return replace(self, new=new.take(stays), test=self.test + new.take(held), given=False)
+
+
+def each_of(data: Any) -> list[Any]:
+    """What is given, one or several, one by one."""
+    return [data] if isinstance(data, (str, os.PathLike, FeatureCache)) else list(data)
+
+
+def is_cache(one: Any) -> bool:
+    """Whether it is a cache, open or by its path, and not an archive."""
+    return isinstance(one, FeatureCache) or Path(one).suffix in (".h5", ".hdf5")
 
 
 def caches_of(
@@ -116,13 +136,13 @@ def caches_of(
     CacheMismatchError
         If a cache holds other embeddings than the model was trained on.
     """
-    given = [data] if isinstance(data, (str, os.PathLike, FeatureCache)) else list(data)
-    is_cache = [isinstance(one, FeatureCache) or Path(one).suffix in (".h5", ".hdf5") for one in given]
-    if all(is_cache):
+    given = each_of(data)
+    are_caches = [is_cache(one) for one in given]
+    if all(are_caches):
         if labels is not None:
             raise ConfigError("--labels goes with archives; a cache has labels of its own: extract again with --labels")
         caches = [one if isinstance(one, FeatureCache) else FeatureCache(one) for one in given]
-    elif any(is_cache):
+    elif any(are_caches):
         raise ConfigError("caches and archives are mixed; extract the archives first, and give the caches")
     else:
         caches = [_extracted(model, given, labels, cache, progress)]
@@ -206,7 +226,7 @@ def _to_calibrate(
 
 def _among(some: Side, others: Side) -> NDArray[np.bool_]:
     """Which rows are of images that others are of too."""
-    return np.isin(some.digests.view("V32").ravel(), others.digests.view("V32").ravel())
+    return np.isin(some.keys, others.keys)
 
 
 def _joined(first: Side, more: Side) -> Side:

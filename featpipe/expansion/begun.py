@@ -18,7 +18,7 @@ from featpipe.expansion.case import Case
 from featpipe.expansion.entering import REFUSED, THROUGH, Lesson, lesson_of
 from featpipe.expansion.pictures import Pictures
 from featpipe.expansion.step import Settings, Step
-from featpipe.expansion.weighing import Weights, anchor_to, images, known_of, names_of, old_layers
+from featpipe.expansion.weighing import Weights, anchor_to, known_of, names_of, old_layers
 from featpipe.finetuning import case as fine
 from featpipe.finetuning.parallel import World
 from featpipe.finetuning.sides import Sides
@@ -151,7 +151,7 @@ class Begun:
         )
         if self.method == "ewc":
             known = known_of(tuned_by, self.backbone, whole, pictures)
-            heavy = images(whole) * (1.0 if strength is None else strength) / len(tuned_by.sides.train)
+            heavy = int(whole.counts.sum()) * (1.0 if strength is None else strength) / len(tuned_by.sides.train)
             some = {name: known[name] for name in names_of(tuned_by, self.backbone, self.start.layers)}
             anchor = anchor_to(self.start.layers, old_layers(whole), some, heavy, self.backbone.network)
             past = replace(past, anchor=anchor)

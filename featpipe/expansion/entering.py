@@ -132,14 +132,14 @@ def lesson_of(step: Step, method: str, share: float) -> Lesson:
     """
     old = THROUGH[method].old(step)
     pool = old + step.new
-    first = np.unique(pool.digests.view("V32").ravel(), return_index=True)[1]
-    is_old, pool = (np.arange(len(pool)) < len(old))[np.sort(first)], pool.take(np.sort(first))
+    once = np.sort(pool.first)
+    is_old, pool = once < len(old), pool.take(once)
     train = _divided(pool, share, step.growth.classes)
     stays = pool.take(train & is_old)
     begin = replace(step, new=pool.take(train & ~is_old), old=stays if method == "joint" else step.old)
     stand_for = np.ones(len(pool))
     if method == "replay":
-        counts = _counts(step)
+        counts = step.counts
         stand_for[is_old] = (counts / np.maximum(1, np.bincount(pool.y[is_old], minlength=step.k)))[pool.y[is_old]]
         statistics = None if step.kept is None else step.kept.statistics
         begin = replace(begin, kept=Kept(counts, stays.X, stays.y.astype(np.int32), statistics))
@@ -157,11 +157,6 @@ def _divided(pool: Side, share: float, names: Sequence[str]) -> NDArray[np.bool_
     some = pool.take(enough)
     held = enough[split.holdout(some.digests, some.y, test=share, seed=VALIDATION_SEED, names=names)[1]]
     return ~np.isin(np.arange(len(pool)), held)
-
-
-def _counts(step: Step) -> NDArray[np.int64]:
-    """How many images of each old class the model was trained on, as far as that is known."""
-    return np.bincount(step.old.y, minlength=step.k) if step.kept is None else step.kept.counts
 
 
 def _none(step: Step) -> Side:

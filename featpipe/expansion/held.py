@@ -94,19 +94,13 @@ def held_by_folds(step: Step, fit: Fit, *, old: bool) -> Held:
     """
     n = len(step.old) if old else 0
     rows = step.old + step.new if old else step.new
-    several = np.flatnonzero(_distinct(rows, step.k)[rows.y] >= FOLDS) if len(rows) else np.zeros(0, np.intp)
+    several = np.flatnonzero(rows.distinct(step.k)[rows.y] >= FOLDS) if len(rows) else np.zeros(0, np.intp)
     if len(several) < LEAST:
         return Held((), (), step.k)
     some, logits, truths = rows.take(several), [], []
     for _, held in split.folds(some.digests, np.unique(some.y, return_inverse=True)[1], k=FOLDS):
-        stays = ~np.isin(rows.digests.view("V32").ravel(), some.digests[held].view("V32").ravel())
+        stays = ~np.isin(rows.keys, some.keys[held])
         part = replace(step, old=step.old.take(stays[:n]) if old else step.old, new=step.new.take(stays[n:]))
         logits.append(logits_of(fit(part, None), some.X[held]))
         truths.append(some.y[held])
     return Held(tuple(logits), tuple(truths), step.k)
-
-
-def _distinct(rows: Side, k: int) -> NDArray[np.int64]:
-    """How many different images each class has, shape (k,)."""
-    first = np.unique(rows.digests.view("V32").ravel(), return_index=True)[1]
-    return np.bincount(rows.y[first], minlength=k)

@@ -209,7 +209,7 @@ class Judge:
 
     def rows_of(self, number: int) -> str:
         """A digest of the test rows of a step: accuracies on other rows cannot be compared."""
-        digests = np.sort(self.test.digests[self.step_of == number].view("V32").ravel())
+        digests = np.sort(self.test.keys[self.step_of == number])
         return hashlib.sha256(digests.tobytes()).hexdigest()[:16]
 
     def record(self, outcome: Outcome) -> list[dict[str, Any]]:

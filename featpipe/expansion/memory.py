@@ -50,7 +50,7 @@ def remembered(step: Step, pipeline: Pipeline, keep: Keep, *, retrained: bool) -
         return replace(again, network=_network(step, step.kept) if keep.network else None)
     before = step.kept
     counts = np.bincount(step.new.y, minlength=step.k)
-    counts[: step.k_old] += _counts_before(step)
+    counts[: step.k_old] += step.counts[: step.k_old]
     X, codes = _rows(step, keep.rows)
     return Kept(
         counts.astype(np.int64),
@@ -60,12 +60,6 @@ def remembered(step: Step, pipeline: Pipeline, keep: Keep, *, retrained: bool) -
         _importances(step, pipeline, before) if keep.importances else None,
         _network(step, before) if keep.network else None,
     )
-
-
-def _counts_before(step: Step) -> NDArray[np.int64]:
-    if step.kept is not None:
-        return step.kept.counts[: step.k_old]
-    return np.bincount(step.old.y, minlength=step.k)[: step.k_old]
 
 
 def _rows(step: Step, n: int) -> tuple[NDArray[Any], NDArray[np.int32]]:

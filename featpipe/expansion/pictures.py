@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from featpipe import archive
 from featpipe.archive import Index
 from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import Side
+from featpipe.expansion.arrivals import Side, each_of, is_cache
 from featpipe.finetuning.case import embedded
 from featpipe.model import Model
 from featpipe.progress import Tell
@@ -32,11 +31,9 @@ def listed(*several: Any) -> list[str | os.PathLike[str]]:
     ConfigError
         If one is a cache.
     """
-    found: list[Any] = []
-    for given in several:
-        found += [given] if isinstance(given, (str, os.PathLike, FeatureCache)) else list(given)
+    found = [one for given in several for one in each_of(given)]
     for one in found:
-        if isinstance(one, FeatureCache) or Path(one).suffix in (".h5", ".hdf5"):
+        if is_cache(one):
             name = one.path if isinstance(one, FeatureCache) else one
             raise ConfigError(
                 f"{name}: is a cache, and --unfreeze trains on pictures, which a cache does not hold; give the archives"

@@ -12,7 +12,7 @@ from featpipe.cache import FeatureCache
 from featpipe.expansion.begun import Begun
 from featpipe.expansion.case import Case
 from featpipe.expansion.memory import wanted, within
-from featpipe.expansion.weighing import Weights, images, last_of
+from featpipe.expansion.weighing import Weights, last_of
 from featpipe.finetuning.layers import Layers
 from featpipe.finetuning.work import weighed
 from featpipe.kept import Keep, Kept, keep_of
@@ -29,8 +29,7 @@ def kept_after(begun: Begun, model: Model, network: nn.Module, layers: Layers, a
     if not keep:
         return None
     X, y = begun.embeddings(after, begun.rows), lesson.pool.y
-    before = np.bincount(whole.old.y, minlength=whole.k) if whole.kept is None else whole.kept.counts
-    counts = (np.bincount(whole.new.y, minlength=whole.k) + before).astype(np.int64)
+    counts = np.bincount(whole.new.y, minlength=whole.k) + whole.counts
     if method == "joint":
         kept = keep_of(replace(keep, network=False), model.head, X, y, whole.k, case.settings.selection)
     elif method == "replay":
@@ -70,7 +69,7 @@ def _importances(begun: Begun, network: nn.Module, layers: Layers) -> Weights | 
         case.tell(Progress("note", "no importances are kept: of those of the old classes nothing is known"))
         return None
     new, old = of(~lesson.is_old), begun.known or of(lesson.is_old)
-    n, m = images(whole), len(whole.new)
+    n, m = int(whole.counts.sum()), len(whole.new)
     return {
         name: (n * old[name] + m * new.get(name, np.zeros((), np.float32))).astype(np.float32) / np.float32(n + m)
         for name in old

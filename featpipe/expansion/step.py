@@ -118,6 +118,11 @@ class Step:
         found = layer_of(self.pipeline[-1])
         return None if found is None else joined(found, self.growth.place, self.k_old)
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many images of each class the model was trained on, as far as that is known, shape (k,)."""
+        return np.bincount(self.old.y, minlength=self.k) if self.kept is None else self.kept.counts
+
     def features(self, X: NDArray[Any]) -> Array:
         """What the last layer sees."""
         if not len(X):

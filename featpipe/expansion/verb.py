@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError, ModelError
 from featpipe.expansion.after import model_after
-from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, labels_of
+from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, each_of, labels_of
 from featpipe.expansion.begun import Way
 from featpipe.expansion.case import Case
 from featpipe.expansion.choice import learnt
@@ -124,7 +123,7 @@ def expand(
     asked: list[Any] = [method, memory, budget, tuple(drop), _flat(merge), keep, _deciding(params)]
     way = None
     if enters:
-        if _some(calibration):
+        if each_of(calibration):
             raise ConfigError("--calibration is for a network that stays as it is, not for --unfreeze; leave one out")
         asked += [str(unfreeze)]
         way, params = Way.of(method, listed(data, test), params, unfreeze, labels, cache, resume)
@@ -133,7 +132,8 @@ def expand(
     if wanted_keep is not None and not enters and (model.kept is None or model.kept.network is None):
         wanted_keep.refuse_network()
     learn, judge, check = (
-        caches_of(model, given, labels, cache, progress) if _some(given) else [] for given in (data, test, calibration)
+        caches_of(model, given, labels, cache, progress) if each_of(given) else []
+        for given in (data, test, calibration)
     )
     request = digest_of_request([*learn, *judge, *check], (len(learn), len(judge), tuple(asked)))
     if (done := _done(model, request, out)) is not None:
@@ -162,10 +162,6 @@ def expand(
 
 def _deciding(params: Mapping[str, object]) -> list[tuple[str, object]]:
     return sorted((name, value) for name, value in params.items() if name not in MACHINE)
-
-
-def _some(given: Any) -> bool:
-    return isinstance(given, (str, os.PathLike, FeatureCache)) or len(given) > 0
 
 
 def _flat(merge: Mapping[str, Sequence[str]] | None) -> list[tuple[str, tuple[str, ...]]]:

@@ -22,14 +22,9 @@ from featpipe.finetuning.unfreezing import unfrozen
 from featpipe.finetuning.work import weighed
 from featpipe.progress import Progress
 
-__all__ = ["Weights", "anchor_to", "images", "known_of", "last_of", "names_of", "old_layers"]
+__all__ = ["Weights", "anchor_to", "known_of", "last_of", "names_of", "old_layers"]
 
 Weights = dict[str, NDArray[np.float32]]
-
-
-def images(step: Step) -> int:
-    """How many of the old classes the model was trained on, as far as that is known."""
-    return len(step.old) if step.kept is None else int(step.kept.counts.sum())
 
 
 def old_layers(step: Step) -> Layers:

@@ -131,6 +131,11 @@ class Job:
                     found[f"{BELOW}{place}.{name}"] = buffer
         return found
 
+    def pull(self) -> Tensor | None:
+        """What draws the weights to those of the model before, as part of the loss; None where nothing does."""
+        anchor = None if self.past is None else self.past.anchor
+        return None if anchor is None else anchor.pull(self.parameters())
+
     def depth(self) -> Mapping[str, int]:
         return {BELOW + name: depth for name, depth in self.unfrozen.depth.items()}
 

@@ -124,8 +124,8 @@ def gradients(job: Job, state: State, rows: NDArray[np.int64], inputs: Tensor, w
             if not _is_memory(error):
                 raise
             _divide(job, state, rows, error)
-    if job.past is not None and job.past.anchor is not None:
-        pull = job.past.anchor.pull(job.parameters()) / job.world.size
+    if (pull := job.pull()) is not None:
+        pull = pull / job.world.size
         state.scaler.scale(pull).backward()
         total += pull.detach()
     active = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -180,9 +180,9 @@ def judged(job: Job, state: State) -> tuple[float, float]:
     """Loss and score on the validation rows, without augmentation; the loss is of what is trained for."""
     with state.averaged(job), torch.no_grad():
         scores = answers(job, job.watched, job.validation)
-        pull = job.past.anchor.pull(job.parameters()) if job.past is not None and job.past.anchor is not None else 0.0
+        pull = job.pull()
     Y, weights = job.targets.of(job.validation, torch.device("cpu"))
-    loss = (_each(job, scores, job.validation) * weights).sum() / weights.sum() + float(pull)
+    loss = (_each(job, scores, job.validation) * weights).sum() / weights.sum() + (0.0 if pull is None else float(pull))
     variance = Y.var(dim=0, correction=0) if job.objective.link == "identity" else None
     return float(loss), float(job.objective.right(scores, Y, variance).mean())
 

@@ -113,20 +113,16 @@ class EvidenceRidgeClassifier(RidgeClassifier):
         """
         if not isinstance(self.alpha, str):
             return super().fit(X, y, sample_weight)
-        from featpipe.heads.closed import ridge_classifier_from
-        from featpipe.heads.moments import moments
+        from featpipe.heads.streaming import fit_ridge_classifier
 
         self.check_params()
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         used = row_weights(sample_weight, len(y)) > 0
         X, y, given = X[used], y[used], None if sample_weight is None else np.asarray(sample_weight)[used]
-        classes, codes = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(f"y holds one class only ({str(classes[0])!r}); a classifier needs two or more")
-        weights = weights_of(self, y, classes, codes, given)
-        found = moments(X, codes, weights, k=len(classes))
-        ridge_classifier_from(self, found.around(np.zeros(X.shape[1]), np.ones(X.shape[1])), classes)
+        if (y == y[0]).all():
+            raise ValueError(f"y holds one class only ({str(y[0])!r}); a classifier needs two or more")
+        fit_ridge_classifier(self, "passthrough", X, y, given)
         self.n_iter_ = 1
         return self
 

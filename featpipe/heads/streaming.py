@@ -29,7 +29,7 @@ from featpipe.heads.closed import (
 from featpipe.heads.evidence import EvidenceRidgeClassifier, weights_of
 from featpipe.heads.moments import RowSource, moments
 
-__all__ = ["can_stream", "fit_streamed"]
+__all__ = ["can_stream", "fit_ridge_classifier", "fit_streamed"]
 
 Array = NDArray[np.float64]
 
@@ -100,9 +100,10 @@ def _ridge(head: Ridge, scaler: Any, source: RowSource, y: NDArray[Any], weights
     ridge_from(head, found, single=y.ndim == 1)
 
 
-def _ridge_classifier(
+def fit_ridge_classifier(
     head: RidgeClassifier, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None
 ) -> None:
+    """Fit from sums over the rows, which are gathered block by block."""
     classes, codes = np.unique(y, return_inverse=True)
     weights = weights_of(head, y, classes, codes, weights)
     ridge_classifier_from(head, standardised(scaler, moments(source, codes, weights, k=len(classes))), classes)
@@ -147,8 +148,8 @@ def _centroid(head: NearestCentroid, scaler: Any, source: RowSource, y: NDArray[
 
 _CLOSED: dict[type, Callable[..., None]] = {
     Ridge: _ridge,
-    RidgeClassifier: _ridge_classifier,
-    EvidenceRidgeClassifier: _ridge_classifier,
+    RidgeClassifier: fit_ridge_classifier,
+    EvidenceRidgeClassifier: fit_ridge_classifier,
     LinearDiscriminantAnalysis: _lda,
     NearestCentroid: _centroid,
 }
