@@ -16,6 +16,7 @@ goes to standard error.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
@@ -23,17 +24,31 @@ import torch
 from numpy.typing import NDArray
 
 from featpipe import image
+from featpipe.allowance import Allowance
 from featpipe.image import LIMITS, Limits
 
-__all__ = ["decode", "is_exact"]
+__all__ = ["LARGE", "decode", "in_turn", "is_exact"]
+
+LARGE = Allowance()
+"""What large pictures may take while they are decoded and worked on, in this process."""
 
 SIZES = ((48, 64), (37, 53), (7, 130))  # height and width of the pictures that are tried
 RGB = 3  # torchvision's ImageReadMode.RGB
 
 
-def decode(data: bytes, limits: Limits = LIMITS) -> NDArray[np.uint8]:
+def decode(data: bytes, limits: Limits = LIMITS, admit: Callable[[int], None] | None = None) -> NDArray[np.uint8]:
     """Decode one image; as :func:`featpipe.image.decode`, and with its errors."""
-    return image.decode(data, limits, _jpeg if is_exact() else None)
+    return image.decode(data, limits, _jpeg if is_exact() else None, admit)
+
+
+@contextlib.contextmanager
+def in_turn(data: bytes) -> Iterator[NDArray[np.uint8]]:
+    """A decoded image, for as long as it is worked on: those that are large wait for each other.
+
+    So many threads need no more memory than there is, whatever pictures they come across.
+    """
+    with LARGE.turn() as take:
+        yield decode(data, admit=take)
 
 
 @cache

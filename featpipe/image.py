@@ -117,12 +117,17 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+BYTES_A_PIXEL = 12
+"""At most, while a picture is decoded: Pillow's four, four of one that is laid on a background, and the result."""
+
 _BAND_PIXELS = 2**20
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
 _WHITE_IS_ZERO = 0
 
 
-def decode(data: bytes, limits: Limits = LIMITS, jpeg: Jpeg | None = None) -> NDArray[np.uint8]:
+def decode(
+    data: bytes, limits: Limits = LIMITS, jpeg: Jpeg | None = None, admit: Callable[[int], None] | None = None
+) -> NDArray[np.uint8]:
     """Decode one image.
 
     Parameters
@@ -133,6 +138,8 @@ def decode(data: bytes, limits: Limits = LIMITS, jpeg: Jpeg | None = None) -> ND
         Checked before pixels are decoded.
     jpeg : Jpeg, optional
         Is asked before Pillow is, and must give the same bits.
+    admit : callable, optional
+        Is told about how many bytes decoding is going to take, before it does, and may wait.
 
     Returns
     -------
@@ -149,6 +156,8 @@ def decode(data: bytes, limits: Limits = LIMITS, jpeg: Jpeg | None = None) -> ND
     try:
         with _OPENERS[kind](BytesIO(data)) as picture:
             _check_pixels(picture, limits)
+            if admit is not None:
+                admit(BYTES_A_PIXEL * picture.width * picture.height)
             if jpeg is not None and kind == "JPEG" and picture.mode == "RGB":
                 pixels = jpeg(data)
                 if pixels is not None and pixels.shape == (picture.height, picture.width, 3):

@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from featpipe import archive, image
 from featpipe.backbone import Backbone
+from featpipe.backbone.products import Picture
 from featpipe.engine import (
     OPENVINO_PRECISIONS,
     Engine,
     available_cores,
     candidates,
     embeddings_of,
+    for_workers,
     has_openvino,
     least_cosine,
     resolve_device,
@@ -52,7 +53,7 @@ WORTH = 1.15  # times as fast: what is worth a change
 
 @dataclass(frozen=True)
 class Forward:
-    """Forward passes alone, all cores or the GPU at work.
+    """Forward passes alone, all cores or the GPU at work; a GPU also copies and, where the cores leave it, resizes.
 
     Attributes
     ----------
@@ -63,7 +64,8 @@ class Forward:
     cosine : float
         The least, to float32, on some of the images.
     bound : float
-        Images per second that reading, decoding, this and writing allow together.
+        Images per second that reading, decoding, this and writing allow together. Where a GPU is the limit, cores that
+        would wait resize for it, and an extraction may reach more.
     """
 
     engine: str
@@ -91,7 +93,8 @@ class Limits:
     reading : float
         Images per second, by one reader.
     decoding : float
-        Images per second on all cores: checked, decoded, resized and cropped.
+        Images per second on all cores: checked, decoded, resized and cropped; for a GPU that resizes, put where it
+        copies from.
     writing : float
         Bytes per second, made durable.
     row_bytes : int
@@ -206,18 +209,13 @@ class _Bench:
         """Seconds for one of the things that are measured."""
         return self.seconds / 9
 
-    def decode(self, images: Sequence[bytes]) -> tuple[list[Tensor], float]:
+    def decode(self, images: Sequence[bytes]) -> tuple[list[Picture], float]:
         """The pictures, and how many a second come of all cores."""
-        pictures: list[Tensor] = []
+        pictures: list[Picture] = []
+        transform, _ = for_workers(self.backbone.transform, self.device)
         count, started = 0, perf_counter()
         while perf_counter() - started < self.share:
-            loader = Loader(
-                Pictures(images),
-                np.arange(len(images)),
-                self.backbone.transform.picture,
-                8,
-                collect=list,  # type: ignore[arg-type]
-            )
+            loader = Loader(Pictures(images), np.arange(len(images)), transform, 8, collect=list)
             with closing(loader), closing(spread(loader.batches, self.workers)) as batches:
                 for batch in batches:
                     count += len(batch.rows)
@@ -229,7 +227,7 @@ class _Bench:
             raise ArchiveError("none of the first images can be decoded; there is nothing to measure with")
         return pictures[:PREVIEW], count / (perf_counter() - started)
 
-    def forwards(self, pictures: list[Tensor], disk: float, decoding: float) -> list[Forward]:
+    def forwards(self, pictures: list[Picture], disk: float, decoding: float) -> list[Forward]:
         """Each engine and precision that this device has; first what the settings take.
 
         ``disk`` and ``decoding`` are images per second, that come and go, and that are decoded.
@@ -263,7 +261,7 @@ class _Bench:
         )
         return dict.fromkeys(ways)
 
-    def _forward(self, engine: Engine, pictures: list[Tensor]) -> float:
+    def _forward(self, engine: Engine, pictures: list[Picture]) -> float:
         """Images per second of forward passes alone."""
         images = engine.collect([pictures[place % len(pictures)] for place in range(engine.batch)])
         streams = 1 if self.device.type == "cuda" else self.workers

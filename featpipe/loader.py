@@ -7,11 +7,11 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from time import perf_counter
-from typing import Protocol, TypeVar
+from time import monotonic, perf_counter
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,20 +19,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe import decoding, image
+from featpipe.backbone.products import Images, Picture
 from featpipe.errors import ConfigError, SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
 
-__all__ = ["Batch", "Embeds", "Loader", "Pictures", "Readable", "embed_pictures", "embedded", "spread"]
+__all__ = ["Batch", "Embeds", "Loader", "Pictures", "Readable", "embed_pictures", "embedded", "piece_for", "spread"]
+
+MANY = 64  # times as many rows as a batch has pictures: so many are let out with fewer
+PIECE = 32  # pictures, at most, that a worker hands on at a time where others embed them
 
 R = TypeVar("R")
 Embeddings = dict[str, NDArray[np.float32]]
 
+Taken = tuple[int, bytes | NDArray[np.uint8] | SampleError]
+
+SECONDS_TO_STOP = 10.0
+TAKEN_BYTES = 32 << 20  # of encoded images that one thread has read and not decoded yet
+
 
 class PictureTransform(Protocol):
-    """The part of the fixed preprocessing that is each picture's own: uint8 (3, H, W) → (3, h, w)."""
+    """What is done with each picture by itself: uint8 (3, H, W) → (3, h, w), or what an engine takes in its place."""
 
-    def __call__(self, image: Tensor, /) -> Tensor: ...
+    def __call__(self, image: Tensor, /) -> Picture: ...
 
 
 class Reads(Protocol):
@@ -61,11 +70,13 @@ class Embeds(Protocol):
     def workers(self) -> int: ...
     @property
     def transform(self) -> PictureTransform: ...
-    def collect(self, pictures: Sequence[Tensor], /) -> Tensor: ...
+    @property
+    def unhurried(self) -> PictureTransform: ...
+    def collect(self, pictures: Sequence[Picture], /) -> Images: ...
     def running(self) -> AbstractContextManager[None]: ...
     def enter_stream(self, workers: int) -> None: ...
-    def embed(self, images: Tensor) -> Embeddings: ...
-    def submit(self, images: Tensor) -> Callable[[], Embeddings]: ...
+    def embed(self, images: Images) -> Embeddings: ...
+    def submit(self, images: Images) -> Callable[[], Embeddings]: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ class Batch:
         SHA-256 of each row's bytes; empty where they could not be had.
     status : list of Status
         ``OK`` also for a row that needs no picture, because its embedding is known already.
-    images : Tensor of shape (b, 3, h, w), or None
+    images : Tensor of shape (b, 3, h, w), or list of pictures, or None
         The pictures of the rows at ``places``, as the engine takes them.
     places : list of int
         Positions in ``rows``, one for each picture.
@@ -129,9 +140,18 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     status: list[Status] = field(default_factory=list)
-    images: Tensor | None = None
+    images: Images | None = None
     places: list[int] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
+
+    def take(self, other: Batch) -> None:
+        """Add another batch's rows to this one's, and its seconds; whatever it has in ``images`` stays there."""
+        self.places.extend(len(self.rows) + place for place in other.places)
+        self.rows.extend(other.rows)
+        self.digests.extend(other.digests)
+        self.status.extend(other.status)
+        for name, value in vars(other.seconds).items():
+            setattr(self.seconds, name, getattr(self.seconds, name) + value)
 
 
 class Loader:
@@ -143,14 +163,14 @@ class Loader:
     rows : ndarray of shape (m,), int64
         The rows to read, ascending.
     transform : callable
-        uint8 (3, H, W) → (3, h, w), of any type.
+        uint8 (3, H, W) → (3, h, w), of any type; or whatever ``collect`` takes.
     batch : int
         Pictures in a batch; the last ones have fewer.
     is_known : callable
         Told the digest of a row's bytes, says whether its embedding is there already or under way; if so the row is
         not decoded.
     collect : callable
-        Makes one tensor of a batch's pictures.
+        Makes one thing, for an engine, of a batch's pictures.
     """
 
     def __init__(
@@ -160,7 +180,7 @@ class Loader:
         transform: PictureTransform,
         batch: int,
         is_known: Callable[[bytes], bool] = lambda digest: False,
-        collect: Callable[[list[Tensor]], Tensor] = torch.stack,
+        collect: Callable[[list[Any]], Images] = torch.stack,
     ) -> None:
         self.transform = transform
         self.collect = collect
@@ -176,33 +196,60 @@ class Loader:
 
     def batches(self) -> Iterator[Batch]:
         """Batches until the rows are used up; each thread runs a generator of its own over the shared rows."""
+        for batch in self.pieces(self.batch):
+            if batch.images is not None:
+                batch.images = self.collect(list(batch.images))
+            yield batch
+
+    def pieces(self, size: int, unhurried: PictureTransform | None = None) -> Iterator[Batch]:
+        """The same in batches of another size, whose pictures are a list and not collected.
+
+        Parameters
+        ----------
+        size : int
+        unhurried : callable, optional
+            Takes the place of ``transform`` for the batch after one that its taker was late for, by more than half of
+            the time that it took.
+        """
+        transform = self.transform
         while True:
-            batch = Batch()
-            pictures: list[Tensor] = []
-            while len(pictures) < self.batch:
-                taken = self._take(self.batch - len(pictures), batch.seconds)
-                if not taken:
-                    break
-                for row, data in taken:
-                    picture = self._load(batch, row, data)
+            batch, started = Batch(), perf_counter()
+            pictures: list[Picture] = []
+            while len(pictures) < size:
+                before = len(batch.rows)
+                for row, data in self._take(size - len(pictures), batch.seconds):
+                    picture = self._load(batch, row, data, transform)
                     if picture is not None:
                         batch.places.append(len(batch.rows) - 1)
                         pictures.append(picture)
-                if len(batch.rows) >= 64 * self.batch:  # nearly all known: let the results out
+                if len(batch.rows) == before or len(batch.rows) >= MANY * size:  # the end; or nearly all are known
                     break
             if not batch.rows:
                 return
-            if pictures:
-                batch.images = self.collect(pictures)
+            batch.images = pictures or None
+            made = perf_counter()
             yield batch
+            late = perf_counter() - made > (made - started) / 2
+            transform = unhurried if late and unhurried is not None else self.transform
 
-    def _take(self, count: int, seconds: Seconds) -> list[tuple[int, bytes | NDArray[np.uint8] | SampleError]]:
-        """The next rows with their bytes. What can only be read front to back is read in turn."""
+    def _take(self, count: int, seconds: Seconds) -> Iterator[Taken]:
+        """The next rows with their bytes. What can only be read front to back is read in turn, not too much at once."""
         with self._feed:
-            rows = list(islice(self._rows, count))
             if self._sequential:
-                return [(row, self._read(row, seconds)) for row in rows]
-        return [(row, self._read(row, seconds)) for row in rows]
+                return iter(self._read_ahead(count, seconds))
+            rows = list(islice(self._rows, count))
+        return ((row, self._read(row, seconds)) for row in rows)
+
+    def _read_ahead(self, count: int, seconds: Seconds) -> list[Taken]:
+        taken: list[Taken] = []
+        nbytes = 0
+        for row in islice(self._rows, count):
+            data = self._read(row, seconds)
+            taken.append((row, data))
+            nbytes += len(data) if isinstance(data, bytes) else 0
+            if nbytes > TAKEN_BYTES:
+                break
+        return taken
 
     def _read(self, row: int, seconds: Seconds) -> bytes | NDArray[np.uint8] | SampleError:
         started = perf_counter()
@@ -213,7 +260,9 @@ class Loader:
         finally:
             seconds.reading += perf_counter() - started
 
-    def _load(self, batch: Batch, row: int, data: bytes | NDArray[np.uint8] | SampleError) -> Tensor | None:
+    def _load(
+        self, batch: Batch, row: int, data: bytes | NDArray[np.uint8] | SampleError, transform: PictureTransform
+    ) -> Picture | None:
         """Add the row to the batch; the picture, if there is one to embed."""
         started = perf_counter()
         batch.rows.append(row)
@@ -227,8 +276,8 @@ class Loader:
             if self.is_known(batch.digests[-1]):
                 return None
         try:
-            picture = decoding.decode(data) if isinstance(data, bytes) else data
-            return self.transform(torch.from_numpy(picture).permute(2, 0, 1))
+            with decoding.in_turn(data) if isinstance(data, bytes) else nullcontext(data) as picture:
+                return transform(torch.from_numpy(picture).permute(2, 0, 1))
         except SampleError as error:
             batch.status[-1] = error.status
         except MemoryError:
@@ -245,7 +294,8 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
     """Run the same generator in several threads and yield what they all yield, as it comes.
 
     A failure in one thread stops the others and is raised here; closing this generator (an interrupt, an error of the
-    consumer) stops them within one item.
+    consumer) stops them within one item. Who hangs, in a network's file system that does not answer, is not waited for
+    for ever: what was yielded is to be kept.
 
     Parameters
     ----------
@@ -292,24 +342,46 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
                 yield item
     finally:
         stop.set()
+        end = monotonic() + SECONDS_TO_STOP
         for worker in workers:
-            worker.join()
+            worker.join(max(0.0, end - monotonic()))
 
 
 def embedded(loader: Loader, engine: Embeds, workers: int) -> Generator[Embedded, None, None]:
     """The batches of a loader with their embeddings, in no particular order.
 
     On a CPU each worker embeds what it decoded; for a GPU the workers decode, and the caller's thread has it embed one
-    batch while the next is on its way.
+    batch while the next is on its way. A worker that has to wait for the GPU takes work off it (``engine.unhurried``).
+
+    Notes
+    -----
+    For a GPU the workers together have at most one of its batches in their hands, in pieces (see :func:`piece_for`).
+    As many pictures may wait in the queue, and the caller's thread joins pieces to one batch: so at most three batches
+    of pictures and a piece are in memory, however many cores there are, and up to two batches more are being copied. Of
+    those that are yet to be resized, which may be large, the engine limits the bytes.
     """
-
-    def decode() -> Iterator[Batch]:
-        engine.enter_stream(workers)
-        return loader.batches()
-
     if engine.device.type == "cpu":
-        return spread(lambda: _in_turn(decode(), engine), workers)
-    return _overlapping(spread(decode, workers), engine)
+        return spread(lambda: _in_turn(_entered(loader.batches(), engine, workers), engine), workers)
+    size = piece_for(engine, workers)
+    pieces = spread(lambda: _entered(loader.pieces(size, engine.unhurried), engine, workers), workers, ahead=1)
+    return _overlapping(_joined(pieces, engine), engine)
+
+
+def piece_for(engine: Embeds, workers: int) -> int:
+    """Pictures that each of some workers decodes before it hands them on.
+
+    On a CPU a batch. Else a power of two, as batches are unless they were asked for otherwise: at most 32, and so few
+    that all workers together have one batch in their hands, or one picture each.
+    """
+    if engine.device.type == "cpu":
+        return engine.batch
+    share = max(1, min(PIECE, engine.batch // workers))
+    return 1 << (share.bit_length() - 1)
+
+
+def _entered(batches: Iterator[Batch], engine: Embeds, workers: int) -> Iterator[Batch]:
+    engine.enter_stream(workers)
+    return batches
 
 
 def _in_turn(batches: Iterator[Batch], engine: Embeds) -> Generator[Embedded, None, None]:
@@ -321,7 +393,33 @@ def _in_turn(batches: Iterator[Batch], engine: Embeds) -> Generator[Embedded, No
         yield batch, features
 
 
-def _overlapping(batches: Iterator[Batch], engine: Embeds, ahead: int = 1) -> Generator[Embedded, None, None]:
+def _joined(pieces: Generator[Batch, None, None], engine: Embeds) -> Generator[Batch, None, None]:
+    """Pieces as batches of the engine's size, which it may halve meanwhile; no piece is taken apart."""
+    batch, pictures = Batch(), list[Picture]()
+
+    def taken() -> Batch:
+        nonlocal batch, pictures
+        whole, batch = batch, Batch()
+        whole.images = engine.collect(pictures) if pictures else None
+        pictures = []
+        return whole
+
+    with closing(pieces):
+        for piece in pieces:
+            if pictures and len(pictures) + len(piece.places) > engine.batch:
+                yield taken()
+            batch.take(piece)
+            pictures.extend(piece.images if piece.images is not None else ())
+            piece.images = None  # the worker that made it may still hold it
+            if len(pictures) >= engine.batch or len(batch.rows) >= MANY * engine.batch:
+                yield taken()
+        if batch.rows:
+            yield taken()
+
+
+def _overlapping(
+    batches: Generator[Batch, None, None], engine: Embeds, ahead: int = 1
+) -> Generator[Embedded, None, None]:
     """In order, with so many batches begun after the one that is waited for."""
     begun: deque[tuple[Batch, Callable[[], Embeddings]]] = deque()
 
@@ -332,15 +430,16 @@ def _overlapping(batches: Iterator[Batch], engine: Embeds, ahead: int = 1) -> Ge
         batch.seconds.embedding += perf_counter() - started
         return batch, features
 
-    for batch in batches:
-        started = perf_counter()
-        begun.append((batch, engine.submit(batch.images) if batch.images is not None else dict))
-        batch.images = None
-        batch.seconds.embedding += perf_counter() - started
-        if len(begun) > ahead:
+    with closing(batches):
+        for batch in batches:
+            started = perf_counter()
+            begun.append((batch, engine.submit(batch.images) if batch.images is not None else dict))
+            batch.images = None
+            batch.seconds.embedding += perf_counter() - started
+            if len(begun) > ahead:
+                yield finish()
+        while begun:
             yield finish()
-    while begun:
-        yield finish()
 
 
 def embed_pictures(pictures: Pictures, engine: Embeds, output: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -355,7 +454,7 @@ def embed_pictures(pictures: Pictures, engine: Embeds, output: str) -> tuple[NDA
     n = len(pictures.items)
     status = np.zeros(n, np.uint8)
     features: NDArray[np.float32] | None = None
-    workers = min(engine.workers, -(-n // engine.batch))
+    workers = min(engine.workers, -(-n // piece_for(engine, engine.workers)))
     loader = Loader(pictures, np.arange(n), engine.transform, engine.batch, collect=engine.collect)
     with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as batches:
         for batch, values in batches:

@@ -112,7 +112,8 @@ class PictureSource:
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
-        return self._views(torch.from_numpy(decoding.decode(data)).permute(2, 0, 1), epoch)
+        with decoding.in_turn(data) as picture:
+            return self._views(torch.from_numpy(picture).permute(2, 0, 1), epoch)
 
     def _read(self, row: int) -> bytes:
         """Its bytes; what can only be read front to back is kept in memory, as it is encoded."""

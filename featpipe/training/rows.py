@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featpipe import split
+from featpipe.allowance import available_bytes
 from featpipe.cache import SPLITS, FeatureCache, View
 from featpipe.errors import CacheError, ConfigError
 from featpipe.grouping import groups_of, moment_of, rows_named, times_of
@@ -151,7 +152,7 @@ def training_rows(
     elif cache.task == "regression":
         y = labels.y
     needed = COPIES * len(rows) * features.shape[1] * 4
-    stays = needed > (_available() if memory is None else memory)
+    stays = needed > (available_bytes() if memory is None else memory)
     X = cache.view(rows, output) if stays else np.asarray(features[rows], np.float32)
     if not stays:  # others are looked at in the first pass that the head takes
         refuse_not_finite(cache, rows, X)
@@ -207,13 +208,3 @@ def refuse_not_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[n
             f"{cache.path}: rows that are ok hold NaN or infinity ({names}{' and more' * (len(bad) > 3)}); "
             "`featpipe verify --repair` computes them again"
         )
-
-
-def _available() -> int:
-    """Bytes of memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,6 +1,6 @@
 """Peak resident memory of an extraction, of few images and of many; each in a process of its own.
 
-python tests/benchmarks/memory.py [few] [many]
+python tests/benchmarks/memory.py [few] [many] [engine]...
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import extraction
 EXTRACT = """
 import resource, sys
 from featpipe import extract
-cache = extract(sys.argv[1], out=sys.argv[2], engine=sys.argv[3], device="cpu")
+# a folder of its own: the other engine's embeddings would be taken from the cache beside it
+cache = extract(sys.argv[1], cache=sys.argv[2], engine=sys.argv[3], device="cpu")
 print(len(cache), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, cache.manifest["images_per_second"])
 """
 
@@ -25,13 +26,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "photographs"
         extraction.photographs(folder, 100)
-        for engine in ("torch", "openvino"):
+        for engine in sys.argv[3:] or ("torch", "openvino"):
             peaks = []
             for n in sizes:
                 extraction.REPEATS = n // 100
                 tar = Path(name) / "photographs.tar"
                 extraction.pack(folder, tar)
-                command = [sys.executable, "-W", "ignore", "-c", EXTRACT, tar, Path(name) / f"{engine}{n}.h5", engine]
+                command = [sys.executable, "-W", "ignore", "-c", EXTRACT, tar, Path(name) / f"{engine}{n}", engine]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 images, peak, rate = map(float, done.stdout.split())
                 peaks.append(peak)

@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {
+        "allowance",
         "deadline",
         "durable",
         "status",

@@ -37,7 +37,7 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
 def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(make_folder, tiny_bench):
     found = measure([make_folder()], **tiny_bench, engine="torch", batch=2)
     measured = [(way.precision, way.batch) for way in found.forward]
-    assert measured[:2] == [("fp32", 2), ("fp32", 8)]
+    assert measured[:2] == [("fp32", 2), ("fp32", 4)]
     assert ("bf16", 2) in measured
     assert len(set(found.forward)) == len(measured)
 
