@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, a process for each core
@@ -80,7 +80,7 @@ def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[i
         real(*given)  # type: ignore[arg-type]
         made.append(1)
         if len(made) == after:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: here, and nowhere within torch
 
     monkeypatch.setattr(loop, "step", interrupted)
     return made
@@ -92,6 +92,22 @@ def tiny() -> object:
     from featpipe import backbone
 
     return backbone.load(Tiny(), transform=tiny_transform)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A GPU: its stand-in on the CPU, and a real one where there is one."""
+    from featpipe.backbone import products
+    from tests.stand_in import stand_in
+
+    if request.param == "stand-in":
+        stand_in(monkeypatch)
+    products.is_exact.cache_clear()
+    yield torch.device("cuda")
+    products.is_exact.cache_clear()
 
 
 @pytest.fixture(autouse=True)

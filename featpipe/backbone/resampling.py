@@ -32,6 +32,7 @@ otherwise is noticed (:func:`is_exact`) and then used itself, as Pillow is for a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -42,10 +43,13 @@ from torch import Tensor
 
 from featpipe import image as pictures
 
-__all__ = ["TAPS_MAX", "Axis", "is_exact", "resize"]
+__all__ = ["SUPPORT", "TAPS_MAX", "Axis", "agrees", "is_exact", "is_rows_first", "resize"]
 
 TAPS_MAX = 128
 """Neighbours in one sum, for which it is exact."""
+
+TRIED = ((47, 64), (41, 103), (96, 30), (120, 140), (300, 260))
+"""Heights and widths to which a picture of 97 × 131 is resized, to see whether that is exact."""
 
 STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
@@ -87,8 +91,28 @@ class Axis:
         first = np.floor(centre - self._support(filter_) + 0.5).astype(np.int64)
         return first.clip(0, self.before - self.taps(filter_))
 
+    def read(self, filter_: str) -> slice:
+        """The pixels that count for anything."""
+        return _read(self, filter_)
+
+    def weights(self, filter_: str) -> NDArray[np.int32]:
+        """How much each of its taps counts for each pixel that is kept, in units of 2⁻²², of shape (length, taps)."""
+        taps = self.taps(filter_)
+        pixels = self.first(filter_)[:, None] + np.arange(taps)
+        weights = pictures.resize_weights(self.before, self.after, filter_, taps)[:, self.kept]
+        return weights[pixels % taps, np.arange(self.length)[:, None]]
+
     def _support(self, filter_: str) -> float:
         return SUPPORT[filter_] * max(1.0, self.before / self.after)
+
+
+Resize = Callable[[Tensor, Axis, Axis, str], Tensor]
+
+
+@lru_cache(1024)
+def _read(axis: Axis, filter_: str) -> slice:
+    first = axis.first(filter_)
+    return slice(int(first[0]), int(first[-1]) + axis.taps(filter_))
 
 
 @dataclass(frozen=True)
@@ -156,30 +180,48 @@ def resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Ten
 @cache
 def is_exact() -> bool:
     """Whether the sums give the bits of the Pillow that is installed, tried once in a process."""
-    picture = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
-    picture[::2, ::2], picture[::3, 1::2] = 0, 255
-    image = torch.from_numpy(picture).permute(2, 0, 1)
     try:
-        return all(
-            np.array_equal(
-                _resize(image, Axis(97, height, 0, height), Axis(131, width, 0, width), filter_).permute(1, 2, 0),
-                pictures.resize(picture, height, width, filter_),
-            )
-            for height, width in ((47, 64), (41, 103), (96, 30), (120, 140), (300, 260))
-            for filter_ in SUPPORT
-        )
+        return agrees(_resize)
     except (AttributeError, RuntimeError):  # a torch without that operator, or built without what computes it
         return False
 
 
-def _is_summed(vertical: Axis, horizontal: Axis, filter_: str) -> bool:
-    """Whether few enough neighbours are added up, and Pillow of any version goes along the rows first.
+def agrees(resize: Resize, sizes: Iterable[tuple[int, int]] = TRIED, filters: Iterable[str] = tuple(SUPPORT)) -> bool:
+    """Whether a way of resizing gives the bits of the Pillow that is installed, on a hard picture of 97 × 131.
+
+    Parameters
+    ----------
+    resize : callable
+        As :func:`resize`; its results may be on any device.
+    sizes : iterable of (int, int)
+        Heights and widths to try.
+    filters : iterable of {"bilinear", "bicubic"}
+    """
+    picture = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    picture[::2, ::2], picture[::3, 1::2] = 0, 255
+    image, filters = torch.from_numpy(picture).permute(2, 0, 1), tuple(filters)
+    return all(
+        np.array_equal(
+            resize(image, Axis(97, height, 0, height), Axis(131, width, 0, width), filter_).permute(1, 2, 0).cpu(),
+            pictures.resize(picture, height, width, filter_),
+        )
+        for height, width in sizes
+        for filter_ in filters
+    )
+
+
+def is_rows_first(vertical: Axis, horizontal: Axis) -> bool:
+    """Whether Pillow of any version goes along the rows first.
 
     Since 13.0 it begins with the columns where the height loses more than twice as many pixels as the width.
     """
     lower, narrower = vertical.before - vertical.after, horizontal.before - horizontal.after
+    return lower <= 0 or lower <= 2 * narrower
+
+
+def _is_summed(vertical: Axis, horizontal: Axis, filter_: str) -> bool:
     few = max(vertical.taps(filter_), horizontal.taps(filter_)) <= TAPS_MAX
-    return few and (lower <= 0 or lower <= 2 * narrower)
+    return few and is_rows_first(vertical, horizontal)
 
 
 def _resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Tensor:
@@ -195,21 +237,18 @@ def _resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Te
 @lru_cache(64)  # some 100 kB each for a photograph of 500 pixels, 1.4 MB at most for a crop of 224
 def _sums(axis: Axis, filter_: str, channels: int) -> _Sums:
     """The sums along one axis, where each pixel is a number of neighbouring channels."""
-    taps, first = axis.taps(filter_), axis.first(filter_)
-    start, stop = int(first[0]), int(first[-1]) + taps
-    pixels = first[:, None] + np.arange(taps)
-    weights = pictures.resize_weights(axis.before, axis.after, filter_, taps)[:, axis.kept]
-    weights = weights[pixels % taps, np.arange(axis.length)[:, None]]
+    read, weights = axis.read(filter_), axis.weights(filter_)
+    pixels = axis.first(filter_)[:, None] - read.start + np.arange(axis.taps(filter_))
     low = (weights + 256) % 512 - 256
     once = np.ones((axis.length, 1))
     before, after = np.outer(once, BEFORE_HIGH), AFTER_HIGH * once
     terms = np.concatenate([low * 2.0**-22, before, (weights - low) * 2.0**-22, after], axis=1)
-    ones = (stop - start) * channels
-    rows = (pixels - start)[:, None] * channels + np.arange(channels)[:, None]
+    ones = (read.stop - read.start) * channels
+    rows = pixels[:, None] * channels + np.arange(channels)[:, None]
     constant = np.full((*rows.shape[:2], 1), ones)
     order = np.concatenate([rows, constant, constant, rows, constant], axis=2)
     return _Sums(
-        read=slice(start, stop),
+        read=read,
         rows=torch.from_numpy(order.astype(np.int32).ravel()),
         weights=torch.from_numpy(np.repeat(terms.astype(np.float32), channels, axis=0).ravel()),
         ends=torch.arange(0, order.size + 1, order.shape[2], dtype=torch.int32),

@@ -90,13 +90,33 @@ class Transform:
 
     def picture(self, image: Tensor) -> Tensor:
         """The geometric part: uint8 of shape (3, H, W) → uint8 of shape (3, h, w)."""
-        target = self._target(*image.shape[-2:])
+        vertical, horizontal = self.axes(*image.shape[-2:])
+        return self.bordered(_resize(image, vertical, horizontal, self.interpolation))
+
+    def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
+        """How the rows, and the columns, of a picture of this size are resized and cropped.
+
+        Raises
+        ------
+        SampleError
+            If the picture is so long and thin that resizing it would make it enormous.
+        """
+        target = self._target(height, width)
         if target[0] * target[1] > PIXELS_MAX:
-            found = f"{image.shape[-2]} × {image.shape[-1]} pixels would be resized to {target[0]} × {target[1]}"
+            found = f"{height} × {width} pixels would be resized to {target[0]} × {target[1]}"
             raise SampleError(f"too long and thin: {found}", status=Status.TOO_LARGE)
-        vertical, horizontal = (_middle(*sides) for sides in zip(image.shape[-2:], target, self.crop, strict=True))
+        return _middle(height, target[0], self.crop[0]), _middle(width, target[1], self.crop[1])
+
+    def bordered(self, images: Tensor) -> Tensor:
+        """Pictures that are resized and cropped, (…, 3, h, w), with borders where they are smaller than the crop."""
+        missing = [want - have for want, have in zip(self.crop, images.shape[-2:], strict=True)]
+        if not any(missing):
+            return images
         fill = [round(255 * value) for value in self.mean] if self.mode == "border" else [0, 0, 0]
-        return _bordered(_resize(image, vertical, horizontal, self.interpolation), self.crop, fill)
+        (top, left), (bottom, right) = [n // 2 for n in missing], [(n + 1) // 2 for n in missing]
+        borders = (left, right, top, bottom)
+        channels = [pad(c, borders, value=value) for c, value in zip(images.unbind(-3), fill, strict=True)]
+        return torch.stack(channels, dim=-3)
 
     def normalise(self, batch: Tensor) -> Tensor:
         """The arithmetic part: uint8 of shape (…, 3, h, w) → float32 of the same shape."""
@@ -148,15 +168,6 @@ def _resize(image: Tensor, vertical: Axis, horizontal: Axis, interpolation: str)
     if (vertical.before, horizontal.before) == (vertical.after, horizontal.after):
         return image[:, vertical.kept, horizontal.kept]
     return resampling.resize(image, vertical, horizontal, interpolation)
-
-
-def _bordered(image: Tensor, crop: tuple[int, int], fill: list[int]) -> Tensor:
-    missing = [want - have for want, have in zip(crop, image.shape[-2:], strict=True)]
-    if not any(missing):
-        return image
-    (top, left), (bottom, right) = [n // 2 for n in missing], [(n + 1) // 2 for n in missing]
-    borders = (left, right, top, bottom)
-    return torch.stack([pad(c, borders, value=value) for c, value in zip(image, fill, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from featpipe.engine.devices import available_cores, resolve_device, resolve_devices
 from featpipe.engine.fidelity import Fidelity, candidates, choose, embeddings_of, least_cosine
+from featpipe.engine.handover import for_workers
 from featpipe.engine.preparing import OPENVINO_PRECISIONS, has_openvino
 from featpipe.engine.running import Engine
 
@@ -13,6 +14,7 @@ __all__ = [
     "candidates",
     "choose",
     "embeddings_of",
+    "for_workers",
     "has_openvino",
     "least_cosine",
     "resolve_device",

@@ -30,7 +30,10 @@ class Runner(Protocol):
         """To be called once by each of some threads that are going to submit."""
 
     def submit(self, images: Tensor) -> Callable[[], Embeddings]:
-        """Begin with some images, (b, 3, h, w) as the transform's geometry leaves them; the answer waits."""
+        """Begin with some images, (b, 3, h, w) as the transform's geometry leaves them; the answer waits.
+
+        A runner on a GPU takes them each by itself, too, and some of them unresized.
+        """
 
 
 def padded(images: Tensor, batch: int) -> Tensor:

@@ -1,6 +1,8 @@
-"""On a GPU: an extraction against forward passes alone in the same precision, and against decoding, in the same run.
+"""On a GPU: an extraction, what the GPU does alone in the same precision, and what the cores do alone, in the same run.
 
-Skips without a CUDA device.
+Decoding is what is left to the cores, who hand pictures over unresized; forward is copying, resizing and the network.
+Then the seconds of the extraction: reading and decoding of all workers together, embedding of the thread that waits for
+the GPU. Skips without a CUDA device.
 
     python tests/benchmarks/gpu.py [seconds for each]
 """
@@ -32,6 +34,7 @@ def main() -> None:
                 f"{found.extraction / found.bound:5.0%} of the bound  ({found.bottleneck})",
                 flush=True,
             )
+            print("  seconds: " + ", ".join(f"{step} {spent:.2f}" for step, spent in found.seconds.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from featpipe import backbone, engine
 from featpipe.engine import Engine, available_cores, resolve_device
 from featpipe.errors import ConfigError
-from tests.conftest import Tiny, tiny_transform
+from tests.conftest import Tiny, needs_gpu, tiny_transform
 
 TINY_MULTIPLY_ADDS = 8 * 10 * 10 * 3 * 3 * 3  # of its one convolution
 
@@ -25,7 +25,7 @@ def images(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_embeddings_are_those_of_the_network_called_by_hand(tiny):
-    x = images(5)
+    x = images(3)
     found = Engine(tiny, torch.device("cpu")).embed(x)["pooled"]
     with torch.inference_mode():
         expected = Tiny().eval()(x).numpy()
@@ -81,7 +81,7 @@ class ByHand(nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "giga", "batch"),
-    [("efficientnet_lite0", 0.384, 8), ("resnet18", 1.814, 8), ("resnet50", 4.087, 8), ("vit_b_16", 17.563, 2)],
+    [("efficientnet_lite0", 0.384, 4), ("resnet18", 1.814, 4), ("resnet50", 4.087, 4), ("vit_b_16", 17.563, 2)],
 )
 def test_on_a_cpu_the_batch_follows_from_the_published_work_of_the_network(name, giga, batch):
     made = Engine(backbone.load(name, weights="none"), torch.device("cpu"))
@@ -104,9 +104,12 @@ def test_attention_is_counted_whole():
 
 
 @pytest.mark.parametrize(("images_within", "batch"), [(0.5, 1), (1, 1), (2.9, 2), (7, 7), (8, 8), (1000, 8)])
-def test_the_batch_is_what_the_bound_has_room_for_between_1_and_8(tiny, monkeypatch, images_within, batch):
+def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_bytes(
+    tiny, monkeypatch, images_within, batch
+):
     monkeypatch.setattr(engine.work, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
-    assert Engine(tiny, torch.device("cpu")).batch == batch
+    assert Engine(tiny, torch.device("cpu"), "bf16").batch == batch
+    assert Engine(tiny, torch.device("cpu"), "fp32").batch == min(batch, 4)
 
 
 def test_another_process_chooses_the_same_batch(tiny):
@@ -118,7 +121,7 @@ def test_another_process_chooses_the_same_batch(tiny):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     here = Engine(tiny, torch.device("cpu"))
-    assert done.stdout.split() == [str(here.multiply_adds), str(here.batch)] == [str(TINY_MULTIPLY_ADDS), "8"]
+    assert done.stdout.split() == [str(here.multiply_adds), str(here.batch)] == [str(TINY_MULTIPLY_ADDS), "4"]
 
 
 def test_a_batch_that_is_given_is_taken_and_nothing_is_counted(tiny, monkeypatch):
@@ -141,18 +144,18 @@ def test_counting_leaves_nothing_in_a_network_that_remembers():
     assert np.allclose(made.embed(images(3))["pooled"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_whose_work_does_not_show_runs_in_batches_of_8():
+def test_a_network_whose_work_does_not_show_runs_in_batches_of_4():
     made = Engine(backbone.load(ByHand(), transform=tiny_transform), torch.device("cpu"))
-    assert (made.multiply_adds, made.batch) == (0, 8)
+    assert (made.multiply_adds, made.batch) == (0, 4)
 
 
-def test_a_network_that_cannot_be_counted_runs_in_batches_of_8(tiny, monkeypatch):
+def test_a_network_that_cannot_be_counted_runs_in_batches_of_4(tiny, monkeypatch):
     def refuse(*args: object) -> None:
         raise RuntimeError("unknown operator")
 
     monkeypatch.setattr(backbone.Backbone, "embed", refuse)
     made = Engine(tiny, torch.device("cpu"))
-    assert (made.multiply_adds, made.batch) == (None, 8)
+    assert (made.multiply_adds, made.batch) == (None, 4)
 
 
 def test_the_thread_count_of_the_process_is_put_back(tiny):
@@ -204,9 +207,6 @@ def test_an_unknown_precision_is_answered_with_the_nearest(tiny):
         Engine(tiny, torch.device("cpu"), "fp23")
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 def pictures(n: int, size: tuple[int, int] = (224, 224)) -> Tensor:
     return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -225,45 +225,3 @@ def test_a_gpu_gives_the_embeddings_of_the_cpu(name, precision, tolerance):
     exact = Engine(net, torch.device("cpu")).embed(pictures(4))["pooled"]
     found = Engine(net, torch.device("cuda"), precision).embed(pictures(4))["pooled"]
     assert farthest(found, exact) < tolerance
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_batches_that_are_begun_before_others_are_waited_for_keep_their_answers():
-    net = backbone.load("resnet18", weights="none")
-    made = Engine(net, torch.device("cuda"), batch=8)
-    batches = [made.collect(list(part)) for part in pictures(60).split(8)]
-    begun = [made.submit(batch) for batch in batches]
-    together = np.concatenate([answer()["pooled"] for answer in begun])
-    alone = np.concatenate([made.embed(batch)["pooled"] for batch in batches])
-    assert np.array_equal(together, alone)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_network_that_cannot_be_captured_is_called():
-    net = backbone.load(Deciding(), transform=tiny_transform)
-    made = Engine(net, torch.device("cuda"))
-    expected = Engine(net, torch.device("cpu")).embed(images(3))["pooled"]
-    assert np.allclose(made.embed(images(3))["pooled"], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(monkeypatch):
-    from featpipe.engine.cuda import Cuda
-
-    begin = Cuda._begin
-
-    def crowded(self, some):
-        if self.batch > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return begin(self, some)
-
-    net = backbone.load("resnet18", weights="none")
-    expected = Engine(net, torch.device("cpu")).embed(pictures(8))["pooled"]
-    monkeypatch.setattr(Cuda, "_begin", crowded)
-    made = Engine(net, torch.device("cuda"), batch=16)
-    found = made.embed(made.collect(list(pictures(8))))["pooled"]
-    assert made.batch == 4
-    assert farthest(found, expected) < 1e-6

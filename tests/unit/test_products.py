@@ -1,0 +1,226 @@
+"""Resizing by products of matrices: every bit is Pillow's, and that of the sums that cores resize by."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from featpipe import image
+from featpipe.backbone import Transform, products, resampling
+from featpipe.backbone.products import TAPS_MAX, Products, at_once, is_exact, suits
+from featpipe.backbone.resampling import SUPPORT, Axis
+from featpipe.engine.tf32 import tf32
+from tests.conftest import needs_gpu
+
+CPU = torch.device("cpu")
+SIZES = ((1, 1), (3, 5), (31, 40), (64, 64), (90, 200), (375, 500), (500, 333), (640, 480))
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+
+
+def whole(before: int, after: int) -> Axis:
+    return Axis(before, after, 0, after)
+
+
+def resized(
+    pictures: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str, device: str = "cpu"
+) -> NDArray[np.uint8]:
+    rows, columns = (axis.read(filter_) for axis in axes)
+    pixels = torch.from_numpy(pictures[:, rows, columns]).permute(0, 3, 1, 2).to(device)
+    with tf32(False):
+        found = Products(torch.device(device)).resize(pixels, *axes, filter_)
+    assert (found.dtype, found.device.type) == (torch.uint8, device)
+    return found.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def by_pillow(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
+    (top, left), size = (axis.start for axis in axes), (axes[1].after, axes[0].after)
+    box = (left, top, left + axes[1].length, top + axes[0].length)
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling[filter_.upper()]).crop(box))
+
+
+def by_sums(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
+    return resampling.resize(torch.from_numpy(picture).permute(2, 0, 1), *axes, filter_).permute(1, 2, 0).numpy()
+
+
+def hard(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Noise, levels of 0 and 255, checkers, stripes, and the two extremes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.ogrid[:height, :width]
+    patterns = [(y + x) % 2, (y // 3 + x // 2) % 2, 0 * y + x % 2, y % 2 + 0 * x, 0 * (y + x), 0 * (y + x) + 1]
+    flat = [np.repeat(255 * pattern.astype(np.uint8)[..., None], 3, axis=2) for pattern in patterns]
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.stack([noise, rng.choice(np.uint8([0, 255]), (height, width, 3)), *flat])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("filter_", SUPPORT)
+def test_hard_pictures_of_many_sizes_are_resized_up_and_down_to_pillows_bits(device, filter_):
+    done = 0
+    for (height, width), (after, broad) in product(SIZES, ((7, 9), (64, 48), (224, 224), (256, 341))):
+        axes = whole(height, after), whole(width, broad)
+        if suits(*axes, filter_):
+            pictures = hard(height, width)
+            for picture, found in zip(pictures, resized(pictures, axes, filter_, device), strict=True):
+                np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
+            done += 1
+    assert done > 20
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> Axis:
+    before = draw(st.integers(1, 300))
+    after = draw(st.one_of(st.integers(1, 300), st.just(before), st.integers(max(1, before // 20), before)))
+    start = draw(st.integers(0, after - 1))
+    return Axis(before, after, start, draw(st.integers(1, after - start)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(vertical=parts(), horizontal=parts(), filter_=st.sampled_from(sorted(SUPPORT)), seed=st.integers(0, 2**32))
+def test_any_part_of_any_resized_picture_is_pillows_and_that_of_the_sums(vertical, horizontal, filter_, seed):
+    axes = vertical, horizontal
+    assume(suits(*axes, filter_))
+    pictures = hard(vertical.before, horizontal.before, seed)[:3]
+    for picture, found in zip(pictures, resized(pictures, axes, filter_), strict=True):
+        np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
+        np.testing.assert_array_equal(found, by_sums(picture, axes, filter_))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("filter_", SUPPORT)
+def test_the_largest_sums_are_exact(device, filter_):
+    shrink = TAPS_MAX // (2 * SUPPORT[filter_])
+    axis = whole(16 * shrink, 16)
+    assert axis.taps(filter_) == TAPS_MAX
+    of_one = np.zeros(axis.before, np.int64)
+    first = axis.first(filter_)[8]
+    of_one[first : first + TAPS_MAX] = axis.weights(filter_)[8]
+    low_is_negative = (of_one + 1024) % 2048 < 1024
+    for bright in (of_one > 0, of_one <= 0, low_is_negative, ~low_is_negative):
+        row = np.where(bright, 255, 0).astype(np.uint8)
+        picture = np.repeat(np.tile(row, (24, 1))[..., None], 3, axis=2)
+        for turned in (picture, picture.transpose(1, 0, 2).copy()):
+            axes = tuple(whole(n, 16 if n == axis.before else n) for n in turned.shape[:2])
+            if suits(*axes, filter_):
+                found = resized(turned[None], axes, filter_, device)[0]
+                np.testing.assert_array_equal(found, by_pillow(turned, axes, filter_))
+
+
+@pytest.mark.parametrize("filter_", SUPPORT)
+def test_weights_without_their_signs_add_up_to_less_than_the_proof_allows(filter_):
+    largest = 0
+    for before, after in product((1, 2, 3, 4, 5, 7, 11, 37, 64, 101, 256, 500), (1, 2, 3, 5, 8, 13, 31, 64, 224, 341)):
+        axis = whole(before, after)
+        if axis.taps(filter_) <= TAPS_MAX:
+            weights = axis.weights(filter_).astype(np.int64)
+            largest = max(largest, np.abs(weights).sum(1).max())
+            assert abs(weights.sum(1) - 2**22).max() <= axis.taps(filter_)
+    assert largest <= {"bilinear": 1.0, "bicubic": 1.4}[filter_] * 2**22 + TAPS_MAX < 2**23
+
+
+@pytest.mark.parametrize("axes", [(whole(64, 64), whole(500, 8)), (whole(300, 60), whole(100, 40))])
+def test_what_is_not_exact_is_refused(axes):
+    assert not suits(*axes, "bicubic")
+    with pytest.raises(ValueError, match="not exact as products"):
+        resized(hard(axes[0].before, axes[1].before), axes, "bicubic")
+
+
+def test_matrices_are_kept_for_as_long_as_there_is_room(monkeypatch):
+    made, make = [], products._matrix
+    monkeypatch.setattr(products, "_matrix", lambda *given: made.append(given[0]) or make(*given))
+    axes = [whole(100 + i, 60) for i in range(4)]
+    size = make(axes[3], "bicubic", CPU).nbytes
+    monkeypatch.setattr(products, "MATRIX_BYTES", 3 * size)
+    kept = Products(CPU)
+    for axis in (*axes[:3], axes[0], axes[3], axes[0], axes[1]):
+        kept._matrix(axis, "bicubic")
+        assert kept._bytes == sum(matrix.nbytes for matrix in kept._matrices.values()) <= 3 * size
+    assert made == [*axes, axes[1]]
+
+
+class Largest(TorchDispatchMode):
+    """Sees what torch makes."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        self.values = max([self.values, *(value.numel() for value in [made] if isinstance(value, torch.Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("size", [(375, 500), (20, 33), (224, 1600)])
+def test_so_many_are_resized_at_once_that_no_tensor_has_more_values_than_agreed(monkeypatch, size):
+    monkeypatch.setattr(products, "VALUES", 2**21)
+    axes = Transform(256, (224, 224)).axes(*size)
+    count = at_once(*axes, "bilinear")
+    with Largest() as seen:
+        resized(np.zeros((count, *size, 3), np.uint8), axes, "bilinear")
+    assert 2**20 < seen.values <= 2**21
+    assert at_once(whole(4000, 4000), whole(4000, 4000), "bilinear") == 1
+
+
+def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
+    make = products._matrix
+
+    def rounded(*given: object) -> torch.Tensor:
+        return make(*given).to(torch.bfloat16).float()
+
+    def refused(*_: object) -> torch.Tensor:
+        raise RuntimeError("not implemented for this device")
+
+    for found, expected in ((make, True), (rounded, False), (refused, False)):
+        is_exact.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "_matrix", found)
+            assert is_exact(CPU) == expected
+    is_exact.cache_clear()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_is_exact():
+    with tf32(False):
+        assert is_exact(torch.device("cuda"))
+
+
+TRANSFORMS = [
+    Transform(256, (224, 224), "bicubic"),
+    Transform(24, (32, 32)),
+    Transform((40, 60), (40, 60), mode="squash"),
+    Transform((40, 60), (48, 60), "bicubic", mode="border"),
+    Transform((40, 60), (30, 30), mode="center"),
+]
+
+
+GEOMETRIES = [
+    (transform, size)
+    for transform in TRANSFORMS
+    for size in ((90, 120), (120, 90), (20, 33), (64, 20))
+    if suits(*transform.axes(*size), transform.interpolation)
+]
+
+
+@pytest.mark.parametrize(("transform", "size"), GEOMETRIES)
+def test_a_transforms_geometry_of_several_pictures_is_that_of_each(transform, size):
+    pictures, axes = hard(*size), transform.axes(*size)
+    levels = torch.from_numpy(resized(pictures, axes, transform.interpolation)).permute(0, 3, 1, 2)
+    for picture, found in zip(pictures, transform.bordered(levels), strict=True):
+        assert torch.equal(found, transform.picture(torch.from_numpy(picture).permute(2, 0, 1)))
+
+
+def test_axes_read_what_counts_and_no_more():
+    axis = Axis(500, 341, 58, 224)
+    for filter_ in SUPPORT:
+        read, first = axis.read(filter_), axis.first(filter_)
+        assert (read.start, read.stop) == (first.min(), first.max() + axis.taps(filter_))
+        impulse = np.zeros((1, 500, 3), np.uint8)
+        impulse[:, : read.start], impulse[:, read.stop :] = 255, 255
+        assert not image.resize(impulse, 1, 341, filter_)[:, axis.kept].any()
