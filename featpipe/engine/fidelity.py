@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from featpipe.backbone import Backbone
+from featpipe.backbone.products import Picture
 from featpipe.engine.runner import Embeddings
 from featpipe.engine.running import Engine
 
@@ -76,7 +76,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose(
-    backbone: Backbone, device: torch.device, pictures: Sequence[Tensor], min_cosine: float, **settings: Any
+    backbone: Backbone, device: torch.device, pictures: Sequence[Picture], min_cosine: float, **settings: Any
 ) -> tuple[Engine, Fidelity]:
     """The engine of the fastest precision that is faithful enough on some pictures.
 
@@ -84,7 +84,7 @@ def choose(
     ----------
     backbone : Backbone
     device : torch.device
-    pictures : sequence of Tensor of shape (3, h, w)
+    pictures : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
         As the transform's geometry leaves them.
     min_cosine : float
     **settings
@@ -104,7 +104,7 @@ def choose(
 def _measured(
     backbone: Backbone,
     device: torch.device,
-    pictures: Sequence[Tensor],
+    pictures: Sequence[Picture],
     precision: str,
     settings: dict[str, Any],
     found: Fidelity,
@@ -119,7 +119,7 @@ def _measured(
     return engine, embeddings
 
 
-def embeddings_of(engine: Engine, pictures: Sequence[Tensor]) -> Embeddings:
+def embeddings_of(engine: Engine, pictures: Sequence[Picture]) -> Embeddings:
     """The embeddings of some pictures, batch by batch on the calling thread; empty without a picture."""
     parts = [pictures[start : start + engine.batch] for start in range(0, len(pictures), engine.batch)]
     answers = [engine.embed(engine.collect(part)) for part in parts]

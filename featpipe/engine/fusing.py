@@ -163,6 +163,8 @@ def _replace(module: fx.GraphModule, chain: _Chain, weights: Mapping[str, Tensor
     images, _, _, stride, padding, dilation, groups = _arguments(chain.convolution)
     weight, bias = (None if value is None else value.to(dtype) for value in _folded(module, chain, weights))
     assert weight is not None
+    if _is_padded_depthwise(chain.convolution):
+        images, weight, padding = _with_padding(images, weight)
     shape = list(images.meta["val"].shape)
     name = f"fused_{chain.convolution.name}"
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
@@ -185,6 +187,26 @@ def _replace(module: fx.GraphModule, chain: _Chain, weights: Mapping[str, Tensor
     chain.last.replace_all_uses_with(fused)
     for node in reversed(chain.nodes):
         graph.erase_node(node)
+
+
+def _is_padded_depthwise(convolution: fx.Node) -> bool:
+    """Whether a convolution of each channel by itself is the only one to see its maps padded."""
+    images, weight, _, _, padding, dilation, _ = _arguments(convolution)
+    is_padded = images.target is _pad_with_zeros and len(images.users) == 1 and min(images.args[1]) >= 0
+    is_depthwise = weight.meta["val"].shape[1] == 1
+    return is_padded and is_depthwise and not any(padding) and list(dilation) == [1, 1]
+
+
+def _with_padding(padded: fx.Node, weight: Tensor) -> tuple[fx.Node, Tensor, list[int]]:
+    """The maps before they were padded, and a kernel with a padding of its own, the same on both sides.
+
+    Where the sides differ, as in networks that pad like TensorFlow, the kernel gets zeros on the side of less padding:
+    the same sums to the bit, for a few multiplications more. Copying the maps takes as long as convolving them.
+    """
+    maps: Any = padded.args[0]
+    left, right, top, bottom = (int(size) for size in padded.args[1])  # type: ignore[union-attr,arg-type]
+    zeros = [max(0, right - left), max(0, left - right), max(0, bottom - top), max(0, top - bottom)]
+    return maps, pad(weight, zeros), [max(top, bottom), max(left, right)]
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:

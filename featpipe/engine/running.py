@@ -6,14 +6,17 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from featpipe.backbone import Backbone
+from featpipe.backbone.products import Images, Picture
 from featpipe.engine import preparing
 from featpipe.engine.devices import available_cores
 from featpipe.engine.eager import Eager
+from featpipe.engine.handover import for_workers
 from featpipe.engine.memory import keep_freed_memory
 from featpipe.engine.runner import Embeddings, Runner
 from featpipe.engine.work import batch_for, multiply_adds
@@ -48,11 +51,11 @@ class Engine:
         ``fp32`` is strict: no TF32 in matrix products or convolutions.
     batch : int, optional
         Images in one forward pass. Shorter batches are padded to it, so that an image's embedding is computed by the
-        same instructions whatever its neighbours are. If not given it follows from the network's work alone and never
-        from the clock, so that a run that is resumed computes as the one before it did. On a CPU: from 8 down to 1, as
-        many as 36·10⁹ multiply-adds are enough for, so that a batch takes seconds and not minutes whatever the
-        network, and little work is ever in hand. On a GPU: from 512 down to 32, as many as 10¹² are enough for; half
-        of that, again and again, where the memory is not enough.
+        same instructions whatever its neighbours are. If not given it follows from the network's work and the
+        precision alone and never from the clock, so that a run that is resumed computes as the one before it did. On a
+        CPU: from 4 (8 in bf16) down to 1, as many as 36·10⁹ multiply-adds are enough for, so that a batch takes
+        seconds and not minutes whatever the network, and little work is ever in hand. On a GPU: from 512 down to 32, as
+        many as 10¹² are enough for; half of that, again and again, where the memory is not enough.
     kind : {"auto", "torch", "openvino"}
         What computes on a CPU. ``auto``: OpenVINO if it is installed and the network and precision suit it. They
         agree to the rounding of the precision, as devices do.
@@ -64,11 +67,13 @@ class Engine:
     multiply_adds : int or None
         Of one image, as far as they were counted: where ``batch`` was not given. Convolutions, matrix products and
         attention count; other operations of a network of your own count nothing, so that one made of nothing else
-        runs in batches of 8.
+        runs in the largest batches.
     name : str
         What computes, for people.
     transform : callable
-        The part of the backbone's transform that comes before :meth:`collect`: an image's own geometry.
+        What comes before :meth:`collect`, an image's own geometry; for a GPU, as little of it as the cores must do.
+    unhurried : callable
+        The same, by a core that would wait for the GPU otherwise.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Engine:
         self.device = device
         self.precision = precision
         self.dtype = DTYPES[precision]
-        self.transform = backbone.transform.picture
+        self.transform, self.unhurried = for_workers(backbone.transform, device)
         network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
         network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = replace(backbone, network=network)
@@ -93,7 +98,8 @@ class Engine:
             keep_freed_memory()
         self._effort = _effort(images or 0)
         self.multiply_adds = multiply_adds(self.backbone) if batch is None else None
-        self._runner = self._make_runner(backbone, batch or batch_for(device, self.multiply_adds), kind, images or 0)
+        size = batch or batch_for(device, self.multiply_adds, self.dtype)
+        self._runner = self._make_runner(backbone, size, kind, images or 0)
 
     def is_ready_for(self, images: int) -> bool:
         """Whether an engine for so many images would be made ready in the same way."""
@@ -143,28 +149,31 @@ class Engine:
         torch.set_num_threads(max(1, available_cores() // workers))
         self._runner.enter_stream(workers)
 
-    def collect(self, pictures: Sequence[Tensor]) -> Tensor:
-        """Some pictures as one tensor, channels last in memory, where the device copies it from fastest.
+    def collect(self, pictures: Sequence[Picture]) -> Images:
+        """Some pictures together, as :meth:`submit` takes them: one tensor, channels last in memory.
+
+        For a GPU they stay by themselves, where each was put for it to copy from.
 
         Parameters
         ----------
-        pictures : sequence of Tensor of shape (3, h, w)
+        pictures : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
             As ``transform`` gives them.
         """
-        first = pictures[0]
-        shape = (len(pictures), *first.shape[1:], 3)
-        images = torch.empty(shape, dtype=first.dtype, pin_memory=self.device.type == "cuda").permute(0, 3, 1, 2)
-        for place, picture in zip(images, pictures, strict=True):
+        if self.device.type == "cuda":
+            return list(pictures)
+        tensors = cast(Sequence[Tensor], pictures)
+        shape = (len(tensors), *tensors[0].shape[1:], 3)
+        images = torch.empty(shape, dtype=tensors[0].dtype).permute(0, 3, 1, 2)
+        for place, picture in zip(images, tensors, strict=True):
             place.copy_(picture)
         return images
 
-    def embed(self, images: Tensor) -> Embeddings:
+    def embed(self, images: Images) -> Embeddings:
         """The embeddings of some images.
 
         Parameters
         ----------
-        images : Tensor of shape (b, 3, h, w)
-            As :meth:`collect` gives them.
+        images : Tensor of shape (b, 3, h, w), or what :meth:`collect` gives
 
         Returns
         -------
@@ -172,12 +181,12 @@ class Engine:
         """
         return self.submit(images)()
 
-    def submit(self, images: Tensor) -> Callable[[], Embeddings]:
+    def submit(self, images: Images) -> Callable[[], Embeddings]:
         """Begin to embed some images; what is returned waits for the embeddings.
 
         On a GPU the next images are copied and begun meanwhile.
         """
-        return self._runner.submit(images)
+        return self._runner.submit(images)  # type: ignore[arg-type]  # each by itself for a GPU alone
 
 
 def _effort(images: int) -> int:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
+from featpipe.backbone.products import Picture
 from featpipe.cache import FeatureCache
 from featpipe.engine import Engine, choose, resolve_devices
 from featpipe.errors import CacheError
@@ -71,9 +71,9 @@ def _remembered(index: Index, backbone: Backbone, settings: Extraction) -> tuple
     return None
 
 
-def _first(index: Index, backbone: Backbone) -> list[Tensor]:
+def _first(index: Index, backbone: Backbone) -> list[Picture]:
     """The first pictures of an archive that can be read."""
-    pictures: list[Tensor] = []
+    pictures: list[Picture] = []
     loader = Loader(index, np.arange(min(len(index), ROWS)), backbone.transform.picture, IMAGES)
     with closing(loader):
         for batch in loader.batches():

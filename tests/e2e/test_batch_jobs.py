@@ -179,7 +179,7 @@ def test_a_job_with_a_time_limit_that_is_run_again_while_it_says_so_ends(home: H
 IN_LARGE_STEPS = """
 import sys
 from featpipe.engine import running
-running.batch_for = lambda device, multiply_adds: 40
+running.batch_for = lambda device, multiply_adds, dtype: 40
 sys.argv[0] = "featpipe"
 from featpipe.cli import main
 main()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from featpipe import backbone
-from featpipe.engine import Engine, preparing
+from featpipe.engine import Engine, fusing, preparing
 from featpipe.engine.fusing import fuse
 from featpipe.engine.graph import graph_of
 from featpipe.errors import ConfigError
@@ -88,8 +88,8 @@ def test_a_network_made_ready_gives_its_own_answers(network, kind):
     net = loaded(network())
     made = Engine(net, CPU, kind=kind, images=MANY)
     assert made.name != "torch"
-    expected = answers(Engine(net, CPU), images(5))["pooled"]
-    assert np.allclose(answers(made, images(5))["pooled"], expected, rtol=1e-4, atol=1e-5)
+    expected = answers(Engine(net, CPU), images(3))["pooled"]
+    assert np.allclose(answers(made, images(3))["pooled"], expected, rtol=1e-4, atol=1e-5)
 
 
 def fused_calls(network: nn.Module, **more: object) -> list[str]:
@@ -109,6 +109,43 @@ def test_norms_sums_and_activations_become_part_of_their_convolution():
     ]
     assert not [name for name in calls if "batch_norm" in name or "dropout" in name]
     assert [name for name in calls if "conv2d" in name] == ["aten.conv2d.padding"]
+
+
+class Padded(nn.Module):
+    """A convolution of each channel by itself, of maps that were padded by hand."""
+
+    def __init__(self, sizes: tuple[int, ...], kernel: int = 3, dilation: int = 1, shared: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sizes, self.shared = sizes, shared
+        self.first = nn.Conv2d(3, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, kernel, stride=2, dilation=dilation, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.first(x).relu(), self.sizes)
+        y = self.depthwise(x).relu().mean((2, 3))
+        return y + x.mean((2, 3)) if self.shared else y
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("sizes", "kernel"), [((0, 1, 0, 1), 3), ((1, 2, 1, 2), 5), ((1, 0, 2, 0), 3), ((2, 2, 2, 2), 5)]
+)
+def test_padding_becomes_part_of_a_depthwise_convolution_to_the_bit(sizes, kernel, precision, monkeypatch):
+    found = answers(Engine(loaded(Padded(sizes, kernel)), CPU, precision, kind="torch", images=MANY), images(3))
+    assert not [name for name in fused_calls(Padded(sizes, kernel)) if "pad" in name]
+    monkeypatch.setattr(fusing, "_is_padded_depthwise", lambda convolution: False)
+    assert [name for name in fused_calls(Padded(sizes, kernel)) if "pad" in name]
+    before = answers(Engine(loaded(Padded(sizes, kernel)), CPU, precision, kind="torch", images=MANY), images(3))
+    assert np.array_equal(found["pooled"], before["pooled"])
+
+
+@pytest.mark.parametrize("network", [((0, 1, 0, 1), 3, 1, True), ((0, -1, 0, 1), 3), ((0, 1, 0, 1), 3, 2)])
+def test_padding_that_somebody_else_sees_or_that_is_of_another_kind_stays(network):
+    assert [name for name in fused_calls(Padded(*network)) if "pad" in name]
+    expected = answers(Engine(loaded(Padded(*network)), CPU), images(3))["pooled"]
+    found = answers(Engine(loaded(Padded(*network)), CPU, kind="torch", images=MANY), images(3))["pooled"]
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_no_output_needs_is_not_in_the_graph():
