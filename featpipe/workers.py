@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
 
@@ -45,7 +45,7 @@ class Workers:
             self.threads = max([library.num_threads for library in blas.lib_controllers], default=1)
         self._exits.enter_context(blas.limit(limits=1))
         if self.threads > 1:
-            self._pool = self._exits.enter_context(ThreadPoolExecutor(self.threads))
+            self._pool = self._exits.enter_context(ThreadPoolExecutor(self.threads - 1))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -53,17 +53,40 @@ class Workers:
         self._exits.close()
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """``work`` of each item, in order; few results wait at a time."""
+        """``work`` of each item, in order; few results wait at a time, and the caller works too while it waits."""
         if self._pool is None:
             yield from map(work, items)
             return
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[_Task[Item, Result]] = deque()
         for item in items:
-            waiting.append(self._pool.submit(work, item))
+            waiting.append(_Task(self._pool, work, item))
             if len(waiting) > 2 * self.threads:
-                yield waiting.popleft().result()
+                yield _first(waiting)
         while waiting:
-            yield waiting.popleft().result()
+            yield _first(waiting)
+
+
+class _Task(Generic[Item, Result]):
+    """Work on one item, begun by another thread or taken over by the caller's."""
+
+    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Item], Result], item: Item) -> None:
+        self._work, self._item = work, item
+        self.future = pool.submit(work, item)
+
+    def take_over(self) -> bool:
+        """Do it here, if nobody has begun; whether that was so."""
+        if not self.future.cancel():
+            return False
+        self.future = Future()
+        self.future.set_result(self._work(self._item))
+        return True
+
+
+def _first(waiting: deque[_Task[Item, Result]]) -> Result:
+    """The first result; meanwhile this thread works too, on what nobody has begun."""
+    while not waiting[0].future.done() and any(task.take_over() for task in waiting):
+        pass
+    return waiting.popleft().future.result()
 
 
 @cache

@@ -34,7 +34,7 @@ Rows = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 BLOCK_BYTES = 16 * 2**20
 _ATTEMPTS = 3
 ROWS_APART = 1024  # each brings the pages around it into memory
-AHEAD = 2  # as much again is read while a run of rows is worked on
+AHEAD = 8  # runs of rows that are on their way while one is worked on
 
 _STATUSES = frozenset(Status)
 

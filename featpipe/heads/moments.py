@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 NUMBERS_IN_A_BLOCK = 1 << 20  # that several operations in turn find in a core's cache
 NUMBERS_FOR_A_GRAM = 1 << 22  # whose product is as large as a small block
 SHIFT_ROWS = 1000
+SUMMED_ROWS, SUMMED_ROWS_OF_A_CLASS = 1024, 128
 
 
 class RowSource(Protocol):
@@ -153,19 +154,15 @@ def moments(
     def one(rows: slice) -> Moments:
         x = as_float(source[rows], dtype)
         x = np.subtract(x, shift, out=x if x.flags.writeable and x.base is None else None)
-        y: NDArray[Any] = _one_hot(targets[rows], k, dtype) if k is not None else targets[rows].astype(dtype)
         squares = np.einsum("ij,ij->j", x, x)
-        ones = np.ones(len(x), dtype)
-        if weights is None:
-            cross, plain = x.T @ y, x.T @ ones
-            gram = x.T @ x if outer else squares
-            return _moments(len(x), len(x), plain, gram, y.sum(axis=0), cross, shift, plain, squares)
-        w: NDArray[Any] = weights[rows].astype(dtype)
-        y = y * w[:, None]
-        plain, total, cross = x.T @ ones, x.T @ w, x.T @ y
-        x *= np.sqrt(w)[:, None]
-        gram = x.T @ x if outer else np.einsum("ij,ij->j", x, x)
-        return _moments(len(x), float(w.sum()), total, gram, y.sum(axis=0), cross, shift, plain, squares)
+        w = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
+        y, cross = _times_classes(x, targets[rows], w, k) if k is not None else _times(x, targets[rows], w)
+        plain = total = x.T @ w
+        if weights is not None:
+            plain = x.T @ np.ones_like(w)
+            x *= np.sqrt(w)[:, None]
+        gram = x.T @ x if outer else squares if weights is None else np.einsum("ij,ij->j", x, x)
+        return _moments(len(x), float(w.sum(dtype=np.float64)), total, gram, y, cross, shift, plain, squares)
 
     gathered: Moments | None = None
     with Workers(float(n) * d * d) as workers:
@@ -177,10 +174,27 @@ def moments(
     return gathered
 
 
-def _one_hot(codes: NDArray[Any], k: int, dtype: Any) -> NDArray[Any]:
-    found = np.zeros((len(codes), k), dtype)
-    found[np.arange(len(codes)), codes] = 1
-    return found
+def _times(x: NDArray[Any], targets: NDArray[Any], w: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Σ w y and Σ w x yᵀ of numbers y."""
+    y = targets.astype(x.dtype) * w[:, None]
+    return y.sum(axis=0), x.T @ y
+
+
+def _times_classes(x: NDArray[Any], codes: NDArray[Any], w: NDArray[Any], k: int) -> tuple[Array, Array]:
+    """The same of columns of 0 and 1, of which each row has a single 1: sums of its rows for each class.
+
+    A product with the columns takes as long as there are classes. So few rows at a time that sums in float32 keep
+    their digits.
+    """
+    from scipy.sparse import csc_array
+
+    cross = np.zeros((k, x.shape[1]))
+    step = max(SUMMED_ROWS, SUMMED_ROWS_OF_A_CLASS * k)
+    for start in range(0, len(x), step):
+        some = slice(start, start + step)
+        ones = csc_array((w[some], codes[some], np.arange(len(w[some]) + 1)), shape=(k, len(w[some])))
+        cross += ones @ x[some]
+    return np.bincount(codes, w, k).astype(np.float64), cross.T
 
 
 def _moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:

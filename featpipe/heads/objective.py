@@ -134,10 +134,10 @@ class Problem:
 
         def one(block: slice) -> tuple[Array, NDArray[Any], NDArray[Any]]:
             x = self.rows(block, dtype)
-            scores = x @ W.T
+            scores = _product(x, W.T)
             scores += b
             losses = self._losses_to_residuals(scores, block)
-            return losses, scores.T @ x, scores.sum(axis=0)
+            return losses, _product(scores.T, x), scores.sum(axis=0)
 
         losses, gradient = np.zeros(self.groups), np.zeros((self.k, self.d + 1))
         for of_block, in_W, in_b in self.workers.map(one, self.blocks()):
@@ -164,7 +164,7 @@ class Problem:
 
     def probabilities(self, theta: Array, x: NDArray[Any]) -> NDArray[Any]:
         """Of rows that `rows` gave, shape (b, k)."""
-        scores = x @ np.asarray(theta[:, :-1].T, x.dtype)
+        scores = _product(x, np.asarray(theta[:, :-1].T, x.dtype))
         scores += np.asarray(theta[:, -1], x.dtype)
         if self.link == "softmax":
             scores -= scores.max(axis=1, keepdims=True)
@@ -223,6 +223,16 @@ class Problem:
         scores *= factors[:, None]
         scores[chosen] = -others * factors
         return np.array([weights @ losses])
+
+
+def _product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """a @ b of finite numbers, which cannot be invalid unless it overflows, and that is told as such.
+
+    BLAS may raise the processor's flag all the same, for what lies in memory beside a small matrix.
+    """
+    with np.errstate(invalid="ignore"):
+        found: NDArray[Any] = a @ b
+    return found
 
 
 def _sigmoid(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -154,6 +154,20 @@ def test_closed_forms_take_one_pass():
         assert source.passes < 1.1  # the first rows are looked at for the shift
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float16, 1e-5), (np.float64, 1e-12)])
+def test_class_codes_stand_for_columns_of_0_and_1(dtype, rounding, weighted, monkeypatch):
+    monkeypatch.setattr(room, "SUMMED_ROWS", 64)  # in several pieces
+    X = np.random.default_rng(0).normal(size=(600, 12)).astype(dtype)
+    codes = np.random.default_rng(1).integers(0, 3, 600)
+    weights = np.random.default_rng(2).uniform(0.5, 3, 600) if weighted else None
+    found = moments(X, codes, weights, k=4)  # of the last class there is no row
+    expected = moments(X, np.eye(4)[codes], weights)
+    for name in ("x", "gram", "y", "cross", "plain", "squares"):
+        there = getattr(expected, name)
+        np.testing.assert_allclose(getattr(found, name), there, rtol=0, atol=rounding * np.abs(there).max())
+
+
 def test_moments_of_two_halves_add_up_to_those_of_all():
     X, y = data()
     whole = moments(X, y, k=4)

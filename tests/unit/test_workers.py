@@ -1,0 +1,71 @@
+"""Work on blocks of rows, spread over threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import islice
+
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from featpipe.workers import Workers
+
+ENOUGH = 1e9
+
+
+@pytest.fixture(params=[1, 2, 3])
+def workers(request):
+    with threadpool_limits(request.param, user_api="blas"), Workers(ENOUGH) as found:
+        yield found
+
+
+def test_results_come_in_the_order_of_the_items_whichever_is_done_first(workers):
+    def slow_at_first(item: int) -> int:
+        time.sleep(0.01 * (item % 3 == 0))
+        return item * item
+
+    assert list(workers.map(slow_at_first, range(40))) == [item * item for item in range(40)]
+
+
+def test_no_more_threads_work_than_blas_had_and_the_caller_is_one_of_them(workers):
+    both = threading.Barrier(min(2, workers.threads))
+    seen = set()
+
+    def note(item: int) -> None:
+        seen.add(threading.get_ident())
+        if item < 2:  # neither of the first two ends before both have begun
+            both.wait(timeout=60)
+
+    for _ in workers.map(note, range(12)):
+        pass
+    assert threading.get_ident() in seen
+    assert min(2, workers.threads) <= len(seen) <= workers.threads
+
+
+def test_an_error_in_one_item_is_raised_where_its_result_would_come(workers):
+    def fails(item: int) -> int:
+        if item == 5:
+            raise ZeroDivisionError
+        return item
+
+    results = workers.map(fails, range(9))
+    assert list(islice(results, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_a_small_pass_stays_on_the_callers_thread():
+    with Workers(10.0) as few:
+        assert list(few.map(lambda item: threading.get_ident(), range(5))) == [threading.get_ident()] * 5
+
+
+def test_blas_has_one_thread_inside_and_as_many_as_before_afterwards():
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        with Workers(ENOUGH):
+            assert threads() == {1}
+        assert threads() == before
