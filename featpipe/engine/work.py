@@ -20,7 +20,7 @@ GPU_BATCH_MULTIPLY_ADDS = 1e12  # some milliseconds of a large GPU, so that star
 
 
 def batch_for(device: torch.device, work: int | None, dtype: torch.dtype) -> int:
-    """Images in one forward pass; it follows from the device's kind, the network and the precision, never from the clock.
+    """Images in one forward pass; it follows from the kind of device, network and precision, never from the clock.
 
     Parameters
     ----------

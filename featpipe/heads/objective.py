@@ -226,7 +226,7 @@ class Problem:
 
 
 def _product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """a @ b of finite numbers, which cannot be invalid unless it overflows, and that is told as such.
+    """``a @ b`` of finite numbers, never invalid unless it overflows, and that is told as such.
 
     BLAS may raise the processor's flag all the same, for what lies in memory beside a small matrix.
     """
