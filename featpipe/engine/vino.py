@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -71,5 +72,15 @@ class OpenVino:
                     "INFERENCE_NUM_THREADS": max(streams, available_cores()),
                     "ENABLE_CPU_PINNING": False,
                 }
-                self._compiled[streams] = openvino.Core().compile_model(self._network, "CPU", settings)
+                self._compiled[streams] = _core().compile_model(self._network, "CPU", settings)
             return self._compiled[streams]
+
+
+@cache
+def _core() -> openvino.Core:
+    """The one of this process, which is never given up.
+
+    A core sets the stack on which its thread hears signals, and takes that stack back when it goes, also where another
+    thread or a later core still relies on it: the next Ctrl-C would be a segmentation fault.
+    """
+    return openvino.Core()

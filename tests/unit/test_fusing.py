@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -249,6 +252,38 @@ def test_openvino_that_was_asked_for_is_never_replaced(monkeypatch):
     monkeypatch.setattr(preparing, "has_openvino", lambda: False)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'featpipe\[cpu\]'"):
         Engine(loaded(Tiny()), CPU, kind="openvino")
+
+
+ONE_AFTER_THE_OTHER = """
+import signal, threading, torch
+from featpipe import backbone
+from featpipe.engine import Engine
+from tests.conftest import Tiny, tiny_transform
+
+def use():
+    engine = Engine(backbone.load(Tiny(), transform=tiny_transform), torch.device("cpu"), kind="openvino")
+    engine.embed(torch.rand(2, 3, 12, 12))
+    return engine
+
+first = use()
+second = use()
+del first
+del second
+other = threading.Thread(target=use)
+other.start()
+other.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_ctrl_c_is_heard_after_openvino_was_used_and_given_up():
+    """It was a segmentation fault, of the process that had used two networks, one after the other."""
+    pytest.importorskip("openvino")
+    child = subprocess.run([sys.executable, "-c", ONE_AFTER_THE_OTHER], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stdout) == (0, "heard\n"), child.stderr
 
 
 def test_an_unknown_engine_is_answered_with_the_nearest():
