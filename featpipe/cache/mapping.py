@@ -6,7 +6,9 @@ import ctypes
 import math
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +104,11 @@ def _advise(array: NDArray, what: str) -> None:
     first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first and hasattr(mmap, what):
-        advise = ctypes.CDLL(None).madvise
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        advise(first, last - first, getattr(mmap, what))
+        _madvise()(first, last - first, getattr(mmap, what))
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int]:
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise

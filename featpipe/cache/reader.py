@@ -440,6 +440,7 @@ class View:
 
     def __init__(self, features: NDArray[np.floating], rows: NDArray[np.intp], mapped: bool = False) -> None:
         self._features, self._rows, self._mapped = features, rows, mapped
+        self._next = 0  # the row after those that were read last
         self.shape = (len(rows), *features.shape[1:])
         self.dtype = features.dtype
 
@@ -449,26 +450,48 @@ class View:
     def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.integer[Any]]) -> NDArray[np.floating]:
         """A copy of some rows, shape (b, d), as stored."""
         numbers = self._rows[rows]
-        if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
-            first, last = int(numbers[0]), int(numbers[-1]) + 1
-            run = self._features[first:last]
-            if self._mapped:
-                expect(self._features[first : last + AHEAD * (last - first)])
-            found = np.array(run)
-            if self._mapped:
-                forget(run)
-            return found
         found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
+        self._fill(found, numbers)
+        return found
+
+    def read_into(self, out: NDArray[np.floating], rows: slice) -> None:
+        """Some rows to a place for them, shape (b, d), of the type that is stored."""
+        self._fill(out, self._rows[rows])
+
+    def expect(self, rows: slice) -> None:
+        """Have rows read from the file that are going to be asked for."""
+        run = _run(self._rows[rows])
+        if self._mapped and run is not None:
+            expect(self._features[run])
+
+    def _fill(self, out: NDArray[np.floating], numbers: NDArray[np.intp]) -> None:
+        run = _run(numbers)
+        if run is not None:
+            if self._mapped:
+                # Threads that go through the rows together are not always in order.
+                if abs(run.start - self._next) <= 2 * len(numbers):
+                    expect(self._features[run.start : run.stop + AHEAD * len(numbers)])
+                self._next = run.stop
+            out[...] = self._features[run]
+            if self._mapped:
+                forget(self._features[run])
+            return
         for start in range(0, len(numbers), ROWS_APART):
             some = numbers[start : start + ROWS_APART]
-            np.take(self._features, some, axis=0, out=found[start : start + ROWS_APART], mode="clip")
+            np.take(self._features, some, axis=0, out=out[start : start + ROWS_APART], mode="clip")
             if self._mapped:
                 forget(self._features[some.min() : some.max() + 1])
-        return found
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> View:
         """A view of some of its rows."""
         return View(self._features, self._rows[rows], self._mapped)
+
+
+def _run(numbers: NDArray[np.intp]) -> slice | None:
+    """Row numbers as a slice, if they are one."""
+    if not len(numbers) or numbers[-1] - numbers[0] != len(numbers) - 1 or not (np.diff(numbers) == 1).all():
+        return None
+    return slice(int(numbers[0]), int(numbers[-1]) + 1)
 
 
 def _opened_again(path: Path, digest: str, salvage: bool) -> FeatureCache:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ __all__ = ["Batch", "Rows"]
 
 KEPT_BYTES = 256 << 20  # a source of no more is read once; of a larger one as much is in memory, in two buffers
 BLOCK_BYTES = 256 << 10
-FORGOTTEN_AFTER_BLOCKS = 256
+FORGOTTEN_AFTER_RUNS = 256
+RUNS_AHEAD = 16  # that the system is told of
 EVALUATION_ROWS = 4096
+NUMBERS_AHEAD = 1 << 21  # of a large source, made ready for the next steps by another thread
+NUMBERS_AT_A_TIME = 1 << 18  # that several operations in turn find in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,11 @@ class Batch:
 
     def take(self, rows: torch.Tensor) -> Batch:
         return Batch(*(column.index_select(0, rows) for column in (self.X, self.Y, self.weights)))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Views of so many rows each, the last of those that are left."""
+        for some in zip(*(column.split(size) for column in (self.X, self.Y, self.weights)), strict=True):
+            yield Batch(*some)
 
     def join(self, other: Batch) -> Batch:
         import torch
@@ -124,8 +133,7 @@ class Rows:
     def _gathered(self) -> NDArray[Any]:
         """A copy of all rows, read block by block."""
         whole = np.empty((len(self), self.width), self.source.dtype)
-        for first, last, found in self._blocks(range(self._block_count)):
-            whole[first:last] = found
+        self._fill(whole, self._runs(range(self._block_count)))
         return whole
 
     @property
@@ -140,41 +148,79 @@ class Rows:
     def _block_count(self) -> int:
         return -(-self.source.shape[0] // self._block_rows)
 
-    def _blocks(self, blocks: Any) -> Iterator[tuple[int, int, NDArray[Any]]]:
-        """The rows of some blocks, with where they lie among `numbers`."""
-        for count, block in enumerate(blocks):
-            if count % FORGOTTEN_AFTER_BLOCKS == 0:
-                _forget_pages(self.source)
+    def _runs(self, blocks: Iterable[int]) -> list[tuple[slice, slice]]:
+        """Where the rows of blocks lie among `numbers`; and in the source, with what is left out between them."""
+        found = []
+        for block in blocks:
             start = block * self._block_rows
             first, last = np.searchsorted(self.numbers, (start, start + self._block_rows))
-            if first == last:
-                continue
-            chosen = self.numbers[first:last]
-            found = np.asarray(self.source[chosen[0] : chosen[-1] + 1])
-            yield first, last, found if len(found) == len(chosen) else found[chosen - chosen[0]]
+            if first < last:
+                found.append((slice(first, last), slice(self.numbers[first], self.numbers[last - 1] + 1)))
+        return found
+
+    def _fill(self, out: NDArray[Any], runs: Sequence[tuple[slice, slice]]) -> None:
+        """Read rows, one run after the other; the system is told of some that come next."""
+        end = 0
+        expect = getattr(self.source, "expect", None)
+        for count, (places, rows) in enumerate(runs):
+            if expect is not None:
+                for _, later in runs[count + RUNS_AHEAD : count + RUNS_AHEAD + 1] if count else runs[: RUNS_AHEAD + 1]:
+                    expect(later)
+            if count % FORGOTTEN_AFTER_RUNS == 0:
+                _forget_pages(self.source)
+            start, end = end, end + places.stop - places.start
+            self._copy(out[start:end], places, rows)
         _forget_pages(self.source)
 
+    def _copy(self, out: NDArray[Any], places: slice, rows: slice) -> None:
+        if len(out) < rows.stop - rows.start:
+            out[...] = np.asarray(self.source[rows])[self.numbers[places] - rows.start]
+        elif hasattr(self.source, "read_into"):
+            self.source.read_into(out, rows)
+        else:
+            out[...] = self.source[rows]
+
     def _batch(self, buffer: _Buffer, chosen: torch.Tensor) -> Batch:
+        import torch
+
         numbers = buffer.numbers.index_select(0, chosen)
-        X = buffer.X.index_select(0, buffer.rows.index_select(0, chosen)).to(self.dtype)
-        if self._shift is not None:
-            X = X.sub_(self._shift)
-        if self._scale is not None:
-            X = X.div_(self._scale)
+        places = buffer.rows.index_select(0, chosen)
+        X = torch.empty((len(chosen), self.width), dtype=self.dtype)
+        each = max(NUMBERS_AT_A_TIME // self.width, 1)
+        for some, part in zip(places.split(each), X.split(each), strict=True):
+            if buffer.X.dtype == self.dtype:
+                torch.index_select(buffer.X, 0, some, out=part)
+            else:
+                part.copy_(buffer.X.index_select(0, some))
+            if self._shift is not None:
+                part.sub_(self._shift)
+            if self._scale is not None:
+                part.div_(self._scale)
         Y = self._Y.index_select(0, numbers)
         return Batch(X, Y if Y.ndim == 1 else Y.to(self.dtype), self._weights.index_select(0, numbers))
+
+    def _batches(self, buffer: _Buffer, order: torch.Tensor, size: int) -> Iterator[Batch]:
+        """Rows of a buffer in some order, so many at a time; another thread makes those of a large source ready."""
+        if buffer is self._whole:
+            for chosen in order.split(size):
+                yield self._batch(buffer, chosen)
+            return
+        several = size * max(NUMBERS_AHEAD // (size * self.width), 1)
+        with ThreadPoolExecutor(1) as ahead:
+            coming: deque[Future[Batch]] = deque()
+            for chosen in order.split(several):
+                coming.append(ahead.submit(self._batch, buffer, chosen))
+                if len(coming) > 1:
+                    yield from coming.popleft().result().split(size)
+            while coming:
+                yield from coming.popleft().result().split(size)
 
     def in_order(self) -> Iterator[Batch]:
         """All rows, a few thousand at a time."""
         import torch
 
-        if self._whole is not None:
-            for chosen in torch.arange(len(self)).split(EVALUATION_ROWS):
-                yield self._batch(self._whole, chosen)
-            return
-        for buffer in self._read_ahead(np.arange(self._block_count)):
-            for chosen in torch.arange(len(buffer.rows)).split(EVALUATION_ROWS):
-                yield self._batch(buffer, chosen)
+        for buffer in self._buffers(np.arange(self._block_count)):
+            yield from self._batches(buffer, torch.arange(len(buffer.rows)), EVALUATION_ROWS)
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One pass over n rows: ⌈n / size⌉ batches, all full but the last."""
@@ -182,12 +228,8 @@ class Rows:
 
         left: Batch | None = None
         drawn = 0.0
-        buffers = (
-            [self._whole]
-            if self._whole
-            else self._read_ahead(torch.randperm(self._block_count, generator=generator).numpy())
-        )
-        for buffer in buffers:
+        blocks = np.empty(0, np.intp) if self._whole else torch.randperm(self._block_count, generator=generator).numpy()
+        for buffer in self._buffers(blocks):
             order, drawn = self._order(buffer, drawn, generator)
             if left is not None:
                 missing = size - len(left)
@@ -195,11 +237,11 @@ class Rows:
                 if len(left) == size:
                     yield left
                     left = None
-            for chosen in order.split(size) if len(order) else ():
-                if len(chosen) == size:
-                    yield self._batch(buffer, chosen)
+            for batch in self._batches(buffer, order, size) if len(order) else ():
+                if len(batch) == size:
+                    yield batch
                 else:
-                    left = self._batch(buffer, chosen)
+                    left = batch
         if left is not None:
             yield left
 
@@ -216,8 +258,11 @@ class Rows:
         places = torch.rand(count, dtype=ends.dtype, generator=generator).mul_(mass)
         return torch.searchsorted(ends, places, right=True).clamp_(max=max(len(ends) - 1, 0)), drawn + mass
 
-    def _read_ahead(self, blocks: NDArray[np.intp]) -> Iterator[_Buffer]:
-        """Buffers of these blocks; while one is used, the next is read."""
+    def _buffers(self, blocks: NDArray[np.intp]) -> Iterator[_Buffer]:
+        """What is in memory; or the rows of these blocks, of which the next are read while some are used."""
+        if self._whole is not None:
+            yield self._whole
+            return
         each = max(KEPT_BYTES // 2 // (self._block_rows * self._row_bytes), 1)
         groups = [blocks[start : start + each] for start in range(0, len(blocks), each)]
         if not self._slots:
@@ -234,13 +279,10 @@ class Rows:
     def _read(self, blocks: NDArray[np.intp], slot: NDArray[Any]) -> _Buffer:
         import torch
 
-        end, numbers = 0, []
-        for first, last, found in self._blocks(np.sort(blocks)):
-            slot[end : end + len(found)] = found
-            end += len(found)
-            numbers.append(np.arange(first, last))
-        known = np.concatenate(numbers) if numbers else np.empty(0, np.intp)
-        return _Buffer(torch.from_numpy(slot[:end]), torch.arange(end), torch.from_numpy(known))
+        runs = self._runs(np.sort(blocks))
+        known = np.concatenate([np.empty(0, np.intp), *(np.arange(places.start, places.stop) for places, _ in runs)])
+        self._fill(slot[: len(known)], runs)
+        return _Buffer(torch.from_numpy(slot[: len(known)]), torch.arange(len(known)), torch.from_numpy(known))
 
     def variance(self) -> torch.Tensor:
         """Of each column of targets that are numbers, by weight, shape (k,)."""
@@ -253,10 +295,12 @@ class Rows:
 
     def unreadable(self) -> int | None:
         """The first row of the source with a NaN or an infinite feature."""
-        for first, _, found in self._blocks(range(self._block_count)):
+        for places, rows in self._runs(range(self._block_count)):
+            found = np.empty((places.stop - places.start, self.width), self.source.dtype)
+            self._copy(found, places, rows)
             bad = ~np.isfinite(found).all(axis=1)
             if bad.any():
-                return int(self.numbers[first + bad.argmax()])
+                return int(self.numbers[places.start + bad.argmax()])
         return None
 
 

@@ -368,7 +368,34 @@ def test_a_view_is_the_rows_that_it_is_of_wherever_it_is_sliced(made, cache, row
     for some in (slice(None), slice(2, 5), slice(0, 0), np.arange(len(wanted))[::2], np.arange(len(wanted)) % 2 == 0):
         for _ in range(2):  # what was given back to the system is read again
             assert view[some].tobytes() == wanted[some].tobytes()
+    place = np.zeros((7, *wanted.shape[1:]), wanted.dtype)
+    view.expect(slice(2, 5))
+    view.read_into(place[1 : 1 + len(wanted[2:5])], slice(2, 5))
+    assert place[1 : 1 + len(wanted[2:5])].tobytes() == wanted[2:5].tobytes()
+    assert not place[4:].any()
     assert view.take(np.arange(len(wanted))[1::2])[:].tobytes() == wanted[1::2].tobytes()
+
+
+def test_the_system_reads_ahead_for_rows_in_order_and_for_others_what_it_is_told(tmp_path, monkeypatch):
+    """For blocks in random order it would read nine times as much as is asked for."""
+    cache = Made(900, task="none").write(tmp_path / "a.h5")
+    view, whole = cache.view(), cache.features()
+    told = []
+
+    def note(array):
+        first = (array.ctypes.data - whole.ctypes.data) // whole.strides[0]
+        told.append((first, first + len(array)))
+
+    monkeypatch.setattr(reader, "expect", note)
+    for start in (0, 10, 30, 20, 40):  # by two threads, say
+        _ = view[start : start + 10]
+    assert told == [(start, start + 90) for start in (0, 10, 30, 20, 40)]
+    told.clear()
+    for start in (500, 100, 300):
+        _ = view[start : start + 10]
+    assert told == []
+    view.expect(slice(700, 710))
+    assert told == [(700, 710)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

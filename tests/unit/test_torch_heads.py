@@ -396,9 +396,14 @@ def test_validation_rows_that_make_no_sense_are_refused(validation, message):
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    """What has more than 4,000 bytes is streamed, in blocks of 5 rows of 8 float32 numbers and buffers of 12 blocks."""
+    """What has more than 4,000 bytes is streamed, in blocks of 5 rows of 8 float32 numbers and buffers of 12 blocks.
+
+    Some 12 rows are made ready at once, 3 at a time.
+    """
     monkeypatch.setattr(batches, "KEPT_BYTES", 4000)
     monkeypatch.setattr(batches, "BLOCK_BYTES", 160)
+    monkeypatch.setattr(batches, "NUMBERS_AHEAD", 100)
+    monkeypatch.setattr(batches, "NUMBERS_AT_A_TIME", 24)
 
 
 def on_disk(X: np.ndarray, path, dtype: str = "float32") -> np.memmap:
@@ -428,6 +433,30 @@ def test_a_streamed_pass_has_every_row_once_with_its_own_target(small_buffers, t
             np.testing.assert_allclose(batch.weights * (numbers + 1).mean(), batch.X[:, 0] + 1, rtol=1e-6)
         assert sorted(torch.cat([batch.X[:, 0] for batch in batched]).tolist()) == numbers.tolist()
     assert torch.cat([batch.X[:, 0] for batch in found.in_order()]).tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_source_is_told_of_runs_before_they_are_read(small_buffers, left_out):
+    class Source:
+        def __init__(self, X: np.ndarray) -> None:
+            self.X, self.shape, self.dtype = X, X.shape, X.dtype
+            self.told: set[tuple[int, int]] = set()
+
+        def expect(self, rows: slice) -> None:
+            self.told.add((rows.start, rows.stop))
+
+        def read_into(self, out: np.ndarray, rows: slice) -> None:
+            out[...] = self[rows]
+
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            assert (rows.start, rows.stop) in self.told
+            return self.X[rows]
+
+    numbers = np.flatnonzero(np.arange(403) % 3 > 0) if left_out else np.arange(403)
+    found = Rows(
+        Source(numbered(403).astype(np.float32)), np.zeros(len(numbers)), np.ones(len(numbers)), numbers=numbers
+    )
+    assert sorted(torch.cat([batch.X[:, 0] for batch in passes(found, 7)[0]]).tolist()) == numbers.tolist()
 
 
 def test_a_streamed_batch_has_rows_of_many_blocks_and_no_pass_is_like_another(small_buffers, tmp_path):
