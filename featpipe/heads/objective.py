@@ -128,6 +128,12 @@ class Problem:
                 theta[:, -1] = np.log(ones) - np.log(self.weights.sum(axis=0) - ones)
         return theta
 
+    def loss_at_start(self) -> float:
+        """Σ w_i loss_i of the softmax at `start`, without a pass."""
+        totals = np.bincount(self.Y, self.weights, self.k)
+        scores = self.start()[:, -1]
+        return float(totals.sum() * np.logaddexp.reduce(scores) - totals @ scores)
+
     def at(self, theta: Array, dtype: Any = np.float64) -> Point:
         """Value and gradient, the products over rows in ``dtype``; sums over blocks are in float64 always."""
         W, b = np.asarray(theta[:, :-1], dtype), np.asarray(theta[:, -1], dtype)

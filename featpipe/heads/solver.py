@@ -34,6 +34,13 @@ EVALUATIONS_FOR_BLOCKS = 30.0
 ROUNDING: dict[type[np.floating[Any]], float] = {np.float32: 1e-6, np.float64: 1e-13}
 # A metric is worth making when so many times its price has been spent without one.
 PATIENCE = 1.5
+# Weights that are all too large, or too small, are scaled where that promises more than a step: their curvature in that
+# direction, in squares of their length, the most that they change by, and the steps in between.
+SCALE_CURVATURE, SCALE_MOST, STEPS_BETWEEN_SCALES = 4.0, 0.1, 8
+# A search of many rows begins at a rough minimum on some of them: so many for each column, and of each class at least;
+# if they are at most such a share of all, and if f is by that factor lower there than at zero.
+SAMPLED_FROM_PRODUCTS = 1e8
+SAMPLE_FOR_A_COLUMN, SAMPLE_OF_A_CLASS, SAMPLE_SHARE, SAMPLE_FALL, SAMPLE_TOL = 6, 8, 0.25, 0.5, 0.1
 # The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
 EVALUATIONS_OF_SMALL = 3.0
 
@@ -102,7 +109,10 @@ def minimise(
     """
     if start is None and _fits_its_rows(problem):
         return _in_row_space(problem, tol, max_iter)
-    search = _Search(problem.ready_in(dtype_of(problem)), tol, Memory() if memory is None else memory, estimate)
+    problem = problem.ready_in(dtype_of(problem))
+    if start is None and not estimate:
+        start = _from_a_sample(problem)
+    search = _Search(problem, tol, Memory() if memory is None else memory, estimate)
     search.begin(start)
     steps = search.run(max_iter)
     gaps = search.gaps
@@ -121,6 +131,27 @@ def into_row_space(problem: Problem) -> tuple[Problem, Array]:
     """The same problem in n coordinates instead of d, and the orthonormal basis (d, n) that leads back."""
     basis, triangle = np.linalg.qr(problem.rows(slice(None), np.float64).T)
     return replace(problem, X=np.ascontiguousarray(triangle.T), center=None, scale=None, ready={}), basis
+
+
+def _from_a_sample(problem: Problem) -> Point | None:
+    """A point to begin at, where some of the rows in memory tell of one that is worth its price.
+
+    From zero weights the first steps on nearly separable rows go far beyond the minimum, and many lead back.
+    """
+    size, products = SAMPLE_FOR_A_COLUMN * problem.d, float(problem.n) * problem.d * problem.k
+    if type(problem.X) is not np.ndarray or problem.link != "softmax" or products < SAMPLED_FROM_PRODUCTS:
+        return None
+    if size > SAMPLE_SHARE * problem.n:
+        return None
+    rows = np.linspace(0, problem.n - 1, size).astype(np.intp)
+    Y, weights = problem.Y[rows], problem.weights[rows]
+    if np.bincount(Y, minlength=problem.k).min() < SAMPLE_OF_A_CLASS:
+        return None
+    X = problem.rows(rows, dtype_of(problem))
+    sample = replace(problem, X=X, Y=Y, weights=weights, center=None, scale=None, ready={})
+    found = minimise(sample, tol=SAMPLE_TOL, max_iter=TRIALS, estimate=True)
+    point = problem.at(np.column_stack([found.W, found.b]), dtype_of(problem))
+    return point if point.values.sum() <= SAMPLE_FALL * problem.loss_at_start() else None
 
 
 def _fits_its_rows(problem: Problem) -> bool:
@@ -171,6 +202,7 @@ class _Search:
     was_small: bool = field(init=False, default=False)
     metric_at: int = field(init=False, default=0)
     blocks_at: int = field(init=False, default=0)
+    scaled_at: int = field(init=False, default=0)
     dtype: type[np.floating[Any]] = field(init=False)
     first_dtype: type[np.floating[Any]] = field(init=False)
     open: NDArray[np.intp] = field(init=False)
@@ -201,6 +233,8 @@ class _Search:
             elif self._worth_metric(steps):
                 self._renew_metric(steps)
             before = self.point.values.sum()
+            if steps - self.scaled_at >= STEPS_BETWEEN_SCALES:
+                self._rescale(steps)
             moved = self._step()
             if self.estimate and moved and self._is_near():
                 return steps + 1
@@ -337,6 +371,27 @@ class _Search:
         self.point = there
         self._note()
         return True
+
+    def _rescale(self, steps: int) -> None:
+        """Scale the weights, or learn at least how f curves along them.
+
+        On nearly separable rows the first steps leave weights that are too large. A metric is of each class alone, and
+        takes f for much steeper than it is where all of them shrink together. What is learnt stays in the memory.
+        """
+        here, W = self.point, self._grouped(self.point.theta).copy()
+        W[..., -1] = 0
+        slopes, sizes = dots(W, self._grouped(here.gradient)), dots(W, W)
+        lengths = np.clip(slopes / (SCALE_CURVATURE * np.maximum(sizes, 1e-300)), -SCALE_MOST, SCALE_MOST)
+        lengths[self.resting] = 0.0
+        if 0.5 * float(slopes @ lengths) <= self.decrement * here.values.sum():
+            return
+        there = self._moved(-W, lengths)
+        self.memory.add(self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient))
+        self.scaled_at = steps
+        better = there.values < here.values
+        if better.all():
+            self.point = there
+            self._note()
 
     def _solve(self, several: Array) -> Array:
         """The inverse of the metric on arrays of shape (c, g, rows of theta in a group, d + 1)."""

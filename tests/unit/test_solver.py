@@ -68,3 +68,66 @@ def test_few_rows_reach_the_minimum_also_where_their_products_are_singular(kind,
     here, there = (problem.at(np.column_stack([h.coef_, h.intercept_])).values.sum() for h in (head, whole))
     assert here == pytest.approx(there, rel=1e-7)
     np.testing.assert_allclose(head.predict_proba(X), whole.predict_proba(X), atol=1e-4)
+
+
+def nearly_separable(n: int = 6000, d: int = 48, k: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Rows like those of a network's last layer, of classes far apart."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, k, n)
+    Z = 3.0 * rng.normal(size=(k, 16))[y] + rng.normal(size=(n, 16))
+    X = np.maximum(Z @ rng.normal(size=(16, d)) / 2 - 0.5 + 0.3 * rng.normal(size=(n, d)), 0)
+    return ((X - X.mean(0)) / X.std(0)).astype(np.float32), y
+
+
+def value_at(head: SoftmaxRegression, X: np.ndarray, y: np.ndarray) -> float:
+    problem = Problem(X, y, np.ones(len(X)), "softmax", len(head.classes_))
+    return float(problem.at(np.column_stack([head.coef_, head.intercept_])).values.sum())
+
+
+def passes_of(X: np.ndarray, y: np.ndarray, monkeypatch, **settings: float) -> tuple[int, float]:
+    """Passes over all rows until the minimum, and f there."""
+    rows, at = [], Problem.at
+    with monkeypatch.context() as changed:
+        for name, value in settings.items():
+            changed.setattr(solver, name, value)
+        changed.setattr(Problem, "at", lambda self, *given: rows.append(self.n) or at(self, *given))
+        head = SoftmaxRegression().fit(X, y)
+    return rows.count(len(X)), value_at(head, X, y)
+
+
+def test_scaling_all_weights_spares_steps_and_changes_no_minimum(monkeypatch):
+    X, y = nearly_separable()
+    plain = passes_of(X, y, monkeypatch, STEPS_BETWEEN_SCALES=10**9, SAMPLED_FROM_PRODUCTS=np.inf)
+    scaled = passes_of(X, y, monkeypatch, SAMPLED_FROM_PRODUCTS=np.inf)
+    assert scaled[0] < plain[0]
+    assert scaled[1] == pytest.approx(plain[1], rel=1e-6)
+
+
+def test_a_start_from_a_sample_spares_passes_and_changes_no_minimum(monkeypatch):
+    X, y = nearly_separable()
+    plain = passes_of(X, y, monkeypatch, SAMPLED_FROM_PRODUCTS=np.inf)
+    sampled = passes_of(X, y, monkeypatch, SAMPLED_FROM_PRODUCTS=0)
+    assert sampled[0] < plain[0]
+    assert sampled[1] == pytest.approx(plain[1], rel=1e-6)
+
+
+def test_a_sample_without_enough_of_a_class_or_that_tells_nothing_is_no_start(monkeypatch):
+    X, y = nearly_separable()
+    monkeypatch.setattr(solver, "SAMPLED_FROM_PRODUCTS", 0)
+
+    def start(y: np.ndarray) -> object:
+        return solver._from_a_sample(Problem(X, y, np.ones(len(X)), "softmax", int(y.max()) + 1).ready_in(np.float32))
+
+    assert start(y) is not None
+    rare = y.copy()
+    rare[:5] = 12
+    assert start(rare) is None
+    assert start(np.random.default_rng(1).permutation(y)) is None
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_what_zero_weights_cost_is_told_without_a_pass(fit_intercept):
+    rng = np.random.default_rng(0)
+    y = rng.choice(3, 50, p=[0.7, 0.2, 0.1])
+    problem = Problem(rng.normal(size=(50, 4)), y, rng.random(50), "softmax", 3, fit_intercept)
+    assert problem.loss_at_start() == pytest.approx(problem.at(problem.start()).values.sum(), rel=1e-12)
