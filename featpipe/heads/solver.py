@@ -105,7 +105,8 @@ def minimise(
     Large problems are searched in float32; the last word has a pass in float64, in which the search goes on if need
     be. Where rounding ends it before the bound is reached (columns of very unequal size, a huge C) the Newton
     decrement decides. With few rows, and fewer than columns, the problem is first turned into the span of the rows,
-    where the optimum lies.
+    where the optimum lies. With many rows the search begins at a rough minimum on a sample of them, where f is a good
+    deal lower than at zero.
     """
     if start is None and _fits_its_rows(problem):
         return _in_row_space(problem, tol, max_iter)
