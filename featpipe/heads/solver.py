@@ -40,7 +40,8 @@ SCALE_CURVATURE, SCALE_MOST, STEPS_BETWEEN_SCALES = 4.0, 0.1, 8
 # A search of many rows begins at a rough minimum on some of them: so many for each column, and of each class at least;
 # if they are at most such a share of all, and if f is by that factor lower there than at zero.
 SAMPLED_FROM_PRODUCTS = 1e8
-SAMPLE_FOR_A_COLUMN, SAMPLE_OF_A_CLASS, SAMPLE_SHARE, SAMPLE_FALL, SAMPLE_TOL = 6, 8, 0.25, 0.5, 0.1
+SAMPLE_FOR_A_COLUMN, SAMPLE_OF_A_CLASS, SAMPLE_SHARE, SAMPLE_FALL = 6, 8, 0.25, 0.5
+SAMPLE_TOL, SAMPLE_STEPS = 0.1, 30
 # The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
 EVALUATIONS_OF_SMALL = 3.0
 
@@ -150,7 +151,7 @@ def _from_a_sample(problem: Problem) -> Point | None:
         return None
     X = problem.rows(rows, dtype_of(problem))
     sample = replace(problem, X=X, Y=Y, weights=weights, center=None, scale=None, ready={})
-    found = minimise(sample, tol=SAMPLE_TOL, max_iter=TRIALS, estimate=True)
+    found = minimise(sample, tol=SAMPLE_TOL, max_iter=SAMPLE_STEPS, estimate=True)
     point = problem.at(np.column_stack([found.W, found.b]), dtype_of(problem))
     return point if point.values.sum() <= SAMPLE_FALL * problem.loss_at_start() else None
 
