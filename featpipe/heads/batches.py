@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Batch", "Rows"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 KEPT_BYTES = 256 << 20  # a source of no more is read once; of a larger one as much is in memory, in two buffers
 BLOCK_BYTES = 256 << 10
@@ -206,14 +209,8 @@ class Rows:
                 yield self._batch(buffer, chosen)
             return
         several = size * max(NUMBERS_AHEAD // (size * self.width), 1)
-        with ThreadPoolExecutor(1) as ahead:
-            coming: deque[Future[Batch]] = deque()
-            for chosen in order.split(several):
-                coming.append(ahead.submit(self._batch, buffer, chosen))
-                if len(coming) > 1:
-                    yield from coming.popleft().result().split(size)
-            while coming:
-                yield from coming.popleft().result().split(size)
+        for large in _one_ahead(lambda chosen: self._batch(buffer, chosen), order.split(several)):
+            yield from large.split(size)
 
     def in_order(self) -> Iterator[Batch]:
         """All rows, a few thousand at a time."""
@@ -268,13 +265,7 @@ class Rows:
         if not self._slots:
             shape = (each * self._block_rows, self.width)
             self._slots = [np.empty(shape, self.source.dtype) for _ in groups[:2]]
-        with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._read, groups[0], self._slots[0])
-            for number in range(1, len(groups) + 1):
-                buffer = coming.result()
-                if number < len(groups):
-                    coming = reader.submit(self._read, groups[number], self._slots[number % 2])
-                yield buffer
+        yield from _one_ahead(lambda number: self._read(groups[number], self._slots[number % 2]), range(len(groups)))
 
     def _read(self, blocks: NDArray[np.intp], slot: NDArray[Any]) -> _Buffer:
         import torch
@@ -302,6 +293,17 @@ class Rows:
             if bad.any():
                 return int(self.numbers[places.start + bad.argmax()])
         return None
+
+
+def _one_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """``work`` of each item, in order; while one result is used, another thread works on the next."""
+    left = iter(items)
+    with ThreadPoolExecutor(1) as other:
+        coming = [other.submit(work, item) for item in islice(left, 1)]
+        while coming:
+            found = coming.pop().result()
+            coming = [other.submit(work, item) for item in islice(left, 1)]
+            yield found
 
 
 def _is_mapped(source: RowSource) -> bool:

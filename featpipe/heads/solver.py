@@ -390,8 +390,7 @@ class _Search:
         there = self._moved(-W, lengths)
         self.memory.add(self._grouped(there.theta - here.theta), self._grouped(there.gradient - here.gradient))
         self.scaled_at = steps
-        better = there.values < here.values
-        if better.all():
+        if (there.values < here.values).all():
             self.point = there
             self._note()
 

@@ -59,9 +59,10 @@ def without_pillow(monkeypatch):
 
 
 @st.composite
-def axes(draw: st.DrawFn) -> Axis:
+def axes(draw: st.DrawFn, shrunk: int = 33) -> Axis:
+    """Some way to resize and crop, to one in so many pixels at least."""
     before = draw(st.integers(1, 300))
-    after = draw(st.one_of(st.integers(1, 300), st.just(before), st.integers(max(1, before // 33), before)))
+    after = draw(st.one_of(st.integers(1, 300), st.just(before), st.integers(max(1, before // shrunk), before)))
     start = draw(st.integers(0, after - 1))
     return Axis(before, after, start, draw(st.integers(1, after - start)))
 
