@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "side_by_side"]
 
 ONE_THREAD_BELOW_PRODUCTS = 1e7
 
@@ -45,7 +45,8 @@ class Workers:
             self.threads = max([library.num_threads for library in blas.lib_controllers], default=1)
         self._exits.enter_context(blas.limit(limits=1))
         if self.threads > 1:
-            self._pool = self._exits.enter_context(ThreadPoolExecutor(self.threads - 1))
+            self._pool = ThreadPoolExecutor(self.threads - 1)
+            self._exits.callback(self._pool.shutdown, cancel_futures=True)  # after an error nobody waits for the others
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -64,6 +65,18 @@ class Workers:
                 yield _first(waiting)
         while waiting:
             yield _first(waiting)
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``work`` of each item: as many at a time as there are threads, each on one; those left over in turn, on all.
+
+    For work whose passes are too small to keep several threads busy, and that is so short that it can be waited for
+    where another item ends in an error.
+    """
+    with Workers(ONE_THREAD_BELOW_PRODUCTS) as workers:
+        together = len(items) - len(items) % workers.threads if workers.threads > 1 else 0
+        found = list(workers.map(work, items[:together]))
+    return [*found, *map(work, items[together:])]
 
 
 class _Task(Generic[Item, Result]):

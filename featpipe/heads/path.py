@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn import config_context, get_config
 from sklearn.base import BaseEstimator
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
@@ -18,15 +20,20 @@ from featpipe.heads.objective import Point, Problem
 from featpipe.heads.quasi_newton import Memory
 from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
 from featpipe.heads.solver import Solution, dtype_of, into_row_space, minimise
-from featpipe.workers import Workers
+from featpipe.workers import Workers, side_by_side
 
-__all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "solutions"]
+__all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "of_folds", "solutions"]
 
 Array = NDArray[np.float64]
 
 # Of Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better? (CVPR 2019), section A.2.
 STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
 ABSENT = 50.0
+# Folds of at most so many products a pass are searched side by side, a thread each: seconds, and little memory.
+SMALL_FOLD = 1e9
+
+Fold = TypeVar("Fold")
+Found = TypeVar("Found")
 
 
 class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
@@ -50,7 +57,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
     max_iter : int
         Most steps for each.
     n_jobs : int or None
-        Folds at a time, in processes; None is one.
+        Folds at a time, in processes; None takes none: small folds go side by side on the threads of this one.
     random_state : int or None
         Of the shuffle that makes folds when ``cv`` is a number; None keeps the order of the rows.
 
@@ -129,8 +136,6 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         sample_weight : array-like of shape (n,), optional
             For the fits, and for the scores if the scorer takes weights. Rows of weight zero count as absent.
         """
-        from joblib import Parallel, delayed
-
         self.check_params()
         X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
         targets = class_targets(y, weights, None, self.multilabel)
@@ -140,10 +145,9 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         self.Cs_ = np.unique(np.asarray(self.Cs, np.float64))
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         given = None if sample_weight is None else weights
-        splits = self._splits(X, y)
-        folds = Parallel(n_jobs=self.n_jobs)(
-            delayed(self._fold)(X, y, plain, weights, given, *split) for split in splits
-        )
+        on_fold = partial(self._fold, X, y, plain, weights, given)
+        products = float(X.size) * len(targets.classes)
+        folds = of_folds(on_fold, self._splits(X, y), products=products, jobs=self.n_jobs)
         self.scores_ = np.array([scores for scores, _, _ in folds])
         self.n_iter_ = np.array([steps for _, steps, _ in folds])
         chosen = best_strength(self.scores_, self.one_standard_error)
@@ -152,7 +156,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
             head = self._head(self.C_).set_params(tol=1e-8, max_iter=2000).fit(X, y, sample_weight=weights)
             self.coef_, self.intercept_ = head.coef_, head.intercept_
         else:
-            theta = np.mean([thetas[chosen] for _, _, thetas in folds], axis=0)
+            theta = np.mean([theta for _, _, thetas in folds if (theta := thetas[chosen]) is not None], axis=0)
             self.coef_, self.intercept_ = theta[:, :-1], theta[:, -1]
         return self
 
@@ -179,16 +183,16 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         classes: NDArray[Any],
         weights: Array,
         given: Array | None,
-        train: NDArray[np.intp],
-        test: NDArray[np.intp],
+        split: tuple[NDArray[np.intp], NDArray[np.intp]],
     ) -> tuple[list[float], list[int], list[Array | None]]:
         """Scores, steps and thetas of every strength on one fold."""
+        train, test = split
         targets = class_targets(y[train], weights[train], self.class_weight, self.multilabel_)
         rows = np.searchsorted(classes, targets.classes)
         head = self._head(1.0)
         head.classes_, head.multilabel_, head.n_features_in_ = classes, self.multilabel_, X.shape[1]
         scorer = None if self.scoring is None else get_scorer(self.scoring)
-        held_out = _rows(X, test), y[test]
+        held_out = np.asarray(_rows(X, test), np.float64), y[test]
         more = {} if given is None else {"sample_weight": given[test]}
         scores, steps, thetas = list[float](), list[int](), list[Array | None]()
         with Workers(float(len(train)) * X.shape[1] * len(targets.classes)) as workers:
@@ -202,6 +206,33 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
 
     def _scores(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         return X @ self.coef_.T + self.intercept_
+
+
+def of_folds(work: Callable[[Fold], Found], folds: Sequence[Fold], *, products: float, jobs: int | None) -> list[Found]:
+    """``work`` of each fold, with scikit-learn's settings as they are here.
+
+    Parameters
+    ----------
+    work : callable
+        To be pickled, if there are to be processes.
+    folds : sequence
+    products : float
+        Multiplications of one pass over all rows.
+    jobs : int or None
+        Processes; None and 1 are this one.
+    """
+    if jobs not in (None, 1):
+        from sklearn.utils.parallel import Parallel, delayed
+
+        found: list[Found] = Parallel(n_jobs=jobs)(delayed(work)(fold) for fold in folds)
+        return found
+    settings = get_config()
+
+    def one(fold: Fold) -> Found:
+        with config_context(**settings):
+            return work(fold)
+
+    return side_by_side(one, folds) if products <= SMALL_FOLD else [one(fold) for fold in folds]
 
 
 def _rows(X: NDArray[Any], which: NDArray[np.intp]) -> NDArray[Any]:

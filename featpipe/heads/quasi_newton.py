@@ -87,13 +87,15 @@ class Memory:
         if not self.slots:
             return
         used = len(self.slots)
-        penalties = more * self.steps[:, :used]
-        penalties[..., width - 1 :: width] = 0
-        self.changes[:, :used] += penalties
-        moved = self.steps[:, :used].any(axis=2)
+        for slot in range(used):
+            change = self.changes[:, slot]
+            of_intercepts = change[:, width - 1 :: width].copy()
+            change += more * self.steps[:, slot]
+            change[:, width - 1 :: width] = of_intercepts
         products = np.matmul(self.steps[:, :used], self.changes[:, :used].transpose(0, 2, 1))
         every = np.arange(used)
-        products[:, every, every] = np.where(moved, products[:, every, every], 1.0)
+        squares = products[:, every, every]
+        products[:, every, every] = np.where(squares == 0, 1.0, squares)  # of a group that did not move
         self.products[:, :used, :used] = products
 
     def direction(self, gradient: Array, solve: Callable[[Array], Array]) -> Array:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from sklearn.exceptions import UndefinedMetricWarning
 
@@ -16,7 +16,7 @@ from featpipe import heads, split
 from featpipe.calibration import logits_of, sigmoid_loss
 from featpipe.errors import ConfigError
 from featpipe.heads.balance import Balanced, resample
-from featpipe.heads.path import STRENGTHS, SoftmaxRegressionCV, best_strength
+from featpipe.heads.path import STRENGTHS, SoftmaxRegressionCV, best_strength, of_folds
 from featpipe.names import unknown
 from featpipe.training.rows import Rows
 
@@ -129,11 +129,11 @@ def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
         return Choice({"C": 1.0}, metric, how="not tuned: a class has a single image")
     settings = {key: value for key, value in plan.params.items() if key in ("class_weight", "fit_intercept")}
     standardise = plan.params.get("scale") != "passthrough"
-    scores = np.array(
-        Parallel(n_jobs=plan.jobs)(
-            delayed(_path)(rows, fold, plan, settings, standardise, scorer_of(plan.task, metric)) for fold in folds
-        )
-    )
+    products = float(len(rows)) * rows.X.shape[1] * len(rows.classes)
+    on_fold = partial(_path, rows, plan, settings, standardise, scorer_of(plan.task, metric))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # of a class that no held-out row is in
+        scores = np.array(of_folds(on_fold, folds, products=products, jobs=plan.jobs))
     best = best_strength(scores, plan.one_standard_error)
     tried = [
         {"settings": {"C": C}, "score": float(mean), "spread": float(spread)}
@@ -147,7 +147,7 @@ def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
 
 
 def _path(
-    rows: Rows, fold: Fold, plan: Plan, settings: Mapping[str, Any], standardise: bool, scoring: str
+    rows: Rows, plan: Plan, settings: Mapping[str, Any], standardise: bool, scoring: Any, fold: Fold
 ) -> NDArray[np.float64]:
     """The score of each strength on the held-out rows of one fold, shape (s,)."""
     from sklearn.preprocessing import StandardScaler
@@ -167,9 +167,7 @@ def _path(
     split_here = [(np.arange(n), np.arange(n, len(X)))]
     multilabel = plan.task == "multilabel"
     cv = SoftmaxRegressionCV(STRENGTHS, cv=split_here, scoring=scoring, refit=False, multilabel=multilabel, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)  # of a class that no held-out row is in
-        return np.asarray(cv.fit(X, y).scores_[0])
+    return np.asarray(cv.fit(X, y).scores_[0])
 
 
 def _folds_of_path(rows: Rows, plan: Plan) -> list[Fold] | None:

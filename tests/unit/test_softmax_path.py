@@ -4,13 +4,16 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn import config_context, get_config
+from sklearn.base import clone
 from sklearn.exceptions import SkipTestWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from threadpoolctl import threadpool_limits
 
-from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, dumps, loads
+from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, dumps, loads, path
 from featpipe.heads.objective import Problem
 from featpipe.heads.path import STRENGTHS, solutions
 from featpipe.heads.solver import minimise
@@ -135,6 +138,31 @@ def test_folds_in_processes_give_the_same_answer():
     one, two = (SoftmaxRegressionCV(FEW, cv=3, n_jobs=jobs).fit(X, y) for jobs in (None, 2))
     np.testing.assert_array_equal(one.scores_, two.scores_)
     np.testing.assert_array_equal(one.coef_, two.coef_)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_folds_side_by_side_give_the_bits_of_folds_in_turn(threads, monkeypatch):
+    X, y = rows(400, 24, 5)
+    search = SoftmaxRegressionCV(FEW, cv=5, refit=False, scoring="neg_log_loss")
+    with threadpool_limits(threads, user_api="blas"):
+        together = clone(search).fit(X, y)
+        monkeypatch.setattr(path, "SMALL_FOLD", 0)
+        in_turn = clone(search).fit(X, y)
+    np.testing.assert_array_equal(together.scores_, in_turn.scores_)
+    np.testing.assert_array_equal(together.coef_, in_turn.coef_)
+
+
+@pytest.mark.parametrize("jobs", [None, 2])
+def test_folds_keep_the_settings_of_scikit_learn_that_hold_where_fit_is_called(jobs):
+    X, y = rows(80, 6, 2)
+    search = SoftmaxRegressionCV((1.0,), cv=4, scoring=_is_routing, n_jobs=jobs)
+    assert not search.fit(X, y).scores_.any()
+    with config_context(enable_metadata_routing=True):
+        assert search.fit(X, y).scores_.all()
+
+
+def _is_routing(head: object, X: object, y: object) -> float:
+    return float(get_config()["enable_metadata_routing"])
 
 
 def test_without_a_refit_the_folds_are_averaged():

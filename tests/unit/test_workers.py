@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from featpipe.workers import Workers
+from featpipe.workers import Workers, side_by_side
 
 ENOUGH = 1e9
 
@@ -60,12 +60,36 @@ def test_a_small_pass_stays_on_the_callers_thread():
         assert list(few.map(lambda item: threading.get_ident(), range(5))) == [threading.get_ident()] * 5
 
 
-def test_blas_has_one_thread_inside_and_as_many_as_before_afterwards():
-    def threads() -> set[int]:
-        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+def blas_threads() -> set[int]:
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
+
+def test_blas_has_one_thread_inside_and_as_many_as_before_afterwards():
     with threadpool_limits(2, user_api="blas"):
-        before = threads()
+        before = blas_threads()
         with Workers(ENOUGH):
-            assert threads() == {1}
-        assert threads() == before
+            assert blas_threads() == {1}
+        assert blas_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_items_side_by_side_have_a_thread_each_and_those_left_over_have_all(threads):
+    with threadpool_limits(threads, user_api="blas"):
+        found = side_by_side(lambda item: (item, max(blas_threads())), range(5))
+        assert blas_threads() == {threads}
+    alone = {1: 0, 2: 4, 3: 3}[threads]
+    assert found == [(item, 1 if item < alone else threads) for item in range(5)]
+
+
+def test_after_an_error_nothing_more_is_begun():
+    begun = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 0:
+            raise ZeroDivisionError
+        time.sleep(0.1 if item == 1 else 1.0)
+
+    with threadpool_limits(2, user_api="blas"), pytest.raises(ZeroDivisionError):
+        side_by_side(work, range(5))
+    assert not {3, 4} & set(begun)
