@@ -116,6 +116,7 @@ class Rows:
         self._scale = None if scale is None else torch.as_tensor(np.array(scale), dtype=self.dtype)
         self._odds = None if odds is None else torch.from_numpy(odds / odds.mean())
         self._slots: list[NDArray[Any]] = []
+        self._places: list[torch.Tensor] = []
         self._whole = self._in_memory()
 
     def __len__(self) -> int:
@@ -183,18 +184,20 @@ class Rows:
         else:
             out[...] = self.source[rows]
 
-    def _batch(self, buffer: _Buffer, chosen: torch.Tensor) -> Batch:
+    def _batch(self, buffer: _Buffer, chosen: torch.Tensor, out: torch.Tensor | None = None) -> Batch:
+        """Rows of a buffer; their features at the start of ``out``, if it is given."""
         import torch
 
         numbers = buffer.numbers.index_select(0, chosen)
         places = buffer.rows.index_select(0, chosen)
-        X = torch.empty((len(chosen), self.width), dtype=self.dtype)
+        X = torch.empty((len(chosen), self.width), dtype=self.dtype) if out is None else out[: len(chosen)]
         each = max(NUMBERS_AT_A_TIME // self.width, 1)
+        stored = None if buffer.X.dtype == self.dtype else torch.empty((each, self.width), dtype=buffer.X.dtype)
         for some, part in zip(places.split(each), X.split(each), strict=True):
-            if buffer.X.dtype == self.dtype:
+            if stored is None:
                 torch.index_select(buffer.X, 0, some, out=part)
             else:
-                part.copy_(buffer.X.index_select(0, some))
+                part.copy_(torch.index_select(buffer.X, 0, some, out=stored[: len(some)]))
             if self._shift is not None:
                 part.sub_(self._shift)
             if self._scale is not None:
@@ -203,24 +206,38 @@ class Rows:
         return Batch(X, Y if Y.ndim == 1 else Y.to(self.dtype), self._weights.index_select(0, numbers))
 
     def _batches(self, buffer: _Buffer, order: torch.Tensor, size: int) -> Iterator[Batch]:
-        """Rows of a buffer in some order, so many at a time; another thread makes those of a large source ready."""
+        """Rows of a buffer in some order, so many at a time.
+
+        Another thread makes those of a large source ready, always in the same two places: memory that is new each time
+        has to be cleared by the system, and is in no core's cache.
+        """
         if buffer is self._whole:
             for chosen in order.split(size):
                 yield self._batch(buffer, chosen)
             return
         several = size * max(NUMBERS_AHEAD // (size * self.width), 1)
-        for large in _one_ahead(lambda chosen: self._batch(buffer, chosen), order.split(several)):
+        places = self._two_places(several)
+        chosen = order.split(several)
+        ready = _one_ahead(lambda number: self._batch(buffer, chosen[number], places[number % 2]), range(len(chosen)))
+        for large in ready:
             yield from large.split(size)
 
+    def _two_places(self, rows: int) -> list[torch.Tensor]:
+        import torch
+
+        if not self._places or len(self._places[0]) != rows:
+            self._places = [torch.empty((rows, self.width), dtype=self.dtype) for _ in range(2)]
+        return self._places
+
     def in_order(self) -> Iterator[Batch]:
-        """All rows, a few thousand at a time."""
+        """All rows, a few thousand at a time; a batch holds until the next is asked for."""
         import torch
 
         for buffer in self._buffers(np.arange(self._block_count)):
             yield from self._batches(buffer, torch.arange(len(buffer.rows)), EVALUATION_ROWS)
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass over n rows: ⌈n / size⌉ batches, all full but the last."""
+        """One pass over n rows: ⌈n / size⌉ batches, all full but the last, of which each holds until the next."""
         import torch
 
         left: Batch | None = None

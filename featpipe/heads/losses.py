@@ -16,6 +16,7 @@ __all__ = ["CLASS_LOSSES", "NUMBER_LOSSES", "Link", "Objective", "log_prior"]
 Link = Literal["softmax", "sigmoid", "identity"]
 CLASS_LOSSES = ("cross_entropy", "focal")
 NUMBER_LOSSES = ("squares", "absolute", "huber")
+FEW_CLASSES, MANY_SCORES = 16, 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Objective:
         if self.adjustment is not None:
             scores = scores + scores.new_tensor(self.adjustment)
         if self.link == "softmax":
-            losses = functional.cross_entropy(scores, Y, reduction="none", label_smoothing=smoothing)
+            losses = _cross_entropy(scores, Y, smoothing)
         else:
             target = Y * (1 - smoothing) + 0.5 * smoothing if smoothing else Y
             losses = functional.binary_cross_entropy_with_logits(scores, target, reduction="none")
@@ -115,6 +116,16 @@ class Objective:
         if self.link == "softmax":
             return (scores.argmax(dim=1) == Y).to(scores.dtype)
         return ((scores > 0) == (Y > 0.5)).to(scores.dtype)
+
+
+def _cross_entropy(scores: torch.Tensor, Y: torch.Tensor, smoothing: float) -> torch.Tensor:
+    from torch.nn import functional
+
+    settings: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+    if scores.is_cpu and scores.shape[1] < FEW_CLASSES and scores.numel() >= MANY_SCORES:
+        # Torch takes a softmax over less than a register number by number; of columns it takes sixteen rows at once.
+        return functional.cross_entropy(scores.T.contiguous()[None], Y[None], **settings)[0]
+    return functional.cross_entropy(scores, Y, **settings)
 
 
 def log_prior(link: Link, Y: NDArray[np.int64], weights: NDArray[np.float64], k: int) -> NDArray[np.float64]:

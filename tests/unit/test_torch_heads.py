@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -391,6 +392,19 @@ def test_validation_rows_that_make_no_sense_are_refused(validation, message):
         LinearClassifier(epochs=1).fit(X, y, validation=validation(X, y))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("b", "k"), [(1024, 2), (1024, 3), (300, 15), (128, 16), (2, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_few_classes_is_that_of_many(b, k, smoothing, dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = (5 * torch.randn(b, k, dtype=dtype, generator=generator)).requires_grad_(True)
+    Y = torch.randint(0, k, (b,), generator=generator)
+    found = Objective("softmax", "cross_entropy").each(scores, Y, smoothing)
+    expected = functional.cross_entropy(scores, Y, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), scores)[0] for loss in (found, expected)))
+
+
 # Rows and batches --------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +427,8 @@ def on_disk(X: np.ndarray, path, dtype: str = "float32") -> np.memmap:
 
 def passes(found: Rows, size: int, count: int = 1) -> list[list[Batch]]:
     generator = torch.Generator().manual_seed(0)
-    return [list(found.shuffled(size, generator)) for _ in range(count)]
+    # A batch holds until the next is asked for.
+    return [[batch.take(torch.arange(len(batch))) for batch in found.shuffled(size, generator)] for _ in range(count)]
 
 
 def numbered(n: int) -> np.ndarray:
@@ -432,7 +447,15 @@ def test_a_streamed_pass_has_every_row_once_with_its_own_target(small_buffers, t
             np.testing.assert_array_equal(batch.X[:, 0] * 10, batch.Y)
             np.testing.assert_allclose(batch.weights * (numbers + 1).mean(), batch.X[:, 0] + 1, rtol=1e-6)
         assert sorted(torch.cat([batch.X[:, 0] for batch in batched]).tolist()) == numbers.tolist()
-    assert torch.cat([batch.X[:, 0] for batch in found.in_order()]).tolist() == numbers.tolist()
+    assert torch.cat([batch.X[:, 0].clone() for batch in found.in_order()]).tolist() == numbers.tolist()
+
+
+def test_a_batch_holds_for_as_long_as_a_step_takes(small_buffers, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "NUMBERS_AHEAD", 1)
+    found = Rows(on_disk(numbered(203), tmp_path / "X"), np.arange(203), np.ones(203))
+    for batch in found.shuffled(20, torch.Generator().manual_seed(0)):
+        time.sleep(0.01)  # the next is ready by then
+        np.testing.assert_array_equal(batch.X[:, 0], batch.Y)
 
 
 @pytest.mark.parametrize("left_out", [False, True])
