@@ -13,7 +13,7 @@ NUMBERS_AT_ONCE = 1 << 20  # that stay in a core's cache
 NUMPY_BELOW = 1 << 16
 
 
-def as_float(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
+def as_float(x: NDArray[Any], dtype: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """An array as another float type.
 
     numpy converts float16 number by number, which is slower than reading it from a disk; torch has instructions for it.
@@ -22,18 +22,23 @@ def as_float(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
     ----------
     x : ndarray of shape (b, d)
     dtype : dtype
+    out : ndarray of shape (b, d) and that type, optional
+        Where to put them.
 
     Returns
     -------
     ndarray of shape (b, d)
-        ``x`` itself where it is of that type.
+        ``out``, if given; or else ``x`` itself where it is of that type.
     """
     wanted = np.dtype(dtype)
     if x.dtype != np.float16 or x.size < NUMPY_BELOW or not x.flags.c_contiguous or wanted.itemsize < 4:
-        return np.asarray(x, wanted)
+        if out is None:
+            return np.asarray(x, wanted)
+        out[...] = x
+        return out
     import torch
 
-    found = np.empty(x.shape, wanted)
+    found = np.empty(x.shape, wanted) if out is None else out
     source, target = torch.from_numpy(x if x.flags.writeable else x.copy()), torch.from_numpy(found)
     rows = max(1, NUMBERS_AT_ONCE // max(1, x.shape[1]))
     for start in range(0, len(x), rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -151,9 +152,11 @@ def moments(
     elif not np.array_equal(shift, shift.astype(dtype)):
         dtype = np.float64  # in float32 it would be another shift
 
+    places = _Places(source, dtype)
+
     def one(rows: slice) -> Moments:
-        x = as_float(source[rows], dtype)
-        x = np.subtract(x, shift, out=x if x.flags.writeable and x.base is None else None)
+        x = places.read(rows)
+        x -= shift
         squares = np.einsum("ij,ij->j", x, x)
         w = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
         y, cross = _times_classes(x, targets[rows], w, k) if k is not None else _times(x, targets[rows], w)
@@ -172,6 +175,29 @@ def moments(
     if not np.isfinite(gathered.squares).all():
         raise ValueError("Input X contains NaN or infinity")
     return gathered
+
+
+class _Places(threading.local):
+    """Where each thread reads its rows to: memory that is new for each block has to be cleared by the system."""
+
+    def __init__(self, source: RowSource, dtype: Any) -> None:
+        self.source, self.dtype = source, dtype
+        self.stored, self.numbers = np.empty((0, source.shape[1]), source.dtype), np.empty((0, source.shape[1]), dtype)
+
+    def read(self, rows: slice) -> NDArray[Any]:
+        """Rows of the source as numbers that may be changed, until the thread reads others."""
+        length = rows.stop - rows.start
+        if len(self.numbers) < length:
+            self.numbers = np.empty((length, self.source.shape[1]), self.dtype)
+        return as_float(self._read(rows, length), self.dtype, self.numbers[:length])
+
+    def _read(self, rows: slice, length: int) -> NDArray[Any]:
+        if not hasattr(self.source, "read_into"):
+            return self.source[rows]
+        if len(self.stored) < length:
+            self.stored = np.empty((length, self.source.shape[1]), self.source.dtype)
+        self.source.read_into(self.stored[:length], rows)
+        return self.stored[:length]
 
 
 def _times(x: NDArray[Any], targets: NDArray[Any], w: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
