@@ -29,8 +29,9 @@ Array = NDArray[np.float64]
 # Of Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better? (CVPR 2019), section A.2.
 STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
 ABSENT = 50.0
-# Folds of at most so many products a pass are searched side by side, a thread each: seconds, and little memory.
-SMALL_FOLD = 1e9
+# Folds of rows that are no more numbers, and take no more products a pass, are searched side by side, a thread each:
+# two of them fit into memory, and take seconds.
+SMALL_NUMBERS, SMALL_PRODUCTS = 1 << 24, 1e9
 
 Fold = TypeVar("Fold")
 Found = TypeVar("Found")
@@ -57,7 +58,8 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
     max_iter : int
         Most steps for each.
     n_jobs : int or None
-        Folds at a time, in processes; None takes none: small folds go side by side on the threads of this one.
+        Folds at a time, in processes; with 1, and with None unless joblib's context says otherwise, in this process:
+        small ones go side by side on its threads.
     random_state : int or None
         Of the shuffle that makes folds when ``cv`` is a number; None keeps the order of the rows.
 
@@ -146,8 +148,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         given = None if sample_weight is None else weights
         on_fold = partial(self._fold, X, y, plain, weights, given)
-        products = float(X.size) * len(targets.classes)
-        folds = of_folds(on_fold, self._splits(X, y), products=products, jobs=self.n_jobs)
+        folds = of_folds(on_fold, self._splits(X, y), shape=(*X.shape, len(targets.classes)), jobs=self.n_jobs)
         self.scores_ = np.array([scores for scores, _, _ in folds])
         self.n_iter_ = np.array([steps for _, steps, _ in folds])
         chosen = best_strength(self.scores_, self.one_standard_error)
@@ -208,7 +209,9 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         return X @ self.coef_.T + self.intercept_
 
 
-def of_folds(work: Callable[[Fold], Found], folds: Sequence[Fold], *, products: float, jobs: int | None) -> list[Found]:
+def of_folds(
+    work: Callable[[Fold], Found], folds: Sequence[Fold], *, shape: tuple[int, int, int], jobs: int | None
+) -> list[Found]:
     """``work`` of each fold, with scikit-learn's settings as they are here.
 
     Parameters
@@ -216,14 +219,15 @@ def of_folds(work: Callable[[Fold], Found], folds: Sequence[Fold], *, products: 
     work : callable
         To be pickled, if there are to be processes.
     folds : sequence
-    products : float
-        Multiplications of one pass over all rows.
+    shape : (n, d, k)
+        How many rows, columns and classes there are in all.
     jobs : int or None
-        Processes; None and 1 are this one.
+        As joblib takes them; where that is one, it is this process.
     """
-    if jobs not in (None, 1):
-        from sklearn.utils.parallel import Parallel, delayed
+    from joblib import effective_n_jobs
+    from sklearn.utils.parallel import Parallel, delayed
 
+    if effective_n_jobs(jobs) > 1:
         found: list[Found] = Parallel(n_jobs=jobs)(delayed(work)(fold) for fold in folds)
         return found
     settings = get_config()
@@ -232,7 +236,9 @@ def of_folds(work: Callable[[Fold], Found], folds: Sequence[Fold], *, products: 
         with config_context(**settings):
             return work(fold)
 
-    return side_by_side(one, folds) if products <= SMALL_FOLD else [one(fold) for fold in folds]
+    n, d, k = shape
+    small = n * d <= SMALL_NUMBERS and n * d * k <= SMALL_PRODUCTS
+    return side_by_side(one, folds) if small else [one(fold) for fold in folds]
 
 
 def _rows(X: NDArray[Any], which: NDArray[np.intp]) -> NDArray[Any]:

@@ -129,11 +129,11 @@ def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
         return Choice({"C": 1.0}, metric, how="not tuned: a class has a single image")
     settings = {key: value for key, value in plan.params.items() if key in ("class_weight", "fit_intercept")}
     standardise = plan.params.get("scale") != "passthrough"
-    products = float(len(rows)) * rows.X.shape[1] * len(rows.classes)
+    shape = (len(rows), rows.X.shape[1], len(rows.classes))
     on_fold = partial(_path, rows, plan, settings, standardise, scorer_of(plan.task, metric))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedMetricWarning)  # of a class that no held-out row is in
-        scores = np.array(of_folds(on_fold, folds, products=products, jobs=plan.jobs))
+        scores = np.array(of_folds(on_fold, folds, shape=shape, jobs=plan.jobs))
     best = best_strength(scores, plan.one_standard_error)
     tried = [
         {"settings": {"C": C}, "score": float(mean), "spread": float(spread)}

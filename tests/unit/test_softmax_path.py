@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import warnings
 
 import numpy as np
 import pytest
+from joblib import parallel_config
 from sklearn import config_context, get_config
 from sklearn.base import clone
 from sklearn.exceptions import SkipTestWarning
@@ -140,13 +142,25 @@ def test_folds_in_processes_give_the_same_answer():
     np.testing.assert_array_equal(one.coef_, two.coef_)
 
 
+@pytest.mark.parametrize(("jobs", "several"), [(None, True), (1, False)])
+def test_joblibs_context_says_whether_there_are_processes(jobs, several):
+    X, y = rows(80, 6, 2)
+    with parallel_config(n_jobs=2):
+        found = SoftmaxRegressionCV((1.0,), cv=2, n_jobs=jobs, scoring=_process).fit(X, y).scores_
+    assert (os.getpid() not in found) == several
+
+
+def _process(head: object, X: object, y: object) -> float:
+    return float(os.getpid())
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_folds_side_by_side_give_the_bits_of_folds_in_turn(threads, monkeypatch):
     X, y = rows(400, 24, 5)
     search = SoftmaxRegressionCV(FEW, cv=5, refit=False, scoring="neg_log_loss")
     with threadpool_limits(threads, user_api="blas"):
         together = clone(search).fit(X, y)
-        monkeypatch.setattr(path, "SMALL_FOLD", 0)
+        monkeypatch.setattr(path, "SMALL_PRODUCTS", 0)
         in_turn = clone(search).fit(X, y)
     np.testing.assert_array_equal(together.scores_, in_turn.scores_)
     np.testing.assert_array_equal(together.coef_, in_turn.coef_)
