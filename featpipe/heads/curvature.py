@@ -24,6 +24,8 @@ NARROW, SMALL = 9, 5e6
 # A block's Gram matrix from 2 (d + 1) rows and a little of everybody's: 4 (d + 1) rows alone save two steps of twelve.
 ROWS_OF_A_BLOCK = 2.0
 SHRINKAGE = 0.05
+# And so many times the penalty: so few rows show too little curvature in the directions that have least of it.
+RIDGE_OF_A_BLOCK = 3.0
 CANDIDATES = 4e7
 NUMBERS_FROM_A_FILE = 3e7
 NUMBERS_IN_ALL_BLOCKS = 2e8
@@ -202,7 +204,7 @@ class Blocks:
         spread = (np.arange(len(candidates)) * 0.6180339887498949) % 1
         first = np.random.default_rng(0).random(k)
         everybody = (mean.gram * (SHRINKAGE / max(totals.mean(), 1e-300))).astype(np.float32)
-        ridge = np.full(width, problem.ridge, np.float32)
+        ridge = np.full(width, RIDGE_OF_A_BLOCK * problem.ridge, np.float32)
         ridge[-1] = 1e-6
 
         def one(c: int) -> NDArray[np.float32]:
