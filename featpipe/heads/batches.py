@@ -216,7 +216,7 @@ class Rows:
                 yield self._batch(buffer, chosen)
             return
         several = size * max(NUMBERS_AHEAD // (size * self.width), 1)
-        places = self._two_places(several)
+        places = self._two_places(min(several, len(order)))
         chosen = order.split(several)
         ready = _one_ahead(lambda number: self._batch(buffer, chosen[number], places[number % 2]), range(len(chosen)))
         for large in ready:
@@ -225,7 +225,7 @@ class Rows:
     def _two_places(self, rows: int) -> list[torch.Tensor]:
         import torch
 
-        if not self._places or len(self._places[0]) != rows:
+        if not self._places or len(self._places[0]) < rows:
             self._places = [torch.empty((rows, self.width), dtype=self.dtype) for _ in range(2)]
         return self._places
 
