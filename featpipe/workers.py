@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
+from itertools import islice
 from typing import Any, Generic, Self, TypeVar
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
 
-__all__ = ["Workers", "side_by_side"]
+__all__ = ["Workers", "ahead", "side_by_side"]
 
 ONE_THREAD_BELOW_PRODUCTS = 1e7
 
@@ -77,6 +78,21 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[
         together = len(items) - len(items) % workers.threads if workers.threads > 1 else 0
         found = list(workers.map(work, items[:together]))
     return [*found, *map(work, items[together:])]
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], ready: int = 1) -> Iterator[Result]:
+    """``work`` of each item, in order; while one result is used, another thread works on so many of the next."""
+    left = iter(items)
+    with ThreadPoolExecutor(1, "featpipe-ahead") as other:
+        coming = deque(other.submit(work, item) for item in islice(left, ready))
+        try:
+            while coming:
+                found = coming.popleft().result()
+                coming.extend(other.submit(work, item) for item in islice(left, 1))
+                yield found
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 class _Task(Generic[Item, Result]):

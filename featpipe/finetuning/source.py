@@ -18,6 +18,7 @@ from featpipe.engine.devices import available_cores
 from featpipe.errors import SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
+from featpipe.workers import ahead as work_ahead
 
 __all__ = ["Embedding", "PictureSource", "Source", "ahead"]
 
@@ -129,14 +130,5 @@ def ahead(
     source: Source, batches: Sequence[NDArray[np.int64]], epoch: int, first: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """The batches from the first that is wanted, made ready by another thread while the one before is trained on."""
-    with ThreadPoolExecutor(1, "featpipe-ahead") as pool:
-        waiting = [pool.submit(source.batch, rows, epoch) for rows in batches[first : first + READY]]
-        try:
-            for number, rows in enumerate(batches[first:], first):
-                inputs = waiting.pop(0).result()
-                if number + READY < len(batches):
-                    waiting.append(pool.submit(source.batch, batches[number + READY], epoch))
-                yield rows, inputs
-        finally:
-            for future in waiting:
-                future.cancel()
+    wanted = batches[first:]
+    return zip(wanted, work_ahead(lambda rows: source.batch(rows, epoch), wanted, READY), strict=True)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.heads.moments import RowSource
+from featpipe.heads.moments import RowSource, read_into
+from featpipe.workers import ahead
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Batch", "Rows"]
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 KEPT_BYTES = 256 << 20  # a source of no more is read once; of a larger one as much is in memory, in two buffers
 BLOCK_BYTES = 256 << 10
@@ -179,10 +175,8 @@ class Rows:
     def _copy(self, out: NDArray[Any], places: slice, rows: slice) -> None:
         if len(out) < rows.stop - rows.start:
             out[...] = np.asarray(self.source[rows])[self.numbers[places] - rows.start]
-        elif hasattr(self.source, "read_into"):
-            self.source.read_into(out, rows)
         else:
-            out[...] = self.source[rows]
+            read_into(self.source, out, rows)
 
     def _batch(self, buffer: _Buffer, chosen: torch.Tensor, out: torch.Tensor | None = None) -> Batch:
         """Rows of a buffer; their features at the start of ``out``, if it is given."""
@@ -218,7 +212,7 @@ class Rows:
         several = size * max(NUMBERS_AHEAD // (size * self.width), 1)
         places = self._two_places(min(several, len(order)))
         chosen = order.split(several)
-        ready = _one_ahead(lambda number: self._batch(buffer, chosen[number], places[number % 2]), range(len(chosen)))
+        ready = ahead(lambda number: self._batch(buffer, chosen[number], places[number % 2]), range(len(chosen)))
         for large in ready:
             yield from large.split(size)
 
@@ -282,7 +276,7 @@ class Rows:
         if not self._slots:
             shape = (each * self._block_rows, self.width)
             self._slots = [np.empty(shape, self.source.dtype) for _ in groups[:2]]
-        yield from _one_ahead(lambda number: self._read(groups[number], self._slots[number % 2]), range(len(groups)))
+        yield from ahead(lambda number: self._read(groups[number], self._slots[number % 2]), range(len(groups)))
 
     def _read(self, blocks: NDArray[np.intp], slot: NDArray[Any]) -> _Buffer:
         import torch
@@ -310,17 +304,6 @@ class Rows:
             if bad.any():
                 return int(self.numbers[places.start + bad.argmax()])
         return None
-
-
-def _one_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """``work`` of each item, in order; while one result is used, another thread works on the next."""
-    left = iter(items)
-    with ThreadPoolExecutor(1) as other:
-        coming = [other.submit(work, item) for item in islice(left, 1)]
-        while coming:
-            found = coming.pop().result()
-            coming = [other.submit(work, item) for item in islice(left, 1)]
-            yield found
 
 
 def _is_mapped(source: RowSource) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featpipe.heads.halves import as_float
 from featpipe.workers import Workers
 
-__all__ = ["Moments", "RowSource", "blocks", "moments"]
+__all__ = ["Moments", "RowSource", "blocks", "moments", "read_into"]
 
 Array = NDArray[np.float64]
 
@@ -31,6 +31,14 @@ class RowSource(Protocol):
     @property
     def dtype(self) -> np.dtype[Any]: ...
     def __getitem__(self, rows: slice) -> NDArray[Any]: ...
+
+
+def read_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
+    """Rows of a source to a place for them, of the type that is stored."""
+    if hasattr(source, "read_into"):
+        source.read_into(out, rows)
+    else:
+        out[...] = source[rows]
 
 
 def blocks(source: RowSource, numbers: int) -> Iterator[slice]:
@@ -152,7 +160,8 @@ def moments(
     elif not np.array_equal(shift, shift.astype(dtype)):
         dtype = np.float64  # in float32 it would be another shift
 
-    places = _Places(source, dtype)
+    runs = list(blocks(source, NUMBERS_FOR_A_GRAM if outer else NUMBERS_IN_A_BLOCK))
+    places = _Places(source, dtype, runs[0].stop)
 
     def one(rows: slice) -> Moments:
         x = places.read(rows)
@@ -169,7 +178,7 @@ def moments(
 
     gathered: Moments | None = None
     with Workers(float(n) * d * d) as workers:
-        for part in workers.map(one, blocks(source, NUMBERS_FOR_A_GRAM if outer else NUMBERS_IN_A_BLOCK)):
+        for part in workers.map(one, runs):
             gathered = part if gathered is None else gathered + part
     assert gathered is not None
     if not np.isfinite(gathered.squares).all():
@@ -180,24 +189,15 @@ def moments(
 class _Places(threading.local):
     """Where each thread reads its rows to: memory that is new for each block has to be cleared by the system."""
 
-    def __init__(self, source: RowSource, dtype: Any) -> None:
-        self.source, self.dtype = source, dtype
-        self.stored, self.numbers = np.empty((0, source.shape[1]), source.dtype), np.empty((0, source.shape[1]), dtype)
+    def __init__(self, source: RowSource, dtype: Any, rows: int) -> None:
+        self.source = source
+        self.stored, self.numbers = (np.empty((rows, source.shape[1]), kind) for kind in (source.dtype, dtype))
 
     def read(self, rows: slice) -> NDArray[Any]:
         """Rows of the source as numbers that may be changed, until the thread reads others."""
-        length = rows.stop - rows.start
-        if len(self.numbers) < length:
-            self.numbers = np.empty((length, self.source.shape[1]), self.dtype)
-        return as_float(self._read(rows, length), self.dtype, self.numbers[:length])
-
-    def _read(self, rows: slice, length: int) -> NDArray[Any]:
-        if not hasattr(self.source, "read_into"):
-            return self.source[rows]
-        if len(self.stored) < length:
-            self.stored = np.empty((length, self.source.shape[1]), self.source.dtype)
-        self.source.read_into(self.stored[:length], rows)
-        return self.stored[:length]
+        stored, numbers = (place[: rows.stop - rows.start] for place in (self.stored, self.numbers))
+        read_into(self.source, stored, rows)
+        return as_float(stored, numbers.dtype, numbers)
 
 
 def _times(x: NDArray[Any], targets: NDArray[Any], w: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

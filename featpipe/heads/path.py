@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
+from joblib import effective_n_jobs
 from numpy.typing import ArrayLike, NDArray
 from sklearn import config_context, get_config
 from sklearn.base import BaseEstimator
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
+from sklearn.utils.parallel import Parallel, delayed
 
 from featpipe.heads import ranges
 from featpipe.heads.classes import ScoredClassifier, class_targets, rows_to_fit
@@ -224,9 +226,6 @@ def of_folds(
     jobs : int or None
         As joblib takes them; where that is one, it is this process.
     """
-    from joblib import effective_n_jobs
-    from sklearn.utils.parallel import Parallel, delayed
-
     if effective_n_jobs(jobs) > 1:
         found: list[Found] = Parallel(n_jobs=jobs)(delayed(work)(fold) for fold in folds)
         return found
