@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["Allowance", "available_bytes"]
+__all__ = ["MemoryBudget", "available_bytes"]
 
-NO_QUESTION_BELOW = 16 << 20  # bytes; a photograph of 500 × 375 needs 2 MB
-SHARE = 4  # of what can be had
+MIN_TRACKED_BYTES = 16 << 20  # bytes; a photograph of 500 × 375 needs 2 MB
+BUDGET_DIVISOR = 4  # of what can be had
 
 
-class Allowance:
+class MemoryBudget:
     """Some bytes of memory. Who needs many of them takes a turn, and waits until there is room.
 
     Parameters
@@ -30,33 +30,35 @@ class Allowance:
 
     def __init__(self, nbytes: int | None = None) -> None:
         self._nbytes = nbytes
-        self._taken = 0
-        self._changed = threading.Condition()
+        self._used_bytes = 0
+        self._released = threading.Condition()
 
     @contextmanager
-    def turn(self) -> Iterator[Callable[[int], None]]:
+    def reservation(self) -> Iterator[Callable[[int], None]]:
         """Gives a function that takes bytes, once; they are given back at the end."""
-        mine = 0
+        reserved = 0
 
-        def take(nbytes: int) -> None:
-            nonlocal mine
-            if nbytes < NO_QUESTION_BELOW:
+        def reserve(nbytes: int) -> None:
+            nonlocal reserved
+            if nbytes < MIN_TRACKED_BYTES:
                 return
-            with self._changed:
-                self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._all())
-                self._taken, mine = self._taken + nbytes, nbytes
+            with self._released:
+                self._released.wait_for(
+                    lambda: not self._used_bytes or self._used_bytes + nbytes <= self._total_bytes()
+                )
+                self._used_bytes, reserved = self._used_bytes + nbytes, nbytes
 
         try:
-            yield take
+            yield reserve
         finally:
-            if mine:
-                with self._changed:
-                    self._taken -= mine
-                    self._changed.notify_all()
+            if reserved:
+                with self._released:
+                    self._used_bytes -= reserved
+                    self._released.notify_all()
 
-    def _all(self) -> int:
+    def _total_bytes(self) -> int:
         if self._nbytes is None:
-            self._nbytes = available_bytes() // SHARE
+            self._nbytes = available_bytes() // BUDGET_DIVISOR
         return self._nbytes
 
 
@@ -68,42 +70,46 @@ def available_bytes(root: str | os.PathLike[str] = "/") -> int:
     root : path-like
         Where ``proc`` and ``sys`` are.
     """
-    top = Path(root)
+    root_path = Path(root)
     try:
-        lines = dict(line.split(":", 1) for line in (top / "proc/meminfo").read_text().splitlines())
-        found = int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in (root_path / "proc/meminfo").read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(0, min([found, *_left_to_groups(top)]))
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0, min([available, *_cgroup_free_bytes(root_path)]))
 
 
-def _left_to_groups(top: Path) -> Iterator[int]:
+def _cgroup_free_bytes(root_path: Path) -> Iterator[int]:
     """What the control groups of this process allow beyond what they use; version 2, and 1."""
     try:
-        lines = (top / "proc/self/cgroup").read_text().splitlines()
+        lines = (root_path / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        folder = top / "sys/fs/cgroup" / controllers
-        names = (
+        hierarchy = root_path / "sys/fs/cgroup" / controllers
+        file_names = (
             ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
-        here = folder / path.lstrip("/")
-        for group in (here, *here.parents):
-            if not group.is_relative_to(folder):
+        process_group = hierarchy / path.lstrip("/")
+        for group in (process_group, *process_group.parents):
+            if not group.is_relative_to(hierarchy):
                 break
-            yield from _left(group, *names)
+            yield from _group_free_bytes(group, *file_names)
 
 
-def _left(group: Path, limit: str, used: str) -> Iterator[int]:
+def _group_free_bytes(group: Path, limit: str, used: str) -> Iterator[int]:
     """Of one group, if it has a limit. Pages of files that it could do without count as used, and are not."""
     try:
-        most, now = (group / limit).read_text(), int((group / used).read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        if most.strip() != "max":
-            yield int(most) - now + int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+        limit_text, used_bytes = (group / limit).read_text(), int((group / used).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        if limit_text.strip() != "max":
+            yield (
+                int(limit_text)
+                - used_bytes
+                + int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            )
     except (OSError, ValueError):
         return

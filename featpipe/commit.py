@@ -32,18 +32,26 @@ from numpy.typing import NDArray
 
 from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError
-from featpipe.fingerprint import fingerprint as digest_of
+from featpipe.fingerprint import compute_fingerprint as compute_fingerprint
 
-__all__ = ["OURS", "TEMPORARY", "Part", "Parts", "exclusive"]
+__all__ = ["PART_FILE_NAME", "TEMPORARY_NAME", "Part", "StagingArea", "lock_file"]
 
-RECORD_BYTES_MAX = 64 * 1024
+MAX_RECORD_BYTES = 64 * 1024
 
-TEMPORARY = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # whose second word is the process
-OURS = re.compile(rf"{TEMPORARY.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_COLUMNS = {"digest": ("U8", (32,)), "stamp": ("U8", (16,)), "status": ("U8", ())}
-_FEATURES = ("F32", "F16")
-_TORN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError)
+TEMPORARY_NAME = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # whose second word is the process
+PART_FILE_NAME = re.compile(rf"{TEMPORARY_NAME.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
+_LINK_UNSUPPORTED_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_PART_COLUMNS = {"digest": ("U8", (32,)), "stamp": ("U8", (16,)), "status": ("U8", ())}
+_FEATURE_DTYPES = ("F32", "F16")
+_DAMAGED_PART_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    safetensors.SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Part:
             ) from None
 
 
-class Parts:
+class StagingArea:
     """The parts of one cache, in a folder beside its final name.
 
     Parameters
@@ -85,33 +93,35 @@ class Parts:
         self.fingerprint = fingerprint
 
     @property
-    def repairs(self) -> Path:
+    def repair_folder(self) -> Path:
         """Where rows lie that are computed again to mend a cache; removed with the parts."""
         return self.directory / "repair"
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def lock_for_writing(self) -> Iterator[None]:
         """Hold the folder for one writer; a second one waits. The lock dies with its process.
 
         A writer that fails before it committed anything leaves no folder behind.
         """
         while True:
-            with self._errors():
-                handle = self._locked()
-            if handle is None:
+            with self._wrap_os_errors():
+                lock_fd = self._acquire_lock()
+            if lock_fd is None:
                 continue
             try:
-                self._sweep(TEMPORARY)  # whoever began these held the lock, and is gone
+                self._remove_matching(TEMPORARY_NAME)  # whoever began these held the lock, and is gone
                 yield
                 return
             except BaseException:
-                if not any(self.directory.glob("*.record")) and not self.repairs.exists():  # nothing to go on from
+                if (
+                    not any(self.directory.glob("*.record")) and not self.repair_folder.exists()
+                ):  # nothing to go on from
                     self.remove()
                 raise
             finally:
-                os.close(handle)
+                os.close(lock_fd)
 
-    def _locked(self) -> int | None:
+    def _acquire_lock(self) -> int | None:
         """The lock, once it is ours, or None if the writer before us finished and removed it with the folder."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -122,27 +132,27 @@ class Parts:
             return None  # removed between the two looks that mkdir takes
         fsync_directory(self.directory.parent)  # what is committed in a folder is lost with the folder
         try:
-            handle = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock_fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, self.directory / "lock"):
-                return handle
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            if _is_current_lock(lock_fd, self.directory / "lock"):
+                return lock_fd
         except BaseException:
-            os.close(handle)
+            os.close(lock_fd)
             raise
-        os.close(handle)
+        os.close(lock_fd)
         return None
 
-    def busy(self) -> bool:
+    def is_locked(self) -> bool:
         """Whether another process is writing parts here now."""
         try:
-            handle = os.open(self.directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+            lock_fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
@@ -150,7 +160,7 @@ class Parts:
         else:
             return False
         finally:
-            os.close(handle)
+            os.close(lock_fd)
 
     def commit(self, arrays: Mapping[str, NDArray[Any]]) -> Part:
         """Publish a part; when this returns, a power cut no longer loses it.
@@ -171,82 +181,86 @@ class Parts:
             If the disk is full or not writable; what was committed before is still there.
         """
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        data = safetensors.numpy.save(contiguous, {"fingerprint": self.fingerprint})
-        digest = hashlib.sha256(data).hexdigest()
+        part_bytes = safetensors.numpy.save(contiguous, {"fingerprint": self.fingerprint})
+        digest = hashlib.sha256(part_bytes).hexdigest()
         part = Part(self.directory / f"{digest[:24]}.part", len(arrays["status"]))
-        facts = {
+        record_fields = {
             "file": part.path.name,
-            "bytes": len(data),
+            "bytes": len(part_bytes),
             "sha256": digest,
             "fingerprint": self.fingerprint,
             "rows": part.rows,
         }
-        record = json.dumps({**facts, "check": digest_of(facts)}).encode()
-        with self._errors():
-            self._publish(data, part.path, os.replace)
-            self._publish(record, part.path.with_suffix(".record"), _link_once)
+        record_bytes = json.dumps({**record_fields, "check": compute_fingerprint(record_fields)}).encode()
+        with self._wrap_os_errors():
+            self._publish(part_bytes, part.path, os.replace)
+            self._publish(record_bytes, part.path.with_suffix(".record"), _link_or_replace)
         return part
 
-    def committed(self) -> list[Part]:
+    def load_committed(self) -> list[Part]:
         """The parts of this fingerprint whose records and bytes are whole, in the order of their names."""
         if not self.directory.is_dir():
             return []
-        found = (self._verify(record) for record in sorted(self.directory.glob("*.record")))
-        return [part for part in found if part is not None]
+        parts = (self._load_verified(record_path) for record_path in sorted(self.directory.glob("*.record")))
+        return [part for part in parts if part is not None]
 
-    def recorded_rows(self) -> int:
+    def count_recorded_rows(self) -> int:
         """How many rows the records name, whatever facts they were made from; the parts are not looked at."""
-        rows = 0
-        for record in self.directory.glob("*.record"):
-            with contextlib.suppress(*_TORN):
-                rows += int(_read_record(record)["rows"])
-        return rows
+        n_rows = 0
+        for record_path in self.directory.glob("*.record"):
+            with contextlib.suppress(*_DAMAGED_PART_ERRORS):
+                n_rows += int(_read_record(record_path)["rows"])
+        return n_rows
 
     def remove(self) -> None:
         """Remove the parts and their folder; called by the writer, after the cache is published.
 
         What is not a part's stays, and the folder with it.
         """
-        self._sweep(OURS)
-        shutil.rmtree(self.repairs, ignore_errors=True)
+        self._remove_matching(PART_FILE_NAME)
+        shutil.rmtree(self.repair_folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # somebody's own file lies there
             self.directory.rmdir()
 
-    def _sweep(self, names: re.Pattern[str]) -> None:
+    def _remove_matching(self, name_pattern: re.Pattern[str]) -> None:
         for path in self.directory.glob("*"):
-            if names.fullmatch(path.name):
+            if name_pattern.fullmatch(path.name):
                 with contextlib.suppress(OSError):  # what cannot be removed does no harm
                     path.unlink()
 
-    def _verify(self, record: Path) -> Part | None:
-        path = record.with_suffix(".part")
+    def _load_verified(self, record_path: Path) -> Part | None:
+        part_path = record_path.with_suffix(".part")
         try:
-            facts = _read_record(record)
-            if facts["fingerprint"] != self.fingerprint:
+            record_fields = _read_record(record_path)
+            if record_fields["fingerprint"] != self.fingerprint:
                 return None
-            if facts["file"] != path.name or _file_bytes(path) != facts["bytes"]:
+            if record_fields["file"] != part_path.name or _get_file_size(part_path) != record_fields["bytes"]:
                 return None
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+            with open(part_path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record_fields["sha256"]:
                     return None
-            return Part(path, int(facts["rows"])) if _is_laid_out(path, facts["rows"]) else None
-        except _TORN:
+            return (
+                Part(part_path, int(record_fields["rows"]))
+                if _has_valid_layout(part_path, record_fields["rows"])
+                else None
+            )
+        except _DAMAGED_PART_ERRORS:
             return None  # a torn or foreign file is not a part; its images are embedded again
 
-    def _publish(self, data: bytes, path: Path, place: Callable[[Path, Path], None]) -> None:
+    def _publish(self, data: bytes, path: Path, move_into_place: Callable[[Path, Path], None]) -> None:
         temporary = self.directory / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            place(temporary, path)
+            move_into_place(temporary, path)
             fsync_directory(self.directory)
         finally:
             temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _wrap_os_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -257,69 +271,69 @@ class Parts:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def lock_file(path: Path) -> Iterator[None]:
     """Hold a lock file; whoever else wants it waits. The lock dies with its process."""
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise CacheError(f"{path}: cannot be locked ({error.strerror}); choose another --cache") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, path):
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            if _is_current_lock(lock_fd, path):
                 yield
                 return
         finally:
-            os.close(handle)
+            os.close(lock_fd)
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_current_lock(lock_fd: int, path: Path) -> bool:
     """Whether a lock still has its name: whoever held it before us may have removed it."""
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
+        return os.path.samestat(os.fstat(lock_fd), os.stat(path))
     except FileNotFoundError:
         return False
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     """What a record says, if it is whole."""
-    if _file_bytes(path) > RECORD_BYTES_MAX:
+    if _get_file_size(path) > MAX_RECORD_BYTES:
         raise ValueError("too large")
-    facts: dict[str, Any] = json.loads(path.read_bytes())
-    check = facts.pop("check")
-    if check != digest_of(facts):
+    record_fields: dict[str, Any] = json.loads(path.read_bytes())
+    checksum = record_fields.pop("check")
+    if checksum != compute_fingerprint(record_fields):
         raise ValueError("damaged")
-    return facts
+    return record_fields
 
 
-def _file_bytes(path: Path) -> int:
+def _get_file_size(path: Path) -> int:
     """The size of a regular file; a link or a pipe laid in its place is not one."""
-    found = path.lstat()
-    if not stat.S_ISREG(found.st_mode):
+    file_stat = path.lstat()
+    if not stat.S_ISREG(file_stat.st_mode):
         raise FileNotFoundError(path)
-    return found.st_size
+    return file_stat.st_size
 
 
-def _is_laid_out(path: Path, rows: int) -> bool:
+def _has_valid_layout(path: Path, n_rows: int) -> bool:
     """Whether a part holds what a part must, each array with this many rows."""
     with safetensors.safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        held = {name: (array.get_dtype(), tuple(array.get_shape())) for name, array in slices.items()}
-    columns = {name: held.pop(name, None) for name in _COLUMNS}
-    wanted = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in _COLUMNS.items()}
-    return columns == wanted and all(
-        name.startswith("features/") and dtype in _FEATURES and shape[:1] == (rows,)
-        for name, (dtype, shape) in held.items()
+        features = {name: (array.get_dtype(), tuple(array.get_shape())) for name, array in slices.items()}
+    columns = {name: features.pop(name, None) for name in _PART_COLUMNS}
+    expected_columns = {name: (dtype, (n_rows, *shape)) for name, (dtype, shape) in _PART_COLUMNS.items()}
+    return columns == expected_columns and all(
+        name.startswith("features/") and dtype in _FEATURE_DTYPES and shape[:1] == (n_rows,)
+        for name, (dtype, shape) in features.items()
     )
 
 
-def _link_once(temporary: Path, path: Path) -> None:
+def _link_or_replace(temporary: Path, path: Path) -> None:
     """Publish under a name that nobody holds. A record of this name can only be of the same part, or damaged."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in _LINK_UNSUPPORTED_ERRNOS:
             raise
         os.replace(temporary, path)  # a file system without links; the lock keeps other writers away

@@ -9,11 +9,11 @@ from time import monotonic
 
 from featpipe.errors import ConfigError, TimeLimitError
 
-__all__ = ["Deadline", "seconds_of"]
+__all__ = ["Deadline", "parse_duration"]
 
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_LIMIT = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?[dhms])+")
-_TERM = re.compile(r"([0-9.]+)([dhms])")
+SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?[dhms])+")
+_DURATION_TERM = re.compile(r"([0-9.]+)([dhms])")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Deadline:
     """
 
     limit: float | str | None = None
-    began: float = field(default_factory=monotonic)
+    started: float = field(default_factory=monotonic)
 
     def check(self) -> None:
         """To be called where work can be gone on with.
@@ -39,7 +39,7 @@ class Deadline:
         TimeLimitError
             If the time has passed.
         """
-        if self.limit is not None and monotonic() - self.began >= seconds_of(self.limit):
+        if self.limit is not None and monotonic() - self.started >= parse_duration(self.limit):
             unit = "" if str(self.limit)[-1].isalpha() else " seconds"
             raise TimeLimitError(
                 f"the time limit of {self.limit}{unit} has passed; what was finished is kept: run the same command "
@@ -47,7 +47,7 @@ class Deadline:
             )
 
 
-def seconds_of(limit: float | str) -> float:
+def parse_duration(limit: float | str) -> float:
     """How many seconds a time limit is.
 
     Examples
@@ -59,8 +59,12 @@ def seconds_of(limit: float | str) -> float:
         seconds = float(limit)
     except ValueError:
         text = str(limit).strip().lower().replace(" ", "")
-        whole = _LIMIT.fullmatch(text)
-        seconds = sum(float(number) * UNITS[unit] for number, unit in _TERM.findall(text)) if whole else math.nan
+        full_match = _DURATION.fullmatch(text)
+        seconds = (
+            sum(float(number) * SECONDS_PER_UNIT[unit] for number, unit in _DURATION_TERM.findall(text))
+            if full_match
+            else math.nan
+        )
     if not 0 < seconds < math.inf:
         raise ConfigError(f"time-limit is {limit!r}; give seconds, or a time such as 90m or 3h")
     return seconds

@@ -24,57 +24,59 @@ import torch
 from numpy.typing import NDArray
 
 from featpipe import image
-from featpipe.allowance import Allowance
-from featpipe.image import LIMITS, Limits
+from featpipe.allowance import MemoryBudget
+from featpipe.image import DEFAULT_IMAGE_LIMITS, ImageLimits
 
-__all__ = ["LARGE", "decode", "in_turn", "is_exact"]
+__all__ = ["LARGE_IMAGE_BUDGET", "decode", "decode_within_budget", "is_torchvision_exact"]
 
-LARGE = Allowance()
+LARGE_IMAGE_BUDGET = MemoryBudget()
 """What large pictures may take while they are decoded and worked on, in this process."""
 
-SIZES = ((48, 64), (37, 53), (7, 130))  # height and width of the pictures that are tried
-RGB = 3  # torchvision's ImageReadMode.RGB
+PROBE_SIZES = ((48, 64), (37, 53), (7, 130))  # height and width of the pictures that are tried
+RGB_READ_MODE = 3  # torchvision's ImageReadMode.RGB
 
 
-def decode(data: bytes, limits: Limits = LIMITS, admit: Callable[[int], None] | None = None) -> NDArray[np.uint8]:
+def decode(
+    data: bytes, limits: ImageLimits = DEFAULT_IMAGE_LIMITS, reserve_memory: Callable[[int], None] | None = None
+) -> NDArray[np.uint8]:
     """Decode one image; as :func:`featpipe.image.decode`, and with its errors."""
-    return image.decode(data, limits, _jpeg if is_exact() else None, admit)
+    return image.decode(data, limits, _decode_jpeg if is_torchvision_exact() else None, reserve_memory)
 
 
 @contextlib.contextmanager
-def in_turn(data: bytes) -> Iterator[NDArray[np.uint8]]:
+def decode_within_budget(data: bytes) -> Iterator[NDArray[np.uint8]]:
     """A decoded image, for as long as it is worked on: those that are large wait for each other.
 
     So many threads need no more memory than there is, whatever pictures they come across.
     """
-    with LARGE.turn() as take:
-        yield decode(data, admit=take)
+    with LARGE_IMAGE_BUDGET.reservation() as reserve_memory:
+        yield decode(data, reserve_memory=reserve_memory)
 
 
 @cache
-def is_exact() -> bool:
+def is_torchvision_exact() -> bool:
     """Whether torchvision's pixels of JPEGs are those of the Pillow that is installed, tried once in a process."""
     with contextlib.suppress(ImportError):
         import torchvision.io  # noqa: F401  # registers the operator
 
     rng = np.random.default_rng(0)
-    for height, width in SIZES:
+    for height, width in PROBE_SIZES:
         picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture[: height // 2] = image.resize(picture[:4, :4], height // 2, width, "bicubic")
         for subsampling in (0, 1, 2):
             for progressive in (False, True):
                 data = image.encode_jpeg(picture, subsampling=subsampling, progressive=progressive)
-                found = _jpeg(data)
-                if found is None or not np.array_equal(found, image.decode(data)):
+                decoded = _decode_jpeg(data)
+                if decoded is None or not np.array_equal(decoded, image.decode(data)):
                     return False
     return True
 
 
-def _jpeg(data: bytes) -> NDArray[np.uint8] | None:
+def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     """The pixels of a JPEG as they are stored, of shape (h, w, 3); None where torchvision cannot tell them."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns of what cannot be written
     try:
-        pixels: NDArray[np.uint8] = torch.ops.image.decode_jpeg(encoded, RGB, False).permute(1, 2, 0).numpy()
+        pixels: NDArray[np.uint8] = torch.ops.image.decode_jpeg(encoded, RGB_READ_MODE, False).permute(1, 2, 0).numpy()
     except (AttributeError, RuntimeError):  # damaged, out of memory, or a torchvision that decodes no JPEG
         return None
     return pixels

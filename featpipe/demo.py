@@ -11,26 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import archive, image
-from featpipe.cache import SPLITS, FeatureCache
+from featpipe.cache import SPLIT_NAMES, FeatureCache
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.extraction import extract
 from featpipe.heads import SoftmaxRegression
 from featpipe.model import Model
 from featpipe.pipeline import write_report
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.report import Row
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.report import ComparisonRow
 from featpipe.scores import Scores, score
-from featpipe.tiles import SIDE, write_tiles
+from featpipe.tiles import TILE_SIZE, write_tiles
 from featpipe.training import train
 
-__all__ = ["HEADS", "Demonstration", "demonstrate"]
+__all__ = ["HEADS", "DemoResult", "run_demo"]
 
 HEADS = ("logistic", "mlp", "linear")
-SHOWN = 6
+N_EXAMPLES = 6
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class DemoResult:
     """What the demonstration leaves behind.
 
     Attributes
@@ -52,13 +52,13 @@ class Demonstration:
     cache: FeatureCache
     models: dict[str, Path]
     report: Path
-    comparison: list[Row]
-    chosen: str
+    comparison: list[ComparisonRow]
+    best_head: str
     examples: list[tuple[str, str, str, float]]
-    tested: int
+    n_tested: int
 
 
-def demonstrate(folder: Path, progress: Tell = quiet, command: str = "") -> Demonstration:
+def run_demo(folder: Path, progress: ProgressCallback = report_warnings_only, command: str = "") -> DemoResult:
     """Run the whole line in a folder.
 
     Parameters
@@ -71,85 +71,101 @@ def demonstrate(folder: Path, progress: Tell = quiet, command: str = "") -> Demo
     progress(Progress("note", "cutting tiles from photographs of scikit-image and scikit-learn"))
     tiles, labels = write_tiles(folder)
     cache = extract(tiles, labels=labels, cache=folder / "cache", out=folder / "cache" / "tiles.h5", progress=progress)
-    models = {head: train(cache, head, cv=3, progress=progress) for head in HEADS}
-    paths = {head: model.save(folder / f"tiles.{head}.model") for head, model in models.items()}
-    chosen = max(HEADS, key=lambda head: _estimate(models[head]))
-    best = evaluate(models[chosen], cache, against=[model for head, model in models.items() if head != chosen])
-    scores = {chosen: best.scores, **{rival.name: rival.scores for rival in best.rivals}}
-    comparison = [*_heads(models, scores, chosen), *_baselines(cache, best.rows, tiles, progress)]
+    models = {head_name: train(cache, head_name, cv=3, progress=progress) for head_name in HEADS}
+    model_paths = {head: model.save(folder / f"tiles.{head}.model") for head, model in models.items()}
+    best_head = max(HEADS, key=lambda head: _cross_validated_accuracy(models[head]))
+    evaluation = evaluate(
+        models[best_head], cache, against=[model for head, model in models.items() if head != best_head]
+    )
+    scores = {best_head: evaluation.scores, **{baseline.name: baseline.scores for baseline in evaluation.rivals}}
+    comparison = [
+        *_make_head_rows(models, scores, best_head),
+        *_make_baseline_rows(cache, evaluation.rows, tiles, progress),
+    ]
     report = write_report(
         folder / "report.html",
-        best,
+        evaluation,
         title="Seventeen photographs, told apart by their tiles",
         comparison=comparison,
         command=command,
     )
-    examples = _examples(models[chosen], best)
-    return Demonstration(tiles, labels, cache, paths, report, comparison, chosen, examples, len(best.rows))
+    examples = _select_examples(models[best_head], evaluation)
+    return DemoResult(tiles, labels, cache, model_paths, report, comparison, best_head, examples, len(evaluation.rows))
 
 
-def _estimate(model: Model) -> float:
+def _cross_validated_accuracy(model: Model) -> float:
     return float(model.scores["cross_validation"]["metrics"]["accuracy"]["value"])
 
 
-def _heads(models: dict[str, Model], scores: dict[str, Scores], chosen: str) -> list[Row]:
+def _make_head_rows(models: dict[str, Model], scores: dict[str, Scores], best_head: str) -> list[ComparisonRow]:
     return [
-        Row(
+        ComparisonRow(
             name=head,
             score=scores[head].metrics["accuracy"],
             seconds_to_fit=model.history["seconds_to_fit"],
-            note=f"on embeddings; cross-validated {_estimate(model):.3f} on the left halves",
-            chosen=head == chosen,
+            note=f"on embeddings; cross-validated {_cross_validated_accuracy(model):.3f} on the left halves",
+            chosen=head == best_head,
         )
         for head, model in models.items()
     ]
 
 
-def _baselines(cache: FeatureCache, held: NDArray[np.int64], tiles: Path, progress: Tell) -> list[Row]:
+def _make_baseline_rows(
+    cache: FeatureCache, test_rows: NDArray[np.int64], tiles: Path, progress: ProgressCallback
+) -> list[ComparisonRow]:
     """What the same test rows give without a network."""
     y = cache.label_table.values
-    fit = np.flatnonzero(cache.split == SPLITS.index("train"))
-    truth = cache.label_table.take(held).y
+    train_rows = np.flatnonzero(cache.split == SPLIT_NAMES.index("train"))
+    y_true = cache.label_table.take(test_rows).y
     progress(Progress("note", "baseline: logistic regression on raw pixels"))
-    pixels = _pixels(tiles)
-    started = perf_counter()
-    raw = SoftmaxRegression(C=0.01).fit(pixels[fit], y[fit])
-    seconds = perf_counter() - started
-    shares = np.bincount(y[fit], minlength=len(cache.classes)) / len(fit)
-    majority = np.tile(shares, (len(held), 1))
-    names = cache.classes
+    pixel_features = _load_pixels(tiles)
+    start_time = perf_counter()
+    pixel_model = SoftmaxRegression(C=0.01).fit(pixel_features[train_rows], y[train_rows])
+    seconds = perf_counter() - start_time
+    class_shares = np.bincount(y[train_rows], minlength=len(cache.classes)) / len(train_rows)
+    majority_probabilities = np.tile(class_shares, (len(test_rows), 1))
+    class_names = cache.classes
     return [
-        Row(
+        ComparisonRow(
             "raw pixels",
-            score("classification", truth, raw.predict_proba(pixels[held]), names).metrics["accuracy"],
+            score("classification", y_true, pixel_model.predict_proba(pixel_features[test_rows]), class_names).metrics[
+                "accuracy"
+            ],
             seconds,
             "logistic regression without a network",
         ),
-        Row(
+        ComparisonRow(
             "majority class",
-            score("classification", truth, majority, names).metrics["accuracy"],
+            score("classification", y_true, majority_probabilities, class_names).metrics["accuracy"],
             None,
-            f"always {names[int(shares.argmax())]}",
+            f"always {class_names[int(class_shares.argmax())]}",
         ),
     ]
 
 
-def _pixels(tiles: Path) -> NDArray[np.float32]:
+def _load_pixels(tiles: Path) -> NDArray[np.float32]:
     """Standardised gray values of all tiles, shape (n, SIDE * SIDE)."""
     index = archive.index(tiles)
     with index.open() as reader:
-        gray = [image.decode(reader.read(row))[:, :, 0] for row in range(len(index))]
-    pixels = np.stack(gray).reshape(len(gray), SIDE * SIDE).astype(np.float32)
+        gray_tiles = [image.decode(reader.read(row))[:, :, 0] for row in range(len(index))]
+    pixels = np.stack(gray_tiles).reshape(len(gray_tiles), TILE_SIZE * TILE_SIZE).astype(np.float32)
     return (pixels - pixels.mean()) / pixels.std()
 
 
-def _examples(model: Model, evaluation: Evaluation) -> list[tuple[str, str, str, float]]:
+def _select_examples(model: Model, evaluation: Evaluation) -> list[tuple[str, str, str, float]]:
     """Predictions for a few test tiles, one photograph each."""
-    truth: Sequence[str] = evaluation.cache.label_table.take(evaluation.rows).y.tolist()
-    middles = [int(np.median(np.flatnonzero(np.array(truth) == name))) for name in sorted(set(truth))]
+    y_true: Sequence[str] = evaluation.cache.label_table.take(evaluation.rows).y.tolist()
+    middle_rows = [int(np.median(np.flatnonzero(np.array(y_true) == name))) for name in sorted(set(y_true))]
     examples = []
-    for at in (middles[i] for i in np.linspace(0, len(middles) - 1, SHOWN).round().astype(int)):
-        best = int(evaluation.predicted[at].argmax())
-        name = evaluation.cache.ids[int(evaluation.rows[at])]
-        examples.append((name, truth[at], model.classes[best], float(evaluation.predicted[at, best])))
+    for example_index in (middle_rows[i] for i in np.linspace(0, len(middle_rows) - 1, N_EXAMPLES).round().astype(int)):
+        predicted_class = int(evaluation.predicted[example_index].argmax())
+        sample_id = evaluation.cache.ids[int(evaluation.rows[example_index])]
+        examples.append(
+            (
+                sample_id,
+                y_true[example_index],
+                model.classes[predicted_class],
+                float(evaluation.predicted[example_index, predicted_class]),
+            )
+        )
     return examples

@@ -11,11 +11,11 @@ from typing import IO, Any
 
 from featpipe.errors import FeatpipeError
 
-__all__ = ["check_writable", "fsync_directory", "make_folder", "whole_file"]
+__all__ = ["atomic_write", "check_writable", "fsync_directory", "make_writable_folder"]
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, text: bool = False, folder: Path | None = None) -> Iterator[IO[Any]]:
+def atomic_write(path: Path, *, text: bool = False, folder: Path | None = None) -> Iterator[IO[Any]]:
     """A file to write, which takes its name when the block ends well; else what had the name is as it was.
 
     Missing folders are made.
@@ -57,19 +57,19 @@ def check_writable(path: Path) -> None:
     temporary.unlink()
 
 
-def fsync_directory(directory: Path) -> None:
+def fsync_directory(folder: Path) -> None:
     """Make a rename or a link in this folder survive a power cut, where the file system can."""
-    handle = os.open(directory, os.O_RDONLY)
+    folder_fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(folder_fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
             raise
     finally:
-        os.close(handle)
+        os.close(folder_fd)
 
 
-def make_folder(folder: Path, error: type[FeatpipeError], option: str) -> None:
+def make_writable_folder(folder: Path, error_class: type[FeatpipeError], option: str) -> None:
     """A folder that can be written.
 
     Raises
@@ -79,7 +79,7 @@ def make_folder(folder: Path, error: type[FeatpipeError], option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as found:
-        raise error(f"{folder}: cannot be made ({found.strerror or found}); choose another {option}") from None
+    except OSError as error:
+        raise error_class(f"{folder}: cannot be made ({error.strerror or error}); choose another {option}") from None
     if not os.access(folder, os.W_OK):
-        raise error(f"{folder}: may not be written; choose another {option}")
+        raise error_class(f"{folder}: may not be written; choose another {option}")

@@ -18,17 +18,17 @@ from sklearn.utils.validation import check_is_fitted
 
 from featpipe import heads
 from featpipe.backbone import Backbone
-from featpipe.backbone.output import resolve
+from featpipe.backbone.output import resolve_outputs
 from featpipe.engine import Engine, resolve_device
 from featpipe.errors import ConfigError
 from featpipe.extraction import embed_files, load_backbone
-from featpipe.model import embed_images, listed, refuse_bad
-from featpipe.recipe import Extraction
+from featpipe.model import as_image_list, embed_images_or_raise, raise_for_failures
+from featpipe.recipe import ExtractionConfig
 
 __all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
 
 
-class _Embeds(BaseEstimator):
+class _EmbeddingEstimator(BaseEstimator):
     """What the three estimators share: how images become embeddings."""
 
     def __init__(
@@ -52,18 +52,18 @@ class _Embeds(BaseEstimator):
 
     def _embed(self, X: Any) -> NDArray[np.float32]:
         """The embeddings of images, shape (n, …); through the cache where they are files."""
-        images = listed(X)
+        image_list = as_image_list(X)
         settings = self._settings()
-        backbone = _backbone(settings)
-        if self.cache is None or not all(isinstance(item, (str, os.PathLike)) for item in images):
-            engine = _engine(backbone, settings.device, settings.precision)
-            return embed_images(images, engine, settings.outputs[0])
-        features, status = embed_files(images, backbone, settings)
-        refuse_bad(images, status)
+        backbone = _resolve_backbone(settings)
+        if self.cache is None or not all(isinstance(image, (str, os.PathLike)) for image in image_list):
+            engine = _make_engine(backbone, settings.device, settings.precision)
+            return embed_images_or_raise(image_list, engine, settings.outputs[0])
+        features, status = embed_files(image_list, backbone, settings)
+        raise_for_failures(image_list, status)
         return np.asarray(features, np.float32)
 
-    def _settings(self) -> Extraction:
-        return Extraction(
+    def _settings(self) -> ExtractionConfig:
+        return ExtractionConfig(
             backbone=self.backbone,
             weights=self.weights,
             outputs=(self.output,),
@@ -82,7 +82,7 @@ class _Embeds(BaseEstimator):
         return tags
 
 
-class FeatureExtractor(TransformerMixin, _Embeds):
+class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
     """Images → embeddings, as a scikit-learn transformer.
 
     Parameters
@@ -108,7 +108,7 @@ class FeatureExtractor(TransformerMixin, _Embeds):
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
         """Load the backbone, so that a wrong name is told before hours of work. Nothing is learnt."""
-        self.n_features_out_ = int(np.prod(next(iter(_backbone(self._settings()).shapes.values()))))
+        self.n_features_out_ = int(np.prod(next(iter(_resolve_backbone(self._settings()).shapes.values()))))
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
@@ -128,7 +128,7 @@ class FeatureExtractor(TransformerMixin, _Embeds):
         return np.array([f"{self.output}{i}" for i in range(self.n_features_out_)], dtype=object)
 
 
-class _Transfer(_Embeds):
+class _TransferEstimator(_EmbeddingEstimator):
     """A head on embeddings."""
 
     _task: str
@@ -156,12 +156,12 @@ class _Transfer(_Embeds):
 
     def _fit(self, X: Any, y: NDArray[Any]) -> None:
         estimator = heads.build(self.head, self._task, params=self.head_params, random_state=self.random_state)
-        images = listed(X)
-        if y.ndim == 0 or len(y) != len(images):
+        image_list = as_image_list(X)
+        if y.ndim == 0 or len(y) != len(image_list):
             raise ValueError(
-                f"X has {len(images)} images, y has shape {y.shape}; give one label or target for each image"
+                f"X has {len(image_list)} images, y has shape {y.shape}; give one label or target for each image"
             )
-        features = self._embed(images)
+        features = self._embed(image_list)
         if features.ndim != 2:
             raise ConfigError(
                 f"output {self.output!r} gives feature maps of shape {features.shape[1:]}; heads train on pooled "
@@ -175,16 +175,16 @@ class _Transfer(_Embeds):
         return np.asarray(self.head_.predict(self._embed(X)))
 
 
-def _head_has(method: str) -> Any:
+def _available_if_head_has(method: str) -> Any:
     """Whether the head, fitted or not, can answer so; svm and ridge have no probabilities."""
 
-    def check(self: _Transfer) -> bool:
+    def has_method(self: _TransferEstimator) -> bool:
         return hasattr(getattr(self, "head_", None) or heads.build(self.head, self._task), method)
 
-    return available_if(check)
+    return available_if(has_method)
 
 
-class TransferClassifier(ClassifierMixin, _Transfer):
+class TransferClassifier(ClassifierMixin, _TransferEstimator):
     """A frozen backbone and a head, as a scikit-learn classifier on images.
 
     Parameters
@@ -221,20 +221,20 @@ class TransferClassifier(ClassifierMixin, _Transfer):
         self.classes_ = self.head_.classes_
         return self
 
-    @_head_has("predict_proba")
+    @_available_if_head_has("predict_proba")
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Probabilities of shape (n, k), columns in the order of ``classes_``."""
         check_is_fitted(self, "head_")
         return np.asarray(self.head_.predict_proba(self._embed(X)))
 
-    @_head_has("decision_function")
+    @_available_if_head_has("decision_function")
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Scores of shape (n, k), or (n,) for two classes."""
         check_is_fitted(self, "head_")
         return np.asarray(self.head_.decision_function(self._embed(X)))
 
 
-class TransferRegressor(RegressorMixin, _Transfer):
+class TransferRegressor(RegressorMixin, _TransferEstimator):
     """A frozen backbone and a head, as a scikit-learn regressor on images; parameters as in the classifier."""
 
     _task = "regression"
@@ -272,49 +272,54 @@ class TransferRegressor(RegressorMixin, _Transfer):
         return self
 
 
-def _backbone(settings: Extraction) -> Backbone:
+def _resolve_backbone(settings: ExtractionConfig) -> Backbone:
     """The backbone with the one output that the settings ask for."""
     if isinstance(settings.backbone, Backbone):
-        return _with_output(settings.backbone, settings.outputs[0])
+        return _select_output(settings.backbone, settings.outputs[0])
     if not isinstance(settings.backbone, str):
         raise ConfigError(
             f"backbone is a {type(settings.backbone).__name__}; give a name, or "
             "featpipe.backbone.load(network, transform=…)"
         )
     weights = None if settings.weights is None else os.fspath(settings.weights)
-    return _named(settings.backbone, weights, tuple(settings.outputs), settings.seed, _stamp(weights))
+    return _load_cached_backbone(
+        settings.backbone, weights, tuple(settings.outputs), settings.seed, _get_file_stamp(weights)
+    )
 
 
 # A grid search clones and fits many times: the network is read from disk, and moved to the device, once.
 
 
 @lru_cache(maxsize=2)
-def _named(
+def _load_cached_backbone(
     name: str, weights: str | None, outputs: tuple[str, ...], seed: int, stamp: tuple[int, int] | None
 ) -> Backbone:
-    return load_backbone(Extraction(backbone=name, weights=weights, outputs=outputs, seed=seed))
+    return load_backbone(ExtractionConfig(backbone=name, weights=weights, outputs=outputs, seed=seed))
 
 
 @lru_cache(maxsize=2)
-def _with_output(backbone: Backbone, output: str) -> Backbone:
+def _select_output(backbone: Backbone, output: str) -> Backbone:
     if backbone.outputs[0].name == output and len(backbone.outputs) == 1:
         return backbone
     network = deepcopy(backbone.network)  # hooks are left in it
-    request = {**backbone.request, "outputs": [output]}
+    backbone_spec = {**backbone.request, "outputs": [output]}
     return replace(
-        backbone, network=network, outputs=resolve(network, (output,), backbone.transform.size), request=request
+        backbone,
+        network=network,
+        outputs=resolve_outputs(network, (output,), backbone.transform.size),
+        request=backbone_spec,
     )
 
 
 @lru_cache(maxsize=2)
-def _engine(backbone: Backbone, device: str, precision: str) -> Engine:
+def _make_engine(backbone: Backbone, device: str, precision: str) -> Engine:
     return Engine(backbone, resolve_device(device), precision)
 
 
-def _stamp(weights: str | None) -> tuple[int, int] | None:
+def _get_file_stamp(weights: str | None) -> tuple[int, int] | None:
     """What changes when a file of weights is replaced."""
     try:
-        found = os.stat(weights or "")
+        file_stat = os.stat(weights or "")
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return file_stat.st_size, file_stat.st_mtime_ns

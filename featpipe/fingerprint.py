@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["canonical", "differences", "digest", "digest_arrays", "fingerprint"]
+__all__ = ["canonical_json", "compute_fingerprint", "describe_differences", "digest", "digest_arrays"]
 
 
-def canonical(facts: object) -> bytes:
+def canonical_json(value: object) -> bytes:
     """The one JSON text of some facts: keys sorted, no spaces, UTF-8, no NaN.
 
     Examples
@@ -20,13 +20,13 @@ def canonical(facts: object) -> bytes:
     >>> canonical({"b": 1, "a": [0.5, None]})
     b'{"a":[0.5,null],"b":1}'
     """
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace")
 
 
-def fingerprint(facts: object) -> str:
+def compute_fingerprint(value: object) -> str:
     """The SHA-256 of the canonical JSON of some facts, 64 hexadecimal digits."""
-    return hashlib.sha256(canonical(facts)).hexdigest()
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def digest(data: bytes) -> bytes:
@@ -36,15 +36,15 @@ def digest(data: bytes) -> bytes:
 
 def digest_arrays(arrays: Iterable[tuple[str, NDArray[np.generic]]]) -> str:
     """The SHA-256 of named arrays: names, dtypes, shapes and bytes, in the order of their names."""
-    state = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, array in sorted(arrays, key=lambda item: item[0]):
-        state.update(canonical([name, array.dtype.str, list(array.shape)]))
-        state.update(np.ascontiguousarray(array).data)
-    return state.hexdigest()
+        hasher.update(canonical_json([name, array.dtype.str, list(array.shape)]))
+        hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest()
 
 
-def differences(
-    found: Mapping[str, object], wanted: Mapping[str, object], prefix: str = "", *, other: str = "asked for"
+def describe_differences(
+    actual: Mapping[str, object], expected: Mapping[str, object], prefix: str = "", *, expected_label: str = "asked for"
 ) -> list[str]:
     """The facts that differ, one line each, nested facts by their dotted name.
 
@@ -56,16 +56,18 @@ def differences(
     ["precision is 'fp32', asked for 'bf16'"]
     """
     lines = []
-    for key in sorted(found.keys() | wanted.keys()):
-        here, there = found.get(key), wanted.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            lines += differences(here, there, f"{prefix}{key}.", other=other)
-        elif here != there:
-            lines.append(f"{prefix}{key} is {_short(here)}, {other} {_short(there)}")
+    for key in sorted(actual.keys() | expected.keys()):
+        actual_value, expected_value = actual.get(key), expected.get(key)
+        if isinstance(actual_value, Mapping) and isinstance(expected_value, Mapping):
+            lines += describe_differences(
+                actual_value, expected_value, f"{prefix}{key}.", expected_label=expected_label
+            )
+        elif actual_value != expected_value:
+            lines.append(f"{prefix}{key} is {_shorten(actual_value)}, {expected_label} {_shorten(expected_value)}")
     return lines
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     if isinstance(value, str) and len(value) == 64:
         return value[:12]

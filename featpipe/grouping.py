@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featpipe.archive import Index, Source
-from featpipe.archive.listing import plain, shown
-from featpipe.archive.marks import Marks, number
-from featpipe.archive.matching import match
-from featpipe.archive.notes import Value
-from featpipe.archive.tables import TABLE_SUFFIXES, Rows, read_column, read_paths
+from featpipe.archive import ArchiveSource, Index
+from featpipe.archive.listing import escape_name, format_name
+from featpipe.archive.marks import RawLabels, parse_number
+from featpipe.archive.matching import match_table_rows
+from featpipe.archive.notes import LabelValue
+from featpipe.archive.tables import TABLE_SUFFIXES, TableRows, read_column, read_paths
 from featpipe.cache import FeatureCache
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.labels import Labels
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
-__all__ = ["address", "column_of", "groups_of", "moment_of", "rows_named", "times_of"]
+__all__ = ["find_listed_rows", "load_column", "load_groups", "load_times", "parse_table_column", "parse_time"]
 
-_SHOWN = 3
-_ISO = re.compile(r"[0-9]{4}-[0-9]{2}(-[0-9]{2})?([T ][0-9:.,]+ ?(Z|[+-][0-9:]+)?)?")
+_MAX_LISTED_IMAGES = 3
+_ISO_DATE_PATTERN = re.compile(r"[0-9]{4}-[0-9]{2}(-[0-9]{2})?([T ][0-9:.,]+ ?(Z|[+-][0-9:]+)?)?")
 
 
-def address(text: str) -> tuple[Path, str]:
+def parse_table_column(text: str) -> tuple[Path, str]:
     """The table and the column of ``TABLE:COLUMN``.
 
     Raises
@@ -49,9 +49,9 @@ def address(text: str) -> tuple[Path, str]:
     return Path(table), column.strip()
 
 
-def column_of(
+def load_column(
     cache: FeatureCache, table: str | os.PathLike[str], column: str, rows: ArrayLike | None = None
-) -> list[Value]:
+) -> list[LabelValue]:
     """What a column of a table says of images of a cache.
 
     Rows of the table are matched to images as those with labels are: by id; else by path within the archive, by path
@@ -79,27 +79,34 @@ def column_of(
         If there is no such column.
     """
     path = Path(table)
-    asked = np.arange(len(cache)) if rows is None else np.asarray(rows, np.int64)
+    row_indices = np.arange(len(cache)) if rows is None else np.asarray(rows, np.int64)
     paths, values = read_column(path, column)
     _check_single(path, column, paths, values)
-    marks = Marks("classification", [str(value) for value in values])
-    places = np.array(match(path, Rows(paths, marks, bytes(len(paths))), _index(cache), others=True), np.int64)[asked]
-    absent = asked[places < 0]
-    if len(absent):
+    table_labels = RawLabels("classification", [str(value) for value in values])
+    table_rows = np.array(
+        match_table_rows(
+            path, TableRows(paths, table_labels, bytes(len(paths))), _make_index(cache), allow_unmatched=True
+        ),
+        np.int64,
+    )[row_indices]
+    missing = row_indices[table_rows < 0]
+    if len(missing):
         raise ArchiveError(
-            f"{path}: {_listed(cache, absent, len(asked))} are not in it, whose first path is {shown(paths[0])}; give "
+            f"{path}: {_format_images(cache, missing, len(row_indices))} are not in it, whose first path is {format_name(paths[0])}; give "
             f"each a row with its {column!r}, under its id, or its path within the archive or from the table"
             if paths
             else f"{path}: has no rows; give each image one with its {column!r}"
         )
-    found = [values[place] for place in places.tolist()]
-    empty = asked[[value is None for value in found]]
-    if len(empty):
-        raise ArchiveError(f"{path}: {_listed(cache, empty, len(asked))} have an empty {column!r}; fill it in")
-    return found
+    row_values = [values[table_row] for table_row in table_rows.tolist()]
+    rows_without_value = row_indices[[value is None for value in row_values]]
+    if len(rows_without_value):
+        raise ArchiveError(
+            f"{path}: {_format_images(cache, rows_without_value, len(row_indices))} have an empty {column!r}; fill it in"
+        )
+    return row_values
 
 
-def rows_named(cache: FeatureCache, table: str | os.PathLike[str]) -> NDArray[np.int64]:
+def find_listed_rows(cache: FeatureCache, table: str | os.PathLike[str]) -> NDArray[np.int64]:
     """The rows of a cache whose images a table names, matched as in :func:`column_of`, ascending.
 
     Raises
@@ -109,18 +116,20 @@ def rows_named(cache: FeatureCache, table: str | os.PathLike[str]) -> NDArray[np
     """
     path = Path(table)
     paths = read_paths(path)
-    marks = Marks("none", [None] * len(paths))
-    found = match(path, Rows(paths, marks, bytes(len(paths))), _index(cache), others=True)
-    rows = np.flatnonzero(np.array(found, np.int64) >= 0)
+    table_labels = RawLabels("none", [None] * len(paths))
+    table_rows = match_table_rows(
+        path, TableRows(paths, table_labels, bytes(len(paths))), _make_index(cache), allow_unmatched=True
+    )
+    rows = np.flatnonzero(np.array(table_rows, np.int64) >= 0)
     if paths and not len(rows):
         raise ArchiveError(
-            f"{path}: none of its {len(paths)} paths, such as {shown(paths[0])}, is an image of {cache.path.name}; "
+            f"{path}: none of its {len(paths)} paths, such as {format_name(paths[0])}, is an image of {cache.path.name}; "
             "give a table with the ids of its images"
         )
     return rows
 
 
-def groups_of(cache: FeatureCache, where: str, rows: ArrayLike | None = None) -> NDArray[np.str_]:
+def load_groups(cache: FeatureCache, table_column: str, rows: ArrayLike | None = None) -> NDArray[np.str_]:
     """The name of the group of each image, as `featpipe.split` takes them.
 
     Parameters
@@ -135,11 +144,13 @@ def groups_of(cache: FeatureCache, where: str, rows: ArrayLike | None = None) ->
     ndarray of shape (m,), str
         Whole numbers of Parquet files as the digits that a CSV would have.
     """
-    path, column = address(where)
-    return np.array([_text(path, column, value) for value in column_of(cache, path, column, rows)], dtype=np.str_)
+    path, column = parse_table_column(table_column)
+    return np.array(
+        [_to_group_name(path, column, value) for value in load_column(cache, path, column, rows)], dtype=np.str_
+    )
 
 
-def times_of(cache: FeatureCache, where: str, rows: ArrayLike | None = None) -> NDArray[Any]:
+def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = None) -> NDArray[Any]:
     """The time of each image, as `featpipe.split` takes them.
 
     Parameters
@@ -161,32 +172,34 @@ def times_of(cache: FeatureCache, where: str, rows: ArrayLike | None = None) -> 
     ArchiveError
         If a value is neither, or they are of different kinds.
     """
-    path, column = address(where)
-    values = column_of(cache, path, column, rows)
-    numbers = [number(value) for value in values]
+    path, column = parse_table_column(table_column)
+    values = load_column(cache, path, column, rows)
+    numbers = [parse_number(value) for value in values]
     if None not in numbers:
         return np.array(numbers, np.float64)
-    moments = [_moment(value) for value in values]
-    known = [moment for moment in moments if moment is not None]
-    if len(known) < len(values):
+    datetimes = [_parse_datetime(value) for value in values]
+    parsed_times = [timestamp for timestamp in datetimes if timestamp is not None]
+    if len(parsed_times) < len(values):
         n_numbers = sum(value is not None for value in numbers)
-        kind, row = ("number", numbers.index(None)) if n_numbers > len(known) else ("date", moments.index(None))
+        kind, row = (
+            ("number", numbers.index(None)) if n_numbers > len(parsed_times) else ("date", datetimes.index(None))
+        )
         image = cache.ids[row if rows is None else int(np.asarray(rows)[row])]
         raise ArchiveError(
-            f"{path}: {len(values) - max(n_numbers, len(known))} of {len(values)} images of {cache.path.name} have a "
-            f"{column!r} that is no {kind}, such as {shown(str(values[row]))} of {shown(image)}; give all of them "
+            f"{path}: {len(values) - max(n_numbers, len(parsed_times))} of {len(values)} images of {cache.path.name} have a "
+            f"{column!r} that is no {kind}, such as {format_name(str(values[row]))} of {format_name(image)}; give all of them "
             "dates as in ISO 8601 (2021-03-04, 2021-03-04T15:00), or all numbers"
         )
-    zoned = [moment.tzinfo is not None for moment in known]
-    if any(zoned) and not all(zoned):
+    has_zone = [timestamp.tzinfo is not None for timestamp in parsed_times]
+    if any(has_zone) and not all(has_zone):
         raise ArchiveError(
-            f"{path}: column {column!r} has times with a zone ({values[zoned.index(True)]}) and without "
-            f"({values[zoned.index(False)]}); give all a zone or none"
+            f"{path}: column {column!r} has times with a zone ({values[has_zone.index(True)]}) and without "
+            f"({values[has_zone.index(False)]}); give all a zone or none"
         )
-    return np.array([_in_utc(moment) for moment in known], dtype="datetime64[us]")
+    return np.array([_to_utc(timestamp) for timestamp in parsed_times], dtype="datetime64[us]")
 
 
-def moment_of(text: str, times: NDArray[Any]) -> Any:
+def parse_time(text: str, times: NDArray[Any]) -> Any:
     """A time as it is typed, to be compared with some that `times_of` read.
 
     Raises
@@ -199,32 +212,34 @@ def moment_of(text: str, times: NDArray[Any]) -> Any:
     >>> moment_of("2021-03", np.array(["2021-02-27"], "datetime64[us]"))
     np.datetime64('2021-03-01T00:00:00.000000')
     """
-    dates = times.dtype.kind == "M"
-    found = _moment(text) if dates else number(text)
-    if found is None:
-        kind = "dates: write it as in 2021-03-04" if dates else "numbers: give one"
+    is_date = times.dtype.kind == "M"
+    parsed = _parse_datetime(text) if is_date else parse_number(text)
+    if parsed is None:
+        kind = "dates: write it as in 2021-03-04" if is_date else "numbers: give one"
         raise ConfigError(f"since is {text!r}, and the times are {kind}")
-    return np.datetime64(_in_utc(found), "us") if isinstance(found, datetime) else found
+    return np.datetime64(_to_utc(parsed), "us") if isinstance(parsed, datetime) else parsed
 
 
-def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequence[Value]) -> None:
+def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequence[LabelValue]) -> None:
     """Refuse two rows on one path that differ."""
-    first: dict[str, int] = {}
+    first_row_by_path: dict[str, int] = {}
     for row, name in enumerate(paths):
-        earlier = first.setdefault(posixpath.normpath(name), row)
-        if values[earlier] != values[row]:
+        first_row = first_row_by_path.setdefault(posixpath.normpath(name), row)
+        if values[first_row] != values[row]:
             raise ArchiveError(
-                f"{path}: {shown(name)} has two values of {column!r}, {values[earlier]!r} and {values[row]!r}; keep one"
+                f"{path}: {format_name(name)} has two values of {column!r}, {values[first_row]!r} and {values[row]!r}; keep one"
             )
 
 
-def _listed(cache: FeatureCache, rows: NDArray[np.int64], n: int) -> str:
+def _format_images(cache: FeatureCache, rows: NDArray[np.int64], n: int) -> str:
     """How many of n images these are, and the first of them."""
-    first = ", ".join(shown(cache.ids[row]) for row in rows[:_SHOWN].tolist())
-    return f"{len(rows)} of {n} images of {cache.path.name} ({first}{', …' if len(rows) > _SHOWN else ''})"
+    examples = ", ".join(format_name(cache.ids[row]) for row in rows[:_MAX_LISTED_IMAGES].tolist())
+    return (
+        f"{len(rows)} of {n} images of {cache.path.name} ({examples}{', …' if len(rows) > _MAX_LISTED_IMAGES else ''})"
+    )
 
 
-def _text(path: Path, column: str, value: Value) -> str:
+def _to_group_name(path: Path, column: str, value: LabelValue) -> str:
     if isinstance(value, tuple):
         raise ArchiveError(
             f"{path}: column {column!r} holds lists ({list(value)[:3]}); expected one group for each image"
@@ -234,10 +249,10 @@ def _text(path: Path, column: str, value: Value) -> str:
     return str(value)
 
 
-def _moment(value: Value) -> datetime | None:
+def _parse_datetime(value: LabelValue) -> datetime | None:
     """A date or a time as in ISO 8601, else None."""
     text = str(value)
-    if not isinstance(value, str) or not _ISO.fullmatch(text):
+    if not isinstance(value, str) or not _ISO_DATE_PATTERN.fullmatch(text):
         return None
     try:
         return datetime.fromisoformat(f"{text}-01" if len(text) == len("2021-03") else text)
@@ -245,66 +260,74 @@ def _moment(value: Value) -> datetime | None:
         return None
 
 
-def _in_utc(moment: datetime) -> datetime:
-    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+def _to_utc(timestamp: datetime) -> datetime:
+    return timestamp.astimezone(UTC).replace(tzinfo=None) if timestamp.tzinfo else timestamp
 
 
-def _index(cache: FeatureCache) -> Index:
+def _make_index(cache: FeatureCache) -> Index:
     """As much of the archives' index as a cache remembers: what it takes to find the samples that a table names."""
     n, names = len(cache), cache.ids
-    number_of = np.zeros(n, np.int32)
-    places, kinds = (cache.manifest.get(key) or [] for key in ("archives", "archive_kinds"))
-    if len(places) != len(kinds):  # of a merged cache: nothing says what came from where
-        places, kinds = [], []
-    sources = [_source(place, kind) for place, kind in zip(places, kinds, strict=True)]
+    source_indices = np.zeros(n, np.int32)
+    archive_paths, archive_kinds = (cache.manifest.get(key) or [] for key in ("archives", "archive_kinds"))
+    if len(archive_paths) != len(archive_kinds):  # of a merged cache: nothing says what came from where
+        archive_paths, archive_kinds = [], []
+    sources = [_make_source(path, kind) for path, kind in zip(archive_paths, archive_kinds, strict=True)]
     if len(sources) != 1:
-        prefixes = _prefixes(places, kinds)
-        loose = next((i for i, place in enumerate(places) if place not in prefixes.values()), len(sources))
-        sources.append(Source(Path(), "tar", ""))
-        number = {place: i for i, place in enumerate(places)}
-        parts = [_within(name, prefixes) for name in names]
-        names = Strings.of(name for name, _ in parts)
-        number_of = np.array([loose if place is None else number[place] for _, place in parts], np.int32)
+        path_by_prefix = _find_id_prefixes(archive_paths, archive_kinds)
+        fallback_source = next(
+            (i for i, path in enumerate(archive_paths) if path not in path_by_prefix.values()), len(sources)
+        )
+        sources.append(ArchiveSource(Path(), "tar", ""))
+        source_by_path = {path: i for i, path in enumerate(archive_paths)}
+        names_and_paths = [_split_id_prefix(name, path_by_prefix) for name in names]
+        names = StringColumn.from_strings(name for name, _ in names_and_paths)
+        source_indices = np.array(
+            [fallback_source if path is None else source_by_path[path] for _, path in names_and_paths], np.int32
+        )
     zeros = np.zeros(n, np.int64)
     return Index(
         sources=tuple(sources),
         ids=cache.ids,
         names=names,
-        source=number_of,
+        source=source_indices,
         offset=zeros,
         size=zeros,
         mtime_ns=zeros,
         fault=cache.status_codes,
-        labels=Labels.none(n),
+        labels=Labels.unlabeled(n),
         split=np.zeros(n, np.uint8),
         ignored={},
     )
 
 
-def _source(place: str, kind: Any) -> Source:
+def _make_source(path: str, kind: Any) -> ArchiveSource:
     """An archive as the manifest has it; single files are relative to their table's folder, or to the place itself."""
-    folder = os.path.dirname(place) if _is_table(place, kind) else place
-    return Source(Path(folder), kind, os.path.realpath(folder))
+    folder = os.path.dirname(path) if _is_table(path, kind) else path
+    return ArchiveSource(Path(folder), kind, os.path.realpath(folder))
 
 
-def _is_table(place: str, kind: str) -> bool:
-    return kind == "files" and place.lower().endswith(TABLE_SUFFIXES)
+def _is_table(path: str, kind: str) -> bool:
+    return kind == "files" and path.lower().endswith(TABLE_SUFFIXES)
 
 
-def _prefixes(places: Sequence[str], kinds: Sequence[str]) -> dict[str, str]:
+def _find_id_prefixes(archive_paths: Sequence[str], archive_kinds: Sequence[str]) -> dict[str, str]:
     """What stands before the ids of each archive, by the rules of `featpipe.archive`, and the archive's place."""
-    archives = [place for place, kind in zip(places, kinds, strict=True) if kind != "files" or _is_table(place, kind)]
-    if len(set(archives)) < 2:
+    prefixed_paths = [
+        path
+        for path, kind in zip(archive_paths, archive_kinds, strict=True)
+        if kind != "files" or _is_table(path, kind)
+    ]
+    if len(set(prefixed_paths)) < 2:
         return {}
-    parts = [Path(place).parts for place in archives]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(some[-depth:]) for some in parts]
+    path_parts = [Path(path).parts for path in prefixed_paths]
+    for depth in range(1, max(map(len, path_parts)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in path_parts]
         if len(set(names)) == len(names):
             break
-    return {plain(name) + "/": place for name, place in zip(names, archives, strict=True)}
+    return {escape_name(name) + "/": path for name, path in zip(names, prefixed_paths, strict=True)}
 
 
-def _within(name: str, prefixes: dict[str, str]) -> tuple[str, str | None]:
+def _split_id_prefix(name: str, path_by_prefix: dict[str, str]) -> tuple[str, str | None]:
     """The name of a sample within its archive, and the archive's place."""
-    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-    return name[len(prefix) :], prefixes.get(prefix)
+    prefix = next((prefix for prefix in path_by_prefix if name.startswith(prefix)), "")
+    return name[len(prefix) :], path_by_prefix.get(prefix)

@@ -40,9 +40,9 @@ from featpipe.status import Status
 
 __all__ = [
     "BACKGROUND",
-    "LIMITS",
-    "Jpeg",
-    "Limits",
+    "DEFAULT_IMAGE_LIMITS",
+    "ImageLimits",
+    "JpegDecoder",
     "decode",
     "encode_jpeg",
     "encode_png",
@@ -58,7 +58,7 @@ BACKGROUND = (255, 255, 255)
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImageLimits:
     """What one image may cost.
 
     Attributes
@@ -69,25 +69,25 @@ class Limits:
         Size of the encoded image.
     """
 
-    pixels: int = 512 * 2**20 // 3
-    bytes: int = 512 * 2**20
+    max_pixels: int = 512 * 2**20 // 3
+    max_bytes: int = 512 * 2**20
 
 
-LIMITS = Limits()
+DEFAULT_IMAGE_LIMITS = ImageLimits()
 
-Jpeg = Callable[[bytes], NDArray[np.uint8] | None]
+JpegDecoder = Callable[[bytes], NDArray[np.uint8] | None]
 """Gives the pixels of a colour JPEG as they are stored, (h, w, 3), C-contiguous and writable; None where it cannot."""
 
 
-class _Jpeg(JpegImageFile):
+class _JpegFile(JpegImageFile):
     def _read_dpi_from_exif(self) -> None:
         """Leave EXIF alone: its resolution has no use here, and a malformed one would cause warnings."""
 
 
 # Constructed directly rather than by Image.open, which warns about large pictures through the process-wide
 # warning filters and takes multi-picture JPEGs apart.
-_OPENERS: dict[str, type[ImageFile]] = {
-    "JPEG": _Jpeg,
+_IMAGE_FILES: dict[str, type[ImageFile]] = {
+    "JPEG": _JpegFile,
     "PNG": PngImageFile,
     "WebP": WebPImageFile,
     "GIF": GifImageFile,
@@ -107,7 +107,7 @@ _SIGNATURES = {
     b"MM\0+": "TIFF",
 }
 
-_UPRIGHT = {
+_EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -117,16 +117,19 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-BYTES_A_PIXEL = 12
+BYTES_PER_PIXEL = 12
 """At most, while a picture is decoded: Pillow's four, four of one that is laid on a background, and the result."""
 
-_BAND_PIXELS = 2**20
+_PIXELS_PER_BAND = 2**20
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
 _WHITE_IS_ZERO = 0
 
 
 def decode(
-    data: bytes, limits: Limits = LIMITS, jpeg: Jpeg | None = None, admit: Callable[[int], None] | None = None
+    data: bytes,
+    limits: ImageLimits = DEFAULT_IMAGE_LIMITS,
+    jpeg_decoder: JpegDecoder | None = None,
+    reserve_memory: Callable[[int], None] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one image.
 
@@ -152,22 +155,22 @@ def decode(
         With status ``EMPTY``, ``UNSUPPORTED``, ``DAMAGED``, ``TOO_LARGE`` or ``OUT_OF_MEMORY``. No other
         exception leaves, whatever the bytes are.
     """
-    kind = _sniff(data, limits)
+    image_format = _detect_format(data, limits)
     try:
-        with _OPENERS[kind](BytesIO(data)) as picture:
+        with _IMAGE_FILES[image_format](BytesIO(data)) as picture:
             _check_pixels(picture, limits)
-            if admit is not None:
-                admit(BYTES_A_PIXEL * picture.width * picture.height)
-            if jpeg is not None and kind == "JPEG" and picture.mode == "RGB":
-                pixels = jpeg(data)
+            if reserve_memory is not None:
+                reserve_memory(BYTES_PER_PIXEL * picture.width * picture.height)
+            if jpeg_decoder is not None and image_format == "JPEG" and picture.mode == "RGB":
+                pixels = jpeg_decoder(data)
                 if pixels is not None and pixels.shape == (picture.height, picture.width, 3):
-                    return _turned(pixels, _orientation(picture))
+                    return _transpose_upright(pixels, _read_orientation(picture))
             picture.load()
-            return _upright_rgb(picture)
+            return _to_upright_rgb(picture)
     except SampleError:
         raise
     except Exception as error:
-        raise _refusal(kind, error) from error
+        raise _to_sample_error(image_format, error) from error
 
 
 def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -193,27 +196,27 @@ def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     if isinstance(picture, Image.Image):
         try:
             picture.load()
-            return _upright_rgb(picture)
+            return _to_upright_rgb(picture)
         except SampleError:
             raise
         except Exception as error:
-            raise _refusal(picture.format or "Pillow", error) from error
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or not _is_picture(picture.shape):
-        found = (
+            raise _to_sample_error(picture.format or "Pillow", error) from error
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or not _is_image_shape(picture.shape):
+        description = (
             f"{picture.dtype} of shape {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
         )
         raise ConfigError(
-            f"picture: {found}; expected a Pillow image or a uint8 array of shape (h, w), (h, w, 1), "
+            f"picture: {description}; expected a Pillow image or a uint8 array of shape (h, w), (h, w, 1), "
             "(h, w, 3) or (h, w, 4); scale and convert it first"
         )
     if picture.ndim == 3 and picture.shape[2] == 4:
-        return _pixels(_on_background(Image.fromarray(np.ascontiguousarray(picture))))
+        return _copy_pixels(_composite_on_background(Image.fromarray(np.ascontiguousarray(picture))))
     if picture.ndim == 2 or picture.shape[2] == 1:
         return np.repeat(picture.reshape(*picture.shape[:2], 1), 3, axis=2)
     return np.require(picture, requirements=["C", "W"])
 
 
-def resize(picture: NDArray[np.uint8], height: int, width: int, filter_: str) -> NDArray[np.uint8]:
+def resize(picture: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
     """Resize a picture, antialiased, to the bit as Pillow does it.
 
     Parameters
@@ -223,11 +226,11 @@ def resize(picture: NDArray[np.uint8], height: int, width: int, filter_: str) ->
         Pixels.
     filter_ : {"bilinear", "bicubic"}
     """
-    method = Image.Resampling[filter_.upper()]
-    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), method))
+    resampling = Image.Resampling[interpolation.upper()]
+    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), resampling))
 
 
-def resize_weights(before: int, after: int, filter_: str, spacing: int) -> NDArray[np.int32]:
+def resize_weights(input_size: int, output_size: int, interpolation: str, spacing: int) -> NDArray[np.int32]:
     """How much each pixel of an axis counts in `resize`, in units of 2⁻²², as Pillow itself has it.
 
     A pass of Pillow's over 8-bit levels rounds its weights to that unit. A pass over 32-bit numbers does not, but
@@ -246,10 +249,10 @@ def resize_weights(before: int, after: int, filter_: str, spacing: int) -> NDArr
     ndarray of shape (spacing, after), int32
         In row i the weight of that pixel, of those numbered i, i + spacing, i + 2 spacing, …, which counts at all.
     """
-    impulses = np.zeros((spacing, before), np.int32)
-    pixels = np.arange(before)
+    impulses = np.zeros((spacing, input_size), np.int32)
+    pixels = np.arange(input_size)
     impulses[pixels % spacing, pixels] = 1 << 22
-    return np.asarray(Image.fromarray(impulses).resize((after, spacing), Image.Resampling[filter_.upper()]))
+    return np.asarray(Image.fromarray(impulses).resize((output_size, spacing), Image.Resampling[interpolation.upper()]))
 
 
 def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
@@ -263,10 +266,10 @@ def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
     """
     small = Image.fromarray(picture)
     small.thumbnail((size, size))
-    return _encoded(small, "JPEG", quality=85)
+    return _encode(small, "JPEG", quality=85)
 
 
-def preview(data: bytes, size: int, limits: Limits = LIMITS) -> bytes:
+def preview(data: bytes, size: int, limits: ImageLimits = DEFAULT_IMAGE_LIMITS) -> bytes:
     """A small WebP of an encoded image, without metadata, for reports.
 
     Parameters
@@ -280,112 +283,112 @@ def preview(data: bytes, size: int, limits: Limits = LIMITS) -> bytes:
     -----
     A JPEG is decoded at the smallest of its own scales that suffices, in a fraction of the time.
     """
-    kind = _sniff(data, limits)
+    image_format = _detect_format(data, limits)
     try:
-        with _OPENERS[kind](BytesIO(data)) as picture:
+        with _IMAGE_FILES[image_format](BytesIO(data)) as picture:
             _check_pixels(picture, limits)
-            if kind == "JPEG":
+            if image_format == "JPEG":
                 picture.draft("RGB", (2 * size, 2 * size))
             picture.load()
-            small = Image.fromarray(_upright_rgb(picture))
+            small = Image.fromarray(_to_upright_rgb(picture))
             small.thumbnail((size, size))
-            return _encoded(small, "WEBP", quality=60, method=2)
+            return _encode(small, "WEBP", quality=60, method=2)
     except SampleError:
         raise
     except Exception as error:
-        raise _refusal(kind, error) from error
+        raise _to_sample_error(image_format, error) from error
 
 
 def encode_png(picture: NDArray[np.uint8]) -> bytes:
     """The lossless PNG of a picture of shape (h, w, 3) or (h, w), uint8."""
-    return _encoded(Image.fromarray(picture), "PNG")
+    return _encode(Image.fromarray(picture), "PNG")
 
 
 def encode_jpeg(picture: NDArray[np.uint8], *, subsampling: int = 2, progressive: bool = False) -> bytes:
     """The JPEG of a picture of shape (h, w, 3), uint8; subsampling as Pillow's: 4:4:4, 4:2:2 or 4:2:0 by number."""
-    return _encoded(Image.fromarray(picture), "JPEG", subsampling=subsampling, progressive=progressive)
+    return _encode(Image.fromarray(picture), "JPEG", subsampling=subsampling, progressive=progressive)
 
 
-def _encoded(picture: Image.Image, kind: str, **options: int) -> bytes:
+def _encode(picture: Image.Image, image_format: str, **options: int) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, kind, **options)
+    picture.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
-def _sniff(data: bytes, limits: Limits) -> str:
+def _detect_format(data: bytes, limits: ImageLimits) -> str:
     if not data:
         raise SampleError("empty: there are no bytes", status=Status.EMPTY)
-    if len(data) > limits.bytes:
+    if len(data) > limits.max_bytes:
         raise SampleError(
-            f"{len(data)} bytes, at most {limits.bytes} are decoded; raise the limit, or shrink the image",
+            f"{len(data)} bytes, at most {limits.max_bytes} are decoded; raise the limit, or shrink the image",
             status=Status.TOO_LARGE,
         )
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP"
-    for signature, kind in _SIGNATURES.items():
+    for signature, image_format in _SIGNATURES.items():
         if data.startswith(signature):
-            return kind
+            return image_format
     raise SampleError(
-        f"begins with {data[:8]!r}, which is none of {', '.join(_OPENERS)}; convert it to one of them",
+        f"begins with {data[:8]!r}, which is none of {', '.join(_IMAGE_FILES)}; convert it to one of them",
         status=Status.UNSUPPORTED,
     )
 
 
-def _check_pixels(picture: Image.Image, limits: Limits) -> None:
+def _check_pixels(picture: Image.Image, limits: ImageLimits) -> None:
     width, height = picture.size
-    if width * height > limits.pixels:
+    if width * height > limits.max_pixels:
         raise SampleError(
-            f"{width}×{height} pixels, at most {limits.pixels} are decoded; raise the limit, or shrink it",
+            f"{width}×{height} pixels, at most {limits.max_pixels} are decoded; raise the limit, or shrink it",
             status=Status.TOO_LARGE,
         )
 
 
-def _refusal(kind: str, error: Exception) -> SampleError:
+def _to_sample_error(image_format: str, error: Exception) -> SampleError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, MemoryError):
-        return SampleError(f"{kind}: not enough memory to decode it", status=Status.OUT_OF_MEMORY)
+        return SampleError(f"{image_format}: not enough memory to decode it", status=Status.OUT_OF_MEMORY)
     if isinstance(error, Image.DecompressionBombError):
-        return SampleError(f"{kind}: {reason}", status=Status.TOO_LARGE)
-    return SampleError(f"{kind}: cannot be decoded: {reason}", status=Status.DAMAGED)
+        return SampleError(f"{image_format}: {reason}", status=Status.TOO_LARGE)
+    return SampleError(f"{image_format}: cannot be decoded: {reason}", status=Status.DAMAGED)
 
 
-def _is_picture(shape: tuple[int, ...]) -> bool:
+def _is_image_shape(shape: tuple[int, ...]) -> bool:
     return (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))) and 0 not in shape
 
 
-def _upright_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    turn = _UPRIGHT.get(_orientation(picture))
-    flat = _flat(picture)
-    return _pixels(flat if turn is None else flat.transpose(turn))
+def _to_upright_rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    transpose = _EXIF_TRANSPOSES.get(_read_orientation(picture))
+    rgb = _flatten_to_rgb(picture)
+    return _copy_pixels(rgb if transpose is None else rgb.transpose(transpose))
 
 
-def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    turn = _UPRIGHT.get(orientation)
-    return pixels if turn is None else _pixels(Image.fromarray(pixels).transpose(turn))
+def _transpose_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    transpose = _EXIF_TRANSPOSES.get(orientation)
+    return pixels if transpose is None else _copy_pixels(Image.fromarray(pixels).transpose(transpose))
 
 
-def _flat(picture: Image.Image) -> Image.Image:
+def _flatten_to_rgb(picture: Image.Image) -> Image.Image:
     """The picture in mode RGB, without transparency."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        return Image.fromarray(_gray(picture)).convert("RGB")
+        return Image.fromarray(_scale_gray_to_uint8(picture)).convert("RGB")
     if picture.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(picture)
     if picture.has_transparency_data:
-        return _on_background(picture)
+        return _composite_on_background(picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _on_background(picture: Image.Image) -> Image.Image:
+def _composite_on_background(picture: Image.Image) -> Image.Image:
     if picture.mode == "La":
         picture = picture.convert("LA")
-    layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-    flat = Image.new("RGB", layer.size, BACKGROUND)
-    flat.paste(layer, mask=layer.getchannel("A"))
-    return flat
+    rgba = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+    rgb = Image.new("RGB", rgba.size, BACKGROUND)
+    rgb.paste(rgba, mask=rgba.getchannel("A"))
+    return rgb
 
 
-def _gray(picture: Image.Image) -> NDArray[np.uint8]:
+def _scale_gray_to_uint8(picture: Image.Image) -> NDArray[np.uint8]:
     """Gray of more than 8 bits as shape (h, w), uint8, by the rules at the top of this module."""
     values = np.asarray(picture)
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
@@ -403,26 +406,26 @@ def _gray(picture: Image.Image) -> NDArray[np.uint8]:
     levels = np.subtract(values, low, dtype=np.float64 if picture.mode == "I" else np.float32)
     levels *= 255 / (high - low) if high != low else 0
     gray = np.rint(levels, out=levels).astype(np.uint8)
-    transparent = picture.info.get("transparency")
-    if isinstance(transparent, int):
-        gray[values == transparent] = BACKGROUND[0]
+    transparent_level = picture.info.get("transparency")
+    if isinstance(transparent_level, int):
+        gray[values == transparent_level] = BACKGROUND[0]
     return gray
 
 
-def _pixels(picture: Image.Image) -> NDArray[np.uint8]:
+def _copy_pixels(picture: Image.Image) -> NDArray[np.uint8]:
     """Copy the pixels out, in bands, because Pillow would hold a large picture three times over."""
     width, height = picture.size
-    rows = max(1, _BAND_PIXELS // width)
-    if rows >= height:
+    band_rows = max(1, _PIXELS_PER_BAND // width)
+    if band_rows >= height:
         return np.array(picture)
     pixels = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
+    for top in range(0, height, band_rows):
+        bottom = min(top + band_rows, height)
         pixels[top:bottom] = np.asarray(picture.crop((0, top, width, bottom)))
     return pixels
 
 
-def _orientation(picture: Image.Image) -> int:
+def _read_orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or it cannot be read.
 
     Read here because Pillow's EXIF reader answers malformed data with warnings.
@@ -435,14 +438,14 @@ def _orientation(picture: Image.Image) -> int:
     tiff = exif.removeprefix(b"Exif\0\0")
     if tiff[:2] not in (b"II", b"MM"):
         return 1
-    little = tiff[:2] == b"II"
+    is_little_endian = tiff[:2] == b"II"
 
-    def number(start: int, size: int) -> int:
-        return int.from_bytes(tiff[start : start + size], "little" if little else "big")
+    def read_integer(start: int, size: int) -> int:
+        return int.from_bytes(tiff[start : start + size], "little" if is_little_endian else "big")
 
-    directory = number(4, 4)
-    for entry in range(directory + 2, min(directory + 2 + 12 * number(directory, 2), len(tiff) - 11), 12):
-        if number(entry, 2) == _ORIENTATION:
-            size = {1: 1, 3: 2, 4: 4}.get(number(entry + 2, 2), 0)
-            return number(entry + 8, size)
+    directory = read_integer(4, 4)
+    for entry in range(directory + 2, min(directory + 2 + 12 * read_integer(directory, 2), len(tiff) - 11), 12):
+        if read_integer(entry, 2) == _ORIENTATION:
+            size = {1: 1, 3: 2, 4: 4}.get(read_integer(entry + 2, 2), 0)
+            return read_integer(entry + 8, size)
     return 1

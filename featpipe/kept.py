@@ -15,20 +15,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
-from featpipe.heads.grown import innermost, layer_of
-from featpipe.heads.layer import fisher, hidden
-from featpipe.heads.statistics import Statistics, gather, kind_for, takes
+from featpipe.heads.grown import get_base_head, resolve_last_layer
+from featpipe.heads.layer import compute_fisher_diagonal, compute_hidden_features
+from featpipe.heads.statistics import SufficientStatistics, accepts_statistics, compute_statistics, find_statistics_kind
 
-__all__ = ["DEFAULT", "SELECTIONS", "Keep", "Kept", "features_of", "herd", "keep_of", "pick"]
+__all__ = [
+    "DEFAULT_RETENTION",
+    "EXEMPLAR_SELECTORS",
+    "ReplayMemory",
+    "RetentionPolicy",
+    "collect_replay_memory",
+    "compute_penultimate_features",
+    "select_by_herding",
+    "select_exemplars",
+]
 
-DEFAULT = "statistics,importances"
-ROWS = 20  # of each class, where rows are asked for without a number
-_PARTS = ("statistics", "importances", "rows")
-_NETWORK = "network."  # before the names of what is trained below the last layer
+DEFAULT_RETENTION = "statistics,importances"
+DEFAULT_EXEMPLARS_PER_CLASS = 20  # of each class, where rows are asked for without a number
+_RETENTION_PARTS = ("statistics", "importances", "rows")
+_NETWORK_PREFIX = "network."  # before the names of what is trained below the last layer
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """What to keep.
 
     Attributes
@@ -50,7 +59,7 @@ class Keep:
     network: bool = False
 
     @classmethod
-    def of(cls, text: str) -> Keep:
+    def from_text(cls, text: str) -> RetentionPolicy:
         """As it is typed.
 
         Raises
@@ -66,23 +75,27 @@ class Keep:
         False
         """
         words = [word.strip() for word in text.split(",") if word.strip()]
-        found = cls(**dict.fromkeys(_PARTS[:2], True), rows=ROWS) if words == ["all"] else cls()
+        policy = (
+            cls(**dict.fromkeys(_RETENTION_PARTS[:2], True), rows=DEFAULT_EXEMPLARS_PER_CLASS)
+            if words == ["all"]
+            else cls()
+        )
         for word in words if words not in (["all"], ["none"]) else []:
             name, equals, number = word.partition("=")
             if name == "rows" and (not equals or re.fullmatch("[1-9][0-9]{0,8}", number)):
-                found = replace(found, rows=int(number) if equals else ROWS)
-            elif name in (*_PARTS[:2], "network") and not equals:
-                found = replace(found, **{name: True})
+                policy = replace(policy, rows=int(number) if equals else DEFAULT_EXEMPLARS_PER_CLASS)
+            elif name in (*_RETENTION_PARTS[:2], "network") and not equals:
+                policy = replace(policy, **{name: True})
             else:
                 raise ConfigError(
                     f"keep is {text!r}; give none, all, or some of statistics, importances and rows=N, with commas"
                 )
-        return found
+        return policy
 
     def __bool__(self) -> bool:
         return self.statistics or self.importances or self.network or self.rows > 0
 
-    def refuse_network(self) -> None:
+    def raise_if_network(self) -> None:
         """Refuse what embeddings alone do not tell."""
         if self.network:
             raise ConfigError(
@@ -92,7 +105,7 @@ class Keep:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class ReplayMemory:
     """What is kept of the rows that a classifier of k classes was trained on.
 
     Attributes
@@ -113,17 +126,17 @@ class Kept:
     counts: NDArray[np.int64]
     rows: NDArray[np.floating]
     codes: NDArray[np.int32]
-    statistics: Statistics | None = None
+    statistics: SufficientStatistics | None = None
     importances: NDArray[np.float32] | None = None
     network: Mapping[str, NDArray[np.float32]] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays().values())
+        return sum(array.nbytes for array in self.to_arrays().values())
 
-    def facts(self) -> dict[str, Any]:
+    def to_summary(self) -> dict[str, Any]:
         """What it is and how large, for ``info``: JSON-able."""
-        by_class = np.bincount(self.codes, minlength=len(self.counts))
+        exemplar_counts = np.bincount(self.codes, minlength=len(self.counts))
         statistics, importances = self.statistics, self.importances
         sizes = {
             "rows": self.rows.nbytes + self.codes.nbytes if len(self.rows) else 0,
@@ -134,42 +147,44 @@ class Kept:
         return {
             "images": int(self.counts.sum()),
             "rows": len(self.rows),
-            "rows_a_class": int(by_class.max(initial=0)),
+            "rows_a_class": int(exemplar_counts.max(initial=0)),
             "bytes": {name: size for name, size in sizes.items() if size},
         }
 
-    def weights(self) -> NDArray[np.float64]:
+    def exemplar_weights(self) -> NDArray[np.float64]:
         """How many images each kept row stands for, shape (r,)."""
-        kept = np.bincount(self.codes, minlength=len(self.counts))
-        return (self.counts / np.maximum(kept, 1))[self.codes]
+        exemplar_counts = np.bincount(self.codes, minlength=len(self.counts))
+        return (self.counts / np.maximum(exemplar_counts, 1))[self.codes]
 
-    def first(self, n: int) -> Kept:
+    def truncate(self, n: int) -> ReplayMemory:
         """With at most n rows of each class."""
         if not len(self.codes):
             return self
-        chosen = np.sort(np.concatenate([np.flatnonzero(self.codes == code)[:n] for code in range(len(self.counts))]))
-        return replace(self, rows=self.rows[chosen], codes=self.codes[chosen])
+        selected_rows = np.sort(
+            np.concatenate([np.flatnonzero(self.codes == code)[:n] for code in range(len(self.counts))])
+        )
+        return replace(self, rows=self.rows[selected_rows], codes=self.codes[selected_rows])
 
-    def regrouped(self, place: NDArray[np.intp], k: int) -> Kept:
+    def remap_classes(self, class_map: NDArray[np.intp], k: int) -> ReplayMemory:
         """As of other classes, see :meth:`Statistics.regrouped`; importances of those that are joined add up."""
-        stays = place >= 0
+        is_retained = class_map >= 0
         counts = np.zeros(k, np.int64)
-        np.add.at(counts, place[stays], self.counts[stays])
-        rows = stays[self.codes]
+        np.add.at(counts, class_map[is_retained], self.counts[is_retained])
+        row_mask = is_retained[self.codes]
         importances = None
         if self.importances is not None:
             importances = np.zeros((k, self.importances.shape[1]), np.float32)
-            np.add.at(importances, place[stays], self.importances[stays])
-        return Kept(
+            np.add.at(importances, class_map[is_retained], self.importances[is_retained])
+        return ReplayMemory(
             counts,
-            self.rows[rows],
-            place[self.codes[rows]].astype(np.int32),
-            None if self.statistics is None else self.statistics.regrouped(place, k),
+            self.rows[row_mask],
+            class_map[self.codes[row_mask]].astype(np.int32),
+            None if self.statistics is None else self.statistics.remap_classes(class_map, k),
             importances,
             self.network,
         )
 
-    def check(self, pipeline: Any) -> None:
+    def check_compatible(self, pipeline: Any) -> None:
         """Refuse what is of embeddings, or of a last layer, of another width than the head's.
 
         Raises
@@ -179,30 +194,30 @@ class Kept:
         d = int(pipeline[-1].n_features_in_)
         widths = {self.rows.shape[1]} if len(self.rows) else set()
         widths |= {len(self.statistics.shift)} if self.statistics is not None else set()
-        layer = layer_of(pipeline[-1])
-        own = None if layer is None else layer.W.shape[1] + 1
-        if widths - {d} or (self.importances is not None and own not in (None, self.importances.shape[1])):
+        layer = resolve_last_layer(pipeline[-1])
+        layer_width = None if layer is None else layer.W.shape[1] + 1
+        if widths - {d} or (self.importances is not None and layer_width not in (None, self.importances.shape[1])):
             raise ValueError(f"what is kept is of other embeddings than those of width {d} that the head takes")
-        if self.statistics is not None and not takes(pipeline, self.statistics.kind):
+        if self.statistics is not None and not accepts_statistics(pipeline, self.statistics.kind):
             raise ValueError(f"{type(pipeline[-1]).__name__} does not take statistics of kind {self.statistics.kind}")
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        found: dict[str, NDArray[Any]] = {"counts": self.counts}
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {"counts": self.counts}
         if len(self.rows):
-            found |= {"rows": self.rows, "codes": self.codes}
+            arrays |= {"rows": self.rows, "codes": self.codes}
         if self.importances is not None:
-            found["importances"] = self.importances
+            arrays["importances"] = self.importances
         if self.statistics is not None:
-            found |= {f"statistics.{name}": array for name, array in self.statistics.arrays().items()}
-        return found | {_NETWORK + name: array for name, array in (self.network or {}).items()}
+            arrays |= {f"statistics.{name}": array for name, array in self.statistics.to_arrays().items()}
+        return arrays | {_NETWORK_PREFIX + name: array for name, array in (self.network or {}).items()}
 
-    def dumps(self) -> bytes:
+    def to_bytes(self) -> bytes:
         import safetensors.numpy
 
-        return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in self.arrays().items()})
+        return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in self.to_arrays().items()})
 
     @classmethod
-    def loads(cls, data: bytes, k: int) -> Kept:
+    def from_bytes(cls, data: bytes, k: int) -> ReplayMemory:
         """From `dumps`; of k classes.
 
         Raises
@@ -216,15 +231,21 @@ class Kept:
             arrays = safetensors.numpy.load(data)
         except safetensors.SafetensorError as error:
             raise ValueError(str(error)) from None
-        return cls.of(arrays, k)
+        return cls.from_arrays(arrays, k)
 
     @classmethod
-    def of(cls, arrays: Mapping[str, NDArray[Any]], k: int) -> Kept:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], k: int) -> ReplayMemory:
         """From `arrays`, checked."""
         prefix = "statistics."
-        sums = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        statistics = Statistics.of(sums) if sums else None
-        network = {name.removeprefix(_NETWORK): array for name, array in arrays.items() if name.startswith(_NETWORK)}
+        statistics_arrays = {
+            name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
+        }
+        statistics = SufficientStatistics.from_arrays(statistics_arrays) if statistics_arrays else None
+        network = {
+            name.removeprefix(_NETWORK_PREFIX): array
+            for name, array in arrays.items()
+            if name.startswith(_NETWORK_PREFIX)
+        }
         rows, codes = arrays.get("rows", np.zeros((0, 0), np.float32)), arrays.get("codes", np.zeros(0, np.int32))
         counts, importances = arrays["counts"], arrays.get("importances")
         if counts.shape != (k,) or (counts < 0).any() or counts.dtype != np.int64:
@@ -242,7 +263,9 @@ class Kept:
         return cls(counts, rows, codes, statistics, importances, network or None)
 
 
-def keep_of(keep: Keep, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: int, selection: str = "herding") -> Kept:
+def collect_replay_memory(
+    policy: RetentionPolicy, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: int, selection: str = "herding"
+) -> ReplayMemory:
     """What to keep of the rows that a pipeline was fitted on.
 
     Parameters
@@ -258,23 +281,23 @@ def keep_of(keep: Keep, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: i
     """
     counts = np.bincount(y, minlength=k).astype(np.int64)
     rows, codes = np.zeros((0, X.shape[1]), X.dtype), np.zeros(0, np.int32)
-    if keep.rows:
-        chosen = pick(selection, features_of(pipeline, X), y, keep.rows)
-        rows, codes = np.asarray(X[chosen]), y[chosen].astype(np.int32)
-    statistics = gather(kind_for(pipeline)[0], X, y, k) if keep.statistics else None
-    importances, layer = None, layer_of(pipeline[-1])
-    if keep.importances and layer is not None:
-        importances = fisher(layer, features_of(pipeline, X)).astype(np.float32)
-    return Kept(counts, rows, codes, statistics, importances)
+    if policy.rows:
+        selected_rows = select_exemplars(selection, compute_penultimate_features(pipeline, X), y, policy.rows)
+        rows, codes = np.asarray(X[selected_rows]), y[selected_rows].astype(np.int32)
+    statistics = compute_statistics(find_statistics_kind(pipeline)[0], X, y, k) if policy.statistics else None
+    importances, layer = None, resolve_last_layer(pipeline[-1])
+    if policy.importances and layer is not None:
+        importances = compute_fisher_diagonal(layer, compute_penultimate_features(pipeline, X)).astype(np.float32)
+    return ReplayMemory(counts, rows, codes, statistics, importances)
 
 
-def features_of(pipeline: Any, X: NDArray[Any]) -> NDArray[Any]:
+def compute_penultimate_features(pipeline: Any, X: NDArray[Any]) -> NDArray[Any]:
     """What the last layer of a fitted pipeline sees, shape (n, p)."""
-    scaled = pipeline[:-1].transform(X) if pipeline[0] != "passthrough" else X
-    return hidden(innermost(pipeline[-1]), scaled)
+    scaled_X = pipeline[:-1].transform(X) if pipeline[0] != "passthrough" else X
+    return compute_hidden_features(get_base_head(pipeline[-1]), scaled_X)
 
 
-def herd(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+def select_by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
     """Row numbers of at most n rows whose mean is near the mean of all, after each row as near as can be.
 
     Notes
@@ -288,33 +311,33 @@ def herd(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
     """
     Z = np.asarray(Z, np.float64)
     center, norms = Z.mean(axis=0), np.einsum("ij,ij->i", Z, Z)
-    total, free = np.zeros_like(center), np.ones(len(Z), bool)
-    chosen = []
+    total, available = np.zeros_like(center), np.ones(len(Z), bool)
+    selected_rows = []
     for count in range(1, min(n, len(Z)) + 1):
         # |center - (total + z) / count|², but for what is the same for all z
         distance = norms - 2 * Z @ (count * center - total)
-        distance[~free] = np.inf
-        best = int(distance.argmin())
-        chosen.append(best)
-        free[best], total = False, total + Z[best]
-    return np.array(chosen, np.intp)
+        distance[~available] = np.inf
+        best_row = int(distance.argmin())
+        selected_rows.append(best_row)
+        available[best_row], total = False, total + Z[best_row]
+    return np.array(selected_rows, np.intp)
 
 
-def _by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
-    return herd(Z, n)
+def _select_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+    return select_by_herding(Z, n)
 
 
-def _at_random(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+def _select_random(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
     return np.random.default_rng(0).permutation(len(Z))[:n]
 
 
-SELECTIONS = {"herding": _by_herding, "random": _at_random}
+EXEMPLAR_SELECTORS = {"herding": _select_herding, "random": _select_random}
 
 
-def pick(selection: str, Z: NDArray[np.floating], y: NDArray[np.integer[Any]], n: int) -> NDArray[np.intp]:
+def select_exemplars(selection: str, Z: NDArray[np.floating], y: NDArray[np.integer[Any]], n: int) -> NDArray[np.intp]:
     """Row numbers of at most n rows of each class, class by class, those first that are to be kept longest."""
-    chosen = []
+    selected_rows = []
     for code in np.unique(y):
         rows = np.flatnonzero(y == code)
-        chosen.append(rows[SELECTIONS[selection](Z[rows], n)])
-    return np.concatenate(chosen) if chosen else np.zeros(0, np.intp)
+        selected_rows.append(rows[EXEMPLAR_SELECTORS[selection](Z[rows], n)])
+    return np.concatenate(selected_rows) if selected_rows else np.zeros(0, np.intp)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = ["Labels", "Task", "order_classes"]
+__all__ = ["LabelTask", "Labels", "order_classes"]
 
-Task = Literal["none", "classification", "regression", "multilabel"]
+LabelTask = Literal["none", "classification", "regression", "multilabel"]
 
 
 def order_classes(names: Iterable[str]) -> tuple[str, ...]:
@@ -28,8 +28,8 @@ def order_classes(names: Iterable[str]) -> tuple[str, ...]:
     (('Cat', 'bird', 'dog'), ('9', '10'))
     """
     unique = set(names)
-    plain = all(name == "0" or re.fullmatch("[1-9][0-9]{0,17}", name) for name in unique)
-    return tuple(sorted(unique, key=int if plain else None))
+    all_integers = all(name == "0" or re.fullmatch("[1-9][0-9]{0,17}", name) for name in unique)
+    return tuple(sorted(unique, key=int if all_integers else None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,41 +47,43 @@ class Labels:
         Class names (classification, multilabel) or target names (regression).
     """
 
-    task: Task
+    task: LabelTask
     values: NDArray[Any]
     classes: tuple[str, ...] = ()
 
     @classmethod
-    def none(cls, n: int) -> Labels:
+    def unlabeled(cls, n: int) -> Labels:
         return cls("none", np.zeros((n, 0), np.uint8))
 
     @classmethod
-    def of_classes(cls, names: Sequence[str | None], classes: Sequence[str] | None = None) -> Labels:
+    def from_class_names(cls, names: Sequence[str | None], classes: Sequence[str] | None = None) -> Labels:
         """From one class name for each sample, None where it is not known."""
-        ordered = tuple(classes) if classes is not None else order_classes(n for n in names if n is not None)
-        code = {name: i for i, name in enumerate(ordered)}
+        class_order = (
+            tuple(classes) if classes is not None else order_classes(name for name in names if name is not None)
+        )
+        code_by_name = {name: i for i, name in enumerate(class_order)}
         try:
-            codes = np.array([-1 if name is None else code[name] for name in names], np.int32)
+            codes = np.array([-1 if name is None else code_by_name[name] for name in names], np.int32)
         except KeyError as error:
-            raise ConfigError(f"label {error.args[0]!r} is not one of the {len(ordered)} classes") from None
-        return cls("classification", codes, ordered)
+            raise ConfigError(f"label {error.args[0]!r} is not one of the {len(class_order)} classes") from None
+        return cls("classification", codes, class_order)
 
     @classmethod
-    def of_sets(cls, sets: Sequence[Iterable[str] | None]) -> Labels:
+    def from_label_sets(cls, label_sets: Sequence[Iterable[str] | None]) -> Labels:
         """From the set of labels of each sample (multi-label), None where it is not known."""
-        known = [None if names is None else set(names) for names in sets]
-        ordered = order_classes(name for names in known if names is not None for name in names)
-        code = {name: i for i, name in enumerate(ordered)}
-        values = np.zeros((len(known), len(ordered)), np.int8)
-        for row, names in enumerate(known):
+        unique_label_sets = [None if names is None else set(names) for names in label_sets]
+        class_order = order_classes(name for names in unique_label_sets if names is not None for name in names)
+        code_by_name = {name: i for i, name in enumerate(class_order)}
+        values = np.zeros((len(unique_label_sets), len(class_order)), np.int8)
+        for row, names in enumerate(unique_label_sets):
             if names is None:
                 values[row] = -1
             else:
-                values[row, [code[name] for name in names]] = 1
-        return cls("multilabel", values, ordered)
+                values[row, [code_by_name[name] for name in names]] = 1
+        return cls("multilabel", values, class_order)
 
     @classmethod
-    def of_targets(cls, targets: NDArray[np.floating] | Sequence[object], names: Sequence[str]) -> Labels:
+    def from_targets(cls, targets: NDArray[np.floating] | Sequence[object], names: Sequence[str]) -> Labels:
         """From numeric targets of shape (n,) or (n, t)."""
         values = np.asarray(targets, np.float64)
         return cls("regression", values.reshape(len(values), len(names)), tuple(names))

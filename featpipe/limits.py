@@ -22,37 +22,37 @@ import torch
 
 from featpipe import archive, image
 from featpipe.backbone import Backbone
-from featpipe.backbone.products import Picture
+from featpipe.backbone.products import PreparedImage
 from featpipe.engine import (
     OPENVINO_PRECISIONS,
     Engine,
     available_cores,
-    candidates,
-    embeddings_of,
-    for_workers,
+    candidate_precisions,
+    compute_embeddings,
+    compute_min_cosine,
     has_openvino,
-    least_cosine,
+    make_worker_transforms,
     resolve_device,
 )
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.extraction import extract, load_backbone
-from featpipe.loader import Loader, Pictures, spread
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.recipe import AUTO, Extraction
+from featpipe.loader import ImageList, Loader, run_in_threads
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.recipe import AUTO, ExtractionConfig
 
-__all__ = ["Forward", "Limits", "measure"]
+__all__ = ["BenchResult", "ForwardBenchmark", "run_benchmark"]
 
-IMAGES = 256  # that are looked at
-COMPARED = 16  # of them, in another precision
-PREVIEW = 64  # images that are decoded at a time
-SIZE = (375, 500)  # of made-up images: many published sets of photographs have it
-MANY = 10**6  # images to come, as far as an engine is concerned
-WRITTEN_BYTES = 64 * 2**20
-WORTH = 1.15  # times as fast: what is worth a change
+MAX_BENCHMARK_IMAGES = 256  # that are looked at
+N_PRECISION_CHECK_IMAGES = 16  # of them, in another precision
+MAX_DECODED_IMAGES = 64  # images that are decoded at a time
+SYNTHETIC_IMAGE_SIZE = (375, 500)  # of made-up images: many published sets of photographs have it
+ASSUMED_IMAGE_COUNT = 10**6  # images to come, as far as an engine is concerned
+WRITE_TEST_BYTES = 64 * 2**20
+MIN_USEFUL_SPEEDUP = 1.15  # times as fast: what is worth a change
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardBenchmark:
     """Forward passes alone, all cores or the GPU at work; a GPU also copies and, where the cores leave it, resizes.
 
     Attributes
@@ -77,7 +77,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Limits:
+class BenchResult:
     """What was measured.
 
     Attributes
@@ -120,7 +120,7 @@ class Limits:
     reading: float
     decoding: float
     writing: float
-    forward: tuple[Forward, ...]
+    forward: tuple[ForwardBenchmark, ...]
     bound: float
     extraction: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -128,12 +128,18 @@ class Limits:
     bottleneck: str = ""
     advice: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return asdict(self)
 
 
-def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Tell = quiet, **settings: Any) -> Limits:
+def run_benchmark(
+    archives: Sequence[str] = (),
+    *,
+    seconds: float = 24.0,
+    progress: ProgressCallback = report_warnings_only,
+    **settings: Any,
+) -> BenchResult:
     """Measure what this machine allows, for a backbone and an archive.
 
     Parameters
@@ -155,164 +161,182 @@ def measure(archives: Sequence[str] = (), *, seconds: float = 24.0, progress: Te
     ArchiveError
         If no image of the archives can be read.
     """
-    asked = Extraction.of(settings)
-    bench = _Bench(asked, resolve_device(asked.device), load_backbone(asked), seconds, progress)
-    images, reading, name = _made_up() if not archives else _read(archives, asked)
-    progress(Progress("note", f"{len(images)} images of {name}"))
-    pictures, decoding = bench.decode(images)
-    writing = _write()
-    written = writing / bench.row_bytes
-    forward = bench.forwards(pictures, min(reading, written), decoding)
-    precision = forward[0].precision
-    extraction, spent = bench.extract(images, precision, forward[0].bound)
-    steps = {"reading": reading, "decoding": decoding, "forward": forward[0].images_per_second, "writing": written}
-    found = Limits(
-        machine=bench.machine(),
-        backbone=bench.backbone.name,
-        archive=name,
-        images=len(images),
-        image_bytes=float(np.mean([len(data) for data in images])),
-        reading=reading,
-        decoding=decoding,
-        writing=writing,
-        row_bytes=bench.row_bytes,
-        forward=tuple(forward),
-        bound=forward[0].bound,
-        extraction=extraction,
-        seconds=spent,
-        bottleneck=min(steps, key=lambda step: steps[step]),
+    config = ExtractionConfig.from_settings(settings)
+    benchmark = _Benchmark(config, resolve_device(config.device), load_backbone(config), seconds, progress)
+    encoded_images, read_rate, archive_name = (
+        _make_synthetic_images() if not archives else _read_sample_images(archives, config)
     )
-    return replace(found, advice=tuple(_advice(found)))
+    progress(Progress("note", f"{len(encoded_images)} images of {archive_name}"))
+    decoded_images, decode_rate = benchmark.measure_decoding(encoded_images)
+    write_bytes_per_second = _measure_write_bandwidth()
+    write_rate = write_bytes_per_second / benchmark.row_bytes
+    forward_benchmarks = benchmark.measure_engines(decoded_images, min(read_rate, write_rate), decode_rate)
+    precision = forward_benchmarks[0].precision
+    extraction_rate, stage_seconds = benchmark.measure_extraction(
+        encoded_images, precision, forward_benchmarks[0].bound
+    )
+    stage_rates = {
+        "reading": read_rate,
+        "decoding": decode_rate,
+        "forward": forward_benchmarks[0].images_per_second,
+        "writing": write_rate,
+    }
+    result = BenchResult(
+        machine=benchmark.machine(),
+        backbone=benchmark.backbone.name,
+        archive=archive_name,
+        images=len(encoded_images),
+        image_bytes=float(np.mean([len(encoded_image) for encoded_image in encoded_images])),
+        reading=read_rate,
+        decoding=decode_rate,
+        writing=write_bytes_per_second,
+        row_bytes=benchmark.row_bytes,
+        forward=tuple(forward_benchmarks),
+        bound=forward_benchmarks[0].bound,
+        extraction=extraction_rate,
+        seconds=stage_seconds,
+        bottleneck=min(stage_rates, key=lambda stage: stage_rates[stage]),
+    )
+    return replace(result, advice=tuple(_iter_advice(result)))
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _Benchmark:
     """What is measured, and on what."""
 
-    asked: Extraction
+    config: ExtractionConfig
     device: torch.device
     backbone: Backbone
     seconds: float
-    progress: Tell
+    progress: ProgressCallback
 
     @property
     def workers(self) -> int:
-        return self.asked.workers or available_cores()
+        return self.config.workers or available_cores()
 
     @property
     def row_bytes(self) -> int:
         """Of one image's embeddings, as they are stored."""
-        return sum(map(math.prod, self.backbone.shapes.values())) * np.dtype(self.asked.storage).itemsize
+        return sum(map(math.prod, self.backbone.shapes.values())) * np.dtype(self.config.storage).itemsize
 
     @property
-    def share(self) -> float:
+    def seconds_per_measurement(self) -> float:
         """Seconds for one of the things that are measured."""
         return self.seconds / 9
 
-    def decode(self, images: Sequence[bytes]) -> tuple[list[Picture], float]:
+    def measure_decoding(self, encoded_images: Sequence[bytes]) -> tuple[list[PreparedImage], float]:
         """The pictures, and how many a second come of all cores."""
-        pictures: list[Picture] = []
-        transform, _ = for_workers(self.backbone.transform, self.device)
-        count, started = 0, perf_counter()
-        while perf_counter() - started < self.share:
-            loader = Loader(Pictures(images), np.arange(len(images)), transform, 8, collect=list)
-            with closing(loader), closing(spread(loader.batches, self.workers)) as batches:
+        decoded_images: list[PreparedImage] = []
+        transform, _ = make_worker_transforms(self.backbone.transform, self.device)
+        n_decoded, started = 0, perf_counter()
+        while perf_counter() - started < self.seconds_per_measurement:
+            loader = Loader(ImageList(encoded_images), np.arange(len(encoded_images)), transform, 8, collate=list)
+            with closing(loader), closing(run_in_threads(loader.batches, self.workers)) as batches:
                 for batch in batches:
-                    count += len(batch.rows)
-                    if len(pictures) < PREVIEW:
-                        pictures.extend(batch.images if batch.images is not None else ())
-                    if perf_counter() - started > self.share:
+                    n_decoded += len(batch.rows)
+                    if len(decoded_images) < MAX_DECODED_IMAGES:
+                        decoded_images.extend(batch.images if batch.images is not None else ())
+                    if perf_counter() - started > self.seconds_per_measurement:
                         break
-        if not pictures:
+        if not decoded_images:
             raise ArchiveError("none of the first images can be decoded; there is nothing to measure with")
-        return pictures[:PREVIEW], count / (perf_counter() - started)
+        return decoded_images[:MAX_DECODED_IMAGES], n_decoded / (perf_counter() - started)
 
-    def forwards(self, pictures: list[Picture], disk: float, decoding: float) -> list[Forward]:
+    def measure_engines(
+        self, decoded_images: list[PreparedImage], io_rate: float, decode_rate: float
+    ) -> list[ForwardBenchmark]:
         """Each engine and precision that this device has; first what the settings take.
 
         ``disk`` and ``decoding`` are images per second, that come and go, and that are decoded.
         """
-        found: list[Forward] = []
-        plain = Engine(self.backbone, self.device, batch=self.asked.batch)
-        exact = embeddings_of(plain, pictures[:COMPARED])
-        for kind, precision, batch in self._ways():
-            engine = Engine(self.backbone, self.device, precision, batch, kind=kind, images=MANY)
-            if any((way.engine, way.precision, way.batch) == (engine.name, precision, engine.batch) for way in found):
+        results: list[ForwardBenchmark] = []
+        reference_engine = Engine(self.backbone, self.device, batch=self.config.batch)
+        reference_embeddings = compute_embeddings(reference_engine, decoded_images[:N_PRECISION_CHECK_IMAGES])
+        for engine_kind, precision, batch in self._engine_variants():
+            engine = Engine(self.backbone, self.device, precision, batch, kind=engine_kind, images=ASSUMED_IMAGE_COUNT)
+            if any(
+                (result.engine, result.precision, result.batch) == (engine.name, precision, engine.batch)
+                for result in results
+            ):
                 continue  # what was asked for cannot run this network, and another did; or its batch is the chosen one
-            cosine = least_cosine(embeddings_of(engine, pictures[:COMPARED]), exact)
-            rate = self._forward(engine, pictures)
-            self.progress(Progress("note", f"forward with {engine.name} in {precision}: {rate:,.1f} images/s"))
-            bound = _together(self.device.type, disk, decoding, rate)
-            found.append(Forward(engine.name, precision, engine.batch, rate, cosine, bound))
-        return found
+            cosine = compute_min_cosine(
+                compute_embeddings(engine, decoded_images[:N_PRECISION_CHECK_IMAGES]), reference_embeddings
+            )
+            forward_rate = self._measure_forward(engine, decoded_images)
+            self.progress(Progress("note", f"forward with {engine.name} in {precision}: {forward_rate:,.1f} images/s"))
+            bound = _combined_rate(self.device.type, io_rate, decode_rate, forward_rate)
+            results.append(ForwardBenchmark(engine.name, precision, engine.batch, forward_rate, cosine, bound))
+        return results
 
-    def _ways(self) -> dict[tuple[str, str, int | None], None]:
+    def _engine_variants(self) -> dict[tuple[str, str, int | None], None]:
         """Engine, precision and batch: what the settings take, the same with a batch that is chosen, and the others."""
-        first = "fp32" if self.asked.precision == AUTO else self.asked.precision
-        precisions = dict.fromkeys((first, "fp32", *candidates(self.device)))
-        others = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
-        batch = self.asked.batch
-        ways = [(self.asked.engine, first, batch), (self.asked.engine, first, None)]
-        ways.extend(
-            (kind, precision, batch)
-            for kind in dict.fromkeys((self.asked.engine, *others))
+        default_precision = "fp32" if self.config.precision == AUTO else self.config.precision
+        precisions = dict.fromkeys((default_precision, "fp32", *candidate_precisions(self.device)))
+        engine_kinds = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
+        batch = self.config.batch
+        variants = [(self.config.engine, default_precision, batch), (self.config.engine, default_precision, None)]
+        variants.extend(
+            (engine_kind, precision, batch)
+            for engine_kind in dict.fromkeys((self.config.engine, *engine_kinds))
             for precision in precisions
-            if kind != "openvino" or precision in OPENVINO_PRECISIONS
+            if engine_kind != "openvino" or precision in OPENVINO_PRECISIONS
         )
-        return dict.fromkeys(ways)
+        return dict.fromkeys(variants)
 
-    def _forward(self, engine: Engine, pictures: list[Picture]) -> float:
+    def _measure_forward(self, engine: Engine, decoded_images: list[PreparedImage]) -> float:
         """Images per second of forward passes alone."""
-        images = engine.collect([pictures[place % len(pictures)] for place in range(engine.batch)])
-        streams = 1 if self.device.type == "cuda" else self.workers
-        counts = [0] * streams
-        ready = threading.Barrier(streams)
-        times = [0.0] * streams
+        image_batch = engine.collate([decoded_images[i % len(decoded_images)] for i in range(engine.batch)])
+        n_streams = 1 if self.device.type == "cuda" else self.workers
+        counts = [0] * n_streams
+        start_barrier = threading.Barrier(n_streams)
+        stream_seconds = [0.0] * n_streams
 
-        def stream(number: int) -> None:
-            engine.enter_stream(streams)
-            engine.embed(images)
-            ready.wait()
+        def run_stream(stream_index: int) -> None:
+            engine.enter_stream(n_streams)
+            engine.embed(image_batch)
+            start_barrier.wait()
             started = perf_counter()
-            answer = engine.submit(images)
-            while perf_counter() - started < self.share:
-                following = engine.submit(images)  # begun before the one before it is waited for
-                answer()
-                counts[number] += len(images)
-                answer = following
-            answer()
-            times[number] = perf_counter() - started
-            counts[number] += len(images)
+            pending_result = engine.submit(image_batch)
+            while perf_counter() - started < self.seconds_per_measurement:
+                next_result = engine.submit(image_batch)  # begun before the one before it is waited for
+                pending_result()
+                counts[stream_index] += len(image_batch)
+                pending_result = next_result
+            pending_result()
+            stream_seconds[stream_index] = perf_counter() - started
+            counts[stream_index] += len(image_batch)
 
-        with engine.running():
-            threads = [threading.Thread(target=stream, args=(number,)) for number in range(streams)]
+        with engine.session():
+            threads = [threading.Thread(target=run_stream, args=(stream_index,)) for stream_index in range(n_streams)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-        return sum(count / time for count, time in zip(counts, times, strict=True))
+        return sum(count / elapsed for count, elapsed in zip(counts, stream_seconds, strict=True))
 
-    def extract(self, images: Sequence[bytes], precision: str, bound: float) -> tuple[float, dict[str, float]]:
+    def measure_extraction(
+        self, encoded_images: Sequence[bytes], precision: str, bound: float
+    ) -> tuple[float, dict[str, float]]:
         """A real extraction: images per second, and where the seconds went."""
-        count = max(len(images), math.ceil(min(bound, 1e5) * self.seconds / 4))
+        n_images = max(len(encoded_images), math.ceil(min(bound, 1e5) * self.seconds / 4))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "images.tar"
             with tarfile.open(path, "w") as tar:
-                for number in range(count):
-                    data = images[number % len(images)] + number.to_bytes(8, "big")  # as many different files
-                    member = tarfile.TarInfo(f"{number:07}.jpg")
+                for i in range(n_images):
+                    data = encoded_images[i % len(encoded_images)] + i.to_bytes(8, "big")  # as many different files
+                    member = tarfile.TarInfo(f"{i:07}.jpg")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-            settings = replace(
-                self.asked, precision=precision, out=Path(folder) / "bench.h5", cache=folder, max_bad=None, labels=None
+            extraction_config = replace(
+                self.config, precision=precision, out=Path(folder) / "bench.h5", cache=folder, max_bad=None, labels=None
             )
-            cache = extract(path, **{**vars(settings), "backbone": self.backbone})
-            seconds = dict(cache.manifest["seconds"])
-            return cache.manifest["images_per_second"], seconds
+            cache = extract(path, **{**vars(extraction_config), "backbone": self.backbone})
+            stage_seconds = dict(cache.manifest["seconds"])
+            return cache.manifest["images_per_second"], stage_seconds
 
     def machine(self) -> dict[str, Any]:
         """Device, cores and versions."""
-        names = ("featpipe", "torch", "torchvision", "pillow", "numpy")
+        package_names = ("featpipe", "torch", "torchvision", "pillow", "numpy")
         gpu = {"gpu": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
         return {
             "device": str(self.device),
@@ -322,75 +346,75 @@ class _Bench:
             "workers": self.workers,
             "processor": platform.processor() or platform.machine(),
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in names},
+            "versions": {name: version(name) for name in package_names},
         }
 
 
-def _together(device: str, disk: float, decoding: float, forward: float) -> float:
+def _combined_rate(device: str, io_rate: float, decode_rate: float, forward_rate: float) -> float:
     """Images per second when all is done at once: the same cores decode and embed, or a GPU embeds beside them."""
-    busy = min(decoding, forward) if device == "cuda" else 1 / (1 / decoding + 1 / forward)
-    return min(disk, busy)
+    compute_rate = min(decode_rate, forward_rate) if device == "cuda" else 1 / (1 / decode_rate + 1 / forward_rate)
+    return min(io_rate, compute_rate)
 
 
-def _made_up() -> tuple[list[bytes], float, str]:
+def _make_synthetic_images() -> tuple[list[bytes], float, str]:
     """JPEGs of about 70 kB: smooth shapes with grain."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(32):
-        smooth = image.resize(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), *SIZE, "bicubic")
-        grainy = np.clip(smooth + rng.normal(0, 12, (*SIZE, 3)), 0, 255).astype(np.uint8)
-        images.append(image.thumbnail(grainy, max(SIZE)))
+        smooth = image.resize(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), *SYNTHETIC_IMAGE_SIZE, "bicubic")
+        grainy = np.clip(smooth + rng.normal(0, 12, (*SYNTHETIC_IMAGE_SIZE, 3)), 0, 255).astype(np.uint8)
+        images.append(image.thumbnail(grainy, max(SYNTHETIC_IMAGE_SIZE)))
     return images, math.inf, "made-up JPEGs"
 
 
-def _read(archives: Sequence[str], asked: Extraction) -> tuple[list[bytes], float, str]:
+def _read_sample_images(archives: Sequence[str], config: ExtractionConfig) -> tuple[list[bytes], float, str]:
     """The bytes of the first images, how many a second come, and what they are called."""
-    index = archive.index(list(archives), labels=asked.labels)
+    index = archive.index(list(archives), labels=config.labels)
     images: list[bytes] = []
     started = perf_counter()
     with index.open() as reader:
-        for row in range(min(len(index), 2 * IMAGES)):
+        for row in range(min(len(index), 2 * MAX_BENCHMARK_IMAGES)):
             try:
                 images.append(bytes(reader.read(row)))
             except SampleError:
                 continue
-            if len(images) == IMAGES:
+            if len(images) == MAX_BENCHMARK_IMAGES:
                 break
     if not images:
         raise ArchiveError(f"none of the first images of {archives[0]} can be read; there is nothing to measure with")
     return images, len(images) / (perf_counter() - started), ", ".join(map(str, archives))
 
 
-def _write() -> float:
+def _measure_write_bandwidth() -> float:
     """Bytes per second to the disk of temporary files, made durable."""
     block = os.urandom(2**20)
     with tempfile.TemporaryFile() as file:
         started = perf_counter()
-        for _ in range(WRITTEN_BYTES // len(block)):
+        for _ in range(WRITE_TEST_BYTES // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        return WRITTEN_BYTES / (perf_counter() - started)
+        return WRITE_TEST_BYTES / (perf_counter() - started)
 
 
-def _change(taken: Forward, way: Forward) -> str:
-    faster = f"{way.bound / taken.bound:.1f} times as fast"
-    if (way.engine, way.precision) == (taken.engine, taken.precision):
-        return f"leave --batch out: batches of {way.batch} are {faster} as those of {taken.batch}"
-    engine = " --engine openvino" if "OpenVINO" in way.engine and "OpenVINO" not in taken.engine else ""
+def _describe_speedup(current: ForwardBenchmark, candidate: ForwardBenchmark) -> str:
+    speedup_text = f"{candidate.bound / current.bound:.1f} times as fast"
+    if (candidate.engine, candidate.precision) == (current.engine, current.precision):
+        return f"leave --batch out: batches of {candidate.batch} are {speedup_text} as those of {current.batch}"
+    engine_option = " --engine openvino" if "OpenVINO" in candidate.engine and "OpenVINO" not in current.engine else ""
     return (
-        f"--precision {way.precision}{engine}: {faster}, "
-        f"least cosine {way.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
+        f"--precision {candidate.precision}{engine_option}: {speedup_text}, "
+        f"least cosine {candidate.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
     )
 
 
-def _advice(found: Limits) -> Iterator[str]:
+def _iter_advice(result: BenchResult) -> Iterator[str]:
     """What to change, the most useful first."""
-    taken, machine = found.forward[0], found.machine
-    ways = sorted(found.forward[1:], key=lambda way: -way.bound)
-    for way in ways:
-        if way.bound > WORTH * taken.bound:
-            yield _change(taken, way)
+    current, machine = result.forward[0], result.machine
+    candidates_by_bound = sorted(result.forward[1:], key=lambda candidate: -candidate.bound)
+    for candidate in candidates_by_bound:
+        if candidate.bound > MIN_USEFUL_SPEEDUP * current.bound:
+            yield _describe_speedup(current, candidate)
             break
     if machine["device"] == "cpu" and not has_openvino():
         yield "pip install 'featpipe[cpu]': OpenVINO is usually 1.3 times as fast as torch on a CPU"
@@ -399,15 +423,15 @@ def _advice(found: Limits) -> Iterator[str]:
         yield f"{text}; a container or scheduler can give more"
     if machine["workers"] < machine["usable_cores"]:
         yield f"--workers {machine['usable_cores']}: one for each core, where there are {machine['workers']} now"
-    if found.reading < 2 * taken.bound:
+    if result.reading < 2 * current.bound:
         yield "reading is near the limit: pack single files into .tar shards on a local disk"
-    if found.row_bytes and found.writing / found.row_bytes < 2 * taken.bound:
+    if result.row_bytes and result.writing / result.row_bytes < 2 * current.bound:
         yield (
-            f"writing is near the limit, {found.row_bytes:,} bytes an image: --storage float16 halves float32, "
+            f"writing is near the limit, {result.row_bytes:,} bytes an image: --storage float16 halves float32, "
             "--output NODE:avg makes one number of each map, and --cache can name a faster disk"
         )
-    if machine["device"] != "cpu" and found.bottleneck == "decoding":
+    if machine["device"] != "cpu" and result.bottleneck == "decoding":
         yield "the GPU waits for images: more cores, or images stored nearer to the size that the network sees"
-    if found.extraction < 0.8 * found.bound:
-        share = found.extraction / found.bound
-        yield f"an extraction reached {share:.0%} of the bound: something else may be using this machine"
+    if result.extraction < 0.8 * result.bound:
+        reached_share = result.extraction / result.bound
+        yield f"an extraction reached {reached_share:.0%} of the bound: something else may be using this machine"

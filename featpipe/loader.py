@@ -19,47 +19,57 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe import decoding, image
-from featpipe.backbone.products import Images, Picture
+from featpipe.backbone.products import ImageBatch, PreparedImage
 from featpipe.errors import ConfigError, SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
 
-__all__ = ["Batch", "Embeds", "Loader", "Pictures", "Readable", "embed_pictures", "embedded", "piece_for", "spread"]
+__all__ = [
+    "DecodedBatch",
+    "EmbeddingEngine",
+    "ImageList",
+    "ImageSource",
+    "Loader",
+    "embed_batches",
+    "embed_image_list",
+    "micro_batch_size",
+    "run_in_threads",
+]
 
-MANY = 64  # times as many rows as a batch has pictures: so many are let out with fewer
-PIECE = 32  # pictures, at most, that a worker hands on at a time where others embed them
+MAX_ROWS_PER_IMAGE = 64  # times as many rows as a batch has pictures: so many are let out with fewer
+MAX_MICRO_BATCH = 32  # pictures, at most, that a worker hands on at a time where others embed them
 
 R = TypeVar("R")
 Embeddings = dict[str, NDArray[np.float32]]
 
-Taken = tuple[int, bytes | NDArray[np.uint8] | SampleError]
+ReadRow = tuple[int, bytes | NDArray[np.uint8] | SampleError]
 
-SECONDS_TO_STOP = 10.0
-TAKEN_BYTES = 32 << 20  # of encoded images that one thread has read and not decoded yet
+STOP_TIMEOUT_SECONDS = 10.0
+MAX_READ_AHEAD_BYTES = 32 << 20  # of encoded images that one thread has read and not decoded yet
 
 
-class PictureTransform(Protocol):
+class ImageTransform(Protocol):
     """What is done with each picture by itself: uint8 (3, H, W) → (3, h, w), or what an engine takes in its place."""
 
-    def __call__(self, image: Tensor, /) -> Picture: ...
+    def __call__(self, image: Tensor, /) -> PreparedImage: ...
 
 
-class Reads(Protocol):
+class ImageReader(Protocol):
     """An open source of images, read by row."""
 
     def read(self, row: int, /) -> bytes | NDArray[np.uint8]: ...
     def __exit__(self, *exception: object) -> None: ...
 
 
-class Readable(Protocol):
+class ImageSource(Protocol):
     """What a loader reads from: an index of archives, or pictures at hand."""
 
     @property
     def sequential(self) -> bool: ...
-    def open(self) -> Reads: ...
+    def open(self) -> ImageReader: ...
 
 
-class Embeds(Protocol):
+class EmbeddingEngine(Protocol):
     """What a loader feeds: an engine."""
 
     @property
@@ -69,24 +79,24 @@ class Embeds(Protocol):
     @property
     def workers(self) -> int: ...
     @property
-    def transform(self) -> PictureTransform: ...
+    def transform(self) -> ImageTransform: ...
     @property
-    def unhurried(self) -> PictureTransform: ...
-    def collect(self, pictures: Sequence[Picture], /) -> Images: ...
-    def running(self) -> AbstractContextManager[None]: ...
+    def fallback_transform(self) -> ImageTransform: ...
+    def collate(self, images: Sequence[PreparedImage], /) -> ImageBatch: ...
+    def session(self) -> AbstractContextManager[None]: ...
     def enter_stream(self, workers: int) -> None: ...
-    def embed(self, images: Images) -> Embeddings: ...
-    def submit(self, images: Images) -> Callable[[], Embeddings]: ...
+    def embed(self, images: ImageBatch) -> Embeddings: ...
+    def submit(self, images: ImageBatch) -> Callable[[], Embeddings]: ...
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageList:
     """Images at hand, in the order given: paths, bytes, Pillow images, or uint8 arrays."""
 
     items: Sequence[object]
     sequential: bool = False
 
-    def open(self) -> Pictures:
+    def open(self) -> ImageList:
         return self
 
     def read(self, row: int) -> bytes | NDArray[np.uint8]:
@@ -111,7 +121,7 @@ class Pictures:
 
 
 @dataclass
-class Seconds:
+class StageSeconds:
     """Where the time of one batch went."""
 
     reading: float = 0.0
@@ -120,7 +130,7 @@ class Seconds:
 
 
 @dataclass
-class Batch:
+class DecodedBatch:
     """Some rows of an index, read.
 
     Attributes
@@ -140,13 +150,13 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     status: list[Status] = field(default_factory=list)
-    images: Images | None = None
-    places: list[int] = field(default_factory=list)
-    seconds: Seconds = field(default_factory=Seconds)
+    images: ImageBatch | None = None
+    positions: list[int] = field(default_factory=list)
+    seconds: StageSeconds = field(default_factory=StageSeconds)
 
-    def take(self, other: Batch) -> None:
+    def extend(self, other: DecodedBatch) -> None:
         """Add another batch's rows to this one's, and its seconds; whatever it has in ``images`` stays there."""
-        self.places.extend(len(self.rows) + place for place in other.places)
+        self.positions.extend(len(self.rows) + position for position in other.positions)
         self.rows.extend(other.rows)
         self.digests.extend(other.digests)
         self.status.extend(other.status)
@@ -175,33 +185,33 @@ class Loader:
 
     def __init__(
         self,
-        index: Readable,
+        index: ImageSource,
         rows: NDArray[np.int64],
-        transform: PictureTransform,
+        transform: ImageTransform,
         batch: int,
-        is_known: Callable[[bytes], bool] = lambda digest: False,
-        collect: Callable[[list[Any]], Images] = torch.stack,
+        has_embedding: Callable[[bytes], bool] = lambda digest: False,
+        collate: Callable[[list[Any]], ImageBatch] = torch.stack,
     ) -> None:
         self.transform = transform
-        self.collect = collect
+        self.collate = collate
         self.batch = batch
-        self.is_known = is_known
+        self.has_embedding = has_embedding
         self.reader = index.open()
         self._sequential = index.sequential
         self._rows = iter(rows.tolist())
-        self._feed = threading.Lock()
+        self._rows_lock = threading.Lock()
 
     def close(self) -> None:
         self.reader.__exit__(None, None, None)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[DecodedBatch]:
         """Batches until the rows are used up; each thread runs a generator of its own over the shared rows."""
-        for batch in self.pieces(self.batch):
+        for batch in self.micro_batches(self.batch):
             if batch.images is not None:
-                batch.images = self.collect(list(batch.images))
+                batch.images = self.collate(list(batch.images))
             yield batch
 
-    def pieces(self, size: int, unhurried: PictureTransform | None = None) -> Iterator[Batch]:
+    def micro_batches(self, size: int, fallback_transform: ImageTransform | None = None) -> Iterator[DecodedBatch]:
         """The same in batches of another size, whose pictures are a list and not collected.
 
         Parameters
@@ -213,45 +223,47 @@ class Loader:
         """
         transform = self.transform
         while True:
-            batch, started = Batch(), perf_counter()
-            pictures: list[Picture] = []
+            batch, started = DecodedBatch(), perf_counter()
+            pictures: list[PreparedImage] = []
             while len(pictures) < size:
-                before = len(batch.rows)
-                for row, data in self._take(size - len(pictures), batch.seconds):
-                    picture = self._load(batch, row, data, transform)
+                rows_before = len(batch.rows)
+                for row, data in self._next_rows(size - len(pictures), batch.seconds):
+                    picture = self._add_row(batch, row, data, transform)
                     if picture is not None:
-                        batch.places.append(len(batch.rows) - 1)
+                        batch.positions.append(len(batch.rows) - 1)
                         pictures.append(picture)
-                if len(batch.rows) == before or len(batch.rows) >= MANY * size:  # the end; or nearly all are known
+                if (
+                    len(batch.rows) == rows_before or len(batch.rows) >= MAX_ROWS_PER_IMAGE * size
+                ):  # the end; or nearly all are known
                     break
             if not batch.rows:
                 return
             batch.images = pictures or None
-            made = perf_counter()
+            yielded_at = perf_counter()
             yield batch
-            late = perf_counter() - made > (made - started) / 2
-            transform = unhurried if late and unhurried is not None else self.transform
+            is_consumer_late = perf_counter() - yielded_at > (yielded_at - started) / 2
+            transform = fallback_transform if is_consumer_late and fallback_transform is not None else self.transform
 
-    def _take(self, count: int, seconds: Seconds) -> Iterator[Taken]:
+    def _next_rows(self, count: int, seconds: StageSeconds) -> Iterator[ReadRow]:
         """The next rows with their bytes. What can only be read front to back is read in turn, not too much at once."""
-        with self._feed:
+        with self._rows_lock:
             if self._sequential:
                 return iter(self._read_ahead(count, seconds))
             rows = list(islice(self._rows, count))
         return ((row, self._read(row, seconds)) for row in rows)
 
-    def _read_ahead(self, count: int, seconds: Seconds) -> list[Taken]:
-        taken: list[Taken] = []
+    def _read_ahead(self, count: int, seconds: StageSeconds) -> list[ReadRow]:
+        read_rows: list[ReadRow] = []
         nbytes = 0
         for row in islice(self._rows, count):
             data = self._read(row, seconds)
-            taken.append((row, data))
+            read_rows.append((row, data))
             nbytes += len(data) if isinstance(data, bytes) else 0
-            if nbytes > TAKEN_BYTES:
+            if nbytes > MAX_READ_AHEAD_BYTES:
                 break
-        return taken
+        return read_rows
 
-    def _read(self, row: int, seconds: Seconds) -> bytes | NDArray[np.uint8] | SampleError:
+    def _read(self, row: int, seconds: StageSeconds) -> bytes | NDArray[np.uint8] | SampleError:
         started = perf_counter()
         try:
             return self.reader.read(row)
@@ -260,9 +272,9 @@ class Loader:
         finally:
             seconds.reading += perf_counter() - started
 
-    def _load(
-        self, batch: Batch, row: int, data: bytes | NDArray[np.uint8] | SampleError, transform: PictureTransform
-    ) -> Picture | None:
+    def _add_row(
+        self, batch: DecodedBatch, row: int, data: bytes | NDArray[np.uint8] | SampleError, transform: ImageTransform
+    ) -> PreparedImage | None:
         """Add the row to the batch; the picture, if there is one to embed."""
         started = perf_counter()
         batch.rows.append(row)
@@ -273,10 +285,10 @@ class Loader:
             return None
         if isinstance(data, bytes):
             batch.digests[-1] = digest(data)
-            if self.is_known(batch.digests[-1]):
+            if self.has_embedding(batch.digests[-1]):
                 return None
         try:
-            with decoding.in_turn(data) if isinstance(data, bytes) else nullcontext(data) as picture:
+            with decoding.decode_within_budget(data) if isinstance(data, bytes) else nullcontext(data) as picture:
                 return transform(torch.from_numpy(picture).permute(2, 0, 1))
         except SampleError as error:
             batch.status[-1] = error.status
@@ -287,10 +299,12 @@ class Loader:
         return None
 
 
-Embedded = tuple[Batch, Embeddings]
+EmbeddedBatch = tuple[DecodedBatch, Embeddings]
 
 
-def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Generator[R, None, None]:
+def run_in_threads(
+    make_generator: Callable[[], Iterator[R]], threads: int, prefetch: int = 4
+) -> Generator[R, None, None]:
     """Run the same generator in several threads and yield what they all yield, as it comes.
 
     A failure in one thread stops the others and is raised here; closing this generator (an interrupt, an error of the
@@ -306,7 +320,7 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
     ahead : int
         Items that each thread may be ahead of the consumer.
     """
-    results: queue.Queue[R | BaseException | None] = queue.Queue(threads * ahead)
+    results: queue.Queue[R | BaseException | None] = queue.Queue(threads * prefetch)
     stop = threading.Event()
 
     def put(item: R | BaseException | None) -> None:
@@ -317,9 +331,9 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
             except queue.Full:
                 continue
 
-    def run() -> None:
+    def produce() -> None:
         try:
-            for item in work():
+            for item in make_generator():
                 put(item)
                 if stop.is_set():
                     return
@@ -327,7 +341,7 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
         except BaseException as error:  # handed to the consumer, who raises it
             put(error)
 
-    workers = [threading.Thread(target=run, name=f"featpipe-{i}", daemon=True) for i in range(threads)]
+    workers = [threading.Thread(target=produce, name=f"featpipe-{i}", daemon=True) for i in range(threads)]
     for worker in workers:
         worker.start()
     try:
@@ -342,12 +356,12 @@ def spread(work: Callable[[], Iterator[R]], threads: int, ahead: int = 4) -> Gen
                 yield item
     finally:
         stop.set()
-        end = monotonic() + SECONDS_TO_STOP
+        deadline = monotonic() + STOP_TIMEOUT_SECONDS
         for worker in workers:
-            worker.join(max(0.0, end - monotonic()))
+            worker.join(max(0.0, deadline - monotonic()))
 
 
-def embedded(loader: Loader, engine: Embeds, workers: int) -> Generator[Embedded, None, None]:
+def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Generator[EmbeddedBatch, None, None]:
     """The batches of a loader with their embeddings, in no particular order.
 
     On a CPU each worker embeds what it decoded; for a GPU the workers decode, and the caller's thread has it embed one
@@ -361,13 +375,19 @@ def embedded(loader: Loader, engine: Embeds, workers: int) -> Generator[Embedded
     those that are yet to be resized, which may be large, the engine limits the bytes.
     """
     if engine.device.type == "cpu":
-        return spread(lambda: _in_turn(_entered(loader.batches(), engine, workers), engine), workers)
-    size = piece_for(engine, workers)
-    pieces = spread(lambda: _entered(loader.pieces(size, engine.unhurried), engine, workers), workers, ahead=1)
-    return _overlapping(_joined(pieces, engine), engine)
+        return run_in_threads(
+            lambda: _embed_sequentially(_bind_stream(loader.batches(), engine, workers), engine), workers
+        )
+    micro_batch = micro_batch_size(engine, workers)
+    micro_batches = run_in_threads(
+        lambda: _bind_stream(loader.micro_batches(micro_batch, engine.fallback_transform), engine, workers),
+        workers,
+        prefetch=1,
+    )
+    return _embed_overlapped(_merge_micro_batches(micro_batches, engine), engine)
 
 
-def piece_for(engine: Embeds, workers: int) -> int:
+def micro_batch_size(engine: EmbeddingEngine, workers: int) -> int:
     """Pictures that each of some workers decodes before it hands them on.
 
     On a CPU a batch. Else a power of two, as batches are unless they were asked for otherwise: at most 32, and so few
@@ -375,16 +395,18 @@ def piece_for(engine: Embeds, workers: int) -> int:
     """
     if engine.device.type == "cpu":
         return engine.batch
-    share = max(1, min(PIECE, engine.batch // workers))
-    return 1 << (share.bit_length() - 1)
+    images_per_worker = max(1, min(MAX_MICRO_BATCH, engine.batch // workers))
+    return 1 << (images_per_worker.bit_length() - 1)
 
 
-def _entered(batches: Iterator[Batch], engine: Embeds, workers: int) -> Iterator[Batch]:
+def _bind_stream(batches: Iterator[DecodedBatch], engine: EmbeddingEngine, workers: int) -> Iterator[DecodedBatch]:
     engine.enter_stream(workers)
     return batches
 
 
-def _in_turn(batches: Iterator[Batch], engine: Embeds) -> Generator[Embedded, None, None]:
+def _embed_sequentially(
+    batches: Iterator[DecodedBatch], engine: EmbeddingEngine
+) -> Generator[EmbeddedBatch, None, None]:
     for batch in batches:
         started = perf_counter()
         features = engine.embed(batch.images) if batch.images is not None else {}
@@ -393,56 +415,60 @@ def _in_turn(batches: Iterator[Batch], engine: Embeds) -> Generator[Embedded, No
         yield batch, features
 
 
-def _joined(pieces: Generator[Batch, None, None], engine: Embeds) -> Generator[Batch, None, None]:
+def _merge_micro_batches(
+    micro_batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine
+) -> Generator[DecodedBatch, None, None]:
     """Pieces as batches of the engine's size, which it may halve meanwhile; no piece is taken apart."""
-    batch, pictures = Batch(), list[Picture]()
+    batch, pictures = DecodedBatch(), list[PreparedImage]()
 
-    def taken() -> Batch:
+    def pop_batch() -> DecodedBatch:
         nonlocal batch, pictures
-        whole, batch = batch, Batch()
-        whole.images = engine.collect(pictures) if pictures else None
+        full_batch, batch = batch, DecodedBatch()
+        full_batch.images = engine.collate(pictures) if pictures else None
         pictures = []
-        return whole
+        return full_batch
 
-    with closing(pieces):
-        for piece in pieces:
-            if pictures and len(pictures) + len(piece.places) > engine.batch:
-                yield taken()
-            batch.take(piece)
-            pictures.extend(piece.images if piece.images is not None else ())
-            piece.images = None  # the worker that made it may still hold it
-            if len(pictures) >= engine.batch or len(batch.rows) >= MANY * engine.batch:
-                yield taken()
+    with closing(micro_batches):
+        for micro_batch in micro_batches:
+            if pictures and len(pictures) + len(micro_batch.positions) > engine.batch:
+                yield pop_batch()
+            batch.extend(micro_batch)
+            pictures.extend(micro_batch.images if micro_batch.images is not None else ())
+            micro_batch.images = None  # the worker that made it may still hold it
+            if len(pictures) >= engine.batch or len(batch.rows) >= MAX_ROWS_PER_IMAGE * engine.batch:
+                yield pop_batch()
         if batch.rows:
-            yield taken()
+            yield pop_batch()
 
 
-def _overlapping(
-    batches: Generator[Batch, None, None], engine: Embeds, ahead: int = 1
-) -> Generator[Embedded, None, None]:
+def _embed_overlapped(
+    batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine, prefetch: int = 1
+) -> Generator[EmbeddedBatch, None, None]:
     """In order, with so many batches begun after the one that is waited for."""
-    begun: deque[tuple[Batch, Callable[[], Embeddings]]] = deque()
+    pending: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
 
-    def finish() -> Embedded:
-        batch, answer = begun.popleft()
+    def pop_embedded() -> EmbeddedBatch:
+        batch, wait_for_embeddings = pending.popleft()
         started = perf_counter()
-        features = answer()
+        features = wait_for_embeddings()
         batch.seconds.embedding += perf_counter() - started
         return batch, features
 
     with closing(batches):
         for batch in batches:
             started = perf_counter()
-            begun.append((batch, engine.submit(batch.images) if batch.images is not None else dict))
+            pending.append((batch, engine.submit(batch.images) if batch.images is not None else dict))
             batch.images = None
             batch.seconds.embedding += perf_counter() - started
-            if len(begun) > ahead:
-                yield finish()
-        while begun:
-            yield finish()
+            if len(pending) > prefetch:
+                yield pop_embedded()
+        while pending:
+            yield pop_embedded()
 
 
-def embed_pictures(pictures: Pictures, engine: Embeds, output: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def embed_image_list(
+    images: ImageList, engine: EmbeddingEngine, output: str
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The embeddings of images at hand, in the order given.
 
     Returns
@@ -451,19 +477,19 @@ def embed_pictures(pictures: Pictures, engine: Embeds, output: str) -> tuple[NDA
         NaN in the rows whose status is not 0.
     status : ndarray of shape (n,), uint8
     """
-    n = len(pictures.items)
+    n = len(images.items)
     status = np.zeros(n, np.uint8)
     features: NDArray[np.float32] | None = None
-    workers = min(engine.workers, -(-n // piece_for(engine, engine.workers)))
-    loader = Loader(pictures, np.arange(n), engine.transform, engine.batch, collect=engine.collect)
-    with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as batches:
-        for batch, values in batches:
+    workers = min(engine.workers, -(-n // micro_batch_size(engine, engine.workers)))
+    loader = Loader(images, np.arange(n), engine.transform, engine.batch, collate=engine.collate)
+    with closing(loader), engine.session(), closing(embed_batches(loader, engine, workers)) as batches:
+        for batch, embeddings in batches:
             status[batch.rows] = batch.status
-            if values:
+            if embeddings:
                 if features is None:
-                    features = np.full((n, *values[output].shape[1:]), np.nan, np.float32)
-                rows = np.array(batch.rows)[batch.places]
-                features[rows] = values[output]
-                finite = np.isfinite(values[output].reshape(len(rows), -1)).all(axis=1)
-                status[rows[~finite]] = Status.NOT_FINITE
+                    features = np.full((n, *embeddings[output].shape[1:]), np.nan, np.float32)
+                rows = np.array(batch.rows)[batch.positions]
+                features[rows] = embeddings[output]
+                is_finite = np.isfinite(embeddings[output].reshape(len(rows), -1)).all(axis=1)
+                status[rows[~is_finite]] = Status.NOT_FINITE
     return (np.full((n, 0), np.nan, np.float32) if features is None else features), status

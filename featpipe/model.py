@@ -21,34 +21,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import heads, trust
-from featpipe.cache import FeatureCache, narrowed
-from featpipe.calibration import Calibration, logits_of
-from featpipe.durable import check_writable, whole_file
+from featpipe.cache import FeatureCache, restrict_facts_to_output
+from featpipe.calibration import Calibration, compute_logits
+from featpipe.durable import atomic_write, check_writable
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
-from featpipe.fingerprint import differences
-from featpipe.kept import Kept
+from featpipe.fingerprint import describe_differences
+from featpipe.kept import ReplayMemory
 from featpipe.status import Status
-from featpipe.trust import Conformal, Trust
+from featpipe.trust import ConformalPredictor, Uncertainty
 
 __all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "KEPT_DIGEST_BYTES",
+    "MODEL_FORMAT",
+    "MODEL_FORMAT_VERSION",
+    "STORED_DIGEST_BYTES",
     "Model",
-    "embed_images",
-    "listed",
+    "as_image_list",
+    "embed_images_or_raise",
     "load_model",
+    "raise_for_failures",
     "read_document",
-    "refuse_bad",
 ]
 
-FORMAT = "featpipe-model"
-FORMAT_VERSION = "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of training data and known of held-out images
-KEPT_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
-MEMBER_BYTES_MAX = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
-KEPT_MEMBER, TRUST_MEMBER, WEIGHTS_MEMBER = "kept.safetensors", "trust.safetensors", "backbone.safetensors"
-OPTIONAL_BYTES_MAX = {KEPT_MEMBER: 8 * 2**30, TRUST_MEMBER: 2**30}
-MEMBER_KINDS = {  # what model.json must hold, besides format and version
+MODEL_FORMAT = "featpipe-model"
+MODEL_FORMAT_VERSION = (
+    "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of training data and known of held-out images
+)
+STORED_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
+MAX_MEMBER_BYTES = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
+REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER, WEIGHTS_MEMBER = (
+    "kept.safetensors",
+    "trust.safetensors",
+    "backbone.safetensors",
+)
+MAX_OPTIONAL_MEMBER_BYTES = {REPLAY_MEMORY_MEMBER: 8 * 2**30, UNCERTAINTY_MEMBER: 2**30}
+DOCUMENT_TYPES = {  # what model.json must hold, besides format and version
     "head": str,
     "task": str,
     "classes": list,
@@ -104,8 +110,8 @@ class Model:
     scores: dict[str, Any] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
-    kept: Kept | None = None
-    trust: Trust = field(default_factory=Trust)
+    kept: ReplayMemory | None = None
+    trust: Uncertainty = field(default_factory=Uncertainty)
     path: Path | None = None
     device: str = "auto"
     _carries_weights: bool = False
@@ -139,7 +145,7 @@ class Model:
         if self.task == "regression":
             raise ConfigError("this model predicts numbers, not classes; it has no probabilities: use predict")
         if self.calibration is not None:
-            return self.calibration.probabilities(logits_of(self.head, X), self.task == "multilabel")
+            return self.calibration.compute_probabilities(compute_logits(self.head, X), self.task == "multilabel")
         return np.asarray(self.head.predict_proba(X), np.float64)
 
     def novelty_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -152,8 +158,8 @@ class Model:
         """
         if self.trust.novelty is None:
             raise ConfigError("this model does not know how new an image looks; train it again")
-        if X.ndim != 2 or X.shape[1] != self.trust.novelty.rows.shape[1]:
-            raise ConfigError(f"embeddings of shape {X.shape}, expected (m, {self.trust.novelty.rows.shape[1]})")
+        if X.ndim != 2 or X.shape[1] != self.trust.novelty.references.shape[1]:
+            raise ConfigError(f"embeddings of shape {X.shape}, expected (m, {self.trust.novelty.references.shape[1]})")
         return self.trust.novelty(X)
 
     def predict_sets_features(
@@ -178,13 +184,13 @@ class Model:
         """
         conformal = self.sets_known()
         if self.task == "regression":
-            return conformal.intervals(self.predict_features(X), level)
+            return conformal.predict_intervals(self.predict_features(X), level)
         p = self.predict_proba_features(X)
         order = np.argsort(-p, axis=1, kind="stable")
-        inside = np.take_along_axis(conformal.sets(p, level), order, axis=1)
-        return [tuple(self.classes[i] for i in row[held]) for row, held in zip(order, inside, strict=True)]
+        is_included = np.take_along_axis(conformal.predict_sets(p, level), order, axis=1)
+        return [tuple(self.classes[i] for i in row[included]) for row, included in zip(order, is_included, strict=True)]
 
-    def sets_known(self) -> Conformal:
+    def sets_known(self) -> ConformalPredictor:
         """What sets are made from; refused in one sentence where there is nothing."""
         if self.trust.conformal is None:
             if self.task == "multilabel":
@@ -234,7 +240,7 @@ class Model:
 
     def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
         """The embeddings of images, shape (m, d), in the order given; parameters and errors as :meth:`predict`."""
-        return embed_images(listed(images), self.engine(), self.output)
+        return embed_images_or_raise(as_image_list(images), self.engine(), self.output)
 
     @property
     def backbone(self) -> Any:
@@ -248,7 +254,7 @@ class Model:
             If the network is code of somebody's own; pass it to :func:`load_model` if you trust it.
         """
         if self._backbone is None:
-            self._refuse_own_code()
+            self._raise_for_custom_code()
             self.attach(self.request["name"])
         return self._backbone
 
@@ -256,18 +262,18 @@ class Model:
         """Use this backbone, a ``Backbone`` or a name; refused if its embeddings are not the ones trained on."""
         from featpipe import backbone as backbones
 
-        facts = narrowed(self.facts, self.output)["backbone"]
+        expected_facts = restrict_facts_to_output(self.facts, self.output)["backbone"]
         weights = self.path if self._carries_weights and isinstance(backbone, str) else None
-        self._backbone = backbones.load_again(
-            backbone, self.request, facts, where=str(self.path or "model"), weights=weights
+        self._backbone = backbones.reload_backbone(
+            backbone, self.request, expected_facts, context=str(self.path or "model"), weights=weights
         )
         self._engine = None
         return self
 
     def extraction(self) -> dict[str, Any]:
         """The settings of an extraction whose cache fits this model."""
-        how = {name: self.facts[name] for name in ("precision", "storage")}
-        return {"backbone": self.backbone, "device": self.device, **how}
+        settings = {name: self.facts[name] for name in ("precision", "storage")}
+        return {"backbone": self.backbone, "device": self.device, **settings}
 
     def engine(self, images: int = 0) -> Any:
         """The engine that embeds so many images for this model, in the precision it was trained with."""
@@ -278,7 +284,7 @@ class Model:
             self._engine = Engine(self.backbone, device, self.facts["precision"], images=images)
         return self._engine
 
-    def _refuse_own_code(self) -> None:
+    def _raise_for_custom_code(self) -> None:
         name = self.request["name"]
         if ":" in name:
             raise ModelError(
@@ -288,8 +294,8 @@ class Model:
 
     def was_trained_on(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which images the head was trained on, by the SHA-256 of their bytes, shape (n, 32) → (n,)."""
-        known = {row.tobytes() for row in self.trained_on}
-        return np.array([row.tobytes() in known for row in digests[:, :KEPT_DIGEST_BYTES]], bool)
+        trained_digests = {row.tobytes() for row in self.trained_on}
+        return np.array([row.tobytes() in trained_digests for row in digests[:, :STORED_DIGEST_BYTES]], bool)
 
     @property
     def identity(self) -> str:
@@ -299,7 +305,7 @@ class Model:
         digest.update(repr(self.history.get("created")).encode())
         return digest.hexdigest()
 
-    def expand(self, data: Any, **how: Any) -> Model:
+    def expand(self, data: Any, **options: Any) -> Model:
         """A model of more classes, or of fewer; see :func:`featpipe.expand`, which takes the same and says more.
 
         Parameters
@@ -310,9 +316,9 @@ class Model:
         """
         from featpipe.expansion import expand
 
-        return expand(self, data, **how).model
+        return expand(self, data, **options).model
 
-    def finetune(self, archives: Any, **how: Any) -> Model:
+    def finetune(self, archives: Any, **options: Any) -> Model:
         """A model whose backbone was trained further; see :func:`featpipe.finetune`, which says more.
 
         Parameters
@@ -323,7 +329,7 @@ class Model:
         """
         from featpipe.finetuning import finetune
 
-        return finetune(self, archives, **how).model
+        return finetune(self, archives, **options).model
 
     def check_cache(self, cache: FeatureCache) -> None:
         """Refuse a cache whose embeddings are not of the kind that the head was trained on."""
@@ -332,10 +338,12 @@ class Model:
                 f"{cache.path}: holds {', '.join(cache.outputs)}, the model was trained on {self.output!r}; "
                 f"extract with --output {self.output}"
             )
-        differ = differences(narrowed(cache.facts, self.output), narrowed(self.facts, self.output))
-        if differ:
+        differing_facts = describe_differences(
+            restrict_facts_to_output(cache.facts, self.output), restrict_facts_to_output(self.facts, self.output)
+        )
+        if differing_facts:
             raise CacheMismatchError(
-                f"{cache.path}: holds other embeddings than the model was trained on ({'; '.join(differ[:4])}); "
+                f"{cache.path}: holds other embeddings than the model was trained on ({'; '.join(differing_facts[:4])}); "
                 "extract again with the model's backbone"
             )
 
@@ -345,7 +353,7 @@ class Model:
         try:
             check_writable(Path(path))
         except OSError as error:
-            raise _not_written(path, error) from None
+            raise _make_write_error(path, error) from None
 
     def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
         """Write the model to one file, replacing what was there in one step.
@@ -366,26 +374,28 @@ class Model:
         portable = self._carries_weights if portable is None else portable
         members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
         if self.kept is not None:
-            members[KEPT_MEMBER] = self.kept.dumps()
+            members[REPLAY_MEMORY_MEMBER] = self.kept.to_bytes()
         if self.trust.novelty is not None or self.trust.conformal is not None:
-            members[TRUST_MEMBER] = trust.dumps(self.trust)
+            members[UNCERTAINTY_MEMBER] = trust.dumps(self.trust)
         if portable:
-            members[WEIGHTS_MEMBER] = self._weights()
-        document = self._document(portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()})
+            members[WEIGHTS_MEMBER] = self._weight_bytes()
+        document = self._to_document(
+            portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+        )
         try:
-            with whole_file(target) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
+            with atomic_write(target) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
                 text = json.dumps(document, ensure_ascii=False, allow_nan=False)
                 file.writestr(zipfile.ZipInfo("model.json"), text.encode("utf-8", "backslashreplace"))
                 for name, data in members.items():
                     file.writestr(zipfile.ZipInfo(name), data)
         except OSError as error:
-            raise _not_written(target, error) from None
+            raise _make_write_error(target, error) from None
         return target
 
-    def _document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:
+    def _to_document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format": MODEL_FORMAT,
+            "format_version": MODEL_FORMAT_VERSION,
             "head": self.head_name,
             "task": self.task,
             "classes": list(self.classes),
@@ -394,18 +404,18 @@ class Model:
             "backbone": self.request,
             "scores": self.scores,
             "history": {**self.history, "portable": portable},
-            "calibration": None if self.calibration is None else self.calibration.facts(),
-            "kept": None if self.kept is None else self.kept.facts(),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+            "kept": None if self.kept is None else self.kept.to_summary(),
             "files": files,
         }
 
-    def _weights(self) -> bytes:
+    def _weight_bytes(self) -> bytes:
         import safetensors.torch
 
         state = self.backbone.network.state_dict()
         # copied, because safetensors refuses tensors that share their memory, as tied weights do
-        own = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-        return safetensors.torch.save(own)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        return safetensors.torch.save(tensors)
 
 
 def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: str = "auto") -> Model:
@@ -429,9 +439,9 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
     >>> model = load_model("photos.model")                                   # doctest: +SKIP
     >>> model.predict(["a.jpg", "b.jpg"])                                    # doctest: +SKIP
     """
-    source = Path(path)
-    with _reading(source):
-        document, members = _read(source)
+    model_path = Path(path)
+    with _wrap_read_errors(model_path):
+        document, members = _read_members(model_path)
         model = Model(
             head=heads.loads(members["head.skops"]),
             head_name=document["head"],
@@ -440,30 +450,32 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
             output=document["output"],
             facts=document["facts"],
             request=document["backbone"],
-            trained_on=np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, KEPT_DIGEST_BYTES),
+            trained_on=np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, STORED_DIGEST_BYTES),
             scores=document["scores"],
             history=document["history"],
-            calibration=_calibration(document),
-            kept=Kept.loads(members[KEPT_MEMBER], len(document["classes"])) if KEPT_MEMBER in members else None,
-            trust=trust.loads(members[TRUST_MEMBER]) if TRUST_MEMBER in members else Trust(),
-            path=source,
+            calibration=_load_calibration(document),
+            kept=ReplayMemory.from_bytes(members[REPLAY_MEMORY_MEMBER], len(document["classes"]))
+            if REPLAY_MEMORY_MEMBER in members
+            else None,
+            trust=trust.loads(members[UNCERTAINTY_MEMBER]) if UNCERTAINTY_MEMBER in members else Uncertainty(),
+            path=model_path,
             device=device,
             _carries_weights=WEIGHTS_MEMBER in document["files"],
         )
         if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
             raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
         if model.kept is not None:
-            model.kept.check(model.head)
+            model.kept.check_compatible(model.head)
     return model if backbone is None else model.attach(backbone)
 
 
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model says of itself, without loading its head: for ``featpipe info``."""
-    with _reading(Path(path)):
-        return _read(Path(path))[0]
+    with _wrap_read_errors(Path(path)):
+        return _read_members(Path(path))[0]
 
 
-def embed_images(images: Sequence[object], engine: Any, output: str) -> NDArray[np.float32]:
+def embed_images_or_raise(images: Sequence[object], engine: Any, output: str) -> NDArray[np.float32]:
     """The embeddings of images at hand, shape (m, …), in the order given.
 
     Raises
@@ -471,14 +483,14 @@ def embed_images(images: Sequence[object], engine: Any, output: str) -> NDArray[
     SampleError
         If one has no embedding.
     """
-    from featpipe.loader import Pictures, embed_pictures
+    from featpipe.loader import ImageList, embed_image_list
 
-    features, codes = embed_pictures(Pictures(images), engine, output)
-    refuse_bad(images, codes)
+    features, status_codes = embed_image_list(ImageList(images), engine, output)
+    raise_for_failures(images, status_codes)
     return features
 
 
-def refuse_bad(images: Sequence[object], codes: NDArray[np.integer]) -> None:
+def raise_for_failures(images: Sequence[object], status_codes: NDArray[np.integer]) -> None:
     """Raise for the first image that has no embedding: in a list of predictions there is no row for a reason.
 
     Parameters
@@ -487,15 +499,15 @@ def refuse_bad(images: Sequence[object], codes: NDArray[np.integer]) -> None:
     codes : ndarray of shape (m,)
         Codes of :class:`featpipe.status.Status`.
     """
-    for row in np.flatnonzero(codes)[:1].tolist():
-        item, status = images[row], Status(int(codes[row]))
-        name = str(item) if isinstance(item, (str, os.PathLike)) else type(item).__name__
+    for row in np.flatnonzero(status_codes)[:1].tolist():
+        image, status = images[row], Status(int(status_codes[row]))
+        name = str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__
         raise SampleError(
             f"image {row} ({name}): {status.word}; leave it out or repair it", status=status, sample_id=str(row)
         )
 
 
-def listed(images: object) -> list[Any]:
+def as_image_list(images: object) -> list[Any]:
     """The images as a list: from a sequence, an array or column of paths, or a stack of pictures.
 
     Raises
@@ -509,8 +521,8 @@ def listed(images: object) -> list[Any]:
     if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Set)) or hasattr(images, "columns"):
         raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
     if isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
-        looks_like_one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (3, 4))
-        if looks_like_one:
+        is_single_image = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (3, 4))
+        if is_single_image:
             raise ConfigError(f"got an array of shape {images.shape}; {advice}, or a stack of shape (n, h, w, 3)")
     if not hasattr(images, "__len__") or not hasattr(images, "__iter__"):
         raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
@@ -519,12 +531,12 @@ def listed(images: object) -> list[Any]:
     return list(images)
 
 
-def _not_written(path: str | os.PathLike[str], error: OSError) -> ModelError:
+def _make_write_error(path: str | os.PathLike[str], error: OSError) -> ModelError:
     return ModelError(f"{path}: cannot be written ({error.strerror or error}); choose another --out")
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _wrap_read_errors(path: Path) -> Iterator[None]:
     """Whatever a damaged or hostile file makes of itself becomes one error with its name."""
     try:
         yield
@@ -544,77 +556,87 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _calibration(document: Mapping[str, Any]) -> Calibration | None:
-    stated = document.get("calibration")
-    return None if stated is None else Calibration.of(stated, len(document["classes"]))
+def _load_calibration(document: Mapping[str, Any]) -> Calibration | None:
+    calibration_entry = document.get("calibration")
+    return None if calibration_entry is None else Calibration.from_dict(calibration_entry, len(document["classes"]))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _read_members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The checked document, and the members that are needed at once."""
     with zipfile.ZipFile(path) as file:
         infos = {info.filename: info for info in file.infolist()}
         _check_members(infos, len(file.infolist()), path.stat().st_size)
         document = json.loads(file.read("model.json"))
         _check_document(document)
-        absent = sorted(document["files"].keys() - infos.keys())
-        if absent:
-            raise ModelError(f"has no {absent[0][:60]}, which its model.json names; copy the model again")
+        missing_members = sorted(document["files"].keys() - infos.keys())
+        if missing_members:
+            raise ModelError(f"has no {missing_members[0][:60]}, which its model.json names; copy the model again")
         if infos.keys() != {"model.json", *document["files"]}:
             raise ModelError("holds other members than its model.json names")
-        wanted = ("head.skops", "trained_on.bin", *OPTIONAL_BYTES_MAX)
-        members = {name: file.read(name) for name in wanted if name in infos}
+        member_names = ("head.skops", "trained_on.bin", *MAX_OPTIONAL_MEMBER_BYTES)
+        members = {name: file.read(name) for name in member_names if name in infos}
     for name, data in members.items():
         if hashlib.sha256(data).hexdigest() != document["files"][name]:
             raise ModelError(f"{name} is damaged: its digest is not the one in model.json; copy the model again")
     return document, members
 
 
-def _check_members(infos: Mapping[str, zipfile.ZipInfo], count: int, size: int) -> None:
-    unknown = infos.keys() - MEMBER_BYTES_MAX.keys() - OPTIONAL_BYTES_MAX.keys() - {WEIGHTS_MEMBER}
-    if unknown or len(infos) != count:
-        raise ModelError(f"holds {', '.join(map(repr, sorted(unknown)[:3])) or 'a member twice'}, which no model does")
+def _check_members(infos: Mapping[str, zipfile.ZipInfo], member_count: int, file_size: int) -> None:
+    unknown_members = infos.keys() - MAX_MEMBER_BYTES.keys() - MAX_OPTIONAL_MEMBER_BYTES.keys() - {WEIGHTS_MEMBER}
+    if unknown_members or len(infos) != member_count:
+        raise ModelError(
+            f"holds {', '.join(map(repr, sorted(unknown_members)[:3])) or 'a member twice'}, which no model does"
+        )
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
         raise ModelError("holds compressed members, which no model does")
-    for name in MEMBER_BYTES_MAX:
+    for name in MAX_MEMBER_BYTES:
         if name not in infos:
             raise ModelError(f"has no {name}; it is not a featpipe model")
-    for name, most in {**MEMBER_BYTES_MAX, **OPTIONAL_BYTES_MAX}.items():
-        if name in infos and infos[name].file_size > min(most, size):
+    for name, max_bytes in {**MAX_MEMBER_BYTES, **MAX_OPTIONAL_MEMBER_BYTES}.items():
+        if name in infos and infos[name].file_size > min(max_bytes, file_size):
             raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
 
 
 def _check_document(document: Any) -> None:
     """The types of all that is used later, so that no command stumbles half way."""
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ModelError(f"model.json is not of format {FORMAT}; it is not a featpipe model")
+    if not isinstance(document, dict) or document.get("format") != MODEL_FORMAT:
+        raise ModelError(f"model.json is not of format {MODEL_FORMAT}; it is not a featpipe model")
     version = str(document.get("format_version"))
-    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
-        raise ModelError(f"has format version {version[:20]}, this featpipe reads {FORMAT_VERSION.split('.')[0]}.x")
-    for key, kind in MEMBER_KINDS.items():
-        if not isinstance(document.get(key), kind):
-            raise ModelError(f"model.json has no {key}, or not as a {kind.__name__}; copy the model again")
+    if version.split(".")[0] != MODEL_FORMAT_VERSION.split(".")[0]:
+        raise ModelError(
+            f"has format version {version[:20]}, this featpipe reads {MODEL_FORMAT_VERSION.split('.')[0]}.x"
+        )
+    for key, expected_type in DOCUMENT_TYPES.items():
+        if not isinstance(document.get(key), expected_type):
+            raise ModelError(f"model.json has no {key}, or not as a {expected_type.__name__}; copy the model again")
     classes, facts, request = document["classes"], document["facts"], document["backbone"]
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
         raise ModelError("model.json names its classes twice, or not by text; train the model again")
     backbone = facts.get("backbone")
-    if document["task"] not in heads.TASKS or not isinstance(request.get("name"), str):
-        raise ModelError(f"model.json names no task of {', '.join(heads.TASKS)}, or no backbone; train the model again")
+    if document["task"] not in heads.HEAD_TASKS or not isinstance(request.get("name"), str):
+        raise ModelError(
+            f"model.json names no task of {', '.join(heads.HEAD_TASKS)}, or no backbone; train the model again"
+        )
     if not isinstance(request.get("weights"), str | None) or not isinstance(request.get("seed", 0), int):
         raise ModelError("model.json does not say which weights its backbone has; train the model again")
     if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
         raise ModelError("model.json does not say what its output is; train the model again")
-    _check_memory(document.get("kept"), document["history"].get("steps", []))
+    _check_replay_memory(document.get("kept"), document["history"].get("steps", []))
     if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
         raise ModelError("model.json does not say how the images were embedded; train the model again")
 
 
-def _check_memory(kept: Any, steps: Any) -> None:
+def _check_replay_memory(memory_summary: Any, steps: Any) -> None:
     """What is said of the data that are kept, and of the steps in which classes came."""
-    if kept is not None:
-        sizes = kept.get("bytes") if isinstance(kept, dict) else None
-        numbers = [*sizes.values(), kept.get("rows"), kept.get("rows_a_class")] if isinstance(sizes, dict) else [None]
+    if memory_summary is not None:
+        sizes = memory_summary.get("bytes") if isinstance(memory_summary, dict) else None
+        numbers = (
+            [*sizes.values(), memory_summary.get("rows"), memory_summary.get("rows_a_class")]
+            if isinstance(sizes, dict)
+            else [None]
+        )
         if not all(isinstance(number, int) for number in numbers):
             raise ModelError("model.json does not say how large what it keeps is; copy the model again")
-    told = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
-    if not told or not all(isinstance(step.get("classes"), list) and "method" in step for step in steps):
+    are_steps_valid = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+    if not are_steps_valid or not all(isinstance(step.get("classes"), list) and "method" in step for step in steps):
         raise ModelError("model.json does not say which classes came in which step; train the model again")

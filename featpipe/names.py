@@ -7,23 +7,23 @@ from difflib import get_close_matches
 
 from featpipe.errors import ConfigError
 
-__all__ = ["check_names", "unknown"]
+__all__ = ["check_names", "unknown_name_error"]
 
 
-def check_names(kind: str, given: Iterable[str], known: Iterable[str], hint: str = "") -> None:
+def check_names(kind: str, requested: Iterable[str], allowed: Iterable[str], hint: str = "") -> None:
     """Refuse the first name that is not in a table.
 
     Raises
     ------
     ConfigError
     """
-    names = list(known)
-    for name in given:
-        if name not in names:
-            raise unknown(kind, name, names, hint)
+    allowed_names = list(allowed)
+    for name in requested:
+        if name not in allowed_names:
+            raise unknown_name_error(kind, name, allowed_names, hint)
 
 
-def unknown(kind: str, given: str, known: Iterable[str], hint: str = "") -> ConfigError:
+def unknown_name_error(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> ConfigError:
     """The error for a name that is not in a table.
 
     Examples
@@ -31,12 +31,12 @@ def unknown(kind: str, given: str, known: Iterable[str], hint: str = "") -> Conf
     >>> str(unknown("head", "logistc", ["logistic", "mlp"]))
     "unknown head 'logistc'; did you mean 'logistic'?"
     """
-    names = list(known)
-    near = get_close_matches(given, names, n=3, cutoff=0.5)
-    if near:
-        advice = f"did you mean {' or '.join(map(repr, near))}?"
-    elif len(names) <= 12:
-        advice = f"known: {', '.join(names)}"
+    allowed_names = list(allowed)
+    matches = get_close_matches(name, allowed_names, n=3, cutoff=0.5)
+    if matches:
+        advice = f"did you mean {' or '.join(map(repr, matches))}?"
+    elif len(allowed_names) <= 12:
+        advice = f"known: {', '.join(allowed_names)}"
     else:
-        advice = f"{len(names)} names are known"
-    return ConfigError(f"unknown {kind} {given!r}; {advice}{' ' + hint if hint else ''}")
+        advice = f"{len(allowed_names)} names are known"
+    return ConfigError(f"unknown {kind} {name!r}; {advice}{' ' + hint if hint else ''}")

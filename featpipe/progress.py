@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Progress", "Tell", "quiet"]
+__all__ = ["Progress", "ProgressCallback", "report_warnings_only"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Progress:
     unit: str = "images"
 
 
-Tell = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 
 
-def quiet(progress: Progress) -> None:
+def report_warnings_only(progress: Progress) -> None:
     """The default: warnings go where Python's warnings go, the rest is not said."""
     if progress.kind == "warning":
         warnings.warn(progress.text, stacklevel=3)

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BINS", "bin_gaps", "calibration_error", "judged"]
+__all__ = ["N_BINS", "calibration_error", "compute_bin_gaps", "compute_confidence"]
 
 Array = NDArray[np.float64]
 
-BINS = 15
+N_BINS = 15
 
 
-def judged(probabilities: Array, y: NDArray[Any]) -> tuple[Array, NDArray[np.bool_]]:
+def compute_confidence(probabilities: Array, y: NDArray[Any]) -> tuple[Array, NDArray[np.bool_]]:
     """What is claimed, and whether it is so: two arrays of shape (m, 1), or (m, k) of several labels a row.
 
     Parameters
@@ -28,16 +28,16 @@ def judged(probabilities: Array, y: NDArray[Any]) -> tuple[Array, NDArray[np.boo
     return probabilities.max(axis=1)[:, None], (probabilities.argmax(axis=1) == y)[:, None]
 
 
-def bin_gaps(confidence: Array, right: NDArray[np.bool_], bins: int = BINS) -> Array:
+def compute_bin_gaps(confidence: Array, correct: NDArray[np.bool_], n_bins: int = N_BINS) -> Array:
     """What each row adds to the gap between confidence and accuracy of each bin of equal width, shape (m, bins)."""
-    gaps = np.zeros((len(confidence), bins))
-    where = np.minimum((confidence * bins).astype(int), bins - 1)
-    rows = np.broadcast_to(np.arange(len(confidence))[:, None], where.shape)
-    np.add.at(gaps, (rows, where), confidence - right)
+    gaps = np.zeros((len(confidence), n_bins))
+    bin_indices = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    row_indices = np.broadcast_to(np.arange(len(confidence))[:, None], bin_indices.shape)
+    np.add.at(gaps, (row_indices, bin_indices), confidence - correct)
     return gaps
 
 
-def calibration_error(probabilities: Array, y: NDArray[Any], bins: int = BINS) -> float:
+def calibration_error(probabilities: Array, y: NDArray[Any], n_bins: int = N_BINS) -> float:
     """How far confidence is from accuracy: the mean gap over bins of equal width, weighted by their rows.
 
     Parameters
@@ -47,7 +47,7 @@ def calibration_error(probabilities: Array, y: NDArray[Any], bins: int = BINS) -
         As `judged` takes them.
     bins : int
     """
-    confidence, right = judged(probabilities, y)
-    where = np.minimum((confidence * bins).astype(int), bins - 1).ravel()
-    gaps = np.bincount(where, confidence.ravel(), bins) - np.bincount(where, right.ravel(), bins)
+    confidence, correct = compute_confidence(probabilities, y)
+    bin_indices = np.minimum((confidence * n_bins).astype(int), n_bins - 1).ravel()
+    gaps = np.bincount(bin_indices, confidence.ravel(), n_bins) - np.bincount(bin_indices, correct.ravel(), n_bins)
     return float(np.abs(gaps).sum() / confidence.size)

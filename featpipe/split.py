@@ -20,20 +20,27 @@ from numpy.typing import ArrayLike, NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = ["cut", "folds", "given", "group_key", "holdout", "key"]
+__all__ = [
+    "apply_predefined_split",
+    "compute_group_keys",
+    "compute_keys",
+    "find_cutoff_time",
+    "make_folds",
+    "make_holdout",
+]
 
 # Whether small classes that share their groups can all be on every side is a question that grows without bound: it is
 # answered exactly where few units may move, and otherwise by as many steps as take a second.
-EXACT_CHOICES = 120
-SEARCH_NODES = 1000
-SEARCH_STEPS = 4000
+MAX_EXACT_CHOICES = 120
+MAX_SEARCH_NODES = 1000
+MAX_SEARCH_STEPS = 4000
 
-GROUPS_NAMED = 5
+MAX_LISTED_GROUPS = 5
 
-Rows = NDArray[np.int64]
+RowIndices = NDArray[np.int64]
 
 
-def key(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float64]:
+def compute_keys(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float64]:
     """A number in [0, 1) for each image, uniform, that depends on its digest and the seed alone.
 
     Parameters
@@ -59,16 +66,16 @@ def key(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float64]:
     >>> key(np.zeros((1, 32), np.uint8), seed=1) == key(np.zeros((2, 32), np.uint8), seed=1)
     array([ True,  True])
     """
-    digests = _digests(digests)
+    digests = _check_digests(digests)
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise ConfigError(f"seed is {seed!r}; give a whole number from 0 to 2**64 - 1")
-    mixed = _mix(np.full(len(digests), seed, np.uint64))
+    mixed = _splitmix64(np.full(len(digests), seed, np.uint64))
     for word in digests.view("<u8").astype(np.uint64).T:
-        mixed = _mix(mixed ^ word)
+        mixed = _splitmix64(mixed ^ word)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def group_key(groups: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
+def compute_group_keys(groups: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
     """A number in [0, 1) for each row, uniform over groups, that depends on the group's name and the seed alone.
 
     Parameters
@@ -87,11 +94,11 @@ def group_key(groups: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
     >>> group_key(["patient 7", "patient 8", "patient 7"])
     array([0.70682047, 0.84688462, 0.70682047])
     """
-    names, codes = _groups(groups, len(np.asarray(groups)))
-    return _name_keys(names, seed)[codes]
+    names, codes = _encode_groups(groups, len(np.asarray(groups)))
+    return _compute_name_keys(names, seed)[codes]
 
 
-def holdout(
+def make_holdout(
     digests: NDArray[np.uint8],
     y: ArrayLike | None = None,
     *,
@@ -101,7 +108,7 @@ def holdout(
     times: ArrayLike | None = None,
     since: Any = None,
     names: Sequence[str] | None = None,
-) -> tuple[Rows, Rows]:
+) -> tuple[RowIndices, RowIndices]:
     """Divide rows into training and test.
 
     Parameters
@@ -158,18 +165,20 @@ def holdout(
     way is an error; so is, among very many classes of a few groups each, that none was found.
     """
     _check_share(test)
-    units, keys = _units(digests, groups, seed)
-    codes, distinct = _codes(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
+    units, keys = _find_units(digests, groups, seed)
+    codes, distinct = _encode_values(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
     if times is not None:
-        when = _times(times, len(keys))
-        start = cut(when, test) if since is None else _moment(since, when)
-        return _by_time(when, units, [start], codes)[0]
+        row_times = _check_times(times, len(keys))
+        cutoff = find_cutoff_time(row_times, test) if since is None else _parse_cutoff(since, row_times)
+        return _split_by_time(row_times, units, [cutoff], codes)[0]
     if since is not None:
         raise ConfigError(f"since={since!r} is a time, but the rows have none; give times too")
     is_test = keys < test
     if y is not None or len(np.unique(keys)) > 1:
-        what = "image" if groups is None else "group"
-        is_test = _both_sides(keys, test, codes, _called(distinct, names if y is not None else ["the data"]), what)
+        unit_name = "image" if groups is None else "group"
+        is_test = _ensure_both_sides(
+            keys, test, codes, _class_names(distinct, names if y is not None else ["the data"]), unit_name
+        )
     train_rows, test_rows = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     if not len(train_rows) or not len(test_rows):
         kind = "distinct images" if groups is None else "groups"
@@ -180,7 +189,7 @@ def holdout(
     return train_rows.astype(np.int64), test_rows.astype(np.int64)
 
 
-def folds(
+def make_folds(
     digests: NDArray[np.uint8],
     y: ArrayLike | None = None,
     *,
@@ -189,7 +198,7 @@ def folds(
     groups: ArrayLike | None = None,
     times: ArrayLike | None = None,
     names: Sequence[str] | None = None,
-) -> list[tuple[Rows, Rows]]:
+) -> list[tuple[RowIndices, RowIndices]]:
     """Divide rows into k folds, each once the test of the others; by time, of those before it.
 
     Parameters
@@ -233,25 +242,28 @@ def folds(
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 2:
         raise ConfigError(f"k is {k!r}; give a whole number of folds, 2 or more")
-    units, keys = _units(digests, groups, seed)
-    codes, distinct = _codes(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
+    units, keys = _find_units(digests, groups, seed)
+    codes, distinct = _encode_values(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
     if times is not None:
-        when = _times(times, len(keys))
-        return _by_time(when, units, _cuts(when, int(k)), codes)
-    called = None if y is None else _called(distinct, names)
-    _check_enough(units, codes, called, k, grouped=groups is not None)
-    fold = _deal(keys, codes, units, int(k))
-    fold = _in_every_fold(fold, codes, units, called or ["the data"], int(k))
-    return [(np.flatnonzero(fold != i).astype(np.int64), np.flatnonzero(fold == i).astype(np.int64)) for i in range(k)]
+        row_times = _check_times(times, len(keys))
+        return _split_by_time(row_times, units, _find_cutoff_times(row_times, int(k)), codes)
+    class_names = None if y is None else _class_names(distinct, names)
+    _check_enough_units(units, codes, class_names, k, grouped=groups is not None)
+    fold_indices = _assign_folds(keys, codes, units, int(k))
+    fold_indices = _ensure_every_fold(fold_indices, codes, units, class_names or ["the data"], int(k))
+    return [
+        (np.flatnonzero(fold_indices != i).astype(np.int64), np.flatnonzero(fold_indices == i).astype(np.int64))
+        for i in range(k)
+    ]
 
 
-def given(
+def apply_predefined_split(
     digests: NDArray[np.uint8],
     train: NDArray[np.bool_],
     test: NDArray[np.bool_],
     *,
     groups: ArrayLike | None = None,
-) -> tuple[Rows, Rows]:
+) -> tuple[RowIndices, RowIndices]:
     """The rows of a split that came with the labels, made honest.
 
     Parameters
@@ -272,32 +284,32 @@ def given(
     ConfigError
         If a row is both, a group is on both sides, or a side is empty.
     """
-    copies, _ = _units(digests, None, 0)
+    image_units, _ = _find_units(digests, None, 0)
     if (train & test).any():
         raise ConfigError(f"{int((train & test).sum())} rows are marked for training and for the test; mark them once")
-    for which, marked in (("training", train), ("the test", test)):
-        if not marked.any():
-            raise ConfigError(f"the split that came with the labels has no row for {which}; mark some")
+    for side, is_marked in (("training", train), ("the test", test)):
+        if not is_marked.any():
+            raise ConfigError(f"the split that came with the labels has no row for {side}; mark some")
     if groups is not None:
-        names, codes = _groups(groups, len(copies))
-        both = np.intersect1d(codes[train], codes[test])
-        if len(both):
-            named = ", ".join(repr(str(names[code])) for code in both[:GROUPS_NAMED])
+        names, codes = _encode_groups(groups, len(image_units))
+        shared_codes = np.intersect1d(codes[train], codes[test])
+        if len(shared_codes):
+            listed = ", ".join(repr(str(names[code])) for code in shared_codes[:MAX_LISTED_GROUPS])
             raise ConfigError(
-                f"{len(both)} of {len(names)} groups are on both sides of the split that came with the labels, the "
-                f"first {'is' if len(both) == 1 else 'are'} {named}; mark each group once, or leave out the groups or "
+                f"{len(shared_codes)} of {len(names)} groups are on both sides of the split that came with the labels, the "
+                f"first {'is' if len(shared_codes) == 1 else 'are'} {listed}; mark each group once, or leave out the groups or "
                 "the split"
             )
-    seen = np.isin(copies, copies[train])
-    if not (test & ~seen).any():
+    has_training_copy = np.isin(image_units, image_units[train])
+    if not (test & ~has_training_copy).any():
         raise ConfigError(
             f"all {int(test.sum())} images that are marked for the test are, byte by byte, also marked for training; "
             "mark others"
         )
-    return np.flatnonzero(train).astype(np.int64), np.flatnonzero(test & ~seen).astype(np.int64)
+    return np.flatnonzero(train).astype(np.int64), np.flatnonzero(test & ~has_training_copy).astype(np.int64)
 
 
-def cut(times: ArrayLike, test: float = 0.2) -> Any:
+def find_cutoff_time(times: ArrayLike, test: float = 0.2) -> Any:
     """The earliest time of a test row: the one that leaves the share nearest to `test` at or after it.
 
     Parameters
@@ -312,7 +324,7 @@ def cut(times: ArrayLike, test: float = 0.2) -> Any:
     2021.0
     """
     _check_share(test)
-    return _cuts(_times(times, len(np.asarray(times))), 1, 1 - test)[0]
+    return _find_cutoff_times(_check_times(times, len(np.asarray(times))), 1, 1 - test)[0]
 
 
 def _check_share(test: float) -> None:
@@ -320,7 +332,7 @@ def _check_share(test: float) -> None:
         raise ConfigError(f"test is {test!r}; give a share between 0 and 1, such as 0.2")
 
 
-def _digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _check_digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
     digests = np.asarray(digests)
     if digests.dtype != np.uint8 or digests.ndim != 2 or digests.shape[1] != 32:
         raise ConfigError(
@@ -329,14 +341,14 @@ def _digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(digests)
 
 
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
-def _codes(values: ArrayLike, n: int, name: str = "y") -> tuple[NDArray[np.int64], NDArray[np.generic]]:
+def _encode_values(values: ArrayLike, n: int, name: str = "y") -> tuple[NDArray[np.int64], NDArray[np.generic]]:
     """Numbers 0, 1, … for the distinct values, and the values."""
     array = np.asarray(values)
     if array.shape != (n,):
@@ -351,30 +363,32 @@ def _codes(values: ArrayLike, n: int, name: str = "y") -> tuple[NDArray[np.int64
     return codes.astype(np.int64), distinct
 
 
-def _called(distinct: NDArray[np.generic], names: Sequence[str] | None) -> list[str]:
+def _class_names(distinct: NDArray[np.generic], names: Sequence[str] | None) -> list[str]:
     """What messages call the distinct values of y."""
     values = distinct.tolist()
     return [str(value) if names is None else names[int(value)] for value in values]
 
 
-def _groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int64]]:
+def _encode_groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int64]]:
     """The names of the groups, and for each row the position of its own."""
     array = np.asarray(groups)
     if array.shape != (n,):
         raise ConfigError(f"groups have shape {array.shape}, the digests have {n} rows; give one group a row")
-    distinct, codes = np.unique(array, return_inverse=True) if array.dtype != object else _distinct(array.tolist())
+    distinct, codes = (
+        np.unique(array, return_inverse=True) if array.dtype != object else _unique_in_order(array.tolist())
+    )
     names = [_group_name(value) for value in distinct.tolist()]
-    nameless = np.flatnonzero(np.isin(codes, [code for code, name in enumerate(names) if not name]))
-    if len(nameless):
+    rows_without_group = np.flatnonzero(np.isin(codes, [code for code, name in enumerate(names) if not name]))
+    if len(rows_without_group):
         raise ConfigError(
-            f"{len(nameless)} of {n} rows have no group, the first is row {nameless[0]}; give each one, an image that "
+            f"{len(rows_without_group)} of {n} rows have no group, the first is row {rows_without_group[0]}; give each one, an image that "
             "belongs to no other one of its own"
         )
-    names_of, codes_of = np.unique(np.array(names, dtype=np.str_), return_inverse=True)  # 7 and "7" are one
-    return names_of.tolist(), codes_of.astype(np.int64)[codes]
+    unique_names, name_codes = np.unique(np.array(names, dtype=np.str_), return_inverse=True)  # 7 and "7" are one
+    return unique_names.tolist(), name_codes.astype(np.int64)[codes]
 
 
-def _distinct(values: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _unique_in_order(values: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """As np.unique, of values that need not compare, in the order in which they come."""
     positions: dict[tuple[type, Any], int] = {}
     codes = [positions.setdefault((type(value), value), len(positions)) for value in values]
@@ -396,29 +410,29 @@ def _group_name(value: object) -> str:
     raise ConfigError(f"a group is {value!r} ({type(value).__name__}); give text or whole numbers")
 
 
-def _name_keys(names: Sequence[str], seed: int) -> NDArray[np.float64]:
+def _compute_name_keys(names: Sequence[str], seed: int) -> NDArray[np.float64]:
     hashes = b"".join(hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest() for name in names)
-    return key(np.frombuffer(hashes, np.uint8).reshape(-1, 32), seed)
+    return compute_keys(np.frombuffer(hashes, np.uint8).reshape(-1, 32), seed)
 
 
-def _units(
+def _find_units(
     digests: NDArray[np.uint8], groups: ArrayLike | None, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The sets of rows that must stay together, numbered in the order of their keys, and the key of each row's set."""
-    keys = key(digests, seed)
+    keys = compute_keys(digests, seed)
     distinct, images = np.unique(keys, return_inverse=True)
     if groups is None:
         return images.astype(np.int64), keys
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    names, codes = _groups(groups, len(keys))
-    ends = len(distinct) + len(names)
-    joined = coo_array((np.ones(len(keys), bool), (images, len(distinct) + codes)), shape=(ends, ends))
-    component = connected_components(joined, directed=False)[1][images]
-    smallest = np.full(ends, np.inf)
-    np.minimum.at(smallest, component, _name_keys(names, seed)[codes])
-    keys = smallest[component]
+    names, codes = _encode_groups(groups, len(keys))
+    n_nodes = len(distinct) + len(names)
+    adjacency = coo_array((np.ones(len(keys), bool), (images, len(distinct) + codes)), shape=(n_nodes, n_nodes))
+    component = connected_components(adjacency, directed=False)[1][images]
+    component_keys = np.full(n_nodes, np.inf)
+    np.minimum.at(component_keys, component, _compute_name_keys(names, seed)[codes])
+    keys = component_keys[component]
     order = np.lexsort((component, keys))
     changes = np.diff(component[order], prepend=component[order[:1]]) != 0
     units = np.empty(len(keys), np.int64)
@@ -426,60 +440,60 @@ def _units(
     return units, keys
 
 
-def _both_sides(
-    keys: NDArray[np.float64], test: float, codes: NDArray[np.int64], names: list[str], what: str
+def _ensure_both_sides(
+    keys: NDArray[np.float64], test: float, codes: NDArray[np.int64], class_names: list[str], unit_name: str
 ) -> NDArray[np.bool_]:
     """Which rows are tested. A class that lacks a side is lent one image or group, whole: every row with that key."""
     is_test = keys < test
-    for code, rows in enumerate(_rows_by_code(codes, len(names))):
+    for code, rows in enumerate(_rows_by_code(codes, len(class_names))):
         if keys[rows].min() == keys[rows].max():
-            one = "one distinct image" if what == "image" else "one group of images"
+            single_unit = "one distinct image" if unit_name == "image" else "one group of images"
             raise ConfigError(
-                f"class {names[code]!r} has {one} ({len(rows)} rows); a test set needs two: "
-                f"add {what}s or leave the class out"
+                f"class {class_names[code]!r} has {single_unit} ({len(rows)} rows); a test set needs two: "
+                f"add {unit_name}s or leave the class out"
             )
         if not is_test[rows].any():
             is_test[keys == keys[rows].min()] = True
         elif is_test[rows].all():
             is_test[keys == keys[rows].max()] = False
-    lacking = _lacking(is_test.astype(np.int64), codes, 2)
-    if not len(lacking):
+    missing_classes = _find_missing_classes(is_test.astype(np.int64), codes, 2)
+    if not len(missing_classes):
         return is_test
     distinct, units = np.unique(keys, return_inverse=True)
-    side = _arranged((distinct < test).astype(np.int64), np.abs(distinct - test), codes, units.astype(np.int64), 2)
-    if side is None:
+    sides = _rearrange((distinct < test).astype(np.int64), np.abs(distinct - test), codes, units.astype(np.int64), 2)
+    if sides is None:
         raise ConfigError(
-            f"class {names[lacking[0]]!r} shares its few {what}s with other classes, and no way is found to have "
-            f"all on both sides; correct the labels of identical images, add {what}s or leave a class out"
+            f"class {class_names[missing_classes[0]]!r} shares its few {unit_name}s with other classes, and no way is found to have "
+            f"all on both sides; correct the labels of identical images, add {unit_name}s or leave a class out"
         )
-    return side[units] == 1
+    return sides[units] == 1
 
 
-def _lacking(side: NDArray[np.int64], codes: NDArray[np.int64], k: int) -> NDArray[np.intp]:
+def _find_missing_classes(sides: NDArray[np.int64], codes: NDArray[np.int64], k: int) -> NDArray[np.intp]:
     """The classes that are missing on one of the k sides."""
-    counts = np.bincount(codes * k + side, minlength=(int(codes.max(initial=-1)) + 1) * k)
+    counts = np.bincount(codes * k + sides, minlength=(int(codes.max(initial=-1)) + 1) * k)
     return np.flatnonzero((counts.reshape(-1, k) == 0).any(axis=1))
 
 
-def _in_every_fold(
-    fold: NDArray[np.int64], codes: NDArray[np.int64], units: NDArray[np.int64], names: list[str], k: int
+def _ensure_every_fold(
+    fold_indices: NDArray[np.int64], codes: NDArray[np.int64], units: NDArray[np.int64], class_names: list[str], k: int
 ) -> NDArray[np.int64]:
     """The folds, with rows moved where a class is missing in one."""
-    lacking = _lacking(fold, codes, k)
-    if not len(lacking):
-        return fold
-    first = np.unique(units, return_index=True)[1]
-    side = _arranged(fold[first], np.bincount(units).astype(np.float64), codes, units, k)
-    if side is None:
+    missing_classes = _find_missing_classes(fold_indices, codes, k)
+    if not len(missing_classes):
+        return fold_indices
+    first_rows = np.unique(units, return_index=True)[1]
+    unit_folds = _rearrange(fold_indices[first_rows], np.bincount(units).astype(np.float64), codes, units, k)
+    if unit_folds is None:
         raise ConfigError(
-            f"class {names[lacking[0]]!r} shares its few groups or images with other classes, and no way is found to "
+            f"class {class_names[missing_classes[0]]!r} shares its few groups or images with other classes, and no way is found to "
             f"have all in each of k={k} folds; use a smaller k, add images or leave a class out"
         )
-    return side[units]
+    return unit_folds[units]
 
 
-def _arranged(
-    side: NDArray[np.int64], cost: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
+def _rearrange(
+    sides: NDArray[np.int64], costs: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
 ) -> NDArray[np.int64] | None:
     """The sides (u,) of all units, near those given, at which every class is on each of k sides; None if none is found.
 
@@ -492,77 +506,88 @@ def _arranged(
     """
     from scipy.sparse import coo_array
 
-    shape = (int(codes.max()) + 1, len(side))
-    has = coo_array((np.ones(len(codes), np.int64), (codes, units)), shape=shape).tocsr()
-    has.data[:] = 1
-    lacking = _lacking(side[units], codes, k)
-    near = has[lacking].sum(axis=0) > 0
+    shape = (int(codes.max()) + 1, len(sides))
+    membership = coo_array((np.ones(len(codes), np.int64), (codes, units)), shape=shape).tocsr()
+    membership.data[:] = 1
+    missing_classes = _find_missing_classes(sides[units], codes, k)
+    is_affected = membership[missing_classes].sum(axis=0) > 0
     # First only what the lacking classes have may move: a small question, mostly with an answer.
-    for free in (np.flatnonzero(near), np.arange(len(side))):
-        exact = len(free) * k <= EXACT_CHOICES
-        moved = _searched(side, cost, has, free, k) if exact else _stepped(side, cost, has, k)
-        if moved is not None:
-            return moved
-        if not exact:
+    for movable in (np.flatnonzero(is_affected), np.arange(len(sides))):
+        is_exact = len(movable) * k <= MAX_EXACT_CHOICES
+        new_sides = (
+            _rearrange_exactly(sides, costs, membership, movable, k)
+            if is_exact
+            else _rearrange_greedily(sides, costs, membership, k)
+        )
+        if new_sides is not None:
+            return new_sides
+        if not is_exact:
             break
     return None
 
 
-def _stepped(side: NDArray[np.int64], cost: NDArray[np.float64], has: Any, k: int) -> NDArray[np.int64] | None:
+def _rearrange_greedily(
+    sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, k: int
+) -> NDArray[np.int64] | None:
     """The same by steps: a class that lacks a side gets the unit there that other classes miss least where it was."""
-    side, of_unit, allowed = side.copy(), has.T.tocsr(), np.zeros(len(side), np.int64)
-    counts = np.stack([has @ (side == i).astype(np.int64) for i in range(k)], axis=1)
-    for step in range(SEARCH_STEPS):
-        lacks = np.argwhere(counts == 0)
-        if not len(lacks):
-            return side
-        lacking, target = lacks[step % len(lacks)]
-        units = has.indices[has.indptr[lacking] : has.indptr[lacking + 1]]
-        best: tuple[float, ...] = ()
-        for unit in units[side[units] != target].tolist():
-            classes = of_unit.indices[of_unit.indptr[unit] : of_unit.indptr[unit + 1]]
-            new_lacks = np.sum(counts[classes, side[unit]] == 1) - np.sum(counts[classes, target] == 0)
-            rank = (float(allowed[unit] > step), float(new_lacks), float(cost[unit]), unit)
-            best = min(best, rank) if best else rank
-        if not best:
+    sides, classes_by_unit, movable_from_step = sides.copy(), membership.T.tocsr(), np.zeros(len(sides), np.int64)
+    counts = np.stack([membership @ (sides == i).astype(np.int64) for i in range(k)], axis=1)
+    for step in range(MAX_SEARCH_STEPS):
+        missing = np.argwhere(counts == 0)
+        if not len(missing):
+            return sides
+        missing_class, target_side = missing[step % len(missing)]
+        units = membership.indices[membership.indptr[missing_class] : membership.indptr[missing_class + 1]]
+        best_move: tuple[float, ...] = ()
+        for unit in units[sides[units] != target_side].tolist():
+            classes = classes_by_unit.indices[classes_by_unit.indptr[unit] : classes_by_unit.indptr[unit + 1]]
+            newly_missing = np.sum(counts[classes, sides[unit]] == 1) - np.sum(counts[classes, target_side] == 0)
+            rank = (float(movable_from_step[unit] > step), float(newly_missing), float(costs[unit]), unit)
+            best_move = min(best_move, rank) if best_move else rank
+        if not best_move:
             return None
-        unit = int(best[-1])
-        classes = of_unit.indices[of_unit.indptr[unit] : of_unit.indptr[unit + 1]]
-        counts[classes, side[unit]] -= 1
-        counts[classes, target] += 1
-        side[unit], allowed[unit] = target, step + 5 + step % 7  # not back at once, or it would go in circles
+        unit = int(best_move[-1])
+        classes = classes_by_unit.indices[classes_by_unit.indptr[unit] : classes_by_unit.indptr[unit + 1]]
+        counts[classes, sides[unit]] -= 1
+        counts[classes, target_side] += 1
+        sides[unit], movable_from_step[unit] = (
+            target_side,
+            step + 5 + step % 7,
+        )  # not back at once, or it would go in circles
     return None
 
 
-def _searched(
-    side: NDArray[np.int64], cost: NDArray[np.float64], has: Any, free: NDArray[np.intp], k: int
+def _rearrange_exactly(
+    sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, movable: NDArray[np.intp], k: int
 ) -> NDArray[np.int64] | None:
     """The same, where only some units may move: a linear program in x[unit, side], 0 or 1."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 
-    held = np.ones(len(side), bool)
-    held[free] = False
-    counts = np.stack([has @ (held & (side == i)) for i in range(k)], axis=1)
-    touched = np.flatnonzero(has[:, free].sum(axis=1))
-    one_side = LinearConstraint(kron(eye_array(len(free)), np.ones((1, k)), format="csr"), 1, 1)
-    each_class = LinearConstraint(
-        kron(has[touched][:, free], eye_array(k), format="csr"), 1 - np.minimum(counts[touched], 1).ravel(), np.inf
+    is_fixed = np.ones(len(sides), bool)
+    is_fixed[movable] = False
+    counts = np.stack([membership @ (is_fixed & (sides == i)) for i in range(k)], axis=1)
+    affected_classes = np.flatnonzero(membership[:, movable].sum(axis=1))
+    one_side_per_unit = LinearConstraint(kron(eye_array(len(movable)), np.ones((1, k)), format="csr"), 1, 1)
+    every_class_on_every_side = LinearConstraint(
+        kron(membership[affected_classes][:, movable], eye_array(k), format="csr"),
+        1 - np.minimum(counts[affected_classes], 1).ravel(),
+        np.inf,
     )
-    stays = np.zeros((len(free), k))
-    stays[np.arange(len(free)), side[free]] = -cost[free]
-    found = milp(
-        stays.ravel(),
-        integrality=np.ones(stays.size),
+    objective = np.zeros((len(movable), k))
+    objective[np.arange(len(movable)), sides[movable]] = -costs[movable]
+    solution = milp(
+        objective.ravel(),
+        integrality=np.ones(objective.size),
         bounds=Bounds(0, 1),
-        constraints=[one_side, each_class],
-        options={"node_limit": SEARCH_NODES, "mip_rel_gap": 0},
+        constraints=[one_side_per_unit, every_class_on_every_side],
+        options={"node_limit": MAX_SEARCH_NODES, "mip_rel_gap": 0},
     )
-    if found.x is None:
+    if solution.x is None:
         return None
-    side = side.copy()
-    side[free] = found.x.reshape(-1, k).argmax(axis=1)
-    return side
+    sides = sides.copy()
+    sides[movable] = solution.x.reshape(-1, k).argmax(axis=1)
+    return sides
 
 
 def _rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.intp]]:
@@ -570,7 +595,7 @@ def _rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.int
     return np.split(order, np.cumsum(np.bincount(codes, minlength=n_codes))[:-1])
 
 
-def _times(times: ArrayLike, n: int) -> NDArray[Any]:
+def _check_times(times: ArrayLike, n: int) -> NDArray[Any]:
     """Times as float64 or numpy dates of shape (n,), each of them known."""
     array = np.asarray(times)
     if array.shape != (n,):
@@ -579,25 +604,27 @@ def _times(times: ArrayLike, n: int) -> NDArray[Any]:
         raise ConfigError(f"times are {array.dtype}; give numbers or numpy dates")
     if array.dtype.kind != "M":
         array = array.astype(np.float64)
-    unknown = np.flatnonzero(~np.isfinite(array))
-    if len(unknown):
-        raise ConfigError(f"{len(unknown)} of {n} rows have no time, the first is row {unknown[0]}; give each one")
+    rows_without_time = np.flatnonzero(~np.isfinite(array))
+    if len(rows_without_time):
+        raise ConfigError(
+            f"{len(rows_without_time)} of {n} rows have no time, the first is row {rows_without_time[0]}; give each one"
+        )
     return array
 
 
-def _moment(since: Any, times: NDArray[Any]) -> Any:
+def _parse_cutoff(since: Any, times: NDArray[Any]) -> Any:
     """A time as it can be compared with the others."""
     try:
-        moment = np.datetime64(since) if times.dtype.kind == "M" else np.float64(since)
+        cutoff = np.datetime64(since) if times.dtype.kind == "M" else np.float64(since)
     except (TypeError, ValueError):
-        moment = np.float64("nan")
-    if not np.isfinite(moment):
+        cutoff = np.float64("nan")
+    if not np.isfinite(cutoff):
         kind = "a date such as 2021-03-04" if times.dtype.kind == "M" else "a number"
         raise ConfigError(f"since is {since!r}; give {kind}, as the times are")
-    return moment
+    return cutoff
 
 
-def _cuts(times: NDArray[Any], k: int, first: float | None = None) -> list[Any]:
+def _find_cutoff_times(times: NDArray[Any], k: int, first_share: float | None = None) -> list[Any]:
     """The k times between k + 1 spans of about equal numbers of rows, or with a share ``first`` in the first span."""
     distinct, counts = np.unique(times, return_counts=True)
     if len(distinct) <= k:
@@ -606,94 +633,96 @@ def _cuts(times: NDArray[Any], k: int, first: float | None = None) -> list[Any]:
             f"{'a test' if k == 1 else f'k={k} folds'} by time need{'s' if k == 1 else ''}; "
             f"{f'use k={len(distinct) - 1}, or ' if len(distinct) > 2 else ''}give times that tell rows apart"
         )
-    before = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    places: list[int] = []
-    for number in range(1, k + 1):
-        wanted = len(times) * (number / (k + 1) if first is None else first)
-        low, high = (places[-1] + 1 if places else 1), len(distinct) - (k - number)
-        places.append(low + int(np.abs(before[low:high] - wanted).argmin()))
-    return [distinct[place].item() if times.dtype.kind == "f" else distinct[place] for place in places]
+    rows_before = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    cut_positions: list[int] = []
+    for cut_number in range(1, k + 1):
+        target_rows = len(times) * (cut_number / (k + 1) if first_share is None else first_share)
+        low, high = (cut_positions[-1] + 1 if cut_positions else 1), len(distinct) - (k - cut_number)
+        cut_positions.append(low + int(np.abs(rows_before[low:high] - target_rows).argmin()))
+    return [distinct[position].item() if times.dtype.kind == "f" else distinct[position] for position in cut_positions]
 
 
-def _by_time(
-    times: NDArray[Any], units: NDArray[np.int64], cuts: list[Any], codes: NDArray[np.int64]
-) -> list[tuple[Rows, Rows]]:
+def _split_by_time(
+    times: NDArray[Any], units: NDArray[np.int64], cutoffs: list[Any], codes: NDArray[np.int64]
+) -> list[tuple[RowIndices, RowIndices]]:
     """Train before each cut and test from there to the next, without what the test has seen."""
-    several = len(np.unique(codes)) > 1
-    parts = []
-    for start, stop in pairwise([*cuts, None]):
-        later = times >= start
-        is_test = later if stop is None else later & (times < stop)
-        tested = np.zeros(int(units.max(initial=-1)) + 1, bool)
-        tested[units[is_test]] = True
-        is_train = ~later & ~tested[units]
+    has_several_classes = len(np.unique(codes)) > 1
+    splits = []
+    for start, stop in pairwise([*cutoffs, None]):
+        is_later = times >= start
+        is_test = is_later if stop is None else is_later & (times < stop)
+        is_unit_tested = np.zeros(int(units.max(initial=-1)) + 1, bool)
+        is_unit_tested[units[is_test]] = True
+        is_train = ~is_later & ~is_unit_tested[units]
         if not is_test.any():
             raise ConfigError(f"no row is of {start} or later; the times run from {times.min()} to {times.max()}")
         if not is_train.any():
             raise ConfigError(
-                f"no row is left to fit on before {start}: each of {int((~later).sum())} has a copy or a row of its "
+                f"no row is left to fit on before {start}: each of {int((~is_later).sum())} has a copy or a row of its "
                 "group in the test after it; take another time, fewer folds, or no groups"
             )
-        if several and len(np.unique(codes[is_train])) < 2:
+        if has_several_classes and len(np.unique(codes[is_train])) < 2:
             raise ConfigError(
                 f"the {int(is_train.sum())} rows to fit on before {start} are all of one class; take a later time or "
                 "fewer folds"
             )
-        parts.append((np.flatnonzero(is_train).astype(np.int64), np.flatnonzero(is_test).astype(np.int64)))
-    return parts
+        splits.append((np.flatnonzero(is_train).astype(np.int64), np.flatnonzero(is_test).astype(np.int64)))
+    return splits
 
 
-def _check_enough(
-    units: NDArray[np.int64], codes: NDArray[np.int64], names: list[str] | None, k: int, *, grouped: bool
+def _check_enough_units(
+    units: NDArray[np.int64], codes: NDArray[np.int64], class_names: list[str] | None, k: int, *, grouped: bool
 ) -> None:
     """Refuse fewer units than folds, in any class; without names all rows are one class."""
     pairs = np.unique(np.stack([codes, units]), axis=1)
-    available = np.bincount(pairs[0], minlength=1)
-    scarcest = int(available.argmin())
-    found = int(available[scarcest])
-    if found >= k:
+    n_units = np.bincount(pairs[0], minlength=1)
+    smallest_class = int(n_units.argmin())
+    n_available = int(n_units[smallest_class])
+    if n_available >= k:
         return
-    whose = "the data" if names is None or not names else f"class {names[scarcest]!r}"
-    plural = "" if found == 1 else "s"
-    what = f"{found} group{plural} of images" if grouped else f"{found} distinct image{plural}"
-    advice = f"use k={found}, or add images" if found > 1 else "no number of folds works: add images"
-    if names and found == 1:
+    subject = "the data" if class_names is None or not class_names else f"class {class_names[smallest_class]!r}"
+    plural = "" if n_available == 1 else "s"
+    amount = f"{n_available} group{plural} of images" if grouped else f"{n_available} distinct image{plural}"
+    advice = f"use k={n_available}, or add images" if n_available > 1 else "no number of folds works: add images"
+    if class_names and n_available == 1:
         advice += " or leave the class out"
-    raise ConfigError(f"{whose} has {what}, fewer than k={k} folds; {advice}")
+    raise ConfigError(f"{subject} has {amount}, fewer than k={k} folds; {advice}")
 
 
-def _deal(keys: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+def _assign_folds(
+    keys: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
+) -> NDArray[np.int64]:
     """The test fold of each row, shape (n,)."""
-    fold = np.full(len(keys), -1, np.int64)
+    fold_indices = np.full(len(keys), -1, np.int64)
     sizes = np.bincount(units)
     class_sizes = np.bincount(codes)
     counts = np.zeros((len(class_sizes), k), np.int64)
-    members = _rows_by_code(units, len(sizes))
-    large = [unit for unit in np.argsort(-sizes, kind="stable") if sizes[unit] > 1]
-    for unit in large:
-        rows = members[unit]
-        present, weights = np.unique(codes[rows], return_counts=True)
-        share = (counts[present] * (weights / class_sizes[present] ** 2)[:, None]).sum(axis=0)
-        chosen = int(np.lexsort((counts.sum(axis=0), share))[0])
-        fold[rows] = chosen
-        counts[present, chosen] += weights
-    single = np.flatnonzero(sizes[units] == 1)
-    single = single[np.lexsort((keys[single], codes[single]))]
+    rows_by_unit = _rows_by_code(units, len(sizes))
+    multi_row_units = [unit for unit in np.argsort(-sizes, kind="stable") if sizes[unit] > 1]
+    for unit in multi_row_units:
+        rows = rows_by_unit[unit]
+        present, class_counts = np.unique(codes[rows], return_counts=True)
+        load = (counts[present] * (class_counts / class_sizes[present] ** 2)[:, None]).sum(axis=0)
+        best_fold = int(np.lexsort((counts.sum(axis=0), load))[0])
+        fold_indices[rows] = best_fold
+        counts[present, best_fold] += class_counts
+    single_rows = np.flatnonzero(sizes[units] == 1)
+    single_rows = single_rows[np.lexsort((keys[single_rows], codes[single_rows]))]
     totals = counts.sum(axis=0).tolist()
-    for rows in np.split(single, np.flatnonzero(np.diff(codes[single])) + 1):
+    for rows in np.split(single_rows, np.flatnonzero(np.diff(codes[single_rows])) + 1):
         if len(rows):
-            fold[rows] = _level(counts[codes[rows[0]]].tolist(), totals, len(rows))
-    return fold
+            fold_indices[rows] = _assign_single_rows(counts[codes[rows[0]]].tolist(), totals, len(rows))
+    return fold_indices
 
 
-def _level(counts: list[int], totals: list[int], n: int) -> list[int]:
+def _assign_single_rows(counts: list[int], totals: list[int], n: int) -> list[int]:
     """Folds for n single rows of one class, each to the one with the fewest of the class; ``totals`` is updated."""
     heap = [(count, total, fold) for fold, (count, total) in enumerate(zip(counts, totals, strict=True))]
     heapq.heapify(heap)
-    dealt = []
+    assigned_folds = []
     for _ in range(n):
         count, total, fold = heap[0]
         heapq.heapreplace(heap, (count + 1, total + 1, fold))
-        dealt.append(fold)
+        assigned_folds.append(fold)
         totals[fold] += 1
-    return dealt
+    return assigned_folds

@@ -9,10 +9,10 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Strings"]
+__all__ = ["StringColumn"]
 
 
-class Strings(Sequence[str]):
+class StringColumn(Sequence[str]):
     """An immutable sequence of text.
 
     Parameters
@@ -30,21 +30,21 @@ class Strings(Sequence[str]):
         self.offsets = offsets
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Strings:
+    def from_strings(cls, texts: Iterable[str]) -> StringColumn:
         """Build the column. Lone surrogates (undecodable file names) become backslash escapes."""
         encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(text) for text in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
-    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Strings:
+    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> StringColumn:
         """The strings of some rows, as a new column; also where their bytes are no text."""
         rows = np.asarray(rows, np.intp)
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(self.offsets[rows + 1] - self.offsets[rows], out=offsets[1:])
-        pieces = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
-        data = b"".join(self.data[start:stop].tobytes() for start, stop in pieces)
-        return Strings(np.frombuffer(data, np.uint8), offsets)
+        bounds = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        data = b"".join(self.data[start:stop].tobytes() for start, stop in bounds)
+        return StringColumn(np.frombuffer(data, np.uint8), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,12 +66,12 @@ class Strings(Sequence[str]):
         for start in range(0, len(self), 65536):
             offsets = self.offsets[start : start + 65537]
             block = bytes(self.data[offsets[0] : offsets[-1]])
-            cuts = (offsets - offsets[0]).tolist()
-            for left, right in pairwise(cuts):
-                yield block[left:right].decode("utf-8", "replace")
+            boundaries = (offsets - offsets[0]).tolist()
+            for begin, end in pairwise(boundaries):
+                yield block[begin:end].decode("utf-8", "replace")
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Strings):
+        if isinstance(other, StringColumn):
             return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.data, other.data)
         return isinstance(other, (list, tuple)) and list(self) == list(other)
 
@@ -79,5 +79,5 @@ class Strings(Sequence[str]):
         return hash((self.data.tobytes(), self.offsets.tobytes()))
 
     def __repr__(self) -> str:
-        shown = ", ".join(repr(text) for text in self[:3])
-        return f"Strings([{shown}{', …' if len(self) > 3 else ''}], n={len(self)})"
+        preview = ", ".join(repr(text) for text in self[:3])
+        return f"Strings([{preview}{', …' if len(self) > 3 else ''}], n={len(self)})"

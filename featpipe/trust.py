@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = ["Conformal", "Novelty", "Trust", "dumps", "loads"]
+__all__ = ["ConformalPredictor", "NoveltyScorer", "Uncertainty", "dumps", "loads"]
 
 Floats = NDArray[np.float64]
 
-KEPT = 1000  # training embeddings; where there are more classes, one of each
-NEAREST = 3
-QUANTILES = 2000  # of held-out figures; all of them where there are fewer
-ROWS_AT_ONCE = 4096
+MAX_REFERENCES = 1000  # training embeddings; where there are more classes, one of each
+N_NEIGHBORS = 3
+MAX_QUANTILES = 2000  # of held-out figures; all of them where there are fewer
+ROWS_PER_BLOCK = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Novelty:
+class NoveltyScorer:
     """How far an image is from those of training: 1 - the mean cosine to the nearest few of them.
 
     Attributes
@@ -44,11 +44,13 @@ class Novelty:
     .86 against .83 over eight pairs of real collections), and need no covariance of few rows.
     """
 
-    rows: NDArray[np.float16]
+    references: NDArray[np.float16]
     distances: NDArray[np.float32]
 
     @classmethod
-    def of(cls, X: NDArray[Any], kept: NDArray[np.integer[Any]], alike: NDArray[Any]) -> Novelty:
+    def from_embeddings(
+        cls, X: NDArray[Any], reference_rows: NDArray[np.integer[Any]], group_keys: NDArray[Any]
+    ) -> NoveltyScorer:
         """From training embeddings.
 
         Parameters
@@ -59,10 +61,14 @@ class Novelty:
         alike : ndarray of shape (m,) or (m, c)
             Rows that agree in any column are not held out from each other: copies, or of one group.
         """
-        rows = _directions(X[kept]).astype(np.float16)
-        return cls(rows, _quantiles(_distances_apart(X, rows[:0], rows, kept, alike)))
+        references = _normalize_rows(X[reference_rows]).astype(np.float16)
+        return cls(
+            references, _to_quantiles(_held_out_distances(X, references[:0], references, reference_rows, group_keys))
+        )
 
-    def joined(self, X: NDArray[Any], kept: NDArray[np.integer[Any]], alike: NDArray[Any], images: int) -> Novelty:
+    def extend(
+        self, X: NDArray[Any], reference_rows: NDArray[np.integer[Any]], group_keys: NDArray[Any], n_images: int
+    ) -> NoveltyScorer:
         """With more training embeddings, each distance as frequent as the images that it stands for.
 
         The distances of earlier images stay what they were. Rows of other classes are seldom nearer than their own, so
@@ -75,59 +81,75 @@ class Novelty:
         images : int
             How many the distances so far stand for.
         """
-        rows = _directions(X[kept]).astype(np.float16)
-        found = np.sort(_distances_apart(X, self.rows, rows, kept, alike))
-        q, share = min(QUANTILES, images + len(found)), images / max(1, images + len(found))
-        before, after = _spread(self.distances, round(q * share)), _spread(found, q - round(q * share))
-        return Novelty(np.concatenate([self.rows, rows]), np.sort(np.concatenate([before, after])).astype(np.float32))
+        new_references = _normalize_rows(X[reference_rows]).astype(np.float16)
+        new_distances = np.sort(_held_out_distances(X, self.references, new_references, reference_rows, group_keys))
+        n_quantiles, old_share = (
+            min(MAX_QUANTILES, n_images + len(new_distances)),
+            n_images / max(1, n_images + len(new_distances)),
+        )
+        old_quantiles, new_quantiles = (
+            _resample_quantiles(self.distances, round(n_quantiles * old_share)),
+            _resample_quantiles(new_distances, n_quantiles - round(n_quantiles * old_share)),
+        )
+        return NoveltyScorer(
+            np.concatenate([self.references, new_references]),
+            np.sort(np.concatenate([old_quantiles, new_quantiles])).astype(np.float32),
+        )
 
     def __call__(self, X: NDArray[Any]) -> Floats:
         """For each embedding the share of training-like images that look less new, shape (m,): 0 to 1."""
-        blocks = [_directions(X[i : i + ROWS_AT_ONCE]) for i in range(0, len(X), ROWS_AT_ONCE)]
-        rows = self.rows.astype(np.float32).T
-        found = np.concatenate([_distance(block @ rows) for block in blocks]) if blocks else np.zeros(0)
-        return np.asarray(np.searchsorted(self.distances, found) / (len(self.distances) + 1))
+        blocks = [_normalize_rows(X[i : i + ROWS_PER_BLOCK]) for i in range(0, len(X), ROWS_PER_BLOCK)]
+        references = self.references.astype(np.float32).T
+        distances = (
+            np.concatenate([_mean_neighbor_distance(block @ references) for block in blocks]) if blocks else np.zeros(0)
+        )
+        return np.asarray(np.searchsorted(self.distances, distances) / (len(self.distances) + 1))
 
 
-def _directions(X: NDArray[Any]) -> NDArray[np.float32]:
+def _normalize_rows(X: NDArray[Any]) -> NDArray[np.float32]:
     rows = np.asarray(X, np.float32)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
-def _distance(similar: NDArray[np.float32]) -> Floats:
-    k = min(NEAREST, similar.shape[1])
-    return np.asarray(1 - np.partition(similar, -k, axis=1)[:, -k:].mean(axis=1), np.float64)
+def _mean_neighbor_distance(similarities: NDArray[np.float32]) -> Floats:
+    k = min(N_NEIGHBORS, similarities.shape[1])
+    return np.asarray(1 - np.partition(similarities, -k, axis=1)[:, -k:].mean(axis=1), np.float64)
 
 
-def _distances_apart(
+def _held_out_distances(
     X: NDArray[Any],
-    others: NDArray[np.float16],
-    rows: NDArray[np.float16],
-    kept: NDArray[np.integer[Any]],
-    alike: NDArray[Any],
+    earlier_references: NDArray[np.float16],
+    new_references: NDArray[np.float16],
+    reference_rows: NDArray[np.integer[Any]],
+    group_keys: NDArray[Any],
 ) -> Floats:
     """Of embeddings from directions, of which some are their own and left out; those that are left with any."""
-    alike = np.reshape(alike, (len(X), -1))
-    every, n = np.concatenate([others, rows]).astype(np.float32), len(others)
-    found = []
-    for start in range(0, len(X), ROWS_AT_ONCE):
-        block = slice(start, start + ROWS_AT_ONCE)
-        similar = _directions(X[block]) @ every.T
-        for column in alike.T:
-            similar[:, n:][column[block, None] == column[kept][None]] = -np.inf
-        found.append(_distance(similar))
-    distances = np.concatenate(found)
+    group_keys = np.reshape(group_keys, (len(X), -1))
+    all_references, n_earlier = (
+        np.concatenate([earlier_references, new_references]).astype(np.float32),
+        len(earlier_references),
+    )
+    block_distances = []
+    for start in range(0, len(X), ROWS_PER_BLOCK):
+        block = slice(start, start + ROWS_PER_BLOCK)
+        similarities = _normalize_rows(X[block]) @ all_references.T
+        for column in group_keys.T:
+            similarities[:, n_earlier:][column[block, None] == column[reference_rows][None]] = -np.inf
+        block_distances.append(_mean_neighbor_distance(similarities))
+    distances = np.concatenate(block_distances)
     return distances[np.isfinite(distances)]
 
 
-def _quantiles(values: NDArray[Any]) -> NDArray[np.float32]:
+def _to_quantiles(values: NDArray[Any]) -> NDArray[np.float32]:
     """The values, ascending; of very many so many that stand at even distances in their order."""
     ordered = np.sort(values, axis=0)
-    return np.asarray(_spread(ordered, QUANTILES) if len(ordered) > QUANTILES else ordered, np.float32)
+    return np.asarray(
+        _resample_quantiles(ordered, MAX_QUANTILES) if len(ordered) > MAX_QUANTILES else ordered, np.float32
+    )
 
 
-def _spread(ordered: NDArray[Any], n: int) -> NDArray[Any]:
+def _resample_quantiles(ordered: NDArray[Any], n: int) -> NDArray[Any]:
     """So many of some values in their order, at even distances; each several times where there are fewer."""
     if not len(ordered):
         return ordered
@@ -135,7 +157,7 @@ def _spread(ordered: NDArray[Any], n: int) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Conformal:
+class ConformalPredictor:
     """Sets of classes, or intervals of numbers, that hold the right one as often as is asked for.
 
     Attributes
@@ -155,7 +177,7 @@ class Conformal:
     scores: NDArray[np.float32]
 
     @classmethod
-    def of(cls, answers: Floats, y: NDArray[Any]) -> Conformal:
+    def from_predictions(cls, predictions: Floats, y: NDArray[Any]) -> ConformalPredictor:
         """From predictions of rows that were held out.
 
         Parameters
@@ -166,11 +188,11 @@ class Conformal:
             Class codes, or targets.
         """
         if y.dtype.kind in "iu":
-            return cls(_quantiles(1 - answers[np.arange(len(y)), y]))
-        errors = abs(np.reshape(answers, (len(y), -1)) - np.reshape(y, (len(y), -1)))
-        return cls(_quantiles(errors))
+            return cls(_to_quantiles(1 - predictions[np.arange(len(y)), y]))
+        errors = abs(np.reshape(predictions, (len(y), -1)) - np.reshape(y, (len(y), -1)))
+        return cls(_to_quantiles(errors))
 
-    def reach(self, level: float) -> NDArray[Any]:
+    def score_quantile(self, level: float) -> NDArray[Any]:
         """The score that held-out images do not exceed at a level; infinite where they are too few to say."""
         if not 0 < level < 1:
             raise ConfigError(
@@ -180,21 +202,21 @@ class Conformal:
         rank = math.ceil((n + 1) * level)
         return np.full(self.scores.shape[1:], np.inf) if rank > n else self.scores[rank - 1]
 
-    def sets(self, probabilities: Floats, level: float) -> NDArray[np.bool_]:
+    def predict_sets(self, probabilities: Floats, level: float) -> NDArray[np.bool_]:
         """Which classes belong to the set of each row, shape (m, k)."""
-        found = np.asarray(1 - probabilities <= self.reach(level) + 1e-6)
-        found[np.arange(len(found)), probabilities.argmax(axis=1)] = True
-        return found
+        included = np.asarray(1 - probabilities <= self.score_quantile(level) + 1e-6)
+        included[np.arange(len(included)), probabilities.argmax(axis=1)] = True
+        return included
 
-    def intervals(self, values: Floats, level: float) -> Floats:
+    def predict_intervals(self, values: Floats, level: float) -> Floats:
         """The ends of the interval of each number, shape (m, t, 2)."""
         columns = np.reshape(values, (len(values), -1))
-        reach = np.reshape(self.reach(level), -1)
-        return np.stack([columns - reach, columns + reach], axis=-1)
+        half_widths = np.reshape(self.score_quantile(level), -1)
+        return np.stack([columns - half_widths, columns + half_widths], axis=-1)
 
 
 @dataclass(frozen=True, eq=False)
-class Trust:
+class Uncertainty:
     """What a model knows of held-out images.
 
     Attributes
@@ -204,23 +226,23 @@ class Trust:
         None where there was no cross-validation.
     """
 
-    novelty: Novelty | None = None
-    conformal: Conformal | None = None
+    novelty: NoveltyScorer | None = None
+    conformal: ConformalPredictor | None = None
 
 
-def dumps(trust: Trust) -> bytes:
+def dumps(uncertainty: Uncertainty) -> bytes:
     """As safetensors."""
     from safetensors.numpy import save
 
     arrays: dict[str, NDArray[Any]] = {}
-    if trust.novelty is not None:
-        arrays |= {"novelty.rows": trust.novelty.rows, "novelty.distances": trust.novelty.distances}
-    if trust.conformal is not None:
-        arrays["conformal.scores"] = trust.conformal.scores
+    if uncertainty.novelty is not None:
+        arrays |= {"novelty.rows": uncertainty.novelty.references, "novelty.distances": uncertainty.novelty.distances}
+    if uncertainty.conformal is not None:
+        arrays["conformal.scores"] = uncertainty.conformal.scores
     return bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
-def loads(data: bytes) -> Trust:
+def loads(data: bytes) -> Uncertainty:
     """From `dumps`.
 
     Raises
@@ -235,15 +257,15 @@ def loads(data: bytes) -> Trust:
         arrays: Mapping[str, NDArray[Any]] = load(data)
     except SafetensorError as error:
         raise ValueError(f"not safetensors: {error}") from None
-    known = {"novelty.rows": (2, "f2"), "novelty.distances": (1, "f4"), "conformal.scores": (0, "f4")}
+    expected = {"novelty.rows": (2, "f2"), "novelty.distances": (1, "f4"), "conformal.scores": (0, "f4")}
     for name, array in arrays.items():
-        ndim, kind = known.get(name, (-1, ""))
-        fits = array.dtype == kind and array.ndim == (ndim or min(array.ndim, 2)) and array.ndim > 0
-        if not fits or not len(array) or not np.isfinite(array).all():
+        ndim, dtype = expected.get(name, (-1, ""))
+        is_valid = array.dtype == dtype and array.ndim == (ndim or min(array.ndim, 2)) and array.ndim > 0
+        if not is_valid or not len(array) or not np.isfinite(array).all():
             raise ValueError(f"{name[:40]!r} is {array.dtype} of shape {array.shape}, which no model holds")
-    rows, distances = arrays.get("novelty.rows"), arrays.get("novelty.distances")
+    references, distances = arrays.get("novelty.rows"), arrays.get("novelty.distances")
     scores = arrays.get("conformal.scores")
-    return Trust(
-        None if rows is None or distances is None else Novelty(rows, np.sort(distances)),
-        None if scores is None else Conformal(np.sort(scores, axis=0)),
+    return Uncertainty(
+        None if references is None or distances is None else NoveltyScorer(references, np.sort(distances)),
+        None if scores is None else ConformalPredictor(np.sort(scores, axis=0)),
     )

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from featpipe import archive
 from featpipe.archive import Index
-from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
-from featpipe.commit import Parts
+from featpipe.cache import FeatureCache, SampleTable, parts_directory, write_cache
+from featpipe.commit import StagingArea
 from featpipe.errors import ArchiveError, CacheError, ConfigError, SampleError
 from featpipe.fingerprint import digest
-from featpipe.known import Known, Source
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.recipe import Extraction
+from featpipe.known import EmbeddingLookup, EmbeddingSource
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
 
-__all__ = ["TOLERANCES", "Damage", "Verification", "repair", "verify"]
+__all__ = ["TOLERANCES", "DamagedRow", "Verification", "repair", "verify"]
 
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 0.3}
 """Largest accepted distance of an embedding computed again, relative to its length, for each precision.
@@ -31,15 +31,15 @@ Another processor, engine or version of torch sums in another order. On one mach
 the distance is 0. Half precision moved EfficientNet-Lite0's embeddings of photographs by up to 0.15, each engine's in
 its own way.
 """
-HALF_STORAGE = 1e-3  # on top, where float16 is stored: its rounding error is at most 2^-11 for each number
-ROWS_AT_ONCE = 8192
-PICTURES_AT_ONCE = 256
+FLOAT16_STORAGE_TOLERANCE = 1e-3  # on top, where float16 is stored: its rounding error is at most 2^-11 for each number
+CHECK_BLOCK_ROWS = 8192
+EMBED_BLOCK_IMAGES = 256
 
-_MENDABLE = ("samples/status", "samples/digest", "samples/stamp", "checks/")
+_REPAIRABLE_COLUMNS = ("samples/status", "samples/digest", "samples/stamp", "checks/")
 
 
 @dataclass(frozen=True)
-class Damage:
+class DamagedRow:
     """One row that is not right.
 
     Attributes
@@ -91,7 +91,7 @@ class Verification:
     tolerance: float
     columns: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
-    damaged: list[Damage] = field(default_factory=list)
+    damaged: list[DamagedRow] = field(default_factory=list)
     embedded: int = 0
     changed: int = 0
     farthest: float | None = None
@@ -115,7 +115,7 @@ def verify(
     backbone: Any = None,
     device: str = "auto",
     seed: int = 0,
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
 ) -> Verification:
     """Check every digest of a cache, and embed some random rows again to compare them.
 
@@ -148,19 +148,23 @@ def verify(
     """
     if sample < 0:
         raise ConfigError(f"sample is {sample}; it must be at least 0")
-    opened = FeatureCache(cache, salvage=True)
-    found = Verification(str(opened.path), len(opened), opened.has_checks, _tolerance(opened.facts))
-    found.columns = opened.damaged_columns()
-    found.shards = list(opened.lost_shards)
-    whole = _check(opened, progress)
-    ids = opened.ids
-    found.damaged = [Damage(int(row), ids[int(row)], "checksum") for row in np.flatnonzero(~whole)]
-    rows = np.flatnonzero(whole & opened.ok)
+    feature_cache = FeatureCache(cache, salvage=True)
+    verification = Verification(
+        str(feature_cache.path), len(feature_cache), feature_cache.has_checks, _compute_tolerance(feature_cache.facts)
+    )
+    verification.columns = feature_cache.damaged_columns()
+    verification.shards = list(feature_cache.lost_shards)
+    is_intact = _find_intact_rows(feature_cache, progress)
+    ids = feature_cache.ids
+    verification.damaged = [DamagedRow(int(row), ids[int(row)], "checksum") for row in np.flatnonzero(~is_intact)]
+    rows = np.flatnonzero(is_intact & feature_cache.ok)
     if sample and len(rows):
-        chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
-        index = _index(opened, archives)
-        _compare(opened, chosen, index, _backbone(opened, backbone), device, found, progress)
-    return found
+        sampled_rows = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
+        index = _index_archives(feature_cache, archives)
+        _compare_embeddings(
+            feature_cache, sampled_rows, index, _load_backbone(feature_cache, backbone), device, verification, progress
+        )
+    return verification
 
 
 def repair(
@@ -170,7 +174,7 @@ def repair(
     archives: Sequence[str | os.PathLike[str]] = (),
     backbone: Any = None,
     device: str = "auto",
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
 ) -> Verification:
     """Compute the damaged rows of a cache again, and no others.
 
@@ -195,145 +199,155 @@ def repair(
     CacheError
         If ids, labels or splits are damaged: they are in the archive and not in the cache.
     """
-    opened = FeatureCache(cache, salvage=True)
-    lost = [name for name in found.columns if not name.startswith(_MENDABLE)]
-    if lost:
+    feature_cache = FeatureCache(cache, salvage=True)
+    unrepairable = [name for name in found.columns if not name.startswith(_REPAIRABLE_COLUMNS)]
+    if unrepairable:
         raise CacheError(
-            f"{opened.path}: {', '.join(lost)} cannot be mended from the images; run the same extract command again: "
+            f"{feature_cache.path}: {', '.join(unrepairable)} cannot be mended from the images; run the same extract command again: "
             "it lists the archive anew and copies the rows that are whole"
         )
     if found.whole:
         return found
-    parts = Parts(parts_directory(opened.path), opened.fingerprint)
-    with parts.writing():
-        if FeatureCache(cache, salvage=True).manifest != opened.manifest:
-            raise CacheError(f"{opened.path}: was written anew meanwhile; verify it again")
-        rows = np.array(sorted({damage.row for damage in found.damaged}), np.int64)
-        index = _index(opened, archives)
-        place = _rows_in(index, opened, rows)
-        there = index.take(place[place >= 0])
-        again = _extracted(opened, there, _backbone(opened, backbone), device, parts, progress) if len(there) else None
-        mended = _mend(opened, found, rows, place >= 0, again)
-        parts.remove()
-    after = verify(cache, progress=progress)
-    after.embedded, after.changed, after.farthest = found.embedded, found.changed, found.farthest
-    after.repaired = mended
-    return after
+    staging_area = StagingArea(parts_directory(feature_cache.path), feature_cache.fingerprint)
+    with staging_area.lock_for_writing():
+        if FeatureCache(cache, salvage=True).manifest != feature_cache.manifest:
+            raise CacheError(f"{feature_cache.path}: was written anew meanwhile; verify it again")
+        damaged_rows = np.array(sorted({damaged_row.row for damaged_row in found.damaged}), np.int64)
+        index = _index_archives(feature_cache, archives)
+        index_rows = _match_index_rows(index, feature_cache, damaged_rows)
+        available_index = index.take(index_rows[index_rows >= 0])
+        recomputed = (
+            _extract_rows(
+                feature_cache, available_index, _load_backbone(feature_cache, backbone), device, staging_area, progress
+            )
+            if len(available_index)
+            else None
+        )
+        n_repaired = _write_repaired(feature_cache, found, damaged_rows, index_rows >= 0, recomputed)
+        staging_area.remove()
+    verification = verify(cache, progress=progress)
+    verification.embedded, verification.changed, verification.farthest = found.embedded, found.changed, found.farthest
+    verification.repaired = n_repaired
+    return verification
 
 
-def _tolerance(facts: Mapping[str, Any]) -> float:
-    half = HALF_STORAGE if facts["storage"] == "float16" else 0.0
-    return TOLERANCES.get(facts["precision"], max(TOLERANCES.values())) + half
+def _compute_tolerance(facts: Mapping[str, Any]) -> float:
+    storage_tolerance = FLOAT16_STORAGE_TOLERANCE if facts["storage"] == "float16" else 0.0
+    return TOLERANCES.get(facts["precision"], max(TOLERANCES.values())) + storage_tolerance
 
 
-def _check(cache: FeatureCache, progress: Tell) -> NDArray[np.bool_]:
+def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArray[np.bool_]:
     """Which rows are as they were written, in all outputs, shape (n,)."""
     n = len(cache)
-    whole = np.ones(n, bool)
-    for start in range(0, n, ROWS_AT_ONCE):
-        rows = np.arange(start, min(n, start + ROWS_AT_ONCE))
+    is_intact = np.ones(n, bool)
+    for start in range(0, n, CHECK_BLOCK_ROWS):
+        rows = np.arange(start, min(n, start + CHECK_BLOCK_ROWS))
         for output in cache.outputs:
-            whole[rows] &= cache.whole_rows(rows, output)
+            is_intact[rows] &= cache.whole_rows(rows, output)
         progress(Progress("bar", "checking", int(rows[-1]) + 1, n))
-    return whole
+    return is_intact
 
 
-def _index(cache: FeatureCache, archives: Sequence[str | os.PathLike[str]]) -> Index:
+def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[str]]) -> Index:
     """The images of a cache, where they are now, in the cache's own order; those that are gone as missing."""
-    places = [os.fspath(place) for place in archives] or list(cache.manifest.get("archives", ()))
-    kinds = cache.manifest.get("archive_kinds", ())
-    if not places:
+    archive_paths = [os.fspath(archive_path) for archive_path in archives] or list(cache.manifest.get("archives", ()))
+    archive_kinds = cache.manifest.get("archive_kinds", ())
+    if not archive_paths:
         raise ArchiveError(f"{cache.path}: does not say where its images are; give their archives with --archive")
-    if not archives and set(kinds) == {"files"} and all(os.path.isdir(place) for place in places):
-        found = archive.index_files([os.path.join(places[0], name) for name in cache.ids])
-        return replace(found, ids=cache.ids)
-    return archive.index(places)
+    if (
+        not archives
+        and set(archive_kinds) == {"files"}
+        and all(os.path.isdir(archive_path) for archive_path in archive_paths)
+    ):
+        file_index = archive.index_files([os.path.join(archive_paths[0], name) for name in cache.ids])
+        return replace(file_index, ids=cache.ids)
+    return archive.index(archive_paths)
 
 
-def _rows_in(index: Index, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _match_index_rows(index: Index, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where in the index some rows of the cache are, by where they were read or by their ids; -1 where they are not."""
     if len(index) == len(cache) and index.ids == cache.ids:
         return rows
-    known = Known()
-    nothing = np.zeros((len(index), 32), np.uint8)
-    known.add(Source(nothing, index.stamps(), np.zeros(len(index), np.uint8), cache.features))
-    source, place = known.by_stamp(cache.stamps[rows])
-    found = np.where(source >= 0, place, -1)
-    wanted = {cache.ids[int(rows[at])]: at for at in np.flatnonzero(found < 0)}
-    for row, name in enumerate(index.ids) if wanted else ():
-        if name in wanted:
-            found[wanted[name]] = row
-    return found
+    lookup = EmbeddingLookup()
+    no_digests = np.zeros((len(index), 32), np.uint8)
+    lookup.add(EmbeddingSource(no_digests, index.compute_stamps(), np.zeros(len(index), np.uint8), cache.features))
+    source_indices, source_rows = lookup.find_by_stamp(cache.stamps[rows])
+    index_rows = np.where(source_indices >= 0, source_rows, -1)
+    missing_ids = {cache.ids[int(rows[position])]: position for position in np.flatnonzero(index_rows < 0)}
+    for row, name in enumerate(index.ids) if missing_ids else ():
+        if name in missing_ids:
+            index_rows[missing_ids[name]] = row
+    return index_rows
 
 
-def _backbone(cache: FeatureCache, given: Any) -> Any:
+def _load_backbone(cache: FeatureCache, custom_backbone: Any) -> Any:
     """The backbone that made a cache."""
     from featpipe import backbone as backbones
 
-    request = cache.manifest.get("backbone", {})
+    backbone_spec = cache.manifest.get("backbone", {})
     if "augmentation" in cache.facts["backbone"].get("transform", {}):
         raise ConfigError(
             f"{cache.path}: is of pictures that were changed at random, for fine-tuning, and only its checksums can be "
             "verified; leave --sample and --repair out, or remove it: fine-tuning computes it again"
         )
-    return backbones.load_again(given, request, cache.facts["backbone"], where=str(cache.path))
+    return backbones.reload_backbone(custom_backbone, backbone_spec, cache.facts["backbone"], context=str(cache.path))
 
 
-def _compare(
+def _compare_embeddings(
     cache: FeatureCache,
     rows: NDArray[np.int64],
     index: Index,
     backbone: Any,
     device: str,
-    found: Verification,
-    progress: Tell,
+    verification: Verification,
+    progress: ProgressCallback,
 ) -> None:
     """Embed some rows again; what is far from the cached row is damage."""
     from featpipe.engine import Engine, resolve_device
-    from featpipe.loader import Pictures, embed_pictures
+    from featpipe.loader import ImageList, embed_image_list
 
     engine = Engine(backbone, resolve_device(device), cache.facts["precision"])
-    for start in range(0, len(rows), PICTURES_AT_ONCE):
-        some = rows[start : start + PICTURES_AT_ONCE]
-        pictures = _same_images(cache, some, index)
-        found.changed += len(some) - len(pictures)
-        found.embedded += len(pictures)
-        some, distance = np.array(list(pictures), np.int64), np.zeros(len(pictures))
-        for output in cache.outputs if pictures else ():
-            again, _ = embed_pictures(Pictures(list(pictures.values())), engine, output)
-            distance = np.maximum(distance, _distance(cache.features(output)[some], again))
-        for row, far in zip(some.tolist(), distance.tolist(), strict=True):
-            found.farthest = max(found.farthest or 0.0, far)
-            if not far <= found.tolerance:
-                found.damaged.append(Damage(row, cache.ids[row], "answer", far))
-        progress(Progress("bar", "embedding again", min(len(rows), start + PICTURES_AT_ONCE), len(rows)))
+    for start in range(0, len(rows), EMBED_BLOCK_IMAGES):
+        block_rows = rows[start : start + EMBED_BLOCK_IMAGES]
+        image_bytes = _read_unchanged_images(cache, block_rows, index)
+        verification.changed += len(block_rows) - len(image_bytes)
+        verification.embedded += len(image_bytes)
+        block_rows, distances = np.array(list(image_bytes), np.int64), np.zeros(len(image_bytes))
+        for output in cache.outputs if image_bytes else ():
+            recomputed, _ = embed_image_list(ImageList(list(image_bytes.values())), engine, output)
+            distances = np.maximum(distances, _relative_distance(cache.features(output)[block_rows], recomputed))
+        for row, row_distance in zip(block_rows.tolist(), distances.tolist(), strict=True):
+            verification.farthest = max(verification.farthest or 0.0, row_distance)
+            if not row_distance <= verification.tolerance:
+                verification.damaged.append(DamagedRow(row, cache.ids[row], "answer", row_distance))
+        progress(Progress("bar", "embedding again", min(len(rows), start + EMBED_BLOCK_IMAGES), len(rows)))
 
 
-def _same_images(cache: FeatureCache, rows: NDArray[np.int64], index: Index) -> dict[int, bytes]:
+def _read_unchanged_images(cache: FeatureCache, rows: NDArray[np.int64], index: Index) -> dict[int, bytes]:
     """The bytes of the images of some rows, of those that still are what was embedded."""
-    found = {}
+    image_bytes = {}
     with index.open() as reader:
-        for row, place in zip(rows.tolist(), _rows_in(index, cache, rows).tolist(), strict=True):
+        for row, index_row in zip(rows.tolist(), _match_index_rows(index, cache, rows).tolist(), strict=True):
             try:
-                data = reader.read(place) if place >= 0 else b""
+                data = reader.read(index_row) if index_row >= 0 else b""
             except SampleError:
                 continue
             if digest(data) == cache.digests[row].tobytes():
-                found[row] = data
-    return found
+                image_bytes[row] = data
+    return image_bytes
 
 
-def _distance(one: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[np.float64]:
+def _relative_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
     """How far apart two embeddings of each row are, relative to their length; infinite where one has none."""
-    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (one, other))
-    length = np.maximum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (first, second))
+    norms = np.maximum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
     with np.errstate(invalid="ignore"):
-        far = np.linalg.norm(a - b, axis=1) / np.where(length > 0, length, 1)
-    return np.where(np.isfinite(far), far, np.inf)
+        distances = np.linalg.norm(a - b, axis=1) / np.where(norms > 0, norms, 1)
+    return np.where(np.isfinite(distances), distances, np.inf)
 
 
-def _extracted(
-    cache: FeatureCache, index: Index, backbone: Any, device: str, parts: Parts, progress: Tell
+def _extract_rows(
+    cache: FeatureCache, index: Index, backbone: Any, device: str, staging_area: StagingArea, progress: ProgressCallback
 ) -> FeatureCache:
     """Some images as a cache of their own, which a repair that is interrupted finds again.
 
@@ -341,22 +355,22 @@ def _extracted(
     """
     from featpipe.extraction import extract_index
 
-    settings = Extraction(
+    config = ExtractionConfig(
         precision=cache.facts["precision"],
         storage=cache.facts["storage"],
         device=device,
-        out=parts.repairs / "rows.h5",
+        out=staging_area.repair_folder / "rows.h5",
         overwrite=True,
     )
-    return extract_index(index, backbone, settings, progress, refuse_all_bad=False)
+    return extract_index(index, backbone, config, progress, require_readable=False)
 
 
-def _mend(
+def _write_repaired(
     cache: FeatureCache,
-    found: Verification,
+    verification: Verification,
     rows: NDArray[np.int64],
-    there: NDArray[np.bool_],
-    again: FeatureCache | None,
+    is_available: NDArray[np.bool_],
+    recomputed: FeatureCache | None,
 ) -> int:
     """Write the cache anew with some rows computed again; how many of them have features now.
 
@@ -369,40 +383,46 @@ def _mend(
     again : FeatureCache, optional
         The rows that are there, in their order.
     """
-    table = _renewed(cache.table(), found, rows, there, again)
-    source = np.full(len(cache), -1, np.int64)
-    source[rows[there]] = np.arange(np.count_nonzero(there))
+    repaired_table = _repair_table(cache.table(), verification, rows, is_available, recomputed)
+    recomputed_row = np.full(len(cache), -1, np.int64)
+    recomputed_row[rows[is_available]] = np.arange(np.count_nonzero(is_available))
 
     def gather(output: str, start: int, stop: int) -> NDArray[np.floating]:
         block = np.array(cache.features(output)[start:stop])
-        new = np.flatnonzero(source[start:stop] >= 0)
-        if len(new) and again is not None:
-            block[new] = again.features(output)[source[start:stop][new]]
-        block[table.status[start:stop] != Status.OK] = np.nan
+        replaced = np.flatnonzero(recomputed_row[start:stop] >= 0)
+        if len(replaced) and recomputed is not None:
+            block[replaced] = recomputed.features(output)[recomputed_row[start:stop][replaced]]
+        block[repaired_table.status[start:stop] != Status.OK] = np.nan
         return block
 
     manifest = {key: value for key, value in cache.manifest.items() if key not in ("columns", "shards")}
-    repaired = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "rows": len(rows)}
-    manifest["repaired"] = [*manifest.get("repaired", []), repaired]
-    write_cache(cache.path, table, manifest, cache.shapes, cache.facts["storage"], gather, cache.shard_bytes)
-    return int(np.count_nonzero(table.status[rows] == Status.OK))
+    repair_entry = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "rows": len(rows)}
+    manifest["repaired"] = [*manifest.get("repaired", []), repair_entry]
+    write_cache(cache.path, repaired_table, manifest, cache.shapes, cache.facts["storage"], gather, cache.shard_bytes)
+    return int(np.count_nonzero(repaired_table.status[rows] == Status.OK))
 
 
-def _renewed(
-    table: Table, found: Verification, rows: NDArray[np.int64], there: NDArray[np.bool_], again: FeatureCache | None
-) -> Table:
+def _repair_table(
+    table: SampleTable,
+    verification: Verification,
+    rows: NDArray[np.int64],
+    is_available: NDArray[np.bool_],
+    recomputed: FeatureCache | None,
+) -> SampleTable:
     """The table with what is known of some rows by now."""
     status, digests, stamps = np.array(table.status), np.array(table.digests), np.array(table.stamps)
-    if "samples/stamp" in found.columns:
+    if "samples/stamp" in verification.columns:
         stamps[:] = 0
-    status[rows[~there]] = Status.MISSING
-    taken = rows[there]
-    if again is not None:
-        status[taken], stamps[taken] = again.status_codes, again.stamps
-        if "samples/digest" not in found.columns:
-            other = (again.digests != digests[taken]).any(axis=1) & (again.status_codes == Status.OK)
-            status[taken[other]] = Status.MISSING  # another image has its name by now
-        digests[taken] = again.digests
+    status[rows[~is_available]] = Status.MISSING
+    available_rows = rows[is_available]
+    if recomputed is not None:
+        status[available_rows], stamps[available_rows] = recomputed.status_codes, recomputed.stamps
+        if "samples/digest" not in verification.columns:
+            is_other_image = (recomputed.digests != digests[available_rows]).any(axis=1) & (
+                recomputed.status_codes == Status.OK
+            )
+            status[available_rows[is_other_image]] = Status.MISSING  # another image has its name by now
+        digests[available_rows] = recomputed.digests
     stamps[rows[status[rows] != Status.OK]] = 0
     digests[rows[status[rows] == Status.MISSING]] = 0
     return replace(table, status=status, digests=digests, stamps=stamps)

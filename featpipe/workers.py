@@ -12,15 +12,15 @@ from typing import Any, Generic, Self, TypeVar
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
 
-__all__ = ["Workers", "ahead", "side_by_side"]
+__all__ = ["BlasThreadPool", "map_in_parallel", "prefetch"]
 
-ONE_THREAD_BELOW_PRODUCTS = 1e7
+MIN_PARALLEL_MULTIPLICATIONS = 1e7
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Workers:
+class BlasThreadPool:
     """A context in which BLAS has one thread and `map` has as many as BLAS had before.
 
     Parameters
@@ -34,91 +34,93 @@ class Workers:
     BLAS threads wait for each other in every product, which on a busy machine takes longer than the product.
     """
 
-    def __init__(self, products: float = 0.0) -> None:
-        self.products = products
-        self.threads = 1
-        self._pool: ThreadPoolExecutor | None = None
-        self._exits = ExitStack()
+    def __init__(self, multiplications: float = 0.0) -> None:
+        self.multiplications = multiplications
+        self.n_threads = 1
+        self._executor: ThreadPoolExecutor | None = None
+        self._exit_stack = ExitStack()
 
     def __enter__(self) -> Self:
-        blas = _controller().select(user_api="blas")
-        if self.products >= ONE_THREAD_BELOW_PRODUCTS:
-            self.threads = max([library.num_threads for library in blas.lib_controllers], default=1)
-        self._exits.enter_context(blas.limit(limits=1))
-        if self.threads > 1:
-            self._pool = ThreadPoolExecutor(self.threads - 1)
-            self._exits.callback(self._pool.shutdown, cancel_futures=True)  # after an error nobody waits for the others
+        blas = _threadpool_controller().select(user_api="blas")
+        if self.multiplications >= MIN_PARALLEL_MULTIPLICATIONS:
+            self.n_threads = max([library.num_threads for library in blas.lib_controllers], default=1)
+        self._exit_stack.enter_context(blas.limit(limits=1))
+        if self.n_threads > 1:
+            self._executor = ThreadPoolExecutor(self.n_threads - 1)
+            self._exit_stack.callback(
+                self._executor.shutdown, cancel_futures=True
+            )  # after an error nobody waits for the others
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool = None
-        self._exits.close()
+        self._executor = None
+        self._exit_stack.close()
 
-    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """``work`` of each item, in order; few results wait at a time, and the caller works too while it waits."""
-        if self._pool is None:
-            yield from map(work, items)
+        if self._executor is None:
+            yield from map(function, items)
             return
-        waiting: deque[_Task[Item, Result]] = deque()
+        tasks: deque[_PendingCall[Item, Result]] = deque()
         for item in items:
-            waiting.append(_Task(self._pool, work, item))
-            if len(waiting) > 2 * self.threads:
-                yield _first(waiting)
-        while waiting:
-            yield _first(waiting)
+            tasks.append(_PendingCall(self._executor, function, item))
+            if len(tasks) > 2 * self.n_threads:
+                yield _pop_result(tasks)
+        while tasks:
+            yield _pop_result(tasks)
 
 
-def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """``work`` of each item: as many at a time as there are threads, each on one; those left over in turn, on all.
 
     For work whose passes are too small to keep several threads busy, and that is so short that it can be waited for
     where another item ends in an error.
     """
-    with Workers(ONE_THREAD_BELOW_PRODUCTS) as workers:
-        together = len(items) - len(items) % workers.threads if workers.threads > 1 else 0
-        found = list(workers.map(work, items[:together]))
-    return [*found, *map(work, items[together:])]
+    with BlasThreadPool(MIN_PARALLEL_MULTIPLICATIONS) as pool:
+        parallel_count = len(items) - len(items) % pool.n_threads if pool.n_threads > 1 else 0
+        results = list(pool.map(function, items[:parallel_count]))
+    return [*results, *map(function, items[parallel_count:])]
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], ready: int = 1) -> Iterator[Result]:
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], lookahead: int = 1) -> Iterator[Result]:
     """``work`` of each item, in order; while one result is used, another thread works on so many of the next."""
-    left = iter(items)
-    with ThreadPoolExecutor(1, "featpipe-ahead") as other:
-        coming = deque(other.submit(work, item) for item in islice(left, ready))
+    remaining = iter(items)
+    with ThreadPoolExecutor(1, "featpipe-ahead") as executor:
+        futures = deque(executor.submit(function, item) for item in islice(remaining, lookahead))
         try:
-            while coming:
-                found = coming.popleft().result()
-                coming.extend(other.submit(work, item) for item in islice(left, 1))
-                yield found
+            while futures:
+                result = futures.popleft().result()
+                futures.extend(executor.submit(function, item) for item in islice(remaining, 1))
+                yield result
         finally:
-            for future in coming:
+            for future in futures:
                 future.cancel()
 
 
-class _Task(Generic[Item, Result]):
+class _PendingCall(Generic[Item, Result]):
     """Work on one item, begun by another thread or taken over by the caller's."""
 
-    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Item], Result], item: Item) -> None:
-        self._work, self._item = work, item
-        self.future = pool.submit(work, item)
+    def __init__(self, executor: ThreadPoolExecutor, function: Callable[[Item], Result], item: Item) -> None:
+        self._function, self._item = function, item
+        self.future = executor.submit(function, item)
 
-    def take_over(self) -> bool:
+    def run_in_caller(self) -> bool:
         """Do it here, if nobody has begun; whether that was so."""
         if not self.future.cancel():
             return False
         self.future = Future()
-        self.future.set_result(self._work(self._item))
+        self.future.set_result(self._function(self._item))
         return True
 
 
-def _first(waiting: deque[_Task[Item, Result]]) -> Result:
+def _pop_result(tasks: deque[_PendingCall[Item, Result]]) -> Result:
     """The first result; meanwhile this thread works too, on what nobody has begun."""
-    while not waiting[0].future.done() and any(task.take_over() for task in waiting):
+    while not tasks[0].future.done() and any(task.run_in_caller() for task in tasks):
         pass
-    return waiting.popleft().future.result()
+    return tasks.popleft().future.result()
 
 
 @cache
-def _controller() -> Any:
+def _threadpool_controller() -> Any:
     """Looking for the libraries of the process takes milliseconds: once."""
     return ThreadpoolController()

@@ -74,7 +74,7 @@ def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[i
     """As Ctrl-C would, after some steps, once; gets an entry for each step."""
     from featpipe.finetuning import loop
 
-    real, made = loop.step, list[int]()
+    real, made = loop.optimizer_step, list[int]()
 
     def interrupted(*given: object) -> None:
         real(*given)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[i
         if len(made) == after:
             signal.raise_signal(signal.SIGINT)  # to this thread: here, and nowhere within torch
 
-    monkeypatch.setattr(loop, "step", interrupted)
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
     return made
 
 
@@ -113,7 +113,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture(autouse=True)
 def _log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test asks of the log of its process, the next one does not find."""
-    monkeypatch.setitem(log._chosen, "format", "text")
+    monkeypatch.setitem(log._log_settings, "format", "text")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 

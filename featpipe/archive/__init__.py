@@ -45,19 +45,19 @@ with its fault.
 from __future__ import annotations
 
 from featpipe.archive.indexing import Index, index, index_files
-from featpipe.archive.listing import SUFFIXES, ArchiveLimits, Source
-from featpipe.archive.patterns import expand
-from featpipe.archive.reader import Reader
-from featpipe.archive.tables import Table
+from featpipe.archive.listing import SAMPLE_SUFFIXES, ArchiveLimits, ArchiveSource
+from featpipe.archive.patterns import expand_paths
+from featpipe.archive.reader import SampleReader
+from featpipe.archive.tables import LabelTable
 
 __all__ = [
-    "SUFFIXES",
+    "SAMPLE_SUFFIXES",
     "ArchiveLimits",
+    "ArchiveSource",
     "Index",
-    "Reader",
-    "Source",
-    "Table",
-    "expand",
+    "LabelTable",
+    "SampleReader",
+    "expand_paths",
     "index",
     "index_files",
 ]

@@ -8,46 +8,52 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 
-from featpipe.archive.listing import ArchiveLimits, Listing, Source, is_hidden, is_sample
-from featpipe.archive.notes import LARGEST_NOTE_BYTES, is_note, key_of, may_hold_notes
+from featpipe.archive.listing import ArchiveLimits, ArchiveSource, Listing, is_hidden, is_sample
+from featpipe.archive.notes import MAX_SIDECAR_BYTES, get_sample_key, is_sidecar, may_hold_sidecars
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
 __all__ = ["list_files", "list_folder", "read_file"]
 
-Identity = tuple[int, int]
+FileIdentity = tuple[int, int]
 
 
-def list_folder(source: Source, limits: ArchiveLimits) -> Listing:
+def list_folder(source: ArchiveSource, limits: ArchiveLimits) -> Listing:
     """List a folder by path components in code point order, following links but never in a circle."""
     listing = Listing(source, limits)
     # A stack of half-read folders rather than recursion: an archive may be nested deeper than Python.
-    stack = [(_entries(listing, source.real, ""), "", frozenset({_identity(source.real)}))]
+    stack = [(_list_entries(listing, source.real_path, ""), "", frozenset({_get_identity(source.real_path)}))]
     while stack:
-        entries, prefix, parents = stack[-1]
-        folder = _take_files(listing, entries, prefix)
+        entries, prefix, parent_identities = stack[-1]
+        folder = _add_files_before_folder(listing, entries, prefix)
         if folder is None:
             stack.pop()
         elif is_hidden(folder.name) or folder.name == "__MACOSX":
             listing.ignored["hidden" if is_hidden(folder.name) else "__MACOSX"] += 1
-        elif (identity := _identity(folder.path)) in parents:
+        elif (identity := _get_identity(folder.path)) in parent_identities:
             listing.ignored["link to a parent folder"] += 1
         else:
-            below = f"{prefix}{folder.name}/"
-            stack.append((_entries(listing, folder.path, below), below, parents | {identity}))
+            subfolder_prefix = f"{prefix}{folder.name}/"
+            stack.append(
+                (
+                    _list_entries(listing, folder.path, subfolder_prefix),
+                    subfolder_prefix,
+                    parent_identities | {identity},
+                )
+            )
     return listing
 
 
-def list_files(source: Source, names: Iterable[str], limits: ArchiveLimits) -> Listing:
+def list_files(source: ArchiveSource, names: Iterable[str], limits: ArchiveLimits) -> Listing:
     """List single files in the order given; what is not there gets the fault ``MISSING``."""
     listing = Listing(source, limits)
     for name in names:
-        listing.count()
-        _add(listing, name, partial(os.stat, os.path.join(source.real, name)))
+        listing.count_members()
+        _add_file(listing, name, partial(os.stat, os.path.join(source.real_path, name)))
     return listing
 
 
-def read_file(path: bytes, most_bytes: int) -> bytes:
+def read_file(path: bytes, max_bytes: int) -> bytes:
     """Read a regular file whole; SampleError with the status if that is not possible."""
     try:
         # Non-blocking, so that a pipe that took the place of an image cannot hang the reader.
@@ -55,7 +61,7 @@ def read_file(path: bytes, most_bytes: int) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise SampleError("not a regular file", status=Status.NOT_A_FILE)
-            data = file.read(most_bytes + 1)
+            data = file.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SampleError("is not there any more", status=Status.MISSING) from error
     except IsADirectoryError as error:
@@ -63,12 +69,12 @@ def read_file(path: bytes, most_bytes: int) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SampleError(f"cannot be read: {reason}", status=Status.UNREADABLE) from error
-    if len(data) > most_bytes:
-        raise SampleError(f"more than {most_bytes} bytes", status=Status.TOO_LARGE)
+    if len(data) > max_bytes:
+        raise SampleError(f"more than {max_bytes} bytes", status=Status.TOO_LARGE)
     return data
 
 
-def _entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry[str]]:
+def _list_entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry[str]]:
     """The entries of a folder in order. Sidecar files that belong to one of its images are taken at once."""
     try:
         with os.scandir(folder) as scan:
@@ -77,45 +83,47 @@ def _entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry
         raise ArchiveError(
             f"{folder}: cannot be listed: {error.strerror}; grant access to it, or name its parts one by one"
         ) from error
-    listing.count(len(entries))
-    if may_hold_notes(entry.name for entry in entries):
-        notes = [entry for entry in entries if is_note(entry.name) and not is_hidden(entry.name)]
-        keys = {key_of(entry.name) for entry in entries if is_sample(entry.name)}
-        for entry in notes:
-            if key_of(entry.name) in keys:
-                _take_note(listing, prefix + entry.name, entry.path)
+    listing.count_members(len(entries))
+    if may_hold_sidecars(entry.name for entry in entries):
+        sidecars = [entry for entry in entries if is_sidecar(entry.name) and not is_hidden(entry.name)]
+        sample_keys = {get_sample_key(entry.name) for entry in entries if is_sample(entry.name)}
+        for entry in sidecars:
+            if get_sample_key(entry.name) in sample_keys:
+                _add_sidecar(listing, prefix + entry.name, entry.path)
             else:
-                listing.ignore(entry.name)
+                listing.count_ignored(entry.name)
     return iter(entries)
 
 
-def _take_files(listing: Listing, entries: Iterator[os.DirEntry[str]], prefix: str) -> os.DirEntry[str] | None:
+def _add_files_before_folder(
+    listing: Listing, entries: Iterator[os.DirEntry[str]], prefix: str
+) -> os.DirEntry[str] | None:
     """Add the files that come before the next folder; that folder, or None at the end."""
     for entry in entries:
         if _is_folder(entry):
             return entry
-        if listing.wants(entry.name):
-            _add(listing, prefix + entry.name, entry.stat)
+        if listing.accepts(entry.name):
+            _add_file(listing, prefix + entry.name, entry.stat)
     return None
 
 
-def _take_note(listing: Listing, name: str, path: str) -> None:
+def _add_sidecar(listing: Listing, name: str, path: str) -> None:
     try:
-        listing.note(name, read_file(os.fsencode(path), LARGEST_NOTE_BYTES))
+        listing.add_sidecar(name, read_file(os.fsencode(path), MAX_SIDECAR_BYTES))
     except SampleError as error:
-        listing.bad_note(name, str(error))
+        listing.add_unreadable_sidecar(name, str(error))
 
 
-def _add(listing: Listing, name: str, look: Callable[[], os.stat_result]) -> None:
+def _add_file(listing: Listing, name: str, get_stat: Callable[[], os.stat_result]) -> None:
     try:
-        found = look()
+        file_stat = get_stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         listing.add(name, size=0, fault=Status.MISSING)
     except OSError:
         listing.add(name, size=0, fault=Status.UNREADABLE)
     else:
-        fault = Status.OK if stat.S_ISREG(found.st_mode) else Status.NOT_A_FILE
-        listing.add(name, size=found.st_size, mtime_ns=found.st_mtime_ns, fault=fault)
+        fault = Status.OK if stat.S_ISREG(file_stat.st_mode) else Status.NOT_A_FILE
+        listing.add(name, size=file_stat.st_size, mtime_ns=file_stat.st_mtime_ns, fault=fault)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -125,9 +133,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _identity(folder: str) -> Identity:
+def _get_identity(folder: str) -> FileIdentity:
     try:
-        found = os.stat(folder)
+        folder_stat = os.stat(folder)
     except OSError as error:
         raise ArchiveError(f"{folder}: cannot be listed: {error.strerror}; grant access to it") from error
-    return found.st_dev, found.st_ino
+    return folder_stat.st_dev, folder_stat.st_ino

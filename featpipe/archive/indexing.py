@@ -18,36 +18,36 @@ from numpy.typing import NDArray
 
 from featpipe.archive.folders import list_files, list_folder
 from featpipe.archive.listing import (
-    DECODED,
-    LIMITS,
+    DECODED_SUFFIXES,
+    DEFAULT_LIMITS,
     ArchiveLimits,
+    ArchiveSource,
     Compression,
     Listing,
-    Source,
+    escape_name,
+    format_name,
     is_sample,
-    plain,
-    shown,
 )
-from featpipe.archive.marks import Marks, by_folder, by_note, cleaned
-from featpipe.archive.matching import keyed, match
-from featpipe.archive.patterns import expand
-from featpipe.archive.reader import Reader
-from featpipe.archive.tables import TABLE_SUFFIXES, Table, read_table
+from featpipe.archive.marks import RawLabels, iter_normalized_names, labels_from_folders, labels_from_sidecars
+from featpipe.archive.matching import map_paths_to_rows, match_table_rows
+from featpipe.archive.patterns import expand_paths
+from featpipe.archive.reader import SampleReader
+from featpipe.archive.tables import TABLE_SUFFIXES, LabelTable, read_table
 from featpipe.archive.tars import list_tar
 from featpipe.archive.zips import list_zip
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 __all__ = ["Index", "index", "index_files"]
 
 PathLike = str | os.PathLike[str]
 
-_MAGIC = {b"PK\3\4": "zip", b"PK\5\6": "zip", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
-_TAR_MAGIC_AT = 257
+_MAGIC_BYTES = {b"PK\3\4": "zip", b"PK\5\6": "zip", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_TAR_MAGIC_OFFSET = 257
 _STAMP_BYTES = 16
-_ROWS_AT_ONCE = 65536
+_STAMP_BLOCK_ROWS = 65536
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +81,9 @@ class Index:
     limits : ArchiveLimits
     """
 
-    sources: tuple[Source, ...]
-    ids: Strings
-    names: Strings
+    sources: tuple[ArchiveSource, ...]
+    ids: StringColumn
+    names: StringColumn
     source: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
@@ -92,7 +92,7 @@ class Index:
     labels: Labels
     split: NDArray[np.uint8]
     ignored: dict[str, int]
-    limits: ArchiveLimits = LIMITS
+    limits: ArchiveLimits = DEFAULT_LIMITS
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,7 +102,7 @@ class Index:
         """Whether some source can only be read front to back, so that rows are best read in order."""
         return any(source.compression for source in self.sources)
 
-    def stamps(self) -> NDArray[np.uint8]:
+    def compute_stamps(self) -> NDArray[np.uint8]:
         """What stays the same while a sample's bytes do, as far as can be told without reading them.
 
         Returns
@@ -112,23 +112,25 @@ class Index:
             stamps are trusted to mean unchanged bytes.
         """
         stamps = np.zeros((len(self), _STAMP_BYTES), np.uint8)
-        sound = np.flatnonzero(self.fault == Status.OK)
-        for rows in np.array_split(sound, range(_ROWS_AT_ONCE, len(sound), _ROWS_AT_ONCE)):
-            stamps[rows] = np.frombuffer(b"".join(self._stamps(rows)), np.uint8).reshape(-1, _STAMP_BYTES)
+        ok_rows = np.flatnonzero(self.fault == Status.OK)
+        for rows in np.array_split(ok_rows, range(_STAMP_BLOCK_ROWS, len(ok_rows), _STAMP_BLOCK_ROWS)):
+            stamps[rows] = np.frombuffer(b"".join(self._iter_stamps(rows)), np.uint8).reshape(-1, _STAMP_BYTES)
         return stamps
 
-    def _stamps(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
+    def _iter_stamps(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
         """The stamps of some rows; plain numbers and bytes, because reading one number of an array takes longer."""
-        paths = [os.fsencode(source.real) for source in self.sources]
-        inside = [os.path.join(path, b"") for path in paths]
+        paths = [os.fsencode(source.real_path) for source in self.sources]
+        folder_prefixes = [os.path.join(path, b"") for path in paths]
         kinds = [source.kind for source in self.sources]
         columns = (self.source, self.offset, self.size, self.mtime_ns, self.names.offsets[:-1], self.names.offsets[1:])
         data, sha256, pack = self.names.data, hashlib.sha256, struct.Struct("<4q").pack
-        for number, offset, size, mtime_ns, start, stop in zip(*(c[rows].tolist() for c in columns), strict=True):
-            path, name = paths[number], data[start:stop].tobytes()
-            if kinds[number] == "folder":
-                path, name = inside[number] + name, b""
-            elif kinds[number] == "files":  # whose names may be absolute
+        for source_number, offset, size, mtime_ns, start, stop in zip(
+            *(column[rows].tolist() for column in columns), strict=True
+        ):
+            path, name = paths[source_number], data[start:stop].tobytes()
+            if kinds[source_number] == "folder":
+                path, name = folder_prefixes[source_number] + name, b""
+            elif kinds[source_number] == "files":  # whose names may be absolute
                 path, name = os.path.join(path, name), b""
             yield sha256(pack(len(path), offset, size, mtime_ns) + path + name).digest()[:_STAMP_BYTES]
 
@@ -148,16 +150,16 @@ class Index:
         start, stop = self.names.offsets[row], self.names.offsets[row + 1]
         return self.names.data[start:stop].tobytes()
 
-    def open(self) -> Reader:
+    def open(self) -> SampleReader:
         """A reader of the samples' bytes; open it where it is used."""
-        return Reader(self)
+        return SampleReader(self)
 
 
 def index(
     archives: PathLike | Sequence[PathLike],
     *,
-    labels: PathLike | Table | None = None,
-    limits: ArchiveLimits = LIMITS,
+    labels: PathLike | LabelTable | None = None,
+    limits: ArchiveLimits = DEFAULT_LIMITS,
 ) -> Index:
     """List and order the samples of archives, by the rules of `featpipe.archive`.
 
@@ -175,22 +177,30 @@ def index(
         If an archive is missing, damaged, hostile or without any sample, or does not fit its labels.
     """
     arguments = [archives] if isinstance(archives, (str, os.PathLike)) else list(archives)
-    gathered = [part for paths in expand(arguments) for part in _parts(paths, limits)]
-    listings = [listing for part in gathered for listing in part.listings]
+    groups = [group for paths in expand_paths(arguments) for group in _iter_groups(paths, limits)]
+    listings = [listing for group in groups for listing in group.listings]
     if not any(map(len, listings)):
-        raise _nothing_found(arguments, listings)
-    whole = _assembled(listings, limits)
+        raise _no_samples_error(arguments, listings)
+    unlabeled_index = _combine_listings(listings, limits)
     if labels is not None:
-        table = labels if isinstance(labels, Table) else Table(Path(labels))
-        rows = read_table(table, need_labels=True)
-        of_sample = match(table.path, rows, whole)
-        marks, split = rows.marks.take(of_sample), bytes(rows.split[row] if row >= 0 else 0 for row in of_sample)
+        table = labels if isinstance(labels, LabelTable) else LabelTable(Path(labels))
+        table_rows = read_table(table, require_labels=True)
+        row_by_sample = match_table_rows(table.path, table_rows, unlabeled_index)
+        raw_labels, split = (
+            table_rows.raw_labels.take(row_by_sample),
+            bytes(table_rows.split[row] if row >= 0 else 0 for row in row_by_sample),
+        )
     else:
-        marks, split = Marks.joined(part.marks for part in gathered), b"".join(part.split for part in gathered)
-    return replace(whole, labels=marks.labels(), split=np.frombuffer(split, np.uint8))
+        raw_labels, split = (
+            RawLabels.concatenate(group.raw_labels for group in groups),
+            b"".join(part.split for part in groups),
+        )
+    return replace(unlabeled_index, labels=raw_labels.to_labels(), split=np.frombuffer(split, np.uint8))
 
 
-def index_files(paths: Sequence[PathLike], labels: Labels | None = None, limits: ArchiveLimits = LIMITS) -> Index:
+def index_files(
+    paths: Sequence[PathLike], labels: Labels | None = None, limits: ArchiveLimits = DEFAULT_LIMITS
+) -> Index:
     """Index single files in the order given; one that is not there keeps its row with the fault ``MISSING``.
 
     Parameters
@@ -202,36 +212,40 @@ def index_files(paths: Sequence[PathLike], labels: Labels | None = None, limits:
     """
     if labels is not None and len(labels) != len(paths):
         raise ConfigError(f"{len(labels)} labels for {len(paths)} paths; give one for each, in the same order")
-    listing = list_files(_here(), [Path(path).as_posix() for path in paths], limits)
-    whole = _assembled([listing], limits)
-    return whole if labels is None else replace(whole, labels=labels)
+    listing = list_files(_current_folder_source(), [Path(path).as_posix() for path in paths], limits)
+    unlabeled_index = _combine_listings([listing], limits)
+    return unlabeled_index if labels is None else replace(unlabeled_index, labels=labels)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _LabeledGroup:
     """What follows one another in an argument and is labelled by one rule."""
 
     listings: list[Listing]
-    marks: Marks
+    raw_labels: RawLabels
     split: bytes
 
 
-def _parts(paths: Sequence[Path], limits: ArchiveLimits) -> Iterator[_Part]:
-    for kind, some in groupby(paths, _kind):
+def _iter_groups(paths: Sequence[Path], limits: ArchiveLimits) -> Iterator[_LabeledGroup]:
+    for kind, group_paths in groupby(paths, _get_path_kind):
         if kind == "table":
-            for path in some:
-                yield _table_part(path, limits)
+            for path in group_paths:
+                yield _list_table(path, limits)
             continue
         if kind == "image":
-            listings = [list_files(_here(), [path.as_posix() for path in some], limits)]
+            listings = [list_files(_current_folder_source(), [path.as_posix() for path in group_paths], limits)]
         else:
-            listings = [_list_archive(path, limits) for path in some]
+            listings = [_list_archive(path, limits) for path in group_paths]
         n = sum(map(len, listings))
-        marks = Marks.none(n) if kind == "image" else by_note(listings) or by_folder(listings)
-        yield _Part(listings, marks, bytes(n))
+        raw_labels = (
+            RawLabels.unlabeled(n)
+            if kind == "image"
+            else labels_from_sidecars(listings) or labels_from_folders(listings)
+        )
+        yield _LabeledGroup(listings, raw_labels, bytes(n))
 
 
-def _kind(path: Path) -> str:
+def _get_path_kind(path: Path) -> str:
     if path.is_dir():
         return "archive"
     if path.suffix.lower() in TABLE_SUFFIXES:
@@ -239,127 +253,137 @@ def _kind(path: Path) -> str:
     return "image" if is_sample(path.name) else "archive"
 
 
-def _table_part(path: Path, limits: ArchiveLimits) -> _Part:
-    rows = read_table(Table(path), need_labels=False)
-    keyed(path, rows)
-    source = Source(path, "files", os.path.realpath(path.parent))
-    listing = list_files(source, [os.fspath(Path(name)) for name in rows.paths], limits)
-    absent = [name for name, fault in zip(listing.names, listing.fault, strict=True) if fault == Status.MISSING]
-    if absent:
-        first = ", ".join(map(shown, absent[:3]))
+def _list_table(path: Path, limits: ArchiveLimits) -> _LabeledGroup:
+    table_rows = read_table(LabelTable(path), require_labels=False)
+    map_paths_to_rows(path, table_rows)
+    source = ArchiveSource(path, "files", os.path.realpath(path.parent))
+    listing = list_files(source, [os.fspath(Path(name)) for name in table_rows.paths], limits)
+    missing_names = [name for name, fault in zip(listing.names, listing.fault, strict=True) if fault == Status.MISSING]
+    if missing_names:
+        first_names = ", ".join(map(format_name, missing_names[:3]))
         raise ArchiveError(
-            f"{path}: {len(absent)} of its files do not exist: {first}; paths are relative to {source.real}"
+            f"{path}: {len(missing_names)} of its files do not exist: {first_names}; paths are relative to {source.real_path}"
         )
-    return _Part([listing], rows.marks, rows.split)
+    return _LabeledGroup([listing], table_rows.raw_labels, table_rows.split)
 
 
-def _here() -> Source:
+def _current_folder_source() -> ArchiveSource:
     """The source of images that are named one by one."""
-    return Source(Path(), "files", os.path.realpath("."))
+    return ArchiveSource(Path(), "files", os.path.realpath("."))
 
 
 def _list_archive(path: Path, limits: ArchiveLimits) -> Listing:
-    real = os.path.realpath(path)
-    if os.path.isdir(real):
-        return list_folder(Source(path, "folder", real), limits)
-    if not os.path.isfile(real):
+    real_path = os.path.realpath(path)
+    if os.path.isdir(real_path):
+        return list_folder(ArchiveSource(path, "folder", real_path), limits)
+    if not os.path.isfile(real_path):
         raise ArchiveError(f"{path}: neither a folder nor a file; expected an archive")
     try:
-        found = os.stat(real)
-        with open(real, "rb") as file:
-            head = file.read(_TAR_MAGIC_AT + 5)
+        file_stat = os.stat(real_path)
+        with open(real_path, "rb") as file:
+            header = file.read(_TAR_MAGIC_OFFSET + 5)
     except OSError as error:
         raise ArchiveError(f"{path}: cannot be read: {error.strerror}; grant access to it") from error
-    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    kind = next((kind for magic, kind in _MAGIC_BYTES.items() if header.startswith(magic)), "")
     compression = cast(Compression, "" if kind == "zip" else kind)
     if kind == "zip":
-        return list_zip(Source(path, "zip", real, "", found.st_size, found.st_mtime_ns), limits)
-    if kind or head[_TAR_MAGIC_AT:] == b"ustar" or path.suffix.lower() == ".tar":
-        return list_tar(Source(path, "tar", real, compression, found.st_size, found.st_mtime_ns), limits)
+        return list_zip(ArchiveSource(path, "zip", real_path, "", file_stat.st_size, file_stat.st_mtime_ns), limits)
+    if kind or header[_TAR_MAGIC_OFFSET:] == b"ustar" or path.suffix.lower() == ".tar":
+        return list_tar(
+            ArchiveSource(path, "tar", real_path, compression, file_stat.st_size, file_stat.st_mtime_ns), limits
+        )
     raise ArchiveError(
-        f"{path}: begins with {head[:8]!r}; expected a folder, a .tar (also .gz, .bz2, .xz), a .zip, or a table of "
+        f"{path}: begins with {header[:8]!r}; expected a folder, a .tar (also .gz, .bz2, .xz), a .zip, or a table of "
         "paths as .csv, .tsv or .parquet"
     )
 
 
-def _nothing_found(arguments: Sequence[PathLike], listings: Sequence[Listing]) -> ArchiveError:
+def _no_samples_error(arguments: Sequence[PathLike], listings: Sequence[Listing]) -> ArchiveError:
     where = ", ".join(os.fspath(argument) for argument in arguments[:3]) or "no archive"
-    others = sum((listing.ignored for listing in listings), Counter[str]()).most_common(6)
-    found = ", ".join(f"{count} {what}" for what, count in others) or "nothing at all"
-    return ArchiveError(f"{where}: no image; found {found}; an image is a file whose name ends in {', '.join(DECODED)}")
+    ignored_counts = sum((listing.ignored for listing in listings), Counter[str]()).most_common(6)
+    found_text = ", ".join(f"{count} {ignored_kind}" for ignored_kind, count in ignored_counts) or "nothing at all"
+    return ArchiveError(
+        f"{where}: no image; found {found_text}; an image is a file whose name ends in {', '.join(DECODED_SUFFIXES)}"
+    )
 
 
-def _assembled(listings: Sequence[Listing], limits: ArchiveLimits) -> Index:
+def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits) -> Index:
     """The listings one after the other, still without labels."""
     sources = tuple(dict.fromkeys(listing.source for listing in listings))
-    prefixes = _prefixes([listing.source for listing in listings])
+    prefixes = _make_id_prefixes([listing.source for listing in listings])
     ids: list[str] = []
     for listing in listings:
         prefix = prefixes.get(listing.source, "")
-        plain_names = map(plain, listing.names if listing.source.kind == "files" else cleaned(listing))
-        ids += (prefix + name for name in plain_names) if prefix else plain_names
+        escaped_names = map(
+            escape_name, listing.names if listing.source.kind == "files" else iter_normalized_names(listing)
+        )
+        ids += (prefix + name for name in escaped_names) if prefix else escaped_names
     n, names = len(ids), [name for listing in listings for name in listing.names]
     if not (len(listings) == 1 and listings[0].source.kind == "folder" and ids == names):  # unique by nature
-        ids = _unique(ids)
-    column = Strings.of(ids)
-    number = {source: i for i, source in enumerate(sources)}
+        ids = _make_ids_unique(ids)
+    id_column = StringColumn.from_strings(ids)
+    source_numbers = {source: i for i, source in enumerate(sources)}
     return Index(
         sources=sources,
-        ids=column,
-        names=column if ids == names else _raw_names(names),  # mostly equal, and then kept once
+        ids=id_column,
+        names=id_column if ids == names else _encode_names(names),  # mostly equal, and then kept once
         source=np.repeat(
-            np.array([number[listing.source] for listing in listings], np.int32), list(map(len, listings))
+            np.array([source_numbers[listing.source] for listing in listings], np.int32), list(map(len, listings))
         ),
-        offset=_column(listing.offset for listing in listings),
-        size=_column(listing.size for listing in listings),
-        mtime_ns=_column(listing.mtime_ns for listing in listings),
+        offset=_concatenate_column(listing.offset for listing in listings),
+        size=_concatenate_column(listing.size for listing in listings),
+        mtime_ns=_concatenate_column(listing.mtime_ns for listing in listings),
         fault=np.frombuffer(b"".join(listing.fault for listing in listings), np.uint8),
-        labels=Labels.none(n),
+        labels=Labels.unlabeled(n),
         split=np.zeros(n, np.uint8),
         ignored=dict(sum((listing.ignored for listing in listings), Counter[str]())),
         limits=limits,
     )
 
 
-def _column(parts: Iterable[array[int]]) -> NDArray[np.int64]:
-    return np.concatenate([np.frombuffer(part, np.int64) for part in parts])
+def _concatenate_column(columns: Iterable[array[int]]) -> NDArray[np.int64]:
+    return np.concatenate([np.frombuffer(column, np.int64) for column in columns])
 
 
-def _raw_names(names: Iterable[str]) -> Strings:
+def _encode_names(names: Iterable[str]) -> StringColumn:
     encoded = [name.encode("utf-8", "surrogateescape") for name in names]
     offsets = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(name) for name in encoded], out=offsets[1:])
-    return Strings(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+    return StringColumn(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
 
-def _prefixes(given: Sequence[Source]) -> dict[Source, str]:
+def _make_id_prefixes(sources: Sequence[ArchiveSource]) -> dict[ArchiveSource, str]:
     """What goes before the ids of each archive when there are several; single images have no archive."""
-    paths = [(source, Path(os.path.abspath(source.path)).parts) for source in given if source != _here()]
-    double = next((parts for parts, count in Counter(parts for _, parts in paths).items() if count > 1), None)
-    if double is not None:
-        raise ArchiveError(f"{Path(*double)}: given twice; give each archive once")
-    if len(paths) < 2:
+    source_parts = [
+        (source, Path(os.path.abspath(source.path)).parts) for source in sources if source != _current_folder_source()
+    ]
+    duplicate_parts = next(
+        (parts for parts, count in Counter(parts for _, parts in source_parts).items() if count > 1), None
+    )
+    if duplicate_parts is not None:
+        raise ArchiveError(f"{Path(*duplicate_parts)}: given twice; give each archive once")
+    if len(source_parts) < 2:
         return {}
-    deepest = max(len(parts) for _, parts in paths)
-    for depth in range(1, deepest + 1):
-        names = ["/".join(parts[-depth:]) for _, parts in paths]
+    max_depth = max(len(parts) for _, parts in source_parts)
+    for depth in range(1, max_depth + 1):
+        names = ["/".join(parts[-depth:]) for _, parts in source_parts]
         if len(set(names)) == len(names):
             break
-    return {source: plain(name) + "/" for (source, _), name in zip(paths, names, strict=True)}
+    return {source: escape_name(name) + "/" for (source, _), name in zip(source_parts, names, strict=True)}
 
 
-def _unique(ids: list[str]) -> list[str]:
+def _make_ids_unique(ids: list[str]) -> list[str]:
     """The ids with ``#2``, ``#3``, … behind those that were there before."""
     hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
     if len(np.unique(hashes)) == len(ids):  # the common case, without a set of millions of strings
         return ids
-    taken: set[str] = set()
-    following: Counter[str] = Counter()
+    seen_ids: set[str] = set()
+    suffix_counts: Counter[str] = Counter()
     for row, name in enumerate(ids):
-        unique = name
-        while unique in taken:
-            following[name] += 1
-            unique = f"{name}#{following[name] + 1}"
-        taken.add(unique)
-        ids[row] = unique
+        unique_id = name
+        while unique_id in seen_ids:
+            suffix_counts[name] += 1
+            unique_id = f"{name}#{suffix_counts[name] + 1}"
+        seen_ids.add(unique_id)
+        ids[row] = unique_id
     return ids

@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featpipe.archive.notes import LARGEST_NOTE_BYTES, Note, is_note, key_of
+from featpipe.archive.notes import MAX_SIDECAR_BYTES, SidecarLabel, get_sample_key, is_sidecar
 from featpipe.errors import ArchiveError
 from featpipe.status import Status
 
 __all__ = [
-    "DECODED",
-    "LIMITS",
-    "SUFFIXES",
+    "DECODED_SUFFIXES",
+    "DEFAULT_LIMITS",
+    "SAMPLE_SUFFIXES",
     "ArchiveLimits",
+    "ArchiveSource",
     "Compression",
     "Listing",
-    "Source",
+    "escape_name",
+    "format_name",
+    "get_suffix",
     "is_hidden",
     "is_sample",
-    "plain",
-    "shown",
-    "suffix_of",
 ]
 
-DECODED = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
-RECOGNISED = (
+DECODED_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
+UNDECODED_SUFFIXES = (
     *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".hdr"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dcm", ".cr2", ".nef", ".arw", ".dng"),
 )
-SUFFIXES = frozenset(DECODED + RECOGNISED)
+SAMPLE_SUFFIXES = frozenset(DECODED_SUFFIXES + UNDECODED_SUFFIXES)
 """Suffixes, in lower case, that make a file a sample.
 
 Those that are not decoded are among them so that such a file gets a row with a status instead of vanishing.
@@ -40,9 +40,9 @@ Those that are not decoded are among them so that such a file gets a row with a 
 
 Compression = Literal["", "gz", "bz2", "xz"]
 
-_LARGEST_INT64 = 2**63 - 1
-_LONGEST_SUFFIX = 12
-_MOST_SUFFIXES = 200
+_MAX_INT64 = 2**63 - 1
+_MAX_SUFFIX_LENGTH = 12
+_MAX_IGNORED_SUFFIXES = 200
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class ArchiveLimits:
         How many times its own size a .zip or compressed .tar may unfold to; the first 256 MiB are free.
     """
 
-    members: int = 100_000_000
-    member_bytes: int = 512 * 2**20
-    ratio: int = 250
+    max_members: int = 100_000_000
+    max_member_bytes: int = 512 * 2**20
+    max_ratio: int = 250
 
-    def unfolded_bytes(self, archive_bytes: int) -> int:
+    def max_decompressed_bytes(self, archive_bytes: int) -> int:
         """The most bytes to which an archive of this size may unfold."""
-        return max(256 * 2**20, self.ratio * archive_bytes)
+        return max(256 * 2**20, self.max_ratio * archive_bytes)
 
 
-LIMITS = ArchiveLimits()
+DEFAULT_LIMITS = ArchiveLimits()
 
 
 @dataclass(frozen=True)
-class Source:
+class ArchiveSource:
     """One folder, one archive file, or the folder to which single files are relative.
 
     Attributes
@@ -90,7 +90,7 @@ class Source:
 
     path: Path
     kind: Literal["folder", "tar", "zip", "files"]
-    real: str
+    real_path: str
     compression: Compression = ""
     size_bytes: int = 0
     mtime_ns: int = 0
@@ -112,7 +112,7 @@ class Listing:
         For each sample key the label that a sidecar file states, or why it cannot be read.
     """
 
-    def __init__(self, source: Source, limits: ArchiveLimits) -> None:
+    def __init__(self, source: ArchiveSource, limits: ArchiveLimits) -> None:
         self.source = source
         self.limits = limits
         self.names: list[str] = []
@@ -121,8 +121,8 @@ class Listing:
         self.mtime_ns = array("q")
         self.fault = bytearray()
         self.ignored: Counter[str] = Counter()
-        self.notes: dict[str, Note | ArchiveError] = {}
-        self._members = 0
+        self.sidecars: dict[str, SidecarLabel | ArchiveError] = {}
+        self._n_members = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -131,25 +131,25 @@ class Listing:
         """Append one sample; size in bytes. A size out of bounds becomes its fault."""
         self.names.append(name)
         self.offset.append(offset)
-        self.size.append(size if size <= _LARGEST_INT64 else _LARGEST_INT64)
+        self.size.append(size if size <= _MAX_INT64 else _MAX_INT64)
         self.mtime_ns.append(mtime_ns)
-        self.fault.append(fault or self.fault_of(size))
+        self.fault.append(fault or self.check_size(size))
 
-    def fault_of(self, size: int) -> Status:
+    def check_size(self, size: int) -> Status:
         """What is wrong with a sample of so many bytes."""
-        if 0 < size <= self.limits.member_bytes:
+        if 0 < size <= self.limits.max_member_bytes:
             return Status.OK
         return Status.TOO_LARGE if size else Status.EMPTY
 
-    def count(self, members: int = 1) -> None:
+    def count_members(self, members: int = 1) -> None:
         """Count members, samples or not, against the limit."""
-        self._members += members
-        if self._members > self.limits.members:
+        self._n_members += members
+        if self._n_members > self.limits.max_members:
             raise ArchiveError(
-                f"{self.source.path}: more than {self.limits.members} members; raise the limit if that is meant"
+                f"{self.source.path}: more than {self.limits.max_members} members; raise the limit if that is meant"
             )
 
-    def wants(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Whether a file of this name is a sample; counted as ignored if it is not, unless it may be a note."""
         if is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
             return True  # what nearly all are, told without taking the path apart
@@ -160,37 +160,39 @@ class Listing:
             self.ignored["hidden"] += 1
         elif is_sample(name):
             return True
-        elif not is_note(name):
-            self.ignore(name)
+        elif not is_sidecar(name):
+            self.count_ignored(name)
         return False
 
-    def ignore(self, name: str) -> None:
-        suffix = suffix_of(name)
-        known = suffix in self.ignored or len(self.ignored) < _MOST_SUFFIXES
-        if len(suffix) > _LONGEST_SUFFIX or not suffix.isprintable() or not known:
+    def count_ignored(self, name: str) -> None:
+        suffix = get_suffix(name)
+        is_counted = suffix in self.ignored or len(self.ignored) < _MAX_IGNORED_SUFFIXES
+        if len(suffix) > _MAX_SUFFIX_LENGTH or not suffix.isprintable() or not is_counted:
             suffix = "other"
         self.ignored[suffix or "no suffix"] += 1
 
-    def note(self, name: str, data: bytes) -> None:
+    def add_sidecar(self, name: str, data: bytes) -> None:
         """Take a sidecar file. What is wrong with it matters only if it belongs to a sample."""
-        if len(data) > LARGEST_NOTE_BYTES:
-            self.bad_note(name, f"more than {LARGEST_NOTE_BYTES} bytes")
+        if len(data) > MAX_SIDECAR_BYTES:
+            self.add_unreadable_sidecar(name, f"more than {MAX_SIDECAR_BYTES} bytes")
             return
         try:
-            found = Note.parse(suffix_of(name), data)
+            sidecar = SidecarLabel.parse(get_suffix(name), data)
         except ValueError as error:
-            self.bad_note(name, " ".join(str(error).split())[:200])
+            self.add_unreadable_sidecar(name, " ".join(str(error).split())[:200])
             return
-        if found is None:
-            self.ignore(name)
+        if sidecar is None:
+            self.count_ignored(name)
             return
-        key = key_of(name)
-        self.notes[key] = found.beside(self.notes.get(key), f"{self.source.path}: {shown(name)}")
+        key = get_sample_key(name)
+        self.sidecars[key] = sidecar.resolve_conflict(
+            self.sidecars.get(key), f"{self.source.path}: {format_name(name)}"
+        )
 
-    def bad_note(self, name: str, reason: str) -> None:
+    def add_unreadable_sidecar(self, name: str, reason: str) -> None:
         """Remember that a sidecar file cannot be read."""
-        self.notes[key_of(name)] = ArchiveError(
-            f"{self.source.path}: {shown(name)}: a label file that cannot be used: {reason}; correct or remove it"
+        self.sidecars[get_sample_key(name)] = ArchiveError(
+            f"{self.source.path}: {format_name(name)}: a label file that cannot be used: {reason}; correct or remove it"
         )
 
 
@@ -199,7 +201,7 @@ def is_hidden(part: str) -> bool:
     return part.startswith(".") and part not in (".", "..")
 
 
-def suffix_of(name: str) -> str:
+def get_suffix(name: str) -> str:
     """The suffix with its dot, in lower case; empty where there is none."""
     stem, dot, suffix = name.rpartition(".")
     return dot + suffix.lower() if stem and stem[-1] != "/" and "/" not in suffix else ""
@@ -207,15 +209,15 @@ def suffix_of(name: str) -> str:
 
 def is_sample(name: str) -> bool:
     """Whether the suffix says that a file is a sample; its bytes may still say otherwise."""
-    return suffix_of(name) in SUFFIXES
+    return get_suffix(name) in SAMPLE_SUFFIXES
 
 
-def shown(name: str) -> str:
+def format_name(name: str) -> str:
     """A name as messages show it: on one line, and of bounded length."""
     return repr(name if len(name) <= 120 else f"{name[:80]}…{name[-30:]}")
 
 
-def plain(name: str) -> str:
+def escape_name(name: str) -> str:
     """A name as valid text: undecodable bytes and NUL as backslash escapes."""
     if name.isascii():
         return name.replace("\0", "\\x00")

@@ -8,21 +8,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featpipe.archive.listing import Listing, plain
-from featpipe.archive.notes import Note, Value, key_of
+from featpipe.archive.listing import Listing, escape_name
+from featpipe.archive.notes import LabelValue, SidecarLabel, get_sample_key
 from featpipe.errors import ArchiveError
-from featpipe.labels import Labels, Task
+from featpipe.labels import Labels, LabelTask
 
-__all__ = ["Marks", "by_folder", "by_note", "clean", "cleaned", "interpret", "number"]
+__all__ = [
+    "RawLabels",
+    "iter_normalized_names",
+    "labels_from_folders",
+    "labels_from_sidecars",
+    "normalize_name",
+    "parse_label_column",
+    "parse_number",
+]
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_NUMERIC_COLUMNS = ("target", "targets", "y")
+_REGRESSION_COLUMNS = ("target", "targets", "y")
 
-Mark = str | tuple[str, ...] | tuple[float, ...] | None
+RawLabel = str | tuple[str, ...] | tuple[float, ...] | None
 
 
 @dataclass
-class Marks:
+class RawLabels:
     """The labels of some samples, before classes are ordered.
 
     Attributes
@@ -34,46 +42,48 @@ class Marks:
         Names of the t targets.
     """
 
-    task: Task
-    values: list[Mark]
+    task: LabelTask
+    values: list[RawLabel]
     targets: tuple[str, ...] = ()
 
     @classmethod
-    def none(cls, n: int) -> Marks:
+    def unlabeled(cls, n: int) -> RawLabels:
         return cls("none", [None] * n)
 
     @classmethod
-    def joined(cls, several: Iterable[Marks]) -> Marks:
+    def concatenate(cls, parts: Iterable[RawLabels]) -> RawLabels:
         """One after the other. Unlabelled ones adapt; two different tasks cannot be joined."""
-        whole = cls.none(0)
-        for marks in several:
-            if marks.task != "none" and whole.task != "none":
-                if (marks.task, marks.targets) != (whole.task, whole.targets):
+        combined = cls.unlabeled(0)
+        for part in parts:
+            if part.task != "none" and combined.task != "none":
+                if (part.task, part.targets) != (combined.task, combined.targets):
                     raise ArchiveError(
-                        f"labels of different kinds: {whole.task} {list(whole.targets) or ''} and {marks.task} "
-                        f"{list(marks.targets) or ''}; give one table for all archives"
+                        f"labels of different kinds: {combined.task} {list(combined.targets) or ''} and {part.task} "
+                        f"{list(part.targets) or ''}; give one table for all archives"
                     )
-            elif marks.task != "none":
-                whole.task, whole.targets = marks.task, marks.targets
-            whole.values += marks.values
-        return whole
+            elif part.task != "none":
+                combined.task, combined.targets = part.task, part.targets
+            combined.values += part.values
+        return combined
 
-    def take(self, rows: Sequence[int]) -> Marks:
+    def take(self, rows: Sequence[int]) -> RawLabels:
         """The marks of some rows; row -1 has none."""
-        return Marks(self.task, [self.values[row] if row >= 0 else None for row in rows], self.targets)
+        return RawLabels(self.task, [self.values[row] if row >= 0 else None for row in rows], self.targets)
 
-    def labels(self) -> Labels:
+    def to_labels(self) -> Labels:
         if self.task == "none" or all(value is None for value in self.values):
-            return Labels.none(len(self.values))
+            return Labels.unlabeled(len(self.values))
         if self.task == "classification":
-            return Labels.of_classes([value if isinstance(value, str) else None for value in self.values])
+            return Labels.from_class_names([value if isinstance(value, str) else None for value in self.values])
         if self.task == "multilabel":
-            return Labels.of_sets([map(str, value) if isinstance(value, tuple) else None for value in self.values])
-        unknown = (np.nan,) * len(self.targets)
-        return Labels.of_targets([unknown if value is None else value for value in self.values], self.targets)
+            return Labels.from_label_sets(
+                [map(str, value) if isinstance(value, tuple) else None for value in self.values]
+            )
+        missing_targets = (np.nan,) * len(self.targets)
+        return Labels.from_targets([missing_targets if value is None else value for value in self.values], self.targets)
 
 
-def clean(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A member's name without leading ``./`` and ``/`` and without empty parts; ``..`` stays, as text.
 
     Examples
@@ -86,90 +96,96 @@ def clean(name: str) -> str:
     return name
 
 
-def cleaned(listing: Listing) -> Iterable[str]:
+def iter_normalized_names(listing: Listing) -> Iterable[str]:
     """The names of a listing as paths within its source; those of a folder are clean as they are."""
-    return listing.names if listing.source.kind in ("folder", "files") else map(clean, listing.names)
+    return listing.names if listing.source.kind in ("folder", "files") else map(normalize_name, listing.names)
 
 
-def by_folder(listings: Sequence[Listing]) -> Marks:
+def labels_from_folders(listings: Sequence[Listing]) -> RawLabels:
     """Classes from the first folder level of one argument's archives."""
-    top = _one_top(listings) if all(listing.source.kind in ("tar", "zip") for listing in listings) else ""
-    classes: dict[str, str] = {}  # millions of samples share the text of their few classes
-    values: list[Mark] = []
+    root = _find_common_root(listings) if all(listing.source.kind in ("tar", "zip") for listing in listings) else ""
+    class_names: dict[str, str] = {}  # millions of samples share the text of their few classes
+    values: list[RawLabel] = []
     for listing in listings:
-        for name in cleaned(listing):
-            folder, slash, _ = name[len(top) :].partition("/")
-            values.append((classes.get(folder) or classes.setdefault(folder, plain(folder))) if slash else None)
-    return Marks("classification" if classes else "none", values)
+        for name in iter_normalized_names(listing):
+            folder, slash, _ = name[len(root) :].partition("/")
+            values.append(
+                (class_names.get(folder) or class_names.setdefault(folder, escape_name(folder))) if slash else None
+            )
+    return RawLabels("classification" if class_names else "none", values)
 
 
-def _one_top(listings: Sequence[Listing]) -> str:
+def _find_common_root(listings: Sequence[Listing]) -> str:
     """The one top folder that holds everything and itself holds folders of images, with its ``/``; else nothing."""
-    top, nested = "", False
-    for row, name in enumerate(name for listing in listings for name in cleaned(listing)):
-        if row == 0:
-            top = name[: name.find("/") + 1]
-        if not (top and name.startswith(top)):
+    root, has_subfolders = "", False
+    for i, name in enumerate(name for listing in listings for name in iter_normalized_names(listing)):
+        if i == 0:
+            root = name[: name.find("/") + 1]
+        if not (root and name.startswith(root)):
             return ""
-        nested = nested or "/" in name[len(top) :]
-    return top if nested else ""
+        has_subfolders = has_subfolders or "/" in name[len(root) :]
+    return root if has_subfolders else ""
 
 
-def by_note(listings: Sequence[Listing]) -> Marks | None:
+def labels_from_sidecars(listings: Sequence[Listing]) -> RawLabels | None:
     """Labels from sidecar files; None where no sample has one."""
-    if not any(listing.notes for listing in listings):
+    if not any(listing.sidecars for listing in listings):
         return None
-    notes: list[Note | None] = []
+    sidecars: list[SidecarLabel | None] = []
     for listing in listings:
-        used: set[str] = set()
+        sample_keys: set[str] = set()
         for name in listing.names:
-            key = key_of(name)
-            note = listing.notes.get(key)
-            if isinstance(note, ArchiveError):
-                raise note
-            used.add(key)
-            notes.append(note)
-        for key, stray in listing.notes.items():
-            if key not in used:
-                listing.ignore(f"x{stray.suffix}" if isinstance(stray, Note) else "x.json")
-        listing.notes.clear()
-    if not any(notes):
+            key = get_sample_key(name)
+            sidecar = listing.sidecars.get(key)
+            if isinstance(sidecar, ArchiveError):
+                raise sidecar
+            sample_keys.add(key)
+            sidecars.append(sidecar)
+        for key, unused_sidecar in listing.sidecars.items():
+            if key not in sample_keys:
+                listing.count_ignored(
+                    f"x{unused_sidecar.suffix}" if isinstance(unused_sidecar, SidecarLabel) else "x.json"
+                )
+        listing.sidecars.clear()
+    if not any(sidecars):
         return None
     where = str(listings[0].source.path)
-    numeric = any(note is not None and note.numeric for note in notes)
-    return interpret(
-        [None if note is None else note.value for note in notes], "target" if numeric else "label", where=where
+    has_targets = any(note is not None and note.is_target for note in sidecars)
+    return parse_label_column(
+        [None if note is None else note.value for note in sidecars], "target" if has_targets else "label", where=where
     )
 
 
-def interpret(values: Sequence[Value], column: str, *, where: str, task: Task | None = None) -> Marks:
+def parse_label_column(
+    values: Sequence[LabelValue], column: str, *, where: str, task: LabelTask | None = None
+) -> RawLabels:
     """Decide what one column of labels means, by the rules of `featpipe.archive`."""
-    several = any(isinstance(value, tuple) for value in values)
-    if task == "multilabel" or (task is None and (several or column.lower() == "labels")):
-        return Marks("multilabel", [_several(value, where) for value in values])
-    if several:
+    has_lists = any(isinstance(value, tuple) for value in values)
+    if task == "multilabel" or (task is None and (has_lists or column.lower() == "labels")):
+        return RawLabels("multilabel", [_split_labels(value, where) for value in values])
+    if has_lists:
         raise ArchiveError(f"{where}: column {column!r} holds lists of labels, which is multilabel, not {task}")
-    numbers = [number(value) for value in values]
-    wrong = next((v for v, n in zip(values, numbers, strict=True) if n is None and v is not None), None)
-    if task is None and wrong is None and any(value is not None for value in values):
-        whole = all(n is None or n == int(n) for n in numbers)
-        task = "regression" if column.lower() in _NUMERIC_COLUMNS or not whole else "classification"
+    numbers = [parse_number(value) for value in values]
+    non_number = next((v for v, n in zip(values, numbers, strict=True) if n is None and v is not None), None)
+    if task is None and non_number is None and any(value is not None for value in values):
+        all_integers = all(n is None or n == int(n) for n in numbers)
+        task = "regression" if column.lower() in _REGRESSION_COLUMNS or not all_integers else "classification"
     if task == "regression":
-        if wrong is not None:
-            raise ArchiveError(f"{where}: column {column!r} holds {str(wrong)[:60]!r}, expected numbers")
-        return Marks("regression", [None if n is None else (n,) for n in numbers], (column,))
+        if non_number is not None:
+            raise ArchiveError(f"{where}: column {column!r} holds {str(non_number)[:60]!r}, expected numbers")
+        return RawLabels("regression", [None if n is None else (n,) for n in numbers], (column,))
     if task == "none":
-        return Marks.none(len(values))
-    numeric = sum(n is not None for n in numbers)
-    if task is None and numeric and wrong is not None and column.lower() in _NUMERIC_COLUMNS:
+        return RawLabels.unlabeled(len(values))
+    n_numbers = sum(n is not None for n in numbers)
+    if task is None and n_numbers and non_number is not None and column.lower() in _REGRESSION_COLUMNS:
         raise ArchiveError(
-            f"{where}: column {column!r} has {numeric} numbers and also {str(wrong)[:60]!r}; leave the cells empty "
+            f"{where}: column {column!r} has {n_numbers} numbers and also {str(non_number)[:60]!r}; leave the cells empty "
             "that have no number, or name the column label if its values are classes"
         )
-    return Marks("classification", [None if value is None else _class_name(value) for value in values])
+    return RawLabels("classification", [None if value is None else _to_class_name(value) for value in values])
 
 
-def number(value: Value) -> float | None:
+def parse_number(value: LabelValue) -> float | None:
     """The finite number that a value is or spells, else None."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
@@ -178,7 +194,7 @@ def number(value: Value) -> float | None:
     return None
 
 
-def _several(value: Value, where: str) -> tuple[str, ...] | None:
+def _split_labels(value: LabelValue, where: str) -> tuple[str, ...] | None:
     if value is None or isinstance(value, tuple):
         return value
     if isinstance(value, float):
@@ -187,6 +203,6 @@ def _several(value: Value, where: str) -> tuple[str, ...] | None:
     return tuple(name for name in names if name)
 
 
-def _class_name(value: Value) -> str:
-    whole = isinstance(value, float) and value == int(value)
-    return plain(str(int(value) if whole and isinstance(value, float) else value))
+def _to_class_name(value: LabelValue) -> str:
+    is_integer = isinstance(value, float) and value == int(value)
+    return escape_name(str(int(value) if is_integer and isinstance(value, float) else value))

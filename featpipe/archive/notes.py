@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from featpipe.errors import ArchiveError
 
-__all__ = ["LARGEST_NOTE_BYTES", "Note", "is_note", "key_of", "may_hold_notes"]
+__all__ = ["MAX_SIDECAR_BYTES", "SidecarLabel", "get_sample_key", "is_sidecar", "may_hold_sidecars"]
 
-LARGEST_NOTE_BYTES = 2**20
+MAX_SIDECAR_BYTES = 2**20
 
-_SUFFIXES = (".cls", ".json")
-_JSON_KEYS = ("label", "class", "cls", "target", "labels")
+_SIDECAR_SUFFIXES = (".cls", ".json")
+_LABEL_KEYS = ("label", "class", "cls", "target", "labels")
 
-Value = str | int | float | tuple[str, ...] | None
+LabelValue = str | int | float | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
-class Note:
+class SidecarLabel:
     """What one sidecar file says of its sample.
 
     Attributes
@@ -33,15 +33,15 @@ class Note:
     """
 
     suffix: str
-    value: Value
-    numeric: bool = False
+    value: LabelValue
+    is_target: bool = False
 
     @classmethod
-    def parse(cls, suffix: str, data: bytes) -> Note | None:
+    def parse(cls, suffix: str, data: bytes) -> SidecarLabel | None:
         """Read a sidecar file; None where it holds no label. Raises ValueError where it is malformed."""
         return _parse_cls(data) if suffix == ".cls" else _parse_json(data)
 
-    def beside(self, other: Note | ArchiveError | None, where: str) -> Note | ArchiveError:
+    def resolve_conflict(self, other: SidecarLabel | ArchiveError | None, where: str) -> SidecarLabel | ArchiveError:
         """Of two notes on one sample ``.cls`` goes first; two of a kind must agree."""
         if other is None or self == other:
             return self
@@ -52,18 +52,18 @@ class Note:
         return ArchiveError(f"{where}: a second label for one sample, {other.value!r} and {self.value!r}")
 
 
-def is_note(name: str) -> bool:
+def is_sidecar(name: str) -> bool:
     """Whether a file may hold the label of a sample beside it."""
-    return name.lower().endswith(_SUFFIXES)
+    return name.lower().endswith(_SIDECAR_SUFFIXES)
 
 
-def may_hold_notes(names: Iterable[str]) -> bool:
+def may_hold_sidecars(names: Iterable[str]) -> bool:
     """Whether one of many names may be a note; False is certain, and what most folders are told at once."""
-    together = "\n".join(names).lower()
-    return any(suffix in together for suffix in _SUFFIXES)
+    joined_names = "\n".join(names).lower()
+    return any(suffix in joined_names for suffix in _SIDECAR_SUFFIXES)
 
 
-def key_of(name: str) -> str:
+def get_sample_key(name: str) -> str:
     """What the files of one sample share: the path up to the first dot of the file name.
 
     Examples
@@ -75,41 +75,43 @@ def key_of(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _parse_cls(data: bytes) -> Note:
+def _parse_cls(data: bytes) -> SidecarLabel:
     text = data.decode("utf-8-sig").strip()
     if "\n" in text or "\0" in text:
         raise ValueError("expected one class name on one line")
-    return Note(".cls", text or None)
+    return SidecarLabel(".cls", text or None)
 
 
-def _parse_json(data: bytes) -> Note | None:
+def _parse_json(data: bytes) -> SidecarLabel | None:
     try:
         content = json.loads(data)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     if not isinstance(content, dict):
         return None
-    key = next((key for key in _JSON_KEYS if key in content), None)
+    key = next((key for key in _LABEL_KEYS if key in content), None)
     if key is None:
         return None
     value = content[key]
     if isinstance(value, list):
-        return Note(".json", tuple(_name(key, item) for item in value))
+        return SidecarLabel(".json", tuple(_parse_class_name(key, item) for item in value))
     if value is None:
-        return Note(".json", None)
+        return SidecarLabel(".json", None)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key!r} is {value}, expected a finite number")
-    numeric = key == "target" and isinstance(value, (int, float)) and not isinstance(value, bool)
-    return Note(".json", value if isinstance(value, (int, float)) and numeric else _plain(key, value), numeric)
+    is_target = key == "target" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return SidecarLabel(
+        ".json", value if isinstance(value, (int, float)) and is_target else _parse_label(key, value), is_target
+    )
 
 
-def _plain(key: str, value: object) -> str | int | float:
+def _parse_label(key: str, value: object) -> str | int | float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
-    return _name(key, value)
+    return _parse_class_name(key, value)
 
 
-def _name(key: str, value: object) -> str:
+def _parse_class_name(key: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (str, int)):

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from featpipe.archive.folders import read_file
-from featpipe.archive.listing import Source, shown
+from featpipe.archive.listing import ArchiveSource, format_name
 from featpipe.archive.tars import PlainTarReader, TarReader
 from featpipe.archive.zips import ZipReader
 from featpipe.errors import ArchiveError, SampleError
@@ -16,9 +16,9 @@ from featpipe.status import Status
 if TYPE_CHECKING:
     from featpipe.archive.indexing import Index
 
-__all__ = ["Reader"]
+__all__ = ["SampleReader"]
 
-_REASONS = {
+_FAULT_REASONS = {
     Status.MISSING: "was not there when the archive was listed",
     Status.UNREADABLE: "cannot be read: encrypted, of an unknown compression, or without permission",
     Status.EMPTY: "empty: there are no bytes",
@@ -27,12 +27,12 @@ _REASONS = {
 }
 
 
-class _Opened(Protocol):
+class _ArchiveReader(Protocol):
     def read(self, offset: int, size: int) -> bytes: ...
     def close(self) -> None: ...
 
 
-class Reader:
+class SampleReader:
     """Reads samples by row; any number of threads may share one.
 
     Archive files are opened when they are first needed and closed together. Nothing is cached.
@@ -44,10 +44,10 @@ class Reader:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._opened: dict[int, _Opened] = {}
+        self._archive_readers: dict[int, _ArchiveReader] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> SampleReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -55,8 +55,8 @@ class Reader:
 
     def close(self) -> None:
         with self._lock:
-            while self._opened:
-                self._opened.popitem()[1].close()
+            while self._archive_readers:
+                self._archive_readers.popitem()[1].close()
 
     def read(self, row: int) -> bytes:
         """The bytes of one sample, whole.
@@ -73,42 +73,42 @@ class Reader:
         try:
             fault = Status(int(index.fault[row]))
             if fault != Status.OK:
-                raise SampleError(_REASONS[fault], status=fault)
+                raise SampleError(_FAULT_REASONS[fault], status=fault)
             if source.kind in ("folder", "files"):
                 path = os.path.join(os.fsencode(source.real), index.raw_name(row))
-                return read_file(path, index.limits.member_bytes)
-            return self._member(row)
+                return read_file(path, index.limits.max_member_bytes)
+            return self._read_member(row)
         except SampleError as error:
-            raise self._placed(str(error), error.status, row) from error
+            raise self._make_sample_error(str(error), error.status, row) from error
         except MemoryError as error:
-            raise self._placed("not enough memory to read it", Status.OUT_OF_MEMORY, row) from error
+            raise self._make_sample_error("not enough memory to read it", Status.OUT_OF_MEMORY, row) from error
 
-    def _member(self, row: int) -> bytes:
+    def _read_member(self, row: int) -> bytes:
         index, size = self._index, int(self._index.size[row])
-        data = self._archive(int(index.source[row])).read(int(index.offset[row]), size)
+        data = self._get_archive_reader(int(index.source[row])).read(int(index.offset[row]), size)
         if len(data) != size:
             raise SampleError(f"ends after {len(data)} of {size} bytes", status=Status.UNREADABLE)
         return data
 
-    def _placed(self, reason: str, status: Status, row: int) -> SampleError:
+    def _make_sample_error(self, reason: str, status: Status, row: int) -> SampleError:
         archive = str(self._index.sources[self._index.source[row]].path)
         sample_id = self._index.ids[row]
         return SampleError(
-            f"{archive}: {shown(sample_id)}: {reason}", status=status, archive=archive, sample_id=sample_id
+            f"{archive}: {format_name(sample_id)}: {reason}", status=status, archive=archive, sample_id=sample_id
         )
 
-    def _archive(self, which: int) -> _Opened:
+    def _get_archive_reader(self, source_number: int) -> _ArchiveReader:
         with self._lock:
-            if which not in self._opened:
-                self._opened[which] = self._open(self._index.sources[which])
-            return self._opened[which]
+            if source_number not in self._archive_readers:
+                self._archive_readers[source_number] = self._open_archive(self._index.sources[source_number])
+            return self._archive_readers[source_number]
 
-    def _open(self, source: Source) -> _Opened:
+    def _open_archive(self, source: ArchiveSource) -> _ArchiveReader:
         try:
-            now = os.stat(source.real)
+            current_stat = os.stat(source.real_path)
         except OSError as error:
             raise ArchiveError(f"{source.path}: cannot be opened: {error.strerror}") from error
-        if (now.st_size, now.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
+        if (current_stat.st_size, current_stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
             raise ArchiveError(f"{source.path}: changed since it was listed; list it again")
         if source.kind == "zip":
             return ZipReader(source)

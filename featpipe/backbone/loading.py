@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from featpipe.backbone.carried import carried_by, is_model
-from featpipe.backbone.catalogue import PACKAGED, TIMM, names
+from featpipe.backbone.carried import is_model_file, read_bundled_backbone
+from featpipe.backbone.catalogue import PACKAGED_BACKBONES, TIMM_PREFIX, names
 from featpipe.backbone.frozen import Backbone
-from featpipe.backbone.headless import Headless
-from featpipe.backbone.output import POOLED, resolve
+from featpipe.backbone.headless import HeadlessNetwork
+from featpipe.backbone.output import POOLED, resolve_outputs
 from featpipe.backbone.own import AnyTransform
 from featpipe.backbone.transform import CustomTransform, Transform
 from featpipe.backbone.weights import digest_state
 from featpipe.errors import ConfigError, WeightsError
-from featpipe.fingerprint import differences
-from featpipe.names import unknown
+from featpipe.fingerprint import describe_differences
+from featpipe.names import unknown_name_error
 
-__all__ = ["load", "load_again"]
+__all__ = ["load", "reload_backbone"]
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".model")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".model")
 
 
 def load(
@@ -73,29 +73,31 @@ def load(
     {'pooled': (512,), 'layer3:max': (256,)}
     """
     if isinstance(name, str) and Path(name).suffix == ".model":
-        name, weights, seed = _of_model(Path(name), weights, seed)
-    given_weights = _file_or_name(weights)
-    if transform is None and isinstance(given_weights, Path) and is_model(given_weights):
-        transform = _library_transform(carried_by(given_weights).facts)
-    headless = _headless(name, given_weights, transform, seed, progress)
+        name, weights, seed = _resolve_model_file(Path(name), weights, seed)
+    weights_source = _to_path_if_file(weights)
+    if transform is None and isinstance(weights_source, Path) and is_model_file(weights_source):
+        transform = _restore_library_transform(read_bundled_backbone(weights_source).identity)
+    headless = _build_headless(name, weights_source, transform, seed, progress)
     if transform is not None and headless.source != "user":
-        given = transform if isinstance(transform, (Transform, CustomTransform)) else CustomTransform(transform)
+        chosen_transform = (
+            transform if isinstance(transform, (Transform, CustomTransform)) else CustomTransform(transform)
+        )
     else:
-        given = headless.transform
+        chosen_transform = headless.transform
     network = headless.network.eval().requires_grad_(False)
     backbone = Backbone(
         name=name if isinstance(name, str) else headless.code["import"],
         source=headless.source,
         network=network,
-        transform=given,
-        outputs=resolve(network, _sequence(outputs), given.size),
+        transform=chosen_transform,
+        outputs=resolve_outputs(network, _as_sequence(outputs), chosen_transform.size),
         digest=digest_state(network),
         origin=headless.origin,
         code=headless.code,
         request={
             "name": name if isinstance(name, str) else headless.code["import"],
-            "weights": _lasting(given_weights),
-            "outputs": list(_sequence(outputs)),
+            "weights": _to_absolute_path(weights_source),
+            "outputs": list(_as_sequence(outputs)),
             "seed": seed,
         },
     )
@@ -103,12 +105,12 @@ def load(
     return backbone
 
 
-def load_again(
-    given: str | Backbone | None,
+def reload_backbone(
+    backbone: str | Backbone | None,
     request: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    identity: Mapping[str, Any],
     *,
-    where: str,
+    context: str,
     weights: str | Path | None = None,
 ) -> Backbone:
     """The backbone that a cache or a model was made with.
@@ -133,94 +135,102 @@ def load_again(
     WeightsError
         If the weights are not there, or another backbone came of it.
     """
-    outputs = list(facts["outputs"])
-    name = request.get("name", facts["name"]) if given is None else given
-    if isinstance(name, str):
-        if given is None and ":" in name:
+    outputs = list(identity["outputs"])
+    candidate = request.get("name", identity["name"]) if backbone is None else backbone
+    if isinstance(candidate, str):
+        if backbone is None and ":" in candidate:
             raise ConfigError(
-                f"{where}: its backbone {name!r} is code of its author's own, which is not run unasked; "
+                f"{context}: its backbone {candidate!r} is code of its author's own, which is not run unasked; "
                 "pass --backbone (in Python backbone=...) if you trust it"
             )
-        name = load(
-            name,
+        candidate = load(
+            candidate,
             weights=request.get("weights") if weights is None else weights,
             outputs=outputs,
-            transform=_library_transform(facts),
+            transform=_restore_library_transform(identity),
             seed=int(request.get("seed", 0)),
         )
-    if not isinstance(name, Backbone):
+    if not isinstance(candidate, Backbone):
         raise ConfigError(
-            f"backbone is a {type(name).__name__}; give a name, or featpipe.backbone.load(network, transform=…)"
+            f"backbone is a {type(candidate).__name__}; give a name, or featpipe.backbone.load(network, transform=…)"
         )
-    found = name.facts()
-    found["outputs"] = {output: found["outputs"].get(output) for output in outputs}
-    if found != facts:
-        differ = "; ".join(differences(found, facts)[:4])
-        raise WeightsError(f"{where}: was made with another backbone ({differ}); bring the weights it was made with")
-    return name
+    actual = candidate.to_dict()
+    actual["outputs"] = {output: actual["outputs"].get(output) for output in outputs}
+    if actual != identity:
+        changes = "; ".join(describe_differences(actual, identity)[:4])
+        raise WeightsError(f"{context}: was made with another backbone ({changes}); bring the weights it was made with")
+    return candidate
 
 
-def _of_model(path: Path, weights: str | Path | None, seed: int) -> tuple[str, str | Path | None, int]:
+def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tuple[str, str | Path | None, int]:
     """The backbone of a model's file, by its name, with the weights that were asked for or its own."""
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` make them")
-    found = carried_by(path)
-    if ":" in found.name:
+    bundled = read_bundled_backbone(path)
+    if ":" in bundled.name:
         raise ConfigError(
-            f"{path}: its backbone {found.name!r} is code of its author's own, which is not run unasked; "
-            f"pass --backbone {found.name} --weights {path} if you trust it"
+            f"{path}: its backbone {bundled.name!r} is code of its author's own, which is not run unasked; "
+            f"pass --backbone {bundled.name} --weights {path} if you trust it"
         )
-    return (found.name, found.weights, found.seed) if weights is None else (found.name, weights, seed)
+    return (bundled.name, bundled.weights, bundled.seed) if weights is None else (bundled.name, weights, seed)
 
 
-def _library_transform(facts: Mapping[str, Any]) -> Transform | None:
+def _restore_library_transform(identity: Mapping[str, Any]) -> Transform | None:
     """The transform made with, of a library's network: the library may have another for this name by now."""
-    given = facts["transform"]
-    known = [item.name for item in fields(Transform)]
-    if facts.get("source") == "user" or not given.keys() >= set(known):
+    recorded = identity["transform"]
+    field_names = [item.name for item in fields(Transform)]
+    if identity.get("source") == "user" or not recorded.keys() >= set(field_names):
         return None
-    settings: Any = {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in known}
+    settings: Any = {
+        key: tuple(recorded[key]) if isinstance(recorded[key], list) else recorded[key] for key in field_names
+    }
     return Transform(**settings)
 
 
-def _headless(
+def _build_headless(
     name: str | nn.Module, weights: str | Path | None, transform: AnyTransform | None, seed: int, progress: bool
-) -> Headless:
+) -> HeadlessNetwork:
     from featpipe.backbone import own
 
     if isinstance(name, nn.Module):
-        return own.wrap(name, weights, transform)
+        return own.wrap_network(name, weights, transform)
     if ":" in name:
         return own.build(name, weights, transform, seed)
 
     from featpipe.backbone import from_timm, from_torchvision, packaged  # seconds of imports
 
-    if name.startswith(TIMM):
+    if name.startswith(TIMM_PREFIX):
         return from_timm.build(name, weights, seed, progress)
-    if name in PACKAGED:
+    if name in PACKAGED_BACKBONES:
         return packaged.build(name, weights, seed, progress)
-    if from_torchvision.is_known(name):
+    if from_torchvision.is_available(name):
         return from_torchvision.build(name, weights, seed, progress)
-    known = names()
-    raise unknown("backbone", name, [TIMM + name] if TIMM + name in known else known)
+    available_names = names()
+    raise unknown_name_error(
+        "backbone", name, [TIMM_PREFIX + name] if TIMM_PREFIX + name in available_names else available_names
+    )
 
 
-def _file_or_name(weights: str | Path | None) -> str | Path | None:
-    if isinstance(weights, str) and (Path(weights).suffix in SUFFIXES or "/" in weights or Path(weights).is_file()):
+def _to_path_if_file(weights: str | Path | None) -> str | Path | None:
+    if isinstance(weights, str) and (
+        Path(weights).suffix in WEIGHT_SUFFIXES or "/" in weights or Path(weights).is_file()
+    ):
         return Path(weights).expanduser()
     return weights
 
 
-def _lasting(weights: str | Path | None) -> str | None:
+def _to_absolute_path(weights: str | Path | None) -> str | None:
     """A file by its absolute path: a model may be used from another folder than it was trained in."""
     return str(weights.absolute()) if isinstance(weights, Path) else weights
 
 
-def _sequence(outputs: Sequence[str]) -> Sequence[str]:
+def _as_sequence(outputs: Sequence[str]) -> Sequence[str]:
     return (outputs,) if isinstance(outputs, str) else outputs
 
 
-def _check_width(backbone: Backbone, declared: int | None) -> None:
-    found = backbone.shapes.get(POOLED)
-    if declared is not None and found is not None and found != (declared,):
-        raise WeightsError(f"{backbone.name}: gives {found} for an image, but declares a width of {declared}")
+def _check_width(backbone: Backbone, declared_width: int | None) -> None:
+    pooled_shape = backbone.shapes.get(POOLED)
+    if declared_width is not None and pooled_shape is not None and pooled_shape != (declared_width,):
+        raise WeightsError(
+            f"{backbone.name}: gives {pooled_shape} for an image, but declares a width of {declared_width}"
+        )

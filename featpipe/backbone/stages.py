@@ -15,13 +15,13 @@ from math import log, prod
 
 from torch import nn
 
-from featpipe.backbone.passes import Run, Shape, runs
+from featpipe.backbone.passes import BatchShape, ModuleCall, trace_modules
 
-__all__ = ["Stage", "belongs", "stages"]
+__all__ = ["Stage", "find_stages", "is_within"]
 
-FALLS = 0.6  # of the positions; a convolution without padding loses a few and stays at its resolution
-FALLS_TWICE = 0.15  # 0.25 is one halving of height and width
-STAGES_MIN = 4  # where there are fewer, what repeats blocks is taken apart
+DOWNSAMPLING_RATIO = 0.6  # of the positions; a convolution without padding loses a few and stays at its resolution
+DOUBLE_DOWNSAMPLING_RATIO = 0.15  # 0.25 is one halving of height and width
+MIN_STAGES = 4  # where there are fewer, what repeats blocks is taken apart
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Stage:
 
     def __contains__(self, name: object) -> bool:
         """Whether a module or parameter of this dotted name belongs to the stage."""
-        return belongs(str(name), self.modules)
+        return is_within(str(name), self.modules)
 
 
-def belongs(name: str, modules: Collection[str]) -> bool:
+def is_within(name: str, modules: Collection[str]) -> bool:
     """Whether a dotted name is one of some names, or below one.
 
     Examples
@@ -57,7 +57,7 @@ def belongs(name: str, modules: Collection[str]) -> bool:
     return any(".".join(parts[: n + 1]) in modules for n in range(len(parts)))
 
 
-def stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
+def find_stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     """The stages of a network; every parameter belongs to exactly one.
 
     Parameters
@@ -73,128 +73,148 @@ def stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     >>> [stage.name for stage in stages(resnet18(), (64, 64))]
     ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
     """
-    ran = runs(network, size)
-    chain = _by_resolution(_Unit(ran[network], ()), ran, prod(size), size)
-    groups = _grouped(chain, size)
-    if len(groups) < STAGES_MIN:
-        chain = _by_blocks(chain, ran)
-        groups = _grouped(chain, size)
-    return tuple(Stage(_name(group, first=not n), _names(group)) for n, group in enumerate(groups))
+    calls = trace_modules(network, size)
+    chain = _split_by_resolution(_ChainLink(calls[network], ()), calls, prod(size), size)
+    groups = _group_links(chain, size)
+    if len(groups) < MIN_STAGES:
+        chain = _split_by_blocks(chain, calls)
+        groups = _group_links(chain, size)
+    return tuple(Stage(_stage_name(group, first=not n), _module_names(group)) for n, group in enumerate(groups))
 
 
 @dataclass(frozen=True, eq=False)
-class _Unit:
+class _ChainLink:
     """A link of the chain: a module that ran, and names of what goes with it."""
 
-    run: Run
-    with_it: tuple[str, ...]
-    alone: bool = False  # begins a stage
+    call: ModuleCall
+    extra_names: tuple[str, ...]
+    starts_stage: bool = False  # begins a stage
 
-    def apart(self, ran: dict[nn.Module, Run]) -> list[_Unit]:
+    def split(self, calls: dict[nn.Module, ModuleCall]) -> list[_ChainLink]:
         """The modules that it consists of; what did not run of it, and its own parameters, go with the first."""
-        pieces = sorted(_pieces(self.run.module, ran), key=lambda run: run.began)
-        if not pieces:
+        child_calls = sorted(_called_children(self.call.module, calls), key=lambda run: run.start)
+        if not child_calls:
             return [self]
-        held = [name for name, _ in self.run.module.named_parameters(prefix=self.run.name)]
-        left = [name for name in held if not belongs(name, [run.name for run in pieces])]
-        return [_Unit(pieces[0], (*self.with_it, *left)), *(_Unit(run, ()) for run in pieces[1:])]
+        parameter_names = [name for name, _ in self.call.module.named_parameters(prefix=self.call.name)]
+        unclaimed_names = [name for name in parameter_names if not is_within(name, [call.name for call in child_calls])]
+        return [
+            _ChainLink(child_calls[0], (*self.extra_names, *unclaimed_names)),
+            *(_ChainLink(call, ()) for call in child_calls[1:]),
+        ]
 
 
-def _pieces(module: nn.Module, ran: dict[nn.Module, Run]) -> Iterator[Run]:
+def _called_children(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> Iterator[ModuleCall]:
     for child in module.children():
-        if child in ran:
-            yield ran[child]
+        if child in calls:
+            yield calls[child]
         else:  # a list of modules, or a module of which only parts are called
-            yield from _pieces(child, ran)
+            yield from _called_children(child, calls)
 
 
-def _by_resolution(unit: _Unit, ran: dict[nn.Module, Run], before: int, size: tuple[int, int]) -> list[_Unit]:
+def _split_by_resolution(
+    link: _ChainLink, calls: dict[nn.Module, ModuleCall], positions_before: int, size: tuple[int, int]
+) -> list[_ChainLink]:
     """A chain of which no link halves the resolution twice, if it can be taken apart."""
-    after = _positions(unit.run, before, size)
-    pieces = unit.apart(ran) if after < FALLS_TWICE * before else [unit]
-    if pieces == [unit]:
-        return pieces
-    chain: list[_Unit] = []
-    for piece in pieces:
-        chain += _by_resolution(piece, ran, before, size)
-        before = _positions(piece.run, before, size)
+    positions_after = _count_positions(link.call, positions_before, size)
+    links = link.split(calls) if positions_after < DOUBLE_DOWNSAMPLING_RATIO * positions_before else [link]
+    if links == [link]:
+        return links
+    chain: list[_ChainLink] = []
+    for child_link in links:
+        chain += _split_by_resolution(child_link, calls, positions_before, size)
+        positions_before = _count_positions(child_link.call, positions_before, size)
     return chain
 
 
-def _by_blocks(chain: list[_Unit], ran: dict[nn.Module, Run]) -> list[_Unit]:
+def _split_by_blocks(chain: list[_ChainLink], calls: dict[nn.Module, ModuleCall]) -> list[_ChainLink]:
     """A chain in which each block that is one of several of its kind stands alone."""
-    while any(_repeats(unit.run.module, ran) for unit in chain):
-        chain = [piece for unit in chain for piece in (unit.apart(ran) if _repeats(unit.run.module, ran) else [unit])]
-    kinds = Counter(type(unit.run.module) for unit in chain if _is_body(unit.run.module))
-    return [replace(unit, alone=kinds[type(unit.run.module)] > 1) for unit in chain]
+    while any(_has_repeated_blocks(link.call.module, calls) for link in chain):
+        chain = [
+            child_link
+            for link in chain
+            for child_link in (link.split(calls) if _has_repeated_blocks(link.call.module, calls) else [link])
+        ]
+    type_counts = Counter(type(link.call.module) for link in chain if _is_block(link.call.module))
+    return [replace(link, starts_stage=type_counts[type(link.call.module)] > 1) for link in chain]
 
 
-def _grouped(chain: list[_Unit], size: tuple[int, int]) -> list[list[_Unit]]:
-    groups: list[list[_Unit]] = [[]]
-    before = prod(size)
-    for unit in chain:
-        after = _positions(unit.run, before, size)
-        falls, before = after < FALLS * before, after
-        is_first_body = _is_body(unit.run.module) and not any(map(_has_body, groups))
-        begins = unit.alone or _is_stage(unit.run.module) or falls
-        if groups[-1] and (is_first_body or (begins and _has_body(groups[-1]))):
+def _group_links(chain: list[_ChainLink], size: tuple[int, int]) -> list[list[_ChainLink]]:
+    groups: list[list[_ChainLink]] = [[]]
+    positions_before = prod(size)
+    for link in chain:
+        positions_after = _count_positions(link.call, positions_before, size)
+        is_downsampled, positions_before = positions_after < DOWNSAMPLING_RATIO * positions_before, positions_after
+        is_first_block = _is_block(link.call.module) and not any(map(_has_block, groups))
+        begins_stage = link.starts_stage or _is_block_sequence(link.call.module) or is_downsampled
+        if groups[-1] and (is_first_block or (begins_stage and _has_block(groups[-1]))):
             groups.append([])
-        groups[-1].append(unit)
-    if len(groups) > 1 and not _has_body(groups[-1]):
+        groups[-1].append(link)
+    if len(groups) > 1 and not _has_block(groups[-1]):
         last = groups.pop()
         groups[-1] += last
     return groups
 
 
-def _positions(run: Run, before: int, size: tuple[int, int]) -> int:
+def _count_positions(call: ModuleCall, positions_before: int, size: tuple[int, int]) -> int:
     """At how many places of the image a module's value says something; as before, where that cannot be told."""
-    value = run.value[0] if isinstance(run.value, (tuple, list)) and run.value else run.value
-    shape = value.of_an_image if isinstance(value, Shape) else None
+    value = call.output[0] if isinstance(call.output, (tuple, list)) and call.output else call.output
+    shape = value.per_image if isinstance(value, BatchShape) else None
     if shape is None or 0 in shape or len(shape) not in (1, 2, 3):
-        return before
+        return positions_before
     if len(shape) < 3:
         return 1 if len(shape) == 1 else shape[0]
-    first, last = shape[1:], shape[:2]  # of channels first, and channels last: what looks like the image is its places
-    return prod(last if _stretch(last, size) < _stretch(first, size) else first)
+    channels_first_axes, channels_last_axes = (
+        shape[1:],
+        shape[:2],
+    )  # of channels first, and channels last: what looks like the image is its places
+    return prod(
+        channels_last_axes
+        if _aspect_ratio_distance(channels_last_axes, size) < _aspect_ratio_distance(channels_first_axes, size)
+        else channels_first_axes
+    )
 
 
-def _stretch(axes: tuple[int, ...], size: tuple[int, int]) -> float:
+def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
     """How far two axes are from having the image's aspect ratio: 0 is the same."""
     return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
 
 
-def _weights(module: nn.Module) -> int:
+def _count_weight_layers(module: nn.Module) -> int:
     """Layers that mix channels or positions: scales and shifts are not counted."""
-    return sum(sum(side > 1 for side in parameter.shape) > 1 for parameter in module.parameters())
+    return sum(sum(size > 1 for size in parameter.shape) > 1 for parameter in module.parameters())
 
 
-def _is_body(module: nn.Module) -> bool:
-    return _weights(module) > 1
+def _is_block(module: nn.Module) -> bool:
+    return _count_weight_layers(module) > 1
 
 
-def _has_body(group: list[_Unit]) -> bool:
-    return sum(_weights(unit.run.module) for unit in group) > 1
+def _has_block(group: list[_ChainLink]) -> bool:
+    return sum(_count_weight_layers(link.call.module) for link in group) > 1
 
 
-def _is_stage(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential and any(map(_is_body, module.children()))
+def _is_block_sequence(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and any(map(_is_block, module.children()))
 
 
-def _repeats(module: nn.Module, ran: dict[nn.Module, Run]) -> bool:
+def _has_repeated_blocks(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> bool:
     """Whether blocks of one kind follow each other somewhere in a module that can be taken apart."""
-    pieces = [run.module for run in _pieces(module, ran) if _is_body(run.module)]
-    kinds = [type(piece) for piece in pieces]
-    return len(set(kinds)) < len(kinds) or any(_repeats(piece, ran) for piece in pieces)
+    blocks = [call.module for call in _called_children(module, calls) if _is_block(call.module)]
+    block_types = [type(block) for block in blocks]
+    return len(set(block_types)) < len(block_types) or any(_has_repeated_blocks(block, calls) for block in blocks)
 
 
-def _size(module: nn.Module) -> int:
+def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _name(group: list[_Unit], *, first: bool) -> str:
-    bodies = [unit for unit in group if _is_body(unit.run.module)]
-    return "stem" if first and not bodies else max(bodies or group, key=lambda unit: _size(unit.run.module)).run.name
+def _stage_name(group: list[_ChainLink], *, first: bool) -> str:
+    blocks = [link for link in group if _is_block(link.call.module)]
+    return (
+        "stem"
+        if first and not blocks
+        else max(blocks or group, key=lambda link: _count_parameters(link.call.module)).call.name
+    )
 
 
-def _names(group: list[_Unit]) -> tuple[str, ...]:
-    return tuple(name for unit in group for name in (*unit.with_it, unit.run.name))
+def _module_names(group: list[_ChainLink]) -> tuple[str, ...]:
+    return tuple(name for link in group for name in (*link.extra_names, link.call.name))

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from featpipe.backbone import resampling
-from featpipe.backbone.resampling import Axis
+from featpipe.backbone.resampling import ResizeAxis
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = ["CustomTransform", "Mode", "Transform", "code_of"]
+__all__ = ["CropMode", "CustomTransform", "Transform", "hash_source"]
 
-Mode = Literal["center", "squash", "border"]
+CropMode = Literal["center", "squash", "border"]
 
-PIXELS_MAX = 1 << 26  # of a resized picture: a strip of 1 × 20,000 would otherwise become 4 GB
+MAX_RESIZED_PIXELS = 1 << 26  # of a resized picture: a strip of 1 × 20,000 would otherwise become 4 GB
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Transform:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    mode: Mode = "center"
+    mode: CropMode = "center"
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -86,14 +86,14 @@ class Transform:
         SampleError
             If the picture is so long and thin that resizing it would make it enormous.
         """
-        return self.normalise(self.picture(image))
+        return self.normalize(self.apply_geometry(image))
 
-    def picture(self, image: Tensor) -> Tensor:
+    def apply_geometry(self, image: Tensor) -> Tensor:
         """The geometric part: uint8 of shape (3, H, W) → uint8 of shape (3, h, w)."""
-        vertical, horizontal = self.axes(*image.shape[-2:])
-        return self.bordered(_resize(image, vertical, horizontal, self.interpolation))
+        vertical, horizontal = self.resize_axes(*image.shape[-2:])
+        return self.pad_to_crop(_resize_image(image, vertical, horizontal, self.interpolation))
 
-    def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
+    def resize_axes(self, height: int, width: int) -> tuple[ResizeAxis, ResizeAxis]:
         """How the rows, and the columns, of a picture of this size are resized and cropped.
 
         Raises
@@ -101,34 +101,38 @@ class Transform:
         SampleError
             If the picture is so long and thin that resizing it would make it enormous.
         """
-        target = self._target(height, width)
-        if target[0] * target[1] > PIXELS_MAX:
-            found = f"{height} × {width} pixels would be resized to {target[0]} × {target[1]}"
-            raise SampleError(f"too long and thin: {found}", status=Status.TOO_LARGE)
-        return _middle(height, target[0], self.crop[0]), _middle(width, target[1], self.crop[1])
+        resized_size = self._compute_resized_size(height, width)
+        if resized_size[0] * resized_size[1] > MAX_RESIZED_PIXELS:
+            size_text = f"{height} × {width} pixels would be resized to {resized_size[0]} × {resized_size[1]}"
+            raise SampleError(f"too long and thin: {size_text}", status=Status.TOO_LARGE)
+        return _center_crop_axis(height, resized_size[0], self.crop[0]), _center_crop_axis(
+            width, resized_size[1], self.crop[1]
+        )
 
-    def bordered(self, images: Tensor) -> Tensor:
+    def pad_to_crop(self, images: Tensor) -> Tensor:
         """Pictures that are resized and cropped, (…, 3, h, w), with borders where they are smaller than the crop."""
-        missing = [want - have for want, have in zip(self.crop, images.shape[-2:], strict=True)]
-        if not any(missing):
+        padding = [
+            target_size - image_size for target_size, image_size in zip(self.crop, images.shape[-2:], strict=True)
+        ]
+        if not any(padding):
             return images
         fill = [round(255 * value) for value in self.mean] if self.mode == "border" else [0, 0, 0]
-        (top, left), (bottom, right) = [n // 2 for n in missing], [(n + 1) // 2 for n in missing]
+        (top, left), (bottom, right) = [n // 2 for n in padding], [(n + 1) // 2 for n in padding]
         borders = (left, right, top, bottom)
         channels = [pad(c, borders, value=value) for c, value in zip(images.unbind(-3), fill, strict=True)]
         return torch.stack(channels, dim=-3)
 
-    def normalise(self, batch: Tensor) -> Tensor:
+    def normalize(self, batch: Tensor) -> Tensor:
         """The arithmetic part: uint8 of shape (…, 3, h, w) → float32 of the same shape."""
-        mean, std = _statistics(self.mean, self.std, batch.device)
-        rows = batch.movedim(-3, -1)
-        if not rows.is_contiguous():
+        mean, std = _mean_and_std(self.mean, self.std, batch.device)
+        channels_last = batch.movedim(-3, -1)
+        if not channels_last.is_contiguous():
             return batch.to(torch.float32).div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
         mean, std = (value.repeat(batch.shape[-1]) for value in (mean, std))  # whole rows are three times as fast
-        values = rows.flatten(-2).to(torch.float32).div_(255).sub_(mean).div_(std)
+        values = channels_last.flatten(-2).to(torch.float32).div_(255).sub_(mean).div_(std)
         return values.unflatten(-1, (-1, 3)).movedim(-1, -3)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it."""
         return {
             "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
@@ -140,13 +144,13 @@ class Transform:
             "std": list(self.std),
         }
 
-    def _target(self, height: int, width: int) -> tuple[int, int]:
+    def _compute_resized_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing; each library's own way of rounding is part of its transform."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, int):
-            long = int(self.resize * max(height, width) / min(height, width))
-            return (self.resize, long) if height <= width else (long, self.resize)
+            longer_side = int(self.resize * max(height, width) / min(height, width))
+            return (self.resize, longer_side) if height <= width else (longer_side, self.resize)
         if self.mode == "squash":
             return self.resize
         ratios = height / self.resize[0], width / self.resize[1]
@@ -155,18 +159,18 @@ class Transform:
 
 
 @lru_cache(16)  # on a GPU each copy would wait for all that is under way
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
-def _middle(before: int, after: int, crop: int) -> Axis:
-    length = min(after, crop)
-    return Axis(before, after, round((after - length) / 2), length)
+def _center_crop_axis(source_size: int, resized_size: int, crop: int) -> ResizeAxis:
+    crop_length = min(resized_size, crop)
+    return ResizeAxis(source_size, resized_size, round((resized_size - crop_length) / 2), crop_length)
 
 
-def _resize(image: Tensor, vertical: Axis, horizontal: Axis, interpolation: str) -> Tensor:
-    if (vertical.before, horizontal.before) == (vertical.after, horizontal.after):
-        return image[:, vertical.kept, horizontal.kept]
+def _resize_image(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, interpolation: str) -> Tensor:
+    if (vertical.source_size, horizontal.source_size) == (vertical.resized_size, horizontal.resized_size):
+        return image[:, vertical.crop_slice, horizontal.crop_slice]
     return resampling.resize(image, vertical, horizontal, interpolation)
 
 
@@ -194,49 +198,60 @@ class CustomTransform:
     code: str = field(init=False)
 
     def __post_init__(self) -> None:
-        images = [_noise(*size, seed) for seed, size in enumerate([(480, 640), (333, 250), (64, 64)])]
+        images = [_make_noise_image(*size, seed) for seed, size in enumerate([(480, 640), (333, 250), (64, 64)])]
         results = [self.function(image.clone()) for image in images]
         for image, result in zip(images, results, strict=True):
-            self._check(image, result, results[0])
+            self._check_result(image, result, results[0])
             if not torch.equal(result, self.function(image.clone())):
-                raise ConfigError(f"transform {_name(self.function)} is random: the same picture gave two results")
+                raise ConfigError(
+                    f"transform {_qualified_name(self.function)} is random: the same picture gave two results"
+                )
         object.__setattr__(self, "size", tuple(results[0].shape[1:]))
         data = b"".join(result.to(torch.float32).contiguous().numpy().tobytes() for result in results)
         object.__setattr__(self, "answers", sha256(data).hexdigest())
-        object.__setattr__(self, "code", code_of(self.function))
+        object.__setattr__(self, "code", hash_source(self.function))
 
     def __call__(self, image: Tensor) -> Tensor:
         result = self.function(image)
         if result.shape != (3, *self.size):
-            found = f"{tuple(result.shape)} for a picture of {tuple(image.shape)}"
-            raise ConfigError(f"transform {_name(self.function)} gave {found}, and {(3, *self.size)} before")
+            size_text = f"{tuple(result.shape)} for a picture of {tuple(image.shape)}"
+            raise ConfigError(
+                f"transform {_qualified_name(self.function)} gave {size_text}, and {(3, *self.size)} before"
+            )
         return result
 
-    def picture(self, image: Tensor) -> Tensor:
+    def apply_geometry(self, image: Tensor) -> Tensor:
         """All of it: what a function of one's own does cannot be told apart."""
         return self(image)
 
-    def normalise(self, batch: Tensor) -> Tensor:
+    def normalize(self, batch: Tensor) -> Tensor:
         """Nothing that is left to do."""
         return batch
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it."""
-        return {"name": _name(self.function), "code": self.code, "answers": self.answers, "size": list(self.size)}
+        return {
+            "name": _qualified_name(self.function),
+            "code": self.code,
+            "answers": self.answers,
+            "size": list(self.size),
+        }
 
-    def _check(self, image: Tensor, result: object, first: Tensor) -> None:
-        fits = isinstance(result, Tensor) and result.ndim == 3 and result.is_floating_point()
-        if not (fits and isinstance(result, Tensor) and result.shape == (3, *first.shape[1:])):
-            found = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    def _check_result(self, image: Tensor, result: object, first: Tensor) -> None:
+        is_float_image = isinstance(result, Tensor) and result.ndim == 3 and result.is_floating_point()
+        if not (is_float_image and isinstance(result, Tensor) and result.shape == (3, *first.shape[1:])):
+            result_text = (
+                f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            )
             raise ConfigError(
-                f"transform {_name(self.function)} gave {found} for a uint8 tensor of {tuple(image.shape)}; "
+                f"transform {_qualified_name(self.function)} gave {result_text} for a uint8 tensor of {tuple(image.shape)}; "
                 "expected a float tensor (3, h, w), the same h and w for every picture"
             )
 
 
-def code_of(thing: object) -> str:
+def hash_source(target: object) -> str:
     """The SHA-256 of the source of a function, or of the class of an object: its whole file where there is one."""
-    owner = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
+    owner = target if inspect.isroutine(target) or inspect.isclass(target) else type(target)
     try:
         file = inspect.getsourcefile(owner)
         if file is not None and not file.startswith("<"):
@@ -248,16 +263,16 @@ def code_of(thing: object) -> str:
         return sha256(inspect.getsource(owner).encode()).hexdigest()
     except (OSError, TypeError):
         raise ConfigError(
-            f"the source code of {_name(thing)} cannot be found, so its embeddings could not be told from those of "
+            f"the source code of {_qualified_name(target)} cannot be found, so its embeddings could not be told from those of "
             "another version; define it in a file"
         ) from None
 
 
-def _name(thing: object) -> str:
-    owner = thing if hasattr(thing, "__qualname__") else type(thing)
+def _qualified_name(target: object) -> str:
+    owner = target if hasattr(target, "__qualname__") else type(target)
     return f"{owner.__module__}:{owner.__qualname__}"
 
 
-def _noise(height: int, width: int, seed: int) -> Tensor:
+def _make_noise_image(height: int, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)

@@ -12,17 +12,17 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from featpipe.backbone.carried import is_model, read_carried
+from featpipe.backbone.carried import is_model_file, read_bundled_weights
 from featpipe.errors import WeightsError
 from featpipe.fingerprint import digest_arrays
 
-__all__ = ["State", "digest_state", "fit", "pick", "read", "seeded"]
+__all__ = ["StateDict", "digest_state", "match_state_dict", "read_state_dicts", "seeded_rng", "select_state_dict"]
 
-State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 # Where training programs put the weights in a checkpoint, best first: averaged and teacher networks are the ones that
 # their authors evaluate.
-NESTS = (
+CHECKPOINT_KEYS = (
     "state_dict_ema",
     "model_ema",
     "ema",
@@ -40,35 +40,35 @@ NESTS = (
     "params",
     "weights",
 )
-DEPTH_MAX = 3
-HEADS = ("head", "head_dist", "fc", "classifier", "heads", "aux")  # leftovers of these names are old heads
-COUNTER = "num_batches_tracked"  # only training looks at it
-SHOWN = 3
+MAX_NESTING_DEPTH = 3
+HEAD_NAMES = ("head", "head_dist", "fc", "classifier", "heads", "aux")  # leftovers of these names are old heads
+BATCH_COUNTER = "num_batches_tracked"  # only training looks at it
+MAX_LISTED_NAMES = 3
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded_rng(seed: int) -> Iterator[None]:
     """Random initialisation from a seed; the caller's random numbers go on as if nothing had happened."""
-    before = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        torch.set_rng_state(before)
+        torch.set_rng_state(rng_state)
 
 
 def digest_state(network: nn.Module) -> str:
     """The SHA-256 of a network's state dict: names, dtypes, shapes and bytes."""
-    state = {name: value for name, value in network.state_dict().items() if not name.endswith(COUNTER)}
-    return digest_arrays((name, _bytes(value).numpy()) for name, value in state.items())
+    state = {name: value for name, value in network.state_dict().items() if not name.endswith(BATCH_COUNTER)}
+    return digest_arrays((name, _to_numpy_dtype(value).numpy()) for name, value in state.items())
 
 
-def _bytes(value: Tensor) -> Tensor:
+def _to_numpy_dtype(value: Tensor) -> Tensor:
     value = value.detach().cpu().contiguous()
     return value.view(torch.uint16) if value.dtype == torch.bfloat16 else value  # numpy has no bfloat16
 
 
-def read(path: Path) -> list[State]:
+def read_state_dicts(path: Path) -> list[StateDict]:
     """The state dicts in a file, best first.
 
     Raises
@@ -78,15 +78,15 @@ def read(path: Path) -> list[State]:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth, .pt or .bin")
-    if is_model(path):
-        return [read_carried(path)]
+    if is_model_file(path):
+        return [read_bundled_weights(path)]
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    found = list(_states(content, DEPTH_MAX))
-    if not found:
+    state_dicts = list(_find_state_dicts(content, MAX_NESTING_DEPTH))
+    if not state_dicts:
         raise WeightsError(
             f"{path}: holds no state dict (names → tensors); save one with torch.save(net.state_dict(), …)"
         )
-    return found
+    return state_dicts
 
 
 def _read_safetensors(path: Path) -> object:
@@ -114,35 +114,41 @@ def _read_torch(path: Path) -> object:
         raise WeightsError(f"{path}: not a readable state dict ({reason}); bring a complete one") from error
 
 
-def _states(content: object, depth: int) -> Iterator[State]:
+def _find_state_dicts(content: object, depth: int) -> Iterator[StateDict]:
     """Every mapping of names to tensors, those in well-known places first."""
     if not isinstance(content, Mapping):
         return
-    named = {key: value for key, value in content.items() if isinstance(key, str)}
-    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-    inner = {key: value for key, value in named.items() if isinstance(value, Mapping)}
+    named_values = {key: value for key, value in content.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named_values.items() if isinstance(value, Tensor)}
+    nested = {key: value for key, value in named_values.items() if isinstance(value, Mapping)}
     if tensors:
         yield tensors
     if depth:
-        for key in sorted(inner, key=lambda key: NESTS.index(key) if key in NESTS else len(NESTS)):
-            yield from _states(inner[key], depth - 1)
+        for key in sorted(
+            nested, key=lambda key: CHECKPOINT_KEYS.index(key) if key in CHECKPOINT_KEYS else len(CHECKPOINT_KEYS)
+        ):
+            yield from _find_state_dicts(nested[key], depth - 1)
 
 
-def pick(
-    states: list[State], network: nn.Module, removed: tuple[str, ...], rename: Callable[[str], str], where: str
+def select_state_dict(
+    states: list[StateDict],
+    network: nn.Module,
+    removed: tuple[str, ...],
+    rename_weight: Callable[[str], str],
+    context: str,
 ) -> dict[str, Tensor]:
     """The first of several state dicts that fits a network; if none does, why the nearest one does not."""
     failures = []
     for state in states:
         try:
-            return fit(state, network, removed, rename, where)
+            return match_state_dict(state, network, removed, rename_weight, context)
         except WeightsError as error:
-            failures.append((_overlap(state, network), error))
+            failures.append((_count_shared_names(state, network), error))
     raise max(failures, key=lambda failure: failure[0])[1]
 
 
-def fit(
-    state: State, network: nn.Module, removed: tuple[str, ...], rename: Callable[[str], str], where: str
+def match_state_dict(
+    state: StateDict, network: nn.Module, removed: tuple[str, ...], rename_weight: Callable[[str], str], context: str
 ) -> dict[str, Tensor]:
     """A state dict under the names of a headless network, complete and with nothing left over but an old head.
 
@@ -163,55 +169,67 @@ def fit(
     WeightsError
         If weights are missing, have another shape, belong to another network, or fit twice.
     """
-    needed = {name: value for name, value in network.state_dict().items() if not name.endswith(COUNTER)}
-    given = {rename(_stripped(name)): value for name, value in state.items() if not name.endswith(COUNTER)}
-    prefix = _prefix(given, needed, where)
-    under = {name[len(prefix) :]: value for name, value in given.items() if name.startswith(prefix)}
-    missing = [name for name in needed if name not in under]
+    expected = {name: value for name, value in network.state_dict().items() if not name.endswith(BATCH_COUNTER)}
+    available = {
+        rename_weight(_strip_compile_prefix(name)): value
+        for name, value in state.items()
+        if not name.endswith(BATCH_COUNTER)
+    }
+    prefix = _find_prefix(available, expected, context)
+    candidates = {name[len(prefix) :]: value for name, value in available.items() if name.startswith(prefix)}
+    missing = [name for name in expected if name not in candidates]
     if missing:
-        raise WeightsError(f"{where}: {_some(missing, 'weights')} missing; it has {_some(list(given), 'others')}")
-    for name, value in needed.items():
-        if under[name].shape != value.shape:
-            shapes = f"{tuple(under[name].shape)}, expected {tuple(value.shape)}"
-            raise WeightsError(f"{where}: {name!r} has shape {shapes}; it belongs to another network")
-    heads = (*removed, *HEADS)
-    strange = [name for name in under if name not in needed and not _is_below(name, heads)]
-    if strange:
-        raise WeightsError(f"{where}: {_some(strange, 'weights')} not in this network; it belongs to another one")
-    return {name: under[name] for name in needed}
+        raise WeightsError(
+            f"{context}: {_format_names(missing, 'weights')} missing; it has {_format_names(list(available), 'others')}"
+        )
+    for name, value in expected.items():
+        if candidates[name].shape != value.shape:
+            shapes = f"{tuple(candidates[name].shape)}, expected {tuple(value.shape)}"
+            raise WeightsError(f"{context}: {name!r} has shape {shapes}; it belongs to another network")
+    head_names = (*removed, *HEAD_NAMES)
+    unexpected = [name for name in candidates if name not in expected and not _is_head_weight(name, head_names)]
+    if unexpected:
+        raise WeightsError(
+            f"{context}: {_format_names(unexpected, 'weights')} not in this network; it belongs to another one"
+        )
+    return {name: candidates[name] for name in expected}
 
 
-def _stripped(name: str) -> str:
+def _strip_compile_prefix(name: str) -> str:
     """torch.compile puts this before the names of whatever it wrapped, at any depth."""
     return name.replace("_orig_mod.", "")
 
 
-def _overlap(state: State, network: nn.Module) -> int:
-    ends = {_tail(name) for name in state}
-    return sum(_tail(name) in ends for name in network.state_dict())
+def _count_shared_names(state: StateDict, network: nn.Module) -> int:
+    suffixes = {_name_suffix(name) for name in state}
+    return sum(_name_suffix(name) in suffixes for name in network.state_dict())
 
 
-def _tail(name: str) -> str:
+def _name_suffix(name: str) -> str:
     return ".".join(name.split(".")[-3:])
 
 
-def _prefix(given: State, needed: State, where: str) -> str:
+def _find_prefix(available: StateDict, expected: StateDict, context: str) -> str:
     """What stands before all the names that are needed; the empty prefix is preferred."""
-    longest = max(needed, key=len, default="")
-    candidates = {name[: -len(longest)] for name in given if name.endswith("." + longest)}
-    fitting = [prefix for prefix in sorted(candidates) if all(prefix + name in given for name in needed)]
-    if all(name in given for name in needed) or not fitting:
+    longest = max(expected, key=len, default="")
+    candidates = {name[: -len(longest)] for name in available if name.endswith("." + longest)}
+    matching_prefixes = [
+        prefix for prefix in sorted(candidates) if all(prefix + name in available for name in expected)
+    ]
+    if all(name in available for name in expected) or not matching_prefixes:
         return ""
-    if len(fitting) > 1:
-        raise WeightsError(f"{where}: fits under {', '.join(map(repr, fitting))}; save the one that you mean alone")
-    return fitting[0]
+    if len(matching_prefixes) > 1:
+        raise WeightsError(
+            f"{context}: fits under {', '.join(map(repr, matching_prefixes))}; save the one that you mean alone"
+        )
+    return matching_prefixes[0]
 
 
-def _is_below(name: str, modules: tuple[str, ...]) -> bool:
-    first = re.sub(r"\d+$", "", name.split(".")[0]).lower()
-    return any(name == module or name.startswith(module + ".") for module in modules) or first in modules
+def _is_head_weight(name: str, modules: tuple[str, ...]) -> bool:
+    top_module = re.sub(r"\d+$", "", name.split(".")[0]).lower()
+    return any(name == module or name.startswith(module + ".") for module in modules) or top_module in modules
 
 
-def _some(names: list[str], what: str) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{what} {', '.join(map(repr, names[:SHOWN]))}{more}" if names else f"no {what}"
+def _format_names(names: list[str], noun: str) -> str:
+    remainder_text = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+    return f"{noun} {', '.join(map(repr, names[:MAX_LISTED_NAMES]))}{remainder_text}" if names else f"no {noun}"

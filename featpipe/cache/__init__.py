@@ -4,28 +4,28 @@ from featpipe.cache.hdf5 import ALIGNMENT_BYTES
 from featpipe.cache.layout import (
     FORMAT,
     FORMAT_VERSION,
-    SPLITS,
-    Table,
-    narrowed,
+    SPLIT_NAMES,
+    SampleTable,
+    can_reuse,
     parts_directory,
-    serves,
+    restrict_facts_to_output,
     shards_directory,
 )
-from featpipe.cache.reader import FeatureCache, Rows, View
+from featpipe.cache.reader import FeatureCache, FeatureView, RowSelector
 from featpipe.cache.writer import write_cache
 
 __all__ = [
     "ALIGNMENT_BYTES",
     "FORMAT",
     "FORMAT_VERSION",
-    "SPLITS",
+    "SPLIT_NAMES",
     "FeatureCache",
-    "Rows",
-    "Table",
-    "View",
-    "narrowed",
+    "FeatureView",
+    "RowSelector",
+    "SampleTable",
+    "can_reuse",
     "parts_directory",
-    "serves",
+    "restrict_facts_to_output",
     "shards_directory",
     "write_cache",
 ]

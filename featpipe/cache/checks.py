@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CHECK_BYTES", "check_of_shard", "check_rows", "digest_of_column"]
+__all__ = ["CHECKSUM_BYTES", "compute_column_digest", "compute_row_checksums", "compute_shard_digest"]
 
-CHECK_BYTES = 16
-_BLOCK_BYTES = 2**24
+CHECKSUM_BYTES = 16
+_HASH_BLOCK_BYTES = 2**24
 
 
-def check_rows(
+def compute_row_checksums(
     digests: NDArray[np.uint8], status: NDArray[np.uint8], features: NDArray[np.floating]
 ) -> NDArray[np.uint8]:
     """The checks of some rows: the SHA-256 of image digest, status and stored bytes, the first 16 bytes of it.
@@ -31,31 +31,31 @@ def check_rows(
     """
     b = len(status)
     if not b:
-        return np.zeros((0, CHECK_BYTES), np.uint8)
-    heads = memoryview(np.concatenate([digests, status[:, None]], axis=1).tobytes())
-    rows = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
-    head, width = len(heads) // b, len(rows) // b
+        return np.zeros((0, CHECKSUM_BYTES), np.uint8)
+    row_prefixes = memoryview(np.concatenate([digests, status[:, None]], axis=1).tobytes())
+    feature_bytes = np.ascontiguousarray(features).reshape(-1).view(np.uint8).data
+    prefix_bytes, row_bytes = len(row_prefixes) // b, len(feature_bytes) // b
     sha256 = hashlib.sha256
-    found = bytearray()
+    checksums = bytearray()
     for row in range(b):
-        state = sha256(heads[row * head : (row + 1) * head])
-        state.update(rows[row * width : (row + 1) * width])
-        found += state.digest()[:CHECK_BYTES]
-    return np.frombuffer(bytes(found), np.uint8).reshape(b, CHECK_BYTES)
+        hasher = sha256(row_prefixes[row * prefix_bytes : (row + 1) * prefix_bytes])
+        hasher.update(feature_bytes[row * row_bytes : (row + 1) * row_bytes])
+        checksums += hasher.digest()[:CHECKSUM_BYTES]
+    return np.frombuffer(bytes(checksums), np.uint8).reshape(b, CHECKSUM_BYTES)
 
 
-def digest_of_column(column: NDArray[np.generic]) -> str:
+def compute_column_digest(column: NDArray[np.generic]) -> str:
     """The SHA-256 of a column's bytes, 64 hexadecimal digits."""
-    state = hashlib.sha256()
-    flat = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
-    for start in range(0, len(flat), _BLOCK_BYTES):
-        state.update(flat[start : start + _BLOCK_BYTES].data)
-    return state.hexdigest()
+    hasher = hashlib.sha256()
+    column_bytes = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
+    for start in range(0, len(column_bytes), _HASH_BLOCK_BYTES):
+        hasher.update(column_bytes[start : start + _HASH_BLOCK_BYTES].data)
+    return hasher.hexdigest()
 
 
-def check_of_shard(checks: Iterable[NDArray[np.uint8]], shapes: Sequence[object]) -> str:
+def compute_shard_digest(checksum_blocks: Iterable[NDArray[np.uint8]], shapes: Sequence[object]) -> str:
     """What names a shard: the SHA-256 of the checks of its rows, output after output, and of their shapes."""
-    state = hashlib.sha256(repr(list(shapes)).encode())
-    for rows in checks:
-        state.update(np.ascontiguousarray(rows).data)
-    return state.hexdigest()
+    hasher = hashlib.sha256(repr(list(shapes)).encode())
+    for checksums in checksum_blocks:
+        hasher.update(np.ascontiguousarray(checksums).data)
+    return hasher.hexdigest()

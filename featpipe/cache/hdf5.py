@@ -10,22 +10,24 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache.headers import CONTIGUOUS, VIRTUAL, storage_of
-from featpipe.cache.layout import FORMAT, GROUPS, version_of
+from featpipe.cache.headers import CONTIGUOUS_LAYOUT, VIRTUAL_LAYOUT, read_layout_class
+from featpipe.cache.layout import FORMAT, HDF5_GROUPS, parse_version
 from featpipe.errors import CacheFormatError
 
-__all__ = ["ALIGNMENT_BYTES", "Created", "Place", "created", "located"]
+__all__ = ["ALIGNMENT_BYTES", "ArrayLocation", "HDF5Writer", "create_hdf5", "locate_arrays"]
 
 ALIGNMENT_BYTES = 64  # arrays that begin anywhere are copied by BLAS and refused by some of torch's kernels
-ENTRIES_MAX = 4096  # in one group of a file; looking at each takes some 50 µs
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
-SUPERBLOCK_MIN = 2  # from here on HDF5 checks its own structures; it can loop for ever in damaged ones of before
+MAX_GROUP_ENTRIES = 4096  # in one group of a file; looking at each takes some 50 µs
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+MIN_SUPERBLOCK_VERSION = (
+    2  # from here on HDF5 checks its own structures; it can loop for ever in damaged ones of before
+)
 
-Place = tuple[int, np.dtype[Any], tuple[int, ...]]
+ArrayLocation = tuple[int, np.dtype[Any], tuple[int, ...]]
 """Offset in the file, dtype and shape of an array."""
 
 
-class _Sink:
+class _GuardedFile:
     """The file that HDF5 writes into. It hears of no failure, because it can crash when a disk is full; we do."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -36,10 +38,10 @@ class _Sink:
         if self._error is not None:
             raise self._error
 
-    def _attempt(self, action: Callable[..., Any], *given: Any) -> Any:
+    def _attempt(self, action: Callable[..., Any], *args: Any) -> Any:
         if self._error is None:
             try:
-                return action(*given)
+                return action(*args)
             except BaseException as error:  # an interrupt too: it is raised where HDF5 is done
                 self._error = error
         return 0
@@ -66,60 +68,62 @@ class _Sink:
         self._attempt(self._file.flush)
 
 
-class Created:
+class HDF5Writer:
     """A new HDF5 file under construction."""
 
-    def __init__(self, file: Any, sink: _Sink) -> None:
+    def __init__(self, file: Any, guarded_file: _GuardedFile) -> None:
         self._file = file
-        self._sink = sink
+        self._guarded_file = guarded_file
 
-    def attribute(self, name: str, text: str) -> None:
+    def write_attribute(self, name: str, text: str) -> None:
         self._file.attrs[name] = np.bytes_(text)
 
-    def array(self, name: str, column: NDArray[Any]) -> None:
+    def write_array(self, name: str, column: NDArray[Any]) -> None:
         self._file.create_dataset(name, data=column, track_times=False)
-        self._sink.raise_error()
+        self._guarded_file.raise_error()
 
-    def text(self, name: str, data: bytes) -> None:
+    def write_text(self, name: str, data: bytes) -> None:
         import h5py
 
-        kind = h5py.string_dtype("utf-8", len(data))
-        self._file.create_dataset(name, data=np.array(data, dtype=kind), dtype=kind)
+        string_dtype = h5py.string_dtype("utf-8", len(data))
+        self._file.create_dataset(name, data=np.array(data, dtype=string_dtype), dtype=string_dtype)
 
-    def blocks(self, name: str, shape: tuple[int, ...], dtype: str, blocks: Iterator[NDArray[Any]]) -> None:
+    def write_blocks(self, name: str, shape: tuple[int, ...], dtype: str, blocks: Iterator[NDArray[Any]]) -> None:
         """An array that is given block after block, each some rows."""
-        target = self._file.create_dataset(name, shape, dtype, track_times=False)
-        at = 0
+        dataset = self._file.create_dataset(name, shape, dtype, track_times=False)
+        start = 0
         for block in blocks:
-            target[at : at + len(block)] = block
-            at += len(block)
-            self._sink.raise_error()
+            dataset[start : start + len(block)] = block
+            start += len(block)
+            self._guarded_file.raise_error()
 
-    def virtual(self, name: str, shape: tuple[int, ...], dtype: str, sources: list[tuple[str, int, int]]) -> None:
+    def write_virtual(
+        self, name: str, shape: tuple[int, ...], dtype: str, row_ranges: list[tuple[str, int, int]]
+    ) -> None:
         """An array whose rows lie in the datasets of the same name of other files: name, first row, last row + 1."""
         import h5py
 
         layout = h5py.VirtualLayout(shape, dtype)
-        for file, start, stop in sources:
+        for file, start, stop in row_ranges:
             layout[start:stop] = h5py.VirtualSource(file, name, (stop - start, *shape[1:]), dtype)
         self._file.create_virtual_dataset(name, layout, fillvalue=np.nan)
 
-    def offset(self, name: str) -> int:
+    def get_offset(self, name: str) -> int:
         """Where in the file the bytes of an array begin."""
         return int(self._file[name].id.get_offset() or 0)
 
 
 @contextmanager
-def created(target: BinaryIO, alignment_bytes: int = ALIGNMENT_BYTES) -> Iterator[Created]:
+def create_hdf5(raw_file: BinaryIO, alignment_bytes: int = ALIGNMENT_BYTES) -> Iterator[HDF5Writer]:
     """A new HDF5 file in an open one; what goes wrong in writing is raised, at the latest at the end."""
-    sink = _Sink(target)
-    with _hdf5(sink, alignment_bytes) as file:
-        yield Created(file, sink)
-    sink.raise_error()
+    guarded_file = _GuardedFile(raw_file)
+    with _open_hdf5(guarded_file, alignment_bytes) as hdf5:
+        yield HDF5Writer(hdf5, guarded_file)
+    guarded_file.raise_error()
 
 
 @contextmanager
-def _hdf5(file: Any, new_alignment: int = 0) -> Iterator[Any]:
+def _open_hdf5(file: Any, alignment_bytes: int = 0) -> Iterator[Any]:
     """A Python file as HDF5, of which nothing is left open however the block ends.
 
     What a traceback keeps alive of a Python file until the process ends, its access properties alone are enough, HDF5
@@ -127,25 +131,25 @@ def _hdf5(file: Any, new_alignment: int = 0) -> Iterator[Any]:
     """
     import h5py
 
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access_properties = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     try:
-        access.set_fileobj_driver(h5py.h5fd.fileobj_driver, file)
-        access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-        if new_alignment:
-            access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-            access.set_alignment(1, new_alignment)
-            creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-            creation.set_obj_track_times(False)  # the same rows are the same bytes
-            opened = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access)
+        access_properties.set_fileobj_driver(h5py.h5fd.fileobj_driver, file)
+        access_properties.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+        if alignment_bytes:
+            access_properties.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+            access_properties.set_alignment(1, alignment_bytes)
+            creation_properties = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+            creation_properties.set_obj_track_times(False)  # the same rows are the same bytes
+            file_id = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fcpl=creation_properties, fapl=access_properties)
         else:
-            opened = h5py.h5f.open(b"cache", h5py.h5f.ACC_RDONLY, fapl=access)
+            file_id = h5py.h5f.open(b"cache", h5py.h5f.ACC_RDONLY, fapl=access_properties)
     finally:
-        access.close()
-    with h5py.File(opened) as hdf5:
+        access_properties.close()
+    with h5py.File(file_id) as hdf5:
         yield hdf5
 
 
-def located(file: BinaryIO, size: int) -> tuple[dict[str, Place], dict[str, str]]:
+def locate_arrays(file: BinaryIO, file_bytes: int) -> tuple[dict[str, ArrayLocation], dict[str, str]]:
     """Where the arrays of a cache lie in its file, and the texts at its root.
 
     Returns
@@ -160,23 +164,25 @@ def located(file: BinaryIO, size: int) -> tuple[dict[str, Place], dict[str, str]
     CacheFormatError
         If the file is not a cache, or holds what no cache may hold.
     """
-    start = file.read(len(SIGNATURE) + 3)
-    if start[: len(SIGNATURE)] != SIGNATURE:
-        raise CacheFormatError("is not an HDF5 file" if size else "is empty")
-    if start[-3] < SUPERBLOCK_MIN:
+    header = file.read(len(HDF5_SIGNATURE) + 3)
+    if header[: len(HDF5_SIGNATURE)] != HDF5_SIGNATURE:
+        raise CacheFormatError("is not an HDF5 file" if file_bytes else "is empty")
+    if header[-3] < MIN_SUPERBLOCK_VERSION:
         raise CacheFormatError("is HDF5 of the oldest kind, without checksums; no cache is")
-    if start[-2:] != b"\x08\x08":
+    if header[-2:] != b"\x08\x08":
         raise CacheFormatError("is HDF5 with addresses that are not of eight bytes; no cache is")
-    with _hdf5(file) as hdf5:
-        attributes = {name: _attribute(hdf5, name) for name in ("format", "format_version", "manifest_sha256")}
+    with _open_hdf5(file) as hdf5:
+        attributes = {name: _read_attribute(hdf5, name) for name in ("format", "format_version", "manifest_sha256")}
         if attributes["format"] != FORMAT:
             raise CacheFormatError("is HDF5 but not a featpipe cache")
-        version_of(attributes["format_version"])
-        places = {name: _locate(dataset, name, size) for name, dataset in _datasets(hdf5, file.fileno())}
-    return places, attributes
+        parse_version(attributes["format_version"])
+        locations = {
+            name: _locate_array(dataset, name, file_bytes) for name, dataset in _iter_datasets(hdf5, file.fileno())
+        }
+    return locations, attributes
 
 
-def _attribute(file: Any, name: str) -> str:
+def _read_attribute(file: Any, name: str) -> str:
     """A short text attribute of fixed length, or nothing: HDF5 can loop for ever in a damaged heap of other texts."""
     if name not in file.attrs:
         return ""
@@ -186,35 +192,37 @@ def _attribute(file: Any, name: str) -> str:
     return bytes(file.attrs[name]).decode("ascii")
 
 
-def _datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
+def _iter_datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
     """The datasets of a cache, through hard links alone: soft and external ones could read other files."""
     import h5py
 
     groups = [("", file)]
     for prefix, group in groups:
-        if len(group) > ENTRIES_MAX:
-            raise CacheFormatError(f"{prefix or '/'} has {len(group)} entries, more than {ENTRIES_MAX}")
+        if len(group) > MAX_GROUP_ENTRIES:
+            raise CacheFormatError(f"{prefix or '/'} has {len(group)} entries, more than {MAX_GROUP_ENTRIES}")
         for name in group:
-            full = f"{prefix}{name}"
+            full_name = f"{prefix}{name}"
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise CacheFormatError(f"{full!r} is a link; a cache holds none")
+                raise CacheFormatError(f"{full_name!r} is a link; a cache holds none")
             # h5o.get_info would decode the heap of a virtual dataset, for its size
-            entry = h5py.h5g.get_objinfo(group.id, name.encode("utf-8", "surrogateescape"))
-            if entry.type == h5py.h5g.DATASET:
-                storage = storage_of(descriptor, entry.objno[0] | entry.objno[1] << 32, full)
-                if storage == CONTIGUOUS:
-                    yield full, group[name]
-                elif storage != VIRTUAL or prefix != "features/":
-                    raise CacheFormatError(f"{full!r} is not stored in one contiguous piece of this file")
-            elif entry.type != h5py.h5g.GROUP:
-                raise CacheFormatError(f"{full!r} is neither a dataset nor a group")
-            elif full in GROUPS:
-                groups.append((f"{full}/", group[name]))
+            object_info = h5py.h5g.get_objinfo(group.id, name.encode("utf-8", "surrogateescape"))
+            if object_info.type == h5py.h5g.DATASET:
+                layout_class = read_layout_class(
+                    descriptor, object_info.objno[0] | object_info.objno[1] << 32, full_name
+                )
+                if layout_class == CONTIGUOUS_LAYOUT:
+                    yield full_name, group[name]
+                elif layout_class != VIRTUAL_LAYOUT or prefix != "features/":
+                    raise CacheFormatError(f"{full_name!r} is not stored in one contiguous piece of this file")
+            elif object_info.type != h5py.h5g.GROUP:
+                raise CacheFormatError(f"{full_name!r} is neither a dataset nor a group")
+            elif full_name in HDF5_GROUPS:
+                groups.append((f"{full_name}/", group[name]))
 
 
-def _locate(dataset: Any, name: str, file_bytes: int) -> Place:
+def _locate_array(dataset: Any, name: str, file_bytes: int) -> ArrayLocation:
     """Where an array lies in the file, so that it can be mapped without HDF5."""
-    dtype, shape = _dtype(dataset.id.get_type(), name), dataset.shape
+    dtype, shape = _to_numpy_dtype(dataset.id.get_type(), name), dataset.shape
     if shape is None:
         raise CacheFormatError(f"{name!r} has no shape")
     nbytes = dtype.itemsize * math.prod(shape)
@@ -224,12 +232,12 @@ def _locate(dataset: Any, name: str, file_bytes: int) -> Place:
     return (offset if nbytes else 0), dtype, tuple(map(int, shape))
 
 
-def _dtype(stored: Any, name: str) -> np.dtype[Any]:
+def _to_numpy_dtype(hdf5_type: Any, name: str) -> np.dtype[Any]:
     """The dtype whose bytes are exactly the stored ones: numpy knows no integers of 20 bits and no other floats."""
     from h5py import h5t
 
-    if isinstance(stored, h5t.TypeStringID) and not stored.is_variable_str():
-        return np.dtype(("S", stored.get_size()))
-    if isinstance(stored, (h5t.TypeIntegerID, h5t.TypeFloatID)) and h5t.py_create(stored.dtype) == stored:
-        return stored.dtype
+    if isinstance(hdf5_type, h5t.TypeStringID) and not hdf5_type.is_variable_str():
+        return np.dtype(("S", hdf5_type.get_size()))
+    if isinstance(hdf5_type, (h5t.TypeIntegerID, h5t.TypeFloatID)) and h5t.py_create(hdf5_type.dtype) == hdf5_type:
+        return hdf5_type.dtype
     raise CacheFormatError(f"{name!r} has a type that no cache holds; expected integers, floats or byte strings")

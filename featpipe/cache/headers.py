@@ -11,17 +11,22 @@ import struct
 
 from featpipe.errors import CacheFormatError
 
-__all__ = ["CONTIGUOUS", "VIRTUAL", "storage_of"]
+__all__ = ["CONTIGUOUS_LAYOUT", "VIRTUAL_LAYOUT", "read_layout_class"]
 
-CONTIGUOUS, VIRTUAL = 1, 3  # classes of layout, from the HDF5 File Format Specification 3.0, IV.A.2.i
+CONTIGUOUS_LAYOUT, VIRTUAL_LAYOUT = 1, 3  # classes of layout, from the HDF5 File Format Specification 3.0, IV.A.2.i
 
-_LAYOUT, _EXTERNAL, _FILTERS, _CONTINUATION = 0x08, 0x07, 0x0B, 0x10
-_TIMES, _PHASES, _ORDERED, _SIZE = 0x20, 0x10, 0x04, 0x03  # flags of a header of version 2
-_CHUNKS_MAX = 64
-_CHUNK_BYTES_MAX = 2**20
+_LAYOUT_MESSAGE, _EXTERNAL_FILES_MESSAGE, _FILTERS_MESSAGE, _CONTINUATION_MESSAGE = 0x08, 0x07, 0x0B, 0x10
+_TIMES_FLAG, _PHASE_CHANGE_FLAG, _CREATION_ORDER_FLAG, _CHUNK_SIZE_MASK = (
+    0x20,
+    0x10,
+    0x04,
+    0x03,
+)  # flags of a header of version 2
+_MAX_HEADER_CHUNKS = 64
+_MAX_HEADER_CHUNK_BYTES = 2**20
 
 
-def storage_of(file: int, address: int, name: str) -> int:
+def read_layout_class(descriptor: int, address: int, name: str) -> int:
     """The class of layout of the dataset whose object header begins at an address.
 
     Parameters
@@ -38,36 +43,40 @@ def storage_of(file: int, address: int, name: str) -> int:
     CacheFormatError
         If the header is older than version 2 or damaged, or the dataset has filters or external files.
     """
-    head = os.pread(file, 64, address)
-    if head[:5] != b"OHDR\x02":
+    prefix = os.pread(descriptor, 64, address)
+    if prefix[:5] != b"OHDR\x02":
         raise CacheFormatError(f"{name!r} has an object header of the oldest kind, without a checksum; no cache has")
-    flags = head[5]
-    start = 6 + (16 if flags & _TIMES else 0) + (4 if flags & _PHASES else 0)
-    width = 1 << (flags & _SIZE)
-    size = int.from_bytes(head[start : start + width], "little")
-    chunks = [(address + start + width, size)]
-    layouts: list[int] = []
-    for begin, length in chunks:
-        if len(chunks) > _CHUNKS_MAX or length > _CHUNK_BYTES_MAX:
+    flags = prefix[5]
+    size_offset = 6 + (16 if flags & _TIMES_FLAG else 0) + (4 if flags & _PHASE_CHANGE_FLAG else 0)
+    size_field_bytes = 1 << (flags & _CHUNK_SIZE_MASK)
+    first_chunk_bytes = int.from_bytes(prefix[size_offset : size_offset + size_field_bytes], "little")
+    chunks = [(address + size_offset + size_field_bytes, first_chunk_bytes)]
+    layout_classes: list[int] = []
+    for chunk_offset, chunk_bytes in chunks:
+        if len(chunks) > _MAX_HEADER_CHUNKS or chunk_bytes > _MAX_HEADER_CHUNK_BYTES:
             raise CacheFormatError(f"{name!r} has an object header that no cache has; it is damaged")
-        for kind, data in _messages(os.pread(file, length, begin), bool(flags & _ORDERED)):
-            if kind in (_EXTERNAL, _FILTERS):
+        for message_type, data in _parse_messages(
+            os.pread(descriptor, chunk_bytes, chunk_offset), bool(flags & _CREATION_ORDER_FLAG)
+        ):
+            if message_type in (_EXTERNAL_FILES_MESSAGE, _FILTERS_MESSAGE):
                 raise CacheFormatError(f"{name!r} has filters or lies in other files; a cache holds plain arrays")
-            if kind == _LAYOUT:
-                layouts.append(data[1] if len(data) > 1 and data[0] in (3, 4, 5) else -1)
-            if kind == _CONTINUATION and len(data) >= 16:
-                offset, length = struct.unpack("<QQ", data[:16])
-                chunks.append((min(offset + 4, 2**62), max(0, length - 8)))  # within its signature and its checksum
-    if len(layouts) != 1:
+            if message_type == _LAYOUT_MESSAGE:
+                layout_classes.append(data[1] if len(data) > 1 and data[0] in (3, 4, 5) else -1)
+            if message_type == _CONTINUATION_MESSAGE and len(data) >= 16:
+                offset, chunk_bytes = struct.unpack("<QQ", data[:16])
+                chunks.append(
+                    (min(offset + 4, 2**62), max(0, chunk_bytes - 8))
+                )  # within its signature and its checksum
+    if len(layout_classes) != 1:
         raise CacheFormatError(f"{name!r} does not say how it is stored; it is damaged")
-    return layouts[0]
+    return layout_classes[0]
 
 
-def _messages(chunk: bytes, ordered: bool) -> list[tuple[int, bytes]]:
+def _parse_messages(chunk: bytes, has_creation_order: bool) -> list[tuple[int, bytes]]:
     """Types and contents of the messages in one piece of a header."""
-    found, at, prefix = [], 0, 6 if ordered else 4
-    while at + prefix <= len(chunk):
-        kind, size = chunk[at], int.from_bytes(chunk[at + 1 : at + 3], "little")
-        found.append((kind, chunk[at + prefix : at + prefix + size]))
-        at += prefix + size
-    return found
+    messages, position, prefix_bytes = [], 0, 6 if has_creation_order else 4
+    while position + prefix_bytes <= len(chunk):
+        message_type, size = chunk[position], int.from_bytes(chunk[position + 1 : position + 3], "little")
+        messages.append((message_type, chunk[position + prefix_bytes : position + prefix_bytes + size]))
+        position += prefix_bytes + size
+    return messages

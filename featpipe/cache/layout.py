@@ -13,41 +13,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache.checks import CHECK_BYTES
+from featpipe.cache.checks import CHECKSUM_BYTES
 from featpipe.cache.mapping import PAGE_BYTES
 from featpipe.errors import CacheFormatError
-from featpipe.fingerprint import fingerprint
+from featpipe.fingerprint import compute_fingerprint
 from featpipe.labels import Labels, order_classes
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
-    "GROUPS",
+    "HDF5_GROUPS",
     "LABEL_DTYPES",
-    "MANIFEST_BYTES_MAX",
-    "SPLITS",
+    "MAX_MANIFEST_BYTES",
+    "SPLIT_NAMES",
+    "SampleTable",
     "Shard",
-    "Table",
+    "can_reuse",
     "check_columns",
-    "narrowed",
     "parse_manifest",
+    "parse_shards",
+    "parse_version",
     "parts_directory",
-    "serves",
+    "restrict_facts_to_output",
     "shards_directory",
-    "shards_of",
-    "version_of",
 ]
 
 FORMAT = "featpipe-cache"
 FORMAT_VERSION = "1.1"
-SPLITS = ("none", "train", "validation", "test")
-GROUPS = ("features", "samples", "labels", "checks")
+SPLIT_NAMES = ("none", "train", "validation", "test")
+HDF5_GROUPS = ("features", "samples", "labels", "checks")
 LABEL_DTYPES = {"classification": "<i4", "regression": "<f8", "multilabel": "i1"}
-MANIFEST_BYTES_MAX = 16 * 2**20  # parsed JSON takes up to fifty times its bytes
+MAX_MANIFEST_BYTES = 16 * 2**20  # parsed JSON takes up to fifty times its bytes
 
-_MANIFEST = {  # what a manifest must hold, and of which type
+_MANIFEST_TYPES = {  # what a manifest must hold, and of which type
     "format": str,
     "format_version": str,
     "facts": dict,
@@ -58,9 +58,9 @@ _MANIFEST = {  # what a manifest must hold, and of which type
     "samples": int,
     "ok": int,
 }
-_FACTS = {"backbone": dict, "precision": str, "storage": str, "extraction": int}
-_BACKBONE_FACTS = {"name": str, "source": str, "weights": str, "transform": dict, "outputs": dict}
-_INFORMATIVE: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+_FACTS_TYPES = {"backbone": dict, "precision": str, "storage": str, "extraction": int}
+_BACKBONE_FACTS_TYPES = {"name": str, "source": str, "weights": str, "transform": dict, "outputs": dict}
+_OPTIONAL_TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     # what it may hold besides, decides nothing, and is shown: types of the value, or null, and of what is in it
     "archive_kinds": ((list,), (str,)),
     "archives": ((list,), (str,)),
@@ -79,12 +79,12 @@ _INFORMATIVE: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "seconds": ((dict,), (int, float)),
     "versions": ((dict,), (str,)),
 }
-_SHARD = {"file": str, "bytes": int, "rows": list, "offsets": dict, "check": str}
-_SHARD_FILE = re.compile(r"[^/\0]+\.shards/[0-9a-f]{24}\.h5")
+_SHARD_TYPES = {"file": str, "bytes": int, "rows": list, "offsets": dict, "check": str}
+_SHARD_FILE_PATTERN = re.compile(r"[^/\0]+\.shards/[0-9a-f]{24}\.h5")
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class SampleTable:
     """Everything of a cache but the features, all columns of n rows.
 
     Attributes
@@ -101,7 +101,7 @@ class Table:
     labels : Labels
     """
 
-    ids: Strings
+    ids: StringColumn
     status: NDArray[np.uint8]
     digests: NDArray[np.uint8]
     stamps: NDArray[np.uint8]
@@ -113,7 +113,7 @@ class Table:
         """How many rows have features."""
         return int(np.count_nonzero(self.status == Status.OK))
 
-    def same_as(self, other: Table) -> bool:
+    def same_as(self, other: SampleTable) -> bool:
         return (
             self.ids == other.ids
             and np.array_equal(self.status, other.status)
@@ -147,32 +147,33 @@ class Shard:
     start: int
     stop: int
     offsets: dict[str, int]
-    check: str
+    digest: str
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As it stands in a manifest."""
         return {
             "file": self.file,
             "bytes": self.nbytes,
             "rows": [self.start, self.stop],
             "offsets": self.offsets,
-            "check": self.check,
+            "check": self.digest,
         }
 
 
-def narrowed(facts: Mapping[str, Any], output: str) -> dict[str, Any]:
+def restrict_facts_to_output(facts: Mapping[str, Any], output: str) -> dict[str, Any]:
     """The facts that decide one output alone: two caches may share it and differ in their others."""
     backbone = dict(facts["backbone"])
     backbone["outputs"] = {output: backbone["outputs"].get(output)}
     return {**facts, "backbone": backbone}
 
 
-def serves(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def can_reuse(cached_facts: Mapping[str, Any], requested_facts: Mapping[str, Any]) -> bool:
     """Whether embeddings of some facts can be copied for others: all wanted outputs are held, and made alike."""
-    outputs = held["backbone"]["outputs"]
+    outputs = cached_facts["backbone"]["outputs"]
     return all(
-        output in outputs and narrowed(held, output) == narrowed(wanted, output)
-        for output in wanted["backbone"]["outputs"]
+        output in outputs
+        and restrict_facts_to_output(cached_facts, output) == restrict_facts_to_output(requested_facts, output)
+        for output in requested_facts["backbone"]["outputs"]
     )
 
 
@@ -186,11 +187,11 @@ def shards_directory(path: Path) -> Path:
     return path.with_name(path.name + ".shards")
 
 
-def version_of(text: str) -> tuple[int, int]:
+def parse_version(text: str) -> tuple[int, int]:
     """Major and minor version; others than those that this featpipe reads are an error."""
-    ours = FORMAT_VERSION.split(".")[0]
-    if not re.fullmatch(rf"{ours}\.[0-9]{{1,4}}", text):
-        raise CacheFormatError(f"has format version {text!r}, this featpipe reads {ours}.x")
+    supported_major = FORMAT_VERSION.split(".")[0]
+    if not re.fullmatch(rf"{supported_major}\.[0-9]{{1,4}}", text):
+        raise CacheFormatError(f"has format version {text!r}, this featpipe reads {supported_major}.x")
     major, minor = text.split(".")
     return int(major), int(minor)
 
@@ -199,15 +200,15 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
     """The manifest from its stored text."""
     if text is None or text.shape != () or text.dtype.kind != "S":
         raise CacheFormatError("the manifest is missing or not one text")
-    if text.dtype.itemsize > MANIFEST_BYTES_MAX:
-        raise CacheFormatError(f"the manifest has {text.dtype.itemsize} bytes, more than {MANIFEST_BYTES_MAX}")
-    manifest = json.loads(text.tobytes().rstrip(b"\0").decode("utf-8"), parse_constant=_refuse_constant)
-    _check_keys(manifest, _MANIFEST, "the manifest")
-    _check_informative(manifest)
+    if text.dtype.itemsize > MAX_MANIFEST_BYTES:
+        raise CacheFormatError(f"the manifest has {text.dtype.itemsize} bytes, more than {MAX_MANIFEST_BYTES}")
+    manifest = json.loads(text.tobytes().rstrip(b"\0").decode("utf-8"), parse_constant=_reject_constant)
+    _check_keys(manifest, _MANIFEST_TYPES, "the manifest")
+    _check_optional_keys(manifest)
     facts = manifest["facts"]
-    _check_keys(facts, _FACTS, "facts in the manifest")
-    _check_keys(facts["backbone"], _BACKBONE_FACTS, "facts.backbone in the manifest")
-    if manifest["fingerprint"] != fingerprint(facts):
+    _check_keys(facts, _FACTS_TYPES, "facts in the manifest")
+    _check_keys(facts["backbone"], _BACKBONE_FACTS_TYPES, "facts.backbone in the manifest")
+    if manifest["fingerprint"] != compute_fingerprint(facts):
         raise CacheFormatError("the fingerprint is not that of the facts in the manifest")
     if not manifest["outputs"] or manifest["outputs"].keys() != facts["backbone"]["outputs"].keys():
         raise CacheFormatError("the manifest names no output, or others than its facts")
@@ -221,91 +222,95 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
     if not 0 <= manifest["ok"] <= manifest["samples"]:
         raise CacheFormatError(f"{manifest['ok']} of {manifest['samples']} samples cannot be ok")
     for output, shape in manifest["outputs"].items():
-        if not isinstance(shape, list) or not all(_is(size, (int,)) and size >= 0 for size in shape):
+        if not isinstance(shape, list) or not all(_is_instance(size, (int,)) and size >= 0 for size in shape):
             raise CacheFormatError(f"the manifest gives no shape for output {output!r}")
     return manifest
 
 
-def _check_keys(found: object, wanted: Mapping[str, type], where: str) -> None:
-    if not isinstance(found, dict):
+def _check_keys(document: object, expected_types: Mapping[str, type], where: str) -> None:
+    if not isinstance(document, dict):
         raise CacheFormatError(f"{where}: is not a JSON object")
-    for key, kind in wanted.items():
-        if not _is(found.get(key), (kind,)):
-            raise CacheFormatError(f"{where}: {key} is missing or not of type {kind.__name__}")
+    for key, expected_type in expected_types.items():
+        if not _is_instance(document.get(key), (expected_type,)):
+            raise CacheFormatError(f"{where}: {key} is missing or not of type {expected_type.__name__}")
 
 
-def _check_informative(manifest: Mapping[str, Any]) -> None:
+def _check_optional_keys(manifest: Mapping[str, Any]) -> None:
     """What decides nothing is of its type all the same, so that whoever shows it need not look."""
-    for key, (kinds, inner) in _INFORMATIVE.items():
+    for key, (value_types, item_types) in _OPTIONAL_TYPES.items():
         value = manifest.get(key)
         if value is None:
             continue
-        held = value.values() if isinstance(value, dict) else value
-        if not _is(value, kinds) or (inner and not all(_is(item, inner) for item in held)):
+        items = value.values() if isinstance(value, dict) else value
+        if not _is_instance(value, value_types) or (
+            item_types and not all(_is_instance(item, item_types) for item in items)
+        ):
             raise CacheFormatError(f"{key} in the manifest is not what it is to be")
-    if not all(_is(source.get("cache"), (str,)) for source in manifest.get("merged_from") or ()):
+    if not all(_is_instance(source.get("cache"), (str,)) for source in manifest.get("merged_from") or ()):
         raise CacheFormatError("merged_from in the manifest is not what it is to be")
 
 
-def _is(value: object, kinds: Sequence[type]) -> bool:
+def _is_instance(value: object, types: Sequence[type]) -> bool:
     """Whether a value of JSON is of one of some types; true and false are no numbers."""
-    return isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))
+    return isinstance(value, tuple(types)) and (bool in types or not isinstance(value, bool))
 
 
-def _refuse_constant(text: str) -> None:
+def _reject_constant(text: str) -> None:
     raise CacheFormatError(f"the manifest holds {text}, which JSON does not have")
 
 
-def shards_of(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
+def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
     """The shards that a manifest names, if they are all rows one after the other; none for a cache in one file."""
-    stated = manifest.get("shards")
-    if stated is None or version_of(manifest["format_version"]) < (1, 1):
+    entries = manifest.get("shards")
+    if entries is None or parse_version(manifest["format_version"]) < (1, 1):
         return ()
-    if not isinstance(stated, list) or not stated:
+    if not isinstance(entries, list) or not entries:
         raise CacheFormatError("shards in the manifest are not a list of shards")
     itemsize = np.dtype(manifest["facts"]["storage"]).itemsize
     row_bytes = {output: itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
-    shards, at = [], 0
-    for number, facts in enumerate(stated):
-        _check_keys(facts, _SHARD, f"shard {number} in the manifest")
-        rows, offsets = facts["rows"], facts["offsets"]
-        if not _SHARD_FILE.fullmatch(facts["file"]) or facts["file"].startswith("."):
-            raise CacheFormatError(f"shard {number} in the manifest lies elsewhere than in the cache's own folder")
-        if len(rows) != 2 or rows[0] != at or not isinstance(rows[1], int) or rows[1] <= at:
-            raise CacheFormatError(f"shard {number} in the manifest does not begin where the one before it ends")
+    shards, start = [], 0
+    for shard_number, entry in enumerate(entries):
+        _check_keys(entry, _SHARD_TYPES, f"shard {shard_number} in the manifest")
+        row_range, offsets = entry["rows"], entry["offsets"]
+        if not _SHARD_FILE_PATTERN.fullmatch(entry["file"]) or entry["file"].startswith("."):
+            raise CacheFormatError(
+                f"shard {shard_number} in the manifest lies elsewhere than in the cache's own folder"
+            )
+        if len(row_range) != 2 or row_range[0] != start or not isinstance(row_range[1], int) or row_range[1] <= start:
+            raise CacheFormatError(f"shard {shard_number} in the manifest does not begin where the one before it ends")
         if offsets.keys() != row_bytes.keys() or not all(isinstance(offset, int) for offset in offsets.values()):
-            raise CacheFormatError(f"shard {number} in the manifest does not hold the outputs")
+            raise CacheFormatError(f"shard {shard_number} in the manifest does not hold the outputs")
         for output, offset in offsets.items():
-            fits = offset >= 0 and offset + (rows[1] - at) * row_bytes[output] <= facts["bytes"]
-            if not fits or offset % PAGE_BYTES or at * row_bytes[output] % PAGE_BYTES:
-                raise CacheFormatError(f"shard {number} in the manifest has {output!r} where it cannot lie")
-        shards.append(Shard(facts["file"], facts["bytes"], at, rows[1], dict(offsets), facts["check"]))
-        at = rows[1]
-    if at != manifest["samples"]:
-        raise CacheFormatError(f"the shards in the manifest hold {at} of {manifest['samples']} samples")
+            fits = offset >= 0 and offset + (row_range[1] - start) * row_bytes[output] <= entry["bytes"]
+            if not fits or offset % PAGE_BYTES or start * row_bytes[output] % PAGE_BYTES:
+                raise CacheFormatError(f"shard {shard_number} in the manifest has {output!r} where it cannot lie")
+        shards.append(Shard(entry["file"], entry["bytes"], start, row_range[1], dict(offsets), entry["check"]))
+        start = row_range[1]
+    if start != manifest["samples"]:
+        raise CacheFormatError(f"the shards in the manifest hold {start} of {manifest['samples']} samples")
     return tuple(shards)
 
 
-def check_columns(manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], sharded: bool) -> None:
+def check_columns(manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], is_sharded: bool) -> None:
     """What the manifest says and what the file holds must agree."""
-    for name, (kind, shape) in _wanted_columns(manifest, columns, sharded).items():
+    for name, (dtype, shape) in _expected_columns(manifest, columns, is_sharded).items():
         column = columns.get(name)
         if column is None:
             raise CacheFormatError(f"{name!r} is missing")
-        if column.dtype != np.dtype(kind) or column.shape != shape:
+        if column.dtype != np.dtype(dtype) or column.shape != shape:
             raise CacheFormatError(
-                f"{name!r} is {column.dtype} of shape {column.shape}, expected {np.dtype(kind)} of shape {shape}"
+                f"{name!r} is {column.dtype} of shape {column.shape}, expected {np.dtype(dtype)} of shape {shape}"
             )
     offsets = columns["samples/id_offsets"]
     if offsets[0] != 0 or offsets[-1] != len(columns["samples/id_bytes"]):
         raise CacheFormatError("samples/id_offsets does not begin and end with samples/id_bytes")
 
 
-def _wanted_columns(
-    manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], sharded: bool
+def _expected_columns(
+    manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], is_sharded: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    n, task, classes = manifest["samples"], manifest["task"], len(manifest["classes"])
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+    n, task, n_classes = manifest["samples"], manifest["task"], len(manifest["classes"])
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "samples/status": ("u1", (n,)),
         "samples/digest": ("u1", (n, 32)),
         "samples/stamp": ("u1", (n, 16)),
@@ -314,20 +319,20 @@ def _wanted_columns(
         "samples/id_bytes": ("u1", columns["samples/id_bytes"].shape[:1] if "samples/id_bytes" in columns else ()),
     }
     for output, shape in manifest["outputs"].items():
-        if sharded and f"features/{output}" in columns:
+        if is_sharded and f"features/{output}" in columns:
             raise CacheFormatError(f"'features/{output}' is in the file, and in shards too")
-        if not sharded:
-            kind = np.dtype(manifest["facts"]["storage"]).newbyteorder("<").str
-            wanted[f"features/{output}"] = (kind, (n, *shape))
-        if version_of(manifest["format_version"]) >= (1, 1):
-            wanted[f"checks/{output}"] = ("u1", (n, CHECK_BYTES))
+        if not is_sharded:
+            dtype = np.dtype(manifest["facts"]["storage"]).newbyteorder("<").str
+            expected[f"features/{output}"] = (dtype, (n, *shape))
+        if parse_version(manifest["format_version"]) >= (1, 1):
+            expected[f"checks/{output}"] = ("u1", (n, CHECKSUM_BYTES))
     if task in LABEL_DTYPES:
-        wanted["labels/values"] = (LABEL_DTYPES[task], (n,) if task == "classification" else (n, classes))
+        expected["labels/values"] = (LABEL_DTYPES[task], (n,) if task == "classification" else (n, n_classes))
     elif task != "none":
         raise CacheFormatError(f"the manifest has the unknown task {task[:40]!r}")
-    if version_of(manifest["format_version"]) >= (1, 1):
-        stated = manifest.get("columns")
-        digested = {name for name in wanted if not name.startswith("features/")}
-        if not isinstance(stated, dict) or not digested <= stated.keys():
+    if parse_version(manifest["format_version"]) >= (1, 1):
+        column_digests = manifest.get("columns")
+        digested_names = {name for name in expected if not name.startswith("features/")}
+        if not isinstance(column_digests, dict) or not digested_names <= column_digests.keys():
             raise CacheFormatError("the manifest does not give a digest for each column")
-    return wanted
+    return expected

@@ -13,17 +13,26 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HUGE_BYTES", "PAGE_BYTES", "Piece", "expect", "forget", "map_into", "reserved", "view"]
+__all__ = [
+    "HUGE_PAGE_BYTES",
+    "PAGE_BYTES",
+    "FileSegment",
+    "map_into",
+    "prefetch",
+    "release_pages",
+    "reserve_address_range",
+    "view_as_array",
+]
 
 PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
-HUGE_BYTES = 2**21  # what lies alike within such a piece in file and in memory is mapped at once, and found faster
+HUGE_PAGE_BYTES = 2**21  # what lies alike within such a piece in file and in memory is mapped at once, and found faster
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap does not name it
-_FAILED = ctypes.c_void_p(-1).value
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSegment:
     """Where the bytes of a run of rows lie.
 
     Attributes
@@ -42,13 +51,15 @@ class Piece:
     nbytes: int
 
 
-def view(whole: NDArray[np.uint8], offset: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> NDArray:
+def view_as_array(
+    buffer: NDArray[np.uint8], offset: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]
+) -> NDArray:
     """The array that begins at an offset of mapped bytes."""
     nbytes = dtype.itemsize * math.prod(shape)
-    return whole[offset : offset + nbytes].view(dtype).reshape(shape)
+    return buffer[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def reserved(nbytes: int, offset: int) -> NDArray[np.uint8]:
+def reserve_address_range(nbytes: int, offset: int) -> NDArray[np.uint8]:
     """A range of addresses, all zeros, into which pieces of files can be mapped; it is given back with the array.
 
     Parameters
@@ -65,50 +76,52 @@ def reserved(nbytes: int, offset: int) -> NDArray[np.uint8]:
     if not nbytes:
         return np.zeros(0, np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    whole = np.frombuffer(mmap.mmap(-1, nbytes + HUGE_BYTES, flags=flags, prot=mmap.PROT_READ), np.uint8)
-    skip = (offset - whole.ctypes.data) % HUGE_BYTES
-    return whole[skip : skip + nbytes]
+    buffer = np.frombuffer(mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=flags, prot=mmap.PROT_READ), np.uint8)
+    padding = (offset - buffer.ctypes.data) % HUGE_PAGE_BYTES
+    return buffer[padding : padding + nbytes]
 
 
-def map_into(whole: NDArray[np.uint8], piece: Piece) -> None:
+def map_into(buffer: NDArray[np.uint8], segment: FileSegment) -> None:
     """Map a piece of a file to its place in a reserved range; its descriptor may be closed after that."""
-    if not piece.nbytes:
+    if not segment.nbytes:
         return
-    if piece.start + piece.nbytes > len(whole) or piece.start % mmap.PAGESIZE or piece.offset % mmap.PAGESIZE:
+    if segment.start + segment.nbytes > len(buffer) or segment.start % mmap.PAGESIZE or segment.offset % mmap.PAGESIZE:
         raise ValueError("a piece does not lie at a page's beginning, within the array")
-    place = ctypes.CDLL(None, use_errno=True).mmap
-    place.restype = ctypes.c_void_p
-    place.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
+    libc_mmap.restype = ctypes.c_void_p
+    libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
     flags = mmap.MAP_SHARED | _MAP_FIXED
-    found = place(whole.ctypes.data + piece.start, piece.nbytes, mmap.PROT_READ, flags, piece.file, piece.offset)
-    if found == _FAILED:
+    address = libc_mmap(
+        buffer.ctypes.data + segment.start, segment.nbytes, mmap.PROT_READ, flags, segment.file, segment.offset
+    )
+    if address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def expect(array: NDArray) -> None:
+def prefetch(array: NDArray) -> None:
     """Have a mapped array read from its file, which the system does piece by piece and late if it is not told."""
-    _advise(array, "MADV_WILLNEED")
+    _advise_pages(array, "MADV_WILLNEED")
 
 
-def forget(array: NDArray) -> None:
+def release_pages(array: NDArray) -> None:
     """Give the pages of an array that is mapped from a file back; they are read again when they are wanted.
 
     What was read of a file counts as memory of the process until then, even where the system could take it back. Of
     an array that is not mapped the numbers would be lost.
     """
-    _advise(array, "MADV_DONTNEED")
+    _advise_pages(array, "MADV_DONTNEED")
 
 
-def _advise(array: NDArray, what: str) -> None:
+def _advise_pages(array: NDArray, advice: str) -> None:
     """Tell the system of the whole pages of an array."""
-    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if last > first and hasattr(mmap, what):
-        _madvise()(first, last - first, getattr(mmap, what))
+    first_address = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    last_address = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last_address > first_address and hasattr(mmap, advice):
+        _load_madvise()(first_address, last_address - first_address, getattr(mmap, advice))
 
 
 @cache
-def _madvise() -> Callable[[int, int, int], int]:
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise
+def _load_madvise() -> Callable[[int, int, int], int]:
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise

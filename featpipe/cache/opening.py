@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache.hdf5 import located
+from featpipe.cache.hdf5 import locate_arrays
 from featpipe.cache.layout import (
     Shard,
     check_columns,
     parse_manifest,
+    parse_shards,
+    parse_version,
     shards_directory,
-    shards_of,
-    version_of,
 )
-from featpipe.cache.mapping import Piece, map_into, reserved, view
+from featpipe.cache.mapping import FileSegment, map_into, reserve_address_range, view_as_array
 from featpipe.errors import CacheFormatError
 
-__all__ = ["Contents", "one_line", "open_cache"]
+__all__ = ["CacheContents", "format_error", "open_cache"]
 
 
 @dataclass(frozen=True, eq=False)
-class Contents:
+class CacheContents:
     """A cache in memory.
 
     Attributes
@@ -50,13 +50,13 @@ class Contents:
 
     manifest: dict[str, Any]
     columns: dict[str, NDArray[Any]]
-    digest: str
+    manifest_digest: str
     shards: tuple[Shard, ...] = ()
-    found: tuple[Path, ...] = ()
-    lost: tuple[str, ...] = ()
+    shard_files: tuple[Path, ...] = ()
+    lost_shards: tuple[str, ...] = ()
 
 
-def open_cache(path: Path, beside: Path | None = None) -> Contents:
+def open_cache(path: Path, final_path: Path | None = None) -> CacheContents:
     """Check a cache and map it, all by one handle: its name may get another file meanwhile.
 
     Parameters
@@ -71,79 +71,83 @@ def open_cache(path: Path, beside: Path | None = None) -> Contents:
     OSError
         If the file cannot be read.
     """
-    with open(path, "rb") as file, _format_errors(path):
-        size = os.fstat(file.fileno()).st_size
-        places, attributes = located(file, size)
-        whole = np.memmap(file, np.uint8, "r")
-        columns = {name: view(whole, *place) for name, place in places.items()}
+    with open(path, "rb") as file, _wrap_format_errors(path):
+        file_bytes = os.fstat(file.fileno()).st_size
+        locations, attributes = locate_arrays(file, file_bytes)
+        buffer = np.memmap(file, np.uint8, "r")
+        columns = {name: view_as_array(buffer, *location) for name, location in locations.items()}
         manifest = parse_manifest(columns.get("manifest"))
         if manifest["format_version"] != attributes["format_version"]:
             raise CacheFormatError("has another format version in its manifest")
-        digest = hashlib.sha256(columns["manifest"].tobytes()).hexdigest()
-        if version_of(manifest["format_version"]) >= (1, 1) and digest != attributes["manifest_sha256"]:
+        manifest_digest = hashlib.sha256(columns["manifest"].tobytes()).hexdigest()
+        if parse_version(manifest["format_version"]) >= (1, 1) and manifest_digest != attributes["manifest_sha256"]:
             raise CacheFormatError("the manifest does not have its digest; it is damaged")
-        shards = shards_of(manifest)
+        shards = parse_shards(manifest)
         check_columns(manifest, columns, bool(shards))
         if not shards:
-            return Contents(manifest, columns, digest)
-        features, found = _joined_shards(manifest, shards, beside or path)
-        lost = tuple(shard.file for shard, place in zip(shards, found, strict=True) if place is None)
-        there = tuple(place for place in found if place)
-        return Contents(manifest, columns | features, digest, shards, there, lost)
+            return CacheContents(manifest, columns, manifest_digest)
+        features, shard_paths = _map_shards(manifest, shards, final_path or path)
+        lost_shards = tuple(
+            shard.file for shard, shard_path in zip(shards, shard_paths, strict=True) if shard_path is None
+        )
+        present_paths = tuple(shard_path for shard_path in shard_paths if shard_path)
+        return CacheContents(manifest, columns | features, manifest_digest, shards, present_paths, lost_shards)
 
 
-def _joined_shards(
+def _map_shards(
     manifest: Mapping[str, Any], shards: Sequence[Shard], path: Path
 ) -> tuple[dict[str, NDArray[Any]], list[Path | None]]:
     """The features of a sharded cache, and where each shard was found; zeros stand for those that were not."""
     n, dtype = manifest["samples"], np.dtype(manifest["facts"]["storage"]).newbyteorder("<")
     row_bytes = {output: dtype.itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
-    flat = {output: reserved(n * nbytes, shards[0].offsets[output]) for output, nbytes in row_bytes.items()}
-    found: list[Path | None] = []
+    buffers = {
+        output: reserve_address_range(n * nbytes, shards[0].offsets[output]) for output, nbytes in row_bytes.items()
+    }
+    shard_paths: list[Path | None] = []
     for shard in shards:  # one after the other: a process may have few files open
-        with _open_shard(path, shard) as (file, place):
-            found.append(None if file is None else place)
-            if file is None:
+        with _open_shard(path, shard) as (descriptor, shard_path):
+            shard_paths.append(None if descriptor is None else shard_path)
+            if descriptor is None:
                 continue
             for output, nbytes in row_bytes.items():
                 start, size = shard.start * nbytes, (shard.stop - shard.start) * nbytes
-                map_into(flat[output], Piece(file, shard.offsets[output], start, size))
-    columns = {f"features/{name}": flat[name].view(dtype).reshape(n, *manifest["outputs"][name]) for name in flat}
-    return columns, found
+                map_into(buffers[output], FileSegment(descriptor, shard.offsets[output], start, size))
+    columns = {f"features/{name}": buffers[name].view(dtype).reshape(n, *manifest["outputs"][name]) for name in buffers}
+    return columns, shard_paths
 
 
 @contextmanager
 def _open_shard(path: Path, shard: Shard) -> Iterator[tuple[int | None, Path]]:
     """The descriptor of a shard, beside the cache as the manifest says or under the cache's present name."""
-    places = (path.parent / shard.file, shards_directory(path) / Path(shard.file).name)
-    for place in dict.fromkeys(places):
+    candidates = (path.parent / shard.file, shards_directory(path) / Path(shard.file).name)
+    for candidate in dict.fromkeys(candidates):
         try:
-            if place.parent.is_symlink():
+            if candidate.parent.is_symlink():
                 continue  # a stranger's link could lead anywhere
-            file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(candidate, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
         try:
-            found = os.fstat(file)
-            if stat.S_ISREG(found.st_mode) and found.st_size == shard.nbytes:
-                yield file, place
+            file_stat = os.fstat(descriptor)
+            if stat.S_ISREG(file_stat.st_mode) and file_stat.st_size == shard.nbytes:
+                yield descriptor, candidate
                 return
         finally:
-            os.close(file)
-    yield None, places[0]
+            os.close(descriptor)
+    yield None, candidates[0]
 
 
 @contextmanager
-def _format_errors(path: Path) -> Iterator[None]:
+def _wrap_format_errors(path: Path) -> Iterator[None]:
     """Whatever HDF5 says of a damaged file becomes one error with its name."""
     try:
         yield
     except CacheFormatError as error:
         raise CacheFormatError(f"{path}: {error}") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise CacheFormatError(f"{path}: is not a readable featpipe cache ({one_line(error)})") from None
+        raise CacheFormatError(f"{path}: is not a readable featpipe cache ({format_error(error)})") from None
 
 
-def one_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """What an error says, short enough to be part of a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

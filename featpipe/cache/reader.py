@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from featpipe.cache.checks import check_rows, digest_of_column
-from featpipe.cache.layout import SPLITS, Table, parts_directory, version_of
-from featpipe.cache.mapping import expect, forget
-from featpipe.cache.opening import Contents, open_cache
+from featpipe.cache.checks import compute_column_digest, compute_row_checksums
+from featpipe.cache.layout import SPLIT_NAMES, SampleTable, parse_version, parts_directory
+from featpipe.cache.mapping import prefetch, release_pages
+from featpipe.cache.opening import CacheContents, open_cache
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, CacheMismatchError, ConfigError
 from featpipe.labels import Labels
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-__all__ = ["FeatureCache", "Rows", "View"]
+__all__ = ["FeatureCache", "FeatureView", "RowSelector"]
 
-Rows = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
+RowSelector = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 """Some rows of a cache: a slice, a mask of shape (n,), or row numbers in any order."""
 
-BLOCK_BYTES = 16 * 2**20
-_ATTEMPTS = 3
-ROWS_APART = 1024  # each brings the pages around it into memory
-AHEAD = 8  # runs of rows that are on their way while one is worked on
+READ_BLOCK_BYTES = 16 * 2**20
+_OPEN_ATTEMPTS = 3
+SCATTERED_ROWS_PER_READ = 1024  # each brings the pages around it into memory
+PREFETCH_RUNS = 8  # runs of rows that are on their way while one is worked on
 
-_STATUSES = frozenset(Status)
+_KNOWN_STATUSES = frozenset(Status)
 
 
 class FeatureCache:
@@ -86,33 +86,33 @@ class FeatureCache:
     def __init__(self, path: str | os.PathLike[str], *, salvage: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise _absent(self.path)
-        contents = self._open()
-        if contents.lost and not salvage:
+            raise _missing_cache_error(self.path)
+        contents = self._load_contents()
+        if contents.lost_shards and not salvage:
             raise CacheFormatError(
-                f"{self.path}: {len(contents.lost)} of its {len(contents.shards)} shards are missing or damaged, the "
-                f"first is {contents.lost[0]!r}; bring them back, or `featpipe verify --repair {self.path}` embeds "
+                f"{self.path}: {len(contents.lost_shards)} of its {len(contents.shards)} shards are missing or damaged, the "
+                f"first is {contents.lost_shards[0]!r}; bring them back, or `featpipe verify --repair {self.path}` embeds "
                 "their rows again"
             )
         self.manifest, self._columns = contents.manifest, contents.columns
-        self._shards, self._shard_files = contents.shards, contents.found
-        self.lost_shards = contents.lost
-        self._digest = contents.digest
+        self._shards, self._shard_files = contents.shards, contents.shard_files
+        self.lost_shards = contents.lost_shards
+        self._manifest_digest = contents.manifest_digest
 
-    def _open(self) -> Contents:
+    def _load_contents(self) -> CacheContents:
         """Read the file; once more if another was put in its place, and the shards of the first removed."""
         try:
-            for _ in range(_ATTEMPTS):
-                before = os.stat(self.path)
+            for _ in range(_OPEN_ATTEMPTS):
+                stat_before = os.stat(self.path)
                 contents = open_cache(self.path)
-                if not contents.lost or os.path.samestat(before, os.stat(self.path)):
+                if not contents.lost_shards or os.path.samestat(stat_before, os.stat(self.path)):
                     break
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         return contents
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self.path.absolute(), self._digest, bool(self.lost_shards))
+        return _reopen_cache, (self.path.absolute(), self._manifest_digest, bool(self.lost_shards))
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.path)!r}, n={len(self)}, outputs={list(self.outputs)})"
@@ -157,8 +157,8 @@ class FeatureCache:
         """Bytes of features in a shard, as :func:`write_cache` takes it; None for a cache in one file."""
         if not self._shards:
             return None
-        first = self._shards[0]
-        return sum(self.features(output)[first.start : first.stop].nbytes for output in self.outputs)
+        first_shard = self._shards[0]
+        return sum(self.features(output)[first_shard.start : first_shard.stop].nbytes for output in self.outputs)
 
     @property
     def file_bytes(self) -> int:
@@ -166,10 +166,10 @@ class FeatureCache:
         return sum(file.stat().st_size for file in (self.path, *self.shard_files))
 
     @cached_property
-    def ids(self) -> Strings:
+    def ids(self) -> StringColumn:
         offsets = self._columns["samples/id_offsets"]
-        self._refuse_unless(bool((offsets[1:] >= offsets[:-1]).all()), "samples/id_offsets does not ascend")
-        return Strings(self._columns["samples/id_bytes"], offsets)
+        self._require(bool((offsets[1:] >= offsets[:-1]).all()), "samples/id_offsets does not ascend")
+        return StringColumn(self._columns["samples/id_bytes"], offsets)
 
     @property
     def status_codes(self) -> NDArray[np.uint8]:
@@ -177,7 +177,7 @@ class FeatureCache:
 
     @property
     def status(self) -> NDArray[np.str_]:
-        return np.array([_word(code) for code in range(256)])[self.status_codes]
+        return np.array([_status_name(code) for code in range(256)])[self.status_codes]
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -197,25 +197,25 @@ class FeatureCache:
     def split(self) -> NDArray[np.uint8]:
         """The split that came with the labels, as positions in ``SPLITS``, shape (n,)."""
         split = self._columns["samples/split"]
-        self._refuse_unless(not len(split) or int(split.max()) < len(SPLITS), "samples/split holds codes of no split")
+        self._require(not len(split) or int(split.max()) < len(SPLIT_NAMES), "samples/split holds codes of no split")
         return split
 
     @cached_property
     def label_table(self) -> Labels:
         """Labels as codes, targets or a 0/1 matrix, with the names of classes or targets."""
         if self.task == "none":
-            return Labels.none(len(self))
+            return Labels.unlabeled(len(self))
         values = self._columns["labels/values"]
         if self.task != "regression" and values.size:
-            highest = 1 if self.task == "multilabel" else len(self.classes) - 1
-            within = int(values.min()) >= -1 and int(values.max()) <= highest
-            self._refuse_unless(within, "labels/values holds codes that are no class")
+            max_code = 1 if self.task == "multilabel" else len(self.classes) - 1
+            in_range = int(values.min()) >= -1 and int(values.max()) <= max_code
+            self._require(in_range, "labels/values holds codes that are no class")
         return Labels(self.task, values, self.classes)  # type: ignore[arg-type]
 
-    def _refuse_unless(self, true: bool, what: str) -> None:
+    def _require(self, condition: bool, problem: str) -> None:
         """For what takes time in n, and so is looked at when it is used and not on opening."""
-        if not true:
-            raise CacheFormatError(f"{self.path}: {what}; the file is damaged, extract again")
+        if not condition:
+            raise CacheFormatError(f"{self.path}: {problem}; the file is damaged, extract again")
 
     @property
     def labels(self) -> NDArray[Any] | None:
@@ -234,16 +234,16 @@ class FeatureCache:
         ndarray of shape (n, d), or (n, c, h, w) for feature maps
             As stored, float32 or float16; NaN in the rows whose status is not ``ok``.
         """
-        return self._columns[f"features/{self._output(output)}"]
+        return self._columns[f"features/{self._resolve_output(output)}"]
 
-    def _output(self, output: str | None) -> str:
+    def _resolve_output(self, output: str | None) -> str:
         name = self.outputs[0] if output is None else output
         if name not in self.outputs:
-            raise unknown("output", name, self.outputs)
+            raise unknown_name_error("output", name, self.outputs)
         return name
 
     def read(
-        self, rows: Rows | None = None, output: str | None = None, dtype: DTypeLike = np.float32
+        self, rows: RowSelector | None = None, output: str | None = None, dtype: DTypeLike = np.float32
     ) -> NDArray[np.floating]:
         """Some rows of one output, without loading the others.
 
@@ -267,23 +267,23 @@ class FeatureCache:
         """
         features = self.features(output)
         _check_dtype(dtype)
-        chosen = _chosen(rows, len(self))
-        if isinstance(chosen, slice):
-            source = features[chosen]
+        selection = _resolve_rows(rows, len(self))
+        if isinstance(selection, slice):
+            source = features[selection]
             if source.dtype == np.dtype(dtype):
                 return source
             result = np.empty(source.shape, dtype)
-            for start, stop in _blocks(len(source), source[:1].nbytes):
+            for start, stop in _iter_blocks(len(source), source[:1].nbytes):
                 result[start:stop] = source[start:stop]
             return result
-        result = np.empty((len(chosen), *features.shape[1:]), dtype)
+        result = np.empty((len(selection), *features.shape[1:]), dtype)
         if result.dtype == features.dtype:
-            return np.take(features, chosen, axis=0, out=result, mode="clip")  # "raise" would copy once more
-        for start, stop in _blocks(len(chosen), features[:1].nbytes):
-            result[start:stop] = np.take(features, chosen[start:stop], axis=0, mode="clip")
+            return np.take(features, selection, axis=0, out=result, mode="clip")  # "raise" would copy once more
+        for start, stop in _iter_blocks(len(selection), features[:1].nbytes):
+            result[start:stop] = np.take(features, selection[start:stop], axis=0, mode="clip")
         return result
 
-    def view(self, rows: Rows | None = None, output: str | None = None) -> View:
+    def view(self, rows: RowSelector | None = None, output: str | None = None) -> FeatureView:
         """Some rows as one array that is read where it is sliced, for those that do not fit into memory.
 
         Parameters
@@ -292,14 +292,14 @@ class FeatureCache:
         output : str, optional
             One of ``outputs``; the first if not given.
         """
-        chosen = _chosen(rows, len(self))
-        numbers = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
-        return View(self.features(output), numbers, mapped=True)
+        selection = _resolve_rows(rows, len(self))
+        row_indices = np.arange(len(self))[selection] if isinstance(selection, slice) else selection
+        return FeatureView(self.features(output), row_indices, mapped=True)
 
     def batches(
         self,
         size: int,
-        rows: Rows | None = None,
+        rows: RowSelector | None = None,
         output: str | None = None,
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
@@ -325,14 +325,19 @@ class FeatureCache:
         """
         if not isinstance(size, Integral) or size < 1:
             raise ConfigError(f"size of a batch is {size!r}; it must be a whole number of at least 1")
-        output = self._output(output)
+        output = self._resolve_output(output)
         _check_dtype(dtype)
-        chosen = _chosen(self.usable if rows is None else rows, len(self))
-        numbers = np.arange(len(self))[chosen] if isinstance(chosen, slice) else chosen
+        selection = _resolve_rows(self.usable if rows is None else rows, len(self))
+        row_indices = np.arange(len(self))[selection] if isinstance(selection, slice) else selection
         if seed is not None:
-            numbers = np.random.default_rng(seed).permutation(numbers)
-        cuts = range(0, len(numbers), size)  # a generator expression: what is wrong is said here and not at the first
-        return ((batch, self.read(batch, output, dtype)) for batch in (numbers[at : at + size] for at in cuts))
+            row_indices = np.random.default_rng(seed).permutation(row_indices)
+        starts = range(
+            0, len(row_indices), size
+        )  # a generator expression: what is wrong is said here and not at the first
+        return (
+            (batch_rows, self.read(batch_rows, output, dtype))
+            for batch_rows in (row_indices[start : start + size] for start in starts)
+        )
 
     @cached_property
     def usable(self) -> NDArray[np.intp]:
@@ -350,10 +355,10 @@ class FeatureCache:
     def bad_rows(self) -> dict[str, int]:
         """How many rows have no features, by reason."""
         counts = np.bincount(self.status_codes, minlength=1)
-        return {_word(code): int(k) for code, k in enumerate(counts) if k and code != Status.OK}
+        return {_status_name(code): int(count) for code, count in enumerate(counts) if count and code != Status.OK}
 
-    def table(self) -> Table:
-        return Table(self.ids, self.status_codes, self.digests, self.stamps, self.split, self.label_table)
+    def table(self) -> SampleTable:
+        return SampleTable(self.ids, self.status_codes, self.digests, self.stamps, self.split, self.label_table)
 
     def to_frame(
         self, kind: Literal["pandas", "arrow"] = "pandas", *, features: bool = False, output: str | None = None
@@ -376,24 +381,24 @@ class FeatureCache:
         """
         from featpipe.cache.frames import to_frame
 
-        return to_frame(self, kind, self._output(output) if features else None)
+        return to_frame(self, kind, self._resolve_output(output) if features else None)
 
     @property
     def has_checks(self) -> bool:
         """Whether the file holds checks of its rows; those of format 1.0 do not."""
-        return version_of(self.manifest["format_version"]) >= (1, 1)
+        return parse_version(self.manifest["format_version"]) >= (1, 1)
 
     def damaged_columns(self) -> list[str]:
         """The datasets, features aside, whose bytes are not those that were written."""
-        stated: dict[str, str] = self.manifest["columns"] if self.has_checks else {}
-        damaged = [name for name, digest in stated.items() if not self._has_digest(name, digest)]
+        column_digests: dict[str, str] = self.manifest["columns"] if self.has_checks else {}
+        damaged = [name for name, digest in column_digests.items() if not self._has_digest(name, digest)]
         if "samples/status" not in damaged and np.count_nonzero(self.ok) != self.manifest["ok"]:
             damaged.insert(0, "samples/status")
         return damaged
 
     def _has_digest(self, name: str, digest: object) -> bool:
         column = self._columns.get(name)
-        return column is not None and digest_of_column(column) == digest
+        return column is not None and compute_column_digest(column) == digest
 
     def whole_rows(self, rows: NDArray[np.integer[Any]], output: str | None = None) -> NDArray[np.bool_]:
         """Which of some rows have the digest, the status and the features that were written.
@@ -409,18 +414,20 @@ class FeatureCache:
         ndarray of shape (m,), bool
             All true in a file of format 1.0, which holds no checks.
         """
-        whole = np.ones(len(rows), bool)
+        is_intact = np.ones(len(rows), bool)
         if not self.has_checks:
-            return whole
-        features, checks = self.features(output), self._columns[f"checks/{self._output(output)}"]
-        for start, stop in _blocks(len(rows), features[:1].nbytes):
-            some = rows[start:stop]
-            found = check_rows(self.digests[some], self.status_codes[some], features[some])
-            whole[start:stop] = (found == checks[some]).all(axis=1)
-        return whole
+            return is_intact
+        features, stored_checksums = self.features(output), self._columns[f"checks/{self._resolve_output(output)}"]
+        for start, stop in _iter_blocks(len(rows), features[:1].nbytes):
+            block_rows = rows[start:stop]
+            checksums = compute_row_checksums(
+                self.digests[block_rows], self.status_codes[block_rows], features[block_rows]
+            )
+            is_intact[start:stop] = (checksums == stored_checksums[block_rows]).all(axis=1)
+        return is_intact
 
 
-class View:
+class FeatureView:
     """Rows of a cache that are read when they are asked for, and leave nothing in memory.
 
     Parameters
@@ -440,7 +447,7 @@ class View:
 
     def __init__(self, features: NDArray[np.floating], rows: NDArray[np.intp], mapped: bool = False) -> None:
         self._features, self._rows, self._mapped = features, rows, mapped
-        self._next = 0  # the row after those that were read last
+        self._next_row = 0  # the row after those that were read last
         self.shape = (len(rows), *features.shape[1:])
         self.dtype = features.dtype
 
@@ -449,10 +456,10 @@ class View:
 
     def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.integer[Any]]) -> NDArray[np.floating]:
         """A copy of some rows, shape (b, d), as stored."""
-        numbers = self._rows[rows]
-        found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        self._fill(found, numbers)
-        return found
+        row_indices = self._rows[rows]
+        values = np.empty((len(row_indices), *self.shape[1:]), self.dtype)
+        self._fill(values, row_indices)
+        return values
 
     def read_into(self, out: NDArray[np.floating], rows: slice) -> None:
         """Some rows to a place for them, shape (b, d), of the type that is stored."""
@@ -460,91 +467,95 @@ class View:
 
     def expect(self, rows: slice) -> None:
         """Have rows read from the file that are going to be asked for."""
-        run = _run(self._rows[rows])
-        if self._mapped and run is not None:
-            expect(self._features[run])
+        row_slice = _as_slice(self._rows[rows])
+        if self._mapped and row_slice is not None:
+            prefetch(self._features[row_slice])
 
-    def _fill(self, out: NDArray[np.floating], numbers: NDArray[np.intp]) -> None:
-        run = _run(numbers)
-        if run is not None:
+    def _fill(self, out: NDArray[np.floating], row_indices: NDArray[np.intp]) -> None:
+        row_slice = _as_slice(row_indices)
+        if row_slice is not None:
             if self._mapped:
                 # Threads that go through the rows together are not always in order.
-                if abs(run.start - self._next) <= 2 * len(numbers):
-                    expect(self._features[run.start : run.stop + AHEAD * len(numbers)])
-                self._next = run.stop
-            out[...] = self._features[run]
+                if abs(row_slice.start - self._next_row) <= 2 * len(row_indices):
+                    prefetch(self._features[row_slice.start : row_slice.stop + PREFETCH_RUNS * len(row_indices)])
+                self._next_row = row_slice.stop
+            out[...] = self._features[row_slice]
             if self._mapped:
-                forget(self._features[run])
+                release_pages(self._features[row_slice])
             return
-        for start in range(0, len(numbers), ROWS_APART):
-            some = numbers[start : start + ROWS_APART]
-            np.take(self._features, some, axis=0, out=out[start : start + ROWS_APART], mode="clip")
+        for start in range(0, len(row_indices), SCATTERED_ROWS_PER_READ):
+            block_rows = row_indices[start : start + SCATTERED_ROWS_PER_READ]
+            np.take(self._features, block_rows, axis=0, out=out[start : start + SCATTERED_ROWS_PER_READ], mode="clip")
             if self._mapped:
-                forget(self._features[some.min() : some.max() + 1])
+                release_pages(self._features[block_rows.min() : block_rows.max() + 1])
 
-    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> View:
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> FeatureView:
         """A view of some of its rows."""
-        return View(self._features, self._rows[rows], self._mapped)
+        return FeatureView(self._features, self._rows[rows], self._mapped)
 
 
-def _run(numbers: NDArray[np.intp]) -> slice | None:
+def _as_slice(row_indices: NDArray[np.intp]) -> slice | None:
     """Row numbers as a slice, if they are one."""
-    if not len(numbers) or numbers[-1] - numbers[0] != len(numbers) - 1 or not (np.diff(numbers) == 1).all():
+    if (
+        not len(row_indices)
+        or row_indices[-1] - row_indices[0] != len(row_indices) - 1
+        or not (np.diff(row_indices) == 1).all()
+    ):
         return None
-    return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return slice(int(row_indices[0]), int(row_indices[-1]) + 1)
 
 
-def _opened_again(path: Path, digest: str, salvage: bool) -> FeatureCache:
+def _reopen_cache(path: Path, digest: str, salvage: bool) -> FeatureCache:
     """The cache that was pickled."""
     cache = FeatureCache(path, salvage=salvage)
-    if cache._digest != digest:
+    if cache._manifest_digest != digest:
         raise CacheMismatchError(f"{path}: was written anew since this cache was pickled; open it again")
     return cache
 
 
 def _check_dtype(dtype: DTypeLike) -> None:
     try:
-        fits = np.issubdtype(np.dtype(dtype), np.floating)
+        is_floating = np.issubdtype(np.dtype(dtype), np.floating)
     except TypeError:
-        fits = False
-    if not fits:
+        is_floating = False
+    if not is_floating:
         raise ConfigError(f"dtype is {dtype!r}; features are floating-point numbers: float32, float16 or float64")
 
 
-def _word(code: int) -> str:
+def _status_name(code: int) -> str:
     """The word of a status; a later version of the format may have more of them."""
-    return Status(code).word if code in _STATUSES else f"status-{code}"
+    return Status(code).word if code in _KNOWN_STATUSES else f"status-{code}"
 
 
-def _chosen(rows: Rows | None, n: int) -> slice | NDArray[np.intp]:
+def _resolve_rows(rows: RowSelector | None, n: int) -> slice | NDArray[np.intp]:
     """Rows as a slice, or as row numbers that are all within the cache."""
     if rows is None:
         return slice(None)
     if isinstance(rows, slice):
         return rows
-    numbers = np.asarray(rows)
-    if numbers.dtype == bool:
-        if numbers.shape != (n,):
-            raise ConfigError(f"a mask of shape {numbers.shape} for {n} rows; expected ({n},)")
-        return np.flatnonzero(numbers)
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+    row_indices = np.asarray(rows)
+    if row_indices.dtype == bool:
+        if row_indices.shape != (n,):
+            raise ConfigError(f"a mask of shape {row_indices.shape} for {n} rows; expected ({n},)")
+        return np.flatnonzero(row_indices)
+    if row_indices.ndim != 1 or (row_indices.size and row_indices.dtype.kind not in "iu"):
         raise ConfigError(
-            f"rows of type {numbers.dtype} and shape {numbers.shape}; expected numbers, a mask or a slice"
+            f"rows of type {row_indices.dtype} and shape {row_indices.shape}; expected numbers, a mask or a slice"
         )
-    lowest, highest = (int(numbers.min()), int(numbers.max())) if numbers.size else (0, -1)
-    if lowest < -n or highest >= n:
-        raise IndexError(f"row {lowest if lowest < -n else highest} of a cache of {n} rows")
-    numbers = numbers.astype(np.intp, copy=False)
-    return np.where(numbers < 0, numbers + n, numbers) if lowest < 0 else numbers
+    min_index, max_index = (int(row_indices.min()), int(row_indices.max())) if row_indices.size else (0, -1)
+    if min_index < -n or max_index >= n:
+        raise IndexError(f"row {min_index if min_index < -n else max_index} of a cache of {n} rows")
+    row_indices = row_indices.astype(np.intp, copy=False)
+    return np.where(row_indices < 0, row_indices + n, row_indices) if min_index < 0 else row_indices
 
 
-def _blocks(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    for start in range(0, n, rows):
-        yield start, min(n, start + rows)
+def _iter_blocks(n: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    block_rows = max(1, READ_BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, n, block_rows):
+        yield start, min(n, start + block_rows)
 
 
-def _absent(path: Path) -> CacheError:
+def _missing_cache_error(path: Path) -> CacheError:
     if path.is_dir():
         return CacheFormatError(f"{path}: is a folder; a cache is one .h5 file")
     if parts_directory(path).is_dir():

@@ -15,38 +15,38 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache.checks import CHECK_BYTES, check_of_shard, check_rows, digest_of_column
-from featpipe.cache.hdf5 import created
+from featpipe.cache.checks import CHECKSUM_BYTES, compute_column_digest, compute_row_checksums, compute_shard_digest
+from featpipe.cache.hdf5 import create_hdf5
 from featpipe.cache.layout import (
     FORMAT,
     FORMAT_VERSION,
     LABEL_DTYPES,
+    SampleTable,
     Shard,
-    Table,
     parts_directory,
     shards_directory,
 )
-from featpipe.cache.mapping import HUGE_BYTES, PAGE_BYTES
-from featpipe.cache.opening import one_line, open_cache
+from featpipe.cache.mapping import HUGE_PAGE_BYTES, PAGE_BYTES
+from featpipe.cache.opening import format_error, open_cache
 from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError, CacheFormatError
-from featpipe.fingerprint import fingerprint
+from featpipe.fingerprint import compute_fingerprint
 from featpipe.status import Status
 
 __all__ = ["write_cache"]
 
-BLOCK_BYTES = 32 * 2**20
+WRITE_BLOCK_BYTES = 32 * 2**20
 
-Gather = Callable[[str, int, int], NDArray[np.floating]]
+GatherFeatures = Callable[[str, int, int], NDArray[np.floating]]
 
 
 def write_cache(
     path: Path,
-    table: Table,
+    table: SampleTable,
     manifest: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
-    gather: Gather,
+    gather: GatherFeatures,
     shard_bytes: int | None = None,
 ) -> None:
     """Write a whole cache and publish it under its name, replacing what was there in one step.
@@ -70,113 +70,126 @@ def write_cache(
         If the disk is full or not writable, or the result would not open; nothing is left behind, and an older
         cache stays as it was.
     """
-    job = _Job(path, table, dict(shapes), dtype, gather)
-    replaced = _shards_at(path)
+    cache_writer = _CacheWriter(path, table, dict(shapes), dtype, gather)
+    old_shard_files = _find_existing_shards(path)
     try:
-        with _temporaries(path) as temporary:
-            shards = [job.write_shard(temporary(), start, stop) for start, stop in job.runs(shard_bytes)]
-            whole = temporary()
-            with _durable(whole) as file:
-                job.write_main(file, manifest, [shard for _, shard in shards])
-            with _placed(path, shards):
-                _refuse_lost(open_cache(whole, beside=path).lost)
-                os.replace(whole, path)
+        with _temporary_paths(path) as make_temporary_path:
+            written_shards = [
+                cache_writer.write_shard(make_temporary_path(), start, stop)
+                for start, stop in cache_writer.shard_ranges(shard_bytes)
+            ]
+            temporary_path = make_temporary_path()
+            with _create_durable(temporary_path) as file:
+                cache_writer.write_main(file, manifest, [shard for _, shard in written_shards])
+            with _publish_shards(path, written_shards):
+                _raise_if_lost(open_cache(temporary_path, final_path=path).lost_shards)
+                os.replace(temporary_path, path)
                 fsync_directory(path.parent)
     except CacheFormatError as error:
         raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
     except (OSError, RuntimeError) as error:  # h5py reports some failures of its own as RuntimeError
         raise CacheError(
-            f"{path}: cannot be written ({one_line(error)}); free some space or write to another disk"
+            f"{path}: cannot be written ({format_error(error)}); free some space or write to another disk"
         ) from None
-    _remove_shards(path, replaced - {path.parent / shard.file for _, shard in shards})
+    _remove_shards(path, old_shard_files - {path.parent / shard.file for _, shard in written_shards})
 
 
 @dataclass
-class _Job:
+class _CacheWriter:
     """One cache that is being written."""
 
     path: Path
-    table: Table
+    table: SampleTable
     shapes: dict[str, tuple[int, ...]]
     dtype: str
-    gather: Gather
-    checks: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    gather: GatherFeatures
+    checksums: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.n = len(self.table.ids)
-        self.checks = {output: np.zeros((self.n, CHECK_BYTES), np.uint8) for output in self.shapes}
+        self.checksums = {output: np.zeros((self.n, CHECKSUM_BYTES), np.uint8) for output in self.shapes}
         itemsize = np.dtype(self.dtype).itemsize
         self.row_bytes = {output: itemsize * math.prod(shape) for output, shape in self.shapes.items()}
 
-    def runs(self, shard_bytes: int | None) -> list[tuple[int, int]]:
+    def shard_ranges(self, shard_bytes: int | None) -> list[tuple[int, int]]:
         """First and last row of each shard; none if all rows go into one file.
 
         Each begins at a page in the array of every output, so that shards can be mapped one after the other.
         """
-        width = sum(self.row_bytes.values())
-        if shard_bytes is None or self.n * width <= shard_bytes:
+        total_row_bytes = sum(self.row_bytes.values())
+        if shard_bytes is None or self.n * total_row_bytes <= shard_bytes:
             return []
-        step = self._step(HUGE_BYTES)
-        if step * width > shard_bytes // 4:  # too coarse
-            step = self._step(PAGE_BYTES)
-        rows = max(1, shard_bytes // width // step) * step
-        return [(start, min(self.n, start + rows)) for start in range(0, self.n, rows)] if rows < self.n else []
+        row_alignment = self._aligned_row_count(HUGE_PAGE_BYTES)
+        if row_alignment * total_row_bytes > shard_bytes // 4:  # too coarse
+            row_alignment = self._aligned_row_count(PAGE_BYTES)
+        rows_per_shard = max(1, shard_bytes // total_row_bytes // row_alignment) * row_alignment
+        return (
+            [(start, min(self.n, start + rows_per_shard)) for start in range(0, self.n, rows_per_shard)]
+            if rows_per_shard < self.n
+            else []
+        )
 
-    def _step(self, page: int) -> int:
+    def _aligned_row_count(self, page_bytes: int) -> int:
         """The smallest number of rows that are whole pages in every output."""
-        return math.lcm(*(page // math.gcd(page, nbytes) for nbytes in self.row_bytes.values()))
+        return math.lcm(*(page_bytes // math.gcd(page_bytes, nbytes) for nbytes in self.row_bytes.values()))
 
-    def blocks(self, output: str, start: int, stop: int) -> Iterator[NDArray[np.floating]]:
+    def iter_blocks(self, output: str, start: int, stop: int) -> Iterator[NDArray[np.floating]]:
         """Features of some rows, a few at a time; their checks are kept."""
-        rows = max(1, BLOCK_BYTES // max(1, 4 * math.prod(self.shapes[output])))
-        for first in range(start, stop, rows):
-            last = min(stop, first + rows)
-            block = np.asarray(self.gather(output, first, last), self.dtype)
-            status = self.table.status[first:last]
+        block_rows = max(1, WRITE_BLOCK_BYTES // max(1, 4 * math.prod(self.shapes[output])))
+        for block_start in range(start, stop, block_rows):
+            block_stop = min(stop, block_start + block_rows)
+            block = np.asarray(self.gather(output, block_start, block_stop), self.dtype)
+            status = self.table.status[block_start:block_stop]
             if not np.isnan(block[status != Status.OK]).all():
-                raise ValueError(f"{output}: features of rows {first} to {last} that are not ok must be NaN")
-            self.checks[output][first:last] = check_rows(self.table.digests[first:last], status, block)
+                raise ValueError(
+                    f"{output}: features of rows {block_start} to {block_stop} that are not ok must be NaN"
+                )
+            self.checksums[output][block_start:block_stop] = compute_row_checksums(
+                self.table.digests[block_start:block_stop], status, block
+            )
             yield block
 
     def write_shard(self, temporary: Path, start: int, stop: int) -> tuple[Path, Shard]:
         """One shard under a temporary name, durable."""
-        with _durable(temporary) as file:
-            with created(file, PAGE_BYTES) as hdf5:
-                hdf5.attribute("format", f"{FORMAT}-shard")
-                hdf5.attribute("format_version", FORMAT_VERSION)
+        with _create_durable(temporary) as file:
+            with create_hdf5(file, PAGE_BYTES) as hdf5:
+                hdf5.write_attribute("format", f"{FORMAT}-shard")
+                hdf5.write_attribute("format_version", FORMAT_VERSION)
                 for output, shape in self.shapes.items():
-                    blocks = self.blocks(output, start, stop)
-                    hdf5.blocks(f"features/{output}", (stop - start, *shape), self.dtype, blocks)
-                offsets = {output: hdf5.offset(f"features/{output}") for output in self.shapes}
+                    blocks = self.iter_blocks(output, start, stop)
+                    hdf5.write_blocks(f"features/{output}", (stop - start, *shape), self.dtype, blocks)
+                offsets = {output: hdf5.get_offset(f"features/{output}") for output in self.shapes}
             file.flush()
-            size = os.fstat(file.fileno()).st_size
-        check = check_of_shard([checks[start:stop] for checks in self.checks.values()], list(self.shapes.items()))
-        name = f"{shards_directory(self.path).name}/{check[:24]}.h5"
-        return temporary, Shard(name, size, start, stop, offsets, check)
+            file_bytes = os.fstat(file.fileno()).st_size
+        digest = compute_shard_digest(
+            [checksums[start:stop] for checksums in self.checksums.values()], list(self.shapes.items())
+        )
+        name = f"{shards_directory(self.path).name}/{digest[:24]}.h5"
+        return temporary, Shard(name, file_bytes, start, stop, offsets, digest)
 
     def write_main(self, file: BinaryIO, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
         """The file that has the cache's name: all of it, or all but the features."""
-        with created(file) as hdf5:
-            columns = self._columns()
+        with create_hdf5(file) as hdf5:
+            columns = self._make_columns()
             for name, column in columns.items():
-                hdf5.array(name, column)
+                hdf5.write_array(name, column)
             sources = [(shard.file, shard.start, shard.stop) for shard in shards]
             for output, shape in self.shapes.items():
                 if shards:
-                    hdf5.virtual(f"features/{output}", (self.n, *shape), self.dtype, sources)
+                    hdf5.write_virtual(f"features/{output}", (self.n, *shape), self.dtype, sources)
                 else:
-                    blocks = self.blocks(output, 0, self.n)
-                    hdf5.blocks(f"features/{output}", (self.n, *shape), self.dtype, blocks)
-            for output, checks in self.checks.items():
-                columns[f"checks/{output}"] = checks
-                hdf5.array(f"checks/{output}", checks)
-            text = self._manifest(manifest, columns, shards)
-            hdf5.text("manifest", text)
-            hdf5.attribute("format", FORMAT)
-            hdf5.attribute("format_version", FORMAT_VERSION)
-            hdf5.attribute("manifest_sha256", hashlib.sha256(text).hexdigest())
+                    blocks = self.iter_blocks(output, 0, self.n)
+                    hdf5.write_blocks(f"features/{output}", (self.n, *shape), self.dtype, blocks)
+            for output, checksums in self.checksums.items():
+                columns[f"checks/{output}"] = checksums
+                hdf5.write_array(f"checks/{output}", checksums)
+            text = self._serialize_manifest(manifest, columns, shards)
+            hdf5.write_text("manifest", text)
+            hdf5.write_attribute("format", FORMAT)
+            hdf5.write_attribute("format_version", FORMAT_VERSION)
+            hdf5.write_attribute("manifest_sha256", hashlib.sha256(text).hexdigest())
 
-    def _columns(self) -> dict[str, NDArray[Any]]:
+    def _make_columns(self) -> dict[str, NDArray[Any]]:
         table = self.table
         columns = {
             "samples/id_bytes": np.asarray(table.ids.data, "u1"),
@@ -190,49 +203,53 @@ class _Job:
             columns["labels/values"] = np.asarray(table.labels.values, LABEL_DTYPES[table.labels.task])
         return columns
 
-    def _manifest(
+    def _serialize_manifest(
         self, manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], shards: Sequence[Shard]
     ) -> bytes:
-        complete = {
+        full_manifest = {
             **manifest,
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint(manifest["facts"]),
+            "fingerprint": compute_fingerprint(manifest["facts"]),
             "outputs": {name: list(shape) for name, shape in self.shapes.items()},
             "task": self.table.labels.task,
             "classes": list(self.table.labels.classes),
             "samples": self.n,
             "ok": self.table.ok,
-            "columns": {name: digest_of_column(column) for name, column in columns.items()},
-            "shards": [shard.facts() for shard in shards],
+            "columns": {name: compute_column_digest(column) for name, column in columns.items()},
+            "shards": [shard.to_dict() for shard in shards],
         }
         if not shards:
-            del complete["shards"]
-        text = json.dumps(complete, ensure_ascii=False, allow_nan=False)  # not canonical: the outputs have an order
+            del full_manifest["shards"]
+        text = json.dumps(
+            full_manifest, ensure_ascii=False, allow_nan=False
+        )  # not canonical: the outputs have an order
         return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager
-def _temporaries(path: Path) -> Iterator[Callable[[], Path]]:
+def _temporary_paths(path: Path) -> Iterator[Callable[[], Path]]:
     """Makes names that no one reads; what has one of them at the end is removed."""
-    parts = parts_directory(path)
-    folder = parts if parts.is_dir() else path.parent  # among the parts, where there are any, and so removed with them
-    made: list[Path] = []
+    parts_folder = parts_directory(path)
+    folder = (
+        parts_folder if parts_folder.is_dir() else path.parent
+    )  # among the parts, where there are any, and so removed with them
+    paths: list[Path] = []
 
-    def name() -> Path:
-        made.append(folder / f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
-        return made[-1]
+    def make_path() -> Path:
+        paths.append(folder / f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
+        return paths[-1]
 
     try:
-        yield name
+        yield make_path
     finally:
-        for temporary in made:
+        for temporary in paths:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _durable(temporary: Path) -> Iterator[BinaryIO]:
+def _create_durable(temporary: Path) -> Iterator[BinaryIO]:
     """A new file whose bytes survive a power cut once the block has ended."""
     with open(temporary, "xb+") as file:
         yield file
@@ -241,9 +258,9 @@ def _durable(temporary: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _placed(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterator[None]:
+def _publish_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterator[None]:
     """Shards under their names, which nobody reads before a cache names them; removed again if none came to do so."""
-    new: set[Path] = set()
+    new_files: set[Path] = set()
     folder = shards_directory(path)
     try:
         if shards:
@@ -253,31 +270,31 @@ def _placed(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterator[None]:
             for temporary, shard in shards:
                 target = path.parent / shard.file
                 if not os.path.lexists(target):
-                    new.add(target)
+                    new_files.add(target)
                 os.replace(temporary, target)
             fsync_directory(folder)
             fsync_directory(path.parent)
         yield
     except BaseException:
         with suppress(OSError, CacheFormatError):  # what has the name is looked at: the failure may be after the rename
-            _remove_shards(path, new - _named_shards(path))
+            _remove_shards(path, new_files - _list_shard_files(path))
         raise
 
 
-def _refuse_lost(lost: Sequence[str]) -> None:
-    if lost:
-        raise CacheFormatError(f"its shard {lost[0]} is not as it was written")
+def _raise_if_lost(lost_shards: Sequence[str]) -> None:
+    if lost_shards:
+        raise CacheFormatError(f"its shard {lost_shards[0]} is not as it was written")
 
 
-def _shards_at(path: Path) -> set[Path]:
+def _find_existing_shards(path: Path) -> set[Path]:
     """The shards of the cache that has a name now, if there is one."""
     try:
-        return _named_shards(path)
+        return _list_shard_files(path)
     except (OSError, CacheFormatError):
         return set()
 
 
-def _named_shards(path: Path) -> set[Path]:
+def _list_shard_files(path: Path) -> set[Path]:
     """In the folder of this name alone: what a renamed cache has in another may be another's too."""
     if not path.is_file():
         return set()

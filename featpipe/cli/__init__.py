@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 import click
 
 import featpipe
-from featpipe.cli.log import Level, is_json, option, say
+from featpipe.cli.log import LogLevel, is_json, log_message, make_log_format_option
 from featpipe.cli.terminal import printable
 from featpipe.errors import FeatpipeError, TimeLimitError
 
 __all__ = ["main"]
 
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command is to be run again
-COMMANDS = {  # name → module; loaded when the command is called, so that help costs no torch
+EXIT_TIME_LIMIT = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command is to be run again
+COMMAND_MODULES = {  # name → module; loaded when the command is called, so that help costs no torch
     "demo": "demonstrate",
     "extract": "make",
     "train": "fit",
@@ -42,32 +42,32 @@ COMMANDS = {  # name → module; loaded when the command is called, so that help
 }
 
 
-class _Lazy(click.Group):
+class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(COMMAND_MODULES)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        if name not in COMMAND_MODULES:
             return None
-        module = importlib.import_module(f"featpipe.cli.{COMMANDS[name]}")
+        module = importlib.import_module(f"featpipe.cli.{COMMAND_MODULES[name]}")
         command: click.Command = getattr(module, name)
         if not any(parameter.name == "log_format" for parameter in command.params):
-            command.params.append(option())
+            command.params.append(make_log_format_option())
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from featpipe.names import unknown
+        if args and args[0] not in COMMAND_MODULES and not args[0].startswith("-"):
+            from featpipe.names import unknown_name_error
 
-            raise click.UsageError(str(unknown("command", args[0], COMMANDS)), ctx)
+            raise click.UsageError(str(unknown_name_error("command", args[0], COMMAND_MODULES)), ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+            formatter.write_dl(list(COMMAND_SUMMARIES.items()))
 
 
-SUMMARIES = {  # the group's help must not load the modules; a test holds these against the commands' own first lines
+COMMAND_SUMMARIES = {  # the group's help must not load the modules; a test holds these against the commands' own first lines
     "demo": "Run the whole line on real photographs, with nothing to download.",
     "extract": "Run a frozen network once over images and cache the embeddings.",
     "train": "Train a head on a cache; prints the path of the model.",
@@ -89,8 +89,8 @@ SUMMARIES = {  # the group's help must not load the modules; a test holds these 
 
 
 @click.group(
-    cls=_Lazy,
-    params=[option(of_group=True)],
+    cls=_LazyGroup,
+    params=[make_log_format_option(for_group=True)],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(featpipe.__version__, prog_name="featpipe")
@@ -114,41 +114,43 @@ def main() -> None:
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+    except click.exceptions.Exit as exit_request:
+        sys.exit(exit_request.exit_code)
     except click.UsageError as error:
-        _fail(error, 2, "usage")
+        _exit_with_usage(error, 2, "usage")
     except click.ClickException as error:
-        _fail(error, 1, "error")
+        _exit_with_usage(error, 1, "error")
     except TimeLimitError as error:
-        _end(str(error), AGAIN, "time-limit", "info")
+        _exit_with_message(str(error), EXIT_TIME_LIMIT, "time-limit", "info")
     except FeatpipeError as error:
-        _end(printable(str(error)), 1, "error")
+        _exit_with_message(printable(str(error)), 1, "error")
     except (KeyboardInterrupt, click.Abort):
         click.echo(err=True, nl=not is_json())  # after the terminal's ^C
-        _end("interrupted; what was finished is kept, the same command goes on from there", 1, "interrupted")
+        _exit_with_message(
+            "interrupted; what was finished is kept, the same command goes on from there", 1, "interrupted"
+        )
     except BrokenPipeError:  # `featpipe predict … | head` has seen enough
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:  # a bug of ours
         if not is_json():
             raise
-        _end(f"{type(error).__name__}: {error}", 1, "bug", traceback=traceback.format_exc())
+        _exit_with_message(f"{type(error).__name__}: {error}", 1, "bug", traceback=traceback.format_exc())
 
 
-def _end(text: str, code: int, event: str, level: Level = "error", **facts: Any) -> NoReturn:
-    say(text if is_json() else f"featpipe: {text}", level=level, event=event, code=code, **facts)
+def _exit_with_message(text: str, code: int, event: str, level: LogLevel = "error", **fields: Any) -> NoReturn:
+    log_message(text if is_json() else f"featpipe: {text}", level=level, event=event, code=code, **fields)
     sys.exit(code)
 
 
-def _fail(error: click.ClickException, code: int, event: str) -> NoReturn:
+def _exit_with_usage(error: click.ClickException, code: int, event: str) -> NoReturn:
     """Show what click has to say, with the usage of the command."""
     if is_json():
-        _end(error.format_message(), code, event)
+        _exit_with_message(error.format_message(), code, event)
     error.show()
     sys.exit(code)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _terminate(signal_number: int, frame: FrameType | None) -> None:
     """A scheduler's SIGTERM ends the work as Ctrl-C does: what is in hand is committed first."""
     raise KeyboardInterrupt

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featpipe.cli.log import say
-from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.cli.log import log_message
+from featpipe.cli.terminal import Terminal, format_table, print_json
 from featpipe.errors import CacheError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
-ROWS_SHOWN = 100
+MAX_LISTED_ROWS = 100
 
 
 @click.command(short_help="Check that a cache is what was written; name and mend the rows that are not.")
@@ -45,51 +45,54 @@ def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
     from featpipe import verification
 
     with Terminal() as terminal:
-        found = verification.verify(cache, progress=terminal, **settings)
-        if repair and not found.whole:
-            _tell(found, terminal_only=True)
-            places = {key: settings[key] for key in ("archives", "backbone", "device")}
-            found = verification.repair(cache, found, progress=terminal, **places)
+        result = verification.verify(cache, progress=terminal, **settings)
+        if repair and not result.whole:
+            _print_result(result, terminal_only=True)
+            repair_options = {key: settings[key] for key in ("archives", "backbone", "device")}
+            result = verification.repair(cache, result, progress=terminal, **repair_options)
     if as_json:
-        dump(found.facts())
+        print_json(result.facts())
     else:
-        _tell(found)
-    if not found.whole:
+        _print_result(result)
+    if not result.whole:
         raise CacheError(
-            f"{cache}: {_count(len(found.damaged), 'row')} and {_count(len(found.columns), 'column')} are not what was "
+            f"{cache}: {_format_count(len(result.damaged), 'row')} and {_format_count(len(result.columns), 'column')} are not what was "
             f"written; `featpipe verify {cache} --repair` computes them again"
         )
 
 
-def _tell(found: Verification, terminal_only: bool = False) -> None:
-    tell: Callable[[str], None] = say if terminal_only else click.echo
-    rows = [[damage.row, damage.id, _reason(damage.what, damage.distance)] for damage in found.damaged[:ROWS_SHOWN]]
+def _print_result(result: Verification, terminal_only: bool = False) -> None:
+    write_line: Callable[[str], None] = log_message if terminal_only else click.echo
+    rows = [
+        [damage.row, damage.id, _describe_damage(damage.what, damage.distance)]
+        for damage in result.damaged[:MAX_LISTED_ROWS]
+    ]
     if rows:
-        tell(table(rows, ["row", "id", "what is wrong"], right=[0]))
-    if len(found.damaged) > ROWS_SHOWN:
-        tell(f"… and {len(found.damaged) - ROWS_SHOWN} more rows; --json names them all")
-    for name in [*found.columns, *found.shards]:
-        tell(f"damaged: {name}")
+        write_line(format_table(rows, ["row", "id", "what is wrong"], right_aligned=[0]))
+    if len(result.damaged) > MAX_LISTED_ROWS:
+        write_line(f"… and {len(result.damaged) - MAX_LISTED_ROWS} more rows; --json names them all")
+    for name in [*result.columns, *result.shards]:
+        write_line(f"damaged: {name}")
     if terminal_only:
         return
-    if not found.checked:
+    if not result.checked:
         click.echo("this file is of format 1.0, which holds no checksums: only its layout was checked")
-    elif found.whole:
-        click.echo(f"{found.samples:,} rows and all columns are what was written")
-    if found.embedded or found.changed:
-        far = "" if found.farthest is None else f", farthest {found.farthest:.2g} of its length"
-        changed = f"; {_count(found.changed, 'image')} changed or gone since" if found.changed else ""
-        again = _count(found.embedded, "row")
-        click.echo(f"{again} embedded again{far}, {found.tolerance:.2g} allowed{changed}")
-    if found.repaired:
-        click.echo(f"{_count(found.repaired, 'row')} computed again")
+    elif result.whole:
+        click.echo(f"{result.samples:,} rows and all columns are what was written")
+    if result.embedded or result.changed:
+        distance_text = "" if result.farthest is None else f", farthest {result.farthest:.2g} of its length"
+        changed_text = f"; {_format_count(result.changed, 'image')} changed or gone since" if result.changed else ""
+        rows_text = _format_count(result.embedded, "row")
+        click.echo(f"{rows_text} embedded again{distance_text}, {result.tolerance:.2g} allowed{changed_text}")
+    if result.repaired:
+        click.echo(f"{_format_count(result.repaired, 'row')} computed again")
 
 
-def _reason(what: str, distance: float | None) -> str:
-    if what == "checksum":
+def _describe_damage(check: str, distance: float | None) -> str:
+    if check == "checksum":
         return "its bytes are not those that were written"
     return f"the network answers otherwise: {distance:.2g} of its length away"
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
+def _format_count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-__all__ = ["BACKBONE", "HEAD", "Name", "completion"]
+__all__ = ["BACKBONE_NAME", "HEAD_NAME", "NameParameter", "completion"]
 
 PROGRAM = "featpipe"
-VARIABLE = "_FEATPIPE_COMPLETE"
+COMPLETION_VARIABLE = "_FEATPIPE_COMPLETE"
 """Set by the script when the shell asks; click looks for it under this name."""
 SHELLS = ("bash", "zsh", "fish")
 
 
-class Name(click.ParamType):
+class NameParameter(click.ParamType):
     """Text, of which some names are known; any other is accepted.
 
     Parameters
@@ -28,30 +28,34 @@ class Name(click.ParamType):
         Whether it may be a file too.
     """
 
-    def __init__(self, name: str, known: Callable[[], Iterable[tuple[str, str]]], files: bool = False) -> None:
+    def __init__(
+        self, name: str, list_names: Callable[[], Iterable[tuple[str, str]]], allow_files: bool = False
+    ) -> None:
         self.name = name
-        self._known = known
-        self._files = files
+        self._list_names = list_names
+        self._allow_files = allow_files
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        found = [CompletionItem(name, help=about) for name, about in self._known() if name.startswith(incomplete)]
-        return [*found, CompletionItem(incomplete, "file")] if self._files else found
+        items = [
+            CompletionItem(name, help=summary) for name, summary in self._list_names() if name.startswith(incomplete)
+        ]
+        return [*items, CompletionItem(incomplete, "file")] if self._allow_files else items
 
 
-def _heads() -> list[tuple[str, str]]:
-    from featpipe.heads import TABLE
+def _list_heads() -> list[tuple[str, str]]:
+    from featpipe.heads import HEAD_REGISTRY
 
-    return [(name, spec.summary) for name, spec in TABLE.items()]
-
-
-def _backbones() -> list[tuple[str, str]]:
-    from featpipe.backbone.catalogue import PACKAGED, TORCHVISION
-
-    return [(name, "") for name in (*PACKAGED, *TORCHVISION)]  # timm's would cost seconds
+    return [(name, spec.summary) for name, spec in HEAD_REGISTRY.items()]
 
 
-HEAD = Name("head", _heads)
-BACKBONE = Name("backbone", _backbones)
+def _list_backbones() -> list[tuple[str, str]]:
+    from featpipe.backbone.catalogue import PACKAGED_BACKBONES, TORCHVISION_BACKBONES
+
+    return [(name, "") for name in (*PACKAGED_BACKBONES, *TORCHVISION_BACKBONES)]  # timm's would cost seconds
+
+
+HEAD_NAME = NameParameter("head", _list_heads)
+BACKBONE_NAME = NameParameter("backbone", _list_backbones)
 
 
 @click.command(short_help="Print what makes a shell complete commands, options and names.")
@@ -68,6 +72,6 @@ def completion(shell: str) -> None:
     """
     from featpipe.cli import cli
 
-    found = get_completion_class(shell)
-    assert found is not None
-    click.echo(found(cli, {}, PROGRAM, VARIABLE).source())
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    click.echo(shell_class(cli, {}, PROGRAM, COMPLETION_VARIABLE).source())

@@ -7,7 +7,7 @@ from time import perf_counter
 
 import click
 
-from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.cli.terminal import Terminal, format_table, print_json
 
 __all__ = ["demo"]
 
@@ -26,30 +26,38 @@ def demo(out: str, as_json: bool) -> None:
       featpipe demo --out demo
     """
     started = perf_counter()
-    from featpipe.demo import demonstrate
+    from featpipe.demo import run_demo
     from featpipe.pipeline import command_line
 
     with Terminal() as terminal:
-        done = demonstrate(Path(out), terminal, command_line())
+        result = run_demo(Path(out), terminal, command_line())
     if as_json:
-        scores = [{"name": row.name, "accuracy": row.score.value} for row in done.comparison]
-        dump({"cache": str(done.cache.path), "report": str(done.report), "chosen": done.chosen, "comparison": scores})
+        scores = [{"name": row.name, "accuracy": row.score.value} for row in result.comparison]
+        print_json(
+            {
+                "cache": str(result.cache.path),
+                "report": str(result.report),
+                "chosen": result.best_head,
+                "comparison": scores,
+            }
+        )
         return
     rows = [
         ["→" if r.chosen else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
-        for r in done.comparison
+        for r in result.comparison
     ]
-    click.echo(f"\nAccuracy on {done.tested} tiles from the right halves, with 95 % intervals\n")
-    click.echo(table(rows, ["", "", "accuracy", "fit s", ""], right=[3]))
+    click.echo(f"\nAccuracy on {result.n_tested} tiles from the right halves, with 95 % intervals\n")
+    click.echo(format_table(rows, ["", "", "accuracy", "fit s", ""], right_aligned=[3]))
     click.echo("\nSome of them, as the chosen head sees them\n")
     examples = [
-        [name, said, f"{p:.2f}", "" if said == true else f"no: {true}"] for name, true, said, p in done.examples
+        [name, predicted_class, f"{probability:.2f}", "" if predicted_class == true_class else f"no: {true_class}"]
+        for name, true_class, predicted_class, probability in result.examples
     ]
-    click.echo(table(examples, ["tile", "predicted", "", ""]))
+    click.echo(format_table(examples, ["tile", "predicted", "", ""]))
     click.echo(
         f"""
-Made in {perf_counter() - started:.0f} s: {done.archive}, {done.cache.path}, {", ".join(map(str, done.models.values()))}
-Open {done.report} in a browser.
+Made in {perf_counter() - started:.0f} s: {result.archive}, {result.cache.path}, {", ".join(map(str, result.models.values()))}
+Open {result.report} in a browser.
 
 With your own images, one folder for each class:
   featpipe extract photos/

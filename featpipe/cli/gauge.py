@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 
-from featpipe.cli.request import DEFAULT, MACHINE, options
-from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.cli.request import EXTRACTION_DEFAULTS, MACHINE_OPTIONS, add_options
+from featpipe.cli.terminal import Terminal, format_table, print_json
 
 __all__ = ["bench"]
 
-SPENT = ("reading", "decoding", "embedding", "committing", "waiting")
+TIMED_STAGES = ("reading", "decoding", "embedding", "committing", "waiting")
 
 
 @click.command(short_help="Measure how fast this machine can extract, and what stands in the way.")
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...")
-@options(*MACHINE)
+@add_options(*MACHINE_OPTIONS)
 @click.option(
     "--seconds", type=click.FloatRange(1), default=24.0, show_default=True, help="About how long, besides preparing."
 )
@@ -32,30 +32,33 @@ def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: 
     Example:
       featpipe bench photos/ --backbone resnet50
     """
-    from featpipe.limits import measure
+    from featpipe.limits import run_benchmark
 
-    asked = {**settings, "outputs": settings["outputs"] or DEFAULT.outputs}
+    bench_settings = {**settings, "outputs": settings["outputs"] or EXTRACTION_DEFAULTS.outputs}
     with Terminal() as terminal:
-        found = measure(archives, seconds=seconds, progress=terminal, **asked)
+        result = run_benchmark(archives, seconds=seconds, progress=terminal, **bench_settings)
     if as_json:
-        dump(found.as_dict())
+        print_json(result.to_dict())
         return
-    steps = [
-        ("reading", _rate(found.reading)),
-        ("decoding", _rate(found.decoding)),
-        *((f"forward, {way.engine}, {way.precision}", _rate(way.images_per_second)) for way in found.forward),
-        ("bound of all together", _rate(found.bound)),
-        ("an extraction", f"{_rate(found.extraction)} ({found.extraction / found.bound:.0%})"),
+    rate_rows = [
+        ("reading", _format_rate(result.reading)),
+        ("decoding", _format_rate(result.decoding)),
+        *(
+            (f"forward, {forward.engine}, {forward.precision}", _format_rate(forward.images_per_second))
+            for forward in result.forward
+        ),
+        ("bound of all together", _format_rate(result.bound)),
+        ("an extraction", f"{_format_rate(result.extraction)} ({result.extraction / result.bound:.0%})"),
     ]
-    click.echo(table(steps, [found.backbone, "images/s"], right=[1]))
-    spent = ", ".join(
-        f"{name} {value:.1f} s" for name, value in found.seconds.items() if name not in ("preparing", "total")
+    click.echo(format_table(rate_rows, [result.backbone, "images/s"], right_aligned=[1]))
+    time_text = ", ".join(
+        f"{name} {value:.1f} s" for name, value in result.seconds.items() if name not in ("preparing", "total")
     )
-    click.echo(f"\nof all workers' time: {spent}; writing {found.writing / 1e6:,.0f} MB/s")
-    click.echo(f"bottleneck: {found.bottleneck}")
-    for text in found.advice:
+    click.echo(f"\nof all workers' time: {time_text}; writing {result.writing / 1e6:,.0f} MB/s")
+    click.echo(f"bottleneck: {result.bottleneck}")
+    for text in result.advice:
         click.echo(f"→ {text}")
 
 
-def _rate(images_per_second: float) -> str:
+def _format_rate(images_per_second: float) -> str:
     return "–" if math.isinf(images_per_second) else f"{images_per_second:,.1f}"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featpipe.cli.fit import bytes_option
-from featpipe.cli.log import say
-from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.cli.fit import parse_bytes
+from featpipe.cli.log import log_message
+from featpipe.cli.terminal import Terminal, format_table, print_json
 
 if TYPE_CHECKING:
     from featpipe.expansion import Expansion
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["expand"]
 
 
-def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, list[str]]:
+def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, list[str]]:
     merges: dict[str, list[str]] = {}
     for text in texts:
-        sources, equals, target = text.rpartition("=")
+        sources, separator, target = text.rpartition("=")
         names = [name for name in sources.split(",") if name]
-        if not equals or not names or not target or target in merges:
+        if not separator or not names or not target or target in merges:
             raise click.BadParameter(f"{text!r} is not A,B=C; write it as in wolf,dog=canine")
         merges[target] = names
     return merges
@@ -36,9 +36,9 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.argument("data", nargs=-1, metavar="CACHE|ARCHIVE...")
 @click.option("--method", metavar="M", help="joint, statistics, replay, frozen-old, distill, ewc, naive; all compares.")
 @click.option("--memory", type=click.IntRange(1), metavar="N", help="Embeddings to keep of each class.  [default: 20]")
-@click.option("--budget", callback=bytes_option, metavar="SIZE", help="The most bytes that the new model may keep.")
+@click.option("--budget", callback=parse_bytes, metavar="SIZE", help="The most bytes that the new model may keep.")
 @click.option("--drop", multiple=True, metavar="CLASS", help="Leave a class out.")
-@click.option("--merge", multiple=True, callback=_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
+@click.option("--merge", multiple=True, callback=_parse_merges, metavar="A,B=C", help="Join classes; A=C renames one.")
 @click.option("--test", multiple=True, metavar="CACHE|ARCHIVE", help="Images to judge by; never trained on.")
 @click.option(
     "--calibration", multiple=True, metavar="CACHE|ARCHIVE", help="Images for sets; not learnt, nor judged by."
@@ -66,7 +66,7 @@ def _merges(context: click.Context, option: click.Parameter, texts: Sequence[str
 @click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
 @click.option("--out", metavar="MODEL", help="The new model's file.  [default: MODEL's name with .N-classes.model]")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str, ...], **asked: Any) -> None:
+def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str, ...], **options: Any) -> None:
     """Teach a model more classes; prints the path of the new model.
 
     Images that it was trained on are known by their bytes: give their cache too, and it learns old and new together.
@@ -83,37 +83,37 @@ def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str
     from featpipe.heads import parse_settings
     from featpipe.model import load_model
 
-    loaded = load_model(model, backbone=asked.pop("backbone"), device=asked.pop("device"))
-    asked |= {name: list(asked[name]) for name in ("test", "calibration", "drop")}
-    params, changes = parse_settings(settings), parse_settings(asked.pop("augmentation"))
-    if asked["unfreeze"].strip() != "head":
-        params |= {"device": loaded.device} | ({"augmentation": changes} if changes else {})
-    elif changes:
+    loaded_model = load_model(model, backbone=options.pop("backbone"), device=options.pop("device"))
+    options |= {name: list(options[name]) for name in ("test", "calibration", "drop")}
+    params, augmentation = parse_settings(settings), parse_settings(options.pop("augmentation"))
+    if options["unfreeze"].strip() != "head":
+        params |= {"device": loaded_model.device} | ({"augmentation": augmentation} if augmentation else {})
+    elif augmentation:
         raise click.UsageError("--augment changes pictures, and without --unfreeze embeddings are trained on")
     with Terminal() as terminal:
-        found = run(loaded, list(data), params=params, place=_place, progress=terminal, **asked)
+        expansion = run(loaded_model, list(data), params=params, place=_make_output_path, progress=terminal, **options)
     if as_json:
-        dump({"model": str(found.model.path), **found.to_dict()})
+        print_json({"model": str(expansion.model.path), **expansion.to_dict()})
         return
-    _show(found)
-    click.echo(found.model.path)
+    _print_expansion(expansion)
+    click.echo(expansion.model.path)
 
 
-def _place(before: Path, k: int) -> Path:
+def _make_output_path(model_path: Path, n_classes: int) -> Path:
     """Beside the model before, and never the same file."""
-    stem = re.sub(r"\.\d+-classes(-\d+)?$", "", before.name.removesuffix(".model"))
-    names = (f"{stem}.{k}-classes{f'-{number}' if number > 1 else ''}.model" for number in count(1))
-    return before.with_name(next(name for name in names if name != before.name))
+    stem = re.sub(r"\.\d+-classes(-\d+)?$", "", model_path.name.removesuffix(".model"))
+    candidates = (f"{stem}.{n_classes}-classes{f'-{number}' if number > 1 else ''}.model" for number in count(1))
+    return model_path.with_name(next(name for name in candidates if name != model_path.name))
 
 
-def _show(found: Expansion) -> None:
+def _print_expansion(expansion: Expansion) -> None:
     """The epochs of the chosen method, and the table that matters."""
-    for rows in (found.curve_table(), found.as_table() if found.outcomes else []):
+    for rows in (expansion.curve_table(), expansion.as_table() if expansion.outcomes else []):
         if rows:
-            say(table(rows[1:], rows[0], right=range(1, len(rows[0]))) + "\n", event="table")
-    if found.outcomes:
-        say(f"judged by {found.how}; 95 % intervals")
-    for method, why in found.unavailable.items() if found.recommended else []:
-        say(f"{method} {why}")
-    if found.recommended:
-        say(f"recommended: {found.recommended}")
+            log_message(format_table(rows[1:], rows[0], right_aligned=range(1, len(rows[0]))) + "\n", event="table")
+    if expansion.outcomes:
+        log_message(f"judged by {expansion.how}; 95 % intervals")
+    for method, reason in expansion.unavailable.items() if expansion.recommended else []:
+        log_message(f"{method} {reason}")
+    if expansion.recommended:
+        log_message(f"recommended: {expansion.recommended}")

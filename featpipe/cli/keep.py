@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featpipe.cli.log import say
-from featpipe.cli.request import SHARD_BYTES, options
-from featpipe.cli.terminal import Terminal, dump, duration, printable, size
+from featpipe.cli.log import log_message
+from featpipe.cli.request import SHARD_BYTES_OPTION, add_options
+from featpipe.cli.terminal import Terminal, format_duration, format_size, print_json, printable
 from featpipe.errors import ConfigError
 
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
-    from featpipe.upkeep import Abandoned
+    from featpipe.upkeep import AbandonedFiles
 
 __all__ = ["clean", "merge", "pack"]
 
@@ -35,15 +35,15 @@ def pack(cache: str, out: str | None, overwrite: bool, as_json: bool) -> None:
     from featpipe.upkeep import pack as run
 
     with Terminal() as terminal:
-        made = run(cache, out, overwrite=overwrite, progress=terminal)
-    _print(made, as_json)
+        packed_cache = run(cache, out, overwrite=overwrite, progress=terminal)
+    _print_cache(packed_cache, as_json)
 
 
 @click.command(short_help="Join caches that were made from the same facts.")
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
 @click.option("--out", required=True, metavar="FILE.h5", help="The new file.")
 @click.option("--overwrite", is_flag=True, help="Replace another cache at --out.")
-@options(SHARD_BYTES)
+@add_options(SHARD_BYTES_OPTION)
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def merge(caches: tuple[str, ...], out: str, overwrite: bool, shard_bytes: int, as_json: bool) -> None:
     """Join caches that were made from the same facts, one after the other.
@@ -58,17 +58,17 @@ def merge(caches: tuple[str, ...], out: str, overwrite: bool, shard_bytes: int, 
     from featpipe.upkeep import merge as run
 
     with Terminal() as terminal:
-        made = run(caches, out, overwrite=overwrite, shard_bytes=shard_bytes, progress=terminal)
-    _print(made, as_json)
+        merged_cache = run(caches, out, overwrite=overwrite, shard_bytes=shard_bytes, progress=terminal)
+    _print_cache(merged_cache, as_json)
 
 
-def _print(made: FeatureCache, as_json: bool) -> None:
+def _print_cache(cache: FeatureCache, as_json: bool) -> None:
     if as_json:
-        files = [str(file) for file in made.shard_files]
-        counts = {"samples": len(made), "bad": made.bad_rows(), "bytes": made.file_bytes, "shards": files}
-        dump({"cache": str(made.path), **counts, "merged_from": made.manifest.get("merged_from")})
+        files = [str(file) for file in cache.shard_files]
+        counts = {"samples": len(cache), "bad": cache.bad_rows(), "bytes": cache.file_bytes, "shards": files}
+        print_json({"cache": str(cache.path), **counts, "merged_from": cache.manifest.get("merged_from")})
     else:
-        click.echo(made.path)
+        click.echo(cache.path)
 
 
 @click.command(short_help="Remove work that was begun and that nobody goes on with.")
@@ -87,64 +87,66 @@ def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     Example:
       featpipe clean cache --dry-run
     """
-    from featpipe.upkeep import clean as look
-    from featpipe.upkeep import remove
+    from featpipe.upkeep import clean as find_abandoned
+    from featpipe.upkeep import remove_abandoned
 
     if yes and dry_run:
         raise click.UsageError("--yes removes and --dry-run does not; give one of them")
-    found = look(folder)
+    abandoned = find_abandoned(folder)
     if not as_json:
-        click.echo("\n".join(map(_told, found)) or f"{printable(folder)}: nothing is abandoned here")
-    wanted = yes or (bool(found) and not dry_run and not as_json and _agreed(found))
-    removed = remove(found) if wanted else []
+        click.echo("\n".join(map(_format_abandoned, abandoned)) or f"{printable(folder)}: nothing is abandoned here")
+    should_remove = yes or (bool(abandoned) and not dry_run and not as_json and _confirm_removal(abandoned))
+    removed = remove_abandoned(abandoned) if should_remove else []
     if as_json:
-        dump({"folder": folder, "found": [_json(thing, thing in removed) for thing in found]})
+        print_json({"folder": folder, "found": [_abandoned_to_dict(item, item in removed) for item in abandoned]})
         return
-    for thing in found if wanted else ():
-        if thing not in removed:
-            say(f"not removed, in use again or not permitted: {printable(str(thing.path))}")
+    for item in abandoned if should_remove else ():
+        if item not in removed:
+            log_message(f"not removed, in use again or not permitted: {printable(str(item.path))}")
     if removed:
-        say(f"removed {size(sum(thing.nbytes for thing in removed))}")
+        log_message(f"removed {format_size(sum(item.nbytes for item in removed))}")
 
 
-def _agreed(found: list[Abandoned]) -> bool:
-    total = size(sum(thing.nbytes for thing in found))
+def _confirm_removal(abandoned: list[AbandonedFiles]) -> bool:
+    total = format_size(sum(item.nbytes for item in abandoned))
     try:
-        return click.confirm(f"Remove {'all of this' if len(found) > 1 else 'this'}, {total}?", err=True)
+        return click.confirm(f"Remove {'all of this' if len(abandoned) > 1 else 'this'}, {total}?", err=True)
     except click.Abort:
         click.echo(err=True)
         raise ConfigError("nothing was removed, and nobody is there to ask; pass --yes to remove it") from None
 
 
-def _told(thing: Abandoned) -> str:
-    number = len(thing.files)
-    work, command = ("extraction", "extract") if thing.path.name.endswith(".h5.parts") else ("prediction", "predict")
-    command = "finetune" if thing.path.name.startswith("boundary-") else command
-    what = {
-        "parts": f"an unfinished {work} of {thing.rows:,} images" if thing.rows else "work without any result",
-        "maps": f"feature maps of {thing.rows:,} images, for fine-tuning",
-        "shards": f"{number:,} {'shard' if number == 1 else 'shards'} that no cache in this folder names",
+def _format_abandoned(item: AbandonedFiles) -> str:
+    n_files = len(item.files)
+    work, command = ("extraction", "extract") if item.path.name.endswith(".h5.parts") else ("prediction", "predict")
+    command = "finetune" if item.path.name.startswith("boundary-") else command
+    description = {
+        "parts": f"an unfinished {work} of {item.rows:,} images" if item.rows else "work without any result",
+        "maps": f"feature maps of {item.rows:,} images, for fine-tuning",
+        "shards": f"{n_files:,} {'shard' if n_files == 1 else 'shards'} that no cache in this folder names",
         "temporary": "a temporary file of a process that has ended",
         "lock": "a lock that nobody holds",
-    }[thing.kind]
+    }[item.kind]
     advice = {
-        "parts": f"the same {command} command would go on from it" if thing.rows else "",
+        "parts": f"the same {command} command would go on from it" if item.rows else "",
         "maps": "featpipe info shows of what; the next finetune command that needs them would compute them again",
         "shards": "if their cache was moved without them, it needs them",
-    }.get(thing.kind, "")
-    earlier = "; what an earlier one made is there" if thing.renews else ""
-    text = f"{what}, {size(thing.nbytes)}, {duration(thing.seconds)} old{earlier}" + (f"; {advice}" if advice else "")
-    return f"{printable(str(thing.path))}\n  {text}"
+    }.get(item.kind, "")
+    earlier_note = "; what an earlier one made is there" if item.renews else ""
+    text = f"{description}, {format_size(item.nbytes)}, {format_duration(item.seconds)} old{earlier_note}" + (
+        f"; {advice}" if advice else ""
+    )
+    return f"{printable(str(item.path))}\n  {text}"
 
 
-def _json(thing: Abandoned, removed: bool) -> dict[str, Any]:
+def _abandoned_to_dict(item: AbandonedFiles, removed: bool) -> dict[str, Any]:
     return {
-        "kind": thing.kind,
-        "path": str(thing.path),
-        "files": [str(file) for file in thing.files],
-        "bytes": thing.nbytes,
-        "age_seconds": round(thing.seconds, 1),
-        "images": thing.rows,
-        "renews": thing.renews,
+        "kind": item.kind,
+        "path": str(item.path),
+        "files": [str(file) for file in item.files],
+        "bytes": item.nbytes,
+        "age_seconds": round(item.seconds, 1),
+        "images": item.rows,
+        "renews": item.renews,
         "removed": removed,
     }

@@ -9,35 +9,35 @@ from typing import Any, Literal, TextIO
 
 import click
 
-__all__ = ["FORMATS", "VARIABLE", "Level", "is_json", "option", "say"]
+__all__ = ["LOG_FORMATS", "LOG_FORMAT_VARIABLE", "LogLevel", "is_json", "log_message", "make_log_format_option"]
 
-FORMATS = ("text", "json")
-VARIABLE = "FEATPIPE_LOG_FORMAT"
+LOG_FORMATS = ("text", "json")
+LOG_FORMAT_VARIABLE = "FEATPIPE_LOG_FORMAT"
 
-Level = Literal["info", "warning", "error"]
+LogLevel = Literal["info", "warning", "error"]
 
-_chosen = {"format": "text"}  # of this process, which has one stderr
+_log_settings = {"format": "text"}  # of this process, which has one stderr
 
 
-def option(*, of_group: bool = False) -> click.Option:
+def make_log_format_option(*, for_group: bool = False) -> click.Option:
     """``--log-format``, of the group or of a command, which says it last; the environment is asked once."""
     return click.Option(
         ["--log-format"],
-        type=click.Choice(FORMATS),
-        envvar=VARIABLE if of_group else None,
+        type=click.Choice(LOG_FORMATS),
+        envvar=LOG_FORMAT_VARIABLE if for_group else None,
         expose_value=False,
         is_eager=True,  # errors in what follows are told so already
-        callback=_choose,
-        help=f"Of stderr: text, or a JSON object a line; also by {VARIABLE}.  [default: text]",
+        callback=_set_log_format,
+        help=f"Of stderr: text, or a JSON object a line; also by {LOG_FORMAT_VARIABLE}.  [default: text]",
     )
 
 
 def is_json() -> bool:
     """Whether machines read along."""
-    return _chosen["format"] == "json"
+    return _log_settings["format"] == "json"
 
 
-def say(text: str, *, level: Level = "info", event: str = "note", **facts: Any) -> None:
+def log_message(text: str, *, level: LogLevel = "info", event: str = "note", **fields: Any) -> None:
     """Put a line on stderr.
 
     Parameters
@@ -54,18 +54,18 @@ def say(text: str, *, level: Level = "info", event: str = "note", **facts: Any) 
     if not is_json():
         click.echo(text, err=True)
         return
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    click.echo(json.dumps({"time": now, "level": level, "event": event, "text": text, **facts}), err=True)
+    timestamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+    click.echo(json.dumps({"time": timestamp, "level": level, "event": event, "text": text, **fields}), err=True)
 
 
-def _choose(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+def _set_log_format(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
     if value is not None or context.parent is None:  # what is given to the group holds for the command
-        _chosen["format"] = value or "text"
+        _log_settings["format"] = value or "text"
     if is_json():
-        warnings.showwarning = _warned
+        warnings.showwarning = _log_warning
 
 
-def _warned(
+def _log_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -74,4 +74,4 @@ def _warned(
     line: str | None = None,
 ) -> None:
     """A library's warning, which would be lines of text."""
-    say(f"{category.__name__}: {message}", level="warning", event="warning", where=f"{filename}:{lineno}")
+    log_message(f"{category.__name__}: {message}", level="warning", event="warning", where=f"{filename}:{lineno}")

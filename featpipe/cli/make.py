@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
-from featpipe.cli.request import IDENTITY, RUN, options, settings_of
-from featpipe.cli.terminal import Terminal, dump
+from featpipe.cli.request import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.terminal import Terminal, print_json
 
 __all__ = ["extract"]
 
 
 @click.command(short_help="Run a frozen network once over images and cache the embeddings.")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
-@options(*IDENTITY, *RUN)
+@add_options(*IDENTITY_OPTIONS, *RUN_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """Run a frozen network once over images and cache the embeddings.
@@ -28,10 +28,12 @@ def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """
     from featpipe.extraction import extract as run
 
-    asked = settings_of(settings)
+    extraction_settings = make_extraction_settings(settings)
     with Terminal() as terminal:
-        cache = run(list(archives), progress=terminal, **asked)
+        cache = run(list(archives), progress=terminal, **extraction_settings)
     if as_json:
-        dump({"cache": str(cache.path), "samples": len(cache), "bad": cache.bad_rows(), "manifest": cache.manifest})
+        print_json(
+            {"cache": str(cache.path), "samples": len(cache), "bad": cache.bad_rows(), "manifest": cache.manifest}
+        )
     else:
         click.echo(cache.path)

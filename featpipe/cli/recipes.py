@@ -6,35 +6,37 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featpipe.cli.complete import Name
-from featpipe.cli.log import say
-from featpipe.cli.terminal import Terminal, dump, table
+from featpipe.cli.complete import NameParameter
+from featpipe.cli.log import log_message
+from featpipe.cli.terminal import Terminal, format_table, print_json
 
 if TYPE_CHECKING:
-    from featpipe.pipeline.foreseen import Foreseen
+    from featpipe.pipeline.foreseen import DryRun
 
 __all__ = ["run"]
 
 
-def _known() -> list[tuple[str, str]]:
-    from featpipe.recipe import question_of, shipped
+def _list_recipes() -> list[tuple[str, str]]:
+    from featpipe.recipe import list_builtin_recipes, read_question
 
-    return [(name, question_of(name)) for name in shipped()]
+    return [(name, read_question(name)) for name in list_builtin_recipes()]
 
 
-def _listed(context: click.Context, option: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        click.echo(table(_known(), ["recipe", "question"]))
+def _print_recipes(context: click.Context, option: click.Parameter, requested: bool) -> None:
+    if requested and not context.resilient_parsing:
+        click.echo(format_table(_list_recipes(), ["recipe", "question"]))
         context.exit()
 
 
 @click.command(short_help="Run a recipe: from images to trained models and a page.")
-@click.argument("recipe", metavar="RECIPE", type=Name("recipe", _known, files=True))
+@click.argument("recipe", metavar="RECIPE", type=NameParameter("recipe", _list_recipes, allow_files=True))
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...", type=click.Path())
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another value: heads.0.C=10; lists: 1,10.")
 @click.option("--out", metavar="DIR", type=click.Path(), help="The run's folder.  [default: runs/RECIPE]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what is done already; do nothing.")
-@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_listed, help="Name the recipes.")
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_print_recipes, help="Name the recipes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def run(
     recipe: str, archives: tuple[str, ...], settings: tuple[str, ...], out: str | None, dry_run: bool, as_json: bool
@@ -54,20 +56,22 @@ def run(
     changes = parse_changes(settings)
     with Terminal() as terminal:
         if dry_run:
-            _foretold(recipe, archives, changes, out, as_json)
+            _print_dry_run(recipe, archives, changes, out, as_json)
             return
         from featpipe.pipeline import run as run_recipe
 
-        found = run_recipe(recipe, archives or None, changes=changes, out=out, progress=terminal)
+        result = run_recipe(recipe, archives or None, changes=changes, out=out, progress=terminal)
     if as_json:
-        dump(found.to_dict())
+        print_json(result.to_dict())
         return
-    click.echo(found.table())
-    say(f"\n{found.report}\n{found.best.model}")
+    click.echo(result.table())
+    log_message(f"\n{result.report}\n{result.best.model}")
 
 
-def _foretold(recipe: str, archives: tuple[str, ...], changes: dict[str, Any], out: str | None, as_json: bool) -> None:
-    from featpipe.pipeline.foreseen import foresee
+def _print_dry_run(
+    recipe: str, archives: tuple[str, ...], changes: dict[str, Any], out: str | None, as_json: bool
+) -> None:
+    from featpipe.pipeline.foreseen import plan_run
 
-    found: Foreseen = foresee(recipe, archives or None, changes=changes, out=out)
-    dump(found.to_dict()) if as_json else click.echo(found.table())
+    plan: DryRun = plan_run(recipe, archives or None, changes=changes, out=out)
+    print_json(plan.to_dict()) if as_json else click.echo(plan.table())

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featpipe.cli.glance import facts_of_cache, shown_cache
-from featpipe.cli.request import IDENTITY, RUN, options, settings_of
-from featpipe.cli.terminal import dump, printable, size, table
-from featpipe.names import unknown
+from featpipe.cli.glance import cache_to_dict, format_cache
+from featpipe.cli.request import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.terminal import format_size, format_table, print_json, printable
+from featpipe.names import unknown_name_error
 
 if TYPE_CHECKING:
-    from featpipe.upkeep.comparison import Comparison, Samples
+    from featpipe.upkeep.comparison import CacheDiff, SampleDiff
 
 __all__ = ["backbones", "heads", "info"]
 
@@ -23,8 +23,8 @@ __all__ = ["backbones", "heads", "info"]
 @click.argument("path", metavar="PATH")
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE...|CACHE]")
 @click.option("--why", is_flag=True, help="Say what differs from what the arguments of an extract command ask for.")
-@options(*IDENTITY)
-@options(*RUN, hidden=True)  # so that those of any extract command can be pasted
+@add_options(*IDENTITY_OPTIONS)
+@add_options(*RUN_OPTIONS, hidden=True)  # so that those of any extract command can be pasted
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @click.pass_context
 def info(
@@ -40,64 +40,76 @@ def info(
       featpipe info cache/photos.h5
       featpipe info cache/photos.h5 --why photos/ --backbone resnet50
     """
-    given = [name for name in settings if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    given_options = [
+        name for name in settings if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    ]
     if why:
-        _why(Path(path), archives, settings, bool(given), as_json)
+        _explain_differences(Path(path), archives, settings, bool(given_options), as_json)
         return
-    if archives or given:
+    if archives or given_options:
         raise click.UsageError("archives and options describe an extraction to compare with; give --why with them")
     if not _is_zip(Path(path)):
-        facts = facts_of_cache(Path(path))
-        dump(facts) if as_json else click.echo(shown_cache(facts))
+        details = cache_to_dict(Path(path))
+        print_json(details) if as_json else click.echo(format_cache(details))
         return
-    facts = _of_model(Path(path))
+    details = _model_to_dict(Path(path))
     if as_json:
-        dump(facts)
+        print_json(details)
         return
-    history = facts["history"]
-    facts |= {"scores": _metrics(facts["scores"]), "trained_on": history["trained_on"], "history": None}
-    facts |= {"keeps": _kept(facts["keeps"]), "steps": _steps(history.get("steps") or [])}
-    facts["fine_tuning"] = _fine_tuning(history.get("finetuning"))
-    rows = [[name.replace("_", " "), _shown(value)] for name, value in facts.items() if value not in (None, {}, [])]
+    history = details["history"]
+    details |= {"scores": _get_metric_values(details["scores"]), "trained_on": history["trained_on"], "history": None}
+    details |= {"keeps": _format_retained(details["keeps"]), "steps": _format_steps(history.get("steps") or [])}
+    details["fine_tuning"] = _format_finetuning(history.get("finetuning"))
+    rows = [
+        [name.replace("_", " "), _format_value(value)] for name, value in details.items() if value not in (None, {}, [])
+    ]
     click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
 
 
-def _why(path: Path, archives: tuple[str, ...], settings: dict[str, Any], given: bool, as_json: bool) -> None:
+def _explain_differences(
+    path: Path, archives: tuple[str, ...], settings: dict[str, Any], has_options: bool, as_json: bool
+) -> None:
     from featpipe.cache import FeatureCache
-    from featpipe.recipe import Extraction
-    from featpipe.upkeep.comparison import with_cache, with_request
+    from featpipe.recipe import ExtractionConfig
+    from featpipe.upkeep.comparison import diff_with_cache, diff_with_request
 
     cache = FeatureCache(path, salvage=True)
-    other = archives[0] if len(archives) == 1 and archives[0].endswith(".h5") else None
-    if other is not None:
-        if given:
+    other_path = archives[0] if len(archives) == 1 and archives[0].endswith(".h5") else None
+    if other_path is not None:
+        if has_options:
             raise click.UsageError("options describe an extraction; two caches are compared without any")
-        found = with_cache(cache, FeatureCache(other, salvage=True))
+        comparison = diff_with_cache(cache, FeatureCache(other_path, salvage=True))
     else:
-        found = with_request(cache, Extraction.of(settings_of(settings)), archives)
+        comparison = diff_with_request(
+            cache, ExtractionConfig.from_settings(make_extraction_settings(settings)), archives
+        )
     if as_json:
-        dump({"cache": str(path), **asdict(found)})
+        print_json({"cache": str(path), **asdict(comparison)})
         return
-    click.echo(printable(f"{path} {_verdict(found, other)}"))
-    for line in found.differences:
+    click.echo(printable(f"{path} {_format_verdict(comparison, other_path)}"))
+    for line in comparison.differences:
         click.echo(f"  {printable(line)}")
-    if found.samples is not None:
-        click.echo("\n" + _beside(found.samples, found.usable))
+    if comparison.samples is not None:
+        click.echo("\n" + _format_samples(comparison.samples, comparison.usable))
 
 
-def _verdict(found: Comparison, other: str | None) -> str:
-    number = len(found.differences)
-    facts = f"{number} {'fact' if number == 1 else 'facts'}"
-    if other is not None:
-        return f"and {other} were made from the same facts" if not number else f"and {other} differ in {facts}:"
-    if not number:
+def _format_verdict(comparison: CacheDiff, other_path: str | None) -> str:
+    n_differences = len(comparison.differences)
+    count_text = f"{n_differences} {'fact' if n_differences == 1 else 'facts'}"
+    if other_path is not None:
+        return (
+            f"and {other_path} were made from the same facts"
+            if not n_differences
+            else f"and {other_path} differ in {count_text}:"
+        )
+    if not n_differences:
         return "was made from the facts that are asked for"
-    if found.usable:
-        return f"holds what is asked for, and differs in {facts}; its embeddings are copied:"
-    return f"was made otherwise than asked for, in {facts}; its embeddings cannot be used:"
+    if comparison.usable:
+        return f"holds what is asked for, and differs in {count_text}; its embeddings are copied:"
+    return f"was made otherwise than asked for, in {count_text}; its embeddings cannot be used:"
 
 
-def _beside(samples: Samples, usable: bool) -> str:
+def _format_samples(samples: SampleDiff, usable: bool) -> str:
     """The images of the archives beside those of the cache."""
     counts = [
         [f"{samples.images:,}", "images are in the archives, of which"],
@@ -106,7 +118,7 @@ def _beside(samples: Samples, usable: bool) -> str:
         [f"{samples.new:,}", "are new by id"],
         [f"{samples.gone:,}", "rows of the cache are not in the archives"],
     ]
-    text = table(counts[1:], counts[0], right=[0])
+    text = format_table(counts[1:], counts[0], right_aligned=[0])
     if not usable:
         return text + "\nAll of them would be embedded, but for those in other caches that were made from these facts."
     if samples.changed or samples.new:
@@ -123,7 +135,7 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _of_model(path: Path) -> dict[str, Any]:
+def _model_to_dict(path: Path) -> dict[str, Any]:
     from featpipe.model import read_document
 
     document = read_document(path)
@@ -143,27 +155,29 @@ def _of_model(path: Path) -> dict[str, Any]:
     }
 
 
-def _kept(kept: dict[str, Any] | None) -> str:
+def _format_retained(retained: dict[str, Any] | None) -> str:
     """What it keeps of its training data, and how large that is."""
-    if not kept:
+    if not retained:
         return "nothing of its training data but the digests of the images"
-    sizes = {name: size(nbytes) for name, nbytes in kept["bytes"].items()}
+    sizes = {name: format_size(nbytes) for name, nbytes in retained["bytes"].items()}
     if "rows" in sizes:
-        sizes["rows"] = f"{kept['rows']:,} embeddings, at most {kept['rows_a_class']} of a class, {sizes['rows']}"
+        sizes["rows"] = (
+            f"{retained['rows']:,} embeddings, at most {retained['rows_a_class']} of a class, {sizes['rows']}"
+        )
     if "network" in sizes:
         sizes["importances of the network"] = sizes.pop("network")
     return "; ".join(f"{name}: {text}" if name != "rows" else text for name, text in sizes.items())
 
 
-def _fine_tuning(told: Any) -> str | None:
+def _format_finetuning(document: Any) -> str | None:
     """What fine-tuning brought, and which model was kept."""
-    result = told.get("result") if isinstance(told, dict) else None
+    result = document.get("result") if isinstance(document, dict) else None
     if not isinstance(result, dict):
         return None
     return f"the {result.get('kept')} model is kept; {result.get('verdict')}"
 
 
-def _steps(steps: list[dict[str, Any]]) -> list[str]:
+def _format_steps(steps: list[dict[str, Any]]) -> list[str]:
     """Which classes came when, by what method, from which caches."""
     return [
         f"{len(step['classes'])} classes by {step['method']} from {' and '.join(step.get('caches') or ['?'])}"
@@ -171,7 +185,7 @@ def _steps(steps: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _metrics(scores: dict[str, Any]) -> dict[str, Any]:
+def _get_metric_values(scores: dict[str, Any]) -> dict[str, Any]:
     """How each estimate was made, and its figures alone."""
     return {
         estimate["how"]: {name: metric["value"] for name, metric in estimate["metrics"].items()}
@@ -180,9 +194,9 @@ def _metrics(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{printable(str(name))}: {_shown(item)}" for name, item in list(value.items())[:40])
+        return ", ".join(f"{printable(str(name))}: {_format_value(item)}" for name, item in list(value.items())[:40])
     if isinstance(value, list):
         return (
             " × ".join(map(str, value))
@@ -206,13 +220,13 @@ def backbones(pattern: str | None, as_json: bool) -> None:
     """
     from featpipe import backbone
 
-    found = backbone.names(pattern)
-    if pattern and not found:
-        raise unknown("backbone", pattern, backbone.names())
+    names = backbone.names(pattern)
+    if pattern and not names:
+        raise unknown_name_error("backbone", pattern, backbone.names())
     if as_json:
-        dump(found)
+        print_json(names)
     else:
-        click.echo("\n".join(found))
+        click.echo("\n".join(names))
 
 
 @click.command(short_help="List the heads that can be trained.")
@@ -226,40 +240,53 @@ def heads(name: str | None, as_json: bool) -> None:
       featpipe heads
       featpipe heads mlp
     """
-    from featpipe import heads as rooms
+    from featpipe import heads as heads_package
 
     if name is not None:
-        _settings(name, as_json)
+        _print_head_settings(name, as_json)
         return
     rows = [
-        {"head": head, "tasks": [task for task in rooms.TASKS if head in rooms.names(task)], "what": spec.summary}
-        for head, spec in rooms.TABLE.items()
+        {
+            "head": head,
+            "tasks": [task for task in heads_package.HEAD_TASKS if head in heads_package.list_heads(task)],
+            "what": spec.summary,
+        }
+        for head, spec in heads_package.HEAD_REGISTRY.items()
     ]
     if as_json:
-        dump(rows)
+        print_json(rows)
         return
-    click.echo(table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
+    click.echo(format_table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
     click.echo(
         "\nAny other estimator of scikit-learn's kind by its import path, such as sklearn.naive_bayes.GaussianNB"
     )
 
 
-def _settings(name: str, as_json: bool) -> None:
-    from featpipe import heads as rooms
+def _print_head_settings(name: str, as_json: bool) -> None:
+    from featpipe import heads as heads_package
 
-    spec = rooms.spec_of(name)
-    settings = rooms.settings_of(name)
+    spec = heads_package.get_spec(name)
+    settings = heads_package.get_settings(name)
     grid = {key: list(values) for key, values in spec.grid.items()}
     if as_json:
-        facts = {"head": name, "tasks": list(spec.estimators), "what": spec.summary, "settings": settings, "grid": grid}
-        dump(facts)
+        details = {
+            "head": name,
+            "tasks": list(spec.estimators),
+            "what": spec.summary,
+            "settings": settings,
+            "grid": grid,
+        }
+        print_json(details)
         return
     click.echo(f"{name}: {spec.summary}; for {', '.join(spec.estimators)}\n")
-    rows = [[key, _typed(value), ", ".join(map(_typed, grid.get(key, [])))] for key, value in settings.items()]
-    click.echo(table(rows, ["setting", "default", "tried by --tune"]))
+    rows = [
+        [key, _format_setting(value), ", ".join(map(_format_setting, grid.get(key, [])))]
+        for key, value in settings.items()
+    ]
+    click.echo(format_table(rows, ["setting", "default", "tried by --tune"]))
 
 
-def _typed(value: object) -> str:
+def _format_setting(value: object) -> str:
     """As ``--set`` takes it."""
     if callable(value):
         return getattr(value, "__name__", repr(value))

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
-from featpipe.cli.log import is_json, say
+from featpipe.cli.log import is_json, log_message
 from featpipe.progress import Progress
 
-__all__ = ["Terminal", "dump", "duration", "in_notebook", "printable", "size", "table"]
+__all__ = ["Terminal", "format_duration", "format_size", "format_table", "in_notebook", "print_json", "printable"]
 
-CELL_CHARACTERS = 110
+MAX_CELL_CHARACTERS = 110
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
 
 
@@ -27,7 +27,7 @@ class Terminal:
     def __init__(self) -> None:
         self._bar: Any = None
         self._stage = ""
-        self._said_at = time.monotonic()
+        self._last_line_at = time.monotonic()
 
     def __enter__(self) -> Terminal:
         return self
@@ -44,11 +44,11 @@ class Terminal:
         self._close()
         is_warning = progress.kind == "warning"
         text = f"{'warning: ' if is_warning and not is_json() else ''}{printable(progress.text)}"
-        say(text, level="warning" if is_warning else "info", event=progress.kind)
+        log_message(text, level="warning" if is_warning else "info", event=progress.kind)
 
     def _advance(self, progress: Progress) -> None:
         if is_json() or not (sys.stderr.isatty() or in_notebook()):
-            self._say_seldom(progress)
+            self._log_periodically(progress)
             return
         if self._stage != progress.text:
             self._close()
@@ -63,14 +63,14 @@ class Terminal:
         if progress.done >= progress.total:
             self._close()
 
-    def _say_seldom(self, progress: Progress) -> None:
+    def _log_periodically(self, progress: Progress) -> None:
         """A line a minute; as JSON also where a stage begins and ends."""
-        turns = progress.text != self._stage or progress.done >= progress.total
-        if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES or (is_json() and turns):
+        stage_changes = progress.text != self._stage or progress.done >= progress.total
+        if time.monotonic() - self._last_line_at > SECONDS_BETWEEN_LINES or (is_json() and stage_changes):
             done, total, unit = progress.done, progress.total, progress.unit
             text = f"{progress.text}: {done} of {total} {unit}"
-            say(text, event="progress", stage=progress.text, done=done, total=total, unit=unit)
-            self._said_at = time.monotonic()
+            log_message(text, event="progress", stage=progress.text, done=done, total=total, unit=unit)
+            self._last_line_at = time.monotonic()
         self._stage = progress.text
 
     def _close(self) -> None:
@@ -86,7 +86,7 @@ def in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequence[int] = ()) -> str:
+def format_table(rows: Sequence[Sequence[object]], header: Sequence[str], right_aligned: Sequence[int] = ()) -> str:
     """Columns of text, aligned by what a terminal shows.
 
     Examples
@@ -95,18 +95,20 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str], right: Sequen
     head  score
     mlp    0.91
     """
-    lines = [[_cell(str(cell)) for cell in row] for row in [header, *rows]]
-    widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
+    lines = [[_truncate_cell(str(cell)) for cell in row] for row in [header, *rows]]
+    widths = [max(_get_display_width(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
         "  ".join(
-            (" " * (widths[i] - _width(cell)) + cell) if i in right else cell + " " * (widths[i] - _width(cell))
+            (" " * (widths[i] - _get_display_width(cell)) + cell)
+            if i in right_aligned
+            else cell + " " * (widths[i] - _get_display_width(cell))
             for i, cell in enumerate(line)
         ).rstrip()
         for line in lines
     )
 
 
-def size(nbytes: float) -> str:
+def format_size(nbytes: float) -> str:
     """Bytes as people read them.
 
     Examples
@@ -123,7 +125,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1024:.1f} TiB"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as people read them.
 
     Examples
@@ -133,15 +135,15 @@ def duration(seconds: float) -> str:
     """
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 600:
-        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
-    if whole < 7200:
-        return f"{whole // 60} min"
-    return f"{whole // 3600} h" if whole < 2 * 86400 else f"{whole // 86400:,} days"
+    whole_seconds = round(seconds)
+    if whole_seconds < 600:
+        return f"{whole_seconds // 60} min" + (f" {whole_seconds % 60} s" if whole_seconds % 60 else "")
+    if whole_seconds < 7200:
+        return f"{whole_seconds // 60} min"
+    return f"{whole_seconds // 3600} h" if whole_seconds < 2 * 86400 else f"{whole_seconds // 86400:,} days"
 
 
-def dump(value: object) -> None:
+def print_json(value: object) -> None:
     """JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
@@ -151,10 +153,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
-def _cell(text: str) -> str:
+def _truncate_cell(text: str) -> str:
     clean = printable(text)
-    return clean if len(clean) <= CELL_CHARACTERS else clean[: CELL_CHARACTERS - 1] + "…"
+    return clean if len(clean) <= MAX_CELL_CHARACTERS else clean[: MAX_CELL_CHARACTERS - 1] + "…"
 
 
-def _width(text: str) -> int:
+def _get_display_width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)

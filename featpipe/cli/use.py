@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from featpipe.cli.log import say
-from featpipe.cli.request import CHECK_CONTENT, LIMITS, options
-from featpipe.cli.terminal import Terminal, dump
+from featpipe.cli.log import log_message
+from featpipe.cli.request import CHECK_CONTENT_OPTION, LIMIT_OPTIONS, add_options
+from featpipe.cli.terminal import Terminal, print_json
 
 __all__ = ["evaluate", "predict"]
 
@@ -38,7 +38,7 @@ def evaluate(
     report: str | None,
     findings: str | None,
     as_json: bool,
-    **asked: Any,
+    **settings: Any,
 ) -> None:
     """Score a model on images that it was not trained on.
 
@@ -54,20 +54,20 @@ def evaluate(
     from featpipe.findings import write_findings
     from featpipe.model import load_model
 
-    loaded = load_model(model, backbone=backbone, device=device)
-    others = [load_model(path, backbone=backbone, device=device) for path in against]
-    asked = {name: value for name, value in asked.items() if value is not None}
+    loaded_model = load_model(model, backbone=backbone, device=device)
+    baselines = [load_model(path, backbone=backbone, device=device) for path in against]
+    settings = {name: value for name, value in settings.items() if value is not None}
     with Terminal() as terminal:
-        evaluation = run(loaded, list(data), against=others, progress=terminal, **asked)
+        evaluation = run(loaded_model, list(data), against=baselines, progress=terminal, **settings)
         if report:
             pipeline.write_report(report, evaluation, command=pipeline.command_line())
-        written = write_findings(evaluation.findings, findings) if findings else []
+        finding_paths = write_findings(evaluation.findings, findings) if findings else []
     if as_json:
-        dump(evaluation.to_dict())
+        print_json(evaluation.to_dict())
         return
     click.echo(evaluation.table())
-    for path in [*([report] if report else []), *map(str, written)]:
-        say(path)
+    for path in [*([report] if report else []), *map(str, finding_paths)]:
+        log_message(path)
 
 
 @click.command(short_help="Predict every image of some archives.")
@@ -85,7 +85,7 @@ def evaluate(
     "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps; several: A,B."
 )
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
-@options(*LIMITS, CHECK_CONTENT)
+@add_options(*LIMIT_OPTIONS, CHECK_CONTENT_OPTION)
 @click.option("--json", "as_json", is_flag=True, help="Print how many samples have which status, as JSON.")
 def predict(
     model: str,
@@ -95,7 +95,7 @@ def predict(
     backbone: str | None,
     device: str,
     as_json: bool,
-    **asked: Any,
+    **settings: Any,
 ) -> None:
     """Predict every image of some archives.
 
@@ -112,11 +112,11 @@ def predict(
 
     if as_json and not out:
         raise click.UsageError("--json prints counts on standard output, where the predictions would go; give --out")
-    loaded = load_model(model, backbone=backbone, device=device)
-    others = [load_model(path) for path in also]
+    loaded_model = load_model(model, backbone=backbone, device=device)
+    other_models = [load_model(path) for path in also]
     with Terminal() as terminal:
-        counts = run(loaded, list(archives), out, also=others, progress=terminal, **asked)
+        counts = run(loaded_model, list(archives), out, also=other_models, progress=terminal, **settings)
     if as_json:
-        dump({"out": out, "samples": sum(counts.values()), "status": counts})
+        print_json({"out": out, "samples": sum(counts.values()), "status": counts})
     elif out:
         click.echo(out)

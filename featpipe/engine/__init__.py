@@ -1,8 +1,14 @@
 """How a frozen network is run fast on this device, and how faithful that is."""
 
 from featpipe.engine.devices import available_cores, resolve_device, resolve_devices
-from featpipe.engine.fidelity import Fidelity, candidates, choose, embeddings_of, least_cosine
-from featpipe.engine.handover import for_workers
+from featpipe.engine.fidelity import (
+    Fidelity,
+    candidate_precisions,
+    compute_embeddings,
+    compute_min_cosine,
+    select_precision,
+)
+from featpipe.engine.handover import make_worker_transforms
 from featpipe.engine.preparing import OPENVINO_PRECISIONS, has_openvino
 from featpipe.engine.running import Engine
 
@@ -11,12 +17,12 @@ __all__ = [
     "Engine",
     "Fidelity",
     "available_cores",
-    "candidates",
-    "choose",
-    "embeddings_of",
-    "for_workers",
+    "candidate_precisions",
+    "compute_embeddings",
+    "compute_min_cosine",
     "has_openvino",
-    "least_cosine",
+    "make_worker_transforms",
     "resolve_device",
     "resolve_devices",
+    "select_precision",
 ]

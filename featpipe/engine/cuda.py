@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from featpipe.backbone import Backbone, Transform
-from featpipe.backbone.products import Images, Products, Unresized, at_once
-from featpipe.backbone.resampling import Axis
+from featpipe.backbone.products import ImageBatch, MatmulResizer, UnresizedImage, max_resize_batch
+from featpipe.backbone.resampling import ResizeAxis
 from featpipe.engine.runner import Embeddings
-from featpipe.engine.tf32 import tf32
+from featpipe.engine.tf32 import allow_tf32
 from featpipe.errors import ConfigError
 
-__all__ = ["Cuda"]
+__all__ = ["CudaRunner"]
 
-WARM_UP = 3  # passes before a graph is captured: libraries choose their algorithms in the first
+WARMUP_PASSES = 3  # passes before a graph is captured: libraries choose their algorithms in the first
 
 
-class _Slot:
+class _InputBuffer:
     """A place on the device where one batch's pictures wait for their turn."""
 
     def __init__(self, images: Tensor) -> None:
@@ -31,7 +31,7 @@ class _Slot:
         self.free = torch.cuda.Event()
 
 
-class Cuda:
+class CudaRunner:
     """Runs a backbone on a GPU, for one calling thread.
 
     Pictures are copied as they are, a quarter of the bytes, resized there if they are not yet, to the same bits, and
@@ -59,11 +59,11 @@ class Cuda:
         self.batch = batch
         self.device = device
         self.dtype = next((p.dtype for p in backbone.network.parameters() if p.is_floating_point()), torch.float32)
-        self._tf32 = precision == "tf32"
-        self._stream = torch.cuda.Stream(device)
-        self._copying = torch.cuda.Stream(device)  # and resizing, so that what is read there is in order
-        self._products = Products(device)
-        self._slots: list[_Slot] = []
+        self._allow_tf32 = precision == "tf32"
+        self._compute_stream = torch.cuda.Stream(device)
+        self._copy_stream = torch.cuda.Stream(device)  # and resizing, so that what is read there is in order
+        self._resizer = MatmulResizer(device)
+        self._buffers: list[_InputBuffer] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         self._input = torch.empty(0)
         self._outputs: Mapping[str, Tensor] = {}
@@ -75,115 +75,117 @@ class Cuda:
     def enter_stream(self, streams: int) -> None:
         """Workers decode; nothing is kept for them."""
 
-    def submit(self, images: Images) -> Callable[[], Embeddings]:
+    def submit(self, images: ImageBatch) -> Callable[[], Embeddings]:
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):
-                with torch.inference_mode(), torch.cuda.device(self.device), tf32(self._tf32):
+                with torch.inference_mode(), torch.cuda.device(self.device), allow_tf32(self._allow_tf32):
                     starts = range(0, len(images), self.batch)
-                    begun = [self._begin(images[start : start + self.batch]) for start in starts]
-                return lambda: _joined([answer() for answer in begun])
-            self._shrink()  # now that the error is gone, and with it what its frames held
+                    pending = [self._submit_batch(images[start : start + self.batch]) for start in starts]
+                return lambda: _concatenate([wait() for wait in pending])
+            self._halve_batch()  # now that the error is gone, and with it what its frames held
 
-    def _shrink(self) -> None:
+    def _halve_batch(self) -> None:
         if self.batch == 1:
             raise ConfigError(
                 f"{self.backbone.name}: a single image needs more memory than {self.device} has free; "
                 "pass --device cpu, or another --precision, or end what else uses it"
             )
         torch.cuda.synchronize(self.device)
-        self._graph, self._slots, self._outputs, self._input = None, [], {}, torch.empty(0)
-        self._products = Products(self.device)
+        self._graph, self._buffers, self._outputs, self._input = None, [], {}, torch.empty(0)
+        self._resizer = MatmulResizer(self.device)
         torch.cuda.empty_cache()
         self.batch //= 2
 
-    def _begin(self, images: Images) -> Callable[[], Embeddings]:
+    def _submit_batch(self, images: ImageBatch) -> Callable[[], Embeddings]:
         """Copy and compute without waiting; the caller's pictures may be pinned or not, and of any size if unresized.
 
         What is given back after a copy was begun is not used again before that has ended: torch keeps account of
         pinned memory by the stream that copies from it.
         """
-        if not self._slots:
-            self._make_ready(torch.uint8 if isinstance(images[0], Unresized) else images[0].dtype)
-        slot = self._slots[0]
-        self._slots.reverse()
-        with torch.cuda.stream(self._copying):
-            self._copying.wait_event(slot.free)
-            self._fill(slot.images, images)
-            slot.copied.record()
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(slot.copied)
-            self._input.copy_(self.backbone.transform.normalise(slot.images))
-            slot.free.record()
-            outputs = self._compute()
-            found = {name: _to_host(value[: len(images)]) for name, value in outputs.items()}
+        if not self._buffers:
+            self._prepare(torch.uint8 if isinstance(images[0], UnresizedImage) else images[0].dtype)
+        buffer = self._buffers[0]
+        self._buffers.reverse()
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(buffer.free)
+            self._copy_images(buffer.images, images)
+            buffer.copied.record()
+        with torch.cuda.stream(self._compute_stream):
+            self._compute_stream.wait_event(buffer.copied)
+            self._input.copy_(self.backbone.transform.normalize(buffer.images))
+            buffer.free.record()
+            outputs = self._forward()
+            host_outputs = {name: _to_host(value[: len(images)]) for name, value in outputs.items()}
             done = torch.cuda.Event()
             done.record()
 
-        def answer() -> Embeddings:
+        def wait_for_embeddings() -> Embeddings:
             done.synchronize()
-            return {name: value.numpy() for name, value in found.items()}
+            return {name: value.numpy() for name, value in host_outputs.items()}
 
-        return answer
+        return wait_for_embeddings
 
-    def _fill(self, places: Tensor, images: Images) -> None:
+    def _copy_images(self, destination: Tensor, images: ImageBatch) -> None:
         """Copy pictures to their places; those that are yet to be resized by way of some memory of their own."""
         if isinstance(images, Tensor):
-            places[: len(images)].copy_(images, non_blocking=True)
+            destination[: len(images)].copy_(images, non_blocking=True)
             return
-        groups: dict[tuple[Axis, Axis], list[tuple[int, Tensor]]] = {}
-        for number, picture in enumerate(images):
-            if isinstance(picture, Unresized):
-                groups.setdefault((picture.vertical, picture.horizontal), []).append((number, picture.pixels))
+        groups: dict[tuple[ResizeAxis, ResizeAxis], list[tuple[int, Tensor]]] = {}
+        for position, image in enumerate(images):
+            if isinstance(image, UnresizedImage):
+                groups.setdefault((image.vertical, image.horizontal), []).append((position, image.pixels))
             else:
-                places[number].copy_(picture, non_blocking=True)
+                destination[position].copy_(image, non_blocking=True)
         transform = cast(Transform, self.backbone.transform)  # nobody's own leaves pictures unresized
-        for axes, group in groups.items():
-            step = at_once(*axes, transform.interpolation)
+        for resize_axes, group in groups.items():
+            step = max_resize_batch(*resize_axes, transform.interpolation)
             for start in range(0, len(group), step):
-                numbers, pictures = zip(*group[start : start + step], strict=True)
-                where = torch.tensor(numbers).to(self.device, non_blocking=True)
-                places.index_copy_(0, where, self._resized(pictures, axes, transform))
+                positions, image_pixels = zip(*group[start : start + step], strict=True)
+                position_index = torch.tensor(positions).to(self.device, non_blocking=True)
+                destination.index_copy_(0, position_index, self._resize_on_device(image_pixels, resize_axes, transform))
 
-    def _resized(self, pictures: Sequence[Tensor], axes: tuple[Axis, Axis], transform: Transform) -> Tensor:
+    def _resize_on_device(
+        self, image_pixels: Sequence[Tensor], resize_axes: tuple[ResizeAxis, ResizeAxis], transform: Transform
+    ) -> Tensor:
         """Pictures of one size, copied to the device and brought into the form that the network sees."""
-        channels, height, width = pictures[0].shape
-        shape = (len(pictures), height, width, channels)
+        channels, height, width = image_pixels[0].shape
+        shape = (len(image_pixels), height, width, channels)
         pixels = torch.empty(shape, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
-        for place, picture in zip(pixels, pictures, strict=True):
-            place.copy_(picture, non_blocking=True)
-        with tf32(False):
-            return transform.bordered(self._products.resize(pixels, *axes, transform.interpolation))
+        for destination, source in zip(pixels, image_pixels, strict=True):
+            destination.copy_(source, non_blocking=True)
+        with allow_tf32(False):
+            return transform.pad_to_crop(self._resizer.resize(pixels, *resize_axes, transform.interpolation))
 
-    def _compute(self) -> Mapping[str, Tensor]:
+    def _forward(self) -> Mapping[str, Tensor]:
         if self._graph is None:
             return self.backbone.embed(self._input)
         self._graph.replay()
         return self._outputs
 
-    def _make_ready(self, dtype: torch.dtype) -> None:
+    def _prepare(self, dtype: torch.dtype) -> None:
         """Places for pictures and input, warm libraries, and the graph, where the network can be captured."""
         shape = (self.batch, *self.backbone.transform.size, 3)
-        places = [torch.zeros(shape, dtype=dtype, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]
+        input_tensors = [torch.zeros(shape, dtype=dtype, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]
         torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self._stream):
-            ready = self.backbone.transform.normalise(places[0])
-            self._input = ready.to(self.dtype, memory_format=torch.channels_last, copy=True)
-            for _ in range(WARM_UP):
+        with torch.cuda.stream(self._compute_stream):
+            normalized = self.backbone.transform.normalize(input_tensors[0])
+            self._input = normalized.to(self.dtype, memory_format=torch.channels_last, copy=True)
+            for _ in range(WARMUP_PASSES):
                 self.backbone.embed(self._input)
         torch.cuda.synchronize(self.device)
-        self._graph, self._outputs = self._captured()
-        self._slots = [_Slot(place) for place in places]
-        for slot in self._slots:
-            slot.free.record(self._stream)
-            for stream in (self._copying, self._stream):  # neither is the one that they were made on
-                slot.images.record_stream(stream)
+        self._graph, self._outputs = self._capture_graph()
+        self._buffers = [_InputBuffer(input_tensor) for input_tensor in input_tensors]
+        for buffer in self._buffers:
+            buffer.free.record(self._compute_stream)
+            for stream in (self._copy_stream, self._compute_stream):  # neither is the one that they were made on
+                buffer.images.record_stream(stream)
 
-    def _captured(self) -> tuple[torch.cuda.CUDAGraph | None, Mapping[str, Tensor]]:
+    def _capture_graph(self) -> tuple[torch.cuda.CUDAGraph | None, Mapping[str, Tensor]]:
         """The forward pass as a graph that reads the input's place; None for a network that cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
             # Workers pin memory meanwhile, which must not end the capture.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._compute_stream, capture_error_mode="thread_local"):
                 outputs = self.backbone.embed(self._input)
         except torch.OutOfMemoryError:
             raise
@@ -198,5 +200,5 @@ def _to_host(value: Tensor) -> Tensor:
     return host.copy_(value, non_blocking=True)
 
 
-def _joined(parts: list[Embeddings]) -> Embeddings:
+def _concatenate(parts: list[Embeddings]) -> Embeddings:
     return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

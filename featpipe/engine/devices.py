@@ -7,7 +7,7 @@ import os
 import torch
 
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
 __all__ = ["available_cores", "resolve_device", "resolve_devices"]
 
@@ -27,15 +27,15 @@ def resolve_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdigit())):
-        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"])
-    if kind == "cuda":
+    device_type, _, index = name.partition(":")
+    if device_type not in ("cpu", "cuda", "mps") or (index and not (device_type == "cuda" and index.isdigit())):
+        raise unknown_name_error("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"])
+    if device_type == "cuda":
         count = torch.cuda.device_count()
-        if int(number or 0) >= count:
-            there = f"this machine has {count} CUDA device{'s' * (count != 1)} that torch can use"
-            raise ConfigError(f"device {name!r} is not there: {there}; use --device auto or cpu")
-    if kind == "mps" and not _has_mps():
+        if int(index or 0) >= count:
+            available_text = f"this machine has {count} CUDA device{'s' * (count != 1)} that torch can use"
+            raise ConfigError(f"device {name!r} is not there: {available_text}; use --device auto or cpu")
+    if device_type == "mps" and not _has_mps():
         raise ConfigError("device 'mps' is not there: torch finds no Apple GPU; use --device auto or cpu")
     return torch.device(name)
 
@@ -57,7 +57,7 @@ def resolve_devices(name: str = "auto") -> tuple[torch.device, ...]:
     devices = tuple(resolve_device(part.strip()) for part in name.split(","))
     if len(devices) > 1 or devices[0] != torch.device("cuda") or torch.cuda.device_count() < 2:
         return devices
-    return tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
 
 
 def _has_mps() -> bool:

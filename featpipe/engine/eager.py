@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from featpipe.backbone import Backbone
-from featpipe.engine.runner import Embeddings, as_arrays, padded
+from featpipe.engine.runner import Embeddings, pad_batch, to_arrays
 
-__all__ = ["Eager"]
+__all__ = ["EagerRunner"]
 
 
-class Eager:
+class EagerRunner:
     """Calls the backbone, on any device.
 
     Parameters
@@ -37,10 +37,10 @@ class Eager:
 
     @torch.inference_mode()
     def submit(self, images: Tensor) -> Callable[[], Embeddings]:
-        ready = padded(self.backbone.transform.normalise(images), self.batch)
-        ready = ready.to(self._device, self.dtype, memory_format=torch.channels_last)
-        answer = as_arrays(self.compute(ready), len(images))
-        return lambda: answer
+        inputs = pad_batch(self.backbone.transform.normalize(images), self.batch)
+        inputs = inputs.to(self._device, self.dtype, memory_format=torch.channels_last)
+        embeddings = to_arrays(self.compute(inputs), len(images))
+        return lambda: embeddings
 
     def compute(self, images: Tensor) -> Mapping[str, Tensor]:
         """The outputs of a full batch, transformed and in this engine's dtype."""

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from featpipe.backbone import Backbone
-from featpipe.backbone.products import Picture
+from featpipe.backbone.products import PreparedImage
 from featpipe.engine.runner import Embeddings
 from featpipe.engine.running import Engine
 
-__all__ = ["Fidelity", "candidates", "choose", "embeddings_of", "least_cosine"]
+__all__ = ["Fidelity", "candidate_precisions", "compute_embeddings", "compute_min_cosine", "select_precision"]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Fidelity:
     cosine: dict[str, float] = field(default_factory=dict)
     images_per_second: dict[str, float] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
             "images": self.images,
@@ -54,14 +54,14 @@ class Fidelity:
         }
 
 
-def candidates(device: torch.device) -> tuple[str, ...]:
+def candidate_precisions(device: torch.device) -> tuple[str, ...]:
     """The precisions that are faster than float32 on this device, the fastest first, the more exact of equals before.
 
     Half precision that the hardware does not have is slower than float32, and no candidate.
     """
     if device.type == "cuda":
-        recent = torch.cuda.get_device_capability(device) >= (8, 0)
-        return ("fp16", "bf16", "tf32") if recent else ("fp16",)
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("fp16", "bf16", "tf32") if has_bf16 else ("fp16",)
     if device.type == "mps":
         return ("fp16",)
     return ("bf16",) if _cpu_has_bf16() else ()
@@ -69,14 +69,14 @@ def candidates(device: torch.device) -> tuple[str, ...]:
 
 def _cpu_has_bf16() -> bool:
     try:
-        words = Path("/proc/cpuinfo").read_text().split()
+        cpu_flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False  # not Linux
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags)
 
 
-def choose(
-    backbone: Backbone, device: torch.device, pictures: Sequence[Picture], min_cosine: float, **settings: Any
+def select_precision(
+    backbone: Backbone, device: torch.device, probe_images: Sequence[PreparedImage], min_cosine: float, **settings: Any
 ) -> tuple[Engine, Fidelity]:
     """The engine of the fastest precision that is faithful enough on some pictures.
 
@@ -84,57 +84,60 @@ def choose(
     ----------
     backbone : Backbone
     device : torch.device
-    pictures : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
+    probe_images : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
         As the transform's geometry leaves them.
     min_cosine : float
     **settings
         Of :class:`Engine`, for each of them.
     """
-    found = Fidelity("fp32", len(pictures), min_cosine)
-    engine, exact = _measured(backbone, device, pictures, "fp32", settings, found)
-    for precision in candidates(device) if pictures else ():
-        candidate, embeddings = _measured(backbone, device, pictures, precision, settings, found)
-        found.cosine[precision] = least_cosine(embeddings, exact)
-        if found.cosine[precision] >= min_cosine:
-            found.precision = precision
-            return candidate, found
-    return engine, found
+    fidelity = Fidelity("fp32", len(probe_images), min_cosine)
+    engine, exact_embeddings = _measure_precision(backbone, device, probe_images, "fp32", settings, fidelity)
+    for precision in candidate_precisions(device) if probe_images else ():
+        candidate_engine, embeddings = _measure_precision(backbone, device, probe_images, precision, settings, fidelity)
+        fidelity.cosine[precision] = compute_min_cosine(embeddings, exact_embeddings)
+        if fidelity.cosine[precision] >= min_cosine:
+            fidelity.precision = precision
+            return candidate_engine, fidelity
+    return engine, fidelity
 
 
-def _measured(
+def _measure_precision(
     backbone: Backbone,
     device: torch.device,
-    pictures: Sequence[Picture],
+    images: Sequence[PreparedImage],
     precision: str,
     settings: dict[str, Any],
-    found: Fidelity,
+    fidelity: Fidelity,
 ) -> tuple[Engine, Embeddings]:
     engine = Engine(backbone, device, precision, **settings)
-    with engine.running():
+    with engine.session():
         engine.enter_stream(engine.workers)
-        embeddings_of(engine, pictures[: engine.batch])  # the first pass chooses algorithms
+        compute_embeddings(engine, images[: engine.batch])  # the first pass chooses algorithms
         started = perf_counter()
-        embeddings = embeddings_of(engine, pictures)
-        found.images_per_second[precision] = len(pictures) / max(perf_counter() - started, 1e-9)
+        embeddings = compute_embeddings(engine, images)
+        fidelity.images_per_second[precision] = len(images) / max(perf_counter() - started, 1e-9)
     return engine, embeddings
 
 
-def embeddings_of(engine: Engine, pictures: Sequence[Picture]) -> Embeddings:
+def compute_embeddings(engine: Engine, images: Sequence[PreparedImage]) -> Embeddings:
     """The embeddings of some pictures, batch by batch on the calling thread; empty without a picture."""
-    parts = [pictures[start : start + engine.batch] for start in range(0, len(pictures), engine.batch)]
-    answers = [engine.embed(engine.collect(part)) for part in parts]
-    return {name: np.concatenate([answer[name] for answer in answers]) for name in (answers or [{}])[0]}
+    batches = [images[start : start + engine.batch] for start in range(0, len(images), engine.batch)]
+    batch_embeddings = [engine.embed(engine.collate(batch)) for batch in batches]
+    return {
+        name: np.concatenate([embeddings[name] for embeddings in batch_embeddings])
+        for name in (batch_embeddings or [{}])[0]
+    }
 
 
-def least_cosine(found: Embeddings, exact: Embeddings) -> float:
+def compute_min_cosine(embeddings: Embeddings, exact_embeddings: Embeddings) -> float:
     """The smallest cosine between two engines' embeddings of the same images, over all outputs."""
-    return min(_cosine(found[name], exact[name]) for name in exact)
+    return min(_min_row_cosine(embeddings[name], exact_embeddings[name]) for name in exact_embeddings)
 
 
-def _cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+def _min_row_cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     """The smallest of the rows; -1 where a row is not finite."""
     a, b = (value.reshape(len(value), -1).astype(np.float64) for value in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    same = (a == b).all(axis=1)  # zeros have no direction
-    return float(np.where(same, 1.0, np.nan_to_num(cosine, nan=-1.0, posinf=-1.0, neginf=-1.0)).min())
+    is_identical = (a == b).all(axis=1)  # zeros have no direction
+    return float(np.where(is_identical, 1.0, np.nan_to_num(cosine, nan=-1.0, posinf=-1.0, neginf=-1.0)).min())

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from featpipe.backbone import Backbone
 
-__all__ = ["graph_of"]
+__all__ = ["export_graph"]
 
 
-class _Answers(nn.Module):
+class _TupleOutputs(nn.Module):
     """The backbone with its outputs as a plain tuple."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -23,10 +23,10 @@ class _Answers(nn.Module):
         self._embed = backbone.embed
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._embed(images, whole=True).values())
+        return tuple(self._embed(images, run_to_end=True).values())
 
 
-def graph_of(backbone: Backbone, batch: int) -> torch.export.ExportedProgram:
+def export_graph(backbone: Backbone, batch: int) -> torch.export.ExportedProgram:
     """Follow one forward pass, without values.
 
     Parameters
@@ -46,10 +46,10 @@ def graph_of(backbone: Backbone, batch: int) -> torch.export.ExportedProgram:
     -----
     The outputs' order is that of ``backbone.outputs``.
     """
-    private = replace(backbone, network=copy.deepcopy(backbone.network))
-    like = next((p for p in private.network.parameters() if p.is_floating_point()), torch.zeros(()))
-    images = torch.zeros(batch, 3, *backbone.transform.size, dtype=like.dtype)
+    backbone_copy = replace(backbone, network=copy.deepcopy(backbone.network))
+    reference = next((p for p in backbone_copy.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    images = torch.zeros(batch, 3, *backbone.transform.size, dtype=reference.dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own future
-        return torch.export.export(_Answers(private).eval(), (images,), strict=False)
+        return torch.export.export(_TupleOutputs(backbone_copy).eval(), (images,), strict=False)

@@ -15,29 +15,29 @@ import torch
 from torch import Tensor
 
 from featpipe.backbone import CustomTransform, Transform
-from featpipe.backbone.products import Picture, Unresized, is_exact, suits
-from featpipe.engine.tf32 import tf32
+from featpipe.backbone.products import PreparedImage, UnresizedImage, is_exact, is_supported
+from featpipe.engine.tf32 import allow_tf32
 
-__all__ = ["HandOver", "for_workers"]
+__all__ = ["PinnedTransfer", "make_worker_transforms"]
 
-UNRESIZED_PIXELS = 2_000_000  # at most, of a picture that is left so; decoding a larger one is what takes the time
-WAITING_BYTES = 2**31  # of pictures that wait unresized, in pinned memory; some 4,000 photographs of 500 × 375
+MAX_UNRESIZED_PIXELS = 2_000_000  # at most, of a picture that is left so; decoding a larger one is what takes the time
+MAX_PENDING_BYTES = 2**31  # of pictures that wait unresized, in pinned memory; some 4,000 photographs of 500 × 375
 
 
-def for_workers(
+def make_worker_transforms(
     transform: Transform | CustomTransform, device: torch.device
-) -> tuple[Callable[[Tensor], Picture], Callable[[Tensor], Picture]]:
+) -> tuple[Callable[[Tensor], PreparedImage], Callable[[Tensor], PreparedImage]]:
     """What worker threads do for a device: uint8 (3, H, W) → a picture that is ready to be handed over.
 
     Twice: as little as the device needs of them, and all of it, for those who would have to wait for the device.
     """
     if device.type != "cuda":
-        return transform.picture, transform.picture
-    hand_over = HandOver(transform, device)
-    return hand_over, hand_over.whole
+        return transform.apply_geometry, transform.apply_geometry
+    transfer = PinnedTransfer(transform, device)
+    return transfer, transfer.transform_fully
 
 
-class HandOver:
+class PinnedTransfer:
     """Makes pictures ready for a GPU, in pinned memory, from which it copies by itself.
 
     Left unresized is what the GPU resizes to the same bits, as long as not too much of that is waiting. What no pixel
@@ -52,64 +52,64 @@ class HandOver:
 
     def __init__(self, transform: Transform | CustomTransform, device: torch.device) -> None:
         self.transform = transform
-        self._resized_there = transform if isinstance(transform, Transform) and _is_exact(device) else None
-        self._room = _Room(WAITING_BYTES)
+        self._device_transform = transform if isinstance(transform, Transform) and _is_exact_on(device) else None
+        self._budget = _ByteBudget(MAX_PENDING_BYTES)
 
-    def __call__(self, image: Tensor) -> Picture:
+    def __call__(self, image: Tensor) -> PreparedImage:
         """uint8 (3, H, W) → what the engine is given; to be called by any thread."""
-        unresized = None if self._resized_there is None else self._unresized(image, self._resized_there)
-        return unresized or self.whole(image)
+        deferred = None if self._device_transform is None else self._defer_resize(image, self._device_transform)
+        return deferred or self.transform_fully(image)
 
-    def whole(self, image: Tensor) -> Tensor:
+    def transform_fully(self, image: Tensor) -> Tensor:
         """The same with all of it done here."""
-        return _pinned(self.transform.picture(image))
+        return _copy_to_pinned(self.transform.apply_geometry(image))
 
-    def _unresized(self, image: Tensor, transform: Transform) -> Unresized | None:
+    def _defer_resize(self, image: Tensor, transform: Transform) -> UnresizedImage | None:
         """The picture as it is; None where it is better resized here."""
-        filter_, (vertical, horizontal) = transform.interpolation, transform.axes(*image.shape[-2:])
-        if (vertical.before, horizontal.before) == (vertical.after, horizontal.after):
+        filter_, (vertical, horizontal) = transform.interpolation, transform.resize_axes(*image.shape[-2:])
+        if (vertical.source_size, horizontal.source_size) == (vertical.resized_size, horizontal.resized_size):
             return None
-        pixels = image[:, vertical.read(filter_), horizontal.read(filter_)]
-        size = 1 << (pixels.nbytes - 1).bit_length()  # as torch takes pinned memory, by powers of two
+        pixels = image[:, vertical.source_slice(filter_), horizontal.source_slice(filter_)]
+        pinned_bytes = 1 << (pixels.nbytes - 1).bit_length()  # as torch takes pinned memory, by powers of two
         if (
-            not suits(vertical, horizontal, filter_)
-            or pixels.nbytes > 3 * UNRESIZED_PIXELS
-            or not self._room.take(size)
+            not is_supported(vertical, horizontal, filter_)
+            or pixels.nbytes > 3 * MAX_UNRESIZED_PIXELS
+            or not self._budget.acquire(pinned_bytes)
         ):
             return None
-        picture = Unresized(_pinned(pixels), vertical, horizontal)
-        weakref.finalize(picture, self._room.give_back, size)
+        picture = UnresizedImage(_copy_to_pinned(pixels), vertical, horizontal)
+        weakref.finalize(picture, self._budget.release, pinned_bytes)
         return picture
 
 
-class _Room:
+class _ByteBudget:
     """So many bytes, taken and given back by any thread."""
 
     def __init__(self, size: int) -> None:
-        self._left = size
-        self._given_back: deque[int] = deque()  # an object may be gone at any moment, also while the lock is held
+        self._free_bytes = size
+        self._released: deque[int] = deque()  # an object may be gone at any moment, also while the lock is held
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> bool:
+    def acquire(self, size: int) -> bool:
         """Whether there was room."""
         with self._lock:
-            while self._given_back:
-                self._left += self._given_back.popleft()
-            if size > self._left:
+            while self._released:
+                self._free_bytes += self._released.popleft()
+            if size > self._free_bytes:
                 return False
-            self._left -= size
+            self._free_bytes -= size
             return True
 
-    def give_back(self, size: int) -> None:
-        self._given_back.append(size)
+    def release(self, size: int) -> None:
+        self._released.append(size)
 
 
-def _is_exact(device: torch.device) -> bool:
-    with torch.inference_mode(), tf32(False):
+def _is_exact_on(device: torch.device) -> bool:
+    with torch.inference_mode(), allow_tf32(False):
         return is_exact(device)
 
 
-def _pinned(picture: Tensor) -> Tensor:
+def _copy_to_pinned(picture: Tensor) -> Tensor:
     """A copy that a GPU can copy from while the cores go on, channels last in memory."""
     channels, height, width = picture.shape
     host = torch.empty((height, width, channels), dtype=picture.dtype, pin_memory=True).permute(2, 0, 1)

@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 from featpipe.backbone import Backbone
-from featpipe.engine.eager import Eager
+from featpipe.engine.eager import EagerRunner
 from featpipe.engine.runner import Runner
 from featpipe.errors import ConfigError
 
-__all__ = ["OPENVINO_PRECISIONS", "Fused", "fused", "has_openvino", "openvino"]
+__all__ = ["OPENVINO_PRECISIONS", "FusedRunner", "has_openvino", "make_fused_runner", "make_openvino_runner"]
 
-FARTHEST = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+MAX_RELATIVE_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 """From the network's own answers, relative to their length. A wrong graph is wrong by about 1; sums in another order
 cost half precision up to a tenth, on made-up pictures."""
 
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class Fused(Eager):
+class FusedRunner(EagerRunner):
     """Runs a graph of fused operations in place of the network."""
 
     name = "torch, fused"
 
-    def __init__(self, eager: Eager, module: torch.fx.GraphModule) -> None:
+    def __init__(self, eager: EagerRunner, module: torch.fx.GraphModule) -> None:
         super().__init__(eager.backbone, eager.batch, eager.dtype)
         self._module = module
 
@@ -42,7 +42,7 @@ class Fused(Eager):
         return dict(zip(names, self._module(images), strict=True))
 
 
-def fused(exact: Backbone, eager: Eager) -> Fused | None:
+def make_fused_runner(fp32_backbone: Backbone, eager: EagerRunner) -> FusedRunner | None:
     """The network with its convolutions fused; None where that cannot be done.
 
     Parameters
@@ -56,14 +56,14 @@ def fused(exact: Backbone, eager: Eager) -> Fused | None:
         return None
     # A user's own network may stop the exporter with anything, and the operators are torch's private ones.
     with contextlib.suppress(Exception):
-        from featpipe.engine.fusing import fuse
-        from featpipe.engine.graph import graph_of
+        from featpipe.engine.fusing import fuse_convolutions
+        from featpipe.engine.graph import export_graph
 
-        network = exact.network
+        network = fp32_backbone.network
         weights = dict(network.named_parameters()) | dict(network.named_buffers())
-        made = Fused(eager, fuse(graph_of(eager.backbone, eager.batch), weights, eager.dtype))
-        if _agrees(made, eager):
-            return made
+        runner = FusedRunner(eager, fuse_convolutions(export_graph(eager.backbone, eager.batch), weights, eager.dtype))
+        if _matches_eager(runner, eager):
+            return runner
     return None
 
 
@@ -72,7 +72,9 @@ def has_openvino() -> bool:
     return find_spec("openvino") is not None
 
 
-def openvino(exact: Backbone, precision: str, eager: Eager, *, asked_for: bool) -> Runner | None:
+def make_openvino_runner(
+    fp32_backbone: Backbone, precision: str, eager: EagerRunner, *, required: bool
+) -> Runner | None:
     """The network in OpenVINO; None where that cannot be done and was not asked for.
 
     Raises
@@ -85,31 +87,35 @@ def openvino(exact: Backbone, precision: str, eager: Eager, *, asked_for: bool) 
             raise ConfigError(f"engine 'openvino' computes in {', '.join(OPENVINO_PRECISIONS)}, not in {precision}")
         if not has_openvino():
             raise ConfigError("engine 'openvino' is not installed; pip install 'featpipe[cpu]'")
-        from featpipe.engine.graph import graph_of
-        from featpipe.engine.vino import OpenVino
+        from featpipe.engine.graph import export_graph
+        from featpipe.engine.vino import OpenVinoRunner
 
-        made = OpenVino(graph_of(exact, eager.batch), exact, eager.batch, OPENVINO_PRECISIONS[precision])
-        if not _agrees(made, eager):
+        runner = OpenVinoRunner(
+            export_graph(fp32_backbone, eager.batch), fp32_backbone, eager.batch, OPENVINO_PRECISIONS[precision]
+        )
+        if not _matches_eager(runner, eager):
             raise ConfigError("OpenVINO's answers are not those of the network")
-        return made
+        return runner
     except Exception as error:  # an exporter and a converter, on anybody's network
-        if not asked_for:
+        if not required:
             return None
         if isinstance(error, ConfigError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{exact.name}: OpenVINO cannot run this network ({reason}); pass --engine torch") from error
+        raise ConfigError(
+            f"{fp32_backbone.name}: OpenVINO cannot run this network ({reason}); pass --engine torch"
+        ) from error
 
 
-def _agrees(made: Runner, eager: Eager) -> bool:
+def _matches_eager(runner: Runner, eager: EagerRunner) -> bool:
     """Whether two engines give the same embeddings of made-up pictures, to what their precision rounds to."""
     generator = torch.Generator().manual_seed(0)
     noise = (torch.randint(0, high, (3, 256, 320), generator=generator, dtype=torch.uint8) for high in (256, 48))
-    images = torch.stack([eager.backbone.transform.picture(picture) for picture in noise])
-    found, expected = made.submit(images)(), eager.submit(images)()
+    images = torch.stack([eager.backbone.transform.apply_geometry(picture) for picture in noise])
+    actual, expected = runner.submit(images)(), eager.submit(images)()
     for name, value in expected.items():
-        a, b = (array.reshape(len(images), -1).astype(np.float64) for array in (found[name], value))
+        a, b = (array.reshape(len(images), -1).astype(np.float64) for array in (actual[name], value))
         distance = np.linalg.norm(a - b, axis=1)
-        if a.shape != b.shape or not (distance <= FARTHEST[eager.dtype] * np.linalg.norm(b, axis=1)).all():
+        if a.shape != b.shape or not (distance <= MAX_RELATIVE_DISTANCE[eager.dtype] * np.linalg.norm(b, axis=1)).all():
             return False
     return True

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Embeddings", "Runner", "as_arrays", "padded"]
+__all__ = ["Embeddings", "Runner", "pad_batch", "to_arrays"]
 
 Embeddings = dict[str, NDArray[np.float32]]
 
@@ -36,15 +36,15 @@ class Runner(Protocol):
         """
 
 
-def padded(images: Tensor, batch: int) -> Tensor:
+def pad_batch(images: Tensor, batch: int) -> Tensor:
     """A full batch: with zeros in place of the images that are missing."""
     if len(images) == batch:
         return images
-    full = images.new_zeros((batch, *images.shape[1:]))
-    full[: len(images)] = images
-    return full
+    full_batch = images.new_zeros((batch, *images.shape[1:]))
+    full_batch[: len(images)] = images
+    return full_batch
 
 
-def as_arrays(outputs: Mapping[str, Tensor], count: int) -> Embeddings:
+def to_arrays(outputs: Mapping[str, Tensor], count: int) -> Embeddings:
     """The rows of the images that were there."""
     return {name: value[:count].to(torch.float32).cpu().numpy() for name, value in outputs.items()}

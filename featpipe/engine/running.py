@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 from featpipe.backbone import Backbone
-from featpipe.backbone.products import Images, Picture
+from featpipe.backbone.products import ImageBatch, PreparedImage
 from featpipe.engine import preparing
 from featpipe.engine.devices import available_cores
-from featpipe.engine.eager import Eager
-from featpipe.engine.handover import for_workers
+from featpipe.engine.eager import EagerRunner
+from featpipe.engine.handover import make_worker_transforms
 from featpipe.engine.memory import keep_freed_memory
 from featpipe.engine.runner import Embeddings, Runner
-from featpipe.engine.work import batch_for, multiply_adds
+from featpipe.engine.work import count_multiply_adds, default_batch_size
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 from featpipe.recipe import ENGINES
 
 __all__ = ["Engine"]
 
-DTYPES = {  # name → dtype of weights and activations
+PRECISION_DTYPES = {  # name → dtype of weights and activations
     "fp32": torch.float32,
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-FUSING_IMAGES = 100  # following and fusing a graph takes about a second, which fewer images do not give back
-OPENVINO_IMAGES = 1000  # bringing it into OpenVINO takes some three
+MIN_IMAGES_TO_FUSE = 100  # following and fusing a graph takes about a second, which fewer images do not give back
+MIN_IMAGES_FOR_OPENVINO = 1000  # bringing it into OpenVINO takes some three
 
 
 class Engine:
@@ -86,40 +86,40 @@ class Engine:
         kind: str = "auto",
         images: int | None = None,
     ) -> None:
-        _check(device, precision, batch, kind)
+        _check_settings(device, precision, batch, kind)
         self.device = device
         self.precision = precision
-        self.dtype = DTYPES[precision]
-        self.transform, self.unhurried = for_workers(backbone.transform, device)
+        self.dtype = PRECISION_DTYPES[precision]
+        self.transform, self.fallback_transform = make_worker_transforms(backbone.transform, device)
         network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
         network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = replace(backbone, network=network)
         if device.type == "cpu":
             keep_freed_memory()
-        self._effort = _effort(images or 0)
-        self.multiply_adds = multiply_adds(self.backbone) if batch is None else None
-        size = batch or batch_for(device, self.multiply_adds, self.dtype)
-        self._runner = self._make_runner(backbone, size, kind, images or 0)
+        self._optimization_level = _choose_optimization_level(images or 0)
+        self.multiply_adds = count_multiply_adds(self.backbone) if batch is None else None
+        batch_size = batch or default_batch_size(device, self.multiply_adds, self.dtype)
+        self._runner = self._make_runner(backbone, batch_size, kind, images or 0)
 
-    def is_ready_for(self, images: int) -> bool:
+    def is_optimized_for(self, images: int) -> bool:
         """Whether an engine for so many images would be made ready in the same way."""
-        return _effort(images) <= self._effort
+        return _choose_optimization_level(images) <= self._optimization_level
 
-    def _make_runner(self, exact: Backbone, batch: int, kind: str, images: int) -> Runner:
+    def _make_runner(self, fp32_backbone: Backbone, batch: int, kind: str, images: int) -> Runner:
         """The fastest that suits; what cannot be made ready is called as it is."""
         if self.device.type == "cuda":
-            from featpipe.engine.cuda import Cuda
+            from featpipe.engine.cuda import CudaRunner
 
-            return Cuda(self.backbone, batch, self.precision, self.device)
-        eager = Eager(self.backbone, batch, self.dtype)
+            return CudaRunner(self.backbone, batch, self.precision, self.device)
+        eager = EagerRunner(self.backbone, batch, self.dtype)
         if self.device.type != "cpu":
             return eager
-        if kind == "openvino" or (kind == "auto" and images >= OPENVINO_IMAGES and preparing.has_openvino()):
-            made = preparing.openvino(exact, self.precision, eager, asked_for=kind == "openvino")
-            if made is not None:
-                return made
-        if images >= FUSING_IMAGES:
-            return preparing.fused(exact, eager) or eager
+        if kind == "openvino" or (kind == "auto" and images >= MIN_IMAGES_FOR_OPENVINO and preparing.has_openvino()):
+            runner = preparing.make_openvino_runner(fp32_backbone, self.precision, eager, required=kind == "openvino")
+            if runner is not None:
+                return runner
+        if images >= MIN_IMAGES_TO_FUSE:
+            return preparing.make_fused_runner(fp32_backbone, eager) or eager
         return eager
 
     @property
@@ -136,20 +136,20 @@ class Engine:
         return available_cores()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def session(self) -> Iterator[None]:
         """To be held by the thread that starts the callers of :meth:`embed`; puts torch's thread count back."""
-        before = torch.get_num_threads()
+        thread_count = torch.get_num_threads()
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(thread_count)
 
     def enter_stream(self, workers: int) -> None:
         """To be called once by each of some worker threads: it then computes on its own share of the cores."""
         torch.set_num_threads(max(1, available_cores() // workers))
         self._runner.enter_stream(workers)
 
-    def collect(self, pictures: Sequence[Picture]) -> Images:
+    def collate(self, pictures: Sequence[PreparedImage]) -> ImageBatch:
         """Some pictures together, as :meth:`submit` takes them: one tensor, channels last in memory.
 
         For a GPU they stay by themselves, where each was put for it to copy from.
@@ -164,11 +164,11 @@ class Engine:
         tensors = cast(Sequence[Tensor], pictures)
         shape = (len(tensors), *tensors[0].shape[1:], 3)
         images = torch.empty(shape, dtype=tensors[0].dtype).permute(0, 3, 1, 2)
-        for place, picture in zip(images, tensors, strict=True):
-            place.copy_(picture)
+        for destination, picture in zip(images, tensors, strict=True):
+            destination.copy_(picture)
         return images
 
-    def embed(self, images: Images) -> Embeddings:
+    def embed(self, images: ImageBatch) -> Embeddings:
         """The embeddings of some images.
 
         Parameters
@@ -181,7 +181,7 @@ class Engine:
         """
         return self.submit(images)()
 
-    def submit(self, images: Images) -> Callable[[], Embeddings]:
+    def submit(self, images: ImageBatch) -> Callable[[], Embeddings]:
         """Begin to embed some images; what is returned waits for the embeddings.
 
         On a GPU the next images are copied and begun meanwhile.
@@ -189,16 +189,16 @@ class Engine:
         return self._runner.submit(images)  # type: ignore[arg-type]  # each by itself for a GPU alone
 
 
-def _effort(images: int) -> int:
+def _choose_optimization_level(images: int) -> int:
     """How much is done to be fast for so many images."""
-    return (images >= FUSING_IMAGES) + (images >= OPENVINO_IMAGES)
+    return (images >= MIN_IMAGES_TO_FUSE) + (images >= MIN_IMAGES_FOR_OPENVINO)
 
 
-def _check(device: torch.device, precision: str, batch: int | None, kind: str) -> None:
-    if precision not in DTYPES:
-        raise unknown("precision", precision, DTYPES)
+def _check_settings(device: torch.device, precision: str, batch: int | None, kind: str) -> None:
+    if precision not in PRECISION_DTYPES:
+        raise unknown_name_error("precision", precision, PRECISION_DTYPES)
     if kind not in ENGINES:
-        raise unknown("engine", kind, ENGINES)
+        raise unknown_name_error("engine", kind, ENGINES)
     if precision == "tf32" and device.type != "cuda":
         raise ConfigError(f"precision 'tf32' needs a CUDA device, this is {device}; use fp32 or bf16")
     if kind == "openvino" and device.type != "cpu":

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["tf32"]
+__all__ = ["allow_tf32"]
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
+def allow_tf32(allowed: bool) -> Iterator[None]:
     """TF32 exactly where it is asked for, whatever the process had set, and as it was afterwards."""
     settings: list[tuple[Any, bool]] = [
         (torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32),
         (torch.backends.cudnn, torch.backends.cudnn.allow_tf32),
     ]
-    for place, _ in settings:
-        place.allow_tf32 = allowed
+    for backend, _ in settings:
+        backend.allow_tf32 = allowed
     try:
         yield
     finally:
-        for place, before in settings:
-            place.allow_tf32 = before
+        for backend, previous in settings:
+            backend.allow_tf32 = previous

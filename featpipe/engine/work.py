@@ -11,15 +11,15 @@ import torch
 
 from featpipe.backbone import Backbone
 
-__all__ = ["batch_for", "multiply_adds"]
+__all__ = ["count_multiply_adds", "default_batch_size"]
 
 CPU_BATCH_BYTES = 16  # of one number of each image: 4 images in fp32, 8 in bf16, whose maps a core has near at hand
 CPU_BATCH_MULTIPLY_ADDS = 36e9  # some three seconds at 10 GMAC/s, what one slow core does in fp32
-GPU_BATCHES = (32, 512)  # least and most
+GPU_BATCH_RANGE = (32, 512)  # least and most
 GPU_BATCH_MULTIPLY_ADDS = 1e12  # some milliseconds of a large GPU, so that starting its kernels costs nothing
 
 
-def batch_for(device: torch.device, work: int | None, dtype: torch.dtype) -> int:
+def default_batch_size(device: torch.device, image_multiply_adds: int | None, dtype: torch.dtype) -> int:
     """Images in one forward pass; it follows from the kind of device, network and precision, never from the clock.
 
     Parameters
@@ -31,17 +31,21 @@ def batch_for(device: torch.device, work: int | None, dtype: torch.dtype) -> int
         Of what is computed.
     """
     if device.type == "cpu":
-        most = CPU_BATCH_BYTES // dtype.itemsize
-        return most if not work else max(1, min(most, int(CPU_BATCH_MULTIPLY_ADDS // work)))
-    least, most = GPU_BATCHES
-    if not work:
-        return least
-    power = 1 << max(0, int(GPU_BATCH_MULTIPLY_ADDS // work).bit_length() - 1)
-    return max(least, min(most, power))
+        max_batch = CPU_BATCH_BYTES // dtype.itemsize
+        return (
+            max_batch
+            if not image_multiply_adds
+            else max(1, min(max_batch, int(CPU_BATCH_MULTIPLY_ADDS // image_multiply_adds)))
+        )
+    min_batch, max_batch = GPU_BATCH_RANGE
+    if not image_multiply_adds:
+        return min_batch
+    batch = 1 << max(0, int(GPU_BATCH_MULTIPLY_ADDS // image_multiply_adds).bit_length() - 1)
+    return max(min_batch, min(max_batch, batch))
 
 
 @torch.no_grad()
-def multiply_adds(backbone: Backbone) -> int | None:
+def count_multiply_adds(backbone: Backbone) -> int | None:
     """The work of one image, counted without doing it; None where that cannot be told.
 
     The network is run with tensors that have a shape and no values. A network that cannot do without values, because
@@ -49,20 +53,20 @@ def multiply_adds(backbone: Backbone) -> int | None:
     """
     from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second, which a rerun has no use for
 
-    like = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
-    image = torch.zeros(1, 3, *backbone.transform.size, dtype=like.dtype, device=like.device)
-    for values in (False, True):
+    reference = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    image = torch.zeros(1, 3, *backbone.transform.size, dtype=reference.dtype, device=reference.device)
+    for with_values in (False, True):
         # A user's own network may raise anything.
         with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
-            if values:
+            if with_values:
                 backbone.embed(image)
             else:
-                replace(backbone, network=_shapes_of(backbone.network)).embed(image.to("meta"))
+                replace(backbone, network=_copy_to_meta(backbone.network)).embed(image.to("meta"))
             return int(counter.get_total_flops()) // 2
     return None
 
 
-def _shapes_of(network: torch.nn.Module) -> torch.nn.Module:
+def _copy_to_meta(network: torch.nn.Module) -> torch.nn.Module:
     """A copy of a network whose weights have only their shapes; a copy, for what it may keep from a forward pass."""
     memo: dict[int, Any] = {id(value): torch.nn.Parameter(value.to("meta"), False) for value in network.parameters()}
     memo |= {id(value): value.to("meta") for value in network.buffers()}

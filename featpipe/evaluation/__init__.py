@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from featpipe.evaluation.looking import Duplicates
-from featpipe.evaluation.result import SCHEMA, Evaluation, Rival
+from featpipe.evaluation.result import SCHEMA, BaselineModel, Evaluation
 from featpipe.evaluation.trusting import Coverage
 from featpipe.evaluation.verb import evaluate
 
-__all__ = ["SCHEMA", "Coverage", "Duplicates", "Evaluation", "Rival", "evaluate"]
+__all__ = ["SCHEMA", "BaselineModel", "Coverage", "Duplicates", "Evaluation", "evaluate"]

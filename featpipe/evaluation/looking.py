@@ -10,26 +10,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.findings import Finding, Judged, Pairs, near_duplicates, nearest, outlying, suspects
-from featpipe.findings.judgements import SHOWN, few
-from featpipe.findings.neighbours import Directions
+from featpipe.findings import (
+    DuplicatePairs,
+    Finding,
+    LabeledPredictions,
+    compute_outlier_scores,
+    find_near_duplicates,
+    find_nearest_neighbors,
+    make_prediction_findings,
+)
+from featpipe.findings.judgements import MAX_FINDING_ROWS, count_extreme_rows
+from featpipe.findings.neighbours import CenteredNormalizer
 from featpipe.scores import METRICS, Scores, score
 
 if TYPE_CHECKING:
-    from featpipe.evaluation.reference import Reference
+    from featpipe.evaluation.reference import TrainingReference
     from featpipe.evaluation.result import Evaluation
 
-__all__ = ["Duplicates", "Neighbourhood", "duplicates_of", "judged_of", "neighbourhood_of", "tables_of"]
+__all__ = [
+    "Duplicates",
+    "NearestNeighbors",
+    "compute_nearest_neighbors",
+    "find_duplicates",
+    "make_findings",
+    "make_labeled_predictions",
+]
 
-NEIGHBOURS = 10
-ROWS_AT_ONCE = 1 << 15
-CENTRED_ON = 20_000  # rows
-FEW_TRAINING, FEW_TEST = 20, 30
-RESAMPLES = 200  # for scores that stand beside the main ones
+N_NEIGHBORS = 10
+REFERENCE_BLOCK_ROWS = 1 << 15
+MAX_CENTERING_ROWS = 20_000  # rows
+MIN_TRAINING_IMAGES_PER_CLASS, MIN_TEST_IMAGES_PER_CLASS = 20, 30
+N_BOOTSTRAP_RESAMPLES = 200  # for scores that stand beside the main ones
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbourhood:
+class NearestNeighbors:
     """The most similar images of each row, the most similar first.
 
     Attributes
@@ -64,12 +79,12 @@ class Duplicates:
     """
 
     exact: int
-    training: Pairs | None
-    within: Pairs
+    training: DuplicatePairs | None
+    within: DuplicatePairs
     without: Scores | None
     threshold: float
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """For the terminal."""
         if self.training is None:
             return (
@@ -85,116 +100,150 @@ class Duplicates:
         return f"{text}; without them {METRICS[name][0].lower()} {value} on {self.without.n:,} rows"
 
 
-def neighbourhood_of(evaluation: Evaluation) -> Neighbourhood:
+def compute_nearest_neighbors(evaluation: Evaluation) -> NearestNeighbors:
     """Find them, exactly."""
     reference, X = evaluation.reference, evaluation.features
-    directions = Directions.of(X if reference is None else _sample(evaluation, reference))
-    rows = directions(X)
-    within, within_rows = nearest(rows, rows, NEIGHBOURS, same=True)
+    normalizer = CenteredNormalizer.from_embeddings(
+        X if reference is None else _sample_reference_features(evaluation, reference)
+    )
+    normalized_rows = normalizer(X)
+    within, within_rows = find_nearest_neighbors(normalized_rows, normalized_rows, N_NEIGHBORS, exclude_self=True)
     if reference is None:
-        return Neighbourhood(within, within_rows, None, None)
-    best = np.zeros((len(rows), 0), np.float32)
-    number = np.zeros((len(rows), 0), np.int64)
-    for start, block in _blocks(evaluation, reference):
-        found, at = nearest(rows, directions(block), NEIGHBOURS)
-        best, number = np.hstack([best, found]), np.hstack([number, at + start])
-        order = np.argsort(-best, axis=1, kind="stable")[:, :NEIGHBOURS]
-        best, number = np.take_along_axis(best, order, 1), np.take_along_axis(number, order, 1)
-    return Neighbourhood(within, within_rows, best, number)
+        return NearestNeighbors(within, within_rows, None, None)
+    similarities = np.zeros((len(normalized_rows), 0), np.float32)
+    reference_indices = np.zeros((len(normalized_rows), 0), np.int64)
+    for start, block in _iter_reference_blocks(evaluation, reference):
+        block_similarities, block_indices = find_nearest_neighbors(normalized_rows, normalizer(block), N_NEIGHBORS)
+        similarities, reference_indices = (
+            np.hstack([similarities, block_similarities]),
+            np.hstack([reference_indices, block_indices + start]),
+        )
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :N_NEIGHBORS]
+        similarities, reference_indices = (
+            np.take_along_axis(similarities, order, 1),
+            np.take_along_axis(reference_indices, order, 1),
+        )
+    return NearestNeighbors(within, within_rows, similarities, reference_indices)
 
 
-def _sample(evaluation: Evaluation, reference: Reference) -> NDArray[np.float32]:
-    some = reference.rows[np.linspace(0, len(reference.rows) - 1, min(len(reference.rows), CENTRED_ON)).astype(int)]
-    return np.asarray(reference.cache.features(evaluation.model.output)[some], np.float32)
+def _sample_reference_features(evaluation: Evaluation, reference: TrainingReference) -> NDArray[np.float32]:
+    sampled_rows = reference.rows[
+        np.linspace(0, len(reference.rows) - 1, min(len(reference.rows), MAX_CENTERING_ROWS)).astype(int)
+    ]
+    return np.asarray(reference.cache.features(evaluation.model.output)[sampled_rows], np.float32)
 
 
-def _blocks(evaluation: Evaluation, reference: Reference) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _iter_reference_blocks(
+    evaluation: Evaluation, reference: TrainingReference
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
     features = reference.cache.features(evaluation.model.output)
-    for start in range(0, len(reference.rows), ROWS_AT_ONCE):
-        yield start, np.asarray(features[reference.rows[start : start + ROWS_AT_ONCE]], np.float32)
+    for start in range(0, len(reference.rows), REFERENCE_BLOCK_ROWS):
+        yield start, np.asarray(features[reference.rows[start : start + REFERENCE_BLOCK_ROWS]], np.float32)
 
 
-def duplicates_of(evaluation: Evaluation) -> Duplicates:
+def find_duplicates(evaluation: Evaluation) -> Duplicates:
     """Find the copies, and score the rows that are none."""
-    near = evaluation.neighbourhood
-    within = near_duplicates(near.within, near.within_rows, evaluation.near, same=True)
-    exact = evaluation.left_out.get("trained on", 0)
-    if near.training is None or near.training_rows is None:
-        return Duplicates(exact, None, within, None, evaluation.near)
-    training = near_duplicates(near.training, near.training_rows, evaluation.near)
-    kept = np.setdiff1d(np.arange(len(evaluation.rows)), training.rows)
-    without = None
-    if len(training) and len(kept):
+    neighbors = evaluation.neighbourhood
+    within = find_near_duplicates(neighbors.within, neighbors.within_rows, evaluation.near, within_rows=True)
+    n_exact = evaluation.left_out.get("trained on", 0)
+    if neighbors.training is None or neighbors.training_rows is None:
+        return Duplicates(n_exact, None, within, None, evaluation.near)
+    training = find_near_duplicates(neighbors.training, neighbors.training_rows, evaluation.near)
+    unique_rows = np.setdiff1d(np.arange(len(evaluation.rows)), training.rows)
+    deduplicated_scores = None
+    if len(training) and len(unique_rows):
         model = evaluation.model
-        predicted, truth = evaluation.predicted[kept], evaluation.truth[kept]
-        without = score(model.task, truth, predicted, model.classes, bootstrap=RESAMPLES)
-    return Duplicates(exact, training, within, without, evaluation.near)
+        predicted, truth = evaluation.predicted[unique_rows], evaluation.truth[unique_rows]
+        deduplicated_scores = score(model.task, truth, predicted, model.classes, bootstrap=N_BOOTSTRAP_RESAMPLES)
+    return Duplicates(n_exact, training, within, deduplicated_scores, evaluation.near)
 
 
-def judged_of(evaluation: Evaluation) -> Judged:
+def make_labeled_predictions(evaluation: Evaluation) -> LabeledPredictions:
     """The predictions, as the tables want them."""
     model, truth = evaluation.model, evaluation.truth
     if model.task == "classification":
-        code = {name: i for i, name in enumerate(model.classes)}
-        truth = np.array([code[name] for name in truth], np.intp)
+        class_index = {name: i for i, name in enumerate(model.classes)}
+        truth = np.array([class_index[name] for name in truth], np.intp)
     ids = [evaluation.cache.ids[row] for row in evaluation.rows.tolist()]
-    return Judged(model.task, ids, truth, evaluation.predicted, model.classes)
+    return LabeledPredictions(model.task, ids, truth, evaluation.predicted, model.classes)
 
 
-def tables_of(evaluation: Evaluation) -> list[Finding]:
+def make_findings(evaluation: Evaluation) -> list[Finding]:
     """All tables, the most useful first."""
-    judged = evaluation.judged
-    first, *others = suspects(judged)
-    found = [first, _near(evaluation, judged), *others, _outliers(evaluation, judged)]
-    return [*found, _short(evaluation)] if evaluation.model.task == "classification" else found
+    predictions = evaluation.judged
+    first_finding, *other_findings = make_prediction_findings(predictions)
+    findings = [
+        first_finding,
+        _make_duplicates_finding(evaluation, predictions),
+        *other_findings,
+        _make_outliers_finding(evaluation, predictions),
+    ]
+    return (
+        [*findings, _make_small_classes_finding(evaluation)] if evaluation.model.task == "classification" else findings
+    )
 
 
-def _near(evaluation: Evaluation, judged: Judged) -> Finding:
-    copies = evaluation.duplicates
-    labels = _labels(judged)
+def _make_duplicates_finding(evaluation: Evaluation, predictions: LabeledPredictions) -> Finding:
+    duplicates = evaluation.duplicates
+    labels = _true_labels(predictions)
     rows: list[dict[str, Any]] = []
-    if copies.training is not None and evaluation.reference is not None:
+    if duplicates.training is not None and evaluation.reference is not None:
         reference = evaluation.reference
-        theirs = _shown_labels(reference.cache, reference.rows[copies.training.others])
-        for i in range(min(len(copies.training), SHOWN)):
-            row, other = int(copies.training.rows[i]), int(copies.training.others[i])
-            twin = reference.cache.ids[int(reference.rows[other])]
+        training_labels = _format_cache_labels(reference.cache, reference.rows[duplicates.training.others])
+        for i in range(min(len(duplicates.training), MAX_FINDING_ROWS)):
+            row, other_index = int(duplicates.training.rows[i]), int(duplicates.training.others[i])
+            other_id = reference.cache.ids[int(reference.rows[other_index])]
             rows.append(
-                _pair(judged.ids[row], twin, "training", copies.training.similarities[i], labels[row], theirs[i])
+                _to_pair_row(
+                    predictions.ids[row],
+                    other_id,
+                    "training",
+                    duplicates.training.similarities[i],
+                    labels[row],
+                    training_labels[i],
+                )
             )
-    for i in range(min(len(copies.within), SHOWN)):
-        row, other = int(copies.within.rows[i]), int(copies.within.others[i])
-        similarity = copies.within.similarities[i]
-        rows.append(_pair(judged.ids[row], judged.ids[other], "test", similarity, labels[row], labels[other]))
+    for i in range(min(len(duplicates.within), MAX_FINDING_ROWS)):
+        row, other_index = int(duplicates.within.rows[i]), int(duplicates.within.others[i])
+        similarity = duplicates.within.similarities[i]
+        rows.append(
+            _to_pair_row(
+                predictions.ids[row], predictions.ids[other_index], "test", similarity, labels[row], labels[other_index]
+            )
+        )
     return Finding(
         "near_duplicates",
         "Near-duplicates",
         "Pairs that are nearly one picture; those of training flatter the score, those of two labels mislead the head.",
         ("id", "other", "of", "similarity", "label", "other_label"),
         rows,
-        (0 if copies.training is None else len(copies.training)) + len(copies.within),
-        "" if copies.training is not None else "among the rows alone: the cache of the training images is not at hand",
+        (0 if duplicates.training is None else len(duplicates.training)) + len(duplicates.within),
+        ""
+        if duplicates.training is not None
+        else "among the rows alone: the cache of the training images is not at hand",
     )
 
 
-def _pair(row: str, other: str, of: str, similarity: float, label: str, other_label: str) -> dict[str, Any]:
+def _to_pair_row(
+    sample_id: str, other_id: str, other_origin: str, similarity: float, label: str, other_label: str
+) -> dict[str, Any]:
     return {
-        "id": row,
-        "other": other,
-        "of": of,
+        "id": sample_id,
+        "other": other_id,
+        "of": other_origin,
         "similarity": round(float(similarity), 4),
         "label": label,
         "other_label": other_label,
     }
 
 
-def _labels(judged: Judged) -> list[str]:
-    if judged.task == "regression":
-        return [", ".join(f"{value:g}" for value in np.ravel(row)) for row in judged.y]
-    return [judged.told(row)[0] for row in range(len(judged.ids))]
+def _true_labels(predictions: LabeledPredictions) -> list[str]:
+    if predictions.task == "regression":
+        return [", ".join(f"{value:g}" for value in np.ravel(row)) for row in predictions.y]
+    return [predictions.describe_row(row)[0] for row in range(len(predictions.ids))]
 
 
-def _shown_labels(cache: Any, rows: NDArray[np.int64]) -> list[str]:
+def _format_cache_labels(cache: Any, rows: NDArray[np.int64]) -> list[str]:
     labels = cache.label_table.take(rows)
     if labels.task == "classification":
         return [str(name) for name in labels.y]
@@ -203,35 +252,45 @@ def _shown_labels(cache: Any, rows: NDArray[np.int64]) -> list[str]:
     return [", ".join(f"{value:g}" for value in np.ravel(row)) for row in labels.values]
 
 
-def _outliers(evaluation: Evaluation, judged: Judged) -> Finding:
-    near = evaluation.neighbourhood
-    trained = near.training is not None and near.training.shape[1] > 0
-    similar = near.training if trained and near.training is not None else near.within
-    distance, labels = outlying(similar), _labels(judged)
-    order = np.argsort(-distance, kind="stable")[: few(len(distance), 0.02)].tolist()
+def _make_outliers_finding(evaluation: Evaluation, predictions: LabeledPredictions) -> Finding:
+    neighbors = evaluation.neighbourhood
+    has_reference = neighbors.training is not None and neighbors.training.shape[1] > 0
+    similarities = neighbors.training if has_reference and neighbors.training is not None else neighbors.within
+    outlier_scores, labels = compute_outlier_scores(similarities), _true_labels(predictions)
+    order = np.argsort(-outlier_scores, kind="stable")[: count_extreme_rows(len(outlier_scores), 0.02)].tolist()
     return Finding(
         "outliers",
         "Outliers",
-        f"Least like {'the training images' if trained else 'the other rows'}, by the mean of 1 - cosine to the "
-        f"{NEIGHBOURS} nearest: do they belong here at all?",
+        f"Least like {'the training images' if has_reference else 'the other rows'}, by the mean of 1 - cosine to the "
+        f"{N_NEIGHBORS} nearest: do they belong here at all?",
         ("id", "label", "distance"),
-        [{"id": judged.ids[i], "label": labels[i], "distance": round(float(distance[i]), 4)} for i in order],
+        [{"id": predictions.ids[i], "label": labels[i], "distance": round(float(outlier_scores[i]), 4)} for i in order],
         len(order),
     )
 
 
-def _short(evaluation: Evaluation) -> Finding:
+def _make_small_classes_finding(evaluation: Evaluation) -> Finding:
     reference = evaluation.reference
-    trained = Counter(reference.labels()) if reference is not None else None
+    training_counts = Counter(reference.labels()) if reference is not None else None
     rows = []
     for row in evaluation.scores.per_class:
-        count = None if trained is None else trained[row["name"]]
-        why = _why_short(count, row["support"], trained)
-        if why:
-            low, high = row["recall_interval"]
-            figures = {"recall": row["recall"], "low": low, "high": high}
-            known = {name: None if np.isnan(value) else round(float(value), 4) for name, value in figures.items()}
-            rows.append({"class": row["name"], "training": count, "test": row["support"], **known, "why": why})
+        n_training = None if training_counts is None else training_counts[row["name"]]
+        reason_text = _explain_small_class(n_training, row["support"], training_counts)
+        if reason_text:
+            recall_low, recall_high = row["recall_interval"]
+            recall_scores = {"recall": row["recall"], "low": recall_low, "high": recall_high}
+            rounded_scores = {
+                name: None if np.isnan(value) else round(float(value), 4) for name, value in recall_scores.items()
+            }
+            rows.append(
+                {
+                    "class": row["name"],
+                    "training": n_training,
+                    "test": row["support"],
+                    **rounded_scores,
+                    "why": reason_text,
+                }
+            )
     rows.sort(key=lambda row: (row["training"] or 0, row["test"]))
     return Finding(
         "short_classes",
@@ -240,18 +299,18 @@ def _short(evaluation: Evaluation) -> Finding:
         ("class", "training", "test", "recall", "low", "high", "why"),
         rows,
         len(rows),
-        "" if trained is not None else "by test images alone: the cache of the training images is not at hand",
+        "" if training_counts is not None else "by test images alone: the cache of the training images is not at hand",
     )
 
 
-def _why_short(training: int | None, test: int, trained: Counter[str] | None) -> str:
+def _explain_small_class(n_training: int | None, n_test: int, training_counts: Counter[str] | None) -> str:
     reasons = []
-    if trained is not None and training is not None:
-        middle = float(np.median(list(trained.values())))
-        if training < FEW_TRAINING:
-            reasons.append(f"fewer than {FEW_TRAINING} training images")
-        elif training < middle / 2:
-            reasons.append(f"less than half as many training images as most classes ({middle:g})")
-    if test < FEW_TEST:
-        reasons.append(f"fewer than {FEW_TEST} test images: its scores are uncertain")
+    if training_counts is not None and n_training is not None:
+        median_count = float(np.median(list(training_counts.values())))
+        if n_training < MIN_TRAINING_IMAGES_PER_CLASS:
+            reasons.append(f"fewer than {MIN_TRAINING_IMAGES_PER_CLASS} training images")
+        elif n_training < median_count / 2:
+            reasons.append(f"less than half as many training images as most classes ({median_count:g})")
+    if n_test < MIN_TEST_IMAGES_PER_CLASS:
+        reasons.append(f"fewer than {MIN_TEST_IMAGES_PER_CLASS} test images: its scores are uncertain")
     return "; ".join(reasons)

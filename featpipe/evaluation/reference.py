@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import SPLITS, FeatureCache
+from featpipe.cache import SPLIT_NAMES, FeatureCache
 from featpipe.errors import CacheMismatchError, ConfigError, FeatpipeError
 from featpipe.model import Model
 
-__all__ = ["Reference", "reference_of"]
+__all__ = ["TrainingReference", "find_training_reference"]
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class TrainingReference:
     """The rows of a cache that a model was trained on.
 
     Attributes
@@ -36,9 +36,12 @@ class Reference:
         return [str(label) for label in self.cache.label_table.take(self.rows).y]
 
 
-def reference_of(
-    model: Model, data: FeatureCache, given: FeatureCache | str | os.PathLike[str] | None, folder: Path
-) -> Reference | None:
+def find_training_reference(
+    model: Model,
+    evaluated_cache: FeatureCache,
+    training_cache: FeatureCache | str | os.PathLike[str] | None,
+    cache_folder: Path,
+) -> TrainingReference | None:
     """The rows that the model was trained on: by their images' bytes, never by a name alone.
 
     Raises
@@ -48,28 +51,28 @@ def reference_of(
     CacheMismatchError
         If it holds other embeddings.
     """
-    if given is not None:
-        cache = given if isinstance(given, FeatureCache) else FeatureCache(given)
+    if training_cache is not None:
+        cache = training_cache if isinstance(training_cache, FeatureCache) else FeatureCache(training_cache)
         model.check_cache(cache)
-        found = _trained_rows(model, cache)
-        if found is None:
+        reference = _select_trained_rows(model, cache)
+        if reference is None:
             raise ConfigError(f"{cache.path}: the model was trained on none of its images; give the cache that it was")
-        return found
-    for cache in _candidates(model, data, folder):
-        found = _trained_rows(model, cache)
-        if found is not None and 2 * len(found.rows) >= len(model.trained_on):
-            return found
+        return reference
+    for cache in _iter_candidate_caches(model, evaluated_cache, cache_folder):
+        reference = _select_trained_rows(model, cache)
+        if reference is not None and 2 * len(reference.rows) >= len(model.trained_on):
+            return reference
     return None
 
 
-def _candidates(model: Model, data: FeatureCache, folder: Path) -> Iterator[FeatureCache]:
+def _iter_candidate_caches(model: Model, evaluated_cache: FeatureCache, cache_folder: Path) -> Iterator[FeatureCache]:
     """The data itself, then what has the name of the cache that the model was trained on."""
-    yield data
+    yield evaluated_cache
     name = Path(str(model.history.get("trained_on", {}).get("cache", ""))).name
-    places = [data.path.parent, folder, *([model.path.parent] if model.path is not None else [])]
-    for place in dict.fromkeys(places) if name else ():
-        path: Any = place / name
-        if path.is_file() and path != data.path:
+    folders = [evaluated_cache.path.parent, cache_folder, *([model.path.parent] if model.path is not None else [])]
+    for candidate_folder in dict.fromkeys(folders) if name else ():
+        path: Any = candidate_folder / name
+        if path.is_file() and path != evaluated_cache.path:
             try:
                 cache = FeatureCache(path)
                 model.check_cache(cache)
@@ -78,9 +81,9 @@ def _candidates(model: Model, data: FeatureCache, folder: Path) -> Iterator[Feat
             yield cache
 
 
-def _trained_rows(model: Model, cache: FeatureCache) -> Reference | None:
+def _select_trained_rows(model: Model, cache: FeatureCache) -> TrainingReference | None:
     rows = cache.usable
     if cache.split.any():  # a test row may be a copy of a training image
-        rows = rows[cache.split[rows] == SPLITS.index("train")]
+        rows = rows[cache.split[rows] == SPLIT_NAMES.index("train")]
     rows = rows[model.was_trained_on(cache.digests[rows])]
-    return Reference(cache, rows.astype(np.int64)) if len(rows) else None
+    return TrainingReference(cache, rows.astype(np.int64)) if len(rows) else None

@@ -11,22 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
-from featpipe.evaluation.looking import Duplicates, Neighbourhood, duplicates_of, judged_of, neighbourhood_of, tables_of
-from featpipe.evaluation.reference import Reference
-from featpipe.evaluation.rows import truth_of
-from featpipe.evaluation.trusting import Coverage, coverage_of
-from featpipe.findings import NEAR, Finding, Forecast, Judged
+from featpipe.evaluation.looking import (
+    Duplicates,
+    NearestNeighbors,
+    compute_nearest_neighbors,
+    find_duplicates,
+    make_findings,
+    make_labeled_predictions,
+)
+from featpipe.evaluation.reference import TrainingReference
+from featpipe.evaluation.rows import load_true_labels
+from featpipe.evaluation.trusting import Coverage, compute_coverage
+from featpipe.findings import NEAR_DUPLICATE_COSINE, Finding, LabeledPredictions, LearningCurve
 from featpipe.model import Model
-from featpipe.scores import METRICS, Paired, Scores, number
+from featpipe.scores import METRICS, PairedComparison, Scores, format_score
 
-__all__ = ["SCHEMA", "Evaluation", "Rival"]
+__all__ = ["SCHEMA", "BaselineModel", "Evaluation"]
 
 SCHEMA = "featpipe-evaluation/1.0"
 """What the JSON is called; the second number grows with what is added, the first when something means another thing."""
 
 
 @dataclass(frozen=True, eq=False)
-class Rival:
+class BaselineModel:
     """Another model on the same rows.
 
     Attributes
@@ -41,7 +48,7 @@ class Rival:
     name: str
     model: Model
     scores: Scores
-    paired: Paired
+    paired: PairedComparison
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +80,14 @@ class Evaluation:
     predicted: NDArray[np.float64]
     left_out: dict[str, int]
     model: Model
-    rivals: tuple[Rival, ...] = ()
-    reference: Reference | None = None
-    near: float = NEAR
+    rivals: tuple[BaselineModel, ...] = ()
+    reference: TrainingReference | None = None
+    near: float = NEAR_DUPLICATE_COSINE
 
     @cached_property
     def truth(self) -> NDArray[Any]:
         """What is true of the rows, in the model's terms: names, a 0/1 matrix, or targets."""
-        return truth_of(self.model, self.cache, self.rows)
+        return load_true_labels(self.model, self.cache, self.rows)
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
@@ -88,26 +95,26 @@ class Evaluation:
         return np.asarray(self.cache.features(self.model.output)[self.rows], np.float32)
 
     @cached_property
-    def judged(self) -> Judged:
+    def judged(self) -> LabeledPredictions:
         """The predictions with sample ids and codes, as findings take them."""
-        return judged_of(self)
+        return make_labeled_predictions(self)
 
     @cached_property
-    def neighbourhood(self) -> Neighbourhood:
+    def neighbourhood(self) -> NearestNeighbors:
         """The nearest images of each row, in training and among the rows."""
-        return neighbourhood_of(self)
+        return compute_nearest_neighbors(self)
 
     @cached_property
     def duplicates(self) -> Duplicates:
         """Copies of training images among the rows, and the scores without them."""
-        return duplicates_of(self)
+        return find_duplicates(self)
 
     @cached_property
-    def learning_curve(self) -> Forecast | None:
+    def learning_curve(self) -> LearningCurve | None:
         """The errors of heads trained on fewer images, and a forecast; None where that cannot be known."""
-        from featpipe.evaluation.learning import learning_curve_of
+        from featpipe.evaluation.learning import compute_learning_curve
 
-        return learning_curve_of(self)
+        return compute_learning_curve(self)
 
     @cached_property
     def novelty(self) -> NDArray[np.float64] | None:
@@ -117,56 +124,56 @@ class Evaluation:
     @cached_property
     def coverage(self) -> list[Coverage]:
         """How often sets of answers hold the right one, at several levels; empty where the model has none."""
-        return coverage_of(self)
+        return compute_coverage(self)
 
     @cached_property
     def findings(self) -> list[Finding]:
         """What to look at next."""
-        return tables_of(self)
+        return make_findings(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it, as ``featpipe/evaluation/schema.json`` says."""
-        from featpipe.evaluation.document import document_of
+        from featpipe.evaluation.document import evaluation_to_dict
 
-        return document_of(self)
+        return evaluation_to_dict(self)
 
     def table(self) -> str:
         """The scores for the terminal, how other models compare, and what they do not cover."""
-        parts = [self.scores.table(), *(_beside(rival, self.scores) for rival in self.rivals)]
-        parts += [text for text in (self.duplicates.told(),) if text]
-        left = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return "\n\n".join([*parts, *([f"left out: {left}"] if left else [])])
+        sections = [self.scores.table(), *(_format_baseline(baseline, self.scores) for baseline in self.rivals)]
+        sections += [text for text in (self.duplicates.describe(),) if text]
+        left_out_text = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        return "\n\n".join([*sections, *([f"left out: {left_out_text}"] if left_out_text else [])])
 
     def _repr_html_(self) -> str:
         """The scores in a notebook, each beside those of the models that it was compared with."""
-        columns = [("", self.scores), *((rival.name, rival.scores) for rival in self.rivals)]
-        head = "".join(f"<th>{escape(name)}</th>" for name, _ in [("", None), *columns])
-        rows = "".join(
+        score_columns = [("", self.scores), *((baseline.name, baseline.scores) for baseline in self.rivals)]
+        header_cells = "".join(f"<th>{escape(name)}</th>" for name, _ in [("", None), *score_columns])
+        body_rows = "".join(
             f"<tr><th>{escape(METRICS[name][0])}</th>"
-            + "".join(f"<td>{escape(str(scores.metrics.get(name, '–')))}</td>" for _, scores in columns)
+            + "".join(f"<td>{escape(str(scores.metrics.get(name, '–')))}</td>" for _, scores in score_columns)
             + "</tr>"
             for name in self.scores.metrics
         )
         caption = f"{self.model!r}, {len(self.rows):,} rows; 95 % intervals"
-        return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{rows}</table>"
+        return f"<table><caption>{escape(caption)}</caption><tr>{header_cells}</tr>{body_rows}</table>"
 
 
-def _beside(rival: Rival, scores: Scores) -> str:
+def _format_baseline(baseline: BaselineModel, scores: Scores) -> str:
     """One other model in a few lines: its score, the difference and its chance."""
-    name = next((name for name in scores.metrics if name in rival.paired.contrasts), None)
-    head = f"against {rival.name}, on the same {rival.paired.n:,} rows"
+    name = next((name for name in scores.metrics if name in baseline.paired.contrasts), None)
+    heading = f"against {baseline.name}, on the same {baseline.paired.n:,} rows"
     if name is None:
-        return head
-    contrast = rival.paired.contrasts[name]
-    by = "McNemar's exact test" if contrast.test == "mcnemar" else "paired bootstrap"
+        return heading
+    contrast = baseline.paired.contrasts[name]
+    test_name = "McNemar's exact test" if contrast.test == "mcnemar" else "paired bootstrap"
     difference = contrast.difference
     lines = [
-        f"{head}: {METRICS[name][0].lower()} {rival.scores.metrics[name]}",
+        f"{heading}: {METRICS[name][0].lower()} {baseline.scores.metrics[name]}",
         f"difference {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}], p = "
-        f"{number(contrast.p) if contrast.p >= 0.001 else '< 0.001'} by {by}",
+        f"{format_score(contrast.p) if contrast.p >= 0.001 else '< 0.001'} by {test_name}",
     ]
-    if rival.paired.only_first is not None:
+    if baseline.paired.only_first is not None:
         lines.append(
-            f"{rival.paired.only_first:,} rows are right by the first alone, {rival.paired.only_second:,} by the other"
+            f"{baseline.paired.only_first:,} rows are right by the first alone, {baseline.paired.only_second:,} by the other"
         )
     return "\n".join(lines)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import SPLITS, FeatureCache
+from featpipe.cache import SPLIT_NAMES, FeatureCache
 from featpipe.errors import CacheError, ConfigError
 from featpipe.model import Model
 
-__all__ = ["rows_to_score", "truth_of"]
+__all__ = ["load_true_labels", "select_rows_to_score"]
 
 
-def rows_to_score(
-    models: Sequence[Model], cache: FeatureCache, without: NDArray[np.integer[Any]]
+def select_rows_to_score(
+    models: Sequence[Model], cache: FeatureCache, excluded_rows: NDArray[np.integer[Any]]
 ) -> tuple[NDArray[np.int64], dict[str, int]]:
     """The rows to score, and how many are left out for which reason.
 
@@ -30,17 +30,17 @@ def rows_to_score(
     """
     rows = cache.usable
     left_out = dict(cache.bad_rows())
-    unlabelled = int(np.count_nonzero(cache.ok)) - len(rows)
+    n_unlabeled = int(np.count_nonzero(cache.ok)) - len(rows)
     if cache.split.any():
-        test = cache.split[rows] == SPLITS.index("test")
-        left_out["not in the test split"] = int(np.count_nonzero(~test))
-        rows = rows[test]
-    unwanted = np.isin(rows, without)
-    left_out["named by --without"] = int(np.count_nonzero(unwanted))
-    rows = rows[~unwanted]
-    seen = np.any([model.was_trained_on(cache.digests[rows]) for model in models], axis=0)
-    left_out |= {"without a label": unlabelled, "trained on": int(np.count_nonzero(seen))}
-    rows = rows[~seen]
+        is_test_row = cache.split[rows] == SPLIT_NAMES.index("test")
+        left_out["not in the test split"] = int(np.count_nonzero(~is_test_row))
+        rows = rows[is_test_row]
+    is_excluded = np.isin(rows, excluded_rows)
+    left_out["named by --without"] = int(np.count_nonzero(is_excluded))
+    rows = rows[~is_excluded]
+    is_training_row = np.any([model.was_trained_on(cache.digests[rows]) for model in models], axis=0)
+    left_out |= {"without a label": n_unlabeled, "trained on": int(np.count_nonzero(is_training_row))}
+    rows = rows[~is_training_row]
     left_out = {reason: count for reason, count in left_out.items() if count}
     if not len(rows):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
@@ -51,17 +51,24 @@ def rows_to_score(
     return rows.astype(np.int64), left_out
 
 
-def truth_of(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
+def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
     """The labels of the rows in the model's terms: class names, or columns in the order of its labels or targets."""
     labels = cache.label_table.take(rows)
     if model.task == "classification":
-        _refuse_strange(model, cache, [cache.classes[code] for code in np.unique(labels.values)])
+        _check_known_labels(model, cache, [cache.classes[code] for code in np.unique(labels.values)])
         return labels.y
     if model.task == "multilabel":
-        _refuse_strange(model, cache, [cache.classes[column] for column in np.flatnonzero(labels.values.any(axis=0))])
-        column = {name: i for i, name in enumerate(cache.classes)}
-        absent = np.zeros(len(rows), np.int8)
-        return np.column_stack([labels.values[:, column[name]] if name in column else absent for name in model.classes])
+        _check_known_labels(
+            model, cache, [cache.classes[column] for column in np.flatnonzero(labels.values.any(axis=0))]
+        )
+        column_by_label = {name: i for i, name in enumerate(cache.classes)}
+        zero_column = np.zeros(len(rows), np.int8)
+        return np.column_stack(
+            [
+                labels.values[:, column_by_label[name]] if name in column_by_label else zero_column
+                for name in model.classes
+            ]
+        )
     missing = [name for name in model.classes if name not in cache.classes]
     if missing:
         raise ConfigError(
@@ -72,11 +79,11 @@ def truth_of(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDAr
     return y[:, 0] if len(model.classes) == 1 else y
 
 
-def _refuse_strange(model: Model, cache: FeatureCache, found: Sequence[str]) -> None:
-    strange = [name for name in found if name not in model.classes]
-    if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+def _check_known_labels(model: Model, cache: FeatureCache, label_names: Sequence[str]) -> None:
+    unknown_labels = [name for name in label_names if name not in model.classes]
+    if unknown_labels:
+        more_text = f" and {len(unknown_labels) - 3} more" if len(unknown_labels) > 3 else ""
         raise ConfigError(
-            f"{cache.path}: has labels that the model does not know: {', '.join(map(repr, strange[:3]))}{more}; "
+            f"{cache.path}: has labels that the model does not know: {', '.join(map(repr, unknown_labels[:3]))}{more_text}; "
             "leave those images out, or train a model that has them"
         )

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.scores import Interval, share_interval
+from featpipe.scores import Interval, wilson_interval
 
 if TYPE_CHECKING:
     from featpipe.evaluation.result import Evaluation
 
-__all__ = ["NEW", "Coverage", "coverage_of", "novelty_summary"]
+__all__ = ["NOVELTY_THRESHOLD", "Coverage", "compute_coverage", "summarize_novelty"]
 
-LEVELS = (0.8, 0.9, 0.95, 0.99)
-NEW = 0.95
+COVERAGE_LEVELS = (0.8, 0.9, 0.95, 0.99)
+NOVELTY_THRESHOLD = 0.95
 """From this novelty on, an image is called new: of training-like images one in twenty is."""
 
 
@@ -43,52 +43,62 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        found = {
+        coverage_dict = {
             "level": self.level,
             "coverage": self.coverage.value,
             "low": self.coverage.low,
             "high": self.coverage.high,
         }
-        return {**found, "size": self.size, "single": None if np.isnan(self.single) else self.single}
+        return {**coverage_dict, "size": self.size, "single": None if np.isnan(self.single) else self.single}
 
 
-def coverage_of(evaluation: Evaluation) -> list[Coverage]:
+def compute_coverage(evaluation: Evaluation) -> list[Coverage]:
     """At several levels; none where the model has no sets."""
     model = evaluation.model
     conformal = model.trust.conformal
     if conformal is None or model.task == "multilabel":
         return []
-    found = []
-    for level in LEVELS:
-        if not np.isfinite(conformal.reach(level)).all():
+    coverages = []
+    for level in COVERAGE_LEVELS:
+        if not np.isfinite(conformal.score_quantile(level)).all():
             continue  # too few held-out images to say
         if model.task == "regression":
-            ends = conformal.intervals(evaluation.predicted, level)
-            truth = np.reshape(evaluation.truth, ends.shape[:2])
-            holds = ((ends[..., 0] <= truth) & (truth <= ends[..., 1])).mean(axis=1)
-            found.append(_coverage(level, holds, (ends[..., 1] - ends[..., 0]).mean(axis=1), np.nan))
+            intervals = conformal.predict_intervals(evaluation.predicted, level)
+            truth = np.reshape(evaluation.truth, intervals.shape[:2])
+            is_covered = ((intervals[..., 0] <= truth) & (truth <= intervals[..., 1])).mean(axis=1)
+            coverages.append(
+                _make_coverage(level, is_covered, (intervals[..., 1] - intervals[..., 0]).mean(axis=1), np.nan)
+            )
         else:
-            sets = conformal.sets(evaluation.predicted, level)
-            size = sets.sum(axis=1)
-            holds = sets[np.arange(len(sets)), evaluation.judged.y]
-            found.append(_coverage(level, holds.astype(float), size, float((size == 1).mean())))
-    return found
+            prediction_sets = conformal.predict_sets(evaluation.predicted, level)
+            set_sizes = prediction_sets.sum(axis=1)
+            is_covered = prediction_sets[np.arange(len(prediction_sets)), evaluation.judged.y]
+            coverages.append(_make_coverage(level, is_covered.astype(float), set_sizes, float((set_sizes == 1).mean())))
+    return coverages
 
 
-def _coverage(level: float, holds: NDArray[np.float64], size: NDArray[Any], single: float) -> Coverage:
-    low, high = share_interval(holds.sum(), len(holds))
-    return Coverage(level, Interval(float(holds.mean()), float(low), float(high)), float(size.mean()), single)
+def _make_coverage(
+    level: float, is_covered: NDArray[np.float64], sizes: NDArray[Any], singleton_share: float
+) -> Coverage:
+    low, high = wilson_interval(is_covered.sum(), len(is_covered))
+    return Coverage(
+        level, Interval(float(is_covered.mean()), float(low), float(high)), float(sizes.mean()), singleton_share
+    )
 
 
-def novelty_summary(evaluation: Evaluation) -> dict[str, Any] | None:
+def summarize_novelty(evaluation: Evaluation) -> dict[str, Any] | None:
     """How many rows look new, and how right the model is of them and of the others; None where that is not known."""
     novelty = evaluation.novelty
     if novelty is None:
         return None
-    new = novelty >= NEW
-    found: dict[str, Any] = {"from": NEW, "share": float(new.mean()), "median": float(np.median(novelty))}
+    is_novel = novelty >= NOVELTY_THRESHOLD
+    summary: dict[str, Any] = {
+        "from": NOVELTY_THRESHOLD,
+        "share": float(is_novel.mean()),
+        "median": float(np.median(novelty)),
+    }
     if evaluation.model.task != "regression":
-        right = evaluation.judged.right
-        for name, rows in (("right_of_new", new), ("right_of_others", ~new)):
-            found[name] = float(right[rows].mean()) if rows.any() else None
-    return found
+        is_correct = evaluation.judged.is_correct
+        for name, rows in (("right_of_new", is_novel), ("right_of_others", ~is_novel)):
+            summary[name] = float(is_correct[rows].mean()) if rows.any() else None
+    return summary

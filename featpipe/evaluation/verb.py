@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
-from featpipe.evaluation.reference import reference_of
-from featpipe.evaluation.result import Evaluation, Rival
-from featpipe.evaluation.rows import rows_to_score, truth_of
-from featpipe.findings import NEAR
-from featpipe.grouping import rows_named
+from featpipe.evaluation.reference import find_training_reference
+from featpipe.evaluation.result import BaselineModel, Evaluation
+from featpipe.evaluation.rows import load_true_labels, select_rows_to_score
+from featpipe.findings import NEAR_DUPLICATE_COSINE
+from featpipe.grouping import find_listed_rows
 from featpipe.model import Model
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.scores import paired, score
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.scores import compare_paired, score
 
 __all__ = ["evaluate"]
 
@@ -32,9 +32,9 @@ def evaluate(
     labels: Any = None,
     trained_on: FeatureCache | str | os.PathLike[str] | None = None,
     without: str | os.PathLike[str] | None = None,
-    near: float = NEAR,
+    near: float = NEAR_DUPLICATE_COSINE,
     cache: str | os.PathLike[str] = "cache",
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
 ) -> Evaluation:
     """Score a model.
 
@@ -72,90 +72,111 @@ def evaluate(
     if not 0 < near <= 1:
         raise ConfigError(f"near is {near}; it is a cosine, from above 0 to 1")
     models = [model, *against]
-    caches = [_open(one, data, labels, cache, progress) for one in models]
-    for one, held in zip(models, caches, strict=True):
-        _check(one, held)
-    _refuse_other_samples(caches)
-    opened = caches[0]
-    unwanted = rows_named(opened, without) if without is not None else np.zeros(0, np.int64)
-    rows, left_out = rows_to_score(models, opened, unwanted)
+    caches = [_open_cache(evaluated_model, data, labels, cache, progress) for evaluated_model in models]
+    for evaluated_model, model_cache in zip(models, caches, strict=True):
+        _check_cache(evaluated_model, model_cache)
+    _check_same_samples(caches)
+    first_cache = caches[0]
+    excluded_rows = find_listed_rows(first_cache, without) if without is not None else np.zeros(0, np.int64)
+    rows, left_out = select_rows_to_score(models, first_cache, excluded_rows)
     if left_out:
         text = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         progress(Progress("note", f"{len(rows)} rows are scored; left out: {text}"))
-    X = np.asarray(opened.features(model.output)[rows], np.float32)
-    predicted = _answers(model, X)
-    scores = score(model.task, truth_of(model, opened, rows), predicted, model.classes)
-    rivals = [
-        _rival(model, predicted, other, held, rows, name)
-        for other, held, name in zip(against, caches[1:], _names(models)[1:], strict=True)
+    X = np.asarray(first_cache.features(model.output)[rows], np.float32)
+    predicted = _predict(model, X)
+    scores = score(model.task, load_true_labels(model, first_cache, rows), predicted, model.classes)
+    baselines = [
+        _score_baseline(model, predicted, baseline_model, baseline_cache, rows, name)
+        for baseline_model, baseline_cache, name in zip(
+            against, caches[1:], _make_display_names(models)[1:], strict=True
+        )
     ]
-    reference = reference_of(model, opened, trained_on, Path(cache))
-    return Evaluation(scores, opened, rows, predicted, left_out, model, tuple(rivals), reference, near)
+    reference = find_training_reference(model, first_cache, trained_on, Path(cache))
+    return Evaluation(scores, first_cache, rows, predicted, left_out, model, tuple(baselines), reference, near)
 
 
-def _answers(model: Model, X: NDArray[np.float32]) -> NDArray[np.float64]:
+def _predict(model: Model, X: NDArray[np.float32]) -> NDArray[np.float64]:
     return model.predict_features(X) if model.task == "regression" else model.predict_proba_features(X)
 
 
-def _check(model: Model, cache: FeatureCache) -> None:
+def _check_cache(model: Model, cache: FeatureCache) -> None:
     """Refuse a cache that this model cannot be judged by."""
     model.check_cache(cache)
     if cache.task != model.task:
-        found = "no labels" if cache.task == "none" else f"labels for {cache.task}"
-        raise ConfigError(f"{cache.path}: has {found}, the model does {model.task}; give fitting labels with --labels")
+        label_kind = "no labels" if cache.task == "none" else f"labels for {cache.task}"
+        raise ConfigError(
+            f"{cache.path}: has {label_kind}, the model does {model.task}; give fitting labels with --labels"
+        )
 
 
-def _refuse_other_samples(caches: Sequence[FeatureCache]) -> None:
-    first = caches[0]
-    for other in caches[1:]:
-        if other is not first and (other.ids != first.ids or not np.array_equal(other.digests, first.digests)):
+def _check_same_samples(caches: Sequence[FeatureCache]) -> None:
+    first_cache = caches[0]
+    for other_cache in caches[1:]:
+        if other_cache is not first_cache and (
+            other_cache.ids != first_cache.ids or not np.array_equal(other_cache.digests, first_cache.digests)
+        ):
             raise ConfigError(
-                f"{other.path} holds other samples than {first.path}; models are compared on the same images: "
+                f"{other_cache.path} holds other samples than {first_cache.path}; models are compared on the same images: "
                 "give archives"
             )
 
 
-def _names(models: Sequence[Model]) -> list[str]:
+def _make_display_names(models: Sequence[Model]) -> list[str]:
     """What to call each model: its head, or its file where heads are alike, or a number where those are alike too."""
-    heads = [model.head_name for model in models]
-    files = [model.path.name if model.path else head for model, head in zip(models, heads, strict=True)]
-    if len(set(heads)) == len(heads):
-        return heads
-    return files if len(set(files)) == len(files) else [f"{i + 1}: {name}" for i, name in enumerate(files)]
+    head_names = [model.head_name for model in models]
+    file_names = [model.path.name if model.path else head for model, head in zip(models, head_names, strict=True)]
+    if len(set(head_names)) == len(head_names):
+        return head_names
+    return (
+        file_names
+        if len(set(file_names)) == len(file_names)
+        else [f"{i + 1}: {name}" for i, name in enumerate(file_names)]
+    )
 
 
-def _rival(
+def _score_baseline(
     model: Model,
     predicted: NDArray[np.float64],
-    other: Model,
+    baseline_model: Model,
     cache: FeatureCache,
     rows: NDArray[np.int64],
     name: str,
-) -> Rival:
-    theirs = _answers(other, np.asarray(cache.features(other.output)[rows], np.float32))
-    scores = score(other.task, truth_of(other, cache, rows), theirs, other.classes)
+) -> BaselineModel:
+    baseline_predicted = _predict(baseline_model, np.asarray(cache.features(baseline_model.output)[rows], np.float32))
+    scores = score(
+        baseline_model.task, load_true_labels(baseline_model, cache, rows), baseline_predicted, baseline_model.classes
+    )
     if model.task == "regression":
         names: tuple[str, ...] = model.classes
-        if set(names) != set(other.classes):
+        if set(names) != set(baseline_model.classes):
             raise ConfigError(f"{name} predicts other targets than the first model; compare models of the same targets")
-        theirs = np.reshape(theirs, (len(rows), -1))[:, [other.classes.index(target) for target in names]]
-        y, ours = truth_of(model, cache, rows), predicted
+        baseline_predicted = np.reshape(baseline_predicted, (len(rows), -1))[
+            :, [baseline_model.classes.index(target) for target in names]
+        ]
+        y, model_predicted = load_true_labels(model, cache, rows), predicted
     else:
-        names = tuple(dict.fromkeys([*model.classes, *other.classes]))
-        ours, theirs = _in_columns(predicted, model.classes, names), _in_columns(theirs, other.classes, names)
-        y = truth_of(model, cache, rows)
-        y = _in_columns(y, model.classes, names) if model.task == "multilabel" else y
-    return Rival(name, other, scores, paired(model.task, y, ours, theirs, names))
+        names = tuple(dict.fromkeys([*model.classes, *baseline_model.classes]))
+        model_predicted, baseline_predicted = (
+            _reorder_columns(predicted, model.classes, names),
+            _reorder_columns(baseline_predicted, baseline_model.classes, names),
+        )
+        y = load_true_labels(model, cache, rows)
+        y = _reorder_columns(y, model.classes, names) if model.task == "multilabel" else y
+    return BaselineModel(
+        name, baseline_model, scores, compare_paired(model.task, y, model_predicted, baseline_predicted, names)
+    )
 
 
-def _in_columns(values: NDArray[Any], has: Sequence[str], wanted: Sequence[str]) -> NDArray[Any]:
+def _reorder_columns(values: NDArray[Any], source_names: Sequence[str], target_names: Sequence[str]) -> NDArray[Any]:
     """Columns in another order; nothing, of a class that a model does not know."""
-    full = np.zeros((len(values), len(wanted)), values.dtype)
-    full[:, [wanted.index(name) for name in has]] = values
-    return full
+    reordered = np.zeros((len(values), len(target_names)), values.dtype)
+    reordered[:, [target_names.index(name) for name in source_names]] = values
+    return reordered
 
 
-def _open(model: Model, data: Any, labels: Any, cache: str | os.PathLike[str], progress: Tell) -> FeatureCache:
+def _open_cache(
+    model: Model, data: Any, labels: Any, cache: str | os.PathLike[str], progress: ProgressCallback
+) -> FeatureCache:
     if isinstance(data, FeatureCache):
         return data
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)

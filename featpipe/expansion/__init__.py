@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from featpipe.expansion.measure import Outcome
+from featpipe.expansion.measure import MethodOutcome
 from featpipe.expansion.methods import METHODS
 from featpipe.expansion.result import Expansion
 from featpipe.expansion.verb import expand
 
-__all__ = ["METHODS", "Expansion", "Outcome", "expand"]
+__all__ = ["METHODS", "Expansion", "MethodOutcome", "expand"]

@@ -10,41 +10,43 @@ from typing import Any
 import numpy as np
 
 from featpipe.calibration import Calibration
-from featpipe.expansion.arrivals import Side
-from featpipe.expansion.case import Case
-from featpipe.expansion.choice import Found
-from featpipe.expansion.held import Held, held_by_folds, held_in_halves
-from featpipe.expansion.memory import remembered, wanted, within
+from featpipe.expansion.arrivals import LabeledEmbeddings
+from featpipe.expansion.case import ExpansionContext
+from featpipe.expansion.choice import SelectedMethod
+from featpipe.expansion.held import HeldOutScores, cross_fit_scores, score_halves
+from featpipe.expansion.memory import fit_to_budget, resolve_policy, update_replay_memory
 from featpipe.expansion.methods import METHODS
-from featpipe.expansion.result import Expansion, metrics_of
-from featpipe.heads.evidence import EvidenceRidgeClassifier
-from featpipe.heads.grown import innermost
-from featpipe.model import KEPT_DIGEST_BYTES, Model
-from featpipe.training.novelty import novelty_after, novelty_of
-from featpipe.training.rows import Rows
-from featpipe.trust import Conformal, Novelty, Trust
+from featpipe.expansion.result import Expansion, collect_metrics
+from featpipe.heads.evidence import BayesianRidgeClassifier
+from featpipe.heads.grown import get_base_head
+from featpipe.model import STORED_DIGEST_BYTES, Model
+from featpipe.training.novelty import fit_novelty, update_novelty
+from featpipe.training.rows import EmbeddingDataset
+from featpipe.trust import ConformalPredictor, NoveltyScorer, Uncertainty
 
-__all__ = ["history_of", "model_after", "told"]
+__all__ = ["build_expanded_model", "make_expansion", "make_history"]
 
-APART = (
+SEPARATE_SHRINKAGE_NOTE = (
     "lda shrinks the covariance of each class by its own rows; of old classes that got more images the two parts are "
     "shrunk apart, which is near training on all at once and not equal to it (with shrinkage=NUMBER it is equal)"
 )
-BALANCE = (
+BALANCE_NOTE = (
     "old and new classes are balanced: what stands for old images weighs as much as they did, and an offset found on "
     "rows that were held out sets new classes against old ones"
 )
 
-NO_SETS = (
+NO_PREDICTION_SETS_NOTE = (
     "the model gives no sets of classes: they need images of every class that it was not trained on; give them as "
     "--calibration, or all old images to --method joint"
 )
-ROUGH_TEMPERATURE = (
+DEFAULT_RIDGE_TEMPERATURE = (
     0.25  # of a ridge, where there are too few rows to find it on: half way between 0.2 and 0.3, of tiles and emoji
 )
 
 
-def model_after(case: Case, found: Found, caches: Sequence[str], request: str, notes: Sequence[str] = ()) -> Expansion:
+def build_expanded_model(
+    context: ExpansionContext, selected: SelectedMethod, caches: Sequence[str], request: str, notes: Sequence[str] = ()
+) -> Expansion:
     """Put together what was found.
 
     Parameters
@@ -58,185 +60,221 @@ def model_after(case: Case, found: Found, caches: Sequence[str], request: str, n
     notes : sequence of str
         What is to be said before anything else.
     """
-    model, growth, rows = case.model, case.growth, case.rows
-    keep = wanted(model.kept, case.keep, case.settings if case.memory_given else None, found.method)
-    kept = remembered(found.step, found.pipeline, keep, retrained=found.method == "joint")
-    if kept is not None and case.budget is not None:
-        kept = within(kept, case.budget, METHODS[found.method].keeps if found.method in METHODS else "")
-    held = _held(case, found)
-    calibration = _calibration(model, found, held)
-    trust = Trust(_novelty(case, found), _conformal(case, found, held, calibration))
-    digests = np.concatenate([model.trained_on, rows.new.digests[:, :KEPT_DIGEST_BYTES]])
-    after = replace(
+    model, class_mapping, data = context.model, context.class_mapping, context.data
+    policy = resolve_policy(
+        model.kept, context.policy, context.settings if context.has_explicit_memory else None, selected.method
+    )
+    replay_memory = update_replay_memory(selected.step, selected.pipeline, policy, retrained=selected.method == "joint")
+    if replay_memory is not None and context.budget is not None:
+        replay_memory = fit_to_budget(
+            replay_memory, context.budget, METHODS[selected.method].memory_part if selected.method in METHODS else ""
+        )
+    held_out_scores = _score_held_out(context, selected)
+    calibration = _fit_calibration(model, selected, held_out_scores)
+    trust = Uncertainty(
+        _update_novelty(context, selected), _fit_conformal(context, selected, held_out_scores, calibration)
+    )
+    digests = np.concatenate([model.trained_on, data.new.digests[:, :STORED_DIGEST_BYTES]])
+    expanded_model = replace(
         model,
-        head=found.pipeline,
-        head_name=_head_name(model, found),
-        classes=growth.classes,
+        head=selected.pipeline,
+        head_name=_select_head_name(model, selected),
+        classes=class_mapping.classes,
         trained_on=np.unique(digests, axis=0),
         calibration=calibration,
-        kept=kept,
+        kept=replay_memory,
         trust=trust,
         scores={},
-        history=history_of(case, found, caches, request),
+        history=make_history(context, selected, caches, request),
         path=model.path if model._carries_weights else None,  # where its weights are
     )
-    return told(case, found, after, _how(case, found), [*notes, *_notes(case, found, trust.conformal)])
+    return make_expansion(
+        context,
+        selected,
+        expanded_model,
+        _describe_evaluation(context, selected),
+        [*notes, *_make_notes(context, selected, trust.conformal)],
+    )
 
 
-def told(case: Case, found: Found, after: Model, how: str, notes: Sequence[str]) -> Expansion:
+def make_expansion(
+    context: ExpansionContext, selected: SelectedMethod, expanded_model: Model, description: str, notes: Sequence[str]
+) -> Expansion:
     """What is said of a step, also in the model after it."""
-    growth, rows, judge = case.growth, case.rows, found.judge
+    class_mapping, data, evaluator = context.class_mapping, context.data, selected.evaluator
     expansion = Expansion(
-        model=after,
-        method=found.method,
-        new=growth.new,
-        dropped=growth.dropped,
-        merged=dict(growth.names),
-        images={"learnt": len(rows.new), "old": len(rows.old), "tested": 0 if judge is None else len(judge.test)},
-        how=how,
-        before=None if judge is None else judge.outcome("before", judge.before).old,
-        outcomes=found.outcomes,
-        recommended=found.recommended,
-        unavailable=found.unavailable,
+        model=expanded_model,
+        method=selected.method,
+        new=class_mapping.new_classes,
+        dropped=class_mapping.dropped,
+        merged=dict(class_mapping.renames),
+        images={
+            "learnt": len(data.new),
+            "old": len(data.old),
+            "tested": 0 if evaluator is None else len(evaluator.test),
+        },
+        how=description,
+        before=None if evaluator is None else evaluator.make_outcome("before", evaluator.correct_before).old,
+        outcomes=selected.outcomes,
+        recommended=selected.recommended,
+        unavailable=selected.unavailable,
         notes=tuple(notes),
     )
-    metrics = metrics_of(found.outcomes[0]) if found.outcomes else {}
-    after.scores["expansion"] = {"how": expansion.how, "metrics": metrics, "result": expansion.to_dict()}
+    metrics = collect_metrics(selected.outcomes[0]) if selected.outcomes else {}
+    expanded_model.scores["expansion"] = {"how": expansion.how, "metrics": metrics, "result": expansion.to_dict()}
     return expansion
 
 
-def _how(case: Case, found: Found) -> str:
-    if found.judge is None:
+def _describe_evaluation(context: ExpansionContext, selected: SelectedMethod) -> str:
+    if selected.evaluator is None:
         return "not judged"
-    n, given = len(found.judge.test), len(case.rows.test)
-    if n == given:
+    n, n_given = len(selected.evaluator.test), len(context.data.test)
+    if n == n_given:
         return f"{n:,} images marked or given to judge by"
-    held = f"{n - given:,} new images held out, and learnt afterwards"
-    return f"{given:,} images given to judge by and {held}" if given else held
+    held_out_text = f"{n - n_given:,} new images held out, and learnt afterwards"
+    return f"{n_given:,} images given to judge by and {held_out_text}" if n_given else held_out_text
 
 
-def _head_name(model: Model, found: Found) -> str:
+def _select_head_name(model: Model, selected: SelectedMethod) -> str:
     """As the table has it; statistics put a closed-form head in the place of others."""
-    head = innermost(found.pipeline[-1])
-    if type(head) is type(innermost(model.head[-1])):
+    head = get_base_head(selected.pipeline[-1])
+    if type(head) is type(get_base_head(model.head[-1])):
         return model.head_name
-    return "ridge" if isinstance(head, EvidenceRidgeClassifier) else "lda"
+    return "ridge" if isinstance(head, BayesianRidgeClassifier) else "lda"
 
 
-def _held(case: Case, found: Found) -> Held:
+def _score_held_out(context: ExpansionContext, selected: SelectedMethod) -> HeldOutScores:
     """Scores of rows that were held out, where the model needs them."""
-    step, rows, before = found.step, case.rows.calibration, case.model
-    fit = METHODS[found.method].fit if found.method in METHODS else None
-    if rows is not None and len(rows):
-        return held_in_halves(found.pipeline, rows, step.k)
-    joint = found.method == "joint"
-    sets = joint and before.trust.conformal is not None
-    uncalibrated = _needs_temperature(before, found) and found.method != "frozen-old"  # it is made for the one before
-    if fit is None or not (sets or uncalibrated):
-        return Held((), (), step.k)
-    case.note("calibrating on rows that are held out in turns")
-    return held_by_folds(step, fit, old=joint)
+    step, calibration_rows, old_model = selected.step, context.data.calibration, context.model
+    fit = METHODS[selected.method].fit if selected.method in METHODS else None
+    if calibration_rows is not None and len(calibration_rows):
+        return score_halves(selected.pipeline, calibration_rows, step.k)
+    is_joint = selected.method == "joint"
+    needs_sets = is_joint and old_model.trust.conformal is not None
+    needs_temperature = (
+        _needs_temperature(old_model, selected) and selected.method != "frozen-old"
+    )  # it is made for the one before
+    if fit is None or not (needs_sets or needs_temperature):
+        return HeldOutScores((), (), step.k)
+    context.note("calibrating on rows that are held out in turns")
+    return cross_fit_scores(step, fit, include_old=is_joint)
 
 
-def _needs_temperature(model: Model, found: Found) -> bool:
-    had = model.calibration is not None and model.calibration.temperature != 1
-    return had or not hasattr(found.pipeline, "predict_proba")
+def _needs_temperature(model: Model, selected: SelectedMethod) -> bool:
+    had_temperature = model.calibration is not None and model.calibration.temperature != 1
+    return had_temperature or not hasattr(selected.pipeline, "predict_proba")
 
 
-def _calibration(model: Model, found: Found, held: Held) -> Calibration | None:
+def _fit_calibration(model: Model, selected: SelectedMethod, held_out_scores: HeldOutScores) -> Calibration | None:
     """A temperature from rows that were held out, else that of the same head; offsets were of other classes."""
-    if not _needs_temperature(model, found):
+    if not _needs_temperature(model, selected):
         return None
-    if held.temperature is not None:
-        return Calibration(held.temperature)
-    if model.calibration is not None and _head_name(model, found) == model.head_name:
+    if held_out_scores.temperature is not None:
+        return Calibration(held_out_scores.temperature)
+    if model.calibration is not None and _select_head_name(model, selected) == model.head_name:
         return Calibration(model.calibration.temperature)
-    return None if hasattr(found.pipeline, "predict_proba") else Calibration(ROUGH_TEMPERATURE)
+    return None if hasattr(selected.pipeline, "predict_proba") else Calibration(DEFAULT_RIDGE_TEMPERATURE)
 
 
-def _conformal(case: Case, found: Found, held: Held, calibration: Calibration | None) -> Conformal | None:
-    before = case.model.trust.conformal
-    if len(held):
-        return held.conformal(calibrate=calibration is not None)
+def _fit_conformal(
+    context: ExpansionContext, selected: SelectedMethod, held_out_scores: HeldOutScores, calibration: Calibration | None
+) -> ConformalPredictor | None:
+    old_conformal = context.model.trust.conformal
+    if len(held_out_scores):
+        return held_out_scores.make_conformal(calibrate=calibration is not None)
     # of classes that became one the probability is no less than that of each: sets hold it at least as often
-    same = found.method == "regroup" and not case.growth.dropped
-    return before if same and case.model.calibration == calibration else None
+    is_regrouping = selected.method == "regroup" and not context.class_mapping.dropped
+    return old_conformal if is_regrouping and context.model.calibration == calibration else None
 
 
-def _novelty(case: Case, found: Found) -> Novelty | None:
+def _update_novelty(context: ExpansionContext, selected: SelectedMethod) -> NoveltyScorer | None:
     """Of all images that the model learnt; those of dropped classes stay known."""
-    before, step = case.model.trust.novelty, found.step
-    if before is None:
+    old_novelty, step = context.model.trust.novelty, selected.step
+    if old_novelty is None:
         return None
-    if found.method == "joint" and step.whole:
-        return novelty_of(_rows(step.old + step.new, case.growth.classes), "classification")
-    return novelty_after(before, len(case.model.trained_on), _rows(step.new, case.growth.classes))
+    if selected.method == "joint" and step.has_all_old_rows:
+        return fit_novelty(_to_dataset(step.old + step.new, context.class_mapping.classes), "classification")
+    return update_novelty(
+        old_novelty, len(context.model.trained_on), _to_dataset(step.new, context.class_mapping.classes)
+    )
 
 
-def _rows(side: Side, classes: tuple[str, ...]) -> Rows:
-    return Rows(np.arange(len(side)), side.X, side.y, classes, side.digests)
+def _to_dataset(embeddings: LabeledEmbeddings, classes: tuple[str, ...]) -> EmbeddingDataset:
+    return EmbeddingDataset(np.arange(len(embeddings)), embeddings.X, embeddings.y, classes, embeddings.digests)
 
 
-def _notes(case: Case, found: Found, sets: Conformal | None) -> list[str]:
-    model, growth, notes = case.model, case.growth, []
+def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: ConformalPredictor | None) -> list[str]:
+    model, class_mapping, notes = context.model, context.class_mapping, []
     if model.calibration is not None and model.calibration.offsets:
         notes.append("the correction of priors was for the classes before, and is gone")
     if model.history.get("balance"):
         notes.append("the model was trained on resampled rows; it is expanded on rows as they are")
-    if _head_name(model, found) != model.head_name:
-        head = f"{_head_name(model, found)} now, and was {model.head_name}, of which statistics are no closed form"
-        notes.append(f"the head is {head}")
-    kept = found.step.kept
-    apart = kept is not None and kept.statistics is not None and kept.statistics.kind == "apart"
-    if found.method == "statistics" and apart and (found.step.new.y < growth.k_old).any():
-        notes.append(APART)
-    if found.method == "statistics" and growth.dropped:
+    if _select_head_name(model, selected) != model.head_name:
+        head_change = f"{_select_head_name(model, selected)} now, and was {model.head_name}, of which statistics are no closed form"
+        notes.append(f"the head is {head_change}")
+    replay_memory = selected.step.replay_memory
+    has_separate_scatter = (
+        replay_memory is not None and replay_memory.statistics is not None and replay_memory.statistics.kind == "apart"
+    )
+    if selected.method == "statistics" and has_separate_scatter and (selected.step.new.y < class_mapping.k_old).any():
+        notes.append(SEPARATE_SHRINKAGE_NOTE)
+    if selected.method == "statistics" and class_mapping.dropped:
         notes.append("dropped classes leave with the share of the scatter within classes that their images had")
-    if found.method not in ("joint", "naive", "statistics", "regroup"):
-        notes.append(BALANCE)
-    if case.rows.left_out:
-        notes.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in case.rows.left_out.items()))
-    tried = case.rows.calibration is not None and len(case.rows.calibration)
-    if sets is None and (tried or model.trust.conformal is not None):
-        notes.append(NO_SETS)
+    if selected.method not in ("joint", "naive", "statistics", "regroup"):
+        notes.append(BALANCE_NOTE)
+    if context.data.excluded_counts:
+        notes.append(
+            "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in context.data.excluded_counts.items())
+        )
+    has_calibration_rows = context.data.calibration is not None and len(context.data.calibration)
+    if conformal is None and (has_calibration_rows or model.trust.conformal is not None):
+        notes.append(NO_PREDICTION_SETS_NOTE)
     for text in notes:
-        case.note(text)
+        context.note(text)
     return notes
 
 
-def _params(found: Found) -> dict[str, Any]:
+def _head_params(selected: SelectedMethod) -> dict[str, Any]:
     """The settings of a head that took another's place."""
-    return {"alpha": "auto"} if isinstance(innermost(found.pipeline[-1]), EvidenceRidgeClassifier) else {}
+    return {"alpha": "auto"} if isinstance(get_base_head(selected.pipeline[-1]), BayesianRidgeClassifier) else {}
 
 
-def history_of(case: Case, found: Found, caches: Sequence[str], request: str, **more: Any) -> dict[str, Any]:
+def make_history(
+    context: ExpansionContext, selected: SelectedMethod, caches: Sequence[str], request: str, **extra: Any
+) -> dict[str, Any]:
     """What is remembered of the step; more of it, in its own entry."""
-    model, growth = case.model, case.growth
-    trained = dict(model.history.get("trained_on") or {})
-    trained["rows"] = int(trained.get("rows", len(model.trained_on))) + len(case.rows.new)
-    before = model.history.get("steps") or [{"method": "train", "caches": [str(trained.get("cache", ""))]}]
-    steps = [{**old, "classes": names} for old, names in zip(before, case.past()[0], strict=True)]
-    this = {"method": found.method, "when": datetime.now(UTC).isoformat(timespec="seconds"), "caches": list(caches)}
-    if growth.new:
-        steps.append({"classes": list(growth.new), **this})
-    changed = {} if _head_name(model, found) == model.head_name else {"params": _params(found), "chosen": None}
+    model, class_mapping = context.model, context.class_mapping
+    trained_on = dict(model.history.get("trained_on") or {})
+    trained_on["rows"] = int(trained_on.get("rows", len(model.trained_on))) + len(context.data.new)
+    old_steps = model.history.get("steps") or [{"method": "train", "caches": [str(trained_on.get("cache", ""))]}]
+    steps = [
+        {**old_step, "classes": names} for old_step, names in zip(old_steps, context.get_past_steps()[0], strict=True)
+    ]
+    entry = {"method": selected.method, "when": datetime.now(UTC).isoformat(timespec="seconds"), "caches": list(caches)}
+    if class_mapping.new_classes:
+        steps.append({"classes": list(class_mapping.new_classes), **entry})
+    head_changes = (
+        {}
+        if _select_head_name(model, selected) == model.head_name
+        else {"params": _head_params(selected), "chosen": None}
+    )
     return {
         **model.history,
-        **changed,
-        "trained_on": trained,
+        **head_changes,
+        "trained_on": trained_on,
         "steps": steps,
-        "judged": [] if found.judge is None else found.judge.record(found.outcomes[0]),
+        "judged": [] if selected.evaluator is None else selected.evaluator.make_step_records(selected.outcomes[0]),
         "expansions": [
             *(model.history.get("expansions") or []),
             {
-                **this,
-                "new": list(growth.new),
-                "dropped": list(growth.dropped),
-                "merged": dict(growth.names),
-                "images": len(case.rows.new),
+                **entry,
+                "new": list(class_mapping.new_classes),
+                "dropped": list(class_mapping.dropped),
+                "merged": dict(class_mapping.renames),
+                "images": len(context.data.new),
                 "request": request,
                 "from": model.identity,
-                **more,
+                **extra,
             },
         ],
     }

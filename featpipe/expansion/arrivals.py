@@ -14,20 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import split
-from featpipe.cache import SPLITS, FeatureCache
+from featpipe.cache import SPLIT_NAMES, FeatureCache
 from featpipe.errors import CacheError, ConfigError
-from featpipe.expansion.growth import Growth
+from featpipe.expansion.growth import ClassMapping
 from featpipe.model import Model
-from featpipe.progress import Tell
+from featpipe.progress import ProgressCallback
 
-__all__ = ["Arrivals", "Side", "arrivals", "caches_of", "digest_of_request", "each_of", "is_cache", "labels_of"]
+__all__ = [
+    "ExpansionData",
+    "LabeledEmbeddings",
+    "as_list",
+    "compute_request_digest",
+    "find_labels",
+    "is_cache",
+    "load_expansion_data",
+    "open_caches",
+]
 
-TEST_SHARE = 0.2
-JUDGED_FROM = 5  # distinct images that a class must have for some of them to be held out
+TEST_FRACTION = 0.2
+MIN_IMAGES_FOR_HOLDOUT = 5  # distinct images that a class must have for some of them to be held out
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class LabeledEmbeddings:
     """Some rows.
 
     Attributes
@@ -51,19 +60,19 @@ class Side:
         return self.digests.view("V32").ravel()
 
     @property
-    def first(self) -> NDArray[np.intp]:
+    def first_occurrences(self) -> NDArray[np.intp]:
         """A row of each image: of copies the first."""
         return np.unique(self.keys, return_index=True)[1]
 
-    def distinct(self, k: int) -> NDArray[np.int64]:
+    def count_distinct(self, k: int) -> NDArray[np.int64]:
         """How many different images each of k classes has, shape (k,)."""
-        return np.bincount(self.y[self.first], minlength=k)
+        return np.bincount(self.y[self.first_occurrences], minlength=k)
 
-    def take(self, which: NDArray[Any]) -> Side:
-        return Side(self.X[which], self.y[which], self.digests[which])
+    def take(self, indices: NDArray[Any]) -> LabeledEmbeddings:
+        return LabeledEmbeddings(self.X[indices], self.y[indices], self.digests[indices])
 
-    def __add__(self, other: Side) -> Side:
-        return Side(
+    def __add__(self, other: LabeledEmbeddings) -> LabeledEmbeddings:
+        return LabeledEmbeddings(
             np.concatenate([self.X, other.X]),
             np.concatenate([self.y, other.y]),
             np.concatenate([self.digests, other.digests]),
@@ -71,7 +80,7 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrivals:
+class ExpansionData:
     """All rows that are at hand.
 
     Attributes
@@ -90,42 +99,42 @@ class Arrivals:
         By which probabilities and sets are calibrated: neither trained on, nor learnt, nor judged by.
     """
 
-    new: Side
-    old: Side
-    test: Side
-    left_out: dict[str, int] = field(default_factory=dict)
-    given: bool = True
-    calibration: Side | None = None
+    new: LabeledEmbeddings
+    old: LabeledEmbeddings
+    test: LabeledEmbeddings
+    excluded_counts: dict[str, int] = field(default_factory=dict)
+    has_test_set: bool = True
+    calibration: LabeledEmbeddings | None = None
 
-    def held_out(self) -> Arrivals:
+    def with_holdout(self) -> ExpansionData:
         """With some of the new rows to judge by, where none came with the labels: decided by their bytes."""
         new = self.new
-        if self.given or not len(new):
+        if self.has_test_set or not len(new):
             return self
-        enough = np.flatnonzero(new.distinct(int(new.y.max()) + 1)[new.y] >= JUDGED_FROM)
-        if not len(enough):
+        eligible = np.flatnonzero(new.count_distinct(int(new.y.max()) + 1)[new.y] >= MIN_IMAGES_FOR_HOLDOUT)
+        if not len(eligible):
             return self
-        some = new.take(enough)
+        candidates = new.take(eligible)
         try:
-            held = enough[split.holdout(some.digests, some.y, test=TEST_SHARE)[1]]
+            test_indices = eligible[split.make_holdout(candidates.digests, candidates.y, test=TEST_FRACTION)[1]]
         except ConfigError:  # classes that share their few images
             return self
-        stays = ~np.isin(new.keys, new.keys[held])
-        return replace(self, new=new.take(stays), test=self.test + new.take(held), given=False)
+        is_train = ~np.isin(new.keys, new.keys[test_indices])
+        return replace(self, new=new.take(is_train), test=self.test + new.take(test_indices), has_test_set=False)
 
 
-def each_of(data: Any) -> list[Any]:
+def as_list(data: Any) -> list[Any]:
     """What is given, one or several, one by one."""
     return [data] if isinstance(data, (str, os.PathLike, FeatureCache)) else list(data)
 
 
-def is_cache(one: Any) -> bool:
+def is_cache(item: Any) -> bool:
     """Whether it is a cache, open or by its path, and not an archive."""
-    return isinstance(one, FeatureCache) or Path(one).suffix in (".h5", ".hdf5")
+    return isinstance(item, FeatureCache) or Path(item).suffix in (".h5", ".hdf5")
 
 
-def caches_of(
-    model: Model, data: Any, labels: Any, cache: str | os.PathLike[str], progress: Tell
+def open_caches(
+    model: Model, data: Any, labels: Any, cache_folder: str | os.PathLike[str], progress: ProgressCallback
 ) -> list[FeatureCache]:
     """Caches, opened; of archives the one that is made of them.
 
@@ -136,47 +145,51 @@ def caches_of(
     CacheMismatchError
         If a cache holds other embeddings than the model was trained on.
     """
-    given = each_of(data)
-    are_caches = [is_cache(one) for one in given]
+    items = as_list(data)
+    are_caches = [is_cache(item) for item in items]
     if all(are_caches):
         if labels is not None:
             raise ConfigError("--labels goes with archives; a cache has labels of its own: extract again with --labels")
-        caches = [one if isinstance(one, FeatureCache) else FeatureCache(one) for one in given]
+        caches = [item if isinstance(item, FeatureCache) else FeatureCache(item) for item in items]
     elif any(are_caches):
         raise ConfigError("caches and archives are mixed; extract the archives first, and give the caches")
     else:
-        caches = [_extracted(model, given, labels, cache, progress)]
-    for one in caches:
-        model.check_cache(one)
-        if one.task != "classification":
-            found = "no labels" if one.task == "none" else f"labels for {one.task}"
-            raise CacheError(f"{one.path}: has {found}; give one class for each image, with folders or --labels")
+        caches = [_extract_cache(model, items, labels, cache_folder, progress)]
+    for feature_cache in caches:
+        model.check_cache(feature_cache)
+        if feature_cache.task != "classification":
+            label_problem = "no labels" if feature_cache.task == "none" else f"labels for {feature_cache.task}"
+            raise CacheError(
+                f"{feature_cache.path}: has {label_problem}; give one class for each image, with folders or --labels"
+            )
     return caches
 
 
-def _extracted(model: Model, archives: Any, labels: Any, cache: Any, progress: Tell) -> FeatureCache:
+def _extract_cache(
+    model: Model, archives: Any, labels: Any, cache_folder: Any, progress: ProgressCallback
+) -> FeatureCache:
     from featpipe.extraction import extract
 
-    return extract(archives, labels=labels, cache=cache, progress=progress, **model.extraction())
+    return extract(archives, labels=labels, cache=cache_folder, progress=progress, **model.extraction())
 
 
-def labels_of(caches: Sequence[FeatureCache]) -> set[str]:
+def find_labels(caches: Sequence[FeatureCache]) -> set[str]:
     """The labels of the rows that there is something to learn from."""
-    found: set[str] = set()
+    labels: set[str] = set()
     for cache in caches:
-        codes = cache.label_table.values[_rows_to_learn(cache)]
-        found |= {cache.classes[code] for code in np.unique(codes)}
-    return found
+        codes = cache.label_table.values[_training_rows(cache)]
+        labels |= {cache.classes[code] for code in np.unique(codes)}
+    return labels
 
 
-def arrivals(
+def load_expansion_data(
     model: Model,
-    growth: Growth,
+    class_mapping: ClassMapping,
     caches: Sequence[FeatureCache],
-    tests: Sequence[FeatureCache],
-    strict: bool,
-    calibration: Sequence[FeatureCache] = (),
-) -> Arrivals:
+    test_caches: Sequence[FeatureCache],
+    reject_renamed: bool,
+    calibration_caches: Sequence[FeatureCache] = (),
+) -> ExpansionData:
     """Read the rows of caches.
 
     Parameters
@@ -192,99 +205,126 @@ def arrivals(
     calibration : sequence of FeatureCache
         To calibrate by alone; as are rows that the labels of the others mark ``validation``.
     """
-    left: Counter[str] = Counter()
-    learn, test = _none(model), _none(model)
+    excluded: Counter[str] = Counter()
+    learnable, test = _make_empty(model), _make_empty(model)
     for cache in caches:
-        learn = _joined(learn, _side(model, growth, cache, _rows_to_learn(cache), left))
+        learnable = _concat_unique(
+            learnable, _load_embeddings(model, class_mapping, cache, _training_rows(cache), excluded)
+        )
         if cache.split.any():
-            test = _joined(test, _side(model, growth, cache, _marked(cache, "test"), left))
-    for cache in tests:
-        rows = _marked(cache, "test") if cache.split.any() else cache.usable
-        test = _joined(test, _side(model, growth, cache, rows, left))
-    known = model.was_trained_on(learn.digests)
-    if strict:
-        _refuse_renamed(model, growth, learn, known)
-    seen = model.was_trained_on(test.digests) | _among(test, learn)
-    left["trained on, and so not judged by"] += int(seen.sum())
-    of_new = bool((test.y[~seen] >= growth.k_old).any()) or not growth.new
-    given = (bool(tests) and of_new) or any(cache.split.any() for cache in caches)
-    checked = _to_calibrate(model, growth, [*caches, *tests], calibration, left)
-    checked = checked.take(~(model.was_trained_on(checked.digests) | _among(checked, learn + test)))
-    left_out = {reason: count for reason, count in left.items() if count}
-    return Arrivals(learn.take(~known), learn.take(known), test.take(~seen), left_out, given, checked)
+            test = _concat_unique(
+                test, _load_embeddings(model, class_mapping, cache, _rows_in_split(cache, "test"), excluded)
+            )
+    for cache in test_caches:
+        rows = _rows_in_split(cache, "test") if cache.split.any() else cache.usable
+        test = _concat_unique(test, _load_embeddings(model, class_mapping, cache, rows, excluded))
+    is_old = model.was_trained_on(learnable.digests)
+    if reject_renamed:
+        _reject_renamed_classes(model, class_mapping, learnable, is_old)
+    is_seen = model.was_trained_on(test.digests) | _is_in(test, learnable)
+    excluded["trained on, and so not judged by"] += int(is_seen.sum())
+    has_new_classes = bool((test.y[~is_seen] >= class_mapping.k_old).any()) or not class_mapping.new_classes
+    has_test_set = (bool(test_caches) and has_new_classes) or any(cache.split.any() for cache in caches)
+    calibration_rows = _load_calibration_rows(
+        model, class_mapping, [*caches, *test_caches], calibration_caches, excluded
+    )
+    calibration_rows = calibration_rows.take(
+        ~(model.was_trained_on(calibration_rows.digests) | _is_in(calibration_rows, learnable + test))
+    )
+    excluded_counts = {reason: count for reason, count in excluded.items() if count}
+    return ExpansionData(
+        learnable.take(~is_old),
+        learnable.take(is_old),
+        test.take(~is_seen),
+        excluded_counts,
+        has_test_set,
+        calibration_rows,
+    )
 
 
-def _to_calibrate(
-    model: Model, growth: Growth, marked: Sequence[FeatureCache], whole: Sequence[FeatureCache], left: Counter[str]
-) -> Side:
-    found = _none(model)
-    for cache in (*marked, *whole):
-        rows = cache.usable if cache in whole else _marked(cache, "validation")
-        found = _joined(found, _side(model, growth, cache, rows, left))
-    return found
+def _load_calibration_rows(
+    model: Model,
+    class_mapping: ClassMapping,
+    split_caches: Sequence[FeatureCache],
+    whole_caches: Sequence[FeatureCache],
+    excluded: Counter[str],
+) -> LabeledEmbeddings:
+    calibration_rows = _make_empty(model)
+    for cache in (*split_caches, *whole_caches):
+        rows = cache.usable if cache in whole_caches else _rows_in_split(cache, "validation")
+        calibration_rows = _concat_unique(
+            calibration_rows, _load_embeddings(model, class_mapping, cache, rows, excluded)
+        )
+    return calibration_rows
 
 
-def _among(some: Side, others: Side) -> NDArray[np.bool_]:
+def _is_in(embeddings: LabeledEmbeddings, others: LabeledEmbeddings) -> NDArray[np.bool_]:
     """Which rows are of images that others are of too."""
-    return np.isin(some.keys, others.keys)
+    return np.isin(embeddings.keys, others.keys)
 
 
-def _joined(first: Side, more: Side) -> Side:
+def _concat_unique(first: LabeledEmbeddings, second: LabeledEmbeddings) -> LabeledEmbeddings:
     """Rows of two caches, an image that is in both once."""
-    return first + more.take(~_among(more, first))
+    return first + second.take(~_is_in(second, first))
 
 
-def _none(model: Model) -> Side:
+def _make_empty(model: Model) -> LabeledEmbeddings:
     d = int(model.head[-1].n_features_in_)
-    return Side(np.zeros((0, d), np.float32), np.zeros(0, np.int64), np.zeros((0, 32), np.uint8))
+    return LabeledEmbeddings(np.zeros((0, d), np.float32), np.zeros(0, np.int64), np.zeros((0, 32), np.uint8))
 
 
-def _marked(cache: FeatureCache, name: str) -> NDArray[np.intp]:
+def _rows_in_split(cache: FeatureCache, split_name: str) -> NDArray[np.intp]:
     rows = cache.usable
-    return rows[cache.split[rows] == SPLITS.index(name)]
+    return rows[cache.split[rows] == SPLIT_NAMES.index(split_name)]
 
 
-def _rows_to_learn(cache: FeatureCache) -> NDArray[np.intp]:
-    return _marked(cache, "train") if cache.split.any() else cache.usable
+def _training_rows(cache: FeatureCache) -> NDArray[np.intp]:
+    return _rows_in_split(cache, "train") if cache.split.any() else cache.usable
 
 
-def _side(model: Model, growth: Growth, cache: FeatureCache, rows: NDArray[np.intp], left: Counter[str]) -> Side:
+def _load_embeddings(
+    model: Model, class_mapping: ClassMapping, cache: FeatureCache, rows: NDArray[np.intp], excluded: Counter[str]
+) -> LabeledEmbeddings:
     codes = cache.label_table.values[rows]
-    known = {*growth.classes, *growth.names, *growth.dropped}
-    by_code = np.array([growth.code(name) if name in known else -2 for name in cache.classes], np.int64)
-    y = by_code[codes]
-    left["of classes that are dropped"] += int((y == -1).sum())
-    left["of classes that there is nothing to learn of"] += int((y == -2).sum())
+    known_labels = {*class_mapping.classes, *class_mapping.renames, *class_mapping.dropped}
+    new_codes = np.array(
+        [class_mapping.get_code(name) if name in known_labels else -2 for name in cache.classes], np.int64
+    )
+    y = new_codes[codes]
+    excluded["of classes that are dropped"] += int((y == -1).sum())
+    excluded["of classes that there is nothing to learn of"] += int((y == -2).sum())
     rows, y = rows[y >= 0], y[y >= 0]
     X = np.asarray(cache.features(model.output)[rows], np.float32)
-    bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
-    if len(bad):
+    bad_rows = np.flatnonzero(~np.isfinite(X).all(axis=1))
+    if len(bad_rows):
         raise ConfigError(
-            f"{cache.path}: rows that are ok hold NaN or infinity ({cache.ids[int(rows[bad[0]])]}); "
+            f"{cache.path}: rows that are ok hold NaN or infinity ({cache.ids[int(rows[bad_rows[0]])]}); "
             "`featpipe verify --repair` computes them again"
         )
-    return Side(X, y, np.ascontiguousarray(cache.digests[rows]))
+    return LabeledEmbeddings(X, y, np.ascontiguousarray(cache.digests[rows]))
 
 
-def _refuse_renamed(model: Model, growth: Growth, learn: Side, known: NDArray[np.bool_]) -> None:
+def _reject_renamed_classes(
+    model: Model, class_mapping: ClassMapping, learnable: LabeledEmbeddings, is_old: NDArray[np.bool_]
+) -> None:
     """A class of which most images are known by another name would be learnt from what is left of it."""
-    for code in range(growth.k_old, len(growth.classes)):
-        of_class = learn.y == code
-        again = of_class & known
-        if 2 * again.sum() <= of_class.sum() or not again.any():
+    for code in range(class_mapping.k_old, len(class_mapping.classes)):
+        in_class = learnable.y == code
+        old_in_class = in_class & is_old
+        if 2 * old_in_class.sum() <= in_class.sum() or not old_in_class.any():
             continue
-        name = growth.classes[code]
-        called = Counter(model.predict_features(learn.X[again]).tolist()).most_common(1)[0]
+        name = class_mapping.classes[code]
+        predicted = Counter(model.predict_features(learnable.X[old_in_class]).tolist()).most_common(1)[0]
         raise ConfigError(
-            f"class {name!r} is new, but the model was trained on {int(again.sum())} of its {int(of_class.sum())} "
-            f"images and calls {called[1]} of them {called[0]!r}; if that is its new name, give "
-            f"--merge {called[0]},{name}={name}, and to divide a class, --method joint with all its images"
+            f"class {name!r} is new, but the model was trained on {int(old_in_class.sum())} of its {int(in_class.sum())} "
+            f"images and calls {predicted[1]} of them {predicted[0]!r}; if that is its new name, give "
+            f"--merge {predicted[0]},{name}={name}, and to divide a class, --method joint with all its images"
         )
 
 
-def digest_of_request(caches: Sequence[FeatureCache], asked: Any) -> str:
+def compute_request_digest(caches: Sequence[FeatureCache], settings: Any) -> str:
     """What a result follows from beside the model: the rows and labels, and the settings."""
-    digest = hashlib.sha256(repr(asked).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for cache in caches:
         digest.update(cache.fingerprint.encode() + repr(cache.classes).encode())
         for column in (cache.digests, cache.status_codes, cache.label_table.values, cache.split):

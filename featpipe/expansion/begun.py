@@ -14,28 +14,34 @@ from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.calibration import Calibration
 from featpipe.errors import ConfigError
-from featpipe.expansion.case import Case
-from featpipe.expansion.entering import REFUSED, THROUGH, Lesson, lesson_of
-from featpipe.expansion.pictures import Pictures
-from featpipe.expansion.step import Settings, Step
-from featpipe.expansion.weighing import Weights, anchor_to, known_of, names_of, old_layers
-from featpipe.finetuning import case as fine
-from featpipe.finetuning.parallel import World
-from featpipe.finetuning.sides import Sides
-from featpipe.finetuning.start import Start, start_of
-from featpipe.finetuning.unfreezing import unfrozen
-from featpipe.finetuning.verb import device_of
+from featpipe.expansion.case import ExpansionContext
+from featpipe.expansion.entering import DEEP_METHODS, UNSUPPORTED_METHODS, ReplayDataset, make_replay_dataset
+from featpipe.expansion.pictures import ExpansionImages
+from featpipe.expansion.step import ExpansionConfig, IncrementalStep
+from featpipe.expansion.weighing import (
+    ParameterImportances,
+    compute_importances,
+    list_trained_parameters,
+    make_ewc_penalty,
+    make_old_layers,
+)
+from featpipe.finetuning import case as finetuning_case
+from featpipe.finetuning.parallel import DistributedContext
+from featpipe.finetuning.sides import Splits
+from featpipe.finetuning.start import InitialHead, initialize_head
+from featpipe.finetuning.unfreezing import select_unfrozen
+from featpipe.finetuning.verb import resolve_process_device
 from featpipe.model import Model
-from featpipe.recipe import FineTuning
-from featpipe.trust import Trust
+from featpipe.recipe import FineTuneConfig
+from featpipe.trust import Uncertainty
 
-__all__ = ["Begun", "Way"]
+__all__ = ["DeepTrainingConfig", "TrainingSetup"]
 
-NOT_HERE = ("weights", "test", "keep_worse", "class_weight", "sampling")  # fields of FineTuning
+UNSUPPORTED_FINETUNE_FIELDS = ("weights", "test", "keep_worse", "class_weight", "sampling")  # fields of FineTuning
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
+class DeepTrainingConfig:
     """How the network is trained, and on which pictures.
 
     Attributes
@@ -50,24 +56,24 @@ class Way:
         Where the model is going to be; a checkpoint lies beside it until then.
     """
 
-    tuning: FineTuning
+    finetune_config: FineTuneConfig
     archives: list[Any]
     labels: Any
-    cache: str | os.PathLike[str]
+    cache_folder: str | os.PathLike[str]
     resume: bool
     out: str | os.PathLike[str] | None = None
 
     @classmethod
-    def of(
+    def from_params(
         cls,
         method: str | None,
         archives: list[Any],
         params: Mapping[str, Any],
         unfreeze: Any,
         labels: Any,
-        cache: str | os.PathLike[str],
+        cache_folder: str | os.PathLike[str],
         resume: bool,
-    ) -> tuple[Way, dict[str, Any]]:
+    ) -> tuple[DeepTrainingConfig, dict[str, Any]]:
         """The way, and what is left of the settings for the methods on features.
 
         Raises
@@ -75,21 +81,25 @@ class Way:
         ConfigError
             If the method cannot go into the network, or a setting is unknown or has no place in an expansion.
         """
-        if method in REFUSED:
-            raise ConfigError(f"{method} {REFUSED[method]}. What works with --unfreeze: {', '.join(THROUGH)}")
-        for name in NOT_HERE:
+        if method in UNSUPPORTED_METHODS:
+            raise ConfigError(
+                f"{method} {UNSUPPORTED_METHODS[method]}. What works with --unfreeze: {', '.join(DEEP_METHODS)}"
+            )
+        for name in UNSUPPORTED_FINETUNE_FIELDS:
             if name in params:
                 raise ConfigError(f"setting {name} is for `featpipe finetune`, and not for an expansion; leave it out")
-        ours = {field.name for field in fields(Settings)} - {"epochs"}
-        rest = {name: value for name, value in params.items() if name not in ours}
-        tuning = FineTuning.of({**rest, "unfreeze": unfreeze})
+        expansion_fields = {field.name for field in fields(ExpansionConfig)} - {"epochs"}
+        finetune_params = {name: value for name, value in params.items() if name not in expansion_fields}
+        finetune_config = FineTuneConfig.from_settings({**finetune_params, "unfreeze": unfreeze})
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("expand --unfreeze runs in one process, and torchrun started several; start it by itself")
-        return cls(tuning, archives, labels, cache, resume), {n: v for n, v in params.items() if n in ours}
+        return cls(finetune_config, archives, labels, cache_folder, resume), {
+            n: v for n, v in params.items() if n in expansion_fields
+        }
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
+class TrainingSetup:
     """All that is there before the first step.
 
     Attributes
@@ -112,85 +122,143 @@ class Begun:
         Importances of the weights for the old classes, by parameter; those of the last layer of shape (k, …).
     """
 
-    case: Case
+    context: ExpansionContext
     method: str
-    whole: Step
-    lesson: Lesson
+    full_step: IncrementalStep
+    replay_dataset: ReplayDataset
     backbone: Backbone
-    rows: NDArray[np.int64]
-    tested: NDArray[np.int64]
-    tuned_by: fine.Case
-    start: Start
-    known: Weights | None = None
+    pool_rows: NDArray[np.int64]
+    test_rows: NDArray[np.int64]
+    finetune_context: finetuning_case.FineTuneContext
+    initial_head: InitialHead
+    importances: ParameterImportances | None = None
 
     @classmethod
-    def of(cls, case: Case, method: str, way: Way, whole: Step) -> Begun:
+    def create(
+        cls, context: ExpansionContext, method: str, deep_config: DeepTrainingConfig, full_step: IncrementalStep
+    ) -> TrainingSetup:
         """Where the method on features ends, and what holds the network to the old classes from there."""
-        backbone = _backbone(case.model)
-        unfrozen(backbone, str(way.tuning.unfreeze))  # a mistake is told before there is work
-        lesson = lesson_of(whole, method, way.tuning.validation)
-        pictures = Pictures.of(case.model, way.archives, way.labels, way.cache, case.tell)
-        rows, tested = pictures.rows(lesson.pool), pictures.rows(case.rows.test)
-        sides = _sides(case, lesson, rows, tested, len(pictures.index))
-        first, device = _expanded(case, method, lesson), device_of(way.tuning.device)
-        start = start_of(first, lesson.pool.X[lesson.train], lesson.pool.y[lesson.train])
-        for text in (sides.how, start.how):
-            case.note(text)
-        tuned_by = fine.Case(
-            first, pictures.index, pictures.before, sides, way.tuning, device, World(), way.cache, way.out, case.tell
+        backbone = _select_output(context.model)
+        select_unfrozen(backbone, str(deep_config.finetune_config.unfreeze))  # a mistake is told before there is work
+        replay_dataset = make_replay_dataset(full_step, method, deep_config.finetune_config.validation)
+        images = ExpansionImages.from_archives(
+            context.model, deep_config.archives, deep_config.labels, deep_config.cache_folder, context.progress
         )
-        begun = cls(case, method, whole, lesson, backbone, rows, tested, tuned_by, start)
-        return begun._held(pictures)
+        pool_rows, test_rows = images.find_rows(replay_dataset.pool), images.find_rows(context.data.test)
+        splits = _make_splits(context, replay_dataset, pool_rows, test_rows, len(images.index))
+        expanded_model, device = (
+            _make_expanded_model(context, method, replay_dataset),
+            resolve_process_device(deep_config.finetune_config.device),
+        )
+        initial_head = initialize_head(
+            expanded_model,
+            replay_dataset.pool.X[replay_dataset.is_train],
+            replay_dataset.pool.y[replay_dataset.is_train],
+        )
+        for text in (splits.description, initial_head.description):
+            context.note(text)
+        finetune_context = finetuning_case.FineTuneContext(
+            expanded_model,
+            images.index,
+            images.embedding_cache,
+            splits,
+            deep_config.finetune_config,
+            device,
+            DistributedContext(),
+            deep_config.cache_folder,
+            deep_config.out,
+            context.progress,
+        )
+        setup = cls(
+            context, method, full_step, replay_dataset, backbone, pool_rows, test_rows, finetune_context, initial_head
+        )
+        return setup._with_regularizers(images)
 
-    def _held(self, pictures: Pictures) -> Begun:
-        settings, whole, tuned_by, known = self.case.settings, self.whole, self.tuned_by, None
+    def _with_regularizers(self, images: ExpansionImages) -> TrainingSetup:
+        settings, full_step, finetune_context, importances = (
+            self.context.settings,
+            self.full_step,
+            self.finetune_context,
+            None,
+        )
         strength = settings.strength
-        distill = THROUGH[self.method].distill
-        past = self.lesson.past(
-            self.rows, len(pictures.index), strength if self.method == "distill" and strength is not None else distill
+        distill_strength = DEEP_METHODS[self.method].distill_strength
+        regularizers = self.replay_dataset.make_regularizers(
+            self.pool_rows,
+            len(images.index),
+            strength if self.method == "distill" and strength is not None else distill_strength,
         )
         if self.method == "ewc":
-            known = known_of(tuned_by, self.backbone, whole, pictures)
-            heavy = int(whole.counts.sum()) * (1.0 if strength is None else strength) / len(tuned_by.sides.train)
-            some = {name: known[name] for name in names_of(tuned_by, self.backbone, self.start.layers)}
-            anchor = anchor_to(self.start.layers, old_layers(whole), some, heavy, self.backbone.network)
-            past = replace(past, anchor=anchor)
-        return replace(self, tuned_by=replace(tuned_by, past=replace(past, facts=self._facts())), known=known)
+            importances = compute_importances(finetune_context, self.backbone, full_step, images)
+            penalty_weight = (
+                int(full_step.counts.sum())
+                * (1.0 if strength is None else strength)
+                / len(finetune_context.splits.train)
+            )
+            trained_importances = {
+                name: importances[name]
+                for name in list_trained_parameters(finetune_context, self.backbone, self.initial_head.layers)
+            }
+            ewc_penalty = make_ewc_penalty(
+                self.initial_head.layers,
+                make_old_layers(full_step),
+                trained_importances,
+                penalty_weight,
+                self.backbone.network,
+            )
+            regularizers = replace(regularizers, ewc=ewc_penalty)
+        return replace(
+            self,
+            finetune_context=replace(
+                finetune_context, regularizers=replace(regularizers, provenance=self._describe_request())
+            ),
+            importances=importances,
+        )
 
-    def _facts(self) -> dict[str, Any]:
+    def _describe_request(self) -> dict[str, Any]:
         """What decides the training beside what fine-tuning asks itself."""
-        settings, model = vars(self.case.settings), self.case.model
-        return {"method": self.method, "k_old": self.whole.k_old, "settings": settings, "from": model.identity}
+        settings, model = vars(self.context.settings), self.context.model
+        return {"method": self.method, "k_old": self.full_step.k_old, "settings": settings, "from": model.identity}
 
-    def embeddings(self, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def load_embeddings(self, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Of some rows of the pictures, shape (m, d)."""
-        return np.asarray(cache.features(self.case.model.output)[rows], np.float32)
+        return np.asarray(cache.features(self.context.model.output)[rows], np.float32)
 
 
-def _backbone(model: Model) -> Backbone:
+def _select_output(model: Model) -> Backbone:
     (output,) = (output for output in model.backbone.outputs if output.name == model.output)
     return replace(model.backbone, outputs=(output,))
 
 
-def _expanded(case: Case, method: str, lesson: Lesson) -> Model:
+def _make_expanded_model(context: ExpansionContext, method: str, replay_dataset: ReplayDataset) -> Model:
     """The model that the method on features gives."""
-    model = case.model
+    model = context.model
     calibration = None if model.calibration is None else Calibration(model.calibration.temperature)
     return replace(
         model,
-        head=THROUGH[method].head(lesson.step),
-        classes=case.growth.classes,
+        head=DEEP_METHODS[method].make_head(replay_dataset.step),
+        classes=context.class_mapping.classes,
         calibration=calibration,
         kept=None,
-        trust=Trust(),
+        trust=Uncertainty(),
         scores={},
     )
 
 
-def _sides(case: Case, lesson: Lesson, rows: NDArray[np.int64], tested: NDArray[np.int64], n: int) -> Sides:
+def _make_splits(
+    context: ExpansionContext,
+    replay_dataset: ReplayDataset,
+    pool_rows: NDArray[np.int64],
+    test_rows: NDArray[np.int64],
+    n: int,
+) -> Splits:
     """Rows of the pictures, of which there are n, and their classes."""
     y = np.full(n, -1, np.int64)
-    y[tested], y[rows] = case.rows.test.y, lesson.pool.y
-    train, watched, held = np.sort(rows[lesson.train]), np.sort(rows[~lesson.train]), np.unique(tested)
-    how = f"{len(train)} images to train on, {len(watched)} to say when to stop, {len(held)} to judge by"
-    return Sides(train, watched, held, y, how)
+    y[test_rows], y[pool_rows] = context.data.test.y, replay_dataset.pool.y
+    train, validation, test = (
+        np.sort(pool_rows[replay_dataset.is_train]),
+        np.sort(pool_rows[~replay_dataset.is_train]),
+        np.unique(test_rows),
+    )
+    description = f"{len(train)} images to train on, {len(validation)} to say when to stop, {len(test)} to judge by"
+    return Splits(train, validation, test, y, description)

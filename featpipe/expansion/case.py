@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import Arrivals
-from featpipe.expansion.growth import Growth, near_names
-from featpipe.expansion.memory import within
-from featpipe.expansion.step import Settings, Step
-from featpipe.kept import Keep
-from featpipe.model import KEPT_DIGEST_BYTES, Model
-from featpipe.progress import Progress, Tell
+from featpipe.expansion.arrivals import ExpansionData
+from featpipe.expansion.growth import ClassMapping, find_similar_names
+from featpipe.expansion.memory import fit_to_budget
+from featpipe.expansion.step import ExpansionConfig, IncrementalStep
+from featpipe.kept import RetentionPolicy
+from featpipe.model import STORED_DIGEST_BYTES, Model
+from featpipe.progress import Progress, ProgressCallback
 
-__all__ = ["Case"]
+__all__ = ["ExpansionContext"]
 
-ALIKE = 0.9  # the share of a new class that the model calls by one old name, from which that is said
-ALIKE_FROM = 5
+MIN_SIMILAR_SHARE = 0.9  # the share of a new class that the model calls by one old name, from which that is said
+MIN_IMAGES_TO_COMPARE = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class ExpansionContext:
     """What is asked of a model.
 
     Attributes
@@ -42,71 +42,81 @@ class Case:
     """
 
     model: Model
-    growth: Growth
-    rows: Arrivals
-    settings: Settings
-    memory_given: bool
+    class_mapping: ClassMapping
+    data: ExpansionData
+    settings: ExpansionConfig
+    has_explicit_memory: bool
     budget: int | None
-    keep: Keep | None
-    tell: Tell
+    policy: RetentionPolicy | None
+    progress: ProgressCallback
 
     def note(self, text: str) -> None:
-        self.tell(Progress("note", text))
+        self.progress(Progress("note", text))
 
-    def step(self, rows: Arrivals) -> Step:
+    def make_step(self, data: ExpansionData) -> IncrementalStep:
         """What the methods see of some rows."""
-        model, kept = self.model, self.model.kept
-        if kept is not None:
-            kept = kept.regrouped(self.growth.place, len(self.growth.classes))
-            whole = np.array_equal(np.bincount(rows.old.y, minlength=len(kept.counts)), kept.counts)
+        model, replay_memory = self.model, self.model.kept
+        if replay_memory is not None:
+            replay_memory = replay_memory.remap_classes(self.class_mapping.new_codes, len(self.class_mapping.classes))
+            has_all_old_rows = np.array_equal(
+                np.bincount(data.old.y, minlength=len(replay_memory.counts)), replay_memory.counts
+            )
         else:
-            known = np.unique(rows.old.digests[:, :KEPT_DIGEST_BYTES].copy().view("V16").ravel())
-            whole = len(known) == len(model.trained_on)
+            known_digests = np.unique(data.old.digests[:, :STORED_DIGEST_BYTES].copy().view("V16").ravel())
+            has_all_old_rows = len(known_digests) == len(model.trained_on)
         settings = self.settings
-        if not self.memory_given and kept is not None and len(kept.rows):
-            settings = replace(settings, memory=int(np.bincount(kept.codes).max()))
+        if not self.has_explicit_memory and replay_memory is not None and len(replay_memory.rows):
+            settings = replace(settings, memory=int(np.bincount(replay_memory.codes).max()))
         if self.budget is not None:
-            a_row = 4 * len(self.growth.classes) * rows.new.X.shape[1]
-            settings = replace(settings, memory=max(1, min(settings.memory, self.budget // a_row)))
-            kept = None if kept is None else within(kept, self.budget)
-        T = 1.0 if model.calibration is None else model.calibration.temperature
-        return Step(model.head, T, self.growth, kept, rows.new, rows.old, whole, settings)
+            bytes_per_exemplar = 4 * len(self.class_mapping.classes) * data.new.X.shape[1]
+            settings = replace(settings, memory=max(1, min(settings.memory, self.budget // bytes_per_exemplar)))
+            replay_memory = None if replay_memory is None else fit_to_budget(replay_memory, self.budget)
+        temperature = 1.0 if model.calibration is None else model.calibration.temperature
+        return IncrementalStep(
+            model.head, temperature, self.class_mapping, replay_memory, data.new, data.old, has_all_old_rows, settings
+        )
 
-    def past(self) -> tuple[list[list[str]], list[Mapping[str, Any]]]:
+    def get_past_steps(self) -> tuple[list[list[str]], list[Mapping[str, Any]]]:
         """The classes of each earlier step, by their names after, and what is known of them."""
         steps = self.model.history.get("steps") or [{"classes": list(self.model.classes)}]
-        came: list[list[str]] = []
-        seen: set[str] = set()
-        for one in steps:
-            stays = [name for name in one["classes"] if name not in self.growth.dropped]
-            names = {self.growth.names.get(name, name) for name in stays} - seen
-            came.append([name for name in self.growth.classes[: self.growth.k_old] if name in names])
-            seen |= names
-        return came, list(self.model.history.get("judged") or [])
+        classes_by_step: list[list[str]] = []
+        seen_names: set[str] = set()
+        for step in steps:
+            remaining = [name for name in step["classes"] if name not in self.class_mapping.dropped]
+            names = {self.class_mapping.renames.get(name, name) for name in remaining} - seen_names
+            classes_by_step.append(
+                [name for name in self.class_mapping.classes[: self.class_mapping.k_old] if name in names]
+            )
+            seen_names |= names
+        return classes_by_step, list(self.model.history.get("judged") or [])
 
-    def refuse_nothing(self) -> None:
+    def validate(self) -> None:
         """Refuse what has nothing to learn; say what a person may not have meant."""
-        rows, growth = self.rows, self.growth
-        if not len(rows.new) and not growth.new and not growth.regroups:
-            if len(rows.old):
+        data, class_mapping = self.data, self.class_mapping
+        if not len(data.new) and not class_mapping.new_classes and not class_mapping.changes_old_classes:
+            if len(data.old):
                 raise ConfigError(
-                    f"the model was trained on all {len(rows.old):,} images, and no class is new: nothing to learn"
+                    f"the model was trained on all {len(data.old):,} images, and no class is new: nothing to learn"
                 )
             raise ConfigError("there is no labelled image to learn; give caches or archives, --drop or --merge")
-        for new, old in near_names(growth.new, growth.classes[: growth.k_old]):
+        for new, old in find_similar_names(class_mapping.new_classes, class_mapping.classes[: class_mapping.k_old]):
             text = f"class {new!r} is new beside {old!r}; if they are one, give --merge {old},{new}={old}"
-            self.tell(Progress("warning", text))
-        if not growth.new and len(rows.new):
-            self.note(f"no new class: {len(rows.new):,} new images of {growth.k_old} known ones are learnt")
-        self._say_what_looks_alike()
+            self.progress(Progress("warning", text))
+        if not class_mapping.new_classes and len(data.new):
+            self.note(f"no new class: {len(data.new):,} new images of {class_mapping.k_old} known ones are learnt")
+        self._note_similar_classes()
 
-    def _say_what_looks_alike(self) -> None:
-        new = self.rows.new
-        for code in range(self.growth.k_old, len(self.growth.classes)):
+    def _note_similar_classes(self) -> None:
+        new = self.data.new
+        for code in range(self.class_mapping.k_old, len(self.class_mapping.classes)):
             X = new.X[new.y == code]
-            if len(X) < ALIKE_FROM:
+            if len(X) < MIN_IMAGES_TO_COMPARE:
                 continue
-            called, counts = np.unique(self.model.predict_features(X).astype(str), return_counts=True)
-            if counts.max() >= ALIKE * len(X):
-                share, name, old = counts.max() / len(X), self.growth.classes[code], str(called[counts.argmax()])
-                self.note(f"{share:.0%} of the images of {name!r} are {old!r} to the model before")
+            predicted, counts = np.unique(self.model.predict_features(X).astype(str), return_counts=True)
+            if counts.max() >= MIN_SIMILAR_SHARE * len(X):
+                share, name, old_name = (
+                    counts.max() / len(X),
+                    self.class_mapping.classes[code],
+                    str(predicted[counts.argmax()]),
+                )
+                self.note(f"{share:.0%} of the images of {name!r} are {old_name!r} to the model before")

@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import Arrivals
-from featpipe.expansion.case import Case
-from featpipe.expansion.measure import Curves, Judge, Outcome
-from featpipe.expansion.memory import bytes_for
-from featpipe.expansion.methods import METHODS, regrouped_head
-from featpipe.expansion.step import Step
-from featpipe.heads.statistics import kind_for
+from featpipe.expansion.arrivals import ExpansionData
+from featpipe.expansion.case import ExpansionContext
+from featpipe.expansion.measure import MethodEvaluator, MethodOutcome, TrainingCurves
+from featpipe.expansion.memory import compute_memory_bytes
+from featpipe.expansion.methods import METHODS, make_regrouped_head
+from featpipe.expansion.step import IncrementalStep
+from featpipe.heads.statistics import find_statistics_kind
 from featpipe.progress import Progress
 
-__all__ = ["Found", "learnt"]
+__all__ = ["SelectedMethod", "select_and_fit"]
 
-BESIDE = ("joint", "naive")  # what a method is compared with
+BASELINE_METHODS = ("joint", "naive")  # what a method is compared with
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SelectedMethod:
     """The chosen method, its head, and how all compared.
 
     Attributes
@@ -44,14 +44,14 @@ class Found:
 
     method: str
     pipeline: Pipeline
-    step: Step
-    outcomes: tuple[Outcome, ...] = ()
-    judge: Judge | None = None
+    step: IncrementalStep
+    outcomes: tuple[MethodOutcome, ...] = ()
+    evaluator: MethodEvaluator | None = None
     recommended: str | None = None
     unavailable: Mapping[str, str] = field(default_factory=dict)
 
 
-def learnt(case: Case, method: str | None) -> Found:
+def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMethod:
     """Judge methods where there is something to judge by, then learn from all rows.
 
     Raises
@@ -59,79 +59,101 @@ def learnt(case: Case, method: str | None) -> Found:
     ConfigError
         If the method lacks what it needs, or there is nothing to compare methods by.
     """
-    whole = case.step(case.rows)
-    if not len(case.rows.new) and not case.growth.new and method is None:
-        return _regrouped(whole)
+    full_step = context.make_step(context.data)
+    if not len(context.data.new) and not context.class_mapping.new_classes and method is None:
+        return _fit_regrouped(full_step)
     if method is None:
-        method = _default(whole)
-        case.note(f"method: {method}, {METHODS[method].summary}")
-    unavailable = {name: why for name in METHODS if (why := METHODS[name].missing(whole)) is not None}
-    working = [name for name in METHODS if name not in unavailable]
+        method = _select_default_method(full_step)
+        context.note(f"method: {method}, {METHODS[method].summary}")
+    unavailable = {
+        name: reason for name in METHODS if (reason := METHODS[name].missing_requirement(full_step)) is not None
+    }
+    available = [name for name in METHODS if name not in unavailable]
     if method in unavailable:
-        raise ConfigError(f"{method} {unavailable[method]}. What works: {', '.join(working)}")
-    judged = case.rows.held_out()
-    if not len(judged.test):
+        raise ConfigError(f"{method} {unavailable[method]}. What works: {', '.join(available)}")
+    evaluation_data = context.data.with_holdout()
+    if not len(evaluation_data.test):
         if method == "all":
             raise ConfigError("methods are compared on images to judge by, and there are none: give --test CACHE")
-        case.note("there are no images to judge by: give --test CACHE, or labels with a split")
-        return Found(method, METHODS[method].fit(whole, None), whole, unavailable=unavailable)
-    compared = working if method == "all" else [name for name in (method, *BESIDE) if name in working]
-    return _judged(case, method, list(dict.fromkeys(compared)), judged, whole, unavailable)
+        context.note("there are no images to judge by: give --test CACHE, or labels with a split")
+        return SelectedMethod(method, METHODS[method].fit(full_step, None), full_step, unavailable=unavailable)
+    candidates = available if method == "all" else [name for name in (method, *BASELINE_METHODS) if name in available]
+    return _compare_methods(context, method, list(dict.fromkeys(candidates)), evaluation_data, full_step, unavailable)
 
 
-def _default(step: Step) -> str:
-    missing = {name: method.missing(step) for name, method in METHODS.items()}
-    if step.whole and missing["joint"] is None:
+def _select_default_method(step: IncrementalStep) -> str:
+    missing = {name: method.missing_requirement(step) for name, method in METHODS.items()}
+    if step.has_all_old_rows and missing["joint"] is None:
         return "joint"
-    if kind_for(step.pipeline)[1] and missing["statistics"] is None:
+    if find_statistics_kind(step.pipeline)[1] and missing["statistics"] is None:
         return "statistics"
-    if missing["replay"] is None and step.kept is not None and len(step.kept.rows):
+    if missing["replay"] is None and step.replay_memory is not None and len(step.replay_memory.rows):
         return "replay"
     return next(name for name in ("statistics", "frozen-old", "distill") if missing[name] is None or name == "distill")
 
 
-def _regrouped(step: Step) -> Found:
+def _fit_regrouped(step: IncrementalStep) -> SelectedMethod:
     """Classes left out, joined or renamed, and nothing to learn."""
-    renamed = np.array_equal(step.growth.place, np.arange(len(step.growth.place)))
-    if not renamed and kind_for(step.pipeline)[1] and METHODS["statistics"].missing(step) is None:
-        return Found("statistics", METHODS["statistics"].fit(step, None), step)
-    return Found("regroup", regrouped_head(step), step)
+    is_renaming = np.array_equal(step.class_mapping.new_codes, np.arange(len(step.class_mapping.new_codes)))
+    if (
+        not is_renaming
+        and find_statistics_kind(step.pipeline)[1]
+        and METHODS["statistics"].missing_requirement(step) is None
+    ):
+        return SelectedMethod("statistics", METHODS["statistics"].fit(step, None), step)
+    return SelectedMethod("regroup", make_regrouped_head(step), step)
 
 
-def _judged(
-    case: Case, method: str, names: Sequence[str], judged: Arrivals, whole: Step, unavailable: Mapping[str, str]
-) -> Found:
-    step = case.step(judged)
-    judge = Judge.of(judged.test, step, *case.past())
-    rights: dict[str, NDArray[np.bool_]] = {}
-    outcomes: dict[str, Outcome] = {}
-    fitted: dict[str, Pipeline] = {}
+def _compare_methods(
+    context: ExpansionContext,
+    method: str,
+    names: Sequence[str],
+    evaluation_data: ExpansionData,
+    full_step: IncrementalStep,
+    unavailable: Mapping[str, str],
+) -> SelectedMethod:
+    step = context.make_step(evaluation_data)
+    evaluator = MethodEvaluator.from_step(evaluation_data.test, step, *context.get_past_steps())
+    correct_by_method: dict[str, NDArray[np.bool_]] = {}
+    outcomes: dict[str, MethodOutcome] = {}
+    pipelines: dict[str, Pipeline] = {}
     for name in names:
-        curves, started = Curves(), perf_counter()
-        fitted[name] = METHODS[name].fit(step, judge.watch(curves))
+        curves, started = TrainingCurves(), perf_counter()
+        pipelines[name] = METHODS[name].fit(step, evaluator.make_epoch_callback(curves))
         seconds = round(perf_counter() - started, 3)
-        rights[name] = judge.right(fitted[name])
-        thin = vars(curves.thinned()) if curves.epochs else {}
-        keeps = bytes_for(name, step)
-        outcomes[name] = judge.outcome(name, rights[name], bytes=keeps, seconds=seconds, curves=thin)
-        case.tell(Progress("bar", "comparing methods", len(outcomes), len(names), "methods"))
-    recommended = _recommended(case.budget, judge, outcomes, rights) if method == "all" else None
+        correct_by_method[name] = evaluator.predict_correct(pipelines[name])
+        curve_points = vars(curves.downsample()) if curves.epochs else {}
+        memory_bytes = compute_memory_bytes(name, step)
+        outcomes[name] = evaluator.make_outcome(
+            name, correct_by_method[name], bytes=memory_bytes, seconds=seconds, curves=curve_points
+        )
+        context.progress(Progress("bar", "comparing methods", len(outcomes), len(names), "methods"))
+    recommended = _recommend_method(context.budget, evaluator, outcomes, correct_by_method) if method == "all" else None
     chosen = recommended or method
-    rows = (outcomes[chosen], *(outcome for name, outcome in outcomes.items() if name != chosen))
-    again = len(judged.new) < len(case.rows.new)  # those that were held out are learnt too
-    pipeline = METHODS[chosen].fit(whole, None) if again else fitted[chosen]
-    return Found(chosen, pipeline, whole, rows, judge, recommended, unavailable)
+    ordered_outcomes = (outcomes[chosen], *(outcome for name, outcome in outcomes.items() if name != chosen))
+    needs_refit = len(evaluation_data.new) < len(context.data.new)  # those that were held out are learnt too
+    pipeline = METHODS[chosen].fit(full_step, None) if needs_refit else pipelines[chosen]
+    return SelectedMethod(chosen, pipeline, full_step, ordered_outcomes, evaluator, recommended, unavailable)
 
 
-def _recommended(
-    budget: int | None, judge: Judge, outcomes: Mapping[str, Outcome], rights: Mapping[str, NDArray[np.bool_]]
+def _recommend_method(
+    budget: int | None,
+    evaluator: MethodEvaluator,
+    outcomes: Mapping[str, MethodOutcome],
+    correct_by_method: Mapping[str, NDArray[np.bool_]],
 ) -> str:
     """Of the methods that need no old images, the one that keeps least and is not told apart from the best."""
-    within = [
-        name for name, outcome in outcomes.items() if name not in BESIDE and (budget is None or outcome.bytes <= budget)
+    affordable = [
+        name
+        for name, outcome in outcomes.items()
+        if name not in BASELINE_METHODS and (budget is None or outcome.bytes <= budget)
     ]
-    if not within:
+    if not affordable:
         return "joint" if "joint" in outcomes else next(iter(outcomes))
-    best = max(within, key=lambda name: rights[name].mean())
-    close = [name for name in within if name == best or judge.difference(rights[best], rights[name]).low <= 0]
-    return min(close, key=lambda name: (outcomes[name].bytes, -rights[name].mean()))
+    best = max(affordable, key=lambda name: correct_by_method[name].mean())
+    equivalent = [
+        name
+        for name in affordable
+        if name == best or evaluator.paired_difference(correct_by_method[best], correct_by_method[name]).low <= 0
+    ]
+    return min(equivalent, key=lambda name: (outcomes[name].bytes, -correct_by_method[name].mean()))

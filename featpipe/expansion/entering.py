@@ -12,25 +12,33 @@ from sklearn.pipeline import Pipeline
 
 from featpipe import split
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import Side
+from featpipe.expansion.arrivals import LabeledEmbeddings
 from featpipe.expansion.methods import (
     DISTILL_STRENGTH,
     METHODS,
-    REPLAY_DISTILL,
-    no_layer,
-    no_old_images,
-    shared_out,
-    started_head,
+    REPLAY_DISTILL_STRENGTH,
+    compute_weights_and_offsets,
+    make_initial_head,
+    missing_last_layer,
+    missing_old_images,
 )
-from featpipe.expansion.step import Step
-from featpipe.finetuning.past import Past, Teacher
-from featpipe.finetuning.sides import VALIDATION_SEED
-from featpipe.kept import Kept, pick
+from featpipe.expansion.step import IncrementalStep
+from featpipe.finetuning.past import DistillationLoss, Regularizers
+from featpipe.finetuning.sides import VALIDATION_SPLIT_SEED
+from featpipe.kept import ReplayMemory, select_exemplars
 
-__all__ = ["REFUSED", "THROUGH", "Lesson", "Through", "default", "lesson_of", "missing"]
+__all__ = [
+    "DEEP_METHODS",
+    "UNSUPPORTED_METHODS",
+    "DeepMethod",
+    "ReplayDataset",
+    "find_missing_requirement",
+    "make_replay_dataset",
+    "select_default_method",
+]
 
-WATCHED_FROM = 3  # images that a class must have for some of them to say when to stop
-REFUSED = {
+MIN_IMAGES_FOR_VALIDATION = 3  # images that a class must have for some of them to say when to stop
+UNSUPPORTED_METHODS = {
     "statistics": "is sums over embeddings, and a network that is trained gives others",
     "frozen-old": "keeps the old scores bit for bit, and a network that is trained moves all of them",
     "all": "compares methods on features, in seconds; choose one, and the table shows beside it what features give",
@@ -38,7 +46,7 @@ REFUSED = {
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class ReplayDataset:
     """What goes through the network, and where the new layer starts.
 
     Attributes
@@ -53,13 +61,13 @@ class Lesson:
         How many images each of the pool stands for.
     """
 
-    step: Step
-    pool: Side
-    train: NDArray[np.bool_]
+    step: IncrementalStep
+    pool: LabeledEmbeddings
+    is_train: NDArray[np.bool_]
     is_old: NDArray[np.bool_]
-    stand_for: NDArray[np.float64]
+    represented_counts: NDArray[np.float64]
 
-    def past(self, rows: NDArray[np.int64], n: int, distill: float) -> Past:
+    def make_regularizers(self, rows: NDArray[np.int64], n: int, distill_strength: float) -> Regularizers:
         """What the old head says of the pool as soft targets, of a strength; and how much each image counts.
 
         Parameters
@@ -71,15 +79,19 @@ class Lesson:
         """
         step, k = self.step, self.step.k
         scores, weights = torch.zeros(n, step.k_old), np.ones(n)
-        scores[torch.from_numpy(rows)] = torch.from_numpy(step.old_scores(self.pool.X) / step.temperature).float()
-        weights[rows], adjustment = shared_out(self.pool.y, self.stand_for, k)
-        weights /= weights[rows[self.train]].mean()
-        teacher = Teacher(scores, step.settings.temperature, distill) if distill else None
-        return Past(step.k_old, teacher, None, weights, adjustment if adjustment.any() else None)
+        scores[torch.from_numpy(rows)] = torch.from_numpy(
+            step.compute_old_scores(self.pool.X) / step.temperature
+        ).float()
+        weights[rows], adjustment = compute_weights_and_offsets(self.pool.y, self.represented_counts, k)
+        weights /= weights[rows[self.is_train]].mean()
+        distillation = (
+            DistillationLoss(scores, step.settings.temperature, distill_strength) if distill_strength else None
+        )
+        return Regularizers(step.k_old, distillation, None, weights, adjustment if adjustment.any() else None)
 
 
 @dataclass(frozen=True)
-class Through:
+class DeepMethod:
     """One row of the table.
 
     Attributes
@@ -94,27 +106,27 @@ class Through:
         How much the soft targets weigh if nothing else is said.
     """
 
-    old: Callable[[Step], Side]
-    missing: Callable[[Step], str | None]
-    head: Callable[[Step], Pipeline]
-    distill: float = 0.0
+    select_old_images: Callable[[IncrementalStep], LabeledEmbeddings]
+    missing_requirement: Callable[[IncrementalStep], str | None]
+    make_head: Callable[[IncrementalStep], Pipeline]
+    distill_strength: float = 0.0
 
 
-def missing(method: str, step: Step) -> str | None:
+def find_missing_requirement(method: str, step: IncrementalStep) -> str | None:
     """What a method lacks to go into the network; None if it can."""
     if not len(step.new):
         return "with --unfreeze learns from new images, and there are none"
-    return THROUGH[method].missing(step)
+    return DEEP_METHODS[method].missing_requirement(step)
 
 
-def default(step: Step) -> str:
+def select_default_method(step: IncrementalStep) -> str:
     """The method where none is named: the one that has most of the old classes at hand."""
-    if step.whole and len(step.old):
+    if step.has_all_old_rows and len(step.old):
         return "joint"
-    return next((name for name in ("replay", "ewc") if THROUGH[name].missing(step) is None), "distill")
+    return next((name for name in ("replay", "ewc") if DEEP_METHODS[name].missing_requirement(step) is None), "distill")
 
 
-def lesson_of(step: Step, method: str, share: float) -> Lesson:
+def make_replay_dataset(step: IncrementalStep, method: str, validation_fraction: float) -> ReplayDataset:
     """Which images go through the network, and which of them say when to stop.
 
     Parameters
@@ -130,48 +142,58 @@ def lesson_of(step: Step, method: str, share: float) -> Lesson:
     ConfigError
         If there are not enough of any.
     """
-    old = THROUGH[method].old(step)
-    pool = old + step.new
-    once = np.sort(pool.first)
-    is_old, pool = once < len(old), pool.take(once)
-    train = _divided(pool, share, step.growth.classes)
-    stays = pool.take(train & is_old)
-    begin = replace(step, new=pool.take(train & ~is_old), old=stays if method == "joint" else step.old)
-    stand_for = np.ones(len(pool))
+    old_images = DEEP_METHODS[method].select_old_images(step)
+    pool = old_images + step.new
+    first_rows = np.sort(pool.first_occurrences)
+    is_old, pool = first_rows < len(old_images), pool.take(first_rows)
+    is_train = _split_validation(pool, validation_fraction, step.class_mapping.classes)
+    old_train = pool.take(is_train & is_old)
+    train_step = replace(step, new=pool.take(is_train & ~is_old), old=old_train if method == "joint" else step.old)
+    represented_counts = np.ones(len(pool))
     if method == "replay":
         counts = step.counts
-        stand_for[is_old] = (counts / np.maximum(1, np.bincount(pool.y[is_old], minlength=step.k)))[pool.y[is_old]]
-        statistics = None if step.kept is None else step.kept.statistics
-        begin = replace(begin, kept=Kept(counts, stays.X, stays.y.astype(np.int32), statistics))
-    return Lesson(begin, pool, train, is_old, stand_for)
+        represented_counts[is_old] = (counts / np.maximum(1, np.bincount(pool.y[is_old], minlength=step.k)))[
+            pool.y[is_old]
+        ]
+        statistics = None if step.replay_memory is None else step.replay_memory.statistics
+        train_step = replace(
+            train_step, replay_memory=ReplayMemory(counts, old_train.X, old_train.y.astype(np.int32), statistics)
+        )
+    return ReplayDataset(train_step, pool, is_train, is_old, represented_counts)
 
 
-def _divided(pool: Side, share: float, names: Sequence[str]) -> NDArray[np.bool_]:
+def _split_validation(pool: LabeledEmbeddings, validation_fraction: float, names: Sequence[str]) -> NDArray[np.bool_]:
     """Which images are trained on."""
-    enough = np.flatnonzero(np.bincount(pool.y)[pool.y] >= WATCHED_FROM)
-    if not len(enough):
+    eligible = np.flatnonzero(np.bincount(pool.y)[pool.y] >= MIN_IMAGES_FOR_VALIDATION)
+    if not len(eligible):
         raise ConfigError(
-            f"no class has {WATCHED_FROM} images to train on, of which some say when to stop; give more, or leave "
+            f"no class has {MIN_IMAGES_FOR_VALIDATION} images to train on, of which some say when to stop; give more, or leave "
             "--unfreeze out"
         )
-    some = pool.take(enough)
-    held = enough[split.holdout(some.digests, some.y, test=share, seed=VALIDATION_SEED, names=names)[1]]
-    return ~np.isin(np.arange(len(pool)), held)
+    candidates = pool.take(eligible)
+    validation_rows = eligible[
+        split.make_holdout(
+            candidates.digests, candidates.y, test=validation_fraction, seed=VALIDATION_SPLIT_SEED, names=names
+        )[1]
+    ]
+    return ~np.isin(np.arange(len(pool)), validation_rows)
 
 
-def _none(step: Step) -> Side:
+def _select_none(step: IncrementalStep) -> LabeledEmbeddings:
     return step.old.take(np.zeros(len(step.old), bool))
 
 
-def _some(step: Step) -> Side:
+def _select_exemplars(step: IncrementalStep) -> LabeledEmbeddings:
     """The old images that stand for the others, as ``replay`` on features chooses them."""
-    return step.old.take(pick(step.settings.selection, step.features(step.old.X), step.old.y, step.settings.memory))
+    return step.old.take(
+        select_exemplars(step.settings.selection, step.compute_features(step.old.X), step.old.y, step.settings.memory)
+    )
 
 
-def _no_pictures(step: Step) -> str | None:
+def _missing_exemplar_images(step: IncrementalStep) -> str | None:
     """Kept rows are what came out of the network, and cannot go through it again."""
-    lacks = no_old_images(step)
-    if lacks is None:
+    reason = missing_old_images(step)
+    if reason is None:
         return None
     return (
         "with --unfreeze needs some images of each old class: kept rows are embeddings, which cannot go through the "
@@ -179,13 +201,17 @@ def _no_pictures(step: Step) -> str | None:
     )
 
 
-def _no_importances(step: Step) -> str | None:
-    if (lacks := no_layer(step)) is not None:
-        return lacks
+def _missing_importances(step: IncrementalStep) -> str | None:
+    if (reason := missing_last_layer(step)) is not None:
+        return reason
     if step.k_old < 2:
         return "with --unfreeze needs two old classes: of one there is nothing to forget that importances would tell"
-    known = step.kept is not None and step.kept.network is not None and step.kept.importances is not None
-    if known or no_old_images(step) is None:
+    has_importances = (
+        step.replay_memory is not None
+        and step.replay_memory.network is not None
+        and step.replay_memory.importances is not None
+    )
+    if has_importances or missing_old_images(step) is None:
         return None
     return (
         "with --unfreeze needs importances of the network, and the model keeps none: they are kept where it is trained "
@@ -193,14 +219,16 @@ def _no_importances(step: Step) -> str | None:
     )
 
 
-def _on_features(method: str) -> Callable[[Step], Pipeline]:
+def _fit_on_features(method: str) -> Callable[[IncrementalStep], Pipeline]:
     return lambda step: METHODS[method].fit(step, None)
 
 
-THROUGH: Mapping[str, Through] = {
-    "joint": Through(lambda step: step.old, no_old_images, _on_features("joint")),
-    "replay": Through(_some, _no_pictures, _on_features("replay"), REPLAY_DISTILL),
-    "distill": Through(_none, no_layer, _on_features("distill"), DISTILL_STRENGTH),
-    "ewc": Through(_none, _no_importances, _on_features("ewc")),
-    "naive": Through(_none, no_layer, started_head),
+DEEP_METHODS: Mapping[str, DeepMethod] = {
+    "joint": DeepMethod(lambda step: step.old, missing_old_images, _fit_on_features("joint")),
+    "replay": DeepMethod(
+        _select_exemplars, _missing_exemplar_images, _fit_on_features("replay"), REPLAY_DISTILL_STRENGTH
+    ),
+    "distill": DeepMethod(_select_none, missing_last_layer, _fit_on_features("distill"), DISTILL_STRENGTH),
+    "ewc": DeepMethod(_select_none, _missing_importances, _fit_on_features("ewc")),
+    "naive": DeepMethod(_select_none, missing_last_layer, make_initial_head),
 }

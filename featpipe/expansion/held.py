@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import split
-from featpipe.calibration import Calibration, fit_temperature, logits_of
-from featpipe.expansion.arrivals import Side
-from featpipe.expansion.step import Step, Watch
-from featpipe.trust import Conformal
+from featpipe.calibration import Calibration, compute_logits, fit_temperature
+from featpipe.expansion.arrivals import LabeledEmbeddings
+from featpipe.expansion.step import EpochCallback, IncrementalStep
+from featpipe.trust import ConformalPredictor
 
-__all__ = ["Held", "held_by_folds", "held_in_halves"]
+__all__ = ["HeldOutScores", "cross_fit_scores", "score_halves"]
 
 Array = NDArray[np.float64]
-Fit = Callable[[Step, Watch | None], Any]
+FitMethod = Callable[[IncrementalStep, EpochCallback | None], Any]
 
-FOLDS = 3
-LEAST = 10  # rows, from which a temperature is found
+N_FOLDS = 3
+MIN_CALIBRATION_ROWS = 10  # rows, from which a temperature is found
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class HeldOutScores:
     """Scores of rows that were held out, in parts.
 
     Attributes
@@ -38,46 +38,51 @@ class Held:
     """
 
     logits: tuple[Array, ...]
-    truths: tuple[NDArray[np.int64], ...]
+    labels: tuple[NDArray[np.int64], ...]
     k: int
 
     def __len__(self) -> int:
-        return sum(map(len, self.truths))
+        return sum(map(len, self.labels))
 
     @property
-    def classes(self) -> NDArray[np.int64]:
+    def present_classes(self) -> NDArray[np.int64]:
         """Those that there is a row of."""
-        return np.unique(np.concatenate([np.zeros(0, np.int64), *self.truths]))
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *self.labels]))
 
     @cached_property
     def temperature(self) -> float | None:
         """That with the least log loss; None of too few rows."""
-        return self._temperature(range(len(self.truths))) if len(self) >= LEAST else None
+        return self._fit_temperature(range(len(self.labels))) if len(self) >= MIN_CALIBRATION_ROWS else None
 
-    def _temperature(self, parts: Any) -> float:
+    def _fit_temperature(self, part_numbers: Any) -> float:
         return fit_temperature(
-            np.concatenate([self.logits[i] for i in parts]), np.concatenate([self.truths[i] for i in parts])
+            np.concatenate([self.logits[i] for i in part_numbers]),
+            np.concatenate([self.labels[i] for i in part_numbers]),
         )
 
-    def conformal(self, calibrate: bool) -> Conformal | None:
+    def make_conformal(self, calibrate: bool) -> ConformalPredictor | None:
         """What sets are made from, each part calibrated on the others; None where a class has no row."""
-        if len(self.classes) < self.k or len(self.truths) < 2:
+        if len(self.present_classes) < self.k or len(self.labels) < 2:
             return None
-        every = range(len(self.truths))
-        answers = [
-            Calibration(self._temperature([j for j in every if j != i]) if calibrate else 1.0).probabilities(logits)
+        part_numbers = range(len(self.labels))
+        probabilities = [
+            Calibration(
+                self._fit_temperature([j for j in part_numbers if j != i]) if calibrate else 1.0
+            ).compute_probabilities(logits)
             for i, logits in enumerate(self.logits)
         ]
-        return Conformal.of(np.concatenate(answers), np.concatenate(self.truths))
+        return ConformalPredictor.from_predictions(np.concatenate(probabilities), np.concatenate(self.labels))
 
 
-def held_in_halves(pipeline: Any, rows: Side, k: int) -> Held:
+def score_halves(pipeline: Any, rows: LabeledEmbeddings, k: int) -> HeldOutScores:
     """Rows that no head was fitted on, every other one in a part of its own."""
     halves = [rows.take(np.arange(start, len(rows), 2)) for start in (0, 1) if len(rows) > start]
-    return Held(tuple(logits_of(pipeline, half.X) for half in halves), tuple(half.y for half in halves), k)
+    return HeldOutScores(
+        tuple(compute_logits(pipeline, half.X) for half in halves), tuple(half.y for half in halves), k
+    )
 
 
-def held_by_folds(step: Step, fit: Fit, *, old: bool) -> Held:
+def cross_fit_scores(step: IncrementalStep, fit: FitMethod, *, include_old: bool) -> HeldOutScores:
     """A third of the rows after another is left out of the step, and scored by the head that comes of it.
 
     Parameters
@@ -92,15 +97,17 @@ def held_by_folds(step: Step, fit: Fit, *, old: bool) -> Held:
     -----
     Rows of a class of which there are fewer images than folds are never left out: the class would have none.
     """
-    n = len(step.old) if old else 0
-    rows = step.old + step.new if old else step.new
-    several = np.flatnonzero(rows.distinct(step.k)[rows.y] >= FOLDS) if len(rows) else np.zeros(0, np.intp)
-    if len(several) < LEAST:
-        return Held((), (), step.k)
-    some, logits, truths = rows.take(several), [], []
-    for _, held in split.folds(some.digests, np.unique(some.y, return_inverse=True)[1], k=FOLDS):
-        stays = ~np.isin(rows.keys, some.keys[held])
-        part = replace(step, old=step.old.take(stays[:n]) if old else step.old, new=step.new.take(stays[n:]))
-        logits.append(logits_of(fit(part, None), some.X[held]))
-        truths.append(some.y[held])
-    return Held(tuple(logits), tuple(truths), step.k)
+    n_old = len(step.old) if include_old else 0
+    rows = step.old + step.new if include_old else step.new
+    eligible = np.flatnonzero(rows.count_distinct(step.k)[rows.y] >= N_FOLDS) if len(rows) else np.zeros(0, np.intp)
+    if len(eligible) < MIN_CALIBRATION_ROWS:
+        return HeldOutScores((), (), step.k)
+    candidates, logits, labels = rows.take(eligible), [], []
+    for _, held_out in split.make_folds(candidates.digests, np.unique(candidates.y, return_inverse=True)[1], k=N_FOLDS):
+        is_train = ~np.isin(rows.keys, candidates.keys[held_out])
+        fold_step = replace(
+            step, old=step.old.take(is_train[:n_old]) if include_old else step.old, new=step.new.take(is_train[n_old:])
+        )
+        logits.append(compute_logits(fit(fold_step, None), candidates.X[held_out]))
+        labels.append(candidates.y[held_out])
+    return HeldOutScores(tuple(logits), tuple(labels), step.k)

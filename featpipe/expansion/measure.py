@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from sklearn.pipeline import Pipeline
 
-from featpipe.calibration import logits_of
-from featpipe.expansion.arrivals import Side
-from featpipe.expansion.step import Step
+from featpipe.calibration import compute_logits
+from featpipe.expansion.arrivals import LabeledEmbeddings
+from featpipe.expansion.step import IncrementalStep
 from featpipe.heads.layer import LastLayer
 from featpipe.scores import Interval
 
-__all__ = ["Curves", "Judge", "Outcome"]
+__all__ = ["MethodEvaluator", "MethodOutcome", "TrainingCurves"]
 
 Array = NDArray[np.float64]
 
-RESAMPLES = 1000
-POINTS = 60  # of a curve, as it is stored
+N_RESAMPLES = 1000
+MAX_CURVE_POINTS = 60  # of a curve, as it is stored
 
 
 @dataclass(eq=False)
-class Curves:
+class TrainingCurves:
     """Old and new classes, epoch by epoch, as a method trains; before the offset that some methods add at the end.
 
     Attributes
@@ -47,24 +47,24 @@ class Curves:
 
     def add(self, loss: float, scores: Array, y: NDArray[np.int64], k_old: int) -> None:
         losses = -log_softmax(scores, axis=1)[np.arange(len(y)), y]
-        right = scores.argmax(axis=1) == y
+        is_correct = scores.argmax(axis=1) == y
         self.epochs.append(len(self.epochs))
         self.train_loss.append(loss)
         for rows, name in ((y < k_old, "old"), (y >= k_old, "new")):
             getattr(self, f"{name}_loss").append(_mean(losses[rows]))
-            getattr(self, f"{name}_accuracy").append(_mean(right[rows]))
+            getattr(self, f"{name}_accuracy").append(_mean(is_correct[rows]))
 
-    def thinned(self) -> Curves:
+    def downsample(self) -> TrainingCurves:
         """At most so many points, more of the first epochs, with the last."""
         n = len(self.epochs)
-        if n <= POINTS:
+        if n <= MAX_CURVE_POINTS:
             return self
-        at = np.unique(np.rint(np.geomspace(1, n, POINTS)).astype(int) - 1).tolist()
-        return Curves(**{name: [values[i] for i in at] for name, values in vars(self).items()})
+        indices = np.unique(np.rint(np.geomspace(1, n, MAX_CURVE_POINTS)).astype(int) - 1).tolist()
+        return TrainingCurves(**{name: [values[i] for i in indices] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class MethodOutcome:
     """What one method did.
 
     Attributes
@@ -99,22 +99,22 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        return _plain(asdict(self))
+        return _nan_to_none(asdict(self))
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Self:
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """From `to_dict`."""
-        found = dict(facts)
+        arguments = dict(record)
         for name in ("old", "new", "all", "forgetting", "backward"):
-            value = found[name]
-            found[name] = (
-                None if value is None else Interval(*(_number(value[key]) for key in ("value", "low", "high")))
+            value = arguments[name]
+            arguments[name] = (
+                None if value is None else Interval(*(_none_to_nan(value[key]) for key in ("value", "low", "high")))
             )
-        return cls(**found)
+        return cls(**arguments)
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class MethodEvaluator:
     """Test rows, and what was known of them before.
 
     Attributes
@@ -130,130 +130,165 @@ class Judge:
         ``best`` and ``learnt`` accuracy on them.
     """
 
-    test: Side
-    step: Step
-    before: NDArray[np.bool_]
-    step_of: NDArray[np.int64]
-    past: Sequence[Mapping[str, Any]]
+    test: LabeledEmbeddings
+    step: IncrementalStep
+    correct_before: NDArray[np.bool_]
+    step_numbers: NDArray[np.int64]
+    step_records: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def of(cls, test: Side, step: Step, came: Sequence[Sequence[str]], past: Sequence[Mapping[str, Any]]) -> Judge:
+    def from_step(
+        cls,
+        test: LabeledEmbeddings,
+        step: IncrementalStep,
+        classes_by_step: Sequence[Sequence[str]],
+        step_records: Sequence[Mapping[str, Any]],
+    ) -> MethodEvaluator:
         """For the classes that came in each of the earlier steps."""
         k_old = step.k_old
-        number = np.full(step.k, len(came), np.int64)
-        for i, names in enumerate(came):
-            number[[step.growth.classes.index(name) for name in names]] = i
-        before = np.zeros(len(test), bool)
-        old = test.y < k_old
-        if old.any():
-            before[old] = step.old_scores(test.X[old]).argmax(axis=1) == test.y[old]
-        return cls(test, step, before, number[test.y], past)
+        step_numbers = np.full(step.k, len(classes_by_step), np.int64)
+        for i, names in enumerate(classes_by_step):
+            step_numbers[[step.class_mapping.classes.index(name) for name in names]] = i
+        correct_before = np.zeros(len(test), bool)
+        is_old = test.y < k_old
+        if is_old.any():
+            correct_before[is_old] = step.compute_old_scores(test.X[is_old]).argmax(axis=1) == test.y[is_old]
+        return cls(test, step, correct_before, step_numbers[test.y], step_records)
 
-    def watch(self, curves: Curves) -> Any:
+    def make_epoch_callback(self, curves: TrainingCurves) -> Any:
         """A function that notes each epoch, for :func:`featpipe.expansion.objective.minimise`."""
-        Z, fixed = self.step.features(self.test.X), self.step.old_scores(self.test.X) / self.step.temperature
-
-        def note(layer: LastLayer, loss: float) -> None:
-            scores = layer.scores(Z)
-            if scores.shape[1] < self.step.k:
-                scores = np.concatenate([fixed, scores], axis=1)
-            curves.add(loss, scores, self.test.y, self.step.k_old)
-
-        return note
-
-    def right(self, pipeline: Pipeline) -> NDArray[np.bool_]:
-        """Which test rows a head has right, shape (m,)."""
-        return np.asarray(logits_of(pipeline, self.test.X).argmax(axis=1) == self.test.y)
-
-    def outcome(self, method: str, right: NDArray[np.bool_], **more: Any) -> Outcome:
-        """The row of the table for a method."""
-        old = self.test.y < self.step.k_old
-        drawn = _drawn(len(right))
-        forgetting = backward = None
-        if old.any():
-            forgetting = self._over_steps(right, drawn, "best", -1.0)
-            backward = self._over_steps(right, drawn, "learnt", 1.0)
-        return Outcome(
-            method,
-            _accuracy(right, old, drawn),
-            _accuracy(right, ~old, drawn),
-            _accuracy(right, np.ones(len(right), bool), drawn),
-            forgetting,
-            backward,
-            [_mean(right[self.step_of == number]) for number in range(int(self.step_of.max(initial=-1)) + 1)],
-            **more,
+        Z, old_scores = (
+            self.step.compute_features(self.test.X),
+            self.step.compute_old_scores(self.test.X) / self.step.temperature,
         )
 
-    def _over_steps(self, right: NDArray[np.bool_], drawn: Array, since: str, sign: float) -> Interval:
+        def on_epoch(layer: LastLayer, loss: float) -> None:
+            scores = layer.compute_scores(Z)
+            if scores.shape[1] < self.step.k:
+                scores = np.concatenate([old_scores, scores], axis=1)
+            curves.add(loss, scores, self.test.y, self.step.k_old)
+
+        return on_epoch
+
+    def predict_correct(self, pipeline: Pipeline) -> NDArray[np.bool_]:
+        """Which test rows a head has right, shape (m,)."""
+        return np.asarray(compute_logits(pipeline, self.test.X).argmax(axis=1) == self.test.y)
+
+    def make_outcome(self, method: str, is_correct: NDArray[np.bool_], **extra: Any) -> MethodOutcome:
+        """The row of the table for a method."""
+        is_old = self.test.y < self.step.k_old
+        bootstrap_counts = _draw_bootstrap_counts(len(is_correct))
+        forgetting = backward = None
+        if is_old.any():
+            forgetting = self._mean_change(is_correct, bootstrap_counts, "best", -1.0)
+            backward = self._mean_change(is_correct, bootstrap_counts, "learnt", 1.0)
+        return MethodOutcome(
+            method,
+            _accuracy_interval(is_correct, is_old, bootstrap_counts),
+            _accuracy_interval(is_correct, ~is_old, bootstrap_counts),
+            _accuracy_interval(is_correct, np.ones(len(is_correct), bool), bootstrap_counts),
+            forgetting,
+            backward,
+            [
+                _mean(is_correct[self.step_numbers == number])
+                for number in range(int(self.step_numbers.max(initial=-1)) + 1)
+            ],
+            **extra,
+        )
+
+    def _mean_change(
+        self, is_correct: NDArray[np.bool_], bootstrap_counts: Array, reference: str, sign: float
+    ) -> Interval:
         """The mean over earlier steps of the change since then, on the same rows; with a paired interval."""
         values, samples = [], []
-        for number in np.unique(self.step_of[self.test.y < self.step.k_old]).tolist():
-            rows = self.step_of == number
-            before = _mean(self.before[rows])
-            known = self._known(number)
-            since_then = 0.0 if known is None else before - known[since]
-            if since == "best":
-                since_then = min(since_then, 0.0)  # the best is at least what it had before this step
-            change = right[rows].astype(float) - self.before[rows]
-            values.append(sign * (change.mean() + since_then))
-            weight = drawn[rows].sum(axis=0)
-            mean = np.divide(change @ drawn[rows], weight, out=np.full(weight.shape, np.nan), where=weight > 0)
-            samples.append(sign * (mean + since_then))
-        drawn_at_all = np.isfinite(samples)
-        total = np.where(drawn_at_all, samples, 0.0).sum(axis=0)
-        return _interval(float(np.mean(values)), total / np.maximum(drawn_at_all.sum(axis=0), 1))
+        for number in np.unique(self.step_numbers[self.test.y < self.step.k_old]).tolist():
+            rows = self.step_numbers == number
+            accuracy_before = _mean(self.correct_before[rows])
+            record = self._find_step_record(number)
+            earlier_change = 0.0 if record is None else accuracy_before - record[reference]
+            if reference == "best":
+                earlier_change = min(earlier_change, 0.0)  # the best is at least what it had before this step
+            change = is_correct[rows].astype(float) - self.correct_before[rows]
+            values.append(sign * (change.mean() + earlier_change))
+            resample_sizes = bootstrap_counts[rows].sum(axis=0)
+            mean = np.divide(
+                change @ bootstrap_counts[rows],
+                resample_sizes,
+                out=np.full(resample_sizes.shape, np.nan),
+                where=resample_sizes > 0,
+            )
+            samples.append(sign * (mean + earlier_change))
+        is_defined = np.isfinite(samples)
+        total = np.where(is_defined, samples, 0.0).sum(axis=0)
+        return _percentile_interval(float(np.mean(values)), total / np.maximum(is_defined.sum(axis=0), 1))
 
-    def _known(self, number: int) -> Mapping[str, Any] | None:
-        known = self.past[number] if number < len(self.past) else {}
-        return known if known.get("rows") == self.rows_of(number) and known.get("best") is not None else None
+    def _find_step_record(self, number: int) -> Mapping[str, Any] | None:
+        record = self.step_records[number] if number < len(self.step_records) else {}
+        return (
+            record if record.get("rows") == self.digest_test_rows(number) and record.get("best") is not None else None
+        )
 
-    def rows_of(self, number: int) -> str:
+    def digest_test_rows(self, number: int) -> str:
         """A digest of the test rows of a step: accuracies on other rows cannot be compared."""
-        digests = np.sort(self.test.keys[self.step_of == number])
+        digests = np.sort(self.test.keys[self.step_numbers == number])
         return hashlib.sha256(digests.tobytes()).hexdigest()[:16]
 
-    def record(self, outcome: Outcome) -> list[dict[str, Any]]:
+    def make_step_records(self, outcome: MethodOutcome) -> list[dict[str, Any]]:
         """What is to be known later of each step."""
-        found: list[dict[str, Any]] = []
-        for number, now in enumerate(outcome.steps):
-            rows, known = self.step_of == number, self._known(number)
+        records: list[dict[str, Any]] = []
+        for number, accuracy in enumerate(outcome.steps):
+            rows, record = self.step_numbers == number, self._find_step_record(number)
             if not rows.any():
-                found.append({"rows": "", "learnt": None, "best": None, "now": None})
+                records.append({"rows": "", "learnt": None, "best": None, "now": None})
                 continue
-            before = _mean(self.before[rows]) if (self.test.y[rows] < self.step.k_old).any() else now
-            learnt = before if known is None else known["learnt"]
-            best = max(now, before, learnt, 0.0 if known is None else known["best"])
-            found.append({"rows": self.rows_of(number), "learnt": learnt, "best": best, "now": now})
-        return _plain(found)
+            accuracy_before = (
+                _mean(self.correct_before[rows]) if (self.test.y[rows] < self.step.k_old).any() else accuracy
+            )
+            learnt_accuracy = accuracy_before if record is None else record["learnt"]
+            best_accuracy = max(accuracy, accuracy_before, learnt_accuracy, 0.0 if record is None else record["best"])
+            records.append(
+                {
+                    "rows": self.digest_test_rows(number),
+                    "learnt": learnt_accuracy,
+                    "best": best_accuracy,
+                    "now": accuracy,
+                }
+            )
+        return _nan_to_none(records)
 
-    def difference(self, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> Interval:
+    def paired_difference(self, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
         """Accuracy of one method less that of another, over all rows, paired."""
-        drawn = _drawn(len(one))
-        change = one.astype(float) - other
-        return _interval(float(change.mean()), change @ drawn / len(change))
+        bootstrap_counts = _draw_bootstrap_counts(len(first))
+        change = first.astype(float) - second
+        return _percentile_interval(float(change.mean()), change @ bootstrap_counts / len(change))
 
 
-def _drawn(m: int) -> Array:
+def _draw_bootstrap_counts(m: int) -> Array:
     """How often each of m rows is drawn in each resample, shape (m, b)."""
     rng = np.random.default_rng(0)
-    return rng.multinomial(m, np.full(m, 1 / m), RESAMPLES).T.astype(float) if m > 1 else np.zeros((m, 0))
+    return rng.multinomial(m, np.full(m, 1 / m), N_RESAMPLES).T.astype(float) if m > 1 else np.zeros((m, 0))
 
 
-def _accuracy(right: NDArray[np.bool_], rows: NDArray[np.bool_], drawn: Array) -> Interval | None:
+def _accuracy_interval(
+    is_correct: NDArray[np.bool_], rows: NDArray[np.bool_], bootstrap_counts: Array
+) -> Interval | None:
     if not rows.any():
         return None
-    weight = drawn[rows].sum(axis=0)
-    sampled = np.divide(
-        right[rows].astype(float) @ drawn[rows], weight, out=np.full(weight.shape, np.nan), where=weight > 0
+    resample_sizes = bootstrap_counts[rows].sum(axis=0)
+    samples = np.divide(
+        is_correct[rows].astype(float) @ bootstrap_counts[rows],
+        resample_sizes,
+        out=np.full(resample_sizes.shape, np.nan),
+        where=resample_sizes > 0,
     )
-    return _interval(_mean(right[rows]), sampled)
+    return _percentile_interval(_mean(is_correct[rows]), samples)
 
 
-def _interval(value: float, sampled: Array) -> Interval:
-    sampled = sampled[np.isfinite(sampled)]
-    if not len(sampled):
+def _percentile_interval(value: float, samples: Array) -> Interval:
+    samples = samples[np.isfinite(samples)]
+    if not len(samples):
         return Interval(value)
-    low, high = np.percentile(sampled, (2.5, 97.5))
+    low, high = np.percentile(samples, (2.5, 97.5))
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
@@ -261,16 +296,16 @@ def _mean(values: NDArray[Any]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def _number(value: float | None) -> float:
+def _none_to_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _plain(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     """With None in the place of what is no number."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _nan_to_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_nan_to_none(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return value

@@ -15,14 +15,14 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from featpipe.heads.layer import LastLayer
 
-__all__ = ["Anchor", "Objective", "Teacher", "minimise"]
+__all__ = ["DistillationTerm", "LastLayerObjective", "QuadraticPenalty", "fit_last_layer"]
 
 Array = NDArray[np.float64]
-Watch = Callable[[LastLayer, float], None]
+EpochCallback = Callable[[LastLayer, float], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
+class DistillationTerm:
     """What the old model says of the rows, as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
 
     Attributes
@@ -33,22 +33,27 @@ class Teacher:
     strength : float
     """
 
-    scores: Array
+    teacher_scores: Array
     temperature: float = 2.0
     strength: float = 1.0
 
-    def loss(self, scores: Array, weights: Array) -> tuple[float, Array]:
+    def loss_and_gradient(self, scores: Array, weights: Array) -> tuple[float, Array]:
         """Strength T² Σ w KL(old ‖ new), both at temperature T and over the old classes; and its gradient."""
-        k, T = self.scores.shape[1], self.temperature
-        old, new = log_softmax(self.scores / T, axis=1), log_softmax(scores[:, :k] / T, axis=1)
-        p = np.exp(old)
+        k, T = self.teacher_scores.shape[1], self.temperature
+        teacher_log_probs, student_log_probs = (
+            log_softmax(self.teacher_scores / T, axis=1),
+            log_softmax(scores[:, :k] / T, axis=1),
+        )
+        teacher_probs = np.exp(teacher_log_probs)
         gradient = np.zeros_like(scores)
-        gradient[:, :k] = self.strength * T * weights[:, None] * (np.exp(new) - p)
-        return self.strength * T**2 * float(weights @ (p * (old - new)).sum(axis=1)), gradient
+        gradient[:, :k] = self.strength * T * weights[:, None] * (np.exp(student_log_probs) - teacher_probs)
+        return self.strength * T**2 * float(
+            weights @ (teacher_probs * (teacher_log_probs - student_log_probs)).sum(axis=1)
+        ), gradient
 
 
 @dataclass(frozen=True, eq=False)
-class Anchor:
+class QuadraticPenalty:
     """A pull to the old weights, each by its importance (elastic weight consolidation, Kirkpatrick et al. 2017).
 
     Attributes
@@ -59,19 +64,19 @@ class Anchor:
         Zero for classes that are new.
     """
 
-    theta: Array
+    old_theta: Array
     importances: Array
 
-    def loss(self, theta: Array) -> tuple[float, Array]:
+    def loss_and_gradient(self, theta: Array) -> tuple[float, Array]:
         """½ Σ importance (θ - θ_old)², and its gradient."""
-        apart = theta.copy()
-        apart[: len(self.theta)] -= self.theta
-        pull = self.importances * apart
-        return 0.5 * float((pull * apart).sum()), pull
+        difference = theta.copy()
+        difference[: len(self.old_theta)] -= self.old_theta
+        gradient = self.importances * difference
+        return 0.5 * float((gradient * difference).sum()), gradient
 
 
 @dataclass(frozen=True, eq=False)
-class Objective:
+class LastLayerObjective:
     """Σ w_i loss(y_i, W z_i + b) + ½ Σ ridge W², and what is added to it.
 
     Attributes
@@ -95,36 +100,42 @@ class Objective:
     y: NDArray[np.integer]
     weights: Array
     ridge: float | Array = 0.0
-    fixed: Array | None = None
+    fixed_scores: Array | None = None
     offsets: Array | None = None
-    teacher: Teacher | None = None
-    anchor: Anchor | None = None
+    distillation: DistillationTerm | None = None
+    quadratic_penalty: QuadraticPenalty | None = None
 
-    def value(self, theta: Array) -> tuple[float, Array]:
+    def value_and_gradient(self, theta: Array) -> tuple[float, Array]:
         """The value and the gradient at weights and intercepts of shape (k, p + 1)."""
-        own = self.Z @ theta[:, :-1].T + theta[:, -1]
-        scores = own if self.fixed is None else np.concatenate([self.fixed, own], axis=1)
+        trained_scores = self.Z @ theta[:, :-1].T + theta[:, -1]
+        scores = (
+            trained_scores if self.fixed_scores is None else np.concatenate([self.fixed_scores, trained_scores], axis=1)
+        )
         rows = np.arange(len(self.y))
-        judged = scores if self.offsets is None else scores + self.offsets
-        value = float(self.weights @ (logsumexp(judged, axis=1) - judged[rows, self.y]))
-        by_score = softmax(judged, axis=1)
-        by_score[rows, self.y] -= 1
-        by_score *= self.weights[:, None]
-        if self.teacher is not None:
-            more, gradient = self.teacher.loss(scores, self.weights)
-            value, by_score = value + more, by_score + gradient
-        by_own = by_score if self.fixed is None else by_score[:, self.fixed.shape[1] :]
-        by_theta = np.empty_like(theta)
-        by_theta[:, :-1] = by_own.T @ self.Z + self.ridge * theta[:, :-1]
-        by_theta[:, -1] = by_own.sum(axis=0)
+        adjusted_scores = scores if self.offsets is None else scores + self.offsets
+        value = float(self.weights @ (logsumexp(adjusted_scores, axis=1) - adjusted_scores[rows, self.y]))
+        score_gradient = softmax(adjusted_scores, axis=1)
+        score_gradient[rows, self.y] -= 1
+        score_gradient *= self.weights[:, None]
+        if self.distillation is not None:
+            term_value, term_gradient = self.distillation.loss_and_gradient(scores, self.weights)
+            value, score_gradient = value + term_value, score_gradient + term_gradient
+        trained_gradient = (
+            score_gradient if self.fixed_scores is None else score_gradient[:, self.fixed_scores.shape[1] :]
+        )
+        theta_gradient = np.empty_like(theta)
+        theta_gradient[:, :-1] = trained_gradient.T @ self.Z + self.ridge * theta[:, :-1]
+        theta_gradient[:, -1] = trained_gradient.sum(axis=0)
         value += 0.5 * float((self.ridge * theta[:, :-1] ** 2).sum())
-        if self.anchor is not None:
-            more, gradient = self.anchor.loss(theta)
-            value, by_theta = value + more, by_theta + gradient
-        return value, by_theta
+        if self.quadratic_penalty is not None:
+            term_value, term_gradient = self.quadratic_penalty.loss_and_gradient(theta)
+            value, theta_gradient = value + term_value, theta_gradient + term_gradient
+        return value, theta_gradient
 
 
-def minimise(objective: Objective, start: LastLayer, epochs: int, watch: Watch | None = None) -> LastLayer:
+def fit_last_layer(
+    objective: LastLayerObjective, initial_layer: LastLayer, epochs: int, on_epoch: EpochCallback | None = None
+) -> LastLayer:
     """The layer with the least value, or the one after so many epochs: steps of L-BFGS, each of which sees all rows.
 
     Parameters
@@ -135,23 +146,23 @@ def minimise(objective: Objective, start: LastLayer, epochs: int, watch: Watch |
     watch : callable, optional
         Told the layer and the mean loss after each epoch, and before the first.
     """
-    total = float(objective.weights.sum()) or 1.0
-    shape = (len(start.b), start.W.shape[1] + 1)
+    total_weight = float(objective.weights.sum()) or 1.0
+    shape = (len(initial_layer.b), initial_layer.W.shape[1] + 1)
 
-    def mean_value(flat: Array) -> tuple[float, Array]:
-        value, gradient = objective.value(flat.reshape(shape))
-        return value / total, gradient.ravel() / total
+    def mean_loss(flat: Array) -> tuple[float, Array]:
+        value, gradient = objective.value_and_gradient(flat.reshape(shape))
+        return value / total_weight, gradient.ravel() / total_weight
 
-    def told(flat: Array) -> None:
-        if watch is not None:
-            watch(_layer(flat.reshape(shape)), mean_value(flat)[0])
+    def report_epoch(flat: Array) -> None:
+        if on_epoch is not None:
+            on_epoch(_to_layer(flat.reshape(shape)), mean_loss(flat)[0])
 
-    first = np.column_stack([start.W, start.b]).ravel()
-    told(first)
+    initial_theta = np.column_stack([initial_layer.W, initial_layer.b]).ravel()
+    report_epoch(initial_theta)
     options = {"maxiter": epochs, "maxfun": 4 * epochs, "gtol": 1e-8, "ftol": 1e-14}
-    found = minimize(mean_value, first, jac=True, method="L-BFGS-B", callback=told, options=options)
-    return _layer(found.x.reshape(shape))
+    result = minimize(mean_loss, initial_theta, jac=True, method="L-BFGS-B", callback=report_epoch, options=options)
+    return _to_layer(result.x.reshape(shape))
 
 
-def _layer(theta: Array) -> LastLayer:
+def _to_layer(theta: Array) -> LastLayer:
     return LastLayer(theta[:, :-1].copy(), theta[:, -1].copy())

@@ -15,15 +15,15 @@ from featpipe import archive
 from featpipe.archive import Index
 from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import Side, each_of, is_cache
-from featpipe.finetuning.case import embedded
+from featpipe.expansion.arrivals import LabeledEmbeddings, as_list, is_cache
+from featpipe.finetuning.case import extract_for_model
 from featpipe.model import Model
-from featpipe.progress import Tell
+from featpipe.progress import ProgressCallback
 
-__all__ = ["Pictures", "listed"]
+__all__ = ["ExpansionImages", "list_archives"]
 
 
-def listed(*several: Any) -> list[str | os.PathLike[str]]:
+def list_archives(*sources: Any) -> list[str | os.PathLike[str]]:
     """The archives that are given, one after the other.
 
     Raises
@@ -31,18 +31,18 @@ def listed(*several: Any) -> list[str | os.PathLike[str]]:
     ConfigError
         If one is a cache.
     """
-    found = [one for given in several for one in each_of(given)]
-    for one in found:
-        if is_cache(one):
-            name = one.path if isinstance(one, FeatureCache) else one
+    archives = [item for source in sources for item in as_list(source)]
+    for item in archives:
+        if is_cache(item):
+            name = item.path if isinstance(item, FeatureCache) else item
             raise ConfigError(
                 f"{name}: is a cache, and --unfreeze trains on pictures, which a cache does not hold; give the archives"
             )
-    return found
+    return archives
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class ExpansionImages:
     """Archives as one.
 
     Attributes
@@ -53,19 +53,21 @@ class Pictures:
     """
 
     index: Index
-    before: FeatureCache
+    embedding_cache: FeatureCache
 
     @classmethod
-    def of(cls, model: Model, archives: Sequence[Any], labels: Any, cache: Any, tell: Tell) -> Pictures:
+    def from_archives(
+        cls, model: Model, archives: Sequence[Any], labels: Any, cache_folder: Any, progress: ProgressCallback
+    ) -> ExpansionImages:
         """Opened, and embedded where they are not yet."""
         index = archive.index(archives, labels=labels)
-        return cls(index, embedded(index, model, model.backbone, cache, tell))
+        return cls(index, extract_for_model(index, model, model.backbone, cache_folder, progress))
 
     @cached_property
-    def _place(self) -> dict[bytes, int]:
-        digests = self.before.digests
-        return {digests[row].tobytes(): row for row in np.flatnonzero(self.before.ok)[::-1].tolist()}
+    def _row_by_digest(self) -> dict[bytes, int]:
+        digests = self.embedding_cache.digests
+        return {digests[row].tobytes(): row for row in np.flatnonzero(self.embedding_cache.ok)[::-1].tolist()}
 
-    def rows(self, side: Side) -> NDArray[np.int64]:
+    def find_rows(self, embeddings: LabeledEmbeddings) -> NDArray[np.int64]:
         """Where images are, by their bytes; of copies the first."""
-        return np.array([self._place[digest.tobytes()] for digest in side.digests], np.int64)
+        return np.array([self._row_by_digest[digest.tobytes()] for digest in embeddings.digests], np.int64)

@@ -17,37 +17,37 @@ from scipy.special import logsumexp
 from torch import nn
 
 from featpipe.cache import FeatureCache
-from featpipe.calibration import logits_of
+from featpipe.calibration import compute_logits
 from featpipe.errors import ConfigError
-from featpipe.expansion.after import history_of, model_after, told
-from featpipe.expansion.begun import Begun, Way
-from featpipe.expansion.case import Case
-from featpipe.expansion.choice import BESIDE, Found, learnt
-from featpipe.expansion.entering import default, missing
-from featpipe.expansion.measure import Judge, Outcome
-from featpipe.expansion.methods import METHODS, NEW_WIN
-from featpipe.expansion.remaining import gone, kept_after
+from featpipe.expansion.after import build_expanded_model, make_expansion, make_history
+from featpipe.expansion.begun import DeepTrainingConfig, TrainingSetup
+from featpipe.expansion.case import ExpansionContext
+from featpipe.expansion.choice import BASELINE_METHODS, SelectedMethod, select_and_fit
+from featpipe.expansion.entering import find_missing_requirement, select_default_method
+from featpipe.expansion.measure import MethodEvaluator, MethodOutcome
+from featpipe.expansion.methods import METHODS, NEW_CLASS_SHARE
+from featpipe.expansion.remaining import describe_lost_parts, make_replay_memory
 from featpipe.expansion.result import Expansion
-from featpipe.finetuning.after import model_of, tuned_backbone
-from featpipe.finetuning.layers import Layers
-from featpipe.finetuning.state import State
-from featpipe.finetuning.work import trained
+from featpipe.finetuning.after import make_finetuned_backbone, make_finetuned_model
+from featpipe.finetuning.layers import HeadLayers
+from featpipe.finetuning.state import TrainingState
+from featpipe.finetuning.work import finetune_network
 from featpipe.heads.network import forward
 from featpipe.model import Model
 
-__all__ = ["reentered"]
+__all__ = ["expand_network"]
 
-OFFSET = ("distill", "ewc")  # after which old and new classes are set against each other
-AS_IT_WAS = (
+DEEP_BIAS_CORRECTED_METHODS = ("distill", "ewc")  # after which old and new classes are set against each other
+NETWORK_UNCHANGED_NOTE = (
     "no epoch was better than the start on the images that say when to stop: the network stays as it was, and what "
     "comes out is what features give"
 )
 
 
-def reentered(
-    case: Case,
+def expand_network(
+    context: ExpansionContext,
     method: str | None,
-    way: Way,
+    deep_config: DeepTrainingConfig,
     caches: Sequence[str],
     request: str,
 ) -> Expansion:
@@ -70,110 +70,137 @@ def reentered(
     KeyboardInterrupt
         If the work was interrupted; the same call goes on from its checkpoint.
     """
-    given, case = case, replace(case, rows=case.rows.held_out())
-    whole, started = case.step(case.rows), perf_counter()
+    original_context, context = context, replace(context, data=context.data.with_holdout())
+    full_step, started = context.make_step(context.data), perf_counter()
     if method is None:
-        method = default(whole)
-        case.note(f"method: {method}, {METHODS[method].summary}")
-    if (lacks := missing(method, whole)) is not None:
-        raise ConfigError(f"{method} {lacks}")
-    if way.out is not None:
-        Model.check_target(way.out)
-    begun = Begun.of(case, method, way, whole)
-    network, layers, state = trained(begun.tuned_by, begun.backbone, begun.start, way.resume)
-    if state.best_epoch.number == 0 and METHODS[method].missing(whole) is None:
-        case.note(AS_IT_WAS)
-        return model_after(given, learnt(given, method), caches, request, notes=(AS_IT_WAS,))
-    return _outcome(begun, network, layers, state, caches, request, round(perf_counter() - started, 3))
+        method = select_default_method(full_step)
+        context.note(f"method: {method}, {METHODS[method].summary}")
+    if (missing_requirement := find_missing_requirement(method, full_step)) is not None:
+        raise ConfigError(f"{method} {missing_requirement}")
+    if deep_config.out is not None:
+        Model.check_target(deep_config.out)
+    setup = TrainingSetup.create(context, method, deep_config, full_step)
+    network, layers, state = finetune_network(
+        setup.finetune_context, setup.backbone, setup.initial_head, deep_config.resume
+    )
+    if state.best_epoch.number == 0 and METHODS[method].missing_requirement(full_step) is None:
+        context.note(NETWORK_UNCHANGED_NOTE)
+        return build_expanded_model(
+            original_context, select_and_fit(original_context, method), caches, request, notes=(NETWORK_UNCHANGED_NOTE,)
+        )
+    return _make_result(setup, network, layers, state, caches, request, round(perf_counter() - started, 3))
 
 
-def _outcome(
-    begun: Begun,
+def _make_result(
+    setup: TrainingSetup,
     network: nn.Module,
-    layers: Layers,
-    state: State,
+    layers: HeadLayers,
+    state: TrainingState,
     caches: Sequence[str],
     request: str,
     seconds: float,
 ) -> Expansion:
     """The model, and how both ways compare on images that neither has seen."""
-    case, tuned_by, judge = begun.case, begun.tuned_by, None
-    weights = None if tuned_by.out is None else os.path.abspath(tuned_by.out)
-    backbone = tuned_backbone(case.model.backbone, network, weights)
-    after = tuned_by.extracted(backbone)
-    unmoved = [AS_IT_WAS] if state.best_epoch.number == 0 else []
-    layers = layers if unmoved else _set_apart(begun, layers, after)
-    plain = replace(tuned_by.model, calibration=None)  # its temperature is in the layers
-    model = model_of(plain, tuned_by.model, backbone, after, tuned_by.sides, layers, state, {})
-    model.kept = kept_after(begun, model, network, layers, after)
-    outcomes: tuple[Outcome, ...] = ()
-    notes = [begun.start.how, tuned_by.sides.how, *unmoved, *gone(case.model.kept, model.kept)]
-    if len(case.rows.test):
-        judge = Judge.of(case.rows.test, begun.whole, *case.past())
-        outcomes, verdict = _judged(begun, judge, model, after, state, seconds)
+    context, finetune_context, evaluator = setup.context, setup.finetune_context, None
+    weights_path = None if finetune_context.out is None else os.path.abspath(finetune_context.out)
+    backbone = make_finetuned_backbone(context.model.backbone, network, weights_path)
+    new_cache = finetune_context.extract_embeddings(backbone)
+    unchanged_notes = [NETWORK_UNCHANGED_NOTE] if state.best_epoch.number == 0 else []
+    layers = layers if unchanged_notes else _correct_bias(setup, layers, new_cache)
+    uncalibrated_model = replace(finetune_context.model, calibration=None)  # its temperature is in the layers
+    model = make_finetuned_model(
+        uncalibrated_model, finetune_context.model, backbone, new_cache, finetune_context.splits, layers, state, {}
+    )
+    model.kept = make_replay_memory(setup, model, network, layers, new_cache)
+    outcomes: tuple[MethodOutcome, ...] = ()
+    notes = [
+        setup.initial_head.description,
+        finetune_context.splits.description,
+        *unchanged_notes,
+        *describe_lost_parts(context.model.kept, model.kept),
+    ]
+    if len(context.data.test):
+        evaluator = MethodEvaluator.from_step(context.data.test, setup.full_step, *context.get_past_steps())
+        outcomes, verdict = _compare_outcomes(setup, evaluator, model, new_cache, state, seconds)
         notes += [verdict] if verdict else []
     for text in notes[2:]:
-        case.note(text)
-    found = Found(begun.method, model.head, begun.whole, outcomes, judge)
-    what = {"unfreeze": str(tuned_by.tuning.unfreeze), "best_epoch": state.best_epoch.number}
-    model.history = {**model.history, **_remembered(history_of(case, found, caches, request, **what))}
-    how = f"{len(case.rows.test):,} images that were not trained on" if judge is not None else "not judged"
-    return told(case, found, model, how, notes)
+        context.note(text)
+    selected = SelectedMethod(setup.method, model.head, setup.full_step, outcomes, evaluator)
+    training_details = {"unfreeze": str(finetune_context.tuning.unfreeze), "best_epoch": state.best_epoch.number}
+    model.history = {
+        **model.history,
+        **_select_history(make_history(context, selected, caches, request, **training_details)),
+    }
+    description = (
+        f"{len(context.data.test):,} images that were not trained on" if evaluator is not None else "not judged"
+    )
+    return make_expansion(context, selected, model, description, notes)
 
 
-def _remembered(history: dict[str, Any]) -> dict[str, Any]:
+def _select_history(history: dict[str, Any]) -> dict[str, Any]:
     return {name: history[name] for name in ("trained_on", "steps", "judged", "expansions")}
 
 
-def _set_apart(begun: Begun, layers: Layers, after: FeatureCache) -> Layers:
+def _correct_bias(setup: TrainingSetup, layers: HeadLayers, new_cache: FeatureCache) -> HeadLayers:
     """With scores of new classes as high above old ones as before the network was trained.
 
     Images of new classes alone draw the two apart without end. How many of those that say when to stop are taken for
     new ones is what the start, which was set by what is remembered of old images, had found to be right.
     """
-    k_old, pool = begun.whole.k_old, begun.lesson.pool
-    watched = ~begun.lesson.train & (pool.y >= k_old)
-    if begun.method not in OFFSET or not watched.any():
+    k_old, pool = setup.full_step.k_old, setup.replay_dataset.pool
+    is_validation = ~setup.replay_dataset.is_train & (pool.y >= k_old)
+    if setup.method not in DEEP_BIAS_CORRECTED_METHODS or not is_validation.any():
         return layers
-    before = _margin(begun.start.layers, pool.X[watched], k_old)
-    now = _margin(layers, begun.embeddings(after, begun.rows[watched]), k_old)
-    share = max(NEW_WIN, float((before > 0).mean()))
-    added = np.zeros(len(layers.biases[-1]))
-    added[k_old:] = -float(np.quantile(now, 1 - share))
-    return layers.before(1.0, added)
+    old_margin = _compute_margin(setup.initial_head.layers, pool.X[is_validation], k_old)
+    new_margin = _compute_margin(layers, setup.load_embeddings(new_cache, setup.pool_rows[is_validation]), k_old)
+    share = max(NEW_CLASS_SHARE, float((old_margin > 0).mean()))
+    offsets = np.zeros(len(layers.biases[-1]))
+    offsets[k_old:] = -float(np.quantile(new_margin, 1 - share))
+    return layers.fold_output_scaling(1.0, offsets)
 
 
-def _margin(layers: Layers, X: NDArray[np.float32], k_old: int) -> NDArray[np.float64]:
+def _compute_margin(layers: HeadLayers, X: NDArray[np.float32], k_old: int) -> NDArray[np.float64]:
     """How much more is said for new classes than for old ones, of shape (m,)."""
     scores = forward(X.astype(np.float64), [w.T for w in layers.weights], layers.biases, layers.activation)
     return np.asarray(logsumexp(scores[:, k_old:], axis=1) - logsumexp(scores[:, :k_old], axis=1))
 
 
-def _judged(
-    begun: Begun, judge: Judge, model: Model, after: FeatureCache, state: State, seconds: float
-) -> tuple[tuple[Outcome, ...], str]:
+def _compare_outcomes(
+    setup: TrainingSetup,
+    evaluator: MethodEvaluator,
+    model: Model,
+    new_cache: FeatureCache,
+    state: TrainingState,
+    seconds: float,
+) -> tuple[tuple[MethodOutcome, ...], str]:
     """The rows of the table, this way first, and what is to be said of it."""
-    method, whole = begun.method, begun.whole
-    X = begun.embeddings(after, begun.tested)
-    right = np.asarray(logits_of(model.head, X).argmax(axis=1) == judge.test.y)
-    kept = {} if method != "ewc" or model.kept is None else model.kept.facts()["bytes"]
-    size = sum(kept.get(part, 0) for part in ("importances", "network"))
-    outcomes = [judge.outcome(method, right, bytes=size, seconds=seconds, curves=_curves(state))]
-    rights: dict[str, NDArray[np.bool_]] = {}
-    for name in dict.fromkeys((method, *BESIDE)):
-        if METHODS[name].missing(whole) is None:
+    method, full_step = setup.method, setup.full_step
+    X = setup.load_embeddings(new_cache, setup.test_rows)
+    is_correct = np.asarray(compute_logits(model.head, X).argmax(axis=1) == evaluator.test.y)
+    bytes_by_part = {} if method != "ewc" or model.kept is None else model.kept.to_summary()["bytes"]
+    memory_bytes = sum(bytes_by_part.get(part, 0) for part in ("importances", "network"))
+    outcomes = [
+        evaluator.make_outcome(method, is_correct, bytes=memory_bytes, seconds=seconds, curves=_make_curves(state))
+    ]
+    correct_by_method: dict[str, NDArray[np.bool_]] = {}
+    for name in dict.fromkeys((method, *BASELINE_METHODS)):
+        if METHODS[name].missing_requirement(full_step) is None:
             started = perf_counter()
-            rights[name] = judge.right(METHODS[name].fit(whole, None))
+            correct_by_method[name] = evaluator.predict_correct(METHODS[name].fit(full_step, None))
             outcomes.append(
-                judge.outcome(f"{name} on features", rights[name], seconds=round(perf_counter() - started, 3))
+                evaluator.make_outcome(
+                    f"{name} on features", correct_by_method[name], seconds=round(perf_counter() - started, 3)
+                )
             )
-    if method not in rights:
+    if method not in correct_by_method:
         return tuple(outcomes), ""
-    return tuple(outcomes), _verdict(judge, right, rights[method])
+    return tuple(outcomes), _describe_change(evaluator, is_correct, correct_by_method[method])
 
 
-def _verdict(judge: Judge, right: NDArray[np.bool_], on_features: NDArray[np.bool_]) -> str:
-    change = judge.difference(right, on_features)
+def _describe_change(
+    evaluator: MethodEvaluator, is_correct: NDArray[np.bool_], is_correct_on_features: NDArray[np.bool_]
+) -> str:
+    change = evaluator.paired_difference(is_correct, is_correct_on_features)
     if change.low > 0:
         return f"training the network brought {change}"
     if change.high < 0:
@@ -181,9 +208,9 @@ def _verdict(judge: Judge, right: NDArray[np.bool_], on_features: NDArray[np.boo
     return f"training the network made no difference beyond chance ({change}); without --unfreeze it is done in seconds"
 
 
-def _curves(state: State) -> dict[str, list[Any]]:
+def _make_curves(state: TrainingState) -> dict[str, list[Any]]:
     """By the names of :class:`featpipe.expansion.measure.Curves`."""
-    epochs = [epoch.facts() for epoch in state.curve]
+    epochs = [epoch.to_dict() for epoch in state.curve]
     names = {"train_loss": "loss", "old_loss": "old_loss", "new_loss": "new_loss"}
     names |= {"old_accuracy": "old_score", "new_accuracy": "new_score"}
     return {"epochs": [epoch["number"] for epoch in epochs]} | {

@@ -9,76 +9,92 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featpipe.cache import FeatureCache
-from featpipe.expansion.begun import Begun
-from featpipe.expansion.case import Case
-from featpipe.expansion.memory import wanted, within
-from featpipe.expansion.weighing import Weights, last_of
-from featpipe.finetuning.layers import Layers
-from featpipe.finetuning.work import weighed
-from featpipe.kept import Keep, Kept, keep_of
+from featpipe.expansion.begun import TrainingSetup
+from featpipe.expansion.case import ExpansionContext
+from featpipe.expansion.memory import fit_to_budget, resolve_policy
+from featpipe.expansion.weighing import ParameterImportances, get_last_layer_name
+from featpipe.finetuning.layers import HeadLayers
+from featpipe.finetuning.work import compute_network_importances
+from featpipe.kept import ReplayMemory, RetentionPolicy, collect_replay_memory
 from featpipe.model import Model
 from featpipe.progress import Progress
 
-__all__ = ["gone", "kept_after"]
+__all__ = ["describe_lost_parts", "make_replay_memory"]
 
 
-def kept_after(begun: Begun, model: Model, network: nn.Module, layers: Layers, after: FeatureCache) -> Kept | None:
+def make_replay_memory(
+    setup: TrainingSetup, model: Model, network: nn.Module, layers: HeadLayers, new_cache: FeatureCache
+) -> ReplayMemory | None:
     """What can be known of embeddings that are others now: of the images that are at hand."""
-    case, whole, lesson, method = begun.case, begun.whole, begun.lesson, begun.method
-    keep = _keep(case, method)
-    if not keep:
+    context, full_step, replay_dataset, method = setup.context, setup.full_step, setup.replay_dataset, setup.method
+    policy = _resolve_policy(context, method)
+    if not policy:
         return None
-    X, y = begun.embeddings(after, begun.rows), lesson.pool.y
-    counts = np.bincount(whole.new.y, minlength=whole.k) + whole.counts
+    X, y = setup.load_embeddings(new_cache, setup.pool_rows), replay_dataset.pool.y
+    counts = np.bincount(full_step.new.y, minlength=full_step.k) + full_step.counts
     if method == "joint":
-        kept = keep_of(replace(keep, network=False), model.head, X, y, whole.k, case.settings.selection)
+        replay_memory = collect_replay_memory(
+            replace(policy, network=False), model.head, X, y, full_step.k, context.settings.selection
+        )
     elif method == "replay":
-        rows = replace(keep, statistics=False, importances=False, network=False)
-        kept = replace(keep_of(rows, model.head, X, y, whole.k, case.settings.selection), counts=counts)
+        rows_policy = replace(policy, statistics=False, importances=False, network=False)
+        replay_memory = replace(
+            collect_replay_memory(rows_policy, model.head, X, y, full_step.k, context.settings.selection), counts=counts
+        )
     else:
-        kept = Kept(counts, X[:0], np.zeros(0, np.int32))
-    found = _importances(begun, network, layers) if keep.network else None
-    if found is not None:
-        kept = _with_importances(kept, found, layers)
-    return kept if case.budget is None else within(kept, case.budget)
+        replay_memory = ReplayMemory(counts, X[:0], np.zeros(0, np.int32))
+    importances = _compute_importances(setup, network, layers) if policy.network else None
+    if importances is not None:
+        replay_memory = _add_importances(replay_memory, importances, layers)
+    return replay_memory if context.budget is None else fit_to_budget(replay_memory, context.budget)
 
 
-def _with_importances(kept: Kept, found: Weights, layers: Layers) -> Kept:
-    last = last_of(layers)
-    W = np.column_stack([found.pop(f"{last}.weight"), found.pop(f"{last}.bias")])
-    return replace(kept, importances=np.asarray(W, np.float32), network=found)
+def _add_importances(
+    replay_memory: ReplayMemory, importances: ParameterImportances, layers: HeadLayers
+) -> ReplayMemory:
+    last_layer_name = get_last_layer_name(layers)
+    W = np.column_stack([importances.pop(f"{last_layer_name}.weight"), importances.pop(f"{last_layer_name}.bias")])
+    return replace(replay_memory, importances=np.asarray(W, np.float32), network=importances)
 
 
-def _keep(case: Case, method: str) -> Keep:
+def _resolve_policy(context: ExpansionContext, method: str) -> RetentionPolicy:
     """As asked for, or as before; for ewc its importances too, unless the model keeps nothing."""
-    keep = wanted(case.model.kept, case.keep, case.settings if case.memory_given else None, method)
-    if case.keep is None and case.model.kept is not None and method == "ewc":
-        keep = replace(keep, network=True)
-    return keep
+    policy = resolve_policy(
+        context.model.kept, context.policy, context.settings if context.has_explicit_memory else None, method
+    )
+    if context.policy is None and context.model.kept is not None and method == "ewc":
+        policy = replace(policy, network=True)
+    return policy
 
 
-def _importances(begun: Begun, network: nn.Module, layers: Layers) -> Weights | None:
+def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadLayers) -> ParameterImportances | None:
     """Of all images so far: of the new ones as they are now, of old ones too if they are at hand, or as was known."""
-    lesson, whole, case = begun.lesson, begun.whole, begun.tuned_by
-    start = replace(begun.start, layers=layers)
+    replay_dataset, full_step, context = setup.replay_dataset, setup.full_step, setup.finetune_context
+    initial_head = replace(setup.initial_head, layers=layers)
 
-    def of(which: NDArray[np.bool_]) -> Weights:
-        return weighed(case, begun.backbone, network, start, np.unique(begun.rows[which]))
+    def compute_importances(mask: NDArray[np.bool_]) -> ParameterImportances:
+        return compute_network_importances(
+            context, setup.backbone, network, initial_head, np.unique(setup.pool_rows[mask])
+        )
 
-    if begun.known is None and not lesson.is_old.any():
-        case.tell(Progress("note", "no importances are kept: of those of the old classes nothing is known"))
+    if setup.importances is None and not replay_dataset.is_old.any():
+        context.progress(Progress("note", "no importances are kept: of those of the old classes nothing is known"))
         return None
-    new, old = of(~lesson.is_old), begun.known or of(lesson.is_old)
-    n, m = int(whole.counts.sum()), len(whole.new)
+    new_importances, old_importances = (
+        compute_importances(~replay_dataset.is_old),
+        setup.importances or compute_importances(replay_dataset.is_old),
+    )
+    n, m = int(full_step.counts.sum()), len(full_step.new)
     return {
-        name: (n * old[name] + m * new.get(name, np.zeros((), np.float32))).astype(np.float32) / np.float32(n + m)
-        for name in old
+        name: (n * old_importances[name] + m * new_importances.get(name, np.zeros((), np.float32))).astype(np.float32)
+        / np.float32(n + m)
+        for name in old_importances
     }
 
 
-def gone(before: Kept | None, after: Kept | None) -> list[str]:
+def describe_lost_parts(old_memory: ReplayMemory | None, new_memory: ReplayMemory | None) -> list[str]:
     """What the model before kept of embeddings that are no longer those of the network."""
-    had = {} if before is None else before.facts()["bytes"]
-    has = {} if after is None else after.facts()["bytes"]
-    lost = [part for part in had if part not in has]
-    return [f"gone is what was kept of the embeddings before: {', '.join(lost)}"] if lost else []
+    old_parts = {} if old_memory is None else old_memory.to_summary()["bytes"]
+    new_parts = {} if new_memory is None else new_memory.to_summary()["bytes"]
+    lost_parts = [part for part in old_parts if part not in new_parts]
+    return [f"gone is what was kept of the embeddings before: {', '.join(lost_parts)}"] if lost_parts else []

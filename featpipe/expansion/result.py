@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from featpipe.expansion.measure import Outcome
+from featpipe.expansion.measure import MethodOutcome
 from featpipe.model import Model
 from featpipe.scores import Interval
 
-__all__ = ["Expansion", "metrics_of"]
+__all__ = ["Expansion", "collect_metrics"]
 
-SHOWN_EPOCHS = 8
+N_CURVE_ROWS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Expansion:
     images: Mapping[str, int] = field(default_factory=dict)
     how: str = ""
     before: Interval | None = None
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[MethodOutcome, ...] = ()
     recommended: str | None = None
     unavailable: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Expansion:
             "merged": dict(self.merged),
             "images": dict(self.images),
             "how": self.how,
-            "before": None if self.before is None else {k: _finite(v) for k, v in vars(self.before).items()},
+            "before": None if self.before is None else {k: _finite_or_none(v) for k, v in vars(self.before).items()},
             "outcomes": [outcome.to_dict() for outcome in self.outcomes],
             "recommended": self.recommended,
             "unavailable": dict(self.unavailable),
@@ -74,23 +74,23 @@ class Expansion:
         }
 
     @classmethod
-    def of(cls, model: Model, facts: Mapping[str, Any]) -> Expansion:
+    def from_dict(cls, model: Model, record: Mapping[str, Any]) -> Expansion:
         """From `to_dict`."""
-        before = facts["before"]
+        before = record["before"]
         nan = float("nan")
         return cls(
             model,
-            facts["method"],
-            tuple(facts["new"]),
-            tuple(facts["dropped"]),
-            facts["merged"],
-            facts["images"],
-            facts["how"],
+            record["method"],
+            tuple(record["new"]),
+            tuple(record["dropped"]),
+            record["merged"],
+            record["images"],
+            record["how"],
             None if before is None else Interval(*(nan if v is None else v for v in before.values())),
-            tuple(Outcome.of(outcome) for outcome in facts["outcomes"]),
-            facts["recommended"],
-            facts["unavailable"],
-            tuple(facts["notes"]),
+            tuple(MethodOutcome.from_dict(outcome) for outcome in record["outcomes"]),
+            record["recommended"],
+            record["unavailable"],
+            tuple(record["notes"]),
         )
 
     def as_table(self) -> list[list[str]]:
@@ -99,8 +99,8 @@ class Expansion:
         rows = [["before", str(self.before or ""), *[""] * 6]] if self.before is not None else []
         for row in self.outcomes:
             figures = [row.old, row.new, row.all, row.forgetting, row.backward]
-            shown = ["" if figure is None else str(figure) for figure in figures]
-            rows.append([row.method, *shown, f"{row.bytes / 1e6:.2f} MB", f"{row.seconds:.2f}"])
+            cells = ["" if figure is None else str(figure) for figure in figures]
+            rows.append([row.method, *cells, f"{row.bytes / 1e6:.2f} MB", f"{row.seconds:.2f}"])
         return [header, *rows]
 
     def curve_table(self) -> list[list[str]]:
@@ -109,22 +109,26 @@ class Expansion:
         if not curves:
             return []
         epochs = curves["epochs"]
-        at = sorted({0, *(2**i for i in range(SHOWN_EPOCHS)), len(epochs) - 1} & set(range(len(epochs))))
+        indices = sorted({0, *(2**i for i in range(N_CURVE_ROWS)), len(epochs) - 1} & set(range(len(epochs))))
         names = ["train_loss", "old_loss", "new_loss", "old_accuracy", "new_accuracy"]
         header = ["epoch", *(name.replace("_", " ") for name in names)]
-        return [header, *([f"{epochs[i]:.0f}", *(_three(curves[name][i]) for name in names)] for i in at)]
+        return [header, *([f"{epochs[i]:.0f}", *(_format_number(curves[name][i]) for name in names)] for i in indices)]
 
 
-def metrics_of(outcome: Outcome) -> dict[str, dict[str, float | None]]:
+def collect_metrics(outcome: MethodOutcome) -> dict[str, dict[str, float | None]]:
     """By the names that a model's estimates have."""
     names = {"accuracy": "all", "old_accuracy": "old", "new_accuracy": "new", "forgetting": "forgetting"}
-    found = {name: getattr(outcome, place) for name, place in names.items()}
-    return {name: {k: _finite(v) for k, v in vars(value).items()} for name, value in found.items() if value is not None}
+    intervals = {name: getattr(outcome, attribute) for name, attribute in names.items()}
+    return {
+        name: {k: _finite_or_none(v) for k, v in vars(value).items()}
+        for name, value in intervals.items()
+        if value is not None
+    }
 
 
-def _three(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None

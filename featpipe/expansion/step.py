@@ -12,24 +12,24 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
-from featpipe.calibration import logits_of
+from featpipe.calibration import compute_logits
 from featpipe.errors import ConfigError
-from featpipe.expansion.arrivals import Side
-from featpipe.expansion.growth import Growth
+from featpipe.expansion.arrivals import LabeledEmbeddings
+from featpipe.expansion.growth import ClassMapping
 from featpipe.heads import ranges
-from featpipe.heads.grown import innermost, joined, layer_of, regrouped
-from featpipe.heads.layer import LastLayer, penalty
-from featpipe.kept import SELECTIONS, Kept, features_of
+from featpipe.heads.grown import get_base_head, merge_class_scores, merge_last_layer_rows, resolve_last_layer
+from featpipe.heads.layer import LastLayer, get_l2_strength
+from featpipe.kept import EXEMPLAR_SELECTORS, ReplayMemory, compute_penultimate_features
 from featpipe.names import check_names
 
-__all__ = ["Settings", "Step", "Watch"]
+__all__ = ["EpochCallback", "ExpansionConfig", "IncrementalStep"]
 
 Array = NDArray[np.float64]
-Watch = Callable[[LastLayer, float], None]
+EpochCallback = Callable[[LastLayer, float], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExpansionConfig:
     """What a person can set.
 
     Attributes
@@ -53,7 +53,7 @@ class Settings:
     strength: float | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, object]) -> Self:
+    def from_params(cls, params: Mapping[str, object]) -> Self:
         """Checked.
 
         Raises
@@ -61,22 +61,22 @@ class Settings:
         ConfigError
             If a setting is unknown or out of range.
         """
-        check_names("setting", given, [field.name for field in fields(cls)], "(of expand)")
-        settings = cls(**given)  # type: ignore[arg-type]
+        check_names("setting", params, [field.name for field in fields(cls)], "(of expand)")
+        settings = cls(**params)  # type: ignore[arg-type]
         try:
-            ranges.whole("memory", settings.memory, least=1)
-            ranges.choice("selection", settings.selection, SELECTIONS)
-            ranges.whole("epochs", settings.epochs, least=1)
-            ranges.number("temperature", settings.temperature, above=0)
+            ranges.check_integer("memory", settings.memory, minimum=1)
+            ranges.check_choice("selection", settings.selection, EXEMPLAR_SELECTORS)
+            ranges.check_integer("epochs", settings.epochs, minimum=1)
+            ranges.check_number("temperature", settings.temperature, above=0)
             if settings.strength is not None:
-                ranges.number("strength", settings.strength, least=0)
+                ranges.check_number("strength", settings.strength, minimum=0)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return settings
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class IncrementalStep:
     """What a method is given.
 
     Attributes
@@ -97,58 +97,58 @@ class Step:
 
     pipeline: Pipeline
     temperature: float
-    growth: Growth
-    kept: Kept | None
-    new: Side
-    old: Side
-    whole: bool
-    settings: Settings
+    class_mapping: ClassMapping
+    replay_memory: ReplayMemory | None
+    new: LabeledEmbeddings
+    old: LabeledEmbeddings
+    has_all_old_rows: bool
+    settings: ExpansionConfig
 
     @property
     def k(self) -> int:
-        return len(self.growth.classes)
+        return len(self.class_mapping.classes)
 
     @property
     def k_old(self) -> int:
-        return self.growth.k_old
+        return self.class_mapping.k_old
 
     @cached_property
     def layer(self) -> LastLayer | None:
         """The last layer of the head before, in the classes after; None if it has none."""
-        found = layer_of(self.pipeline[-1])
-        return None if found is None else joined(found, self.growth.place, self.k_old)
+        old_layer = resolve_last_layer(self.pipeline[-1])
+        return None if old_layer is None else merge_last_layer_rows(old_layer, self.class_mapping.new_codes, self.k_old)
 
     @property
     def counts(self) -> NDArray[np.int64]:
         """How many images of each class the model was trained on, as far as that is known, shape (k,)."""
-        return np.bincount(self.old.y, minlength=self.k) if self.kept is None else self.kept.counts
+        return np.bincount(self.old.y, minlength=self.k) if self.replay_memory is None else self.replay_memory.counts
 
-    def features(self, X: NDArray[Any]) -> Array:
+    def compute_features(self, X: NDArray[Any]) -> Array:
         """What the last layer sees."""
         if not len(X):
             return np.zeros((0, X.shape[1] if self.layer is None else self.layer.W.shape[1]))
-        return np.asarray(features_of(self.pipeline, X), np.float64)
+        return np.asarray(compute_penultimate_features(self.pipeline, X), np.float64)
 
-    def old_scores(self, X: NDArray[Any]) -> Array:
+    def compute_old_scores(self, X: NDArray[Any]) -> Array:
         """What the head before says of rows, in the classes after, shape (m, k_old)."""
         if not len(X):
             return np.zeros((0, self.k_old))
-        return regrouped(logits_of(self.pipeline, X), self.growth.place, self.k_old)
+        return merge_class_scores(compute_logits(self.pipeline, X), self.class_mapping.new_codes, self.k_old)
 
     @cached_property
     def ridge(self) -> float:
-        return penalty(innermost(self.pipeline[-1]))
+        return get_l2_strength(get_base_head(self.pipeline[-1]))
 
-    def fresh(self) -> Pipeline:
+    def make_unfitted(self) -> Pipeline:
         """An unfitted copy of the scaler and of the head that was trained first."""
-        scaler, head = self.pipeline[0], clone(innermost(self.pipeline[-1]))
+        scaler, head = self.pipeline[0], clone(get_base_head(self.pipeline[-1]))
         weights = getattr(head, "class_weight", None)
         if isinstance(weights, Mapping):
-            place = self.growth.place
-            moved = {int(place[code]): weight for code, weight in weights.items() if place[code] >= 0}
-            head.set_params(class_weight=moved)
+            new_codes = self.class_mapping.new_codes
+            remapped = {int(new_codes[code]): weight for code, weight in weights.items() if new_codes[code] >= 0}
+            head.set_params(class_weight=remapped)
         return Pipeline([("scale", scaler if scaler == "passthrough" else clone(scaler)), ("head", head)])
 
-    def without(self, held: NDArray[np.bool_]) -> Step:
+    def without_new_rows(self, mask: NDArray[np.bool_]) -> IncrementalStep:
         """With fewer new rows."""
-        return replace(self, new=self.new.take(~held))
+        return replace(self, new=self.new.take(~mask))

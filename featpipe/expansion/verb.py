@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from featpipe.errors import ConfigError, ModelError
-from featpipe.expansion.after import model_after
-from featpipe.expansion.arrivals import arrivals, caches_of, digest_of_request, each_of, labels_of
-from featpipe.expansion.begun import Way
-from featpipe.expansion.case import Case
-from featpipe.expansion.choice import learnt
-from featpipe.expansion.growth import Growth
+from featpipe.expansion.after import build_expanded_model
+from featpipe.expansion.arrivals import as_list, compute_request_digest, find_labels, load_expansion_data, open_caches
+from featpipe.expansion.begun import DeepTrainingConfig
+from featpipe.expansion.case import ExpansionContext
+from featpipe.expansion.choice import select_and_fit
+from featpipe.expansion.growth import ClassMapping
 from featpipe.expansion.methods import METHODS
-from featpipe.expansion.pictures import listed
-from featpipe.expansion.reentry import reentered
+from featpipe.expansion.pictures import list_archives
+from featpipe.expansion.reentry import expand_network
 from featpipe.expansion.result import Expansion
-from featpipe.expansion.step import Settings
-from featpipe.finetuning.case import MACHINE, checkpoint_of
-from featpipe.kept import Keep
+from featpipe.expansion.step import ExpansionConfig
+from featpipe.finetuning.case import NON_TRAINING_SETTINGS, checkpoint_path_for
+from featpipe.kept import RetentionPolicy
 from featpipe.model import Model, load_model
-from featpipe.names import unknown
-from featpipe.progress import Progress, Tell, quiet
+from featpipe.names import unknown_name_error
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
 
 __all__ = ["expand"]
 
@@ -48,7 +48,7 @@ def expand(
     resume: bool = True,
     out: str | os.PathLike[str] | None = None,
     place: Callable[[Path, int], Path] | None = None,
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
 ) -> Expansion:
     """Teach a model more classes.
 
@@ -118,66 +118,88 @@ def expand(
             f"expand is for models that tell classes apart, and this one does {model.task}; train it again"
         )
     if method is not None and method not in METHODS and method != "all":
-        raise unknown("method", method, [*METHODS, "all"])
-    params, enters = dict(params or {}), str(unfreeze).strip() != "head"
-    asked: list[Any] = [method, memory, budget, tuple(drop), _flat(merge), keep, _deciding(params)]
-    way = None
-    if enters:
-        if each_of(calibration):
+        raise unknown_name_error("method", method, [*METHODS, "all"])
+    params, trains_network = dict(params or {}), str(unfreeze).strip() != "head"
+    request_settings: list[Any] = [
+        method,
+        memory,
+        budget,
+        tuple(drop),
+        _flatten_merge(merge),
+        keep,
+        _select_request_params(params),
+    ]
+    deep_config = None
+    if trains_network:
+        if as_list(calibration):
             raise ConfigError("--calibration is for a network that stays as it is, not for --unfreeze; leave one out")
-        asked += [str(unfreeze)]
-        way, params = Way.of(method, listed(data, test), params, unfreeze, labels, cache, resume)
-    settings = Settings.of(params | ({} if memory is None else {"memory": memory}))
-    wanted_keep = None if keep is None else Keep.of(keep)
-    if wanted_keep is not None and not enters and (model.kept is None or model.kept.network is None):
-        wanted_keep.refuse_network()
-    learn, judge, check = (
-        caches_of(model, given, labels, cache, progress) if each_of(given) else []
-        for given in (data, test, calibration)
+        request_settings += [str(unfreeze)]
+        deep_config, params = DeepTrainingConfig.from_params(
+            method, list_archives(data, test), params, unfreeze, labels, cache, resume
+        )
+    settings = ExpansionConfig.from_params(params | ({} if memory is None else {"memory": memory}))
+    policy = None if keep is None else RetentionPolicy.from_text(keep)
+    if policy is not None and not trains_network and (model.kept is None or model.kept.network is None):
+        policy.raise_if_network()
+    train_caches, test_caches, calibration_caches = (
+        open_caches(model, source, labels, cache, progress) if as_list(source) else []
+        for source in (data, test, calibration)
     )
-    request = digest_of_request([*learn, *judge, *check], (len(learn), len(judge), tuple(asked)))
-    if (done := _done(model, request, out)) is not None:
+    request = compute_request_digest(
+        [*train_caches, *test_caches, *calibration_caches],
+        (len(train_caches), len(test_caches), tuple(request_settings)),
+    )
+    if (finished := _load_finished(model, request, out)) is not None:
         progress(Progress("note", f"{out}: is what is asked for already"))
-        return done
-    growth = Growth.of(model.classes, labels_of(learn), drop, merge)
+        return finished
+    class_mapping = ClassMapping.from_labels(model.classes, find_labels(train_caches), drop, merge)
     if out is None and place is not None and model.path is not None:
-        out = place(model.path, len(growth.classes))
-        if (done := _done(model, request, out)) is not None:
+        out = place(model.path, len(class_mapping.classes))
+        if (finished := _load_finished(model, request, out)) is not None:
             progress(Progress("note", f"{out}: is what is asked for already"))
-            return done
-    rows = arrivals(model, growth, learn, judge, strict=method != "joint", calibration=check)
-    case = Case(model, growth, rows, settings, memory is not None, budget, wanted_keep, progress)
-    case.refuse_nothing()
-    names = [cache.path.name for cache in learn]
-    if way is not None:
-        expansion = reentered(case, method, replace(way, out=out), names, request)
+            return finished
+    expansion_data = load_expansion_data(
+        model,
+        class_mapping,
+        train_caches,
+        test_caches,
+        reject_renamed=method != "joint",
+        calibration_caches=calibration_caches,
+    )
+    context = ExpansionContext(
+        model, class_mapping, expansion_data, settings, memory is not None, budget, policy, progress
+    )
+    context.validate()
+    cache_names = [cache.path.name for cache in train_caches]
+    if deep_config is not None:
+        expansion = expand_network(context, method, replace(deep_config, out=out), cache_names, request)
     else:
-        expansion = model_after(case, learnt(case, method), names, request)
+        expansion = build_expanded_model(context, select_and_fit(context, method), cache_names, request)
     if out is not None:
         expansion.model.save(out)
         expansion.model.path = Path(out)
-        checkpoint_of(out).unlink(missing_ok=True)
+        checkpoint_path_for(out).unlink(missing_ok=True)
     return expansion
 
 
-def _deciding(params: Mapping[str, object]) -> list[tuple[str, object]]:
-    return sorted((name, value) for name, value in params.items() if name not in MACHINE)
+def _select_request_params(params: Mapping[str, object]) -> list[tuple[str, object]]:
+    return sorted((name, value) for name, value in params.items() if name not in NON_TRAINING_SETTINGS)
 
 
-def _flat(merge: Mapping[str, Sequence[str]] | None) -> list[tuple[str, tuple[str, ...]]]:
+def _flatten_merge(merge: Mapping[str, Sequence[str]] | None) -> list[tuple[str, tuple[str, ...]]]:
     return sorted((name, tuple(sources)) for name, sources in (merge or {}).items())
 
 
-def _done(model: Model, request: str, out: str | os.PathLike[str] | None) -> Expansion | None:
+def _load_finished(model: Model, request: str, out: str | os.PathLike[str] | None) -> Expansion | None:
     """What is at the target already, if it came from this model, or is this model, by this request."""
     if out is None or not Path(out).is_file():
         return None
     try:
-        there = load_model(out)
+        saved_model = load_model(out)
     except ModelError:
         return None
-    last = (there.history.get("expansions") or [{}])[-1]
-    same = model.path is not None and Path(out).exists() and os.path.samefile(out, model.path)
-    if last.get("request") != request or (not same and last.get("from") != model.identity):
+    last_expansion = (saved_model.history.get("expansions") or [{}])[-1]
+    is_same_file = model.path is not None and Path(out).exists() and os.path.samefile(out, model.path)
+    if last_expansion.get("request") != request or (not is_same_file and last_expansion.get("from") != model.identity):
         return None
-    return Expansion.of(there, there.scores["expansion"]["result"])
+    return Expansion.from_dict(saved_model, saved_model.scores["expansion"]["result"])

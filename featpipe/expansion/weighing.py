@@ -10,32 +10,41 @@ from torch import nn
 from featpipe.backbone import Backbone
 from featpipe.calibration import Calibration
 from featpipe.errors import ConfigError
-from featpipe.expansion.methods import old_head
-from featpipe.expansion.pictures import Pictures
-from featpipe.expansion.step import Step
-from featpipe.finetuning.case import Case
-from featpipe.finetuning.job import BELOW, HEAD
-from featpipe.finetuning.layers import Layers, layers_of
-from featpipe.finetuning.past import Anchor
-from featpipe.finetuning.start import Start
-from featpipe.finetuning.unfreezing import unfrozen
-from featpipe.finetuning.work import weighed
+from featpipe.expansion.methods import make_old_head
+from featpipe.expansion.pictures import ExpansionImages
+from featpipe.expansion.step import IncrementalStep
+from featpipe.finetuning.case import FineTuneContext
+from featpipe.finetuning.job import BACKBONE_PREFIX, HEAD_PREFIX
+from featpipe.finetuning.layers import HeadLayers, head_to_layers
+from featpipe.finetuning.past import EWCPenalty
+from featpipe.finetuning.start import InitialHead
+from featpipe.finetuning.unfreezing import select_unfrozen
+from featpipe.finetuning.work import compute_network_importances
 from featpipe.progress import Progress
 
-__all__ = ["Weights", "anchor_to", "known_of", "last_of", "names_of", "old_layers"]
+__all__ = [
+    "ParameterImportances",
+    "compute_importances",
+    "get_last_layer_name",
+    "list_trained_parameters",
+    "make_ewc_penalty",
+    "make_old_layers",
+]
 
-Weights = dict[str, NDArray[np.float32]]
+ParameterImportances = dict[str, NDArray[np.float32]]
 
 
-def old_layers(step: Step) -> Layers:
+def make_old_layers(step: IncrementalStep) -> HeadLayers:
     """The layers of the model before, of the classes that stay."""
-    pipeline = old_head(step)
-    found = layers_of(pipeline, "classification", Calibration(step.temperature), int(pipeline[-1].n_features_in_))
-    assert found is not None
-    return found
+    pipeline = make_old_head(step)
+    layers = head_to_layers(pipeline, "classification", Calibration(step.temperature), int(pipeline[-1].n_features_in_))
+    assert layers is not None
+    return layers
 
 
-def known_of(case: Case, backbone: Backbone, step: Step, pictures: Pictures) -> Weights:
+def compute_importances(
+    context: FineTuneContext, backbone: Backbone, step: IncrementalStep, images: ExpansionImages
+) -> ParameterImportances:
     """How important each weight is for the old classes: from old images at hand, else as the model keeps it.
 
     Raises
@@ -43,61 +52,89 @@ def known_of(case: Case, backbone: Backbone, step: Step, pictures: Pictures) -> 
     ConfigError
         If it keeps none of some of the weights that are to be trained.
     """
-    layers = old_layers(step)
+    layers = make_old_layers(step)
     if len(np.unique(step.old.y)) == step.k_old:
-        rows = np.unique(pictures.rows(step.old))
-        case.tell(Progress("note", f"importances of the weights, from {len(rows)} old images"))
-        start = Start(layers, np.zeros(1), np.ones(1), "")
-        return _padded(weighed(case, backbone, backbone.network, start, rows), step.k)
-    assert step.kept is not None
-    assert step.kept.network is not None
-    assert step.kept.importances is not None
-    last = last_of(layers)
-    W = step.kept.importances
-    found: Weights = {f"{last}.weight": W[:, :-1], f"{last}.bias": W[:, -1], **step.kept.network}
-    if lacks := [name for name in names_of(case, backbone, layers) if name not in found]:
-        raise ConfigError(
-            f"ewc with --unfreeze {case.tuning.unfreeze}: the model keeps no importances of {len(lacks)} of the "
-            f"weights ({lacks[0].removeprefix(BELOW)}); unfreeze less, or give old images of each class too"
+        rows = np.unique(images.find_rows(step.old))
+        context.progress(Progress("note", f"importances of the weights, from {len(rows)} old images"))
+        initial_head = InitialHead(layers, np.zeros(1), np.ones(1), "")
+        return _pad_new_classes(
+            compute_network_importances(context, backbone, backbone.network, initial_head, rows), step.k
         )
-    return found
+    assert step.replay_memory is not None
+    assert step.replay_memory.network is not None
+    assert step.replay_memory.importances is not None
+    last_layer_name = get_last_layer_name(layers)
+    W = step.replay_memory.importances
+    importances: ParameterImportances = {
+        f"{last_layer_name}.weight": W[:, :-1],
+        f"{last_layer_name}.bias": W[:, -1],
+        **step.replay_memory.network,
+    }
+    if missing_names := [
+        name for name in list_trained_parameters(context, backbone, layers) if name not in importances
+    ]:
+        raise ConfigError(
+            f"ewc with --unfreeze {context.tuning.unfreeze}: the model keeps no importances of {len(missing_names)} of the "
+            f"weights ({missing_names[0].removeprefix(BACKBONE_PREFIX)}); unfreeze less, or give old images of each class too"
+        )
+    return importances
 
 
-def names_of(case: Case, backbone: Backbone, layers: Layers) -> list[str]:
+def list_trained_parameters(context: FineTuneContext, backbone: Backbone, layers: HeadLayers) -> list[str]:
     """Of all that is trained, as a job calls it."""
-    below = unfrozen(backbone, str(case.tuning.unfreeze)).names
-    return [*(HEAD + name for name, _ in layers.module().named_parameters()), *(BELOW + name for name in below)]
+    network_names = select_unfrozen(backbone, str(context.tuning.unfreeze)).names
+    return [
+        *(HEAD_PREFIX + name for name, _ in layers.to_module().named_parameters()),
+        *(BACKBONE_PREFIX + name for name in network_names),
+    ]
 
 
-def last_of(layers: Layers) -> str:
+def get_last_layer_name(layers: HeadLayers) -> str:
     """The last layer, as a job calls it."""
-    return f"{HEAD}{len(layers.module()) - 1}"
+    return f"{HEAD_PREFIX}{len(layers.to_module()) - 1}"
 
 
-def _padded(found: Weights, k: int) -> Weights:
+def _pad_new_classes(importances: ParameterImportances, k: int) -> ParameterImportances:
     """With zeros for new classes, in what belongs to the last layer."""
-    last = max(int(name[len(HEAD) :].split(".")[0]) for name in found if name.startswith(HEAD))
-    padded = dict(found)
-    for name in (f"{HEAD}{last}.weight", f"{HEAD}{last}.bias"):
-        padded[name] = np.zeros((k, *found[name].shape[1:]), np.float32)
-        padded[name][: len(found[name])] = found[name]
+    last_layer_number = max(
+        int(name[len(HEAD_PREFIX) :].split(".")[0]) for name in importances if name.startswith(HEAD_PREFIX)
+    )
+    padded = dict(importances)
+    for name in (f"{HEAD_PREFIX}{last_layer_number}.weight", f"{HEAD_PREFIX}{last_layer_number}.bias"):
+        padded[name] = np.zeros((k, *importances[name].shape[1:]), np.float32)
+        padded[name][: len(importances[name])] = importances[name]
     return padded
 
 
-def anchor_to(start: Layers, before: Layers, known: Weights, amount: float, network: nn.Module) -> Anchor:
+def make_ewc_penalty(
+    initial_layers: HeadLayers,
+    previous_layers: HeadLayers,
+    importances: ParameterImportances,
+    strength: float,
+    network: nn.Module,
+) -> EWCPenalty:
     """The old weights, and their importances as heavy as so many images for each that is trained on.
 
     To the old model it is the same whatever is added to all rows of its last layer; of those that are the same, the
     reference is the one that is nearest to where training starts.
     """
-    here, was = (dict(layers.module().named_parameters()) for layers in (start, before))
-    weights = {BELOW + name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    weights |= {HEAD + name: parameter.detach().clone() for name, parameter in here.items()}
-    for name, parameter in was.items():
-        old, now = parameter.detach(), here[name].detach()
-        moved = (now[: len(old)] - old).mean(dim=0) if (HEAD + name).startswith(last_of(start) + ".") else 0.0
-        weights[HEAD + name][: len(old)] = old + moved
-    return Anchor(
-        {name: weights[name] for name in known},
-        {name: amount * torch.from_numpy(np.ascontiguousarray(importance)) for name, importance in known.items()},
+    initial_parameters, old_parameters = (
+        dict(layers.to_module().named_parameters()) for layers in (initial_layers, previous_layers)
+    )
+    weights = {BACKBONE_PREFIX + name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    weights |= {HEAD_PREFIX + name: parameter.detach().clone() for name, parameter in initial_parameters.items()}
+    for name, parameter in old_parameters.items():
+        old_values, initial_values = parameter.detach(), initial_parameters[name].detach()
+        shift = (
+            (initial_values[: len(old_values)] - old_values).mean(dim=0)
+            if (HEAD_PREFIX + name).startswith(get_last_layer_name(initial_layers) + ".")
+            else 0.0
+        )
+        weights[HEAD_PREFIX + name][: len(old_values)] = old_values + shift
+    return EWCPenalty(
+        {name: weights[name] for name in importances},
+        {
+            name: strength * torch.from_numpy(np.ascontiguousarray(importance))
+            for name, importance in importances.items()
+        },
     )

@@ -1,17 +1,17 @@
 """Archive + backbone → cache."""
 
-from featpipe.extraction.facts import EXTRACTION_VERSION, facts_of, load_backbone
+from featpipe.extraction.facts import EXTRACTION_VERSION, load_backbone, make_facts
 from featpipe.extraction.ledger import RACY_NANOSECONDS
-from featpipe.extraction.verb import Embedded, embed_files, embed_into, extract, extract_index
+from featpipe.extraction.verb import IndexEmbeddings, embed_files, embed_into_parts, extract, extract_index
 
 __all__ = [
     "EXTRACTION_VERSION",
     "RACY_NANOSECONDS",
-    "Embedded",
+    "IndexEmbeddings",
     "embed_files",
-    "embed_into",
+    "embed_into_parts",
     "extract",
     "extract_index",
-    "facts_of",
     "load_backbone",
+    "make_facts",
 ]

@@ -7,14 +7,14 @@ from typing import Any
 
 from featpipe import backbone as backbones
 from featpipe.backbone import Backbone
-from featpipe.recipe import Extraction
+from featpipe.recipe import ExtractionConfig
 
-__all__ = ["EXTRACTION_VERSION", "facts_of", "load_backbone"]
+__all__ = ["EXTRACTION_VERSION", "load_backbone", "make_facts"]
 
 EXTRACTION_VERSION = 2  # raised by any change of this code that changes an embedding
 
 
-def load_backbone(settings: Extraction) -> Backbone:
+def load_backbone(settings: ExtractionConfig) -> Backbone:
     """The backbone that the settings name."""
     if isinstance(settings.backbone, Backbone):
         return settings.backbone
@@ -27,10 +27,10 @@ def load_backbone(settings: Extraction) -> Backbone:
     )
 
 
-def facts_of(backbone: Backbone, settings: Extraction) -> dict[str, Any]:
+def make_facts(backbone: Backbone, settings: ExtractionConfig) -> dict[str, Any]:
     """The facts that decide the embeddings: equal facts and equal image bytes mean equal embeddings."""
     return {
-        "backbone": backbone.facts(),
+        "backbone": backbone.to_dict(),
         "precision": settings.precision,
         "storage": settings.storage,
         "extraction": EXTRACTION_VERSION,

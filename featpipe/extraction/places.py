@@ -11,63 +11,73 @@ from typing import Any
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.cache import FeatureCache, Table, serves
+from featpipe.cache import FeatureCache, SampleTable, can_reuse
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError
-from featpipe.fingerprint import differences, fingerprint
-from featpipe.recipe import Extraction
+from featpipe.fingerprint import compute_fingerprint, describe_differences
+from featpipe.recipe import ExtractionConfig
 
-__all__ = ["caches_for", "existing_at", "is_cache_of", "path_of", "places_of"]
+__all__ = ["find_compatible_caches", "find_finished_cache", "is_up_to_date", "list_archive_paths", "make_cache_path"]
 
 
-def path_of(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings: Extraction) -> Path:
+def make_cache_path(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings: ExtractionConfig) -> Path:
     """The cache's own file: what was asked for, or a name made from archive, backbone and facts."""
     if settings.out is not None:
         out = Path(settings.out)
         if out.suffix != ".h5":
             raise ConfigError(f"--out {out}: a cache is one HDF5 file; give it a name that ends in .h5")
         return out
-    places = places_of(index)
-    table = getattr(settings.labels, "path", settings.labels)
-    labels = [] if table is None else ["labels", os.path.abspath(table)]  # another table is another cache
-    made_from = hashlib.sha256("\n".join([fingerprint(facts), *places, *labels]).encode("utf-8", "replace"))
-    stem = Path(places[0]).name.split(".")[0] or "images"
+    archive_paths = list_archive_paths(index)
+    labels_path = getattr(settings.labels, "path", settings.labels)
+    label_parts = (
+        [] if labels_path is None else ["labels", os.path.abspath(labels_path)]
+    )  # another table is another cache
+    identity_hash = hashlib.sha256(
+        "\n".join([compute_fingerprint(facts), *archive_paths, *label_parts]).encode("utf-8", "replace")
+    )
+    stem = Path(archive_paths[0]).name.split(".")[0] or "images"
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-") for text in (stem, backbone.name))
-    return Path(settings.cache) / f"{name[:100]}-{made_from.hexdigest()[:8]}.h5"
+    return Path(settings.cache) / f"{name[:100]}-{identity_hash.hexdigest()[:8]}.h5"
 
 
-def places_of(index: Index) -> list[str]:
+def list_archive_paths(index: Index) -> list[str]:
     """Where the archives lie, as absolute paths."""
     return [os.path.abspath(source.path) for source in index.sources]
 
 
-def existing_at(path: Path, facts: Mapping[str, Any], index: Index, settings: Extraction) -> FeatureCache | None:
+def find_finished_cache(
+    path: Path, facts: Mapping[str, Any], index: Index, settings: ExtractionConfig
+) -> FeatureCache | None:
     """The finished cache of this name, if it was made of the same archives under the same facts."""
     if not path.exists() or settings.overwrite:
         return None
     cache = FeatureCache(path, salvage=True)
-    differ = differences(cache.facts, facts)[:4]
-    places = cache.manifest.get("archives")
-    if not differ and places == places_of(index):
+    fact_differences = describe_differences(cache.facts, facts)[:4]
+    archive_paths = cache.manifest.get("archives")
+    if not fact_differences and archive_paths == list_archive_paths(index):
         return cache
-    what = "; ".join(differ) if differ else f"from {places}, asked for {places_of(index)}"
-    raise CacheMismatchError(f"{path}: was made otherwise ({what}); choose another --out, or pass --overwrite")
+    mismatch = (
+        "; ".join(fact_differences)
+        if fact_differences
+        else f"from {archive_paths}, asked for {list_archive_paths(index)}"
+    )
+    raise CacheMismatchError(f"{path}: was made otherwise ({mismatch}); choose another --out, or pass --overwrite")
 
 
-def is_cache_of(cache: FeatureCache, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def is_up_to_date(cache: FeatureCache, table: SampleTable, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a cache is already what would be written."""
     if cache.lost_shards or cache.outputs != tuple(shapes):
         return False
     return cache.table().same_as(table)
 
 
-def caches_for(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
+def find_compatible_caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
     """The caches of a folder that hold the wanted outputs under the same facts, whatever others they hold."""
-    found = []
+    caches = []
     for path in sorted(folder.glob("*.h5")):
         try:
             cache = FeatureCache(path, salvage=True)
         except CacheError:
             continue  # not ours to judge here: a file that is no cache has nothing to copy
-        if serves(cache.facts, facts):
-            found.append(cache)
-    return found
+        if can_reuse(cache.facts, facts):
+            caches.append(cache)
+    return caches

@@ -11,73 +11,79 @@ import numpy as np
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.backbone.products import Picture
+from featpipe.backbone.products import PreparedImage
 from featpipe.cache import FeatureCache
-from featpipe.engine import Engine, choose, resolve_devices
+from featpipe.engine import Engine, resolve_devices, select_precision
 from featpipe.errors import CacheError
-from featpipe.extraction.facts import facts_of
-from featpipe.extraction.places import path_of
+from featpipe.extraction.facts import make_facts
+from featpipe.extraction.places import make_cache_path
 from featpipe.loader import Loader
-from featpipe.progress import Progress, Tell
-from featpipe.recipe import PRECISIONS, Extraction
+from featpipe.progress import Progress, ProgressCallback
+from featpipe.recipe import PRECISIONS, ExtractionConfig
 
-__all__ = ["Chosen", "with_precision"]
+__all__ = ["PrecisionChoice", "resolve_precision"]
 
-IMAGES = 32
-ROWS = 256  # that are read at most to find them
+PROBE_IMAGES = 32
+MAX_PROBE_ROWS = 256  # that are read at most to find them
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PrecisionChoice:
     """What was measured to choose a precision, and the engine that was made for it; none where a cache remembers."""
 
-    facts: Mapping[str, Any]
+    fidelity: Mapping[str, Any]
     engine: Engine | None = None
 
 
-def with_precision(index: Index, backbone: Backbone, settings: Extraction, progress: Tell) -> tuple[Extraction, Chosen]:
+def resolve_precision(
+    index: Index, backbone: Backbone, settings: ExtractionConfig, progress: ProgressCallback
+) -> tuple[ExtractionConfig, PrecisionChoice]:
     """The settings with the fastest precision that is faithful enough.
 
     Where the cache that would be made is there already and remembers its choice, for a cosine no lower than is wanted
     now, nothing is measured. The choice follows from the images, the network and the device alone.
     """
-    remembered = _remembered(index, backbone, settings)
-    if remembered is not None:
-        return remembered
-    pictures = _first(index, backbone)
+    cached_choice = _find_cached_choice(index, backbone, settings)
+    if cached_choice is not None:
+        return cached_choice
+    images = _load_probe_images(index, backbone)
     device = resolve_devices(settings.device)[0]
-    engine, found = choose(
-        backbone, device, pictures, settings.min_cosine, batch=settings.batch, kind=settings.engine, images=len(index)
+    engine, choice = select_precision(
+        backbone, device, images, settings.min_cosine, batch=settings.batch, kind=settings.engine, images=len(index)
     )
-    measured = ", ".join(f"{name} {cosine:.6f}" for name, cosine in found.cosine.items())
-    compared = f": least cosine to fp32 on {found.images} images: {measured}" if measured else ""
-    progress(Progress("note", f"precision {found.precision}{compared}"))
-    several = len(resolve_devices(settings.device)) > 1  # each process makes its own
-    return replace(settings, precision=found.precision), Chosen(found.facts(), None if several else engine)
+    cosine_text = ", ".join(f"{name} {cosine:.6f}" for name, cosine in choice.cosine.items())
+    comparison = f": least cosine to fp32 on {choice.images} images: {cosine_text}" if cosine_text else ""
+    progress(Progress("note", f"precision {choice.precision}{comparison}"))
+    has_several_devices = len(resolve_devices(settings.device)) > 1  # each process makes its own
+    return replace(settings, precision=choice.precision), PrecisionChoice(
+        choice.to_dict(), None if has_several_devices else engine
+    )
 
 
-def _remembered(index: Index, backbone: Backbone, settings: Extraction) -> tuple[Extraction, Chosen] | None:
+def _find_cached_choice(
+    index: Index, backbone: Backbone, settings: ExtractionConfig
+) -> tuple[ExtractionConfig, PrecisionChoice] | None:
     for precision in PRECISIONS:
-        wanted = replace(settings, precision=precision)
-        facts = facts_of(backbone, wanted)
-        path = path_of(index, backbone, facts, wanted)
+        candidate = replace(settings, precision=precision)
+        facts = make_facts(backbone, candidate)
+        path = make_cache_path(index, backbone, facts, candidate)
         try:
             manifest = FeatureCache(path, salvage=True).manifest if path.exists() else {}
         except CacheError:
             continue
         fidelity = manifest.get("fidelity")
         if fidelity and manifest["facts"] == facts and fidelity.get("min_cosine") == settings.min_cosine:
-            return wanted, Chosen(fidelity)
+            return candidate, PrecisionChoice(fidelity)
     return None
 
 
-def _first(index: Index, backbone: Backbone) -> list[Picture]:
+def _load_probe_images(index: Index, backbone: Backbone) -> list[PreparedImage]:
     """The first pictures of an archive that can be read."""
-    pictures: list[Picture] = []
-    loader = Loader(index, np.arange(min(len(index), ROWS)), backbone.transform.picture, IMAGES)
+    images: list[PreparedImage] = []
+    loader = Loader(index, np.arange(min(len(index), MAX_PROBE_ROWS)), backbone.transform.apply_geometry, PROBE_IMAGES)
     with closing(loader):
         for batch in loader.batches():
-            pictures.extend(batch.images if batch.images is not None else ())
-            if len(pictures) >= IMAGES:
+            images.extend(batch.images if batch.images is not None else ())
+            if len(images) >= PROBE_IMAGES:
                 break
-    return pictures[:IMAGES]
+    return images[:PROBE_IMAGES]

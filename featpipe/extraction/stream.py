@@ -12,30 +12,30 @@ from numpy.typing import NDArray
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.commit import Part, Parts
+from featpipe.commit import Part, StagingArea
 from featpipe.engine import Engine
-from featpipe.loader import Batch, Loader, Seconds, embedded
-from featpipe.recipe import Extraction
+from featpipe.loader import DecodedBatch, Loader, StageSeconds, embed_batches
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
 
-__all__ = ["Ended", "Message", "Published", "Read", "Started", "Stream"]
+__all__ = ["ExtractionWorker", "PartCommitted", "RowsRead", "WorkerFinished", "WorkerMessage", "WorkerStarted"]
 
-PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
-PART_BYTES = 64 * 2**20
+MAX_PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
+MAX_PART_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Started:
+class WorkerStarted:
     """The engine is ready."""
 
     device: str
-    name: str
-    batch: int
-    counted: bool
+    engine_name: str
+    batch_size: int
+    has_work_estimate: bool
 
 
 @dataclass(frozen=True)
-class Read:
+class RowsRead:
     """Some rows were read, and embedded where they had to be.
 
     Attributes
@@ -51,12 +51,12 @@ class Read:
     rows: NDArray[np.int64]
     status: NDArray[np.uint8]
     digests: NDArray[np.uint8]
-    embedded: int
-    seconds: Seconds
+    n_embedded: int
+    seconds: StageSeconds
 
 
 @dataclass(frozen=True)
-class Published:
+class PartCommitted:
     """A part is durable; its rows are those of the index."""
 
     part: Part
@@ -65,29 +65,29 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Ended:
+class WorkerFinished:
     """All rows were read; seconds of committing, and of workers waiting."""
 
-    committing: float
-    waiting: float
+    commit_seconds: float
+    wait_seconds: float
 
 
-Message = Started | Read | Published | Ended
+WorkerMessage = WorkerStarted | RowsRead | PartCommitted | WorkerFinished
 
 
 @dataclass
-class _PartInHand:
+class _PendingPart:
     """The part in hand."""
 
     digests: list[bytes] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     status: list[int] = field(default_factory=list)
     features: dict[str, list[NDArray[np.floating]]] = field(default_factory=dict)
-    bytes: int = 0
+    n_bytes: int = 0
 
 
 @dataclass
-class Stream:
+class ExtractionWorker:
     """Reads, embeds and commits.
 
     Parameters
@@ -106,81 +106,87 @@ class Stream:
     index: Index
     stamps: NDArray[np.uint8]
     backbone: Backbone
-    settings: Extraction
-    parts: Parts
-    is_known: Callable[[bytes], bool]
-    deliver: Callable[[Message], None]
-    _part: _PartInHand = field(default_factory=_PartInHand)
-    _committed_at: float = 0.0
-    _committing: float = 0.0
+    settings: ExtractionConfig
+    parts: StagingArea
+    has_embedding: Callable[[bytes], bool]
+    send_message: Callable[[WorkerMessage], None]
+    _pending: _PendingPart = field(default_factory=_PendingPart)
+    _last_commit_time: float = 0.0
+    _commit_seconds: float = 0.0
 
     def run(self, make_engine: Callable[[], Engine], rows: NDArray[np.int64]) -> None:
         """Embed some rows. What is finished when this is interrupted is committed."""
         engine = make_engine()
-        counted = engine.multiply_adds is not None or self.settings.batch is not None or engine.device.type != "cpu"
-        self.deliver(Started(str(engine.device), engine.name, engine.batch, counted))
-        started = self._committed_at = perf_counter()
+        has_work_estimate = (
+            engine.multiply_adds is not None or self.settings.batch is not None or engine.device.type != "cpu"
+        )
+        self.send_message(WorkerStarted(str(engine.device), engine.name, engine.batch, has_work_estimate))
+        start_time = self._last_commit_time = perf_counter()
         workers = self.settings.workers or engine.workers
-        loader = Loader(self.index, rows, engine.transform, engine.batch, self.is_known, engine.collect)
-        busy = 0.0
+        loader = Loader(self.index, rows, engine.transform, engine.batch, self.has_embedding, engine.collate)
+        busy_seconds = 0.0
         try:
-            with closing(loader), engine.running(), closing(embedded(loader, engine, workers)) as results:
+            with closing(loader), engine.session(), closing(embed_batches(loader, engine, workers)) as results:
                 for batch, features in results:
                     seconds = batch.seconds
-                    busy += seconds.reading + seconds.decoding + seconds.embedding
+                    busy_seconds += seconds.reading + seconds.decoding + seconds.embedding
                     self._collect(batch, features)
         finally:
             self._commit()
-        waiting = max(0.0, workers * (perf_counter() - started) - busy)
-        self.deliver(Ended(self._committing, waiting))
+        wait_seconds = max(0.0, workers * (perf_counter() - start_time) - busy_seconds)
+        self.send_message(WorkerFinished(self._commit_seconds, wait_seconds))
 
-    def _collect(self, batch: Batch, features: Mapping[str, NDArray[np.float32]]) -> None:
-        part = self._part
+    def _collect(self, batch: DecodedBatch, features: Mapping[str, NDArray[np.float32]]) -> None:
+        pending = self._pending
         with np.errstate(over="ignore"):  # what is too large for float16 is infinite then, which the row's status says
-            stored = {name: value.astype(self.settings.storage) for name, value in features.items()}
-        finite = np.ones(len(batch.places), bool)
-        for value in stored.values():
-            finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
-        place = dict(zip(batch.places, range(len(batch.places)), strict=True))
-        found, embedded_ = np.array(batch.status, np.uint8), 0
-        for at, row in enumerate(batch.rows):
-            status, digest = batch.status[at], batch.digests[at]
-            if at in place and not finite[place[at]]:
+            stored_features = {name: value.astype(self.settings.storage) for name, value in features.items()}
+        is_finite = np.ones(len(batch.positions), bool)
+        for value in stored_features.values():
+            is_finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
+        feature_rows = dict(zip(batch.positions, range(len(batch.positions)), strict=True))
+        statuses, n_embedded = np.array(batch.status, np.uint8), 0
+        for position, row in enumerate(batch.rows):
+            status, digest = batch.status[position], batch.digests[position]
+            if position in feature_rows and not is_finite[feature_rows[position]]:
                 status = Status.NOT_FINITE
-            found[at] = status
-            if at in place or (digest and not status.transient and status != Status.OK):
-                part.rows.append(row)
-                part.digests.append(digest)
-                part.status.append(int(status))
+            statuses[position] = status
+            if position in feature_rows or (digest and not status.transient and status != Status.OK):
+                pending.rows.append(row)
+                pending.digests.append(digest)
+                pending.status.append(int(status))
                 for name, shape in self.backbone.shapes.items():
-                    value = stored[name][place[at]] if status == Status.OK else _nan(shape, self.settings.storage)
-                    part.features.setdefault(name, []).append(value)
-                    part.bytes += value.nbytes
-                embedded_ += status == Status.OK
+                    value = (
+                        stored_features[name][feature_rows[position]]
+                        if status == Status.OK
+                        else _make_nan_features(shape, self.settings.storage)
+                    )
+                    pending.features.setdefault(name, []).append(value)
+                    pending.n_bytes += value.nbytes
+                n_embedded += status == Status.OK
         digests = np.frombuffer(b"".join(digest or bytes(32) for digest in batch.digests), np.uint8).reshape(-1, 32)
-        self.deliver(Read(np.array(batch.rows), found, digests, embedded_, batch.seconds))
-        if part.bytes > PART_BYTES or perf_counter() - self._committed_at > PART_SECONDS:
+        self.send_message(RowsRead(np.array(batch.rows), statuses, digests, n_embedded, batch.seconds))
+        if pending.n_bytes > MAX_PART_BYTES or perf_counter() - self._last_commit_time > MAX_PART_SECONDS:
             self._commit()
 
     def _commit(self) -> None:
-        part, self._part = self._part, _PartInHand()
-        started = perf_counter()
-        if part.rows:
-            rows = np.array(part.rows)
-            digests = np.frombuffer(b"".join(part.digests), np.uint8).reshape(-1, 32)
-            arrays = {name: np.stack(values) for name, values in part.features.items()}
-            published = self.parts.commit(
+        pending, self._pending = self._pending, _PendingPart()
+        start_time = perf_counter()
+        if pending.rows:
+            rows = np.array(pending.rows)
+            digests = np.frombuffer(b"".join(pending.digests), np.uint8).reshape(-1, 32)
+            features = {name: np.stack(values) for name, values in pending.features.items()}
+            part = self.parts.commit(
                 {
                     "digest": digests,
                     "stamp": self.stamps[rows],
-                    "status": np.array(part.status, np.uint8),
-                    **{f"features/{name}": value for name, value in arrays.items()},
+                    "status": np.array(pending.status, np.uint8),
+                    **{f"features/{name}": value for name, value in features.items()},
                 }
             )
-            self.deliver(Published(published, rows, part.digests))
-        self._committed_at = perf_counter()
-        self._committing += self._committed_at - started
+            self.send_message(PartCommitted(part, rows, pending.digests))
+        self._last_commit_time = perf_counter()
+        self._commit_seconds += self._last_commit_time - start_time
 
 
-def _nan(shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
+def _make_nan_features(shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
     return np.full(shape, np.nan, dtype)

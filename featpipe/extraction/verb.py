@@ -16,30 +16,30 @@ from numpy.typing import NDArray
 from featpipe import archive
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.cache import FeatureCache, Table, parts_directory, write_cache
-from featpipe.commit import Parts, exclusive
+from featpipe.cache import FeatureCache, SampleTable, parts_directory, write_cache
+from featpipe.commit import StagingArea, lock_file
 from featpipe.deadline import Deadline
-from featpipe.durable import make_folder
+from featpipe.durable import make_writable_folder
 from featpipe.engine import resolve_devices
 from featpipe.errors import ArchiveError, CacheError
-from featpipe.extraction.facts import facts_of, load_backbone
-from featpipe.extraction.ledger import Ledger, source_of_part
-from featpipe.extraction.places import caches_for, existing_at, is_cache_of, path_of
-from featpipe.extraction.precision import with_precision
-from featpipe.extraction.run import Run, told
-from featpipe.fingerprint import fingerprint
-from featpipe.known import Source
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.recipe import AUTO, Extraction
+from featpipe.extraction.facts import load_backbone, make_facts
+from featpipe.extraction.ledger import EmbeddingPlan, source_from_part
+from featpipe.extraction.places import find_compatible_caches, find_finished_cache, is_up_to_date, make_cache_path
+from featpipe.extraction.precision import resolve_precision
+from featpipe.extraction.run import ExtractionRun, format_counts
+from featpipe.fingerprint import compute_fingerprint
+from featpipe.known import EmbeddingSource
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.recipe import AUTO, ExtractionConfig
 from featpipe.status import Status
 
-__all__ = ["Embedded", "embed_files", "embed_into", "extract", "extract_index"]
+__all__ = ["IndexEmbeddings", "embed_files", "embed_into_parts", "extract", "extract_index"]
 
 
 def extract(
     archives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
     **settings: Any,
 ) -> FeatureCache:
     """Run the frozen backbone once over the images of some archives and cache the embeddings.
@@ -70,62 +70,62 @@ def extract(
     --------
     >>> cache = extract("photos/", backbone="resnet18", cache="cache/")          # doctest: +SKIP
     """
-    settings_ = Extraction.of(settings)
-    deadline = Deadline(settings_.time_limit)
-    devices = resolve_devices(settings_.device)  # before minutes are spent on listing an archive
-    index = archive.index(archives, labels=settings_.labels)
-    _tell_index(index, progress)
-    settings_ = replace(settings_, device=",".join(map(str, devices)))
-    return extract_index(index, load_backbone(settings_), settings_, progress, deadline=deadline)
+    config = ExtractionConfig.from_settings(settings)
+    deadline = Deadline(config.time_limit)
+    devices = resolve_devices(config.device)  # before minutes are spent on listing an archive
+    index = archive.index(archives, labels=config.labels)
+    _report_index(index, progress)
+    config = replace(config, device=",".join(map(str, devices)))
+    return extract_index(index, load_backbone(config), config, progress, deadline=deadline)
 
 
 def extract_index(
     index: Index,
     backbone: Backbone,
-    settings: Extraction,
-    progress: Tell = quiet,
+    settings: ExtractionConfig,
+    progress: ProgressCallback = report_warnings_only,
     *,
-    refuse_all_bad: bool = True,
+    require_readable: bool = True,
     deadline: Deadline | None = None,
 ) -> FeatureCache:
     """The cache of an index: from what is known already, and a forward pass for the rest."""
     deadline = deadline or Deadline(settings.time_limit)
-    chosen = None
+    precision_choice = None
     if settings.precision == AUTO:
-        settings, chosen = with_precision(index, backbone, settings, progress)
-    facts = facts_of(backbone, settings)
-    path = path_of(index, backbone, facts, settings)
-    parts = Parts(parts_directory(path), fingerprint(facts))
-    make_folder(path.parent, CacheError, "--cache or --out")
-    if parts.busy():
+        settings, precision_choice = resolve_precision(index, backbone, settings, progress)
+    facts = make_facts(backbone, settings)
+    path = make_cache_path(index, backbone, facts, settings)
+    parts = StagingArea(parts_directory(path), compute_fingerprint(facts))
+    make_writable_folder(path.parent, CacheError, "--cache or --out")
+    if parts.is_locked():
         progress(Progress("note", f"{path}: another extraction writes this cache; waiting for it"))
-    with parts.writing():
-        existing = existing_at(path, facts, index, settings)
+    with parts.lock_for_writing():
+        existing_cache = find_finished_cache(path, facts, index, settings)
         shapes = dict(backbone.shapes)
-        ledger = Ledger(index, settings.check_content)
-        for cache in caches_for(path.parent, facts):
-            ledger.known.add(Source.of_cache(cache, shapes))
-        for part in parts.committed():
-            ledger.known.add(source_of_part(part))
-        ledger.resolve()
-        if existing is None or not is_cache_of(existing, ledger.table(), shapes):
-            ledger.drop_damaged()
-        run = Run(ledger, backbone, settings, parts, progress, chosen, deadline)
+        plan = EmbeddingPlan(index, settings.check_content)
+        for cache in find_compatible_caches(path.parent, facts):
+            plan.lookup.add(EmbeddingSource.from_cache(cache, shapes))
+        for part in parts.load_committed():
+            plan.lookup.add(source_from_part(part))
+        plan.resolve_by_stamp()
+        if existing_cache is None or not is_up_to_date(existing_cache, plan.to_table(), shapes):
+            plan.drop_damaged()
+        run = ExtractionRun(plan, backbone, settings, parts, progress, precision_choice, deadline)
         run.embed()
-        if existing is not None and is_cache_of(existing, ledger.table(), shapes):
+        if existing_cache is not None and is_up_to_date(existing_cache, plan.to_table(), shapes):
             parts.remove()
-            return existing
-        table = ledger.table()
-        if refuse_all_bad:
-            _refuse_all_bad(table, index)
-        gather = ledger.gather(shapes, settings.storage)
-        write_cache(path, table, run.manifest(facts), shapes, settings.storage, gather, settings.shard_bytes)
+            return existing_cache
+        table = plan.to_table()
+        if require_readable:
+            _raise_if_none_readable(table, index)
+        gather = plan.make_gather(shapes, settings.storage)
+        write_cache(path, table, run.make_manifest(facts), shapes, settings.storage, gather, settings.shard_bytes)
         parts.remove()
     return FeatureCache(path)
 
 
 @dataclass(frozen=True, eq=False)
-class Embedded:
+class IndexEmbeddings:
     """The embeddings of an index, as long as the parts that hold them are there.
 
     Attributes
@@ -140,33 +140,36 @@ class Embedded:
 
     status: NDArray[np.uint8]
     digests: NDArray[np.uint8]
-    block: Callable[[str, int, int], NDArray[np.floating]]
+    load_block: Callable[[str, int, int], NDArray[np.floating]]
 
 
-def embed_into(
-    parts: Parts,
+def embed_into_parts(
+    parts: StagingArea,
     index: Index,
     backbone: Backbone,
-    settings: Extraction,
-    progress: Tell = quiet,
+    settings: ExtractionConfig,
+    progress: ProgressCallback = report_warnings_only,
     *,
     deadline: Deadline | None = None,
-) -> Embedded:
+) -> IndexEmbeddings:
     """Embed an index into parts that never become a cache; what lies there already is not embedded again.
 
     The caller holds the folder by :meth:`Parts.writing`, and removes the parts when they have served.
     """
     shapes = dict(backbone.shapes)
-    ledger = Ledger(index, settings.check_content)
-    for part in parts.committed():
-        ledger.known.add(source_of_part(part))
-    ledger.resolve()
-    Run(ledger, backbone, settings, parts, progress, deadline=deadline).embed()
-    return Embedded(ledger.status, ledger.digests, ledger.gather(shapes, settings.storage))
+    plan = EmbeddingPlan(index, settings.check_content)
+    for part in parts.load_committed():
+        plan.lookup.add(source_from_part(part))
+    plan.resolve_by_stamp()
+    ExtractionRun(plan, backbone, settings, parts, progress, deadline=deadline).embed()
+    return IndexEmbeddings(plan.status, plan.digests, plan.make_gather(shapes, settings.storage))
 
 
 def embed_files(
-    paths: Sequence[str | os.PathLike[str]], backbone: Backbone, settings: Extraction, progress: Tell = quiet
+    paths: Sequence[str | os.PathLike[str]],
+    backbone: Backbone,
+    settings: ExtractionConfig,
+    progress: ProgressCallback = report_warnings_only,
 ) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
     """The embeddings of some files, in the order given, through the caches of a folder.
 
@@ -179,41 +182,45 @@ def embed_files(
     status : ndarray of shape (n,), uint8
         Codes of :class:`featpipe.status.Status`.
     """
-    names, inverse = np.unique([os.path.abspath(path) for path in paths], return_inverse=True)
-    facts, folder = facts_of(backbone, settings), Path(settings.cache)
-    make_folder(folder, CacheError, "--cache or --out")
-    with exclusive(folder / f".files-{fingerprint(facts)[:8]}.lock"):
-        ledger = Ledger(archive.index_files(names.tolist()), settings.check_content)
+    unique_paths, inverse = np.unique([os.path.abspath(path) for path in paths], return_inverse=True)
+    facts, folder = make_facts(backbone, settings), Path(settings.cache)
+    make_writable_folder(folder, CacheError, "--cache or --out")
+    with lock_file(folder / f".files-{compute_fingerprint(facts)[:8]}.lock"):
+        plan = EmbeddingPlan(archive.index_files(unique_paths.tolist()), settings.check_content)
         shapes = dict(backbone.shapes)
-        for cache in caches_for(folder, facts):
-            ledger.known.add(Source.of_cache(cache, shapes))
-        ledger.resolve()
-        ledger.drop_damaged()
+        for cache in find_compatible_caches(folder, facts):
+            plan.lookup.add(EmbeddingSource.from_cache(cache, shapes))
+        plan.resolve_by_stamp()
+        plan.drop_damaged()
         output = next(iter(shapes))
-        features = ledger.gather(shapes, settings.storage)(output, 0, len(names))
-        unread = ledger.unread
-        if len(unread):
-            rest = archive.index_files(names[unread].tolist())
-            made_from = hashlib.sha256("\n".join([fingerprint(facts), *names[unread]]).encode("utf-8", "replace"))
-            out = folder / f"files-{made_from.hexdigest()[:16]}.h5"
-            cache = extract_index(rest, backbone, replace(settings, out=out), progress)
-            features[unread], ledger.status[unread] = cache.features(output), cache.status_codes
-    return features[inverse], ledger.status[inverse]
+        features = plan.make_gather(shapes, settings.storage)(output, 0, len(unique_paths))
+        unread_rows = plan.unread_rows
+        if len(unread_rows):
+            unread_index = archive.index_files(unique_paths[unread_rows].tolist())
+            identity_hash = hashlib.sha256(
+                "\n".join([compute_fingerprint(facts), *unique_paths[unread_rows]]).encode("utf-8", "replace")
+            )
+            out = folder / f"files-{identity_hash.hexdigest()[:16]}.h5"
+            cache = extract_index(unread_index, backbone, replace(settings, out=out), progress)
+            features[unread_rows], plan.status[unread_rows] = cache.features(output), cache.status_codes
+    return features[inverse], plan.status[inverse]
 
 
-def _tell_index(index: Index, progress: Tell) -> None:
+def _report_index(index: Index, progress: ProgressCallback) -> None:
     text = f"{len(index)} images"
     if index.labels.task in ("classification", "multilabel"):
         text += f", {len(index.labels.classes)} classes"
-        unlabelled = int(np.count_nonzero(~index.labels.known))
-        text += f", {unlabelled} without a label" if unlabelled else ""
+        n_unlabeled = int(np.count_nonzero(~index.labels.known))
+        text += f", {n_unlabeled} without a label" if n_unlabeled else ""
     if index.ignored:
-        text += "; not images: " + ", ".join(f"{count} {what}" for what, count in index.ignored.items())
+        text += "; not images: " + ", ".join(f"{count} {reason}" for reason, count in index.ignored.items())
     progress(Progress("note", text))
 
 
-def _refuse_all_bad(table: Table, index: Index) -> None:
+def _raise_if_none_readable(table: SampleTable, index: Index) -> None:
     if not np.any(table.status == Status.OK):
         counts = Counter(Status(int(code)).word for code in table.status)
-        first = index.ids[0]
-        raise ArchiveError(f"none of the {len(index)} images can be read ({told(counts)}); the first is {first}")
+        first_id = index.ids[0]
+        raise ArchiveError(
+            f"none of the {len(index)} images can be read ({format_counts(counts)}); the first is {first_id}"
+        )

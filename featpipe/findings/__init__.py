@@ -1,21 +1,21 @@
 """What to look at next: from predictions and embeddings to tables of samples. Arrays in, tables out."""
 
-from featpipe.findings.duplicates import NEAR, Pairs, near_duplicates
-from featpipe.findings.forecast import Forecast, forecast
-from featpipe.findings.judgements import Judged, suspects
-from featpipe.findings.neighbours import nearest, outlying
+from featpipe.findings.duplicates import NEAR_DUPLICATE_COSINE, DuplicatePairs, find_near_duplicates
+from featpipe.findings.forecast import LearningCurve, extrapolate_learning_curve
+from featpipe.findings.judgements import LabeledPredictions, make_prediction_findings
+from featpipe.findings.neighbours import compute_outlier_scores, find_nearest_neighbors
 from featpipe.findings.table import Finding, write_findings
 
 __all__ = [
-    "NEAR",
+    "NEAR_DUPLICATE_COSINE",
+    "DuplicatePairs",
     "Finding",
-    "Forecast",
-    "Judged",
-    "Pairs",
-    "forecast",
-    "near_duplicates",
-    "nearest",
-    "outlying",
-    "suspects",
+    "LabeledPredictions",
+    "LearningCurve",
+    "compute_outlier_scores",
+    "extrapolate_learning_curve",
+    "find_near_duplicates",
+    "find_nearest_neighbors",
+    "make_prediction_findings",
     "write_findings",
 ]

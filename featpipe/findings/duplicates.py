@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NEAR", "Pairs", "near_duplicates"]
+__all__ = ["NEAR_DUPLICATE_COSINE", "DuplicatePairs", "find_near_duplicates"]
 
-NEAR = 0.93
+NEAR_DUPLICATE_COSINE = 0.93
 """From this cosine on, seen from the mean of the embeddings, two pictures are taken for copies of each other.
 
 Measured with ``efficientnet_lite0`` on 500 drawings of openclipart of at most 400 pixels: of copies this finds 98 % of
@@ -21,7 +21,7 @@ most of them variants of one drawing; of Google's emoji 12 %, which differ in a 
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class DuplicatePairs:
     """Pairs of a row and its most similar other picture, the most similar first.
 
     Attributes
@@ -40,9 +40,13 @@ class Pairs:
         return len(self.rows)
 
 
-def near_duplicates(
-    similarities: NDArray[np.float32], numbers: NDArray[np.int64], threshold: float = NEAR, *, same: bool = False
-) -> Pairs:
+def find_near_duplicates(
+    similarities: NDArray[np.float32],
+    neighbor_indices: NDArray[np.int64],
+    threshold: float = NEAR_DUPLICATE_COSINE,
+    *,
+    within_rows: bool = False,
+) -> DuplicatePairs:
     """The rows whose nearest neighbour is nearly the same picture.
 
     Parameters
@@ -55,12 +59,16 @@ def near_duplicates(
     """
     if not similarities.shape[1]:
         empty: NDArray[Any] = np.zeros(0)
-        return Pairs(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.float32))
+        return DuplicatePairs(empty.astype(np.int64), empty.astype(np.int64), empty.astype(np.float32))
     rows = np.flatnonzero(similarities[:, 0] >= threshold)
-    others, best = numbers[rows, 0], similarities[rows, 0]
-    if same:
-        mutual = numbers[others, 0] == rows
-        once = ~mutual | (rows < others)
-        rows, others, best = rows[once], others[once], best[once]
-    order = np.argsort(-best, kind="stable")
-    return Pairs(rows[order], others[order], best[order])
+    others, best_similarities = neighbor_indices[rows, 0], similarities[rows, 0]
+    if within_rows:
+        is_mutual = neighbor_indices[others, 0] == rows
+        is_first_of_pair = ~is_mutual | (rows < others)
+        rows, others, best_similarities = (
+            rows[is_first_of_pair],
+            others[is_first_of_pair],
+            best_similarities[is_first_of_pair],
+        )
+    order = np.argsort(-best_similarities, kind="stable")
+    return DuplicatePairs(rows[order], others[order], best_similarities[order])

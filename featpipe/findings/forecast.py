@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["LearningCurve", "extrapolate_learning_curve"]
 
-EXPONENTS = np.geomspace(0.05, 2.0, 40)
-RESAMPLES = 500
-LEVEL = 0.95
+POWER_LAW_EXPONENTS = np.geomspace(0.05, 2.0, 40)
+N_BOOTSTRAP_RESAMPLES = 500
+CONFIDENCE_LEVEL = 0.95
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Forecast:
+class LearningCurve:
     """A learning curve, measured up to n training rows and drawn out to ``ahead``.
 
     Attributes
@@ -47,12 +47,18 @@ class Forecast:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def __str__(self) -> str:
-        now, then = self.errors[-1], self.expected
-        gain = "no gain can be told from chance" if self.high >= now else f"{now:.1%} → {then:.1%}"
-        return f"with {self.ahead:,} training images: error {then:.1%} [{self.low:.1%}, {self.high:.1%}]; {gain}"
+        current_error, forecast_error = self.errors[-1], self.expected
+        gain_text = (
+            "no gain can be told from chance"
+            if self.high >= current_error
+            else f"{current_error:.1%} → {forecast_error:.1%}"
+        )
+        return f"with {self.ahead:,} training images: error {forecast_error:.1%} [{self.low:.1%}, {self.high:.1%}]; {gain_text}"
 
 
-def forecast(sizes: ArrayLike, errors: ArrayLike, *, times: float = 2.0, seed: int = 0) -> Forecast:
+def extrapolate_learning_curve(
+    sizes: ArrayLike, errors: ArrayLike, *, size_factor: float = 2.0, seed: int = 0
+) -> LearningCurve:
     """Fit ``a + b n^-c`` to the errors of some training sizes and say what it expects of more.
 
     Parameters
@@ -79,48 +85,50 @@ def forecast(sizes: ArrayLike, errors: ArrayLike, *, times: float = 2.0, seed: i
     >>> f"{found.expected:.3f}"
     '0.052'
     """
-    n, rows = np.asarray(sizes, float), np.asarray(errors, float)
-    m = rows.shape[1]
+    n, row_errors = np.asarray(sizes, float), np.asarray(errors, float)
+    m = row_errors.shape[1]
     rng = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(RESAMPLES)], axis=1)
-    resampled = rows @ drawn / m
-    ahead = round(times * n[-1])
-    expected = float(_law(n, rows.mean(axis=1)[:, None], ahead)[0])
-    tails = (50 * (1 - LEVEL), 50 * (1 + LEVEL))
-    low, high = np.percentile(_law(n, resampled, ahead), tails)
-    lows, highs = np.percentile(resampled, tails, axis=1)
-    return Forecast(
+    resample_counts = np.stack(
+        [np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(N_BOOTSTRAP_RESAMPLES)], axis=1
+    )
+    resampled_errors = row_errors @ resample_counts / m
+    forecast_size = round(size_factor * n[-1])
+    expected_error = float(_extrapolate_power_law(n, row_errors.mean(axis=1)[:, None], forecast_size)[0])
+    percentiles = (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL))
+    low, high = np.percentile(_extrapolate_power_law(n, resampled_errors, forecast_size), percentiles)
+    lows, highs = np.percentile(resampled_errors, percentiles, axis=1)
+    return LearningCurve(
         sizes=tuple(int(size) for size in n),
-        errors=tuple(rows.mean(axis=1).tolist()),
+        errors=tuple(row_errors.mean(axis=1).tolist()),
         lows=tuple(lows.tolist()),
         highs=tuple(highs.tolist()),
-        ahead=ahead,
-        expected=expected,
-        low=min(float(low), expected),
-        high=max(float(high), expected),
+        ahead=forecast_size,
+        expected=expected_error,
+        low=min(float(low), expected_error),
+        high=max(float(high), expected_error),
     )
 
 
-def _law(n: Floats, errors: Floats, ahead: float) -> Floats:
+def _extrapolate_power_law(n: Floats, errors: Floats, forecast_size: float) -> Floats:
     """The forecasts of the best laws through curves of shape (s, b): for each exponent a line, by least squares."""
     weights = np.sqrt(n / n[-1])[:, None]
-    best, value = np.full(errors.shape[1], np.inf), np.zeros(errors.shape[1])
-    for exponent in EXPONENTS:
+    best_residual, forecasts = np.full(errors.shape[1], np.inf), np.zeros(errors.shape[1])
+    for exponent in POWER_LAW_EXPONENTS:
         x = ((n / n[-1]) ** -exponent)[:, None]
-        a, b = _line(x, errors, weights)
-        misfit = (weights * (errors - a - b * x) ** 2).sum(axis=0)
-        better = misfit < best - 1e-15
-        best = np.where(better, misfit, best)
-        value = np.where(better, a + b * (ahead / n[-1]) ** -exponent, value)
-    return value
+        a, b = _fit_line(x, errors, weights)
+        residual = (weights * (errors - a - b * x) ** 2).sum(axis=0)
+        is_better = residual < best_residual - 1e-15
+        best_residual = np.where(is_better, residual, best_residual)
+        forecasts = np.where(is_better, a + b * (forecast_size / n[-1]) ** -exponent, forecasts)
+    return forecasts
 
 
-def _line(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
+def _fit_line(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Weighted least squares of ``y = a + b x`` with a and b not negative."""
     w = weights / weights.sum()
     mean_x, mean_y = (w * x).sum(axis=0), (w * y).sum(axis=0)
-    spread = (w * (x - mean_x) ** 2).sum(axis=0)
-    b = np.maximum((w * (x - mean_x) * (y - mean_y)).sum(axis=0) / spread, 0)
+    variance_x = (w * (x - mean_x) ** 2).sum(axis=0)
+    b = np.maximum((w * (x - mean_x) * (y - mean_y)).sum(axis=0) / variance_x, 0)
     a = mean_y - b * mean_x
-    through_zero = (w * x * y).sum(axis=0) / (w * x * x).sum(axis=0)
-    return np.where(a < 0, 0.0, a), np.where(a < 0, through_zero, b)
+    slope_through_origin = (w * x * y).sum(axis=0) / (w * x * x).sum(axis=0)
+    return np.where(a < 0, 0.0, a), np.where(a < 0, slope_through_origin, b)

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 
 from featpipe.findings.table import Finding
 
-__all__ = ["SHOWN", "Judged", "few", "suspects"]
+__all__ = ["MAX_FINDING_ROWS", "LabeledPredictions", "count_extreme_rows", "make_prediction_findings"]
 
 Floats = NDArray[np.float64]
 
-SHOWN = 1000
+MAX_FINDING_ROWS = 1000
 """The most rows of one table."""
 
 
-def few(m: int, share: float) -> int:
+def count_extreme_rows(m: int, fraction: float) -> int:
     """How many of m rows are the most extreme ones: a share of many, some of few."""
-    return min(SHOWN, max(int(share * m), min(20, -(-m // 4))))
+    return min(MAX_FINDING_ROWS, max(int(fraction * m), min(20, -(-m // 4))))
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class LabeledPredictions:
     """Predictions of some samples, by a model that was not trained on them.
 
     Attributes
@@ -49,83 +49,85 @@ class Judged:
     names: Sequence[str]
 
     @cached_property
-    def best(self) -> NDArray[np.intp]:
+    def top_class(self) -> NDArray[np.intp]:
         """The most probable class of each row, shape (m,)."""
         return np.asarray(self.predicted.argmax(axis=1))
 
     @cached_property
-    def right(self) -> NDArray[np.bool_]:
+    def is_correct(self) -> NDArray[np.bool_]:
         """Whether each row is right as a whole, shape (m,)."""
         if self.task == "multilabel":
             return np.asarray(((self.predicted >= 0.5) == self.y.astype(bool)).all(axis=1))
-        return np.asarray(self.best == self.y)
+        return np.asarray(self.top_class == self.y)
 
-    def told(self, row: int) -> tuple[str, str, float]:
+    def describe_row(self, row: int) -> tuple[str, str, float]:
         """What a row is, what it is taken for, and how probable that is said to be."""
         if self.task == "multilabel":
-            given = self.predicted[row] >= 0.5
-            sure = np.where(given, self.predicted[row], 1 - self.predicted[row]).min()
-            return self._joined(self.y[row] > 0), self._joined(given), float(sure)
-        best = int(self.best[row])
-        return self.names[int(self.y[row])], self.names[best], float(self.predicted[row, best])
+            is_predicted = self.predicted[row] >= 0.5
+            confidence = np.where(is_predicted, self.predicted[row], 1 - self.predicted[row]).min()
+            return self._join_labels(self.y[row] > 0), self._join_labels(is_predicted), float(confidence)
+        top_class = int(self.top_class[row])
+        return self.names[int(self.y[row])], self.names[top_class], float(self.predicted[row, top_class])
 
-    def _joined(self, chosen: NDArray[np.bool_]) -> str:
-        return ";".join(self.names[i] for i in np.flatnonzero(chosen).tolist())
+    def _join_labels(self, label_mask: NDArray[np.bool_]) -> str:
+        return ";".join(self.names[i] for i in np.flatnonzero(label_mask).tolist())
 
 
-def suspects(judged: Judged) -> list[Finding]:
+def make_prediction_findings(predictions: LabeledPredictions) -> list[Finding]:
     """The tables that a task has."""
-    return [make(judged) for make in _TABLES[judged.task]]
+    return [make_finding(predictions) for make_finding in _FINDING_MAKERS[predictions.task]]
 
 
-def _mistakes(judged: Judged) -> Finding:
-    sure = np.array([judged.told(row)[2] for row in range(len(judged.ids))])
-    wrong = np.flatnonzero(~judged.right)
-    order = wrong[np.argsort(-sure[wrong], kind="stable")]
+def _find_mistakes(predictions: LabeledPredictions) -> Finding:
+    confidence = np.array([predictions.describe_row(row)[2] for row in range(len(predictions.ids))])
+    error_rows = np.flatnonzero(~predictions.is_correct)
+    order = error_rows[np.argsort(-confidence[error_rows], kind="stable")]
     return Finding(
         "mistakes",
         "Most confident mistakes",
         "What the model is surest of and wrong about: a label to mend, or a kind of image to bring more of.",
         ("id", "label", "predicted", "probability"),
-        [_row(judged, row) for row in order[:SHOWN].tolist()],
+        [_to_finding_row(predictions, row) for row in order[:MAX_FINDING_ROWS].tolist()],
         len(order),
     )
 
 
-def _unsure(judged: Judged) -> Finding:
-    if judged.task == "multilabel":
-        margin = abs(judged.predicted - 0.5).min(axis=1) * 2
+def _find_least_confident(predictions: LabeledPredictions) -> Finding:
+    if predictions.task == "multilabel":
+        margin = abs(predictions.predicted - 0.5).min(axis=1) * 2
     else:
-        two = np.sort(judged.predicted, axis=1)[:, -2:]
-        margin = two[:, -1] - two[:, 0] if two.shape[1] > 1 else np.ones(len(two))
-    order = np.argsort(margin, kind="stable")[: few(len(margin), 0.05)]
+        top_two = np.sort(predictions.predicted, axis=1)[:, -2:]
+        margin = top_two[:, -1] - top_two[:, 0] if top_two.shape[1] > 1 else np.ones(len(top_two))
+    order = np.argsort(margin, kind="stable")[: count_extreme_rows(len(margin), 0.05)]
     return Finding(
         "unsure",
         "Least confident",
         "Where the model hesitates between two answers: labels for more images like these teach it most.",
         ("id", "label", "predicted", "probability", "margin"),
-        [{**_row(judged, row), "margin": round(float(margin[row]), 4)} for row in order.tolist()],
+        [{**_to_finding_row(predictions, row), "margin": round(float(margin[row]), 4)} for row in order.tolist()],
         len(order),
     )
 
 
-def _row(judged: Judged, row: int) -> dict[str, Any]:
-    label, predicted, probability = judged.told(row)
-    return {"id": judged.ids[row], "label": label, "predicted": predicted, "probability": round(probability, 4)}
+def _to_finding_row(predictions: LabeledPredictions, row: int) -> dict[str, Any]:
+    label, predicted, probability = predictions.describe_row(row)
+    return {"id": predictions.ids[row], "label": label, "predicted": predicted, "probability": round(probability, 4)}
 
 
-def _confused(judged: Judged) -> Finding:
-    k = len(judged.names)
-    pairs = np.bincount(judged.y * k + judged.best, minlength=k * k).reshape(k, k)
-    support = pairs.sum(axis=1)
-    np.fill_diagonal(pairs, 0)
-    order = [i for i in np.argsort(-pairs.ravel(), kind="stable")[:SHOWN].tolist() if pairs.ravel()[i]]
+def _find_confused_pairs(predictions: LabeledPredictions) -> Finding:
+    k = len(predictions.names)
+    confusion = np.bincount(predictions.y * k + predictions.top_class, minlength=k * k).reshape(k, k)
+    support = confusion.sum(axis=1)
+    np.fill_diagonal(confusion, 0)
+    order = [
+        i for i in np.argsort(-confusion.ravel(), kind="stable")[:MAX_FINDING_ROWS].tolist() if confusion.ravel()[i]
+    ]
     rows = [
         {
-            "label": judged.names[i // k],
-            "predicted": judged.names[i % k],
-            "rows": int(pairs.ravel()[i]),
-            "share": round(float(pairs.ravel()[i] / support[i // k]), 4),
+            "label": predictions.names[i // k],
+            "predicted": predictions.names[i % k],
+            "rows": int(confusion.ravel()[i]),
+            "share": round(float(confusion.ravel()[i] / support[i // k]), 4),
         }
         for i in order
     ]
@@ -135,12 +137,12 @@ def _confused(judged: Judged) -> Finding:
         "Classes that are taken for each other: look whether their labels follow one rule.",
         ("label", "predicted", "rows", "share"),
         rows,
-        int((pairs > 0).sum()),
+        int((confusion > 0).sum()),
     )
 
 
-def _label_errors(judged: Judged) -> Finding:
-    empty = Finding(
+def _find_label_errors(predictions: LabeledPredictions) -> Finding:
+    empty_finding = Finding(
         "label_errors",
         "Likely label errors",
         "Labels that confident learning doubts, the worst first: look, and mend those that are wrong.",
@@ -149,66 +151,79 @@ def _label_errors(judged: Judged) -> Finding:
     try:
         import cleanlab  # noqa: F401
     except ImportError:
-        return _without(empty, "not looked for: pip install 'featpipe[labels]' brings cleanlab")
-    if len(judged.names) < 2:
-        return _without(empty, "not looked for: a single class has no other label")
-    doubted, quality = (_doubted_sets if judged.task == "multilabel" else _doubted)(judged)
-    order = doubted[np.argsort(quality[doubted], kind="stable")]
+        return _with_note(empty_finding, "not looked for: pip install 'featpipe[labels]' brings cleanlab")
+    if len(predictions.names) < 2:
+        return _with_note(empty_finding, "not looked for: a single class has no other label")
+    suspect_rows, quality = (_find_multilabel_issues if predictions.task == "multilabel" else _find_label_issues)(
+        predictions
+    )
+    order = suspect_rows[np.argsort(quality[suspect_rows], kind="stable")]
     rows = []
-    for row in order[:SHOWN].tolist():
-        label, suggested, _ = judged.told(row)
+    for row in order[:MAX_FINDING_ROWS].tolist():
+        label, suggested, _ = predictions.describe_row(row)
         rows.append(
-            {"id": judged.ids[row], "label": label, "suggested": suggested, "quality": round(float(quality[row]), 4)}
+            {
+                "id": predictions.ids[row],
+                "label": label,
+                "suggested": suggested,
+                "quality": round(float(quality[row]), 4),
+            }
         )
-    return Finding(empty.name, empty.title, empty.meaning, empty.columns, rows, len(order))
+    return Finding(
+        empty_finding.name, empty_finding.title, empty_finding.meaning, empty_finding.columns, rows, len(order)
+    )
 
 
-def _without(finding: Finding, note: str) -> Finding:
+def _with_note(finding: Finding, note: str) -> Finding:
     return Finding(finding.name, finding.title, finding.meaning, finding.columns, note=note)
 
 
-def _doubted(judged: Judged) -> tuple[NDArray[np.intp], Floats]:
+def _find_label_issues(predictions: LabeledPredictions) -> tuple[NDArray[np.intp], Floats]:
     """Rows whose labels cleanlab doubts, and the quality of all labels; classes that no row has are left aside."""
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    present, y = np.unique(judged.y, return_inverse=True)
-    p = judged.predicted[:, present] + 1e-12
-    p = p / p.sum(axis=1, keepdims=True)
-    quality = np.asarray(get_label_quality_scores(y, p), float)
-    if len(present) < 2:
+    present_classes, y = np.unique(predictions.y, return_inverse=True)
+    probabilities = predictions.predicted[:, present_classes] + 1e-12
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    quality = np.asarray(get_label_quality_scores(y, probabilities), float)
+    if len(present_classes) < 2:
         return np.zeros(0, np.intp), quality
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with few rows, which are a table of their own
-        doubted = np.flatnonzero(find_label_issues(y, p, n_jobs=1))
-    return doubted[judged.best[doubted] != judged.y[doubted]], quality
+        suspect_rows = np.flatnonzero(find_label_issues(y, probabilities, n_jobs=1))
+    return suspect_rows[predictions.top_class[suspect_rows] != predictions.y[suspect_rows]], quality
 
 
-def _doubted_sets(judged: Judged) -> tuple[NDArray[np.intp], Floats]:
+def _find_multilabel_issues(predictions: LabeledPredictions) -> tuple[NDArray[np.intp], Floats]:
     from cleanlab.multilabel_classification import get_label_quality_scores
     from cleanlab.multilabel_classification.filter import find_label_issues
 
-    sets = [np.flatnonzero(row).tolist() for row in judged.y > 0]
+    label_sets = [np.flatnonzero(row).tolist() for row in predictions.y > 0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        doubted = np.flatnonzero(find_label_issues(sets, judged.predicted, n_jobs=1))
-        quality = np.asarray(get_label_quality_scores(sets, judged.predicted), float)
-    return doubted[~judged.right[doubted]], quality
+        suspect_rows = np.flatnonzero(find_label_issues(label_sets, predictions.predicted, n_jobs=1))
+        quality = np.asarray(get_label_quality_scores(label_sets, predictions.predicted), float)
+    return suspect_rows[~predictions.is_correct[suspect_rows]], quality
 
 
-def _errors(judged: Judged) -> Finding:
-    true, predicted = (np.reshape(values, (len(judged.ids), -1)) for values in (judged.y, judged.predicted))
-    spread = np.maximum(true.std(axis=0), 1e-12)
-    error = abs(predicted - true) / spread
-    order = np.argsort(-error.max(axis=1), kind="stable")[: few(len(true), 0.05)].tolist()
-    worst = error.argmax(axis=1)
+def _find_largest_errors(predictions: LabeledPredictions) -> Finding:
+    targets, predicted_targets = (
+        np.reshape(values, (len(predictions.ids), -1)) for values in (predictions.y, predictions.predicted)
+    )
+    target_std = np.maximum(targets.std(axis=0), 1e-12)
+    standardized_error = abs(predicted_targets - targets) / target_std
+    order = np.argsort(-standardized_error.max(axis=1), kind="stable")[
+        : count_extreme_rows(len(targets), 0.05)
+    ].tolist()
+    worst_target = standardized_error.argmax(axis=1)
     rows = [
         {
-            "id": judged.ids[row],
-            "target": judged.names[int(worst[row])],
-            "label": float(true[row, worst[row]]),
-            "predicted": float(predicted[row, worst[row]]),
-            "error": round(float(error[row].max()), 4),
+            "id": predictions.ids[row],
+            "target": predictions.names[int(worst_target[row])],
+            "label": float(targets[row, worst_target[row]]),
+            "predicted": float(predicted_targets[row, worst_target[row]]),
+            "error": round(float(standardized_error[row].max()), 4),
         }
         for row in order
     ]
@@ -222,8 +237,8 @@ def _errors(judged: Judged) -> Finding:
     )
 
 
-_TABLES: dict[str, Sequence[Callable[[Judged], Finding]]] = {
-    "classification": (_label_errors, _mistakes, _confused, _unsure),
-    "multilabel": (_label_errors, _mistakes, _unsure),
-    "regression": (_errors,),
+_FINDING_MAKERS: dict[str, Sequence[Callable[[LabeledPredictions], Finding]]] = {
+    "classification": (_find_label_errors, _find_mistakes, _find_confused_pairs, _find_least_confident),
+    "multilabel": (_find_label_errors, _find_mistakes, _find_least_confident),
+    "regression": (_find_largest_errors,),
 }

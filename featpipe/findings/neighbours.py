@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Directions", "nearest", "outlying"]
+__all__ = ["CenteredNormalizer", "compute_outlier_scores", "find_nearest_neighbors"]
 
 Floats = NDArray[np.float32]
 
-_ROWS, _COLUMNS = 1024, 8192  # of a block of similarities, 32 MB
-_SQUARE = 3392  # of a block that is used both ways
-_SPAN = 64  # columns of which only the peak is looked at, at first
+_BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 8192  # of a block of similarities, 32 MB
+_SQUARE_BLOCK_ROWS = 3392  # of a block that is used both ways
+_SPAN_COLUMNS = 64  # columns of which only the peak is looked at, at first
 
 
 @dataclass(frozen=True, eq=False)
-class Directions:
+class CenteredNormalizer:
     """What makes embeddings comparable by their directions from a centre.
 
     Networks after a ReLU point all embeddings into one corner, where everything is similar to everything; seen from
@@ -29,21 +29,23 @@ class Directions:
     centre : ndarray of shape (d,)
     """
 
-    centre: Floats
+    center: Floats
 
     @classmethod
-    def of(cls, X: NDArray[Any]) -> Directions:
+    def from_embeddings(cls, X: NDArray[Any]) -> CenteredNormalizer:
         """From the mean of some embeddings of shape (m, d)."""
         return cls(np.asarray(np.mean(X, axis=0, dtype=np.float64), np.float32))
 
     def __call__(self, X: NDArray[Any]) -> Floats:
         """Rows of length one, shape (m, d); zero where an embedding is the centre itself."""
-        centred = np.asarray(X, np.float32) - self.centre
-        length = np.linalg.norm(centred, axis=1, keepdims=True)
-        return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+        centered = np.asarray(X, np.float32) - self.center
+        norms = np.linalg.norm(centered, axis=1, keepdims=True)
+        return np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
 
 
-def nearest(rows: Floats, others: Floats, k: int, *, same: bool = False) -> tuple[Floats, NDArray[np.int64]]:
+def find_nearest_neighbors(
+    queries: Floats, references: Floats, k: int, *, exclude_self: bool = False
+) -> tuple[Floats, NDArray[np.int64]]:
     """The k most similar of some others for each row, the most similar first.
 
     Parameters
@@ -60,70 +62,89 @@ def nearest(rows: Floats, others: Floats, k: int, *, same: bool = False) -> tupl
     similarities, numbers : ndarray of shape (m, k)
         Cosines, and row numbers of ``others``.
     """
-    k = max(0, min(k, len(others) - same))
-    best = np.full((len(rows), k), -np.inf, np.float32)
-    number = np.zeros((len(rows), k), np.int64)
+    k = max(0, min(k, len(references) - exclude_self))
+    similarities = np.full((len(queries), k), -np.inf, np.float32)
+    indices = np.zeros((len(queries), k), np.int64)
     if not k:
-        return best, number
-    if same:
-        _nearest_within(rows, best, number)
-        return best, number
-    for top in range(0, len(rows), _ROWS):
-        block = rows[top : top + _ROWS]
-        held, held_number = best[top : top + _ROWS], number[top : top + _ROWS]
-        for left in range(0, len(others), _COLUMNS):
-            _keep_best(held, held_number, block @ others[left : left + _COLUMNS].T, left)
-    return best, number
+        return similarities, indices
+    if exclude_self:
+        _find_neighbors_within(queries, similarities, indices)
+        return similarities, indices
+    for row_start in range(0, len(queries), _BLOCK_ROWS):
+        block = queries[row_start : row_start + _BLOCK_ROWS]
+        block_similarities, block_indices = (
+            similarities[row_start : row_start + _BLOCK_ROWS],
+            indices[row_start : row_start + _BLOCK_ROWS],
+        )
+        for column_start in range(0, len(references), _BLOCK_COLUMNS):
+            _merge_top_k(
+                block_similarities,
+                block_indices,
+                block @ references[column_start : column_start + _BLOCK_COLUMNS].T,
+                column_start,
+            )
+    return similarities, indices
 
 
-def _nearest_within(rows: Floats, best: Floats, number: NDArray[np.int64]) -> None:
+def _find_neighbors_within(rows: Floats, similarities: Floats, indices: NDArray[np.int64]) -> None:
     """Fill in the best of the other rows; each pair is compared once, for both."""
-    starts = range(0, len(rows), _SQUARE)
-    for top in starts:
-        here = slice(top, top + _SQUARE)
-        for left in starts[top // _SQUARE :]:
-            there = slice(left, left + _SQUARE)
-            found = rows[here] @ rows[there].T
-            if left == top:
-                np.fill_diagonal(found, -np.inf)
+    block_starts = range(0, len(rows), _SQUARE_BLOCK_ROWS)
+    for row_start in block_starts:
+        row_block = slice(row_start, row_start + _SQUARE_BLOCK_ROWS)
+        for column_start in block_starts[row_start // _SQUARE_BLOCK_ROWS :]:
+            column_block = slice(column_start, column_start + _SQUARE_BLOCK_ROWS)
+            block_similarities = rows[row_block] @ rows[column_block].T
+            if column_start == row_start:
+                np.fill_diagonal(block_similarities, -np.inf)
             else:
-                _keep_best(best[there], number[there], found.T, top)
-            _keep_best(best[here], number[here], found, left)
+                _merge_top_k(similarities[column_block], indices[column_block], block_similarities.T, row_start)
+            _merge_top_k(similarities[row_block], indices[row_block], block_similarities, column_start)
 
 
-def _keep_best(held: Floats, held_number: NDArray[np.int64], found: Floats, left: int) -> None:
+def _merge_top_k(
+    top_similarities: Floats, top_indices: NDArray[np.int64], new_similarities: Floats, column_start: int
+) -> None:
     """Merge the best of a block, in place."""
-    k = held.shape[1]
-    if found.shape[1] > k:
-        some = _among_the_best(found, k)
-        values = np.take_along_axis(found, some, axis=1)
-        best = np.argpartition(-values, k - 1, axis=1)[:, :k]
-        some, found = np.take_along_axis(some, best, axis=1), np.take_along_axis(values, best, axis=1)
-        numbers = some + left
+    k = top_similarities.shape[1]
+    if new_similarities.shape[1] > k:
+        candidate_columns = _select_candidate_columns(new_similarities, k)
+        candidate_similarities = np.take_along_axis(new_similarities, candidate_columns, axis=1)
+        top_positions = np.argpartition(-candidate_similarities, k - 1, axis=1)[:, :k]
+        candidate_columns, new_similarities = (
+            np.take_along_axis(candidate_columns, top_positions, axis=1),
+            np.take_along_axis(candidate_similarities, top_positions, axis=1),
+        )
+        new_indices = candidate_columns + column_start
     else:
-        numbers = np.broadcast_to(np.arange(found.shape[1]) + left, found.shape)
-    every, every_number = np.hstack([held, found]), np.hstack([held_number, numbers])
-    order = np.argsort(-every, axis=1, kind="stable")[:, :k]
-    held[:], held_number[:] = np.take_along_axis(every, order, 1), np.take_along_axis(every_number, order, 1)
+        new_indices = np.broadcast_to(np.arange(new_similarities.shape[1]) + column_start, new_similarities.shape)
+    merged_similarities, merged_indices = (
+        np.hstack([top_similarities, new_similarities]),
+        np.hstack([top_indices, new_indices]),
+    )
+    order = np.argsort(-merged_similarities, axis=1, kind="stable")[:, :k]
+    top_similarities[:], top_indices[:] = (
+        np.take_along_axis(merged_similarities, order, 1),
+        np.take_along_axis(merged_indices, order, 1),
+    )
 
 
-def _among_the_best(found: Floats, k: int) -> NDArray[np.int64]:
+def _select_candidate_columns(similarities: Floats, k: int) -> NDArray[np.int64]:
     """Columns of which the k best of each row are some: those of the k spans with the highest peaks."""
-    m, n = found.shape
-    spans = n // _SPAN
-    if spans <= 2 * k:
+    m, n = similarities.shape
+    n_spans = n // _SPAN_COLUMNS
+    if n_spans <= 2 * k:
         return np.broadcast_to(np.arange(n), (m, n))
-    if found.flags.c_contiguous:
-        peaks = found[:, : spans * _SPAN].reshape(m, spans, _SPAN).max(axis=2)
+    if similarities.flags.c_contiguous:
+        span_maxima = similarities[:, : n_spans * _SPAN_COLUMNS].reshape(m, n_spans, _SPAN_COLUMNS).max(axis=2)
     else:  # a block seen from its other side
-        peaks = found.T[: spans * _SPAN].reshape(spans, _SPAN, m).max(axis=1).T
-    best = np.argpartition(-peaks, k - 1, axis=1)[:, :k]
-    columns = (best[:, :, None] * _SPAN + np.arange(_SPAN)).reshape(m, k * _SPAN)
-    rest = np.broadcast_to(np.arange(spans * _SPAN, n), (m, n - spans * _SPAN))
-    return np.hstack([columns, rest])
+        span_maxima = similarities.T[: n_spans * _SPAN_COLUMNS].reshape(n_spans, _SPAN_COLUMNS, m).max(axis=1).T
+    best_spans = np.argpartition(-span_maxima, k - 1, axis=1)[:, :k]
+    columns = (best_spans[:, :, None] * _SPAN_COLUMNS + np.arange(_SPAN_COLUMNS)).reshape(m, k * _SPAN_COLUMNS)
+    trailing_columns = np.broadcast_to(np.arange(n_spans * _SPAN_COLUMNS, n), (m, n - n_spans * _SPAN_COLUMNS))
+    return np.hstack([columns, trailing_columns])
 
 
-def outlying(similarities: Floats) -> Floats:
+def compute_outlier_scores(similarities: Floats) -> Floats:
     """How far each row is from its neighbours: the mean of 1 - cosine to them, shape (m,)."""
     return (
         np.asarray(1 - similarities.mean(axis=1)) if similarities.shape[1] else np.zeros(len(similarities), np.float32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featpipe.durable import whole_file
+from featpipe.durable import atomic_write
 from featpipe.errors import ConfigError
 
 __all__ = ["Finding", "write_findings"]
@@ -44,7 +44,7 @@ class Finding:
     note: str = ""
 
     @property
-    def of_samples(self) -> bool:
+    def has_sample_rows(self) -> bool:
         """Whether each row names a sample."""
         return self.columns[0] == "id"
 
@@ -67,21 +67,21 @@ def write_findings(findings: Sequence[Finding], folder: str | os.PathLike[str]) 
     ConfigError
         If the folder cannot be written.
     """
-    written = []
-    target = Path(folder)
+    written_paths = []
+    output_folder = Path(folder)
     try:
         for finding in findings:
-            path = target / f"{finding.name}.csv"
+            path = output_folder / f"{finding.name}.csv"
             if not finding.rows:
                 path.unlink(missing_ok=True)
                 continue
-            with whole_file(path, text=True) as file:
+            with atomic_write(path, text=True) as file:
                 writer = csv.DictWriter(file, finding.columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(finding.rows)
-            written.append(path)
+            written_paths.append(path)
     except OSError as error:
         raise ConfigError(
-            f"{target}: cannot write the findings ({error.strerror or error}); name a folder that can be written"
+            f"{output_folder}: cannot write the findings ({error.strerror or error}); name a folder that can be written"
         ) from error
-    return written
+    return written_paths

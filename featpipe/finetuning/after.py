@@ -16,21 +16,21 @@ from torch import nn
 from featpipe.backbone import Backbone
 from featpipe.backbone.weights import digest_state
 from featpipe.cache import FeatureCache
-from featpipe.calibration import Calibration, fit_temperature, logits_of
-from featpipe.finetuning.layers import Layers, estimator_of
-from featpipe.finetuning.probe import rows_of
-from featpipe.finetuning.sides import Sides
-from featpipe.finetuning.state import State
-from featpipe.kept import Keep, Kept, keep_of
-from featpipe.model import KEPT_DIGEST_BYTES, Model
-from featpipe.training.novelty import novelty_of
-from featpipe.training.rows import Rows
-from featpipe.trust import Conformal, Trust
+from featpipe.calibration import Calibration, compute_logits, fit_temperature
+from featpipe.finetuning.layers import HeadLayers, layers_to_head
+from featpipe.finetuning.probe import make_dataset
+from featpipe.finetuning.sides import Splits
+from featpipe.finetuning.state import TrainingState
+from featpipe.kept import ReplayMemory, RetentionPolicy, collect_replay_memory
+from featpipe.model import STORED_DIGEST_BYTES, Model
+from featpipe.training.novelty import fit_novelty
+from featpipe.training.rows import EmbeddingDataset
+from featpipe.trust import ConformalPredictor, Uncertainty
 
-__all__ = ["answers_of", "model_of", "tuned_backbone"]
+__all__ = ["make_finetuned_backbone", "make_finetuned_model", "predict_rows"]
 
 
-def tuned_backbone(before: Backbone, network: nn.Module, weights: str | None) -> Backbone:
+def make_finetuned_backbone(base: Backbone, network: nn.Module, weights: str | None) -> Backbone:
     """Just another backbone: the same network with other weights; the one before, if nothing of it was trained.
 
     Parameters
@@ -44,20 +44,20 @@ def tuned_backbone(before: Backbone, network: nn.Module, weights: str | None) ->
     network = network.cpu().to(memory_format=torch.contiguous_format)
     network = network.eval().requires_grad_(False)
     digest = digest_state(network)
-    if digest == before.digest:
-        return before
-    request = {**before.request, "weights": weights}
-    return replace(before, network=network, digest=digest, origin=f"fine-tuned from {before.origin}", request=request)
+    if digest == base.digest:
+        return base
+    request = {**base.request, "weights": weights}
+    return replace(base, network=network, digest=digest, origin=f"fine-tuned from {base.origin}", request=request)
 
 
-def model_of(
+def make_finetuned_model(
     model: Model,
-    start: Model,
+    start_model: Model,
     backbone: Backbone,
     cache: FeatureCache,
-    sides: Sides,
-    layers: Layers,
-    state: State,
+    splits: Splits,
+    layers: HeadLayers,
+    state: TrainingState,
     history: Mapping[str, Any],
 ) -> Model:
     """A model like any other.
@@ -77,11 +77,15 @@ def model_of(
     state : State
     history : mapping
     """
-    name, pipeline = estimator_of(layers, model.task)
-    train, watched = (rows_of(model, cache, sides.y, rows) for rows in (sides.train, sides.validation))
-    changed = backbone is not model.backbone
-    digests = np.concatenate([start.trained_on, cache.digests[sides.seen][:, :KEPT_DIGEST_BYTES]])
-    tuned = Model(
+    name, pipeline = layers_to_head(layers, model.task)
+    train_set, validation_set = (
+        make_dataset(model, cache, splits.y, rows) for rows in (splits.train, splits.validation)
+    )
+    backbone_changed = backbone is not model.backbone
+    digests = np.concatenate(
+        [start_model.trained_on, cache.digests[splits.train_and_validation][:, :STORED_DIGEST_BYTES]]
+    )
+    finetuned = Model(
         head=pipeline,
         head_name=name,
         task=model.task,
@@ -90,18 +94,18 @@ def model_of(
         facts=cache.facts,
         request=dict(backbone.request),
         trained_on=np.unique(digests, axis=0),
-        history={**_history(model, state), **history},
-        calibration=_calibration(model, pipeline, watched),
-        kept=_kept(model.kept, pipeline, train),
+        history={**_make_history(model, state), **history},
+        calibration=_make_calibration(model, pipeline, validation_set),
+        kept=_make_replay_memory(model.kept, pipeline, train_set),
         device=model.device,
-        _carries_weights=changed or model._carries_weights,
+        _carries_weights=backbone_changed or model._carries_weights,
         _backbone=backbone,
     )
-    tuned.trust = _trust(model, tuned, train, watched)
-    return tuned
+    finetuned.trust = _make_uncertainty(model, finetuned, train_set, validation_set)
+    return finetuned
 
 
-def answers_of(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def predict_rows(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Probabilities or numbers of shape (m, k), from the embeddings of a cache."""
     X = np.asarray(cache.features(model.output)[rows], np.float32)
     if model.task == "regression":
@@ -109,33 +113,37 @@ def answers_of(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> ND
     return model.predict_proba_features(X)
 
 
-def _calibration(model: Model, pipeline: Any, watched: Rows) -> Calibration | None:
+def _make_calibration(model: Model, pipeline: Any, validation_set: EmbeddingDataset) -> Calibration | None:
     """A temperature from the validation rows, of a model that had one; offsets are in the new layer already."""
     if model.calibration is None or model.calibration.temperature == 1:
         return None
-    return Calibration(fit_temperature(logits_of(pipeline, np.asarray(watched.X)), watched.y))
+    return Calibration(fit_temperature(compute_logits(pipeline, np.asarray(validation_set.X)), validation_set.y))
 
 
-def _kept(before: Kept | None, pipeline: Any, rows: Rows) -> Kept | None:
+def _make_replay_memory(previous: ReplayMemory | None, pipeline: Any, rows: EmbeddingDataset) -> ReplayMemory | None:
     """As much as the model before kept of its training data, of the new embeddings."""
-    if before is None:
+    if previous is None:
         return None
-    keep = Keep(before.statistics is not None, before.importances is not None, before.facts()["rows_a_class"])
-    return keep_of(keep, pipeline, rows.X, rows.y, len(rows.classes))
+    policy = RetentionPolicy(
+        previous.statistics is not None, previous.importances is not None, previous.to_summary()["rows_a_class"]
+    )
+    return collect_replay_memory(policy, pipeline, rows.X, rows.y, len(rows.classes))
 
 
-def _trust(model: Model, tuned: Model, train: Rows, watched: Rows) -> Trust:
+def _make_uncertainty(
+    model: Model, finetuned: Model, train_set: EmbeddingDataset, validation_set: EmbeddingDataset
+) -> Uncertainty:
     """How new an image looks, and sets of answers from the validation rows; where the model before knew."""
-    novelty = novelty_of(train, model.task) if model.trust.novelty is not None else None
+    novelty = fit_novelty(train_set, model.task) if model.trust.novelty is not None else None
     if model.trust.conformal is None:
-        return Trust(novelty, None)
-    X = np.asarray(watched.X)
-    answers = tuned.predict_features(X) if model.task == "regression" else tuned.predict_proba_features(X)
-    return Trust(novelty, Conformal.of(answers, watched.y))
+        return Uncertainty(novelty, None)
+    X = np.asarray(validation_set.X)
+    predictions = finetuned.predict_features(X) if model.task == "regression" else finetuned.predict_proba_features(X)
+    return Uncertainty(novelty, ConformalPredictor.from_predictions(predictions, validation_set.y))
 
 
-def _history(model: Model, state: State) -> dict[str, Any]:
-    curve = [epoch.facts() for epoch in state.curve]
+def _make_history(model: Model, state: TrainingState) -> dict[str, Any]:
+    curve = [epoch.to_dict() for epoch in state.curve]
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "trained_on": model.history.get("trained_on"),

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featpipe.recipe import FineTuning
+from featpipe.recipe import FineTuneConfig
 
-__all__ = ["Blend", "blended"]
+__all__ = ["BatchMix", "apply_mixup_cutmix"]
 
 
 @dataclass(frozen=True, eq=False)
-class Blend:
+class BatchMix:
     """With which other row each was blended, and how much of it is still there.
 
     Attributes
@@ -25,10 +25,10 @@ class Blend:
     """
 
     partner: NDArray[np.int64] | None = None
-    share: float = 1.0
+    lam: float = 1.0
 
 
-def blended(inputs: Tensor, tuning: FineTuning) -> tuple[Tensor, Blend]:
+def apply_mixup_cutmix(inputs: Tensor, tuning: FineTuneConfig) -> tuple[Tensor, BatchMix]:
     """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), with torch's random numbers; where both are on, by turns.
 
     Parameters
@@ -37,18 +37,21 @@ def blended(inputs: Tensor, tuning: FineTuning) -> tuple[Tensor, Blend]:
     tuning : FineTuning
     """
     if not (tuning.mixup or tuning.cutmix) or len(inputs) < 2:
-        return inputs, Blend()
-    random = np.random.default_rng(int(torch.randint(2**31, ())))
-    cuts = bool(tuning.cutmix) and (not tuning.mixup or random.random() < 0.5)
-    alpha = tuning.cutmix if cuts else tuning.mixup
-    share, partner = float(random.beta(alpha, alpha)), random.permutation(len(inputs))
-    others = inputs[torch.from_numpy(partner)]
-    if not cuts:
-        return inputs * share + others * (1 - share), Blend(partner, share)
+        return inputs, BatchMix()
+    rng = np.random.default_rng(int(torch.randint(2**31, ())))
+    use_cutmix = bool(tuning.cutmix) and (not tuning.mixup or rng.random() < 0.5)
+    alpha = tuning.cutmix if use_cutmix else tuning.mixup
+    lam, partner = float(rng.beta(alpha, alpha)), rng.permutation(len(inputs))
+    partner_inputs = inputs[torch.from_numpy(partner)]
+    if not use_cutmix:
+        return inputs * lam + partner_inputs * (1 - lam), BatchMix(partner, lam)
     height, width = inputs.shape[-2:]
-    sides = [round(side * (1 - share) ** 0.5) for side in (height, width)]
-    top, left = (int(random.integers(0, side - cut + 1)) for side, cut in zip((height, width), sides, strict=True))
-    window = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))
+    cut_sizes = [round(length * (1 - lam) ** 0.5) for length in (height, width)]
+    top, left = (
+        int(rng.integers(0, length - cut_length + 1))
+        for length, cut_length in zip((height, width), cut_sizes, strict=True)
+    )
+    window = (..., slice(top, top + cut_sizes[0]), slice(left, left + cut_sizes[1]))
     mixed = inputs.clone()
-    mixed[window] = others[window]
-    return mixed, Blend(partner, 1 - sides[0] * sides[1] / (height * width))
+    mixed[window] = partner_inputs[window]
+    return mixed, BatchMix(partner, 1 - cut_sizes[0] * cut_sizes[1] / (height * width))

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 
 from featpipe.errors import ConfigError
-from featpipe.finetuning.state import Epoch
+from featpipe.finetuning.state import EpochRecord
 
-__all__ = ["board"]
+__all__ = ["make_tensorboard_logger"]
 
 
-def board(folder: str | os.PathLike[str]) -> Callable[[Epoch], None]:
+def make_tensorboard_logger(folder: str | os.PathLike[str]) -> Callable[[EpochRecord], None]:
     """What writes an epoch into a folder.
 
     Raises
@@ -26,10 +26,10 @@ def board(folder: str | os.PathLike[str]) -> Callable[[Epoch], None]:
             f"{folder}: TensorBoard is not installed; pip install tensorboard, or leave --tensorboard out"
         ) from None
 
-    def write(epoch: Epoch) -> None:
+    def log_epoch(epoch: EpochRecord) -> None:
         with SummaryWriter(os.fspath(folder)) as writer:
-            for name, value in epoch.facts().items():
+            for name, value in epoch.to_dict().items():
                 if name != "number" and value is not None:
                     writer.add_scalar(name, value, epoch.number)
 
-    return write
+    return log_epoch

@@ -24,29 +24,35 @@ from torch import Tensor, nn
 
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
-from featpipe.backbone.cutting import Above, Cut
-from featpipe.backbone.output import resolve
+from featpipe.backbone.cutting import Partition, UpperNetwork
+from featpipe.backbone.output import resolve_outputs
 from featpipe.cache import FeatureCache
-from featpipe.engine.work import multiply_adds
+from featpipe.engine.work import count_multiply_adds
 from featpipe.errors import ConfigError
-from featpipe.extraction import extract_index, facts_of
-from featpipe.extraction.places import places_of
-from featpipe.finetuning.views import Augmentation, View
-from featpipe.fingerprint import fingerprint
-from featpipe.progress import Tell, quiet
-from featpipe.recipe import Extraction
+from featpipe.extraction import extract_index, make_facts
+from featpipe.extraction.places import list_archive_paths
+from featpipe.finetuning.views import Augmentation, AugmentedTransform
+from featpipe.fingerprint import compute_fingerprint
+from featpipe.progress import ProgressCallback, report_warnings_only
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
 
-__all__ = ["MapSource", "Worth", "bytes_of", "map_source", "worth"]
+__all__ = [
+    "CacheEstimate",
+    "FeatureMapDataset",
+    "estimate_caching_gain",
+    "feature_map_bytes",
+    "make_feature_map_dataset",
+]
 
-BACKWARD = 2  # times the work of the forward pass, of a layer that is trained
-GAIN_MIN = 1.2  # times less work, for which disk is spent
-DISK_SHARE = 0.5  # of what is free; parts and the cache that is made of them are there at once
-MIXED = "mixup and cutmix mix pictures, and what is frozen would have to see each mixture"
+BACKWARD_COST = 2  # times the work of the forward pass, of a layer that is trained
+MIN_CACHING_GAIN = 1.2  # times less work, for which disk is spent
+MAX_DISK_SHARE = 0.5  # of what is free; parts and the cache that is made of them are there at once
+MIXING_NOT_CACHEABLE = "mixup and cutmix mix pictures, and what is frozen would have to see each mixture"
 
 
 @dataclass(frozen=True)
-class Worth:
+class CacheEstimate:
     """Whether feature maps are better computed once.
 
     Attributes
@@ -60,21 +66,21 @@ class Worth:
         How many times less work it is, by multiply-adds.
     """
 
-    pays: bool
-    why: str
-    bytes: int
+    worthwhile: bool
+    reason: str
+    n_bytes: int
     gain: float
 
 
-def worth(
+def estimate_caching_gain(
     backbone: Backbone,
-    cut: Cut,
-    images: int,
-    epochs: int,
-    views: int,
+    partition: Partition,
+    n_images: int,
+    n_epochs: int,
+    n_views: int,
     folder: str | os.PathLike[str],
     storage: str = "float16",
-) -> Worth:
+) -> CacheEstimate:
     """Whether it is less work, and fits on the disk, to compute what is below a cut once for each view.
 
     Parameters
@@ -87,37 +93,41 @@ def worth(
         Where the maps would be kept.
     storage : {"float16", "float32"}
     """
-    views, maps = min(views, epochs), _maps_of(backbone, cut)
-    needed = _bytes_of(maps, storage) * images * views
-    whole, below = multiply_adds(backbone), multiply_adds(maps)
-    if not whole or below is None:
-        return Worth(False, "how much work the frozen part is could not be counted", needed, 1)
-    above = (1 + BACKWARD) * max(0, whole - below)
-    gain = epochs * (below + above) / (views * below + epochs * above)
-    share = f"the frozen part, {below / whole:.0%} of a forward pass,"
-    size, times = f"{needed / 1e6:,.1f} MB", f"{gain:.1f} times less work"
-    if gain < GAIN_MIN:
-        much = f"{epochs} epochs of {views} view{'s' * (views > 1)}"
-        return Worth(False, f"computing {share} ahead for {much} would be {times}", needed, gain)
-    free = shutil.disk_usage(_existing(folder)).free
-    if needed > DISK_SHARE * free:
-        why = f"the maps of {share} would take {size}, and {free / 1e6:,.1f} MB are free"
-        return Worth(False, why, needed, gain)
-    once = "once" if views == 1 else f"for {views} views"
-    return Worth(True, f"{share} is computed {once} and kept, {size}: {times}", needed, gain)
+    n_views, truncated_backbone = min(n_views, n_epochs), _truncate_backbone(backbone, partition)
+    needed_bytes = _map_bytes(truncated_backbone, storage) * n_images * n_views
+    total_work, frozen_work = count_multiply_adds(backbone), count_multiply_adds(truncated_backbone)
+    if not total_work or frozen_work is None:
+        return CacheEstimate(False, "how much work the frozen part is could not be counted", needed_bytes, 1)
+    trained_work = (1 + BACKWARD_COST) * max(0, total_work - frozen_work)
+    gain = n_epochs * (frozen_work + trained_work) / (n_views * frozen_work + n_epochs * trained_work)
+    frozen_part = f"the frozen part, {frozen_work / total_work:.0%} of a forward pass,"
+    size_text, gain_text = f"{needed_bytes / 1e6:,.1f} MB", f"{gain:.1f} times less work"
+    if gain < MIN_CACHING_GAIN:
+        schedule_text = f"{n_epochs} epochs of {n_views} view{'s' * (n_views > 1)}"
+        return CacheEstimate(
+            False, f"computing {frozen_part} ahead for {schedule_text} would be {gain_text}", needed_bytes, gain
+        )
+    free_bytes = shutil.disk_usage(_existing_ancestor(folder)).free
+    if needed_bytes > MAX_DISK_SHARE * free_bytes:
+        reason = f"the maps of {frozen_part} would take {size_text}, and {free_bytes / 1e6:,.1f} MB are free"
+        return CacheEstimate(False, reason, needed_bytes, gain)
+    frequency_text = "once" if n_views == 1 else f"for {n_views} views"
+    return CacheEstimate(
+        True, f"{frozen_part} is computed {frequency_text} and kept, {size_text}: {gain_text}", needed_bytes, gain
+    )
 
 
-def bytes_of(backbone: Backbone, cut: Cut, storage: str) -> int:
+def feature_map_bytes(backbone: Backbone, partition: Partition, storage: str) -> int:
     """On disk, for one view of one image."""
-    return _bytes_of(_maps_of(backbone, cut), storage)
+    return _map_bytes(_truncate_backbone(backbone, partition), storage)
 
 
-def _bytes_of(maps: Backbone, storage: str) -> int:
-    (shape,) = maps.shapes.values()
+def _map_bytes(truncated_backbone: Backbone, storage: str) -> int:
+    (shape,) = truncated_backbone.shapes.values()
     return math.prod(shape) * np.dtype(storage).itemsize
 
 
-class MapSource:
+class FeatureMapDataset:
     """Batches of feature maps, in place of pictures.
 
     Parameters
@@ -137,20 +147,20 @@ class MapSource:
 
     def __init__(self, network: nn.Module, caches: Sequence[FeatureCache], rows: NDArray[np.int64]) -> None:
         self.network = network
-        self.bytes = sum(cache.features().nbytes for cache in caches)
+        self.n_bytes = sum(cache.features().nbytes for cache in caches)
         self._maps = [cache.features() for cache in caches]
-        self._place = np.full(int(rows.max(initial=-1)) + 1, -1)
-        self._place[rows] = np.arange(len(rows))
+        self._cache_rows = np.full(int(rows.max(initial=-1)) + 1, -1)
+        self._cache_rows[rows] = np.arange(len(rows))
         for cache in caches:
-            bad = np.flatnonzero(cache.status_codes != Status.OK)
-            if len(bad):
-                reason = Status(int(cache.status_codes[bad[0]])).word
+            failed_rows = np.flatnonzero(cache.status_codes != Status.OK)
+            if len(failed_rows):
+                reason = Status(int(cache.status_codes[failed_rows[0]])).word
                 raise ConfigError(
-                    f"{cache.path}: {len(bad)} images have no feature map ({cache.ids[int(bad[0])]}: {reason}); "
+                    f"{cache.path}: {len(failed_rows)} images have no feature map ({cache.ids[int(failed_rows[0])]}: {reason}); "
                     "train on pictures, with --cache-activations no"
                 )
 
-    def __enter__(self) -> MapSource:
+    def __enter__(self) -> FeatureMapDataset:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -158,24 +168,24 @@ class MapSource:
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
         """Maps of shape (b, …), float32, of the view whose turn it is."""
-        maps = self._maps[epoch % len(self._maps)]
-        values = torch.from_numpy(np.take(maps, self._place[rows], axis=0))
-        layout = torch.channels_last if values.ndim == 4 else torch.contiguous_format
-        return values.to(torch.float32, memory_format=layout)
+        feature_maps = self._maps[epoch % len(self._maps)]
+        batch_maps = torch.from_numpy(np.take(feature_maps, self._cache_rows[rows], axis=0))
+        layout = torch.channels_last if batch_maps.ndim == 4 else torch.contiguous_format
+        return batch_maps.to(torch.float32, memory_format=layout)
 
 
-def map_source(
+def make_feature_map_dataset(
     index: Index,
     rows: NDArray[np.int64],
     backbone: Backbone,
-    cut: Cut,
+    partition: Partition,
     *,
     augmentation: Augmentation,
-    views: int = 1,
+    n_views: int = 1,
     seed: int = 0,
     settings: Any = None,
-    progress: Tell = quiet,
-) -> MapSource:
+    progress: ProgressCallback = report_warnings_only,
+) -> FeatureMapDataset:
     """Compute what is not known yet of the maps of some rows, and give them out in batches.
 
     Parameters
@@ -197,35 +207,45 @@ def map_source(
         as float16, and embeddings, where nothing of the network trains, as float32.
     progress : callable
     """
-    below = _maps_of(backbone, cut)
-    some = index.take(rows)
-    storage = "float16" if isinstance(cut.above, Above) else "float32"  # as embeddings are kept already
+    truncated_backbone = _truncate_backbone(backbone, partition)
+    selected_index = index.take(rows)
+    storage = "float16" if isinstance(partition.upper, UpperNetwork) else "float32"  # as embeddings are kept already
     caches = []
-    for number in range(views if augmentation.changes else 1):
-        view = replace(below, transform=View(backbone.transform, augmentation, number, seed))  # type: ignore[arg-type]
-        given = Extraction.of({"storage": storage, **(settings or {}), "backbone": view, "outputs": (cut.output,)})
-        settings_ = replace(given, out=_path(some, view, given))
-        caches.append(extract_index(some, view, settings_, progress, refuse_all_bad=False))
+    for view_index in range(n_views if augmentation.is_active else 1):
+        view_backbone = replace(
+            truncated_backbone, transform=AugmentedTransform(backbone.transform, augmentation, view_index, seed)
+        )  # type: ignore[arg-type]
+        view_settings = ExtractionConfig.from_settings(
+            {"storage": storage, **(settings or {}), "backbone": view_backbone, "outputs": (partition.output,)}
+        )
+        extraction_settings = replace(view_settings, out=_cache_path(selected_index, view_backbone, view_settings))
+        caches.append(
+            extract_index(selected_index, view_backbone, extraction_settings, progress, require_readable=False)
+        )
         with suppress(OSError):  # `featpipe clean` removes what has not been used for long
             os.utime(caches[-1].path)
-    return MapSource(cut.above, caches, rows)
+    return FeatureMapDataset(partition.upper, caches, rows)
 
 
-def _path(index: Index, view: Backbone, settings: Extraction) -> Path:
+def _cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfig) -> Path:
     """A file for these images and this view: those of other rows of the same archive lie beside it."""
-    made_from = sha256("\n".join([fingerprint(facts_of(view, settings)), *places_of(index)]).encode("utf-8", "replace"))
+    path_digest = sha256(
+        "\n".join([compute_fingerprint(make_facts(view_backbone, settings)), *list_archive_paths(index)]).encode(
+            "utf-8", "replace"
+        )
+    )
     for name in index.ids:
-        made_from.update(name.encode("utf-8", "replace") + b"\n")
-    return Path(settings.cache) / f"boundary-{made_from.hexdigest()[:16]}.h5"
+        path_digest.update(name.encode("utf-8", "replace") + b"\n")
+    return Path(settings.cache) / f"boundary-{path_digest.hexdigest()[:16]}.h5"
 
 
-def _existing(folder: str | os.PathLike[str]) -> Path:
+def _existing_ancestor(folder: str | os.PathLike[str]) -> Path:
     """The folder, or the one in which it will be made."""
     path = Path(folder).absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
 
 
-def _maps_of(backbone: Backbone, cut: Cut) -> Backbone:
+def _truncate_backbone(backbone: Backbone, partition: Partition) -> Backbone:
     """The backbone with the value at the cut as its only output."""
-    outputs = resolve(backbone.network, [cut.output], backbone.transform.size)  # the cut may be of a copy
-    return replace(backbone, outputs=outputs, request={**backbone.request, "outputs": [cut.output]})
+    outputs = resolve_outputs(backbone.network, [partition.output], backbone.transform.size)  # the cut may be of a copy
+    return replace(backbone, outputs=outputs, request={**backbone.request, "outputs": [partition.output]})

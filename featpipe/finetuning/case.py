@@ -17,22 +17,22 @@ from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.extraction import extract_index
-from featpipe.finetuning.parallel import World
-from featpipe.finetuning.past import Past
-from featpipe.finetuning.sides import Sides
-from featpipe.finetuning.state import Epoch
-from featpipe.fingerprint import fingerprint
+from featpipe.finetuning.parallel import DistributedContext
+from featpipe.finetuning.past import Regularizers
+from featpipe.finetuning.sides import Splits
+from featpipe.finetuning.state import EpochRecord
+from featpipe.fingerprint import compute_fingerprint
 from featpipe.model import Model
-from featpipe.progress import Tell
-from featpipe.recipe import Extraction, FineTuning
+from featpipe.progress import ProgressCallback
+from featpipe.recipe import ExtractionConfig, FineTuneConfig
 
-__all__ = ["MACHINE", "Case", "checkpoint_of", "embedded"]
+__all__ = ["NON_TRAINING_SETTINGS", "FineTuneContext", "checkpoint_path_for", "extract_for_model"]
 
-MACHINE = ("device", "workers", "keep_worse")  # settings that decide nothing in the training
+NON_TRAINING_SETTINGS = ("device", "workers", "keep_worse")  # settings that decide nothing in the training
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class FineTuneContext:
     """One model, the images that it is trained on further, and what is asked for.
 
     Attributes
@@ -57,57 +57,63 @@ class Case:
 
     model: Model
     index: Index
-    before: FeatureCache
-    sides: Sides
-    tuning: FineTuning
+    base_cache: FeatureCache
+    splits: Splits
+    tuning: FineTuneConfig
     device: torch.device
-    world: World
-    cache: str | os.PathLike[str]
+    distributed: DistributedContext
+    cache_folder: str | os.PathLike[str]
     out: str | os.PathLike[str] | None
-    tell: Tell
-    board: Callable[[Epoch], None] | None = None
-    past: Past | None = None
+    progress: ProgressCallback
+    epoch_callback: Callable[[EpochRecord], None] | None = None
+    regularizers: Regularizers | None = None
 
     @property
-    def beside(self) -> NDArray[np.int64]:
+    def monitor_rows(self) -> NDArray[np.int64]:
         """Rows that are looked at after each epoch and decide nothing."""
-        return self.sides.held[:0] if self.past is None else self.sides.held
+        return self.splits.test[:0] if self.regularizers is None else self.splits.test
 
     @property
-    def checkpoint(self) -> Path | None:
-        return None if self.out is None else checkpoint_of(self.out)
+    def checkpoint_path(self) -> Path | None:
+        return None if self.out is None else checkpoint_path_for(self.out)
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def run_config(self) -> dict[str, Any]:
         """All that decides what comes of the training; JSON can hold it."""
-        settings = {name: value for name, value in asdict(self.tuning).items() if name not in MACHINE}
-        rows = hashlib.sha256()
-        for side in (self.sides.train, self.sides.validation, self.sides.held):
-            rows.update(self.before.digests[side].tobytes() + np.ascontiguousarray(self.sides.y[side]).tobytes() + b"|")
-        past = {} if self.past is None else {"past": dict(self.past.facts or {})}
+        settings = {name: value for name, value in asdict(self.tuning).items() if name not in NON_TRAINING_SETTINGS}
+        rows_digest = hashlib.sha256()
+        for split_rows in (self.splits.train, self.splits.validation, self.splits.test):
+            rows_digest.update(
+                self.base_cache.digests[split_rows].tobytes()
+                + np.ascontiguousarray(self.splits.y[split_rows]).tobytes()
+                + b"|"
+            )
+        regularizer_entry = {} if self.regularizers is None else {"past": dict(self.regularizers.provenance or {})}
         return {
-            **past,
+            **regularizer_entry,
             "settings": settings,
             "model": self.model.identity,
-            "backbone": fingerprint(self.before.facts["backbone"]),
-            "images": rows.hexdigest(),
+            "backbone": compute_fingerprint(self.base_cache.facts["backbone"]),
+            "images": rows_digest.hexdigest(),
         }
 
     @property
-    def request(self) -> str:
-        return fingerprint([self.asked, self.tuning.keep_worse])
+    def run_digest(self) -> str:
+        return compute_fingerprint([self.run_config, self.tuning.keep_worse])
 
-    def extracted(self, backbone: Backbone) -> FeatureCache:
+    def extract_embeddings(self, backbone: Backbone) -> FeatureCache:
         """The embeddings of all images by a backbone."""
-        return embedded(self.index, self.model, backbone, self.cache, self.tell)
+        return extract_for_model(self.index, self.model, backbone, self.cache_folder, self.progress)
 
 
-def checkpoint_of(out: str | os.PathLike[str]) -> Path:
+def checkpoint_path_for(out: str | os.PathLike[str]) -> Path:
     """Beside the model that is going to be."""
     return Path(f"{os.fspath(out)}.checkpoint")
 
 
-def embedded(index: Index, model: Model, backbone: Backbone, cache: Any, tell: Tell) -> FeatureCache:
+def extract_for_model(
+    index: Index, model: Model, backbone: Backbone, cache_folder: Any, progress: ProgressCallback
+) -> FeatureCache:
     """The embeddings of an archive, made as those that a model was trained on."""
-    settings = {**model.extraction(), "backbone": backbone, "cache": cache}
-    return extract_index(index, backbone, Extraction.of(settings), tell)
+    settings = {**model.extraction(), "backbone": backbone, "cache": cache_folder}
+    return extract_index(index, backbone, ExtractionConfig.from_settings(settings), progress)

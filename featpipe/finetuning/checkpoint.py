@@ -15,21 +15,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from featpipe.durable import whole_file
+from featpipe.durable import atomic_write
 from featpipe.errors import ConfigError, ModelError
-from featpipe.finetuning.job import Job
-from featpipe.finetuning.state import Epoch, State, put
-from featpipe.fingerprint import differences
+from featpipe.finetuning.job import Trainer
+from featpipe.finetuning.state import EpochRecord, TrainingState, load_weights
+from featpipe.fingerprint import describe_differences
 
-__all__ = ["read", "write"]
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
-FORMAT = "featpipe-checkpoint/1"
-KEY = "featpipe"
-NUMBERS = ("rate", "epoch", "step", "loss", "seen", "pieces")
-_TORN = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+CHECKPOINT_FORMAT = "featpipe-checkpoint/1"
+METADATA_KEY = "featpipe"
+SCALAR_FIELDS = ("rate", "epoch", "step", "loss", "seen", "pieces")
+_DAMAGE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
-def write(path: Path, job: Job, state: State, asked: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, trainer: Trainer, state: TrainingState, run_config: Mapping[str, Any]) -> None:
     """Save a state, in one step in the place of the one before.
 
     Parameters
@@ -40,21 +40,21 @@ def write(path: Path, job: Job, state: State, asked: Mapping[str, Any]) -> None:
     asked : mapping
         What decides the run: settings, rows, weights. JSON can hold it.
     """
-    tensors = {f"now/{name}": tensor for name, tensor in job.kept().items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in state.best.items()}
-    tensors |= {f"average/{name}": tensor for name, tensor in state.average.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in _of_optimizer(state).items()}
+    tensors = {f"now/{name}": tensor for name, tensor in trainer.trained_tensors().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in state.best_weights.items()}
+    tensors |= {f"average/{name}": tensor for name, tensor in state.ema_weights.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in _optimizer_tensors(state).items()}
     document = {
-        "format": FORMAT,
-        "asked": asked,
-        "curve": [epoch.facts() for epoch in state.curve],
+        "format": CHECKPOINT_FORMAT,
+        "asked": run_config,
+        "curve": [epoch.to_dict() for epoch in state.curve],
         "scaler": state.scaler.state_dict(),
-        **{name: getattr(state, name) for name in NUMBERS},
+        **{name: getattr(state, name) for name in SCALAR_FIELDS},
     }
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(plain, {KEY: json.dumps(document)})
+    cpu_tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(cpu_tensors, {METADATA_KEY: json.dumps(document)})
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(data)
     except OSError as error:
         raise ModelError(
@@ -62,7 +62,7 @@ def write(path: Path, job: Job, state: State, asked: Mapping[str, Any]) -> None:
         ) from None
 
 
-def read(path: Path, job: Job, asked: Mapping[str, Any]) -> State:
+def load_checkpoint(path: Path, trainer: Trainer, run_config: Mapping[str, Any]) -> TrainingState:
     """Put back what was saved, and go on from there.
 
     Raises
@@ -74,53 +74,53 @@ def read(path: Path, job: Job, asked: Mapping[str, Any]) -> State:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            document = json.loads(file.metadata()[KEY])
+            document = json.loads(file.metadata()[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        if document["format"] != FORMAT:
+        if document["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is {document['format']!r}")
-    except _TORN as error:
+    except _DAMAGE_ERRORS as error:
         raise ModelError(
             f"{path}: is damaged or no checkpoint ({' '.join(str(error).split())[:200]}); begin anew with --restart"
         ) from None
-    differ = differences(document["asked"], json.loads(json.dumps(asked)))
-    if differ:
+    changed_settings = describe_differences(document["asked"], json.loads(json.dumps(run_config)))
+    if changed_settings:
         raise ConfigError(
-            f"{path}: is of a run that was asked for otherwise ({'; '.join(differ[:6])}); give the same again to "
+            f"{path}: is of a run that was asked for otherwise ({'; '.join(changed_settings[:6])}); give the same again to "
             "go on, or --restart to begin anew"
         )
     try:
-        return _restored(job, document, tensors)
-    except _TORN as error:
+        return _restore_state(trainer, document, tensors)
+    except _DAMAGE_ERRORS as error:
         raise ModelError(f"{path}: does not fit the network ({error}); begin anew with --restart") from None
 
 
-def _restored(job: Job, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
-    state = State.begun(job, float(document["rate"]))
-    for name in NUMBERS:
+def _restore_state(trainer: Trainer, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainingState:
+    state = TrainingState.init(trainer, float(document["rate"]))
+    for name in SCALAR_FIELDS:
         setattr(state, name, document[name])
-    state.curve = [Epoch.of(facts) for facts in document["curve"]]
+    state.curve = [EpochRecord.from_dict(record) for record in document["curve"]]
     state.scaler.load_state_dict(document["scaler"])
-    put(job, {name: tensor.to(job.device) for name, tensor in _below("now", tensors).items()})
-    state.best = {name: tensor.to(job.device) for name, tensor in _below("best", tensors).items()}
-    state.average = {name: tensor.to(job.device) for name, tensor in _below("average", tensors).items()}
-    parameters = job.parameters()
-    for name, tensor in _below("optimizer", tensors).items():
-        parameter, _, key = name.rpartition("/")
-        own = parameters[parameter]  # as its numbers lie in memory, so must those of the state
-        place = tensor if key == "step" else torch.empty_like(own).copy_(tensor)
-        state.optimizer.state[own][key] = place
+    load_weights(trainer, {name: tensor.to(trainer.device) for name, tensor in _select_prefix("now", tensors).items()})
+    state.best_weights = {name: tensor.to(trainer.device) for name, tensor in _select_prefix("best", tensors).items()}
+    state.ema_weights = {name: tensor.to(trainer.device) for name, tensor in _select_prefix("average", tensors).items()}
+    parameters = trainer.trained_parameters()
+    for name, tensor in _select_prefix("optimizer", tensors).items():
+        parameter_name, _, key = name.rpartition("/")
+        weight = parameters[parameter_name]  # as its numbers lie in memory, so must those of the state
+        value = tensor if key == "step" else torch.empty_like(weight).copy_(tensor)
+        state.optimizer.state[weight][key] = value
     return state
 
 
-def _of_optimizer(state: State) -> dict[str, Tensor]:
-    found = {}
+def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+    tensors = {}
     for group in state.optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in state.optimizer.state.get(parameter, {}).items():
                 if value is not None:
-                    found[f"{name}/{key}"] = value
-    return found
+                    tensors[f"{name}/{key}"] = value
+    return tensors
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _select_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + "/")}

@@ -7,22 +7,22 @@ import math
 import torch
 
 from featpipe.errors import ConfigError
-from featpipe.finetuning.job import Job
-from featpipe.finetuning.loop import NotFinite, gradients, step
-from featpipe.finetuning.source import ahead
-from featpipe.finetuning.state import State, copied, put
+from featpipe.finetuning.job import Trainer
+from featpipe.finetuning.loop import NonFiniteError, compute_gradients, optimizer_step
+from featpipe.finetuning.source import prefetch_batches
+from featpipe.finetuning.state import TrainingState, clone_tensors, load_weights
 from featpipe.progress import Progress
 
-__all__ = ["found_rate"]
+__all__ = ["find_learning_rate"]
 
-LOWEST, HIGHEST = 1e-6, 1.0
-TRIES = 60
-SMOOTHING = 0.9
-DIVERGED = 3.0  # times the lowest loss so far
-SAFELY_BELOW = 10.0  # Smith 2017 takes a rate well below where the loss is lowest
+MIN_RATE, MAX_RATE = 1e-6, 1.0
+MAX_STEPS = 60
+LOSS_SMOOTHING = 0.9
+DIVERGENCE_RATIO = 3.0  # times the lowest loss so far
+RATE_DIVISOR = 10.0  # Smith 2017 takes a rate well below where the loss is lowest
 
 
-def found_rate(job: Job) -> float:
+def find_learning_rate(trainer: Trainer) -> float:
     """The rate a tenth of that at which the loss, smoothed, is lowest while the rate grows from batch to batch.
 
     The network is afterwards as it was.
@@ -32,33 +32,39 @@ def found_rate(job: Job) -> float:
     ConfigError
         If no rate makes the loss smaller.
     """
-    before, state = copied(job.kept()), State.begun(job, LOWEST)
-    active = job.thaw(job.tuning.epochs)
-    batches = [rows for epoch in range(-(-TRIES // job.steps)) for rows in job.batches(epoch)][:TRIES]
-    smoothed, lowest, rate_of_lowest, first = 0.0, math.inf, LOWEST, math.inf
+    initial_weights, state = clone_tensors(trainer.trained_tensors()), TrainingState.init(trainer, MIN_RATE)
+    active_parameters = trainer.unfreeze_for_epoch(trainer.tuning.epochs)
+    batches = [
+        rows for epoch in range(-(-MAX_STEPS // trainer.steps_per_epoch)) for rows in trainer.epoch_batches(epoch)
+    ][:MAX_STEPS]
+    smoothed_loss, lowest_loss, lowest_loss_rate, first_loss = 0.0, math.inf, MIN_RATE, math.inf
     with torch.random.fork_rng(enabled=True):
-        for number, (rows, inputs) in enumerate(ahead(job.source, [job.world.share(rows) for rows in batches], 0)):
-            rate = LOWEST * (HIGHEST / LOWEST) ** (number / max(1, len(batches) - 1))
+        for step_index, (rows, inputs) in enumerate(
+            prefetch_batches(trainer.train_data, [trainer.distributed.shard(rows) for rows in batches], 0)
+        ):
+            rate = MIN_RATE * (MAX_RATE / MIN_RATE) ** (step_index / max(1, len(batches) - 1))
             for group in state.optimizer.param_groups:
                 group["lr"] = rate * group["share"]
-            torch.manual_seed(number)
+            torch.manual_seed(step_index)
             try:
-                with job.training():
-                    loss, norm = gradients(job, state, rows, inputs, len(batches[number]))
-                step(state, active, loss, norm, job.tuning.clip)
-            except NotFinite:
+                with trainer.training_mode():
+                    loss, gradient_norm = compute_gradients(trainer, state, rows, inputs, len(batches[step_index]))
+                optimizer_step(state, active_parameters, loss, gradient_norm, trainer.tuning.clip)
+            except NonFiniteError:
                 break
-            smoothed = SMOOTHING * smoothed + (1 - SMOOTHING) * loss
-            seen = smoothed / (1 - SMOOTHING ** (number + 1))
-            first = min(first, seen) if number == 0 else first
-            if seen < lowest:
-                lowest, rate_of_lowest = seen, rate
-            if seen > DIVERGED * lowest:
+            smoothed_loss = LOSS_SMOOTHING * smoothed_loss + (1 - LOSS_SMOOTHING) * loss
+            corrected_loss = smoothed_loss / (1 - LOSS_SMOOTHING ** (step_index + 1))
+            first_loss = min(first_loss, corrected_loss) if step_index == 0 else first_loss
+            if corrected_loss < lowest_loss:
+                lowest_loss, lowest_loss_rate = corrected_loss, rate
+            if corrected_loss > DIVERGENCE_RATIO * lowest_loss:
                 break
-            job.progress(Progress("bar", "looking for a learning rate", number + 1, len(batches), "batches"))
-    put(job, before)
-    if not lowest < first:
+            trainer.progress(Progress("bar", "looking for a learning rate", step_index + 1, len(batches), "batches"))
+    load_weights(trainer, initial_weights)
+    if not lowest_loss < first_loss:
         raise ConfigError("no learning rate made the loss smaller; give one with --learning-rate, or freeze less")
-    found = rate_of_lowest / SAFELY_BELOW
-    job.progress(Progress("note", f"learning rate {found:.2g}: the loss was lowest at {rate_of_lowest:.2g}"))
-    return found
+    learning_rate = lowest_loss_rate / RATE_DIVISOR
+    trainer.progress(
+        Progress("note", f"learning rate {learning_rate:.2g}: the loss was lowest at {lowest_loss_rate:.2g}")
+    )
+    return learning_rate

@@ -9,34 +9,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-__all__ = ["Asked", "between_steps"]
+__all__ = ["StopRequest", "defer_signals"]
 
 
 @dataclass
-class Asked:
+class StopRequest:
     """Whether somebody wants the work to stop."""
 
-    to_stop: bool = False
+    requested: bool = False
 
 
 @contextmanager
-def between_steps() -> Iterator[Asked]:
+def defer_signals() -> Iterator[StopRequest]:
     """Note the first signal; a second one ends the work at once. Elsewhere than in the main thread nothing changes."""
-    asked = Asked()
+    stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop_request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked.to_stop:
+    def handle_signal(number: int, frame: FrameType | None) -> None:
+        if stop_request.requested:
             raise KeyboardInterrupt
-        asked.to_stop = True
+        stop_request.requested = True
 
-    for number in before:
-        signal.signal(number, note)
+    for number in previous_handlers:
+        signal.signal(number, handle_signal)
     try:
-        yield asked
+        yield stop_request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

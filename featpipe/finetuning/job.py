@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from featpipe.finetuning.parallel import World
-from featpipe.finetuning.source import Source
-from featpipe.finetuning.unfreezing import Unfrozen
-from featpipe.heads.losses import Objective
-from featpipe.progress import Tell, quiet
-from featpipe.recipe import FineTuning
+from featpipe.finetuning.parallel import DistributedContext
+from featpipe.finetuning.source import TrainingDataset
+from featpipe.finetuning.unfreezing import UnfrozenParameters
+from featpipe.heads.losses import LossFunction
+from featpipe.progress import ProgressCallback, report_warnings_only
+from featpipe.recipe import FineTuneConfig
 
 if TYPE_CHECKING:
-    from featpipe.finetuning.past import Past
+    from featpipe.finetuning.past import Regularizers
 
-__all__ = ["BELOW", "HEAD", "Job", "Targets"]
+__all__ = ["BACKBONE_PREFIX", "HEAD_PREFIX", "Trainer", "TrainingTargets"]
 
-HEAD, BELOW = "head.", "backbone."  # before the names of parameters
+HEAD_PREFIX, BACKBONE_PREFIX = "head.", "backbone."  # before the names of parameters
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
+class TrainingTargets:
     """What is to be answered for each row of an archive.
 
     Attributes
@@ -43,16 +43,16 @@ class Targets:
     """
 
     Y: Tensor
-    weights: Tensor
+    sample_weights: Tensor
 
-    def of(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+    def select(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
         """Those of some rows."""
-        where = torch.from_numpy(rows)
-        return self.Y[where].to(device), self.weights[where].to(device)
+        indices = torch.from_numpy(rows)
+        return self.Y[indices].to(device), self.sample_weights[indices].to(device)
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class Trainer:
     """What is trained, on what, and how.
 
     Attributes
@@ -78,118 +78,122 @@ class Job:
 
     network: nn.Module
     head: nn.Sequential
-    unfrozen: Unfrozen
-    source: Source
-    watched: Source
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    targets: Targets
-    objective: Objective
-    tuning: FineTuning
-    ids: Any
+    unfrozen: UnfrozenParameters
+    train_data: TrainingDataset
+    validation_data: TrainingDataset
+    train_rows: NDArray[np.int64]
+    validation_rows: NDArray[np.int64]
+    targets: TrainingTargets
+    loss_function: LossFunction
+    tuning: FineTuneConfig
+    sample_ids: Any
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    world: World = field(default_factory=World)
-    progress: Tell = quiet
-    board: Callable[[Any], None] | None = None
-    past: Past | None = None
-    beside: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    _modes: list[nn.Module] = field(default_factory=list, init=False, repr=False)
+    distributed: DistributedContext = field(default_factory=DistributedContext)
+    progress: ProgressCallback = report_warnings_only
+    epoch_callback: Callable[[Any], None] | None = None
+    regularizers: Regularizers | None = None
+    monitor_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _modules_in_training: list[nn.Module] = field(default_factory=list, init=False, repr=False)
 
     @property
-    def steps(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Steps of the optimizer in an epoch."""
-        return -(-len(self.train) // self.tuning.batch)
+        return -(-len(self.train_rows) // self.tuning.batch)
 
     @property
-    def outputs(self) -> int:
+    def n_outputs(self) -> int:
         """Numbers that the new layer answers with."""
         return len(list(self.head.parameters())[-1])
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+    def epoch_batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """The rows of each step of an epoch: they depend on the seed and the epoch, and on nothing before."""
-        random = np.random.default_rng((self.tuning.seed, epoch))
+        rng = np.random.default_rng((self.tuning.seed, epoch))
         if self.tuning.sampling is None:
-            order = random.permutation(self.train)
+            order = rng.permutation(self.train_rows)
         else:
-            codes = self.targets.Y[torch.from_numpy(self.train)].numpy()
-            odds = 1 / np.bincount(codes)[codes]
-            order = random.choice(self.train, len(self.train), p=odds / odds.sum())
-        return [part.astype(np.int64) for part in np.array_split(order, self.steps)]
+            codes = self.targets.Y[torch.from_numpy(self.train_rows)].numpy()
+            inverse_frequencies = 1 / np.bincount(codes)[codes]
+            order = rng.choice(self.train_rows, len(self.train_rows), p=inverse_frequencies / inverse_frequencies.sum())
+        return [batch.astype(np.int64) for batch in np.array_split(order, self.steps_per_epoch)]
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained in the end, the new layer first."""
-        below = dict(self.network.named_parameters())
-        found = {HEAD + name: parameter for name, parameter in self.head.named_parameters()}
-        return found | {BELOW + name: below[name] for name in self.unfrozen.names}
+        backbone_parameters = dict(self.network.named_parameters())
+        head_parameters = {HEAD_PREFIX + name: parameter for name, parameter in self.head.named_parameters()}
+        return head_parameters | {BACKBONE_PREFIX + name: backbone_parameters[name] for name in self.unfrozen.names}
 
-    def kept(self) -> dict[str, Tensor]:
+    def trained_tensors(self) -> dict[str, Tensor]:
         """All that training changes: the parameters, and the statistics of the batch norms that follow the batches."""
-        found: dict[str, Tensor] = {name: parameter.data for name, parameter in self.parameters().items()}
-        for place, module in self.network.named_modules():
-            if isinstance(module, _NormBase) and self._follows(module):
+        tensors: dict[str, Tensor] = {name: parameter.data for name, parameter in self.trained_parameters().items()}
+        for module_name, module in self.network.named_modules():
+            if isinstance(module, _NormBase) and self._updates_statistics(module):
                 for name, buffer in module.named_buffers(recurse=False):
-                    found[f"{BELOW}{place}.{name}"] = buffer
-        return found
+                    tensors[f"{BACKBONE_PREFIX}{module_name}.{name}"] = buffer
+        return tensors
 
-    def pull(self) -> Tensor | None:
+    def ewc_penalty(self) -> Tensor | None:
         """What draws the weights to those of the model before, as part of the loss; None where nothing does."""
-        anchor = None if self.past is None else self.past.anchor
-        return None if anchor is None else anchor.pull(self.parameters())
+        ewc = None if self.regularizers is None else self.regularizers.ewc
+        return None if ewc is None else ewc.compute(self.trained_parameters())
 
-    def depth(self) -> Mapping[str, int]:
-        return {BELOW + name: depth for name, depth in self.unfrozen.depth.items()}
+    def parameter_depths(self) -> Mapping[str, int]:
+        return {BACKBONE_PREFIX + name: depth for name, depth in self.unfrozen.depth.items()}
 
-    def thaw(self, epoch: int) -> tuple[nn.Parameter, ...]:
+    def unfreeze_for_epoch(self, epoch: int) -> tuple[nn.Parameter, ...]:
         """Let gradients reach what is trained in an epoch, and nothing else; what that is."""
-        active = set(self.unfrozen.thawed(epoch, self.tuning.gradual))
+        active_names = set(self.unfrozen.active_names(epoch, self.tuning.gradual))
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name in active)
-            if name not in active:
+            parameter.requires_grad_(name in active_names)
+            if name not in active_names:
                 parameter.grad = None
         self.head.requires_grad_(True)
         self.network.eval()
-        self._modes[:] = self._training()
+        self._modules_in_training[:] = self._find_training_modules()
         return tuple(p for p in (*self.head.parameters(), *self.network.parameters()) if p.requires_grad)
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def training_mode(self) -> Iterator[None]:
         """Dropout and its like are on in what is trained; batch norms follow the batches where that was asked for."""
-        for module in self._modes:
+        for module in self._modules_in_training:
             module.training = True
         try:
             yield
         finally:
-            for module in self._modes:
+            for module in self._modules_in_training:
                 module.training = False
 
-    def _training(self) -> list[nn.Module]:
+    def _find_training_modules(self) -> list[nn.Module]:
         """The modules that are in training mode while what is thawed now is trained; the network is in eval mode."""
-        found = {module: any(p.requires_grad for p in module.parameters()) for module in self.network.modules()}
+        is_training = {module: any(p.requires_grad for p in module.parameters()) for module in self.network.modules()}
         for module in self.network.modules():
             if isinstance(module, _NormBase):
-                found[module] &= self._follows(module)
+                is_training[module] &= self._updates_statistics(module)
         for parent in self.network.modules():
             for child in parent.children():  # dropout and its like have no parameters of their own
                 if next(child.parameters(), None) is None:
-                    found |= dict.fromkeys(child.modules(), found[parent])
-        return [*self.head.modules(), *(module for module, trains in found.items() if trains)]
+                    is_training |= dict.fromkeys(child.modules(), is_training[parent])
+        return [*self.head.modules(), *(module for module, trains in is_training.items() if trains)]
 
     @cached_property
-    def _trained(self) -> set[int]:
-        return {id(parameter) for parameter in self.parameters().values()}
+    def _trained_parameter_ids(self) -> set[int]:
+        return {id(parameter) for parameter in self.trained_parameters().values()}
 
     @property
-    def follows(self) -> bool:
+    def updates_batch_norm(self) -> bool:
         """Whether the statistics of any batch norm follow the batches."""
-        return any(isinstance(module, _NormBase) and self._follows(module) for module in self.network.modules())
+        return any(
+            isinstance(module, _NormBase) and self._updates_statistics(module) for module in self.network.modules()
+        )
 
-    def _follows(self, module: nn.Module) -> bool:
+    def _updates_statistics(self, module: nn.Module) -> bool:
         """Whether a batch norm's statistics follow the batches, once it is thawed."""
-        return self.tuning.batch_norm == "trained" and any(id(p) in self._trained for p in module.parameters())
+        return self.tuning.batch_norm == "trained" and any(
+            id(p) in self._trained_parameter_ids for p in module.parameters()
+        )
 
-    def scores(self, source: Source, inputs: Tensor) -> Tensor:
+    def compute_scores(self, dataset: TrainingDataset, inputs: Tensor) -> Tensor:
         """Logits, or standardised numbers, of shape (b, k), float32."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.tuning.precision)
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            scores = self.head(source.network(inputs))
+            scores = self.head(dataset.network(inputs))
         return torch.as_tensor(scores.float())

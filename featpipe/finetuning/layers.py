@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featpipe import heads
-from featpipe.calibration import Calibration, logits_of
+from featpipe.calibration import Calibration, compute_logits
 from featpipe.heads.torch_heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
 
-__all__ = ["Layers", "estimator_of", "layers_of"]
+__all__ = ["HeadLayers", "head_to_layers", "layers_to_head"]
 
 Array = NDArray[np.float64]
 
-_TORCH = (LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor)
-_MODULES = {
+_TORCH_HEADS = (LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor)
+_ACTIVATION_MODULES = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
@@ -34,11 +34,11 @@ _MODULES = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-ROWS_AT_ONCE = 512
+UNIT_VECTORS_PER_BATCH = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Layers:
+class HeadLayers:
     """Fully connected layers, an activation after each but the last.
 
     Attributes
@@ -57,20 +57,20 @@ class Layers:
     dropout: float = 0.0
 
     @classmethod
-    def untrained(cls, inputs: int, outputs: int) -> Layers:
+    def zeros(cls, in_features: int, out_features: int) -> HeadLayers:
         """One layer of zeros: no opinion."""
-        return cls((np.zeros((outputs, inputs)),), (np.zeros(outputs),))
+        return cls((np.zeros((out_features, in_features)),), (np.zeros(out_features),))
 
-    def after(self, mean: Array, scale: Array) -> Layers:
+    def fold_input_scaling(self, mean: Array, scale: Array) -> HeadLayers:
         """For inputs that were (x - mean) / scale before: of x."""
-        first = self.weights[0] / scale
+        first_weight = self.weights[0] / scale
         return replace(
             self,
-            weights=(first, *self.weights[1:]),
-            biases=(self.biases[0] - first @ mean, *self.biases[1:]),
+            weights=(first_weight, *self.weights[1:]),
+            biases=(self.biases[0] - first_weight @ mean, *self.biases[1:]),
         )
 
-    def before(self, scale: Array | float, offset: Array | float) -> Layers:
+    def fold_output_scaling(self, scale: Array | float, offset: Array | float) -> HeadLayers:
         """With answers that are multiplied, and to which something is added."""
         factor = np.broadcast_to(scale, self.biases[-1].shape)
         return replace(
@@ -79,7 +79,7 @@ class Layers:
             biases=(*self.biases[:-1], self.biases[-1] * factor + offset),
         )
 
-    def centred(self) -> Layers:
+    def center_logits(self) -> HeadLayers:
         """With scores whose mean over the classes is zero: the softmax is the same."""
         return replace(
             self,
@@ -87,23 +87,23 @@ class Layers:
             biases=(*self.biases[:-1], self.biases[-1] - self.biases[-1].mean()),
         )
 
-    def module(self) -> nn.Sequential:
+    def to_module(self) -> nn.Sequential:
         """As torch layers, in float32."""
-        parts: list[nn.Module] = []
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if number:
-                parts.append(_MODULES[self.activation]())
-                parts += [nn.Dropout(self.dropout)] if self.dropout else []
+        modules: list[nn.Module] = []
+        for layer_index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if layer_index:
+                modules.append(_ACTIVATION_MODULES[self.activation]())
+                modules += [nn.Dropout(self.dropout)] if self.dropout else []
             layer = nn.Linear(weight.shape[1], weight.shape[0])
             with torch.no_grad():
                 layer.weight.copy_(torch.from_numpy(weight))
                 layer.bias.copy_(torch.from_numpy(bias))
-            parts.append(layer)
-        return nn.Sequential(*parts)
+            modules.append(layer)
+        return nn.Sequential(*modules)
 
-    def learnt(self, module: nn.Sequential) -> Layers:
+    def with_trained_weights(self, module: nn.Sequential) -> HeadLayers:
         """The same with the weights of a trained :meth:`module`."""
-        layers = [part for part in module if isinstance(part, nn.Linear)]
+        layers = [submodule for submodule in module if isinstance(submodule, nn.Linear)]
         return replace(
             self,
             weights=tuple(layer.weight.detach().cpu().double().numpy() for layer in layers),
@@ -111,7 +111,7 @@ class Layers:
         )
 
 
-def layers_of(pipeline: Any, task: str, calibration: Calibration | None, inputs: int) -> Layers | None:
+def head_to_layers(pipeline: Any, task: str, calibration: Calibration | None, in_features: int) -> HeadLayers | None:
     """The layers that give a head's own answers, its probabilities after a softmax or sigmoid.
 
     Parameters
@@ -130,51 +130,51 @@ def layers_of(pipeline: Any, task: str, calibration: Calibration | None, inputs:
         compare.
     """
     scaler, head = pipeline[0], pipeline[-1]
-    folds = len(pipeline) == 2 and (scaler == "passthrough" or hasattr(scaler, "scale_"))
-    answers, found = head if folds else pipeline, None
-    if isinstance(head, _TORCH) and folds:
-        found = _perceptron(head)
+    can_fold_scaler = len(pipeline) == 2 and (scaler == "passthrough" or hasattr(scaler, "scale_"))
+    estimator, layers = head if can_fold_scaler else pipeline, None
+    if isinstance(head, _TORCH_HEADS) and can_fold_scaler:
+        layers = _torch_head_to_layers(head)
     elif task == "regression":
-        found = _linear(lambda X: np.reshape(answers.predict(X), (len(X), -1)), inputs)
+        layers = _evaluate_linear_layer(lambda X: np.reshape(estimator.predict(X), (len(X), -1)), in_features)
     elif hasattr(head, "decision_function"):
-        found = _linear(lambda X: logits_of(answers, X), inputs)
-    if found is None:
+        layers = _evaluate_linear_layer(lambda X: compute_logits(estimator, X), in_features)
+    if layers is None:
         return None
-    if folds and scaler != "passthrough":
-        found = found.after(*_scaling(scaler, inputs))
+    if can_fold_scaler and scaler != "passthrough":
+        layers = layers.fold_input_scaling(*_scaler_parameters(scaler, in_features))
     if calibration is not None:
         offsets = np.asarray(calibration.offsets) if calibration.offsets else 0.0
-        found = found.before(1 / calibration.temperature, offsets)
-    return found.centred() if task == "classification" else found
+        layers = layers.fold_output_scaling(1 / calibration.temperature, offsets)
+    return layers.center_logits() if task == "classification" else layers
 
 
-def _perceptron(head: Any) -> Layers:
+def _torch_head_to_layers(head: Any) -> HeadLayers:
     weights = [np.asarray(coef.T, np.float64) for coef in head.coefs_]
     biases = [np.asarray(intercept, np.float64) for intercept in head.intercepts_]
     if hasattr(head, "classes_") and not head.multilabel_ and len(head.classes_) == 2:
         weights[-1] = np.vstack([np.zeros_like(weights[-1]), weights[-1]])
         biases[-1] = np.concatenate([[0.0], biases[-1]])
     activation, dropout = getattr(head, "activation", "relu"), float(getattr(head, "dropout", 0.0))
-    return Layers(tuple(weights), tuple(biases), activation, dropout)
+    return HeadLayers(tuple(weights), tuple(biases), activation, dropout)
 
 
-def _linear(answers: Callable[[Array], Array], inputs: int) -> Layers:
+def _evaluate_linear_layer(score_function: Callable[[Array], Array], in_features: int) -> HeadLayers:
     """The layer that agrees with the answers at zero and at each unit vector."""
-    origin = np.asarray(answers(np.zeros((1, inputs))), np.float64)[0]
-    columns = []
-    for start in range(0, inputs, ROWS_AT_ONCE):
-        units = np.eye(min(ROWS_AT_ONCE, inputs - start), inputs, start)
-        columns.append(np.asarray(answers(units), np.float64) - origin)
-    return Layers((np.concatenate(columns).T.copy(),), (origin,))
+    bias = np.asarray(score_function(np.zeros((1, in_features))), np.float64)[0]
+    weight_blocks = []
+    for start in range(0, in_features, UNIT_VECTORS_PER_BATCH):
+        unit_vectors = np.eye(min(UNIT_VECTORS_PER_BATCH, in_features - start), in_features, start)
+        weight_blocks.append(np.asarray(score_function(unit_vectors), np.float64) - bias)
+    return HeadLayers((np.concatenate(weight_blocks).T.copy(),), (bias,))
 
 
-def _scaling(scaler: Any, inputs: int) -> tuple[Array, Array]:
+def _scaler_parameters(scaler: Any, in_features: int) -> tuple[Array, Array]:
     mean = scaler.mean_ if getattr(scaler, "with_mean", False) else None
     scale = scaler.scale_
-    return np.zeros(inputs) if mean is None else mean, np.ones(inputs) if scale is None else scale
+    return np.zeros(in_features) if mean is None else mean, np.ones(in_features) if scale is None else scale
 
 
-def estimator_of(layers: Layers, task: str) -> tuple[str, Any]:
+def layers_to_head(layers: HeadLayers, task: str) -> tuple[str, Any]:
     """A fitted head of the table, and its name, that answers as some layers do.
 
     Returns

@@ -12,28 +12,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe.errors import ConfigError
-from featpipe.finetuning.blending import Blend, blended
-from featpipe.finetuning.interrupts import between_steps
-from featpipe.finetuning.job import Job
-from featpipe.finetuning.rates import factor
-from featpipe.finetuning.source import Source, ahead
-from featpipe.finetuning.state import Epoch, State, put
+from featpipe.finetuning.blending import BatchMix, apply_mixup_cutmix
+from featpipe.finetuning.interrupts import defer_signals
+from featpipe.finetuning.job import Trainer
+from featpipe.finetuning.rates import schedule_factor
+from featpipe.finetuning.source import TrainingDataset, prefetch_batches
+from featpipe.finetuning.state import EpochRecord, TrainingState, load_weights
 from featpipe.progress import Progress
 
-__all__ = ["NotFinite", "answers", "fine_tune", "gradients"]
+__all__ = ["NonFiniteError", "compute_gradients", "predict_scores", "run_training_loop"]
 
-SECONDS_BETWEEN_SAVES = 120.0
-JUDGED_AT_ONCE = 64
-LEAST_SCALE = 1.0  # of float16 gradients: below it, it is not the scale that is too large
+CHECKPOINT_INTERVAL_SECONDS = 120.0
+MAX_EVALUATION_BATCH = 64
+MIN_GRADIENT_SCALE = 1.0  # of float16 gradients: below it, it is not the scale that is too large
 
-Save = Callable[[State], None]
+SaveCallback = Callable[[TrainingState], None]
 
 
-class NotFinite(Exception):
+class NonFiniteError(Exception):
     """A loss or a gradient that is no number."""
 
 
-def fine_tune(job: Job, state: State, save: Save = lambda state: None) -> State:
+def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback = lambda state: None) -> TrainingState:
     """Train until the last epoch, or until validation no longer gets better; then the best weights are put back.
 
     Parameters
@@ -49,53 +49,69 @@ def fine_tune(job: Job, state: State, save: Save = lambda state: None) -> State:
     KeyboardInterrupt
         If the work was interrupted; the state was saved.
     """
-    tuning, steps = job.tuning, job.steps
-    saved = monotonic()
-    with between_steps() as asked, torch.random.fork_rng(enabled=True):
+    tuning, steps_per_epoch = trainer.tuning, trainer.steps_per_epoch
+    last_save_time = monotonic()
+    with defer_signals() as stop_request, torch.random.fork_rng(enabled=True):
         if not state.curve:
-            state.record(Epoch(0, float("nan"), *judged(job, state), **both_sides(job, state)), job)
-            _tell(job, state)
+            state.record_epoch(
+                EpochRecord(
+                    0, float("nan"), *evaluate_validation(trainer, state), **evaluate_old_and_new(trainer, state)
+                ),
+                trainer,
+            )
+            _report_epoch(trainer, state)
         for epoch in range(state.epoch, tuning.epochs):
-            if tuning.patience and state.waited >= tuning.patience:
+            if tuning.patience and state.epochs_without_improvement >= tuning.patience:
                 break
-            active, batches = job.thaw(epoch), job.batches(epoch)
-            shares = [job.world.share(rows) for rows in batches]
-            for rows, inputs in ahead(job.source, shares, epoch, state.step):
-                done = epoch * steps + state.step
+            active_parameters, batches = trainer.unfreeze_for_epoch(epoch), trainer.epoch_batches(epoch)
+            local_batches = [trainer.distributed.shard(rows) for rows in batches]
+            for rows, inputs in prefetch_batches(trainer.train_data, local_batches, epoch, state.step):
+                global_step = epoch * steps_per_epoch + state.step
                 for group in state.optimizer.param_groups:
-                    group["lr"] = state.rate * group["share"] * factor(done, tuning.epochs * steps, tuning)
-                torch.manual_seed(_seed(tuning.seed, epoch, state.step, job.world.rank))
+                    group["lr"] = (
+                        state.rate
+                        * group["share"]
+                        * schedule_factor(global_step, tuning.epochs * steps_per_epoch, tuning)
+                    )
+                torch.manual_seed(_step_seed(tuning.seed, epoch, state.step, trainer.distributed.rank))
                 try:
-                    with job.training():
-                        loss, norm = gradients(job, state, rows, inputs, len(batches[state.step]))
-                    step(state, active, loss, norm, tuning.clip)
-                except NotFinite as reason:
-                    return _stopped(job, state, batches[state.step], str(reason))
-                if state.average:
-                    state.follow(job, done)
+                    with trainer.training_mode():
+                        loss, gradient_norm = compute_gradients(trainer, state, rows, inputs, len(batches[state.step]))
+                    optimizer_step(state, active_parameters, loss, gradient_norm, tuning.clip)
+                except NonFiniteError as error:
+                    return _stop_at_non_finite(trainer, state, batches[state.step], str(error))
+                if state.ema_weights:
+                    state.update_ema(trainer, global_step)
                 state.loss += loss * len(batches[state.step])
                 state.seen += len(batches[state.step])
                 state.step += 1
-                job.progress(Progress("bar", f"epoch {epoch + 1}", state.seen, len(job.train)))
-                if job.world.agree(asked.to_stop):
+                trainer.progress(Progress("bar", f"epoch {epoch + 1}", state.seen, len(trainer.train_rows)))
+                if trainer.distributed.all_reduce_any(stop_request.requested):
                     save(state)
                     raise KeyboardInterrupt
-                if monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                if monotonic() - last_save_time > CHECKPOINT_INTERVAL_SECONDS:
                     save(state)
-                    saved = monotonic()
+                    last_save_time = monotonic()
             rate = state.optimizer.param_groups[0]["lr"]
-            told = (*judged(job, state), rate)
-            state.record(Epoch(epoch + 1, state.loss / state.seen, *told, **both_sides(job, state)), job)
+            validation_metrics = (*evaluate_validation(trainer, state), rate)
+            state.record_epoch(
+                EpochRecord(
+                    epoch + 1, state.loss / state.seen, *validation_metrics, **evaluate_old_and_new(trainer, state)
+                ),
+                trainer,
+            )
             state.epoch, state.step, state.loss, state.seen = epoch + 1, 0, 0.0, 0
-            _tell(job, state)
+            _report_epoch(trainer, state)
             save(state)
-            if job.world.agree(asked.to_stop):
+            if trainer.distributed.all_reduce_any(stop_request.requested):
                 raise KeyboardInterrupt
-    put(job, state.best)
+    load_weights(trainer, state.best_weights)
     return state
 
 
-def gradients(job: Job, state: State, rows: NDArray[np.int64], inputs: Tensor, whole: int) -> tuple[float, Tensor]:
+def compute_gradients(
+    trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], inputs: Tensor, global_batch_size: int
+) -> tuple[float, Tensor]:
     """The gradients of the mean loss of a batch, and how long they are together.
 
     Where the memory is not enough, the batch is divided into more pieces, whose gradients add up to the same.
@@ -109,54 +125,64 @@ def gradients(job: Job, state: State, rows: NDArray[np.int64], inputs: Tensor, w
         Rows of the batch in all processes.
     """
     layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
-    inputs, blend = blended(inputs.to(job.device, memory_format=layout), job.tuning)
+    inputs, mix = apply_mixup_cutmix(inputs.to(trainer.device, memory_format=layout), trainer.tuning)
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         try:
-            total = torch.zeros((), device=job.device)
-            for piece in np.array_split(np.arange(len(rows)), min(state.pieces, max(1, len(rows)))):
-                if len(piece):
-                    loss = _loss(job, rows, inputs, blend, piece) / whole
+            total_loss = torch.zeros((), device=trainer.device)
+            for micro_batch in np.array_split(np.arange(len(rows)), min(state.pieces, max(1, len(rows)))):
+                if len(micro_batch):
+                    loss = _micro_batch_loss(trainer, rows, inputs, mix, micro_batch) / global_batch_size
                     state.scaler.scale(loss).backward()
-                    total += loss.detach()
+                    total_loss += loss.detach()
             break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_memory(error):
+            if not _is_out_of_memory(error):
                 raise
-            _divide(job, state, rows, error)
-    if (pull := job.pull()) is not None:
-        pull = pull / job.world.size
-        state.scaler.scale(pull).backward()
-        total += pull.detach()
-    active = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for parameter in active:
+            _increase_pieces(trainer, state, rows, error)
+    if (penalty := trainer.ewc_penalty()) is not None:
+        penalty = penalty / trainer.distributed.size
+        state.scaler.scale(penalty).backward()
+        total_loss += penalty.detach()
+    active_parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in active_parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    job.world.add_up([*(p.grad for p in active if p.grad is not None), total])
+    trainer.distributed.all_reduce_sum([*(p.grad for p in active_parameters if p.grad is not None), total_loss])
     state.scaler.unscale_(state.optimizer)
-    return float(total), torch.nn.utils.get_total_norm([p.grad for p in active if p.grad is not None])
+    return float(total_loss), torch.nn.utils.get_total_norm([p.grad for p in active_parameters if p.grad is not None])
 
 
-def _loss(job: Job, rows: NDArray[np.int64], inputs: Tensor, blend: Blend, piece: NDArray[np.int64]) -> Tensor:
+def _micro_batch_loss(
+    trainer: Trainer, rows: NDArray[np.int64], inputs: Tensor, mix: BatchMix, micro_batch: NDArray[np.int64]
+) -> Tensor:
     """Summed over some rows of a batch."""
-    scores = job.scores(job.source, inputs[torch.from_numpy(piece)])
+    scores = trainer.compute_scores(trainer.train_data, inputs[torch.from_numpy(micro_batch)])
 
-    def of(chosen: NDArray[np.int64]) -> Tensor:
-        weights = job.targets.of(chosen, job.device)[1]
-        return (_each(job, scores, chosen, job.tuning.label_smoothing) * weights).sum()
+    def weighted_loss(loss_rows: NDArray[np.int64]) -> Tensor:
+        weights = trainer.targets.select(loss_rows, trainer.device)[1]
+        return (_row_losses(trainer, scores, loss_rows, trainer.tuning.label_smoothing) * weights).sum()
 
-    loss = of(rows[piece])
-    return loss if blend.partner is None else blend.share * loss + (1 - blend.share) * of(rows[blend.partner[piece]])
+    loss = weighted_loss(rows[micro_batch])
+    return (
+        loss if mix.partner is None else mix.lam * loss + (1 - mix.lam) * weighted_loss(rows[mix.partner[micro_batch]])
+    )
 
 
-def _each(job: Job, scores: Tensor, rows: NDArray[np.int64], smoothing: float = 0.0) -> Tensor:
+def _row_losses(trainer: Trainer, scores: Tensor, rows: NDArray[np.int64], label_smoothing: float = 0.0) -> Tensor:
     """The loss of each row, shape (b,), with what ties its answer to the one of the model before."""
-    each = job.objective.each(scores, job.targets.of(rows, scores.device)[0], smoothing)
-    each = each.mean(dim=1) if each.ndim == 2 else each
-    return each if job.past is None or job.past.teacher is None else each + job.past.teacher.each(scores, rows)
+    losses = trainer.loss_function.per_row_loss(scores, trainer.targets.select(rows, scores.device)[0], label_smoothing)
+    losses = losses.mean(dim=1) if losses.ndim == 2 else losses
+    return (
+        losses
+        if trainer.regularizers is None or trainer.regularizers.distillation is None
+        else losses + trainer.regularizers.distillation.row_losses(scores, rows)
+    )
 
 
-def step(state: State, active: tuple[Tensor, ...], loss: float, norm: Tensor, clip: float) -> None:
+def optimizer_step(
+    state: TrainingState, active_parameters: tuple[Tensor, ...], loss: float, gradient_norm: Tensor, max_norm: float
+) -> None:
     """One step of the optimizer, with gradients that are not too long.
 
     Raises
@@ -166,102 +192,112 @@ def step(state: State, active: tuple[Tensor, ...], loss: float, norm: Tensor, cl
         and the next one scaled down.
     """
     if not np.isfinite(loss):
-        raise NotFinite(f"the loss is {loss}")
-    overflows = state.scaler.is_enabled() and state.scaler.get_scale() > LEAST_SCALE
-    if not torch.isfinite(norm) and not overflows:
-        raise NotFinite("the gradient is not finite")
-    if clip and clip < norm < torch.inf:
-        torch.nn.utils.clip_grads_with_norm_(active, clip, norm)
+        raise NonFiniteError(f"the loss is {loss}")
+    may_overflow = state.scaler.is_enabled() and state.scaler.get_scale() > MIN_GRADIENT_SCALE
+    if not torch.isfinite(gradient_norm) and not may_overflow:
+        raise NonFiniteError("the gradient is not finite")
+    if max_norm and max_norm < gradient_norm < torch.inf:
+        torch.nn.utils.clip_grads_with_norm_(active_parameters, max_norm, gradient_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
 
 
-def judged(job: Job, state: State) -> tuple[float, float]:
+def evaluate_validation(trainer: Trainer, state: TrainingState) -> tuple[float, float]:
     """Loss and score on the validation rows, without augmentation; the loss is of what is trained for."""
-    with state.averaged(job), torch.no_grad():
-        scores = answers(job, job.watched, job.validation)
-        pull = job.pull()
-    Y, weights = job.targets.of(job.validation, torch.device("cpu"))
-    loss = (_each(job, scores, job.validation) * weights).sum() / weights.sum() + (0.0 if pull is None else float(pull))
-    variance = Y.var(dim=0, correction=0) if job.objective.link == "identity" else None
-    return float(loss), float(job.objective.right(scores, Y, variance).mean())
+    with state.use_ema_weights(trainer), torch.no_grad():
+        scores = predict_scores(trainer, trainer.validation_data, trainer.validation_rows)
+        penalty = trainer.ewc_penalty()
+    Y, weights = trainer.targets.select(trainer.validation_rows, torch.device("cpu"))
+    loss = (_row_losses(trainer, scores, trainer.validation_rows) * weights).sum() / weights.sum() + (
+        0.0 if penalty is None else float(penalty)
+    )
+    variance = Y.var(dim=0, correction=0) if trainer.loss_function.link == "identity" else None
+    return float(loss), float(trainer.loss_function.row_scores(scores, Y, variance).mean())
 
 
-def both_sides(job: Job, state: State) -> dict[str, float]:
+def evaluate_old_and_new(trainer: Trainer, state: TrainingState) -> dict[str, float]:
     """Cross-entropy and share of right answers on rows of old and of new classes, where classes have come."""
-    if job.past is None or not len(job.beside):
+    if trainer.regularizers is None or not len(trainer.monitor_rows):
         return {}
-    with state.averaged(job):
-        scores = answers(job, job.watched, job.beside)
-    found: dict[str, float] = {}
-    Y = job.targets.of(job.beside, scores.device)[0]
-    losses, right = torch.nn.functional.cross_entropy(scores, Y, reduction="none"), scores.argmax(dim=1) == Y
-    for side, rows in (("old", job.past.k_old > Y), ("new", job.past.k_old <= Y)):
-        found |= {f"{side}_loss": float(losses[rows].mean()), f"{side}_score": float(right[rows].double().mean())}
-    return found
+    with state.use_ema_weights(trainer):
+        scores = predict_scores(trainer, trainer.validation_data, trainer.monitor_rows)
+    metrics: dict[str, float] = {}
+    Y = trainer.targets.select(trainer.monitor_rows, scores.device)[0]
+    losses, correct = torch.nn.functional.cross_entropy(scores, Y, reduction="none"), scores.argmax(dim=1) == Y
+    for group, rows in (("old", trainer.regularizers.k_old > Y), ("new", trainer.regularizers.k_old <= Y)):
+        metrics |= {f"{group}_loss": float(losses[rows].mean()), f"{group}_score": float(correct[rows].double().mean())}
+    return metrics
 
 
 @torch.no_grad()
-def answers(job: Job, source: Source, rows: NDArray[np.int64]) -> Tensor:
+def predict_scores(trainer: Trainer, dataset: TrainingDataset, rows: NDArray[np.int64]) -> Tensor:
     """What the network answers for some rows, shape (m, k), on the CPU; each process computes its share."""
-    job.network.eval()
-    job.head.eval()
-    mine = job.world.share(np.arange(len(rows)))
-    parts = np.array_split(mine, -(-len(mine) // JUDGED_AT_ONCE)) if len(mine) else []
-    found = torch.zeros(len(rows), job.outputs, device=job.device)
-    for part, (_, inputs) in zip(parts, ahead(source, [rows[part] for part in parts], 0), strict=True):
-        found[torch.from_numpy(part)] = job.scores(source, inputs.to(job.device))
-    job.world.add_up([found])
-    return found.cpu()
+    trainer.network.eval()
+    trainer.head.eval()
+    local_indices = trainer.distributed.shard(np.arange(len(rows)))
+    index_batches = (
+        np.array_split(local_indices, -(-len(local_indices) // MAX_EVALUATION_BATCH)) if len(local_indices) else []
+    )
+    scores = torch.zeros(len(rows), trainer.n_outputs, device=trainer.device)
+    for batch_indices, (_, inputs) in zip(
+        index_batches, prefetch_batches(dataset, [rows[part] for part in index_batches], 0), strict=True
+    ):
+        scores[torch.from_numpy(batch_indices)] = trainer.compute_scores(dataset, inputs.to(trainer.device))
+    trainer.distributed.all_reduce_sum([scores])
+    return scores.cpu()
 
 
-def _seed(*numbers: int) -> int:
+def _step_seed(*numbers: int) -> int:
     """A seed of its own for each step, so that a run that goes on draws as one that never stopped."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _is_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; on a CPU torch raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("not enough memory", "can't allocate memory")
+        message in str(error) for message in ("not enough memory", "can't allocate memory")
     )
 
 
-def _divide(job: Job, state: State, rows: NDArray[np.int64], error: BaseException) -> None:
-    least = 2 if job.follows else 1  # of a batch of one there are no statistics
-    most = len(rows) // least
-    if state.pieces >= most:
-        number = "one image" if least == 1 else "two images"
+def _increase_pieces(trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], error: BaseException) -> None:
+    min_rows = 2 if trainer.updates_batch_norm else 1  # of a batch of one there are no statistics
+    max_pieces = len(rows) // min_rows
+    if state.pieces >= max_pieces:
+        count_text = "one image" if min_rows == 1 else "two images"
         raise ConfigError(
-            f"there is not enough memory to train on {number} at a time ({error}); unfreeze less, or "
+            f"there is not enough memory to train on {count_text} at a time ({error}); unfreeze less, or "
             "take --precision bf16"
         ) from error
-    state.pieces = min(2 * state.pieces, most)
-    if job.device.type == "cuda":
+    state.pieces = min(2 * state.pieces, max_pieces)
+    if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-    same = "each with batch statistics of its own" if job.follows else "with the same gradients"
-    text = f"memory ran out: batches of {job.tuning.batch} are computed in {state.pieces} pieces, {same}"
-    job.progress(Progress("warning", text))
+    consequence = "each with batch statistics of its own" if trainer.updates_batch_norm else "with the same gradients"
+    text = f"memory ran out: batches of {trainer.tuning.batch} are computed in {state.pieces} pieces, {consequence}"
+    trainer.progress(Progress("warning", text))
 
 
-def _stopped(job: Job, state: State, rows: NDArray[np.int64], reason: str) -> State:
+def _stop_at_non_finite(trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], reason: str) -> TrainingState:
     """The best weights so far, and which images it was."""
-    names = [job.ids[int(row)] for row in rows]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    where = f"epoch {state.epoch + 1}, step {state.step + 1}"
-    text = f"{where}: {reason} in the batch of {', '.join(names[:8])}{more}; stopped, with the weights of epoch "
-    job.progress(Progress("warning", f"{text}{state.best_epoch.number}; a lower --learning-rate may help"))
-    put(job, state.best)
+    names = [trainer.sample_ids[int(row)] for row in rows]
+    more_text = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    position = f"epoch {state.epoch + 1}, step {state.step + 1}"
+    text = (
+        f"{position}: {reason} in the batch of {', '.join(names[:8])}{more_text}; stopped, with the weights of epoch "
+    )
+    trainer.progress(Progress("warning", f"{text}{state.best_epoch.number}; a lower --learning-rate may help"))
+    load_weights(trainer, state.best_weights)
     return state
 
 
-def _tell(job: Job, state: State) -> None:
+def _report_epoch(trainer: Trainer, state: TrainingState) -> None:
     epoch = state.curve[-1]
-    loss = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
-    text = f"{loss}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
-    sides = {"old classes": epoch.old_score, "new ones": epoch.new_score}
-    shown = [f"{side} {score:.3f}" for side, score in sides.items() if score is not None and math.isfinite(score)]
-    text += f"; {', '.join(shown)}" if shown else ""
-    job.progress(Progress("note", text))
-    if job.board is not None:
-        job.board(epoch)
+    loss_text = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
+    text = f"{loss_text}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
+    group_scores = {"old classes": epoch.old_score, "new ones": epoch.new_score}
+    score_texts = [
+        f"{group} {score:.3f}" for group, score in group_scores.items() if score is not None and math.isfinite(score)
+    ]
+    text += f"; {', '.join(score_texts)}" if score_texts else ""
+    trainer.progress(Progress("note", text))
+    if trainer.epoch_callback is not None:
+        trainer.epoch_callback(epoch)

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-__all__ = ["World", "joined"]
+__all__ = ["DistributedContext", "join_distributed"]
 
 R = TypeVar("R")
-PATIENCE = timedelta(days=2)  # the others wait while the first one extracts
+BARRIER_TIMEOUT = timedelta(days=2)  # the others wait while the first one extracts
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """One process among those that train together.
 
     Attributes
@@ -36,64 +36,64 @@ class World:
     size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
-    def share(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def shard(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of a batch that are this process's."""
         return rows[self.rank :: self.size]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Put into each tensor the sum of those of all processes, in one exchange for each dtype."""
         if self.size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in same_dtype])
             distributed.all_reduce(flat)
-            for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+            for tensor, summed in zip(same_dtype, flat.split([tensor.numel() for tensor in same_dtype]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
 
-    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Put into each tensor what the first process has there."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
-    def agree(self, value: bool) -> bool:
+    def all_reduce_any(self, value: bool) -> bool:
         """Whether it is so in any of the processes."""
         if self.size == 1:
             return value
-        found = torch.tensor(int(value), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
-        distributed.all_reduce(found)
-        return bool(found.item())
+        flag = torch.tensor(int(value), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+        distributed.all_reduce(flag)
+        return bool(flag.item())
 
-    def in_turn(self, work: Callable[[], R]) -> R:
+    def run_main_first(self, function: Callable[[], R]) -> R:
         """Do something in the first process, and then, when it is done there, in the others."""
         if self.size == 1:
-            return work()
-        if not self.first:
+            return function()
+        if not self.is_main:
             distributed.barrier()
-            return work()
+            return function()
         try:
-            return work()
+            return function()
         finally:
             distributed.barrier()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def join_distributed(device: torch.device) -> Iterator[DistributedContext]:
     """The world that this process was started in; alone, if it was started by itself."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not distributed.is_available():
-        yield World()
+        yield DistributedContext()
         return
-    ours = not distributed.is_initialized()
-    if ours:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    owns_group = not distributed.is_initialized()
+    if owns_group:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=BARRIER_TIMEOUT)
     try:
-        yield World(distributed.get_rank(), distributed.get_world_size())
+        yield DistributedContext(distributed.get_rank(), distributed.get_world_size())
     finally:
-        if ours:
+        if owns_group:
             distributed.destroy_process_group()

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featpipe.finetuning.job import Job
-from featpipe.finetuning.source import ahead
+from featpipe.finetuning.job import Trainer
+from featpipe.finetuning.source import prefetch_batches
 
-__all__ = ["Anchor", "Past", "Teacher", "importances"]
+__all__ = ["DistillationLoss", "EWCPenalty", "Regularizers", "compute_network_fisher"]
 
-READ_AT_ONCE = 64
+FISHER_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
+class DistillationLoss:
     """What the old model said of the images, as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
 
     Attributes
@@ -34,11 +34,11 @@ class Teacher:
     temperature, strength : float
     """
 
-    scores: Tensor
+    teacher_scores: Tensor
     temperature: float = 2.0
     strength: float = 1.0
 
-    def each(self, scores: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    def row_losses(self, scores: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """Strength T² KL(old ‖ new) of each row, both at temperature T and over the old classes: shape (b,).
 
         Parameters
@@ -46,14 +46,14 @@ class Teacher:
         scores : Tensor of shape (b, k)
         rows : ndarray of shape (b,), int64
         """
-        said, T = self.scores[torch.from_numpy(rows)].to(scores), self.temperature
-        old = functional.log_softmax(said / T, dim=1)
-        new = functional.log_softmax(scores[:, : said.shape[1]] / T, dim=1)
-        return self.strength * T**2 * (old.exp() * (old - new)).sum(dim=1)
+        teacher_logits, T = self.teacher_scores[torch.from_numpy(rows)].to(scores), self.temperature
+        teacher_log_probs = functional.log_softmax(teacher_logits / T, dim=1)
+        student_log_probs = functional.log_softmax(scores[:, : teacher_logits.shape[1]] / T, dim=1)
+        return self.strength * T**2 * (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
-class Anchor:
+class EWCPenalty:
     """A pull to the old weights, each by its importance (elastic weight consolidation, Kirkpatrick et al. 2017).
 
     Attributes
@@ -63,22 +63,22 @@ class Anchor:
         of what belongs to a new class is zero.
     """
 
-    weights: Mapping[str, Tensor]
+    reference_weights: Mapping[str, Tensor]
     importances: Mapping[str, Tensor]
 
-    def pull(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    def compute(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """½ Σ importance (θ - θ_old)²."""
-        return torch.stack(list(self._pulls(parameters))).sum()
+        return torch.stack(list(self._parameter_penalties(parameters))).sum()
 
-    def _pulls(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tensor]:
+    def _parameter_penalties(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[Tensor]:
         for name, importance in self.importances.items():
             parameter = parameters[name]
-            apart = parameter - self.weights[name].to(parameter.device)
-            yield 0.5 * (importance.to(parameter.device) * apart.square()).sum()
+            difference = parameter - self.reference_weights[name].to(parameter.device)
+            yield 0.5 * (importance.to(parameter.device) * difference.square()).sum()
 
 
 @dataclass(frozen=True, eq=False)
-class Past:
+class Regularizers:
     """The classes that a model knew before others came, and what holds the network to them.
 
     Attributes
@@ -96,14 +96,14 @@ class Past:
     """
 
     k_old: int
-    teacher: Teacher | None = None
-    anchor: Anchor | None = None
-    weights: NDArray[np.float64] | None = None
-    adjustment: NDArray[np.float64] | None = None
-    facts: Mapping[str, Any] | None = None
+    distillation: DistillationLoss | None = None
+    ewc: EWCPenalty | None = None
+    sample_weights: NDArray[np.float64] | None = None
+    logit_adjustment: NDArray[np.float64] | None = None
+    provenance: Mapping[str, Any] | None = None
 
 
-def importances(job: Job, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+def compute_network_fisher(trainer: Trainer, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     """The diagonal of the Fisher information of all that a job trains, by the names of its parameters.
 
     Parameters
@@ -118,19 +118,21 @@ def importances(job: Job, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     image). Each image goes through the network by itself: the square of a gradient that was averaged over a batch would
     be smaller, and the smaller the larger the batch.
     """
-    parameters = job.parameters()
-    job.thaw(job.tuning.gradual * len(job.unfrozen.stages))  # all of it
-    job.network.eval()
-    job.head.eval()
-    found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    parts = np.array_split(rows, -(-len(rows) // READ_AT_ONCE)) if len(rows) else []
-    for _, inputs in ahead(job.watched, parts, 0):
-        for image in inputs.to(job.device).split(1):
+    parameters = trainer.trained_parameters()
+    trainer.unfreeze_for_epoch(trainer.tuning.gradual * len(trainer.unfrozen.stages))  # all of it
+    trainer.network.eval()
+    trainer.head.eval()
+    fisher = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    row_batches = np.array_split(rows, -(-len(rows) // FISHER_BATCH_SIZE)) if len(rows) else []
+    for _, inputs in prefetch_batches(trainer.validation_data, row_batches, 0):
+        for image in inputs.to(trainer.device).split(1):
             with torch.enable_grad():
-                logs = functional.log_softmax(job.scores(job.watched, image)[0], dim=0)
-            for answer, share in enumerate(logs.detach().exp()):
-                last = answer + 1 == len(logs)
-                slopes = torch.autograd.grad(logs[answer], list(parameters.values()), retain_graph=not last)
-                for name, slope in zip(parameters, slopes, strict=True):
-                    found[name].addcmul_(slope, slope, value=float(share) / len(rows))
-    return found
+                log_probs = functional.log_softmax(trainer.compute_scores(trainer.validation_data, image)[0], dim=0)
+            for class_index, probability in enumerate(log_probs.detach().exp()):
+                is_last = class_index + 1 == len(log_probs)
+                gradients = torch.autograd.grad(
+                    log_probs[class_index], list(parameters.values()), retain_graph=not is_last
+                )
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    fisher[name].addcmul_(gradient, gradient, value=float(probability) / len(rows))
+    return fisher

@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from featpipe.recipe import FineTuning
+from featpipe.recipe import FineTuneConfig
 
-__all__ = ["ONE_CYCLE_RISE", "factor", "groups", "optimizer_of"]
+__all__ = ["ONE_CYCLE_WARMUP_SHARE", "make_optimizer", "make_parameter_groups", "schedule_factor"]
 
-ONE_CYCLE_START, ONE_CYCLE_END, ONE_CYCLE_RISE = 1 / 25, 1e-4, 0.3  # of the highest rate; the share of steps
+ONE_CYCLE_START_FACTOR, ONE_CYCLE_END_FACTOR, ONE_CYCLE_WARMUP_SHARE = (
+    1 / 25,
+    1e-4,
+    0.3,
+)  # of the highest rate; the share of steps
 
 
-def groups(
-    head: Mapping[str, nn.Parameter], below: Mapping[str, nn.Parameter], depth: Mapping[str, int], tuning: FineTuning
+def make_parameter_groups(
+    head_parameters: Mapping[str, nn.Parameter],
+    backbone_parameters: Mapping[str, nn.Parameter],
+    depth: Mapping[str, int],
+    tuning: FineTuneConfig,
 ) -> list[dict[str, Any]]:
     """Parameter groups of an optimizer: by their distance from the new layer, norms and biases apart.
 
@@ -35,36 +42,36 @@ def groups(
     list of dict
         ``share`` is what the base rate is multiplied by; ``names`` are those of ``params``.
     """
-    found: dict[tuple[int, bool], dict[str, Any]] = {}
-    named = [(name, parameter, 0) for name, parameter in head.items()]
-    named += [(name, parameter, depth[name]) for name, parameter in below.items()]
-    for name, parameter, distance in named:
-        decays = parameter.ndim > 1
-        group = found.setdefault(
-            (distance, decays),
+    groups_by_key: dict[tuple[int, bool], dict[str, Any]] = {}
+    named_parameters = [(name, parameter, 0) for name, parameter in head_parameters.items()]
+    named_parameters += [(name, parameter, depth[name]) for name, parameter in backbone_parameters.items()]
+    for name, parameter, distance in named_parameters:
+        has_weight_decay = parameter.ndim > 1
+        group = groups_by_key.setdefault(
+            (distance, has_weight_decay),
             {
                 "params": [],
                 "names": [],
                 "share": tuning.layer_decay**distance,
-                "weight_decay": tuning.weight_decay if decays else 0.0,
+                "weight_decay": tuning.weight_decay if has_weight_decay else 0.0,
             },
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    return [found[key] for key in sorted(found)]
+    return [groups_by_key[key] for key in sorted(groups_by_key)]
 
 
-def optimizer_of(parameter_groups: list[dict[str, Any]], tuning: FineTuning) -> torch.optim.Optimizer:
+def make_optimizer(parameter_groups: list[dict[str, Any]], tuning: FineTuneConfig) -> torch.optim.Optimizer:
     """The optimizer of some groups; its rates are set in every step."""
     if tuning.optimizer == "sgd":
         nesterov = tuning.momentum > 0
         return torch.optim.SGD(parameter_groups, lr=0.0, momentum=tuning.momentum, nesterov=nesterov)
     parameters = [parameter for group in parameter_groups for parameter in group["params"]]
-    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-    return torch.optim.AdamW(parameter_groups, lr=0.0, fused=on_cpu or None)  # in one pass over each weight
+    all_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    return torch.optim.AdamW(parameter_groups, lr=0.0, fused=all_on_cpu or None)  # in one pass over each weight
 
 
-def factor(step: int, steps: int, tuning: FineTuning) -> float:
+def schedule_factor(step: int, total_steps: int, tuning: FineTuneConfig) -> float:
     """What the rates are multiplied by in a step, counted from 0, of so many.
 
     Examples
@@ -73,16 +80,20 @@ def factor(step: int, steps: int, tuning: FineTuning) -> float:
     [0.5, 1.0, 1.0, 0.5, 0.038]
     """
     one_cycle = tuning.schedule == "one-cycle"
-    rising = round((tuning.warmup or (ONE_CYCLE_RISE if one_cycle else 0)) * steps)
-    if step < rising:
-        risen = (step + 1) / rising
-        return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * _eased(risen) if one_cycle else risen
+    warmup_steps = round((tuning.warmup or (ONE_CYCLE_WARMUP_SHARE if one_cycle else 0)) * total_steps)
+    if step < warmup_steps:
+        warmup_progress = (step + 1) / warmup_steps
+        return (
+            ONE_CYCLE_START_FACTOR + (1 - ONE_CYCLE_START_FACTOR) * _cosine_ramp(warmup_progress)
+            if one_cycle
+            else warmup_progress
+        )
     if tuning.schedule == "constant":
         return 1.0
-    left = 1 - _eased((step - rising) / max(1, steps - rising))
-    return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * left if one_cycle else left
+    decay_factor = 1 - _cosine_ramp((step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return ONE_CYCLE_END_FACTOR + (1 - ONE_CYCLE_END_FACTOR) * decay_factor if one_cycle else decay_factor
 
 
-def _eased(share: float) -> float:
+def _cosine_ramp(fraction: float) -> float:
     """From 0 to 1 along half a cosine."""
-    return (1 - math.cos(math.pi * share)) / 2
+    return (1 - math.cos(math.pi * fraction)) / 2

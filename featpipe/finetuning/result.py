@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.model import Model
-from featpipe.scores import METRICS, Scores, number, paired, score
-from featpipe.scores.paired import mcnemar
+from featpipe.scores import METRICS, Scores, compare_paired, format_score, score
+from featpipe.scores.paired import mcnemar_test
 
-__all__ = ["Comparison", "FineTuned", "compared"]
+__all__ = ["FineTuningResult", "ProbeComparison", "compare_models"]
 
 LOWER_IS_BETTER = ("log_loss", "calibration_error", "mae", "rmse")
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class ProbeComparison:
     """Two models on the same held-out rows.
 
     Attributes
@@ -55,21 +55,21 @@ class Comparison:
         """In one sentence."""
         row = next(row for row in self.metrics if row["name"] == self.main)
         name, p = METRICS[self.main][0].lower(), row["p"]
-        change = f"{name} {_shown(row['probe'])} → {_shown(row['tuned'])}"
+        change = f"{name} {_format_interval(row['probe'])} → {_format_interval(row['tuned'])}"
         if self.gain == 0:
             return f"fine-tuned is neither better nor worse than the probe on {self.n} held-out images: {change}"
-        what = "better" if self.gain > 0 else "worse"
-        chance = "" if self.sure else ", which may be chance"
-        return f"fine-tuned is {what} than the probe on {self.n} held-out images{chance}: {change}, p = {p:.2g}"
+        direction = "better" if self.gain > 0 else "worse"
+        caveat = "" if self.sure else ", which may be chance"
+        return f"fine-tuned is {direction} than the probe on {self.n} held-out images{caveat}: {change}, p = {p:.2g}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {"n": self.n, "main": self.main, "metrics": self.metrics, "per_class": self.per_class}
 
 
-def compared(
+def compare_models(
     task: str, truth: NDArray[Any], probe: NDArray[Any], tuned: NDArray[Any], classes: tuple[str, ...]
-) -> Comparison:
+) -> ProbeComparison:
     """Scores of both, with their intervals and the tests of what differs.
 
     Parameters
@@ -81,61 +81,61 @@ def compared(
         Probabilities or numbers.
     classes : tuple of str
     """
-    ours, theirs = (score(task, truth, answers, classes) for answers in (tuned, probe))
-    contrasts = paired(task, truth, tuned, probe, classes).contrasts
+    tuned_scores, probe_scores = (score(task, truth, predictions, classes) for predictions in (tuned, probe))
+    contrasts = compare_paired(task, truth, tuned, probe, classes).contrasts
     metrics = [
         {
             "name": name,
-            "probe": _interval(theirs, name),
-            "tuned": _interval(ours, name),
-            "difference": [_plain(v) for v in (c.difference.value, c.difference.low, c.difference.high)],
-            "p": _plain(c.p),
+            "probe": _to_interval(probe_scores, name),
+            "tuned": _to_interval(tuned_scores, name),
+            "difference": [_finite_or_none(v) for v in (c.difference.value, c.difference.low, c.difference.high)],
+            "p": _finite_or_none(c.p),
         }
         for name, c in contrasts.items()
     ]
-    per_class = _per_class(truth, probe, tuned, ours, theirs) if task == "classification" else []
-    main = next(name for name in ours.metrics if name in contrasts)
-    return Comparison(len(truth), main, metrics, per_class)
+    per_class = _compare_classes(truth, probe, tuned, tuned_scores, probe_scores) if task == "classification" else []
+    main = next(name for name in tuned_scores.metrics if name in contrasts)
+    return ProbeComparison(len(truth), main, metrics, per_class)
 
 
-def _per_class(
-    truth: NDArray[Any], probe: NDArray[Any], tuned: NDArray[Any], ours: Scores, theirs: Scores
+def _compare_classes(
+    truth: NDArray[Any], probe: NDArray[Any], tuned: NDArray[Any], tuned_scores: Scores, probe_scores: Scores
 ) -> list[dict[str, Any]]:
-    names = np.array(ours.classes, dtype=object)
-    right = {"probe": names[probe.argmax(axis=1)] == truth, "tuned": names[tuned.argmax(axis=1)] == truth}
-    found = []
-    for mine, before in zip(ours.per_class, theirs.per_class, strict=True):
-        of_class = truth == mine["name"]
-        found.append(
+    class_names = np.array(tuned_scores.classes, dtype=object)
+    correct = {"probe": class_names[probe.argmax(axis=1)] == truth, "tuned": class_names[tuned.argmax(axis=1)] == truth}
+    rows = []
+    for tuned_row, probe_row in zip(tuned_scores.per_class, probe_scores.per_class, strict=True):
+        in_class = truth == tuned_row["name"]
+        rows.append(
             {
-                "name": mine["name"],
-                "rows": int(of_class.sum()),
-                "probe": [_plain(v) for v in (before["recall"], *before["recall_interval"])],
-                "tuned": [_plain(v) for v in (mine["recall"], *mine["recall_interval"])],
-                "p": mcnemar(right["tuned"][of_class], right["probe"][of_class]).p if of_class.any() else None,
+                "name": tuned_row["name"],
+                "rows": int(in_class.sum()),
+                "probe": [_finite_or_none(v) for v in (probe_row["recall"], *probe_row["recall_interval"])],
+                "tuned": [_finite_or_none(v) for v in (tuned_row["recall"], *tuned_row["recall_interval"])],
+                "p": mcnemar_test(correct["tuned"][in_class], correct["probe"][in_class]).p if in_class.any() else None,
             }
         )
-    return found
+    return rows
 
 
-def _interval(scores: Scores, name: str) -> list[float | None]:
-    found = scores.metrics[name]
-    return [_plain(value) for value in (found.value, found.low, found.high)]
+def _to_interval(scores: Scores, name: str) -> list[float | None]:
+    metric = scores.metrics[name]
+    return [_finite_or_none(value) for value in (metric.value, metric.low, metric.high)]
 
 
-def _plain(value: Any) -> float | None:
+def _finite_or_none(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _shown(values: list[float | None], signed: bool = False) -> str:
+def _format_interval(values: list[float | None], signed: bool = False) -> str:
     value, low, high = (math.nan if v is None else v for v in values)
     sign = "+" if signed and value > 0 else ""
-    bounds = f" [{number(low)}, {number(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"{sign}{number(value)}{bounds}"
+    bounds = f" [{format_score(low)}, {format_score(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    return f"{sign}{format_score(value)}{bounds}"
 
 
 @dataclass(frozen=True, eq=False)
-class FineTuned:
+class FineTuningResult:
     """What fine-tuning left.
 
     Attributes
@@ -154,7 +154,7 @@ class FineTuned:
 
     model: Model
     kept: str
-    comparison: Comparison
+    comparison: ProbeComparison
     curve: list[dict[str, Any]]
     best_epoch: int
     notes: tuple[str, ...]
@@ -171,18 +171,28 @@ class FineTuned:
         }
 
     @classmethod
-    def of(cls, model: Model, facts: Mapping[str, Any]) -> FineTuned:
+    def from_dict(cls, model: Model, document: Mapping[str, Any]) -> FineTuningResult:
         """From `to_dict`."""
-        comparison = Comparison(**facts["comparison"])
-        return cls(model, facts["kept"], comparison, facts["curve"], facts["best_epoch"], tuple(facts["notes"]))
+        comparison = ProbeComparison(**document["comparison"])
+        return cls(
+            model, document["kept"], comparison, document["curve"], document["best_epoch"], tuple(document["notes"])
+        )
 
     def as_table(self) -> list[list[str]]:
         """The scores for people, a header first."""
         rows = [["", "probe", "fine-tuned", "difference", "p"]]
         for row in self.comparison.metrics:
-            difference = _shown(row["difference"], signed=True)
+            difference = _format_interval(row["difference"], signed=True)
             name, p = METRICS[row["name"]][0], row["p"]
-            rows.append([name, _shown(row["probe"]), _shown(row["tuned"]), difference, "" if p is None else f"{p:.2g}"])
+            rows.append(
+                [
+                    name,
+                    _format_interval(row["probe"]),
+                    _format_interval(row["tuned"]),
+                    difference,
+                    "" if p is None else f"{p:.2g}",
+                ]
+            )
         return rows
 
     def class_table(self) -> list[list[str]]:
@@ -190,5 +200,7 @@ class FineTuned:
         rows = [["class", "rows", "probe", "fine-tuned", "p"]]
         for row in self.comparison.per_class:
             p = "" if row["p"] is None else f"{row['p']:.2g}"
-            rows.append([row["name"], str(row["rows"]), _shown(row["probe"]), _shown(row["tuned"]), p])
+            rows.append(
+                [row["name"], str(row["rows"]), _format_interval(row["probe"]), _format_interval(row["tuned"]), p]
+            )
         return rows

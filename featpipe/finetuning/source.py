@@ -18,14 +18,14 @@ from featpipe.engine.devices import available_cores
 from featpipe.errors import SampleError
 from featpipe.fingerprint import digest
 from featpipe.status import Status
-from featpipe.workers import ahead as work_ahead
+from featpipe.workers import prefetch as prefetch_in_thread
 
-__all__ = ["Embedding", "PictureSource", "Source", "ahead"]
+__all__ = ["DecodedImageDataset", "EmbeddingNetwork", "TrainingDataset", "prefetch_batches"]
 
-READY = 2  # batches that are made ready while one is trained on
+PREFETCHED_BATCHES = 2  # batches that are made ready while one is trained on
 
 
-class Source(Protocol):
+class TrainingDataset(Protocol):
     """What the loop trains on.
 
     Attributes
@@ -41,7 +41,7 @@ class Source(Protocol):
         ...
 
 
-class Embedding(nn.Module):
+class EmbeddingNetwork(nn.Module):
     """A network up to one of its outputs.
 
     Parameters
@@ -60,7 +60,7 @@ class Embedding(nn.Module):
         return Recorder([self.output]).run(self.network, images)[self.output.name]
 
 
-class PictureSource:
+class DecodedImageDataset:
     """Decodes and changes the pictures of an archive.
 
     Parameters
@@ -80,18 +80,18 @@ class PictureSource:
         index: Index,
         digests: NDArray[np.uint8],
         network: nn.Module,
-        views: Callable[[Tensor, int], Tensor],
+        transform: Callable[[Tensor, int], Tensor],
         workers: int | None = None,
     ) -> None:
         self.network = network
         self._index = index
         self._digests = digests
-        self._views = views
+        self._transform = transform
         self._reader = index.open()
-        self._kept = [self._read(row) for row in range(len(index))] if index.sequential else None
+        self._encoded_images = [self._read_bytes(row) for row in range(len(index))] if index.sequential else None
         self._pool = ThreadPoolExecutor(workers or available_cores(), "featpipe-pictures")
 
-    def __enter__(self) -> PictureSource:
+    def __enter__(self) -> DecodedImageDataset:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -102,10 +102,10 @@ class PictureSource:
         """Pictures of shape (b, 3, h, w), float32."""
         if not len(rows):
             return torch.zeros(0)
-        return torch.stack(list(self._pool.map(lambda row: self._picture(row, epoch), rows.tolist())))
+        return torch.stack(list(self._pool.map(lambda row: self._load_image(row, epoch), rows.tolist())))
 
-    def _picture(self, row: int, epoch: int) -> Tensor:
-        data = self._kept[row] if self._kept is not None else self._read(row)
+    def _load_image(self, row: int, epoch: int) -> Tensor:
+        data = self._encoded_images[row] if self._encoded_images is not None else self._read_bytes(row)
         if digest(data) != self._digests[row].tobytes():
             name = self._index.ids[row]
             raise SampleError(
@@ -113,10 +113,10 @@ class PictureSource:
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
-        with decoding.in_turn(data) as picture:
-            return self._views(torch.from_numpy(picture).permute(2, 0, 1), epoch)
+        with decoding.decode_within_budget(data) as image:
+            return self._transform(torch.from_numpy(image).permute(2, 0, 1), epoch)
 
-    def _read(self, row: int) -> bytes:
+    def _read_bytes(self, row: int) -> bytes:
         """Its bytes; what can only be read front to back is kept in memory, as it is encoded."""
         try:
             return self._reader.read(row)
@@ -126,9 +126,13 @@ class PictureSource:
             raise
 
 
-def ahead(
-    source: Source, batches: Sequence[NDArray[np.int64]], epoch: int, first: int = 0
+def prefetch_batches(
+    dataset: TrainingDataset, batches: Sequence[NDArray[np.int64]], epoch: int, first_batch: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """The batches from the first that is wanted, made ready by another thread while the one before is trained on."""
-    wanted = batches[first:]
-    return zip(wanted, work_ahead(lambda rows: source.batch(rows, epoch), wanted, READY), strict=True)
+    remaining_batches = batches[first_batch:]
+    return zip(
+        remaining_batches,
+        prefetch_in_thread(lambda rows: dataset.batch(rows, epoch), remaining_batches, PREFETCHED_BATCHES),
+        strict=True,
+    )

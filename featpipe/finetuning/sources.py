@@ -10,21 +10,28 @@ import numpy as np
 from torch import nn
 
 from featpipe.backbone import Backbone
-from featpipe.backbone.cutting import Cut, cut
+from featpipe.backbone.cutting import Partition, partition_network
 from featpipe.errors import ConfigError
-from featpipe.finetuning.boundary import MIXED, Worth, map_source, worth
-from featpipe.finetuning.case import Case
-from featpipe.finetuning.source import Embedding, PictureSource, Source
-from featpipe.finetuning.unfreezing import Unfrozen
-from featpipe.finetuning.views import Augmentation, View
+from featpipe.finetuning.boundary import (
+    MIXING_NOT_CACHEABLE,
+    CacheEstimate,
+    estimate_caching_gain,
+    make_feature_map_dataset,
+)
+from featpipe.finetuning.case import FineTuneContext
+from featpipe.finetuning.source import DecodedImageDataset, EmbeddingNetwork, TrainingDataset
+from featpipe.finetuning.unfreezing import UnfrozenParameters
+from featpipe.finetuning.views import Augmentation, AugmentedTransform
 from featpipe.progress import Progress
 
-__all__ = ["opened"]
+__all__ = ["open_datasets"]
 
-Opened = AbstractContextManager[Source]
+DatasetContext = AbstractContextManager[TrainingDataset]
 
 
-def opened(case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen) -> tuple[Opened, Opened]:
+def open_datasets(
+    context: FineTuneContext, backbone: Backbone, network: nn.Module, unfrozen_params: UnfrozenParameters
+) -> tuple[DatasetContext, DatasetContext]:
     """The sources of what is trained on, and of what says when to stop, without augmentation.
 
     Parameters
@@ -36,69 +43,91 @@ def opened(case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen)
         A copy of its network, which is trained.
     chosen : Unfrozen
     """
-    augmentation, plain = Augmentation.of(case.tuning.augmentation), Augmentation()
-    found = _boundary(case, backbone, network, chosen, augmentation)
-    if found is not None:
+    augmentation, no_augmentation = Augmentation.from_dict(context.tuning.augmentation), Augmentation()
+    partition = _find_boundary(context, backbone, network, unfrozen_params, augmentation)
+    if partition is not None:
         try:
-            return _maps(case, backbone, found, augmentation)
+            return _open_feature_maps(context, backbone, partition, augmentation)
         except ConfigError as error:
-            if case.tuning.cache_activations == "yes":
+            if context.tuning.cache_activations == "yes":
                 raise
-            case.tell(Progress("warning", str(error)))
-    return _pictures(case, backbone, network, augmentation), _pictures(case, backbone, network, plain)
+            context.progress(Progress("warning", str(error)))
+    return _open_images(context, backbone, network, augmentation), _open_images(
+        context, backbone, network, no_augmentation
+    )
 
 
-def _maps(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> tuple[Opened, Opened]:
-    settings = {"cache": case.cache, "device": str(case.device), "workers": case.tuning.workers}
-    how: dict[str, Any] = {"settings": settings, "seed": case.tuning.seed, "progress": case.tell}
-    how["views"] = min(case.tuning.views, case.tuning.epochs)
+def _open_feature_maps(
+    context: FineTuneContext, backbone: Backbone, partition: Partition, augmentation: Augmentation
+) -> tuple[DatasetContext, DatasetContext]:
+    settings = {"cache": context.cache_folder, "device": str(context.device), "workers": context.tuning.workers}
+    map_options: dict[str, Any] = {"settings": settings, "seed": context.tuning.seed, "progress": context.progress}
+    map_options["views"] = min(context.tuning.views, context.tuning.epochs)
 
-    def maps(rows: Any, changes: Augmentation) -> Opened:
-        return case.world.in_turn(lambda: map_source(case.index, rows, backbone, found, augmentation=changes, **how))
+    def open_maps(rows: Any, map_augmentation: Augmentation) -> DatasetContext:
+        return context.distributed.run_main_first(
+            lambda: make_feature_map_dataset(
+                context.index, rows, backbone, partition, augmentation=map_augmentation, **map_options
+            )
+        )
 
-    looked_at = np.concatenate([case.sides.validation, case.beside])
-    if not augmentation.changes:
-        both = maps(np.union1d(case.sides.train, looked_at), augmentation)
-        return both, both
-    return maps(case.sides.train, augmentation), maps(np.unique(looked_at), Augmentation())
-
-
-def _pictures(case: Case, backbone: Backbone, network: nn.Module, augmentation: Augmentation) -> PictureSource:
-    embedding = Embedding(network, backbone.outputs[0])
-
-    def view(picture: Any, epoch: int) -> Any:
-        return View(backbone.transform, augmentation, epoch, case.tuning.seed)(picture)
-
-    return PictureSource(case.index, case.before.digests, embedding, view, case.tuning.workers)
+    evaluation_rows = np.concatenate([context.splits.validation, context.monitor_rows])
+    if not augmentation.is_active:
+        shared_maps = open_maps(np.union1d(context.splits.train, evaluation_rows), augmentation)
+        return shared_maps, shared_maps
+    return open_maps(context.splits.train, augmentation), open_maps(np.unique(evaluation_rows), Augmentation())
 
 
-def _boundary(
-    case: Case, backbone: Backbone, network: nn.Module, chosen: Unfrozen, augmentation: Augmentation
-) -> Cut | None:
+def _open_images(
+    context: FineTuneContext, backbone: Backbone, network: nn.Module, augmentation: Augmentation
+) -> DecodedImageDataset:
+    embedding_network = EmbeddingNetwork(network, backbone.outputs[0])
+
+    def transform_image(image: Any, epoch: int) -> Any:
+        return AugmentedTransform(backbone.transform, augmentation, epoch, context.tuning.seed)(image)
+
+    return DecodedImageDataset(
+        context.index, context.base_cache.digests, embedding_network, transform_image, context.tuning.workers
+    )
+
+
+def _find_boundary(
+    context: FineTuneContext,
+    backbone: Backbone,
+    network: nn.Module,
+    unfrozen_params: UnfrozenParameters,
+    augmentation: Augmentation,
+) -> Partition | None:
     """Where the network is cut; None where pictures are decoded, which is said."""
-    wish, tuning = case.tuning.cache_activations, case.tuning
-    if wish == "no":
+    cache_setting, tuning = context.tuning.cache_activations, context.tuning
+    if cache_setting == "no":
         return None
-    frozen = [name for name, _ in network.named_parameters() if name not in chosen.depth]
+    frozen_names = [name for name, _ in network.named_parameters() if name not in unfrozen_params.depth]
     try:
         if tuning.mixup or tuning.cutmix:
-            raise ConfigError(MIXED)
-        found = cut(replace(backbone, network=network), frozen)
-        pays = _worth(case, backbone, found, augmentation)
+            raise ConfigError(MIXING_NOT_CACHEABLE)
+        partition = partition_network(replace(backbone, network=network), frozen_names)
+        estimate = _estimate_caching_gain(context, backbone, partition, augmentation)
     except ConfigError as error:
-        if wish == "yes":
+        if cache_setting == "yes":
             raise ConfigError(f"cache_activations=yes: {error}") from None
-        case.tell(Progress("note", f"every epoch decodes the pictures: {error}"))
+        context.progress(Progress("note", f"every epoch decodes the pictures: {error}"))
         return None
-    keeps = pays.pays or wish == "yes"
-    before = (
-        "" if pays.pays else "feature maps are kept, as was asked: " if keeps else "every epoch decodes the pictures: "
+    use_cache = estimate.worthwhile or cache_setting == "yes"
+    prefix = (
+        ""
+        if estimate.worthwhile
+        else "feature maps are kept, as was asked: "
+        if use_cache
+        else "every epoch decodes the pictures: "
     )
-    case.tell(Progress("note", before + pays.why))
-    return found if keeps else None
+    context.progress(Progress("note", prefix + estimate.reason))
+    return partition if use_cache else None
 
 
-def _worth(case: Case, backbone: Backbone, found: Cut, augmentation: Augmentation) -> Worth:
-    images = len(case.sides.seen) + len(case.beside)
-    views = case.tuning.views if augmentation.changes else 1
-    return worth(backbone, found, images, case.tuning.epochs, views, case.cache)
+def _estimate_caching_gain(
+    context: FineTuneContext, backbone: Backbone, partition: Partition, augmentation: Augmentation
+) -> CacheEstimate:
+    n_images = len(context.splits.train_and_validation) + len(context.monitor_rows)
+    n_views = context.tuning.views if augmentation.is_active else 1
+    return estimate_caching_gain(backbone, partition, n_images, context.tuning.epochs, n_views, context.cache_folder)

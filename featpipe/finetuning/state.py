@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from featpipe.finetuning.job import Job
-from featpipe.finetuning.rates import groups, optimizer_of
+from featpipe.finetuning.job import Trainer
+from featpipe.finetuning.rates import make_optimizer, make_parameter_groups
 
-__all__ = ["Epoch", "State"]
+__all__ = ["EpochRecord", "TrainingState"]
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochRecord:
     """What is recorded of an epoch; of number 0 what was true before the first step.
 
     Attributes
@@ -43,20 +43,20 @@ class Epoch:
     old_score: float | None = None
     new_score: float | None = None
 
-    def facts(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | None]:
         """As JSON can hold it."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        found = {name: value if math.isfinite(value) else None for name, value in known.items()}
-        return {**found, "number": self.number}
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        finite_values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {**finite_values, "number": self.number}
 
     @classmethod
-    def of(cls, facts: dict[str, float | int | None]) -> Epoch:
-        values = {name: math.nan if value is None else float(value) for name, value in facts.items()}
+    def from_dict(cls, document: dict[str, float | int | None]) -> EpochRecord:
+        values = {name: math.nan if value is None else float(value) for name, value in document.items()}
         return cls(**{**values, "number": int(values["number"])})  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)
-class State:
+class TrainingState:
     """What changes from step to step.
 
     Attributes
@@ -89,71 +89,82 @@ class State:
     loss: float = 0.0
     seen: int = 0
     pieces: int = 1
-    curve: list[Epoch] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    average: dict[str, Tensor] = field(default_factory=dict)
+    curve: list[EpochRecord] = field(default_factory=list)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    ema_weights: dict[str, Tensor] = field(default_factory=dict)
     monitor: str = "score"
 
     @classmethod
-    def begun(cls, job: Job, rate: float) -> State:
+    def init(cls, trainer: Trainer, rate: float) -> TrainingState:
         """Before the first step."""
-        below = {name: parameter for name, parameter in job.parameters().items() if name in job.depth()}
-        head = {name: parameter for name, parameter in job.parameters().items() if name not in below}
-        optimizer = optimizer_of(groups(head, below, job.depth(), job.tuning), job.tuning)
-        scaler = torch.amp.GradScaler(job.device.type, enabled=job.tuning.precision == "fp16")
-        state = cls(optimizer, scaler, rate, pieces=job.tuning.accumulate, monitor=job.tuning.monitor)
-        if job.tuning.ema:
-            state.average = copied(job.kept())
+        backbone_parameters = {
+            name: parameter
+            for name, parameter in trainer.trained_parameters().items()
+            if name in trainer.parameter_depths()
+        }
+        head_parameters = {
+            name: parameter
+            for name, parameter in trainer.trained_parameters().items()
+            if name not in backbone_parameters
+        }
+        optimizer = make_optimizer(
+            make_parameter_groups(head_parameters, backbone_parameters, trainer.parameter_depths(), trainer.tuning),
+            trainer.tuning,
+        )
+        scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.tuning.precision == "fp16")
+        state = cls(optimizer, scaler, rate, pieces=trainer.tuning.accumulate, monitor=trainer.tuning.monitor)
+        if trainer.tuning.ema:
+            state.ema_weights = clone_tensors(trainer.trained_tensors())
         return state
 
     @property
-    def best_epoch(self) -> Epoch:
-        def order(epoch: Epoch) -> tuple[float, float, int]:
-            score = -epoch.validation_score if self.monitor == "score" else 0.0
-            return score, epoch.validation_loss, epoch.number
+    def best_epoch(self) -> EpochRecord:
+        def sort_key(epoch: EpochRecord) -> tuple[float, float, int]:
+            negative_score = -epoch.validation_score if self.monitor == "score" else 0.0
+            return negative_score, epoch.validation_loss, epoch.number
 
-        return min(self.curve, key=order)
+        return min(self.curve, key=sort_key)
 
     @property
-    def waited(self) -> int:
+    def epochs_without_improvement(self) -> int:
         """Epochs since the best one."""
         return self.curve[-1].number - self.best_epoch.number
 
-    def record(self, epoch: Epoch, job: Job) -> None:
+    def record_epoch(self, epoch: EpochRecord, trainer: Trainer) -> None:
         """Note an epoch, and its weights if it is the best one."""
         self.curve.append(epoch)
         if self.best_epoch is epoch:
-            self.best = copied(self.average or job.kept())
+            self.best_weights = clone_tensors(self.ema_weights or trainer.trained_tensors())
 
-    def follow(self, job: Job, steps: int) -> None:
+    def update_ema(self, trainer: Trainer, steps_done: int) -> None:
         """Move the average towards the weights, faster in the first steps."""
-        decay = min(job.tuning.ema, (1 + steps) / (10 + steps))
-        for name, value in job.kept().items():
-            average = self.average[name]
+        decay = min(trainer.tuning.ema, (1 + steps_done) / (10 + steps_done))
+        for name, value in trainer.trained_tensors().items():
+            ema_tensor = self.ema_weights[name]
             if value.is_floating_point():
-                average.lerp_(value, 1 - decay)
+                ema_tensor.lerp_(value, 1 - decay)
             else:
-                average.copy_(value)
+                ema_tensor.copy_(value)
 
     @contextmanager
-    def averaged(self, job: Job) -> Iterator[None]:
+    def use_ema_weights(self, trainer: Trainer) -> Iterator[None]:
         """With the average in the place of the weights, if there is one."""
-        if not self.average:
+        if not self.ema_weights:
             yield
             return
-        now = copied(job.kept())
-        put(job, self.average)
+        current_weights = clone_tensors(trainer.trained_tensors())
+        load_weights(trainer, self.ema_weights)
         try:
             yield
         finally:
-            put(job, now)
+            load_weights(trainer, current_weights)
 
 
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def clone_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def put(job: Job, values: dict[str, Tensor]) -> None:
+def load_weights(trainer: Trainer, values: dict[str, Tensor]) -> None:
     """Set what training changes."""
-    for name, tensor in job.kept().items():
+    for name, tensor in trainer.trained_tensors().items():
         tensor.copy_(values[name])

@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from featpipe.backbone import Backbone
-from featpipe.backbone.passes import runs
-from featpipe.backbone.stages import Stage, stages
+from featpipe.backbone.passes import trace_modules
+from featpipe.backbone.stages import Stage, find_stages
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
-__all__ = ["Unfrozen", "unfrozen"]
+__all__ = ["UnfrozenParameters", "select_unfrozen"]
 
-_SLICE = re.compile(r"layers\[(-?\d*)(?::(-?\d*))?\]")
-_STAGES = re.compile(r"(\d+)(?: stages?)?")
-_SHARE = re.compile(r"0?\.\d+|1\.0+")
-_GLOB = re.compile(r"[*?\[]")
+_SLICE_PATTERN = re.compile(r"layers\[(-?\d*)(?::(-?\d*))?\]")
+_STAGES_PATTERN = re.compile(r"(\d+)(?: stages?)?")
+_SHARE_PATTERN = re.compile(r"0?\.\d+|1\.0+")
+_GLOB_PATTERN = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
-class Unfrozen:
+class UnfrozenParameters:
     """What is trained below the new layer.
 
     Attributes
@@ -50,27 +50,29 @@ class Unfrozen:
         deepest = max(self.depth.values(), default=0)
         return self.stages[: len(self.stages) - deepest]
 
-    def thawed(self, epoch: int, gradual: int) -> tuple[str, ...]:
+    def active_names(self, epoch: int, gradual: int) -> tuple[str, ...]:
         """The parameters that are trained in an epoch, counted from 0: one more stage every ``gradual`` epochs."""
-        reached = math.inf if not gradual else epoch // gradual
-        return tuple(name for name, depth in self.depth.items() if self._turn(depth) <= reached)
+        n_active_stages = math.inf if not gradual else epoch // gradual
+        return tuple(name for name, depth in self.depth.items() if self._unfreeze_rank(depth) <= n_active_stages)
 
-    def _turn(self, depth: int) -> int:
+    def _unfreeze_rank(self, depth: int) -> int:
         """Which of the trained stages it is, from 1 for the one next to the new layer."""
         return sorted(set(self.depth.values())).index(depth) + 1
 
-    def told(self, network: nn.Module) -> str:
+    def describe(self, network: nn.Module) -> str:
         """For people."""
         if not self.depth:
             return "the new layer alone is trained"
-        numbers = {name: parameter.numel() for name, parameter in network.named_parameters()}
-        some, all_ = sum(numbers[name] for name in self.depth), sum(numbers.values())
-        names = [stage.name for n, stage in enumerate(self.stages) if len(self.stages) - n in set(self.depth.values())]
-        listed = ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]}"
-        return f"trained: the new layer and {some:,} of {all_:,} weights, in {listed}"
+        parameter_counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        trained_count, total_count = sum(parameter_counts[name] for name in self.depth), sum(parameter_counts.values())
+        stage_names = [
+            stage.name for n, stage in enumerate(self.stages) if len(self.stages) - n in set(self.depth.values())
+        ]
+        stages_text = ", ".join(stage_names) if len(stage_names) <= 6 else f"{stage_names[0]} to {stage_names[-1]}"
+        return f"trained: the new layer and {trained_count:,} of {total_count:,} weights, in {stages_text}"
 
 
-def unfrozen(backbone: Backbone, what: str) -> Unfrozen:
+def select_unfrozen(backbone: Backbone, unfreeze: str) -> UnfrozenParameters:
     """Find what is to be trained.
 
     Parameters
@@ -92,101 +94,107 @@ def unfrozen(backbone: Backbone, what: str) -> Unfrozen:
     15
     """
     network, size = backbone.network, backbone.transform.size
-    order = stages(network, size)
-    reached = _reached(backbone)
-    last = max((n for n, stage in enumerate(order) if any(name in stage for name in reached)), default=-1)
-    order = order[: last + 1]
-    wanted: set[str] = set()
-    for words in (part.strip() for part in what.split(",")):
-        wanted |= _named(network, size, order, words)
+    network_stages = find_stages(network, size)
+    reachable_names = _find_reachable_parameters(backbone)
+    last_index = max(
+        (n for n, stage in enumerate(network_stages) if any(name in stage for name in reachable_names)), default=-1
+    )
+    network_stages = network_stages[: last_index + 1]
+    selected_names: set[str] = set()
+    for term in (part.strip() for part in unfreeze.split(",")):
+        selected_names |= _select_by_term(network, size, network_stages, term)
     depth = {}
-    for name in (name for name in reached if name in wanted):
-        at = next((n for n, stage in enumerate(order) if name in stage), 0)
-        depth[name] = len(order) - at
-    if wanted and not depth:
+    for name in (name for name in reachable_names if name in selected_names):
+        stage_index = next((n for n, stage in enumerate(network_stages) if name in stage), 0)
+        depth[name] = len(network_stages) - stage_index
+    if selected_names and not depth:
         raise ConfigError(
-            f"unfreeze={what}: none of its weights has a part in output {backbone.outputs[0].name!r}; take others"
+            f"unfreeze={unfreeze}: none of its weights has a part in output {backbone.outputs[0].name!r}; take others"
         )
-    if not depth and what.strip() != "head":
-        raise ConfigError(f"unfreeze={what}: nothing is left to train; give head, last, a number of stages, or all")
-    return Unfrozen(order, depth)
+    if not depth and unfreeze.strip() != "head":
+        raise ConfigError(f"unfreeze={unfreeze}: nothing is left to train; give head, last, a number of stages, or all")
+    return UnfrozenParameters(network_stages, depth)
 
 
-def _named(network: nn.Module, size: tuple[int, int], order: Sequence[Stage], words: str) -> set[str]:
+def _select_by_term(network: nn.Module, size: tuple[int, int], network_stages: Sequence[Stage], term: str) -> set[str]:
     """The parameters that some words name."""
     names = [name for name, _ in network.named_parameters()]
-    if words in ("head", "all", "last"):
-        return {"head": set(), "all": set(names), "last": _of_stages(names, order, 1)}[words]
-    if found := _STAGES.fullmatch(words):
-        if not 0 < int(found[1]) <= len(order):
-            shown = ", ".join(stage.name for stage in order)
+    if term in ("head", "all", "last"):
+        return {"head": set(), "all": set(names), "last": _select_last_stages(names, network_stages, 1)}[term]
+    if match := _STAGES_PATTERN.fullmatch(term):
+        if not 0 < int(match[1]) <= len(network_stages):
+            stage_names = ", ".join(stage.name for stage in network_stages)
             raise ConfigError(
-                f"unfreeze={words}: the network has {len(order)} stages ({shown}); give 1 to {len(order)}"
+                f"unfreeze={term}: the network has {len(network_stages)} stages ({stage_names}); give 1 to {len(network_stages)}"
             )
-        return _of_stages(names, order, int(found[1]))
-    if _SHARE.fullmatch(words):
-        return _of_stages(names, order, math.ceil(float(words) * len(order)))
-    if words.startswith("layers["):
-        return _sliced(network, size, words)
-    return _globbed(network, names, order, words)
+        return _select_last_stages(names, network_stages, int(match[1]))
+    if _SHARE_PATTERN.fullmatch(term):
+        return _select_last_stages(names, network_stages, math.ceil(float(term) * len(network_stages)))
+    if term.startswith("layers["):
+        return _select_layer_slice(network, size, term)
+    return _select_by_glob(network, names, network_stages, term)
 
 
-def _of_stages(names: Sequence[str], order: Sequence[Stage], count: int) -> set[str]:
+def _select_last_stages(names: Sequence[str], network_stages: Sequence[Stage], count: int) -> set[str]:
     """Those of the last stages; a stage without weights does not count."""
-    with_weights = [stage for stage in order if any(name in stage for name in names)]
-    chosen = with_weights[len(with_weights) - count :] if count else []
-    return {name for name in names if any(name in stage for stage in chosen)}
+    with_weights = [stage for stage in network_stages if any(name in stage for name in names)]
+    last_stages = with_weights[len(with_weights) - count :] if count else []
+    return {name for name in names if any(name in stage for stage in last_stages)}
 
 
-def _sliced(network: nn.Module, size: tuple[int, int], words: str) -> set[str]:
+def _select_layer_slice(network: nn.Module, size: tuple[int, int], term: str) -> set[str]:
     layers = [
-        run.name for run in runs(network, size).values() if next(run.module.parameters(recurse=False), None) is not None
+        run.name
+        for run in trace_modules(network, size).values()
+        if next(run.module.parameters(recurse=False), None) is not None
     ]
-    found = _SLICE.fullmatch(words.replace(" ", ""))
-    if not found:
-        raise ConfigError(f"unfreeze={words} is no slice; write it as in layers[15:] (there are {len(layers)} layers)")
-    start = int(found[1]) if found[1] not in ("", "-") else None
-    stop = int(found[2]) if found[2] else None
-    if ":" not in words:
+    match = _SLICE_PATTERN.fullmatch(term.replace(" ", ""))
+    if not match:
+        raise ConfigError(f"unfreeze={term} is no slice; write it as in layers[15:] (there are {len(layers)} layers)")
+    start = int(match[1]) if match[1] not in ("", "-") else None
+    stop = int(match[2]) if match[2] else None
+    if ":" not in term:
         stop = None if start in (None, -1) else start + 1
-    chosen = layers[start:stop]
-    if not chosen:
+    selected_layers = layers[start:stop]
+    if not selected_layers:
         raise ConfigError(
-            f"unfreeze={words}: the network has {len(layers)} layers with weights, and none of them is in it"
+            f"unfreeze={term}: the network has {len(layers)} layers with weights, and none of them is in it"
         )
     return {
         f"{layer}.{name}"
-        for layer in chosen
+        for layer in selected_layers
         for name, _ in network.get_submodule(layer).named_parameters(recurse=False)
     }
 
 
-def _globbed(network: nn.Module, names: Sequence[str], order: Sequence[Stage], words: str) -> set[str]:
+def _select_by_glob(network: nn.Module, names: Sequence[str], network_stages: Sequence[Stage], term: str) -> set[str]:
     """Whatever has the name itself, or lies below a module that has it."""
     modules = [name for name, _ in network.named_modules() if name]
-    matched = [name for name in (*modules, *names) if fnmatchcase(name, words)]
-    matched += [module for stage in order if stage.name == words for module in stage.modules]
+    matched = [name for name in (*modules, *names) if fnmatchcase(name, term)]
+    matched += [module for stage in network_stages if stage.name == term for module in stage.modules]
     if not matched:
-        known = dict.fromkeys(["head", "last", "all", *(stage.name for stage in order), *modules])
-        raise unknown("part of the network", words, known, "(see `--unfreeze` in `featpipe finetune --help`)")
-    return {name for name in names if any(name == one or name.startswith(one + ".") for one in matched)}
+        known_names = dict.fromkeys(["head", "last", "all", *(stage.name for stage in network_stages), *modules])
+        raise unknown_name_error(
+            "part of the network", term, known_names, "(see `--unfreeze` in `featpipe finetune --help`)"
+        )
+    return {name for name in names if any(name == prefix or name.startswith(prefix + ".") for prefix in matched)}
 
 
-def _reached(backbone: Backbone) -> list[str]:
+def _find_reachable_parameters(backbone: Backbone) -> list[str]:
     """The parameters that the output depends on: others would never get a gradient."""
     network = backbone.network
     parameters = dict(network.named_parameters())
-    like = next((p for p in parameters.values() if p.is_floating_point()), torch.zeros(()))
-    images = torch.zeros(2, 3, *backbone.transform.size, dtype=like.dtype, device=like.device)
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    floating = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
+    reference = next((p for p in parameters.values() if p.is_floating_point()), torch.zeros(()))
+    images = torch.zeros(2, 3, *backbone.transform.size, dtype=reference.dtype, device=reference.device)
+    required_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    float_parameters = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
     try:
-        for parameter in floating.values():
+        for parameter in float_parameters.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            answer = backbone.embed(images)[backbone.outputs[0].name]
-            found = torch.autograd.grad(answer.sum(), list(floating.values()), allow_unused=True)
+            embeddings = backbone.embed(images)[backbone.outputs[0].name]
+            gradients = torch.autograd.grad(embeddings.sum(), list(float_parameters.values()), allow_unused=True)
     finally:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
-    return [name for name, gradient in zip(floating, found, strict=True) if gradient is not None]
+            parameter.requires_grad_(required_grad[name])
+    return [name for name, gradient in zip(float_parameters, gradients, strict=True) if gradient is not None]

@@ -17,22 +17,22 @@ from featpipe import archive
 from featpipe.engine import resolve_device
 from featpipe.engine.memory import keep_freed_memory
 from featpipe.errors import ModelError
-from featpipe.finetuning.after import answers_of, model_of, tuned_backbone
-from featpipe.finetuning.board import board
-from featpipe.finetuning.case import Case, embedded
-from featpipe.finetuning.layers import Layers
-from featpipe.finetuning.parallel import joined
-from featpipe.finetuning.probe import fitted_without
-from featpipe.finetuning.result import FineTuned, compared
-from featpipe.finetuning.sides import sides_of
-from featpipe.finetuning.start import Start
-from featpipe.finetuning.state import State
-from featpipe.finetuning.work import begin, trained
+from featpipe.finetuning.after import make_finetuned_backbone, make_finetuned_model, predict_rows
+from featpipe.finetuning.board import make_tensorboard_logger
+from featpipe.finetuning.case import FineTuneContext, extract_for_model
+from featpipe.finetuning.layers import HeadLayers
+from featpipe.finetuning.parallel import join_distributed
+from featpipe.finetuning.probe import refit_without
+from featpipe.finetuning.result import FineTuningResult, compare_models
+from featpipe.finetuning.sides import make_splits
+from featpipe.finetuning.start import InitialHead
+from featpipe.finetuning.state import TrainingState
+from featpipe.finetuning.work import finetune_network, prepare_start
 from featpipe.model import Model, load_model
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.recipe import FineTuning
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.recipe import FineTuneConfig
 
-__all__ = ["device_of", "finetune"]
+__all__ = ["finetune", "resolve_process_device"]
 
 
 def finetune(
@@ -44,9 +44,9 @@ def finetune(
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
     tensorboard: str | os.PathLike[str] | None = None,
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
     **settings: Any,
-) -> FineTuned:
+) -> FineTuningResult:
     """Train some of a model's backbone together with its head, and compare with the head alone.
 
     The new layer starts as the model's own head, so that the first answers are the model's. Images of the archive are
@@ -91,28 +91,34 @@ def finetune(
     --------
     >>> finetune("photos.model", "photos/", unfreeze="last", out="photos.tuned.model")       # doctest: +SKIP
     """
-    tuning = FineTuning.of(settings)
+    tuning = FineTuneConfig.from_settings(settings)
     model = model if isinstance(model, Model) else load_model(model)
     if out is not None:
         Model.check_target(out)
-    device = device_of(tuning.device)
-    with joined(device) as world:
-        tell = progress if world.first else quiet
+    device = resolve_process_device(tuning.device)
+    with join_distributed(device) as distributed:
+        report = progress if distributed.is_main else report_warnings_only
         index = archive.index(archives, labels=labels)
-        before = world.in_turn(lambda: embedded(index, model, model.backbone, cache, tell))
-        sides = sides_of(model, before, tuning)
-        writes = None if tensorboard is None or not world.first else board(tensorboard)
-        case = Case(model, index, before, sides, tuning, device, world, cache, out, tell, writes)
-        tell(Progress("note", sides.how))
-        if (done := _done(case)) is not None:
-            tell(Progress("note", f"{out}: is what is asked for already"))
-            return done
-        start_model, start, backbone = begin(case)
-        network, layers, state = trained(case, backbone, start, resume)
-        return world.in_turn(lambda: _outcome(case, start_model, start, network, layers, state))
+        base_cache = distributed.run_main_first(lambda: extract_for_model(index, model, model.backbone, cache, report))
+        splits = make_splits(model, base_cache, tuning)
+        epoch_callback = (
+            None if tensorboard is None or not distributed.is_main else make_tensorboard_logger(tensorboard)
+        )
+        context = FineTuneContext(
+            model, index, base_cache, splits, tuning, device, distributed, cache, out, report, epoch_callback
+        )
+        report(Progress("note", splits.description))
+        if (finished := _load_finished(context)) is not None:
+            report(Progress("note", f"{out}: is what is asked for already"))
+            return finished
+        start_model, initial_head, backbone = prepare_start(context)
+        network, layers, state = finetune_network(context, backbone, initial_head, resume)
+        return distributed.run_main_first(
+            lambda: _compare_and_save(context, start_model, initial_head, network, layers, state)
+        )
 
 
-def device_of(name: str) -> torch.device:
+def resolve_process_device(name: str) -> torch.device:
     """Of several processes on one machine each has a GPU of its own."""
     device = resolve_device(name)
     if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
@@ -123,72 +129,86 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _done(case: Case) -> FineTuned | None:
+def _load_finished(context: FineTuneContext) -> FineTuningResult | None:
     """What is at the target already, if it came of this request."""
-    if case.out is None or not Path(case.out).is_file():
+    if context.out is None or not Path(context.out).is_file():
         return None
     try:
-        there = load_model(case.out)
+        saved_model = load_model(context.out)
     except ModelError:
         return None
-    last = there.history.get("finetuning") or {}
-    return FineTuned.of(there, last["result"]) if last.get("request") == case.request else None
+    finetuning_record = saved_model.history.get("finetuning") or {}
+    return (
+        FineTuningResult.from_dict(saved_model, finetuning_record["result"])
+        if finetuning_record.get("request") == context.run_digest
+        else None
+    )
 
 
-def _outcome(
-    case: Case, start_model: Model, start: Start, network: nn.Module, layers: Layers, state: State
-) -> FineTuned:
+def _compare_and_save(
+    context: FineTuneContext,
+    start_model: Model,
+    initial_head: InitialHead,
+    network: nn.Module,
+    layers: HeadLayers,
+    state: TrainingState,
+) -> FineTuningResult:
     """Compare on the held-out rows, and keep what is better."""
-    model, sides = case.model, case.sides
-    weights = None if case.out is None else os.path.abspath(case.out)
-    backbone = tuned_backbone(model.backbone, network, weights)
-    after = case.extracted(backbone)
-    history = {"finetuning": {"from": model.identity, "request": case.request}}
-    tuned = model_of(model, start_model, backbone, after, sides, layers, state, history)
-    probe = fitted_without(model, case.before, sides, sides.held, sides.seen, case.tell)
-    truth = _truth(model, sides.y[sides.held])
-    answers = answers_of(probe, case.before, sides.held), answers_of(tuned, after, sides.held)
-    comparison = compared(model.task, truth, *answers, model.classes)
-    keeps = case.tuning.keep_worse or (comparison.gain >= 0 and state.best_epoch.number > 0)
-    notes: tuple[str, ...] = (sides.how, start.how)
+    model, splits = context.model, context.splits
+    weights = None if context.out is None else os.path.abspath(context.out)
+    backbone = make_finetuned_backbone(model.backbone, network, weights)
+    finetuned_cache = context.extract_embeddings(backbone)
+    history = {"finetuning": {"from": model.identity, "request": context.run_digest}}
+    finetuned = make_finetuned_model(model, start_model, backbone, finetuned_cache, splits, layers, state, history)
+    probe = refit_without(model, context.base_cache, splits, splits.test, splits.train_and_validation, context.progress)
+    truth = _ground_truth(model, splits.y[splits.test])
+    predictions = (
+        predict_rows(probe, context.base_cache, splits.test),
+        predict_rows(finetuned, finetuned_cache, splits.test),
+    )
+    comparison = compare_models(model.task, truth, *predictions, model.classes)
+    keep_finetuned = context.tuning.keep_worse or (comparison.gain >= 0 and state.best_epoch.number > 0)
+    notes: tuple[str, ...] = (splits.description, initial_head.description)
     if state.best_epoch.number == 0:
         notes += ("no epoch was better on the validation images than the start, which is what is compared",)
-        case.tell(Progress("note", notes[-1]))
-    best = tuned if keeps else replace(model, history=dict(model.history), scores=dict(model.scores))
-    found = FineTuned(
-        best,
-        "fine-tuned" if keeps else "probe",
+        context.progress(Progress("note", notes[-1]))
+    selected_model = (
+        finetuned if keep_finetuned else replace(model, history=dict(model.history), scores=dict(model.scores))
+    )
+    result = FineTuningResult(
+        selected_model,
+        "fine-tuned" if keep_finetuned else "probe",
         comparison,
-        [epoch.facts() for epoch in state.curve],
+        [epoch.to_dict() for epoch in state.curve],
         state.best_epoch.number,
         notes,
     )
-    best.history["finetuning"] = {**history["finetuning"], "result": found.to_dict()}
-    if keeps:
-        best.scores["finetuning"] = {
-            "how": f"{len(sides.held)} images held out",
-            "metrics": {row["name"]: _three(row["tuned"]) for row in comparison.metrics},
+    selected_model.history["finetuning"] = {**history["finetuning"], "result": result.to_dict()}
+    if keep_finetuned:
+        selected_model.scores["finetuning"] = {
+            "how": f"{len(splits.test)} images held out",
+            "metrics": {row["name"]: _interval_to_dict(row["tuned"]) for row in comparison.metrics},
         }
-    _save(case, best)
-    return found
+    _save(context, selected_model)
+    return result
 
 
-def _save(case: Case, model: Model) -> None:
-    if case.out is None:
+def _save(context: FineTuneContext, model: Model) -> None:
+    if context.out is None:
         return
-    if case.world.first:
-        model.save(case.out)
-        if case.checkpoint is not None:
-            case.checkpoint.unlink(missing_ok=True)
-    model.path = Path(case.out)
+    if context.distributed.is_main:
+        model.save(context.out)
+        if context.checkpoint_path is not None:
+            context.checkpoint_path.unlink(missing_ok=True)
+    model.path = Path(context.out)
 
 
-def _truth(model: Model, y: NDArray[Any]) -> NDArray[Any]:
+def _ground_truth(model: Model, y: NDArray[Any]) -> NDArray[Any]:
     """As scores take it."""
     if model.task == "classification":
         return np.array(model.classes, dtype=object)[y]
     return y[:, 0] if model.task == "regression" and y.shape[1] == 1 else y
 
 
-def _three(values: Sequence[float | None]) -> dict[str, float | None]:
+def _interval_to_dict(values: Sequence[float | None]) -> dict[str, float | None]:
     return dict(zip(("value", "low", "high"), values, strict=True))

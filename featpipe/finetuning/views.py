@@ -17,10 +17,10 @@ from featpipe.backbone import CustomTransform, Transform
 from featpipe.errors import ConfigError
 from featpipe.names import check_names
 
-__all__ = ["Augmentation", "View", "drawn"]
+__all__ = ["Augmentation", "AugmentedTransform", "seeded_random"]
 
-JITTER_MAX_HUE = 0.5  # torchvision's; half of the circle of colours is all of it
-MAGNITUDES = 31  # of RandAugment, from 0
+MAX_HUE_JITTER = 0.5  # torchvision's; half of the circle of colours is all of it
+NUM_MAGNITUDE_BINS = 31  # of RandAugment, from 0
 
 
 @dataclass(frozen=True)
@@ -58,52 +58,59 @@ class Augmentation:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
-        most = {"rotation": 180, "color": 5 * JITTER_MAX_HUE, "rand_augment": MAGNITUDES - 1, "blur": 100}
+        upper_limits = {
+            "rotation": 180,
+            "color": 5 * MAX_HUE_JITTER,
+            "rand_augment": NUM_MAGNITUDE_BINS - 1,
+            "blur": 100,
+        }
         for field in fields(self):
-            value, high = getattr(self, field.name), most.get(field.name, 1)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise ConfigError(f"augmentation {field.name} is {value!r}; give a number from 0 to {high}")
+            value, limit = getattr(self, field.name), upper_limits.get(field.name, 1)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= limit:
+                raise ConfigError(f"augmentation {field.name} is {value!r}; give a number from 0 to {limit}")
         if self.rand_augment != int(self.rand_augment):
             raise ConfigError(f"augmentation rand_augment is {self.rand_augment}; give a whole number")
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Augmentation:
+    def from_dict(cls, settings: Mapping[str, Any]) -> Augmentation:
         """From a mapping; an unknown name is answered with the nearest."""
         check_names("augmentation", settings, [field.name for field in fields(cls)])
         return cls(**settings)
 
     @property
-    def changes(self) -> bool:
+    def is_active(self) -> bool:
         """Whether there is any."""
         return any(asdict(self).values())
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; torchvision and torch decide too."""
-        given = {name: float(value) for name, value in asdict(self).items() if value}
-        return {**given, "versions": {name: version(name) for name in ("torch", "torchvision")}}
+        active_settings = {name: float(value) for name, value in asdict(self).items() if value}
+        return {**active_settings, "versions": {name: version(name) for name in ("torch", "torchvision")}}
 
-    def steps(self) -> v2.Transform | None:
+    def build_transform(self) -> v2.Transform | None:
         """What is done after the crop, to a picture of uint8."""
-        steps: list[v2.Transform] = []
+        transforms: list[v2.Transform] = []
         if self.flip:
-            steps.append(v2.RandomHorizontalFlip(self.flip))
+            transforms.append(v2.RandomHorizontalFlip(self.flip))
         if self.rotation:
-            steps.append(v2.RandomRotation(self.rotation, v2.InterpolationMode.BILINEAR))
+            transforms.append(v2.RandomRotation(self.rotation, v2.InterpolationMode.BILINEAR))
         if self.color:
-            steps.append(v2.ColorJitter(self.color, self.color, self.color, self.color / 10))
+            transforms.append(v2.ColorJitter(self.color, self.color, self.color, self.color / 10))
         if self.rand_augment:
-            steps.append(v2.RandAugment(2, int(self.rand_augment), MAGNITUDES, v2.InterpolationMode.BILINEAR))
+            transforms.append(
+                v2.RandAugment(2, int(self.rand_augment), NUM_MAGNITUDE_BINS, v2.InterpolationMode.BILINEAR)
+            )
         if self.blur:
-            steps.append(v2.GaussianBlur(2 * round(2 * self.blur) + 1, (min(0.1, self.blur), self.blur)))
+            transforms.append(v2.GaussianBlur(2 * round(2 * self.blur) + 1, (min(0.1, self.blur), self.blur)))
         if self.noise:
-            steps.append(v2.GaussianNoise(sigma=self.noise))
+            transforms.append(v2.GaussianNoise(sigma=self.noise))
         if self.erase:
-            steps.append(v2.RandomErasing(self.erase))
-        return v2.Compose(steps) if steps else None
+            transforms.append(v2.RandomErasing(self.erase))
+        return v2.Compose(transforms) if transforms else None
 
 
 @dataclass(frozen=True)
-class View:
+class AugmentedTransform:
     """A transform with an augmentation before what is arithmetic in it: one view of each picture.
 
     A view is a function of the picture, its number and the seed, and of nothing else: computed in the loop or ahead of
@@ -120,7 +127,7 @@ class View:
 
     transform: Transform | CustomTransform
     augmentation: Augmentation
-    number: int = 0
+    view_index: int = 0
     seed: int = 0
 
     @property
@@ -129,42 +136,47 @@ class View:
 
     def __call__(self, image: Tensor) -> Tensor:
         """A picture, uint8 of shape (3, H, W) → float32 of shape (3, h, w)."""
-        return self.normalise(self.picture(image))
+        return self.normalize(self.apply_geometry(image))
 
-    def picture(self, image: Tensor) -> Tensor:
+    def apply_geometry(self, image: Tensor) -> Tensor:
         """What is each picture's own: (3, H, W) → (3, h, w)."""
-        if not self.augmentation.changes:
-            return self.transform.picture(image)
-        pixels = sha256(image.permute(1, 2, 0).contiguous().numpy().data)
-        pixels.update(f"{tuple(image.shape)} {self.seed} {self.number}".encode())
-        with drawn(int.from_bytes(pixels.digest()[:8], "little")), torch.no_grad():
-            return self._changed(image)
+        if not self.augmentation.is_active:
+            return self.transform.apply_geometry(image)
+        view_digest = sha256(image.permute(1, 2, 0).contiguous().numpy().data)
+        view_digest.update(f"{tuple(image.shape)} {self.seed} {self.view_index}".encode())
+        with seeded_random(int.from_bytes(view_digest.digest()[:8], "little")), torch.no_grad():
+            return self._augment(image)
 
-    def _changed(self, image: Tensor) -> Tensor:
-        own = self.transform
-        steps = self.augmentation.steps()
-        size = own.size if isinstance(own, Transform) else tuple(image.shape[-2:])
+    def _augment(self, image: Tensor) -> Tensor:
+        base_transform = self.transform
+        random_transform = self.augmentation.build_transform()
+        size = base_transform.size if isinstance(base_transform, Transform) else tuple(image.shape[-2:])
         if self.augmentation.crop:
-            mode = own.interpolation if isinstance(own, Transform) else "bilinear"
+            mode = base_transform.interpolation if isinstance(base_transform, Transform) else "bilinear"
             image = v2.RandomResizedCrop(size, (self.augmentation.crop, 1.0), interpolation=mode)(image)
-        elif isinstance(own, Transform):
-            image = own.picture(image)
-        image = image if steps is None else steps(image)
-        return image if isinstance(own, Transform) else own.picture(image)
+        elif isinstance(base_transform, Transform):
+            image = base_transform.apply_geometry(image)
+        image = image if random_transform is None else random_transform(image)
+        return image if isinstance(base_transform, Transform) else base_transform.apply_geometry(image)
 
-    def normalise(self, batch: Tensor) -> Tensor:
+    def normalize(self, batch: Tensor) -> Tensor:
         """The arithmetic part, of a batch."""
-        return self.transform.normalise(batch)
+        return self.transform.normalize(batch)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What decides the result, as JSON can hold it; without augmentation, the transform's own."""
-        facts = self.transform.facts()
-        if not self.augmentation.changes:
-            return facts
-        return {**facts, "augmentation": self.augmentation.facts(), "view": self.number, "seed": self.seed}
+        transform_dict = self.transform.to_dict()
+        if not self.augmentation.is_active:
+            return transform_dict
+        return {
+            **transform_dict,
+            "augmentation": self.augmentation.to_dict(),
+            "view": self.view_index,
+            "seed": self.seed,
+        }
 
 
-class drawn(TorchFunctionMode):  # a context manager, used as a function
+class seeded_random(TorchFunctionMode):  # a context manager, used as a function
     """Random numbers from a seed, in this thread alone; the generator that all threads share is not touched.
 
     Examples
@@ -183,14 +195,14 @@ class drawn(TorchFunctionMode):  # a context manager, used as a function
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.randn_like:  # has no generator in every version
-            like = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
-            return torch.randn(args[0].shape, generator=self._generator, **like)
-        if function in _RANDOM:
+            tensor_options = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
+            return torch.randn(args[0].shape, generator=self._generator, **tensor_options)
+        if function in _RANDOM_FUNCTIONS:
             kwargs.setdefault("generator", self._generator)
         return function(*args, **kwargs)
 
 
-_RANDOM = {
+_RANDOM_FUNCTIONS = {
     torch.rand,
     torch.randn,
     torch.randint,

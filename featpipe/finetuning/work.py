@@ -17,68 +17,74 @@ from featpipe import backbone as backbones
 from featpipe.backbone import Backbone
 from featpipe.errors import ConfigError
 from featpipe.finetuning import checkpoint
-from featpipe.finetuning.case import Case
-from featpipe.finetuning.finder import found_rate
-from featpipe.finetuning.job import Job, Targets
-from featpipe.finetuning.layers import Layers
-from featpipe.finetuning.loop import fine_tune
-from featpipe.finetuning.past import importances
-from featpipe.finetuning.probe import fitted_without, rows_of
-from featpipe.finetuning.source import Source
-from featpipe.finetuning.sources import opened
-from featpipe.finetuning.start import Start, start_of
-from featpipe.finetuning.state import State
-from featpipe.finetuning.unfreezing import Unfrozen, unfrozen
-from featpipe.heads.losses import Objective
+from featpipe.finetuning.case import FineTuneContext
+from featpipe.finetuning.finder import find_learning_rate
+from featpipe.finetuning.job import Trainer, TrainingTargets
+from featpipe.finetuning.layers import HeadLayers
+from featpipe.finetuning.loop import run_training_loop
+from featpipe.finetuning.past import compute_network_fisher
+from featpipe.finetuning.probe import make_dataset, refit_without
+from featpipe.finetuning.source import TrainingDataset
+from featpipe.finetuning.sources import open_datasets
+from featpipe.finetuning.start import InitialHead, initialize_head
+from featpipe.finetuning.state import TrainingState
+from featpipe.finetuning.unfreezing import UnfrozenParameters, select_unfrozen
+from featpipe.heads.losses import LossFunction
 from featpipe.model import Model
 from featpipe.progress import Progress
 
-__all__ = ["begin", "trained", "weighed"]
+__all__ = ["compute_network_importances", "finetune_network", "prepare_start"]
 
-LINKS: Mapping[str, Any] = {"classification": "softmax", "multilabel": "sigmoid", "regression": "identity"}
+LINK_BY_TASK: Mapping[str, Any] = {"classification": "softmax", "multilabel": "sigmoid", "regression": "identity"}
 
 
-def begin(case: Case) -> tuple[Model, Start, Backbone]:
+def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbone]:
     """The model that is started from, its layers, and the backbone that is trained."""
-    model, sides, tuning = case.model, case.sides, case.tuning
+    model, splits, tuning = context.model, context.splits, context.tuning
     (output,) = (output for output in model.backbone.outputs if output.name == model.output)
     backbone = replace(model.backbone, outputs=(output,))
-    unseen = np.concatenate([sides.validation, sides.held])
-    start_model = fitted_without(model, case.before, sides, unseen, sides.train, case.tell)
-    rows = rows_of(model, case.before, sides.y, sides.train)
-    start = start_of(start_model, np.asarray(rows.X), rows.y)
+    excluded_rows = np.concatenate([splits.validation, splits.test])
+    start_model = refit_without(model, context.base_cache, splits, excluded_rows, splits.train, context.progress)
+    train_set = make_dataset(model, context.base_cache, splits.y, splits.train)
+    initial_head = initialize_head(start_model, np.asarray(train_set.X), train_set.y)
     if tuning.weights == "none":
-        layers = Layers.untrained(rows.X.shape[1], len(model.classes))
-        start = replace(start, layers=layers, how="an untrained network and a new layer: the architecture alone")
-        backbone = _untrained(case, backbone)
-    case.tell(Progress("note", start.how))
-    return start_model, start, backbone
+        layers = HeadLayers.zeros(train_set.X.shape[1], len(model.classes))
+        initial_head = replace(
+            initial_head, layers=layers, description="an untrained network and a new layer: the architecture alone"
+        )
+        backbone = _load_untrained_backbone(context, backbone)
+    context.progress(Progress("note", initial_head.description))
+    return start_model, initial_head, backbone
 
 
-def _untrained(case: Case, backbone: Backbone) -> Backbone:
+def _load_untrained_backbone(context: FineTuneContext, backbone: Backbone) -> Backbone:
     if ":" in backbone.name:
         raise ConfigError(f"weights=none: {backbone.name} is a network of your own; give one that is untrained instead")
     outputs = [output.name for output in backbone.outputs]
-    fresh = backbones.load(backbone.name, weights="none", outputs=outputs, seed=case.tuning.seed)
-    return replace(backbone, network=fresh.network, digest=fresh.digest, origin=fresh.origin)
+    untrained = backbones.load(backbone.name, weights="none", outputs=outputs, seed=context.tuning.seed)
+    return replace(backbone, network=untrained.network, digest=untrained.digest, origin=untrained.origin)
 
 
-def trained(case: Case, backbone: Backbone, start: Start, resume: bool) -> tuple[nn.Module, Layers, State]:
+def finetune_network(
+    context: FineTuneContext, backbone: Backbone, initial_head: InitialHead, resume: bool
+) -> tuple[nn.Module, HeadLayers, TrainingState]:
     """The network after the best epoch, and its new layers, with answers in the units of the targets."""
-    chosen = unfrozen(backbone, str(case.tuning.unfreeze))
-    case.tell(Progress("note", chosen.told(backbone.network)))
-    network = _copied(case, backbone.network)
+    unfrozen_params = select_unfrozen(backbone, str(context.tuning.unfreeze))
+    context.progress(Progress("note", unfrozen_params.describe(backbone.network)))
+    network = _copy_network(context, backbone.network)
     with ExitStack() as stack:
-        sources = [stack.enter_context(source) for source in opened(case, backbone, network, chosen)]
-        job = _job(case, network, start, chosen, sources)
-        _check_batch_norms(job)
-        case.world.take_from_first(job.kept().values())
-        state = _run(case, job, resume)
-    return network, start.in_units(start.layers.learnt(job.head)), state
+        datasets = [
+            stack.enter_context(dataset) for dataset in open_datasets(context, backbone, network, unfrozen_params)
+        ]
+        trainer = _make_trainer(context, network, initial_head, unfrozen_params, datasets)
+        _check_batch_norms(trainer)
+        context.distributed.broadcast_from_main(trainer.trained_tensors().values())
+        state = _start_or_resume(context, trainer, resume)
+    return network, initial_head.to_target_units(initial_head.layers.with_trained_weights(trainer.head)), state
 
 
-def weighed(
-    case: Case, backbone: Backbone, network: nn.Module, start: Start, rows: NDArray[np.int64]
+def compute_network_importances(
+    context: FineTuneContext, backbone: Backbone, network: nn.Module, initial_head: InitialHead, rows: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float32]]:
     """How important each weight that a case trains is for the answers to some images, as they are; see `importances`.
 
@@ -93,89 +99,107 @@ def weighed(
         The layers on it.
     rows : ndarray of shape (m,), int64
     """
-    tuning = replace(case.tuning, augmentation={}, mixup=0.0, cutmix=0.0)
-    sides = replace(case.sides, train=rows, validation=rows[:0], held=rows[:0])
-    plain, chosen = replace(case, tuning=tuning, sides=sides, past=None), unfrozen(backbone, str(tuning.unfreeze))
-    copied = _copied(case, network)
+    tuning = replace(context.tuning, augmentation={}, mixup=0.0, cutmix=0.0)
+    splits = replace(context.splits, train=rows, validation=rows[:0], test=rows[:0])
+    plain_context, unfrozen_params = (
+        replace(context, tuning=tuning, splits=splits, regularizers=None),
+        select_unfrozen(backbone, str(tuning.unfreeze)),
+    )
+    network_copy = _copy_network(context, network)
     with ExitStack() as stack:
-        sources = [stack.enter_context(source) for source in opened(plain, backbone, copied, chosen)]
-        found = importances(_job(plain, copied, start, chosen, sources), rows)
-    return {name: np.asarray(value.cpu().numpy(), np.float32) for name, value in found.items()}
+        datasets = [
+            stack.enter_context(dataset)
+            for dataset in open_datasets(plain_context, backbone, network_copy, unfrozen_params)
+        ]
+        fisher = compute_network_fisher(
+            _make_trainer(plain_context, network_copy, initial_head, unfrozen_params, datasets), rows
+        )
+    return {name: np.asarray(value.cpu().numpy(), np.float32) for name, value in fisher.items()}
 
 
-def _copied(case: Case, network: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(network).to(case.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return cast(nn.Module, copied)
+def _copy_network(context: FineTuneContext, network: nn.Module) -> nn.Module:
+    network_copy = copy.deepcopy(network).to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return cast(nn.Module, network_copy)
 
 
-def _job(case: Case, network: nn.Module, start: Start, chosen: Unfrozen, sources: Sequence[Source]) -> Job:
-    objective = Objective(
-        LINKS[case.model.task],
-        "squares" if case.model.task == "regression" else "cross_entropy",
-        adjustment=None if case.past is None else case.past.adjustment,
+def _make_trainer(
+    context: FineTuneContext,
+    network: nn.Module,
+    initial_head: InitialHead,
+    unfrozen_params: UnfrozenParameters,
+    datasets: Sequence[TrainingDataset],
+) -> Trainer:
+    loss_function = LossFunction(
+        LINK_BY_TASK[context.model.task],
+        "squares" if context.model.task == "regression" else "cross_entropy",
+        adjustment=None if context.regularizers is None else context.regularizers.logit_adjustment,
     )
-    return Job(
+    return Trainer(
         network=network,
-        head=start.layers.module().to(case.device),
-        unfrozen=chosen,
-        source=sources[0],
-        watched=sources[1],
-        train=case.sides.train,
-        validation=case.sides.validation,
-        targets=_targets(case, start),
-        objective=objective,
-        tuning=case.tuning,
-        ids=case.before.ids,
-        device=case.device,
-        world=case.world,
-        progress=case.tell,
-        board=case.board,
-        past=case.past,
-        beside=case.beside,
+        head=initial_head.layers.to_module().to(context.device),
+        unfrozen=unfrozen_params,
+        train_data=datasets[0],
+        validation_data=datasets[1],
+        train_rows=context.splits.train,
+        validation_rows=context.splits.validation,
+        targets=_make_targets(context, initial_head),
+        loss_function=loss_function,
+        tuning=context.tuning,
+        sample_ids=context.base_cache.ids,
+        device=context.device,
+        distributed=context.distributed,
+        progress=context.progress,
+        epoch_callback=context.epoch_callback,
+        regularizers=context.regularizers,
+        monitor_rows=context.monitor_rows,
     )
 
 
-def _check_batch_norms(job: Job) -> None:
+def _check_batch_norms(trainer: Trainer) -> None:
     """Of a batch of one there are no statistics."""
-    smallest = min(len(rows) for rows in job.batches(0)) // job.tuning.accumulate // job.world.size
-    if smallest < 2 and len(job.kept()) > len(job.parameters()):
+    min_piece_size = (
+        min(len(rows) for rows in trainer.epoch_batches(0)) // trainer.tuning.accumulate // trainer.distributed.size
+    )
+    if min_piece_size < 2 and len(trainer.trained_tensors()) > len(trainer.trained_parameters()):
         raise ConfigError(
-            f"batch_norm=trained: batch norms follow the batches, and a batch of one (of {job.tuning.batch} images, in "
-            f"{job.tuning.accumulate * job.world.size} pieces) has no statistics; give a larger batch"
+            f"batch_norm=trained: batch norms follow the batches, and a batch of one (of {trainer.tuning.batch} images, in "
+            f"{trainer.tuning.accumulate * trainer.distributed.size} pieces) has no statistics; give a larger batch"
         )
 
 
-def _run(case: Case, job: Job, resume: bool) -> State:
+def _start_or_resume(context: FineTuneContext, trainer: Trainer, resume: bool) -> TrainingState:
     """From the beginning, or from the checkpoint."""
-    place, asked = case.checkpoint, case.asked
-    if place is not None and resume and place.exists():
-        state = checkpoint.read(place, job, asked)
-        case.tell(Progress("note", f"going on from {place}: epoch {state.epoch + 1}, step {state.step + 1}"))
-    else:
-        rate = case.tuning.learning_rate
-        state = State.begun(job, found_rate(job) if isinstance(rate, str) else rate)
-
-    def save(now: State) -> None:
-        if place is not None and case.world.first:
-            checkpoint.write(place, job, now, asked)
-
-    return fine_tune(job, state, save)
-
-
-def _targets(case: Case, start: Start) -> Targets:
-    y, train = case.sides.y, case.sides.train
-    if case.model.task == "regression":
-        Y = torch.from_numpy((y - start.mean) / start.spread).float()
-    else:
-        Y = torch.from_numpy(y.astype(np.int64 if case.model.task == "classification" else np.float32))
-    weights = np.ones(len(y))
-    if (case.tuning.class_weight or case.tuning.sampling) and case.model.task != "classification":
-        raise ConfigError(
-            f"class_weight and sampling are for classes that exclude each other, not for {case.model.task}"
+    checkpoint_path, run_config = context.checkpoint_path, context.run_config
+    if checkpoint_path is not None and resume and checkpoint_path.exists():
+        state = checkpoint.load_checkpoint(checkpoint_path, trainer, run_config)
+        context.progress(
+            Progress("note", f"going on from {checkpoint_path}: epoch {state.epoch + 1}, step {state.step + 1}")
         )
-    if case.past is not None and case.past.weights is not None:
-        weights = case.past.weights
-    if case.tuning.class_weight:
-        counts = np.bincount(y[train], minlength=len(case.model.classes))
-        weights = len(train) / (len(counts) * np.maximum(counts, 1))[np.maximum(y, 0)]
-    return Targets(Y, torch.from_numpy(weights).float())
+    else:
+        rate = context.tuning.learning_rate
+        state = TrainingState.init(trainer, find_learning_rate(trainer) if isinstance(rate, str) else rate)
+
+    def save(current_state: TrainingState) -> None:
+        if checkpoint_path is not None and context.distributed.is_main:
+            checkpoint.save_checkpoint(checkpoint_path, trainer, current_state, run_config)
+
+    return run_training_loop(trainer, state, save)
+
+
+def _make_targets(context: FineTuneContext, initial_head: InitialHead) -> TrainingTargets:
+    y, train_rows = context.splits.y, context.splits.train
+    if context.model.task == "regression":
+        Y = torch.from_numpy((y - initial_head.target_mean) / initial_head.target_std).float()
+    else:
+        Y = torch.from_numpy(y.astype(np.int64 if context.model.task == "classification" else np.float32))
+    sample_weights = np.ones(len(y))
+    if (context.tuning.class_weight or context.tuning.sampling) and context.model.task != "classification":
+        raise ConfigError(
+            f"class_weight and sampling are for classes that exclude each other, not for {context.model.task}"
+        )
+    if context.regularizers is not None and context.regularizers.sample_weights is not None:
+        sample_weights = context.regularizers.sample_weights
+    if context.tuning.class_weight:
+        counts = np.bincount(y[train_rows], minlength=len(context.model.classes))
+        sample_weights = len(train_rows) / (len(counts) * np.maximum(counts, 1))[np.maximum(y, 0)]
+    return TrainingTargets(Y, torch.from_numpy(sample_weights).float())

@@ -9,8 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from featpipe.heads.settings import parse_settings
-from featpipe.heads.storage import TRUSTED, dumps, loads, refuse_unsavable
-from featpipe.heads.table import TABLE, TASKS, HeadSpec, Task, build, describe, names, settings_of, spec_of
+from featpipe.heads.storage import TRUSTED_TYPES, check_savable, dumps, loads
+from featpipe.heads.table import (
+    HEAD_REGISTRY,
+    HEAD_TASKS,
+    HeadSpec,
+    HeadTask,
+    build,
+    describe,
+    get_settings,
+    get_spec,
+    list_heads,
+)
 
 if TYPE_CHECKING:
     from featpipe.heads.path import SoftmaxRegressionCV
@@ -19,31 +29,31 @@ if TYPE_CHECKING:
     from featpipe.heads.torch_heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
 
 __all__ = [
-    "TABLE",
-    "TASKS",
-    "TRUSTED",
+    "HEAD_REGISTRY",
+    "HEAD_TASKS",
+    "TRUSTED_TYPES",
     "HeadSpec",
+    "HeadTask",
     "LinearClassifier",
     "LinearRegressor",
     "MLPClassifier",
     "MLPRegressor",
     "SoftmaxRegression",
     "SoftmaxRegressionCV",
-    "Task",
     "build",
+    "check_savable",
     "describe",
     "dumps",
     "fit_streamed",
+    "get_settings",
+    "get_spec",
+    "list_heads",
     "loads",
-    "names",
     "parse_settings",
-    "refuse_unsavable",
-    "settings_of",
-    "spec_of",
 ]
 
 
-_HOMES = {
+_LAZY_MODULES = {
     "LinearClassifier": "torch_heads",
     "LinearRegressor": "torch_heads",
     "MLPClassifier": "torch_heads",
@@ -55,6 +65,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_MODULES:
         raise AttributeError(f"module 'featpipe.heads' has no attribute {name!r}")
-    return getattr(import_module(f"featpipe.heads.{_HOMES[name]}"), name)
+    return getattr(import_module(f"featpipe.heads.{_LAZY_MODULES[name]}"), name)

@@ -19,21 +19,21 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 
 from featpipe.errors import ConfigError
 from featpipe.heads import ranges
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
-__all__ = ["HOW", "NEIGHBORS", "Balanced", "drawn_rows", "fit_balanced", "resample"]
+__all__ = ["BALANCE_METHODS", "SMOTE_NEIGHBORS", "BalancedClassifier", "draw_row_indices", "fit_balanced", "resample"]
 
-HOW: dict[str, str] = {
+BALANCE_METHODS: dict[str, str] = {
     "over": "rows of smaller classes are drawn again until all classes have as many as the largest",
     "under": "rows of larger classes are left out until all classes have as few as the smallest",
     "smote": "rows are made up between neighbours of a smaller class until all have as many as the largest",
 }
 """The ways to give all classes the same number of rows."""
 
-NEIGHBORS = 5
+SMOTE_NEIGHBORS = 5
 
 
-def drawn_rows(y: ArrayLike, how: str, random_state: Any = None) -> NDArray[np.int64]:
+def draw_row_indices(y: ArrayLike, method: str, random_state: Any = None) -> NDArray[np.int64]:
     """The rows that an over- or undersampled fit sees.
 
     Parameters
@@ -53,20 +53,20 @@ def drawn_rows(y: ArrayLike, how: str, random_state: Any = None) -> NDArray[np.i
     -----
     These are the rows that imbalanced-learn's RandomOverSampler and RandomUnderSampler take.
     """
-    if how not in ("over", "under"):
-        raise ConfigError(f"rows are drawn by over or under, not by {how}")
-    samplers = _imblearn(how)
-    codes = _coded(y)[1]
+    if method not in ("over", "under"):
+        raise ConfigError(f"rows are drawn by over or under, not by {method}")
+    samplers = _import_samplers(method)
+    codes = _encode_classes(y)[1]
     if len(np.unique(codes)) < 2:
         return np.arange(len(codes))
-    kind = samplers.RandomOverSampler if how == "over" else samplers.RandomUnderSampler
-    sampler = kind(random_state=random_state)
+    sampler_class = samplers.RandomOverSampler if method == "over" else samplers.RandomUnderSampler
+    sampler = sampler_class(random_state=random_state)
     sampler.fit_resample(np.arange(len(codes))[:, None], codes)
     return np.sort(sampler.sample_indices_).astype(np.int64)
 
 
 def resample(
-    X: ArrayLike, y: ArrayLike, how: str, random_state: Any = None, *, neighbors: int = NEIGHBORS
+    X: ArrayLike, y: ArrayLike, method: str, random_state: Any = None, *, neighbors: int = SMOTE_NEIGHBORS
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Training rows with as many of every class.
 
@@ -109,51 +109,53 @@ def resample(
     >>> np.bincount(y), bool(X[y == 1].min() >= 6)
     (array([6, 6]), True)
     """
-    if how not in HOW:
-        raise unknown("way to balance", str(how), HOW)
-    values = np.asarray(X)
-    if how != "smote":
-        rows = drawn_rows(y, how, random_state)
-        return values[rows], np.asarray(y)[rows]
-    ranges.whole("neighbors", neighbors, least=1)
-    return _with_made_up_rows(values, y, check_random_state(random_state), neighbors)
+    if method not in BALANCE_METHODS:
+        raise unknown_name_error("way to balance", str(method), BALANCE_METHODS)
+    features = np.asarray(X)
+    if method != "smote":
+        rows = draw_row_indices(y, method, random_state)
+        return features[rows], np.asarray(y)[rows]
+    ranges.check_integer("neighbors", neighbors, minimum=1)
+    return _oversample_smote(features, y, check_random_state(random_state), neighbors)
 
 
-def _with_made_up_rows(
-    X: NDArray[Any], y: ArrayLike, random: np.random.RandomState, neighbors: int
+def _oversample_smote(
+    X: NDArray[Any], y: ArrayLike, random_state: np.random.RandomState, neighbors: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """SMOTE, class by class with as many neighbours as the class has."""
-    smote = _imblearn("smote").SMOTE
-    classes, codes = _coded(y)
-    sizes = np.bincount(codes)
-    most = int(sizes.max())
-    if sizes.min() == 1 < most:
+    smote_class = _import_samplers("smote").SMOTE
+    classes, codes = _encode_classes(y)
+    class_sizes = np.bincount(codes)
+    largest = int(class_sizes.max())
+    if class_sizes.min() == 1 < largest:
         raise ConfigError(
-            f"class {str(classes[sizes.argmin()])!r} has one row to fit on, and smote needs two to make up one between "
+            f"class {str(classes[class_sizes.argmin()])!r} has one row to fit on, and smote needs two to make up one between "
             "them; add images, leave the class out, use fewer folds, or take over or class_weight=balanced"
         )
-    whole = np.empty((most * len(classes), *X.shape[1:]), X.dtype)
-    whole[: len(X)] = X
+    X_resampled = np.empty((largest * len(classes), *X.shape[1:]), X.dtype)
+    X_resampled[: len(X)] = X
     stop = len(X)
-    others = X[codes == sizes.argmax()][:2]  # imbalanced-learn wants to see a second class
-    for code in np.flatnonzero(sizes < most):
-        own = X[codes == code]
-        sampler = smote(sampling_strategy={1: most}, k_neighbors=min(neighbors, len(own) - 1), random_state=random)
-        marks = np.repeat([1, 0], [len(own), len(others)])
-        made = sampler.fit_resample(np.concatenate([own, others]), marks)[0][len(marks) :]
-        whole[stop : stop + len(made)] = made
-        stop += len(made)
-    return whole, np.concatenate([np.asarray(y), np.repeat(classes, most - sizes)])
+    other_class_rows = X[codes == class_sizes.argmax()][:2]  # imbalanced-learn wants to see a second class
+    for code in np.flatnonzero(class_sizes < largest):
+        class_rows = X[codes == code]
+        sampler = smote_class(
+            sampling_strategy={1: largest}, k_neighbors=min(neighbors, len(class_rows) - 1), random_state=random_state
+        )
+        is_class = np.repeat([1, 0], [len(class_rows), len(other_class_rows)])
+        synthetic = sampler.fit_resample(np.concatenate([class_rows, other_class_rows]), is_class)[0][len(is_class) :]
+        X_resampled[stop : stop + len(synthetic)] = synthetic
+        stop += len(synthetic)
+    return X_resampled, np.concatenate([np.asarray(y), np.repeat(classes, largest - class_sizes)])
 
 
 def fit_balanced(
     estimator: Any,
     X: ArrayLike,
     y: ArrayLike,
-    how: str,
+    method: str,
     random_state: Any = None,
     *,
-    neighbors: int = NEIGHBORS,
+    neighbors: int = SMOTE_NEIGHBORS,
     **fit_params: Any,
 ) -> Any:
     """Fit a head or a pipeline in place on as many rows of every class.
@@ -175,29 +177,29 @@ def fit_balanced(
     -------
     estimator
     """
-    pipeline = isinstance(estimator, Pipeline)
-    head = estimator.steps[-1][1] if pipeline else estimator
+    is_pipeline = isinstance(estimator, Pipeline)
+    head = estimator.steps[-1][1] if is_pipeline else estimator
     if getattr(head, "early_stopping", False) is True and fit_params.get("validation") is None:
         raise ConfigError(
-            f"with balance {how} early_stopping would judge by copies of rows that are trained on; turn it off, or "
+            f"with balance {method} early_stopping would judge by copies of rows that are trained on; turn it off, or "
             "take class_weight=balanced instead"
         )
-    if pipeline and len(estimator.steps) > 1:
-        before = estimator[:-1]
-        X = before.fit_transform(X, y)
-        estimator.steps[:-1] = before.steps
-    head.fit(*resample(X, y, how, random_state, neighbors=neighbors), **fit_params)
+    if is_pipeline and len(estimator.steps) > 1:
+        transformers = estimator[:-1]
+        X = transformers.fit_transform(X, y)
+        estimator.steps[:-1] = transformers.steps
+    head.fit(*resample(X, y, method, random_state, neighbors=neighbors), **fit_params)
     return estimator
 
 
-def _has(name: str) -> Any:
-    def check(self: Balanced) -> bool:
+def _available_if_estimator_has(name: str) -> Any:
+    def check(self: BalancedClassifier) -> bool:
         return hasattr(getattr(self, "estimator_", self.estimator), name)
 
     return available_if(check)
 
 
-class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     """A classifier that is fitted on as many rows of every class.
 
     For scikit-learn's searches and cross-validation, where the rows of each fit have to be resampled on their own. To
@@ -232,7 +234,7 @@ class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     """
 
     def __init__(
-        self, estimator: Any, how: str = "over", random_state: Any = None, *, neighbors: int = NEIGHBORS
+        self, estimator: Any, how: str = "over", random_state: Any = None, *, neighbors: int = SMOTE_NEIGHBORS
     ) -> None:
         self.estimator = estimator
         self.how = how
@@ -246,8 +248,8 @@ class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         ------
         ValueError
         """
-        ranges.choice("how", self.how, list(HOW))
-        ranges.whole("neighbors", self.neighbors, least=1)
+        ranges.check_choice("how", self.how, list(BALANCE_METHODS))
+        ranges.check_integer("neighbors", self.neighbors, minimum=1)
         if hasattr(self.estimator, "check_params"):
             self.estimator.check_params()
 
@@ -266,45 +268,47 @@ class Balanced(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.estimator_ = fit_balanced(
             clone(self.estimator), X, y, self.how, self.random_state, neighbors=self.neighbors, **fit_params
         )
-        codes = _coded(y)[1]
+        codes = _encode_classes(y)[1]
         self.prior_ = np.bincount(codes) / len(codes)
         return self
 
     @property
     def classes_(self) -> NDArray[Any]:
-        return self._fitted().classes_
+        return self._fitted_estimator().classes_
 
-    def _fitted(self) -> Any:
+    def _fitted_estimator(self) -> Any:
         check_is_fitted(self, "estimator_")
         return self.estimator_
 
-    def _answers(self, X: ArrayLike, method: str) -> NDArray[Any]:
-        estimator = self._fitted()
+    def _call_estimator(self, X: ArrayLike, method: str) -> NDArray[Any]:
+        estimator = self._fitted_estimator()
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
         return getattr(estimator, method)(X)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Classes of shape (m,)."""
-        return self._answers(X, "predict")
+        return self._call_estimator(X, "predict")
 
-    @_has("predict_proba")
+    @_available_if_estimator_has("predict_proba")
     def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
         """Probabilities of shape (m, k), as if all classes were as frequent."""
-        return self._answers(X, "predict_proba")
+        return self._call_estimator(X, "predict_proba")
 
-    @_has("decision_function")
+    @_available_if_estimator_has("decision_function")
     def decision_function(self, X: ArrayLike) -> NDArray[Any]:
         """Scores of shape (m, k) or (m,)."""
-        return self._answers(X, "decision_function")
+        return self._call_estimator(X, "decision_function")
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        inner = get_tags(self.estimator)
-        tags.classifier_tags.multi_class = inner.classifier_tags is None or inner.classifier_tags.multi_class
+        estimator_tags = get_tags(self.estimator)
+        tags.classifier_tags.multi_class = (
+            estimator_tags.classifier_tags is None or estimator_tags.classifier_tags.multi_class
+        )
         return tags
 
 
-def _coded(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The classes, and the number of each row's."""
     array = np.asarray(y)
     if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
@@ -316,13 +320,13 @@ def _coded(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return classes, codes.astype(np.int64)
 
 
-def _imblearn(how: str) -> Any:
+def _import_samplers(method: str) -> Any:
     """The samplers of imbalanced-learn by their names."""
     try:
         from imblearn import over_sampling, under_sampling
     except ImportError as error:
         raise ConfigError(
-            f"to balance classes by {how} takes imbalanced-learn, which is not installed ({error}); "
+            f"to balance classes by {method} takes imbalanced-learn, which is not installed ({error}); "
             "pip install 'featpipe[balance]', or take class_weight=balanced"
         ) from error
-    return under_sampling if how == "under" else over_sampling
+    return under_sampling if method == "under" else over_sampling

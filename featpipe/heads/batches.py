@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.heads.moments import RowSource, read_into
-from featpipe.workers import ahead
+from featpipe.heads.moments import RowSource, read_rows_into
+from featpipe.workers import prefetch
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "Rows"]
+__all__ = ["BatchSource", "TrainingBatch"]
 
-KEPT_BYTES = 256 << 20  # a source of no more is read once; of a larger one as much is in memory, in two buffers
+MAX_IN_MEMORY_BYTES = (
+    256 << 20
+)  # a source of no more is read once; of a larger one as much is in memory, in two buffers
 BLOCK_BYTES = 256 << 10
-FORGOTTEN_AFTER_RUNS = 256
-RUNS_AHEAD = 16  # that the system is told of
-EVALUATION_ROWS = 4096
-NUMBERS_AHEAD = 1 << 21  # of a large source, made ready for the next steps by another thread
-NUMBERS_AT_A_TIME = 1 << 18  # that several operations in turn find in a core's cache
+RUNS_BETWEEN_PAGE_RELEASES = 256
+PREFETCHED_RUNS = 16  # that the system is told of
+EVALUATION_BATCH_SIZE = 4096
+PREFETCHED_VALUES = 1 << 21  # of a large source, made ready for the next steps by another thread
+VALUES_PER_CHUNK = 1 << 18  # that several operations in turn find in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TrainingBatch:
     """Some rows as tensors: X (b, d), Y (b,) or (b, k), weights (b,) or (b, k)."""
 
     X: torch.Tensor
@@ -38,31 +40,31 @@ class Batch:
     def __len__(self) -> int:
         return len(self.X)
 
-    def take(self, rows: torch.Tensor) -> Batch:
-        return Batch(*(column.index_select(0, rows) for column in (self.X, self.Y, self.weights)))
+    def take(self, rows: torch.Tensor) -> TrainingBatch:
+        return TrainingBatch(*(column.index_select(0, rows) for column in (self.X, self.Y, self.weights)))
 
-    def split(self, size: int) -> Iterator[Batch]:
+    def split(self, size: int) -> Iterator[TrainingBatch]:
         """Views of so many rows each, the last of those that are left."""
-        for some in zip(*(column.split(size) for column in (self.X, self.Y, self.weights)), strict=True):
-            yield Batch(*some)
+        for columns in zip(*(column.split(size) for column in (self.X, self.Y, self.weights)), strict=True):
+            yield TrainingBatch(*columns)
 
-    def join(self, other: Batch) -> Batch:
+    def concatenate(self, other: TrainingBatch) -> TrainingBatch:
         import torch
 
         pairs = ((self.X, other.X), (self.Y, other.Y), (self.weights, other.weights))
-        return Batch(*(torch.cat(pair) for pair in pairs))
+        return TrainingBatch(*(torch.cat(pair) for pair in pairs))
 
 
 @dataclass(frozen=True, eq=False)
-class _Buffer:
+class _RowBuffer:
     """Rows in memory as they are stored, and which of them are trained on: `rows` of X, `numbers` of Y."""
 
     X: torch.Tensor
-    rows: torch.Tensor
-    numbers: torch.Tensor
+    buffer_rows: torch.Tensor
+    target_rows: torch.Tensor
 
 
-class Rows:
+class BatchSource:
     """Rows with their targets.
 
     Parameters
@@ -95,46 +97,48 @@ class Rows:
         Y: NDArray[Any],
         weights: NDArray[np.float64],
         *,
-        numbers: NDArray[np.intp] | None = None,
+        row_indices: NDArray[np.intp] | None = None,
         center: NDArray[Any] | None = None,
         scale: NDArray[Any] | None = None,
-        odds: NDArray[np.float64] | None = None,
+        sampling_weights: NDArray[np.float64] | None = None,
     ) -> None:
         import torch
 
         self.source = source
         self.width = source.shape[1]
         self.dtype = torch.float64 if source.dtype == np.float64 else torch.float32
-        self.numbers = np.arange(len(Y)) if numbers is None else numbers
+        self.row_indices = np.arange(len(Y)) if row_indices is None else row_indices
         self._Y = torch.from_numpy(np.require(Y, requirements=["C", "W"]))
         self._weights = torch.from_numpy(weights / weights.mean()).to(self.dtype)
-        self._shift = None if center is None else torch.as_tensor(np.array(center), dtype=self.dtype)
+        self._center = None if center is None else torch.as_tensor(np.array(center), dtype=self.dtype)
         self._scale = None if scale is None else torch.as_tensor(np.array(scale), dtype=self.dtype)
-        self._odds = None if odds is None else torch.from_numpy(odds / odds.mean())
-        self._slots: list[NDArray[Any]] = []
-        self._places: list[torch.Tensor] = []
-        self._whole = self._in_memory()
+        self._sampling_weights = (
+            None if sampling_weights is None else torch.from_numpy(sampling_weights / sampling_weights.mean())
+        )
+        self._read_buffers: list[NDArray[Any]] = []
+        self._output_buffers: list[torch.Tensor] = []
+        self._in_memory_buffer = self._load_in_memory()
 
     def __len__(self) -> int:
         return len(self._Y)
 
-    def _in_memory(self) -> _Buffer | None:
+    def _load_in_memory(self) -> _RowBuffer | None:
         import torch
 
-        whole = self.source
-        if _is_mapped(whole) or not (isinstance(whole, np.ndarray) and whole.flags.c_contiguous):
-            if len(self.numbers) * self._row_bytes > KEPT_BYTES:
+        data = self.source
+        if _is_mapped(data) or not (isinstance(data, np.ndarray) and data.flags.c_contiguous):
+            if len(self.row_indices) * self._row_bytes > MAX_IN_MEMORY_BYTES:
                 return None
-            whole, rows = self._gathered(), torch.arange(len(self))
+            data, buffer_rows = self._read_all(), torch.arange(len(self))
         else:
-            rows = torch.from_numpy(self.numbers)
-        return _Buffer(torch.from_numpy(whole), rows, torch.arange(len(self)))
+            buffer_rows = torch.from_numpy(self.row_indices)
+        return _RowBuffer(torch.from_numpy(data), buffer_rows, torch.arange(len(self)))
 
-    def _gathered(self) -> NDArray[Any]:
+    def _read_all(self) -> NDArray[Any]:
         """A copy of all rows, read block by block."""
-        whole = np.empty((len(self), self.width), self.source.dtype)
-        self._fill(whole, self._runs(range(self._block_count)))
-        return whole
+        data = np.empty((len(self), self.width), self.source.dtype)
+        self._read_runs(data, self._find_runs(range(self._block_count)))
+        return data
 
     @property
     def _row_bytes(self) -> int:
@@ -148,143 +152,164 @@ class Rows:
     def _block_count(self) -> int:
         return -(-self.source.shape[0] // self._block_rows)
 
-    def _runs(self, blocks: Iterable[int]) -> list[tuple[slice, slice]]:
+    def _find_runs(self, blocks: Iterable[int]) -> list[tuple[slice, slice]]:
         """Where the rows of blocks lie among `numbers`; and in the source, with what is left out between them."""
-        found = []
+        runs = []
         for block in blocks:
             start = block * self._block_rows
-            first, last = np.searchsorted(self.numbers, (start, start + self._block_rows))
+            first, last = np.searchsorted(self.row_indices, (start, start + self._block_rows))
             if first < last:
-                found.append((slice(first, last), slice(self.numbers[first], self.numbers[last - 1] + 1)))
-        return found
+                runs.append((slice(first, last), slice(self.row_indices[first], self.row_indices[last - 1] + 1)))
+        return runs
 
-    def _fill(self, out: NDArray[Any], runs: Sequence[tuple[slice, slice]]) -> None:
+    def _read_runs(self, out: NDArray[Any], runs: Sequence[tuple[slice, slice]]) -> None:
         """Read rows, one run after the other; the system is told of some that come next."""
         end = 0
         expect = getattr(self.source, "expect", None)
-        for count, (places, rows) in enumerate(runs):
+        for run_index, (positions, source_rows) in enumerate(runs):
             if expect is not None:
-                for _, later in runs[count + RUNS_AHEAD : count + RUNS_AHEAD + 1] if count else runs[: RUNS_AHEAD + 1]:
-                    expect(later)
-            if count % FORGOTTEN_AFTER_RUNS == 0:
-                _forget_pages(self.source)
-            start, end = end, end + places.stop - places.start
-            self._copy(out[start:end], places, rows)
-        _forget_pages(self.source)
+                for _, next_rows in (
+                    runs[run_index + PREFETCHED_RUNS : run_index + PREFETCHED_RUNS + 1]
+                    if run_index
+                    else runs[: PREFETCHED_RUNS + 1]
+                ):
+                    expect(next_rows)
+            if run_index % RUNS_BETWEEN_PAGE_RELEASES == 0:
+                _release_pages(self.source)
+            start, end = end, end + positions.stop - positions.start
+            self._read_run(out[start:end], positions, source_rows)
+        _release_pages(self.source)
 
-    def _copy(self, out: NDArray[Any], places: slice, rows: slice) -> None:
-        if len(out) < rows.stop - rows.start:
-            out[...] = np.asarray(self.source[rows])[self.numbers[places] - rows.start]
+    def _read_run(self, out: NDArray[Any], positions: slice, source_rows: slice) -> None:
+        if len(out) < source_rows.stop - source_rows.start:
+            out[...] = np.asarray(self.source[source_rows])[self.row_indices[positions] - source_rows.start]
         else:
-            read_into(self.source, out, rows)
+            read_rows_into(self.source, out, source_rows)
 
-    def _batch(self, buffer: _Buffer, chosen: torch.Tensor, out: torch.Tensor | None = None) -> Batch:
+    def _make_batch(self, buffer: _RowBuffer, selected: torch.Tensor, out: torch.Tensor | None = None) -> TrainingBatch:
         """Rows of a buffer; their features at the start of ``out``, if it is given."""
         import torch
 
-        numbers = buffer.numbers.index_select(0, chosen)
-        places = buffer.rows.index_select(0, chosen)
-        X = torch.empty((len(chosen), self.width), dtype=self.dtype) if out is None else out[: len(chosen)]
-        each = max(NUMBERS_AT_A_TIME // self.width, 1)
-        stored = None if buffer.X.dtype == self.dtype else torch.empty((each, self.width), dtype=buffer.X.dtype)
-        for some, part in zip(places.split(each), X.split(each), strict=True):
-            if stored is None:
-                torch.index_select(buffer.X, 0, some, out=part)
+        target_rows = buffer.target_rows.index_select(0, selected)
+        buffer_rows = buffer.buffer_rows.index_select(0, selected)
+        X = torch.empty((len(selected), self.width), dtype=self.dtype) if out is None else out[: len(selected)]
+        chunk_size = max(VALUES_PER_CHUNK // self.width, 1)
+        scratch = None if buffer.X.dtype == self.dtype else torch.empty((chunk_size, self.width), dtype=buffer.X.dtype)
+        for chunk_rows, chunk in zip(buffer_rows.split(chunk_size), X.split(chunk_size), strict=True):
+            if scratch is None:
+                torch.index_select(buffer.X, 0, chunk_rows, out=chunk)
             else:
-                part.copy_(torch.index_select(buffer.X, 0, some, out=stored[: len(some)]))
-            if self._shift is not None:
-                part.sub_(self._shift)
+                chunk.copy_(torch.index_select(buffer.X, 0, chunk_rows, out=scratch[: len(chunk_rows)]))
+            if self._center is not None:
+                chunk.sub_(self._center)
             if self._scale is not None:
-                part.div_(self._scale)
-        Y = self._Y.index_select(0, numbers)
-        return Batch(X, Y if Y.ndim == 1 else Y.to(self.dtype), self._weights.index_select(0, numbers))
+                chunk.div_(self._scale)
+        Y = self._Y.index_select(0, target_rows)
+        return TrainingBatch(X, Y if Y.ndim == 1 else Y.to(self.dtype), self._weights.index_select(0, target_rows))
 
-    def _batches(self, buffer: _Buffer, order: torch.Tensor, size: int) -> Iterator[Batch]:
+    def _iter_batches(self, buffer: _RowBuffer, order: torch.Tensor, size: int) -> Iterator[TrainingBatch]:
         """Rows of a buffer in some order, so many at a time.
 
         Another thread makes those of a large source ready, always in the same two places: memory that is new each time
         has to be cleared by the system, and is in no core's cache.
         """
-        if buffer is self._whole:
-            for chosen in order.split(size):
-                yield self._batch(buffer, chosen)
+        if buffer is self._in_memory_buffer:
+            for selected in order.split(size):
+                yield self._make_batch(buffer, selected)
             return
-        several = size * max(NUMBERS_AHEAD // (size * self.width), 1)
-        places = self._two_places(min(several, len(order)))
-        chosen = order.split(several)
-        ready = ahead(lambda number: self._batch(buffer, chosen[number], places[number % 2]), range(len(chosen)))
-        for large in ready:
-            yield from large.split(size)
+        rows_ahead = size * max(PREFETCHED_VALUES // (size * self.width), 1)
+        outputs = self._output_pair(min(rows_ahead, len(order)))
+        selected = order.split(rows_ahead)
+        large_batches = prefetch(
+            lambda index: self._make_batch(buffer, selected[index], outputs[index % 2]), range(len(selected))
+        )
+        for large_batch in large_batches:
+            yield from large_batch.split(size)
 
-    def _two_places(self, rows: int) -> list[torch.Tensor]:
+    def _output_pair(self, rows: int) -> list[torch.Tensor]:
         import torch
 
-        if not self._places or len(self._places[0]) < rows:
-            self._places = [torch.empty((rows, self.width), dtype=self.dtype) for _ in range(2)]
-        return self._places
+        if not self._output_buffers or len(self._output_buffers[0]) < rows:
+            self._output_buffers = [torch.empty((rows, self.width), dtype=self.dtype) for _ in range(2)]
+        return self._output_buffers
 
-    def in_order(self) -> Iterator[Batch]:
+    def iter_in_order(self) -> Iterator[TrainingBatch]:
         """All rows, a few thousand at a time; a batch holds until the next is asked for."""
         import torch
 
-        for buffer in self._buffers(np.arange(self._block_count)):
-            yield from self._batches(buffer, torch.arange(len(buffer.rows)), EVALUATION_ROWS)
+        for buffer in self._iter_buffers(np.arange(self._block_count)):
+            yield from self._iter_batches(buffer, torch.arange(len(buffer.buffer_rows)), EVALUATION_BATCH_SIZE)
 
-    def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def iter_shuffled(self, size: int, generator: torch.Generator) -> Iterator[TrainingBatch]:
         """One pass over n rows: ⌈n / size⌉ batches, all full but the last, of which each holds until the next."""
         import torch
 
-        left: Batch | None = None
-        drawn = 0.0
-        blocks = np.empty(0, np.intp) if self._whole else torch.randperm(self._block_count, generator=generator).numpy()
-        for buffer in self._buffers(blocks):
-            order, drawn = self._order(buffer, drawn, generator)
-            if left is not None:
-                missing = size - len(left)
-                left, order = left.join(self._batch(buffer, order[:missing])), order[missing:]
-                if len(left) == size:
-                    yield left
-                    left = None
-            for batch in self._batches(buffer, order, size) if len(order) else ():
+        remainder: TrainingBatch | None = None
+        drawn_weight = 0.0
+        blocks = (
+            np.empty(0, np.intp)
+            if self._in_memory_buffer
+            else torch.randperm(self._block_count, generator=generator).numpy()
+        )
+        for buffer in self._iter_buffers(blocks):
+            order, drawn_weight = self._draw_order(buffer, drawn_weight, generator)
+            if remainder is not None:
+                missing = size - len(remainder)
+                remainder, order = remainder.concatenate(self._make_batch(buffer, order[:missing])), order[missing:]
+                if len(remainder) == size:
+                    yield remainder
+                    remainder = None
+            for batch in self._iter_batches(buffer, order, size) if len(order) else ():
                 if len(batch) == size:
                     yield batch
                 else:
-                    left = batch
-        if left is not None:
-            yield left
+                    remainder = batch
+        if remainder is not None:
+            yield remainder
 
-    def _order(self, buffer: _Buffer, drawn: float, generator: torch.Generator) -> tuple[torch.Tensor, float]:
+    def _draw_order(
+        self, buffer: _RowBuffer, drawn_weight: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, float]:
         """Rows of a buffer in the order of a pass, and the sum of the odds so far."""
         import torch
 
-        if self._odds is None:
-            return torch.randperm(len(buffer.rows), generator=generator), 0.0
-        ends = self._odds.index_select(0, buffer.numbers).cumsum(0)
-        mass = ends[-1].item() if len(ends) else 0.0
+        if self._sampling_weights is None:
+            return torch.randperm(len(buffer.buffer_rows), generator=generator), 0.0
+        cumulative_weights = self._sampling_weights.index_select(0, buffer.target_rows).cumsum(0)
+        total_weight = cumulative_weights[-1].item() if len(cumulative_weights) else 0.0
         # Rounded so that the draws of all buffers are n.
-        count = round(drawn + mass) - round(drawn)
-        places = torch.rand(count, dtype=ends.dtype, generator=generator).mul_(mass)
-        return torch.searchsorted(ends, places, right=True).clamp_(max=max(len(ends) - 1, 0)), drawn + mass
+        count = round(drawn_weight + total_weight) - round(drawn_weight)
+        draws = torch.rand(count, dtype=cumulative_weights.dtype, generator=generator).mul_(total_weight)
+        return torch.searchsorted(cumulative_weights, draws, right=True).clamp_(
+            max=max(len(cumulative_weights) - 1, 0)
+        ), drawn_weight + total_weight
 
-    def _buffers(self, blocks: NDArray[np.intp]) -> Iterator[_Buffer]:
+    def _iter_buffers(self, blocks: NDArray[np.intp]) -> Iterator[_RowBuffer]:
         """What is in memory; or the rows of these blocks, of which the next are read while some are used."""
-        if self._whole is not None:
-            yield self._whole
+        if self._in_memory_buffer is not None:
+            yield self._in_memory_buffer
             return
-        each = max(KEPT_BYTES // 2 // (self._block_rows * self._row_bytes), 1)
-        groups = [blocks[start : start + each] for start in range(0, len(blocks), each)]
-        if not self._slots:
-            shape = (each * self._block_rows, self.width)
-            self._slots = [np.empty(shape, self.source.dtype) for _ in groups[:2]]
-        yield from ahead(lambda number: self._read(groups[number], self._slots[number % 2]), range(len(groups)))
+        blocks_per_buffer = max(MAX_IN_MEMORY_BYTES // 2 // (self._block_rows * self._row_bytes), 1)
+        block_groups = [blocks[start : start + blocks_per_buffer] for start in range(0, len(blocks), blocks_per_buffer)]
+        if not self._read_buffers:
+            shape = (blocks_per_buffer * self._block_rows, self.width)
+            self._read_buffers = [np.empty(shape, self.source.dtype) for _ in block_groups[:2]]
+        yield from prefetch(
+            lambda index: self._read_blocks(block_groups[index], self._read_buffers[index % 2]),
+            range(len(block_groups)),
+        )
 
-    def _read(self, blocks: NDArray[np.intp], slot: NDArray[Any]) -> _Buffer:
+    def _read_blocks(self, blocks: NDArray[np.intp], out: NDArray[Any]) -> _RowBuffer:
         import torch
 
-        runs = self._runs(np.sort(blocks))
-        known = np.concatenate([np.empty(0, np.intp), *(np.arange(places.start, places.stop) for places, _ in runs)])
-        self._fill(slot[: len(known)], runs)
-        return _Buffer(torch.from_numpy(slot[: len(known)]), torch.arange(len(known)), torch.from_numpy(known))
+        runs = self._find_runs(np.sort(blocks))
+        target_rows = np.concatenate(
+            [np.empty(0, np.intp), *(np.arange(positions.start, positions.stop) for positions, _ in runs)]
+        )
+        self._read_runs(out[: len(target_rows)], runs)
+        return _RowBuffer(
+            torch.from_numpy(out[: len(target_rows)]), torch.arange(len(target_rows)), torch.from_numpy(target_rows)
+        )
 
     def variance(self) -> torch.Tensor:
         """Of each column of targets that are numbers, by weight, shape (k,)."""
@@ -295,14 +320,14 @@ class Rows:
         variance = ((Y - mean).square() * weights).sum(dim=0) / weights.sum()
         return torch.where(variance > 0, variance, 1.0).to(self.dtype)
 
-    def unreadable(self) -> int | None:
+    def find_nonfinite_row(self) -> int | None:
         """The first row of the source with a NaN or an infinite feature."""
-        for places, rows in self._runs(range(self._block_count)):
-            found = np.empty((places.stop - places.start, self.width), self.source.dtype)
-            self._copy(found, places, rows)
-            bad = ~np.isfinite(found).all(axis=1)
-            if bad.any():
-                return int(self.numbers[places.start + bad.argmax()])
+        for positions, source_rows in self._find_runs(range(self._block_count)):
+            features = np.empty((positions.stop - positions.start, self.width), self.source.dtype)
+            self._read_run(features, positions, source_rows)
+            is_nonfinite = ~np.isfinite(features).all(axis=1)
+            if is_nonfinite.any():
+                return int(self.row_indices[positions.start + is_nonfinite.argmax()])
         return None
 
 
@@ -311,7 +336,7 @@ def _is_mapped(source: RowSource) -> bool:
     return isinstance(source, np.memmap) or (isinstance(source, np.ndarray) and not source.flags.writeable)
 
 
-def _forget_pages(source: RowSource) -> None:
+def _release_pages(source: RowSource) -> None:
     """Pages of a file that were read count as this process's memory until they are let go."""
     if isinstance(source, np.memmap) and source.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
         source._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]

@@ -15,13 +15,20 @@ from sklearn.base import ClassifierMixin
 from sklearn.exceptions import DataConversionWarning
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-__all__ = ["ScoredClassifier", "Targets", "class_targets", "row_weights", "rows_to_fit", "scores_of"]
+__all__ = [
+    "EncodedTargets",
+    "ScoredClassifier",
+    "check_sample_weight",
+    "compute_scores",
+    "encode_targets",
+    "validate_training_data",
+]
 
-ROWS_AT_A_TIME = 8192
+SCORING_BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
+class EncodedTargets:
     """What a classifier is to answer for n rows.
 
     Attributes
@@ -41,7 +48,7 @@ class Targets:
     weights: NDArray[np.float64]
 
 
-def row_weights(sample_weight: ArrayLike | None, n: int) -> NDArray[np.float64]:
+def check_sample_weight(sample_weight: ArrayLike | None, n: int) -> NDArray[np.float64]:
     """Checked sample weights of shape (n,), float64: ones when there are none."""
     if sample_weight is None:
         return np.ones(n)
@@ -55,32 +62,32 @@ def row_weights(sample_weight: ArrayLike | None, n: int) -> NDArray[np.float64]:
     return weights
 
 
-def rows_to_fit(
-    estimator: Any, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, **checks: Any
+def validate_training_data(
+    estimator: Any, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, **validation_options: Any
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
     """X (n, d), y (n,) or (n, k) and weights (n,), checked, without the rows of weight zero."""
-    X_checked, y_checked = validate_data(estimator, X, y, multi_output=True, **checks)
-    weights = row_weights(sample_weight, len(X_checked))
-    used = weights > 0
-    if used.all():
+    X_checked, y_checked = validate_data(estimator, X, y, multi_output=True, **validation_options)
+    weights = check_sample_weight(sample_weight, len(X_checked))
+    has_weight = weights > 0
+    if has_weight.all():
         return X_checked, y_checked, weights
-    return X_checked[used], y_checked[used], weights[used]
+    return X_checked[has_weight], y_checked[has_weight], weights[has_weight]
 
 
-def scores_of(estimator: Any, X: ArrayLike) -> NDArray[np.float64]:
+def compute_scores(estimator: Any, X: ArrayLike) -> NDArray[np.float64]:
     """The scores of a fitted estimator, shape (m, k): a few thousand rows at a time, so that copies stay small."""
     check_is_fitted(estimator)
-    checked: NDArray[Any] = validate_data(estimator, X, reset=False, dtype=[np.float64, np.float32])
-    starts = range(0, len(checked), ROWS_AT_A_TIME)
-    return np.concatenate([estimator._scores(checked[start : start + ROWS_AT_A_TIME]) for start in starts])
+    X_checked: NDArray[Any] = validate_data(estimator, X, reset=False, dtype=[np.float64, np.float32])
+    starts = range(0, len(X_checked), SCORING_BLOCK_ROWS)
+    return np.concatenate([estimator._scores(X_checked[start : start + SCORING_BLOCK_ROWS]) for start in starts])
 
 
-def class_targets(
+def encode_targets(
     y: Any,
     weights: NDArray[np.float64],
     class_weight: Mapping[Any, float] | str | None,
     multilabel: bool | None,
-) -> Targets:
+) -> EncodedTargets:
     """Encode the y of a classifier.
 
     Parameters
@@ -94,25 +101,27 @@ def class_targets(
     multilabel : bool or None
         Whether y is a 0/1 matrix; None takes one of two or more columns for such.
     """
-    array: NDArray[Any] = y.toarray() if issparse(y) else y
+    y_array: NDArray[Any] = y.toarray() if issparse(y) else y
     if multilabel is None:
-        multilabel = array.ndim == 2 and array.shape[1] > 1
+        multilabel = y_array.ndim == 2 and y_array.shape[1] > 1
     if multilabel:
-        Y = _label_matrix(array)
-        return Targets(np.arange(Y.shape[1]), True, Y, weights[:, None] * _label_weights(Y, weights, class_weight))
-    if array.ndim == 2 and array.shape[1] == 1:
+        Y = _check_label_matrix(y_array)
+        return EncodedTargets(
+            np.arange(Y.shape[1]), True, Y, weights[:, None] * _compute_label_weights(Y, weights, class_weight)
+        )
+    if y_array.ndim == 2 and y_array.shape[1] == 1:
         warnings.warn(
             "A column-vector y was passed when a 1d array was expected; give y of shape (n,)",
             DataConversionWarning,
             stacklevel=3,
         )
-        array = array.ravel()
-    classes, codes = _classes(array)
-    by_class = _class_weights(classes, codes, weights, class_weight)
-    return Targets(classes, False, codes, weights * by_class[codes])
+        y_array = y_array.ravel()
+    classes, class_codes = _encode_classes(y_array)
+    class_weights = _compute_class_weights(classes, class_codes, weights, class_weight)
+    return EncodedTargets(classes, False, class_codes, weights * class_weights[class_codes])
 
 
-def _label_matrix(array: NDArray[Any]) -> NDArray[np.int64]:
+def _check_label_matrix(array: NDArray[Any]) -> NDArray[np.int64]:
     if array.ndim != 2 or not np.isin(array, (0, 1)).all():
         raise ValueError(
             f"Unknown label type: y of shape {array.shape} with several labels a row must be a matrix of 0 and 1, "
@@ -121,7 +130,7 @@ def _label_matrix(array: NDArray[Any]) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _classes(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _encode_classes(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
         raise ValueError(
             f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold classes; for targets that "
@@ -136,7 +145,7 @@ def _classes(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return classes, codes.astype(np.int64)
 
 
-def _class_weights(
+def _compute_class_weights(
     classes: NDArray[Any],
     codes: NDArray[np.int64],
     weights: NDArray[np.float64],
@@ -146,28 +155,28 @@ def _class_weights(
         return np.ones(len(classes))
     if isinstance(class_weight, str):
         return weights.sum() / (len(classes) * np.bincount(codes, weights, len(classes)))
-    named = {value: i for i, value in enumerate(classes.tolist())}
-    strangers = [str(name) for name in class_weight if name not in named]
-    if strangers:
-        raise ValueError(f"class_weight names {', '.join(strangers)}: not among the classes of y")
-    by_class = np.ones(len(classes))
+    class_codes = {class_name: i for i, class_name in enumerate(classes.tolist())}
+    unknown_classes = [str(name) for name in class_weight if name not in class_codes]
+    if unknown_classes:
+        raise ValueError(f"class_weight names {', '.join(unknown_classes)}: not among the classes of y")
+    weight_by_class = np.ones(len(classes))
     for name, weight in class_weight.items():
-        by_class[named[name]] = weight
-    return by_class
+        weight_by_class[class_codes[name]] = weight
+    return weight_by_class
 
 
-def _label_weights(
+def _compute_label_weights(
     Y: NDArray[np.int64], weights: NDArray[np.float64], class_weight: Mapping[Any, float] | str | None
 ) -> NDArray[np.float64]:
     """Weight of each cell, shape (n, k)."""
     if class_weight is None:
         return np.ones(Y.shape)
     if isinstance(class_weight, str):
-        ones = weights @ Y
-        counts = np.stack([weights.sum() - ones, ones])
+        positive_weight = weights @ Y
+        counts = np.stack([weights.sum() - positive_weight, positive_weight])
         # A label that is always or never there has nothing to balance.
-        balanced = np.where(counts.all(axis=0), weights.sum() / (2 * np.maximum(counts, 1e-300)), 1.0)
-        return np.where(Y == 1, balanced[1], balanced[0])
+        balanced_weights = np.where(counts.all(axis=0), weights.sum() / (2 * np.maximum(counts, 1e-300)), 1.0)
+        return np.where(Y == 1, balanced_weights[1], balanced_weights[0])
     if not set(class_weight) <= {0, 1}:
         raise ValueError("class_weight with several labels a row is by 0 and 1, for every label alike")
     return np.where(Y == 1, class_weight.get(1, 1.0), class_weight.get(0, 1.0)).astype(np.float64)
@@ -190,7 +199,7 @@ class ScoredClassifier(ClassifierMixin):
         ----------
         X : array-like of shape (m, d)
         """
-        scores = scores_of(self, X)
+        scores = compute_scores(self, X)
         return scores if self.multilabel_ or len(self.classes_) > 2 else scores[:, 0]
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
@@ -198,8 +207,8 @@ class ScoredClassifier(ClassifierMixin):
         scores = self.decision_function(X)
         if self.multilabel_:
             return (scores > 0).astype(np.int64)
-        chosen = scores.argmax(axis=1) if scores.ndim == 2 else (scores > 0).astype(np.intp)
-        return self.classes_[chosen]
+        predicted_codes = scores.argmax(axis=1) if scores.ndim == 2 else (scores > 0).astype(np.intp)
+        return self.classes_[predicted_codes]
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities of shape (m, k): rows sum to one, except with several labels a row, where each stands alone."""

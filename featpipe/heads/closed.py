@@ -14,70 +14,73 @@ from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
-from featpipe.heads.evidence import strength_by_evidence
+from featpipe.heads.evidence import select_alpha_by_evidence
 from featpipe.heads.moments import Moments
 
 __all__ = [
-    "centroid_from",
-    "lda_from",
-    "ridge_classifier_from",
-    "ridge_from",
-    "scaled_by",
-    "set_scaler",
-    "shrunk",
-    "shrunk_apart",
-    "standardised",
+    "compute_ledoit_wolf_covariance",
+    "fit_centroid_from_moments",
+    "fit_lda_from_moments",
+    "fit_ridge_classifier_from_moments",
+    "fit_ridge_from_moments",
+    "fit_scaler",
+    "get_center_and_scale",
+    "shrink_covariance",
+    "standardize_moments",
 ]
 
 Array = NDArray[np.float64]
 
 
-def set_scaler(scaler: StandardScaler, found: Moments) -> None:
+def fit_scaler(scaler: StandardScaler, moments: Moments) -> None:
     """Fit a scaler from moments."""
-    mean, variance = found.mean, found.variance
-    rounding = found.rows * np.finfo(np.float64).eps
-    constant = (
-        variance <= rounding * variance + (rounding * mean) ** 2
+    mean, variance = moments.mean, moments.variance
+    rounding_error = moments.rows * np.finfo(np.float64).eps
+    is_constant = (
+        variance <= rounding_error * variance + (rounding_error * mean) ** 2
     )  # as scikit-learn's, so that noise is not scaled up
-    scale = np.where(constant, 1.0, np.sqrt(variance))
-    scaler.n_features_in_, scaler.n_samples_seen_ = len(mean), found.rows
+    scale = np.where(is_constant, 1.0, np.sqrt(variance))
+    scaler.n_features_in_, scaler.n_samples_seen_ = len(mean), moments.rows
     scaler.mean_ = mean if scaler.with_mean or scaler.with_std else None
     scaler.var_ = variance if scaler.with_std else None
     scaler.scale_ = scale if scaler.with_std else None
 
 
-def standardised(scaler: StandardScaler | str, found: Moments) -> Moments:
+def standardize_moments(scaler: StandardScaler | str, moments: Moments) -> Moments:
     """The moments of what the head sees; the scaler is fitted."""
     if isinstance(scaler, StandardScaler):
-        set_scaler(scaler, found)
-    return found.around(*scaled_by(scaler, len(found.shift)))
+        fit_scaler(scaler, moments)
+    return moments.standardize(*get_center_and_scale(scaler, len(moments.shift)))
 
 
-def scaled_by(scaler: StandardScaler | str, d: int) -> tuple[Array, Array]:
+def get_center_and_scale(scaler: StandardScaler | str, n_features: int) -> tuple[Array, Array]:
     """What a fitted scaler takes from rows, and divides them by."""
-    center, scale = np.zeros(d), np.ones(d)
+    center, scale = np.zeros(n_features), np.ones(n_features)
     if isinstance(scaler, StandardScaler):
         return scaler.mean_ if scaler.with_mean else center, scaler.scale_ if scaler.with_std else scale
     return center, scale
 
 
-def ridge_from(head: Ridge, found: Moments, single: bool) -> None:
+def fit_ridge_from_moments(head: Ridge, moments: Moments, single_target: bool) -> None:
     """Fit to targets, of which there may be a single one."""
-    coef, intercept = _solve_ridge(head, found)
-    head.coef_, head.intercept_ = (coef[0], float(intercept[0])) if single else (coef, intercept)
+    coef, intercept = _solve_ridge(head, moments)
+    head.coef_, head.intercept_ = (coef[0], float(intercept[0])) if single_target else (coef, intercept)
     head.n_iter_, head.solver_ = None, "cholesky"
 
 
-def ridge_classifier_from(head: RidgeClassifier, found: Moments, classes: NDArray[Any]) -> None:
+def fit_ridge_classifier_from_moments(head: RidgeClassifier, moments: Moments, classes: NDArray[Any]) -> None:
     """Fit to class codes, which stand for columns of 0 and 1."""
     from sklearn.preprocessing import LabelBinarizer
 
     if isinstance(head.alpha, str) and head.class_weight is None:
-        found = _levelled(found)
-    y_sums, cross = 2 * found.y - found.weight, 2 * found.cross - found.x[:, None]  # of 1 and -1 instead of 1 and 0
+        moments = _balance_classes(moments)
+    target_sums, cross = (
+        2 * moments.y - moments.weight,
+        2 * moments.cross - moments.x[:, None],
+    )  # of 1 and -1 instead of 1 and 0
     if len(classes) == 2:
-        y_sums, cross = y_sums[1:], cross[:, 1:]
-    signed = replace(found, y=y_sums, cross=cross)
+        target_sums, cross = target_sums[1:], cross[:, 1:]
+    signed = replace(moments, y=target_sums, cross=cross)
     head.coef_, head.intercept_ = _solve_ridge(head, signed)
     head._label_binarizer = LabelBinarizer(pos_label=1, neg_label=-1).fit(classes)
     with suppress(AttributeError):  # a property in some versions
@@ -85,67 +88,74 @@ def ridge_classifier_from(head: RidgeClassifier, found: Moments, classes: NDArra
     head.n_iter_, head.solver_ = None, "cholesky"
 
 
-def _levelled(found: Moments) -> Moments:
+def _balance_classes(moments: Moments) -> Moments:
     """With means of classes that all weigh alike, about the scatter within classes as it is.
 
     Least squares gives classes of few rows too little room: of a class that came with a single image, beside 98 of four
     others, nothing was found again. Weights of rows would need the scatter of each class; of means the sums do.
     """
-    means = found.cross / found.y
-    weights = np.full(len(found.y), found.weight / len(found.y))
-    gram = found.gram - (means * found.y) @ means.T + (means * weights) @ means.T
-    return replace(found, x=means @ weights, gram=gram, y=weights, cross=means * weights)
+    class_means = moments.cross / moments.y
+    class_weights = np.full(len(moments.y), moments.weight / len(moments.y))
+    gram = moments.gram - (class_means * moments.y) @ class_means.T + (class_means * class_weights) @ class_means.T
+    return replace(
+        moments, x=class_means @ class_weights, gram=gram, y=class_weights, cross=class_means * class_weights
+    )
 
 
-def _solve_ridge(head: Any, found: Moments) -> tuple[Array, Array]:
+def _solve_ridge(head: Any, moments: Moments) -> tuple[Array, Array]:
     """Coefficients (t, d) and intercepts (t,)."""
     from scipy.linalg import solve
 
-    x, y = found.x / found.weight, found.y / found.weight
-    gram, cross = found.gram, found.cross
+    x_mean, y_mean = moments.x / moments.weight, moments.y / moments.weight
+    gram, cross = moments.gram, moments.cross
     if head.fit_intercept:
-        gram, cross = gram - found.weight * np.outer(x, x), cross - found.weight * np.outer(x, y)
+        gram, cross = (
+            gram - moments.weight * np.outer(x_mean, x_mean),
+            cross - moments.weight * np.outer(x_mean, y_mean),
+        )
     alpha = head.alpha
     if isinstance(alpha, str):  # "auto", of targets 1 and -1
-        total = found.weight * float((1 - y**2).sum())
-        alpha = head.alpha_ = strength_by_evidence(gram, cross, total, found.weight)
+        target_sum_of_squares = moments.weight * float((1 - y_mean**2).sum())
+        alpha = head.alpha_ = select_alpha_by_evidence(gram, cross, target_sum_of_squares, moments.weight)
     alphas = np.broadcast_to(np.asarray(alpha, np.float64), cross.shape[1:])
     coef = np.empty(cross.shape[::-1])
     for alpha in np.unique(alphas):
-        chosen = alphas == alpha
-        coef[chosen] = solve(gram + alpha * np.eye(len(gram)), cross[:, chosen], assume_a="pos").T
-    return coef, y - coef @ x if head.fit_intercept else np.zeros(len(y))
+        has_alpha = alphas == alpha
+        coef[has_alpha] = solve(gram + alpha * np.eye(len(gram)), cross[:, has_alpha], assume_a="pos").T
+    return coef, y_mean - coef @ x_mean if head.fit_intercept else np.zeros(len(y_mean))
 
 
-def lda_from(
-    head: LinearDiscriminantAnalysis, found: Moments, classes: NDArray[Any], covariance: Array | None = None
+def fit_lda_from_moments(
+    head: LinearDiscriminantAnalysis, moments: Moments, classes: NDArray[Any], covariance: Array | None = None
 ) -> None:
     """Fit to class codes; from a covariance that was shrunk class by class, or from that of the moments."""
     from scipy.linalg import lstsq
 
-    priors = found.y / found.weight if head.priors is None else np.asarray(head.priors, np.float64)
-    means = (found.cross / found.y).T
+    priors = moments.y / moments.weight if head.priors is None else np.asarray(head.priors, np.float64)
+    class_means = (moments.cross / moments.y).T
     if covariance is None:
-        covariance = shrunk((found.gram - (means.T * found.y) @ means) / found.weight, head.shrinkage)
-    coef = lstsq(covariance, means.T)[0].T
-    intercept = -0.5 * np.einsum("kd,kd->k", means, coef) + np.log(priors)
-    head.classes_, head.priors_, head.means_, head.covariance_ = classes, priors, means, covariance
-    head._max_components = head._n_features_out = min(len(classes) - 1, len(found.shift))
+        covariance = shrink_covariance(
+            (moments.gram - (class_means.T * moments.y) @ class_means) / moments.weight, head.shrinkage
+        )
+    coef = lstsq(covariance, class_means.T)[0].T
+    intercept = -0.5 * np.einsum("kd,kd->k", class_means, coef) + np.log(priors)
+    head.classes_, head.priors_, head.means_, head.covariance_ = classes, priors, class_means, covariance
+    head._max_components = head._n_features_out = min(len(classes) - 1, len(moments.shift))
     if len(classes) == 2:
         coef, intercept = np.diff(coef, axis=0), np.diff(intercept)
     head.coef_, head.intercept_ = coef, intercept
 
 
-def shrunk(covariance: Array, shrinkage: float | None) -> Array:
+def shrink_covariance(covariance: Array, shrinkage: float | None) -> Array:
     """With its eigenvalues drawn to their mean."""
     if not shrinkage:
         return covariance
-    mixed = (1 - shrinkage) * covariance
-    mixed.flat[:: len(mixed) + 1] += shrinkage * np.trace(covariance) / len(mixed)
-    return mixed
+    shrunk_covariance = (1 - shrinkage) * covariance
+    shrunk_covariance.flat[:: len(shrunk_covariance) + 1] += shrinkage * np.trace(covariance) / len(shrunk_covariance)
+    return shrunk_covariance
 
 
-def shrunk_apart(x: Array) -> tuple[Array, Array]:
+def compute_ledoit_wolf_covariance(x: Array) -> tuple[Array, Array]:
     """The covariance of the rows of one class, shrunk as Ledoit and Wolf do on standardised columns.
 
     Parameters
@@ -161,32 +171,38 @@ def shrunk_apart(x: Array) -> tuple[Array, Array]:
         counts it in the units of the whole data, standardised.
     """
     x = x - x.mean(axis=0)
-    spread = x.std(axis=0)
-    constant = spread <= 1e-12 * np.abs(x).max(initial=0.0)
-    spread[constant], x[:, constant] = 1.0, 0.0
-    x /= spread
-    amount = ledoit_wolf_shrinkage(x, assume_centered=True) if len(x) > 1 else 0.0
-    covariance = shrunk(x.T @ x / len(x), amount)
-    flat = np.where(constant, covariance.diagonal(), 0.0)
-    covariance[constant, constant] = 0.0
-    return covariance * np.outer(spread, spread), flat
+    std = x.std(axis=0)
+    is_constant = std <= 1e-12 * np.abs(x).max(initial=0.0)
+    std[is_constant], x[:, is_constant] = 1.0, 0.0
+    x /= std
+    shrinkage = ledoit_wolf_shrinkage(x, assume_centered=True) if len(x) > 1 else 0.0
+    covariance = shrink_covariance(x.T @ x / len(x), shrinkage)
+    constant_variances = np.where(is_constant, covariance.diagonal(), 0.0)
+    covariance[is_constant, is_constant] = 0.0
+    return covariance * np.outer(std, std), constant_variances
 
 
-def centroid_from(head: NearestCentroid, found: Moments, classes: NDArray[Any]) -> None:
+def fit_centroid_from_moments(head: NearestCentroid, moments: Moments, classes: NDArray[Any]) -> None:
     """Fit to class codes, from moments of which the diagonal is enough."""
-    counts, n, k = found.y, found.rows, len(classes)
-    diagonal = found.gram if found.gram.ndim == 1 else found.gram.diagonal()
-    centroids = (found.cross / counts).T
-    within = np.sqrt(np.maximum(diagonal - (centroids.T**2 * counts).sum(axis=1), 0) / (n - k))
-    middle = found.x / n
-    spread = np.sqrt(1 / counts - 1 / n)[:, None] * (within + np.median(within))
-    deviations = (centroids - middle) / spread
+    class_counts, n_rows, n_classes = moments.y, moments.rows, len(classes)
+    gram_diagonal = moments.gram if moments.gram.ndim == 1 else moments.gram.diagonal()
+    centroids = (moments.cross / class_counts).T
+    within_class_std = np.sqrt(
+        np.maximum(gram_diagonal - (centroids.T**2 * class_counts).sum(axis=1), 0) / (n_rows - n_classes)
+    )
+    overall_centroid = moments.x / n_rows
+    shrinkage_scale = np.sqrt(1 / class_counts - 1 / n_rows)[:, None] * (within_class_std + np.median(within_class_std))
+    deviations = (centroids - overall_centroid) / shrinkage_scale
     if head.shrink_threshold:
         deviations = np.sign(deviations) * np.clip(np.abs(deviations) - head.shrink_threshold, 0, None)
-        centroids = middle + spread * deviations
-    uniform = np.full(k, 1 / k)
+        centroids = overall_centroid + shrinkage_scale * deviations
+    uniform_prior = np.full(n_classes, 1 / n_classes)
     head.class_prior_ = (
-        counts / n if head.priors == "empirical" else uniform if head.priors == "uniform" else np.asarray(head.priors)
+        class_counts / n_rows
+        if head.priors == "empirical"
+        else uniform_prior
+        if head.priors == "uniform"
+        else np.asarray(head.priors)
     )
     head.classes_, head.centroids_, head.deviations_ = classes, centroids, deviations
-    head.within_class_std_dev_ = within
+    head.within_class_std_dev_ = within_class_std

@@ -11,28 +11,28 @@ from scipy.linalg import LinAlgError, cholesky
 from scipy.linalg.blas import strsv
 from scipy.linalg.lapack import dpotrs, spotrf, spotrs
 
-from featpipe.heads.objective import Problem
+from featpipe.heads.objective import LogisticProblem
 
-__all__ = ["Blocks", "Curvature", "Diagonal", "Metric"]
+__all__ = ["BlockPreconditioner", "DiagonalPreconditioner", "GramPreconditioner", "WeightedGram"]
 
 Array = NDArray[np.float64]
 
-SAMPLED_ROWS = 12_000
-ROWS_AT_A_TIME = 1500
+MAX_SAMPLED_ROWS = 12_000
+ROWS_PER_CHUNK = 1500
 # What reading the rows costs, in classes, and what a call does that has next to no rows, in multiplications.
-NARROW, SMALL = 9, 5e6
+READ_COST_IN_CLASSES, CALL_COST_IN_PRODUCTS = 9, 5e6
 # A block's Gram matrix from 2 (d + 1) rows and a little of everybody's: 4 (d + 1) rows alone save two steps of twelve.
-ROWS_OF_A_BLOCK = 2.0
-SHRINKAGE = 0.05
+BLOCK_ROWS_PER_COLUMN = 2.0
+BLOCK_SHRINKAGE = 0.05
 # And so many times the penalty: so few rows show too little curvature in the directions that have least of it.
-RIDGE_OF_A_BLOCK = 3.0
-CANDIDATES = 4e7
-NUMBERS_FROM_A_FILE = 3e7
-NUMBERS_IN_ALL_BLOCKS = 2e8
+BLOCK_RIDGE_FACTOR = 3.0
+MAX_CANDIDATE_VALUES = 4e7
+MAX_VALUES_FROM_FILE = 3e7
+MAX_VALUES_IN_BLOCKS = 2e8
 
 
 @dataclass(frozen=True, eq=False)
-class Diagonal:
+class DiagonalPreconditioner:
     """The diagonal of the curvature where nothing is known yet: every class is as likely as the others.
 
     Attributes
@@ -43,39 +43,39 @@ class Diagonal:
     inverse: Array
 
     @classmethod
-    def at(cls, problem: Problem) -> Diagonal:
-        share = 0.5 if problem.link == "sigmoid" else 1 / problem.k
-        weight = share * (1 - share) * float(problem.weights.mean())
+    def from_problem(cls, problem: LogisticProblem) -> DiagonalPreconditioner:
+        mean_probability = 0.5 if problem.link == "sigmoid" else 1 / problem.k
+        weight = mean_probability * (1 - mean_probability) * float(problem.weights.mean())
 
-        def one(block: slice) -> Array:
-            x = problem.rows(block, np.float32)
+        def sum_of_squares(block: slice) -> Array:
+            x = problem.read_rows(block, np.float32)
             return np.einsum("ij,ij->j", x, x, dtype=np.float64)
 
-        squares = sum(problem.workers.map(one, problem.blocks()), np.zeros(problem.d))
+        squares = sum(problem.workers.map(sum_of_squares, problem.row_blocks()), np.zeros(problem.d))
         return cls(1 / np.append(problem.ridge + weight * squares, max(weight * problem.n, 1e-12)))
 
-    def solve(self, several: Array) -> Array:
+    def solve(self, vectors: Array) -> Array:
         """M⁻¹ of the rows, shape (c, k, d + 1)."""
-        return several * self.inverse
+        return vectors * self.inverse
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
+class GramPreconditioner:
     """One matrix M = S L Lᵀ S of shape (d + 1, d + 1), S diagonal, like the curvature of every row of theta."""
 
     lower: NDArray[Any]
     scale: Array
 
-    def solve(self, several: Array) -> Array:
+    def solve(self, vectors: Array) -> Array:
         """M⁻¹ of the rows, shape (c, k, d + 1)."""
-        scaled = (several / self.scale).astype(self.lower.dtype).reshape(-1, len(self.scale))
+        scaled = (vectors / self.scale).astype(self.lower.dtype).reshape(-1, len(self.scale))
         solver = spotrs if self.lower.dtype == np.float32 else dpotrs
-        found: NDArray[Any] = solver(self.lower, scaled.T, lower=1, overwrite_b=1)[0]
-        return found.T.reshape(several.shape) / self.scale
+        solution: NDArray[Any] = solver(self.lower, scaled.T, lower=1, overwrite_b=1)[0]
+        return solution.T.reshape(vectors.shape) / self.scale
 
 
 @dataclass(frozen=True, eq=False)
-class Curvature:
+class WeightedGram:
     """Gram matrix of the rows, each weighted by its mean curvature p(1 - p) at one theta, without the penalty.
 
     Attributes
@@ -87,59 +87,59 @@ class Curvature:
     gram: Array
 
     @staticmethod
-    def evaluations(problem: Problem) -> float:
+    def cost_in_evaluations(problem: LogisticProblem) -> float:
         """What making it costs, in evaluations of the objective."""
-        sampled, n, d, k = min(problem.n, SAMPLED_ROWS), problem.n, float(problem.d), problem.k
-        rows = k + NARROW
-        own = sampled * d * d / 2 + d**3 / 3 + sampled * d * rows + 3 * SMALL
-        return own / (2 * n * d * rows + SMALL)
+        sampled, n, d, k = min(problem.n, MAX_SAMPLED_ROWS), problem.n, float(problem.d), problem.k
+        pass_cost = k + READ_COST_IN_CLASSES
+        cost = sampled * d * d / 2 + d**3 / 3 + sampled * d * pass_cost + 3 * CALL_COST_IN_PRODUCTS
+        return cost / (2 * n * d * pass_cost + CALL_COST_IN_PRODUCTS)
 
     @classmethod
-    def at(cls, problem: Problem, theta: Array, dtype: Any = np.float64) -> Curvature:
+    def from_problem(cls, problem: LogisticProblem, theta: Array, dtype: Any = np.float64) -> WeightedGram:
         """From evenly spaced rows, 12,000 at most."""
         n, d = problem.n, problem.d
-        rows = np.linspace(0, n - 1, min(n, SAMPLED_ROWS)).astype(np.intp)
+        rows = np.linspace(0, n - 1, min(n, MAX_SAMPLED_ROWS)).astype(np.intp)
 
-        def one(block: slice) -> NDArray[Any]:
-            chosen = slice(rows[block][0], rows[block][-1] + 1) if len(rows) == n else rows[block]
-            x = problem.rows(chosen, dtype)
+        def chunk_gram(chunk: slice) -> NDArray[Any]:
+            selection = slice(rows[chunk][0], rows[chunk][-1] + 1) if len(rows) == n else rows[chunk]
+            x = problem.read_rows(selection, dtype)
             p = problem.probabilities(theta, x)
-            weights = problem.weights[chosen].reshape(len(x), -1)
-            root = np.sqrt((weights * _curvatures(problem, p, chosen)).mean(axis=1)).astype(dtype)
+            weights = problem.weights[selection].reshape(len(x), -1)
+            root = np.sqrt((weights * _curvatures(problem, p, selection)).mean(axis=1)).astype(dtype)
             scaled = np.empty((len(x), d + 1), dtype)
             np.multiply(x, root[:, None], out=scaled[:, :-1])
             scaled[:, -1] = root if problem.fit_intercept else 0
             return scaled.T @ scaled
 
-        starts = range(0, len(rows), ROWS_AT_A_TIME)
+        starts = range(0, len(rows), ROWS_PER_CHUNK)
         gram = np.zeros((d + 1, d + 1))
-        for part in problem.workers.map(one, [slice(start, start + ROWS_AT_A_TIME) for start in starts]):
-            gram += part
+        for partial_gram in problem.workers.map(chunk_gram, [slice(start, start + ROWS_PER_CHUNK) for start in starts]):
+            gram += partial_gram
         gram *= problem.weights.sum() / problem.weights[rows].sum()
         return cls(gram)
 
-    def metric(self, ridge: float, dtype: Any = np.float64) -> Metric:
+    def preconditioner(self, ridge: float, dtype: Any = np.float64) -> GramPreconditioner:
         """With a penalty."""
         hessian = self.gram.copy()
-        inner = np.arange(len(hessian) - 1)
-        hessian[inner, inner] += ridge
+        feature_indices = np.arange(len(hessian) - 1)
+        hessian[feature_indices, feature_indices] += ridge
         # Where no row has curvature left the intercept has none either, and any positive number will do.
         hessian[-1, -1] += 1e-12 if hessian[-1, -1] > 0 else 1.0
         scale = np.sqrt(hessian.diagonal())
         hessian /= scale
         hessian /= scale[:, None]
-        every = np.arange(len(hessian))
-        rounding = np.finfo(dtype).eps
-        for more in (10 * rounding, 1e-6, 1e-4):
-            hessian[every, every] += more
+        diagonal = np.arange(len(hessian))
+        eps = np.finfo(dtype).eps
+        for jitter in (10 * eps, 1e-6, 1e-4):
+            hessian[diagonal, diagonal] += jitter
             try:
-                return Metric(cholesky(hessian.astype(dtype), lower=True, check_finite=False), scale)
+                return GramPreconditioner(cholesky(hessian.astype(dtype), lower=True, check_finite=False), scale)
             except LinAlgError:
                 continue
-        return Metric(np.eye(len(hessian)), scale)
+        return GramPreconditioner(np.eye(len(hessian)), scale)
 
 
-def _curvatures(problem: Problem, p: NDArray[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
+def _curvatures(problem: LogisticProblem, p: NDArray[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
     """p(1 - p), or the residual |p - y| where that is more.
 
     Both have the same size where the model is right about its doubts. A row on the wrong side for certain has no
@@ -148,13 +148,13 @@ def _curvatures(problem: Problem, p: NDArray[Any], rows: slice | NDArray[np.intp
     curvatures = p * (1 - p)
     if problem.link == "sigmoid":
         return np.maximum(curvatures, np.abs(p - problem.Y[rows]))
-    right = p[np.arange(len(p)), problem.Y[rows]]
-    means = np.maximum(curvatures.mean(axis=1), (1 - right) / p.shape[1])
+    true_class_probabilities = p[np.arange(len(p)), problem.Y[rows]]
+    means = np.maximum(curvatures.mean(axis=1), (1 - true_class_probabilities) / p.shape[1])
     return means[:, None]
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class BlockPreconditioner:
     """A curvature for each row of theta, as Cholesky factors of shape (k, d + 1, d + 1).
 
     Notes
@@ -169,85 +169,91 @@ class Blocks:
     softmax: bool
 
     @staticmethod
-    def evaluations(problem: Problem) -> float:
+    def cost_in_evaluations(problem: LogisticProblem) -> float:
         """What making them costs, in evaluations of the objective; infinite where they would not fit in memory."""
         width = problem.d + 1
-        if problem.k * float(width) ** 2 > NUMBERS_IN_ALL_BLOCKS:
+        if problem.k * float(width) ** 2 > MAX_VALUES_IN_BLOCKS:
             return np.inf
-        return (min(ROWS_OF_A_BLOCK * width, problem.n) * width + width**2) / (4 * problem.n) + 0.5
+        return (min(BLOCK_ROWS_PER_COLUMN * width, problem.n) * width + width**2) / (4 * problem.n) + 0.5
 
     @classmethod
-    def at(cls, problem: Problem, theta: Array, mean: Curvature) -> Blocks:
+    def from_problem(cls, problem: LogisticProblem, theta: Array, mean_gram: WeightedGram) -> BlockPreconditioner:
         n, k, width = problem.n, problem.k, problem.d + 1
         # Rows of a file are drawn from a sample that is read once.
         in_memory = type(problem.X) is np.ndarray
-        most = max(CANDIDATES / k, 4 * width) if in_memory else NUMBERS_FROM_A_FILE / width
-        candidates = np.linspace(0, n - 1, int(min(n, most))).astype(np.intp)
-        whole = len(candidates) == n
-        sampled = None if in_memory else problem.rows(slice(None) if whole else candidates, np.float32)
+        max_candidates = max(MAX_CANDIDATE_VALUES / k, 4 * width) if in_memory else MAX_VALUES_FROM_FILE / width
+        candidates = np.linspace(0, n - 1, int(min(n, max_candidates))).astype(np.intp)
+        uses_all_rows = len(candidates) == n
+        candidate_rows = (
+            None if in_memory else problem.read_rows(slice(None) if uses_all_rows else candidates, np.float32)
+        )
         curvatures = np.empty((k, len(candidates)), np.float32)
 
-        def fill(start: int) -> None:
-            rows = candidates[start : start + ROWS_AT_A_TIME]
-            if sampled is None:
-                x = problem.rows(slice(rows[0], rows[-1] + 1) if whole else rows, np.float32)
+        def fill_curvatures(start: int) -> None:
+            rows = candidates[start : start + ROWS_PER_CHUNK]
+            if candidate_rows is None:
+                x = problem.read_rows(slice(rows[0], rows[-1] + 1) if uses_all_rows else rows, np.float32)
             else:
-                x = sampled[start : start + len(rows)]
+                x = candidate_rows[start : start + len(rows)]
             p = problem.probabilities(theta, x)
             weights = problem.weights[rows].reshape(len(rows), -1)
             curvatures[:, start : start + len(rows)] = (p * (1 - p) * weights).T
 
-        for _ in problem.workers.map(fill, range(0, len(candidates), ROWS_AT_A_TIME)):
+        for _ in problem.workers.map(fill_curvatures, range(0, len(candidates), ROWS_PER_CHUNK)):
             pass
         totals = curvatures.sum(axis=1, dtype=np.float64)
         # The draws are fixed: a fit is repeatable, and the metric decides how fast the minimum is found, not which.
-        spread = (np.arange(len(candidates)) * 0.6180339887498949) % 1
-        first = np.random.default_rng(0).random(k)
-        everybody = (mean.gram * (SHRINKAGE / max(totals.mean(), 1e-300))).astype(np.float32)
-        ridge = np.full(width, RIDGE_OF_A_BLOCK * problem.ridge, np.float32)
+        thresholds = (np.arange(len(candidates)) * 0.6180339887498949) % 1
+        class_offsets = np.random.default_rng(0).random(k)
+        shared_gram = (mean_gram.gram * (BLOCK_SHRINKAGE / max(totals.mean(), 1e-300))).astype(np.float32)
+        ridge = np.full(width, BLOCK_RIDGE_FACTOR * problem.ridge, np.float32)
         ridge[-1] = 1e-6
 
-        def one(c: int) -> NDArray[np.float32]:
-            odds = curvatures[c] * np.float32(ROWS_OF_A_BLOCK * width / max(totals[c], 1e-30))
-            taken = np.flatnonzero(odds > (spread + first[c]) % 1)
-            kept = np.minimum(odds[taken], 1)
-            x = np.empty((len(taken), width), np.float32)
-            x[:, :-1] = problem.rows(candidates[taken], np.float32) if sampled is None else sampled[taken]
+        def factorize_class(c: int) -> NDArray[np.float32]:
+            expected_counts = curvatures[c] * np.float32(BLOCK_ROWS_PER_COLUMN * width / max(totals[c], 1e-30))
+            selected = np.flatnonzero(expected_counts > (thresholds + class_offsets[c]) % 1)
+            inclusion_probabilities = np.minimum(expected_counts[selected], 1)
+            x = np.empty((len(selected), width), np.float32)
+            x[:, :-1] = (
+                problem.read_rows(candidates[selected], np.float32)
+                if candidate_rows is None
+                else candidate_rows[selected]
+            )
             x[:, -1] = 1 if problem.fit_intercept else 0
-            x *= np.sqrt(curvatures[c, taken] / kept * np.float32(n / len(candidates)))[:, None]
+            x *= np.sqrt(curvatures[c, selected] / inclusion_probabilities * np.float32(n / len(candidates)))[:, None]
             gram = x.T @ x
-            gram *= 1 - SHRINKAGE
-            gram += everybody * np.float32(totals[c] * n / len(candidates))
-            return _factor(gram, ridge)
+            gram *= 1 - BLOCK_SHRINKAGE
+            gram += shared_gram * np.float32(totals[c] * n / len(candidates))
+            return _cholesky_factor(gram, ridge)
 
-        return cls(list(problem.workers.map(one, range(k))), problem.link == "softmax")
+        return cls(list(problem.workers.map(factorize_class, range(k))), problem.link == "softmax")
 
-    def solve(self, several: Array) -> Array:
+    def solve(self, vectors: Array) -> Array:
         """The quasi-Newton step for the rows, shape (c, k, d + 1)."""
         if self.softmax:
-            several = several - several.mean(axis=1, keepdims=True)
-        found = np.empty_like(several)
+            vectors = vectors - vectors.mean(axis=1, keepdims=True)
+        solution = np.empty_like(vectors)
         for c, factor in enumerate(self.factors):
-            for right, answer in zip(several[:, c], found[:, c], strict=True):
+            for right_side, out in zip(vectors[:, c], solution[:, c], strict=True):
                 # Three times as fast as LAPACK's solver for many right sides, and holds the interpreter: no threads.
-                half = strsv(factor, right.astype(np.float32), lower=1)
-                answer[:] = strsv(factor, half, lower=1, trans=1)
-        return found - found.mean(axis=1, keepdims=True) if self.softmax else found
+                intermediate = strsv(factor, right_side.astype(np.float32), lower=1)
+                out[:] = strsv(factor, intermediate, lower=1, trans=1)
+        return solution - solution.mean(axis=1, keepdims=True) if self.softmax else solution
 
-    def only(self, groups: NDArray[np.intp]) -> Blocks:
+    def select_groups(self, groups: NDArray[np.intp]) -> BlockPreconditioner:
         """Of some of the groups."""
         return replace(self, factors=[self.factors[group] for group in groups])
 
 
-def _factor(hessian: NDArray[np.float32], ridge: NDArray[np.float32]) -> NDArray[np.float32]:
-    every = np.arange(len(ridge))
-    hessian[every, every] += ridge
-    level = np.float32(hessian[every, every].max())
-    for more in (0.0, 1e-6, 1e-4, 1e-2):
-        hessian[every, every] += level * np.float32(more)
+def _cholesky_factor(hessian: NDArray[np.float32], ridge: NDArray[np.float32]) -> NDArray[np.float32]:
+    diagonal = np.arange(len(ridge))
+    hessian[diagonal, diagonal] += ridge
+    max_diagonal = np.float32(hessian[diagonal, diagonal].max())
+    for jitter in (0.0, 1e-6, 1e-4, 1e-2):
+        hessian[diagonal, diagonal] += max_diagonal * np.float32(jitter)
         # The transpose, being in LAPACK's order, needs no copy; the last attempt may spoil it.
         factor, failed = spotrf(hessian.T, lower=1, clean=0)
         if not failed:
-            found: NDArray[np.float32] = factor
-            return found
-    return np.sqrt(level) * np.eye(len(ridge), dtype=np.float32)
+            result: NDArray[np.float32] = factor
+            return result
+    return np.sqrt(max_diagonal) * np.eye(len(ridge), dtype=np.float32)

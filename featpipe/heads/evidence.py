@@ -10,17 +10,17 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
-from featpipe.heads.classes import row_weights
+from featpipe.heads.classes import check_sample_weight
 
-__all__ = ["EvidenceRidgeClassifier", "strength_by_evidence", "weights_of"]
+__all__ = ["BayesianRidgeClassifier", "combine_sample_and_class_weights", "select_alpha_by_evidence"]
 
 Array = NDArray[np.float64]
 
-DECADES = np.arange(20, -41, -1) / 10  # strengths that are tried, the strongest first, by the mean eigenvalue
-ALIKE = 1e-3  # evidence a row, in logarithms: without errors it tells weak strengths not apart
+ALPHA_EXPONENTS = np.arange(20, -41, -1) / 10  # strengths that are tried, the strongest first, by the mean eigenvalue
+MIN_EVIDENCE_GAIN_PER_ROW = 1e-3  # evidence a row, in logarithms: without errors it tells weak strengths not apart
 
 
-def strength_by_evidence(gram: Array, cross: Array, total: float, n: float) -> float:
+def select_alpha_by_evidence(gram: Array, cross: Array, target_sum_of_squares: float, n_rows: float) -> float:
     """The strength of a ridge under which the targets are most probable.
 
     Parameters
@@ -42,20 +42,23 @@ def strength_by_evidence(gram: Array, cross: Array, total: float, n: float) -> f
     are: with as many features as rows that is nothing by nothing, and on 490 tiles of width 1,280 it took the weakest
     strength of all, where accuracy was .77 instead of .89.
     """
-    values, vectors = np.linalg.eigh(gram)
-    values = np.maximum(values, 0.0)
-    explained = ((vectors.T @ cross) ** 2).sum(axis=1)
-    columns = max(1, cross.shape[1] - 1)  # of classes the last column follows from the others
-    best, chosen = -np.inf, 1.0
-    for strength in max(float(values.mean()), np.finfo(np.float64).tiny) * 10.0**DECADES:
-        left = max(total - float((explained / (values + strength)).sum()), np.finfo(np.float64).eps * total)
-        evidence = -np.log1p(values / strength).sum() - (n - 1) * np.log(left / columns)
-        if evidence > best + ALIKE * n:
-            best, chosen = evidence, float(strength)
-    return chosen
+    eigenvalues, eigenvectors = np.linalg.eigh(gram)
+    eigenvalues = np.maximum(eigenvalues, 0.0)
+    squared_projections = ((eigenvectors.T @ cross) ** 2).sum(axis=1)
+    n_targets = max(1, cross.shape[1] - 1)  # of classes the last column follows from the others
+    best_evidence, best_alpha = -np.inf, 1.0
+    for alpha in max(float(eigenvalues.mean()), np.finfo(np.float64).tiny) * 10.0**ALPHA_EXPONENTS:
+        residual_sum_of_squares = max(
+            target_sum_of_squares - float((squared_projections / (eigenvalues + alpha)).sum()),
+            np.finfo(np.float64).eps * target_sum_of_squares,
+        )
+        evidence = -np.log1p(eigenvalues / alpha).sum() - (n_rows - 1) * np.log(residual_sum_of_squares / n_targets)
+        if evidence > best_evidence + MIN_EVIDENCE_GAIN_PER_ROW * n_rows:
+            best_evidence, best_alpha = evidence, float(alpha)
+    return best_alpha
 
 
-class EvidenceRidgeClassifier(RidgeClassifier):
+class BayesianRidgeClassifier(RidgeClassifier):
     """scikit-learn's, and with ``alpha="auto"`` of the strength that has most evidence, with classes that weigh alike.
 
     Parameters
@@ -118,11 +121,15 @@ class EvidenceRidgeClassifier(RidgeClassifier):
         self.check_params()
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
-        used = row_weights(sample_weight, len(y)) > 0
-        X, y, given = X[used], y[used], None if sample_weight is None else np.asarray(sample_weight)[used]
+        has_weight = check_sample_weight(sample_weight, len(y)) > 0
+        X, y, weights = (
+            X[has_weight],
+            y[has_weight],
+            None if sample_weight is None else np.asarray(sample_weight)[has_weight],
+        )
         if (y == y[0]).all():
             raise ValueError(f"y holds one class only ({str(y[0])!r}); a classifier needs two or more")
-        fit_ridge_classifier(self, "passthrough", X, y, given)
+        fit_ridge_classifier(self, "passthrough", X, y, weights)
         self.n_iter_ = 1
         return self
 
@@ -133,14 +140,14 @@ class EvidenceRidgeClassifier(RidgeClassifier):
         return tags
 
 
-def weights_of(
+def combine_sample_and_class_weights(
     head: RidgeClassifier, y: NDArray[Any], classes: NDArray[Any], codes: NDArray[Any], sample_weight: Any
 ) -> Array | None:
     """Of rows, times those of their classes; None where all are one."""
     from sklearn.utils import compute_class_weight
 
-    weights = None if sample_weight is None else row_weights(sample_weight, len(y))
+    weights = None if sample_weight is None else check_sample_weight(sample_weight, len(y))
     if head.class_weight is None:
         return weights
-    by_class = compute_class_weight(head.class_weight, classes=classes, y=y)[codes]
-    return np.asarray(by_class if weights is None else by_class * weights)
+    class_weights = compute_class_weight(head.class_weight, classes=classes, y=y)[codes]
+    return np.asarray(class_weights if weights is None else class_weights * weights)

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_float"]
+__all__ = ["convert_float"]
 
-NUMBERS_AT_ONCE = 1 << 20  # that stay in a core's cache
-NUMPY_BELOW = 1 << 16
+BLOCK_ELEMENTS = 1 << 20  # that stay in a core's cache
+MIN_TORCH_ELEMENTS = 1 << 16
 
 
-def as_float(x: NDArray[Any], dtype: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
+def convert_float(x: NDArray[Any], dtype: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """An array as another float type.
 
     numpy converts float16 number by number, which is slower than reading it from a disk; torch has instructions for it.
@@ -30,17 +30,17 @@ def as_float(x: NDArray[Any], dtype: Any, out: NDArray[Any] | None = None) -> ND
     ndarray of shape (b, d)
         ``out``, if given; or else ``x`` itself where it is of that type.
     """
-    wanted = np.dtype(dtype)
-    if x.dtype != np.float16 or x.size < NUMPY_BELOW or not x.flags.c_contiguous or wanted.itemsize < 4:
+    target_dtype = np.dtype(dtype)
+    if x.dtype != np.float16 or x.size < MIN_TORCH_ELEMENTS or not x.flags.c_contiguous or target_dtype.itemsize < 4:
         if out is None:
-            return np.asarray(x, wanted)
+            return np.asarray(x, target_dtype)
         out[...] = x
         return out
     import torch
 
-    found = np.empty(x.shape, wanted) if out is None else out
-    source, target = torch.from_numpy(x if x.flags.writeable else x.copy()), torch.from_numpy(found)
-    rows = max(1, NUMBERS_AT_ONCE // max(1, x.shape[1]))
-    for start in range(0, len(x), rows):
-        target[start : start + rows] = source[start : start + rows]
-    return found
+    converted = np.empty(x.shape, target_dtype) if out is None else out
+    source, target = torch.from_numpy(x if x.flags.writeable else x.copy()), torch.from_numpy(converted)
+    block_rows = max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))
+    for start in range(0, len(x), block_rows):
+        target[start : start + block_rows] = source[start : start + block_rows]
+    return converted

@@ -15,13 +15,20 @@ from featpipe.heads.path import SoftmaxRegressionCV
 from featpipe.heads.softmax import SoftmaxRegression
 from featpipe.heads.torch_heads import LinearClassifier, MLPClassifier
 
-__all__ = ["LastLayer", "fisher", "hidden", "last_layer", "penalty", "with_layer"]
+__all__ = [
+    "LastLayer",
+    "compute_fisher_diagonal",
+    "compute_hidden_features",
+    "extract_last_layer",
+    "get_l2_strength",
+    "replace_last_layer",
+]
 
 Array = NDArray[np.float64]
 
-ROWS_AT_ONCE = 8192
-_LINEAR = (SoftmaxRegression, SoftmaxRegressionCV, LogisticRegression)
-_TORCH = (LinearClassifier, MLPClassifier)
+BLOCK_ROWS = 8192
+_LINEAR_HEADS = (SoftmaxRegression, SoftmaxRegressionCV, LogisticRegression)
+_TORCH_HEADS = (LinearClassifier, MLPClassifier)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,20 +44,20 @@ class LastLayer:
     W: Array
     b: Array
 
-    def scores(self, Z: NDArray[Any]) -> Array:
+    def compute_scores(self, Z: NDArray[Any]) -> Array:
         return np.asarray(Z @ self.W.T + self.b)
 
 
-def last_layer(head: Any) -> LastLayer | None:
+def extract_last_layer(head: Any) -> LastLayer | None:
     """That of a fitted head; None if it does not end in a softmax of linear scores.
 
     Of two classes the first has scores of zero, as :func:`featpipe.calibration.logits_of` gives them.
     """
     if getattr(head, "multilabel_", False):
         return None
-    if isinstance(head, _LINEAR):
+    if isinstance(head, _LINEAR_HEADS):
         W, b = np.asarray(head.coef_, np.float64), np.asarray(head.intercept_, np.float64)
-    elif isinstance(head, _TORCH):
+    elif isinstance(head, _TORCH_HEADS):
         W, b = np.asarray(head.coefs_[-1].T, np.float64), np.asarray(head.intercepts_[-1], np.float64)
     else:
         return None
@@ -59,7 +66,7 @@ def last_layer(head: Any) -> LastLayer | None:
     return LastLayer(W, b)
 
 
-def hidden(head: Any, X: NDArray[Any]) -> NDArray[Any]:
+def compute_hidden_features(head: Any, X: NDArray[Any]) -> NDArray[Any]:
     """What the last layer sees, shape (n, p): X itself where there is no other layer."""
     if not isinstance(head, MLPClassifier):
         return X
@@ -67,33 +74,37 @@ def hidden(head: Any, X: NDArray[Any]) -> NDArray[Any]:
     dtype = head.coefs_[-1].dtype
     coefs = [*head.coefs_[:-1], np.eye(width, dtype=dtype)]
     intercepts = [*head.intercepts_[:-1], np.zeros(width, dtype)]
-    starts = range(0, max(1, len(X)), ROWS_AT_ONCE)
-    return np.concatenate([forward(X[at : at + ROWS_AT_ONCE], coefs, intercepts, head.activation) for at in starts])
+    starts = range(0, max(1, len(X)), BLOCK_ROWS)
+    return np.concatenate(
+        [forward(X[start : start + BLOCK_ROWS], coefs, intercepts, head.activation) for start in starts]
+    )
 
 
-def with_layer(head: Any, layer: LastLayer) -> Any:
+def replace_last_layer(head: Any, layer: LastLayer) -> Any:
     """A copy of a head with another last layer, of classes 0 to k - 1."""
-    grown, k = copy.copy(head), len(layer.b)
+    new_head, n_classes = copy.copy(head), len(layer.b)
     W, b = layer.W, layer.b
-    if k == 2:
+    if n_classes == 2:
         W, b = np.diff(W, axis=0), np.diff(b)
-    if isinstance(head, _TORCH):
+    if isinstance(head, _TORCH_HEADS):
         dtype = head.coefs_[-1].dtype
-        grown.coefs_ = [*head.coefs_[:-1], np.ascontiguousarray(W.T, dtype)]
-        grown.intercepts_ = [*head.intercepts_[:-1], b.astype(dtype)]
+        new_head.coefs_ = [*head.coefs_[:-1], np.ascontiguousarray(W.T, dtype)]
+        new_head.intercepts_ = [*head.intercepts_[:-1], b.astype(dtype)]
     else:
-        grown.coef_, grown.intercept_ = W, b
-    grown.classes_ = np.arange(k)
-    return grown
+        new_head.coef_, new_head.intercept_ = W, b
+    new_head.classes_ = np.arange(n_classes)
+    return new_head
 
 
-def penalty(head: Any) -> float:
+def get_l2_strength(head: Any) -> float:
     """The strength of the head's own L2 penalty against the summed loss of its rows; 1 for heads that have no such."""
-    strength = getattr(head, "C_", None) or getattr(head, "C", None) if isinstance(head, _LINEAR) else None
-    return 1.0 / float(strength or 1.0)
+    inverse_strength = (
+        getattr(head, "C_", None) or getattr(head, "C", None) if isinstance(head, _LINEAR_HEADS) else None
+    )
+    return 1.0 / float(inverse_strength or 1.0)
 
 
-def fisher(layer: LastLayer, Z: NDArray[Any]) -> Array:
+def compute_fisher_diagonal(layer: LastLayer, Z: NDArray[Any]) -> Array:
     """The diagonal of the Fisher information of the last layer, shape (k, p + 1), intercepts last.
 
     Parameters
@@ -109,11 +120,11 @@ def fisher(layer: LastLayer, Z: NDArray[Any]) -> Array:
     """
     from scipy.special import softmax
 
-    total = np.zeros((len(layer.b), layer.W.shape[1] + 1))
-    for at in range(0, len(Z), ROWS_AT_ONCE):
-        z = np.asarray(Z[at : at + ROWS_AT_ONCE], np.float64)
-        p = softmax(layer.scores(z), axis=1)
-        spread = p * (1 - p)
-        total[:, :-1] += spread.T @ z**2
-        total[:, -1] += spread.sum(axis=0)
-    return total / max(1, len(Z))
+    fisher_sum = np.zeros((len(layer.b), layer.W.shape[1] + 1))
+    for start in range(0, len(Z), BLOCK_ROWS):
+        block = np.asarray(Z[start : start + BLOCK_ROWS], np.float64)
+        probabilities = softmax(layer.compute_scores(block), axis=1)
+        bernoulli_variance = probabilities * (1 - probabilities)
+        fisher_sum[:, :-1] += bernoulli_variance.T @ block**2
+        fisher_sum[:, -1] += bernoulli_variance.sum(axis=0)
+    return fisher_sum / max(1, len(Z))

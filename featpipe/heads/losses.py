@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CLASS_LOSSES", "NUMBER_LOSSES", "Link", "Objective", "log_prior"]
+__all__ = ["CLASSIFICATION_LOSSES", "REGRESSION_LOSSES", "Link", "LossFunction", "compute_log_prior"]
 
 Link = Literal["softmax", "sigmoid", "identity"]
-CLASS_LOSSES = ("cross_entropy", "focal")
-NUMBER_LOSSES = ("squares", "absolute", "huber")
-FEW_CLASSES, MANY_SCORES = 16, 2048
+CLASSIFICATION_LOSSES = ("cross_entropy", "focal")
+REGRESSION_LOSSES = ("squares", "absolute", "huber")
+MAX_TRANSPOSED_CLASSES, MIN_TRANSPOSED_SCORES = 16, 2048
 
 
 @dataclass(frozen=True, eq=False)
-class Objective:
+class LossFunction:
     """The loss of scores.
 
     Attributes
@@ -46,7 +46,7 @@ class Objective:
     adjustment: NDArray[np.float64] | None = None
     huber_delta: float = 1.0
 
-    def each(self, scores: torch.Tensor, Y: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    def per_row_loss(self, scores: torch.Tensor, Y: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
         """Loss of shape (b,), or (b, k) of labels.
 
         Parameters
@@ -59,7 +59,7 @@ class Objective:
         from torch.nn import functional
 
         if self.link == "identity":
-            return self._of_numbers(scores, Y)
+            return self._regression_loss(scores, Y)
         if self.adjustment is not None:
             scores = scores + scores.new_tensor(self.adjustment)
         if self.link == "softmax":
@@ -68,27 +68,29 @@ class Objective:
             target = Y * (1 - smoothing) + 0.5 * smoothing if smoothing else Y
             losses = functional.binary_cross_entropy_with_logits(scores, target, reduction="none")
         if self.loss == "focal":
-            losses = losses * (self.focal_gamma * self._log_doubt(scores, Y)).exp()
+            losses = losses * (self.focal_gamma * self._log_error_probability(scores, Y)).exp()
         return losses
 
-    def _log_doubt(self, scores: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    def _log_error_probability(self, scores: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
         """Log of one minus the probability of the true answer: from scores, for it must not round to zero."""
         from torch.nn import functional
 
         if self.link == "sigmoid":
             return functional.logsigmoid(scores * (1 - 2 * Y))
-        others = scores.scatter(1, Y[:, None], -np.inf)
-        return others.logsumexp(dim=1) - scores.logsumexp(dim=1)
+        other_scores = scores.scatter(1, Y[:, None], -np.inf)
+        return other_scores.logsumexp(dim=1) - scores.logsumexp(dim=1)
 
-    def _of_numbers(self, answers: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+    def _regression_loss(self, predictions: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
         if self.loss == "huber":
-            return functional.huber_loss(answers, Y, reduction="none", delta=self.huber_delta).mean(dim=1)
-        error = answers - Y
+            return functional.huber_loss(predictions, Y, reduction="none", delta=self.huber_delta).mean(dim=1)
+        error = predictions - Y
         return (0.5 * error.square() if self.loss == "squares" else error.abs()).mean(dim=1)
 
-    def of_step(self, scores: torch.Tensor, batch: Any, blended: Any | None, share: float) -> torch.Tensor:
+    def batch_loss(
+        self, scores: torch.Tensor, batch: Any, mixup_batch: Any | None, mixup_weight: float
+    ) -> torch.Tensor:
         """Weighted mean loss of a batch, or of its blend with another.
 
         Parameters
@@ -100,16 +102,16 @@ class Objective:
             Of the first in the blend.
         """
         smoothing = self.label_smoothing
-        if blended is None:
-            return (self.each(scores, batch.Y, smoothing) * batch.weights).mean()
+        if mixup_batch is None:
+            return (self.per_row_loss(scores, batch.Y, smoothing) * batch.weights).mean()
         if self.link == "identity":
-            weights = batch.weights.lerp(blended.weights, 1 - share)
-            return (self.each(scores, batch.Y.lerp(blended.Y, 1 - share)) * weights).mean()
-        one = (self.each(scores, batch.Y, smoothing) * batch.weights).mean()
-        other = (self.each(scores, blended.Y, smoothing) * blended.weights).mean()
-        return share * one + (1 - share) * other
+            weights = batch.weights.lerp(mixup_batch.weights, 1 - mixup_weight)
+            return (self.per_row_loss(scores, batch.Y.lerp(mixup_batch.Y, 1 - mixup_weight)) * weights).mean()
+        batch_mean = (self.per_row_loss(scores, batch.Y, smoothing) * batch.weights).mean()
+        mixup_mean = (self.per_row_loss(scores, mixup_batch.Y, smoothing) * mixup_batch.weights).mean()
+        return mixup_weight * batch_mean + (1 - mixup_weight) * mixup_mean
 
-    def right(self, scores: torch.Tensor, Y: torch.Tensor, variance: torch.Tensor | None) -> torch.Tensor:
+    def row_scores(self, scores: torch.Tensor, Y: torch.Tensor, variance: torch.Tensor | None) -> torch.Tensor:
         """What the score is the mean of: is the answer right; of numbers one less the error's share of the variance."""
         if variance is not None:
             return 1 - ((scores - Y).square() / variance).mean(dim=1)
@@ -121,17 +123,21 @@ class Objective:
 def _cross_entropy(scores: torch.Tensor, Y: torch.Tensor, smoothing: float) -> torch.Tensor:
     from torch.nn import functional
 
-    settings: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
-    if scores.is_cpu and scores.shape[1] < FEW_CLASSES and scores.numel() >= MANY_SCORES:
+    options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+    if scores.is_cpu and scores.shape[1] < MAX_TRANSPOSED_CLASSES and scores.numel() >= MIN_TRANSPOSED_SCORES:
         # Torch takes a softmax over less than a register number by number; of columns it takes sixteen rows at once.
-        return functional.cross_entropy(scores.T.contiguous()[None], Y[None], **settings)[0]
-    return functional.cross_entropy(scores, Y, **settings)
+        return functional.cross_entropy(scores.T.contiguous()[None], Y[None], **options)[0]
+    return functional.cross_entropy(scores, Y, **options)
 
 
-def log_prior(link: Link, Y: NDArray[np.int64], weights: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def compute_log_prior(
+    link: Link, Y: NDArray[np.int64], weights: NDArray[np.float64], n_classes: int
+) -> NDArray[np.float64]:
     """Log of the share of each class, log odds of each label, shape (k,), by weight; half a row keeps it finite."""
     if link == "softmax":
-        counts = np.bincount(Y, weights, k)
+        counts = np.bincount(Y, weights, n_classes)
         return np.log(np.maximum(counts, 0.5 * weights.mean()) / weights.sum())
-    ones, half = (weights * Y).sum(axis=0), 0.5 * weights.mean(axis=0)
-    return np.log(np.maximum(ones, half)) - np.log(np.maximum(weights.sum(axis=0) - ones, half))
+    positive_weight, half_row_weight = (weights * Y).sum(axis=0), 0.5 * weights.mean(axis=0)
+    return np.log(np.maximum(positive_weight, half_row_weight)) - np.log(
+        np.maximum(weights.sum(axis=0) - positive_weight, half_row_weight)
+    )

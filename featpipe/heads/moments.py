@@ -10,17 +10,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.heads.halves import as_float
-from featpipe.workers import Workers
+from featpipe.heads.halves import convert_float
+from featpipe.workers import BlasThreadPool
 
-__all__ = ["Moments", "RowSource", "blocks", "moments", "read_into"]
+__all__ = ["Moments", "RowSource", "compute_moments", "iter_row_blocks", "read_rows_into"]
 
 Array = NDArray[np.float64]
 
-NUMBERS_IN_A_BLOCK = 1 << 20  # that several operations in turn find in a core's cache
-NUMBERS_FOR_A_GRAM = 1 << 22  # whose product is as large as a small block
-SHIFT_ROWS = 1000
-SUMMED_ROWS, SUMMED_ROWS_OF_A_CLASS = 1024, 128
+DIAGONAL_BLOCK_ELEMENTS = 1 << 20  # that several operations in turn find in a core's cache
+GRAM_BLOCK_ELEMENTS = 1 << 22  # whose product is as large as a small block
+SHIFT_SAMPLE_ROWS = 1000
+MIN_ROWS_PER_CLASS_SUM, ROWS_PER_CLASS_SUM = 1024, 128
 
 
 class RowSource(Protocol):
@@ -33,7 +33,7 @@ class RowSource(Protocol):
     def __getitem__(self, rows: slice) -> NDArray[Any]: ...
 
 
-def read_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
+def read_rows_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
     """Rows of a source to a place for them, of the type that is stored."""
     if hasattr(source, "read_into"):
         source.read_into(out, rows)
@@ -41,11 +41,11 @@ def read_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
         out[...] = source[rows]
 
 
-def blocks(source: RowSource, numbers: int) -> Iterator[slice]:
+def iter_row_blocks(source: RowSource, block_elements: int) -> Iterator[slice]:
     """Runs of rows of about so many numbers, in order."""
     n, d = source.shape
-    rows = max(1, numbers // max(1, d))
-    return (slice(start, min(n, start + rows)) for start in range(0, n, rows))
+    block_rows = max(1, block_elements // max(1, d))
+    return (slice(start, min(n, start + block_rows)) for start in range(0, n, block_rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +80,18 @@ class Moments:
     y: Array
     cross: Array
     shift: Array
-    plain: Array
-    squares: Array
+    unweighted_sum: Array
+    unweighted_square_sum: Array
 
     @property
     def mean(self) -> Array:
         """Of the rows, without weights, shape (d,)."""
-        return self.shift + self.plain / self.rows
+        return self.shift + self.unweighted_sum / self.rows
 
     @property
     def variance(self) -> Array:
         """Of each column, without weights, shape (d,)."""
-        return np.maximum(self.squares / self.rows - (self.plain / self.rows) ** 2, 0.0)
+        return np.maximum(self.unweighted_square_sum / self.rows - (self.unweighted_sum / self.rows) ** 2, 0.0)
 
     def __add__(self, other: Moments) -> Moments:
         if not np.array_equal(self.shift, other.shift):
@@ -104,33 +104,45 @@ class Moments:
             self.y + other.y,
             self.cross + other.cross,
             self.shift,
-            self.plain + other.plain,
-            self.squares + other.squares,
+            self.unweighted_sum + other.unweighted_sum,
+            self.unweighted_square_sum + other.unweighted_square_sum,
         )
 
-    def around(self, center: Array, scale: Array) -> Moments:
+    def standardize(self, center: Array, scale: Array) -> Moments:
         """The moments of (x - center) / scale, with shift 0."""
-        move = self.shift - center  # x - center = (x - shift) + move
-        x = self.x + self.weight * move
+        offset = self.shift - center  # x - center = (x - shift) + move
+        x = self.x + self.weight * offset
         if self.gram.ndim == 2:
-            gram = self.gram + np.outer(self.x, move) + np.outer(move, x)
+            gram = self.gram + np.outer(self.x, offset) + np.outer(offset, x)
             gram = gram / scale / scale[:, None]
         else:
-            gram = (self.gram + self.x * move + move * x) / scale**2
-        cross = (self.cross + np.outer(move, self.y)) / scale[:, None]
-        plain = self.plain + self.rows * move
-        squares = (self.squares + self.plain * move + move * plain) / scale**2
-        none = np.zeros_like(center)
-        return Moments(self.rows, self.weight, x / scale, gram, self.y, cross, none, plain / scale, squares)
+            gram = (self.gram + self.x * offset + offset * x) / scale**2
+        cross = (self.cross + np.outer(offset, self.y)) / scale[:, None]
+        unweighted_sum = self.unweighted_sum + self.rows * offset
+        unweighted_square_sum = (
+            self.unweighted_square_sum + self.unweighted_sum * offset + offset * unweighted_sum
+        ) / scale**2
+        zero_shift = np.zeros_like(center)
+        return Moments(
+            self.rows,
+            self.weight,
+            x / scale,
+            gram,
+            self.y,
+            cross,
+            zero_shift,
+            unweighted_sum / scale,
+            unweighted_square_sum,
+        )
 
 
-def moments(
+def compute_moments(
     source: RowSource,
     targets: NDArray[Any],
     weights: Array | None = None,
     *,
-    outer: bool = True,
-    k: int | None = None,
+    full_gram: bool = True,
+    n_classes: int | None = None,
     shift: Array | None = None,
 ) -> Moments:
     """Gather moments in one pass over the rows, on all threads that BLAS may use.
@@ -156,57 +168,75 @@ def moments(
     # Of float16 even the products are exact in float32; sums over blocks are in float64 always.
     dtype = np.float32 if source.dtype == np.float16 else np.float64
     if shift is None:
-        shift = np.asarray(source[: min(n, SHIFT_ROWS)], np.float64).mean(axis=0).astype(dtype)
+        shift = np.asarray(source[: min(n, SHIFT_SAMPLE_ROWS)], np.float64).mean(axis=0).astype(dtype)
     elif not np.array_equal(shift, shift.astype(dtype)):
         dtype = np.float64  # in float32 it would be another shift
 
-    runs = list(blocks(source, NUMBERS_FOR_A_GRAM if outer else NUMBERS_IN_A_BLOCK))
-    places = _Places(source, dtype, runs[0].stop)
+    row_blocks = list(iter_row_blocks(source, GRAM_BLOCK_ELEMENTS if full_gram else DIAGONAL_BLOCK_ELEMENTS))
+    read_buffers = _ReadBuffers(source, dtype, row_blocks[0].stop)
 
-    def one(rows: slice) -> Moments:
-        x = places.read(rows)
+    def compute_block_moments(rows: slice) -> Moments:
+        x = read_buffers.read(rows)
         x -= shift
         squares = np.einsum("ij,ij->j", x, x)
-        w = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
-        y, cross = _times_classes(x, targets[rows], w, k) if k is not None else _times(x, targets[rows], w)
-        plain = total = x.T @ w
+        block_weights = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
+        target_sum, cross = (
+            _class_sums(x, targets[rows], block_weights, n_classes)
+            if n_classes is not None
+            else _target_sums(x, targets[rows], block_weights)
+        )
+        unweighted_sum = weighted_sum = x.T @ block_weights
         if weights is not None:
-            plain = x.T @ np.ones_like(w)
-            x *= np.sqrt(w)[:, None]
-        gram = x.T @ x if outer else squares if weights is None else np.einsum("ij,ij->j", x, x)
-        return _moments(len(x), float(w.sum(dtype=np.float64)), total, gram, y, cross, shift, plain, squares)
+            unweighted_sum = x.T @ np.ones_like(block_weights)
+            x *= np.sqrt(block_weights)[:, None]
+        gram = x.T @ x if full_gram else squares if weights is None else np.einsum("ij,ij->j", x, x)
+        return _make_moments(
+            len(x),
+            float(block_weights.sum(dtype=np.float64)),
+            weighted_sum,
+            gram,
+            target_sum,
+            cross,
+            shift,
+            unweighted_sum,
+            squares,
+        )
 
-    gathered: Moments | None = None
-    with Workers(float(n) * d * d) as workers:
-        for part in workers.map(one, runs):
-            gathered = part if gathered is None else gathered + part
-    assert gathered is not None
-    if not np.isfinite(gathered.squares).all():
+    total_moments: Moments | None = None
+    with BlasThreadPool(float(n) * d * d) as workers:
+        for block_moments in workers.map(compute_block_moments, row_blocks):
+            total_moments = block_moments if total_moments is None else total_moments + block_moments
+    assert total_moments is not None
+    if not np.isfinite(total_moments.unweighted_square_sum).all():
         raise ValueError("Input X contains NaN or infinity")
-    return gathered
+    return total_moments
 
 
-class _Places(threading.local):
+class _ReadBuffers(threading.local):
     """Where each thread reads its rows to: memory that is new for each block has to be cleared by the system."""
 
     def __init__(self, source: RowSource, dtype: Any, rows: int) -> None:
         self.source = source
-        self.stored, self.numbers = (np.empty((rows, source.shape[1]), kind) for kind in (source.dtype, dtype))
+        self.stored_buffer, self.float_buffer = (
+            np.empty((rows, source.shape[1]), buffer_dtype) for buffer_dtype in (source.dtype, dtype)
+        )
 
     def read(self, rows: slice) -> NDArray[Any]:
         """Rows of the source as numbers that may be changed, until the thread reads others."""
-        stored, numbers = (place[: rows.stop - rows.start] for place in (self.stored, self.numbers))
-        read_into(self.source, stored, rows)
-        return as_float(stored, numbers.dtype, numbers)
+        stored_rows, float_rows = (
+            buffer[: rows.stop - rows.start] for buffer in (self.stored_buffer, self.float_buffer)
+        )
+        read_rows_into(self.source, stored_rows, rows)
+        return convert_float(stored_rows, float_rows.dtype, float_rows)
 
 
-def _times(x: NDArray[Any], targets: NDArray[Any], w: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _target_sums(x: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Σ w y and Σ w x yᵀ of numbers y."""
-    y = targets.astype(x.dtype) * w[:, None]
-    return y.sum(axis=0), x.T @ y
+    weighted_targets = targets.astype(x.dtype) * weights[:, None]
+    return weighted_targets.sum(axis=0), x.T @ weighted_targets
 
 
-def _times_classes(x: NDArray[Any], codes: NDArray[Any], w: NDArray[Any], k: int) -> tuple[Array, Array]:
+def _class_sums(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_classes: int) -> tuple[Array, Array]:
     """The same of columns of 0 and 1, of which each row has a single 1: sums of its rows for each class.
 
     A product with the columns takes as long as there are classes. So few rows at a time that sums in float32 keep
@@ -214,14 +244,16 @@ def _times_classes(x: NDArray[Any], codes: NDArray[Any], w: NDArray[Any], k: int
     """
     from scipy.sparse import csc_array
 
-    cross = np.zeros((k, x.shape[1]))
-    step = max(SUMMED_ROWS, SUMMED_ROWS_OF_A_CLASS * k)
-    for start in range(0, len(x), step):
-        some = slice(start, start + step)
-        ones = csc_array((w[some], codes[some], np.arange(len(w[some]) + 1)), shape=(k, len(w[some])))
-        cross += ones @ x[some]
-    return np.bincount(codes, w, k).astype(np.float64), cross.T
+    cross = np.zeros((n_classes, x.shape[1]))
+    block_rows = max(MIN_ROWS_PER_CLASS_SUM, ROWS_PER_CLASS_SUM * n_classes)
+    for start in range(0, len(x), block_rows):
+        block = slice(start, start + block_rows)
+        class_indicators = csc_array(
+            (weights[block], codes[block], np.arange(len(weights[block]) + 1)), shape=(n_classes, len(weights[block]))
+        )
+        cross += class_indicators @ x[block]
+    return np.bincount(codes, weights, n_classes).astype(np.float64), cross.T
 
 
-def _moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:
-    return Moments(rows, weight, *(each.astype(np.float64, copy=False) for each in sums))
+def _make_moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:
+    return Moments(rows, weight, *(array.astype(np.float64, copy=False) for array in sums))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["nearness"]
 
-TEMPERATURE = 0.07
+SIMILARITY_TEMPERATURE = 0.07
 
 
 def nearness(distances: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -29,4 +29,4 @@ def nearness(distances: NDArray[np.floating]) -> NDArray[np.floating]:
     """
     import numpy as np  # here, because the table of heads names this function, and is shown without numpy
 
-    return np.asarray(np.exp(-distances / TEMPERATURE))
+    return np.asarray(np.exp(-distances / SIMILARITY_TEMPERATURE))

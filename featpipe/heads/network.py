@@ -15,9 +15,9 @@ from scipy.special import erf, expit
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ACTIVATIONS", "INITIAL_WEIGHTS", "Network", "Shape", "forward"]
+__all__ = ["ACTIVATIONS", "WEIGHT_INITIALIZERS", "Network", "NetworkArchitecture", "forward"]
 
-Layers = tuple[list[NDArray[Any]], list[NDArray[Any]]]
+LayerWeights = tuple[list[NDArray[Any]], list[NDArray[Any]]]
 
 # By the names that torch.nn.functional gives them, with its constants.
 ACTIVATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
@@ -29,18 +29,18 @@ ACTIVATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "tanh": np.tanh,
     "sigmoid": expit,
 }
-INITIAL_WEIGHTS = ("he", "glorot")
+WEIGHT_INITIALIZERS = ("he", "glorot")
 
 
-def forward(X: NDArray[Any], coefs: Sequence[NDArray[Any]], intercepts: Sequence[NDArray[Any]], name: str) -> Any:
+def forward(X: NDArray[Any], coefs: Sequence[NDArray[Any]], intercepts: Sequence[NDArray[Any]], activation: str) -> Any:
     """Scores of shape (m, outputs), each layer in the type of its weights."""
     for coef, intercept in zip(coefs[:-1], intercepts[:-1], strict=True):
-        X = ACTIVATIONS[name](X.astype(coef.dtype, copy=False) @ coef + intercept)
+        X = ACTIVATIONS[activation](X.astype(coef.dtype, copy=False) @ coef + intercept)
     return X.astype(coefs[-1].dtype, copy=False) @ coefs[-1] + intercepts[-1]
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkArchitecture:
     """What a network is before it has weights.
 
     Attributes
@@ -62,11 +62,11 @@ class Shape:
     initial_weights: str = "he"
 
     @property
-    def products(self) -> int:
+    def multiplications_per_row(self) -> int:
         """Multiplications for one row."""
         return sum(fan_in * fan_out for fan_in, fan_out in pairwise(self.widths))
 
-    def bound(self, layer: int) -> float:
+    def init_bound(self, layer: int) -> float:
         """Initial weights of a layer are uniform between minus this and this."""
         if self.initial_weights == "glorot":
             return math.sqrt(6 / (self.widths[layer] + self.widths[layer + 1]))
@@ -84,19 +84,19 @@ class Network:
         For the initial weights and for dropout.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> None:
+    def __init__(self, architecture: NetworkArchitecture, dtype: torch.dtype, generator: torch.Generator) -> None:
         import torch
         from torch.nn import functional
 
-        self.shape, self.generator = shape, generator
-        self.activation = getattr(functional, shape.activation)
+        self.architecture, self.generator = architecture, generator
+        self.activation = getattr(functional, architecture.activation)
         self.weights = []
-        for layer, (fan_in, fan_out) in enumerate(pairwise(shape.widths)):
-            bound = shape.bound(layer)
+        for layer, (fan_in, fan_out) in enumerate(pairwise(architecture.widths)):
+            bound = architecture.init_bound(layer)
             weight = torch.empty(fan_in, fan_out, dtype=dtype).uniform_(-bound, bound, generator=generator)
             # Columns in one piece each: products for ten classes, and gradients like this, take a quarter of the time.
             self.weights.append(weight.t().contiguous().t())
-        self.biases = [torch.zeros(width, dtype=dtype) for width in shape.widths[1:]]
+        self.biases = [torch.zeros(width, dtype=dtype) for width in architecture.widths[1:]]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 
@@ -108,15 +108,17 @@ class Network:
         """Scores of shape (b, outputs) of rows of shape (b, d)."""
         import torch
 
-        kept = 1 - self.shape.dropout
+        keep_probability = 1 - self.architecture.dropout
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = self.activation(torch.addmm(bias, x, weight))
-            if training and kept < 1:
+            if training and keep_probability < 1:
                 # torch's own dropout draws from the global generator.
-                x = x * torch.empty_like(x).bernoulli_(kept, generator=self.generator).div_(kept)
+                x = x * torch.empty_like(x).bernoulli_(keep_probability, generator=self.generator).div_(
+                    keep_probability
+                )
         return torch.addmm(self.biases[-1], x, self.weights[-1])
 
-    def copy(self) -> Layers:
+    def copy_weights(self) -> LayerWeights:
         return (
             [weight.detach().numpy().copy() for weight in self.weights],
             [bias.detach().numpy().copy() for bias in self.biases],

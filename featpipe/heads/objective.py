@@ -9,17 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.heads.halves import as_float
-from featpipe.workers import Workers
+from featpipe.heads.halves import convert_float
+from featpipe.workers import BlasThreadPool
 
-__all__ = ["Point", "Problem"]
+__all__ = ["LogisticProblem", "Point"]
 
 Array = NDArray[np.float64]
 
-NUMBERS_IN_A_BLOCK = 1 << 20
-ROWS_IN_A_BLOCK = (1024, 8192)
-FEWEST_ROWS, FEWEST_BLOCKS = 512, 2
-NUMBERS_READY = 1 << 24
+VALUES_PER_BLOCK = 1 << 20
+BLOCK_ROWS_RANGE = (1024, 8192)
+MIN_ROWS_PER_BLOCK, MIN_BLOCKS = 512, 2
+MAX_MATERIALIZED_VALUES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class LogisticProblem:
     """f(W, b) = Σ w_i loss(y_i, W x_i + b) + ½ ridge ‖W‖², to be minimised over W of shape (k, d) and b of shape (k,).
 
     The softmax makes one group of all k rows of W; sigmoids make k groups of one row, independent of each other, which
@@ -80,8 +80,8 @@ class Problem:
     ridge: float = 1.0
     center: NDArray[Any] | None = None
     scale: NDArray[Any] | None = None
-    workers: Workers = field(default_factory=Workers)
-    ready: Mapping[Any, NDArray[Any]] = field(default_factory=dict)
+    workers: BlasThreadPool = field(default_factory=BlasThreadPool)
+    materialized: Mapping[Any, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -95,28 +95,28 @@ class Problem:
     def groups(self) -> int:
         return 1 if self.link == "softmax" else self.k
 
-    def only(self, groups: NDArray[np.intp]) -> Problem:
+    def select_groups(self, groups: NDArray[np.intp]) -> LogisticProblem:
         """The problem of some of the groups."""
         return replace(self, Y=self.Y[:, groups], weights=self.weights[:, groups], k=len(groups))
 
-    def rows(self, which: slice | NDArray[np.intp], dtype: Any) -> NDArray[Any]:
+    def read_rows(self, rows: slice | NDArray[np.intp], dtype: Any) -> NDArray[Any]:
         """Some rows of X as the problem means them."""
-        if dtype in self.ready:
-            return self.ready[dtype][which]
-        block = as_float(self.X[which], dtype)
+        if dtype in self.materialized:
+            return self.materialized[dtype][rows]
+        block = convert_float(self.X[rows], dtype)
         if self.center is not None:
             block = block - np.asarray(self.center, dtype)
         if self.scale is not None:
             block = block / np.asarray(self.scale, dtype)
         return block
 
-    def ready_in(self, dtype: Any) -> Problem:
+    def materialize(self, dtype: Any) -> LogisticProblem:
         """The same problem; few rows are converted once, and not in every pass."""
-        if dtype in self.ready or type(self.X) is not np.ndarray or self.X.size > NUMBERS_READY:
+        if dtype in self.materialized or type(self.X) is not np.ndarray or self.X.size > MAX_MATERIALIZED_VALUES:
             return self
-        return replace(self, ready={dtype: np.ascontiguousarray(self.rows(slice(None), dtype))})
+        return replace(self, materialized={dtype: np.ascontiguousarray(self.read_rows(slice(None), dtype))})
 
-    def start(self) -> Array:
+    def initial_theta(self) -> Array:
         """Zero weights, and the intercepts that are best for them: a point to begin at."""
         theta = np.zeros((self.k, self.d + 1))
         if self.fit_intercept:
@@ -124,44 +124,44 @@ class Problem:
                 theta[:, -1] = np.log(np.maximum(np.bincount(self.Y, self.weights, self.k), 1e-300))
                 theta[:, -1] -= theta[:, -1].mean()
             else:
-                ones = (self.weights * self.Y).sum(axis=0)
-                theta[:, -1] = np.log(ones) - np.log(self.weights.sum(axis=0) - ones)
+                positive_weights = (self.weights * self.Y).sum(axis=0)
+                theta[:, -1] = np.log(positive_weights) - np.log(self.weights.sum(axis=0) - positive_weights)
         return theta
 
-    def loss_at_start(self) -> float:
+    def initial_loss(self) -> float:
         """Σ w_i loss_i of the softmax at `start`, without a pass."""
         totals = np.bincount(self.Y, self.weights, self.k)
-        scores = self.start()[:, -1]
+        scores = self.initial_theta()[:, -1]
         return float(totals.sum() * np.logaddexp.reduce(scores) - totals @ scores)
 
-    def at(self, theta: Array, dtype: Any = np.float64) -> Point:
+    def evaluate(self, theta: Array, dtype: Any = np.float64) -> Point:
         """Value and gradient, the products over rows in ``dtype``; sums over blocks are in float64 always."""
         W, b = np.asarray(theta[:, :-1], dtype), np.asarray(theta[:, -1], dtype)
 
-        def one(block: slice) -> tuple[Array, NDArray[Any], NDArray[Any]]:
-            x = self.rows(block, dtype)
+        def evaluate_block(block: slice) -> tuple[Array, NDArray[Any], NDArray[Any]]:
+            x = self.read_rows(block, dtype)
             scores = _product(x, W.T)
             scores += b
             losses = self._losses_to_residuals(scores, block)
             return losses, _product(scores.T, x), scores.sum(axis=0)
 
         losses, gradient = np.zeros(self.groups), np.zeros((self.k, self.d + 1))
-        for of_block, in_W, in_b in self.workers.map(one, self.blocks()):
-            losses += of_block
-            gradient[:, :-1] += in_W
-            gradient[:, -1] += in_b
+        for block_losses, block_gradient_W, block_gradient_b in self.workers.map(evaluate_block, self.row_blocks()):
+            losses += block_losses
+            gradient[:, :-1] += block_gradient_W
+            gradient[:, -1] += block_gradient_b
         gradient[:, :-1] += self.ridge * theta[:, :-1]
         if not self.fit_intercept:
             gradient[:, -1] = 0.0
         return Point(theta, losses, losses + self._penalties(theta), gradient)
 
-    def under(self, ridge: float, point: Point) -> tuple[Problem, Point]:
+    def with_ridge(self, ridge: float, point: Point) -> tuple[LogisticProblem, Point]:
         """The problem with another penalty, and a point of this one as one of that: no row is needed."""
         W = point.theta[:, :-1]
         gradient = point.gradient.copy()
         gradient[:, :-1] += (ridge - self.ridge) * W
-        other = replace(self, ridge=ridge)
-        return other, replace(point, values=point.losses + other._penalties(point.theta), gradient=gradient)
+        problem = replace(self, ridge=ridge)
+        return problem, replace(point, values=point.losses + problem._penalties(point.theta), gradient=gradient)
 
     def _penalties(self, theta: Array) -> Array:
         squares = np.einsum("kd,kd->k", theta[:, :-1], theta[:, :-1])
@@ -182,14 +182,14 @@ class Problem:
     def intercept_curvature(self, theta: Array, dtype: Any) -> Array:
         """Second derivatives in b: (1, k, k) for the softmax, (k, 1, 1) for sigmoids."""
 
-        def one(block: slice) -> Array:
-            p = self.probabilities(theta, self.rows(block, dtype)).astype(np.float64)
+        def block_curvature(block: slice) -> Array:
+            p = self.probabilities(theta, self.read_rows(block, dtype)).astype(np.float64)
             if self.link == "sigmoid":
                 return (self.weights[block] * p * (1 - p)).sum(axis=0)[:, None, None]
             weighted = p * self.weights[block, None]
             return (np.diag(weighted.sum(axis=0)) - p.T @ weighted)[None]
 
-        return sum(self.workers.map(one, self.blocks()), np.zeros((1, 1, 1)))
+        return sum(self.workers.map(block_curvature, self.row_blocks()), np.zeros((1, 1, 1)))
 
     def intercept_decrements(self, point: Point, dtype: Any) -> Array:
         """What b has yet to gain, by its Newton decrement, shape (g,); products over rows are in ``dtype``."""
@@ -197,12 +197,12 @@ class Problem:
         pairs = zip(slopes, self.intercept_curvature(point.theta, dtype), strict=True)
         return np.array([0.5 * abs(float(s @ np.linalg.lstsq(c, s, rcond=1e-12)[0])) for s, c in pairs])
 
-    def blocks(self) -> Iterator[slice]:
+    def row_blocks(self) -> Iterator[slice]:
         """Row ranges whose numbers stay in a core's cache."""
-        least, most = ROWS_IN_A_BLOCK
-        length = min(max(least, NUMBERS_IN_A_BLOCK // max(self.d, self.k)), most)
-        length = min(length, max(FEWEST_ROWS, -(-self.n // FEWEST_BLOCKS)))
-        return (slice(start, min(start + length, self.n)) for start in range(0, self.n, length))
+        min_rows, max_rows = BLOCK_ROWS_RANGE
+        block_rows = min(max(min_rows, VALUES_PER_BLOCK // max(self.d, self.k)), max_rows)
+        block_rows = min(block_rows, max(MIN_ROWS_PER_BLOCK, -(-self.n // MIN_BLOCKS)))
+        return (slice(start, min(start + block_rows, self.n)) for start in range(0, self.n, block_rows))
 
     def _losses_to_residuals(self, scores: NDArray[Any], block: slice) -> Array:
         """Σ w_i loss_i of each group; the scores (b, k) become w_i (p_i - y_i) in place."""
@@ -215,19 +215,23 @@ class Problem:
             losses += np.maximum(scores, 0)
             np.multiply(p * signs, weights, out=scores, casting="same_kind")
             return np.einsum("ik,ik->k", weights, losses)
-        chosen = np.arange(len(Y)), Y
-        highest = scores.max(axis=1)
-        scores -= highest[:, None]
-        behind = scores[chosen]
+        true_class = np.arange(len(Y)), Y
+        max_scores = scores.max(axis=1)
+        scores -= max_scores[:, None]
+        true_log_ratios = scores[true_class]
         np.exp(scores, out=scores)
-        right = scores[chosen]
-        scores[chosen] = 0
+        true_exponentials = scores[true_class]
+        scores[true_class] = 0
         # Sums without the right class: what is near 1 keeps no digits of a small loss.
-        others = scores.sum(axis=1)
-        losses = np.where(behind == 0, np.log1p(others), np.log(others + right) - behind).astype(np.float64)
-        factors = weights.astype(scores.dtype) / (others + right)
+        other_exponentials = scores.sum(axis=1)
+        losses = np.where(
+            true_log_ratios == 0,
+            np.log1p(other_exponentials),
+            np.log(other_exponentials + true_exponentials) - true_log_ratios,
+        ).astype(np.float64)
+        factors = weights.astype(scores.dtype) / (other_exponentials + true_exponentials)
         scores *= factors[:, None]
-        scores[chosen] = -others * factors
+        scores[true_class] = -other_exponentials * factors
         return np.array([weights @ losses])
 
 
@@ -237,8 +241,8 @@ def _product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     BLAS may raise the processor's flag all the same, for what lies in memory beside a small matrix.
     """
     with np.errstate(invalid="ignore"):
-        found: NDArray[Any] = a @ b
-    return found
+        result: NDArray[Any] = a @ b
+    return result
 
 
 def _sigmoid(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

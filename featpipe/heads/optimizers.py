@@ -9,84 +9,99 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from featpipe.heads.plan import Plan
+from featpipe.heads.plan import NetworkTrainingConfig
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BY_NAME", "Adam", "AdamW", "Sgd", "rates"]
+__all__ = ["OPTIMIZER_CLASSES", "SGD", "Adam", "AdamW", "make_schedule"]
 
-ONE_CYCLE_RISE, ONE_CYCLE_FIRST, ONE_CYCLE_LAST = 0.3, 25.0, 25e4
+ONE_CYCLE_WARMUP_FRACTION, ONE_CYCLE_INITIAL_DIVISOR, ONE_CYCLE_FINAL_DIVISOR = 0.3, 25.0, 25e4
 
 
-def rates(plan: Plan, highest: float, steps: int) -> Callable[[int], float]:
+def make_schedule(config: NetworkTrainingConfig, max_learning_rate: float, n_steps: int) -> Callable[[int], float]:
     """The learning rate of each of so many steps, counted from zero."""
-    if plan.schedule == "one-cycle":
-        return _one_cycle(highest, (plan.warmup or ONE_CYCLE_RISE) * steps - 1, steps - 1)
-    warm = plan.warmup * steps
+    if config.schedule == "one-cycle":
+        return _one_cycle(max_learning_rate, (config.warmup or ONE_CYCLE_WARMUP_FRACTION) * n_steps - 1, n_steps - 1)
+    warmup_steps = config.warmup * n_steps
 
-    def rate(step: int) -> float:
-        if step < warm:
-            return highest * (step + 1) / (math.floor(warm) + 1)
-        done = (step - warm) / (steps - warm)
-        if plan.schedule == "cosine":
-            return highest * 0.5 * (1 + math.cos(math.pi * done))
-        if plan.schedule == "linear":
-            return highest * (1 - done)
-        if plan.schedule == "step":
-            return highest * 10.0 ** -((done >= 0.5) + (done >= 0.75))
-        return highest
+    def learning_rate(step: int) -> float:
+        if step < warmup_steps:
+            return max_learning_rate * (step + 1) / (math.floor(warmup_steps) + 1)
+        progress = (step - warmup_steps) / (n_steps - warmup_steps)
+        if config.schedule == "cosine":
+            return max_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.schedule == "linear":
+            return max_learning_rate * (1 - progress)
+        if config.schedule == "step":
+            return max_learning_rate * 10.0 ** -((progress >= 0.5) + (progress >= 0.75))
+        return max_learning_rate
 
-    return rate
-
-
-def _one_cycle(highest: float, top: float, last: float) -> Callable[[int], float]:
-    first, end = highest / ONE_CYCLE_FIRST, highest / ONE_CYCLE_LAST
-
-    def rate(step: int) -> float:
-        start, goal, done = (first, highest, step / top) if step < top else (highest, end, (step - top) / (last - top))
-        return goal + (start - goal) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return rate
+    return learning_rate
 
 
-class _Steps:
+def _one_cycle(max_learning_rate: float, peak_step: float, last_step: float) -> Callable[[int], float]:
+    initial_rate, final_rate = (
+        max_learning_rate / ONE_CYCLE_INITIAL_DIVISOR,
+        max_learning_rate / ONE_CYCLE_FINAL_DIVISOR,
+    )
+
+    def learning_rate(step: int) -> float:
+        start_rate, end_rate, progress = (
+            (initial_rate, max_learning_rate, step / peak_step)
+            if step < peak_step
+            else (max_learning_rate, final_rate, (step - peak_step) / (last_step - peak_step))
+        )
+        return end_rate + (start_rate - end_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return learning_rate
+
+
+class _Optimizer:
     """What the optimizers have in common: parameters, and the penalties, which are of weights alone."""
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor], plan: Plan) -> None:
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor], config: NetworkTrainingConfig) -> None:
         import torch
 
-        self.plan = plan
+        self.config = config
         self.parameters = [*weights, *biases]
-        self.penalised = [True] * len(weights) + [False] * len(biases)
-        self.first = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self.is_penalized = [True] * len(weights) + [False] * len(biases)
+        self.first_moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
 
-    def step(self, gradients: Sequence[torch.Tensor], rate: float) -> None:
+    def step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         """Move the parameters once."""
         import torch
 
         with torch.no_grad():
-            self.begin()
-            for number, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
-                l1 = self.plan.l1 if self.penalised[number] else 0.0
-                self.move(number, parameter, gradient, rate, self.plan.weight_decay * self.penalised[number], l1)
+            self.start_step()
+            for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+                l1 = self.config.l1 if self.is_penalized[index] else 0.0
+                self.update_parameter(
+                    index, parameter, gradient, learning_rate, self.config.weight_decay * self.is_penalized[index], l1
+                )
 
-    def begin(self) -> None:
+    def start_step(self) -> None:
         """Before the parameters of a step."""
 
-    def move(
-        self, number: int, parameter: torch.Tensor, gradient: torch.Tensor, rate: float, decay: float, l1: float
+    def update_parameter(
+        self,
+        index: int,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        learning_rate: float,
+        weight_decay: float,
+        l1: float,
     ) -> None:
         raise NotImplementedError
 
 
-def _shrink(parameter: torch.Tensor, by: torch.Tensor | float) -> None:
+def _soft_threshold(parameter: torch.Tensor, threshold: torch.Tensor | float) -> None:
     """The proximal step of an L1 penalty."""
-    size = parameter.abs().sub_(by).clamp_(min=0)
-    parameter.sign_().mul_(size)
+    magnitude = parameter.abs().sub_(threshold).clamp_(min=0)
+    parameter.sign_().mul_(magnitude)
 
 
-class AdamW(_Steps):
+class AdamW(_Optimizer):
     """AdamW with the usual constants (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019).
 
     Notes
@@ -95,35 +110,41 @@ class AdamW(_Steps):
     the penalty (Yun, Lozano and Yang, "Adaptive proximal gradient methods", 2021).
     """
 
-    decay_first, decay_second, epsilon = 0.9, 0.999, 1e-8
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
     decoupled = True
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor], plan: Plan) -> None:
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor], config: NetworkTrainingConfig) -> None:
         import torch
 
-        super().__init__(weights, biases, plan)
-        self.second = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        self.steps = 0
+        super().__init__(weights, biases, config)
+        self.second_moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
+        self.n_steps = 0
 
-    def begin(self) -> None:
-        self.steps += 1
+    def start_step(self) -> None:
+        self.n_steps += 1
 
-    def move(
-        self, number: int, parameter: torch.Tensor, gradient: torch.Tensor, rate: float, decay: float, l1: float
+    def update_parameter(
+        self,
+        index: int,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        learning_rate: float,
+        weight_decay: float,
+        l1: float,
     ) -> None:
-        bias_first = 1 - self.decay_first**self.steps
-        bias_second = math.sqrt(1 - self.decay_second**self.steps)
-        if decay and self.decoupled:
-            parameter.mul_(1 - rate * decay)
-        elif decay:
-            gradient = gradient.add(parameter, alpha=decay)
-        first, second = self.first[number], self.second[number]
-        first.lerp_(gradient, 1 - self.decay_first)
-        second.mul_(self.decay_second).addcmul_(gradient, gradient, value=1 - self.decay_second)
-        metric = second.sqrt().div_(bias_second).add_(self.epsilon)
-        parameter.addcdiv_(first, metric, value=-rate / bias_first)
+        bias_correction1 = 1 - self.beta1**self.n_steps
+        bias_correction2 = math.sqrt(1 - self.beta2**self.n_steps)
+        if weight_decay and self.decoupled:
+            parameter.mul_(1 - learning_rate * weight_decay)
+        elif weight_decay:
+            gradient = gradient.add(parameter, alpha=weight_decay)
+        first_moment, second_moment = self.first_moments[index], self.second_moments[index]
+        first_moment.lerp_(gradient, 1 - self.beta1)
+        second_moment.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        denominator = second_moment.sqrt().div_(bias_correction2).add_(self.epsilon)
+        parameter.addcdiv_(first_moment, denominator, value=-learning_rate / bias_correction1)
         if l1:
-            _shrink(parameter, metric.reciprocal_().mul_(rate * l1))
+            _soft_threshold(parameter, denominator.reciprocal_().mul_(learning_rate * l1))
 
 
 class Adam(AdamW):
@@ -132,20 +153,26 @@ class Adam(AdamW):
     decoupled = False
 
 
-class Sgd(_Steps):
+class SGD(_Optimizer):
     """Nesterov momentum, with weight decay in the gradient."""
 
-    def move(
-        self, number: int, parameter: torch.Tensor, gradient: torch.Tensor, rate: float, decay: float, l1: float
+    def update_parameter(
+        self,
+        index: int,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        learning_rate: float,
+        weight_decay: float,
+        l1: float,
     ) -> None:
-        momentum = self.plan.momentum
-        if decay:
-            gradient = gradient.add(parameter, alpha=decay)
-        velocity = self.first[number].mul_(momentum).add_(gradient)
-        parameter.add_(gradient.add(velocity, alpha=momentum), alpha=-rate)
+        momentum = self.config.momentum
+        if weight_decay:
+            gradient = gradient.add(parameter, alpha=weight_decay)
+        velocity = self.first_moments[index].mul_(momentum).add_(gradient)
+        parameter.add_(gradient.add(velocity, alpha=momentum), alpha=-learning_rate)
         if l1:
             # A steady gradient moves the parameter by this much.
-            _shrink(parameter, rate * l1 / (1 - momentum))
+            _soft_threshold(parameter, learning_rate * l1 / (1 - momentum))
 
 
-BY_NAME: dict[str, type[AdamW] | type[Sgd]] = {"adamw": AdamW, "adam": Adam, "sgd": Sgd}
+OPTIMIZER_CLASSES: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD}

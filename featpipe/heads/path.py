@@ -17,26 +17,26 @@ from sklearn.model_selection import check_cv
 from sklearn.utils.parallel import Parallel, delayed
 
 from featpipe.heads import ranges
-from featpipe.heads.classes import ScoredClassifier, class_targets, rows_to_fit
-from featpipe.heads.objective import Point, Problem
-from featpipe.heads.quasi_newton import Memory
-from featpipe.heads.softmax import SoftmaxRegression, problem_of, solve
-from featpipe.heads.solver import Solution, dtype_of, into_row_space, minimise
-from featpipe.workers import Workers, side_by_side
+from featpipe.heads.classes import ScoredClassifier, encode_targets, validate_training_data
+from featpipe.heads.objective import LogisticProblem, Point
+from featpipe.heads.quasi_newton import LBFGSHistory
+from featpipe.heads.softmax import SoftmaxRegression, make_problem, solve
+from featpipe.heads.solver import Solution, minimize, project_to_row_space, select_search_dtype
+from featpipe.workers import BlasThreadPool, map_in_parallel
 
-__all__ = ["STRENGTHS", "SoftmaxRegressionCV", "best_strength", "of_folds", "solutions"]
+__all__ = ["C_GRID", "SoftmaxRegressionCV", "map_folds", "select_best_C", "solve_path"]
 
 Array = NDArray[np.float64]
 
 # Of Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better? (CVPR 2019), section A.2.
-STRENGTHS = tuple(np.logspace(-6, 5, 45).tolist())
-ABSENT = 50.0
+C_GRID = tuple(np.logspace(-6, 5, 45).tolist())
+MISSING_CLASS_MARGIN = 50.0
 # Folds of rows that are no more numbers, and take no more products a pass, are searched side by side, a thread each:
 # two of them fit into memory, and take seconds.
-SMALL_NUMBERS, SMALL_PRODUCTS = 1 << 24, 1e9
+MAX_THREADED_VALUES, MAX_THREADED_PRODUCTS = 1 << 24, 1e9
 
 Fold = TypeVar("Fold")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
@@ -90,7 +90,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
 
     def __init__(
         self,
-        Cs: Any = STRENGTHS,
+        Cs: Any = C_GRID,
         *,
         cv: Any = 5,
         scoring: Any = None,
@@ -122,11 +122,11 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         if np.ndim(self.Cs) != 1 or not len(self.Cs):
             raise ValueError(f"Cs is {self.Cs!r}; give a sequence of numbers above 0")
         for C in np.asarray(self.Cs).tolist():
-            ranges.number("each of Cs", C, above=0)
+            ranges.check_number("each of Cs", C, above=0)
         for name in ("one_standard_error", "refit"):
-            ranges.switch(name, getattr(self, name))
+            ranges.check_bool(name, getattr(self, name))
         if isinstance(self.scoring, str):
-            ranges.choice("scoring", self.scoring, get_scorer_names())
+            ranges.check_choice("scoring", self.scoring, get_scorer_names())
         self._head(1.0).check_params()
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
@@ -141,25 +141,29 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
             For the fits, and for the scores if the scorer takes weights. Rows of weight zero count as absent.
         """
         self.check_params()
-        X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
-        targets = class_targets(y, weights, None, self.multilabel)
+        X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=[np.float64, np.float32])
+        targets = encode_targets(y, weights, None, self.multilabel)
         # Scorers take no objects.
-        plain = np.asarray(targets.classes.tolist())
-        y = targets.Y if targets.multilabel else plain[targets.Y]
+        class_labels = np.asarray(targets.classes.tolist())
+        y = targets.Y if targets.multilabel else class_labels[targets.Y]
         self.Cs_ = np.unique(np.asarray(self.Cs, np.float64))
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
-        given = None if sample_weight is None else weights
-        on_fold = partial(self._fold, X, y, plain, weights, given)
-        folds = of_folds(on_fold, self._splits(X, y), shape=(*X.shape, len(targets.classes)), jobs=self.n_jobs)
-        self.scores_ = np.array([scores for scores, _, _ in folds])
-        self.n_iter_ = np.array([steps for _, steps, _ in folds])
-        chosen = best_strength(self.scores_, self.one_standard_error)
-        self.C_ = float(self.Cs_[chosen])
+        score_weights = None if sample_weight is None else weights
+        score_fold = partial(self._score_fold, X, y, class_labels, weights, score_weights)
+        fold_results = map_folds(
+            score_fold, self._make_splits(X, y), shape=(*X.shape, len(targets.classes)), n_jobs=self.n_jobs
+        )
+        self.scores_ = np.array([scores for scores, _, _ in fold_results])
+        self.n_iter_ = np.array([steps for _, steps, _ in fold_results])
+        best_index = select_best_C(self.scores_, self.one_standard_error)
+        self.C_ = float(self.Cs_[best_index])
         if self.refit:
             head = self._head(self.C_).set_params(tol=1e-8, max_iter=2000).fit(X, y, sample_weight=weights)
             self.coef_, self.intercept_ = head.coef_, head.intercept_
         else:
-            theta = np.mean([theta for _, _, thetas in folds if (theta := thetas[chosen]) is not None], axis=0)
+            theta = np.mean(
+                [theta for _, _, thetas in fold_results if (theta := thetas[best_index]) is not None], axis=0
+            )
             self.coef_, self.intercept_ = theta[:, :-1], theta[:, -1]
         return self
 
@@ -173,37 +177,43 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
             multilabel=self.multilabel,
         )
 
-    def _splits(self, X: NDArray[Any], y: NDArray[Any]) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    def _make_splits(self, X: NDArray[Any], y: NDArray[Any]) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         cv = check_cv(self.cv, y, classifier=True)
         if self.random_state is not None and isinstance(self.cv, int):
             cv.shuffle, cv.random_state = True, self.random_state
         return list(cv.split(X, y))
 
-    def _fold(
+    def _score_fold(
         self,
         X: NDArray[Any],
         y: NDArray[Any],
         classes: NDArray[Any],
         weights: Array,
-        given: Array | None,
+        score_weights: Array | None,
         split: tuple[NDArray[np.intp], NDArray[np.intp]],
     ) -> tuple[list[float], list[int], list[Array | None]]:
         """Scores, steps and thetas of every strength on one fold."""
         train, test = split
-        targets = class_targets(y[train], weights[train], self.class_weight, self.multilabel_)
-        rows = np.searchsorted(classes, targets.classes)
+        targets = encode_targets(y[train], weights[train], self.class_weight, self.multilabel_)
+        class_positions = np.searchsorted(classes, targets.classes)
         head = self._head(1.0)
         head.classes_, head.multilabel_, head.n_features_in_ = classes, self.multilabel_, X.shape[1]
         scorer = None if self.scoring is None else get_scorer(self.scoring)
-        held_out = np.asarray(_rows(X, test), np.float64), y[test]
-        more = {} if given is None else {"sample_weight": given[test]}
+        held_out = np.asarray(_select_rows(X, test), np.float64), y[test]
+        score_kwargs = {} if score_weights is None else {"sample_weight": score_weights[test]}
         scores, steps, thetas = list[float](), list[int](), list[Array | None]()
-        with Workers(float(len(train)) * X.shape[1] * len(targets.classes)) as workers:
-            problem = problem_of(_rows(X, train), targets, 1.0, fit_intercept=self.fit_intercept, workers=workers)
-            for found in solutions(problem, 1 / self.Cs_, tol=self.tol, max_iter=self.max_iter):
-                head.coef_, head.intercept_ = _of_all(found, rows, len(classes), targets.multilabel)
-                scores.append(head.score(*held_out, **more) if scorer is None else scorer(head, *held_out, **more))
-                steps.append(found.steps)
+        with BlasThreadPool(float(len(train)) * X.shape[1] * len(targets.classes)) as workers:
+            problem = make_problem(
+                _select_rows(X, train), targets, 1.0, fit_intercept=self.fit_intercept, workers=workers
+            )
+            for solution in solve_path(problem, 1 / self.Cs_, tol=self.tol, max_iter=self.max_iter):
+                head.coef_, head.intercept_ = _expand_to_all_classes(
+                    solution, class_positions, len(classes), targets.multilabel
+                )
+                scores.append(
+                    head.score(*held_out, **score_kwargs) if scorer is None else scorer(head, *held_out, **score_kwargs)
+                )
+                steps.append(solution.steps)
                 thetas.append(None if self.refit else np.column_stack([head.coef_, head.intercept_]))
         return scores, steps, thetas
 
@@ -211,9 +221,9 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         return X @ self.coef_.T + self.intercept_
 
 
-def of_folds(
-    work: Callable[[Fold], Found], folds: Sequence[Fold], *, shape: tuple[int, int, int], jobs: int | None
-) -> list[Found]:
+def map_folds(
+    function: Callable[[Fold], Result], folds: Sequence[Fold], *, shape: tuple[int, int, int], n_jobs: int | None
+) -> list[Result]:
     """``work`` of each fold, with scikit-learn's settings as they are here.
 
     Parameters
@@ -226,28 +236,28 @@ def of_folds(
     jobs : int or None
         As joblib takes them; where that is one, it is this process.
     """
-    if effective_n_jobs(jobs) > 1:
-        found: list[Found] = Parallel(n_jobs=jobs)(delayed(work)(fold) for fold in folds)
-        return found
+    if effective_n_jobs(n_jobs) > 1:
+        results: list[Result] = Parallel(n_jobs=n_jobs)(delayed(function)(fold) for fold in folds)
+        return results
     settings = get_config()
 
-    def one(fold: Fold) -> Found:
+    def run_with_settings(fold: Fold) -> Result:
         with config_context(**settings):
-            return work(fold)
+            return function(fold)
 
     n, d, k = shape
-    small = n * d <= SMALL_NUMBERS and n * d * k <= SMALL_PRODUCTS
-    return side_by_side(one, folds) if small else [one(fold) for fold in folds]
+    is_small = n * d <= MAX_THREADED_VALUES and n * d * k <= MAX_THREADED_PRODUCTS
+    return map_in_parallel(run_with_settings, folds) if is_small else [run_with_settings(fold) for fold in folds]
 
 
-def _rows(X: NDArray[Any], which: NDArray[np.intp]) -> NDArray[Any]:
+def _select_rows(X: NDArray[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
     """Some rows; a view where they are neighbours in their order."""
-    if len(which) and (np.diff(which) == 1).all():
-        return X[which[0] : which[-1] + 1]
-    return X[which]
+    if len(rows) and (np.diff(rows) == 1).all():
+        return X[rows[0] : rows[-1] + 1]
+    return X[rows]
 
 
-def best_strength(scores: Array, one_standard_error: bool) -> int:
+def select_best_C(scores: Array, one_standard_error: bool) -> int:
     """The place of the best strength; the strongest penalty among equals.
 
     Parameters
@@ -258,14 +268,14 @@ def best_strength(scores: Array, one_standard_error: bool) -> int:
         The strongest penalty whose mean score is within one standard error of the best.
     """
     means = scores.mean(axis=0)
-    best = int(means.argmax())
+    best_index = int(means.argmax())
     if not one_standard_error or len(scores) < 2:
-        return best
-    error = scores[:, best].std(ddof=1) / np.sqrt(len(scores))
-    return int(np.flatnonzero(means >= means[best] - error)[0])
+        return best_index
+    standard_error = scores[:, best_index].std(ddof=1) / np.sqrt(len(scores))
+    return int(np.flatnonzero(means >= means[best_index] - standard_error)[0])
 
 
-def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> Iterator[Solution]:
+def solve_path(problem: LogisticProblem, ridges: Array, *, tol: float, max_iter: int) -> Iterator[Solution]:
     """The minimum of one problem under each of several penalties, from the strongest to the weakest.
 
     Parameters
@@ -280,42 +290,44 @@ def solutions(problem: Problem, ridges: Array, *, tol: float, max_iter: int) -> 
     """
     basis = None
     if problem.n < problem.d:
-        problem, basis = into_row_space(problem)
-    problem = problem.ready_in(dtype_of(problem))
-    memory, points, before = Memory(), list[Point](), ridges[0]
+        problem, basis = project_to_row_space(problem)
+    problem = problem.materialize(select_search_dtype(problem))
+    memory, points, previous_ridge = LBFGSHistory(), list[Point](), ridges[0]
 
-    def search(varying: Problem) -> Solution:
-        start = _start(varying, before, points)
-        found = minimise(varying, tol=tol, max_iter=max_iter, start=start, memory=memory, estimate=True)
-        if found.point is not None:
-            points[:] = [*points[-1:], found.point]
-        return found
+    def minimize_from_previous(subproblem: LogisticProblem) -> Solution:
+        start = _extrapolate_start(subproblem, previous_ridge, points)
+        solution = minimize(subproblem, tol=tol, max_iter=max_iter, start=start, history=memory, estimate=True)
+        if solution.point is not None:
+            points[:] = [*points[-1:], solution.point]
+        return solution
 
     for ridge in ridges:
-        memory.repenalise(ridge - before, problem.d + 1)
-        found = solve(replace(problem, ridge=float(ridge)), search)
-        before = ridge
-        yield found if basis is None else replace(found, W=found.W @ basis.T)
+        memory.update_penalty(ridge - previous_ridge, problem.d + 1)
+        solution = solve(replace(problem, ridge=float(ridge)), minimize_from_previous)
+        previous_ridge = ridge
+        yield solution if basis is None else replace(solution, W=solution.W @ basis.T)
 
 
-def _start(problem: Problem, before: float, points: list[Point]) -> Point | None:
+def _extrapolate_start(problem: LogisticProblem, previous_ridge: float, points: list[Point]) -> Point | None:
     """What the two strengths before point to, if that is better than the last."""
     if not points:
         return None
-    _, here = replace(problem, ridge=before).under(problem.ridge, points[-1])
+    _, last_point = replace(problem, ridge=previous_ridge).with_ridge(problem.ridge, points[-1])
     if len(points) == 1:
-        return here
-    ahead = problem.at(2 * here.theta - points[-2].theta, np.float32)
-    return ahead if ahead.values.sum() < here.values.sum() else here
+        return last_point
+    extrapolated_point = problem.evaluate(2 * last_point.theta - points[-2].theta, np.float32)
+    return extrapolated_point if extrapolated_point.values.sum() < last_point.values.sum() else last_point
 
 
-def _of_all(found: Solution, rows: NDArray[np.intp], k: int, multilabel: bool) -> tuple[Array, Array]:
+def _expand_to_all_classes(
+    solution: Solution, class_positions: NDArray[np.intp], k: int, multilabel: bool
+) -> tuple[Array, Array]:
     """W and b with rows for the classes that a fold's training rows lack; those are as good as impossible."""
-    if multilabel or len(rows) == k:
-        return found.W, found.b
-    W, b = found.W, found.b
-    if len(rows) == 2:
+    if multilabel or len(class_positions) == k:
+        return solution.W, solution.b
+    W, b = solution.W, solution.b
+    if len(class_positions) == 2:
         W, b = np.concatenate([-W, W]) / 2, np.concatenate([-b, b]) / 2
-    all_W, all_b = np.zeros((k, W.shape[1])), np.full(k, b.min() - ABSENT)
-    all_W[rows], all_b[rows] = W, b
+    all_W, all_b = np.zeros((k, W.shape[1])), np.full(k, b.min() - MISSING_CLASS_MARGIN)
+    all_W[class_positions], all_b[class_positions] = W, b
     return all_W, all_b

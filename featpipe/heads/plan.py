@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from featpipe.heads import ranges
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Plan"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "NetworkTrainingConfig"]
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "constant", "linear", "step", "one-cycle")
 
-RATE_TIMES_WIDTH, SLOWEST, FASTEST = 0.5, 1e-3, 0.05
+LEARNING_RATE_TIMES_WIDTH, MIN_LEARNING_RATE, MAX_LEARNING_RATE = 0.5, 1e-3, 0.05
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Plan:
+class NetworkTrainingConfig:
     """How to train.
 
     Attributes
@@ -72,23 +72,23 @@ class Plan:
 
     def check(self) -> None:
         """Refuse settings out of range, with a ValueError."""
-        ranges.choice("optimizer", self.optimizer, OPTIMIZERS)
+        ranges.check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.learning_rate != "auto":
-            ranges.number("learning_rate", self.learning_rate, above=0)
-        ranges.number("weight_decay", self.weight_decay, least=0)
-        ranges.number("l1", self.l1, least=0)
-        ranges.number("momentum", self.momentum, least=0, below=1)
-        ranges.choice("schedule", self.schedule, SCHEDULES)
-        ranges.number("warmup", self.warmup, least=0, below=1)
-        ranges.whole("batch_size", self.batch_size, least=1)
-        ranges.whole("epochs", self.epochs, least=1)
-        ranges.number("feature_noise", self.feature_noise, least=0)
-        ranges.number("mixup", self.mixup, least=0)
-        ranges.switch("early_stopping", self.early_stopping)
-        ranges.number("validation_fraction", self.validation_fraction, above=0, below=1)
-        ranges.whole("patience", self.patience, least=1)
+            ranges.check_number("learning_rate", self.learning_rate, above=0)
+        ranges.check_number("weight_decay", self.weight_decay, minimum=0)
+        ranges.check_number("l1", self.l1, minimum=0)
+        ranges.check_number("momentum", self.momentum, minimum=0, below=1)
+        ranges.check_choice("schedule", self.schedule, SCHEDULES)
+        ranges.check_number("warmup", self.warmup, minimum=0, below=1)
+        ranges.check_integer("batch_size", self.batch_size, minimum=1)
+        ranges.check_integer("epochs", self.epochs, minimum=1)
+        ranges.check_number("feature_noise", self.feature_noise, minimum=0)
+        ranges.check_number("mixup", self.mixup, minimum=0)
+        ranges.check_bool("early_stopping", self.early_stopping)
+        ranges.check_number("validation_fraction", self.validation_fraction, above=0, below=1)
+        ranges.check_integer("patience", self.patience, minimum=1)
 
-    def highest_rate(self, fan_ins: Sequence[int]) -> float:
+    def resolve_learning_rate(self, fan_ins: Sequence[int]) -> float:
         """The learning rate of a network whose layers have inputs of these widths.
 
         Examples
@@ -97,5 +97,5 @@ class Plan:
         [0.05, 0.01, 0.001]
         """
         if isinstance(self.learning_rate, str):
-            return min(max(RATE_TIMES_WIDTH / max(fan_ins), SLOWEST), FASTEST)
+            return min(max(LEARNING_RATE_TIMES_WIDTH / max(fan_ins), MIN_LEARNING_RATE), MAX_LEARNING_RATE)
         return float(self.learning_rate)

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dtrtrs
 
-from featpipe.heads.curvature import Blocks, Curvature
+from featpipe.heads.curvature import BlockPreconditioner, WeightedGram
 
-__all__ = ["Memory", "dots"]
+__all__ = ["LBFGSHistory", "group_dot"]
 
 Array = NDArray[np.float64]
 
-HISTORY = 30
+HISTORY_SIZE = 30
 
 
 @dataclass(eq=False)
-class Memory:
+class LBFGSHistory:
     """Steps and the changes of the gradient along them, of g groups side by side.
 
     Attributes
@@ -45,60 +45,70 @@ class Memory:
     """
 
     steps: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
-    changes: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
-    products: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
+    gradient_changes: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
+    inner_products: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
     slots: list[int] = field(default_factory=list)
     dtype: type[np.floating[Any]] = np.float64
-    taken: int = 0
-    curvature: Curvature | None = None
-    blocks: Blocks | None = None
+    n_steps: int = 0
+    curvature: WeightedGram | None = None
+    blocks: BlockPreconditioner | None = None
 
     def __len__(self) -> int:
         return len(self.slots)
 
-    def add(self, step: Array, change: Array) -> None:
+    def add(self, step: Array, gradient_change: Array) -> None:
         """Remember a pair; both have shape (g, rows of theta in a group, d + 1)."""
-        step, change = step.reshape(len(step), -1), change.reshape(len(change), -1)
+        step, gradient_change = step.reshape(len(step), -1), gradient_change.reshape(len(gradient_change), -1)
         if self.steps.shape[::2] != step.shape:
-            self.steps, self.changes = (np.empty((len(step), HISTORY, step.shape[1]), self.dtype) for _ in range(2))
-            self.products = np.empty((len(step), HISTORY, HISTORY))
-        slot = self.slots.pop(0) if len(self.slots) == HISTORY else len(self.slots)
+            self.steps, self.gradient_changes = (
+                np.empty((len(step), HISTORY_SIZE, step.shape[1]), self.dtype) for _ in range(2)
+            )
+            self.inner_products = np.empty((len(step), HISTORY_SIZE, HISTORY_SIZE))
+        slot = self.slots.pop(0) if len(self.slots) == HISTORY_SIZE else len(self.slots)
         self.slots.append(slot)
-        self.steps[:, slot], self.changes[:, slot] = step, change
-        used = len(self.slots)
-        self.products[:, :used, slot] = _times(self.steps[:, :used], self.changes[:, slot])
+        self.steps[:, slot], self.gradient_changes[:, slot] = step, gradient_change
+        n_pairs = len(self.slots)
+        self.inner_products[:, :n_pairs, slot] = _batched_matvec(
+            self.steps[:, :n_pairs], self.gradient_changes[:, slot]
+        )
         # A group that did not move, or along whose step there is no curvature but rounding, has nothing to remember.
-        nothing = self.products[:, slot, slot] <= 1e-300
-        if nothing.any():
-            self.steps[nothing, slot] = self.changes[nothing, slot] = 0
-            self.products[nothing, :, slot] = self.products[nothing, slot, :] = 0
-            self.products[nothing, slot, slot] = 1
+        is_degenerate = self.inner_products[:, slot, slot] <= 1e-300
+        if is_degenerate.any():
+            self.steps[is_degenerate, slot] = self.gradient_changes[is_degenerate, slot] = 0
+            self.inner_products[is_degenerate, :, slot] = self.inner_products[is_degenerate, slot, :] = 0
+            self.inner_products[is_degenerate, slot, slot] = 1
 
     def clear(self) -> None:
         self.slots.clear()
 
-    def only(self, groups: NDArray[np.intp]) -> None:
+    def select_groups(self, groups: NDArray[np.intp]) -> None:
         """Forget all groups but some."""
         if self.slots:
-            self.steps, self.changes, self.products = self.steps[groups], self.changes[groups], self.products[groups]
+            self.steps, self.gradient_changes, self.inner_products = (
+                self.steps[groups],
+                self.gradient_changes[groups],
+                self.inner_products[groups],
+            )
 
-    def repenalise(self, more: float, width: int) -> None:
+    def update_penalty(self, ridge_increase: float, width: int) -> None:
         """Go on under a penalty that is stronger by so much: only its share of the changes differs."""
         if not self.slots:
             return
-        used = len(self.slots)
-        for slot in range(used):
-            change = self.changes[:, slot]
-            of_intercepts = change[:, width - 1 :: width].copy()
-            change += more * self.steps[:, slot]
-            change[:, width - 1 :: width] = of_intercepts
-        products = np.matmul(self.steps[:, :used], self.changes[:, :used].transpose(0, 2, 1))
-        every = np.arange(used)
-        squares = products[:, every, every]
-        products[:, every, every] = np.where(squares == 0, 1.0, squares)  # of a group that did not move
-        self.products[:, :used, :used] = products
+        n_pairs = len(self.slots)
+        for slot in range(n_pairs):
+            gradient_change = self.gradient_changes[:, slot]
+            intercept_change = gradient_change[:, width - 1 :: width].copy()
+            gradient_change += ridge_increase * self.steps[:, slot]
+            gradient_change[:, width - 1 :: width] = intercept_change
+        inner_products = np.matmul(self.steps[:, :n_pairs], self.gradient_changes[:, :n_pairs].transpose(0, 2, 1))
+        diagonal = np.arange(n_pairs)
+        curvatures = inner_products[:, diagonal, diagonal]
+        inner_products[:, diagonal, diagonal] = np.where(
+            curvatures == 0, 1.0, curvatures
+        )  # of a group that did not move
+        self.inner_products[:, :n_pairs, :n_pairs] = inner_products
 
-    def direction(self, gradient: Array, solve: Callable[[Array], Array]) -> Array:
+    def direction(self, gradient: Array, precondition: Callable[[Array], Array]) -> Array:
         """The quasi-Newton step of each group.
 
         Parameters
@@ -108,51 +118,59 @@ class Memory:
             The inverse of the metric, on arrays of shape (c, g, rows of theta in a group, d + 1).
         """
         if not self.slots:
-            return -solve(gradient[None])[0]
-        used, order = len(self.slots), np.array(self.slots)
-        steps, changes = self.steps[:, :used], self.changes[:, :used]
-        upper = self.products[:, order[:, None], order]
-        flat = gradient.reshape(len(gradient), -1).astype(self.dtype)
-        first = _triangular(upper, _times(steps, flat)[:, order])
-        newest = changes[:, order[-1]]
-        both = np.stack([flat - _combined(first, changes, order), newest])
-        there, of_newest = solve(both.reshape(2, *gradient.shape)).reshape(both.shape)
-        lengths = np.einsum("gp,gp->g", newest, of_newest)
-        curvatures = np.einsum("gii->gi", upper)
-        there *= np.where(lengths > 0, curvatures[:, -1] / np.where(lengths > 0, lengths, 1.0), 1.0)[:, None]
-        second = _triangular(upper, curvatures * first - _times(changes, there)[:, order], transposed=True)
-        there += _combined(second, steps, order)
-        return -there.reshape(gradient.shape)
+            return -precondition(gradient[None])[0]
+        n_pairs, order = len(self.slots), np.array(self.slots)
+        steps, gradient_changes = self.steps[:, :n_pairs], self.gradient_changes[:, :n_pairs]
+        triangle = self.inner_products[:, order[:, None], order]
+        flat_gradient = gradient.reshape(len(gradient), -1).astype(self.dtype)
+        backward_coefficients = _solve_triangular(triangle, _batched_matvec(steps, flat_gradient)[:, order])
+        newest_change = gradient_changes[:, order[-1]]
+        stacked = np.stack(
+            [flat_gradient - _combine_rows(backward_coefficients, gradient_changes, order), newest_change]
+        )
+        step, preconditioned_change = precondition(stacked.reshape(2, *gradient.shape)).reshape(stacked.shape)
+        change_norms = np.einsum("gp,gp->g", newest_change, preconditioned_change)
+        curvatures = np.einsum("gii->gi", triangle)
+        step *= np.where(change_norms > 0, curvatures[:, -1] / np.where(change_norms > 0, change_norms, 1.0), 1.0)[
+            :, None
+        ]
+        forward_coefficients = _solve_triangular(
+            triangle,
+            curvatures * backward_coefficients - _batched_matvec(gradient_changes, step)[:, order],
+            transposed=True,
+        )
+        step += _combine_rows(forward_coefficients, steps, order)
+        return -step.reshape(gradient.shape)
 
 
-def dots(a: Array, b: Array) -> Array:
+def group_dot(a: Array, b: Array) -> Array:
     """Inner product of each group."""
     if len(a) == 1:
         return np.array([np.vdot(a, b)])
     return np.einsum("gkd,gkd->g", a, b)
 
 
-def _times(rows: Array, vectors: Array) -> Array:
+def _batched_matvec(rows: Array, vectors: Array) -> Array:
     """Shape (g, m), from (g, m, p) and (g, p)."""
     if len(rows) == 1:
         return (rows[0] @ vectors[0])[None]
     return np.matmul(rows, vectors[..., None])[..., 0]
 
 
-def _combined(shares: Array, rows: Array, order: NDArray[np.intp]) -> Array:
+def _combine_rows(coefficients: Array, rows: Array, order: NDArray[np.intp]) -> Array:
     """Σ_i shares_i rows_order(i), shape (g, p)."""
-    placed = np.empty(shares.shape, rows.dtype)
-    placed[:, order] = shares
+    slot_coefficients = np.empty(coefficients.shape, rows.dtype)
+    slot_coefficients[:, order] = coefficients
     if len(rows) == 1:
-        return (placed[0] @ rows[0])[None]
-    return np.matmul(placed[:, None], rows)[:, 0]
+        return (slot_coefficients[0] @ rows[0])[None]
+    return np.matmul(slot_coefficients[:, None], rows)[:, 0]
 
 
-def _triangular(upper: Array, right: Array, *, transposed: bool = False) -> Array:
+def _solve_triangular(triangle: Array, rhs: Array, *, transposed: bool = False) -> Array:
     """Solve upper x = right, or its transpose, for each group; what is below the diagonal does not count."""
-    if len(upper) == 1:
-        found: Array = dtrtrs(upper[0], right[0], trans=int(transposed))[0]
-        return found.reshape(right.shape)
-    matrices = np.triu(upper).transpose(0, 2, 1) if transposed else np.triu(upper)
-    solved: NDArray[Any] = np.linalg.solve(matrices, right[..., None])[..., 0]
-    return np.asarray(solved, np.float64)
+    if len(triangle) == 1:
+        single_solution: Array = dtrtrs(triangle[0], rhs[0], trans=int(transposed))[0]
+        return single_solution.reshape(rhs.shape)
+    triangles = np.triu(triangle).transpose(0, 2, 1) if transposed else np.triu(triangle)
+    solutions: NDArray[Any] = np.linalg.solve(triangles, rhs[..., None])[..., 0]
+    return np.asarray(solutions, np.float64)

@@ -8,7 +8,7 @@ from featpipe.errors import ConfigError
 
 __all__ = ["parse_settings"]
 
-WORDS = {"true": True, "false": False, "none": None, "null": None}
+LITERALS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, object]:
@@ -35,25 +35,25 @@ def parse_settings(settings: Iterable[str]) -> dict[str, object]:
             raise ConfigError(f"setting {setting!r} is not KEY=VALUE; write it as in C=10")
         if key in parsed:
             raise ConfigError(f"setting {key!r} is given twice; give it once")
-        parsed[key] = _value(value.strip())
+        parsed[key] = _parse_value(value.strip())
     return parsed
 
 
-def _value(text: str) -> object:
+def _parse_value(text: str) -> object:
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     if "," in text:
-        pieces = text.strip("()[]").split(",")
-        return tuple(_scalar(piece.strip()) for piece in pieces if piece.strip())
-    return _scalar(text)
+        items = text.strip("()[]").split(",")
+        return tuple(_parse_scalar(item.strip()) for item in items if item.strip())
+    return _parse_scalar(text)
 
 
-def _scalar(text: str) -> object:
-    if text.lower() in WORDS:
-        return WORDS[text.lower()]
-    for kind in (int, float):
+def _parse_scalar(text: str) -> object:
+    if text.lower() in LITERALS:
+        return LITERALS[text.lower()]
+    for number_type in (int, float):
         try:
-            return kind(text)
+            return number_type(text)
         except ValueError:
             continue
     return text

@@ -13,16 +13,22 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 
 from featpipe.heads import ranges
-from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, row_weights, rows_to_fit
-from featpipe.heads.objective import Problem
-from featpipe.heads.solver import Solution, minimise
-from featpipe.heads.sparse import minimise_sparse
-from featpipe.workers import Workers
+from featpipe.heads.classes import (
+    EncodedTargets,
+    ScoredClassifier,
+    check_sample_weight,
+    encode_targets,
+    validate_training_data,
+)
+from featpipe.heads.objective import LogisticProblem
+from featpipe.heads.solver import Solution, minimize
+from featpipe.heads.sparse import minimize_l1
+from featpipe.workers import BlasThreadPool
 
-__all__ = ["SoftmaxRegression", "problem_of", "solve"]
+__all__ = ["SoftmaxRegression", "make_problem", "solve"]
 
 # A duality gap cannot be told from rounding much below this.
-SPARSE_TOL = 1e-6
+MIN_L1_TOL = 1e-6
 
 
 class SoftmaxRegression(ScoredClassifier, BaseEstimator):
@@ -101,13 +107,13 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
 
     def check_params(self) -> None:
         """Refuse settings out of range, with a ValueError."""
-        ranges.number("C", self.C, above=0)
-        ranges.number("l1_ratio", self.l1_ratio, least=0, below=np.nextafter(1, 2))
-        ranges.switch("fit_intercept", self.fit_intercept)
-        ranges.number("tol", self.tol, above=0, below=1)
-        ranges.whole("max_iter", self.max_iter, least=1)
+        ranges.check_number("C", self.C, above=0)
+        ranges.check_number("l1_ratio", self.l1_ratio, minimum=0, below=np.nextafter(1, 2))
+        ranges.check_bool("fit_intercept", self.fit_intercept)
+        ranges.check_number("tol", self.tol, above=0, below=1)
+        ranges.check_integer("max_iter", self.max_iter, minimum=1)
         if not isinstance(self.class_weight, Mapping) and self.class_weight is not None:
-            ranges.choice("class_weight", self.class_weight, ["balanced"])
+            ranges.check_choice("class_weight", self.class_weight, ["balanced"])
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Learn W and b.
@@ -121,8 +127,8 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
             Rows of weight zero count as absent.
         """
         self.check_params()
-        X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=[np.float64, np.float32])
-        return self._fit_to(X, y, weights)
+        X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=[np.float64, np.float32])
+        return self._fit_arrays(X, y, weights)
 
     def _fit_rows(
         self,
@@ -135,40 +141,40 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
     ) -> Self:
         """Learn from rows that are read block by block in every pass; W and b are for (x - center) / scale."""
         self.check_params()
-        weights = row_weights(sample_weight, source.shape[0])
+        weights = check_sample_weight(sample_weight, source.shape[0])
         if not weights.all():
             raise ValueError("sample_weight holds zeros; leave those rows out of what is streamed")
         self.n_features_in_ = source.shape[1]
-        return self._fit_to(source, y, weights, center=center, scale=scale)
+        return self._fit_arrays(source, y, weights, center=center, scale=scale)
 
-    def _fit_to(self, X: Any, y: NDArray[Any], weights: NDArray[np.float64], **standardised: Any) -> Self:
-        targets = class_targets(y, weights, self.class_weight, self.multilabel)
-        with Workers(float(X.shape[0]) * X.shape[1] * len(targets.classes)) as workers:
-            problem = problem_of(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
-            problem = replace(problem, **standardised)
-            solution = solve(problem if self.device is None else self._moved(problem), self._minimise)
+    def _fit_arrays(self, X: Any, y: NDArray[Any], weights: NDArray[np.float64], **standardization: Any) -> Self:
+        targets = encode_targets(y, weights, self.class_weight, self.multilabel)
+        with BlasThreadPool(float(X.shape[0]) * X.shape[1] * len(targets.classes)) as workers:
+            problem = make_problem(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
+            problem = replace(problem, **standardization)
+            solution = solve(problem if self.device is None else self._to_device(problem), self._minimize)
         self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         self.n_iter_ = solution.steps
-        self._warn_if_short(solution)
+        self._warn_if_not_converged(solution)
         return self
 
-    def _moved(self, problem: Problem) -> Problem:
-        from featpipe.heads.device import DeviceProblem, device_named
+    def _to_device(self, problem: LogisticProblem) -> LogisticProblem:
+        from featpipe.heads.device import DeviceProblem, get_device
 
-        own = {f.name: getattr(problem, f.name) for f in fields(problem)}
-        return DeviceProblem(**own, device=device_named(str(self.device)))
+        problem_fields = {field.name: getattr(problem, field.name) for field in fields(problem)}
+        return DeviceProblem(**problem_fields, device=get_device(str(self.device)))
 
-    def _minimise(self, problem: Problem) -> Solution:
+    def _minimize(self, problem: LogisticProblem) -> Solution:
         if self.l1_ratio == 0:
-            return minimise(problem, tol=self.tol, max_iter=self.max_iter)
-        smooth = replace(problem, ridge=1.0 - self.l1_ratio)
-        return minimise_sparse(smooth, self.l1_ratio, tol=max(self.tol, SPARSE_TOL), max_iter=10 * self.max_iter)
+            return minimize(problem, tol=self.tol, max_iter=self.max_iter)
+        l2_problem = replace(problem, ridge=1.0 - self.l1_ratio)
+        return minimize_l1(l2_problem, self.l1_ratio, tol=max(self.tol, MIN_L1_TOL), max_iter=10 * self.max_iter)
 
-    def _warn_if_short(self, worst: Solution) -> None:
-        if not worst.converged:
+    def _warn_if_not_converged(self, solution: Solution) -> None:
+        if not solution.converged:
             warnings.warn(
-                f"SoftmaxRegression stopped after {worst.steps} steps at a relative gap of at most {worst.gap:.1e}, "
+                f"SoftmaxRegression stopped after {solution.steps} steps at a relative gap of at most {solution.gap:.1e}, "
                 f"tol is {self.tol:.1e}; raise max_iter or tol, or scale the columns of X",
                 ConvergenceWarning,
                 stacklevel=4,
@@ -178,42 +184,52 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         return X @ self.coef_.T + self.intercept_
 
 
-def problem_of(
-    X: NDArray[Any], targets: Targets, C: float, *, fit_intercept: bool, workers: Workers, ridge: float = 1.0
-) -> Problem:
+def make_problem(
+    X: NDArray[Any],
+    targets: EncodedTargets,
+    C: float,
+    *,
+    fit_intercept: bool,
+    workers: BlasThreadPool,
+    ridge: float = 1.0,
+) -> LogisticProblem:
     """The objective of scikit-learn's LogisticRegression for encoded targets."""
     Y, weights, k = targets.Y, C * targets.weights, len(targets.classes)
     if targets.multilabel or k == 2:
         Y, weights = Y.reshape(len(Y), -1), weights.reshape(len(Y), -1)
-        return Problem(X, Y, weights, "sigmoid", Y.shape[1], fit_intercept, ridge, workers=workers)
-    return Problem(X, Y, weights, "softmax", k, fit_intercept, ridge, workers=workers)
+        return LogisticProblem(X, Y, weights, "sigmoid", Y.shape[1], fit_intercept, ridge, workers=workers)
+    return LogisticProblem(X, Y, weights, "softmax", k, fit_intercept, ridge, workers=workers)
 
 
-def solve(problem: Problem, search: Callable[[Problem], Solution]) -> Solution:
+def solve(problem: LogisticProblem, minimizer: Callable[[LogisticProblem], Solution]) -> Solution:
     """Search for the labels that vary, and answer the others at once."""
-    varying, settled = _without_constant_labels(problem)
-    if varying is None:
-        return settled
-    found = search(varying)
-    if varying is problem:
-        return found
-    rows = np.isnan(settled.b)
-    settled.W[rows], settled.b[rows] = found.W, found.b
-    return replace(found, W=settled.W, b=settled.b)
+    varying_problem, constant_solution = _separate_constant_labels(problem)
+    if varying_problem is None:
+        return constant_solution
+    solution = minimizer(varying_problem)
+    if varying_problem is problem:
+        return solution
+    varying_rows = np.isnan(constant_solution.b)
+    constant_solution.W[varying_rows], constant_solution.b[varying_rows] = solution.W, solution.b
+    return replace(solution, W=constant_solution.W, b=constant_solution.b)
 
 
-def _without_constant_labels(problem: Problem) -> tuple[Problem | None, Solution]:
+def _separate_constant_labels(problem: LogisticProblem) -> tuple[LogisticProblem | None, Solution]:
     """The problem of the labels that vary, if any do, and the answer for the others, NaN for those that vary."""
     W, b = np.zeros((problem.k, problem.d)), np.full(problem.k, np.nan)
-    settled = Solution(W, b, value=0.0, gap=0.0, steps=1, converged=True)
+    constant_solution = Solution(W, b, value=0.0, gap=0.0, steps=1, converged=True)
     if problem.link == "softmax":
-        return problem, settled
-    constant = problem.Y.min(axis=0) == problem.Y.max(axis=0)
-    if not constant.any():
-        return problem, settled
-    weights = problem.weights[:, constant]
-    ones = (weights * problem.Y[:, constant]).sum(axis=0)
+        return problem, constant_solution
+    is_constant = problem.Y.min(axis=0) == problem.Y.max(axis=0)
+    if not is_constant.any():
+        return problem, constant_solution
+    weights = problem.weights[:, is_constant]
+    positive_weight = (weights * problem.Y[:, is_constant]).sum(axis=0)
     # Half a row, and not half of what a row weighs.
-    half = 0.5 * weights.mean(axis=0)
-    b[constant] = np.log((ones + half) / (weights.sum(axis=0) - ones + half)) if problem.fit_intercept else 0.0
-    return (None if constant.all() else problem.only(np.flatnonzero(~constant))), settled
+    half_row_weight = 0.5 * weights.mean(axis=0)
+    b[is_constant] = (
+        np.log((positive_weight + half_row_weight) / (weights.sum(axis=0) - positive_weight + half_row_weight))
+        if problem.fit_intercept
+        else 0.0
+    )
+    return (None if is_constant.all() else problem.select_groups(np.flatnonzero(~is_constant))), constant_solution

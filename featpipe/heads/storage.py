@@ -12,10 +12,10 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from featpipe.errors import ModelError
 
-__all__ = ["TRUSTED", "dumps", "loads", "refuse_unsavable"]
+__all__ = ["TRUSTED_TYPES", "check_savable", "dumps", "loads"]
 
 # What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
-TRUSTED: tuple[str, ...] = (
+TRUSTED_TYPES: tuple[str, ...] = (
     "featpipe.heads.evidence.EvidenceRidgeClassifier",
     "featpipe.heads.grown.GrownClassifier",
     "featpipe.heads.neighbors.nearness",
@@ -31,7 +31,7 @@ TRUSTED: tuple[str, ...] = (
 
 
 # Learnt and large, and no answer needs it: d² numbers of a head that has k d.
-UNNEEDED = {"LinearDiscriminantAnalysis": ("covariance_",)}
+UNNEEDED_ATTRIBUTES = {"LinearDiscriminantAnalysis": ("covariance_",)}
 
 
 def dumps(estimator: Any) -> bytes:
@@ -42,39 +42,41 @@ def dumps(estimator: Any) -> bytes:
     ModelError
         If `loads` would refuse what was written.
     """
-    skops_io = _skops_io()
-    kind = type(estimator[-1] if hasattr(estimator, "steps") else estimator).__name__
+    skops_io = _import_skops_io()
+    estimator_name = type(estimator[-1] if hasattr(estimator, "steps") else estimator).__name__
     try:
-        data = skops_io.dumps(_lean(estimator))
+        data = skops_io.dumps(_drop_unneeded_attributes(estimator))
     # What skops raises on an object that it cannot take depends on the object.
     except Exception as error:
-        raise ModelError(f"{kind} cannot be saved: {_line(error)}; use a head of the table") from error
+        raise ModelError(
+            f"{estimator_name} cannot be saved: {_format_error(error)}; use a head of the table"
+        ) from error
     try:
         loads(data)
     except ModelError as error:
-        raise ModelError(f"{kind} cannot be saved so that it loads again: {error}") from error
+        raise ModelError(f"{estimator_name} cannot be saved so that it loads again: {error}") from error
     return data
 
 
-def _lean(estimator: Any) -> Any:
+def _drop_unneeded_attributes(estimator: Any) -> Any:
     """The estimator, or a shallow copy without what is not needed."""
     if hasattr(estimator, "steps"):
-        name, last = estimator.steps[-1]
-        lean = _lean(last)
-        if lean is last:
+        name, last_step = estimator.steps[-1]
+        lean_step = _drop_unneeded_attributes(last_step)
+        if lean_step is last_step:
             return estimator
         pipeline = copy(estimator)
-        pipeline.steps = [*estimator.steps[:-1], (name, lean)]
+        pipeline.steps = [*estimator.steps[:-1], (name, lean_step)]
         return pipeline
-    surplus = [key for key in UNNEEDED.get(type(estimator).__name__, ()) if hasattr(estimator, key)]
-    if surplus:
+    unneeded = [key for key in UNNEEDED_ATTRIBUTES.get(type(estimator).__name__, ()) if hasattr(estimator, key)]
+    if unneeded:
         estimator = copy(estimator)
-        for key in surplus:
+        for key in unneeded:
             delattr(estimator, key)
     return estimator
 
 
-def refuse_unsavable(estimator: Any) -> None:
+def check_savable(estimator: Any) -> None:
     """Refuse an estimator that could not be saved once it is fitted, before that work is done.
 
     Parameters
@@ -107,58 +109,66 @@ def loads(data: bytes) -> Any:
     ModelError
         If the bytes are damaged, hold a type that is not trusted, or no estimator.
     """
-    skops_io = _skops_io()
+    skops_io = _import_skops_io()
     from sklearn.base import BaseEstimator
     from skops.io.exceptions import UntrustedTypesFoundException
 
-    _check_container(data)
+    _check_zip(data)
     try:
-        untrusted = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED))
+        untrusted = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if untrusted:
             raise ModelError(
                 f"the head holds {', '.join(untrusted)}, which may not be loaded; train again with a head of the table"
             )
-        estimator = skops_io.loads(data, trusted=list(TRUSTED))
+        estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
     except ModelError:
         raise
     except UntrustedTypesFoundException as error:
-        raise ModelError(f"the head holds a type that may not be loaded: {_line(error)}") from error
+        raise ModelError(f"the head holds a type that may not be loaded: {_format_error(error)}") from error
     # Damaged bytes surface wherever skops, json or numpy first stumble over them.
     except Exception as error:
-        raise ModelError(f"the head is damaged ({_line(error)}); copy the model again or train it again") from error
+        raise ModelError(
+            f"the head is damaged ({_format_error(error)}); copy the model again or train it again"
+        ) from error
     if not isinstance(estimator, BaseEstimator):
         raise ModelError(f"the head is a {type(estimator).__name__}, not an estimator; train it again")
     return estimator
 
 
-def _skops_io() -> Any:
+def _import_skops_io() -> Any:
     """The module, imported without torch where that is not there yet.
 
     To learn the names of scikit-learn's estimators skops imports all of its packages, the one that wraps torch among
     them: two seconds for every command that reads a model. A package that cannot be imported is passed over.
     """
-    wrapper = "sklearn.externals.array_api_compat.torch"
+    torch_wrapper = "sklearn.externals.array_api_compat.torch"
     if "skops.io" in sys.modules or "torch" in sys.modules:
         return importlib.import_module("skops.io")
-    sys.modules[wrapper] = None  # type: ignore[assignment]  # the language's own way to say: not to be had
+    sys.modules[torch_wrapper] = None  # type: ignore[assignment]  # the language's own way to say: not to be had
     try:
         return importlib.import_module("skops.io")
     finally:
-        del sys.modules[wrapper]
+        del sys.modules[torch_wrapper]
 
 
-def _check_container(data: bytes) -> None:
+def _check_zip(data: bytes) -> None:
     """Refuse a zip that unpacks to more than it holds: skops stores members as they are."""
     try:
-        with ZipFile(io.BytesIO(data)) as container:
-            members = container.infolist()
-            broken = container.testzip() if all(m.compress_type == ZIP_STORED for m in members) else "a packed member"
+        with ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            damaged_member = (
+                archive.testzip()
+                if all(member.compress_type == ZIP_STORED for member in members)
+                else "a packed member"
+            )
     except (BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"the head is damaged ({_line(error)}); copy the model again or train it again") from error
-    if broken is not None or sum(member.file_size for member in members) > len(data):
-        raise ModelError(f"the head is damaged ({broken or 'overlapping members'}); copy the model again")
+        raise ModelError(
+            f"the head is damaged ({_format_error(error)}); copy the model again or train it again"
+        ) from error
+    if damaged_member is not None or sum(member.file_size for member in members) > len(data):
+        raise ModelError(f"the head is damaged ({damaged_member or 'overlapping members'}); copy the model again")
 
 
-def _line(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     """The error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -14,20 +14,20 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featpipe.errors import ConfigError
-from featpipe.heads.classes import row_weights
+from featpipe.heads.classes import check_sample_weight
 from featpipe.heads.closed import (
-    centroid_from,
-    lda_from,
-    ridge_classifier_from,
-    ridge_from,
-    scaled_by,
-    set_scaler,
-    shrunk,
-    shrunk_apart,
-    standardised,
+    compute_ledoit_wolf_covariance,
+    fit_centroid_from_moments,
+    fit_lda_from_moments,
+    fit_ridge_classifier_from_moments,
+    fit_ridge_from_moments,
+    fit_scaler,
+    get_center_and_scale,
+    shrink_covariance,
+    standardize_moments,
 )
-from featpipe.heads.evidence import EvidenceRidgeClassifier, weights_of
-from featpipe.heads.moments import RowSource, moments
+from featpipe.heads.evidence import BayesianRidgeClassifier, combine_sample_and_class_weights
+from featpipe.heads.moments import RowSource, compute_moments
 
 __all__ = ["can_stream", "fit_ridge_classifier", "fit_streamed"]
 
@@ -37,7 +37,7 @@ Array = NDArray[np.float64]
 def can_stream(pipeline: Pipeline) -> bool:
     """Whether `fit_streamed` knows the head of a pipeline."""
     head = pipeline.named_steps["head"]
-    return type(head) in _CLOSED or hasattr(head, "_fit_rows")
+    return type(head) in _CLOSED_FORM_FITTERS or hasattr(head, "_fit_rows")
 
 
 def fit_streamed(
@@ -75,29 +75,29 @@ def fit_streamed(
         raise ConfigError(
             f"scale is {type(scaler).__name__}; rows that are streamed are standardised, or passed through"
         )
-    weights = None if sample_weight is None else row_weights(sample_weight, source.shape[0])
-    closed = _CLOSED.get(type(head))
-    if closed is not None:
-        closed(head, scaler, source, np.asarray(y), weights)
+    weights = None if sample_weight is None else check_sample_weight(sample_weight, source.shape[0])
+    fit_closed_form = _CLOSED_FORM_FITTERS.get(type(head))
+    if fit_closed_form is not None:
+        fit_closed_form(head, scaler, source, np.asarray(y), weights)
         head.n_features_in_ = source.shape[1]
     else:
         center = scale = None
         if isinstance(scaler, StandardScaler):
-            found = moments(source, np.zeros((len(y), 0)), outer=False)
-            set_scaler(scaler, found)
-            center, scale = scaled_by(scaler, source.shape[1])
+            scaler_moments = compute_moments(source, np.zeros((len(y), 0)), full_gram=False)
+            fit_scaler(scaler, scaler_moments)
+            center, scale = get_center_and_scale(scaler, source.shape[1])
         head._fit_rows(source, y, sample_weight, center=center, scale=scale)
     return pipeline
 
 
-def _refuse_weights(head: Any, weights: Array | None) -> None:
+def _reject_sample_weight(head: Any, weights: Array | None) -> None:
     if weights is not None:
         raise ConfigError(f"{type(head).__name__} takes no sample weights")
 
 
-def _ridge(head: Ridge, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None) -> None:
-    found = standardised(scaler, moments(source, y.reshape(len(y), -1), weights))
-    ridge_from(head, found, single=y.ndim == 1)
+def _fit_ridge(head: Ridge, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None) -> None:
+    standardized_moments = standardize_moments(scaler, compute_moments(source, y.reshape(len(y), -1), weights))
+    fit_ridge_from_moments(head, standardized_moments, single_target=y.ndim == 1)
 
 
 def fit_ridge_classifier(
@@ -105,51 +105,66 @@ def fit_ridge_classifier(
 ) -> None:
     """Fit from sums over the rows, which are gathered block by block."""
     classes, codes = np.unique(y, return_inverse=True)
-    weights = weights_of(head, y, classes, codes, weights)
-    ridge_classifier_from(head, standardised(scaler, moments(source, codes, weights, k=len(classes))), classes)
+    weights = combine_sample_and_class_weights(head, y, classes, codes, weights)
+    fit_ridge_classifier_from_moments(
+        head, standardize_moments(scaler, compute_moments(source, codes, weights, n_classes=len(classes))), classes
+    )
 
 
-def _lda(
+def _fit_lda(
     head: LinearDiscriminantAnalysis, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None
 ) -> None:
-    _refuse_weights(head, weights)
+    _reject_sample_weight(head, weights)
     if head.solver != "lsqr" or head.covariance_estimator is not None:
         raise ConfigError("lda is streamed with its solver lsqr and no covariance_estimator")
     classes, codes = np.unique(y, return_inverse=True)
-    found, covariance = standardised(scaler, moments(source, codes, k=len(classes))), None
+    standardized_moments, covariance = (
+        standardize_moments(scaler, compute_moments(source, codes, n_classes=len(classes))),
+        None,
+    )
     if head.shrinkage == "auto" or head.priors is not None:
-        center, scale = scaled_by(scaler, source.shape[1])
-        priors = found.y / found.weight if head.priors is None else np.asarray(head.priors, np.float64)
+        center, scale = get_center_and_scale(scaler, source.shape[1])
+        priors = (
+            standardized_moments.y / standardized_moments.weight
+            if head.priors is None
+            else np.asarray(head.priors, np.float64)
+        )
         covariance = sum(
             prior * _class_covariance(head.shrinkage, source, np.flatnonzero(codes == code), center, scale)
             for code, prior in enumerate(priors)
         )
-    lda_from(head, found, classes, covariance)
+    fit_lda_from_moments(head, standardized_moments, classes, covariance)
 
 
 def _class_covariance(shrinkage: Any, source: Any, rows: NDArray[np.intp], center: Array, scale: Array) -> Array:
     """The covariance of one class, whose rows are few enough for memory."""
-    x = np.asarray(source[rows], np.float64)
+    class_rows = np.asarray(source[rows], np.float64)
     if shrinkage == "auto":
-        covariance, flat = shrunk_apart(x)
-        return covariance / scale / scale[:, None] + np.diag(flat)
-    x = (x - center) / scale
-    x -= x.mean(axis=0)
-    return shrunk(x.T @ x / len(x), shrinkage)
+        covariance, constant_variances = compute_ledoit_wolf_covariance(class_rows)
+        return covariance / scale / scale[:, None] + np.diag(constant_variances)
+    class_rows = (class_rows - center) / scale
+    class_rows -= class_rows.mean(axis=0)
+    return shrink_covariance(class_rows.T @ class_rows / len(class_rows), shrinkage)
 
 
-def _centroid(head: NearestCentroid, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None) -> None:
-    _refuse_weights(head, weights)
+def _fit_nearest_centroid(
+    head: NearestCentroid, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None
+) -> None:
+    _reject_sample_weight(head, weights)
     if head.metric != "euclidean":
         raise ConfigError(f"centroid is streamed with metric=euclidean, not {head.metric!r}")
     classes, codes = np.unique(y, return_inverse=True)
-    centroid_from(head, standardised(scaler, moments(source, codes, outer=False, k=len(classes))), classes)
+    fit_centroid_from_moments(
+        head,
+        standardize_moments(scaler, compute_moments(source, codes, full_gram=False, n_classes=len(classes))),
+        classes,
+    )
 
 
-_CLOSED: dict[type, Callable[..., None]] = {
-    Ridge: _ridge,
+_CLOSED_FORM_FITTERS: dict[type, Callable[..., None]] = {
+    Ridge: _fit_ridge,
     RidgeClassifier: fit_ridge_classifier,
-    EvidenceRidgeClassifier: fit_ridge_classifier,
-    LinearDiscriminantAnalysis: _lda,
-    NearestCentroid: _centroid,
+    BayesianRidgeClassifier: fit_ridge_classifier,
+    LinearDiscriminantAnalysis: _fit_lda,
+    NearestCentroid: _fit_nearest_centroid,
 }

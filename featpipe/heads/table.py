@@ -10,12 +10,22 @@ from typing import Any, Literal
 
 from featpipe.errors import ConfigError
 from featpipe.heads.neighbors import nearness
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
-__all__ = ["TABLE", "TASKS", "HeadSpec", "Task", "build", "describe", "names", "settings_of", "spec_of"]
+__all__ = [
+    "HEAD_REGISTRY",
+    "HEAD_TASKS",
+    "HeadSpec",
+    "HeadTask",
+    "build",
+    "describe",
+    "get_settings",
+    "get_spec",
+    "list_heads",
+]
 
-Task = Literal["classification", "regression", "multilabel"]
-TASKS: tuple[Task, ...] = ("classification", "regression", "multilabel")
+HeadTask = Literal["classification", "regression", "multilabel"]
+HEAD_TASKS: tuple[HeadTask, ...] = ("classification", "regression", "multilabel")
 
 
 @dataclass(frozen=True)
@@ -39,19 +49,19 @@ class HeadSpec:
     """
 
     summary: str
-    estimators: Mapping[Task, str]
-    fixed: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
-    defaults: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
+    estimators: Mapping[HeadTask, str]
+    fixed: Mapping[HeadTask, Mapping[str, object]] = field(default_factory=dict)
+    defaults: Mapping[HeadTask, Mapping[str, object]] = field(default_factory=dict)
     grid: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    standardised: bool = True
+    standardize: bool = True
 
 
-_MULTILABEL: Mapping[Task, Mapping[str, object]] = {
+_FIXED_MULTILABEL: Mapping[HeadTask, Mapping[str, object]] = {
     "classification": {"multilabel": False},
     "multilabel": {"multilabel": True},
 }
-_NEAREST: Mapping[str, object] = {"metric": "cosine", "weights": nearness, "algorithm": "brute"}
-_KERAS: Mapping[str, object] = {
+_KNN_DEFAULTS: Mapping[str, object] = {"metric": "cosine", "weights": nearness, "algorithm": "brute"}
+_KERAS_DEFAULTS: Mapping[str, object] = {
     "hidden": (1024,),
     "initial_weights": "glorot",
     "optimizer": "adam",
@@ -62,14 +72,14 @@ _KERAS: Mapping[str, object] = {
     "epochs": 10,
 }
 
-TABLE: dict[str, HeadSpec] = {
+HEAD_REGISTRY: dict[str, HeadSpec] = {
     "logistic": HeadSpec(
         summary="softmax regression, solved to the optimum; its strength C is tuned unless it is set",
         estimators={
             "classification": "featpipe.heads.softmax:SoftmaxRegression",
             "multilabel": "featpipe.heads.softmax:SoftmaxRegression",
         },
-        fixed=_MULTILABEL,
+        fixed=_FIXED_MULTILABEL,
         grid={"C": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)},
     ),
     "mlp": HeadSpec(
@@ -79,7 +89,7 @@ TABLE: dict[str, HeadSpec] = {
             "regression": "featpipe.heads.torch_heads:MLPRegressor",
             "multilabel": "featpipe.heads.torch_heads:MLPClassifier",
         },
-        fixed=_MULTILABEL,
+        fixed=_FIXED_MULTILABEL,
         grid={"hidden": (128, 512), "dropout": (0.0, 0.3), "learning_rate": (3e-4, 1e-3)},
     ),
     "linear": HeadSpec(
@@ -89,7 +99,7 @@ TABLE: dict[str, HeadSpec] = {
             "regression": "featpipe.heads.torch_heads:LinearRegressor",
             "multilabel": "featpipe.heads.torch_heads:LinearClassifier",
         },
-        fixed=_MULTILABEL,
+        fixed=_FIXED_MULTILABEL,
         grid={"learning_rate": (3e-4, 1e-3, 3e-3), "weight_decay": (1e-4, 1e-2, 1.0)},
     ),
     "svm": HeadSpec(
@@ -119,9 +129,9 @@ TABLE: dict[str, HeadSpec] = {
             "classification": "sklearn.neighbors:KNeighborsClassifier",
             "regression": "sklearn.neighbors:KNeighborsRegressor",
         },
-        defaults={"classification": _NEAREST, "regression": _NEAREST},
+        defaults={"classification": _KNN_DEFAULTS, "regression": _KNN_DEFAULTS},
         grid={"n_neighbors": (1, 3, 5, 10, 20)},
-        standardised=False,
+        standardize=False,
     ),
     "centroid": HeadSpec(
         summary="the class whose mean is nearest, by the spread within classes",
@@ -136,16 +146,16 @@ TABLE: dict[str, HeadSpec] = {
             "regression": "featpipe.heads.torch_heads:MLPRegressor",
             "multilabel": "featpipe.heads.torch_heads:MLPClassifier",
         },
-        fixed=_MULTILABEL,
-        defaults={"classification": _KERAS, "regression": _KERAS, "multilabel": _KERAS},
+        fixed=_FIXED_MULTILABEL,
+        defaults={"classification": _KERAS_DEFAULTS, "regression": _KERAS_DEFAULTS, "multilabel": _KERAS_DEFAULTS},
         grid={"learning_rate": (3e-4, 1e-3, 3e-3)},
-        standardised=False,
+        standardize=False,
     ),
 }
 """The heads that come along; `spec_of` knows any estimator of scikit-learn's kind too."""
 
 
-def names(task: str | None = None) -> list[str]:
+def list_heads(task: str | None = None) -> list[str]:
     """The heads that do a task, in the order of the table; all of them without one.
 
     Examples
@@ -154,9 +164,9 @@ def names(task: str | None = None) -> list[str]:
     ['logistic', 'mlp', 'linear', 'keras']
     """
     if task is None:
-        return list(TABLE)
-    known = _task(task)
-    return [name for name, spec in TABLE.items() if known in spec.estimators]
+        return list(HEAD_REGISTRY)
+    head_task = _parse_task(task)
+    return [name for name, spec in HEAD_REGISTRY.items() if head_task in spec.estimators]
 
 
 def describe(name: str) -> str:
@@ -167,10 +177,10 @@ def describe(name: str) -> str:
     >>> describe("linear")
     'one linear layer, trained by minibatches'
     """
-    return spec_of(name).summary
+    return get_spec(name).summary
 
 
-def settings_of(name: str, task: str | None = None) -> dict[str, object]:
+def get_settings(name: str, task: str | None = None) -> dict[str, object]:
     """The settings of a head and their defaults, by the names that `build` takes.
 
     Parameters
@@ -184,14 +194,14 @@ def settings_of(name: str, task: str | None = None) -> dict[str, object]:
     >>> settings_of("knn")["n_neighbors"]
     5
     """
-    spec = spec_of(name)
-    done = next(iter(spec.estimators)) if task is None else task
-    head = build(name, done).named_steps["head"]
-    hidden = {"random_state", "verbose", "n_jobs", "copy_X", *spec.fixed.get(_task(done), {})}
-    return {key: value for key, value in head.get_params(deep=False).items() if key not in hidden}
+    spec = get_spec(name)
+    head_task = next(iter(spec.estimators)) if task is None else task
+    head = build(name, head_task).named_steps["head"]
+    excluded = {"random_state", "verbose", "n_jobs", "copy_X", *spec.fixed.get(_parse_task(head_task), {})}
+    return {key: value for key, value in head.get_params(deep=False).items() if key not in excluded}
 
 
-def spec_of(name: str) -> HeadSpec:
+def get_spec(name: str) -> HeadSpec:
     """A row of the table, or one for an estimator that is named by its import path.
 
     Parameters
@@ -209,17 +219,17 @@ def spec_of(name: str) -> HeadSpec:
     >>> list(spec_of("sklearn.ensemble.RandomForestClassifier").estimators)
     ['classification']
     """
-    if name in TABLE:
-        return TABLE[name]
+    if name in HEAD_REGISTRY:
+        return HEAD_REGISTRY[name]
     path = name if ":" in name else ":".join(name.rpartition(".")[::2])
     module, _, attribute = path.partition(":")
     if not module or not attribute:
-        raise unknown("head", name, TABLE)
+        raise unknown_name_error("head", name, HEAD_REGISTRY)
     try:
-        kind = _load(path)
+        estimator_class = _import_object(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"head {name!r} cannot be imported ({' '.join(str(error).split())})") from None
-    return HeadSpec(summary=f"{attribute} of {module}", estimators={_task_of(kind, name): path})
+    return HeadSpec(summary=f"{attribute} of {module}", estimators={_infer_task(estimator_class, name): path})
 
 
 def build(
@@ -255,25 +265,25 @@ def build(
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
-    spec, known_task = spec_of(name), _task(task)
-    if known_task not in spec.estimators:
+    spec, head_task = get_spec(name), _parse_task(task)
+    if head_task not in spec.estimators:
         raise ConfigError(
-            f"head {name!r} does {' and '.join(spec.estimators)}, not {task}; take {' or '.join(names(task))}"
+            f"head {name!r} does {' and '.join(spec.estimators)}, not {task}; take {' or '.join(list_heads(task))}"
         )
-    fixed = dict(spec.fixed.get(known_task, {}))
-    head = _load(spec.estimators[known_task])()
+    fixed = dict(spec.fixed.get(head_task, {}))
+    head = _import_object(spec.estimators[head_task])()
     settable = head.get_params(deep=False).keys()
-    given = {**spec.defaults.get(known_task, {}), **fixed, "random_state": random_state}
-    head.set_params(**{key: value for key, value in given.items() if key in settable})
+    settings = {**spec.defaults.get(head_task, {}), **fixed, "random_state": random_state}
+    head.set_params(**{key: value for key, value in settings.items() if key in settable})
     pipeline = Pipeline([("scale", StandardScaler()), ("head", head)])
-    known = sorted(key for key in pipeline.get_params() if "__" in key or key == "scale")
-    known = [key for key in known if key.removeprefix("head__") not in fixed]
-    addressed = _addressed(params or {}, known, name)
-    if not spec.standardised and addressed.get("scale") != "standard":
-        addressed.setdefault("scale", "passthrough")
-    if addressed.get("scale") == "standard":
-        del addressed["scale"]
-    pipeline.set_params(**addressed)
+    param_names = sorted(key for key in pipeline.get_params() if "__" in key or key == "scale")
+    param_names = [key for key in param_names if key.removeprefix("head__") not in fixed]
+    pipeline_params = _to_pipeline_params(params or {}, param_names, name)
+    if not spec.standardize and pipeline_params.get("scale") != "standard":
+        pipeline_params.setdefault("scale", "passthrough")
+    if pipeline_params.get("scale") == "standard":
+        del pipeline_params["scale"]
+    pipeline.set_params(**pipeline_params)
     if hasattr(head, "check_params"):
         try:
             head.check_params()
@@ -282,38 +292,40 @@ def build(
     return pipeline
 
 
-def _addressed(params: Mapping[str, object], known: list[str], name: str) -> dict[str, object]:
+def _to_pipeline_params(params: Mapping[str, object], param_names: list[str], name: str) -> dict[str, object]:
     """Settings under their names in the pipeline."""
-    short = {key.removeprefix("head__"): key for key in known}
-    addressed = {}
+    short_names = {key.removeprefix("head__"): key for key in param_names}
+    pipeline_params = {}
     for key, value in params.items():
-        target = short.get(key, key)
-        if target not in known:
-            near = get_close_matches(key, short, n=1, cutoff=0.5)
-            meant = f", did you mean {near[0]!r}?" if near else ";"
-            raise ConfigError(f"head {name!r} has no setting {key!r}{meant} `featpipe heads {name}` lists what it has")
-        if target in addressed:
-            raise ConfigError(f"head {name!r}: {key!r} and {target!r} are the same setting; give one of them")
-        if target == "scale" and value not in ("standard", "passthrough") and not hasattr(value, "transform"):
+        param_name = short_names.get(key, key)
+        if param_name not in param_names:
+            matches = get_close_matches(key, short_names, n=1, cutoff=0.5)
+            suggestion = f", did you mean {matches[0]!r}?" if matches else ";"
+            raise ConfigError(
+                f"head {name!r} has no setting {key!r}{suggestion} `featpipe heads {name}` lists what it has"
+            )
+        if param_name in pipeline_params:
+            raise ConfigError(f"head {name!r}: {key!r} and {param_name!r} are the same setting; give one of them")
+        if param_name == "scale" and value not in ("standard", "passthrough") and not hasattr(value, "transform"):
             raise ConfigError(f"head {name!r}: scale is {value!r}; give standard, passthrough, or a transformer")
-        addressed[target] = value
-    return addressed
+        pipeline_params[param_name] = value
+    return pipeline_params
 
 
-def _task(task: str) -> Task:
-    for known in TASKS:
-        if task == known:
-            return known
-    raise unknown("task", task, TASKS)
+def _parse_task(task: str) -> HeadTask:
+    for head_task in HEAD_TASKS:
+        if task == head_task:
+            return head_task
+    raise unknown_name_error("task", task, HEAD_TASKS)
 
 
-def _task_of(kind: Any, name: str) -> Task:
+def _infer_task(estimator_class: Any, name: str) -> HeadTask:
     """What an estimator of somebody else's does."""
     from sklearn.base import is_classifier, is_regressor
 
-    if isinstance(kind, type) and hasattr(kind, "fit") and hasattr(kind, "get_params"):
+    if isinstance(estimator_class, type) and hasattr(estimator_class, "fit") and hasattr(estimator_class, "get_params"):
         try:
-            head = kind()
+            head = estimator_class()
         except TypeError as error:
             raise ConfigError(f"head {name!r} cannot be made without settings ({error})") from None
         if is_classifier(head):
@@ -323,6 +335,6 @@ def _task_of(kind: Any, name: str) -> Task:
     raise ConfigError(f"head {name!r} is no classifier or regressor of scikit-learn's kind")
 
 
-def _load(path: str) -> Any:
+def _import_object(path: str) -> Any:
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)

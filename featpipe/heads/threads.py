@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-__all__ = ["threads_for"]
+__all__ = ["limit_torch_threads"]
 
-ONE_THREAD_BELOW_PRODUCTS = 2e9
+MIN_MULTITHREADED_MULTIPLICATIONS = 2e9
 
 _lock = Lock()
-_before: list[int] = []  # one entry for each context that is open
+_saved_thread_counts: list[int] = []  # one entry for each context that is open
 
 
 @contextmanager
-def threads_for(products: float) -> Iterator[None]:
+def limit_torch_threads(multiplications: float) -> Iterator[None]:
     """A context in which torch has one thread if a step is small; afterwards as many as before.
 
     Parameters
@@ -31,13 +31,13 @@ def threads_for(products: float) -> Iterator[None]:
     import torch
 
     with _lock:
-        _before.append(_before[0] if _before else torch.get_num_threads())
-        if products < ONE_THREAD_BELOW_PRODUCTS and torch.get_num_threads() > 1:
+        _saved_thread_counts.append(_saved_thread_counts[0] if _saved_thread_counts else torch.get_num_threads())
+        if multiplications < MIN_MULTITHREADED_MULTIPLICATIONS and torch.get_num_threads() > 1:
             torch.set_num_threads(1)
     try:
         yield
     finally:
         with _lock:
-            before = _before.pop()
-            if not _before and torch.get_num_threads() != before:
-                torch.set_num_threads(before)
+            saved_thread_count = _saved_thread_counts.pop()
+            if not _saved_thread_counts and torch.get_num_threads() != saved_thread_count:
+                torch.set_num_threads(saved_thread_count)

@@ -16,25 +16,32 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, validate_data
 
 from featpipe.heads import ranges
-from featpipe.heads.classes import ScoredClassifier, Targets, class_targets, row_weights, rows_to_fit, scores_of
-from featpipe.heads.losses import CLASS_LOSSES, NUMBER_LOSSES, Link, Objective, log_prior
-from featpipe.heads.network import ACTIVATIONS, INITIAL_WEIGHTS, Shape, forward
-from featpipe.heads.plan import Plan
+from featpipe.heads.classes import (
+    EncodedTargets,
+    ScoredClassifier,
+    check_sample_weight,
+    compute_scores,
+    encode_targets,
+    validate_training_data,
+)
+from featpipe.heads.losses import CLASSIFICATION_LOSSES, REGRESSION_LOSSES, Link, LossFunction, compute_log_prior
+from featpipe.heads.network import ACTIVATIONS, WEIGHT_INITIALIZERS, NetworkArchitecture, forward
+from featpipe.heads.plan import NetworkTrainingConfig
 
 if TYPE_CHECKING:
-    from featpipe.heads.batches import Rows
+    from featpipe.heads.batches import BatchSource
     from featpipe.heads.moments import RowSource
 
 __all__ = ["LinearClassifier", "LinearRegressor", "MLPClassifier", "MLPRegressor"]
 
-HELD_OUT_MOST = 50_000
-TYPES = [np.float64, np.float32, np.float16]
+MAX_VALIDATION_ROWS = 50_000
+FEATURE_DTYPES = [np.float64, np.float32, np.float16]
 
-Validation = tuple[Any, ...]
+ValidationData = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class _Examples:
+class _LabeledRows:
     """Rows of a source with what is to be answered for them: as `Rows`, of which training and validation are made.
 
     Attributes
@@ -49,25 +56,34 @@ class _Examples:
     """
 
     source: RowSource
-    numbers: NDArray[np.intp]
+    row_indices: NDArray[np.intp]
     Y: NDArray[Any]
     weights: NDArray[np.float64]
-    odds: NDArray[np.float64] | None = None
+    sampling_weights: NDArray[np.float64] | None = None
 
-    def take(self, chosen: NDArray[np.intp]) -> _Examples:
-        odds = None if self.odds is None else self.odds[chosen]
-        return _Examples(self.source, self.numbers[chosen], self.Y[chosen], self.weights[chosen], odds)
+    def take(self, positions: NDArray[np.intp]) -> _LabeledRows:
+        sampling_weights = None if self.sampling_weights is None else self.sampling_weights[positions]
+        return _LabeledRows(
+            self.source, self.row_indices[positions], self.Y[positions], self.weights[positions], sampling_weights
+        )
 
-    def to_train(self, **reading: Any) -> Rows:
-        from featpipe.heads.batches import Rows
+    def to_training_source(self, **scaling: Any) -> BatchSource:
+        from featpipe.heads.batches import BatchSource
 
-        return Rows(self.source, self.Y, self.weights, numbers=self.numbers, odds=self.odds, **reading)
+        return BatchSource(
+            self.source,
+            self.Y,
+            self.weights,
+            row_indices=self.row_indices,
+            sampling_weights=self.sampling_weights,
+            **scaling,
+        )
 
-    def to_validate(self, **reading: Any) -> Rows:
-        from featpipe.heads.batches import Rows
+    def to_validation_source(self, **scaling: Any) -> BatchSource:
+        from featpipe.heads.batches import BatchSource
 
-        weights = self.weights if self.odds is None else self.weights * self.odds
-        return Rows(self.source, self.Y, weights, numbers=self.numbers, **reading)
+        weights = self.weights if self.sampling_weights is None else self.weights * self.sampling_weights
+        return BatchSource(self.source, self.Y, weights, row_indices=self.row_indices, **scaling)
 
 
 class _TorchHead(BaseEstimator):
@@ -76,91 +92,100 @@ class _TorchHead(BaseEstimator):
     def check_params(self) -> None:
         """Refuse settings out of range, with a ValueError."""
         self.check()
-        for width in self._hidden():
-            ranges.whole("hidden", width, least=1)
+        for width in self._hidden_widths():
+            ranges.check_integer("hidden", width, minimum=1)
 
-    def _hidden(self) -> tuple[Any, ...]:
+    def _hidden_widths(self) -> tuple[Any, ...]:
         hidden = getattr(self, "hidden", ())
         return tuple(hidden) if isinstance(hidden, Sequence | np.ndarray) else (hidden,)
 
-    def _shape(self, inputs: int, outputs: int) -> Shape:
+    def _network_shape(self, n_inputs: int, n_outputs: int) -> NetworkArchitecture:
         names = ("activation", "dropout", "initial_weights")
-        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return Shape((inputs, *self._hidden(), outputs), **own)
+        settings = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return NetworkArchitecture((n_inputs, *self._hidden_widths(), n_outputs), **settings)
 
     def _train(
         self,
-        examples: _Examples,
-        validation: _Examples | None,
-        objective: Objective,
-        outputs: int,
-        reading: Mapping[str, NDArray[Any] | None],
+        training_rows: _LabeledRows,
+        validation_rows: _LabeledRows | None,
+        objective: LossFunction,
+        n_outputs: int,
+        scaling: Mapping[str, NDArray[Any] | None],
     ) -> None:
         # Here, so that a process that only predicts needs no torch.
-        from featpipe.heads.training import train
+        from featpipe.heads.training import train_network
 
-        random = check_random_state(self.random_state)
-        if self.early_stopping and validation is None:
-            chosen = self._held_out(examples.Y if objective.link == "softmax" else None, len(examples.Y), random)
-            examples, validation = examples.take(np.flatnonzero(~chosen)), examples.take(np.flatnonzero(chosen))
-        trained = train(
-            examples.to_train(**reading),
-            None if validation is None else validation.to_validate(**reading),
-            shape=self._shape(examples.source.shape[1], outputs),
-            objective=objective,
-            plan=self,
-            seed=int(random.randint(2**31 - 1)),
+        rng = check_random_state(self.random_state)
+        if self.early_stopping and validation_rows is None:
+            is_validation = self._select_validation_rows(
+                training_rows.Y if objective.link == "softmax" else None, len(training_rows.Y), rng
+            )
+            training_rows, validation_rows = (
+                training_rows.take(np.flatnonzero(~is_validation)),
+                training_rows.take(np.flatnonzero(is_validation)),
+            )
+        result = train_network(
+            training_rows.to_training_source(**scaling),
+            None if validation_rows is None else validation_rows.to_validation_source(**scaling),
+            architecture=self._network_shape(training_rows.source.shape[1], n_outputs),
+            loss_fn=objective,
+            config=self,
+            seed=int(rng.randint(2**31 - 1)),
         )
-        self.n_features_in_ = examples.source.shape[1]
-        self.coefs_, self.intercepts_ = trained.coefs, trained.intercepts
-        self.loss_curve_, self.validation_curve_ = trained.losses, trained.validation_losses
-        self.validation_score_curve_ = trained.validation_scores
-        self.n_iter_, self.best_epoch_ = len(trained.losses), trained.best_epoch
+        self.n_features_in_ = training_rows.source.shape[1]
+        self.coefs_, self.intercepts_ = result.coefs, result.intercepts
+        self.loss_curve_, self.validation_curve_ = result.losses, result.validation_losses
+        self.validation_score_curve_ = result.validation_scores
+        self.n_iter_, self.best_epoch_ = len(result.losses), result.best_epoch
 
-    def _held_out(self, codes: NDArray[np.int64] | None, n: int, random: np.random.RandomState) -> NDArray[np.bool_]:
+    def _select_validation_rows(
+        self, codes: NDArray[np.int64] | None, n: int, rng: np.random.RandomState
+    ) -> NDArray[np.bool_]:
         """Which rows are held out for early stopping, shape (n,): class by class, a class's last row never."""
-        chosen = np.zeros(n, bool)
+        is_validation = np.zeros(n, bool)
         codes = np.zeros(n, np.int64) if codes is None else codes
-        share = min(self.validation_fraction, HELD_OUT_MOST / n)
-        by_class = np.argsort(codes, kind="stable")
-        for rows in np.split(by_class, np.flatnonzero(np.diff(codes[by_class])) + 1):
-            chosen[random.permutation(rows)[: min(round(share * len(rows)), len(rows) - 1)]] = True
-        if not chosen.any():
+        fraction = min(self.validation_fraction, MAX_VALIDATION_ROWS / n)
+        order = np.argsort(codes, kind="stable")
+        for class_rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
+            is_validation[
+                rng.permutation(class_rows)[: min(round(fraction * len(class_rows)), len(class_rows) - 1)]
+            ] = True
+        if not is_validation.any():
             raise ValueError(
                 f"early_stopping finds no validation rows: {self.validation_fraction:g} of n_samples={n} is less than "
                 "one in every class; raise validation_fraction, give more rows or set early_stopping to false"
             )
-        return chosen
+        return is_validation
 
-    def _checked_validation(self, validation: Validation | None) -> Validation | None:
+    def _check_validation(self, validation: ValidationData | None) -> ValidationData | None:
         """The features and weights of the validation rows, checked, with their y as it is."""
         if validation is None:
             return None
-        X, y, weights = _parts(validation)
-        X = validate_data(self, X, reset=False, dtype=TYPES, order="C")
+        X, y, weights = _unpack_validation(validation)
+        X = validate_data(self, X, reset=False, dtype=FEATURE_DTYPES, order="C")
         return X, y, weights
 
     def _scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
         return forward(X, self.coefs_, self.intercepts_, getattr(self, "activation", "relu")).astype(np.float64)
 
 
-def _parts(validation: Validation) -> tuple[Any, Any, Any]:
+def _unpack_validation(validation: ValidationData) -> tuple[Any, Any, Any]:
     if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
         raise ValueError("validation must be a pair (X, y), or a triple with sample weights")
     X, y, *weights = validation
     return X, y, weights[0] if weights else None
 
 
-def _answers(y: Any, rows: int, of: str) -> NDArray[Any]:
+def _check_targets(y: Any, n_rows: int, source_name: str) -> NDArray[Any]:
     y = check_array(y, ensure_2d=False, dtype=None, accept_sparse="csr", input_name="y")
     y = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
-    if len(y) != rows:
-        raise ValueError(f"{of} has {rows} rows of X and {len(y)} of y; give as many of both")
+    if len(y) != n_rows:
+        raise ValueError(f"{source_name} has {n_rows} rows of X and {len(y)} of y; give as many of both")
     return y
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class _TorchClassifier(ScoredClassifier, _TorchHead, Plan):
+class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
     loss: str = "cross_entropy"
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0
@@ -172,17 +197,21 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, Plan):
 
     def check(self) -> None:
         super().check()
-        ranges.choice("loss", self.loss, CLASS_LOSSES)
-        ranges.number("focal_gamma", self.focal_gamma, least=0)
-        ranges.number("label_smoothing", self.label_smoothing, least=0, below=1)
-        ranges.number("logit_adjustment", self.logit_adjustment, least=0)
+        ranges.check_choice("loss", self.loss, CLASSIFICATION_LOSSES)
+        ranges.check_number("focal_gamma", self.focal_gamma, minimum=0)
+        ranges.check_number("label_smoothing", self.label_smoothing, minimum=0, below=1)
+        ranges.check_number("logit_adjustment", self.logit_adjustment, minimum=0)
         if self.sampling is not None:
-            ranges.choice("sampling", self.sampling, ["balanced"])
+            ranges.check_choice("sampling", self.sampling, ["balanced"])
         if self.class_weight is not None and not isinstance(self.class_weight, Mapping):
-            ranges.choice("class_weight", self.class_weight, ["balanced"])
+            ranges.check_choice("class_weight", self.class_weight, ["balanced"])
 
     def fit(
-        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None, validation: Validation | None = None
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        validation: ValidationData | None = None,
     ) -> Self:
         """Learn from n rows; nothing of an earlier fit remains.
 
@@ -199,8 +228,8 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, Plan):
             their loss and score are recorded.
         """
         self.check_params()
-        X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=TYPES, order="C")
-        return self._fit_rows(X, y, weights, validation=self._checked_validation(validation))
+        X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C")
+        return self._fit_rows(X, y, weights, validation=self._check_validation(validation))
 
     def _fit_rows(
         self,
@@ -209,34 +238,40 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, Plan):
         sample_weight: ArrayLike | None,
         center: NDArray[Any] | None = None,
         scale: NDArray[Any] | None = None,
-        validation: Validation | None = None,
+        validation: ValidationData | None = None,
     ) -> Self:
         """Learn from rows that need not be in memory, read as (x - center) / scale; see `Rows` for their order."""
-        weights = row_weights(sample_weight, source.shape[0])
-        numbers = np.flatnonzero(weights > 0)
-        y = _answers(y, source.shape[0], "the training data")
-        targets = class_targets(y[numbers], weights[numbers], self.class_weight, self.multilabel)
-        examples = _Examples(source, numbers, targets.Y, targets.weights, self._odds(targets, targets.Y))
-        watched = None
+        weights = check_sample_weight(sample_weight, source.shape[0])
+        row_indices = np.flatnonzero(weights > 0)
+        y = _check_targets(y, source.shape[0], "the training data")
+        targets = encode_targets(y[row_indices], weights[row_indices], self.class_weight, self.multilabel)
+        training_rows = _LabeledRows(
+            source, row_indices, targets.Y, targets.weights, self._compute_sampling_weights(targets, targets.Y)
+        )
+        validation_rows = None
         if validation is not None:
-            watched = self._examples_to_watch(*_parts(validation), targets, weights[numbers])
-        objective = self._objective(examples, targets)
-        self._train(examples, watched, objective, len(targets.classes), {"center": center, "scale": scale})
+            validation_rows = self._make_validation_rows(*_unpack_validation(validation), targets, weights[row_indices])
+        objective = self._make_objective(training_rows, targets)
+        self._train(training_rows, validation_rows, objective, len(targets.classes), {"center": center, "scale": scale})
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         if len(self.classes_) == 2 and not self.multilabel_:
             self.coefs_[-1] = np.diff(self.coefs_[-1], axis=1)
             self.intercepts_[-1] = np.diff(self.intercepts_[-1])
         return self
 
-    def _objective(self, examples: _Examples, targets: Targets) -> Objective:
+    def _make_objective(self, training_rows: _LabeledRows, targets: EncodedTargets) -> LossFunction:
         link: Link = "sigmoid" if targets.multilabel else "softmax"
         adjustment = None
         if self.logit_adjustment:
-            weights = examples.weights if examples.odds is None else examples.weights * examples.odds
-            adjustment = self.logit_adjustment * log_prior(link, targets.Y, weights, len(targets.classes))
-        return Objective(link, self.loss, self.focal_gamma, self.label_smoothing, adjustment)
+            weights = (
+                training_rows.weights
+                if training_rows.sampling_weights is None
+                else training_rows.weights * training_rows.sampling_weights
+            )
+            adjustment = self.logit_adjustment * compute_log_prior(link, targets.Y, weights, len(targets.classes))
+        return LossFunction(link, self.loss, self.focal_gamma, self.label_smoothing, adjustment)
 
-    def _odds(self, targets: Targets, Y: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    def _compute_sampling_weights(self, targets: EncodedTargets, Y: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """How often rows with these answers are drawn."""
         if self.sampling is None:
             return None
@@ -244,42 +279,53 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, Plan):
             raise ValueError("sampling is by class, and y has several labels a row; give class_weight='balanced'")
         return (1 / np.bincount(targets.Y))[Y]
 
-    def _examples_to_watch(
-        self, X: RowSource, y: Any, sample_weight: ArrayLike | None, targets: Targets, trained: NDArray[np.float64]
-    ) -> _Examples:
+    def _make_validation_rows(
+        self,
+        X: RowSource,
+        y: Any,
+        sample_weight: ArrayLike | None,
+        targets: EncodedTargets,
+        training_weights: NDArray[np.float64],
+    ) -> _LabeledRows:
         """Validation rows, their classes weighed as those of the training rows."""
-        weights = row_weights(sample_weight, X.shape[0])
-        numbers = np.flatnonzero(weights > 0)
-        y, weights = _answers(y, X.shape[0], "validation")[numbers], weights[numbers]
+        weights = check_sample_weight(sample_weight, X.shape[0])
+        row_indices = np.flatnonzero(weights > 0)
+        y, weights = _check_targets(y, X.shape[0], "validation")[row_indices], weights[row_indices]
         if targets.multilabel:
-            own = class_targets(y, weights, self.class_weight, True)
-            if len(own.classes) != len(targets.classes):
+            validation_targets = encode_targets(y, weights, self.class_weight, True)
+            if len(validation_targets.classes) != len(targets.classes):
                 raise ValueError(
-                    f"validation has {len(own.classes)} labels a row, the training data {len(targets.classes)}"
+                    f"validation has {len(validation_targets.classes)} labels a row, the training data {len(targets.classes)}"
                 )
-            return _Examples(X, numbers, own.Y, own.weights)
+            return _LabeledRows(X, row_indices, validation_targets.Y, validation_targets.weights)
         codes = np.searchsorted(targets.classes, y).clip(max=len(targets.classes) - 1)
-        strange = targets.classes[codes] != y
-        if strange.any():
-            raise ValueError(f"validation has the class {y[strange][0]!s}, which no training row has")
-        first = np.unique(targets.Y, return_index=True)[1]
-        by_class = targets.weights[first] / trained[first]
-        return _Examples(X, numbers, codes, weights * by_class[codes], self._odds(targets, codes))
+        is_unknown = targets.classes[codes] != y
+        if is_unknown.any():
+            raise ValueError(f"validation has the class {y[is_unknown][0]!s}, which no training row has")
+        first_rows = np.unique(targets.Y, return_index=True)[1]
+        class_weights = targets.weights[first_rows] / training_weights[first_rows]
+        return _LabeledRows(
+            X, row_indices, codes, weights * class_weights[codes], self._compute_sampling_weights(targets, codes)
+        )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class _TorchRegressor(RegressorMixin, _TorchHead, Plan):
+class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
     loss: str = "squares"
     huber_delta: float = 1.0
     random_state: int | np.random.RandomState | None = None
 
     def check(self) -> None:
         super().check()
-        ranges.choice("loss", self.loss, NUMBER_LOSSES)
-        ranges.number("huber_delta", self.huber_delta, above=0)
+        ranges.check_choice("loss", self.loss, REGRESSION_LOSSES)
+        ranges.check_number("huber_delta", self.huber_delta, above=0)
 
     def fit(
-        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None, validation: Validation | None = None
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        validation: ValidationData | None = None,
     ) -> Self:
         """Learn from n rows; nothing of an earlier fit remains.
 
@@ -296,8 +342,10 @@ class _TorchRegressor(RegressorMixin, _TorchHead, Plan):
             their loss and score are recorded.
         """
         self.check_params()
-        X, y, weights = rows_to_fit(self, X, y, sample_weight, dtype=TYPES, order="C", y_numeric=True)
-        return self._fit_rows(X, y, weights, validation=self._checked_validation(validation))
+        X, y, weights = validate_training_data(
+            self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C", y_numeric=True
+        )
+        return self._fit_rows(X, y, weights, validation=self._check_validation(validation))
 
     def _fit_rows(
         self,
@@ -306,32 +354,39 @@ class _TorchRegressor(RegressorMixin, _TorchHead, Plan):
         sample_weight: ArrayLike | None,
         center: NDArray[Any] | None = None,
         scale: NDArray[Any] | None = None,
-        validation: Validation | None = None,
+        validation: ValidationData | None = None,
     ) -> Self:
         """Learn from rows that need not be in memory, read as (x - center) / scale; see `Rows` for their order."""
-        y = _answers(y, source.shape[0], "the training data")
-        weights = row_weights(sample_weight, source.shape[0])
-        numbers = np.flatnonzero(weights > 0)
+        y = _check_targets(y, source.shape[0], "the training data")
+        weights = check_sample_weight(sample_weight, source.shape[0])
+        row_indices = np.flatnonzero(weights > 0)
         self._single = y.ndim == 1
-        targets, weights = y.reshape(len(y), -1)[numbers].astype(np.float64), weights[numbers]
+        targets, weights = y.reshape(len(y), -1)[row_indices].astype(np.float64), weights[row_indices]
         mean = np.average(targets, axis=0, weights=weights)
-        spread = np.sqrt(np.average((targets - mean) ** 2, axis=0, weights=weights))
-        spread[spread == 0] = 1.0
-        examples = _Examples(source, numbers, (targets - mean) / spread, weights)
-        watched = None
+        std = np.sqrt(np.average((targets - mean) ** 2, axis=0, weights=weights))
+        std[std == 0] = 1.0
+        training_rows = _LabeledRows(source, row_indices, (targets - mean) / std, weights)
+        validation_rows = None
         if validation is not None:
-            X_watched, y_watched, w_watched = _parts(validation)
-            y_watched = _answers(y_watched, X_watched.shape[0], "validation").reshape(X_watched.shape[0], -1)
-            if y_watched.shape[1] != len(mean):
-                raise ValueError(f"validation has {y_watched.shape[1]} targets a row, the training data {len(mean)}")
-            w_watched = row_weights(w_watched, len(y_watched))
-            every = np.flatnonzero(w_watched > 0)
-            watched = _Examples(X_watched, every, (y_watched[every] - mean) / spread, w_watched[every])
-        objective = Objective("identity", self.loss, huber_delta=self.huber_delta)
-        self._train(examples, watched, objective, len(mean), {"center": center, "scale": scale})
+            X_validation, y_validation, validation_weights = _unpack_validation(validation)
+            y_validation = _check_targets(y_validation, X_validation.shape[0], "validation").reshape(
+                X_validation.shape[0], -1
+            )
+            if y_validation.shape[1] != len(mean):
+                raise ValueError(f"validation has {y_validation.shape[1]} targets a row, the training data {len(mean)}")
+            validation_weights = check_sample_weight(validation_weights, len(y_validation))
+            validation_indices = np.flatnonzero(validation_weights > 0)
+            validation_rows = _LabeledRows(
+                X_validation,
+                validation_indices,
+                (y_validation[validation_indices] - mean) / std,
+                validation_weights[validation_indices],
+            )
+        objective = LossFunction("identity", self.loss, huber_delta=self.huber_delta)
+        self._train(training_rows, validation_rows, objective, len(mean), {"center": center, "scale": scale})
         # In float64: a target's mean can be large beside its spread.
-        self.coefs_[-1] = self.coefs_[-1] * spread
-        self.intercepts_[-1] = self.intercepts_[-1] * spread + mean
+        self.coefs_[-1] = self.coefs_[-1] * std
+        self.intercepts_[-1] = self.intercepts_[-1] * std + mean
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -341,8 +396,8 @@ class _TorchRegressor(RegressorMixin, _TorchHead, Plan):
         ----------
         X : array-like of shape (m, d)
         """
-        answers = scores_of(self, X)
-        return answers[:, 0] if self._single else answers
+        predictions = compute_scores(self, X)
+        return predictions[:, 0] if self._single else predictions
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -350,7 +405,7 @@ class _TorchRegressor(RegressorMixin, _TorchHead, Plan):
         return tags
 
 
-class _Linear:
+class _LinearAttributes:
     """The names that scikit-learn gives to what a linear estimator learnt."""
 
     @property
@@ -364,7 +419,7 @@ class _Linear:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class _Perceptron(Plan):
+class _MLPParams(NetworkTrainingConfig):
     hidden: int | Sequence[int] = field(default=(512,), kw_only=False)
     activation: str = "relu"
     dropout: float = 0.0
@@ -372,13 +427,13 @@ class _Perceptron(Plan):
 
     def check(self) -> None:
         super().check()
-        ranges.choice("activation", self.activation, ACTIVATIONS)
-        ranges.number("dropout", self.dropout, least=0, below=1)
-        ranges.choice("initial_weights", self.initial_weights, INITIAL_WEIGHTS)
+        ranges.check_choice("activation", self.activation, ACTIVATIONS)
+        ranges.check_number("dropout", self.dropout, minimum=0, below=1)
+        ranges.check_choice("initial_weights", self.initial_weights, WEIGHT_INITIALIZERS)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class LinearClassifier(_Linear, _TorchClassifier):
+class LinearClassifier(_LinearAttributes, _TorchClassifier):
     """One linear layer on a softmax, or a sigmoid for each label, trained by minibatches.
 
     Parameters
@@ -425,7 +480,7 @@ class LinearClassifier(_Linear, _TorchClassifier):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class LinearRegressor(_Linear, _TorchRegressor):
+class LinearRegressor(_LinearAttributes, _TorchRegressor):
     """One linear layer, trained by minibatches.
 
     Parameters
@@ -459,7 +514,7 @@ class LinearRegressor(_Linear, _TorchRegressor):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MLPClassifier(_TorchClassifier, _Perceptron):
+class MLPClassifier(_TorchClassifier, _MLPParams):
     """A perceptron with hidden layers, on a softmax or a sigmoid for each label.
 
     Parameters
@@ -490,7 +545,7 @@ class MLPClassifier(_TorchClassifier, _Perceptron):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class MLPRegressor(_TorchRegressor, _Perceptron):
+class MLPRegressor(_TorchRegressor, _MLPParams):
     """A perceptron with hidden layers that answers with numbers.
 
     Parameters

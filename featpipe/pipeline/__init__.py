@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from featpipe.pipeline.outcome import Embedded, Result, Run
+from featpipe.pipeline.outcome import EmbeddingSummary, RunResult, TrialResult
 from featpipe.pipeline.page import command_line, write_report
 from featpipe.pipeline.running import run
 
-__all__ = ["Embedded", "Result", "Run", "command_line", "run", "write_report"]
+__all__ = ["EmbeddingSummary", "RunResult", "TrialResult", "command_line", "run", "write_report"]

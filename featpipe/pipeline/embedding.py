@@ -10,18 +10,18 @@ from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.engine import resolve_devices
-from featpipe.extraction import extract_index, facts_of, load_backbone
-from featpipe.extraction.places import path_of
-from featpipe.pipeline.outcome import Embedded
-from featpipe.pipeline.trials import label_of
-from featpipe.progress import Progress, Tell
-from featpipe.recipe import Extraction
+from featpipe.extraction import extract_index, load_backbone, make_facts
+from featpipe.extraction.places import make_cache_path
+from featpipe.pipeline.outcome import EmbeddingSummary
+from featpipe.pipeline.trials import make_backbone_label
+from featpipe.progress import Progress, ProgressCallback
+from featpipe.recipe import ExtractionConfig
 
-__all__ = ["Caches", "cache_path", "embedded"]
+__all__ = ["BackboneCaches", "extract_backbone", "make_run_cache_path"]
 
 
 @dataclass(frozen=True, eq=False)
-class Caches:
+class BackboneCaches:
     """The embeddings of one backbone.
 
     Attributes
@@ -36,26 +36,28 @@ class Caches:
     label: str
     backbone: Backbone
     cache: FeatureCache
-    scored: FeatureCache | None
+    test_cache: FeatureCache | None
 
-    def told(self) -> Embedded:
+    def summarize(self) -> EmbeddingSummary:
         """What is told of it."""
         manifest = self.cache.manifest
-        return Embedded(
+        return EmbeddingSummary(
             backbone=self.label,
             cache=self.cache.path,
-            scored=self.cache.path if self.scored is None else self.scored.path,
+            scored=self.cache.path if self.test_cache is None else self.test_cache.path,
             fingerprint=self.cache.fingerprint,
             samples=len(self.cache),
             bad=sum(self.cache.bad_rows().values()),
             embedded=manifest.get("embedded"),
             images_per_second=manifest.get("images_per_second") or None,
-            network_bytes=_bytes_of(self.backbone.network),
+            network_bytes=_count_bytes(self.backbone.network),
             width=self.backbone.width,
         )
 
 
-def embedded(settings: Extraction, index: Index, scored: Index | None, images: int | None, tell: Tell) -> Caches:
+def extract_backbone(
+    config: ExtractionConfig, index: Index, test_index: Index | None, max_images: int | None, progress: ProgressCallback
+) -> BackboneCaches:
     """The caches of one backbone: from what is known already, and a forward pass for the rest.
 
     Parameters
@@ -68,21 +70,21 @@ def embedded(settings: Extraction, index: Index, scored: Index | None, images: i
         So many were taken of the archive.
     tell : callable
     """
-    settings = replace(settings, device=",".join(map(str, resolve_devices(settings.device))))
-    label = label_of(settings)
-    tell(Progress("note", f"{label}: {len(index):,} images"))
-    backbone = load_backbone(settings)
-    out = cache_path(index, backbone, settings, images)
-    cache = extract_index(index, backbone, replace(settings, out=out), tell)
-    other = None if scored is None else extract_index(scored, backbone, settings, tell)
-    return Caches(label, backbone, cache, other)
+    config = replace(config, device=",".join(map(str, resolve_devices(config.device))))
+    label = make_backbone_label(config)
+    progress(Progress("note", f"{label}: {len(index):,} images"))
+    backbone = load_backbone(config)
+    out = make_run_cache_path(index, backbone, config, max_images)
+    cache = extract_index(index, backbone, replace(config, out=out), progress)
+    test_cache = None if test_index is None else extract_index(test_index, backbone, config, progress)
+    return BackboneCaches(label, backbone, cache, test_cache)
 
 
-def cache_path(index: Index, backbone: Backbone, settings: Extraction, images: int | None) -> Path:
+def make_run_cache_path(index: Index, backbone: Backbone, config: ExtractionConfig, max_images: int | None) -> Path:
     """Where the cache lies; that of some of the images does not take the place of that of all."""
-    path = path_of(index, backbone, facts_of(backbone, settings), settings)
-    return path if images is None else path.with_name(f"{path.stem}-{images}-images{path.suffix}")
+    path = make_cache_path(index, backbone, make_facts(backbone, config), config)
+    return path if max_images is None else path.with_name(f"{path.stem}-{max_images}-images{path.suffix}")
 
 
-def _bytes_of(network: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in network.state_dict().values())
+def _count_bytes(network: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())

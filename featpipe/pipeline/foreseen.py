@@ -12,24 +12,24 @@ from typing import Any
 from featpipe.archive import Index
 from featpipe.backbone import Backbone
 from featpipe.cache import FeatureCache, parts_directory
-from featpipe.commit import Parts
+from featpipe.commit import StagingArea
 from featpipe.engine import resolve_devices
-from featpipe.extraction import facts_of, load_backbone
-from featpipe.extraction.ledger import Ledger, source_of_part
-from featpipe.extraction.places import caches_for, existing_at, is_cache_of
-from featpipe.fingerprint import fingerprint
-from featpipe.known import Source
-from featpipe.pipeline.embedding import Caches, cache_path
-from featpipe.pipeline.running import Line, attempts, folder_named, tiles_of
-from featpipe.pipeline.trials import label_of, trials_of
-from featpipe.progress import quiet
-from featpipe.recipe import AUTO, Extraction, Recipe, read_recipe
+from featpipe.extraction import load_backbone, make_facts
+from featpipe.extraction.ledger import EmbeddingPlan, source_from_part
+from featpipe.extraction.places import find_compatible_caches, find_finished_cache, is_up_to_date
+from featpipe.fingerprint import compute_fingerprint
+from featpipe.known import EmbeddingSource
+from featpipe.pipeline.embedding import BackboneCaches, make_run_cache_path
+from featpipe.pipeline.running import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
+from featpipe.pipeline.trials import list_trials, make_backbone_label
+from featpipe.progress import report_warnings_only
+from featpipe.recipe import AUTO, ExtractionConfig, Recipe, read_recipe
 
-__all__ = ["Foreseen", "ToEmbed", "ToTrain", "foresee"]
+__all__ = ["DryRun", "PlannedExtraction", "PlannedTrial", "plan_run"]
 
 
 @dataclass(frozen=True)
-class ToEmbed:
+class PlannedExtraction:
     """The images of one backbone.
 
     Attributes
@@ -50,7 +50,7 @@ class ToEmbed:
 
 
 @dataclass(frozen=True)
-class ToTrain:
+class PlannedTrial:
     """One row of the table.
 
     Attributes
@@ -66,7 +66,7 @@ class ToTrain:
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class DryRun:
     """What a run would do.
 
     Attributes
@@ -81,8 +81,8 @@ class Foreseen:
 
     folder: Path
     task: str
-    embed: list[ToEmbed]
-    train: list[ToTrain]
+    embed: list[PlannedExtraction]
+    train: list[PlannedTrial]
     finetune: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,82 +91,112 @@ class Foreseen:
 
     def table(self) -> str:
         """The same for the terminal."""
-        from featpipe.cli.terminal import table
+        from featpipe.cli.terminal import format_table
 
-        images = [[f"{one.images:,}", _told(one), one.backbone, one.cache] for one in self.embed]
-        rows = [[one.name, _state(one.trained, "train"), _state(one.scored, "score")] for one in self.train]
-        then = ["then the network of the best head would be trained too, unless that is done"] if self.finetune else []
+        extraction_rows = [
+            [f"{extraction.images:,}", _format_unknown(extraction), extraction.backbone, extraction.cache]
+            for extraction in self.embed
+        ]
+        trial_rows = [
+            [trial.name, _format_state(trial.trained, "train"), _format_state(trial.scored, "score")]
+            for trial in self.train
+        ]
+        finetune_note = (
+            ["then the network of the best head would be trained too, unless that is done"] if self.finetune else []
+        )
         return "\n\n".join(
             [
-                table(images, ["images", "to embed", "backbone", "cache"], right=[0, 1]),
-                table(rows, ["head", "", ""]),
-                *then,
+                format_table(extraction_rows, ["images", "to embed", "backbone", "cache"], right_aligned=[0, 1]),
+                format_table(trial_rows, ["head", "", ""]),
+                *finetune_note,
                 f"would be written to {self.folder}; nothing was done",
             ]
         )
 
 
-def _told(one: ToEmbed) -> str:
-    if one.unknown is None:
+def _format_unknown(extraction: PlannedExtraction) -> str:
+    if extraction.unknown is None:
         return "after the precision is chosen"
-    return f"{one.unknown:,}" if one.unknown else "none"
+    return f"{extraction.unknown:,}" if extraction.unknown else "none"
 
 
-def _state(done: bool, verb: str) -> str:
+def _format_state(done: bool, verb: str) -> str:
     return "done" if done else f"to {verb}"
 
 
-def foresee(
+def plan_run(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     archive: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     *,
     changes: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
-) -> Foreseen:
+) -> DryRun:
     """Say what a run would do; parameters and errors as of :func:`featpipe.run`.
 
     The backbones are loaded, because their weights are part of what a cache is known by.
     """
-    asked = read_recipe(recipe, changes, archive)
-    folder = folder_named(asked, out)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        tiles = tiles_of(asked)
-        line = Line.of(asked, folder, quiet, tiles if tiles.is_dir() else Path(elsewhere))
-        seen = [_embedding(line, extraction) for extraction in line.recipe.extractions]
-        done = {}
+    parsed_recipe = read_recipe(recipe, changes, archive)
+    folder = get_run_folder(parsed_recipe, out)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        tiles_folder = get_tiles_folder(parsed_recipe)
+        context = ExperimentContext.from_recipe(
+            parsed_recipe,
+            folder,
+            report_warnings_only,
+            tiles_folder if tiles_folder.is_dir() else Path(temporary_folder),
+        )
+        planned_extractions = [_plan_extraction(context, config) for config in context.recipe.extractions]
+        trial_states = {}
         if (folder / "records").is_dir():
-            done = {one.trial.slug: one.is_done() for one in attempts(line, [caches for _, caches in seen])}
-    train = [ToTrain(trial.slug, *done.get(trial.slug, (False, False))) for trial in trials_of(line.recipe)]
-    return Foreseen(folder, line.task, [told for told, _ in seen], train, line.recipe.finetune is not None)
+            trial_states = {
+                trial_run.trial.slug: trial_run.is_done()
+                for trial_run in iter_trials(context, [caches for _, caches in planned_extractions])
+            }
+    planned_trials = [
+        PlannedTrial(trial.slug, *trial_states.get(trial.slug, (False, False))) for trial in list_trials(context.recipe)
+    ]
+    return DryRun(
+        folder,
+        context.task,
+        [extraction for extraction, _ in planned_extractions],
+        planned_trials,
+        context.recipe.finetune is not None,
+    )
 
 
-def _embedding(line: Line, settings: Extraction) -> tuple[ToEmbed, Caches | None]:
+def _plan_extraction(
+    context: ExperimentContext, config: ExtractionConfig
+) -> tuple[PlannedExtraction, BackboneCaches | None]:
     """What is known of the images of a backbone; and its caches, if they are what would be made."""
-    resolve_devices(settings.device)
-    backbone, label = load_backbone(settings), label_of(settings)
-    path = cache_path(line.index, backbone, settings, line.recipe.samples.images)
-    images = len(line.index) + (0 if line.scored is None else len(line.scored))
-    if settings.precision == AUTO:
-        return ToEmbed(label, str(path), images, None), None
-    unknown, cache = _known(line.index, backbone, settings, path)
-    scored = None
-    if line.scored is not None:
-        others, scored = _known(line.scored, backbone, settings, cache_path(line.scored, backbone, settings, None))
-        unknown += others
-    whole = cache is not None and (line.scored is None or scored is not None)
-    caches = Caches(label, backbone, cache, scored) if whole and cache is not None else None
-    return ToEmbed(label, str(path), images, unknown), caches
+    resolve_devices(config.device)
+    backbone, label = load_backbone(config), make_backbone_label(config)
+    path = make_run_cache_path(context.index, backbone, config, context.recipe.samples.images)
+    n_images = len(context.index) + (0 if context.test_index is None else len(context.test_index))
+    if config.precision == AUTO:
+        return PlannedExtraction(label, str(path), n_images, None), None
+    unknown, cache = _count_unknown(context.index, backbone, config, path)
+    test_cache = None
+    if context.test_index is not None:
+        unknown_test, test_cache = _count_unknown(
+            context.test_index, backbone, config, make_run_cache_path(context.test_index, backbone, config, None)
+        )
+        unknown += unknown_test
+    is_complete = cache is not None and (context.test_index is None or test_cache is not None)
+    caches = BackboneCaches(label, backbone, cache, test_cache) if is_complete and cache is not None else None
+    return PlannedExtraction(label, str(path), n_images, unknown), caches
 
 
-def _known(index: Index, backbone: Backbone, settings: Extraction, path: Path) -> tuple[int, FeatureCache | None]:
+def _count_unknown(
+    index: Index, backbone: Backbone, config: ExtractionConfig, path: Path
+) -> tuple[int, FeatureCache | None]:
     """How many images no cache and no part knows by their stamps; and the cache, if it is the one of this index."""
-    facts, shapes = facts_of(backbone, settings), dict(backbone.shapes)
-    ledger = Ledger(index, settings.check_content)
-    for cache in caches_for(path.parent, facts):
-        ledger.known.add(Source.of_cache(cache, shapes))
-    for part in Parts(parts_directory(path), fingerprint(facts)).committed():
-        ledger.known.add(source_of_part(part))
-    ledger.resolve()
-    existing = existing_at(path, facts, index, settings)
-    is_whole = existing is not None and is_cache_of(existing, ledger.table(), shapes)
-    return len(ledger.unread), existing if is_whole else None
+    facts, shapes = make_facts(backbone, config), dict(backbone.shapes)
+    plan = EmbeddingPlan(index, config.check_content)
+    for cache in find_compatible_caches(path.parent, facts):
+        plan.lookup.add(EmbeddingSource.from_cache(cache, shapes))
+    for part in StagingArea(parts_directory(path), compute_fingerprint(facts)).load_committed():
+        plan.lookup.add(source_from_part(part))
+    plan.resolve_by_stamp()
+    existing = find_finished_cache(path, facts, index, config)
+    is_whole = existing is not None and is_up_to_date(existing, plan.to_table(), shapes)
+    return len(plan.unread_rows), existing if is_whole else None

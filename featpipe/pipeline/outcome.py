@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featpipe.finetuning import FineTuned
+from featpipe.finetuning import FineTuningResult
 from featpipe.model import Model, load_model
 from featpipe.recipe import Recipe
 
-__all__ = ["SCHEMA", "Embedded", "Result", "Run"]
+__all__ = ["RESULTS_SCHEMA", "EmbeddingSummary", "RunResult", "TrialResult"]
 
-SCHEMA = "featpipe-run/1.0"
+RESULTS_SCHEMA = "featpipe-run/1.0"
 """What ``results.json`` is called; the second number grows with what is added."""
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingSummary:
     """What became of the images under one backbone.
 
     Attributes
@@ -54,7 +54,7 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """One row of the table.
 
     Attributes
@@ -106,14 +106,14 @@ class Result:
 
     def told_settings(self) -> str:
         """What is particular to it, for people: images of each class, and settings, given or chosen."""
-        from featpipe.training.selection import shown
+        from featpipe.training.selection import format_params
 
         parts = [f"{self.per_class} per class"] if self.per_class is not None else []
-        return ", ".join([*parts, *filter(None, [shown({**self.settings, **self.chosen_settings})])])
+        return ", ".join([*parts, *filter(None, [format_params({**self.settings, **self.chosen_settings})])])
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunResult:
     """What a run found.
 
     Attributes
@@ -138,15 +138,15 @@ class Run:
     folder: Path
     recipe: Recipe
     task: str
-    results: list[Result]
-    embedded: list[Embedded]
+    results: list[TrialResult]
+    embedded: list[EmbeddingSummary]
     report: Path
     seconds: float
     versions: Mapping[str, str] = field(default_factory=dict)
-    tuned: FineTuned | None = None
+    tuned: FineTuningResult | None = None
 
     @property
-    def best(self) -> Result:
+    def best(self) -> TrialResult:
         """The one with the best cross-validated score; with draws the first head, learnt from the most images."""
         return next(result for result in self.results if result.best)
 
@@ -157,28 +157,34 @@ class Run:
 
     def columns(self) -> dict[str, list[str]]:
         """The table as text: its columns by their headings, the better results first."""
-        return _columns(self)
+        return _make_columns(self)
 
     def table(self) -> str:
         """The table for the terminal, with what its figures are."""
-        from featpipe.cli.terminal import table
+        from featpipe.cli.terminal import format_table
 
         columns = self.columns()
-        words = sum(heading in ("", "backbone", "head", "settings") for heading in columns)
-        shown = table(list(zip(*columns.values(), strict=True)), list(columns), right=range(words, len(columns)))
-        return "\n".join([shown, "", *self.notes()])
+        n_text_columns = sum(heading in ("", "backbone", "head", "settings") for heading in columns)
+        text = format_table(
+            list(zip(*columns.values(), strict=True)), list(columns), right_aligned=range(n_text_columns, len(columns))
+        )
+        return "\n".join([text, "", *self.notes()])
 
     def notes(self) -> list[str]:
         """What the figures of the table are."""
         first = self.results[0]
-        held = f"held out: on {first.held_out['n']:,} images that were not learnt from"
+        held_out_note = f"held out: on {first.held_out['n']:,} images that were not learnt from"
         if first.cross_validated is None:
             draws = f"{len(first.held_out['by_draw'])} draws of the training images"
-            return [f"{held}, mean ± standard deviation over {draws}"]
-        tuned = [] if self.tuned is None else [self.tuned.comparison.verdict()]
-        chosen = "; the best (→) is chosen by it" if len(self.results) > 1 else ""
-        folds = f"± standard deviation over {first.cross_validated['folds']} folds"
-        return [f"cross-validated: on the training images, {folds}{chosen}", f"{held}, with a 95 % interval", *tuned]
+            return [f"{held_out_note}, mean ± standard deviation over {draws}"]
+        finetuning_notes = [] if self.tuned is None else [self.tuned.comparison.verdict()]
+        selection_note = "; the best (→) is chosen by it" if len(self.results) > 1 else ""
+        spread_note = f"± standard deviation over {first.cross_validated['folds']} folds"
+        return [
+            f"cross-validated: on the training images, {spread_note}{selection_note}",
+            f"{held_out_note}, with a 95 % interval",
+            *finetuning_notes,
+        ]
 
     def __str__(self) -> str:
         return self.table()
@@ -187,21 +193,24 @@ class Run:
         """The table in a notebook."""
         columns = self.columns()
         rows = zip(*columns.values(), strict=True)
-        head = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns)
+        header = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         notes = "<br>".join(map(html.escape, [*self.notes(), f"page: {self.report}"]))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{notes}</p>"
+        return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table><p>{notes}</p>"
 
     def to_dict(self) -> dict[str, Any]:
         """What ``results.json`` holds, as ``pipelines/README.md`` says."""
         return {
-            "schema": SCHEMA,
+            "schema": RESULTS_SCHEMA,
             "recipe": self.recipe.name,
             "question": self.recipe.question,
             "task": self.task,
             "best": self.best.name,
-            "results": [_told(result, self.folder) for result in self.results],
-            "backbones": [{**asdict(one), "cache": str(one.cache), "scored": str(one.scored)} for one in self.embedded],
+            "results": [_result_to_dict(result, self.folder) for result in self.results],
+            "backbones": [
+                {**asdict(summary), "cache": str(summary.cache), "scored": str(summary.scored)}
+                for summary in self.embedded
+            ],
             "finetuning": None if self.tuned is None else self.tuned.to_dict(),
             "report": self.report.name,
             "seconds": round(self.seconds, 3),
@@ -209,58 +218,66 @@ class Run:
         }
 
 
-def _told(result: Result, folder: Path) -> dict[str, Any]:
-    told = asdict(result)
-    del told["goodness"]
-    return {**told, "model": result.model.relative_to(folder).as_posix()}
+def _result_to_dict(result: TrialResult, folder: Path) -> dict[str, Any]:
+    document = asdict(result)
+    del document["goodness"]
+    return {**document, "model": result.model.relative_to(folder).as_posix()}
 
 
-def _columns(run: Run) -> dict[str, list[str]]:
+def _make_columns(run: RunResult) -> dict[str, list[str]]:
     """The columns by their headings; those that say the same of all rows, or nothing, are left out."""
-    from featpipe.cli.terminal import size
+    from featpipe.cli.terminal import format_size
 
-    results, metric = _ordered(run.results), run.results[0].metric
-    of = {one.backbone: one for one in run.embedded}
-    backbones = [of[result.backbone] for result in results]
+    sorted_results, metric = _sort_by_score(run.results), run.results[0].metric
+    summary_by_backbone = {summary.backbone: summary for summary in run.embedded}
+    summaries = [summary_by_backbone[result.backbone] for result in sorted_results]
     columns = {
-        "": ["→" if result.best and len(results) > 1 else "" for result in results],
-        "backbone": [result.backbone if len(of) > 1 else "" for result in results],
-        "head": [result.head for result in results],
-        "settings": [result.told_settings() for result in results],
-        f"{metric}, cross-validated": [_spread(result.cross_validated) for result in results],
-        f"{metric}, held out": [_interval(result.held_out) for result in results],
-        "fit": [_duration(result.seconds_to_fit) for result in results],
-        "head's size": [size(result.head_bytes) for result in results],
-        "images/s": ["–" if one.images_per_second is None else f"{one.images_per_second:,.0f}" for one in backbones],
-        "network's size": [size(one.network_bytes) for one in backbones],
+        "": ["→" if result.best and len(sorted_results) > 1 else "" for result in sorted_results],
+        "backbone": [result.backbone if len(summary_by_backbone) > 1 else "" for result in sorted_results],
+        "head": [result.head for result in sorted_results],
+        "settings": [result.told_settings() for result in sorted_results],
+        f"{metric}, cross-validated": [_format_spread(result.cross_validated) for result in sorted_results],
+        f"{metric}, held out": [_format_interval(result.held_out) for result in sorted_results],
+        "fit": [_format_optional_duration(result.seconds_to_fit) for result in sorted_results],
+        "head's size": [format_size(result.head_bytes) for result in sorted_results],
+        "images/s": [
+            "–" if summary.images_per_second is None else f"{summary.images_per_second:,.0f}" for summary in summaries
+        ],
+        "network's size": [format_size(summary.network_bytes) for summary in summaries],
     }
-    if len(of) < 2:
+    if len(summary_by_backbone) < 2:
         del columns["images/s"], columns["network's size"]
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 
-def _duration(seconds: float | None) -> str:
-    from featpipe.cli.terminal import duration
+def _format_optional_duration(seconds: float | None) -> str:
+    from featpipe.cli.terminal import format_duration
 
-    return "–" if seconds is None else duration(seconds)
+    return "–" if seconds is None else format_duration(seconds)
 
 
-def _ordered(results: list[Result]) -> list[Result]:
+def _sort_by_score(results: list[TrialResult]) -> list[TrialResult]:
     return sorted(results, key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
 
 
-def _spread(found: Mapping[str, Any] | None) -> str:
-    from featpipe.scores import number
+def _format_spread(metric: Mapping[str, Any] | None) -> str:
+    from featpipe.scores import format_score
 
-    return "" if found is None or found["value"] is None else f"{number(found['value'])} ± {number(found['spread'])}"
+    return (
+        ""
+        if metric is None or metric["value"] is None
+        else f"{format_score(metric['value'])} ± {format_score(metric['spread'])}"
+    )
 
 
-def _interval(found: Mapping[str, Any]) -> str:
-    from featpipe.scores import number
+def _format_interval(metric: Mapping[str, Any]) -> str:
+    from featpipe.scores import format_score
 
-    if found.get("spread") is not None:
-        return _spread(found)
-    if found["value"] is None:
+    if metric.get("spread") is not None:
+        return _format_spread(metric)
+    if metric["value"] is None:
         return "–"
-    known = found["low"] is not None and found["high"] is not None
-    return number(found["value"]) + (f" [{number(found['low'])}, {number(found['high'])}]" if known else "")
+    has_bounds = metric["low"] is not None and metric["high"] is not None
+    return format_score(metric["value"]) + (
+        f" [{format_score(metric['low'])}, {format_score(metric['high'])}]" if has_bounds else ""
+    )

@@ -8,13 +8,13 @@ from typing import Any
 
 import tomli_w
 
-from featpipe.pipeline.trials import settings_in_full
-from featpipe.recipe import BACKBONE, EXTRACTION, Extraction, Head, Recipe
+from featpipe.pipeline.trials import resolve_settings
+from featpipe.recipe import BACKBONE_FIELDS, EXTRACTION_KEYS, ExtractionConfig, Recipe, RecipeHead
 
-__all__ = ["text_of"]
+__all__ = ["recipe_to_toml"]
 
 
-def text_of(recipe: Recipe, task: str, made_with: Mapping[str, str]) -> str:
+def recipe_to_toml(recipe: Recipe, task: str, provenance: Mapping[str, str]) -> str:
     """The file.
 
     Parameters
@@ -28,62 +28,69 @@ def text_of(recipe: Recipe, task: str, made_with: Mapping[str, str]) -> str:
     stages: dict[str, Any] = {"split": recipe.split, "training": recipe.training}
     stages |= {} if recipe.finetune is None else {"finetune": recipe.finetune}
     stages |= {"evaluation": recipe.evaluation, "report": recipe.report}
-    prints = [f"#   {key} {value}" for key, value in made_with.items()]
-    parts = ["\n".join([f"# {recipe.name}, with every default. Made with:", *prints]) + "\n"]
-    parts += [tomli_w.dumps({"question": recipe.question, **_given(recipe.samples)}) + _unset(recipe.samples)]
-    parts += [f"[extraction]\n{tomli_w.dumps(_of(recipe.extractions[0], {key: key for key in EXTRACTION}))}"]
-    parts += [_array("backbones", _of(extraction, BACKBONE)) for extraction in recipe.extractions]
-    parts += [_array("heads", _of_head(one, task)) for one in recipe.heads]
-    parts += [_stage(name, stage) for name, stage in stages.items()]
-    return "\n".join(parts)
+    comments = [f"#   {key} {value}" for key, value in provenance.items()]
+    sections = ["\n".join([f"# {recipe.name}, with every default. Made with:", *comments]) + "\n"]
+    sections += [
+        tomli_w.dumps({"question": recipe.question, **_get_set_fields(recipe.samples)})
+        + _list_unset_fields(recipe.samples)
+    ]
+    sections += [
+        f"[extraction]\n{tomli_w.dumps(_select_fields(recipe.extractions[0], {key: key for key in EXTRACTION_KEYS}))}"
+    ]
+    sections += [
+        _array_to_toml("backbones", _select_fields(extraction, BACKBONE_FIELDS)) for extraction in recipe.extractions
+    ]
+    sections += [_array_to_toml("heads", _head_to_dict(head, task)) for head in recipe.heads]
+    sections += [_stage_to_toml(name, stage) for name, stage in stages.items()]
+    return "\n".join(sections)
 
 
-def _stage(name: str, stage: Any) -> str:
+def _stage_to_toml(name: str, stage: Any) -> str:
     """One table, and in a comment the keys that are not set, which TOML has no value for."""
-    head = f"[{name}]\n"
-    return tomli_w.dumps({name: _given(stage)}).replace(head, head + _unset(stage), 1)
+    header = f"[{name}]\n"
+    return tomli_w.dumps({name: _get_set_fields(stage)}).replace(header, header + _list_unset_fields(stage), 1)
 
 
-def _given(stage: Any) -> dict[str, Any]:
-    values = _set({field.name: getattr(stage, field.name) for field in fields(stage)})
+def _get_set_fields(stage: Any) -> dict[str, Any]:
+    values = _drop_none({field.name: getattr(stage, field.name) for field in fields(stage)})
     return {name: value for name, value in values.items() if value != {}}
 
 
-def _unset(stage: Any) -> str:
-    given = _given(stage)
-    names = [field.name for field in fields(stage) if field.name not in given]
+def _list_unset_fields(stage: Any) -> str:
+    set_fields = _get_set_fields(stage)
+    names = [field.name for field in fields(stage) if field.name not in set_fields]
     return f"# not set: {', '.join(names)}\n" if names else ""
 
 
-def _set(values: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    return {key: value for key, value in plain.items() if value is not None}
+def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    toml_values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {key: value for key, value in toml_values.items() if value is not None}
 
 
-def _of(extraction: Extraction, keys: Mapping[str, str]) -> dict[str, Any]:
-    return _set({key: getattr(extraction, name) for key, name in keys.items()})
+def _select_fields(extraction: ExtractionConfig, keys: Mapping[str, str]) -> dict[str, Any]:
+    return _drop_none({key: getattr(extraction, name) for key, name in keys.items()})
 
 
-def _of_head(head: Head, task: str) -> dict[str, Any]:
-    own = _set({name: getattr(head, name) for name in ("name", "output", "tune", "balance")})
-    own |= {"grid": {key: list(values) for key, values in head.grid.items()}} if head.grid else {}
-    return {**own, **{key: _setting(value) for key, value in settings_in_full(head, task).items()}}
+def _head_to_dict(head: RecipeHead, task: str) -> dict[str, Any]:
+    table = _drop_none({name: getattr(head, name) for name in ("name", "output", "tune", "balance")})
+    table |= {"grid": {key: list(values) for key, values in head.grid.items()}} if head.grid else {}
+    return {**table, **{key: _setting_to_toml(value) for key, value in resolve_settings(head, task).items()}}
 
 
-def _setting(value: Any) -> Any:
+def _setting_to_toml(value: Any) -> Any:
     """As it is read again: a list is one value within another list, and no value is a word."""
     if isinstance(value, (tuple, list)):
-        return [_inner(value)]
+        return [_nested_to_lists(value)]
     return "none" if value is None else value
 
 
-def _inner(value: Any) -> Any:
-    return [_inner(one) for one in value] if isinstance(value, (tuple, list)) else value
+def _nested_to_lists(value: Any) -> Any:
+    return [_nested_to_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def _array(name: str, table: Mapping[str, Any]) -> str:
+def _array_to_toml(name: str, table: Mapping[str, Any]) -> str:
     """One table of an array, and the tables within it."""
-    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    own = {key: value for key, value in table.items() if key not in inner}
-    below = [f"\n[{name}.{key}]\n{tomli_w.dumps(value)}" for key, value in inner.items()]
-    return "".join([f"[[{name}]]\n{tomli_w.dumps(own)}", *below])
+    subtables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    scalars = {key: value for key, value in table.items() if key not in subtables}
+    subtable_texts = [f"\n[{name}.{key}]\n{tomli_w.dumps(value)}" for key, value in subtables.items()]
+    return "".join([f"[[{name}]]\n{tomli_w.dumps(scalars)}", *subtable_texts])

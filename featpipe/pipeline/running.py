@@ -14,33 +14,40 @@ from typing import Any
 
 from featpipe.archive import Index
 from featpipe.cache import FeatureCache
-from featpipe.commit import exclusive
-from featpipe.durable import make_folder, whole_file
+from featpipe.commit import lock_file
+from featpipe.durable import atomic_write, make_writable_folder
 from featpipe.errors import ConfigError
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.findings import write_findings
-from featpipe.finetuning import FineTuned
+from featpipe.finetuning import FineTuningResult
 from featpipe.model import load_model
-from featpipe.names import unknown
-from featpipe.pipeline.embedding import Caches, embedded
-from featpipe.pipeline.outcome import Result, Run
+from featpipe.names import unknown_name_error
+from featpipe.pipeline.embedding import BackboneCaches, extract_backbone
+from featpipe.pipeline.outcome import RunResult, TrialResult
 from featpipe.pipeline.page import write_report
-from featpipe.pipeline.records import Records, versions
-from featpipe.pipeline.resolved import text_of
-from featpipe.pipeline.samples import Divided, divided, index_of, places_of, scored_index_of, tell_short
-from featpipe.pipeline.trials import resolved, trials_of
-from featpipe.pipeline.trying import Attempt
-from featpipe.pipeline.tuning import Tuning
-from featpipe.progress import Progress, Tell, quiet
+from featpipe.pipeline.records import RecordStore, get_package_versions
+from featpipe.pipeline.resolved import recipe_to_toml
+from featpipe.pipeline.samples import (
+    TrainTestSplit,
+    load_index,
+    load_test_index,
+    resolve_archives,
+    select_available_shots,
+    split_cache_rows,
+)
+from featpipe.pipeline.trials import list_trials, resolve_recipe
+from featpipe.pipeline.trying import TrialRun
+from featpipe.pipeline.tuning import FineTuneRun
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
 from featpipe.recipe import Recipe, read_recipe
-from featpipe.report import Row
+from featpipe.report import ComparisonRow
 from featpipe.scores import Interval
 from featpipe.training import METRICS
 
-__all__ = ["Line", "attempts", "folder_named", "folder_of", "run", "tiles_of"]
+__all__ = ["ExperimentContext", "get_run_folder", "get_tiles_folder", "iter_trials", "make_run_folder", "run"]
 
-RUNS = "runs"
-RIVALS = 4  # that the page sets against the best, row by row
+RUNS_FOLDER = "runs"
+MAX_BASELINES = 4  # that the page sets against the best, row by row
 
 
 def run(
@@ -49,8 +56,8 @@ def run(
     *,
     changes: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
-    progress: Tell | None = None,
-) -> Run:
+    progress: ProgressCallback | None = None,
+) -> RunResult:
     """Run a recipe: embed, train every head that it asks for, score them, and write a page.
 
     What was done before from the same content is not done again, also after a kill.
@@ -84,50 +91,64 @@ def run(
     >>> found.best.held_out["value"], found.model.predict(["a.jpg"])               # doctest: +SKIP
     """
     started = perf_counter()
-    asked = read_recipe(recipe, changes, archive)
-    folder = folder_of(asked, out)
-    tell = progress or _bars()
-    with exclusive(folder / ".lock"):
-        line = Line.of(asked, folder, tell, tiles_of(asked))
-        caches = line.embedded()
-        results = _judged([attempt.result() for attempt in attempts(line, caches)])
-        tuning, tuned = line.tuned(caches, results)
-        results = results if tuning is None or tuned is None else _with_tuned(results, tuning.result(tuned))
-        told = [one.told() for one in caches]
-        page = _Page(line, caches, results, tuning)
-        found = Run(folder, line.recipe, line.task, results, told, page.path, 0.0, versions(), tuned)
-        page.write(found)
-        found = replace(found, seconds=perf_counter() - started)
-        _write(found)
-    return found
+    parsed_recipe = read_recipe(recipe, changes, archive)
+    folder = make_run_folder(parsed_recipe, out)
+    callback = progress or _make_default_progress()
+    with lock_file(folder / ".lock"):
+        context = ExperimentContext.from_recipe(parsed_recipe, folder, callback, get_tiles_folder(parsed_recipe))
+        caches = context.extract_all()
+        results = _mark_best([trial_run.run() for trial_run in iter_trials(context, caches)])
+        finetune_run, finetuned = context.finetune_best(caches, results)
+        results = (
+            results
+            if finetune_run is None or finetuned is None
+            else _add_finetuned(results, finetune_run.make_result(finetuned))
+        )
+        summaries = [backbone_caches.summarize() for backbone_caches in caches]
+        report_page = _ReportPage(context, caches, results, finetune_run)
+        run_result = RunResult(
+            folder,
+            context.recipe,
+            context.task,
+            results,
+            summaries,
+            report_page.path,
+            0.0,
+            get_package_versions(),
+            finetuned,
+        )
+        report_page.write(run_result)
+        run_result = replace(run_result, seconds=perf_counter() - started)
+        _write_outputs(run_result)
+    return run_result
 
 
-def folder_of(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
+def make_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
     """The run's folder, made if it is not there."""
-    folder = folder_named(recipe, out)
-    make_folder(folder, ConfigError, "--out")
+    folder = get_run_folder(recipe, out)
+    make_writable_folder(folder, ConfigError, "--out")
     return folder
 
 
-def folder_named(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
+def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
     """Where a run lies, if nothing else is said: under the recipe's name."""
-    return Path(RUNS) / recipe.name if out is None else Path(out)
+    return Path(RUNS_FOLDER) / recipe.name if out is None else Path(out)
 
 
-def tiles_of(recipe: Recipe) -> Path:
+def get_tiles_folder(recipe: Recipe) -> Path:
     """Where the archive that comes along is written: beside the caches, so that all runs share it."""
     return Path(recipe.extractions[0].cache) / "tiles"
 
 
-def _bars() -> Tell:
+def _make_default_progress() -> ProgressCallback:
     """Bars where a notebook shows them."""
     from featpipe.cli.terminal import Terminal, in_notebook
 
-    return Terminal() if in_notebook() else quiet
+    return Terminal() if in_notebook() else report_warnings_only
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class ExperimentContext:
     """What the stages of a run share.
 
     Attributes
@@ -145,12 +166,14 @@ class Line:
     recipe: Recipe
     task: str
     index: Index
-    scored: Index | None
+    test_index: Index | None
     folder: Path
-    tell: Tell
+    progress: ProgressCallback
 
     @classmethod
-    def of(cls, asked: Recipe, folder: Path, tell: Tell, tiles: Path) -> Line:
+    def from_recipe(
+        cls, parsed_recipe: Recipe, folder: Path, progress: ProgressCallback, tiles_folder: Path
+    ) -> ExperimentContext:
         """List the images, and refuse what cannot be before any work.
 
         Parameters
@@ -162,47 +185,54 @@ class Line:
         tiles : Path
             Where the archive that comes along is written, if it is asked for.
         """
-        index = index_of(asked.samples, tiles, asked.where)
+        index = load_index(parsed_recipe.samples, tiles_folder, parsed_recipe.where)
         task = index.labels.task
-        metric = asked.training.metric
+        metric = parsed_recipe.training.metric
         if metric is not None and metric not in METRICS[task]:
             raise ConfigError(
-                f"{asked.where}: [training] {unknown('metric', metric, METRICS[task])} (the labels are for {task})"
+                f"{parsed_recipe.where}: [training] {unknown_name_error('metric', metric, METRICS[task])} (the labels are for {task})"
             )
-        recipe = resolved(asked, task)
+        recipe = resolve_recipe(parsed_recipe, task)
         if recipe.split.per_class and task != "classification":
-            raise ConfigError(f"{asked.where}: [split] per_class draws images of classes; these labels are for {task}")
-        scored = scored_index_of(recipe.evaluation, recipe.samples, tiles)
-        if scored is not None and scored.labels.task != task:
             raise ConfigError(
-                f"{asked.where}: [evaluation] archive has labels for {scored.labels.task}, those of training are for "
+                f"{parsed_recipe.where}: [split] per_class draws images of classes; these labels are for {task}"
+            )
+        test_index = load_test_index(recipe.evaluation, recipe.samples, tiles_folder)
+        if test_index is not None and test_index.labels.task != task:
+            raise ConfigError(
+                f"{parsed_recipe.where}: [evaluation] archive has labels for {test_index.labels.task}, those of training are for "
                 f"{task}; give fitting ones with labels"
             )
-        return cls(recipe, task, index, scored, folder, tell)
+        return cls(recipe, task, index, test_index, folder, progress)
 
-    def embedded(self) -> list[Caches]:
+    def extract_all(self) -> list[BackboneCaches]:
         """The caches of all backbones."""
-        images = self.recipe.samples.images
-        return [embedded(one, self.index, self.scored, images, self.tell) for one in self.recipe.extractions]
+        max_images = self.recipe.samples.images
+        return [
+            extract_backbone(extraction, self.index, self.test_index, max_images, self.progress)
+            for extraction in self.recipe.extractions
+        ]
 
-    def tuned(self, caches: Sequence[Caches], results: Sequence[Result]) -> tuple[Tuning | None, FineTuned | None]:
+    def finetune_best(
+        self, caches: Sequence[BackboneCaches], results: Sequence[TrialResult]
+    ) -> tuple[FineTuneRun | None, FineTuningResult | None]:
         """The network of the best head trained too, if that is asked for."""
         if self.recipe.finetune is None:
             return None, None
         best = next(result for result in results if result.best)
-        of = next(one for one in caches if one.label == best.backbone)
-        trial = next(trial for trial in trials_of(self.recipe) if trial.slug == best.name)
-        sides = self.divided(of.cache, of.scored, trial.head.output)
-        places, _ = places_of(self.recipe.samples.archive, self.recipe.samples, tiles_of(self.recipe))
-        tuning = Tuning(self.recipe, places, best, of, sides, self.folder, self.tell)
-        return tuning, tuning.found()
+        backbone_caches = next(candidate for candidate in caches if candidate.label == best.backbone)
+        trial = next(trial for trial in list_trials(self.recipe) if trial.slug == best.name)
+        split = self.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+        archives, _ = resolve_archives(self.recipe.samples.archive, self.recipe.samples, get_tiles_folder(self.recipe))
+        finetune_run = FineTuneRun(self.recipe, archives, best, backbone_caches, split, self.folder, self.progress)
+        return finetune_run, finetune_run.run()
 
-    def divided(self, cache: FeatureCache, scored: FeatureCache | None, output: str | None) -> Divided:
+    def split_cache(self, cache: FeatureCache, test_cache: FeatureCache | None, output: str | None) -> TrainTestSplit:
         """The sides of a cache."""
-        return divided(cache, scored, output, self.recipe.split, self.recipe.training.memory, self.folder)
+        return split_cache_rows(cache, test_cache, output, self.recipe.split, self.recipe.training.memory, self.folder)
 
 
-def attempts(line: Line, caches: Sequence[Caches | None]) -> Iterator[Attempt]:
+def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | None]) -> Iterator[TrialRun]:
     """The rows of the table on their way; of one backbone and output after the other, so that few rows are in memory.
 
     Parameters
@@ -211,131 +241,143 @@ def attempts(line: Line, caches: Sequence[Caches | None]) -> Iterator[Attempt]:
     caches : sequence of Caches or None
         One for each backbone; what is None is left out.
     """
-    records = Records(line.folder / "records")
-    sides: Divided | None = None
-    of: tuple[int, str | None] | None = None
-    for trial in trials_of(line.recipe):
-        held = caches[trial.backbone]
-        if held is None:
+    records = RecordStore(context.folder / "records")
+    split: TrainTestSplit | None = None
+    split_key: tuple[int, str | None] | None = None
+    for trial in list_trials(context.recipe):
+        backbone_caches = caches[trial.backbone_index]
+        if backbone_caches is None:
             continue
-        if sides is None or of != (trial.backbone, trial.head.output):
-            of = (trial.backbone, trial.head.output)
-            sides = line.divided(held.cache, held.scored, trial.head.output)
-            enough = _enough(line, sides)
-        if trial.per_class is None or trial.per_class in enough:
-            yield Attempt(line.recipe, trial, held, sides, line.folder, records, line.tell)
+        if split is None or split_key != (trial.backbone_index, trial.head.output):
+            split_key = (trial.backbone_index, trial.head.output)
+            split = context.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+            available_shots = _select_available_shots(context, split)
+        if trial.per_class is None or trial.per_class in available_shots:
+            yield TrialRun(context.recipe, trial, backbone_caches, split, context.folder, records, context.progress)
 
 
-def _enough(line: Line, sides: Divided) -> list[int]:
-    wanted = line.recipe.split.per_class
-    enough = tell_short(sides.training, wanted, line.tell) if wanted else []
-    if wanted and not enough:
-        raise ConfigError(f"{line.recipe.where}: [split] per_class asks for more images of each class than there are")
-    return enough
+def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -> list[int]:
+    requested_shots = context.recipe.split.per_class
+    available_shots = (
+        select_available_shots(split.training, requested_shots, context.progress) if requested_shots else []
+    )
+    if requested_shots and not available_shots:
+        raise ConfigError(
+            f"{context.recipe.where}: [split] per_class asks for more images of each class than there are"
+        )
+    return available_shots
 
 
-def _judged(results: list[Result]) -> list[Result]:
+def _mark_best(results: list[TrialResult]) -> list[TrialResult]:
     """With the best one marked: by cross-validation; where images were drawn, the first head with the most of them."""
     if results[0].per_class is None:
         best = max(results, key=lambda result: result.goodness)
     else:
         first = results[0]
-        same = [result for result in results if (result.backbone, result.head) == (first.backbone, first.head)]
-        best = max(same, key=lambda result: result.per_class or 0)
+        same_head = [result for result in results if (result.backbone, result.head) == (first.backbone, first.head)]
+        best = max(same_head, key=lambda result: result.per_class or 0)
     return [replace(result, best=result is best) for result in results]
 
 
-def _with_tuned(results: list[Result], tuned: Result) -> list[Result]:
+def _add_finetuned(results: list[TrialResult], finetuned: TrialResult) -> list[TrialResult]:
     """With one row more, which is the best if it was kept."""
-    return [*(replace(result, best=result.best and not tuned.best) for result in results), tuned]
+    return [*(replace(result, best=result.best and not finetuned.best) for result in results), finetuned]
 
 
 @dataclass(frozen=True, eq=False)
-class _Page:
+class _ReportPage:
     """The last stage: the page of the best model, beside the others."""
 
-    line: Line
-    caches: list[Caches]
-    results: list[Result]
-    tuning: Tuning | None
+    context: ExperimentContext
+    caches: list[BackboneCaches]
+    results: list[TrialResult]
+    finetune_run: FineTuneRun | None
 
     @property
     def path(self) -> Path:
-        return self.line.folder / "report.html"
+        return self.context.folder / "report.html"
 
-    def write(self, found: Run) -> None:
-        records = Records(self.line.folder / "records")
-        facts = {**found.to_dict(), "title": self.line.recipe.report.title, "findings": self._findings}
-        facts |= {"seconds": None, "backbones": [one.fingerprint for one in found.embedded]}
-        if records.find("page", facts, self.path) is not None:
+    def write(self, run_result: RunResult) -> None:
+        records = RecordStore(self.context.folder / "records")
+        inputs = {**run_result.to_dict(), "title": self.context.recipe.report.title, "findings": self._writes_findings}
+        inputs |= {"seconds": None, "backbones": [summary.fingerprint for summary in run_result.embedded]}
+        if records.find("page", inputs, self.path) is not None:
             return
-        self.line.tell(Progress("note", "writing the page"))
-        evaluation = self._evaluation(found.best)
-        recipe = self.line.recipe
-        again = shlex.join(["featpipe", "run", str(self.line.folder / "recipe.toml"), "--out", str(self.line.folder)])
+        self.context.progress(Progress("note", "writing the page"))
+        evaluation = self._evaluate_best(run_result.best)
+        recipe = self.context.recipe
+        command = shlex.join(
+            ["featpipe", "run", str(self.context.folder / "recipe.toml"), "--out", str(self.context.folder)]
+        )
         write_report(
             self.path,
             evaluation,
             title=recipe.report.title or recipe.question,
-            comparison=[_row(result, found) for result in found.results],
-            compared_by=found.best.metric,
-            command=again,
+            comparison=[_make_comparison_row(result, run_result) for result in run_result.results],
+            comparison_metric=run_result.best.metric,
+            command=command,
         )
-        if self._findings:
-            write_findings(evaluation.findings, self.line.folder / "findings")
-        records.write("page", facts, {"page": self.path.name}, self.path)
+        if self._writes_findings:
+            write_findings(evaluation.findings, self.context.folder / "findings")
+        records.write("page", inputs, {"page": self.path.name}, self.path)
 
     @property
-    def _findings(self) -> bool:
-        return self.line.recipe.evaluation.findings
+    def _writes_findings(self) -> bool:
+        return self.context.recipe.evaluation.findings
 
-    def _evaluation(self, best: Result) -> Evaluation:
-        if self.tuning is not None and best.model == self.tuning.path:
-            return self.tuning.evaluation()
-        caches = next(one for one in self.caches if one.label == best.backbone)
-        trial = next(trial for trial in trials_of(self.line.recipe) if trial.slug == best.name)
-        sides = self.line.divided(caches.cache, caches.scored, trial.head.output)
-        same = [result for result in self.results if result.backbone == best.backbone and result is not best]
-        same.sort(key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
-        rivals = [load_model(one.model) for one in same[:RIVALS] if one.per_class is None and one.cross_validated]
+    def _evaluate_best(self, best: TrialResult) -> Evaluation:
+        if self.finetune_run is not None and best.model == self.finetune_run.path:
+            return self.finetune_run.evaluate()
+        backbone_caches = next(candidate for candidate in self.caches if candidate.label == best.backbone)
+        trial = next(trial for trial in list_trials(self.context.recipe) if trial.slug == best.name)
+        split = self.context.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+        same_backbone = [result for result in self.results if result.backbone == best.backbone and result is not best]
+        same_backbone.sort(key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
+        baselines = [
+            load_model(result.model)
+            for result in same_backbone[:MAX_BASELINES]
+            if result.per_class is None and result.cross_validated
+        ]
         model = load_model(best.model)
-        return evaluate(model, sides.scored, against=rivals, trained_on=caches.cache, without=sides.without)
+        return evaluate(
+            model, split.test_cache, against=baselines, trained_on=backbone_caches.cache, without=split.excluded_table
+        )
 
 
-def _row(result: Result, run: Run) -> Row:
+def _make_comparison_row(result: TrialResult, run_result: RunResult) -> ComparisonRow:
     """One row of the page's comparison."""
-    held = result.held_out
-    low, high = (held.get(key) for key in ("low", "high"))
+    held_out = result.held_out
+    low, high = (held_out.get(key) for key in ("low", "high"))
     bounds = (math.nan, math.nan) if low is None or high is None else (low, high)
-    return Row(
+    return ComparisonRow(
         name=result.head,
-        score=Interval(math.nan if held["value"] is None else held["value"], *bounds),
+        score=Interval(math.nan if held_out["value"] is None else held_out["value"], *bounds),
         seconds_to_fit=result.seconds_to_fit,
-        note=_note(result, len(run.embedded) > 1),
+        note=_describe_result(result, len(run_result.embedded) > 1),
         chosen=result.best,
     )
 
 
-def _note(result: Result, several: bool) -> str:
+def _describe_result(result: TrialResult, has_many_backbones: bool) -> str:
     """What is particular to a row, and what else is known of it."""
-    parts = [f"on {result.backbone}"] if several else []
+    parts = [f"on {result.backbone}"] if has_many_backbones else []
     parts += [result.told_settings()] if result.told_settings() else []
     if result.cross_validated is not None and result.cross_validated["value"] is not None:
-        found = result.cross_validated
-        parts.append(f"cross-validated {found['value']:.3f} ± {found['spread']:.3f}")
+        cross_validated = result.cross_validated
+        parts.append(f"cross-validated {cross_validated['value']:.3f} ± {cross_validated['spread']:.3f}")
     elif "by_draw" in result.held_out:
         parts.append(f"mean of {len(result.held_out['by_draw'])} draws, ± {result.held_out['spread']:.3f}")
     return "; ".join(parts)
 
 
-def _write(run: Run) -> None:
+def _write_outputs(run_result: RunResult) -> None:
     """What lies beside the models: the results, the table, and the recipe with every default."""
-    prints = {f"cache of {one.backbone}": one.fingerprint for one in run.embedded}
+    fingerprints = {f"cache of {summary.backbone}": summary.fingerprint for summary in run_result.embedded}
     texts = {
-        "results.json": json.dumps(run.to_dict(), indent=2, ensure_ascii=False) + "\n",
-        "table.txt": run.table() + "\n",
-        "recipe.toml": text_of(run.recipe, run.task, {**run.versions, **prints}),
+        "results.json": json.dumps(run_result.to_dict(), indent=2, ensure_ascii=False) + "\n",
+        "table.txt": run_result.table() + "\n",
+        "recipe.toml": recipe_to_toml(run_result.recipe, run_result.task, {**run_result.versions, **fingerprints}),
     }
     for name, text in texts.items():
-        with whole_file(run.folder / name, text=True) as file:
+        with atomic_write(run_result.folder / name, text=True) as file:
             file.write(text)

@@ -12,22 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import archive, split
-from featpipe.archive import Index, Table
-from featpipe.cache import SPLITS, FeatureCache
-from featpipe.durable import whole_file
+from featpipe.archive import Index, LabelTable
+from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe.durable import atomic_write
 from featpipe.errors import ConfigError
-from featpipe.fingerprint import digest_arrays, fingerprint
-from featpipe.grouping import moment_of, rows_named
-from featpipe.progress import Progress, Tell
-from featpipe.recipe import TILES, Evaluation, Samples, Split
+from featpipe.fingerprint import compute_fingerprint, digest_arrays
+from featpipe.grouping import find_listed_rows, parse_time
+from featpipe.progress import Progress, ProgressCallback
+from featpipe.recipe import TILES_ARCHIVE, EvaluationConfig, SamplesConfig, SplitConfig
 from featpipe.status import Status
 from featpipe.tiles import write_tiles
-from featpipe.training import Rows, training_rows
+from featpipe.training import EmbeddingDataset, load_training_data
 
-__all__ = ["Divided", "divided", "drawn", "identity_of", "index_of", "places_of", "scored_index_of", "tell_short"]
+__all__ = [
+    "TrainTestSplit",
+    "digest_training_rows",
+    "draw_per_class",
+    "load_index",
+    "load_test_index",
+    "resolve_archives",
+    "select_available_shots",
+    "split_cache_rows",
+]
 
 
-def index_of(samples: Samples, folder: Path, where: str) -> Index:
+def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
     """The samples of a recipe, listed and ordered; no image is read.
 
     Parameters
@@ -45,56 +54,62 @@ def index_of(samples: Samples, folder: Path, where: str) -> Index:
     """
     if not samples.archive:
         raise ConfigError(f"{where}: names no archive; give one, as in `featpipe run {Path(where).stem} photos/`")
-    index = _listed(samples.archive, samples, folder)
+    index = _index_archives(samples.archive, samples, tiles_folder)
     if index.labels.task == "none":
         raise ConfigError(
             f"{samples.archive[0]}: has no labels; give labels = TABLE in the recipe, or one folder for each class"
         )
-    return index if samples.images is None else index.take(_some(index, samples.images))
+    return index if samples.images is None else index.take(_select_stratified(index, samples.images))
 
 
-def scored_index_of(evaluation: Evaluation, samples: Samples, folder: Path) -> Index | None:
+def load_test_index(config: EvaluationConfig, samples: SamplesConfig, tiles_folder: Path) -> Index | None:
     """The images that models are scored on, if these are not held out of the others."""
-    if not evaluation.archive:
+    if not config.archive:
         return None
-    asked = Samples() if evaluation.labels is None else replace(samples, labels=evaluation.labels)
-    return _listed(evaluation.archive, asked, folder)
+    test_samples = SamplesConfig() if config.labels is None else replace(samples, labels=config.labels)
+    return _index_archives(config.archive, test_samples, tiles_folder)
 
 
-def _listed(paths: Sequence[str], samples: Samples, folder: Path) -> Index:
-    places, labels = places_of(paths, samples, folder)
-    return archive.index(places, labels=labels)
+def _index_archives(paths: Sequence[str], samples: SamplesConfig, tiles_folder: Path) -> Index:
+    archives, labels = resolve_archives(paths, samples, tiles_folder)
+    return archive.index(archives, labels=labels)
 
 
-def places_of(paths: Sequence[str], samples: Samples, folder: Path) -> tuple[list[str], Table | None]:
+def resolve_archives(
+    paths: Sequence[str], samples: SamplesConfig, tiles_folder: Path
+) -> tuple[list[str], LabelTable | None]:
     """The archives as files, and the table of their labels; the tiles are written if they are asked for."""
-    labels: Table | None = None
+    labels: LabelTable | None = None
     if samples.labels is not None:
-        labels = Table(Path(samples.labels), samples.path_column, samples.label_column, samples.task)  # type: ignore[arg-type]
-    if TILES in paths:
-        tiles, table = write_tiles(folder)
-        paths, labels = [str(tiles) if path == TILES else path for path in paths], labels or Table(table)
+        labels = LabelTable(Path(samples.labels), samples.path_column, samples.label_column, samples.task)  # type: ignore[arg-type]
+    if TILES_ARCHIVE in paths:
+        tiles, table = write_tiles(tiles_folder)
+        paths, labels = [str(tiles) if path == TILES_ARCHIVE else path for path in paths], labels or LabelTable(table)
     return list(paths), labels
 
 
-def _some(index: Index, most: int) -> NDArray[np.int64]:
+def _select_stratified(index: Index, max_samples: int) -> NDArray[np.int64]:
     """So many labelled samples, ascending: of each class and each side of a split in proportion, by their ids' digests.
 
     Which they are does not change when others come, and no image is read for it.
     """
     rows = np.flatnonzero(index.labels.known & (index.fault == Status.OK))
-    keys = np.array([int.from_bytes(hashlib.sha256(index.ids[row].encode()).digest()[:8]) for row in rows.tolist()])
+    hash_keys = np.array(
+        [int.from_bytes(hashlib.sha256(index.ids[row].encode()).digest()[:8]) for row in rows.tolist()]
+    )
     values = index.labels.values[rows] if index.labels.task == "classification" else np.zeros(len(rows), np.int64)
-    kind = values * len(SPLITS) + index.split[rows]
-    within = np.empty(len(rows))
-    for code in np.unique(kind):
-        own = np.flatnonzero(kind == code)
-        within[own[np.argsort(keys[own], kind="stable")]] = (np.arange(len(own)) + 0.5) / len(own)
-    return np.sort(rows[np.argsort(within, kind="stable")[:most]]).astype(np.int64)
+    strata = values * len(SPLIT_NAMES) + index.split[rows]
+    positions = np.empty(len(rows))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        positions[members[np.argsort(hash_keys[members], kind="stable")]] = (np.arange(len(members)) + 0.5) / len(
+            members
+        )
+    return np.sort(rows[np.argsort(positions, kind="stable")[:max_samples]]).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Divided:
+class TrainTestSplit:
     """The rows of a cache, on their sides.
 
     Attributes
@@ -108,15 +123,20 @@ class Divided:
         A table of the rows that are on neither side.
     """
 
-    training: Rows
-    scored: FeatureCache
-    held: NDArray[np.int64]
-    without: Path | None
+    training: EmbeddingDataset
+    test_cache: FeatureCache
+    test_rows: NDArray[np.int64]
+    excluded_table: Path | None
 
 
-def divided(
-    cache: FeatureCache, other: FeatureCache | None, output: str | None, asked: Split, memory: int | None, folder: Path
-) -> Divided:
+def split_cache_rows(
+    cache: FeatureCache,
+    other_cache: FeatureCache | None,
+    output: str | None,
+    config: SplitConfig,
+    memory: int | None,
+    folder: Path,
+) -> TrainTestSplit:
     """Divide the rows of a cache: as the labels say, or by what the images are.
 
     Parameters
@@ -136,39 +156,47 @@ def divided(
     ConfigError
         If no such split is possible.
     """
-    rows = training_rows(cache, output, groups=asked.groups, times=asked.times, without=asked.without, memory=memory)
-    if other is not None or cache.split.any():
-        if asked.since is not None:
-            raise ConfigError(f"since is {asked.since!r}, but what is scored is given already; leave since out")
-        scored = cache if other is None else other
-        usable = scored.usable
-        if scored.split.any():
-            usable = usable[scored.split[usable] == SPLITS.index("test")]
-        without = None if asked.without is None or other is not None else Path(asked.without)
-        if without is not None:
-            usable = np.setdiff1d(usable, rows_named(cache, without))
-        return Divided(rows, scored, _unseen(usable, scored, rows), without)
-    fit, held = _by_content(cache, rows, asked)
-    neither = np.setdiff1d(cache.usable, np.concatenate([rows.rows[fit], rows.rows[held]]))
-    training = _of_present_classes(rows.take(fit))
-    table = _written(cache, neither, folder / "left-out.csv") if len(neither) else None
-    return Divided(training, cache, _unseen(rows.rows[held], cache, training), table)
+    rows = load_training_data(
+        cache, output, groups=config.groups, times=config.times, without=config.without, memory=memory
+    )
+    if other_cache is not None or cache.split.any():
+        if config.since is not None:
+            raise ConfigError(f"since is {config.since!r}, but what is scored is given already; leave since out")
+        test_cache = cache if other_cache is None else other_cache
+        test_rows = test_cache.usable
+        if test_cache.split.any():
+            test_rows = test_rows[test_cache.split[test_rows] == SPLIT_NAMES.index("test")]
+        excluded_table = None if config.without is None or other_cache is not None else Path(config.without)
+        if excluded_table is not None:
+            test_rows = np.setdiff1d(test_rows, find_listed_rows(cache, excluded_table))
+        return TrainTestSplit(rows, test_cache, _drop_training_images(test_rows, test_cache, rows), excluded_table)
+    train_positions, test_positions = _holdout_by_content(cache, rows, config)
+    left_out = np.setdiff1d(cache.usable, np.concatenate([rows.rows[train_positions], rows.rows[test_positions]]))
+    training = _drop_absent_classes(rows.take(train_positions))
+    left_out_table = _write_excluded_table(cache, left_out, folder / "left-out.csv") if len(left_out) else None
+    return TrainTestSplit(
+        training, cache, _drop_training_images(rows.rows[test_positions], cache, training), left_out_table
+    )
 
 
-def _by_content(cache: FeatureCache, rows: Rows, asked: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    y, names = (rows.y, rows.classes) if cache.task == "classification" else (None, None)
-    since = None if asked.since is None or rows.times is None else moment_of(asked.since, rows.times)
-    kept = {"groups": rows.groups, "times": rows.times, "since": since}
-    return split.holdout(rows.digests, y, test=asked.test, seed=asked.seed, names=names, **kept)
+def _holdout_by_content(
+    cache: FeatureCache, rows: EmbeddingDataset, config: SplitConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    y, class_names = (rows.y, rows.classes) if cache.task == "classification" else (None, None)
+    since = None if config.since is None or rows.times is None else parse_time(config.since, rows.times)
+    constraints = {"groups": rows.groups, "times": rows.times, "since": since}
+    return split.make_holdout(rows.digests, y, test=config.test, seed=config.seed, names=class_names, **constraints)
 
 
-def _unseen(rows: NDArray[np.int64], cache: FeatureCache, training: Rows) -> NDArray[np.int64]:
+def _drop_training_images(
+    rows: NDArray[np.int64], cache: FeatureCache, training: EmbeddingDataset
+) -> NDArray[np.int64]:
     """Those rows whose bytes are not among the training images."""
-    seen = {digest.tobytes() for digest in training.digests}
-    return rows[[digest.tobytes() not in seen for digest in cache.digests[rows]]]
+    training_digests = {digest.tobytes() for digest in training.digests}
+    return rows[[digest.tobytes() not in training_digests for digest in cache.digests[rows]]]
 
 
-def _of_present_classes(rows: Rows) -> Rows:
+def _drop_absent_classes(rows: EmbeddingDataset) -> EmbeddingDataset:
     """Where time decides, a class may be there only later."""
     if rows.y.ndim != 1 or not np.issubdtype(rows.y.dtype, np.integer):
         return rows
@@ -176,38 +204,51 @@ def _of_present_classes(rows: Rows) -> Rows:
     return replace(rows, y=codes, classes=tuple(rows.classes[code] for code in present))
 
 
-def _written(cache: FeatureCache, rows: NDArray[np.int64], path: Path) -> Path:
-    with whole_file(path, text=True) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["path"])
-        table.writerows([cache.ids[row]] for row in rows.tolist())
+def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Path) -> Path:
+    with atomic_write(path, text=True) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path"])
+        writer.writerows([cache.ids[row]] for row in rows.tolist())
     return path
 
 
-def drawn(rows: Rows, each: int, seed: int) -> Rows:
+def draw_per_class(rows: EmbeddingDataset, n_per_class: int, seed: int) -> EmbeddingDataset:
     """So many rows of each class, those whose images have the smallest keys under a seed."""
-    keys = split.key(rows.digests, seed)
-    chosen = [np.flatnonzero(rows.y == code) for code in range(len(rows.classes))]
-    return rows.take(np.sort(np.concatenate([own[np.argsort(keys[own], kind="stable")[:each]] for own in chosen])))
+    hash_keys = split.compute_keys(rows.digests, seed)
+    rows_by_class = [np.flatnonzero(rows.y == code) for code in range(len(rows.classes))]
+    return rows.take(
+        np.sort(
+            np.concatenate(
+                [
+                    class_rows[np.argsort(hash_keys[class_rows], kind="stable")[:n_per_class]]
+                    for class_rows in rows_by_class
+                ]
+            )
+        )
+    )
 
 
-def tell_short(rows: Rows, wanted: Sequence[int], tell: Tell) -> list[int]:
+def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int], progress: ProgressCallback) -> list[int]:
     """Those of some numbers that every class has so many images for; a person is told of the others."""
     counts = np.bincount(rows.y, minlength=len(rows.classes))
-    least = int(counts.min())
-    short = [number for number in wanted if number > least]
-    if short:
+    min_count = int(counts.min())
+    unavailable = [number for number in requested if number > min_count]
+    if unavailable:
         name = rows.classes[int(counts.argmin())]
-        numbers = " and ".join(map(str, short))
-        tell(Progress("warning", f"{numbers} per class left out: class {name!r} has {least} training images"))
-    return [number for number in wanted if number <= least]
+        unavailable_text = " and ".join(map(str, unavailable))
+        progress(
+            Progress(
+                "warning", f"{unavailable_text} per class left out: class {name!r} has {min_count} training images"
+            )
+        )
+    return [number for number in requested if number <= min_count]
 
 
-def identity_of(rows: Rows) -> str:
+def digest_training_rows(rows: EmbeddingDataset) -> str:
     """A digest of what a head is fitted on: which images, which labels, and what keeps them together."""
-    beside = {
+    constraints = {
         name: None if values is None else [str(value) for value in values]
         for name, values in (("groups", rows.groups), ("times", rows.times))
     }
     y = np.ascontiguousarray(rows.y)
-    return fingerprint([digest_arrays([("digests", rows.digests), ("y", y)]), list(rows.classes), beside])
+    return compute_fingerprint([digest_arrays([("digests", rows.digests), ("y", y)]), list(rows.classes), constraints])

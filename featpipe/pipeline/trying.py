@@ -15,25 +15,25 @@ from featpipe import heads
 from featpipe.calibration import Calibration
 from featpipe.errors import ConfigError
 from featpipe.evaluation import evaluate
-from featpipe.fingerprint import digest_arrays, fingerprint
+from featpipe.fingerprint import compute_fingerprint, digest_arrays
 from featpipe.model import Model, load_model
-from featpipe.pipeline.embedding import Caches
-from featpipe.pipeline.outcome import Result
-from featpipe.pipeline.records import Records, facts_of_model
-from featpipe.pipeline.samples import Divided, drawn, identity_of
-from featpipe.pipeline.trials import Trial
-from featpipe.progress import Progress, Tell
+from featpipe.pipeline.embedding import BackboneCaches
+from featpipe.pipeline.outcome import TrialResult
+from featpipe.pipeline.records import RecordStore, make_model_inputs
+from featpipe.pipeline.samples import TrainTestSplit, digest_training_rows, draw_per_class
+from featpipe.pipeline.trials import TrialSpec
+from featpipe.progress import Progress, ProgressCallback
 from featpipe.recipe import Recipe
 from featpipe.scores import Scores, score
-from featpipe.training import Rows
+from featpipe.training import EmbeddingDataset
 from featpipe.training.estimate import LOWER_IS_BETTER
-from featpipe.training.verb import keeping, plan_of, train_on
+from featpipe.training.verb import make_head_config, parse_policy, train_head
 
-__all__ = ["Attempt"]
+__all__ = ["TrialRun"]
 
 
 @dataclass(frozen=True, eq=False)
-class Attempt:
+class TrialRun:
     """One row of the table, on its way.
 
     Attributes
@@ -50,12 +50,12 @@ class Attempt:
     """
 
     recipe: Recipe
-    trial: Trial
-    caches: Caches
-    sides: Divided
+    trial: TrialSpec
+    caches: BackboneCaches
+    split: TrainTestSplit
     folder: Path
-    records: Records
-    tell: Tell
+    records: RecordStore
+    progress: ProgressCallback
 
     @property
     def path(self) -> Path:
@@ -63,81 +63,92 @@ class Attempt:
         return self.folder / "models" / f"{self.trial.slug}.model"
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """What decides the model."""
-        return facts_of_model(self.recipe, self.trial, self.caches.cache.fingerprint, identity_of(self.sides.training))
+        return make_model_inputs(
+            self.recipe, self.trial, self.caches.cache.fingerprint, digest_training_rows(self.split.training)
+        )
 
     @cached_property
-    def _scored_facts(self) -> dict[str, Any]:
+    def _score_inputs(self) -> dict[str, Any]:
         """What decides its scores."""
-        scored, held = self.sides.scored, self.sides.held
-        labels = scored.label_table.take(held)
-        rows = digest_arrays([("digests", scored.digests[held]), ("y", np.ascontiguousarray(labels.values))])
-        return {"model": fingerprint(self.facts), "scored": [scored.fingerprint, rows, list(scored.classes)]}
+        test_cache, test_rows = self.split.test_cache, self.split.test_rows
+        labels = test_cache.label_table.take(test_rows)
+        rows_digest = digest_arrays(
+            [("digests", test_cache.digests[test_rows]), ("y", np.ascontiguousarray(labels.values))]
+        )
+        return {
+            "model": compute_fingerprint(self.inputs),
+            "scored": [test_cache.fingerprint, rows_digest, list(test_cache.classes)],
+        }
 
     def is_done(self) -> tuple[bool, bool]:
         """Whether the model is trained, and whether it is scored."""
-        trained = self.records.find(f"{self.trial.slug}.model", self.facts, self.path) is not None
-        return trained, trained and self.records.find(f"{self.trial.slug}.scores", self._scored_facts) is not None
+        trained = self.records.find(f"{self.trial.slug}.model", self.inputs, self.path) is not None
+        return trained, trained and self.records.find(f"{self.trial.slug}.scores", self._score_inputs) is not None
 
-    def result(self) -> Result:
+    def run(self) -> TrialResult:
         """The row of the table."""
-        model, held_out = self._trained(), self._scored()
-        folds = model.scores.get("cross_validation")
-        metric, goodness = self._judged(folds, held_out)
+        model, held_out = self._load_or_train(), self._load_or_score()
+        cross_validation = model.scores.get("cross_validation")
+        metric, goodness = self._get_selection_score(cross_validation, held_out)
         head, history = self.trial.head, model.history
-        beside = {name: getattr(head, name) for name in ("output", "balance") if getattr(head, name)}
-        return Result(
+        head_options = {name: getattr(head, name) for name in ("output", "balance") if getattr(head, name)}
+        return TrialResult(
             name=self.trial.slug,
             backbone=self.caches.label,
             head=head.name,
-            settings={**head.settings, **beside},
+            settings={**head.settings, **head_options},
             chosen_settings=(history.get("chosen") or {}).get("settings", {}),
             per_class=self.trial.per_class,
             metric=metric,
-            cross_validated=None if folds is None else _with(metric, folds, ("spread", "folds", "how", "metrics")),
-            held_out=_with(metric, held_out, ("n", "left_out", "metrics", "by_draw")),
+            cross_validated=None
+            if cross_validation is None
+            else _select_metric(metric, cross_validation, ("spread", "folds", "how", "metrics")),
+            held_out=_select_metric(metric, held_out, ("n", "left_out", "metrics", "by_draw")),
             goodness=goodness,
             seconds_to_fit=float(history["seconds_to_fit"] + history["seconds_to_tune"]),
             model=self.path,
             model_bytes=self.path.stat().st_size,
             head_bytes=len(heads.dumps(model.head)),
-            model_digest=fingerprint(self.facts),
+            model_digest=compute_fingerprint(self.inputs),
         )
 
-    def _trained(self) -> Model:
+    def _load_or_train(self) -> Model:
         name = f"{self.trial.slug}.model"
-        if self.records.find(name, self.facts, self.path) is not None:
+        if self.records.find(name, self.inputs, self.path) is not None:
             return load_model(self.path)
-        training, rows, each = self.recipe.training, self.sides.training, self.trial.per_class
-        if each is not None:
-            rows = drawn(rows, each, self.recipe.split.seed + 1)
-        self.tell(Progress("note", f"{self.trial.label}: {len(rows):,} images to learn from"))
-        model = self._fitted(rows, training.cv if each is None else None)
+        training, rows, n_per_class = self.recipe.training, self.split.training, self.trial.per_class
+        if n_per_class is not None:
+            rows = draw_per_class(rows, n_per_class, self.recipe.split.seed + 1)
+        self.progress(Progress("note", f"{self.trial.label}: {len(rows):,} images to learn from"))
+        model = self._fit_head(rows, training.cv if n_per_class is None else None)
         if training.portable:
             model.attach(self.caches.backbone)
         model.save(self.path, portable=training.portable)
-        self.records.write(name, self.facts, {"model": self.path.name}, self.path)
+        self.records.write(name, self.inputs, {"model": self.path.name}, self.path)
         return load_model(self.path)
 
-    def _fitted(self, rows: Rows, cv: int | None) -> Model:
+    def _fit_head(self, rows: EmbeddingDataset, cv: int | None) -> Model:
         training, head, cache = self.recipe.training, self.trial.head, self.caches.cache
-        trained = train_on(
+        training_result = train_head(
             cache,
             rows,
-            self._plan(rows),
+            self._make_head_config(rows),
             cv,
             calibrate=training.calibrate,
             prior=training.prior or None,
-            progress=self.tell,
+            progress=self.progress,
         )
-        return trained.model(cache, rows, head.output, head.settings, keeping(training.keep if cv else "none"))
+        return training_result.to_model(
+            cache, rows, head.output, head.settings, parse_policy(training.keep if cv else "none")
+        )
 
-    def _plan(self, rows: Rows) -> Any:
+    def _make_head_config(self, rows: EmbeddingDataset) -> Any:
         head, training = self.trial.head, self.recipe.training
-        how = {"metric": training.metric, "one_standard_error": training.one_standard_error, "jobs": training.jobs}
+        options = {"metric": training.metric, "one_standard_error": training.one_standard_error, "jobs": training.jobs}
         try:
-            return plan_of(
+            return make_head_config(
                 self.caches.cache,
                 rows,
                 head.name,
@@ -146,52 +157,56 @@ class Attempt:
                 tune=head.tune,
                 balance=head.balance,
                 random_state=training.seed,
-                **how,
+                **options,
             )
         except ConfigError as error:
             raise ConfigError(f"{self.recipe.where}: [{head.table}] {error}") from None
 
-    def _scored(self) -> dict[str, Any]:
+    def _load_or_score(self) -> dict[str, Any]:
         name = f"{self.trial.slug}.scores"
-        found = self.records.find(name, self._scored_facts)
-        if found is None:
-            found = self._score_of_model() if self.trial.per_class is None else self._score_of_draws()
-            self.records.write(name, self._scored_facts, found)
-        return found
+        scores = self.records.find(name, self._score_inputs)
+        if scores is None:
+            scores = self._score_model() if self.trial.per_class is None else self._score_draws()
+            self.records.write(name, self._score_inputs, scores)
+        return scores
 
-    def _score_of_model(self) -> dict[str, Any]:
-        evaluation = evaluate(load_model(self.path), self.sides.scored, without=self.sides.without)
+    def _score_model(self) -> dict[str, Any]:
+        evaluation = evaluate(load_model(self.path), self.split.test_cache, without=self.split.excluded_table)
         return {**evaluation.scores.to_dict(), "left_out": evaluation.left_out}
 
-    def _score_of_draws(self) -> dict[str, Any]:
+    def _score_draws(self) -> dict[str, Any]:
         """The scores of heads that are fitted on so many images of each class, drawn again and again."""
         assert self.trial.per_class is not None
-        held, scored = self.sides.held, self.sides.scored
-        X = np.asarray(scored.features(self.trial.head.output)[held], np.float32)
-        truth = scored.label_table.take(held).y
-        by_draw = []
+        test_rows, test_cache = self.split.test_rows, self.split.test_cache
+        X = np.asarray(test_cache.features(self.trial.head.output)[test_rows], np.float32)
+        y_true = test_cache.label_table.take(test_rows).y
+        metrics_by_draw = []
         for draw in range(self.recipe.split.draws):
-            rows = drawn(self.sides.training, self.trial.per_class, self.recipe.split.seed + 1 + draw)
-            by_draw.append(_values(self._answers_scored(rows, X, truth)))
-            self.tell(Progress("bar", self.trial.label, draw + 1, self.recipe.split.draws, "draws"))
+            rows = draw_per_class(self.split.training, self.trial.per_class, self.recipe.split.seed + 1 + draw)
+            metrics_by_draw.append(_get_metric_values(self._fit_and_score(rows, X, y_true)))
+            self.progress(Progress("bar", self.trial.label, draw + 1, self.recipe.split.draws, "draws"))
         metrics = {}
-        for key in by_draw[0]:
-            values = [draw[key] for draw in by_draw]
+        for key in metrics_by_draw[0]:
+            values = [draw_metrics[key] for draw_metrics in metrics_by_draw]
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             metrics[key] = {"value": float(np.mean(values)), "low": None, "high": None, "spread": spread}
-        return {"n": len(held), "metrics": metrics, "by_draw": by_draw}
+        return {"n": len(test_rows), "metrics": metrics, "by_draw": metrics_by_draw}
 
-    def _answers_scored(self, rows: Rows, X: NDArray[np.float32], truth: NDArray[Any]) -> Scores:
-        fitted = self._plan(rows).fit(rows)
-        calibration = None if fitted.gives_probabilities else Calibration()
-        return score("classification", truth, fitted.answers(X, calibration), rows.classes, bootstrap=0)
+    def _fit_and_score(self, rows: EmbeddingDataset, X: NDArray[np.float32], y_true: NDArray[Any]) -> Scores:
+        fitted_head = self._make_head_config(rows).fit(rows)
+        calibration = None if fitted_head.gives_probabilities else Calibration()
+        return score("classification", y_true, fitted_head.answers(X, calibration), rows.classes, bootstrap=0)
 
-    def _judged(self, folds: dict[str, Any] | None, held_out: dict[str, Any]) -> tuple[str, float]:
+    def _get_selection_score(
+        self, cross_validation: dict[str, Any] | None, held_out: dict[str, Any]
+    ) -> tuple[str, float]:
         """What the table compares, and how good this is by it."""
-        metrics: dict[str, Any] = (held_out if folds is None else folds)["metrics"]
-        wanted = self.recipe.training.metric
-        name: str = wanted if wanted is not None and wanted in metrics else next(iter(metrics))
-        if folds is None:
+        metrics: dict[str, Any] = (held_out if cross_validation is None else cross_validation)["metrics"]
+        requested_metric = self.recipe.training.metric
+        name: str = (
+            requested_metric if requested_metric is not None and requested_metric in metrics else next(iter(metrics))
+        )
+        if cross_validation is None:
             return name, math.nan
         value = metrics[name]["value"]
         if value is None:
@@ -199,10 +214,10 @@ class Attempt:
         return name, -value if name in LOWER_IS_BETTER else value
 
 
-def _values(scores: Scores) -> dict[str, float]:
+def _get_metric_values(scores: Scores) -> dict[str, float]:
     return {name: float(interval.value) for name, interval in scores.metrics.items()}
 
 
-def _with(metric: str, found: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _select_metric(metric: str, scores: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     undefined = {"value": None, "low": None, "high": None}
-    return {**found["metrics"].get(metric, undefined), **{key: found[key] for key in keys if key in found}}
+    return {**scores["metrics"].get(metric, undefined), **{key: scores[key] for key in keys if key in scores}}

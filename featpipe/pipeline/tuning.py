@@ -7,24 +7,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featpipe.archive import Table
+from featpipe.archive import LabelTable
 from featpipe.cache import FeatureCache
-from featpipe.durable import whole_file
+from featpipe.durable import atomic_write
 from featpipe.evaluation import Evaluation, evaluate
-from featpipe.finetuning import FineTuned, finetune
-from featpipe.fingerprint import fingerprint
+from featpipe.finetuning import FineTuningResult, finetune
+from featpipe.fingerprint import compute_fingerprint
 from featpipe.model import Model, load_model
-from featpipe.pipeline.embedding import Caches
-from featpipe.pipeline.outcome import Result
-from featpipe.pipeline.samples import Divided
-from featpipe.progress import Progress, Tell
+from featpipe.pipeline.embedding import BackboneCaches
+from featpipe.pipeline.outcome import TrialResult
+from featpipe.pipeline.samples import TrainTestSplit
+from featpipe.progress import Progress, ProgressCallback
 from featpipe.recipe import Recipe
 
-__all__ = ["Tuning"]
+__all__ = ["FineTuneRun"]
 
 
 @dataclass(frozen=True, eq=False)
-class Tuning:
+class FineTuneRun:
     """The fine-tuning of one row of the table.
 
     Attributes
@@ -42,25 +42,25 @@ class Tuning:
     """
 
     recipe: Recipe
-    places: list[str]
-    probe: Result
-    caches: Caches
-    sides: Divided
+    archives: list[str]
+    probe: TrialResult
+    caches: BackboneCaches
+    split: TrainTestSplit
     folder: Path
-    tell: Tell
+    progress: ProgressCallback
 
-    def found(self) -> FineTuned:
+    def run(self) -> FineTuningResult:
         """What fine-tuning brought; no work, if its file is what is asked for already."""
         assert self.recipe.finetune is not None
         settings = asdict(self.recipe.finetune)
-        self.tell(Progress("note", f"{self.probe.name}: fine-tuning"))
+        self.progress(Progress("note", f"{self.probe.name}: fine-tuning"))
         return finetune(
-            self._with_backbone(load_model(self.probe.model)),
-            self.places,
-            labels=self._labels(),
-            cache=self._cache,
+            self._attach_backbone(load_model(self.probe.model)),
+            self.archives,
+            labels=self._write_label_table(),
+            cache=self._cache_folder,
             out=self.path,
-            progress=self.tell,
+            progress=self.progress,
             **settings,
         )
 
@@ -70,31 +70,39 @@ class Tuning:
         return self.folder / "models" / f"{self.probe.name}.tuned.model"
 
     @property
-    def _cache(self) -> Path:
+    def _cache_folder(self) -> Path:
         return Path(self.recipe.extractions[0].cache)
 
-    def evaluation(self) -> Evaluation:
+    def evaluate(self) -> Evaluation:
         """The tuned model against the probe, on the images that neither has learnt from."""
-        tuned, probe = (self._with_backbone(load_model(path)) for path in (self.path, self.probe.model))
-        if self.sides.scored is not self.caches.cache:
-            return evaluate(tuned, self._other_images(tuned), cache=self._cache)
-        how: dict[str, Any] = {"labels": self._labels(), "cache": self._cache, "progress": self.tell}
-        return evaluate(tuned, self.places, against=[probe], **how)
+        finetuned, probe = (self._attach_backbone(load_model(path)) for path in (self.path, self.probe.model))
+        if self.split.test_cache is not self.caches.cache:
+            return evaluate(finetuned, self._extract_test_cache(finetuned), cache=self._cache_folder)
+        options: dict[str, Any] = {
+            "labels": self._write_label_table(),
+            "cache": self._cache_folder,
+            "progress": self.progress,
+        }
+        return evaluate(finetuned, self.archives, against=[probe], **options)
 
-    def _other_images(self, model: Model) -> FeatureCache:
+    def _extract_test_cache(self, model: Model) -> FeatureCache:
         from featpipe.extraction import extract
 
-        asked = self.recipe.evaluation
-        labels = None if asked.labels is None else Table(Path(asked.labels))
-        return extract(list(asked.archive), labels=labels, cache=self._cache, progress=self.tell, **model.extraction())
+        config = self.recipe.evaluation
+        labels = None if config.labels is None else LabelTable(Path(config.labels))
+        return extract(
+            list(config.archive), labels=labels, cache=self._cache_folder, progress=self.progress, **model.extraction()
+        )
 
-    def _with_backbone(self, model: Model) -> Model:
+    def _attach_backbone(self, model: Model) -> Model:
         """Code of somebody's own is run here, because the recipe names it."""
         return model.attach(model.request["name"]) if ":" in model.request["name"] else model
 
-    def result(self, found: FineTuned) -> Result:
+    def make_result(self, finetuned: FineTuningResult) -> TrialResult:
         """Its row of the table."""
-        scores = self.evaluation().scores.to_dict() if found.kept == "fine-tuned" else _of_comparison(found)
+        scores = (
+            self.evaluate().scores.to_dict() if finetuned.kept == "fine-tuned" else _get_comparison_scores(finetuned)
+        )
         metric = self.probe.metric
         return replace(
             self.probe,
@@ -106,43 +114,45 @@ class Tuning:
             seconds_to_fit=None,
             model=self.path,
             model_bytes=self.path.stat().st_size,
-            model_digest=fingerprint([self.probe.model_digest, asdict(self.recipe.finetune)]),  # type: ignore[arg-type]
-            best=found.kept == "fine-tuned",
+            model_digest=compute_fingerprint([self.probe.model_digest, asdict(self.recipe.finetune)]),  # type: ignore[arg-type]
+            best=finetuned.kept == "fine-tuned",
         )
 
-    def _labels(self) -> Table:
+    def _write_label_table(self) -> LabelTable:
         """The labels of the run as a table, with its split: what it holds out, fine-tuning does not see either."""
         cache, path = self.caches.cache, self.folder / "sides.csv"
-        sides = dict.fromkeys(self.sides.training.rows.tolist(), "train")
-        if self.sides.scored is cache:
-            sides |= dict.fromkeys(self.sides.held.tolist(), "test")
+        split_by_row = dict.fromkeys(self.split.training.rows.tolist(), "train")
+        if self.split.test_cache is cache:
+            split_by_row |= dict.fromkeys(self.split.test_rows.tolist(), "test")
         labels = cache.label_table
-        with whole_file(path, text=True) as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(["path", *_columns(cache), "split"])
-            for row in sorted(sides):
-                table.writerow([cache.ids[row], *_values(cache, labels.values[row]), sides[row]])
-        columns = ",".join(_columns(cache))
-        return Table(path, "path", columns, cache.task)  # type: ignore[arg-type]
+        with atomic_write(path, text=True) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", *_get_label_columns(cache), "split"])
+            for row in sorted(split_by_row):
+                writer.writerow([cache.ids[row], *_format_labels(cache, labels.values[row]), split_by_row[row]])
+        columns = ",".join(_get_label_columns(cache))
+        return LabelTable(path, "path", columns, cache.task)  # type: ignore[arg-type]
 
 
-def _columns(cache: FeatureCache) -> list[str]:
+def _get_label_columns(cache: FeatureCache) -> list[str]:
     """Of a table that says what a cache knows of its images."""
     if cache.task == "regression":
         return list(cache.classes)
     return ["labels" if cache.task == "multilabel" else "label"]
 
 
-def _values(cache: FeatureCache, values: Any) -> list[str]:
+def _format_labels(cache: FeatureCache, values: Any) -> list[str]:
     if cache.task == "regression":
         return [repr(float(value)) for value in values]
     if cache.task == "multilabel":
-        return [";".join(name for name, one in zip(cache.classes, values.tolist(), strict=True) if one == 1)]
+        return [
+            ";".join(name for name, is_present in zip(cache.classes, values.tolist(), strict=True) if is_present == 1)
+        ]
     return [cache.classes[int(values)]]
 
 
-def _of_comparison(found: FineTuned) -> dict[str, Any]:
+def _get_comparison_scores(finetuned: FineTuningResult) -> dict[str, Any]:
     """The scores of the network that was trained and not kept."""
     names = ("value", "low", "high")
-    metrics = {row["name"]: dict(zip(names, row["tuned"], strict=True)) for row in found.comparison.metrics}
-    return {"n": found.comparison.n, "metrics": metrics}
+    metrics = {row["name"]: dict(zip(names, row["tuned"], strict=True)) for row in finetuned.comparison.metrics}
+    return {"n": finetuned.comparison.n, "metrics": metrics}

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.model import Model
-from featpipe.prediction.asked import Asked
+from featpipe.prediction.asked import PredictConfig
 from featpipe.status import Status
 
-__all__ = ["Prediction", "predictions"]
+__all__ = ["Prediction", "iter_predictions"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Prediction:
     bounds: Sequence[tuple[float, float]] = ()
 
 
-def predictions(
-    model: Model, ids: Sequence[str], status: Sequence[int], X: NDArray[np.floating], asked: Asked
+def iter_predictions(
+    model: Model, ids: Sequence[str], status: Sequence[int], X: NDArray[np.floating], config: PredictConfig
 ) -> Iterator[Prediction]:
     """The predictions of some samples, in their order.
 
@@ -65,28 +65,32 @@ def predictions(
         The embeddings of those samples whose status is ``OK``.
     asked : Asked
     """
-    told = iter(_tell(model, X, asked))
-    for name, code in zip(ids, status, strict=True):
-        found = next(told) if code == Status.OK else {}
-        yield Prediction(name, Status(code).word, **found)
+    model_outputs = iter(_iter_model_outputs(model, X, config))
+    for sample_id, status_code in zip(ids, status, strict=True):
+        fields = next(model_outputs) if status_code == Status.OK else {}
+        yield Prediction(sample_id, Status(status_code).word, **fields)
 
 
-def _tell(model: Model, X: NDArray[np.floating], asked: Asked) -> Iterable[dict[str, Any]]:
+def _iter_model_outputs(model: Model, X: NDArray[np.floating], config: PredictConfig) -> Iterable[dict[str, Any]]:
     if not len(X):
         return
-    found = model.predict_sets_features(X, asked.sets) if asked.sets is not None else [()] * len(X)
-    new = model.novelty_features(X).tolist() if model.trust.novelty is not None else [None] * len(X)
+    prediction_sets = model.predict_sets_features(X, config.sets) if config.sets is not None else [()] * len(X)
+    novelty_scores = model.novelty_features(X).tolist() if model.trust.novelty is not None else [None] * len(X)
     if model.task == "regression":
-        for values, bounds, novelty in zip(model.predict_features(X).reshape(len(X), -1), found, new, strict=True):
-            ends = tuple((float(low), float(high)) for low, high in bounds)
-            yield {"values": tuple(map(float, values)), "bounds": ends, "novelty": novelty}
+        for values, bounds, novelty in zip(
+            model.predict_features(X).reshape(len(X), -1), prediction_sets, novelty_scores, strict=True
+        ):
+            intervals = tuple((float(low), float(high)) for low, high in bounds)
+            yield {"values": tuple(map(float, values)), "bounds": intervals, "novelty": novelty}
         return
-    for row, answers, novelty in zip(model.predict_proba_features(X), found, new, strict=True):
-        order = np.argsort(-row, kind="stable")[: asked.top]
-        ranked = [(model.classes[i], float(row[i])) for i in order]
+    for probabilities, prediction_set, novelty in zip(
+        model.predict_proba_features(X), prediction_sets, novelty_scores, strict=True
+    ):
+        top_indices = np.argsort(-probabilities, kind="stable")[: config.top]
+        ranked_classes = [(model.classes[i], float(probabilities[i])) for i in top_indices]
         if model.task == "multilabel":
-            chosen = [model.classes[i] for i in np.flatnonzero(row > 0.5)]
-            told: dict[str, Any] = {"label": ";".join(chosen), "probability": None}
+            predicted_labels = [model.classes[i] for i in np.flatnonzero(probabilities > 0.5)]
+            decision: dict[str, Any] = {"label": ";".join(predicted_labels), "probability": None}
         else:
-            told = {"label": ranked[0][0], "probability": ranked[0][1]}
-        yield {**told, "top": ranked, "answers": answers, "novelty": novelty}
+            decision = {"label": ranked_classes[0][0], "probability": ranked_classes[0][1]}
+        yield {**decision, "top": ranked_classes, "answers": prediction_set, "novelty": novelty}

@@ -10,13 +10,13 @@ from typing import Any
 from featpipe.errors import ConfigError
 from featpipe.model import Model
 from featpipe.names import check_names
-from featpipe.recipe import Extraction
+from featpipe.recipe import ExtractionConfig
 
-__all__ = ["Asked"]
+__all__ = ["PredictConfig"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class PredictConfig:
     """How to predict.
 
     Parameters
@@ -49,38 +49,44 @@ class Asked:
     def __post_init__(self) -> None:
         if self.top < 1:
             raise ConfigError(f"top is {self.top}; it must be at least 1")
-        self._limits()
+        self._validated_options()
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any]) -> Asked:
+    def from_settings(cls, settings: Mapping[str, Any]) -> PredictConfig:
         """From keyword arguments; an unknown one is answered with the nearest."""
-        check_names("setting", asked, [f.name for f in fields(cls)])
-        return cls(**asked)
+        check_names("setting", settings, [f.name for f in fields(cls)])
+        return cls(**settings)
 
-    def check(self, models: Sequence[Model]) -> None:
+    def check_models(self, models: Sequence[Model]) -> None:
         """Refuse what the models cannot tell, before any work."""
         if self.sets is not None:
             for model in models:
-                model.sets_known().reach(self.sets)
+                model.sets_known().score_quantile(self.sets)
 
-    def extraction(self, model: Model) -> Extraction:
+    def extraction_config(self, model: Model) -> ExtractionConfig:
         """How the images are embedded for a model.
 
         Embeddings that are not kept are not rounded: predictions are then those of ``model.predict_proba``, bit for
         bit, whatever type the caches have that the head was trained on.
         """
-        settings = {**model.extraction(), **self._limits(), "storage": self.storage(model)}
-        return Extraction.of(settings if self.cache is None else {**settings, "cache": self.cache})
+        extraction_settings = {
+            **model.extraction(),
+            **self._validated_options(),
+            "storage": self.embedding_dtype(model),
+        }
+        return ExtractionConfig.from_settings(
+            extraction_settings if self.cache is None else {**extraction_settings, "cache": self.cache}
+        )
 
-    def storage(self, model: Model) -> str:
+    def embedding_dtype(self, model: Model) -> str:
         """The type of the embeddings that the predictions are made of."""
         return "float32" if self.cache is None else str(model.facts["storage"])
 
-    def bad_limit(self, n: int) -> int | None:
+    def get_max_bad_count(self, n: int) -> int | None:
         """How many of n images may have no prediction."""
-        return Extraction(max_bad=self.max_bad).bad_limit(n)
+        return ExtractionConfig(max_bad=self.max_bad).get_max_bad_count(n)
 
-    def _limits(self) -> dict[str, Any]:
-        limits = {name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")}
-        Extraction.of(limits)  # which refuses what cannot be
-        return limits
+    def _validated_options(self) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")}
+        ExtractionConfig.from_settings(options)  # which refuses what cannot be
+        return options

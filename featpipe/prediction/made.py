@@ -24,25 +24,25 @@ from numpy.typing import NDArray
 import featpipe
 from featpipe import trust
 from featpipe.archive import Index
-from featpipe.cache import narrowed
-from featpipe.durable import whole_file
+from featpipe.cache import restrict_facts_to_output
+from featpipe.durable import atomic_write
 from featpipe.errors import SampleError
 from featpipe.extraction import EXTRACTION_VERSION, RACY_NANOSECONDS
-from featpipe.fingerprint import digest, digest_arrays, fingerprint
+from featpipe.fingerprint import compute_fingerprint, digest, digest_arrays
 from featpipe.model import Model
-from featpipe.prediction.asked import Asked
-from featpipe.prediction.files import Columns, columns_of, unfinished_at
-from featpipe.progress import Progress, Tell
+from featpipe.prediction.asked import PredictConfig
+from featpipe.prediction.files import PredictionColumns, find_parts_directory, make_columns
+from featpipe.progress import Progress, ProgressCallback
 from featpipe.status import Status
 
-__all__ = ["FORMAT", "Made", "Request", "made_at", "record", "record_of"]
+__all__ = ["RECEIPT_FORMAT", "PredictionRequest", "Receipt", "read_receipt", "receipt_path", "write_receipt"]
 
-FORMAT = "featpipe-predictions/1"
-BYTES_MAX = 2**20
+RECEIPT_FORMAT = "featpipe-predictions/1"
+MAX_RECEIPT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Made:
+class Receipt:
     """What a finished file was made from.
 
     Attributes
@@ -71,13 +71,13 @@ class Made:
     sha256: str = ""
 
     @property
-    def is_lasting(self) -> bool:
+    def is_deterministic(self) -> bool:
         """Whether another attempt would find the same: an image that was not there may be there now."""
         return not any(status.word in self.status for status in Status if status.transient)
 
 
 @dataclass(frozen=True)
-class Request:
+class PredictionRequest:
     """What is to be predicted, by whom.
 
     Attributes
@@ -94,35 +94,35 @@ class Request:
     """
 
     models: Sequence[Model]
-    columns: Sequence[Columns]
+    columns: Sequence[PredictionColumns]
     index: Index
-    asked: Asked
-    kind: str
+    config: PredictConfig
+    file_suffix: str
     stamps: str | None
 
     @classmethod
-    def of(cls, models: Sequence[Model], index: Index, asked: Asked, path: Path) -> Request:
+    def create(cls, models: Sequence[Model], index: Index, config: PredictConfig, path: Path) -> PredictionRequest:
         """Made as soon as the images are listed: then their times are of now."""
-        racy = np.any(index.mtime_ns > time_ns() - RACY_NANOSECONDS)
-        stamps = None if racy else digest_arrays([("stamps", index.stamps()), ("fault", index.fault)])
-        return cls(models, columns_of(models, asked.sets), index, asked, path.suffix.lower(), stamps)
+        has_racy_mtime = np.any(index.mtime_ns > time_ns() - RACY_NANOSECONDS)
+        stamps = None if has_racy_mtime else digest_arrays([("stamps", index.compute_stamps()), ("fault", index.fault)])
+        return cls(models, make_columns(models, config.sets), index, config, path.suffix.lower(), stamps)
 
     @property
     def digest(self) -> str:
         """Of the models and what is asked of them."""
-        facts = {
-            "format": FORMAT,
+        identity = {
+            "format": RECEIPT_FORMAT,
             "featpipe": featpipe.__version__,
-            "models": [_facts(model) for model in self.models],
+            "models": [_model_identity(model) for model in self.models],
             "columns": [asdict(columns) for columns in self.columns],
-            "embeddings": [EXTRACTION_VERSION, self.asked.storage(self.models[0])],
-            "kind": self.kind,
-            "top": self.asked.top,
-            "sets": self.asked.sets,
+            "embeddings": [EXTRACTION_VERSION, self.config.embedding_dtype(self.models[0])],
+            "kind": self.file_suffix,
+            "top": self.config.top,
+            "sets": self.config.sets,
         }
-        return fingerprint(facts)
+        return compute_fingerprint(identity)
 
-    def made(self, images: NDArray[np.uint8], status: Mapping[str, int]) -> Made:
+    def make_receipt(self, image_digests: NDArray[np.uint8], status: Mapping[str, int]) -> Receipt:
         """What is known when all is predicted, but for the file.
 
         Parameters
@@ -130,71 +130,71 @@ class Request:
         images : ndarray of shape (n, 32), uint8
         status : mapping from str to int
         """
-        return Made(self.digest, self.ids, _digest(images), self.stamps, dict(status))
+        return Receipt(self.digest, self.ids, _hash_image_digests(image_digests), self.stamps, dict(status))
 
     @property
     def ids(self) -> str:
         ids = self.index.ids
         return digest_arrays([("data", ids.data), ("offsets", ids.offsets)])
 
-    def finished(self, path: Path, progress: Tell) -> Made | None:
+    def find_current_receipt(self, path: Path, progress: ProgressCallback) -> Receipt | None:
         """What a file was made from, if that is this request; None if it is to be made.
 
         Images are read where their times do not tell, and the record is then brought up to date.
         """
-        made = made_at(path)
-        if made is None or not made.is_lasting or (made.request, made.ids) != (self.digest, self.ids):
+        receipt = read_receipt(path)
+        if receipt is None or not receipt.is_deterministic or (receipt.request, receipt.ids) != (self.digest, self.ids):
             return None
-        if not self.asked.check_content and made.stamps is not None and made.stamps == self.stamps:
-            return made
-        if made.images != _digest(_read(self.index, progress)):
+        if not self.config.check_content and receipt.stamps is not None and receipt.stamps == self.stamps:
+            return receipt
+        if receipt.images != _hash_image_digests(_hash_images(self.index, progress)):
             return None
-        found = replace(made, stamps=self.stamps)
-        if found != made:
+        updated_receipt = replace(receipt, stamps=self.stamps)
+        if updated_receipt != receipt:
             with suppress(OSError):  # it is only quicker the next time
-                _write(path, found)
-        return found
+                _dump_receipt(path, updated_receipt)
+        return updated_receipt
 
 
-def made_at(path: Path) -> Made | None:
+def read_receipt(path: Path) -> Receipt | None:
     """What is recorded of a file whose bytes are those that were written; else None."""
     try:
-        with open(record_of(path), "rb") as file:
-            facts = json.loads(file.read(BYTES_MAX))
-        made = Made(**{name: facts[name] for name in Made.__dataclass_fields__})
-        if facts["format"] == FORMAT and _sums(path) == (made.bytes, made.sha256):
-            return made
+        with open(receipt_path(path), "rb") as file:
+            document = json.loads(file.read(MAX_RECEIPT_BYTES))
+        receipt = Receipt(**{name: document[name] for name in Receipt.__dataclass_fields__})
+        if document["format"] == RECEIPT_FORMAT and _size_and_sha256(path) == (receipt.bytes, receipt.sha256):
+            return receipt
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass  # no record, or none of ours: it is made again
     return None
 
 
-def record(path: Path, made: Made) -> None:
+def write_receipt(path: Path, receipt: Receipt) -> None:
     """Note what a finished file was made from."""
-    nbytes, sha256 = _sums(path)
-    _write(path, replace(made, bytes=nbytes, sha256=sha256))
+    nbytes, sha256 = _size_and_sha256(path)
+    _dump_receipt(path, replace(receipt, bytes=nbytes, sha256=sha256))
 
 
-def record_of(path: Path) -> Path:
+def receipt_path(path: Path) -> Path:
     """Where that is noted: hidden, so that patterns and readers of whole folders pass it by."""
     return path.with_name(f".{path.name}.made.json")
 
 
-def _write(path: Path, made: Made) -> None:
-    with whole_file(record_of(path), text=True, folder=unfinished_at(path)) as file:
-        json.dump({"format": FORMAT, **asdict(made)}, file, indent=1)
+def _dump_receipt(path: Path, receipt: Receipt) -> None:
+    with atomic_write(receipt_path(path), text=True, folder=find_parts_directory(path)) as file:
+        json.dump({"format": RECEIPT_FORMAT, **asdict(receipt)}, file, indent=1)
 
 
-def _sums(path: Path) -> tuple[int, str]:
+def _size_and_sha256(path: Path) -> tuple[int, str]:
     with open(path, "rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(images: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+def _hash_image_digests(image_digests: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image_digests).data).hexdigest()
 
 
-def _read(index: Index, progress: Tell) -> NDArray[np.uint8]:
+def _hash_images(index: Index, progress: ProgressCallback) -> NDArray[np.uint8]:
     """The digest of each image's bytes, shape (n, 32); zero where they cannot be had."""
     digests = np.zeros((len(index), 32), np.uint8)
     with index.open() as reader:
@@ -205,7 +205,7 @@ def _read(index: Index, progress: Tell) -> NDArray[np.uint8]:
     return digests
 
 
-def _facts(model: Model) -> dict[str, Any]:
+def _model_identity(model: Model) -> dict[str, Any]:
     """All that decides what a model says of an embedding, and which embeddings those are."""
     calibration = model.calibration
     return {
@@ -213,8 +213,8 @@ def _facts(model: Model) -> dict[str, Any]:
         "task": model.task,
         "classes": list(model.classes),
         "output": model.output,
-        "backbone": narrowed(model.facts, model.output)["backbone"],
+        "backbone": restrict_facts_to_output(model.facts, model.output)["backbone"],
         "precision": model.facts["precision"],
-        "calibration": None if calibration is None else calibration.facts(),
+        "calibration": None if calibration is None else calibration.to_dict(),
         "trust": hashlib.sha256(trust.dumps(model.trust)).hexdigest(),
     }

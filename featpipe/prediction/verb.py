@@ -22,29 +22,29 @@ import numpy as np
 
 from featpipe import archive
 from featpipe.archive import Index
-from featpipe.cache import narrowed, parts_directory
-from featpipe.commit import Parts
+from featpipe.cache import parts_directory, restrict_facts_to_output
+from featpipe.commit import StagingArea
 from featpipe.deadline import Deadline
 from featpipe.errors import ArchiveError, ConfigError
-from featpipe.extraction import Embedded, embed_into, extract_index, facts_of
-from featpipe.fingerprint import differences, fingerprint
+from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, make_facts
+from featpipe.fingerprint import compute_fingerprint, describe_differences
 from featpipe.model import Model
-from featpipe.prediction.answers import Prediction, predictions
-from featpipe.prediction.asked import Asked
-from featpipe.prediction.files import cannot_write, columns_of, writer_for
+from featpipe.prediction.answers import Prediction, iter_predictions
+from featpipe.prediction.asked import PredictConfig
+from featpipe.prediction.files import make_columns, make_write_error, select_writer
 from featpipe.prediction.live import stream_all
-from featpipe.prediction.made import Request, record
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.recipe import Extraction
+from featpipe.prediction.made import PredictionRequest, write_receipt
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
 
-__all__ = ["Counts", "predict"]
+__all__ = ["StatusCounts", "predict"]
 
-ROWS_AT_ONCE = 1024
-SHARED = ("backbone", "precision", "storage")  # of the facts of two models that one forward pass serves
+HEAD_BATCH_ROWS = 1024
+SHARED_EMBEDDING_KEYS = ("backbone", "precision", "storage")  # of the facts of two models that one forward pass serves
 
 
-class Counts(dict[str, int]):
+class StatusCounts(dict[str, int]):
     """How many samples have which status."""
 
     def _repr_html_(self) -> str:
@@ -58,9 +58,9 @@ def predict(
     out: str | os.PathLike[str] | None = None,
     *,
     also: Sequence[Model] = (),
-    progress: Tell = quiet,
-    **asked: Any,
-) -> Counts:
+    progress: ProgressCallback = report_warnings_only,
+    **options: Any,
+) -> StatusCounts:
     """Predict every sample of some archives.
 
     Interrupted, the same call goes on; where the file is what would be written, nothing is done.
@@ -95,185 +95,194 @@ def predict(
     --------
     >>> predict(model, "photos/", "predictions.csv", cache="cache/")                 # doctest: +SKIP
     """
-    settings = Asked.of(asked)
-    deadline = Deadline(settings.time_limit)
+    config = PredictConfig.from_settings(options)
+    deadline = Deadline(config.time_limit)
     models = [model, *also]
-    writer_for(out)
-    settings.check(models)
-    for number, other in enumerate(also, 2):
-        _refuse_other_embeddings(model, other, number)
-    if out is None and settings.cache is None:
-        _refuse_what_needs_a_place(model, settings)
-    work = _Work(models, archive.index(archives), None if out is None else Path(out), settings, progress, deadline)
-    return work.run()
+    select_writer(out)
+    config.check_models(models)
+    for model_number, other in enumerate(also, 2):
+        _check_same_embeddings(model, other, model_number)
+    if out is None and config.cache is None:
+        _check_stdout_options(model, config)
+    job = _PredictionJob(
+        models, archive.index(archives), None if out is None else Path(out), config, progress, deadline
+    )
+    return job.run()
 
 
 @dataclass(frozen=True)
-class _Work:
+class _PredictionJob:
     """One prediction of some archives."""
 
     models: Sequence[Model]
     index: Index
     path: Path | None
-    asked: Asked
-    progress: Tell
+    config: PredictConfig
+    progress: ProgressCallback
     deadline: Deadline
 
-    def run(self) -> Counts:
+    def run(self) -> StatusCounts:
         if self.path is not None:
-            return self._to_file(self.path)
-        if self.asked.cache is not None:
-            found = self._cached()
-            return self._write(self._answered(found))
+            return self._predict_to_file(self.path)
+        if self.config.cache is not None:
+            embeddings = self._embed_to_cache()
+            return self._write_predictions(self._iter_predictions(embeddings))
         self.models[0].engine(len(self.index))  # a backbone that cannot be had is told before the first line
-        with closing(stream_all(self.models, self.index, self.asked, self.progress)) as rows:
-            counts = self._write(rows)
-        self._tell_bad(counts)
+        with closing(stream_all(self.models, self.index, self.config, self.progress)) as rows:
+            counts = self._write_predictions(rows)
+        self._report_failures(counts)
         return counts
 
-    def _to_file(self, path: Path) -> Counts:
+    def _predict_to_file(self, path: Path) -> StatusCounts:
         """Make the file, unless it is what would be made."""
-        request = Request.of(self.models, self.index, self.asked, path)
-        done = self._finished(request, path)
-        if done is not None:
-            return done
-        _refuse_unwritable(path)
-        if self.asked.cache is not None:
-            return self._finish(request, path, self._cached())
-        return self._in_parts(request, path)
+        request = PredictionRequest.create(self.models, self.index, self.config, path)
+        finished_counts = self._find_finished_counts(request, path)
+        if finished_counts is not None:
+            return finished_counts
+        _check_writable(path)
+        if self.config.cache is not None:
+            return self._write_with_receipt(request, path, self._embed_to_cache())
+        return self._predict_via_staging(request, path)
 
-    def _in_parts(self, request: Request, path: Path) -> Counts:
+    def _predict_via_staging(self, request: PredictionRequest, path: Path) -> StatusCounts:
         """Make the file from parts beside it, which are removed when it is there."""
-        settings, backbone = self._settings, self.models[0].backbone
-        parts = Parts(parts_directory(path), fingerprint(facts_of(backbone, settings)))
-        waited = parts.busy()
-        if waited:
+        extraction_config, backbone = self._extraction_config, self.models[0].backbone
+        staging_area = StagingArea(parts_directory(path), compute_fingerprint(make_facts(backbone, extraction_config)))
+        had_to_wait = staging_area.is_locked()
+        if had_to_wait:
             self.progress(Progress("note", f"{path}: another prediction writes this file; waiting for it"))
-        with parts.writing():
-            done = self._finished(request, path) if waited else None
-            if done is None:
-                found = embed_into(parts, self.index, backbone, settings, self.progress, deadline=self.deadline)
-                done = self._finish(request, path, found)
-            parts.remove()
-        return done
+        with staging_area.lock_for_writing():
+            counts = self._find_finished_counts(request, path) if had_to_wait else None
+            if counts is None:
+                embeddings = embed_into_parts(
+                    staging_area, self.index, backbone, extraction_config, self.progress, deadline=self.deadline
+                )
+                counts = self._write_with_receipt(request, path, embeddings)
+            staging_area.remove()
+        return counts
 
     @property
-    def _settings(self) -> Extraction:
-        return self.asked.extraction(self.models[0])
+    def _extraction_config(self) -> ExtractionConfig:
+        return self.config.extraction_config(self.models[0])
 
-    def _cached(self) -> Embedded:
+    def _embed_to_cache(self) -> IndexEmbeddings:
         """The embeddings as a cache."""
-        settings, backbone = self._settings, self.models[0].backbone
+        extraction_config, backbone = self._extraction_config, self.models[0].backbone
         cache = extract_index(
-            self.index, backbone, settings, self.progress, refuse_all_bad=False, deadline=self.deadline
+            self.index, backbone, extraction_config, self.progress, require_readable=False, deadline=self.deadline
         )
-        return Embedded(
+        return IndexEmbeddings(
             cache.status_codes, cache.digests, lambda output, start, stop: cache.features(output)[start:stop]
         )
 
-    def _finished(self, request: Request, path: Path) -> Counts | None:
+    def _find_finished_counts(self, request: PredictionRequest, path: Path) -> StatusCounts | None:
         """How many samples have which status in a file that needs no work; None if it does."""
-        made = request.finished(path, self.progress)
-        if made is None:
+        receipt = request.find_current_receipt(path, self.progress)
+        if receipt is None:
             return None
-        _remove_unfinished(path)
-        counts = Counts(made.status)
+        _remove_stale_parts(path)
+        counts = StatusCounts(receipt.status)
         n = len(self.index)
         self.progress(Progress("note", f"{path}: these predictions of {n} images are there already: no forward pass"))
-        self._tell_bad(counts)
-        self._refuse_too_many_bad(counts)
+        self._report_failures(counts)
+        self._check_max_bad(counts)
         return counts
 
-    def _finish(self, request: Request, path: Path, found: Embedded) -> Counts:
-        counts = self._write(self._answered(found))
+    def _write_with_receipt(self, request: PredictionRequest, path: Path, embeddings: IndexEmbeddings) -> StatusCounts:
+        counts = self._write_predictions(self._iter_predictions(embeddings))
         try:
-            record(path, request.made(found.digests, counts))
+            write_receipt(path, request.make_receipt(embeddings.digests, counts))
         except OSError as error:
-            raise cannot_write(path, error) from None
+            raise make_write_error(path, error) from None
         return counts
 
-    def _answered(self, found: Embedded) -> Iterator[tuple[Prediction, ...]]:
+    def _iter_predictions(self, embeddings: IndexEmbeddings) -> Iterator[tuple[Prediction, ...]]:
         """What the models say of each row, block by block."""
         n, output = len(self.index), self.models[0].output
-        for start in range(0, n, ROWS_AT_ONCE):
-            stop = min(n, start + ROWS_AT_ONCE)
-            status = found.status[start:stop]
-            X = np.asarray(found.block(output, start, stop)[status == Status.OK], np.float32)
+        for start in range(0, n, HEAD_BATCH_ROWS):
+            stop = min(n, start + HEAD_BATCH_ROWS)
+            status = embeddings.status[start:stop]
+            X = np.asarray(embeddings.load_block(output, start, stop)[status == Status.OK], np.float32)
             ids = self.index.ids[start:stop]
-            told = (predictions(model, ids, status.tolist(), X, self.asked) for model in self.models)
-            yield from zip(*told, strict=True)
+            predictions_by_model = (
+                iter_predictions(model, ids, status.tolist(), X, self.config) for model in self.models
+            )
+            yield from zip(*predictions_by_model, strict=True)
             self.progress(Progress("bar", "predicting", stop, n))
 
-    def _write(self, rows: Iterator[tuple[Prediction, ...]]) -> Counts:
-        counts = Counts()
-        with writer_for(self.path)(self.path, columns_of(self.models, self.asked.sets)) as write:
-            for sample in rows:
-                status = sample[0].status
+    def _write_predictions(self, rows: Iterator[tuple[Prediction, ...]]) -> StatusCounts:
+        counts = StatusCounts()
+        with select_writer(self.path)(self.path, make_columns(self.models, self.config.sets)) as write:
+            for sample_predictions in rows:
+                status = sample_predictions[0].status
                 counts[status] = counts.get(status, 0) + 1
-                write(sample)
+                write(sample_predictions)
         return counts
 
-    def _refuse_too_many_bad(self, counts: Mapping[str, int]) -> None:
+    def _check_max_bad(self, counts: Mapping[str, int]) -> None:
         """Of a finished file: another limit may have held when it was made."""
-        limit = self.asked.bad_limit(len(self.index))
-        bad = sum(counts.values()) - counts.get(Status.OK.word, 0)
-        if limit is not None and bad > limit:
+        max_bad_count = self.config.get_max_bad_count(len(self.index))
+        n_bad = sum(counts.values()) - counts.get(Status.OK.word, 0)
+        if max_bad_count is not None and n_bad > max_bad_count:
             raise ArchiveError(
-                f"{self.path}: {bad} images have no prediction, more than --max-bad {self.asked.max_bad} allows; "
+                f"{self.path}: {n_bad} images have no prediction, more than --max-bad {self.config.max_bad} allows; "
                 "repair them, or run again with a higher --max-bad"
             )
 
-    def _tell_bad(self, counts: Mapping[str, int]) -> None:
-        bad = {status: count for status, count in counts.items() if status != Status.OK.word}
-        if bad:
-            reasons = ", ".join(f"{count} {status}" for status, count in bad.items())
-            text = f"{sum(bad.values())} of {len(self.index)} images have no prediction: {reasons}"
+    def _report_failures(self, counts: Mapping[str, int]) -> None:
+        bad_counts = {status: count for status, count in counts.items() if status != Status.OK.word}
+        if bad_counts:
+            reasons = ", ".join(f"{count} {status}" for status, count in bad_counts.items())
+            text = f"{sum(bad_counts.values())} of {len(self.index)} images have no prediction: {reasons}"
             self.progress(Progress("warning", text))
 
 
-def _refuse_unwritable(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     """Find out before the work, and without a file that a kill would leave there; missing folders are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise make_write_error(path, error) from None
     if path.is_dir():
-        raise cannot_write(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
+        raise make_write_error(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
     if not os.access(path.parent, os.W_OK):
-        raise cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise make_write_error(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def _remove_unfinished(path: Path) -> None:
+def _remove_stale_parts(path: Path) -> None:
     """Remove what a kill left between the last step of a prediction and the end."""
-    parts = Parts(parts_directory(path), "")
-    if parts.directory.is_dir() and not parts.busy():
-        with parts.writing():
-            parts.remove()
+    staging_area = StagingArea(parts_directory(path), "")
+    if staging_area.directory.is_dir() and not staging_area.is_locked():
+        with staging_area.lock_for_writing():
+            staging_area.remove()
 
 
-def _refuse_other_embeddings(first: Model, other: Model, number: int) -> None:
+def _check_same_embeddings(first: Model, other: Model, model_number: int) -> None:
     """Refuse a model that the first one's forward pass does not serve."""
-    name = other.path or f"model {number}"
+    name = other.path or f"model {model_number}"
     if other.output != first.output:
         raise ConfigError(
             f"{name}: was trained on {other.output!r} and {first.path or 'the first'} on {first.output!r}; models that "
             "share a forward pass have the same output: predict with each in a command of its own"
         )
-    ours, theirs = ({key: narrowed(model.facts, model.output)[key] for key in SHARED} for model in (first, other))
-    differ = differences(theirs, ours, other="in the first")
-    if differ:
+    first_identity, other_identity = (
+        {key: restrict_facts_to_output(model.facts, model.output)[key] for key in SHARED_EMBEDDING_KEYS}
+        for model in (first, other)
+    )
+    mismatches = describe_differences(other_identity, first_identity, expected_label="in the first")
+    if mismatches:
         raise ConfigError(
-            f"{name}: was trained on other embeddings than {first.path or 'the first'} ({'; '.join(differ[:4])}); "
+            f"{name}: was trained on other embeddings than {first.path or 'the first'} ({'; '.join(mismatches[:4])}); "
             "predict with each in a command of its own"
         )
 
 
-def _refuse_what_needs_a_place(model: Model, asked: Asked) -> None:
+def _check_stdout_options(model: Model, config: PredictConfig) -> None:
     """Refuse what standard output cannot give: work that is kept, or that is known before it is told."""
-    limits = {"max_bad": asked.max_bad, "time_limit": asked.time_limit}
-    wanted = [name.replace("_", "-") for name, value in limits.items() if value is not None]
-    wanted += ["several devices"] if "," in model.device else []
-    if wanted:
+    restricted_options = {"max_bad": config.max_bad, "time_limit": config.time_limit}
+    unsupported = [name.replace("_", "-") for name, value in restricted_options.items() if value is not None]
+    unsupported += ["several devices"] if "," in model.device else []
+    if unsupported:
         raise ConfigError(
-            f"{wanted[0]}: finished work needs a place, which standard output is not; give --out or --cache"
+            f"{unsupported[0]}: finished work needs a place, which standard output is not; give --out or --cache"
         )

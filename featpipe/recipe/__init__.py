@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from featpipe.recipe.changes import parse_changes
-from featpipe.recipe.reading import BACKBONE, EXTRACTION, read_recipe
-from featpipe.recipe.settings import AUTO, ENGINES, PRECISIONS, STORAGES, Extraction, FineTuning
-from featpipe.recipe.shipped import question_of, shipped
-from featpipe.recipe.tables import ALL, TILES, Evaluation, Head, Recipe, Report, Samples, Split, Training
+from featpipe.recipe.reading import BACKBONE_FIELDS, EXTRACTION_KEYS, read_recipe
+from featpipe.recipe.settings import AUTO, ENGINES, PRECISIONS, STORAGES, ExtractionConfig, FineTuneConfig
+from featpipe.recipe.shipped import list_builtin_recipes, read_question
+from featpipe.recipe.tables import (
+    ALL_HEADS,
+    TILES_ARCHIVE,
+    EvaluationConfig,
+    Recipe,
+    RecipeHead,
+    ReportConfig,
+    SamplesConfig,
+    SplitConfig,
+    TrainingConfig,
+)
 
 __all__ = [
-    "ALL",
+    "ALL_HEADS",
     "AUTO",
-    "BACKBONE",
+    "BACKBONE_FIELDS",
     "ENGINES",
-    "EXTRACTION",
+    "EXTRACTION_KEYS",
     "PRECISIONS",
     "STORAGES",
-    "TILES",
-    "Evaluation",
-    "Extraction",
-    "FineTuning",
-    "Head",
+    "TILES_ARCHIVE",
+    "EvaluationConfig",
+    "ExtractionConfig",
+    "FineTuneConfig",
     "Recipe",
-    "Report",
-    "Samples",
-    "Split",
-    "Training",
+    "RecipeHead",
+    "ReportConfig",
+    "SamplesConfig",
+    "SplitConfig",
+    "TrainingConfig",
+    "list_builtin_recipes",
     "parse_changes",
-    "question_of",
+    "read_question",
     "read_recipe",
-    "shipped",
 ]

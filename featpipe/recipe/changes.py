@@ -8,7 +8,7 @@ from typing import Any
 
 from featpipe.errors import ConfigError
 
-__all__ = ["changed", "parse_changes"]
+__all__ = ["apply_changes", "parse_changes"]
 
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
@@ -27,25 +27,25 @@ def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
     >>> parse_changes(["heads.0.C=0.1,1", "archive=photos/", "heads.0.hidden=[[256, 128]]", "split.groups="])
     {'heads.0.C': [0.1, 1], 'archive': 'photos/', 'heads.0.hidden': [[256, 128]], 'split.groups': None}
     """
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for text in texts:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not key or not all(key.split(".")):
+        key, separator, value = (part.strip() for part in text.partition("="))
+        if not separator or not key or not all(key.split(".")):
             raise ConfigError(f"--set {text!r} is not KEY=VALUE; write it as in heads.0.C=10")
-        if key in found:
+        if key in changes:
             raise ConfigError(f"--set {key!r} is given twice; give it once")
-        found[key] = _value(value) if value else None
-    return found
+        changes[key] = _parse_value(value) if value else None
+    return changes
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return [_value(part.strip()) for part in text.split(",") if part.strip()] if "," in text else text
+        return [_parse_value(part.strip()) for part in text.split(",") if part.strip()] if "," in text else text
 
 
-def changed(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's document with some of its values replaced; it is not changed itself.
 
     Parameters
@@ -65,44 +65,44 @@ def changed(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     >>> changed({"heads": [{"name": "knn"}]}, {"heads.0.n_neighbors": 3, "heads.1.name": "lda"})
     {'heads': [{'name': 'knn', 'n_neighbors': 3}, {'name': 'lda'}]}
     """
-    result = _copied(document)
+    changed_document = _copy_nested(document)
     for key, value in changes.items():
-        *path, last = key.split(".")
-        place: Any = result
-        for depth, part in enumerate(path):
-            following = [*path, last][depth + 1]
-            place = _entered(place, part, [] if following.isdigit() else {}, key)
-        _put(place, last, value, key)
-    return result
+        *parents, last_part = key.split(".")
+        container: Any = changed_document
+        for depth, part in enumerate(parents):
+            next_part = [*parents, last_part][depth + 1]
+            container = _get_or_create(container, part, [] if next_part.isdigit() else {}, key)
+        _set_value(container, last_part, value, key)
+    return changed_document
 
 
-def _copied(value: Any) -> Any:
+def _copy_nested(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: _copy_nested(item) for key, item in value.items()}
+    return [_copy_nested(item) for item in value] if isinstance(value, list) else value
 
 
-def _entered(place: Any, part: str, empty: Any, key: str) -> Any:
+def _get_or_create(container: Any, part: str, default: Any, key: str) -> Any:
     """The table or array of this name in a table or array, which is made if there is none."""
-    if isinstance(place, dict) and not part.isdigit():
-        return place.setdefault(part, empty)
-    if isinstance(place, list) and part.isdigit() and int(part) <= len(place):
-        if int(part) == len(place):
-            place.append(empty)
-        return place[int(part)]
-    raise _no_way(key, part)
+    if isinstance(container, dict) and not part.isdigit():
+        return container.setdefault(part, default)
+    if isinstance(container, list) and part.isdigit() and int(part) <= len(container):
+        if int(part) == len(container):
+            container.append(default)
+        return container[int(part)]
+    raise _make_key_error(key, part)
 
 
-def _put(place: Any, last: str, value: Any, key: str) -> None:
-    if isinstance(place, list) and last.isdigit() and int(last) <= len(place):
-        place[int(last) : int(last) + 1] = [] if value is None else [value]
-    elif not isinstance(place, dict):
-        raise _no_way(key, last)
+def _set_value(container: Any, last_part: str, value: Any, key: str) -> None:
+    if isinstance(container, list) and last_part.isdigit() and int(last_part) <= len(container):
+        container[int(last_part) : int(last_part) + 1] = [] if value is None else [value]
+    elif not isinstance(container, dict):
+        raise _make_key_error(key, last_part)
     elif value is None:
-        place.pop(last, None)
+        container.pop(last_part, None)
     else:
-        place[last] = value
+        container[last_part] = value
 
 
-def _no_way(key: str, part: str) -> ConfigError:
+def _make_key_error(key: str, part: str) -> ConfigError:
     return ConfigError(f"--set {key}: there is no {part!r} there; tables are named and counted as in heads.0.C=10")

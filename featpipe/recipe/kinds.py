@@ -8,18 +8,18 @@ from datetime import date, time
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["fits", "kinds_of", "listed", "plain", "told"]
+__all__ = ["convert_value", "describe_type", "get_field_types", "is_sequence_type", "matches_type"]
 
-_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
 
 
 @cache
-def kinds_of(stage: type) -> dict[str, Any]:
+def get_field_types(config_class: type) -> dict[str, Any]:
     """The annotation of each field of a dataclass."""
-    return get_type_hints(stage)
+    return get_type_hints(config_class)
 
 
-def fits(value: object, kind: Any) -> bool:
+def matches_type(value: object, annotation: Any) -> bool:
     """Whether a value of a TOML file is of the kind of a field.
 
     Examples
@@ -27,35 +27,39 @@ def fits(value: object, kind: Any) -> bool:
     >>> fits(3, float), fits(True, int), fits(["a", "b"], tuple[str, ...]), fits("a", int | None)
     (True, False, True, False)
     """
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(fits(value, one) for one in get_args(kind))
-    if get_origin(kind) in (tuple, Sequence):
-        each = get_args(kind)[0]
-        return all(fits(one, each) for one in value) if isinstance(value, (list, tuple)) else fits(value, each)
-    if get_origin(kind) is Mapping:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(matches_type(value, member) for member in get_args(annotation))
+    if get_origin(annotation) in (tuple, Sequence):
+        item_type = get_args(annotation)[0]
+        return (
+            all(matches_type(item, item_type) for item in value)
+            if isinstance(value, (list, tuple))
+            else matches_type(value, item_type)
+        )
+    if get_origin(annotation) is Mapping:
         return isinstance(value, Mapping)
-    if kind is Any:
+    if annotation is Any:
         return not isinstance(value, (list, Mapping))
-    if kind is float:
+    if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
+    if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(kind, type) and isinstance(value, kind)
+    return isinstance(annotation, type) and isinstance(value, annotation)
 
 
-def listed(kind: Any) -> bool:
+def is_sequence_type(annotation: Any) -> bool:
     """Whether a field takes several values by its nature."""
-    return get_origin(kind) in (tuple, Sequence)
+    return get_origin(annotation) in (tuple, Sequence)
 
 
-def plain(value: object, kind: Any) -> object:
+def convert_value(value: object, annotation: Any) -> object:
     """The value as the field takes it: one text where several may stand is a tuple of one, dates are texts."""
-    if listed(kind):
+    if is_sequence_type(annotation):
         return tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return value.isoformat() if isinstance(value, (date, time)) else value
 
 
-def told(kind: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """What a field takes, in words.
 
     Examples
@@ -63,9 +67,13 @@ def told(kind: Any) -> str:
     >>> told(int | None), told(tuple[str, ...])
     ('a whole number', 'text, or a list of it')
     """
-    if get_origin(kind) in (Union, types.UnionType):
-        words = [told(one) for one in get_args(kind) if one is not type(None) and one in (str, int, float, bool)]
-        return " or ".join(dict.fromkeys(words))
-    if listed(kind):
-        return f"{told(get_args(kind)[0])}, or a list of it"
-    return _WORDS.get(dict if get_origin(kind) is Mapping else kind, "text")
+    if get_origin(annotation) in (Union, types.UnionType):
+        type_names = [
+            describe_type(member)
+            for member in get_args(annotation)
+            if member is not type(None) and member in (str, int, float, bool)
+        ]
+        return " or ".join(dict.fromkeys(type_names))
+    if is_sequence_type(annotation):
+        return f"{describe_type(get_args(annotation)[0])}, or a list of it"
+    return _TYPE_NAMES.get(dict if get_origin(annotation) is Mapping else annotation, "text")

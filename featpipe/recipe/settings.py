@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from featpipe.deadline import seconds_of
+from featpipe.deadline import parse_duration
 from featpipe.errors import ConfigError
-from featpipe.names import check_names, unknown
+from featpipe.names import check_names, unknown_name_error
 
-__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "Extraction", "FineTuning"]
+__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "ExtractionConfig", "FineTuneConfig"]
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 STORAGES = ("float32", "float16")
@@ -22,7 +22,7 @@ SCHEDULES = ("cosine", "one-cycle", "constant")
 
 
 @dataclass(frozen=True)
-class Extraction:
+class ExtractionConfig:
     """How to extract: the one home of the defaults.
 
     Parameters
@@ -92,30 +92,30 @@ class Extraction:
 
     def __post_init__(self) -> None:
         if self.precision not in (*PRECISIONS, AUTO):
-            raise unknown("precision", self.precision, (*PRECISIONS, AUTO))
+            raise unknown_name_error("precision", self.precision, (*PRECISIONS, AUTO))
         if self.engine not in ENGINES:
-            raise unknown("engine", self.engine, ENGINES)
+            raise unknown_name_error("engine", self.engine, ENGINES)
         if not 0 <= self.min_cosine <= 1:
             raise ConfigError(f"min_cosine is {self.min_cosine}; it must be from 0 to 1")
         if self.storage not in STORAGES:
-            raise unknown("storage", self.storage, STORAGES)
+            raise unknown_name_error("storage", self.storage, STORAGES)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; it must be at least 1")
         if self.shard_bytes < 1:
             raise ConfigError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
         if isinstance(self.outputs, str):
             object.__setattr__(self, "outputs", (self.outputs,))
-        self.bad_limit(0)
+        self.get_max_bad_count(0)
         if self.time_limit is not None:
-            seconds_of(self.time_limit)
+            parse_duration(self.time_limit)
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Extraction:
+    def from_settings(cls, settings: Mapping[str, Any]) -> ExtractionConfig:
         """From keyword arguments; an unknown one is answered with the nearest."""
         check_names("setting", settings, [f.name for f in fields(cls)])
         return cls(**settings)
 
-    def bad_limit(self, n: int) -> int | None:
+    def get_max_bad_count(self, n: int) -> int | None:
         """How many of n images may be bad."""
         value = self.max_bad
         if value is None:
@@ -133,7 +133,7 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuneConfig:
     """How to fine-tune: the one home of the defaults.
 
     Parameters
@@ -235,7 +235,7 @@ class FineTuning:
     keep_worse: bool = False
 
     def __post_init__(self) -> None:
-        words = {
+        choices = {
             "batch_norm": ("frozen", "trained"),
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
@@ -246,14 +246,23 @@ class FineTuning:
             "sampling": (None, "balanced"),
             "weights": (None, "none"),
         }
-        for name, known in words.items():
-            if getattr(self, name) not in known:
-                raise unknown(name, str(getattr(self, name)), [word for word in known if word is not None])
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise unknown_name_error(
+                    name, str(getattr(self, name)), [choice for choice in allowed if choice is not None]
+                )
         object.__setattr__(self, "unfreeze", str(self.unfreeze))  # 3 and 0.3 are numbers to whoever does not type them
         if isinstance(self.learning_rate, str) and self.learning_rate != "find":
             raise ConfigError(f"learning_rate is {self.learning_rate!r}; give a number above 0, or find")
-        for name, least in {"epochs": 1, "batch": 1, "accumulate": 1, "views": 1, "patience": 0, "gradual": 0}.items():
-            _check_range(name, getattr(self, name), least, None, whole=True)
+        for name, minimum in {
+            "epochs": 1,
+            "batch": 1,
+            "accumulate": 1,
+            "views": 1,
+            "patience": 0,
+            "gradual": 0,
+        }.items():
+            _check_range(name, getattr(self, name), minimum, None, is_integer=True)
         for name in ("momentum", "warmup", "label_smoothing", "ema", "test", "validation"):
             _check_range(name, getattr(self, name), 0, 1)
         for name in ("weight_decay", "clip", "mixup", "cutmix", "layer_decay"):
@@ -262,7 +271,7 @@ class FineTuning:
             _check_range("learning_rate", self.learning_rate, 1e-12, None)
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> FineTuning:
+    def from_settings(cls, settings: Mapping[str, Any]) -> FineTuneConfig:
         """From keyword arguments; an unknown one is answered with the nearest."""
         check_names("setting", settings, [f.name for f in fields(cls)])
         if settings.get("weights") == "none":  # an untrained network learns nothing with most of it frozen
@@ -270,10 +279,15 @@ class FineTuning:
         return cls(**settings)
 
 
-def _check_range(name: str, value: object, least: float, below: float | None, *, whole: bool = False) -> None:
+def _check_range(
+    name: str, value: object, minimum: float, upper_bound: float | None, *, is_integer: bool = False
+) -> None:
     """Refuse what is no number from ``least`` up to, and without, ``below``."""
-    kinds = (int,) if whole else (int, float)
-    fits = isinstance(value, kinds) and not isinstance(value, bool)
-    if not fits or not least <= value or (below is not None and not value < below):  # type: ignore[operator]
-        kind, high = ("whole number" if whole else "number"), "" if below is None else f", below {below:g}"
-        raise ConfigError(f"{name} is {value!r}; give a {kind} of {least:g} or more{high}")
+    allowed_types = (int,) if is_integer else (int, float)
+    has_valid_type = isinstance(value, allowed_types) and not isinstance(value, bool)
+    if not has_valid_type or not minimum <= value or (upper_bound is not None and not value < upper_bound):  # type: ignore[operator]
+        kind, upper_text = (
+            ("whole number" if is_integer else "number"),
+            "" if upper_bound is None else f", below {upper_bound:g}",
+        )
+        raise ConfigError(f"{name} is {value!r}; give a {kind} of {minimum:g} or more{upper_text}")

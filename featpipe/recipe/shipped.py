@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
+from featpipe.names import unknown_name_error
 
-__all__ = ["FOLDER", "find", "question_of", "shipped"]
+__all__ = ["RECIPES_FOLDER", "find_recipe", "list_builtin_recipes", "read_question"]
 
-FOLDER = Path(__file__).parents[1] / "pipelines"
+RECIPES_FOLDER = Path(__file__).parents[1] / "pipelines"
 """A link to the folder ``pipelines`` of the sources, and a folder of its own where featpipe is installed."""
 
-SUFFIX = ".toml"
+RECIPE_SUFFIX = ".toml"
 
 
-def shipped() -> list[str]:
+def list_builtin_recipes() -> list[str]:
     """The names of the recipes that come along.
 
     Examples
@@ -25,10 +25,10 @@ def shipped() -> list[str]:
     >>> "smoke" in shipped()
     True
     """
-    return sorted(path.stem for path in FOLDER.glob(f"*{SUFFIX}"))
+    return sorted(path.stem for path in RECIPES_FOLDER.glob(f"*{RECIPE_SUFFIX}"))
 
 
-def find(recipe: str | os.PathLike[str]) -> Path:
+def find_recipe(recipe: str | os.PathLike[str]) -> Path:
     """The file of a recipe.
 
     Parameters
@@ -42,17 +42,21 @@ def find(recipe: str | os.PathLike[str]) -> Path:
         If there is none.
     """
     text = os.fspath(recipe)
-    if not isinstance(recipe, str) or text.endswith(SUFFIX) or os.sep in text:
+    if not isinstance(recipe, str) or text.endswith(RECIPE_SUFFIX) or os.sep in text:
         path = Path(text)
         if not path.is_file():
             raise ConfigError(f"{path}: there is no such recipe; `featpipe run --list` names those that come along")
         return path
-    if text not in shipped():
-        raise unknown("recipe", text, shipped(), f"(a file of your own ends in {SUFFIX})")
-    return FOLDER / f"{text}{SUFFIX}"
+    if text not in list_builtin_recipes():
+        raise unknown_name_error(
+            "recipe", text, list_builtin_recipes(), f"(a file of your own ends in {RECIPE_SUFFIX})"
+        )
+    return RECIPES_FOLDER / f"{text}{RECIPE_SUFFIX}"
 
 
-def question_of(name: str) -> str:
+def read_question(name: str) -> str:
     """What a recipe that comes along answers: the value of its key ``question``."""
-    found = re.search(r'^question = "(.*)"$', (FOLDER / f"{name}{SUFFIX}").read_text(encoding="utf-8"), re.MULTILINE)
-    return found[1] if found else ""
+    question_match = re.search(
+        r'^question = "(.*)"$', (RECIPES_FOLDER / f"{name}{RECIPE_SUFFIX}").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return question_match[1] if question_match else ""

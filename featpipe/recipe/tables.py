@@ -7,21 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
-from featpipe.recipe.settings import Extraction, FineTuning
+from featpipe.names import unknown_name_error
+from featpipe.recipe.settings import ExtractionConfig, FineTuneConfig
 
-__all__ = ["ALL", "TILES", "Evaluation", "Head", "Recipe", "Report", "Samples", "Split", "Training"]
+__all__ = [
+    "ALL_HEADS",
+    "TILES_ARCHIVE",
+    "EvaluationConfig",
+    "Recipe",
+    "RecipeHead",
+    "ReportConfig",
+    "SamplesConfig",
+    "SplitConfig",
+    "TrainingConfig",
+]
 
-TILES = "featpipe:tiles"
+TILES_ARCHIVE = "featpipe:tiles"
 """The archive that comes along: tiles of the photographs in scikit-image and scikit-learn."""
-ALL = "all"
+ALL_HEADS = "all"
 """The head that stands for every head which does the task."""
-BALANCES = ("over", "under", "smote")
+RESAMPLING_METHODS = ("over", "under", "smote")
 TASKS = ("classification", "regression", "multilabel")
 
 
 @dataclass(frozen=True)
-class Samples:
+class SamplesConfig:
     """Which images, and what is known of them: the keys before the first table of a recipe.
 
     Attributes
@@ -47,7 +57,7 @@ class Samples:
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
-            raise unknown("task", self.task, TASKS)
+            raise unknown_name_error("task", self.task, TASKS)
         if self.images is not None and self.images < 1:
             raise ConfigError(f"images is {self.images}; it must be at least 1")
         if self.labels is None and (self.path_column or self.label_column or self.task):
@@ -55,7 +65,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitConfig:
     """Which images are learnt from, and which a score is reported for.
 
     Attributes
@@ -95,7 +105,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Head:
+class RecipeHead:
     """One head to train.
 
     Attributes
@@ -125,16 +135,16 @@ class Head:
     table: str = field(default="heads.0", compare=False)
 
     def __post_init__(self) -> None:
-        if self.balance is not None and self.balance not in BALANCES:
-            raise unknown("balance", self.balance, BALANCES)
+        if self.balance is not None and self.balance not in RESAMPLING_METHODS:
+            raise unknown_name_error("balance", self.balance, RESAMPLING_METHODS)
         if any(not isinstance(values, (list, tuple)) or not values for values in self.grid.values()):
             raise ConfigError("grid lists what is tried of each setting, as in grid = {C = [0.1, 1]}")
-        if self.name == ALL and (self.settings or self.grid):
+        if self.name == ALL_HEADS and (self.settings or self.grid):
             raise ConfigError("settings and a grid are of one head, not of all; name it")
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingConfig:
     """How every head is trained.
 
     Attributes
@@ -178,7 +188,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     """What the models are scored on.
 
     Attributes
@@ -201,7 +211,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportConfig:
     """The page.
 
     Attributes
@@ -240,14 +250,14 @@ class Recipe:
     name: str
     where: str
     question: str = ""
-    samples: Samples = field(default_factory=Samples)
-    extractions: tuple[Extraction, ...] = (Extraction(),)
-    heads: tuple[Head, ...] = (Head(),)
-    split: Split = field(default_factory=Split)
-    training: Training = field(default_factory=Training)
-    finetune: FineTuning | None = None
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    report: Report = field(default_factory=Report)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    extractions: tuple[ExtractionConfig, ...] = (ExtractionConfig(),)
+    heads: tuple[RecipeHead, ...] = (RecipeHead(),)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    finetune: FineTuneConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
         if self.finetune is not None and (self.split.per_class or self.samples.images is not None):

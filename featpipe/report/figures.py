@@ -8,169 +8,214 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.evaluation import Evaluation
-from featpipe.evaluation.trusting import NEW, novelty_summary
-from featpipe.reliability import judged
-from featpipe.report.page import Table
-from featpipe.scores import share_interval
+from featpipe.evaluation.trusting import NOVELTY_THRESHOLD, summarize_novelty
+from featpipe.reliability import compute_confidence
+from featpipe.report.page import ReportTable
+from featpipe.scores import wilson_interval
 
-__all__ = ["Figure", "learning_of", "novelty_of", "reliability_of", "sets_of", "threshold_of"]
+__all__ = [
+    "Figure",
+    "make_coverage_figure",
+    "make_learning_curve_figure",
+    "make_novelty_figure",
+    "make_reliability_figure",
+    "make_threshold_figure",
+]
 
-Figure = tuple[Table, str, Any]
+Figure = tuple[ReportTable, str, Any]
 
-BINS = 10
+N_RELIABILITY_BINS = 10
 
 
-def _confidences(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+def _decision_confidences(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
     """What is claimed of each decision and whether it is so, flat; None where nothing is claimed."""
     if evaluation.model.task == "regression" or len(evaluation.model.classes) < 2:
         return None
-    confidence, right = judged(evaluation.predicted, evaluation.judged.y)
-    return confidence.ravel(), right.ravel()
+    confidence, is_correct = compute_confidence(evaluation.predicted, evaluation.judged.y)
+    return confidence.ravel(), is_correct.ravel()
 
 
-def reliability_of(evaluation: Evaluation) -> Figure | None:
+def make_reliability_figure(evaluation: Evaluation) -> Figure | None:
     """How often the model is right, where it is so sure."""
-    found = _confidences(evaluation)
-    if found is None:
+    decisions = _decision_confidences(evaluation)
+    if decisions is None:
         return None
-    confidence, right = found
-    where = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    count = np.bincount(where, minlength=BINS)
-    hits, claimed = np.bincount(where, right, BINS), np.bincount(where, confidence, BINS)
-    low, high = share_interval(hits, count)
+    confidence, is_correct = decisions
+    bin_indices = np.minimum((confidence * N_RELIABILITY_BINS).astype(int), N_RELIABILITY_BINS - 1)
+    bin_counts = np.bincount(bin_indices, minlength=N_RELIABILITY_BINS)
+    correct_counts, confidence_sums = (
+        np.bincount(bin_indices, is_correct, N_RELIABILITY_BINS),
+        np.bincount(bin_indices, confidence, N_RELIABILITY_BINS),
+    )
+    low, high = wilson_interval(correct_counts, bin_counts)
     points = [
         {
-            "from": i / BINS,
-            "to": (i + 1) / BINS,
-            "confidence": round(claimed[i] / count[i], 4),
-            "share": round(hits[i] / count[i], 4),
+            "from": i / N_RELIABILITY_BINS,
+            "to": (i + 1) / N_RELIABILITY_BINS,
+            "confidence": round(confidence_sums[i] / bin_counts[i], 4),
+            "share": round(correct_counts[i] / bin_counts[i], 4),
             "low": round(float(low[i]), 4),
             "high": round(float(high[i]), 4),
-            "rows": int(count[i]),
+            "rows": int(bin_counts[i]),
         }
-        for i in np.flatnonzero(count).tolist()
+        for i in np.flatnonzero(bin_counts).tolist()
     ]
-    rows = [
-        [f"{p['from']:.1f}–{p['to']:.1f}", p["rows"], p["confidence"], p["share"], p["low"], p["high"]] for p in points
+    table_rows = [
+        [
+            f"{point['from']:.1f}–{point['to']:.1f}",
+            point["rows"],
+            point["confidence"],
+            point["share"],
+            point["low"],
+            point["high"],
+        ]
+        for point in points
     ]
-    gap = float((claimed - hits).sum() / count.sum())
-    many = evaluation.model.task == "multilabel"
-    if many:
-        text = f"Over all labels, probabilities are {abs(gap):.1%} too {'high' if gap > 0 else 'low'} on average."
+    calibration_gap = float((confidence_sums - correct_counts).sum() / bin_counts.sum())
+    is_multilabel = evaluation.model.task == "multilabel"
+    if is_multilabel:
+        text = f"Over all labels, probabilities are {abs(calibration_gap):.1%} too {'high' if calibration_gap > 0 else 'low'} on average."
     else:
-        text = f"The model is right {right.mean():.1%} of the time and {confidence.mean():.1%} sure on average"
-        text += ": well calibrated overall." if abs(gap) < 0.02 else f": {'over' if gap > 0 else 'under'}confident."
-    return Table(["confidence", "rows", "mean confidence", "share right", "low", "high"], rows), text, points
+        text = f"The model is right {is_correct.mean():.1%} of the time and {confidence.mean():.1%} sure on average"
+        text += (
+            ": well calibrated overall."
+            if abs(calibration_gap) < 0.02
+            else f": {'over' if calibration_gap > 0 else 'under'}confident."
+        )
+    return (
+        ReportTable(["confidence", "rows", "mean confidence", "share right", "low", "high"], table_rows),
+        text,
+        points,
+    )
 
 
-def threshold_of(evaluation: Evaluation) -> Figure | None:
+def make_threshold_figure(evaluation: Evaluation) -> Figure | None:
     """What is left, and how right it is, where only answers above a threshold are given."""
-    found = _confidences(evaluation)
-    if found is None:
+    decisions = _decision_confidences(evaluation)
+    if decisions is None:
         return None
-    confidence, right = found
+    confidence, is_correct = decisions
     if evaluation.model.task == "multilabel":
-        return _labels_given(confidence, right)
+        return _make_precision_recall_figure(confidence, is_correct)
     points = []
     for step in range(100):
-        answered = confidence >= step / 100
-        if not answered.any():
+        is_answered = confidence >= step / 100
+        if not is_answered.any():
             break
-        hits, n = float(right[answered].sum()), int(answered.sum())
-        low, high = share_interval(hits, n)
+        n_correct, n_answered = float(is_correct[is_answered].sum()), int(is_answered.sum())
+        low, high = wilson_interval(n_correct, n_answered)
         points.append(
             {
                 "threshold": step / 100,
-                "answered": round(n / len(confidence), 4),
-                "right": round(hits / n, 4),
+                "answered": round(n_answered / len(confidence), 4),
+                "right": round(n_correct / n_answered, 4),
                 "low": round(float(low), 4),
                 "high": round(float(high), 4),
-                "wrong": n - int(hits),
-                "rows": n,
+                "wrong": n_answered - int(n_correct),
+                "rows": n_answered,
             }
         )
-    rows = [[p["threshold"], p["rows"], p["answered"], p["right"], p["wrong"]] for p in points[::10]]
-    wanted = next((p for p in points if p["right"] >= 0.99), None)
+    table_rows = [
+        [point["threshold"], point["rows"], point["answered"], point["right"], point["wrong"]] for point in points[::10]
+    ]
+    target_point = next((point for point in points if point["right"] >= 0.99), None)
     text = (
-        f"Answers from a probability of {wanted['threshold']:.2f} on are right 99 % of the time; they are "
-        f"{wanted['answered']:.0%} of all."
-        if wanted
+        f"Answers from a probability of {target_point['threshold']:.2f} on are right 99 % of the time; they are "
+        f"{target_point['answered']:.0%} of all."
+        if target_point
         else "No threshold leaves answers that are right 99 % of the time."
     )
-    return Table(["threshold", "answered", "share answered", "share right", "wrong"], rows), text, points
+    return ReportTable(["threshold", "answered", "share answered", "share right", "wrong"], table_rows), text, points
 
 
-def _labels_given(p: NDArray[np.float64], true: NDArray[np.bool_]) -> Figure:
+def _make_precision_recall_figure(probabilities: NDArray[np.float64], is_true: NDArray[np.bool_]) -> Figure:
     """Precision and recall over all labels."""
     points: list[dict[str, Any]] = []
     for step in range(100):
-        given = p >= step / 100
-        if not given.any():
+        is_predicted = probabilities >= step / 100
+        if not is_predicted.any():
             break
-        hits = int((given & true).sum())
+        n_true_positives = int((is_predicted & is_true).sum())
         points.append(
             {
                 "threshold": step / 100,
-                "answered": round(hits / max(1, int(true.sum())), 4),
-                "right": round(hits / max(1, int(given.sum())), 4),
-                "wrong": int((given & ~true).sum()),
-                "rows": int(given.sum()),
+                "answered": round(n_true_positives / max(1, int(is_true.sum())), 4),
+                "right": round(n_true_positives / max(1, int(is_predicted.sum())), 4),
+                "wrong": int((is_predicted & ~is_true).sum()),
+                "rows": int(is_predicted.sum()),
             }
         )
-    best = max(points, key=lambda q: 2 * q["right"] * q["answered"] / max(1e-9, q["right"] + q["answered"]))
-    text = f"Precision and recall are best balanced at a probability of {best['threshold']:.2f}."
-    rows = [[q["threshold"], q["rows"], q["answered"], q["right"], q["wrong"]] for q in points[::10]]
-    return Table(["threshold", "labels given", "recall", "precision", "wrong"], rows), text, points
+    best_point = max(
+        points, key=lambda point: 2 * point["right"] * point["answered"] / max(1e-9, point["right"] + point["answered"])
+    )
+    text = f"Precision and recall are best balanced at a probability of {best_point['threshold']:.2f}."
+    table_rows = [
+        [point["threshold"], point["rows"], point["answered"], point["right"], point["wrong"]] for point in points[::10]
+    ]
+    return ReportTable(["threshold", "labels given", "recall", "precision", "wrong"], table_rows), text, points
 
 
-def learning_of(evaluation: Evaluation) -> Figure | None:
+def make_learning_curve_figure(evaluation: Evaluation) -> Figure | None:
     """The errors of heads trained on fewer images, and what more are expected to bring."""
     curve = evaluation.learning_curve
     if curve is None:
         return None
-    each = zip(curve.sizes, curve.errors, curve.lows, curve.highs, strict=True)
-    measured = [{"size": n, "error": e, "low": low, "high": high} for n, e, low, high in each]
-    ahead = {"size": curve.ahead, "error": curve.expected, "low": curve.low, "high": curve.high}
-    rows: list[list[Any]] = [[p["size"], p["error"], p["low"], p["high"]] for p in measured]
-    rows.append([f"{curve.ahead:,} (forecast)", curve.expected, curve.low, curve.high])
-    share = evaluation.model.task != "regression"
-    now, then, low, high = (
-        f"{value:.1%}" if share else f"{value:.3g}"
+    curve_points = zip(curve.sizes, curve.errors, curve.lows, curve.highs, strict=True)
+    measured = [{"size": size, "error": error, "low": low, "high": high} for size, error, low, high in curve_points]
+    forecast_point = {"size": curve.ahead, "error": curve.expected, "low": curve.low, "high": curve.high}
+    table_rows: list[list[Any]] = [[point["size"], point["error"], point["low"], point["high"]] for point in measured]
+    table_rows.append([f"{curve.ahead:,} (forecast)", curve.expected, curve.low, curve.high])
+    is_percentage = evaluation.model.task != "regression"
+    current_error, forecast_error, low, high = (
+        f"{value:.1%}" if is_percentage else f"{value:.3g}"
         for value in (curve.errors[-1], curve.expected, curve.low, curve.high)
     )
-    text = f"With twice the training images ({curve.ahead:,}) the error is expected to go from {now} to {then}, within "
+    text = f"With twice the training images ({curve.ahead:,}) the error is expected to go from {current_error} to {forecast_error}, within "
     text += f"{low} and {high}" + ("." if curve.high < curve.errors[-1] else ": a gain cannot be told from chance.")
-    return Table(["training images", "error", "low", "high"], rows), text, {"measured": measured, "ahead": ahead}
+    return (
+        ReportTable(["training images", "error", "low", "high"], table_rows),
+        text,
+        {"measured": measured, "ahead": forecast_point},
+    )
 
 
-def sets_of(evaluation: Evaluation) -> Figure | None:
+def make_coverage_figure(evaluation: Evaluation) -> Figure | None:
     """How often sets of answers hold the right one."""
-    found = evaluation.coverage
-    if not found:
+    coverages = evaluation.coverage
+    if not coverages:
         return None
-    numbers = evaluation.model.task == "regression"
-    points = [coverage.to_dict() for coverage in found]
-    size = "mean width" if numbers else "mean size"
-    rows = [[f"{p['level']:.0%}", p["coverage"], p["low"], p["high"], p["size"], p["single"]] for p in points]
-    at = min(found, key=lambda coverage: abs(coverage.level - 0.9))
-    what = "intervals" if numbers else "sets"
-    text = f"Of {what} asked to hold the right answer {at.level:.0%} of the time, {at.coverage.value:.1%} do"
-    text += f", with a {size} of {at.size:.3g}." + ("" if numbers else f" {at.single:.0%} name one class alone.")
-    return Table(["asked for", "holds", "low", "high", size, "single"], rows), text, points
+    is_regression = evaluation.model.task == "regression"
+    points = [coverage.to_dict() for coverage in coverages]
+    size_label = "mean width" if is_regression else "mean size"
+    table_rows = [
+        [f"{point['level']:.0%}", point["coverage"], point["low"], point["high"], point["size"], point["single"]]
+        for point in points
+    ]
+    reference_coverage = min(coverages, key=lambda coverage: abs(coverage.level - 0.9))
+    set_kind = "intervals" if is_regression else "sets"
+    text = f"Of {set_kind} asked to hold the right answer {reference_coverage.level:.0%} of the time, {reference_coverage.coverage.value:.1%} do"
+    text += f", with a {size_label} of {reference_coverage.size:.3g}." + (
+        "" if is_regression else f" {reference_coverage.single:.0%} name one class alone."
+    )
+    return ReportTable(["asked for", "holds", "low", "high", size_label, "single"], table_rows), text, points
 
 
-def novelty_of(evaluation: Evaluation) -> Figure | None:
+def make_novelty_figure(evaluation: Evaluation) -> Figure | None:
     """How new the rows look, beside training-like images, of which each bar would hold as many."""
-    novelty, summary = evaluation.novelty, novelty_summary(evaluation)
+    novelty, summary = evaluation.novelty, summarize_novelty(evaluation)
     if novelty is None or summary is None:
         return None
-    count = np.histogram(novelty, bins=20, range=(0, 1))[0]
+    bin_counts = np.histogram(novelty, bins=20, range=(0, 1))[0]
     points = [
-        {"from": i / 20, "to": (i + 1) / 20, "share": round(n / len(novelty), 4)} for i, n in enumerate(count.tolist())
+        {"from": i / 20, "to": (i + 1) / 20, "share": round(n / len(novelty), 4)}
+        for i, n in enumerate(bin_counts.tolist())
     ]
-    text = f"{summary['share']:.1%} of the images look newer than {NEW:.0%} of training-like ones"
-    right, others = summary.get("right_of_new"), summary.get("right_of_others")
-    if right is not None and others is not None:
-        text += f"; of those {right:.1%} are right, of the others {others:.1%}"
-    rows = [[f"{p['from']:.2f}–{p['to']:.2f}", n, p["share"]] for p, n in zip(points, count.tolist(), strict=True)]
-    return Table(["novelty", "images", "share"], rows), text + ".", points
+    text = f"{summary['share']:.1%} of the images look newer than {NOVELTY_THRESHOLD:.0%} of training-like ones"
+    novel_accuracy, other_accuracy = summary.get("right_of_new"), summary.get("right_of_others")
+    if novel_accuracy is not None and other_accuracy is not None:
+        text += f"; of those {novel_accuracy:.1%} are right, of the others {other_accuracy:.1%}"
+    table_rows = [
+        [f"{point['from']:.2f}–{point['to']:.2f}", n, point["share"]]
+        for point, n in zip(points, bin_counts.tolist(), strict=True)
+    ]
+    return ReportTable(["novelty", "images", "share"], table_rows), text + ".", points

@@ -15,24 +15,24 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
-from featpipe.durable import whole_file
+from featpipe.durable import atomic_write
 from featpipe.errors import ConfigError
-from featpipe.report.charts import axis_of, curve_of, matrix_of
+from featpipe.report.charts import make_axis, make_confusion_matrix, make_training_curve
 from featpipe.report.page import Page
-from featpipe.scores import METRICS, Scores, number
+from featpipe.scores import METRICS, Scores, format_score
 
-__all__ = ["render", "write"]
+__all__ = ["render_page", "write_page"]
 
 # More classes than this make a matrix that nobody reads: the most confused pairs stand in its place.
-_MATRIX = 40
+_MAX_MATRIX_CLASSES = 40
 # More classes than this are folded away behind the weakest ones.
-_WEAKEST = 20
+_MAX_UNFOLDED_CLASSES = 20
 
 # Control characters, and those that override or embed a direction of writing; the marks that right-to-left names
 # need of themselves stay.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_INVISIBLE_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
-_COLUMNS = {
+_CLASS_COLUMN_TITLES = {
     "f1": "F1",
     "precision": "Precision",
     "recall": "Recall",
@@ -45,7 +45,7 @@ _COLUMNS = {
 }
 
 
-def write(page: Page, path: str | os.PathLike[str]) -> Path:
+def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     """Write a page to a file; under its final name it is whole, or as it was before.
 
     Raises
@@ -54,9 +54,9 @@ def write(page: Page, path: str | os.PathLike[str]) -> Path:
         If the file cannot be written.
     """
     target = Path(path)
-    data = render(page).encode("utf-8", "backslashreplace")
+    data = render_page(page).encode("utf-8", "backslashreplace")
     try:
-        with whole_file(target) as file:
+        with atomic_write(target) as file:
             file.write(data)
     except OSError as error:
         raise ConfigError(
@@ -65,26 +65,26 @@ def write(page: Page, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def render(page: Page) -> str:
+def render_page(page: Page) -> str:
     """The page as HTML that asks nothing of the network: styles, scripts, data and pictures inside."""
-    template, style, scripts = _parts()
-    name, meaning = METRICS.get(page.comparison_score, (page.comparison_score, ""))
-    bounds = [bound for row in page.comparison for bound in (row.score.value, row.score.low, row.score.high)]
+    template, style, scripts = _load_template_and_assets()
+    score_title, meaning = METRICS.get(page.comparison_score, (page.comparison_score, ""))
+    interval_bounds = [bound for row in page.comparison for bound in (row.score.value, row.score.low, row.score.high)]
     return template.render(
         page=page,
         style=style,
         scripts=scripts if page.drawn else (),
-        policy=_policy(style, scripts if page.drawn else ()),
-        data=_json(page.drawn) if page.drawn else "",
-        axis=axis_of(bounds),
-        compared={"name": name, "meaning": meaning},
-        curves=[curve_of(name, values) for name, values in page.curves.items()],
-        contents=_contents(page),
-        **_scored(page.scores),
+        policy=_make_content_security_policy(style, scripts if page.drawn else ()),
+        data=_to_script_json(page.drawn) if page.drawn else "",
+        axis=make_axis(interval_bounds),
+        compared={"name": score_title, "meaning": meaning},
+        curves=[make_training_curve(name, values) for name, values in page.curves.items()],
+        contents=_list_sections(page),
+        **_make_score_context(page.scores),
     )
 
 
-def _contents(page: Page) -> list[tuple[str, str]]:
+def _list_sections(page: Page) -> list[tuple[str, str]]:
     """The sections that people jump to."""
     sections = [
         ("comparison", "Comparison", page.comparison),
@@ -97,108 +97,115 @@ def _contents(page: Page) -> list[tuple[str, str]]:
         ("how", "How it was judged", page.how),
         ("provenance", "Repeat", page.provenance),
     ]
-    return [(target, title) for target, title, there in sections if there]
+    return [(target, title) for target, title, is_present in sections if is_present]
 
 
-def _scored(scores: Scores | None) -> dict[str, Any]:
+def _make_score_context(scores: Scores | None) -> dict[str, Any]:
     """What the template shows of some scores."""
     if scores is None:
         return {"metrics": [], "columns": [], "weakest": [], "others": [], "matrix": [], "pairs": []}
-    metrics = [(*METRICS.get(name, (name, "")), score) for name, score in scores.metrics.items()]
-    rows = scores.weakest()
-    large = len(scores.classes) > _MATRIX
-    shown = _WEAKEST if large else len(rows)
+    metric_rows = [(*METRICS.get(name, (name, "")), score) for name, score in scores.metrics.items()]
+    class_rows = scores.weakest()
+    has_many_classes = len(scores.classes) > _MAX_MATRIX_CLASSES
+    n_unfolded = _MAX_UNFOLDED_CLASSES if has_many_classes else len(class_rows)
     return {
-        "metrics": metrics,
-        "columns": [(key, title) for key, title in _COLUMNS.items() if rows and key in rows[0]],
-        "weakest": rows[:shown],
-        "others": rows[shown:],
-        "matrix": [] if large else matrix_of(scores),
-        "pairs": [pair for pair in scores.confused(20 if large else 5) if large or pair[2] > 1],
+        "metrics": metric_rows,
+        "columns": [(key, title) for key, title in _CLASS_COLUMN_TITLES.items() if class_rows and key in class_rows[0]],
+        "weakest": class_rows[:n_unfolded],
+        "others": class_rows[n_unfolded:],
+        "matrix": [] if has_many_classes else make_confusion_matrix(scores),
+        "pairs": [pair for pair in scores.confused(20 if has_many_classes else 5) if has_many_classes or pair[2] > 1],
     }
 
 
 @cache
-def _parts() -> tuple[Template, str, tuple[str, ...]]:
+def _load_template_and_assets() -> tuple[Template, str, tuple[str, ...]]:
     """The template, the style sheet and the scripts: D3 and Observable Plot, then our own."""
-    room = files("featpipe.report")
+    package_files = files("featpipe.report")
     environment = Environment(
-        loader=FunctionLoader(lambda name: (room / name).read_text("utf-8")),
+        loader=FunctionLoader(lambda name: (package_files / name).read_text("utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=_cell, plain=_plain, short=_short, seconds=_seconds, data_uri=_data_uri, percent=_percent, chance=_chance
+        number=_format_cell,
+        plain=_escape_invisible,
+        short=_truncate_name,
+        seconds=_format_duration,
+        data_uri=_to_data_uri,
+        percent=_format_percent,
+        chance=_format_p_value,
     )
     scripts = tuple(
-        (room / name).read_text("utf-8").strip() for name in ("vendor/d3.min.js", "vendor/plot.min.js", "page.js")
+        (package_files / name).read_text("utf-8").strip()
+        for name in ("vendor/d3.min.js", "vendor/plot.min.js", "page.js")
     )
-    return environment.get_template("page.html"), (room / "style.css").read_text("utf-8"), scripts
+    return environment.get_template("page.html"), (package_files / "style.css").read_text("utf-8"), scripts
 
 
-def _policy(style: str, scripts: Sequence[str]) -> str:
+def _make_content_security_policy(style: str, scripts: Sequence[str]) -> str:
     """What a browser may do for this page: run these scripts, use this style, show pictures that are inside it."""
-    parts = ["default-src 'none'", "img-src data:", f"style-src {_hash(style)}"]
+    directives = ["default-src 'none'", "img-src data:", f"style-src {_csp_hash(style)}"]
     if scripts:
-        parts.append(f"script-src {' '.join(map(_hash, scripts))}")
-    return "; ".join([*parts, "base-uri 'none'", "form-action 'none'"])
+        directives.append(f"script-src {' '.join(map(_csp_hash, scripts))}")
+    return "; ".join([*directives, "base-uri 'none'", "form-action 'none'"])
 
 
 @cache
-def _hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _json(value: object) -> str:
+def _to_script_json(value: object) -> str:
     """As it can stand within a script element: no character of HTML in it, texts as `_plain` makes them."""
-    text = json.dumps(_visible(value), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_escape_invisible_in(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _visible(value: object) -> Any:
+def _escape_invisible_in(value: object) -> Any:
     if isinstance(value, str):
-        return _plain(value)
+        return _escape_invisible(value)
     if isinstance(value, bytes):
-        return _data_uri(value)
+        return _to_data_uri(value)
     if isinstance(value, Mapping):
-        return {_plain(str(key)): _visible(item) for key, item in value.items()}
+        return {_escape_invisible(str(key)): _escape_invisible_in(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_visible(item) for item in value]
+        return [_escape_invisible_in(item) for item in value]
     return value
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, str):
-        return _short(_plain(value))
+        return _truncate_name(_escape_invisible(value))
     if value is None:
         return "–"
-    return number(value) if isinstance(value, float) else f"{value:,}"
+    return format_score(value) if isinstance(value, float) else f"{value:,}"
 
 
-def _chance(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {number(p)}"
+def _format_p_value(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p = {format_score(p_value)}"
 
 
-def _plain(text: str) -> str:
+def _escape_invisible(text: str) -> str:
     """Text with the characters made visible that would vanish in HTML, or show the others in a false order."""
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _INVISIBLE_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def _short(text: str) -> str:
+def _truncate_name(text: str) -> str:
     """What of a long name is laid out at all; the style sheet cuts it further to the room there is."""
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _percent(share: float) -> str:
+def _format_percent(probability: float) -> str:
     """A probability as people read it, never rounded up to certainty."""
-    if 0.995 <= share < 1:
+    if 0.995 <= probability < 1:
         return "> 99 %"
-    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "< 1 %"
+    return f"{100 * probability:.0f} %" if probability >= 0.01 or probability == 0 else "< 1 %"
 
 
-def _seconds(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """A duration as people read it.
 
     Examples
@@ -208,13 +215,13 @@ def _seconds(seconds: float) -> str:
     """
     if seconds < 10:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    return f"{minutes} min {remaining_seconds:02} s" if minutes else f"{remaining_seconds} s"
 
 
-def _data_uri(picture: bytes) -> str:
-    kind = "webp" if picture[:4] == b"RIFF" else "jpeg"
-    return f"data:image/{kind};base64," + base64.b64encode(picture).decode("ascii")
+def _to_data_uri(image_bytes: bytes) -> str:
+    image_format = "webp" if image_bytes[:4] == b"RIFF" else "jpeg"
+    return f"data:image/{image_format};base64," + base64.b64encode(image_bytes).decode("ascii")

@@ -8,11 +8,11 @@ from typing import Any
 
 from featpipe.scores import Interval, Scores
 
-__all__ = ["Gallery", "Page", "Picture", "Rival", "Row", "Table"]
+__all__ = ["BaselineRow", "ComparisonRow", "Gallery", "Page", "ReportImage", "ReportTable"]
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One head or baseline of a comparison on the same test rows.
 
     Attributes
@@ -34,7 +34,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportImage:
     """One image with what was predicted for it.
 
     Attributes
@@ -67,7 +67,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Figures, with their headings.
 
     Attributes
@@ -102,13 +102,13 @@ class Gallery:
     name: str
     title: str
     meaning: str
-    table: Table
-    pictures: Sequence[Picture] = ()
+    table: ReportTable
+    pictures: Sequence[ReportImage] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Rival:
+class BaselineRow:
     """Another model on the same rows, and how the two differ.
 
     Attributes
@@ -171,17 +171,17 @@ class Page:
     title: str
     lead: str = ""
     facts: Sequence[tuple[str, str]] = ()
-    comparison: Sequence[Row] = ()
+    comparison: Sequence[ComparisonRow] = ()
     comparison_score: str = "accuracy"
     scores: Scores | None = None
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[ReportImage] = ()
     bad: Sequence[tuple[str, int]] = ()
     provenance: Sequence[tuple[str, str]] = ()
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     how: Sequence[tuple[str, str]] = ()
-    rivals: Sequence[Rival] = ()
+    rivals: Sequence[BaselineRow] = ()
     galleries: Sequence[Gallery] = ()
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: Mapping[str, ReportTable] = field(default_factory=dict)
     sentences: Mapping[str, str] = field(default_factory=dict)
     drawn: Mapping[str, Any] = field(default_factory=dict)

@@ -13,8 +13,8 @@ from featpipe.fingerprint import digest
 
 __all__ = ["Thumbnails"]
 
-PIXELS = 80
-WORKERS = 4  # decoding lets go of the interpreter
+THUMBNAIL_PIXELS = 80
+N_DECODING_THREADS = 4  # decoding lets go of the interpreter
 
 
 class Thumbnails:
@@ -38,42 +38,42 @@ class Thumbnails:
             index = archive.index(paths) if paths else None
         except FeatpipeError:
             index = None
-        places = {} if index is None else _places(index.ids, cache.ids)
-        self._index = index if places else None
-        self._places = places
-        self._made: dict[int, bytes] = {}
+        index_rows = {} if index is None else _match_index_rows(index.ids, cache.ids)
+        self._index = index if index_rows else None
+        self._index_rows = index_rows
+        self._thumbnails: dict[int, bytes] = {}
 
     @property
-    def found(self) -> bool:
+    def is_available(self) -> bool:
         return self._index is not None
 
-    def of(self, rows: Sequence[int]) -> dict[int, bytes]:
+    def load(self, rows: Sequence[int]) -> dict[int, bytes]:
         """Thumbnails by row number."""
-        wanted = [row for row in dict.fromkeys(rows) if row not in self._made and row in self._places]
-        if self._index is not None and wanted:
-            wanted.sort(key=self._places.__getitem__)
-            blocks = [wanted[start::WORKERS] for start in range(WORKERS)]
-            with ThreadPoolExecutor(WORKERS) as pool:
-                for made in pool.map(self._read, [block for block in blocks if block]):
-                    self._made |= made
-        return {row: self._made[row] for row in rows if row in self._made}
+        missing_rows = [row for row in dict.fromkeys(rows) if row not in self._thumbnails and row in self._index_rows]
+        if self._index is not None and missing_rows:
+            missing_rows.sort(key=self._index_rows.__getitem__)
+            row_blocks = [missing_rows[start::N_DECODING_THREADS] for start in range(N_DECODING_THREADS)]
+            with ThreadPoolExecutor(N_DECODING_THREADS) as pool:
+                for loaded in pool.map(self._load_thumbnails, [block for block in row_blocks if block]):
+                    self._thumbnails |= loaded
+        return {row: self._thumbnails[row] for row in rows if row in self._thumbnails}
 
-    def _read(self, rows: Sequence[int]) -> dict[int, bytes]:
-        made = {}
+    def _load_thumbnails(self, rows: Sequence[int]) -> dict[int, bytes]:
+        thumbnails = {}
         with self._index.open() as reader:
             for row in rows:
                 try:
-                    data = reader.read(self._places[row])
+                    data = reader.read(self._index_rows[row])
                     if digest(data) == self._cache.digests[row].tobytes():  # else it is another picture by now
-                        made[row] = image.preview(data, PIXELS)
+                        thumbnails[row] = image.preview(data, THUMBNAIL_PIXELS)
                 except ArchiveError:
                     continue
-        return made
+        return thumbnails
 
 
-def _places(there: Sequence[str], ids: Sequence[str]) -> Mapping[int, int] | range:
+def _match_index_rows(index_ids: Sequence[str], cache_ids: Sequence[str]) -> Mapping[int, int] | range:
     """Where in an index the samples of a cache are, by their rows; by id, since a cache may hold some of them."""
-    if there == ids:
-        return range(len(ids))
-    rows = {name: row for row, name in enumerate(there)}
-    return {row: rows[name] for row, name in enumerate(ids) if name in rows}
+    if index_ids == cache_ids:
+        return range(len(cache_ids))
+    index_row_by_id = {sample_id: row for row, sample_id in enumerate(index_ids)}
+    return {row: index_row_by_id[sample_id] for row, sample_id in enumerate(cache_ids) if sample_id in index_row_by_id}

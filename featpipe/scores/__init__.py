@@ -1,21 +1,21 @@
 """How good predictions are, and how sure one can be of it."""
 
-from featpipe.scores.interval import Interval, number, share_interval
+from featpipe.scores.interval import Interval, format_score, wilson_interval
 from featpipe.scores.measuring import score, score_classification, score_multilabel, score_regression
-from featpipe.scores.paired import Contrast, Paired, paired
+from featpipe.scores.paired import PairedComparison, ScoreDifference, compare_paired
 from featpipe.scores.table import METRICS, Scores
 
 __all__ = [
     "METRICS",
-    "Contrast",
     "Interval",
-    "Paired",
+    "PairedComparison",
+    "ScoreDifference",
     "Scores",
-    "number",
-    "paired",
+    "compare_paired",
+    "format_score",
     "score",
     "score_classification",
     "score_multilabel",
     "score_regression",
-    "share_interval",
+    "wilson_interval",
 ]

@@ -11,16 +11,25 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
 from featpipe.errors import ConfigError
-from featpipe.workers import Workers
+from featpipe.workers import BlasThreadPool
 
-__all__ = ["Floats", "Interval", "Measure", "Statistic", "intervals", "number", "resamples", "share_interval"]
+__all__ = [
+    "BootstrapMetric",
+    "Floats",
+    "Interval",
+    "Statistic",
+    "compute_intervals",
+    "format_score",
+    "iter_bootstrap_counts",
+    "wilson_interval",
+]
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]  # how often each row was drawn, (m, b) -> one value a resample, (b,)
 
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 # Draws that are held at once: m rows × b resamples of float64, some 4 MB: what is made of them stays near the core.
-_BLOCK = 500_000
+_BLOCK_COUNTS = 500_000
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,12 @@ class Interval:
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def __str__(self) -> str:
-        bounds = f" [{number(self.low)}, {number(self.high)}]" if self.known else ""
-        return number(self.value) + bounds
+        interval_text = f" [{format_score(self.low)}, {format_score(self.high)}]" if self.known else ""
+        return format_score(self.value) + interval_text
 
 
 @dataclass(frozen=True, eq=False)
-class Measure:
+class BootstrapMetric:
     """A score of some rows, and what is needed for its interval.
 
     Attributes
@@ -67,12 +76,12 @@ class Measure:
 
     value: float
     statistic: Statistic | None
-    trials: float = 0.0
-    share: bool = False
-    resamples: int | None = None
+    n_trials: float = 0.0
+    is_share: bool = False
+    max_resamples: int | None = None
 
 
-def share_interval(right: ArrayLike, trials: ArrayLike) -> tuple[Floats, Floats]:
+def wilson_interval(n_correct: ArrayLike, n_trials: ArrayLike) -> tuple[Floats, Floats]:
     """The 95 % interval of a share: Wilson's, which has a width also where all or none are right.
 
     Parameters
@@ -91,75 +100,87 @@ def share_interval(right: ArrayLike, trials: ArrayLike) -> tuple[Floats, Floats]
     >>> f"{low:.3f} {high:.3f}"
     '0.839 1.000'
     """
-    z = norm.ppf((1 + LEVEL) / 2)
-    n = np.asarray(trials, float)
+    z = norm.ppf((1 + CONFIDENCE_LEVEL) / 2)
+    n = np.asarray(n_trials, float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = np.asarray(right, float) / n
-        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return np.clip(np.minimum(middle - half, p), 0, 1), np.clip(np.maximum(middle + half, p), 0, 1)
+        p = np.asarray(n_correct, float) / n
+        center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half_width = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return np.clip(np.minimum(center - half_width, p), 0, 1), np.clip(np.maximum(center + half_width, p), 0, 1)
 
 
-def intervals(measures: Mapping[str, Measure], m: int, bootstrap: int, seed: int) -> dict[str, Interval]:
+def compute_intervals(
+    metrics: Mapping[str, BootstrapMetric], n_rows: int, n_resamples: int, seed: int
+) -> dict[str, Interval]:
     """All scores that are defined, with their intervals over the same resamples."""
-    if bootstrap < 0:
-        raise ConfigError(f"bootstrap: found {bootstrap}, expected 0 (no intervals) or more")
-    defined = {name: measure for name, measure in measures.items() if math.isfinite(measure.value)}
-    resampled = {name: measure for name, measure in defined.items() if measure.statistic and not measure.share}
-    judged = bootstrap > 0 and m > 1
-    found: dict[str, list[Floats]] = {name: [] for name in defined}
-    with Workers(m * bootstrap) as workers:
-        draws = _numbered(resamples(m, bootstrap if judged else 0, seed))
-        for values in workers.map(lambda drawn: _values(resampled, *drawn), draws):
-            for name, value in values.items():
-                found[name].append(value)
-    return {name: _interval(measure, found[name], judged) for name, measure in defined.items()}
+    if n_resamples < 0:
+        raise ConfigError(f"bootstrap: found {n_resamples}, expected 0 (no intervals) or more")
+    defined_metrics = {name: metric for name, metric in metrics.items() if math.isfinite(metric.value)}
+    resampled_metrics = {
+        name: metric for name, metric in defined_metrics.items() if metric.statistic and not metric.is_share
+    }
+    has_intervals = n_resamples > 0 and n_rows > 1
+    resampled_values: dict[str, list[Floats]] = {name: [] for name in defined_metrics}
+    with BlasThreadPool(n_rows * n_resamples) as workers:
+        count_blocks = _with_resample_offsets(iter_bootstrap_counts(n_rows, n_resamples if has_intervals else 0, seed))
+        for block_values in workers.map(
+            lambda numbered_block: _evaluate_metrics(resampled_metrics, *numbered_block), count_blocks
+        ):
+            for name, metric_values in block_values.items():
+                resampled_values[name].append(metric_values)
+    return {
+        name: _make_interval(metric, resampled_values[name], has_intervals) for name, metric in defined_metrics.items()
+    }
 
 
-def _numbered(draws: Iterable[Floats]) -> Iterator[tuple[int, Floats]]:
+def _with_resample_offsets(count_blocks: Iterable[Floats]) -> Iterator[tuple[int, Floats]]:
     """Each block with the number of resamples before it."""
-    done = 0
-    for drawn in draws:
-        yield done, drawn
-        done += drawn.shape[1]
+    n_done = 0
+    for counts in count_blocks:
+        yield n_done, counts
+        n_done += counts.shape[1]
 
 
-def _values(measures: Mapping[str, Measure], done: int, drawn: Floats) -> dict[str, Floats]:
+def _evaluate_metrics(metrics: Mapping[str, BootstrapMetric], n_done: int, counts: Floats) -> dict[str, Floats]:
     """What each measure is in the resamples of a block that it wants."""
-    found = {}
-    for name, measure in measures.items():
-        wanted = drawn if measure.resamples is None else drawn[:, : max(0, measure.resamples - done)]
-        if wanted.shape[1] and measure.statistic is not None:
-            found[name] = measure.statistic(wanted)
-    return found
+    values = {}
+    for name, metric in metrics.items():
+        metric_counts = counts if metric.max_resamples is None else counts[:, : max(0, metric.max_resamples - n_done)]
+        if metric_counts.shape[1] and metric.statistic is not None:
+            values[name] = metric.statistic(metric_counts)
+    return values
 
 
-def _interval(measure: Measure, found: list[Floats], judged: bool) -> Interval:
-    value = float(measure.value)
-    values = np.concatenate(found) if found else np.empty(0)
+def _make_interval(metric: BootstrapMetric, value_blocks: list[Floats], has_interval: bool) -> Interval:
+    value = float(metric.value)
+    values = np.concatenate(value_blocks) if value_blocks else np.empty(0)
     values = values[np.isfinite(values)]
-    still = len(values) > 0 and bool((values == value).all()) and value in (0.0, 1.0)
-    if judged and measure.trials and (measure.share or still):
-        low, high = share_interval(value * measure.trials, measure.trials)
+    is_constant = len(values) > 0 and bool((values == value).all()) and value in (0.0, 1.0)
+    if has_interval and metric.n_trials and (metric.is_share or is_constant):
+        low, high = wilson_interval(value * metric.n_trials, metric.n_trials)
         return Interval(value, float(low), float(high))
     if not len(values):
         return Interval(value)
-    low, high = np.percentile(values, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    low, high = np.percentile(values, (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL)))
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def resamples(m: int, bootstrap: int, seed: int) -> Iterator[Floats]:
+def iter_bootstrap_counts(n_rows: int, n_resamples: int, seed: int) -> Iterator[Floats]:
     """How often each of m rows is drawn, for b resamples at a time: arrays of shape (m, b)."""
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // m)
-    for start in range(0, bootstrap, block):
-        b = min(block, bootstrap - start)
-        draws = rng.integers(0, m, (b, m)) + m * np.arange(b)[:, None]
-        counts = np.bincount(draws.ravel(), minlength=b * m).reshape(b, m)
+    block_resamples = max(1, _BLOCK_COUNTS // n_rows)
+    for start in range(0, n_resamples, block_resamples):
+        n_block_resamples = min(block_resamples, n_resamples - start)
+        drawn_rows = (
+            rng.integers(0, n_rows, (n_block_resamples, n_rows)) + n_rows * np.arange(n_block_resamples)[:, None]
+        )
+        counts = np.bincount(drawn_rows.ravel(), minlength=n_block_resamples * n_rows).reshape(
+            n_block_resamples, n_rows
+        )
         yield np.ascontiguousarray(counts.T, np.float64)
 
 
-def number(value: float) -> str:
+def format_score(value: float) -> str:
     """A score as people read it: three decimals, or five digits of a large one.
 
     Examples

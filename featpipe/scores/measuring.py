@@ -14,29 +14,29 @@ from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
 from featpipe.errors import ConfigError
-from featpipe.names import unknown
-from featpipe.reliability import bin_gaps, calibration_error, judged
-from featpipe.scores.interval import Floats, Measure, Statistic, intervals, share_interval
+from featpipe.names import unknown_name_error
+from featpipe.reliability import calibration_error, compute_bin_gaps, compute_confidence
+from featpipe.scores.interval import BootstrapMetric, Floats, Statistic, compute_intervals, wilson_interval
 from featpipe.scores.resampled import (
-    area,
     average_precision,
-    mean_of,
-    mean_ratio,
-    over_columns,
-    rank_correlation,
-    ratio,
-    scatter,
+    make_column_mean_statistic,
+    make_mean_statistic,
+    mean_of_ratios,
+    roc_auc,
+    safe_divide,
+    spearman_correlation,
+    sum_of_squares,
 )
 from featpipe.scores.table import Scores
 
-__all__ = ["measures", "score", "score_classification", "score_multilabel", "score_regression"]
+__all__ = ["compute_metrics", "score", "score_classification", "score_multilabel", "score_regression"]
 
 # Resamples × rows × columns of scores that sort each column: beyond it they get fewer, and none below the least.
-_RANKED = 60_000_000
-_LEAST_RESAMPLES = 100
+_MAX_RANKED_SCORES = 60_000_000
+_MIN_RESAMPLES = 100
 
 
-def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], **how: int) -> Scores:
+def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], **options: int) -> Scores:
     """The scores that a task has; parameters as in the function for that task.
 
     Parameters
@@ -51,8 +51,8 @@ def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], *
         ``bootstrap`` and ``seed``.
     """
     if task not in _SCORERS:
-        raise unknown("task", task, _SCORERS)
-    return _SCORERS[task](y, predicted, names, **how)
+        raise unknown_name_error("task", task, _SCORERS)
+    return _SCORERS[task](y, predicted, names, **options)
 
 
 def score_classification(
@@ -106,24 +106,26 @@ def score_classification(
     1.0
     """
     names = tuple(classes)
-    codes, p = _checked_classes(y, probabilities, names)
-    predicted = p.argmax(axis=1)
+    class_codes, probability_matrix = _check_classes(y, probabilities, names)
+    predicted = probability_matrix.argmax(axis=1)
     precision, recall, f1, support = sk.precision_recall_fscore_support(
-        codes, predicted, labels=np.arange(len(names)), zero_division=np.nan
+        class_codes, predicted, labels=np.arange(len(names)), zero_division=np.nan
     )
-    confusion = _confusion(codes, predicted, len(names))
+    confusion = _confusion_matrix(class_codes, predicted, len(names))
     return Scores(
         task="classification",
-        n=len(codes),
-        metrics=intervals(_of_classes(codes, p, bootstrap), len(codes), bootstrap, seed),
-        per_class=_per_class(
+        n=len(class_codes),
+        metrics=compute_intervals(
+            _classification_metrics(class_codes, probability_matrix, bootstrap), len(class_codes), bootstrap, seed
+        ),
+        per_class=_make_class_rows(
             names,
             precision=precision,
             recall=recall,
             f1=f1,
             support=support,
-            precision_interval=_bounds(confusion.diagonal(), confusion.sum(axis=0)),
-            recall_interval=_bounds(confusion.diagonal(), confusion.sum(axis=1)),
+            precision_interval=_wilson_intervals(confusion.diagonal(), confusion.sum(axis=0)),
+            recall_interval=_wilson_intervals(confusion.diagonal(), confusion.sum(axis=1)),
         ),
         confusion=confusion,
         classes=names,
@@ -156,25 +158,27 @@ def score_multilabel(
         that some row has or was given), ``exact_match`` and ``calibration_error``.
     """
     names = tuple(classes)
-    truth, p = _checked_labels(y, probabilities, names)
-    given = p >= 0.5
+    y_true, probability_matrix = _check_labels(y, probabilities, names)
+    predicted_labels = probability_matrix >= 0.5
     precision, recall, f1, support = sk.precision_recall_fscore_support(
-        *_padded(truth, given), labels=np.arange(len(names)), zero_division=np.nan
+        *_add_empty_column(y_true, predicted_labels), labels=np.arange(len(names)), zero_division=np.nan
     )
-    hits = (truth & given).sum(axis=0)
+    true_positives = (y_true & predicted_labels).sum(axis=0)
     return Scores(
         task="multilabel",
-        n=len(p),
-        metrics=intervals(_of_labels(truth, p, bootstrap), len(p), bootstrap, seed),
-        per_class=_per_class(
+        n=len(probability_matrix),
+        metrics=compute_intervals(
+            _multilabel_metrics(y_true, probability_matrix, bootstrap), len(probability_matrix), bootstrap, seed
+        ),
+        per_class=_make_class_rows(
             names,
             precision=precision,
             recall=recall,
             f1=f1,
             support=support,
-            average_precision=_precisions(truth, p),
-            precision_interval=_bounds(hits, given.sum(axis=0)),
-            recall_interval=_bounds(hits, support),
+            average_precision=_average_precisions(y_true, probability_matrix),
+            precision_interval=_wilson_intervals(true_positives, predicted_labels.sum(axis=0)),
+            recall_interval=_wilson_intervals(true_positives, support),
         ),
         confusion=None,
         classes=names,
@@ -206,267 +210,343 @@ def score_regression(
         target that never changes has no ``r2``, and a constant prediction no ``spearman``.
     """
     names = tuple(names)
-    true, predicted = _checked_numbers(y, predictions, names)
+    y_true, y_predicted = _check_numbers(y, predictions, names)
     return Scores(
         task="regression",
-        n=len(true),
-        metrics=intervals(_of_numbers(true, predicted), len(true), bootstrap, seed),
-        per_class=_per_class(names, **_per_target(true, predicted)),
+        n=len(y_true),
+        metrics=compute_intervals(_regression_metrics(y_true, y_predicted), len(y_true), bootstrap, seed),
+        per_class=_make_class_rows(names, **_per_target(y_true, y_predicted)),
         confusion=None,
         classes=names,
     )
 
 
-def measures(
+def compute_metrics(
     task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], bootstrap: int
-) -> tuple[dict[str, Measure], NDArray[np.bool_] | None]:
+) -> tuple[dict[str, BootstrapMetric], NDArray[np.bool_] | None]:
     """The scores of some predictions with what is needed for their intervals, and which rows are right as a whole.
 
     Parameters as for `score`; which rows are right is None for a regression.
     """
     columns = tuple(names)
     if task == "regression":
-        return _of_numbers(*_checked_numbers(y, predicted, columns)), None
+        return _regression_metrics(*_check_numbers(y, predicted, columns)), None
     if task == "multilabel":
-        truth, p = _checked_labels(y, predicted, columns)
-        return _of_labels(truth, p, bootstrap), (truth == (p >= 0.5)).all(axis=1)
-    codes, p = _checked_classes(y, predicted, columns)
-    return _of_classes(codes, p, bootstrap), codes == p.argmax(axis=1)
+        y_true, probability_matrix = _check_labels(y, predicted, columns)
+        return _multilabel_metrics(y_true, probability_matrix, bootstrap), (y_true == (probability_matrix >= 0.5)).all(
+            axis=1
+        )
+    class_codes, probability_matrix = _check_classes(y, predicted, columns)
+    return _classification_metrics(
+        class_codes, probability_matrix, bootstrap
+    ), class_codes == probability_matrix.argmax(axis=1)
 
 
-def _confusion(codes: NDArray[np.intp], predicted: NDArray[np.intp], k: int) -> NDArray[np.int64]:
+def _confusion_matrix(class_codes: NDArray[np.intp], predicted: NDArray[np.intp], n_classes: int) -> NDArray[np.int64]:
     # scikit-learn's own warns of a single class, even where that is all there is.
-    return np.bincount(codes * k + predicted, minlength=k * k).reshape(k, k).astype(np.int64)
+    return (
+        np.bincount(class_codes * n_classes + predicted, minlength=n_classes * n_classes)
+        .reshape(n_classes, n_classes)
+        .astype(np.int64)
+    )
 
 
-def _checked_classes(y: ArrayLike, probabilities: ArrayLike, names: tuple[str, ...]) -> tuple[NDArray[np.intp], Floats]:
-    p = _matrix("probabilities", probabilities, names)
-    codes = _codes(y, names, len(p))
-    if p.min() < 0 or abs(p.sum(axis=1) - 1).max() > 1e-3:
+def _check_classes(y: ArrayLike, probabilities: ArrayLike, names: tuple[str, ...]) -> tuple[NDArray[np.intp], Floats]:
+    probability_matrix = _check_matrix("probabilities", probabilities, names)
+    class_codes = _encode_labels(y, names, len(probability_matrix))
+    if probability_matrix.min() < 0 or abs(probability_matrix.sum(axis=1) - 1).max() > 1e-3:
         raise ConfigError("probabilities: a row is negative or does not sum to 1; pass probabilities, not scores")
-    return codes, p
+    return class_codes, probability_matrix
 
 
-def _checked_labels(y: ArrayLike, probabilities: ArrayLike, names: tuple[str, ...]) -> tuple[NDArray[np.bool_], Floats]:
-    p = _matrix("probabilities", probabilities, names)
-    true = _matrix("y", y, names)
-    _same_length(len(true), len(p))
-    if not np.isin(true, (0, 1)).all():
+def _check_labels(y: ArrayLike, probabilities: ArrayLike, names: tuple[str, ...]) -> tuple[NDArray[np.bool_], Floats]:
+    probability_matrix = _check_matrix("probabilities", probabilities, names)
+    y_true = _check_matrix("y", y, names)
+    _check_same_length(len(y_true), len(probability_matrix))
+    if not np.isin(y_true, (0, 1)).all():
         raise ConfigError("y: found a value that is neither 0 nor 1; leave out rows without labels (-1)")
-    if p.min() < 0 or p.max() > 1:
+    if probability_matrix.min() < 0 or probability_matrix.max() > 1:
         raise ConfigError("probabilities: found a value outside 0 to 1; pass probabilities, not scores")
-    return true.astype(bool), p
+    return y_true.astype(bool), probability_matrix
 
 
-def _checked_numbers(y: ArrayLike, predictions: ArrayLike, names: tuple[str, ...]) -> tuple[Floats, Floats]:
-    true, predicted = _matrix("y", y, names), _matrix("predictions", predictions, names)
-    _same_length(len(true), len(predicted))
-    return true, predicted
+def _check_numbers(y: ArrayLike, predictions: ArrayLike, names: tuple[str, ...]) -> tuple[Floats, Floats]:
+    y_true, y_predicted = _check_matrix("y", y, names), _check_matrix("predictions", predictions, names)
+    _check_same_length(len(y_true), len(y_predicted))
+    return y_true, y_predicted
 
 
-def _of_classes(codes: NDArray[np.intp], p: Floats, bootstrap: int) -> dict[str, Measure]:
+def _classification_metrics(
+    class_codes: NDArray[np.intp], probabilities: Floats, bootstrap: int
+) -> dict[str, BootstrapMetric]:
     return {
-        **_decisions(codes, p.argmax(axis=1), p.shape[1]),
-        **_probabilities(codes, p),
-        **_areas(codes, p, bootstrap),
+        **_decision_metrics(class_codes, probabilities.argmax(axis=1), probabilities.shape[1]),
+        **_probability_metrics(class_codes, probabilities),
+        **_ranking_metrics(class_codes, probabilities, bootstrap),
     }
 
 
-def _decisions(codes: NDArray[np.intp], predicted: NDArray[np.intp], k: int) -> dict[str, Measure]:
-    rows = np.arange(len(codes))
-    right = (codes == predicted).astype(float)
-    hits = csr_array((right, (codes, rows)), shape=(k, len(rows)))
-    true = csr_array((np.ones(len(rows)), (codes, rows)), shape=(k, len(rows)))
-    either = true + csr_array((np.ones(len(rows)), (predicted, rows)), shape=(k, len(rows)))
-    alike = _trials(np.bincount(codes, minlength=k)) if k > 1 else 0.0  # of a single class nothing can be wrong
+def _decision_metrics(
+    class_codes: NDArray[np.intp], predicted: NDArray[np.intp], n_classes: int
+) -> dict[str, BootstrapMetric]:
+    rows = np.arange(len(class_codes))
+    correct = (class_codes == predicted).astype(float)
+    correct_by_class = csr_array((correct, (class_codes, rows)), shape=(n_classes, len(rows)))
+    rows_by_class = csr_array((np.ones(len(rows)), (class_codes, rows)), shape=(n_classes, len(rows)))
+    true_and_predicted_by_class = rows_by_class + csr_array(
+        (np.ones(len(rows)), (predicted, rows)), shape=(n_classes, len(rows))
+    )
+    n_effective_rows = (
+        _effective_rows(np.bincount(class_codes, minlength=n_classes)) if n_classes > 1 else 0.0
+    )  # of a single class nothing can be wrong
     return {
-        "accuracy": Measure(
-            sk.accuracy_score(codes, predicted), mean_of(right), float(len(codes)) if k > 1 else 0.0, share=k > 1
+        "accuracy": BootstrapMetric(
+            sk.accuracy_score(class_codes, predicted),
+            make_mean_statistic(correct),
+            float(len(class_codes)) if n_classes > 1 else 0.0,
+            is_share=n_classes > 1,
         ),
-        "balanced_accuracy": Measure(
-            sk.recall_score(codes, predicted, labels=np.unique(codes), average="macro"),
-            lambda drawn: mean_ratio(hits @ drawn, true @ drawn),
-            alike,
+        "balanced_accuracy": BootstrapMetric(
+            sk.recall_score(class_codes, predicted, labels=np.unique(class_codes), average="macro"),
+            lambda counts: mean_of_ratios(correct_by_class @ counts, rows_by_class @ counts),
+            n_effective_rows,
         ),
-        "macro_f1": Measure(
-            sk.f1_score(codes, predicted, average="macro"),
-            lambda drawn: mean_ratio(2 * (hits @ drawn), either @ drawn),
-            alike,
+        "macro_f1": BootstrapMetric(
+            sk.f1_score(class_codes, predicted, average="macro"),
+            lambda counts: mean_of_ratios(2 * (correct_by_class @ counts), true_and_predicted_by_class @ counts),
+            n_effective_rows,
         ),
     }
 
 
-def _trials(support: NDArray[np.integer[Any]]) -> float:
+def _effective_rows(support: NDArray[np.integer[Any]]) -> float:
     """Rows that would leave a share as uncertain as the mean of the shares of some classes is.
 
     The variance of the mean over k classes of n rows each is that of ``k² / Σ 1/n`` rows, all being right as often.
     """
-    present = support[support > 0].astype(float)
-    return float(len(present) ** 2 / (1 / present).sum()) if len(present) else 0.0
+    present_support = support[support > 0].astype(float)
+    return float(len(present_support) ** 2 / (1 / present_support).sum()) if len(present_support) else 0.0
 
 
-def _probabilities(codes: NDArray[np.intp], p: Floats) -> dict[str, Measure]:
-    columns = np.arange(p.shape[1])
-    own = np.take_along_axis(p, codes[:, None], axis=1)
-    found: dict[str, Measure] = {}
+def _probability_metrics(class_codes: NDArray[np.intp], probabilities: Floats) -> dict[str, BootstrapMetric]:
+    columns = np.arange(probabilities.shape[1])
+    true_class_probability = np.take_along_axis(probabilities, class_codes[:, None], axis=1)
+    metrics: dict[str, BootstrapMetric] = {}
     if len(columns) > 5:
         # Of equal probabilities the later class comes first, as in scikit-learn.
-        above = ((p > own) | ((p == own) & (columns > codes[:, None]))).sum(axis=1)
-        top5 = sk.top_k_accuracy_score(codes, p, k=5, labels=columns)
-        found["top5_accuracy"] = Measure(top5, mean_of(above < 5), float(len(codes)), share=True)
+        n_ranked_above = (
+            (probabilities > true_class_probability)
+            | ((probabilities == true_class_probability) & (columns > class_codes[:, None]))
+        ).sum(axis=1)
+        top5 = sk.top_k_accuracy_score(class_codes, probabilities, k=5, labels=columns)
+        metrics["top5_accuracy"] = BootstrapMetric(
+            top5, make_mean_statistic(n_ranked_above < 5), float(len(class_codes)), is_share=True
+        )
     if len(columns) > 1:
         # Only here, as the last bits of a division would break ties that the ranking scores must see.
-        sums = p.sum(axis=1, keepdims=True)
-        loss = -np.log(np.maximum(own / sums, np.finfo(p.dtype).eps))[:, 0]
-        found["log_loss"] = Measure(sk.log_loss(codes, p / sums, labels=columns), mean_of(loss))
-        found["calibration_error"] = _calibration(p, codes)
-    return found
+        row_sums = probabilities.sum(axis=1, keepdims=True)
+        loss = -np.log(np.maximum(true_class_probability / row_sums, np.finfo(probabilities.dtype).eps))[:, 0]
+        metrics["log_loss"] = BootstrapMetric(
+            sk.log_loss(class_codes, probabilities / row_sums, labels=columns), make_mean_statistic(loss)
+        )
+        metrics["calibration_error"] = _calibration_metric(probabilities, class_codes)
+    return metrics
 
 
-def _calibration(p: Floats, y: NDArray[Any]) -> Measure:
-    confidence, right = judged(p, y)
-    gaps = bin_gaps(confidence, right)
-    return Measure(calibration_error(p, y), lambda drawn: abs(gaps.T @ drawn).sum(axis=0) / confidence.size)
+def _calibration_metric(probabilities: Floats, y: NDArray[Any]) -> BootstrapMetric:
+    confidence, correct = compute_confidence(probabilities, y)
+    gaps = compute_bin_gaps(confidence, correct)
+    return BootstrapMetric(
+        calibration_error(probabilities, y), lambda counts: abs(gaps.T @ counts).sum(axis=0) / confidence.size
+    )
 
 
-def _areas(codes: NDArray[np.intp], p: Floats, bootstrap: int) -> dict[str, Measure]:
-    present, support = np.unique(codes, return_counts=True)
-    if len(present) < 2:
+def _ranking_metrics(
+    class_codes: NDArray[np.intp], probabilities: Floats, bootstrap: int
+) -> dict[str, BootstrapMetric]:
+    present_classes, support = np.unique(class_codes, return_counts=True)
+    if len(present_classes) < 2:
         return {}
-    member, scores = codes[:, None] == present, p[:, present]
+    is_member, scores = class_codes[:, None] == present_classes, probabilities[:, present_classes]
     return {
-        "roc_auc": _ranking(sk.roc_auc_score, area, member, scores, bootstrap, _trials(support)),
-        "pr_auc": _ranking(sk.average_precision_score, average_precision, member, scores, bootstrap, _trials(support)),
+        "roc_auc": _make_ranking_metric(
+            sk.roc_auc_score, roc_auc, is_member, scores, bootstrap, _effective_rows(support)
+        ),
+        "pr_auc": _make_ranking_metric(
+            sk.average_precision_score, average_precision, is_member, scores, bootstrap, _effective_rows(support)
+        ),
     }
 
 
-def _ranking(value: Any, resampled: Any, member: Any, scores: Floats, bootstrap: int, trials: float) -> Measure:
+def _make_ranking_metric(
+    metric: Any, bootstrap_statistic: Any, is_member: Any, scores: Floats, bootstrap: int, n_trials: float
+) -> BootstrapMetric:
     """The mean over columns of a score that sorts each, with as many resamples as can be afforded."""
-    values = np.array([value(member[:, c], scores[:, c]) if member[:, c].any() else np.nan for c in _columns(scores)])
-    most = min(bootstrap, _RANKED // max(1, scores.size))
-    statistic = over_columns(resampled, member, scores) if most >= min(bootstrap, _LEAST_RESAMPLES) else None
-    return Measure(_mean(values), statistic, trials, resamples=most)
+    column_values = np.array(
+        [
+            metric(is_member[:, column], scores[:, column]) if is_member[:, column].any() else np.nan
+            for column in _column_range(scores)
+        ]
+    )
+    max_resamples = min(bootstrap, _MAX_RANKED_SCORES // max(1, scores.size))
+    statistic = (
+        make_column_mean_statistic(bootstrap_statistic, is_member, scores)
+        if max_resamples >= min(bootstrap, _MIN_RESAMPLES)
+        else None
+    )
+    return BootstrapMetric(_mean_of_finite(column_values), statistic, n_trials, max_resamples=max_resamples)
 
 
-def _columns(values: NDArray[Any]) -> range:
+def _column_range(values: NDArray[Any]) -> range:
     return range(values.shape[1])
 
 
-def _of_labels(truth: NDArray[np.bool_], p: Floats, bootstrap: int) -> dict[str, Measure]:
-    given = p >= 0.5
-    padded = _padded(truth, given)
-    columns = np.arange(truth.shape[1])
-    f1 = sk.f1_score(*padded, labels=columns, average=None, zero_division=np.nan)
-    micro = sk.f1_score(*padded, labels=columns, average="micro", zero_division=np.nan)
-    both, either = csr_array((truth & given).astype(float)), csr_array(truth.astype(float) + given)
-    support = truth.sum(axis=0)
-    alike = _trials(support)
+def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootstrap: int) -> dict[str, BootstrapMetric]:
+    predicted_labels = probabilities >= 0.5
+    padded = _add_empty_column(y_true, predicted_labels)
+    columns = np.arange(y_true.shape[1])
+    f1_by_label = sk.f1_score(*padded, labels=columns, average=None, zero_division=np.nan)
+    micro_f1 = sk.f1_score(*padded, labels=columns, average="micro", zero_division=np.nan)
+    true_positives, true_and_predicted = (
+        csr_array((y_true & predicted_labels).astype(float)),
+        csr_array(y_true.astype(float) + predicted_labels),
+    )
+    support = y_true.sum(axis=0)
+    n_effective_rows = _effective_rows(support)
     return {
-        "mean_average_precision": _ranking(sk.average_precision_score, average_precision, truth, p, bootstrap, alike),
-        "micro_f1": Measure(
-            float(micro), lambda drawn: ratio(2 * (both.sum(1) @ drawn), either.sum(1) @ drawn), float(support.sum())
+        "mean_average_precision": _make_ranking_metric(
+            sk.average_precision_score, average_precision, y_true, probabilities, bootstrap, n_effective_rows
         ),
-        "macro_f1": Measure(_mean(f1), lambda drawn: mean_ratio(2 * (both.T @ drawn), either.T @ drawn), alike),
-        "exact_match": Measure(
-            sk.accuracy_score(truth, given), mean_of((truth == given).all(axis=1)), float(len(truth)), share=True
+        "micro_f1": BootstrapMetric(
+            float(micro_f1),
+            lambda counts: safe_divide(2 * (true_positives.sum(1) @ counts), true_and_predicted.sum(1) @ counts),
+            float(support.sum()),
         ),
-        "calibration_error": _calibration(p, truth),
+        "macro_f1": BootstrapMetric(
+            _mean_of_finite(f1_by_label),
+            lambda counts: mean_of_ratios(2 * (true_positives.T @ counts), true_and_predicted.T @ counts),
+            n_effective_rows,
+        ),
+        "exact_match": BootstrapMetric(
+            sk.accuracy_score(y_true, predicted_labels),
+            make_mean_statistic((y_true == predicted_labels).all(axis=1)),
+            float(len(y_true)),
+            is_share=True,
+        ),
+        "calibration_error": _calibration_metric(probabilities, y_true),
     }
 
 
-def _padded(*arrays: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+def _add_empty_column(*arrays: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     """With a column that nobody has, which keeps scikit-learn from reading a single label as a binary problem."""
     return [np.pad(array, ((0, 0), (0, 1))) for array in arrays]
 
 
-def _precisions(truth: NDArray[np.bool_], p: Floats) -> Floats:
+def _average_precisions(y_true: NDArray[np.bool_], probabilities: Floats) -> Floats:
     return np.array(
-        [sk.average_precision_score(truth[:, c], p[:, c]) if truth[:, c].any() else np.nan for c in _columns(p)]
+        [
+            sk.average_precision_score(y_true[:, column], probabilities[:, column])
+            if y_true[:, column].any()
+            else np.nan
+            for column in _column_range(probabilities)
+        ]
     )
 
 
-def _per_target(true: Floats, predicted: Floats) -> dict[str, NDArray[Any]]:
-    varies = np.ptp(true, axis=0) > 0
-    ranked = varies & (np.ptp(predicted, axis=0) > 0)
-    columns = _columns(true)
+def _per_target(y_true: Floats, y_predicted: Floats) -> dict[str, NDArray[Any]]:
+    true_varies = np.ptp(y_true, axis=0) > 0
+    is_rankable = true_varies & (np.ptp(y_predicted, axis=0) > 0)
+    columns = _column_range(y_true)
     return {
-        "mae": sk.mean_absolute_error(true, predicted, multioutput="raw_values"),
-        "rmse": sk.root_mean_squared_error(true, predicted, multioutput="raw_values"),
-        "r2": np.array([sk.r2_score(true[:, c], predicted[:, c]) if varies[c] else np.nan for c in columns]),
+        "mae": sk.mean_absolute_error(y_true, y_predicted, multioutput="raw_values"),
+        "rmse": sk.root_mean_squared_error(y_true, y_predicted, multioutput="raw_values"),
+        "r2": np.array(
+            [
+                sk.r2_score(y_true[:, column], y_predicted[:, column]) if true_varies[column] else np.nan
+                for column in columns
+            ]
+        ),
         "spearman": np.array(
-            [spearmanr(true[:, c], predicted[:, c]).statistic if ranked[c] else np.nan for c in columns]
+            [
+                spearmanr(y_true[:, column], y_predicted[:, column]).statistic if is_rankable[column] else np.nan
+                for column in columns
+            ]
         ),
     }
 
 
-def _of_numbers(true: Floats, predicted: Floats) -> dict[str, Measure]:
-    error = true - predicted
-    centred = true - true.mean(axis=0)
-    m = len(true)
+def _regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, BootstrapMetric]:
+    error = y_true - y_predicted
+    y_centered = y_true - y_true.mean(axis=0)
+    n_rows = len(y_true)
     statistics: dict[str, Statistic] = {
-        "mae": mean_of(abs(error).mean(axis=1)),
-        "rmse": lambda drawn: np.sqrt((error**2).T @ drawn / m).mean(axis=0),
-        "r2": lambda drawn: 1 - mean_ratio((error**2).T @ drawn, scatter(centred, drawn)),
-        "spearman": over_columns(rank_correlation, true, predicted),
+        "mae": make_mean_statistic(abs(error).mean(axis=1)),
+        "rmse": lambda counts: np.sqrt((error**2).T @ counts / n_rows).mean(axis=0),
+        "r2": lambda counts: 1 - mean_of_ratios((error**2).T @ counts, sum_of_squares(y_centered, counts)),
+        "spearman": make_column_mean_statistic(spearman_correlation, y_true, y_predicted),
     }
-    values = _per_target(true, predicted)
-    return {name: Measure(_mean(values[name]), statistic) for name, statistic in statistics.items()}
+    values = _per_target(y_true, y_predicted)
+    return {name: BootstrapMetric(_mean_of_finite(values[name]), statistic) for name, statistic in statistics.items()}
 
 
-def _bounds(right: NDArray[Any], trials: NDArray[Any]) -> Floats:
+def _wilson_intervals(n_correct: NDArray[Any], n_trials: NDArray[Any]) -> Floats:
     """The intervals of some shares, shape (k, 2)."""
-    return np.column_stack(share_interval(right, trials))
+    return np.column_stack(wilson_interval(n_correct, n_trials))
 
 
-def _matrix(what: str, values: ArrayLike, names: tuple[str, ...]) -> Floats:
+def _check_matrix(argument: str, values: ArrayLike, names: tuple[str, ...]) -> Floats:
     """A copy of shape (m, columns), finite, with at least one row and a name for each column."""
     array = np.array(values, dtype=np.float64)
     if array.ndim == 1 and len(names) == 1:
         array = array[:, None]
     if array.ndim != 2 or array.shape[1] != len(names) or not array.size:
         raise ConfigError(
-            f"{what}: found shape {array.shape}, expected at least one row and a column for each of the "
+            f"{argument}: found shape {array.shape}, expected at least one row and a column for each of the "
             f"{len(names)} names"
         )
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
+    nonfinite_rows = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if len(nonfinite_rows):
         raise ConfigError(
-            f"{what}: {len(bad)} of {len(array)} rows are not finite, the first is row {bad[0]}; leave them out"
+            f"{argument}: {len(nonfinite_rows)} of {len(array)} rows are not finite, the first is row {nonfinite_rows[0]}; leave them out"
         )
     return array
 
 
-def _codes(y: ArrayLike, names: tuple[str, ...], m: int) -> NDArray[np.intp]:
+def _encode_labels(y: ArrayLike, names: tuple[str, ...], n_rows: int) -> NDArray[np.intp]:
     labels = np.asarray(y, dtype=object).ravel().tolist()
-    _same_length(len(labels), m)
-    code = {name: column for column, name in enumerate(names)}
-    codes = np.array([code.get(str(label), -1) if label is not None else -1 for label in labels], np.intp)
-    strange = Counter(repr(labels[row]) for row in np.flatnonzero(codes < 0))
-    if strange == {"None": (codes < 0).sum()} and strange:
-        raise ConfigError(f"y: {strange['None']} of {m} rows have no label; leave them out")
-    if len(strange) == 1:
-        raise unknown("class", str(labels[int(np.argmin(codes))]), names, f"({strange.total()} rows of y)")
-    if strange:
-        shown = ", ".join(name[:60] for name in list(strange)[:5])
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-        raise ConfigError(f"y: {strange.total()} of {m} labels are none of the {len(names)} classes: {shown}{more}")
+    _check_same_length(len(labels), n_rows)
+    class_codes = {name: column for column, name in enumerate(names)}
+    codes = np.array([class_codes.get(str(label), -1) if label is not None else -1 for label in labels], np.intp)
+    unknown_labels = Counter(repr(labels[row]) for row in np.flatnonzero(codes < 0))
+    if unknown_labels == {"None": (codes < 0).sum()} and unknown_labels:
+        raise ConfigError(f"y: {unknown_labels['None']} of {n_rows} rows have no label; leave them out")
+    if len(unknown_labels) == 1:
+        raise unknown_name_error(
+            "class", str(labels[int(np.argmin(codes))]), names, f"({unknown_labels.total()} rows of y)"
+        )
+    if unknown_labels:
+        listed_labels = ", ".join(name[:60] for name in list(unknown_labels)[:5])
+        remainder_text = f" and {len(unknown_labels) - 5} more" if len(unknown_labels) > 5 else ""
+        raise ConfigError(
+            f"y: {unknown_labels.total()} of {n_rows} labels are none of the {len(names)} classes: {listed_labels}{remainder_text}"
+        )
     return codes
 
 
-def _same_length(rows: int, m: int) -> None:
-    if rows != m:
-        raise ConfigError(f"found {rows} labels and {m} predictions, expected one for each row")
+def _check_same_length(n_labels: int, n_predictions: int) -> None:
+    if n_labels != n_predictions:
+        raise ConfigError(f"found {n_labels} labels and {n_predictions} predictions, expected one for each row")
 
 
-def _per_class(names: tuple[str, ...], **columns: NDArray[Any]) -> list[dict[str, Any]]:
+def _make_class_rows(names: tuple[str, ...], **columns: NDArray[Any]) -> list[dict[str, Any]]:
     rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
     return [{"name": name, **dict(zip(columns, row, strict=True))} for name, row in zip(names, rows, strict=True)]
 
 
-def _mean(values: NDArray[Any]) -> float:
+def _mean_of_finite(values: NDArray[Any]) -> float:
     """The mean of what is defined, NaN where nothing is."""
-    defined = values[np.isfinite(values)]
-    return float(defined.mean()) if len(defined) else math.nan
+    finite_values = values[np.isfinite(values)]
+    return float(finite_values.mean()) if len(finite_values) else math.nan
 
 
 _SCORERS: dict[str, Callable[..., Scores]] = {

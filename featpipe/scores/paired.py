@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm
 
-from featpipe.scores.interval import LEVEL, Floats, Interval, Measure, resamples
-from featpipe.scores.measuring import measures
-from featpipe.scores.table import finite
+from featpipe.scores.interval import CONFIDENCE_LEVEL, BootstrapMetric, Floats, Interval, iter_bootstrap_counts
+from featpipe.scores.measuring import compute_metrics
+from featpipe.scores.table import nan_to_none
 
-__all__ = ["Contrast", "Paired", "paired"]
+__all__ = ["PairedComparison", "ScoreDifference", "compare_paired"]
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ScoreDifference:
     """One score of two models.
 
     Attributes
@@ -37,7 +37,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Two models on the same rows.
 
     Attributes
@@ -53,7 +53,7 @@ class Paired:
     n: int
     only_first: int | None
     only_second: int | None
-    contrasts: dict[str, Contrast]
+    contrasts: dict[str, ScoreDifference]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -63,27 +63,27 @@ class Paired:
             "only_second": self.only_second,
             "contrasts": {
                 name: {
-                    "difference": finite(contrast.difference.value),
-                    "low": finite(contrast.difference.low),
-                    "high": finite(contrast.difference.high),
-                    "p": contrast.p,
-                    "test": contrast.test,
+                    "difference": nan_to_none(difference.difference.value),
+                    "low": nan_to_none(difference.difference.low),
+                    "high": nan_to_none(difference.difference.high),
+                    "p": difference.p,
+                    "test": difference.test,
                 }
-                for name, contrast in self.contrasts.items()
+                for name, difference in self.contrasts.items()
             },
         }
 
 
-def paired(
+def compare_paired(
     task: str,
     y: ArrayLike,
-    first: ArrayLike,
-    second: ArrayLike,
-    names: Sequence[str],
+    first_predictions: ArrayLike,
+    second_predictions: ArrayLike,
+    class_names: Sequence[str],
     *,
-    bootstrap: int = 1000,
+    n_resamples: int = 1000,
     seed: int = 0,
-) -> Paired:
+) -> PairedComparison:
     """Compare the predictions of two models for the same rows.
 
     Parameters
@@ -110,55 +110,88 @@ def paired(
     >>> found.only_second, found.contrasts["accuracy"].p
     (5, 0.0625)
     """
-    ours, right = measures(task, y, first, names, bootstrap)
-    theirs, also = measures(task, y, second, names, bootstrap)
-    shared = [name for name in ours if name in theirs and _comparable(ours[name]) and _comparable(theirs[name])]
-    whole = {"classification": "accuracy", "multilabel": "exact_match"}.get(task)
-    m = len(np.asarray(first))
-    resampled = [name for name in shared if name != whole]
-    drawn = _differences({name: (ours[name], theirs[name]) for name in resampled}, m, bootstrap if m > 1 else 0, seed)
-    contrasts = {}
-    for name in shared:
-        value = ours[name].value - theirs[name].value
-        if name == whole and right is not None and also is not None:
-            contrasts[name] = mcnemar(right, also)
+    first_metrics, first_correct = compute_metrics(task, y, first_predictions, class_names, n_resamples)
+    second_metrics, second_correct = compute_metrics(task, y, second_predictions, class_names, n_resamples)
+    shared_metrics = [
+        name
+        for name in first_metrics
+        if name in second_metrics and _is_comparable(first_metrics[name]) and _is_comparable(second_metrics[name])
+    ]
+    exact_test_metric = {"classification": "accuracy", "multilabel": "exact_match"}.get(task)
+    n_rows = len(np.asarray(first_predictions))
+    resampled_metrics = [name for name in shared_metrics if name != exact_test_metric]
+    resampled_differences = _resample_differences(
+        {name: (first_metrics[name], second_metrics[name]) for name in resampled_metrics},
+        n_rows,
+        n_resamples if n_rows > 1 else 0,
+        seed,
+    )
+    differences = {}
+    for name in shared_metrics:
+        observed_difference = first_metrics[name].value - second_metrics[name].value
+        if name == exact_test_metric and first_correct is not None and second_correct is not None:
+            differences[name] = mcnemar_test(first_correct, second_correct)
         else:
-            contrasts[name] = _bootstrapped(value, drawn[name])
-    if right is None or also is None:
-        return Paired(m, None, None, contrasts)
-    return Paired(m, int((right & ~also).sum()), int((also & ~right).sum()), contrasts)
+            differences[name] = _bootstrap_difference(observed_difference, resampled_differences[name])
+    if first_correct is None or second_correct is None:
+        return PairedComparison(n_rows, None, None, differences)
+    return PairedComparison(
+        n_rows, int((first_correct & ~second_correct).sum()), int((second_correct & ~first_correct).sum()), differences
+    )
 
 
-def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Contrast:
+def mcnemar_test(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_]) -> ScoreDifference:
     """The exact test of two shares of the same rows; arguments say which rows each gets right."""
-    b, c, n = int((first & ~second).sum()), int((second & ~first).sum()), len(first)
-    p = float(binomtest(b, b + c).pvalue) if b + c else 1.0
-    value = (b - c) / n
-    more, less, rows = b + 0.5, c + 0.5, n + 2
-    middle = (more - less) / rows
-    half = norm.ppf((1 + LEVEL) / 2) * math.sqrt(more + less - (more - less) ** 2 / rows) / rows
-    return Contrast(Interval(value, min(middle - half, value), max(middle + half, value)), p, "mcnemar")
+    n_only_first, n_only_second, n_rows = (
+        int((first_correct & ~second_correct).sum()),
+        int((second_correct & ~first_correct).sum()),
+        len(first_correct),
+    )
+    p = float(binomtest(n_only_first, n_only_first + n_only_second).pvalue) if n_only_first + n_only_second else 1.0
+    observed_difference = (n_only_first - n_only_second) / n_rows
+    adjusted_first, adjusted_second, adjusted_rows = n_only_first + 0.5, n_only_second + 0.5, n_rows + 2
+    center = (adjusted_first - adjusted_second) / adjusted_rows
+    half_width = (
+        norm.ppf((1 + CONFIDENCE_LEVEL) / 2)
+        * math.sqrt(adjusted_first + adjusted_second - (adjusted_first - adjusted_second) ** 2 / adjusted_rows)
+        / adjusted_rows
+    )
+    return ScoreDifference(
+        Interval(
+            observed_difference,
+            min(center - half_width, observed_difference),
+            max(center + half_width, observed_difference),
+        ),
+        p,
+        "mcnemar",
+    )
 
 
-def _comparable(measure: Measure) -> bool:
-    return math.isfinite(measure.value) and measure.statistic is not None and measure.resamples is None
+def _is_comparable(metric: BootstrapMetric) -> bool:
+    return math.isfinite(metric.value) and metric.statistic is not None and metric.max_resamples is None
 
 
-def _differences(pairs: dict[str, tuple[Measure, Measure]], m: int, bootstrap: int, seed: int) -> dict[str, Floats]:
-    found: dict[str, list[Floats]] = {name: [np.empty(0)] for name in pairs}
-    for drawn in resamples(m, bootstrap, seed):
-        for name, (ours, theirs) in pairs.items():
-            assert ours.statistic is not None
-            assert theirs.statistic is not None
-            found[name].append(ours.statistic(drawn) - theirs.statistic(drawn))
-    return {name: np.concatenate(values) for name, values in found.items()}
+def _resample_differences(
+    metric_pairs: dict[str, tuple[BootstrapMetric, BootstrapMetric]], n_rows: int, n_resamples: int, seed: int
+) -> dict[str, Floats]:
+    resampled_differences: dict[str, list[Floats]] = {name: [np.empty(0)] for name in metric_pairs}
+    for counts in iter_bootstrap_counts(n_rows, n_resamples, seed):
+        for name, (first_metric, second_metric) in metric_pairs.items():
+            assert first_metric.statistic is not None
+            assert second_metric.statistic is not None
+            resampled_differences[name].append(first_metric.statistic(counts) - second_metric.statistic(counts))
+    return {name: np.concatenate(values) for name, values in resampled_differences.items()}
 
 
-def _bootstrapped(value: float, drawn: Floats) -> Contrast:
-    drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        return Contrast(Interval(value), math.nan, "bootstrap")
-    low, high = np.percentile(drawn, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
-    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(drawn)))
-    return Contrast(Interval(value, min(float(low), value), max(float(high), value)), p, "bootstrap")
+def _bootstrap_difference(observed_difference: float, resampled_differences: Floats) -> ScoreDifference:
+    resampled_differences = resampled_differences[np.isfinite(resampled_differences)]
+    if not len(resampled_differences):
+        return ScoreDifference(Interval(observed_difference), math.nan, "bootstrap")
+    low, high = np.percentile(resampled_differences, (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL)))
+    n_opposite = min((resampled_differences <= 0).sum(), (resampled_differences >= 0).sum())
+    p = min(1.0, 2 * (1 + int(n_opposite)) / (1 + len(resampled_differences)))
+    return ScoreDifference(
+        Interval(observed_difference, min(float(low), observed_difference), max(float(high), observed_difference)),
+        p,
+        "bootstrap",
+    )

@@ -12,100 +12,113 @@ from scipy.sparse import csr_array
 from featpipe.scores.interval import Floats, Statistic
 
 __all__ = [
-    "area",
     "average_precision",
-    "mean_of",
-    "mean_ratio",
-    "over_columns",
-    "rank_correlation",
-    "ratio",
-    "scatter",
+    "make_column_mean_statistic",
+    "make_mean_statistic",
+    "mean_of_ratios",
+    "roc_auc",
+    "safe_divide",
+    "spearman_correlation",
+    "sum_of_squares",
 ]
 
 
-def mean_of(values: NDArray[Any]) -> Statistic:
+def make_mean_statistic(values: NDArray[Any]) -> Statistic:
     """The mean of one value for each row."""
-    return lambda drawn: values.astype(float) @ drawn / len(values)
+    return lambda counts: values.astype(float) @ counts / len(values)
 
 
-def scatter(centred: Floats, drawn: Floats) -> Floats:
+def sum_of_squares(centered: Floats, counts: Floats) -> Floats:
     """The sum of squares about the mean of each resample, shape (t, b); exactly zero where nothing varies."""
-    squares = (centred**2).T @ drawn
-    scatter = squares - (centred.T @ drawn) ** 2 / len(centred)
-    return np.where(scatter > 1e-12 * squares, scatter, 0)
+    raw_squares = (centered**2).T @ counts
+    centered_squares = raw_squares - (centered.T @ counts) ** 2 / len(centered)
+    return np.where(centered_squares > 1e-12 * raw_squares, centered_squares, 0)
 
 
-def ratio(numerator: Floats, denominator: Floats) -> Floats:
+def safe_divide(numerator: Floats, denominator: Floats) -> Floats:
     """The quotient; NaN where the denominator is zero."""
     nan = np.full(numerator.shape, np.nan)
     return np.divide(numerator, denominator, out=nan, where=denominator > 0)
 
 
-def mean_ratio(numerators: Floats, denominators: Floats) -> Floats:
+def mean_of_ratios(numerators: Floats, denominators: Floats) -> Floats:
     """The mean over classes, of shape (k, b), of the quotients that are defined."""
     defined = denominators > 0
     ratios = np.divide(numerators, denominators, out=np.zeros_like(numerators), where=defined)
-    return ratio(ratios.sum(axis=0), defined.sum(axis=0).astype(float))
+    return safe_divide(ratios.sum(axis=0), defined.sum(axis=0).astype(float))
 
 
-def over_columns(
+def make_column_mean_statistic(
     statistic: Callable[[NDArray[Any], Floats, Floats], Floats], true: NDArray[Any], scores: Floats
 ) -> Statistic:
     """The mean over columns of a statistic of one column, where it is defined."""
 
-    def resampled(drawn: Floats) -> Floats:
-        total, defined = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
+    def mean_over_columns(counts: Floats) -> Floats:
+        total, defined = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])
         for column in range(scores.shape[1]):
-            values = statistic(true[:, column], scores[:, column], drawn)
+            values = statistic(true[:, column], scores[:, column], counts)
             total += np.nan_to_num(values)
             defined += np.isfinite(values)
-        return ratio(total, defined)
+        return safe_divide(total, defined)
 
-    return resampled
+    return mean_over_columns
 
 
-def _by_threshold(positive: NDArray[np.bool_], scores: Floats, drawn: Floats) -> tuple[Floats, Floats]:
+def _cumulate_by_threshold(positive: NDArray[np.bool_], scores: Floats, counts: Floats) -> tuple[Floats, Floats]:
     """Positive and all draws at each distinct score, the highest first: two arrays of shape (g, b)."""
     order = np.argsort(-scores, kind="stable")
-    every = drawn[order]
-    hits = every * positive[order, None]
+    all_counts = counts[order]
+    positive_counts = all_counts * positive[order, None]
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
     if len(starts) < len(order):
-        return np.add.reduceat(hits, starts, axis=0), np.add.reduceat(every, starts, axis=0)
-    return hits, every
+        return np.add.reduceat(positive_counts, starts, axis=0), np.add.reduceat(all_counts, starts, axis=0)
+    return positive_counts, all_counts
 
 
-def area(positive: NDArray[np.bool_], scores: Floats, drawn: Floats) -> Floats:
+def roc_auc(positive: NDArray[np.bool_], scores: Floats, counts: Floats) -> Floats:
     """The area under the ROC curve of each resample, shape (b,)."""
-    hits, every = _by_threshold(positive, scores, drawn)
-    held = hits.any(axis=1)
-    misses = every - hits
-    above = (np.cumsum(misses, axis=0) - misses / 2)[held]
-    total_hits, total_misses = hits.sum(axis=0), misses.sum(axis=0)
-    outranked = np.einsum("gb,gb->b", hits[held], above)
-    return 1 - ratio(outranked, total_hits * total_misses)
+    positive_counts, all_counts = _cumulate_by_threshold(positive, scores, counts)
+    has_positives = positive_counts.any(axis=1)
+    negative_counts = all_counts - positive_counts
+    negatives_above = (np.cumsum(negative_counts, axis=0) - negative_counts / 2)[has_positives]
+    n_positives, n_negatives = positive_counts.sum(axis=0), negative_counts.sum(axis=0)
+    n_misranked = np.einsum("gb,gb->b", positive_counts[has_positives], negatives_above)
+    return 1 - safe_divide(n_misranked, n_positives * n_negatives)
 
 
-def average_precision(positive: NDArray[np.bool_], scores: Floats, drawn: Floats) -> Floats:
+def average_precision(positive: NDArray[np.bool_], scores: Floats, counts: Floats) -> Floats:
     """The average precision of each resample, shape (b,)."""
-    hits, every = _by_threshold(positive, scores, drawn)
-    held = hits.any(axis=1)
-    found, seen = np.cumsum(hits, axis=0)[held], np.cumsum(every, axis=0)[held]
-    precision = np.divide(found, seen, out=np.zeros_like(found), where=seen > 0)
-    return ratio(np.einsum("gb,gb->b", hits[held], precision), hits.sum(axis=0))
+    positive_counts, all_counts = _cumulate_by_threshold(positive, scores, counts)
+    has_positives = positive_counts.any(axis=1)
+    cumulative_positives, cumulative_counts = (
+        np.cumsum(positive_counts, axis=0)[has_positives],
+        np.cumsum(all_counts, axis=0)[has_positives],
+    )
+    precision = np.divide(
+        cumulative_positives, cumulative_counts, out=np.zeros_like(cumulative_positives), where=cumulative_counts > 0
+    )
+    return safe_divide(np.einsum("gb,gb->b", positive_counts[has_positives], precision), positive_counts.sum(axis=0))
 
 
-def rank_correlation(true: Floats, predicted: Floats, drawn: Floats) -> Floats:
+def spearman_correlation(true: Floats, predicted: Floats, counts: Floats) -> Floats:
     """Spearman's correlation of each resample, shape (b,)."""
-    middle = (len(true) + 1) / 2
-    a, b = _ranks(true, drawn) - middle, _ranks(predicted, drawn) - middle
-    covariance = np.einsum("mb,mb,mb->b", drawn, a, b)
-    return ratio(covariance, np.sqrt((drawn * a * a).sum(axis=0) * (drawn * b * b).sum(axis=0)))
+    mean_rank = (len(true) + 1) / 2
+    true_ranks, predicted_ranks = (
+        _weighted_ranks(true, counts) - mean_rank,
+        _weighted_ranks(predicted, counts) - mean_rank,
+    )
+    covariance = np.einsum("mb,mb,mb->b", counts, true_ranks, predicted_ranks)
+    return safe_divide(
+        covariance,
+        np.sqrt(
+            (counts * true_ranks * true_ranks).sum(axis=0) * (counts * predicted_ranks * predicted_ranks).sum(axis=0)
+        ),
+    )
 
 
-def _ranks(values: Floats, drawn: Floats) -> Floats:
+def _weighted_ranks(values: Floats, counts: Floats) -> Floats:
     """The rank of each row within each resample, ties sharing their mean, shape (m, b)."""
-    _, group = np.unique(values, return_inverse=True)
-    member = csr_array((np.ones(len(values)), (group, np.arange(len(values)))))
-    size = member @ drawn
-    return (np.cumsum(size, axis=0) - (size - 1) / 2)[group]
+    _, value_codes = np.unique(values, return_inverse=True)
+    value_indicators = csr_array((np.ones(len(values)), (value_codes, np.arange(len(values)))))
+    group_counts = value_indicators @ counts
+    return (np.cumsum(group_counts, axis=0) - (group_counts - 1) / 2)[value_codes]

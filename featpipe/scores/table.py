@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.scores.interval import Interval, number
+from featpipe.scores.interval import Interval, format_score
 
-__all__ = ["METRICS", "Scores", "finite"]
+__all__ = ["METRICS", "Scores", "nan_to_none"]
 
 METRICS: dict[str, tuple[str, str]] = {
     "accuracy": ("Accuracy", "share of rows whose most probable class is the right one"),
@@ -83,12 +83,12 @@ class Scores:
         """
         score = "r2" if self.task == "regression" else "f1"
 
-        def weakness(row: dict[str, Any]) -> tuple[bool, float, int]:
-            rows = row.get("support", self.n)
-            judged = rows > 0 and math.isfinite(row[score])
-            return not judged, row[score] if judged else 0.0, -rows
+        def sort_key(row: dict[str, Any]) -> tuple[bool, float, int]:
+            support = row.get("support", self.n)
+            is_defined = support > 0 and math.isfinite(row[score])
+            return not is_defined, row[score] if is_defined else 0.0, -support
 
-        return sorted(self.per_class, key=weakness)
+        return sorted(self.per_class, key=sort_key)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is undefined is None.
@@ -100,64 +100,83 @@ class Scores:
             "task": self.task,
             "n": self.n,
             "metrics": {
-                name: {"value": finite(s.value), "low": finite(s.low), "high": finite(s.high)}
-                for name, s in self.metrics.items()
+                name: {
+                    "value": nan_to_none(interval.value),
+                    "low": nan_to_none(interval.low),
+                    "high": nan_to_none(interval.high),
+                }
+                for name, interval in self.metrics.items()
             },
-            "per_class": [{key: finite(value) for key, value in row.items()} for row in self.per_class],
+            "per_class": [{key: nan_to_none(value) for key, value in row.items()} for row in self.per_class],
             "confusion": None if self.confusion is None else self.confusion.tolist(),
             "classes": list(self.classes),
         }
 
     def table(self, limit: int = 20) -> str:
         """For the terminal: the scores with their intervals, then the `limit` weakest classes."""
-        scores = [
-            (METRICS[name][0], number(s.value), f"[{number(s.low)}, {number(s.high)}]" if s.known else "")
-            for name, s in self.metrics.items()
+        metric_rows = [
+            (
+                METRICS[name][0],
+                format_score(interval.value),
+                f"[{format_score(interval.low)}, {format_score(interval.high)}]" if interval.known else "",
+            )
+            for name, interval in self.metrics.items()
         ]
         lines = [
-            f"{_count(self.n, 'row')}, {_count(len(self.classes), _COLUMNS[self.task])}",
+            f"{_format_count(self.n, 'row')}, {_format_count(len(self.classes), _COLUMN_NOUNS[self.task])}",
             "",
-            *_aligned(scores),
+            *_align_columns(metric_rows),
         ]
         if len(self.classes) > 1:
-            weakest = [{k: v for k, v in row.items() if not k.endswith("_interval")} for row in self.weakest()[:limit]]
+            weakest = [
+                {key: value for key, value in row.items() if not key.endswith("_interval")}
+                for row in self.weakest()[:limit]
+            ]
             header = tuple(_HEADINGS.get(key, key) for key in weakest[0])
-            cells = [tuple(_cell(value) for value in row.values()) for row in weakest]
-            lines += ["", *_aligned([header, *cells])]
+            body_rows = [tuple(_format_cell(value) for value in row.values()) for row in weakest]
+            lines += ["", *_align_columns([header, *body_rows])]
             if len(self.classes) > limit:
                 lines.append(f"the {limit} weakest of {len(self.classes):,}")
         return "\n".join(lines)
 
 
-def finite(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
     """A value as JSON can hold it: None where it is not a number."""
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
+        return [nan_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _HEADINGS = {"name": "", "support": "rows", "average_precision": "avg. precision"}
 
 
-_COLUMNS = {"classification": "class", "multilabel": "label", "regression": "target"}
+_COLUMN_NOUNS = {"classification": "class", "multilabel": "label", "regression": "target"}
 
 
-def _count(n: int, noun: str) -> str:
+def _format_count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     """As the terminal may show it: control characters and direction marks of a name become escapes."""
     if isinstance(value, str):
-        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value[:60])
-        return plain if len(plain) <= 32 and len(value) <= 32 else plain[:31] + "…"
-    return number(value) if isinstance(value, float) else f"{value:,}"
+        printable = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in value[:60]
+        )
+        return printable if len(printable) <= 32 and len(value) <= 32 else printable[:31] + "…"
+    return format_score(value) if isinstance(value, float) else f"{value:,}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text as columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]).rstrip()
-        for first, *rest in rows
+        "  ".join(
+            [
+                first_cell.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(other_cells, widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for first_cell, *other_cells in rows
     ]

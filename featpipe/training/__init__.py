@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from featpipe.training.comparison import Comparison, compare
-from featpipe.training.rows import Rows, training_rows
-from featpipe.training.selection import METRICS, Choice
+from featpipe.training.comparison import HeadComparison, compare
+from featpipe.training.rows import EmbeddingDataset, load_training_data
+from featpipe.training.selection import METRICS, SearchResult
 from featpipe.training.verb import train
 
-__all__ = ["METRICS", "Choice", "Comparison", "Rows", "compare", "train", "training_rows"]
+__all__ = ["METRICS", "EmbeddingDataset", "HeadComparison", "SearchResult", "compare", "load_training_data", "train"]

@@ -13,18 +13,18 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
 from featpipe.model import Model
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.training.estimate import main_metric
-from featpipe.training.rows import Rows, training_rows
-from featpipe.training.verb import Trained, keeping, plan_of, train_on
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.training.estimate import get_main_metric
+from featpipe.training.rows import EmbeddingDataset, load_training_data
+from featpipe.training.verb import TrainedHead, make_head_config, parse_policy, train_head
 
-__all__ = ["Compared", "Comparison", "compare"]
+__all__ = ["HeadComparison", "HeadComparisonRow", "compare"]
 
-PREDICTED = 1000
+N_TIMED_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Compared:
+class HeadComparisonRow:
     """One head of a comparison.
 
     Attributes
@@ -56,7 +56,7 @@ class Compared:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class HeadComparison:
     """Several heads on the same folds, the best first.
 
     Attributes
@@ -68,7 +68,7 @@ class Comparison:
         How the scores were measured.
     """
 
-    rows: list[Compared]
+    rows: list[HeadComparisonRow]
     model: Model
     how: str
 
@@ -93,9 +93,9 @@ def compare(
     times: Any = None,
     since: Any = None,
     without: Any = None,
-    progress: Tell = quiet,
-    **how: Any,
-) -> Comparison:
+    progress: ProgressCallback = report_warnings_only,
+    **options: Any,
+) -> HeadComparison:
     """Train several heads on one cache, and keep the best.
 
     Parameters
@@ -124,41 +124,46 @@ def compare(
     """
     if cv < 2 and since is None:
         raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
-    kept = keeping(keep)
-    rows = training_rows(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
-    wanted = heads.names(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
-    given = params or {}
-    plans = [plan_of(cache, rows, name, given.get(name, {}), metric=metric, **how) for name in wanted]
-    found: list[tuple[Compared, Trained]] = []
-    for plan in plans:
-        progress(Progress("note", plan.head if since is not None else f"{plan.head}: {cv} folds"))
-        trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
-        found.append((_compared(trained, rows, metric), trained))
-    found.sort(key=lambda pair: -_goodness(pair[0], pair[1]))
-    table, best = [row for row, _ in found], found[0][1]
-    assert best.estimate is not None
-    model = best.model(cache, rows, output, given.get(best.plan.head, {}), kept)
-    comparison = Comparison(table, model, best.estimate.how)
+    policy = parse_policy(keep)
+    dataset = load_training_data(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
+    head_names = (
+        heads.list_heads(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
+    )
+    head_params = params or {}
+    configs = [
+        make_head_config(cache, dataset, name, head_params.get(name, {}), metric=metric, **options)
+        for name in head_names
+    ]
+    results: list[tuple[HeadComparisonRow, TrainedHead]] = []
+    for config in configs:
+        progress(Progress("note", config.head if since is not None else f"{config.head}: {cv} folds"))
+        trained_head = train_head(cache, dataset, config, cv, calibrate=calibrate, prior=prior, progress=progress)
+        results.append((_make_row(trained_head, dataset, metric), trained_head))
+    results.sort(key=lambda pair: -_selection_score(pair[0], pair[1]))
+    table, best_head = [row for row, _ in results], results[0][1]
+    assert best_head.estimate is not None
+    model = best_head.to_model(cache, dataset, output, head_params.get(best_head.config.head, {}), policy)
+    comparison = HeadComparison(table, model, best_head.estimate.description)
     comparison.model.scores["comparison"] = comparison.to_dict()["heads"]
     return comparison
 
 
-def _goodness(row: Compared, trained: Trained) -> float:
-    assert trained.estimate is not None
-    return main_metric(trained.estimate.scores, row.metric)[1]
+def _selection_score(row: HeadComparisonRow, trained_head: TrainedHead) -> float:
+    assert trained_head.estimate is not None
+    return get_main_metric(trained_head.estimate.scores, row.metric)[1]
 
 
-def _compared(trained: Trained, rows: Rows, metric: str | None) -> Compared:
-    estimate, fitted = trained.estimate, trained.fitted
+def _make_row(trained_head: TrainedHead, dataset: EmbeddingDataset, metric: str | None) -> HeadComparisonRow:
+    estimate, fitted = trained_head.estimate, trained_head.fitted
     assert estimate is not None
-    name, _ = main_metric(estimate.scores, metric)
-    few = np.asarray(rows.X[: min(len(rows), PREDICTED)], np.float32)
-    many = np.resize(few, (PREDICTED, few.shape[1]))
-    started = perf_counter()
-    fitted.estimator.predict(many)
-    seconds = perf_counter() - started
-    return Compared(
-        head=trained.plan.head,
+    name, _ = get_main_metric(estimate.scores, metric)
+    sample = np.asarray(dataset.X[: min(len(dataset), N_TIMED_ROWS)], np.float32)
+    batch = np.resize(sample, (N_TIMED_ROWS, sample.shape[1]))
+    start_time = perf_counter()
+    fitted.estimator.predict(batch)
+    seconds = perf_counter() - start_time
+    return HeadComparisonRow(
+        head=trained_head.config.head,
         metric=name,
         score=estimate.scores.metrics[name].value,
         spread=estimate.spread,
@@ -166,5 +171,5 @@ def _compared(trained: Trained, rows: Rows, metric: str | None) -> Compared:
         seconds_to_fit=fitted.seconds_to_fit + fitted.seconds_to_tune,
         seconds_to_predict=seconds,
         bytes=len(heads.dumps(fitted.estimator)),
-        chosen={} if fitted.choice is None else dict(fitted.choice.settings),
+        chosen={} if fitted.search_result is None else dict(fitted.search_result.settings),
     )

@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import heads, split
-from featpipe.calibration import Calibration, logits_of
+from featpipe.calibration import Calibration, compute_logits
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import drawn_rows, fit_balanced, resample
-from featpipe.training.rows import Rows
-from featpipe.training.selection import Choice, choose_strength, scorer_of, search, subset
+from featpipe.heads.balance import draw_row_indices, fit_balanced, resample
+from featpipe.training.rows import EmbeddingDataset
+from featpipe.training.selection import SearchResult, get_scorer, search_grid, select_penalty_strength, subsample
 
-__all__ = ["Fitted", "Plan"]
+__all__ = ["FittedHead", "HeadConfig"]
 
-ROWS_AT_ONCE = 1 << 16
-TUNING_ROWS = 20_000  # the most that settings are tried on where features stay in the file
-WATCHED_SEED = 2  # other rows than those of the folds
-LOWEST_LOGIT = -30.0  # beside the others, of a class that a fold was not fitted on
+PREDICT_BLOCK_ROWS = 1 << 16
+MAX_TUNING_ROWS = 20_000  # the most that settings are tried on where features stay in the file
+EARLY_STOPPING_SEED = 2  # other rows than those of the folds
+ABSENT_CLASS_LOGIT = -30.0  # beside the others, of a class that a fold was not fitted on
 
 
 @dataclass(frozen=True)
-class Plan:
+class HeadConfig:
     """How a head is to be fitted.
 
     Attributes
@@ -61,34 +61,36 @@ class Plan:
     random_state: int | None = 0
     jobs: int | None = None
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Refuse what cannot be, before any work."""
         heads.build(self.head, self.task, params=self.params, random_state=self.random_state)
-        scorer_of(self.task, self.metric)
+        get_scorer(self.task, self.metric)
         if self.one_standard_error and not self.tunes_strength:
             raise ConfigError("one_standard_error is for the strength C of logistic, where C is not set")
         if self.balance and self.task != "classification":
             raise ConfigError(f"balance={self.balance} is for classification, not for {self.task}")
-        for key, values in self._grid().items():
+        for key, values in self._resolve_grid().items():
             for value in values:
                 heads.build(self.head, self.task, params={**self.params, key: value}, random_state=self.random_state)
 
     @property
     def tunes_strength(self) -> bool:
         """Whether the strength of ``logistic`` is chosen along its whole path."""
-        path = self.head == "logistic" and not self.grid and self.tune is not False
-        return path and not {"C", "head__C"} & set(self.params) and self.params.get("penalty") in (None, "l2")
+        can_search_path = self.head == "logistic" and not self.grid and self.tune is not False
+        return (
+            can_search_path and not {"C", "head__C"} & set(self.params) and self.params.get("penalty") in (None, "l2")
+        )
 
-    def _grid(self) -> Mapping[str, Sequence[object]]:
+    def _resolve_grid(self) -> Mapping[str, Sequence[object]]:
         if self.grid or not self.tune or self.tunes_strength:
             return self.grid
-        own = heads.spec_of(self.head).grid
-        grid = {key: values for key, values in own.items() if not {key, f"head__{key}"} & set(self.params)}
+        default_grid = heads.get_spec(self.head).grid
+        grid = {key: values for key, values in default_grid.items() if not {key, f"head__{key}"} & set(self.params)}
         if not grid:
             raise ConfigError(f"there is nothing to tune of head {self.head!r}; say what to try: --grid SETTING=A,B")
         return grid
 
-    def fit(self, rows: Rows) -> Fitted:
+    def fit(self, dataset: EmbeddingDataset) -> FittedHead:
         """Fit on all of some rows.
 
         Raises
@@ -96,48 +98,50 @@ class Plan:
         ConfigError
             If the head cannot be fitted on them.
         """
-        started = perf_counter()
-        choice = self._choose(rows)
-        params = {**self.params, **(choice.settings if choice else {})}
+        start_time = perf_counter()
+        search_result = self._search_settings(dataset)
+        params = {**self.params, **(search_result.settings if search_result else {})}
         estimator = heads.build(self.head, self.task, params=params, random_state=self.random_state)
-        tuned = perf_counter()
-        self._fit(estimator, rows)
-        done = perf_counter()
-        return Fitted(estimator, self.task, rows.classes, choice, tuned - started, done - tuned)
+        tuned_time = perf_counter()
+        self._fit_estimator(estimator, dataset)
+        end_time = perf_counter()
+        return FittedHead(
+            estimator, self.task, dataset.classes, search_result, tuned_time - start_time, end_time - tuned_time
+        )
 
-    def _fit(self, estimator: Any, rows: Rows) -> None:
+    def _fit_estimator(self, estimator: Any, dataset: EmbeddingDataset) -> None:
         head = estimator[-1]
-        if rows.streamed:
-            rows, weights = self._drawn(rows)
-            heads.fit_streamed(estimator, rows.X, rows.y, weights)
+        if dataset.is_streamed:
+            dataset, weights = self._resample_rows(dataset)
+            heads.fit_streamed(estimator, dataset.X, dataset.y, weights)
         elif getattr(head, "early_stopping", False) is True:
-            _fit_watched(estimator, rows, self)
+            _fit_with_early_stopping(estimator, dataset, self)
         elif self.balance:
-            fit_balanced(estimator, np.asarray(rows.X), rows.y, self.balance, self.random_state)
+            fit_balanced(estimator, np.asarray(dataset.X), dataset.y, self.balance, self.random_state)
         else:
-            estimator.fit(np.asarray(rows.X), rows.y)
+            estimator.fit(np.asarray(dataset.X), dataset.y)
 
-    def _drawn(self, rows: Rows) -> tuple[Rows, NDArray[np.int64] | None]:
+    def _resample_rows(self, dataset: EmbeddingDataset) -> tuple[EmbeddingDataset, NDArray[np.int64] | None]:
         """The rows of a balanced fit, and how often each is drawn, which as a weight has the same effect."""
         if not self.balance:
-            return rows, None
+            return dataset, None
         if self.balance == "smote":
             raise ConfigError("balance=smote needs all rows in memory; take over or class_weight=balanced")
-        drawn, times = np.unique(drawn_rows(rows.y, self.balance, self.random_state), return_counts=True)
-        return rows.take(drawn), times if times.max() > 1 else None
+        indices, repeats = np.unique(draw_row_indices(dataset.y, self.balance, self.random_state), return_counts=True)
+        return dataset.take(indices), repeats if repeats.max() > 1 else None
 
-    def _choose(self, rows: Rows) -> Choice | None:
-        grid = self._grid()
+    def _search_settings(self, dataset: EmbeddingDataset) -> SearchResult | None:
+        grid = self._resolve_grid()
         if not grid and not self.tunes_strength:
             return None
-        some = subset(rows, TUNING_ROWS) if rows.streamed else rows
+        tuning_dataset = subsample(dataset, MAX_TUNING_ROWS) if dataset.is_streamed else dataset
         if self.tunes_strength:
-            return choose_strength(self, some, len(rows))
-        return search(self, some, grid)
+            return select_penalty_strength(self, tuning_dataset, len(dataset))
+        return search_grid(self, tuning_dataset, grid)
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
+class FittedHead:
     """A fitted head.
 
     Attributes
@@ -152,59 +156,59 @@ class Fitted:
     estimator: Any
     task: str
     classes: tuple[str, ...]
-    choice: Choice | None
+    search_result: SearchResult | None
     seconds_to_tune: float
     seconds_to_fit: float
 
     @property
-    def gives_probabilities(self) -> bool:
+    def has_probabilities(self) -> bool:
         return hasattr(self.estimator, "predict_proba")
 
-    def answers(self, X: Any, calibration: Calibration | None = None) -> NDArray[np.float64]:
+    def predict(self, X: Any, calibration: Calibration | None = None) -> NDArray[np.float64]:
         """Probabilities of shape (m, k), or numbers; a few rows at a time."""
         if self.task == "regression":
-            return _in_blocks(self.estimator.predict, X)
+            return _apply_in_blocks(self.estimator.predict, X)
         if calibration is not None:
-            return calibration.probabilities(self.logits(X), self.task == "multilabel")
-        return self._in_all_classes(_in_blocks(self.estimator.predict_proba, X), 0.0)
+            return calibration.compute_probabilities(self.compute_logits(X), self.task == "multilabel")
+        return self._expand_to_all_classes(_apply_in_blocks(self.estimator.predict_proba, X), 0.0)
 
-    def logits(self, X: Any) -> NDArray[np.float64]:
+    def compute_logits(self, X: Any) -> NDArray[np.float64]:
         """Scores before the softmax or the sigmoids, shape (m, k)."""
-        found = _in_blocks(lambda block: logits_of(self.estimator, block), X)
-        return self._in_all_classes(found, float(found.min(initial=0)) + LOWEST_LOGIT)
+        logits = _apply_in_blocks(lambda block: compute_logits(self.estimator, block), X)
+        return self._expand_to_all_classes(logits, float(logits.min(initial=0)) + ABSENT_CLASS_LOGIT)
 
-    def _in_all_classes(self, found: NDArray[np.float64], absent: float) -> NDArray[np.float64]:
-        if self.task == "multilabel" or found.shape[1] == len(self.classes):
-            return found
-        full = np.full((len(found), len(self.classes)), absent)
-        full[:, self.estimator.classes_] = found
-        return full
+    def _expand_to_all_classes(self, scores: NDArray[np.float64], fill_value: float) -> NDArray[np.float64]:
+        if self.task == "multilabel" or scores.shape[1] == len(self.classes):
+            return scores
+        expanded = np.full((len(scores), len(self.classes)), fill_value)
+        expanded[:, self.estimator.classes_] = scores
+        return expanded
 
 
-def _fit_watched(estimator: Any, rows: Rows, plan: Plan) -> None:
+def _fit_with_early_stopping(estimator: Any, dataset: EmbeddingDataset, config: HeadConfig) -> None:
     """Fit with rows held out for early stopping that share no image and no group with the others."""
     head, scaler = estimator[-1], estimator[0]
-    y, names = (rows.y, rows.classes) if plan.task == "classification" else (None, None)
-    fit, held = split.holdout(
-        rows.digests,
+    y, names = (dataset.y, dataset.classes) if config.task == "classification" else (None, None)
+    train_rows, validation_rows = split.make_holdout(
+        dataset.digests,
         y,
         test=head.validation_fraction,
-        seed=WATCHED_SEED,
-        groups=rows.groups,
-        times=rows.times,
+        seed=EARLY_STOPPING_SEED,
+        groups=dataset.groups,
+        times=dataset.times,
         names=names,
     )
-    X, y_fit, watched = rows.X[fit], rows.y[fit], rows.X[held]
+    X, y_train, X_validation = dataset.X[train_rows], dataset.y[train_rows], dataset.X[validation_rows]
     if scaler != "passthrough":
-        X, watched = scaler.fit_transform(X), scaler.transform(watched)
-    if plan.balance:
-        X, y_fit = resample(X, y_fit, plan.balance, plan.random_state)
-    head.fit(X, y_fit, validation=(watched, rows.y[held]))
+        X, X_validation = scaler.fit_transform(X), scaler.transform(X_validation)
+    if config.balance:
+        X, y_train = resample(X, y_train, config.balance, config.random_state)
+    head.fit(X, y_train, validation=(X_validation, dataset.y[validation_rows]))
 
 
-def _in_blocks(answer: Any, X: Any) -> NDArray[np.float64]:
+def _apply_in_blocks(function: Any, X: Any) -> NDArray[np.float64]:
     if isinstance(X, np.ndarray):
-        return np.asarray(answer(X), np.float64)
-    starts = range(0, len(X), ROWS_AT_ONCE)
-    blocks = [answer(np.asarray(X[start : start + ROWS_AT_ONCE], np.float32)) for start in starts]
+        return np.asarray(function(X), np.float64)
+    starts = range(0, len(X), PREDICT_BLOCK_ROWS)
+    blocks = [function(np.asarray(X[start : start + PREDICT_BLOCK_ROWS], np.float32)) for start in starts]
     return np.concatenate(blocks).astype(np.float64)

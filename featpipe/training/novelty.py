@@ -8,28 +8,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import split
-from featpipe.training.rows import Rows
-from featpipe.training.selection import subset
-from featpipe.trust import KEPT, Novelty
+from featpipe.training.rows import EmbeddingDataset
+from featpipe.training.selection import subsample
+from featpipe.trust import MAX_REFERENCES, NoveltyScorer
 
-__all__ = ["novelty_after", "novelty_of"]
+__all__ = ["fit_novelty", "update_novelty"]
 
-MOST = 20_000  # rows that are looked at
-SEED = 3  # other rows than those of folds and parts
-LEAST = 10  # rows
+MAX_ROWS = 20_000  # rows that are looked at
+NOVELTY_SEED = 3  # other rows than those of folds and parts
+MIN_ROWS = 10  # rows
 
 
-def novelty_of(rows: Rows, task: str) -> Novelty | None:
+def fit_novelty(dataset: EmbeddingDataset, task: str) -> NoveltyScorer | None:
     """From some training rows, each class with as many as there are of it up to its share; None of very few."""
-    some = subset(rows, MOST, SEED)
-    if len(some) < LEAST:
+    sample = subsample(dataset, MAX_ROWS, NOVELTY_SEED)
+    if len(sample) < MIN_ROWS:
         return None
-    kept = np.sort(_by_turns(some, task)[: max(KEPT, len(rows.classes))])
-    found = Novelty.of(np.asarray(some.X, np.float32), kept, _alike(some))
-    return found if len(found.distances) >= LEAST else None
+    reference_rows = np.sort(_make_round_robin_order(sample, task)[: max(MAX_REFERENCES, len(dataset.classes))])
+    novelty = NoveltyScorer.from_embeddings(
+        np.asarray(sample.X, np.float32), reference_rows, _make_copy_and_group_codes(sample)
+    )
+    return novelty if len(novelty.distances) >= MIN_ROWS else None
 
 
-def novelty_after(before: Novelty, images: int, rows: Rows) -> Novelty:
+def update_novelty(old_novelty: NoveltyScorer, n_old_images: int, dataset: EmbeddingDataset) -> NoveltyScorer:
     """Of a classifier that learnt more rows, from what is known of earlier ones.
 
     Parameters
@@ -40,31 +42,34 @@ def novelty_after(before: Novelty, images: int, rows: Rows) -> Novelty:
     rows : Rows
         That came. As large a share of them is kept as of the earlier ones, and one of each class.
     """
-    if not len(rows):
-        return before
-    some = subset(rows, MOST, SEED)
-    share = min(1.0, len(before.rows) / max(1, images))
-    n = max(round(share * len(rows)), len(np.unique(some.y)))
-    return before.joined(
-        np.asarray(some.X, np.float32), np.sort(_by_turns(some, "classification")[:n]), _alike(some), images
+    if not len(dataset):
+        return old_novelty
+    sample = subsample(dataset, MAX_ROWS, NOVELTY_SEED)
+    share = min(1.0, len(old_novelty.references) / max(1, n_old_images))
+    n_reference_rows = max(round(share * len(dataset)), len(np.unique(sample.y)))
+    return old_novelty.extend(
+        np.asarray(sample.X, np.float32),
+        np.sort(_make_round_robin_order(sample, "classification")[:n_reference_rows]),
+        _make_copy_and_group_codes(sample),
+        n_old_images,
     )
 
 
-def _alike(rows: Rows) -> NDArray[Any]:
+def _make_copy_and_group_codes(dataset: EmbeddingDataset) -> NDArray[Any]:
     """What copies have in common, and what groups have, shape (m, 1) or (m, 2)."""
-    _, copies = np.unique(rows.digests, axis=0, return_inverse=True)
-    alike: list[NDArray[Any]] = [np.ravel(copies)]
-    if rows.groups is not None:
-        alike.append(np.unique(rows.groups, return_inverse=True)[1])
-    return np.column_stack(alike)
+    _, copy_codes = np.unique(dataset.digests, axis=0, return_inverse=True)
+    code_columns: list[NDArray[Any]] = [np.ravel(copy_codes)]
+    if dataset.groups is not None:
+        code_columns.append(np.unique(dataset.groups, return_inverse=True)[1])
+    return np.column_stack(code_columns)
 
 
-def _by_turns(rows: Rows, task: str) -> NDArray[np.intp]:
+def _make_round_robin_order(dataset: EmbeddingDataset, task: str) -> NDArray[np.intp]:
     """The rows in an order that takes one of each class by turns; which ones follows from their images' bytes."""
-    keys = split.key(rows.digests, SEED)
-    turn = np.zeros(len(rows), np.intp)
+    keys = split.compute_keys(dataset.digests, NOVELTY_SEED)
+    rank_in_class = np.zeros(len(dataset), np.intp)
     if task == "classification":
-        for code in range(len(rows.classes)):
-            own = np.flatnonzero(rows.y == code)
-            turn[own[np.argsort(keys[own], kind="stable")]] = np.arange(len(own))
-    return np.lexsort((keys, turn))
+        for code in range(len(dataset.classes)):
+            class_rows = np.flatnonzero(dataset.y == code)
+            rank_in_class[class_rows[np.argsort(keys[class_rows], kind="stable")]] = np.arange(len(class_rows))
+    return np.lexsort((keys, rank_in_class))

@@ -11,19 +11,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from featpipe import split
 from featpipe.allowance import available_bytes
-from featpipe.cache import SPLITS, FeatureCache, View
+from featpipe.cache import SPLIT_NAMES, FeatureCache, FeatureView
 from featpipe.errors import CacheError, ConfigError
-from featpipe.grouping import groups_of, moment_of, rows_named, times_of
+from featpipe.grouping import find_listed_rows, load_groups, load_times, parse_time
 
-__all__ = ["Rows", "refuse_not_finite", "training_rows"]
+__all__ = ["EmbeddingDataset", "check_finite", "load_training_data"]
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-COPIES = 4  # of the features while a head is fitted: the rows, a fold of them, and float64 copies while it is scaled
+N_FEATURE_COPIES = (
+    4  # of the features while a head is fitted: the rows, a fold of them, and float64 copies while it is scaled
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class EmbeddingDataset:
     """The rows of a cache that a head is fitted on.
 
     Attributes
@@ -43,7 +45,7 @@ class Rows:
     """
 
     rows: NDArray[np.int64]
-    X: NDArray[np.float32] | View
+    X: NDArray[np.float32] | FeatureView
     y: NDArray[Any]
     classes: tuple[str, ...]
     digests: NDArray[np.uint8]
@@ -55,42 +57,42 @@ class Rows:
         return len(self.rows)
 
     @property
-    def streamed(self) -> bool:
+    def is_streamed(self) -> bool:
         """Whether the features stay in the file."""
-        return isinstance(self.X, View)
+        return isinstance(self.X, FeatureView)
 
-    def take(self, which: NDArray[np.integer[Any]]) -> Rows:
+    def take(self, indices: NDArray[np.integer[Any]]) -> EmbeddingDataset:
         """Some of the rows, of the same classes; to be split anew."""
         return replace(
             self,
-            rows=self.rows[which],
-            X=self.X.take(which) if isinstance(self.X, View) else self.X[which],
-            y=self.y[which],
-            digests=self.digests[which],
-            groups=None if self.groups is None else self.groups[which],
-            times=None if self.times is None else self.times[which],
+            rows=self.rows[indices],
+            X=self.X.take(indices) if isinstance(self.X, FeatureView) else self.X[indices],
+            y=self.y[indices],
+            digests=self.digests[indices],
+            groups=None if self.groups is None else self.groups[indices],
+            times=None if self.times is None else self.times[indices],
             since=None,
         )
 
-    def loaded(self) -> Rows:
+    def to_memory(self) -> EmbeddingDataset:
         """With the features in memory."""
-        return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, View) else self
+        return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, FeatureView) else self
 
-    def splits(self, task: str, k: int) -> list[Split]:
+    def make_splits(self, task: str, k: int) -> list[Split]:
         """What a score is reported for: k folds, or what is earlier and what is later than ``since``."""
         if self.since is None:
-            return self.folds(task, k)
+            return self.make_folds(task, k)
         y, names = (self.y, self.classes) if task == "classification" else (None, None)
-        there = {"groups": self.groups, "times": self.times, "since": self.since}
-        return [split.holdout(self.digests, y, names=names, **there)]
+        constraints = {"groups": self.groups, "times": self.times, "since": self.since}
+        return [split.make_holdout(self.digests, y, names=names, **constraints)]
 
-    def folds(self, task: str, k: int, seed: int = 0) -> list[Split]:
+    def make_folds(self, task: str, k: int, seed: int = 0) -> list[Split]:
         """Rows to fit on and rows to judge by, k times; see :func:`featpipe.split.folds`."""
         y, names = (self.y, self.classes) if task == "classification" else (None, None)
-        return split.folds(self.digests, y, k=k, seed=seed, groups=self.groups, times=self.times, names=names)
+        return split.make_folds(self.digests, y, k=k, seed=seed, groups=self.groups, times=self.times, names=names)
 
 
-def training_rows(
+def load_training_data(
     cache: FeatureCache,
     output: str | None = None,
     *,
@@ -99,7 +101,7 @@ def training_rows(
     since: Any = None,
     without: str | os.PathLike[str] | None = None,
     memory: int | None = None,
-) -> Rows:
+) -> EmbeddingDataset:
     """The labelled, readable rows; those marked ``train``, if the labels came with a split.
 
     Parameters
@@ -131,9 +133,9 @@ def training_rows(
         )
     rows = cache.usable
     if cache.split.any():
-        rows = _marked_for_training(cache, rows, groups)
+        rows = _select_training_rows(cache, rows, groups)
     if without is not None:
-        rows = rows[~np.isin(rows, rows_named(cache, without))]
+        rows = rows[~np.isin(rows, find_listed_rows(cache, without))]
     if not len(rows):
         raise CacheError(f"{cache.path}: no row is labelled, readable and marked for training")
     features = cache.features(output)
@@ -145,47 +147,53 @@ def training_rows(
     labels = cache.label_table.take(rows)
     y, classes = labels.values, cache.classes
     if cache.task == "classification":
-        present, y = np.unique(y, return_inverse=True)
-        classes = tuple(classes[code] for code in present)
+        present_codes, y = np.unique(y, return_inverse=True)
+        classes = tuple(classes[code] for code in present_codes)
         if len(classes) < 2:
             raise ConfigError(f"{cache.path}: all training rows are of class {classes[0]!r}; a head needs two classes")
     elif cache.task == "regression":
         y = labels.y
-    needed = COPIES * len(rows) * features.shape[1] * 4
-    stays = needed > (available_bytes() if memory is None else memory)
-    X = cache.view(rows, output) if stays else np.asarray(features[rows], np.float32)
-    if not stays:  # others are looked at in the first pass that the head takes
-        refuse_not_finite(cache, rows, X)
-    when = times_of(cache, times, rows) if isinstance(times, str) else _aligned(cache, times, rows)
-    if since is not None and when is None:
+    needed_bytes = N_FEATURE_COPIES * len(rows) * features.shape[1] * 4
+    is_streamed = needed_bytes > (available_bytes() if memory is None else memory)
+    X = cache.view(rows, output) if is_streamed else np.asarray(features[rows], np.float32)
+    if not is_streamed:  # others are looked at in the first pass that the head takes
+        check_finite(cache, rows, X)
+    sample_times = (
+        load_times(cache, times, rows) if isinstance(times, str) else _select_sample_values(cache, times, rows)
+    )
+    if since is not None and sample_times is None:
         raise ConfigError(f"since={since} cuts by time, and nothing says when images were made; give times too")
-    start = moment_of(since, when) if isinstance(since, str) and when is not None else since
+    since_time = parse_time(since, sample_times) if isinstance(since, str) and sample_times is not None else since
     digests = cache.digests if len(rows) == len(cache) else cache.digests[rows]
-    return Rows(rows, X, y, classes, digests, _groups(cache, groups, rows), when, start)
+    return EmbeddingDataset(rows, X, y, classes, digests, _load_groups(cache, groups, rows), sample_times, since_time)
 
 
-def _marked_for_training(
+def _select_training_rows(
     cache: FeatureCache, rows: NDArray[np.int64], groups: str | ArrayLike | None
 ) -> NDArray[np.int64]:
     """Those rows, of a split that keeps each group on one side.
 
     A copy, byte by byte, of a training image that is marked for the test is left out by what evaluates.
     """
-    marks = cache.split[rows]
-    train = marks == SPLITS.index("train")
-    others = (marks == SPLITS.index("validation")) | (marks == SPLITS.index("test"))
-    if groups is not None and train.any() and others.any():
-        marked = train | others
-        found = _groups(cache, groups, rows[marked])
-        split.given(cache.digests[rows[marked]], train[marked], others[marked], groups=found)
-    return rows[train]
+    split_codes = cache.split[rows]
+    is_train = split_codes == SPLIT_NAMES.index("train")
+    is_held_out = (split_codes == SPLIT_NAMES.index("validation")) | (split_codes == SPLIT_NAMES.index("test"))
+    if groups is not None and is_train.any() and is_held_out.any():
+        is_marked = is_train | is_held_out
+        marked_groups = _load_groups(cache, groups, rows[is_marked])
+        split.apply_predefined_split(
+            cache.digests[rows[is_marked]], is_train[is_marked], is_held_out[is_marked], groups=marked_groups
+        )
+    return rows[is_train]
 
 
-def _groups(cache: FeatureCache, groups: str | ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
-    return groups_of(cache, groups, rows) if isinstance(groups, str) else _aligned(cache, groups, rows)
+def _load_groups(cache: FeatureCache, groups: str | ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    return load_groups(cache, groups, rows) if isinstance(groups, str) else _select_sample_values(cache, groups, rows)
 
 
-def _aligned(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+def _select_sample_values(
+    cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]
+) -> NDArray[Any] | None:
     if values is None:
         return None
     array = np.asarray(values)
@@ -194,17 +202,17 @@ def _aligned(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int
     return np.asarray(array[rows])
 
 
-def refuse_not_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[np.float32] | View) -> None:
+def check_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[np.float32] | FeatureView) -> None:
     """Rows that are ok and hold NaN: a stranger's cache, or a damaged one."""
-    step = max(1, 2**22 // max(1, X.shape[1]))
-    bad: list[int] = []
-    for start in range(0, len(rows), step):
-        bad += (rows[start : start + step][~np.isfinite(X[start : start + step]).all(axis=1)]).tolist()
-        if len(bad) > 3:
+    block_rows = max(1, 2**22 // max(1, X.shape[1]))
+    bad_rows: list[int] = []
+    for start in range(0, len(rows), block_rows):
+        bad_rows += (rows[start : start + block_rows][~np.isfinite(X[start : start + block_rows]).all(axis=1)]).tolist()
+        if len(bad_rows) > 3:
             break
-    if bad:
-        names = ", ".join(cache.ids[row] for row in bad[:3])
+    if bad_rows:
+        names = ", ".join(cache.ids[row] for row in bad_rows[:3])
         raise ConfigError(
-            f"{cache.path}: rows that are ok hold NaN or infinity ({names}{' and more' * (len(bad) > 3)}); "
+            f"{cache.path}: rows that are ok hold NaN or infinity ({names}{' and more' * (len(bad_rows) > 3)}); "
             "`featpipe verify --repair` computes them again"
         )

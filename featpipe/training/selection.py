@@ -13,17 +13,26 @@ from numpy.typing import NDArray
 from sklearn.exceptions import UndefinedMetricWarning
 
 from featpipe import heads, split
-from featpipe.calibration import logits_of, sigmoid_loss
+from featpipe.calibration import compute_logits, compute_sigmoid_loss
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import Balanced, resample
-from featpipe.heads.path import STRENGTHS, SoftmaxRegressionCV, best_strength, of_folds
-from featpipe.names import unknown
-from featpipe.training.rows import Rows
+from featpipe.heads.balance import BalancedClassifier, resample
+from featpipe.heads.path import C_GRID, SoftmaxRegressionCV, map_folds, select_best_C
+from featpipe.names import unknown_name_error
+from featpipe.training.rows import EmbeddingDataset
 
 if TYPE_CHECKING:
-    from featpipe.training.fitting import Plan
+    from featpipe.training.fitting import HeadConfig
 
-__all__ = ["METRICS", "Choice", "choose_strength", "inner_folds", "scorer_of", "search", "shown", "subset"]
+__all__ = [
+    "METRICS",
+    "SearchResult",
+    "format_params",
+    "get_scorer",
+    "make_inner_folds",
+    "search_grid",
+    "select_penalty_strength",
+    "subsample",
+]
 
 METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and scikit-learn's name of the scorer
     "classification": {
@@ -50,29 +59,29 @@ METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and scikit-
 
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-ONE_SPLIT_ABOVE = 5000  # rows
+MAX_ROWS_FOR_ALL_FOLDS = 5000  # rows
 INNER_SEED = 1  # other folds than those that a score is reported for
-INNER_FOLDS = 5
-KEYS_AT_ONCE = 1 << 18
-ROWS_AT_ONCE = 4096
+N_INNER_FOLDS = 5
+KEY_BLOCK_ROWS = 1 << 18
+SCALER_BLOCK_ROWS = 4096
 
 
-def scorer_of(task: str, metric: str | None) -> Any:
+def get_scorer(task: str, metric: str | None) -> Any:
     """Scikit-learn's scorer for a metric."""
-    known = METRICS[task]
-    if metric is not None and metric not in known:
-        raise unknown("metric", metric, known)
-    name = next(iter(known.values())) if metric is None else known[metric]
+    scorers = METRICS[task]
+    if metric is not None and metric not in scorers:
+        raise unknown_name_error("metric", metric, scorers)
+    name = next(iter(scorers.values())) if metric is None else scorers[metric]
     return _sigmoid_score if name == "log_loss" else name
 
 
 def _sigmoid_score(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
     """What scikit-learn has no scorer for: the log loss of one sigmoid for each label, and larger is better."""
-    return -sigmoid_loss(logits_of(head, X), y)
+    return -compute_sigmoid_loss(compute_logits(head, X), y)
 
 
 @dataclass(frozen=True)
-class Choice:
+class SearchResult:
     """What was chosen, and from what.
 
     Attributes
@@ -88,18 +97,18 @@ class Choice:
 
     settings: dict[str, Any]
     metric: str
-    tried: list[dict[str, Any]] = field(default_factory=list)
-    how: str = ""
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    description: str = ""
 
     def __str__(self) -> str:
-        return shown(self.settings)
+        return format_params(self.settings)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it, once the values are plain."""
-        return {"settings": self.settings, "metric": self.metric, "how": self.how, "tried": self.tried}
+        return {"settings": self.settings, "metric": self.metric, "how": self.description, "tried": self.candidates}
 
 
-def shown(settings: Mapping[str, Any]) -> str:
+def format_params(settings: Mapping[str, Any]) -> str:
     """Settings for people.
 
     Examples
@@ -112,7 +121,7 @@ def shown(settings: Mapping[str, Any]) -> str:
     )
 
 
-def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
+def select_penalty_strength(config: HeadConfig, dataset: EmbeddingDataset, n_rows: int) -> SearchResult:
     """The strength of the penalty of ``logistic``, along the whole path.
 
     Each inner fold standardises by its own rows. Without a metric the log loss decides: accuracy cannot tell strengths
@@ -123,88 +132,100 @@ def choose_strength(plan: Plan, rows: Rows, of: int) -> Choice:
     of : int
         How many rows the head will be fitted on; a strength is for a sum over rows, and so in proportion to them.
     """
-    folds = _folds_of_path(rows, plan)
-    metric = plan.metric or "log_loss"
+    folds = _make_path_folds(dataset, config)
+    metric = config.metric or "log_loss"
     if folds is None:
-        return Choice({"C": 1.0}, metric, how="not tuned: a class has a single image")
-    settings = {key: value for key, value in plan.params.items() if key in ("class_weight", "fit_intercept")}
-    standardise = plan.params.get("scale") != "passthrough"
-    shape = (len(rows), rows.X.shape[1], len(rows.classes))
-    on_fold = partial(_path, rows, plan, settings, standardise, scorer_of(plan.task, metric))
+        return SearchResult({"C": 1.0}, metric, description="not tuned: a class has a single image")
+    settings = {key: value for key, value in config.params.items() if key in ("class_weight", "fit_intercept")}
+    standardize = config.params.get("scale") != "passthrough"
+    shape = (len(dataset), dataset.X.shape[1], len(dataset.classes))
+    score_fold = partial(_score_path, dataset, config, settings, standardize, get_scorer(config.task, metric))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedMetricWarning)  # of a class that no held-out row is in
-        scores = np.array(of_folds(on_fold, folds, shape=shape, jobs=plan.jobs))
-    best = best_strength(scores, plan.one_standard_error)
-    tried = [
+        scores: NDArray[np.float64] = np.array(map_folds(score_fold, folds, shape=shape, n_jobs=config.jobs))
+    best = select_best_C(scores, config.one_standard_error)
+    candidates = [
         {"settings": {"C": C}, "score": float(mean), "spread": float(spread)}
-        for C, mean, spread in zip(STRENGTHS, scores.mean(axis=0), scores.std(axis=0), strict=True)
+        for C, mean, spread in zip(C_GRID, scores.mean(axis=0), scores.std(axis=0), strict=True)
     ]
-    how = _how(rows, len(tried), folds)
+    description = _describe_search(dataset, len(candidates), folds)
     factor = 1.0
-    if of > len(rows):
-        factor, how = len(rows) / of, f"{how}, and scaled to {of:,}"
-    return Choice({"C": float(STRENGTHS[best] * factor)}, metric, tried, how)
+    if n_rows > len(dataset):
+        factor, description = len(dataset) / n_rows, f"{description}, and scaled to {n_rows:,}"
+    return SearchResult({"C": float(C_GRID[best] * factor)}, metric, candidates, description)
 
 
-def _path(
-    rows: Rows, plan: Plan, settings: Mapping[str, Any], standardise: bool, scoring: Any, fold: Fold
+def _score_path(
+    dataset: EmbeddingDataset,
+    config: HeadConfig,
+    settings: Mapping[str, Any],
+    standardize: bool,
+    scoring: Any,
+    fold: Fold,
 ) -> NDArray[np.float64]:
     """The score of each strength on the held-out rows of one fold, shape (s,)."""
     from sklearn.preprocessing import StandardScaler
 
-    fit, held = fold
+    train_rows, validation_rows = fold
     # One copy of the features, in the order that makes views of both sides, and scaled where it lies.
-    X, y = np.asarray(rows.X)[np.concatenate([fit, held])], rows.y[np.concatenate([fit, held])]
-    n = len(fit)
-    if standardise:
+    X, y = (
+        np.asarray(dataset.X)[np.concatenate([train_rows, validation_rows])],
+        dataset.y[np.concatenate([train_rows, validation_rows])],
+    )
+    n = len(train_rows)
+    if standardize:
         scaler = StandardScaler(copy=False)
-        for start in range(0, n, ROWS_AT_ONCE):  # its sums take float64 copies of what they are given
-            scaler.partial_fit(X[start : min(n, start + ROWS_AT_ONCE)])
+        for start in range(0, n, SCALER_BLOCK_ROWS):  # its sums take float64 copies of what they are given
+            scaler.partial_fit(X[start : min(n, start + SCALER_BLOCK_ROWS)])
         X = scaler.transform(X)
-    if plan.balance:
-        X_fit, y_fit = resample(X[:n], y[:n], plan.balance, plan.random_state)
+    if config.balance:
+        X_fit, y_fit = resample(X[:n], y[:n], config.balance, config.random_state)
         X, y, n = np.concatenate([X_fit, X[n:]]), np.concatenate([y_fit, y[n:]]), len(X_fit)
-    split_here = [(np.arange(n), np.arange(n, len(X)))]
-    multilabel = plan.task == "multilabel"
-    cv = SoftmaxRegressionCV(STRENGTHS, cv=split_here, scoring=scoring, refit=False, multilabel=multilabel, **settings)
+    single_split = [(np.arange(n), np.arange(n, len(X)))]
+    multilabel = config.task == "multilabel"
+    cv = SoftmaxRegressionCV(C_GRID, cv=single_split, scoring=scoring, refit=False, multilabel=multilabel, **settings)
     return np.asarray(cv.fit(X, y).scores_[0])
 
 
-def _folds_of_path(rows: Rows, plan: Plan) -> list[Fold] | None:
+def _make_path_folds(dataset: EmbeddingDataset, config: HeadConfig) -> list[Fold] | None:
     """Five folds; of many rows one held-out fifth, which tells strengths apart as well."""
-    folds = inner_folds(rows, plan.task)
-    several = len(rows) <= ONE_SPLIT_ABOVE or plan.one_standard_error or rows.times is not None
-    return folds if folds is None or several else folds[:1]
+    folds = make_inner_folds(dataset, config.task)
+    needs_all_folds = len(dataset) <= MAX_ROWS_FOR_ALL_FOLDS or config.one_standard_error or dataset.times is not None
+    return folds if folds is None or needs_all_folds else folds[:1]
 
 
-def inner_folds(rows: Rows, task: str) -> list[Fold] | None:
+def make_inner_folds(dataset: EmbeddingDataset, task: str) -> list[Fold] | None:
     """Five folds, or as many as the rarest class allows; None if there is one image of a class."""
-    for k in (INNER_FOLDS, 3, 2):
+    for k in (N_INNER_FOLDS, 3, 2):
         try:
-            return rows.folds(task, k, INNER_SEED)
+            return dataset.make_folds(task, k, INNER_SEED)
         except ConfigError:
             continue
     return None
 
 
-def search(plan: Plan, rows: Rows, grid: Mapping[str, Sequence[object]]) -> Choice:
+def search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str, Sequence[object]]) -> SearchResult:
     """Try every combination of some settings with scikit-learn's search."""
     from sklearn.model_selection import GridSearchCV
 
-    scoring = scorer_of(plan.task, plan.metric)
-    folds = inner_folds(rows, plan.task) or rows.folds(plan.task, 2, INNER_SEED)  # the second says which class is short
-    first = {key: values[0] for key, values in grid.items()}
-    estimator = heads.build(plan.head, plan.task, params={**plan.params, **first}, random_state=plan.random_state)
-    addressed = {_address(estimator, key): list(values) for key, values in grid.items()}
-    if plan.balance:
-        estimator = Balanced(estimator, plan.balance, plan.random_state)
-        addressed = {f"estimator__{key}": values for key, values in addressed.items()}
-    found = GridSearchCV(estimator, addressed, scoring=scoring, cv=folds, n_jobs=plan.jobs, refit=False)
-    found.set_params(error_score="raise").fit(rows.X, rows.y)
-    results = found.cv_results_
-    tried: list[dict[str, Any]] = [
+    scoring = get_scorer(config.task, config.metric)
+    folds = make_inner_folds(dataset, config.task) or dataset.make_folds(
+        config.task, 2, INNER_SEED
+    )  # the second says which class is short
+    first_values = {key: values[0] for key, values in grid.items()}
+    estimator = heads.build(
+        config.head, config.task, params={**config.params, **first_values}, random_state=config.random_state
+    )
+    param_grid = {_add_prefix(estimator, key): list(values) for key, values in grid.items()}
+    if config.balance:
+        estimator = BalancedClassifier(estimator, config.balance, config.random_state)
+        param_grid = {f"estimator__{key}": values for key, values in param_grid.items()}
+    grid_search = GridSearchCV(estimator, param_grid, scoring=scoring, cv=folds, n_jobs=config.jobs, refit=False)
+    grid_search.set_params(error_score="raise").fit(dataset.X, dataset.y)
+    results = grid_search.cv_results_
+    candidates: list[dict[str, Any]] = [
         {
-            "settings": {_short(key): value for key, value in candidate.items()},
+            "settings": {_remove_prefix(key): value for key, value in candidate.items()},
             "score": float(mean),
             "spread": float(sd),
         }
@@ -212,26 +233,33 @@ def search(plan: Plan, rows: Rows, grid: Mapping[str, Sequence[object]]) -> Choi
             results["params"], results["mean_test_score"], results["std_test_score"], strict=True
         )
     ]
-    best = tried[int(np.argmax(results["mean_test_score"]))]
-    return Choice(best["settings"], plan.metric or next(iter(METRICS[plan.task])), tried, _how(rows, len(tried), folds))
+    best = candidates[int(np.argmax(results["mean_test_score"]))]
+    return SearchResult(
+        best["settings"],
+        config.metric or next(iter(METRICS[config.task])),
+        candidates,
+        _describe_search(dataset, len(candidates), folds),
+    )
 
 
-def _how(rows: Rows, candidates: int, folds: Sequence[Any]) -> str:
-    return f"best of {candidates} on {len(folds)} inner folds of {len(rows):,} rows"
+def _describe_search(dataset: EmbeddingDataset, n_candidates: int, folds: Sequence[Any]) -> str:
+    return f"best of {n_candidates} on {len(folds)} inner folds of {len(dataset):,} rows"
 
 
-def _short(key: str) -> str:
+def _remove_prefix(key: str) -> str:
     return key.removeprefix("estimator__").removeprefix("head__")
 
 
-def _address(estimator: Any, key: str) -> str:
+def _add_prefix(estimator: Any, key: str) -> str:
     return f"head__{key}" if f"head__{key}" in estimator.get_params() else key
 
 
-def subset(rows: Rows, most: int, seed: int = 0) -> Rows:
+def subsample(dataset: EmbeddingDataset, max_rows: int, seed: int = 0) -> EmbeddingDataset:
     """At most so many of the rows, in memory: those whose keys are smallest."""
-    if len(rows) > most:
-        starts = range(0, len(rows), KEYS_AT_ONCE)
-        keys = np.concatenate([split.key(rows.digests[start : start + KEYS_AT_ONCE], seed) for start in starts])
-        rows = rows.take(np.sort(np.argpartition(keys, most)[:most]))
-    return rows.loaded()
+    if len(dataset) > max_rows:
+        starts = range(0, len(dataset), KEY_BLOCK_ROWS)
+        keys = np.concatenate(
+            [split.compute_keys(dataset.digests[start : start + KEY_BLOCK_ROWS], seed) for start in starts]
+        )
+        dataset = dataset.take(np.sort(np.argpartition(keys, max_rows)[:max_rows]))
+    return dataset.to_memory()

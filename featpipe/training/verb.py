@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featpipe.cache import FeatureCache
-from featpipe.calibration import Calibration, prior_offsets
+from featpipe.calibration import Calibration, compute_prior_offsets
 from featpipe.errors import ConfigError
-from featpipe.findings import Finding, Judged, suspects, write_findings
-from featpipe.heads.statistics import fit_from_statistics, kind_for
-from featpipe.kept import DEFAULT, Keep, Kept, keep_of
-from featpipe.model import KEPT_DIGEST_BYTES, Model
-from featpipe.names import unknown
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.training.estimate import Estimate, calibrated_on_folds, cross_validate
-from featpipe.training.fitting import Fitted, Plan
-from featpipe.training.novelty import novelty_of
-from featpipe.training.rows import Rows, refuse_not_finite, training_rows
-from featpipe.trust import Trust
+from featpipe.findings import Finding, LabeledPredictions, make_prediction_findings, write_findings
+from featpipe.heads.statistics import find_statistics_kind, fit_from_statistics
+from featpipe.kept import DEFAULT_RETENTION, ReplayMemory, RetentionPolicy, collect_replay_memory
+from featpipe.model import STORED_DIGEST_BYTES, Model
+from featpipe.names import unknown_name_error
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.training.estimate import Estimate, cross_validate, fit_calibration_on_folds
+from featpipe.training.fitting import FittedHead, HeadConfig
+from featpipe.training.novelty import fit_novelty
+from featpipe.training.rows import EmbeddingDataset, check_finite, load_training_data
+from featpipe.trust import Uncertainty
 
-__all__ = ["Trained", "keeping", "plan_of", "train", "train_on"]
+__all__ = ["TrainedHead", "make_head_config", "parse_policy", "train", "train_head"]
 
-CURVES = ("loss_curve_", "validation_curve_", "validation_score_curve_")
+CURVE_ATTRIBUTES = ("loss_curve_", "validation_curve_", "validation_score_curve_")
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     jobs: int | None = None,
     random_state: int | None = 0,
     findings: str | os.PathLike[str] | None = None,
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
 ) -> Model:
     """Fit a head on the embeddings of a cache.
 
@@ -130,11 +130,11 @@ def train(
     """
     if findings is not None and not cv:
         raise ConfigError("findings are of images that were held out; give cv, 2 or more folds")
-    kept = keeping(keep)
-    rows = training_rows(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
-    plan = plan_of(
+    policy = parse_policy(keep)
+    dataset = load_training_data(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
+    config = make_head_config(
         cache,
-        rows,
+        dataset,
         head,
         params or {},
         grid=grid or {},
@@ -145,204 +145,218 @@ def train(
         jobs=jobs,
         random_state=random_state,
     )
-    trained = train_on(cache, rows, plan, cv, calibrate=calibrate, prior=prior, progress=progress)
-    if findings is not None and trained.estimate is not None:
-        write_findings(_suspects(cache, rows, plan.task, trained.estimate), findings)
-    return trained.model(cache, rows, output, params or {}, kept)
+    trained_head = train_head(cache, dataset, config, cv, calibrate=calibrate, prior=prior, progress=progress)
+    if findings is not None and trained_head.estimate is not None:
+        write_findings(_find_suspects(cache, dataset, config.task, trained_head.estimate), findings)
+    return trained_head.to_model(cache, dataset, output, params or {}, policy)
 
 
-def keeping(text: str | None) -> Keep | None:
+def parse_policy(text: str | None) -> RetentionPolicy | None:
     """What to keep, as it is typed; None is what there is room for."""
     if text is None:
         return None
-    keep = Keep.of(text)
-    keep.refuse_network()
-    return keep
+    policy = RetentionPolicy.from_text(text)
+    policy.raise_if_network()
+    return policy
 
 
-def _suspects(cache: FeatureCache, rows: Rows, task: str, estimate: Estimate) -> list[Finding]:
+def _find_suspects(cache: FeatureCache, dataset: EmbeddingDataset, task: str, estimate: Estimate) -> list[Finding]:
     """What the folds say of the rows that they were not fitted on."""
-    ids = [cache.ids[row] for row in rows.rows[estimate.held].tolist()]
-    return suspects(Judged(task, ids, rows.y[estimate.held], estimate.answers, rows.classes))
+    ids = [cache.ids[row] for row in dataset.rows[estimate.held_out].tolist()]
+    return make_prediction_findings(
+        LabeledPredictions(task, ids, dataset.y[estimate.held_out], estimate.predictions, dataset.classes)
+    )
 
 
-def plan_of(cache: FeatureCache, rows: Rows, head: str, params: Mapping[str, object], **how: Any) -> Plan:
+def make_head_config(
+    cache: FeatureCache, dataset: EmbeddingDataset, head: str, params: Mapping[str, object], **options: Any
+) -> HeadConfig:
     """The checked plan of one head."""
-    settings = _by_code(params, rows.classes) if cache.task == "classification" else dict(params)
-    plan = Plan(head, cache.task, settings, **how)
-    plan.check()
-    return plan
+    settings = _encode_class_weights(params, dataset.classes) if cache.task == "classification" else dict(params)
+    config = HeadConfig(head, cache.task, settings, **options)
+    config.validate()
+    return config
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainedHead:
     """A fitted head and what is known of its quality."""
 
-    plan: Plan
-    fitted: Fitted
+    config: HeadConfig
+    fitted: FittedHead
     estimate: Estimate | None
     calibration: Calibration | None
-    trust: Trust
+    trust: Uncertainty
 
-    def model(
+    def to_model(
         self,
         cache: FeatureCache,
-        rows: Rows,
+        dataset: EmbeddingDataset,
         output: str | None,
         params: Mapping[str, object],
-        keep: Keep | None = None,
+        policy: RetentionPolicy | None = None,
     ) -> Model:
         """As it is saved and used; with the settings as they were given, weights of classes by name."""
-        kept = self._kept(rows, keep)
-        scores = {} if self.estimate is None else {"cross_validation": self.estimate.facts()}
+        replay_memory = self._make_replay_memory(dataset, policy)
+        scores = {} if self.estimate is None else {"cross_validation": self.estimate.to_dict()}
         return Model(
             head=self.fitted.estimator,
-            head_name=self.plan.head,
+            head_name=self.config.head,
             task=cache.task,
-            classes=rows.classes,
+            classes=dataset.classes,
             output=output or cache.outputs[0],
             facts=cache.facts,
             request=dict(cache.manifest["backbone"]),
-            trained_on=_distinct(rows.digests[:, :KEPT_DIGEST_BYTES]),
-            scores=_plain(scores),
-            history=_history(cache, rows, self, params),
+            trained_on=_unique_digests(dataset.digests[:, :STORED_DIGEST_BYTES]),
+            scores=_to_json(scores),
+            history=_make_history(cache, dataset, self, params),
             calibration=self.calibration,
-            kept=kept,
+            kept=replay_memory,
             trust=self.trust,
         )
 
-    def _kept(self, rows: Rows, keep: Keep | None) -> Kept | None:
+    def _make_replay_memory(self, dataset: EmbeddingDataset, policy: RetentionPolicy | None) -> ReplayMemory | None:
         """What is kept of the rows; a closed-form head is then what follows from its statistics, to the last digits."""
-        if keep is None:
-            keep = Keep() if rows.streamed else Keep.of(DEFAULT)
-        if self.plan.task != "classification" or not keep:
+        if policy is None:
+            policy = RetentionPolicy() if dataset.is_streamed else RetentionPolicy.from_text(DEFAULT_RETENTION)
+        if self.config.task != "classification" or not policy:
             return None
         pipeline = self.fitted.estimator
-        if rows.streamed and keep != Keep(statistics=True):
+        if dataset.is_streamed and policy != RetentionPolicy(statistics=True):
             raise ConfigError("keep: of features that stay in the file only statistics are kept; give more --memory")
-        kept = keep_of(keep, pipeline, rows.X, rows.y, len(rows.classes))
-        if kept.statistics is not None and kind_for(pipeline)[1] and not self.plan.balance:
-            fit_from_statistics(pipeline, kept.statistics)
-        return kept
+        replay_memory = collect_replay_memory(policy, pipeline, dataset.X, dataset.y, len(dataset.classes))
+        if replay_memory.statistics is not None and find_statistics_kind(pipeline)[1] and not self.config.balance:
+            fit_from_statistics(pipeline, replay_memory.statistics)
+        return replay_memory
 
 
-def train_on(
+def train_head(
     cache: FeatureCache,
-    rows: Rows,
-    plan: Plan,
+    dataset: EmbeddingDataset,
+    config: HeadConfig,
     cv: int | None,
     *,
     calibrate: bool = False,
     prior: Mapping[str, float] | None = None,
-    progress: Tell = quiet,
-) -> Trained:
+    progress: ProgressCallback = report_warnings_only,
+) -> TrainedHead:
     """Estimate, fit and calibrate."""
-    where = f"{cache.path}: head {plan.head!r}"
-    if calibrate and plan.task == "regression":
+    location = f"{cache.path}: head {config.head!r}"
+    if calibrate and config.task == "regression":
         raise ConfigError("calibrate is for probabilities; a regression has none")
     try:
-        offsets = _offsets(rows, plan, prior) if prior else ()
+        offsets = _compute_prior_offsets(dataset, config, prior) if prior else ()
         estimate = None
-        if cv or rows.since is not None:
-            estimate = cross_validate(plan, rows, cv or 1, calibrate=calibrate, tell=progress, metric=plan.metric)
-        progress(Progress("note", f"fitting {plan.head} on {len(rows)} images"))
-        fitted = plan.fit(rows)
-        if fitted.choice is not None:
-            choice = fitted.choice
-            progress(Progress("note", f"{plan.head}: {choice}, by {choice.metric}, {choice.how}"))
+        if cv or dataset.since is not None:
+            estimate = cross_validate(
+                config, dataset, cv or 1, calibrate=calibrate, progress=progress, metric=config.metric
+            )
+        progress(Progress("note", f"fitting {config.head} on {len(dataset)} images"))
+        fitted = config.fit(dataset)
+        if fitted.search_result is not None:
+            search_result = fitted.search_result
+            progress(
+                Progress(
+                    "note", f"{config.head}: {search_result}, by {search_result.metric}, {search_result.description}"
+                )
+            )
         calibration = estimate.calibration if estimate else None
-        needed = plan.task != "regression" and not fitted.gives_probabilities
-        if calibration is None and (calibrate or needed):
-            calibration = calibrated_on_folds(plan, rows, progress)
+        needs_calibration = config.task != "regression" and not fitted.has_probabilities
+        if calibration is None and (calibrate or needs_calibration):
+            calibration = fit_calibration_on_folds(config, dataset, progress)
     except ConfigError:
         raise
     except ValueError as error:  # how estimators refuse data, in scikit-learn's world
-        refuse_not_finite(cache, rows.rows, rows.X)
-        raise ConfigError(f"{where} cannot be fitted: {' '.join(str(error).split())}") from error
+        check_finite(cache, dataset.rows, dataset.X)
+        raise ConfigError(f"{location} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)
     # answers of the folds know nothing of another mix of classes
     conformal = estimate.conformal if estimate is not None and not offsets else None
-    return Trained(plan, fitted, estimate, calibration, Trust(novelty_of(rows, plan.task), conformal))
+    return TrainedHead(config, fitted, estimate, calibration, Uncertainty(fit_novelty(dataset, config.task), conformal))
 
 
-def _offsets(rows: Rows, plan: Plan, prior: Mapping[str, float]) -> tuple[float, ...]:
-    if plan.task != "classification":
-        raise ConfigError(f"prior is for classes that exclude each other, not for {plan.task}")
-    counts = np.bincount(rows.y, minlength=len(rows.classes))
-    weighted = [plan.params.get(name) for name in ("class_weight", "sampling", "logit_adjustment", "priors")]
-    if plan.balance or "balanced" in weighted:
+def _compute_prior_offsets(
+    dataset: EmbeddingDataset, config: HeadConfig, prior: Mapping[str, float]
+) -> tuple[float, ...]:
+    if config.task != "classification":
+        raise ConfigError(f"prior is for classes that exclude each other, not for {config.task}")
+    counts = np.bincount(dataset.y, minlength=len(dataset.classes))
+    weightings = [config.params.get(name) for name in ("class_weight", "sampling", "logit_adjustment", "priors")]
+    if config.balance or "balanced" in weightings:
         counts = np.ones_like(counts)
-    elif any(weighted):
+    elif any(weightings):
         raise ConfigError("prior takes rows as they are, or balanced: not with other weights, or logit_adjustment")
-    return prior_offsets(dict(zip(rows.classes, counts.tolist(), strict=True)), prior, rows.classes)
+    return compute_prior_offsets(dict(zip(dataset.classes, counts.tolist(), strict=True)), prior, dataset.classes)
 
 
-def _by_code(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str, object]:
+def _encode_class_weights(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str, object]:
     """The settings for a head that is fitted on class numbers: weights of classes are given by name."""
-    translated = dict(params)
+    encoded = dict(params)
     weights = params.get("class_weight")
     if isinstance(weights, Mapping):
-        strange = [name for name in weights if name not in classes]
-        if strange:
-            raise unknown("class", str(strange[0]), classes, "(in class_weight)")
-        translated["class_weight"] = {classes.index(name): weight for name, weight in weights.items()}
-    return translated
+        unknown_names = [name for name in weights if name not in classes]
+        if unknown_names:
+            raise unknown_name_error("class", str(unknown_names[0]), classes, "(in class_weight)")
+        encoded["class_weight"] = {classes.index(name): weight for name, weight in weights.items()}
+    return encoded
 
 
-def _history(cache: FeatureCache, rows: Rows, trained: Trained, params: Mapping[str, object]) -> dict[str, Any]:
-    plan, fitted = trained.plan, trained.fitted
+def _make_history(
+    cache: FeatureCache, dataset: EmbeddingDataset, trained_head: TrainedHead, params: Mapping[str, object]
+) -> dict[str, Any]:
+    config, fitted = trained_head.config, trained_head.fitted
     unlabelled = int(np.count_nonzero(cache.ok)) - len(cache.usable)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "trained_on": {
             "cache": cache.path.name,
             "fingerprint": cache.fingerprint,
-            "rows": len(rows),
+            "rows": len(dataset),
             "of": len(cache),
             "split": "given" if cache.split.any() else "all labelled rows",
             "bad": cache.bad_rows(),
             "unlabelled": unlabelled,
         },
-        "params": _plain(params),
-        "balance": plan.balance,
-        "chosen": None if fitted.choice is None else _plain(fitted.choice.facts()),
-        "streamed": rows.streamed,
-        "random_state": plan.random_state,
+        "params": _to_json(params),
+        "balance": config.balance,
+        "chosen": None if fitted.search_result is None else _to_json(fitted.search_result.to_dict()),
+        "streamed": dataset.is_streamed,
+        "random_state": config.random_state,
         "seconds_to_fit": round(fitted.seconds_to_fit, 3),
         "seconds_to_tune": round(fitted.seconds_to_tune, 3),
-        "curves": _curves(fitted.estimator),
+        "curves": _get_curves(fitted.estimator),
         "versions": {name: version(name) for name in ("featpipe", "scikit-learn", "numpy")},
     }
 
 
-def _distinct(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _unique_digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The rows of (m, 16) bytes that differ, in order: `numpy.unique` of rows takes ten times as long."""
     words = np.ascontiguousarray(digests).view(">u8")
     first, second = (words[:, column].astype(np.uint64) for column in range(2))
     order = np.argsort(first)
-    alike = np.diff(first[order]) == 0
-    if alike.any():  # copies of an image, or two that begin alike
-        places = np.flatnonzero(np.append(False, alike) | np.append(alike, False))
-        some = order[places]
-        order[places] = some[np.lexsort((second[some], first[some]))]
-        order = order[np.append(True, ~(alike & (np.diff(second[order]) == 0)))]
+    is_equal = np.diff(first[order]) == 0
+    if is_equal.any():  # copies of an image, or two that begin alike
+        tied_positions = np.flatnonzero(np.append(False, is_equal) | np.append(is_equal, False))
+        tied = order[tied_positions]
+        order[tied_positions] = tied[np.lexsort((second[tied], first[tied]))]
+        order = order[np.append(True, ~(is_equal & (np.diff(second[order]) == 0)))]
     return np.column_stack([first[order], second[order]]).astype(">u8").view(np.uint8)
 
 
-def _curves(estimator: Any) -> dict[str, Any]:
+def _get_curves(estimator: Any) -> dict[str, Any]:
     """Losses by epoch, of heads that have epochs."""
     head = estimator[-1]
-    curves = {name: getattr(head, name, None) for name in CURVES}
-    return {name.rstrip("_"): _plain(curve) for name, curve in curves.items() if curve}
+    curves = {name: getattr(head, name, None) for name in CURVE_ATTRIBUTES}
+    return {name.rstrip("_"): _to_json(curve) for name, curve in curves.items() if curve}
 
 
-def _plain(value: object) -> Any:
+def _to_json(value: object) -> Any:
     """A value as JSON can hold it; by its own words what JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from featpipe.upkeep.cleaning import Abandoned, clean, remove
+from featpipe.upkeep.cleaning import AbandonedFiles, clean, remove_abandoned
 from featpipe.upkeep.merging import merge
 from featpipe.upkeep.packing import pack
 
-__all__ = ["Abandoned", "clean", "merge", "pack", "remove"]
+__all__ = ["AbandonedFiles", "clean", "merge", "pack", "remove_abandoned"]

@@ -9,17 +9,17 @@ import numpy as np
 
 from featpipe import archive
 from featpipe.archive import Index
-from featpipe.cache import FeatureCache, serves
-from featpipe.fingerprint import differences
-from featpipe.known import Known, Source
-from featpipe.recipe import AUTO, Extraction
+from featpipe.cache import FeatureCache, can_reuse
+from featpipe.fingerprint import describe_differences
+from featpipe.known import EmbeddingLookup, EmbeddingSource
+from featpipe.recipe import AUTO, ExtractionConfig
 from featpipe.status import Status
 
-__all__ = ["Comparison", "Samples", "with_cache", "with_request"]
+__all__ = ["CacheDiff", "SampleDiff", "diff_with_cache", "diff_with_request"]
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleDiff:
     """The images of some archives beside those of a cache.
 
     Attributes
@@ -45,7 +45,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CacheDiff:
     """A cache beside a request or another cache.
 
     Attributes
@@ -61,46 +61,48 @@ class Comparison:
 
     differences: list[str]
     usable: bool
-    samples: Samples | None = None
+    samples: SampleDiff | None = None
 
 
-def with_request(cache: FeatureCache, settings: Extraction, archives: Sequence[str] = ()) -> Comparison:
+def diff_with_request(cache: FeatureCache, config: ExtractionConfig, archives: Sequence[str] = ()) -> CacheDiff:
     """Compare a cache with what an extraction would make of these settings and archives."""
-    from featpipe.extraction import facts_of, load_backbone  # two caches are compared without torch
+    from featpipe.extraction import load_backbone, make_facts  # two caches are compared without torch
 
-    index = archive.index(archives, labels=settings.labels) if archives else None
-    if settings.precision == AUTO:  # it may have been chosen, and would be again
-        settings = replace(settings, precision=cache.facts["precision"])
-    facts = facts_of(load_backbone(settings), settings)
-    samples = None if index is None else _samples(cache, index)
-    return Comparison(differences(cache.facts, facts), serves(cache.facts, facts), samples)
+    index = archive.index(archives, labels=config.labels) if archives else None
+    if config.precision == AUTO:  # it may have been chosen, and would be again
+        config = replace(config, precision=cache.facts["precision"])
+    requested_facts = make_facts(load_backbone(config), config)
+    samples = None if index is None else _diff_samples(cache, index)
+    return CacheDiff(
+        describe_differences(cache.facts, requested_facts), can_reuse(cache.facts, requested_facts), samples
+    )
 
 
-def with_cache(cache: FeatureCache, other: FeatureCache) -> Comparison:
+def diff_with_cache(cache: FeatureCache, other: FeatureCache) -> CacheDiff:
     """Compare the facts of two caches."""
-    lines = differences(cache.facts, other.facts, other=f"in {other.path}")
-    return Comparison(lines, not lines)
+    fact_differences = describe_differences(cache.facts, other.facts, expected_label=f"in {other.path}")
+    return CacheDiff(fact_differences, not fact_differences)
 
 
-def _samples(cache: FeatureCache, index: Index) -> Samples:
-    known = Known()
-    known.add(Source.of_cache(cache, cache.outputs))
-    source, place = known.by_stamp(index.stamps())
-    unchanged = source >= 0
-    rows = {name: row for row, name in enumerate(cache.ids)}
-    row_of = np.array([rows.get(name, -1) for name in index.ids], np.int64)
-    faulty = (index.fault != Status.OK) & (row_of >= 0)
-    faulty &= cache.status_codes[row_of] == index.fault  # without a stamp, but as it was
-    unchanged |= faulty
-    there = np.zeros(len(cache), bool)
-    there[place[source >= 0]] = True
-    there[row_of[row_of >= 0]] = True
-    same = cache.ids == index.ids and np.array_equal(cache.split, index.split)
-    return Samples(
+def _diff_samples(cache: FeatureCache, index: Index) -> SampleDiff:
+    lookup = EmbeddingLookup()
+    lookup.add(EmbeddingSource.from_cache(cache, cache.outputs))
+    source_indices, source_row = lookup.find_by_stamp(index.compute_stamps())
+    is_unchanged = source_indices >= 0
+    cache_row_by_id = {sample_id: row for row, sample_id in enumerate(cache.ids)}
+    cache_rows = np.array([cache_row_by_id.get(sample_id, -1) for sample_id in index.ids], np.int64)
+    is_same_fault = (index.fault != Status.OK) & (cache_rows >= 0)
+    is_same_fault &= cache.status_codes[cache_rows] == index.fault  # without a stamp, but as it was
+    is_unchanged |= is_same_fault
+    is_present = np.zeros(len(cache), bool)
+    is_present[source_row[source_indices >= 0]] = True
+    is_present[cache_rows[cache_rows >= 0]] = True
+    has_same_order = cache.ids == index.ids and np.array_equal(cache.split, index.split)
+    return SampleDiff(
         images=len(index),
-        unchanged=int(np.count_nonzero(unchanged)),
-        changed=int(np.count_nonzero(~unchanged & (row_of >= 0))),
-        new=int(np.count_nonzero(~unchanged & (row_of < 0))),
-        gone=int(np.count_nonzero(~there)),
-        same_table=bool(same and cache.label_table.same_as(index.labels)),
+        unchanged=int(np.count_nonzero(is_unchanged)),
+        changed=int(np.count_nonzero(~is_unchanged & (cache_rows >= 0))),
+        new=int(np.count_nonzero(~is_unchanged & (cache_rows < 0))),
+        gone=int(np.count_nonzero(~is_present)),
+        same_table=bool(has_same_order and cache.label_table.same_as(index.labels)),
     )

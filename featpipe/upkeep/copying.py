@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import FeatureCache, Table, parts_directory
-from featpipe.commit import Parts
+from featpipe.cache import FeatureCache, SampleTable, parts_directory
+from featpipe.commit import StagingArea
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError
-from featpipe.progress import Progress, Tell
+from featpipe.progress import Progress, ProgressCallback
 from featpipe.status import Status
 
-__all__ = ["Copy", "is_there", "named", "refuse_damaged_columns", "writing"]
+__all__ = ["RowCopier", "check_columns", "is_up_to_date", "lock_for_writing", "prepare_output_path"]
 
-ROWS_AT_ONCE = 65536
-NAMED_MAX = 5  # ids in an error message
+CHECK_BLOCK_ROWS = 65536
+MAX_LISTED_IDS = 5  # ids in an error message
 
 
-class Copy:
+class RowCopier:
     """Features of rows of some caches, in a new order.
 
     Parameters
@@ -38,13 +38,13 @@ class Copy:
     def __init__(
         self,
         caches: Sequence[FeatureCache],
-        origin: NDArray[np.integer],
-        place: NDArray[np.integer],
-        progress: Tell,
+        source_indices: NDArray[np.integer],
+        source_rows: NDArray[np.integer],
+        progress: ProgressCallback,
     ) -> None:
-        self._caches, self._origin, self._place = caches, origin, place
+        self._caches, self._source_indices, self._source_rows = caches, source_indices, source_rows
         self._progress = progress
-        self._done = 0
+        self._n_copied = 0
 
     def gather(self, output: str, start: int, stop: int) -> NDArray[np.floating]:
         """What :func:`featpipe.cache.write_cache` asks for.
@@ -54,56 +54,56 @@ class Copy:
         CacheError
             If a row is not as it was written.
         """
-        first = self._caches[0]
-        values = np.empty((stop - start, *first.shapes[output]), first.facts["storage"])
-        origin, place = self._origin[start:stop], self._place[start:stop]
-        for number in np.unique(origin):
-            cache, rows = self._caches[number], np.flatnonzero(origin == number)
-            if not _whole(cache, place[rows], output).all():
-                raise _damaged(cache)
-            values[rows] = cache.features(output)[place[rows]]
-        self._done += stop - start
-        total = len(self._origin) * len(first.outputs)
-        self._progress(Progress("bar", "copying", self._done, total, "rows"))
+        first_cache = self._caches[0]
+        values = np.empty((stop - start, *first_cache.shapes[output]), first_cache.facts["storage"])
+        source_indices, source_rows = self._source_indices[start:stop], self._source_rows[start:stop]
+        for source_index in np.unique(source_indices):
+            cache, rows = self._caches[source_index], np.flatnonzero(source_indices == source_index)
+            if not _intact_rows(cache, source_rows[rows], output).all():
+                raise _make_damage_error(cache)
+            values[rows] = cache.features(output)[source_rows[rows]]
+        self._n_copied += stop - start
+        total_rows = len(self._source_indices) * len(first_cache.outputs)
+        self._progress(Progress("bar", "copying", self._n_copied, total_rows, "rows"))
         return values
 
 
-def _whole(cache: FeatureCache, rows: NDArray[np.integer], output: str) -> NDArray[np.bool_]:
+def _intact_rows(cache: FeatureCache, rows: NDArray[np.integer], output: str) -> NDArray[np.bool_]:
     """Which rows are as they were written; what has no checks must at least be NaN where it is not ok."""
-    whole = cache.whole_rows(rows, output)
-    bad = np.flatnonzero(cache.status_codes[rows] != Status.OK)
-    features = cache.features(output)[rows[bad]]
-    whole[bad] &= np.isnan(features).all(axis=tuple(range(1, features.ndim)))
-    return whole
+    is_intact = cache.whole_rows(rows, output)
+    bad_rows = np.flatnonzero(cache.status_codes[rows] != Status.OK)
+    features = cache.features(output)[rows[bad_rows]]
+    is_intact[bad_rows] &= np.isnan(features).all(axis=tuple(range(1, features.ndim)))
+    return is_intact
 
 
-def _damaged(cache: FeatureCache) -> CacheError:
+def _make_damage_error(cache: FeatureCache) -> CacheError:
     """The error that names the damaged rows, all of which are looked for only when there is one."""
-    found: list[NDArray[np.intp]] = []
-    for start in range(0, len(cache), ROWS_AT_ONCE):
-        rows = np.arange(start, min(len(cache), start + ROWS_AT_ONCE))
-        whole = np.all([_whole(cache, rows, output) for output in cache.outputs], axis=0)
-        found.append(rows[~whole])
-    damaged = np.concatenate(found)
-    names = ", ".join(cache.ids[int(row)] for row in damaged[:NAMED_MAX])
-    more = f" and {len(damaged) - NAMED_MAX:,} more" if len(damaged) > NAMED_MAX else ""
+    damaged_blocks: list[NDArray[np.intp]] = []
+    for start in range(0, len(cache), CHECK_BLOCK_ROWS):
+        rows = np.arange(start, min(len(cache), start + CHECK_BLOCK_ROWS))
+        is_intact = np.all([_intact_rows(cache, rows, output) for output in cache.outputs], axis=0)
+        damaged_blocks.append(rows[~is_intact])
+    damaged_rows = np.concatenate(damaged_blocks)
+    names = ", ".join(cache.ids[int(row)] for row in damaged_rows[:MAX_LISTED_IDS])
+    more_text = f" and {len(damaged_rows) - MAX_LISTED_IDS:,} more" if len(damaged_rows) > MAX_LISTED_IDS else ""
     return CacheError(
-        f"{cache.path}: {len(damaged):,} of its {len(cache):,} rows are not as they were written ({names}{more}); "
+        f"{cache.path}: {len(damaged_rows):,} of its {len(cache):,} rows are not as they were written ({names}{more_text}); "
         "nothing was changed: `featpipe verify --repair` embeds them again"
     )
 
 
-def refuse_damaged_columns(cache: FeatureCache) -> None:
+def check_columns(cache: FeatureCache) -> None:
     """Ids, labels and digests are small: they are verified before the first row is copied."""
-    damaged = cache.damaged_columns()
-    if damaged:
+    damaged_columns = cache.damaged_columns()
+    if damaged_columns:
         raise CacheError(
-            f"{cache.path}: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} not as written; "
+            f"{cache.path}: {', '.join(damaged_columns)} {'is' if len(damaged_columns) == 1 else 'are'} not as written; "
             "nothing was changed: see `featpipe verify`, or extract again"
         )
 
 
-def named(out: str | os.PathLike[str]) -> Path:
+def prepare_output_path(out: str | os.PathLike[str]) -> Path:
     """The name of a cache to be written; its folder is made."""
     path = Path(out)
     if path.suffix != ".h5":
@@ -116,18 +116,18 @@ def named(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def writing(path: Path, fingerprint: str, progress: Tell) -> Iterator[None]:
+def lock_for_writing(path: Path, fingerprint: str, progress: ProgressCallback) -> Iterator[None]:
     """Hold the writer's lock of a cache, as an extraction does; the parts of an unfinished one stay."""
-    parts = Parts(parts_directory(path), fingerprint)
-    if parts.busy():
+    staging_area = StagingArea(parts_directory(path), fingerprint)
+    if staging_area.is_locked():
         progress(Progress("note", f"{path}: another process writes this cache; waiting for it"))
-    with parts.writing():
+    with staging_area.lock_for_writing():
         yield
-        if not any(parts.directory.glob("*.record")):
-            parts.remove()
+        if not any(staging_area.directory.glob("*.record")):
+            staging_area.remove()
 
 
-def is_there(path: Path, source: FeatureCache, table: Table, *, one_file: bool, overwrite: bool) -> bool:
+def is_up_to_date(path: Path, source: FeatureCache, table: SampleTable, *, one_file: bool, overwrite: bool) -> bool:
     """Whether a file is already what would be written; another cache of that name is an error.
 
     Equal facts, images and status mean equal features.

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import SPLITS, FeatureCache, Table, write_cache
+from featpipe.cache import SPLIT_NAMES, FeatureCache, SampleTable, write_cache
 from featpipe.errors import CacheMismatchError, ConfigError
-from featpipe.fingerprint import differences
-from featpipe.labels import Labels, Task, order_classes
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.recipe import Extraction
+from featpipe.fingerprint import describe_differences
+from featpipe.labels import Labels, LabelTask, order_classes
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
-from featpipe.strings import Strings
-from featpipe.upkeep.copying import Copy, is_there, named, refuse_damaged_columns, writing
+from featpipe.strings import StringColumn
+from featpipe.upkeep.copying import RowCopier, check_columns, is_up_to_date, lock_for_writing, prepare_output_path
 
 __all__ = ["merge"]
 
@@ -30,8 +30,8 @@ def merge(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    shard_bytes: int = Extraction.shard_bytes,
-    progress: Tell = quiet,
+    shard_bytes: int = ExtractionConfig.shard_bytes,
+    progress: ProgressCallback = report_warnings_only,
 ) -> FeatureCache:
     """One cache with the rows of several, one after the other.
 
@@ -69,57 +69,59 @@ def merge(
     --------
     >>> cache = merge(["cache/a.h5", "cache/b.h5"], "cache/all.h5")              # doctest: +SKIP
     """
-    opened = [cache if isinstance(cache, FeatureCache) else FeatureCache(cache) for cache in caches]
-    if not opened:
+    sources = [cache if isinstance(cache, FeatureCache) else FeatureCache(cache) for cache in caches]
+    if not sources:
         raise ConfigError("no cache to merge; give at least one")
-    path = named(out)
-    _refuse_others(opened)
-    for cache in opened:
-        refuse_damaged_columns(cache)
-    rows = _Rows(opened)
-    table = rows.table()
-    progress(Progress("note", rows.told()))
-    first = opened[0]
-    with writing(path, first.fingerprint, progress):
-        if is_there(path, first, table, one_file=False, overwrite=overwrite):
+    path = prepare_output_path(out)
+    _check_compatible(sources)
+    for cache in sources:
+        check_columns(cache)
+    merged_rows = _MergedRows(sources)
+    table = merged_rows.table()
+    progress(Progress("note", merged_rows.describe()))
+    first_source = sources[0]
+    with lock_for_writing(path, first_source.fingerprint, progress):
+        if is_up_to_date(path, first_source, table, one_file=False, overwrite=overwrite):
             progress(Progress("note", f"{path}: is there already, with the same rows"))
         else:
-            copy = Copy(opened, rows.origin, rows.place, progress)
-            facts, manifest = first.facts, _manifest(opened)
-            write_cache(path, table, manifest, first.shapes, facts["storage"], copy.gather, shard_bytes)
+            copier = RowCopier(sources, merged_rows.source_indices, merged_rows.source_rows, progress)
+            facts, manifest = first_source.facts, _manifest(sources)
+            write_cache(path, table, manifest, first_source.shapes, facts["storage"], copier.gather, shard_bytes)
     return FeatureCache(path)
 
 
-def _refuse_others(caches: Sequence[FeatureCache]) -> None:
+def _check_compatible(caches: Sequence[FeatureCache]) -> None:
     """Only what was made from the same facts, and is labelled in the same way, is joined."""
     first = caches[0]
     for cache in caches[1:]:
         if cache.fingerprint != first.fingerprint or cache.shapes != first.shapes:
-            differ = differences(cache.facts, first.facts, other=f"in {first.path}") or ["the shapes of its outputs"]
+            mismatches = describe_differences(cache.facts, first.facts, expected_label=f"in {first.path}") or [
+                "the shapes of its outputs"
+            ]
             raise CacheMismatchError(
-                f"{cache.path}: was made otherwise ({'; '.join(differ)}); only caches of the same facts can be merged"
+                f"{cache.path}: was made otherwise ({'; '.join(mismatches)}); only caches of the same facts can be merged"
             )
-    labelled = [cache for cache in caches if cache.task != "none"]
-    for cache in labelled[1:]:
-        if cache.task != labelled[0].task:
+    labeled = [cache for cache in caches if cache.task != "none"]
+    for cache in labeled[1:]:
+        if cache.task != labeled[0].task:
             raise CacheMismatchError(
-                f"{cache.path}: its labels are {cache.task}, those of {labelled[0].path} {labelled[0].task}; "
+                f"{cache.path}: its labels are {cache.task}, those of {labeled[0].path} {labeled[0].task}; "
                 "extract both with labels of one kind"
             )
-        if cache.task == "regression" and cache.classes != labelled[0].classes:
+        if cache.task == "regression" and cache.classes != labeled[0].classes:
             raise CacheMismatchError(
-                f"{cache.path}: its targets are {', '.join(cache.classes)}, those of {labelled[0].path} "
-                f"{', '.join(labelled[0].classes)}; extract both with the same targets"
+                f"{cache.path}: its targets are {', '.join(cache.classes)}, those of {labeled[0].path} "
+                f"{', '.join(labeled[0].classes)}; extract both with the same targets"
             )
 
 
 def _manifest(caches: Sequence[FeatureCache]) -> dict[str, Any]:
     first = caches[0].manifest
-    archives = [place for cache in caches for place in cache.manifest.get("archives") or []]
+    archive_paths = [archive_path for cache in caches for archive_path in cache.manifest.get("archives") or []]
     return {
         "facts": first["facts"],
         "backbone": first.get("backbone"),
-        "archives": list(dict.fromkeys(archives)),
+        "archives": list(dict.fromkeys(archive_paths)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "merged_from": [
             {"cache": os.path.abspath(cache.path), "fingerprint": cache.fingerprint, "samples": len(cache)}
@@ -130,7 +132,7 @@ def _manifest(caches: Sequence[FeatureCache]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
+class _ConcatenatedColumns:
     """The columns of some caches, one after the other."""
 
     status: NDArray[np.uint8]
@@ -140,17 +142,17 @@ class _Joined:
     labels: Labels
 
     @classmethod
-    def of(cls, caches: Sequence[FeatureCache]) -> _Joined:
+    def from_caches(cls, caches: Sequence[FeatureCache]) -> _ConcatenatedColumns:
         return cls(
             np.concatenate([cache.status_codes for cache in caches]),
             np.concatenate([cache.digests for cache in caches]),
             np.concatenate([cache.stamps for cache in caches]),
             np.concatenate([cache.split for cache in caches]),
-            _united([cache.label_table for cache in caches]),
+            _merge_labels([cache.label_table for cache in caches]),
         )
 
 
-class _Rows:
+class _MergedRows:
     """Which rows of which caches become which rows of the new one.
 
     Attributes
@@ -161,130 +163,135 @@ class _Rows:
 
     def __init__(self, caches: Sequence[FeatureCache]) -> None:
         self._caches = caches
-        self._starts = np.cumsum([0, *map(len, caches)])
-        total = int(self._starts[-1])
-        self._columns = _Joined.of(caches)
-        self._known = self._columns.labels.known
-        self._kept = np.ones(total, bool)
-        self._features, self._label, self._split = np.arange(total), np.arange(total), np.arange(total)
-        self._names: dict[int, str] = {}
-        self._settle()
-        taken = self._features[self._kept]
-        self.origin = np.searchsorted(self._starts, taken, "right") - 1
-        self.place = taken - self._starts[self.origin]
+        self._row_starts = np.cumsum([0, *map(len, caches)])
+        n_rows = int(self._row_starts[-1])
+        self._columns = _ConcatenatedColumns.from_caches(caches)
+        self._is_labeled = self._columns.labels.known
+        self._is_kept = np.ones(n_rows, bool)
+        self._feature_rows, self._label_rows, self._split_rows = np.arange(n_rows), np.arange(n_rows), np.arange(n_rows)
+        self._new_names: dict[int, str] = {}
+        self._resolve_duplicates()
+        feature_rows = self._feature_rows[self._is_kept]
+        self.source_indices = np.searchsorted(self._row_starts, feature_rows, "right") - 1
+        self.source_rows = feature_rows - self._row_starts[self.source_indices]
 
-    def table(self) -> Table:
-        columns, kept = self._columns, self._kept
-        features = self._features[kept]
-        return Table(
+    def table(self) -> SampleTable:
+        columns, is_kept = self._columns, self._is_kept
+        feature_rows = self._feature_rows[is_kept]
+        return SampleTable(
             self._ids(),
-            columns.status[features],
-            columns.digests[kept],
-            columns.stamps[features],
-            columns.split[self._split[kept]],
-            columns.labels.take(self._label[kept]),
+            columns.status[feature_rows],
+            columns.digests[is_kept],
+            columns.stamps[feature_rows],
+            columns.split[self._split_rows[is_kept]],
+            columns.labels.take(self._label_rows[is_kept]),
         )
 
-    def told(self) -> str:
-        doubles = int(np.count_nonzero(~self._kept))
-        text = f"{np.count_nonzero(self._kept):,} rows of {len(self._caches)} cache{'s' * (len(self._caches) != 1)}"
-        text += f"; {doubles:,} that several of them hold stand once" if doubles else ""
-        return text + (f"; {len(self._names):,} ids that name other images got a #2" if self._names else "")
+    def describe(self) -> str:
+        n_duplicates = int(np.count_nonzero(~self._is_kept))
+        text = f"{np.count_nonzero(self._is_kept):,} rows of {len(self._caches)} cache{'s' * (len(self._caches) != 1)}"
+        text += f"; {n_duplicates:,} that several of them hold stand once" if n_duplicates else ""
+        return text + (f"; {len(self._new_names):,} ids that name other images got a #2" if self._new_names else "")
 
-    def _ids(self) -> Strings:
-        if self._kept.all() and not self._names:
-            ends = np.cumsum([0, *(cache.ids.offsets[-1] for cache in self._caches)])
-            pieces = [cache.ids.offsets[1:] + end for cache, end in zip(self._caches, ends, strict=False)]
-            offsets = np.concatenate([np.zeros(1, np.int64), *pieces])
-            return Strings(np.concatenate([cache.ids.data for cache in self._caches]), offsets)
-        every = (name for cache in self._caches for name in cache.ids)
-        kept = self._kept.tolist()
-        return Strings.of(self._names.get(row, name) for row, name in enumerate(every) if kept[row])
+    def _ids(self) -> StringColumn:
+        if self._is_kept.all() and not self._new_names:
+            data_offsets = np.cumsum([0, *(cache.ids.offsets[-1] for cache in self._caches)])
+            offset_blocks = [
+                cache.ids.offsets[1:] + data_offset
+                for cache, data_offset in zip(self._caches, data_offsets, strict=False)
+            ]
+            offsets = np.concatenate([np.zeros(1, np.int64), *offset_blocks])
+            return StringColumn(np.concatenate([cache.ids.data for cache in self._caches]), offsets)
+        all_ids = (sample_id for cache in self._caches for sample_id in cache.ids)
+        is_kept = self._is_kept.tolist()
+        return StringColumn.from_strings(
+            self._new_names.get(row, sample_id) for row, sample_id in enumerate(all_ids) if is_kept[row]
+        )
 
-    def _settle(self) -> None:
+    def _resolve_duplicates(self) -> None:
         """Join the rows that are one, and give the others of the same id names of their own."""
-        groups: dict[str, list[int]] = {}
-        for row in self._repeated():
-            cache = int(np.searchsorted(self._starts, row, "right")) - 1
-            name = self._caches[cache].ids[row - int(self._starts[cache])]
-            group = groups.setdefault(name, [])
-            same = next((first for first in group if self._are_one(first, row)), None)
-            if same is None:
+        rows_by_id: dict[str, list[int]] = {}
+        for row in self._find_repeated_ids():
+            cache_index = int(np.searchsorted(self._row_starts, row, "right")) - 1
+            sample_id = self._caches[cache_index].ids[row - int(self._row_starts[cache_index])]
+            group = rows_by_id.setdefault(sample_id, [])
+            duplicate = next((candidate for candidate in group if self._is_same_sample(candidate, row)), None)
+            if duplicate is None:
                 group.append(row)
             else:
-                self._join(same, row, name)
-        others = [(row, name) for name, group in groups.items() for row in group[1:]]
-        taken = {name for cache in self._caches for name in cache.ids} if others else set()
-        for row, name in others:
-            number = 2
-            while f"{name}#{number}" in taken:
-                number += 1
-            self._names[row] = f"{name}#{number}"
-            taken.add(self._names[row])
+                self._merge_row(duplicate, row, sample_id)
+        renamed_rows = [(row, sample_id) for sample_id, group in rows_by_id.items() for row in group[1:]]
+        used_names = {sample_id for cache in self._caches for sample_id in cache.ids} if renamed_rows else set()
+        for row, sample_id in renamed_rows:
+            suffix = 2
+            while f"{sample_id}#{suffix}" in used_names:
+                suffix += 1
+            self._new_names[row] = f"{sample_id}#{suffix}"
+            used_names.add(self._new_names[row])
 
-    def _repeated(self) -> list[int]:
+    def _find_repeated_ids(self) -> list[int]:
         """The rows whose ids may be in several caches, ascending: mostly few, found without a set of all ids."""
         hashes = np.concatenate([np.fromiter(map(hash, cache.ids), np.int64, len(cache)) for cache in self._caches])
         order = np.argsort(hashes, kind="stable")
-        same = hashes[order][1:] == hashes[order][:-1]
-        several = np.zeros(len(hashes), bool)
-        several[order[1:][same]] = several[order[:-1][same]] = True
-        return np.flatnonzero(several).tolist()
+        is_repeated = hashes[order][1:] == hashes[order][:-1]
+        is_candidate = np.zeros(len(hashes), bool)
+        is_candidate[order[1:][is_repeated]] = is_candidate[order[:-1][is_repeated]] = True
+        return np.flatnonzero(is_candidate).tolist()
 
-    def _are_one(self, first: int, row: int) -> bool:
+    def _is_same_sample(self, first: int, row: int) -> bool:
         if not np.array_equal(self._columns.digests[first], self._columns.digests[row]):
             return False
-        label = self._label[first]
-        if not (self._known[label] and self._known[row]):
+        label_row = self._label_rows[first]
+        if not (self._is_labeled[label_row] and self._is_labeled[row]):
             return True
         values = self._columns.labels.values
-        return np.array_equal(values[label], values[row])
+        return np.array_equal(values[label_row], values[row])
 
-    def _join(self, first: int, row: int, name: str) -> None:
+    def _merge_row(self, first: int, row: int, sample_id: str) -> None:
         """What one cache does not know of a sample comes from the other."""
-        self._kept[row] = False
+        self._is_kept[row] = False
         status, split = self._columns.status, self._columns.split
-        if status[self._features[first]] != Status.OK and status[row] == Status.OK:
-            self._features[first] = row
-        if not self._known[self._label[first]]:
-            self._label[first] = row
-        here, there = split[self._split[first]], split[row]
-        if not here:
-            self._split[first] = row
-        elif there not in (0, here):
+        if status[self._feature_rows[first]] != Status.OK and status[row] == Status.OK:
+            self._feature_rows[first] = row
+        if not self._is_labeled[self._label_rows[first]]:
+            self._label_rows[first] = row
+        first_split, row_split = split[self._split_rows[first]], split[row]
+        if not first_split:
+            self._split_rows[first] = row
+        elif row_split not in (0, first_split):
             raise CacheMismatchError(
-                f"{name}: is in split {SPLITS[here]} of one cache and {SPLITS[there]} of another; "
+                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} of one cache and {SPLIT_NAMES[row_split]} of another; "
                 "extract both with one table that says which"
             )
 
 
-def _united(several: Sequence[Labels]) -> Labels:
+def _merge_labels(label_tables: Sequence[Labels]) -> Labels:
     """Labels one after the other, under the classes of all."""
-    task: Task = next((labels.task for labels in several if labels.task != "none"), "none")
+    task: LabelTask = next((labels.task for labels in label_tables if labels.task != "none"), "none")
     if task == "none":
-        return Labels.none(sum(map(len, several)))
-    classes = tuple(dict.fromkeys(name for labels in several for name in labels.classes))
+        return Labels.unlabeled(sum(map(len, label_tables)))
+    classes = tuple(dict.fromkeys(name for labels in label_tables for name in labels.classes))
     if task != "regression":
         classes = order_classes(classes)
-    position = {name: code for code, name in enumerate(classes)}
+    class_index = {name: code for code, name in enumerate(classes)}
     blocks = [
-        _moved(labels, task, np.array([position[name] for name in labels.classes], np.int32), len(classes))
-        for labels in several
+        _remap_values(labels, task, np.array([class_index[name] for name in labels.classes], np.int32), len(classes))
+        for labels in label_tables
     ]
     return Labels(task, np.concatenate(blocks), classes)
 
 
-def _moved(labels: Labels, task: Task, codes: NDArray[np.int32], k: int) -> NDArray[Any]:
+def _remap_values(labels: Labels, task: LabelTask, class_codes: NDArray[np.int32], k: int) -> NDArray[Any]:
     """The values of some labels where class ``i`` of theirs is class ``codes[i]`` of ``k``."""
-    n, known = len(labels), labels.known
+    n, is_labeled = len(labels), labels.known
     if task == "classification":
         values = np.full(n, -1, np.int32)
-        values[known] = codes[labels.values[known]] if labels.task == task else 0
+        values[is_labeled] = class_codes[labels.values[is_labeled]] if labels.task == task else 0
         return values
     if task == "regression":
         return labels.values if labels.task == task else np.full((n, k), np.nan)
-    sets = np.full((n, k), -1, np.int8)
+    label_matrix = np.full((n, k), -1, np.int8)
     if labels.task == task:
-        sets[known] = 0
-        sets[np.ix_(known, codes)] = labels.values[known]
-    return sets
+        label_matrix[is_labeled] = 0
+        label_matrix[np.ix_(is_labeled, class_codes)] = labels.values[is_labeled]
+    return label_matrix

@@ -7,8 +7,8 @@ import os
 import numpy as np
 
 from featpipe.cache import FeatureCache, write_cache
-from featpipe.progress import Progress, Tell, quiet
-from featpipe.upkeep.copying import Copy, is_there, named, refuse_damaged_columns, writing
+from featpipe.progress import Progress, ProgressCallback, report_warnings_only
+from featpipe.upkeep.copying import RowCopier, check_columns, is_up_to_date, lock_for_writing, prepare_output_path
 
 __all__ = ["pack"]
 
@@ -18,7 +18,7 @@ def pack(
     out: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
-    progress: Tell = quiet,
+    progress: ProgressCallback = report_warnings_only,
 ) -> FeatureCache:
     """One portable file with the rows of a cache, byte for byte.
 
@@ -50,18 +50,18 @@ def pack(
     >>> cache = pack("cache/photos.h5", "photos-portable.h5")                    # doctest: +SKIP
     """
     source = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
-    path = source.path if out is None else named(out)
+    path = source.path if out is None else prepare_output_path(out)
     in_place = path.exists() and path.samefile(source.path)
-    with writing(path, source.fingerprint, progress):
+    with lock_for_writing(path, source.fingerprint, progress):
         if in_place:
             source = FeatureCache(path)  # what an extraction that held the lock may have made of it
         if in_place and not source.shard_files:
             progress(Progress("note", f"{path}: is one file already"))
-        elif not in_place and is_there(path, source, source.table(), one_file=True, overwrite=overwrite):
+        elif not in_place and is_up_to_date(path, source, source.table(), one_file=True, overwrite=overwrite):
             progress(Progress("note", f"{path}: is there already, with the same rows"))
         else:
-            refuse_damaged_columns(source)
+            check_columns(source)
             n = len(source)
-            copy = Copy([source], np.zeros(n, np.intp), np.arange(n), progress)
-            write_cache(path, source.table(), source.manifest, source.shapes, source.facts["storage"], copy.gather)
+            copier = RowCopier([source], np.zeros(n, np.intp), np.arange(n), progress)
+            write_cache(path, source.table(), source.manifest, source.shapes, source.facts["storage"], copier.gather)
     return FeatureCache(path)

@@ -53,7 +53,7 @@ def tensor(picture: np.ndarray) -> torch.Tensor:
 
 def pillow_resizes(picture: np.ndarray) -> torch.Tensor:
     """What `Transform.picture` does where it has no sums of its own."""
-    height, width = TRANSFORM._target(*picture.shape[:2])
+    height, width = TRANSFORM._compute_resized_size(*picture.shape[:2])
     resized = image.resize(picture, height, width, "bicubic")
     top, left = round((height - 224) / 2), round((width - 224) / 2)
     return tensor(resized)[:, top : top + 224, left : left + 224]
@@ -113,7 +113,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     torch.set_num_threads(1)
     keep_freed_memory()  # as in an extraction
-    assert decoding.is_exact()
+    assert decoding.is_torchvision_exact()
     assert resampling.is_exact()
     for size, count in SIZES.items():
         files = jpegs(*map(int, size.split(" × ")), count)
@@ -122,15 +122,15 @@ def main() -> None:
             assert torch.equal(now(data), by_torchvision(data)), "other bits than torchvision's"
         pictures = [image.decode(data) for data in files]
         theirs = [pillow_resizes(picture) for picture in pictures]
-        ours = [TRANSFORM.picture(tensor(picture)) for picture in pictures]
+        ours = [TRANSFORM.apply_geometry(tensor(picture)) for picture in pictures]
         steps = {
             "SHA-256": (digest, files),
             "decode: Pillow": (image.decode, files),
             "decode: featpipe": (decoding.decode, files),
             "resize and crop: Pillow": (pillow_resizes, pictures),
-            "resize and crop: featpipe": (lambda picture: TRANSFORM.picture(tensor(picture)), pictures),
+            "resize and crop: featpipe": (lambda picture: TRANSFORM.apply_geometry(tensor(picture)), pictures),
             "normalise: the formula": (by_the_formula, theirs),
-            "normalise: featpipe": (TRANSFORM.normalise, ours),
+            "normalise: featpipe": (TRANSFORM.normalize, ours),
             "all: Pillow, torchvision's v1 transforms": (by_torchvision, files),
             "all: featpipe before, with SHA-256": (before, files),
             "all: featpipe, with SHA-256": (now, files),

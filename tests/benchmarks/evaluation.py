@@ -20,7 +20,7 @@ from torch import nn
 from featpipe import backbone, evaluate, extract, train
 from featpipe.demo import write_tiles
 from featpipe.pipeline import write_report
-from featpipe.tiles import _photograph
+from featpipe.tiles import _load_photograph
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -59,7 +59,7 @@ def photographs(folder: Path, each: dict[str, int]) -> None:
     """Cuts of different size and place, as JPEGs of 500 × 375."""
     rng = np.random.default_rng(0)
     for name in PHOTOGRAPHS:
-        picture = Image.fromarray(_photograph(name)).convert("RGB")
+        picture = Image.fromarray(_load_photograph(name)).convert("RGB")
         for part, n in each.items():
             (folder / part / name).mkdir(parents=True)
             for i in range(n):

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from featpipe import FeatureCache, expand, extract, train
 from featpipe.cache import write_cache
 from featpipe.errors import ConfigError
-from featpipe.expansion import METHODS, Outcome
+from featpipe.expansion import METHODS, MethodOutcome
 from featpipe.labels import Labels
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 from featpipe.tiles import write_tiles
 
 ORDERS = 3
@@ -38,12 +38,12 @@ def part(cache: FeatureCache, names: Sequence[str], path: Path) -> FeatureCache:
     rows = np.flatnonzero(np.isin(cache.label_table.values, [cache.classes.index(name) for name in names]) & cache.ok)
     table, features = cache.table(), np.asarray(cache.features())
     own = type(table)(
-        ids=Strings.of(cache.ids[int(row)] for row in rows),
+        ids=StringColumn.from_strings(cache.ids[int(row)] for row in rows),
         status=table.status[rows],
         digests=table.digests[rows],
         stamps=table.stamps[rows],
         split=table.split[rows],
-        labels=Labels.of_classes(cache.label_table.take(rows).y.tolist()),
+        labels=Labels.from_class_names(cache.label_table.take(rows).y.tolist()),
     )
     manifest = {"facts": cache.facts, "backbone": cache.manifest["backbone"]}
     write_cache(path, own, manifest, cache.shapes, "float32", lambda _, start, stop: features[rows[start:stop]])
@@ -58,7 +58,7 @@ def steps(cache: FeatureCache, sizes: Sequence[int], order: int, folder: Path) -
     return [part(cache, names[start:stop], folder / f"{order}-{start}.h5") for start, stop in pairwise(cuts)]
 
 
-def run(head: str, parts: Sequence[FeatureCache], method: str) -> tuple[Outcome, float] | None:
+def run(head: str, parts: Sequence[FeatureCache], method: str) -> tuple[MethodOutcome, float] | None:
     """The last step's outcome, and the seconds of all steps."""
     model, seconds, outcome = train(parts[0], head, keep=KEEP), 0.0, None
     for number, new in enumerate(parts[1:], 1):

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from featpipe.limits import measure
+from featpipe.limits import run_benchmark
 
 BACKBONES = {"resnet50": "none", "vit_b_16": "none", "efficientnet_lite0": None}
 
@@ -26,7 +26,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name, weights in BACKBONES.items():
         for precision in ("fp32", "bf16", "fp16"):
-            found = measure(device="cuda:0", backbone=name, weights=weights, precision=precision, seconds=seconds)
+            found = run_benchmark(device="cuda:0", backbone=name, weights=weights, precision=precision, seconds=seconds)
             taken = found.forward[0]
             print(
                 f"{name:<20}{precision:<6}batch {taken.batch:>4}  forward {taken.images_per_second:8.0f}/s  "

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import FeatureCache
-from featpipe.cache import Table, write_cache
+from featpipe.cache import SampleTable, write_cache
 from featpipe.labels import Labels
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 WIDTH, SIZE, ROUNDS = 1280, 256, 9
 
@@ -30,15 +30,15 @@ def facts(storage: str) -> dict[str, object]:
     return {"backbone": backbone, "precision": "fp32", "storage": storage, "extraction": 1}
 
 
-def table(n: int) -> Table:
+def table(n: int) -> SampleTable:
     rng = np.random.default_rng(0)
-    return Table(
-        ids=Strings.of(f"{i}.jpg" for i in range(n)),
+    return SampleTable(
+        ids=StringColumn.from_strings(f"{i}.jpg" for i in range(n)),
         status=np.zeros(n, np.uint8),
         digests=rng.integers(0, 256, (n, 32), np.uint8),
         stamps=np.zeros((n, 16), np.uint8),
         split=np.zeros(n, np.uint8),
-        labels=Labels.none(n),
+        labels=Labels.unlabeled(n),
     )
 
 

@@ -18,9 +18,9 @@ from time import perf_counter
 
 import numpy as np
 
-from featpipe.cache import Table, write_cache, writer
+from featpipe.cache import SampleTable, write_cache, writer
 from featpipe.labels import Labels
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 FACTS = {
     "backbone": {"name": "net", "source": "user", "weights": "0" * 64, "transform": {}, "outputs": {"pooled": {}}},
@@ -62,7 +62,7 @@ print(opened, time.perf_counter() - started - opened, *(resident(kind) - before[
 """
 
 
-def table(n: int) -> Table:
+def table(n: int) -> SampleTable:
     rng = np.random.default_rng(0)
     length = np.full(n, 30)
     offsets = np.zeros(n + 1, np.int64)
@@ -74,8 +74,8 @@ def table(n: int) -> Table:
         ids[:, place] = 48 + number % 10
         number //= 10
     codes = rng.integers(-1, 1000, n).astype(np.int32)
-    return Table(
-        ids=Strings(ids.reshape(-1), offsets),
+    return SampleTable(
+        ids=StringColumn(ids.reshape(-1), offsets),
         status=np.where(rng.random(n) < 0.01, 5, 0).astype(np.uint8),
         digests=rng.integers(0, 256, (n, 32), np.uint8),
         stamps=rng.integers(0, 256, (n, 16), np.uint8),
@@ -84,7 +84,7 @@ def table(n: int) -> Table:
     )
 
 
-def features_of(rows: Table, width: int) -> np.ndarray:
+def features_of(rows: SampleTable, width: int) -> np.ndarray:
     features = np.empty((len(rows.ids), width), np.float32)
     features[:] = np.random.default_rng(0).normal(size=width)
     features += np.arange(len(features), dtype=np.float32)[:, None]
@@ -92,7 +92,7 @@ def features_of(rows: Table, width: int) -> np.ndarray:
     return features
 
 
-def write(path: Path, rows: Table, features: np.ndarray) -> float:
+def write(path: Path, rows: SampleTable, features: np.ndarray) -> float:
     shapes = {"pooled": features.shape[1:]}
     started = perf_counter()
     write_cache(path, rows, {"facts": FACTS}, shapes, "float32", lambda _, start, stop: features[start:stop])
@@ -111,7 +111,7 @@ def speed(folder: Path, n: int) -> None:
     """Writing, how much of it goes into the checks of rows, and numpy's own file of the same numbers, in turns."""
     rows, width, rounds = table(n), 1280, 7
     seconds: dict[str, list[float]] = {"numpy.save and fsync": [], "write_cache": [], "of it, the checks of rows": []}
-    check, spent = writer.check_rows, [0.0]
+    check, spent = writer.compute_row_checksums, [0.0]
 
     def timed(*given: np.ndarray) -> np.ndarray:
         started = perf_counter()
@@ -119,7 +119,7 @@ def speed(folder: Path, n: int) -> None:
         spent[0] += perf_counter() - started
         return checks
 
-    writer.check_rows = timed
+    writer.compute_row_checksums = timed
     features = features_of(rows, width)
     for _ in range(rounds):
         spent[0] = 0.0

@@ -25,8 +25,8 @@ from sklearn.linear_model import _logistic as theirs
 from threadpoolctl import threadpool_limits
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, solver
-from featpipe.heads.objective import Problem
-from featpipe.workers import Workers
+from featpipe.heads.objective import LogisticProblem
+from featpipe.workers import BlasThreadPool
 
 Trace = list[tuple[float, NDArray[Any]]]
 
@@ -120,19 +120,19 @@ def of_featpipe(X: Any, y: Any, tol: float) -> Trace:
     started = perf_counter()
     # In coordinates of few rows a point has another length, and its value in float64 is the same.
     reached = (lambda search: search.point.values.sum()) if len(X) < X.shape[1] else lambda search: search.found.copy()
-    with traced(solver._Search, "_note", reached, trace):
+    with traced(solver._LBFGSSearch, "_note", reached, trace):
         head.fit(X, y)
     trace.append((perf_counter() - started, np.column_stack([head.coef_, head.intercept_])))
     return trace
 
 
-def seconds_to(gap: float, trace: Trace, problem: Problem, lowest: float) -> float:
+def seconds_to(gap: float, trace: Trace, problem: LogisticProblem, lowest: float) -> float:
     """When the gap was reached; the search goes down, so that a bisection finds it."""
     low, high = 0, len(trace)
     while low < high:
         middle = (low + high) // 2
         point = trace[middle][1]
-        value = problem.at(point).values.sum() if np.ndim(point) else point
+        value = problem.evaluate(point).values.sum() if np.ndim(point) else point
         low, high = (low, middle) if value <= lowest * (1 + gap) else (middle + 1, high)
     return trace[low][0] if low < len(trace) else np.inf
 
@@ -146,9 +146,9 @@ def compare(case: str, cap: float) -> None:
     warnings.simplefilter("ignore")
     long = SoftmaxRegression(tol=1e-10).fit(X, y)
     settings = (y, np.ones(n), "softmax", k) if k > 2 else (y[:, None], np.ones((n, 1)), "sigmoid", 1)
-    with Workers(float(n) * d * k) as workers:
-        problem = Problem(X, *settings, workers=workers)
-        lowest = problem.at(np.column_stack([long.coef_, long.intercept_])).values.sum()
+    with BlasThreadPool(float(n) * d * k) as workers:
+        problem = LogisticProblem(X, *settings, workers=workers)
+        lowest = problem.evaluate(np.column_stack([long.coef_, long.intercept_])).values.sum()
     counts = {}
     for _ in range(rounds):
         traces = {"scikit-learn": of_scikit_learn(X, y, cap), "featpipe": of_featpipe(X, y, SoftmaxRegression().tol)}
@@ -157,8 +157,8 @@ def compare(case: str, cap: float) -> None:
                 traces[alone] = of_scikit_learn(X, y, cap)
         for name, trace in traces.items():
             counts[name] = len(trace)
-            with Workers(float(n) * d * k) as workers:
-                problem = Problem(X, *settings, workers=workers)
+            with BlasThreadPool(float(n) * d * k) as workers:
+                problem = LogisticProblem(X, *settings, workers=workers)
                 timings[name].append([*(seconds_to(gap, trace, problem, lowest) for gap in GAPS), trace[-1][0]])
     for name, found in timings.items():
         if not found:

@@ -24,9 +24,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from featpipe.cache import FeatureCache, Table, write_cache
+from featpipe.cache import FeatureCache, SampleTable, write_cache
 from featpipe.labels import Labels
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 CLASSES = 10
 HEADS = {  # a few steps are enough to know the speed of one
@@ -55,8 +55,8 @@ def make(path: Path, n: int, d: int) -> None:
 
     digests = rng.integers(0, 256, (n, 32), np.uint8)
     text = np.char.zfill(np.arange(n).astype("S8"), 8)
-    table = Table(
-        ids=Strings(text.view(np.uint8), np.arange(0, 8 * n + 1, 8, dtype=np.int64)),
+    table = SampleTable(
+        ids=StringColumn(text.view(np.uint8), np.arange(0, 8 * n + 1, 8, dtype=np.int64)),
         status=np.zeros(n, np.uint8),
         digests=digests,
         stamps=np.zeros((n, 16), np.uint8),
@@ -97,18 +97,18 @@ def trained(path: str, head: str) -> None:
     import torch  # noqa: F401
 
     from featpipe import heads
-    from featpipe.cache import View
+    from featpipe.cache import FeatureView
     from featpipe.training import train
 
     heads.fit_streamed, heads.build(head)  # what is imported when it is first needed is not of a pass
 
-    fill = View._fill
+    fill = FeatureView._fill
 
-    def counted(self: View, out: np.ndarray, numbers: np.ndarray) -> None:
+    def counted(self: FeatureView, out: np.ndarray, numbers: np.ndarray) -> None:
         fill(self, out, numbers)
         Counted.rows += len(out)
 
-    View._fill = counted  # type: ignore[method-assign]
+    FeatureView._fill = counted  # type: ignore[method-assign]
     cache = FeatureCache(path)
     started = perf_counter()
     model = train(cache, head, params=HEADS[head], memory=1 << 30, tune=False)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from featpipe.heads import LinearClassifier, MLPClassifier, threads
-from featpipe.heads.batches import Rows
+from featpipe.heads.batches import BatchSource
 
 FITS = {  # rows, width, classes, epochs
     "linear, 300 × 1280": (LinearClassifier(random_state=0), 300, 1280, 10),
@@ -47,11 +47,11 @@ def busy_loops() -> Iterator[None]:
 
 @contextmanager
 def threads_of_torch() -> Iterator[None]:
-    chosen, threads.ONE_THREAD_BELOW_PRODUCTS = threads.ONE_THREAD_BELOW_PRODUCTS, 0
+    chosen, threads.MIN_MULTITHREADED_MULTIPLICATIONS = threads.MIN_MULTITHREADED_MULTIPLICATIONS, 0
     try:
         yield
     finally:
-        threads.ONE_THREAD_BELOW_PRODUCTS = chosen
+        threads.MIN_MULTITHREADED_MULTIPLICATIONS = chosen
 
 
 def seconds(name: str) -> float:
@@ -115,9 +115,9 @@ def stream(n: int, batch: int) -> None:
         started = perf_counter()
         head._fit_rows(source, y, None, center=center, scale=scale)
         took = perf_counter() - started
-        rows = Rows(source, np.zeros(n), np.ones(n), center=center, scale=scale)
+        rows = BatchSource(source, np.zeros(n), np.ones(n), center=center, scale=scale)
         started = perf_counter()
-        for _ in rows.shuffled(batch, torch.Generator().manual_seed(0)):
+        for _ in rows.iter_shuffled(batch, torch.Generator().manual_seed(0)):
             pass
         batched = perf_counter() - started
         gib = n * WIDTH * 2 / 2**30

@@ -54,7 +54,7 @@ class Case:
 def whole(name: str) -> nn.Module:
     """The library's own network, untrained, with statistics that are not those of initialisation."""
     torch.manual_seed(7)
-    if name in catalogue.PACKAGED:
+    if name in catalogue.PACKAGED_BACKBONES:
         network = timm.create_model("tf_" + name)
     elif name.startswith("timm/"):
         network = timm.create_model(name.removeprefix("timm/"))
@@ -128,7 +128,7 @@ def test_the_facts_are_the_same_for_the_same_weights_in_any_file(case, tmp_path)
     seven = {f"module.{name}": value for name, value in with_classes(case.full, 7).items()}
     torch.save({"state_dict": seven}, tmp_path / "seven.pth")
     for file in ("headless.safetensors", "seven.pth"):
-        assert load(case.name, weights=tmp_path / file).facts() == case.backbone.facts(), file
+        assert load(case.name, weights=tmp_path / file).to_dict() == case.backbone.facts(), file
 
 
 def with_classes(full: nn.Module, classes: int) -> dict[str, Tensor]:
@@ -149,18 +149,18 @@ def test_weights_of_another_network_are_refused(case, tmp_path):
 
 def test_an_untrained_one_comes_from_its_seed(case):
     one = load(case.name, weights="none", seed=1)
-    assert one.facts() == load(case.name, weights="none", seed=1).facts()
-    assert one.facts() != case.backbone.facts()
+    assert one.to_dict() == load(case.name, weights="none", seed=1).to_dict()
+    assert one.to_dict() != case.backbone.facts()
     assert isinstance(one.transform, Transform)
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue.TORCHVISION if name not in WIDTHS])
+@pytest.mark.parametrize("name", [name for name in catalogue.TORCHVISION_BACKBONES if name not in WIDTHS])
 def test_every_other_torchvision_network_can_be_beheaded(name, monkeypatch):
     for slow in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
         monkeypatch.setattr(nn.init, slow, lambda tensor, *args, **kwargs: tensor)
     network = models.get_model(name, weights=None)
     before = sum(parameter.numel() for parameter in network.parameters())
-    removed, width = from_torchvision.behead(network)
+    removed, width = from_torchvision.remove_classifier(network)
     after = sum(parameter.numel() for parameter in network.parameters())
     assert len(removed) == (2 if name.startswith("squeezenet") else 1)
     assert before - after == 1000 * width + 1000
@@ -176,4 +176,4 @@ def test_a_timm_network_of_every_module_loses_its_classifier_and_gains_nothing()
                 network = timm.create_model(name)
             except (NotImplementedError, RuntimeError):  # computes while it is built
                 continue
-        assert from_timm.behead(network, name) > 0
+        assert from_timm.remove_classifier(network, name) > 0

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache, archive
-from featpipe.cache import ALIGNMENT_BYTES, Table, hdf5, layout, write_cache
+from featpipe.cache import ALIGNMENT_BYTES, SampleTable, hdf5, layout, write_cache
 from featpipe.errors import CacheError, CacheFormatError
-from featpipe.known import Known, Source
+from featpipe.known import EmbeddingLookup, EmbeddingSource
 from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 from tests.data import make_golden
 
 ROOT = Path(__file__).parents[2]
@@ -155,9 +155,9 @@ def test_must_1_a_higher_minor_version_is_read_and_what_it_adds_is_ignored(file)
     assert cache.status.tolist() == ["ok", "status-77", "ok", "missing", "ok", "ok"]
     assert cache.bad_rows() == {"missing": 1, "status-77": 1}
     assert np.array_equal(cache.X, before.X)
-    known = Known()
-    known.add(Source.of_cache(cache, cache.outputs))
-    assert known.by_digest(cache.digests[1].tobytes()) is None
+    known = EmbeddingLookup()
+    known.add(EmbeddingSource.from_cache(cache, cache.outputs))
+    assert known.find_by_digest(cache.digests[1].tobytes()) is None
 
 
 def test_must_2_what_is_written_lies_in_aligned_contiguous_pieces_of_the_file(file):
@@ -269,11 +269,11 @@ def test_must_3_more_than_the_file_holds_is_refused(file):
 
 
 def test_must_3_groups_with_too_many_entries_and_long_manifests_are_refused(file, monkeypatch):
-    monkeypatch.setattr(hdf5, "ENTRIES_MAX", 5)
+    monkeypatch.setattr(hdf5, "MAX_GROUP_ENTRIES", 5)
     refused(file, "samples/ has 6 entries, more than 5")
-    monkeypatch.setattr(hdf5, "ENTRIES_MAX", 6)
+    monkeypatch.setattr(hdf5, "MAX_GROUP_ENTRIES", 6)
     FeatureCache(file)
-    monkeypatch.setattr(layout, "MANIFEST_BYTES_MAX", 100)
+    monkeypatch.setattr(layout, "MAX_MANIFEST_BYTES", 100)
     refused(file, "the manifest has", "more than 100")
 
 
@@ -419,8 +419,8 @@ def test_must_8_the_index_makes_ids_unique(tmp_path):
 def labelled(path: Path, labels: Labels) -> FeatureCache:
     """A cache of as many rows as there are labels."""
     n = len(labels)
-    table = Table(
-        Strings.of(map(str, range(n))), np.zeros(n, "u1"), np.ones((n, 32), "u1"), np.zeros((n, 16), "u1"),
+    table = SampleTable(
+        StringColumn.from_strings(map(str, range(n))), np.zeros(n, "u1"), np.ones((n, 32), "u1"), np.zeros((n, 16), "u1"),
         np.zeros(n, "u1"), labels,
     )  # fmt: skip
     shapes = make_golden.SHAPES
@@ -430,11 +430,11 @@ def labelled(path: Path, labels: Labels) -> FeatureCache:
 
 
 def test_must_9_classes_are_in_the_stated_order(tmp_path):
-    words = labelled(tmp_path / "a.h5", Labels.of_classes(["b", "é", "a", "B", "10", "9", None]))
+    words = labelled(tmp_path / "a.h5", Labels.from_class_names(["b", "é", "a", "B", "10", "9", None]))
     assert words.classes == ("10", "9", "B", "a", "b", "é")
-    numbers = labelled(tmp_path / "b.h5", Labels.of_classes(["10", "9", "0", None]))
+    numbers = labelled(tmp_path / "b.h5", Labels.from_class_names(["10", "9", "0", None]))
     assert numbers.classes == ("0", "9", "10")
-    several = labelled(tmp_path / "c.h5", Labels.of_sets([{"b", "a"}, set(), None]))
+    several = labelled(tmp_path / "c.h5", Labels.from_label_sets([{"b", "a"}, set(), None]))
     assert several.classes == ("a", "b")
 
 
@@ -454,7 +454,7 @@ def test_must_9_classes_in_another_order_are_refused(file, classes):
 
 def test_must_9_a_writer_does_not_publish_another_order(tmp_path):
     with pytest.raises(CacheError, match="not in their order"):
-        labelled(tmp_path / "a.h5", Labels.of_classes(["a", "b"], classes=["b", "a"]))
+        labelled(tmp_path / "a.h5", Labels.from_class_names(["a", "b"], classes=["b", "a"]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -536,10 +536,10 @@ def test_must_11_facts_of_odd_values_are_read_or_refused(file, value):
 
 def test_must_12_rows_are_known_by_their_images_bytes_alone_and_not_when_another_attempt_may_help(file):
     cache = FeatureCache(file)
-    known = Known()
-    known.add(Source.of_cache(cache, cache.outputs))
+    known = EmbeddingLookup()
+    known.add(EmbeddingSource.from_cache(cache, cache.outputs))
     digests = [hashlib.sha256(name.encode()).digest() for name in make_golden.IDS]
-    assert [known.by_digest(d) for d in digests] == [(0, 0), (0, 1), (0, 2), None, (0, 4), (0, 5)]
+    assert [known.find_by_digest(d) for d in digests] == [(0, 0), (0, 1), (0, 2), None, (0, 4), (0, 5)]
     lasting = [status for status in Status if not status.transient]
     assert sorted({1, 2, 8} ^ set(map(int, Status))) == [int(status) for status in lasting]
 
@@ -720,9 +720,9 @@ def test_must_15_a_shard_of_other_rows_and_the_same_size_is_seen_by_its_rows(sha
     data.tofile(shard)
     cache = FeatureCache(sharded)
     assert cache.whole_rows(np.arange(6)).tolist() == [False, True, False, True, True, True]  # NaN + 1 is NaN
-    known = Known()
-    known.add(Source.of_cache(cache, cache.outputs))
-    assert [known.by_digest(digest.tobytes()) for digest in cache.digests[[0, 2, 4]]] == [None, None, (0, 4)]
+    known = EmbeddingLookup()
+    known.add(EmbeddingSource.from_cache(cache, cache.outputs))
+    assert [known.find_by_digest(digest.tobytes()) for digest in cache.digests[[0, 2, 4]]] == [None, None, (0, 4)]
 
 
 SHARD = "0123456789abcdef01234567.h5"

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
-from featpipe.calibration import Calibration, logits_of
+from featpipe.calibration import Calibration, compute_logits
 from featpipe.heads import (
     LinearClassifier,
     LinearRegressor,
@@ -26,18 +26,18 @@ from featpipe.heads import (
     SoftmaxRegression,
     SoftmaxRegressionCV,
 )
-from featpipe.heads.evidence import EvidenceRidgeClassifier
-from featpipe.heads.table import _load
+from featpipe.heads.evidence import BayesianRidgeClassifier
+from featpipe.heads.table import _import_object
 
 ESTIMATORS = [
-    EvidenceRidgeClassifier(),
+    BayesianRidgeClassifier(),
     SoftmaxRegression(),
     LinearClassifier(),
     LinearRegressor(),
     MLPClassifier(),
     MLPRegressor(),
 ]
-EVERY = [(name, task) for name in heads.names() for task in heads.TABLE[name].estimators]
+EVERY = [(name, task) for name in heads.list_heads() for task in heads.HEAD_REGISTRY[name].estimators]
 
 
 @parametrize_with_checks(ESTIMATORS)
@@ -69,7 +69,7 @@ def probabilities(head: Any, X: np.ndarray) -> np.ndarray:
     """Of heads that have scores alone: by a softmax of those."""
     if hasattr(head, "predict_proba"):
         return head.predict_proba(X)
-    return Calibration().probabilities(logits_of(head, X))
+    return Calibration().compute_probabilities(compute_logits(head, X))
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
@@ -120,12 +120,12 @@ def test_an_answer_does_not_depend_on_the_other_rows(name, task):
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
 def test_every_estimator_of_the_table_is_trusted_by_the_loader(name, task):
-    kind = _load(heads.TABLE[name].estimators[task])
+    kind = _import_object(heads.HEAD_REGISTRY[name].estimators[task])
     module = kind.__module__
-    assert not module.startswith("featpipe.") or f"{module}.{kind.__qualname__}" in heads.TRUSTED
+    assert not module.startswith("featpipe.") or f"{module}.{kind.__qualname__}" in heads.TRUSTED_TYPES
 
 
-@pytest.mark.parametrize("name", heads.names())
+@pytest.mark.parametrize("name", heads.list_heads())
 def test_every_head_is_described_in_one_sentence(name):
     assert 20 < len(heads.describe(name)) < 120
     assert "\n" not in heads.describe(name)

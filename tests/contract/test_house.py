@@ -203,18 +203,18 @@ def every_command() -> dict[str, click.Command]:
     return {name: cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)}
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", cli.COMMAND_MODULES)
 def test_every_command_is_in_the_readme_and_has_a_summary_and_an_example(name):
     command = every_command()[name]
     assert f"featpipe {name}" in (ROOT / "README.md").read_text()
     shown = command.get_help(click.Context(command, info_name=name))
     assert re.search(rf"^\s+Example:\n\s+featpipe {name}\b", shown, re.MULTILINE)
-    assert cli.SUMMARIES[name] == command.short_help
+    assert cli.COMMAND_SUMMARIES[name] == command.short_help
     assert command.help.startswith(command.short_help.removesuffix(".")), "help and summary say different things"
     assert name == "completion" or any("--json" in parameter.opts for parameter in command.params)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", cli.COMMAND_MODULES)
 def test_every_option_is_explained(name):
     for parameter in every_command()[name].params:
         if isinstance(parameter, click.Option) and not isinstance(parameter.type, click.Choice):

@@ -15,9 +15,9 @@ import torch
 import featpipe
 from featpipe import backbone, extraction
 from featpipe.backbone import Transform
-from featpipe.extraction import facts_of
-from featpipe.fingerprint import fingerprint
-from featpipe.recipe import PRECISIONS, STORAGES, Extraction
+from featpipe.extraction import make_facts
+from featpipe.fingerprint import compute_fingerprint
+from featpipe.recipe import PRECISIONS, STORAGES, ExtractionConfig
 from tests.conftest import Tiny, tiny_transform
 
 CODE = [
@@ -34,7 +34,7 @@ CODE_OF_VERSION = {2: "3ec83285c72baa7a"}
 
 def identity(network=None, transform=tiny_transform, outputs=("pooled",), **settings) -> str:
     loaded = backbone.load(network or Tiny(), transform=transform, outputs=outputs)
-    return fingerprint(facts_of(loaded, Extraction(**settings)))
+    return compute_fingerprint(make_facts(loaded, ExtractionConfig(**settings)))
 
 
 COUNTER = "norm.num_batches_tracked"  # of training steps; decides nothing in a frozen network
@@ -68,7 +68,7 @@ def test_any_parameter_of_the_transform(field):
     transform = Transform((232, 232), (224, 224))
     other = replace(transform, **{field: OTHER[field]})
     found = [
-        fingerprint(facts_of(backbone.load("resnet18", weights="none", transform=given), Extraction()))
+        compute_fingerprint(make_facts(backbone.load("resnet18", weights="none", transform=given), ExtractionConfig()))
         for given in (transform, other)
     ]
     assert found[0] != found[1]

@@ -17,8 +17,17 @@ import pytest
 from PIL import Image
 
 import featpipe
-from featpipe.recipe import Evaluation, Report, Samples, Split, Training, question_of, read_recipe, shipped
-from featpipe.recipe.reading import TABLES
+from featpipe.recipe import (
+    EvaluationConfig,
+    ReportConfig,
+    SamplesConfig,
+    SplitConfig,
+    TrainingConfig,
+    list_builtin_recipes,
+    read_question,
+    read_recipe,
+)
+from featpipe.recipe.reading import TABLE_NAMES
 from tests.conftest import Tiny, tiny_transform
 from tests.finetuning import Ladder, small_transform
 
@@ -99,9 +108,9 @@ def test_every_key_of_the_results_is_explained(photos, monkeypatch):
     for table in (document, document["results"][0], document["backbones"][0]):
         for key in table:
             assert re.search(rf"`(results\[\]\.)?{key}`", readme), key
-    for table in TABLES:
+    for table in TABLE_NAMES:
         assert f"[{table}]" in readme
-    for stage in (Samples, Split, Training, Evaluation, Report):
+    for stage in (SamplesConfig, SplitConfig, TrainingConfig, EvaluationConfig, ReportConfig):
         for field in fields(stage):
             assert re.search(rf"\b{field.name}\b", readme), field.name
 
@@ -127,7 +136,7 @@ def test_smoke_runs_as_it_is(tmp_path, monkeypatch):
 def test_a_recipe_says_its_question_and_its_time_and_no_default(path):
     text = path.read_text()
     document = tomllib.loads(text)
-    assert document["question"] == question_of(path.stem)
+    assert document["question"] == read_question(path.stem)
     assert document["question"].endswith("?")
     assert re.search(r"^# .*(second|minute)s?\b.* on two cores", text, re.MULTILINE | re.IGNORECASE), "how long?"
     readme = (ROOT / "pipelines" / "README.md").read_text()
@@ -153,5 +162,5 @@ def tables(value: Any) -> list[dict[str, Any]]:
 
 
 def test_the_recipes_come_with_the_package():
-    assert shipped() == [path.stem for path in FILES]
+    assert list_builtin_recipes() == [path.stem for path in FILES]
     assert len(FILES) >= 8

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from featpipe.backbone import Backbone, load
-from featpipe.backbone.cutting import cut
-from featpipe.backbone.output import resolve
-from featpipe.backbone.stages import Stage, stages
+from featpipe.backbone.cutting import partition_network
+from featpipe.backbone.output import resolve_outputs
+from featpipe.backbone.stages import Stage, find_stages
 
 STAGES = {  # as the papers and the libraries divide them; where these give them no names, how many
     "resnet18": ["stem", "layer1", "layer2", "layer3", "layer4"],
@@ -44,7 +44,7 @@ class Case:
 @pytest.fixture(scope="module", params=STAGES)
 def case(request):
     loaded = load(request.param, weights="none")
-    return Case(loaded, stages(loaded.network, loaded.transform.size), STAGES[request.param])
+    return Case(loaded, find_stages(loaded.network, loaded.transform.size), STAGES[request.param])
 
 
 def test_the_stages_are_those_of_the_field(case):
@@ -59,10 +59,12 @@ def test_every_parameter_belongs_to_exactly_one(case):
 
 def test_cut_before_the_last_stage_it_answers_bit_for_bit(case):
     loaded, last = case.backbone, case.stages[-1]
-    made = cut(loaded, [module for stage in case.stages[:-1] for module in stage.modules])
-    both = replace(loaded, outputs=(*loaded.outputs, *resolve(loaded.network, [made.output], loaded.transform.size)))
+    made = partition_network(loaded, [module for stage in case.stages[:-1] for module in stage.modules])
+    both = replace(
+        loaded, outputs=(*loaded.outputs, *resolve_outputs(loaded.network, [made.output], loaded.transform.size))
+    )
     with torch.no_grad():
         values = both.embed(torch.rand(2, 3, *loaded.transform.size, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(made.above(values[made.output].clone()), values["pooled"])
+    assert torch.equal(made.upper(values[made.output].clone()), values["pooled"])
     trained = {name for name, _ in loaded.network.named_parameters() if name in last}
-    assert trained <= {name for name, _ in made.above.network.named_parameters()}
+    assert trained <= {name for name, _ in made.upper.network.named_parameters()}

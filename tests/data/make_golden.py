@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import FORMAT_VERSION, Table, write_cache
+from featpipe.cache import FORMAT_VERSION, SampleTable, write_cache
 from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 __all__ = ["make", "make_sharded"]
 
@@ -70,17 +70,17 @@ def _values(width: int) -> NDArray[np.floating]:
     return values
 
 
-def _table() -> Table:
+def _table() -> SampleTable:
     status = np.array(STATUS, np.uint8)
     digests = np.stack([np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint8) for name in IDS])
     digests[status == Status.MISSING] = 0
-    return Table(
-        ids=Strings.of(IDS),
+    return SampleTable(
+        ids=StringColumn.from_strings(IDS),
         status=status,
         digests=digests,
         stamps=np.where((digests != 0).any(axis=1)[:, None], digests[:, :16], 0).astype(np.uint8),
         split=np.array(SPLIT, np.uint8),
-        labels=Labels.of_classes(NAMES),
+        labels=Labels.from_class_names(NAMES),
     )
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import featpipe
 from featpipe import cli
-from featpipe.commit import Parts
+from featpipe.commit import StagingArea
 from featpipe.progress import Progress
 from tests.conftest import jpeg
 from tests.e2e.test_commands import OWN
@@ -71,7 +71,7 @@ LONG = {
 def test_every_command_that_tells_of_progress_is_stopped_below() -> None:
     told = {
         name
-        for name, module in cli.COMMANDS.items()
+        for name, module in cli.COMMAND_MODULES.items()
         if "with Terminal()" in Path(cli.__file__).with_name(f"{module}.py").read_text()
         and "Terminal()" in _source(name, module)
     }
@@ -144,7 +144,7 @@ def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    finished = Parts(tmp_path / "p.jsonl.parts", "").recorded_rows()
+    finished = StagingArea(tmp_path / "p.jsonl.parts", "").count_recorded_rows()
     assert 0 < finished < 90
     assert not out.exists()
     last = json.loads(err.splitlines()[-1])

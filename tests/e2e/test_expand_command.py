@@ -139,7 +139,7 @@ def test_of_rows_that_stay_in_the_file_the_same_statistics_are_kept(home, tmp_pa
         out = tmp_path / f"{memory}.model"
         how = ["--head", "lda", "--cv", "0", "--memory", memory, "--keep", "statistics", "--out", out]
         assert run("train", home["old"], *how).exit_code == 0
-        kept.append(load_model(out).kept.arrays())
+        kept.append(load_model(out).kept.to_arrays())
     for name, array in kept[0].items():
         assert np.allclose(array, kept[1][name], rtol=1e-9, atol=1e-7), name
     assert load_model(run("train", home["old"], "--head", "lda", "--memory", "1k").stdout.strip()).kept is None

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from featpipe import FeatureCache, load_model
-from featpipe.cache import Table, write_cache
+from featpipe.cache import SampleTable, write_cache
 from featpipe.cli import cli
 from featpipe.errors import ConfigError, ModelError
 from featpipe.labels import Labels
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 from tests.unit.test_training import FACTS, digests
 
 N = 90
@@ -28,13 +28,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     codes = np.repeat([0, 1, 2], [50, 25, 15])[rng.permutation(N)]
     X = (2 * rng.normal(size=(3, 6))[codes] + rng.normal(size=(N, 6))).astype(np.float32)
-    table = Table(
-        ids=Strings.of(f"{i:03}.jpg" for i in range(N)),
+    table = SampleTable(
+        ids=StringColumn.from_strings(f"{i:03}.jpg" for i in range(N)),
         status=np.zeros(N, np.uint8),
         digests=digests(N),
         stamps=np.zeros((N, 16), np.uint8),
         split=np.zeros(N, np.uint8),
-        labels=Labels.of_classes([["ant", "bee", "cat=big"][c] for c in codes.tolist()]),
+        labels=Labels.from_class_names([["ant", "bee", "cat=big"][c] for c in codes.tolist()]),
     )
     folder = tmp_path_factory.mktemp("train")
     manifest = {"facts": FACTS, "backbone": {"name": "x:y", "outputs": ["pooled"]}}

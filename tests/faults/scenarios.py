@@ -81,8 +81,8 @@ class PartFile(Scenario):
 
     finds = frozenset({"old", "new"})
 
-    def _parts(self, folder: Path) -> commit.Parts:
-        return commit.Parts(folder / "a.h5.parts", MINE)
+    def _parts(self, folder: Path) -> commit.StagingArea:
+        return commit.StagingArea(folder / "a.h5.parts", MINE)
 
     def prepare(self, folder: Path) -> None:
         parts = self._parts(folder)
@@ -91,12 +91,12 @@ class PartFile(Scenario):
 
     def act(self, folder: Path, tally: Tally) -> None:
         parts = self._parts(folder)
-        with parts.writing():
+        with parts.lock_for_writing():
             parts.commit(arrays(2))
             tally.add("ended", 1)
 
     def state(self, folder: Path) -> str:
-        found = self._parts(folder).committed()
+        found = self._parts(folder).load_committed()
         seeds = sorted(seed for seed in (1, 2) for part in found if holds(part, arrays(seed)))
         if len(found) != len(seeds) or 1 not in seeds:
             raise Wrong(f"{len(found)} parts, of which {seeds} are right")
@@ -126,7 +126,7 @@ class CacheFile(Scenario):
         cache.write_cache(path, made.table, manifest, SHAPES, made.storage, made.gather)
 
     def act(self, folder: Path, tally: Tally) -> None:
-        writer.BLOCK_BYTES = 1000  # several for each output
+        writer.WRITE_BLOCK_BYTES = 1000  # several for each output
         self._write(self.new, folder / "a.h5")
         tally.add("ended", 1)
 
@@ -228,14 +228,14 @@ class Extraction(Scenario):
             raise RuntimeError(f"what nothing disturbs ended with {ended}")
 
     def _end_after(self, parts: int) -> None:
-        publish, left = commit.Parts.commit, iter(range(parts))
+        publish, left = commit.StagingArea.commit, iter(range(parts))
 
-        def last(self: commit.Parts, arrays: Mapping[str, np.ndarray]) -> commit.Part:
+        def last(self: commit.StagingArea, arrays: Mapping[str, np.ndarray]) -> commit.Part:
             if next(left, None) is None:
                 os._exit(9)
             return publish(self, arrays)
 
-        commit.Parts.commit = last
+        commit.StagingArea.commit = last
 
     def prepare(self, folder: Path) -> None:
         shutil.copytree(self.start, folder, dirs_exist_ok=True)
@@ -268,7 +268,7 @@ class Extraction(Scenario):
     def check_resumed(self, folder: Path, acknowledged: int, tally: Tally) -> None:
         super().check_resumed(folder, acknowledged, tally)
         if any((folder / f"{self.out}.shards").glob("*")):
-            cleaning.SECONDS_MIN = -1  # no need to wait an hour
+            cleaning.MIN_AGE_SECONDS = -1  # no need to wait an hour
             upkeep.clean(folder, yes=True)  # shards of a cache before, if the kill came after the new one had its name
         if _names(folder) != self.files:
             raise Wrong(f"left {sorted(_names(folder) ^ self.files)}")
@@ -355,18 +355,18 @@ def watch(tally: Tally) -> None:
     if not hasattr(extraction.stream, "PART_SECONDS"):
         raise AttributeError("featpipe.extraction.stream.PART_SECONDS is gone; say here how a part is made small")
     extraction.stream.PART_SECONDS = 0
-    embed, publish = engine.Engine.embed, commit.Parts.commit
+    embed, publish = engine.Engine.embed, commit.StagingArea.commit
 
     def counted(self: engine.Engine, images: torch.Tensor) -> dict[str, np.ndarray]:
         tally.add("embedded", len(images))
         return embed(self, images)
 
-    def acknowledged(self: commit.Parts, arrays: Mapping[str, np.ndarray]) -> commit.Part:
+    def acknowledged(self: commit.StagingArea, arrays: Mapping[str, np.ndarray]) -> commit.Part:
         part = publish(self, arrays)
         tally.add("acknowledged", int(np.count_nonzero(arrays["status"] == 0)))
         return part
 
-    engine.Engine.embed, commit.Parts.commit = counted, acknowledged
+    engine.Engine.embed, commit.StagingArea.commit = counted, acknowledged
 
 
 def _content(path: Path) -> dict[str, object]:

@@ -7,17 +7,17 @@ from contextlib import ExitStack
 
 import pytest
 
-from featpipe.allowance import NO_QUESTION_BELOW, Allowance, available_bytes
+from featpipe.allowance import MIN_TRACKED_BYTES, MemoryBudget, available_bytes
 
 MB = 1 << 20
 
 
-def begun(allowance: Allowance, nbytes: int) -> tuple[threading.Thread, threading.Event]:
+def begun(allowance: MemoryBudget, nbytes: int) -> tuple[threading.Thread, threading.Event]:
     """A thread that takes a turn and ends it at once; the event says when it has it."""
     has = threading.Event()
 
     def run() -> None:
-        with allowance.turn() as take:
+        with allowance.reservation() as take:
             take(nbytes)
             has.set()
 
@@ -27,8 +27,8 @@ def begun(allowance: Allowance, nbytes: int) -> tuple[threading.Thread, threadin
 
 
 def test_who_needs_much_waits_until_there_is_room():
-    allowance = Allowance(100 * MB)
-    with allowance.turn() as take:
+    allowance = MemoryBudget(100 * MB)
+    with allowance.reservation() as take:
         take(60 * MB)
         beside, has = begun(allowance, 40 * MB)
         assert has.wait(60)
@@ -40,18 +40,18 @@ def test_who_needs_much_waits_until_there_is_room():
 
 
 def test_little_is_had_without_waiting():
-    allowance = Allowance(1)
-    with allowance.turn() as take:
+    allowance = MemoryBudget(1)
+    with allowance.reservation() as take:
         take(50 * MB)
-        small, has = begun(allowance, NO_QUESTION_BELOW - 1)
+        small, has = begun(allowance, MIN_TRACKED_BYTES - 1)
         assert has.wait(60)
         small.join()
 
 
 def test_what_is_larger_than_all_of_it_has_its_turn_alone():
-    allowance = Allowance(20 * MB)
+    allowance = MemoryBudget(20 * MB)
     with ExitStack() as stack:
-        take = stack.enter_context(allowance.turn())
+        take = stack.enter_context(allowance.reservation())
         take(1000 * MB)
         waiting, has = begun(allowance, 1000 * MB)
         assert not has.wait(0.2)
@@ -60,10 +60,10 @@ def test_what_is_larger_than_all_of_it_has_its_turn_alone():
 
 
 def test_an_error_gives_back_what_was_taken():
-    allowance = Allowance(20 * MB)
+    allowance = MemoryBudget(20 * MB)
 
     def fail() -> None:
-        with allowance.turn() as take:
+        with allowance.reservation() as take:
             take(20 * MB)
             raise ZeroDivisionError
 

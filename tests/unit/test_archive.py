@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from featpipe import archive
-from featpipe.archive import ArchiveLimits, Index, Table, expand, index, index_files, indexing, tars
+from featpipe.archive import ArchiveLimits, Index, LabelTable, expand_paths, index, index_files, indexing, tars
 from featpipe.archive.listing import Listing
 from featpipe.errors import ArchiveError, ConfigError, SampleError
 from featpipe.labels import Labels
@@ -178,7 +178,7 @@ def test_an_archive_without_images_beside_others_adds_nothing(tmp_path: Path) ->
 
 def test_no_files_at_all_are_an_index_of_none() -> None:
     assert len(index_files([])) == 0
-    assert index_files([]).stamps().shape == (0, 16)
+    assert index_files([]).compute_stamps().shape == (0, 16)
 
 
 def test_an_archive_given_twice_is_an_error(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_an_escaped_name_that_is_there_as_text_too_leaves_both_their_own_ids_and
 def test_braces_count_with_the_width_of_their_bounds_and_lists_keep_their_order(tmp_path: Path) -> None:
     for name in ("s-008.tar", "s-009.tar", "s-010.tar", "b.tar", "a.tar"):
         tar(tmp_path / name)
-    found = expand([tmp_path / "s-{008..010}.tar", str(tmp_path / "{b,a}.tar"), tmp_path / "s-*.tar"])
+    found = expand_paths([tmp_path / "s-{008..010}.tar", str(tmp_path / "{b,a}.tar"), tmp_path / "s-*.tar"])
     assert [[path.name for path in paths] for paths in found] == [
         ["s-008.tar", "s-009.tar", "s-010.tar"],
         ["b.tar", "a.tar"],
@@ -267,7 +267,7 @@ def test_braces_count_with_the_width_of_their_bounds_and_lists_keep_their_order(
 
 def test_a_name_that_exists_is_taken_as_it_stands(tmp_path: Path) -> None:
     made = folder(tmp_path / "photos[1]{a,b}")
-    assert expand([made]) == [[made]]
+    assert expand_paths([made]) == [[made]]
 
 
 def test_missing_shards_are_counted_and_named(tmp_path: Path) -> None:
@@ -337,17 +337,17 @@ def test_what_is_a_sample_is_told_by_its_parts_however_they_are_put_together() -
         "i.txt",
     ]
     for name in map("/".join, (*itertools.product(parts, repeat=2), *itertools.product(parts, repeat=3))):
-        listing = Listing(archive.Source(Path("x"), "tar", "/x"), ArchiveLimits())
+        listing = Listing(archive.ArchiveSource(Path("x"), "tar", "/x"), ArchiveLimits())
         stem, dot, suffix = name.split("/")[-1].rpartition(".")
         hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-        wanted = bool(stem) and dot + suffix.lower() in archive.SUFFIXES
+        wanted = bool(stem) and dot + suffix.lower() in archive.SAMPLE_SUFFIXES
         expected = wanted and not hidden and "__MACOSX" not in name.split("/")
-        assert (listing.wants(name), listing.ignored.total()) == (expected, not expected), name
+        assert (listing.accepts(name), listing.ignored.total()) == (expected, not expected), name
 
 
 def test_images_of_formats_that_are_not_decoded_get_a_row(tmp_path: Path) -> None:
-    files = [(f"x{suffix}", b"x") for suffix in sorted(archive.SUFFIXES)] + [("y.JPG", b"y")]
-    assert len(index(folder(tmp_path / "a", files))) == len(archive.SUFFIXES) + 1
+    files = [(f"x{suffix}", b"x") for suffix in sorted(archive.SAMPLE_SUFFIXES)] + [("y.JPG", b"y")]
+    assert len(index(folder(tmp_path / "a", files))) == len(archive.SAMPLE_SUFFIXES) + 1
 
 
 @every_kind
@@ -360,14 +360,14 @@ def test_an_empty_image_keeps_its_row(kind: str, tmp_path: Path) -> None:
 @every_kind
 def test_an_image_over_the_limit_keeps_its_row(kind: str, tmp_path: Path) -> None:
     made = BUILDERS[kind](tmp_path, [("a.jpg", bytes(11)), ("b.jpg", bytes(10))])
-    samples = index(made, limits=ArchiveLimits(member_bytes=10))
+    samples = index(made, limits=ArchiveLimits(max_member_bytes=10))
     assert samples.fault.tolist() == [Status.TOO_LARGE, Status.OK]
     assert status_of(samples) is Status.TOO_LARGE
 
 
 @every_kind
 def test_too_many_members_are_an_error(kind: str, tmp_path: Path) -> None:
-    assert "more than 2 members" in refused(BUILDERS[kind](tmp_path, ANIMALS), limits=ArchiveLimits(members=2))
+    assert "more than 2 members" in refused(BUILDERS[kind](tmp_path, ANIMALS), limits=ArchiveLimits(max_members=2))
 
 
 @on_posix
@@ -452,7 +452,7 @@ def test_the_first_folder_level_is_the_class_and_deeper_ones_are_not_merged(kind
 @every_kind
 def test_without_folders_nothing_is_labelled(kind: str, tmp_path: Path) -> None:
     samples = index(BUILDERS[kind](tmp_path, [("a.jpg", b"a"), ("b.jpg", b"b")]))
-    assert samples.labels.same_as(Labels.none(2))
+    assert samples.labels.same_as(Labels.unlabeled(2))
     assert samples.split.tolist() == [0, 0]
 
 
@@ -513,15 +513,15 @@ def test_sidecar_classes_go_before_folders(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("notes", "expected"),
     [
-        (['{"label": 3}', '{"label": 10}'], Labels.of_classes(["3", "10"])),
-        (['{"label": "b", "class": "c"}', '{"cls": "a"}'], Labels.of_classes(["b", "a"])),
-        (['{"target": 3}', '{"target": 4}'], Labels.of_targets([3, 4], ["target"])),
-        (['{"label": 3}', '{"label": 4.5}'], Labels.of_targets([3, 4.5], ["label"])),
-        (['{"target": "warm"}', '{"target": "cold"}'], Labels.of_classes(["warm", "cold"])),
-        (['{"labels": ["a", "b"]}', '{"labels": []}'], Labels.of_sets([["a", "b"], []])),
-        (['{"labels": ["a", "b"]}', '{"caption": 1}'], Labels.of_sets([["a", "b"], None])),
-        (['{"label": null}', '{"label": "a"}'], Labels.of_classes([None, "a"])),
-        (['{"caption": "x"}', "[1, 2]"], Labels.none(2)),
+        (['{"label": 3}', '{"label": 10}'], Labels.from_class_names(["3", "10"])),
+        (['{"label": "b", "class": "c"}', '{"cls": "a"}'], Labels.from_class_names(["b", "a"])),
+        (['{"target": 3}', '{"target": 4}'], Labels.from_targets([3, 4], ["target"])),
+        (['{"label": 3}', '{"label": 4.5}'], Labels.from_targets([3, 4.5], ["label"])),
+        (['{"target": "warm"}', '{"target": "cold"}'], Labels.from_class_names(["warm", "cold"])),
+        (['{"labels": ["a", "b"]}', '{"labels": []}'], Labels.from_label_sets([["a", "b"], []])),
+        (['{"labels": ["a", "b"]}', '{"caption": 1}'], Labels.from_label_sets([["a", "b"], None])),
+        (['{"label": null}', '{"label": "a"}'], Labels.from_class_names([None, "a"])),
+        (['{"caption": "x"}', "[1, 2]"], Labels.unlabeled(2)),
     ],
 )
 def test_json_sidecars_say_what_is_meant(notes: list[str], expected: Labels, tmp_path: Path) -> None:
@@ -591,14 +591,14 @@ def test_a_table_names_samples_in_any_of_four_ways(style: str, several: bool, tm
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("path,label\na.jpg,3\nb.jpg,10\n", Labels.of_classes(["3", "10"])),
-        ("path,label\na.jpg,3\nb.jpg,1.5\n", Labels.of_targets([3, 1.5], ["label"])),
-        ("path,target\na.jpg,3\nb.jpg,\n", Labels.of_targets([3, np.nan], ["target"])),
-        ("path,target\na.jpg,warm\nb.jpg,cold\n", Labels.of_classes(["warm", "cold"])),
-        ("path,label\na.jpg,3\nb.jpg,x\n", Labels.of_classes(["3", "x"])),
-        ("path,labels\na.jpg,x;y\nb.jpg,\n", Labels.of_sets([["x", "y"], None])),
-        ("path,labels\na.jpg,x | y\nb.jpg,y\n", Labels.of_sets([["x", "y"], ["y"]])),
-        ("image,class\na.jpg,nan\nb.jpg,1\n", Labels.of_classes(["nan", "1"])),
+        ("path,label\na.jpg,3\nb.jpg,10\n", Labels.from_class_names(["3", "10"])),
+        ("path,label\na.jpg,3\nb.jpg,1.5\n", Labels.from_targets([3, 1.5], ["label"])),
+        ("path,target\na.jpg,3\nb.jpg,\n", Labels.from_targets([3, np.nan], ["target"])),
+        ("path,target\na.jpg,warm\nb.jpg,cold\n", Labels.from_class_names(["warm", "cold"])),
+        ("path,label\na.jpg,3\nb.jpg,x\n", Labels.from_class_names(["3", "x"])),
+        ("path,labels\na.jpg,x;y\nb.jpg,\n", Labels.from_label_sets([["x", "y"], None])),
+        ("path,labels\na.jpg,x | y\nb.jpg,y\n", Labels.from_label_sets([["x", "y"], ["y"]])),
+        ("image,class\na.jpg,nan\nb.jpg,1\n", Labels.from_class_names(["nan", "1"])),
     ],
 )
 def test_what_a_column_means_follows_from_its_name_and_values(text: str, expected: Labels, tmp_path: Path) -> None:
@@ -611,28 +611,28 @@ def test_numbers_and_words_among_targets_are_refused(tmp_path: Path) -> None:
     text = "path,target\na.jpg,3\nb.jpg,n/a?\n"
     with pytest.raises(ArchiveError, match="'target' has 1 numbers and also 'n/a\\?'; leave the cells empty"):
         index(made, labels=table(tmp_path / "t.csv", text))
-    stated = index(made, labels=Table(tmp_path / "t.csv", task="classification")).labels
-    assert stated.same_as(Labels.of_classes(["3", "n/a?"]))
+    stated = index(made, labels=LabelTable(tmp_path / "t.csv", task="classification")).labels
+    assert stated.same_as(Labels.from_class_names(["3", "n/a?"]))
 
 
 def test_columns_and_task_can_be_stated(tmp_path: Path) -> None:
     made = folder(tmp_path / "a", [("a.jpg", b"a"), ("b.jpg", b"b")])
     path = table(tmp_path / "t.csv", "who,where,age,height\nann,a.jpg,30,1.7\nbob,b.jpg,40,\n")
-    one = index(made, labels=Table(path, "where", "who")).labels
-    assert one.same_as(Labels.of_classes(["ann", "bob"]))
-    as_classes = index(made, labels=Table(path, "where", "age", "classification")).labels
-    assert as_classes.same_as(Labels.of_classes(["30", "40"]))
-    as_number = index(made, labels=Table(path, "where", "age", "regression")).labels
-    assert as_number.same_as(Labels.of_targets([30, 40], ["age"]))
-    both = index(made, labels=Table(path, "where", "age, height")).labels
-    assert both.same_as(Labels.of_targets([[30, 1.7], [np.nan, np.nan]], ["age", "height"]))
+    one = index(made, labels=LabelTable(path, "where", "who")).labels
+    assert one.same_as(Labels.from_class_names(["ann", "bob"]))
+    as_classes = index(made, labels=LabelTable(path, "where", "age", "classification")).labels
+    assert as_classes.same_as(Labels.from_class_names(["30", "40"]))
+    as_number = index(made, labels=LabelTable(path, "where", "age", "regression")).labels
+    assert as_number.same_as(Labels.from_targets([30, 40], ["age"]))
+    both = index(made, labels=LabelTable(path, "where", "age, height")).labels
+    assert both.same_as(Labels.from_targets([[30, 1.7], [np.nan, np.nan]], ["age", "height"]))
 
 
 def test_text_where_numbers_are_asked_for_is_an_error(tmp_path: Path) -> None:
     made = folder(tmp_path / "a", [("a.jpg", b"a")])
     path = table(tmp_path / "t.csv", "path,label,age\na.jpg,old,3\n")
-    assert "'old', expected numbers" in refused(made, labels=Table(path, task="regression"))
-    assert "'old', expected numbers" in refused(made, labels=Table(path, label_column="age,label"))
+    assert "'old', expected numbers" in refused(made, labels=LabelTable(path, task="regression"))
+    assert "'old', expected numbers" in refused(made, labels=LabelTable(path, label_column="age,label"))
 
 
 def test_a_split_column_is_read_and_a_word_it_does_not_know_is_answered(tmp_path: Path) -> None:
@@ -686,11 +686,11 @@ def test_a_parquet_table_is_read_like_a_csv(tmp_path: Path) -> None:
         parquet.write_table(pyarrow.table({"path": ["a.jpg", "b.jpg"], column: values}), tmp_path / "t.parquet")
         return index(made, labels=tmp_path / "t.parquet").labels
 
-    assert labels("label", ["x", None]).same_as(Labels.of_classes(["x", None]))
-    assert labels("label", [3, 10]).same_as(Labels.of_classes(["3", "10"]))
-    assert labels("label", [3.0, float("nan")]).same_as(Labels.of_classes(["3", None]))
-    assert labels("label", [["x"], []]).same_as(Labels.of_sets([["x"], []]))
-    assert labels("y", [1, 2]).same_as(Labels.of_targets([1, 2], ["y"]))
+    assert labels("label", ["x", None]).same_as(Labels.from_class_names(["x", None]))
+    assert labels("label", [3, 10]).same_as(Labels.from_class_names(["3", "10"]))
+    assert labels("label", [3.0, float("nan")]).same_as(Labels.from_class_names(["3", None]))
+    assert labels("label", [["x"], []]).same_as(Labels.from_label_sets([["x"], []]))
+    assert labels("y", [1, 2]).same_as(Labels.from_targets([1, 2], ["y"]))
     (tmp_path / "t.parquet").write_bytes(b"PAR1 not really")
     assert "Parquet" in refused(made, labels=tmp_path / "t.parquet")
 
@@ -737,7 +737,7 @@ def test_labels_of_different_kinds_cannot_be_joined(tmp_path: Path) -> None:
 def test_files_keep_their_order_and_a_missing_one_its_row(tmp_path: Path) -> None:
     made = folder(tmp_path / "a")
     paths = [made / "dog" / "1.jpg", made / "gone.jpg", made / "dog" / "1.jpg", made / "cat", "bad\0name.jpg"]
-    labels = Labels.of_classes(["d", "g", "d", "c", "n"])
+    labels = Labels.from_class_names(["d", "g", "d", "c", "n"])
     samples = index_files(paths, labels)
     assert samples.ids[0] == (made / "dog" / "1.jpg").as_posix()
     assert samples.ids[2] == samples.ids[0] + "#2"
@@ -750,7 +750,7 @@ def test_files_keep_their_order_and_a_missing_one_its_row(tmp_path: Path) -> Non
 
 def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 labels for 1 paths"):
-        index_files([tmp_path], Labels.none(2))
+        index_files([tmp_path], Labels.unlabeled(2))
 
 
 # Stamps
@@ -759,10 +759,10 @@ def test_labels_of_another_length_are_refused(tmp_path: Path) -> None:
 @every_kind
 def test_stamps_stay_while_nothing_changes_and_tell_samples_apart(kind: str, tmp_path: Path) -> None:
     made = BUILDERS[kind](tmp_path, [*ANIMALS, ("e.jpg", b"")])
-    stamps = index(made).stamps()
+    stamps = index(made).compute_stamps()
     assert stamps.shape == (4, 16)
     assert stamps.dtype == np.uint8
-    np.testing.assert_array_equal(stamps, index(made).stamps())
+    np.testing.assert_array_equal(stamps, index(made).compute_stamps())
     assert len({bytes(stamp) for stamp in stamps}) == 4
     assert not stamps[index(made).fault != 0].any()
 
@@ -770,19 +770,19 @@ def test_stamps_stay_while_nothing_changes_and_tell_samples_apart(kind: str, tmp
 @every_kind
 def test_a_touched_archive_or_file_has_another_stamp(kind: str, tmp_path: Path) -> None:
     made = BUILDERS[kind](tmp_path, ANIMALS)
-    before = index(made).stamps()
+    before = index(made).compute_stamps()
     touched = made / "cat" / "1.jpg" if kind == "folder" else made
     os.utime(touched, ns=(1, 1))
-    after = index(made).stamps()
+    after = index(made).compute_stamps()
     assert (before != after).any(axis=1).tolist() == ([True, False, False] if kind == "folder" else [True] * 3)
 
 
 @every_kind
 def test_a_stamp_is_the_digest_of_path_name_offset_size_and_time(kind: str, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(indexing, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(indexing, "_STAMP_BLOCK_ROWS", 2)
     samples = index(BUILDERS[kind](tmp_path, [*ANIMALS, ("e.jpg", b""), ("z/é.jpg", b"accent")]))
-    for row, stamp in enumerate(samples.stamps()):
-        path, name = os.fsencode(samples.sources[0].real), samples.raw_name(row)
+    for row, stamp in enumerate(samples.compute_stamps()):
+        path, name = os.fsencode(samples.sources[0].real_path), samples.raw_name(row)
         if kind == "folder":
             path, name = path + b"/" + name, b""
         numbers = (samples.offset[row], samples.size[row], samples.mtime_ns[row])
@@ -794,7 +794,7 @@ def test_a_file_has_one_stamp_by_whatever_way_it_is_reached(tmp_path: Path) -> N
     made = folder(tmp_path / "a")
     ways = [index(made), index(tmp_path), index_files([made / name for name, _ in ANIMALS])]
     for way in ways:
-        np.testing.assert_array_equal(way.stamps(), ways[0].stamps())
+        np.testing.assert_array_equal(way.compute_stamps(), ways[0].compute_stamps())
 
 
 # Reading
@@ -806,7 +806,7 @@ def test_an_index_survives_pickling(kind: str, tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(samples))
     assert copy.ids == samples.ids
     assert contents(copy) == contents(samples)
-    np.testing.assert_array_equal(copy.stamps(), samples.stamps())
+    np.testing.assert_array_equal(copy.stamps(), samples.compute_stamps())
 
 
 @every_kind
@@ -832,8 +832,8 @@ def test_threads_that_share_a_reader_get_the_right_bytes(kind: str, tmp_path: Pa
 def test_a_compressed_tar_read_in_order_is_decompressed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = index(tar(tmp_path / "a.tar.gz"))
     opened: list[str] = []
-    open_raw = tars.open_raw
-    monkeypatch.setattr(tars, "open_raw", lambda source: opened.append(source.real) or open_raw(source))
+    open_raw = tars.open_decompressed
+    monkeypatch.setattr(tars, "open_decompressed", lambda source: opened.append(source.real) or open_raw(source))
     with samples.open() as reader:
         assert [reader.read(row) for row in (0, 1, 2)] == [data for _, data in ANIMALS]
         assert len(opened) == 1
@@ -855,7 +855,7 @@ def test_an_archive_that_changed_since_it_was_listed_is_an_error(kind: str, tmp_
 
 def test_a_file_that_went_away_or_grew_says_so(tmp_path: Path) -> None:
     made = folder(tmp_path / "a")
-    samples = index(made, limits=ArchiveLimits(member_bytes=100))
+    samples = index(made, limits=ArchiveLimits(max_member_bytes=100))
     (made / "cat" / "1.jpg").unlink()
     (made / "cat" / "2.png").write_bytes(bytes(101))
     assert status_of(samples, 0) is Status.MISSING
@@ -954,7 +954,7 @@ def test_a_compressed_tar_that_unfolds_without_measure_is_an_error(tmp_path: Pat
         out.write(header(b"a.jpg", f"{2**29:011o}".encode()))
         for _ in range(300):
             out.write(bytes(2**20))
-    assert "not a tar to be trusted" in refused(path, limits=ArchiveLimits(ratio=1))
+    assert "not a tar to be trusted" in refused(path, limits=ArchiveLimits(max_ratio=1))
 
 
 # Damaged and hostile zips

@@ -32,12 +32,14 @@ from featpipe.backbone import (
     prove_frozen,
 )
 from featpipe.errors import ConfigError, SampleError, WeightsError
-from featpipe.fingerprint import fingerprint
+from featpipe.fingerprint import compute_fingerprint
 from featpipe.status import Status
 
 PRESETS = sorted(
     {
-        repr(member.transforms()): member for name in catalogue.TORCHVISION for member in models.get_model_weights(name)
+        repr(member.transforms()): member
+        for name in catalogue.TORCHVISION_BACKBONES
+        for member in models.get_model_weights(name)
     }.items()
 )
 
@@ -83,7 +85,7 @@ def test_listing_names_loads_no_torch():
 
 
 def test_the_names_of_torchvision_are_all_of_its_classification_models():
-    assert sorted(catalogue.TORCHVISION) == models.list_models(module=models)
+    assert sorted(catalogue.TORCHVISION_BACKBONES) == models.list_models(module=models)
 
 
 def test_names_are_the_packaged_ones_then_torchvisions_then_timms():
@@ -117,7 +119,7 @@ def test_all_is_true():
 
 @pytest.mark.parametrize(("preset", "member"), PRESETS, ids=[str(member) for _, member in PRESETS])
 def test_each_published_transform_is_torchvisions_own(preset, member):
-    theirs, ours = member.transforms(), from_torchvision.transform_of(member)
+    theirs, ours = member.transforms(), from_torchvision.make_transform(member)
     as_large = tensor(photograph(theirs.resize_size[0], theirs.resize_size[0] + 37))
     assert torch.equal(ours(as_large), theirs(as_large))  # nothing to resize: every bit is the same
     for size in [(375, 500), (500, 333), (100, 90)]:
@@ -128,7 +130,7 @@ def test_each_published_transform_is_torchvisions_own(preset, member):
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (64, 64), (100, 999), (256, 256), (257, 200)])
 def test_sizes_are_rounded_as_torchvision_rounds_them(size):
     theirs = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
-    ours = from_torchvision.transform_of(models.ResNet50_Weights.IMAGENET1K_V2)
+    ours = from_torchvision.make_transform(models.ResNet50_Weights.IMAGENET1K_V2)
     picture = photograph(*size)
     assert torch.equal(ours(tensor(picture)), theirs(Image.fromarray(picture)))
 
@@ -152,7 +154,7 @@ def test_the_transform_of_timms_configuration_is_timms_own(change):
     configuration = {"input_size": (3, 224, 224), "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
     configuration |= {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)} | change
     theirs = timm.data.create_transform(**configuration)
-    ours = from_timm.transform_of(SimpleNamespace(pretrained_cfg=configuration))
+    ours = from_timm.make_transform(SimpleNamespace(pretrained_cfg=configuration))
     for size in [(375, 500), (500, 375), (224, 100)]:
         picture = photograph(*size)
         assert torch.equal(ours(tensor(picture)), theirs(Image.fromarray(picture)))
@@ -169,9 +171,9 @@ def test_memory_layout_does_not_change_a_bit():
 def test_the_arithmetic_can_be_done_on_a_batch_later():
     transform = Transform(64, (48, 48))
     pictures = [tensor(photograph(80 + i, 100)) for i in range(3)]
-    batch = torch.stack([transform.picture(picture) for picture in pictures])
+    batch = torch.stack([transform.apply_geometry(picture) for picture in pictures])
     assert batch.dtype == torch.uint8
-    assert torch.equal(transform.normalise(batch), torch.stack([transform(picture) for picture in pictures]))
+    assert torch.equal(transform.normalize(batch), torch.stack([transform(picture) for picture in pictures]))
 
 
 def test_a_strip_that_would_become_enormous_is_refused():
@@ -239,7 +241,7 @@ def test_tokens_are_pooled_by_the_class_token_or_over_the_patches():
 def test_registers_are_no_patches_and_tokens_before_the_class_token_have_none():
     wanted = ["blocks.1", "blocks.1:avg", "blocks.1:none", "patch_embed"]
     backbone = load("timm/vit_small_patch14_reg4_dinov2", weights="none", outputs=wanted)
-    prefixes = {output.name: output.prefix for output in backbone.outputs}
+    prefixes = {output.name: output.prefix_tokens for output in backbone.outputs}
     assert prefixes == {"blocks.1:cls": 5, "blocks.1:avg": 5, "blocks.1:none": 5, "patch_embed:avg": 0}
 
 
@@ -332,7 +334,7 @@ def test_a_backbone_can_be_copied_and_pickled():
     expected = backbone.embed(images(1, 64))["layer1:max"]
     for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
         assert torch.equal(other.embed(images(1, 64))["layer1:max"], expected)
-        assert other.facts() == backbone.facts()
+        assert other.to_dict() == backbone.to_dict()
 
 
 # weights
@@ -346,8 +348,8 @@ def test_an_untrained_network_comes_from_its_seed_alone(resnet):
     assert torch.equal(torch.rand(3), expected)
     assert again.digest == resnet.digest
     assert load("resnet18", weights="none", seed=4).digest != resnet.digest
-    assert again.facts() == resnet.facts()
-    assert fingerprint(again.facts()) == fingerprint(resnet.facts())
+    assert again.to_dict() == resnet.facts()
+    assert compute_fingerprint(again.to_dict()) == compute_fingerprint(resnet.facts())
 
 
 def write(path: Path, state: dict[str, Tensor], **nest: str) -> Path:
@@ -382,7 +384,7 @@ def test_the_same_weights_have_one_digest_in_any_file(full_resnet, tmp_path):
         for backbone in backbones:
             assert torch.equal(backbone.embed(images())["pooled"], expected)
     assert len({backbone.digest for backbone in backbones}) == 1
-    assert backbones[0].facts() == backbones[1].facts()
+    assert backbones[0].to_dict() == backbones[1].to_dict()
     assert load("resnet18", weights=str(files[0])).origin == str(files[0])
 
 
@@ -496,8 +498,8 @@ def test_a_published_file_brings_its_own_transform_whatever_it_is_called(full_re
     class Published(list):
         DEFAULT = first
 
-    assert from_torchvision._same_file(Published([first, second]), file) is second
-    assert from_torchvision._same_file(Published([first]), file) is first
+    assert from_torchvision._find_published_weights(Published([first, second]), file) is second
+    assert from_torchvision._find_published_weights(Published([first]), file) is first
 
 
 def test_unknown_published_weights_are_answered_with_the_nearest():
@@ -554,7 +556,7 @@ def test_published_timm_weights_load_from_the_hubs_folder(tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     published, local = load("timm/resnet10t.c3_in1k"), load("timm/resnet10t.c3_in1k", weights=file)
-    assert published.facts() == local.facts()
+    assert published.to_dict() == local.to_dict()
     with torch.inference_mode():
         expected = full.forward_head(full.forward_features(images(2, 176)), pre_logits=True)
         assert torch.equal(published.embed(images(2, 176))["pooled"], expected)
@@ -573,7 +575,7 @@ def test_a_random_projection_that_stays_behind_is_refused():
             self.head = nn.Linear(8, 8)
 
     with pytest.raises(WeightsError, match=r"random layer, 'head\.weight'"):
-        from_timm.behead(Leaves(), "timm/leaves")
+        from_timm.remove_classifier(Leaves(), "timm/leaves")
 
 
 def test_names_that_timm_translates_are_understood(tmp_path):
@@ -591,7 +593,7 @@ def test_names_that_timm_translates_are_understood(tmp_path):
 def test_the_packaged_network_is_its_package_layer_by_layer():
     import timm
 
-    state = torch.load(packaged.weights_file("efficientnet_lite0"), weights_only=True)
+    state = torch.load(packaged.find_weights_file("efficientnet_lite0"), weights_only=True)
     full = timm.create_model("tf_efficientnet_lite0").eval()
     full.load_state_dict(dict(zip(full.state_dict(), state.values(), strict=True)))  # they are in the same order
     backbone = load()
@@ -619,7 +621,7 @@ def test_the_packaged_statistics_fit_the_normalisation():
     assert torch.corrcoef(torch.stack([found, norm.running_mean]))[0, 1] > 0.8
 
 
-@pytest.mark.parametrize("name", catalogue.PACKAGED)
+@pytest.mark.parametrize("name", catalogue.PACKAGED_BACKBONES)
 def test_a_packaged_network_with_its_classifier_put_back_knows_what_it_sees(name):
     data = pytest.importorskip("skimage.data")
     backbone = load(name)
@@ -635,10 +637,10 @@ def test_a_packaged_network_with_its_classifier_put_back_knows_what_it_sees(name
 def test_a_packaged_network_takes_a_file_with_either_names(tmp_path):
     backbone = load()
     own = {f"module.{name}": value for name, value in backbone.network.state_dict().items()}
-    theirs = torch.load(packaged.weights_file("efficientnet_lite0"), weights_only=True)
+    theirs = torch.load(packaged.find_weights_file("efficientnet_lite0"), weights_only=True)
     theirs = {f"model.{name}": value for name, value in theirs.items()}
     for number, state in enumerate((own, theirs)):
-        assert load(weights=write(tmp_path / f"{number}.pth", state)).facts() == backbone.facts()
+        assert load(weights=write(tmp_path / f"{number}.pth", state)).to_dict() == backbone.to_dict()
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
@@ -688,20 +690,20 @@ def test_a_network_by_import_path_comes_from_the_current_folder(own):
     backbone = load(f"{own}:pair", seed=2)
     assert sys.path == path
     assert (backbone.source, backbone.width, backbone.transform.size) == ("user", 5, (32, 32))
-    assert backbone.facts() == load(f"{own}:pair", seed=2).facts()
-    assert backbone.facts()["code"].keys() == {"import", "source", "structure"}
+    assert backbone.to_dict() == load(f"{own}:pair", seed=2).to_dict()
+    assert backbone.to_dict()["code"].keys() == {"import", "source", "structure"}
     prove_frozen(backbone)
 
 
 def test_other_code_weights_or_transform_are_another_backbone(own):
-    facts = load(f"{own}:pair", seed=2).facts()
-    assert load(f"{own}:pair", seed=3).facts() != facts
-    given = load(f"{own}:network", seed=2, transform=Transform(36, (32, 32))).facts()
+    facts = load(f"{own}:pair", seed=2).to_dict()
+    assert load(f"{own}:pair", seed=3).to_dict() != facts
+    given = load(f"{own}:network", seed=2, transform=Transform(36, (32, 32))).to_dict()
     assert given["weights"] == facts["weights"]
     assert given != facts
     Path(f"{own}.py").write_text(OWN + "\n# changed\n")
     sys.modules.pop(own)
-    changed = load(f"{own}:pair", seed=2).facts()
+    changed = load(f"{own}:pair", seed=2).to_dict()
     assert changed["weights"] == facts["weights"]
     assert changed["code"] != facts["code"]
 
@@ -736,7 +738,7 @@ def test_a_network_object_is_copied_and_left_as_it_was():
     assert network.training
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert not any(parameter.requires_grad for parameter in backbone.network.parameters())
-    assert backbone.facts() == load(small(), transform=to_float).facts()
+    assert backbone.to_dict() == load(small(), transform=to_float).to_dict()
     with pytest.raises(ConfigError, match="needs its transform"):
         load(network)
 
@@ -763,7 +765,7 @@ class Scaled:
 
 
 def test_parameters_that_the_source_does_not_show_are_part_of_a_transforms_identity():
-    one, same, other = (CustomTransform(Scaled(by)).facts() for by in (0.5, 0.5, 0.25))
+    one, same, other = (CustomTransform(Scaled(by)).to_dict() for by in (0.5, 0.5, 0.25))
     assert one == same
     assert one["code"] == other["code"]
     assert one != other
@@ -793,7 +795,7 @@ def test_a_transform_without_source_is_refused():
 def test_a_transform_may_replace_the_one_that_belongs_to_the_weights(resnet):
     backbone = load("resnet18", weights="none", seed=3, transform=Transform(128, (112, 112)))
     assert backbone.digest == resnet.digest
-    assert backbone.facts() != resnet.facts()
+    assert backbone.to_dict() != resnet.facts()
 
 
 # frozen
@@ -857,6 +859,6 @@ def test_a_parameter_with_a_gradient_is_found_out():
 
 def test_a_network_that_normalises_again_inside_is_another_backbone():
     net = load("googlenet", weights="none")
-    before = net.facts()
+    before = net.to_dict()
     net.network.transform_input = not net.network.transform_input
-    assert net.facts() != before
+    assert net.to_dict() != before

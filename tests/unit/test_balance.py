@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import HOW, Balanced, drawn_rows, fit_balanced, resample
+from featpipe.heads.balance import BALANCE_METHODS, BalancedClassifier, draw_row_indices, fit_balanced, resample
 
 
 def unequal(sizes: tuple[int, ...] = (80, 25, 9), d: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def test_rows_are_drawn_as_imbalanced_learn_draws_them(how: str, oracle: Any) ->
     X, y = unequal()
     sampler = oracle(random_state=3)
     sampler.fit_resample(X, y)
-    rows = drawn_rows(y, how, 3)
+    rows = draw_row_indices(y, how, 3)
     np.testing.assert_array_equal(rows, np.sort(sampler.sample_indices_))
     np.testing.assert_array_equal(np.bincount(y[rows]), [80 if how == "over" else 9] * 3)
     resampled, labels = resample(X, y, how, 3)
@@ -47,14 +47,14 @@ def test_rows_are_drawn_as_imbalanced_learn_draws_them(how: str, oracle: Any) ->
 
 def test_every_row_is_there_when_oversampled_and_none_twice_when_undersampled() -> None:
     y = unequal()[1]
-    assert set(drawn_rows(y, "over", 0)) == set(range(len(y)))
-    assert len(set(drawn_rows(y, "under", 0))) == 27
+    assert set(draw_row_indices(y, "over", 0)) == set(range(len(y)))
+    assert len(set(draw_row_indices(y, "under", 0))) == 27
 
 
 def test_counts_of_drawn_rows_are_weights_of_the_same_effect() -> None:
     X, y = unequal()
     X = X.astype(np.float64)
-    rows = drawn_rows(y, "over", 0)
+    rows = draw_row_indices(y, "over", 0)
     drawn = LogisticRegression(tol=1e-10, max_iter=1000).fit(X[rows], y[rows])
     weights = np.bincount(rows, minlength=len(y))
     weighed = LogisticRegression(tol=1e-10, max_iter=1000).fit(X, y, sample_weight=weights)
@@ -101,14 +101,14 @@ def test_a_class_of_one_row_is_named_with_what_to_do() -> None:
     assert np.bincount(resample(X, y, "over", 0)[1]).tolist() == [30, 30, 30]
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", BALANCE_METHODS)
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_the_number_type_stays(how: str, kind: Any) -> None:
     X, y = unequal()
     assert resample(X.astype(kind), y, how, 0)[0].dtype == kind
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", BALANCE_METHODS)
 @pytest.mark.parametrize("kind", [str, object, np.int32])
 def test_classes_may_be_text_or_numbers(how: str, kind: Any) -> None:
     X, y = unequal()
@@ -119,7 +119,7 @@ def test_classes_may_be_text_or_numbers(how: str, kind: Any) -> None:
     np.testing.assert_array_equal(np.unique(labels, return_inverse=True)[1], codes)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", BALANCE_METHODS)
 def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
     X, y = unequal((20, 20))
     found, labels = resample(X, y, how, 0)
@@ -127,7 +127,7 @@ def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
     np.testing.assert_array_equal(labels, y)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", BALANCE_METHODS)
 def test_one_seed_gives_one_answer_and_another_another(how: str) -> None:
     X, y = unequal()
     first, again, other = (resample(X, y, how, seed)[0] for seed in (0, 0, 1))
@@ -137,7 +137,7 @@ def test_one_seed_gives_one_answer_and_another_another(how: str) -> None:
 
 @pytest.mark.parametrize("y", [np.zeros((9, 2)), np.linspace(0, 1, 9)])
 def test_what_is_not_one_class_a_row_is_refused(y: np.ndarray) -> None:
-    for how in HOW:
+    for how in BALANCE_METHODS:
         with pytest.raises(ConfigError, match="does not hold one class a row; only such rows are resampled"):
             resample(np.zeros((9, 2)), y, how)
 
@@ -147,7 +147,7 @@ def test_an_unknown_way_is_answered_with_the_nearest() -> None:
         resample(*unequal(), "smot")
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", BALANCE_METHODS)
 def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imblearn", None)
     with pytest.raises(ConfigError, match=r"pip install 'featpipe\[balance\]', or take class_weight=balanced"):
@@ -157,7 +157,7 @@ def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch:
 # -- fits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", BALANCE_METHODS)
 def test_the_scaler_sees_the_rows_as_they_are_and_the_head_those_resampled_behind_it(how: str) -> None:
     X, y = unequal()
     found = fit_balanced(make_pipeline(StandardScaler(), LogisticRegression()), X, y, how, 0)
@@ -171,7 +171,7 @@ def test_a_balanced_pipeline_is_what_imbalanced_learns_pipeline_would_be() -> No
     X, y = unequal()
     steps = StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000)
     oracle = resampling_pipeline(steps[0], SMOTE(random_state=np.random.RandomState(1)), steps[1]).fit(X, y)
-    found = Balanced(make_pipeline(*steps), "smote", 1).fit(X, y)
+    found = BalancedClassifier(make_pipeline(*steps), "smote", 1).fit(X, y)
     np.testing.assert_allclose(found.predict_proba(X), oracle.predict_proba(X), atol=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_held_out_rows_are_never_resampled_and_never_seen() -> None:
             return super().fit(X, y)
 
     folds = list(StratifiedKFold(3).split(X, y))
-    answers = cross_val_predict(Balanced(Spy(), "over", 0), X, y, cv=folds)
+    answers = cross_val_predict(BalancedClassifier(Spy(), "over", 0), X, y, cv=folds)
     assert len(answers) == len(y)
     for (train, test), rows in zip(folds, seen, strict=True):
         held = {row.tobytes() for row in X[test]}
@@ -205,7 +205,9 @@ def test_held_out_rows_are_never_resampled_and_never_seen() -> None:
 def test_a_search_reaches_the_settings_of_the_head_inside() -> None:
     X, y = unequal()
     search = GridSearchCV(
-        Balanced(heads.build("logistic", random_state=0), "over", 0), {"estimator__head__C": [1e-4, 1.0]}, cv=3
+        BalancedClassifier(heads.build("logistic", random_state=0), "over", 0),
+        {"estimator__head__C": [1e-4, 1.0]},
+        cv=3,
     )
     search.fit(X, y)
     assert search.best_params_["estimator__head__C"] == search.best_estimator_.estimator_.named_steps["head"].C
@@ -215,8 +217,8 @@ def test_a_search_reaches_the_settings_of_the_head_inside() -> None:
 def test_balancing_finds_more_of_the_rare_class_and_the_prior_tells_what_was_there() -> None:
     X, y = unequal((600, 30), d=1)
     plain = LogisticRegression(max_iter=1000).fit(X, y).predict(X)[y == 1].mean()
-    for how in HOW:
-        balanced = Balanced(LogisticRegression(max_iter=1000), how, 0).fit(X, y)
+    for how in BALANCE_METHODS:
+        balanced = BalancedClassifier(LogisticRegression(max_iter=1000), how, 0).fit(X, y)
         assert balanced.predict(X)[y == 1].mean() > plain
         np.testing.assert_allclose(balanced.prior_, [600 / 630, 30 / 630])
 
@@ -233,23 +235,23 @@ def test_early_stopping_does_not_judge_by_copies_of_what_it_is_trained_on() -> N
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Balanced(LogisticRegression(), **settings).check_params()
+        BalancedClassifier(LogisticRegression(), **settings).check_params()
 
 
 def test_a_balanced_head_answers_only_what_the_head_does() -> None:
     from sklearn.svm import LinearSVC
 
-    assert not hasattr(Balanced(LinearSVC()), "predict_proba")
-    assert hasattr(Balanced(LinearSVC()), "decision_function")
-    copy = clone(Balanced(LinearSVC(C=3), "under", 7, neighbors=2))
+    assert not hasattr(BalancedClassifier(LinearSVC()), "predict_proba")
+    assert hasattr(BalancedClassifier(LinearSVC()), "decision_function")
+    copy = clone(BalancedClassifier(LinearSVC(C=3), "under", 7, neighbors=2))
     assert (copy.how, copy.random_state, copy.neighbors, copy.estimator.C) == ("under", 7, 2, 3)
 
 
 @parametrize_with_checks(
     [
-        Balanced(LogisticRegression(), "over", 0),
-        Balanced(make_pipeline(StandardScaler(), LogisticRegression()), "under", 0),
-        Balanced(LogisticRegression(), "smote", 0),
+        BalancedClassifier(LogisticRegression(), "over", 0),
+        BalancedClassifier(make_pipeline(StandardScaler(), LogisticRegression()), "under", 0),
+        BalancedClassifier(LogisticRegression(), "smote", 0),
     ]
 )
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:

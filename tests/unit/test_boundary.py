@@ -13,13 +13,13 @@ import torch
 
 import featpipe
 from featpipe import archive, backbone, image
-from featpipe.backbone.cutting import cut
-from featpipe.cli.glance import facts_of_cache, shown_cache
+from featpipe.backbone.cutting import partition_network
+from featpipe.cli.glance import cache_to_dict, format_cache
 from featpipe.engine import Engine
 from featpipe.errors import ConfigError
 from featpipe.finetuning import boundary, finetune
-from featpipe.finetuning.boundary import map_source, worth
-from featpipe.finetuning.views import Augmentation, View
+from featpipe.finetuning.boundary import estimate_caching_gain, make_feature_map_dataset
+from featpipe.finetuning.views import Augmentation, AugmentedTransform
 from featpipe.upkeep import clean, cleaning
 from featpipe.verification import verify
 from tests.finetuning import Ladder, small_transform, write_photos
@@ -42,7 +42,7 @@ def index(tmp_path):
 def made(ladder):
     """A copy of the network that may be trained, and its cut."""
     network = copy.deepcopy(ladder.network)
-    return network, cut(replace(ladder, network=network), BELOW)
+    return network, partition_network(replace(ladder, network=network), BELOW)
 
 
 def pictures(index, rows, view):
@@ -56,10 +56,12 @@ def test_maps_give_what_the_same_views_of_the_pictures_give(tmp_path, index, lad
     network, found = made(ladder)
     rows = np.array([1, 4, 5, 9, 13])
     settings = {"cache": tmp_path / "cache", "storage": storage}
-    source = map_source(index, rows, ladder, found, augmentation=CHANGED, views=2, seed=3, settings=settings)
+    source = make_feature_map_dataset(
+        index, rows, ladder, found, augmentation=CHANGED, n_views=2, seed=3, settings=settings
+    )
     shuffled = np.array([9, 1, 13])
     for epoch in range(3):
-        view = View(ladder.transform, CHANGED, epoch % 2, seed=3)
+        view = AugmentedTransform(ladder.transform, CHANGED, epoch % 2, seed=3)
         with torch.no_grad():
             expected = network(pictures(index, shuffled, view))
             answer = source.network(source.batch(shuffled, epoch))
@@ -70,19 +72,19 @@ def test_a_second_run_embeds_nothing_and_other_rows_leave_it_alone(tmp_path, ind
     _, found = made(ladder)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     train, rest = np.arange(0, 10), np.arange(10, 15)
-    first = map_source(index, train, ladder, found, **how)
-    map_source(index, rest, ladder, found, **how)
+    first = make_feature_map_dataset(index, train, ladder, found, **how)
+    make_feature_map_dataset(index, rest, ladder, found, **how)
     monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
-    again = map_source(index, train, ladder, found, **how)
+    again = make_feature_map_dataset(index, train, ladder, found, **how)
     assert torch.equal(again.batch(train, 0), first.batch(train, 0))
-    assert map_source(index, rest, ladder, found, **how).bytes == 5 * 8 * 8 * 8 * 2
+    assert make_feature_map_dataset(index, rest, ladder, found, **how).n_bytes == 5 * 8 * 8 * 8 * 2
     assert len(list((tmp_path / "cache").glob("*.h5"))) == 2
 
 
 def test_each_view_is_a_cache_of_its_own_with_its_augmentation_in_its_facts(tmp_path, index, ladder):
     _, found = made(ladder)
     settings = {"cache": tmp_path / "cache"}
-    map_source(index, np.arange(4), ladder, found, augmentation=CHANGED, views=3, settings=settings)
+    make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, n_views=3, settings=settings)
     caches = [featpipe.FeatureCache(path) for path in (tmp_path / "cache").glob("*.h5")]
     facts = [cache.facts["backbone"]["transform"] for cache in caches]
     assert sorted(fact["view"] for fact in facts) == [0, 1, 2]
@@ -93,9 +95,9 @@ def test_each_view_is_a_cache_of_its_own_with_its_augmentation_in_its_facts(tmp_
 def test_where_nothing_of_the_network_trains_the_embeddings_are_there_already(tmp_path, index, ladder, monkeypatch):
     cache = featpipe.extract(tmp_path / "photos", backbone=ladder, cache=tmp_path / "cache")
     monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
-    found = cut(ladder, ["stem", "layer1", "layer2", "layer3"])
+    found = partition_network(ladder, ["stem", "layer1", "layer2", "layer3"])
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
-    source = map_source(index, np.array([3, 7]), ladder, found, **how)
+    source = make_feature_map_dataset(index, np.array([3, 7]), ladder, found, **how)
     np.testing.assert_array_equal(source.network(source.batch(np.array([7, 3]), 0)), cache.features()[[7, 3]])
 
 
@@ -104,30 +106,30 @@ def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_pa
     with torch.no_grad():
         network.layer2[1].skip.weight.mul_(1e7)
     loaded = backbone.load(network, transform=small_transform)
-    found = cut(loaded, BELOW)
+    found = partition_network(loaded, BELOW)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     with pytest.raises(ConfigError, match=r"15 images have no feature map .*: not-finite.*--cache-activations no"):
-        map_source(index, np.arange(15), loaded, found, progress=lambda event: None, **how)
+        make_feature_map_dataset(index, np.arange(15), loaded, found, progress=lambda event: None, **how)
 
 
 def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
     _, found = made(ladder)
-    often, once = (worth(ladder, found, 100, epochs, 1, tmp_path) for epochs in (10, 1))
-    assert often.pays
-    assert not once.pays
-    assert often.bytes == 100 * 8 * 8 * 8 * 2
+    often, once = (estimate_caching_gain(ladder, found, 100, epochs, 1, tmp_path) for epochs in (10, 1))
+    assert often.worthwhile
+    assert not once.worthwhile
+    assert often.n_bytes == 100 * 8 * 8 * 8 * 2
     assert 1 < once.gain + 1e-9 < often.gain
-    assert "computed once and kept, 0.1 MB" in often.why
-    assert "for 1 epochs of 1 view would be 1.0 times less work" in once.why
-    assert not worth(ladder, found, 100, 10, 10, tmp_path).pays  # as many views as epochs
+    assert "computed once and kept, 0.1 MB" in often.reason
+    assert "for 1 epochs of 1 view would be 1.0 times less work" in once.reason
+    assert not estimate_caching_gain(ladder, found, 100, 10, 10, tmp_path).worthwhile  # as many views as epochs
 
 
 def test_what_does_not_fit_the_disk_is_not_kept(tmp_path, ladder, monkeypatch):
     _, found = made(ladder)
     monkeypatch.setattr(boundary.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
-    refused = worth(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
-    assert not refused.pays
-    assert "0.1 MB, and 0.1 MB are free" in refused.why
+    refused = estimate_caching_gain(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
+    assert not refused.worthwhile
+    assert "0.1 MB, and 0.1 MB are free" in refused.reason
 
 
 @pytest.fixture
@@ -164,10 +166,10 @@ def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model
 
 def test_the_cache_of_a_changed_view_can_be_told_and_checked_but_not_embedded_again(tmp_path, index, ladder):
     _, found = made(ladder)
-    map_source(index, np.arange(4), ladder, found, augmentation=CHANGED, settings={"cache": tmp_path})
+    make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, settings={"cache": tmp_path})
     (path,) = tmp_path.glob("boundary-*.h5")
-    assert facts_of_cache(path)["view"] == {"number": 0, "seed": 0, "flip": 0.5, "color": 0.3}
-    assert "view         number 1 of the pictures" in shown_cache(facts_of_cache(path))
+    assert cache_to_dict(path)["view"] == {"number": 0, "seed": 0, "flip": 0.5, "color": 0.3}
+    assert "view         number 1 of the pictures" in format_cache(cache_to_dict(path))
     assert verify(path).whole
     with pytest.raises(ConfigError, match="changed at random, for fine-tuning, and only its checksums"):
         verify(path, sample=1, backbone=ladder)
@@ -177,7 +179,9 @@ def test_maps_that_are_used_again_are_as_good_as_new_to_who_cleans(tmp_path, ind
     _, found = made(ladder)
 
     def again():
-        map_source(index, np.arange(4), ladder, found, augmentation=Augmentation(), settings={"cache": tmp_path})
+        make_feature_map_dataset(
+            index, np.arange(4), ladder, found, augmentation=Augmentation(), settings={"cache": tmp_path}
+        )
 
     again()
     (path,) = tmp_path.glob("boundary-*.h5")

@@ -20,12 +20,22 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache
-from featpipe.cache import SPLITS, Table, hdf5, layout, narrowed, opening, parts_directory, write_cache, writer
+from featpipe.cache import (
+    SPLIT_NAMES,
+    SampleTable,
+    hdf5,
+    layout,
+    opening,
+    parts_directory,
+    restrict_facts_to_output,
+    write_cache,
+    writer,
+)
 from featpipe.durable import fsync_directory
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, ConfigError
 from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 from tests.faults.disks import files_of_at_most, small_disk
 
 SHAPES = {"pooled": (5,), "layer2": (3, 2, 2)}
@@ -51,7 +61,7 @@ class Made:
             values[self.status != 0] = np.nan
         self.digests = rng.integers(0, 256, (n, 32), np.uint8)
         self.stamps = rng.integers(0, 256, (n, 16), np.uint8)
-        self.split = rng.integers(0, len(SPLITS), n, np.uint8)
+        self.split = rng.integers(0, len(SPLIT_NAMES), n, np.uint8)
         self.known = rng.random(n) < 0.7
         self.given = self._labels(rng)
         if task == "none":
@@ -70,15 +80,17 @@ class Made:
     @property
     def labels(self) -> Labels:
         return {
-            "classification": Labels.of_classes,
-            "multilabel": Labels.of_sets,
-            "regression": lambda given: Labels.of_targets(given, ("height", "width")),
-            "none": lambda given: Labels.none(len(given)),
+            "classification": Labels.from_class_names,
+            "multilabel": Labels.from_label_sets,
+            "regression": lambda given: Labels.from_targets(given, ("height", "width")),
+            "none": lambda given: Labels.unlabeled(len(given)),
         }[self.task](self.given)
 
     @property
-    def table(self) -> Table:
-        return Table(Strings.of(self.ids), self.status, self.digests, self.stamps, self.split, self.labels)
+    def table(self) -> SampleTable:
+        return SampleTable(
+            StringColumn.from_strings(self.ids), self.status, self.digests, self.stamps, self.split, self.labels
+        )
 
     def gather(self, output: str, start: int, stop: int) -> np.ndarray:
         return self.features[output][start:stop]
@@ -188,8 +200,8 @@ def test_an_unknown_output_is_answered_with_the_nearest(tmp_path):
 def test_narrowed_facts_are_equal_when_only_other_outputs_differ():
     one, both = facts(shapes={"pooled": (5,)}), facts()
     assert one != both
-    assert narrowed(one, "pooled") == narrowed(both, "pooled") == one
-    assert narrowed(both, "pooled") != narrowed(both, "layer2")
+    assert restrict_facts_to_output(one, "pooled") == restrict_facts_to_output(both, "pooled") == one
+    assert restrict_facts_to_output(both, "pooled") != restrict_facts_to_output(both, "layer2")
 
 
 # ----------------------------------------------------------------------------------------------------- who reads it
@@ -336,7 +348,7 @@ def test_opening_reads_as_many_bytes_of_a_long_file_as_of_a_short_one(tmp_path, 
 
 # ------------------------------------------------------------------------------------------------- how it is written
 def test_features_are_asked_for_in_blocks_that_are_small_and_cover_every_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(writer, "WRITE_BLOCK_BYTES", 1000)
     made, asked = Made(333), []
 
     def gather(output: str, start: int, stop: int) -> np.ndarray:
@@ -352,7 +364,7 @@ def test_features_are_asked_for_in_blocks_that_are_small_and_cover_every_row_onc
 
 
 def test_a_row_larger_than_a_block_is_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(writer, "WRITE_BLOCK_BYTES", 1)
     made = Made(7)
     assert is_whole(made.write(tmp_path / "a.h5").path, made)
 
@@ -395,7 +407,7 @@ def test_a_manifest_that_json_cannot_hold_is_not_published(tmp_path):
 
 
 def test_a_manifest_that_no_reader_would_take_is_not_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "MANIFEST_BYTES_MAX", 2000)
+    monkeypatch.setattr(layout, "MAX_MANIFEST_BYTES", 2000)
     made = Made(3)
     with pytest.raises(CacheError, match=r"no one could open it.*more than 2000"):
         write_cache(tmp_path / "a.h5", made.table, {"facts": facts(), "x": "x" * 2000}, SHAPES, "float32", made.gather)
@@ -422,7 +434,7 @@ def old(tmp_path) -> Made:
 )
 @pytest.mark.parametrize("block", [0, 1, 5])
 def test_a_gather_that_fails_leaves_the_old_cache_and_nothing_else(tmp_path, old, monkeypatch, error, block):
-    monkeypatch.setattr(writer, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(writer, "WRITE_BLOCK_BYTES", 200)
     made, calls = Made(50), iter(range(100))
 
     def gather(output: str, start: int, stop: int) -> np.ndarray:
@@ -493,7 +505,7 @@ def test_a_call_of_hdf5_to_its_file_that_fails_leaves_the_old_cache_and_nothing_
     made, path = Made(30), tmp_path / "a.h5"
     calls, at = [0], [-1]
 
-    class Failing(hdf5._Sink):
+    class Failing(hdf5._GuardedFile):
         def _attempt(self, action, *given):
             calls[0] += 1
 
@@ -504,7 +516,7 @@ def test_a_call_of_hdf5_to_its_file_that_fails_leaves_the_old_cache_and_nothing_
 
             return super()._attempt(failing, *given)
 
-    monkeypatch.setattr(hdf5, "_Sink", Failing)
+    monkeypatch.setattr(hdf5, "_GuardedFile", Failing)
     made.write(tmp_path / "b.h5")
     total = calls[0]
     (tmp_path / "b.h5").unlink()

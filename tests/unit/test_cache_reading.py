@@ -58,7 +58,7 @@ def taken(values: np.ndarray, rows: object) -> np.ndarray:
 def test_rows_are_those_that_numpy_takes_of_the_array(made, cache, monkeypatch, rows, output):
     wanted = taken(made.features[output or "pooled"], ROWS[rows])
     for block_bytes in (1, 100, 2**24):
-        monkeypatch.setattr(reader, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(reader, "READ_BLOCK_BYTES", block_bytes)
         for dtype in (np.float32, np.float16, np.float64, "<f4"):
             found = cache.read(ROWS[rows], output, dtype)
             assert (found.dtype, found.shape) == (dtype, wanted.shape)
@@ -105,7 +105,7 @@ def test_an_unknown_output_is_answered_with_the_nearest(cache):
 
 
 def test_every_float16_becomes_the_float32_of_the_same_value(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reader, "READ_BLOCK_BYTES", 1000)
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     made = Made(2**16 // 5, "none", "float16")
     made.status[:] = 0
@@ -298,7 +298,7 @@ def test_whole_rows_are_asked_for_in_any_order_and_in_blocks(tmp_path, monkeypat
     path.write_bytes(data)
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(N), 2))
     for block_bytes in (1, 100, 2**24):
-        monkeypatch.setattr(reader, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(reader, "READ_BLOCK_BYTES", block_bytes)
         assert FeatureCache(path).whole_rows(rows).tolist() == [row not in bad for row in rows]
     assert FeatureCache(path).whole_rows(rows, "layer2").all()
     assert FeatureCache(path).whole_rows(np.zeros(0, int)).tolist() == []
@@ -308,7 +308,7 @@ def test_whole_rows_are_asked_for_in_any_order_and_in_blocks(tmp_path, monkeypat
 @pytest.mark.parametrize("storage", ["float32", "float16"])
 @pytest.mark.parametrize("rows", ["a batch", "a slice", "all"])
 def test_to_read_rows_takes_the_memory_of_these_rows_and_of_a_block(tmp_path, monkeypatch, storage, rows):
-    monkeypatch.setattr(reader, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(reader, "READ_BLOCK_BYTES", 2**16)
     cache = Made(50_000, "none", storage).write(tmp_path / "a.h5")
     chosen = {"a batch": np.random.default_rng(0).permutation(50_000)[:5000], "a slice": slice(7, 20_000), "all": None}
     _ = cache.read([0], "layer2")
@@ -386,7 +386,7 @@ def test_the_system_reads_ahead_for_rows_in_order_and_for_others_what_it_is_told
         first = (array.ctypes.data - whole.ctypes.data) // whole.strides[0]
         told.append((first, first + len(array)))
 
-    monkeypatch.setattr(reader, "expect", note)
+    monkeypatch.setattr(reader, "prefetch", note)
     for start in (0, 10, 30, 20, 40):  # by two threads, say
         _ = view[start : start + 10]
     assert told == [(start, start + 90) for start in (0, 10, 30, 20, 40)]

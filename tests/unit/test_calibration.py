@@ -8,7 +8,7 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
-from featpipe.calibration import Calibration, calibration_error, fit_temperature, logits_of, prior_offsets
+from featpipe.calibration import Calibration, calibration_error, compute_logits, compute_prior_offsets, fit_temperature
 from featpipe.errors import ConfigError
 
 
@@ -36,8 +36,8 @@ def test_the_temperature_is_that_of_scikit_learn():
     y = (X[:, 0] + rng.normal(size=400) > 0).astype(int) + (X[:, 1] > 0.5)
     head = LogisticRegression(C=1e6).fit(X[:60], y[:60])
     theirs = CalibratedClassifierCV(FrozenEstimator(head), method="temperature").fit(X[60:], y[60:])
-    logits = logits_of(head, X[60:])
-    ours = Calibration(fit_temperature(logits, y[60:])).probabilities(logits)
+    logits = compute_logits(head, X[60:])
+    ours = Calibration(fit_temperature(logits, y[60:])).compute_probabilities(logits)
     np.testing.assert_allclose(ours, theirs.predict_proba(X[60:]), atol=1e-3)
 
 
@@ -46,7 +46,7 @@ def test_with_several_labels_each_sigmoid_has_the_same_temperature():
     logits = rng.normal(size=(5000, 3))
     y = (rng.random((5000, 3)) < 1 / (1 + np.exp(-logits))).astype(int)
     assert fit_temperature(4 * logits, y) == pytest.approx(4, rel=0.1)
-    np.testing.assert_allclose(Calibration(2.0).probabilities(logits, True), 1 / (1 + np.exp(-logits / 2)))
+    np.testing.assert_allclose(Calibration(2.0).compute_probabilities(logits, True), 1 / (1 + np.exp(-logits / 2)))
 
 
 def test_separable_rows_leave_the_temperature_within_bounds():
@@ -57,7 +57,7 @@ def test_separable_rows_leave_the_temperature_within_bounds():
 
 def test_a_calibrated_answer_has_the_smaller_error():
     logits, y = drawn(5.0)
-    before, after = softmax(logits, axis=1), Calibration(fit_temperature(logits, y)).probabilities(logits)
+    before, after = softmax(logits, axis=1), Calibration(fit_temperature(logits, y)).compute_probabilities(logits)
     assert calibration_error(before, y) > 0.15
     assert calibration_error(after, y) < 0.02
     assert (before.argmax(axis=1) == after.argmax(axis=1)).all()
@@ -82,13 +82,13 @@ def test_another_mix_of_classes_gives_the_probabilities_of_bayes():
         return joint / joint.sum(axis=1, keepdims=True)
 
     trained, target = np.array([0.5, 0.5]), np.array([0.95, 0.05])
-    offsets = prior_offsets({"a": 500, "b": 500}, {"a": 0.95, "b": 0.05}, ["a", "b"])
-    corrected = Calibration(offsets=offsets).probabilities(np.log(posterior(trained)))
+    offsets = compute_prior_offsets({"a": 500, "b": 500}, {"a": 0.95, "b": 0.05}, ["a", "b"])
+    corrected = Calibration(offsets=offsets).compute_probabilities(np.log(posterior(trained)))
     np.testing.assert_allclose(corrected, posterior(target), rtol=1e-9)
 
 
 def test_classes_that_are_not_named_share_the_rest():
-    offsets = prior_offsets({"a": 10, "b": 30, "c": 60}, {"a": 0.4}, ["a", "b", "c"])
+    offsets = compute_prior_offsets({"a": 10, "b": 30, "c": 60}, {"a": 0.4}, ["a", "b", "c"])
     after = np.exp(offsets) * [0.1, 0.3, 0.6]
     np.testing.assert_allclose(after, [0.4, 0.2, 0.4])
 
@@ -99,26 +99,26 @@ def test_classes_that_are_not_named_share_the_rest():
 ])  # fmt: skip
 def test_priors_that_cannot_be_are_refused(target, words):
     with pytest.raises(ConfigError, match=words):
-        prior_offsets({"a": 1, "b": 1, "c": 1}, target, ["a", "b", "c"])
+        compute_prior_offsets({"a": 1, "b": 1, "c": 1}, target, ["a", "b", "c"])
 
 
 def test_scores_come_from_decisions_or_from_probabilities():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(60, 3)), np.arange(60) % 3
     ridge = RidgeClassifier().fit(X, y)
-    np.testing.assert_array_equal(logits_of(ridge, X), ridge.decision_function(X))
+    np.testing.assert_array_equal(compute_logits(ridge, X), ridge.decision_function(X))
     two = RidgeClassifier().fit(X, y > 0)
-    np.testing.assert_array_equal(logits_of(two, X), np.column_stack([np.zeros(60), two.decision_function(X)]))
+    np.testing.assert_array_equal(compute_logits(two, X), np.column_stack([np.zeros(60), two.decision_function(X)]))
     near = KNeighborsClassifier().fit(X, y)
-    np.testing.assert_allclose(softmax(logits_of(near, X), axis=1), near.predict_proba(X), atol=1e-9)
+    np.testing.assert_allclose(softmax(compute_logits(near, X), axis=1), near.predict_proba(X), atol=1e-9)
 
 
 def test_a_calibration_is_kept_as_json_and_refused_when_it_cannot_be():
     calibration = Calibration(1.7, (0.1, -0.2))
-    assert Calibration.of(calibration.facts(), 2) == calibration
+    assert Calibration.from_dict(calibration.to_dict(), 2) == calibration
     for facts in (
         {"temperature": 0, "offsets": []}, {"temperature": float("nan"), "offsets": []},
         {"temperature": 1, "offsets": [0.1]}, {"temperature": 1, "offsets": [0.1, float("inf")]},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="a calibration of"):
-            Calibration.of(facts, 2)
+            Calibration.from_dict(facts, 2)

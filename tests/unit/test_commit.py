@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 from featpipe import commit
-from featpipe.commit import Part, Parts, exclusive
+from featpipe.commit import Part, StagingArea, lock_file
 from featpipe.errors import CacheError
 from tests.faults.disks import files_of_at_most, small_disk
 
@@ -46,8 +46,8 @@ def holds(part: Part, wanted: Arrays) -> bool:
 
 
 @pytest.fixture
-def parts(tmp_path) -> Parts:
-    found = Parts(tmp_path / "a.h5.parts", MINE)
+def parts(tmp_path) -> StagingArea:
+    found = StagingArea(tmp_path / "a.h5.parts", MINE)
     found.directory.mkdir()
     return found
 
@@ -65,7 +65,7 @@ def sealed(facts: dict[str, object]) -> bytes:
 # ------------------------------------------------------------------------------------------- what is acknowledged
 def test_what_was_committed_is_found_with_all_its_arrays(parts):
     given = {part.path: arrays(seed) for seed in range(5) for part in [parts.commit(arrays(seed, 3))]}
-    found = Parts(parts.directory, MINE).committed()
+    found = StagingArea(parts.directory, MINE).load_committed()
     assert [part.path for part in found] == sorted(given)
     assert all(holds(part, given[part.path]) for part in found)
 
@@ -97,10 +97,10 @@ def test_the_same_content_twice_is_one_part(parts):
 
 def test_the_same_arrays_made_from_other_facts_are_another_part(parts):
     """Images that all failed are the same arrays under every fingerprint; neither record may replace the other."""
-    others = Parts(parts.directory, OTHERS)
+    others = StagingArea(parts.directory, OTHERS)
     mine, theirs = parts.commit(arrays()), others.commit(arrays())
     assert parts.committed() == [mine]
-    assert others.committed() == [theirs]
+    assert others.load_committed() == [theirs]
     assert mine.path != theirs.path
 
 
@@ -134,14 +134,14 @@ def test_a_part_is_durable_before_its_record_is_there_and_the_record_before_it_i
 def test_a_new_folder_is_made_durable_with_its_name(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(commit, "fsync_directory", synced.append)
-    with Parts(tmp_path / "a.h5.parts", MINE).writing():
+    with StagingArea(tmp_path / "a.h5.parts", MINE).lock_for_writing():
         assert synced == [tmp_path]
 
 
 # ------------------------------------------------------------------------------------------------ what is not whole
 def test_no_folder_and_an_empty_folder_hold_nothing(tmp_path, parts):
     assert parts.committed() == []
-    assert Parts(tmp_path / "nowhere", MINE).committed() == []
+    assert StagingArea(tmp_path / "nowhere", MINE).load_committed() == []
 
 
 @pytest.mark.parametrize("which", ["part", "record"])
@@ -193,7 +193,7 @@ def test_a_foreign_record_is_no_record(parts, text):
     assert parts.committed() == [part]
 
 
-def planted(parts: Parts, data: bytes, **changes: object) -> None:
+def planted(parts: StagingArea, data: bytes, **changes: object) -> None:
     """A part of these bytes with a record that fits them, as somebody else could lay it here."""
     digest = hashlib.sha256(data).hexdigest()
     path = parts.directory / f"{digest[:24]}.part"
@@ -269,7 +269,7 @@ def test_a_part_that_is_gone_or_changed_when_it_is_read_is_one_line(parts):
 
 
 # ----------------------------------------------------------------------------------------------------- full disks
-def names(parts: Parts) -> set[str]:
+def names(parts: StagingArea) -> set[str]:
     return {path.name for path in parts.directory.iterdir()}
 
 
@@ -325,7 +325,7 @@ def test_a_file_system_without_links_still_keeps_parts(parts, monkeypatch):
 
 def test_a_really_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_room(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
-        parts, committed = Parts(disk / "a.h5.parts", MINE), {}
+        parts, committed = StagingArea(disk / "a.h5.parts", MINE), {}
         parts.directory.mkdir()
 
         def fill() -> None:
@@ -335,14 +335,16 @@ def test_a_really_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_r
         with pytest.raises(CacheError, match="No space left"):
             fill()
         assert len(committed) >= 2
-        found = parts.committed()
+        found = parts.load_committed()
         assert [part.path for part in found] == sorted(committed)
         assert all(holds(part, committed[part.path]) for part in found)
         found[0].path.unlink()
         assert holds(parts.commit(arrays(5000, 50)), arrays(5000, 50))
 
 
-@pytest.mark.parametrize("make", [Parts.writing, lambda parts: contextlib.nullcontext(parts.commit(arrays()))])
+@pytest.mark.parametrize(
+    "make", [StagingArea.lock_for_writing, lambda parts: contextlib.nullcontext(parts.commit(arrays()))]
+)
 @pytest.mark.parametrize("obstacle", ["file above", "file", "pipe", "dangling link"])
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
     path = tmp_path / "a.parts"
@@ -355,7 +357,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
         os.mkfifo(path)
     else:
         path.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CacheError, match="choose another --cache"), make(Parts(path, MINE)):
+    with pytest.raises(CacheError, match="choose another --cache"), make(StagingArea(path, MINE)):
         pass
 
 
@@ -396,7 +398,7 @@ def test_a_second_writer_waits_until_the_first_is_gone_even_by_a_kill(tmp_path, 
     first, entered = holder(kind, path), threading.Event()
 
     def enter() -> None:
-        with Parts(path, MINE).writing() if kind == "parts" else exclusive(path):
+        with StagingArea(path, MINE).lock_for_writing() if kind == "parts" else lock_file(path):
             entered.set()
 
     second = threading.Thread(target=enter, daemon=True)
@@ -409,16 +411,16 @@ def test_a_second_writer_waits_until_the_first_is_gone_even_by_a_kill(tmp_path, 
 
 
 def test_busy_tells_of_another_process_and_of_none(tmp_path, holder):
-    parts = Parts(tmp_path / "a.h5.parts", MINE)
-    assert not parts.busy()
+    parts = StagingArea(tmp_path / "a.h5.parts", MINE)
+    assert not parts.is_locked()
     process = holder("parts", parts.directory)
-    assert parts.busy()
+    assert parts.is_locked()
     process.kill()
     process.wait()
-    assert not parts.busy()
-    with parts.writing():
-        assert parts.busy()
-    assert not parts.busy()
+    assert not parts.is_locked()
+    with parts.lock_for_writing():
+        assert parts.is_locked()
+    assert not parts.is_locked()
 
 
 def test_the_lock_is_free_after_an_error(parts):
@@ -462,7 +464,7 @@ def test_writers_that_come_and_go_are_never_two_at_once(tmp_path):
 
 
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
-    with pytest.raises(CacheError, match="cannot be locked"), exclusive(tmp_path / "nowhere" / "lock"):
+    with pytest.raises(CacheError, match="cannot be locked"), lock_file(tmp_path / "nowhere" / "lock"):
         pass
 
 
@@ -470,7 +472,7 @@ def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
 def test_remove_leaves_no_trace(parts):
     with parts.writing():
         parts.commit(arrays(1))
-        Parts(parts.directory, OTHERS).commit(arrays(1))
+        StagingArea(parts.directory, OTHERS).commit(arrays(1))
         (parts.directory / ".123.0123456789ab.tmp").write_bytes(b"of a writer that was killed")
         parts.remove()
         assert not parts.directory.exists()

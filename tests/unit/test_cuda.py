@@ -12,12 +12,12 @@ from torch import Tensor
 
 from featpipe import backbone, extract, limits
 from featpipe.backbone import Transform
-from featpipe.backbone.products import Products, Unresized
-from featpipe.engine import Engine, candidates, cuda, handover
-from featpipe.engine.cuda import Cuda
-from featpipe.engine.handover import HandOver
+from featpipe.backbone.products import MatmulResizer, UnresizedImage
+from featpipe.engine import Engine, candidate_precisions, cuda, handover
+from featpipe.engine.cuda import CudaRunner
+from featpipe.engine.handover import PinnedTransfer
 from featpipe.errors import ConfigError, SampleError
-from featpipe.limits import measure
+from featpipe.limits import run_benchmark
 from tests.conftest import Tiny, jpeg, tiny_transform
 from tests.stand_in import stand_in
 
@@ -38,11 +38,11 @@ def pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Tensor]:
 
 def by_the_cpu(network: backbone.Backbone, images: Sequence[Tensor]) -> np.ndarray:
     exact = Engine(network, CPU)
-    return np.concatenate([exact.embed(exact.collect([exact.transform(image)]))["pooled"] for image in images])
+    return np.concatenate([exact.embed(exact.collate([exact.transform(image)]))["pooled"] for image in images])
 
 
-def handed(device: torch.device, images: Sequence[Tensor], transform: object = SMALL) -> list[Tensor | Unresized]:
-    hand_over = HandOver(transform, device)
+def handed(device: torch.device, images: Sequence[Tensor], transform: object = SMALL) -> list[Tensor | UnresizedImage]:
+    hand_over = PinnedTransfer(transform, device)
     return [hand_over(image) for image in images]
 
 
@@ -58,9 +58,9 @@ def test_a_gpu_gives_the_embeddings_of_the_cpu_whether_pictures_come_in_one_tens
     expected = by_the_cpu(network, images)
     made = Engine(network, gpu, batch=batch)
     unresized = [made.transform(image) for image in images]
-    assert {type(picture) for picture in unresized} == {Tensor, Unresized}
-    resized = [SMALL.picture(image) for image in images]
-    for given in (torch.stack(resized), resized, made.collect(resized), made.collect(unresized)):
+    assert {type(picture) for picture in unresized} == {Tensor, UnresizedImage}
+    resized = [SMALL.apply_geometry(image) for image in images]
+    for given in (torch.stack(resized), resized, made.collate(resized), made.collate(unresized)):
         assert near(made.embed(given)["pooled"], expected)
 
 
@@ -68,7 +68,7 @@ def test_batches_that_are_begun_before_others_are_waited_for_keep_their_answers(
     network, images = net(), pictures(SIZES * 5)
     made = Engine(network, gpu, batch=8)
     waiting = [made.transform(image) for image in images]
-    batches = [made.collect(waiting[start : start + 8]) for start in range(0, len(waiting), 8)]
+    batches = [made.collate(waiting[start : start + 8]) for start in range(0, len(waiting), 8)]
     begun = [made.submit(batch) for batch in batches]
     together = np.concatenate([answer()["pooled"] for answer in begun])
     assert near(together, by_the_cpu(network, images))
@@ -115,7 +115,7 @@ def test_a_graph_that_does_not_fit_is_captured_of_fewer_images(monkeypatch):
     assert near(found, by_the_cpu(network, pictures()))
 
 
-ROOM_FOR = {"begin": (Cuda, "_begin", 2), "resize": (Products, "resize", 1), "network": (Tiny, "forward", 2)}
+ROOM_FOR = {"begin": (CudaRunner, "_begin", 2), "resize": (MatmulResizer, "resize", 1), "network": (Tiny, "forward", 2)}
 
 
 @pytest.mark.parametrize("where", ROOM_FOR)
@@ -146,7 +146,7 @@ def test_an_image_that_does_not_fit_alone_is_an_error_that_says_what_to_do(gpu, 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     made = Engine(net(), gpu, batch=4)
-    monkeypatch.setattr(Products, "resize", full)
+    monkeypatch.setattr(MatmulResizer, "resize", full)
     with pytest.raises(ConfigError, match=r"a single image needs more memory than cuda.*--device cpu"):
         made.embed([made.transform(image) for image in pictures()])
 
@@ -163,38 +163,38 @@ TRANSFORMS = {
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_what_the_network_sees_is_the_transforms_picture_to_the_bit(gpu, kind):
     transform = TRANSFORMS[kind]
-    made = Cuda(backbone.load(Tiny(), transform=transform), 32, "fp32", gpu)
+    made = CudaRunner(backbone.load(Tiny(), transform=transform), 32, "fp32", gpu)
     given = handed(gpu, pictures(), transform)
-    assert any(isinstance(picture, Unresized) for picture in given) == (kind != "as they are")
+    assert any(isinstance(picture, UnresizedImage) for picture in given) == (kind != "as they are")
     places = torch.full((32, *transform.size, 3), 7, dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        made._fill(places, given)
+        made._copy_images(places, given)
     for place, image in zip(places.cpu(), pictures(), strict=False):
-        assert torch.equal(place, transform.picture(image))
+        assert torch.equal(place, transform.apply_geometry(image))
     assert (places[len(given) :] == 7).all()
 
 
 def test_many_pictures_of_a_size_are_resized_in_several_products(gpu, monkeypatch):
-    monkeypatch.setattr(cuda, "at_once", lambda *_: 3)
-    counts, resize = [], Products.resize
+    monkeypatch.setattr(cuda, "max_resize_batch", lambda *_: 3)
+    counts, resize = [], MatmulResizer.resize
     monkeypatch.setattr(
-        Products, "resize", lambda self, some, *rest: counts.append(len(some)) or resize(self, some, *rest)
+        MatmulResizer, "resize", lambda self, some, *rest: counts.append(len(some)) or resize(self, some, *rest)
     )
-    made, images = Cuda(net(), 32, "fp32", gpu), pictures([(40, 50), (50, 40)] * 8)
+    made, images = CudaRunner(net(), 32, "fp32", gpu), pictures([(40, 50), (50, 40)] * 8)
     given = handed(gpu, images)
     counts.clear()  # of what was tried
     places = torch.zeros((32, 16, 16, 3), dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        made._fill(places, given)
+        made._copy_images(places, given)
     assert sorted(counts) == [2, 2, 3, 3, 3, 3]
     for place, image in zip(places.cpu(), images, strict=False):
-        assert torch.equal(place, SMALL.picture(image))
+        assert torch.equal(place, SMALL.apply_geometry(image))
 
 
 def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use_it(monkeypatch):
     seen, used = stand_in(monkeypatch), []
     made = Engine(net(), torch.device("cuda"), batch=4)._runner
-    fill, normalise = Cuda._fill, Transform.normalise
+    fill, normalise = CudaRunner._copy_images, Transform.normalize
 
     def filled(self, places, images):
         slot = next(slot for slot in made._slots if slot.images is places)
@@ -211,8 +211,8 @@ def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use
             assert used[-1].copied.recorded_on is made._copying
         return normalise(self, batch)
 
-    monkeypatch.setattr(Cuda, "_fill", filled)
-    monkeypatch.setattr(Transform, "normalise", read)
+    monkeypatch.setattr(CudaRunner, "_copy_images", filled)
+    monkeypatch.setattr(Transform, "normalize", read)
     made.submit(handed(torch.device("cuda"), pictures()))()
     assert used == [used[0], used[1], used[0]]
     for slot in used[:2]:
@@ -221,7 +221,7 @@ def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use
 
 def test_tf32_is_off_while_pictures_are_resized_and_on_where_the_network_may_use_it(gpu, monkeypatch):
     allowed: dict[str, set[bool]] = {"resize": set(), "forward": set()}
-    for owner, name in ((Products, "resize"), (Tiny, "forward")):
+    for owner, name in ((MatmulResizer, "resize"), (Tiny, "forward")):
         real = getattr(owner, name)
 
         def noting(self, *given, real=real, name=name):
@@ -241,9 +241,9 @@ def test_what_is_handed_over_is_pinned_and_only_what_the_result_needs(monkeypatc
     seen = stand_in(monkeypatch)
     transform = Transform(20, (16, 16))
     made = handed(torch.device("cuda"), pictures([(40, 80), (80, 100), (16, 16), (20, 20)]), transform)
-    assert [isinstance(picture, Unresized) for picture in made] == [True, True, True, False]
+    assert [isinstance(picture, UnresizedImage) for picture in made] == [True, True, True, False]
     for picture in made:
-        pixels = picture.pixels if isinstance(picture, Unresized) else picture
+        pixels = picture.pixels if isinstance(picture, UnresizedImage) else picture
         assert pixels.data_ptr() in seen.pinned
         assert pixels.permute(1, 2, 0).is_contiguous()
     assert made[0].pixels.shape == (3, 34, 34)  # 32 pixels that become 16, and one at each side
@@ -265,7 +265,7 @@ def test_what_is_handed_over_is_pinned_and_only_what_the_result_needs(monkeypatc
 def test_the_cores_resize_what_a_gpu_would_not_to_the_bit_or_at_a_price(gpu, size, transform, unresized):
     image = torch.full((3, *size), 200, dtype=torch.uint8)
     (picture,) = handed(gpu, [image], transform)
-    assert isinstance(picture, Unresized) == unresized
+    assert isinstance(picture, UnresizedImage) == unresized
     assert unresized or torch.equal(picture, transform.picture(image))
 
 
@@ -277,20 +277,20 @@ def test_a_gpu_that_is_not_exact_is_given_resized_pictures(gpu, monkeypatch):
 
 
 def test_what_waits_unresized_has_so_much_room_and_no_more(gpu, monkeypatch):
-    monkeypatch.setattr(handover, "WAITING_BYTES", 3 * 8192)
-    hand_over, (image,) = HandOver(SMALL, gpu), pictures([(40, 50)])
+    monkeypatch.setattr(handover, "MAX_PENDING_BYTES", 3 * 8192)
+    hand_over, (image,) = PinnedTransfer(SMALL, gpu), pictures([(40, 50)])
     made = [hand_over(image) for _ in range(5)]  # 42 × 42 pixels at most, of three bytes
-    assert [isinstance(picture, Unresized) for picture in made] == [True] * 3 + [False] * 2
+    assert [isinstance(picture, UnresizedImage) for picture in made] == [True] * 3 + [False] * 2
     del made[0]
-    assert isinstance(hand_over(image), Unresized)
-    assert isinstance(hand_over(image), Unresized)  # the one before it is gone already
+    assert isinstance(hand_over(image), UnresizedImage)
+    assert isinstance(hand_over(image), UnresizedImage)  # the one before it is gone already
     made.append(hand_over(image))
-    assert [type(hand_over(image)), type(made[-1])] == [Tensor, Unresized]
+    assert [type(hand_over(image)), type(made[-1])] == [Tensor, UnresizedImage]
 
 
 def test_a_picture_that_is_too_long_and_thin_is_refused_as_on_the_cpu(gpu):
     with pytest.raises(SampleError, match="too long and thin"):
-        HandOver(Transform(256, (224, 224)), gpu)(torch.zeros((3, 1, 2000), dtype=torch.uint8))
+        PinnedTransfer(Transform(256, (224, 224)), gpu)(torch.zeros((3, 1, 2000), dtype=torch.uint8))
 
 
 @pytest.fixture
@@ -310,8 +310,10 @@ def mixed(tmp_path):
 @pytest.mark.parametrize("transform", [SMALL, tiny_transform], ids=["ours", "one's own"])
 def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(gpu, mixed, tmp_path, request, monkeypatch, transform):
     settings, told = {"backbone": net(transform), "batch": 8, "engine": "torch"}, []
-    threads, resize = set(), Products.resize
-    monkeypatch.setattr(Products, "resize", lambda *given: threads.add(threading.current_thread()) or resize(*given))
+    threads, resize = set(), MatmulResizer.resize
+    monkeypatch.setattr(
+        MatmulResizer, "resize", lambda *given: threads.add(threading.current_thread()) or resize(*given)
+    )
     exact = extract(mixed, out=tmp_path / "cpu.h5", device="cpu", progress=told.append, **settings)
     found = extract(mixed, out=tmp_path / "gpu" / "gpu.h5", device="cuda", workers=3, progress=told.append, **settings)
     assert found.manifest["facts"] == exact.manifest["facts"]
@@ -327,7 +329,7 @@ def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(gpu, mixed, tmp_p
 
 def test_what_a_machine_with_a_gpu_allows_is_measured_as_its_cores_and_its_gpu_work_then(gpu, make_folder, monkeypatch):
     seen: dict[str, list[type]] = {"decoding": [], "forward": []}
-    hand_over, fill = HandOver.__call__, Cuda._fill
+    hand_over, fill = PinnedTransfer.__call__, CudaRunner._copy_images
 
     def decoded(*given):
         picture = hand_over(*given)
@@ -338,12 +340,12 @@ def test_what_a_machine_with_a_gpu_allows_is_measured_as_its_cores_and_its_gpu_w
         seen["forward"].extend(map(type, images))
         fill(self, places, images)
 
-    monkeypatch.setattr(HandOver, "__call__", decoded)
-    monkeypatch.setattr(Cuda, "_fill", filled)
-    monkeypatch.setattr(limits._Bench, "extract", lambda *_: (100.0, {}))
-    found = measure([make_folder()], backbone=net(), device="cuda", seconds=0.5, batch=8)
+    monkeypatch.setattr(PinnedTransfer, "__call__", decoded)
+    monkeypatch.setattr(CudaRunner, "_copy_images", filled)
+    monkeypatch.setattr(limits._Benchmark, "measure_extraction", lambda *_: (100.0, {}))
+    found = run_benchmark([make_folder()], backbone=net(), device="cuda", seconds=0.5, batch=8)
     assert found.machine["gpu"] == torch.cuda.get_device_name()
-    assert set(seen["decoding"]) == set(seen["forward"]) == {Unresized}
+    assert set(seen["decoding"]) == set(seen["forward"]) == {UnresizedImage}
     steps = found.reading, found.writing / found.row_bytes, found.decoding, found.forward[0].images_per_second
     assert found.bound == min(steps)
-    assert {way.precision for way in found.forward} == {"fp32", *candidates(gpu)}
+    assert {way.precision for way in found.forward} == {"fp32", *candidate_precisions(gpu)}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from featpipe import backbone
 from featpipe.backbone import Backbone
-from featpipe.backbone.cutting import Cut, cut
-from featpipe.backbone.output import resolve
-from featpipe.backbone.passes import runs
-from featpipe.backbone.stages import belongs, stages
+from featpipe.backbone.cutting import Partition, partition_network
+from featpipe.backbone.output import resolve_outputs
+from featpipe.backbone.passes import trace_modules
+from featpipe.backbone.stages import find_stages, is_within
 from featpipe.errors import ConfigError
 from tests.finetuning import Ladder, small_transform
 
@@ -34,29 +34,29 @@ def images(count: int = 5) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def value_at(made: Cut, loaded: Backbone, pictures: Tensor) -> Tensor:
-    both = replace(loaded, outputs=resolve(loaded.network, [made.output], loaded.transform.size))
+def value_at(made: Partition, loaded: Backbone, pictures: Tensor) -> Tensor:
+    both = replace(loaded, outputs=resolve_outputs(loaded.network, [made.output], loaded.transform.size))
     with torch.no_grad():
         return both.embed(pictures)[made.output]
 
 
 def all_but(loaded: Backbone, *trained: str) -> list[str]:
-    return [name for name, _ in loaded.network.named_parameters() if not belongs(name, trained)]
+    return [name for name, _ in loaded.network.named_parameters() if not is_within(name, trained)]
 
 
 def test_above_of_below_is_the_whole_network_bit_for_bit(ladder):
-    made = cut(ladder, BELOW)
+    made = partition_network(ladder, BELOW)
     assert made.output == "layer2:none"
-    assert torch.equal(made.above(value_at(made, ladder, images())), ladder.network(images()))
+    assert torch.equal(made.upper(value_at(made, ladder, images())), ladder.network(images()))
 
 
 def test_the_upper_part_has_the_networks_own_parameters_and_statistics(ladder):
-    made = cut(ladder, BELOW)
-    own, above = dict(ladder.network.named_parameters()), dict(made.above.network.named_parameters())
+    made = partition_network(ladder, BELOW)
+    own, above = dict(ladder.network.named_parameters()), dict(made.upper.network.named_parameters())
     assert set(above) == {name for name in own if name.startswith("layer3")}
     assert all(above[name] is own[name] for name in above)
-    assert made.above.network.layer3 is ladder.network.layer3
-    assert set(made.below) >= {"stem", "layer1", "layer2", "layer2.1.conv"}
+    assert made.upper.network.layer3 is ladder.network.layer3
+    assert set(made.lower_modules) >= {"stem", "layer1", "layer2", "layer2.1.conv"}
 
 
 def test_a_step_in_training_mode_is_that_of_the_whole_network():
@@ -64,12 +64,12 @@ def test_a_step_in_training_mode_is_that_of_the_whole_network():
     found = {}
     for way in ("whole", "cut"):
         loaded = load(Ladder())
-        made = cut(loaded, BELOW)
+        made = partition_network(loaded, BELOW)
         value = value_at(made, loaded, images())
         loaded.network.layer3.requires_grad_(True)
         loaded.network.layer3.train()
         torch.manual_seed(5)
-        answer = made.above(value) if way == "cut" else loaded.network(images())
+        answer = made.upper(value) if way == "cut" else loaded.network(images())
         loss = answer.square().sum()
         loss.backward()
         gradients = [p.grad for p in loaded.network.parameters() if p.grad is not None]
@@ -80,22 +80,22 @@ def test_a_step_in_training_mode_is_that_of_the_whole_network():
 
 
 def test_inside_a_residual_block_the_boundary_moves_down_to_before_it(ladder):
-    made = cut(ladder, all_but(ladder, "layer2.1.norm", "layer3"))
+    made = partition_network(ladder, all_but(ladder, "layer2.1.norm", "layer3"))
     assert made.output == "layer2.0:none"
-    assert "'layer2.1.norm' trains" in made.why
-    assert "'layer2.0'" in made.why
-    assert torch.equal(made.above(value_at(made, ladder, images())), ladder.network(images()))
+    assert "'layer2.1.norm' trains" in made.reason
+    assert "'layer2.0'" in made.reason
+    assert torch.equal(made.upper(value_at(made, ladder, images())), ladder.network(images()))
 
 
 def test_where_the_first_layer_trains_there_is_nothing_to_cut(ladder):
     with pytest.raises(ConfigError, match="'stem' trains, and no module is done before it"):
-        cut(ladder, all_but(ladder, "stem.bias"))
+        partition_network(ladder, all_but(ladder, "stem.bias"))
 
 
 def test_with_nothing_that_trains_the_value_is_the_embedding(ladder):
-    made = cut(ladder, all_but(ladder))
+    made = partition_network(ladder, all_but(ladder))
     assert made.output == "pooled"
-    assert torch.equal(made.above(images()), images())
+    assert torch.equal(made.upper(images()), images())
 
 
 class Two(nn.Module):
@@ -111,7 +111,7 @@ class Two(nn.Module):
 
 def test_where_two_values_cross_it_says_so():
     with pytest.raises(ConfigError, match="'last' trains, and what comes before it is not one value"):
-        cut(load(Two()), ["left", "right"])
+        partition_network(load(Two()), ["left", "right"])
 
 
 class Written(nn.Module):
@@ -129,9 +129,9 @@ class Written(nn.Module):
 
 def test_what_runs_below_and_above_is_kept_and_may_work_in_place():
     loaded = load(Written())
-    made = cut(loaded, ["one", "two"])
+    made = partition_network(loaded, ["one", "two"])
     assert made.output == "two:none"
-    assert torch.equal(made.above(value_at(made, loaded, images())), loaded.network(images()))
+    assert torch.equal(made.upper(value_at(made, loaded, images())), loaded.network(images()))
 
 
 class Flat(nn.Module):
@@ -147,28 +147,28 @@ class Flat(nn.Module):
 
 def test_a_map_with_its_channels_last_comes_back_as_it_was():
     loaded = load(Flat())
-    made = cut(loaded, ["patches", "mix"])
+    made = partition_network(loaded, ["patches", "mix"])
     value = value_at(made, loaded, images())
     assert value.shape == (5, 6, 4, 4)
-    torch.testing.assert_close(made.above(value), loaded.network(images()))
+    torch.testing.assert_close(made.upper(value), loaded.network(images()))
 
 
 def test_modes_are_the_networks_own_whichever_is_told(ladder):
-    made = cut(ladder, all_but(ladder, "layer3.1"))
-    assert made.above.network.layer3 is not ladder.network.layer3  # has children on both sides
-    made.above.train()
+    made = partition_network(ladder, all_but(ladder, "layer3.1"))
+    assert made.upper.network.layer3 is not ladder.network.layer3  # has children on both sides
+    made.upper.train()
     assert ladder.network.training
     assert ladder.network.layer3[1].drop.training
     ladder.network.eval()
-    made.above(value_at(made, ladder, images()))
-    assert not made.above.network.training
-    assert not made.above.network.layer3.training
+    made.upper(value_at(made, ladder, images()))
+    assert not made.upper.network.training
+    assert not made.upper.network.layer3.training
 
 
 def test_cutting_leaves_the_network_as_it_was(ladder):
     before = {name: value.clone() for name, value in ladder.network.state_dict().items()}
     drawn = torch.get_rng_state()
-    cut(ladder, BELOW)
+    partition_network(ladder, BELOW)
     assert all(torch.equal(value, before[name]) for name, value in ladder.network.state_dict().items())
     assert not any(module.training for module in ladder.network.modules())
     assert torch.equal(torch.get_rng_state(), drawn)
@@ -176,22 +176,22 @@ def test_cutting_leaves_the_network_as_it_was(ladder):
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_any_number_of_images(ladder, count):
-    made = cut(ladder, BELOW)
+    made = partition_network(ladder, BELOW)
     pictures = images(count)
-    torch.testing.assert_close(made.above(value_at(made, ladder, pictures)), ladder.network(pictures))
+    torch.testing.assert_close(made.upper(value_at(made, ladder, pictures)), ladder.network(pictures))
 
 
 def test_runs_are_in_order_and_leave_no_hooks(ladder):
-    found = runs(ladder.network, (16, 16))
+    found = trace_modules(ladder.network, (16, 16))
     names = [run.name for run in found.values()]
     assert names[:3] == ["", "stem", "layer1"]
     assert names.index("layer2.1.conv") < names.index("layer3")
-    assert found[ladder.network.layer2].value.of(3) == (3, 8, 8, 8)
+    assert found[ladder.network.layer2].output.of(3) == (3, 8, 8, 8)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ladder.network.modules())
 
 
 def test_stages_of_a_ladder_and_names_within_them(ladder):
-    found = stages(ladder.network, (16, 16))
+    found = find_stages(ladder.network, (16, 16))
     assert [stage.name for stage in found] == ["stem", "layer1", "layer2", "layer3"]
     assert "layer2.0.conv.weight" in found[2]
     assert "layer2" not in found[1]
@@ -217,7 +217,7 @@ class Tower(nn.Module):
 
 
 def test_a_tower_of_blocks_has_a_stage_for_each():
-    found = stages(Tower(), (16, 16))
+    found = find_stages(Tower(), (16, 16))
     assert [stage.name for stage in found] == ["stem", "blocks.0", "blocks.1", "blocks.2"]
     assert found[0].modules == ("token", "patches")
     assert "norm.weight" in found[-1]

@@ -36,14 +36,14 @@ def without_torchvision(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("torchvision was used")
 
-    decoding.is_exact()
+    decoding.is_torchvision_exact()
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", refuse)
 
 
 @pytest.fixture
 def asked_torchvision(monkeypatch):
     """The sizes of the pictures that torchvision was asked for."""
-    decoding.is_exact()
+    decoding.is_torchvision_exact()
     sizes, decode = [], torch.ops.image.decode_jpeg
 
     def note(*given, **options):
@@ -90,7 +90,7 @@ def test_what_is_no_colour_jpeg_is_pillows_affair(mode, without_torchvision):
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(without_torchvision):
     with pytest.raises(SampleError) as refused:
-        decoding.decode(jpeg(PICTURE), image.Limits(pixels=1000))
+        decoding.decode(jpeg(PICTURE), image.ImageLimits(max_pixels=1000))
     assert refused.value.status == Status.TOO_LARGE
 
 
@@ -118,14 +118,14 @@ def test_of_damaged_bytes_pillow_has_the_last_word(progressive, cut, flips):
 def test_a_torchvision_that_decodes_otherwise_is_noticed_and_left_alone(monkeypatch):
     decode = torch.ops.image.decode_jpeg
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", lambda *given, **options: decode(*given, **options) ^ 1)
-    decoding.is_exact.cache_clear()
+    decoding.is_torchvision_exact.cache_clear()
     try:
-        assert not decoding.is_exact()
+        assert not decoding.is_torchvision_exact()
         np.testing.assert_array_equal(decoding.decode(jpeg(PICTURE)), image.decode(jpeg(PICTURE)))
     finally:
         monkeypatch.undo()
-        decoding.is_exact.cache_clear()
-    assert decoding.is_exact()
+        decoding.is_torchvision_exact.cache_clear()
+    assert decoding.is_torchvision_exact()
 
 
 def test_a_torchvision_without_jpeg_is_left_alone(monkeypatch):
@@ -133,9 +133,9 @@ def test_a_torchvision_without_jpeg_is_left_alone(monkeypatch):
         raise RuntimeError("not compiled with libjpeg support")
 
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", refuse)
-    decoding.is_exact.cache_clear()
+    decoding.is_torchvision_exact.cache_clear()
     try:
         np.testing.assert_array_equal(decoding.decode(jpeg(PICTURE)), image.decode(jpeg(PICTURE)))
-        assert not decoding.is_exact()
+        assert not decoding.is_torchvision_exact()
     finally:
-        decoding.is_exact.cache_clear()
+        decoding.is_torchvision_exact.cache_clear()

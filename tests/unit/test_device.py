@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from featpipe.heads import SoftmaxRegression
-from featpipe.heads.device import DeviceProblem, device_named
-from featpipe.heads.objective import Problem
+from featpipe.heads.device import DeviceProblem, get_device
+from featpipe.heads.objective import LogisticProblem
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -41,8 +41,8 @@ def test_value_and_gradient_are_those_on_the_cpu(device, dtype, link, size):
     Y = rng.integers(0, 5, 300) if link == "softmax" else rng.integers(0, 2, (300, 5))
     weights = rng.uniform(0.1, 2, Y.shape)
     given = {"center": X.mean(axis=0), "scale": X.std(axis=0), "ridge": 0.3}
-    here = Problem(X, Y, weights, link, 5, **given).at(theta, dtype)
-    there = DeviceProblem(X, Y, weights, link, 5, **given, device=device_named(device)).at(theta, dtype)
+    here = LogisticProblem(X, Y, weights, link, 5, **given).evaluate(theta, dtype)
+    there = DeviceProblem(X, Y, weights, link, 5, **given, device=get_device(device)).evaluate(theta, dtype)
     rtol = 1e-4 if dtype is np.float32 else 1e-9
     np.testing.assert_allclose(there.losses, here.losses, rtol=rtol)
     np.testing.assert_allclose(there.gradient, here.gradient, rtol=rtol, atol=rtol * abs(here.gradient).max())

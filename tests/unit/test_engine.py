@@ -161,7 +161,7 @@ def test_a_network_that_cannot_be_counted_runs_in_batches_of_4(tiny, monkeypatch
 def test_the_thread_count_of_the_process_is_put_back(tiny):
     engine = Engine(tiny, torch.device("cpu"))
     before = torch.get_num_threads()
-    with engine.running():
+    with engine.session():
         thread = threading.Thread(target=engine.enter_stream, args=(available_cores(),))
         thread.start()
         thread.join()

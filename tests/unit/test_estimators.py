@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 import featpipe
 from featpipe import FeatureExtractor, TransferClassifier, TransferRegressor, heads, image
 from featpipe.errors import ConfigError, SampleError
-from featpipe.estimators import _named
+from featpipe.estimators import _load_cached_backbone
 from featpipe.status import Status
 
 EMBEDS = (FeatureExtractor, TransferClassifier, TransferRegressor)
@@ -85,7 +85,7 @@ def counting(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         )
     )
     monkeypatch.setenv("PYTHONPATH", str(home))
-    _named.cache_clear()
+    _load_cached_backbone.cache_clear()
     yield "counting:make"
     sys.modules.pop("counting", None)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score, mean_absolute_error
 
 from featpipe import FeatureCache, Model, evaluate, extract, load_model, train
-from featpipe.archive import Table
+from featpipe.archive import LabelTable
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError
 from featpipe.evaluation import SCHEMA
@@ -46,11 +46,11 @@ def embed(tiny: Any, tmp_path: Path) -> Callable[..., FeatureCache]:
     return extract_
 
 
-def labelled(folder: Path, values: dict[str, str], columns: str) -> Table:
+def labelled(folder: Path, values: dict[str, str], columns: str) -> LabelTable:
     """A table of labels for the images of a folder."""
     path = folder.parent / "labels.csv"
     path.write_text("\n".join([f"path,{columns}", *(f"{name},{value}" for name, value in values.items())]) + "\n")
-    return Table(path, label_column=columns)
+    return LabelTable(path, label_column=columns)
 
 
 def files(folder: Path) -> list[str]:
@@ -185,7 +185,7 @@ def test_what_cannot_be_evaluated_on_is_one_line(embed: Any, make_folder: Any, t
         evaluate(model, tmp_path / "gone.h5")
 
 
-def trained(embed: Any, folder: Path, table: Table, **settings: Any) -> Model:
+def trained(embed: Any, folder: Path, table: LabelTable, **settings: Any) -> Model:
     return train(embed(folder, labels=table), **settings)
 
 
@@ -286,7 +286,7 @@ def test_models_are_compared_on_rows_that_none_was_trained_on(judged: Any, embed
     theirs = evaluate(other, cache)
     assert theirs.rows.tolist() == found.rows.tolist()
     assert rival.scores.to_dict() == theirs.scores.to_dict()
-    first, second = found.judged.right, theirs.judged.right
+    first, second = found.judged.is_correct, theirs.judged.is_correct
     assert rival.paired.only_first == (first & ~second).sum()
     assert rival.paired.only_second == (second & ~first).sum()
     assert "against centroid, on the same" in found.table()

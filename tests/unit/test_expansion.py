@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache, evaluate, expand, load_model, train
-from featpipe.cache import SPLITS, Table, write_cache
-from featpipe.calibration import logits_of
+from featpipe.cache import SPLIT_NAMES, SampleTable, write_cache
+from featpipe.calibration import compute_logits
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError, ModelError
 from featpipe.expansion import METHODS, Expansion
-from featpipe.expansion.growth import Growth
+from featpipe.expansion.growth import ClassMapping
 from featpipe.labels import Labels
 from featpipe.model import Model
 from featpipe.progress import Progress
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 from tests.unit.test_training import FACTS
 
 D = 8
@@ -50,13 +50,13 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FeatureCache
         X, n = embeddings(labels, seed), len(labels)
         ids = [f"{seed}-{name}-{i:03}" for i, name in enumerate(labels)]
         digests = np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest() for name in ids), np.uint8)
-        table = Table(
-            ids=Strings.of(ids),
+        table = SampleTable(
+            ids=StringColumn.from_strings(ids),
             status=np.zeros(n, np.uint8),
             digests=digests.reshape(n, 32),
             stamps=np.zeros((n, 16), np.uint8),
-            split=np.full(n, SPLITS.index(split) if split else 0, np.uint8),
-            labels=Labels.of_classes([(called or {}).get(name, name) for name in labels]),
+            split=np.full(n, SPLIT_NAMES.index(split) if split else 0, np.uint8),
+            labels=Labels.from_class_names([(called or {}).get(name, name) for name in labels]),
         )
         path = folder / f"{hashlib.sha256(repr((counts, seed, split, called, facts)).encode()).hexdigest()[:12]}.h5"
         manifest = {"facts": facts, "backbone": {"name": "x:y", "outputs": ["pooled"]}}
@@ -135,7 +135,7 @@ def test_statistics_give_the_model_that_training_on_everything_gives(
     from featpipe import heads
 
     peer = heads.build(head, params=_params(model)).fit(X.astype(np.float64), np.searchsorted(NAMES, names))
-    found, expected = logits_of(model.head, X.astype(np.float64)), logits_of(peer, X.astype(np.float64))
+    found, expected = compute_logits(model.head, X.astype(np.float64)), compute_logits(peer, X.astype(np.float64))
     assert np.abs(found - expected).max() < 1e-8 * np.abs(expected).max()
     assert model.kept.counts.tolist() == [np.count_nonzero(names == name) for name in NAMES]
 
@@ -163,9 +163,9 @@ def test_frozen_old_scores_are_bit_for_bit_what_they_were(
     grown = model.expand(new, method="frozen-old")
     again = grown.expand(make({"fox": 15}, seed=4), method="frozen-old")
     loaded = load_model(again.save(tmp_path / "grown.model"))
-    before = logits_of(model.head, test.X)
+    before = compute_logits(model.head, test.X)
     for after in (grown, again, loaded):
-        assert np.array_equal(logits_of(after.head, test.X)[:, :3], before)
+        assert np.array_equal(compute_logits(after.head, test.X)[:, :3], before)
     assert np.array_equal(loaded.predict_proba_features(test.X), again.predict_proba_features(test.X))
     assert accuracy(grown, test) > (0.85 if keep == "all" else 0.5)
 
@@ -295,7 +295,7 @@ def test_dropped_and_merged_models_go_on_learning(
 )
 def test_names_that_cannot_be_are_refused(drop: Any, merge: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        Growth.of(("ant", "bee", "cow"), (), drop, merge)
+        ClassMapping.from_labels(("ant", "bee", "cow"), (), drop, merge)
 
 
 # -- sequences -------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_both_sides_are_watched_epoch_by_epoch(compared: Expansion) -> None:
 
 def test_what_is_said_survives_the_file(compared: Expansion, tmp_path: Path) -> None:
     model = load_model(compared.model.save(tmp_path / "m.model"))
-    again = Expansion.of(model, model.scores["expansion"]["result"])
+    again = Expansion.from_dict(model, model.scores["expansion"]["result"])
     assert again.to_dict() == compared.to_dict()
     assert again.as_table() == compared.as_table()
 
@@ -462,18 +462,18 @@ def test_a_ridge_takes_the_place_of_other_heads_and_that_is_said(
     X = np.concatenate([cache.X for cache in (old, new, more)]).astype(np.float64)
     names = np.concatenate([cache.y for cache in (old, new, more)]).astype(str)
     peer = heads.build("ridge", params=model.history["params"]).fit(X, np.searchsorted(NAMES, names))
-    scores, expected = logits_of(model.head, X), logits_of(peer, X)
+    scores, expected = compute_logits(model.head, X), compute_logits(peer, X)
     assert np.abs(scores - expected).max() < 1e-8 * np.abs(expected).max()
     assert model.head[-1].alpha_ == pytest.approx(peer[-1].alpha_, rel=1e-8)
     assert accuracy(model, make({"fox": 40}, seed=9)) > 0.5  # of one image
 
 
 def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, new: FeatureCache) -> None:
-    from featpipe.heads.statistics import gather
+    from featpipe.heads.statistics import compute_statistics
 
     model = models()
     codes = np.searchsorted(NAMES, old.y.astype(str))
-    model.kept = replace(model.kept, statistics=gather("apart", old.X.astype(np.float64), codes, 3))
+    model.kept = replace(model.kept, statistics=compute_statistics("apart", old.X.astype(np.float64), codes, 3))
     assert model.expand(new, method="statistics").head_name == "lda"
 
 
@@ -488,7 +488,7 @@ def test_what_stands_for_scores_alone_is_calibrated_on_rows_that_were_held_out(
     grown = model.expand(make(near, seed=70), method="statistics")
     assert grown.calibration.temperature != model.calibration.temperature
     fresh = make(near, seed=71)
-    best = fit_temperature(logits_of(grown.head, fresh.X), np.searchsorted(NAMES, fresh.y.astype(str)))
+    best = fit_temperature(compute_logits(grown.head, fresh.X), np.searchsorted(NAMES, fresh.y.astype(str)))
     assert 0.2 < grown.calibration.temperature / best < 5
     p = grown.predict_proba_features(fresh.X)
     assert calibration_error(p, np.searchsorted(NAMES, fresh.y.astype(str))) < 0.1
@@ -518,7 +518,7 @@ def test_novelty_goes_on_and_old_and_new_images_look_as_new_as_they_should(
         known = np.isin(fresh.y.astype(str), NAMES[:3])
         assert np.median(judged.novelty_features(fresh.X[~known])) > np.median(novelty[~known])
         assert np.median(grown.novelty_features(stranger.X)) > 0.8
-    assert len(grown.trust.novelty.rows) == 95 + 55
+    assert len(grown.trust.novelty.references) == 95 + 55
 
 
 def test_sets_hold_the_right_class_as_often_as_asked_of_rows_that_did_not_train(

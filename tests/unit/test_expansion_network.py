@@ -19,20 +19,20 @@ from torch.nn import functional
 import featpipe
 from featpipe import backbone, expand, load_model
 from featpipe.cli import cli
-from featpipe.cli.terminal import size
+from featpipe.cli.terminal import format_size
 from featpipe.errors import ConfigError
 from featpipe.expansion import Expansion
-from featpipe.expansion.arrivals import Side
-from featpipe.expansion.entering import lesson_of
-from featpipe.expansion.growth import Growth
-from featpipe.expansion.step import Settings, Step
-from featpipe.expansion.weighing import anchor_to
+from featpipe.expansion.arrivals import LabeledEmbeddings
+from featpipe.expansion.entering import make_replay_dataset
+from featpipe.expansion.growth import ClassMapping
+from featpipe.expansion.step import ExpansionConfig, IncrementalStep
+from featpipe.expansion.weighing import make_ewc_penalty
 from featpipe.finetuning import checkpoint
-from featpipe.finetuning.layers import Layers
-from featpipe.finetuning.loop import fine_tune, gradients
-from featpipe.finetuning.past import Anchor, Past, Teacher, importances
-from featpipe.finetuning.state import Epoch
-from featpipe.kept import Kept
+from featpipe.finetuning.layers import HeadLayers
+from featpipe.finetuning.loop import compute_gradients, run_training_loop
+from featpipe.finetuning.past import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
+from featpipe.finetuning.state import EpochRecord
+from featpipe.kept import ReplayMemory
 from featpipe.model import Model
 from tests import finetuning as pictures
 from tests.conftest import interrupt_fine_tuning
@@ -47,15 +47,15 @@ LEARNS = {"learning_rate": 1e-3, "epochs": 3, "patience": 0, "monitor": "score"}
 # -- the ties, against a loop that is written out ---------------------------------------------------------------------
 
 
-def held(strength: float = 3.0, temperature: float = 2.0, amount: float = 5.0) -> Past:
+def held(strength: float = 3.0, temperature: float = 2.0, amount: float = 5.0) -> Regularizers:
     """A past with both ties, of made-up answers and importances."""
     job = job_of()
     generator = torch.Generator().manual_seed(5)
-    start = {name: parameter.detach().clone() for name, parameter in job.parameters().items()}
+    start = {name: parameter.detach().clone() for name, parameter in job.trained_parameters().items()}
     before = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
     important = {name: amount * torch.rand(value.shape, generator=generator) for name, value in start.items()}
     scores = torch.randn(N, K_OLD, generator=generator)
-    return Past(K_OLD, Teacher(scores, temperature, strength), Anchor(before, important))
+    return Regularizers(K_OLD, DistillationLoss(scores, temperature, strength), EWCPenalty(before, important))
 
 
 def without_dropout(job: Any) -> Any:
@@ -65,20 +65,20 @@ def without_dropout(job: Any) -> Any:
     return job
 
 
-def plain_loss(job: Any, past: Past, rows: np.ndarray, network: nn.Module, head: nn.Module) -> Tensor:
+def plain_loss(job: Any, past: Regularizers, rows: np.ndarray, network: nn.Module, head: nn.Module) -> Tensor:
     """As in the papers, row by row and weight by weight."""
     where = torch.from_numpy(rows)
     scores, y = head(network(job.source.batch(rows, 0))), job.targets.Y[where]
     loss = functional.cross_entropy(scores, y)
-    T, distilled = past.teacher.temperature, 0.0
-    for score, said in zip(scores, past.teacher.scores[where], strict=True):
+    T, distilled = past.distillation.temperature, 0.0
+    for score, said in zip(scores, past.distillation.teacher_scores[where], strict=True):
         old, new = torch.softmax(said / T, 0), torch.softmax(score[:K_OLD] / T, 0)
         distilled = distilled + sum(p * (p.log() - q.log()) for p, q in zip(old, new, strict=True))
-    loss = loss + past.teacher.strength * T**2 * distilled / len(rows)
+    loss = loss + past.distillation.strength * T**2 * distilled / len(rows)
     named = {f"head.{n}": p for n, p in head.named_parameters()}
     named |= {f"backbone.{n}": p for n, p in network.named_parameters()}
-    for name, importance in past.anchor.importances.items():
-        loss = loss + 0.5 * (importance * (named[name] - past.anchor.weights[name]) ** 2).sum()
+    for name, importance in past.ewc.importances.items():
+        loss = loss + 0.5 * (importance * (named[name] - past.ewc.reference_weights[name]) ** 2).sum()
     return loss
 
 
@@ -97,7 +97,7 @@ def test_steps_with_soft_targets_and_importances_are_those_of_a_plain_loop() -> 
         optimizer.zero_grad()
         plain_loss(job, past, rows, network, head).backward()
         optimizer.step()
-    state = fine_tune(job, begun(job))
+    state = run_training_loop(job, begun(job))
     assert state.best_epoch.number == 3
     wanted = {f"b.{n}": p.detach() for n, p in network.named_parameters()}
     wanted |= {n: p.detach() for n, p in head.named_parameters()}
@@ -114,7 +114,7 @@ def test_a_batch_in_pieces_is_held_as_strongly_as_a_whole_one(pieces: int) -> No
         job = replace(without_dropout(job_of(accumulate=accumulate)), past=held())
         state, (rows, *_) = begun(job), job.batches(0)
         job.thaw(0)
-        loss, _ = gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
+        loss, _ = compute_gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
         found.append((loss, {name: p.grad.clone() for name, p in job.parameters().items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert_equal(found[0][1], found[1][1], atol=1e-5, rtol=1e-4)
@@ -125,24 +125,26 @@ def test_blended_images_are_held_to_what_was_said_of_both() -> None:
     state, (rows, *_) = begun(job), job.batches(0)
     job.thaw(0)
     torch.manual_seed(0)
-    loss, _ = gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
+    loss, _ = compute_gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
     assert np.isfinite(loss)
     plain = replace(job, past=None)
     torch.manual_seed(0)
-    assert loss > gradients(plain, begun(plain), rows, plain.source.batch(rows, 0), len(rows))[0]
+    assert loss > compute_gradients(plain, begun(plain), rows, plain.source.batch(rows, 0), len(rows))[0]
 
 
 def test_importances_are_the_mean_of_squares_image_by_image_and_answer_by_answer() -> None:
     job, rows = job_of(unfreeze="last"), np.arange(7)
-    found = importances(job, rows)
+    found = compute_network_fisher(job, rows)
     network, head = copy.deepcopy(job.network).eval().requires_grad_(True), copy.deepcopy(job.head)
     named = {f"head.{n}": p for n, p in head.named_parameters()}
     named |= {f"backbone.{n}": p for n, p in network.named_parameters() if n in job.unfrozen.names}
     wanted = {name: torch.zeros_like(p) for name, p in named.items()}
     for row in rows:
-        p = torch.softmax(head(network(job.source.batch(np.array([row]), 0)))[0], 0).detach()
+        p = torch.softmax(head(network(job.train_data.batch(np.array([row]), 0)))[0], 0).detach()
         for answer in range(len(p)):
-            loss = functional.cross_entropy(head(network(job.source.batch(np.array([row]), 0))), torch.tensor([answer]))
+            loss = functional.cross_entropy(
+                head(network(job.train_data.batch(np.array([row]), 0))), torch.tensor([answer])
+            )
             for name, slope in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
                 wanted[name] += p[answer] * slope**2 / len(rows)
     assert found.keys() == wanted.keys()
@@ -153,51 +155,53 @@ def test_importances_are_the_mean_of_squares_image_by_image_and_answer_by_answer
 def test_importances_do_not_depend_on_how_many_images_are_read_at_once(gradual: int, monkeypatch: Any) -> None:
     from featpipe.finetuning import past
 
-    one = importances(job_of(gradual=gradual), np.arange(9))
-    monkeypatch.setattr(past, "READ_AT_ONCE", 2)
-    assert_equal(one, importances(job_of(gradual=gradual), np.arange(9)), atol=1e-7, rtol=1e-5)
+    one = compute_network_fisher(job_of(gradual=gradual), np.arange(9))
+    monkeypatch.setattr(past, "FISHER_BATCH_SIZE", 2)
+    assert_equal(one, compute_network_fisher(job_of(gradual=gradual), np.arange(9)), atol=1e-7, rtol=1e-5)
 
 
 def test_of_the_last_layer_they_are_the_closed_form() -> None:
-    from featpipe.heads.layer import LastLayer, fisher
+    from featpipe.heads.layer import LastLayer, compute_fisher_diagonal
 
     job, rows = job_of(unfreeze="last"), np.arange(11)
     with torch.no_grad():
-        Z = job.network.eval()(job.source.batch(rows, 0)).numpy()
+        Z = job.network.eval()(job.train_data.batch(rows, 0)).numpy()
     W, b = (p.detach().double().numpy() for p in job.head.parameters())
-    wanted, found = fisher(LastLayer(W, b), Z), importances(job, rows)
+    wanted, found = compute_fisher_diagonal(LastLayer(W, b), Z), compute_network_fisher(job, rows)
     np.testing.assert_allclose(found["head.0.weight"].numpy(), wanted[:, :-1], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found["head.0.bias"].numpy(), wanted[:, -1], rtol=1e-3, atol=1e-6)
 
 
 def test_both_sides_are_watched_by_rows_that_decide_nothing() -> None:
-    job = replace(job_of(), past=Past(K_OLD), beside=np.arange(30, 40))
-    state = fine_tune(job, begun(job))
+    job = replace(job_of(), past=Regularizers(K_OLD), beside=np.arange(30, 40))
+    state = run_training_loop(job, begun(job))
     plain = job_of()
     assert_equal(weights(plain) | {}, weights(job_of()))
-    fine_tune(plain, begun(plain))
+    run_training_loop(plain, begun(plain))
     assert_equal(weights(plain), weights(job))
     with torch.no_grad():
-        scores, y = job.head(job.network(job.source.images[30:])), job.targets.Y[30:]
+        scores, y = job.head(job.network(job.train_data.images[30:])), job.targets.Y[30:]
     best = state.best_epoch
     assert best.old_loss == pytest.approx(float(functional.cross_entropy(scores[y < 2], y[y < 2])), rel=1e-4)
     assert best.new_score == pytest.approx(float((scores.argmax(1) == y)[y >= 2].float().mean()))
-    assert Epoch.of(best.facts()) == best
-    assert "old_loss" not in Epoch(1, 0.5, 0.5, 0.5).facts()
+    assert EpochRecord.from_dict(best.to_dict()) == best
+    assert "old_loss" not in EpochRecord(1, 0.5, 0.5, 0.5).to_dict()
 
 
 def test_a_run_that_is_held_goes_on_as_one_that_never_stopped(tmp_path: Path) -> None:
     how = {"past": held(), "beside": np.arange(36, 40)}
     whole = replace(job_of(), **how)
-    uninterrupted = fine_tune(whole, begun(whole))
+    uninterrupted = run_training_loop(whole, begun(whole))
     place, first = tmp_path / "c", replace(job_of(), **how)
-    stopped = replace(first, source=Interrupting(first.source, 6))
+    stopped = replace(first, source=Interrupting(first.train_data, 6))
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(stopped, begun(stopped), lambda state: checkpoint.write(place, stopped, state, ASKED))
+        run_training_loop(
+            stopped, begun(stopped), lambda state: checkpoint.save_checkpoint(place, stopped, state, ASKED)
+        )
     second = replace(job_of(), **how)
-    state = fine_tune(second, checkpoint.read(place, second, ASKED))
+    state = run_training_loop(second, checkpoint.load_checkpoint(place, second, ASKED))
     assert_equal(weights(second), weights(whole))
-    assert [e.facts() for e in state.curve] == [e.facts() for e in uninterrupted.curve]
+    assert [e.to_dict() for e in state.curve] == [e.to_dict() for e in uninterrupted.curve]
 
 
 # -- the whole way ----------------------------------------------------------------------------------------------------
@@ -253,7 +257,7 @@ def test_each_method_gives_a_model_like_any_other(method: str, grow: Any, home: 
     right = np.mean([name == file.parent.name for name, file in zip(loaded.predict(files), files, strict=True)])
     assert found.outcomes[0].all.value == pytest.approx(right)
     assert [step["method"] for step in loaded.history["steps"]] == ["train", method]
-    again = Expansion.of(loaded, loaded.scores["expansion"]["result"])
+    again = Expansion.from_dict(loaded, loaded.scores["expansion"]["result"])
     assert again.as_table() == found.as_table()
     names = [row[0] for row in found.as_table()]
     if not any("stays as it was" in note for note in found.notes):
@@ -287,7 +291,7 @@ def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
     assert kept.facts()["bytes"]["network"] == 4 * 1880 == sum(array.nbytes for array in kept.network.values())
     assert kept.importances.shape == (4, 11)
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "m.model")]).stdout
-    assert f"importances of the network: {size(4 * 1880)}" in shown
+    assert f"importances of the network: {format_size(4 * 1880)}" in shown
     loaded = load_model(tmp_path / "m.model").attach(first.model.backbone)
     for name, array in kept.network.items():
         np.testing.assert_array_equal(loaded.kept.network[name], array)
@@ -363,38 +367,42 @@ def test_an_image_that_stands_for_others_weighs_as_much(model: Model) -> None:
     """The root of it, and the rest as an offset of its class, as on features."""
     d, random = int(model.head[-1].n_features_in_), np.random.default_rng(0)
 
-    def side(codes: list[int], seed: int) -> Side:
+    def side(codes: list[int], seed: int) -> LabeledEmbeddings:
         digests = np.random.default_rng(seed).integers(0, 256, (len(codes), 32), dtype=np.uint8)
-        return Side(random.normal(size=(len(codes), d)).astype(np.float32), np.array(codes), digests)
+        return LabeledEmbeddings(random.normal(size=(len(codes), d)).astype(np.float32), np.array(codes), digests)
 
     old, new = side([0] * 5 + [1] * 5, 1), side([2] * 10, 2)
-    kept = Kept(np.array([45, 20, 0]), np.zeros((0, d), np.float32), np.zeros(0, np.int32))
-    step = Step(model.head, 1.0, Growth.of(OLD, ["cow"]), kept, new, old, False, Settings(memory=5))
-    lesson = lesson_of(step, "replay", 0.2)
-    assert sorted(lesson.stand_for.tolist()) == [1.0] * 10 + [4.0] * 5 + [9.0] * 5
-    past = lesson.past(np.arange(20), 25, 1.0)
-    assert past.weights[:20][lesson.train].mean() == pytest.approx(1)
-    ninth, first = (int(np.flatnonzero(lesson.stand_for == n)[0]) for n in (9, 1))
-    assert past.weights[ninth] / past.weights[first] == pytest.approx(3)
-    np.testing.assert_allclose(past.adjustment, [-0.5 * np.log(9), -0.5 * np.log(4), 0])
-    assert lesson.step.kept.counts.tolist() == [45, 20, 0]
-    np.testing.assert_allclose(past.teacher.scores[:20].numpy(), step.old_scores(lesson.pool.X), rtol=1e-5, atol=1e-6)
+    kept = ReplayMemory(np.array([45, 20, 0]), np.zeros((0, d), np.float32), np.zeros(0, np.int32))
+    step = IncrementalStep(
+        model.head, 1.0, ClassMapping.from_labels(OLD, ["cow"]), kept, new, old, False, ExpansionConfig(memory=5)
+    )
+    lesson = make_replay_dataset(step, "replay", 0.2)
+    assert sorted(lesson.represented_counts.tolist()) == [1.0] * 10 + [4.0] * 5 + [9.0] * 5
+    past = lesson.make_regularizers(np.arange(20), 25, 1.0)
+    assert past.sample_weights[:20][lesson.is_train].mean() == pytest.approx(1)
+    ninth, first = (int(np.flatnonzero(lesson.represented_counts == n)[0]) for n in (9, 1))
+    assert past.sample_weights[ninth] / past.sample_weights[first] == pytest.approx(3)
+    np.testing.assert_allclose(past.logit_adjustment, [-0.5 * np.log(9), -0.5 * np.log(4), 0])
+    assert lesson.step.replay_memory.counts.tolist() == [45, 20, 0]
+    np.testing.assert_allclose(
+        past.distillation.teacher_scores[:20].numpy(), step.compute_old_scores(lesson.pool.X), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> None:
     """Where training starts at the old rows, all of them moved by the same, nothing pulls."""
     random = np.random.default_rng(0)
     W, b = random.normal(size=(3, 5)), random.normal(size=3)
-    before = Layers((W,), (b,))
+    before = HeadLayers((W,), (b,))
     new = np.vstack([W, random.normal(size=(1, 5))]), np.append(b, 0.3)
-    start = Layers((new[0],), (new[1],)).centred()
+    start = HeadLayers((new[0],), (new[1],)).center_logits()
     known = {"head.0.weight": np.ones((4, 5), np.float32), "head.0.bias": np.ones(4, np.float32)}
-    anchor = anchor_to(start, before.centred(), known, 1.0, nn.Identity())
-    parameters = {f"head.{name}": parameter for name, parameter in start.module().named_parameters()}
+    anchor = make_ewc_penalty(start, before.center_logits(), known, 1.0, nn.Identity())
+    parameters = {f"head.{name}": parameter for name, parameter in start.to_module().named_parameters()}
     with torch.no_grad():
-        assert float(anchor.pull(parameters)) < 1e-12
+        assert float(anchor.compute(parameters)) < 1e-12
         parameters["head.0.weight"][0, 0] += 0.1
-        assert float(anchor.pull(parameters)) == pytest.approx(0.5 * 0.1**2, rel=1e-4)
+        assert float(anchor.compute(parameters)) == pytest.approx(0.5 * 0.1**2, rel=1e-4)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -466,8 +474,8 @@ def test_what_is_kept_of_the_network_is_checked(home: Path, ladder: Any) -> None
     with pytest.raises(ConfigError, match=r"keep=network: .* `featpipe expand --unfreeze`"):
         featpipe.train(cache, keep="network")
     known = {"backbone.x": np.ones(3, np.float32)}
-    kept = Kept(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=known)
-    np.testing.assert_array_equal(Kept.loads(kept.dumps(), 2).network["backbone.x"], np.ones(3))
+    kept = ReplayMemory(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=known)
+    np.testing.assert_array_equal(ReplayMemory.from_bytes(kept.to_bytes(), 2).network["backbone.x"], np.ones(3))
     for bad in (-np.ones(3, np.float32), np.full(3, np.nan, np.float32)):
         with pytest.raises(ValueError, match="kept importances of the network are no numbers"):
-            Kept.loads(replace(kept, network={"backbone.x": bad}).dumps(), 2)
+            ReplayMemory.from_bytes(replace(kept, network={"backbone.x": bad}).to_bytes(), 2)

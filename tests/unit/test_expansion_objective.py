@@ -12,8 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from featpipe import SoftmaxRegression
-from featpipe.expansion.methods import _offset, _rescaled, shared_out, start
-from featpipe.expansion.objective import Anchor, Objective, Teacher, minimise
+from featpipe.expansion.methods import _fit_bias_correction, _rescale_layer, compute_weights_and_offsets, init_layer
+from featpipe.expansion.objective import DistillationTerm, LastLayerObjective, QuadraticPenalty, fit_last_layer
 from featpipe.heads.layer import LastLayer
 
 N, P, K, OLD = 30, 5, 6, 4
@@ -55,16 +55,16 @@ def by_torch(problem: dict[str, Any], theta: torch.Tensor, parts: set[str]) -> t
 
 @pytest.mark.parametrize("parts", [set(), {"distill"}, {"ewc"}, {"distill", "ewc"}, {"offsets", "distill", "ewc"}])
 def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem: dict[str, Any]) -> None:
-    objective = Objective(
+    objective = LastLayerObjective(
         problem["Z"],
         problem["y"],
         problem["weights"],
         0.3,
         offsets=problem["offsets"] if "offsets" in parts else None,
-        teacher=Teacher(problem["taught"], 2.0, 7.0) if "distill" in parts else None,
-        anchor=Anchor(problem["old"], problem["importances"]) if "ewc" in parts else None,
+        distillation=DistillationTerm(problem["taught"], 2.0, 7.0) if "distill" in parts else None,
+        quadratic_penalty=QuadraticPenalty(problem["old"], problem["importances"]) if "ewc" in parts else None,
     )
-    value, gradient = objective.value(problem["theta"])
+    value, gradient = objective.value_and_gradient(problem["theta"])
     theta = torch.tensor(problem["theta"], requires_grad=True)
     reference = by_torch(problem, theta, parts)
     (expected,) = torch.autograd.grad(reference, [theta])
@@ -75,9 +75,9 @@ def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem
 def test_few_rows_with_half_weight_and_half_offset_expect_the_classes_as_often_as_they_were() -> None:
     """Without features to tell them by, the probabilities are the shares of the rows that are stood for."""
     y, stands = np.array([0, 0, 1, 1, 1, 2]), np.array([10.0, 10.0, 1.0, 1.0, 1.0, 4.0])
-    weights, offsets = shared_out(y, stands, 3)
-    found = minimise(
-        Objective(np.zeros((6, 1)), y, weights, offsets=offsets), LastLayer(np.zeros((3, 1)), np.zeros(3)), 200
+    weights, offsets = compute_weights_and_offsets(y, stands, 3)
+    found = fit_last_layer(
+        LastLayerObjective(np.zeros((6, 1)), y, weights, offsets=offsets), LastLayer(np.zeros((3, 1)), np.zeros(3)), 200
     )
     assert np.allclose(softmax(found.b), np.array([20, 3, 4]) / 27, atol=1e-5)
 
@@ -87,24 +87,26 @@ def test_a_layer_says_the_same_of_features_that_are_scaled_anew() -> None:
     X, more = rng.normal(size=(50, P)) * 3, rng.normal(size=(90, P)) + 2
     was, now = StandardScaler().fit(X), StandardScaler().fit(more)
     layer = LastLayer(rng.normal(size=(K, P)), rng.normal(size=K))
-    again = _rescaled(layer, was, now)
-    assert np.allclose(again.scores(now.transform(X)), layer.scores(was.transform(X)), atol=1e-10)
+    again = _rescale_layer(layer, was, now)
+    assert np.allclose(again.compute_scores(now.transform(X)), layer.compute_scores(was.transform(X)), atol=1e-10)
 
 
 def test_scores_that_are_fixed_leave_the_gradient_of_the_others(problem: dict[str, Any]) -> None:
     theta = problem["theta"]
-    whole = Objective(problem["Z"], problem["y"], problem["weights"])
+    whole = LastLayerObjective(problem["Z"], problem["y"], problem["weights"])
     fixed = problem["Z"] @ theta[:OLD, :-1].T + theta[:OLD, -1]
-    part = Objective(problem["Z"], problem["y"], problem["weights"], fixed=fixed)
-    value, gradient = part.value(theta[OLD:])
-    assert value == pytest.approx(whole.value(theta)[0])
-    assert np.allclose(gradient, whole.value(theta)[1][OLD:])
+    part = LastLayerObjective(problem["Z"], problem["y"], problem["weights"], fixed_scores=fixed)
+    value, gradient = part.value_and_gradient(theta[OLD:])
+    assert value == pytest.approx(whole.value_and_gradient(theta)[0])
+    assert np.allclose(gradient, whole.value_and_gradient(theta)[1][OLD:])
 
 
 def test_the_least_value_is_that_of_softmax_regression_and_the_epochs_are_told(problem: dict[str, Any]) -> None:
     told: list[float] = []
-    objective = Objective(problem["Z"], problem["y"], np.ones(N), 1 / 2.0)
-    found = minimise(objective, LastLayer(np.zeros((K, P)), np.zeros(K)), 500, lambda layer, loss: told.append(loss))
+    objective = LastLayerObjective(problem["Z"], problem["y"], np.ones(N), 1 / 2.0)
+    found = fit_last_layer(
+        objective, LastLayer(np.zeros((K, P)), np.zeros(K)), 500, lambda layer, loss: told.append(loss)
+    )
     peer = SoftmaxRegression(C=2.0).fit(problem["Z"], problem["y"])
     assert np.allclose(found.W, peer.coef_, atol=1e-3)
     assert told == sorted(told, reverse=True)
@@ -117,10 +119,10 @@ def test_new_classes_start_at_their_means_and_old_ones_as_they_were(problem: dic
     y = np.repeat([4, 5], 20)
     Z = 4 * np.eye(P)[y - 4] + 0.3 * rng.normal(size=(40, P))
     old = LastLayer(problem["old"][:, :-1], problem["old"][:, -1])
-    layer = start(old, Z, y, K)
+    layer = init_layer(old, Z, y, K)
     assert np.array_equal(layer.W[:OLD], old.W)
     assert np.array_equal(layer.b[:OLD], old.b)
-    assert (layer.scores(Z)[:, OLD:].argmax(axis=1) == y - OLD).all()
+    assert (layer.compute_scores(Z)[:, OLD:].argmax(axis=1) == y - OLD).all()
     means = np.stack([Z[y == code].mean(axis=0) for code in (4, 5)])
     assert np.allclose(layer.W[OLD:] / np.linalg.norm(layer.W[OLD]), means / np.linalg.norm(means[0]))
     assert np.linalg.norm(layer.W[OLD:], axis=1).mean() == pytest.approx(np.linalg.norm(old.W, axis=1).mean())
@@ -131,7 +133,7 @@ def test_an_offset_is_where_old_and_new_part_and_stays_among_the_scores_where_th
     old, new = np.zeros((500, 2)), np.zeros((500, 2))
     old[:, 1], new[:, 1] = rng.normal(4, 1, 500), rng.normal(10, 1, 500)
     y, weights = np.ones(500, np.int64), np.ones(500)
-    assert _offset(1, old, weights, new, y) == pytest.approx(-7, abs=0.3)
+    assert _fit_bias_correction(1, old, weights, new, y) == pytest.approx(-7, abs=0.3)
     old[:, 1] = rng.normal(0, 100, 500)
     new[:, 1] = old[:, 1] + 3  # next to nothing
-    assert abs(_offset(1, old, 3 * weights, new, y)) < 3 * 100
+    assert abs(_fit_bias_correction(1, old, 3 * weights, new, y)) < 3 * 100

@@ -18,9 +18,9 @@ from featpipe import archive, backbone, commit, extraction, image
 from featpipe.cache import FeatureCache
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError, SampleError
-from featpipe.extraction import embed_files, extract, facts_of
+from featpipe.extraction import embed_files, extract, make_facts
 from featpipe.progress import Progress
-from featpipe.recipe import Extraction
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
 from tests.conftest import Tiny, jpeg, tiny_transform
 
@@ -80,7 +80,7 @@ def test_a_rerun_reads_no_image(make_folder, tiny, tmp_path, monkeypatch):
     folder = old(make_folder())
     first = extract(folder, backbone=tiny, cache=tmp_path / "c")
     written = first.path.stat()
-    monkeypatch.setattr(archive.Reader, "read", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(archive.SampleReader, "read", lambda *_: pytest.fail("an image was read"))
     again = extract(folder, backbone=tiny, cache=tmp_path / "c")
     assert again.path.stat().st_mtime_ns == written.st_mtime_ns
 
@@ -209,11 +209,13 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_work_is_committed_while_it_goes_on(make_folder, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction.stream, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(extraction.stream, "MAX_PART_SECONDS", 0.0)
     folder = make_folder()
     commits = []
-    publish = commit.Parts.commit
-    monkeypatch.setattr(commit.Parts, "commit", lambda self, a: commits.append(len(a["digest"])) or publish(self, a))
+    publish = commit.StagingArea.commit
+    monkeypatch.setattr(
+        commit.StagingArea, "commit", lambda self, a: commits.append(len(a["digest"])) or publish(self, a)
+    )
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2, workers=2)
     assert len(commits) >= 9
     assert sum(commits) == 18
@@ -235,7 +237,7 @@ def test_another_bit_in_the_weights_is_another_cache(make_folder, tmp_path, embe
 
 @pytest.mark.parametrize("changed", [{"precision": "bf16"}, {"storage": "float16"}])
 def test_precision_and_storage_are_part_of_the_identity(tiny, changed):
-    assert facts_of(tiny, Extraction(**changed)) != facts_of(tiny, Extraction())
+    assert make_facts(tiny, ExtractionConfig(**changed)) != make_facts(tiny, ExtractionConfig())
 
 
 def test_float16_is_stored_and_is_near(make_folder, tiny, tmp_path):
@@ -272,7 +274,7 @@ def test_too_many_bad_images_stop_the_extraction_and_lose_nothing(make_folder, t
 @pytest.mark.parametrize("limit", ["many", -1, "120%", 1.5])
 def test_a_limit_that_is_none_is_refused(limit):
     with pytest.raises(ConfigError, match="max-bad"):
-        Extraction(max_bad=limit)
+        ExtractionConfig(max_bad=limit)
 
 
 def test_an_archive_of_which_nothing_can_be_read_is_an_error(tmp_path, tiny):
@@ -341,7 +343,7 @@ def test_files_are_embedded_through_the_caches_of_the_folder(make_folder, tiny, 
     new = tmp_path / "new.jpg"
     new.write_bytes(jpeg(99))
     paths = [folder / "cow" / "05.jpg", new, folder / "ape" / "00.jpg", new, tmp_path / "none.jpg"]
-    features, status = embed_files(paths, tiny, Extraction(cache=tmp_path / "c"), progress=lambda _: None)
+    features, status = embed_files(paths, tiny, ExtractionConfig(cache=tmp_path / "c"), progress=lambda _: None)
     assert count() == 1
     assert status.tolist() == [0, 0, 0, 0, Status.MISSING]
     assert np.array_equal(features[[0, 2]], cache.features()[[17, 0]])
@@ -353,7 +355,7 @@ def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder,
     folder = old(make_folder(("ape",), 3))
     (folder / "ape" / "01.jpg").write_bytes(jpeg(1)[:99])
     old(folder)
-    read = archive.Reader.read
+    read = archive.SampleReader.read
     tried = []
 
     def failing(self, row):
@@ -362,7 +364,7 @@ def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder,
             raise SampleError("the disk hiccuped", status=Status.UNREADABLE)
         return read(self, row)
 
-    monkeypatch.setattr(archive.Reader, "read", failing)
+    monkeypatch.setattr(archive.SampleReader, "read", failing)
     with pytest.warns(UserWarning, match="1 unreadable, 1 damaged"):
         extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
     tried_first = len(tried)

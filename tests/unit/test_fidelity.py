@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featpipe import backbone, engine, extract
-from featpipe.engine import choose, fidelity, least_cosine
+from featpipe.engine import compute_min_cosine, fidelity, select_precision
 from featpipe.errors import ConfigError
 from featpipe.progress import Progress
 from tests.conftest import Tiny, tiny_transform
@@ -47,7 +47,7 @@ def pictures(n: int = 5) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def hardware(monkeypatch):
     """The same on every machine."""
-    monkeypatch.setattr(fidelity, "candidates", lambda device: ("bf16",))
+    monkeypatch.setattr(fidelity, "candidate_precisions", lambda device: ("bf16",))
 
 
 def loaded(network: nn.Module) -> backbone.Backbone:
@@ -55,16 +55,16 @@ def loaded(network: nn.Module) -> backbone.Backbone:
 
 
 def test_the_faster_precision_is_taken_where_it_is_faithful_enough(tiny):
-    made, found = choose(tiny, CPU, pictures(), 0.99)
+    made, found = select_precision(tiny, CPU, pictures(), 0.99)
     assert (made.precision, found.precision) == ("bf16", "bf16")
     exact = engine.Engine(tiny, CPU, batch=8).embed(torch.stack(pictures()))
     rough = engine.Engine(tiny, CPU, "bf16", batch=8).embed(torch.stack(pictures()))
-    assert found.cosine == {"bf16": pytest.approx(least_cosine(rough, exact))}
+    assert found.cosine == {"bf16": pytest.approx(compute_min_cosine(rough, exact))}
     assert 0.99 < found.cosine["bf16"] < 1
 
 
 def test_float32_stays_where_no_other_is():
-    made, found = choose(loaded(Delicate()), CPU, pictures(), 0.999)
+    made, found = select_precision(loaded(Delicate()), CPU, pictures(), 0.999)
     assert (made.precision, found.precision) == ("fp32", "fp32")
     assert found.cosine["bf16"] < 0.999
 
@@ -72,21 +72,21 @@ def test_float32_stays_where_no_other_is():
 def test_the_least_faithful_image_decides(tiny):
     exact = {"a": np.eye(3, 4, dtype=np.float32), "b": np.ones((3, 2), np.float32)}
     found = {"a": exact["a"].copy(), "b": exact["b"] * 7}
-    assert least_cosine(found, exact) == pytest.approx(1)
+    assert compute_min_cosine(found, exact) == pytest.approx(1)
     found["a"][2] = [0, 1, 1, 0]
-    assert least_cosine(found, exact) == pytest.approx(2**-0.5)
+    assert compute_min_cosine(found, exact) == pytest.approx(2**-0.5)
 
 
 def test_numbers_that_are_not_finite_are_never_faithful_and_zeros_are_zeros(monkeypatch):
     zeros, bad = np.zeros((1, 3), np.float32), np.full((1, 3), np.inf, np.float32)
-    assert least_cosine({"a": zeros}, {"a": zeros}) == 1
-    assert least_cosine({"a": bad}, {"a": np.ones((1, 3), np.float32)}) == -1
-    monkeypatch.setattr(fidelity, "candidates", lambda device: ("fp16",))
-    assert choose(loaded(Overflowing()), CPU, pictures(), 0.0)[1].precision == "fp32"
+    assert compute_min_cosine({"a": zeros}, {"a": zeros}) == 1
+    assert compute_min_cosine({"a": bad}, {"a": np.ones((1, 3), np.float32)}) == -1
+    monkeypatch.setattr(fidelity, "candidate_precisions", lambda device: ("fp16",))
+    assert select_precision(loaded(Overflowing()), CPU, pictures(), 0.0)[1].precision == "fp32"
 
 
 def test_without_an_image_nothing_is_compared(tiny):
-    made, found = choose(tiny, CPU, [], 0.5)
+    made, found = select_precision(tiny, CPU, [], 0.5)
     assert (made.precision, found.images, found.cosine) == ("fp32", 0, {})
 
 
@@ -114,7 +114,7 @@ def test_typed_again_nothing_is_measured_and_no_image_is_read(make_folder, tiny,
     settings = {"backbone": tiny, "cache": tmp_path, "precision": "auto", "min_cosine": 0.99}
     settings |= {"out": tmp_path / out} if out else {}
     first = extract(folder, **settings)
-    monkeypatch.setattr("featpipe.archive.Reader.read", None)
+    monkeypatch.setattr("featpipe.archive.SampleReader.read", None)
     again = extract(folder, **settings, progress=told.append)
     assert again.path == first.path
     assert not [p for p in told if isinstance(p, Progress) and "least cosine" in p.text]

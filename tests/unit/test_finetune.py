@@ -15,8 +15,8 @@ import featpipe
 from featpipe import backbone
 from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import finetune
-from featpipe.finetuning.sides import sides_of
-from featpipe.recipe import FineTuning
+from featpipe.finetuning.sides import make_splits
+from featpipe.recipe import FineTuneConfig
 from tests.conftest import interrupt_fine_tuning
 from tests.finetuning import Ladder, small_transform, write_photos
 
@@ -111,30 +111,30 @@ def test_numbers_and_several_labels_are_learnt_too(tmp_path, photos, ladder, tas
 def test_no_image_is_on_two_sides_and_a_side_follows_from_the_bytes(tmp_path, photos, model, ladder):
     shutil.copy(photos / "ape" / "03.png", photos / "ape" / "99.png")
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
-    sides = sides_of(model, cache, FineTuning())
-    rows = [set(side.tolist()) for side in (sides.train, sides.validation, sides.held)]
+    sides = make_splits(model, cache, FineTuneConfig())
+    rows = [set(side.tolist()) for side in (sides.train, sides.validation, sides.test)]
     assert len(set.union(*rows)) == sum(map(len, rows)) == len(cache)
     digests = [{cache.digests[row].tobytes() for row in side} for side in rows]
     assert not digests[0] & digests[1] | digests[0] & digests[2] | digests[1] & digests[2]
     write_photos(photos, each=3, first=500_000)  # the first three of each class are other pictures now
-    other = sides_of(model, featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache2"), FineTuning())
-    assert {cache.ids[row] for row in sides.held if int(cache.ids[row][-6:-4]) > 2} == {
-        cache.ids[row] for row in other.held if int(cache.ids[row][-6:-4]) > 2
+    other = make_splits(model, featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache2"), FineTuneConfig())
+    assert {cache.ids[row] for row in sides.test if int(cache.ids[row][-6:-4]) > 2} == {
+        cache.ids[row] for row in other.test if int(cache.ids[row][-6:-4]) > 2
     }
 
 
 def test_the_split_that_came_with_the_labels_is_kept(tmp_path, photos, model, ladder):
     marked(photos, tmp_path / "s.csv", {0: "test", 1: "test", 2: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
-    sides = sides_of(model, cache, FineTuning())
-    assert {cache.ids[row][-6:-4] for row in sides.held} == {"00", "01"}
+    sides = make_splits(model, cache, FineTuneConfig())
+    assert {cache.ids[row][-6:-4] for row in sides.test} == {"00", "01"}
     assert {cache.ids[row][-6:-4] for row in sides.validation} == {"02"}
     marked(photos, tmp_path / "s2.csv", {0: "test"})
     some = featpipe.extract(photos, labels=tmp_path / "s2.csv", backbone=ladder, cache=tmp_path / "cache3")
-    sides = sides_of(model, some, FineTuning())
-    assert {some.ids[row][-6:-4] for row in sides.held} == {"00"}
+    sides = make_splits(model, some, FineTuneConfig())
+    assert {some.ids[row][-6:-4] for row in sides.test} == {"00"}
     assert len(sides.validation) > 2
-    assert "test as the labels mark them" in sides.how
+    assert "test as the labels mark them" in sides.description
 
 
 def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp_path, photos, model):
@@ -146,13 +146,16 @@ def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp
         for c in map(featpipe.FeatureCache, (tmp_path / "cache").glob("*.h5"))
         if c.facts["backbone"]["weights"] == model.facts["backbone"]["weights"]
     )
-    sides = sides_of(model, cache, FineTuning())
-    assert [int(text.split("again on ")[1].split()[0]) for text in notes] == [len(sides.train), len(sides.seen)]
+    sides = make_splits(model, cache, FineTuneConfig())
+    assert [int(text.split("again on ")[1].split()[0]) for text in notes] == [
+        len(sides.train),
+        len(sides.train_and_validation),
+    ]
     y = cache.label_table.values
     from featpipe import heads
 
-    again = heads.build("lda").fit(cache.X[sides.seen], y[sides.seen])
-    right = float(np.mean(again.predict(cache.X[sides.held]) == y[sides.held]))
+    again = heads.build("lda").fit(cache.X[sides.train_and_validation], y[sides.train_and_validation])
+    right = float(np.mean(again.predict(cache.X[sides.test]) == y[sides.test]))
     accuracy = next(row for row in found.comparison.metrics if row["name"] == "accuracy")
     assert accuracy["probe"][0] == pytest.approx(right)
 
@@ -168,23 +171,23 @@ def test_a_probe_that_never_saw_them_is_taken_as_it_is(tmp_path, photos, ladder)
 def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, model, ladder):
     tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
-    sides = sides_of(model, cache, FineTuning())
-    assert tuned.was_trained_on(cache.digests[sides.seen]).all()
-    assert not tuned.was_trained_on(cache.digests[sides.held]).any()
+    sides = make_splits(model, cache, FineTuneConfig())
+    assert tuned.was_trained_on(cache.digests[sides.train_and_validation]).all()
+    assert not tuned.was_trained_on(cache.digests[sides.test]).any()
     fresh = featpipe.evaluate(tuned, photos, cache=tmp_path / "cache")
-    assert fresh.left_out["trained on"] == len(sides.seen)
-    assert fresh.scores.n == len(sides.held)
+    assert fresh.left_out["trained on"] == len(sides.train_and_validation)
+    assert fresh.scores.n == len(sides.test)
 
 
 def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
     from featpipe.finetuning import verb
 
-    real = verb.compared
+    real = verb.compare_models
 
     def turned(task, truth, probe, tuned, classes):  # each right answer under the next class's name
         return real(task, truth, probe, np.roll(tuned, 1, axis=1), classes)
 
-    monkeypatch.setattr(verb, "compared", turned)
+    monkeypatch.setattr(verb, "compare_models", turned)
     settings = {**QUICK, "learning_rate": 1e-2}
     found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "k.model", **settings)
     assert found.comparison.verdict().startswith("fine-tuned is worse than the probe on ")
@@ -240,11 +243,11 @@ def test_its_backbone_is_extracted_with_under_its_own_fingerprint(tmp_path, phot
     tuned = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **settings).model
     for given in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
         loaded = backbone.load(given["backbone"], weights=given.get("weights"))
-        assert loaded.facts() == tuned.backbone.facts()
+        assert loaded.to_dict() == tuned.backbone.facts()
         again = featpipe.extract(photos, cache=tmp_path / "cache", **given)
         assert again.manifest["embedded"] == 0 or again.facts == tuned.facts
         assert again.facts == tuned.facts
-    assert backbone.load("timm/test_resnet", weights="none").facts() == network.facts() != tuned.backbone.facts()
+    assert backbone.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.facts()
     copied = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
     out.unlink()
     files = sorted(photos.rglob("*.png"))[:3]
@@ -258,7 +261,7 @@ def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged
     network = backbone.load("timm/test_resnet", weights="none", seed=3)
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     plain = model.save(tmp_path / "plain.model")
-    assert backbone.load(str(plain)).facts() == network.facts()
+    assert backbone.load(str(plain)).to_dict() == network.to_dict()
     with pytest.raises(WeightsError, match="carries no weights"):
         backbone.load("timm/test_resnet", weights=plain)
     whole = model.save(tmp_path / "whole.model", portable=True)
@@ -278,8 +281,8 @@ def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos):
     said = []
     tuned = finetune(model, photos, cache=tmp_path / "cache", progress=said.append, **settings)
     assert any("the architecture alone" in told.text for told in said)
-    assert FineTuning.of(settings).unfreeze == "all"
-    assert FineTuning.of(settings).batch_norm == "trained"
+    assert FineTuneConfig.from_settings(settings).unfreeze == "all"
+    assert FineTuneConfig.from_settings(settings).batch_norm == "trained"
     statistics = [name for name in network.network.state_dict() if "running_mean" in name]
     after = tuned.model.backbone.network.state_dict()
     assert all(not torch.equal(after[name], network.network.state_dict()[name]) for name in statistics)
@@ -328,19 +331,19 @@ def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, wo
 def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
     from featpipe.finetuning import verb
 
-    real = verb.trained
+    real = verb.finetune_network
 
     def changed(case, *rest):
         write_photos(photos, each=14, first=77)
         return real(case, *rest)
 
-    monkeypatch.setattr(verb, "trained", changed)
+    monkeypatch.setattr(verb, "finetune_network", changed)
     with pytest.raises(featpipe.SampleError, match=r"\.png: its bytes are others than when it was embedded"):
         finetune(model, photos, cache=tmp_path / "cache", **QUICK)
 
 
 def test_settings_that_decide_nothing_do_not_make_another_run():
-    one, two = FineTuning(workers=1), FineTuning(workers=2)
+    one, two = FineTuneConfig(workers=1), FineTuneConfig(workers=2)
     assert replace(one, workers=2) == two
 
 
@@ -348,12 +351,12 @@ def test_epochs_are_written_for_tensorboard_or_it_is_said_what_to_install(tmp_pa
     import sys
     import types
 
-    from featpipe.finetuning.board import board
-    from featpipe.finetuning.state import Epoch
+    from featpipe.finetuning.board import make_tensorboard_logger
+    from featpipe.finetuning.state import EpochRecord
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="TensorBoard is not installed; pip install tensorboard"):
-        board(tmp_path)
+        make_tensorboard_logger(tmp_path)
     written = []
 
     class Writer:
@@ -369,5 +372,5 @@ def test_epochs_are_written_for_tensorboard_or_it_is_said_what_to_install(tmp_pa
             written.append(what)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    board(tmp_path)(Epoch(2, float("nan"), 0.5, 0.75, 0.1))
+    make_tensorboard_logger(tmp_path)(EpochRecord(2, float("nan"), 0.5, 0.75, 0.1))
     assert written == [("validation_loss", 0.5, 2), ("validation_score", 0.75, 2), ("rate", 0.1, 2)]

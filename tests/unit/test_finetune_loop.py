@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from featpipe import backbone
 from featpipe.errors import ConfigError, ModelError
 from featpipe.finetuning import checkpoint
-from featpipe.finetuning.blending import blended
-from featpipe.finetuning.finder import found_rate
-from featpipe.finetuning.job import Job, Targets
-from featpipe.finetuning.loop import answers, fine_tune, gradients
-from featpipe.finetuning.rates import factor, groups
-from featpipe.finetuning.source import Embedding
-from featpipe.finetuning.state import Epoch, State
-from featpipe.finetuning.unfreezing import unfrozen
-from featpipe.heads.losses import Objective
-from featpipe.recipe import FineTuning
+from featpipe.finetuning.blending import apply_mixup_cutmix
+from featpipe.finetuning.finder import find_learning_rate
+from featpipe.finetuning.job import Trainer, TrainingTargets
+from featpipe.finetuning.loop import compute_gradients, predict_scores, run_training_loop
+from featpipe.finetuning.rates import make_parameter_groups, schedule_factor
+from featpipe.finetuning.source import EmbeddingNetwork
+from featpipe.finetuning.state import EpochRecord, TrainingState
+from featpipe.finetuning.unfreezing import select_unfrozen
+from featpipe.heads.losses import LossFunction
+from featpipe.recipe import FineTuneConfig
 from tests.finetuning import Ladder, small_transform
 
 N, K = 40, 3
@@ -41,41 +41,41 @@ class Tensors:
         return self.images[torch.from_numpy(rows)] + 0.01 * epoch
 
 
-def job_of(network: nn.Module | None = None, **settings) -> Job:
-    tuning = FineTuning(
+def job_of(network: nn.Module | None = None, **settings) -> Trainer:
+    tuning = FineTuneConfig(
         **{"unfreeze": "all", "batch": 8, "epochs": 3, "patience": 0, "learning_rate": 1e-2, **settings}
     )
     whole = backbone.load(network or Ladder(), transform=small_transform)
-    chosen = unfrozen(whole, tuning.unfreeze)
+    chosen = select_unfrozen(whole, tuning.unfreeze)
     trained = copy.deepcopy(whole.network)
     generator = torch.Generator().manual_seed(1)
     y = torch.arange(N) % K
     images = torch.randn(N, 3, 16, 16, generator=generator) + nn.functional.one_hot(y, K)[:, :, None, None]
-    source = Tensors(Embedding(trained, whole.outputs[0]), images)
+    source = Tensors(EmbeddingNetwork(trained, whole.outputs[0]), images)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         head = nn.Sequential(nn.Linear(10, K))
     rows = np.arange(N)
-    return Job(
+    return Trainer(
         network=trained,
         head=head,
         unfrozen=chosen,
-        source=source,
-        watched=source,
-        train=rows[:32],
-        validation=rows[32:],
-        targets=Targets(y, torch.ones(N)),
-        objective=Objective("softmax", "cross_entropy"),
+        train_data=source,
+        validation_data=source,
+        train_rows=rows[:32],
+        validation_rows=rows[32:],
+        targets=TrainingTargets(y, torch.ones(N)),
+        loss_function=LossFunction("softmax", "cross_entropy"),
         tuning=tuning,
-        ids=[f"image {row}" for row in rows],
+        sample_ids=[f"image {row}" for row in rows],
     )
 
 
-def begun(job: Job) -> State:
-    return State.begun(job, float(job.tuning.learning_rate))
+def begun(job: Trainer) -> TrainingState:
+    return TrainingState.init(job, float(job.tuning.learning_rate))
 
 
-def weights(job: Job) -> dict[str, Tensor]:
+def weights(job: Trainer) -> dict[str, Tensor]:
     state = {f"b.{name}": value for name, value in job.network.state_dict().items()}
     return {name: value.clone() for name, value in [*state.items(), *job.head.state_dict().items()]}
 
@@ -106,15 +106,15 @@ EXPECTED = {
 
 @pytest.mark.parametrize("what", EXPECTED)
 def test_what_is_trained_is_said_in_the_fields_words(what):
-    chosen = unfrozen(backbone.load(Ladder(), transform=small_transform), what)
+    chosen = select_unfrozen(backbone.load(Ladder(), transform=small_transform), what)
     assert {name.split(".")[0] for name in chosen.names} == EXPECTED[what]
 
 
 def test_every_stage_of_a_network_of_the_table_can_be_named():
     network = backbone.load("resnet18", weights="none")
-    assert {name.split(".")[0] for name in unfrozen(network, "last").names} == {"layer4"}
-    assert {name.split(".")[0] for name in unfrozen(network, "layers[15:]").names} >= {"layer3", "layer4"}
-    assert len(unfrozen(network, "all").names) == 60
+    assert {name.split(".")[0] for name in select_unfrozen(network, "last").names} == {"layer4"}
+    assert {name.split(".")[0] for name in select_unfrozen(network, "layers[15:]").names} >= {"layer3", "layer4"}
+    assert len(select_unfrozen(network, "all").names) == 60
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,20 @@ def test_every_stage_of_a_network_of_the_table_can_be_named():
 )
 def test_what_is_not_there_is_answered_with_what_is(what, words):
     with pytest.raises(ConfigError, match=words):
-        unfrozen(backbone.load(Ladder(), transform=small_transform), what)
+        select_unfrozen(backbone.load(Ladder(), transform=small_transform), what)
 
 
 def test_weights_that_the_output_does_not_depend_on_are_not_trained():
     part = backbone.load(Ladder(), transform=small_transform, outputs=["layer2:avg"])
-    assert {name.split(".")[0] for name in unfrozen(part, "last").names} == {"layer2"}
+    assert {name.split(".")[0] for name in select_unfrozen(part, "last").names} == {"layer2"}
     with pytest.raises(ConfigError, match="none of its weights has a part in output 'layer2:avg'"):
-        unfrozen(part, "layer3")
+        select_unfrozen(part, "layer3")
 
 
 def test_what_is_frozen_keeps_every_bit_and_has_no_gradient_and_no_state():
     job = job_of(unfreeze="last")
     before, state = weights(job), begun(job)
-    fine_tune(job, state)
+    run_training_loop(job, state)
     after = weights(job)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     trained = {f"b.{name}" for name in job.unfrozen.names}
@@ -157,7 +157,7 @@ def test_batch_norms_follow_the_batches_only_if_asked_and_only_in_what_is_traine
     for how in ("frozen", "trained"):
         job = job_of(unfreeze="last", batch_norm=how)
         before = weights(job)
-        fine_tune(job, begun(job))
+        run_training_loop(job, begun(job))
         after = weights(job)
         statistics[how] = {n for n in before if "running" in n and not torch.equal(before[n], after[n])}
     assert statistics["frozen"] == set()
@@ -166,7 +166,7 @@ def test_batch_norms_follow_the_batches_only_if_asked_and_only_in_what_is_traine
 
 def test_stages_are_thawed_one_after_the_other():
     job = job_of(gradual=1, epochs=4)
-    thawed = [{name.split(".")[0] for name in job.unfrozen.thawed(epoch, 1)} for epoch in range(5)]
+    thawed = [{name.split(".")[0] for name in job.unfrozen.active_names(epoch, 1)} for epoch in range(5)]
     stages = [{name.split(".")[0] for name in job.unfrozen.names if job.unfrozen.depth[name] == d} for d in (1, 2, 3)]
     assert thawed[0] == set()
     assert thawed[1] == stages[0] == {"layer3"}
@@ -174,7 +174,7 @@ def test_stages_are_thawed_one_after_the_other():
     assert thawed[4] == {"stem", "layer1", "layer2", "layer3"}
     fresh = job_of(gradual=2, epochs=2)
     before = weights(fresh)
-    fine_tune(fresh, begun(fresh))
+    run_training_loop(fresh, begun(fresh))
     after = weights(fresh)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"0.weight", "0.bias"}
 
@@ -184,11 +184,11 @@ def test_stages_are_thawed_one_after_the_other():
 
 def test_rates_fall_geometrically_and_norms_and_biases_do_not_decay():
     job = job_of(layer_decay=0.5, weight_decay=0.3)
-    below = {n: p for n, p in job.parameters().items() if n in job.depth()}
-    head = {n: p for n, p in job.parameters().items() if n not in below}
-    for group in groups(head, below, job.depth(), job.tuning):
+    below = {n: p for n, p in job.trained_parameters().items() if n in job.parameter_depths()}
+    head = {n: p for n, p in job.trained_parameters().items() if n not in below}
+    for group in make_parameter_groups(head, below, job.parameter_depths(), job.tuning):
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            assert group["share"] == 0.5 ** job.depth().get(name, 0)
+            assert group["share"] == 0.5 ** job.parameter_depths().get(name, 0)
             is_norm_or_bias = name.endswith("bias") or ".norm." in name
             assert is_norm_or_bias == (parameter.ndim == 1)
             assert group["weight_decay"] == (0.0 if is_norm_or_bias else 0.3)
@@ -196,8 +196,8 @@ def test_rates_fall_geometrically_and_norms_and_biases_do_not_decay():
 
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "constant"])
 def test_schedules_rise_to_one_and_fall(schedule):
-    tuning = FineTuning(schedule=schedule, warmup=0.25)
-    found = [factor(step, 100, tuning) for step in range(100)]
+    tuning = FineTuneConfig(schedule=schedule, warmup=0.25)
+    found = [schedule_factor(step, 100, tuning) for step in range(100)]
     assert max(found) == pytest.approx(1.0)
     assert np.argmax(found) in (24, 25)
     assert all(a < b for a, b in pairwise(found[:25]))
@@ -208,10 +208,10 @@ def test_one_cycle_is_that_of_torch():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=100, cycle_momentum=False)
-    tuning, ours, wanted = FineTuning(schedule="one-cycle", warmup=0.3), [], []
+    tuning, ours, wanted = FineTuneConfig(schedule="one-cycle", warmup=0.3), [], []
     for step in range(100):
         wanted.append(optimizer.param_groups[0]["lr"])
-        ours.append(factor(step, 100, tuning))
+        ours.append(schedule_factor(step, 100, tuning))
         optimizer.step()
         if step < 99:
             theirs.step()
@@ -222,7 +222,7 @@ def test_one_cycle_is_that_of_torch():
 def test_a_rate_is_found_and_the_network_is_left_as_it_was():
     job = job_of(epochs=1)
     before = weights(job)
-    rate = found_rate(job)
+    rate = find_learning_rate(job)
     assert 1e-5 < rate < 1
     assert_equal(before, weights(job))
 
@@ -241,13 +241,13 @@ def test_a_step_is_that_of_a_plain_loop():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
     network.requires_grad_(True)
-    (rows,) = job.batches(0)
-    scores = head(network(job.source.batch(rows, 0)))
+    (rows,) = job.epoch_batches(0)
+    scores = head(network(job.train_data.batch(rows, 0)))
     nn.functional.cross_entropy(scores, job.targets.Y[torch.from_numpy(rows)]).backward()
     wanted = {f"b.{n}": p.detach() - 1e-2 * p.grad for n, p in network.named_parameters()}
     wanted |= {n: p.detach() - 1e-2 * p.grad for n, p in head.named_parameters()}
     state = begun(job)
-    fine_tune(job, state)
+    run_training_loop(job, state)
     found = {**{name: value for name, value in weights(job).items() if name in wanted}}
     if state.best_epoch.number == 1:
         assert_equal(found, wanted, atol=1e-6, rtol=1e-5)
@@ -260,28 +260,28 @@ def test_gradients_of_pieces_add_up_to_those_of_the_batch(pieces):
     found = []
     for accumulate in (1, pieces):
         job = job_of(accumulate=accumulate)
-        state, (rows, *_) = begun(job), job.batches(0)
-        job.thaw(0)
-        loss, _ = gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
-        found.append((loss, {name: p.grad.clone() for name, p in job.parameters().items()}))
+        state, (rows, *_) = begun(job), job.epoch_batches(0)
+        job.unfreeze_for_epoch(0)
+        loss, _ = compute_gradients(job, state, rows, job.train_data.batch(rows, 0), len(rows))
+        found.append((loss, {name: p.grad.clone() for name, p in job.trained_parameters().items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert_equal(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
 
 
 def test_batches_are_never_of_one_image_unless_asked_and_each_row_comes_once():
     job = replace(job_of(), train=np.arange(33))
-    assert [len(rows) for rows in job.batches(0)] == [7, 7, 7, 6, 6]
-    assert sorted(np.concatenate(job.batches(0)).tolist()) == list(range(33))
-    assert job.batches(0)[0].tolist() != job.batches(1)[0].tolist()
-    assert job.batches(1)[0].tolist() == job.batches(1)[0].tolist()
+    assert [len(rows) for rows in job.epoch_batches(0)] == [7, 7, 7, 6, 6]
+    assert sorted(np.concatenate(job.epoch_batches(0)).tolist()) == list(range(33))
+    assert job.epoch_batches(0)[0].tolist() != job.epoch_batches(1)[0].tolist()
+    assert job.epoch_batches(1)[0].tolist() == job.epoch_batches(1)[0].tolist()
 
 
 def test_balanced_sampling_draws_each_class_as_often():
     job = job_of(sampling="balanced")
     Y = torch.zeros(N, dtype=torch.int64)
     Y[:4] = 1
-    job = replace(job, targets=Targets(Y, torch.ones(N)))
-    drawn = np.concatenate([rows for epoch in range(20) for rows in job.batches(epoch)])
+    job = replace(job, targets=TrainingTargets(Y, torch.ones(N)))
+    drawn = np.concatenate([rows for epoch in range(20) for rows in job.epoch_batches(epoch)])
     assert abs(np.mean(Y.numpy()[drawn] == 1) - 0.5) < 0.06
 
 
@@ -290,20 +290,21 @@ def test_blends_hold_as_much_of_each_picture_as_they_say(settings):
     ones = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
     torch.manual_seed(3)
     for _ in range(10):
-        found, blend = blended(ones, FineTuning(**settings))
-        wanted = blend.share * torch.arange(6.0) + (1 - blend.share) * torch.from_numpy(blend.partner).float()
+        found, blend = apply_mixup_cutmix(ones, FineTuneConfig(**settings))
+        wanted = blend.lam * torch.arange(6.0) + (1 - blend.lam) * torch.from_numpy(blend.partner).float()
         torch.testing.assert_close(found.mean((1, 2, 3)), wanted)
 
 
 def test_the_average_is_what_is_judged_and_kept():
     job = job_of(ema=0.9, epochs=2)
     state = begun(job)
-    fine_tune(job, state)
-    assert state.average.keys() == job.kept().keys()
+    run_training_loop(job, state)
+    assert state.ema_weights.keys() == job.trained_tensors().keys()
     if state.best_epoch.number == 2:
-        assert_equal(dict(job.kept()), state.average)
+        assert_equal(dict(job.trained_tensors()), state.ema_weights)
     by_hand = nn.functional.cross_entropy(
-        answers(job, job.watched, job.validation), job.targets.Y[torch.from_numpy(job.validation)]
+        predict_scores(job, job.validation_data, job.validation_rows),
+        job.targets.Y[torch.from_numpy(job.validation_rows)],
     )
     assert float(by_hand) == pytest.approx(state.best_epoch.validation_loss, rel=1e-5)
 
@@ -313,23 +314,28 @@ def test_half_precision_trains_float32_weights_about_as_well(precision):
     found = {}
     for name in ("fp32", precision):
         job = job_of(precision=name, epochs=3)
-        state = fine_tune(job, begun(job))
+        state = run_training_loop(job, begun(job))
         found[name] = [epoch.validation_loss for epoch in state.curve]
-        assert all(parameter.dtype == torch.float32 for parameter in job.parameters().values())
+        assert all(parameter.dtype == torch.float32 for parameter in job.trained_parameters().values())
     assert found[precision][-1] < found[precision][0]
     np.testing.assert_allclose(found[precision], found["fp32"], rtol=0.15)
 
 
 def test_it_stops_when_validation_gets_no_better_and_puts_the_best_weights_back():
     job = job_of(epochs=30, patience=2, learning_rate=0.3)
-    state = fine_tune(job, begun(job))
+    state = run_training_loop(job, begun(job))
     assert len(state.curve) < 31
     assert state.curve[-1].number - state.best_epoch.number == 2
-    assert_equal(dict(job.kept()), state.best)
+    assert_equal(dict(job.trained_tensors()), state.best_weights)
 
 
 def test_the_best_epoch_is_that_of_the_lowest_loss_or_of_the_most_right_answers():
-    curve = [Epoch(0, 1.0, 0.5, 0.7), Epoch(1, 1.0, 0.6, 0.9), Epoch(2, 1.0, 0.55, 0.9), Epoch(3, 1.0, 0.5, 0.8)]
+    curve = [
+        EpochRecord(0, 1.0, 0.5, 0.7),
+        EpochRecord(1, 1.0, 0.6, 0.9),
+        EpochRecord(2, 1.0, 0.55, 0.9),
+        EpochRecord(3, 1.0, 0.5, 0.8),
+    ]
     for monitor, best in (("loss", 0), ("score", 2)):
         state = begun(job_of(monitor=monitor))
         state.curve = curve
@@ -368,54 +374,58 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tmp_path, name):
     whole = job_of(**SETTINGS[name])
-    uninterrupted = fine_tune(whole, begun(whole))
+    uninterrupted = run_training_loop(whole, begun(whole))
     for at in (2, 6, 10):
         place = tmp_path / f"{at}.checkpoint"
         first = job_of(**SETTINGS[name])
-        stopped = replace(first, source=Interrupting(first.source, at))
+        stopped = replace(first, source=Interrupting(first.train_data, at))
         with pytest.raises(KeyboardInterrupt):
-            fine_tune(stopped, begun(stopped), lambda state, j=stopped, p=place: checkpoint.write(p, j, state, ASKED))
+            run_training_loop(
+                stopped,
+                begun(stopped),
+                lambda state, j=stopped, p=place: checkpoint.save_checkpoint(p, j, state, ASKED),
+            )
         second = job_of(**SETTINGS[name])
-        state = fine_tune(second, checkpoint.read(place, second, ASKED))
+        state = run_training_loop(second, checkpoint.load_checkpoint(place, second, ASKED))
         assert_equal(weights(second), weights(whole))
-        assert [e.facts() for e in state.curve] == [e.facts() for e in uninterrupted.curve]
+        assert [e.to_dict() for e in state.curve] == [e.to_dict() for e in uninterrupted.curve]
 
 
 def test_a_schedulers_signal_saves_too(tmp_path):
     job = job_of()
-    job = replace(job, source=Interrupting(job.source, 3, signal.SIGTERM))
+    job = replace(job, source=Interrupting(job.train_data, 3, signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     saved = []
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(job, begun(job), lambda state: saved.append(state.step))
+        run_training_loop(job, begun(job), lambda state: saved.append(state.step))
     assert saved
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_changed_setting_is_an_error_that_lists_what_differs(tmp_path):
     job = job_of()
-    checkpoint.write(tmp_path / "c", job, begun(job), ASKED)
+    checkpoint.save_checkpoint(tmp_path / "c", job, begun(job), ASKED)
     other = {"settings": {"epochs": 3, "learning_rate": 0.02}}
     with pytest.raises(ConfigError, match=r"settings.learning_rate is 0.01, asked for 0.02.*--restart"):
-        checkpoint.read(tmp_path / "c", job, other)
+        checkpoint.load_checkpoint(tmp_path / "c", job, other)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     job = job_of()
     place = tmp_path / "c"
-    checkpoint.write(place, job, begun(job), ASKED)
+    checkpoint.save_checkpoint(place, job, begun(job), ASKED)
     data = place.read_bytes()
     for length in (0, 7, 100, len(data) - 1):
         place.write_bytes(data[:length])
         with pytest.raises(ModelError, match="is damaged or no checkpoint"):
-            checkpoint.read(place, job, ASKED)
+            checkpoint.load_checkpoint(place, job, ASKED)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     job = job_of()
-    checkpoint.write(tmp_path / "c", job, begun(job), ASKED)
+    checkpoint.save_checkpoint(tmp_path / "c", job, begun(job), ASKED)
     with pytest.raises(ModelError, match="does not fit the network"):
-        checkpoint.read(tmp_path / "c", job_of(Wider(), unfreeze="all"), ASKED)
+        checkpoint.load_checkpoint(tmp_path / "c", job_of(Wider(), unfreeze="all"), ASKED)
 
 
 class Wider(Ladder):
@@ -443,15 +453,15 @@ class Poisoned(Tensors):
 def test_a_loss_that_is_no_number_stops_restores_and_names_the_batch():
     said = []
     job = job_of(learning_rate=1e-3)
-    job = replace(job, source=Poisoned(job.source.network, job.source.images), progress=said.append)
-    state = fine_tune(job, begun(job))
+    job = replace(job, source=Poisoned(job.train_data.network, job.train_data.images), progress=said.append)
+    state = run_training_loop(job, begun(job))
     warning = next(p.text for p in said if p.kind == "warning")
     assert "epoch 2" in warning
     assert "the loss is nan in the batch of" in warning
     assert "image 5" in warning
     assert [epoch.number for epoch in state.curve] == [0, 1]
     assert all(value.isfinite().all() for value in weights(job).values())
-    assert_equal(dict(job.kept()), state.best)
+    assert_equal(dict(job.trained_tensors()), state.best_weights)
 
 
 class Small(nn.Module):
@@ -471,15 +481,15 @@ class Small(nn.Module):
 def test_where_memory_runs_out_batches_are_computed_in_pieces_with_the_same_result(most):
     whole, said = job_of(epochs=1), []
     small = job_of(epochs=1)
-    source = Tensors(Small(small.source.network, most), small.source.images)
+    source = Tensors(Small(small.train_data.network, most), small.train_data.images)
     small = replace(small, source=source, progress=said.append)
     state = begun(small)
     for job in (whole, small):
         for module in job.network.modules():
             if isinstance(module, nn.Dropout2d):
                 module.p = 0.0
-    fine_tune(whole, begun(whole))
-    fine_tune(small, state)
+    run_training_loop(whole, begun(whole))
+    run_training_loop(small, state)
     assert state.pieces == {3: 4, 1: 8}[most]
     assert any("with the same gradients" in p.text for p in said if p.kind == "warning")
     assert_equal(weights(whole), weights(small), atol=1e-4, rtol=1e-3)
@@ -488,9 +498,9 @@ def test_where_memory_runs_out_batches_are_computed_in_pieces_with_the_same_resu
 @pytest.mark.parametrize(("batch_norm", "least"), [("frozen", "one image"), ("trained", "two images")])
 def test_memory_for_not_even_the_smallest_batch_is_an_error(batch_norm, least):
     job, said = job_of(batch_norm=batch_norm), []
-    source = Tensors(Small(job.source.network, 0), job.source.images)
-    job = replace(job, source=source, watched=job.source, progress=said.append)
+    source = Tensors(Small(job.train_data.network, 0), job.train_data.images)
+    job = replace(job, source=source, watched=job.train_data, progress=said.append)
     with pytest.raises(ConfigError, match=f"not enough memory to train on {least} at a time"):
-        fine_tune(job, begun(job))
+        run_training_loop(job, begun(job))
     kept = any("with the same gradients" in p.text for p in said if p.kind == "warning")
     assert kept == (batch_norm == "frozen")

@@ -13,9 +13,9 @@ import torch
 import featpipe
 from featpipe import backbone, heads
 from featpipe.calibration import Calibration
-from featpipe.finetuning.layers import Layers, estimator_of, layers_of
-from featpipe.finetuning.source import Embedding
-from featpipe.finetuning.start import start_of
+from featpipe.finetuning.layers import HeadLayers, head_to_layers, layers_to_head
+from featpipe.finetuning.source import EmbeddingNetwork
+from featpipe.finetuning.start import initialize_head
 from tests.finetuning import Ladder, small_transform, write_photos
 
 
@@ -50,14 +50,14 @@ def first_answers(model: featpipe.Model, cache: featpipe.FeatureCache, paths: li
     """What the network with its new layer says of pictures before the first step."""
     rows = cache.usable
     y = cache.label_table.take(rows).values
-    start = start_of(model, np.asarray(cache.X), y[:, 0] if model.task == "regression" else y)
+    start = initialize_head(model, np.asarray(cache.X), y[:, 0] if model.task == "regression" else y)
     network = model.backbone.network
-    embedding = Embedding(network, model.backbone.outputs[0])
+    embedding = EmbeddingNetwork(network, model.backbone.outputs[0])
     images = torch.stack([model.backbone.transform(pixels(path)) for path in paths])
     with torch.no_grad():
-        scores = start.layers.module().eval()(embedding(images))
+        scores = start.layers.to_module().eval()(embedding(images))
     if model.task == "regression":
-        return scores * torch.tensor(start.spread) + torch.tensor(start.mean)
+        return scores * torch.tensor(start.target_std) + torch.tensor(start.target_mean)
     return scores.sigmoid() if model.task == "multilabel" else scores.softmax(dim=1)
 
 
@@ -110,11 +110,14 @@ def test_neighbours_are_no_layer_and_a_linear_head_is_trained_in_their_place(pla
     cache = cache_of(place, ladder, labels)
     model = featpipe.train(cache, "knn").attach(ladder)
     y = cache.label_table.values if labels is None else cache.y
-    start = start_of(model, np.asarray(cache.X), y)
+    start = initialize_head(model, np.asarray(cache.X), y)
     name = "logistic" if labels is None else "ridge"
-    assert start.how == f"the layer starts as a {name} head trained on the embeddings: knn is no layer of a network"
+    assert (
+        start.description
+        == f"the layer starts as a {name} head trained on the embeddings: knn is no layer of a network"
+    )
     own = heads.build(name, model.task).fit(np.asarray(cache.X), y)
-    layers = start.in_units(start.layers)
+    layers = start.to_target_units(start.layers)
     answers = own.predict(cache.X) if labels else own.decision_function(cache.X)
     found = cache.X @ layers.weights[0].T + layers.biases[0]
     if labels is None:
@@ -128,23 +131,23 @@ def test_layers_come_back_as_a_head_that_is_saved_and_answers_alike(task, widths
     random = np.random.default_rng(0)
     pairs = list(pairwise(widths))
     weights = tuple(random.normal(size=(fan_out, fan_in)) for fan_in, fan_out in pairs)
-    layers = Layers(weights, tuple(random.normal(size=fan_out) for _, fan_out in pairs), "gelu", 0.2)
-    name, pipeline = estimator_of(layers, task)
+    layers = HeadLayers(weights, tuple(random.normal(size=fan_out) for _, fan_out in pairs), "gelu", 0.2)
+    name, pipeline = layers_to_head(layers, task)
     assert name == ("linear" if len(widths) == 2 else "mlp")
     again = heads.loads(heads.dumps(pipeline))
     X = random.normal(size=(6, 7)).astype(np.float32)
     with torch.no_grad():
-        scores = layers.module().eval()(torch.from_numpy(X))
+        scores = layers.to_module().eval()(torch.from_numpy(X))
     link = {"classification": lambda s: s.softmax(dim=1), "multilabel": torch.sigmoid, "regression": lambda s: s}[task]
     answers = again.predict(X) if task == "regression" else again.predict_proba(X)
     np.testing.assert_allclose(answers, link(scores).numpy(), atol=1e-5)
 
 
 def test_a_spread_of_targets_is_undone():
-    layers = Layers((np.array([[2.0, 1.0]]),), (np.array([3.0]),))
-    within = layers.before(1 / 4.0, -5 / 4.0)
-    np.testing.assert_allclose(within.before(4.0, 5.0).weights[0], layers.weights[0])
-    np.testing.assert_allclose(within.before(4.0, 5.0).biases[0], layers.biases[0])
+    layers = HeadLayers((np.array([[2.0, 1.0]]),), (np.array([3.0]),))
+    within = layers.fold_output_scaling(1 / 4.0, -5 / 4.0)
+    np.testing.assert_allclose(within.fold_output_scaling(4.0, 5.0).weights[0], layers.weights[0])
+    np.testing.assert_allclose(within.fold_output_scaling(4.0, 5.0).biases[0], layers.biases[0])
 
 
 def test_a_scaler_that_does_not_scale_or_not_centre_is_folded_too():
@@ -152,7 +155,7 @@ def test_a_scaler_that_does_not_scale_or_not_centre_is_folded_too():
     X, y = random.normal(2, 3, (60, 5)).astype(np.float32), np.arange(60) % 3
     for settings in ({"scale__with_mean": False}, {"scale__with_std": False}, {"scale": "passthrough"}):
         pipeline = heads.build("lda", params=settings).fit(X, y)
-        layers = layers_of(pipeline, "classification", Calibration(temperature=2.0), 5)
+        layers = head_to_layers(pipeline, "classification", Calibration(temperature=2.0), 5)
         scores = X @ layers.weights[0].T + layers.biases[0]
         wanted = pipeline.decision_function(X) / 2
         np.testing.assert_allclose(scores, wanted - wanted.mean(axis=1, keepdims=True), atol=1e-4)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from featpipe import backbone
 from featpipe.engine import Engine, fusing, preparing
-from featpipe.engine.fusing import fuse
-from featpipe.engine.graph import graph_of
+from featpipe.engine.fusing import fuse_convolutions
+from featpipe.engine.graph import export_graph
 from featpipe.errors import ConfigError
 from tests.conftest import Tiny, tiny_transform
 from tests.unit.test_engine import ByHand, Deciding, Remembering
@@ -98,7 +98,7 @@ def test_a_network_made_ready_gives_its_own_answers(network, kind):
 def fused_calls(network: nn.Module, **more: object) -> list[str]:
     net = loaded(network, **more)
     weights = dict(net.network.named_parameters()) | dict(net.network.named_buffers())
-    module = fuse(graph_of(net, 2), weights, torch.float32)
+    module = fuse_convolutions(export_graph(net, 2), weights, torch.float32)
     return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
 
 
@@ -220,13 +220,13 @@ def test_following_leaves_nothing_in_a_network_that_remembers():
 
 def test_a_graph_that_answers_otherwise_is_not_used(monkeypatch):
     def wrong(*arguments):
-        module = fuse(*arguments)
+        module = fuse_convolutions(*arguments)
         for buffer in module.buffers():
             if not buffer.is_mkldnn:
                 buffer += 1
         return module
 
-    monkeypatch.setattr("featpipe.engine.fusing.fuse", wrong)
+    monkeypatch.setattr("featpipe.engine.fusing.fuse_convolutions", wrong)
     assert Engine(loaded(Varied()), CPU, kind="torch", images=MANY).name == "torch"
 
 

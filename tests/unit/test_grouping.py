@@ -13,8 +13,8 @@ import pytest
 from featpipe import extract, split
 from featpipe.archive import index
 from featpipe.errors import ArchiveError, ConfigError, FeatpipeError
-from featpipe.grouping import address, column_of, groups_of, times_of
-from featpipe.strings import Strings
+from featpipe.grouping import load_column, load_groups, load_times, parse_table_column
+from featpipe.strings import StringColumn
 
 
 def cache_of(*ids: str, archives: list[str] | None = None, kinds: list[str] | None = None) -> Any:
@@ -26,7 +26,7 @@ def cache_of(*ids: str, archives: list[str] | None = None, kinds: list[str] | No
 
     return Stub(
         path=Path("made.h5"),
-        ids=Strings.of(ids),
+        ids=StringColumn.from_strings(ids),
         manifest={"archives": archives, "archive_kinds": kinds},
         status_codes=np.zeros(len(ids), np.uint8),
     )
@@ -45,7 +45,7 @@ def visits(tmp_path: Path, names: Any = ANIMALS, values: Any = ("p7", "p8", "p7"
     return f"{table(tmp_path / 'visits.csv', 'path,patient' + chr(10) + rows)}:patient"
 
 
-def said(where: str, cache: Any, of: Any = groups_of, **others: Any) -> str:
+def said(where: str, cache: Any, of: Any = load_groups, **others: Any) -> str:
     with pytest.raises(FeatpipeError) as caught:
         of(cache, where, **others)
     assert "\n" not in str(caught.value)
@@ -54,18 +54,18 @@ def said(where: str, cache: Any, of: Any = groups_of, **others: Any) -> str:
 
 def test_groups_come_in_the_order_of_the_samples_whatever_the_order_of_the_table(tmp_path: Path) -> None:
     where = visits(tmp_path, reversed(ANIMALS), ("x", "y", "z"))
-    assert groups_of(cache_of(*ANIMALS), where).tolist() == ["z", "y", "x"]
-    assert groups_of(cache_of(*ANIMALS), where, rows=[2, 0]).tolist() == ["x", "z"]
+    assert load_groups(cache_of(*ANIMALS), where).tolist() == ["z", "y", "x"]
+    assert load_groups(cache_of(*ANIMALS), where, rows=[2, 0]).tolist() == ["x", "z"]
 
 
 @pytest.mark.parametrize("text", ["patient", "visits.csv", "visits.csv:", ":patient", "visits.csv: "])
 def test_what_is_no_table_and_column_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is not TABLE:COLUMN; write it as in visits.csv:patient"):
-        address(text)
+        parse_table_column(text)
 
 
 def test_a_table_whose_path_has_a_colon_is_found() -> None:
-    assert address("C:/data/visits.csv:patient") == (Path("C:/data/visits.csv"), "patient")
+    assert parse_table_column("C:/data/visits.csv:patient") == (Path("C:/data/visits.csv"), "patient")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_images_are_found_in_all_ways_in_which_labels_are(
     if style in ("table", "absolute"):
         names = [f"{samples.sources[i].path.name}/{name}" for i, name in zip(samples.source, names, strict=True)]
     where = visits(tmp_path, [before + name for name in names], wanted)
-    assert groups_of(cache, where).tolist() == wanted
+    assert load_groups(cache, where).tolist() == wanted
     # The oracle: the same table as one of labels.
     labels = index(made, labels=relabelled(tmp_path, where)).labels
     assert [labels.classes[code] for code in labels.values] == wanted
@@ -116,15 +116,15 @@ def test_the_images_of_a_table_are_found_as_the_table_names_them(tmp_path: Path,
     listed = table(tmp_path / "list.csv", "path,label,Burst\nphotos/ape/01.jpg,x,b1\nphotos/ape/00.jpg,y,b2\n")
     samples = index(listed)
     cache = cache_of(*samples.ids, archives=[str(listed)], kinds=["files"])
-    assert groups_of(cache, f"{listed}:burst").tolist() == ["b1", "b2"]
+    assert load_groups(cache, f"{listed}:burst").tolist() == ["b1", "b2"]
     absolute = f"{tmp_path}/photos/ape"
     where = visits(tmp_path, [f"{absolute}/00.jpg", f"{absolute}/01.jpg"], ["p", "q"])
-    assert groups_of(cache, where).tolist() == ["q", "p"]
+    assert load_groups(cache, where).tolist() == ["q", "p"]
 
 
 def test_a_merged_cache_is_matched_by_id(tmp_path: Path) -> None:
     cache = cache_of("a.jpg", "a.jpg#2", archives=["/x/a", "/x/b"], kinds=None)
-    assert groups_of(cache, visits(tmp_path, ["a.jpg#2", "./a.jpg"], ["p", "q"])).tolist() == ["q", "p"]
+    assert load_groups(cache, visits(tmp_path, ["a.jpg#2", "./a.jpg"], ["p", "q"])).tolist() == ["q", "p"]
 
 
 def test_a_name_that_fits_images_of_two_archives_is_an_error(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_name_that_fits_images_of_two_archives_is_an_error(tmp_path: Path) -> 
 
 def test_a_table_may_name_other_images_too(tmp_path: Path) -> None:
     where = visits(tmp_path, (*ANIMALS, "elsewhere/9.jpg"), ("x", "y", "z", "w"))
-    assert groups_of(cache_of(*ANIMALS), where).tolist() == ["x", "y", "z"]
+    assert load_groups(cache_of(*ANIMALS), where).tolist() == ["x", "y", "z"]
 
 
 def test_images_that_are_not_in_the_table_are_counted_and_named(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_images_that_are_not_in_the_table_are_counted_and_named(tmp_path: Path) 
         "whose first path is 'cat/1.jpg'; give each a row with its 'patient', under its id, or its path within the "
         "archive or from the table"
     )
-    assert groups_of(cache, where, rows=[0, 2]).tolist() == ["p7", "p7"]  # those without need none
+    assert load_groups(cache, where, rows=[0, 2]).tolist() == ["p7", "p7"]  # those without need none
     assert "1 of 3 images of made.h5 ('eel/4.jpg') are not in it" in said(where, cache, rows=[0, 1, 6])
     assert "has no rows" in said(f"{table(tmp_path / 'empty.csv', 'path,patient' + chr(10))}:patient", cache)
 
@@ -156,7 +156,7 @@ def test_images_with_an_empty_value_are_counted_and_named(tmp_path: Path) -> Non
     where = visits(tmp_path, values=("p7", "", "  "))
     message = "2 of 3 images of made.h5 ('cat/2.jpg', 'dog/1.jpg') have an empty 'patient'; fill it in"
     assert message in said(where, cache_of(*ANIMALS))
-    assert groups_of(cache_of(*ANIMALS), where, rows=[0]).tolist() == ["p7"]
+    assert load_groups(cache_of(*ANIMALS), where, rows=[0]).tolist() == ["p7"]
 
 
 def test_an_image_with_two_values_is_refused_and_one_with_the_same_twice_is_not(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_an_image_with_two_values_is_refused_and_one_with_the_same_twice_is_not(
     assert "'./cat/1.jpg' has two values of 'patient', 'a' and 'd'; keep one" in said(
         visits(tmp_path, twice, "abcd"), cache_of(*ANIMALS)
     )
-    assert groups_of(cache_of(*ANIMALS), visits(tmp_path, twice, "abca")).tolist() == ["a", "b", "c"]
+    assert load_groups(cache_of(*ANIMALS), visits(tmp_path, twice, "abca")).tolist() == ["a", "b", "c"]
 
 
 def test_a_column_that_is_not_there_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_a_group_has_the_same_name_in_csv_and_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     for column in ([7, 8, 7], [7.0, 8.0, 7.0], ["7", "8", "7"]):
         parquet.write_table(pyarrow.table({"path": ANIMALS, "patient": column}), tmp_path / "visits.parquet")
-        found = groups_of(cache_of(*ANIMALS), f"{tmp_path}/visits.parquet:patient")
-        assert found.tolist() == groups_of(cache_of(*ANIMALS), visits(tmp_path, values=(7, 8, 7))).tolist()
+        found = load_groups(cache_of(*ANIMALS), f"{tmp_path}/visits.parquet:patient")
+        assert found.tolist() == load_groups(cache_of(*ANIMALS), visits(tmp_path, values=(7, 8, 7))).tolist()
     parquet.write_table(pyarrow.table({"path": ANIMALS, "patient": [["a"], ["b"], []]}), tmp_path / "visits.parquet")
     assert "holds lists (['a'])" in said(f"{tmp_path}/visits.parquet:patient", cache_of(*ANIMALS))
 
@@ -194,7 +194,7 @@ def test_a_group_has_the_same_name_in_csv_and_parquet(tmp_path: Path) -> None:
 
 
 def times(tmp_path: Path, *values: str) -> np.ndarray:
-    return times_of(cache_of(*ANIMALS), visits(tmp_path, values=values))
+    return load_times(cache_of(*ANIMALS), visits(tmp_path, values=values))
 
 
 def test_numbers_are_times(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_times_with_zones_are_compared_in_utc(tmp_path: Path) -> None:
     found = times(tmp_path, "2021-03-04T00:30+01:00", "2021-03-03T23:30Z", "2021-03-03T18:30:00-05:00")
     np.testing.assert_array_equal(found, np.array(["2021-03-03T23:30"] * 3, "datetime64[us]"))
     assert "times with a zone (2021-03-04T01:00Z) and without (2021-03-04); give all a zone or none" in said(
-        visits(tmp_path, values=("2021-03-04", "2021-03-04T01:00Z", "2021-03-04")), cache_of(*ANIMALS), times_of
+        visits(tmp_path, values=("2021-03-04", "2021-03-04T01:00Z", "2021-03-04")), cache_of(*ANIMALS), load_times
     )
 
 
@@ -224,7 +224,7 @@ def test_a_date_of_parquet_is_the_same_as_its_text(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     for values in ([date(2021, 3, i) for i in (3, 4, 5)], [datetime(2021, 3, i, 12, 30) for i in (3, 4, 5)]):
         parquet.write_table(pyarrow.table({"path": ANIMALS, "taken": values}), tmp_path / "t.parquet")
-        found = times_of(cache_of(*ANIMALS), f"{tmp_path}/t.parquet:taken")
+        found = load_times(cache_of(*ANIMALS), f"{tmp_path}/t.parquet:taken")
         np.testing.assert_array_equal(found, np.array(values, "datetime64[us]"))
 
 
@@ -248,7 +248,7 @@ def test_a_date_of_parquet_is_the_same_as_its_text(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_time_is_counted_and_the_first_is_named(values: Any, expected: str, tmp_path: Path) -> None:
-    assert expected in said(visits(tmp_path, values=values), cache_of(*ANIMALS), times_of)
+    assert expected in said(visits(tmp_path, values=values), cache_of(*ANIMALS), load_times)
 
 
 # -- with a real cache -----------------------------------------------------------------------------------------------
@@ -262,16 +262,16 @@ def test_a_table_divides_a_cache_by_group_and_by_time(tmp_path: Path, make_folde
     rows = "".join(f"{name};{b};{day}\n" for name, b, day in zip(cache.ids, burst, days, strict=True))
     meta = table(tmp_path / "meta.csv", f"id;burst;day\n{rows}")
     rows_of = cache.usable
-    groups = groups_of(cache, f"{meta}:burst", rows_of)
+    groups = load_groups(cache, f"{meta}:burst", rows_of)
     y = cache.label_table.take(rows_of).values
-    for train, test in split.folds(cache.digests[rows_of], y, k=3, groups=groups):
+    for train, test in split.make_folds(cache.digests[rows_of], y, k=3, groups=groups):
         assert not set(groups[train]) & set(groups[test])
         assert set(y[train]) == set(y[test]) == {0, 1, 2}
-    when = times_of(cache, f"{meta}:day", rows_of)
-    train, test = split.holdout(cache.digests[rows_of], y, times=when, since="2021-01-05")
+    when = load_times(cache, f"{meta}:day", rows_of)
+    train, test = split.make_holdout(cache.digests[rows_of], y, times=when, since="2021-01-05")
     assert [cache.ids[row] for row in rows_of[test]] == [
         n for n, d in zip(cache.ids, days, strict=True) if d[-1] in "56"
     ]
     assert len(train) + len(test) == len(cache)
     with pytest.raises(ArchiveError, match=r"18 of 18 images of photos.h5"):
-        column_of(cache, table(tmp_path / "other.csv", "path,burst\nnope.jpg,b\n"), "burst")
+        load_column(cache, table(tmp_path / "other.csv", "path,burst\nnope.jpg,b\n"), "burst")

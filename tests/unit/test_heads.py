@@ -22,9 +22,9 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from featpipe import heads
 from featpipe.errors import ConfigError, ModelError
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
-from featpipe.heads.objective import Problem
-from featpipe.heads.optimizers import BY_NAME
-from featpipe.heads.plan import Plan
+from featpipe.heads.objective import LogisticProblem
+from featpipe.heads.optimizers import OPTIMIZER_CLASSES
+from featpipe.heads.plan import NetworkTrainingConfig
 
 
 def features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -134,13 +134,13 @@ def test_softmax_regression_weighs_rows_and_classes_as_scikit_learn_does(fit_int
 def test_the_gradient_of_the_problem_is_that_of_its_value(link):
     rng = np.random.default_rng(0)
     Y = rng.integers(0, 3, 20) if link == "softmax" else rng.integers(0, 2, (20, 3))
-    problem = Problem(rng.normal(size=(20, 4)), Y, rng.random(Y.shape), link, 3)
+    problem = LogisticProblem(rng.normal(size=(20, 4)), Y, rng.random(Y.shape), link, 3)
 
     def value(flat):
-        return problem.at(flat.reshape(3, 5)).values.sum()
+        return problem.evaluate(flat.reshape(3, 5)).values.sum()
 
     def gradient(flat):
-        return problem.at(flat.reshape(3, 5)).gradient.ravel()
+        return problem.evaluate(flat.reshape(3, 5)).gradient.ravel()
 
     assert check_grad(value, gradient, rng.normal(size=15)) < 1e-5
 
@@ -180,7 +180,7 @@ def test_a_label_that_no_row_has_gets_a_low_finite_probability():
 
 def test_one_label_alone_stays_a_matrix_when_the_task_says_so():
     X, y, _ = KINDS["well conditioned"]
-    for name in heads.names("multilabel"):
+    for name in heads.list_heads("multilabel"):
         head = heads.build(name, "multilabel").fit(X, (y == 0)[:, None].astype(int))
         assert head.predict_proba(X).shape == head.predict(X).shape == (len(X), 1)
 
@@ -249,7 +249,7 @@ def test_an_optimizer_takes_the_steps_of_torchs_own(ours, theirs):
     weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
     twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     decay = 0.0 if ours == "sgd" else 0.1
-    mine = BY_NAME[ours]([weight], [bias], Plan(weight_decay=decay))
+    mine = OPTIMIZER_CLASSES[ours]([weight], [bias], NetworkTrainingConfig(weight_decay=decay))
     groups = [{"params": twins[:1], "weight_decay": decay}, {"params": twins[1:], "weight_decay": 0.0}]
     more = {"momentum": 0.9, "nesterov": True} if ours == "sgd" else {}
     its = theirs(groups, lr=0.01, **more)
@@ -404,7 +404,7 @@ def test_unknown_heads_and_tasks_answer_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'logistic'"):
         heads.build("logistik")
     with pytest.raises(ConfigError, match="did you mean 'regression'"):
-        heads.names("regresion")
+        heads.list_heads("regresion")
     with pytest.raises(ConfigError, match=r"head 'logistic' does classification and multilabel, .* take mlp or linear"):
         heads.build("logistic", "regression")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from featpipe.errors import ConfigError, SampleError
-from featpipe.image import BACKGROUND, Limits, decode, encode_png, thumbnail, to_rgb
+from featpipe.image import BACKGROUND, ImageLimits, decode, encode_png, thumbnail, to_rgb
 from featpipe.status import Status
 
 DRAWN = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
@@ -32,7 +32,7 @@ def encoded(picture: Image.Image | NDArray[Any], kind: str, **options: Any) -> b
     return buffer.getvalue()
 
 
-def refused(data: bytes, limits: Limits = Limits()) -> SampleError:  # noqa: B008
+def refused(data: bytes, limits: ImageLimits = ImageLimits()) -> SampleError:  # noqa: B008
     with pytest.raises(SampleError) as caught:
         decode(data, limits)
     assert "\n" not in str(caught.value)
@@ -41,7 +41,7 @@ def refused(data: bytes, limits: Limits = Limits()) -> SampleError:  # noqa: B00
 
 def answered(data: bytes) -> NDArray[np.uint8] | Status:
     try:
-        return decode(data, Limits(pixels=2**20))
+        return decode(data, ImageLimits(max_pixels=2**20))
     except SampleError as error:
         return error.status
 
@@ -303,19 +303,19 @@ def test_whatever_the_bytes_are_only_a_sample_error_leaves(name: str, seed: int,
     st.binary(max_size=80),
 )
 def test_noise_behind_a_signature_is_a_sample_error(signature: bytes, noise: bytes) -> None:
-    refused(signature + noise, Limits(pixels=2**20))
+    refused(signature + noise, ImageLimits(max_pixels=2**20))
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     data = png(100_000, 100_000, 8, 2, b"")
     assert refused(data).status is Status.TOO_LARGE
-    assert refused(encoded(DRAWN, "PNG"), Limits(pixels=34)).status is Status.TOO_LARGE
-    np.testing.assert_array_equal(decode(encoded(DRAWN, "PNG"), Limits(pixels=35)), DRAWN)
+    assert refused(encoded(DRAWN, "PNG"), ImageLimits(max_pixels=34)).status is Status.TOO_LARGE
+    np.testing.assert_array_equal(decode(encoded(DRAWN, "PNG"), ImageLimits(max_pixels=35)), DRAWN)
 
 
 def test_too_many_bytes_are_refused() -> None:
     data = encoded(DRAWN, "PNG")
-    assert refused(data, Limits(bytes=len(data) - 1)).status is Status.TOO_LARGE
+    assert refused(data, ImageLimits(max_bytes=len(data) - 1)).status is Status.TOO_LARGE
 
 
 def test_a_large_picture_within_the_limits_warns_of_nothing() -> None:

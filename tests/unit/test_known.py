@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featpipe import known as known_room
-from featpipe.known import TABLES_MAX, Known, Source
+from featpipe.known import MAX_KEY_INDEXES, EmbeddingLookup, EmbeddingSource
 from featpipe.status import Status
 
 LASTING = {int(status) for status in Status if not status.transient}
@@ -18,10 +18,10 @@ def nothing(output: str) -> np.ndarray:
     raise AssertionError("a lookup reads no features")
 
 
-def source(digests: np.ndarray, stamps: np.ndarray | None = None, status: np.ndarray | int = 0) -> Source:
+def source(digests: np.ndarray, stamps: np.ndarray | None = None, status: np.ndarray | int = 0) -> EmbeddingSource:
     n = len(digests)
     stamps = np.zeros((n, 16), np.uint8) if stamps is None else stamps
-    return Source(digests, stamps, np.broadcast_to(np.uint8(status), n).copy(), nothing)
+    return EmbeddingSource(digests, stamps, np.broadcast_to(np.uint8(status), n).copy(), nothing)
 
 
 def rows(values: list[bytes], width: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def crowded(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("make", ["random", "crowded"])
-@pytest.mark.parametrize("sources", [1, 5, TABLES_MAX, TABLES_MAX + 1, 3 * TABLES_MAX + 2])
+@pytest.mark.parametrize("sources", [1, 5, MAX_KEY_INDEXES, MAX_KEY_INDEXES + 1, 3 * MAX_KEY_INDEXES + 2])
 def test_lookups_agree_with_a_dict(make, sources):
     rng = np.random.default_rng(sources)
     n = 4000 // sources if make == "random" else 300 // sources + 3
@@ -46,9 +46,9 @@ def test_lookups_agree_with_a_dict(make, sources):
     def some(n: int, width: int) -> np.ndarray:
         return crowded(rng, n, width) if make == "crowded" else rng.integers(0, 256, (n, width), np.uint8)
 
-    known, digests, stamps = Known(), {}, {}
+    known, digests, stamps = EmbeddingLookup(), {}, {}
     for number in range(sources):
-        added = Source(some(n, 32), some(n, 16), rng.integers(0, 13, n).astype(np.uint8), nothing)
+        added = EmbeddingSource(some(n, 32), some(n, 16), rng.integers(0, 13, n).astype(np.uint8), nothing)
         assert known.add(added) == number
         for place in range(n):
             if int(added.status[place]) in LASTING:
@@ -60,12 +60,12 @@ def test_lookups_agree_with_a_dict(make, sources):
 
     every_digest = np.concatenate([*(s.digests for s in known.sources), some(500, 32), np.zeros((1, 32), np.uint8)])
     for digest in map(np.ndarray.tobytes, every_digest):
-        found = known.by_digest(digest)
+        found = known.find_by_digest(digest)
         assert found in digests[digest] if digest in digests else found is None
 
     every_stamp = np.concatenate([*(s.stamps for s in known.sources), some(500, 16), np.zeros((1, 16), np.uint8)])
     every_stamp = every_stamp[rng.permutation(len(every_stamp))]
-    found_source, found_place = known.by_stamp(every_stamp)
+    found_source, found_place = known.find_by_stamp(every_stamp)
     assert (found_source.shape, found_place.shape) == ((len(every_stamp),), (len(every_stamp),))
     for stamp, *found in zip(every_stamp, found_source.tolist(), found_place.tolist(), strict=True):
         if stamp.tobytes() in stamps:
@@ -75,88 +75,88 @@ def test_lookups_agree_with_a_dict(make, sources):
 
 
 def test_nothing_is_known_at_first():
-    known = Known()
-    assert known.by_digest(b"a" * 32) is None
-    assert known.by_stamp(np.ones((3, 16), np.uint8))[0].tolist() == [-1, -1, -1]
-    assert known.by_stamp(np.ones((0, 16), np.uint8))[0].shape == (0,)
+    known = EmbeddingLookup()
+    assert known.find_by_digest(b"a" * 32) is None
+    assert known.find_by_stamp(np.ones((3, 16), np.uint8))[0].tolist() == [-1, -1, -1]
+    assert known.find_by_stamp(np.ones((0, 16), np.uint8))[0].shape == (0,)
 
 
 def test_an_empty_source_is_a_source():
-    known = Known()
+    known = EmbeddingLookup()
     assert known.add(source(np.zeros((0, 32), np.uint8))) == 0
     assert known.add(source(rows([b"a"], 32), rows([b"s"], 16))) == 1
-    assert known.by_digest(b"a".ljust(32, b"\0")) == (1, 0)
-    assert known.by_stamp(rows([b"s", b"t"], 16))[0].tolist() == [1, -1]
+    assert known.find_by_digest(b"a".ljust(32, b"\0")) == (1, 0)
+    assert known.find_by_stamp(rows([b"s", b"t"], 16))[0].tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("position", range(3))
 def test_keys_that_differ_only_after_their_first_eight_bytes_are_told_apart(position):
     tails = [b"samehead" + bytes([i]) for i in range(3)]
-    known = Known()
+    known = EmbeddingLookup()
     known.add(source(rows(tails, 32), rows(tails, 16)))
-    assert known.by_digest(tails[position].ljust(32, b"\0")) == (0, position)
-    assert [array.tolist() for array in known.by_stamp(rows([tails[position]], 16))] == [[0], [position]]
-    assert known.by_digest(b"samehead\x09".ljust(32, b"\0")) is None
-    assert known.by_stamp(rows([b"samehead\x09"], 16))[0].tolist() == [-1]
+    assert known.find_by_digest(tails[position].ljust(32, b"\0")) == (0, position)
+    assert [array.tolist() for array in known.find_by_stamp(rows([tails[position]], 16))] == [[0], [position]]
+    assert known.find_by_digest(b"samehead\x09".ljust(32, b"\0")) is None
+    assert known.find_by_stamp(rows([b"samehead\x09"], 16))[0].tolist() == [-1]
 
 
 def test_keys_that_begin_with_zeros_are_keys():
     late = bytes(15) + b"\x01"
-    known = Known()
+    known = EmbeddingLookup()
     known.add(source(rows([late], 32), rows([late], 16)))
-    assert known.by_digest(late.ljust(32, b"\0")) == (0, 0)
-    assert known.by_stamp(rows([late], 16))[0].tolist() == [0]
+    assert known.find_by_digest(late.ljust(32, b"\0")) == (0, 0)
+    assert known.find_by_stamp(rows([late], 16))[0].tolist() == [0]
 
 
 def test_zeros_never_match():
-    known = Known()
+    known = EmbeddingLookup()
     known.add(source(np.zeros((5, 32), np.uint8), np.zeros((5, 16), np.uint8)))
-    assert known.by_digest(bytes(32)) is None
-    assert known.by_stamp(np.zeros((5, 16), np.uint8))[0].tolist() == [-1] * 5
+    assert known.find_by_digest(bytes(32)) is None
+    assert known.find_by_stamp(np.zeros((5, 16), np.uint8))[0].tolist() == [-1] * 5
 
 
 @pytest.mark.parametrize("status", [*range(12), 255])
 def test_only_statuses_that_last_and_that_this_version_knows_match(status):
-    known = Known()
+    known = EmbeddingLookup()
     known.add(source(rows([b"a"], 32), rows([b"s"], 16), status))
-    assert (known.by_digest(b"a".ljust(32, b"\0")) == (0, 0)) == (status in LASTING)
-    assert (known.by_stamp(rows([b"s"], 16))[0].tolist() == [0]) == (status in LASTING)
+    assert (known.find_by_digest(b"a".ljust(32, b"\0")) == (0, 0)) == (status in LASTING)
+    assert (known.find_by_stamp(rows([b"s"], 16))[0].tolist() == [0]) == (status in LASTING)
 
 
 def test_a_transient_row_does_not_hide_a_lasting_one():
-    known = Known()
+    known = EmbeddingLookup()
     known.add(source(rows([b"a"], 32), rows([b"s"], 16), Status.OUT_OF_MEMORY))
     known.add(source(rows([b"a"], 32), rows([b"s"], 16)))
-    assert known.by_digest(b"a".ljust(32, b"\0")) == (1, 0)
-    assert known.by_stamp(rows([b"s"], 16))[0].tolist() == [1]
+    assert known.find_by_digest(b"a".ljust(32, b"\0")) == (1, 0)
+    assert known.find_by_stamp(rows([b"s"], 16))[0].tolist() == [1]
 
 
 def test_among_equals_the_source_that_came_first_answers():
-    known = Known()
-    for _ in range(2 * TABLES_MAX + 3):
+    known = EmbeddingLookup()
+    for _ in range(2 * MAX_KEY_INDEXES + 3):
         known.add(source(rows([b"a", b"a"], 32), rows([b"s", b"s"], 16)))
-    assert known.by_digest(b"a".ljust(32, b"\0")) == (0, 0)
-    assert [array.tolist() for array in known.by_stamp(rows([b"s"], 16))] == [[0], [0]]
+    assert known.find_by_digest(b"a".ljust(32, b"\0")) == (0, 0)
+    assert [array.tolist() for array in known.find_by_stamp(rows([b"s"], 16))] == [[0], [0]]
 
 
 def test_a_lookup_asks_few_tables_however_many_sources_there_are():
-    known = Known()
+    known = EmbeddingLookup()
     for number in range(200):
         known.add(source(rows([b"%d" % number], 32), rows([b"%d" % number], 16)))
-        assert max(len(known._by_digest), len(known._by_stamp)) <= TABLES_MAX
-    assert [known.by_digest((b"%d" % i).ljust(32, b"\0")) for i in range(200)] == [(i, 0) for i in range(200)]
-    assert known.by_stamp(rows([b"%d" % i for i in range(200)], 16))[0].tolist() == list(range(200))
+        assert max(len(known._by_digest), len(known._by_stamp)) <= MAX_KEY_INDEXES
+    assert [known.find_by_digest((b"%d" % i).ljust(32, b"\0")) for i in range(200)] == [(i, 0) for i in range(200)]
+    assert known.find_by_stamp(rows([b"%d" % i for i in range(200)], 16))[0].tolist() == list(range(200))
 
 
 def test_lookups_while_another_thread_adds_find_all_that_was_there_before(monkeypatch):
-    monkeypatch.setattr(known_room, "TABLES_MAX", 3)
-    known, ready, wrong = Known(), [0], []
+    monkeypatch.setattr(known_room, "MAX_KEY_INDEXES", 3)
+    known, ready, wrong = EmbeddingLookup(), [0], []
 
     def look() -> None:
         while ready[0] < 150:
             there = ready[0]
-            wrong.extend(i for i in range(there) if known.by_digest((b"%d" % i).ljust(32, b"\0")) != (i, 0))
-            found = known.by_stamp(rows([b"%d" % i for i in range(150)], 16))[0]
+            wrong.extend(i for i in range(there) if known.find_by_digest((b"%d" % i).ljust(32, b"\0")) != (i, 0))
+            found = known.find_by_stamp(rows([b"%d" % i for i in range(150)], 16))[0]
             wrong.extend(i for i in range(there) if found[i] != i)
 
     readers = [threading.Thread(target=look) for _ in range(2)]
@@ -172,9 +172,9 @@ def test_lookups_while_another_thread_adds_find_all_that_was_there_before(monkey
 
 def test_many_images_with_the_same_bytes_are_found_at_once():
     digests = np.tile(rows([b"a"], 32), (50_000, 1))
-    known = Known()
+    known = EmbeddingLookup()
     known.add(source(digests, np.tile(rows([b"s"], 16), (50_000, 1))))
-    assert known.by_digest(digests[0].tobytes()) == (0, 0)
-    found, place = known.by_stamp(np.tile(rows([b"s"], 16), (50_000, 1)))
+    assert known.find_by_digest(digests[0].tobytes()) == (0, 0)
+    found, place = known.find_by_stamp(np.tile(rows([b"s"], 16), (50_000, 1)))
     assert (found == 0).all()
     assert (place == 0).all()

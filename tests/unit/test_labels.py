@@ -7,7 +7,7 @@ import pytest
 
 from featpipe.errors import ConfigError
 from featpipe.labels import Labels, order_classes
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_classes_are_ordered_by_code_point_or_by_value_when_all_are_whole_number
 
 
 def test_class_names_become_codes_and_come_back():
-    labels = Labels.of_classes(["dog", None, "ape", "dog"])
+    labels = Labels.from_class_names(["dog", None, "ape", "dog"])
     assert labels.values.tolist() == [1, -1, 0, 1]
     assert labels.known.tolist() == [True, False, True, True]
     assert labels.y.tolist() == ["dog", None, "ape", "dog"]
@@ -36,43 +36,43 @@ def test_class_names_become_codes_and_come_back():
 
 
 def test_an_empty_class_list_gives_unknown_labels_only():
-    labels = Labels.of_classes([None, None])
+    labels = Labels.from_class_names([None, None])
     assert labels.y.tolist() == [None, None]
     assert not labels.known.any()
 
 
 def test_a_label_outside_the_given_classes_is_named():
     with pytest.raises(ConfigError, match="'cat' is not one of the 2 classes"):
-        Labels.of_classes(["cat"], ["ape", "dog"])
+        Labels.from_class_names(["cat"], ["ape", "dog"])
 
 
 def test_sets_of_labels_become_a_matrix():
-    labels = Labels.of_sets([{"b", "a"}, None, set(), {"b"}])
+    labels = Labels.from_label_sets([{"b", "a"}, None, set(), {"b"}])
     assert labels.classes == ("a", "b")
     assert labels.values.tolist() == [[1, 1], [-1, -1], [0, 0], [0, 1]]
     assert labels.known.tolist() == [True, False, True, True]
 
 
 def test_targets_keep_their_numbers_and_nan_is_unknown():
-    one = Labels.of_targets([1.5, float("nan"), -2], ["age"])
+    one = Labels.from_targets([1.5, float("nan"), -2], ["age"])
     assert one.y[0] == 1.5
     assert one.y.shape == (3,)
     assert one.known.tolist() == [True, False, True]
-    assert Labels.of_targets([[1, 2], [3, 4]], ["a", "b"]).y.shape == (2, 2)
+    assert Labels.from_targets([[1, 2], [3, 4]], ["a", "b"]).y.shape == (2, 2)
 
 
 def test_equality_is_of_task_classes_and_values():
-    labels = Labels.of_targets([1.0, float("nan")], ["age"])
-    assert labels.same_as(Labels.of_targets([1.0, float("nan")], ["age"]))
-    assert not labels.same_as(Labels.of_targets([1.0, float("nan")], ["size"]))
-    assert not Labels.none(2).same_as(Labels.of_classes([None, None]))
+    labels = Labels.from_targets([1.0, float("nan")], ["age"])
+    assert labels.same_as(Labels.from_targets([1.0, float("nan")], ["age"]))
+    assert not labels.same_as(Labels.from_targets([1.0, float("nan")], ["size"]))
+    assert not Labels.unlabeled(2).same_as(Labels.from_class_names([None, None]))
 
 
 TEXTS = ["", "a", "naïve", "日本", "a\nb", "x" * 10_000, "\udcff.jpg"]
 
 
 def test_a_column_of_text_gives_back_what_went_in():
-    column = Strings.of(TEXTS)
+    column = StringColumn.from_strings(TEXTS)
     expected = [*TEXTS[:-1], "\\udcff.jpg"]
     assert list(column) == expected
     assert [column[i] for i in range(len(column))] == expected
@@ -86,9 +86,9 @@ def test_a_column_of_text_gives_back_what_went_in():
 
 def test_a_long_column_is_iterated_in_blocks():
     texts = [str(i) for i in range(150_000)]
-    assert list(Strings.of(texts)) == texts
+    assert list(StringColumn.from_strings(texts)) == texts
 
 
 def test_an_empty_column_is_empty():
-    assert list(Strings.of([])) == []
-    assert Strings.of([]) == Strings.of([])
+    assert list(StringColumn.from_strings([])) == []
+    assert StringColumn.from_strings([]) == StringColumn.from_strings([])

@@ -10,17 +10,17 @@ import pytest
 
 from featpipe import limits
 from featpipe.errors import ArchiveError
-from featpipe.limits import Forward, Limits, measure
+from featpipe.limits import BenchResult, ForwardBenchmark, run_benchmark
 
 
 @pytest.fixture
 def tiny_bench(tiny, monkeypatch):
-    monkeypatch.setattr(limits, "candidates", lambda device: ("bf16",))
+    monkeypatch.setattr(limits, "candidate_precisions", lambda device: ("bf16",))
     return {"backbone": tiny, "device": "cpu", "seconds": 0.5}
 
 
 def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them(make_folder, tiny_bench):
-    found = measure([make_folder()], **tiny_bench, engine="torch")
+    found = run_benchmark([make_folder()], **tiny_bench, engine="torch")
     assert found.images == 18
     assert {way.precision for way in found.forward} == {"fp32", "bf16"}
     assert (found.forward[0].engine, found.forward[0].precision) == ("torch, fused", "fp32")
@@ -35,7 +35,7 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
 
 
 def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(make_folder, tiny_bench):
-    found = measure([make_folder()], **tiny_bench, engine="torch", batch=2)
+    found = run_benchmark([make_folder()], **tiny_bench, engine="torch", batch=2)
     measured = [(way.precision, way.batch) for way in found.forward]
     assert measured[:2] == [("fp32", 2), ("fp32", 4)]
     assert ("bf16", 2) in measured
@@ -43,7 +43,7 @@ def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(m
 
 
 def test_without_an_archive_photographs_are_made_up(tiny_bench):
-    found = measure(**tiny_bench)
+    found = run_benchmark(**tiny_bench)
     assert found.archive == "made-up JPEGs"
     assert 40e3 < found.image_bytes < 120e3
     assert math.isinf(found.reading)
@@ -54,16 +54,16 @@ def test_an_archive_without_a_readable_image_is_an_error(make_folder, tiny_bench
     for path in (folder / "ape").iterdir():
         path.write_bytes(b"\xff\xd8\xff nothing")
     with pytest.raises(ArchiveError, match="none of the first images can be decoded"):
-        measure([folder], **tiny_bench)
+        run_benchmark([folder], **tiny_bench)
 
 
 def test_the_cores_share_decoding_and_embedding_and_a_gpu_does_not():
-    assert limits._together("cpu", math.inf, 300, 150) == pytest.approx(100)
-    assert limits._together("cuda", math.inf, 300, 150) == 150
-    assert limits._together("cuda", 90, 300, 150) == 90
+    assert limits._combined_rate("cpu", math.inf, 300, 150) == pytest.approx(100)
+    assert limits._combined_rate("cuda", math.inf, 300, 150) == 150
+    assert limits._combined_rate("cuda", 90, 300, 150) == 90
 
 
-MEASURED = Limits(
+MEASURED = BenchResult(
     machine={"device": "cpu", "cores": 2, "usable_cores": 2, "workers": 2},
     backbone="tiny",
     archive="photos",
@@ -72,7 +72,10 @@ MEASURED = Limits(
     reading=5000.0,
     decoding=400.0,
     writing=1e9,
-    forward=(Forward("OpenVINO", "fp32", 8, 150, 1.0, 100.0), Forward("OpenVINO", "bf16", 8, 400, 0.99, 200.0)),
+    forward=(
+        ForwardBenchmark("OpenVINO", "fp32", 8, 150, 1.0, 100.0),
+        ForwardBenchmark("OpenVINO", "bf16", 8, 400, 0.99, 200.0),
+    ),
     bound=100.0,
     extraction=95.0,
     bottleneck="forward",
@@ -80,7 +83,7 @@ MEASURED = Limits(
 
 
 def advice(**changes: object) -> str:
-    return "\n".join(limits._advice(replace(MEASURED, **changes)))
+    return "\n".join(limits._iter_advice(replace(MEASURED, **changes)))
 
 
 @pytest.mark.parametrize(

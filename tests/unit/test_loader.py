@@ -14,10 +14,18 @@ import torch
 
 import featpipe.loader
 from featpipe import archive, decoding, image
-from featpipe.allowance import Allowance
+from featpipe.allowance import MemoryBudget
 from featpipe.errors import ConfigError, SampleError
 from featpipe.fingerprint import digest
-from featpipe.loader import PIECE, Loader, Pictures, embed_pictures, embedded, piece_for, spread
+from featpipe.loader import (
+    MAX_MICRO_BATCH,
+    ImageList,
+    Loader,
+    embed_batches,
+    embed_image_list,
+    micro_batch_size,
+    run_in_threads,
+)
 from featpipe.status import Status
 from tests.conftest import jpeg, picture, tiny_transform
 
@@ -69,7 +77,7 @@ def test_a_file_that_vanished_after_listing_is_missing(make_folder):
 
 def test_known_bytes_are_not_decoded(make_folder):
     index = archive.index(make_folder(("ape",), 3))
-    (batch,) = load_all(Loader(index, np.arange(3), tiny_transform, 4, is_known=lambda _: True))
+    (batch,) = load_all(Loader(index, np.arange(3), tiny_transform, 4, has_embedding=lambda _: True))
     assert batch.rows == [0, 1, 2]
     assert batch.images is None
     assert all(batch.digests)
@@ -78,7 +86,7 @@ def test_known_bytes_are_not_decoded(make_folder):
 def test_several_threads_share_the_rows_of_one_loader(make_folder):
     index = archive.index(make_folder())
     loader = Loader(index, np.arange(len(index)), tiny_transform, 2)
-    rows = [row for batch in spread(loader.batches, 4) for row in batch.rows]
+    rows = [row for batch in run_in_threads(loader.batches, 4) for row in batch.rows]
     assert sorted(rows) == list(range(18))
 
 
@@ -86,7 +94,7 @@ def test_paths_bytes_pillow_images_and_arrays_are_read_in_the_order_given(tmp_pa
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg(1))
     gray = np.full((9, 7), 128, np.uint8)
-    pictures = Pictures([path, jpeg(2), picture(3), gray, str(path)])
+    pictures = ImageList([path, jpeg(2), picture(3), gray, str(path)])
     (batch,) = load_all(Loader(pictures, np.arange(5), tiny_transform, 8))
     expected = [image.decode(jpeg(1)), image.decode(jpeg(2)), np.asarray(picture(3)), np.repeat(gray[..., None], 3, 2)]
     expected.append(expected[0])
@@ -98,12 +106,12 @@ def test_a_transform_that_refuses_a_picture_gives_its_row_that_status():
     def refuse(_):
         raise SampleError("too long", status=Status.TOO_LARGE)
 
-    (batch,) = load_all(Loader(Pictures([jpeg(1)]), np.arange(1), refuse, 2))
+    (batch,) = load_all(Loader(ImageList([jpeg(1)]), np.arange(1), refuse, 2))
     assert batch.status == [Status.TOO_LARGE]
 
 
 def test_large_pictures_of_several_threads_wait_for_each_other(monkeypatch):
-    monkeypatch.setattr(decoding, "LARGE", Allowance(1))
+    monkeypatch.setattr(decoding, "LARGE_IMAGE_BUDGET", MemoryBudget(1))
     lock, together, most = threading.Lock(), [0], [0]
 
     def shrink(tensor):
@@ -116,8 +124,8 @@ def test_large_pictures_of_several_threads_wait_for_each_other(monkeypatch):
         return tensor[:, :8, :8]
 
     large = image.encode_jpeg(np.zeros((1200, 1200, 3), np.uint8))
-    loader = Loader(Pictures([large] * 9), np.arange(9), shrink, 1)
-    batches = list(spread(loader.batches, 4))
+    loader = Loader(ImageList([large] * 9), np.arange(9), shrink, 1)
+    batches = list(run_in_threads(loader.batches, 4))
     assert sum(len(batch.images) for batch in batches) == 9
     assert most == [1]
 
@@ -125,7 +133,7 @@ def test_large_pictures_of_several_threads_wait_for_each_other(monkeypatch):
 def test_an_image_is_read_when_the_one_before_it_is_decoded():
     told = []
 
-    class Telling(Pictures):
+    class Telling(ImageList):
         def read(self, row):
             told.append("read")
             return super().read(row)
@@ -140,7 +148,7 @@ def test_an_image_is_read_when_the_one_before_it_is_decoded():
 
 
 def test_what_is_read_front_to_back_is_read_ahead_by_few_bytes(make_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(featpipe.loader, "TAKEN_BYTES", 1)
+    monkeypatch.setattr(featpipe.loader, "MAX_READ_AHEAD_BYTES", 1)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.add(make_folder(), "photos")
     index = archive.index(tmp_path / "a.tar.gz")
@@ -158,12 +166,12 @@ def test_a_failure_in_one_thread_is_raised_and_stops_the_others():
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        list(spread(work, 3))
+        list(run_in_threads(work, 3))
     assert threading.active_count() == before
 
 
 def test_a_thread_that_hangs_does_not_keep_the_others_work(monkeypatch):
-    monkeypatch.setattr(featpipe.loader, "SECONDS_TO_STOP", 0.1)
+    monkeypatch.setattr(featpipe.loader, "STOP_TIMEOUT_SECONDS", 0.1)
     before, goes_on, turns = threading.active_count(), threading.Event(), iter(range(2))
 
     def work():
@@ -171,7 +179,7 @@ def test_a_thread_that_hangs_does_not_keep_the_others_work(monkeypatch):
             goes_on.wait()
         yield "read"
 
-    stream = spread(work, 2)
+    stream = run_in_threads(work, 2)
     assert next(stream) == "read"
     stream.close()
     assert threading.active_count() == before + 1
@@ -190,7 +198,7 @@ def test_closing_the_stream_stops_its_threads_within_an_item():
             yield 1
 
     before = threading.active_count()
-    stream = spread(work, 2)
+    stream = run_in_threads(work, 2)
     next(stream)
     stream.close()
     assert threading.active_count() == before
@@ -207,7 +215,7 @@ def test_workers_do_not_run_far_ahead_of_a_slow_consumer():
             made.append(i)
             yield i
 
-    stream = spread(work, 2, ahead=3)
+    stream = run_in_threads(work, 2, prefetch=3)
     next(stream)
     time.sleep(0.2)
     assert len(made) <= 2 * 3 + 2 + 2
@@ -216,7 +224,7 @@ def test_workers_do_not_run_far_ahead_of_a_slow_consumer():
 
 def test_something_that_is_no_image_is_named_by_its_place():
     with pytest.raises(ConfigError, match="image 1"):
-        load_all(Loader(Pictures([jpeg(1), 7]), np.arange(2), tiny_transform, 2))
+        load_all(Loader(ImageList([jpeg(1), 7]), np.arange(2), tiny_transform, 2))
 
 
 class Slow:
@@ -258,24 +266,24 @@ class Slow:
         return lambda: answer
 
 
-def numbered(n: int) -> Pictures:
+def numbered(n: int) -> ImageList:
     """Pictures that tell their row."""
-    return Pictures([np.full((2, 2, 3), row % 251, np.uint8) for row in range(n)])
+    return ImageList([np.full((2, 2, 3), row % 251, np.uint8) for row in range(n)])
 
 
 @pytest.mark.parametrize(("batch", "workers"), [(64, 1), (64, 3), (64, 16), (8, 16), (256, 5)])
 def test_three_batches_and_a_piece_are_in_memory_for_a_gpu_however_many_cores_there_are(batch, workers):
     engine, n = Slow(batch, 0.02), 10 * max(batch, workers) + 3
-    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collect=engine.collect)
+    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collate=engine.collect)
     found = np.full(n, -1.0)
-    with closing(loader), closing(embedded(loader, engine, workers)) as batches:
+    with closing(loader), closing(embed_batches(loader, engine, workers)) as batches:
         for made, values in batches:
-            found[np.array(made.rows)[made.places]] = values["mean"][:, 0]
+            found[np.array(made.rows)[made.positions]] = values["mean"][:, 0]
     assert np.array_equal(found, np.arange(n) % 251)
     assert engine.alive == 0
     held = max(batch, workers)
     # A thread that has just handed on a piece may hold its last picture until it has the next one.
-    assert engine.most <= 2 * held + batch + piece_for(engine, workers) + workers
+    assert engine.most <= 2 * held + batch + micro_batch_size(engine, workers) + workers
     assert max(engine.batches) <= batch
     assert sum(engine.batches) == n
 
@@ -283,17 +291,17 @@ def test_three_batches_and_a_piece_are_in_memory_for_a_gpu_however_many_cores_th
 @pytest.mark.parametrize("workers", [1, 4, 16, 600])
 @pytest.mark.parametrize("batch", [1, 8, 32, 100, 512])
 def test_pieces_are_small_and_fit_into_a_batch(batch, workers):
-    piece = piece_for(Slow(batch), workers)
-    assert 1 <= piece <= PIECE
+    piece = micro_batch_size(Slow(batch), workers)
+    assert 1 <= piece <= MAX_MICRO_BATCH
     assert piece * workers <= max(batch, workers)
     assert piece & (piece - 1) == 0
 
 
 def test_full_batches_are_joined_of_pieces_while_there_are_enough_pictures():
     engine, n = Slow(64), 64 * 5 + 1
-    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collect=engine.collect)
+    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collate=engine.collect)
     with closing(loader):
-        assert sum(len(made.rows) for made, _ in embedded(loader, engine, 2)) == n
+        assert sum(len(made.rows) for made, _ in embed_batches(loader, engine, 2)) == n
     assert engine.batches[:4] == [64] * 4  # the last, short piece may overtake the one before it
     assert sum(engine.batches) == n
 
@@ -310,7 +318,7 @@ def test_who_would_wait_for_a_gpu_does_more_of_the_work_the_next_time(monkeypatc
         return transform
 
     loader = Loader(numbered(10), np.arange(10), taking("little", 1.0), 8)
-    pieces, found = loader.pieces(2, taking("all", 3.0)), []
+    pieces, found = loader.micro_batches(2, taking("all", 3.0)), []
     for late in (0.9, 1.1, 2.9, 3.1, 0.0):
         found.append(next(pieces).images)
         now[0] += late
@@ -325,7 +333,7 @@ def test_an_engine_whose_batch_was_halved_goes_on_with_what_it_can_take():
             return super().submit(images)
 
     engine, n = Halving(64), 500
-    features, status = embed_pictures(numbered(n), engine, "mean")
+    features, status = embed_image_list(numbered(n), engine, "mean")
     assert np.array_equal(features[:, 0], np.arange(n) % 251)
     assert not status.any()
     assert max(engine.batches[3:]) <= 16
@@ -342,11 +350,11 @@ def test_rows_without_a_picture_and_rows_that_are_known_keep_their_places_among_
     status, found = np.full(40, -1), np.full((40, 3), np.nan)
     seconds = 0.0
     with closing(loader):
-        for batch, values in embedded(loader, engine, 3):
+        for batch, values in embed_batches(loader, engine, 3):
             assert len(batch.rows) == len(batch.digests) == len(batch.status)
             status[batch.rows] = batch.status
             if values:
-                found[np.array(batch.rows)[batch.places]] = values["mean"]
+                found[np.array(batch.rows)[batch.positions]] = values["mean"]
             seconds += batch.seconds.decoding
     damaged = np.isin(np.arange(40), (0, 3, 4, 21, 39))
     assert np.array_equal(status == Status.DAMAGED, damaged)
@@ -358,10 +366,10 @@ def test_rows_without_a_picture_and_rows_that_are_known_keep_their_places_among_
 
 
 def test_nothing_but_known_rows_is_handed_on_without_a_forward_pass():
-    engine, items = Slow(4), Pictures([jpeg(1)] * 700)
+    engine, items = Slow(4), ImageList([jpeg(1)] * 700)
     loader = Loader(items, np.arange(700), engine.transform, 4, lambda _: True, engine.collect)
     with closing(loader):
-        batches = [batch for batch, values in embedded(loader, engine, 2) if not values]
+        batches = [batch for batch, values in embed_batches(loader, engine, 2) if not values]
     assert sum(len(batch.rows) for batch in batches) == 700
     assert len(batches) > 1  # progress is told, and a deadline looked at, meanwhile
     assert engine.batches == []
@@ -373,7 +381,11 @@ def test_a_failure_of_the_engine_stops_the_workers():
             raise RuntimeError("broken")
 
     engine, before = Broken(8), threading.active_count()
-    loader = Loader(numbered(100), np.arange(100), engine.transform, 8, collect=engine.collect)
-    with pytest.raises(RuntimeError, match="broken"), closing(loader), closing(embedded(loader, engine, 3)) as batches:
+    loader = Loader(numbered(100), np.arange(100), engine.transform, 8, collate=engine.collect)
+    with (
+        pytest.raises(RuntimeError, match="broken"),
+        closing(loader),
+        closing(embed_batches(loader, engine, 3)) as batches,
+    ):
         list(batches)
     assert threading.active_count() == before

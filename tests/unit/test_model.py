@@ -23,10 +23,10 @@ from sklearn.preprocessing import FunctionTransformer
 
 from featpipe import backbone as backbones
 from featpipe import extract, image, load_model, train
-from featpipe.backbone.carried import read_carried
+from featpipe.backbone.carried import read_bundled_weights
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.heads import dumps
-from featpipe.model import Model, listed, read_document
+from featpipe.model import Model, as_image_list, read_document
 from featpipe.status import Status
 
 
@@ -262,7 +262,7 @@ def outcome(path: Path, images: list[Path], backbone: Any) -> object:
     """What a file answers, or the error."""
     try:
         loaded = load_model(path)
-        carried = {name: value.tolist() for name, value in read_carried(path).items()}
+        carried = {name: value.tolist() for name, value in read_bundled_weights(path).items()}
     except (ModelError, WeightsError) as error:
         return str(error)
     return loaded.attach(backbone).predict_proba(images).tolist(), loaded.facts, loaded.classes, carried
@@ -506,7 +506,7 @@ def test_what_is_not_a_list_of_images_is_one_line(images: object, model: Model) 
 def test_a_table_of_several_columns_is_not_a_list_of_images() -> None:
     pandas = pytest.importorskip("pandas")
     with pytest.raises(ConfigError, match="DataFrame"):
-        listed(pandas.DataFrame({"path": ["a.jpg"], "label": ["a"]}))
+        as_image_list(pandas.DataFrame({"path": ["a.jpg"], "label": ["a"]}))
 
 
 def test_an_image_that_cannot_be_read_is_named(model: Model, photos: list[Path]) -> None:

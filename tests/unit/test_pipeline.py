@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from featpipe.pipeline.resolved import text_of
-from featpipe.pipeline.trials import resolved, trials_of
+from featpipe.pipeline.resolved import recipe_to_toml
+from featpipe.pipeline.trials import list_trials, resolve_recipe
 from featpipe.recipe import read_recipe
 
 DOCUMENT: dict[str, Any] = {
@@ -29,18 +29,18 @@ DOCUMENT: dict[str, Any] = {
 
 
 def test_the_resolved_file_asks_for_the_same():
-    recipe = resolved(read_recipe(DOCUMENT), "classification")
-    text = text_of(recipe, "classification", {"featpipe": "1"})
-    again = resolved(read_recipe(tomllib.loads(text)), "classification")
+    recipe = resolve_recipe(read_recipe(DOCUMENT), "classification")
+    text = recipe_to_toml(recipe, "classification", {"featpipe": "1"})
+    again = resolve_recipe(read_recipe(tomllib.loads(text)), "classification")
     assert replace(again, heads=()) == replace(recipe, heads=())
     assert again.heads == recipe.heads
-    assert [trial.slug for trial in trials_of(again)] == [trial.slug for trial in trials_of(recipe)]
-    assert text_of(again, "classification", {"featpipe": "1"}) == text
+    assert [trial.slug for trial in list_trials(again)] == [trial.slug for trial in list_trials(recipe)]
+    assert recipe_to_toml(again, "classification", {"featpipe": "1"}) == text
 
 
 def test_the_resolved_file_says_every_default_but_what_is_chosen():
-    recipe = resolved(read_recipe({"heads": [{}, {"name": "mlp"}]}), "classification")
-    first, second = tomllib.loads(text_of(recipe, "classification", {}))["heads"]
+    recipe = resolve_recipe(read_recipe({"heads": [{}, {"name": "mlp"}]}), "classification")
+    first, second = tomllib.loads(recipe_to_toml(recipe, "classification", {}))["heads"]
     assert first["max_iter"] == 2000
     assert "C" not in first, "it is tuned"
     assert second["hidden"] == [[512]]
@@ -48,9 +48,11 @@ def test_the_resolved_file_says_every_default_but_what_is_chosen():
 
 
 def test_a_setting_that_is_the_default_makes_no_other_row():
-    recipe = resolved(read_recipe({"heads": [{"name": "mlp", "epochs": [30, 10], "dropout": 0.0}]}), "classification")
-    assert [trial.slug for trial in trials_of(recipe)] == ["mlp", "mlp-epochs=10"]
-    recipe = resolved(read_recipe({"heads": [{"name": "logistic", "C": 1.0}]}), "classification")
+    recipe = resolve_recipe(
+        read_recipe({"heads": [{"name": "mlp", "epochs": [30, 10], "dropout": 0.0}]}), "classification"
+    )
+    assert [trial.slug for trial in list_trials(recipe)] == ["mlp", "mlp-epochs=10"]
+    recipe = resolve_recipe(read_recipe({"heads": [{"name": "logistic", "C": 1.0}]}), "classification")
     assert dict(recipe.heads[0].settings) == {"C": 1.0}, "or it would be tuned"
 
 
@@ -60,11 +62,11 @@ def test_a_setting_that_is_the_default_makes_no_other_row():
 def test_rows_that_differ_have_files_that_differ(values):
     head = read_recipe({}).heads[0]
     recipe = replace(read_recipe({}), heads=tuple(replace(head, settings={"C": value}) for value in values))
-    slugs = [trial.slug for trial in trials_of(recipe)]
+    slugs = [trial.slug for trial in list_trials(recipe)]
     assert len({*slugs}) == 2
     assert all("/" not in slug and len(slug) < 110 for slug in slugs)
 
 
 def test_all_stands_for_the_heads_of_the_task():
-    recipe = resolved(read_recipe({"heads": [{"name": "all"}]}), "regression")
+    recipe = resolve_recipe(read_recipe({"heads": [{"name": "all"}]}), "regression")
     assert [head.name for head in recipe.heads] == ["mlp", "linear", "ridge", "knn", "keras"]

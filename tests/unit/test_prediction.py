@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from featpipe import Model, archive, backbone, extract, load_model, predict, train
-from featpipe.archive import Table
+from featpipe.archive import LabelTable
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, CacheError, ConfigError, ModelError
 from featpipe.loader import Loader
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_in_the_end_leaves_the_finished_work(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featpipe.prediction.files.whole_file", full)
+        patch.setattr("featpipe.prediction.files.atomic_write", full)
         with pytest.raises(ArchiveError, match=r"out\.csv: cannot be written \(No space left on device\); choose"):
             predict(model, tmp_path / "photos", tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
@@ -338,10 +338,10 @@ def test_predictions_come_before_the_last_image_is_read(
 # -- other tasks -----------------------------------------------------------------------------------------------------
 
 
-def table_of(photos: list[Path], place: Path, columns: str, values: Callable[[int], str]) -> Table:
+def table_of(photos: list[Path], place: Path, columns: str, values: Callable[[int], str]) -> LabelTable:
     lines = [f"photos/{p.relative_to(place / 'photos')},{values(i)}" for i, p in enumerate(photos)]
     (place / "labels.csv").write_text("\n".join([f"path,{columns}", *lines]) + "\n")
-    return Table(place / "labels.csv", label_column=columns)
+    return LabelTable(place / "labels.csv", label_column=columns)
 
 
 @pytest.mark.parametrize("suffix", READERS)

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache, Model, archive, backbone, clean, extract, load_model, predict, train
-from featpipe.commit import Parts
-from featpipe.deadline import Deadline, seconds_of
+from featpipe.commit import StagingArea
+from featpipe.deadline import Deadline, parse_duration
 from featpipe.engine import Engine
 from featpipe.errors import ArchiveError, ConfigError, TimeLimitError
 from featpipe.extraction import stream
-from featpipe.prediction import Counts, made, verb
+from featpipe.prediction import StatusCounts, made, verb
 from featpipe.prediction import stream as live
 from featpipe.progress import Progress
 from tests.conftest import Tiny, count_passes, jpeg, tiny_transform
@@ -73,7 +73,7 @@ def forward(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two, and a part after each."""
-    monkeypatch.setattr(stream, "PART_SECONDS", 0)
+    monkeypatch.setattr(stream, "MAX_PART_SECONDS", 0)
     monkeypatch.setattr(Engine, "batch", 2)
 
 
@@ -119,7 +119,7 @@ def test_what_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(
         with pytest.raises(error):
             predict(model, photos, out, workers=1, progress=after(batches, error))
         assert not out.exists()
-    finished = Parts(tmp_path / "p.csv.parts", "").recorded_rows()
+    finished = StagingArea(tmp_path / "p.csv.parts", "").count_recorded_rows()
     assert 4 <= finished < 18
     forward.clear()
     assert predict(model, photos, out, workers=1) == {"ok": 18}
@@ -134,7 +134,7 @@ def test_another_model_and_other_options_go_on_from_the_same_work_and_do_not_mix
     out = tmp_path / "p.csv"
     with pytest.raises(Stop):
         predict(model, photos, out, workers=1, progress=after(5))
-    finished = Parts(tmp_path / "p.csv.parts", "").recorded_rows()
+    finished = StagingArea(tmp_path / "p.csv.parts", "").count_recorded_rows()
     forward.clear()
     predict(other, photos, out, workers=1, top=1)
     assert sum(forward) == 18 - finished < 18
@@ -190,11 +190,11 @@ def test_a_time_limit_of_an_extraction_likewise(tiny: Any, photos: Path, tmp_pat
 
 
 def test_a_limit_is_seconds_or_a_time() -> None:
-    assert [seconds_of(limit) for limit in (5, "5", "0.5", "2m", "1.5h", "1d 2h")] == [5, 5, 0.5, 120, 5400, 93600]
+    assert [parse_duration(limit) for limit in (5, "5", "0.5", "2m", "1.5h", "1d 2h")] == [5, 5, 0.5, 120, 5400, 93600]
     for wrong in ("soon", "", "3 weeks", "-1", 0, "1:30", "inf", "h"):
         with pytest.raises(ConfigError, match=r"time-limit is .*; give seconds, or a time such as 90m or 3h"):
-            seconds_of(wrong)
-    Deadline(None, began=0).check()
+            parse_duration(wrong)
+    Deadline(None, started=0).check()
     with pytest.raises(ConfigError, match="time-limit"):
         predict(None, "photos", time_limit="soon")  # type: ignore[arg-type]
 
@@ -233,9 +233,9 @@ def test_images_of_the_same_bytes_are_the_same_wherever_and_whenever(
 ) -> None:
     for path in photos.rglob("*.jpg"):
         os.utime(path, (OLD_SECONDS + 5, OLD_SECONDS + 5))
-    before = json.loads(made.record_of(tmp_path / "p.csv").read_text())
+    before = json.loads(made.receipt_path(tmp_path / "p.csv").read_text())
     assert again() == 0
-    assert json.loads(made.record_of(tmp_path / "p.csv").read_text())["stamps"] != before["stamps"]
+    assert json.loads(made.receipt_path(tmp_path / "p.csv").read_text())["stamps"] != before["stamps"]
     assert again(check_content=True) == 0
 
 
@@ -284,7 +284,7 @@ def test_a_file_that_was_edited_or_whose_record_is_gone_or_damaged_is_made_anew(
     again: Callable[..., int], model: Model, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "p.csv"
-    whole, record = out.read_bytes(), made.record_of(out)
+    whole, record = out.read_bytes(), made.receipt_path(out)
     for damage in (
         lambda: out.write_bytes(whole[:-9]),
         lambda: out.write_bytes(whole.replace(b"ape", b"bee", 1)),
@@ -301,21 +301,21 @@ def test_a_file_that_was_edited_or_whose_record_is_gone_or_damaged_is_made_anew(
 def test_an_image_that_was_not_there_is_looked_for_again(
     model: Model, photos: Path, tmp_path: Path, forward: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featpipe.archive import Reader
+    from featpipe.archive import SampleReader
     from featpipe.errors import SampleError
     from featpipe.status import Status
 
-    read = Reader.read
+    read = SampleReader.read
 
-    def shaky(self: Reader, row: int) -> bytes:
+    def shaky(self: SampleReader, row: int) -> bytes:
         if row == 4:
             raise SampleError("the network hangs", status=Status.UNREADABLE)
         return read(self, row)
 
-    monkeypatch.setattr(Reader, "read", shaky)
+    monkeypatch.setattr(SampleReader, "read", shaky)
     with pytest.warns(UserWarning, match="1 unreadable"):
         predict(model, photos, tmp_path / "p.csv")
-    monkeypatch.setattr(Reader, "read", read)
+    monkeypatch.setattr(SampleReader, "read", read)
     assert predict(model, photos, tmp_path / "p.csv") == {"ok": 18}
 
 
@@ -482,7 +482,7 @@ def test_several_devices_work_on_one_file(
         run.settings = replace(run.settings, device="cpu")
         run.stream(run.is_known, run.receive).run(run.make_engine, rows)
 
-    monkeypatch.setattr("featpipe.extraction.run.processes.embed", embed)
+    monkeypatch.setattr("featpipe.extraction.run.processes.embed_on_devices", embed)
     model.device = "cpu,cpu"
     assert predict(model, photos, tmp_path / "p.csv") == {"ok": 18}
     assert asked == ["cpu", "cpu"]
@@ -521,15 +521,15 @@ def test_embeddings_are_answered_block_by_block(
 
         return Noted()
 
-    monkeypatch.setattr(verb, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(verb, "HEAD_BATCH_ROWS", 5)
     monkeypatch.setattr(Model, "predict_proba_features", counted)
-    original = verb.writer_for(tmp_path / "p.csv")
-    monkeypatch.setattr(verb, "writer_for", lambda out: lazily)
+    original = verb.select_writer(tmp_path / "p.csv")
+    monkeypatch.setattr(verb, "select_writer", lambda out: lazily)
     predict(model, photos, tmp_path / "p.csv")
     assert sizes == [5, 5, 5, 3]
 
 
 def test_counts_are_a_table_in_a_notebook() -> None:
-    shown = Counts({"ok": 12345, "<b>": 1})._repr_html_()
+    shown = StatusCounts({"ok": 12345, "<b>": 1})._repr_html_()
     assert "<td>12,345</td>" in shown
     assert "&lt;b&gt;" in shown

@@ -115,7 +115,7 @@ def test_an_interrupt_commits_what_the_processes_have_and_ends_them(make_folder,
     assert "interrupted; what was finished is kept" in said
     assert "Traceback" not in said
     assert list(tmp_path.glob("*.parts/*.record"))
-    assert processes.START not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert processes.WORKER_CODE not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     done = subprocess.run(
         [*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featpipe import image
 from featpipe.backbone import Transform, products, resampling
-from featpipe.backbone.products import TAPS_MAX, Products, at_once, is_exact, suits
-from featpipe.backbone.resampling import SUPPORT, Axis
-from featpipe.engine.tf32 import tf32
+from featpipe.backbone.products import MATMUL_MAX_TAPS, MatmulResizer, is_exact, is_supported, max_resize_batch
+from featpipe.backbone.resampling import FILTER_SUPPORT, ResizeAxis
+from featpipe.engine.tf32 import allow_tf32
 from tests.conftest import needs_gpu
 from tests.unit.test_resampling import axes
 
@@ -26,28 +26,28 @@ SIZES = ((1, 1), (3, 5), (31, 40), (64, 64), (90, 200), (375, 500), (500, 333), 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
-def whole(before: int, after: int) -> Axis:
-    return Axis(before, after, 0, after)
+def whole(before: int, after: int) -> ResizeAxis:
+    return ResizeAxis(before, after, 0, after)
 
 
 def resized(
-    pictures: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str, device: str = "cpu"
+    pictures: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str, device: str = "cpu"
 ) -> NDArray[np.uint8]:
-    rows, columns = (axis.read(filter_) for axis in axes)
+    rows, columns = (axis.source_slice(filter_) for axis in axes)
     pixels = torch.from_numpy(pictures[:, rows, columns]).permute(0, 3, 1, 2).to(device)
-    with tf32(False):
-        found = Products(torch.device(device)).resize(pixels, *axes, filter_)
+    with allow_tf32(False):
+        found = MatmulResizer(torch.device(device)).resize(pixels, *axes, filter_)
     assert (found.dtype, found.device.type) == (torch.uint8, device)
     return found.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def by_pillow(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
-    (top, left), size = (axis.start for axis in axes), (axes[1].after, axes[0].after)
-    box = (left, top, left + axes[1].length, top + axes[0].length)
+def by_pillow(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
+    (top, left), size = (axis.crop_start for axis in axes), (axes[1].resized_size, axes[0].resized_size)
+    box = (left, top, left + axes[1].crop_length, top + axes[0].crop_length)
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling[filter_.upper()]).crop(box))
 
 
-def by_sums(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
+def by_sums(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
     return resampling.resize(torch.from_numpy(picture).permute(2, 0, 1), *axes, filter_).permute(1, 2, 0).numpy()
 
 
@@ -62,12 +62,12 @@ def hard(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("filter_", SUPPORT)
+@pytest.mark.parametrize("filter_", FILTER_SUPPORT)
 def test_hard_pictures_of_many_sizes_are_resized_up_and_down_to_pillows_bits(device, filter_):
     done = 0
     for (height, width), (after, broad) in product(SIZES, ((7, 9), (64, 48), (224, 224), (256, 341))):
         axes = whole(height, after), whole(width, broad)
-        if suits(*axes, filter_):
+        if is_supported(*axes, filter_):
             pictures = hard(height, width)
             for picture, found in zip(pictures, resized(pictures, axes, filter_, device), strict=True):
                 np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
@@ -76,10 +76,12 @@ def test_hard_pictures_of_many_sizes_are_resized_up_and_down_to_pillows_bits(dev
 
 
 @settings(max_examples=80, deadline=None)
-@given(vertical=axes(20), horizontal=axes(20), filter_=st.sampled_from(sorted(SUPPORT)), seed=st.integers(0, 2**32))
+@given(
+    vertical=axes(20), horizontal=axes(20), filter_=st.sampled_from(sorted(FILTER_SUPPORT)), seed=st.integers(0, 2**32)
+)
 def test_any_part_of_any_resized_picture_is_pillows_and_that_of_the_sums(vertical, horizontal, filter_, seed):
     axes = vertical, horizontal
-    assume(suits(*axes, filter_))
+    assume(is_supported(*axes, filter_))
     pictures = hard(vertical.before, horizontal.before, seed)[:3]
     for picture, found in zip(pictures, resized(pictures, axes, filter_), strict=True):
         np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
@@ -87,54 +89,54 @@ def test_any_part_of_any_resized_picture_is_pillows_and_that_of_the_sums(vertica
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("filter_", SUPPORT)
+@pytest.mark.parametrize("filter_", FILTER_SUPPORT)
 def test_the_largest_sums_are_exact(device, filter_):
-    shrink = TAPS_MAX // (2 * SUPPORT[filter_])
+    shrink = MATMUL_MAX_TAPS // (2 * FILTER_SUPPORT[filter_])
     axis = whole(16 * shrink, 16)
-    assert axis.taps(filter_) == TAPS_MAX
-    of_one = np.zeros(axis.before, np.int64)
-    first = axis.first(filter_)[8]
-    of_one[first : first + TAPS_MAX] = axis.weights(filter_)[8]
+    assert axis.taps(filter_) == MATMUL_MAX_TAPS
+    of_one = np.zeros(axis.source_size, np.int64)
+    first = axis.first_taps(filter_)[8]
+    of_one[first : first + MATMUL_MAX_TAPS] = axis.tap_weights(filter_)[8]
     low_is_negative = (of_one + 1024) % 2048 < 1024
     for bright in (of_one > 0, of_one <= 0, low_is_negative, ~low_is_negative):
         row = np.where(bright, 255, 0).astype(np.uint8)
         picture = np.repeat(np.tile(row, (24, 1))[..., None], 3, axis=2)
         for turned in (picture, picture.transpose(1, 0, 2).copy()):
-            axes = tuple(whole(n, 16 if n == axis.before else n) for n in turned.shape[:2])
-            if suits(*axes, filter_):
+            axes = tuple(whole(n, 16 if n == axis.source_size else n) for n in turned.shape[:2])
+            if is_supported(*axes, filter_):
                 found = resized(turned[None], axes, filter_, device)[0]
                 np.testing.assert_array_equal(found, by_pillow(turned, axes, filter_))
 
 
-@pytest.mark.parametrize("filter_", SUPPORT)
+@pytest.mark.parametrize("filter_", FILTER_SUPPORT)
 def test_weights_without_their_signs_add_up_to_less_than_the_proof_allows(filter_):
     largest = 0
     for before, after in product((1, 2, 3, 4, 5, 7, 11, 37, 64, 101, 256, 500), (1, 2, 3, 5, 8, 13, 31, 64, 224, 341)):
         axis = whole(before, after)
-        if axis.taps(filter_) <= TAPS_MAX:
-            weights = axis.weights(filter_).astype(np.int64)
+        if axis.taps(filter_) <= MATMUL_MAX_TAPS:
+            weights = axis.tap_weights(filter_).astype(np.int64)
             largest = max(largest, np.abs(weights).sum(1).max())
             assert abs(weights.sum(1) - 2**22).max() <= axis.taps(filter_)
-    assert largest <= {"bilinear": 1.0, "bicubic": 1.4}[filter_] * 2**22 + TAPS_MAX < 2**23
+    assert largest <= {"bilinear": 1.0, "bicubic": 1.4}[filter_] * 2**22 + MATMUL_MAX_TAPS < 2**23
 
 
 @pytest.mark.parametrize("axes", [(whole(64, 64), whole(500, 8)), (whole(300, 60), whole(100, 40))])
 def test_what_is_not_exact_is_refused(axes):
-    assert not suits(*axes, "bicubic")
+    assert not is_supported(*axes, "bicubic")
     with pytest.raises(ValueError, match="not exact as products"):
         resized(hard(axes[0].before, axes[1].before), axes, "bicubic")
 
 
 def test_matrices_are_kept_for_as_long_as_there_is_room(monkeypatch):
-    made, make = [], products._matrix
-    monkeypatch.setattr(products, "_matrix", lambda *given: made.append(given[0]) or make(*given))
+    made, make = [], products._make_matrix
+    monkeypatch.setattr(products, "_make_matrix", lambda *given: made.append(given[0]) or make(*given))
     axes = [whole(100 + i, 60) for i in range(4)]
     size = make(axes[3], "bicubic", CPU).nbytes
-    monkeypatch.setattr(products, "MATRIX_BYTES", 3 * size)
-    kept = Products(CPU)
+    monkeypatch.setattr(products, "MAX_CACHED_MATRIX_BYTES", 3 * size)
+    kept = MatmulResizer(CPU)
     for axis in (*axes[:3], axes[0], axes[3], axes[0], axes[1]):
-        kept._matrix(axis, "bicubic")
-        assert kept._bytes == sum(matrix.nbytes for matrix in kept._matrices.values()) <= 3 * size
+        kept._get_matrix(axis, "bicubic")
+        assert kept._cached_bytes == sum(matrix.nbytes for matrix in kept._matrices.values()) <= 3 * size
     assert made == [*axes, axes[1]]
 
 
@@ -151,17 +153,17 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("size", [(375, 500), (20, 33), (224, 1600)])
 def test_so_many_are_resized_at_once_that_no_tensor_has_more_values_than_agreed(monkeypatch, size):
-    monkeypatch.setattr(products, "VALUES", 2**21)
-    axes = Transform(256, (224, 224)).axes(*size)
-    count = at_once(*axes, "bilinear")
+    monkeypatch.setattr(products, "MAX_TENSOR_VALUES", 2**21)
+    axes = Transform(256, (224, 224)).resize_axes(*size)
+    count = max_resize_batch(*axes, "bilinear")
     with Largest() as seen:
         resized(np.zeros((count, *size, 3), np.uint8), axes, "bilinear")
     assert 2**20 < seen.values <= 2**21
-    assert at_once(whole(4000, 4000), whole(4000, 4000), "bilinear") == 1
+    assert max_resize_batch(whole(4000, 4000), whole(4000, 4000), "bilinear") == 1
 
 
 def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
-    make = products._matrix
+    make = products._make_matrix
 
     def rounded(*given: object) -> torch.Tensor:
         return make(*given).to(torch.bfloat16).float()
@@ -172,7 +174,7 @@ def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
     for found, expected in ((make, True), (rounded, False), (refused, False)):
         is_exact.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(products, "_matrix", found)
+            patch.setattr(products, "_make_matrix", found)
             assert is_exact(CPU) == expected
     is_exact.cache_clear()
 
@@ -180,7 +182,7 @@ def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
 @pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_is_exact():
-    with tf32(False):
+    with allow_tf32(False):
         assert is_exact(torch.device("cuda"))
 
 
@@ -197,7 +199,7 @@ GEOMETRIES = [
     (transform, size)
     for transform in TRANSFORMS
     for size in ((90, 120), (120, 90), (20, 33), (64, 20))
-    if suits(*transform.axes(*size), transform.interpolation)
+    if is_supported(*transform.resize_axes(*size), transform.interpolation)
 ]
 
 
@@ -210,10 +212,10 @@ def test_a_transforms_geometry_of_several_pictures_is_that_of_each(transform, si
 
 
 def test_axes_read_what_counts_and_no_more():
-    axis = Axis(500, 341, 58, 224)
-    for filter_ in SUPPORT:
-        read, first = axis.read(filter_), axis.first(filter_)
+    axis = ResizeAxis(500, 341, 58, 224)
+    for filter_ in FILTER_SUPPORT:
+        read, first = axis.source_slice(filter_), axis.first_taps(filter_)
         assert (read.start, read.stop) == (first.min(), first.max() + axis.taps(filter_))
         impulse = np.zeros((1, 500, 3), np.uint8)
         impulse[:, : read.start], impulse[:, read.stop :] = 255, 255
-        assert not image.resize(impulse, 1, 341, filter_)[:, axis.kept].any()
+        assert not image.resize(impulse, 1, 341, filter_)[:, axis.crop_slice].any()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from featpipe.errors import ConfigError
-from featpipe.recipe import BACKBONE, EXTRACTION, Extraction, Recipe, parse_changes, read_recipe
+from featpipe.recipe import BACKBONE_FIELDS, EXTRACTION_KEYS, ExtractionConfig, Recipe, parse_changes, read_recipe
 
 
 def test_what_is_not_said_has_the_default_of_its_stage():
     recipe = read_recipe({})
-    assert recipe == Recipe("recipe", "recipe", extractions=(Extraction(cache=str(Path("cache").absolute())),))
+    assert recipe == Recipe("recipe", "recipe", extractions=(ExtractionConfig(cache=str(Path("cache").absolute())),))
 
 
 def test_a_list_is_a_sweep_and_a_list_in_a_list_is_one_value():
@@ -123,4 +123,8 @@ def test_dates_are_texts():
 def test_every_setting_of_an_extraction_has_its_place_in_a_recipe():
     elsewhere = {"transform": "code", "labels": "a key of the whole", "out": "a run's own", "overwrite": "a run's own"}
     elsewhere["time_limit"] = "of one call, and not of what it asks for"
-    assert {field.name for field in fields(Extraction)} == {*BACKBONE.values(), *EXTRACTION, *elsewhere}
+    assert {field.name for field in fields(ExtractionConfig)} == {
+        *BACKBONE_FIELDS.values(),
+        *EXTRACTION_KEYS,
+        *elsewhere,
+    }

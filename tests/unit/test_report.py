@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from featpipe.errors import ConfigError
-from featpipe.report import Gallery, Page, Picture, Rival, Row, Table, render, write
-from featpipe.report.charts import Axis, axis_of, curve_of, matrix_of
+from featpipe.report import BaselineRow, ComparisonRow, Gallery, Page, ReportImage, ReportTable, render_page, write_page
+from featpipe.report.charts import Axis, make_axis, make_confusion_matrix, make_training_curve
 from featpipe.scores import Interval, score_classification, score_multilabel, score_regression
 
 NASTY = [
@@ -45,15 +45,15 @@ def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
         lead=text("Nearly all are right."),
         facts=[("Samples", "940"), (text("Classes"), text("17"))],
         comparison=[
-            Row(text("logistic"), Interval(0.92, 0.901, 0.938), 0.34, text("softmax"), chosen=True),
-            Row("raw pixels", Interval(0.29, 0.251, 0.333), 125.0),
-            Row("majority", Interval(0.11)),
+            ComparisonRow(text("logistic"), Interval(0.92, 0.901, 0.938), 0.34, text("softmax"), chosen=True),
+            ComparisonRow("raw pixels", Interval(0.29, 0.251, 0.333), 125.0),
+            ComparisonRow("majority", Interval(0.11)),
         ],
         scores=scores_of([*classes]),
         pictures=[
-            Picture(b"\xff\xd8right", text("a.png"), "brick", "brick", 0.97),
-            Picture(b"\xff\xd8wrong", "b.png", text("brick"), "grass", 0.51),
-            Picture(b"\xff\xd8unknown", "c.png", None, text("grass"), 0.999),
+            ReportImage(b"\xff\xd8right", text("a.png"), "brick", "brick", 0.97),
+            ReportImage(b"\xff\xd8wrong", "b.png", text("brick"), "grass", 0.51),
+            ReportImage(b"\xff\xd8unknown", "c.png", None, text("grass"), 0.999),
         ],
         bad=[(text("damaged"), 2)],
         provenance=[(text("Backbone"), text("efficientnet_lite0"))],
@@ -63,21 +63,29 @@ def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
 
 def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
     """With all that a page of an evaluation has besides."""
-    pictures = [Picture(b"RIFFwebp", text("d.png"), text("brick"), "grass", 0.7, 3, b"RIFFtwin", text("0.99 to e.png"))]
+    pictures = [
+        ReportImage(b"RIFFwebp", text("d.png"), text("brick"), "grass", 0.7, 3, b"RIFFtwin", text("0.99 to e.png"))
+    ]
     return replace(
         full_page(text, classes),
         notes=[text("Read the intervals.")],
         how=[(text("Scored"), text("all rows"))],
         rivals=[
-            Rival(text("mlp"), Interval(0.9, 0.8, 0.95), Interval(0.02, -0.01, 0.05), 0.0004, text("McNemar"), 5, 1)
+            BaselineRow(
+                text("mlp"), Interval(0.9, 0.8, 0.95), Interval(0.02, -0.01, 0.05), 0.0004, text("McNemar"), 5, 1
+            )
         ],
         galleries=[
             Gallery(
-                "mistakes", text("Mistakes"), text("Look."), Table(["id", "p"], [[text("d.png"), 0.7]], 90), pictures
+                "mistakes",
+                text("Mistakes"),
+                text("Look."),
+                ReportTable(["id", "p"], [[text("d.png"), 0.7]], 90),
+                pictures,
             ),
-            Gallery("outliers", text("Outliers"), text("Look."), Table(["id"], []), note=text("not looked for")),
+            Gallery("outliers", text("Outliers"), text("Look."), ReportTable(["id"], []), note=text("not looked for")),
         ],
-        tables={"reliability": Table([text("rows")], [[text("0.1"), 3, None]])},
+        tables={"reliability": ReportTable([text("rows")], [[text("0.1"), 3, None]])},
         sentences={"reliability": text("Overconfident.")},
         drawn={
             "task": "classification",
@@ -117,7 +125,7 @@ class Outline(HTMLParser):
 
 def test_the_page_says_the_numbers_it_was_given():
     page = full_page()
-    words = Outline(render(page)).words
+    words = Outline(render_page(page)).words
     for expected in ("940", "0.920 0.901–0.938", "0.34 s", "2 min 05 s", "0.290 0.251–0.333", "97 %", "> 99 %"):
         assert expected in words
     for score in page.scores.metrics.values():
@@ -130,7 +138,7 @@ def test_the_page_says_the_numbers_it_was_given():
 
 
 def test_the_bars_are_as_long_as_the_scores():
-    html = render(full_page())
+    html = render_page(full_page())
     assert re.findall(r'class="bar" x="0.00%" y="8" height="16" width="([\d.]+)%"', html) == [
         "92.00",
         "29.00",
@@ -141,7 +149,7 @@ def test_the_bars_are_as_long_as_the_scores():
 
 def test_the_confusion_matrix_holds_every_count():
     page = full_page()
-    words = Outline(render(page)).words
+    words = Outline(render_page(page)).words
     for true, counts in enumerate(page.scores.confusion.tolist()):
         for predicted, rows in enumerate(counts):
             if rows and true != predicted:
@@ -150,14 +158,14 @@ def test_the_confusion_matrix_holds_every_count():
 
 
 def test_a_mistake_is_told_in_words_and_not_by_colour_alone():
-    words = Outline(render(full_page())).words
+    words = Outline(render_page(full_page())).words
     assert "✗ grass 51 % labelled brick b.png" in words
     assert "✓ brick 97 % a.png" in words
     assert "✗" not in words.split("c.png")[0].split("b.png")[1]
 
 
 def test_pictures_are_inside_the_page():
-    html = render(full_page())
+    html = render_page(full_page())
     pictures = [value for tag, name, value in Outline(html).attributes if (tag, name) == ("img", "src")]
     assert [base64.b64decode(value.removeprefix("data:image/jpeg;base64,")) for value in pictures] == [
         b"\xff\xd8right",
@@ -171,7 +179,7 @@ SCRIPT = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
 
 @pytest.mark.parametrize("make", [full_page, scripted_page])
 def test_nothing_is_asked_of_the_network(make):
-    html = render(make())
+    html = render_page(make())
     outline = Outline(html)
     assert not re.search(r"https?:|//[a-z]|url\(|@import", SCRIPT.sub("", html))
     assert not {"link", "iframe", "object", "form", "base"} & set(outline.tags)
@@ -193,7 +201,7 @@ def policy_of(html):
 
 
 def test_the_content_security_policy_allows_this_style_sheet_and_pictures_alone():
-    html = render(full_page())
+    html = render_page(full_page())
     (style,) = digests(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
     assert policy_of(html) == (
         f"default-src 'none'; img-src data:; style-src {style}; base-uri 'none'; form-action 'none'"
@@ -201,7 +209,7 @@ def test_the_content_security_policy_allows_this_style_sheet_and_pictures_alone(
 
 
 def test_the_content_security_policy_allows_these_scripts_and_no_other():
-    html = render(scripted_page())
+    html = render_page(scripted_page())
     (style,) = digests(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
     scripts = digests(re.findall(r"<script>(.*?)</script>", html, re.DOTALL))
     assert len(scripts) == 3
@@ -220,14 +228,14 @@ def data_of(html):
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
 def test_the_data_of_the_script_are_the_texts_and_nothing_else(text):
     page = scripted_page(lambda _: text, classes=(text, "grass", "gravel"))
-    data = data_of(render(page))
+    data = data_of(render_page(page))
     plain = re.sub("[\x00-\x1f\u202e]", lambda found: found[0].encode("unicode_escape").decode(), text)
     assert data["ids"] == [plain]
     assert data["pictures"] == {"0": "data:image/webp;base64," + base64.b64encode(b"RIFFmore").decode()}
 
 
 def test_findings_and_rivals_are_said_in_words():
-    words = Outline(render(scripted_page())).words
+    words = Outline(render_page(scripted_page())).words
     for expected in (
         "Mistakes 90",
         "✗ grass 70 % labelled brick 0.99 to e.png d.png",
@@ -242,27 +250,27 @@ def test_findings_and_rivals_are_said_in_words():
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
 def test_untrusted_text_stays_text_wherever_it_stands(text):
-    plain = Outline(render(scripted_page()))
-    outline = Outline(render(scripted_page(lambda _: text, classes=(text, "grass", "gravel"))))
+    plain = Outline(render_page(scripted_page()))
+    outline = Outline(render_page(scripted_page(lambda _: text, classes=(text, "grass", "gravel"))))
     assert set(outline.tags) <= set(plain.tags)
     assert {(tag, name) for tag, name, _ in outline.attributes} <= {(tag, n) for tag, n, _ in plain.attributes}
 
 
 def test_a_long_name_is_cut_with_the_whole_in_its_title():
-    outline = Outline(render(full_page(classes=("x" * 10_000, "grass", "gravel"))))
+    outline = Outline(render_page(full_page(classes=("x" * 10_000, "grass", "gravel"))))
     assert ("bdi", "title", "x" * 10_000) in outline.attributes
     assert max(len(text) for text in outline.text) < 500
 
 
 def test_names_are_isolated_and_cannot_turn_their_neighbours_around():
-    outline = Outline(render(full_page(classes=("\u202egnp.exe", "שלום", "gravel"))))
+    outline = Outline(render_page(full_page(classes=("\u202egnp.exe", "שלום", "gravel"))))
     assert "\u202e" not in outline.words
     assert "\\u202egnp.exe" in outline.words
     assert ("bdi", "title", "שלום") in outline.attributes
 
 
 def test_an_empty_page_shows_its_title_and_nothing_else():
-    outline = Outline(render(Page("Nothing yet")))
+    outline = Outline(render_page(Page("Nothing yet")))
     assert outline.words == "Nothing yet Nothing yet"
     assert "section" not in outline.tags
 
@@ -279,7 +287,7 @@ def test_an_empty_page_shows_its_title_and_nothing_else():
     ids=["one target", "two targets", "labels", "one class", "an absent class"],
 )
 def test_every_task_has_a_page(scores):
-    words = Outline(render(Page("Scores", scores=scores))).words
+    words = Outline(render_page(Page("Scores", scores=scores))).words
     for score in scores.metrics.values():
         assert f"{score.value:.3f}" in words
     assert len(scores.classes) == 1 or all(name in words for name in scores.classes)
@@ -289,7 +297,7 @@ def test_a_thousand_classes_show_the_most_confused_pairs_in_a_small_page_soon():
     classes = [f"class {i:04d}" for i in range(1000)]
     scores = scores_of(classes, m=3000)
     start = time.perf_counter()
-    html = render(Page("Many", scores=scores))
+    html = render_page(Page("Many", scores=scores))
     assert time.perf_counter() - start < 2
     assert len(html) < 10_000_000
     assert 'class="matrix' not in html
@@ -300,16 +308,18 @@ def test_a_thousand_classes_show_the_most_confused_pairs_in_a_small_page_soon():
 
 
 def test_a_negative_score_draws_to_the_left_of_zero():
-    axis = axis_of([-0.5, 1.0])
+    axis = make_axis([-0.5, 1.0])
     assert (axis.low, axis.high) == (-0.5, 1.0)
-    html = render(Page("R²", comparison=[Row("mean", Interval(-0.5, -0.75, -0.25))], comparison_score="r2"))
+    html = render_page(
+        Page("R²", comparison=[ComparisonRow("mean", Interval(-0.5, -0.75, -0.25))], comparison_score="r2")
+    )
     assert "-0.750 to -0.250" in html
     assert re.search(r'class="bar" x="37.50%" y="8" height="16" width="62.50%"', html)
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [math.nan], [5e-324], [1e-9], [1e12, -3.0], [math.inf, 2.0]])
 def test_an_axis_holds_zero_and_every_finite_value(values):
-    axis = axis_of(values)
+    axis = make_axis(values)
     finite = [value for value in values if math.isfinite(value)]
     assert axis.low <= min([0, *finite])
     assert axis.high >= max([0, *finite])
@@ -323,20 +333,20 @@ def test_places_stay_within_the_chart():
 
 
 def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
-    curve = curve_of("loss", [3.0, 2.0, math.nan, 1.0])
+    curve = make_training_curve("loss", [3.0, 2.0, math.nan, 1.0])
     assert curve.path == "M0.00 2.00L33.33 20.00M100.00 38.00"
     assert (curve.first, curve.last, curve.epochs) == ("3.000", "1.000", 4)
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [1.0], [2.0, 2.0]])
 def test_a_curve_of_almost_nothing_can_be_drawn(values):
-    assert "nan" not in curve_of("loss", values).path
-    assert render(Page("Curves", curves={"loss": values}))
+    assert "nan" not in make_training_curve("loss", values).path
+    assert render_page(Page("Curves", curves={"loss": values}))
 
 
 def test_the_colour_of_a_cell_is_its_share_of_the_true_class():
     p = np.eye(2)[[0] * 9 + [1] + [1] * 10]
-    table = matrix_of(score_classification(["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
+    table = make_confusion_matrix(score_classification(["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
     assert [(cell.rows, cell.level, cell.right) for _, _, row in table for cell in row] == [
         (9, 5, True),
         (1, 3, False),
@@ -346,14 +356,14 @@ def test_the_colour_of_a_cell_is_its_share_of_the_true_class():
 
 
 def test_the_same_page_is_the_same_bytes(tmp_path):
-    first, second = write(full_page(), tmp_path / "1.html"), write(full_page(), tmp_path / "2.html")
+    first, second = write_page(full_page(), tmp_path / "1.html"), write_page(full_page(), tmp_path / "2.html")
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_page_is_written_whole_and_leaves_nothing_else_behind(tmp_path):
     path = tmp_path / "report.html"
-    assert write(full_page(), str(path)) == path
-    assert path.read_text("utf-8") == render(full_page())
+    assert write_page(full_page(), str(path)) == path
+    assert path.read_text("utf-8") == render_page(full_page())
     assert os.listdir(tmp_path) == ["report.html"]
     mask = os.umask(0)
     os.umask(mask)
@@ -370,16 +380,16 @@ def test_a_full_disk_leaves_the_page_of_before(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(f"featpipe.report.html.os.{call}", fail)
     with pytest.raises(ConfigError, match=r"report\.html: cannot write the report: No space left on device"):
-        write(full_page(), path)
+        write_page(full_page(), path)
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["report.html"]
 
 
 def test_a_missing_folder_is_made(tmp_path):
-    assert write(Page("t"), tmp_path / "new" / "page.html").is_file()
+    assert write_page(Page("t"), tmp_path / "new" / "page.html").is_file()
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"cannot write the report: .*; name a file in a folder that can be written"):
-        write(Page("t"), tmp_path / "file" / "page.html")
+        write_page(Page("t"), tmp_path / "file" / "page.html")

@@ -14,30 +14,30 @@ from PIL import Image
 
 from featpipe import image
 from featpipe.backbone import Transform, resampling
-from featpipe.backbone.resampling import TAPS_MAX, Axis
+from featpipe.backbone.resampling import EMBEDDING_BAG_MAX_TAPS, ResizeAxis
 
 FILTERS = ("bilinear", "bicubic")
 NOISE = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
-MIDDLE = Axis(375, 256, 16, 224), Axis(500, 341, 58, 224)
+MIDDLE = ResizeAxis(375, 256, 16, 224), ResizeAxis(500, 341, 58, 224)
 
 
 def tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1)
 
 
-def resized(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
+def resized(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
     return resampling.resize(tensor(picture), *axes, filter_).permute(1, 2, 0).numpy()
 
 
-def by_pillow(picture: NDArray[np.uint8], axes: tuple[Axis, Axis], filter_: str) -> NDArray[np.uint8]:
-    size, filter_ = (axes[1].after, axes[0].after), Image.Resampling[filter_.upper()]
-    left, top = axes[1].start, axes[0].start
-    box = (left, top, left + axes[1].length, top + axes[0].length)
+def by_pillow(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
+    size, filter_ = (axes[1].resized_size, axes[0].resized_size), Image.Resampling[filter_.upper()]
+    left, top = axes[1].crop_start, axes[0].crop_start
+    box = (left, top, left + axes[1].crop_length, top + axes[0].crop_length)
     return np.asarray(Image.fromarray(picture).resize(size, filter_).crop(box))
 
 
-def whole(before: int, after: int) -> Axis:
-    return Axis(before, after, 0, after)
+def whole(before: int, after: int) -> ResizeAxis:
+    return ResizeAxis(before, after, 0, after)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def without_sums(monkeypatch):
     def refuse(*_):
         raise AssertionError("the sums were used")
 
-    monkeypatch.setattr(resampling, "_resize", refuse)
+    monkeypatch.setattr(resampling, "_resize_by_embedding_bag", refuse)
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def without_pillow(monkeypatch):
 
 
 @st.composite
-def axes(draw: st.DrawFn, shrunk: int = 33) -> Axis:
+def axes(draw: st.DrawFn, shrunk: int = 33) -> ResizeAxis:
     """Some way to resize and crop, to one in so many pixels at least."""
     before = draw(st.integers(1, 300))
     after = draw(st.one_of(st.integers(1, 300), st.just(before), st.integers(max(1, before // shrunk), before)))
     start = draw(st.integers(0, after - 1))
-    return Axis(before, after, start, draw(st.integers(1, after - start)))
+    return ResizeAxis(before, after, start, draw(st.integers(1, after - start)))
 
 
 @st.composite
@@ -95,9 +95,13 @@ def test_any_part_of_any_resized_picture_is_pillows_to_the_bit(vertical, horizon
 @given(vertical=axes(), horizontal=axes(), filter_=st.sampled_from(FILTERS))
 def test_pillow_itself_is_asked_only_where_the_rule_says(vertical, horizontal, filter_):
     down, across = (axis.before - axis.after for axis in (vertical, horizontal))
-    assume(max(vertical.taps(filter_), horizontal.taps(filter_)) <= TAPS_MAX and down <= max(0, 2 * across))
+    assume(
+        max(vertical.taps(filter_), horizontal.taps(filter_)) <= EMBEDDING_BAG_MAX_TAPS and down <= max(0, 2 * across)
+    )
     picture = np.random.default_rng(0).integers(0, 256, (vertical.before, horizontal.before, 3), dtype=np.uint8)
-    summed = resampling._resize(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
+    summed = (
+        resampling._resize_by_embedding_bag(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
+    )
     np.testing.assert_array_equal(summed, by_pillow(picture, (vertical, horizontal), filter_))
 
 
@@ -112,27 +116,30 @@ def test_what_the_sums_are_not_for_is_left_to_pillow(both, filter_, without_sums
 
 @pytest.mark.parametrize("filter_", FILTERS)
 def test_the_largest_sums_are_exact(filter_, without_pillow):
-    shrink = TAPS_MAX // (2 * resampling.SUPPORT[filter_])
+    shrink = EMBEDDING_BAG_MAX_TAPS // (2 * resampling.FILTER_SUPPORT[filter_])
     axis = whole(16 * shrink, 16)
-    assert axis.taps(filter_) == TAPS_MAX
-    weights = image.resize_weights(axis.before, axis.after, filter_, TAPS_MAX)
-    of_one = weights[np.arange(axis.before) % TAPS_MAX, 8]  # of every pixel in one in the middle
+    assert axis.taps(filter_) == EMBEDDING_BAG_MAX_TAPS
+    weights = image.resize_weights(axis.source_size, axis.resized_size, filter_, EMBEDDING_BAG_MAX_TAPS)
+    of_one = weights[np.arange(axis.source_size) % EMBEDDING_BAG_MAX_TAPS, 8]  # of every pixel in one in the middle
     positive, low_is_negative = of_one > 0, (of_one + 256) % 512 < 256
     for bright in (positive, ~positive, low_is_negative, ~low_is_negative):
         row = np.where(bright, 255, 0).astype(np.uint8)
         picture = np.repeat(np.tile(row, (24, 1))[..., None], 3, axis=2)
         for turned in (picture, picture.transpose(1, 0, 2).copy()):
-            both = tuple(whole(n, 16 if n == axis.before else n) for n in turned.shape[:2])
+            both = tuple(whole(n, 16 if n == axis.source_size else n) for n in turned.shape[:2])
             expected = by_pillow(turned, both, filter_)
-            summed = resampling._resize(tensor(turned), *both, filter_).permute(1, 2, 0).numpy()
+            summed = resampling._resize_by_embedding_bag(tensor(turned), *both, filter_).permute(1, 2, 0).numpy()
             np.testing.assert_array_equal(summed, expected)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (768, 1024), (90, 100)])
 def test_a_center_crop_of_usual_pictures_needs_no_pillow(size, without_pillow):
     picture = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
-    vertical, horizontal = Transform(256, (224, 224))._target(*size)
-    both = Axis(size[0], vertical, (vertical - 224) // 2, 224), Axis(size[1], horizontal, (horizontal - 224) // 2, 224)
+    vertical, horizontal = Transform(256, (224, 224))._compute_resized_size(*size)
+    both = (
+        ResizeAxis(size[0], vertical, (vertical - 224) // 2, 224),
+        ResizeAxis(size[1], horizontal, (horizontal - 224) // 2, 224),
+    )
     np.testing.assert_array_equal(resized(picture, both, "bicubic"), by_pillow(picture, both, "bicubic"))
 
 
@@ -144,12 +151,12 @@ def test_real_photographs_are_resized_to_the_bit(filter_):
     photographs += [np.array(photograph) for photograph in sklearn.load_sample_images().images]
     for photograph in photographs:
         transform = Transform(256, (224, 224), filter_)
-        height, width = transform._target(*photograph.shape[:2])
+        height, width = transform._compute_resized_size(*photograph.shape[:2])
         top, left = round((height - 224) / 2), round((width - 224) / 2)
-        both = Axis(photograph.shape[0], height, top, 224), Axis(photograph.shape[1], width, left, 224)
+        both = ResizeAxis(photograph.shape[0], height, top, 224), ResizeAxis(photograph.shape[1], width, left, 224)
         expected = by_pillow(photograph, both, filter_)
         np.testing.assert_array_equal(resized(photograph, both, filter_), expected)
-        np.testing.assert_array_equal(transform.picture(tensor(photograph)).permute(1, 2, 0).numpy(), expected)
+        np.testing.assert_array_equal(transform.apply_geometry(tensor(photograph)).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(500, 341), (375, 256), (61, 200), (1000, 37), (7, 7)])
@@ -170,7 +177,7 @@ def test_the_weights_are_those_of_the_filter_in_units_of_two_to_the_minus_22(bef
     weights = image.resize_weights(before, after, filter_, taps)
     found = np.zeros((before, after))
     for pixel in range(taps):
-        rows = axis.first(filter_) + pixel
+        rows = axis.first_taps(filter_) + pixel
         found[rows, np.arange(after)] = weights[rows % taps, np.arange(after)]
     assert np.abs(found - expected).max() <= 0.5 + 1e-6
 
@@ -178,7 +185,7 @@ def test_the_weights_are_those_of_the_filter_in_units_of_two_to_the_minus_22(bef
 def test_strips_meet_without_a_seam(monkeypatch, without_pillow):
     expected = resized(NOISE, MIDDLE, "bicubic")
     for values in (1, 3_000, 100_000):
-        monkeypatch.setattr(resampling, "STRIP_VALUES", values)
+        monkeypatch.setattr(resampling, "MAX_STRIP_VALUES", values)
         np.testing.assert_array_equal(resized(NOISE, MIDDLE, "bicubic"), expected)
 
 
@@ -206,7 +213,7 @@ def test_a_pillow_that_computes_otherwise_is_noticed_and_used(monkeypatch):
 
 def test_threads_share_weights_and_nothing_else():
     expected = [resized(NOISE[:, : 200 + 40 * i], (MIDDLE[0], whole(200 + 40 * i, 180)), "bicubic") for i in range(4)]
-    resampling._sums.cache_clear()
+    resampling._make_resize_pass.cache_clear()
     found: dict[int, list[NDArray[np.uint8]]] = {}
 
     def work(i: int) -> None:
@@ -232,5 +239,5 @@ def test_normalising_is_the_formula_to_the_bit_in_any_layout(shape):
     expected = (planes.to(torch.float32) / 255 - mean) / std
     last = planes.movedim(-3, -1).contiguous().movedim(-1, -3)
     for picture in (planes, last, planes.mT.contiguous().mT):
-        assert torch.equal(transform.normalise(picture), expected)
-    assert transform.normalise(last).stride() == last.stride()
+        assert torch.equal(transform.normalize(picture), expected)
+    assert transform.normalize(last).stride() == last.stride()

@@ -13,13 +13,13 @@ from featpipe.errors import ConfigError
 from featpipe.scores import (
     METRICS,
     Interval,
-    paired,
+    compare_paired,
     score_classification,
     score_multilabel,
     score_regression,
-    share_interval,
+    wilson_interval,
 )
-from featpipe.scores.paired import mcnemar
+from featpipe.scores.paired import mcnemar_test
 
 CLASSES = tuple("abcdefgh")
 SHARES = ("accuracy", "top5_accuracy", "exact_match")
@@ -182,7 +182,7 @@ def test_the_interval_of_a_share_is_wilsons():
 
 
 def test_a_share_has_its_interval_at_the_ends_too():
-    low, high = share_interval([0, 20], [20, 20])
+    low, high = wilson_interval([0, 20], [20, 20])
     ends = [binomtest(right, 20).proportion_ci(method="wilson") for right in (0, 20)]
     assert low == pytest.approx([end.low for end in ends])
     assert high == pytest.approx([end.high for end in ends])
@@ -211,7 +211,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
 
 
 def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
-    monkeypatch.setattr("featpipe.scores.measuring._RANKED", 10)
+    monkeypatch.setattr("featpipe.scores.measuring._MAX_RANKED_SCORES", 10)
     codes, p = predictions(50)
     metrics = score_classification(named(codes), p, CLASSES).metrics
     assert not metrics["roc_auc"].known
@@ -368,7 +368,7 @@ def test_mcnemar_counts_the_rows_that_one_model_alone_gets_right():
     first, second = np.ones(60), np.ones(60)
     first[:4], second[2:14] = 0, 0  # 2 wrong in both, 2 in the first alone, 10 in the second alone
     both = [np.column_stack([right, 1 - right]) for right in (first, second)]
-    found = paired("classification", named(y), *both, CLASSES[:2])
+    found = compare_paired("classification", named(y), *both, CLASSES[:2])
     assert (found.only_first, found.only_second, found.n) == (10, 2, 60)
     exact = 2 * sum(math.comb(12, i) for i in range(3)) / 2**12
     contrast = found.contrasts["accuracy"]
@@ -376,14 +376,14 @@ def test_mcnemar_counts_the_rows_that_one_model_alone_gets_right():
     assert contrast.test == "mcnemar"
     assert contrast.difference.value == pytest.approx(8 / 60)
     assert contrast.difference.low < 8 / 60 < contrast.difference.high
-    swapped = paired("classification", named(y), *both[::-1], CLASSES[:2])
+    swapped = compare_paired("classification", named(y), *both[::-1], CLASSES[:2])
     assert swapped.contrasts["accuracy"].difference.value == pytest.approx(-8 / 60)
     assert swapped.contrasts["accuracy"].p == contrast.p
 
 
 def test_models_that_agree_on_every_row_differ_by_nothing_with_an_interval():
     codes, p = predictions(100)
-    contrast = paired("classification", named(codes), p, p, CLASSES).contrasts["accuracy"]
+    contrast = compare_paired("classification", named(codes), p, p, CLASSES).contrasts["accuracy"]
     assert (contrast.p, contrast.difference.value) == (1.0, 0.0)
     assert contrast.difference.low == pytest.approx(-contrast.difference.high)
     assert contrast.difference.high > 0.005
@@ -400,7 +400,7 @@ def test_the_interval_of_a_difference_resamples_both_models_alike(task, names, d
     y, p = data
     q = p.copy()
     q[::3] = q[::3][:, ::-1]
-    found = paired(task, y, p, q, names, bootstrap=60, seed=3).contrasts
+    found = compare_paired(task, y, p, q, names, n_resamples=60, seed=3).contrasts
     rng = np.random.default_rng(3)
     draws = rng.integers(0, len(y), (60, len(y)))
     values = [{n: v - oracle(y[r], q[r])[n] for n, v in oracle(y[r], p[r]).items()} for r in draws]
@@ -415,6 +415,6 @@ def test_the_interval_of_a_paired_difference_holds_the_truth_as_often_as_it_says
     rng, held = np.random.default_rng(0), 0
     for _ in range(400):
         first, second = rng.random(150) < 0.9, rng.random(150) < 0.8
-        found = mcnemar(first, second).difference
+        found = mcnemar_test(first, second).difference
         held += found.low <= 0.1 <= found.high
     assert 0.93 <= held / 400 <= 0.985

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache
-from featpipe.cache import Table, opening, parts_directory, shards_directory, write_cache, writer
+from featpipe.cache import SampleTable, opening, parts_directory, shards_directory, write_cache, writer
 from featpipe.errors import CacheError, CacheFormatError
 from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import Strings
+from featpipe.strings import StringColumn
 
 SMALLEST = 65536  # bytes of a shard: one page of the largest kind
 WIDE = {"pooled": (1024,)}
@@ -53,13 +53,13 @@ class Content:
         self.features = {name: rng.normal(size=(n, *shape)).astype(storage) for name, shape in self.shapes.items()}
         for values in self.features.values():
             values[status != Status.OK] = np.nan
-        self.table = Table(
-            ids=Strings.of(f"é/{i}.jpg" for i in range(n)),
+        self.table = SampleTable(
+            ids=StringColumn.from_strings(f"é/{i}.jpg" for i in range(n)),
             status=status,
             digests=rng.integers(0, 256, (n, 32), np.uint8),
             stamps=rng.integers(0, 256, (n, 16), np.uint8),
             split=rng.integers(0, 4, n, np.uint8),
-            labels=Labels.of_classes(rng.choice(["cow", "ape"], n).tolist()),
+            labels=Labels.from_class_names(rng.choice(["cow", "ape"], n).tolist()),
         )
 
     def gather(self, output: str, start: int, stop: int) -> np.ndarray:
@@ -304,16 +304,16 @@ def test_a_reader_that_comes_while_the_cache_is_replaced_sees_the_old_one_or_the
     """The shards are gone after the manifest that names them was read: it reads the new one."""
     path, old, new = tmp_path / "a.h5", Content(seed=1), Content(100, seed=2)
     old.write(path)
-    joined, turns = opening._joined_shards, iter([True])
+    joined, turns = opening._map_shards, iter([True])
 
     def late(*given: object) -> object:
         if next(turns, False):
             with monkeypatch.context() as patch:
-                patch.setattr(opening, "_joined_shards", joined)
+                patch.setattr(opening, "_map_shards", joined)
                 new.write(path)
         return joined(*given)
 
-    monkeypatch.setattr(opening, "_joined_shards", late)
+    monkeypatch.setattr(opening, "_map_shards", late)
     assert new.is_in(path)
 
 
@@ -387,7 +387,7 @@ def calls(monkeypatch, fail_at: int | None) -> Iterator[int]:
 
     for name in ("fsync", "replace", "mkdir"):
         monkeypatch.setattr(os, name, failing(getattr(os, name)))
-    monkeypatch.setattr(writer, "check_rows", failing(writer.check_rows))
+    monkeypatch.setattr(writer, "compute_row_checksums", failing(writer.compute_row_checksums))
     monkeypatch.setattr(writer, "fsync_directory", failing(writer.fsync_directory))
     while True:
         yield count[0]

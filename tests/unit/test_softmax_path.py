@@ -16,9 +16,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, dumps, loads, path
-from featpipe.heads.objective import Problem
-from featpipe.heads.path import STRENGTHS, solutions
-from featpipe.heads.solver import minimise
+from featpipe.heads.objective import LogisticProblem
+from featpipe.heads.path import C_GRID, solve_path
+from featpipe.heads.solver import minimize
 
 FEW = (1e-3, 1e-1, 10.0)
 WEIGHTED_ROWS = "a row of weight two is in one fold, two rows may be in two: as with scikit-learn's own"
@@ -49,12 +49,12 @@ def test_every_strength_of_a_path_is_near_its_minimum(shape):
     k = shape[-1]
     X, y = rows(*shape)
     Y, link = (y[:, None], "sigmoid") if k == 2 else (y, "softmax")
-    problem = Problem(X, Y, np.ones(Y.shape), link, 1 if k == 2 else k)
-    strengths = np.array(STRENGTHS[::4])
-    for C, found in zip(strengths, solutions(problem, 1 / strengths, tol=1e-4, max_iter=200), strict=True):
-        there = Problem(X, Y, np.full(Y.shape, C), link, problem.k)
-        lowest = minimise(there, tol=1e-9, max_iter=5000).value
-        value = there.at(np.column_stack([found.W, found.b])).values.sum()
+    problem = LogisticProblem(X, Y, np.ones(Y.shape), link, 1 if k == 2 else k)
+    strengths = np.array(C_GRID[::4])
+    for C, found in zip(strengths, solve_path(problem, 1 / strengths, tol=1e-4, max_iter=200), strict=True):
+        there = LogisticProblem(X, Y, np.full(Y.shape, C), link, problem.k)
+        lowest = minimize(there, tol=1e-9, max_iter=5000).value
+        value = there.evaluate(np.column_stack([found.W, found.b])).values.sum()
         assert value <= lowest * (1 + 5e-3), C
 
 
@@ -92,7 +92,7 @@ def test_labels_of_noise_score_as_chance_whatever_the_strength():
 
 def test_one_standard_error_takes_the_strongest_penalty_that_is_as_good():
     X, y = rows(200, 20, 3)
-    settings = {"Cs": STRENGTHS[::3], "cv": 5}
+    settings = {"Cs": C_GRID[::3], "cv": 5}
     best = SoftmaxRegressionCV(**settings).fit(X, y)
     simple = SoftmaxRegressionCV(**settings, one_standard_error=True).fit(X, y)
     means = best.scores_.mean(axis=0)
@@ -160,7 +160,7 @@ def test_folds_side_by_side_give_the_bits_of_folds_in_turn(threads, monkeypatch)
     search = SoftmaxRegressionCV(FEW, cv=5, refit=False, scoring="neg_log_loss")
     with threadpool_limits(threads, user_api="blas"):
         together = clone(search).fit(X, y)
-        monkeypatch.setattr(path, "SMALL_PRODUCTS", 0)
+        monkeypatch.setattr(path, "MAX_THREADED_PRODUCTS", 0)
         in_turn = clone(search).fit(X, y)
     np.testing.assert_array_equal(together.scores_, in_turn.scores_)
     np.testing.assert_array_equal(together.coef_, in_turn.coef_)

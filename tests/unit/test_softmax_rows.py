@@ -46,7 +46,7 @@ def test_rows_of_a_file_give_the_answer_of_rows_in_memory(tmp_path, k):
 def test_memory_stays_flat_when_rows_are_many(tmp_path, monkeypatch):
     from featpipe.heads import curvature
 
-    monkeypatch.setattr(curvature, "NUMBERS_FROM_A_FILE", 1e5)
+    monkeypatch.setattr(curvature, "MAX_VALUES_FROM_FILE", 1e5)
     X, y = rows(150_000, 32, 5)
     X.tofile(tmp_path / "rows")
     source = File(tmp_path / "rows", X.shape)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from featpipe.heads import SoftmaxRegression, solver
-from featpipe.heads.curvature import Diagonal
-from featpipe.heads.objective import Problem
-from featpipe.heads.quasi_newton import HISTORY, Memory
+from featpipe.heads.curvature import DiagonalPreconditioner
+from featpipe.heads.objective import LogisticProblem
+from featpipe.heads.quasi_newton import HISTORY_SIZE, LBFGSHistory
 
 
 def two_loops(pairs, gradient, inverse):
@@ -25,25 +25,25 @@ def two_loops(pairs, gradient, inverse):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_step_is_that_of_the_two_loops(groups):
     rng = np.random.default_rng(0)
-    memory, k, width = Memory(), 2, 6
+    memory, k, width = LBFGSHistory(), 2, 6
     root = rng.normal(size=(groups, k * width, k * width))
     hessian = root @ root.transpose(0, 2, 1) + np.eye(k * width)
     inverse = 1 / rng.uniform(1, 5, width)
     pairs = [[] for _ in range(groups)]
-    for _ in range(HISTORY + 5):
+    for _ in range(HISTORY_SIZE + 5):
         step = rng.normal(size=(groups, k * width))
         change = np.einsum("gpq,gq->gp", hessian, step)
         for group in range(groups):
-            pairs[group] = [*pairs[group], (step[group], change[group])][-HISTORY:]
+            pairs[group] = [*pairs[group], (step[group], change[group])][-HISTORY_SIZE:]
         memory.add(step.reshape(groups, k, width), change.reshape(groups, k, width))
     gradient = rng.normal(size=(groups, k, width))
-    metric = Diagonal(inverse)
+    metric = DiagonalPreconditioner(inverse)
     found = memory.direction(gradient, metric.solve)
     for group in range(groups):
         expected = two_loops(pairs[group], gradient[group].ravel(), np.tile(inverse, k))
         np.testing.assert_allclose(found[group].ravel(), expected, rtol=1e-6, atol=1e-9)
     # Under a stronger penalty the changes are those that would have been seen.
-    memory.repenalise(2.0, width)
+    memory.update_penalty(2.0, width)
     grown = np.where(np.arange(k * width) % width == width - 1, 0.0, 2.0)
     found = memory.direction(gradient, metric.solve)
     for group in range(groups):
@@ -62,10 +62,10 @@ def test_few_rows_reach_the_minimum_also_where_their_products_are_singular(kind,
     if kind == "unequal columns":
         X *= np.logspace(-5, 3, 150)
     head = SoftmaxRegression(tol=1e-9).fit(X, y)
-    monkeypatch.setattr(solver, "ROWS_FOR_EACH_CLASS", 0)
+    monkeypatch.setattr(solver, "MAX_ROW_SPACE_ROWS_PER_CLASS", 0)
     whole = SoftmaxRegression(tol=1e-9).fit(X, y)
-    problem = Problem(X, y, np.ones(60), "softmax", 4)
-    here, there = (problem.at(np.column_stack([h.coef_, h.intercept_])).values.sum() for h in (head, whole))
+    problem = LogisticProblem(X, y, np.ones(60), "softmax", 4)
+    here, there = (problem.evaluate(np.column_stack([h.coef_, h.intercept_])).values.sum() for h in (head, whole))
     assert here == pytest.approx(there, rel=1e-7)
     np.testing.assert_allclose(head.predict_proba(X), whole.predict_proba(X), atol=1e-4)
 
@@ -80,43 +80,45 @@ def nearly_separable(n: int = 6000, d: int = 48, k: int = 12) -> tuple[np.ndarra
 
 
 def value_at(head: SoftmaxRegression, X: np.ndarray, y: np.ndarray) -> float:
-    problem = Problem(X, y, np.ones(len(X)), "softmax", len(head.classes_))
-    return float(problem.at(np.column_stack([head.coef_, head.intercept_])).values.sum())
+    problem = LogisticProblem(X, y, np.ones(len(X)), "softmax", len(head.classes_))
+    return float(problem.evaluate(np.column_stack([head.coef_, head.intercept_])).values.sum())
 
 
 def passes_of(X: np.ndarray, y: np.ndarray, monkeypatch, **settings: float) -> tuple[int, float]:
     """Passes over all rows until the minimum, and f there."""
-    rows, at = [], Problem.at
+    rows, at = [], LogisticProblem.evaluate
     with monkeypatch.context() as changed:
         for name, value in settings.items():
             changed.setattr(solver, name, value)
-        changed.setattr(Problem, "at", lambda self, *given: rows.append(self.n) or at(self, *given))
+        changed.setattr(LogisticProblem, "evaluate", lambda self, *given: rows.append(self.n) or at(self, *given))
         head = SoftmaxRegression().fit(X, y)
     return rows.count(len(X)), value_at(head, X, y)
 
 
 def test_scaling_all_weights_spares_steps_and_changes_no_minimum(monkeypatch):
     X, y = nearly_separable()
-    plain = passes_of(X, y, monkeypatch, STEPS_BETWEEN_SCALES=10**9, SAMPLED_FROM_PRODUCTS=np.inf)
-    scaled = passes_of(X, y, monkeypatch, SAMPLED_FROM_PRODUCTS=np.inf)
+    plain = passes_of(X, y, monkeypatch, STEPS_BETWEEN_RESCALES=10**9, MIN_PRODUCTS_FOR_WARM_START=np.inf)
+    scaled = passes_of(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=np.inf)
     assert scaled[0] < plain[0]
     assert scaled[1] == pytest.approx(plain[1], rel=1e-6)
 
 
 def test_a_start_from_a_sample_spares_passes_and_changes_no_minimum(monkeypatch):
     X, y = nearly_separable()
-    plain = passes_of(X, y, monkeypatch, SAMPLED_FROM_PRODUCTS=np.inf)
-    sampled = passes_of(X, y, monkeypatch, SAMPLED_FROM_PRODUCTS=0)
+    plain = passes_of(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=np.inf)
+    sampled = passes_of(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=0)
     assert sampled[0] < plain[0]
     assert sampled[1] == pytest.approx(plain[1], rel=1e-6)
 
 
 def test_a_sample_without_enough_of_a_class_or_that_tells_nothing_is_no_start(monkeypatch):
     X, y = nearly_separable()
-    monkeypatch.setattr(solver, "SAMPLED_FROM_PRODUCTS", 0)
+    monkeypatch.setattr(solver, "MIN_PRODUCTS_FOR_WARM_START", 0)
 
     def start(y: np.ndarray) -> object:
-        return solver._from_a_sample(Problem(X, y, np.ones(len(X)), "softmax", int(y.max()) + 1).ready_in(np.float32))
+        return solver._find_warm_start(
+            LogisticProblem(X, y, np.ones(len(X)), "softmax", int(y.max()) + 1).materialize(np.float32)
+        )
 
     assert start(y) is not None
     rare = y.copy()
@@ -129,5 +131,5 @@ def test_a_sample_without_enough_of_a_class_or_that_tells_nothing_is_no_start(mo
 def test_what_zero_weights_cost_is_told_without_a_pass(fit_intercept):
     rng = np.random.default_rng(0)
     y = rng.choice(3, 50, p=[0.7, 0.2, 0.1])
-    problem = Problem(rng.normal(size=(50, 4)), y, rng.random(50), "softmax", 3, fit_intercept)
-    assert problem.loss_at_start() == pytest.approx(problem.at(problem.start()).values.sum(), rel=1e-12)
+    problem = LogisticProblem(rng.normal(size=(50, 4)), y, rng.random(50), "softmax", 3, fit_intercept)
+    assert problem.initial_loss() == pytest.approx(problem.evaluate(problem.initial_theta()).values.sum(), rel=1e-12)

@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold, TimeSeriesSplit
 
 from featpipe import split
 from featpipe.errors import ConfigError
-from featpipe.split import cut, folds, group_key, holdout, key
+from featpipe.split import compute_group_keys, compute_keys, find_cutoff_time, make_folds, make_holdout
 
 
 def digests_of(*numbers: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_the_mixing_is_splitmix64_whose_first_output_from_zero_is_published():
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_a_key_is_the_stated_function_of_digest_and_seed(seed):
     digests = many(50)
-    for row, found in zip(digests, key(digests, seed), strict=True):
+    for row, found in zip(digests, compute_keys(digests, seed), strict=True):
         mixed = splitmix(seed)
         for word in range(4):
             mixed = splitmix(mixed ^ int.from_bytes(row[8 * word : 8 * word + 8].tobytes(), "little"))
@@ -47,76 +47,76 @@ def test_a_key_is_the_stated_function_of_digest_and_seed(seed):
 
 
 def test_keys_are_uniform_and_independent_between_seeds():
-    keys = key(many(20_000))
+    keys = compute_keys(many(20_000))
     assert keys.min() >= 0
     assert keys.max() < 1
     counts = np.histogram(keys, 20, (0, 1))[0]
     assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-squared, 19 degrees of freedom, p = 0.001
-    assert abs(np.corrcoef(keys, key(many(20_000), seed=1))[0, 1]) < 0.03
+    assert abs(np.corrcoef(keys, compute_keys(many(20_000), seed=1))[0, 1]) < 0.03
 
 
 def test_a_key_depends_on_every_byte_of_the_digest():
     digests = np.zeros((33, 32), np.uint8)
     digests[np.arange(32), np.arange(32)] = 1
-    assert len(np.unique(key(digests))) == 33
+    assert len(np.unique(compute_keys(digests))) == 33
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, "0"])
 def test_a_seed_that_is_no_whole_number_is_refused(seed):
     with pytest.raises(ConfigError, match="seed is"):
-        key(many(3), seed)
+        compute_keys(many(3), seed)
 
 
 @pytest.mark.parametrize("digests", [np.zeros((3, 31), np.uint8), np.zeros((3, 32), np.int8), np.zeros(32, np.uint8)])
 def test_digests_of_another_shape_or_type_are_refused(digests):
     with pytest.raises(ConfigError, match=r"uint8 of shape \(n, 32\)"):
-        key(digests)
+        compute_keys(digests)
 
 
 def test_a_holdout_is_the_rows_whose_key_is_below_the_share():
     digests = many(500)
-    train, test = holdout(digests, test=0.3, seed=5)
-    np.testing.assert_array_equal(test, np.flatnonzero(key(digests, 5) < 0.3))
+    train, test = make_holdout(digests, test=0.3, seed=5)
+    np.testing.assert_array_equal(test, np.flatnonzero(compute_keys(digests, 5) < 0.3))
     np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(500))
     assert train.dtype == test.dtype == np.int64
 
 
 def test_a_holdout_keeps_the_share_in_every_class():
     y = np.arange(6000) % 3
-    _, test = holdout(many(6000), y, test=0.25)
+    _, test = make_holdout(many(6000), y, test=0.25)
     np.testing.assert_allclose(np.bincount(y[test]) / 2000, 0.25, atol=0.04)
 
 
 def test_added_images_never_move_old_ones_between_the_sides_of_a_holdout():
     y = np.arange(900) % 4
-    _, before = holdout(many(600), y[:600])
-    _, after = holdout(many(900), y)
+    _, before = make_holdout(many(600), y[:600])
+    _, after = make_holdout(many(900), y)
     np.testing.assert_array_equal(after[after < 600], before)
 
 
 def test_a_larger_share_only_adds_test_rows():
-    _, small = holdout(many(300), test=0.1)
-    _, large = holdout(many(300), test=0.4)
+    _, small = make_holdout(many(300), test=0.1)
+    _, large = make_holdout(many(300), test=0.4)
     assert set(small) < set(large)
 
 
 def test_permuted_rows_give_the_permuted_holdout():
     order = np.random.default_rng(0).permutation(200)
     y = np.arange(200) % 5
-    train, test = holdout(many(200), y)
-    permuted_train, permuted_test = holdout(many(200)[order], y[order])
+    train, test = make_holdout(many(200), y)
+    permuted_train, permuted_test = make_holdout(many(200)[order], y[order])
     np.testing.assert_array_equal(np.sort(order[permuted_test]), test)
     np.testing.assert_array_equal(np.sort(order[permuted_train]), train)
 
 
 def test_a_small_class_without_a_test_row_lends_the_one_with_the_smallest_key():
     pool = many(2000)
-    keys = key(pool)
+    keys = compute_keys(pool)
     above = np.flatnonzero(keys > 0.5)[:4]
     below = np.flatnonzero(keys < 0.2)[:4]
     rows = np.concatenate([above, below])
     y = np.array(["all above"] * 4 + ["all below"] * 4)
-    train, test = holdout(pool[rows], y)
+    train, test = make_holdout(pool[rows], y)
     smallest, largest = above[keys[above].argmin()], below[keys[below].argmax()]
     assert set(rows[test]) == ({*below, smallest} - {largest})
     assert set(rows[train]) == ({*above, largest} - {smallest})
@@ -124,33 +124,33 @@ def test_a_small_class_without_a_test_row_lends_the_one_with_the_smallest_key():
 
 def test_a_class_of_one_distinct_image_cannot_be_held_out_and_is_named():
     with pytest.raises(ConfigError, match=r"class 'rare' has one distinct image \(2 rows\)"):
-        holdout(digests_of(1, 2, 3, 4, 9, 9), ["often"] * 4 + ["rare"] * 2)
+        make_holdout(digests_of(1, 2, 3, 4, 9, 9), ["often"] * 4 + ["rare"] * 2)
 
 
 def test_classes_are_named_by_names_where_y_holds_their_positions():
     with pytest.raises(ConfigError, match="class 'rare'"):
-        holdout(digests_of(1, 2, 3, 4, 9), [0, 0, 0, 0, 2], names=["often", "never", "rare"])
+        make_holdout(digests_of(1, 2, 3, 4, 9), [0, 0, 0, 0, 2], names=["often", "never", "rare"])
     with pytest.raises(ConfigError, match="class 'rare'"):
-        folds(digests_of(1, 2, 3, 4, 9), [0, 0, 0, 0, 2], k=2, names=["often", "never", "rare"])
+        make_folds(digests_of(1, 2, 3, 4, 9), [0, 0, 0, 0, 2], k=2, names=["often", "never", "rare"])
 
 
 def test_a_holdout_with_an_empty_side_is_refused():
     with pytest.raises(ConfigError, match="leaves 1 for training and 0 for the test"):
-        holdout(many(1), test=1e-9)
+        make_holdout(many(1), test=1e-9)
     with pytest.raises(ConfigError, match="0 rows"):
-        holdout(many(0))
+        make_holdout(many(0))
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 2, float("nan")])
 def test_a_share_outside_zero_and_one_is_refused(share):
     with pytest.raises(ConfigError, match="test is"):
-        holdout(many(9), test=share)
+        make_holdout(many(9), test=share)
 
 
 @pytest.mark.parametrize("y", [[0, 1], np.zeros((9, 2)), ["a"] * 8 + [None]])
 def test_a_y_that_is_not_one_class_for_each_row_is_refused(y):
     with pytest.raises(ConfigError, match=r"^y (has shape|mixes)"):
-        holdout(many(9), y if isinstance(y, np.ndarray) else np.array(y, dtype=object))
+        make_holdout(many(9), y if isinstance(y, np.ndarray) else np.array(y, dtype=object))
 
 
 def check_partition(parts: list[tuple[np.ndarray, np.ndarray]], n: int) -> None:
@@ -163,7 +163,7 @@ def check_partition(parts: list[tuple[np.ndarray, np.ndarray]], n: int) -> None:
 
 def test_every_row_is_in_one_test_fold_and_classes_differ_by_one_row_at_most():
     y = np.random.default_rng(0).choice(7, 503, p=[0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05])
-    parts = folds(many(503), y, k=5)
+    parts = make_folds(many(503), y, k=5)
     check_partition(parts, 503)
     counts = np.array([np.bincount(y[test], minlength=7) for _, test in parts])
     assert np.ptp(counts, axis=0).max() <= 1
@@ -171,7 +171,7 @@ def test_every_row_is_in_one_test_fold_and_classes_differ_by_one_row_at_most():
 
 
 def test_folds_without_classes_have_equal_sizes():
-    parts = folds(many(103), k=4)
+    parts = make_folds(many(103), k=4)
     check_partition(parts, 103)
     assert sorted(len(test) for _, test in parts) == [25, 26, 26, 26]
 
@@ -180,12 +180,12 @@ def test_permuted_rows_give_the_same_folds():
     order = np.random.default_rng(1).permutation(120)
     digests = digests_of(*(np.arange(120) % 90))
     y = np.arange(120) % 90 % 3
-    for (_, plain), (_, permuted) in zip(folds(digests, y), folds(digests[order], y[order]), strict=True):
+    for (_, plain), (_, permuted) in zip(make_folds(digests, y), make_folds(digests[order], y[order]), strict=True):
         np.testing.assert_array_equal(np.sort(order[permuted]), plain)
 
 
 def test_another_seed_gives_other_folds():
-    assert not np.array_equal(folds(many(50), seed=0)[0][1], folds(many(50), seed=1)[0][1])
+    assert not np.array_equal(make_folds(many(50), seed=0)[0][1], make_folds(many(50), seed=1)[0][1])
 
 
 @settings(max_examples=40, deadline=None)
@@ -194,7 +194,7 @@ def test_copies_and_groups_never_straddle_folds(rows, k):
     images = np.array([image for image, _ in rows])
     groups = np.array([group for _, group in rows]) * 100 + images // 3
     try:
-        parts = folds(digests_of(*images), k=k, groups=groups)
+        parts = make_folds(digests_of(*images), k=k, groups=groups)
     except ConfigError:
         return
     check_partition(parts, len(rows))
@@ -207,16 +207,16 @@ def test_copies_with_different_labels_stay_together_too():
     digests = digests_of(*range(30), *range(10))
     y = np.array([0] * 30 + [1] * 10)
     images = np.concatenate([np.arange(30), np.arange(10)])
-    parts = folds(digests, y, k=5)
+    parts = make_folds(digests, y, k=5)
     check_partition(parts, 40)
     assert all(not set(images[train]) & set(images[test]) for train, test in parts)
     assert [np.bincount(y[test]).tolist() for _, test in parts] == [[6, 2]] * 5
-    train, test = holdout(digests, y)
+    train, test = make_holdout(digests, y)
     assert not set(images[train]) & set(images[test])
 
 
 def test_groups_that_share_an_image_are_one_unit():
-    parts = folds(digests_of(1, 2, 2, 3, 4, 5), k=2, groups=["a", "a", "b", "b", "c", "d"])
+    parts = make_folds(digests_of(1, 2, 2, 3, 4, 5), k=2, groups=["a", "a", "b", "b", "c", "d"])
     sides = [set(test) for _, test in parts]
     assert any({0, 1, 2, 3} <= side for side in sides)
 
@@ -224,26 +224,26 @@ def test_groups_that_share_an_image_are_one_unit():
 def test_a_class_with_fewer_images_than_folds_is_named_with_the_k_that_works():
     y = ["cat"] * 10 + ["dog"] * 4
     with pytest.raises(ConfigError, match="class 'dog' has 3 distinct images, fewer than k=5 folds; use k=3"):
-        folds(digests_of(*range(13), 12), y, k=5)
-    assert len(folds(digests_of(*range(13), 12), y, k=3)) == 3
+        make_folds(digests_of(*range(13), 12), y, k=5)
+    assert len(make_folds(digests_of(*range(13), 12), y, k=3)) == 3
 
 
 def test_a_class_with_one_image_has_no_k_that_works():
     with pytest.raises(ConfigError, match=r"class 'dog' has 1 distinct image, .* leave the class out"):
-        folds(many(11), ["cat"] * 10 + ["dog"], k=2)
+        make_folds(many(11), ["cat"] * 10 + ["dog"], k=2)
 
 
 def test_too_few_groups_are_counted_as_groups():
     with pytest.raises(ConfigError, match="the data has 2 groups of images, fewer than k=3"):
-        folds(many(10), k=3, groups=[0] * 5 + [1] * 5)
+        make_folds(many(10), k=3, groups=[0] * 5 + [1] * 5)
     with pytest.raises(ConfigError, match="the data has 0"):
-        folds(many(0), k=3)
+        make_folds(many(0), k=3)
 
 
 @pytest.mark.parametrize("k", [1, 0, -3, 2.0, True])
 def test_fewer_than_two_folds_are_refused(k):
     with pytest.raises(ConfigError, match="k is"):
-        folds(many(9), k=k)
+        make_folds(many(9), k=k)
 
 
 # -- groups ----------------------------------------------------------------------------------------------------------
@@ -251,13 +251,13 @@ def test_fewer_than_two_folds_are_refused(k):
 
 def test_the_key_of_a_group_is_that_of_the_digest_of_its_name():
     hashed = np.frombuffer(hashlib.sha256("Zoë".encode()).digest(), np.uint8)
-    assert group_key(["Zoë", "x"], seed=3)[0] == key(hashed[None], 3)[0]
+    assert compute_group_keys(["Zoë", "x"], seed=3)[0] == compute_keys(hashed[None], 3)[0]
 
 
 def test_a_number_and_its_digits_are_the_same_group():
-    np.testing.assert_array_equal(group_key([7, 12]), group_key(["7", " 12 "]))
-    np.testing.assert_array_equal(group_key(np.array([7.0, 12.0])), group_key(["7", "12"]))
-    mixed = group_key(np.array([7, "7", "007"], dtype=object))
+    np.testing.assert_array_equal(compute_group_keys([7, 12]), compute_group_keys(["7", " 12 "]))
+    np.testing.assert_array_equal(compute_group_keys(np.array([7.0, 12.0])), compute_group_keys(["7", "12"]))
+    mixed = compute_group_keys(np.array([7, "7", "007"], dtype=object))
     assert mixed[0] == mixed[1] != mixed[2]
 
 
@@ -274,21 +274,21 @@ def test_a_number_and_its_digits_are_the_same_group():
 )
 def test_a_row_without_a_group_is_refused(groups, said):
     with pytest.raises(ConfigError, match=said):
-        holdout(many(4), groups=groups)
+        make_holdout(many(4), groups=groups)
 
 
 def test_a_grouped_holdout_is_the_groups_whose_key_is_below_the_share():
     groups = [f"patient {i}" for i in np.random.default_rng(0).integers(0, 60, 500)]
-    train, test = holdout(many(500), test=0.3, seed=5, groups=groups)
-    np.testing.assert_array_equal(test, np.flatnonzero(group_key(groups, 5) < 0.3))
+    train, test = make_holdout(many(500), test=0.3, seed=5, groups=groups)
+    np.testing.assert_array_equal(test, np.flatnonzero(compute_group_keys(groups, 5) < 0.3))
     np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(500))
 
 
 def test_added_images_and_groups_never_move_old_ones_between_the_sides_of_a_grouped_holdout():
     groups = np.random.default_rng(0).integers(0, 80, 900)
     y = groups % 4
-    _, before = holdout(many(600), y[:600], groups=groups[:600])
-    _, after = holdout(many(900), y, groups=groups)
+    _, before = make_holdout(many(600), y[:600], groups=groups[:600])
+    _, after = make_holdout(many(900), y, groups=groups)
     np.testing.assert_array_equal(after[after < 600], before)
 
 
@@ -301,10 +301,10 @@ def test_an_image_that_joins_groups_never_brings_a_test_row_to_training(old, add
     images, groups = np.array(old + added).T
     digests, n = digests_of(*images), len(old)
     for some in (slice(n), slice(None)):  # where all joined groups are on one side, the other is lent one
-        keys = split._units(digests[some], groups[some], seed)[1]
+        keys = split._find_units(digests[some], groups[some], seed)[1]
         assume(0 < (keys < 0.4).mean() < 1)
-    _, before = holdout(digests[:n], test=0.4, seed=seed, groups=groups[:n])
-    _, after = holdout(digests, test=0.4, seed=seed, groups=groups)
+    _, before = make_holdout(digests[:n], test=0.4, seed=seed, groups=groups[:n])
+    _, after = make_holdout(digests, test=0.4, seed=seed, groups=groups)
     assert set(before) <= set(after)
 
 
@@ -328,9 +328,9 @@ def connected(images: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def test_units_are_the_sets_that_a_union_find_connects_in_the_order_of_their_smallest_key(rows):
     images, groups = np.array(rows).T
     oracle = connected(images, groups)
-    units, keys = split._units(digests_of(*images), groups, 0)
+    units, keys = split._find_units(digests_of(*images), groups, 0)
     np.testing.assert_array_equal(units[:, None] == units, oracle[:, None] == oracle)
-    own = group_key(groups)
+    own = compute_group_keys(groups)
     np.testing.assert_array_equal(keys, [own[oracle == unit].min() for unit in oracle])
     np.testing.assert_array_equal(np.argsort(units, kind="stable"), np.argsort(keys, kind="stable"))
 
@@ -340,7 +340,7 @@ def test_a_long_chain_of_groups_that_share_an_image_each_is_one_unit():
     images, groups = np.concatenate([links, links]), np.concatenate([links, links + 1])
     digests = np.zeros((40_000, 32), np.uint8)
     digests[:, :8] = images[:, None].astype("<u8").view(np.uint8)
-    assert split._units(digests, groups, 0)[0].max() == 0
+    assert split._find_units(digests, groups, 0)[0].max() == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -352,16 +352,16 @@ def test_copies_and_groups_never_straddle_a_stratified_holdout_whatever_the_orde
     images, groups, y = np.array(rows).T
     order = np.concatenate([order, np.arange(20, len(rows))])
     try:
-        train, test = holdout(digests_of(*images), y, groups=groups, test=0.3)
+        train, test = make_holdout(digests_of(*images), y, groups=groups, test=0.3)
     except ConfigError:
         with pytest.raises(ConfigError):
-            holdout(digests_of(*images[order]), y[order], groups=groups[order], test=0.3)
+            make_holdout(digests_of(*images[order]), y[order], groups=groups[order], test=0.3)
         return
     np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(rows)))
     assert not set(images[train]) & set(images[test])
     assert not set(groups[train]) & set(groups[test])
     assert set(y[train]) == set(y[test]) == set(y)
-    _, permuted = holdout(digests_of(*images[order]), y[order], groups=groups[order], test=0.3)
+    _, permuted = make_holdout(digests_of(*images[order]), y[order], groups=groups[order], test=0.3)
     np.testing.assert_array_equal(np.sort(order[permuted]), test)
 
 
@@ -383,11 +383,11 @@ def test_every_class_is_on_both_sides_exactly_when_some_arrangement_of_the_group
     groups, y = np.array(rows).T
     units = np.unique(groups, return_inverse=True)[1]
     if possible(units, y, 2):
-        train, test = holdout(many(len(rows)), y, groups=groups, seed=seed)
+        train, test = make_holdout(many(len(rows)), y, groups=groups, seed=seed)
         assert set(y[train]) == set(y[test]) == set(y)
     else:
         with pytest.raises(ConfigError, match=r"^class '"):
-            holdout(many(len(rows)), y, groups=groups, seed=seed)
+            make_holdout(many(len(rows)), y, groups=groups, seed=seed)
 
 
 @settings(max_examples=80, deadline=None)
@@ -396,11 +396,11 @@ def test_every_class_is_in_every_fold_exactly_when_some_arrangement_of_the_group
     groups, y = np.array(rows).T
     units = np.unique(groups, return_inverse=True)[1]
     if possible(units, y, k):
-        for train, test in folds(many(len(rows)), y, groups=groups, k=k):
+        for train, test in make_folds(many(len(rows)), y, groups=groups, k=k):
             assert set(y[train]) == set(y[test]) == set(y)
     else:
         with pytest.raises(ConfigError, match=r"^class '"):
-            folds(many(len(rows)), y, groups=groups, k=k)
+            make_folds(many(len(rows)), y, groups=groups, k=k)
 
 
 @settings(max_examples=60, deadline=None)
@@ -419,7 +419,7 @@ def test_what_changes_sides_so_that_no_class_lacks_one_is_the_least_there_is(row
         if all(len(set(side[units][y == label])) == k for label in set(y)):
             least = min(least, cost[side != start].sum())
     codes = np.unique(y, return_inverse=True)[1]
-    found = split._arranged(start, cost, codes, units, k)
+    found = split._rearrange(start, cost, codes, units, k)
     assert (found is None) == np.isinf(least)
     if found is not None:
         assert cost[found != start].sum() == pytest.approx(least)
@@ -435,34 +435,34 @@ def test_many_classes_of_few_groups_each_are_arranged_by_steps(k):
     ]
     groups = np.concatenate(of_class)
     y = np.repeat(np.arange(150), k + 2)
-    assert len(np.unique(groups)) * k > split.EXACT_CHOICES
+    assert len(np.unique(groups)) * k > split.MAX_EXACT_CHOICES
     for seed in range(5):
-        parts = folds(many(len(y)), y, groups=groups, k=k, seed=seed)
+        parts = make_folds(many(len(y)), y, groups=groups, k=k, seed=seed)
         assert all(set(y[train]) == set(y[test]) == set(y) for train, test in parts)
         assert all(not set(groups[train]) & set(groups[test]) for train, test in parts)
-        train, test = holdout(many(len(y)), y, groups=groups, seed=seed)
+        train, test = make_holdout(many(len(y)), y, groups=groups, seed=seed)
         assert set(y[train]) == set(y[test]) == set(y)
 
 
 def test_a_class_of_one_group_cannot_be_held_out_and_is_named():
     groups = ["p1", "p2", "p3", "p4", "p5", "p5"]
     with pytest.raises(ConfigError, match=r"class 'rare' has one group of images \(2 rows\); .* add groups or leave"):
-        holdout(many(6), ["often"] * 4 + ["rare"] * 2, groups=groups)
+        make_holdout(many(6), ["often"] * 4 + ["rare"] * 2, groups=groups)
 
 
 def test_classes_that_cannot_all_have_both_sides_are_refused_and_one_is_named():
     # Of three groups two are on one side, and each two of them are all there is of a class.
     with pytest.raises(ConfigError, match=r"class '[abc]' shares its few groups with other classes"):
-        holdout(many(6), ["a", "b", "b", "c", "c", "a"], groups=[1, 1, 2, 2, 3, 3])
+        make_holdout(many(6), ["a", "b", "b", "c", "c", "a"], groups=[1, 1, 2, 2, 3, 3])
 
 
 def test_few_groups_without_classes_have_both_sides():
     for seed in range(20):
-        train, test = holdout(many(30), groups=np.arange(30) % 3, seed=seed)
+        train, test = make_holdout(many(30), groups=np.arange(30) % 3, seed=seed)
         assert len(train)
         assert len(test)
     with pytest.raises(ConfigError, match=r"30 rows \(1 groups\) leaves (30|0) for training"):
-        holdout(many(30), groups=["only"] * 30)
+        make_holdout(many(30), groups=["only"] * 30)
 
 
 def test_grouped_folds_spread_classes_as_evenly_as_scikit_learns():
@@ -475,7 +475,7 @@ def test_grouped_folds_spread_classes_as_evenly_as_scikit_learns():
         y = np.array([rng.choice(n_classes, p=mixtures[group]) for group in groups])
         spread = []
         for parts in (
-            folds(many(n), y, groups=groups),
+            make_folds(many(n), y, groups=groups),
             list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(y, y, groups)),
         ):
             check_partition(parts, n)
@@ -492,7 +492,7 @@ def test_grouped_folds_spread_classes_as_evenly_as_scikit_learns():
 
 def test_folds_by_time_are_scikit_learns_where_all_times_differ():
     order = np.random.default_rng(0).permutation(60)
-    parts = folds(many(60), times=order, k=4)
+    parts = make_folds(many(60), times=order, k=4)
     for (train, test), (fit, held) in zip(parts, TimeSeriesSplit(4).split(np.arange(60)), strict=True):
         np.testing.assert_array_equal(np.sort(order[train]), fit)
         np.testing.assert_array_equal(np.sort(order[test]), held)
@@ -508,11 +508,11 @@ def test_a_fold_by_time_is_fitted_on_all_that_is_earlier_and_of_no_group_and_no_
     groups = groups if grouped else None
     digests = digests_of(*images)
     try:
-        parts = folds(digests, times=times, groups=groups, k=k)
+        parts = make_folds(digests, times=times, groups=groups, k=k)
     except ConfigError:
         said = "distinct times" if len(set(times)) <= k else "no row is left to fit on"
         with pytest.raises(ConfigError, match=said):
-            folds(digests, times=times, groups=groups, k=k)
+            make_folds(digests, times=times, groups=groups, k=k)
         return
     whole = connected(images, np.arange(len(rows)) if groups is None else groups)
     tests = np.concatenate([test for _, test in parts])
@@ -529,25 +529,25 @@ def test_a_fold_by_time_is_fitted_on_all_that_is_earlier_and_of_no_group_and_no_
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.floats(0.05, 0.95))
 def test_the_time_of_a_cut_leaves_the_share_nearest_to_the_one_asked_for(times, share):
     assume(len(set(times)) > 1)
-    found = cut(times, share)
+    found = find_cutoff_time(times, share)
     shares = {time: np.mean(np.array(times) >= time) for time in sorted(set(times))[1:]}
     assert abs(shares[found] - share) == pytest.approx(min(abs(value - share) for value in shares.values()))
-    train, test = holdout(many(len(times)), times=times, test=share)
+    train, test = make_holdout(many(len(times)), times=times, test=share)
     np.testing.assert_array_equal(test, np.flatnonzero(np.array(times) >= found))
     np.testing.assert_array_equal(train, np.flatnonzero(np.array(times) < found))
 
 
 def test_a_stated_time_decides_for_each_row_so_that_no_added_one_moves_an_old_one():
     times = np.random.default_rng(0).normal(size=300)
-    train, test = holdout(many(200), times=times[:200], since=0.5)
+    train, test = make_holdout(many(200), times=times[:200], since=0.5)
     np.testing.assert_array_equal(test, np.flatnonzero(times[:200] >= 0.5))
-    more_train, more_test = holdout(many(300), times=times, since=0.5)
+    more_train, more_test = make_holdout(many(300), times=times, since=0.5)
     np.testing.assert_array_equal(more_test[more_test < 200], test)
     np.testing.assert_array_equal(more_train[more_train < 200], train)
 
 
 def test_an_early_row_of_a_group_that_is_tested_later_is_on_neither_side():
-    train, test = holdout(
+    train, test = make_holdout(
         digests_of(1, 2, 3, 4, 4, 5), times=[1, 1, 1, 1, 9, 9], groups=["a", "b", "b", "c", "d", "a"], since=5
     )
     assert test.tolist() == [4, 5]
@@ -556,15 +556,15 @@ def test_an_early_row_of_a_group_that_is_tested_later_is_on_neither_side():
 
 def test_dates_are_times_and_since_is_one_too():
     days = np.array(["2021-01-05", "2021-03-01", "2021-02-01", "2020-01-01"], "datetime64[D]")
-    _, test = holdout(many(4), times=days, since="2021-02-01")
+    _, test = make_holdout(many(4), times=days, since="2021-02-01")
     assert test.tolist() == [1, 2]
-    assert cut(days, 0.25) == np.datetime64("2021-03-01")
+    assert find_cutoff_time(days, 0.25) == np.datetime64("2021-03-01")
     with pytest.raises(ConfigError, match="since is 5; give a date such as 2021-03-04"):
-        holdout(many(4), times=days, since=5)
+        make_holdout(many(4), times=days, since=5)
     with pytest.raises(ConfigError, match="since is 'May'; give a number, as the times are"):
-        holdout(many(4), times=[1, 2, 3, 4], since="May")
+        make_holdout(many(4), times=[1, 2, 3, 4], since="May")
     with pytest.raises(ConfigError, match="no row is of 2022-01-01 or later; the times run from 2020-01-01 to"):
-        holdout(many(4), times=days, since="2022-01-01")
+        make_holdout(many(4), times=days, since="2022-01-01")
 
 
 @pytest.mark.parametrize(
@@ -579,30 +579,30 @@ def test_dates_are_times_and_since_is_one_too():
 )
 def test_times_that_cannot_divide_are_refused(times, said):
     with pytest.raises(ConfigError, match=said):
-        holdout(many(4), times=times)
+        make_holdout(many(4), times=times)
 
 
 def test_too_few_times_for_the_folds_are_answered_with_the_k_that_works():
     with pytest.raises(ConfigError, match="9 rows have 4 distinct times, fewer than the 6 that k=5 folds by time need"):
-        folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=5)
+        make_folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=5)
     with pytest.raises(ConfigError, match="use k=3"):
-        folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=5)
-    assert len(folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=3)) == 3
+        make_folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=5)
+    assert len(make_folds(many(9), times=[1, 1, 2, 2, 3, 3, 4, 4, 4], k=3)) == 3
 
 
 def test_groups_that_last_for_ever_leave_nothing_to_fit_on_before_a_time():
     with pytest.raises(ConfigError, match=r"no row is left to fit on before 3.0: each of 4 has a copy or a row of its"):
-        holdout(many(8), times=[1, 1, 2, 2, 3, 3, 4, 4], groups=list("abababab"), since=3)
+        make_holdout(many(8), times=[1, 1, 2, 2, 3, 3, 4, 4], groups=list("abababab"), since=3)
 
 
 def test_one_class_before_a_time_is_refused():
     with pytest.raises(ConfigError, match=r"the 2 rows to fit on before 3.0 are all of one class"):
-        holdout(many(4), list("aabb"), times=[1, 2, 3, 4], since=3)
+        make_holdout(many(4), list("aabb"), times=[1, 2, 3, 4], since=3)
 
 
 def test_a_time_without_times_is_refused():
     with pytest.raises(ConfigError, match="since=3 is a time, but the rows have none; give times too"):
-        holdout(many(4), since=3)
+        make_holdout(many(4), since=3)
 
 
 # -- given -----------------------------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ def test_a_time_without_times_is_refused():
 
 def test_a_given_split_loses_the_test_rows_of_which_a_copy_is_trained_on():
     marks = np.array(list("ttteex"))
-    train, test = split.given(digests_of(1, 2, 3, 3, 4, 4), marks == "t", marks == "e")
+    train, test = split.apply_predefined_split(digests_of(1, 2, 3, 3, 4, 4), marks == "t", marks == "e")
     assert train.tolist() == [0, 1, 2]
     assert test.tolist() == [4]
 
@@ -618,16 +618,18 @@ def test_a_given_split_loses_the_test_rows_of_which_a_copy_is_trained_on():
 def test_a_given_split_that_divides_a_group_is_refused_and_the_group_named():
     marks = np.array(list("ttteee"))
     with pytest.raises(ConfigError, match=r"1 of 5 groups are on both sides .* the first is 'p3'"):
-        split.given(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p3", "p3", "p4", "p5"])
-    train, test = split.given(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p2", "p3", "p4", "p5"])
+        split.apply_predefined_split(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p3", "p3", "p4", "p5"])
+    train, test = split.apply_predefined_split(
+        many(6), marks == "t", marks == "e", groups=["p1", "p2", "p2", "p3", "p4", "p5"]
+    )
     assert (train.tolist(), test.tolist()) == ([0, 1, 2], [3, 4, 5])
 
 
 def test_a_given_split_without_rows_on_a_side_is_refused():
     marks = np.array(list("ttte"))
     with pytest.raises(ConfigError, match="has no row for the test"):
-        split.given(many(4), marks == "t", marks == "none")
+        split.apply_predefined_split(many(4), marks == "t", marks == "none")
     with pytest.raises(ConfigError, match="all 1 images that are marked for the test are, byte by byte, also"):
-        split.given(digests_of(1, 2, 3, 3), marks == "t", marks == "e")
+        split.apply_predefined_split(digests_of(1, 2, 3, 3), marks == "t", marks == "e")
     with pytest.raises(ConfigError, match="3 rows are marked for training and for the test"):
-        split.given(many(4), marks == "t", marks == "t")
+        split.apply_predefined_split(many(4), marks == "t", marks == "t")

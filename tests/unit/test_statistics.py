@@ -10,7 +10,14 @@ import pytest
 from sklearn.pipeline import Pipeline
 
 from featpipe import heads
-from featpipe.heads.statistics import Statistics, fit_from_statistics, gather, in_place_of, kind_for, takes
+from featpipe.heads.statistics import (
+    SufficientStatistics,
+    accepts_statistics,
+    compute_statistics,
+    find_statistics_kind,
+    fit_from_statistics,
+    make_closed_form_head,
+)
 
 HEADS = {
     "lda": {},
@@ -46,12 +53,12 @@ def scores(pipeline: Pipeline, X: np.ndarray) -> np.ndarray:
 def test_two_steps_are_one_step_and_scikit_learn_s_own_fit(name: str, rows: Any) -> None:
     X, y = rows
     first = y < 3
-    kind, exact = kind_for(head(name))
+    kind, exact = find_statistics_kind(head(name))
     assert exact
-    in_steps = gather(kind, X[first], y[first], K)
-    in_steps = in_steps + gather(kind, X[~first], y[~first], K, in_steps.shift)
+    in_steps = compute_statistics(kind, X[first], y[first], K)
+    in_steps = in_steps + compute_statistics(kind, X[~first], y[~first], K, in_steps.shift)
     found = scores(fit_from_statistics(head(name), in_steps), X)
-    at_once = scores(fit_from_statistics(head(name), gather(kind, X, y, K)), X)
+    at_once = scores(fit_from_statistics(head(name), compute_statistics(kind, X, y, K)), X)
     with warnings.catch_warnings():  # of the class with one row, of which scikit-learn says that it has one row
         warnings.simplefilter("ignore")
         peer = scores(head(name).fit(X, y), X)
@@ -63,22 +70,22 @@ def test_two_steps_are_one_step_and_scikit_learn_s_own_fit(name: str, rows: Any)
 @pytest.mark.parametrize("name", ["lda, shrinkage 0.1", "ridge", "centroid"])
 def test_new_rows_of_old_classes_are_learnt_exactly_too(name: str, rows: Any) -> None:
     X, y = rows
-    kind = kind_for(head(name))[0]
+    kind = find_statistics_kind(head(name))[0]
     early = np.arange(len(y)) % 3 > 0
     early[y == 3] = True
-    parts = gather(kind, X[early], y[early], K)
-    parts = parts + gather(kind, X[~early], y[~early], K, parts.shift)
-    found, peer = (scores(fit_from_statistics(head(name), s), X) for s in (parts, gather(kind, X, y, K)))
+    parts = compute_statistics(kind, X[early], y[early], K)
+    parts = parts + compute_statistics(kind, X[~early], y[~early], K, parts.shift)
+    found, peer = (scores(fit_from_statistics(head(name), s), X) for s in (parts, compute_statistics(kind, X, y, K)))
     assert np.abs(found - peer).max() < 1e-8 * np.abs(peer).max()
 
 
 @pytest.mark.parametrize("name", ["lda, shrinkage 0.1", "ridge", "centroid"])
 def test_merged_classes_are_as_if_they_had_had_one_name_from_the_start(name: str, rows: Any) -> None:
     X, y = rows
-    kind, place = kind_for(head(name))[0], np.array([0, 1, 0, 2, 3])
-    merged = gather(kind, X, y, K).regrouped(place, 4)
+    kind, place = find_statistics_kind(head(name))[0], np.array([0, 1, 0, 2, 3])
+    merged = compute_statistics(kind, X, y, K).remap_classes(place, 4)
     found = scores(fit_from_statistics(head(name), merged), X)
-    peer = scores(fit_from_statistics(head(name), gather(kind, X, place[y], 4)), X)
+    peer = scores(fit_from_statistics(head(name), compute_statistics(kind, X, place[y], 4)), X)
     assert np.abs(found - peer).max() < 1e-8 * np.abs(peer).max()
 
 
@@ -86,24 +93,24 @@ def test_merged_classes_of_lda_have_the_scatter_of_their_rows(rows: Any) -> None
     """What shrinkage added to each class stays; the rest is that of the rows under one name."""
     X, y = rows
     place = np.array([0, 1, 0, 2, 3])
-    apart = gather("apart", X, y, K)
+    apart = compute_statistics("apart", X, y, K)
     means = apart.means
     between = sum(
         n * np.outer(m - c, m - c)
         for n, m, c in zip(apart.counts, means, np.stack([X[place[y] == p].mean(axis=0) for p in place]), strict=True)
     )
-    assert np.allclose(apart.regrouped(place, 4).square, apart.square + between)
+    assert np.allclose(apart.remap_classes(place, 4).scatter_matrix, apart.scatter_matrix + between)
 
 
 def test_a_dropped_class_leaves_the_others_means_and_the_shared_covariance(rows: Any) -> None:
     X, y = rows
-    whole = gather("gram", X, y, K)
-    left = whole.regrouped(np.array([0, -1, 1, 2, 3]), 4)
-    assert left.rows == len(y) - 12
+    whole = compute_statistics("gram", X, y, K)
+    left = whole.remap_classes(np.array([0, -1, 1, 2, 3]), 4)
+    assert left.n_rows == len(y) - 12
     assert np.allclose(left.means, whole.means[[0, 2, 3, 4]])
 
-    def within(s: Statistics) -> np.ndarray:
-        return (s.square - (s.sums.T / s.counts) @ s.sums) / s.rows
+    def within(s: SufficientStatistics) -> np.ndarray:
+        return (s.scatter_matrix - (s.sums.T / s.counts) @ s.sums) / s.n_rows
 
     assert np.allclose(within(left), within(whole))
 
@@ -111,39 +118,39 @@ def test_a_dropped_class_leaves_the_others_means_and_the_shared_covariance(rows:
 @pytest.mark.parametrize("kind", ["diagonal", "gram", "apart"])
 def test_they_are_stored_in_a_triangle_and_read_again(kind: Any, rows: Any) -> None:
     X, y = rows
-    whole = gather(kind, X, y, K)
-    again = Statistics.of(whole.arrays())
+    whole = compute_statistics(kind, X, y, K)
+    again = SufficientStatistics.from_arrays(whole.to_arrays())
     for name, value in vars(whole).items():
         assert np.array_equal(getattr(again, name), value), name
     triangle = {"diagonal": 0, "gram": D * (D + 1) // 2, "apart": D * (D + 1) // 2 + D}[kind]
     assert whole.nbytes == 8 * (K + K * D + 2 * D + triangle)
-    for name in whole.arrays():
+    for name in whole.to_arrays():
         with pytest.raises((ValueError, KeyError)):
-            Statistics.of(whole.arrays() | {name: np.full_like(whole.arrays()[name], np.nan)})
+            SufficientStatistics.from_arrays(whole.to_arrays() | {name: np.full_like(whole.to_arrays()[name], np.nan)})
         with pytest.raises((ValueError, KeyError)):
-            Statistics.of(whole.arrays() | {name: whole.arrays()[name][:-1]})
+            SufficientStatistics.from_arrays(whole.to_arrays() | {name: whole.to_arrays()[name][:-1]})
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "gram", "apart"])
 def test_rows_that_are_made_up_have_the_means_and_the_scatter(kind: Any, rows: Any) -> None:
     X, y = rows
-    drawn, codes = gather(kind, X, y, K).draw(20_000)
-    again = gather("gram", drawn, codes, K)
-    assert np.allclose(again.means, gather(kind, X, y, K).means, atol=0.2)
-    spread = (again.square - (again.sums.T / again.counts) @ again.sums) / again.rows
+    drawn, codes = compute_statistics(kind, X, y, K).sample_rows(20_000)
+    again = compute_statistics("gram", drawn, codes, K)
+    assert np.allclose(again.means, compute_statistics(kind, X, y, K).means, atol=0.2)
+    spread = (again.scatter_matrix - (again.sums.T / again.counts) @ again.sums) / again.n_rows
     centred = X - np.stack([X[y == code].mean(axis=0) for code in range(K)])[y]
     assert np.allclose(np.sqrt(np.diag(spread)), np.sqrt((centred**2).mean(axis=0)), rtol=0.3)
 
 
 def test_heads_without_a_closed_form_get_what_a_ridge_takes() -> None:
-    assert kind_for(heads.build("logistic")) == ("gram", False)
-    assert kind_for(heads.build("ridge", params={"class_weight": "balanced"})) == ("gram", False)
-    assert kind_for(heads.build("centroid", params={"metric": "manhattan"})) == ("gram", False)
+    assert find_statistics_kind(heads.build("logistic")) == ("gram", False)
+    assert find_statistics_kind(heads.build("ridge", params={"class_weight": "balanced"})) == ("gram", False)
+    assert find_statistics_kind(heads.build("centroid", params={"metric": "manhattan"})) == ("gram", False)
     for kind, head in (("gram", "EvidenceRidgeClassifier"), ("apart", "LinearDiscriminantAnalysis")):
-        assert takes(heads.build("logistic"), kind)
-        assert type(in_place_of(heads.build("logistic"), kind)[-1]).__name__ == head
-    assert not takes(heads.build("ridge"), "apart")
+        assert accepts_statistics(heads.build("logistic"), kind)
+        assert type(make_closed_form_head(heads.build("logistic"), kind)[-1]).__name__ == head
+    assert not accepts_statistics(heads.build("ridge"), "apart")
     with pytest.raises(ValueError, match="class 1 has no rows"):
-        fit_from_statistics(heads.build("lda"), gather("apart", np.eye(4), np.array([0, 0, 2, 2]), 3))
+        fit_from_statistics(heads.build("lda"), compute_statistics("apart", np.eye(4), np.array([0, 0, 2, 2]), 3))
     with pytest.raises(ValueError, match="takes statistics of kind gram"):
-        fit_from_statistics(heads.build("ridge"), gather("diagonal", np.eye(4), np.array([0, 0, 1, 1]), 2))
+        fit_from_statistics(heads.build("ridge"), compute_statistics("diagonal", np.eye(4), np.array([0, 0, 1, 1]), 2))

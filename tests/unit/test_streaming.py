@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 
 from featpipe.errors import ConfigError
 from featpipe.heads import moments as room
-from featpipe.heads.halves import as_float
-from featpipe.heads.moments import moments
+from featpipe.heads.halves import convert_float
+from featpipe.heads.moments import compute_moments
 from featpipe.heads.streaming import can_stream, fit_streamed
 
 
@@ -36,9 +36,9 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(room, "NUMBERS_IN_A_BLOCK", 500)
-    monkeypatch.setattr(room, "NUMBERS_FOR_A_GRAM", 700)
-    monkeypatch.setattr(room, "SHIFT_ROWS", 40)
+    monkeypatch.setattr(room, "DIAGONAL_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(room, "GRAM_BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(room, "SHIFT_SAMPLE_ROWS", 40)
 
 
 def data(k: int = 4, n: int = 600, d: int = 12, seed: int = 0, dtype: object = np.float64) -> tuple:
@@ -134,7 +134,7 @@ def test_halves_are_converted_to_the_bit(shape, dtype):
     x.flat[::7] = np.inf
     x.flags.writeable = False
     for array in (x, x[::2], np.asfortranarray(x)):
-        found = as_float(array, dtype)
+        found = convert_float(array, dtype)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, array.astype(dtype))
 
@@ -157,22 +157,22 @@ def test_closed_forms_take_one_pass():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float16, 1e-5), (np.float64, 1e-12)])
 def test_class_codes_stand_for_columns_of_0_and_1(dtype, rounding, weighted, monkeypatch):
-    monkeypatch.setattr(room, "SUMMED_ROWS", 64)  # in several pieces
+    monkeypatch.setattr(room, "MIN_ROWS_PER_CLASS_SUM", 64)  # in several pieces
     X = np.random.default_rng(0).normal(size=(600, 12)).astype(dtype)
     codes = np.random.default_rng(1).integers(0, 3, 600)
     weights = np.random.default_rng(2).uniform(0.5, 3, 600) if weighted else None
-    found = moments(X, codes, weights, k=4)  # of the last class there is no row
-    expected = moments(X, np.eye(4)[codes], weights)
-    for name in ("x", "gram", "y", "cross", "plain", "squares"):
+    found = compute_moments(X, codes, weights, n_classes=4)  # of the last class there is no row
+    expected = compute_moments(X, np.eye(4)[codes], weights)
+    for name in ("x", "gram", "y", "cross", "unweighted_sum", "unweighted_square_sum"):
         there = getattr(expected, name)
         np.testing.assert_allclose(getattr(found, name), there, rtol=0, atol=rounding * np.abs(there).max())
 
 
 def test_moments_of_two_halves_add_up_to_those_of_all():
     X, y = data()
-    whole = moments(X, y, k=4)
-    again = moments(X[:300], y[:300], k=4)
-    other = moments(np.concatenate([X[:40], X[300:]]), np.concatenate([y[:40], y[300:]]), k=4)
+    whole = compute_moments(X, y, n_classes=4)
+    again = compute_moments(X[:300], y[:300], n_classes=4)
+    other = compute_moments(np.concatenate([X[:40], X[300:]]), np.concatenate([y[:40], y[300:]]), n_classes=4)
     both = again + other
     mean = (X.sum(axis=0) + X[:40].sum(axis=0)) / 640
     np.testing.assert_allclose(both.mean, mean, rtol=1e-12)

@@ -7,14 +7,14 @@ import pytest
 
 from featpipe import fingerprint
 from featpipe.cli import show
-from featpipe.cli.terminal import Terminal, table
-from featpipe.progress import Progress, quiet
-from featpipe.recipe import Extraction
+from featpipe.cli.terminal import Terminal, format_table
+from featpipe.progress import Progress, report_warnings_only
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
 
 
 def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
-    shown = table([["\x1b[31mred\x07", "a\nb", "\u202egpj.exe"]], ["", "", ""])
+    shown = format_table([["\x1b[31mred\x07", "a\nb", "\u202egpj.exe"]], ["", "", ""])
     assert "\x1b" not in shown
     assert "\x07" not in shown
     assert "\u202e" not in shown
@@ -32,7 +32,7 @@ def test_notes_from_archives_cannot_either(capsys):
 
 
 def test_columns_are_aligned_by_what_a_terminal_shows():
-    shown = table([["日本", "1"], ["ab", "22"]], ["name", "n"], right=[1])
+    shown = format_table([["日本", "1"], ["ab", "22"]], ["name", "n"], right_aligned=[1])
     assert shown.splitlines() == ["name   n", "日本   1", "ab    22"]
 
 
@@ -54,15 +54,17 @@ def test_without_a_terminal_a_line_comes_every_minute(capsys, monkeypatch):
 
 
 def test_in_python_warnings_go_where_warnings_go_and_the_rest_is_quiet(capsys):
-    quiet(Progress("note", "hello"))
+    report_warnings_only(Progress("note", "hello"))
     with pytest.warns(UserWarning, match="2 of 3 images"):
-        quiet(Progress("warning", "2 of 3 images have no features"))
+        report_warnings_only(Progress("warning", "2 of 3 images have no features"))
     assert capsys.readouterr() == ("", "")
 
 
 def test_equal_facts_have_equal_fingerprints_whatever_their_order():
-    assert fingerprint.fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint.fingerprint({"b": [1.5, None], "a": 1})
-    assert fingerprint.fingerprint({"a": 1}) != fingerprint.fingerprint({"a": 1.0})
+    assert fingerprint.compute_fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint.compute_fingerprint(
+        {"b": [1.5, None], "a": 1}
+    )
+    assert fingerprint.compute_fingerprint({"a": 1}) != fingerprint.compute_fingerprint({"a": 1.0})
 
 
 def test_a_bit_a_shape_a_dtype_or_a_name_changes_the_digest_of_arrays():
@@ -96,9 +98,9 @@ def test_status_numbers_are_those_of_the_specification():
     ("limit", "allowed"), [(None, None), (0, 0), (7, 7), ("7", 7), ("5%", 10), (0.05, 10), ("0.05", 10), ("100%", 200)]
 )
 def test_a_limit_of_bad_images_is_a_number_or_a_share(limit, allowed):
-    assert Extraction(max_bad=limit).bad_limit(200) == allowed
+    assert ExtractionConfig(max_bad=limit).get_max_bad_count(200) == allowed
 
 
 def test_what_info_shows_cannot_either():
-    shown = show._shown({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
+    shown = show._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
     assert shown.isprintable()

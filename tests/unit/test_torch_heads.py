@@ -20,11 +20,11 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, batches
-from featpipe.heads.batches import Batch, Rows
-from featpipe.heads.losses import Objective
-from featpipe.heads.network import ACTIVATIONS, Network, Shape, forward
-from featpipe.heads.optimizers import BY_NAME, rates
-from featpipe.heads.plan import Plan
+from featpipe.heads.batches import BatchSource, TrainingBatch
+from featpipe.heads.losses import LossFunction
+from featpipe.heads.network import ACTIVATIONS, Network, NetworkArchitecture, forward
+from featpipe.heads.optimizers import OPTIMIZER_CLASSES, make_schedule
+from featpipe.heads.plan import NetworkTrainingConfig
 
 HEADS = [LinearClassifier, MLPClassifier, LinearRegressor, MLPRegressor]
 CLASSIFIERS = HEADS[:2]
@@ -62,7 +62,7 @@ def scores_and_codes(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_cross_entropy_is_torchs(smoothing):
     scores, codes, _ = scores_and_codes(4)
-    found = Objective("softmax", "cross_entropy").each(scores, codes, smoothing)
+    found = LossFunction("softmax", "cross_entropy").per_row_loss(scores, codes, smoothing)
     torch.testing.assert_close(
         found, functional.cross_entropy(scores, codes, reduction="none", label_smoothing=smoothing)
     )
@@ -71,13 +71,13 @@ def test_the_cross_entropy_is_torchs(smoothing):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
 def test_the_focal_loss_of_labels_is_torchvisions(gamma):
     scores, _, labels = scores_and_codes(3)
-    found = Objective("sigmoid", "focal", focal_gamma=gamma).each(scores, labels)
+    found = LossFunction("sigmoid", "focal", focal_gamma=gamma).per_row_loss(scores, labels)
     torch.testing.assert_close(found, sigmoid_focal_loss(scores, labels, alpha=-1, gamma=gamma))
 
 
 def test_the_focal_loss_of_two_classes_is_that_of_one_label():
     scores, codes, _ = scores_and_codes(2)
-    found = Objective("softmax", "focal", focal_gamma=1.5).each(scores, codes)
+    found = LossFunction("softmax", "focal", focal_gamma=1.5).per_row_loss(scores, codes)
     wanted = sigmoid_focal_loss(scores[:, 1] - scores[:, 0], codes.double(), alpha=-1, gamma=1.5)
     torch.testing.assert_close(found, wanted)
 
@@ -85,7 +85,7 @@ def test_the_focal_loss_of_two_classes_is_that_of_one_label():
 def test_the_focal_loss_of_many_classes_is_the_formula_of_its_paper():
     scores, codes, _ = scores_and_codes(5)
     p = softmax(scores.numpy(), axis=1)[np.arange(40), codes.numpy()]
-    found = Objective("softmax", "focal", focal_gamma=2.0).each(scores, codes)
+    found = LossFunction("softmax", "focal", focal_gamma=2.0).per_row_loss(scores, codes)
     np.testing.assert_allclose(found.numpy(), -((1 - p) ** 2) * np.log(p), rtol=1e-10)
 
 
@@ -94,7 +94,7 @@ def test_the_focal_loss_of_many_classes_is_the_formula_of_its_paper():
 def test_the_focal_loss_of_certain_answers_has_a_gradient(link, gamma):
     scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [60.0, -60.0]], requires_grad=True)
     answers = torch.tensor([0, 0, 0]) if link == "softmax" else torch.tensor([[1.0, 0.0]] * 3)
-    Objective(link, "focal", focal_gamma=gamma).each(scores, answers).sum().backward()
+    LossFunction(link, "focal", focal_gamma=gamma).per_row_loss(scores, answers).sum().backward()
     assert torch.isfinite(scores.grad).all()
 
 
@@ -112,9 +112,9 @@ def test_the_focal_loss_of_certain_answers_has_a_gradient(link, gamma):
 def test_gradients_are_finite_differences(link, loss):
     scores, codes, labels = scores_and_codes(3)
     adjustment = None if link == "identity" else np.array([0.1, -2.0, 1.0])
-    objective = Objective(link, loss, adjustment=adjustment)
+    objective = LossFunction(link, loss, adjustment=adjustment)
     answers = codes if link == "softmax" else labels
-    assert torch.autograd.gradcheck(lambda s: objective.each(s, answers, 0.1), scores.requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: objective.per_row_loss(s, answers, 0.1), scores.requires_grad_())
 
 
 def test_the_losses_of_numbers_are_torchs():
@@ -124,7 +124,7 @@ def test_the_losses_of_numbers_are_torchs():
         ("absolute", functional.l1_loss(scores, labels, reduction="none")),
         ("huber", functional.huber_loss(scores, labels, reduction="none", delta=0.7)),
     ]:
-        found = Objective("identity", loss, huber_delta=0.7).each(scores, labels)
+        found = LossFunction("identity", loss, huber_delta=0.7).per_row_loss(scores, labels)
         torch.testing.assert_close(found, theirs.mean(dim=1))
 
 
@@ -132,11 +132,11 @@ def test_blends_of_two_rows_have_the_loss_of_blended_answers():
     scores, codes, labels = scores_and_codes(3)
     order, ones = torch.randperm(40, generator=torch.Generator().manual_seed(1)), torch.ones(40).double()
     one_hot = functional.one_hot(codes, 3).double()
-    batch = Batch(scores, codes, ones)
-    found = Objective("softmax", "cross_entropy").of_step(scores, batch, batch.take(order), 0.3)
+    batch = TrainingBatch(scores, codes, ones)
+    found = LossFunction("softmax", "cross_entropy").batch_loss(scores, batch, batch.take(order), 0.3)
     torch.testing.assert_close(found, functional.cross_entropy(scores, one_hot.mul(0.3) + one_hot[order].mul(0.7)))
-    batch = Batch(scores, labels, ones)
-    found = Objective("identity", "absolute").of_step(scores, batch, batch.take(order), 0.3)
+    batch = TrainingBatch(scores, labels, ones)
+    found = LossFunction("identity", "absolute").batch_loss(scores, batch, batch.take(order), 0.3)
     torch.testing.assert_close(found, functional.l1_loss(scores, 0.3 * labels + 0.7 * labels[order]))
 
 
@@ -217,7 +217,7 @@ def test_an_optimizer_takes_the_steps_of_torchs_own_with_weight_decay(ours, thei
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
     twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
-    mine = BY_NAME[ours]([weight], [bias], Plan(weight_decay=0.1))
+    mine = OPTIMIZER_CLASSES[ours]([weight], [bias], NetworkTrainingConfig(weight_decay=0.1))
     groups = [{"params": twins[:1], "weight_decay": 0.1}, {"params": twins[1:], "weight_decay": 0.0}]
     its = theirs(groups, lr=0.01, **more)
     for _ in range(5):
@@ -251,7 +251,7 @@ def torchs_rates(scheduler, steps: int, **settings) -> list[float]:
     ],
 )
 def test_a_schedule_is_torchs(name, scheduler, settings):
-    rate = rates(Plan(schedule=name), 0.4, settings.get("total_steps", 40))
+    rate = make_schedule(NetworkTrainingConfig(schedule=name), 0.4, settings.get("total_steps", 40))
     np.testing.assert_allclose([rate(step) for step in range(40)], torchs_rates(scheduler, 40, **settings), rtol=1e-9)
 
 
@@ -259,7 +259,7 @@ def test_a_schedule_is_torchs(name, scheduler, settings):
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 97])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
 def test_a_rate_rises_to_the_highest_and_is_never_zero_or_above(name, steps, warmup):
-    rate = rates(Plan(schedule=name, warmup=warmup), 0.4, steps)
+    rate = make_schedule(NetworkTrainingConfig(schedule=name, warmup=warmup), 0.4, steps)
     found = np.array([rate(step) for step in range(steps)])
     assert (found > 0).all()
     assert found.max() <= 0.4 + 1e-12
@@ -281,23 +281,23 @@ def test_the_rate_falls_with_the_width_of_the_layers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_prediction_with_numpy_is_the_forward_pass_of_torch(activation, dtype):
     network = Network(
-        Shape((7, 6, 5, 3), activation, initial_weights="glorot"), dtype, torch.Generator().manual_seed(0)
+        NetworkArchitecture((7, 6, 5, 3), activation, initial_weights="glorot"), dtype, torch.Generator().manual_seed(0)
     )
     X = 2 * torch.randn(50, 7, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    coefs, intercepts = network.copy()
+    coefs, intercepts = network.copy_weights()
     found = forward(X.numpy(), coefs, intercepts, activation)
     assert found.dtype == X.numpy().dtype
     np.testing.assert_allclose(found, network(X).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_initial_weights_are_those_of_their_papers():
-    shape = Shape((400, 300, 200), initial_weights="glorot")
+    shape = NetworkArchitecture((400, 300, 200), initial_weights="glorot")
     network = Network(shape, torch.float64, torch.Generator().manual_seed(0))
     for weight, (fan_in, fan_out) in zip(network.weights, pairwise(shape.widths), strict=True):
         bound = np.sqrt(6 / (fan_in + fan_out))
         assert 0.99 * bound < weight.abs().max() <= bound
         assert weight.var().item() == pytest.approx(2 / (fan_in + fan_out), rel=0.02)
-    he = Network(Shape((400, 300, 200)), torch.float64, torch.Generator().manual_seed(0))
+    he = Network(NetworkArchitecture((400, 300, 200)), torch.float64, torch.Generator().manual_seed(0))
     assert he.weights[0].var().item() == pytest.approx(2 / 400, rel=0.02)
     assert not he.weights[1].any()
 
@@ -309,7 +309,7 @@ def test_the_recipe_of_keras_is_that_of_torchs_own_modules_from_the_same_start()
     head = MLPClassifier(1024, **settings).fit(X, y)
     seed = int(np.random.RandomState(0).randint(2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
-    start = Network(Shape((12, 1024, 3), initial_weights="glorot"), torch.float64, generator)
+    start = Network(NetworkArchitecture((12, 1024, 3), initial_weights="glorot"), torch.float64, generator)
     model = torch.nn.Sequential(torch.nn.Linear(12, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 3)).double()
     with torch.no_grad():
         for layer, weight in zip((model[0], model[2]), start.weights, strict=True):
@@ -399,7 +399,7 @@ def test_the_loss_of_few_classes_is_that_of_many(b, k, smoothing, dtype):
     generator = torch.Generator().manual_seed(0)
     scores = (5 * torch.randn(b, k, dtype=dtype, generator=generator)).requires_grad_(True)
     Y = torch.randint(0, k, (b,), generator=generator)
-    found = Objective("softmax", "cross_entropy").each(scores, Y, smoothing)
+    found = LossFunction("softmax", "cross_entropy").per_row_loss(scores, Y, smoothing)
     expected = functional.cross_entropy(scores, Y, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), scores)[0] for loss in (found, expected)))
@@ -414,10 +414,10 @@ def small_buffers(monkeypatch):
 
     Some 12 rows are made ready at once, 3 at a time.
     """
-    monkeypatch.setattr(batches, "KEPT_BYTES", 4000)
+    monkeypatch.setattr(batches, "MAX_IN_MEMORY_BYTES", 4000)
     monkeypatch.setattr(batches, "BLOCK_BYTES", 160)
-    monkeypatch.setattr(batches, "NUMBERS_AHEAD", 100)
-    monkeypatch.setattr(batches, "NUMBERS_AT_A_TIME", 24)
+    monkeypatch.setattr(batches, "PREFETCHED_VALUES", 100)
+    monkeypatch.setattr(batches, "VALUES_PER_CHUNK", 24)
 
 
 def on_disk(X: np.ndarray, path, dtype: str = "float32") -> np.memmap:
@@ -425,10 +425,12 @@ def on_disk(X: np.ndarray, path, dtype: str = "float32") -> np.memmap:
     return np.memmap(path, dtype, "r", shape=X.shape)
 
 
-def passes(found: Rows, size: int, count: int = 1) -> list[list[Batch]]:
+def passes(found: BatchSource, size: int, count: int = 1) -> list[list[TrainingBatch]]:
     generator = torch.Generator().manual_seed(0)
     # A batch holds until the next is asked for.
-    return [[batch.take(torch.arange(len(batch))) for batch in found.shuffled(size, generator)] for _ in range(count)]
+    return [
+        [batch.take(torch.arange(len(batch))) for batch in found.iter_shuffled(size, generator)] for _ in range(count)
+    ]
 
 
 def numbered(n: int) -> np.ndarray:
@@ -440,20 +442,20 @@ def numbered(n: int) -> np.ndarray:
 def test_a_streamed_pass_has_every_row_once_with_its_own_target(small_buffers, tmp_path, size, left_out):
     numbers = np.flatnonzero(np.arange(203) % 3 > 0) if left_out else np.arange(203)
     source = on_disk(numbered(203), tmp_path / "X")
-    found = Rows(source, numbers * 10.0, numbers + 1.0, numbers=numbers)
+    found = BatchSource(source, numbers * 10.0, numbers + 1.0, row_indices=numbers)
     for batched in passes(found, size, 3):
         assert [len(batch) for batch in batched[:-1]] == [size] * (-(-len(numbers) // size) - 1)
         for batch in batched:
             np.testing.assert_array_equal(batch.X[:, 0] * 10, batch.Y)
             np.testing.assert_allclose(batch.weights * (numbers + 1).mean(), batch.X[:, 0] + 1, rtol=1e-6)
         assert sorted(torch.cat([batch.X[:, 0] for batch in batched]).tolist()) == numbers.tolist()
-    assert torch.cat([batch.X[:, 0].clone() for batch in found.in_order()]).tolist() == numbers.tolist()
+    assert torch.cat([batch.X[:, 0].clone() for batch in found.iter_in_order()]).tolist() == numbers.tolist()
 
 
 def test_a_batch_holds_for_as_long_as_a_step_takes(small_buffers, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "NUMBERS_AHEAD", 1)
-    found = Rows(on_disk(numbered(203), tmp_path / "X"), np.arange(203), np.ones(203))
-    for batch in found.shuffled(20, torch.Generator().manual_seed(0)):
+    monkeypatch.setattr(batches, "PREFETCHED_VALUES", 1)
+    found = BatchSource(on_disk(numbered(203), tmp_path / "X"), np.arange(203), np.ones(203))
+    for batch in found.iter_shuffled(20, torch.Generator().manual_seed(0)):
         time.sleep(0.01)  # the next is ready by then
         np.testing.assert_array_equal(batch.X[:, 0], batch.Y)
 
@@ -476,14 +478,14 @@ def test_a_source_is_told_of_runs_before_they_are_read(small_buffers, left_out):
             return self.X[rows]
 
     numbers = np.flatnonzero(np.arange(403) % 3 > 0) if left_out else np.arange(403)
-    found = Rows(
-        Source(numbered(403).astype(np.float32)), np.zeros(len(numbers)), np.ones(len(numbers)), numbers=numbers
+    found = BatchSource(
+        Source(numbered(403).astype(np.float32)), np.zeros(len(numbers)), np.ones(len(numbers)), row_indices=numbers
     )
     assert sorted(torch.cat([batch.X[:, 0] for batch in passes(found, 7)[0]]).tolist()) == numbers.tolist()
 
 
 def test_a_streamed_batch_has_rows_of_many_blocks_and_no_pass_is_like_another(small_buffers, tmp_path):
-    found = Rows(on_disk(numbered(300), tmp_path / "X"), np.zeros(300), np.ones(300))
+    found = BatchSource(on_disk(numbered(300), tmp_path / "X"), np.zeros(300), np.ones(300))
     one, other = passes(found, 20, 2)
     assert min(len(set((batch.X[:, 0] // 5).tolist())) for batch in one) >= 6
     assert not torch.equal(one[0].X, other[0].X)
@@ -494,7 +496,7 @@ def test_balanced_sampling_draws_classes_equally_often(small_buffers, tmp_path, 
     codes = np.sort(np.random.default_rng(0).choice(3, 900, p=[0.8, 0.15, 0.05]))
     X = numbered(900)
     source = on_disk(X, tmp_path / "X") if streamed else X
-    found = Rows(source, codes, np.ones(900), odds=1 / np.bincount(codes)[codes])
+    found = BatchSource(source, codes, np.ones(900), sampling_weights=1 / np.bincount(codes)[codes])
     drawn = []
     for batched in passes(found, 64, 20):
         assert sum(len(batch) for batch in batched) == 900

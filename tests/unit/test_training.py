@@ -17,17 +17,17 @@ from sklearn.preprocessing import StandardScaler
 
 from featpipe import FeatureCache, extract, heads, load_model, split, train
 from featpipe.archive import index as index_of
-from featpipe.cache import SPLITS, Table, write_cache
+from featpipe.cache import SPLIT_NAMES, SampleTable, write_cache
 from featpipe.errors import CacheError, ConfigError
-from featpipe.heads.balance import drawn_rows
+from featpipe.heads.balance import draw_row_indices
 from featpipe.labels import Labels
-from featpipe.model import KEPT_DIGEST_BYTES
+from featpipe.model import STORED_DIGEST_BYTES
 from featpipe.progress import Progress
 from featpipe.scores import score
 from featpipe.status import Status
-from featpipe.strings import Strings
-from featpipe.training import compare, selection, training_rows
-from featpipe.training.verb import _distinct
+from featpipe.strings import StringColumn
+from featpipe.training import compare, load_training_data, selection
+from featpipe.training.verb import _unique_digests
 
 FACTS = {
     "backbone": {"name": "x", "source": "user", "weights": "0", "transform": {}, "outputs": {"pooled": {}}},
@@ -48,8 +48,8 @@ def make_cache(tmp_path: Path) -> Callable[..., FeatureCache]:
 
     def make(X: Any, labels: Labels, **columns: Any) -> FeatureCache:
         n, X = len(X), np.asarray(X, np.float32)
-        table = Table(
-            ids=Strings.of(f"{i:03}.jpg" for i in range(n)),
+        table = SampleTable(
+            ids=StringColumn.from_strings(f"{i:03}.jpg" for i in range(n)),
             status=np.zeros(n, np.uint8),
             digests=digests(n),
             stamps=np.zeros((n, 16), np.uint8),
@@ -74,7 +74,7 @@ def blobs(codes: np.ndarray, d: int = 5, seed: int = 0, spread: float = 1.0) -> 
 def marked(n: int, **rows: Any) -> np.ndarray:
     marks = np.zeros(n, np.uint8)
     for name, where in rows.items():
-        marks[where] = SPLITS.index(name)
+        marks[where] = SPLIT_NAMES.index(name)
     return marks
 
 
@@ -89,8 +89,8 @@ def test_bad_and_unlabelled_rows_and_those_of_other_splits_are_left_out(make_cac
     X[[2, 7]] = np.nan
     names = [None if i in (4, 9) else "abc"[c] for i, c in enumerate(codes)]
     marks = marked(24, train=slice(0, 18), test=slice(18, 24))
-    cache = make_cache(X, Labels.of_classes(names), status=status, split=marks)
-    rows = training_rows(cache)
+    cache = make_cache(X, Labels.from_class_names(names), status=status, split=marks)
+    rows = load_training_data(cache)
     expected = [i for i in range(18) if i not in (2, 4, 7, 9)]
     assert rows.rows.tolist() == expected
     assert [rows.classes[code] for code in rows.y] == [names[i] for i in expected]
@@ -114,7 +114,7 @@ def test_classes_without_training_rows_leave_the_others_aligned(make_cache: Any)
     codes = np.arange(40) % 5
     X = blobs(codes, spread=0.1)
     marks = marked(40, train=np.isin(codes, (1, 2, 4)), test=np.isin(codes, (0, 3)))
-    cache = make_cache(X, Labels.of_classes(["vwxyz"[c] for c in codes]), split=marks)
+    cache = make_cache(X, Labels.from_class_names(["vwxyz"[c] for c in codes]), split=marks)
     model = train(cache, cv=2)
     assert model.classes == ("w", "x", "z")
     fitted = np.flatnonzero(np.isin(codes, (1, 2, 4)))
@@ -127,11 +127,11 @@ def test_a_model_knows_exactly_its_training_images(make_cache: Any) -> None:
     own = digests(20).copy()
     own[2] = own[0]
     marks = marked(20, train=slice(0, 12))
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]), split=marks, digests=own)
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks, digests=own)
     model = train(cache)
     assert model.was_trained_on(own).tolist() == [True] * 12 + [False] * 8
     assert len(model.trained_on) == 11
-    assert {row.tobytes() for row in model.trained_on} == {row[:KEPT_DIGEST_BYTES].tobytes() for row in own[:12]}
+    assert {row.tobytes() for row in model.trained_on} == {row[:STORED_DIGEST_BYTES].tobytes() for row in own[:12]}
 
 
 def test_real_images_that_cannot_be_read_or_have_no_label_are_left_out(
@@ -144,7 +144,7 @@ def test_real_images_that_cannot_be_read_or_have_no_label_are_left_out(
         cache = extract(folder, backbone=tiny, cache=tmp_path / "cache")
     model = train(cache)
     trained = {path for path in folder.rglob("*.jpg") if path.name != "stray.jpg" and path != folder / "bee/01.jpg"}
-    known = {hashlib.sha256(path.read_bytes()).digest()[:KEPT_DIGEST_BYTES] for path in trained}
+    known = {hashlib.sha256(path.read_bytes()).digest()[:STORED_DIGEST_BYTES] for path in trained}
     assert {row.tobytes() for row in model.trained_on} == known
     assert index_of(folder).ids == cache.ids
 
@@ -158,10 +158,10 @@ def test_the_cross_validated_score_is_that_of_a_loop_written_by_hand(
 ) -> None:
     codes = np.random.default_rng(1).integers(0, 4, 90)
     X, names = blobs(codes, spread=2.5), ["dcba"[c] for c in codes]
-    cache = make_cache(X, Labels.of_classes(names))
+    cache = make_cache(X, Labels.from_class_names(names))
     model = train(cache, head, cv=3, params=params, random_state=7)
     probabilities = np.zeros((90, 4))
-    for fit, held in split.folds(digests(90), names, k=3):
+    for fit, held in split.make_folds(digests(90), names, k=3):
         estimator = heads.build(head, params=params, random_state=7).fit(X[fit], np.array(names)[fit])
         probabilities[held] = estimator.predict_proba(X[held])
     found = model.scores["cross_validation"]
@@ -174,14 +174,14 @@ def test_copies_of_an_image_never_lie_on_both_sides_of_a_fold(make_cache: Any) -
     rng = np.random.default_rng(0)
     codes, X = np.repeat(rng.integers(0, 2, 60), 2), np.repeat(rng.normal(size=(60, 40)), 2, axis=0)
     names = ["ab"[c] for c in codes]
-    cache = make_cache(X, Labels.of_classes(names), digests=np.repeat(digests(60), 2, axis=0))
+    cache = make_cache(X, Labels.from_class_names(names), digests=np.repeat(digests(60), 2, axis=0))
     accuracy = train(cache, cv=4, params={"C": 100}).scores["cross_validation"]["metrics"]["accuracy"]["value"]
     assert accuracy < 0.7  # labels are random: whoever saw the copy would know them
 
 
 def test_without_folds_there_is_no_estimate(make_cache: Any) -> None:
     codes = np.arange(12) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     assert train(cache).scores == train(cache, cv=0).scores == {}
 
 
@@ -196,7 +196,7 @@ def test_a_regression_is_trained_and_estimated(head: str, targets: int, make_cac
     Y = X @ rng.normal(size=(5, targets))
     Y[3] = np.nan
     names = ("height", "weight")[:targets]
-    cache = make_cache(X, Labels.of_targets(Y, names))
+    cache = make_cache(X, Labels.from_targets(Y, names))
     model = train(cache, head, cv=3, params={"epochs": 5})
     rows = np.delete(np.arange(60), 3)
     y = Y[rows, 0] if targets == 1 else Y[rows]
@@ -212,7 +212,7 @@ def test_several_labels_an_image_are_trained_and_estimated(head: str, make_cache
     X = rng.normal(size=(60, 5)).astype(np.float32)
     Y = (X[:, :3] > 0.3).astype(int)
     sets = [None if i == 5 else {name for name, on in zip("pqr", row, strict=True) if on} for i, row in enumerate(Y)]
-    cache = make_cache(X, Labels.of_sets(sets))
+    cache = make_cache(X, Labels.from_label_sets(sets))
     model = train(cache, head, cv=3, tune=False)
     rows = np.delete(np.arange(60), 5)
     oracle = heads.build(head, "multilabel").fit(X[rows], Y[rows])
@@ -225,7 +225,7 @@ def test_several_labels_an_image_are_trained_and_estimated(head: str, make_cache
 def test_weights_of_classes_are_given_by_name(make_cache: Any) -> None:
     codes = np.random.default_rng(0).integers(0, 3, 60)
     X = blobs(codes, spread=3)
-    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     model = train(cache, params={"class_weight": {"b": 5.0}}, tune=False)
     oracle = heads.build("logistic", params={"class_weight": {1: 5.0}}).fit(X, codes)
     assert np.array_equal(model.predict_proba_features(X), oracle.predict_proba(X))
@@ -246,39 +246,39 @@ def refused(error: type[Exception], match: str, cache: FeatureCache, *args: Any,
 def test_a_cache_that_cannot_be_trained_on_says_what_to_do(make_cache: Any) -> None:
     codes = np.arange(12) % 2
     X, names = blobs(codes), ["ab"[c] for c in codes]
-    refused(CacheError, r"made\.h5: has no labels; extract again with --labels", make_cache(X, Labels.none(12)))
-    refused(ConfigError, "all training rows are of class 'a'", make_cache(X, Labels.of_classes(["a"] * 12)))
-    refused(CacheError, "no row is labelled", make_cache(X, Labels.of_classes([None] * 12, ["a", "b"])))
+    refused(CacheError, r"made\.h5: has no labels; extract again with --labels", make_cache(X, Labels.unlabeled(12)))
+    refused(ConfigError, "all training rows are of class 'a'", make_cache(X, Labels.from_class_names(["a"] * 12)))
+    refused(CacheError, "no row is labelled", make_cache(X, Labels.from_class_names([None] * 12, ["a", "b"])))
     marks = marked(12, test=slice(0, 12))
-    refused(CacheError, "marked for training", make_cache(X, Labels.of_classes(names), split=marks))
+    refused(CacheError, "marked for training", make_cache(X, Labels.from_class_names(names), split=marks))
     bad = np.full(12, Status.DAMAGED, np.uint8)
-    refused(CacheError, "readable", make_cache(np.full_like(X, np.nan), Labels.of_classes(names), status=bad))
-    maps = make_cache(X.reshape(12, 5, 1, 1), Labels.of_classes(names))
+    refused(CacheError, "readable", make_cache(np.full_like(X, np.nan), Labels.from_class_names(names), status=bad))
+    maps = make_cache(X.reshape(12, 5, 1, 1), Labels.from_class_names(names))
     refused(ConfigError, r"feature maps of shape \(5, 1, 1\); heads train on pooled outputs: extract with", maps)
 
 
 def test_a_wrong_setting_is_answered_with_the_nearest(make_cache: Any) -> None:
     codes = np.arange(12) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     refused(ConfigError, "unknown head 'logistc'; did you mean 'logistic'", cache, "logistc")
     refused(ConfigError, "no setting 'hiden', did you mean 'hidden'", cache, "mlp", params={"hiden": 3})
     refused(ConfigError, "unknown output 'poold'; did you mean 'pooled'", cache, output="poold")
     refused(ConfigError, "C", cache, params={"C": -1})
     refused(ConfigError, "folds", cache, cv=1)
-    numbers = make_cache(blobs(codes), Labels.of_targets(np.arange(12.0), ["t"]))
+    numbers = make_cache(blobs(codes), Labels.from_targets(np.arange(12.0), ["t"]))
     refused(ConfigError, "head 'logistic' does classification and multilabel, not regression", numbers)
 
 
 def test_a_class_with_fewer_images_than_folds_is_named(make_cache: Any) -> None:
     codes = np.array([0] * 6 + [1] * 6 + [2])
-    cache = make_cache(blobs(codes), Labels.of_classes(["abc"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]))
     refused(ConfigError, "class 'c' has 1 distinct image, fewer than k=5 folds", cache, cv=5)
     assert train(cache).classes == ("a", "b", "c")
 
 
 def test_data_that_a_head_refuses_is_one_line(make_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = np.arange(12) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
 
     def refuse(*_: object) -> None:
         raise ValueError("too few rows\nto hold some out")
@@ -299,7 +299,7 @@ def noisy(n: int = 150, d: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make_cache: Any) -> None:
     X, codes = noisy()
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     told: list[Progress] = []
     model = train(cache, progress=told.append)
     chosen = model.history["chosen"]
@@ -315,11 +315,11 @@ def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make
 
 def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: Any) -> None:
     X, codes = noisy(n=90)
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     tried = train(cache, metric="log_loss").history["chosen"]["tried"]
     for at in (8, 20, 30):
         C, losses = tried[at]["settings"]["C"], []
-        for fit, held in split.folds(digests(90), codes, k=5, seed=1):
+        for fit, held in split.make_folds(digests(90), codes, k=5, seed=1):
             Z = StandardScaler().fit(X[fit]).transform(X.astype(np.float64))
             head = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(Z[fit], codes[fit])
             losses.append(log_loss(codes[held], head.predict_proba(Z[held])))
@@ -328,7 +328,7 @@ def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: 
 
 def test_one_standard_error_chooses_a_smaller_strength(make_cache: Any) -> None:
     X, codes = noisy()
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     best, simpler = train(cache).head["head"].C, train(cache, one_standard_error=True).head["head"].C
     assert simpler < best
     refused(ConfigError, "one_standard_error is for the strength C", cache, "mlp", one_standard_error=True)
@@ -340,13 +340,13 @@ def test_one_standard_error_chooses_a_smaller_strength(make_cache: Any) -> None:
 ])  # fmt: skip
 def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, make_cache: Any) -> None:
     X, codes = noisy()
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     model = train(cache, head, grid=grid)
     (key, values) = next(iter(grid.items()))
     oracle = GridSearchCV(
         heads.build(head, params={key: values[0]}),
         {f"head__{key}": values},
-        cv=split.folds(digests(150), codes, k=5, seed=1),
+        cv=split.make_folds(digests(150), codes, k=5, seed=1),
     ).fit(X, codes)
     assert model.history["chosen"]["settings"] == {key: oracle.best_params_[f"head__{key}"]}
     np.testing.assert_allclose(
@@ -356,17 +356,17 @@ def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, 
 
 def test_a_head_without_a_grid_of_its_own_says_how_to_give_one(make_cache: Any) -> None:
     X, codes = noisy(n=40)
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     refused(ConfigError, "say what to try: --grid", cache, "sklearn.tree.DecisionTreeClassifier", tune=True)
     refused(ConfigError, "unknown metric 'acuracy'; did you mean 'accuracy'", cache, metric="acuracy")
 
 
 def test_settings_are_chosen_anew_without_the_rows_of_each_fold(make_cache: Any, monkeypatch: Any) -> None:
     X, codes = noisy(n=60)
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     seen: list[int] = []
-    inner = selection.inner_folds
-    monkeypatch.setattr(selection, "inner_folds", lambda rows, task: seen.append(len(rows)) or inner(rows, task))
+    inner = selection.make_inner_folds
+    monkeypatch.setattr(selection, "make_inner_folds", lambda rows, task: seen.append(len(rows)) or inner(rows, task))
     train(cache, cv=3)
     assert sorted(seen) == [40, 40, 40, 60]
 
@@ -375,7 +375,7 @@ def test_random_labels_are_not_learnt_by_choosing(make_cache: Any) -> None:
     """Forty columns of noise: whoever reports the score that a setting was chosen by is above chance."""
     rng = np.random.default_rng(3)
     X, codes = rng.normal(size=(80, 40)), np.arange(80) % 2
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     found = train(cache, cv=5, metric="accuracy").scores["cross_validation"]["metrics"]["accuracy"]
     assert found["low"] < 0.5
 
@@ -387,7 +387,7 @@ def test_random_labels_are_not_learnt_by_choosing(make_cache: Any) -> None:
 def test_rows_are_resampled_within_each_fold_alone(how: str, make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     codes = (rng.random(120) < 0.15).astype(int)
-    cache = make_cache(blobs(codes, spread=3), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]))
     plain, balanced = (
         train(cache, cv=3, params={"C": 1.0}, balance=balance).scores["cross_validation"]["per_class"][1]["recall"]
         for balance in (None, how)
@@ -399,7 +399,7 @@ def test_rows_are_resampled_within_each_fold_alone(how: str, make_cache: Any) ->
 def test_probabilities_are_corrected_for_another_mix_of_classes(make_cache: Any) -> None:
     codes = np.arange(90) % 3
     X = blobs(codes, spread=3)
-    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     plain, rare = train(cache), train(cache, prior={"c": 0.01})
     expected = plain.predict_proba_features(X) * [0.495 * 3, 0.495 * 3, 0.03]
     expected /= expected.sum(axis=1, keepdims=True)
@@ -414,7 +414,7 @@ def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
     group = np.repeat(np.arange(30), 5)
     codes = rng.integers(0, 2, 30)[group]
     X = np.eye(30)[group] + 0.01 * rng.normal(size=(150, 30))
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     apart, together = (train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group))
     assert apart["metrics"]["accuracy"]["value"] > 0.99
     assert together["metrics"]["accuracy"]["value"] < 0.75
@@ -423,7 +423,7 @@ def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
 
 def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
     codes = np.arange(120) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     found = train(cache, cv=3, times=np.arange(120.0)).scores["cross_validation"]
     assert found["n"] == 90
     assert "3 spans of time" in found["how"]
@@ -439,15 +439,15 @@ def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
 def test_a_time_cuts_once_and_what_is_later_judges(
     head: str, times: Any, since: Any, make_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featpipe.training.fitting import Plan
+    from featpipe.training.fitting import HeadConfig
 
     codes = np.random.default_rng(0).integers(0, 2, 120)
     X = blobs(codes, spread=0.1)
     codes[90:] = 1 - codes[90:]
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     fitted: list[int] = []
-    original = Plan.fit
-    monkeypatch.setattr(Plan, "fit", lambda self, rows: (fitted.append(len(rows)), original(self, rows))[1])
+    original = HeadConfig.fit
+    monkeypatch.setattr(HeadConfig, "fit", lambda self, rows: (fitted.append(len(rows)), original(self, rows))[1])
     model = train(cache, head=head, times=times, since=since, tune=False)
     found = model.scores["cross_validation"]
     # What came later has its classes exchanged: whoever has seen none of it is always wrong.
@@ -457,7 +457,7 @@ def test_a_time_cuts_once_and_what_is_later_judges(
 
 def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
     codes = np.arange(40) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     with pytest.raises(ConfigError, match="since=2024 cuts by time, and nothing says when"):
         train(cache, since="2024")
     with pytest.raises(ConfigError, match="since is 'May', and the times are numbers"):
@@ -468,7 +468,7 @@ def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
 
 def test_groups_on_both_sides_of_a_split_that_was_given_are_named(make_cache: Any) -> None:
     codes, marks = np.arange(40) % 2, np.array([1, 1, 1, 3, 2] * 8, np.uint8)
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]), split=marks)
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks)
     honest = np.where(marks == 1, "patient " + (np.arange(40) // 8).astype(str).astype(object), "others")
     assert "5 groups kept together" in train(cache, cv=2, groups=honest).scores["cross_validation"]["how"]
     with pytest.raises(ConfigError, match=r"8 of 8 groups are on both sides .* the first are '0', '1', '2', '3', '4';"):
@@ -477,7 +477,7 @@ def test_groups_on_both_sides_of_a_split_that_was_given_are_named(make_cache: An
 
 def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(40) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     (tmp_path / "visits.csv").write_text("path,patient\n" + "".join(f"{i:03}.jpg,p{i // 4}\n" for i in range(40)))
     found = train(cache, cv=3, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
     assert "10 groups kept together" in found["how"]
@@ -490,7 +490,7 @@ def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
 def test_heads_without_probabilities_get_them_from_held_out_rows(head: str, make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(150) % 3
     X = blobs(codes, spread=3)
-    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     model = train(cache, head, cv=3)
     p = model.predict_proba_features(X)
     np.testing.assert_allclose(p.sum(axis=1), 1)
@@ -505,7 +505,7 @@ def test_heads_without_probabilities_get_them_from_held_out_rows(head: str, make
 
 def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> None:
     X, codes = noisy(n=200)
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     plain = train(cache, params={"C": 1e4}, cv=5)
     model = train(cache, params={"C": 1e4}, cv=5, calibrate=True)
     found = model.scores["cross_validation"]
@@ -520,7 +520,7 @@ def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> 
 
 def test_several_heads_are_compared_on_the_same_folds_and_the_best_is_kept(make_cache: Any) -> None:
     codes = np.arange(90) % 3
-    cache = make_cache(blobs(codes, spread=2.5), Labels.of_classes(["abc"[c] for c in codes]))
+    cache = make_cache(blobs(codes, spread=2.5), Labels.from_class_names(["abc"[c] for c in codes]))
     found = compare(cache, ["centroid", "knn", "ridge"], cv=3)
     assert {row.head for row in found.rows} == {"centroid", "knn", "ridge"}
     assert [row.score for row in found.rows] == sorted((row.score for row in found.rows), reverse=True)
@@ -539,9 +539,9 @@ def test_several_heads_are_compared_on_the_same_folds_and_the_best_is_kept(make_
 def test_all_heads_of_a_task_are_compared(make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 5))
-    cache = make_cache(X, Labels.of_targets(X @ rng.normal(size=5), ["size"]))
+    cache = make_cache(X, Labels.from_targets(X @ rng.normal(size=5), ["size"]))
     found = compare(cache, cv=2, params={"mlp": {"epochs": 2}, "keras": {"epochs": 2}})
-    assert {row.head for row in found.rows} == set(heads.names("regression"))
+    assert {row.head for row in found.rows} == set(heads.list_heads("regression"))
     assert found.rows[0].metric == "r2" or found.rows[0].metric in found.rows[0].scores
     with pytest.raises(ConfigError, match="2 folds or more"):
         compare(cache, cv=0)
@@ -554,7 +554,7 @@ def test_all_heads_of_a_task_are_compared(make_cache: Any) -> None:
 def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: Any) -> None:
     codes = np.random.default_rng(0).integers(0, 3, 200)
     X = blobs(codes, spread=2.5)
-    cache = make_cache(X, Labels.of_classes(["abc"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     whole, streamed = (train(cache, head, cv=3, tune=False, memory=memory) for memory in (None, 0))
     assert not whole.history["streamed"]
     assert streamed.history["streamed"]
@@ -564,9 +564,9 @@ def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: A
 
 
 def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("featpipe.training.fitting.TUNING_ROWS", 100)
+    monkeypatch.setattr("featpipe.training.fitting.MAX_TUNING_ROWS", 100)
     X, codes = noisy(n=200)
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     chosen = train(cache, memory=0).history["chosen"]
     assert "inner folds of 100 rows, and scaled to 200" in chosen["how"]
     best = max(chosen["tried"], key=lambda one: one["score"])
@@ -575,7 +575,7 @@ def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_c
 
 def test_heads_that_need_all_rows_say_so(make_cache: Any) -> None:
     codes = np.arange(40) % 2
-    cache = make_cache(blobs(codes), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     refused(ConfigError, "needs all 40 rows in memory", cache, "knn", memory=0)
     refused(ConfigError, "balance=smote needs all rows in memory", cache, memory=0, balance="smote")
 
@@ -584,9 +584,9 @@ def test_heads_that_need_all_rows_say_so(make_cache: Any) -> None:
 def test_rows_that_stay_in_the_file_are_balanced_by_weights(how: str, make_cache: Any) -> None:
     codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
     X = blobs(codes, spread=3)
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     streamed = train(cache, params={"C": 1.0}, balance=how, memory=0)
-    drawn = drawn_rows(codes, how, 0)
+    drawn = draw_row_indices(codes, how, 0)
     seen = np.unique(drawn)  # what the scaler sees: all rows, or those that are left
     scaler = StandardScaler().fit(X[seen])
     oracle = heads.SoftmaxRegression(1.0).fit(scaler.transform(X[drawn]), codes[drawn])
@@ -596,7 +596,7 @@ def test_rows_that_stay_in_the_file_are_balanced_by_weights(how: str, make_cache
 
 def test_a_balanced_head_may_stop_early(make_cache: Any) -> None:
     codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
-    cache = make_cache(blobs(codes, spread=3), Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]))
     model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3}, balance="smote")
     assert len(model.history["curves"]["validation_curve"]) == 3
 
@@ -605,7 +605,7 @@ def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
     codes = np.arange(40) % 2
     X = blobs(codes)
     X[[3, 7], 2] = np.nan, np.inf
-    cache = make_cache(X, Labels.of_classes(["ab"[c] for c in codes]))
+    cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     for memory in (None, 0):
         refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache, memory=memory)
         refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
@@ -614,7 +614,7 @@ def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
 def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatch: Any) -> None:
     codes = np.repeat(np.arange(60) % 2, 2)
     own = np.repeat(digests(60), 2, axis=0)
-    cache = make_cache(blobs(codes, spread=3), Labels.of_classes(["ab"[c] for c in codes]), digests=own)
+    cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]), digests=own)
     seen: list[Any] = []
     fit = heads.MLPClassifier.fit
 
@@ -625,7 +625,7 @@ def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatc
     monkeypatch.setattr(heads.MLPClassifier, "fit", spied)
     model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3, "validation_fraction": 0.2})
     ((fitted, watched),) = seen
-    fit_rows, held = split.holdout(own, codes, test=0.2, seed=2)
+    fit_rows, held = split.make_holdout(own, codes, test=0.2, seed=2)
     assert (fitted, watched) == (len(fit_rows), len(held))
     assert len(model.history["curves"]["validation_curve"]) == len(model.history["curves"]["loss_curve"])
 
@@ -635,4 +635,4 @@ def test_the_images_of_a_model_are_the_distinct_ones_in_order(n: int) -> None:
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 2, (n, 16), np.uint8) * rng.integers(0, 256, (1, 16), np.uint8)
     rows = np.concatenate([rows, rows[: n // 2]])
-    np.testing.assert_array_equal(_distinct(rows), np.unique(rows, axis=0))
+    np.testing.assert_array_equal(_unique_digests(rows), np.unique(rows, axis=0))

@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from featpipe import extract, load_model, predict, train, trust
 from featpipe.errors import ConfigError, ModelError
-from featpipe.trust import Conformal, Novelty, Trust
+from featpipe.trust import ConformalPredictor, NoveltyScorer, Uncertainty
 
 
 def answers(m, k=6, seed=0):
@@ -25,13 +25,13 @@ def answers(m, k=6, seed=0):
 
 @pytest.mark.parametrize("level", [0.7, 0.8, 0.9, 0.97])
 def test_sets_hold_the_right_class_as_often_as_is_asked(level):
-    conformal = Conformal.of(*answers(3000))
+    conformal = ConformalPredictor.from_predictions(*answers(3000))
     p, y = answers(20_000, seed=1)
-    sets = conformal.sets(p, level)
+    sets = conformal.predict_sets(p, level)
     assert sets[np.arange(len(y)), y].mean() == pytest.approx(level, abs=0.02)
     assert sets.any(axis=1).all()
     right = sets[np.arange(len(y)), y]
-    smaller = conformal.sets(p, level - 0.05)
+    smaller = conformal.predict_sets(p, level - 0.05)
     assert (smaller <= sets).all()
     assert right.sum() >= smaller[np.arange(len(y)), y].sum()
 
@@ -39,16 +39,20 @@ def test_sets_hold_the_right_class_as_often_as_is_asked(level):
 def test_the_threshold_is_the_textbooks_order_statistic():
     p, y = answers(99)
     scores = np.sort(1 - p[np.arange(99), y])
-    assert Conformal.of(p, y).reach(0.9) == pytest.approx(scores[89])  # the 90th of (99 + 1) × 0.9
-    assert Conformal.of(*answers(5)).sets(p, 0.9).all()  # five rows cannot say what nine in ten do
+    assert ConformalPredictor.from_predictions(p, y).score_quantile(0.9) == pytest.approx(
+        scores[89]
+    )  # the 90th of (99 + 1) × 0.9
+    assert (
+        ConformalPredictor.from_predictions(*answers(5)).predict_sets(p, 0.9).all()
+    )  # five rows cannot say what nine in ten do
 
 
 def test_intervals_hold_each_target_as_often_as_is_asked():
     rng = np.random.default_rng(0)
     y = rng.normal(size=(4000, 2))
     predicted = y + rng.normal(size=(4000, 2)) * [0.1, 3]
-    conformal = Conformal.of(predicted[:2000], y[:2000])
-    ends = conformal.intervals(predicted[2000:], 0.9)
+    conformal = ConformalPredictor.from_predictions(predicted[:2000], y[:2000])
+    ends = conformal.predict_intervals(predicted[2000:], 0.9)
     held = (ends[..., 0] <= y[2000:]) & (y[2000:] <= ends[..., 1])
     assert held.mean(axis=0) == pytest.approx([0.9, 0.9], abs=0.025)
 
@@ -56,7 +60,7 @@ def test_intervals_hold_each_target_as_often_as_is_asked():
 @pytest.mark.parametrize("level", [0, 1, 1.5, -0.1, float("nan")])
 def test_a_level_that_is_no_share_is_refused(level):
     with pytest.raises(ConfigError, match="a share between 0 and 1"):
-        Conformal.of(*answers(50)).reach(level)
+        ConformalPredictor.from_predictions(*answers(50)).score_quantile(level)
 
 
 def cloud(m, seed, d=16, away=0.0):
@@ -68,7 +72,7 @@ def cloud(m, seed, d=16, away=0.0):
 
 def test_novelty_is_uniform_on_images_like_those_of_training_and_high_on_others():
     X = cloud(1500, 0)
-    novelty = Novelty.of(X, np.arange(800), np.arange(1500))
+    novelty = NoveltyScorer.from_embeddings(X, np.arange(800), np.arange(1500))
     like = novelty(cloud(4000, 1))
     for share in (0.1, 0.5, 0.9, 0.95):
         assert (like <= share).mean() == pytest.approx(share, abs=0.03)
@@ -80,19 +84,22 @@ def test_copies_and_rows_of_one_group_are_not_held_out_from_each_other():
     X = np.repeat(cloud(300, 0), 4, axis=0)  # bursts of four
     X += np.random.default_rng(1).normal(0, 1e-3, X.shape).astype(np.float32)
     group = np.repeat(np.arange(300), 4)
-    blind = Novelty.of(X, np.arange(1200), np.arange(1200))
-    told = Novelty.of(X, np.arange(1200), np.column_stack([np.arange(1200), group]))
+    blind = NoveltyScorer.from_embeddings(X, np.arange(1200), np.arange(1200))
+    told = NoveltyScorer.from_embeddings(X, np.arange(1200), np.column_stack([np.arange(1200), group]))
     new = cloud(1000, 5)
     assert blind(new).mean() > 0.95
     assert told(new).mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_what_is_kept_survives_the_file_to_the_bit():
-    kept = Trust(Novelty.of(cloud(60, 0), np.arange(50), np.arange(60)), Conformal.of(*answers(40)))
+    kept = Uncertainty(
+        NoveltyScorer.from_embeddings(cloud(60, 0), np.arange(50), np.arange(60)),
+        ConformalPredictor.from_predictions(*answers(40)),
+    )
     again = trust.loads(trust.dumps(kept))
     assert again.novelty is not None
     assert again.conformal is not None
-    np.testing.assert_array_equal(again.novelty.rows, kept.novelty.rows)
+    np.testing.assert_array_equal(again.novelty.references, kept.novelty.references)
     np.testing.assert_array_equal(again.novelty.distances, kept.novelty.distances)
     np.testing.assert_array_equal(again.conformal.scores, kept.conformal.scores)
 

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 
 from featpipe import archive
-from featpipe.cache import FeatureCache, Table, parts_directory, shards_directory, write_cache, writer
-from featpipe.commit import Parts, exclusive
+from featpipe.cache import FeatureCache, SampleTable, parts_directory, shards_directory, write_cache, writer
+from featpipe.commit import StagingArea, lock_file
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError
 from featpipe.extraction import extract, extract_index
 from featpipe.labels import Labels, order_classes
 from featpipe.progress import Progress
-from featpipe.recipe import Extraction
+from featpipe.recipe import ExtractionConfig
 from featpipe.status import Status
-from featpipe.strings import Strings
-from featpipe.upkeep import clean, cleaning, merge, pack, remove
-from featpipe.upkeep.comparison import with_cache, with_request
+from featpipe.strings import StringColumn
+from featpipe.upkeep import clean, cleaning, merge, pack, remove_abandoned
+from featpipe.upkeep.comparison import diff_with_cache, diff_with_request
 from tests.conftest import jpeg
 
 WIDTH = 1024
@@ -51,13 +51,13 @@ def make(path, images, *, labels=None, split=None, status=None, shard_bytes=None
     n = len(images)
     status = np.array(status if status is not None else [0] * n, np.uint8)
     digests = [hashlib.sha256(text.encode()).digest() for text in images.values()]
-    table = Table(
-        Strings.of(images),
+    table = SampleTable(
+        StringColumn.from_strings(images),
         status,
         np.frombuffer(b"".join(digests), np.uint8).reshape(n, 32) * (status == 0)[:, None],
         np.frombuffer(b"".join(hashlib.sha256(d).digest()[:16] for d in digests), np.uint8).reshape(n, 16),
         np.array(split if split is not None else [0] * n, np.uint8),
-        labels if labels is not None else Labels.none(n),
+        labels if labels is not None else Labels.unlabeled(n),
     )
     shapes = {"pooled": (WIDTH,), "tail": (512,)}
     values = {output: np.stack([row_of(digest, output) for digest in digests]) for output in shapes}
@@ -181,13 +181,13 @@ def test_the_finished_work_of_an_extraction_to_that_name_stays(tmp_path):
     make(tmp_path / "a.h5", many(40), shard_bytes=SHARD)
     parts = unfinished(tmp_path / "a.h5")
     pack(tmp_path / "a.h5")
-    assert [part.rows for part in parts.committed()] == [3]
+    assert [part.rows for part in parts.load_committed()] == [3]
 
 
 def test_packing_waits_for_the_writer_of_that_name(tmp_path):
     make(tmp_path / "a.h5", many(40), shard_bytes=SHARD)
     code = f"import sys; from featpipe import pack; pack({str(tmp_path / 'a.h5')!r}); print('packed')"
-    with Parts(parts_directory(tmp_path / "a.h5"), "").writing():
+    with StagingArea(parts_directory(tmp_path / "a.h5"), "").lock_for_writing():
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(2.5)
@@ -238,7 +238,7 @@ def test_a_kill_while_rows_are_copied_leaves_the_old_files_whole_and_the_next_at
 
 def test_a_failure_while_rows_are_copied_leaves_the_old_files_whole(tmp_path, monkeypatch):
     old = make(tmp_path / "a.h5", many(100), shard_bytes=SHARD)
-    monkeypatch.setattr(writer, "BLOCK_BYTES", SHARD)
+    monkeypatch.setattr(writer, "WRITE_BLOCK_BYTES", SHARD)
 
     def full(progress: Progress) -> None:
         if progress.kind == "bar" and progress.done > 60:
@@ -298,29 +298,29 @@ def test_an_id_that_names_another_image_gets_a_number_that_is_free(tmp_path):
 
 
 def test_classes_are_united_in_their_order_and_codes_follow(tmp_path):
-    a = make(tmp_path / "a.h5", many(3), labels=Labels.of_classes(["10", "9", None]))
-    b = make(tmp_path / "b.h5", many(3, 3), labels=Labels.of_classes(["apple", "10", "apple"]))
+    a = make(tmp_path / "a.h5", many(3), labels=Labels.from_class_names(["10", "9", None]))
+    b = make(tmp_path / "b.h5", many(3, 3), labels=Labels.from_class_names(["apple", "10", "apple"]))
     merged = merge([a, make(tmp_path / "u.h5", many(1, 9)), b], tmp_path / "c.h5")
     assert merged.classes == ("10", "9", "apple") == order_classes(["9", "10", "apple"])
     assert list(merged.labels) == ["10", "9", None, None, "apple", "10", "apple"]
 
 
 def test_a_row_has_no_label_of_classes_that_only_another_cache_knows(tmp_path):
-    a = make(tmp_path / "a.h5", many(3), labels=Labels.of_sets([{"x", "z"}, None, set()]))
-    b = make(tmp_path / "b.h5", many(2, 3), labels=Labels.of_sets([{"y"}, {"z"}]))
+    a = make(tmp_path / "a.h5", many(3), labels=Labels.from_label_sets([{"x", "z"}, None, set()]))
+    b = make(tmp_path / "b.h5", many(2, 3), labels=Labels.from_label_sets([{"y"}, {"z"}]))
     merged = merge([b, a], tmp_path / "c.h5")
     assert merged.classes == ("x", "y", "z")
     assert merged.labels.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 1], [-1, -1, -1], [0, 0, 0]]
 
 
 def test_targets_are_joined_where_they_have_the_same_names(tmp_path):
-    a = make(tmp_path / "a.h5", many(2), labels=Labels.of_targets([[1.5], [np.nan]], ["kg"]))
-    b = make(tmp_path / "b.h5", many(2, 2), labels=Labels.of_targets([[3.5], [4.5]], ["kg"]))
+    a = make(tmp_path / "a.h5", many(2), labels=Labels.from_targets([[1.5], [np.nan]], ["kg"]))
+    b = make(tmp_path / "b.h5", many(2, 2), labels=Labels.from_targets([[3.5], [4.5]], ["kg"]))
     unlabelled = make(tmp_path / "u.h5", many(2, 1))
     merged = merge([unlabelled, a, b], tmp_path / "c.h5")
     assert list(merged.ids) == ["a/1.jpg", "a/2.jpg", "a/0.jpg", "a/3.jpg"]
     assert np.array_equal(merged.labels, [np.nan, 3.5, 1.5, 4.5], equal_nan=True)
-    other = make(tmp_path / "o.h5", many(1, 7), labels=Labels.of_targets([[1.0]], ["cm"]))
+    other = make(tmp_path / "o.h5", many(1, 7), labels=Labels.from_targets([[1.0]], ["cm"]))
     with pytest.raises(CacheMismatchError, match=r"o\.h5: its targets are cm, those of .*a\.h5 kg"):
         merge([a, other], tmp_path / "d.h5")
 
@@ -328,13 +328,13 @@ def test_targets_are_joined_where_they_have_the_same_names(tmp_path):
 def test_what_one_cache_does_not_know_of_a_sample_comes_from_the_other(tmp_path):
     """A label, a split, and features after an attempt that ran out of memory."""
     a = make(tmp_path / "a.h5", {"p": "one", "q": "two"})
-    b = make(tmp_path / "b.h5", {"q": "two", "p": "one"}, labels=Labels.of_classes(["cat", "dog"]), split=[1, 3])
+    b = make(tmp_path / "b.h5", {"q": "two", "p": "one"}, labels=Labels.from_class_names(["cat", "dog"]), split=[1, 3])
     merged = merge([a, b], tmp_path / "c.h5")
     assert list(zip(merged.ids, merged.labels, merged.split.tolist(), strict=True)) == [
         ("p", "dog", 3),
         ("q", "cat", 1),
     ]
-    other = make(tmp_path / "d.h5", {"p": "one"}, labels=Labels.of_classes(["cow"]))
+    other = make(tmp_path / "d.h5", {"p": "one"}, labels=Labels.from_class_names(["cow"]))
     assert list(merge([a, b, other], tmp_path / "e.h5").ids) == ["p", "q", "p#2"]
 
 
@@ -347,13 +347,13 @@ def test_a_sample_in_two_splits_is_an_error_and_not_a_leak(tmp_path):
 
 
 def test_caches_of_other_facts_or_other_kinds_of_labels_are_refused_with_what_differs(tmp_path):
-    a = make(tmp_path / "a.h5", many(2), labels=Labels.of_classes(["x", "y"]))
+    a = make(tmp_path / "a.h5", many(2), labels=Labels.from_class_names(["x", "y"]))
     b = make(tmp_path / "b.h5", many(2), made_from=facts(precision="bf16"))
     with pytest.raises(
         CacheMismatchError, match=r"b\.h5: was made otherwise \(precision is 'bf16', in .*a\.h5 'fp32'\)"
     ):
         merge([a, b], tmp_path / "c.h5")
-    sets = make(tmp_path / "s.h5", many(2), labels=Labels.of_sets([{"x"}, {"y"}]))
+    sets = make(tmp_path / "s.h5", many(2), labels=Labels.from_label_sets([{"x"}, {"y"}]))
     with pytest.raises(CacheMismatchError, match=r"s\.h5: its labels are multilabel, those of .*a\.h5 classification"):
         merge([a, sets], tmp_path / "c.h5")
     with pytest.raises(ConfigError, match="at least one"):
@@ -380,8 +380,8 @@ def test_a_cache_of_format_1_0_is_merged_and_gets_checks(tmp_path):
 # --------------------------------------------------------------------------------------------------------- clean
 def unfinished(path, rows=3):
     """An extraction that committed one part and was killed."""
-    parts = Parts(parts_directory(path), "f" * 64)
-    with parts.writing():
+    parts = StagingArea(parts_directory(path), "f" * 64)
+    with parts.lock_for_writing():
         parts.commit(
             {
                 "digest": np.ones((rows, 32), np.uint8),
@@ -422,9 +422,9 @@ def test_what_a_process_writes_now_is_not_touched(tmp_path, later):
     found = clean(tmp_path)
     (tmp_path / "a.h5").unlink()
     before = sorted(tmp_path.rglob("*"))
-    with parts.writing(), exclusive(tmp_path / ".files-01234567.lock"):
+    with parts.lock_for_writing(), lock_file(tmp_path / ".files-01234567.lock"):
         assert clean(tmp_path, yes=True) == []
-        assert remove(found) == []
+        assert remove_abandoned(found) == []
         assert sorted(tmp_path.rglob("*")) == [tmp_path / ".files-01234567.lock", *before]
 
 
@@ -432,8 +432,8 @@ def test_an_extraction_that_went_on_since_it_was_shown_is_not_removed(tmp_path):
     parts = unfinished(tmp_path / "a.h5", 3)
     found = clean(tmp_path)
     unfinished(tmp_path / "a.h5", 4)
-    assert remove(found) == []
-    assert sum(part.rows for part in parts.committed()) == 7
+    assert remove_abandoned(found) == []
+    assert sum(part.rows for part in parts.load_committed()) == 7
 
 
 def test_files_of_others_stay_and_their_folder_with_them(tmp_path, later):
@@ -520,7 +520,7 @@ def test_a_lock_that_was_removed_while_one_waited_for_it_holds_all_the_same(tmp_
         "import sys; from pathlib import Path; from featpipe.commit import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', Path(sys.argv[1]).exists())"
     )
-    with exclusive(lock):
+    with lock_file(lock):
         process = subprocess.Popen([sys.executable, "-c", waiting, lock], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.5)
@@ -543,10 +543,10 @@ def aged(folder):
 def test_equal_facts_are_equal_and_images_are_told_apart_without_being_read(make_folder, tiny, tmp_path, monkeypatch):
     folder = make_folder()
     aged(folder)
-    settings = Extraction(backbone=tiny, cache=tmp_path / "cache")
+    settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
     cache = extract_index(archive.index(folder), tiny, settings)
-    monkeypatch.setattr(archive.Reader, "read", None)
-    found = with_request(cache, settings, [str(folder)])
+    monkeypatch.setattr(archive.SampleReader, "read", None)
+    found = diff_with_request(cache, settings, [str(folder)])
     assert (found.differences, found.usable) == ([], True)
     assert vars(found.samples) == {
         "images": 18, "unchanged": 18, "changed": 0, "new": 0, "gone": 0, "same_table": True
@@ -555,16 +555,16 @@ def test_equal_facts_are_equal_and_images_are_told_apart_without_being_read(make
     (folder / "ape" / "01.jpg").rename(folder / "bee" / "moved.jpg")
     (folder / "ape" / "02.jpg").write_bytes(jpeg(77))
     (folder / "cow" / "new.jpg").write_bytes(jpeg(78))
-    found = with_request(cache, settings, [str(folder)])
+    found = diff_with_request(cache, settings, [str(folder)])
     assert vars(found.samples) == {
         "images": 18, "unchanged": 15, "changed": 1, "new": 2, "gone": 2, "same_table": False
     }  # fmt: skip
 
 
 def test_each_fact_of_a_request_that_differs_has_its_line(make_folder, tiny, tmp_path):
-    settings = Extraction(backbone=tiny, cache=tmp_path / "cache")
+    settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
     cache = extract_index(archive.index(make_folder()), tiny, settings)
-    found = with_request(cache, replace(settings, precision="bf16", storage="float16"))
+    found = diff_with_request(cache, replace(settings, precision="bf16", storage="float16"))
     assert found.differences == [
         "precision is 'fp32', asked for 'bf16'",
         "storage is 'float32', asked for 'float16'",
@@ -575,25 +575,25 @@ def test_each_fact_of_a_request_that_differs_has_its_line(make_folder, tiny, tmp
 def test_a_cache_with_more_outputs_than_asked_for_is_usable_as_extraction_uses_it(make_folder, tmp_path):
     folder, settings = make_folder(), {"backbone": "resnet18", "weights": "none", "cache": tmp_path / "cache"}
     cache = extract(folder, outputs=("pooled", "layer1:avg"), **settings)
-    found = with_request(cache, Extraction.of(settings))
+    found = diff_with_request(cache, ExtractionConfig.from_settings(settings))
     assert found.usable
     assert len(found.differences) == 1
     assert found.differences[0].startswith("backbone.outputs.layer1:avg is {")
     assert extract(folder, **settings).manifest["embedded"] == 0
-    assert not with_request(cache, Extraction.of(settings | {"seed": 1})).usable
+    assert not diff_with_request(cache, ExtractionConfig.from_settings(settings | {"seed": 1})).usable
 
 
 def test_two_caches_are_compared_by_their_facts(tmp_path):
     a, b = make(tmp_path / "a.h5", many(1)), make(tmp_path / "b.h5", many(2), made_from=facts(precision="tf32"))
-    found = with_cache(a, b)
+    found = diff_with_cache(a, b)
     assert found.differences == [f"precision is 'fp32', in {b.path} 'tf32'"]
-    assert with_cache(a, make(tmp_path / "c.h5", many(3))).differences == []
+    assert diff_with_cache(a, make(tmp_path / "c.h5", many(3))).differences == []
 
 
 def test_a_status_that_is_to_be_tried_again_is_not_unchanged(make_folder, tiny, tmp_path):
     folder = make_folder()
     aged(folder)
-    settings = Extraction(backbone=tiny, cache=tmp_path / "cache")
+    settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
     cache = extract_index(archive.index(folder), tiny, settings)
     status = cache.status_codes.copy()
     status[4] = Status.OUT_OF_MEMORY
@@ -602,5 +602,5 @@ def test_a_status_that_is_to_be_tried_again_is_not_unchanged(make_folder, tiny, 
     features[4] = np.nan
     gather = lambda output, start, stop: features[start:stop]  # noqa: E731
     write_cache(cache.path, table, json.loads(json.dumps(cache.manifest)), cache.shapes, "float32", gather)
-    samples = with_request(FeatureCache(cache.path), settings, [str(folder)]).samples
+    samples = diff_with_request(FeatureCache(cache.path), settings, [str(folder)]).samples
     assert (samples.unchanged, samples.changed) == (17, 1)

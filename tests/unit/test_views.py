@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featpipe.backbone import CustomTransform, Transform
 from featpipe.errors import ConfigError
-from featpipe.finetuning.views import Augmentation, View, drawn
+from featpipe.finetuning.views import Augmentation, AugmentedTransform, seeded_random
 from tests.conftest import picture, tiny_transform
 
 ALL = Augmentation(crop=0.5, flip=0.5, rotation=10, color=0.2, rand_augment=9, blur=1, noise=0.1, erase=0.5)
@@ -27,13 +27,13 @@ def pictures() -> list[Tensor]:
 
 def test_without_augmentation_it_is_the_transform_to_the_bit(pictures):
     for number in (0, 3):
-        view = View(TRANSFORM, Augmentation(), number, seed=1)
+        view = AugmentedTransform(TRANSFORM, Augmentation(), number, seed=1)
         assert all(torch.equal(view(image), TRANSFORM(image)) for image in pictures)
-        assert view.facts() == TRANSFORM.facts()
+        assert view.to_dict() == TRANSFORM.to_dict()
 
 
 def test_a_view_is_the_same_alone_and_in_any_thread_and_order(pictures):
-    views = [View(TRANSFORM, ALL, number) for number in range(2)]
+    views = [AugmentedTransform(TRANSFORM, ALL, number) for number in range(2)]
     work = [(view, image) for image in pictures for view in views]
     alone = [view(image) for view, image in work]
     with ThreadPoolExecutor(4) as pool:
@@ -44,19 +44,22 @@ def test_a_view_is_the_same_alone_and_in_any_thread_and_order(pictures):
 def test_the_generator_that_all_share_is_not_touched(pictures):
     before = torch.get_rng_state()
     for image in pictures:
-        View(TRANSFORM, ALL)(image)
+        AugmentedTransform(TRANSFORM, ALL)(image)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_views_seeds_and_pictures_differ(pictures):
-    found = [View(TRANSFORM, ALL, n, s)(pictures[p]) for n, s, p in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
+    found = [
+        AugmentedTransform(TRANSFORM, ALL, n, s)(pictures[p])
+        for n, s, p in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    ]
     assert all(image.shape == (3, 24, 24) and image.dtype == torch.float32 for image in found)
     assert all(not torch.equal(found[i], found[j]) for i in range(4) for j in range(i))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_kind_changes_some_pictures_and_the_identity(pictures, name):
-    view = View(TRANSFORM, Augmentation(**{name: getattr(ALL, name)}))
+    view = AugmentedTransform(TRANSFORM, Augmentation(**{name: getattr(ALL, name)}))
     changed = [not torch.equal(view(image), TRANSFORM(image)) for image in pictures]
     assert sum(changed) >= 2
     if name in ("flip", "erase"):  # a share of them
@@ -65,25 +68,25 @@ def test_each_kind_changes_some_pictures_and_the_identity(pictures, name):
         view,
         replace(view, number=1),
         replace(view, seed=1),
-        View(TRANSFORM, ALL),
-        View(TRANSFORM, Augmentation()),
+        AugmentedTransform(TRANSFORM, ALL),
+        AugmentedTransform(TRANSFORM, Augmentation()),
     ]
-    assert len({str(other.facts()) for other in others}) == 5
+    assert len({str(other.to_dict()) for other in others}) == 5
 
 
 def test_a_flip_is_a_flip_and_noise_is_as_strong_as_was_said(pictures):
-    flipped = View(TRANSFORM, Augmentation(flip=1.0)).picture(pictures[0])
-    assert torch.equal(flipped, TRANSFORM.picture(pictures[0]).flip(-1))
+    flipped = AugmentedTransform(TRANSFORM, Augmentation(flip=1.0)).apply_geometry(pictures[0])
+    assert torch.equal(flipped, TRANSFORM.apply_geometry(pictures[0]).flip(-1))
     gray = torch.full((3, 200, 200), 128, dtype=torch.uint8)
-    noisy = View(Transform(None, (200, 200)), Augmentation(noise=0.1)).picture(gray).float() / 255
+    noisy = AugmentedTransform(Transform(None, (200, 200)), Augmentation(noise=0.1)).apply_geometry(gray).float() / 255
     assert float(noisy.std()) == pytest.approx(0.1, rel=0.02)
 
 
 def test_a_transform_of_ones_own_is_given_the_changed_picture(pictures):
     own = CustomTransform(tiny_transform)
-    view = View(own, Augmentation(flip=1.0))
+    view = AugmentedTransform(own, Augmentation(flip=1.0))
     assert torch.equal(view(pictures[0]), own(pictures[0].flip(-1)))
-    assert View(own, ALL)(pictures[0]).shape == (3, 12, 12)
+    assert AugmentedTransform(own, ALL)(pictures[0]).shape == (3, 12, 12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +98,7 @@ def test_what_is_no_such_number_is_refused(name, value):
 
 def test_an_unknown_one_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match="rotation"):
-        Augmentation.of({"rotatoin": 3})
+        Augmentation.from_dict({"rotatoin": 3})
     with pytest.raises(ConfigError, match="whole number"):
         Augmentation(rand_augment=2.5)  # type: ignore[arg-type]
 
@@ -104,9 +107,9 @@ def test_numbers_are_drawn_from_the_seed_in_this_thread():
     def numbers() -> list[Tensor]:
         return [torch.rand(2), torch.randn_like(torch.zeros(2)), torch.randperm(5), torch.empty(2).uniform_(0, 1)]
 
-    with drawn(1):
+    with seeded_random(1):
         one = numbers()
-    with drawn(1):
+    with seeded_random(1):
         two = numbers()
         with ThreadPoolExecutor(1) as pool:
             elsewhere = pool.submit(torch.rand, 2).result()

@@ -9,14 +9,14 @@ from itertools import islice
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from featpipe.workers import Workers, side_by_side
+from featpipe.workers import BlasThreadPool, map_in_parallel
 
 ENOUGH = 1e9
 
 
 @pytest.fixture(params=[1, 2, 3])
 def workers(request):
-    with threadpool_limits(request.param, user_api="blas"), Workers(ENOUGH) as found:
+    with threadpool_limits(request.param, user_api="blas"), BlasThreadPool(ENOUGH) as found:
         yield found
 
 
@@ -56,7 +56,7 @@ def test_an_error_in_one_item_is_raised_where_its_result_would_come(workers):
 
 
 def test_a_small_pass_stays_on_the_callers_thread():
-    with Workers(10.0) as few:
+    with BlasThreadPool(10.0) as few:
         assert list(few.map(lambda item: threading.get_ident(), range(5))) == [threading.get_ident()] * 5
 
 
@@ -67,7 +67,7 @@ def blas_threads() -> set[int]:
 def test_blas_has_one_thread_inside_and_as_many_as_before_afterwards():
     with threadpool_limits(2, user_api="blas"):
         before = blas_threads()
-        with Workers(ENOUGH):
+        with BlasThreadPool(ENOUGH):
             assert blas_threads() == {1}
         assert blas_threads() == before
 
@@ -75,7 +75,7 @@ def test_blas_has_one_thread_inside_and_as_many_as_before_afterwards():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_items_side_by_side_have_a_thread_each_and_those_left_over_have_all(threads):
     with threadpool_limits(threads, user_api="blas"):
-        found = side_by_side(lambda item: (item, max(blas_threads())), range(5))
+        found = map_in_parallel(lambda item: (item, max(blas_threads())), range(5))
         assert blas_threads() == {threads}
     alone = {1: 0, 2: 4, 3: 3}[threads]
     assert found == [(item, 1 if item < alone else threads) for item in range(5)]
@@ -91,5 +91,5 @@ def test_after_an_error_nothing_more_is_begun():
         time.sleep(0.1 if item == 1 else 1.0)
 
     with threadpool_limits(2, user_api="blas"), pytest.raises(ZeroDivisionError):
-        side_by_side(work, range(5))
+        map_in_parallel(work, range(5))
     assert not {3, 4} & set(begun)
