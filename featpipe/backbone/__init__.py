@@ -36,7 +36,7 @@ _LAZY_MODULES = {
     "Transform": "transform",
     "imagenet_classifier": "packaged",
     "load": "loading",
-    "load_again": "loading",
+    "reload_backbone": "loading",
     "prove_frozen": "frozen",
 }
 

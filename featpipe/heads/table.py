@@ -111,7 +111,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
     "ridge": HeadSpec(
         summary="least squares with an L2 penalty, in closed form",
         estimators={
-            "classification": "featpipe.heads.evidence:EvidenceRidgeClassifier",
+            "classification": "featpipe.heads.evidence:BayesianRidgeClassifier",
             "regression": "sklearn.linear_model:Ridge",
         },
         defaults={"classification": {"alpha": 1.0}},  # of classes "auto" too: by evidence
