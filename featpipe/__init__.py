@@ -25,16 +25,15 @@ if TYPE_CHECKING:
     )
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
     from featpipe.evaluation import evaluate
-    from featpipe.expansion import expand
+    from featpipe.experiments import run
     from featpipe.extraction import extract
     from featpipe.finetuning import finetune
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
+    from featpipe.incremental import expand
+    from featpipe.maintenance import clean, merge, pack, repair, verify
     from featpipe.model import Model, load_model
-    from featpipe.pipeline import run
     from featpipe.prediction import predict
     from featpipe.training import compare, train
-    from featpipe.upkeep import clean, merge, pack
-    from featpipe.verification import repair, verify
 
 __all__ = [
     "ArchiveError",

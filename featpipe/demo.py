@@ -10,17 +10,17 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import archive, image
+from featpipe import data
 from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe.data import TILE_SIZE, image, write_tiles
 from featpipe.evaluation import Evaluation, evaluate
+from featpipe.experiments import write_report
 from featpipe.extraction import extract
 from featpipe.heads import SoftmaxRegression
+from featpipe.metrics import Scores, score
 from featpipe.model import Model
-from featpipe.pipeline import write_report
-from featpipe.progress import Progress, ProgressCallback, report_warnings_only
 from featpipe.report import ComparisonRow
-from featpipe.scores import Scores, score
-from featpipe.tiles import TILE_SIZE, write_tiles
+from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.training import train
 
 __all__ = ["HEADS", "DemoResult", "run_demo"]
@@ -145,7 +145,7 @@ def _make_baseline_rows(
 
 def _load_pixels(tiles: Path) -> NDArray[np.float32]:
     """Standardised gray values of all tiles, shape (n, SIDE * SIDE)."""
-    index = archive.index(tiles)
+    index = data.index(tiles)
     with index.open() as reader:
         gray_tiles = [image.decode(reader.read(row))[:, :, 0] for row in range(len(index))]
     pixels = np.stack(gray_tiles).reshape(len(gray_tiles), TILE_SIZE * TILE_SIZE).astype(np.float32)

@@ -17,13 +17,12 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from featpipe import heads
-from featpipe.backbone import Backbone
-from featpipe.backbone.output import resolve_outputs
-from featpipe.engine import Engine, resolve_device
+from featpipe.backbones import Backbone, resolve_outputs
+from featpipe.config import ExtractionConfig
 from featpipe.errors import ConfigError
 from featpipe.extraction import embed_files, load_backbone
+from featpipe.inference import Engine, resolve_device
 from featpipe.model import as_image_list, embed_images_or_raise, raise_for_failures
-from featpipe.recipe import ExtractionConfig
 
 __all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
 
@@ -88,7 +87,7 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
     Parameters
     ----------
     backbone : str or Backbone
-        A name that ``featpipe backbones`` lists, ``package.module:factory``, or what ``featpipe.backbone.load`` gives.
+        A name that ``featpipe backbones`` lists, ``package.module:factory``, or what ``featpipe.backbones.load`` gives.
     weights : str or path-like, optional
         A published name, a file, or ``"none"``.
     output : str
@@ -279,7 +278,7 @@ def _resolve_backbone(settings: ExtractionConfig) -> Backbone:
     if not isinstance(settings.backbone, str):
         raise ConfigError(
             f"backbone is a {type(settings.backbone).__name__}; give a name, or "
-            "featpipe.backbone.load(network, transform=…)"
+            "featpipe.backbones.load(network, transform=…)"
         )
     weights = None if settings.weights is None else os.fspath(settings.weights)
     return _load_cached_backbone(

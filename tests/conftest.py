@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from featpipe.cli import log
+from featpipe.cli import logging
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -57,7 +57,7 @@ class Tiny(nn.Module):
 
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images each forward pass is of, from here on; what proves that a network is frozen is none."""
-    from featpipe.engine import Engine
+    from featpipe.inference import Engine
 
     passes: list[int] = []
     submit = Engine.submit
@@ -89,9 +89,9 @@ def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[i
 @pytest.fixture
 def tiny() -> object:
     """The tiny network as a backbone of its own."""
-    from featpipe import backbone
+    from featpipe import backbones
 
-    return backbone.load(Tiny(), transform=tiny_transform)
+    return backbones.load(Tiny(), transform=tiny_transform)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -100,20 +100,20 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A GPU: its stand-in on the CPU, and a real one where there is one."""
-    from featpipe.backbone import products
+    from featpipe.backbones.resize import matmul
     from tests.stand_in import stand_in
 
     if request.param == "stand-in":
         stand_in(monkeypatch)
-    products.is_exact.cache_clear()
+    matmul.is_exact.cache_clear()
     yield torch.device("cuda")
-    products.is_exact.cache_clear()
+    matmul.is_exact.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test asks of the log of its process, the next one does not find."""
-    monkeypatch.setitem(log._log_settings, "format", "text")
+    monkeypatch.setitem(logging._log_settings, "format", "text")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 

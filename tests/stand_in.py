@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featpipe.backbone import Backbone
+from featpipe.backbones import Backbone
 
 MAKERS = ("empty", "zeros")
 

@@ -1,7 +1,8 @@
 """The HDF5 format of a cache: the only reader and writer of HDF5. ``cache/README.md`` is its specification."""
 
-from featpipe.cache.hdf5 import ALIGNMENT_BYTES
-from featpipe.cache.layout import (
+from __future__ import annotations
+
+from featpipe.cache.format import (
     FORMAT,
     FORMAT_VERSION,
     SPLIT_NAMES,
@@ -11,6 +12,8 @@ from featpipe.cache.layout import (
     restrict_facts_to_output,
     shards_directory,
 )
+from featpipe.cache.hdf5 import ALIGNMENT_BYTES
+from featpipe.cache.lookup import MAX_KEY_INDEXES, EmbeddingLookup, EmbeddingSource
 from featpipe.cache.reader import FeatureCache, FeatureView, RowSelector
 from featpipe.cache.writer import write_cache
 
@@ -18,7 +21,10 @@ __all__ = [
     "ALIGNMENT_BYTES",
     "FORMAT",
     "FORMAT_VERSION",
+    "MAX_KEY_INDEXES",
     "SPLIT_NAMES",
+    "EmbeddingLookup",
+    "EmbeddingSource",
     "FeatureCache",
     "FeatureView",
     "RowSelector",

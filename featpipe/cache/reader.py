@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from featpipe.cache.checks import compute_column_digest, compute_row_checksums
-from featpipe.cache.layout import SPLIT_NAMES, SampleTable, parse_version, parts_directory
-from featpipe.cache.mapping import prefetch, release_pages
-from featpipe.cache.opening import CacheContents, open_cache
+from featpipe.cache.format import (
+    SPLIT_NAMES,
+    SampleTable,
+    compute_column_digest,
+    compute_row_checksums,
+    parse_version,
+    parts_directory,
+)
+from featpipe.cache.mmap import prefetch, release_pages
+from featpipe.cache.open import CacheContents, open_cache
+from featpipe.config import unknown_name_error
+from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, CacheMismatchError, ConfigError
-from featpipe.labels import Labels
-from featpipe.names import unknown_name_error
 from featpipe.status import Status
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -379,7 +385,7 @@ class FeatureCache:
         ConfigError
             If the kind is unknown or its package is not installed.
         """
-        from featpipe.cache.frames import to_frame
+        from featpipe.cache.dataframe import to_frame
 
         return to_frame(self, kind, self._resolve_output(output) if features else None)
 

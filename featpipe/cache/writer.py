@@ -15,23 +15,25 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache.checks import CHECKSUM_BYTES, compute_column_digest, compute_row_checksums, compute_shard_digest
-from featpipe.cache.hdf5 import create_hdf5
-from featpipe.cache.layout import (
+from featpipe.cache.format import (
+    CHECKSUM_BYTES,
     FORMAT,
     FORMAT_VERSION,
     LABEL_DTYPES,
     SampleTable,
     Shard,
+    compute_column_digest,
+    compute_row_checksums,
+    compute_shard_digest,
     parts_directory,
     shards_directory,
 )
-from featpipe.cache.mapping import HUGE_PAGE_BYTES, PAGE_BYTES
-from featpipe.cache.opening import format_error, open_cache
-from featpipe.durable import fsync_directory
+from featpipe.cache.hdf5 import create_hdf5
+from featpipe.cache.mmap import HUGE_PAGE_BYTES, PAGE_BYTES
+from featpipe.cache.open import format_error, open_cache
 from featpipe.errors import CacheError, CacheFormatError
-from featpipe.fingerprint import compute_fingerprint
 from featpipe.status import Status
+from featpipe.storage import compute_fingerprint, fsync_directory
 
 __all__ = ["write_cache"]
 

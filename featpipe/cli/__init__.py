@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 import featpipe
-from featpipe.cli.log import LogLevel, is_json, log_message, make_log_format_option
+from featpipe.cli.logging import LogLevel, is_json, log_message, make_log_format_option
 from featpipe.cli.terminal import printable
 from featpipe.errors import FeatpipeError, TimeLimitError
 
@@ -57,7 +57,7 @@ class _LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMAND_MODULES and not args[0].startswith("-"):
-            from featpipe.names import unknown_name_error
+            from featpipe.config import unknown_name_error
 
             raise click.UsageError(str(unknown_name_error("command", args[0], COMMAND_MODULES)), ctx)
         return super().resolve_command(ctx, args)

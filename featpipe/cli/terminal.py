@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from featpipe.cli.log import is_json, log_message
-from featpipe.progress import Progress
+from featpipe.cli.logging import is_json, log_message
+from featpipe.runtime import Progress
 
 __all__ = ["Terminal", "format_duration", "format_size", "format_table", "in_notebook", "print_json", "printable"]
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from featpipe.evaluation.looking import Duplicates
+from featpipe.evaluation.error_analysis import NOVELTY_THRESHOLD, Coverage, Duplicates, summarize_novelty
+from featpipe.evaluation.evaluate import evaluate
 from featpipe.evaluation.result import SCHEMA, BaselineModel, Evaluation
-from featpipe.evaluation.trusting import Coverage
-from featpipe.evaluation.verb import evaluate
+from featpipe.evaluation.to_json import describe_protocol
 
-__all__ = ["SCHEMA", "BaselineModel", "Coverage", "Duplicates", "Evaluation", "evaluate"]
+__all__ = [
+    "NOVELTY_THRESHOLD",
+    "SCHEMA",
+    "BaselineModel",
+    "Coverage",
+    "Duplicates",
+    "Evaluation",
+    "describe_protocol",
+    "evaluate",
+    "summarize_novelty",
+]

@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
-from featpipe.evaluation.looking import (
+from featpipe.diagnostics import NEAR_DUPLICATE_COSINE, Finding, LabeledPredictions, LearningCurve
+from featpipe.evaluation.dataset import TrainingReference, load_true_labels
+from featpipe.evaluation.error_analysis import (
+    Coverage,
     Duplicates,
     NearestNeighbors,
+    compute_coverage,
     compute_nearest_neighbors,
     find_duplicates,
     make_findings,
     make_labeled_predictions,
 )
-from featpipe.evaluation.reference import TrainingReference
-from featpipe.evaluation.rows import load_true_labels
-from featpipe.evaluation.trusting import Coverage, compute_coverage
-from featpipe.findings import NEAR_DUPLICATE_COSINE, Finding, LabeledPredictions, LearningCurve
+from featpipe.metrics import METRICS, PairedComparison, Scores, format_score
 from featpipe.model import Model
-from featpipe.scores import METRICS, PairedComparison, Scores, format_score
 
 __all__ = ["SCHEMA", "BaselineModel", "Evaluation"]
 
@@ -112,7 +112,7 @@ class Evaluation:
     @cached_property
     def learning_curve(self) -> LearningCurve | None:
         """The errors of heads trained on fewer images, and a forecast; None where that cannot be known."""
-        from featpipe.evaluation.learning import compute_learning_curve
+        from featpipe.evaluation.learning_curve import compute_learning_curve
 
         return compute_learning_curve(self)
 
@@ -133,7 +133,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it, as ``featpipe/evaluation/schema.json`` says."""
-        from featpipe.evaluation.document import evaluation_to_dict
+        from featpipe.evaluation.to_json import evaluation_to_dict
 
         return evaluation_to_dict(self)
 

@@ -1,17 +1,33 @@
 """Archive + backbone → cache."""
 
-from featpipe.extraction.facts import EXTRACTION_VERSION, load_backbone, make_facts
-from featpipe.extraction.ledger import RACY_NANOSECONDS
-from featpipe.extraction.verb import IndexEmbeddings, embed_files, embed_into_parts, extract, extract_index
+from __future__ import annotations
+
+from featpipe.extraction.extract import IndexEmbeddings, embed_files, embed_into_parts, extract, extract_index
+from featpipe.extraction.identity import EXTRACTION_VERSION, load_backbone, make_facts
+from featpipe.extraction.paths import (
+    find_compatible_caches,
+    find_finished_cache,
+    is_up_to_date,
+    list_archive_paths,
+    make_cache_path,
+)
+from featpipe.extraction.plan import RACY_NANOSECONDS, EmbeddingPlan, source_from_part
 
 __all__ = [
     "EXTRACTION_VERSION",
     "RACY_NANOSECONDS",
+    "EmbeddingPlan",
     "IndexEmbeddings",
     "embed_files",
     "embed_into_parts",
     "extract",
     "extract_index",
+    "find_compatible_caches",
+    "find_finished_cache",
+    "is_up_to_date",
+    "list_archive_paths",
     "load_backbone",
+    "make_cache_path",
     "make_facts",
+    "source_from_part",
 ]

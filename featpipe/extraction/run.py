@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import backbone as backbones
-from featpipe.backbone import Backbone
-from featpipe.commit import StagingArea
-from featpipe.deadline import Deadline
-from featpipe.engine import Engine, resolve_devices
+from featpipe import backbones
+from featpipe.backbones import Backbone
+from featpipe.config import ExtractionConfig
 from featpipe.errors import ArchiveError
-from featpipe.extraction import processes
-from featpipe.extraction.ledger import EmbeddingPlan, source_from_part
-from featpipe.extraction.places import list_archive_paths
-from featpipe.extraction.precision import PrecisionChoice
-from featpipe.extraction.stream import ExtractionWorker, PartCommitted, RowsRead, WorkerMessage, WorkerStarted
-from featpipe.progress import Progress, ProgressCallback
-from featpipe.recipe import ExtractionConfig
+from featpipe.extraction import multi_device
+from featpipe.extraction.auto_precision import PrecisionChoice
+from featpipe.extraction.paths import list_archive_paths
+from featpipe.extraction.plan import EmbeddingPlan, source_from_part
+from featpipe.extraction.worker import ExtractionWorker, PartCommitted, RowsRead, WorkerMessage, WorkerStarted
+from featpipe.inference import Engine, resolve_devices
+from featpipe.runtime import Deadline, Progress, ProgressCallback
 from featpipe.status import Status
+from featpipe.storage import StagingArea
 
 __all__ = ["ExtractionRun", "create_engine", "format_counts"]
 
@@ -85,7 +84,7 @@ class ExtractionRun:
         backbones.prove_frozen(self.backbone)
         devices = resolve_devices(self.settings.device)
         if len(devices) > 1:
-            processes.embed_on_devices(self, devices, rows)
+            multi_device.embed_on_devices(self, devices, rows)
         else:
             self.make_worker(self.has_embedding, self.handle_message).run(self.make_engine, rows)
         self.plan.resolve_duplicates()

@@ -15,11 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from featpipe.durable import atomic_write
 from featpipe.errors import ConfigError, ModelError
-from featpipe.finetuning.job import Trainer
-from featpipe.finetuning.state import EpochRecord, TrainingState, load_weights
-from featpipe.fingerprint import describe_differences
+from featpipe.finetuning.trainer import EpochRecord, Trainer, TrainingState, load_weights
+from featpipe.storage import atomic_write, describe_differences
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

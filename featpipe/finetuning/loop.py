@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import monotonic
+from types import FrameType
 
 import numpy as np
 import torch
@@ -12,15 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe.errors import ConfigError
-from featpipe.finetuning.blending import BatchMix, apply_mixup_cutmix
-from featpipe.finetuning.interrupts import defer_signals
-from featpipe.finetuning.job import Trainer
-from featpipe.finetuning.rates import schedule_factor
-from featpipe.finetuning.source import TrainingDataset, prefetch_batches
-from featpipe.finetuning.state import EpochRecord, TrainingState, load_weights
-from featpipe.progress import Progress
+from featpipe.finetuning.augmentation import BatchMix, apply_mixup_cutmix
+from featpipe.finetuning.batches import TrainingDataset, prefetch_batches
+from featpipe.finetuning.optim import schedule_factor
+from featpipe.finetuning.trainer import EpochRecord, Trainer, TrainingState, load_weights
+from featpipe.runtime import Progress
 
-__all__ = ["NonFiniteError", "compute_gradients", "predict_scores", "run_training_loop"]
+__all__ = [
+    "NonFiniteError",
+    "StopRequest",
+    "compute_gradients",
+    "defer_signals",
+    "make_tensorboard_logger",
+    "predict_scores",
+    "run_training_loop",
+]
 
 CHECKPOINT_INTERVAL_SECONDS = 120.0
 MAX_EVALUATION_BATCH = 64
@@ -301,3 +313,57 @@ def _report_epoch(trainer: Trainer, state: TrainingState) -> None:
     trainer.progress(Progress("note", text))
     if trainer.epoch_callback is not None:
         trainer.epoch_callback(epoch)
+
+
+def make_tensorboard_logger(folder: str | os.PathLike[str]) -> Callable[[EpochRecord], None]:
+    """What writes an epoch into a folder.
+
+    Raises
+    ------
+    ConfigError
+        If TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            f"{folder}: TensorBoard is not installed; pip install tensorboard, or leave --tensorboard out"
+        ) from None
+
+    def log_epoch(epoch: EpochRecord) -> None:
+        with SummaryWriter(os.fspath(folder)) as writer:
+            for name, value in epoch.to_dict().items():
+                if name != "number" and value is not None:
+                    writer.add_scalar(name, value, epoch.number)
+
+    return log_epoch
+
+
+@dataclass
+class StopRequest:
+    """Whether somebody wants the work to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def defer_signals() -> Iterator[StopRequest]:
+    """Note the first signal; a second one ends the work at once. Elsewhere than in the main thread nothing changes."""
+    stop_request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop_request
+        return
+    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle_signal(number: int, frame: FrameType | None) -> None:
+        if stop_request.requested:
+            raise KeyboardInterrupt
+        stop_request.requested = True
+
+    for number in previous_handlers:
+        signal.signal(number, handle_signal)
+    try:
+        yield stop_request
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)

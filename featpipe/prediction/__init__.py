@@ -1,9 +1,11 @@
 """Models + archive → predictions, one row for every sample, in the archive's order."""
 
-from featpipe.prediction.answers import Prediction
-from featpipe.prediction.asked import PredictConfig
-from featpipe.prediction.files import WRITERS
-from featpipe.prediction.live import stream
-from featpipe.prediction.verb import StatusCounts, predict
+from __future__ import annotations
+
+from featpipe.prediction.config import PredictConfig
+from featpipe.prediction.predict import StatusCounts, predict
+from featpipe.prediction.rows import Prediction
+from featpipe.prediction.stream import stream
+from featpipe.prediction.writers import WRITERS
 
 __all__ = ["WRITERS", "PredictConfig", "Prediction", "StatusCounts", "predict", "stream"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from featpipe.scores import Scores, format_score
+from featpipe.metrics import Scores, format_score
 
 __all__ = ["Axis", "ConfusionCell", "TrainingCurve", "make_axis", "make_confusion_matrix", "make_training_curve"]
 

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.evaluation import Evaluation
-from featpipe.evaluation.trusting import NOVELTY_THRESHOLD, summarize_novelty
-from featpipe.reliability import compute_confidence
+from featpipe.evaluation import NOVELTY_THRESHOLD, Evaluation, summarize_novelty
+from featpipe.metrics import compute_confidence, wilson_interval
 from featpipe.report.page import ReportTable
-from featpipe.scores import wilson_interval
 
 __all__ = [
     "Figure",

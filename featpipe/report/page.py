@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from featpipe.scores import Interval, Scores
+from featpipe.metrics import Interval, Scores
 
 __all__ = ["BaselineRow", "ComparisonRow", "Gallery", "Page", "ReportImage", "ReportTable"]
 
@@ -145,7 +145,7 @@ class Page:
         Summary figures: ("Samples", "940").
     comparison : sequence of Row
     comparison_score : str
-        What is compared, as one of the names in `featpipe.scores.METRICS` or any text.
+        What is compared, as one of the names in `featpipe.metrics.METRICS` or any text.
     scores : Scores or None
     pictures : sequence of Picture
     bad : sequence of (str, int)

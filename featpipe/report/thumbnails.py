@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from featpipe import archive, image
+from featpipe import data
 from featpipe.cache import FeatureCache
+from featpipe.data import image
 from featpipe.errors import ArchiveError, FeatpipeError
-from featpipe.fingerprint import digest
+from featpipe.storage import digest
 
 __all__ = ["Thumbnails"]
 
@@ -35,7 +36,7 @@ class Thumbnails:
         self._index: Any = None
         paths = cache.manifest.get("archives", [])
         try:
-            index = archive.index(paths) if paths else None
+            index = data.index(paths) if paths else None
         except FeatpipeError:
             index = None
         index_rows = {} if index is None else _match_index_rows(index.ids, cache.ids)

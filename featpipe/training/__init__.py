@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from featpipe.training.comparison import HeadComparison, compare
-from featpipe.training.rows import EmbeddingDataset, load_training_data
-from featpipe.training.selection import METRICS, SearchResult
-from featpipe.training.verb import train
+from featpipe.training.compare import HeadComparison, compare
+from featpipe.training.cross_validation import LOWER_IS_BETTER
+from featpipe.training.dataset import EmbeddingDataset, load_training_data
+from featpipe.training.novelty import fit_novelty, update_novelty
+from featpipe.training.search import METRICS, SearchResult, format_params, subsample
+from featpipe.training.train import make_head_config, parse_policy, train, train_head
 
-__all__ = ["METRICS", "EmbeddingDataset", "HeadComparison", "SearchResult", "compare", "load_training_data", "train"]
+__all__ = [
+    "LOWER_IS_BETTER",
+    "METRICS",
+    "EmbeddingDataset",
+    "HeadComparison",
+    "SearchResult",
+    "compare",
+    "fit_novelty",
+    "format_params",
+    "load_training_data",
+    "make_head_config",
+    "parse_policy",
+    "subsample",
+    "train",
+    "train_head",
+    "update_novelty",
+]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import split
-from featpipe.training.rows import EmbeddingDataset
-from featpipe.training.selection import subsample
-from featpipe.trust import MAX_REFERENCES, NoveltyScorer
+from featpipe import splits
+from featpipe.model import MAX_REFERENCES, NoveltyScorer
+from featpipe.training.dataset import EmbeddingDataset
+from featpipe.training.search import subsample
 
 __all__ = ["fit_novelty", "update_novelty"]
 
@@ -66,7 +66,7 @@ def _make_copy_and_group_codes(dataset: EmbeddingDataset) -> NDArray[Any]:
 
 def _make_round_robin_order(dataset: EmbeddingDataset, task: str) -> NDArray[np.intp]:
     """The rows in an order that takes one of each class by turns; which ones follows from their images' bytes."""
-    keys = split.compute_keys(dataset.digests, NOVELTY_SEED)
+    keys = splits.compute_keys(dataset.digests, NOVELTY_SEED)
     rank_in_class = np.zeros(len(dataset), np.intp)
     if task == "classification":
         for code in range(len(dataset.classes)):

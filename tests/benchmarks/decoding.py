@@ -24,14 +24,15 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from featpipe import backbone, decoding, image
-from featpipe.backbone import resampling
-from featpipe.engine.memory import keep_freed_memory
-from featpipe.fingerprint import digest
+from featpipe import backbones
+from featpipe.backbones.resize import embedding_bag
+from featpipe.data import image, jpeg
+from featpipe.inference.devices import keep_freed_memory
+from featpipe.storage import digest
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "retina", "brick", "grass", "gravel", "immunohistochemistry")
 SIZES = {"500 × 375": 24, "1024 × 768": 12, "4000 × 3000": 3, "100 × 90": 24}
-TRANSFORM = backbone.load("efficientnet_lite0").transform
+TRANSFORM = backbones.load("efficientnet_lite0").transform
 THEIRS = T.Compose(
     [T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)]
 )
@@ -75,7 +76,7 @@ def before(data: bytes) -> torch.Tensor:
 
 def now(data: bytes) -> torch.Tensor:
     digest(data)
-    return TRANSFORM(tensor(decoding.decode(data)))
+    return TRANSFORM(tensor(jpeg.decode(data)))
 
 
 def milliseconds(work: Callable[[Any], object], items: Sequence[Any], threads: int) -> float:
@@ -113,8 +114,8 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     torch.set_num_threads(1)
     keep_freed_memory()  # as in an extraction
-    assert decoding.is_torchvision_exact()
-    assert resampling.is_exact()
+    assert jpeg.is_torchvision_exact()
+    assert embedding_bag.is_exact()
     for size, count in SIZES.items():
         files = jpegs(*map(int, size.split(" × ")), count)
         for data in files:
@@ -126,7 +127,7 @@ def main() -> None:
         steps = {
             "SHA-256": (digest, files),
             "decode: Pillow": (image.decode, files),
-            "decode: featpipe": (decoding.decode, files),
+            "decode: featpipe": (jpeg.decode, files),
             "resize and crop: Pillow": (pillow_resizes, pictures),
             "resize and crop: featpipe": (lambda picture: TRANSFORM.apply_geometry(tensor(picture)), pictures),
             "normalise: the formula": (by_the_formula, theirs),

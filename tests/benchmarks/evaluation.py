@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from featpipe import backbone, evaluate, extract, train
+from featpipe import backbones, evaluate, extract, train
+from featpipe.data.demo_tiles import _load_photograph
 from featpipe.demo import write_tiles
-from featpipe.pipeline import write_report
-from featpipe.tiles import _load_photograph
+from featpipe.experiments import write_report
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -73,7 +73,7 @@ def photographs(folder: Path, each: dict[str, int]) -> None:
 def page(folder: Path) -> None:
     """Seconds and size."""
     photographs(folder, {"train": 300, "test": 1000})
-    network = backbone.load(Random(), transform=twelve)
+    network = backbones.load(Random(), transform=twelve)
     caches = {part: extract(folder / part, backbone=network, cache=folder / "cache") for part in ("train", "test")}
     model = train(caches["train"], params={"C": 1.0}, cv=3)
     started = perf_counter()

@@ -23,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from featpipe import FeatureCache, expand, extract, train
 from featpipe.cache import write_cache
+from featpipe.data import Labels, write_tiles
 from featpipe.errors import ConfigError
-from featpipe.expansion import METHODS, MethodOutcome
-from featpipe.labels import Labels
-from featpipe.strings import StringColumn
-from featpipe.tiles import write_tiles
+from featpipe.incremental import METHODS, MethodOutcome
+from featpipe.storage import StringColumn
 
 ORDERS = 3
 KEEP = "statistics,importances,rows=20"

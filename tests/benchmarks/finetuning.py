@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from featpipe import extract, finetune, train
-from featpipe.tiles import write_tiles
+from featpipe.data import write_tiles
 
 CATEGORIES = (
     "animals",

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from featpipe.limits import run_benchmark
+from featpipe.bench import run_benchmark
 
 BACKBONES = {"resnet50": "none", "vit_b_16": "none", "efficientnet_lite0": None}
 

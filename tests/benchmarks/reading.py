@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from featpipe import FeatureCache
 from featpipe.cache import SampleTable, write_cache
-from featpipe.labels import Labels
-from featpipe.strings import StringColumn
+from featpipe.data import Labels
+from featpipe.storage import StringColumn
 
 WIDTH, SIZE, ROUNDS = 1280, 256, 9
 

@@ -41,9 +41,9 @@ def to_float(image: Tensor) -> Tensor:
 
 def started() -> None:
     """Everything that does not depend on the archive: imports, and the network."""
-    from featpipe import __main__, backbone, cache, extraction  # noqa: F401
+    from featpipe import backbones
 
-    backbone.load("rerun:network")
+    backbones.load("rerun:network")
 
 
 def extract(folder: str, out: str) -> None:
@@ -54,10 +54,10 @@ def extract(folder: str, out: str) -> None:
 
 def again(folder: str, out: str) -> float:
     """Seconds of a rerun, apart from start-up; no image may be read."""
-    from featpipe import archive
+    from featpipe import data
 
     started()
-    archive.SampleReader.read = None  # type: ignore[assignment, method-assign]
+    data.SampleReader.read = None  # type: ignore[assignment, method-assign]
     began = perf_counter()
     extract(folder, out)
     return perf_counter() - began

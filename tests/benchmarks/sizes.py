@@ -19,8 +19,8 @@ from time import perf_counter
 import numpy as np
 
 from featpipe.cache import SampleTable, write_cache, writer
-from featpipe.labels import Labels
-from featpipe.strings import StringColumn
+from featpipe.data import Labels
+from featpipe.storage import StringColumn
 
 FACTS = {
     "backbone": {"name": "net", "source": "user", "weights": "0" * 64, "transform": {}, "outputs": {"pooled": {}}},

@@ -24,9 +24,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.linear_model import _logistic as theirs
 from threadpoolctl import threadpool_limits
 
-from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, solver
-from featpipe.heads.objective import LogisticProblem
-from featpipe.workers import BlasThreadPool
+from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
+from featpipe.heads.logistic import solver
+from featpipe.heads.logistic.objective import LogisticProblem
+from featpipe.runtime import BlasThreadPool
 
 Trace = list[tuple[float, NDArray[Any]]]
 

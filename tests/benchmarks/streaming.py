@@ -25,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from featpipe.cache import FeatureCache, SampleTable, write_cache
-from featpipe.labels import Labels
-from featpipe.strings import StringColumn
+from featpipe.data import Labels
+from featpipe.storage import StringColumn
 
 CLASSES = 10
 HEADS = {  # a few steps are enough to know the speed of one

@@ -22,8 +22,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from featpipe.heads import LinearClassifier, MLPClassifier, threads
-from featpipe.heads.batches import BatchSource
+from featpipe.heads import LinearClassifier, MLPClassifier
+from featpipe.heads.neural.batches import BatchSource
+from featpipe.runtime import threads
 
 FITS = {  # rows, width, classes, epochs
     "linear, 300 × 1280": (LinearClassifier(random_state=0), 300, 1280, 10),

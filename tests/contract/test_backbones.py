@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from featpipe.backbone import Backbone, Transform, catalogue, from_timm, from_torchvision, load, prove_frozen
+from featpipe.backbones import Backbone, Transform, load, prove_frozen, registry
+from featpipe.backbones.sources import timm as from_timm
+from featpipe.backbones.sources import torchvision
 from featpipe.errors import WeightsError
 
 WIDTHS = {  # of the last layer before the classifier, from the papers
@@ -54,7 +56,7 @@ class Case:
 def whole(name: str) -> nn.Module:
     """The library's own network, untrained, with statistics that are not those of initialisation."""
     torch.manual_seed(7)
-    if name in catalogue.PACKAGED_BACKBONES:
+    if name in registry.PACKAGED_BACKBONES:
         network = timm.create_model("tf_" + name)
     elif name.startswith("timm/"):
         network = timm.create_model(name.removeprefix("timm/"))
@@ -154,13 +156,13 @@ def test_an_untrained_one_comes_from_its_seed(case):
     assert isinstance(one.transform, Transform)
 
 
-@pytest.mark.parametrize("name", [name for name in catalogue.TORCHVISION_BACKBONES if name not in WIDTHS])
+@pytest.mark.parametrize("name", [name for name in registry.TORCHVISION_BACKBONES if name not in WIDTHS])
 def test_every_other_torchvision_network_can_be_beheaded(name, monkeypatch):
     for slow in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
         monkeypatch.setattr(nn.init, slow, lambda tensor, *args, **kwargs: tensor)
     network = models.get_model(name, weights=None)
     before = sum(parameter.numel() for parameter in network.parameters())
-    removed, width = from_torchvision.remove_classifier(network)
+    removed, width = torchvision.remove_classifier(network)
     after = sum(parameter.numel() for parameter in network.parameters())
     assert len(removed) == (2 if name.startswith("squeezenet") else 1)
     assert before - after == 1000 * width + 1000

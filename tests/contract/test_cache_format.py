@@ -21,13 +21,14 @@ import h5py
 import numpy as np
 import pytest
 
-from featpipe import FeatureCache, archive
-from featpipe.cache import ALIGNMENT_BYTES, SampleTable, hdf5, layout, write_cache
+from featpipe import FeatureCache
+from featpipe import data as archive
+from featpipe.cache import ALIGNMENT_BYTES, EmbeddingLookup, EmbeddingSource, SampleTable, hdf5, write_cache
+from featpipe.cache import format as layout
+from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheFormatError
-from featpipe.known import EmbeddingLookup, EmbeddingSource
-from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn
 from tests.data import make_golden
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,6 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
-from featpipe.calibration import Calibration, compute_logits
 from featpipe.heads import (
     LinearClassifier,
     LinearRegressor,
@@ -26,8 +25,9 @@ from featpipe.heads import (
     SoftmaxRegression,
     SoftmaxRegressionCV,
 )
-from featpipe.heads.evidence import BayesianRidgeClassifier
-from featpipe.heads.table import _import_object
+from featpipe.heads.closed_form.solve import BayesianRidgeClassifier
+from featpipe.heads.registry import _import_object
+from featpipe.metrics import Calibration, compute_logits
 
 ESTIMATORS = [
     BayesianRidgeClassifier(),

@@ -148,12 +148,12 @@ def test_each_dependency_has_one_owner(package):
         "import featpipe.cli",
         "from featpipe import FeatureCache",
         "import featpipe.heads",
-        "from featpipe.backbone import names; names('resnet*')",
+        "from featpipe.backbones import names; names('resnet*')",
         "from featpipe.cli import show",
         "from featpipe.cli import make",
         "from sklearn.linear_model import Ridge; from featpipe.heads import storage; "
         "storage.loads(storage.dumps(Ridge().fit([[0], [1]], [0, 1])))",
-        "from featpipe.cli import recipes; from featpipe.recipe import read_recipe; read_recipe('smoke')",
+        "from featpipe.cli import recipes; from featpipe.config import read_recipe; read_recipe('smoke')",
     ],
 )
 def test_what_only_reads_imports_no_torch(statement):

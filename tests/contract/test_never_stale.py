@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 
 import featpipe
-from featpipe import backbone, extraction
-from featpipe.backbone import Transform
+from featpipe import backbones, extraction
+from featpipe.backbones import Transform
+from featpipe.config import PRECISIONS, STORAGES, ExtractionConfig
 from featpipe.extraction import make_facts
-from featpipe.fingerprint import compute_fingerprint
-from featpipe.recipe import PRECISIONS, STORAGES, ExtractionConfig
+from featpipe.storage import compute_fingerprint
 from tests.conftest import Tiny, tiny_transform
 
 CODE = [
@@ -33,7 +33,7 @@ CODE_OF_VERSION = {2: "3ec83285c72baa7a"}
 
 
 def identity(network=None, transform=tiny_transform, outputs=("pooled",), **settings) -> str:
-    loaded = backbone.load(network or Tiny(), transform=transform, outputs=outputs)
+    loaded = backbones.load(network or Tiny(), transform=transform, outputs=outputs)
     return compute_fingerprint(make_facts(loaded, ExtractionConfig(**settings)))
 
 
@@ -68,7 +68,7 @@ def test_any_parameter_of_the_transform(field):
     transform = Transform((232, 232), (224, 224))
     other = replace(transform, **{field: OTHER[field]})
     found = [
-        compute_fingerprint(make_facts(backbone.load("resnet18", weights="none", transform=given), ExtractionConfig()))
+        compute_fingerprint(make_facts(backbones.load("resnet18", weights="none", transform=given), ExtractionConfig()))
         for given in (transform, other)
     ]
     assert found[0] != found[1]
@@ -128,7 +128,7 @@ def test_the_format_of_the_file_of_weights_is_not_part_of_it(tmp_path):
     safetensors.torch.save_file(network.state_dict(), tmp_path / "w.safetensors")
     torch.save(network.state_dict(), tmp_path / "w.pth")
     digests = {
-        backbone.load(Tiny(), weights=tmp_path / name, transform=tiny_transform).digest
+        backbones.load(Tiny(), weights=tmp_path / name, transform=tiny_transform).digest
         for name in ("w.safetensors", "w.pth")
     }
-    assert digests == {backbone.load(network, transform=tiny_transform).digest}
+    assert digests == {backbones.load(network, transform=tiny_transform).digest}

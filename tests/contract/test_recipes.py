@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import featpipe
-from featpipe.recipe import (
+from featpipe.experiments import (
     EvaluationConfig,
     ReportConfig,
     SamplesConfig,
@@ -27,7 +27,7 @@ from featpipe.recipe import (
     read_question,
     read_recipe,
 )
-from featpipe.recipe.reading import TABLE_NAMES
+from featpipe.experiments.recipe.parse import TABLE_NAMES
 from tests.conftest import Tiny, tiny_transform
 from tests.finetuning import Ladder, small_transform
 
@@ -115,7 +115,7 @@ def test_every_key_of_the_results_is_explained(photos, monkeypatch):
             assert re.search(rf"\b{field.name}\b", readme), field.name
 
 
-def numbers(run: featpipe.pipeline.Run) -> list[Any]:
+def numbers(run: featpipe.experiments.Run) -> list[Any]:
     """All that is measured but times and sizes."""
     return [
         (row.name, row.chosen_settings, row.cross_validated, row.held_out, row.best, row.model_digest)

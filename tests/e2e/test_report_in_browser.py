@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from featpipe import evaluate, extract, train
-from featpipe.pipeline import write_report
+from featpipe.experiments import write_report
 from tests.conftest import jpeg
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -32,7 +32,7 @@ CLASSES = (
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     """The report of a model on images of classes with hostile names, compared with another model."""
-    from featpipe import backbone
+    from featpipe import backbones
     from tests.conftest import Tiny, tiny_transform
 
     home = tmp_path_factory.mktemp("report")
@@ -43,7 +43,7 @@ def page_file(tmp_path_factory):
             for i in range(each):
                 seed = 1000 * (number // 2) + (100 if part == "test" else 0) + i  # two and two classes look alike
                 (folder / f"{i:02}<b>.jpg").write_bytes(jpeg(seed))
-    tiny = backbone.load(Tiny(), transform=tiny_transform)
+    tiny = backbones.load(Tiny(), transform=tiny_transform)
     caches = {
         part: extract(home / part, backbone=tiny, cache=home, out=home / f"{part}.h5") for part in ("train", "test")
     }

@@ -14,11 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import featpipe
-from featpipe import load_model, split
+from featpipe import load_model
 from featpipe.cli import cli
 from featpipe.errors import ConfigError
 from featpipe.heads import SoftmaxRegression
-from featpipe.progress import Progress
+from featpipe.runtime import Progress
+from featpipe.splits import splits
 from tests.conftest import jpeg
 from tests.contract.test_recipes import HERE, numbers, photos  # noqa: F401
 
@@ -56,7 +57,7 @@ def test_a_sweep_is_one_extraction_and_one_table():
 def test_the_scores_are_those_of_the_stages_one_by_one():
     found = json.loads(run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.5", "--json").stdout)
     row, cache = found["results"][0], featpipe.FeatureCache(found["backbones"][0]["cache"])
-    fit, held = split.make_holdout(cache.digests, cache.label_table.values, test=0.2)
+    fit, held = splits.make_holdout(cache.digests, cache.label_table.values, test=0.2)
     X, y = cache.X.astype(np.float64), cache.y
     mean, std = X[fit].mean(axis=0), X[fit].std(axis=0)
     std[std == 0] = 1

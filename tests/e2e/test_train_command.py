@@ -14,9 +14,9 @@ from click.testing import CliRunner, Result
 from featpipe import FeatureCache, load_model
 from featpipe.cache import SampleTable, write_cache
 from featpipe.cli import cli
+from featpipe.data import Labels
 from featpipe.errors import ConfigError, ModelError
-from featpipe.labels import Labels
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn
 from tests.unit.test_training import FACTS, digests
 
 N = 90

@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import torch
 from torch import nn
 
 import featpipe
-from featpipe import backbone, cache, commit, engine, extraction, upkeep
+from featpipe import backbones, cache, extraction, inference, maintenance
 from featpipe.cache import writer
-from featpipe.cli import make, terminal  # noqa: F401
 from featpipe.errors import CacheError, CacheIncompleteError
-from featpipe.upkeep import cleaning
+from featpipe.storage import staging
 from tests.conftest import Tiny, jpeg, tiny_transform
 from tests.faults.children import Tally, Wrong, start
 from tests.unit.test_cache import SHAPES, Made, facts, is_whole
 from tests.unit.test_commit import MINE, arrays, holds
+
+cleaning = import_module("featpipe.maintenance.clean")
 
 __all__ = ["SCENARIOS", "CacheFile", "Command", "Extraction", "PartFile", "Scenario", "tiny", "wide"]
 
@@ -81,8 +83,8 @@ class PartFile(Scenario):
 
     finds = frozenset({"old", "new"})
 
-    def _parts(self, folder: Path) -> commit.StagingArea:
-        return commit.StagingArea(folder / "a.h5.parts", MINE)
+    def _parts(self, folder: Path) -> staging.StagingArea:
+        return staging.StagingArea(folder / "a.h5.parts", MINE)
 
     def prepare(self, folder: Path) -> None:
         parts = self._parts(folder)
@@ -184,7 +186,7 @@ class Extraction(Scenario):
         self.finds = frozenset({"absent", "incomplete", "new"} | ({"old"} if after == "another cache" else set()))
         self.tally, self.out = Tally(), "a.h5"
         module, transform = network()
-        self.backbone = backbone.load(module, transform=transform)  # before the forks: it imports half of torch
+        self.backbone = backbones.load(module, transform=transform)  # before the forks: it imports half of torch
         for folder in (self.archive, self.start, home / "reference", home / "counted"):
             folder.mkdir(parents=True)
         self._make_archive()
@@ -228,14 +230,14 @@ class Extraction(Scenario):
             raise RuntimeError(f"what nothing disturbs ended with {ended}")
 
     def _end_after(self, parts: int) -> None:
-        publish, left = commit.StagingArea.commit, iter(range(parts))
+        publish, left = staging.StagingArea.commit, iter(range(parts))
 
-        def last(self: commit.StagingArea, arrays: Mapping[str, np.ndarray]) -> commit.Part:
+        def last(self: staging.StagingArea, arrays: Mapping[str, np.ndarray]) -> staging.Part:
             if next(left, None) is None:
                 os._exit(9)
             return publish(self, arrays)
 
-        commit.StagingArea.commit = last
+        staging.StagingArea.commit = last
 
     def prepare(self, folder: Path) -> None:
         shutil.copytree(self.start, folder, dirs_exist_ok=True)
@@ -269,7 +271,9 @@ class Extraction(Scenario):
         super().check_resumed(folder, acknowledged, tally)
         if any((folder / f"{self.out}.shards").glob("*")):
             cleaning.MIN_AGE_SECONDS = -1  # no need to wait an hour
-            upkeep.clean(folder, yes=True)  # shards of a cache before, if the kill came after the new one had its name
+            maintenance.clean(
+                folder, yes=True
+            )  # shards of a cache before, if the kill came after the new one had its name
         if _names(folder) != self.files:
             raise Wrong(f"left {sorted(_names(folder) ^ self.files)}")
         if tally["embedded"] > self.fresh - acknowledged:
@@ -320,7 +324,7 @@ class Prediction(Scenario):
             path.write_bytes(jpeg(i))
             os.utime(path, (OLD_SECONDS, OLD_SECONDS))
         self.fresh = images
-        network = backbone.load(*tiny()[:1], transform=tiny_transform)
+        network = backbones.load(*tiny()[:1], transform=tiny_transform)
         lines = ["path,label", *(f"photos/{i:02}.jpg,{'ab'[i % 2]}" for i in range(images))]
         (home / "labels.csv").write_text("\n".join(lines) + "\n")
         cache = featpipe.extract(self.archive, backbone=network, out=home / "a.h5", labels=home / "labels.csv")
@@ -353,20 +357,20 @@ class Prediction(Scenario):
 def watch(tally: Tally) -> None:
     """Count in this process what is embedded and what is acknowledged, and commit a part after every batch."""
     if not hasattr(extraction.stream, "PART_SECONDS"):
-        raise AttributeError("featpipe.extraction.stream.PART_SECONDS is gone; say here how a part is made small")
+        raise AttributeError("featpipe.extraction.worker.PART_SECONDS is gone; say here how a part is made small")
     extraction.stream.PART_SECONDS = 0
-    embed, publish = engine.Engine.embed, commit.StagingArea.commit
+    embed, publish = inference.Engine.embed, staging.StagingArea.commit
 
-    def counted(self: engine.Engine, images: torch.Tensor) -> dict[str, np.ndarray]:
+    def counted(self: inference.Engine, images: torch.Tensor) -> dict[str, np.ndarray]:
         tally.add("embedded", len(images))
         return embed(self, images)
 
-    def acknowledged(self: commit.StagingArea, arrays: Mapping[str, np.ndarray]) -> commit.Part:
+    def acknowledged(self: staging.StagingArea, arrays: Mapping[str, np.ndarray]) -> staging.Part:
         part = publish(self, arrays)
         tally.add("acknowledged", int(np.count_nonzero(arrays["status"] == 0)))
         return part
 
-    engine.Engine.embed, commit.StagingArea.commit = counted, acknowledged
+    inference.Engine.embed, staging.StagingArea.commit = counted, acknowledged
 
 
 def _content(path: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from featpipe.allowance import MIN_TRACKED_BYTES, MemoryBudget, available_bytes
+from featpipe.runtime import MIN_TRACKED_BYTES, MemoryBudget, available_bytes
 
 MB = 1 << 20
 

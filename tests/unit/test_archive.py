@@ -17,17 +17,20 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featpipe import archive
-from featpipe.archive import ArchiveLimits, Index, LabelTable, expand_paths, index, index_files, indexing, tars
-from featpipe.archive.listing import Listing
+from featpipe import data
+from featpipe.data import ArchiveLimits, Index, Labels, LabelTable, expand_paths, index, index_files
+from featpipe.data.sources import tar as tars
+from featpipe.data.sources.listing import Listing
 from featpipe.errors import ArchiveError, ConfigError, SampleError
-from featpipe.labels import Labels
 from featpipe.status import Status
+
+indexing = import_module("featpipe.data.index")
 
 Files = Sequence[tuple[str, bytes]]
 
@@ -337,17 +340,17 @@ def test_what_is_a_sample_is_told_by_its_parts_however_they_are_put_together() -
         "i.txt",
     ]
     for name in map("/".join, (*itertools.product(parts, repeat=2), *itertools.product(parts, repeat=3))):
-        listing = Listing(archive.ArchiveSource(Path("x"), "tar", "/x"), ArchiveLimits())
+        listing = Listing(data.ArchiveSource(Path("x"), "tar", "/x"), ArchiveLimits())
         stem, dot, suffix = name.split("/")[-1].rpartition(".")
         hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-        wanted = bool(stem) and dot + suffix.lower() in archive.SAMPLE_SUFFIXES
+        wanted = bool(stem) and dot + suffix.lower() in data.SAMPLE_SUFFIXES
         expected = wanted and not hidden and "__MACOSX" not in name.split("/")
         assert (listing.accepts(name), listing.ignored.total()) == (expected, not expected), name
 
 
 def test_images_of_formats_that_are_not_decoded_get_a_row(tmp_path: Path) -> None:
-    files = [(f"x{suffix}", b"x") for suffix in sorted(archive.SAMPLE_SUFFIXES)] + [("y.JPG", b"y")]
-    assert len(index(folder(tmp_path / "a", files))) == len(archive.SAMPLE_SUFFIXES) + 1
+    files = [(f"x{suffix}", b"x") for suffix in sorted(data.SAMPLE_SUFFIXES)] + [("y.JPG", b"y")]
+    assert len(index(folder(tmp_path / "a", files))) == len(data.SAMPLE_SUFFIXES) + 1
 
 
 @every_kind

@@ -18,27 +18,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from featpipe.backbone import (
+from featpipe.backbones import (
     Backbone,
     CustomTransform,
     Transform,
-    catalogue,
-    from_timm,
-    from_torchvision,
     imagenet_classifier,
     load,
     names,
-    packaged,
     prove_frozen,
+    registry,
 )
+from featpipe.backbones.sources import packaged, torchvision
+from featpipe.backbones.sources import timm as from_timm
 from featpipe.errors import ConfigError, SampleError, WeightsError
-from featpipe.fingerprint import compute_fingerprint
 from featpipe.status import Status
+from featpipe.storage import compute_fingerprint
 
 PRESETS = sorted(
     {
         repr(member.transforms()): member
-        for name in catalogue.TORCHVISION_BACKBONES
+        for name in registry.TORCHVISION_BACKBONES
         for member in models.get_model_weights(name)
     }.items()
 )
@@ -85,7 +84,7 @@ def test_listing_names_loads_no_torch():
 
 
 def test_the_names_of_torchvision_are_all_of_its_classification_models():
-    assert sorted(catalogue.TORCHVISION_BACKBONES) == models.list_models(module=models)
+    assert sorted(registry.TORCHVISION_BACKBONES) == models.list_models(module=models)
 
 
 def test_names_are_the_packaged_ones_then_torchvisions_then_timms():
@@ -107,11 +106,11 @@ def test_an_unknown_backbone_is_answered_with_the_nearest_names(given, near):
 
 
 def test_all_is_true():
-    from featpipe import backbone
+    from featpipe import backbones
 
-    assert all(hasattr(backbone, name) for name in backbone.__all__)
+    assert all(hasattr(backbones, name) for name in backbones.__all__)
     with pytest.raises(AttributeError, match="nothing"):
-        _ = backbone.nothing
+        _ = backbones.nothing
 
 
 # transforms
@@ -119,7 +118,7 @@ def test_all_is_true():
 
 @pytest.mark.parametrize(("preset", "member"), PRESETS, ids=[str(member) for _, member in PRESETS])
 def test_each_published_transform_is_torchvisions_own(preset, member):
-    theirs, ours = member.transforms(), from_torchvision.make_transform(member)
+    theirs, ours = member.transforms(), torchvision.make_transform(member)
     as_large = tensor(photograph(theirs.resize_size[0], theirs.resize_size[0] + 37))
     assert torch.equal(ours(as_large), theirs(as_large))  # nothing to resize: every bit is the same
     for size in [(375, 500), (500, 333), (100, 90)]:
@@ -130,7 +129,7 @@ def test_each_published_transform_is_torchvisions_own(preset, member):
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (64, 64), (100, 999), (256, 256), (257, 200)])
 def test_sizes_are_rounded_as_torchvision_rounds_them(size):
     theirs = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
-    ours = from_torchvision.make_transform(models.ResNet50_Weights.IMAGENET1K_V2)
+    ours = torchvision.make_transform(models.ResNet50_Weights.IMAGENET1K_V2)
     picture = photograph(*size)
     assert torch.equal(ours(tensor(picture)), theirs(Image.fromarray(picture)))
 
@@ -498,8 +497,8 @@ def test_a_published_file_brings_its_own_transform_whatever_it_is_called(full_re
     class Published(list):
         DEFAULT = first
 
-    assert from_torchvision._find_published_weights(Published([first, second]), file) is second
-    assert from_torchvision._find_published_weights(Published([first]), file) is first
+    assert torchvision._find_published_weights(Published([first, second]), file) is second
+    assert torchvision._find_published_weights(Published([first]), file) is first
 
 
 def test_unknown_published_weights_are_answered_with_the_nearest():
@@ -621,7 +620,7 @@ def test_the_packaged_statistics_fit_the_normalisation():
     assert torch.corrcoef(torch.stack([found, norm.running_mean]))[0, 1] > 0.8
 
 
-@pytest.mark.parametrize("name", catalogue.PACKAGED_BACKBONES)
+@pytest.mark.parametrize("name", registry.PACKAGED_BACKBONES)
 def test_a_packaged_network_with_its_classifier_put_back_knows_what_it_sees(name):
     data = pytest.importorskip("skimage.data")
     backbone = load(name)

@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
 from featpipe.errors import ConfigError
-from featpipe.heads.balance import BALANCE_METHODS, BalancedClassifier, draw_row_indices, fit_balanced, resample
+from featpipe.heads.resampling import BALANCE_METHODS, BalancedClassifier, draw_row_indices, fit_balanced, resample
 
 
 def unequal(sizes: tuple[int, ...] = (80, 25, 9), d: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

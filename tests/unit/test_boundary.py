@@ -6,23 +6,26 @@ import copy
 import os
 import time
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 
 import featpipe
-from featpipe import archive, backbone, image
-from featpipe.backbone.cutting import partition_network
-from featpipe.cli.glance import cache_to_dict, format_cache
-from featpipe.engine import Engine
+from featpipe import backbones, data
+from featpipe.backbones.partition import partition_network
+from featpipe.cli.info import cache_to_dict, format_cache
+from featpipe.data import image
 from featpipe.errors import ConfigError
-from featpipe.finetuning import boundary, finetune
-from featpipe.finetuning.boundary import estimate_caching_gain, make_feature_map_dataset
-from featpipe.finetuning.views import Augmentation, AugmentedTransform
-from featpipe.upkeep import clean, cleaning
-from featpipe.verification import verify
+from featpipe.finetuning import feature_map_cache, finetune
+from featpipe.finetuning.augmentation import Augmentation, AugmentedTransform
+from featpipe.finetuning.feature_map_cache import estimate_caching_gain, make_feature_map_dataset
+from featpipe.inference import Engine
+from featpipe.maintenance import clean, verify
 from tests.finetuning import Ladder, small_transform, write_photos
+
+cleaning = import_module("featpipe.maintenance.clean")
 
 CHANGED = Augmentation(flip=0.5, color=0.3)
 BELOW = ["stem", "layer1", "layer2"]
@@ -31,12 +34,12 @@ QUICK = {"epochs": 4, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfr
 
 @pytest.fixture(scope="module")
 def ladder():
-    return backbone.load(Ladder(), transform=small_transform)
+    return backbones.load(Ladder(), transform=small_transform)
 
 
 @pytest.fixture
 def index(tmp_path):
-    return archive.index(write_photos(tmp_path / "photos", each=5))
+    return data.index(write_photos(tmp_path / "photos", each=5))
 
 
 def made(ladder):
@@ -105,7 +108,7 @@ def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_pa
     network = Ladder()
     with torch.no_grad():
         network.layer2[1].skip.weight.mul_(1e7)
-    loaded = backbone.load(network, transform=small_transform)
+    loaded = backbones.load(network, transform=small_transform)
     found = partition_network(loaded, BELOW)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     with pytest.raises(ConfigError, match=r"15 images have no feature map .*: not-finite.*--cache-activations no"):
@@ -126,7 +129,7 @@ def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
 
 def test_what_does_not_fit_the_disk_is_not_kept(tmp_path, ladder, monkeypatch):
     _, found = made(ladder)
-    monkeypatch.setattr(boundary.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
+    monkeypatch.setattr(feature_map_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
     refused = estimate_caching_gain(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
     assert not refused.worthwhile
     assert "0.1 MB, and 0.1 MB are free" in refused.reason

@@ -24,18 +24,17 @@ from featpipe.cache import (
     SPLIT_NAMES,
     SampleTable,
     hdf5,
-    layout,
-    opening,
     parts_directory,
     restrict_facts_to_output,
     write_cache,
     writer,
 )
-from featpipe.durable import fsync_directory
+from featpipe.cache import format as layout
+from featpipe.cache import open as opening
+from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, ConfigError
-from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn, fsync_directory
 from tests.faults.disks import files_of_at_most, small_disk
 
 SHAPES = {"pooled": (5,), "layer2": (3, 2, 2)}

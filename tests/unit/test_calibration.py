@@ -8,8 +8,8 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
-from featpipe.calibration import Calibration, calibration_error, compute_logits, compute_prior_offsets, fit_temperature
 from featpipe.errors import ConfigError
+from featpipe.metrics import Calibration, calibration_error, compute_logits, compute_prior_offsets, fit_temperature
 
 
 def drawn(temperature: float, n: int = 20_000, k: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

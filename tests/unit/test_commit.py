@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from featpipe import commit
-from featpipe.commit import Part, StagingArea, lock_file
 from featpipe.errors import CacheError
+from featpipe.storage import Part, StagingArea, lock_file, staging
 from tests.faults.disks import files_of_at_most, small_disk
 
 MINE, OTHERS = "1" * 64, "2" * 64
@@ -133,7 +132,7 @@ def test_a_part_is_durable_before_its_record_is_there_and_the_record_before_it_i
 
 def test_a_new_folder_is_made_durable_with_its_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(commit, "fsync_directory", synced.append)
+    monkeypatch.setattr(staging, "fsync_directory", synced.append)
     with StagingArea(tmp_path / "a.h5.parts", MINE).lock_for_writing():
         assert synced == [tmp_path]
 

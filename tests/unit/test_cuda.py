@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from featpipe import backbone, extract, limits
-from featpipe.backbone import Transform
-from featpipe.backbone.products import MatmulResizer, UnresizedImage
-from featpipe.engine import Engine, candidate_precisions, cuda, handover
-from featpipe.engine.cuda import CudaRunner
-from featpipe.engine.handover import PinnedTransfer
+from featpipe import backbones, bench, extract
+from featpipe.backbones import Transform
+from featpipe.backbones.resize.matmul import MatmulResizer, UnresizedImage
+from featpipe.bench import run_benchmark
 from featpipe.errors import ConfigError, SampleError
-from featpipe.limits import run_benchmark
+from featpipe.inference import Engine, candidate_precisions, cuda, pinned_transfer
+from featpipe.inference.cuda import CudaRunner
+from featpipe.inference.pinned_transfer import PinnedTransfer
 from tests.conftest import Tiny, jpeg, tiny_transform
 from tests.stand_in import stand_in
 
@@ -26,8 +26,8 @@ SMALL = Transform(20, (16, 16), "bicubic")
 SIZES = [(40, 50), (50, 40), (40, 50), (16, 16), (20, 20), (12, 90), (90, 12), (300, 31), (33, 47), (40, 50), (8, 8)]
 
 
-def net(transform: object = SMALL) -> backbone.Backbone:
-    return backbone.load(Tiny(), transform=transform)
+def net(transform: object = SMALL) -> backbones.Backbone:
+    return backbones.load(Tiny(), transform=transform)
 
 
 def pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Tensor]:
@@ -36,7 +36,7 @@ def pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Tensor]:
     return [picture.permute(2, 0, 1) for picture in made]
 
 
-def by_the_cpu(network: backbone.Backbone, images: Sequence[Tensor]) -> np.ndarray:
+def by_the_cpu(network: backbones.Backbone, images: Sequence[Tensor]) -> np.ndarray:
     exact = Engine(network, CPU)
     return np.concatenate([exact.embed(exact.collate([exact.transform(image)]))["pooled"] for image in images])
 
@@ -84,7 +84,7 @@ class Deciding(Tiny):
 
 
 def test_a_network_that_cannot_be_captured_is_called(gpu):
-    network = backbone.load(Deciding(), transform=SMALL)
+    network = backbones.load(Deciding(), transform=SMALL)
     made = Engine(network, gpu, batch=4)
     found = made.embed([made.transform(image) for image in pictures()])["pooled"]
     assert near(found, by_the_cpu(network, pictures()))
@@ -163,7 +163,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_what_the_network_sees_is_the_transforms_picture_to_the_bit(gpu, kind):
     transform = TRANSFORMS[kind]
-    made = CudaRunner(backbone.load(Tiny(), transform=transform), 32, "fp32", gpu)
+    made = CudaRunner(backbones.load(Tiny(), transform=transform), 32, "fp32", gpu)
     given = handed(gpu, pictures(), transform)
     assert any(isinstance(picture, UnresizedImage) for picture in given) == (kind != "as they are")
     places = torch.full((32, *transform.size, 3), 7, dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
@@ -270,14 +270,14 @@ def test_the_cores_resize_what_a_gpu_would_not_to_the_bit_or_at_a_price(gpu, siz
 
 
 def test_a_gpu_that_is_not_exact_is_given_resized_pictures(gpu, monkeypatch):
-    monkeypatch.setattr(handover, "is_exact", lambda device: False)
+    monkeypatch.setattr(pinned_transfer, "is_exact", lambda device: False)
     assert all(isinstance(picture, Tensor) for picture in handed(gpu, pictures()))
     made = Engine(net(), gpu, batch=4)
     assert near(made.embed([made.transform(image) for image in pictures()])["pooled"], by_the_cpu(net(), pictures()))
 
 
 def test_what_waits_unresized_has_so_much_room_and_no_more(gpu, monkeypatch):
-    monkeypatch.setattr(handover, "MAX_PENDING_BYTES", 3 * 8192)
+    monkeypatch.setattr(pinned_transfer, "MAX_PENDING_BYTES", 3 * 8192)
     hand_over, (image,) = PinnedTransfer(SMALL, gpu), pictures([(40, 50)])
     made = [hand_over(image) for _ in range(5)]  # 42 × 42 pixels at most, of three bytes
     assert [isinstance(picture, UnresizedImage) for picture in made] == [True] * 3 + [False] * 2
@@ -342,7 +342,7 @@ def test_what_a_machine_with_a_gpu_allows_is_measured_as_its_cores_and_its_gpu_w
 
     monkeypatch.setattr(PinnedTransfer, "__call__", decoded)
     monkeypatch.setattr(CudaRunner, "_copy_images", filled)
-    monkeypatch.setattr(limits._Benchmark, "measure_extraction", lambda *_: (100.0, {}))
+    monkeypatch.setattr(bench._Benchmark, "measure_extraction", lambda *_: (100.0, {}))
     found = run_benchmark([make_folder()], backbone=net(), device="cuda", seconds=0.5, batch=8)
     assert found.machine["gpu"] == torch.cuda.get_device_name()
     assert set(seen["decoding"]) == set(seen["forward"]) == {UnresizedImage}

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featpipe import backbone
-from featpipe.backbone import Backbone
-from featpipe.backbone.cutting import Partition, partition_network
-from featpipe.backbone.output import resolve_outputs
-from featpipe.backbone.passes import trace_modules
-from featpipe.backbone.stages import find_stages, is_within
+from featpipe import backbones
+from featpipe.backbones import Backbone
+from featpipe.backbones.outputs import resolve_outputs
+from featpipe.backbones.partition import Partition, partition_network
+from featpipe.backbones.stages import find_stages, is_within, trace_modules
 from featpipe.errors import ConfigError
 from tests.finetuning import Ladder, small_transform
 
@@ -22,7 +21,7 @@ BELOW = ["stem", "layer1", "layer2"]
 
 
 def load(network: nn.Module) -> Backbone:
-    return backbone.load(network, transform=small_transform)
+    return backbones.load(network, transform=small_transform)
 
 
 @pytest.fixture

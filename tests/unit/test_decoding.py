@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from featpipe import decoding, image
+from featpipe.data import image
+from featpipe.data import jpeg as decoding
 from featpipe.errors import SampleError
 from featpipe.status import Status
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from featpipe.heads import SoftmaxRegression
-from featpipe.heads.device import DeviceProblem, get_device
-from featpipe.heads.objective import LogisticProblem
+from featpipe.heads.logistic.objective import DeviceProblem, LogisticProblem, get_device
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featpipe import backbone, engine
-from featpipe.engine import Engine, available_cores, resolve_device
+from featpipe import backbones, inference
 from featpipe.errors import ConfigError
+from featpipe.inference import Engine, available_cores, resolve_device
 from tests.conftest import Tiny, needs_gpu, tiny_transform
 
 TINY_MULTIPLY_ADDS = 8 * 10 * 10 * 3 * 3 * 3  # of its one convolution
@@ -84,7 +84,7 @@ class ByHand(nn.Module):
     [("efficientnet_lite0", 0.384, 4), ("resnet18", 1.814, 4), ("resnet50", 4.087, 4), ("vit_b_16", 17.563, 2)],
 )
 def test_on_a_cpu_the_batch_follows_from_the_published_work_of_the_network(name, giga, batch):
-    made = Engine(backbone.load(name, weights="none"), torch.device("cpu"))
+    made = Engine(backbones.load(name, weights="none"), torch.device("cpu"))
     assert made.multiply_adds / 1e9 == pytest.approx(giga, rel=0.002)
     assert made.batch == batch
 
@@ -99,7 +99,7 @@ def test_attention_is_counted_whole():
             tokens = x.mean(1)
             return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
 
-    made = Engine(backbone.load(Attending(), transform=tiny_transform), torch.device("cpu"))
+    made = Engine(backbones.load(Attending(), transform=tiny_transform), torch.device("cpu"))
     assert made.multiply_adds == 4 * 12 * 12 * 12 + 2 * 12 * 12 * 12  # four projections; scores and their sums
 
 
@@ -107,7 +107,7 @@ def test_attention_is_counted_whole():
 def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_bytes(
     tiny, monkeypatch, images_within, batch
 ):
-    monkeypatch.setattr(engine.work, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
+    monkeypatch.setattr(inference.work, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
     assert Engine(tiny, torch.device("cpu"), "bf16").batch == batch
     assert Engine(tiny, torch.device("cpu"), "fp32").batch == min(batch, 4)
 
@@ -125,19 +125,19 @@ def test_another_process_chooses_the_same_batch(tiny):
 
 
 def test_a_batch_that_is_given_is_taken_and_nothing_is_counted(tiny, monkeypatch):
-    monkeypatch.setattr(engine.work, "CPU_BATCH_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(inference.work, "CPU_BATCH_MULTIPLY_ADDS", 1)
     made = Engine(tiny, torch.device("cpu"), batch=5)
     assert (made.batch, made.multiply_adds) == (5, None)
 
 
 def test_a_network_that_decides_by_values_is_counted_by_running_it():
-    made = Engine(backbone.load(Deciding(), transform=tiny_transform), torch.device("cpu"))
+    made = Engine(backbones.load(Deciding(), transform=tiny_transform), torch.device("cpu"))
     assert made.multiply_adds == TINY_MULTIPLY_ADDS
 
 
 def test_counting_leaves_nothing_in_a_network_that_remembers():
     network = Remembering()
-    made = Engine(backbone.load(network, transform=tiny_transform), torch.device("cpu"))
+    made = Engine(backbones.load(network, transform=tiny_transform), torch.device("cpu"))
     with torch.inference_mode():
         expected = Remembering().eval()(images(3)).numpy()
     assert made.multiply_adds == TINY_MULTIPLY_ADDS
@@ -145,7 +145,7 @@ def test_counting_leaves_nothing_in_a_network_that_remembers():
 
 
 def test_a_network_whose_work_does_not_show_runs_in_batches_of_4():
-    made = Engine(backbone.load(ByHand(), transform=tiny_transform), torch.device("cpu"))
+    made = Engine(backbones.load(ByHand(), transform=tiny_transform), torch.device("cpu"))
     assert (made.multiply_adds, made.batch) == (0, 4)
 
 
@@ -153,7 +153,7 @@ def test_a_network_that_cannot_be_counted_runs_in_batches_of_4(tiny, monkeypatch
     def refuse(*args: object) -> None:
         raise RuntimeError("unknown operator")
 
-    monkeypatch.setattr(backbone.Backbone, "embed", refuse)
+    monkeypatch.setattr(backbones.Backbone, "embed", refuse)
     made = Engine(tiny, torch.device("cpu"))
     assert (made.multiply_adds, made.batch) == (None, 4)
 
@@ -221,7 +221,7 @@ def farthest(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("tf32", 1e-3), ("bf16", 1e-2), ("fp16", 1e-3)])
 def test_a_gpu_gives_the_embeddings_of_the_cpu(name, precision, tolerance):
-    net = backbone.load(name, weights="none")
+    net = backbones.load(name, weights="none")
     exact = Engine(net, torch.device("cpu")).embed(pictures(4))["pooled"]
     found = Engine(net, torch.device("cuda"), precision).embed(pictures(4))["pooled"]
     assert farthest(found, exact) < tolerance

@@ -23,7 +23,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import featpipe
-from featpipe import FeatureExtractor, TransferClassifier, TransferRegressor, heads, image
+from featpipe import FeatureExtractor, TransferClassifier, TransferRegressor, heads
+from featpipe.data import image
 from featpipe.errors import ConfigError, SampleError
 from featpipe.estimators import _load_cached_backbone
 from featpipe.status import Status
@@ -194,10 +195,10 @@ def test_any_output_of_a_backbone_is_embedded(tiny: Any, photos: list[str]) -> N
 
 
 def test_weights_that_change_on_disk_are_read_again(photos: list[str], home: Path) -> None:
-    from featpipe import backbone
+    from featpipe import backbones
 
     def written(seed: int) -> Any:
-        made = backbone.load("timm/test_resnet", weights="none", seed=seed)
+        made = backbones.load("timm/test_resnet", weights="none", seed=seed)
         torch.save(made.network.state_dict(), home / "weights.pth")
         return made
 

@@ -16,12 +16,12 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score, mean_absolute_error
 
 from featpipe import FeatureCache, Model, evaluate, extract, load_model, train
-from featpipe.archive import LabelTable
-from featpipe.engine import Engine
+from featpipe.data import LabelTable
+from featpipe.diagnostics import write_findings
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError
 from featpipe.evaluation import SCHEMA
-from featpipe.findings import write_findings
-from featpipe.scores import score
+from featpipe.inference import Engine
+from featpipe.metrics import score
 
 
 @pytest.fixture

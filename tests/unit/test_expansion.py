@@ -13,14 +13,14 @@ import pytest
 
 from featpipe import FeatureCache, evaluate, expand, load_model, train
 from featpipe.cache import SPLIT_NAMES, SampleTable, write_cache
-from featpipe.calibration import compute_logits
+from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError, ModelError
-from featpipe.expansion import METHODS, Expansion
-from featpipe.expansion.growth import ClassMapping
-from featpipe.labels import Labels
+from featpipe.incremental import METHODS, Expansion
+from featpipe.incremental.dataset import ClassMapping
+from featpipe.metrics import compute_logits
 from featpipe.model import Model
-from featpipe.progress import Progress
-from featpipe.strings import StringColumn
+from featpipe.runtime import Progress
+from featpipe.storage import StringColumn
 from tests.unit.test_training import FACTS
 
 D = 8
@@ -469,7 +469,7 @@ def test_a_ridge_takes_the_place_of_other_heads_and_that_is_said(
 
 
 def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, new: FeatureCache) -> None:
-    from featpipe.heads.statistics import compute_statistics
+    from featpipe.heads.closed_form.sufficient_statistics import compute_statistics
 
     model = models()
     codes = np.searchsorted(NAMES, old.y.astype(str))
@@ -481,7 +481,7 @@ def test_what_stands_for_scores_alone_is_calibrated_on_rows_that_were_held_out(
     models: Any, make: Any, tmp_path: Path
 ) -> None:
     """Its confidence is about how often it is right; too few rows leave the temperature as it was."""
-    from featpipe.calibration import calibration_error, fit_temperature
+    from featpipe.metrics import calibration_error, fit_temperature
 
     model = models("ridge")
     near = {"dog": 60, "eel": 60}

@@ -17,23 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import featpipe
-from featpipe import backbone, expand, load_model
+from featpipe import backbones, expand, load_model
 from featpipe.cli import cli
 from featpipe.cli.terminal import format_size
 from featpipe.errors import ConfigError
-from featpipe.expansion import Expansion
-from featpipe.expansion.arrivals import LabeledEmbeddings
-from featpipe.expansion.entering import make_replay_dataset
-from featpipe.expansion.growth import ClassMapping
-from featpipe.expansion.step import ExpansionConfig, IncrementalStep
-from featpipe.expansion.weighing import make_ewc_penalty
 from featpipe.finetuning import checkpoint
-from featpipe.finetuning.layers import HeadLayers
+from featpipe.finetuning.head_layers import HeadLayers
 from featpipe.finetuning.loop import compute_gradients, run_training_loop
-from featpipe.finetuning.past import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
-from featpipe.finetuning.state import EpochRecord
-from featpipe.kept import ReplayMemory
-from featpipe.model import Model
+from featpipe.finetuning.trainer import EpochRecord
+from featpipe.incremental import Expansion
+from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
+from featpipe.incremental.deep.ewc import make_ewc_penalty
+from featpipe.incremental.deep.methods import make_replay_dataset
+from featpipe.incremental.deep.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
+from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
+from featpipe.model import Model, ReplayMemory
 from tests import finetuning as pictures
 from tests.conftest import interrupt_fine_tuning
 from tests.unit.test_finetune_loop import ASKED, Interrupting, N, assert_equal, begun, job_of, weights
@@ -153,15 +151,15 @@ def test_importances_are_the_mean_of_squares_image_by_image_and_answer_by_answer
 
 @pytest.mark.parametrize("gradual", [0, 2])
 def test_importances_do_not_depend_on_how_many_images_are_read_at_once(gradual: int, monkeypatch: Any) -> None:
-    from featpipe.finetuning import past
+    from featpipe.incremental.deep import regularizers
 
     one = compute_network_fisher(job_of(gradual=gradual), np.arange(9))
-    monkeypatch.setattr(past, "FISHER_BATCH_SIZE", 2)
+    monkeypatch.setattr(regularizers, "FISHER_BATCH_SIZE", 2)
     assert_equal(one, compute_network_fisher(job_of(gradual=gradual), np.arange(9)), atol=1e-7, rtol=1e-5)
 
 
 def test_of_the_last_layer_they_are_the_closed_form() -> None:
-    from featpipe.heads.layer import LastLayer, compute_fisher_diagonal
+    from featpipe.heads.last_layer import LastLayer, compute_fisher_diagonal
 
     job, rows = job_of(unfreeze="last"), np.arange(11)
     with torch.no_grad():
@@ -223,7 +221,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ladder() -> Any:
-    return backbone.load(pictures.Ladder(), transform=pictures.small_transform)
+    return backbones.load(pictures.Ladder(), transform=pictures.small_transform)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from featpipe import SoftmaxRegression
-from featpipe.expansion.methods import _fit_bias_correction, _rescale_layer, compute_weights_and_offsets, init_layer
-from featpipe.expansion.objective import DistillationTerm, LastLayerObjective, QuadraticPenalty, fit_last_layer
-from featpipe.heads.layer import LastLayer
+from featpipe.heads.last_layer import LastLayer
+from featpipe.incremental.last_layer_loss import DistillationTerm, LastLayerObjective, QuadraticPenalty, fit_last_layer
+from featpipe.incremental.methods import _fit_bias_correction, _rescale_layer, compute_weights_and_offsets, init_layer
 
 N, P, K, OLD = 30, 5, 6, 4
 

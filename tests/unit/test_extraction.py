@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from featpipe import archive, backbone, commit, extraction, image
+from featpipe import backbones, data, extraction
 from featpipe.cache import FeatureCache
-from featpipe.engine import Engine
+from featpipe.config import ExtractionConfig
+from featpipe.data import image
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError, SampleError
 from featpipe.extraction import embed_files, extract, make_facts
-from featpipe.progress import Progress
-from featpipe.recipe import ExtractionConfig
+from featpipe.inference import Engine
+from featpipe.runtime import Progress
 from featpipe.status import Status
+from featpipe.storage import staging
 from tests.conftest import Tiny, jpeg, tiny_transform
 
 
@@ -80,7 +82,7 @@ def test_a_rerun_reads_no_image(make_folder, tiny, tmp_path, monkeypatch):
     folder = old(make_folder())
     first = extract(folder, backbone=tiny, cache=tmp_path / "c")
     written = first.path.stat()
-    monkeypatch.setattr(archive.SampleReader, "read", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(data.SampleReader, "read", lambda *_: pytest.fail("an image was read"))
     again = extract(folder, backbone=tiny, cache=tmp_path / "c")
     assert again.path.stat().st_mtime_ns == written.st_mtime_ns
 
@@ -140,7 +142,7 @@ def test_only_bytes_that_are_new_are_embedded(make_folder, tiny, tmp_path, embed
 
 
 def by_hand_of(where, cache):
-    index = archive.index(where)
+    index = data.index(where)
     with index.open() as reader:
         pictures = [image.decode(reader.read(row)) for row in range(len(index))]
     with torch.inference_mode():
@@ -212,9 +214,9 @@ def test_work_is_committed_while_it_goes_on(make_folder, tiny, tmp_path, monkeyp
     monkeypatch.setattr(extraction.stream, "MAX_PART_SECONDS", 0.0)
     folder = make_folder()
     commits = []
-    publish = commit.StagingArea.commit
+    publish = staging.StagingArea.commit
     monkeypatch.setattr(
-        commit.StagingArea, "commit", lambda self, a: commits.append(len(a["digest"])) or publish(self, a)
+        staging.StagingArea, "commit", lambda self, a: commits.append(len(a["digest"])) or publish(self, a)
     )
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2, workers=2)
     assert len(commits) >= 9
@@ -226,11 +228,11 @@ def test_another_bit_in_the_weights_is_another_cache(make_folder, tmp_path, embe
     count, clear = embedded
     folder = make_folder(("ape",), 3)
     network = Tiny()
-    extract(folder, backbone=backbone.load(network, transform=tiny_transform), cache=tmp_path / "c")
+    extract(folder, backbone=backbones.load(network, transform=tiny_transform), cache=tmp_path / "c")
     clear()
     with torch.no_grad():
         network.conv.bias[0] = torch.nextafter(network.conv.bias[0], torch.tensor(9.0))
-    extract(folder, backbone=backbone.load(network, transform=tiny_transform), cache=tmp_path / "c")
+    extract(folder, backbone=backbones.load(network, transform=tiny_transform), cache=tmp_path / "c")
     assert count() == 3
     assert len(list((tmp_path / "c").glob("*.h5"))) == 2
 
@@ -249,7 +251,7 @@ def test_float16_is_stored_and_is_near(make_folder, tiny, tmp_path):
 
 
 def test_several_outputs_come_from_one_pass(make_folder, tmp_path, count):
-    net = backbone.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:avg", "conv:none"])
+    net = backbones.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:avg", "conv:none"])
     cache = extract(make_folder(("ape",), 3), backbone=net, cache=tmp_path / "c")
     assert count() == 3
     assert cache.outputs == ("pooled", "conv:avg", "conv:none")
@@ -327,7 +329,7 @@ def test_infinite_embeddings_are_a_status_and_not_an_answer(make_folder, tmp_pat
 
     folder = make_folder(("ape",), 2)
     Image.new("RGB", (20, 20), "white").save(folder / "ape" / "white.png")
-    net = backbone.load(Tiny(), transform=tiny_transform)
+    net = backbones.load(Tiny(), transform=tiny_transform)
     net = replace(net, network=Overflowing().eval().requires_grad_(False))
     with pytest.warns(UserWarning, match="1 not-finite"):
         cache = extract(folder, backbone=net, cache=tmp_path / "c")
@@ -355,7 +357,7 @@ def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder,
     folder = old(make_folder(("ape",), 3))
     (folder / "ape" / "01.jpg").write_bytes(jpeg(1)[:99])
     old(folder)
-    read = archive.SampleReader.read
+    read = data.SampleReader.read
     tried = []
 
     def failing(self, row):
@@ -364,7 +366,7 @@ def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder,
             raise SampleError("the disk hiccuped", status=Status.UNREADABLE)
         return read(self, row)
 
-    monkeypatch.setattr(archive.SampleReader, "read", failing)
+    monkeypatch.setattr(data.SampleReader, "read", failing)
     with pytest.warns(UserWarning, match="1 unreadable, 1 damaged"):
         extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
     tried_first = len(tried)
@@ -377,8 +379,8 @@ def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder,
 def test_a_cache_of_several_outputs_serves_a_request_for_one_of_them(make_folder, tmp_path, embedded):
     count, clear = embedded
     folder = make_folder(("ape",), 3)
-    both = backbone.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:max"])
-    one = backbone.load(Tiny(), transform=tiny_transform, outputs=["conv:max"])
+    both = backbones.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:max"])
+    one = backbones.load(Tiny(), transform=tiny_transform, outputs=["conv:max"])
     first = extract(folder, backbone=both, cache=tmp_path / "c")
     clear()
     second = extract(folder, backbone=one, cache=tmp_path / "c")
@@ -392,7 +394,7 @@ def test_the_first_output_asked_for_is_the_default_one_also_when_the_order_chang
     folder = make_folder(("ape",), 3)
     for outputs in (["pooled", "conv:max"], ["conv:max", "pooled"]):
         clear()
-        net = backbone.load(Tiny(), transform=tiny_transform, outputs=outputs)
+        net = backbones.load(Tiny(), transform=tiny_transform, outputs=outputs)
         assert extract(folder, backbone=net, cache=tmp_path / "c").outputs == tuple(outputs)
     assert count() == 0
 
@@ -417,7 +419,7 @@ def test_a_failure_before_anything_was_embedded_leaves_no_trace(make_folder, tmp
             return super().forward(x) - super().forward(x).mean(0)
 
     folder = make_folder(("ape",), 3)
-    net = replace(backbone.load(Tiny(), transform=tiny_transform), network=Leaking().eval().requires_grad_(False))
+    net = replace(backbones.load(Tiny(), transform=tiny_transform), network=Leaking().eval().requires_grad_(False))
     with pytest.raises(ConfigError, match="depends on its neighbours"):
         extract(folder, backbone=net, cache=tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []

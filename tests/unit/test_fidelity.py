@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featpipe import backbone, engine, extract
-from featpipe.engine import compute_min_cosine, fidelity, select_precision
+from featpipe import backbones, extract, inference
 from featpipe.errors import ConfigError
-from featpipe.progress import Progress
+from featpipe.inference import compute_min_cosine, precision, select_precision
+from featpipe.runtime import Progress
 from tests.conftest import Tiny, tiny_transform
 
 CPU = torch.device("cpu")
@@ -47,18 +47,18 @@ def pictures(n: int = 5) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def hardware(monkeypatch):
     """The same on every machine."""
-    monkeypatch.setattr(fidelity, "candidate_precisions", lambda device: ("bf16",))
+    monkeypatch.setattr(precision, "candidate_precisions", lambda device: ("bf16",))
 
 
-def loaded(network: nn.Module) -> backbone.Backbone:
-    return backbone.load(network, transform=tiny_transform)
+def loaded(network: nn.Module) -> backbones.Backbone:
+    return backbones.load(network, transform=tiny_transform)
 
 
 def test_the_faster_precision_is_taken_where_it_is_faithful_enough(tiny):
     made, found = select_precision(tiny, CPU, pictures(), 0.99)
     assert (made.precision, found.precision) == ("bf16", "bf16")
-    exact = engine.Engine(tiny, CPU, batch=8).embed(torch.stack(pictures()))
-    rough = engine.Engine(tiny, CPU, "bf16", batch=8).embed(torch.stack(pictures()))
+    exact = inference.Engine(tiny, CPU, batch=8).embed(torch.stack(pictures()))
+    rough = inference.Engine(tiny, CPU, "bf16", batch=8).embed(torch.stack(pictures()))
     assert found.cosine == {"bf16": pytest.approx(compute_min_cosine(rough, exact))}
     assert 0.99 < found.cosine["bf16"] < 1
 
@@ -81,7 +81,7 @@ def test_numbers_that_are_not_finite_are_never_faithful_and_zeros_are_zeros(monk
     zeros, bad = np.zeros((1, 3), np.float32), np.full((1, 3), np.inf, np.float32)
     assert compute_min_cosine({"a": zeros}, {"a": zeros}) == 1
     assert compute_min_cosine({"a": bad}, {"a": np.ones((1, 3), np.float32)}) == -1
-    monkeypatch.setattr(fidelity, "candidate_precisions", lambda device: ("fp16",))
+    monkeypatch.setattr(precision, "candidate_precisions", lambda device: ("fp16",))
     assert select_precision(loaded(Overflowing()), CPU, pictures(), 0.0)[1].precision == "fp32"
 
 
@@ -114,7 +114,7 @@ def test_typed_again_nothing_is_measured_and_no_image_is_read(make_folder, tiny,
     settings = {"backbone": tiny, "cache": tmp_path, "precision": "auto", "min_cosine": 0.99}
     settings |= {"out": tmp_path / out} if out else {}
     first = extract(folder, **settings)
-    monkeypatch.setattr("featpipe.archive.SampleReader.read", None)
+    monkeypatch.setattr("featpipe.data.SampleReader.read", None)
     again = extract(folder, **settings, progress=told.append)
     assert again.path == first.path
     assert not [p for p in told if isinstance(p, Progress) and "least cosine" in p.text]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from featpipe.findings import (
+from featpipe.diagnostics import (
     Finding,
     LabeledPredictions,
     compute_outlier_scores,
@@ -17,10 +17,10 @@ from featpipe.findings import (
     find_near_duplicates,
     find_nearest_neighbors,
     make_prediction_findings,
+    nearest_neighbors,
     write_findings,
 )
-from featpipe.findings import neighbours as module
-from featpipe.findings.neighbours import CenteredNormalizer
+from featpipe.diagnostics.nearest_neighbors import CenteredNormalizer
 
 
 def unit(m, d=12, seed=0):
@@ -31,9 +31,9 @@ def unit(m, d=12, seed=0):
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize(("columns", "span"), [(11, 64), (57, 3)])
 def test_neighbours_are_those_of_scikit_learn_whatever_the_blocks(monkeypatch, same, columns, span):
-    monkeypatch.setattr(module, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(module, "_BLOCK_COLUMNS", columns)
-    monkeypatch.setattr(module, "_SPAN_COLUMNS", span)
+    monkeypatch.setattr(nearest_neighbors, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(nearest_neighbors, "_BLOCK_COLUMNS", columns)
+    monkeypatch.setattr(nearest_neighbors, "_SPAN_COLUMNS", span)
     rows, others = unit(100), unit(120, seed=1)
     others = rows if same else others
     similar, numbers = find_nearest_neighbors(rows, others, 4, exclude_self=same)

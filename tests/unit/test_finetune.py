@@ -6,17 +6,18 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 
 import featpipe
-from featpipe import backbone
+from featpipe import backbones
+from featpipe.config import FineTuneConfig
 from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import finetune
-from featpipe.finetuning.sides import make_splits
-from featpipe.recipe import FineTuneConfig
+from featpipe.finetuning.split import make_splits
 from tests.conftest import interrupt_fine_tuning
 from tests.finetuning import Ladder, small_transform, write_photos
 
@@ -25,7 +26,7 @@ QUICK = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfr
 
 @pytest.fixture(scope="module")
 def ladder():
-    return backbone.load(Ladder(), transform=small_transform)
+    return backbones.load(Ladder(), transform=small_transform)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_out_comes_a_model_whose_network_learnt_and_the_table_of_both(tmp_path, 
 def test_the_model_says_what_the_trained_network_says(tmp_path, photos, model):
     tuned = model.finetune(photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
     files = sorted(photos.rglob("*.png"))[::5]
-    images = [featpipe.image.decode(file.read_bytes()) for file in files]
+    images = [featpipe.data.image.decode(file.read_bytes()) for file in files]
     batch = torch.stack([small_transform(torch.from_numpy(image).permute(2, 0, 1)) for image in images])
     with torch.no_grad():
         embeddings = tuned.backbone.network(batch)
@@ -180,7 +181,7 @@ def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, mo
 
 
 def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
-    from featpipe.finetuning import verb
+    verb = import_module("featpipe.finetuning.finetune")
 
     real = verb.compare_models
 
@@ -235,19 +236,19 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, photos, m
 
 def test_its_backbone_is_extracted_with_under_its_own_fingerprint(tmp_path, photos, ladder):
     """With a network of the table, by name; untrained, since published weights are not needed for this."""
-    network = backbone.load("timm/test_resnet", weights="none")
+    network = backbones.load("timm/test_resnet", weights="none")
     cache = featpipe.extract(photos, backbone=network, cache=tmp_path / "cache")
     model = featpipe.train(cache, "logistic", params={"C": 1e-4})
     settings = {**QUICK, "epochs": 4, "unfreeze": "last", "learning_rate": 1e-3}
     out = tmp_path / "t.model"
     tuned = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **settings).model
     for given in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
-        loaded = backbone.load(given["backbone"], weights=given.get("weights"))
+        loaded = backbones.load(given["backbone"], weights=given.get("weights"))
         assert loaded.to_dict() == tuned.backbone.facts()
         again = featpipe.extract(photos, cache=tmp_path / "cache", **given)
         assert again.manifest["embedded"] == 0 or again.facts == tuned.facts
         assert again.facts == tuned.facts
-    assert backbone.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.facts()
+    assert backbones.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.facts()
     copied = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
     out.unlink()
     files = sorted(photos.rglob("*.png"))[:3]
@@ -258,24 +259,24 @@ def test_its_backbone_is_extracted_with_under_its_own_fingerprint(tmp_path, phot
 
 
 def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged_one_is_refused(tmp_path, photos):
-    network = backbone.load("timm/test_resnet", weights="none", seed=3)
+    network = backbones.load("timm/test_resnet", weights="none", seed=3)
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     plain = model.save(tmp_path / "plain.model")
-    assert backbone.load(str(plain)).to_dict() == network.to_dict()
+    assert backbones.load(str(plain)).to_dict() == network.to_dict()
     with pytest.raises(WeightsError, match="carries no weights"):
-        backbone.load("timm/test_resnet", weights=plain)
+        backbones.load("timm/test_resnet", weights=plain)
     whole = model.save(tmp_path / "whole.model", portable=True)
     data = bytearray(whole.read_bytes())
     data[-3000] ^= 1
     whole.write_bytes(data)
     with pytest.raises(WeightsError, match="is damaged or no featpipe model"):
-        backbone.load(str(whole))
+        backbones.load(str(whole))
     with pytest.raises(WeightsError, match="there is no such model file"):
-        backbone.load(str(tmp_path / "gone.model"))
+        backbones.load(str(tmp_path / "gone.model"))
 
 
 def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos):
-    network = backbone.load("timm/test_resnet", weights="none", seed=3)
+    network = backbones.load("timm/test_resnet", weights="none", seed=3)
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     settings = {"epochs": 1, "batch": 16, "device": "cpu", "weights": "none", "keep_worse": True}
     said = []
@@ -329,7 +330,7 @@ def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, wo
 
 
 def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
-    from featpipe.finetuning import verb
+    verb = import_module("featpipe.finetuning.finetune")
 
     real = verb.finetune_network
 
@@ -351,8 +352,8 @@ def test_epochs_are_written_for_tensorboard_or_it_is_said_what_to_install(tmp_pa
     import sys
     import types
 
-    from featpipe.finetuning.board import make_tensorboard_logger
-    from featpipe.finetuning.state import EpochRecord
+    from featpipe.finetuning.loop import make_tensorboard_logger
+    from featpipe.finetuning.trainer import EpochRecord
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="TensorBoard is not installed; pip install tensorboard"):

@@ -13,19 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featpipe import backbone
+from featpipe import backbones
+from featpipe.config import FineTuneConfig
 from featpipe.errors import ConfigError, ModelError
 from featpipe.finetuning import checkpoint
-from featpipe.finetuning.blending import apply_mixup_cutmix
-from featpipe.finetuning.finder import find_learning_rate
-from featpipe.finetuning.job import Trainer, TrainingTargets
+from featpipe.finetuning.augmentation import apply_mixup_cutmix
+from featpipe.finetuning.batches import EmbeddingNetwork
 from featpipe.finetuning.loop import compute_gradients, predict_scores, run_training_loop
-from featpipe.finetuning.rates import make_parameter_groups, schedule_factor
-from featpipe.finetuning.source import EmbeddingNetwork
-from featpipe.finetuning.state import EpochRecord, TrainingState
-from featpipe.finetuning.unfreezing import select_unfrozen
-from featpipe.heads.losses import LossFunction
-from featpipe.recipe import FineTuneConfig
+from featpipe.finetuning.lr_finder import find_learning_rate
+from featpipe.finetuning.optim import make_parameter_groups, schedule_factor
+from featpipe.finetuning.trainer import EpochRecord, Trainer, TrainingState, TrainingTargets
+from featpipe.finetuning.unfreeze import select_unfrozen
+from featpipe.heads.neural.losses import LossFunction
 from tests.finetuning import Ladder, small_transform
 
 N, K = 40, 3
@@ -45,7 +44,7 @@ def job_of(network: nn.Module | None = None, **settings) -> Trainer:
     tuning = FineTuneConfig(
         **{"unfreeze": "all", "batch": 8, "epochs": 3, "patience": 0, "learning_rate": 1e-2, **settings}
     )
-    whole = backbone.load(network or Ladder(), transform=small_transform)
+    whole = backbones.load(network or Ladder(), transform=small_transform)
     chosen = select_unfrozen(whole, tuning.unfreeze)
     trained = copy.deepcopy(whole.network)
     generator = torch.Generator().manual_seed(1)
@@ -106,12 +105,12 @@ EXPECTED = {
 
 @pytest.mark.parametrize("what", EXPECTED)
 def test_what_is_trained_is_said_in_the_fields_words(what):
-    chosen = select_unfrozen(backbone.load(Ladder(), transform=small_transform), what)
+    chosen = select_unfrozen(backbones.load(Ladder(), transform=small_transform), what)
     assert {name.split(".")[0] for name in chosen.names} == EXPECTED[what]
 
 
 def test_every_stage_of_a_network_of_the_table_can_be_named():
-    network = backbone.load("resnet18", weights="none")
+    network = backbones.load("resnet18", weights="none")
     assert {name.split(".")[0] for name in select_unfrozen(network, "last").names} == {"layer4"}
     assert {name.split(".")[0] for name in select_unfrozen(network, "layers[15:]").names} >= {"layer3", "layer4"}
     assert len(select_unfrozen(network, "all").names) == 60
@@ -130,11 +129,11 @@ def test_every_stage_of_a_network_of_the_table_can_be_named():
 )
 def test_what_is_not_there_is_answered_with_what_is(what, words):
     with pytest.raises(ConfigError, match=words):
-        select_unfrozen(backbone.load(Ladder(), transform=small_transform), what)
+        select_unfrozen(backbones.load(Ladder(), transform=small_transform), what)
 
 
 def test_weights_that_the_output_does_not_depend_on_are_not_trained():
-    part = backbone.load(Ladder(), transform=small_transform, outputs=["layer2:avg"])
+    part = backbones.load(Ladder(), transform=small_transform, outputs=["layer2:avg"])
     assert {name.split(".")[0] for name in select_unfrozen(part, "last").names} == {"layer2"}
     with pytest.raises(ConfigError, match="none of its weights has a part in output 'layer2:avg'"):
         select_unfrozen(part, "layer3")

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import featpipe
-from featpipe import backbone, heads
-from featpipe.calibration import Calibration
-from featpipe.finetuning.layers import HeadLayers, head_to_layers, layers_to_head
-from featpipe.finetuning.source import EmbeddingNetwork
-from featpipe.finetuning.start import initialize_head
+from featpipe import backbones, heads
+from featpipe.finetuning.batches import EmbeddingNetwork
+from featpipe.finetuning.head_layers import HeadLayers, head_to_layers, initialize_head, layers_to_head
+from featpipe.metrics import Calibration
 from tests.finetuning import Ladder, small_transform, write_photos
 
 
@@ -38,7 +37,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ladder():
-    return backbone.load(Ladder(), transform=small_transform)
+    return backbones.load(Ladder(), transform=small_transform)
 
 
 def cache_of(place: Path, ladder, labels: str | None = None) -> featpipe.FeatureCache:
@@ -62,7 +61,7 @@ def first_answers(model: featpipe.Model, cache: featpipe.FeatureCache, paths: li
 
 
 def pixels(path: Path) -> torch.Tensor:
-    return torch.from_numpy(featpipe.image.decode(path.read_bytes())).permute(2, 0, 1)
+    return torch.from_numpy(featpipe.data.image.decode(path.read_bytes())).permute(2, 0, 1)
 
 
 LINEAR = ("logistic", "linear", "mlp", "ridge", "lda", "svm", "centroid", "keras")

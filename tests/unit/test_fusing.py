@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featpipe import backbone
-from featpipe.engine import Engine, fusing, preparing
-from featpipe.engine.fusing import fuse_convolutions
-from featpipe.engine.graph import export_graph
+from featpipe import backbones
 from featpipe.errors import ConfigError
+from featpipe.inference import Engine, fusion, optimize
+from featpipe.inference.fusion import fuse_convolutions
+from featpipe.inference.optimize import export_graph
 from tests.conftest import Tiny, tiny_transform
 from tests.unit.test_engine import ByHand, Deciding, Remembering
 
@@ -75,8 +75,8 @@ class Shared(nn.Module):
         return (raw + normed.relu() * again + again.add_(normed)).mean((2, 3))
 
 
-def loaded(network: nn.Module, **more: object) -> backbone.Backbone:
-    return backbone.load(network, transform=tiny_transform, **more)
+def loaded(network: nn.Module, **more: object) -> backbones.Backbone:
+    return backbones.load(network, transform=tiny_transform, **more)
 
 
 def answers(engine: Engine, x: Tensor) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ class Padded(nn.Module):
 def test_padding_becomes_part_of_a_depthwise_convolution_to_the_bit(sizes, kernel, precision, monkeypatch):
     found = answers(Engine(loaded(Padded(sizes, kernel)), CPU, precision, kind="torch", images=MANY), images(3))
     assert not [name for name in fused_calls(Padded(sizes, kernel)) if "pad" in name]
-    monkeypatch.setattr(fusing, "_is_padded_depthwise", lambda convolution: False)
+    monkeypatch.setattr(fusion, "_is_padded_depthwise", lambda convolution: False)
     assert [name for name in fused_calls(Padded(sizes, kernel)) if "pad" in name]
     before = answers(Engine(loaded(Padded(sizes, kernel)), CPU, precision, kind="torch", images=MANY), images(3))
     assert np.array_equal(found["pooled"], before["pooled"])
@@ -179,7 +179,7 @@ def test_inner_outputs_come_from_the_graph_too(kind):
 def test_networks_of_the_libraries_keep_a_cosine_of_one_in_float32_and_are_near_in_bf16(name, kind):
     if kind == "openvino":
         pytest.importorskip("openvino")
-    net = backbone.load(name, weights=None if name == "efficientnet_lite0" else "none")
+    net = backbones.load(name, weights=None if name == "efficientnet_lite0" else "none")
     noise = torch.randint(0, 256, (2, 3, *net.transform.size), dtype=torch.uint8)
     expected = answers(Engine(net, CPU, batch=2), noise)["pooled"]
     for precision, least in (("fp32", 1 - 1e-6), ("bf16", 0.98)):
@@ -226,7 +226,7 @@ def test_a_graph_that_answers_otherwise_is_not_used(monkeypatch):
                 buffer += 1
         return module
 
-    monkeypatch.setattr("featpipe.engine.fusing.fuse_convolutions", wrong)
+    monkeypatch.setattr("featpipe.inference.fusion.fuse_convolutions", wrong)
     assert Engine(loaded(Varied()), CPU, kind="torch", images=MANY).name == "torch"
 
 
@@ -239,7 +239,7 @@ def test_for_a_few_images_nothing_is_made_ready():
 def test_openvino_is_taken_for_many_images_where_it_is_installed(monkeypatch):
     pytest.importorskip("openvino")
     assert Engine(loaded(Tiny()), CPU, images=1000).name.startswith("OpenVINO 20")
-    monkeypatch.setattr(preparing, "has_openvino", lambda: False)
+    monkeypatch.setattr(optimize, "has_openvino", lambda: False)
     assert Engine(loaded(Tiny()), CPU, images=1000).name == "torch, fused"
 
 
@@ -249,7 +249,7 @@ def test_openvino_that_was_asked_for_is_never_replaced(monkeypatch):
         Engine(loaded(Tiny()), CPU, "fp16", kind="openvino")
     with pytest.raises(ConfigError, match=r"OpenVINO cannot run this network.*--engine torch"):
         Engine(loaded(Deciding()), CPU, kind="openvino")
-    monkeypatch.setattr(preparing, "has_openvino", lambda: False)
+    monkeypatch.setattr(optimize, "has_openvino", lambda: False)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'featpipe\[cpu\]'"):
         Engine(loaded(Tiny()), CPU, kind="openvino")
 

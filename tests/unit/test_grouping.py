@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featpipe import extract, split
-from featpipe.archive import index
+from featpipe import extract
+from featpipe.data import index
 from featpipe.errors import ArchiveError, ConfigError, FeatpipeError
-from featpipe.grouping import load_column, load_groups, load_times, parse_table_column
-from featpipe.strings import StringColumn
+from featpipe.splits import load_column, load_groups, load_times, parse_table_column, splits
+from featpipe.storage import StringColumn
 
 
 def cache_of(*ids: str, archives: list[str] | None = None, kinds: list[str] | None = None) -> Any:
-    """What `featpipe.grouping` looks at in a cache, without its features."""
+    """What `featpipe.splits.groups` looks at in a cache, without its features."""
 
     class Stub(SimpleNamespace):
         def __len__(self) -> int:
@@ -264,11 +264,11 @@ def test_a_table_divides_a_cache_by_group_and_by_time(tmp_path: Path, make_folde
     rows_of = cache.usable
     groups = load_groups(cache, f"{meta}:burst", rows_of)
     y = cache.label_table.take(rows_of).values
-    for train, test in split.make_folds(cache.digests[rows_of], y, k=3, groups=groups):
+    for train, test in splits.make_folds(cache.digests[rows_of], y, k=3, groups=groups):
         assert not set(groups[train]) & set(groups[test])
         assert set(y[train]) == set(y[test]) == {0, 1, 2}
     when = load_times(cache, f"{meta}:day", rows_of)
-    train, test = split.make_holdout(cache.digests[rows_of], y, times=when, since="2021-01-05")
+    train, test = splits.make_holdout(cache.digests[rows_of], y, times=when, since="2021-01-05")
     assert [cache.ids[row] for row in rows_of[test]] == [
         n for n, d in zip(cache.ids, days, strict=True) if d[-1] in "56"
     ]

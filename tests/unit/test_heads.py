@@ -22,9 +22,9 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from featpipe import heads
 from featpipe.errors import ConfigError, ModelError
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
-from featpipe.heads.objective import LogisticProblem
-from featpipe.heads.optimizers import OPTIMIZER_CLASSES
-from featpipe.heads.plan import NetworkTrainingConfig
+from featpipe.heads.logistic.objective import LogisticProblem
+from featpipe.heads.neural.config import NetworkTrainingConfig
+from featpipe.heads.neural.train import OPTIMIZER_CLASSES
 
 
 def features(n: int, d: int, k: int, *, seed: int = 0, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from featpipe.data import BACKGROUND, ImageLimits, decode, encode_png, thumbnail, to_rgb
 from featpipe.errors import ConfigError, SampleError
-from featpipe.image import BACKGROUND, ImageLimits, decode, encode_png, thumbnail, to_rgb
 from featpipe.status import Status
 
 DRAWN = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)

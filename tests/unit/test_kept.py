@@ -10,15 +10,15 @@ import torch
 
 from featpipe import heads
 from featpipe.errors import ConfigError
-from featpipe.heads import layer as layers
-from featpipe.heads.layer import (
+from featpipe.heads import last_layer
+from featpipe.heads.last_layer import (
     LastLayer,
     compute_fisher_diagonal,
     compute_hidden_features,
     extract_last_layer,
     replace_last_layer,
 )
-from featpipe.kept import ReplayMemory, RetentionPolicy, collect_replay_memory, select_by_herding
+from featpipe.model import ReplayMemory, RetentionPolicy, collect_replay_memory, select_by_herding
 
 K, D = 4, 6
 
@@ -128,7 +128,7 @@ def test_importances_are_means_of_squared_gradients_row_by_row(rows: Any, monkey
             total += float(scores[answer].detach().exp()) * squared
     assert np.allclose(compute_fisher_diagonal(layer, Z), total / len(Z), rtol=1e-10, atol=1e-14)
     for batch in (1, 5, 44):
-        monkeypatch.setattr(layers, "BLOCK_ROWS", batch)
+        monkeypatch.setattr(last_layer, "BLOCK_ROWS", batch)
         assert np.allclose(compute_fisher_diagonal(layer, Z), total / len(Z), rtol=1e-10, atol=1e-14)
 
 

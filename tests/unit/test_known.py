@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from featpipe import known as known_room
-from featpipe.known import MAX_KEY_INDEXES, EmbeddingLookup, EmbeddingSource
+from featpipe.cache import MAX_KEY_INDEXES, EmbeddingLookup, EmbeddingSource, lookup
 from featpipe.status import Status
 
 LASTING = {int(status) for status in Status if not status.transient}
@@ -149,7 +148,7 @@ def test_a_lookup_asks_few_tables_however_many_sources_there_are():
 
 
 def test_lookups_while_another_thread_adds_find_all_that_was_there_before(monkeypatch):
-    monkeypatch.setattr(known_room, "MAX_KEY_INDEXES", 3)
+    monkeypatch.setattr(lookup, "MAX_KEY_INDEXES", 3)
     known, ready, wrong = EmbeddingLookup(), [0], []
 
     def look() -> None:

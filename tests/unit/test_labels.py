@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from featpipe.data import Labels, order_classes
 from featpipe.errors import ConfigError
-from featpipe.labels import Labels, order_classes
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from featpipe import limits
+from featpipe import bench
+from featpipe.bench import BenchResult, ForwardBenchmark, run_benchmark
 from featpipe.errors import ArchiveError
-from featpipe.limits import BenchResult, ForwardBenchmark, run_benchmark
 
 
 @pytest.fixture
 def tiny_bench(tiny, monkeypatch):
-    monkeypatch.setattr(limits, "candidate_precisions", lambda device: ("bf16",))
+    monkeypatch.setattr(bench, "candidate_precisions", lambda device: ("bf16",))
     return {"backbone": tiny, "device": "cpu", "seconds": 0.5}
 
 
@@ -58,9 +58,9 @@ def test_an_archive_without_a_readable_image_is_an_error(make_folder, tiny_bench
 
 
 def test_the_cores_share_decoding_and_embedding_and_a_gpu_does_not():
-    assert limits._combined_rate("cpu", math.inf, 300, 150) == pytest.approx(100)
-    assert limits._combined_rate("cuda", math.inf, 300, 150) == 150
-    assert limits._combined_rate("cuda", 90, 300, 150) == 90
+    assert bench._combined_rate("cpu", math.inf, 300, 150) == pytest.approx(100)
+    assert bench._combined_rate("cuda", math.inf, 300, 150) == 150
+    assert bench._combined_rate("cuda", 90, 300, 150) == 90
 
 
 MEASURED = BenchResult(
@@ -83,7 +83,7 @@ MEASURED = BenchResult(
 
 
 def advice(**changes: object) -> str:
-    return "\n".join(limits._iter_advice(replace(MEASURED, **changes)))
+    return "\n".join(bench._iter_advice(replace(MEASURED, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_what_stands_in_the_way_is_said_with_what_to_change(changes, said):
 
 
 def test_nothing_is_advised_that_brings_nothing(monkeypatch):
-    monkeypatch.setattr(limits, "has_openvino", lambda: True)
+    monkeypatch.setattr(bench, "has_openvino", lambda: True)
     assert advice(forward=MEASURED.forward[:1]) == ""
-    monkeypatch.setattr(limits, "has_openvino", lambda: False)
+    monkeypatch.setattr(bench, "has_openvino", lambda: False)
     assert "featpipe[cpu]" in advice(forward=MEASURED.forward[:1])
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import featpipe.loader
-from featpipe import archive, decoding, image
-from featpipe.allowance import MemoryBudget
+import featpipe.inference.loader
+from featpipe import data as archive
+from featpipe.data import image
+from featpipe.data import jpeg as decoding
 from featpipe.errors import ConfigError, SampleError
-from featpipe.fingerprint import digest
-from featpipe.loader import (
+from featpipe.inference import (
     MAX_MICRO_BATCH,
     ImageList,
     Loader,
@@ -26,7 +26,9 @@ from featpipe.loader import (
     micro_batch_size,
     run_in_threads,
 )
+from featpipe.runtime import MemoryBudget
 from featpipe.status import Status
+from featpipe.storage import digest
 from tests.conftest import jpeg, picture, tiny_transform
 
 
@@ -148,7 +150,7 @@ def test_an_image_is_read_when_the_one_before_it_is_decoded():
 
 
 def test_what_is_read_front_to_back_is_read_ahead_by_few_bytes(make_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(featpipe.loader, "MAX_READ_AHEAD_BYTES", 1)
+    monkeypatch.setattr(featpipe.inference.loader, "MAX_READ_AHEAD_BYTES", 1)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.add(make_folder(), "photos")
     index = archive.index(tmp_path / "a.tar.gz")
@@ -171,7 +173,7 @@ def test_a_failure_in_one_thread_is_raised_and_stops_the_others():
 
 
 def test_a_thread_that_hangs_does_not_keep_the_others_work(monkeypatch):
-    monkeypatch.setattr(featpipe.loader, "STOP_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(featpipe.inference.loader, "STOP_TIMEOUT_SECONDS", 0.1)
     before, goes_on, turns = threading.active_count(), threading.Event(), iter(range(2))
 
     def work():
@@ -308,7 +310,7 @@ def test_full_batches_are_joined_of_pieces_while_there_are_enough_pictures():
 
 def test_who_would_wait_for_a_gpu_does_more_of_the_work_the_next_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(featpipe.loader, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(featpipe.inference.loader, "perf_counter", lambda: now[0])
 
     def taking(name, seconds):
         def transform(picture):

@@ -12,17 +12,17 @@ import click
 import pytest
 
 from featpipe import cli
-from featpipe.cli import log
+from featpipe.cli import logging
 from featpipe.cli.terminal import Terminal
 from featpipe.errors import ArchiveError, TimeLimitError
-from featpipe.progress import Progress
+from featpipe.runtime import Progress
 
 HOSTILE = 'new\nline, "quoted" \x1b[31m and 🐝'
 
 
 @pytest.fixture
 def as_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(log._log_settings, "format", "json")
+    monkeypatch.setitem(logging._log_settings, "format", "json")
     with warnings.catch_warnings():
         yield
 
@@ -40,7 +40,7 @@ def test_each_line_is_an_object_with_time_level_event_and_text(
     with Terminal() as terminal:
         terminal(Progress("note", "hello"))
         terminal(Progress("warning", HOSTILE))
-    log.log_message("a\nb", event="table")
+    logging.log_message("a\nb", event="table")
     found = lines(capsys)
     assert [(line["level"], line["event"]) for line in found] == [
         ("info", "note"),
@@ -69,7 +69,7 @@ def test_progress_is_told_when_a_stage_begins_and_ends_and_every_minute(
 def test_warnings_of_libraries_are_lines_too(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = log._log_warning
+        warnings.showwarning = logging._log_warning
         warnings.warn(HOSTILE, stacklevel=1)
     (line,) = lines(capsys)
     assert (line["event"], line["text"]) == ("warning", f"UserWarning: {HOSTILE}")
@@ -127,13 +127,13 @@ def test_the_format_is_chosen_by_the_group_the_command_or_the_environment(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(log._log_settings, "format", "text")
+    monkeypatch.setitem(logging._log_settings, "format", "text")
     monkeypatch.setattr(sys, "argv", ["featpipe", *arguments])
     if variable is not None:
-        monkeypatch.setenv(log.LOG_FORMAT_VARIABLE, variable)
+        monkeypatch.setenv(logging.LOG_FORMAT_VARIABLE, variable)
     with warnings.catch_warnings():
         cli.cli(arguments, standalone_mode=False)
-        assert log.is_json() == is_json
+        assert logging.is_json() == is_json
     assert "logistic" in capsys.readouterr().out
 
 

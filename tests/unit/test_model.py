@@ -21,9 +21,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 
-from featpipe import backbone as backbones
-from featpipe import extract, image, load_model, train
-from featpipe.backbone.carried import read_bundled_weights
+from featpipe import backbones, extract, load_model, train
+from featpipe.backbones.bundled import read_bundled_weights
+from featpipe.data import image
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.heads import dumps
 from featpipe.model import Model, as_image_list, read_document
@@ -135,7 +135,7 @@ def test_a_failed_save_leaves_the_old_file(model: Model, saved: Path, monkeypatc
         with pytest.raises(ModelError, match=r"photos\.model: cannot be written \(No space left on device\)"):
             model.save(saved)
     with monkeypatch.context() as patch:
-        patch.setattr("featpipe.model.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("featpipe.model.model.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             model.save(saved)
     assert saved.read_bytes() == before

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from featpipe.pipeline.resolved import recipe_to_toml
-from featpipe.pipeline.trials import list_trials, resolve_recipe
-from featpipe.recipe import read_recipe
+from featpipe.experiments import read_recipe
+from featpipe.experiments.grid import list_trials, resolve_recipe
+from featpipe.experiments.result import recipe_to_toml
 
 DOCUMENT: dict[str, Any] = {
     "archive": "photos",

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-from featpipe import Model, archive, backbone, extract, load_model, predict, train
-from featpipe.archive import LabelTable
-from featpipe.engine import Engine
+from featpipe import Model, backbones, extract, load_model, predict, train
+from featpipe import data as archive
+from featpipe.data import LabelTable
 from featpipe.errors import ArchiveError, CacheError, ConfigError, ModelError
-from featpipe.loader import Loader
+from featpipe.inference import Engine, Loader
 from featpipe.prediction import Prediction, stream
-from featpipe.progress import Progress
+from featpipe.runtime import Progress
 from tests.conftest import count_passes
 
 HOSTILE = ["new\nline", 'a "quoted", name', "comma,semi;colon", "🐝 émoji", "carriage\rreturn", "=1+1", " space ", "'"]
@@ -179,7 +179,7 @@ def test_an_embedding_that_is_not_finite_is_a_status(model: Model, photos: list[
     brightness = [model.backbone.transform(torch.from_numpy(p)).mean() for p in pixels(photos)]
     limit = float(np.median(brightness))
     expected = model.predict(photos)
-    model._backbone = backbone.load(Picky(), transform=model.backbone.transform.function)
+    model._backbone = backbones.load(Picky(), transform=model.backbone.transform.function)
     model._engine = None
     found = list(stream(model, archive.index(photos[0].parent.parent)))
     assert [p.status == "not-finite" for p in found] == [bool(b > limit) for b in brightness]
@@ -189,7 +189,7 @@ def test_an_embedding_that_is_not_finite_is_a_status(model: Model, photos: list[
 
 
 def pixels(photos: list[Path]) -> Iterator[np.ndarray]:
-    from featpipe import image
+    from featpipe.data import image
 
     for path in photos:
         yield np.ascontiguousarray(image.decode(path.read_bytes()).transpose(2, 0, 1))
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_in_the_end_leaves_the_finished_work(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featpipe.prediction.files.atomic_write", full)
+        patch.setattr("featpipe.prediction.writers.atomic_write", full)
         with pytest.raises(ArchiveError, match=r"out\.csv: cannot be written \(No space left on device\); choose"):
             predict(model, tmp_path / "photos", tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()

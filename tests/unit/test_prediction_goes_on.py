@@ -8,22 +8,23 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from featpipe import FeatureCache, Model, archive, backbone, clean, extract, load_model, predict, train
-from featpipe.commit import StagingArea
-from featpipe.deadline import Deadline, parse_duration
-from featpipe.engine import Engine
+from featpipe import FeatureCache, Model, backbones, clean, data, extract, load_model, predict, train
 from featpipe.errors import ArchiveError, ConfigError, TimeLimitError
-from featpipe.extraction import stream
-from featpipe.prediction import StatusCounts, made, verb
-from featpipe.prediction import stream as live
-from featpipe.progress import Progress
+from featpipe.extraction import worker
+from featpipe.inference import Engine
+from featpipe.prediction import StatusCounts, provenance, stream
+from featpipe.runtime import Deadline, Progress, parse_duration
+from featpipe.storage import StagingArea
 from tests.conftest import Tiny, count_passes, jpeg, tiny_transform
+
+verb = import_module("featpipe.prediction.predict")
 
 OLD_SECONDS = 1_000_000_000  # files that changed long ago: their times are to be trusted
 
@@ -51,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def network(seed: int = 0, **more: Any) -> Any:
-    return backbone.load(Tiny(seed), transform=tiny_transform, **more)
+    return backbones.load(Tiny(seed), transform=tiny_transform, **more)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def forward(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two, and a part after each."""
-    monkeypatch.setattr(stream, "MAX_PART_SECONDS", 0)
+    monkeypatch.setattr(worker, "MAX_PART_SECONDS", 0)
     monkeypatch.setattr(Engine, "batch", 2)
 
 
@@ -233,9 +234,9 @@ def test_images_of_the_same_bytes_are_the_same_wherever_and_whenever(
 ) -> None:
     for path in photos.rglob("*.jpg"):
         os.utime(path, (OLD_SECONDS + 5, OLD_SECONDS + 5))
-    before = json.loads(made.receipt_path(tmp_path / "p.csv").read_text())
+    before = json.loads(provenance.receipt_path(tmp_path / "p.csv").read_text())
     assert again() == 0
-    assert json.loads(made.receipt_path(tmp_path / "p.csv").read_text())["stamps"] != before["stamps"]
+    assert json.loads(provenance.receipt_path(tmp_path / "p.csv").read_text())["stamps"] != before["stamps"]
     assert again(check_content=True) == 0
 
 
@@ -254,8 +255,8 @@ def test_images_that_change_while_their_time_stands_still_are_predicted_again(
     model: Model, photos: Path, tmp_path: Path, forward: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = photos / "ape" / "00.jpg"
-    monkeypatch.setattr("featpipe.prediction.made.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
-    monkeypatch.setattr("featpipe.extraction.ledger.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
+    monkeypatch.setattr("featpipe.prediction.provenance.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
+    monkeypatch.setattr("featpipe.extraction.plan.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
     predict(model, photos, tmp_path / "p.csv")
     size = path.stat().st_size
     path.write_bytes((jpeg(77) + bytes(size))[:size])
@@ -284,7 +285,7 @@ def test_a_file_that_was_edited_or_whose_record_is_gone_or_damaged_is_made_anew(
     again: Callable[..., int], model: Model, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "p.csv"
-    whole, record = out.read_bytes(), made.receipt_path(out)
+    whole, record = out.read_bytes(), provenance.receipt_path(out)
     for damage in (
         lambda: out.write_bytes(whole[:-9]),
         lambda: out.write_bytes(whole.replace(b"ape", b"bee", 1)),
@@ -301,7 +302,7 @@ def test_a_file_that_was_edited_or_whose_record_is_gone_or_damaged_is_made_anew(
 def test_an_image_that_was_not_there_is_looked_for_again(
     model: Model, photos: Path, tmp_path: Path, forward: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featpipe.archive import SampleReader
+    from featpipe.data import SampleReader
     from featpipe.errors import SampleError
     from featpipe.status import Status
 
@@ -457,7 +458,7 @@ def test_unknown_settings_are_answered_with_the_nearest(model: Model, photos: Pa
 
 def test_what_is_told_as_it_is_made_has_no_place_for_finished_work_either(model: Model, photos: Path) -> None:
     with pytest.raises(ConfigError, match="unknown setting 'cache'"):
-        next(live(model, archive.index(photos), cache="cache"))
+        next(stream(model, data.index(photos), cache="cache"))
 
 
 def test_unfinished_predictions_are_found_and_removed_with_what_else_is_unfinished(

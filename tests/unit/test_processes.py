@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featpipe import backbone, extract
+from featpipe import backbones, extract
 from featpipe.errors import ArchiveError, CacheError, ConfigError
-from featpipe.extraction import processes
-from featpipe.progress import Progress
+from featpipe.extraction import multi_device
+from featpipe.runtime import Progress
 from tests.conftest import Tiny, tiny_transform
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ class Dying(Tiny):
 
 def test_a_process_that_is_killed_is_an_error_that_says_how_to_go_on(make_folder, tmp_path):
     folder = make_folder()
-    net = backbone.load(Dying(os.getpid()), transform=tiny_transform)
+    net = backbones.load(Dying(os.getpid()), transform=tiny_transform)
     with pytest.raises(CacheError, match="was killed by signal 9; what was finished is kept"):
         extract(folder, backbone=net, cache=tmp_path, device="cpu,cpu")
     cache = extract(folder, backbone=net, cache=tmp_path, device="cpu")
@@ -115,7 +115,7 @@ def test_an_interrupt_commits_what_the_processes_have_and_ends_them(make_folder,
     assert "interrupted; what was finished is kept" in said
     assert "Traceback" not in said
     assert list(tmp_path.glob("*.parts/*.record"))
-    assert processes.WORKER_CODE not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert multi_device.WORKER_CODE not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     done = subprocess.run(
         [*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featpipe import image
-from featpipe.backbone import Transform, products, resampling
-from featpipe.backbone.products import MATMUL_MAX_TAPS, MatmulResizer, is_exact, is_supported, max_resize_batch
-from featpipe.backbone.resampling import FILTER_SUPPORT, ResizeAxis
-from featpipe.engine.tf32 import allow_tf32
+from featpipe.backbones import Transform
+from featpipe.backbones.resize import embedding_bag, matmul
+from featpipe.backbones.resize.embedding_bag import FILTER_SUPPORT, ResizeAxis
+from featpipe.backbones.resize.matmul import MATMUL_MAX_TAPS, MatmulResizer, is_exact, is_supported, max_resize_batch
+from featpipe.data import image
+from featpipe.inference.devices import allow_tf32
 from tests.conftest import needs_gpu
 from tests.unit.test_resampling import axes
 
@@ -48,7 +49,7 @@ def by_pillow(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], f
 
 
 def by_sums(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
-    return resampling.resize(torch.from_numpy(picture).permute(2, 0, 1), *axes, filter_).permute(1, 2, 0).numpy()
+    return embedding_bag.resize(torch.from_numpy(picture).permute(2, 0, 1), *axes, filter_).permute(1, 2, 0).numpy()
 
 
 def hard(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -128,11 +129,11 @@ def test_what_is_not_exact_is_refused(axes):
 
 
 def test_matrices_are_kept_for_as_long_as_there_is_room(monkeypatch):
-    made, make = [], products._make_matrix
-    monkeypatch.setattr(products, "_make_matrix", lambda *given: made.append(given[0]) or make(*given))
+    made, make = [], matmul._make_matrix
+    monkeypatch.setattr(matmul, "_make_matrix", lambda *given: made.append(given[0]) or make(*given))
     axes = [whole(100 + i, 60) for i in range(4)]
     size = make(axes[3], "bicubic", CPU).nbytes
-    monkeypatch.setattr(products, "MAX_CACHED_MATRIX_BYTES", 3 * size)
+    monkeypatch.setattr(matmul, "MAX_CACHED_MATRIX_BYTES", 3 * size)
     kept = MatmulResizer(CPU)
     for axis in (*axes[:3], axes[0], axes[3], axes[0], axes[1]):
         kept._get_matrix(axis, "bicubic")
@@ -153,7 +154,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("size", [(375, 500), (20, 33), (224, 1600)])
 def test_so_many_are_resized_at_once_that_no_tensor_has_more_values_than_agreed(monkeypatch, size):
-    monkeypatch.setattr(products, "MAX_TENSOR_VALUES", 2**21)
+    monkeypatch.setattr(matmul, "MAX_TENSOR_VALUES", 2**21)
     axes = Transform(256, (224, 224)).resize_axes(*size)
     count = max_resize_batch(*axes, "bilinear")
     with Largest() as seen:
@@ -163,7 +164,7 @@ def test_so_many_are_resized_at_once_that_no_tensor_has_more_values_than_agreed(
 
 
 def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
-    make = products._make_matrix
+    make = matmul._make_matrix
 
     def rounded(*given: object) -> torch.Tensor:
         return make(*given).to(torch.bfloat16).float()
@@ -174,7 +175,7 @@ def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
     for found, expected in ((make, True), (rounded, False), (refused, False)):
         is_exact.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(products, "_make_matrix", found)
+            patch.setattr(matmul, "_make_matrix", found)
             assert is_exact(CPU) == expected
     is_exact.cache_clear()
 

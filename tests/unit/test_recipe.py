@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from featpipe.config import ExtractionConfig
 from featpipe.errors import ConfigError
-from featpipe.recipe import BACKBONE_FIELDS, EXTRACTION_KEYS, ExtractionConfig, Recipe, parse_changes, read_recipe
+from featpipe.experiments import BACKBONE_FIELDS, EXTRACTION_KEYS, Recipe, parse_changes, read_recipe
 
 
 def test_what_is_not_said_has_the_default_of_its_stage():

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from featpipe.errors import ConfigError
+from featpipe.metrics import Interval, score_classification, score_multilabel, score_regression
 from featpipe.report import BaselineRow, ComparisonRow, Gallery, Page, ReportImage, ReportTable, render_page, write_page
 from featpipe.report.charts import Axis, make_axis, make_confusion_matrix, make_training_curve
-from featpipe.scores import Interval, score_classification, score_multilabel, score_regression
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -378,7 +378,7 @@ def test_a_full_disk_leaves_the_page_of_before(tmp_path, monkeypatch, call):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"featpipe.report.html.os.{call}", fail)
+    monkeypatch.setattr(f"featpipe.report.render.os.{call}", fail)
     with pytest.raises(ConfigError, match=r"report\.html: cannot write the report: No space left on device"):
         write_page(full_page(), path)
     assert path.read_text() == "before"

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from featpipe import image
-from featpipe.backbone import Transform, resampling
-from featpipe.backbone.resampling import EMBEDDING_BAG_MAX_TAPS, ResizeAxis
+from featpipe.backbones import Transform
+from featpipe.backbones.resize import embedding_bag
+from featpipe.backbones.resize.embedding_bag import EMBEDDING_BAG_MAX_TAPS, ResizeAxis
+from featpipe.data import image
 
 FILTERS = ("bilinear", "bicubic")
 NOISE = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
@@ -26,7 +27,7 @@ def tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def resized(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
-    return resampling.resize(tensor(picture), *axes, filter_).permute(1, 2, 0).numpy()
+    return embedding_bag.resize(tensor(picture), *axes, filter_).permute(1, 2, 0).numpy()
 
 
 def by_pillow(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
@@ -45,12 +46,12 @@ def without_sums(monkeypatch):
     def refuse(*_):
         raise AssertionError("the sums were used")
 
-    monkeypatch.setattr(resampling, "_resize_by_embedding_bag", refuse)
+    monkeypatch.setattr(embedding_bag, "_resize_by_embedding_bag", refuse)
 
 
 @pytest.fixture
 def without_pillow(monkeypatch):
-    resampling.is_exact()
+    embedding_bag.is_exact()
 
     def refuse(*_):
         raise AssertionError("Pillow was used")
@@ -100,7 +101,7 @@ def test_pillow_itself_is_asked_only_where_the_rule_says(vertical, horizontal, f
     )
     picture = np.random.default_rng(0).integers(0, 256, (vertical.before, horizontal.before, 3), dtype=np.uint8)
     summed = (
-        resampling._resize_by_embedding_bag(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
+        embedding_bag._resize_by_embedding_bag(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
     )
     np.testing.assert_array_equal(summed, by_pillow(picture, (vertical, horizontal), filter_))
 
@@ -116,7 +117,7 @@ def test_what_the_sums_are_not_for_is_left_to_pillow(both, filter_, without_sums
 
 @pytest.mark.parametrize("filter_", FILTERS)
 def test_the_largest_sums_are_exact(filter_, without_pillow):
-    shrink = EMBEDDING_BAG_MAX_TAPS // (2 * resampling.FILTER_SUPPORT[filter_])
+    shrink = EMBEDDING_BAG_MAX_TAPS // (2 * embedding_bag.FILTER_SUPPORT[filter_])
     axis = whole(16 * shrink, 16)
     assert axis.taps(filter_) == EMBEDDING_BAG_MAX_TAPS
     weights = image.resize_weights(axis.source_size, axis.resized_size, filter_, EMBEDDING_BAG_MAX_TAPS)
@@ -128,7 +129,7 @@ def test_the_largest_sums_are_exact(filter_, without_pillow):
         for turned in (picture, picture.transpose(1, 0, 2).copy()):
             both = tuple(whole(n, 16 if n == axis.source_size else n) for n in turned.shape[:2])
             expected = by_pillow(turned, both, filter_)
-            summed = resampling._resize_by_embedding_bag(tensor(turned), *both, filter_).permute(1, 2, 0).numpy()
+            summed = embedding_bag._resize_by_embedding_bag(tensor(turned), *both, filter_).permute(1, 2, 0).numpy()
             np.testing.assert_array_equal(summed, expected)
 
 
@@ -185,7 +186,7 @@ def test_the_weights_are_those_of_the_filter_in_units_of_two_to_the_minus_22(bef
 def test_strips_meet_without_a_seam(monkeypatch, without_pillow):
     expected = resized(NOISE, MIDDLE, "bicubic")
     for values in (1, 3_000, 100_000):
-        monkeypatch.setattr(resampling, "MAX_STRIP_VALUES", values)
+        monkeypatch.setattr(embedding_bag, "MAX_STRIP_VALUES", values)
         np.testing.assert_array_equal(resized(NOISE, MIDDLE, "bicubic"), expected)
 
 
@@ -194,26 +195,26 @@ def test_memory_layout_does_not_change_a_bit():
     planes, window = tensor(NOISE).contiguous(), np.zeros((400, 640, 3), np.uint8)
     window[10:385, 20:520] = NOISE
     for other in (planes, tensor(window)[:, 10:385, 20:520], tensor(NOISE[::-1].copy()).flip(1)):
-        found = resampling.resize(other, *MIDDLE, "bicubic").permute(1, 2, 0).numpy()
+        found = embedding_bag.resize(other, *MIDDLE, "bicubic").permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(found, expected)
 
 
 def test_a_pillow_that_computes_otherwise_is_noticed_and_used(monkeypatch):
     resize = image.resize
     monkeypatch.setattr(image, "resize", lambda *given: resize(*given) ^ 1)
-    resampling.is_exact.cache_clear()
+    embedding_bag.is_exact.cache_clear()
     try:
-        assert not resampling.is_exact()
+        assert not embedding_bag.is_exact()
         np.testing.assert_array_equal(resized(NOISE, MIDDLE, "bicubic"), by_pillow(NOISE, MIDDLE, "bicubic") ^ 1)
     finally:
         monkeypatch.undo()
-        resampling.is_exact.cache_clear()
-    assert resampling.is_exact()
+        embedding_bag.is_exact.cache_clear()
+    assert embedding_bag.is_exact()
 
 
 def test_threads_share_weights_and_nothing_else():
     expected = [resized(NOISE[:, : 200 + 40 * i], (MIDDLE[0], whole(200 + 40 * i, 180)), "bicubic") for i in range(4)]
-    resampling._make_resize_pass.cache_clear()
+    embedding_bag._make_resize_pass.cache_clear()
     found: dict[int, list[NDArray[np.uint8]]] = {}
 
     def work(i: int) -> None:

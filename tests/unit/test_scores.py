@@ -10,7 +10,7 @@ from scipy.stats import binomtest, spearmanr
 from sklearn import metrics as sk
 
 from featpipe.errors import ConfigError
-from featpipe.scores import (
+from featpipe.metrics import (
     METRICS,
     Interval,
     compare_paired,
@@ -19,7 +19,7 @@ from featpipe.scores import (
     score_regression,
     wilson_interval,
 )
-from featpipe.scores.paired import mcnemar_test
+from featpipe.metrics.paired_tests import mcnemar_test
 
 CLASSES = tuple("abcdefgh")
 SHARES = ("accuracy", "top5_accuracy", "exact_match")
@@ -211,7 +211,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
 
 
 def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
-    monkeypatch.setattr("featpipe.scores.measuring._MAX_RANKED_SCORES", 10)
+    monkeypatch.setattr("featpipe.metrics.metrics._MAX_RANKED_SCORES", 10)
     codes, p = predictions(50)
     metrics = score_classification(named(codes), p, CLASSES).metrics
     assert not metrics["roc_auc"].known

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache
-from featpipe.cache import SampleTable, opening, parts_directory, shards_directory, write_cache, writer
+from featpipe.cache import SampleTable, parts_directory, shards_directory, write_cache, writer
+from featpipe.cache import open as opening
+from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheFormatError
-from featpipe.labels import Labels
 from featpipe.status import Status
-from featpipe.strings import StringColumn
+from featpipe.storage import StringColumn
 
 SMALLEST = 65536  # bytes of a shard: one page of the largest kind
 WIDE = {"pooled": (1024,)}

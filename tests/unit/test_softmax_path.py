@@ -15,10 +15,11 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_va
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from threadpoolctl import threadpool_limits
 
-from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, dumps, loads, path
-from featpipe.heads.objective import LogisticProblem
-from featpipe.heads.path import C_GRID, solve_path
-from featpipe.heads.solver import minimize
+from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV, dumps, loads
+from featpipe.heads.logistic import cv
+from featpipe.heads.logistic.cv import C_GRID, solve_path
+from featpipe.heads.logistic.objective import LogisticProblem
+from featpipe.heads.logistic.solver import minimize
 
 FEW = (1e-3, 1e-1, 10.0)
 WEIGHTED_ROWS = "a row of weight two is in one fold, two rows may be in two: as with scikit-learn's own"
@@ -160,7 +161,7 @@ def test_folds_side_by_side_give_the_bits_of_folds_in_turn(threads, monkeypatch)
     search = SoftmaxRegressionCV(FEW, cv=5, refit=False, scoring="neg_log_loss")
     with threadpool_limits(threads, user_api="blas"):
         together = clone(search).fit(X, y)
-        monkeypatch.setattr(path, "MAX_THREADED_PRODUCTS", 0)
+        monkeypatch.setattr(cv, "MAX_THREADED_PRODUCTS", 0)
         in_turn = clone(search).fit(X, y)
     np.testing.assert_array_equal(together.scores_, in_turn.scores_)
     np.testing.assert_array_equal(together.coef_, in_turn.coef_)

@@ -44,9 +44,9 @@ def test_rows_of_a_file_give_the_answer_of_rows_in_memory(tmp_path, k):
 
 
 def test_memory_stays_flat_when_rows_are_many(tmp_path, monkeypatch):
-    from featpipe.heads import curvature
+    from featpipe.heads.logistic import preconditioners
 
-    monkeypatch.setattr(curvature, "MAX_VALUES_FROM_FILE", 1e5)
+    monkeypatch.setattr(preconditioners, "MAX_VALUES_FROM_FILE", 1e5)
     X, y = rows(150_000, 32, 5)
     X.tofile(tmp_path / "rows")
     source = File(tmp_path / "rows", X.shape)

@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featpipe.heads import SoftmaxRegression, solver
-from featpipe.heads.curvature import DiagonalPreconditioner
-from featpipe.heads.objective import LogisticProblem
-from featpipe.heads.quasi_newton import HISTORY_SIZE, LBFGSHistory
+from featpipe.heads import SoftmaxRegression
+from featpipe.heads.logistic import solver
+from featpipe.heads.logistic.lbfgs import HISTORY_SIZE, LBFGSHistory
+from featpipe.heads.logistic.objective import LogisticProblem
+from featpipe.heads.logistic.preconditioners import DiagonalPreconditioner
 
 
 def two_loops(pairs, gradient, inverse):

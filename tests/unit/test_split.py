@@ -9,9 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedGroupKFold, TimeSeriesSplit
 
-from featpipe import split
 from featpipe.errors import ConfigError
-from featpipe.split import compute_group_keys, compute_keys, find_cutoff_time, make_folds, make_holdout
+from featpipe.splits import compute_group_keys, compute_keys, find_cutoff_time, make_folds, make_holdout, splits
 
 
 def digests_of(*numbers: int) -> np.ndarray:
@@ -301,7 +300,7 @@ def test_an_image_that_joins_groups_never_brings_a_test_row_to_training(old, add
     images, groups = np.array(old + added).T
     digests, n = digests_of(*images), len(old)
     for some in (slice(n), slice(None)):  # where all joined groups are on one side, the other is lent one
-        keys = split._find_units(digests[some], groups[some], seed)[1]
+        keys = splits._find_units(digests[some], groups[some], seed)[1]
         assume(0 < (keys < 0.4).mean() < 1)
     _, before = make_holdout(digests[:n], test=0.4, seed=seed, groups=groups[:n])
     _, after = make_holdout(digests, test=0.4, seed=seed, groups=groups)
@@ -328,7 +327,7 @@ def connected(images: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def test_units_are_the_sets_that_a_union_find_connects_in_the_order_of_their_smallest_key(rows):
     images, groups = np.array(rows).T
     oracle = connected(images, groups)
-    units, keys = split._find_units(digests_of(*images), groups, 0)
+    units, keys = splits._find_units(digests_of(*images), groups, 0)
     np.testing.assert_array_equal(units[:, None] == units, oracle[:, None] == oracle)
     own = compute_group_keys(groups)
     np.testing.assert_array_equal(keys, [own[oracle == unit].min() for unit in oracle])
@@ -340,7 +339,7 @@ def test_a_long_chain_of_groups_that_share_an_image_each_is_one_unit():
     images, groups = np.concatenate([links, links]), np.concatenate([links, links + 1])
     digests = np.zeros((40_000, 32), np.uint8)
     digests[:, :8] = images[:, None].astype("<u8").view(np.uint8)
-    assert split._find_units(digests, groups, 0)[0].max() == 0
+    assert splits._find_units(digests, groups, 0)[0].max() == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -419,7 +418,7 @@ def test_what_changes_sides_so_that_no_class_lacks_one_is_the_least_there_is(row
         if all(len(set(side[units][y == label])) == k for label in set(y)):
             least = min(least, cost[side != start].sum())
     codes = np.unique(y, return_inverse=True)[1]
-    found = split._rearrange(start, cost, codes, units, k)
+    found = splits._rearrange(start, cost, codes, units, k)
     assert (found is None) == np.isinf(least)
     if found is not None:
         assert cost[found != start].sum() == pytest.approx(least)
@@ -435,7 +434,7 @@ def test_many_classes_of_few_groups_each_are_arranged_by_steps(k):
     ]
     groups = np.concatenate(of_class)
     y = np.repeat(np.arange(150), k + 2)
-    assert len(np.unique(groups)) * k > split.MAX_EXACT_CHOICES
+    assert len(np.unique(groups)) * k > splits.MAX_EXACT_CHOICES
     for seed in range(5):
         parts = make_folds(many(len(y)), y, groups=groups, k=k, seed=seed)
         assert all(set(y[train]) == set(y[test]) == set(y) for train, test in parts)
@@ -610,7 +609,7 @@ def test_a_time_without_times_is_refused():
 
 def test_a_given_split_loses_the_test_rows_of_which_a_copy_is_trained_on():
     marks = np.array(list("ttteex"))
-    train, test = split.apply_predefined_split(digests_of(1, 2, 3, 3, 4, 4), marks == "t", marks == "e")
+    train, test = splits.apply_predefined_split(digests_of(1, 2, 3, 3, 4, 4), marks == "t", marks == "e")
     assert train.tolist() == [0, 1, 2]
     assert test.tolist() == [4]
 
@@ -618,8 +617,8 @@ def test_a_given_split_loses_the_test_rows_of_which_a_copy_is_trained_on():
 def test_a_given_split_that_divides_a_group_is_refused_and_the_group_named():
     marks = np.array(list("ttteee"))
     with pytest.raises(ConfigError, match=r"1 of 5 groups are on both sides .* the first is 'p3'"):
-        split.apply_predefined_split(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p3", "p3", "p4", "p5"])
-    train, test = split.apply_predefined_split(
+        splits.apply_predefined_split(many(6), marks == "t", marks == "e", groups=["p1", "p2", "p3", "p3", "p4", "p5"])
+    train, test = splits.apply_predefined_split(
         many(6), marks == "t", marks == "e", groups=["p1", "p2", "p2", "p3", "p4", "p5"]
     )
     assert (train.tolist(), test.tolist()) == ([0, 1, 2], [3, 4, 5])
@@ -628,8 +627,8 @@ def test_a_given_split_that_divides_a_group_is_refused_and_the_group_named():
 def test_a_given_split_without_rows_on_a_side_is_refused():
     marks = np.array(list("ttte"))
     with pytest.raises(ConfigError, match="has no row for the test"):
-        split.apply_predefined_split(many(4), marks == "t", marks == "none")
+        splits.apply_predefined_split(many(4), marks == "t", marks == "none")
     with pytest.raises(ConfigError, match="all 1 images that are marked for the test are, byte by byte, also"):
-        split.apply_predefined_split(digests_of(1, 2, 3, 3), marks == "t", marks == "e")
+        splits.apply_predefined_split(digests_of(1, 2, 3, 3), marks == "t", marks == "e")
     with pytest.raises(ConfigError, match="3 rows are marked for training and for the test"):
-        split.apply_predefined_split(many(4), marks == "t", marks == "t")
+        splits.apply_predefined_split(many(4), marks == "t", marks == "t")

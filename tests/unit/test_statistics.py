@@ -10,7 +10,7 @@ import pytest
 from sklearn.pipeline import Pipeline
 
 from featpipe import heads
-from featpipe.heads.statistics import (
+from featpipe.heads.closed_form.sufficient_statistics import (
     SufficientStatistics,
     accepts_statistics,
     compute_statistics,

@@ -13,10 +13,10 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from featpipe.errors import ConfigError
-from featpipe.heads import moments as room
-from featpipe.heads.halves import convert_float
-from featpipe.heads.moments import compute_moments
-from featpipe.heads.streaming import can_stream, fit_streamed
+from featpipe.heads.closed_form import moments
+from featpipe.heads.closed_form.moments import compute_moments
+from featpipe.heads.closed_form.out_of_core import can_stream, fit_streamed
+from featpipe.runtime.float16 import convert_float
 
 
 class Source:
@@ -36,9 +36,9 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(room, "DIAGONAL_BLOCK_ELEMENTS", 500)
-    monkeypatch.setattr(room, "GRAM_BLOCK_ELEMENTS", 700)
-    monkeypatch.setattr(room, "SHIFT_SAMPLE_ROWS", 40)
+    monkeypatch.setattr(moments, "DIAGONAL_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(moments, "GRAM_BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(moments, "SHIFT_SAMPLE_ROWS", 40)
 
 
 def data(k: int = 4, n: int = 600, d: int = 12, seed: int = 0, dtype: object = np.float64) -> tuple:
@@ -157,7 +157,7 @@ def test_closed_forms_take_one_pass():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float16, 1e-5), (np.float64, 1e-12)])
 def test_class_codes_stand_for_columns_of_0_and_1(dtype, rounding, weighted, monkeypatch):
-    monkeypatch.setattr(room, "MIN_ROWS_PER_CLASS_SUM", 64)  # in several pieces
+    monkeypatch.setattr(moments, "MIN_ROWS_PER_CLASS_SUM", 64)  # in several pieces
     X = np.random.default_rng(0).normal(size=(600, 12)).astype(dtype)
     codes = np.random.default_rng(1).integers(0, 3, 600)
     weights = np.random.default_rng(2).uniform(0.5, 3, 600) if weighted else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featpipe import fingerprint
-from featpipe.cli import show
+from featpipe.cli import info
 from featpipe.cli.terminal import Terminal, format_table
-from featpipe.progress import Progress, report_warnings_only
-from featpipe.recipe import ExtractionConfig
+from featpipe.config import ExtractionConfig
+from featpipe.runtime import Progress, report_warnings_only
 from featpipe.status import Status
+from featpipe.storage import hashing
 
 
 def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
@@ -61,20 +61,20 @@ def test_in_python_warnings_go_where_warnings_go_and_the_rest_is_quiet(capsys):
 
 
 def test_equal_facts_have_equal_fingerprints_whatever_their_order():
-    assert fingerprint.compute_fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint.compute_fingerprint(
+    assert hashing.compute_fingerprint({"a": 1, "b": [1.5, None]}) == hashing.compute_fingerprint(
         {"b": [1.5, None], "a": 1}
     )
-    assert fingerprint.compute_fingerprint({"a": 1}) != fingerprint.compute_fingerprint({"a": 1.0})
+    assert hashing.compute_fingerprint({"a": 1}) != hashing.compute_fingerprint({"a": 1.0})
 
 
 def test_a_bit_a_shape_a_dtype_or_a_name_changes_the_digest_of_arrays():
     array = np.arange(6, dtype=np.float32)
     digests = {
-        fingerprint.digest_arrays([("a", array)]),
-        fingerprint.digest_arrays([("b", array)]),
-        fingerprint.digest_arrays([("a", array.reshape(2, 3))]),
-        fingerprint.digest_arrays([("a", array.view(np.int32))]),
-        fingerprint.digest_arrays([("a", np.nextafter(array, 9))]),
+        hashing.digest_arrays([("a", array)]),
+        hashing.digest_arrays([("b", array)]),
+        hashing.digest_arrays([("a", array.reshape(2, 3))]),
+        hashing.digest_arrays([("a", array.view(np.int32))]),
+        hashing.digest_arrays([("a", np.nextafter(array, 9))]),
     }
     assert len(digests) == 5
 
@@ -102,5 +102,5 @@ def test_a_limit_of_bad_images_is_a_number_or_a_share(limit, allowed):
 
 
 def test_what_info_shows_cannot_either():
-    shown = show._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
+    shown = info._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
     assert shown.isprintable()

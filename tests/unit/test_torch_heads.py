@@ -19,12 +19,19 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, batches
-from featpipe.heads.batches import BatchSource, TrainingBatch
-from featpipe.heads.losses import LossFunction
-from featpipe.heads.network import ACTIVATIONS, Network, NetworkArchitecture, forward
-from featpipe.heads.optimizers import OPTIMIZER_CLASSES, make_schedule
-from featpipe.heads.plan import NetworkTrainingConfig
+from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
+from featpipe.heads.neural import batches
+from featpipe.heads.neural.batches import BatchSource, TrainingBatch
+from featpipe.heads.neural.config import NetworkTrainingConfig
+from featpipe.heads.neural.losses import LossFunction
+from featpipe.heads.neural.train import (
+    ACTIVATIONS,
+    OPTIMIZER_CLASSES,
+    Network,
+    NetworkArchitecture,
+    forward,
+    make_schedule,
+)
 
 HEADS = [LinearClassifier, MLPClassifier, LinearRegressor, MLPRegressor]
 CLASSIFIERS = HEADS[:2]

@@ -15,19 +15,19 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 
-from featpipe import FeatureCache, extract, heads, load_model, split, train
-from featpipe.archive import index as index_of
+from featpipe import FeatureCache, extract, heads, load_model, train
 from featpipe.cache import SPLIT_NAMES, SampleTable, write_cache
+from featpipe.data import Labels, index
 from featpipe.errors import CacheError, ConfigError
-from featpipe.heads.balance import draw_row_indices
-from featpipe.labels import Labels
+from featpipe.heads.resampling import draw_row_indices
+from featpipe.metrics import score
 from featpipe.model import STORED_DIGEST_BYTES
-from featpipe.progress import Progress
-from featpipe.scores import score
+from featpipe.runtime import Progress
+from featpipe.splits import splits
 from featpipe.status import Status
-from featpipe.strings import StringColumn
-from featpipe.training import compare, load_training_data, selection
-from featpipe.training.verb import _unique_digests
+from featpipe.storage import StringColumn
+from featpipe.training import compare, load_training_data, search
+from featpipe.training.train import _unique_digests
 
 FACTS = {
     "backbone": {"name": "x", "source": "user", "weights": "0", "transform": {}, "outputs": {"pooled": {}}},
@@ -146,7 +146,7 @@ def test_real_images_that_cannot_be_read_or_have_no_label_are_left_out(
     trained = {path for path in folder.rglob("*.jpg") if path.name != "stray.jpg" and path != folder / "bee/01.jpg"}
     known = {hashlib.sha256(path.read_bytes()).digest()[:STORED_DIGEST_BYTES] for path in trained}
     assert {row.tobytes() for row in model.trained_on} == known
-    assert index_of(folder).ids == cache.ids
+    assert index(folder).ids == cache.ids
 
 
 # -- the estimate ----------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_the_cross_validated_score_is_that_of_a_loop_written_by_hand(
     cache = make_cache(X, Labels.from_class_names(names))
     model = train(cache, head, cv=3, params=params, random_state=7)
     probabilities = np.zeros((90, 4))
-    for fit, held in split.make_folds(digests(90), names, k=3):
+    for fit, held in splits.make_folds(digests(90), names, k=3):
         estimator = heads.build(head, params=params, random_state=7).fit(X[fit], np.array(names)[fit])
         probabilities[held] = estimator.predict_proba(X[held])
     found = model.scores["cross_validation"]
@@ -283,7 +283,7 @@ def test_data_that_a_head_refuses_is_one_line(make_cache: Any, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise ValueError("too few rows\nto hold some out")
 
-    monkeypatch.setattr("featpipe.heads.softmax.SoftmaxRegression.fit", refuse)
+    monkeypatch.setattr("featpipe.heads.logistic.estimator.SoftmaxRegression.fit", refuse)
     refused(ConfigError, r"made\.h5: head 'logistic' cannot be fitted: too few rows to hold some out", cache)
 
 
@@ -319,7 +319,7 @@ def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: 
     tried = train(cache, metric="log_loss").history["chosen"]["tried"]
     for at in (8, 20, 30):
         C, losses = tried[at]["settings"]["C"], []
-        for fit, held in split.make_folds(digests(90), codes, k=5, seed=1):
+        for fit, held in splits.make_folds(digests(90), codes, k=5, seed=1):
             Z = StandardScaler().fit(X[fit]).transform(X.astype(np.float64))
             head = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(Z[fit], codes[fit])
             losses.append(log_loss(codes[held], head.predict_proba(Z[held])))
@@ -346,7 +346,7 @@ def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, 
     oracle = GridSearchCV(
         heads.build(head, params={key: values[0]}),
         {f"head__{key}": values},
-        cv=split.make_folds(digests(150), codes, k=5, seed=1),
+        cv=splits.make_folds(digests(150), codes, k=5, seed=1),
     ).fit(X, codes)
     assert model.history["chosen"]["settings"] == {key: oracle.best_params_[f"head__{key}"]}
     np.testing.assert_allclose(
@@ -365,8 +365,8 @@ def test_settings_are_chosen_anew_without_the_rows_of_each_fold(make_cache: Any,
     X, codes = noisy(n=60)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     seen: list[int] = []
-    inner = selection.make_inner_folds
-    monkeypatch.setattr(selection, "make_inner_folds", lambda rows, task: seen.append(len(rows)) or inner(rows, task))
+    inner = search.make_inner_folds
+    monkeypatch.setattr(search, "make_inner_folds", lambda rows, task: seen.append(len(rows)) or inner(rows, task))
     train(cache, cv=3)
     assert sorted(seen) == [40, 40, 40, 60]
 
@@ -439,7 +439,7 @@ def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
 def test_a_time_cuts_once_and_what_is_later_judges(
     head: str, times: Any, since: Any, make_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featpipe.training.fitting import HeadConfig
+    from featpipe.training.fit import HeadConfig
 
     codes = np.random.default_rng(0).integers(0, 2, 120)
     X = blobs(codes, spread=0.1)
@@ -564,7 +564,7 @@ def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: A
 
 
 def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("featpipe.training.fitting.MAX_TUNING_ROWS", 100)
+    monkeypatch.setattr("featpipe.training.fit.MAX_TUNING_ROWS", 100)
     X, codes = noisy(n=200)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     chosen = train(cache, memory=0).history["chosen"]
@@ -625,7 +625,7 @@ def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatc
     monkeypatch.setattr(heads.MLPClassifier, "fit", spied)
     model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3, "validation_fraction": 0.2})
     ((fitted, watched),) = seen
-    fit_rows, held = split.make_holdout(own, codes, test=0.2, seed=2)
+    fit_rows, held = splits.make_holdout(own, codes, test=0.2, seed=2)
     assert (fitted, watched) == (len(fit_rows), len(held))
     assert len(model.history["curves"]["validation_curve"]) == len(model.history["curves"]["loss_curve"])
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from featpipe import extract, load_model, predict, train, trust
+from featpipe import extract, load_model, predict, train
 from featpipe.errors import ConfigError, ModelError
-from featpipe.trust import ConformalPredictor, NoveltyScorer, Uncertainty
+from featpipe.model import ConformalPredictor, NoveltyScorer, Uncertainty, uncertainty
 
 
 def answers(m, k=6, seed=0):
@@ -96,7 +96,7 @@ def test_what_is_kept_survives_the_file_to_the_bit():
         NoveltyScorer.from_embeddings(cloud(60, 0), np.arange(50), np.arange(60)),
         ConformalPredictor.from_predictions(*answers(40)),
     )
-    again = trust.loads(trust.dumps(kept))
+    again = uncertainty.loads(uncertainty.dumps(kept))
     assert again.novelty is not None
     assert again.conformal is not None
     np.testing.assert_array_equal(again.novelty.references, kept.novelty.references)
@@ -115,9 +115,9 @@ def test_arrays_that_no_model_holds_are_refused():
         {"else": np.zeros(3, np.float32)},
     ):
         with pytest.raises(ValueError, match="which no model holds"):
-            trust.loads(save(arrays))
+            uncertainty.loads(save(arrays))
     with pytest.raises(ValueError, match="not safetensors"):
-        trust.loads(b"\xff" * 64)
+        uncertainty.loads(b"\xff" * 64)
 
 
 @pytest.fixture

@@ -11,24 +11,26 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featpipe import archive
+from featpipe import data
 from featpipe.cache import FeatureCache, SampleTable, parts_directory, shards_directory, write_cache, writer
-from featpipe.commit import StagingArea, lock_file
+from featpipe.config import ExtractionConfig
+from featpipe.data import Labels, order_classes
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError
 from featpipe.extraction import extract, extract_index
-from featpipe.labels import Labels, order_classes
-from featpipe.progress import Progress
-from featpipe.recipe import ExtractionConfig
+from featpipe.maintenance import clean, merge, pack, remove_abandoned
+from featpipe.maintenance.diff import diff_with_cache, diff_with_request
+from featpipe.runtime import Progress
 from featpipe.status import Status
-from featpipe.strings import StringColumn
-from featpipe.upkeep import clean, cleaning, merge, pack, remove_abandoned
-from featpipe.upkeep.comparison import diff_with_cache, diff_with_request
+from featpipe.storage import StagingArea, StringColumn, lock_file
 from tests.conftest import jpeg
+
+cleaning = import_module("featpipe.maintenance.clean")
 
 WIDTH = 1024
 SHARD = 65536  # shards of 32 rows: as few as both outputs have in whole pages
@@ -517,7 +519,7 @@ def test_temporary_files_go_when_their_process_is_gone_and_locks_when_nobody_hol
 def test_a_lock_that_was_removed_while_one_waited_for_it_holds_all_the_same(tmp_path):
     lock = tmp_path / ".files-01234567.lock"
     waiting = (
-        "import sys; from pathlib import Path; from featpipe.commit import exclusive\n"
+        "import sys; from pathlib import Path; from featpipe.storage.staging import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', Path(sys.argv[1]).exists())"
     )
     with lock_file(lock):
@@ -544,8 +546,8 @@ def test_equal_facts_are_equal_and_images_are_told_apart_without_being_read(make
     folder = make_folder()
     aged(folder)
     settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
-    cache = extract_index(archive.index(folder), tiny, settings)
-    monkeypatch.setattr(archive.SampleReader, "read", None)
+    cache = extract_index(data.index(folder), tiny, settings)
+    monkeypatch.setattr(data.SampleReader, "read", None)
     found = diff_with_request(cache, settings, [str(folder)])
     assert (found.differences, found.usable) == ([], True)
     assert vars(found.samples) == {
@@ -563,7 +565,7 @@ def test_equal_facts_are_equal_and_images_are_told_apart_without_being_read(make
 
 def test_each_fact_of_a_request_that_differs_has_its_line(make_folder, tiny, tmp_path):
     settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
-    cache = extract_index(archive.index(make_folder()), tiny, settings)
+    cache = extract_index(data.index(make_folder()), tiny, settings)
     found = diff_with_request(cache, replace(settings, precision="bf16", storage="float16"))
     assert found.differences == [
         "precision is 'fp32', asked for 'bf16'",
@@ -594,7 +596,7 @@ def test_a_status_that_is_to_be_tried_again_is_not_unchanged(make_folder, tiny, 
     folder = make_folder()
     aged(folder)
     settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
-    cache = extract_index(archive.index(folder), tiny, settings)
+    cache = extract_index(data.index(folder), tiny, settings)
     status = cache.status_codes.copy()
     status[4] = Status.OUT_OF_MEMORY
     table = replace(cache.table(), status=status)

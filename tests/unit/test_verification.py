@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import h5py
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 
 import featpipe
-from featpipe import backbone as backbones
+from featpipe import backbones
 from featpipe.cache import FeatureCache
 from featpipe.errors import ArchiveError, CacheError, CacheFormatError, ConfigError, WeightsError
-from featpipe.progress import Progress
+from featpipe.maintenance import TOLERANCES, repair, verify
+from featpipe.runtime import Progress
 from featpipe.status import Status
-from featpipe.verification import TOLERANCES, repair, verify
 from tests.conftest import Tiny, jpeg, tiny_transform
 
 
@@ -57,13 +58,13 @@ def flip(path: Path, name: str, at: int) -> None:
 def count(monkeypatch) -> list[int]:
     """How many images were embedded, one entry for each forward pass."""
     seen: list[int] = []
-    from featpipe import engine
+    from featpipe import inference
 
-    def embed(self, images, embed=engine.Engine.embed):
+    def embed(self, images, embed=inference.Engine.embed):
         seen.append(len(images))
         return embed(self, images)
 
-    monkeypatch.setattr(engine.Engine, "embed", embed)
+    monkeypatch.setattr(inference.Engine, "embed", embed)
     return seen
 
 
@@ -201,7 +202,7 @@ def test_a_damaged_row_whose_image_is_gone_or_another_loses_its_features(made, t
 
 
 def test_a_repair_that_is_interrupted_leaves_the_cache_as_it_was_and_goes_on(made, tiny, monkeypatch, count):
-    from featpipe import verification
+    verification = import_module("featpipe.maintenance.verify")
 
     for row in (2, 5, 11):
         flip(made.path, "features/pooled", row * 32 + 3)
@@ -325,7 +326,7 @@ def test_a_cache_of_format_1_0_says_that_it_has_no_checksums():
 
 
 def test_every_precision_has_its_tolerance():
-    from featpipe.recipe import PRECISIONS
+    from featpipe.config import PRECISIONS
 
     assert set(TOLERANCES) == set(PRECISIONS)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from featpipe.backbone import CustomTransform, Transform
+from featpipe.backbones import CustomTransform, Transform
 from featpipe.errors import ConfigError
-from featpipe.finetuning.views import Augmentation, AugmentedTransform, seeded_random
+from featpipe.finetuning.augmentation import Augmentation, AugmentedTransform, seeded_random
 from tests.conftest import picture, tiny_transform
 
 ALL = Augmentation(crop=0.5, flip=0.5, rotation=10, color=0.2, rand_augment=9, blur=1, noise=0.1, erase=0.5)

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from featpipe.workers import BlasThreadPool, map_in_parallel
+from featpipe.runtime import BlasThreadPool, map_in_parallel
 
 ENOUGH = 1e9
 

@@ -1,0 +1,171 @@
+"""A backbone, and the proof that it is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featpipe.backbones.outputs import Output, Recorder
+from featpipe.backbones.transforms import CustomTransform, Transform
+from featpipe.errors import ConfigError
+
+__all__ = ["Backbone", "prove_frozen"]
+
+PROBE_LEVELS = ((0, 256), (0, 48), (176, 256))  # of the probes' pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen, headless network with its weights, its own transform and named outputs.
+
+    Attributes
+    ----------
+    name : str
+        As :func:`featpipe.backbones.load` takes it.
+    source : {"packaged", "torchvision", "timm", "user"}
+    network : Module
+        Headless, in eval mode, without gradients.
+    transform : Transform or CustomTransform
+        uint8 (3, H, W) → float32 (3, h, w).
+    outputs : tuple of Output
+    digest : str
+        SHA-256 of the headless network's state: names, dtypes, shapes and bytes. The format of the file that the
+        weights came from does not show in it.
+    origin : str
+        Where the weights came from, for people: a published name, a file, or that there are none. Not identity.
+    code : mapping
+        What identifies a user's own network beyond its weights; empty for the libraries'.
+    request : mapping
+        What :func:`featpipe.backbones.load` was asked for, to load it again: name, weights, outputs, seed.
+    """
+
+    name: str
+    source: str
+    network: nn.Module
+    transform: Transform | CustomTransform
+    outputs: tuple[Output, ...]
+    digest: str
+    origin: str
+    code: Mapping[str, str]
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Output name → shape for one image: (d,), (t, d) or (c, h, w)."""
+        return {output.name: output.shape for output in self.outputs}
+
+    @property
+    def width(self) -> int:
+        """Numbers in a vector of the first output; channels, if it is a map or tokens."""
+        shape = self.outputs[0].shape
+        return shape[-1] if len(shape) == 2 else shape[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The identity: backbones with equal facts give equal embeddings. JSON can hold it."""
+        identity: dict[str, Any] = {
+            "name": self.name,
+            "source": self.source,
+            "weights": self.digest,
+            "transform": self.transform.to_dict(),
+            "outputs": {output.name: output.to_dict() for output in self.outputs},
+        }
+        if isinstance(transform_input := getattr(self.network, "transform_input", None), bool):
+            identity["transform_input"] = (
+                transform_input  # GoogLeNet and Inception normalise again inside, if their weights want it
+            )
+        return {**identity, "code": dict(self.code)} if self.code else identity
+
+    def embed(self, images: Tensor, *, run_to_end: bool = False) -> dict[str, Tensor]:
+        """The values of all outputs, from one forward pass that goes no further than it must.
+
+        Several threads may embed with one network at the same time.
+
+        Parameters
+        ----------
+        images : Tensor of shape (b, 3, h, w)
+            Transformed, on the network's device and in its dtype.
+        whole : bool
+            Go to the network's end: leaving it half way is nothing that an exporter could follow.
+
+        Returns
+        -------
+        dict from output name to Tensor of shape (b, *shape)
+        """
+        values = Recorder(self.outputs, run_to_end=run_to_end).run(self.network, images)
+        return {output.name: values[output.name] for output in self.outputs}
+
+
+def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
+    """Check on a few made-up pictures that embeddings depend on nothing but the picture.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    tolerance : float
+        Largest accepted distance between two embeddings of a picture, relative to their length. Batches of different
+        sizes are summed in different orders, so that it cannot be 0; half precision needs 100 times the default.
+
+    Raises
+    ------
+    ConfigError
+        If a module trains, a parameter has a gradient, two passes differ, a picture's embedding depends on its
+        neighbours, or a forward pass changes the network.
+    """
+    error_prefix = f"backbone {backbone.name!r} is not frozen"
+    for name, module in backbone.network.named_modules():
+        if module.training:
+            raise ConfigError(
+                f"{error_prefix}: module {name or '(the network itself)'!r} stays in training mode after eval()"
+            )
+    for name, parameter in backbone.network.named_parameters():
+        if parameter.requires_grad:
+            raise ConfigError(f"{error_prefix}: parameter {name!r} requires a gradient")
+    tensors_before = {name: value.clone() for name, value in _named_tensors(backbone.network).items()}
+    with torch.inference_mode():
+        images = _make_probe_images(backbone)
+        batched, repeated = backbone.embed(images), backbone.embed(images)
+        single_passes = [backbone.embed(image[None]) for image in images]
+    for name, value in _named_tensors(backbone.network).items():
+        if name not in tensors_before or not _is_equal(value, tensors_before[name]):
+            raise ConfigError(f"{error_prefix}: a forward pass changes {name!r}")
+    for name, value in batched.items():
+        if not value.isfinite().all():
+            raise ConfigError(f"backbone {backbone.name!r}: output {name!r} is not finite; its weights are damaged")
+        _check_close(value, repeated[name], tolerance, f"{error_prefix}: output {name!r} differs between two passes")
+        unbatched = torch.cat([embeddings[name] for embeddings in single_passes])
+        _check_close(
+            value, unbatched, tolerance, f"{error_prefix}: output {name!r} of an image depends on its neighbours"
+        )
+
+
+def _check_close(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
+    a, b = (value.cpu().double().flatten(1) for value in (a, b))
+    distance = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    if distance.max() > tolerance:
+        advice = "use a network whose eval() mode is deterministic"
+        raise ConfigError(
+            f"{problem}, by {distance.max():.1e} of its length where {tolerance:.0e} is allowed; {advice}"
+        )
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict([*network.named_parameters(), *network.named_buffers()])
+
+
+def _make_probe_images(backbone: Backbone) -> Tensor:
+    """Noise of very different brightness and contrast, so that statistics of a batch are not those of its images."""
+    generator = torch.Generator().manual_seed(0)
+    probes = []
+    for low, high in PROBE_LEVELS:
+        noise = torch.randint(low, high, (3, 256, 320), dtype=torch.uint8, generator=generator)
+        probes.append(backbone.transform(noise))
+    reference = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.stack(probes).to(reference.device, reference.dtype)

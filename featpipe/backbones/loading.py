@@ -1,0 +1,235 @@
+"""A name, weights and outputs → a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from featpipe.backbones.backbone import Backbone
+from featpipe.backbones.bundled import is_model_file, read_bundled_backbone
+from featpipe.backbones.outputs import POOLED, resolve_outputs
+from featpipe.backbones.registry import PACKAGED_BACKBONES, TIMM_PREFIX, names
+from featpipe.backbones.sources.custom import AnyTransform, HeadlessNetwork
+from featpipe.backbones.transforms import CustomTransform, Transform
+from featpipe.backbones.weights import digest_state
+from featpipe.config import unknown_name_error
+from featpipe.errors import ConfigError, WeightsError
+from featpipe.storage import describe_differences
+
+__all__ = ["load", "reload_backbone"]
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".model")
+
+
+def load(
+    name: str | nn.Module = "efficientnet_lite0",
+    *,
+    weights: str | Path | None = None,
+    outputs: Sequence[str] = (POOLED,),
+    transform: AnyTransform | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Backbone:
+    """Load a backbone.
+
+    Parameters
+    ----------
+    name : str or Module
+        One of :func:`featpipe.backbones.names`, or ``package.module:factory`` for a network of your own, or the network;
+        or a model's file, for the backbone of that model.
+    weights : str or Path, optional
+        None: the published ones. ``none``: untrained. A published name such as ``IMAGENET1K_V2``. Or a file:
+        safetensors, or a state dict, with or without the old classifier, with any prefix; or a model that carries some,
+        as fine-tuned ones do, with its transform.
+    outputs : sequence of str
+        ``pooled``, the network's own answer, and ``NODE[:POOL]``: a module by its dotted name, pooled by ``avg``,
+        ``max``, ``gem``, ``cls`` or ``none``.
+    transform : Transform or callable, optional
+        In place of the one that belongs to the weights; required for a network of your own that brings none.
+    seed : int
+        Of an untrained network.
+    progress : bool
+        Show a bar on stderr while downloading.
+
+    Returns
+    -------
+    Backbone
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown, an output does not fit, or a transform is missing.
+    WeightsError
+        If weights are missing, unreadable or belong to another network.
+
+    Examples
+    --------
+    >>> load("resnet18", weights="none", outputs=["pooled", "layer3:max"]).shapes
+    {'pooled': (512,), 'layer3:max': (256,)}
+    """
+    if isinstance(name, str) and Path(name).suffix == ".model":
+        name, weights, seed = _resolve_model_file(Path(name), weights, seed)
+    weights_source = _to_path_if_file(weights)
+    if transform is None and isinstance(weights_source, Path) and is_model_file(weights_source):
+        transform = _restore_library_transform(read_bundled_backbone(weights_source).identity)
+    headless = _build_headless(name, weights_source, transform, seed, progress)
+    if transform is not None and headless.source != "user":
+        chosen_transform = (
+            transform if isinstance(transform, (Transform, CustomTransform)) else CustomTransform(transform)
+        )
+    else:
+        chosen_transform = headless.transform
+    network = headless.network.eval().requires_grad_(False)
+    backbone = Backbone(
+        name=name if isinstance(name, str) else headless.code["import"],
+        source=headless.source,
+        network=network,
+        transform=chosen_transform,
+        outputs=resolve_outputs(network, _as_sequence(outputs), chosen_transform.size),
+        digest=digest_state(network),
+        origin=headless.origin,
+        code=headless.code,
+        request={
+            "name": name if isinstance(name, str) else headless.code["import"],
+            "weights": _to_absolute_path(weights_source),
+            "outputs": list(_as_sequence(outputs)),
+            "seed": seed,
+        },
+    )
+    _check_width(backbone, headless.width)
+    return backbone
+
+
+def reload_backbone(
+    backbone: str | Backbone | None,
+    request: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    *,
+    context: str,
+    weights: str | Path | None = None,
+) -> Backbone:
+    """The backbone that a cache or a model was made with.
+
+    Parameters
+    ----------
+    given : str or Backbone, optional
+        A name to use in place of the stated one, or the backbone itself.
+    request : mapping
+        What it was loaded from: ``Backbone.request``.
+    facts : mapping
+        What it must be: ``Backbone.facts()``, of all outputs or some.
+    where : str
+        What asks, for messages.
+    weights : str or Path, optional
+        In place of those of the request.
+
+    Raises
+    ------
+    ConfigError
+        If it is code of somebody's own, which is not run unasked, and none is given.
+    WeightsError
+        If the weights are not there, or another backbone came of it.
+    """
+    outputs = list(identity["outputs"])
+    candidate = request.get("name", identity["name"]) if backbone is None else backbone
+    if isinstance(candidate, str):
+        if backbone is None and ":" in candidate:
+            raise ConfigError(
+                f"{context}: its backbone {candidate!r} is code of its author's own, which is not run unasked; "
+                "pass --backbone (in Python backbone=...) if you trust it"
+            )
+        candidate = load(
+            candidate,
+            weights=request.get("weights") if weights is None else weights,
+            outputs=outputs,
+            transform=_restore_library_transform(identity),
+            seed=int(request.get("seed", 0)),
+        )
+    if not isinstance(candidate, Backbone):
+        raise ConfigError(
+            f"backbone is a {type(candidate).__name__}; give a name, or featpipe.backbones.load(network, transform=…)"
+        )
+    actual = candidate.to_dict()
+    actual["outputs"] = {output: actual["outputs"].get(output) for output in outputs}
+    if actual != identity:
+        changes = "; ".join(describe_differences(actual, identity)[:4])
+        raise WeightsError(f"{context}: was made with another backbone ({changes}); bring the weights it was made with")
+    return candidate
+
+
+def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tuple[str, str | Path | None, int]:
+    """The backbone of a model's file, by its name, with the weights that were asked for or its own."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` make them")
+    bundled = read_bundled_backbone(path)
+    if ":" in bundled.name:
+        raise ConfigError(
+            f"{path}: its backbone {bundled.name!r} is code of its author's own, which is not run unasked; "
+            f"pass --backbone {bundled.name} --weights {path} if you trust it"
+        )
+    return (bundled.name, bundled.weights, bundled.seed) if weights is None else (bundled.name, weights, seed)
+
+
+def _restore_library_transform(identity: Mapping[str, Any]) -> Transform | None:
+    """The transform made with, of a library's network: the library may have another for this name by now."""
+    recorded = identity["transform"]
+    field_names = [item.name for item in fields(Transform)]
+    if identity.get("source") == "user" or not recorded.keys() >= set(field_names):
+        return None
+    settings: Any = {
+        key: tuple(recorded[key]) if isinstance(recorded[key], list) else recorded[key] for key in field_names
+    }
+    return Transform(**settings)
+
+
+def _build_headless(
+    name: str | nn.Module, weights: str | Path | None, transform: AnyTransform | None, seed: int, progress: bool
+) -> HeadlessNetwork:
+    from featpipe.backbones.sources import custom
+
+    if isinstance(name, nn.Module):
+        return custom.wrap_network(name, weights, transform)
+    if ":" in name:
+        return custom.build(name, weights, transform, seed)
+
+    from featpipe.backbones.sources import packaged, timm, torchvision
+
+    if name.startswith(TIMM_PREFIX):
+        return timm.build(name, weights, seed, progress)
+    if name in PACKAGED_BACKBONES:
+        return packaged.build(name, weights, seed, progress)
+    if torchvision.is_available(name):
+        return torchvision.build(name, weights, seed, progress)
+    available_names = names()
+    raise unknown_name_error(
+        "backbone", name, [TIMM_PREFIX + name] if TIMM_PREFIX + name in available_names else available_names
+    )
+
+
+def _to_path_if_file(weights: str | Path | None) -> str | Path | None:
+    if isinstance(weights, str) and (
+        Path(weights).suffix in WEIGHT_SUFFIXES or "/" in weights or Path(weights).is_file()
+    ):
+        return Path(weights).expanduser()
+    return weights
+
+
+def _to_absolute_path(weights: str | Path | None) -> str | None:
+    """A file by its absolute path: a model may be used from another folder than it was trained in."""
+    return str(weights.absolute()) if isinstance(weights, Path) else weights
+
+
+def _as_sequence(outputs: Sequence[str]) -> Sequence[str]:
+    return (outputs,) if isinstance(outputs, str) else outputs
+
+
+def _check_width(backbone: Backbone, declared_width: int | None) -> None:
+    pooled_shape = backbone.shapes.get(POOLED)
+    if declared_width is not None and pooled_shape is not None and pooled_shape != (declared_width,):
+        raise WeightsError(
+            f"{backbone.name}: gives {pooled_shape} for an image, but declares a width of {declared_width}"
+        )

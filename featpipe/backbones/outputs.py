@@ -1,0 +1,301 @@
+"""Named places in a network whose values are cached, and how a value becomes an embedding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from math import log, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featpipe.config import unknown_name_error
+from featpipe.errors import ConfigError
+
+__all__ = ["POOLED", "POOLINGS", "Output", "Recorder", "resolve_outputs"]
+
+POOLED = "pooled"
+POOLINGS = ("avg", "max", "gem", "cls", "none")
+
+GEM_POWER = 3.0  # Radenović, Tolias, Chum 2018, "Fine-tuning CNN Image Retrieval with No Human Annotation"
+GEM_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place in a network, and what is kept of its value.
+
+    Attributes
+    ----------
+    node : str
+        ``pooled``, the network's own answer, or the dotted name of a module.
+    pool : {"avg", "max", "gem", "cls", "none"}
+    layout : {"vector", "tokens", "nchw", "nhwc"}
+        How the value comes: (b, d), (b, t, d), (b, c, h, w) or (b, h, w, c).
+    prefix : int
+        Tokens before the ones that stand for patches: class token and registers.
+    shape : tuple of int
+        What is kept for one image: (d,), (t, d) or (c, h, w).
+    """
+
+    node: str
+    pool: str
+    layout: str
+    prefix_tokens: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return POOLED if self.node == POOLED else f"{self.node}:{self.pool}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the result, as JSON can hold it."""
+        return {"node": self.node, "pool": self.pool, "prefix": self.prefix_tokens, "shape": list(self.shape)}
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The value of a whole batch, (b, …), → what is kept of it, (b, *shape), in memory of its own."""
+        if self.pool == "none":
+            channels_first = value.movedim(-1, 1) if self.layout == "nhwc" else value
+            return channels_first.clone(memory_format=torch.contiguous_format)
+        if self.pool == "cls":
+            return value[:, 0].clone()
+        axes = {"tokens": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[self.layout]
+        if self.layout == "tokens":
+            value = value[:, self.prefix_tokens :]
+        if self.pool == "max":
+            return value.amax(axes)
+        float_value = value.float()  # sums of many half-precision numbers lose digits
+        if self.pool == "gem":
+            float_value = float_value.clamp(min=GEM_EPSILON).pow(GEM_POWER).mean(axes).pow(1 / GEM_POWER)
+        else:
+            float_value = float_value.mean(axes)
+        return float_value.to(value.dtype)
+
+
+class Recorder:
+    """Takes the values of some outputs from one forward pass.
+
+    Values are reduced at once: a later layer may overwrite them in place.
+
+    Parameters
+    ----------
+    outputs : sequence of Output
+    whole : bool
+        Run the network to its end, though no output needs it.
+    """
+
+    def __init__(self, outputs: Sequence[Output], *, run_to_end: bool = False) -> None:
+        self._run_to_end = run_to_end
+        self.values: dict[str, Tensor] = {}
+        self._outputs_by_node: dict[str, list[Output]] = {}
+        for output in outputs:
+            self._outputs_by_node.setdefault(output.node, []).append(output)
+        self._missing_nodes = set(self._outputs_by_node)
+
+    def run(self, network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """One forward pass, up to the last module that is needed, or to the end."""
+        with _set_listener(self._record):
+            try:
+                network_output = network(images)
+            except _StopForward:
+                return self.values
+        if POOLED in self._missing_nodes:
+            self._record(POOLED, network_output)
+        if self._missing_nodes:
+            raise ConfigError(f"module {min(self._missing_nodes)!r} was not run for these images, though it was before")
+        return self.values
+
+    def _record(self, node: str, value: object) -> None:
+        tensor = _as_tensor(node, value)
+        for output in self._outputs_by_node.get(node, ()):
+            self.values[output.name] = output.reduce(tensor)
+        self._missing_nodes.discard(node)
+        if not self._missing_nodes and node != POOLED and not self._run_to_end:
+            raise _StopForward
+
+
+class _StopForward(Exception):
+    pass
+
+
+_LISTENER: ContextVar[Callable[[str, object], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def _set_listener(listener: Callable[[str, object], None]) -> Iterator[None]:
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+@dataclass(frozen=True)
+class _RecordingHook:
+    """A forward hook that tells the listener of its thread; it holds no state, so a network can be copied."""
+
+    node: str
+
+    def __call__(self, module: nn.Module, args: object, value: object) -> None:
+        listener = _LISTENER.get()
+        if listener is not None:
+            listener(self.node, value)
+
+
+def resolve_outputs(network: nn.Module, output_names: Sequence[str], size: tuple[int, int]) -> tuple[Output, ...]:
+    """Find the wanted outputs and learn their shapes from two forward passes.
+
+    Parameters
+    ----------
+    network : Module
+        Headless. Hooks are left in it.
+    wanted : sequence of str
+        ``pooled`` or ``NODE[:POOL]``.
+    size : (int, int)
+        Height and width of an image.
+
+    Raises
+    ------
+    ConfigError
+        If a node or pooling is unknown, does not fit the value, or the value has no batch axis.
+    """
+    parsed = [_parse_output(network, text) for text in output_names]
+    if not parsed:
+        raise ConfigError("no output was asked for; ask for 'pooled' or NODE[:POOL]")
+    modules = dict(network.named_modules())
+    for node in dict.fromkeys(node for node, _ in parsed if node != POOLED):
+        if not any(hook == _RecordingHook(node) for hook in modules[node]._forward_hooks.values()):
+            modules[node].register_forward_hook(_RecordingHook(node))
+    pass_1, pass_2 = (_record_shapes(network, torch.zeros(b, 3, *size)) for b in (1, 2))
+    outputs = []
+    for node, pool in parsed:
+        shape = _image_shape(node, pass_1.get(node), pass_2.get(node))
+        layout = "vector" if node == POOLED else _detect_layout(node, shape, size)
+        outputs.append(_make_output(network, node, pool, layout, shape, size))
+    duplicates = [name for name, count in Counter(output.name for output in outputs).items() if count > 1]
+    if duplicates:
+        raise ConfigError(
+            f"output {duplicates[0]!r} is asked for {Counter(o.name for o in outputs)[duplicates[0]]} times"
+        )
+    return tuple(outputs)
+
+
+def _parse_output(network: nn.Module, text: str) -> tuple[str, str | None]:
+    node, colon, pool = text.partition(":")
+    if colon and pool not in POOLINGS:
+        raise unknown_name_error("pooling", pool, POOLINGS)
+    if node == POOLED:
+        if colon:
+            raise ConfigError(f"output {text!r}: 'pooled' is pooled by the network itself; ask for it alone")
+        return node, "none"
+    module_names = [name for name, _ in network.named_modules() if name]
+    if node not in module_names:
+        raise unknown_name_error("output", node, [POOLED, *module_names])
+    return node, pool or None
+
+
+@torch.inference_mode()
+def _record_shapes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, list[tuple[int, ...]]]]:
+    """For each node that ran: how many images went in, and the shape of each value that came out."""
+    shapes_by_node: dict[str, tuple[int, list[tuple[int, ...]]]] = {}
+
+    def record(node: str, value: object) -> None:
+        shapes_by_node.setdefault(node, (len(images), []))[1].append(tuple(_as_tensor(node, value).shape))
+
+    with _set_listener(record):
+        record(POOLED, network(images))
+    return shapes_by_node
+
+
+def _as_tensor(node: str, value: object) -> Tensor:
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]  # attention answers with (values, weights)
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"output {node!r} is a {type(value).__name__}; expected a tensor: ask for another module")
+    return value
+
+
+def _image_shape(node: str, *passes: tuple[int, list[tuple[int, ...]]] | None) -> tuple[int, ...]:
+    """The shape of one image's value, if every pass gave one value with a batch axis in front."""
+    shapes = set()
+    for recorded in passes:
+        if recorded is None:
+            raise ConfigError(f"output {node!r} is a module that the forward pass does not run; ask for another")
+        batch, values = recorded
+        if len(values) > 1:
+            call_count_text = f"runs {len(values)} times in one forward pass"
+            raise ConfigError(
+                f"output {node!r} {call_count_text}, so it has no one value; ask for the module around it"
+            )
+        if not values[0] or values[0][0] != batch:
+            shape_text = f"has shape {values[0]} for a batch of {batch}"
+            raise ConfigError(
+                f"output {node!r} {shape_text}; expected the batch on the first axis: ask for another module"
+            )
+        shapes.add(values[0][1:])
+    if len(shapes) > 1:
+        raise ConfigError(f"output {node!r} changes its shape with the batch: {sorted(shapes)}; ask for another module")
+    return shapes.pop()
+
+
+def _detect_layout(node: str, shape: tuple[int, ...], size: tuple[int, int]) -> str:
+    if len(shape) == 3:
+        channels_first_distance, channels_last_distance = (
+            _aspect_ratio_distance(shape[1:], size),
+            _aspect_ratio_distance(shape[:2], size),
+        )
+        return "nhwc" if channels_last_distance < channels_first_distance else "nchw"
+    if len(shape) in (1, 2):
+        return ("vector", "tokens")[len(shape) - 1]
+    raise ConfigError(f"output {node!r} has shape {shape} for one image; expected a vector, tokens or a map")
+
+
+def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
+    """How far two axes are from having the image's aspect ratio: 0 is the same."""
+    if 0 in axes:
+        raise ConfigError(f"an output has an empty axis for images of {size[0]} × {size[1]} pixels")
+    return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
+
+
+def _make_output(
+    network: nn.Module, node: str, pool: str | None, layout: str, shape: tuple[int, ...], size: tuple[int, int]
+) -> Output:
+    """Check that the pooling fits, choose it if none was asked for, and find the shape that is left."""
+    if node == POOLED and len(shape) != 1:
+        raise ConfigError(
+            f"the network answers with {shape} for one image; expected (d,): ask for a module inside it, "
+            "such as --output NODE:avg, or end it with pooling"
+        )
+    prefix_tokens = _count_prefix_tokens(network, shape[0], size) if layout == "tokens" else 0
+    has_class_token = prefix_tokens > 0 and _has_class_token(network)
+    if pool is None:
+        pool = {"vector": "none", "tokens": "cls" if has_class_token else "avg"}.get(layout, "avg")
+    if pool == "cls" and not has_class_token:
+        raise ConfigError(f"output '{node}:cls': its value {shape} has no class token; use avg, max, gem or none")
+    if layout == "vector" and pool != "none":
+        raise ConfigError(f"output '{node}:{pool}': its value {shape} is a vector already; ask for {node!r} alone")
+    if pool == "none":
+        kept_shape = (shape[2], *shape[:2]) if layout == "nhwc" else shape
+    else:
+        kept_shape = shape[:1] if layout == "nchw" else shape[-1:]
+    return Output(node, pool, layout, prefix_tokens, kept_shape)
+
+
+def _has_class_token(network: nn.Module) -> bool:
+    """Torchvision calls it class_token, timm cls_token."""
+    return any(isinstance(getattr(network, name, None), Tensor) for name in ("class_token", "cls_token"))
+
+
+def _count_prefix_tokens(network: nn.Module, tokens: int, size: tuple[int, int]) -> int:
+    """Tokens in front of the patches, at this place: before they are joined there are none."""
+    declared = getattr(network, "num_prefix_tokens", int(_has_class_token(network)))
+    return int(declared) if _is_grid(tokens - declared, size) and not _is_grid(tokens, size) else 0
+
+
+def _is_grid(count: int, size: tuple[int, int]) -> bool:
+    """Whether so many patches can cover an image of this aspect ratio."""
+    return count > 0 and round(sqrt(count * size[0] / size[1])) * round(sqrt(count * size[1] / size[0])) == count

@@ -1,0 +1,306 @@
+"""A network in two: what is frozen, up to one value, and what comes after it.
+
+The part above is the network's own code, run with its own modules: only those that are done before the cut are left
+out. Each of them answers at once with a tensor of the right shape that holds no number but NaN, so that nothing of it
+can enter the answer unnoticed; the one whose value was kept answers with that. Whatever then comes out of the network
+as it did before depends on nothing else from below. So a cut needs no tracing of operators, keeps every mode and every
+random layer of the upper part as it is, and where more than one tensor crosses it, that shows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featpipe.backbones.backbone import Backbone
+from featpipe.backbones.outputs import Output, Recorder, resolve_outputs
+from featpipe.backbones.stages import BatchShape, ModuleCall, eval_mode, is_within, map_leaves, trace_modules
+from featpipe.errors import ConfigError
+
+__all__ = ["Partition", "UpperNetwork", "partition_network"]
+
+MAX_RELATIVE_ERROR = (
+    1e-4  # of the answer's length; what is computed otherwise than in the whole network is wrong by about 1
+)
+N_CHECK_IMAGES = 2
+MAX_CUT_CANDIDATES = 24  # modules; the value of a network that is all branches is looked for in vain
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Where a network is cut.
+
+    Attributes
+    ----------
+    output : str
+        Name of the value at the cut, as ``outputs`` of :func:`featpipe.backbones.load` takes it.
+    above : Module
+        That value, (b, …) → embeddings of shape (b, d). Its parameters and statistics are the network's own.
+    below : tuple of str
+        Dotted names of the modules that ``above`` leaves out.
+    why : str
+        Why it is there, for people.
+    """
+
+    output: str
+    upper: nn.Module
+    lower_modules: tuple[str, ...]
+    reason: str
+
+
+def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
+    """Cut a network as late as can be before the first of its parameters that trains.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Its first output is the embedding. Hooks that do nothing by themselves stay in the network.
+    frozen : collection of str
+        Dotted names of modules and parameters that stay as they are, with all that is below them.
+
+    Raises
+    ------
+    ConfigError
+        If nothing that is frozen comes before what trains, or no single value separates them; it says which.
+    """
+    network, embedding = backbone.network, backbone.outputs[0]
+    calls = trace_modules(network, backbone.transform.size)
+    first_trained = _find_first_trained(network, frozenset(frozen), calls)
+    if first_trained is None:
+        return Partition(
+            embedding.name, nn.Identity(), tuple(call.name for call in calls.values()), "nothing of the network trains"
+        )
+    trained_text = f"{first_trained.name or 'the network itself'!r} trains"
+    earlier_calls = sorted(
+        (call for call in calls.values() if call.end < first_trained.start), key=lambda run: -run.end
+    )
+    candidates = [
+        call
+        for call, next_call in zip(earlier_calls, [None, *earlier_calls], strict=False)
+        if not _is_last_child(call, next_call)
+    ]
+    for call in candidates[:MAX_CUT_CANDIDATES]:
+        upper = _make_upper(backbone, call, calls)
+        if upper is not None:
+            lower_modules = tuple(earlier.name for earlier in earlier_calls if earlier.end <= call.end)
+            return Partition(
+                upper.cut_output.name,
+                upper,
+                lower_modules,
+                f"{trained_text}; all that comes before goes through {call.name!r}",
+            )
+    reason = "what comes before it is not one value" if earlier_calls else "no module is done before it"
+    raise ConfigError(
+        f"{backbone.name} cannot be cut into a frozen part and one that trains: {trained_text}, and {reason}"
+    )
+
+
+def _is_last_child(call: ModuleCall, next_call: ModuleCall | None) -> bool:
+    """Whether a module is the last of the one around it, whose value is the same or made of it at once."""
+    return next_call is not None and next_call.start < call.start and next_call.end == call.end + 1
+
+
+def _find_first_trained(
+    network: nn.Module, frozen: frozenset[str], calls: Mapping[nn.Module, ModuleCall]
+) -> ModuleCall | None:
+    """The module that begins first among those with a parameter that trains."""
+    calls_by_name = {call.name: call for call in calls.values()}
+    first: ModuleCall | None = None
+    for name, _ in network.named_parameters():
+        if is_within(name, frozen):
+            continue
+        module_name = name.rpartition(".")[0]
+        while module_name not in calls_by_name:  # its parameters are used by the module around it
+            module_name = module_name.rpartition(".")[0]
+        if first is None or calls_by_name[module_name].start < first.start:
+            first = calls_by_name[module_name]
+    return first
+
+
+def _make_upper(backbone: Backbone, call: ModuleCall, calls: Mapping[nn.Module, ModuleCall]) -> UpperNetwork | None:
+    """What comes after a module, if its value is all that it takes."""
+    if call.call_count != 1 or not isinstance(call.output, BatchShape) or call.output.per_image is None:
+        return None
+    for materialize in (False, True):
+        with suppress(Exception):  # whatever a network raises that is not given what it expects
+            (cut_output,) = resolve_outputs(backbone.network, [f"{call.name}:none"], backbone.transform.size)
+            upper = UpperNetwork(backbone, cut_output, calls, materialize=materialize)
+            if _is_equivalent(backbone, upper):
+                return upper
+    return None
+
+
+def _is_equivalent(backbone: Backbone, upper: UpperNetwork) -> bool:
+    """Whether the value at the cut gives the embedding, and in training mode too nothing else is taken from below."""
+    network, cut_output, embedding = backbone.network, upper.cut_output, backbone.outputs[0]
+    reference = next(network.parameters())
+    saved_buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with eval_mode(network):
+        images = torch.rand(N_CHECK_IMAGES, 3, *backbone.transform.size).to(reference.device, reference.dtype)
+        values = Recorder((cut_output, embedding)).run(network, images)
+        actual, expected = upper(values[cut_output.name].clone()), values[embedding.name]
+        distance = (actual - expected).flatten(1).norm(dim=1)
+        if not (distance <= MAX_RELATIVE_ERROR * expected.flatten(1).norm(dim=1)).all():
+            return False
+        try:
+            return bool(upper.train()(values[cut_output.name]).isfinite().all())
+        finally:
+            for buffer, saved in saved_buffers:
+                buffer.copy_(saved)
+
+
+class UpperNetwork(nn.Module):
+    """A network from one of its values on.
+
+    The modules are the network's own, so that training them trains the network. Only those that hold both modules
+    below and above are copies, which share their children, parameters and statistics; their mode is that of the
+    originals, whichever of the two is told to train.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    at : Output
+        The value, unpooled.
+    ran : mapping from Module to Run
+        Of a forward pass.
+    dense : bool
+        Write numbers in place of those that are left out, for networks that work on them in place.
+    """
+
+    def __init__(
+        self, backbone: Backbone, cut_output: Output, calls: Mapping[nn.Module, ModuleCall], *, materialize: bool
+    ) -> None:
+        super().__init__()
+        self.cut_output = cut_output
+        self.embedding = backbone.outputs[0]
+        self.size = backbone.transform.size
+        self._pass_state = _PassState(materialize)
+        self._copies: list[tuple[nn.Module, nn.Module]] = []
+        cut_module = backbone.network.get_submodule(cut_output.node)
+        self.network = self._build_upper(backbone.network, cut_module, calls, {})
+
+    def _build_upper(
+        self,
+        module: nn.Module,
+        cut_module: nn.Module,
+        calls: Mapping[nn.Module, ModuleCall],
+        built: dict[nn.Module, nn.Module],
+    ) -> nn.Module:
+        """A module without what is done before the cut; itself, if nothing of it is."""
+        if module in built:
+            return built[module]
+        if module is cut_module or _is_finished(module, calls[cut_module].end, calls):
+            result: nn.Module = _PlaceholderModule(
+                module, None if module is cut_module else calls[module].output, self._pass_state
+            )
+        else:
+            result = self._replace_children(
+                module,
+                {
+                    name: child and self._build_upper(child, cut_module, calls, built)
+                    for name, child in module._modules.items()
+                },
+            )
+        built[module] = result
+        return result
+
+    def _replace_children(self, module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+        if all(children[name] is child for name, child in module._modules.items()):
+            return module
+        module_copy = copy.copy(module)
+        module_copy._modules = children
+        self.__dict__["_copies"].append((module_copy, module))  # not registered: they are within the network
+        return module_copy
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The embeddings.
+
+        Parameters
+        ----------
+        value : Tensor of shape (b, *shape)
+            At the cut, on the network's device and in its dtype. It may be overwritten.
+
+        Returns
+        -------
+        Tensor of shape (b, d)
+        """
+        for module_copy, original in self._copies:
+            module_copy.training = original.training
+        self._pass_state.value = value.movedim(1, -1).contiguous() if self.cut_output.layout == "nhwc" else value
+        images = self._pass_state.make_placeholder((len(value), 3, *self.size))
+        try:
+            return Recorder((self.embedding,)).run(self.network, images)[self.embedding.name]
+        finally:
+            self._pass_state.value = None
+
+    def train(self, mode: bool = True) -> UpperNetwork:
+        super().train(mode)
+        for _, original in self._copies:
+            original.training = mode
+        return self
+
+
+@dataclass
+class _PassState:
+    """The forward pass under way."""
+
+    materialize: bool
+    value: Tensor | None = None
+
+    def make_placeholder(self, shape: tuple[int, ...]) -> Tensor:
+        """No numbers."""
+        assert self.value is not None
+        placeholder = self.value.new_full((), torch.nan).expand(shape)
+        return placeholder.clone() if self.materialize else placeholder
+
+
+class _PlaceholderModule(nn.Module):
+    """In the place of a module that is left out, or of the one whose value is given."""
+
+    def __init__(self, module: nn.Module, output_template: Any, pass_state: _PassState) -> None:
+        super().__init__()
+        self._module = (module,)  # in a tuple, and so none of its parameters are this one's
+        self._output_template = output_template
+        self._pass_state = pass_state
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        value = self._pass_state.value
+        if self._output_template is None or value is None:
+            return value
+        return map_leaves(
+            lambda item: (
+                self._pass_state.make_placeholder(item.for_batch(len(value))) if isinstance(item, BatchShape) else item
+            ),
+            self._output_template,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """What networks ask their modules for, such as the size of a patch."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_module" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_module"][0], name)
+
+
+def _is_finished(module: nn.Module, end: int, calls: Mapping[nn.Module, ModuleCall]) -> bool:
+    """Whether a module can be left out: it and all that is within it run no more, and its answer has but a shape."""
+    call = calls.get(module)
+    if call is None or call.call_count != 1 or call.output is None or not _has_only_shape(call.output):
+        return False
+    return all(calls[submodule].end <= end for submodule in module.modules() if submodule in calls)
+
+
+def _has_only_shape(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_has_only_shape, value))
+    if isinstance(value, BatchShape):
+        return value.dtype.is_floating_point
+    return value is None or isinstance(value, int)

@@ -1,0 +1,1 @@
+"""Where backbones come from: torchvision, timm, packages with weights, the user's own code."""

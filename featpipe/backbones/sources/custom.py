@@ -1,0 +1,165 @@
+"""A user's own network: by import path, or as an object."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from featpipe.backbones.backbone import Backbone
+from featpipe.backbones.transforms import CustomTransform, Transform, hash_source
+from featpipe.backbones.weights import read_state_dicts, seeded_rng, select_state_dict
+from featpipe.errors import ConfigError
+
+__all__ = ["AnyTransform", "HeadlessNetwork", "build", "load_state", "load_weights_file", "wrap_network"]
+
+AnyTransform = Transform | CustomTransform | Callable[[Tensor], Tensor]
+
+TRANSFORM_REQUIREMENT = "its transform: a function from a uint8 tensor (3, H, W) to a float tensor (3, h, w)"
+
+
+def build(name: str, weights: str | Path | None, transform: AnyTransform | None, seed: int) -> HeadlessNetwork:
+    """A network that a function of the user's makes.
+
+    Parameters
+    ----------
+    name : str
+        ``package.module:factory``. The factory takes nothing and gives a headless Module, a pair of Module and
+        transform, or a Backbone.
+    weights : str or Path or None
+        A file to load into it; None, or ``none``, leaves it as it was made.
+    transform : callable, optional
+        Used in place of the factory's.
+    seed : int
+        torch's random numbers start from it while the factory runs.
+    """
+    factory = _import_factory(name)
+    with seeded_rng(seed), _cwd_on_path():
+        result = factory()
+    if isinstance(result, Backbone):
+        result = result.network, result.transform
+    network, factory_transform = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{name} gave {type(network).__name__}; expected a torch Module, or a Module and a transform")
+    if transform is None and factory_transform is None:
+        raise ConfigError(f"{name} gave a network alone; it must also give {TRANSFORM_REQUIREMENT}")
+    return wrap_network(
+        network, weights, factory_transform if transform is None else transform, hash_source(factory), name
+    )
+
+
+def wrap_network(
+    network: nn.Module, weights: str | Path | None, transform: AnyTransform | None, code: str = "", name: str = ""
+) -> HeadlessNetwork:
+    """A copy of a network that the caller goes on owning.
+
+    Its identity: its source file, its structure, its weights and its transform.
+    """
+    if transform is None:
+        raise ConfigError(
+            f"a network of your own ({type(network).__name__}) needs {TRANSFORM_REQUIREMENT}; pass transform=…"
+        )
+    if isinstance(weights, str) and weights != "none":
+        raise ConfigError(f"weights {weights!r}: a network of your own takes a file, or none")
+    network_copy = copy.deepcopy(network)
+    if isinstance(weights, Path):
+        load_weights_file(network_copy, weights)
+    if not isinstance(transform, (Transform, CustomTransform)):
+        transform = CustomTransform(transform)
+    identity = {
+        "import": name or f"{type(network).__module__}:{type(network).__qualname__}",
+        "source": code or hash_source(network),
+        "structure": sha256(repr(network).encode()).hexdigest(),
+    }
+    origin = str(weights) if isinstance(weights, Path) else "as it was made"
+    return HeadlessNetwork(network_copy, transform, "user", None, origin, identity)
+
+
+def _import_factory(name: str) -> Callable[[], object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        with _cwd_on_path():
+            module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise ConfigError(f"{name}: importing {module_name} failed ({type(error).__name__}: {error})") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        function_names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(
+            f"{name}: {module_name} has no function {attribute!r}; it has {', '.join(function_names) or 'none'}"
+        )
+    return factory
+
+
+@contextmanager
+def _cwd_on_path() -> Iterator[None]:
+    """A command starts with its script's folder on the path, not with the folder in which it was typed."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadlessNetwork:
+    """A network without its old classifier.
+
+    Attributes
+    ----------
+    network : Module
+    transform : Transform or CustomTransform
+    source : {"packaged", "torchvision", "timm", "user"}
+    width : int or None
+        Length of its answer as the architecture declares it; None for a user's own network, which declares none.
+    origin : str
+        Where the weights came from, for people.
+    code : mapping
+        What identifies a user's own network beyond its weights.
+    """
+
+    network: nn.Module
+    transform: Transform | CustomTransform
+    source: str
+    width: int | None
+    origin: str
+    code: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_weights_file(
+    network: nn.Module, path: Path, removed: tuple[str, ...] = (), rename_weight: Callable[[str], str] = str
+) -> None:
+    """Load a local file into a headless network, completely or not at all.
+
+    Parameters
+    ----------
+    network : Module
+    path : Path
+    removed : tuple of str
+        Names of the modules that were taken off the network; the file may still hold their weights.
+    rename : callable
+        Old names of the same weights → today's.
+
+    Raises
+    ------
+    WeightsError
+        As :func:`featpipe.backbones.weights.read` and :func:`featpipe.backbones.weights.fit`.
+    """
+    load_state(network, select_state_dict(read_state_dicts(path), network, removed, rename_weight, str(path)))
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a fitted state dict into a network."""
+    state_dict = OrderedDict(state)
+    state_dict._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # names and layout are today's
+    network.load_state_dict(state_dict, strict=False)

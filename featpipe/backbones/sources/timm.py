@@ -1,0 +1,146 @@
+"""timm's networks, their published weights and the transforms that belong to these."""
+
+from __future__ import annotations
+
+import sys
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from featpipe.backbones.registry import TIMM_PREFIX, names
+from featpipe.backbones.sources.custom import HeadlessNetwork, load_state
+from featpipe.backbones.transforms import CropMode, Transform
+from featpipe.backbones.weights import StateDict, read_state_dicts, seeded_rng, select_state_dict
+from featpipe.config import unknown_name_error
+from featpipe.errors import ConfigError, WeightsError
+
+__all__ = ["build", "create", "make_transform", "remove_classifier"]
+
+
+def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
+    """A headless timm network.
+
+    Parameters
+    ----------
+    name : str
+        ``timm/NAME`` or ``timm/NAME.TAG``.
+    weights : str or Path or None
+        A file, ``none``; None means the weights of the tag, or of timm's first tag.
+    seed : int
+        Of an untrained network.
+    progress : bool
+        Show a bar while downloading.
+    """
+    available_names = names(TIMM_PREFIX + "*")
+    if name not in available_names:
+        raise unknown_name_error("backbone", name, available_names)
+    if isinstance(weights, str) and weights != "none":
+        tags = [candidate for candidate in available_names if candidate.split(".")[0] == name.split(".")[0]]
+        raise ConfigError(
+            f"weights {weights!r} of {name}: timm's are part of the name: {', '.join(tags)}; or give a file"
+        )
+    network = _load_published(name, progress) if weights is None else create(name, seed)
+    transform = make_transform(network)
+    classifier_layers = find_classifier_layers(network)
+    origin = str(network.pretrained_cfg.get("tag") or "timm") if weights is None else f"untrained, seed {seed}"
+    width = remove_classifier(network, name)
+    if isinstance(weights, Path):
+        load_state(network, _load_matching_state(weights, network, classifier_layers))
+        origin = str(weights)
+    return HeadlessNetwork(network, transform, "timm", width, origin)
+
+
+def create(name: str, seed: int = 0) -> Any:
+    """A whole untrained network, classifier and all."""
+    with seeded_rng(seed):
+        return timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False)
+
+
+def find_classifier_layers(network: Any) -> tuple[str, ...]:
+    """Dotted names of the classifier's layers."""
+    layers = network.pretrained_cfg.get("classifier") or ()
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def remove_classifier(network: Any, name: str) -> int:
+    """Take the classifier off, in place; the width that is left.
+
+    Raises
+    ------
+    WeightsError
+        If that put a parameter there that was not in the network before, and so in no weights: a random projection.
+    """
+    original_ids = {id(parameter) for parameter in network.parameters()}
+    network.reset_classifier(0)
+    new_parameters = [key for key, parameter in network.named_parameters() if id(parameter) not in original_ids]
+    if new_parameters:
+        raise WeightsError(
+            f"{name}: without its classifier it has a random layer, {new_parameters[0]!r}, that no weights cover; "
+            "use another network of the family"
+        )
+    return int(getattr(network, "head_hidden_size", None) or network.num_features)
+
+
+def make_transform(network: nn.Module) -> Transform:
+    """The transform of timm's evaluation: what its ``create_transform`` makes of the network's own configuration."""
+    config = timm.data.resolve_model_data_config(network)
+    _, height, width = config["input_size"]
+    resize_size = floor(height / config["crop_pct"]), floor(width / config["crop_pct"])
+    mode: CropMode = config["crop_mode"] if config["crop_mode"] in ("squash", "border") else "center"
+    return Transform(
+        resize=resize_size[0] if mode == "center" and resize_size[0] == resize_size[1] else resize_size,
+        crop=(height, width),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        mode=mode,
+    )
+
+
+def _load_published(name: str, progress: bool) -> Any:
+    timm.models.set_pretrained_download_progress(progress)
+    timm_name = name.removeprefix(TIMM_PREFIX)
+    config = timm.models.get_pretrained_cfg(timm_name)
+    if config is None or not config.has_weights:
+        raise WeightsError(
+            f"{name}: timm publishes no weights for it; pass a file with --weights FILE, or --weights none"
+        )
+    try:
+        with seeded_rng(0):
+            return timm.create_model(timm_name, pretrained=True)
+    except Exception as error:  # the hub's client has its own tree of errors, and it is not ours to import
+        if not isinstance(error, (OSError, RuntimeError, ValueError)):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        file = f"model.safetensors of {config.hf_hub_id}" if config.hf_hub_id else config.url
+        raise WeightsError(
+            f"{name}: weights cannot be fetched ({reason}); bring {file} and pass it with --weights FILE"
+        ) from error
+
+
+def _load_matching_state(path: Path, network: nn.Module, classifier_layers: tuple[str, ...]) -> dict[str, Tensor]:
+    """A local file's weights; if the names do not fit as they are, then after timm's own translation of old names."""
+    states = read_state_dicts(path)
+    try:
+        return select_state_dict(states, network, classifier_layers, str, str(path))
+    except WeightsError as error:
+        translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        translated = [] if translate is None else [_translate_state(translate, state, network) for state in states]
+        usable = [state for state in translated if state is not None]
+        if not usable:
+            raise
+        try:
+            return select_state_dict(usable, network, classifier_layers, str, str(path))
+        except WeightsError:
+            raise error from None
+
+
+def _translate_state(translate: Any, state: StateDict, network: nn.Module) -> StateDict | None:
+    try:
+        translated = translate(dict(state), network)
+    except Exception:  # it may fail in any way on names that are not of its family
+        return None
+    return {name: value for name, value in translated.items() if isinstance(value, Tensor)}

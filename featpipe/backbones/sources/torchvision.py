@@ -1,0 +1,188 @@
+"""torchvision's classification networks, their published weights and the transforms that belong to these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from featpipe.backbones.sources.custom import HeadlessNetwork, load_weights_file
+from featpipe.backbones.transforms import Transform
+from featpipe.backbones.weights import seeded_rng
+from featpipe.config import unknown_name_error
+from featpipe.errors import WeightsError
+
+__all__ = ["build", "is_available", "make_transform", "remove_classifier"]
+
+HEAD_ATTRIBUTES = ("fc", "classifier", "heads", "head")  # what torchvision calls the part that holds the classifier
+AUXILIARY_HEADS = ("AuxLogits", "aux1", "aux2")  # Inception's and GoogLeNet's heads for training
+NETWORKS_WITH_AUXILIARY = ("googlenet", "inception_v3")
+
+WEIGHT_NAME_PATTERNS = (  # names in published files that torchvision's own loaders still translate
+    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
+
+
+def is_available(name: str) -> bool:
+    """Whether this torchvision has the network; newer ones may have more than the list of names."""
+    return name in models.list_models(module=models)
+
+
+def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
+    """A headless torchvision network.
+
+    Parameters
+    ----------
+    name : str
+        As in ``torchvision.models.list_models``.
+    weights : str or Path or None
+        A published name, a file, ``none``; None means torchvision's default.
+    seed : int
+        Of an untrained network.
+    progress : bool
+        Show a bar while downloading.
+    """
+    weights_enum = models.get_model_weights(name)
+    member = _select_weights(weights_enum, weights)
+    if isinstance(member, Path):
+        network, removed, width = _make_untrained(name, seed)
+        _enable_input_transform(network)
+        load_weights_file(network, member, (*removed, *AUXILIARY_HEADS), _to_current_name)
+        return HeadlessNetwork(
+            network, make_transform(_find_published_weights(weights_enum, member)), "torchvision", width, str(member)
+        )
+    if member is None:
+        network, _, width = _make_untrained(name, seed)
+        return HeadlessNetwork(
+            network, make_transform(weights_enum.DEFAULT), "torchvision", width, f"untrained, seed {seed}"
+        )
+    network = _load_published(name, member, progress)
+    _, width = remove_classifier(network)
+    return HeadlessNetwork(network, make_transform(member), "torchvision", width, str(member))
+
+
+def remove_classifier(network: nn.Module) -> tuple[tuple[str, ...], int]:
+    """Take the old classifier off, in place, with everything behind the last features.
+
+    Parameters
+    ----------
+    network : Module
+        One of torchvision's classification networks.
+
+    Returns
+    -------
+    removed : tuple of str
+        Dotted names of the layers that are gone.
+    width : int
+        Numbers that went into them.
+    """
+    attribute = next(name for name in HEAD_ATTRIBUTES if isinstance(getattr(network, name, None), nn.Module))
+    layers = {name: layer for name, layer in network.named_modules() if _is_within(name, attribute)}
+    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    if linear:
+        removed, width = (linear[-1],), layers[linear[-1]].in_features
+    else:  # SqueezeNet classifies by a convolution and a ReLU, and pools afterwards
+        removed = tuple(name for name, layer in layers.items() if isinstance(layer, (nn.Conv2d, nn.ReLU)))
+        width = next(layer.in_channels for layer in layers.values() if isinstance(layer, nn.Conv2d))
+    for name in removed:
+        network.set_submodule(name, nn.Identity())
+    return removed, int(width)
+
+
+def make_transform(member: Any) -> Transform:
+    """The transform that belongs to published weights.
+
+    Parameters
+    ----------
+    member : torchvision.models.WeightsEnum
+    """
+    preset = member.transforms()
+    return Transform(
+        resize=int(preset.resize_size[0]),
+        crop=(int(preset.crop_size[0]), int(preset.crop_size[0])),
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _is_within(name: str, attribute: str) -> bool:
+    return name == attribute or name.startswith(attribute + ".")
+
+
+def _select_weights(weights_enum: Any, weights: str | Path | None) -> Any:
+    """A member of the enum, a path, or None for an untrained network."""
+    if weights is None:
+        return weights_enum.DEFAULT
+    if isinstance(weights, Path):
+        return weights
+    if weights == "none":
+        return None
+    member_names = ["DEFAULT", *weights_enum.__members__]
+    member_name = weights.removeprefix(weights_enum.__name__ + ".")
+    if member_name in member_names:
+        return weights_enum[member_name]
+    raise unknown_name_error("weights", weights, dict.fromkeys([*member_names, "none"]), "or give a file")
+
+
+def _make_untrained(name: str, seed: int) -> tuple[nn.Module, tuple[str, ...], int]:
+    options: dict[str, Any] = {}
+    if name in NETWORKS_WITH_AUXILIARY:
+        options = {"aux_logits": False, "init_weights": True}
+    with seeded_rng(seed):
+        network = models.get_model(name, weights=None, **options)
+    removed, width = remove_classifier(network)
+    return network, removed, width
+
+
+def _enable_input_transform(network: nn.Module) -> None:
+    """Inception and GoogLeNet were trained with another normalisation, to which they can convert by themselves."""
+    if hasattr(network, "transform_input"):
+        setattr(network, "transform_input", True)  # noqa: B010 - to a type checker it is no attribute
+
+
+def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
+    options = {"aux_logits": False} if name in NETWORKS_WITH_AUXILIARY else {}
+    file_name = member.url.rsplit("/", 1)[-1]
+    checkpoint_path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    try:
+        with seeded_rng(0):
+            return models.get_model(name, weights=member, progress=progress, **options)
+    except OSError as error:
+        raise WeightsError(
+            f"{name}: weights {member.name} cannot be fetched ({error}); bring the file {file_name} and put it at {checkpoint_path}, "
+            "or pass it with --weights FILE"
+        ) from error
+    except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{checkpoint_path}: not the weights {member.name} of {name} ({reason}); remove it and try again"
+        ) from error
+
+
+def _to_current_name(name: str) -> str:
+    for pattern, replacement in WEIGHT_NAME_PATTERNS:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _find_published_weights(weights_enum: Iterable[Any], path: Path) -> Any:
+    """The published weights that a file holds, or else the default ones: published names end in the file's digest."""
+    with path.open("rb") as handle:
+        file_hash = sha256()
+        while block := handle.read(1 << 20):
+            file_hash.update(block)
+    for member in weights_enum:
+        digest_match = re.search(r"-([0-9a-f]{8,})\.", member.url.rsplit("/", 1)[-1])
+        if digest_match and file_hash.hexdigest().startswith(digest_match[1]):
+            return member
+    return weights_enum.DEFAULT  # type: ignore[attr-defined]

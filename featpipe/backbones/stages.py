@@ -1,0 +1,355 @@
+"""A network's stages, from its input to its output, as its forward pass and the tree of its modules show them.
+
+What people call a stage is a run of blocks at one resolution. So the network is taken apart into a chain of modules of
+which none halves the resolution more than once. A stage begins where the resolution falls and, where the network itself
+says so by putting blocks together in a ``Sequential``, at each of these. What comes before the first block is the stem.
+A network that has hardly any stages by that, as one that stays at one resolution, has one for each block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import log, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featpipe.backbones.weights import seeded_rng
+
+__all__ = ["BatchShape", "ModuleCall", "Stage", "eval_mode", "find_stages", "is_within", "map_leaves", "trace_modules"]
+
+DOWNSAMPLING_RATIO = 0.6  # of the positions; a convolution without padding loses a few and stays at its resolution
+DOUBLE_DOWNSAMPLING_RATIO = 0.15  # 0.25 is one halving of height and width
+MIN_STAGES = 4  # where there are fewer, what repeats blocks is taken apart
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some modules that follow each other.
+
+    Attributes
+    ----------
+    name : str
+        Of its largest block; ``stem`` for what comes before the first block.
+    modules : tuple of str
+        Dotted names, input first, each with all that is below it. Parameters that a module around several stages
+        holds itself are named too.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a module or parameter of this dotted name belongs to the stage."""
+        return is_within(str(name), self.modules)
+
+
+def is_within(name: str, modules: Collection[str]) -> bool:
+    """Whether a dotted name is one of some names, or below one.
+
+    Examples
+    --------
+    >>> belongs("layer4.0.conv1.weight", ["layer3", "layer4"]), belongs("layer40", ["layer4"])
+    (True, False)
+    """
+    parts = name.split(".")
+    return any(".".join(parts[: n + 1]) in modules for n in range(len(parts)))
+
+
+def find_stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
+    """The stages of a network; every parameter belongs to exactly one.
+
+    Parameters
+    ----------
+    network : Module
+        Headless, or with a classifier, which then belongs to the last stage.
+    size : (int, int)
+        Height and width of an image.
+
+    Examples
+    --------
+    >>> from torchvision.models import resnet18
+    >>> [stage.name for stage in stages(resnet18(), (64, 64))]
+    ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
+    """
+    calls = trace_modules(network, size)
+    chain = _split_by_resolution(_ChainLink(calls[network], ()), calls, prod(size), size)
+    groups = _group_links(chain, size)
+    if len(groups) < MIN_STAGES:
+        chain = _split_by_blocks(chain, calls)
+        groups = _group_links(chain, size)
+    return tuple(Stage(_stage_name(group, first=not n), _module_names(group)) for n, group in enumerate(groups))
+
+
+@dataclass(frozen=True, eq=False)
+class _ChainLink:
+    """A link of the chain: a module that ran, and names of what goes with it."""
+
+    call: ModuleCall
+    extra_names: tuple[str, ...]
+    starts_stage: bool = False  # begins a stage
+
+    def split(self, calls: dict[nn.Module, ModuleCall]) -> list[_ChainLink]:
+        """The modules that it consists of; what did not run of it, and its own parameters, go with the first."""
+        child_calls = sorted(_called_children(self.call.module, calls), key=lambda run: run.start)
+        if not child_calls:
+            return [self]
+        parameter_names = [name for name, _ in self.call.module.named_parameters(prefix=self.call.name)]
+        unclaimed_names = [name for name in parameter_names if not is_within(name, [call.name for call in child_calls])]
+        return [
+            _ChainLink(child_calls[0], (*self.extra_names, *unclaimed_names)),
+            *(_ChainLink(call, ()) for call in child_calls[1:]),
+        ]
+
+
+def _called_children(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> Iterator[ModuleCall]:
+    for child in module.children():
+        if child in calls:
+            yield calls[child]
+        else:  # a list of modules, or a module of which only parts are called
+            yield from _called_children(child, calls)
+
+
+def _split_by_resolution(
+    link: _ChainLink, calls: dict[nn.Module, ModuleCall], positions_before: int, size: tuple[int, int]
+) -> list[_ChainLink]:
+    """A chain of which no link halves the resolution twice, if it can be taken apart."""
+    positions_after = _count_positions(link.call, positions_before, size)
+    links = link.split(calls) if positions_after < DOUBLE_DOWNSAMPLING_RATIO * positions_before else [link]
+    if links == [link]:
+        return links
+    chain: list[_ChainLink] = []
+    for child_link in links:
+        chain += _split_by_resolution(child_link, calls, positions_before, size)
+        positions_before = _count_positions(child_link.call, positions_before, size)
+    return chain
+
+
+def _split_by_blocks(chain: list[_ChainLink], calls: dict[nn.Module, ModuleCall]) -> list[_ChainLink]:
+    """A chain in which each block that is one of several of its kind stands alone."""
+    while any(_has_repeated_blocks(link.call.module, calls) for link in chain):
+        chain = [
+            child_link
+            for link in chain
+            for child_link in (link.split(calls) if _has_repeated_blocks(link.call.module, calls) else [link])
+        ]
+    type_counts = Counter(type(link.call.module) for link in chain if _is_block(link.call.module))
+    return [replace(link, starts_stage=type_counts[type(link.call.module)] > 1) for link in chain]
+
+
+def _group_links(chain: list[_ChainLink], size: tuple[int, int]) -> list[list[_ChainLink]]:
+    groups: list[list[_ChainLink]] = [[]]
+    positions_before = prod(size)
+    for link in chain:
+        positions_after = _count_positions(link.call, positions_before, size)
+        is_downsampled, positions_before = positions_after < DOWNSAMPLING_RATIO * positions_before, positions_after
+        is_first_block = _is_block(link.call.module) and not any(map(_has_block, groups))
+        begins_stage = link.starts_stage or _is_block_sequence(link.call.module) or is_downsampled
+        if groups[-1] and (is_first_block or (begins_stage and _has_block(groups[-1]))):
+            groups.append([])
+        groups[-1].append(link)
+    if len(groups) > 1 and not _has_block(groups[-1]):
+        last = groups.pop()
+        groups[-1] += last
+    return groups
+
+
+def _count_positions(call: ModuleCall, positions_before: int, size: tuple[int, int]) -> int:
+    """At how many places of the image a module's value says something; as before, where that cannot be told."""
+    value = call.output[0] if isinstance(call.output, (tuple, list)) and call.output else call.output
+    shape = value.per_image if isinstance(value, BatchShape) else None
+    if shape is None or 0 in shape or len(shape) not in (1, 2, 3):
+        return positions_before
+    if len(shape) < 3:
+        return 1 if len(shape) == 1 else shape[0]
+    channels_first_axes, channels_last_axes = (
+        shape[1:],
+        shape[:2],
+    )  # of channels first, and channels last: what looks like the image is its places
+    return prod(
+        channels_last_axes
+        if _aspect_ratio_distance(channels_last_axes, size) < _aspect_ratio_distance(channels_first_axes, size)
+        else channels_first_axes
+    )
+
+
+def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
+    """How far two axes are from having the image's aspect ratio: 0 is the same."""
+    return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
+
+
+def _count_weight_layers(module: nn.Module) -> int:
+    """Layers that mix channels or positions: scales and shifts are not counted."""
+    return sum(sum(size > 1 for size in parameter.shape) > 1 for parameter in module.parameters())
+
+
+def _is_block(module: nn.Module) -> bool:
+    return _count_weight_layers(module) > 1
+
+
+def _has_block(group: list[_ChainLink]) -> bool:
+    return sum(_count_weight_layers(link.call.module) for link in group) > 1
+
+
+def _is_block_sequence(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and any(map(_is_block, module.children()))
+
+
+def _has_repeated_blocks(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> bool:
+    """Whether blocks of one kind follow each other somewhere in a module that can be taken apart."""
+    blocks = [call.module for call in _called_children(module, calls) if _is_block(call.module)]
+    block_types = [type(block) for block in blocks]
+    return len(set(block_types)) < len(block_types) or any(_has_repeated_blocks(block, calls) for block in blocks)
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stage_name(group: list[_ChainLink], *, first: bool) -> str:
+    blocks = [link for link in group if _is_block(link.call.module)]
+    return (
+        "stem"
+        if first and not blocks
+        else max(blocks or group, key=lambda link: _count_parameters(link.call.module)).call.name
+    )
+
+
+def _module_names(group: list[_ChainLink]) -> tuple[str, ...]:
+    return tuple(name for link in group for name in (*link.extra_names, link.call.name))
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A tensor's shape for one image and for two; that for more images lies on the same line.
+
+    Attributes
+    ----------
+    one, two : tuple of int
+    dtype : torch.dtype
+    """
+
+    batch_1: tuple[int, ...]
+    batch_2: tuple[int, ...]
+    dtype: torch.dtype
+
+    def for_batch(self, batch: int) -> tuple[int, ...]:
+        """The shape for so many images."""
+        return tuple(a + (b - a) * (batch - 1) for a, b in zip(self.batch_1, self.batch_2, strict=True))
+
+    @property
+    def per_image(self) -> tuple[int, ...] | None:
+        """Without the batch's axis; None where that is not the first and the only one that grows."""
+        return self.batch_1[1:] if self.for_batch(3) == (3, *self.batch_1[1:]) else None
+
+
+@dataclass
+class ModuleCall:
+    """One module in a forward pass.
+
+    Attributes
+    ----------
+    name : str
+        Dotted; empty for the network itself.
+    module : Module
+    began, ended : int
+        Places among all beginnings and ends of the pass; of the first run, and of the last.
+    times : int
+        How often it ran.
+    value : object
+        What came out of the last run, with a :class:`Shape` in the place of each tensor.
+    """
+
+    name: str
+    module: nn.Module
+    start: int
+    end: int = 0
+    call_count: int = 0
+    output: Any = None
+
+
+def trace_modules(network: nn.Module, size: tuple[int, int]) -> dict[nn.Module, ModuleCall]:
+    """The modules that run for an image, in the order in which they begin.
+
+    Parameters
+    ----------
+    network : Module
+        It is afterwards as it was: no hooks are left, and modes and statistics are the same.
+    size : (int, int)
+        Height and width of an image.
+    """
+    reference = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    calls_1, calls_2 = (
+        _trace(network, torch.zeros(b, 3, *size, dtype=reference.dtype, device=reference.device)) for b in (1, 2)
+    )
+    for module, call in calls_1.items():
+        call.output = map_leaves(_make_batch_shape, call.output, calls_2[module].output) if module in calls_2 else None
+    return calls_1
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; every module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad(), seeded_rng(0):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def map_leaves(function: Callable[..., object], value: Any, *others: Any) -> Any:
+    """A value with what its tensors, tuples, lists and mappings hold changed; the others are built alike."""
+    if isinstance(value, (tuple, list)):
+        items = [map_leaves(function, *leaves) for leaves in zip(value, *others, strict=True)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: map_leaves(function, value[key], *(other[key] for other in others)) for key in value}
+    return function(value, *others)
+
+
+@dataclass
+class _ModuleTracer:
+    """Notes what begins and ends."""
+
+    names: dict[nn.Module, str]
+    calls: dict[nn.Module, ModuleCall] = field(default_factory=dict)
+    clock: int = 0
+
+    def on_enter(self, module: nn.Module, args: object) -> None:
+        self.clock += 1
+        self.calls.setdefault(module, ModuleCall(self.names[module], module, self.clock))
+
+    def on_exit(self, module: nn.Module, args: object, value: object) -> None:
+        self.clock += 1
+        call = self.calls[module]
+        call.end, call.call_count, call.output = self.clock, call.call_count + 1, map_leaves(_to_meta, value)
+
+
+def _trace(network: nn.Module, images: Tensor) -> dict[nn.Module, ModuleCall]:
+    tracer = _ModuleTracer({module: name for name, module in network.named_modules()})
+    handles = [module.register_forward_pre_hook(tracer.on_enter) for module in tracer.names]
+    handles += [module.register_forward_hook(tracer.on_exit) for module in tracer.names]
+    try:
+        with eval_mode(network):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tracer.calls
+
+
+def _to_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _make_batch_shape(value_1: object, value_2: object) -> object:
+    if not isinstance(value_1, Tensor) or not isinstance(value_2, Tensor) or value_1.ndim != value_2.ndim:
+        return value_1
+    return BatchShape(tuple(value_1.shape), tuple(value_2.shape), value_1.dtype)

@@ -1,0 +1,64 @@
+"""The command that measures a machine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from featpipe.cli.options import EXTRACTION_DEFAULTS, MACHINE_OPTIONS, add_options
+from featpipe.cli.terminal import Terminal, format_table, print_json
+
+__all__ = ["bench"]
+
+TIMED_STAGES = ("reading", "decoding", "embedding", "committing", "waiting")
+
+
+@click.command(short_help="Measure how fast this machine can extract, and what stands in the way.")
+@click.argument("archives", nargs=-1, metavar="[ARCHIVE]...")
+@add_options(*MACHINE_OPTIONS)
+@click.option(
+    "--seconds", type=click.FloatRange(1), default=24.0, show_default=True, help="About how long, besides preparing."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: Any) -> None:
+    """Measure how fast this machine can extract, and what stands in the way.
+
+    Reading, decoding and forward passes are measured alone, then an extraction of the same images. Without an ARCHIVE
+    made-up photographs are used.
+
+    \b
+    Example:
+      featpipe bench photos/ --backbone resnet50
+    """
+    from featpipe.bench import run_benchmark
+
+    bench_settings = {**settings, "outputs": settings["outputs"] or EXTRACTION_DEFAULTS.outputs}
+    with Terminal() as terminal:
+        result = run_benchmark(archives, seconds=seconds, progress=terminal, **bench_settings)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    rate_rows = [
+        ("reading", _format_rate(result.reading)),
+        ("decoding", _format_rate(result.decoding)),
+        *(
+            (f"forward, {forward.engine}, {forward.precision}", _format_rate(forward.images_per_second))
+            for forward in result.forward
+        ),
+        ("bound of all together", _format_rate(result.bound)),
+        ("an extraction", f"{_format_rate(result.extraction)} ({result.extraction / result.bound:.0%})"),
+    ]
+    click.echo(format_table(rate_rows, [result.backbone, "images/s"], right_aligned=[1]))
+    time_text = ", ".join(
+        f"{name} {value:.1f} s" for name, value in result.seconds.items() if name not in ("preparing", "total")
+    )
+    click.echo(f"\nof all workers' time: {time_text}; writing {result.writing / 1e6:,.0f} MB/s")
+    click.echo(f"bottleneck: {result.bottleneck}")
+    for text in result.advice:
+        click.echo(f"→ {text}")
+
+
+def _format_rate(images_per_second: float) -> str:
+    return "–" if math.isinf(images_per_second) else f"{images_per_second:,.1f}"

@@ -1,0 +1,77 @@
+"""What a shell completes: commands and options, and the names of recipes, heads and backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+__all__ = ["BACKBONE_NAME", "HEAD_NAME", "NameParameter", "completion"]
+
+PROGRAM = "featpipe"
+COMPLETION_VARIABLE = "_FEATPIPE_COMPLETE"
+"""Set by the script when the shell asks; click looks for it under this name."""
+SHELLS = ("bash", "zsh", "fish")
+
+
+class NameParameter(click.ParamType):
+    """Text, of which some names are known; any other is accepted.
+
+    Parameters
+    ----------
+    name : str
+        What it is.
+    known : callable
+        Gives pairs of a name and what it is about, when it is asked for.
+    files : bool
+        Whether it may be a file too.
+    """
+
+    def __init__(
+        self, name: str, list_names: Callable[[], Iterable[tuple[str, str]]], allow_files: bool = False
+    ) -> None:
+        self.name = name
+        self._list_names = list_names
+        self._allow_files = allow_files
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        items = [
+            CompletionItem(name, help=summary) for name, summary in self._list_names() if name.startswith(incomplete)
+        ]
+        return [*items, CompletionItem(incomplete, "file")] if self._allow_files else items
+
+
+def _list_heads() -> list[tuple[str, str]]:
+    from featpipe.heads import HEAD_REGISTRY
+
+    return [(name, spec.summary) for name, spec in HEAD_REGISTRY.items()]
+
+
+def _list_backbones() -> list[tuple[str, str]]:
+    from featpipe.backbones import PACKAGED_BACKBONES, TORCHVISION_BACKBONES
+
+    return [(name, "") for name in (*PACKAGED_BACKBONES, *TORCHVISION_BACKBONES)]  # timm's would cost seconds
+
+
+HEAD_NAME = NameParameter("head", _list_heads)
+BACKBONE_NAME = NameParameter("backbone", _list_backbones)
+
+
+@click.command(short_help="Print what makes a shell complete commands, options and names.")
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands, options and names.
+
+    In ~/.bashrc: eval "$(featpipe completion bash)"; in ~/.zshrc the same with zsh. For fish, write what is printed to
+    ~/.config/fish/completions/featpipe.fish.
+
+    \b
+    Example:
+      featpipe completion bash
+    """
+    from featpipe.cli import cli
+
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    click.echo(shell_class(cli, {}, PROGRAM, COMPLETION_VARIABLE).source())

@@ -1,0 +1,66 @@
+"""The demonstration command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+
+import click
+
+from featpipe.cli.terminal import Terminal, format_table, print_json
+
+__all__ = ["demo"]
+
+
+@click.command(short_help="Run the whole line on real photographs, with nothing to download.")
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def demo(out: str, as_json: bool) -> None:
+    """Run the whole line on real photographs, with nothing to download.
+
+    Tiles of seventeen photographs are embedded by an ImageNet network; three heads learn from the left half of each
+    photograph and are tested on the right half.
+
+    \b
+    Example:
+      featpipe demo --out demo
+    """
+    started = perf_counter()
+    from featpipe.demo import run_demo
+    from featpipe.experiments import command_line
+
+    with Terminal() as terminal:
+        result = run_demo(Path(out), terminal, command_line())
+    if as_json:
+        scores = [{"name": row.name, "accuracy": row.score.value} for row in result.comparison]
+        print_json(
+            {
+                "cache": str(result.cache.path),
+                "report": str(result.report),
+                "chosen": result.best_head,
+                "comparison": scores,
+            }
+        )
+        return
+    rows = [
+        ["→" if r.chosen else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
+        for r in result.comparison
+    ]
+    click.echo(f"\nAccuracy on {result.n_tested} tiles from the right halves, with 95 % intervals\n")
+    click.echo(format_table(rows, ["", "", "accuracy", "fit s", ""], right_aligned=[3]))
+    click.echo("\nSome of them, as the chosen head sees them\n")
+    examples = [
+        [name, predicted_class, f"{probability:.2f}", "" if predicted_class == true_class else f"no: {true_class}"]
+        for name, true_class, predicted_class, probability in result.examples
+    ]
+    click.echo(format_table(examples, ["tile", "predicted", "", ""]))
+    click.echo(
+        f"""
+Made in {perf_counter() - started:.0f} s: {result.archive}, {result.cache.path}, {", ".join(map(str, result.models.values()))}
+Open {result.report} in a browser.
+
+With your own images, one folder for each class:
+  featpipe extract photos/
+  featpipe train cache/photos-*.h5
+  featpipe predict cache/photos-*.logistic.model more-photos/"""
+    )

@@ -1,0 +1,39 @@
+"""The command that makes a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from featpipe.cli.options import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.terminal import Terminal, print_json
+
+__all__ = ["extract"]
+
+
+@click.command(short_help="Run a frozen network once over images and cache the embeddings.")
+@click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
+@add_options(*IDENTITY_OPTIONS, *RUN_OPTIONS)
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """Run a frozen network once over images and cache the embeddings.
+
+    ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
+    Prints the path of the cache. Images that any cache in --cache knows are not embedded again.
+
+    \b
+    Example:
+      featpipe extract photos/ --backbone resnet50 --precision bf16
+    """
+    from featpipe.extraction import extract as run
+
+    extraction_settings = make_extraction_settings(settings)
+    with Terminal() as terminal:
+        cache = run(list(archives), progress=terminal, **extraction_settings)
+    if as_json:
+        print_json(
+            {"cache": str(cache.path), "samples": len(cache), "bad": cache.bad_rows(), "manifest": cache.manifest}
+        )
+    else:
+        click.echo(cache.path)

@@ -1,0 +1,478 @@
+"""Commands that show something: info, backbones, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featpipe.cli.options import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.terminal import format_duration, format_size, format_table, print_json, printable
+from featpipe.config import unknown_name_error
+
+if TYPE_CHECKING:
+    from featpipe.cache import FeatureCache
+    from featpipe.maintenance import CacheDiff, SampleDiff
+
+__all__ = ["backbones", "cache_to_dict", "format_cache", "heads", "info"]
+
+
+@click.command(short_help="Show what a cache or a model holds.")
+@click.argument("path", metavar="PATH")
+@click.argument("archives", nargs=-1, metavar="[ARCHIVE...|CACHE]")
+@click.option("--why", is_flag=True, help="Say what differs from what the arguments of an extract command ask for.")
+@add_options(*IDENTITY_OPTIONS)
+@add_options(*RUN_OPTIONS, hidden=True)  # so that those of any extract command can be pasted
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.pass_context
+def info(
+    context: click.Context, path: str, archives: tuple[str, ...], why: bool, as_json: bool, **settings: Any
+) -> None:
+    """Show what a cache or a model holds.
+
+    With --why and the arguments of an extract command, or with --why and another cache, it says which facts and how
+    many images differ. No image is read for that.
+
+    \b
+    Example:
+      featpipe info cache/photos.h5
+      featpipe info cache/photos.h5 --why photos/ --backbone resnet50
+    """
+    given_options = [
+        name for name in settings if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if why:
+        _explain_differences(Path(path), archives, settings, bool(given_options), as_json)
+        return
+    if archives or given_options:
+        raise click.UsageError("archives and options describe an extraction to compare with; give --why with them")
+    if not _is_zip(Path(path)):
+        details = cache_to_dict(Path(path))
+        print_json(details) if as_json else click.echo(format_cache(details))
+        return
+    details = _model_to_dict(Path(path))
+    if as_json:
+        print_json(details)
+        return
+    history = details["history"]
+    details |= {"scores": _get_metric_values(details["scores"]), "trained_on": history["trained_on"], "history": None}
+    details |= {"keeps": _format_retained(details["keeps"]), "steps": _format_steps(history.get("steps") or [])}
+    details["fine_tuning"] = _format_finetuning(history.get("finetuning"))
+    rows = [
+        [name.replace("_", " "), _format_value(value)] for name, value in details.items() if value not in (None, {}, [])
+    ]
+    click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
+
+
+def _explain_differences(
+    path: Path, archives: tuple[str, ...], settings: dict[str, Any], has_options: bool, as_json: bool
+) -> None:
+    from featpipe.cache import FeatureCache
+    from featpipe.config import ExtractionConfig
+    from featpipe.maintenance import diff_with_cache, diff_with_request
+
+    cache = FeatureCache(path, salvage=True)
+    other_path = archives[0] if len(archives) == 1 and archives[0].endswith(".h5") else None
+    if other_path is not None:
+        if has_options:
+            raise click.UsageError("options describe an extraction; two caches are compared without any")
+        comparison = diff_with_cache(cache, FeatureCache(other_path, salvage=True))
+    else:
+        comparison = diff_with_request(
+            cache, ExtractionConfig.from_settings(make_extraction_settings(settings)), archives
+        )
+    if as_json:
+        print_json({"cache": str(path), **asdict(comparison)})
+        return
+    click.echo(printable(f"{path} {_format_verdict(comparison, other_path)}"))
+    for line in comparison.differences:
+        click.echo(f"  {printable(line)}")
+    if comparison.samples is not None:
+        click.echo("\n" + _format_samples(comparison.samples, comparison.usable))
+
+
+def _format_verdict(comparison: CacheDiff, other_path: str | None) -> str:
+    n_differences = len(comparison.differences)
+    count_text = f"{n_differences} {'fact' if n_differences == 1 else 'facts'}"
+    if other_path is not None:
+        return (
+            f"and {other_path} were made from the same facts"
+            if not n_differences
+            else f"and {other_path} differ in {count_text}:"
+        )
+    if not n_differences:
+        return "was made from the facts that are asked for"
+    if comparison.usable:
+        return f"holds what is asked for, and differs in {count_text}; its embeddings are copied:"
+    return f"was made otherwise than asked for, in {count_text}; its embeddings cannot be used:"
+
+
+def _format_samples(samples: SampleDiff, usable: bool) -> str:
+    """The images of the archives beside those of the cache."""
+    counts = [
+        [f"{samples.images:,}", "images are in the archives, of which"],
+        [f"{samples.unchanged:,}", "are in the cache, unchanged by place, size and time"],
+        [f"{samples.changed:,}", "are in the cache under the same id, but changed, moved or to be tried again"],
+        [f"{samples.new:,}", "are new by id"],
+        [f"{samples.gone:,}", "rows of the cache are not in the archives"],
+    ]
+    text = format_table(counts[1:], counts[0], right_aligned=[0])
+    if not usable:
+        return text + "\nAll of them would be embedded, but for those in other caches that were made from these facts."
+    if samples.changed or samples.new:
+        return text + "\nWhat is not unchanged is read; what has bytes that a cache knows is copied all the same."
+    if samples.same_table:
+        return text + "\nSamples, order, labels and splits are the cache's own."
+    return text + "\nOrder, labels or splits differ: the cache is written anew, without a forward pass."
+
+
+def _is_zip(path: Path) -> bool:
+    if not path.is_file():
+        return path.suffix == ".model"
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _model_to_dict(path: Path) -> dict[str, Any]:
+    from featpipe.model import read_document
+
+    document = read_document(path)
+    return {
+        "model": str(path),
+        "format": f"{document['format']} {document['format_version']}",
+        "backbone": document["backbone"]["name"],
+        "output": document["output"],
+        "precision": document["facts"]["precision"],
+        "head": document["head"],
+        "task": document["task"],
+        "classes": document["classes"],
+        "keeps": document.get("kept"),
+        "scores": document["scores"],
+        "history": document["history"],
+        "bytes": path.stat().st_size,
+    }
+
+
+def _format_retained(retained: dict[str, Any] | None) -> str:
+    """What it keeps of its training data, and how large that is."""
+    if not retained:
+        return "nothing of its training data but the digests of the images"
+    sizes = {name: format_size(nbytes) for name, nbytes in retained["bytes"].items()}
+    if "rows" in sizes:
+        sizes["rows"] = (
+            f"{retained['rows']:,} embeddings, at most {retained['rows_a_class']} of a class, {sizes['rows']}"
+        )
+    if "network" in sizes:
+        sizes["importances of the network"] = sizes.pop("network")
+    return "; ".join(f"{name}: {text}" if name != "rows" else text for name, text in sizes.items())
+
+
+def _format_finetuning(document: Any) -> str | None:
+    """What fine-tuning brought, and which model was kept."""
+    result = document.get("result") if isinstance(document, dict) else None
+    if not isinstance(result, dict):
+        return None
+    return f"the {result.get('kept')} model is kept; {result.get('verdict')}"
+
+
+def _format_steps(steps: list[dict[str, Any]]) -> list[str]:
+    """Which classes came when, by what method, from which caches."""
+    return [
+        f"{len(step['classes'])} classes by {step['method']} from {' and '.join(step.get('caches') or ['?'])}"
+        for step in steps
+    ]
+
+
+def _get_metric_values(scores: dict[str, Any]) -> dict[str, Any]:
+    """How each estimate was made, and its figures alone."""
+    return {
+        estimate["how"]: {name: metric["value"] for name, metric in estimate["metrics"].items()}
+        for estimate in scores.values()
+        if isinstance(estimate, dict)  # a comparison of heads is a list
+    }
+
+
+def _format_value(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{printable(str(name))}: {_format_value(item)}" for name, item in list(value.items())[:40])
+    if isinstance(value, list):
+        return (
+            " × ".join(map(str, value))
+            if all(isinstance(v, int) for v in value)
+            else ", ".join(printable(str(item)) for item in value[:40])
+        )
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return printable(str(value))
+
+
+@click.command(short_help="List the networks that can be used.")
+@click.argument("pattern", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+def backbones(pattern: str | None, as_json: bool) -> None:
+    """List the networks that can be used, all or those whose names match PATTERN.
+
+    \b
+    Example:
+      featpipe backbones 'resnet*'
+    """
+    from featpipe import backbones as backbone
+
+    names = backbone.names(pattern)
+    if pattern and not names:
+        raise unknown_name_error("backbone", pattern, backbone.names())
+    if as_json:
+        print_json(names)
+    else:
+        click.echo("\n".join(names))
+
+
+@click.command(short_help="List the heads that can be trained.")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+def heads(name: str | None, as_json: bool) -> None:
+    """List the heads that can be trained and what they are for; with a NAME, its settings and their defaults.
+
+    \b
+    Example:
+      featpipe heads
+      featpipe heads mlp
+    """
+    from featpipe import heads as heads_package
+
+    if name is not None:
+        _print_head_settings(name, as_json)
+        return
+    rows = [
+        {
+            "head": head,
+            "tasks": [task for task in heads_package.HEAD_TASKS if head in heads_package.list_heads(task)],
+            "what": spec.summary,
+        }
+        for head, spec in heads_package.HEAD_REGISTRY.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    click.echo(format_table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
+    click.echo(
+        "\nAny other estimator of scikit-learn's kind by its import path, such as sklearn.naive_bayes.GaussianNB"
+    )
+
+
+def _print_head_settings(name: str, as_json: bool) -> None:
+    from featpipe import heads as heads_package
+
+    spec = heads_package.get_spec(name)
+    settings = heads_package.get_settings(name)
+    grid = {key: list(values) for key, values in spec.grid.items()}
+    if as_json:
+        details = {
+            "head": name,
+            "tasks": list(spec.estimators),
+            "what": spec.summary,
+            "settings": settings,
+            "grid": grid,
+        }
+        print_json(details)
+        return
+    click.echo(f"{name}: {spec.summary}; for {', '.join(spec.estimators)}\n")
+    rows = [
+        [key, _format_setting(value), ", ".join(map(_format_setting, grid.get(key, [])))]
+        for key, value in settings.items()
+    ]
+    click.echo(format_table(rows, ["setting", "default", "tried by --tune"]))
+
+
+def _format_setting(value: object) -> str:
+    """As ``--set`` takes it."""
+    if callable(value):
+        return getattr(value, "__name__", repr(value))
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+MAX_LISTED_CLASSES = 20  # as many are all shown, in their order
+N_LARGEST_CLASSES = 10  # of more, the largest
+MAX_LISTED_ARCHIVES = 5
+
+
+def cache_to_dict(path: Path) -> dict[str, Any]:
+    """What a cache holds, also one of which shards are missing."""
+    from featpipe.cache import FeatureCache
+
+    cache = FeatureCache(path, salvage=True)
+    manifest = cache.manifest
+    return {
+        "cache": str(path),
+        "format": f"{manifest['format']} {manifest['format_version']}",
+        "backbone": manifest["facts"]["backbone"]["name"],
+        "weights": manifest["facts"]["backbone"]["weights"],
+        "view": _view_to_dict(manifest["facts"]["backbone"].get("transform", {})),
+        "outputs": manifest["outputs"],
+        "precision": manifest["facts"]["precision"],
+        "storage": manifest["facts"]["storage"],
+        "samples": len(cache),
+        "ok": len(cache) - sum(cache.bad_rows().values()),
+        "bad": cache.bad_rows(),
+        "splits": _count_splits(cache),
+        "task": cache.task,
+        **_count_labels(cache),
+        "archives": manifest.get("archives"),
+        "ignored": manifest.get("ignored"),
+        "merged_from": manifest.get("merged_from"),
+        "created": manifest.get("created"),
+        "device": manifest.get("device"),
+        "machine": manifest.get("machine"),
+        "embedded": manifest.get("embedded"),
+        "images_per_second": manifest.get("images_per_second"),
+        "seconds": manifest.get("seconds"),
+        "bytes": cache.file_bytes,
+        "shards": len(manifest.get("shards") or []),
+        "lost_shards": list(cache.lost_shards),
+        "row_checks": cache.has_checks,
+        "fingerprint": cache.fingerprint,
+        "versions": manifest.get("versions"),
+    }
+
+
+def _view_to_dict(transform: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the pictures were changed at random before they were embedded, if they were: for fine-tuning."""
+    if "augmentation" not in transform:
+        return None
+    augmentation = {name: value for name, value in transform["augmentation"].items() if name != "versions"}
+    return {"number": transform["view"], "seed": transform["seed"], **augmentation}
+
+
+def _count_splits(cache: FeatureCache) -> dict[str, int]:
+    """How many samples each split has, if any sample is in one."""
+    import numpy as np
+
+    from featpipe.cache import SPLIT_NAMES
+
+    counts = np.bincount(cache.split, minlength=len(SPLIT_NAMES)).tolist()
+    return {name: count for name, count in zip(SPLIT_NAMES, counts, strict=True) if count} if any(counts[1:]) else {}
+
+
+def _count_labels(cache: FeatureCache) -> dict[str, Any]:
+    """Classes with how many samples each has, or targets with their range."""
+    import numpy as np
+
+    if cache.task == "none":
+        return {}
+    labels = cache.label_table
+    is_labelled = labels.known
+    values = labels.values[is_labelled]
+    unlabelled = {"unlabelled": int(np.count_nonzero(~is_labelled))}
+    if cache.task == "regression":
+        ranges = {
+            name: {"least": float(v.min()), "mean": float(v.mean()), "greatest": float(v.max())} if len(v) else None
+            for name, v in zip(cache.classes, values.T, strict=True)
+        }
+        return {"targets": ranges, **unlabelled}
+    if cache.task == "classification":
+        counts = np.bincount(values, minlength=len(cache.classes))
+    else:
+        counts = values.sum(axis=0, dtype=np.int64)
+    return {"classes": dict(zip(cache.classes, counts.tolist(), strict=True)), **unlabelled}
+
+
+def format_cache(details: Mapping[str, Any]) -> str:
+    """The text for people."""
+    lines = [
+        ("cache", details["cache"]),
+        ("samples", f"{details['samples']:,}, {_format_bad(details)}"),
+        ("labels", _format_labels(details)),
+        ("splits", ", ".join(f"{count:,} {name}" for name, count in details["splits"].items())),
+        ("outputs", ", ".join(f"{name} {_format_shape(shape)}" for name, shape in details["outputs"].items())),
+        ("backbone", f"{details['backbone']}, weights {details['weights'][:12]}, {details['precision']}"),
+        ("view", _format_view(details["view"])),
+        ("size", _format_storage(details)),
+        ("lost", _format_paths(details["lost_shards"])),
+        ("made", _format_creation(details)),
+        ("from", _format_paths(details["archives"] or [])),
+        ("merged from", _format_paths([source["cache"] for source in details["merged_from"] or []])),
+        ("format", details["format"] + ("" if details["row_checks"] else ", without checks of its rows")),
+        ("fingerprint", details["fingerprint"]),
+    ]
+    text = "\n".join(f"{name:<13}{printable(str(value))}" for name, value in lines if value)
+    labels_text = (
+        _format_classes(details["classes"]) if details.get("classes") else _format_targets(details.get("targets") or {})
+    )
+    return f"{text}\n\n{labels_text}" if labels_text else text
+
+
+def _format_bad(details: Mapping[str, Any]) -> str:
+    bad = sorted(details["bad"].items(), key=lambda item: -item[1])
+    if not bad:
+        return "all with features"
+    return f"{sum(details['bad'].values()):,} without features: " + ", ".join(
+        f"{count:,} {status}" for status, count in bad
+    )
+
+
+def _format_view(view: Mapping[str, Any] | None) -> str:
+    if view is None:
+        return ""
+    augmentation = [f"{name} {value:g}" for name, value in view.items() if name not in ("number", "seed")]
+    return f"number {view['number'] + 1} of the pictures as fine-tuning changes them: {', '.join(augmentation)}"
+
+
+def _format_labels(details: Mapping[str, Any]) -> str:
+    if details["task"] == "none":
+        return "none"
+    plural, singular = ("targets", "target") if details["task"] == "regression" else ("classes", "class")
+    count = len(details[plural])
+    text = f"{details['task']}, {count:,} {plural if count != 1 else singular}"
+    return text + (f", {details['unlabelled']:,} without a label" if details["unlabelled"] else "")
+
+
+def _format_shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "1"
+
+
+def _format_storage(details: Mapping[str, Any]) -> str:
+    location = f"the file and {details['shards']:,} shards" if details["shards"] else "one file"
+    per_sample = f", {format_size(details['bytes'] / details['samples'])} a sample" if details["samples"] else ""
+    return f"{format_size(details['bytes'])} in {location}{per_sample}, stored as {details['storage']}"
+
+
+def _format_creation(details: Mapping[str, Any]) -> str:
+    text = str(details["created"] or "").replace("T", " ").replace("+00:00", " UTC")
+    if not details["embedded"]:
+        return text + (", all copied from other caches" if details["embedded"] == 0 else "")
+    text += f", {details['embedded']:,} images embedded" + (f" on {details['device']}" if details["device"] else "")
+    total = (details["seconds"] or {}).get("total")
+    text += f" in {format_duration(total)}" if total else ""
+    return text + (f", {details['images_per_second']:,.1f} images/s" if details["images_per_second"] else "")
+
+
+def _format_paths(paths: Sequence[str]) -> str:
+    remaining = f" and {len(paths) - MAX_LISTED_ARCHIVES:,} more" if len(paths) > MAX_LISTED_ARCHIVES else ""
+    return ", ".join(map(str, paths[:MAX_LISTED_ARCHIVES])) + remaining
+
+
+def _format_classes(counts: Mapping[str, int]) -> str:
+    """The classes as a table: all of a few, else the largest and what the others have."""
+    listed = list(counts.items())
+    if len(listed) > MAX_LISTED_CLASSES:
+        listed = sorted(listed, key=lambda item: -item[1])[:N_LARGEST_CLASSES]
+    text = format_table([[name, f"{count:,}"] for name, count in listed], ["class", "images"], right_aligned=[1])
+    listed_classes = dict(listed)
+    others = [count for name, count in counts.items() if name not in listed_classes]
+    if others:
+        range_text = f"{min(others):,}" if min(others) == max(others) else f"{min(others):,} to {max(others):,}"
+        text += f"\nand {len(others):,} others with {range_text} images each"
+    return text
+
+
+def _format_targets(ranges: Mapping[str, Mapping[str, float] | None]) -> str:
+    rows = [
+        [name, *([f"{statistics[key]:.4g}" for key in ("least", "mean", "greatest")] if statistics else ["", "", ""])]
+        for name, statistics in ranges.items()
+    ]
+    return format_table(rows, ["target", "least", "mean", "greatest"], right_aligned=[1, 2, 3]) if rows else ""

@@ -1,0 +1,77 @@
+"""The command that runs recipes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featpipe.cli.completion import NameParameter
+from featpipe.cli.logging import log_message
+from featpipe.cli.terminal import Terminal, format_table, print_json
+
+if TYPE_CHECKING:
+    from featpipe.experiments import DryRun
+
+__all__ = ["run"]
+
+
+def _list_recipes() -> list[tuple[str, str]]:
+    from featpipe.experiments import list_builtin_recipes, read_question
+
+    return [(name, read_question(name)) for name in list_builtin_recipes()]
+
+
+def _print_recipes(context: click.Context, option: click.Parameter, requested: bool) -> None:
+    if requested and not context.resilient_parsing:
+        click.echo(format_table(_list_recipes(), ["recipe", "question"]))
+        context.exit()
+
+
+@click.command(short_help="Run a recipe: from images to trained models and a page.")
+@click.argument("recipe", metavar="RECIPE", type=NameParameter("recipe", _list_recipes, allow_files=True))
+@click.argument("archives", nargs=-1, metavar="[ARCHIVE]...", type=click.Path())
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another value: heads.0.C=10; lists: 1,10.")
+@click.option("--out", metavar="DIR", type=click.Path(), help="The run's folder.  [default: runs/RECIPE]")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what is done already; do nothing.")
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_print_recipes, help="Name the recipes."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def run(
+    recipe: str, archives: tuple[str, ...], settings: tuple[str, ...], out: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Run a recipe: from images to trained models and a page.
+
+    RECIPE is a TOML file, or the name of one that comes along (--list). Stages that are done are skipped, also after a
+    kill. Prints the table; models, results and the recipe with every default lie in the run's folder.
+
+    \b
+    Example:
+      featpipe run smoke
+      featpipe run linear-probe photos/ --set heads.0.C=0.1,1,10 --out runs/photos
+    """
+    from featpipe.experiments import parse_changes
+
+    changes = parse_changes(settings)
+    with Terminal() as terminal:
+        if dry_run:
+            _print_dry_run(recipe, archives, changes, out, as_json)
+            return
+        from featpipe.experiments import run as run_recipe
+
+        result = run_recipe(recipe, archives or None, changes=changes, out=out, progress=terminal)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    click.echo(result.table())
+    log_message(f"\n{result.report}\n{result.best.model}")
+
+
+def _print_dry_run(
+    recipe: str, archives: tuple[str, ...], changes: dict[str, Any], out: str | None, as_json: bool
+) -> None:
+    from featpipe.experiments import plan_run
+
+    plan: DryRun = plan_run(recipe, archives or None, changes=changes, out=out)
+    print_json(plan.to_dict()) if as_json else click.echo(plan.table())

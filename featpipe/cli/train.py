@@ -1,0 +1,229 @@
+"""The command that trains heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featpipe.cli.completion import HEAD_NAME
+from featpipe.cli.logging import log_message
+from featpipe.cli.terminal import Terminal, format_duration, format_size, format_table, print_json
+
+if TYPE_CHECKING:
+    from featpipe.cache import FeatureCache
+    from featpipe.model import Model
+    from featpipe.training import HeadComparison
+
+__all__ = ["parse_bytes", "train"]
+
+BYTES_PER_UNIT = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """How many bytes a text such as 2G means."""
+    if text is None:
+        return None
+    size_match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)i?b?", text.strip().lower())
+    if not size_match:
+        raise click.BadParameter(f"{text!r} is no size; write it as in 2G")
+    return int(float(size_match[1]) * BYTES_PER_UNIT[size_match[2]])
+
+
+def _parse_priors(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, float] | None:
+    shares: dict[str, float] = {}
+    for text in texts:
+        name, separator, share = text.rpartition("=")
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise click.BadParameter(f"{text!r} is not CLASS=SHARE; write it as in cat=0.9")
+    return shares or None
+
+
+@click.command(short_help="Train a head on a cache; prints the path of the model.")
+@click.argument("cache", metavar="CACHE")
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    default=["logistic"],
+    type=HEAD_NAME,
+    metavar="NAME",
+    help="See `featpipe heads`; several, or all, are compared and the best is saved.  [default: logistic]",
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the head, such as C=10.")
+@click.option("--cv", type=click.IntRange(0), default=5, show_default=True, metavar="K", help="Folds; 0 for none.")
+@click.option("--tune/--no-tune", default=None, help="Choose settings on inner folds.  [default: C of logistic alone]")
+@click.option("--grid", "grids", multiple=True, metavar="KEY=A,B", help="What to try, instead of the head's own grid.")
+@click.option("--metric", metavar="NAME", help="What settings and heads are chosen by, such as macro_f1.")
+@click.option("--one-standard-error", is_flag=True, help="Take the smallest C within a standard error of the best.")
+@click.option("--balance", type=click.Choice(["over", "under", "smote"]), help="Resample rows: classes as frequent.")
+@click.option("--calibrate", is_flag=True, help="Make probabilities mean what they say, on held-out rows.")
+@click.option(
+    "--prior", multiple=True, callback=_parse_priors, metavar="CLASS=SHARE", help="How frequent it is in use."
+)
+@click.option("--groups", metavar="TABLE:COLUMN", help="What images belong to (a patient): never on both sides.")
+@click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
+@click.option("--since", metavar="TIME", help="With --time: judged once, by images from then on, and not on folds.")
+@click.option("--without", metavar="TABLE", help="Leave out the images of a table, such as one of --findings.")
+@click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
+@click.option(
+    "--memory", callback=parse_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
+)
+@click.option(
+    "--keep", metavar="WHAT", help="For more classes later: none, all, statistics, rows=N …  [default: no rows]"
+)
+@click.option("--jobs", type=int, metavar="N", help="Processes for --tune; -1 for all cores.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
+@click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
+@click.option("--backbone", metavar="NAME", help="With --portable, for a cache made with code of your own.")
+@click.option("--findings", metavar="DIR", help="Write tables of training images to look at, by the folds.")
+@click.option("--out", metavar="MODEL", help="The model's file.  [default: CACHE's name with .HEAD.model]")
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
+def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
+    """Train a head on a cache; prints the path of the model.
+
+    Its quality is estimated by cross-validation on the training images; the model is then fitted on all of them. The
+    strength of logistic is chosen along 45 values, on inner folds, unless it is set.
+
+    \b
+    Example:
+      featpipe train cache/photos.h5 --head mlp --set hidden=256
+      featpipe train cache/photos.h5 --head all --metric macro_f1
+    """
+    from featpipe.cache import FeatureCache
+    from featpipe.heads import HEAD_REGISTRY, HEAD_TASKS, build, check_savable
+    from featpipe.model import Model
+
+    feature_cache = FeatureCache(cache)
+    for name in heads:
+        if name not in HEAD_REGISTRY and name != "all":
+            check_savable(build(name, feature_cache.task if feature_cache.task in HEAD_TASKS else "classification"))
+    compares_heads = len(set(heads)) > 1 or "all" in heads
+    Model.check_target(_make_model_path(out, feature_cache, heads[0]))
+    with Terminal() as terminal:
+        model, comparison = (
+            _compare(feature_cache, heads, options, terminal)
+            if compares_heads
+            else _train(feature_cache, heads, options, terminal)
+        )
+    if options["portable"] and options["backbone"]:
+        model.attach(options["backbone"])
+    path = model.save(_make_model_path(out, feature_cache, model.head_name), portable=options["portable"])
+    if as_json:
+        print_json({"model": str(path), "scores": model.scores, "history": model.history})
+        return
+    if comparison is not None:
+        log_message(_format_comparison(comparison), event="table")
+    estimate = model.scores.get("cross_validation")
+    if estimate:
+        rows = [[name, _format_interval(value)] for name, value in estimate["metrics"].items()]
+        if "calibration" in estimate:
+            calibration = estimate["calibration"]
+            rows.append(
+                ["calibration_error", f"{calibration['error_after']:.3f} (before: {calibration['error_before']:.3f})"]
+            )
+        log_message(format_table(rows, [estimate["how"], ""]), event="table")
+    click.echo(path)
+
+
+def _make_model_path(out: str | None, cache: FeatureCache, head: str) -> Path:
+    return Path(out) if out else cache.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', head)}.model")
+
+
+def _make_common_options(options: dict[str, Any]) -> dict[str, Any]:
+    from featpipe.config import parse_settings
+
+    grid = {
+        key: value if isinstance(value, tuple) else (value,) for key, value in parse_settings(options["grids"]).items()
+    }
+    names = (
+        "output",
+        "tune",
+        "metric",
+        "one_standard_error",
+        "balance",
+        "calibrate",
+        "prior",
+        "groups",
+        "times",
+        "since",
+        "without",
+    )
+    return {
+        **{name: options[name] for name in (*names, "memory", "keep", "jobs")},
+        "grid": grid,
+        "random_state": options["seed"],
+    }
+
+
+def _train(
+    cache: FeatureCache, heads: Sequence[str], options: dict[str, Any], terminal: Terminal
+) -> tuple[Model, HeadComparison | None]:
+    from featpipe.config import parse_settings
+    from featpipe.training import train as run
+
+    params = parse_settings(options["settings"])
+    training_options = {
+        "cv": options["cv"] or None,
+        "params": params,
+        "findings": options["findings"],
+        **_make_common_options(options),
+    }
+    return run(cache, heads[0], progress=terminal, **training_options), None
+
+
+def _compare(
+    cache: FeatureCache, heads: Sequence[str], options: dict[str, Any], terminal: Terminal
+) -> tuple[Model, HeadComparison | None]:
+    from featpipe.training import compare
+
+    if options["settings"] or options["grids"] or options["findings"]:
+        raise click.UsageError(
+            "--set, --grid and --findings are of one head; several are compared with their own settings"
+        )
+    common = _make_common_options(options)
+    del common["grid"]
+    names = "all" if "all" in heads else heads
+    comparison = compare(cache, names, cv=options["cv"], progress=terminal, **common)
+    return comparison.model, comparison
+
+
+def _format_comparison(comparison: HeadComparison) -> str:
+    """The heads as a table, the best first."""
+    from featpipe.training import format_params
+
+    rows = [
+        [
+            row.head,
+            f"{row.score:.3f} ± {row.spread:.3f}",
+            *(f"{row.scores[name]:.3f}" for name in _list_extra_metrics(comparison)),
+            format_duration(row.seconds_to_fit),
+            f"{row.seconds_to_predict * 1000:,.1f} ms",
+            format_size(row.bytes),
+            format_params(row.chosen),
+        ]
+        for row in comparison.rows
+    ]
+    header = ["head", comparison.rows[0].metric, *_list_extra_metrics(comparison), "fit", "1,000 rows", "size", "tuned"]
+    note = "the best is chosen by these very scores: `featpipe evaluate` on other images says how good it is"
+    return f"{format_table(rows, header, right_aligned=range(1, len(header) - 1))}\n{note}\n"
+
+
+def _list_extra_metrics(comparison: HeadComparison) -> list[str]:
+    """Scores that stand beside the one that heads are compared by."""
+    first = comparison.rows[0]
+    candidates = ("balanced_accuracy", "macro_f1", "mae")
+    return [name for name in candidates if name != first.metric and all(name in row.scores for row in comparison.rows)]
+
+
+def _format_interval(metric: dict[str, Any]) -> str:
+    low, high = metric.get("low"), metric.get("high")
+    bounds = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{metric['value']:.3f}{bounds}"

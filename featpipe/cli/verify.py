@@ -1,0 +1,98 @@
+"""The command that doubts: verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featpipe.cli.logging import log_message
+from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.errors import CacheError
+
+if TYPE_CHECKING:
+    from featpipe.maintenance import Verification
+
+__all__ = ["verify"]
+
+MAX_LISTED_ROWS = 100
+
+
+@click.command(short_help="Check that a cache is what was written; name and mend the rows that are not.")
+@click.argument("cache", metavar="CACHE")
+@click.option(
+    "--sample", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Rows to embed again."
+)
+@click.option("--repair", is_flag=True, help="Compute the rows that fail again, and only those.")
+@click.option(
+    "--archive", "archives", multiple=True, metavar="ARCHIVE", help="Where the images are now, if they moved."
+)
+@click.option("--backbone", metavar="NAME", help="For a cache made with code of your own.")
+@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which rows are embedded again.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
+    """Check that a cache is what was written; name and mend the rows that are not.
+
+    Every digest is checked: of columns, and of each row. With --sample, random rows are embedded again and compared.
+    Exit code 1 if anything is wrong and not mended.
+
+    \b
+    Example:
+      featpipe verify cache/photos.h5 --sample 32
+    """
+    from featpipe.maintenance import verify as verification
+
+    with Terminal() as terminal:
+        result = verification.verify(cache, progress=terminal, **settings)
+        if repair and not result.whole:
+            _print_result(result, terminal_only=True)
+            repair_options = {key: settings[key] for key in ("archives", "backbone", "device")}
+            result = verification.repair(cache, result, progress=terminal, **repair_options)
+    if as_json:
+        print_json(result.facts())
+    else:
+        _print_result(result)
+    if not result.whole:
+        raise CacheError(
+            f"{cache}: {_format_count(len(result.damaged), 'row')} and {_format_count(len(result.columns), 'column')} are not what was "
+            f"written; `featpipe verify {cache} --repair` computes them again"
+        )
+
+
+def _print_result(result: Verification, terminal_only: bool = False) -> None:
+    write_line: Callable[[str], None] = log_message if terminal_only else click.echo
+    rows = [
+        [damage.row, damage.id, _describe_damage(damage.what, damage.distance)]
+        for damage in result.damaged[:MAX_LISTED_ROWS]
+    ]
+    if rows:
+        write_line(format_table(rows, ["row", "id", "what is wrong"], right_aligned=[0]))
+    if len(result.damaged) > MAX_LISTED_ROWS:
+        write_line(f"… and {len(result.damaged) - MAX_LISTED_ROWS} more rows; --json names them all")
+    for name in [*result.columns, *result.shards]:
+        write_line(f"damaged: {name}")
+    if terminal_only:
+        return
+    if not result.checked:
+        click.echo("this file is of format 1.0, which holds no checksums: only its layout was checked")
+    elif result.whole:
+        click.echo(f"{result.samples:,} rows and all columns are what was written")
+    if result.embedded or result.changed:
+        distance_text = "" if result.farthest is None else f", farthest {result.farthest:.2g} of its length"
+        changed_text = f"; {_format_count(result.changed, 'image')} changed or gone since" if result.changed else ""
+        rows_text = _format_count(result.embedded, "row")
+        click.echo(f"{rows_text} embedded again{distance_text}, {result.tolerance:.2g} allowed{changed_text}")
+    if result.repaired:
+        click.echo(f"{_format_count(result.repaired, 'row')} computed again")
+
+
+def _describe_damage(check: str, distance: float | None) -> str:
+    if check == "checksum":
+        return "its bytes are not those that were written"
+    return f"the network answers otherwise: {distance:.2g} of its length away"
+
+
+def _format_count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"

@@ -1,0 +1,485 @@
+"""From archives to the ordered index of their samples."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.data.labels.infer import RawLabels, iter_normalized_names, labels_from_folders, labels_from_sidecars
+from featpipe.data.labels.labels import Labels
+from featpipe.data.labels.table import TABLE_SUFFIXES, LabelTable, map_paths_to_rows, match_table_rows, read_table
+from featpipe.data.sources.folder import list_files, list_folder, read_file
+from featpipe.data.sources.glob import expand_paths
+from featpipe.data.sources.listing import (
+    DECODED_SUFFIXES,
+    DEFAULT_LIMITS,
+    ArchiveLimits,
+    ArchiveSource,
+    Compression,
+    Listing,
+    escape_name,
+    format_name,
+    is_sample,
+)
+from featpipe.data.sources.tar import PlainTarReader, TarReader, list_tar
+from featpipe.data.sources.zip import ZipReader, list_zip
+from featpipe.errors import ArchiveError, ConfigError, SampleError
+from featpipe.status import Status
+from featpipe.storage import StringColumn
+
+__all__ = ["Index", "SampleReader", "index", "index_files"]
+
+PathLike = str | os.PathLike[str]
+
+_MAGIC_BYTES = {b"PK\3\4": "zip", b"PK\5\6": "zip", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_TAR_MAGIC_OFFSET = 257
+_STAMP_BYTES = 16
+_STAMP_BLOCK_ROWS = 65536
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The samples of some archives; row i is sample i for ever.
+
+    Columns of numbers and text, so that ten million samples fit; it holds no open file and can be pickled.
+
+    Attributes
+    ----------
+    sources : tuple of Source
+    ids : Strings of length n
+        Unique; what people and tables call a sample.
+    names : Strings of length n
+        The bytes of the path within its source.
+    source : ndarray of shape (n,), int32
+        Which of the sources a sample lies in.
+    offset : ndarray of shape (n,), int64
+        In a tar where its bytes begin, in a zip where its local header begins, else 0.
+    size : ndarray of shape (n,), int64
+        Bytes, decompressed.
+    mtime_ns : ndarray of shape (n,), int64
+        Time of change of the file that holds the bytes: the image, or the archive.
+    fault : ndarray of shape (n,), uint8
+        The `Status` as far as listing can tell.
+    labels : Labels
+    split : ndarray of shape (n,), uint8
+        0 none, 1 train, 2 validation, 3 test.
+    ignored : dict of str to int
+        What was there and is no sample.
+    limits : ArchiveLimits
+    """
+
+    sources: tuple[ArchiveSource, ...]
+    ids: StringColumn
+    names: StringColumn
+    source: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    mtime_ns: NDArray[np.int64]
+    fault: NDArray[np.uint8]
+    labels: Labels
+    split: NDArray[np.uint8]
+    ignored: dict[str, int]
+    limits: ArchiveLimits = DEFAULT_LIMITS
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether some source can only be read front to back, so that rows are best read in order."""
+        return any(source.compression for source in self.sources)
+
+    def compute_stamps(self) -> NDArray[np.uint8]:
+        """What stays the same while a sample's bytes do, as far as can be told without reading them.
+
+        Returns
+        -------
+        ndarray of shape (n, 16), uint8
+            A digest of real path, name, offset, size and time of change; zero where there is a fault. Equal
+            stamps are trusted to mean unchanged bytes.
+        """
+        stamps = np.zeros((len(self), _STAMP_BYTES), np.uint8)
+        ok_rows = np.flatnonzero(self.fault == Status.OK)
+        for rows in np.array_split(ok_rows, range(_STAMP_BLOCK_ROWS, len(ok_rows), _STAMP_BLOCK_ROWS)):
+            stamps[rows] = np.frombuffer(b"".join(self._iter_stamps(rows)), np.uint8).reshape(-1, _STAMP_BYTES)
+        return stamps
+
+    def _iter_stamps(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
+        """The stamps of some rows; plain numbers and bytes, because reading one number of an array takes longer."""
+        paths = [os.fsencode(source.real_path) for source in self.sources]
+        folder_prefixes = [os.path.join(path, b"") for path in paths]
+        kinds = [source.kind for source in self.sources]
+        columns = (self.source, self.offset, self.size, self.mtime_ns, self.names.offsets[:-1], self.names.offsets[1:])
+        data, sha256, pack = self.names.data, hashlib.sha256, struct.Struct("<4q").pack
+        for source_number, offset, size, mtime_ns, start, stop in zip(
+            *(column[rows].tolist() for column in columns), strict=True
+        ):
+            path, name = paths[source_number], data[start:stop].tobytes()
+            if kinds[source_number] == "folder":
+                path, name = folder_prefixes[source_number] + name, b""
+            elif kinds[source_number] == "files":  # whose names may be absolute
+                path, name = os.path.join(path, name), b""
+            yield sha256(pack(len(path), offset, size, mtime_ns) + path + name).digest()[:_STAMP_BYTES]
+
+    def take(self, rows: NDArray[np.int64]) -> Index:
+        """The index of some of the samples alone."""
+        ids = self.ids.take(rows)
+        return replace(
+            self,
+            ids=ids,
+            names=ids if self.names is self.ids else self.names.take(rows),
+            **{name: getattr(self, name)[rows] for name in ("source", "offset", "size", "mtime_ns", "fault", "split")},
+            labels=self.labels.take(rows),
+        )
+
+    def raw_name(self, row: int) -> bytes:
+        """The bytes of a sample's path within its source, which need not be valid text."""
+        start, stop = self.names.offsets[row], self.names.offsets[row + 1]
+        return self.names.data[start:stop].tobytes()
+
+    def open(self) -> SampleReader:
+        """A reader of the samples' bytes; open it where it is used."""
+        return SampleReader(self)
+
+
+def index(
+    archives: PathLike | Sequence[PathLike],
+    *,
+    labels: PathLike | LabelTable | None = None,
+    limits: ArchiveLimits = DEFAULT_LIMITS,
+) -> Index:
+    """List and order the samples of archives, by the rules of `featpipe.data`.
+
+    Parameters
+    ----------
+    archives : path or sequence of paths
+        Folders, .tar, .zip, tables of paths and single images; globs and braces are expanded.
+    labels : path or Table, optional
+        A table that labels the samples in place of folders and sidecar files.
+    limits : ArchiveLimits
+
+    Raises
+    ------
+    ArchiveError
+        If an archive is missing, damaged, hostile or without any sample, or does not fit its labels.
+    """
+    arguments = [archives] if isinstance(archives, (str, os.PathLike)) else list(archives)
+    groups = [group for paths in expand_paths(arguments) for group in _iter_groups(paths, limits)]
+    listings = [listing for group in groups for listing in group.listings]
+    if not any(map(len, listings)):
+        raise _no_samples_error(arguments, listings)
+    unlabeled_index = _combine_listings(listings, limits)
+    if labels is not None:
+        table = labels if isinstance(labels, LabelTable) else LabelTable(Path(labels))
+        table_rows = read_table(table, require_labels=True)
+        row_by_sample = match_table_rows(table.path, table_rows, unlabeled_index)
+        raw_labels, split = (
+            table_rows.raw_labels.take(row_by_sample),
+            bytes(table_rows.split[row] if row >= 0 else 0 for row in row_by_sample),
+        )
+    else:
+        raw_labels, split = (
+            RawLabels.concatenate(group.raw_labels for group in groups),
+            b"".join(part.split for part in groups),
+        )
+    return replace(unlabeled_index, labels=raw_labels.to_labels(), split=np.frombuffer(split, np.uint8))
+
+
+def index_files(
+    paths: Sequence[PathLike], labels: Labels | None = None, limits: ArchiveLimits = DEFAULT_LIMITS
+) -> Index:
+    """Index single files in the order given; one that is not there keeps its row with the fault ``MISSING``.
+
+    Parameters
+    ----------
+    paths : sequence of n paths
+        The same path may come several times.
+    labels : Labels of length n, optional
+    limits : ArchiveLimits
+    """
+    if labels is not None and len(labels) != len(paths):
+        raise ConfigError(f"{len(labels)} labels for {len(paths)} paths; give one for each, in the same order")
+    listing = list_files(_current_folder_source(), [Path(path).as_posix() for path in paths], limits)
+    unlabeled_index = _combine_listings([listing], limits)
+    return unlabeled_index if labels is None else replace(unlabeled_index, labels=labels)
+
+
+@dataclass(frozen=True)
+class _LabeledGroup:
+    """What follows one another in an argument and is labelled by one rule."""
+
+    listings: list[Listing]
+    raw_labels: RawLabels
+    split: bytes
+
+
+def _iter_groups(paths: Sequence[Path], limits: ArchiveLimits) -> Iterator[_LabeledGroup]:
+    for kind, group_paths in groupby(paths, _get_path_kind):
+        if kind == "table":
+            for path in group_paths:
+                yield _list_table(path, limits)
+            continue
+        if kind == "image":
+            listings = [list_files(_current_folder_source(), [path.as_posix() for path in group_paths], limits)]
+        else:
+            listings = [_list_archive(path, limits) for path in group_paths]
+        n = sum(map(len, listings))
+        raw_labels = (
+            RawLabels.unlabeled(n)
+            if kind == "image"
+            else labels_from_sidecars(listings) or labels_from_folders(listings)
+        )
+        yield _LabeledGroup(listings, raw_labels, bytes(n))
+
+
+def _get_path_kind(path: Path) -> str:
+    if path.is_dir():
+        return "archive"
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return "table"
+    return "image" if is_sample(path.name) else "archive"
+
+
+def _list_table(path: Path, limits: ArchiveLimits) -> _LabeledGroup:
+    table_rows = read_table(LabelTable(path), require_labels=False)
+    map_paths_to_rows(path, table_rows)
+    source = ArchiveSource(path, "files", os.path.realpath(path.parent))
+    listing = list_files(source, [os.fspath(Path(name)) for name in table_rows.paths], limits)
+    missing_names = [name for name, fault in zip(listing.names, listing.fault, strict=True) if fault == Status.MISSING]
+    if missing_names:
+        first_names = ", ".join(map(format_name, missing_names[:3]))
+        raise ArchiveError(
+            f"{path}: {len(missing_names)} of its files do not exist: {first_names}; paths are relative to {source.real_path}"
+        )
+    return _LabeledGroup([listing], table_rows.raw_labels, table_rows.split)
+
+
+def _current_folder_source() -> ArchiveSource:
+    """The source of images that are named one by one."""
+    return ArchiveSource(Path(), "files", os.path.realpath("."))
+
+
+def _list_archive(path: Path, limits: ArchiveLimits) -> Listing:
+    real_path = os.path.realpath(path)
+    if os.path.isdir(real_path):
+        return list_folder(ArchiveSource(path, "folder", real_path), limits)
+    if not os.path.isfile(real_path):
+        raise ArchiveError(f"{path}: neither a folder nor a file; expected an archive")
+    try:
+        file_stat = os.stat(real_path)
+        with open(real_path, "rb") as file:
+            header = file.read(_TAR_MAGIC_OFFSET + 5)
+    except OSError as error:
+        raise ArchiveError(f"{path}: cannot be read: {error.strerror}; grant access to it") from error
+    kind = next((kind for magic, kind in _MAGIC_BYTES.items() if header.startswith(magic)), "")
+    compression = cast(Compression, "" if kind == "zip" else kind)
+    if kind == "zip":
+        return list_zip(ArchiveSource(path, "zip", real_path, "", file_stat.st_size, file_stat.st_mtime_ns), limits)
+    if kind or header[_TAR_MAGIC_OFFSET:] == b"ustar" or path.suffix.lower() == ".tar":
+        return list_tar(
+            ArchiveSource(path, "tar", real_path, compression, file_stat.st_size, file_stat.st_mtime_ns), limits
+        )
+    raise ArchiveError(
+        f"{path}: begins with {header[:8]!r}; expected a folder, a .tar (also .gz, .bz2, .xz), a .zip, or a table of "
+        "paths as .csv, .tsv or .parquet"
+    )
+
+
+def _no_samples_error(arguments: Sequence[PathLike], listings: Sequence[Listing]) -> ArchiveError:
+    where = ", ".join(os.fspath(argument) for argument in arguments[:3]) or "no archive"
+    ignored_counts = sum((listing.ignored for listing in listings), Counter[str]()).most_common(6)
+    found_text = ", ".join(f"{count} {ignored_kind}" for ignored_kind, count in ignored_counts) or "nothing at all"
+    return ArchiveError(
+        f"{where}: no image; found {found_text}; an image is a file whose name ends in {', '.join(DECODED_SUFFIXES)}"
+    )
+
+
+def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits) -> Index:
+    """The listings one after the other, still without labels."""
+    sources = tuple(dict.fromkeys(listing.source for listing in listings))
+    prefixes = _make_id_prefixes([listing.source for listing in listings])
+    ids: list[str] = []
+    for listing in listings:
+        prefix = prefixes.get(listing.source, "")
+        escaped_names = map(
+            escape_name, listing.names if listing.source.kind == "files" else iter_normalized_names(listing)
+        )
+        ids += (prefix + name for name in escaped_names) if prefix else escaped_names
+    n, names = len(ids), [name for listing in listings for name in listing.names]
+    if not (len(listings) == 1 and listings[0].source.kind == "folder" and ids == names):  # unique by nature
+        ids = _make_ids_unique(ids)
+    id_column = StringColumn.from_strings(ids)
+    source_numbers = {source: i for i, source in enumerate(sources)}
+    return Index(
+        sources=sources,
+        ids=id_column,
+        names=id_column if ids == names else _encode_names(names),  # mostly equal, and then kept once
+        source=np.repeat(
+            np.array([source_numbers[listing.source] for listing in listings], np.int32), list(map(len, listings))
+        ),
+        offset=_concatenate_column(listing.offset for listing in listings),
+        size=_concatenate_column(listing.size for listing in listings),
+        mtime_ns=_concatenate_column(listing.mtime_ns for listing in listings),
+        fault=np.frombuffer(b"".join(listing.fault for listing in listings), np.uint8),
+        labels=Labels.unlabeled(n),
+        split=np.zeros(n, np.uint8),
+        ignored=dict(sum((listing.ignored for listing in listings), Counter[str]())),
+        limits=limits,
+    )
+
+
+def _concatenate_column(columns: Iterable[array[int]]) -> NDArray[np.int64]:
+    return np.concatenate([np.frombuffer(column, np.int64) for column in columns])
+
+
+def _encode_names(names: Iterable[str]) -> StringColumn:
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(name) for name in encoded], out=offsets[1:])
+    return StringColumn(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+
+def _make_id_prefixes(sources: Sequence[ArchiveSource]) -> dict[ArchiveSource, str]:
+    """What goes before the ids of each archive when there are several; single images have no archive."""
+    source_parts = [
+        (source, Path(os.path.abspath(source.path)).parts) for source in sources if source != _current_folder_source()
+    ]
+    duplicate_parts = next(
+        (parts for parts, count in Counter(parts for _, parts in source_parts).items() if count > 1), None
+    )
+    if duplicate_parts is not None:
+        raise ArchiveError(f"{Path(*duplicate_parts)}: given twice; give each archive once")
+    if len(source_parts) < 2:
+        return {}
+    max_depth = max(len(parts) for _, parts in source_parts)
+    for depth in range(1, max_depth + 1):
+        names = ["/".join(parts[-depth:]) for _, parts in source_parts]
+        if len(set(names)) == len(names):
+            break
+    return {source: escape_name(name) + "/" for (source, _), name in zip(source_parts, names, strict=True)}
+
+
+def _make_ids_unique(ids: list[str]) -> list[str]:
+    """The ids with ``#2``, ``#3``, … behind those that were there before."""
+    hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+    if len(np.unique(hashes)) == len(ids):  # the common case, without a set of millions of strings
+        return ids
+    seen_ids: set[str] = set()
+    suffix_counts: Counter[str] = Counter()
+    for row, name in enumerate(ids):
+        unique_id = name
+        while unique_id in seen_ids:
+            suffix_counts[name] += 1
+            unique_id = f"{name}#{suffix_counts[name] + 1}"
+        seen_ids.add(unique_id)
+        ids[row] = unique_id
+    return ids
+
+
+_FAULT_REASONS = {
+    Status.MISSING: "was not there when the archive was listed",
+    Status.UNREADABLE: "cannot be read: encrypted, of an unknown compression, or without permission",
+    Status.EMPTY: "empty: there are no bytes",
+    Status.TOO_LARGE: "more bytes than the limit for one image",
+    Status.NOT_A_FILE: "a link, a device, a folder or a sparse file, expected a regular file",
+}
+
+
+class _ArchiveReader(Protocol):
+    def read(self, offset: int, size: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class SampleReader:
+    """Reads samples by row; any number of threads may share one.
+
+    Archive files are opened when they are first needed and closed together. Nothing is cached.
+
+    Parameters
+    ----------
+    index : Index
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._archive_readers: dict[int, _ArchiveReader] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            while self._archive_readers:
+                self._archive_readers.popitem()[1].close()
+
+    def read(self, row: int) -> bytes:
+        """The bytes of one sample, whole.
+
+        Raises
+        ------
+        SampleError
+            If this sample has no bytes to be had; its status says why.
+        ArchiveError
+            If the archive itself is gone, or changed since it was listed.
+        """
+        index = self._index
+        source = index.sources[index.source[row]]
+        try:
+            fault = Status(int(index.fault[row]))
+            if fault != Status.OK:
+                raise SampleError(_FAULT_REASONS[fault], status=fault)
+            if source.kind in ("folder", "files"):
+                path = os.path.join(os.fsencode(source.real), index.raw_name(row))
+                return read_file(path, index.limits.max_member_bytes)
+            return self._read_member(row)
+        except SampleError as error:
+            raise self._make_sample_error(str(error), error.status, row) from error
+        except MemoryError as error:
+            raise self._make_sample_error("not enough memory to read it", Status.OUT_OF_MEMORY, row) from error
+
+    def _read_member(self, row: int) -> bytes:
+        index, size = self._index, int(self._index.size[row])
+        data = self._get_archive_reader(int(index.source[row])).read(int(index.offset[row]), size)
+        if len(data) != size:
+            raise SampleError(f"ends after {len(data)} of {size} bytes", status=Status.UNREADABLE)
+        return data
+
+    def _make_sample_error(self, reason: str, status: Status, row: int) -> SampleError:
+        archive = str(self._index.sources[self._index.source[row]].path)
+        sample_id = self._index.ids[row]
+        return SampleError(
+            f"{archive}: {format_name(sample_id)}: {reason}", status=status, archive=archive, sample_id=sample_id
+        )
+
+    def _get_archive_reader(self, source_number: int) -> _ArchiveReader:
+        with self._lock:
+            if source_number not in self._archive_readers:
+                self._archive_readers[source_number] = self._open_archive(self._index.sources[source_number])
+            return self._archive_readers[source_number]
+
+    def _open_archive(self, source: ArchiveSource) -> _ArchiveReader:
+        try:
+            current_stat = os.stat(source.real_path)
+        except OSError as error:
+            raise ArchiveError(f"{source.path}: cannot be opened: {error.strerror}") from error
+        if (current_stat.st_size, current_stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
+            raise ArchiveError(f"{source.path}: changed since it was listed; list it again")
+        if source.kind == "zip":
+            return ZipReader(source)
+        return TarReader(source, self._index.limits) if source.compression else PlainTarReader(source)

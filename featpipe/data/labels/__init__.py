@@ -1,0 +1,1 @@
+"""Labels: from tables, sidecar files and folders."""

@@ -1,0 +1,1 @@
+"""Archives: folders, tar and zip files."""

@@ -1,0 +1,224 @@
+"""What every kind of archive is listed into: sources, columns, and which names are samples."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from featpipe.data.labels.sidecars import MAX_SIDECAR_BYTES, SidecarLabel, get_sample_key, is_sidecar
+from featpipe.errors import ArchiveError
+from featpipe.status import Status
+
+__all__ = [
+    "DECODED_SUFFIXES",
+    "DEFAULT_LIMITS",
+    "SAMPLE_SUFFIXES",
+    "ArchiveLimits",
+    "ArchiveSource",
+    "Compression",
+    "Listing",
+    "escape_name",
+    "format_name",
+    "get_suffix",
+    "is_hidden",
+    "is_sample",
+]
+
+DECODED_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
+UNDECODED_SUFFIXES = (
+    *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".hdr"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dcm", ".cr2", ".nef", ".arw", ".dng"),
+)
+SAMPLE_SUFFIXES = frozenset(DECODED_SUFFIXES + UNDECODED_SUFFIXES)
+"""Suffixes, in lower case, that make a file a sample.
+
+Those that are not decoded are among them so that such a file gets a row with a status instead of vanishing.
+"""
+
+Compression = Literal["", "gz", "bz2", "xz"]
+
+_MAX_INT64 = 2**63 - 1
+_MAX_SUFFIX_LENGTH = 12
+_MAX_IGNORED_SUFFIXES = 200
+
+
+@dataclass(frozen=True)
+class ArchiveLimits:
+    """What an archive may cost before it is taken for hostile.
+
+    Attributes
+    ----------
+    members : int
+        Files, folders and links in one archive.
+    member_bytes : int
+        Size of one image; a larger one keeps its row with the status ``too-large``.
+    ratio : int
+        How many times its own size a .zip or compressed .tar may unfold to; the first 256 MiB are free.
+    """
+
+    max_members: int = 100_000_000
+    max_member_bytes: int = 512 * 2**20
+    max_ratio: int = 250
+
+    def max_decompressed_bytes(self, archive_bytes: int) -> int:
+        """The most bytes to which an archive of this size may unfold."""
+        return max(256 * 2**20, self.max_ratio * archive_bytes)
+
+
+DEFAULT_LIMITS = ArchiveLimits()
+
+
+@dataclass(frozen=True)
+class ArchiveSource:
+    """One folder, one archive file, or the folder to which single files are relative.
+
+    Attributes
+    ----------
+    path : Path
+        As it was given.
+    kind : {"folder", "tar", "zip", "files"}
+    real : str
+        The absolute path with links resolved.
+    compression : {"", "gz", "bz2", "xz"}
+        Of a tar; a compressed one can only be read front to back.
+    size_bytes, mtime_ns : int
+        Of the archive file when it was listed, 0 for a folder.
+    """
+
+    path: Path
+    kind: Literal["folder", "tar", "zip", "files"]
+    real_path: str
+    compression: Compression = ""
+    size_bytes: int = 0
+    mtime_ns: int = 0
+
+
+class Listing:
+    """The samples of one source while they are being listed, as columns.
+
+    Attributes
+    ----------
+    names : list of str
+        The path within the source as it stands there; undecodable bytes as surrogate escapes.
+    offset, size, mtime_ns : array of int64
+    fault : bytearray
+        One `Status` for each sample.
+    ignored : Counter
+        What was there and is no sample: suffixes, ``hidden``, ``__MACOSX``.
+    notes : dict
+        For each sample key the label that a sidecar file states, or why it cannot be read.
+    """
+
+    def __init__(self, source: ArchiveSource, limits: ArchiveLimits) -> None:
+        self.source = source
+        self.limits = limits
+        self.names: list[str] = []
+        self.offset = array("q")
+        self.size = array("q")
+        self.mtime_ns = array("q")
+        self.fault = bytearray()
+        self.ignored: Counter[str] = Counter()
+        self.sidecars: dict[str, SidecarLabel | ArchiveError] = {}
+        self._n_members = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, *, offset: int = 0, size: int, mtime_ns: int = 0, fault: Status = Status.OK) -> None:
+        """Append one sample; size in bytes. A size out of bounds becomes its fault."""
+        self.names.append(name)
+        self.offset.append(offset)
+        self.size.append(size if size <= _MAX_INT64 else _MAX_INT64)
+        self.mtime_ns.append(mtime_ns)
+        self.fault.append(fault or self.check_size(size))
+
+    def check_size(self, size: int) -> Status:
+        """What is wrong with a sample of so many bytes."""
+        if 0 < size <= self.limits.max_member_bytes:
+            return Status.OK
+        return Status.TOO_LARGE if size else Status.EMPTY
+
+    def count_members(self, members: int = 1) -> None:
+        """Count members, samples or not, against the limit."""
+        self._n_members += members
+        if self._n_members > self.limits.max_members:
+            raise ArchiveError(
+                f"{self.source.path}: more than {self.limits.max_members} members; raise the limit if that is meant"
+            )
+
+    def accepts(self, name: str) -> bool:
+        """Whether a file of this name is a sample; counted as ignored if it is not, unless it may be a note."""
+        if is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
+            return True  # what nearly all are, told without taking the path apart
+        parts = name.split("/")
+        if "__MACOSX" in parts:
+            self.ignored["__MACOSX"] += 1
+        elif any(is_hidden(part) for part in parts):
+            self.ignored["hidden"] += 1
+        elif is_sample(name):
+            return True
+        elif not is_sidecar(name):
+            self.count_ignored(name)
+        return False
+
+    def count_ignored(self, name: str) -> None:
+        suffix = get_suffix(name)
+        is_counted = suffix in self.ignored or len(self.ignored) < _MAX_IGNORED_SUFFIXES
+        if len(suffix) > _MAX_SUFFIX_LENGTH or not suffix.isprintable() or not is_counted:
+            suffix = "other"
+        self.ignored[suffix or "no suffix"] += 1
+
+    def add_sidecar(self, name: str, data: bytes) -> None:
+        """Take a sidecar file. What is wrong with it matters only if it belongs to a sample."""
+        if len(data) > MAX_SIDECAR_BYTES:
+            self.add_unreadable_sidecar(name, f"more than {MAX_SIDECAR_BYTES} bytes")
+            return
+        try:
+            sidecar = SidecarLabel.parse(get_suffix(name), data)
+        except ValueError as error:
+            self.add_unreadable_sidecar(name, " ".join(str(error).split())[:200])
+            return
+        if sidecar is None:
+            self.count_ignored(name)
+            return
+        key = get_sample_key(name)
+        self.sidecars[key] = sidecar.resolve_conflict(
+            self.sidecars.get(key), f"{self.source.path}: {format_name(name)}"
+        )
+
+    def add_unreadable_sidecar(self, name: str, reason: str) -> None:
+        """Remember that a sidecar file cannot be read."""
+        self.sidecars[get_sample_key(name)] = ArchiveError(
+            f"{self.source.path}: {format_name(name)}: a label file that cannot be used: {reason}; correct or remove it"
+        )
+
+
+def is_hidden(part: str) -> bool:
+    """Whether one part of a path begins with a dot, ``.`` and ``..`` aside."""
+    return part.startswith(".") and part not in (".", "..")
+
+
+def get_suffix(name: str) -> str:
+    """The suffix with its dot, in lower case; empty where there is none."""
+    stem, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() if stem and stem[-1] != "/" and "/" not in suffix else ""
+
+
+def is_sample(name: str) -> bool:
+    """Whether the suffix says that a file is a sample; its bytes may still say otherwise."""
+    return get_suffix(name) in SAMPLE_SUFFIXES
+
+
+def format_name(name: str) -> str:
+    """A name as messages show it: on one line, and of bounded length."""
+    return repr(name if len(name) <= 120 else f"{name[:80]}…{name[-30:]}")
+
+
+def escape_name(name: str) -> str:
+    """A name as valid text: undecodable bytes and NUL as backslash escapes."""
+    if name.isascii():
+        return name.replace("\0", "\\x00")
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -1,0 +1,244 @@
+"""What the predictions of a model say of single samples: mistakes, doubts, and labels that may be wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.diagnostics.finding import Finding
+
+__all__ = ["MAX_FINDING_ROWS", "LabeledPredictions", "count_extreme_rows", "make_prediction_findings"]
+
+Floats = NDArray[np.float64]
+
+MAX_FINDING_ROWS = 1000
+"""The most rows of one table."""
+
+
+def count_extreme_rows(m: int, fraction: float) -> int:
+    """How many of m rows are the most extreme ones: a share of many, some of few."""
+    return min(MAX_FINDING_ROWS, max(int(fraction * m), min(20, -(-m // 4))))
+
+
+@dataclass(frozen=True, eq=False)
+class LabeledPredictions:
+    """Predictions of some samples, by a model that was not trained on them.
+
+    Attributes
+    ----------
+    task : {"classification", "multilabel", "regression"}
+    ids : sequence of m str
+    y : ndarray of shape (m,), (m, k) or (m, t)
+        Class codes, a 0/1 matrix, or targets.
+    predicted : ndarray of shape (m, k) or (m, t)
+        Probabilities, or numbers.
+    names : sequence of str
+        Of classes or targets.
+    """
+
+    task: str
+    ids: Sequence[str]
+    y: NDArray[Any]
+    predicted: Floats
+    names: Sequence[str]
+
+    @cached_property
+    def top_class(self) -> NDArray[np.intp]:
+        """The most probable class of each row, shape (m,)."""
+        return np.asarray(self.predicted.argmax(axis=1))
+
+    @cached_property
+    def is_correct(self) -> NDArray[np.bool_]:
+        """Whether each row is right as a whole, shape (m,)."""
+        if self.task == "multilabel":
+            return np.asarray(((self.predicted >= 0.5) == self.y.astype(bool)).all(axis=1))
+        return np.asarray(self.top_class == self.y)
+
+    def describe_row(self, row: int) -> tuple[str, str, float]:
+        """What a row is, what it is taken for, and how probable that is said to be."""
+        if self.task == "multilabel":
+            is_predicted = self.predicted[row] >= 0.5
+            confidence = np.where(is_predicted, self.predicted[row], 1 - self.predicted[row]).min()
+            return self._join_labels(self.y[row] > 0), self._join_labels(is_predicted), float(confidence)
+        top_class = int(self.top_class[row])
+        return self.names[int(self.y[row])], self.names[top_class], float(self.predicted[row, top_class])
+
+    def _join_labels(self, label_mask: NDArray[np.bool_]) -> str:
+        return ";".join(self.names[i] for i in np.flatnonzero(label_mask).tolist())
+
+
+def make_prediction_findings(predictions: LabeledPredictions) -> list[Finding]:
+    """The tables that a task has."""
+    return [make_finding(predictions) for make_finding in _FINDING_MAKERS[predictions.task]]
+
+
+def _find_mistakes(predictions: LabeledPredictions) -> Finding:
+    confidence = np.array([predictions.describe_row(row)[2] for row in range(len(predictions.ids))])
+    error_rows = np.flatnonzero(~predictions.is_correct)
+    order = error_rows[np.argsort(-confidence[error_rows], kind="stable")]
+    return Finding(
+        "mistakes",
+        "Most confident mistakes",
+        "What the model is surest of and wrong about: a label to mend, or a kind of image to bring more of.",
+        ("id", "label", "predicted", "probability"),
+        [_to_finding_row(predictions, row) for row in order[:MAX_FINDING_ROWS].tolist()],
+        len(order),
+    )
+
+
+def _find_least_confident(predictions: LabeledPredictions) -> Finding:
+    if predictions.task == "multilabel":
+        margin = abs(predictions.predicted - 0.5).min(axis=1) * 2
+    else:
+        top_two = np.sort(predictions.predicted, axis=1)[:, -2:]
+        margin = top_two[:, -1] - top_two[:, 0] if top_two.shape[1] > 1 else np.ones(len(top_two))
+    order = np.argsort(margin, kind="stable")[: count_extreme_rows(len(margin), 0.05)]
+    return Finding(
+        "unsure",
+        "Least confident",
+        "Where the model hesitates between two answers: labels for more images like these teach it most.",
+        ("id", "label", "predicted", "probability", "margin"),
+        [{**_to_finding_row(predictions, row), "margin": round(float(margin[row]), 4)} for row in order.tolist()],
+        len(order),
+    )
+
+
+def _to_finding_row(predictions: LabeledPredictions, row: int) -> dict[str, Any]:
+    label, predicted, probability = predictions.describe_row(row)
+    return {"id": predictions.ids[row], "label": label, "predicted": predicted, "probability": round(probability, 4)}
+
+
+def _find_confused_pairs(predictions: LabeledPredictions) -> Finding:
+    k = len(predictions.names)
+    confusion = np.bincount(predictions.y * k + predictions.top_class, minlength=k * k).reshape(k, k)
+    support = confusion.sum(axis=1)
+    np.fill_diagonal(confusion, 0)
+    order = [
+        i for i in np.argsort(-confusion.ravel(), kind="stable")[:MAX_FINDING_ROWS].tolist() if confusion.ravel()[i]
+    ]
+    rows = [
+        {
+            "label": predictions.names[i // k],
+            "predicted": predictions.names[i % k],
+            "rows": int(confusion.ravel()[i]),
+            "share": round(float(confusion.ravel()[i] / support[i // k]), 4),
+        }
+        for i in order
+    ]
+    return Finding(
+        "confused",
+        "Most confused pairs",
+        "Classes that are taken for each other: look whether their labels follow one rule.",
+        ("label", "predicted", "rows", "share"),
+        rows,
+        int((confusion > 0).sum()),
+    )
+
+
+def _find_label_errors(predictions: LabeledPredictions) -> Finding:
+    empty_finding = Finding(
+        "label_errors",
+        "Likely label errors",
+        "Labels that confident learning doubts, the worst first: look, and mend those that are wrong.",
+        ("id", "label", "suggested", "quality"),
+    )
+    try:
+        import cleanlab  # noqa: F401
+    except ImportError:
+        return _with_note(empty_finding, "not looked for: pip install 'featpipe[labels]' brings cleanlab")
+    if len(predictions.names) < 2:
+        return _with_note(empty_finding, "not looked for: a single class has no other label")
+    suspect_rows, quality = (_find_multilabel_issues if predictions.task == "multilabel" else _find_label_issues)(
+        predictions
+    )
+    order = suspect_rows[np.argsort(quality[suspect_rows], kind="stable")]
+    rows = []
+    for row in order[:MAX_FINDING_ROWS].tolist():
+        label, suggested, _ = predictions.describe_row(row)
+        rows.append(
+            {
+                "id": predictions.ids[row],
+                "label": label,
+                "suggested": suggested,
+                "quality": round(float(quality[row]), 4),
+            }
+        )
+    return Finding(
+        empty_finding.name, empty_finding.title, empty_finding.meaning, empty_finding.columns, rows, len(order)
+    )
+
+
+def _with_note(finding: Finding, note: str) -> Finding:
+    return Finding(finding.name, finding.title, finding.meaning, finding.columns, note=note)
+
+
+def _find_label_issues(predictions: LabeledPredictions) -> tuple[NDArray[np.intp], Floats]:
+    """Rows whose labels cleanlab doubts, and the quality of all labels; classes that no row has are left aside."""
+    from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
+
+    present_classes, y = np.unique(predictions.y, return_inverse=True)
+    probabilities = predictions.predicted[:, present_classes] + 1e-12
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    quality = np.asarray(get_label_quality_scores(y, probabilities), float)
+    if len(present_classes) < 2:
+        return np.zeros(0, np.intp), quality
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with few rows, which are a table of their own
+        suspect_rows = np.flatnonzero(find_label_issues(y, probabilities, n_jobs=1))
+    return suspect_rows[predictions.top_class[suspect_rows] != predictions.y[suspect_rows]], quality
+
+
+def _find_multilabel_issues(predictions: LabeledPredictions) -> tuple[NDArray[np.intp], Floats]:
+    from cleanlab.multilabel_classification import get_label_quality_scores
+    from cleanlab.multilabel_classification.filter import find_label_issues
+
+    label_sets = [np.flatnonzero(row).tolist() for row in predictions.y > 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        suspect_rows = np.flatnonzero(find_label_issues(label_sets, predictions.predicted, n_jobs=1))
+        quality = np.asarray(get_label_quality_scores(label_sets, predictions.predicted), float)
+    return suspect_rows[~predictions.is_correct[suspect_rows]], quality
+
+
+def _find_largest_errors(predictions: LabeledPredictions) -> Finding:
+    targets, predicted_targets = (
+        np.reshape(values, (len(predictions.ids), -1)) for values in (predictions.y, predictions.predicted)
+    )
+    target_std = np.maximum(targets.std(axis=0), 1e-12)
+    standardized_error = abs(predicted_targets - targets) / target_std
+    order = np.argsort(-standardized_error.max(axis=1), kind="stable")[
+        : count_extreme_rows(len(targets), 0.05)
+    ].tolist()
+    worst_target = standardized_error.argmax(axis=1)
+    rows = [
+        {
+            "id": predictions.ids[row],
+            "target": predictions.names[int(worst_target[row])],
+            "label": float(targets[row, worst_target[row]]),
+            "predicted": float(predicted_targets[row, worst_target[row]]),
+            "error": round(float(standardized_error[row].max()), 4),
+        }
+        for row in order
+    ]
+    return Finding(
+        "errors",
+        "Largest errors",
+        "In standard deviations of the target: a label to mend, or a kind of image to bring more of.",
+        ("id", "target", "label", "predicted", "error"),
+        rows,
+        len(rows),
+    )
+
+
+_FINDING_MAKERS: dict[str, Sequence[Callable[[LabeledPredictions], Finding]]] = {
+    "classification": (_find_label_errors, _find_mistakes, _find_confused_pairs, _find_least_confident),
+    "multilabel": (_find_label_errors, _find_mistakes, _find_least_confident),
+    "regression": (_find_largest_errors,),
+}

@@ -1,0 +1,48 @@
+"""Stages in order: a recipe is run, what is done is skipped, and a page tells what came out."""
+
+from __future__ import annotations
+
+from featpipe.experiments.dry_run import DryRun, plan_run
+from featpipe.experiments.recipe.builtin import list_builtin_recipes, read_question
+from featpipe.experiments.recipe.overrides import parse_changes
+from featpipe.experiments.recipe.parse import BACKBONE_FIELDS, EXTRACTION_KEYS, read_recipe
+from featpipe.experiments.recipe.schema import (
+    ALL_HEADS,
+    TILES_ARCHIVE,
+    EvaluationConfig,
+    Recipe,
+    RecipeHead,
+    ReportConfig,
+    SamplesConfig,
+    SplitConfig,
+    TrainingConfig,
+)
+from featpipe.experiments.report import command_line, write_report
+from featpipe.experiments.result import EmbeddingSummary, RunResult, TrialResult
+from featpipe.experiments.run import run
+
+__all__ = [
+    "ALL_HEADS",
+    "BACKBONE_FIELDS",
+    "EXTRACTION_KEYS",
+    "TILES_ARCHIVE",
+    "DryRun",
+    "EmbeddingSummary",
+    "EvaluationConfig",
+    "Recipe",
+    "RecipeHead",
+    "ReportConfig",
+    "RunResult",
+    "SamplesConfig",
+    "SplitConfig",
+    "TrainingConfig",
+    "TrialResult",
+    "command_line",
+    "list_builtin_recipes",
+    "parse_changes",
+    "plan_run",
+    "read_question",
+    "read_recipe",
+    "run",
+    "write_report",
+]

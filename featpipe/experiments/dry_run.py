@@ -1,0 +1,208 @@
+"""What a run would do, and what of it is done: archives are listed, caches and records read, and nothing is made."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from featpipe.backbones import Backbone
+from featpipe.cache import EmbeddingSource, FeatureCache, parts_directory
+from featpipe.config import AUTO, ExtractionConfig
+from featpipe.data import Index
+from featpipe.experiments.dataset import BackboneCaches, make_run_cache_path
+from featpipe.experiments.grid import list_trials, make_backbone_label
+from featpipe.experiments.recipe.parse import read_recipe
+from featpipe.experiments.recipe.schema import Recipe
+from featpipe.experiments.run import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
+from featpipe.extraction import (
+    EmbeddingPlan,
+    find_compatible_caches,
+    find_finished_cache,
+    is_up_to_date,
+    load_backbone,
+    make_facts,
+    source_from_part,
+)
+from featpipe.inference import resolve_devices
+from featpipe.runtime import report_warnings_only
+from featpipe.storage import StagingArea, compute_fingerprint
+
+__all__ = ["DryRun", "PlannedExtraction", "PlannedTrial", "plan_run"]
+
+
+@dataclass(frozen=True)
+class PlannedExtraction:
+    """The images of one backbone.
+
+    Attributes
+    ----------
+    backbone : str
+    cache : str
+    images : int
+        Those that are scored alone included.
+    unknown : int or None
+        That no cache knows by place, size and time. Their bytes are read, and embedded unless a cache knows these. None
+        where the precision is to be chosen first.
+    """
+
+    backbone: str
+    cache: str
+    images: int
+    unknown: int | None
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One row of the table.
+
+    Attributes
+    ----------
+    name : str
+    trained, scored : bool
+        Whether that is done, from the same content.
+    """
+
+    name: str
+    trained: bool
+    scored: bool
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes
+    ----------
+    folder : Path
+    task : str
+    embed : list of ToEmbed
+    train : list of ToTrain
+    finetune : bool
+        Whether the network of the best head would be trained too, unless that is done.
+    """
+
+    folder: Path
+    task: str
+    embed: list[PlannedExtraction]
+    train: list[PlannedTrial]
+    finetune: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+    def table(self) -> str:
+        """The same for the terminal."""
+        from featpipe.cli import format_table
+
+        extraction_rows = [
+            [f"{extraction.images:,}", _format_unknown(extraction), extraction.backbone, extraction.cache]
+            for extraction in self.embed
+        ]
+        trial_rows = [
+            [trial.name, _format_state(trial.trained, "train"), _format_state(trial.scored, "score")]
+            for trial in self.train
+        ]
+        finetune_note = (
+            ["then the network of the best head would be trained too, unless that is done"] if self.finetune else []
+        )
+        return "\n\n".join(
+            [
+                format_table(extraction_rows, ["images", "to embed", "backbone", "cache"], right_aligned=[0, 1]),
+                format_table(trial_rows, ["head", "", ""]),
+                *finetune_note,
+                f"would be written to {self.folder}; nothing was done",
+            ]
+        )
+
+
+def _format_unknown(extraction: PlannedExtraction) -> str:
+    if extraction.unknown is None:
+        return "after the precision is chosen"
+    return f"{extraction.unknown:,}" if extraction.unknown else "none"
+
+
+def _format_state(done: bool, verb: str) -> str:
+    return "done" if done else f"to {verb}"
+
+
+def plan_run(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    archive: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> DryRun:
+    """Say what a run would do; parameters and errors as of :func:`featpipe.run`.
+
+    The backbones are loaded, because their weights are part of what a cache is known by.
+    """
+    parsed_recipe = read_recipe(recipe, changes, archive)
+    folder = get_run_folder(parsed_recipe, out)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        tiles_folder = get_tiles_folder(parsed_recipe)
+        context = ExperimentContext.from_recipe(
+            parsed_recipe,
+            folder,
+            report_warnings_only,
+            tiles_folder if tiles_folder.is_dir() else Path(temporary_folder),
+        )
+        planned_extractions = [_plan_extraction(context, config) for config in context.recipe.extractions]
+        trial_states = {}
+        if (folder / "records").is_dir():
+            trial_states = {
+                trial_run.trial.slug: trial_run.is_done()
+                for trial_run in iter_trials(context, [caches for _, caches in planned_extractions])
+            }
+    planned_trials = [
+        PlannedTrial(trial.slug, *trial_states.get(trial.slug, (False, False))) for trial in list_trials(context.recipe)
+    ]
+    return DryRun(
+        folder,
+        context.task,
+        [extraction for extraction, _ in planned_extractions],
+        planned_trials,
+        context.recipe.finetune is not None,
+    )
+
+
+def _plan_extraction(
+    context: ExperimentContext, config: ExtractionConfig
+) -> tuple[PlannedExtraction, BackboneCaches | None]:
+    """What is known of the images of a backbone; and its caches, if they are what would be made."""
+    resolve_devices(config.device)
+    backbone, label = load_backbone(config), make_backbone_label(config)
+    path = make_run_cache_path(context.index, backbone, config, context.recipe.samples.images)
+    n_images = len(context.index) + (0 if context.test_index is None else len(context.test_index))
+    if config.precision == AUTO:
+        return PlannedExtraction(label, str(path), n_images, None), None
+    unknown, cache = _count_unknown(context.index, backbone, config, path)
+    test_cache = None
+    if context.test_index is not None:
+        unknown_test, test_cache = _count_unknown(
+            context.test_index, backbone, config, make_run_cache_path(context.test_index, backbone, config, None)
+        )
+        unknown += unknown_test
+    is_complete = cache is not None and (context.test_index is None or test_cache is not None)
+    caches = BackboneCaches(label, backbone, cache, test_cache) if is_complete and cache is not None else None
+    return PlannedExtraction(label, str(path), n_images, unknown), caches
+
+
+def _count_unknown(
+    index: Index, backbone: Backbone, config: ExtractionConfig, path: Path
+) -> tuple[int, FeatureCache | None]:
+    """How many images no cache and no part knows by their stamps; and the cache, if it is the one of this index."""
+    facts, shapes = make_facts(backbone, config), dict(backbone.shapes)
+    plan = EmbeddingPlan(index, config.check_content)
+    for cache in find_compatible_caches(path.parent, facts):
+        plan.lookup.add(EmbeddingSource.from_cache(cache, shapes))
+    for part in StagingArea(parts_directory(path), compute_fingerprint(facts)).load_committed():
+        plan.lookup.add(source_from_part(part))
+    plan.resolve_by_stamp()
+    existing = find_finished_cache(path, facts, index, config)
+    is_whole = existing is not None and is_up_to_date(existing, plan.to_table(), shapes)
+    return len(plan.unread_rows), existing if is_whole else None

@@ -1,0 +1,295 @@
+"""A TOML file, with what is changed of it, to a recipe. Every error names file, table and key."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from featpipe.config import (
+    ExtractionConfig,
+    FineTuneConfig,
+    convert_value,
+    describe_type,
+    get_field_types,
+    is_sequence_type,
+    matches_type,
+    unknown_name_error,
+)
+from featpipe.errors import ConfigError
+from featpipe.experiments.recipe.builtin import RECIPES_FOLDER, find_recipe
+from featpipe.experiments.recipe.overrides import apply_changes
+from featpipe.experiments.recipe.schema import (
+    TILES_ARCHIVE,
+    EvaluationConfig,
+    Recipe,
+    RecipeHead,
+    ReportConfig,
+    SamplesConfig,
+    SplitConfig,
+    TrainingConfig,
+)
+
+__all__ = ["BACKBONE_FIELDS", "EXTRACTION_KEYS", "TABLE_NAMES", "read_recipe"]
+
+BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of Extraction: what decides the embeddings
+    "name": "backbone",
+    "weights": "weights",
+    "outputs": "outputs",
+    "seed": "seed",
+    "precision": "precision",
+    "min_cosine": "min_cosine",
+    "storage": "storage",
+}
+EXTRACTION_KEYS = ("cache", "device", "engine", "workers", "batch", "max_bad", "check_content", "shard_bytes")
+"""Keys of the table [extraction]: how and where it runs."""
+
+STAGE_CLASSES: dict[str, type] = {
+    "split": SplitConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "report": ReportConfig,
+}
+TABLE_NAMES = ("backbones", "extraction", "heads", "finetune", *STAGE_CLASSES)
+
+_TYPE_OVERRIDES = {"backbone": str, "weights": str | None, "cache": str}  # where Python takes more than a file can say
+_HEAD_KEYS = tuple(field.name for field in fields(RecipeHead) if field.name not in ("settings", "table"))
+
+
+def read_recipe(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    changes: Mapping[str, Any] | None = None,
+    archive: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+) -> Recipe:
+    """Read a recipe.
+
+    Parameters
+    ----------
+    recipe : str, path-like, mapping or Recipe
+        A name of one that comes along, a file, or what such a file holds. Paths in a file are relative to its folder,
+        others to where one is.
+    changes : mapping from dotted key to value, optional
+        What is to be another way, as ``{"heads.0.C": 10}``.
+    archive : path-like or sequence of path-like, optional
+        The images, in place of the recipe's own.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such recipe, it is no TOML, or a table, key or value is not as it must be.
+    """
+    overrides = dict(changes or {})
+    if archive is not None:
+        archives = [archive] if isinstance(archive, (str, os.PathLike)) else archive
+        overrides["archive"] = [os.fspath(path) for path in archives]
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise ConfigError("a Recipe is changed with dataclasses.replace; changes are of a file or a mapping")
+        return recipe
+    if isinstance(recipe, Mapping):
+        name, where, document = "recipe", "recipe", dict(recipe)
+    else:
+        path = find_recipe(recipe)
+        name, where = path.stem, str(path) if path.parent != RECIPES_FOLDER else path.name
+        is_own_file = path.parent != RECIPES_FOLDER
+        document = _resolve_paths(_parse_toml(path), path.absolute().parent if is_own_file else Path.cwd())
+    return _RecipeParser(where, frozenset(overrides)).parse_recipe(
+        name, _resolve_paths(apply_changes(document, overrides), Path.cwd())
+    )
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML ({error}); see https://toml.io") from None
+
+
+def _resolve_paths(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With absolute paths, so that another folder makes no other run."""
+
+    def resolve_path(path: Any) -> Any:
+        if isinstance(path, (list, tuple)):
+            return [resolve_path(item) for item in path]
+        return path if not isinstance(path, str) or path == TILES_ARCHIVE else os.path.normpath(folder / path)
+
+    def resolve_table_column(value: Any) -> Any:
+        table, colon, column = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        return f"{resolve_path(table)}:{column}" if colon and table else value
+
+    def resolve_weights(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [resolve_weights(item) for item in value]
+        return (
+            resolve_path(value) if isinstance(value, str) and (os.sep in value or (folder / value).is_file()) else value
+        )
+
+    resolved = _convert_values(document, {"archive": resolve_path, "labels": resolve_path})
+    resolvers_by_table: dict[str, dict[str, Callable[[Any], Any]]] = {
+        "split": {"groups": resolve_table_column, "times": resolve_table_column, "without": resolve_path},
+        "evaluation": {"archive": resolve_path, "labels": resolve_path},
+        "extraction": {"cache": resolve_path},
+    }
+    for name, resolvers in resolvers_by_table.items():
+        if isinstance(resolved.get(name), dict):
+            resolved[name] = _convert_values(resolved[name], resolvers)
+    if isinstance(resolved.get("backbones"), list):
+        tables = resolved["backbones"]
+        resolved["backbones"] = [
+            _convert_values(table, {"weights": resolve_weights}) if isinstance(table, dict) else table
+            for table in tables
+        ]
+    return resolved
+
+
+def _convert_values(table: Mapping[str, Any], converters: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    return {key: converters[key](value) if key in converters else value for key, value in table.items()}
+
+
+@dataclass(frozen=True)
+class _RecipeParser:
+    """Reads tables, and knows what to call them in messages.
+
+    Attributes
+    ----------
+    where : str
+        The file.
+    changes : frozenset of str
+        Dotted keys that do not come from it.
+    """
+
+    where: str
+    changes: frozenset[str]
+
+    def parse_recipe(self, name: str, document: Mapping[str, Any]) -> Recipe:
+        top_level = {key: value for key, value in document.items() if key not in TABLE_NAMES}
+        sample_keys = [field.name for field in fields(SamplesConfig)]
+        self._check_keys("", top_level, ["question", *sample_keys, *TABLE_NAMES])
+        question = self._convert_value("", "question", top_level.pop("question", ""), str)
+        stages = {
+            key: self._parse_stage(key, config_class, self._get_table(key, document))
+            for key, config_class in STAGE_CLASSES.items()
+        }
+        repeated = {
+            "extractions": self._parse_extractions(document),
+            "heads": self._parse_heads(document.get("heads", [{}])),
+        }
+        common = {
+            "name": name,
+            "where": self.where,
+            "question": question,
+            "samples": self._parse_stage("", SamplesConfig, top_level),
+        }
+        finetune_config = self._parse_finetune(document) if "finetune" in document else None
+        return self._build("", Recipe, {**common, **repeated, **stages, "finetune": finetune_config})
+
+    def _parse_finetune(self, document: Mapping[str, Any]) -> FineTuneConfig:
+        table, field_types = self._get_table("finetune", document), get_field_types(FineTuneConfig)
+        self._check_keys("finetune", table, [field.name for field in fields(FineTuneConfig)])
+        finetune_values = {
+            key: self._convert_value("finetune", key, value, field_types[key]) for key, value in table.items()
+        }
+        return self._build("finetune", lambda **values: FineTuneConfig.from_settings(values), finetune_values)
+
+    def _get_table(self, name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        table = document.get(name, {})
+        if not isinstance(table, Mapping):
+            raise self._error("", f"{name} is {table!r}; expected a table [{name}]", name)
+        return table
+
+    def _iter_tables(self, name: str, tables: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, Mapping) for table in tables):
+            raise self._error("", f"{name} is {tables!r}; expected tables [[{name}]]", name)
+        for position, table in enumerate(tables):
+            yield f"{name}.{position}", table
+
+    def _parse_stage(self, name: str, config_class: type, table: Mapping[str, Any]) -> Any:
+        """A stage of one table, every key of the kind that its field is."""
+        field_types = get_field_types(config_class)
+        self._check_keys(name, table, [field.name for field in fields(config_class)])
+        return self._build(
+            name,
+            config_class,
+            {key: self._convert_value(name, key, value, field_types[key]) for key, value in table.items()},
+        )
+
+    def _parse_extractions(self, document: Mapping[str, Any]) -> tuple[ExtractionConfig, ...]:
+        """One for each backbone, and for each combination of what is listed of it."""
+        field_types = {**get_field_types(ExtractionConfig), **_TYPE_OVERRIDES}
+        common_table = self._get_table("extraction", document)
+        self._check_keys("extraction", common_table, EXTRACTION_KEYS)
+        common_values = {
+            key: self._convert_value("extraction", key, value, field_types[key]) for key, value in common_table.items()
+        }
+        common_values["cache"] = os.path.abspath(common_values.get("cache", ExtractionConfig.cache))
+        extractions = []
+        for name, table in self._iter_tables("backbones", document.get("backbones", [{}])):
+            self._check_keys(name, table, BACKBONE_FIELDS)
+            key_types = {key: field_types[field] for key, field in BACKBONE_FIELDS.items()}
+            for combination in _iter_combinations(
+                table, [key for key in table if not is_sequence_type(key_types[key])]
+            ):
+                backbone_values = {
+                    BACKBONE_FIELDS[key]: self._convert_value(name, key, value, key_types[key])
+                    for key, value in combination.items()
+                }
+                extractions.append(self._build(name, ExtractionConfig, {**common_values, **backbone_values}))
+        return tuple(extractions)
+
+    def _parse_heads(self, tables: Any) -> tuple[RecipeHead, ...]:
+        """One for each head, and for each combination of what is listed of it."""
+        field_types, recipe_heads = get_field_types(RecipeHead), []
+        for name, table in self._iter_tables("heads", tables):
+            for combination in _iter_combinations(table, [key for key in table if key != "grid"]):
+                head_values = {
+                    key: self._convert_value(name, key, combination[key], field_types[key])
+                    for key in _HEAD_KEYS
+                    if key in combination
+                }
+                settings = {key: _parse_setting(value) for key, value in combination.items() if key not in _HEAD_KEYS}
+                recipe_heads.append(self._build(name, RecipeHead, {**head_values, "settings": settings, "table": name}))
+        return tuple(recipe_heads)
+
+    def _check_keys(self, table: str, values: Mapping[str, Any], allowed: Sequence[str] | Mapping[str, Any]) -> None:
+        for key in values:
+            if key not in allowed:
+                kind = "table" if isinstance(values[key], Mapping) and not table else "key"
+                raise self._error(table, str(unknown_name_error(kind, key, allowed)), key)
+
+    def _convert_value(self, table: str, key: str, value: Any, annotation: Any) -> Any:
+        value = value if is_sequence_type(annotation) else convert_value(value, annotation)
+        if not matches_type(value, annotation):
+            hint = "; only heads and backbones take several values" if isinstance(value, list) else ""
+            raise self._error(table, f"{key} is {value!r}; expected {describe_type(annotation)}{hint}", key)
+        return convert_value(value, annotation)
+
+    def _build(self, table: str, factory: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        try:
+            return factory(**values)
+        except ConfigError as error:
+            raise self._error(table, str(error), "") from None
+
+    def _error(self, table: str, message: str, key: str) -> ConfigError:
+        dotted_key = f"{table}.{key}" if table else key
+        source = "--set" if dotted_key in self.changes else self.where
+        return ConfigError(f"{source}: [{table}] {message}" if table else f"{source}: {message}")
+
+
+def _iter_combinations(table: Mapping[str, Any], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The table once for each combination of what is listed under some keys, the first key slowest."""
+    list_keys = [key for key in keys if isinstance(table[key], list)]
+    for values in product(*(table[key] for key in list_keys)):
+        yield {**table, **dict(zip(list_keys, values, strict=True))}
+
+
+def _parse_setting(value: Any) -> Any:
+    """A setting of a head: a list within a list is one value, and the text "none" is no value."""
+    if isinstance(value, list):
+        return tuple(_parse_setting(item) for item in value)
+    return None if value == "none" else value

@@ -1,0 +1,370 @@
+"""What a run found: one table, the models, the page; as the command prints it and as a notebook shows it."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from featpipe.config import ExtractionConfig
+from featpipe.experiments.grid import resolve_settings
+from featpipe.experiments.recipe.parse import BACKBONE_FIELDS, EXTRACTION_KEYS
+from featpipe.experiments.recipe.schema import Recipe, RecipeHead
+from featpipe.finetuning import FineTuningResult
+from featpipe.model import Model, load_model
+
+__all__ = ["RESULTS_SCHEMA", "EmbeddingSummary", "RunResult", "TrialResult", "recipe_to_toml"]
+
+RESULTS_SCHEMA = "featpipe-run/1.0"
+"""What ``results.json`` is called; the second number grows with what is added."""
+
+
+@dataclass(frozen=True)
+class EmbeddingSummary:
+    """What became of the images under one backbone.
+
+    Attributes
+    ----------
+    backbone : str
+        Its name, and what is not the default.
+    cache, scored : Path
+        The caches that heads learn from and are scored on; the same one unless other images are scored.
+    fingerprint : str
+    samples, bad : int
+    embedded : int or None
+        How many needed a forward pass when the cache was written.
+    images_per_second : float or None
+        Then.
+    network_bytes : int
+        Of its parameters and statistics.
+    width : int
+        Numbers in an embedding.
+    """
+
+    backbone: str
+    cache: Path
+    scored: Path
+    fingerprint: str
+    samples: int
+    bad: int
+    embedded: int | None
+    images_per_second: float | None
+    network_bytes: int
+    width: int
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One row of the table.
+
+    Attributes
+    ----------
+    name : str
+        What is particular to it; also the name of its files.
+    backbone, head : str
+    settings : dict
+        Of the head, its output and balance among them, as far as they are not the default.
+    chosen_settings : dict
+        Those that were chosen on inner folds.
+    per_class : int or None
+        Images of each class that were learnt from; all if None.
+    metric : str
+        What ``score`` and ``cross_validated`` are of.
+    cross_validated : dict or None
+        ``value``, ``low``, ``high``, ``spread`` over the folds, ``how``, and ``metrics``.
+    held_out : dict
+        ``value``, ``low``, ``high``, ``n``, and ``metrics``; of draws ``spread`` and ``by_draw``, and no interval.
+    goodness : float
+        The cross-validated score with the sign that makes larger the better; of draws, NaN: nothing is chosen by them.
+    seconds_to_fit : float or None
+        On all training images, the choice of settings included; None of fine-tuning, which may go on after a kill.
+    model : Path
+    model_bytes, head_bytes : int
+        Of the file, which also holds what it knows of its training images; and of the head alone.
+    model_digest : str
+        Of what decides the model.
+    best : bool
+        Whether it is the one that the page is about.
+    """
+
+    name: str
+    backbone: str
+    head: str
+    settings: dict[str, Any]
+    chosen_settings: dict[str, Any]
+    per_class: int | None
+    metric: str
+    cross_validated: dict[str, Any] | None
+    held_out: dict[str, Any]
+    goodness: float
+    seconds_to_fit: float | None
+    model: Path
+    model_bytes: int
+    head_bytes: int
+    model_digest: str
+    best: bool = False
+
+    def told_settings(self) -> str:
+        """What is particular to it, for people: images of each class, and settings, given or chosen."""
+        from featpipe.training import format_params
+
+        parts = [f"{self.per_class} per class"] if self.per_class is not None else []
+        return ", ".join([*parts, *filter(None, [format_params({**self.settings, **self.chosen_settings})])])
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run found.
+
+    Attributes
+    ----------
+    folder : Path
+    recipe : Recipe
+        With every head by its name.
+    task : str
+    results : list of Result
+        In the order of the recipe.
+    embedded : list of Embedded
+        One for each backbone.
+    report : Path
+        The page.
+    seconds : float
+        That this run took; little, where most was done.
+    versions : dict
+    tuned : FineTuned or None
+        What training the network too brought, where that was asked for.
+    """
+
+    folder: Path
+    recipe: Recipe
+    task: str
+    results: list[TrialResult]
+    embedded: list[EmbeddingSummary]
+    report: Path
+    seconds: float
+    versions: Mapping[str, str] = field(default_factory=dict)
+    tuned: FineTuningResult | None = None
+
+    @property
+    def best(self) -> TrialResult:
+        """The one with the best cross-validated score; with draws the first head, learnt from the most images."""
+        return next(result for result in self.results if result.best)
+
+    @property
+    def model(self) -> Model:
+        """The best one's model, loaded."""
+        return load_model(self.best.model)
+
+    def columns(self) -> dict[str, list[str]]:
+        """The table as text: its columns by their headings, the better results first."""
+        return _make_columns(self)
+
+    def table(self) -> str:
+        """The table for the terminal, with what its figures are."""
+        from featpipe.cli import format_table
+
+        columns = self.columns()
+        n_text_columns = sum(heading in ("", "backbone", "head", "settings") for heading in columns)
+        text = format_table(
+            list(zip(*columns.values(), strict=True)), list(columns), right_aligned=range(n_text_columns, len(columns))
+        )
+        return "\n".join([text, "", *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What the figures of the table are."""
+        first = self.results[0]
+        held_out_note = f"held out: on {first.held_out['n']:,} images that were not learnt from"
+        if first.cross_validated is None:
+            draws = f"{len(first.held_out['by_draw'])} draws of the training images"
+            return [f"{held_out_note}, mean ± standard deviation over {draws}"]
+        finetuning_notes = [] if self.tuned is None else [self.tuned.comparison.verdict()]
+        selection_note = "; the best (→) is chosen by it" if len(self.results) > 1 else ""
+        spread_note = f"± standard deviation over {first.cross_validated['folds']} folds"
+        return [
+            f"cross-validated: on the training images, {spread_note}{selection_note}",
+            f"{held_out_note}, with a 95 % interval",
+            *finetuning_notes,
+        ]
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        columns = self.columns()
+        rows = zip(*columns.values(), strict=True)
+        header = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        notes = "<br>".join(map(html.escape, [*self.notes(), f"page: {self.report}"]))
+        return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table><p>{notes}</p>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``results.json`` holds, as ``pipelines/README.md`` says."""
+        return {
+            "schema": RESULTS_SCHEMA,
+            "recipe": self.recipe.name,
+            "question": self.recipe.question,
+            "task": self.task,
+            "best": self.best.name,
+            "results": [_result_to_dict(result, self.folder) for result in self.results],
+            "backbones": [
+                {**asdict(summary), "cache": str(summary.cache), "scored": str(summary.scored)}
+                for summary in self.embedded
+            ],
+            "finetuning": None if self.tuned is None else self.tuned.to_dict(),
+            "report": self.report.name,
+            "seconds": round(self.seconds, 3),
+            "versions": dict(self.versions),
+        }
+
+
+def _result_to_dict(result: TrialResult, folder: Path) -> dict[str, Any]:
+    document = asdict(result)
+    del document["goodness"]
+    return {**document, "model": result.model.relative_to(folder).as_posix()}
+
+
+def _make_columns(run: RunResult) -> dict[str, list[str]]:
+    """The columns by their headings; those that say the same of all rows, or nothing, are left out."""
+    from featpipe.cli import format_size
+
+    sorted_results, metric = _sort_by_score(run.results), run.results[0].metric
+    summary_by_backbone = {summary.backbone: summary for summary in run.embedded}
+    summaries = [summary_by_backbone[result.backbone] for result in sorted_results]
+    columns = {
+        "": ["→" if result.best and len(sorted_results) > 1 else "" for result in sorted_results],
+        "backbone": [result.backbone if len(summary_by_backbone) > 1 else "" for result in sorted_results],
+        "head": [result.head for result in sorted_results],
+        "settings": [result.told_settings() for result in sorted_results],
+        f"{metric}, cross-validated": [_format_spread(result.cross_validated) for result in sorted_results],
+        f"{metric}, held out": [_format_interval(result.held_out) for result in sorted_results],
+        "fit": [_format_optional_duration(result.seconds_to_fit) for result in sorted_results],
+        "head's size": [format_size(result.head_bytes) for result in sorted_results],
+        "images/s": [
+            "–" if summary.images_per_second is None else f"{summary.images_per_second:,.0f}" for summary in summaries
+        ],
+        "network's size": [format_size(summary.network_bytes) for summary in summaries],
+    }
+    if len(summary_by_backbone) < 2:
+        del columns["images/s"], columns["network's size"]
+    return {heading: cells for heading, cells in columns.items() if any(cells)}
+
+
+def _format_optional_duration(seconds: float | None) -> str:
+    from featpipe.cli import format_duration
+
+    return "–" if seconds is None else format_duration(seconds)
+
+
+def _sort_by_score(results: list[TrialResult]) -> list[TrialResult]:
+    return sorted(results, key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
+
+
+def _format_spread(metric: Mapping[str, Any] | None) -> str:
+    from featpipe.metrics import format_score
+
+    return (
+        ""
+        if metric is None or metric["value"] is None
+        else f"{format_score(metric['value'])} ± {format_score(metric['spread'])}"
+    )
+
+
+def _format_interval(metric: Mapping[str, Any]) -> str:
+    from featpipe.metrics import format_score
+
+    if metric.get("spread") is not None:
+        return _format_spread(metric)
+    if metric["value"] is None:
+        return "–"
+    has_bounds = metric["low"] is not None and metric["high"] is not None
+    return format_score(metric["value"]) + (
+        f" [{format_score(metric['low'])}, {format_score(metric['high'])}]" if has_bounds else ""
+    )
+
+
+def recipe_to_toml(recipe: Recipe, task: str, provenance: Mapping[str, str]) -> str:
+    """The file.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Resolved, for this task.
+    task : str
+    made_with : mapping
+        Versions and fingerprints, as comments at its head.
+    """
+    stages: dict[str, Any] = {"split": recipe.split, "training": recipe.training}
+    stages |= {} if recipe.finetune is None else {"finetune": recipe.finetune}
+    stages |= {"evaluation": recipe.evaluation, "report": recipe.report}
+    comments = [f"#   {key} {value}" for key, value in provenance.items()]
+    sections = ["\n".join([f"# {recipe.name}, with every default. Made with:", *comments]) + "\n"]
+    sections += [
+        tomli_w.dumps({"question": recipe.question, **_get_set_fields(recipe.samples)})
+        + _list_unset_fields(recipe.samples)
+    ]
+    sections += [
+        f"[extraction]\n{tomli_w.dumps(_select_fields(recipe.extractions[0], {key: key for key in EXTRACTION_KEYS}))}"
+    ]
+    sections += [
+        _array_to_toml("backbones", _select_fields(extraction, BACKBONE_FIELDS)) for extraction in recipe.extractions
+    ]
+    sections += [_array_to_toml("heads", _head_to_dict(head, task)) for head in recipe.heads]
+    sections += [_stage_to_toml(name, stage) for name, stage in stages.items()]
+    return "\n".join(sections)
+
+
+def _stage_to_toml(name: str, stage: Any) -> str:
+    """One table, and in a comment the keys that are not set, which TOML has no value for."""
+    header = f"[{name}]\n"
+    return tomli_w.dumps({name: _get_set_fields(stage)}).replace(header, header + _list_unset_fields(stage), 1)
+
+
+def _get_set_fields(stage: Any) -> dict[str, Any]:
+    values = _drop_none({field.name: getattr(stage, field.name) for field in fields(stage)})
+    return {name: value for name, value in values.items() if value != {}}
+
+
+def _list_unset_fields(stage: Any) -> str:
+    set_fields = _get_set_fields(stage)
+    names = [field.name for field in fields(stage) if field.name not in set_fields]
+    return f"# not set: {', '.join(names)}\n" if names else ""
+
+
+def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    toml_values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {key: value for key, value in toml_values.items() if value is not None}
+
+
+def _select_fields(extraction: ExtractionConfig, keys: Mapping[str, str]) -> dict[str, Any]:
+    return _drop_none({key: getattr(extraction, name) for key, name in keys.items()})
+
+
+def _head_to_dict(head: RecipeHead, task: str) -> dict[str, Any]:
+    table = _drop_none({name: getattr(head, name) for name in ("name", "output", "tune", "balance")})
+    table |= {"grid": {key: list(values) for key, values in head.grid.items()}} if head.grid else {}
+    return {**table, **{key: _setting_to_toml(value) for key, value in resolve_settings(head, task).items()}}
+
+
+def _setting_to_toml(value: Any) -> Any:
+    """As it is read again: a list is one value within another list, and no value is a word."""
+    if isinstance(value, (tuple, list)):
+        return [_nested_to_lists(value)]
+    return "none" if value is None else value
+
+
+def _nested_to_lists(value: Any) -> Any:
+    return [_nested_to_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _array_to_toml(name: str, table: Mapping[str, Any]) -> str:
+    """One table of an array, and the tables within it."""
+    subtables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    scalars = {key: value for key, value in table.items() if key not in subtables}
+    subtable_texts = [f"\n[{name}.{key}]\n{tomli_w.dumps(value)}" for key, value in subtables.items()]
+    return "".join([f"[[{name}]]\n{tomli_w.dumps(scalars)}", *subtable_texts])

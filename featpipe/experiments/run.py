@@ -1,0 +1,382 @@
+"""A recipe, run: the stages in order, of which those that are done are skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from featpipe.cache import FeatureCache
+from featpipe.config import unknown_name_error
+from featpipe.data import Index
+from featpipe.diagnostics import write_findings
+from featpipe.errors import ConfigError
+from featpipe.evaluation import Evaluation, evaluate
+from featpipe.experiments.dataset import (
+    BackboneCaches,
+    TrainTestSplit,
+    extract_backbone,
+    load_index,
+    load_test_index,
+    resolve_archives,
+    select_available_shots,
+    split_cache_rows,
+)
+from featpipe.experiments.finetune import FineTuneRun
+from featpipe.experiments.grid import list_trials, resolve_recipe
+from featpipe.experiments.recipe.parse import read_recipe
+from featpipe.experiments.recipe.schema import Recipe
+from featpipe.experiments.report import write_report
+from featpipe.experiments.result import RunResult, TrialResult, recipe_to_toml
+from featpipe.experiments.trial import RecordStore, TrialRun, get_package_versions
+from featpipe.finetuning import FineTuningResult
+from featpipe.metrics import Interval
+from featpipe.model import load_model
+from featpipe.report import ComparisonRow
+from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.storage import atomic_write, lock_file, make_writable_folder
+from featpipe.training import METRICS
+
+__all__ = ["ExperimentContext", "get_run_folder", "get_tiles_folder", "iter_trials", "make_run_folder", "run"]
+
+RUNS_FOLDER = "runs"
+MAX_BASELINES = 4  # that the page sets against the best, row by row
+
+
+def run(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    archive: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> RunResult:
+    """Run a recipe: embed, train every head that it asks for, score them, and write a page.
+
+    What was done before from the same content is not done again, also after a kill.
+
+    Parameters
+    ----------
+    recipe : str, path-like, mapping or Recipe
+        A name that ``featpipe run --list`` shows, a TOML file, or what such a file holds.
+    archive : path-like or sequence of path-like, optional
+        The images, in place of the recipe's own.
+    changes : mapping from dotted key to value, optional
+        What is to be another way: ``{"heads.0.C": [0.1, 1]}``.
+    out : path-like, optional
+        The run's folder; ``runs/NAME`` if not given.
+    progress : callable, optional
+        Told what is going on. If not given, bars in a notebook, and warnings elsewhere.
+
+    Returns
+    -------
+    Run
+        With the table as the command prints it, the best model, and the page's path.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe asks for what cannot be; it names file, table and key.
+
+    Examples
+    --------
+    >>> found = run("linear-probe", "photos/", changes={"heads.0.C": 1})           # doctest: +SKIP
+    >>> found.best.held_out["value"], found.model.predict(["a.jpg"])               # doctest: +SKIP
+    """
+    started = perf_counter()
+    parsed_recipe = read_recipe(recipe, changes, archive)
+    folder = make_run_folder(parsed_recipe, out)
+    callback = progress or _make_default_progress()
+    with lock_file(folder / ".lock"):
+        context = ExperimentContext.from_recipe(parsed_recipe, folder, callback, get_tiles_folder(parsed_recipe))
+        caches = context.extract_all()
+        results = _mark_best([trial_run.run() for trial_run in iter_trials(context, caches)])
+        finetune_run, finetuned = context.finetune_best(caches, results)
+        results = (
+            results
+            if finetune_run is None or finetuned is None
+            else _add_finetuned(results, finetune_run.make_result(finetuned))
+        )
+        summaries = [backbone_caches.summarize() for backbone_caches in caches]
+        report_page = _ReportPage(context, caches, results, finetune_run)
+        run_result = RunResult(
+            folder,
+            context.recipe,
+            context.task,
+            results,
+            summaries,
+            report_page.path,
+            0.0,
+            get_package_versions(),
+            finetuned,
+        )
+        report_page.write(run_result)
+        run_result = replace(run_result, seconds=perf_counter() - started)
+        _write_outputs(run_result)
+    return run_result
+
+
+def make_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
+    """The run's folder, made if it is not there."""
+    folder = get_run_folder(recipe, out)
+    make_writable_folder(folder, ConfigError, "--out")
+    return folder
+
+
+def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
+    """Where a run lies, if nothing else is said: under the recipe's name."""
+    return Path(RUNS_FOLDER) / recipe.name if out is None else Path(out)
+
+
+def get_tiles_folder(recipe: Recipe) -> Path:
+    """Where the archive that comes along is written: beside the caches, so that all runs share it."""
+    return Path(recipe.extractions[0].cache) / "tiles"
+
+
+def _make_default_progress() -> ProgressCallback:
+    """Bars where a notebook shows them."""
+    from featpipe.cli import Terminal, in_notebook
+
+    return Terminal() if in_notebook() else report_warnings_only
+
+
+@dataclass(frozen=True, eq=False)
+class ExperimentContext:
+    """What the stages of a run share.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        Resolved for the task of the labels.
+    task : str
+    index : Index
+    scored : Index or None
+        Of other images, that the models are scored on.
+    folder : Path
+    tell : callable
+    """
+
+    recipe: Recipe
+    task: str
+    index: Index
+    test_index: Index | None
+    folder: Path
+    progress: ProgressCallback
+
+    @classmethod
+    def from_recipe(
+        cls, parsed_recipe: Recipe, folder: Path, progress: ProgressCallback, tiles_folder: Path
+    ) -> ExperimentContext:
+        """List the images, and refuse what cannot be before any work.
+
+        Parameters
+        ----------
+        asked : Recipe
+        folder : Path
+            The run's.
+        tell : callable
+        tiles : Path
+            Where the archive that comes along is written, if it is asked for.
+        """
+        index = load_index(parsed_recipe.samples, tiles_folder, parsed_recipe.where)
+        task = index.labels.task
+        metric = parsed_recipe.training.metric
+        if metric is not None and metric not in METRICS[task]:
+            raise ConfigError(
+                f"{parsed_recipe.where}: [training] {unknown_name_error('metric', metric, METRICS[task])} (the labels are for {task})"
+            )
+        recipe = resolve_recipe(parsed_recipe, task)
+        if recipe.split.per_class and task != "classification":
+            raise ConfigError(
+                f"{parsed_recipe.where}: [split] per_class draws images of classes; these labels are for {task}"
+            )
+        test_index = load_test_index(recipe.evaluation, recipe.samples, tiles_folder)
+        if test_index is not None and test_index.labels.task != task:
+            raise ConfigError(
+                f"{parsed_recipe.where}: [evaluation] archive has labels for {test_index.labels.task}, those of training are for "
+                f"{task}; give fitting ones with labels"
+            )
+        return cls(recipe, task, index, test_index, folder, progress)
+
+    def extract_all(self) -> list[BackboneCaches]:
+        """The caches of all backbones."""
+        max_images = self.recipe.samples.images
+        return [
+            extract_backbone(extraction, self.index, self.test_index, max_images, self.progress)
+            for extraction in self.recipe.extractions
+        ]
+
+    def finetune_best(
+        self, caches: Sequence[BackboneCaches], results: Sequence[TrialResult]
+    ) -> tuple[FineTuneRun | None, FineTuningResult | None]:
+        """The network of the best head trained too, if that is asked for."""
+        if self.recipe.finetune is None:
+            return None, None
+        best = next(result for result in results if result.best)
+        backbone_caches = next(candidate for candidate in caches if candidate.label == best.backbone)
+        trial = next(trial for trial in list_trials(self.recipe) if trial.slug == best.name)
+        split = self.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+        archives, _ = resolve_archives(self.recipe.samples.archive, self.recipe.samples, get_tiles_folder(self.recipe))
+        finetune_run = FineTuneRun(self.recipe, archives, best, backbone_caches, split, self.folder, self.progress)
+        return finetune_run, finetune_run.run()
+
+    def split_cache(self, cache: FeatureCache, test_cache: FeatureCache | None, output: str | None) -> TrainTestSplit:
+        """The sides of a cache."""
+        return split_cache_rows(cache, test_cache, output, self.recipe.split, self.recipe.training.memory, self.folder)
+
+
+def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | None]) -> Iterator[TrialRun]:
+    """The rows of the table on their way; of one backbone and output after the other, so that few rows are in memory.
+
+    Parameters
+    ----------
+    line : Line
+    caches : sequence of Caches or None
+        One for each backbone; what is None is left out.
+    """
+    records = RecordStore(context.folder / "records")
+    split: TrainTestSplit | None = None
+    split_key: tuple[int, str | None] | None = None
+    for trial in list_trials(context.recipe):
+        backbone_caches = caches[trial.backbone_index]
+        if backbone_caches is None:
+            continue
+        if split is None or split_key != (trial.backbone_index, trial.head.output):
+            split_key = (trial.backbone_index, trial.head.output)
+            split = context.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+            available_shots = _select_available_shots(context, split)
+        if trial.per_class is None or trial.per_class in available_shots:
+            yield TrialRun(context.recipe, trial, backbone_caches, split, context.folder, records, context.progress)
+
+
+def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -> list[int]:
+    requested_shots = context.recipe.split.per_class
+    available_shots = (
+        select_available_shots(split.training, requested_shots, context.progress) if requested_shots else []
+    )
+    if requested_shots and not available_shots:
+        raise ConfigError(
+            f"{context.recipe.where}: [split] per_class asks for more images of each class than there are"
+        )
+    return available_shots
+
+
+def _mark_best(results: list[TrialResult]) -> list[TrialResult]:
+    """With the best one marked: by cross-validation; where images were drawn, the first head with the most of them."""
+    if results[0].per_class is None:
+        best = max(results, key=lambda result: result.goodness)
+    else:
+        first = results[0]
+        same_head = [result for result in results if (result.backbone, result.head) == (first.backbone, first.head)]
+        best = max(same_head, key=lambda result: result.per_class or 0)
+    return [replace(result, best=result is best) for result in results]
+
+
+def _add_finetuned(results: list[TrialResult], finetuned: TrialResult) -> list[TrialResult]:
+    """With one row more, which is the best if it was kept."""
+    return [*(replace(result, best=result.best and not finetuned.best) for result in results), finetuned]
+
+
+@dataclass(frozen=True, eq=False)
+class _ReportPage:
+    """The last stage: the page of the best model, beside the others."""
+
+    context: ExperimentContext
+    caches: list[BackboneCaches]
+    results: list[TrialResult]
+    finetune_run: FineTuneRun | None
+
+    @property
+    def path(self) -> Path:
+        return self.context.folder / "report.html"
+
+    def write(self, run_result: RunResult) -> None:
+        records = RecordStore(self.context.folder / "records")
+        inputs = {**run_result.to_dict(), "title": self.context.recipe.report.title, "findings": self._writes_findings}
+        inputs |= {"seconds": None, "backbones": [summary.fingerprint for summary in run_result.embedded]}
+        if records.find("page", inputs, self.path) is not None:
+            return
+        self.context.progress(Progress("note", "writing the page"))
+        evaluation = self._evaluate_best(run_result.best)
+        recipe = self.context.recipe
+        command = shlex.join(
+            ["featpipe", "run", str(self.context.folder / "recipe.toml"), "--out", str(self.context.folder)]
+        )
+        write_report(
+            self.path,
+            evaluation,
+            title=recipe.report.title or recipe.question,
+            comparison=[_make_comparison_row(result, run_result) for result in run_result.results],
+            comparison_metric=run_result.best.metric,
+            command=command,
+        )
+        if self._writes_findings:
+            write_findings(evaluation.findings, self.context.folder / "findings")
+        records.write("page", inputs, {"page": self.path.name}, self.path)
+
+    @property
+    def _writes_findings(self) -> bool:
+        return self.context.recipe.evaluation.findings
+
+    def _evaluate_best(self, best: TrialResult) -> Evaluation:
+        if self.finetune_run is not None and best.model == self.finetune_run.path:
+            return self.finetune_run.evaluate()
+        backbone_caches = next(candidate for candidate in self.caches if candidate.label == best.backbone)
+        trial = next(trial for trial in list_trials(self.context.recipe) if trial.slug == best.name)
+        split = self.context.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+        same_backbone = [result for result in self.results if result.backbone == best.backbone and result is not best]
+        same_backbone.sort(key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
+        baselines = [
+            load_model(result.model)
+            for result in same_backbone[:MAX_BASELINES]
+            if result.per_class is None and result.cross_validated
+        ]
+        model = load_model(best.model)
+        return evaluate(
+            model, split.test_cache, against=baselines, trained_on=backbone_caches.cache, without=split.excluded_table
+        )
+
+
+def _make_comparison_row(result: TrialResult, run_result: RunResult) -> ComparisonRow:
+    """One row of the page's comparison."""
+    held_out = result.held_out
+    low, high = (held_out.get(key) for key in ("low", "high"))
+    bounds = (math.nan, math.nan) if low is None or high is None else (low, high)
+    return ComparisonRow(
+        name=result.head,
+        score=Interval(math.nan if held_out["value"] is None else held_out["value"], *bounds),
+        seconds_to_fit=result.seconds_to_fit,
+        note=_describe_result(result, len(run_result.embedded) > 1),
+        chosen=result.best,
+    )
+
+
+def _describe_result(result: TrialResult, has_many_backbones: bool) -> str:
+    """What is particular to a row, and what else is known of it."""
+    parts = [f"on {result.backbone}"] if has_many_backbones else []
+    parts += [result.told_settings()] if result.told_settings() else []
+    if result.cross_validated is not None and result.cross_validated["value"] is not None:
+        cross_validated = result.cross_validated
+        parts.append(f"cross-validated {cross_validated['value']:.3f} ± {cross_validated['spread']:.3f}")
+    elif "by_draw" in result.held_out:
+        parts.append(f"mean of {len(result.held_out['by_draw'])} draws, ± {result.held_out['spread']:.3f}")
+    return "; ".join(parts)
+
+
+def _write_outputs(run_result: RunResult) -> None:
+    """What lies beside the models: the results, the table, and the recipe with every default."""
+    fingerprints = {f"cache of {summary.backbone}": summary.fingerprint for summary in run_result.embedded}
+    texts = {
+        "results.json": json.dumps(run_result.to_dict(), indent=2, ensure_ascii=False) + "\n",
+        "table.txt": run_result.table() + "\n",
+        "recipe.toml": recipe_to_toml(run_result.recipe, run_result.task, {**run_result.versions, **fingerprints}),
+    }
+    for name, text in texts.items():
+        with atomic_write(run_result.folder / name, text=True) as file:
+            file.write(text)

@@ -1,0 +1,300 @@
+"""The fourth and fifth stage of a run: one head is trained and scored, unless that was done from the same content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe import heads
+from featpipe.errors import ConfigError
+from featpipe.evaluation import evaluate
+from featpipe.experiments.dataset import BackboneCaches, TrainTestSplit, digest_training_rows, draw_per_class
+from featpipe.experiments.grid import TrialSpec
+from featpipe.experiments.recipe.schema import Recipe
+from featpipe.experiments.result import TrialResult
+from featpipe.metrics import Calibration, Scores, score
+from featpipe.model import Model, load_model
+from featpipe.runtime import Progress, ProgressCallback
+from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
+from featpipe.training import LOWER_IS_BETTER, EmbeddingDataset, make_head_config, parse_policy, train_head
+
+__all__ = ["RecordStore", "TrialRun", "get_package_versions", "make_model_inputs"]
+
+
+@dataclass(frozen=True, eq=False)
+class TrialRun:
+    """One row of the table, on its way.
+
+    Attributes
+    ----------
+    recipe : Recipe
+    trial : Trial
+    caches : Caches
+    sides : Divided
+        Its training rows, and those that it is scored on.
+    folder : Path
+        The run's.
+    records : Records
+    tell : callable
+    """
+
+    recipe: Recipe
+    trial: TrialSpec
+    caches: BackboneCaches
+    split: TrainTestSplit
+    folder: Path
+    records: RecordStore
+    progress: ProgressCallback
+
+    @property
+    def path(self) -> Path:
+        """The model's file."""
+        return self.folder / "models" / f"{self.trial.slug}.model"
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What decides the model."""
+        return make_model_inputs(
+            self.recipe, self.trial, self.caches.cache.fingerprint, digest_training_rows(self.split.training)
+        )
+
+    @cached_property
+    def _score_inputs(self) -> dict[str, Any]:
+        """What decides its scores."""
+        test_cache, test_rows = self.split.test_cache, self.split.test_rows
+        labels = test_cache.label_table.take(test_rows)
+        rows_digest = digest_arrays(
+            [("digests", test_cache.digests[test_rows]), ("y", np.ascontiguousarray(labels.values))]
+        )
+        return {
+            "model": compute_fingerprint(self.inputs),
+            "scored": [test_cache.fingerprint, rows_digest, list(test_cache.classes)],
+        }
+
+    def is_done(self) -> tuple[bool, bool]:
+        """Whether the model is trained, and whether it is scored."""
+        trained = self.records.find(f"{self.trial.slug}.model", self.inputs, self.path) is not None
+        return trained, trained and self.records.find(f"{self.trial.slug}.scores", self._score_inputs) is not None
+
+    def run(self) -> TrialResult:
+        """The row of the table."""
+        model, held_out = self._load_or_train(), self._load_or_score()
+        cross_validation = model.scores.get("cross_validation")
+        metric, goodness = self._get_selection_score(cross_validation, held_out)
+        head, history = self.trial.head, model.history
+        head_options = {name: getattr(head, name) for name in ("output", "balance") if getattr(head, name)}
+        return TrialResult(
+            name=self.trial.slug,
+            backbone=self.caches.label,
+            head=head.name,
+            settings={**head.settings, **head_options},
+            chosen_settings=(history.get("chosen") or {}).get("settings", {}),
+            per_class=self.trial.per_class,
+            metric=metric,
+            cross_validated=None
+            if cross_validation is None
+            else _select_metric(metric, cross_validation, ("spread", "folds", "how", "metrics")),
+            held_out=_select_metric(metric, held_out, ("n", "left_out", "metrics", "by_draw")),
+            goodness=goodness,
+            seconds_to_fit=float(history["seconds_to_fit"] + history["seconds_to_tune"]),
+            model=self.path,
+            model_bytes=self.path.stat().st_size,
+            head_bytes=len(heads.dumps(model.head)),
+            model_digest=compute_fingerprint(self.inputs),
+        )
+
+    def _load_or_train(self) -> Model:
+        name = f"{self.trial.slug}.model"
+        if self.records.find(name, self.inputs, self.path) is not None:
+            return load_model(self.path)
+        training, rows, n_per_class = self.recipe.training, self.split.training, self.trial.per_class
+        if n_per_class is not None:
+            rows = draw_per_class(rows, n_per_class, self.recipe.split.seed + 1)
+        self.progress(Progress("note", f"{self.trial.label}: {len(rows):,} images to learn from"))
+        model = self._fit_head(rows, training.cv if n_per_class is None else None)
+        if training.portable:
+            model.attach(self.caches.backbone)
+        model.save(self.path, portable=training.portable)
+        self.records.write(name, self.inputs, {"model": self.path.name}, self.path)
+        return load_model(self.path)
+
+    def _fit_head(self, rows: EmbeddingDataset, cv: int | None) -> Model:
+        training, head, cache = self.recipe.training, self.trial.head, self.caches.cache
+        training_result = train_head(
+            cache,
+            rows,
+            self._make_head_config(rows),
+            cv,
+            calibrate=training.calibrate,
+            prior=training.prior or None,
+            progress=self.progress,
+        )
+        return training_result.to_model(
+            cache, rows, head.output, head.settings, parse_policy(training.keep if cv else "none")
+        )
+
+    def _make_head_config(self, rows: EmbeddingDataset) -> Any:
+        head, training = self.trial.head, self.recipe.training
+        options = {"metric": training.metric, "one_standard_error": training.one_standard_error, "jobs": training.jobs}
+        try:
+            return make_head_config(
+                self.caches.cache,
+                rows,
+                head.name,
+                head.settings,
+                grid={key: tuple(values) for key, values in head.grid.items()},
+                tune=head.tune,
+                balance=head.balance,
+                random_state=training.seed,
+                **options,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{self.recipe.where}: [{head.table}] {error}") from None
+
+    def _load_or_score(self) -> dict[str, Any]:
+        name = f"{self.trial.slug}.scores"
+        scores = self.records.find(name, self._score_inputs)
+        if scores is None:
+            scores = self._score_model() if self.trial.per_class is None else self._score_draws()
+            self.records.write(name, self._score_inputs, scores)
+        return scores
+
+    def _score_model(self) -> dict[str, Any]:
+        evaluation = evaluate(load_model(self.path), self.split.test_cache, without=self.split.excluded_table)
+        return {**evaluation.scores.to_dict(), "left_out": evaluation.left_out}
+
+    def _score_draws(self) -> dict[str, Any]:
+        """The scores of heads that are fitted on so many images of each class, drawn again and again."""
+        assert self.trial.per_class is not None
+        test_rows, test_cache = self.split.test_rows, self.split.test_cache
+        X = np.asarray(test_cache.features(self.trial.head.output)[test_rows], np.float32)
+        y_true = test_cache.label_table.take(test_rows).y
+        metrics_by_draw = []
+        for draw in range(self.recipe.split.draws):
+            rows = draw_per_class(self.split.training, self.trial.per_class, self.recipe.split.seed + 1 + draw)
+            metrics_by_draw.append(_get_metric_values(self._fit_and_score(rows, X, y_true)))
+            self.progress(Progress("bar", self.trial.label, draw + 1, self.recipe.split.draws, "draws"))
+        metrics = {}
+        for key in metrics_by_draw[0]:
+            values = [draw_metrics[key] for draw_metrics in metrics_by_draw]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            metrics[key] = {"value": float(np.mean(values)), "low": None, "high": None, "spread": spread}
+        return {"n": len(test_rows), "metrics": metrics, "by_draw": metrics_by_draw}
+
+    def _fit_and_score(self, rows: EmbeddingDataset, X: NDArray[np.float32], y_true: NDArray[Any]) -> Scores:
+        fitted_head = self._make_head_config(rows).fit(rows)
+        calibration = None if fitted_head.gives_probabilities else Calibration()
+        return score("classification", y_true, fitted_head.answers(X, calibration), rows.classes, bootstrap=0)
+
+    def _get_selection_score(
+        self, cross_validation: dict[str, Any] | None, held_out: dict[str, Any]
+    ) -> tuple[str, float]:
+        """What the table compares, and how good this is by it."""
+        metrics: dict[str, Any] = (held_out if cross_validation is None else cross_validation)["metrics"]
+        requested_metric = self.recipe.training.metric
+        name: str = (
+            requested_metric if requested_metric is not None and requested_metric in metrics else next(iter(metrics))
+        )
+        if cross_validation is None:
+            return name, math.nan
+        value = metrics[name]["value"]
+        if value is None:
+            return name, -math.inf
+        return name, -value if name in LOWER_IS_BETTER else value
+
+
+def _get_metric_values(scores: Scores) -> dict[str, float]:
+    return {name: float(interval.value) for name, interval in scores.metrics.items()}
+
+
+def _select_metric(metric: str, scores: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    undefined = {"value": None, "low": None, "high": None}
+    return {**scores["metrics"].get(metric, undefined), **{key: scores[key] for key in keys if key in scores}}
+
+
+VERSIONED_PACKAGES = ("featpipe", "numpy", "scipy", "scikit-learn", "torch", "torchvision", "timm")
+
+
+def get_package_versions() -> dict[str, str]:
+    """The packages whose code decides the figures."""
+    return {name: version(name) for name in VERSIONED_PACKAGES}
+
+
+def make_model_inputs(recipe: Recipe, trial: TrialSpec, cache_fingerprint: str, rows_digest: str) -> dict[str, Any]:
+    """What decides a trained model: embeddings, rows, head, settings, seeds and versions.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    trial : Trial
+    cache : str
+        The fingerprint of the cache.
+    rows : str
+        The digest of the training rows and their labels.
+    """
+    head, training = asdict(trial.head), asdict(recipe.training)
+    del head["table"], training["jobs"], training["portable"]  # neither changes a number
+    draws = None if trial.per_class is None else [trial.per_class, recipe.split.draws, recipe.split.seed]
+    return {
+        "cache": cache_fingerprint,
+        "rows": rows_digest,
+        "head": head,
+        "training": training,
+        "draws": draws,
+        "versions": get_package_versions(),
+    }
+
+
+class RecordStore:
+    """The records in a run's folder.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, name: str, inputs: Any, file: Path | None = None) -> dict[str, Any] | None:
+        """What was recorded under a name, if it was made from these facts and its file is as it was written."""
+        try:
+            record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            is_current = record["made_from"] == compute_fingerprint(_to_json_value(inputs))
+            if not is_current or (file is not None and record["sha256"] != _compute_sha256(file)):
+                return None
+            outcome: dict[str, Any] = record["found"]
+        except (OSError, ValueError, LookupError, TypeError):  # torn, or nobody's
+            return None
+        return outcome
+
+    def write(self, name: str, inputs: Any, outcome: dict[str, Any], file: Path | None = None) -> None:
+        """Record what was found, once its file is complete."""
+        digest = None if file is None else _compute_sha256(file)
+        record = {
+            "made_from": compute_fingerprint(_to_json_value(inputs)),
+            "facts": _to_json_value(inputs),
+            "sha256": digest,
+            "found": outcome,
+        }
+        with atomic_write(self.folder / f"{name}.json", text=True) as out:
+            json.dump(record, out, indent=1, ensure_ascii=False)
+
+
+def _compute_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _to_json_value(value: Any) -> Any:
+    """As JSON gives it back; by its own words what JSON cannot hold."""
+    return json.loads(json.dumps(value, default=repr))

@@ -1,0 +1,191 @@
+"""Rows of an index through an engine into parts, in this process or in one of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.backbones import Backbone
+from featpipe.config import ExtractionConfig
+from featpipe.data import Index
+from featpipe.inference import DecodedBatch, Engine, Loader, StageSeconds, embed_batches
+from featpipe.status import Status
+from featpipe.storage import Part, StagingArea
+
+__all__ = ["ExtractionWorker", "PartCommitted", "RowsRead", "WorkerFinished", "WorkerMessage", "WorkerStarted"]
+
+MAX_PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
+MAX_PART_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class WorkerStarted:
+    """The engine is ready."""
+
+    device: str
+    engine_name: str
+    batch_size: int
+    has_work_estimate: bool
+
+
+@dataclass(frozen=True)
+class RowsRead:
+    """Some rows were read, and embedded where they had to be.
+
+    Attributes
+    ----------
+    rows : ndarray of shape (b,), int64
+    status : ndarray of shape (b,), uint8
+    digests : ndarray of shape (b, 32), uint8
+        Zero where the bytes could not be had.
+    embedded : int
+    seconds : Seconds
+    """
+
+    rows: NDArray[np.int64]
+    status: NDArray[np.uint8]
+    digests: NDArray[np.uint8]
+    n_embedded: int
+    seconds: StageSeconds
+
+
+@dataclass(frozen=True)
+class PartCommitted:
+    """A part is durable; its rows are those of the index."""
+
+    part: Part
+    rows: NDArray[np.int64]
+    digests: list[bytes]
+
+
+@dataclass(frozen=True)
+class WorkerFinished:
+    """All rows were read; seconds of committing, and of workers waiting."""
+
+    commit_seconds: float
+    wait_seconds: float
+
+
+WorkerMessage = WorkerStarted | RowsRead | PartCommitted | WorkerFinished
+
+
+@dataclass
+class _PendingPart:
+    """The part in hand."""
+
+    digests: list[bytes] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    status: list[int] = field(default_factory=list)
+    features: dict[str, list[NDArray[np.floating]]] = field(default_factory=dict)
+    n_bytes: int = 0
+
+
+@dataclass
+class ExtractionWorker:
+    """Reads, embeds and commits.
+
+    Parameters
+    ----------
+    index : Index
+    stamps : ndarray of shape (n, 16), uint8
+    backbone : Backbone
+    settings : Extraction
+    parts : Parts
+    is_known : callable
+        Whether an image with this digest needs no embedding; asked once for each, by several threads.
+    deliver : callable
+        Is told everything that is to be known of the rows, in the order in which it happens.
+    """
+
+    index: Index
+    stamps: NDArray[np.uint8]
+    backbone: Backbone
+    settings: ExtractionConfig
+    parts: StagingArea
+    has_embedding: Callable[[bytes], bool]
+    send_message: Callable[[WorkerMessage], None]
+    _pending: _PendingPart = field(default_factory=_PendingPart)
+    _last_commit_time: float = 0.0
+    _commit_seconds: float = 0.0
+
+    def run(self, make_engine: Callable[[], Engine], rows: NDArray[np.int64]) -> None:
+        """Embed some rows. What is finished when this is interrupted is committed."""
+        engine = make_engine()
+        has_work_estimate = (
+            engine.multiply_adds is not None or self.settings.batch is not None or engine.device.type != "cpu"
+        )
+        self.send_message(WorkerStarted(str(engine.device), engine.name, engine.batch, has_work_estimate))
+        start_time = self._last_commit_time = perf_counter()
+        workers = self.settings.workers or engine.workers
+        loader = Loader(self.index, rows, engine.transform, engine.batch, self.has_embedding, engine.collate)
+        busy_seconds = 0.0
+        try:
+            with closing(loader), engine.session(), closing(embed_batches(loader, engine, workers)) as results:
+                for batch, features in results:
+                    seconds = batch.seconds
+                    busy_seconds += seconds.reading + seconds.decoding + seconds.embedding
+                    self._collect(batch, features)
+        finally:
+            self._commit()
+        wait_seconds = max(0.0, workers * (perf_counter() - start_time) - busy_seconds)
+        self.send_message(WorkerFinished(self._commit_seconds, wait_seconds))
+
+    def _collect(self, batch: DecodedBatch, features: Mapping[str, NDArray[np.float32]]) -> None:
+        pending = self._pending
+        with np.errstate(over="ignore"):  # what is too large for float16 is infinite then, which the row's status says
+            stored_features = {name: value.astype(self.settings.storage) for name, value in features.items()}
+        is_finite = np.ones(len(batch.positions), bool)
+        for value in stored_features.values():
+            is_finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
+        feature_rows = dict(zip(batch.positions, range(len(batch.positions)), strict=True))
+        statuses, n_embedded = np.array(batch.status, np.uint8), 0
+        for position, row in enumerate(batch.rows):
+            status, digest = batch.status[position], batch.digests[position]
+            if position in feature_rows and not is_finite[feature_rows[position]]:
+                status = Status.NOT_FINITE
+            statuses[position] = status
+            if position in feature_rows or (digest and not status.transient and status != Status.OK):
+                pending.rows.append(row)
+                pending.digests.append(digest)
+                pending.status.append(int(status))
+                for name, shape in self.backbone.shapes.items():
+                    value = (
+                        stored_features[name][feature_rows[position]]
+                        if status == Status.OK
+                        else _make_nan_features(shape, self.settings.storage)
+                    )
+                    pending.features.setdefault(name, []).append(value)
+                    pending.n_bytes += value.nbytes
+                n_embedded += status == Status.OK
+        digests = np.frombuffer(b"".join(digest or bytes(32) for digest in batch.digests), np.uint8).reshape(-1, 32)
+        self.send_message(RowsRead(np.array(batch.rows), statuses, digests, n_embedded, batch.seconds))
+        if pending.n_bytes > MAX_PART_BYTES or perf_counter() - self._last_commit_time > MAX_PART_SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        pending, self._pending = self._pending, _PendingPart()
+        start_time = perf_counter()
+        if pending.rows:
+            rows = np.array(pending.rows)
+            digests = np.frombuffer(b"".join(pending.digests), np.uint8).reshape(-1, 32)
+            features = {name: np.stack(values) for name, values in pending.features.items()}
+            part = self.parts.commit(
+                {
+                    "digest": digests,
+                    "stamp": self.stamps[rows],
+                    "status": np.array(pending.status, np.uint8),
+                    **{f"features/{name}": value for name, value in features.items()},
+                }
+            )
+            self.send_message(PartCommitted(part, rows, pending.digests))
+        self._last_commit_time = perf_counter()
+        self._commit_seconds += self._last_commit_time - start_time
+
+
+def _make_nan_features(shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
+    return np.full(shape, np.nan, dtype)

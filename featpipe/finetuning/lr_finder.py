@@ -1,0 +1,69 @@
+"""A learning rate to begin with, from a few batches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from featpipe.errors import ConfigError
+from featpipe.finetuning.batches import prefetch_batches
+from featpipe.finetuning.loop import NonFiniteError, compute_gradients, optimizer_step
+from featpipe.finetuning.trainer import Trainer, TrainingState, clone_tensors, load_weights
+from featpipe.runtime import Progress
+
+__all__ = ["find_learning_rate"]
+
+MIN_RATE, MAX_RATE = 1e-6, 1.0
+MAX_STEPS = 60
+LOSS_SMOOTHING = 0.9
+DIVERGENCE_RATIO = 3.0  # times the lowest loss so far
+RATE_DIVISOR = 10.0  # Smith 2017 takes a rate well below where the loss is lowest
+
+
+def find_learning_rate(trainer: Trainer) -> float:
+    """The rate a tenth of that at which the loss, smoothed, is lowest while the rate grows from batch to batch.
+
+    The network is afterwards as it was.
+
+    Raises
+    ------
+    ConfigError
+        If no rate makes the loss smaller.
+    """
+    initial_weights, state = clone_tensors(trainer.trained_tensors()), TrainingState.init(trainer, MIN_RATE)
+    active_parameters = trainer.unfreeze_for_epoch(trainer.tuning.epochs)
+    batches = [
+        rows for epoch in range(-(-MAX_STEPS // trainer.steps_per_epoch)) for rows in trainer.epoch_batches(epoch)
+    ][:MAX_STEPS]
+    smoothed_loss, lowest_loss, lowest_loss_rate, first_loss = 0.0, math.inf, MIN_RATE, math.inf
+    with torch.random.fork_rng(enabled=True):
+        for step_index, (rows, inputs) in enumerate(
+            prefetch_batches(trainer.train_data, [trainer.distributed.shard(rows) for rows in batches], 0)
+        ):
+            rate = MIN_RATE * (MAX_RATE / MIN_RATE) ** (step_index / max(1, len(batches) - 1))
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+            torch.manual_seed(step_index)
+            try:
+                with trainer.training_mode():
+                    loss, gradient_norm = compute_gradients(trainer, state, rows, inputs, len(batches[step_index]))
+                optimizer_step(state, active_parameters, loss, gradient_norm, trainer.tuning.clip)
+            except NonFiniteError:
+                break
+            smoothed_loss = LOSS_SMOOTHING * smoothed_loss + (1 - LOSS_SMOOTHING) * loss
+            corrected_loss = smoothed_loss / (1 - LOSS_SMOOTHING ** (step_index + 1))
+            first_loss = min(first_loss, corrected_loss) if step_index == 0 else first_loss
+            if corrected_loss < lowest_loss:
+                lowest_loss, lowest_loss_rate = corrected_loss, rate
+            if corrected_loss > DIVERGENCE_RATIO * lowest_loss:
+                break
+            trainer.progress(Progress("bar", "looking for a learning rate", step_index + 1, len(batches), "batches"))
+    load_weights(trainer, initial_weights)
+    if not lowest_loss < first_loss:
+        raise ConfigError("no learning rate made the loss smaller; give one with --learning-rate, or freeze less")
+    learning_rate = lowest_loss_rate / RATE_DIVISOR
+    trainer.progress(
+        Progress("note", f"learning rate {learning_rate:.2g}: the loss was lowest at {lowest_loss_rate:.2g}")
+    )
+    return learning_rate

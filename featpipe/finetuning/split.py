@@ -1,0 +1,234 @@
+"""Honest rows: what is trained on, what decides when to stop, and what nothing has seen until the final table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe import heads, splits
+from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe.config import FineTuneConfig
+from featpipe.errors import CacheError, ConfigError
+from featpipe.metrics import Calibration
+from featpipe.model import Model
+from featpipe.runtime import Progress, ProgressCallback
+from featpipe.training import EmbeddingDataset, make_head_config, train_head
+
+__all__ = ["Splits", "make_dataset", "make_splits", "refit_without"]
+
+TEST_SPLIT_SEED, VALIDATION_SPLIT_SEED = 4, 5  # other rows than those of folds; the same whatever --seed is
+MAX_LISTED_NAMES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Rows of an archive, and what is true of them in the model's terms.
+
+    Attributes
+    ----------
+    train, validation, held : ndarray of int64
+        Row numbers, ascending; no image is on two sides, byte by byte.
+    y : ndarray
+        For each row of the archive: class code of shape (n,), targets of shape (n, t), or 0 and 1 of shape (n, k).
+        Anything for rows that are on no side.
+    how : str
+        For people.
+    """
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+    y: NDArray[Any]
+    description: str
+
+    @property
+    def train_and_validation(self) -> NDArray[np.int64]:
+        """Rows that training and stopping looked at."""
+        return np.sort(np.concatenate([self.train, self.validation]))
+
+
+def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Splits:
+    """Divide the labelled, readable rows of a cache.
+
+    By the split that came with the labels; what that lacks is taken from its training rows, and all of it where there
+    is none. A row's side follows from its bytes.
+
+    Raises
+    ------
+    CacheError
+        If there are no labels.
+    ConfigError
+        If the labels are not of the model's classes, all of them, or there are too few images.
+    """
+    rows, y = cache.usable, _encode_labels(model, cache)
+    if not len(rows):
+        raise CacheError(f"{cache.path}: no row is labelled and readable")
+    split_codes = cache.split[rows]
+    train, validation, test = (rows[split_codes == SPLIT_NAMES.index(name)] for name in ("train", "validation", "test"))
+    if not split_codes.any():
+        train = rows
+    if not len(train):
+        raise CacheError(f"{cache.path}: the labels mark no row for training")
+    test = _drop_copies(cache, test, np.concatenate([train, validation]))
+    validation = _drop_copies(cache, validation, train)
+    labelled_splits = [name for name, split_rows in (("validation", validation), ("test", test)) if len(split_rows)]
+    if not len(test):
+        train, test = _hold_out(model, cache, train, y, tuning.test, TEST_SPLIT_SEED)
+    if not len(validation):
+        train, validation = _hold_out(model, cache, train, y, tuning.validation, VALIDATION_SPLIT_SEED)
+    _check_classes(model, cache, y, train)
+    counts_text = (
+        f"{len(train)} images to train on, {len(validation)} to say when to stop, {len(test)} held out for the table"
+    )
+    return Splits(
+        train,
+        validation,
+        test,
+        y,
+        f"{counts_text} ({' and '.join(labelled_splits) or 'neither'} as the labels mark them)",
+    )
+
+
+def _hold_out(
+    model: Model, cache: FeatureCache, rows: NDArray[np.int64], y: NDArray[Any], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if not fraction:
+        raise ConfigError("test and validation are shares above 0: without them nobody could say what it brought")
+    is_classification = model.task == "classification"
+    class_arguments = {"names": model.classes} if is_classification else {}
+    train_positions, test_positions = splits.make_holdout(
+        cache.digests[rows], y[rows] if is_classification else None, test=fraction, seed=seed, **class_arguments
+    )
+    return rows[train_positions], rows[test_positions]
+
+
+def _drop_copies(cache: FeatureCache, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows whose images are not, byte by byte, among others."""
+    digests = np.ascontiguousarray(cache.digests).view("V32").ravel()
+    return rows[~np.isin(digests[rows], digests[others])]
+
+
+def _encode_labels(model: Model, cache: FeatureCache) -> NDArray[Any]:
+    if cache.task != model.task:
+        labels_text = "no labels" if cache.task == "none" else f"labels for {cache.task}"
+        raise CacheError(
+            f"{cache.path}: has {labels_text}, the model does {model.task}; give fitting labels with --labels"
+        )
+    unknown_classes = [name for name in _present_classes(cache) if name not in model.classes]
+    missing_classes = [name for name in model.classes if name not in cache.classes]
+    if unknown_classes:
+        raise ConfigError(
+            f"{cache.path}: has {_format_names('class', unknown_classes)}, which the model does not know; teach it with "
+            "`featpipe expand` first, or leave those images out"
+        )
+    if missing_classes:
+        raise ConfigError(
+            f"{cache.path}: has no image of {_format_names('class', missing_classes)}, which the model knows and would forget; give "
+            "images of all its classes, or train a model of fewer"
+        )
+    values = cache.label_table.values
+    if model.task == "classification":
+        class_codes = np.array(
+            [model.classes.index(name) if name in model.classes else -1 for name in cache.classes], np.int64
+        )
+        return class_codes[values]
+    return values[:, [cache.classes.index(name) for name in model.classes]]
+
+
+def _present_classes(cache: FeatureCache) -> list[str]:
+    """The classes that some row has; all targets."""
+    values = cache.label_table.values[cache.usable]
+    if cache.task == "classification":
+        return [cache.classes[code] for code in np.unique(values)]
+    present_columns = np.flatnonzero(values.any(axis=0)) if cache.task == "multilabel" else range(values.shape[1])
+    return [cache.classes[int(column)] for column in present_columns]
+
+
+def _check_classes(model: Model, cache: FeatureCache, y: NDArray[Any], train: NDArray[np.int64]) -> None:
+    if model.task != "classification":
+        return
+    missing_classes = [name for code, name in enumerate(model.classes) if not (y[train] == code).any()]
+    if missing_classes:
+        raise ConfigError(
+            f"{cache.path}: no training image is of {_format_names('class', missing_classes)}, which the model knows and would "
+            "forget; give images of all its classes, or train a model of fewer"
+        )
+
+
+def _format_names(noun: str, names: list[str]) -> str:
+    more_text = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+    plural = noun + ("es" if noun.endswith("s") else "s") if len(names) > 1 else noun
+    return f"{plural} {', '.join(map(repr, names[:MAX_LISTED_NAMES]))}{more_text}"
+
+
+def refit_without(
+    model: Model,
+    cache: FeatureCache,
+    splits: Splits,
+    excluded_rows: NDArray[np.int64],
+    training_rows: NDArray[np.int64],
+    progress: ProgressCallback,
+) -> Model:
+    """The model, if it was trained on none of some rows; else the same head with the same settings, on other rows.
+
+    Parameters
+    ----------
+    model : Model
+    cache : FeatureCache
+        Of the model's backbone.
+    sides : Sides
+    unseen, fitted_on : ndarray of int64
+        Rows that the model must not know, and those that it is fitted on again.
+    progress : callable
+    """
+    if not model.was_trained_on(cache.digests[excluded_rows]).any():
+        return model
+    dataset = make_dataset(model, cache, splits.y, training_rows)
+    head_name, params = _head_settings(model)
+    head_config = make_head_config(
+        cache,
+        dataset,
+        head_name,
+        params,
+        balance=model.history.get("balance"),
+        random_state=model.history.get("random_state", 0),
+    )
+    recalibrate = model.calibration is not None and model.calibration.temperature != 1
+    text = f"the model knows images that are to judge it: its head is fitted again on {len(dataset)} others"
+    progress(Progress("note", text))
+    refitted = train_head(cache, dataset, head_config, None, calibrate=recalibrate).to_model(
+        cache, dataset, model.output, params
+    )
+    refitted.request, refitted.device = model.request, model.device
+    refitted._backbone, refitted._engine = model._backbone, model._engine
+    if model.calibration is not None and model.calibration.offsets:
+        temperature = 1.0 if refitted.calibration is None else refitted.calibration.temperature
+        refitted.calibration = Calibration(temperature, model.calibration.offsets)
+    return refitted
+
+
+def make_dataset(model: Model, cache: FeatureCache, y: NDArray[Any], rows: NDArray[np.int64]) -> EmbeddingDataset:
+    """Some rows as heads are fitted on them, in the model's terms."""
+    targets = y[rows]
+    if model.task == "regression" and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    X = np.asarray(cache.features(model.output)[rows], np.float32)
+    return EmbeddingDataset(rows, X, targets, model.classes, np.ascontiguousarray(cache.digests[rows]))
+
+
+def _head_settings(model: Model) -> tuple[str, Mapping[str, object]]:
+    """The head by its name and settings; logistic, if it is one that cannot be built from them."""
+    params = dict(model.history.get("params") or {})
+    params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
+    search_result = model.history.get("chosen") or {}
+    if model.head_name != "logistic":  # whose strength is chosen anew, from the rows that are left
+        params |= search_result.get("settings", {})
+    try:
+        heads.build(model.head_name, model.task, params={k: v for k, v in params.items() if k != "class_weight"})
+    except ConfigError:
+        return ("ridge" if model.task == "regression" else "logistic"), {}
+    return model.head_name, params

@@ -1,0 +1,198 @@
+"""What is trained of a network, said in the words that people use for it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from featpipe.backbones import Backbone, Stage, find_stages, trace_modules
+from featpipe.config import unknown_name_error
+from featpipe.errors import ConfigError
+
+__all__ = ["UnfrozenParameters", "select_unfrozen"]
+
+_SLICE_PATTERN = re.compile(r"layers\[(-?\d*)(?::(-?\d*))?\]")
+_STAGES_PATTERN = re.compile(r"(\d+)(?: stages?)?")
+_SHARE_PATTERN = re.compile(r"0?\.\d+|1\.0+")
+_GLOB_PATTERN = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class UnfrozenParameters:
+    """What is trained below the new layer.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+        All of the network, input first.
+    depth : mapping from parameter to int
+        For each that is trained how far its stage is from the new layer: 1 is the last stage.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    depth: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.depth)
+
+    @property
+    def frozen_stages(self) -> tuple[Stage, ...]:
+        """The stages before the first that is trained, input first."""
+        deepest = max(self.depth.values(), default=0)
+        return self.stages[: len(self.stages) - deepest]
+
+    def active_names(self, epoch: int, gradual: int) -> tuple[str, ...]:
+        """The parameters that are trained in an epoch, counted from 0: one more stage every ``gradual`` epochs."""
+        n_active_stages = math.inf if not gradual else epoch // gradual
+        return tuple(name for name, depth in self.depth.items() if self._unfreeze_rank(depth) <= n_active_stages)
+
+    def _unfreeze_rank(self, depth: int) -> int:
+        """Which of the trained stages it is, from 1 for the one next to the new layer."""
+        return sorted(set(self.depth.values())).index(depth) + 1
+
+    def describe(self, network: nn.Module) -> str:
+        """For people."""
+        if not self.depth:
+            return "the new layer alone is trained"
+        parameter_counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        trained_count, total_count = sum(parameter_counts[name] for name in self.depth), sum(parameter_counts.values())
+        stage_names = [
+            stage.name for n, stage in enumerate(self.stages) if len(self.stages) - n in set(self.depth.values())
+        ]
+        stages_text = ", ".join(stage_names) if len(stage_names) <= 6 else f"{stage_names[0]} to {stage_names[-1]}"
+        return f"trained: the new layer and {trained_count:,} of {total_count:,} weights, in {stages_text}"
+
+
+def select_unfrozen(backbone: Backbone, unfreeze: str) -> UnfrozenParameters:
+    """Find what is to be trained.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Of one output.
+    what : str
+        As :class:`featpipe.config.FineTuning` describes ``unfreeze``.
+
+    Raises
+    ------
+    ConfigError
+        If nothing is called so, or nothing of it is left to train.
+
+    Examples
+    --------
+    >>> from featpipe.backbones import load
+    >>> len(unfrozen(load("resnet18", weights="none"), "last").names)
+    15
+    """
+    network, size = backbone.network, backbone.transform.size
+    network_stages = find_stages(network, size)
+    reachable_names = _find_reachable_parameters(backbone)
+    last_index = max(
+        (n for n, stage in enumerate(network_stages) if any(name in stage for name in reachable_names)), default=-1
+    )
+    network_stages = network_stages[: last_index + 1]
+    selected_names: set[str] = set()
+    for term in (part.strip() for part in unfreeze.split(",")):
+        selected_names |= _select_by_term(network, size, network_stages, term)
+    depth = {}
+    for name in (name for name in reachable_names if name in selected_names):
+        stage_index = next((n for n, stage in enumerate(network_stages) if name in stage), 0)
+        depth[name] = len(network_stages) - stage_index
+    if selected_names and not depth:
+        raise ConfigError(
+            f"unfreeze={unfreeze}: none of its weights has a part in output {backbone.outputs[0].name!r}; take others"
+        )
+    if not depth and unfreeze.strip() != "head":
+        raise ConfigError(f"unfreeze={unfreeze}: nothing is left to train; give head, last, a number of stages, or all")
+    return UnfrozenParameters(network_stages, depth)
+
+
+def _select_by_term(network: nn.Module, size: tuple[int, int], network_stages: Sequence[Stage], term: str) -> set[str]:
+    """The parameters that some words name."""
+    names = [name for name, _ in network.named_parameters()]
+    if term in ("head", "all", "last"):
+        return {"head": set(), "all": set(names), "last": _select_last_stages(names, network_stages, 1)}[term]
+    if match := _STAGES_PATTERN.fullmatch(term):
+        if not 0 < int(match[1]) <= len(network_stages):
+            stage_names = ", ".join(stage.name for stage in network_stages)
+            raise ConfigError(
+                f"unfreeze={term}: the network has {len(network_stages)} stages ({stage_names}); give 1 to {len(network_stages)}"
+            )
+        return _select_last_stages(names, network_stages, int(match[1]))
+    if _SHARE_PATTERN.fullmatch(term):
+        return _select_last_stages(names, network_stages, math.ceil(float(term) * len(network_stages)))
+    if term.startswith("layers["):
+        return _select_layer_slice(network, size, term)
+    return _select_by_glob(network, names, network_stages, term)
+
+
+def _select_last_stages(names: Sequence[str], network_stages: Sequence[Stage], count: int) -> set[str]:
+    """Those of the last stages; a stage without weights does not count."""
+    with_weights = [stage for stage in network_stages if any(name in stage for name in names)]
+    last_stages = with_weights[len(with_weights) - count :] if count else []
+    return {name for name in names if any(name in stage for stage in last_stages)}
+
+
+def _select_layer_slice(network: nn.Module, size: tuple[int, int], term: str) -> set[str]:
+    layers = [
+        run.name
+        for run in trace_modules(network, size).values()
+        if next(run.module.parameters(recurse=False), None) is not None
+    ]
+    match = _SLICE_PATTERN.fullmatch(term.replace(" ", ""))
+    if not match:
+        raise ConfigError(f"unfreeze={term} is no slice; write it as in layers[15:] (there are {len(layers)} layers)")
+    start = int(match[1]) if match[1] not in ("", "-") else None
+    stop = int(match[2]) if match[2] else None
+    if ":" not in term:
+        stop = None if start in (None, -1) else start + 1
+    selected_layers = layers[start:stop]
+    if not selected_layers:
+        raise ConfigError(
+            f"unfreeze={term}: the network has {len(layers)} layers with weights, and none of them is in it"
+        )
+    return {
+        f"{layer}.{name}"
+        for layer in selected_layers
+        for name, _ in network.get_submodule(layer).named_parameters(recurse=False)
+    }
+
+
+def _select_by_glob(network: nn.Module, names: Sequence[str], network_stages: Sequence[Stage], term: str) -> set[str]:
+    """Whatever has the name itself, or lies below a module that has it."""
+    modules = [name for name, _ in network.named_modules() if name]
+    matched = [name for name in (*modules, *names) if fnmatchcase(name, term)]
+    matched += [module for stage in network_stages if stage.name == term for module in stage.modules]
+    if not matched:
+        known_names = dict.fromkeys(["head", "last", "all", *(stage.name for stage in network_stages), *modules])
+        raise unknown_name_error(
+            "part of the network", term, known_names, "(see `--unfreeze` in `featpipe finetune --help`)"
+        )
+    return {name for name in names if any(name == prefix or name.startswith(prefix + ".") for prefix in matched)}
+
+
+def _find_reachable_parameters(backbone: Backbone) -> list[str]:
+    """The parameters that the output depends on: others would never get a gradient."""
+    network = backbone.network
+    parameters = dict(network.named_parameters())
+    reference = next((p for p in parameters.values() if p.is_floating_point()), torch.zeros(()))
+    images = torch.zeros(2, 3, *backbone.transform.size, dtype=reference.dtype, device=reference.device)
+    required_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    float_parameters = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
+    try:
+        for parameter in float_parameters.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            embeddings = backbone.embed(images)[backbone.outputs[0].name]
+            gradients = torch.autograd.grad(embeddings.sum(), list(float_parameters.values()), allow_unused=True)
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(required_grad[name])
+    return [name for name, gradient in zip(float_parameters, gradients, strict=True) if gradient is not None]

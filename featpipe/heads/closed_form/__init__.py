@@ -1,0 +1,1 @@
+"""Heads that are solved in closed form, from sums over rows."""

@@ -1,0 +1,258 @@
+"""Sums over rows from which closed-form heads are exact, however many rows there are and wherever they lie."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.runtime import BlasThreadPool, convert_float
+
+__all__ = ["Moments", "RowSource", "compute_moments", "iter_row_blocks", "read_rows_into"]
+
+Array = NDArray[np.float64]
+
+DIAGONAL_BLOCK_ELEMENTS = 1 << 20  # that several operations in turn find in a core's cache
+GRAM_BLOCK_ELEMENTS = 1 << 22  # whose product is as large as a small block
+SHIFT_SAMPLE_ROWS = 1000
+MIN_ROWS_PER_CLASS_SUM, ROWS_PER_CLASS_SUM = 1024, 128
+
+
+class RowSource(Protocol):
+    """Rows that need not fit into memory: a memory map, or a view of some rows of a cache."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, rows: slice) -> NDArray[Any]: ...
+
+
+def read_rows_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
+    """Rows of a source to a place for them, of the type that is stored."""
+    if hasattr(source, "read_into"):
+        source.read_into(out, rows)
+    else:
+        out[...] = source[rows]
+
+
+def iter_row_blocks(source: RowSource, block_elements: int) -> Iterator[slice]:
+    """Runs of rows of about so many numbers, in order."""
+    n, d = source.shape
+    block_rows = max(1, block_elements // max(1, d))
+    return (slice(start, min(n, start + block_rows)) for start in range(0, n, block_rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Weighted sums over n rows x of width d and their targets y of width t, with x taken from ``shift``.
+
+    Those of two sets of rows with one shift can be added.
+
+    Attributes
+    ----------
+    rows : int
+    weight : float
+        Σ w
+    x : ndarray of shape (d,)
+        Σ w (x - shift)
+    gram : ndarray of shape (d, d) or (d,)
+        Σ w (x - shift)(x - shift)ᵀ, or its diagonal alone
+    y : ndarray of shape (t,)
+        Σ w y
+    cross : ndarray of shape (d, t)
+        Σ w (x - shift) yᵀ
+    shift : ndarray of shape (d,)
+        Near the mean, so that the differences of sums keep their digits.
+    plain, squares : ndarray of shape (d,)
+        Σ (x - shift) and Σ (x - shift)², without weights, as a scaler takes them.
+    """
+
+    rows: int
+    weight: float
+    x: Array
+    gram: Array
+    y: Array
+    cross: Array
+    shift: Array
+    unweighted_sum: Array
+    unweighted_square_sum: Array
+
+    @property
+    def mean(self) -> Array:
+        """Of the rows, without weights, shape (d,)."""
+        return self.shift + self.unweighted_sum / self.rows
+
+    @property
+    def variance(self) -> Array:
+        """Of each column, without weights, shape (d,)."""
+        return np.maximum(self.unweighted_square_sum / self.rows - (self.unweighted_sum / self.rows) ** 2, 0.0)
+
+    def __add__(self, other: Moments) -> Moments:
+        if not np.array_equal(self.shift, other.shift):
+            raise ValueError("moments of different shifts cannot be added")
+        return Moments(
+            self.rows + other.rows,
+            self.weight + other.weight,
+            self.x + other.x,
+            self.gram + other.gram,
+            self.y + other.y,
+            self.cross + other.cross,
+            self.shift,
+            self.unweighted_sum + other.unweighted_sum,
+            self.unweighted_square_sum + other.unweighted_square_sum,
+        )
+
+    def standardize(self, center: Array, scale: Array) -> Moments:
+        """The moments of (x - center) / scale, with shift 0."""
+        offset = self.shift - center  # x - center = (x - shift) + move
+        x = self.x + self.weight * offset
+        if self.gram.ndim == 2:
+            gram = self.gram + np.outer(self.x, offset) + np.outer(offset, x)
+            gram = gram / scale / scale[:, None]
+        else:
+            gram = (self.gram + self.x * offset + offset * x) / scale**2
+        cross = (self.cross + np.outer(offset, self.y)) / scale[:, None]
+        unweighted_sum = self.unweighted_sum + self.rows * offset
+        unweighted_square_sum = (
+            self.unweighted_square_sum + self.unweighted_sum * offset + offset * unweighted_sum
+        ) / scale**2
+        zero_shift = np.zeros_like(center)
+        return Moments(
+            self.rows,
+            self.weight,
+            x / scale,
+            gram,
+            self.y,
+            cross,
+            zero_shift,
+            unweighted_sum / scale,
+            unweighted_square_sum,
+        )
+
+
+def compute_moments(
+    source: RowSource,
+    targets: NDArray[Any],
+    weights: Array | None = None,
+    *,
+    full_gram: bool = True,
+    n_classes: int | None = None,
+    shift: Array | None = None,
+) -> Moments:
+    """Gather moments in one pass over the rows, on all threads that BLAS may use.
+
+    Parameters
+    ----------
+    source : RowSource of shape (n, d)
+    targets : ndarray of shape (n, t), or (n,) with ``k``
+        Numbers; or class codes, which stand for k columns of 0 and 1.
+    weights : ndarray of shape (n,), optional
+    outer : bool
+        The whole Gram matrix, or its diagonal alone.
+    k : int, optional
+    shift : ndarray of shape (d,), optional
+        That of the moments to which these are to be added; near the mean of the first rows if not given.
+
+    Raises
+    ------
+    ValueError
+        If a row holds NaN or infinity.
+    """
+    n, d = source.shape
+    # Of float16 even the products are exact in float32; sums over blocks are in float64 always.
+    dtype = np.float32 if source.dtype == np.float16 else np.float64
+    if shift is None:
+        shift = np.asarray(source[: min(n, SHIFT_SAMPLE_ROWS)], np.float64).mean(axis=0).astype(dtype)
+    elif not np.array_equal(shift, shift.astype(dtype)):
+        dtype = np.float64  # in float32 it would be another shift
+
+    row_blocks = list(iter_row_blocks(source, GRAM_BLOCK_ELEMENTS if full_gram else DIAGONAL_BLOCK_ELEMENTS))
+    read_buffers = _ReadBuffers(source, dtype, row_blocks[0].stop)
+
+    def compute_block_moments(rows: slice) -> Moments:
+        x = read_buffers.read(rows)
+        x -= shift
+        squares = np.einsum("ij,ij->j", x, x)
+        block_weights = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
+        target_sum, cross = (
+            _class_sums(x, targets[rows], block_weights, n_classes)
+            if n_classes is not None
+            else _target_sums(x, targets[rows], block_weights)
+        )
+        unweighted_sum = weighted_sum = x.T @ block_weights
+        if weights is not None:
+            unweighted_sum = x.T @ np.ones_like(block_weights)
+            x *= np.sqrt(block_weights)[:, None]
+        gram = x.T @ x if full_gram else squares if weights is None else np.einsum("ij,ij->j", x, x)
+        return _make_moments(
+            len(x),
+            float(block_weights.sum(dtype=np.float64)),
+            weighted_sum,
+            gram,
+            target_sum,
+            cross,
+            shift,
+            unweighted_sum,
+            squares,
+        )
+
+    total_moments: Moments | None = None
+    with BlasThreadPool(float(n) * d * d) as workers:
+        for block_moments in workers.map(compute_block_moments, row_blocks):
+            total_moments = block_moments if total_moments is None else total_moments + block_moments
+    assert total_moments is not None
+    if not np.isfinite(total_moments.unweighted_square_sum).all():
+        raise ValueError("Input X contains NaN or infinity")
+    return total_moments
+
+
+class _ReadBuffers(threading.local):
+    """Where each thread reads its rows to: memory that is new for each block has to be cleared by the system."""
+
+    def __init__(self, source: RowSource, dtype: Any, rows: int) -> None:
+        self.source = source
+        self.stored_buffer, self.float_buffer = (
+            np.empty((rows, source.shape[1]), buffer_dtype) for buffer_dtype in (source.dtype, dtype)
+        )
+
+    def read(self, rows: slice) -> NDArray[Any]:
+        """Rows of the source as numbers that may be changed, until the thread reads others."""
+        stored_rows, float_rows = (
+            buffer[: rows.stop - rows.start] for buffer in (self.stored_buffer, self.float_buffer)
+        )
+        read_rows_into(self.source, stored_rows, rows)
+        return convert_float(stored_rows, float_rows.dtype, float_rows)
+
+
+def _target_sums(x: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Σ w y and Σ w x yᵀ of numbers y."""
+    weighted_targets = targets.astype(x.dtype) * weights[:, None]
+    return weighted_targets.sum(axis=0), x.T @ weighted_targets
+
+
+def _class_sums(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_classes: int) -> tuple[Array, Array]:
+    """The same of columns of 0 and 1, of which each row has a single 1: sums of its rows for each class.
+
+    A product with the columns takes as long as there are classes. So few rows at a time that sums in float32 keep
+    their digits.
+    """
+    from scipy.sparse import csc_array
+
+    cross = np.zeros((n_classes, x.shape[1]))
+    block_rows = max(MIN_ROWS_PER_CLASS_SUM, ROWS_PER_CLASS_SUM * n_classes)
+    for start in range(0, len(x), block_rows):
+        block = slice(start, start + block_rows)
+        class_indicators = csc_array(
+            (weights[block], codes[block], np.arange(len(weights[block]) + 1)), shape=(n_classes, len(weights[block]))
+        )
+        cross += class_indicators @ x[block]
+    return np.bincount(codes, weights, n_classes).astype(np.float64), cross.T
+
+
+def _make_moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:
+    return Moments(rows, weight, *(array.astype(np.float64, copy=False) for array in sums))

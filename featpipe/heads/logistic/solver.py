@@ -1,0 +1,483 @@
+"""The minimiser behind `featpipe.heads.logistic.estimator`: L2-penalised log loss, solved to a stated gap.
+
+`minimise` is the whole interface; nothing outside knows how it goes about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg.lapack import dpotrf, dtrtrs
+
+from featpipe.heads.logistic.lbfgs import LBFGSHistory, group_dot
+from featpipe.heads.logistic.objective import LogisticProblem, Point
+from featpipe.heads.logistic.preconditioners import (
+    BlockPreconditioner,
+    DiagonalPreconditioner,
+    GramPreconditioner,
+    WeightedGram,
+)
+
+__all__ = ["Solution", "minimize", "project_to_row_space", "select_search_dtype"]
+
+Array = NDArray[np.float64]
+
+MIN_PRODUCTS_FOR_FLOAT32 = 1e6
+MAX_ROW_SPACE_ROWS_PER_CLASS = 80
+# A metric that costs more evaluations than this waits until as many have been spent.
+MAX_INITIAL_PRECONDITIONER_COST = 6.0
+MAX_STALLED_STEPS = 12
+MAX_LINE_SEARCH_TRIALS = 30
+# A curvature for each class is worth its price from here on, and again when that much has been gained since.
+MAX_DECREASE_FOR_BLOCKS = 0.1
+DECREASE_RANGE_FOR_BLOCKS = (0.002, 0.08)
+MIN_DECREASE_FOR_BLOCK_UPDATE = 1e-5
+MAX_BLOCK_COST = 30.0
+ROUNDING_TOLERANCES: dict[type[np.floating[Any]], float] = {np.float32: 1e-6, np.float64: 1e-13}
+# A metric is worth making when so many times its price has been spent without one.
+PRECONDITIONER_PATIENCE = 1.5
+# Weights that are all too large, or too small, are scaled where that promises more than a step: their curvature in that
+# direction, in squares of their length, the most that they change by, and the steps in between.
+RESCALE_CURVATURE, MAX_RESCALE, STEPS_BETWEEN_RESCALES = 4.0, 0.1, 8
+# A search of many rows begins at a rough minimum on some of them: so many for each column, and of each class at least;
+# if they are at most such a share of all, and if f is by that factor lower there than at zero.
+MIN_PRODUCTS_FOR_WARM_START = 1e8
+WARM_START_ROWS_PER_FEATURE, MIN_WARM_START_ROWS_PER_CLASS, MAX_WARM_START_FRACTION, MAX_WARM_START_LOSS_RATIO = (
+    6,
+    8,
+    0.25,
+    0.5,
+)
+WARM_START_TOL, WARM_START_MAX_ITER = 0.1, 30
+# The steps of a small problem do not depend on its size: a row of weight two is two rows, to the last digits.
+MIN_PRECONDITIONER_COST_IN_FLOAT64 = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What `minimise` found.
+
+    Attributes
+    ----------
+    W : ndarray of shape (k, d)
+    b : ndarray of shape (k,)
+    value : float
+        f(W, b), all groups together.
+    gap : float
+        Bound on (f(W, b) - min f) / f(W, b), the worst of any group; an estimate where rounding ended the search.
+    steps : int
+    converged : bool
+    point : Point, optional
+        The end of a search on an estimate, from which the next can start without a pass.
+    """
+
+    W: Array
+    b: Array
+    value: float
+    gap: float
+    steps: int
+    converged: bool
+    point: Point | None = None
+
+
+def minimize(
+    problem: LogisticProblem,
+    *,
+    tol: float,
+    max_iter: int,
+    start: Point | None = None,
+    history: LBFGSHistory | None = None,
+    estimate: bool = False,
+) -> Solution:
+    """Minimise until the relative gap of every group is at most ``tol``, or for ``max_iter`` steps.
+
+    Parameters
+    ----------
+    problem : Problem
+    tol : float
+    max_iter : int
+    start : Point, optional
+        Where to begin.
+    memory : Memory, optional
+        Of a search on the same rows with another penalty, brought up to date by `Memory.repenalise`.
+    estimate : bool
+        End on what two steps running promised and brought, and not on the bound.
+
+    Notes
+    -----
+    f is strongly convex in W once b is minimised out, so that ‖∂f/∂W‖² / (2 ridge) bounds the gap there; what b still
+    has to gain is estimated by its Newton decrement. L-BFGS starts each step from the penalised Gram matrix, weighted
+    by the curvature p(1 - p) of a recent point; where that matrix costs more than a few passes, from its diagonal until
+    as much has been spent. Groups take their steps side by side and share the passes over X.
+
+    Large problems are searched in float32; the last word has a pass in float64, in which the search goes on if need
+    be. Where rounding ends it before the bound is reached (columns of very unequal size, a huge C) the Newton
+    decrement decides. With few rows, and fewer than columns, the problem is first turned into the span of the rows,
+    where the optimum lies. With many rows the search begins at a rough minimum on a sample of them, where f is a good
+    deal lower than at zero.
+    """
+    if start is None and _is_row_space_cheaper(problem):
+        return _minimize_in_row_space(problem, tol, max_iter)
+    problem = problem.materialize(select_search_dtype(problem))
+    if start is None and not estimate:
+        start = _find_warm_start(problem)
+    search = _LBFGSSearch(problem, tol, LBFGSHistory() if history is None else history, estimate)
+    search.initialize(start)
+    steps = search.run(max_iter)
+    gaps = search.gaps
+    return Solution(
+        W=search.theta[:, :-1],
+        b=search.theta[:, -1].copy(),
+        value=float(search.values.sum()),
+        gap=float(gaps.max()),
+        steps=max(1, steps),
+        converged=bool((gaps <= tol).all()),
+        point=search.point if estimate else None,
+    )
+
+
+def project_to_row_space(problem: LogisticProblem) -> tuple[LogisticProblem, Array]:
+    """The same problem in n coordinates instead of d, and the orthonormal basis (d, n) that leads back."""
+    basis, upper = np.linalg.qr(problem.read_rows(slice(None), np.float64).T)
+    return replace(problem, X=np.ascontiguousarray(upper.T), center=None, scale=None, materialized={}), basis
+
+
+def _find_warm_start(problem: LogisticProblem) -> Point | None:
+    """A point to begin at, where some of the rows in memory tell of one that is worth its price.
+
+    From zero weights the first steps on nearly separable rows go far beyond the minimum, and many lead back.
+    """
+    sample_size, products = WARM_START_ROWS_PER_FEATURE * problem.d, float(problem.n) * problem.d * problem.k
+    if type(problem.X) is not np.ndarray or problem.link != "softmax" or products < MIN_PRODUCTS_FOR_WARM_START:
+        return None
+    if sample_size > MAX_WARM_START_FRACTION * problem.n:
+        return None
+    rows = np.linspace(0, problem.n - 1, sample_size).astype(np.intp)
+    Y, weights = problem.Y[rows], problem.weights[rows]
+    if np.bincount(Y, minlength=problem.k).min() < MIN_WARM_START_ROWS_PER_CLASS:
+        return None
+    X = problem.read_rows(rows, select_search_dtype(problem))
+    sample = replace(problem, X=X, Y=Y, weights=weights, center=None, scale=None, materialized={})
+    rough_solution = minimize(sample, tol=WARM_START_TOL, max_iter=WARM_START_MAX_ITER, estimate=True)
+    point = problem.evaluate(np.column_stack([rough_solution.W, rough_solution.b]), select_search_dtype(problem))
+    return point if point.values.sum() <= MAX_WARM_START_LOSS_RATIO * problem.initial_loss() else None
+
+
+def _is_row_space_cheaper(problem: LogisticProblem) -> bool:
+    """Whether there are fewer rows than columns, and their inner products cost no more than a search."""
+    return problem.n < problem.d and problem.n <= MAX_ROW_SPACE_ROWS_PER_CLASS * (problem.k + 9)
+
+
+def _minimize_in_row_space(problem: LogisticProblem, tol: float, max_iter: int) -> Solution:
+    """By a Cholesky factor of the inner products of the rows; by their QR factors where rounding shows.
+
+    With X Xᵀ = L Lᵀ the rows of L are X in coordinates of its row space, and W = V L⁻¹ X leads back.
+    """
+    rows = problem.read_rows(slice(None), np.float64)
+    gram = rows @ rows.T
+    diagonal = np.arange(len(gram))
+    gram[diagonal, diagonal] += 1e-13 * gram.trace() / len(gram)
+    lower, failed = dpotrf(gram, lower=1, clean=1)
+    if not failed:
+        reduced = replace(problem, X=np.ascontiguousarray(lower), center=None, scale=None, materialized={})
+        solution = minimize(reduced, tol=tol, max_iter=max_iter)
+        W = dtrtrs(lower, solution.W.T, lower=1, trans=1)[0].T @ rows
+        full_problem = replace(problem, X=rows, center=None, scale=None, materialized={})
+        value = full_problem.evaluate(np.column_stack([W, solution.b])).values.sum()
+        if abs(value - solution.value) <= 0.1 * tol * value:
+            return replace(solution, W=W)
+    reduced, basis = project_to_row_space(problem)
+    solution = minimize(reduced, tol=tol, max_iter=max_iter)
+    return replace(solution, W=solution.W @ basis.T)
+
+
+def select_search_dtype(problem: LogisticProblem) -> type[np.floating[Any]]:
+    """What its passes are in until the last."""
+    return np.float32 if float(problem.n) * problem.d * problem.k >= MIN_PRODUCTS_FOR_FLOAT32 else np.float64
+
+
+@dataclass(eq=False)
+class _LBFGSSearch:
+    """The present point of the groups that are still open, and what was found for all of them."""
+
+    problem: LogisticProblem
+    tol: float
+    history: LBFGSHistory
+    estimate: bool = False
+    point: Point = field(init=False)
+    preconditioner: DiagonalPreconditioner | GramPreconditioner | BlockPreconditioner = field(init=False)
+    predicted_decrease: float = field(init=False, default=np.inf)
+    actual_decrease: float = field(init=False, default=1.0)
+    previous_step_small: bool = field(init=False, default=False)
+    preconditioner_step: int = field(init=False, default=0)
+    blocks_step: int = field(init=False, default=0)
+    rescaled_step: int = field(init=False, default=0)
+    dtype: type[np.floating[Any]] = field(init=False)
+    search_dtype: type[np.floating[Any]] = field(init=False)
+    active_groups: NDArray[np.intp] = field(init=False)
+    converged: NDArray[np.bool_] = field(init=False)
+    theta: Array = field(init=False)
+    values: Array = field(init=False)
+    gaps: Array = field(init=False)
+
+    def initialize(self, start: Point | None) -> None:
+        self.dtype = self.search_dtype = select_search_dtype(self.problem)
+        self.point = self.problem.evaluate(self.problem.initial_theta(), self.dtype) if start is None else start
+        theta = self.point.theta
+        self.history.dtype = self.dtype
+        self.active_groups = np.arange(self.problem.groups)
+        if self.history.blocks is not None and self.dtype == np.float32:
+            self.preconditioner, self.blocks_step, self.preconditioner_step = self.history.blocks, 1, 1
+        self.theta, self.values, self.gaps = theta.copy(), self.point.values.copy(), np.zeros(len(self.active_groups))
+
+    def run(self, max_iter: int) -> int:
+        """Step until all groups are closed; how many steps it took."""
+        best_gap, stalled_steps = np.inf, 0
+        self._record_progress()
+        for steps in range(max_iter):
+            if self._is_converged():
+                return steps
+            if self._should_build_blocks(steps):
+                self._build_block_preconditioner(steps)
+            elif self._should_update_preconditioner(steps):
+                self._update_preconditioner(steps)
+            previous_value = self.point.values.sum()
+            if steps - self.rescaled_step >= STEPS_BETWEEN_RESCALES:
+                self._rescale(steps)
+            is_step_accepted = self._step()
+            if self.estimate and is_step_accepted and self._are_last_steps_small():
+                return steps + 1
+            gap, decrease = float(self.gaps[self.active_groups].mean()), previous_value - self.point.values.sum()
+            stalled_steps = (
+                0
+                if gap < 0.9 * best_gap or decrease > ROUNDING_TOLERANCES[self.dtype] * previous_value
+                else stalled_steps + 1
+            )
+            best_gap = min(best_gap, gap)
+            if is_step_accepted and stalled_steps < MAX_STALLED_STEPS:
+                continue
+            if not self._restart_in_float64():
+                self._stop_at_rounding()
+                return steps + 1
+            best_gap, stalled_steps = np.inf, 0
+        if not self.estimate:
+            self._drop_converged_groups()
+        return max_iter
+
+    def _reshape_by_group(self, rows: Array) -> Array:
+        return rows.reshape(self.problem.groups, -1, rows.shape[1])
+
+    def _record_progress(self) -> None:
+        """Keep what the open groups have come to, and bound their gaps."""
+        rows = self.active_groups if self.problem.link == "sigmoid" else slice(None)
+        self.theta[rows] = self.point.theta
+        self.values[self.active_groups] = self.point.values
+        squared_norms = group_dot(*2 * (self._reshape_by_group(self.point.gradient)[..., :-1],))
+        self.gaps[self.active_groups] = squared_norms / (2 * self.problem.ridge) / np.maximum(self.point.values, 1e-300)
+
+    def _drop_converged_groups(self) -> bool:
+        """Drop the groups that are done; whether all are. None is before a pass in float64 says so."""
+        is_converged = self.gaps[self.active_groups] <= self.tol
+        self.converged = self.gaps[self.active_groups] <= self.tol / 2
+        if not is_converged.any():
+            return False
+        if self.dtype == np.float32 and is_converged.all():
+            self.dtype = np.float64
+            self.point = self.problem.evaluate(self.point.theta)
+            self._record_progress()
+            is_converged = self.gaps[self.active_groups] <= self.tol
+        if self.dtype == np.float32:
+            return False
+        if self.problem.fit_intercept and is_converged.any():
+            self.gaps[self.active_groups] += self.problem.intercept_decrements(
+                self.point, self.search_dtype
+            ) / np.maximum(self.point.values, 1e-300)
+            is_converged = self.gaps[self.active_groups] <= self.tol
+        self.converged = is_converged
+        if is_converged.all():
+            return True
+        # Narrowing costs a copy of the memory: worth it for a quarter of the groups.
+        if is_converged.sum() * 4 >= len(is_converged) and self.problem.link == "sigmoid":
+            self._restrict_to_groups(np.flatnonzero(~is_converged))
+            self.converged = np.zeros(len(self.active_groups), bool)
+        return False
+
+    def _restrict_to_groups(self, groups: NDArray[np.intp]) -> None:
+        self.problem, self.active_groups = self.problem.select_groups(groups), self.active_groups[groups]
+        self.history.select_groups(groups)
+        if isinstance(self.preconditioner, BlockPreconditioner):
+            self.preconditioner = self.preconditioner.select_groups(groups)
+        self.point = Point(
+            self.point.theta[groups], self.point.losses[groups], self.point.values[groups], self.point.gradient[groups]
+        )
+
+    def _update_preconditioner(self, steps: int) -> None:
+        weighted_gram = self.history.curvature
+        if not steps and weighted_gram is None and self._preconditioner_cost > MAX_INITIAL_PRECONDITIONER_COST:
+            self.preconditioner = DiagonalPreconditioner.from_problem(self.problem)
+            return
+        if steps or weighted_gram is None:
+            weighted_gram = self.history.curvature = WeightedGram.from_problem(
+                self.problem, self.point.theta, self.dtype
+            )
+        self.preconditioner = weighted_gram.preconditioner(self.problem.ridge, self.dtype)
+        self.preconditioner_step = max(self.preconditioner_step, steps)
+
+    @property
+    def _preconditioner_cost(self) -> float:
+        """Of a new metric, in evaluations."""
+        cost = WeightedGram.cost_in_evaluations(self.problem)
+        return cost if self.search_dtype == np.float32 else max(cost, MIN_PRECONDITIONER_COST_IN_FLOAT64)
+
+    def _is_converged(self) -> bool:
+        """Groups share the steps of an estimated search to its end, so that what was learnt is of all of them."""
+        if not self.estimate:
+            return self._drop_converged_groups()
+        self.converged = self.gaps <= self.tol
+        return bool(self.converged.all())
+
+    def _are_last_steps_small(self) -> bool:
+        """Whether two steps running promised and brought little."""
+        step_small = max(self.predicted_decrease, self.actual_decrease) <= self.tol
+        both_small, self.previous_step_small = step_small and self.previous_step_small, step_small
+        if both_small:
+            self.gaps[:] = self.predicted_decrease
+        return both_small
+
+    def _should_update_preconditioner(self, steps: int) -> bool:
+        """At the start, and when as much has been spent on steps as a new one costs, ever more rarely."""
+        if steps == 0 or self.blocks_step:
+            return not self.blocks_step
+        if isinstance(self.preconditioner, DiagonalPreconditioner):
+            return self.history.n_steps >= PRECONDITIONER_PATIENCE * self._preconditioner_cost
+        return steps - self.preconditioner_step >= max(2, 0.4 * steps, 2 * self._preconditioner_cost)
+
+    def _should_build_blocks(self, steps: int) -> bool:
+        cost, steps_since_blocks = BlockPreconditioner.cost_in_evaluations(self.problem), steps - self.blocks_step
+        if self.dtype != np.float32 or cost > MAX_BLOCK_COST:
+            return False
+        if self.blocks_step:
+            return steps_since_blocks >= cost + 4 and self.predicted_decrease > MIN_DECREASE_FOR_BLOCK_UPDATE
+        return (
+            steps > 2
+            and self.predicted_decrease < MAX_DECREASE_FOR_BLOCKS
+            and DECREASE_RANGE_FOR_BLOCKS[0] < self.actual_decrease < DECREASE_RANGE_FOR_BLOCKS[1]
+        )
+
+    def _build_block_preconditioner(self, steps: int) -> None:
+        self.history.curvature = WeightedGram.from_problem(self.problem, self.point.theta, self.dtype)
+        self.preconditioner = self.history.blocks = BlockPreconditioner.from_problem(
+            self.problem, self.point.theta, self.history.curvature
+        )
+        self.blocks_step = steps
+
+    def _step(self) -> bool:
+        """One step of every open group; whether any moved."""
+        current = self.point
+        gradient = self._reshape_by_group(current.gradient)
+        direction = self.history.direction(gradient, self._apply_preconditioner)
+        slopes = group_dot(direction, gradient)
+        if not (slopes < 0).all():
+            self.history.clear()
+            direction = -self._apply_preconditioner(gradient[None])[0]
+            slopes = group_dot(direction, gradient)
+        direction[self.converged] = 0.0
+        candidate = self._line_search(direction, slopes)
+        if candidate is None:
+            return False
+        self.history.add(
+            self._reshape_by_group(candidate.theta - current.theta),
+            self._reshape_by_group(candidate.gradient - current.gradient),
+        )
+        self.history.n_steps += 1
+        self.predicted_decrease = -0.5 * float(slopes.sum() / current.values.sum())
+        self.actual_decrease = 1.0 - float(candidate.values.sum() / current.values.sum())
+        self.point = candidate
+        self._record_progress()
+        return True
+
+    def _rescale(self, steps: int) -> None:
+        """Scale the weights, or learn at least how f curves along them.
+
+        On nearly separable rows the first steps leave weights that are too large. A metric is of each class alone, and
+        takes f for much steeper than it is where all of them shrink together. What is learnt stays in the memory.
+        """
+        current, W = self.point, self._reshape_by_group(self.point.theta).copy()
+        W[..., -1] = 0
+        slopes, squared_norms = group_dot(W, self._reshape_by_group(current.gradient)), group_dot(W, W)
+        lengths = np.clip(slopes / (RESCALE_CURVATURE * np.maximum(squared_norms, 1e-300)), -MAX_RESCALE, MAX_RESCALE)
+        lengths[self.converged] = 0.0
+        if 0.5 * float(slopes @ lengths) <= self.predicted_decrease * current.values.sum():
+            return
+        candidate = self._evaluate_step(-W, lengths)
+        self.history.add(
+            self._reshape_by_group(candidate.theta - current.theta),
+            self._reshape_by_group(candidate.gradient - current.gradient),
+        )
+        self.rescaled_step = steps
+        if (candidate.values < current.values).all():
+            self.point = candidate
+            self._record_progress()
+
+    def _apply_preconditioner(self, vectors: Array) -> Array:
+        """The inverse of the metric on arrays of shape (c, g, rows of theta in a group, d + 1)."""
+        return self.preconditioner.solve(vectors.reshape(len(vectors), -1, vectors.shape[-1])).reshape(vectors.shape)
+
+    def _line_search(self, direction: Array, slopes: Array) -> Point | None:
+        """A point along the direction, with a length of its own for each group; None if none is better."""
+        current, lengths = self.point, np.ones(len(slopes))
+        slack = ROUNDING_TOLERANCES[self.dtype] * np.abs(current.values)
+        for _ in range(MAX_LINE_SEARCH_TRIALS):
+            candidate = self._evaluate_step(direction, lengths)
+            increase = candidate.values - current.values
+            accepted = increase <= 1e-4 * lengths * slopes
+            if not accepted.all():
+                # Near the optimum values are equal but for rounding, and slopes still tell.
+                new_slopes = group_dot(direction, self._reshape_by_group(candidate.gradient))
+                accepted |= (increase <= slack) & (np.abs(new_slopes) <= 0.8 * np.abs(slopes))
+            if accepted.all():
+                return candidate if len(self.history) else self._shrink_first_step(candidate, direction, lengths)
+            with np.errstate(all="ignore"):
+                factors = -slopes * lengths / (2 * (increase - lengths * slopes))
+            factors = np.clip(np.where(np.isfinite(factors), factors, 0.1), 0.1, 0.5)
+            lengths = np.where(accepted, lengths, lengths * factors)
+        return None
+
+    def _shrink_first_step(self, candidate: Point, direction: Array, lengths: Array) -> Point:
+        """Half as far as often as that is much better: a first step on separable rows goes far beyond the minimum."""
+        while True:
+            lengths = lengths / 2
+            shorter = self._evaluate_step(direction, lengths)
+            if shorter.values.sum() >= 0.8 * candidate.values.sum():
+                return candidate
+            candidate = shorter
+
+    def _evaluate_step(self, direction: Array, lengths: Array) -> Point:
+        step = (lengths[:, None, None] * direction).reshape(self.point.theta.shape)
+        return self.problem.evaluate(self.point.theta + step, self.dtype)
+
+    def _restart_in_float64(self) -> bool:
+        """After a stall: float64, then a fresh start from here; False when both are used up."""
+        if self.dtype == np.float32:
+            self.dtype = np.float64
+            self.point = self.problem.evaluate(self.point.theta)
+        elif len(self.history):
+            self.history.clear()
+        else:
+            return False
+        self._update_preconditioner(1)
+        self._record_progress()
+        return True
+
+    def _stop_at_rounding(self) -> None:
+        """Where only rounding errors are left of the gradient, the Newton decrement estimates the gap."""
+        self._update_preconditioner(1)
+        gradient = self._reshape_by_group(self.point.gradient)
+        decrements = 0.5 * group_dot(gradient, self._apply_preconditioner(gradient[None])[0])
+        bounds = self.gaps[self.active_groups] * self.point.values
+        if self.problem.fit_intercept:
+            bounds += self.problem.intercept_decrements(self.point, self.search_dtype)
+        self.gaps[self.active_groups] = np.minimum(bounds, decrements) / np.maximum(self.point.values, 1e-300)

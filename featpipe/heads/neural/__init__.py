@@ -1,0 +1,1 @@
+"""Heads that torch trains by minibatches."""

@@ -1,0 +1,340 @@
+"""The table of heads: what there is, for which task, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Literal
+
+from featpipe.config import unknown_name_error
+from featpipe.errors import ConfigError
+from featpipe.heads.knn import nearness
+
+__all__ = [
+    "HEAD_REGISTRY",
+    "HEAD_TASKS",
+    "HeadSpec",
+    "HeadTask",
+    "build",
+    "describe",
+    "get_settings",
+    "get_spec",
+    "list_heads",
+]
+
+HeadTask = Literal["classification", "regression", "multilabel"]
+HEAD_TASKS: tuple[HeadTask, ...] = ("classification", "regression", "multilabel")
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """One row of the table.
+
+    Attributes
+    ----------
+    summary : str
+        One sentence for people who choose.
+    estimators : mapping of task to str
+        "module:Class" for each task that the head does; imported when it is built.
+    fixed : mapping of task to mapping
+        Settings that follow from the task and are not for the user.
+    defaults : mapping of task to mapping
+        Settings in which the head departs from the estimator's own defaults.
+    grid : mapping from setting to values
+        What is tried when the head is tuned.
+    standardised : bool
+        Whether its input is.
+    """
+
+    summary: str
+    estimators: Mapping[HeadTask, str]
+    fixed: Mapping[HeadTask, Mapping[str, object]] = field(default_factory=dict)
+    defaults: Mapping[HeadTask, Mapping[str, object]] = field(default_factory=dict)
+    grid: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    standardize: bool = True
+
+
+_FIXED_MULTILABEL: Mapping[HeadTask, Mapping[str, object]] = {
+    "classification": {"multilabel": False},
+    "multilabel": {"multilabel": True},
+}
+_KNN_DEFAULTS: Mapping[str, object] = {"metric": "cosine", "weights": nearness, "algorithm": "brute"}
+_KERAS_DEFAULTS: Mapping[str, object] = {
+    "hidden": (1024,),
+    "initial_weights": "glorot",
+    "optimizer": "adam",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "batch_size": 32,
+    "epochs": 10,
+}
+
+HEAD_REGISTRY: dict[str, HeadSpec] = {
+    "logistic": HeadSpec(
+        summary="softmax regression, solved to the optimum; its strength C is tuned unless it is set",
+        estimators={
+            "classification": "featpipe.heads.logistic.estimator:SoftmaxRegression",
+            "multilabel": "featpipe.heads.logistic.estimator:SoftmaxRegression",
+        },
+        fixed=_FIXED_MULTILABEL,
+        grid={"C": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)},
+    ),
+    "mlp": HeadSpec(
+        summary="multi-layer perceptron, trained by minibatches",
+        estimators={
+            "classification": "featpipe.heads.neural.estimators:MLPClassifier",
+            "regression": "featpipe.heads.neural.estimators:MLPRegressor",
+            "multilabel": "featpipe.heads.neural.estimators:MLPClassifier",
+        },
+        fixed=_FIXED_MULTILABEL,
+        grid={"hidden": (128, 512), "dropout": (0.0, 0.3), "learning_rate": (3e-4, 1e-3)},
+    ),
+    "linear": HeadSpec(
+        summary="one linear layer, trained by minibatches",
+        estimators={
+            "classification": "featpipe.heads.neural.estimators:LinearClassifier",
+            "regression": "featpipe.heads.neural.estimators:LinearRegressor",
+            "multilabel": "featpipe.heads.neural.estimators:LinearClassifier",
+        },
+        fixed=_FIXED_MULTILABEL,
+        grid={"learning_rate": (3e-4, 1e-3, 3e-3), "weight_decay": (1e-4, 1e-2, 1.0)},
+    ),
+    "svm": HeadSpec(
+        summary="linear support vector machine, one class against the rest",
+        estimators={"classification": "sklearn.svm:LinearSVC"},
+        defaults={"classification": {"C": 0.01, "dual": "auto"}},
+        grid={"C": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
+    ),
+    "ridge": HeadSpec(
+        summary="least squares with an L2 penalty, in closed form",
+        estimators={
+            "classification": "featpipe.heads.closed_form.solve:BayesianRidgeClassifier",
+            "regression": "sklearn.linear_model:Ridge",
+        },
+        defaults={"classification": {"alpha": 1.0}},  # of classes "auto" too: by evidence
+        grid={"alpha": (1.0, 10.0, 100.0, 1e3, 1e4)},
+    ),
+    "lda": HeadSpec(
+        summary="linear discriminant analysis with a shrunk covariance, in closed form",
+        estimators={"classification": "sklearn.discriminant_analysis:LinearDiscriminantAnalysis"},
+        defaults={"classification": {"solver": "lsqr", "shrinkage": "auto"}},
+        grid={"shrinkage": ("auto", 0.03, 0.1, 0.3, 0.9)},
+    ),
+    "knn": HeadSpec(
+        summary="nearest neighbours by cosine, the nearer the more weight; keeps all training embeddings",
+        estimators={
+            "classification": "sklearn.neighbors:KNeighborsClassifier",
+            "regression": "sklearn.neighbors:KNeighborsRegressor",
+        },
+        defaults={"classification": _KNN_DEFAULTS, "regression": _KNN_DEFAULTS},
+        grid={"n_neighbors": (1, 3, 5, 10, 20)},
+        standardize=False,
+    ),
+    "centroid": HeadSpec(
+        summary="the class whose mean is nearest, by the spread within classes",
+        estimators={"classification": "sklearn.neighbors:NearestCentroid"},
+        defaults={"classification": {"priors": "empirical"}},
+        grid={"shrink_threshold": (None, 0.1, 0.3, 1.0)},
+    ),
+    "keras": HeadSpec(
+        summary="the recipe of Keras's guides: Dense 1024 with ReLU and a softmax, Adam, 10 epochs",
+        estimators={
+            "classification": "featpipe.heads.neural.estimators:MLPClassifier",
+            "regression": "featpipe.heads.neural.estimators:MLPRegressor",
+            "multilabel": "featpipe.heads.neural.estimators:MLPClassifier",
+        },
+        fixed=_FIXED_MULTILABEL,
+        defaults={"classification": _KERAS_DEFAULTS, "regression": _KERAS_DEFAULTS, "multilabel": _KERAS_DEFAULTS},
+        grid={"learning_rate": (3e-4, 1e-3, 3e-3)},
+        standardize=False,
+    ),
+}
+"""The heads that come along; `spec_of` knows any estimator of scikit-learn's kind too."""
+
+
+def list_heads(task: str | None = None) -> list[str]:
+    """The heads that do a task, in the order of the table; all of them without one.
+
+    Examples
+    --------
+    >>> names("multilabel")
+    ['logistic', 'mlp', 'linear', 'keras']
+    """
+    if task is None:
+        return list(HEAD_REGISTRY)
+    head_task = _parse_task(task)
+    return [name for name, spec in HEAD_REGISTRY.items() if head_task in spec.estimators]
+
+
+def describe(name: str) -> str:
+    """One sentence on a head.
+
+    Examples
+    --------
+    >>> describe("linear")
+    'one linear layer, trained by minibatches'
+    """
+    return get_spec(name).summary
+
+
+def get_settings(name: str, task: str | None = None) -> dict[str, object]:
+    """The settings of a head and their defaults, by the names that `build` takes.
+
+    Parameters
+    ----------
+    name : str
+    task : {"classification", "regression", "multilabel"}, optional
+        The first that the head does, if not given.
+
+    Examples
+    --------
+    >>> settings_of("knn")["n_neighbors"]
+    5
+    """
+    spec = get_spec(name)
+    head_task = next(iter(spec.estimators)) if task is None else task
+    head = build(name, head_task).named_steps["head"]
+    excluded = {"random_state", "verbose", "n_jobs", "copy_X", *spec.fixed.get(_parse_task(head_task), {})}
+    return {key: value for key, value in head.get_params(deep=False).items() if key not in excluded}
+
+
+def get_spec(name: str) -> HeadSpec:
+    """A row of the table, or one for an estimator that is named by its import path.
+
+    Parameters
+    ----------
+    name : str
+        ``logistic``; or ``package.module.Class``, ``package.module:Class``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such head, no such class, or it is no classifier or regressor of scikit-learn's kind.
+
+    Examples
+    --------
+    >>> list(spec_of("sklearn.ensemble.RandomForestClassifier").estimators)
+    ['classification']
+    """
+    if name in HEAD_REGISTRY:
+        return HEAD_REGISTRY[name]
+    path = name if ":" in name else ":".join(name.rpartition(".")[::2])
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise unknown_name_error("head", name, HEAD_REGISTRY)
+    try:
+        estimator_class = _import_object(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"head {name!r} cannot be imported ({' '.join(str(error).split())})") from None
+    return HeadSpec(summary=f"{attribute} of {module}", estimators={_infer_task(estimator_class, name): path})
+
+
+def build(
+    name: str,
+    task: str = "classification",
+    *,
+    params: Mapping[str, object] | None = None,
+    random_state: int | None = 0,
+) -> Any:
+    """An unfitted head: a scikit-learn Pipeline of the steps "scale" and "head".
+
+    Parameters
+    ----------
+    name : str
+        A name of the table, or the import path of an estimator.
+    task : {"classification", "regression", "multilabel"}
+    params : mapping, optional
+        Settings of the head by name (``C``), or of the pipeline in scikit-learn's notation (``scale__with_mean``,
+        or ``scale`` itself with "standard" or "passthrough").
+    random_state : int or None
+        For heads that draw random numbers.
+
+    Raises
+    ------
+    ConfigError
+        If the head or a setting is unknown, does not do the task, or is out of range.
+
+    Examples
+    --------
+    >>> build("logistic", params={"C": 10}).named_steps["head"].C
+    10
+    """
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    spec, head_task = get_spec(name), _parse_task(task)
+    if head_task not in spec.estimators:
+        raise ConfigError(
+            f"head {name!r} does {' and '.join(spec.estimators)}, not {task}; take {' or '.join(list_heads(task))}"
+        )
+    fixed = dict(spec.fixed.get(head_task, {}))
+    head = _import_object(spec.estimators[head_task])()
+    settable = head.get_params(deep=False).keys()
+    settings = {**spec.defaults.get(head_task, {}), **fixed, "random_state": random_state}
+    head.set_params(**{key: value for key, value in settings.items() if key in settable})
+    pipeline = Pipeline([("scale", StandardScaler()), ("head", head)])
+    param_names = sorted(key for key in pipeline.get_params() if "__" in key or key == "scale")
+    param_names = [key for key in param_names if key.removeprefix("head__") not in fixed]
+    pipeline_params = _to_pipeline_params(params or {}, param_names, name)
+    if not spec.standardize and pipeline_params.get("scale") != "standard":
+        pipeline_params.setdefault("scale", "passthrough")
+    if pipeline_params.get("scale") == "standard":
+        del pipeline_params["scale"]
+    pipeline.set_params(**pipeline_params)
+    if hasattr(head, "check_params"):
+        try:
+            head.check_params()
+        except ValueError as error:
+            raise ConfigError(f"head {name!r}: {error}") from None
+    return pipeline
+
+
+def _to_pipeline_params(params: Mapping[str, object], param_names: list[str], name: str) -> dict[str, object]:
+    """Settings under their names in the pipeline."""
+    short_names = {key.removeprefix("head__"): key for key in param_names}
+    pipeline_params = {}
+    for key, value in params.items():
+        param_name = short_names.get(key, key)
+        if param_name not in param_names:
+            matches = get_close_matches(key, short_names, n=1, cutoff=0.5)
+            suggestion = f", did you mean {matches[0]!r}?" if matches else ";"
+            raise ConfigError(
+                f"head {name!r} has no setting {key!r}{suggestion} `featpipe heads {name}` lists what it has"
+            )
+        if param_name in pipeline_params:
+            raise ConfigError(f"head {name!r}: {key!r} and {param_name!r} are the same setting; give one of them")
+        if param_name == "scale" and value not in ("standard", "passthrough") and not hasattr(value, "transform"):
+            raise ConfigError(f"head {name!r}: scale is {value!r}; give standard, passthrough, or a transformer")
+        pipeline_params[param_name] = value
+    return pipeline_params
+
+
+def _parse_task(task: str) -> HeadTask:
+    for head_task in HEAD_TASKS:
+        if task == head_task:
+            return head_task
+    raise unknown_name_error("task", task, HEAD_TASKS)
+
+
+def _infer_task(estimator_class: Any, name: str) -> HeadTask:
+    """What an estimator of somebody else's does."""
+    from sklearn.base import is_classifier, is_regressor
+
+    if isinstance(estimator_class, type) and hasattr(estimator_class, "fit") and hasattr(estimator_class, "get_params"):
+        try:
+            head = estimator_class()
+        except TypeError as error:
+            raise ConfigError(f"head {name!r} cannot be made without settings ({error})") from None
+        if is_classifier(head):
+            return "classification"
+        if is_regressor(head):
+            return "regression"
+    raise ConfigError(f"head {name!r} is no classifier or regressor of scikit-learn's kind")
+
+
+def _import_object(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)

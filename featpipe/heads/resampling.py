@@ -1,0 +1,331 @@
+"""Classes of unequal size: rows drawn again, left out or made up for a fit.
+
+Rows are resampled when a head is fitted and at no other time: within each fold, after the fold was taken apart, and
+behind the scaler, which sees the rows as they are. What comes out is the plain head or pipeline; nothing of
+imbalanced-learn is saved with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
+from sklearn.pipeline import Pipeline
+from sklearn.utils import get_tags
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+
+from featpipe.config import check_choice, check_integer, unknown_name_error
+from featpipe.errors import ConfigError
+
+__all__ = ["BALANCE_METHODS", "SMOTE_NEIGHBORS", "BalancedClassifier", "draw_row_indices", "fit_balanced", "resample"]
+
+BALANCE_METHODS: dict[str, str] = {
+    "over": "rows of smaller classes are drawn again until all classes have as many as the largest",
+    "under": "rows of larger classes are left out until all classes have as few as the smallest",
+    "smote": "rows are made up between neighbours of a smaller class until all have as many as the largest",
+}
+"""The ways to give all classes the same number of rows."""
+
+SMOTE_NEIGHBORS = 5
+
+
+def draw_row_indices(y: ArrayLike, method: str, random_state: Any = None) -> NDArray[np.int64]:
+    """The rows that an over- or undersampled fit sees.
+
+    Parameters
+    ----------
+    y : array-like of shape (n,)
+        Classes.
+    how : {"over", "under"}
+    random_state : int, RandomState or None
+
+    Returns
+    -------
+    ndarray of shape (m,), int64
+        Row numbers, ascending; with "over" each at least once and some several times, with "under" each once at most.
+        ``np.bincount(rows, minlength=n)`` are sample weights of the same effect, for a fit that streams.
+
+    Notes
+    -----
+    These are the rows that imbalanced-learn's RandomOverSampler and RandomUnderSampler take.
+    """
+    if method not in ("over", "under"):
+        raise ConfigError(f"rows are drawn by over or under, not by {method}")
+    samplers = _import_samplers(method)
+    codes = _encode_classes(y)[1]
+    if len(np.unique(codes)) < 2:
+        return np.arange(len(codes))
+    sampler_class = samplers.RandomOverSampler if method == "over" else samplers.RandomUnderSampler
+    sampler = sampler_class(random_state=random_state)
+    sampler.fit_resample(np.arange(len(codes))[:, None], codes)
+    return np.sort(sampler.sample_indices_).astype(np.int64)
+
+
+def resample(
+    X: ArrayLike, y: ArrayLike, method: str, random_state: Any = None, *, neighbors: int = SMOTE_NEIGHBORS
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Training rows with as many of every class.
+
+    For rows to fit on and for no others: what is validated or tested keeps its classes as they are.
+
+    Parameters
+    ----------
+    X : array-like of shape (n, d)
+        Standardised, where rows are made up: neighbours are near by Euclidean distance.
+    y : array-like of shape (n,)
+        Classes.
+    how : {"over", "under", "smote"}
+    random_state : int, RandomState or None
+    neighbors : int
+        With "smote": between how many of the nearest rows of its class a row is made up; fewer in a class of fewer.
+
+    Returns
+    -------
+    X : ndarray of shape (m, d)
+        Of the dtype of X. With "smote" the rows that are made up come after the others.
+    y : ndarray of shape (m,)
+
+    Raises
+    ------
+    ConfigError
+        If imbalanced-learn is not installed, y holds no classes, or a class is too small for "smote".
+
+    Notes
+    -----
+    "over" and "smote" hold as many rows as there are classes times the rows of the largest: on large data
+    ``class_weight="balanced"`` has the effect of "over" without them.
+
+    References
+    ----------
+    Chawla, Bowyer, Hall and Kegelmeyer, "SMOTE: synthetic minority over-sampling technique", JAIR 16, 2002.
+
+    Examples
+    --------
+    >>> X, y = resample(np.arange(8.0)[:, None], [0, 0, 0, 0, 0, 0, 1, 1], "smote", random_state=0)
+    >>> np.bincount(y), bool(X[y == 1].min() >= 6)
+    (array([6, 6]), True)
+    """
+    if method not in BALANCE_METHODS:
+        raise unknown_name_error("way to balance", str(method), BALANCE_METHODS)
+    features = np.asarray(X)
+    if method != "smote":
+        rows = draw_row_indices(y, method, random_state)
+        return features[rows], np.asarray(y)[rows]
+    check_integer("neighbors", neighbors, minimum=1)
+    return _oversample_smote(features, y, check_random_state(random_state), neighbors)
+
+
+def _oversample_smote(
+    X: NDArray[Any], y: ArrayLike, random_state: np.random.RandomState, neighbors: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """SMOTE, class by class with as many neighbours as the class has."""
+    smote_class = _import_samplers("smote").SMOTE
+    classes, codes = _encode_classes(y)
+    class_sizes = np.bincount(codes)
+    largest = int(class_sizes.max())
+    if class_sizes.min() == 1 < largest:
+        raise ConfigError(
+            f"class {str(classes[class_sizes.argmin()])!r} has one row to fit on, and smote needs two to make up one between "
+            "them; add images, leave the class out, use fewer folds, or take over or class_weight=balanced"
+        )
+    X_resampled = np.empty((largest * len(classes), *X.shape[1:]), X.dtype)
+    X_resampled[: len(X)] = X
+    stop = len(X)
+    other_class_rows = X[codes == class_sizes.argmax()][:2]  # imbalanced-learn wants to see a second class
+    for code in np.flatnonzero(class_sizes < largest):
+        class_rows = X[codes == code]
+        sampler = smote_class(
+            sampling_strategy={1: largest}, k_neighbors=min(neighbors, len(class_rows) - 1), random_state=random_state
+        )
+        is_class = np.repeat([1, 0], [len(class_rows), len(other_class_rows)])
+        synthetic = sampler.fit_resample(np.concatenate([class_rows, other_class_rows]), is_class)[0][len(is_class) :]
+        X_resampled[stop : stop + len(synthetic)] = synthetic
+        stop += len(synthetic)
+    return X_resampled, np.concatenate([np.asarray(y), np.repeat(classes, largest - class_sizes)])
+
+
+def fit_balanced(
+    estimator: Any,
+    X: ArrayLike,
+    y: ArrayLike,
+    method: str,
+    random_state: Any = None,
+    *,
+    neighbors: int = SMOTE_NEIGHBORS,
+    **fit_params: Any,
+) -> Any:
+    """Fit a head or a pipeline in place on as many rows of every class.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Of a pipeline the steps before the last are fitted on the rows as they are; then what comes out of them is
+        resampled, and the last step fitted on that.
+    X : array-like of shape (n, d)
+    y : array-like of shape (n,)
+    how, random_state, neighbors
+        As for `resample`.
+    **fit_params
+        For the fit of the head, such as ``validation``, in its terms: rows for it are given as they come out of the
+        scaler, and are not resampled.
+
+    Returns
+    -------
+    estimator
+    """
+    is_pipeline = isinstance(estimator, Pipeline)
+    head = estimator.steps[-1][1] if is_pipeline else estimator
+    if getattr(head, "early_stopping", False) is True and fit_params.get("validation") is None:
+        raise ConfigError(
+            f"with balance {method} early_stopping would judge by copies of rows that are trained on; turn it off, or "
+            "take class_weight=balanced instead"
+        )
+    if is_pipeline and len(estimator.steps) > 1:
+        transformers = estimator[:-1]
+        X = transformers.fit_transform(X, y)
+        estimator.steps[:-1] = transformers.steps
+    head.fit(*resample(X, y, method, random_state, neighbors=neighbors), **fit_params)
+    return estimator
+
+
+def _available_if_estimator_has(name: str) -> Any:
+    def check(self: BalancedClassifier) -> bool:
+        return hasattr(getattr(self, "estimator_", self.estimator), name)
+
+    return available_if(check)
+
+
+class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+    """A classifier that is fitted on as many rows of every class.
+
+    For scikit-learn's searches and cross-validation, where the rows of each fit have to be resampled on their own. To
+    keep, take ``estimator_``, which is a plain head or pipeline.
+
+    Parameters
+    ----------
+    estimator : estimator
+        A head, or a pipeline that ends in one: then behind its other steps, which see the rows as they are.
+    how : {"over", "under", "smote"}
+        As for `resample`.
+    random_state : int, RandomState or None
+    neighbors : int
+
+    Attributes
+    ----------
+    estimator_ : estimator
+        Fitted.
+    classes_ : ndarray of shape (k,)
+    prior_ : ndarray of shape (k,)
+        The share of each class in the rows before they were resampled, by which probabilities can be corrected; the
+        head itself was fitted on equal shares.
+    n_features_in_ : int
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> X, y = np.arange(-2.0, 8)[:, None], np.repeat([0, 1], [2, 8])
+    >>> balanced = Balanced(LogisticRegression(), "over", random_state=0).fit(X, y)
+    >>> balanced.prior_
+    array([0.2, 0.8])
+    """
+
+    def __init__(
+        self, estimator: Any, how: str = "over", random_state: Any = None, *, neighbors: int = SMOTE_NEIGHBORS
+    ) -> None:
+        self.estimator = estimator
+        self.how = how
+        self.random_state = random_state
+        self.neighbors = neighbors
+
+    def check_params(self) -> None:
+        """Refuse settings that cannot be, before any work.
+
+        Raises
+        ------
+        ValueError
+        """
+        check_choice("how", self.how, list(BALANCE_METHODS))
+        check_integer("neighbors", self.neighbors, minimum=1)
+        if hasattr(self.estimator, "check_params"):
+            self.estimator.check_params()
+
+    def fit(self, X: ArrayLike, y: ArrayLike, **fit_params: Any) -> Self:
+        """Learn from n rows, resampled; nothing of an earlier fit remains.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+        y : array-like of shape (n,)
+        **fit_params
+            As for `fit_balanced`.
+        """
+        self.check_params()
+        X, y = validate_data(self, X, y, dtype=[np.float32, np.float64])
+        self.estimator_ = fit_balanced(
+            clone(self.estimator), X, y, self.how, self.random_state, neighbors=self.neighbors, **fit_params
+        )
+        codes = _encode_classes(y)[1]
+        self.prior_ = np.bincount(codes) / len(codes)
+        return self
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        return self._fitted_estimator().classes_
+
+    def _fitted_estimator(self) -> Any:
+        check_is_fitted(self, "estimator_")
+        return self.estimator_
+
+    def _call_estimator(self, X: ArrayLike, method: str) -> NDArray[Any]:
+        estimator = self._fitted_estimator()
+        X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+        return getattr(estimator, method)(X)
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Classes of shape (m,)."""
+        return self._call_estimator(X, "predict")
+
+    @_available_if_estimator_has("predict_proba")
+    def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
+        """Probabilities of shape (m, k), as if all classes were as frequent."""
+        return self._call_estimator(X, "predict_proba")
+
+    @_available_if_estimator_has("decision_function")
+    def decision_function(self, X: ArrayLike) -> NDArray[Any]:
+        """Scores of shape (m, k) or (m,)."""
+        return self._call_estimator(X, "decision_function")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        estimator_tags = get_tags(self.estimator)
+        tags.classifier_tags.multi_class = (
+            estimator_tags.classifier_tags is None or estimator_tags.classifier_tags.multi_class
+        )
+        return tags
+
+
+def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The classes, and the number of each row's."""
+    array = np.asarray(y)
+    if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
+        raise ConfigError(
+            f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold one class a row; only such "
+            "rows are resampled"
+        )
+    classes, codes = np.unique(array, return_inverse=True)
+    return classes, codes.astype(np.int64)
+
+
+def _import_samplers(method: str) -> Any:
+    """The samplers of imbalanced-learn by their names."""
+    try:
+        from imblearn import over_sampling, under_sampling
+    except ImportError as error:
+        raise ConfigError(
+            f"to balance classes by {method} takes imbalanced-learn, which is not installed ({error}); "
+            "pip install 'featpipe[balance]', or take class_weight=balanced"
+        ) from error
+    return under_sampling if method == "under" else over_sampling

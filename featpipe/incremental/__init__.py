@@ -1,0 +1,11 @@
+"""Model + more classes → model: without forgetting the old ones, and without the old images where they are gone."""
+
+from __future__ import annotations
+
+from featpipe.incremental.deep.regularizers import Regularizers, compute_network_fisher
+from featpipe.incremental.expand import expand
+from featpipe.incremental.methods import METHODS
+from featpipe.incremental.metrics import MethodOutcome
+from featpipe.incremental.result import Expansion
+
+__all__ = ["METHODS", "Expansion", "MethodOutcome", "Regularizers", "compute_network_fisher", "expand"]

@@ -1,0 +1,1 @@
+"""Class-incremental learning that re-enters the network (experimental)."""

@@ -1,0 +1,168 @@
+"""What the last layer is trained on when it grows: the loss on some rows, and what ties it to what it was.
+
+Everything is in float64 and in closed form, so that the same rows give the same layer on any machine and in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import log_softmax, logsumexp, softmax
+
+from featpipe.heads import LastLayer
+
+__all__ = ["DistillationTerm", "LastLayerObjective", "QuadraticPenalty", "fit_last_layer"]
+
+Array = NDArray[np.float64]
+EpochCallback = Callable[[LastLayer, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationTerm:
+    """What the old model says of the rows, as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
+
+    Attributes
+    ----------
+    scores : ndarray of shape (n, k_old)
+        Of the old classes, which are the first.
+    temperature : float
+    strength : float
+    """
+
+    teacher_scores: Array
+    temperature: float = 2.0
+    strength: float = 1.0
+
+    def loss_and_gradient(self, scores: Array, weights: Array) -> tuple[float, Array]:
+        """Strength T² Σ w KL(old ‖ new), both at temperature T and over the old classes; and its gradient."""
+        k, T = self.teacher_scores.shape[1], self.temperature
+        teacher_log_probs, student_log_probs = (
+            log_softmax(self.teacher_scores / T, axis=1),
+            log_softmax(scores[:, :k] / T, axis=1),
+        )
+        teacher_probs = np.exp(teacher_log_probs)
+        gradient = np.zeros_like(scores)
+        gradient[:, :k] = self.strength * T * weights[:, None] * (np.exp(student_log_probs) - teacher_probs)
+        return self.strength * T**2 * float(
+            weights @ (teacher_probs * (teacher_log_probs - student_log_probs)).sum(axis=1)
+        ), gradient
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticPenalty:
+    """A pull to the old weights, each by its importance (elastic weight consolidation, Kirkpatrick et al. 2017).
+
+    Attributes
+    ----------
+    theta : ndarray of shape (k_old, p + 1)
+        Weights and, last, intercepts of the old classes.
+    importances : ndarray of shape (k, p + 1)
+        Zero for classes that are new.
+    """
+
+    old_theta: Array
+    importances: Array
+
+    def loss_and_gradient(self, theta: Array) -> tuple[float, Array]:
+        """½ Σ importance (θ - θ_old)², and its gradient."""
+        difference = theta.copy()
+        difference[: len(self.old_theta)] -= self.old_theta
+        gradient = self.importances * difference
+        return 0.5 * float((gradient * difference).sum()), gradient
+
+
+@dataclass(frozen=True, eq=False)
+class LastLayerObjective:
+    """Σ w_i loss(y_i, W z_i + b) + ½ Σ ridge W², and what is added to it.
+
+    Attributes
+    ----------
+    Z : ndarray of shape (n, p)
+        What the last layer sees.
+    y : ndarray of shape (n,)
+        Class codes.
+    weights : ndarray of shape (n,)
+    ridge : float, or ndarray of shape (k, 1)
+        The same for all classes, or for each.
+    fixed : ndarray of shape (n, k_fixed) or None
+        Scores of the first classes, where these are not trained: the layer is then that of the others alone.
+    offsets : ndarray of shape (k,) or None
+        Added to the scores in the loss alone: the layer is for rows among which classes are not as frequent as here.
+    teacher : Teacher or None
+    anchor : Anchor or None
+    """
+
+    Z: Array
+    y: NDArray[np.integer]
+    weights: Array
+    ridge: float | Array = 0.0
+    fixed_scores: Array | None = None
+    offsets: Array | None = None
+    distillation: DistillationTerm | None = None
+    quadratic_penalty: QuadraticPenalty | None = None
+
+    def value_and_gradient(self, theta: Array) -> tuple[float, Array]:
+        """The value and the gradient at weights and intercepts of shape (k, p + 1)."""
+        trained_scores = self.Z @ theta[:, :-1].T + theta[:, -1]
+        scores = (
+            trained_scores if self.fixed_scores is None else np.concatenate([self.fixed_scores, trained_scores], axis=1)
+        )
+        rows = np.arange(len(self.y))
+        adjusted_scores = scores if self.offsets is None else scores + self.offsets
+        value = float(self.weights @ (logsumexp(adjusted_scores, axis=1) - adjusted_scores[rows, self.y]))
+        score_gradient = softmax(adjusted_scores, axis=1)
+        score_gradient[rows, self.y] -= 1
+        score_gradient *= self.weights[:, None]
+        if self.distillation is not None:
+            term_value, term_gradient = self.distillation.loss_and_gradient(scores, self.weights)
+            value, score_gradient = value + term_value, score_gradient + term_gradient
+        trained_gradient = (
+            score_gradient if self.fixed_scores is None else score_gradient[:, self.fixed_scores.shape[1] :]
+        )
+        theta_gradient = np.empty_like(theta)
+        theta_gradient[:, :-1] = trained_gradient.T @ self.Z + self.ridge * theta[:, :-1]
+        theta_gradient[:, -1] = trained_gradient.sum(axis=0)
+        value += 0.5 * float((self.ridge * theta[:, :-1] ** 2).sum())
+        if self.quadratic_penalty is not None:
+            term_value, term_gradient = self.quadratic_penalty.loss_and_gradient(theta)
+            value, theta_gradient = value + term_value, theta_gradient + term_gradient
+        return value, theta_gradient
+
+
+def fit_last_layer(
+    objective: LastLayerObjective, initial_layer: LastLayer, epochs: int, on_epoch: EpochCallback | None = None
+) -> LastLayer:
+    """The layer with the least value, or the one after so many epochs: steps of L-BFGS, each of which sees all rows.
+
+    Parameters
+    ----------
+    objective : Objective
+    start : LastLayer
+    epochs : int
+    watch : callable, optional
+        Told the layer and the mean loss after each epoch, and before the first.
+    """
+    total_weight = float(objective.weights.sum()) or 1.0
+    shape = (len(initial_layer.b), initial_layer.W.shape[1] + 1)
+
+    def mean_loss(flat: Array) -> tuple[float, Array]:
+        value, gradient = objective.value_and_gradient(flat.reshape(shape))
+        return value / total_weight, gradient.ravel() / total_weight
+
+    def report_epoch(flat: Array) -> None:
+        if on_epoch is not None:
+            on_epoch(_to_layer(flat.reshape(shape)), mean_loss(flat)[0])
+
+    initial_theta = np.column_stack([initial_layer.W, initial_layer.b]).ravel()
+    report_epoch(initial_theta)
+    options = {"maxiter": epochs, "maxfun": 4 * epochs, "gtol": 1e-8, "ftol": 1e-14}
+    result = minimize(mean_loss, initial_theta, jac=True, method="L-BFGS-B", callback=report_epoch, options=options)
+    return _to_layer(result.x.reshape(shape))
+
+
+def _to_layer(theta: Array) -> LastLayer:
+    return LastLayer(theta[:, :-1].copy(), theta[:, -1].copy())

@@ -1,0 +1,310 @@
+"""What an expansion did to old and to new classes, on images that were never trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from sklearn.pipeline import Pipeline
+
+from featpipe.heads import LastLayer
+from featpipe.incremental.dataset import LabeledEmbeddings
+from featpipe.incremental.problem import IncrementalStep
+from featpipe.metrics import Interval, compute_logits
+
+__all__ = ["MethodEvaluator", "MethodOutcome", "TrainingCurves"]
+
+Array = NDArray[np.float64]
+
+N_RESAMPLES = 1000
+MAX_CURVE_POINTS = 60  # of a curve, as it is stored
+
+
+@dataclass(eq=False)
+class TrainingCurves:
+    """Old and new classes, epoch by epoch, as a method trains; before the offset that some methods add at the end.
+
+    Attributes
+    ----------
+    epochs : list of int
+        0 is before the first step.
+    train_loss, old_loss, new_loss, old_accuracy, new_accuracy : list of float
+        The first on the rows that are trained on, with what the method adds to it; NaN where there is no test row.
+    """
+
+    epochs: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    old_loss: list[float] = field(default_factory=list)
+    new_loss: list[float] = field(default_factory=list)
+    old_accuracy: list[float] = field(default_factory=list)
+    new_accuracy: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, scores: Array, y: NDArray[np.int64], k_old: int) -> None:
+        losses = -log_softmax(scores, axis=1)[np.arange(len(y)), y]
+        is_correct = scores.argmax(axis=1) == y
+        self.epochs.append(len(self.epochs))
+        self.train_loss.append(loss)
+        for rows, name in ((y < k_old, "old"), (y >= k_old, "new")):
+            getattr(self, f"{name}_loss").append(_mean(losses[rows]))
+            getattr(self, f"{name}_accuracy").append(_mean(is_correct[rows]))
+
+    def downsample(self) -> TrainingCurves:
+        """At most so many points, more of the first epochs, with the last."""
+        n = len(self.epochs)
+        if n <= MAX_CURVE_POINTS:
+            return self
+        indices = np.unique(np.rint(np.geomspace(1, n, MAX_CURVE_POINTS)).astype(int) - 1).tolist()
+        return TrainingCurves(**{name: [values[i] for i in indices] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class MethodOutcome:
+    """What one method did.
+
+    Attributes
+    ----------
+    method : str
+    old, new, all : Interval or None
+        Accuracy on test rows of old, of new and of all classes; None where there are none.
+    forgetting : Interval or None
+        How much accuracy the old classes lost, averaged over the steps in which they came: of each step the best that
+        it ever had, less what it has now.
+    backward : Interval or None
+        Backward transfer: what each earlier step has now, less what it had when it was learnt.
+    steps : list of float
+        Accuracy on the classes of each step.
+    bytes : int
+        Of what the method needs the model to keep.
+    seconds : float
+    curves : dict
+        Of :class:`Curves`, for methods that have epochs.
+    """
+
+    method: str
+    old: Interval | None
+    new: Interval | None
+    all: Interval | None
+    forgetting: Interval | None
+    backward: Interval | None
+    steps: list[float] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return _nan_to_none(asdict(self))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """From `to_dict`."""
+        arguments = dict(record)
+        for name in ("old", "new", "all", "forgetting", "backward"):
+            value = arguments[name]
+            arguments[name] = (
+                None if value is None else Interval(*(_none_to_nan(value[key]) for key in ("value", "low", "high")))
+            )
+        return cls(**arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class MethodEvaluator:
+    """Test rows, and what was known of them before.
+
+    Attributes
+    ----------
+    test : Side
+    step : Step
+    before : ndarray of shape (m,), bool
+        Which the model had right before; false for rows of new classes.
+    step_of : ndarray of shape (m,), int
+        In which step each row's class came; new classes in the last.
+    past : sequence of mapping
+        For earlier steps what is known from when they were learnt: ``rows``, a digest of the test rows, and the
+        ``best`` and ``learnt`` accuracy on them.
+    """
+
+    test: LabeledEmbeddings
+    step: IncrementalStep
+    correct_before: NDArray[np.bool_]
+    step_numbers: NDArray[np.int64]
+    step_records: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def from_step(
+        cls,
+        test: LabeledEmbeddings,
+        step: IncrementalStep,
+        classes_by_step: Sequence[Sequence[str]],
+        step_records: Sequence[Mapping[str, Any]],
+    ) -> MethodEvaluator:
+        """For the classes that came in each of the earlier steps."""
+        k_old = step.k_old
+        step_numbers = np.full(step.k, len(classes_by_step), np.int64)
+        for i, names in enumerate(classes_by_step):
+            step_numbers[[step.class_mapping.classes.index(name) for name in names]] = i
+        correct_before = np.zeros(len(test), bool)
+        is_old = test.y < k_old
+        if is_old.any():
+            correct_before[is_old] = step.compute_old_scores(test.X[is_old]).argmax(axis=1) == test.y[is_old]
+        return cls(test, step, correct_before, step_numbers[test.y], step_records)
+
+    def make_epoch_callback(self, curves: TrainingCurves) -> Any:
+        """A function that notes each epoch, for :func:`featpipe.incremental.last_layer_loss.minimise`."""
+        Z, old_scores = (
+            self.step.compute_features(self.test.X),
+            self.step.compute_old_scores(self.test.X) / self.step.temperature,
+        )
+
+        def on_epoch(layer: LastLayer, loss: float) -> None:
+            scores = layer.compute_scores(Z)
+            if scores.shape[1] < self.step.k:
+                scores = np.concatenate([old_scores, scores], axis=1)
+            curves.add(loss, scores, self.test.y, self.step.k_old)
+
+        return on_epoch
+
+    def predict_correct(self, pipeline: Pipeline) -> NDArray[np.bool_]:
+        """Which test rows a head has right, shape (m,)."""
+        return np.asarray(compute_logits(pipeline, self.test.X).argmax(axis=1) == self.test.y)
+
+    def make_outcome(self, method: str, is_correct: NDArray[np.bool_], **extra: Any) -> MethodOutcome:
+        """The row of the table for a method."""
+        is_old = self.test.y < self.step.k_old
+        bootstrap_counts = _draw_bootstrap_counts(len(is_correct))
+        forgetting = backward = None
+        if is_old.any():
+            forgetting = self._mean_change(is_correct, bootstrap_counts, "best", -1.0)
+            backward = self._mean_change(is_correct, bootstrap_counts, "learnt", 1.0)
+        return MethodOutcome(
+            method,
+            _accuracy_interval(is_correct, is_old, bootstrap_counts),
+            _accuracy_interval(is_correct, ~is_old, bootstrap_counts),
+            _accuracy_interval(is_correct, np.ones(len(is_correct), bool), bootstrap_counts),
+            forgetting,
+            backward,
+            [
+                _mean(is_correct[self.step_numbers == number])
+                for number in range(int(self.step_numbers.max(initial=-1)) + 1)
+            ],
+            **extra,
+        )
+
+    def _mean_change(
+        self, is_correct: NDArray[np.bool_], bootstrap_counts: Array, reference: str, sign: float
+    ) -> Interval:
+        """The mean over earlier steps of the change since then, on the same rows; with a paired interval."""
+        values, samples = [], []
+        for number in np.unique(self.step_numbers[self.test.y < self.step.k_old]).tolist():
+            rows = self.step_numbers == number
+            accuracy_before = _mean(self.correct_before[rows])
+            record = self._find_step_record(number)
+            earlier_change = 0.0 if record is None else accuracy_before - record[reference]
+            if reference == "best":
+                earlier_change = min(earlier_change, 0.0)  # the best is at least what it had before this step
+            change = is_correct[rows].astype(float) - self.correct_before[rows]
+            values.append(sign * (change.mean() + earlier_change))
+            resample_sizes = bootstrap_counts[rows].sum(axis=0)
+            mean = np.divide(
+                change @ bootstrap_counts[rows],
+                resample_sizes,
+                out=np.full(resample_sizes.shape, np.nan),
+                where=resample_sizes > 0,
+            )
+            samples.append(sign * (mean + earlier_change))
+        is_defined = np.isfinite(samples)
+        total = np.where(is_defined, samples, 0.0).sum(axis=0)
+        return _percentile_interval(float(np.mean(values)), total / np.maximum(is_defined.sum(axis=0), 1))
+
+    def _find_step_record(self, number: int) -> Mapping[str, Any] | None:
+        record = self.step_records[number] if number < len(self.step_records) else {}
+        return (
+            record if record.get("rows") == self.digest_test_rows(number) and record.get("best") is not None else None
+        )
+
+    def digest_test_rows(self, number: int) -> str:
+        """A digest of the test rows of a step: accuracies on other rows cannot be compared."""
+        digests = np.sort(self.test.keys[self.step_numbers == number])
+        return hashlib.sha256(digests.tobytes()).hexdigest()[:16]
+
+    def make_step_records(self, outcome: MethodOutcome) -> list[dict[str, Any]]:
+        """What is to be known later of each step."""
+        records: list[dict[str, Any]] = []
+        for number, accuracy in enumerate(outcome.steps):
+            rows, record = self.step_numbers == number, self._find_step_record(number)
+            if not rows.any():
+                records.append({"rows": "", "learnt": None, "best": None, "now": None})
+                continue
+            accuracy_before = (
+                _mean(self.correct_before[rows]) if (self.test.y[rows] < self.step.k_old).any() else accuracy
+            )
+            learnt_accuracy = accuracy_before if record is None else record["learnt"]
+            best_accuracy = max(accuracy, accuracy_before, learnt_accuracy, 0.0 if record is None else record["best"])
+            records.append(
+                {
+                    "rows": self.digest_test_rows(number),
+                    "learnt": learnt_accuracy,
+                    "best": best_accuracy,
+                    "now": accuracy,
+                }
+            )
+        return _nan_to_none(records)
+
+    def paired_difference(self, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
+        """Accuracy of one method less that of another, over all rows, paired."""
+        bootstrap_counts = _draw_bootstrap_counts(len(first))
+        change = first.astype(float) - second
+        return _percentile_interval(float(change.mean()), change @ bootstrap_counts / len(change))
+
+
+def _draw_bootstrap_counts(m: int) -> Array:
+    """How often each of m rows is drawn in each resample, shape (m, b)."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(m, np.full(m, 1 / m), N_RESAMPLES).T.astype(float) if m > 1 else np.zeros((m, 0))
+
+
+def _accuracy_interval(
+    is_correct: NDArray[np.bool_], rows: NDArray[np.bool_], bootstrap_counts: Array
+) -> Interval | None:
+    if not rows.any():
+        return None
+    resample_sizes = bootstrap_counts[rows].sum(axis=0)
+    samples = np.divide(
+        is_correct[rows].astype(float) @ bootstrap_counts[rows],
+        resample_sizes,
+        out=np.full(resample_sizes.shape, np.nan),
+        where=resample_sizes > 0,
+    )
+    return _percentile_interval(_mean(is_correct[rows]), samples)
+
+
+def _percentile_interval(value: float, samples: Array) -> Interval:
+    samples = samples[np.isfinite(samples)]
+    if not len(samples):
+        return Interval(value)
+    low, high = np.percentile(samples, (2.5, 97.5))
+    return Interval(value, min(float(low), value), max(float(high), value))
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def _none_to_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _nan_to_none(value: Any) -> Any:
+    """With None in the place of what is no number."""
+    if isinstance(value, Mapping):
+        return {key: _nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nan_to_none(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value

@@ -1,0 +1,158 @@
+"""One expansion as the methods see it: the head before, what is remembered, and the rows that are new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+
+from featpipe.config import check_choice, check_integer, check_names, check_number
+from featpipe.errors import ConfigError
+from featpipe.heads import (
+    LastLayer,
+    get_base_head,
+    get_l2_strength,
+    merge_class_scores,
+    merge_last_layer_rows,
+    resolve_last_layer,
+)
+from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
+from featpipe.metrics import compute_logits
+from featpipe.model import EXEMPLAR_SELECTORS, ReplayMemory, compute_penultimate_features
+
+__all__ = ["EpochCallback", "ExpansionConfig", "IncrementalStep"]
+
+Array = NDArray[np.float64]
+EpochCallback = Callable[[LastLayer, float], None]
+
+
+@dataclass(frozen=True)
+class ExpansionConfig:
+    """What a person can set.
+
+    Attributes
+    ----------
+    memory : int
+        Embeddings of each old class that ``replay`` trains on.
+    selection : {"herding", "random"}
+        How they are chosen.
+    epochs : int
+        Most passes over the rows.
+    temperature : float
+        Of the soft targets of ``distill``.
+    strength : float or None
+        How much ``distill`` weighs the soft targets, or ``ewc`` the importances; each has a default.
+    """
+
+    memory: int = 20
+    selection: str = "herding"
+    epochs: int = 200
+    temperature: float = 2.0
+    strength: float | None = None
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, object]) -> Self:
+        """Checked.
+
+        Raises
+        ------
+        ConfigError
+            If a setting is unknown or out of range.
+        """
+        check_names("setting", params, [field.name for field in fields(cls)], "(of expand)")
+        settings = cls(**params)  # type: ignore[arg-type]
+        try:
+            check_integer("memory", settings.memory, minimum=1)
+            check_choice("selection", settings.selection, EXEMPLAR_SELECTORS)
+            check_integer("epochs", settings.epochs, minimum=1)
+            check_number("temperature", settings.temperature, above=0)
+            if settings.strength is not None:
+                check_number("strength", settings.strength, minimum=0)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return settings
+
+
+@dataclass(frozen=True, eq=False)
+class IncrementalStep:
+    """What a method is given.
+
+    Attributes
+    ----------
+    pipeline : Pipeline
+        The head before, with its scaler.
+    temperature : float
+        What its scores are divided by before they become probabilities.
+    growth : Growth
+    kept : Kept or None
+        What is remembered of the rows it was trained on, in the classes after.
+    new, old : Side
+        Rows to learn, and rows that it was trained on, which may be none or some of them.
+    whole : bool
+        Whether ``old`` are all rows that it was trained on.
+    settings : Settings
+    """
+
+    pipeline: Pipeline
+    temperature: float
+    class_mapping: ClassMapping
+    replay_memory: ReplayMemory | None
+    new: LabeledEmbeddings
+    old: LabeledEmbeddings
+    has_all_old_rows: bool
+    settings: ExpansionConfig
+
+    @property
+    def k(self) -> int:
+        return len(self.class_mapping.classes)
+
+    @property
+    def k_old(self) -> int:
+        return self.class_mapping.k_old
+
+    @cached_property
+    def layer(self) -> LastLayer | None:
+        """The last layer of the head before, in the classes after; None if it has none."""
+        old_layer = resolve_last_layer(self.pipeline[-1])
+        return None if old_layer is None else merge_last_layer_rows(old_layer, self.class_mapping.new_codes, self.k_old)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many images of each class the model was trained on, as far as that is known, shape (k,)."""
+        return np.bincount(self.old.y, minlength=self.k) if self.replay_memory is None else self.replay_memory.counts
+
+    def compute_features(self, X: NDArray[Any]) -> Array:
+        """What the last layer sees."""
+        if not len(X):
+            return np.zeros((0, X.shape[1] if self.layer is None else self.layer.W.shape[1]))
+        return np.asarray(compute_penultimate_features(self.pipeline, X), np.float64)
+
+    def compute_old_scores(self, X: NDArray[Any]) -> Array:
+        """What the head before says of rows, in the classes after, shape (m, k_old)."""
+        if not len(X):
+            return np.zeros((0, self.k_old))
+        return merge_class_scores(compute_logits(self.pipeline, X), self.class_mapping.new_codes, self.k_old)
+
+    @cached_property
+    def ridge(self) -> float:
+        return get_l2_strength(get_base_head(self.pipeline[-1]))
+
+    def make_unfitted(self) -> Pipeline:
+        """An unfitted copy of the scaler and of the head that was trained first."""
+        scaler, head = self.pipeline[0], clone(get_base_head(self.pipeline[-1]))
+        weights = getattr(head, "class_weight", None)
+        if isinstance(weights, Mapping):
+            new_codes = self.class_mapping.new_codes
+            remapped = {int(new_codes[code]): weight for code, weight in weights.items() if new_codes[code] >= 0}
+            head.set_params(class_weight=remapped)
+        return Pipeline([("scale", scaler if scaler == "passthrough" else clone(scaler)), ("head", head)])
+
+    def without_new_rows(self, mask: NDArray[np.bool_]) -> IncrementalStep:
+        """With fewer new rows."""
+        return replace(self, new=self.new.take(~mask))

@@ -1,0 +1,210 @@
+"""A network on a GPU, kept busy: copies overlap with computing, and its kernels are started all at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featpipe.backbones import (
+    Backbone,
+    ImageBatch,
+    MatmulResizer,
+    ResizeAxis,
+    Transform,
+    UnresizedImage,
+    max_resize_batch,
+)
+from featpipe.errors import ConfigError
+from featpipe.inference.devices import allow_tf32
+from featpipe.inference.runner import Embeddings
+
+__all__ = ["CudaRunner"]
+
+WARMUP_PASSES = 3  # passes before a graph is captured: libraries choose their algorithms in the first
+
+
+class _InputBuffer:
+    """A place on the device where one batch's pictures wait for their turn."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images  # channels last in memory
+        self.copied = torch.cuda.Event()
+        self.free = torch.cuda.Event()
+
+
+class CudaRunner:
+    """Runs a backbone on a GPU, for one calling thread.
+
+    Pictures are copied as they are, a quarter of the bytes, resized there if they are not yet, to the same bits, and
+    normalised by the same arithmetic. The forward pass is captured once as a CUDA graph and replayed, so that the
+    caller need not start each kernel; a network that cannot be captured is called. Where a batch needs more memory
+    than there is, it is halved, and no row is lost.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        On the device, in its dtype, channels last.
+    batch : int
+        Images in one forward pass, at most.
+    precision : {"fp32", "tf32", "bf16", "fp16"}
+    device : torch.device
+
+    Raises
+    ------
+    ConfigError
+        If the memory is not enough for a single image.
+    """
+
+    def __init__(self, backbone: Backbone, batch: int, precision: str, device: torch.device) -> None:
+        self.backbone = backbone
+        self.batch = batch
+        self.device = device
+        self.dtype = next((p.dtype for p in backbone.network.parameters() if p.is_floating_point()), torch.float32)
+        self._allow_tf32 = precision == "tf32"
+        self._compute_stream = torch.cuda.Stream(device)
+        self._copy_stream = torch.cuda.Stream(device)  # and resizing, so that what is read there is in order
+        self._resizer = MatmulResizer(device)
+        self._buffers: list[_InputBuffer] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._input = torch.empty(0)
+        self._outputs: Mapping[str, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return f"torch on {torch.cuda.get_device_name(self.device)}"
+
+    def enter_stream(self, streams: int) -> None:
+        """Workers decode; nothing is kept for them."""
+
+    def submit(self, images: ImageBatch) -> Callable[[], Embeddings]:
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                with torch.inference_mode(), torch.cuda.device(self.device), allow_tf32(self._allow_tf32):
+                    starts = range(0, len(images), self.batch)
+                    pending = [self._submit_batch(images[start : start + self.batch]) for start in starts]
+                return lambda: _concatenate([wait() for wait in pending])
+            self._halve_batch()  # now that the error is gone, and with it what its frames held
+
+    def _halve_batch(self) -> None:
+        if self.batch == 1:
+            raise ConfigError(
+                f"{self.backbone.name}: a single image needs more memory than {self.device} has free; "
+                "pass --device cpu, or another --precision, or end what else uses it"
+            )
+        torch.cuda.synchronize(self.device)
+        self._graph, self._buffers, self._outputs, self._input = None, [], {}, torch.empty(0)
+        self._resizer = MatmulResizer(self.device)
+        torch.cuda.empty_cache()
+        self.batch //= 2
+
+    def _submit_batch(self, images: ImageBatch) -> Callable[[], Embeddings]:
+        """Copy and compute without waiting; the caller's pictures may be pinned or not, and of any size if unresized.
+
+        What is given back after a copy was begun is not used again before that has ended: torch keeps account of
+        pinned memory by the stream that copies from it.
+        """
+        if not self._buffers:
+            self._prepare(torch.uint8 if isinstance(images[0], UnresizedImage) else images[0].dtype)
+        buffer = self._buffers[0]
+        self._buffers.reverse()
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(buffer.free)
+            self._copy_images(buffer.images, images)
+            buffer.copied.record()
+        with torch.cuda.stream(self._compute_stream):
+            self._compute_stream.wait_event(buffer.copied)
+            self._input.copy_(self.backbone.transform.normalize(buffer.images))
+            buffer.free.record()
+            outputs = self._forward()
+            host_outputs = {name: _to_host(value[: len(images)]) for name, value in outputs.items()}
+            done = torch.cuda.Event()
+            done.record()
+
+        def wait_for_embeddings() -> Embeddings:
+            done.synchronize()
+            return {name: value.numpy() for name, value in host_outputs.items()}
+
+        return wait_for_embeddings
+
+    def _copy_images(self, destination: Tensor, images: ImageBatch) -> None:
+        """Copy pictures to their places; those that are yet to be resized by way of some memory of their own."""
+        if isinstance(images, Tensor):
+            destination[: len(images)].copy_(images, non_blocking=True)
+            return
+        groups: dict[tuple[ResizeAxis, ResizeAxis], list[tuple[int, Tensor]]] = {}
+        for position, image in enumerate(images):
+            if isinstance(image, UnresizedImage):
+                groups.setdefault((image.vertical, image.horizontal), []).append((position, image.pixels))
+            else:
+                destination[position].copy_(image, non_blocking=True)
+        transform = cast(Transform, self.backbone.transform)  # nobody's own leaves pictures unresized
+        for resize_axes, group in groups.items():
+            step = max_resize_batch(*resize_axes, transform.interpolation)
+            for start in range(0, len(group), step):
+                positions, image_pixels = zip(*group[start : start + step], strict=True)
+                position_index = torch.tensor(positions).to(self.device, non_blocking=True)
+                destination.index_copy_(0, position_index, self._resize_on_device(image_pixels, resize_axes, transform))
+
+    def _resize_on_device(
+        self, image_pixels: Sequence[Tensor], resize_axes: tuple[ResizeAxis, ResizeAxis], transform: Transform
+    ) -> Tensor:
+        """Pictures of one size, copied to the device and brought into the form that the network sees."""
+        channels, height, width = image_pixels[0].shape
+        shape = (len(image_pixels), height, width, channels)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
+        for destination, source in zip(pixels, image_pixels, strict=True):
+            destination.copy_(source, non_blocking=True)
+        with allow_tf32(False):
+            return transform.pad_to_crop(self._resizer.resize(pixels, *resize_axes, transform.interpolation))
+
+    def _forward(self) -> Mapping[str, Tensor]:
+        if self._graph is None:
+            return self.backbone.embed(self._input)
+        self._graph.replay()
+        return self._outputs
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Places for pictures and input, warm libraries, and the graph, where the network can be captured."""
+        shape = (self.batch, *self.backbone.transform.size, 3)
+        input_tensors = [torch.zeros(shape, dtype=dtype, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._compute_stream):
+            normalized = self.backbone.transform.normalize(input_tensors[0])
+            self._input = normalized.to(self.dtype, memory_format=torch.channels_last, copy=True)
+            for _ in range(WARMUP_PASSES):
+                self.backbone.embed(self._input)
+        torch.cuda.synchronize(self.device)
+        self._graph, self._outputs = self._capture_graph()
+        self._buffers = [_InputBuffer(input_tensor) for input_tensor in input_tensors]
+        for buffer in self._buffers:
+            buffer.free.record(self._compute_stream)
+            for stream in (self._copy_stream, self._compute_stream):  # neither is the one that they were made on
+                buffer.images.record_stream(stream)
+
+    def _capture_graph(self) -> tuple[torch.cuda.CUDAGraph | None, Mapping[str, Tensor]]:
+        """The forward pass as a graph that reads the input's place; None for a network that cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Workers pin memory meanwhile, which must not end the capture.
+            with torch.cuda.graph(graph, stream=self._compute_stream, capture_error_mode="thread_local"):
+                outputs = self.backbone.embed(self._input)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # one that waits for the device, or for the clock: anybody's network may
+            torch.cuda.synchronize(self.device)
+            return None, {}
+        return graph, outputs
+
+
+def _to_host(value: Tensor) -> Tensor:
+    host = torch.empty(value.shape, dtype=torch.float32, pin_memory=True)
+    return host.copy_(value, non_blocking=True)
+
+
+def _concatenate(parts: list[Embeddings]) -> Embeddings:
+    return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

@@ -1,0 +1,495 @@
+"""Bytes → transformed batches with their row numbers, in parallel. Handles are opened where they are used."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from time import monotonic, perf_counter
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featpipe.backbones import ImageBatch, PreparedImage
+from featpipe.data import decode_within_budget, image
+from featpipe.errors import ConfigError, SampleError
+from featpipe.status import Status
+from featpipe.storage import digest
+
+__all__ = [
+    "DecodedBatch",
+    "EmbeddingEngine",
+    "ImageList",
+    "ImageSource",
+    "Loader",
+    "embed_batches",
+    "embed_image_list",
+    "micro_batch_size",
+    "run_in_threads",
+]
+
+MAX_ROWS_PER_IMAGE = 64  # times as many rows as a batch has pictures: so many are let out with fewer
+MAX_MICRO_BATCH = 32  # pictures, at most, that a worker hands on at a time where others embed them
+
+R = TypeVar("R")
+Embeddings = dict[str, NDArray[np.float32]]
+
+ReadRow = tuple[int, bytes | NDArray[np.uint8] | SampleError]
+
+STOP_TIMEOUT_SECONDS = 10.0
+MAX_READ_AHEAD_BYTES = 32 << 20  # of encoded images that one thread has read and not decoded yet
+
+
+class ImageTransform(Protocol):
+    """What is done with each picture by itself: uint8 (3, H, W) → (3, h, w), or what an engine takes in its place."""
+
+    def __call__(self, image: Tensor, /) -> PreparedImage: ...
+
+
+class ImageReader(Protocol):
+    """An open source of images, read by row."""
+
+    def read(self, row: int, /) -> bytes | NDArray[np.uint8]: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class ImageSource(Protocol):
+    """What a loader reads from: an index of archives, or pictures at hand."""
+
+    @property
+    def sequential(self) -> bool: ...
+    def open(self) -> ImageReader: ...
+
+
+class EmbeddingEngine(Protocol):
+    """What a loader feeds: an engine."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def transform(self) -> ImageTransform: ...
+    @property
+    def fallback_transform(self) -> ImageTransform: ...
+    def collate(self, images: Sequence[PreparedImage], /) -> ImageBatch: ...
+    def session(self) -> AbstractContextManager[None]: ...
+    def enter_stream(self, workers: int) -> None: ...
+    def embed(self, images: ImageBatch) -> Embeddings: ...
+    def submit(self, images: ImageBatch) -> Callable[[], Embeddings]: ...
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images at hand, in the order given: paths, bytes, Pillow images, or uint8 arrays."""
+
+    items: Sequence[object]
+    sequential: bool = False
+
+    def open(self) -> ImageList:
+        return self
+
+    def read(self, row: int) -> bytes | NDArray[np.uint8]:
+        item = self.items[row]
+        if isinstance(item, (bytes, bytearray, memoryview)):
+            return bytes(item)
+        if not isinstance(item, (str, os.PathLike)):
+            try:
+                return image.to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
+            except ConfigError as error:
+                raise ConfigError(f"image {row}: {error}") from None
+        try:
+            with open(item, "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise SampleError(f"{item}: there is no such file", status=Status.MISSING) from None
+        except OSError as error:
+            raise SampleError(f"{item}: {error.strerror}", status=Status.UNREADABLE) from None
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+@dataclass
+class StageSeconds:
+    """Where the time of one batch went."""
+
+    reading: float = 0.0
+    decoding: float = 0.0
+    embedding: float = 0.0
+
+
+@dataclass
+class DecodedBatch:
+    """Some rows of an index, read.
+
+    Attributes
+    ----------
+    rows : list of int
+        All rows that were read for this batch, in the order of the index.
+    digests : list of bytes
+        SHA-256 of each row's bytes; empty where they could not be had.
+    status : list of Status
+        ``OK`` also for a row that needs no picture, because its embedding is known already.
+    images : Tensor of shape (b, 3, h, w), or list of pictures, or None
+        The pictures of the rows at ``places``, as the engine takes them.
+    places : list of int
+        Positions in ``rows``, one for each picture.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    status: list[Status] = field(default_factory=list)
+    images: ImageBatch | None = None
+    positions: list[int] = field(default_factory=list)
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+
+    def extend(self, other: DecodedBatch) -> None:
+        """Add another batch's rows to this one's, and its seconds; whatever it has in ``images`` stays there."""
+        self.positions.extend(len(self.rows) + position for position in other.positions)
+        self.rows.extend(other.rows)
+        self.digests.extend(other.digests)
+        self.status.extend(other.status)
+        for name, value in vars(other.seconds).items():
+            setattr(self.seconds, name, getattr(self.seconds, name) + value)
+
+
+class Loader:
+    """Reads, decodes and transforms the rows of an index; its batches may be taken by several threads.
+
+    Parameters
+    ----------
+    index : Index or Pictures
+    rows : ndarray of shape (m,), int64
+        The rows to read, ascending.
+    transform : callable
+        uint8 (3, H, W) → (3, h, w), of any type; or whatever ``collect`` takes.
+    batch : int
+        Pictures in a batch; the last ones have fewer.
+    is_known : callable
+        Told the digest of a row's bytes, says whether its embedding is there already or under way; if so the row is
+        not decoded.
+    collect : callable
+        Makes one thing, for an engine, of a batch's pictures.
+    """
+
+    def __init__(
+        self,
+        index: ImageSource,
+        rows: NDArray[np.int64],
+        transform: ImageTransform,
+        batch: int,
+        has_embedding: Callable[[bytes], bool] = lambda digest: False,
+        collate: Callable[[list[Any]], ImageBatch] = torch.stack,
+    ) -> None:
+        self.transform = transform
+        self.collate = collate
+        self.batch = batch
+        self.has_embedding = has_embedding
+        self.reader = index.open()
+        self._sequential = index.sequential
+        self._rows = iter(rows.tolist())
+        self._rows_lock = threading.Lock()
+
+    def close(self) -> None:
+        self.reader.__exit__(None, None, None)
+
+    def batches(self) -> Iterator[DecodedBatch]:
+        """Batches until the rows are used up; each thread runs a generator of its own over the shared rows."""
+        for batch in self.micro_batches(self.batch):
+            if batch.images is not None:
+                batch.images = self.collate(list(batch.images))
+            yield batch
+
+    def micro_batches(self, size: int, fallback_transform: ImageTransform | None = None) -> Iterator[DecodedBatch]:
+        """The same in batches of another size, whose pictures are a list and not collected.
+
+        Parameters
+        ----------
+        size : int
+        unhurried : callable, optional
+            Takes the place of ``transform`` for the batch after one that its taker was late for, by more than half of
+            the time that it took.
+        """
+        transform = self.transform
+        while True:
+            batch, started = DecodedBatch(), perf_counter()
+            pictures: list[PreparedImage] = []
+            while len(pictures) < size:
+                rows_before = len(batch.rows)
+                for row, data in self._next_rows(size - len(pictures), batch.seconds):
+                    picture = self._add_row(batch, row, data, transform)
+                    if picture is not None:
+                        batch.positions.append(len(batch.rows) - 1)
+                        pictures.append(picture)
+                if (
+                    len(batch.rows) == rows_before or len(batch.rows) >= MAX_ROWS_PER_IMAGE * size
+                ):  # the end; or nearly all are known
+                    break
+            if not batch.rows:
+                return
+            batch.images = pictures or None
+            yielded_at = perf_counter()
+            yield batch
+            is_consumer_late = perf_counter() - yielded_at > (yielded_at - started) / 2
+            transform = fallback_transform if is_consumer_late and fallback_transform is not None else self.transform
+
+    def _next_rows(self, count: int, seconds: StageSeconds) -> Iterator[ReadRow]:
+        """The next rows with their bytes. What can only be read front to back is read in turn, not too much at once."""
+        with self._rows_lock:
+            if self._sequential:
+                return iter(self._read_ahead(count, seconds))
+            rows = list(islice(self._rows, count))
+        return ((row, self._read(row, seconds)) for row in rows)
+
+    def _read_ahead(self, count: int, seconds: StageSeconds) -> list[ReadRow]:
+        read_rows: list[ReadRow] = []
+        nbytes = 0
+        for row in islice(self._rows, count):
+            data = self._read(row, seconds)
+            read_rows.append((row, data))
+            nbytes += len(data) if isinstance(data, bytes) else 0
+            if nbytes > MAX_READ_AHEAD_BYTES:
+                break
+        return read_rows
+
+    def _read(self, row: int, seconds: StageSeconds) -> bytes | NDArray[np.uint8] | SampleError:
+        started = perf_counter()
+        try:
+            return self.reader.read(row)
+        except SampleError as error:
+            return error
+        finally:
+            seconds.reading += perf_counter() - started
+
+    def _add_row(
+        self, batch: DecodedBatch, row: int, data: bytes | NDArray[np.uint8] | SampleError, transform: ImageTransform
+    ) -> PreparedImage | None:
+        """Add the row to the batch; the picture, if there is one to embed."""
+        started = perf_counter()
+        batch.rows.append(row)
+        batch.digests.append(b"")
+        batch.status.append(Status.OK)
+        if isinstance(data, SampleError):
+            batch.status[-1] = data.status
+            return None
+        if isinstance(data, bytes):
+            batch.digests[-1] = digest(data)
+            if self.has_embedding(batch.digests[-1]):
+                return None
+        try:
+            with decode_within_budget(data) if isinstance(data, bytes) else nullcontext(data) as picture:
+                return transform(torch.from_numpy(picture).permute(2, 0, 1))
+        except SampleError as error:
+            batch.status[-1] = error.status
+        except MemoryError:
+            batch.status[-1] = Status.OUT_OF_MEMORY
+        finally:
+            batch.seconds.decoding += perf_counter() - started
+        return None
+
+
+EmbeddedBatch = tuple[DecodedBatch, Embeddings]
+
+
+def run_in_threads(
+    make_generator: Callable[[], Iterator[R]], threads: int, prefetch: int = 4
+) -> Generator[R, None, None]:
+    """Run the same generator in several threads and yield what they all yield, as it comes.
+
+    A failure in one thread stops the others and is raised here; closing this generator (an interrupt, an error of the
+    consumer) stops them within one item. Who hangs, in a network's file system that does not answer, is not waited for
+    for ever: what was yielded is to be kept.
+
+    Parameters
+    ----------
+    work : callable
+        Makes a generator; called once in each thread.
+    threads : int
+        At least 1.
+    ahead : int
+        Items that each thread may be ahead of the consumer.
+    """
+    results: queue.Queue[R | BaseException | None] = queue.Queue(threads * prefetch)
+    stop = threading.Event()
+
+    def put(item: R | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                results.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in make_generator():
+                put(item)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # handed to the consumer, who raises it
+            put(error)
+
+    workers = [threading.Thread(target=produce, name=f"featpipe-{i}", daemon=True) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        running = threads
+        while running:
+            item = results.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        stop.set()
+        deadline = monotonic() + STOP_TIMEOUT_SECONDS
+        for worker in workers:
+            worker.join(max(0.0, deadline - monotonic()))
+
+
+def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Generator[EmbeddedBatch, None, None]:
+    """The batches of a loader with their embeddings, in no particular order.
+
+    On a CPU each worker embeds what it decoded; for a GPU the workers decode, and the caller's thread has it embed one
+    batch while the next is on its way. A worker that has to wait for the GPU takes work off it (``engine.unhurried``).
+
+    Notes
+    -----
+    For a GPU the workers together have at most one of its batches in their hands, in pieces (see :func:`piece_for`).
+    As many pictures may wait in the queue, and the caller's thread joins pieces to one batch: so at most three batches
+    of pictures and a piece are in memory, however many cores there are, and up to two batches more are being copied. Of
+    those that are yet to be resized, which may be large, the engine limits the bytes.
+    """
+    if engine.device.type == "cpu":
+        return run_in_threads(
+            lambda: _embed_sequentially(_bind_stream(loader.batches(), engine, workers), engine), workers
+        )
+    micro_batch = micro_batch_size(engine, workers)
+    micro_batches = run_in_threads(
+        lambda: _bind_stream(loader.micro_batches(micro_batch, engine.fallback_transform), engine, workers),
+        workers,
+        prefetch=1,
+    )
+    return _embed_overlapped(_merge_micro_batches(micro_batches, engine), engine)
+
+
+def micro_batch_size(engine: EmbeddingEngine, workers: int) -> int:
+    """Pictures that each of some workers decodes before it hands them on.
+
+    On a CPU a batch. Else a power of two, as batches are unless they were asked for otherwise: at most 32, and so few
+    that all workers together have one batch in their hands, or one picture each.
+    """
+    if engine.device.type == "cpu":
+        return engine.batch
+    images_per_worker = max(1, min(MAX_MICRO_BATCH, engine.batch // workers))
+    return 1 << (images_per_worker.bit_length() - 1)
+
+
+def _bind_stream(batches: Iterator[DecodedBatch], engine: EmbeddingEngine, workers: int) -> Iterator[DecodedBatch]:
+    engine.enter_stream(workers)
+    return batches
+
+
+def _embed_sequentially(
+    batches: Iterator[DecodedBatch], engine: EmbeddingEngine
+) -> Generator[EmbeddedBatch, None, None]:
+    for batch in batches:
+        started = perf_counter()
+        features = engine.embed(batch.images) if batch.images is not None else {}
+        batch.images = None
+        batch.seconds.embedding += perf_counter() - started
+        yield batch, features
+
+
+def _merge_micro_batches(
+    micro_batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine
+) -> Generator[DecodedBatch, None, None]:
+    """Pieces as batches of the engine's size, which it may halve meanwhile; no piece is taken apart."""
+    batch, pictures = DecodedBatch(), list[PreparedImage]()
+
+    def pop_batch() -> DecodedBatch:
+        nonlocal batch, pictures
+        full_batch, batch = batch, DecodedBatch()
+        full_batch.images = engine.collate(pictures) if pictures else None
+        pictures = []
+        return full_batch
+
+    with closing(micro_batches):
+        for micro_batch in micro_batches:
+            if pictures and len(pictures) + len(micro_batch.positions) > engine.batch:
+                yield pop_batch()
+            batch.extend(micro_batch)
+            pictures.extend(micro_batch.images if micro_batch.images is not None else ())
+            micro_batch.images = None  # the worker that made it may still hold it
+            if len(pictures) >= engine.batch or len(batch.rows) >= MAX_ROWS_PER_IMAGE * engine.batch:
+                yield pop_batch()
+        if batch.rows:
+            yield pop_batch()
+
+
+def _embed_overlapped(
+    batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine, prefetch: int = 1
+) -> Generator[EmbeddedBatch, None, None]:
+    """In order, with so many batches begun after the one that is waited for."""
+    pending: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
+
+    def pop_embedded() -> EmbeddedBatch:
+        batch, wait_for_embeddings = pending.popleft()
+        started = perf_counter()
+        features = wait_for_embeddings()
+        batch.seconds.embedding += perf_counter() - started
+        return batch, features
+
+    with closing(batches):
+        for batch in batches:
+            started = perf_counter()
+            pending.append((batch, engine.submit(batch.images) if batch.images is not None else dict))
+            batch.images = None
+            batch.seconds.embedding += perf_counter() - started
+            if len(pending) > prefetch:
+                yield pop_embedded()
+        while pending:
+            yield pop_embedded()
+
+
+def embed_image_list(
+    images: ImageList, engine: EmbeddingEngine, output: str
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """The embeddings of images at hand, in the order given.
+
+    Returns
+    -------
+    features : ndarray of shape (n, …)
+        NaN in the rows whose status is not 0.
+    status : ndarray of shape (n,), uint8
+    """
+    n = len(images.items)
+    status = np.zeros(n, np.uint8)
+    features: NDArray[np.float32] | None = None
+    workers = min(engine.workers, -(-n // micro_batch_size(engine, engine.workers)))
+    loader = Loader(images, np.arange(n), engine.transform, engine.batch, collate=engine.collate)
+    with closing(loader), engine.session(), closing(embed_batches(loader, engine, workers)) as batches:
+        for batch, embeddings in batches:
+            status[batch.rows] = batch.status
+            if embeddings:
+                if features is None:
+                    features = np.full((n, *embeddings[output].shape[1:]), np.nan, np.float32)
+                rows = np.array(batch.rows)[batch.positions]
+                features[rows] = embeddings[output]
+                is_finite = np.isfinite(embeddings[output].reshape(len(rows), -1)).all(axis=1)
+                status[rows[~is_finite]] = Status.NOT_FINITE
+    return (np.full((n, 0), np.nan, np.float32) if features is None else features), status

@@ -1,0 +1,314 @@
+"""Work that was begun in a folder of caches and that nobody goes on with: shown, and removed on request."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from featpipe.cache import FeatureCache, parts_directory
+from featpipe.errors import CacheError
+from featpipe.storage import PART_FILE_NAME, TEMPORARY_NAME, StagingArea
+
+__all__ = ["AbandonedFiles", "clean", "remove_abandoned"]
+
+MIN_AGE_SECONDS = 3600  # what is younger may be somebody's copy under way, or belong to a process of another machine
+
+_PARTS_NAME = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # of a cache or a file of predictions
+_SHARD_NAME = re.compile(r"[0-9a-f]{24}\.h5")
+_LOCK_NAME = re.compile(r"\.files-[0-9a-f]{8}\.lock")
+_FEATURE_MAPS_NAME = re.compile(r"boundary-[0-9a-f]{16}\.h5")  # as featpipe.finetuning.feature_map_cache names them
+
+
+@dataclass(frozen=True)
+class AbandonedFiles:
+    """Something that nobody uses any more.
+
+    Attributes
+    ----------
+    kind : {"parts", "maps", "shards", "temporary", "lock"}
+        ``parts``: an extraction or a prediction that was not finished. ``maps``: feature maps that fine-tuning kept for
+        its next run, and has not used for an hour. ``shards``: pieces that no cache of the folder names. ``temporary``:
+        a file of a process that has ended. ``lock``: a lock that nobody holds.
+    path : Path
+    files : tuple of Path
+        What is to be removed: ``path`` itself, or files in it.
+    nbytes : int
+    seconds : float
+        How long ago it was last written, or used.
+    rows : int
+        Images of which the unfinished work has committed embeddings, or whose maps are kept: the same command would go
+        on from there.
+    renews : bool
+        Whether the file that the work was for is there, from an earlier one.
+    """
+
+    kind: Literal["parts", "maps", "shards", "temporary", "lock"]
+    path: Path
+    files: tuple[Path, ...]
+    nbytes: int
+    seconds: float
+    rows: int = 0
+    renews: bool = False
+
+
+def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> list[AbandonedFiles]:
+    """Find what was abandoned in a folder of caches, and remove it on request.
+
+    What a process holds, files of others, and caches of embeddings are never touched.
+
+    Parameters
+    ----------
+    folder : path-like
+        Where caches are kept; folders in it are not looked into.
+    yes : bool
+        Remove what is found; also finished work of what is not finished, see :attr:`Abandoned.rows`.
+
+    Returns
+    -------
+    list of Abandoned
+        What was found, or what was removed.
+
+    Raises
+    ------
+    CacheError
+        If there is no such folder.
+
+    Examples
+    --------
+    >>> clean("cache/")                                                         # doctest: +SKIP
+    """
+    path = Path(folder)
+    try:
+        abandoned = [
+            *_find_parts(path),
+            *_find_feature_maps(path),
+            *_find_shards(path),
+            *_find_temporary_files(path),
+            *_find_locks(path),
+        ]
+    except OSError as error:
+        raise CacheError(f"{path}: {error.strerror}; give the folder where caches are kept") from None
+    return remove_abandoned(abandoned) if yes else abandoned
+
+
+def remove_abandoned(abandoned: Iterable[AbandonedFiles]) -> list[AbandonedFiles]:
+    """Remove what :func:`clean` found, where that is still abandoned; what was removed."""
+    removers = {
+        "parts": _remove_parts,
+        "maps": _remove_feature_maps,
+        "shards": _remove_shards,
+        "temporary": _remove_file,
+        "lock": _remove_lock,
+    }
+    removed = []
+    for item in abandoned:
+        with suppress(OSError, CacheError):  # somebody else's by now, or not ours to remove: it is not in the answer
+            if removers[item.kind](item):
+                removed.append(item)
+    return removed
+
+
+def _find_parts(folder: Path) -> Iterator[AbandonedFiles]:
+    for path in sorted(folder.iterdir()):
+        if not _PARTS_NAME.search(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        files = tuple(file for file in path.iterdir() if PART_FILE_NAME.fullmatch(file.name))
+        staging_area = StagingArea(path, "")
+        if not staging_area.is_locked() and (files or not any(path.iterdir())):
+            output_path = path.with_name(path.name.removesuffix(".parts"))
+            rows = staging_area.count_recorded_rows()
+            yield AbandonedFiles(
+                "parts", path, files, _total_bytes(files), _age_seconds([path, *files]), rows, output_path.is_file()
+            )
+
+
+def _remove_parts(item: AbandonedFiles) -> bool:
+    staging_area = StagingArea(item.path, "")
+    if not item.path.is_dir() or staging_area.is_locked():
+        return False
+    with staging_area.lock_for_writing():
+        if staging_area.count_recorded_rows() != item.rows:
+            return False  # somebody went on with it since it was shown
+        staging_area.remove()
+    return not any(file.exists() for file in item.files)
+
+
+def _find_feature_maps(folder: Path) -> Iterator[AbandonedFiles]:
+    for path in sorted(folder.iterdir()):
+        if (
+            _FEATURE_MAPS_NAME.fullmatch(path.name)
+            and _is_old_file(path)
+            and not _staging_area_for_cache(path).is_locked()
+        ):
+            with suppress(CacheError):  # what does not open as a cache is not ours to judge
+                cache = FeatureCache(path, salvage=True)
+                files = (path, *cache.shard_files)
+                yield AbandonedFiles("maps", path, files, _total_bytes(files), _age_seconds([path]), len(cache))
+
+
+def _remove_feature_maps(item: AbandonedFiles) -> bool:
+    """Who has them open goes on reading: the files have no name any more, and are there until they are closed."""
+    staging_area = _staging_area_for_cache(item.path)
+    if staging_area.is_locked() or not _is_old_file(item.path):
+        return False
+    with staging_area.lock_for_writing():
+        item.path.unlink()
+        shards = item.path.with_name(item.path.name + ".shards")
+        for file in {*item.files} & {
+            *_find_orphaned_shards(item.path.parent, shards)
+        }:  # no copy of the cache names them
+            file.unlink()
+        with suppress(OSError):
+            shards.rmdir()
+        if not staging_area.count_recorded_rows():
+            staging_area.remove()
+    return True
+
+
+def _find_shards(folder: Path) -> Iterator[AbandonedFiles]:
+    orphans = _find_orphaned_shards(folder)
+    for path in sorted({file.parent for file in orphans}):
+        files = tuple(sorted(file for file in orphans if file.parent == path))
+        yield AbandonedFiles("shards", path, files, _total_bytes(files), _age_seconds(files))
+
+
+def _find_orphaned_shards(folder: Path, locked_folder: Path | None = None) -> list[Path]:
+    """Shards whose names no cache of the folder knows; none if a file there cannot be read and so may know them.
+
+    A shard is looked up by its own name alone, because a cache that was renamed still names the folder of before.
+    What another process writes now is left out; ``held`` is the folder of shards whose lock is ours.
+    """
+    shard_files = [
+        file
+        for path in folder.iterdir()
+        if path.name.endswith(".h5.shards") and path.is_dir() and not path.is_symlink()
+        if path == locked_folder or not _staging_area_for_shards(path).is_locked()
+        for file in path.iterdir()
+        if _SHARD_NAME.fullmatch(file.name) and _is_old_file(file)
+    ]
+    referenced_names: set[str] = set()
+    for path in folder.iterdir() if shard_files else ():
+        if path.is_file() and (path.suffix == ".h5" or _is_hdf5(path)):
+            try:
+                cache = FeatureCache(path, salvage=True)
+                referenced_names |= {file.name for file in (*cache.shard_files, *map(Path, cache.lost_shards))}
+            except CacheError:
+                return []
+    return [file for file in shard_files if file.name not in referenced_names]
+
+
+def _is_hdf5(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"\x89HDF"
+    except OSError:
+        return True  # who knows
+
+
+def _staging_area_for_shards(shards: Path) -> StagingArea:
+    return _staging_area_for_cache(shards.with_name(shards.name.removesuffix(".shards")))
+
+
+def _staging_area_for_cache(cache: Path) -> StagingArea:
+    return StagingArea(parts_directory(cache), "")
+
+
+def _remove_shards(item: AbandonedFiles) -> bool:
+    staging_area = _staging_area_for_shards(item.path)
+    if staging_area.is_locked():
+        return False
+    with (
+        staging_area.lock_for_writing()
+    ):  # no cache of this name is written meanwhile; another look, now that this is so
+        orphans = set(_find_orphaned_shards(item.path.parent, item.path))
+        removed = [file for file in item.files if file in orphans]
+        for file in removed:
+            file.unlink()
+        with suppress(OSError):
+            item.path.rmdir()
+        if not staging_area.count_recorded_rows():
+            staging_area.remove()
+    return len(removed) == len(item.files)
+
+
+def _find_temporary_files(folder: Path) -> Iterator[AbandonedFiles]:
+    for path in sorted(folder.iterdir()):
+        if TEMPORARY_NAME.fullmatch(path.name) and _is_old_file(path) and not _is_alive(int(path.name.split(".")[1])):
+            yield AbandonedFiles("temporary", path, (path,), _total_bytes([path]), _age_seconds([path]))
+
+
+def _remove_file(item: AbandonedFiles) -> bool:
+    item.path.unlink()
+    return True
+
+
+def _find_locks(folder: Path) -> Iterator[AbandonedFiles]:
+    for path in sorted(folder.iterdir()):
+        if _LOCK_NAME.fullmatch(path.name) and _is_old_file(path):
+            with suppress(OSError):
+                os.close(_acquire_lock(path))
+                yield AbandonedFiles("lock", path, (path,), _total_bytes([path]), _age_seconds([path]))
+
+
+def _remove_lock(item: AbandonedFiles) -> bool:
+    handle = _acquire_lock(item.path)
+    try:
+        item.path.unlink()  # whoever waits for it finds that its name is gone, and makes another
+    finally:
+        os.close(handle)
+    return True
+
+
+def _acquire_lock(lock: Path) -> int:
+    """The lock, if nobody holds it; else an OSError."""
+    handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _is_old_file(path: Path) -> bool:
+    """Whether it is a file that came here, or was written, long enough ago."""
+    with suppress(OSError):
+        file_stat = path.lstat()
+        return (
+            stat.S_ISREG(file_stat.st_mode)
+            and time.time() - max(file_stat.st_mtime, file_stat.st_ctime) > MIN_AGE_SECONDS
+        )
+    return False
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _total_bytes(files: Iterable[Path]) -> int:
+    return sum(file_stat.st_size for file_stat in _iter_stats(files))
+
+
+def _age_seconds(files: Iterable[Path]) -> float:
+    """Seconds since the last of some files was written."""
+    return max(0.0, time.time() - max((file_stat.st_mtime for file_stat in _iter_stats(files)), default=0.0))
+
+
+def _iter_stats(files: Iterable[Path]) -> Iterator[os.stat_result]:
+    for file in files:
+        with suppress(FileNotFoundError):  # what is gone meanwhile has no size
+            yield file.lstat()

@@ -1,0 +1,140 @@
+"""Rows copied from cache to cache, each verified on its way, into a file that nobody else is writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.cache import FeatureCache, SampleTable, parts_directory
+from featpipe.errors import CacheError, CacheMismatchError, ConfigError
+from featpipe.runtime import Progress, ProgressCallback
+from featpipe.status import Status
+from featpipe.storage import StagingArea
+
+__all__ = ["RowCopier", "check_columns", "is_up_to_date", "lock_for_writing", "prepare_output_path"]
+
+CHECK_BLOCK_ROWS = 65536
+MAX_LISTED_IDS = 5  # ids in an error message
+
+
+class RowCopier:
+    """Features of rows of some caches, in a new order.
+
+    Parameters
+    ----------
+    caches : sequence of FeatureCache
+    origin : ndarray of shape (n,), int
+        Which cache each new row comes from.
+    place : ndarray of shape (n,), int
+        Its row there.
+    progress : callable
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[FeatureCache],
+        source_indices: NDArray[np.integer],
+        source_rows: NDArray[np.integer],
+        progress: ProgressCallback,
+    ) -> None:
+        self._caches, self._source_indices, self._source_rows = caches, source_indices, source_rows
+        self._progress = progress
+        self._n_copied = 0
+
+    def gather(self, output: str, start: int, stop: int) -> NDArray[np.floating]:
+        """What :func:`featpipe.cache.write_cache` asks for.
+
+        Raises
+        ------
+        CacheError
+            If a row is not as it was written.
+        """
+        first_cache = self._caches[0]
+        values = np.empty((stop - start, *first_cache.shapes[output]), first_cache.facts["storage"])
+        source_indices, source_rows = self._source_indices[start:stop], self._source_rows[start:stop]
+        for source_index in np.unique(source_indices):
+            cache, rows = self._caches[source_index], np.flatnonzero(source_indices == source_index)
+            if not _intact_rows(cache, source_rows[rows], output).all():
+                raise _make_damage_error(cache)
+            values[rows] = cache.features(output)[source_rows[rows]]
+        self._n_copied += stop - start
+        total_rows = len(self._source_indices) * len(first_cache.outputs)
+        self._progress(Progress("bar", "copying", self._n_copied, total_rows, "rows"))
+        return values
+
+
+def _intact_rows(cache: FeatureCache, rows: NDArray[np.integer], output: str) -> NDArray[np.bool_]:
+    """Which rows are as they were written; what has no checks must at least be NaN where it is not ok."""
+    is_intact = cache.whole_rows(rows, output)
+    bad_rows = np.flatnonzero(cache.status_codes[rows] != Status.OK)
+    features = cache.features(output)[rows[bad_rows]]
+    is_intact[bad_rows] &= np.isnan(features).all(axis=tuple(range(1, features.ndim)))
+    return is_intact
+
+
+def _make_damage_error(cache: FeatureCache) -> CacheError:
+    """The error that names the damaged rows, all of which are looked for only when there is one."""
+    damaged_blocks: list[NDArray[np.intp]] = []
+    for start in range(0, len(cache), CHECK_BLOCK_ROWS):
+        rows = np.arange(start, min(len(cache), start + CHECK_BLOCK_ROWS))
+        is_intact = np.all([_intact_rows(cache, rows, output) for output in cache.outputs], axis=0)
+        damaged_blocks.append(rows[~is_intact])
+    damaged_rows = np.concatenate(damaged_blocks)
+    names = ", ".join(cache.ids[int(row)] for row in damaged_rows[:MAX_LISTED_IDS])
+    more_text = f" and {len(damaged_rows) - MAX_LISTED_IDS:,} more" if len(damaged_rows) > MAX_LISTED_IDS else ""
+    return CacheError(
+        f"{cache.path}: {len(damaged_rows):,} of its {len(cache):,} rows are not as they were written ({names}{more_text}); "
+        "nothing was changed: `featpipe verify --repair` embeds them again"
+    )
+
+
+def check_columns(cache: FeatureCache) -> None:
+    """Ids, labels and digests are small: they are verified before the first row is copied."""
+    damaged_columns = cache.damaged_columns()
+    if damaged_columns:
+        raise CacheError(
+            f"{cache.path}: {', '.join(damaged_columns)} {'is' if len(damaged_columns) == 1 else 'are'} not as written; "
+            "nothing was changed: see `featpipe verify`, or extract again"
+        )
+
+
+def prepare_output_path(out: str | os.PathLike[str]) -> Path:
+    """The name of a cache to be written; its folder is made."""
+    path = Path(out)
+    if path.suffix != ".h5":
+        raise ConfigError(f"--out {path}: a cache is an HDF5 file; give it a name that ends in .h5")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"{path.parent}: cannot be made ({error.strerror}); choose another --out") from None
+    return path
+
+
+@contextmanager
+def lock_for_writing(path: Path, fingerprint: str, progress: ProgressCallback) -> Iterator[None]:
+    """Hold the writer's lock of a cache, as an extraction does; the parts of an unfinished one stay."""
+    staging_area = StagingArea(parts_directory(path), fingerprint)
+    if staging_area.is_locked():
+        progress(Progress("note", f"{path}: another process writes this cache; waiting for it"))
+    with staging_area.lock_for_writing():
+        yield
+        if not any(staging_area.directory.glob("*.record")):
+            staging_area.remove()
+
+
+def is_up_to_date(path: Path, source: FeatureCache, table: SampleTable, *, one_file: bool, overwrite: bool) -> bool:
+    """Whether a file is already what would be written; another cache of that name is an error.
+
+    Equal facts, images and status mean equal features.
+    """
+    if not path.exists() or overwrite:
+        return False
+    cache = FeatureCache(path, salvage=True)
+    if cache.fingerprint == source.fingerprint and cache.outputs == source.outputs and cache.table().same_as(table):
+        return not (one_file and cache.shard_files) and not cache.lost_shards
+    raise CacheMismatchError(f"{path}: is there already and holds other rows; choose another --out, or --overwrite")

@@ -1,0 +1,425 @@
+"""Is a cache still what was written, and what the network answers? Damaged rows are named, and computed again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe import data
+from featpipe.cache import EmbeddingLookup, EmbeddingSource, FeatureCache, SampleTable, parts_directory, write_cache
+from featpipe.config import ExtractionConfig
+from featpipe.data import Index
+from featpipe.errors import ArchiveError, CacheError, ConfigError, SampleError
+from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.status import Status
+from featpipe.storage import StagingArea, digest
+
+__all__ = ["TOLERANCES", "DamagedRow", "Verification", "repair", "verify"]
+
+TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 0.3}
+"""Largest accepted distance of an embedding computed again, relative to its length, for each precision.
+
+Another processor, engine or version of torch sums in another order. On one machine with the same engine and batch size
+the distance is 0. Half precision moved EfficientNet-Lite0's embeddings of photographs by up to 0.15, each engine's in
+its own way.
+"""
+FLOAT16_STORAGE_TOLERANCE = 1e-3  # on top, where float16 is stored: its rounding error is at most 2^-11 for each number
+CHECK_BLOCK_ROWS = 8192
+EMBED_BLOCK_IMAGES = 256
+
+_REPAIRABLE_COLUMNS = ("samples/status", "samples/digest", "samples/stamp", "checks/")
+
+
+@dataclass(frozen=True)
+class DamagedRow:
+    """One row that is not right.
+
+    Attributes
+    ----------
+    row : int
+    id : str
+    what : str
+        ``checksum`` (digest, status or features are not those that were written), or ``answer`` (the network gives
+        other features for the same image).
+    distance : float or None
+        For an ``answer``: between the two embeddings, relative to their length.
+    """
+
+    row: int
+    id: str
+    what: str
+    distance: float | None = None
+
+
+@dataclass
+class Verification:
+    """What was found.
+
+    Attributes
+    ----------
+    cache : str
+    samples : int
+    checked : bool
+        Whether the file holds checksums; those of format 1.0 do not.
+    columns : list of str
+        Damaged datasets other than features.
+    shards : list of str
+        Shards that are missing or of another size.
+    damaged : list of Damage
+    embedded : int
+        Rows whose images were embedded again.
+    changed : int
+        Rows that were to be, but whose images have other bytes by now, or are gone.
+    farthest : float or None
+        The largest distance of an embedding computed again, relative to its length.
+    tolerance : float
+    repaired : int
+        Rows that were mended; ``damaged`` lists what is left.
+    """
+
+    cache: str
+    samples: int
+    checked: bool
+    tolerance: float
+    columns: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    damaged: list[DamagedRow] = field(default_factory=list)
+    embedded: int = 0
+    changed: int = 0
+    farthest: float | None = None
+    repaired: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was found."""
+        return not (self.columns or self.shards or self.damaged)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self), "whole": self.whole}
+
+
+def verify(
+    cache: str | os.PathLike[str],
+    *,
+    sample: int = 0,
+    archives: Sequence[str | os.PathLike[str]] = (),
+    backbone: Any = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: ProgressCallback = report_warnings_only,
+) -> Verification:
+    """Check every digest of a cache, and embed some random rows again to compare them.
+
+    Parameters
+    ----------
+    cache : path-like
+    sample : int
+        How many rows to embed again; as many as there are, if there are fewer.
+    archives : sequence of path-like
+        Where the images are now; where they were when they were embedded, if not given.
+    backbone : str or Backbone, optional
+        For a network of your own: its code is not run because a file names it.
+    device : str
+    seed : int
+        Decides which rows are embedded again.
+    progress : callable
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    CacheError
+        If the file does not open as a cache.
+    ArchiveError
+        If rows are to be embedded again and the archives are not there.
+    WeightsError
+        If the backbone is not the one that made the cache.
+    """
+    if sample < 0:
+        raise ConfigError(f"sample is {sample}; it must be at least 0")
+    feature_cache = FeatureCache(cache, salvage=True)
+    verification = Verification(
+        str(feature_cache.path), len(feature_cache), feature_cache.has_checks, _compute_tolerance(feature_cache.facts)
+    )
+    verification.columns = feature_cache.damaged_columns()
+    verification.shards = list(feature_cache.lost_shards)
+    is_intact = _find_intact_rows(feature_cache, progress)
+    ids = feature_cache.ids
+    verification.damaged = [DamagedRow(int(row), ids[int(row)], "checksum") for row in np.flatnonzero(~is_intact)]
+    rows = np.flatnonzero(is_intact & feature_cache.ok)
+    if sample and len(rows):
+        sampled_rows = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
+        index = _index_archives(feature_cache, archives)
+        _compare_embeddings(
+            feature_cache, sampled_rows, index, _load_backbone(feature_cache, backbone), device, verification, progress
+        )
+    return verification
+
+
+def repair(
+    cache: str | os.PathLike[str],
+    found: Verification,
+    *,
+    archives: Sequence[str | os.PathLike[str]] = (),
+    backbone: Any = None,
+    device: str = "auto",
+    progress: ProgressCallback = report_warnings_only,
+) -> Verification:
+    """Compute the damaged rows of a cache again, and no others.
+
+    They are embedded again, and not copied from another cache. A row whose image is gone, or has other bytes by now,
+    loses its features and gets the status that says so. Interrupted, it goes on where it was.
+
+    Parameters
+    ----------
+    cache : path-like
+    found : Verification
+        What :func:`verify` found.
+    archives, backbone, device, progress
+        As for :func:`verify`.
+
+    Returns
+    -------
+    Verification
+        Of the mended cache.
+
+    Raises
+    ------
+    CacheError
+        If ids, labels or splits are damaged: they are in the archive and not in the cache.
+    """
+    feature_cache = FeatureCache(cache, salvage=True)
+    unrepairable = [name for name in found.columns if not name.startswith(_REPAIRABLE_COLUMNS)]
+    if unrepairable:
+        raise CacheError(
+            f"{feature_cache.path}: {', '.join(unrepairable)} cannot be mended from the images; run the same extract command again: "
+            "it lists the archive anew and copies the rows that are whole"
+        )
+    if found.whole:
+        return found
+    staging_area = StagingArea(parts_directory(feature_cache.path), feature_cache.fingerprint)
+    with staging_area.lock_for_writing():
+        if FeatureCache(cache, salvage=True).manifest != feature_cache.manifest:
+            raise CacheError(f"{feature_cache.path}: was written anew meanwhile; verify it again")
+        damaged_rows = np.array(sorted({damaged_row.row for damaged_row in found.damaged}), np.int64)
+        index = _index_archives(feature_cache, archives)
+        index_rows = _match_index_rows(index, feature_cache, damaged_rows)
+        available_index = index.take(index_rows[index_rows >= 0])
+        recomputed = (
+            _extract_rows(
+                feature_cache, available_index, _load_backbone(feature_cache, backbone), device, staging_area, progress
+            )
+            if len(available_index)
+            else None
+        )
+        n_repaired = _write_repaired(feature_cache, found, damaged_rows, index_rows >= 0, recomputed)
+        staging_area.remove()
+    verification = verify(cache, progress=progress)
+    verification.embedded, verification.changed, verification.farthest = found.embedded, found.changed, found.farthest
+    verification.repaired = n_repaired
+    return verification
+
+
+def _compute_tolerance(facts: Mapping[str, Any]) -> float:
+    storage_tolerance = FLOAT16_STORAGE_TOLERANCE if facts["storage"] == "float16" else 0.0
+    return TOLERANCES.get(facts["precision"], max(TOLERANCES.values())) + storage_tolerance
+
+
+def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArray[np.bool_]:
+    """Which rows are as they were written, in all outputs, shape (n,)."""
+    n = len(cache)
+    is_intact = np.ones(n, bool)
+    for start in range(0, n, CHECK_BLOCK_ROWS):
+        rows = np.arange(start, min(n, start + CHECK_BLOCK_ROWS))
+        for output in cache.outputs:
+            is_intact[rows] &= cache.whole_rows(rows, output)
+        progress(Progress("bar", "checking", int(rows[-1]) + 1, n))
+    return is_intact
+
+
+def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[str]]) -> Index:
+    """The images of a cache, where they are now, in the cache's own order; those that are gone as missing."""
+    archive_paths = [os.fspath(archive_path) for archive_path in archives] or list(cache.manifest.get("archives", ()))
+    archive_kinds = cache.manifest.get("archive_kinds", ())
+    if not archive_paths:
+        raise ArchiveError(f"{cache.path}: does not say where its images are; give their archives with --archive")
+    if (
+        not archives
+        and set(archive_kinds) == {"files"}
+        and all(os.path.isdir(archive_path) for archive_path in archive_paths)
+    ):
+        file_index = data.index_files([os.path.join(archive_paths[0], name) for name in cache.ids])
+        return replace(file_index, ids=cache.ids)
+    return data.index(archive_paths)
+
+
+def _match_index_rows(index: Index, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where in the index some rows of the cache are, by where they were read or by their ids; -1 where they are not."""
+    if len(index) == len(cache) and index.ids == cache.ids:
+        return rows
+    lookup = EmbeddingLookup()
+    no_digests = np.zeros((len(index), 32), np.uint8)
+    lookup.add(EmbeddingSource(no_digests, index.compute_stamps(), np.zeros(len(index), np.uint8), cache.features))
+    source_indices, source_rows = lookup.find_by_stamp(cache.stamps[rows])
+    index_rows = np.where(source_indices >= 0, source_rows, -1)
+    missing_ids = {cache.ids[int(rows[position])]: position for position in np.flatnonzero(index_rows < 0)}
+    for row, name in enumerate(index.ids) if missing_ids else ():
+        if name in missing_ids:
+            index_rows[missing_ids[name]] = row
+    return index_rows
+
+
+def _load_backbone(cache: FeatureCache, custom_backbone: Any) -> Any:
+    """The backbone that made a cache."""
+    from featpipe import backbones
+
+    backbone_spec = cache.manifest.get("backbone", {})
+    if "augmentation" in cache.facts["backbone"].get("transform", {}):
+        raise ConfigError(
+            f"{cache.path}: is of pictures that were changed at random, for fine-tuning, and only its checksums can be "
+            "verified; leave --sample and --repair out, or remove it: fine-tuning computes it again"
+        )
+    return backbones.reload_backbone(custom_backbone, backbone_spec, cache.facts["backbone"], context=str(cache.path))
+
+
+def _compare_embeddings(
+    cache: FeatureCache,
+    rows: NDArray[np.int64],
+    index: Index,
+    backbone: Any,
+    device: str,
+    verification: Verification,
+    progress: ProgressCallback,
+) -> None:
+    """Embed some rows again; what is far from the cached row is damage."""
+    from featpipe.inference import Engine, ImageList, embed_image_list, resolve_device
+
+    engine = Engine(backbone, resolve_device(device), cache.facts["precision"])
+    for start in range(0, len(rows), EMBED_BLOCK_IMAGES):
+        block_rows = rows[start : start + EMBED_BLOCK_IMAGES]
+        image_bytes = _read_unchanged_images(cache, block_rows, index)
+        verification.changed += len(block_rows) - len(image_bytes)
+        verification.embedded += len(image_bytes)
+        block_rows, distances = np.array(list(image_bytes), np.int64), np.zeros(len(image_bytes))
+        for output in cache.outputs if image_bytes else ():
+            recomputed, _ = embed_image_list(ImageList(list(image_bytes.values())), engine, output)
+            distances = np.maximum(distances, _relative_distance(cache.features(output)[block_rows], recomputed))
+        for row, row_distance in zip(block_rows.tolist(), distances.tolist(), strict=True):
+            verification.farthest = max(verification.farthest or 0.0, row_distance)
+            if not row_distance <= verification.tolerance:
+                verification.damaged.append(DamagedRow(row, cache.ids[row], "answer", row_distance))
+        progress(Progress("bar", "embedding again", min(len(rows), start + EMBED_BLOCK_IMAGES), len(rows)))
+
+
+def _read_unchanged_images(cache: FeatureCache, rows: NDArray[np.int64], index: Index) -> dict[int, bytes]:
+    """The bytes of the images of some rows, of those that still are what was embedded."""
+    image_bytes = {}
+    with index.open() as reader:
+        for row, index_row in zip(rows.tolist(), _match_index_rows(index, cache, rows).tolist(), strict=True):
+            try:
+                data = reader.read(index_row) if index_row >= 0 else b""
+            except SampleError:
+                continue
+            if digest(data) == cache.digests[row].tobytes():
+                image_bytes[row] = data
+    return image_bytes
+
+
+def _relative_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How far apart two embeddings of each row are, relative to their length; infinite where one has none."""
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (first, second))
+    norms = np.maximum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
+    with np.errstate(invalid="ignore"):
+        distances = np.linalg.norm(a - b, axis=1) / np.where(norms > 0, norms, 1)
+    return np.where(np.isfinite(distances), distances, np.inf)
+
+
+def _extract_rows(
+    cache: FeatureCache, index: Index, backbone: Any, device: str, staging_area: StagingArea, progress: ProgressCallback
+) -> FeatureCache:
+    """Some images as a cache of their own, which a repair that is interrupted finds again.
+
+    It lies where there is no other cache, because one may hold the same wrong answer to be copied.
+    """
+    from featpipe.extraction import extract_index
+
+    config = ExtractionConfig(
+        precision=cache.facts["precision"],
+        storage=cache.facts["storage"],
+        device=device,
+        out=staging_area.repair_folder / "rows.h5",
+        overwrite=True,
+    )
+    return extract_index(index, backbone, config, progress, require_readable=False)
+
+
+def _write_repaired(
+    cache: FeatureCache,
+    verification: Verification,
+    rows: NDArray[np.int64],
+    is_available: NDArray[np.bool_],
+    recomputed: FeatureCache | None,
+) -> int:
+    """Write the cache anew with some rows computed again; how many of them have features now.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (m,), int64
+        Those that are damaged.
+    there : ndarray of shape (m,), bool
+        Whose images are still in the archive.
+    again : FeatureCache, optional
+        The rows that are there, in their order.
+    """
+    repaired_table = _repair_table(cache.table(), verification, rows, is_available, recomputed)
+    recomputed_row = np.full(len(cache), -1, np.int64)
+    recomputed_row[rows[is_available]] = np.arange(np.count_nonzero(is_available))
+
+    def gather(output: str, start: int, stop: int) -> NDArray[np.floating]:
+        block = np.array(cache.features(output)[start:stop])
+        replaced = np.flatnonzero(recomputed_row[start:stop] >= 0)
+        if len(replaced) and recomputed is not None:
+            block[replaced] = recomputed.features(output)[recomputed_row[start:stop][replaced]]
+        block[repaired_table.status[start:stop] != Status.OK] = np.nan
+        return block
+
+    manifest = {key: value for key, value in cache.manifest.items() if key not in ("columns", "shards")}
+    repair_entry = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "rows": len(rows)}
+    manifest["repaired"] = [*manifest.get("repaired", []), repair_entry]
+    write_cache(cache.path, repaired_table, manifest, cache.shapes, cache.facts["storage"], gather, cache.shard_bytes)
+    return int(np.count_nonzero(repaired_table.status[rows] == Status.OK))
+
+
+def _repair_table(
+    table: SampleTable,
+    verification: Verification,
+    rows: NDArray[np.int64],
+    is_available: NDArray[np.bool_],
+    recomputed: FeatureCache | None,
+) -> SampleTable:
+    """The table with what is known of some rows by now."""
+    status, digests, stamps = np.array(table.status), np.array(table.digests), np.array(table.stamps)
+    if "samples/stamp" in verification.columns:
+        stamps[:] = 0
+    status[rows[~is_available]] = Status.MISSING
+    available_rows = rows[is_available]
+    if recomputed is not None:
+        status[available_rows], stamps[available_rows] = recomputed.status_codes, recomputed.stamps
+        if "samples/digest" not in verification.columns:
+            is_other_image = (recomputed.digests != digests[available_rows]).any(axis=1) & (
+                recomputed.status_codes == Status.OK
+            )
+            status[available_rows[is_other_image]] = Status.MISSING  # another image has its name by now
+        digests[available_rows] = recomputed.digests
+    stamps[rows[status[rows] != Status.OK]] = 0
+    digests[rows[status[rows] == Status.MISSING]] = 0
+    return replace(table, status=status, digests=digests, stamps=stamps)

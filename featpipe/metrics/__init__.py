@@ -1,0 +1,66 @@
+"""How good predictions are, and how sure one can be of it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from featpipe.metrics.calibration import (
+    Calibration,
+    calibration_error,
+    compute_logits,
+    compute_prior_offsets,
+    compute_sigmoid_loss,
+    fit_temperature,
+)
+from featpipe.metrics.intervals import Interval, format_score, wilson_interval
+from featpipe.metrics.reliability import compute_confidence
+from featpipe.metrics.scores import METRICS, Scores
+
+if TYPE_CHECKING:
+    from featpipe.metrics.metrics import score, score_classification, score_multilabel, score_regression
+    from featpipe.metrics.paired_tests import PairedComparison, ScoreDifference, compare_paired, mcnemar_test
+
+__all__ = [
+    "METRICS",
+    "Calibration",
+    "Interval",
+    "PairedComparison",
+    "ScoreDifference",
+    "Scores",
+    "calibration_error",
+    "compare_paired",
+    "compute_confidence",
+    "compute_logits",
+    "compute_prior_offsets",
+    "compute_sigmoid_loss",
+    "fit_temperature",
+    "format_score",
+    "mcnemar_test",
+    "score",
+    "score_classification",
+    "score_multilabel",
+    "score_regression",
+    "wilson_interval",
+]
+
+_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
+    "PairedComparison": "paired_tests",
+    "ScoreDifference": "paired_tests",
+    "compare_paired": "paired_tests",
+    "mcnemar_test": "paired_tests",
+    "score": "metrics",
+    "score_classification": "metrics",
+    "score_multilabel": "metrics",
+    "score_regression": "metrics",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY_MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,163 @@
+"""From scores to probabilities that mean what they say, and to those of another mix of classes.
+
+A temperature divides the scores before the softmax (Guo et al., "On calibration of modern neural networks", ICML 2017);
+offsets are added to them where the classes are met more or less often than in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, softmax
+
+from featpipe.errors import ConfigError
+from featpipe.metrics.reliability import calibration_error
+
+__all__ = [
+    "Calibration",
+    "calibration_error",
+    "compute_logits",
+    "compute_prior_offsets",
+    "compute_sigmoid_loss",
+    "fit_temperature",
+]
+
+Array = NDArray[np.float64]
+
+TEMPERATURE_BOUNDS = (1e-2, 1e3)
+_MIN_PROBABILITY = 1e-12  # of a probability whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is done to the scores of a head before they become probabilities.
+
+    Attributes
+    ----------
+    temperature : float
+        Scores are divided by it; 1 leaves them as they are.
+    offsets : tuple of k floats
+        Added after that, one for each class; none where the classes are met as often as in training.
+    """
+
+    temperature: float = 1.0
+    offsets: tuple[float, ...] = ()
+
+    def compute_probabilities(self, logits: Array, multilabel: bool = False) -> Array:
+        """Of scores of shape (m, k)."""
+        scores = logits / self.temperature
+        if self.offsets:
+            scores = scores + np.asarray(self.offsets)
+        return np.asarray(expit(scores) if multilabel else softmax(scores, axis=1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"temperature": self.temperature, "offsets": list(self.offsets)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], n_classes: int) -> Calibration:
+        """From `facts`.
+
+        Raises
+        ------
+        ValueError
+            If they are not of k classes.
+        """
+        temperature, offsets = float(data["temperature"]), tuple(float(value) for value in data["offsets"])
+        is_finite = np.isfinite([temperature, *offsets]).all()
+        if not is_finite or temperature <= 0 or len(offsets) not in (0, n_classes):
+            raise ValueError(
+                f"a calibration of temperature {temperature} and {len(offsets)} offsets for {n_classes} classes"
+            )
+        return cls(temperature, offsets)
+
+
+def compute_logits(head: Any, X: NDArray[Any]) -> Array:
+    """The scores of a classifier before the softmax, shape (m, k); with several labels a row, before the sigmoids.
+
+    Its decision function; where it has none, the logarithm of its probabilities, or their log odds.
+
+    Raises
+    ------
+    ConfigError
+        If it gives neither.
+    """
+    if hasattr(head, "decision_function"):
+        scores = np.asarray(head.decision_function(X), np.float64)
+        return np.column_stack([np.zeros(len(scores)), scores]) if scores.ndim == 1 else scores
+    if not hasattr(head, "predict_proba"):
+        head_name = type(head[-1] if hasattr(head, "steps") else head).__name__
+        raise ConfigError(f"{head_name} gives neither probabilities nor scores; take another head")
+    probabilities = np.clip(np.asarray(head.predict_proba(X), np.float64), _MIN_PROBABILITY, 1.0)
+    if getattr(head, "multilabel_", False):
+        return np.log(probabilities) - np.log(np.clip(1 - probabilities, _MIN_PROBABILITY, 1.0))
+    return np.log(probabilities)
+
+
+def compute_sigmoid_loss(logits: Array, y: NDArray[Any]) -> float:
+    """The mean log loss of one sigmoid for each label; both of shape (m, k), y of 0 and 1."""
+    return float(np.mean(np.logaddexp(0, logits) - y * logits))
+
+
+def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
+    """The temperature with the least log loss.
+
+    Parameters
+    ----------
+    logits : ndarray of shape (m, k)
+        Of rows that the head was not fitted on.
+    y : ndarray of shape (m,) or (m, k)
+        Class codes; or 0 and 1 for each label.
+    """
+
+    def log_loss(log_temperature: float) -> float:
+        scores = logits * np.exp(-log_temperature)
+        if y.ndim == 2:
+            return compute_sigmoid_loss(scores, y)
+        return -float(np.mean(log_softmax(scores, axis=1)[np.arange(len(y)), y]))
+
+    result = minimize_scalar(log_loss, bounds=np.log(TEMPERATURE_BOUNDS), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(result.x))
+
+
+def compute_prior_offsets(
+    training_prior: Mapping[str, float], target_prior: Mapping[str, float], classes: Sequence[str]
+) -> tuple[float, ...]:
+    """What corrects scores for another mix of classes than that of training: log target - log trained.
+
+    Parameters
+    ----------
+    trained, target : mapping from class to a share or a count
+        Classes that ``target`` does not name share what it leaves in their trained proportions, if it gives shares
+        of less than 1 in all.
+    classes : sequence of str
+
+    Raises
+    ------
+    ConfigError
+        If a class is unknown, a share is not positive, or the shares are of more than 1.
+    """
+    unknown_classes = [name for name in target_prior if name not in classes]
+    if unknown_classes:
+        raise ConfigError(f"prior names {unknown_classes[0]!r}, which is none of the {len(classes)} classes")
+    if any(not np.isfinite(share) or share <= 0 for share in target_prior.values()):
+        raise ConfigError("prior gives a share that is not above 0; leave the class out, or give it a small one")
+    training_shares = np.array([training_prior[name] for name in classes], np.float64)
+    training_shares /= training_shares.sum()
+    target_shares = np.array([target_prior.get(name, np.nan) for name in classes], np.float64)
+    is_unspecified = np.isnan(target_shares)
+    if is_unspecified.any():
+        remaining_share = 1 - np.nansum(target_shares)
+        if remaining_share <= 0:
+            raise ConfigError(
+                f"prior gives {1 - remaining_share:g} to {len(target_prior)} of {len(classes)} classes: nothing is left"
+            )
+        target_shares[is_unspecified] = (
+            remaining_share * training_shares[is_unspecified] / training_shares[is_unspecified].sum()
+        )
+    return tuple((np.log(target_shares / target_shares.sum()) - np.log(training_shares)).tolist())

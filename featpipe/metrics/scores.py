@@ -1,0 +1,182 @@
+"""Scores as they are handed on: by name, for each class, as JSON and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.metrics.intervals import Interval, format_score
+
+__all__ = ["METRICS", "Scores", "nan_to_none"]
+
+METRICS: dict[str, tuple[str, str]] = {
+    "accuracy": ("Accuracy", "share of rows whose most probable class is the right one"),
+    "balanced_accuracy": ("Balanced accuracy", "mean recall; every class counts the same"),
+    "macro_f1": ("Macro F1", "mean F1; every class counts the same"),
+    "top5_accuracy": ("Top-5 accuracy", "share of rows whose class is among the five most probable"),
+    "log_loss": ("Log loss", "how much the probabilities are worth; lower is better"),
+    "calibration_error": ("Calibration error", "how far confidence is from accuracy, on average; lower is better"),
+    "roc_auc": ("ROC AUC", "chance that a row of a class is ranked above one of another class"),
+    "pr_auc": ("PR AUC", "mean precision of a class over all thresholds, averaged over classes"),
+    "mean_average_precision": (
+        "Mean average precision",
+        "mean over labels; 1 when each ranks its rows first",
+    ),
+    "micro_f1": ("Micro F1", "F1 over all decisions at probability 0.5"),
+    "exact_match": ("Exact match", "share of rows with every label right at probability 0.5"),
+    "mae": ("Mean absolute error", "in the units of the target; lower is better"),
+    "rmse": ("Root mean squared error", "in the units of the target; lower is better"),
+    "r2": ("R²", "share of the variance explained; 0 is as good as always saying the mean"),
+    "spearman": ("Spearman correlation", "whether the order is right, whatever the scale"),
+}
+"""What each score is called and what it means, for people."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of m predictions.
+
+    Attributes
+    ----------
+    task : {"classification", "multilabel", "regression"}
+    n : int
+        Rows scored.
+    metrics : dict of str to Interval
+        By the names in `METRICS`, the most telling first. A score that these rows leave undefined is not
+        there.
+    per_class : list of dict
+        For each class, in the order of `classes`: ``name``, ``precision``, ``recall``, ``f1``, ``support``,
+        ``precision_interval`` and ``recall_interval`` (low, high), and ``average_precision`` for several labels.
+        For each target of a regression: ``name``, ``mae``, ``rmse``, ``r2``, ``spearman``. NaN where undefined: the
+        precision of a class never predicted.
+    confusion : ndarray of shape (k, k), int64, or None
+        Rows are true, columns predicted classes; for classification alone.
+    classes : tuple of str
+        Class or target names.
+    """
+
+    task: str
+    n: int
+    metrics: dict[str, Interval]
+    per_class: list[dict[str, Any]]
+    confusion: NDArray[np.int64] | None
+    classes: tuple[str, ...]
+
+    def confused(self, limit: int) -> list[tuple[str, str, int]]:
+        """The pairs (true, predicted, rows) that are mixed up most often, at most `limit` of them."""
+        if self.confusion is None:
+            return []
+        true, predicted = np.nonzero(self.confusion)
+        pairs = [(self.confusion[t, p], t, p) for t, p in zip(true, predicted, strict=True) if t != p]
+        pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+        return [(self.classes[t], self.classes[p], int(rows)) for rows, t, p in pairs[:limit]]
+
+    def weakest(self) -> list[dict[str, Any]]:
+        """`per_class` from the weakest to the strongest by F1 (R² of targets), the larger class first.
+
+        Classes that have no rows, or no such score, come last.
+        """
+        score = "r2" if self.task == "regression" else "f1"
+
+        def sort_key(row: dict[str, Any]) -> tuple[bool, float, int]:
+            support = row.get("support", self.n)
+            is_defined = support > 0 and math.isfinite(row[score])
+            return not is_defined, row[score] if is_defined else 0.0, -support
+
+        return sorted(self.per_class, key=sort_key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; what is undefined is None.
+
+        The keys are stable: ``task``, ``n``, ``metrics`` (name to ``{"value", "low", "high"}``),
+        ``per_class`` (as the attribute), ``confusion`` (list of rows, or None) and ``classes``.
+        """
+        return {
+            "task": self.task,
+            "n": self.n,
+            "metrics": {
+                name: {
+                    "value": nan_to_none(interval.value),
+                    "low": nan_to_none(interval.low),
+                    "high": nan_to_none(interval.high),
+                }
+                for name, interval in self.metrics.items()
+            },
+            "per_class": [{key: nan_to_none(value) for key, value in row.items()} for row in self.per_class],
+            "confusion": None if self.confusion is None else self.confusion.tolist(),
+            "classes": list(self.classes),
+        }
+
+    def table(self, limit: int = 20) -> str:
+        """For the terminal: the scores with their intervals, then the `limit` weakest classes."""
+        metric_rows = [
+            (
+                METRICS[name][0],
+                format_score(interval.value),
+                f"[{format_score(interval.low)}, {format_score(interval.high)}]" if interval.known else "",
+            )
+            for name, interval in self.metrics.items()
+        ]
+        lines = [
+            f"{_format_count(self.n, 'row')}, {_format_count(len(self.classes), _COLUMN_NOUNS[self.task])}",
+            "",
+            *_align_columns(metric_rows),
+        ]
+        if len(self.classes) > 1:
+            weakest = [
+                {key: value for key, value in row.items() if not key.endswith("_interval")}
+                for row in self.weakest()[:limit]
+            ]
+            header = tuple(_HEADINGS.get(key, key) for key in weakest[0])
+            body_rows = [tuple(_format_cell(value) for value in row.values()) for row in weakest]
+            lines += ["", *_align_columns([header, *body_rows])]
+            if len(self.classes) > limit:
+                lines.append(f"the {limit} weakest of {len(self.classes):,}")
+        return "\n".join(lines)
+
+
+def nan_to_none(value: Any) -> Any:
+    """A value as JSON can hold it: None where it is not a number."""
+    if isinstance(value, (list, tuple)):
+        return [nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_HEADINGS = {"name": "", "support": "rows", "average_precision": "avg. precision"}
+
+
+_COLUMN_NOUNS = {"classification": "class", "multilabel": "label", "regression": "target"}
+
+
+def _format_count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
+
+
+def _format_cell(value: object) -> str:
+    """As the terminal may show it: control characters and direction marks of a name become escapes."""
+    if isinstance(value, str):
+        printable = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in value[:60]
+        )
+        return printable if len(printable) <= 32 and len(value) <= 32 else printable[:31] + "…"
+    return format_score(value) if isinstance(value, float) else f"{value:,}"
+
+
+def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [
+                first_cell.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(other_cells, widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for first_cell, *other_cells in rows
+    ]

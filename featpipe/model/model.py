@@ -1,0 +1,642 @@
+"""Backbone + head + classes, as one safe file on disk; predicts on images.
+
+The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin``; where there is any,
+``kept.safetensors`` (of training data) and ``trust.safetensors`` (of held-out images); if it carries its weights
+``backbone.safetensors``. ``model.json`` names the SHA-256 of the others. Nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe import heads
+from featpipe.cache import FeatureCache, restrict_facts_to_output
+from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
+from featpipe.metrics import Calibration, compute_logits
+from featpipe.model import uncertainty
+from featpipe.model.retained import ReplayMemory
+from featpipe.model.uncertainty import ConformalPredictor, Uncertainty
+from featpipe.status import Status
+from featpipe.storage import atomic_write, check_writable, describe_differences
+
+__all__ = [
+    "MODEL_FORMAT",
+    "MODEL_FORMAT_VERSION",
+    "STORED_DIGEST_BYTES",
+    "Model",
+    "as_image_list",
+    "embed_images_or_raise",
+    "load_model",
+    "raise_for_failures",
+    "read_document",
+]
+
+MODEL_FORMAT = "featpipe-model"
+MODEL_FORMAT_VERSION = (
+    "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of training data and known of held-out images
+)
+STORED_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
+MAX_MEMBER_BYTES = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
+REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER, WEIGHTS_MEMBER = (
+    "kept.safetensors",
+    "trust.safetensors",
+    "backbone.safetensors",
+)
+MAX_OPTIONAL_MEMBER_BYTES = {REPLAY_MEMORY_MEMBER: 8 * 2**30, UNCERTAINTY_MEMBER: 2**30}
+DOCUMENT_TYPES = {  # what model.json must hold, besides format and version
+    "head": str,
+    "task": str,
+    "classes": list,
+    "output": str,
+    "facts": dict,
+    "backbone": dict,
+    "scores": dict,
+    "history": dict,
+    "files": dict,
+}
+
+
+@dataclass(eq=False)
+class Model:
+    """A trained model.
+
+    Attributes
+    ----------
+    head : estimator
+        A fitted scikit-learn estimator on the features of ``output``.
+    head_name : str
+    task : {"classification", "regression", "multilabel"}
+    classes : tuple of str
+        Class names in the order of the probabilities' columns; target names for regression.
+    output : str
+        The backbone's output that the head was trained on.
+    facts : dict
+        The facts that decide the embeddings, as in the cache that the head was trained on.
+    request : dict
+        How to load the backbone again.
+    trained_on : ndarray of shape (m, 16), uint8
+        The beginning of the SHA-256 of each image that the head was trained on.
+    scores : dict
+        What is known of its quality, and how that was measured.
+    history : dict
+        Versions, time, head settings, origin of the training rows.
+    calibration : Calibration or None
+        What is done to the head's scores before they become probabilities.
+    kept : Kept or None
+        What it keeps of its training data, so that it can learn more classes.
+    trust : Trust
+        What is known of held-out images: how new an image looks, and sets of answers.
+    """
+
+    head: Any
+    head_name: str
+    task: str
+    classes: tuple[str, ...]
+    output: str
+    facts: dict[str, Any]
+    request: dict[str, Any]
+    trained_on: NDArray[np.uint8]
+    scores: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    kept: ReplayMemory | None = None
+    trust: Uncertainty = field(default_factory=Uncertainty)
+    path: Path | None = None
+    device: str = "auto"
+    _carries_weights: bool = False
+    _backbone: Any = None
+    _engine: Any = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.head_name} on {self.request['name']}, {self.task}, {len(self.classes)} classes)"
+
+    def predict_features(self, X: NDArray[np.floating]) -> NDArray[Any]:
+        """Predictions from embeddings.
+
+        Parameters
+        ----------
+        X : ndarray of shape (m, d)
+
+        Returns
+        -------
+        ndarray
+            Class names of shape (m,); targets of shape (m,) or (m, t); or a 0/1 matrix of shape (m, k).
+        """
+        if self.task == "regression":
+            return np.asarray(self.head.predict(X))
+        p = self.predict_proba_features(X)
+        if self.task == "multilabel":
+            return (p > 0.5).astype(np.int64)
+        return np.array(self.classes, dtype=object)[p.argmax(axis=1)]
+
+    def predict_proba_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Probabilities of shape (m, k) from embeddings, columns in the order of ``classes``."""
+        if self.task == "regression":
+            raise ConfigError("this model predicts numbers, not classes; it has no probabilities: use predict")
+        if self.calibration is not None:
+            return self.calibration.compute_probabilities(compute_logits(self.head, X), self.task == "multilabel")
+        return np.asarray(self.head.predict_proba(X), np.float64)
+
+    def novelty_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
+        """How new embeddings of shape (m, d) look: the share of training-like images that look less so, shape (m,).
+
+        Raises
+        ------
+        ConfigError
+            If the model was saved before featpipe measured this.
+        """
+        if self.trust.novelty is None:
+            raise ConfigError("this model does not know how new an image looks; train it again")
+        if X.ndim != 2 or X.shape[1] != self.trust.novelty.references.shape[1]:
+            raise ConfigError(f"embeddings of shape {X.shape}, expected (m, {self.trust.novelty.references.shape[1]})")
+        return self.trust.novelty(X)
+
+    def predict_sets_features(
+        self, X: NDArray[np.floating], level: float = 0.9
+    ) -> list[tuple[str, ...]] | NDArray[Any]:
+        """Sets of answers that hold the right one as often as ``level`` says, from embeddings.
+
+        Parameters
+        ----------
+        X : ndarray of shape (m, d)
+        level : float
+
+        Returns
+        -------
+        list of m tuple of str
+            Class names, the most probable first; of a regression an ndarray of shape (m, t, 2), the ends of intervals.
+
+        Raises
+        ------
+        ConfigError
+            If the model was trained without cross-validation, with a ``prior``, or for several labels.
+        """
+        conformal = self.sets_known()
+        if self.task == "regression":
+            return conformal.predict_intervals(self.predict_features(X), level)
+        p = self.predict_proba_features(X)
+        order = np.argsort(-p, axis=1, kind="stable")
+        is_included = np.take_along_axis(conformal.predict_sets(p, level), order, axis=1)
+        return [tuple(self.classes[i] for i in row[included]) for row, included in zip(order, is_included, strict=True)]
+
+    def sets_known(self) -> ConformalPredictor:
+        """What sets are made from; refused in one sentence where there is nothing."""
+        if self.trust.conformal is None:
+            if self.task == "multilabel":
+                raise ConfigError("sets are of classes that exclude each other; this model gives several labels")
+            if self.history.get("expansions"):
+                raise ConfigError(
+                    "this model learnt more classes without held-out images of each to calibrate sets with; expand the "
+                    "model before again, with --calibration and such images, or by --method joint if it had sets"
+                )
+            raise ConfigError(
+                "this model has no held-out answers to calibrate sets with; train with --cv 2 or more, and no --prior"
+            )
+        return self.trust.conformal
+
+    def novelty(self, images: Sequence[object]) -> NDArray[np.float64]:
+        """How new images look, shape (m,): 0.95 if 95 % of training-like images look less so; as :meth:`predict`."""
+        return self.novelty_features(self.embed(images))
+
+    def predict_sets(self, images: Sequence[object], level: float = 0.9) -> list[tuple[str, ...]] | NDArray[Any]:
+        """Sets of answers for images; see :meth:`predict_sets_features`."""
+        self.sets_known()
+        return self.predict_sets_features(self.embed(images), level)
+
+    def predict(self, images: Sequence[object]) -> NDArray[Any]:
+        """Predictions for images, in the order given.
+
+        Parameters
+        ----------
+        images : sequence
+            Paths, encoded bytes, Pillow images, or uint8 arrays of shape (h, w), (h, w, 3) or (h, w, 4).
+
+        Returns
+        -------
+        ndarray
+            As :meth:`predict_features`.
+
+        Raises
+        ------
+        SampleError
+            If one of the images cannot be read; it says which.
+        """
+        return self.predict_features(self.embed(images))
+
+    def predict_proba(self, images: Sequence[object]) -> NDArray[np.float64]:
+        """Probabilities for images, shape (m, k), columns in the order of ``classes``."""
+        return self.predict_proba_features(self.embed(images))
+
+    def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
+        """The embeddings of images, shape (m, d), in the order given; parameters and errors as :meth:`predict`."""
+        return embed_images_or_raise(as_image_list(images), self.engine(), self.output)
+
+    @property
+    def backbone(self) -> Any:
+        """The frozen network, loaded when it is first asked for.
+
+        Raises
+        ------
+        WeightsError
+            If the weights are not there, or not the ones that the head was trained on.
+        ModelError
+            If the network is code of somebody's own; pass it to :func:`load_model` if you trust it.
+        """
+        if self._backbone is None:
+            self._raise_for_custom_code()
+            self.attach(self.request["name"])
+        return self._backbone
+
+    def attach(self, backbone: Any) -> Model:
+        """Use this backbone, a ``Backbone`` or a name; refused if its embeddings are not the ones trained on."""
+        from featpipe import backbones
+
+        expected_facts = restrict_facts_to_output(self.facts, self.output)["backbone"]
+        weights = self.path if self._carries_weights and isinstance(backbone, str) else None
+        self._backbone = backbones.reload_backbone(
+            backbone, self.request, expected_facts, context=str(self.path or "model"), weights=weights
+        )
+        self._engine = None
+        return self
+
+    def extraction(self) -> dict[str, Any]:
+        """The settings of an extraction whose cache fits this model."""
+        settings = {name: self.facts[name] for name in ("precision", "storage")}
+        return {"backbone": self.backbone, "device": self.device, **settings}
+
+    def engine(self, images: int = 0) -> Any:
+        """The engine that embeds so many images for this model, in the precision it was trained with."""
+        from featpipe.inference import Engine, resolve_device
+
+        if self._engine is None or not self._engine.is_ready_for(images):
+            device = resolve_device(self.device)
+            self._engine = Engine(self.backbone, device, self.facts["precision"], images=images)
+        return self._engine
+
+    def _raise_for_custom_code(self) -> None:
+        name = self.request["name"]
+        if ":" in name:
+            raise ModelError(
+                f"{self.path or 'model'}: its backbone {name!r} is code of its author's own, which is not run unasked; "
+                "pass --backbone (in Python backbone=..., or model.attach(...)) if you trust it"
+            )
+
+    def was_trained_on(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which images the head was trained on, by the SHA-256 of their bytes, shape (n, 32) → (n,)."""
+        trained_digests = {row.tobytes() for row in self.trained_on}
+        return np.array([row.tobytes() in trained_digests for row in digests[:, :STORED_DIGEST_BYTES]], bool)
+
+    @property
+    def identity(self) -> str:
+        """A digest of its head, its classes and the images that it was trained on."""
+        digest = hashlib.sha256(repr((self.classes, self.head_name)).encode())
+        digest.update(self.trained_on.tobytes())
+        digest.update(repr(self.history.get("created")).encode())
+        return digest.hexdigest()
+
+    def expand(self, data: Any, **options: Any) -> Model:
+        """A model of more classes, or of fewer; see :func:`featpipe.expand`, which takes the same and says more.
+
+        Parameters
+        ----------
+        data : FeatureCache, path of one, archives, or several
+        **how
+            ``method``, ``memory``, ``drop``, ``merge``, … as there.
+        """
+        from featpipe.incremental import expand
+
+        return expand(self, data, **options).model
+
+    def finetune(self, archives: Any, **options: Any) -> Model:
+        """A model whose backbone was trained further; see :func:`featpipe.finetune`, which says more.
+
+        Parameters
+        ----------
+        archives : path-like or sequence of path-like
+        **how
+            ``unfreeze``, ``epochs``, ``labels``, ``out``, … as there.
+        """
+        from featpipe.finetuning import finetune
+
+        return finetune(self, archives, **options).model
+
+    def check_cache(self, cache: FeatureCache) -> None:
+        """Refuse a cache whose embeddings are not of the kind that the head was trained on."""
+        if self.output not in cache.outputs:
+            raise CacheMismatchError(
+                f"{cache.path}: holds {', '.join(cache.outputs)}, the model was trained on {self.output!r}; "
+                f"extract with --output {self.output}"
+            )
+        differing_facts = describe_differences(
+            restrict_facts_to_output(cache.facts, self.output), restrict_facts_to_output(self.facts, self.output)
+        )
+        if differing_facts:
+            raise CacheMismatchError(
+                f"{cache.path}: holds other embeddings than the model was trained on ({'; '.join(differing_facts[:4])}); "
+                "extract again with the model's backbone"
+            )
+
+    @staticmethod
+    def check_target(path: str | os.PathLike[str]) -> None:
+        """Refuse a path that `save` could not write to, with a ModelError: before a model is trained for it."""
+        try:
+            check_writable(Path(path))
+        except OSError as error:
+            raise _make_write_error(path, error) from None
+
+    def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
+        """Write the model to one file, replacing what was there in one step.
+
+        Parameters
+        ----------
+        path : path-like
+        portable : bool, optional
+            Carry the backbone's weights in the file, instead of referring to them by digest. If not given: as the model
+            was loaded, and a new one refers.
+
+        Raises
+        ------
+        ModelError
+            If the head cannot be saved without pickling, or the disk is full.
+        """
+        target = Path(path)
+        portable = self._carries_weights if portable is None else portable
+        members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
+        if self.kept is not None:
+            members[REPLAY_MEMORY_MEMBER] = self.kept.to_bytes()
+        if self.trust.novelty is not None or self.trust.conformal is not None:
+            members[UNCERTAINTY_MEMBER] = uncertainty.dumps(self.trust)
+        if portable:
+            members[WEIGHTS_MEMBER] = self._weight_bytes()
+        document = self._to_document(
+            portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+        )
+        try:
+            with atomic_write(target) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
+                text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+                file.writestr(zipfile.ZipInfo("model.json"), text.encode("utf-8", "backslashreplace"))
+                for name, data in members.items():
+                    file.writestr(zipfile.ZipInfo(name), data)
+        except OSError as error:
+            raise _make_write_error(target, error) from None
+        return target
+
+    def _to_document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:
+        return {
+            "format": MODEL_FORMAT,
+            "format_version": MODEL_FORMAT_VERSION,
+            "head": self.head_name,
+            "task": self.task,
+            "classes": list(self.classes),
+            "output": self.output,
+            "facts": self.facts,
+            "backbone": self.request,
+            "scores": self.scores,
+            "history": {**self.history, "portable": portable},
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+            "kept": None if self.kept is None else self.kept.to_summary(),
+            "files": files,
+        }
+
+    def _weight_bytes(self) -> bytes:
+        import safetensors.torch
+
+        state = self.backbone.network.state_dict()
+        # copied, because safetensors refuses tensors that share their memory, as tied weights do
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        return safetensors.torch.save(tensors)
+
+
+def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: str = "auto") -> Model:
+    """Read a model; nothing in the file can run code.
+
+    Parameters
+    ----------
+    path : path-like
+    backbone : str or Backbone, optional
+        Needed if the model was trained on code of somebody's own.
+    device : str
+        Where its backbone will run.
+
+    Raises
+    ------
+    ModelError
+        If there is no such file, it is damaged, or holds what may not be loaded.
+
+    Examples
+    --------
+    >>> model = load_model("photos.model")                                   # doctest: +SKIP
+    >>> model.predict(["a.jpg", "b.jpg"])                                    # doctest: +SKIP
+    """
+    model_path = Path(path)
+    with _wrap_read_errors(model_path):
+        document, members = _read_members(model_path)
+        model = Model(
+            head=heads.loads(members["head.skops"]),
+            head_name=document["head"],
+            task=document["task"],
+            classes=tuple(document["classes"]),
+            output=document["output"],
+            facts=document["facts"],
+            request=document["backbone"],
+            trained_on=np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, STORED_DIGEST_BYTES),
+            scores=document["scores"],
+            history=document["history"],
+            calibration=_load_calibration(document),
+            kept=ReplayMemory.from_bytes(members[REPLAY_MEMORY_MEMBER], len(document["classes"]))
+            if REPLAY_MEMORY_MEMBER in members
+            else None,
+            trust=uncertainty.loads(members[UNCERTAINTY_MEMBER]) if UNCERTAINTY_MEMBER in members else Uncertainty(),
+            path=model_path,
+            device=device,
+            _carries_weights=WEIGHTS_MEMBER in document["files"],
+        )
+        if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
+            raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
+        if model.kept is not None:
+            model.kept.check_compatible(model.head)
+    return model if backbone is None else model.attach(backbone)
+
+
+def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a model says of itself, without loading its head: for ``featpipe info``."""
+    with _wrap_read_errors(Path(path)):
+        return _read_members(Path(path))[0]
+
+
+def embed_images_or_raise(images: Sequence[object], engine: Any, output: str) -> NDArray[np.float32]:
+    """The embeddings of images at hand, shape (m, …), in the order given.
+
+    Raises
+    ------
+    SampleError
+        If one has no embedding.
+    """
+    from featpipe.inference import ImageList, embed_image_list
+
+    features, status_codes = embed_image_list(ImageList(images), engine, output)
+    raise_for_failures(images, status_codes)
+    return features
+
+
+def raise_for_failures(images: Sequence[object], status_codes: NDArray[np.integer]) -> None:
+    """Raise for the first image that has no embedding: in a list of predictions there is no row for a reason.
+
+    Parameters
+    ----------
+    images : sequence of length m
+    codes : ndarray of shape (m,)
+        Codes of :class:`featpipe.status.Status`.
+    """
+    for row in np.flatnonzero(status_codes)[:1].tolist():
+        image, status = images[row], Status(int(status_codes[row]))
+        name = str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__
+        raise SampleError(
+            f"image {row} ({name}): {status.word}; leave it out or repair it", status=status, sample_id=str(row)
+        )
+
+
+def as_image_list(images: object) -> list[Any]:
+    """The images as a list: from a sequence, an array or column of paths, or a stack of pictures.
+
+    Raises
+    ------
+    ConfigError
+        If it is one image, or none at all, or nothing that has an order.
+    """
+    advice = "images must be a list, for one image [image]"
+    if getattr(images, "ndim", 1) == 2 and getattr(images, "shape", (0, 0))[1] == 1:
+        images = images.iloc[:, 0] if hasattr(images, "iloc") else images[:, 0]  # type: ignore[index]
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Set)) or hasattr(images, "columns"):
+        raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
+        is_single_image = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (3, 4))
+        if is_single_image:
+            raise ConfigError(f"got an array of shape {images.shape}; {advice}, or a stack of shape (n, h, w, 3)")
+    if not hasattr(images, "__len__") or not hasattr(images, "__iter__"):
+        raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
+    if not len(images):
+        raise ConfigError("there are no images: an empty list, 0 sample(s)")
+    return list(images)
+
+
+def _make_write_error(path: str | os.PathLike[str], error: OSError) -> ModelError:
+    return ModelError(f"{path}: cannot be written ({error.strerror or error}); choose another --out")
+
+
+@contextlib.contextmanager
+def _wrap_read_errors(path: Path) -> Iterator[None]:
+    """Whatever a damaged or hostile file makes of itself becomes one error with its name."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: there is no such model file; `featpipe train` makes one and prints its path"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a model file") from None
+    # RuntimeError: encrypted members, and JSON that is nested too deeply
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{path}: is damaged or not a featpipe model ({reason}); copy it again, or train again"
+        ) from None
+
+
+def _load_calibration(document: Mapping[str, Any]) -> Calibration | None:
+    calibration_entry = document.get("calibration")
+    return None if calibration_entry is None else Calibration.from_dict(calibration_entry, len(document["classes"]))
+
+
+def _read_members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The checked document, and the members that are needed at once."""
+    with zipfile.ZipFile(path) as file:
+        infos = {info.filename: info for info in file.infolist()}
+        _check_members(infos, len(file.infolist()), path.stat().st_size)
+        document = json.loads(file.read("model.json"))
+        _check_document(document)
+        missing_members = sorted(document["files"].keys() - infos.keys())
+        if missing_members:
+            raise ModelError(f"has no {missing_members[0][:60]}, which its model.json names; copy the model again")
+        if infos.keys() != {"model.json", *document["files"]}:
+            raise ModelError("holds other members than its model.json names")
+        member_names = ("head.skops", "trained_on.bin", *MAX_OPTIONAL_MEMBER_BYTES)
+        members = {name: file.read(name) for name in member_names if name in infos}
+    for name, data in members.items():
+        if hashlib.sha256(data).hexdigest() != document["files"][name]:
+            raise ModelError(f"{name} is damaged: its digest is not the one in model.json; copy the model again")
+    return document, members
+
+
+def _check_members(infos: Mapping[str, zipfile.ZipInfo], member_count: int, file_size: int) -> None:
+    unknown_members = infos.keys() - MAX_MEMBER_BYTES.keys() - MAX_OPTIONAL_MEMBER_BYTES.keys() - {WEIGHTS_MEMBER}
+    if unknown_members or len(infos) != member_count:
+        raise ModelError(
+            f"holds {', '.join(map(repr, sorted(unknown_members)[:3])) or 'a member twice'}, which no model does"
+        )
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
+        raise ModelError("holds compressed members, which no model does")
+    for name in MAX_MEMBER_BYTES:
+        if name not in infos:
+            raise ModelError(f"has no {name}; it is not a featpipe model")
+    for name, max_bytes in {**MAX_MEMBER_BYTES, **MAX_OPTIONAL_MEMBER_BYTES}.items():
+        if name in infos and infos[name].file_size > min(max_bytes, file_size):
+            raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
+
+
+def _check_document(document: Any) -> None:
+    """The types of all that is used later, so that no command stumbles half way."""
+    if not isinstance(document, dict) or document.get("format") != MODEL_FORMAT:
+        raise ModelError(f"model.json is not of format {MODEL_FORMAT}; it is not a featpipe model")
+    version = str(document.get("format_version"))
+    if version.split(".")[0] != MODEL_FORMAT_VERSION.split(".")[0]:
+        raise ModelError(
+            f"has format version {version[:20]}, this featpipe reads {MODEL_FORMAT_VERSION.split('.')[0]}.x"
+        )
+    for key, expected_type in DOCUMENT_TYPES.items():
+        if not isinstance(document.get(key), expected_type):
+            raise ModelError(f"model.json has no {key}, or not as a {expected_type.__name__}; copy the model again")
+    classes, facts, request = document["classes"], document["facts"], document["backbone"]
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        raise ModelError("model.json names its classes twice, or not by text; train the model again")
+    backbone = facts.get("backbone")
+    if document["task"] not in heads.HEAD_TASKS or not isinstance(request.get("name"), str):
+        raise ModelError(
+            f"model.json names no task of {', '.join(heads.HEAD_TASKS)}, or no backbone; train the model again"
+        )
+    if not isinstance(request.get("weights"), str | None) or not isinstance(request.get("seed", 0), int):
+        raise ModelError("model.json does not say which weights its backbone has; train the model again")
+    if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
+        raise ModelError("model.json does not say what its output is; train the model again")
+    _check_replay_memory(document.get("kept"), document["history"].get("steps", []))
+    if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
+        raise ModelError("model.json does not say how the images were embedded; train the model again")
+
+
+def _check_replay_memory(memory_summary: Any, steps: Any) -> None:
+    """What is said of the data that are kept, and of the steps in which classes came."""
+    if memory_summary is not None:
+        sizes = memory_summary.get("bytes") if isinstance(memory_summary, dict) else None
+        numbers = (
+            [*sizes.values(), memory_summary.get("rows"), memory_summary.get("rows_a_class")]
+            if isinstance(sizes, dict)
+            else [None]
+        )
+        if not all(isinstance(number, int) for number in numbers):
+            raise ModelError("model.json does not say how large what it keeps is; copy the model again")
+    are_steps_valid = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+    if not are_steps_valid or not all(isinstance(step.get("classes"), list) and "method" in step for step in steps):
+        raise ModelError("model.json does not say which classes came in which step; train the model again")

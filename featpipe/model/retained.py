@@ -1,0 +1,350 @@
+"""What a model keeps of its training data, so that it can learn more classes without it.
+
+Counts of images, sums over embeddings, the importance of each weight, and, if asked for, some embeddings themselves.
+All of it are arrays, in one safetensors block of the model's file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.errors import ConfigError
+from featpipe.heads import (
+    SufficientStatistics,
+    accepts_statistics,
+    compute_fisher_diagonal,
+    compute_hidden_features,
+    compute_statistics,
+    find_statistics_kind,
+    get_base_head,
+    resolve_last_layer,
+)
+
+__all__ = [
+    "DEFAULT_RETENTION",
+    "EXEMPLAR_SELECTORS",
+    "ReplayMemory",
+    "RetentionPolicy",
+    "collect_replay_memory",
+    "compute_penultimate_features",
+    "select_by_herding",
+    "select_exemplars",
+]
+
+DEFAULT_RETENTION = "statistics,importances"
+DEFAULT_EXEMPLARS_PER_CLASS = 20  # of each class, where rows are asked for without a number
+_RETENTION_PARTS = ("statistics", "importances", "rows")
+_NETWORK_PREFIX = "network."  # before the names of what is trained below the last layer
+
+
+@dataclass(frozen=True)
+class RetentionPolicy:
+    """What to keep.
+
+    Attributes
+    ----------
+    statistics : bool
+        Class means and one matrix of scatter: d (d + 1) / 2 numbers for embeddings of width d, for ``centroid`` d.
+    importances : bool
+        The Fisher information of the last layer: as many numbers as it has weights.
+    rows : int
+        Embeddings of each class, as they are.
+    network : bool
+        The Fisher information of the weights of the network that were trained, and of the last layer: known where
+        images go through the network, which is when it is trained.
+    """
+
+    statistics: bool = False
+    importances: bool = False
+    rows: int = 0
+    network: bool = False
+
+    @classmethod
+    def from_text(cls, text: str) -> RetentionPolicy:
+        """As it is typed.
+
+        Raises
+        ------
+        ConfigError
+            If it is something else.
+
+        Examples
+        --------
+        >>> Keep.of("rows=50,statistics")
+        Keep(statistics=True, importances=False, rows=50, network=False)
+        >>> bool(Keep.of("none"))
+        False
+        """
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        policy = (
+            cls(**dict.fromkeys(_RETENTION_PARTS[:2], True), rows=DEFAULT_EXEMPLARS_PER_CLASS)
+            if words == ["all"]
+            else cls()
+        )
+        for word in words if words not in (["all"], ["none"]) else []:
+            name, equals, number = word.partition("=")
+            if name == "rows" and (not equals or re.fullmatch("[1-9][0-9]{0,8}", number)):
+                policy = replace(policy, rows=int(number) if equals else DEFAULT_EXEMPLARS_PER_CLASS)
+            elif name in (*_RETENTION_PARTS[:2], "network") and not equals:
+                policy = replace(policy, **{name: True})
+            else:
+                raise ConfigError(
+                    f"keep is {text!r}; give none, all, or some of statistics, importances and rows=N, with commas"
+                )
+        return policy
+
+    def __bool__(self) -> bool:
+        return self.statistics or self.importances or self.network or self.rows > 0
+
+    def raise_if_network(self) -> None:
+        """Refuse what embeddings alone do not tell."""
+        if self.network:
+            raise ConfigError(
+                "keep=network: importances of the network are of images that go through it, and embeddings do not; "
+                "keep them where the network is trained, with `featpipe expand --unfreeze`"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayMemory:
+    """What is kept of the rows that a classifier of k classes was trained on.
+
+    Attributes
+    ----------
+    counts : ndarray of shape (k,), int64
+        Images of each class.
+    rows : ndarray of shape (r, d), float32 or float16
+        Embeddings; of each class those first that tell most.
+    codes : ndarray of shape (r,), int32
+        Their classes.
+    statistics : Statistics or None
+    importances : ndarray of shape (k, p + 1), float32, or None
+        See :func:`featpipe.heads.last_layer.fisher`.
+    network : mapping from parameter to ndarray of float32, or None
+        The same of weights below the last layer, by the names of :meth:`featpipe.finetuning.trainer.Job.parameters`.
+    """
+
+    counts: NDArray[np.int64]
+    rows: NDArray[np.floating]
+    codes: NDArray[np.int32]
+    statistics: SufficientStatistics | None = None
+    importances: NDArray[np.float32] | None = None
+    network: Mapping[str, NDArray[np.float32]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.to_arrays().values())
+
+    def to_summary(self) -> dict[str, Any]:
+        """What it is and how large, for ``info``: JSON-able."""
+        exemplar_counts = np.bincount(self.codes, minlength=len(self.counts))
+        statistics, importances = self.statistics, self.importances
+        sizes = {
+            "rows": self.rows.nbytes + self.codes.nbytes if len(self.rows) else 0,
+            "statistics": statistics.nbytes if statistics is not None else 0,
+            "importances": importances.nbytes if importances is not None else 0,
+            "network": sum(array.nbytes for array in (self.network or {}).values()),
+        }
+        return {
+            "images": int(self.counts.sum()),
+            "rows": len(self.rows),
+            "rows_a_class": int(exemplar_counts.max(initial=0)),
+            "bytes": {name: size for name, size in sizes.items() if size},
+        }
+
+    def exemplar_weights(self) -> NDArray[np.float64]:
+        """How many images each kept row stands for, shape (r,)."""
+        exemplar_counts = np.bincount(self.codes, minlength=len(self.counts))
+        return (self.counts / np.maximum(exemplar_counts, 1))[self.codes]
+
+    def truncate(self, n: int) -> ReplayMemory:
+        """With at most n rows of each class."""
+        if not len(self.codes):
+            return self
+        selected_rows = np.sort(
+            np.concatenate([np.flatnonzero(self.codes == code)[:n] for code in range(len(self.counts))])
+        )
+        return replace(self, rows=self.rows[selected_rows], codes=self.codes[selected_rows])
+
+    def remap_classes(self, class_map: NDArray[np.intp], k: int) -> ReplayMemory:
+        """As of other classes, see :meth:`Statistics.regrouped`; importances of those that are joined add up."""
+        is_retained = class_map >= 0
+        counts = np.zeros(k, np.int64)
+        np.add.at(counts, class_map[is_retained], self.counts[is_retained])
+        row_mask = is_retained[self.codes]
+        importances = None
+        if self.importances is not None:
+            importances = np.zeros((k, self.importances.shape[1]), np.float32)
+            np.add.at(importances, class_map[is_retained], self.importances[is_retained])
+        return ReplayMemory(
+            counts,
+            self.rows[row_mask],
+            class_map[self.codes[row_mask]].astype(np.int32),
+            None if self.statistics is None else self.statistics.remap_classes(class_map, k),
+            importances,
+            self.network,
+        )
+
+    def check_compatible(self, pipeline: Any) -> None:
+        """Refuse what is of embeddings, or of a last layer, of another width than the head's.
+
+        Raises
+        ------
+        ValueError
+        """
+        d = int(pipeline[-1].n_features_in_)
+        widths = {self.rows.shape[1]} if len(self.rows) else set()
+        widths |= {len(self.statistics.shift)} if self.statistics is not None else set()
+        layer = resolve_last_layer(pipeline[-1])
+        layer_width = None if layer is None else layer.W.shape[1] + 1
+        if widths - {d} or (self.importances is not None and layer_width not in (None, self.importances.shape[1])):
+            raise ValueError(f"what is kept is of other embeddings than those of width {d} that the head takes")
+        if self.statistics is not None and not accepts_statistics(pipeline, self.statistics.kind):
+            raise ValueError(f"{type(pipeline[-1]).__name__} does not take statistics of kind {self.statistics.kind}")
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {"counts": self.counts}
+        if len(self.rows):
+            arrays |= {"rows": self.rows, "codes": self.codes}
+        if self.importances is not None:
+            arrays["importances"] = self.importances
+        if self.statistics is not None:
+            arrays |= {f"statistics.{name}": array for name, array in self.statistics.to_arrays().items()}
+        return arrays | {_NETWORK_PREFIX + name: array for name, array in (self.network or {}).items()}
+
+    def to_bytes(self) -> bytes:
+        import safetensors.numpy
+
+        return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in self.to_arrays().items()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, k: int) -> ReplayMemory:
+        """From `dumps`; of k classes.
+
+        Raises
+        ------
+        ValueError
+            If the arrays are damaged or do not fit together.
+        """
+        import safetensors.numpy
+
+        try:
+            arrays = safetensors.numpy.load(data)
+        except safetensors.SafetensorError as error:
+            raise ValueError(str(error)) from None
+        return cls.from_arrays(arrays, k)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], k: int) -> ReplayMemory:
+        """From `arrays`, checked."""
+        prefix = "statistics."
+        statistics_arrays = {
+            name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
+        }
+        statistics = SufficientStatistics.from_arrays(statistics_arrays) if statistics_arrays else None
+        network = {
+            name.removeprefix(_NETWORK_PREFIX): array
+            for name, array in arrays.items()
+            if name.startswith(_NETWORK_PREFIX)
+        }
+        rows, codes = arrays.get("rows", np.zeros((0, 0), np.float32)), arrays.get("codes", np.zeros(0, np.int32))
+        counts, importances = arrays["counts"], arrays.get("importances")
+        if counts.shape != (k,) or (counts < 0).any() or counts.dtype != np.int64:
+            raise ValueError(f"what is kept counts the images of other classes than the model's {k}")
+        if rows.ndim != 2 or codes.shape != (len(rows),) or codes.dtype != np.int32 or rows.dtype.kind != "f":
+            raise ValueError("kept rows and their classes are of different shapes")
+        if not np.isfinite(rows).all() or (len(codes) and not 0 <= codes.min() <= codes.max() < k):
+            raise ValueError("kept rows hold NaN, or classes that there are not")
+        if statistics is not None and len(statistics.counts) != k:
+            raise ValueError(f"kept statistics are of {len(statistics.counts)} classes, not {k}")
+        if importances is not None and (importances.shape[:1] != (k,) or not np.isfinite(importances).all()):
+            raise ValueError("kept importances are of other classes, or no numbers")
+        if any(array.dtype != np.float32 or not (array >= 0).all() for array in network.values()):
+            raise ValueError("kept importances of the network are no numbers of 0 or more")
+        return cls(counts, rows, codes, statistics, importances, network or None)
+
+
+def collect_replay_memory(
+    policy: RetentionPolicy, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: int, selection: str = "herding"
+) -> ReplayMemory:
+    """What to keep of the rows that a pipeline was fitted on.
+
+    Parameters
+    ----------
+    keep : Keep
+    pipeline : Pipeline
+        Fitted, of the steps "scale" and "head".
+    X : ndarray of shape (n, d)
+    y : ndarray of shape (n,)
+        Class codes below k.
+    k : int
+    selection : {"herding", "random"}
+    """
+    counts = np.bincount(y, minlength=k).astype(np.int64)
+    rows, codes = np.zeros((0, X.shape[1]), X.dtype), np.zeros(0, np.int32)
+    if policy.rows:
+        selected_rows = select_exemplars(selection, compute_penultimate_features(pipeline, X), y, policy.rows)
+        rows, codes = np.asarray(X[selected_rows]), y[selected_rows].astype(np.int32)
+    statistics = compute_statistics(find_statistics_kind(pipeline)[0], X, y, k) if policy.statistics else None
+    importances, layer = None, resolve_last_layer(pipeline[-1])
+    if policy.importances and layer is not None:
+        importances = compute_fisher_diagonal(layer, compute_penultimate_features(pipeline, X)).astype(np.float32)
+    return ReplayMemory(counts, rows, codes, statistics, importances)
+
+
+def compute_penultimate_features(pipeline: Any, X: NDArray[Any]) -> NDArray[Any]:
+    """What the last layer of a fitted pipeline sees, shape (n, p)."""
+    scaled_X = pipeline[:-1].transform(X) if pipeline[0] != "passthrough" else X
+    return compute_hidden_features(get_base_head(pipeline[-1]), scaled_X)
+
+
+def select_by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+    """Row numbers of at most n rows whose mean is near the mean of all, after each row as near as can be.
+
+    Notes
+    -----
+    Herding as in iCaRL (Rebuffi et al., CVPR 2017): the first rows of the selection are the selection of fewer rows.
+
+    Examples
+    --------
+    >>> herd(np.array([[0.0], [4.0], [5.0], [11.0]]), 3)
+    array([2, 1, 3])
+    """
+    Z = np.asarray(Z, np.float64)
+    center, norms = Z.mean(axis=0), np.einsum("ij,ij->i", Z, Z)
+    total, available = np.zeros_like(center), np.ones(len(Z), bool)
+    selected_rows = []
+    for count in range(1, min(n, len(Z)) + 1):
+        # |center - (total + z) / count|², but for what is the same for all z
+        distance = norms - 2 * Z @ (count * center - total)
+        distance[~available] = np.inf
+        best_row = int(distance.argmin())
+        selected_rows.append(best_row)
+        available[best_row], total = False, total + Z[best_row]
+    return np.array(selected_rows, np.intp)
+
+
+def _select_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+    return select_by_herding(Z, n)
+
+
+def _select_random(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
+    return np.random.default_rng(0).permutation(len(Z))[:n]
+
+
+EXEMPLAR_SELECTORS = {"herding": _select_herding, "random": _select_random}
+
+
+def select_exemplars(selection: str, Z: NDArray[np.floating], y: NDArray[np.integer[Any]], n: int) -> NDArray[np.intp]:
+    """Row numbers of at most n rows of each class, class by class, those first that are to be kept longest."""
+    selected_rows = []
+    for code in np.unique(y):
+        rows = np.flatnonzero(y == code)
+        selected_rows.append(rows[EXEMPLAR_SELECTORS[selection](Z[rows], n)])
+    return np.concatenate(selected_rows) if selected_rows else np.zeros(0, np.intp)

@@ -1,0 +1,162 @@
+"""Work on blocks of rows, spread over the threads that BLAS may use; the answer does not depend on how many."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from itertools import islice
+from threading import Lock
+from typing import Any, Generic, Self, TypeVar
+
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
+
+__all__ = ["BlasThreadPool", "limit_torch_threads", "map_in_parallel", "prefetch"]
+
+MIN_PARALLEL_MULTIPLICATIONS = 1e7
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class BlasThreadPool:
+    """A context in which BLAS has one thread and `map` has as many as BLAS had before.
+
+    Parameters
+    ----------
+    products : float
+        Multiplications of one pass over the rows; a small pass stays on the caller's thread, since starting more
+        costs more than they bring.
+
+    Notes
+    -----
+    BLAS threads wait for each other in every product, which on a busy machine takes longer than the product.
+    """
+
+    def __init__(self, multiplications: float = 0.0) -> None:
+        self.multiplications = multiplications
+        self.n_threads = 1
+        self._executor: ThreadPoolExecutor | None = None
+        self._exit_stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        blas = _threadpool_controller().select(user_api="blas")
+        if self.multiplications >= MIN_PARALLEL_MULTIPLICATIONS:
+            self.n_threads = max([library.num_threads for library in blas.lib_controllers], default=1)
+        self._exit_stack.enter_context(blas.limit(limits=1))
+        if self.n_threads > 1:
+            self._executor = ThreadPoolExecutor(self.n_threads - 1)
+            self._exit_stack.callback(
+                self._executor.shutdown, cancel_futures=True
+            )  # after an error nobody waits for the others
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor = None
+        self._exit_stack.close()
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``work`` of each item, in order; few results wait at a time, and the caller works too while it waits."""
+        if self._executor is None:
+            yield from map(function, items)
+            return
+        tasks: deque[_PendingCall[Item, Result]] = deque()
+        for item in items:
+            tasks.append(_PendingCall(self._executor, function, item))
+            if len(tasks) > 2 * self.n_threads:
+                yield _pop_result(tasks)
+        while tasks:
+            yield _pop_result(tasks)
+
+
+def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``work`` of each item: as many at a time as there are threads, each on one; those left over in turn, on all.
+
+    For work whose passes are too small to keep several threads busy, and that is so short that it can be waited for
+    where another item ends in an error.
+    """
+    with BlasThreadPool(MIN_PARALLEL_MULTIPLICATIONS) as pool:
+        parallel_count = len(items) - len(items) % pool.n_threads if pool.n_threads > 1 else 0
+        results = list(pool.map(function, items[:parallel_count]))
+    return [*results, *map(function, items[parallel_count:])]
+
+
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], lookahead: int = 1) -> Iterator[Result]:
+    """``work`` of each item, in order; while one result is used, another thread works on so many of the next."""
+    remaining = iter(items)
+    with ThreadPoolExecutor(1, "featpipe-ahead") as executor:
+        futures = deque(executor.submit(function, item) for item in islice(remaining, lookahead))
+        try:
+            while futures:
+                result = futures.popleft().result()
+                futures.extend(executor.submit(function, item) for item in islice(remaining, 1))
+                yield result
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+class _PendingCall(Generic[Item, Result]):
+    """Work on one item, begun by another thread or taken over by the caller's."""
+
+    def __init__(self, executor: ThreadPoolExecutor, function: Callable[[Item], Result], item: Item) -> None:
+        self._function, self._item = function, item
+        self.future = executor.submit(function, item)
+
+    def run_in_caller(self) -> bool:
+        """Do it here, if nobody has begun; whether that was so."""
+        if not self.future.cancel():
+            return False
+        self.future = Future()
+        self.future.set_result(self._function(self._item))
+        return True
+
+
+def _pop_result(tasks: deque[_PendingCall[Item, Result]]) -> Result:
+    """The first result; meanwhile this thread works too, on what nobody has begun."""
+    while not tasks[0].future.done() and any(task.run_in_caller() for task in tasks):
+        pass
+    return tasks.popleft().future.result()
+
+
+@cache
+def _threadpool_controller() -> Any:
+    """Looking for the libraries of the process takes milliseconds: once."""
+    return ThreadpoolController()
+
+
+MIN_MULTITHREADED_MULTIPLICATIONS = 2e9
+
+_lock = Lock()
+_saved_thread_counts: list[int] = []  # one entry for each context that is open
+
+
+@contextmanager
+def limit_torch_threads(multiplications: float) -> Iterator[None]:
+    """A context in which torch has one thread if a step is small; afterwards as many as before.
+
+    Parameters
+    ----------
+    products : float
+        Multiplications of a step.
+
+    Notes
+    -----
+    Threads wait for each other in every operation. When another process has the core of one, the others wait until it
+    is given back, which takes milliseconds, far longer than a small operation.
+    """
+    import torch
+
+    with _lock:
+        _saved_thread_counts.append(_saved_thread_counts[0] if _saved_thread_counts else torch.get_num_threads())
+        if multiplications < MIN_MULTITHREADED_MULTIPLICATIONS and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            saved_thread_count = _saved_thread_counts.pop()
+            if not _saved_thread_counts and torch.get_num_threads() != saved_thread_count:
+                torch.set_num_threads(saved_thread_count)

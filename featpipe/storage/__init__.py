@@ -1,0 +1,25 @@
+"""Bytes that survive: atomic writes, hashing, the staging area of unfinished work."""
+
+from __future__ import annotations
+
+from featpipe.storage.atomic import atomic_write, check_writable, fsync_directory, make_writable_folder
+from featpipe.storage.hashing import compute_fingerprint, describe_differences, digest, digest_arrays
+from featpipe.storage.staging import PART_FILE_NAME, TEMPORARY_NAME, Part, StagingArea, lock_file
+from featpipe.storage.string_column import StringColumn
+
+__all__ = [
+    "PART_FILE_NAME",
+    "TEMPORARY_NAME",
+    "Part",
+    "StagingArea",
+    "StringColumn",
+    "atomic_write",
+    "check_writable",
+    "compute_fingerprint",
+    "describe_differences",
+    "digest",
+    "digest_arrays",
+    "fsync_directory",
+    "lock_file",
+    "make_writable_folder",
+]

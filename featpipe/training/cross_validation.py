@@ -1,0 +1,217 @@
+"""How good a head is, from rows that it was not fitted on and that chose none of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featpipe.errors import ConfigError
+from featpipe.metrics import Calibration, Scores, calibration_error, fit_temperature, score
+from featpipe.model import ConformalPredictor
+from featpipe.runtime import Progress, ProgressCallback
+from featpipe.training.dataset import EmbeddingDataset
+from featpipe.training.fit import MAX_TUNING_ROWS, FittedHead, HeadConfig
+from featpipe.training.search import subsample
+
+__all__ = ["LOWER_IS_BETTER", "Estimate", "cross_validate", "fit_calibration_on_folds", "get_main_metric"]
+
+Split = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+N_CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
+
+LOWER_IS_BETTER = ("log_loss", "mae", "rmse")
+
+
+def get_main_metric(scores: Scores, metric: str | None = None) -> tuple[str, float]:
+    """The score that heads are compared by: its name, and its value with the sign that makes larger the better."""
+    name = metric if metric is not None and metric in scores.metrics else next(iter(scores.metrics))
+    value = float(scores.metrics[name].value)
+    return name, -value if name in LOWER_IS_BETTER else value
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What cross-validation found.
+
+    Attributes
+    ----------
+    scores : Scores
+        Of the predictions of all folds together.
+    folds : tuple of float
+        The main score of each fold.
+    calibration : Calibration or None
+        Fitted on the predictions of all folds.
+    errors : tuple of two floats, or None
+        The calibration error before and after; after, each fold was calibrated on the others.
+    how : str
+        For people.
+    conformal : Conformal or None
+        From the predictions of all folds; None of several labels.
+    held, answers : ndarray of shape (h,) and (h, k)
+        Positions among the rows, ascending, and what was predicted for them where they were held out.
+    """
+
+    scores: Scores
+    folds: tuple[float, ...]
+    calibration: Calibration | None
+    calibration_errors: tuple[float, float] | None
+    description: str
+    conformal: ConformalPredictor | None = None
+    held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    predictions: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the main score over the folds."""
+        return float(np.std(self.folds, ddof=1)) if len(self.folds) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        result = {"how": self.description, "folds": len(self.folds), "by_fold": list(self.folds), "spread": self.spread}
+        if self.calibration is not None and self.calibration_errors is not None:
+            error_before, error_after = self.calibration_errors
+            result["calibration"] = {
+                "temperature": self.calibration.temperature,
+                "error_before": error_before,
+                "error_after": error_after,
+            }
+        return {**result, **self.scores.to_dict()}
+
+
+def cross_validate(
+    config: HeadConfig,
+    dataset: EmbeddingDataset,
+    k: int,
+    *,
+    calibrate: bool,
+    progress: ProgressCallback,
+    metric: str | None = None,
+) -> Estimate:
+    """Fit on all folds but one, k times, with the settings chosen anew each time; or on what came before a time."""
+    fitted_folds = _fit_folds(config, dataset, dataset.make_splits(config.task, k), progress)
+    calibrate = calibrate or (config.task != "regression" and not fitted_folds[0].fitted.has_probabilities)
+    if calibrate and len(fitted_folds) == 1:
+        fitted_folds = _split_in_halves(fitted_folds[0], dataset)
+    held_out = np.concatenate([fold.held_out for fold in fitted_folds])
+    calibration, calibration_errors = None, None
+    if calibrate:
+        predictions, calibration, calibration_errors = _calibrate_folds(config, fitted_folds, dataset.y)
+    else:
+        predictions = [fold.fitted.predict(fold.X) for fold in fitted_folds]
+    targets = _get_targets(config.task, dataset)
+    order = np.argsort(held_out, kind="stable")
+    all_predictions = np.concatenate(predictions)[order]
+    scores = score(config.task, targets[held_out[order]], all_predictions, dataset.classes)
+    name, _ = get_main_metric(scores, metric)
+    fold_metrics = [
+        score(config.task, targets[fold.held_out], fold_predictions, dataset.classes, bootstrap=0).metrics
+        for fold, fold_predictions in zip(fitted_folds, predictions, strict=True)
+    ]
+    fold_scores = tuple(metrics[name].value for metrics in fold_metrics if name in metrics)
+    conformal = (
+        None
+        if config.task == "multilabel"
+        else ConformalPredictor.from_predictions(np.concatenate(predictions), dataset.y[held_out])
+    )
+    return Estimate(
+        scores,
+        fold_scores,
+        calibration,
+        calibration_errors,
+        _describe(dataset, k, len(held_out)),
+        conformal,
+        held_out[order],
+        all_predictions,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """The rows that were held out, their features, and what was fitted on the others."""
+
+    held_out: NDArray[np.int64]
+    X: Any
+    fitted: FittedHead
+
+
+def _fit_folds(
+    config: HeadConfig, dataset: EmbeddingDataset, splits: Sequence[Split], progress: ProgressCallback
+) -> list[_Fold]:
+    fitted_folds = []
+    for train_rows, held_out in splits:
+        fitted_folds.append(_Fold(held_out, dataset.take(held_out).X, config.fit(dataset.take(train_rows))))
+        progress(Progress("bar", "cross-validating", len(fitted_folds), len(splits), "folds"))
+    return fitted_folds
+
+
+def _split_in_halves(fold: _Fold, dataset: EmbeddingDataset) -> list[_Fold]:
+    """Every other row, so that each can be calibrated on rows that are not its own."""
+    halves = (fold.held_out[::2], fold.held_out[1::2])
+    return [_Fold(half, dataset.take(half).X, fold.fitted) for half in halves]
+
+
+def _calibrate_folds(
+    config: HeadConfig, folds: Sequence[_Fold], y: NDArray[Any]
+) -> tuple[list[NDArray[np.float64]], Calibration, tuple[float, float]]:
+    """The answers of each fold, calibrated on the others; the calibration by all; and the errors."""
+    logits = [fold.fitted.compute_logits(fold.X) for fold in folds]
+    targets = [y[fold.held_out] for fold in folds]
+    multilabel = config.task == "multilabel"
+
+    def fit_calibration(chosen_folds: Sequence[int]) -> Calibration:
+        return Calibration(
+            fit_temperature(
+                np.concatenate([logits[i] for i in chosen_folds]), np.concatenate([targets[i] for i in chosen_folds])
+            )
+        )
+
+    fold_numbers = list(range(len(folds)))
+    probabilities = [
+        fit_calibration([j for j in fold_numbers if j != i]).compute_probabilities(logits[i], multilabel)
+        for i in fold_numbers
+    ]
+    all_targets = np.concatenate(targets)
+    error_before = calibration_error(
+        Calibration().compute_probabilities(np.concatenate(logits), multilabel), all_targets
+    )
+    error_after = calibration_error(np.concatenate(probabilities), all_targets)
+    return probabilities, fit_calibration(fold_numbers), (error_before, error_after)
+
+
+def fit_calibration_on_folds(config: HeadConfig, dataset: EmbeddingDataset, progress: ProgressCallback) -> Calibration:
+    """A temperature from cross-validation alone, for a head that has no probabilities of its own."""
+    dataset = subsample(dataset, MAX_TUNING_ROWS) if dataset.is_streamed else dataset  # one number
+    for k in (N_CALIBRATION_FOLDS, 2):
+        try:
+            splits = dataset.make_folds(config.task, k)
+        except ConfigError:
+            continue
+        return _calibrate_folds(config, _fit_folds(config, dataset, splits, progress), dataset.y)[1]
+    raise ConfigError(
+        f"head {config.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has "
+        "one image only: take logistic, or give more images"
+    )
+
+
+def _get_targets(task: str, dataset: EmbeddingDataset) -> NDArray[Any]:
+    return np.array(dataset.classes, dtype=object)[dataset.y] if task == "classification" else dataset.y
+
+
+def _format_time(moment: Any) -> str:
+    """A time for people: a date without its midnight, a number as it is written."""
+    if isinstance(moment, np.datetime64):
+        return str(moment.astype("datetime64[s]")).removesuffix("T00:00:00")
+    return f"{moment:.15g}" if isinstance(moment, float) else str(moment)
+
+
+def _describe(dataset: EmbeddingDataset, k: int, n_held_out: int) -> str:
+    groups_text = "" if dataset.groups is None else f", {len(np.unique(dataset.groups)):,} groups kept together"
+    if dataset.since is not None:
+        return f"fitted on what is before {_format_time(dataset.since)}, judged by the {n_held_out:,} images since then{groups_text}"
+    if dataset.times is not None:
+        return f"{k} spans of time, each predicted from earlier ones: {n_held_out:,} of {len(dataset):,} training images{groups_text}"
+    return f"{k}-fold cross-validation on the {len(dataset)} training images{groups_text}"
