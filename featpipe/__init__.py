@@ -24,16 +24,20 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
-    from featpipe.evaluation import evaluate
-    from featpipe.experiments import run
-    from featpipe.extraction import extract
-    from featpipe.finetuning import finetune
+    from featpipe.evaluation.evaluate import evaluate
+    from featpipe.experiments.run import run
+    from featpipe.extraction.extract import extract
+    from featpipe.finetuning.finetune import finetune
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
-    from featpipe.incremental import expand
-    from featpipe.maintenance import clean, merge, pack, repair, verify
+    from featpipe.incremental.expand import expand
+    from featpipe.maintenance.clean import clean
+    from featpipe.maintenance.merge import merge
+    from featpipe.maintenance.pack import pack
+    from featpipe.maintenance.verify import repair, verify
     from featpipe.model import Model, load_model
-    from featpipe.prediction import predict
-    from featpipe.training import compare, train
+    from featpipe.prediction.predict import predict
+    from featpipe.training.compare import compare
+    from featpipe.training.train import train
 
 __all__ = [
     "ArchiveError",
@@ -80,20 +84,20 @@ _HOMES = {  # loaded when first used, so that reading a cache costs no torch
     "SoftmaxRegressionCV": "heads",
     "TransferClassifier": "estimators",
     "TransferRegressor": "estimators",
-    "clean": "upkeep",
+    "clean": "maintenance",
     "compare": "training",
     "evaluate": "evaluation",
-    "expand": "expansion",
+    "expand": "incremental",
     "extract": "extraction",
     "finetune": "finetuning",
     "load_model": "model",
-    "merge": "upkeep",
-    "pack": "upkeep",
+    "merge": "maintenance",
+    "pack": "maintenance",
     "predict": "prediction",
-    "repair": "verification",
-    "run": "pipeline",
+    "repair": "maintenance",
+    "run": "experiments",
     "train": "training",
-    "verify": "verification",
+    "verify": "maintenance",
 }
 
 

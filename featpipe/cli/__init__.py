@@ -15,8 +15,8 @@ import click
 
 import featpipe
 from featpipe.cli.logging import LogLevel, is_json, log_message, make_log_format_option
-from featpipe.cli.terminal import printable
 from featpipe.errors import FeatpipeError, TimeLimitError
+from featpipe.runtime import printable
 
 __all__ = ["main"]
 

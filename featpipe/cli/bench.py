@@ -1,4 +1,4 @@
-"""The command that measures a machine."""
+"""``featpipe bench``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from featpipe.cli.options import EXTRACTION_DEFAULTS, MACHINE_OPTIONS, add_options
-from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
+from featpipe.runtime import format_table
 
 __all__ = ["bench"]
 

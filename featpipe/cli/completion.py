@@ -1,4 +1,4 @@
-"""What a shell completes: commands and options, and the names of recipes, heads and backbones."""
+"""``featpipe completion``."""
 
 from __future__ import annotations
 

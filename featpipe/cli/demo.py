@@ -1,4 +1,4 @@
-"""The demonstration command."""
+"""``featpipe demo``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from time import perf_counter
 
 import click
 
-from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
+from featpipe.runtime import format_table
 
 __all__ = ["demo"]
 

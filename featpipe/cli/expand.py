@@ -1,4 +1,4 @@
-"""The command that teaches a model more classes."""
+"""``featpipe expand``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
 from featpipe.cli.train import parse_bytes
+from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
     from featpipe.incremental import Expansion

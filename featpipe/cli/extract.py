@@ -1,4 +1,4 @@
-"""The command that makes a cache."""
+"""``featpipe extract``."""
 
 from __future__ import annotations
 

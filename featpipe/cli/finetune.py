@@ -1,4 +1,4 @@
-"""The command that goes back into the network."""
+"""``featpipe finetune``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
 from featpipe.config import AUTO, FineTuneConfig
+from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
     from featpipe.finetuning import FineTuningResult

@@ -1,4 +1,4 @@
-"""Commands that show something: info, backbones, heads."""
+"""``featpipe info``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.options import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
-from featpipe.cli.terminal import format_duration, format_size, format_table, print_json, printable
-from featpipe.config import unknown_name_error
+from featpipe.cli.terminal import print_json
+from featpipe.runtime import format_duration, format_size, format_table, printable
 
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
     from featpipe.maintenance import CacheDiff, SampleDiff
 
-__all__ = ["backbones", "cache_to_dict", "format_cache", "heads", "info"]
+__all__ = ["cache_to_dict", "format_cache", "info"]
 
 
 @click.command(short_help="Show what a cache or a model holds.")
@@ -209,95 +209,10 @@ def _format_value(value: object) -> str:
     return printable(str(value))
 
 
-@click.command(short_help="List the networks that can be used.")
-@click.argument("pattern", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
-def backbones(pattern: str | None, as_json: bool) -> None:
-    """List the networks that can be used, all or those whose names match PATTERN.
-
-    \b
-    Example:
-      featpipe backbones 'resnet*'
-    """
-    from featpipe import backbones as backbone
-
-    names = backbone.names(pattern)
-    if pattern and not names:
-        raise unknown_name_error("backbone", pattern, backbone.names())
-    if as_json:
-        print_json(names)
-    else:
-        click.echo("\n".join(names))
-
-
-@click.command(short_help="List the heads that can be trained.")
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
-def heads(name: str | None, as_json: bool) -> None:
-    """List the heads that can be trained and what they are for; with a NAME, its settings and their defaults.
-
-    \b
-    Example:
-      featpipe heads
-      featpipe heads mlp
-    """
-    from featpipe import heads as heads_package
-
-    if name is not None:
-        _print_head_settings(name, as_json)
-        return
-    rows = [
-        {
-            "head": head,
-            "tasks": [task for task in heads_package.HEAD_TASKS if head in heads_package.list_heads(task)],
-            "what": spec.summary,
-        }
-        for head, spec in heads_package.HEAD_REGISTRY.items()
-    ]
-    if as_json:
-        print_json(rows)
-        return
-    click.echo(format_table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
-    click.echo(
-        "\nAny other estimator of scikit-learn's kind by its import path, such as sklearn.naive_bayes.GaussianNB"
-    )
-
-
-def _print_head_settings(name: str, as_json: bool) -> None:
-    from featpipe import heads as heads_package
-
-    spec = heads_package.get_spec(name)
-    settings = heads_package.get_settings(name)
-    grid = {key: list(values) for key, values in spec.grid.items()}
-    if as_json:
-        details = {
-            "head": name,
-            "tasks": list(spec.estimators),
-            "what": spec.summary,
-            "settings": settings,
-            "grid": grid,
-        }
-        print_json(details)
-        return
-    click.echo(f"{name}: {spec.summary}; for {', '.join(spec.estimators)}\n")
-    rows = [
-        [key, _format_setting(value), ", ".join(map(_format_setting, grid.get(key, [])))]
-        for key, value in settings.items()
-    ]
-    click.echo(format_table(rows, ["setting", "default", "tried by --tune"]))
-
-
-def _format_setting(value: object) -> str:
-    """As ``--set`` takes it."""
-    if callable(value):
-        return getattr(value, "__name__", repr(value))
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 MAX_LISTED_CLASSES = 20  # as many are all shown, in their order
+
 N_LARGEST_CLASSES = 10  # of more, the largest
+
 MAX_LISTED_ARCHIVES = 5
 
 

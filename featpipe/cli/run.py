@@ -1,4 +1,4 @@
-"""The command that runs recipes."""
+"""``featpipe run``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import click
 
 from featpipe.cli.completion import NameParameter
 from featpipe.cli.logging import log_message
-from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
+from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
     from featpipe.experiments import DryRun

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-import unicodedata
-from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featpipe.cli.logging import is_json, log_message
-from featpipe.runtime import Progress
+from featpipe.runtime import Progress, printable
 
-__all__ = ["Terminal", "format_duration", "format_size", "format_table", "in_notebook", "print_json", "printable"]
+if TYPE_CHECKING:
+    from featpipe.cache import FeatureCache
 
-MAX_CELL_CHARACTERS = 110
+__all__ = ["Terminal", "in_notebook", "print_cache", "print_json"]
+
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
 
 
@@ -86,77 +86,16 @@ def in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def format_table(rows: Sequence[Sequence[object]], header: Sequence[str], right_aligned: Sequence[int] = ()) -> str:
-    """Columns of text, aligned by what a terminal shows.
-
-    Examples
-    --------
-    >>> print(table([["mlp", 0.91]], ["head", "score"], right=[1]))
-    head  score
-    mlp    0.91
-    """
-    lines = [[_truncate_cell(str(cell)) for cell in row] for row in [header, *rows]]
-    widths = [max(_get_display_width(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            (" " * (widths[i] - _get_display_width(cell)) + cell)
-            if i in right_aligned
-            else cell + " " * (widths[i] - _get_display_width(cell))
-            for i, cell in enumerate(line)
-        ).rstrip()
-        for line in lines
-    )
-
-
-def format_size(nbytes: float) -> str:
-    """Bytes as people read them.
-
-    Examples
-    --------
-    >>> size(900), size(66_600_000)
-    ('900 bytes', '63.5 MiB')
-    """
-    if nbytes < 1024:
-        return f"{nbytes:.0f} bytes"
-    for unit in ("KiB", "MiB", "GiB"):
-        nbytes /= 1024
-        if nbytes < 1024:
-            return f"{nbytes:.1f} {unit}"
-    return f"{nbytes / 1024:.1f} TiB"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people read them.
-
-    Examples
-    --------
-    >>> duration(0.24), duration(200), duration(60 * 60 * 5), duration(86400 * 3)
-    ('0.2 s', '3 min 20 s', '5 h', '3 days')
-    """
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    whole_seconds = round(seconds)
-    if whole_seconds < 600:
-        return f"{whole_seconds // 60} min" + (f" {whole_seconds % 60} s" if whole_seconds % 60 else "")
-    if whole_seconds < 7200:
-        return f"{whole_seconds // 60} min"
-    return f"{whole_seconds // 3600} h" if whole_seconds < 2 * 86400 else f"{whole_seconds // 86400:,} days"
-
-
 def print_json(value: object) -> None:
     """JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def printable(text: str) -> str:
-    """One line without control characters: names from archives are not trusted."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-
-
-def _truncate_cell(text: str) -> str:
-    clean = printable(text)
-    return clean if len(clean) <= MAX_CELL_CHARACTERS else clean[: MAX_CELL_CHARACTERS - 1] + "…"
-
-
-def _get_display_width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
+def print_cache(cache: FeatureCache, as_json: bool) -> None:
+    """The path of a cache that was written, or its counts as JSON."""
+    if not as_json:
+        click.echo(cache.path)
+        return
+    files = [str(file) for file in cache.shard_files]
+    counts = {"samples": len(cache), "bad": cache.bad_rows(), "bytes": cache.file_bytes, "shards": files}
+    print_json({"cache": str(cache.path), **counts, "merged_from": cache.manifest.get("merged_from")})

@@ -1,4 +1,4 @@
-"""The command that trains heads."""
+"""``featpipe train``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import click
 
 from featpipe.cli.completion import HEAD_NAME
 from featpipe.cli.logging import log_message
-from featpipe.cli.terminal import Terminal, format_duration, format_size, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
+from featpipe.runtime import format_duration, format_size, format_table
 
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache

@@ -1,4 +1,4 @@
-"""The command that doubts: verify."""
+"""``featpipe verify``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.terminal import Terminal, format_table, print_json
+from featpipe.cli.terminal import Terminal, print_json
 from featpipe.errors import CacheError
+from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
     from featpipe.maintenance import Verification
@@ -42,14 +43,15 @@ def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
     Example:
       featpipe verify cache/photos.h5 --sample 32
     """
-    from featpipe.maintenance import verify as verification
+    from featpipe.maintenance import repair as repair_cache
+    from featpipe.maintenance import verify as verify_cache
 
     with Terminal() as terminal:
-        result = verification.verify(cache, progress=terminal, **settings)
+        result = verify_cache(cache, progress=terminal, **settings)
         if repair and not result.whole:
             _print_result(result, terminal_only=True)
             repair_options = {key: settings[key] for key in ("archives", "backbone", "device")}
-            result = verification.repair(cache, result, progress=terminal, **repair_options)
+            result = repair_cache(cache, result, progress=terminal, **repair_options)
     if as_json:
         print_json(result.facts())
     else:

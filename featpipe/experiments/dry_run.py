@@ -97,7 +97,7 @@ class DryRun:
 
     def table(self) -> str:
         """The same for the terminal."""
-        from featpipe.cli import format_table
+        from featpipe.runtime import format_table
 
         extraction_rows = [
             [f"{extraction.images:,}", _format_unknown(extraction), extraction.backbone, extraction.cache]

@@ -166,7 +166,7 @@ class RunResult:
 
     def table(self) -> str:
         """The table for the terminal, with what its figures are."""
-        from featpipe.cli import format_table
+        from featpipe.runtime import format_table
 
         columns = self.columns()
         n_text_columns = sum(heading in ("", "backbone", "head", "settings") for heading in columns)
@@ -231,7 +231,7 @@ def _result_to_dict(result: TrialResult, folder: Path) -> dict[str, Any]:
 
 def _make_columns(run: RunResult) -> dict[str, list[str]]:
     """The columns by their headings; those that say the same of all rows, or nothing, are left out."""
-    from featpipe.cli import format_size
+    from featpipe.runtime import format_size
 
     sorted_results, metric = _sort_by_score(run.results), run.results[0].metric
     summary_by_backbone = {summary.backbone: summary for summary in run.embedded}
@@ -256,7 +256,7 @@ def _make_columns(run: RunResult) -> dict[str, list[str]]:
 
 
 def _format_optional_duration(seconds: float | None) -> str:
-    from featpipe.cli import format_duration
+    from featpipe.runtime import format_duration
 
     return "–" if seconds is None else format_duration(seconds)
 

@@ -141,7 +141,7 @@ def get_tiles_folder(recipe: Recipe) -> Path:
 
 def _make_default_progress() -> ProgressCallback:
     """Bars where a notebook shows them."""
-    from featpipe.cli import Terminal, in_notebook
+    from featpipe.cli.terminal import Terminal, in_notebook
 
     return Terminal() if in_notebook() else report_warnings_only
 

@@ -209,9 +209,8 @@ def make_feature_map_dataset(
     storage = "float16" if isinstance(partition.upper, UpperNetwork) else "float32"  # as embeddings are kept already
     caches = []
     for view_index in range(n_views if augmentation.is_active else 1):
-        view_backbone = replace(
-            truncated_backbone, transform=AugmentedTransform(backbone.transform, augmentation, view_index, seed)
-        )  # type: ignore[arg-type]
+        augmented_transform: Any = AugmentedTransform(backbone.transform, augmentation, view_index, seed)
+        view_backbone = replace(truncated_backbone, transform=augmented_transform)
         view_settings = ExtractionConfig.from_settings(
             {"storage": storage, **(settings or {}), "backbone": view_backbone, "outputs": (partition.output,)}
         )

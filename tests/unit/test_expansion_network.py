@@ -19,7 +19,6 @@ from torch.nn import functional
 import featpipe
 from featpipe import backbones, expand, load_model
 from featpipe.cli import cli
-from featpipe.cli.terminal import format_size
 from featpipe.errors import ConfigError
 from featpipe.finetuning import checkpoint
 from featpipe.finetuning.head_layers import HeadLayers
@@ -32,6 +31,7 @@ from featpipe.incremental.deep.methods import make_replay_dataset
 from featpipe.incremental.deep.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.model import Model, ReplayMemory
+from featpipe.runtime import format_size
 from tests import finetuning as pictures
 from tests.conftest import interrupt_fine_tuning
 from tests.unit.test_finetune_loop import ASKED, Interrupting, N, assert_equal, begun, job_of, weights

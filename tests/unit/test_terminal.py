@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from featpipe.cli import info
-from featpipe.cli.terminal import Terminal, format_table
+from featpipe.cli.terminal import Terminal
 from featpipe.config import ExtractionConfig
-from featpipe.runtime import Progress, report_warnings_only
+from featpipe.runtime import Progress, format_table, report_warnings_only
 from featpipe.status import Status
 from featpipe.storage import hashing
 

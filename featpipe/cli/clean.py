@@ -1,4 +1,4 @@
-"""Commands that look after caches: pack, merge, clean."""
+"""``featpipe clean``."""
 
 from __future__ import annotations
 
@@ -7,68 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import SHARD_BYTES_OPTION, add_options
-from featpipe.cli.terminal import Terminal, format_duration, format_size, print_json, printable
+from featpipe.cli.terminal import print_json
 from featpipe.errors import ConfigError
+from featpipe.runtime import format_duration, format_size, printable
 
 if TYPE_CHECKING:
-    from featpipe.cache import FeatureCache
     from featpipe.maintenance import AbandonedFiles
 
-__all__ = ["clean", "merge", "pack"]
-
-
-@click.command(short_help="Make one portable file of a cache that is spread over shards.")
-@click.argument("cache", metavar="CACHE")
-@click.option("--out", metavar="FILE.h5", help="The new file.  [default: CACHE itself becomes one file]")
-@click.option("--overwrite", is_flag=True, help="Replace another cache at --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
-def pack(cache: str, out: str | None, overwrite: bool, as_json: bool) -> None:
-    """Make one portable file of a cache that is spread over shards.
-
-    Its rows are those of CACHE, byte for byte; each is verified before it is copied. Prints the path.
-
-    \b
-    Example:
-      featpipe pack cache/photos.h5 --out photos-portable.h5
-    """
-    from featpipe.maintenance import pack as run
-
-    with Terminal() as terminal:
-        packed_cache = run(cache, out, overwrite=overwrite, progress=terminal)
-    _print_cache(packed_cache, as_json)
-
-
-@click.command(short_help="Join caches that were made from the same facts.")
-@click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
-@click.option("--out", required=True, metavar="FILE.h5", help="The new file.")
-@click.option("--overwrite", is_flag=True, help="Replace another cache at --out.")
-@add_options(SHARD_BYTES_OPTION)
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
-def merge(caches: tuple[str, ...], out: str, overwrite: bool, shard_bytes: int, as_json: bool) -> None:
-    """Join caches that were made from the same facts, one after the other.
-
-    A sample of the same id, bytes and label in several of them is one row; an id that names another image gets #2.
-    Classes are united; labels must be of one kind. Each row is verified before it is copied. Prints the path.
-
-    \b
-    Example:
-      featpipe merge cache/2023.h5 cache/2024.h5 --out cache/both.h5
-    """
-    from featpipe.maintenance import merge as run
-
-    with Terminal() as terminal:
-        merged_cache = run(caches, out, overwrite=overwrite, shard_bytes=shard_bytes, progress=terminal)
-    _print_cache(merged_cache, as_json)
-
-
-def _print_cache(cache: FeatureCache, as_json: bool) -> None:
-    if as_json:
-        files = [str(file) for file in cache.shard_files]
-        counts = {"samples": len(cache), "bad": cache.bad_rows(), "bytes": cache.file_bytes, "shards": files}
-        print_json({"cache": str(cache.path), **counts, "merged_from": cache.manifest.get("merged_from")})
-    else:
-        click.echo(cache.path)
+__all__ = ["clean"]
 
 
 @click.command(short_help="Remove work that was begun and that nobody goes on with.")

@@ -1,0 +1,81 @@
+"""Numbers and tables as text: sizes, durations, aligned columns, printable names."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = ["format_duration", "format_size", "format_table", "printable"]
+
+MAX_CELL_CHARACTERS = 110
+
+
+def format_table(rows: Sequence[Sequence[object]], header: Sequence[str], right_aligned: Sequence[int] = ()) -> str:
+    """Columns of text, aligned by what a terminal shows.
+
+    Examples
+    --------
+    >>> print(format_table([["mlp", 0.91]], ["head", "score"], right_aligned=[1]))
+    head  score
+    mlp    0.91
+    """
+    lines = [[_truncate_cell(str(cell)) for cell in row] for row in [header, *rows]]
+    widths = [max(_get_display_width(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            (" " * (widths[i] - _get_display_width(cell)) + cell)
+            if i in right_aligned
+            else cell + " " * (widths[i] - _get_display_width(cell))
+            for i, cell in enumerate(line)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes as people read them.
+
+    Examples
+    --------
+    >>> format_size(900), format_size(66_600_000)
+    ('900 bytes', '63.5 MiB')
+    """
+    if nbytes < 1024:
+        return f"{nbytes:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        nbytes /= 1024
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1024:.1f} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as people read them.
+
+    Examples
+    --------
+    >>> format_duration(0.24), format_duration(200), format_duration(60 * 60 * 5), format_duration(86400 * 3)
+    ('0.2 s', '3 min 20 s', '5 h', '3 days')
+    """
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    whole_seconds = round(seconds)
+    if whole_seconds < 600:
+        return f"{whole_seconds // 60} min" + (f" {whole_seconds % 60} s" if whole_seconds % 60 else "")
+    if whole_seconds < 7200:
+        return f"{whole_seconds // 60} min"
+    return f"{whole_seconds // 3600} h" if whole_seconds < 2 * 86400 else f"{whole_seconds // 86400:,} days"
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names from archives are not trusted."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+
+
+def _truncate_cell(text: str) -> str:
+    clean = printable(text)
+    return clean if len(clean) <= MAX_CELL_CHARACTERS else clean[: MAX_CELL_CHARACTERS - 1] + "…"
+
+
+def _get_display_width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 0 if unicodedata.combining(c) else 1 for c in text)
