@@ -445,7 +445,7 @@ class SampleReader:
             if fault != Status.OK:
                 raise SampleError(_FAULT_REASONS[fault], status=fault)
             if source.kind in ("folder", "files"):
-                path = os.path.join(os.fsencode(source.real), index.raw_name(row))
+                path = os.path.join(os.fsencode(source.real_path), index.raw_name(row))
                 return read_file(path, index.limits.max_member_bytes)
             return self._read_member(row)
         except SampleError as error:

@@ -136,7 +136,7 @@ def _predict(model: Model, fitted: Any, X: NDArray[np.float32]) -> Floats:
     if model.calibration is not None:
         return np.asarray(fitted.answers(X, model.calibration))
     return np.asarray(
-        fitted.answers(X) if fitted.task == "regression" or fitted.gives_probabilities else fitted.logits(X)
+        fitted.answers(X) if fitted.task == "regression" or fitted.has_probabilities else fitted.logits(X)
     )
 
 

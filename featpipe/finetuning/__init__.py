@@ -11,12 +11,17 @@ from featpipe.finetuning.context import NON_TRAINING_SETTINGS, FineTuneContext, 
 from featpipe.finetuning.distributed import DistributedContext
 from featpipe.finetuning.finetune import compute_network_importances, finetune, finetune_network, resolve_process_device
 from featpipe.finetuning.head_layers import HeadLayers, InitialHead, head_to_layers, initialize_head
+from featpipe.finetuning.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
 from featpipe.finetuning.result import FineTuningResult, ProbeComparison, make_finetuned_backbone, make_finetuned_model
 from featpipe.finetuning.split import VALIDATION_SPLIT_SEED, Splits
 from featpipe.finetuning.trainer import BACKBONE_PREFIX, HEAD_PREFIX, Trainer, TrainingState
 from featpipe.finetuning.unfreeze import select_unfrozen
 
 __all__ = [
+    "DistillationLoss",
+    "EWCPenalty",
+    "Regularizers",
+    "compute_network_fisher",
     "BACKBONE_PREFIX",
     "HEAD_PREFIX",
     "NON_TRAINING_SETTINGS",

@@ -19,9 +19,9 @@ from featpipe.config import ExtractionConfig, FineTuneConfig
 from featpipe.data import Index
 from featpipe.extraction import extract_index
 from featpipe.finetuning.distributed import DistributedContext
+from featpipe.finetuning.regularizers import Regularizers
 from featpipe.finetuning.split import Splits
 from featpipe.finetuning.trainer import EpochRecord
-from featpipe.incremental import Regularizers
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback
 from featpipe.storage import compute_fingerprint

@@ -24,7 +24,7 @@ from featpipe.heads import LossFunction
 from featpipe.runtime import ProgressCallback, report_warnings_only
 
 if TYPE_CHECKING:
-    from featpipe.incremental import Regularizers
+    from featpipe.finetuning.regularizers import Regularizers
 
 __all__ = ["BACKBONE_PREFIX", "HEAD_PREFIX", "EpochRecord", "Trainer", "TrainingState", "TrainingTargets"]
 

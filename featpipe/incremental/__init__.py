@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from featpipe.incremental.deep.regularizers import Regularizers, compute_network_fisher
 from featpipe.incremental.expand import expand
 from featpipe.incremental.methods import METHODS
 from featpipe.incremental.metrics import MethodOutcome
 from featpipe.incremental.result import Expansion
 
-__all__ = ["METHODS", "Expansion", "MethodOutcome", "Regularizers", "compute_network_fisher", "expand"]
+__all__ = ["METHODS", "Expansion", "MethodOutcome", "expand"]

@@ -279,7 +279,7 @@ class Model:
         """The engine that embeds so many images for this model, in the precision it was trained with."""
         from featpipe.inference import Engine, resolve_device
 
-        if self._engine is None or not self._engine.is_ready_for(images):
+        if self._engine is None or not self._engine.is_optimized_for(images):
             device = resolve_device(self.device)
             self._engine = Engine(self.backbone, device, self.facts["precision"], images=images)
         return self._engine

@@ -29,12 +29,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision import transforms as T
-from featpipe import backbone
-from featpipe.backbone.stages import stages
+from featpipe import backbones
+from featpipe.backbones.stages import find_stages
 folder, name, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3])
-loaded = backbone.load(name, weights=None if "lite" in name else "none")
+loaded = backbones.load(name, weights=None if "lite" in name else "none")
 network, facts = loaded.network, loaded.transform
-*_, last = stages(network, facts.size)
+*_, last = find_stages(network, facts.size)
 if "lite" in name:
     lower = nn.Sequential(network.conv_stem, network.bn1, *network.blocks[:-1])
     upper = nn.Sequential(network.blocks[-1], network.conv_head, network.bn2, network.global_pool)
@@ -66,13 +66,13 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import featpipe
-from featpipe import backbone
-from featpipe.backbone.cutting import cut
-from featpipe.backbone.output import resolve
-from featpipe.backbone.stages import stages
-from featpipe.engine import Engine, resolve_device
-from featpipe.limits import _Bench, _together
-from featpipe.recipe import Extraction
+from featpipe import backbones
+from featpipe.backbones.partition import partition_network
+from featpipe.backbones.outputs import resolve_outputs
+from featpipe.backbones.stages import find_stages
+from featpipe.inference import Engine, resolve_device
+from featpipe.bench import _Benchmark, _combined_rate
+from featpipe.config import ExtractionConfig
 folder, out, name, epochs, precision = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 cache = featpipe.extract(folder, backbone=name, weights=None if "lite" in name else "none", cache=out, device="cpu")
 model = featpipe.train(cache, head="logistic")
@@ -89,18 +89,18 @@ caches = [featpipe.FeatureCache(path) for path in Path(out).glob("boundary-*.h5"
 disk, images = sum(cache.path.stat().st_size for cache in caches), sum(len(cache.ids) for cache in caches)
 ready = sum(cache.manifest["seconds"]["preparing"] for cache in caches)
 
-*others, last = stages(loaded.network, loaded.transform.size)
+*others, last = find_stages(loaded.network, loaded.transform.size)
 network = copy.deepcopy(loaded.network).to(memory_format=torch.channels_last)
-found = cut(replace(loaded, network=network), [module for stage in others for module in stage.modules])
-below = replace(loaded, outputs=resolve(loaded.network, [found.output], loaded.transform.size))
-asked = Extraction(backbone=below, device="cpu", engine="torch", outputs=(found.output,))
-bench = _Bench(asked, resolve_device("cpu"), below, 20.0, lambda event: None)
-pictures, decoding = bench.decode([path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[:128]])
-forward = bench._forward(Engine(below, bench.device, kind="torch", images=10**6), pictures)
-once = 1 / _together("cpu", math.inf, decoding, forward)
+found = partition_network(replace(loaded, network=network), [module for stage in others for module in stage.modules])
+below = replace(loaded, outputs=resolve_outputs(loaded.network, [found.output], loaded.transform.size))
+asked = ExtractionConfig(backbone=below, device="cpu", engine="torch", outputs=(found.output,))
+bench = _Benchmark(asked, resolve_device("cpu"), below, 20.0, lambda event: None)
+pictures, decoding = bench.measure_decoding([path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[:128]])
+forward = bench._measure_forward(Engine(below, bench.device, kind="torch", images=10**6), pictures)
+once = 1 / _combined_rate("cpu", math.inf, decoding, forward)
 for key, parameter in network.named_parameters():
     parameter.requires_grad_(key in last)
-upper = torch.nn.Sequential(found.above, torch.nn.Linear(loaded.width, 4))
+upper = torch.nn.Sequential(found.upper, torch.nn.Linear(loaded.width, 4))
 optimizer = torch.optim.AdamW([p for p in upper.parameters() if p.requires_grad], lr=1e-4)
 maps = torch.rand(256, *below.shapes[found.output])
 maps = maps.contiguous(memory_format=torch.channels_last)

@@ -46,11 +46,11 @@ print(len(dataset) / (time.perf_counter() - started))
 OURS = """
 import json, sys, numpy as np
 from featpipe import extract
-from featpipe.engine import resolve_device
+from featpipe.inference import resolve_device
 from featpipe.extraction import load_backbone
-from featpipe.limits import _Bench, _together
-from featpipe.progress import quiet
-from featpipe.recipe import Extraction
+from featpipe.bench import _Benchmark, _combined_rate
+from featpipe.runtime import report_warnings_only
+from featpipe.config import ExtractionConfig
 tar, out, name, engine, precision, peer = sys.argv[1:]
 weights = None if "lite" in name else "none"
 asked = dict(backbone=name, weights=weights, engine=engine, precision=precision, device="cpu")
@@ -58,17 +58,17 @@ cache = extract(tar, out=out + "/f.h5", **asked)
 expected = np.load(peer)
 found = cache.features()[: len(expected)].astype(np.float64)
 cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
-asked = Extraction(**asked)
-bench = _Bench(asked, resolve_device("cpu"), load_backbone(asked), 27.0, quiet)
+asked = ExtractionConfig(**asked)
+bench = _Benchmark(asked, resolve_device("cpu"), load_backbone(asked), 27.0, report_warnings_only)
 import tarfile
 with tarfile.open(tar) as archive:
     images = [archive.extractfile(member).read() for member in archive.getmembers()[:128]]
-pictures, decoding = bench.decode(images)
-from featpipe.engine import Engine
+pictures, decoding = bench.measure_decoding(images)
+from featpipe.inference import Engine
 made = Engine(bench.backbone, bench.device, precision, kind=engine, images=10**6)
-forward = bench._forward(made, pictures)
+forward = bench._measure_forward(made, pictures)
 print(json.dumps({"engine": cache.manifest["engine"], "rate": cache.manifest["images_per_second"], "decoding": decoding,
-    "forward": forward, "bound": _together("cpu", float("inf"), decoding, forward), "cosine": float(cosine.min()),
+    "forward": forward, "bound": _combined_rate("cpu", float("inf"), decoding, forward), "cosine": float(cosine.min()),
     "preparing": cache.manifest["seconds"]["preparing"], "seconds": cache.manifest["seconds"]}))
 """
 WAYS = [("torch", "fp32"), ("openvino", "fp32"), ("torch", "bf16"), ("openvino", "bf16")]

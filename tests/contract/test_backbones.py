@@ -130,7 +130,7 @@ def test_the_facts_are_the_same_for_the_same_weights_in_any_file(case, tmp_path)
     seven = {f"module.{name}": value for name, value in with_classes(case.full, 7).items()}
     torch.save({"state_dict": seven}, tmp_path / "seven.pth")
     for file in ("headless.safetensors", "seven.pth"):
-        assert load(case.name, weights=tmp_path / file).to_dict() == case.backbone.facts(), file
+        assert load(case.name, weights=tmp_path / file).to_dict() == case.backbone.to_dict(), file
 
 
 def with_classes(full: nn.Module, classes: int) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def test_weights_of_another_network_are_refused(case, tmp_path):
 def test_an_untrained_one_comes_from_its_seed(case):
     one = load(case.name, weights="none", seed=1)
     assert one.to_dict() == load(case.name, weights="none", seed=1).to_dict()
-    assert one.to_dict() != case.backbone.facts()
+    assert one.to_dict() != case.backbone.to_dict()
     assert isinstance(one.transform, Transform)
 
 

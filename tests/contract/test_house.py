@@ -149,11 +149,11 @@ def test_each_dependency_has_one_owner(package):
         "from featpipe import FeatureCache",
         "import featpipe.heads",
         "from featpipe.backbones import names; names('resnet*')",
-        "from featpipe.cli import show",
-        "from featpipe.cli import make",
-        "from sklearn.linear_model import Ridge; from featpipe.heads import storage; "
-        "storage.loads(storage.dumps(Ridge().fit([[0], [1]], [0, 1])))",
-        "from featpipe.cli import recipes; from featpipe.config import read_recipe; read_recipe('smoke')",
+        "from featpipe.cli import info",
+        "from featpipe.cli import extract",
+        "from sklearn.linear_model import Ridge; from featpipe.heads import persistence; "
+        "persistence.loads(persistence.dumps(Ridge().fit([[0], [1]], [0, 1])))",
+        "from featpipe.cli import run; from featpipe.experiments import read_recipe; read_recipe('smoke')",
     ],
 )
 def test_what_only_reads_imports_no_torch(statement):

@@ -100,7 +100,7 @@ def test_the_structure_of_a_network_of_ones_own():
 
 def test_the_version_of_the_extraction_code(monkeypatch):
     before = identity()
-    monkeypatch.setattr(extraction.facts, "EXTRACTION_VERSION", 3)
+    monkeypatch.setattr(extraction.identity, "EXTRACTION_VERSION", 3)
     assert identity() != before
 
 

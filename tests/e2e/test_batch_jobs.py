@@ -87,7 +87,7 @@ def _source(name: str, module: str) -> str:
 SIGNALLED = """
 import os, signal, sys
 from featpipe.cli import main, terminal
-from featpipe.progress import Progress
+from featpipe.runtime.progress import Progress
 
 sent = []
 
@@ -178,8 +178,8 @@ def test_a_job_with_a_time_limit_that_is_run_again_while_it_says_so_ends(home: H
 
 IN_LARGE_STEPS = """
 import sys
-from featpipe.engine import running
-running.batch_for = lambda device, multiply_adds, dtype: 40
+from featpipe.inference import engine
+engine.default_batch_size = lambda device, multiply_adds, dtype: 40
 sys.argv[0] = "featpipe"
 from featpipe.cli import main
 main()

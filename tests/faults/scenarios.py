@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 import featpipe
-from featpipe import backbones, cache, extraction, inference, maintenance
-from featpipe.cache import writer
+from featpipe import backbones, inference, maintenance
+from featpipe.cache import write_cache, writer
 from featpipe.errors import CacheError, CacheIncompleteError
+from featpipe.extraction import worker
 from featpipe.storage import staging
 from tests.conftest import Tiny, jpeg, tiny_transform
 from tests.faults.children import Tally, Wrong, start
@@ -125,7 +126,7 @@ class CacheFile(Scenario):
 
     def _write(self, made: Made, path: Path) -> None:
         manifest = {"facts": facts(made.storage)}
-        cache.write_cache(path, made.table, manifest, SHAPES, made.storage, made.gather)
+        write_cache(path, made.table, manifest, SHAPES, made.storage, made.gather)
 
     def act(self, folder: Path, tally: Tally) -> None:
         writer.WRITE_BLOCK_BYTES = 1000  # several for each output
@@ -356,9 +357,9 @@ class Prediction(Scenario):
 
 def watch(tally: Tally) -> None:
     """Count in this process what is embedded and what is acknowledged, and commit a part after every batch."""
-    if not hasattr(extraction.stream, "PART_SECONDS"):
+    if not hasattr(worker, "MAX_PART_SECONDS"):
         raise AttributeError("featpipe.extraction.worker.PART_SECONDS is gone; say here how a part is made small")
-    extraction.stream.PART_SECONDS = 0
+    worker.MAX_PART_SECONDS = 0
     embed, publish = inference.Engine.embed, staging.StagingArea.commit
 
     def counted(self: inference.Engine, images: torch.Tensor) -> dict[str, np.ndarray]:

@@ -836,7 +836,7 @@ def test_a_compressed_tar_read_in_order_is_decompressed_once(tmp_path: Path, mon
     samples = index(tar(tmp_path / "a.tar.gz"))
     opened: list[str] = []
     open_raw = tars.open_decompressed
-    monkeypatch.setattr(tars, "open_decompressed", lambda source: opened.append(source.real) or open_raw(source))
+    monkeypatch.setattr(tars, "open_decompressed", lambda source: opened.append(source.real_path) or open_raw(source))
     with samples.open() as reader:
         assert [reader.read(row) for row in (0, 1, 2)] == [data for _, data in ANIMALS]
         assert len(opened) == 1

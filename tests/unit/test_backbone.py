@@ -347,8 +347,8 @@ def test_an_untrained_network_comes_from_its_seed_alone(resnet):
     assert torch.equal(torch.rand(3), expected)
     assert again.digest == resnet.digest
     assert load("resnet18", weights="none", seed=4).digest != resnet.digest
-    assert again.to_dict() == resnet.facts()
-    assert compute_fingerprint(again.to_dict()) == compute_fingerprint(resnet.facts())
+    assert again.to_dict() == resnet.to_dict()
+    assert compute_fingerprint(again.to_dict()) == compute_fingerprint(resnet.to_dict())
 
 
 def write(path: Path, state: dict[str, Tensor], **nest: str) -> Path:
@@ -794,7 +794,7 @@ def test_a_transform_without_source_is_refused():
 def test_a_transform_may_replace_the_one_that_belongs_to_the_weights(resnet):
     backbone = load("resnet18", weights="none", seed=3, transform=Transform(128, (112, 112)))
     assert backbone.digest == resnet.digest
-    assert backbone.to_dict() != resnet.facts()
+    assert backbone.to_dict() != resnet.to_dict()
 
 
 # frozen

@@ -90,7 +90,7 @@ def test_arrays_that_lie_otherwise_in_memory_are_committed_as_they_are(parts):
 def test_the_same_content_twice_is_one_part(parts):
     first, second = parts.commit(arrays()), parts.commit(arrays())
     assert first == second
-    assert parts.committed() == [first]
+    assert parts.load_committed() == [first]
     assert len(list(parts.directory.iterdir())) == 2
 
 
@@ -98,7 +98,7 @@ def test_the_same_arrays_made_from_other_facts_are_another_part(parts):
     """Images that all failed are the same arrays under every fingerprint; neither record may replace the other."""
     others = StagingArea(parts.directory, OTHERS)
     mine, theirs = parts.commit(arrays()), others.commit(arrays())
-    assert parts.committed() == [mine]
+    assert parts.load_committed() == [mine]
     assert others.load_committed() == [theirs]
     assert mine.path != theirs.path
 
@@ -107,9 +107,9 @@ def test_a_damaged_part_is_mended_by_committing_it_again(parts):
     part = parts.commit(arrays())
     for path in (part.path, record_of(part)):
         path.write_bytes(b"torn")
-        assert parts.committed() == []
+        assert parts.load_committed() == []
         parts.commit(arrays())
-        assert [holds(found, arrays()) for found in parts.committed()] == [True]
+        assert [holds(found, arrays()) for found in parts.load_committed()] == [True]
 
 
 def test_a_part_is_durable_before_its_record_is_there_and_the_record_before_it_is_acknowledged(parts, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_new_folder_is_made_durable_with_its_name(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ what is not whole
 def test_no_folder_and_an_empty_folder_hold_nothing(tmp_path, parts):
-    assert parts.committed() == []
+    assert parts.load_committed() == []
     assert StagingArea(tmp_path / "nowhere", MINE).load_committed() == []
 
 
@@ -151,10 +151,10 @@ def test_every_flipped_byte_is_found(parts, which):
     for place in range(len(data)):
         data[place] ^= 0x01
         path.write_bytes(data)
-        assert parts.committed() == [], f"byte {place} of the {which}"
+        assert parts.load_committed() == [], f"byte {place} of the {which}"
         data[place] ^= 0x01
     path.write_bytes(data)
-    assert parts.committed() == [part]
+    assert parts.load_committed() == [part]
 
 
 @pytest.mark.parametrize("which", ["part", "record"])
@@ -164,18 +164,18 @@ def test_a_torn_or_missing_file_is_not_there_and_the_others_are(parts, which):
     data = path.read_bytes()
     for length in range(0, len(data), 7):
         path.write_bytes(data[:length])
-        assert parts.committed() == [other]
+        assert parts.load_committed() == [other]
     path.write_bytes(data + b"\0")
-    assert parts.committed() == [other]
+    assert parts.load_committed() == [other]
     path.unlink()
-    assert parts.committed() == [other]
+    assert parts.load_committed() == [other]
 
 
 def test_a_part_under_another_name_is_not_there(parts):
     part = parts.commit(arrays())
     for path in (part.path, record_of(part)):
         path.rename(path.with_name("0" * 24 + path.suffix))
-    assert parts.committed() == []
+    assert parts.load_committed() == []
 
 
 @pytest.mark.parametrize("text", [
@@ -187,9 +187,9 @@ def test_a_foreign_record_is_no_record(parts, text):
     (parts.directory / f"{'0' * 24}.record").write_bytes(text)
     record_of(part).rename(parts.directory / "kept")
     record_of(part).write_bytes(text)
-    assert parts.committed() == []
+    assert parts.load_committed() == []
     (parts.directory / "kept").replace(record_of(part))
-    assert parts.committed() == [part]
+    assert parts.load_committed() == [part]
 
 
 def planted(parts: StagingArea, data: bytes, **changes: object) -> None:
@@ -204,7 +204,7 @@ def planted(parts: StagingArea, data: bytes, **changes: object) -> None:
 def test_a_planted_part_that_fits_is_taken_as_any_other(parts):
     """The control of the next tests: they refuse for the reason that they state."""
     planted(parts, safetensors.numpy.save(arrays()))
-    assert [holds(part, arrays()) for part in parts.committed()] == [True]
+    assert [holds(part, arrays()) for part in parts.load_committed()] == [True]
 
 
 MISFITS = {
@@ -228,7 +228,7 @@ def header(nbytes: int, text: bytes) -> bytes:
 ])  # fmt: skip
 def test_a_planted_part_that_is_laid_out_otherwise_is_not_there(parts, data):
     planted(parts, data)
-    assert parts.committed() == []
+    assert parts.load_committed() == []
 
 
 @pytest.mark.parametrize("changes", [
@@ -238,7 +238,7 @@ def test_a_planted_part_that_is_laid_out_otherwise_is_not_there(parts, data):
 ])  # fmt: skip
 def test_a_planted_record_that_does_not_fit_its_part_is_not_there(parts, changes):
     planted(parts, safetensors.numpy.save(arrays()), **changes)
-    assert parts.committed() == []
+    assert parts.load_committed() == []
 
 
 @pytest.mark.parametrize("which", ["part", "record"])
@@ -247,13 +247,13 @@ def test_links_and_pipes_in_place_of_a_file_are_not_followed(parts, tmp_path, wh
     path = part.path if which == "part" else record_of(part)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert parts.committed() == []
+    assert parts.load_committed() == []
     path.unlink()
     os.mkfifo(path)
-    assert parts.committed() == []
+    assert parts.load_committed() == []
     path.unlink()
     path.mkdir()
-    assert parts.committed() == []
+    assert parts.load_committed() == []
 
 
 def test_a_part_that_is_gone_or_changed_when_it_is_read_is_one_line(parts):
@@ -281,7 +281,7 @@ def test_a_write_that_fails_half_way_leaves_nothing_and_says_so(parts, nbytes):
     assert "\n" not in str(caught.value)
     assert str(parts.directory) in str(caught.value)
     assert names(parts) == before
-    assert parts.committed() == [earlier]
+    assert parts.load_committed() == [earlier]
     assert holds(parts.commit(arrays(2)), arrays(2))
 
 
@@ -307,18 +307,18 @@ def test_a_disk_that_fails_at_any_step_leaves_nothing_half_visible(parts, monkey
         patch.setattr(os, call, failing(getattr(os, call), at, number))
         with pytest.raises(CacheError, match=os.strerror(number)):
             parts.commit(arrays(2))
-    found = parts.committed()
+    found = parts.load_committed()
     assert earlier in found
     assert all(holds(part, arrays(1 if part == earlier else 2)) for part in found)
     assert not [name for name in names(parts) if name.endswith(".tmp")]
     assert holds(parts.commit(arrays(2)), arrays(2))
-    assert len(parts.committed()) == 2
+    assert len(parts.load_committed()) == 2
 
 
 def test_a_file_system_without_links_still_keeps_parts(parts, monkeypatch):
     monkeypatch.setattr(os, "link", failing(os.link, 0, errno.EPERM))
     part = parts.commit(arrays())
-    assert parts.committed() == [part]
+    assert parts.load_committed() == [part]
     assert not [name for name in names(parts) if name.endswith(".tmp")]
 
 
@@ -364,9 +364,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
 HOLDING = """
 import sys, time
 from pathlib import Path
-from featpipe.commit import Parts, exclusive
+from featpipe.storage.staging import StagingArea, exclusive
 path = Path(sys.argv[2])
-with Parts(path, "1" * 64).writing() if sys.argv[1] == "parts" else exclusive(path):
+with StagingArea(path, "1" * 64).lock_for_writing() if sys.argv[1] == "parts" else exclusive(path):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -423,25 +423,25 @@ def test_busy_tells_of_another_process_and_of_none(tmp_path, holder):
 
 
 def test_the_lock_is_free_after_an_error(parts):
-    with pytest.raises(KeyError), parts.writing():
+    with pytest.raises(KeyError), parts.lock_for_writing():
         raise KeyError
-    with parts.writing():
+    with parts.lock_for_writing():
         pass
 
 
 RACING = """
 import os, sys, time
 from pathlib import Path
-from featpipe.commit import Parts
+from featpipe.storage.staging import StagingArea
 folder, token = Path(sys.argv[1]), Path(sys.argv[2])
 children = []
 for number in range(4):
     children.append(os.fork())
     if not children[-1]:
         for turn in range(60):
-            parts = Parts(folder, "1" * 64)
+            parts = StagingArea(folder, "1" * 64)
             parts.busy()
-            with parts.writing():
+            with parts.lock_for_writing():
                 os.close(os.open(token, os.O_CREAT | os.O_EXCL))
                 if turn % 3:
                     time.sleep(0.0005)
@@ -469,7 +469,7 @@ def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- removing
 def test_remove_leaves_no_trace(parts):
-    with parts.writing():
+    with parts.lock_for_writing():
         parts.commit(arrays(1))
         StagingArea(parts.directory, OTHERS).commit(arrays(1))
         (parts.directory / ".123.0123456789ab.tmp").write_bytes(b"of a writer that was killed")
@@ -493,7 +493,7 @@ def test_remove_leaves_the_files_of_strangers(parts):
     for name in strange:
         (parts.directory / name).write_text("mine")
     (parts.directory / f"{'0' * 24}.part").mkdir()
-    with parts.writing():
+    with parts.lock_for_writing():
         parts.commit(arrays())
         parts.remove()
     assert names(parts) == strange | {f"{'0' * 24}.part"}
@@ -504,5 +504,5 @@ def test_a_new_writer_removes_what_killed_ones_began_and_nothing_else(parts):
     part = parts.commit(arrays())
     (parts.directory / ".123.0123456789ab.tmp").write_bytes(b"torn")
     (parts.directory / ".mine.tmp").write_bytes(b"mine")
-    with parts.writing():
+    with parts.lock_for_writing():
         assert names(parts) == {part.path.name, record_of(part).name, "lock", ".mine.tmp"}

@@ -134,7 +134,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(gpu, monkeypatch
     given = [made.transform(image) for image in images]
     begun = made.submit(given)
     monkeypatch.setattr(owner, name, crowded)
-    made._runner._shrink()
+    made._runner._halve_batch()
     for _ in range(2):
         assert near(made.embed(given)["pooled"], expected)
         assert made.batch == 2
@@ -197,9 +197,9 @@ def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use
     fill, normalise = CudaRunner._copy_images, Transform.normalize
 
     def filled(self, places, images):
-        slot = next(slot for slot in made._slots if slot.images is places)
-        assert seen.streams[-1] is made._copying
-        assert made._copying.waited_for[-1] is slot.free
+        slot = next(slot for slot in made._buffers if slot.images is places)
+        assert seen.streams[-1] is made._copy_stream
+        assert made._copy_stream.waited_for[-1] is slot.free
         assert slot.free.recorded_on is made._stream
         used.append(slot)
         fill(self, places, images)
@@ -208,7 +208,7 @@ def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use
         if used and used[-1].images is batch:
             assert seen.streams[-1] is made._stream
             assert made._stream.waited_for[-1] is used[-1].copied
-            assert used[-1].copied.recorded_on is made._copying
+            assert used[-1].copied.recorded_on is made._copy_stream
         return normalise(self, batch)
 
     monkeypatch.setattr(CudaRunner, "_copy_images", filled)
@@ -216,7 +216,7 @@ def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use
     made.submit(handed(torch.device("cuda"), pictures()))()
     assert used == [used[0], used[1], used[0]]
     for slot in used[:2]:
-        assert set(seen.used_on[slot.images.data_ptr()]) == {made._copying, made._stream}
+        assert set(seen.used_on[slot.images.data_ptr()]) == {made._copy_stream, made._stream}
 
 
 def test_tf32_is_off_while_pictures_are_resized_and_on_where_the_network_may_use_it(gpu, monkeypatch):
@@ -266,7 +266,7 @@ def test_the_cores_resize_what_a_gpu_would_not_to_the_bit_or_at_a_price(gpu, siz
     image = torch.full((3, *size), 200, dtype=torch.uint8)
     (picture,) = handed(gpu, [image], transform)
     assert isinstance(picture, UnresizedImage) == unresized
-    assert unresized or torch.equal(picture, transform.picture(image))
+    assert unresized or torch.equal(picture, transform.apply_geometry(image))
 
 
 def test_a_gpu_that_is_not_exact_is_given_resized_pictures(gpu, monkeypatch):

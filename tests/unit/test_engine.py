@@ -107,7 +107,7 @@ def test_attention_is_counted_whole():
 def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_bytes(
     tiny, monkeypatch, images_within, batch
 ):
-    monkeypatch.setattr(inference.work, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
+    monkeypatch.setattr(inference.flops, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
     assert Engine(tiny, torch.device("cpu"), "bf16").batch == batch
     assert Engine(tiny, torch.device("cpu"), "fp32").batch == min(batch, 4)
 
@@ -125,7 +125,7 @@ def test_another_process_chooses_the_same_batch(tiny):
 
 
 def test_a_batch_that_is_given_is_taken_and_nothing_is_counted(tiny, monkeypatch):
-    monkeypatch.setattr(inference.work, "CPU_BATCH_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(inference.flops, "CPU_BATCH_MULTIPLY_ADDS", 1)
     made = Engine(tiny, torch.device("cpu"), batch=5)
     assert (made.batch, made.multiply_adds) == (5, None)
 

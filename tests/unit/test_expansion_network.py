@@ -23,12 +23,12 @@ from featpipe.errors import ConfigError
 from featpipe.finetuning import checkpoint
 from featpipe.finetuning.head_layers import HeadLayers
 from featpipe.finetuning.loop import compute_gradients, run_training_loop
+from featpipe.finetuning.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
 from featpipe.finetuning.trainer import EpochRecord
 from featpipe.incremental import Expansion
 from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
 from featpipe.incremental.deep.ewc import make_ewc_penalty
 from featpipe.incremental.deep.methods import make_replay_dataset
-from featpipe.incremental.deep.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.model import Model, ReplayMemory
 from featpipe.runtime import format_size
@@ -85,7 +85,7 @@ def test_steps_with_soft_targets_and_importances_are_those_of_a_plain_loop() -> 
     settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0, "layer_decay": 1.0}
     job = without_dropout(job_of(**settings, batch=32, schedule="constant", warmup=0.0, learning_rate=3e-3))
     past = held()
-    job = replace(job, past=past, source=job.watched)
+    job = replace(job, past=past, source=job.validation_data)
     job.source.batch = lambda rows, epoch: job.source.images[torch.from_numpy(rows)]  # the same in every epoch
     network, head = copy.deepcopy(job.network).eval(), copy.deepcopy(job.head)
     network.requires_grad_(True)
@@ -111,7 +111,7 @@ def test_a_batch_in_pieces_is_held_as_strongly_as_a_whole_one(pieces: int) -> No
     for accumulate in (1, pieces):
         job = replace(without_dropout(job_of(accumulate=accumulate)), past=held())
         state, (rows, *_) = begun(job), job.batches(0)
-        job.thaw(0)
+        job.unfreeze_for_epoch(0)
         loss, _ = compute_gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
         found.append((loss, {name: p.grad.clone() for name, p in job.parameters().items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -121,7 +121,7 @@ def test_a_batch_in_pieces_is_held_as_strongly_as_a_whole_one(pieces: int) -> No
 def test_blended_images_are_held_to_what_was_said_of_both() -> None:
     job = replace(without_dropout(job_of(mixup=1.0)), past=held())
     state, (rows, *_) = begun(job), job.batches(0)
-    job.thaw(0)
+    job.unfreeze_for_epoch(0)
     torch.manual_seed(0)
     loss, _ = compute_gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
     assert np.isfinite(loss)
@@ -151,7 +151,7 @@ def test_importances_are_the_mean_of_squares_image_by_image_and_answer_by_answer
 
 @pytest.mark.parametrize("gradual", [0, 2])
 def test_importances_do_not_depend_on_how_many_images_are_read_at_once(gradual: int, monkeypatch: Any) -> None:
-    from featpipe.incremental.deep import regularizers
+    from featpipe.finetuning import regularizers
 
     one = compute_network_fisher(job_of(gradual=gradual), np.arange(9))
     monkeypatch.setattr(regularizers, "FISHER_BATCH_SIZE", 2)
@@ -286,7 +286,7 @@ def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
     first = grow("ewc", "old", "new", out=tmp_path / "m.model", params=LEARNS)
     kept = first.model.kept
     assert all(name.startswith("backbone.layer3") for name in kept.network)
-    assert kept.facts()["bytes"]["network"] == 4 * 1880 == sum(array.nbytes for array in kept.network.values())
+    assert kept.to_dict()["bytes"]["network"] == 4 * 1880 == sum(array.nbytes for array in kept.network.values())
     assert kept.importances.shape == (4, 11)
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "m.model")]).stdout
     assert f"importances of the network: {format_size(4 * 1880)}" in shown

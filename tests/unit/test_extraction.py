@@ -211,7 +211,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_work_is_committed_while_it_goes_on(make_folder, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction.stream, "MAX_PART_SECONDS", 0.0)
+    monkeypatch.setattr(extraction.worker, "MAX_PART_SECONDS", 0.0)
     folder = make_folder()
     commits = []
     publish = staging.StagingArea.commit

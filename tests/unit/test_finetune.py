@@ -244,11 +244,11 @@ def test_its_backbone_is_extracted_with_under_its_own_fingerprint(tmp_path, phot
     tuned = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **settings).model
     for given in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
         loaded = backbones.load(given["backbone"], weights=given.get("weights"))
-        assert loaded.to_dict() == tuned.backbone.facts()
+        assert loaded.to_dict() == tuned.backbone.to_dict()
         again = featpipe.extract(photos, cache=tmp_path / "cache", **given)
         assert again.manifest["embedded"] == 0 or again.facts == tuned.facts
         assert again.facts == tuned.facts
-    assert backbones.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.facts()
+    assert backbones.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.to_dict()
     copied = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
     out.unlink()
     files = sorted(photos.rglob("*.png"))[:3]

@@ -256,12 +256,12 @@ def test_openvino_that_was_asked_for_is_never_replaced(monkeypatch):
 
 ONE_AFTER_THE_OTHER = """
 import signal, threading, torch
-from featpipe import backbone
-from featpipe.engine import Engine
+from featpipe import backbones
+from featpipe.inference import Engine
 from tests.conftest import Tiny, tiny_transform
 
 def use():
-    engine = Engine(backbone.load(Tiny(), transform=tiny_transform), torch.device("cpu"), kind="openvino")
+    engine = Engine(backbones.load(Tiny(), transform=tiny_transform), torch.device("cpu"), kind="openvino")
     engine.embed(torch.rand(2, 3, 12, 12))
     return engine
 

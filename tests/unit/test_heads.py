@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from featpipe import heads
+from featpipe.config import parse_settings
 from featpipe.errors import ConfigError, ModelError
 from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, SoftmaxRegression
 from featpipe.heads.logistic.objective import LogisticProblem
@@ -348,9 +349,10 @@ def test_importing_heads_and_predicting_needs_no_torch():
     code = (
         "import sys, pickle, numpy\n"
         "from featpipe import heads\n"
-        "heads.names('regression'), heads.describe('mlp'), heads.parse_settings(['C=1'])\n"
+        "from featpipe.config import parse_settings\n"
+        "heads.list_heads('regression'), heads.describe('mlp'), parse_settings(['C=1'])\n"
         "assert not {'torch', 'sklearn'} & set(sys.modules)\n"
-        "from featpipe.heads import torch_heads\n"
+        "from featpipe.heads.neural import estimators\n"
         "heads.build('mlp'); heads.build('logistic').fit([[0.], [1.]], [0, 1]).predict([[2.]])\n"
         "head = pickle.load(sys.stdin.buffer).predict(numpy.zeros((3, 4)))\n"
         "assert 'torch' not in sys.modules\n"
@@ -411,7 +413,7 @@ def test_unknown_heads_and_tasks_answer_with_the_nearest():
 
 def test_typed_settings_are_read_as_what_they_look_like():
     typed = ["C=10", "tol=1e-3", "hidden=256,128", "one=64,", "a=true", "b=None", "c='1'", "d=x=y", "e=(3, 4)", "f="]
-    assert heads.parse_settings(typed) == {
+    assert parse_settings(typed) == {
         "C": 10, "tol": 1e-3, "hidden": (256, 128), "one": (64,), "a": True, "b": None, "c": "1", "d": "x=y",
         "e": (3, 4), "f": "",
     }  # fmt: skip
@@ -420,7 +422,7 @@ def test_typed_settings_are_read_as_what_they_look_like():
 @pytest.mark.parametrize("typed", [["C"], ["=3"], ["C=1", "C=2"]])
 def test_typed_settings_without_key_or_twice_are_refused(typed):
     with pytest.raises(ConfigError, match=r"KEY=VALUE|given twice"):
-        heads.parse_settings(typed)
+        parse_settings(typed)
 
 
 def test_a_grid_search_over_a_built_head_scores_as_one_over_scikit_learns_own():

@@ -42,7 +42,7 @@ def test_every_row_comes_once_and_carries_its_own_picture(make_folder):
     assert [row for batch in batches for row in batch.rows] == list(range(18))
     with index.open() as reader:
         for batch in batches:
-            for place, tensor in zip(batch.places, batch.images, strict=True):
+            for place, tensor in zip(batch.positions, batch.images, strict=True):
                 data = reader.read(batch.rows[place])
                 assert batch.digests[place] == digest(data)
                 expected = tiny_transform(torch.from_numpy(image.decode(data)).permute(2, 0, 1))
@@ -55,7 +55,7 @@ def test_a_damaged_image_keeps_its_row_and_does_not_shift_its_neighbours(make_fo
     index = archive.index(folder)
     (batch,) = load_all(Loader(index, np.arange(5), tiny_transform, 8))
     assert batch.status == [Status.OK, Status.OK, Status.DAMAGED, Status.OK, Status.OK]
-    assert batch.places == [0, 1, 3, 4]
+    assert batch.positions == [0, 1, 3, 4]
     assert len(batch.images) == 4
 
 

@@ -403,7 +403,7 @@ def test_a_portable_model_keeps_the_transform_that_its_published_weights_had(tmp
 def made_by_hand(backbone: Any) -> Model:
     d = backbone.width
     head = LogisticRegression().fit(np.eye(4, d), [0, 1, 0, 1])
-    facts = {"backbone": backbone.facts(), "precision": "fp32", "storage": "float32", "extraction": 1}
+    facts = {"backbone": backbone.to_dict(), "precision": "fp32", "storage": "float32", "extraction": 1}
     model = Model(
         head,
         "logistic",

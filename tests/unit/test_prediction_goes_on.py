@@ -481,7 +481,7 @@ def test_several_devices_work_on_one_file(
     def embed(run: Any, devices: Any, rows: Any) -> None:
         asked.extend(map(str, devices))
         run.settings = replace(run.settings, device="cpu")
-        run.stream(run.is_known, run.receive).run(run.make_engine, rows)
+        run.stream(run.has_embedding, run.handle_message).run(run.make_engine, rows)
 
     monkeypatch.setattr("featpipe.extraction.run.processes.embed_on_devices", embed)
     model.device = "cpu,cpu"

@@ -12,6 +12,7 @@ from featpipe.errors import ConfigError
 from featpipe.finetuning import (
     BACKBONE_PREFIX,
     HEAD_PREFIX,
+    EWCPenalty,
     FineTuneContext,
     HeadLayers,
     InitialHead,
@@ -20,7 +21,6 @@ from featpipe.finetuning import (
     select_unfrozen,
 )
 from featpipe.incremental.deep.images import ExpansionImages
-from featpipe.incremental.deep.regularizers import EWCPenalty
 from featpipe.incremental.methods import make_old_head
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.metrics import Calibration

@@ -12,9 +12,8 @@ from sklearn.pipeline import Pipeline
 
 from featpipe import splits
 from featpipe.errors import ConfigError
-from featpipe.finetuning import VALIDATION_SPLIT_SEED
+from featpipe.finetuning import VALIDATION_SPLIT_SEED, DistillationLoss, Regularizers
 from featpipe.incremental.dataset import LabeledEmbeddings
-from featpipe.incremental.deep.regularizers import DistillationLoss, Regularizers
 from featpipe.incremental.methods import (
     DISTILL_STRENGTH,
     METHODS,
