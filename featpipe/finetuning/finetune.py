@@ -27,6 +27,7 @@ from featpipe.finetuning.distributed import join_distributed
 from featpipe.finetuning.head_layers import HeadLayers, InitialHead, initialize_head
 from featpipe.finetuning.loop import make_tensorboard_logger, run_training_loop
 from featpipe.finetuning.lr_finder import find_learning_rate
+from featpipe.finetuning.regularizers import compute_network_fisher
 from featpipe.finetuning.result import (
     FineTuningResult,
     compare_models,
@@ -38,7 +39,6 @@ from featpipe.finetuning.split import make_dataset, make_splits, refit_without
 from featpipe.finetuning.trainer import Trainer, TrainingState, TrainingTargets
 from featpipe.finetuning.unfreeze import UnfrozenParameters, select_unfrozen
 from featpipe.heads import LossFunction
-from featpipe.incremental import compute_network_fisher
 from featpipe.inference import keep_freed_memory, resolve_device
 from featpipe.model import Model, load_model
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
