@@ -21,45 +21,26 @@ from featpipe.runtime import printable
 __all__ = ["main"]
 
 EXIT_TIME_LIMIT = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command is to be run again
-COMMAND_MODULES = {  # name → module; loaded when the command is called, so that help costs no torch
-    "demo": "demonstrate",
-    "extract": "make",
-    "train": "fit",
-    "expand": "grow",
-    "finetune": "tune",
-    "evaluate": "use",
-    "predict": "use",
-    "run": "recipes",
-    "info": "show",
-    "pack": "keep",
-    "merge": "keep",
-    "clean": "keep",
-    "verify": "check",
-    "backbones": "show",
-    "heads": "show",
-    "bench": "gauge",
-    "completion": "complete",
-}
 
 
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMAND_MODULES)
+        return list(COMMAND_SUMMARIES)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMAND_MODULES:
+        if name not in COMMAND_SUMMARIES:
             return None
-        module = importlib.import_module(f"featpipe.cli.{COMMAND_MODULES[name]}")
+        module = importlib.import_module(f"featpipe.cli.{name}")
         command: click.Command = getattr(module, name)
         if not any(parameter.name == "log_format" for parameter in command.params):
             command.params.append(make_log_format_option())
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in COMMAND_MODULES and not args[0].startswith("-"):
+        if args and args[0] not in COMMAND_SUMMARIES and not args[0].startswith("-"):
             from featpipe.config import unknown_name_error
 
-            raise click.UsageError(str(unknown_name_error("command", args[0], COMMAND_MODULES)), ctx)
+            raise click.UsageError(str(unknown_name_error("command", args[0], COMMAND_SUMMARIES)), ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

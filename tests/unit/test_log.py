@@ -137,7 +137,7 @@ def test_the_format_is_chosen_by_the_group_the_command_or_the_environment(
     assert "logistic" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", cli.COMMAND_MODULES)
+@pytest.mark.parametrize("name", cli.COMMAND_SUMMARIES)
 def test_every_command_takes_it(name: str) -> None:
     command = cli.cli.get_command(click.Context(cli.cli), name)
     assert command is not None
