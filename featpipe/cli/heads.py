@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from featpipe.cli.terminal import print_json
+from featpipe.config import TASKS
 from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def heads(name: str | None, as_json: bool) -> None:
     rows = [
         {
             "head": head,
-            "tasks": [task for task in heads_package.HEAD_TASKS if head in heads_package.list_heads(task)],
+            "tasks": [task for task in TASKS if head in heads_package.list_heads(task)],
             "what": spec.summary,
         }
         for head, spec in heads_package.HEAD_REGISTRY.items()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featpipe.cli.completion import BACKBONE_NAME
-from featpipe.config import AUTO, ENGINES, PRECISIONS, STORAGES, ExtractionConfig
+from featpipe.config import AUTO, ENGINES, PRECISIONS, STORAGES, TASKS, ExtractionConfig
 
 __all__ = [
     "CHECK_CONTENT_OPTION",
@@ -85,7 +85,7 @@ IDENTITY_OPTIONS = (  # what decides the content of a cache, besides the images
     _option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels."),
     _option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]"),
     _option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas."),
-    _option("--task", type=click.Choice(["classification", "regression", "multilabel"]), help="What the labels are."),
+    _option("--task", type=click.Choice(TASKS), help="What the labels are."),
     PRECISION_OPTION,
     _option(
         "--min-cosine",

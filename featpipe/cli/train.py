@@ -12,6 +12,7 @@ import click
 from featpipe.cli.completion import HEAD_NAME
 from featpipe.cli.logging import log_message
 from featpipe.cli.terminal import Terminal, print_json
+from featpipe.config import TASKS
 from featpipe.runtime import format_duration, format_size, format_table
 
 if TYPE_CHECKING:
@@ -99,13 +100,13 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
       featpipe train cache/photos.h5 --head all --metric macro_f1
     """
     from featpipe.cache import FeatureCache
-    from featpipe.heads import HEAD_REGISTRY, HEAD_TASKS, build, check_savable
+    from featpipe.heads import HEAD_REGISTRY, build, check_savable
     from featpipe.model import Model
 
     feature_cache = FeatureCache(cache)
     for name in heads:
         if name not in HEAD_REGISTRY and name != "all":
-            check_savable(build(name, feature_cache.task if feature_cache.task in HEAD_TASKS else "classification"))
+            check_savable(build(name, feature_cache.task if feature_cache.task in TASKS else "classification"))
     compares_heads = len(set(heads)) > 1 or "all" in heads
     Model.check_target(_make_model_path(out, feature_cache, heads[0]))
     with Terminal() as terminal:

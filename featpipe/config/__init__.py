@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from featpipe.config.overrides import parse_settings
-from featpipe.config.stages import AUTO, ENGINES, PRECISIONS, STORAGES, ExtractionConfig, FineTuneConfig
+from featpipe.config.stages import AUTO, ENGINES, PRECISIONS, STORAGES, TASKS, ExtractionConfig, FineTuneConfig, Task
 from featpipe.config.validation import (
     check_bool,
     check_choice,
@@ -23,8 +23,10 @@ __all__ = [
     "ENGINES",
     "PRECISIONS",
     "STORAGES",
+    "TASKS",
     "ExtractionConfig",
     "FineTuneConfig",
+    "Task",
     "check_bool",
     "check_choice",
     "check_integer",

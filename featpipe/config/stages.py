@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from featpipe.config.validation import check_names, unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.runtime import parse_duration
 
-__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "ExtractionConfig", "FineTuneConfig"]
+__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "TASKS", "ExtractionConfig", "FineTuneConfig", "Task"]
 
+Task = Literal["classification", "regression", "multilabel"]
+TASKS: tuple[Task, ...] = ("classification", "regression", "multilabel")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 STORAGES = ("float32", "float16")
 ENGINES = ("auto", "torch", "openvino")

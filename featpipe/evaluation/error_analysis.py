@@ -102,7 +102,7 @@ class Duplicates:
         if self.without is None:
             return text
         name, value = next(iter(self.without.metrics.items()))
-        return f"{text}; without them {METRICS[name][0].lower()} {value} on {self.without.n:,} rows"
+        return f"{text}; without them {METRICS[name].title.lower()} {value} on {self.without.n:,} rows"
 
 
 def compute_nearest_neighbors(evaluation: Evaluation) -> NearestNeighbors:

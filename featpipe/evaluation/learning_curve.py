@@ -134,9 +134,9 @@ def _select_affordable_parts(seconds: float) -> tuple[tuple[int, ...], int]:
 
 def _predict(model: Model, fitted: Any, X: NDArray[np.float32]) -> Floats:
     if model.calibration is not None:
-        return np.asarray(fitted.answers(X, model.calibration))
+        return np.asarray(fitted.predict(X, model.calibration))
     return np.asarray(
-        fitted.answers(X) if fitted.task == "regression" or fitted.has_probabilities else fitted.logits(X)
+        fitted.predict(X) if fitted.task == "regression" or fitted.has_probabilities else fitted.compute_logits(X)
     )
 
 
@@ -147,9 +147,9 @@ def _get_head_settings(model: Model) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-def _make_stratified_order(dataset: EmbeddingDataset, task: str, seed: int) -> NDArray[np.intp]:
+def _make_stratified_order(dataset: EmbeddingDataset, task: str, draw: int) -> NDArray[np.intp]:
     """The rows in an order of which every beginning has about the same mix of classes."""
-    keys = splits.compute_keys(dataset.digests, seed + 1)
+    keys = splits.compute_keys(dataset.digests, splits.SplitSeed.LEARNING_CURVE + draw)
     if task != "classification":
         return np.argsort(keys, kind="stable")
     quantiles = np.empty(len(dataset))

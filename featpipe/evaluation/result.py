@@ -149,7 +149,7 @@ class Evaluation:
         score_columns = [("", self.scores), *((baseline.name, baseline.scores) for baseline in self.rivals)]
         header_cells = "".join(f"<th>{escape(name)}</th>" for name, _ in [("", None), *score_columns])
         body_rows = "".join(
-            f"<tr><th>{escape(METRICS[name][0])}</th>"
+            f"<tr><th>{escape(METRICS[name].title)}</th>"
             + "".join(f"<td>{escape(str(scores.metrics.get(name, '–')))}</td>" for _, scores in score_columns)
             + "</tr>"
             for name in self.scores.metrics
@@ -168,7 +168,7 @@ def _format_baseline(baseline: BaselineModel, scores: Scores) -> str:
     test_name = "McNemar's exact test" if contrast.test == "mcnemar" else "paired bootstrap"
     difference = contrast.difference
     lines = [
-        f"{heading}: {METRICS[name][0].lower()} {baseline.scores.metrics[name]}",
+        f"{heading}: {METRICS[name].title.lower()} {baseline.scores.metrics[name]}",
         f"difference {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}], p = "
         f"{format_score(contrast.p) if contrast.p >= 0.001 else '< 0.001'} by {test_name}",
     ]

@@ -36,12 +36,11 @@ from featpipe.experiments.report import write_report
 from featpipe.experiments.result import RunResult, TrialResult, recipe_to_toml
 from featpipe.experiments.trial import RecordStore, TrialRun, get_package_versions
 from featpipe.finetuning import FineTuningResult
-from featpipe.metrics import Interval
+from featpipe.metrics import SELECTION_METRICS, Interval
 from featpipe.model import load_model
 from featpipe.report import ComparisonRow
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.storage import atomic_write, lock_file, make_writable_folder
-from featpipe.training import METRICS
 
 __all__ = ["ExperimentContext", "get_run_folder", "get_tiles_folder", "iter_trials", "make_run_folder", "run"]
 
@@ -187,9 +186,9 @@ class ExperimentContext:
         index = load_index(parsed_recipe.samples, tiles_folder, parsed_recipe.where)
         task = index.labels.task
         metric = parsed_recipe.training.metric
-        if metric is not None and metric not in METRICS[task]:
+        if metric is not None and metric not in SELECTION_METRICS[task]:
             raise ConfigError(
-                f"{parsed_recipe.where}: [training] {unknown_name_error('metric', metric, METRICS[task])} (the labels are for {task})"
+                f"{parsed_recipe.where}: [training] {unknown_name_error('metric', metric, SELECTION_METRICS[task])} (the labels are for {task})"
             )
         recipe = resolve_recipe(parsed_recipe, task)
         if recipe.split.per_class and task != "classification":

@@ -21,11 +21,11 @@ from featpipe.experiments.dataset import BackboneCaches, TrainTestSplit, digest_
 from featpipe.experiments.grid import TrialSpec
 from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.result import TrialResult
-from featpipe.metrics import Calibration, Scores, score
+from featpipe.metrics import METRICS, Calibration, Scores, score
 from featpipe.model import Model, load_model
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
-from featpipe.training import LOWER_IS_BETTER, EmbeddingDataset, make_head_config, parse_policy, train_head
+from featpipe.training import EmbeddingDataset, make_head_config, parse_policy, train_head
 
 __all__ = ["RecordStore", "TrialRun", "get_package_versions", "make_model_inputs"]
 
@@ -209,7 +209,7 @@ class TrialRun:
         value = metrics[name]["value"]
         if value is None:
             return name, -math.inf
-        return name, -value if name in LOWER_IS_BETTER else value
+        return name, METRICS[name].gain(value)
 
 
 def _get_metric_values(scores: Scores) -> dict[str, float]:

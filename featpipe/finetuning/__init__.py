@@ -13,7 +13,7 @@ from featpipe.finetuning.finetune import compute_network_importances, finetune, 
 from featpipe.finetuning.head_layers import HeadLayers, InitialHead, head_to_layers, initialize_head
 from featpipe.finetuning.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
 from featpipe.finetuning.result import FineTuningResult, ProbeComparison, make_finetuned_backbone, make_finetuned_model
-from featpipe.finetuning.split import VALIDATION_SPLIT_SEED, Splits
+from featpipe.finetuning.split import Splits
 from featpipe.finetuning.trainer import BACKBONE_PREFIX, HEAD_PREFIX, Trainer, TrainingState
 from featpipe.finetuning.unfreeze import select_unfrozen
 
@@ -21,7 +21,6 @@ __all__ = [
     "BACKBONE_PREFIX",
     "HEAD_PREFIX",
     "NON_TRAINING_SETTINGS",
-    "VALIDATION_SPLIT_SEED",
     "Augmentation",
     "DistillationLoss",
     "DistributedContext",

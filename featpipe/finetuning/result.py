@@ -50,8 +50,6 @@ __all__ = [
     "predict_rows",
 ]
 
-LOWER_IS_BETTER = ("log_loss", "calibration_error", "mae", "rmse")
-
 
 @dataclass(frozen=True, eq=False)
 class ProbeComparison:
@@ -77,7 +75,7 @@ class ProbeComparison:
     def gain(self) -> float:
         """How much better the fine-tuned model is by the main score."""
         value = next(row["difference"][0] for row in self.metrics if row["name"] == self.main)
-        return -value if self.main in LOWER_IS_BETTER else value
+        return METRICS[self.main].gain(value)
 
     @property
     def sure(self) -> bool:
@@ -88,7 +86,7 @@ class ProbeComparison:
     def verdict(self) -> str:
         """In one sentence."""
         row = next(row for row in self.metrics if row["name"] == self.main)
-        name, p = METRICS[self.main][0].lower(), row["p"]
+        name, p = METRICS[self.main].title.lower(), row["p"]
         change = f"{name} {_format_interval(row['probe'])} → {_format_interval(row['tuned'])}"
         if self.gain == 0:
             return f"fine-tuned is neither better nor worse than the probe on {self.n} held-out images: {change}"
@@ -217,7 +215,7 @@ class FineTuningResult:
         rows = [["", "probe", "fine-tuned", "difference", "p"]]
         for row in self.comparison.metrics:
             difference = _format_interval(row["difference"], signed=True)
-            name, p = METRICS[row["name"]][0], row["p"]
+            name, p = METRICS[row["name"]].title, row["p"]
             rows.append(
                 [
                     name,

@@ -20,7 +20,6 @@ from featpipe.training import EmbeddingDataset, make_head_config, train_head
 
 __all__ = ["Splits", "make_dataset", "make_splits", "refit_without"]
 
-TEST_SPLIT_SEED, VALIDATION_SPLIT_SEED = 4, 5  # other rows than those of folds; the same whatever --seed is
 MAX_LISTED_NAMES = 3
 
 
@@ -77,9 +76,9 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
     validation = _drop_copies(cache, validation, train)
     labelled_splits = [name for name, split_rows in (("validation", validation), ("test", test)) if len(split_rows)]
     if not len(test):
-        train, test = _hold_out(model, cache, train, y, tuning.test, TEST_SPLIT_SEED)
+        train, test = _hold_out(model, cache, train, y, tuning.test, splits.SplitSeed.FINETUNING_TEST)
     if not len(validation):
-        train, validation = _hold_out(model, cache, train, y, tuning.validation, VALIDATION_SPLIT_SEED)
+        train, validation = _hold_out(model, cache, train, y, tuning.validation, splits.SplitSeed.FINETUNING_VALIDATION)
     _check_classes(model, cache, y, train)
     counts_text = (
         f"{len(train)} images to train on, {len(validation)} to say when to stop, {len(test)} held out for the table"

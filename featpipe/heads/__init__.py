@@ -13,9 +13,7 @@ from featpipe.heads.neural.train import forward
 from featpipe.heads.persistence import TRUSTED_TYPES, check_savable, dumps, loads
 from featpipe.heads.registry import (
     HEAD_REGISTRY,
-    HEAD_TASKS,
     HeadSpec,
-    HeadTask,
     build,
     describe,
     get_settings,
@@ -56,12 +54,10 @@ if TYPE_CHECKING:
 __all__ = [
     "C_GRID",
     "HEAD_REGISTRY",
-    "HEAD_TASKS",
     "TRUSTED_TYPES",
     "BalancedClassifier",
     "BayesianRidgeClassifier",
     "HeadSpec",
-    "HeadTask",
     "LastLayer",
     "LinearClassifier",
     "LinearRegressor",

@@ -6,26 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
-from featpipe.config import unknown_name_error
+from featpipe.config import TASKS, Task, unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.heads.knn import nearness
 
 __all__ = [
     "HEAD_REGISTRY",
-    "HEAD_TASKS",
     "HeadSpec",
-    "HeadTask",
     "build",
     "describe",
     "get_settings",
     "get_spec",
     "list_heads",
 ]
-
-HeadTask = Literal["classification", "regression", "multilabel"]
-HEAD_TASKS: tuple[HeadTask, ...] = ("classification", "regression", "multilabel")
 
 
 @dataclass(frozen=True)
@@ -49,14 +44,14 @@ class HeadSpec:
     """
 
     summary: str
-    estimators: Mapping[HeadTask, str]
-    fixed: Mapping[HeadTask, Mapping[str, object]] = field(default_factory=dict)
-    defaults: Mapping[HeadTask, Mapping[str, object]] = field(default_factory=dict)
+    estimators: Mapping[Task, str]
+    fixed: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
+    defaults: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
     grid: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     standardize: bool = True
 
 
-_FIXED_MULTILABEL: Mapping[HeadTask, Mapping[str, object]] = {
+_FIXED_MULTILABEL: Mapping[Task, Mapping[str, object]] = {
     "classification": {"multilabel": False},
     "multilabel": {"multilabel": True},
 }
@@ -312,14 +307,14 @@ def _to_pipeline_params(params: Mapping[str, object], param_names: list[str], na
     return pipeline_params
 
 
-def _parse_task(task: str) -> HeadTask:
-    for head_task in HEAD_TASKS:
+def _parse_task(task: str) -> Task:
+    for head_task in TASKS:
         if task == head_task:
             return head_task
-    raise unknown_name_error("task", task, HEAD_TASKS)
+    raise unknown_name_error("task", task, TASKS)
 
 
-def _infer_task(estimator_class: Any, name: str) -> HeadTask:
+def _infer_task(estimator_class: Any, name: str) -> Task:
     """What an estimator of somebody else's does."""
     from sklearn.base import is_classifier, is_regressor
 

@@ -15,7 +15,7 @@ from featpipe.metrics.calibration import (
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
 from featpipe.metrics.reliability import compute_confidence
-from featpipe.metrics.scores import METRICS, Scores
+from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores
 
 if TYPE_CHECKING:
     from featpipe.metrics.metrics import score, score_classification, score_multilabel, score_regression
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METRICS",
+    "SELECTION_METRICS",
     "Calibration",
     "Interval",
+    "Metric",
     "PairedComparison",
     "ScoreDifference",
     "Scores",

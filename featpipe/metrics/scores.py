@@ -12,29 +12,76 @@ from numpy.typing import NDArray
 
 from featpipe.metrics.intervals import Interval, format_score
 
-__all__ = ["METRICS", "Scores", "nan_to_none"]
+__all__ = ["METRICS", "SELECTION_METRICS", "Metric", "Scores", "nan_to_none"]
 
-METRICS: dict[str, tuple[str, str]] = {
-    "accuracy": ("Accuracy", "share of rows whose most probable class is the right one"),
-    "balanced_accuracy": ("Balanced accuracy", "mean recall; every class counts the same"),
-    "macro_f1": ("Macro F1", "mean F1; every class counts the same"),
-    "top5_accuracy": ("Top-5 accuracy", "share of rows whose class is among the five most probable"),
-    "log_loss": ("Log loss", "how much the probabilities are worth; lower is better"),
-    "calibration_error": ("Calibration error", "how far confidence is from accuracy, on average; lower is better"),
-    "roc_auc": ("ROC AUC", "chance that a row of a class is ranked above one of another class"),
-    "pr_auc": ("PR AUC", "mean precision of a class over all thresholds, averaged over classes"),
-    "mean_average_precision": (
+
+@dataclass(frozen=True)
+class Metric:
+    """How a score is presented and compared.
+
+    Attributes
+    ----------
+    title : str
+    meaning : str
+        What it says, in a few words.
+    higher_is_better : bool
+    """
+
+    title: str
+    meaning: str
+    higher_is_better: bool = True
+
+    def gain(self, value: float) -> float:
+        """The value, with the sign that makes larger better."""
+        return value if self.higher_is_better else -value
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("Accuracy", "share of rows whose most probable class is the right one"),
+    "balanced_accuracy": Metric("Balanced accuracy", "mean recall; every class counts the same"),
+    "macro_f1": Metric("Macro F1", "mean F1; every class counts the same"),
+    "top5_accuracy": Metric("Top-5 accuracy", "share of rows whose class is among the five most probable"),
+    "log_loss": Metric("Log loss", "how much the probabilities are worth; lower is better", higher_is_better=False),
+    "calibration_error": Metric(
+        "Calibration error", "how far confidence is from accuracy, on average; lower is better", higher_is_better=False
+    ),
+    "roc_auc": Metric("ROC AUC", "chance that a row of a class is ranked above one of another class"),
+    "pr_auc": Metric("PR AUC", "mean precision of a class over all thresholds, averaged over classes"),
+    "mean_average_precision": Metric(
         "Mean average precision",
         "mean over labels; 1 when each ranks its rows first",
     ),
-    "micro_f1": ("Micro F1", "F1 over all decisions at probability 0.5"),
-    "exact_match": ("Exact match", "share of rows with every label right at probability 0.5"),
-    "mae": ("Mean absolute error", "in the units of the target; lower is better"),
-    "rmse": ("Root mean squared error", "in the units of the target; lower is better"),
-    "r2": ("R²", "share of the variance explained; 0 is as good as always saying the mean"),
-    "spearman": ("Spearman correlation", "whether the order is right, whatever the scale"),
+    "micro_f1": Metric("Micro F1", "F1 over all decisions at probability 0.5"),
+    "exact_match": Metric("Exact match", "share of rows with every label right at probability 0.5"),
+    "mae": Metric("Mean absolute error", "in the units of the target; lower is better", higher_is_better=False),
+    "rmse": Metric("Root mean squared error", "in the units of the target; lower is better", higher_is_better=False),
+    "r2": Metric("R²", "share of the variance explained; 0 is as good as always saying the mean"),
+    "spearman": Metric("Spearman correlation", "whether the order is right, whatever the scale"),
 }
-"""What each score is called and what it means, for people."""
+"""Every score that featpipe reports, by name."""
+
+SELECTION_METRICS: dict[str, dict[str, str]] = {
+    "classification": {
+        "accuracy": "accuracy",
+        "balanced_accuracy": "balanced_accuracy",
+        "macro_f1": "f1_macro",
+        "log_loss": "neg_log_loss",
+        "roc_auc": "roc_auc_ovr",
+    },
+    "multilabel": {
+        "mean_average_precision": "average_precision",
+        "log_loss": "log_loss",
+        "micro_f1": "f1_micro",
+        "macro_f1": "f1_macro",
+        "exact_match": "accuracy",
+    },
+    "regression": {
+        "r2": "r2",
+        "mae": "neg_mean_absolute_error",
+        "rmse": "neg_root_mean_squared_error",
+    },
+}
+"""By task, the metrics that select settings and heads, with scikit-learn's scorers; the first is the default."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +163,7 @@ class Scores:
         """For the terminal: the scores with their intervals, then the `limit` weakest classes."""
         metric_rows = [
             (
-                METRICS[name][0],
+                METRICS[name].title,
                 format_score(interval.value),
                 f"[{format_score(interval.low)}, {format_score(interval.high)}]" if interval.known else "",
             )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from featpipe import heads
 from featpipe.cache import FeatureCache, restrict_facts_to_output
+from featpipe.config import TASKS
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.metrics import Calibration, compute_logits
 from featpipe.model import uncertainty
@@ -613,10 +614,8 @@ def _check_document(document: Any) -> None:
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
         raise ModelError("model.json names its classes twice, or not by text; train the model again")
     backbone = facts.get("backbone")
-    if document["task"] not in heads.HEAD_TASKS or not isinstance(request.get("name"), str):
-        raise ModelError(
-            f"model.json names no task of {', '.join(heads.HEAD_TASKS)}, or no backbone; train the model again"
-        )
+    if document["task"] not in TASKS or not isinstance(request.get("name"), str):
+        raise ModelError(f"model.json names no task of {', '.join(TASKS)}, or no backbone; train the model again")
     if not isinstance(request.get("weights"), str | None) or not isinstance(request.get("seed", 0), int):
         raise ModelError("model.json does not say which weights its backbone has; train the model again")
     if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from featpipe.errors import ConfigError
-from featpipe.metrics import METRICS, Scores, format_score
+from featpipe.metrics import METRICS, Metric, Scores, format_score
 from featpipe.report.charts import make_axis, make_confusion_matrix, make_training_curve
 from featpipe.report.page import Page
 from featpipe.storage import atomic_write
@@ -68,7 +68,7 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
 def render_page(page: Page) -> str:
     """The page as HTML that asks nothing of the network: styles, scripts, data and pictures inside."""
     template, style, scripts = _load_template_and_assets()
-    score_title, meaning = METRICS.get(page.comparison_score, (page.comparison_score, ""))
+    compared_metric = METRICS.get(page.comparison_score, Metric(page.comparison_score, ""))
     interval_bounds = [bound for row in page.comparison for bound in (row.score.value, row.score.low, row.score.high)]
     return template.render(
         page=page,
@@ -77,7 +77,7 @@ def render_page(page: Page) -> str:
         policy=_make_content_security_policy(style, scripts if page.drawn else ()),
         data=_to_script_json(page.drawn) if page.drawn else "",
         axis=make_axis(interval_bounds),
-        compared={"name": score_title, "meaning": meaning},
+        compared={"name": compared_metric.title, "meaning": compared_metric.meaning},
         curves=[make_training_curve(name, values) for name, values in page.curves.items()],
         contents=_list_sections(page),
         **_make_score_context(page.scores),
@@ -104,7 +104,10 @@ def _make_score_context(scores: Scores | None) -> dict[str, Any]:
     """What the template shows of some scores."""
     if scores is None:
         return {"metrics": [], "columns": [], "weakest": [], "others": [], "matrix": [], "pairs": []}
-    metric_rows = [(*METRICS.get(name, (name, "")), score) for name, score in scores.metrics.items()]
+    metric_rows = [
+        (metric.title, metric.meaning, scores.metrics[name])
+        for name, metric in ((name, METRICS.get(name, Metric(name, ""))) for name in scores.metrics)
+    ]
     class_rows = scores.weakest()
     has_many_classes = len(scores.classes) > _MAX_MATRIX_CLASSES
     n_unfolded = _MAX_UNFOLDED_CLASSES if has_many_classes else len(class_rows)

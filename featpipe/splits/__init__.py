@@ -10,6 +10,7 @@ from featpipe.splits.groups import (
     parse_table_column,
     parse_time,
 )
+from featpipe.splits.seeds import SplitSeed
 from featpipe.splits.splits import (
     apply_predefined_split,
     compute_group_keys,
@@ -20,6 +21,7 @@ from featpipe.splits.splits import (
 )
 
 __all__ = [
+    "SplitSeed",
     "apply_predefined_split",
     "compute_group_keys",
     "compute_keys",

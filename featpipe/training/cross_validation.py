@@ -10,27 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
-from featpipe.metrics import Calibration, Scores, calibration_error, fit_temperature, score
+from featpipe.metrics import METRICS, Calibration, Scores, calibration_error, fit_temperature, score
 from featpipe.model import ConformalPredictor
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.training.dataset import EmbeddingDataset
 from featpipe.training.fit import MAX_TUNING_ROWS, FittedHead, HeadConfig
 from featpipe.training.search import subsample
 
-__all__ = ["LOWER_IS_BETTER", "Estimate", "cross_validate", "fit_calibration_on_folds", "get_main_metric"]
+__all__ = ["Estimate", "cross_validate", "fit_calibration_on_folds", "get_main_metric"]
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 N_CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for
-
-LOWER_IS_BETTER = ("log_loss", "mae", "rmse")
 
 
 def get_main_metric(scores: Scores, metric: str | None = None) -> tuple[str, float]:
     """The score that heads are compared by: its name, and its value with the sign that makes larger the better."""
     name = metric if metric is not None and metric in scores.metrics else next(iter(scores.metrics))
     value = float(scores.metrics[name].value)
-    return name, -value if name in LOWER_IS_BETTER else value
+    return name, METRICS[name].gain(value)
 
 
 @dataclass(frozen=True, eq=False)

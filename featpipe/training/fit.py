@@ -21,7 +21,6 @@ __all__ = ["FittedHead", "HeadConfig"]
 
 PREDICT_BLOCK_ROWS = 1 << 16
 MAX_TUNING_ROWS = 20_000  # the most that settings are tried on where features stay in the file
-EARLY_STOPPING_SEED = 2  # other rows than those of the folds
 ABSENT_CLASS_LOGIT = -30.0  # beside the others, of a class that a fold was not fitted on
 
 
@@ -193,7 +192,7 @@ def _fit_with_early_stopping(estimator: Any, dataset: EmbeddingDataset, config: 
         dataset.digests,
         y,
         test=head.validation_fraction,
-        seed=EARLY_STOPPING_SEED,
+        seed=splits.SplitSeed.EARLY_STOPPING,
         groups=dataset.groups,
         times=dataset.times,
         names=names,

@@ -15,13 +15,12 @@ from featpipe.training.search import subsample
 __all__ = ["fit_novelty", "update_novelty"]
 
 MAX_ROWS = 20_000  # rows that are looked at
-NOVELTY_SEED = 3  # other rows than those of folds and parts
 MIN_ROWS = 10  # rows
 
 
 def fit_novelty(dataset: EmbeddingDataset, task: str) -> NoveltyScorer | None:
     """From some training rows, each class with as many as there are of it up to its share; None of very few."""
-    sample = subsample(dataset, MAX_ROWS, NOVELTY_SEED)
+    sample = subsample(dataset, MAX_ROWS, splits.SplitSeed.NOVELTY)
     if len(sample) < MIN_ROWS:
         return None
     reference_rows = np.sort(_make_round_robin_order(sample, task)[: max(MAX_REFERENCES, len(dataset.classes))])
@@ -44,7 +43,7 @@ def update_novelty(old_novelty: NoveltyScorer, n_old_images: int, dataset: Embed
     """
     if not len(dataset):
         return old_novelty
-    sample = subsample(dataset, MAX_ROWS, NOVELTY_SEED)
+    sample = subsample(dataset, MAX_ROWS, splits.SplitSeed.NOVELTY)
     share = min(1.0, len(old_novelty.references) / max(1, n_old_images))
     n_reference_rows = max(round(share * len(dataset)), len(np.unique(sample.y)))
     return old_novelty.extend(
@@ -66,7 +65,7 @@ def _make_copy_and_group_codes(dataset: EmbeddingDataset) -> NDArray[Any]:
 
 def _make_round_robin_order(dataset: EmbeddingDataset, task: str) -> NDArray[np.intp]:
     """The rows in an order that takes one of each class by turns; which ones follows from their images' bytes."""
-    keys = splits.compute_keys(dataset.digests, NOVELTY_SEED)
+    keys = splits.compute_keys(dataset.digests, splits.SplitSeed.NOVELTY)
     rank_in_class = np.zeros(len(dataset), np.intp)
     if task == "classification":
         for code in range(len(dataset.classes)):

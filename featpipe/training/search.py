@@ -16,14 +16,13 @@ from featpipe import heads, splits
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.heads import C_GRID, BalancedClassifier, SoftmaxRegressionCV, map_folds, resample, select_best_C
-from featpipe.metrics import compute_logits, compute_sigmoid_loss
+from featpipe.metrics import SELECTION_METRICS, compute_logits, compute_sigmoid_loss
 from featpipe.training.dataset import EmbeddingDataset
 
 if TYPE_CHECKING:
     from featpipe.training.fit import HeadConfig
 
 __all__ = [
-    "METRICS",
     "SearchResult",
     "format_params",
     "get_scorer",
@@ -33,33 +32,9 @@ __all__ = [
     "subsample",
 ]
 
-METRICS: dict[str, dict[str, str]] = {  # by task: what people name, and scikit-learn's name of the scorer
-    "classification": {
-        "accuracy": "accuracy",
-        "balanced_accuracy": "balanced_accuracy",
-        "macro_f1": "f1_macro",
-        "log_loss": "neg_log_loss",
-        "roc_auc": "roc_auc_ovr",
-    },
-    "multilabel": {
-        "mean_average_precision": "average_precision",
-        "log_loss": "log_loss",
-        "micro_f1": "f1_micro",
-        "macro_f1": "f1_macro",
-        "exact_match": "accuracy",
-    },
-    "regression": {
-        "r2": "r2",
-        "mae": "neg_mean_absolute_error",
-        "rmse": "neg_root_mean_squared_error",
-    },
-}
-"""What settings and heads can be chosen by; the first is the default."""
-
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 MAX_ROWS_FOR_ALL_FOLDS = 5000  # rows
-INNER_SEED = 1  # other folds than those that a score is reported for
 N_INNER_FOLDS = 5
 KEY_BLOCK_ROWS = 1 << 18
 SCALER_BLOCK_ROWS = 4096
@@ -67,7 +42,7 @@ SCALER_BLOCK_ROWS = 4096
 
 def get_scorer(task: str, metric: str | None) -> Any:
     """Scikit-learn's scorer for a metric."""
-    scorers = METRICS[task]
+    scorers = SELECTION_METRICS[task]
     if metric is not None and metric not in scorers:
         raise unknown_name_error("metric", metric, scorers)
     name = next(iter(scorers.values())) if metric is None else scorers[metric]
@@ -197,7 +172,7 @@ def make_inner_folds(dataset: EmbeddingDataset, task: str) -> list[Fold] | None:
     """Five folds, or as many as the rarest class allows; None if there is one image of a class."""
     for k in (N_INNER_FOLDS, 3, 2):
         try:
-            return dataset.make_folds(task, k, INNER_SEED)
+            return dataset.make_folds(task, k, splits.SplitSeed.INNER_FOLDS)
         except ConfigError:
             continue
     return None
@@ -209,7 +184,7 @@ def search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str
 
     scoring = get_scorer(config.task, config.metric)
     folds = make_inner_folds(dataset, config.task) or dataset.make_folds(
-        config.task, 2, INNER_SEED
+        config.task, 2, splits.SplitSeed.INNER_FOLDS
     )  # the second says which class is short
     first_values = {key: values[0] for key, values in grid.items()}
     estimator = heads.build(
@@ -235,7 +210,7 @@ def search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str
     best = candidates[int(np.argmax(results["mean_test_score"]))]
     return SearchResult(
         best["settings"],
-        config.metric or next(iter(METRICS[config.task])),
+        config.metric or next(iter(SELECTION_METRICS[config.task])),
         candidates,
         _describe_search(dataset, len(candidates), folds),
     )

@@ -84,7 +84,8 @@ def train(
     grid : mapping from setting to values, optional
         What to try, instead of the head's own grid.
     metric : str, optional
-        What settings are chosen by, one of :data:`featpipe.training.METRICS`; the first of the task if not given.
+        The metric that settings are selected by, one of :data:`featpipe.metrics.SELECTION_METRICS`; the task's first if
+        not given.
     one_standard_error : bool
         Choose the smallest ``C`` whose score is within one standard error of the best.
     balance : {"over", "under", "smote"}, optional

@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 from featpipe.errors import ConfigError
 from featpipe.metrics import (
     METRICS,
+    SELECTION_METRICS,
     Interval,
     compare_paired,
     score_classification,
@@ -335,7 +336,7 @@ def test_the_table_shows_every_score_and_the_weakest_class_first():
     scores = score_classification(named(codes), p, CLASSES)
     table = scores.table(limit=3)
     for name, score in scores.metrics.items():
-        assert METRICS[name][0] in table
+        assert METRICS[name].title in table
         assert f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]" in table
     assert table.splitlines()[-4].startswith(scores.weakest()[0]["name"])
     assert table.endswith("the 3 weakest of 8")
@@ -361,6 +362,16 @@ def test_every_score_has_a_name_and_a_meaning():
         *score_regression(*regression(), ["a", "b"]).metrics,
     }
     assert found == set(METRICS)
+    assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {
+        "log_loss",
+        "calibration_error",
+        "mae",
+        "rmse",
+    }
+
+
+def test_every_metric_that_selects_is_one_that_is_reported():
+    assert set().union(*SELECTION_METRICS.values()) <= set(METRICS)
 
 
 def test_mcnemar_counts_the_rows_that_one_model_alone_gets_right():

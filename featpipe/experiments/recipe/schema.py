@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from featpipe.config import ExtractionConfig, FineTuneConfig, unknown_name_error
+from featpipe.config import TASKS, ExtractionConfig, FineTuneConfig, unknown_name_error
 from featpipe.errors import ConfigError
 
 __all__ = [
@@ -26,7 +26,6 @@ TILES_ARCHIVE = "featpipe:tiles"
 ALL_HEADS = "all"
 """The head that stands for every head which does the task."""
 RESAMPLING_METHODS = ("over", "under", "smote")
-TASKS = ("classification", "regression", "multilabel")
 
 
 @dataclass(frozen=True)

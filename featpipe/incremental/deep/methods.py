@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline
 
 from featpipe import splits
 from featpipe.errors import ConfigError
-from featpipe.finetuning import VALIDATION_SPLIT_SEED, DistillationLoss, Regularizers
+from featpipe.finetuning import DistillationLoss, Regularizers
 from featpipe.incremental.dataset import LabeledEmbeddings
 from featpipe.incremental.methods import (
     DISTILL_STRENGTH,
@@ -172,7 +172,11 @@ def _split_validation(pool: LabeledEmbeddings, validation_fraction: float, names
     candidates = pool.take(eligible)
     validation_rows = eligible[
         splits.make_holdout(
-            candidates.digests, candidates.y, test=validation_fraction, seed=VALIDATION_SPLIT_SEED, names=names
+            candidates.digests,
+            candidates.y,
+            test=validation_fraction,
+            seed=splits.SplitSeed.FINETUNING_VALIDATION,
+            names=names,
         )[1]
     ]
     return ~np.isin(np.arange(len(pool)), validation_rows)
