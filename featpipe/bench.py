@@ -23,7 +23,7 @@ import torch
 from featpipe import data
 from featpipe.backbones import Backbone, PreparedImage
 from featpipe.config import AUTO, ExtractionConfig
-from featpipe.data import image
+from featpipe.data import encode_thumbnail, resize_image
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.extraction import extract, load_backbone
 from featpipe.inference import (
@@ -363,9 +363,9 @@ def _make_synthetic_images() -> tuple[list[bytes], float, str]:
     rng = np.random.default_rng(0)
     images = []
     for _ in range(32):
-        smooth = image.resize(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), *SYNTHETIC_IMAGE_SIZE, "bicubic")
+        smooth = resize_image(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), *SYNTHETIC_IMAGE_SIZE, "bicubic")
         grainy = np.clip(smooth + rng.normal(0, 12, (*SYNTHETIC_IMAGE_SIZE, 3)), 0, 255).astype(np.uint8)
-        images.append(image.thumbnail(grainy, max(SYNTHETIC_IMAGE_SIZE)))
+        images.append(encode_thumbnail(grainy, max(SYNTHETIC_IMAGE_SIZE)))
     return images, math.inf, "made-up JPEGs"
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featpipe import data
 from featpipe.cache import SPLIT_NAMES, FeatureCache
-from featpipe.data import TILE_SIZE, image, write_tiles
+from featpipe.data import TILE_SIZE, decode_image, write_tiles
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.experiments import write_report
 from featpipe.extraction import extract
@@ -147,7 +147,7 @@ def _load_pixels(tiles: Path) -> NDArray[np.float32]:
     """Standardised gray values of all tiles, shape (n, SIDE * SIDE)."""
     index = data.index(tiles)
     with index.open() as reader:
-        gray_tiles = [image.decode(reader.read(row))[:, :, 0] for row in range(len(index))]
+        gray_tiles = [decode_image(reader.read(row))[:, :, 0] for row in range(len(index))]
     pixels = np.stack(gray_tiles).reshape(len(gray_tiles), TILE_SIZE * TILE_SIZE).astype(np.float32)
     return (pixels - pixels.mean()) / pixels.std()
 

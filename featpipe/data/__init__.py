@@ -48,14 +48,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.data.demo_tiles import TILE_SIZE, write_tiles
-from featpipe.data.image import BACKGROUND, ImageLimits, decode, encode_png, thumbnail, to_rgb
+from featpipe.data.image import (
+    BACKGROUND,
+    ImageLimits,
+    compute_resize_weights,
+    decode_image,
+    encode_jpeg,
+    encode_png,
+    encode_preview,
+    encode_thumbnail,
+    resize_image,
+    to_rgb,
+)
 from featpipe.data.index import Index, SampleReader, index, index_files
 from featpipe.data.labels.infer import RawLabels, parse_number
 from featpipe.data.labels.labels import Labels, LabelTask, order_classes
-from featpipe.data.labels.sidecars import LabelValue
 from featpipe.data.labels.table import TABLE_SUFFIXES, LabelTable, TableRows, match_table_rows, read_column, read_paths
 from featpipe.data.sources.glob import expand_paths
 from featpipe.data.sources.listing import SAMPLE_SUFFIXES, ArchiveLimits, ArchiveSource, escape_name, format_name
+from featpipe.data.sources.sidecars import LabelValue
 
 if TYPE_CHECKING:
     from featpipe.data.jpeg import decode_within_budget
@@ -76,9 +87,13 @@ __all__ = [
     "RawLabels",
     "SampleReader",
     "TableRows",
-    "decode",
+    "compute_resize_weights",
+    "decode_image",
     "decode_within_budget",
+    "encode_jpeg",
     "encode_png",
+    "encode_preview",
+    "encode_thumbnail",
     "escape_name",
     "expand_paths",
     "format_name",
@@ -89,7 +104,7 @@ __all__ = [
     "parse_number",
     "read_column",
     "read_paths",
-    "thumbnail",
+    "resize_image",
     "to_rgb",
     "write_tiles",
 ]

@@ -43,13 +43,13 @@ __all__ = [
     "DEFAULT_IMAGE_LIMITS",
     "ImageLimits",
     "JpegDecoder",
-    "decode",
+    "compute_resize_weights",
+    "decode_image",
     "encode_jpeg",
     "encode_png",
-    "preview",
-    "resize",
-    "resize_weights",
-    "thumbnail",
+    "encode_preview",
+    "encode_thumbnail",
+    "resize_image",
     "to_rgb",
 ]
 
@@ -125,7 +125,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
 _WHITE_IS_ZERO = 0
 
 
-def decode(
+def decode_image(
     data: bytes,
     limits: ImageLimits = DEFAULT_IMAGE_LIMITS,
     jpeg_decoder: JpegDecoder | None = None,
@@ -174,7 +174,7 @@ def decode(
 
 
 def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Take a picture that is already decoded, by the same rules as `decode`.
+    """Take a picture that is already decoded, by the same rules as `decode_image`.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.require(picture, requirements=["C", "W"])
 
 
-def resize(picture: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
+def resize_image(picture: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
     """Resize a picture, antialiased, to the bit as Pillow does it.
 
     Parameters
@@ -230,8 +230,8 @@ def resize(picture: NDArray[np.uint8], height: int, width: int, interpolation: s
     return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), resampling))
 
 
-def resize_weights(input_size: int, output_size: int, interpolation: str, spacing: int) -> NDArray[np.int32]:
-    """How much each pixel of an axis counts in `resize`, in units of 2⁻²², as Pillow itself has it.
+def compute_resize_weights(input_size: int, output_size: int, interpolation: str, spacing: int) -> NDArray[np.int32]:
+    """How much each pixel of an axis counts in `resize_image`, in units of 2⁻²², as Pillow itself has it.
 
     A pass of Pillow's over 8-bit levels rounds its weights to that unit. A pass over 32-bit numbers does not, but
     rounds its results in the same way: so where the picture is 2²² in one pixel and 0 elsewhere, they are the weights.
@@ -255,7 +255,7 @@ def resize_weights(input_size: int, output_size: int, interpolation: str, spacin
     return np.asarray(Image.fromarray(impulses).resize((output_size, spacing), Image.Resampling[interpolation.upper()]))
 
 
-def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
+def encode_thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
     """A small JPEG without metadata, for reports.
 
     Parameters
@@ -269,13 +269,13 @@ def thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
     return _encode(small, "JPEG", quality=85)
 
 
-def preview(data: bytes, size: int, limits: ImageLimits = DEFAULT_IMAGE_LIMITS) -> bytes:
+def encode_preview(data: bytes, size: int, limits: ImageLimits = DEFAULT_IMAGE_LIMITS) -> bytes:
     """A small WebP of an encoded image, without metadata, for reports.
 
     Parameters
     ----------
     data : bytes
-        From any source; refused as `decode` does.
+        From any source; refused as `decode_image` does.
     size : int
         The longest side in pixels.
 

@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featpipe.data import image
-from featpipe.data.image import DEFAULT_IMAGE_LIMITS, ImageLimits
+from featpipe.data.image import DEFAULT_IMAGE_LIMITS, ImageLimits, decode_image, encode_jpeg, resize_image
 from featpipe.runtime import MemoryBudget
 
-__all__ = ["LARGE_IMAGE_BUDGET", "decode", "decode_within_budget", "is_torchvision_exact"]
+__all__ = ["LARGE_IMAGE_BUDGET", "decode_with_torchvision", "decode_within_budget", "is_torchvision_exact"]
 
 LARGE_IMAGE_BUDGET = MemoryBudget()
 """What large pictures may take while they are decoded and worked on, in this process."""
@@ -36,11 +35,11 @@ PROBE_SIZES = ((48, 64), (37, 53), (7, 130))  # height and width of the pictures
 RGB_READ_MODE = 3  # torchvision's ImageReadMode.RGB
 
 
-def decode(
+def decode_with_torchvision(
     data: bytes, limits: ImageLimits = DEFAULT_IMAGE_LIMITS, reserve_memory: Callable[[int], None] | None = None
 ) -> NDArray[np.uint8]:
-    """Decode one image; as :func:`featpipe.data.image.decode`, and with its errors."""
-    return image.decode(data, limits, _decode_jpeg if is_torchvision_exact() else None, reserve_memory)
+    """Decode one image; as :func:`featpipe.data.image.decode_image`, and with its errors."""
+    return decode_image(data, limits, _decode_jpeg if is_torchvision_exact() else None, reserve_memory)
 
 
 @contextlib.contextmanager
@@ -50,7 +49,7 @@ def decode_within_budget(data: bytes) -> Iterator[NDArray[np.uint8]]:
     So many threads need no more memory than there is, whatever pictures they come across.
     """
     with LARGE_IMAGE_BUDGET.reservation() as reserve_memory:
-        yield decode(data, reserve_memory=reserve_memory)
+        yield decode_with_torchvision(data, reserve_memory=reserve_memory)
 
 
 @cache
@@ -62,12 +61,12 @@ def is_torchvision_exact() -> bool:
     rng = np.random.default_rng(0)
     for height, width in PROBE_SIZES:
         picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        picture[: height // 2] = image.resize(picture[:4, :4], height // 2, width, "bicubic")
+        picture[: height // 2] = resize_image(picture[:4, :4], height // 2, width, "bicubic")
         for subsampling in (0, 1, 2):
             for progressive in (False, True):
-                data = image.encode_jpeg(picture, subsampling=subsampling, progressive=progressive)
+                data = encode_jpeg(picture, subsampling=subsampling, progressive=progressive)
                 decoded = _decode_jpeg(data)
-                if decoded is None or not np.array_equal(decoded, image.decode(data)):
+                if decoded is None or not np.array_equal(decoded, decode_image(data)):
                     return False
     return True
 

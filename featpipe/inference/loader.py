@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featpipe.backbones import ImageBatch, PreparedImage
-from featpipe.data import decode_within_budget, image
+from featpipe.data import decode_within_budget, to_rgb
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 from featpipe.storage import digest
@@ -105,7 +105,7 @@ class ImageList:
             return bytes(item)
         if not isinstance(item, (str, os.PathLike)):
             try:
-                return image.to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
+                return to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
             except ConfigError as error:
                 raise ConfigError(f"image {row}: {error}") from None
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from featpipe import data
 from featpipe.cache import FeatureCache
-from featpipe.data import image
+from featpipe.data import encode_preview
 from featpipe.errors import ArchiveError, FeatpipeError
 from featpipe.storage import digest
 
@@ -66,7 +66,7 @@ class Thumbnails:
                 try:
                     data = reader.read(self._index_rows[row])
                     if digest(data) == self._cache.digests[row].tobytes():  # else it is another picture by now
-                        thumbnails[row] = image.preview(data, THUMBNAIL_PIXELS)
+                        thumbnails[row] = encode_preview(data, THUMBNAIL_PIXELS)
                 except ArchiveError:
                     continue
         return thumbnails

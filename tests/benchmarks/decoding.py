@@ -26,7 +26,7 @@ from torchvision import transforms as T
 
 from featpipe import backbones
 from featpipe.backbones.resize import embedding_bag
-from featpipe.data import image, jpeg
+from featpipe.data import decode_image, jpeg, resize_image
 from featpipe.inference.devices import keep_freed_memory
 from featpipe.storage import digest
 
@@ -55,7 +55,7 @@ def tensor(picture: np.ndarray) -> torch.Tensor:
 def pillow_resizes(picture: np.ndarray) -> torch.Tensor:
     """What `Transform.picture` does where it has no sums of its own."""
     height, width = TRANSFORM._compute_resized_size(*picture.shape[:2])
-    resized = image.resize(picture, height, width, "bicubic")
+    resized = resize_image(picture, height, width, "bicubic")
     top, left = round((height - 224) / 2), round((width - 224) / 2)
     return tensor(resized)[:, top : top + 224, left : left + 224]
 
@@ -71,12 +71,12 @@ def by_torchvision(data: bytes) -> torch.Tensor:
 
 def before(data: bytes) -> torch.Tensor:
     digest(data)
-    return by_the_formula(pillow_resizes(image.decode(data)))
+    return by_the_formula(pillow_resizes(decode_image(data)))
 
 
 def now(data: bytes) -> torch.Tensor:
     digest(data)
-    return TRANSFORM(tensor(jpeg.decode(data)))
+    return TRANSFORM(tensor(jpeg.decode_with_torchvision(data)))
 
 
 def milliseconds(work: Callable[[Any], object], items: Sequence[Any], threads: int) -> float:
@@ -121,13 +121,13 @@ def main() -> None:
         for data in files:
             assert torch.equal(now(data), before(data)), "other bits than before"
             assert torch.equal(now(data), by_torchvision(data)), "other bits than torchvision's"
-        pictures = [image.decode(data) for data in files]
+        pictures = [decode_image(data) for data in files]
         theirs = [pillow_resizes(picture) for picture in pictures]
         ours = [TRANSFORM.apply_geometry(tensor(picture)) for picture in pictures]
         steps = {
             "SHA-256": (digest, files),
-            "decode: Pillow": (image.decode, files),
-            "decode: featpipe": (jpeg.decode, files),
+            "decode: Pillow": (decode_image, files),
+            "decode: featpipe": (jpeg.decode_with_torchvision, files),
             "resize and crop: Pillow": (pillow_resizes, pictures),
             "resize and crop: featpipe": (lambda picture: TRANSFORM.apply_geometry(tensor(picture)), pictures),
             "normalise: the formula": (by_the_formula, theirs),

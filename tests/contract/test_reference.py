@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from featpipe import backbones
-from featpipe.data import image
+from featpipe.data import decode_image
 from featpipe.extraction import extract
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "brick")
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def decoded(folder) -> list[Image.Image]:
-    return [Image.fromarray(image.decode(path.read_bytes())) for path in sorted(folder.glob("*.jpg"))]
+    return [Image.fromarray(decode_image(path.read_bytes())) for path in sorted(folder.glob("*.jpg"))]
 
 
 def cosine(a, b) -> np.ndarray:

@@ -40,9 +40,9 @@ on_posix = pytest.mark.skipif(os.name != "posix", reason="needs links and permis
 
 
 def folder(path: Path, files: Files = ANIMALS) -> Path:
-    for name, data in files:
+    for name, content in files:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
+        (path / name).write_bytes(content)
     return path
 
 
@@ -66,7 +66,7 @@ def tar(path: Path, files: Iterable[tuple[str, bytes] | tarfile.TarInfo] = ANIMA
 
 def zipped(path: Path, files: Files = ANIMALS, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as out:
-        for name, data in files:
+        for name, content in files:
             out.writestr(zipfile.ZipInfo(name), data, method)
     return path
 

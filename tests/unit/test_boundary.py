@@ -16,7 +16,7 @@ import featpipe
 from featpipe import backbones, data
 from featpipe.backbones.partition import partition_network
 from featpipe.cli.info import cache_to_dict, format_cache
-from featpipe.data import image
+from featpipe.data import decode_image
 from featpipe.errors import ConfigError
 from featpipe.finetuning import feature_map_cache, finetune
 from featpipe.finetuning.augmentation import Augmentation, AugmentedTransform
@@ -50,7 +50,7 @@ def made(ladder):
 
 def pictures(index, rows, view):
     with index.open() as reader:
-        decoded = [torch.from_numpy(image.decode(reader.read(row))).permute(2, 0, 1) for row in rows]
+        decoded = [torch.from_numpy(decode_image(reader.read(row))).permute(2, 0, 1) for row in rows]
     return torch.stack([view(one) for one in decoded])
 
 

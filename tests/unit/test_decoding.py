@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from featpipe.data import image
+from featpipe.data import ImageLimits, decode_image, encode_png, resize_image
 from featpipe.data import jpeg as decoding
 from featpipe.errors import SampleError
 from featpipe.status import Status
@@ -68,30 +68,32 @@ def asked_torchvision(monkeypatch):
 def test_the_pixels_of_any_jpeg_are_pillows(size, seed, coarse, quality, subsampling, progressive):
     rng = np.random.default_rng(seed)
     picture = rng.integers(0, 256, (*((3, 4) if coarse else size), 3), dtype=np.uint8)
-    picture = image.resize(picture, *size, "bicubic") if coarse else picture
+    picture = resize_image(picture, *size, "bicubic") if coarse else picture
     data = jpeg(picture, quality=quality, subsampling=subsampling, progressive=progressive)
-    found = decoding.decode(data)
-    np.testing.assert_array_equal(found, image.decode(data))
+    found = decoding.decode_with_torchvision(data)
+    np.testing.assert_array_equal(found, decode_image(data))
     assert found.flags.c_contiguous
     assert found.flags.writeable
 
 
 @pytest.mark.parametrize("orientation", range(10))
 def test_it_is_turned_upright(orientation, asked_torchvision):
-    np.testing.assert_array_equal(decoding.decode(turned(orientation)), image.decode(turned(orientation)))
+    np.testing.assert_array_equal(
+        decoding.decode_with_torchvision(turned(orientation)), decode_image(turned(orientation))
+    )
     assert asked_torchvision == [PICTURE.shape[:2]]
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_what_is_no_colour_jpeg_is_pillows_affair(mode, without_torchvision):
     data = jpeg(PICTURE, mode)
-    np.testing.assert_array_equal(decoding.decode(data), image.decode(data))
-    np.testing.assert_array_equal(decoding.decode(image.encode_png(PICTURE)), PICTURE)
+    np.testing.assert_array_equal(decoding.decode_with_torchvision(data), decode_image(data))
+    np.testing.assert_array_equal(decoding.decode_with_torchvision(encode_png(PICTURE)), PICTURE)
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(without_torchvision):
     with pytest.raises(SampleError) as refused:
-        decoding.decode(jpeg(PICTURE), image.ImageLimits(max_pixels=1000))
+        decoding.decode_with_torchvision(jpeg(PICTURE), ImageLimits(max_pixels=1000))
     assert refused.value.status == Status.TOO_LARGE
 
 
@@ -113,7 +115,7 @@ def test_of_damaged_bytes_pillow_has_the_last_word(progressive, cut, flips):
     for place, bit in flips:
         data[place % len(data)] ^= 1 << bit
     data = bytes(data[:cut])
-    assert outcome(decoding.decode, data) == outcome(image.decode, data)
+    assert outcome(decoding.decode_with_torchvision, data) == outcome(decode_image, data)
 
 
 def test_a_torchvision_that_decodes_otherwise_is_noticed_and_left_alone(monkeypatch):
@@ -122,7 +124,7 @@ def test_a_torchvision_that_decodes_otherwise_is_noticed_and_left_alone(monkeypa
     decoding.is_torchvision_exact.cache_clear()
     try:
         assert not decoding.is_torchvision_exact()
-        np.testing.assert_array_equal(decoding.decode(jpeg(PICTURE)), image.decode(jpeg(PICTURE)))
+        np.testing.assert_array_equal(decoding.decode_with_torchvision(jpeg(PICTURE)), decode_image(jpeg(PICTURE)))
     finally:
         monkeypatch.undo()
         decoding.is_torchvision_exact.cache_clear()
@@ -136,7 +138,7 @@ def test_a_torchvision_without_jpeg_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch.ops.image, "decode_jpeg", refuse)
     decoding.is_torchvision_exact.cache_clear()
     try:
-        np.testing.assert_array_equal(decoding.decode(jpeg(PICTURE)), image.decode(jpeg(PICTURE)))
+        np.testing.assert_array_equal(decoding.decode_with_torchvision(jpeg(PICTURE)), decode_image(jpeg(PICTURE)))
         assert not decoding.is_torchvision_exact()
     finally:
         decoding.is_torchvision_exact.cache_clear()

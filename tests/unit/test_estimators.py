@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 import featpipe
 from featpipe import FeatureExtractor, TransferClassifier, TransferRegressor, heads
-from featpipe.data import image
+from featpipe.data import decode_image
 from featpipe.errors import ConfigError, SampleError
 from featpipe.estimators import _load_cached_backbone
 from featpipe.status import Status
@@ -50,7 +50,7 @@ def y(photos: list[str]) -> np.ndarray:
 
 
 def by_hand(backbone: Any, paths: list[str]) -> np.ndarray:
-    pictures = [torch.from_numpy(image.decode(Path(path).read_bytes())).permute(2, 0, 1) for path in paths]
+    pictures = [torch.from_numpy(decode_image(Path(path).read_bytes())).permute(2, 0, 1) for path in paths]
     with torch.inference_mode():
         return backbone.network(torch.stack([backbone.transform(p) for p in pictures])).numpy()
 
@@ -94,7 +94,7 @@ def counting(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def times_embedded(home: Path, photos: list[str]) -> list[int]:
     import counting
 
-    pictures = [torch.from_numpy(image.decode(Path(path).read_bytes())).permute(2, 0, 1) for path in photos]
+    pictures = [torch.from_numpy(decode_image(Path(path).read_bytes())).permute(2, 0, 1) for path in photos]
     keys = [int(counting.transform(p).double().sum().mul(1000).long()) for p in pictures]
     seen = (home / "seen").read_text().split()
     assert len(set(keys)) == len(keys)
@@ -164,8 +164,8 @@ def test_images_come_in_every_form(tiny: Any, photos: list[str], y: np.ndarray) 
         series.to_frame("path"),
         data,
         [Image.open(io.BytesIO(item)) for item in data],
-        [image.decode(item) for item in data],
-        np.stack([image.decode(item) for item in data]),
+        [decode_image(item) for item in data],
+        np.stack([decode_image(item) for item in data]),
         [photos[0], *data[1:]],
     ]
     for form in forms:
@@ -184,7 +184,7 @@ def test_images_at_hand_leave_no_cache_behind(tiny: Any, photos: list[str], home
 
 def test_any_output_of_a_backbone_is_embedded(tiny: Any, photos: list[str]) -> None:
     with torch.inference_mode():
-        pictures = [torch.from_numpy(image.decode(Path(path).read_bytes())).permute(2, 0, 1) for path in photos]
+        pictures = [torch.from_numpy(decode_image(Path(path).read_bytes())).permute(2, 0, 1) for path in photos]
         maps = tiny.network.conv(torch.stack([tiny.transform(p) for p in pictures])).numpy()
     for cache in ("cache", None):
         averaged = FeatureExtractor(tiny, output="conv:avg", cache=cache).fit_transform(photos)
@@ -396,7 +396,7 @@ def test_what_people_write_works(make_folder: Any, home: Path) -> None:
     model.save("photos.model")
     model = featpipe.load_model("photos.model")
     data = Path("a.jpg").read_bytes()
-    assert model.predict(["a.jpg", data, Image.open("a.jpg"), image.decode(data)]).tolist() == ["ape"] * 4
+    assert model.predict(["a.jpg", data, Image.open("a.jpg"), decode_image(data)]).tolist() == ["ape"] * 4
     assert np.allclose(model.predict_proba(paths), model.predict_proba_features(cache.X), atol=1e-6)
 
     classifier = featpipe.TransferClassifier(backbone="efficientnet_lite0", head="mlp").fit(paths, y)

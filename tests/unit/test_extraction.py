@@ -17,7 +17,7 @@ from PIL import Image
 from featpipe import backbones, data, extraction
 from featpipe.cache import FeatureCache
 from featpipe.config import ExtractionConfig
-from featpipe.data import image
+from featpipe.data import decode_image
 from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, ConfigError, SampleError
 from featpipe.extraction import embed_files, extract, make_facts
 from featpipe.inference import Engine
@@ -51,7 +51,7 @@ def old(folder):
 
 def by_hand(folder, ids):
     network = Tiny().eval()
-    pictures = [image.decode((folder / name).read_bytes()) for name in ids]
+    pictures = [decode_image((folder / name).read_bytes()) for name in ids]
     with torch.inference_mode():
         return torch.cat(
             [network(tiny_transform(torch.from_numpy(p).permute(2, 0, 1))[None]) for p in pictures]
@@ -144,7 +144,7 @@ def test_only_bytes_that_are_new_are_embedded(make_folder, tiny, tmp_path, embed
 def by_hand_of(where, cache):
     index = data.index(where)
     with index.open() as reader:
-        pictures = [image.decode(reader.read(row)) for row in range(len(index))]
+        pictures = [decode_image(reader.read(row)) for row in range(len(index))]
     with torch.inference_mode():
         tensors = [tiny_transform(torch.from_numpy(p).permute(2, 0, 1)) for p in pictures]
         return Tiny().eval()(torch.stack(tensors)).numpy()

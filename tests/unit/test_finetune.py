@@ -15,6 +15,7 @@ import torch
 import featpipe
 from featpipe import backbones
 from featpipe.config import FineTuneConfig
+from featpipe.data import decode_image
 from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import finetune
 from featpipe.finetuning.split import make_splits
@@ -70,7 +71,7 @@ def test_out_comes_a_model_whose_network_learnt_and_the_table_of_both(tmp_path, 
 def test_the_model_says_what_the_trained_network_says(tmp_path, photos, model):
     tuned = model.finetune(photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
     files = sorted(photos.rglob("*.png"))[::5]
-    images = [featpipe.data.image.decode(file.read_bytes()) for file in files]
+    images = [decode_image(file.read_bytes()) for file in files]
     batch = torch.stack([small_transform(torch.from_numpy(image).permute(2, 0, 1)) for image in images])
     with torch.no_grad():
         embeddings = tuned.backbone.network(batch)

@@ -12,6 +12,7 @@ import torch
 
 import featpipe
 from featpipe import backbones, heads
+from featpipe.data import decode_image
 from featpipe.finetuning.batches import EmbeddingNetwork
 from featpipe.finetuning.head_layers import HeadLayers, head_to_layers, initialize_head, layers_to_head
 from featpipe.metrics import Calibration
@@ -61,7 +62,7 @@ def first_answers(model: featpipe.Model, cache: featpipe.FeatureCache, paths: li
 
 
 def pixels(path: Path) -> torch.Tensor:
-    return torch.from_numpy(featpipe.data.image.decode(path.read_bytes())).permute(2, 0, 1)
+    return torch.from_numpy(decode_image(path.read_bytes())).permute(2, 0, 1)
 
 
 LINEAR = ("logistic", "linear", "mlp", "ridge", "lda", "svm", "centroid", "keras")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from featpipe.data import BACKGROUND, ImageLimits, decode, encode_png, thumbnail, to_rgb
+from featpipe.data import BACKGROUND, ImageLimits, decode_image, encode_png, encode_thumbnail, to_rgb
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
@@ -34,14 +34,14 @@ def encoded(picture: Image.Image | NDArray[Any], kind: str, **options: Any) -> b
 
 def refused(data: bytes, limits: ImageLimits = ImageLimits()) -> SampleError:  # noqa: B008
     with pytest.raises(SampleError) as caught:
-        decode(data, limits)
+        decode_image(data, limits)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
 def answered(data: bytes) -> NDArray[np.uint8] | Status:
     try:
-        return decode(data, ImageLimits(max_pixels=2**20))
+        return decode_image(data, ImageLimits(max_pixels=2**20))
     except SampleError as error:
         return error.status
 
@@ -92,7 +92,7 @@ SAMPLES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
 def test_a_lossless_format_gives_back_the_pixels_that_were_drawn(kind: str) -> None:
-    picture = decode(encoded(DRAWN, kind))
+    picture = decode_image(encoded(DRAWN, kind))
     np.testing.assert_array_equal(picture, DRAWN)
     assert picture.dtype == np.uint8
     assert picture.flags.c_contiguous
@@ -100,31 +100,31 @@ def test_a_lossless_format_gives_back_the_pixels_that_were_drawn(kind: str) -> N
 
 
 def test_lossless_webp_gives_back_the_pixels_that_were_drawn() -> None:
-    np.testing.assert_array_equal(decode(encoded(DRAWN, "WEBP", lossless=True)), DRAWN)
+    np.testing.assert_array_equal(decode_image(encoded(DRAWN, "WEBP", lossless=True)), DRAWN)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 40, "subsampling": 2}])
 def test_jpeg_pixels_are_those_of_pillow(options: dict[str, Any]) -> None:
     data = encoded(SMOOTH, "JPEG", **options)
-    np.testing.assert_array_equal(decode(data), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
 
 
 def test_a_picture_of_many_bands_is_the_same_as_in_one() -> None:
     large = np.random.default_rng(1).integers(0, 256, (1500, 1400, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(decode(encoded(large, "BMP")), large)
+    np.testing.assert_array_equal(decode_image(encoded(large, "BMP")), large)
 
 
 def test_a_multi_picture_jpeg_gives_its_main_picture() -> None:
     main, other = Image.fromarray(SMOOTH), Image.fromarray(255 - SMOOTH)
     data = encoded(main, "MPO", save_all=True, append_images=[other])
     assert Image.open(BytesIO(data)).format == "MPO"
-    np.testing.assert_array_equal(decode(data), decode(encoded(main, "JPEG")))
+    np.testing.assert_array_equal(decode_image(data), decode_image(encoded(main, "JPEG")))
 
 
 def test_an_animated_gif_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode(data), np.full((4, 6, 3), (255, 0, 0)))
+    np.testing.assert_array_equal(decode_image(data), np.full((4, 6, 3), (255, 0, 0)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -135,14 +135,14 @@ def test_every_exif_orientation_is_turned_upright_as_pillow_does(kind: str, orie
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(SMOOTH, kind, exif=tags, **options)
     upright = ImageOps.exif_transpose(Image.open(BytesIO(data)))
-    np.testing.assert_array_equal(decode(data), np.asarray(upright))
+    np.testing.assert_array_equal(decode_image(data), np.asarray(upright))
 
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("kind", [1, 3, 4])
 def test_orientation_is_read_in_either_byte_order_and_any_whole_number_type(order: str, kind: int) -> None:
     data = encoded(DRAWN, "PNG", exif=exif(6, order, kind))
-    np.testing.assert_array_equal(decode(data), np.rot90(DRAWN, -1))
+    np.testing.assert_array_equal(decode_image(data), np.rot90(DRAWN, -1))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_orientation_is_read_in_either_byte_order_and_any_whole_number_type(orde
 def test_malformed_exif_leaves_the_picture_as_it_lies_and_warns_of_nothing(block: bytes) -> None:
     segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
     plain = encoded(SMOOTH, "JPEG")
-    np.testing.assert_array_equal(decode(plain[:2] + segment + plain[2:]), decode(plain))
+    np.testing.assert_array_equal(decode_image(plain[:2] + segment + plain[2:]), decode_image(plain))
 
 
 def over_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -163,14 +163,14 @@ def test_rgba_is_composited_on_white() -> None:
     alpha = np.linspace(0, 255, 35).astype(np.uint8).reshape(7, 5)
     data = encoded(np.dstack([DRAWN, alpha]), "PNG")
     assert BACKGROUND == (255, 255, 255)
-    assert np.abs(decode(data).astype(int) - over_white(DRAWN, alpha)).max() <= 1
+    assert np.abs(decode_image(data).astype(int) - over_white(DRAWN, alpha)).max() <= 1
 
 
 def test_gray_with_alpha_is_composited_on_white() -> None:
     alpha = np.linspace(0, 255, 35).astype(np.uint8).reshape(7, 5)
     data = encoded(Image.fromarray(np.dstack([DRAWN[..., 0], alpha]), "LA"), "PNG")
     gray = np.repeat(DRAWN[..., :1], 3, axis=2)
-    assert np.abs(decode(data).astype(int) - over_white(gray, alpha)).max() <= 1
+    assert np.abs(decode_image(data).astype(int) - over_white(gray, alpha)).max() <= 1
 
 
 def test_a_transparent_palette_entry_is_white() -> None:
@@ -178,7 +178,7 @@ def test_a_transparent_palette_entry_is_white() -> None:
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     for transparency in (1, bytes([255, 0, 255])):
         data = encoded(palette, "PNG", transparency=transparency)
-        np.testing.assert_array_equal(decode(data), [[[10, 20, 30], [255] * 3, [70, 80, 90]]])
+        np.testing.assert_array_equal(decode_image(data), [[[10, 20, 30], [255] * 3, [70, 80, 90]]])
 
 
 @pytest.mark.parametrize(
@@ -193,25 +193,25 @@ def test_a_transparent_palette_entry_is_white() -> None:
 def test_a_colour_declared_transparent_is_white(
     depth: int, colour: int, row: bytes, key: bytes, shown: list[list[int]]
 ) -> None:
-    np.testing.assert_array_equal(decode(png(2, 1, depth, colour, b"\0" + row, tRNS=key)), [shown])
+    np.testing.assert_array_equal(decode_image(png(2, 1, depth, colour, b"\0" + row, tRNS=key)), [shown])
 
 
 def test_16_bit_gray_is_scaled_and_not_clipped() -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = np.rint(values / 257).astype(np.uint8)
     for kind in ("PNG", "TIFF"):
-        picture = decode(encoded(values, kind))
+        picture = decode_image(encoded(values, kind))
         np.testing.assert_array_equal(picture, np.repeat(expected[..., None], 3, axis=2))
 
 
 def test_big_endian_16_bit_tiff_is_scaled_alike() -> None:
     values = np.array([[0, 257, 32896, 65535]], ">u2")
-    np.testing.assert_array_equal(decode(encoded(values, "TIFF"))[0, :, 0], [0, 1, 128, 255])
+    np.testing.assert_array_equal(decode_image(encoded(values, "TIFF"))[0, :, 0], [0, 1, 128, 255])
 
 
 def test_16_bit_colour_keeps_its_high_byte() -> None:
     data = png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 0x12FF, 0x3400, 0x5678))
-    np.testing.assert_array_equal(decode(data), [[[0x12, 0x34, 0x56]]])
+    np.testing.assert_array_equal(decode_image(data), [[[0x12, 0x34, 0x56]]])
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_16_bit_colour_keeps_its_high_byte() -> None:
 )
 def test_floating_point_gray_follows_the_stated_rule(values: list[float], shown: list[int]) -> None:
     data = encoded(np.array([values], np.float32), "TIFF")
-    np.testing.assert_array_equal(decode(data)[0, :, 0], shown)
+    np.testing.assert_array_equal(decode_image(data)[0, :, 0], shown)
 
 
 def test_32_bit_gray_is_stretched_from_its_smallest_to_its_largest() -> None:
     data = encoded(np.array([[1000, 2_000_000, 1_008_000]], np.int32), "TIFF")
-    np.testing.assert_array_equal(decode(data)[0, :, 0], [0, 255, 128])
+    np.testing.assert_array_equal(decode_image(data)[0, :, 0], [0, 255, 128])
 
 
 def test_floating_point_gray_that_is_not_finite_is_damaged() -> None:
@@ -248,12 +248,12 @@ def test_floating_point_gray_that_is_not_finite_is_damaged() -> None:
 )
 def test_other_modes_become_rgb_as_pillow_converts_them(kind: str, mode: str) -> None:
     data = encoded(Image.fromarray(SMOOTH).convert(mode), kind)
-    np.testing.assert_array_equal(decode(data), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
 
 
 def test_lab_becomes_srgb() -> None:
     data = encoded(Image.new("LAB", (1, 1), (255, 128, 128)), "TIFF")
-    assert decode(data).min() >= 250
+    assert decode_image(data).min() >= 250
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "HSV", "PA"])
@@ -277,7 +277,7 @@ def test_other_formats_are_unsupported(data: bytes) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_truncated_image_is_damaged_and_never_filled_with_gray(name: str) -> None:
     data = SAMPLES[name]
-    whole = decode(data)
+    whole = decode_image(data)
     for length in range(12, len(data), max(1, len(data) // 150)):
         answer = answered(data[:length])
         if isinstance(answer, np.ndarray):
@@ -310,7 +310,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     data = png(100_000, 100_000, 8, 2, b"")
     assert refused(data).status is Status.TOO_LARGE
     assert refused(encoded(DRAWN, "PNG"), ImageLimits(max_pixels=34)).status is Status.TOO_LARGE
-    np.testing.assert_array_equal(decode(encoded(DRAWN, "PNG"), ImageLimits(max_pixels=35)), DRAWN)
+    np.testing.assert_array_equal(decode_image(encoded(DRAWN, "PNG"), ImageLimits(max_pixels=35)), DRAWN)
 
 
 def test_too_many_bytes_are_refused() -> None:
@@ -322,7 +322,7 @@ def test_a_large_picture_within_the_limits_warns_of_nothing() -> None:
     data = png(10_000, 9_000, 1, 0, (b"\0" + bytes(1250)) * 9_000)
     assert Image.MAX_IMAGE_PIXELS is not None
     assert Image.MAX_IMAGE_PIXELS < 9_000 * 10_000
-    assert decode(data).shape == (9_000, 10_000, 3)
+    assert decode_image(data).shape == (9_000, 10_000, 3)
 
 
 def test_lack_of_memory_is_told_apart_from_damage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,17 +336,19 @@ def test_lack_of_memory_is_told_apart_from_damage(monkeypatch: pytest.MonkeyPatc
 def test_decoding_leaves_warning_filters_and_pillows_settings_alone() -> None:
     before = (list(warnings.filters), Image.MAX_IMAGE_PIXELS)
     for data in SAMPLES.values():
-        decode(data)
+        decode_image(data)
     assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == before
 
 
 def test_many_threads_decode_at_once() -> None:
-    expected = {name: decode(data) for name, data in SAMPLES.items()}
+    expected = {name: decode_image(data) for name, data in SAMPLES.items()}
     wrong: list[str] = []
 
     def work() -> None:
         for _ in range(5):
-            wrong.extend(name for name, data in SAMPLES.items() if not np.array_equal(decode(data), expected[name]))
+            wrong.extend(
+                name for name, data in SAMPLES.items() if not np.array_equal(decode_image(data), expected[name])
+            )
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -394,7 +396,7 @@ def test_another_array_says_what_is_accepted(wrong: Any) -> None:
 
 def test_a_pillow_image_and_its_file_give_the_same_picture() -> None:
     for data in SAMPLES.values():
-        np.testing.assert_array_equal(to_rgb(Image.open(BytesIO(data))), decode(data))
+        np.testing.assert_array_equal(to_rgb(Image.open(BytesIO(data))), decode_image(data))
 
 
 def test_a_pillow_image_of_a_truncated_file_is_damaged() -> None:
@@ -404,11 +406,11 @@ def test_a_pillow_image_of_a_truncated_file_is_damaged() -> None:
 
 
 def test_a_thumbnail_is_a_small_jpeg_without_metadata() -> None:
-    picture = Image.open(BytesIO(thumbnail(np.zeros((300, 200, 3), np.uint8), 96)))
+    picture = Image.open(BytesIO(encode_thumbnail(np.zeros((300, 200, 3), np.uint8), 96)))
     assert (picture.format, picture.size) == ("JPEG", (64, 96))
     assert not picture.getexif()
 
 
 def test_a_png_that_was_written_decodes_to_the_same_pixels() -> None:
-    np.testing.assert_array_equal(decode(encode_png(DRAWN)), DRAWN)
-    np.testing.assert_array_equal(decode(encode_png(DRAWN[..., 0]))[..., 1], DRAWN[..., 0])
+    np.testing.assert_array_equal(decode_image(encode_png(DRAWN)), DRAWN)
+    np.testing.assert_array_equal(decode_image(encode_png(DRAWN[..., 0]))[..., 1], DRAWN[..., 0])

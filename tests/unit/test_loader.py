@@ -14,7 +14,7 @@ import torch
 
 import featpipe.inference.loader
 from featpipe import data as archive
-from featpipe.data import image
+from featpipe.data import decode_image, encode_jpeg
 from featpipe.data import jpeg as decoding
 from featpipe.errors import ConfigError, SampleError
 from featpipe.inference import (
@@ -45,7 +45,7 @@ def test_every_row_comes_once_and_carries_its_own_picture(make_folder):
             for place, tensor in zip(batch.positions, batch.images, strict=True):
                 data = reader.read(batch.rows[place])
                 assert batch.digests[place] == digest(data)
-                expected = tiny_transform(torch.from_numpy(image.decode(data)).permute(2, 0, 1))
+                expected = tiny_transform(torch.from_numpy(decode_image(data)).permute(2, 0, 1))
                 assert torch.equal(tensor, expected)
 
 
@@ -98,7 +98,7 @@ def test_paths_bytes_pillow_images_and_arrays_are_read_in_the_order_given(tmp_pa
     gray = np.full((9, 7), 128, np.uint8)
     pictures = ImageList([path, jpeg(2), picture(3), gray, str(path)])
     (batch,) = load_all(Loader(pictures, np.arange(5), tiny_transform, 8))
-    expected = [image.decode(jpeg(1)), image.decode(jpeg(2)), np.asarray(picture(3)), np.repeat(gray[..., None], 3, 2)]
+    expected = [decode_image(jpeg(1)), decode_image(jpeg(2)), np.asarray(picture(3)), np.repeat(gray[..., None], 3, 2)]
     expected.append(expected[0])
     for tensor, array in zip(batch.images, expected, strict=True):
         assert torch.equal(tensor, tiny_transform(torch.from_numpy(array.copy()).permute(2, 0, 1)))
@@ -125,7 +125,7 @@ def test_large_pictures_of_several_threads_wait_for_each_other(monkeypatch):
             together[0] -= 1
         return tensor[:, :8, :8]
 
-    large = image.encode_jpeg(np.zeros((1200, 1200, 3), np.uint8))
+    large = encode_jpeg(np.zeros((1200, 1200, 3), np.uint8))
     loader = Loader(ImageList([large] * 9), np.arange(9), shrink, 1)
     batches = list(run_in_threads(loader.batches, 4))
     assert sum(len(batch.images) for batch in batches) == 9
@@ -362,7 +362,7 @@ def test_rows_without_a_picture_and_rows_that_are_known_keep_their_places_among_
     assert np.array_equal(status == Status.DAMAGED, damaged)
     assert np.array_equal(np.isnan(found[:, 0]), damaged | np.isin(np.arange(40), (5, 6, 38)))
     for row in np.flatnonzero(np.isfinite(found[:, 0])):
-        picture = image.decode((folder / "ape" / f"{row:02}.jpg").read_bytes())
+        picture = decode_image((folder / "ape" / f"{row:02}.jpg").read_bytes())
         assert np.allclose(found[row], picture.mean((0, 1)), rtol=1e-5)
     assert seconds > 0
 

@@ -23,7 +23,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 from featpipe import backbones, extract, load_model, train
 from featpipe.backbones.bundled import read_bundled_weights
-from featpipe.data import image
+from featpipe.data import decode_image
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.heads import dumps
 from featpipe.model import Model, as_image_list, read_document
@@ -73,7 +73,7 @@ def with_head(path: Path, head: bytes) -> Path:
 
 
 def by_hand(backbone: Any, data: bytes) -> np.ndarray:
-    picture = backbone.transform(torch.from_numpy(image.decode(data)).permute(2, 0, 1))
+    picture = backbone.transform(torch.from_numpy(decode_image(data)).permute(2, 0, 1))
     with torch.inference_mode():
         return backbone.network(picture[None])[0].numpy()
 
@@ -465,7 +465,7 @@ def test_images_of_every_kind_are_predicted_in_the_order_given(
         lambda i: data[i],
         lambda i: bytearray(data[i]),
         lambda i: Image.open(io.BytesIO(data[i])),
-        lambda i: image.decode(data[i]),
+        lambda i: decode_image(data[i]),
     ]
     order = np.random.default_rng(0).permutation(len(photos)).tolist()
     images = [kinds[place % len(kinds)](i) for place, i in enumerate(order)]
@@ -484,7 +484,7 @@ def test_columns_and_stacks_of_images_are_lists_of_images(model: Model, photos: 
     pandas = pytest.importorskip("pandas")
     expected = model.embed(photos[:5])
     names = [str(path) for path in photos[:5]]
-    stack = np.stack([image.decode(path.read_bytes()) for path in photos[:5]])
+    stack = np.stack([decode_image(path.read_bytes()) for path in photos[:5]])
     series = pandas.Series(names, index=[3, 1, 4, 0, 5])
     for images in (names, tuple(names), np.array(names), np.array(names, object)[:, None], series, series.to_frame()):
         assert np.array_equal(model.embed(images), expected)

@@ -189,10 +189,10 @@ def test_an_embedding_that_is_not_finite_is_a_status(model: Model, photos: list[
 
 
 def pixels(photos: list[Path]) -> Iterator[np.ndarray]:
-    from featpipe.data import image
+    from featpipe.data import decode_image
 
     for path in photos:
-        yield np.ascontiguousarray(image.decode(path.read_bytes()).transpose(2, 0, 1))
+        yield np.ascontiguousarray(decode_image(path.read_bytes()).transpose(2, 0, 1))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from featpipe.backbones import Transform
 from featpipe.backbones.resize import embedding_bag, matmul
 from featpipe.backbones.resize.embedding_bag import FILTER_SUPPORT, ResizeAxis
 from featpipe.backbones.resize.matmul import MATMUL_MAX_TAPS, MatmulResizer, is_exact, is_supported, max_resize_batch
-from featpipe.data import image
+from featpipe.data import resize_image
 from featpipe.inference.devices import allow_tf32
 from tests.conftest import needs_gpu
 from tests.unit.test_resampling import axes
@@ -83,7 +83,7 @@ def test_hard_pictures_of_many_sizes_are_resized_up_and_down_to_pillows_bits(dev
 def test_any_part_of_any_resized_picture_is_pillows_and_that_of_the_sums(vertical, horizontal, filter_, seed):
     axes = vertical, horizontal
     assume(is_supported(*axes, filter_))
-    pictures = hard(vertical.before, horizontal.before, seed)[:3]
+    pictures = hard(vertical.source_size, horizontal.source_size, seed)[:3]
     for picture, found in zip(pictures, resized(pictures, axes, filter_), strict=True):
         np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
         np.testing.assert_array_equal(found, by_sums(picture, axes, filter_))
@@ -125,7 +125,7 @@ def test_weights_without_their_signs_add_up_to_less_than_the_proof_allows(filter
 def test_what_is_not_exact_is_refused(axes):
     assert not is_supported(*axes, "bicubic")
     with pytest.raises(ValueError, match="not exact as products"):
-        resized(hard(axes[0].before, axes[1].before), axes, "bicubic")
+        resized(hard(axes[0].source_size, axes[1].source_size), axes, "bicubic")
 
 
 def test_matrices_are_kept_for_as_long_as_there_is_room(monkeypatch):
@@ -219,4 +219,4 @@ def test_axes_read_what_counts_and_no_more():
         assert (read.start, read.stop) == (first.min(), first.max() + axis.taps(filter_))
         impulse = np.zeros((1, 500, 3), np.uint8)
         impulse[:, : read.start], impulse[:, read.stop :] = 255, 255
-        assert not image.resize(impulse, 1, 341, filter_)[:, axis.crop_slice].any()
+        assert not resize_image(impulse, 1, 341, filter_)[:, axis.crop_slice].any()

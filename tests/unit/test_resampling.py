@@ -15,7 +15,7 @@ from PIL import Image
 from featpipe.backbones import Transform
 from featpipe.backbones.resize import embedding_bag
 from featpipe.backbones.resize.embedding_bag import EMBEDDING_BAG_MAX_TAPS, ResizeAxis
-from featpipe.data import image
+from featpipe.data import compute_resize_weights, resize_image, to_rgb
 
 FILTERS = ("bilinear", "bicubic")
 NOISE = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
@@ -56,7 +56,7 @@ def without_pillow(monkeypatch):
     def refuse(*_):
         raise AssertionError("Pillow was used")
 
-    monkeypatch.setattr(image, "resize", refuse)
+    monkeypatch.setattr(embedding_bag, "resize_image", refuse)
 
 
 @st.composite
@@ -87,7 +87,7 @@ def pictures(draw: st.DrawFn, height: int, width: int) -> NDArray[np.uint8]:
 @settings(max_examples=250, deadline=None)
 @given(vertical=axes(), horizontal=axes(), filter_=st.sampled_from(FILTERS), data=st.data())
 def test_any_part_of_any_resized_picture_is_pillows_to_the_bit(vertical, horizontal, filter_, data):
-    picture = data.draw(pictures(vertical.before, horizontal.before))
+    picture = data.draw(pictures(vertical.source_size, horizontal.source_size))
     both = vertical, horizontal
     np.testing.assert_array_equal(resized(picture, both, filter_), by_pillow(picture, both, filter_))
 
@@ -95,11 +95,11 @@ def test_any_part_of_any_resized_picture_is_pillows_to_the_bit(vertical, horizon
 @settings(max_examples=60, deadline=None)
 @given(vertical=axes(), horizontal=axes(), filter_=st.sampled_from(FILTERS))
 def test_pillow_itself_is_asked_only_where_the_rule_says(vertical, horizontal, filter_):
-    down, across = (axis.before - axis.after for axis in (vertical, horizontal))
+    down, across = (axis.source_size - axis.resized_size for axis in (vertical, horizontal))
     assume(
         max(vertical.taps(filter_), horizontal.taps(filter_)) <= EMBEDDING_BAG_MAX_TAPS and down <= max(0, 2 * across)
     )
-    picture = np.random.default_rng(0).integers(0, 256, (vertical.before, horizontal.before, 3), dtype=np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (vertical.source_size, horizontal.source_size, 3), dtype=np.uint8)
     summed = (
         embedding_bag._resize_by_embedding_bag(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
     )
@@ -111,7 +111,7 @@ def test_pillow_itself_is_asked_only_where_the_rule_says(vertical, horizontal, f
     "both", [(whole(300, 60), whole(100, 40)), (whole(300, 300), whole(1300, 9))], ids=["tall", "many neighbours"]
 )
 def test_what_the_sums_are_not_for_is_left_to_pillow(both, filter_, without_sums):
-    picture = np.random.default_rng(1).integers(0, 256, (both[0].before, both[1].before, 3), dtype=np.uint8)
+    picture = np.random.default_rng(1).integers(0, 256, (both[0].source_size, both[1].source_size, 3), dtype=np.uint8)
     np.testing.assert_array_equal(resized(picture, both, filter_), by_pillow(picture, both, filter_))
 
 
@@ -120,7 +120,7 @@ def test_the_largest_sums_are_exact(filter_, without_pillow):
     shrink = EMBEDDING_BAG_MAX_TAPS // (2 * embedding_bag.FILTER_SUPPORT[filter_])
     axis = whole(16 * shrink, 16)
     assert axis.taps(filter_) == EMBEDDING_BAG_MAX_TAPS
-    weights = image.resize_weights(axis.source_size, axis.resized_size, filter_, EMBEDDING_BAG_MAX_TAPS)
+    weights = compute_resize_weights(axis.source_size, axis.resized_size, filter_, EMBEDDING_BAG_MAX_TAPS)
     of_one = weights[np.arange(axis.source_size) % EMBEDDING_BAG_MAX_TAPS, 8]  # of every pixel in one in the middle
     positive, low_is_negative = of_one > 0, (of_one + 256) % 512 < 256
     for bright in (positive, ~positive, low_is_negative, ~low_is_negative):
@@ -148,7 +148,7 @@ def test_a_center_crop_of_usual_pictures_needs_no_pillow(size, without_pillow):
 def test_real_photographs_are_resized_to_the_bit(filter_):
     skimage, sklearn = pytest.importorskip("skimage.data"), pytest.importorskip("sklearn.datasets")
     names = ("astronaut", "brick", "chelsea", "coffee", "coins", "immunohistochemistry", "moon", "retina", "rocket")
-    photographs = [image.to_rgb(getattr(skimage, name)()) for name in names]
+    photographs = [to_rgb(getattr(skimage, name)()) for name in names]
     photographs += [np.array(photograph) for photograph in sklearn.load_sample_images().images]
     for photograph in photographs:
         transform = Transform(256, (224, 224), filter_)
@@ -175,7 +175,7 @@ def test_the_weights_are_those_of_the_filter_in_units_of_two_to_the_minus_22(bef
     expected *= 2**22 / expected.sum(0)
     axis = whole(before, after)
     taps = axis.taps(filter_)
-    weights = image.resize_weights(before, after, filter_, taps)
+    weights = compute_resize_weights(before, after, filter_, taps)
     found = np.zeros((before, after))
     for pixel in range(taps):
         rows = axis.first_taps(filter_) + pixel
@@ -200,8 +200,8 @@ def test_memory_layout_does_not_change_a_bit():
 
 
 def test_a_pillow_that_computes_otherwise_is_noticed_and_used(monkeypatch):
-    resize = image.resize
-    monkeypatch.setattr(image, "resize", lambda *given: resize(*given) ^ 1)
+    resize = resize_image
+    monkeypatch.setattr(embedding_bag, "resize_image", lambda *given: resize(*given) ^ 1)
     embedding_bag.is_exact.cache_clear()
     try:
         assert not embedding_bag.is_exact()

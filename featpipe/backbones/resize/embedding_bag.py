@@ -6,7 +6,7 @@ Pillow resizes 8-bit pictures in two passes, along the rows and then along the c
 
 with weights that are whole numbers in units of 2⁻²² and level the neighbours on that axis. So every number of a pass
 stands alone, and what a crop leaves out need not be computed. The weights are not computed here but read off Pillow
-(:func:`featpipe.data.image.resize_weights`).
+(:func:`featpipe.data.compute_resize_weights`).
 
 A pass is a sparse matrix times a dense one, which torch has as the embedding bag: the result is sums of some rows of a
 table of bytes, weighted, one after the other. They are added in float32, whose 24 bits such a sum exceeds by six, in an
@@ -41,7 +41,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featpipe.data import image as pictures
+from featpipe.data import compute_resize_weights, resize_image
 
 __all__ = [
     "EMBEDDING_BAG_MAX_TAPS",
@@ -111,7 +111,7 @@ class ResizeAxis:
         """How much each of its taps counts for each pixel that is kept, in units of 2⁻²², of shape (length, taps)."""
         taps = self.taps(filter_)
         pixels = self.first_taps(filter_)[:, None] + np.arange(taps)
-        weights = pictures.resize_weights(self.source_size, self.resized_size, filter_, taps)[:, self.crop_slice]
+        weights = compute_resize_weights(self.source_size, self.resized_size, filter_, taps)[:, self.crop_slice]
         return weights[pixels % taps, np.arange(self.crop_length)[:, None]]
 
     def _scaled_support(self, filter_: str) -> float:
@@ -191,7 +191,7 @@ def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_:
     """
     if _is_supported(vertical, horizontal, filter_) and is_exact():
         return _resize_by_embedding_bag(image, vertical, horizontal, filter_)
-    resized = pictures.resize(image.permute(1, 2, 0).numpy(), vertical.resized_size, horizontal.resized_size, filter_)
+    resized = resize_image(image.permute(1, 2, 0).numpy(), vertical.resized_size, horizontal.resized_size, filter_)
     return torch.from_numpy(resized[vertical.crop_slice, horizontal.crop_slice]).permute(2, 0, 1)
 
 
@@ -227,7 +227,7 @@ def matches_pillow(
             resize_function(image, ResizeAxis(97, height, 0, height), ResizeAxis(131, width, 0, width), filter_)
             .permute(1, 2, 0)
             .cpu(),
-            pictures.resize(picture, height, width, filter_),
+            resize_image(picture, height, width, filter_),
         )
         for height, width in sizes
         for filter_ in filters

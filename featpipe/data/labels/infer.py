@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from featpipe.data.labels.labels import Labels, LabelTask
-from featpipe.data.labels.sidecars import LabelValue, SidecarLabel, get_sample_key
 from featpipe.data.sources.listing import Listing, escape_name
+from featpipe.data.sources.sidecars import LabelValue, SidecarLabel, get_sample_key
 from featpipe.errors import ArchiveError
 
 __all__ = [

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from featpipe.config import unknown_name_error
 from featpipe.data.labels.infer import RawLabel, RawLabels, normalize_name, parse_label_column, parse_number
 from featpipe.data.labels.labels import LabelTask
-from featpipe.data.labels.sidecars import LabelValue
 from featpipe.data.sources.listing import ArchiveSource, format_name
+from featpipe.data.sources.sidecars import LabelValue
 from featpipe.errors import ArchiveError, ConfigError
 
 if TYPE_CHECKING:

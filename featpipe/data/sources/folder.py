@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 
-from featpipe.data.labels.sidecars import MAX_SIDECAR_BYTES, get_sample_key, is_sidecar, may_hold_sidecars
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, is_hidden, is_sample
+from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, get_sample_key, is_sidecar, may_hold_sidecars
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 

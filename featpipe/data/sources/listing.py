@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featpipe.data.labels.sidecars import MAX_SIDECAR_BYTES, SidecarLabel, get_sample_key, is_sidecar
+from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, SidecarLabel, get_sample_key, is_sidecar
 from featpipe.errors import ArchiveError
 from featpipe.status import Status
 

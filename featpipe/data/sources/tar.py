@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from featpipe.data.labels.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, format_name
+from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 

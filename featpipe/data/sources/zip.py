@@ -7,8 +7,8 @@ import stat
 import zipfile
 import zlib
 
-from featpipe.data.labels.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, format_name
+from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
