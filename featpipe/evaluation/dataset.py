@@ -1,4 +1,4 @@
-"""Which rows of a cache a model may be judged by, and what is true of them in the model's terms."""
+"""Rows of a cache on which a model may be scored, their labels in the model's terms, and the model's training rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import SPLIT_NAMES, FeatureCache
-from featpipe.errors import CacheError, CacheMismatchError, ConfigError, FeatpipeError
+from featpipe.errors import CacheError, ConfigError, FeatpipeError
 from featpipe.model import Model
 
 __all__ = ["TrainingReference", "find_training_reference", "load_true_labels", "select_rows_to_score"]
@@ -21,15 +21,27 @@ __all__ = ["TrainingReference", "find_training_reference", "load_true_labels", "
 def select_rows_to_score(
     models: Sequence[Model], cache: FeatureCache, excluded_rows: NDArray[np.integer[Any]]
 ) -> tuple[NDArray[np.int64], dict[str, int]]:
-    """The rows to score, and how many are left out for which reason.
+    """Select the rows to score, and count those left out by reason.
 
     Parameters
     ----------
     models : sequence of Model
-        A row that one of them was trained on is scored for none.
+        A row on which any of them was trained is scored for none.
     cache : FeatureCache
-    without : ndarray of int
-        Row numbers that are left out on request.
+    excluded_rows : ndarray of int
+        Row numbers that the user excludes.
+
+    Returns
+    -------
+    rows : ndarray of shape (m,), int64
+        Ascending.
+    left_out : dict of str to int
+        Rows left out, by reason.
+
+    Raises
+    ------
+    CacheError
+        If no row is left.
     """
     rows = cache.usable
     left_out = dict(cache.bad_rows())
@@ -55,7 +67,13 @@ def select_rows_to_score(
 
 
 def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """The labels of the rows in the model's terms: class names, or columns in the order of its labels or targets."""
+    """Load the labels of rows in the model's terms: class names, or columns in the order of its labels or targets.
+
+    Raises
+    ------
+    ConfigError
+        If the cache has labels that the model does not know, or lacks a target that the model predicts.
+    """
     labels = cache.label_table.take(rows)
     if model.task == "classification":
         _check_known_labels(model, cache, [cache.classes[code] for code in np.unique(labels.values)])
@@ -76,7 +94,7 @@ def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64])
     if missing:
         raise ConfigError(
             f"{cache.path}: has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
-            f"it has {', '.join(map(repr, cache.classes[:5]))}: give fitting labels with --labels"
+            f"it has {', '.join(map(repr, cache.classes[:5]))}: give matching labels with --labels"
         )
     y = labels.values[:, [cache.classes.index(name) for name in model.classes]]
     return y[:, 0] if len(model.classes) == 1 else y
@@ -85,28 +103,36 @@ def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64])
 def _check_known_labels(model: Model, cache: FeatureCache, label_names: Sequence[str]) -> None:
     unknown_labels = [name for name in label_names if name not in model.classes]
     if unknown_labels:
-        more_text = f" and {len(unknown_labels) - 3} more" if len(unknown_labels) > 3 else ""
+        text = ", ".join(map(repr, unknown_labels[:3]))
+        text += f" and {len(unknown_labels) - 3} more" if len(unknown_labels) > 3 else ""
         raise ConfigError(
-            f"{cache.path}: has labels that the model does not know: {', '.join(map(repr, unknown_labels[:3]))}{more_text}; "
-            "leave those images out, or train a model that has them"
+            f"{cache.path}: has labels that the model does not know: {text}; leave those images out, or train a model "
+            "that has them"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingReference:
-    """The rows of a cache that a model was trained on.
+    """The rows of a cache on which a model was trained.
 
     Attributes
     ----------
     cache : FeatureCache
     rows : ndarray of shape (n,), int64
+    output : str
+        The backbone output whose embeddings the model uses.
     """
 
     cache: FeatureCache
     rows: NDArray[np.int64]
+    output: str
+
+    def read(self, positions: slice | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Read the embeddings at some positions of `rows`, shape (p, d)."""
+        return np.asarray(self.cache.features(self.output)[self.rows[positions]], np.float32)
 
     def labels(self) -> list[str]:
-        """The class of each row, of a classification."""
+        """The class of each row; for classification only."""
         return [str(label) for label in self.cache.label_table.take(self.rows).y]
 
 
@@ -116,21 +142,37 @@ def find_training_reference(
     training_cache: FeatureCache | str | os.PathLike[str] | None,
     cache_folder: Path,
 ) -> TrainingReference | None:
-    """The rows that the model was trained on: by their images' bytes, never by a name alone.
+    """Find the rows on which the model was trained, matched by the digests of their images, never by name alone.
+
+    Parameters
+    ----------
+    model : Model
+    evaluated_cache : FeatureCache
+    training_cache : FeatureCache or path of one, or None
+        The cache on which the model was trained; if None, it is searched for beside the data, in `cache_folder`
+        and beside the model.
+    cache_folder : Path
+
+    Returns
+    -------
+    TrainingReference or None
+        None if no cache with at least half of the training images was found.
 
     Raises
     ------
     ConfigError
-        If the cache that was given holds none of them.
+        If `training_cache` holds none of the training images.
     CacheMismatchError
-        If it holds other embeddings.
+        If `training_cache` holds embeddings of another backbone, transform, output or precision.
     """
     if training_cache is not None:
         cache = training_cache if isinstance(training_cache, FeatureCache) else FeatureCache(training_cache)
         model.check_cache(cache)
         reference = _select_trained_rows(model, cache)
         if reference is None:
-            raise ConfigError(f"{cache.path}: the model was trained on none of its images; give the cache that it was")
+            raise ConfigError(
+                f"{cache.path}: the model was trained on none of its images; give the cache on which it was trained"
+            )
         return reference
     for cache in _iter_candidate_caches(model, evaluated_cache, cache_folder):
         reference = _select_trained_rows(model, cache)
@@ -140,7 +182,7 @@ def find_training_reference(
 
 
 def _iter_candidate_caches(model: Model, evaluated_cache: FeatureCache, cache_folder: Path) -> Iterator[FeatureCache]:
-    """The data itself, then what has the name of the cache that the model was trained on."""
+    """The evaluated cache itself, then files named like the cache on which the model was trained."""
     yield evaluated_cache
     name = Path(str(model.history.get("trained_on", {}).get("cache", ""))).name
     folders = [evaluated_cache.path.parent, cache_folder, *([model.path.parent] if model.path is not None else [])]
@@ -150,14 +192,14 @@ def _iter_candidate_caches(model: Model, evaluated_cache: FeatureCache, cache_fo
             try:
                 cache = FeatureCache(path)
                 model.check_cache(cache)
-            except (CacheMismatchError, FeatpipeError):
+            except FeatpipeError:
                 continue  # another cache of the same name
             yield cache
 
 
 def _select_trained_rows(model: Model, cache: FeatureCache) -> TrainingReference | None:
     rows = cache.usable
-    if cache.split.any():  # a test row may be a copy of a training image
+    if cache.split.any():  # a test row may be an exact copy of a training image
         rows = rows[cache.split[rows] == SPLIT_NAMES.index("train")]
     rows = rows[model.was_trained_on(cache.digests[rows])]
-    return TrainingReference(cache, rows.astype(np.int64)) if len(rows) else None
+    return TrainingReference(cache, rows.astype(np.int64), model.output) if len(rows) else None

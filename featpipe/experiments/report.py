@@ -115,7 +115,7 @@ def _make_notes(evaluation: Evaluation) -> list[str]:
     curve = evaluation.learning_curve
     if curve is not None and curve.high < curve.errors[-1]:
         notes.append("more labels like these would help: see the learning curve")
-    novelty = summarize_novelty(evaluation)
+    novelty = summarize_novelty(evaluation.novelty, evaluation.judged)
     if novelty is not None and novelty["share"] > 2 * (1 - novelty["from"]):
         notes.append(f"{novelty['share']:.0%} of the images look unlike those of training, where 5 % would be usual")
     undercovered = [
@@ -136,7 +136,7 @@ def _make_notes(evaluation: Evaluation) -> list[str]:
 
 
 def _describe_method(evaluation: Evaluation) -> list[tuple[str, str]]:
-    method = describe_protocol(evaluation)
+    method = describe_protocol(evaluation.model, evaluation.cache)
     tuning = method["tuned"]
     lines = [
         ("Scored", method["scored"]),

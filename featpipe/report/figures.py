@@ -200,7 +200,7 @@ def make_coverage_figure(evaluation: Evaluation) -> Figure | None:
 
 def make_novelty_figure(evaluation: Evaluation) -> Figure | None:
     """How new the rows look, beside training-like images, of which each bar would hold as many."""
-    novelty, summary = evaluation.novelty, summarize_novelty(evaluation)
+    novelty, summary = evaluation.novelty, summarize_novelty(evaluation.novelty, evaluation.judged)
     if novelty is None or summary is None:
         return None
     bin_counts = np.histogram(novelty, bins=20, range=(0, 1))[0]

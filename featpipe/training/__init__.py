@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from featpipe.training.compare import HeadComparison, compare
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
+from featpipe.training.fit import FittedHead
 from featpipe.training.novelty import fit_novelty, update_novelty
 from featpipe.training.search import SearchResult, format_params, subsample
 from featpipe.training.train import make_head_config, parse_policy, train, train_head
 
 __all__ = [
     "EmbeddingDataset",
+    "FittedHead",
     "HeadComparison",
     "SearchResult",
     "compare",

@@ -177,9 +177,9 @@ def test_what_cannot_be_evaluated_on_is_one_line(embed: Any, make_folder: Any, t
     model = train(cache)
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
         evaluate(model, [])
-    with pytest.raises(ConfigError, match="2 caches; evaluate takes one"):
+    with pytest.raises(ConfigError, match="2 caches were given; evaluate takes one cache, or archives"):
         evaluate(model, [cache.path, cache.path])
-    with pytest.raises(ConfigError, match="a cache has labels of its own"):
+    with pytest.raises(ConfigError, match="a cache contains its labels"):
         evaluate(model, cache.path, labels=tmp_path / "labels.csv")
     with pytest.raises(CacheError, match="no such file"):
         evaluate(model, tmp_path / "gone.h5")
@@ -258,7 +258,7 @@ def test_copies_of_training_images_are_found_and_the_score_without_them_shown(ju
     kept = np.array(["copy" not in cache.ids[int(row)] for row in found.rows])
     oracle = accuracy_score(found.truth[kept], np.array(model.classes)[found.predicted[kept].argmax(axis=1)])
     assert copies.without.metrics["accuracy"].value == pytest.approx(oracle)
-    assert "2 rows are nearly a training image" in found.table()
+    assert "2 rows are near duplicates of a training image" in found.table()
 
 
 def test_the_training_images_are_found_by_their_bytes_beside_the_data_and_never_by_a_name(
@@ -269,9 +269,9 @@ def test_the_training_images_are_found_by_their_bytes_beside_the_data_and_never_
     model.history["trained_on"]["cache"] = cache.path.name  # of the name, but not the same
     missing = evaluate(model, cache)
     assert missing.reference is None
-    assert "not looked for" in missing.table()
+    assert "not checked" in missing.table()
     assert missing.learning_curve is None
-    with pytest.raises(ConfigError, match="trained on none of its images; give the cache that it was"):
+    with pytest.raises(ConfigError, match="trained on none of its images; give the cache on which it was trained"):
         evaluate(model, cache, trained_on=cache)
 
 
