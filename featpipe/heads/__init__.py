@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from featpipe.heads.knn import nearness
 from featpipe.heads.neural.losses import LossFunction
 from featpipe.heads.neural.train import forward
 from featpipe.heads.persistence import TRUSTED_TYPES, check_savable, dumps, loads
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         make_closed_form_head,
     )
     from featpipe.heads.expanded import (
+        ExpandedClassifier,
         get_base_head,
         make_expanded_head,
         merge_class_scores,
@@ -57,6 +59,7 @@ __all__ = [
     "TRUSTED_TYPES",
     "BalancedClassifier",
     "BayesianRidgeClassifier",
+    "ExpandedClassifier",
     "HeadSpec",
     "LastLayer",
     "LinearClassifier",
@@ -92,6 +95,7 @@ __all__ = [
     "map_folds",
     "merge_class_scores",
     "merge_last_layer_rows",
+    "nearness",
     "replace_last_layer",
     "resample",
     "resolve_last_layer",
@@ -102,6 +106,7 @@ _LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
     "BalancedClassifier": "resampling",
     "BayesianRidgeClassifier": "closed_form.solve",
     "C_GRID": "logistic.cv",
+    "ExpandedClassifier": "expanded",
     "LastLayer": "last_layer",
     "LinearClassifier": "neural.estimators",
     "LinearRegressor": "neural.estimators",

@@ -40,6 +40,8 @@ class ExpandedClassifier(ScoredClassifier, BaseEstimator):
     classes_ : ndarray of shape (k,)
     """
 
+    __module__ = "featpipe.heads"
+
     old_: Any
     place_: NDArray[np.int64]
     coef_: NDArray[np.float64]

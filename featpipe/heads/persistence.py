@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import sys
 import warnings
 from copy import copy
@@ -14,23 +15,36 @@ from featpipe.errors import ModelError
 
 __all__ = ["TRUSTED_TYPES", "check_savable", "dumps", "loads"]
 
-# What may be built beside numpy and the estimators that skops knows. A constant: never what the bytes ask for.
+# Types that may be built in addition to numpy's and the estimators that skops knows. A constant: the file has no say.
 TRUSTED_TYPES: tuple[str, ...] = (
-    "featpipe.heads.closed_form.solve.EvidenceRidgeClassifier",
-    "featpipe.heads.expanded.GrownClassifier",
-    "featpipe.heads.knn.nearness",
-    "featpipe.heads.logistic.cv.SoftmaxRegressionCV",
-    "featpipe.heads.logistic.estimator.SoftmaxRegression",
-    "featpipe.heads.neural.estimators.LinearClassifier",
-    "featpipe.heads.neural.estimators.LinearRegressor",
-    "featpipe.heads.neural.estimators.MLPClassifier",
-    "featpipe.heads.neural.estimators.MLPRegressor",
+    "featpipe.heads.BayesianRidgeClassifier",
+    "featpipe.heads.ExpandedClassifier",
+    "featpipe.heads.LinearClassifier",
+    "featpipe.heads.LinearRegressor",
+    "featpipe.heads.MLPClassifier",
+    "featpipe.heads.MLPRegressor",
+    "featpipe.heads.SoftmaxRegression",
+    "featpipe.heads.SoftmaxRegressionCV",
+    "featpipe.heads.nearness",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
     "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
 )
 
+# Names in heads saved before types had a path that does not depend on the file they are defined in, and today's names.
+ALIASES: dict[tuple[str, str], tuple[str, str]] = {
+    ("featpipe.heads.evidence", "EvidenceRidgeClassifier"): ("featpipe.heads", "BayesianRidgeClassifier"),
+    ("featpipe.heads.grown", "GrownClassifier"): ("featpipe.heads", "ExpandedClassifier"),
+    ("featpipe.heads.neighbors", "nearness"): ("featpipe.heads", "nearness"),
+    ("featpipe.heads.path", "SoftmaxRegressionCV"): ("featpipe.heads", "SoftmaxRegressionCV"),
+    ("featpipe.heads.softmax", "SoftmaxRegression"): ("featpipe.heads", "SoftmaxRegression"),
+    ("featpipe.heads.torch_heads", "LinearClassifier"): ("featpipe.heads", "LinearClassifier"),
+    ("featpipe.heads.torch_heads", "LinearRegressor"): ("featpipe.heads", "LinearRegressor"),
+    ("featpipe.heads.torch_heads", "MLPClassifier"): ("featpipe.heads", "MLPClassifier"),
+    ("featpipe.heads.torch_heads", "MLPRegressor"): ("featpipe.heads", "MLPRegressor"),
+}
+_OLD_MODULES = tuple({module.encode() for module, _ in ALIASES})
 
-# Learnt and large, and no answer needs it: d² numbers of a head that has k d.
+# Fitted attributes that are large and that no prediction needs: d² numbers in a head that otherwise has k d.
 UNNEEDED_ATTRIBUTES = {"LinearDiscriminantAnalysis": ("covariance_",)}
 
 
@@ -115,6 +129,7 @@ def loads(data: bytes) -> Any:
 
     _check_zip(data)
     try:
+        data = _rename_aliases(data)
         untrusted = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if untrusted:
             raise ModelError(
@@ -167,6 +182,28 @@ def _check_zip(data: bytes) -> None:
         ) from error
     if damaged_member is not None or sum(member.file_size for member in members) > len(data):
         raise ModelError(f"the head is damaged ({damaged_member or 'overlapping members'}); copy the model again")
+
+
+def _rename_aliases(data: bytes) -> bytes:
+    """The same head with today's names of types in the place of older ones."""
+    with ZipFile(io.BytesIO(data)) as archive:
+        schema = archive.read("schema.json")
+        if not any(module in schema for module in _OLD_MODULES):
+            return data
+        members = {name: archive.read(name) for name in archive.namelist()}
+
+    def rename(node: dict[str, Any]) -> dict[str, Any]:
+        name = node.get("__module__"), node.get("__class__")
+        if all(isinstance(part, str) for part in name) and name in ALIASES:
+            node["__module__"], node["__class__"] = ALIASES[name]
+        return node
+
+    members["schema.json"] = json.dumps(json.loads(schema, object_hook=rename)).encode()
+    renamed = io.BytesIO()
+    with ZipFile(renamed, "w") as archive:
+        for member_name, content in members.items():
+            archive.writestr(member_name, content)
+    return renamed.getvalue()
 
 
 def _format_error(error: BaseException) -> str:

@@ -147,7 +147,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
         standardize=False,
     ),
 }
-"""The heads that come along; `spec_of` knows any estimator of scikit-learn's kind too."""
+"""The heads that come along; `get_spec` knows any estimator of scikit-learn's kind too."""
 
 
 def list_heads(task: str | None = None) -> list[str]:
@@ -155,7 +155,7 @@ def list_heads(task: str | None = None) -> list[str]:
 
     Examples
     --------
-    >>> names("multilabel")
+    >>> list_heads("multilabel")
     ['logistic', 'mlp', 'linear', 'keras']
     """
     if task is None:
@@ -186,7 +186,7 @@ def get_settings(name: str, task: str | None = None) -> dict[str, object]:
 
     Examples
     --------
-    >>> settings_of("knn")["n_neighbors"]
+    >>> get_settings("knn")["n_neighbors"]
     5
     """
     spec = get_spec(name)
@@ -211,7 +211,7 @@ def get_spec(name: str) -> HeadSpec:
 
     Examples
     --------
-    >>> list(spec_of("sklearn.ensemble.RandomForestClassifier").estimators)
+    >>> list(get_spec("sklearn.ensemble.RandomForestClassifier").estimators)
     ['classification']
     """
     if name in HEAD_REGISTRY:

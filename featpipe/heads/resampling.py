@@ -128,8 +128,8 @@ def _oversample_smote(
     largest = int(class_sizes.max())
     if class_sizes.min() == 1 < largest:
         raise ConfigError(
-            f"class {str(classes[class_sizes.argmin()])!r} has one row to fit on, and smote needs two to make up one between "
-            "them; add images, leave the class out, use fewer folds, or take over or class_weight=balanced"
+            f"class {str(classes[class_sizes.argmin()])!r} has one row to fit on, and smote needs two to interpolate; "
+            "add images, leave the class out, use fewer folds, or take over or class_weight=balanced"
         )
     X_resampled = np.empty((largest * len(classes), *X.shape[1:]), X.dtype)
     X_resampled[: len(X)] = X
@@ -227,7 +227,7 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     --------
     >>> from sklearn.linear_model import LogisticRegression
     >>> X, y = np.arange(-2.0, 8)[:, None], np.repeat([0, 1], [2, 8])
-    >>> balanced = Balanced(LogisticRegression(), "over", random_state=0).fit(X, y)
+    >>> balanced = BalancedClassifier(LogisticRegression(), "over", random_state=0).fit(X, y)
     >>> balanced.prior_
     array([0.2, 0.8])
     """

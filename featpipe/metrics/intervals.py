@@ -96,7 +96,7 @@ def wilson_interval(n_correct: ArrayLike, n_trials: ArrayLike) -> tuple[Floats, 
 
     Examples
     --------
-    >>> low, high = share_interval(20, 20)
+    >>> low, high = wilson_interval(20, 20)
     >>> f"{low:.3f} {high:.3f}"
     '0.839 1.000'
     """
@@ -185,7 +185,7 @@ def format_score(value: float) -> str:
 
     Examples
     --------
-    >>> number(0.92), number(12345.6), number(math.nan)
+    >>> format_score(0.92), format_score(12345.6), format_score(math.nan)
     ('0.920', '12,346', '–')
     """
     if not math.isfinite(value):

@@ -106,8 +106,8 @@ def compare_paired(
     Examples
     --------
     >>> p = [[0.9, 0.1], [0.2, 0.8]] * 5
-    >>> found = paired("classification", ["cat", "cat"] * 5, p, [[1, 0]] * 10, ["cat", "dog"])
-    >>> found.only_second, found.contrasts["accuracy"].p
+    >>> comparison = compare_paired("classification", ["cat", "cat"] * 5, p, [[1, 0]] * 10, ["cat", "dog"])
+    >>> comparison.only_second, comparison.contrasts["accuracy"].p
     (5, 0.0625)
     """
     first_metrics, first_correct = compute_metrics(task, y, first_predictions, class_names, n_resamples)

@@ -146,7 +146,7 @@ def test_heads_without_a_closed_form_get_what_a_ridge_takes() -> None:
     assert find_statistics_kind(heads.build("logistic")) == ("gram", False)
     assert find_statistics_kind(heads.build("ridge", params={"class_weight": "balanced"})) == ("gram", False)
     assert find_statistics_kind(heads.build("centroid", params={"metric": "manhattan"})) == ("gram", False)
-    for kind, head in (("gram", "EvidenceRidgeClassifier"), ("apart", "LinearDiscriminantAnalysis")):
+    for kind, head in (("gram", "BayesianRidgeClassifier"), ("apart", "LinearDiscriminantAnalysis")):
         assert accepts_statistics(heads.build("logistic"), kind)
         assert type(make_closed_form_head(heads.build("logistic"), kind)[-1]).__name__ == head
     assert not accepts_statistics(heads.build("ridge"), "apart")

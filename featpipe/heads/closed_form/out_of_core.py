@@ -17,11 +17,10 @@ from featpipe.errors import ConfigError
 from featpipe.heads.closed_form.moments import RowSource, compute_moments
 from featpipe.heads.closed_form.solve import (
     BayesianRidgeClassifier,
-    combine_sample_and_class_weights,
     compute_ledoit_wolf_covariance,
     fit_centroid_from_moments,
     fit_lda_from_moments,
-    fit_ridge_classifier_from_moments,
+    fit_ridge_classifier,
     fit_ridge_from_moments,
     fit_scaler,
     get_center_and_scale,
@@ -30,7 +29,7 @@ from featpipe.heads.closed_form.solve import (
 )
 from featpipe.heads.targets import check_sample_weight
 
-__all__ = ["can_stream", "fit_ridge_classifier", "fit_streamed"]
+__all__ = ["can_stream", "fit_streamed"]
 
 Array = NDArray[np.float64]
 
@@ -99,17 +98,6 @@ def _reject_sample_weight(head: Any, weights: Array | None) -> None:
 def _fit_ridge(head: Ridge, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None) -> None:
     standardized_moments = standardize_moments(scaler, compute_moments(source, y.reshape(len(y), -1), weights))
     fit_ridge_from_moments(head, standardized_moments, single_target=y.ndim == 1)
-
-
-def fit_ridge_classifier(
-    head: RidgeClassifier, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None
-) -> None:
-    """Fit from sums over the rows, which are gathered block by block."""
-    classes, codes = np.unique(y, return_inverse=True)
-    weights = combine_sample_and_class_weights(head, y, classes, codes, weights)
-    fit_ridge_classifier_from_moments(
-        head, standardize_moments(scaler, compute_moments(source, codes, weights, n_classes=len(classes))), classes
-    )
 
 
 def _fit_lda(

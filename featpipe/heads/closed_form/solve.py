@@ -12,19 +12,20 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import LabelBinarizer, StandardScaler
+from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
-from featpipe.heads.closed_form.moments import Moments
+from featpipe.heads.closed_form.moments import Moments, RowSource, compute_moments
 from featpipe.heads.targets import check_sample_weight
 
 __all__ = [
     "BayesianRidgeClassifier",
-    "combine_sample_and_class_weights",
     "compute_ledoit_wolf_covariance",
     "fit_centroid_from_moments",
     "fit_lda_from_moments",
+    "fit_ridge_classifier",
     "fit_ridge_classifier_from_moments",
     "fit_ridge_from_moments",
     "fit_scaler",
@@ -75,8 +76,6 @@ def fit_ridge_from_moments(head: Ridge, moments: Moments, single_target: bool) -
 
 def fit_ridge_classifier_from_moments(head: RidgeClassifier, moments: Moments, classes: NDArray[Any]) -> None:
     """Fit to class codes, which stand for columns of 0 and 1."""
-    from sklearn.preprocessing import LabelBinarizer
-
     if isinstance(head.alpha, str) and head.class_weight is None:
         moments = _balance_classes(moments)
     target_sums, cross = (
@@ -272,6 +271,8 @@ class BayesianRidgeClassifier(RidgeClassifier):
         The strength that was taken, of ``"auto"``.
     """
 
+    __module__ = "featpipe.heads"
+
     def __init__(
         self,
         alpha: float | str = "auto",
@@ -313,8 +314,6 @@ class BayesianRidgeClassifier(RidgeClassifier):
         """
         if not isinstance(self.alpha, str):
             return super().fit(X, y, sample_weight)
-        from featpipe.heads.closed_form.out_of_core import fit_ridge_classifier
-
         self.check_params()
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
@@ -337,14 +336,14 @@ class BayesianRidgeClassifier(RidgeClassifier):
         return tags
 
 
-def combine_sample_and_class_weights(
-    head: RidgeClassifier, y: NDArray[Any], classes: NDArray[Any], codes: NDArray[Any], sample_weight: Any
-) -> Array | None:
-    """Of rows, times those of their classes; None where all are one."""
-    from sklearn.utils import compute_class_weight
-
+def fit_ridge_classifier(
+    head: RidgeClassifier, scaler: StandardScaler | str, source: RowSource, y: NDArray[Any], sample_weight: Any
+) -> None:
+    """Fit a scaler and a ridge classifier to rows that need not fit into memory, in one pass over them."""
+    classes, codes = np.unique(y, return_inverse=True)
     weights = None if sample_weight is None else check_sample_weight(sample_weight, len(y))
-    if head.class_weight is None:
-        return weights
-    class_weights = compute_class_weight(head.class_weight, classes=classes, y=y)[codes]
-    return np.asarray(class_weights if weights is None else class_weights * weights)
+    if head.class_weight is not None:
+        class_weights = compute_class_weight(head.class_weight, classes=classes, y=y)[codes]
+        weights = np.asarray(class_weights if weights is None else class_weights * weights)
+    moments = compute_moments(source, codes, weights, n_classes=len(classes))
+    fit_ridge_classifier_from_moments(head, standardize_moments(scaler, moments), classes)

@@ -88,6 +88,8 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
     1.0
     """
 
+    __module__ = "featpipe.heads"
+
     def __init__(
         self,
         Cs: Any = C_GRID,
@@ -331,3 +333,6 @@ def _expand_to_all_classes(
     all_W, all_b = np.zeros((k, W.shape[1])), np.full(k, b.min() - MISSING_CLASS_MARGIN)
     all_W[class_positions], all_b[class_positions] = W, b
     return all_W, all_b
+
+
+__test__ = {"SoftmaxRegressionCV": SoftmaxRegressionCV}  # doctest looks for classes by their module

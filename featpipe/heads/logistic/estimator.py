@@ -84,6 +84,8 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
     ['cat']
     """
 
+    __module__ = "featpipe.heads"
+
     def __init__(
         self,
         C: float = 1.0,
@@ -174,8 +176,8 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
     def _warn_if_not_converged(self, solution: Solution) -> None:
         if not solution.converged:
             warnings.warn(
-                f"SoftmaxRegression stopped after {solution.steps} steps at a relative gap of at most {solution.gap:.1e}, "
-                f"tol is {self.tol:.1e}; raise max_iter or tol, or scale the columns of X",
+                f"SoftmaxRegression stopped after {solution.steps} steps at a relative gap of at most "
+                f"{solution.gap:.1e}, tol is {self.tol:.1e}; raise max_iter or tol, or scale the columns of X",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -233,3 +235,6 @@ def _separate_constant_labels(problem: LogisticProblem) -> tuple[LogisticProblem
         else 0.0
     )
     return (None if is_constant.all() else problem.select_groups(np.flatnonzero(~is_constant))), constant_solution
+
+
+__test__ = {"SoftmaxRegression": SoftmaxRegression}  # doctest looks for classes by their module

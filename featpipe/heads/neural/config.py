@@ -93,7 +93,7 @@ class NetworkTrainingConfig:
 
         Examples
         --------
-        >>> [Plan().highest_rate([width]) for width in (4, 50, 1280)]
+        >>> [NetworkTrainingConfig().resolve_learning_rate([width]) for width in (4, 50, 1280)]
         [0.05, 0.01, 0.001]
         """
         if isinstance(self.learning_rate, str):

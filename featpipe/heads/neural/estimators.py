@@ -295,7 +295,8 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
             validation_targets = encode_targets(y, weights, self.class_weight, True)
             if len(validation_targets.classes) != len(targets.classes):
                 raise ValueError(
-                    f"validation has {len(validation_targets.classes)} labels a row, the training data {len(targets.classes)}"
+                    f"validation has {len(validation_targets.classes)} labels a row, "
+                    f"the training data {len(targets.classes)}"
                 )
             return _LabeledRows(X, row_indices, validation_targets.Y, validation_targets.weights)
         codes = np.searchsorted(targets.classes, y).clip(max=len(targets.classes) - 1)
@@ -478,6 +479,8 @@ class LinearClassifier(_LinearAttributes, _TorchClassifier):
     n_features_in_ : int
     """
 
+    __module__ = "featpipe.heads"
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LinearRegressor(_LinearAttributes, _TorchRegressor):
@@ -512,6 +515,8 @@ class LinearRegressor(_LinearAttributes, _TorchRegressor):
     n_features_in_ : int
     """
 
+    __module__ = "featpipe.heads"
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MLPClassifier(_TorchClassifier, _MLPParams):
@@ -543,6 +548,8 @@ class MLPClassifier(_TorchClassifier, _MLPParams):
     >>> head = MLPClassifier(1024, initial_weights="glorot", batch_size=32, epochs=10, **adam)
     """
 
+    __module__ = "featpipe.heads"
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MLPRegressor(_TorchRegressor, _MLPParams):
@@ -560,3 +567,8 @@ class MLPRegressor(_TorchRegressor, _MLPParams):
     coefs_, intercepts_, loss_curve_, …, n_features_in_ :
         As in `LinearRegressor`.
     """
+
+    __module__ = "featpipe.heads"
+
+
+__test__ = {"MLPClassifier": MLPClassifier}  # doctest looks for classes by their module

@@ -135,7 +135,10 @@ def _describe_divergence(batches: BatchSource, epoch: int, learning_rate: float)
     invalid_row = batches.find_nonfinite_row()
     if invalid_row is not None:
         return f"row {invalid_row} of X holds NaN or infinity; leave such rows out"
-    return f"training diverged in epoch {epoch + 1}: the loss is no number; lower learning_rate (now {learning_rate:g}) or scale X"
+    return (
+        f"training diverged in epoch {epoch + 1}: the loss is not finite; "
+        f"lower learning_rate (now {learning_rate:g}) or scale X"
+    )
 
 
 @dataclass(frozen=True, eq=False)
