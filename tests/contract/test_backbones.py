@@ -16,6 +16,8 @@ from featpipe.backbones.sources import timm as from_timm
 from featpipe.backbones.sources import torchvision
 from featpipe.errors import WeightsError
 
+pytestmark = pytest.mark.thorough
+
 WIDTHS = {  # of the last layer before the classifier, from the papers
     "vgg11": 4096,
     "inception_v3": 2048,

@@ -17,6 +17,8 @@ from featpipe import backbones
 from featpipe.data import decode_image
 from featpipe.extraction import extract
 
+pytestmark = pytest.mark.thorough
+
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "brick")
 SIZES = ((500, 375), (451, 300), (375, 500), (640, 427), (224, 224), (100, 90))
 

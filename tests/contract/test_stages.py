@@ -12,6 +12,8 @@ from featpipe.backbones.outputs import resolve_outputs
 from featpipe.backbones.partition import partition_network
 from featpipe.backbones.stages import Stage, find_stages
 
+pytestmark = pytest.mark.thorough
+
 STAGES = {  # as the papers and the libraries divide them; where these give them no names, how many
     "resnet18": ["stem", "layer1", "layer2", "layer3", "layer4"],
     "efficientnet_lite0": ["stem", *(f"blocks.{n}" for n in range(7))],

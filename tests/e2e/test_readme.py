@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import jpeg
 
+pytestmark = pytest.mark.thorough
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 

@@ -18,7 +18,7 @@ from tests.conftest import jpeg
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")]
 
 CLASSES = (
     "<script>document.title='owned'<∕script>",  # a slash in a folder's name would be another folder

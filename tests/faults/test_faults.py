@@ -13,6 +13,8 @@ import pytest
 
 from tests.faults.harness import Harness
 
+pytestmark = pytest.mark.thorough
+
 KILLS = int(os.environ.get("FEATPIPE_KILLS", "150"))
 FACTOR = int(os.environ.get("FEATPIPE_FAULTS", "1"))
 
