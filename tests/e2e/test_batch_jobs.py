@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from featpipe.runtime import Progress
 from featpipe.storage import StagingArea
 from tests.conftest import jpeg
 from tests.e2e.test_commands import OWN
+from tests.support.interrupts import run_and_stop
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -110,35 +110,15 @@ def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(name: str, ho
     assert not list(home.glob("elsewhere/*.h5"))
 
 
-COMMITTING_OFTEN = """
-import sys
-from featpipe.extraction import stream
-stream.PART_SECONDS = 0.2
-sys.argv[0] = "featpipe"
-from featpipe.cli import main
-main()
-"""
-
-
 def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command: Any) -> None:
     out = tmp_path / "p.jsonl"
     arguments = ["predict", "slownets.model", "photos", "--backbone", "slownets:make", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMITTING_OFTEN, "--log-format", "json", *arguments, "--workers", "1"],
-        cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("p.jsonl.parts/*.record")):
-        assert time.monotonic() < deadline, process.communicate()
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    stopped = run_and_stop(["--log-format", "json", *arguments, "--workers", "1"], home, signal.SIGTERM)
     finished = StagingArea(tmp_path / "p.jsonl.parts", "").count_recorded_rows()
     assert 0 < finished < 90
     assert not out.exists()
-    last = json.loads(err.splitlines()[-1])
-    assert (process.returncode, last["event"], last["code"]) == (1, "interrupted", 1)
+    last = json.loads(stopped.stderr.splitlines()[-1])
+    assert (stopped.returncode, last["event"], last["code"]) == (1, "interrupted", 1)
     done = command(*arguments, cwd=home)
     assert f"{finished} of 90 images are in a cache already" in done.stderr
     assert len(out.read_text().splitlines()) == 90

@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import jpeg
+from tests.support.interrupts import run_and_stop
 
 OWN = """
 import torch
@@ -100,45 +99,16 @@ def test_results_are_json_on_request(command, make_folder, own):
     assert "resnet18" in json.loads(command("backbones", "resnet1*", "--json").stdout)
 
 
-COMMITTING_OFTEN = """
-import sys
-from featpipe.extraction import stream
-stream.PART_SECONDS = 0.2
-sys.argv[0] = "featpipe"
-from featpipe.cli import main
-main()
-"""
-
-
-def begun(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    """The command in a process of its own, after it committed its first part."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMITTING_OFTEN, *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("cache/*.parts/*.record")):
-        assert time.monotonic() < deadline, process.communicate()
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    return process
-
-
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_extraction_that_is_stopped_says_how_to_go_on_and_goes_on(command, make_folder, slow, tmp_path, stop):
     make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     arguments = ["extract", "photos", "--backbone", slow, "--batch", "2", "--workers", "2"]
-    process = begun(arguments, tmp_path)
-    process.send_signal(stop)
-    out, err = process.communicate(timeout=30)
-    assert out == ""
+    stopped = run_and_stop(arguments, tmp_path, stop)
+    assert stopped.stdout == ""
     if stop != signal.SIGKILL:
-        assert process.returncode == 1, err
-        assert "interrupted" in err
-        assert "Traceback" not in err
+        assert stopped.returncode == 1, stopped.stderr
+        assert "interrupted" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
     assert not list(tmp_path.glob("cache/*.h5"))
     again = json.loads(command(*arguments, "--json").stdout)
     assert again["samples"] == 90
