@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
 from featpipe import data
 from featpipe.backbones import Backbone, PreparedImage
-from featpipe.config import AUTO, ExtractionConfig
+from featpipe.config import AUTO, EngineName, ExtractionConfig, ExtractionOptions, Precision
 from featpipe.data import encode_thumbnail, resize_image
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.extraction import extract, load_backbone
@@ -71,7 +71,7 @@ class ForwardBenchmark:
     """
 
     engine: str
-    precision: str
+    precision: Precision
     batch: int
     images_per_second: float
     cosine: float
@@ -140,7 +140,7 @@ def run_benchmark(
     *,
     seconds: float = 24.0,
     progress: ProgressCallback = report_warnings_only,
-    **settings: Any,
+    **settings: Unpack[ExtractionOptions],
 ) -> BenchResult:
     """Measure what this machine allows, for a backbone and an archive.
 
@@ -152,7 +152,7 @@ def run_benchmark(
         About how long to measure, apart from making the engines ready.
     progress : callable
     **settings
-        The fields of :class:`featpipe.config.Extraction`.
+        The fields of :class:`featpipe.config.ExtractionConfig`.
 
     Returns
     -------
@@ -270,11 +270,11 @@ class _Benchmark:
             results.append(ForwardBenchmark(engine.name, precision, engine.batch, forward_rate, cosine, bound))
         return results
 
-    def _engine_variants(self) -> dict[tuple[str, str, int | None], None]:
+    def _engine_variants(self) -> dict[tuple[EngineName, Precision, int | None], None]:
         """Engine, precision and batch: what the settings take, the same with a batch that is chosen, and the others."""
-        default_precision = "fp32" if self.config.precision == AUTO else self.config.precision
+        default_precision: Precision = "fp32" if self.config.precision == AUTO else self.config.precision
         precisions = dict.fromkeys((default_precision, "fp32", *candidate_precisions(self.device)))
-        engine_kinds = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
+        engine_kinds: tuple[EngineName, ...] = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
         batch = self.config.batch
         variants = [(self.config.engine, default_precision, batch), (self.config.engine, default_precision, None)]
         variants.extend(
@@ -317,7 +317,7 @@ class _Benchmark:
         return sum(count / elapsed for count, elapsed in zip(counts, stream_seconds, strict=True))
 
     def measure_extraction(
-        self, encoded_images: Sequence[bytes], precision: str, bound: float
+        self, encoded_images: Sequence[bytes], precision: Precision, bound: float
     ) -> tuple[float, dict[str, float]]:
         """A real extraction: images per second, and where the seconds went."""
         n_images = max(len(encoded_images), math.ceil(min(bound, 1e5) * self.seconds / 4))

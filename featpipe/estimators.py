@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from featpipe import heads
 from featpipe.backbones import Backbone, resolve_outputs
-from featpipe.config import ExtractionConfig
+from featpipe.config import ExtractionConfig, Precision
 from featpipe.errors import ConfigError
 from featpipe.extraction import embed_files, load_backbone
 from featpipe.inference import Engine, resolve_device
@@ -37,7 +37,7 @@ class _EmbeddingEstimator(BaseEstimator):
         weights: str | os.PathLike[str] | None = None,
         output: str = "pooled",
         device: str = "auto",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         cache: str | os.PathLike[str] | None = "cache",
         seed: int = 0,
     ) -> None:
@@ -141,7 +141,7 @@ class _TransferEstimator(_EmbeddingEstimator):
         weights: str | os.PathLike[str] | None = None,
         output: str = "pooled",
         device: str = "auto",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         cache: str | os.PathLike[str] | None = "cache",
         seed: int = 0,
         random_state: int | None = 0,
@@ -247,7 +247,7 @@ class TransferRegressor(RegressorMixin, _TransferEstimator):
         weights: str | os.PathLike[str] | None = None,
         output: str = "pooled",
         device: str = "auto",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         cache: str | os.PathLike[str] | None = "cache",
         seed: int = 0,
         random_state: int | None = 0,

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from featpipe.cli.terminal import print_json
 from featpipe.config import TASKS
 from featpipe.runtime import format_table
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["heads"]
 

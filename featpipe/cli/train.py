@@ -12,7 +12,7 @@ import click
 from featpipe.cli.completion import HEAD_NAME
 from featpipe.cli.logging import log_message
 from featpipe.cli.terminal import Terminal, print_json
-from featpipe.config import TASKS
+from featpipe.config import RESAMPLING_METHODS, TASKS
 from featpipe.runtime import format_duration, format_size, format_table
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _parse_priors(context: click.Context, option: click.Parameter, texts: Sequen
 @click.option("--grid", "grids", multiple=True, metavar="KEY=A,B", help="What to try, instead of the head's own grid.")
 @click.option("--metric", metavar="NAME", help="What settings and heads are chosen by, such as macro_f1.")
 @click.option("--one-standard-error", is_flag=True, help="Take the smallest C within a standard error of the best.")
-@click.option("--balance", type=click.Choice(["over", "under", "smote"]), help="Resample rows: classes as frequent.")
+@click.option("--balance", type=click.Choice(RESAMPLING_METHODS), help="Resample rows: classes as frequent.")
 @click.option("--calibrate", is_flag=True, help="Make probabilities mean what they say, on held-out rows.")
 @click.option(
     "--prior", multiple=True, callback=_parse_priors, metavar="CLASS=SHARE", help="How frequent it is in use."

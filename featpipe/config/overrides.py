@@ -1,59 +1,94 @@
-"""Settings as people type them: ``--set C=10 --set hidden=256,128``."""
+"""``KEY=VALUE`` settings of the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import date, time
+from types import MappingProxyType
+from typing import Any
 
 from featpipe.errors import ConfigError
 
-__all__ = ["parse_settings"]
+__all__ = ["parse_assignments", "parse_settings", "parse_value"]
 
-LITERALS = {"true": True, "false": False, "none": None, "null": None}
+BOOLEANS: Mapping[str, object] = {"true": True, "false": False}
+NULLS: Mapping[str, object] = {"none": None, "null": None}
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, object]:
-    """Read ``KEY=VALUE`` pairs.
-
-    A value is a whole number, a number, true, false, none, several of these separated by commas (a tuple; a comma
-    at the end makes a tuple of one), or else text. Quotes keep text that looks like something else.
+def parse_settings(texts: Iterable[str]) -> dict[str, object]:
+    """Read the settings of one object from ``KEY=VALUE`` texts: lists become tuples, ``none`` becomes None.
 
     Raises
     ------
     ConfigError
-        If there is no ``=``, no key, or a key comes twice.
+        If a text has no ``=`` or no key, or a key comes twice.
 
     Examples
     --------
-    >>> parse_settings(["C=1e-2", "hidden=256,128", "early_stopping=true", "optimizer=sgd"])
-    {'C': 0.01, 'hidden': (256, 128), 'early_stopping': True, 'optimizer': 'sgd'}
+    >>> parse_settings(["C=1e-2", "hidden=256,128", "early_stopping=true", "optimizer=sgd", "class_weight=none"])
+    {'C': 0.01, 'hidden': (256, 128), 'early_stopping': True, 'optimizer': 'sgd', 'class_weight': None}
     """
-    parsed: dict[str, object] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ConfigError(f"setting {setting!r} is not KEY=VALUE; write it as in C=10")
-        if key in parsed:
-            raise ConfigError(f"setting {key!r} is given twice; give it once")
-        parsed[key] = _parse_value(value.strip())
-    return parsed
+    values = {key: parse_value(text, NULLS) for key, text in parse_assignments(texts, example="C=10").items()}
+    return {key: _to_tuples(value) for key, value in values.items()}
 
 
-def _parse_value(text: str) -> object:
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    if "," in text:
-        items = text.strip("()[]").split(",")
-        return tuple(_parse_scalar(item.strip()) for item in items if item.strip())
-    return _parse_scalar(text)
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _parse_scalar(text: str) -> object:
-    if text.lower() in LITERALS:
-        return LITERALS[text.lower()]
-    for number_type in (int, float):
-        try:
+def parse_assignments(texts: Iterable[str], *, example: str) -> dict[str, str]:
+    """Split ``KEY=VALUE`` texts into keys and the texts of their values.
+
+    Parameters
+    ----------
+    texts : iterable of str
+    example : str
+        A right one, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If a text has no ``=`` or no key, or a key comes twice.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {text!r} is not KEY=VALUE; write it as in {example}")
+        if key in values:
+            raise ConfigError(f"--set {key!r} is given twice; give it once")
+        values[key] = value
+    return values
+
+
+def parse_value(text: str, words: Mapping[str, object] = MappingProxyType({})) -> Any:
+    """Read a value: as TOML writes it, or text without quotes, or several of these with commas, which are a list.
+
+    Parameters
+    ----------
+    text : str
+    words : mapping from str to object
+        Unquoted words that mean something else than text, in lower case, beside ``true`` and ``false``.
+
+    Examples
+    --------
+    >>> [parse_value(text) for text in ("1e-2", ".5", "True", "sgd", "'1,2'", "256,128", "256,", "[[256, 128]]")]
+    [0.01, 0.5, True, 'sgd', '1,2', [256, 128], [256], [[256, 128]]]
+    """
+    is_quoted = text[:1] in ('"', "'")
+    try:
+        if is_quoted or not {"#", "\n"} & set(text):  # which end a value in TOML
+            value = tomllib.loads(f"value = {text}")["value"]
+            return value.isoformat() if isinstance(value, (date, time)) else value
+    except tomllib.TOMLDecodeError:
+        pass
+    if "," in text and not is_quoted:
+        return [parse_value(item.strip(), words) for item in text.strip("()[]").split(",") if item.strip()]
+    if text.lower() in BOOLEANS or text.lower() in words:
+        return {**BOOLEANS, **words}[text.lower()]
+    for number_type in (int, float):  # .5 and 007 are no numbers in TOML
+        with suppress(ValueError):
             return number_type(text)
-        except ValueError:
-            continue
     return text

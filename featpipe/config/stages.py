@@ -1,30 +1,100 @@
-"""The settings of each stage: the one home of the defaults that commands, recipes and Python share."""
+"""Settings of the stages: the one home of the defaults that commands, recipes and Python share."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from featpipe.config.validation import check_names, unknown_name_error
+from featpipe.config.validation import Range, Settings
 from featpipe.errors import ConfigError
 from featpipe.runtime import parse_duration
 
-__all__ = ["AUTO", "ENGINES", "PRECISIONS", "STORAGES", "TASKS", "ExtractionConfig", "FineTuneConfig", "Task"]
+__all__ = [
+    "AUTO",
+    "ENGINES",
+    "PRECISIONS",
+    "RESAMPLING_METHODS",
+    "STORAGES",
+    "TASKS",
+    "BadImageLimit",
+    "EngineName",
+    "ExtractionConfig",
+    "FineTuneConfig",
+    "Fraction",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveInt",
+    "Precision",
+    "ResamplingMethod",
+    "Storage",
+    "Task",
+    "TimeLimit",
+    "UnitInterval",
+    "compute_bad_image_limit",
+]
 
+AUTO: Final = "auto"
 Task = Literal["classification", "regression", "multilabel"]
-TASKS: tuple[Task, ...] = ("classification", "regression", "multilabel")
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-STORAGES = ("float32", "float16")
-ENGINES = ("auto", "torch", "openvino")
-AUTO = "auto"
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "one-cycle", "constant")
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Storage = Literal["float32", "float16"]
+EngineName = Literal["auto", "torch", "openvino"]
+ResamplingMethod = Literal["over", "under", "smote"]
+TASKS: tuple[Task, ...] = get_args(Task)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+RESAMPLING_METHODS: tuple[ResamplingMethod, ...] = get_args(ResamplingMethod)
+
+PositiveInt = Annotated[int, Range(minimum=1)]
+NonNegativeInt = Annotated[int, Range(minimum=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(minimum=0)]
+Fraction = Annotated[float, Range(minimum=0, below=1)]
+UnitInterval = Annotated[float, Range(minimum=0, maximum=1)]
+
+
+def compute_bad_image_limit(max_bad: int | float | str | None, n: int) -> int | None:
+    """How many of n images may be bad.
+
+    Parameters
+    ----------
+    max_bad : int, float or str, optional
+        A number, or a share: ``0.05`` or ``"5%"``. None is no limit.
+    n : int
+
+    Examples
+    --------
+    >>> compute_bad_image_limit("5%", 200), compute_bad_image_limit(3, 200)
+    (10, 3)
+    """
+    if max_bad is None:
+        return None
+    value = max_bad
+    try:
+        if isinstance(value, str) and value.endswith("%"):
+            value = float(value[:-1]) / 100
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"max-bad is {max_bad!r}; give a number or a share such as 5%") from None
+    is_share = isinstance(value, float) or (isinstance(value, str) and "." in value)
+    if not 0 <= number < float("inf") or (is_share and number > 1):
+        raise ConfigError(f"max-bad is {max_bad!r}; a number is at least 0, a share at most 100%")
+    return int(number * n) if is_share else int(number)
+
+
+def _check_bad_image_limit(max_bad: int | float | str) -> None:
+    compute_bad_image_limit(max_bad, 0)
+
+
+TimeLimit = Annotated[float | str, parse_duration]
+BadImageLimit = Annotated[int | float | str, _check_bad_image_limit]
 
 
 @dataclass(frozen=True)
-class ExtractionConfig:
+class ExtractionConfig(Settings):
     """How to extract: the one home of the defaults.
 
     Parameters
@@ -78,64 +148,27 @@ class ExtractionConfig:
     seed: int = 0
     labels: Any = None
     device: str = "auto"
-    precision: str = "fp32"
-    min_cosine: float = 0.999
-    engine: str = "auto"
-    storage: str = "float32"
+    precision: Precision | Literal["auto"] = "fp32"
+    min_cosine: UnitInterval = 0.999
+    engine: EngineName = "auto"
+    storage: Storage = "float32"
     cache: str | os.PathLike[str] = "cache"
     out: str | os.PathLike[str] | None = None
     overwrite: bool = False
-    shard_bytes: int = 4 * 2**30
-    workers: int | None = None
-    batch: int | None = None
-    max_bad: int | float | str | None = None
-    time_limit: float | str | None = None
+    shard_bytes: PositiveInt = 4 * 2**30
+    workers: PositiveInt | None = None
+    batch: PositiveInt | None = None
+    max_bad: BadImageLimit | None = None
+    time_limit: TimeLimit | None = None
     check_content: bool = False
 
-    def __post_init__(self) -> None:
-        if self.precision not in (*PRECISIONS, AUTO):
-            raise unknown_name_error("precision", self.precision, (*PRECISIONS, AUTO))
-        if self.engine not in ENGINES:
-            raise unknown_name_error("engine", self.engine, ENGINES)
-        if not 0 <= self.min_cosine <= 1:
-            raise ConfigError(f"min_cosine is {self.min_cosine}; it must be from 0 to 1")
-        if self.storage not in STORAGES:
-            raise unknown_name_error("storage", self.storage, STORAGES)
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; it must be at least 1")
-        if self.shard_bytes < 1:
-            raise ConfigError(f"shard_bytes is {self.shard_bytes}; it must be at least 1")
-        if isinstance(self.outputs, str):
-            object.__setattr__(self, "outputs", (self.outputs,))
-        self.get_max_bad_count(0)
-        if self.time_limit is not None:
-            parse_duration(self.time_limit)
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> ExtractionConfig:
-        """From keyword arguments; an unknown one is answered with the nearest."""
-        check_names("setting", settings, [f.name for f in fields(cls)])
-        return cls(**settings)
-
     def get_max_bad_count(self, n: int) -> int | None:
-        """How many of n images may be bad."""
-        value = self.max_bad
-        if value is None:
-            return None
-        try:
-            if isinstance(value, str) and value.endswith("%"):
-                value = float(value[:-1]) / 100
-            number = float(value)
-        except ValueError:
-            raise ConfigError(f"max-bad is {self.max_bad!r}; give a number or a share such as 5%") from None
-        is_share = isinstance(value, float) or (isinstance(value, str) and "." in value)
-        if number < 0 or (is_share and number > 1):
-            raise ConfigError(f"max-bad is {self.max_bad!r}; a number is at least 0, a share at most 100%")
-        return int(number * n) if is_share else int(number)
+        """How many of n images may be bad; None is no limit."""
+        return compute_bad_image_limit(self.max_bad, n)
 
 
 @dataclass(frozen=True)
-class FineTuneConfig:
+class FineTuneConfig(Settings):
     """How to fine-tune: the one home of the defaults.
 
     Parameters
@@ -203,93 +236,45 @@ class FineTuneConfig:
     """
 
     unfreeze: str | int | float = "last"
-    weights: str | None = None
-    gradual: int = 0
-    batch_norm: str = "frozen"
-    epochs: int = 10
-    batch: int = 32
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float | str = 3e-4
-    layer_decay: float = 0.8
-    momentum: float = 0.9
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    schedule: str = "cosine"
-    clip: float = 1.0
-    precision: str = "fp32"
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    weights: Literal["none"] | None = None
+    gradual: NonNegativeInt = 0
+    batch_norm: Literal["frozen", "trained"] = "frozen"
+    epochs: PositiveInt = 10
+    batch: PositiveInt = 32
+    accumulate: PositiveInt = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: PositiveFloat | Literal["find"] = 3e-4
+    layer_decay: NonNegativeFloat = 0.8
+    momentum: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: Fraction = 0.1
+    schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
+    clip: NonNegativeFloat = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    label_smoothing: Fraction = 0.0
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
     augmentation: Mapping[str, Any] = field(default_factory=dict)
-    class_weight: str | None = None
-    sampling: str | None = None
-    ema: float = 0.0
-    patience: int = 0
-    monitor: str = "score"
-    test: float = 0.2
-    validation: float = 0.2
-    cache_activations: str = AUTO
-    views: int = 4
+    class_weight: Literal["balanced"] | None = None
+    sampling: Literal["balanced"] | None = None
+    ema: Fraction = 0.0
+    patience: NonNegativeInt = 0
+    monitor: Literal["score", "loss"] = "score"
+    test: Fraction = 0.2
+    validation: Fraction = 0.2
+    cache_activations: Literal["auto", "yes", "no"] = "auto"
+    views: PositiveInt = 4
     seed: int = 0
     device: str = AUTO
-    workers: int | None = None
+    workers: PositiveInt | None = None
     keep_worse: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "batch_norm": ("frozen", "trained"),
-            "optimizer": OPTIMIZERS,
-            "schedule": SCHEDULES,
-            "precision": ("fp32", "bf16", "fp16"),
-            "monitor": ("score", "loss"),
-            "cache_activations": (AUTO, "yes", "no"),
-            "class_weight": (None, "balanced"),
-            "sampling": (None, "balanced"),
-            "weights": (None, "none"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise unknown_name_error(
-                    name, str(getattr(self, name)), [choice for choice in allowed if choice is not None]
-                )
-        object.__setattr__(self, "unfreeze", str(self.unfreeze))  # 3 and 0.3 are numbers to whoever does not type them
-        if isinstance(self.learning_rate, str) and self.learning_rate != "find":
-            raise ConfigError(f"learning_rate is {self.learning_rate!r}; give a number above 0, or find")
-        for name, minimum in {
-            "epochs": 1,
-            "batch": 1,
-            "accumulate": 1,
-            "views": 1,
-            "patience": 0,
-            "gradual": 0,
-        }.items():
-            _check_range(name, getattr(self, name), minimum, None, is_integer=True)
-        for name in ("momentum", "warmup", "label_smoothing", "ema", "test", "validation"):
-            _check_range(name, getattr(self, name), 0, 1)
-        for name in ("weight_decay", "clip", "mixup", "cutmix", "layer_decay"):
-            _check_range(name, getattr(self, name), 0, None)
-        if not isinstance(self.learning_rate, str):
-            _check_range("learning_rate", self.learning_rate, 1e-12, None)
+        super().__post_init__()
+        object.__setattr__(self, "unfreeze", str(self.unfreeze))  # 3 and 0.3 may come as numbers
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> FineTuneConfig:
-        """From keyword arguments; an unknown one is answered with the nearest."""
-        check_names("setting", settings, [f.name for f in fields(cls)])
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         if settings.get("weights") == "none":  # an untrained network learns nothing with most of it frozen
             settings = {"unfreeze": "all", "batch_norm": "trained", **settings}
-        return cls(**settings)
-
-
-def _check_range(
-    name: str, value: object, minimum: float, upper_bound: float | None, *, is_integer: bool = False
-) -> None:
-    """Refuse what is no number from ``least`` up to, and without, ``below``."""
-    allowed_types = (int,) if is_integer else (int, float)
-    has_valid_type = isinstance(value, allowed_types) and not isinstance(value, bool)
-    if not has_valid_type or not minimum <= value or (upper_bound is not None and not value < upper_bound):  # type: ignore[operator]
-        kind, upper_text = (
-            ("whole number" if is_integer else "number"),
-            "" if upper_bound is None else f", below {upper_bound:g}",
-        )
-        raise ConfigError(f"{name} is {value!r}; give a {kind} of {minimum:g} or more{upper_text}")
+        return super().from_settings(settings)

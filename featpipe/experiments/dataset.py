@@ -89,7 +89,7 @@ def resolve_archives(
     """The archives as files, and the table of their labels; the tiles are written if they are asked for."""
     labels: LabelTable | None = None
     if samples.labels is not None:
-        labels = LabelTable(Path(samples.labels), samples.path_column, samples.label_column, samples.task)  # type: ignore[arg-type]
+        labels = LabelTable(Path(samples.labels), samples.path_column, samples.label_column, samples.task)
     if TILES_ARCHIVE in paths:
         tiles, table = write_tiles(tiles_folder)
         paths, labels = [str(tiles) if path == TILES_ARCHIVE else path for path in paths], labels or LabelTable(table)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featpipe import data
 from featpipe.backbones import Backbone
 from featpipe.cache import EmbeddingSource, FeatureCache, SampleTable, parts_directory, write_cache
-from featpipe.config import AUTO, ExtractionConfig
+from featpipe.config import AUTO, ExtractionConfig, ExtractionOptions
 from featpipe.data import Index
 from featpipe.errors import ArchiveError, CacheError
 from featpipe.extraction.auto_precision import resolve_precision
@@ -36,7 +36,7 @@ def extract(
     archives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     progress: ProgressCallback = report_warnings_only,
-    **settings: Any,
+    **settings: Unpack[ExtractionOptions],
 ) -> FeatureCache:
     """Run the frozen backbone once over the images of some archives and cache the embeddings.
 
@@ -49,7 +49,7 @@ def extract(
     progress : callable
         Told what is going on, as :class:`featpipe.runtime.progress.Progress`.
     **settings
-        The fields of :class:`featpipe.config.Extraction`.
+        The fields of :class:`featpipe.config.ExtractionConfig`.
 
     Returns
     -------

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from featpipe import backbones, data
 from featpipe.backbones import Backbone
-from featpipe.config import FineTuneConfig
+from featpipe.config import FineTuneConfig, FineTuneOptions
 from featpipe.errors import ConfigError, ModelError
 from featpipe.finetuning import checkpoint
 from featpipe.finetuning.batches import TrainingDataset
@@ -56,7 +56,7 @@ def finetune(
     resume: bool = True,
     tensorboard: str | os.PathLike[str] | None = None,
     progress: ProgressCallback = report_warnings_only,
-    **settings: Any,
+    **settings: Unpack[FineTuneOptions],
 ) -> FineTuningResult:
     """Train some of a model's backbone together with its head, and compare with the head alone.
 
@@ -81,11 +81,11 @@ def finetune(
         A folder for losses and scores by epoch, for TensorBoard.
     progress : callable
     **settings
-        The fields of :class:`featpipe.config.FineTuning`.
+        The fields of :class:`featpipe.config.FineTuneConfig`.
 
     Returns
     -------
-    FineTuned
+    FineTuningResult
         Its ``model`` is the fine-tuned one; the one before, if fine-tuning was worse on the held-out images.
 
     Raises

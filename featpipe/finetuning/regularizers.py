@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featpipe.finetuning import Trainer, prefetch_batches
+from featpipe.finetuning.batches import prefetch_batches
+from featpipe.finetuning.trainer import Trainer
 
 __all__ = ["DistillationLoss", "EWCPenalty", "Regularizers", "compute_network_fisher"]
 

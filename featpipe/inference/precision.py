@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from featpipe.backbones import Backbone, PreparedImage
+from featpipe.config import Precision
 from featpipe.inference.engine import Engine
 from featpipe.inference.runner import Embeddings
 
@@ -37,7 +38,7 @@ class Fidelity:
         same images chooses the same.
     """
 
-    precision: str
+    precision: Precision
     images: int
     min_cosine: float
     cosine: dict[str, float] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class Fidelity:
         }
 
 
-def candidate_precisions(device: torch.device) -> tuple[str, ...]:
+def candidate_precisions(device: torch.device) -> tuple[Precision, ...]:
     """The precisions that are faster than float32 on this device, the fastest first, the more exact of equals before.
 
     Half precision that the hardware does not have is slower than float32, and no candidate.

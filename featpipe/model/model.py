@@ -15,14 +15,14 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import heads
 from featpipe.cache import FeatureCache, restrict_facts_to_output
-from featpipe.config import TASKS
+from featpipe.config import TASKS, ExpandKeywords, FineTuneKeywords
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.metrics import Calibration, compute_logits
 from featpipe.model import uncertainty
@@ -306,27 +306,27 @@ class Model:
         digest.update(repr(self.history.get("created")).encode())
         return digest.hexdigest()
 
-    def expand(self, data: Any, **options: Any) -> Model:
-        """A model of more classes, or of fewer; see :func:`featpipe.expand`, which takes the same and says more.
+    def expand(self, data: Any, **options: Unpack[ExpandKeywords]) -> Model:
+        """Make a model of more or fewer classes; see :func:`featpipe.expand`, which describes the keywords.
 
         Parameters
         ----------
         data : FeatureCache, path of one, archives, or several
-        **how
-            ``method``, ``memory``, ``drop``, ``merge``, … as there.
+        **options
+            The keywords of :func:`featpipe.expand`.
         """
         from featpipe.incremental import expand
 
         return expand(self, data, **options).model
 
-    def finetune(self, archives: Any, **options: Any) -> Model:
-        """A model whose backbone was trained further; see :func:`featpipe.finetune`, which says more.
+    def finetune(self, archives: Any, **options: Unpack[FineTuneKeywords]) -> Model:
+        """Fine-tune the backbone; see :func:`featpipe.finetune`, which describes the keywords.
 
         Parameters
         ----------
         archives : path-like or sequence of path-like
-        **how
-            ``unfreeze``, ``epochs``, ``labels``, ``out``, … as there.
+        **options
+            The keywords of :func:`featpipe.finetune`.
         """
         from featpipe.finetuning import finetune
 

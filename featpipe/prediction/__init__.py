@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from featpipe.prediction.config import PredictConfig
+from featpipe.prediction.config import PredictConfig, PredictOptions
 from featpipe.prediction.predict import StatusCounts, predict
 from featpipe.prediction.rows import Prediction
 from featpipe.prediction.stream import stream
 from featpipe.prediction.writers import WRITERS
 
-__all__ = ["WRITERS", "PredictConfig", "Prediction", "StatusCounts", "predict", "stream"]
+__all__ = ["WRITERS", "PredictConfig", "PredictOptions", "Prediction", "StatusCounts", "predict", "stream"]

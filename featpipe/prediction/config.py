@@ -1,22 +1,45 @@
-"""What is to be told of each sample, and how far the work may go: the one home of the defaults."""
+"""Settings of batch prediction: the one home of the defaults."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
-from featpipe.config import ExtractionConfig, check_names
-from featpipe.errors import ConfigError
+from featpipe.config import (
+    BadImageLimit,
+    ExtractionConfig,
+    PositiveInt,
+    Settings,
+    TimeLimit,
+    compute_bad_image_limit,
+)
 from featpipe.model import Model
 
-__all__ = ["PredictConfig"]
+__all__ = ["PredictConfig", "PredictOptions", "StreamOptions"]
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keywords of :func:`featpipe.prediction.stream`."""
+
+    top: PositiveInt
+    sets: float | None
+    workers: PositiveInt | None
+
+
+class PredictOptions(StreamOptions, total=False):
+    """Keywords for the fields of :class:`PredictConfig`."""
+
+    cache: str | os.PathLike[str] | None
+    max_bad: BadImageLimit | None
+    time_limit: TimeLimit | None
+    check_content: bool
 
 
 @dataclass(frozen=True)
-class PredictConfig:
-    """How to predict.
+class PredictConfig(Settings):
+    """Settings of batch prediction.
 
     Parameters
     ----------
@@ -37,55 +60,43 @@ class PredictConfig:
         Read every image's bytes even where size and modification time say that it is unchanged.
     """
 
-    top: int = 5
+    top: PositiveInt = 5
     sets: float | None = None
     cache: str | os.PathLike[str] | None = None
-    workers: int | None = None
-    max_bad: int | float | str | None = None
-    time_limit: float | str | None = None
+    workers: PositiveInt | None = None
+    max_bad: BadImageLimit | None = None
+    time_limit: TimeLimit | None = None
     check_content: bool = False
 
-    def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ConfigError(f"top is {self.top}; it must be at least 1")
-        self._validated_options()
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> PredictConfig:
-        """From keyword arguments; an unknown one is answered with the nearest."""
-        check_names("setting", settings, [f.name for f in fields(cls)])
-        return cls(**settings)
-
     def check_models(self, models: Sequence[Model]) -> None:
-        """Refuse what the models cannot tell, before any work."""
+        """Check that the models can give what is requested.
+
+        Raises
+        ------
+        ConfigError
+            If prediction sets are requested and a model has none.
+        """
         if self.sets is not None:
             for model in models:
                 model.sets_known().score_quantile(self.sets)
 
     def extraction_config(self, model: Model) -> ExtractionConfig:
-        """How the images are embedded for a model.
+        """The settings of the extraction for a model.
 
-        Embeddings that are not kept are not rounded: predictions are then those of ``model.predict_proba``, bit for
-        bit, whatever type the caches have that the head was trained on.
+        Embeddings that are not cached are not rounded: predictions are then those of ``model.predict_proba``, bit for
+        bit, whatever type the embeddings had that the head was trained on.
         """
-        extraction_settings = {
+        settings = {
             **model.extraction(),
-            **self._validated_options(),
+            **{name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")},
             "storage": self.embedding_dtype(model),
         }
-        return ExtractionConfig.from_settings(
-            extraction_settings if self.cache is None else {**extraction_settings, "cache": self.cache}
-        )
+        return ExtractionConfig.from_settings(settings if self.cache is None else {**settings, "cache": self.cache})
 
     def embedding_dtype(self, model: Model) -> str:
-        """The type of the embeddings that the predictions are made of."""
+        """The type of the embeddings that the predictions are made from."""
         return "float32" if self.cache is None else str(model.facts["storage"])
 
     def get_max_bad_count(self, n: int) -> int | None:
-        """How many of n images may have no prediction."""
-        return ExtractionConfig(max_bad=self.max_bad).get_max_bad_count(n)
-
-    def _validated_options(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")}
-        ExtractionConfig.from_settings(options)  # which refuses what cannot be
-        return options
+        """How many of n images may have no prediction; None is no limit."""
+        return compute_bad_image_limit(self.max_bad, n)

@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from featpipe.data import Index
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, make_facts
 from featpipe.model import Model
-from featpipe.prediction.config import PredictConfig
+from featpipe.prediction.config import PredictConfig, PredictOptions
 from featpipe.prediction.provenance import PredictionRequest, write_receipt
 from featpipe.prediction.rows import Prediction, iter_predictions
 from featpipe.prediction.stream import stream_all
@@ -57,7 +57,7 @@ def predict(
     *,
     also: Sequence[Model] = (),
     progress: ProgressCallback = report_warnings_only,
-    **options: Any,
+    **options: Unpack[PredictOptions],
 ) -> StatusCounts:
     """Predict every sample of some archives.
 
@@ -72,12 +72,12 @@ def predict(
     also : sequence of Model
         More models of the same embeddings, by the same forward pass; the names of their columns begin with theirs.
     progress : callable
-    **asked
-        The fields of :class:`featpipe.prediction.Asked`.
+    **options
+        The fields of :class:`featpipe.prediction.PredictConfig`.
 
     Returns
     -------
-    Counts
+    StatusCounts
         From status to the number of samples.
 
     Raises

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,20 +13,23 @@ from featpipe.config import check_names
 from featpipe.data import Index
 from featpipe.inference import DecodedBatch, Loader, embed_batches
 from featpipe.model import Model
-from featpipe.prediction.config import PredictConfig
+from featpipe.prediction.config import PredictConfig, StreamOptions
 from featpipe.prediction.rows import Prediction, iter_predictions
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.status import Status
 
 __all__ = ["stream", "stream_all"]
 
-STREAM_OPTIONS = ("top", "sets", "workers")
 SamplePredictions = tuple[Prediction, ...]
 """What each of some models says of one sample."""
 
 
 def stream(
-    model: Model, index: Index, *, progress: ProgressCallback = report_warnings_only, **options: Any
+    model: Model,
+    index: Index,
+    *,
+    progress: ProgressCallback = report_warnings_only,
+    **options: Unpack[StreamOptions],
 ) -> Generator[Prediction, None, None]:
     """The predictions of an index, in its order, as they are made.
 
@@ -35,10 +38,11 @@ def stream(
     model : Model
     index : Index
     progress : callable
-    **asked
-        ``top``, ``sets`` and ``workers`` of :class:`Asked`; nothing is kept, and so nothing else is of use.
+    **options
+        ``top``, ``sets`` and ``workers`` of
+        :class:`featpipe.prediction.PredictConfig`; the others concern embeddings that are kept.
     """
-    check_names("setting", options, STREAM_OPTIONS)
+    check_names("setting", options, StreamOptions.__annotations__)
     with closing(stream_all([model], index, PredictConfig.from_settings(options), progress)) as rows:
         for (prediction,) in rows:
             yield prediction

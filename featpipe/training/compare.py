@@ -93,8 +93,13 @@ def compare(
     times: Any = None,
     since: Any = None,
     without: Any = None,
+    tune: bool | None = None,
+    grid: Mapping[str, Sequence[object]] | None = None,
+    balance: str | None = None,
+    jobs: int | None = None,
+    one_standard_error: bool = False,
+    random_state: int | None = 0,
     progress: ProgressCallback = report_warnings_only,
-    **options: Any,
 ) -> HeadComparison:
     """Train several heads on one cache, and keep the best.
 
@@ -108,14 +113,14 @@ def compare(
     params : mapping from head to settings, optional
     metric : str, optional
         What the best is chosen by; the first of the task if not given.
-    output, calibrate, prior, memory, keep, groups, times, since, without, progress
+    output, calibrate, prior, memory, keep, groups, times, since, without, tune, grid, balance, jobs
         As for :func:`featpipe.training.train`.
-    **how
-        ``tune``, ``grid``, ``balance``, ``jobs``, ``one_standard_error``, ``random_state`` likewise.
+    one_standard_error, random_state, progress
+        As for :func:`featpipe.training.train`.
 
     Returns
     -------
-    Comparison
+    HeadComparison
 
     Raises
     ------
@@ -131,7 +136,19 @@ def compare(
     )
     head_params = params or {}
     configs = [
-        make_head_config(cache, dataset, name, head_params.get(name, {}), metric=metric, **options)
+        make_head_config(
+            cache,
+            dataset,
+            name,
+            head_params.get(name, {}),
+            grid=grid or {},
+            tune=tune,
+            metric=metric,
+            one_standard_error=one_standard_error,
+            balance=balance,
+            jobs=jobs,
+            random_state=random_state,
+        )
         for name in head_names
     ]
     results: list[tuple[HeadComparisonRow, TrainedHead]] = []

@@ -318,7 +318,7 @@ def test_images_without_labels_are_refused(tmp_path, photos, model):
         ({"unfreze": "all"}, "unknown setting 'unfreze'; did you mean 'unfreeze'"),
         ({"unfreeze": "layer7"}, "unknown part of the network 'layer7'; did you mean"),
         ({"epochs": 0}, "epochs is 0; give a whole number of 1 or more"),
-        ({"learning_rate": "quick"}, "give a number above 0, or find"),
+        ({"learning_rate": "quick"}, "give a number above 0 or find"),
         ({"optimizer": "adma"}, "unknown optimizer 'adma'; did you mean 'adamw'"),
         ({"label_smoothing": 1}, "below 1"),
         ({"batch": 1, "batch_norm": "trained"}, "batch norms follow the batches.*batch of one"),

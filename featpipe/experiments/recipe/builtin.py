@@ -11,7 +11,7 @@ from featpipe.errors import ConfigError
 
 __all__ = ["RECIPES_FOLDER", "find_recipe", "list_builtin_recipes", "read_question"]
 
-RECIPES_FOLDER = Path(__file__).parents[1] / "pipelines"
+RECIPES_FOLDER = Path(__file__).parents[2] / "pipelines"
 """A link to the folder ``pipelines`` of the sources, and a folder of its own where featpipe is installed."""
 
 RECIPE_SUFFIX = ".toml"
@@ -22,7 +22,7 @@ def list_builtin_recipes() -> list[str]:
 
     Examples
     --------
-    >>> "smoke" in shipped()
+    >>> "smoke" in list_builtin_recipes()
     True
     """
     return sorted(path.stem for path in RECIPES_FOLDER.glob(f"*{RECIPE_SUFFIX}"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from featpipe.config import parse_assignments, parse_value
 from featpipe.errors import ConfigError
 
 __all__ = ["apply_changes", "parse_changes"]
@@ -27,22 +27,8 @@ def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
     >>> parse_changes(["heads.0.C=0.1,1", "archive=photos/", "heads.0.hidden=[[256, 128]]", "split.groups="])
     {'heads.0.C': [0.1, 1], 'archive': 'photos/', 'heads.0.hidden': [[256, 128]], 'split.groups': None}
     """
-    changes: dict[str, Any] = {}
-    for text in texts:
-        key, separator, value = (part.strip() for part in text.partition("="))
-        if not separator or not key or not all(key.split(".")):
-            raise ConfigError(f"--set {text!r} is not KEY=VALUE; write it as in heads.0.C=10")
-        if key in changes:
-            raise ConfigError(f"--set {key!r} is given twice; give it once")
-        changes[key] = _parse_value(value) if value else None
-    return changes
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return [_parse_value(part.strip()) for part in text.split(",") if part.strip()] if "," in text else text
+    assignments = parse_assignments(texts, example="heads.0.C=10")
+    return {key: parse_value(text) if text else None for key, text in assignments.items()}
 
 
 def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +48,7 @@ def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> di
 
     Examples
     --------
-    >>> changed({"heads": [{"name": "knn"}]}, {"heads.0.n_neighbors": 3, "heads.1.name": "lda"})
+    >>> apply_changes({"heads": [{"name": "knn"}]}, {"heads.0.n_neighbors": 3, "heads.1.name": "lda"})
     {'heads': [{'name': 'knn', 'n_neighbors': 3}, {'name': 'lda'}]}
     """
     changed_document = _copy_nested(document)

@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import date, time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ from typing import Any
 from featpipe.config import (
     ExtractionConfig,
     FineTuneConfig,
-    convert_value,
-    describe_type,
+    check_value,
     get_field_types,
     is_sequence_type,
-    matches_type,
     unknown_name_error,
 )
 from featpipe.errors import ConfigError
@@ -171,7 +170,7 @@ class _RecipeParser:
         top_level = {key: value for key, value in document.items() if key not in TABLE_NAMES}
         sample_keys = [field.name for field in fields(SamplesConfig)]
         self._check_keys("", top_level, ["question", *sample_keys, *TABLE_NAMES])
-        question = self._convert_value("", "question", top_level.pop("question", ""), str)
+        question = self._check_value("", "question", top_level.pop("question", ""), str)
         stages = {
             key: self._parse_stage(key, config_class, self._get_table(key, document))
             for key, config_class in STAGE_CLASSES.items()
@@ -193,7 +192,7 @@ class _RecipeParser:
         table, field_types = self._get_table("finetune", document), get_field_types(FineTuneConfig)
         self._check_keys("finetune", table, [field.name for field in fields(FineTuneConfig)])
         finetune_values = {
-            key: self._convert_value("finetune", key, value, field_types[key]) for key, value in table.items()
+            key: self._check_value("finetune", key, value, field_types[key]) for key, value in table.items()
         }
         return self._build("finetune", lambda **values: FineTuneConfig.from_settings(values), finetune_values)
 
@@ -216,7 +215,7 @@ class _RecipeParser:
         return self._build(
             name,
             config_class,
-            {key: self._convert_value(name, key, value, field_types[key]) for key, value in table.items()},
+            {key: self._check_value(name, key, value, field_types[key]) for key, value in table.items()},
         )
 
     def _parse_extractions(self, document: Mapping[str, Any]) -> tuple[ExtractionConfig, ...]:
@@ -225,7 +224,7 @@ class _RecipeParser:
         common_table = self._get_table("extraction", document)
         self._check_keys("extraction", common_table, EXTRACTION_KEYS)
         common_values = {
-            key: self._convert_value("extraction", key, value, field_types[key]) for key, value in common_table.items()
+            key: self._check_value("extraction", key, value, field_types[key]) for key, value in common_table.items()
         }
         common_values["cache"] = os.path.abspath(common_values.get("cache", ExtractionConfig.cache))
         extractions = []
@@ -236,7 +235,7 @@ class _RecipeParser:
                 table, [key for key in table if not is_sequence_type(key_types[key])]
             ):
                 backbone_values = {
-                    BACKBONE_FIELDS[key]: self._convert_value(name, key, value, key_types[key])
+                    BACKBONE_FIELDS[key]: self._check_value(name, key, value, key_types[key])
                     for key, value in combination.items()
                 }
                 extractions.append(self._build(name, ExtractionConfig, {**common_values, **backbone_values}))
@@ -248,7 +247,7 @@ class _RecipeParser:
         for name, table in self._iter_tables("heads", tables):
             for combination in _iter_combinations(table, [key for key in table if key != "grid"]):
                 head_values = {
-                    key: self._convert_value(name, key, combination[key], field_types[key])
+                    key: self._check_value(name, key, combination[key], field_types[key])
                     for key in _HEAD_KEYS
                     if key in combination
                 }
@@ -262,12 +261,14 @@ class _RecipeParser:
                 kind = "table" if isinstance(values[key], Mapping) and not table else "key"
                 raise self._error(table, str(unknown_name_error(kind, key, allowed)), key)
 
-    def _convert_value(self, table: str, key: str, value: Any, annotation: Any) -> Any:
-        value = value if is_sequence_type(annotation) else convert_value(value, annotation)
-        if not matches_type(value, annotation):
-            hint = "; only heads and backbones take several values" if isinstance(value, list) else ""
-            raise self._error(table, f"{key} is {value!r}; expected {describe_type(annotation)}{hint}", key)
-        return convert_value(value, annotation)
+    def _check_value(self, table: str, key: str, value: Any, annotation: Any) -> Any:
+        """The value of a key as its setting holds it."""
+        try:
+            return check_value(key, value.isoformat() if isinstance(value, (date, time)) else value, annotation)
+        except ConfigError as error:
+            is_sweep = isinstance(value, list) and not is_sequence_type(annotation)
+            hint = "; only heads and backbones take several values" if is_sweep else ""
+            raise self._error(table, f"{error}{hint}", key) from None
 
     def _build(self, table: str, factory: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         try:

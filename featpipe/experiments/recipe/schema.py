@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from featpipe.config import TASKS, ExtractionConfig, FineTuneConfig, unknown_name_error
+from featpipe.config import (
+    ExtractionConfig,
+    FineTuneConfig,
+    PositiveInt,
+    Range,
+    ResamplingMethod,
+    Settings,
+    Task,
+)
 from featpipe.errors import ConfigError
 
 __all__ = [
@@ -25,11 +33,10 @@ TILES_ARCHIVE = "featpipe:tiles"
 """The archive that comes along: tiles of the photographs in scikit-image and scikit-learn."""
 ALL_HEADS = "all"
 """The head that stands for every head which does the task."""
-RESAMPLING_METHODS = ("over", "under", "smote")
 
 
 @dataclass(frozen=True)
-class SamplesConfig:
+class SamplesConfig(Settings):
     """Which images, and what is known of them: the keys before the first table of a recipe.
 
     Attributes
@@ -50,20 +57,17 @@ class SamplesConfig:
     labels: str | None = None
     path_column: str | None = None
     label_column: str | None = None
-    task: str | None = None
-    images: int | None = None
+    task: Task | None = None
+    images: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.task not in TASKS:
-            raise unknown_name_error("task", self.task, TASKS)
-        if self.images is not None and self.images < 1:
-            raise ConfigError(f"images is {self.images}; it must be at least 1")
+        super().__post_init__()
         if self.labels is None and (self.path_column or self.label_column or self.task):
             raise ConfigError("path_column, label_column and task describe a table; give it with labels")
 
 
 @dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(Settings):
     """Which images are learnt from, and which a score is reported for.
 
     Attributes
@@ -84,26 +88,23 @@ class SplitConfig:
         How often they are drawn, for the spread.
     """
 
-    test: float = 0.2
+    test: Annotated[float, Range(above=0, below=1)] = 0.2
     seed: int = 0
     groups: str | None = None
     times: str | None = None
     since: str | None = None
     without: str | None = None
-    per_class: tuple[int, ...] = ()
-    draws: int = 5
+    per_class: tuple[PositiveInt, ...] = ()
+    draws: PositiveInt = 5
 
     def __post_init__(self) -> None:
-        if not 0 < self.test < 1:
-            raise ConfigError(f"test is {self.test}; it is a share, above 0 and below 1")
+        super().__post_init__()
         if self.since is not None and self.times is None:
             raise ConfigError(f"since is {self.since!r}, and nothing says when images were made; give times too")
-        if any(number < 1 for number in self.per_class) or self.draws < 1:
-            raise ConfigError("per_class and draws count images and repetitions; they must be at least 1")
 
 
 @dataclass(frozen=True)
-class RecipeHead:
+class RecipeHead(Settings):
     """One head to train.
 
     Attributes
@@ -129,12 +130,11 @@ class RecipeHead:
     output: str | None = None
     tune: bool | None = None
     grid: Mapping[str, Any] = field(default_factory=dict)
-    balance: str | None = None
+    balance: ResamplingMethod | None = None
     table: str = field(default="heads.0", compare=False)
 
     def __post_init__(self) -> None:
-        if self.balance is not None and self.balance not in RESAMPLING_METHODS:
-            raise unknown_name_error("balance", self.balance, RESAMPLING_METHODS)
+        super().__post_init__()
         if any(not isinstance(values, (list, tuple)) or not values for values in self.grid.values()):
             raise ConfigError("grid lists what is tried of each setting, as in grid = {C = [0.1, 1]}")
         if self.name == ALL_HEADS and (self.settings or self.grid):
@@ -142,7 +142,7 @@ class RecipeHead:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """How every head is trained.
 
     Attributes
@@ -169,24 +169,20 @@ class TrainingConfig:
         Carry the backbone's weights in the files of the models.
     """
 
-    cv: int = 5
+    cv: Annotated[int, Range(minimum=2)] = 5
     metric: str | None = None
     seed: int = 0
     calibrate: bool = False
     prior: Mapping[str, Any] = field(default_factory=dict)
     one_standard_error: bool = False
-    memory: int | None = None
+    memory: PositiveInt | None = None
     keep: str | None = None
     jobs: int | None = None
     portable: bool = False
 
-    def __post_init__(self) -> None:
-        if self.cv < 2:
-            raise ConfigError(f"cv is {self.cv}; heads are compared on 2 folds or more")
-
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """What the models are scored on.
 
     Attributes
@@ -204,12 +200,13 @@ class EvaluationConfig:
     findings: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.labels is not None and not self.archive:
             raise ConfigError("labels are of an archive to score; give it with archive")
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """The page.
 
     Attributes
