@@ -13,7 +13,7 @@ from featpipe.diagnostics import LearningCurve, extrapolate_learning_curve
 from featpipe.errors import ConfigError
 from featpipe.evaluation.dataset import TrainingReference
 from featpipe.model import Model
-from featpipe.training import EmbeddingDataset, FittedHead, load_training_data, make_head_config, subsample
+from featpipe.training import EmbeddingDataset, FittedHead, fit_head, load_training_data, make_head_config
 
 __all__ = ["compute_errors_by_size", "compute_learning_curve"]
 
@@ -108,8 +108,7 @@ def compute_errors_by_size(
         If the head no longer takes the model's settings, or the training rows have changed.
     """
     dataset = load_training_data(reference.cache, model.output)
-    is_training_row = np.isin(dataset.rows, reference.rows)
-    dataset = subsample(dataset.take(np.flatnonzero(is_training_row)), MAX_TRAINING_ROWS)
+    dataset = dataset.take(np.isin(dataset.rows, reference.rows)).subset(MAX_TRAINING_ROWS)
     if dataset.classes != model.classes:
         raise ConfigError("the classes of the training rows differ from the model's")
     settings, balance = _get_head_settings(model), model.history.get("balance")
@@ -121,7 +120,7 @@ def compute_errors_by_size(
     for draw in range(n_draws):
         order = _make_stratified_order(dataset, config.task, draw)
         for i, size in enumerate(sizes):
-            fitted = config.fit(dataset.take(np.sort(order[:size])))
+            fitted = fit_head(config, dataset.take(np.sort(order[:size])))
             errors[i] += compute_errors(_predict(model, fitted, X)) / n_draws
     return sizes, errors
 

@@ -193,7 +193,7 @@ class TrialRun:
     def _fit_and_score(self, rows: EmbeddingDataset, X: NDArray[np.float32], y_true: NDArray[Any]) -> Scores:
         fitted_head = self._make_head_config(rows).fit(rows)
         calibration = None if fitted_head.has_probabilities else Calibration()
-        return score("classification", y_true, fitted_head.answers(X, calibration), rows.classes, bootstrap=0)
+        return score("classification", y_true, fitted_head.predict(X, calibration), rows.classes, bootstrap=0)
 
     def _get_selection_score(
         self, cross_validation: dict[str, Any] | None, held_out: dict[str, Any]

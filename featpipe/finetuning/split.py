@@ -216,7 +216,8 @@ def make_dataset(model: Model, cache: FeatureCache, y: NDArray[Any], rows: NDArr
     if model.task == "regression" and targets.shape[1] == 1:
         targets = targets[:, 0]
     X = np.asarray(cache.features(model.output)[rows], np.float32)
-    return EmbeddingDataset(rows, X, targets, model.classes, np.ascontiguousarray(cache.digests[rows]))
+    digests = np.ascontiguousarray(cache.digests[rows])
+    return EmbeddingDataset(rows, X, targets, model.classes, digests, task=model.task, cache=cache, output=model.output)
 
 
 def _head_settings(model: Model) -> tuple[str, Mapping[str, object]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from featpipe.training.compare import HeadComparison, compare
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
-from featpipe.training.fit import FittedHead
+from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.novelty import fit_novelty, update_novelty
-from featpipe.training.search import SearchResult, format_params, subsample
+from featpipe.training.search import SearchResult, format_params
 from featpipe.training.train import make_head_config, parse_policy, train, train_head
 
 __all__ = [
@@ -15,12 +15,12 @@ __all__ = [
     "HeadComparison",
     "SearchResult",
     "compare",
+    "fit_head",
     "fit_novelty",
     "format_params",
     "load_training_data",
     "make_head_config",
     "parse_policy",
-    "subsample",
     "train",
     "train_head",
     "update_novelty",

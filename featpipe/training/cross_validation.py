@@ -14,8 +14,9 @@ from featpipe.metrics import METRICS, Calibration, Scores, calibration_error, fi
 from featpipe.model import ConformalPredictor
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.training.dataset import EmbeddingDataset
-from featpipe.training.fit import MAX_TUNING_ROWS, FittedHead, HeadConfig
-from featpipe.training.search import subsample
+from featpipe.training.fit import FittedHead, fit_head
+from featpipe.training.head_config import HeadConfig
+from featpipe.training.search import MAX_TUNING_ROWS
 
 __all__ = ["Estimate", "cross_validate", "fit_calibration_on_folds", "get_main_metric"]
 
@@ -90,7 +91,7 @@ def cross_validate(
     metric: str | None = None,
 ) -> Estimate:
     """Fit on all folds but one, k times, with the settings chosen anew each time; or on what came before a time."""
-    fitted_folds = _fit_folds(config, dataset, dataset.make_splits(config.task, k), progress)
+    fitted_folds = _fit_folds(config, dataset, dataset.make_splits(k), progress)
     calibrate = calibrate or (config.task != "regression" and not fitted_folds[0].fitted.has_probabilities)
     if calibrate and len(fitted_folds) == 1:
         fitted_folds = _split_in_halves(fitted_folds[0], dataset)
@@ -141,7 +142,7 @@ def _fit_folds(
 ) -> list[_Fold]:
     fitted_folds = []
     for train_rows, held_out in splits:
-        fitted_folds.append(_Fold(held_out, dataset.take(held_out).X, config.fit(dataset.take(train_rows))))
+        fitted_folds.append(_Fold(held_out, dataset.take(held_out).X, fit_head(config, dataset.take(train_rows))))
         progress(Progress("bar", "cross-validating", len(fitted_folds), len(splits), "folds"))
     return fitted_folds
 
@@ -182,10 +183,10 @@ def _calibrate_folds(
 
 def fit_calibration_on_folds(config: HeadConfig, dataset: EmbeddingDataset, progress: ProgressCallback) -> Calibration:
     """A temperature from cross-validation alone, for a head that has no probabilities of its own."""
-    dataset = subsample(dataset, MAX_TUNING_ROWS) if dataset.is_streamed else dataset  # one number
+    dataset = dataset.subset(MAX_TUNING_ROWS) if dataset.is_streamed else dataset  # one number
     for k in (N_CALIBRATION_FOLDS, 2):
         try:
-            splits = dataset.make_folds(config.task, k)
+            splits = dataset.make_folds(k)
         except ConfigError:
             continue
         return _calibrate_folds(config, _fit_folds(config, dataset, splits, progress), dataset.y)[1]

@@ -1,8 +1,9 @@
-"""The rows of a cache that a head is fitted on."""
+"""Labelled embeddings of a cache, selected, encoded and split for training and evaluation."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,36 +13,48 @@ from numpy.typing import ArrayLike, NDArray
 from featpipe import splits
 from featpipe.cache import SPLIT_NAMES, FeatureCache, FeatureView
 from featpipe.errors import CacheError, ConfigError
+from featpipe.model import Model
 from featpipe.runtime import available_bytes
-from featpipe.splits import find_listed_rows, load_groups, load_times, parse_time
+from featpipe.splits import SplitSeed, find_listed_rows, load_groups, load_times, parse_time
 
-__all__ = ["EmbeddingDataset", "check_finite", "load_training_data"]
+__all__ = ["EmbeddingDataset", "load_training_data"]
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-N_FEATURE_COPIES = (
-    4  # of the features while a head is fitted: the rows, a fold of them, and float64 copies while it is scaled
-)
+N_FEATURE_COPIES = 4  # held while a head is fitted: the rows, a fold of them, and two as float64 while they are scaled
+KEY_BLOCK_ROWS = 1 << 18
+CHECK_BLOCK_VALUES = 1 << 22
+MAX_LISTED_ROWS = 3
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingDataset:
-    """The rows of a cache that a head is fitted on.
+    """Labelled embeddings in one vocabulary of classes.
+
+    Every method returns a new dataset; features stay in the cache's file until :meth:`to_memory`.
 
     Attributes
     ----------
     rows : ndarray of shape (m,), int64
-        Row numbers, ascending.
-    X : ndarray of shape (m, d), float32, or View
-        A view where they do not fit into memory.
+        Row numbers in the cache.
+    X : ndarray of shape (m, d), float32, or FeatureView
+        A view reads the cache's file when it is sliced.
     y : ndarray
-        Class numbers of shape (m,) that count the classes of these rows alone, targets, or a 0/1 matrix.
+        Classification: class codes of shape (m,). Regression: targets of shape (m,) or (m, t). Multilabel: a 0/1
+        matrix of shape (m, k).
     classes : tuple of str
+        What codes and columns stand for; the names of a regression's targets.
     digests : ndarray of shape (m, 32), uint8
+        SHA-256 of each sample's bytes.
     groups, times : ndarray of shape (m,), optional
-        What keeps rows together, or orders them, when they are split.
+        Rows of a group stay together when rows are split; with times, later rows test what earlier rows train.
     since : number or date, optional
-        The earliest time of the rows that all others are judged by.
+        The earliest time of the rows that a score is reported for.
+    task : {"classification", "regression", "multilabel"}
+    cache : FeatureCache, optional
+        Where the rows come from; None if they come from several caches.
+    output : str, optional
+        The output of the backbone that `X` holds; the cache's first if None.
     """
 
     rows: NDArray[np.int64]
@@ -52,17 +65,80 @@ class EmbeddingDataset:
     groups: NDArray[Any] | None = None
     times: NDArray[Any] | None = None
     since: Any = None
+    task: str = "classification"
+    cache: FeatureCache | None = None
+    output: str | None = None
+
+    @classmethod
+    def from_cache(
+        cls, cache: FeatureCache, *, split: str | None = None, output: str | None = None
+    ) -> EmbeddingDataset:
+        """Select the labelled, readable rows of a cache.
+
+        Parameters
+        ----------
+        cache : FeatureCache
+        split : {"train", "validation", "test"}, optional
+            Keep the rows that the labels mark so. Labels without a split keep all rows.
+        output : str, optional
+            The cache's first if not given.
+        """
+        rows = cache.usable
+        if split is not None and cache.split.any():
+            rows = rows[cache.split[rows] == SPLIT_NAMES.index(split)]
+        digests = cache.digests if len(rows) == len(cache) else cache.digests[rows]
+        labels = cache.label_table.take(rows)
+        y = labels.values if cache.task == "classification" else labels.y
+        view = cache.view(rows, output)
+        return cls(rows, view, y, cache.classes, digests, task=cache.task, cache=cache, output=output)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __add__(self, other: EmbeddingDataset) -> EmbeddingDataset:
+        """The rows of two datasets with the same classes, in memory."""
+        if self.classes != other.classes or self.task != other.task:
+            raise ConfigError("the datasets have different classes; align both to the same ones first")
+        groups, times = (
+            None if one is None or two is None else np.concatenate([one, two])
+            for one, two in ((self.groups, other.groups), (self.times, other.times))
+        )
+        return EmbeddingDataset(
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([np.asarray(self.to_memory().X), np.asarray(other.to_memory().X)]),
+            np.concatenate([self.y, other.y]),
+            self.classes,
+            np.concatenate([self.digests, other.digests]),
+            groups,
+            times,
+            task=self.task,
+            cache=self.cache if self.cache is other.cache else None,
+            output=self.output,
+        )
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The ids of the samples, shape (m,)."""
+        if self.cache is None:
+            raise ConfigError("rows of several caches have no ids")
+        return self.cache.ids.take(self.rows)
+
+    @property
+    def keys(self) -> NDArray[Any]:
+        """The digests as one comparable value per row, shape (m,)."""
+        return np.ascontiguousarray(self.digests).view("V32").ravel()
 
     @property
     def is_streamed(self) -> bool:
         """Whether the features stay in the file."""
         return isinstance(self.X, FeatureView)
 
-    def take(self, indices: NDArray[np.integer[Any]]) -> EmbeddingDataset:
-        """Some of the rows, of the same classes; to be split anew."""
+    def to_memory(self) -> EmbeddingDataset:
+        """Read the features into memory."""
+        return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, FeatureView) else self
+
+    def take(self, indices: NDArray[np.integer[Any]] | NDArray[np.bool_]) -> EmbeddingDataset:
+        """Select rows by position or mask; the classes stay, `since` does not."""
         return replace(
             self,
             rows=self.rows[indices],
@@ -74,22 +150,107 @@ class EmbeddingDataset:
             since=None,
         )
 
-    def to_memory(self) -> EmbeddingDataset:
-        """With the features in memory."""
-        return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, FeatureView) else self
+    def without(self, rows: NDArray[np.integer[Any]] | str | os.PathLike[str]) -> EmbeddingDataset:
+        """Leave out some rows of the cache, by number or as a table of samples."""
+        if isinstance(rows, (str, os.PathLike)):
+            if self.cache is None:
+                raise ConfigError("rows of several caches cannot be matched with a table")
+            rows = find_listed_rows(self.cache, rows)
+        return self.take(~np.isin(self.rows, rows))
 
-    def make_splits(self, task: str, k: int) -> list[Split]:
-        """What a score is reported for: k folds, or what is earlier and what is later than ``since``."""
-        if self.since is None:
-            return self.make_folds(task, k)
-        y, names = (self.y, self.classes) if task == "classification" else (None, None)
-        constraints = {"groups": self.groups, "times": self.times, "since": self.since}
-        return [splits.make_holdout(self.digests, y, names=names, **constraints)]
+    def without_copies_of(self, other: EmbeddingDataset) -> EmbeddingDataset:
+        """Leave out rows whose bytes are those of a row of `other`."""
+        return self.take(~np.isin(self.keys, other.keys))
 
-    def make_folds(self, task: str, k: int, seed: int = 0) -> list[Split]:
-        """Rows to fit on and rows to judge by, k times; see :func:`featpipe.splits.splits.folds`."""
-        y, names = (self.y, self.classes) if task == "classification" else (None, None)
-        return splits.make_folds(self.digests, y, k=k, seed=seed, groups=self.groups, times=self.times, names=names)
+    def unseen_by(self, model: Model) -> EmbeddingDataset:
+        """Leave out the samples that a model was trained on."""
+        return self.take(~model.was_trained_on(self.digests))
+
+    def subset(self, n: int, seed: int = SplitSeed.TEST) -> EmbeddingDataset:
+        """At most n rows, in memory: those with the smallest keys under a seed."""
+        if len(self) <= n:
+            return self.to_memory()
+        starts = range(0, len(self), KEY_BLOCK_ROWS)
+        keys = np.concatenate(
+            [splits.compute_keys(self.digests[start : start + KEY_BLOCK_ROWS], seed) for start in starts]
+        )
+        return self.take(np.sort(np.argpartition(keys, n)[:n])).to_memory()
+
+    def list_present_classes(self) -> tuple[str, ...]:
+        """The classes that at least one row has; all targets of a regression."""
+        if self.task == "regression":
+            return self.classes
+        present = np.unique(self.y) if self.task == "classification" else np.flatnonzero(self.y.any(axis=0))
+        return tuple(self.classes[int(code)] for code in present)
+
+    def drop_absent_classes(self) -> EmbeddingDataset:
+        """Leave out the classes that no row has; only of a classification."""
+        if self.task != "classification":
+            return self
+        present, codes = np.unique(self.y, return_inverse=True)
+        return replace(self, y=codes, classes=tuple(self.classes[code] for code in present))
+
+    def aligned_to(self, classes: tuple[str, ...]) -> EmbeddingDataset:
+        """Encode the labels in another vocabulary, in its order.
+
+        Raises
+        ------
+        ConfigError
+            If a row has a label that is not among `classes`, or a target of a regression is missing.
+        """
+        wanted = classes if self.task == "regression" else self.list_present_classes()
+        available = self.classes if self.task == "regression" else classes
+        unknown = [name for name in wanted if name not in available]
+        if unknown:
+            raise ConfigError(f"there is no class or target {', '.join(map(repr, unknown[:MAX_LISTED_ROWS]))}")
+        positions = {name: position for position, name in enumerate(self.classes)}
+        if self.task == "classification":
+            codes = {name: code for code, name in enumerate(classes)}
+            y = np.array([codes.get(name, -1) for name in self.classes], np.int64)[self.y]
+        elif self.task == "multilabel":
+            columns = np.pad(self.y, ((0, 0), (0, 1)))  # the last for classes that no row has
+            y = columns[:, [positions.get(name, -1) for name in classes]]
+        else:
+            y = np.reshape(self.y, (len(self), len(self.classes)))[:, [positions[name] for name in classes]]
+            y = y[:, 0] if len(classes) == 1 else y
+        return replace(self, y=y, classes=classes)
+
+    def make_folds(self, k: int, seed: int = SplitSeed.TEST) -> list[Split]:
+        """Positions to fit on and positions to score, k times; see :func:`featpipe.splits.make_folds`."""
+        return splits.make_folds(self.digests, k=k, seed=seed, **self._split_constraints())
+
+    def make_holdout(self, test: float = 0.2, *, seed: int = SplitSeed.TEST, since: Any = None) -> Split:
+        """Positions to fit on and positions to hold out; see :func:`featpipe.splits.make_holdout`."""
+        return splits.make_holdout(self.digests, test=test, seed=seed, since=since, **self._split_constraints())
+
+    def make_splits(self, k: int) -> list[Split]:
+        """The splits that a score is reported for: k folds, or one at the time `since`."""
+        return self.make_folds(k) if self.since is None else [self.make_holdout(since=self.since)]
+
+    def _split_constraints(self) -> dict[str, Any]:
+        y, names = (self.y, self.classes) if self.task == "classification" else (None, None)
+        return {"y": y, "names": names, "groups": self.groups, "times": self.times}
+
+    def check_finite(self) -> None:
+        """Refuse embeddings that contain NaN or infinity although their status is ok.
+
+        Raises
+        ------
+        ConfigError
+        """
+        block_rows = max(1, CHECK_BLOCK_VALUES // max(1, self.X.shape[1]))
+        bad_rows: list[int] = []
+        for start in range(0, len(self), block_rows):
+            is_finite = np.isfinite(self.X[start : start + block_rows]).all(axis=1)
+            bad_rows += self.rows[start : start + block_rows][~is_finite].tolist()
+            if len(bad_rows) > MAX_LISTED_ROWS:
+                break
+        if bad_rows and self.cache is not None:
+            names = ", ".join(self.cache.ids[row] for row in bad_rows[:MAX_LISTED_ROWS])
+            raise ConfigError(
+                f"{self.cache.path}: embeddings contain NaN or infinity although their status is ok ({names}"
+                f"{' and more' * (len(bad_rows) > MAX_LISTED_ROWS)}); `featpipe verify --repair` computes them again"
+            )
 
 
 def load_training_data(
@@ -102,117 +263,89 @@ def load_training_data(
     without: str | os.PathLike[str] | None = None,
     memory: int | None = None,
 ) -> EmbeddingDataset:
-    """The labelled, readable rows; those marked ``train``, if the labels came with a split.
+    """Load the rows to train on: labelled, readable and, if the labels came with a split, marked ``train``.
 
     Parameters
     ----------
     cache : FeatureCache
     output : str, optional
-        Which of the cache's outputs; the first if not given.
+        The cache's first if not given.
     groups, times : str or array-like of shape (n,), optional
-        For each sample of the cache, as :func:`featpipe.splits.splits.folds` takes them; or ``TABLE:COLUMN``.
+        One value per sample of the cache, as :func:`featpipe.splits.make_folds` takes them; or ``TABLE:COLUMN``.
     since : str, number or date, optional
-        With times: the earliest of the rows that the others are judged by.
+        With `times`: the earliest time of the rows that a score is reported for.
     without : path-like, optional
-        A table of images to leave out.
+        A table of samples to leave out.
     memory : int, optional
-        Bytes that training may use; what is available now, if not given. Features that need more stay in the file.
+        Bytes that training may use; if not given, what is available now. Features that need more stay in the file.
 
     Raises
     ------
     CacheError
         If the cache has no labels, or no row is left to train on.
     ConfigError
-        If only one class is left, the output is a feature map, rows that are ok hold NaN or infinity, or groups are on
-        both sides of a split that came with the labels.
+        If only one class is left, the output is a feature map, embeddings contain NaN or infinity although their
+        status is ok, or a group is on both sides of the split that came with the labels.
     """
     if cache.task == "none":
         raise CacheError(
             f"{cache.path}: has no labels; extract again with --labels TABLE or one folder for each class "
             "(nothing is embedded again)"
         )
-    rows = cache.usable
-    if cache.split.any():
-        rows = _select_training_rows(cache, rows, groups)
-    if without is not None:
-        rows = rows[~np.isin(rows, find_listed_rows(cache, without))]
-    if not len(rows):
+    if groups is not None and cache.split.any():
+        _check_groups_of_split(cache, groups)
+    dataset = EmbeddingDataset.from_cache(cache, split="train", output=output)
+    dataset = dataset if without is None else dataset.without(without)
+    if not len(dataset):
         raise CacheError(f"{cache.path}: no row is labelled, readable and marked for training")
-    features = cache.features(output)
-    if features.ndim != 2:
+    if len(dataset.X.shape) != 2:
         raise ConfigError(
-            f"{cache.path}: output {output or cache.outputs[0]!r} holds feature maps of shape {features.shape[1:]}; "
+            f"{cache.path}: output {output or cache.outputs[0]!r} holds feature maps of shape {dataset.X.shape[1:]}; "
             "heads train on pooled outputs: extract with NODE:avg"
         )
-    labels = cache.label_table.take(rows)
-    y, classes = labels.values, cache.classes
-    if cache.task == "classification":
-        present_codes, y = np.unique(y, return_inverse=True)
-        classes = tuple(classes[code] for code in present_codes)
-        if len(classes) < 2:
-            raise ConfigError(f"{cache.path}: all training rows are of class {classes[0]!r}; a head needs two classes")
-    elif cache.task == "regression":
-        y = labels.y
-    needed_bytes = N_FEATURE_COPIES * len(rows) * features.shape[1] * 4
-    is_streamed = needed_bytes > (available_bytes() if memory is None else memory)
-    X = cache.view(rows, output) if is_streamed else np.asarray(features[rows], np.float32)
-    if not is_streamed:  # others are looked at in the first pass that the head takes
-        check_finite(cache, rows, X)
-    sample_times = (
-        load_times(cache, times, rows) if isinstance(times, str) else _select_sample_values(cache, times, rows)
-    )
-    if since is not None and sample_times is None:
-        raise ConfigError(f"since={since} cuts by time, and nothing says when images were made; give times too")
-    since_time = parse_time(since, sample_times) if isinstance(since, str) and sample_times is not None else since
-    digests = cache.digests if len(rows) == len(cache) else cache.digests[rows]
-    return EmbeddingDataset(rows, X, y, classes, digests, _load_groups(cache, groups, rows), sample_times, since_time)
-
-
-def _select_training_rows(
-    cache: FeatureCache, rows: NDArray[np.int64], groups: str | ArrayLike | None
-) -> NDArray[np.int64]:
-    """Those rows, of a split that keeps each group on one side.
-
-    A copy, byte by byte, of a training image that is marked for the test is left out by what evaluates.
-    """
-    split_codes = cache.split[rows]
-    is_train = split_codes == SPLIT_NAMES.index("train")
-    is_held_out = (split_codes == SPLIT_NAMES.index("validation")) | (split_codes == SPLIT_NAMES.index("test"))
-    if groups is not None and is_train.any() and is_held_out.any():
-        is_marked = is_train | is_held_out
-        marked_groups = _load_groups(cache, groups, rows[is_marked])
-        splits.apply_predefined_split(
-            cache.digests[rows[is_marked]], is_train[is_marked], is_held_out[is_marked], groups=marked_groups
+    dataset = dataset.drop_absent_classes()
+    if cache.task == "classification" and len(dataset.classes) < 2:
+        raise ConfigError(
+            f"{cache.path}: all training rows are of class {dataset.classes[0]!r}; a head needs two classes"
         )
-    return rows[is_train]
+    needed_bytes = N_FEATURE_COPIES * len(dataset) * dataset.X.shape[1] * 4
+    if needed_bytes <= (available_bytes() if memory is None else memory):
+        dataset = dataset.to_memory()
+        dataset.check_finite()  # features that stay in the file are checked in the first pass over them
+    row_times = load_times(cache, times, dataset.rows) if isinstance(times, str) else _take(cache, times, dataset.rows)
+    if since is not None and row_times is None:
+        raise ConfigError(f"since={since} cuts by time, and nothing says when images were made; give times too")
+    since_time = parse_time(since, row_times) if isinstance(since, str) and row_times is not None else since
+    return replace(dataset, groups=_load_groups(cache, groups, dataset.rows), times=row_times, since=since_time)
+
+
+def _check_groups_of_split(cache: FeatureCache, groups: str | ArrayLike) -> None:
+    """Refuse a split that came with the labels if a group is on both of its sides.
+
+    Exact copies of training samples that are marked for the test are left out when a model is evaluated.
+    """
+    rows = cache.usable
+    is_train = cache.split[rows] == SPLIT_NAMES.index("train")
+    is_held_out = (cache.split[rows] != 0) & ~is_train
+    if is_train.any() and is_held_out.any():
+        is_marked = is_train | is_held_out
+        splits.apply_predefined_split(
+            cache.digests[rows[is_marked]],
+            is_train[is_marked],
+            is_held_out[is_marked],
+            groups=_load_groups(cache, groups, rows[is_marked]),
+        )
 
 
 def _load_groups(cache: FeatureCache, groups: str | ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
-    return load_groups(cache, groups, rows) if isinstance(groups, str) else _select_sample_values(cache, groups, rows)
+    return load_groups(cache, groups, rows) if isinstance(groups, str) else _take(cache, groups, rows)
 
 
-def _select_sample_values(
-    cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]
-) -> NDArray[Any] | None:
+def _take(cache: FeatureCache, values: ArrayLike | None, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    """The values of some rows of an array with one value per sample."""
     if values is None:
         return None
     array = np.asarray(values)
     if array.shape != (len(cache),):
         raise ConfigError(f"groups or times of shape {array.shape} for {len(cache)} samples; give one for each sample")
     return np.asarray(array[rows])
-
-
-def check_finite(cache: FeatureCache, rows: NDArray[np.int64], X: NDArray[np.float32] | FeatureView) -> None:
-    """Rows that are ok and hold NaN: a stranger's cache, or a damaged one."""
-    block_rows = max(1, 2**22 // max(1, X.shape[1]))
-    bad_rows: list[int] = []
-    for start in range(0, len(rows), block_rows):
-        bad_rows += (rows[start : start + block_rows][~np.isfinite(X[start : start + block_rows]).all(axis=1)]).tolist()
-        if len(bad_rows) > 3:
-            break
-    if bad_rows:
-        names = ", ".join(cache.ids[row] for row in bad_rows[:3])
-        raise ConfigError(
-            f"{cache.path}: rows that are ok hold NaN or infinity ({names}{' and more' * (len(bad_rows) > 3)}); "
-            "`featpipe verify --repair` computes them again"
-        )

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from featpipe import splits
 from featpipe.model import MAX_REFERENCES, NoveltyScorer
 from featpipe.training.dataset import EmbeddingDataset
-from featpipe.training.search import subsample
 
 __all__ = ["fit_novelty", "update_novelty"]
 
@@ -20,7 +19,7 @@ MIN_ROWS = 10  # rows
 
 def fit_novelty(dataset: EmbeddingDataset, task: str) -> NoveltyScorer | None:
     """From some training rows, each class with as many as there are of it up to its share; None of very few."""
-    sample = subsample(dataset, MAX_ROWS, splits.SplitSeed.NOVELTY)
+    sample = dataset.subset(MAX_ROWS, splits.SplitSeed.NOVELTY)
     if len(sample) < MIN_ROWS:
         return None
     reference_rows = np.sort(_make_round_robin_order(sample, task)[: max(MAX_REFERENCES, len(dataset.classes))])
@@ -43,7 +42,7 @@ def update_novelty(old_novelty: NoveltyScorer, n_old_images: int, dataset: Embed
     """
     if not len(dataset):
         return old_novelty
-    sample = subsample(dataset, MAX_ROWS, splits.SplitSeed.NOVELTY)
+    sample = dataset.subset(MAX_ROWS, splits.SplitSeed.NOVELTY)
     share = min(1.0, len(old_novelty.references) / max(1, n_old_images))
     n_reference_rows = max(round(share * len(dataset)), len(np.unique(sample.y)))
     return old_novelty.extend(

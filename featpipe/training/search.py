@@ -1,4 +1,4 @@
-"""Settings of a head chosen on inner folds: never on rows that a score is reported for."""
+"""Search the settings of a head on inner folds: never on rows that a score is reported for."""
 
 from __future__ import annotations
 
@@ -6,67 +6,43 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import UndefinedMetricWarning
 
-from featpipe import heads, splits
-from featpipe.config import unknown_name_error
+from featpipe import heads
 from featpipe.errors import ConfigError
 from featpipe.heads import C_GRID, BalancedClassifier, SoftmaxRegressionCV, map_folds, resample, select_best_C
 from featpipe.metrics import SELECTION_METRICS, compute_logits, compute_sigmoid_loss
+from featpipe.splits import SplitSeed
 from featpipe.training.dataset import EmbeddingDataset
+from featpipe.training.head_config import HeadConfig
 
-if TYPE_CHECKING:
-    from featpipe.training.fit import HeadConfig
-
-__all__ = [
-    "SearchResult",
-    "format_params",
-    "get_scorer",
-    "make_inner_folds",
-    "search_grid",
-    "select_penalty_strength",
-    "subsample",
-]
+__all__ = ["MAX_TUNING_ROWS", "SearchResult", "format_params", "make_inner_folds", "search_settings"]
 
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 
-MAX_ROWS_FOR_ALL_FOLDS = 5000  # rows
+MAX_TUNING_ROWS = 20_000  # that settings are searched on if features stay in the file
+MAX_ROWS_FOR_ALL_FOLDS = 5000  # with more, one held-out fifth ranks penalty strengths as well as five folds
 N_INNER_FOLDS = 5
-KEY_BLOCK_ROWS = 1 << 18
 SCALER_BLOCK_ROWS = 4096
-
-
-def get_scorer(task: str, metric: str | None) -> Any:
-    """Scikit-learn's scorer for a metric."""
-    scorers = SELECTION_METRICS[task]
-    if metric is not None and metric not in scorers:
-        raise unknown_name_error("metric", metric, scorers)
-    name = next(iter(scorers.values())) if metric is None else scorers[metric]
-    return _sigmoid_score if name == "log_loss" else name
-
-
-def _sigmoid_score(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
-    """What scikit-learn has no scorer for: the log loss of one sigmoid for each label, and larger is better."""
-    return -compute_sigmoid_loss(compute_logits(head, X), y)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was chosen, and from what.
+    """The selected settings and all candidates.
 
     Attributes
     ----------
     settings : dict
-        The chosen values, by setting.
+        The selected values, by setting.
     metric : str
-    tried : list of dict
-        For each candidate its ``settings``, and ``score`` and ``spread`` over the inner folds.
-    how : str
-        For people.
+    candidates : list of dict
+        For each candidate its ``settings``, and mean ``score`` and standard deviation ``spread`` over the inner folds.
+    description : str
+        How they were compared.
     """
 
     settings: dict[str, Any]
@@ -78,16 +54,15 @@ class SearchResult:
         return format_params(self.settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, once the values are plain."""
         return {"settings": self.settings, "metric": self.metric, "how": self.description, "tried": self.candidates}
 
 
 def format_params(settings: Mapping[str, Any]) -> str:
-    """Settings for people.
+    """Format settings for a terminal or a table.
 
     Examples
     --------
-    >>> shown({"C": 0.0316227766, "hidden": 128})
+    >>> format_params({"C": 0.0316227766, "hidden": 128})
     'C=0.0316, hidden=128'
     """
     return ", ".join(
@@ -95,27 +70,45 @@ def format_params(settings: Mapping[str, Any]) -> str:
     )
 
 
-def select_penalty_strength(config: HeadConfig, dataset: EmbeddingDataset, n_rows: int) -> SearchResult:
-    """The strength of the penalty of ``logistic``, along the whole path.
-
-    Each inner fold standardises by its own rows. Without a metric the log loss decides: accuracy cannot tell strengths
-    apart that get the same rows right, however far their probabilities are from the truth.
+def search_settings(config: HeadConfig, dataset: EmbeddingDataset) -> SearchResult | None:
+    """Search the settings that a configuration leaves open; None if it leaves none.
 
     Parameters
     ----------
-    of : int
-        How many rows the head will be fitted on; a strength is for a sum over rows, and so in proportion to them.
+    config : HeadConfig
+    dataset : EmbeddingDataset
+        The rows that the head will be fitted on. If features stay in the file, a subset of them is searched on.
+    """
+    grid = config.resolve_grid()
+    if not grid and not config.searches_path:
+        return None
+    tuning_dataset = dataset.subset(MAX_TUNING_ROWS) if dataset.is_streamed else dataset
+    if config.searches_path:
+        return _search_path(config, tuning_dataset, len(dataset))
+    return _search_grid(config, tuning_dataset, grid)
+
+
+def _search_path(config: HeadConfig, dataset: EmbeddingDataset, n_rows: int) -> SearchResult:
+    """Select the penalty strength of ``logistic`` along the whole regularization path.
+
+    Each inner fold is standardized by its own training rows. The default metric is the log loss: accuracy cannot rank
+    strengths that classify the same rows correctly but differ in how well their probabilities are calibrated.
+
+    Parameters
+    ----------
+    config : HeadConfig
+    dataset : EmbeddingDataset
+    n_rows : int
+        Number of rows that the head will be fitted on. C weighs a sum over rows, so it scales with their number.
     """
     folds = _make_path_folds(dataset, config)
     metric = config.metric or "log_loss"
     if folds is None:
         return SearchResult({"C": 1.0}, metric, description="not tuned: a class has a single image")
-    settings = {key: value for key, value in config.params.items() if key in ("class_weight", "fit_intercept")}
-    standardize = config.params.get("scale") != "passthrough"
     shape = (len(dataset), dataset.X.shape[1], len(dataset.classes))
-    score_fold = partial(_score_path, dataset, config, settings, standardize, get_scorer(config.task, metric))
+    score_fold = partial(_score_path, dataset, config, _get_scorer(config.task, metric))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)  # of a class that no held-out row is in
+        warnings.simplefilter("ignore", UndefinedMetricWarning)  # for a class that no held-out row has
         scores: NDArray[np.float64] = np.array(map_folds(score_fold, folds, shape=shape, n_jobs=config.jobs))
     best = select_best_C(scores, config.one_standard_error)
     candidates = [
@@ -129,63 +122,58 @@ def select_penalty_strength(config: HeadConfig, dataset: EmbeddingDataset, n_row
     return SearchResult({"C": float(C_GRID[best] * factor)}, metric, candidates, description)
 
 
-def _score_path(
-    dataset: EmbeddingDataset,
-    config: HeadConfig,
-    settings: Mapping[str, Any],
-    standardize: bool,
-    scoring: Any,
-    fold: Fold,
-) -> NDArray[np.float64]:
+def _score_path(dataset: EmbeddingDataset, config: HeadConfig, scoring: Any, fold: Fold) -> NDArray[np.float64]:
     """The score of each strength on the held-out rows of one fold, shape (s,)."""
     from sklearn.preprocessing import StandardScaler
 
-    train_rows, validation_rows = fold
-    # One copy of the features, in the order that makes views of both sides, and scaled where it lies.
-    X, y = (
-        np.asarray(dataset.X)[np.concatenate([train_rows, validation_rows])],
-        dataset.y[np.concatenate([train_rows, validation_rows])],
-    )
-    n = len(train_rows)
-    if standardize:
+    order = np.concatenate(fold)  # one copy of the features, scaled in place, of which both sides are views
+    X, y, n = np.asarray(dataset.X)[order], dataset.y[order], len(fold[0])
+    if config.params.get("scale") != "passthrough":
         scaler = StandardScaler(copy=False)
-        for start in range(0, n, SCALER_BLOCK_ROWS):  # its sums take float64 copies of what they are given
+        for start in range(0, n, SCALER_BLOCK_ROWS):  # in blocks, because it copies its input to float64
             scaler.partial_fit(X[start : min(n, start + SCALER_BLOCK_ROWS)])
         X = scaler.transform(X)
     if config.balance:
         X_fit, y_fit = resample(X[:n], y[:n], config.balance, config.random_state)
         X, y, n = np.concatenate([X_fit, X[n:]]), np.concatenate([y_fit, y[n:]]), len(X_fit)
-    single_split = [(np.arange(n), np.arange(n, len(X)))]
-    multilabel = config.task == "multilabel"
-    cv = SoftmaxRegressionCV(C_GRID, cv=single_split, scoring=scoring, refit=False, multilabel=multilabel, **settings)
+    settings: dict[str, Any] = {
+        key: config.params[key] for key in ("class_weight", "fit_intercept") if key in config.params
+    }
+    cv = SoftmaxRegressionCV(
+        C_GRID,
+        cv=[(np.arange(n), np.arange(n, len(X)))],
+        scoring=scoring,
+        refit=False,
+        multilabel=config.task == "multilabel",
+        **settings,
+    )
     return np.asarray(cv.fit(X, y).scores_[0])
 
 
 def _make_path_folds(dataset: EmbeddingDataset, config: HeadConfig) -> list[Fold] | None:
-    """Five folds; of many rows one held-out fifth, which tells strengths apart as well."""
-    folds = make_inner_folds(dataset, config.task)
+    """Five folds; of many rows the first alone."""
+    folds = make_inner_folds(dataset)
     needs_all_folds = len(dataset) <= MAX_ROWS_FOR_ALL_FOLDS or config.one_standard_error or dataset.times is not None
     return folds if folds is None or needs_all_folds else folds[:1]
 
 
-def make_inner_folds(dataset: EmbeddingDataset, task: str) -> list[Fold] | None:
-    """Five folds, or as many as the rarest class allows; None if there is one image of a class."""
+def make_inner_folds(dataset: EmbeddingDataset) -> list[Fold] | None:
+    """Five folds, or as many as the rarest class allows; None if a class has a single image."""
     for k in (N_INNER_FOLDS, 3, 2):
         try:
-            return dataset.make_folds(task, k, splits.SplitSeed.INNER_FOLDS)
+            return dataset.make_folds(k, SplitSeed.INNER_FOLDS)
         except ConfigError:
             continue
     return None
 
 
-def search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str, Sequence[object]]) -> SearchResult:
-    """Try every combination of some settings with scikit-learn's search."""
+def _search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str, Sequence[object]]) -> SearchResult:
+    """Try every combination of some settings with scikit-learn's grid search."""
     from sklearn.model_selection import GridSearchCV
 
-    scoring = get_scorer(config.task, config.metric)
-    folds = make_inner_folds(dataset, config.task) or dataset.make_folds(
-        config.task, 2, splits.SplitSeed.INNER_FOLDS
-    )  # the second says which class is short
+    folds = make_inner_folds(dataset)
+    if folds is None:
+        folds = dataset.make_folds(2, SplitSeed.INNER_FOLDS)  # raises, and names the class that has too few images
     first_values = {key: values[0] for key, values in grid.items()}
     estimator = heads.build(
         config.head, config.task, params={**config.params, **first_values}, random_state=config.random_state
@@ -194,6 +182,7 @@ def search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str
     if config.balance:
         estimator = BalancedClassifier(estimator, config.balance, config.random_state)
         param_grid = {f"estimator__{key}": values for key, values in param_grid.items()}
+    scoring = _get_scorer(config.task, config.metric)
     grid_search = GridSearchCV(estimator, param_grid, scoring=scoring, cv=folds, n_jobs=config.jobs, refit=False)
     grid_search.set_params(error_score="raise").fit(dataset.X, dataset.y)
     results = grid_search.cv_results_
@@ -201,19 +190,27 @@ def search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[str
         {
             "settings": {_remove_prefix(key): value for key, value in candidate.items()},
             "score": float(mean),
-            "spread": float(sd),
+            "spread": float(spread),
         }
-        for candidate, mean, sd in zip(
+        for candidate, mean, spread in zip(
             results["params"], results["mean_test_score"], results["std_test_score"], strict=True
         )
     ]
     best = candidates[int(np.argmax(results["mean_test_score"]))]
-    return SearchResult(
-        best["settings"],
-        config.metric or next(iter(SELECTION_METRICS[config.task])),
-        candidates,
-        _describe_search(dataset, len(candidates), folds),
-    )
+    metric = config.metric or next(iter(SELECTION_METRICS[config.task]))
+    return SearchResult(best["settings"], metric, candidates, _describe_search(dataset, len(candidates), folds))
+
+
+def _get_scorer(task: str, metric: str | None) -> Any:
+    """What scikit-learn takes as ``scoring`` for a metric."""
+    scorers = SELECTION_METRICS[task]
+    name = next(iter(scorers.values())) if metric is None else scorers[metric]
+    return _score_sigmoid_loss if name == "log_loss" else name
+
+
+def _score_sigmoid_loss(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
+    """The negative log loss with one sigmoid per label, which scikit-learn does not have."""
+    return -compute_sigmoid_loss(compute_logits(head, X), y)
 
 
 def _describe_search(dataset: EmbeddingDataset, n_candidates: int, folds: Sequence[Any]) -> str:
@@ -226,14 +223,3 @@ def _remove_prefix(key: str) -> str:
 
 def _add_prefix(estimator: Any, key: str) -> str:
     return f"head__{key}" if f"head__{key}" in estimator.get_params() else key
-
-
-def subsample(dataset: EmbeddingDataset, max_rows: int, seed: int = 0) -> EmbeddingDataset:
-    """At most so many of the rows, in memory: those whose keys are smallest."""
-    if len(dataset) > max_rows:
-        starts = range(0, len(dataset), KEY_BLOCK_ROWS)
-        keys = np.concatenate(
-            [splits.compute_keys(dataset.digests[start : start + KEY_BLOCK_ROWS], seed) for start in starts]
-        )
-        dataset = dataset.take(np.sort(np.argpartition(keys, max_rows)[:max_rows]))
-    return dataset.to_memory()

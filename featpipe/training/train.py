@@ -30,8 +30,9 @@ from featpipe.model import (
 )
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.training.cross_validation import Estimate, cross_validate, fit_calibration_on_folds
-from featpipe.training.dataset import EmbeddingDataset, check_finite, load_training_data
-from featpipe.training.fit import FittedHead, HeadConfig
+from featpipe.training.dataset import EmbeddingDataset, load_training_data
+from featpipe.training.fit import FittedHead, fit_head
+from featpipe.training.head_config import HeadConfig
 from featpipe.training.novelty import fit_novelty
 
 __all__ = ["TrainedHead", "make_head_config", "parse_policy", "train", "train_head"]
@@ -154,7 +155,7 @@ def train(
     )
     trained_head = train_head(cache, dataset, config, cv, calibrate=calibrate, prior=prior, progress=progress)
     if findings is not None and trained_head.estimate is not None:
-        write_findings(_find_suspects(cache, dataset, config.task, trained_head.estimate), findings)
+        write_findings(_find_suspects(dataset, trained_head.estimate), findings)
     return trained_head.to_model(cache, dataset, output, params or {}, policy)
 
 
@@ -167,11 +168,11 @@ def parse_policy(text: str | None) -> RetentionPolicy | None:
     return policy
 
 
-def _find_suspects(cache: FeatureCache, dataset: EmbeddingDataset, task: str, estimate: Estimate) -> list[Finding]:
+def _find_suspects(dataset: EmbeddingDataset, estimate: Estimate) -> list[Finding]:
     """What the folds say of the rows that they were not fitted on."""
-    ids = [cache.ids[row] for row in dataset.rows[estimate.held_out].tolist()]
+    held_out = dataset.take(estimate.held_out)
     return make_prediction_findings(
-        LabeledPredictions(task, ids, dataset.y[estimate.held_out], estimate.predictions, dataset.classes)
+        LabeledPredictions(held_out.task, list(held_out.ids), held_out.y, estimate.predictions, held_out.classes)
     )
 
 
@@ -259,7 +260,7 @@ def train_head(
                 config, dataset, cv or 1, calibrate=calibrate, progress=progress, metric=config.metric
             )
         progress(Progress("note", f"fitting {config.head} on {len(dataset)} images"))
-        fitted = config.fit(dataset)
+        fitted = fit_head(config, dataset)
         if fitted.search_result is not None:
             search_result = fitted.search_result
             progress(
@@ -274,7 +275,7 @@ def train_head(
     except ConfigError:
         raise
     except ValueError as error:  # how estimators refuse data, in scikit-learn's world
-        check_finite(cache, dataset.rows, dataset.X)
+        dataset.check_finite()
         raise ConfigError(f"{location} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from featpipe.heads.resampling import draw_row_indices
 from featpipe.metrics import score
 from featpipe.model import STORED_DIGEST_BYTES
 from featpipe.runtime import Progress
-from featpipe.splits import splits
+from featpipe.splits import SplitSeed, splits
 from featpipe.status import Status
 from featpipe.storage import StringColumn
-from featpipe.training import compare, load_training_data, search
+from featpipe.training import EmbeddingDataset, compare, fit_head, load_training_data, search
 from featpipe.training.train import _unique_digests
 
 FACTS = {
@@ -76,6 +77,95 @@ def marked(n: int, **rows: Any) -> np.ndarray:
     for name, where in rows.items():
         marks[where] = SPLIT_NAMES.index(name)
     return marks
+
+
+# -- the dataset -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def abc_cache(make_cache: Any) -> FeatureCache:
+    """30 rows of the classes a, b, c in turns; rows 20 to 24 validate, 25 to 29 test; row 26 is a copy of row 2."""
+    own = digests(30).copy()
+    own[26] = own[2]
+    split = marked(30, train=slice(0, 20), validation=slice(20, 25), test=slice(25, 30))
+    labels = Labels.from_class_names(["abc"[i % 3] for i in range(30)])
+    return make_cache(np.arange(90).reshape(30, 3), labels, digests=own, split=split)
+
+
+def test_a_dataset_selects_the_rows_of_a_split_and_names_them(abc_cache: FeatureCache) -> None:
+    assert EmbeddingDataset.from_cache(abc_cache).rows.tolist() == list(range(30))
+    test = EmbeddingDataset.from_cache(abc_cache, split="test")
+    assert test.rows.tolist() == [25, 26, 27, 28, 29]
+    assert list(test.ids) == ["025.jpg", "026.jpg", "027.jpg", "028.jpg", "029.jpg"]
+    assert [test.classes[code] for code in test.y] == ["b", "c", "a", "b", "c"]
+    assert test.is_streamed and not test.to_memory().is_streamed
+    assert test.to_memory().X.tolist() == np.arange(90).reshape(30, 3)[25:].tolist()
+
+
+def test_a_dataset_leaves_out_listed_rows_copies_and_what_a_model_has_seen(
+    abc_cache: FeatureCache, tmp_path: Path
+) -> None:
+    train_rows = EmbeddingDataset.from_cache(abc_cache, split="train")
+    test = EmbeddingDataset.from_cache(abc_cache, split="test")
+    assert test.without_copies_of(train_rows).rows.tolist() == [25, 27, 28, 29]
+    assert test.unseen_by(train(abc_cache, "centroid")).rows.tolist() == [25, 27, 28, 29]
+    assert test.without(np.array([28])).rows.tolist() == [25, 26, 27, 29]
+    (tmp_path / "bad.csv").write_text("path\n025.jpg\n003.jpg\n")
+    assert test.without(tmp_path / "bad.csv").rows.tolist() == [26, 27, 28, 29]
+
+
+def test_a_dataset_is_encoded_in_the_classes_of_another(abc_cache: FeatureCache) -> None:
+    dataset = EmbeddingDataset.from_cache(abc_cache).take(np.array([1, 2, 4]))
+    assert dataset.list_present_classes() == ("b", "c")
+    assert dataset.aligned_to(("d", "c", "b")).y.tolist() == [2, 1, 2]
+    assert dataset.drop_absent_classes().classes == ("b", "c")
+    assert dataset.drop_absent_classes().y.tolist() == [0, 1, 0]
+    with pytest.raises(ConfigError, match="no class or target 'c'"):
+        dataset.aligned_to(("a", "b"))
+
+
+def test_labels_and_targets_are_aligned_by_column(make_cache: Any) -> None:
+    several = make_cache(np.zeros((3, 2)), Labels.from_label_sets([{"a"}, {"a", "c"}, set()]))
+    aligned = EmbeddingDataset.from_cache(several).aligned_to(("c", "b", "a"))
+    assert aligned.y.tolist() == [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
+    targets = make_cache(np.zeros((2, 2)), Labels.from_targets([[1.0, 2.0], [3.0, 4.0]], ["x", "y"]))
+    dataset = EmbeddingDataset.from_cache(targets)
+    assert dataset.aligned_to(("y",)).y.tolist() == [2.0, 4.0]
+    assert dataset.aligned_to(("y", "x")).y.tolist() == [[2.0, 1.0], [4.0, 3.0]]
+    with pytest.raises(ConfigError, match="'z'"):
+        dataset.aligned_to(("z",))
+
+
+def test_datasets_with_the_same_classes_are_joined(abc_cache: FeatureCache) -> None:
+    test = EmbeddingDataset.from_cache(abc_cache, split="test")
+    validation = EmbeddingDataset.from_cache(abc_cache, split="validation")
+    joined = validation + test
+    assert joined.rows.tolist() == list(range(20, 30))
+    assert np.array_equal(joined.X, np.arange(90).reshape(30, 3)[20:])
+    assert np.array_equal(joined.digests, abc_cache.digests[20:])
+    with pytest.raises(ConfigError, match="different classes"):
+        test + test.aligned_to(("c", "b", "a"))
+
+
+def test_a_subset_of_a_dataset_is_of_the_smallest_keys(abc_cache: FeatureCache) -> None:
+    dataset = EmbeddingDataset.from_cache(abc_cache)
+    keys = splits.compute_keys(abc_cache.digests, SplitSeed.NOVELTY)
+    expected = np.sort(np.argsort(keys)[:10]).tolist()
+    assert dataset.subset(10, SplitSeed.NOVELTY).rows.tolist() == expected
+    assert not dataset.subset(100).is_streamed
+
+
+def test_each_purpose_of_a_split_has_its_own_seed() -> None:
+    seeds = {name: int(seed) for name, seed in SplitSeed.__members__.items()}
+    assert seeds == {
+        "TEST": 0,
+        "INNER_FOLDS": 1,
+        "EARLY_STOPPING": 2,
+        "NOVELTY": 3,
+        "FINETUNING_TEST": 4,
+        "FINETUNING_VALIDATION": 5,
+        "LEARNING_CURVE": 1,
+    }
 
 
 # -- which rows ------------------------------------------------------------------------------------------------------
@@ -366,7 +456,7 @@ def test_settings_are_chosen_anew_without_the_rows_of_each_fold(make_cache: Any,
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     seen: list[int] = []
     inner = search.make_inner_folds
-    monkeypatch.setattr(search, "make_inner_folds", lambda rows, task: seen.append(len(rows)) or inner(rows, task))
+    monkeypatch.setattr(search, "make_inner_folds", lambda dataset: seen.append(len(dataset)) or inner(dataset))
     train(cache, cv=3)
     assert sorted(seen) == [40, 40, 40, 60]
 
@@ -439,15 +529,17 @@ def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
 def test_a_time_cuts_once_and_what_is_later_judges(
     head: str, times: Any, since: Any, make_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featpipe.training.fit import HeadConfig
-
     codes = np.random.default_rng(0).integers(0, 2, 120)
     X = blobs(codes, spread=0.1)
     codes[90:] = 1 - codes[90:]
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     fitted: list[int] = []
-    original = HeadConfig.fit
-    monkeypatch.setattr(HeadConfig, "fit", lambda self, rows: (fitted.append(len(rows)), original(self, rows))[1])
+    for module in ("featpipe.training.cross_validation", "featpipe.training.train"):
+        monkeypatch.setattr(
+            import_module(module),
+            "fit_head",
+            lambda config, dataset: (fitted.append(len(dataset)), fit_head(config, dataset))[1],
+        )
     model = train(cache, head=head, times=times, since=since, tune=False)
     found = model.scores["cross_validation"]
     # What came later has its classes exchanged: whoever has seen none of it is always wrong.
@@ -564,7 +656,7 @@ def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: A
 
 
 def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("featpipe.training.fit.MAX_TUNING_ROWS", 100)
+    monkeypatch.setattr("featpipe.training.search.MAX_TUNING_ROWS", 100)
     X, codes = noisy(n=200)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     chosen = train(cache, memory=0).history["chosen"]
