@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featpipe.backbones import Backbone
-from featpipe.cache import EmbeddingSource, FeatureCache, parts_directory
+from featpipe.cache import FeatureCache
 from featpipe.config import AUTO, ExtractionConfig
 from featpipe.data import Index
 from featpipe.experiments.dataset import BackboneCaches, make_run_cache_path
@@ -18,18 +18,9 @@ from featpipe.experiments.grid import list_trials, make_backbone_label
 from featpipe.experiments.recipe.parse import read_recipe
 from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.run import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
-from featpipe.extraction import (
-    EmbeddingPlan,
-    find_compatible_caches,
-    find_finished_cache,
-    is_up_to_date,
-    load_backbone,
-    make_facts,
-    source_from_part,
-)
+from featpipe.extraction import ExtractionPlan, load_backbone
 from featpipe.inference import resolve_devices
 from featpipe.runtime import report_warnings_only
-from featpipe.storage import StagingArea, compute_fingerprint
 
 __all__ = ["DryRun", "PlannedExtraction", "PlannedTrial", "plan_run"]
 
@@ -195,14 +186,6 @@ def _plan_extraction(
 def _count_unknown(
     index: Index, backbone: Backbone, config: ExtractionConfig, path: Path
 ) -> tuple[int, FeatureCache | None]:
-    """How many images no cache and no part knows by their stamps; and the cache, if it is the one of this index."""
-    facts, shapes = make_facts(backbone, config), dict(backbone.shapes)
-    plan = EmbeddingPlan(index, config.check_content)
-    for cache in find_compatible_caches(path.parent, facts):
-        plan.lookup.add(EmbeddingSource.from_cache(cache, shapes))
-    for part in StagingArea(parts_directory(path), compute_fingerprint(facts)).load_committed():
-        plan.lookup.add(source_from_part(part))
-    plan.resolve_by_stamp()
-    existing = find_finished_cache(path, facts, index, config)
-    is_whole = existing is not None and is_up_to_date(existing, plan.to_table(), shapes)
-    return len(plan.unread_rows), existing if is_whole else None
+    """How many images have unknown stamps; and the finished cache of this index, if it is up to date."""
+    plan = ExtractionPlan.build(index, backbone, config, path=path)
+    return len(plan.unread_rows), plan.current_cache

@@ -11,12 +11,11 @@ from featpipe.extraction.paths import (
     list_archive_paths,
     make_cache_path,
 )
-from featpipe.extraction.plan import RACY_NANOSECONDS, EmbeddingPlan, source_from_part
+from featpipe.extraction.plan import ExtractionPlan
 
 __all__ = [
     "EXTRACTION_VERSION",
-    "RACY_NANOSECONDS",
-    "EmbeddingPlan",
+    "ExtractionPlan",
     "IndexEmbeddings",
     "embed_files",
     "embed_into_parts",
@@ -29,5 +28,4 @@ __all__ = [
     "load_backbone",
     "make_cache_path",
     "make_facts",
-    "source_from_part",
 ]

@@ -1,33 +1,36 @@
-"""``--precision auto``: chosen on the first images, and remembered by the cache that came of it."""
+"""``--precision auto``: chosen on the first images and recorded in the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featpipe.backbones import Backbone, PreparedImage
+from featpipe import inference
 from featpipe.cache import FeatureCache
 from featpipe.config import PRECISIONS, ExtractionConfig
 from featpipe.data import Index
 from featpipe.errors import CacheError
 from featpipe.extraction.identity import make_facts
 from featpipe.extraction.paths import make_cache_path
-from featpipe.inference import Engine, Loader, resolve_devices, select_precision
 from featpipe.runtime import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from featpipe.backbones import Backbone, PreparedImage
+    from featpipe.inference import Engine
 
 __all__ = ["PrecisionChoice", "resolve_precision"]
 
 PROBE_IMAGES = 32
-MAX_PROBE_ROWS = 256  # that are read at most to find them
+MAX_PROBE_ROWS = 256  # read at most to collect them
 
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """What was measured to choose a precision, and the engine that was made for it; none where a cache remembers."""
+    """The fidelity measured to choose a precision, and the measured engine; None if a cache recorded the choice."""
 
     fidelity: Mapping[str, Any]
     engine: Engine | None = None
@@ -36,23 +39,23 @@ class PrecisionChoice:
 def resolve_precision(
     index: Index, backbone: Backbone, settings: ExtractionConfig, progress: ProgressCallback
 ) -> tuple[ExtractionConfig, PrecisionChoice]:
-    """The settings with the fastest precision that is faithful enough.
+    """The settings with the fastest precision whose embeddings are close enough to fp32.
 
-    Where the cache that would be made is there already and remembers its choice, for a cosine no lower than is wanted
-    now, nothing is measured. The choice follows from the images, the network and the device alone.
+    If the cache to be made exists and records a choice for the same ``min_cosine``, nothing is measured. The choice
+    depends on the images, the network and the device alone.
     """
     cached_choice = _find_cached_choice(index, backbone, settings)
     if cached_choice is not None:
         return cached_choice
     images = _load_probe_images(index, backbone)
-    device = resolve_devices(settings.device)[0]
-    engine, choice = select_precision(
+    device = inference.resolve_devices(settings.device)[0]
+    engine, choice = inference.select_precision(
         backbone, device, images, settings.min_cosine, batch=settings.batch, kind=settings.engine, images=len(index)
     )
     cosine_text = ", ".join(f"{name} {cosine:.6f}" for name, cosine in choice.cosine.items())
     comparison = f": least cosine to fp32 on {choice.images} images: {cosine_text}" if cosine_text else ""
     progress(Progress("note", f"precision {choice.precision}{comparison}"))
-    has_several_devices = len(resolve_devices(settings.device)) > 1  # each process makes its own
+    has_several_devices = len(inference.resolve_devices(settings.device)) > 1  # each process creates its own
     return replace(settings, precision=choice.precision), PrecisionChoice(
         choice.to_dict(), None if has_several_devices else engine
     )
@@ -76,9 +79,11 @@ def _find_cached_choice(
 
 
 def _load_probe_images(index: Index, backbone: Backbone) -> list[PreparedImage]:
-    """The first pictures of an archive that can be read."""
+    """The first readable images of an archive."""
     images: list[PreparedImage] = []
-    loader = Loader(index, np.arange(min(len(index), MAX_PROBE_ROWS)), backbone.transform.apply_geometry, PROBE_IMAGES)
+    loader = inference.Loader(
+        index, np.arange(min(len(index), MAX_PROBE_ROWS)), backbone.transform.apply_geometry, PROBE_IMAGES
+    )
     with closing(loader):
         for batch in loader.batches():
             images.extend(batch.images if batch.images is not None else ())

@@ -1,13 +1,15 @@
-"""What decides an embedding besides the image."""
+"""The facts that decide an embedding besides the image."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featpipe import backbones
-from featpipe.backbones import Backbone
 from featpipe.config import ExtractionConfig
+
+if TYPE_CHECKING:
+    from featpipe.backbones import Backbone
 
 __all__ = ["EXTRACTION_VERSION", "load_backbone", "make_facts"]
 
@@ -16,7 +18,7 @@ EXTRACTION_VERSION = 2  # raised by any change of this code that changes an embe
 
 def load_backbone(settings: ExtractionConfig) -> Backbone:
     """The backbone that the settings name."""
-    if isinstance(settings.backbone, Backbone):
+    if not isinstance(settings.backbone, str) and isinstance(settings.backbone, backbones.Backbone):
         return settings.backbone
     return backbones.load(
         settings.backbone,

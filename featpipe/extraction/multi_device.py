@@ -1,8 +1,8 @@
-"""Several devices at once: a process for each, all committing parts of the same cache.
+"""Several devices at once: one process per device, all committing parts of the same cache.
 
-The processes are started anew and told what to do over a pipe that they inherit: they import what they need, and do not
-run the program that called. They ask before an image is embedded, so that none is embedded twice, and tell what was
-read and committed. One that dies costs the part in its hand.
+Worker processes are started afresh, not forked, and receive their task over an inherited pipe: they import what they
+need and never run the program that called. They ask the parent before they embed an image, so that no image is embedded
+twice, and report what they read and committed. A process that dies loses at most its uncommitted part.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from featpipe.backbones import Backbone
+from featpipe import inference
 from featpipe.config import ExtractionConfig
 from featpipe.data import Index
 from featpipe.errors import CacheError, ConfigError, FeatpipeError
-from featpipe.extraction.worker import ExtractionWorker, WorkerMessage
-from featpipe.inference import available_cores
+from featpipe.extraction.worker import ExtractionWorker, WorkerMessage, create_engine
 from featpipe.storage import StagingArea
 
 if TYPE_CHECKING:
-    from featpipe.extraction.run import ExtractionRun
+    import torch
+
+    from featpipe.backbones import Backbone
 
 __all__ = ["embed_on_devices", "run_worker_process"]
 
-_Connection = Any  # typeshed's type of a pipe is another one than that of its end
+_Connection = Any  # typeshed gives Pipe() another type than Connection
 _Process = subprocess.Popen[bytes]
 
-ROWS_PER_BLOCK = 256  # neighbouring rows for one process: read nearly in order, and nobody is left with the slow ones
+ROWS_PER_BLOCK = 256  # neighbouring rows go to one process: reads stay nearly sequential, slow images are spread
 SHUTDOWN_SECONDS = 30.0
 NOT_PICKLABLE = "cannot be sent to another process, as several devices need; use one device"
 WORKER_CODE = "from featpipe.extraction.multi_device import run_worker_process; run_worker_process()"
@@ -47,30 +47,30 @@ WORKER_CODE = "from featpipe.extraction.multi_device import run_worker_process; 
 
 @dataclass(frozen=True)
 class _WorkerTask:
-    """What one process is to do."""
+    """The work of one process."""
 
     index: Index
     stamps: NDArray[np.uint8]
     backbone: Backbone
-    settings: ExtractionConfig
-    parts: StagingArea
+    config: ExtractionConfig
+    staging_area: StagingArea
     rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _WorkerFailure:
-    """A process ended with an error of ours, or another one."""
+    """A worker process failed: our own error, or the text of another one."""
 
     error: FeatpipeError | str
 
 
-def embed_on_devices(run: ExtractionRun, devices: Sequence[torch.device], rows: NDArray[np.int64]) -> None:
+def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device], rows: NDArray[np.int64]) -> None:
     """Embed rows on several devices.
 
     Parameters
     ----------
-    run : Run
-        Is told what happens.
+    worker : ExtractionWorker
+        What each process does; its callbacks stay in this process.
     devices : sequence of torch.device
     rows : ndarray of shape (m,), int64
 
@@ -79,29 +79,28 @@ def embed_on_devices(run: ExtractionRun, devices: Sequence[torch.device], rows: 
     CacheError
         If a process died. What was committed is kept.
     """
-    plan, settings = run.plan, run.settings
     device_indices = np.arange(len(rows)) // ROWS_PER_BLOCK % len(devices)
     if len(rows) < ROWS_PER_BLOCK * len(devices):
         device_indices = np.arange(len(rows)) % len(devices)
-    workers = settings.workers or max(1, available_cores() // len(devices))
+    n_threads = worker.config.workers or max(1, inference.available_cores() // len(devices))
     tasks = [
         _WorkerTask(
-            plan.index,
-            plan.stamps,
-            run.backbone,
-            replace(settings, device=str(device), workers=workers, backbone=None, transform=None),
-            run.parts,
+            worker.index,
+            worker.stamps,
+            worker.backbone,
+            replace(worker.config, device=str(device), workers=n_threads, backbone=None, transform=None),
+            worker.staging_area,
             rows[device_indices == device_index],
         )
         for device_index, device in enumerate(devices)
     ]
-    with _start_workers(tasks) as workers_by_connection:
-        _handle_messages(run, workers_by_connection)
+    with _start_workers(tasks) as processes:
+        _handle_messages(worker, processes)
 
 
 @contextlib.contextmanager
 def _start_workers(tasks: Sequence[_WorkerTask]) -> Iterator[dict[_Connection, _Process]]:
-    """The processes with their tasks; all of them are gone afterwards, and have committed what they had."""
+    """Start one process per task; on exit all have committed what they had and ended."""
     processes: dict[_Connection, _Process] = {}
     try:
         for _ in tasks:
@@ -112,19 +111,19 @@ def _start_workers(tasks: Sequence[_WorkerTask]) -> Iterator[dict[_Connection, _
         for task, (connection, process) in zip(tasks, processes.items(), strict=True):
             try:
                 connection.send(sys.path)
-                connection.send_bytes(pickle.dumps(task))  # torch would have tensors shared, which ends with us
+                connection.send_bytes(pickle.dumps(task))  # send() would share torch's memory
             except OSError:
                 process.wait()
                 _raise_if_failed(process)
-            except Exception as error:  # whatever a network of one's own holds that cannot be copied
+            except Exception as error:  # a user's network may hold anything that cannot be pickled
                 raise ConfigError(f"{task.backbone.name} {NOT_PICKLABLE} ({error})") from error
         yield processes
     finally:
         _stop_workers(processes)
 
 
-def _handle_messages(run: ExtractionRun, processes: dict[_Connection, _Process]) -> None:
-    """Answer and note until all have ended."""
+def _handle_messages(worker: ExtractionWorker, processes: dict[_Connection, _Process]) -> None:
+    """Answer the processes and pass their messages on until all have ended."""
     running = dict(processes)
     while running:
         ready: list[Any] = wait(list(running))
@@ -137,11 +136,11 @@ def _handle_messages(run: ExtractionRun, processes: dict[_Connection, _Process])
                 _raise_if_failed(process)
                 continue
             if isinstance(message, bytes):
-                connection.send(run.has_embedding(message))
+                connection.send(worker.has_embedding(message))
             elif isinstance(message, _WorkerFailure):
                 raise message.error if isinstance(message.error, FeatpipeError) else RuntimeError(message.error)
             else:
-                run.handle_message(message)
+                worker.send_message(message)
 
 
 def _raise_if_failed(process: _Process) -> None:
@@ -154,12 +153,12 @@ def _raise_if_failed(process: _Process) -> None:
 
 
 def _stop_workers(processes: Mapping[_Connection, _Process]) -> None:
-    """Ask the processes to commit what they have and go; those that do not are killed."""
+    """Ask the processes to commit what they have and end; kill those that do not."""
     for process in processes.values():
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
     for connection in processes:
-        connection.close()  # who waits for an answer gets none any more
+        connection.close()  # ends a process that waits for an answer
     for process in processes.values():
         try:
             process.wait(SHUTDOWN_SECONDS)
@@ -169,7 +168,7 @@ def _stop_workers(processes: Mapping[_Connection, _Process]) -> None:
 
 
 class _WorkerChannel:
-    """A process's end of the pipe: questions and news, from several threads."""
+    """The worker process's end of the pipe, shared by its threads."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -181,14 +180,14 @@ class _WorkerChannel:
             return bool(self._connection.recv())
 
     def send_message(self, message: WorkerMessage | _WorkerFailure) -> None:
-        # Whoever listened may be gone: what is committed counts all the same.
+        # The parent may have ended: committed parts stay valid without it.
         with self._lock, contextlib.suppress(OSError):
             self._connection.send(message)
 
 
 def run_worker_process() -> None:
-    """What a process runs; its argument is the number of its end of the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one tells the others
+    """Main function of a worker process; its argument is the file descriptor of its end of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops the workers
     signal.signal(signal.SIGTERM, _raise_interrupt)
     connection: _Connection = Connection(int(sys.argv[1]))
     with connection:
@@ -204,24 +203,28 @@ def run_worker_process() -> None:
             channel.send_message(_WorkerFailure(f"{type(error).__name__}: {error}"))
             raise
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end is near, and needs no other
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # already ending
 
 
 def _receive_task(connection: _Connection) -> _WorkerTask:
     try:
-        task: _WorkerTask = pickle.loads(connection.recv_bytes())  # noqa: S301  # of the process that started this one
+        task: _WorkerTask = pickle.loads(connection.recv_bytes())  # noqa: S301  # sent by the parent process
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"this network {NOT_PICKLABLE} ({error}); define it in a module of its own") from None
     return task
 
 
 def _run_task(task: _WorkerTask, channel: _WorkerChannel) -> None:
-    from featpipe.extraction.run import create_engine
-
     worker = ExtractionWorker(
-        task.index, task.stamps, task.backbone, task.settings, task.parts, channel.has_embedding, channel.send_message
+        task.index,
+        task.stamps,
+        task.backbone,
+        task.config,
+        task.staging_area,
+        channel.has_embedding,
+        channel.send_message,
     )
-    worker.run(lambda: create_engine(task.backbone, task.settings, len(task.index)), task.rows)
+    worker.run(lambda: create_engine(task.backbone, task.config, len(task.index)), task.rows)
 
 
 def _raise_interrupt(signal_number: int, frame: object) -> None:

@@ -1,107 +1,192 @@
-"""For each row of an index: what is known of it, and from where."""
+"""What existing caches and committed parts hold of an index, what is left to embed, and the cache to write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache, partial
-from time import time_ns
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import EmbeddingLookup, EmbeddingSource, SampleTable
+from featpipe.cache import EmbeddingSource, FeatureCache, SampleTable, parts_directory, write_cache
+from featpipe.config import ExtractionConfig
 from featpipe.data import Index
+from featpipe.errors import ArchiveError
+from featpipe.extraction.identity import make_facts
+from featpipe.extraction.paths import find_compatible_caches, find_finished_cache, is_up_to_date
+from featpipe.extraction.row_sources import FeatureReader, RowSources, source_from_part
+from featpipe.extraction.run import ExtractionRun, format_counts
+from featpipe.runtime import Deadline, ProgressCallback, report_warnings_only
 from featpipe.status import Status
-from featpipe.storage import Part
+from featpipe.storage import StagingArea, compute_fingerprint
 
-__all__ = ["RACY_NANOSECONDS", "EmbeddingPlan", "source_from_part"]
+if TYPE_CHECKING:
+    from featpipe.backbones import Backbone
+    from featpipe.extraction.auto_precision import PrecisionChoice
 
-RACY_NANOSECONDS = 2 * 10**9  # a file changed this shortly before it is read may change again under the same time
+__all__ = ["ExtractionPlan", "make_staging_area"]
 
 
-class EmbeddingPlan:
-    """For each row of an index: its digest and status, and from which source its features come."""
+@dataclass(frozen=True, eq=False)
+class ExtractionPlan:
+    """What is embedded already of an index, and what is left.
 
-    def __init__(self, index: Index, check_content: bool) -> None:
-        n = len(index)
-        self.index = index
-        self.lookup = EmbeddingLookup()
-        self.source_numbers = np.full(n, -1, np.int32)
-        self.source_rows = np.zeros(n, np.int64)
-        self.status = index.fault.astype(np.uint8)
-        self.digests = np.zeros((n, 32), np.uint8)
-        self.stamps = index.compute_stamps()
-        self.stamps[index.mtime_ns > time_ns() - RACY_NANOSECONDS] = 0
-        self._check_content = check_content
+    Attributes
+    ----------
+    index : Index
+    backbone : Backbone
+    config : ExtractionConfig
+    facts : dict
+        What decides the embeddings.
+    row_sources : RowSources
+        For each row, where its embedding is.
+    existing_cache : FeatureCache or None
+        The cache at the target path, made from the same archives and facts; it may be out of date.
+    """
 
-    def resolve_by_stamp(self) -> None:
-        """Take what is known by stamp, without reading a byte of an image."""
-        if self._check_content:
-            return
-        source_numbers, source_rows = self.lookup.find_by_stamp(self.stamps)
-        for source_number in np.unique(source_numbers[source_numbers >= 0]):
-            rows = np.flatnonzero(source_numbers == source_number)
-            self.assign(rows, int(source_number), source_rows[rows])
+    index: Index
+    backbone: Backbone
+    config: ExtractionConfig
+    facts: dict[str, Any]
+    row_sources: RowSources
+    existing_cache: FeatureCache | None = None
 
-    def drop_damaged(self) -> None:
-        """Forget what is to be copied and is not as it was written; it is embedded again."""
-        for source_number in np.unique(self.source_numbers[self.source_numbers >= 0]):
-            rows = np.flatnonzero(self.source_numbers == source_number)
-            damaged = rows[~self.lookup.sources[source_number].whole(self.source_rows[rows])]
-            self.source_numbers[damaged], self.status[damaged] = -1, self.index.fault[damaged]
-            self.digests[damaged] = 0
+    @classmethod
+    def build(
+        cls,
+        index: Index,
+        backbone: Backbone,
+        config: ExtractionConfig,
+        *,
+        path: Path | None = None,
+        cache_folder: Path | None = None,
+        staging_area: StagingArea | None = None,
+    ) -> ExtractionPlan:
+        """Look up every row by its stamp. Reads no image and changes no file.
 
-    def assign(self, rows: NDArray[np.intp], source_number: int, source_rows: NDArray[np.int64]) -> None:
-        """Note that the features of some rows are at some places of a source."""
-        source = self.lookup.sources[source_number]
-        self.source_numbers[rows], self.source_rows[rows] = source_number, source_rows
-        self.status[rows] = source.status[source_rows]
-        self.digests[rows] = source.digests[source_rows]
+        Parameters
+        ----------
+        index : Index
+        backbone : Backbone
+        config : ExtractionConfig
+            With a definite precision.
+        path : Path, optional
+            The cache to write. Determines the other two.
+        cache_folder : Path, optional
+            Embeddings are copied from the caches of this folder.
+        staging_area : StagingArea, optional
+            Embeddings are copied from the parts committed here.
+
+        Raises
+        ------
+        CacheMismatchError
+            If ``path`` is a cache made from other archives or other facts.
+        """
+        facts = make_facts(backbone, config)
+        existing_cache = None
+        if path is not None:
+            cache_folder, staging_area = path.parent, make_staging_area(path, facts)
+            existing_cache = find_finished_cache(path, facts, index, config)
+        row_sources = RowSources(index, config.check_content)
+        for cache in [] if cache_folder is None else find_compatible_caches(cache_folder, facts):
+            row_sources.lookup.add(EmbeddingSource.from_cache(cache, backbone.shapes))
+        for part in [] if staging_area is None else staging_area.load_committed():
+            row_sources.lookup.add(source_from_part(part))
+        row_sources.resolve_by_stamp()
+        return cls(index, backbone, config, facts, row_sources, existing_cache)
 
     @property
     def unread_rows(self) -> NDArray[np.int64]:
-        """Rows of which nothing is known yet; what the listing found faulty for good is not among them."""
-        readable_codes = np.isin(
-            self.index.fault, [status for status in Status if status == Status.OK or status.transient]
+        """Rows whose images must be read, and embedded unless their bytes are known."""
+        return self.row_sources.unread_rows
+
+    @property
+    def current_cache(self) -> FeatureCache | None:
+        """The existing cache, if it is already what would be written."""
+        cache = self.existing_cache
+        if cache is not None and is_up_to_date(cache, self.row_sources.to_table(), self.backbone.shapes):
+            return cache
+        return None
+
+    def make_reader(self) -> FeatureReader:
+        """A function that reads blocks of the planned rows' features from their sources."""
+        return self.row_sources.make_reader(self.backbone.shapes, self.config.storage)
+
+    def embed(
+        self,
+        staging_area: StagingArea,
+        progress: ProgressCallback = report_warnings_only,
+        *,
+        precision_choice: PrecisionChoice | None = None,
+        deadline: Deadline | None = None,
+    ) -> ExtractionRun:
+        """Embed what is left into parts. The caller holds the lock of the staging area."""
+        run = ExtractionRun(
+            self.row_sources, self.backbone, self.config, staging_area, progress, precision_choice, deadline
         )
-        return np.flatnonzero((self.source_numbers < 0) & readable_codes)
+        run.embed()
+        return run
 
-    def resolve_duplicates(self) -> None:
-        """Give the rows that were read and not embedded what is known of their bytes by now."""
-        for row in np.flatnonzero((self.source_numbers < 0) & self.digests.any(axis=1)):
-            match = self.lookup.find_by_digest(self.digests[row].tobytes())
-            if match is None:  # the image with the same bytes ran out of memory, and so would this one
-                self.status[row] = self.status[row] or Status.OUT_OF_MEMORY
-            else:
-                self.assign(np.array([row]), match[0], np.array([match[1]]))
+    def execute(
+        self,
+        path: Path,
+        progress: ProgressCallback = report_warnings_only,
+        *,
+        precision_choice: PrecisionChoice | None = None,
+        deadline: Deadline | None = None,
+        require_readable: bool = True,
+    ) -> FeatureCache:
+        """Embed what is left and publish the cache, unless it is up to date. The caller holds the staging area's lock.
 
-    def to_table(self) -> SampleTable:
-        index = self.index
-        stamps = np.where((self.source_numbers >= 0)[:, None], self.stamps, 0).astype(np.uint8)
-        return SampleTable(index.ids, self.status, self.digests, stamps, index.split, index.labels)
+        Parameters
+        ----------
+        path : Path
+            As given to :meth:`build`.
+        progress : callable
+        precision_choice : PrecisionChoice, optional
+        deadline : Deadline, optional
+        require_readable : bool
+            Refuse to write a cache without a single embedding.
 
-    def make_gather(self, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> Any:
-        """The function that :func:`write_cache` asks for blocks of features."""
+        Raises
+        ------
+        ArchiveError
+            If no image can be read, or more are bad than ``max_bad`` allows.
+        """
+        staging_area = make_staging_area(path, self.facts)
+        if self.current_cache is None:
+            self.row_sources.drop_damaged()
+        run = self.embed(staging_area, progress, precision_choice=precision_choice, deadline=deadline)
+        current_cache = self.current_cache
+        if current_cache is None:
+            table = self.row_sources.to_table()
+            if require_readable:
+                _raise_if_none_readable(table, self.index)
+            write_cache(
+                path,
+                table,
+                run.make_manifest(self.facts),
+                self.backbone.shapes,
+                self.config.storage,
+                self.make_reader(),
+                self.config.shard_bytes,
+            )
+            current_cache = FeatureCache(path)
+        staging_area.remove()
+        return current_cache
 
-        def gather_block(output: str, start: int, stop: int) -> NDArray[np.floating]:
-            values = np.full((stop - start, *shapes[output]), np.nan, dtype)
-            source_numbers = np.where(self.status[start:stop] == Status.OK, self.source_numbers[start:stop], -1)
-            for source_number in np.unique(source_numbers[source_numbers >= 0]):
-                rows = np.flatnonzero(source_numbers == source_number)
-                values[rows] = self.lookup.sources[source_number].features(output)[self.source_rows[start:stop][rows]]
-            return values
 
-        return gather_block
+def make_staging_area(path: Path, facts: dict[str, Any]) -> StagingArea:
+    """The parts of a file that is being made."""
+    return StagingArea(parts_directory(path), compute_fingerprint(facts))
 
 
-def source_from_part(part: Part) -> EmbeddingSource:
-    """A finished piece of an unfinished extraction, to copy from."""
-    return EmbeddingSource(
-        part.read("digest"), part.read("stamp"), part.read("status"), partial(_read_part_features, part)
+def _raise_if_none_readable(table: SampleTable, index: Index) -> None:
+    if np.any(table.status == Status.OK):
+        return
+    counts = Counter(Status(int(code)).word for code in table.status)
+    raise ArchiveError(
+        f"none of the {len(index)} images can be read ({format_counts(counts)}); the first is {index.ids[0]}"
     )
-
-
-@lru_cache(maxsize=4)  # a few parts at a time: all of them together may be larger than memory
-def _read_part_features(part: Part, output: str) -> NDArray[np.floating]:
-    return part.read(f"features/{output}")

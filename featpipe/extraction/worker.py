@@ -1,4 +1,4 @@
-"""Rows of an index through an engine into parts, in this process or in one of several."""
+"""Reads rows of an index, embeds them and commits parts, in this process or in one of several."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.backbones import Backbone
+from featpipe import inference
 from featpipe.config import ExtractionConfig
 from featpipe.data import Index
-from featpipe.inference import DecodedBatch, Engine, Loader, StageSeconds, embed_batches
 from featpipe.status import Status
 from featpipe.storage import Part, StagingArea
 
-__all__ = ["ExtractionWorker", "PartCommitted", "RowsRead", "WorkerFinished", "WorkerMessage", "WorkerStarted"]
+if TYPE_CHECKING:
+    from featpipe.backbones import Backbone
+    from featpipe.inference import DecodedBatch, Engine, StageSeconds
+
+__all__ = [
+    "ExtractionWorker",
+    "PartCommitted",
+    "RowsRead",
+    "WorkerFinished",
+    "WorkerMessage",
+    "WorkerStarted",
+    "create_engine",
+]
 
 MAX_PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
 MAX_PART_BYTES = 64 * 2**20
@@ -35,16 +47,16 @@ class WorkerStarted:
 
 @dataclass(frozen=True)
 class RowsRead:
-    """Some rows were read, and embedded where they had to be.
+    """Some rows were read, and embedded where necessary.
 
     Attributes
     ----------
     rows : ndarray of shape (b,), int64
     status : ndarray of shape (b,), uint8
     digests : ndarray of shape (b, 32), uint8
-        Zero where the bytes could not be had.
-    embedded : int
-    seconds : Seconds
+        Zero where the bytes could not be read.
+    n_embedded : int
+    seconds : StageSeconds
     """
 
     rows: NDArray[np.int64]
@@ -56,7 +68,7 @@ class RowsRead:
 
 @dataclass(frozen=True)
 class PartCommitted:
-    """A part is durable; its rows are those of the index."""
+    """A part is durable; ``rows`` are rows of the index."""
 
     part: Part
     rows: NDArray[np.int64]
@@ -65,7 +77,7 @@ class PartCommitted:
 
 @dataclass(frozen=True)
 class WorkerFinished:
-    """All rows were read; seconds of committing, and of workers waiting."""
+    """All rows were read; seconds spent committing, and seconds that threads waited."""
 
     commit_seconds: float
     wait_seconds: float
@@ -76,7 +88,7 @@ WorkerMessage = WorkerStarted | RowsRead | PartCommitted | WorkerFinished
 
 @dataclass
 class _PendingPart:
-    """The part in hand."""
+    """Rows that are embedded and not committed yet."""
 
     digests: list[bytes] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -87,26 +99,26 @@ class _PendingPart:
 
 @dataclass
 class ExtractionWorker:
-    """Reads, embeds and commits.
+    """Reads, embeds and commits rows.
 
     Parameters
     ----------
     index : Index
     stamps : ndarray of shape (n, 16), uint8
     backbone : Backbone
-    settings : Extraction
-    parts : Parts
-    is_known : callable
-        Whether an image with this digest needs no embedding; asked once for each, by several threads.
-    deliver : callable
-        Is told everything that is to be known of the rows, in the order in which it happens.
+    config : ExtractionConfig
+    staging_area : StagingArea
+    has_embedding : callable
+        Whether an image with this digest needs no embedding; called once for each image, from several threads.
+    send_message : callable
+        Called with every :data:`WorkerMessage`, in order.
     """
 
     index: Index
     stamps: NDArray[np.uint8]
     backbone: Backbone
-    settings: ExtractionConfig
-    parts: StagingArea
+    config: ExtractionConfig
+    staging_area: StagingArea
     has_embedding: Callable[[bytes], bool]
     send_message: Callable[[WorkerMessage], None]
     _pending: _PendingPart = field(default_factory=_PendingPart)
@@ -114,18 +126,22 @@ class ExtractionWorker:
     _commit_seconds: float = 0.0
 
     def run(self, make_engine: Callable[[], Engine], rows: NDArray[np.int64]) -> None:
-        """Embed some rows. What is finished when this is interrupted is committed."""
+        """Embed some rows. When interrupted, commits what is finished."""
         engine = make_engine()
         has_work_estimate = (
-            engine.multiply_adds is not None or self.settings.batch is not None or engine.device.type != "cpu"
+            engine.multiply_adds is not None or self.config.batch is not None or engine.device.type != "cpu"
         )
         self.send_message(WorkerStarted(str(engine.device), engine.name, engine.batch, has_work_estimate))
         start_time = self._last_commit_time = perf_counter()
-        workers = self.settings.workers or engine.workers
-        loader = Loader(self.index, rows, engine.transform, engine.batch, self.has_embedding, engine.collate)
+        workers = self.config.workers or engine.workers
+        loader = inference.Loader(self.index, rows, engine.transform, engine.batch, self.has_embedding, engine.collate)
         busy_seconds = 0.0
         try:
-            with closing(loader), engine.session(), closing(embed_batches(loader, engine, workers)) as results:
+            with (
+                closing(loader),
+                engine.session(),
+                closing(inference.embed_batches(loader, engine, workers)) as results,
+            ):
                 for batch, features in results:
                     seconds = batch.seconds
                     busy_seconds += seconds.reading + seconds.decoding + seconds.embedding
@@ -138,7 +154,7 @@ class ExtractionWorker:
     def _collect(self, batch: DecodedBatch, features: Mapping[str, NDArray[np.float32]]) -> None:
         pending = self._pending
         with np.errstate(over="ignore"):  # what is too large for float16 is infinite then, which the row's status says
-            stored_features = {name: value.astype(self.settings.storage) for name, value in features.items()}
+            stored_features = {name: value.astype(self.config.storage) for name, value in features.items()}
         is_finite = np.ones(len(batch.positions), bool)
         for value in stored_features.values():
             is_finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
@@ -157,7 +173,7 @@ class ExtractionWorker:
                     value = (
                         stored_features[name][feature_rows[position]]
                         if status == Status.OK
-                        else _make_nan_features(shape, self.settings.storage)
+                        else _make_nan_features(shape, self.config.storage)
                     )
                     pending.features.setdefault(name, []).append(value)
                     pending.n_bytes += value.nbytes
@@ -174,7 +190,7 @@ class ExtractionWorker:
             rows = np.array(pending.rows)
             digests = np.frombuffer(b"".join(pending.digests), np.uint8).reshape(-1, 32)
             features = {name: np.stack(values) for name, values in pending.features.items()}
-            part = self.parts.commit(
+            part = self.staging_area.commit(
                 {
                     "digest": digests,
                     "stamp": self.stamps[rows],
@@ -185,6 +201,15 @@ class ExtractionWorker:
             self.send_message(PartCommitted(part, rows, pending.digests))
         self._last_commit_time = perf_counter()
         self._commit_seconds += self._last_commit_time - start_time
+
+
+def create_engine(backbone: Backbone, config: ExtractionConfig, n_images: int) -> Engine:
+    """The engine for an extraction of an archive of ``n_images``.
+
+    All images of the archive count, not only those that are left, so that a resumed run computes as before.
+    """
+    device = inference.resolve_devices(config.device)[0]
+    return inference.Engine(backbone, device, config.precision, config.batch, kind=config.engine, images=n_images)
 
 
 def _make_nan_features(shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:

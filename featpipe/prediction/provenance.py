@@ -25,13 +25,13 @@ import featpipe
 from featpipe.cache import restrict_facts_to_output
 from featpipe.data import Index
 from featpipe.errors import SampleError
-from featpipe.extraction import EXTRACTION_VERSION, RACY_NANOSECONDS
+from featpipe.extraction import EXTRACTION_VERSION
 from featpipe.model import Model, dumps
 from featpipe.prediction.config import PredictConfig
 from featpipe.prediction.writers import PredictionColumns, find_parts_directory, make_columns
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.status import Status
-from featpipe.storage import atomic_write, compute_fingerprint, digest, digest_arrays
+from featpipe.storage import RACY_NANOSECONDS, atomic_write, compute_fingerprint, digest, digest_arrays
 
 __all__ = ["RECEIPT_FORMAT", "PredictionRequest", "Receipt", "read_receipt", "receipt_path", "write_receipt"]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from featpipe.storage.atomic import atomic_write, check_writable, fsync_directory, make_writable_folder
 from featpipe.storage.hashing import compute_fingerprint, describe_differences, digest, digest_arrays
+from featpipe.storage.provenance import RACY_NANOSECONDS, Receipt, hash_file
 from featpipe.storage.staging import PART_FILE_NAME, TEMPORARY_NAME, Part, StagingArea, lock_file
 from featpipe.storage.string_column import StringColumn
 
 __all__ = [
     "PART_FILE_NAME",
+    "RACY_NANOSECONDS",
     "TEMPORARY_NAME",
     "Part",
+    "Receipt",
     "StagingArea",
     "StringColumn",
     "atomic_write",
@@ -20,6 +23,7 @@ __all__ = [
     "digest",
     "digest_arrays",
     "fsync_directory",
+    "hash_file",
     "lock_file",
     "make_writable_folder",
 ]

@@ -364,9 +364,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
 HOLDING = """
 import sys, time
 from pathlib import Path
-from featpipe.storage.staging import StagingArea, exclusive
+from featpipe.storage import StagingArea, lock_file
 path = Path(sys.argv[2])
-with StagingArea(path, "1" * 64).lock_for_writing() if sys.argv[1] == "parts" else exclusive(path):
+with StagingArea(path, "1" * 64).lock_for_writing() if sys.argv[1] == "parts" else lock_file(path):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -432,7 +432,7 @@ def test_the_lock_is_free_after_an_error(parts):
 RACING = """
 import os, sys, time
 from pathlib import Path
-from featpipe.storage.staging import StagingArea
+from featpipe.storage import StagingArea
 folder, token = Path(sys.argv[1]), Path(sys.argv[2])
 children = []
 for number in range(4):

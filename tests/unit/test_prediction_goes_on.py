@@ -18,6 +18,7 @@ import pytest
 from featpipe import FeatureCache, Model, backbones, clean, data, extract, load_model, predict, train
 from featpipe.errors import ArchiveError, ConfigError, TimeLimitError
 from featpipe.extraction import worker
+from featpipe.extraction.worker import ExtractionWorker, create_engine
 from featpipe.inference import Engine
 from featpipe.prediction import StatusCounts, provenance, stream
 from featpipe.runtime import Deadline, Progress, parse_duration
@@ -256,7 +257,7 @@ def test_images_that_change_while_their_time_stands_still_are_predicted_again(
 ) -> None:
     path = photos / "ape" / "00.jpg"
     monkeypatch.setattr("featpipe.prediction.provenance.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
-    monkeypatch.setattr("featpipe.extraction.plan.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
+    monkeypatch.setattr("featpipe.extraction.row_sources.time_ns", lambda: (OLD_SECONDS + 1) * 10**9)
     predict(model, photos, tmp_path / "p.csv")
     size = path.stat().st_size
     path.write_bytes((jpeg(77) + bytes(size))[:size])
@@ -476,17 +477,17 @@ def test_unfinished_predictions_are_found_and_removed_with_what_else_is_unfinish
 def test_several_devices_work_on_one_file(
     model: Model, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    used_devices: list[str] = []
 
-    def embed(run: Any, devices: Any, rows: Any) -> None:
-        asked.extend(map(str, devices))
-        run.settings = replace(run.settings, device="cpu")
-        run.stream(run.has_embedding, run.handle_message).run(run.make_engine, rows)
+    def embed(worker: ExtractionWorker, devices: Any, rows: Any) -> None:
+        used_devices.extend(map(str, devices))
+        worker.config = replace(worker.config, device="cpu")
+        worker.run(lambda: create_engine(worker.backbone, worker.config, len(worker.index)), rows)
 
-    monkeypatch.setattr("featpipe.extraction.run.processes.embed_on_devices", embed)
+    monkeypatch.setattr("featpipe.extraction.run.multi_device.embed_on_devices", embed)
     model.device = "cpu,cpu"
     assert predict(model, photos, tmp_path / "p.csv") == {"ok": 18}
-    assert asked == ["cpu", "cpu"]
+    assert used_devices == ["cpu", "cpu"]
     with pytest.raises(ConfigError, match="several devices: finished work needs a place"):
         predict(model, photos)
 

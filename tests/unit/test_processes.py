@@ -75,7 +75,6 @@ def test_an_unknown_device_among_several_is_refused(make_folder, tiny, tmp_path)
 
 SLOW = """
     import sys, time
-    from featpipe.extraction import stream
     from tests.conftest import Tiny, tiny_transform
 
     class Slow(Tiny):

@@ -519,8 +519,8 @@ def test_temporary_files_go_when_their_process_is_gone_and_locks_when_nobody_hol
 def test_a_lock_that_was_removed_while_one_waited_for_it_holds_all_the_same(tmp_path):
     lock = tmp_path / ".files-01234567.lock"
     waiting = (
-        "import sys; from pathlib import Path; from featpipe.storage.staging import exclusive\n"
-        "with exclusive(Path(sys.argv[1])): print('held', Path(sys.argv[1]).exists())"
+        "import sys; from pathlib import Path; from featpipe.storage import lock_file\n"
+        "with lock_file(Path(sys.argv[1])): print('held', Path(sys.argv[1]).exists())"
     )
     with lock_file(lock):
         process = subprocess.Popen([sys.executable, "-c", waiting, lock], stdout=subprocess.PIPE, text=True)
