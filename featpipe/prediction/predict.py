@@ -1,10 +1,10 @@
 """Models + archives → a file of predictions, or standard output.
 
-What an unfinished prediction has finished are embeddings, as parts beside the file that is to be: the forward pass is
-what costs, heads answer tens of thousands of embeddings a second. So another head, another number of classes or another
-kind of file goes on from the same parts and can never be mixed with an earlier answer; all that keeps an extraction
-whole through kills, full disks and power cuts keeps this whole. Until the file is there they take some 5 kB an image,
-which itself has 100.
+An unfinished prediction stores embeddings, as parts beside the target file: the forward pass is the expensive step,
+heads process tens of thousands of embeddings a second. So another head, another number of classes or another file
+format resumes from the same parts and is never mixed with earlier predictions, and what protects an extraction from
+kills, full disks and power cuts protects this too. Until the file is complete the parts take about 5 kB an image; the
+image itself has about 100 kB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from featpipe.config import ExtractionConfig
 from featpipe.data import Index
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, make_facts
-from featpipe.model import Model
 from featpipe.prediction.config import PredictConfig, PredictOptions
 from featpipe.prediction.provenance import PredictionRequest, write_receipt
 from featpipe.prediction.rows import Prediction, iter_predictions
@@ -36,14 +35,17 @@ from featpipe.runtime import Deadline, Progress, ProgressCallback, report_warnin
 from featpipe.status import Status
 from featpipe.storage import StagingArea, compute_fingerprint, describe_differences
 
+if TYPE_CHECKING:
+    from featpipe.model import Model
+
 __all__ = ["StatusCounts", "predict"]
 
 HEAD_BATCH_ROWS = 1024
-SHARED_EMBEDDING_KEYS = ("backbone", "precision", "storage")  # of the facts of two models that one forward pass serves
+SHARED_EMBEDDING_KEYS = ("backbone", "precision", "storage")  # equal for models that share a forward pass
 
 
 class StatusCounts(dict[str, int]):
-    """How many samples have which status."""
+    """Number of samples by status."""
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><td>{escape(name)}</td><td>{count:,}</td></tr>" for name, count in self.items())
@@ -61,16 +63,16 @@ def predict(
 ) -> StatusCounts:
     """Predict every sample of some archives.
 
-    Interrupted, the same call goes on; where the file is what would be written, nothing is done.
+    After an interrupt, the same call resumes. A file that is up to date is left as it is.
 
     Parameters
     ----------
     model : Model
     archives : path-like or sequence of path-like
     out : path-like, optional
-        ``.csv``, ``.jsonl`` or ``.parquet``; CSV on standard output if not given. A file is whole or absent.
+        ``.csv``, ``.jsonl`` or ``.parquet``; CSV on standard output if not given. A file is complete or absent.
     also : sequence of Model
-        More models of the same embeddings, by the same forward pass; the names of their columns begin with theirs.
+        More models of the same embeddings, for the same forward pass; their columns are prefixed with the model's name.
     progress : callable
     **options
         The fields of :class:`featpipe.prediction.PredictConfig`.
@@ -85,9 +87,9 @@ def predict(
     ArchiveError
         If an archive cannot be listed, more images are bad than ``max_bad`` allows, or ``out`` cannot be written.
     ConfigError
-        If a model needs other embeddings than the first.
+        If a model needs other embeddings than the first one.
     TimeLimitError
-        If ``time_limit`` passed; what was finished is kept.
+        If ``time_limit`` passed; finished work is kept.
 
     Examples
     --------
@@ -123,14 +125,14 @@ class _PredictionJob:
         if self.config.cache is not None:
             embeddings = self._embed_to_cache()
             return self._write_predictions(self._iter_predictions(embeddings))
-        self.models[0].engine(len(self.index))  # a backbone that cannot be had is told before the first line
+        self.models[0].engine(len(self.index))  # an unavailable backbone is an error before the first line
         with closing(stream_all(self.models, self.index, self.config, self.progress)) as rows:
             counts = self._write_predictions(rows)
         self._report_failures(counts)
         return counts
 
     def _predict_to_file(self, path: Path) -> StatusCounts:
-        """Make the file, unless it is what would be made."""
+        """Make the file, unless it is up to date."""
         request = PredictionRequest.create(self.models, self.index, self.config, path)
         finished_counts = self._find_finished_counts(request, path)
         if finished_counts is not None:
@@ -141,12 +143,12 @@ class _PredictionJob:
         return self._predict_via_staging(request, path)
 
     def _predict_via_staging(self, request: PredictionRequest, path: Path) -> StatusCounts:
-        """Make the file from parts beside it, which are removed when it is there."""
+        """Make the file from parts beside it, and remove these."""
         extraction_config, backbone = self._extraction_config, self.models[0].backbone
         staging_area = StagingArea(parts_directory(path), compute_fingerprint(make_facts(backbone, extraction_config)))
         had_to_wait = staging_area.is_locked()
         if had_to_wait:
-            self.progress(Progress("note", f"{path}: another prediction writes this file; waiting for it"))
+            self.progress(Progress("note", f"{path}: another prediction is writing this file; waiting for it"))
         with staging_area.lock_for_writing():
             counts = self._find_finished_counts(request, path) if had_to_wait else None
             if counts is None:
@@ -162,7 +164,7 @@ class _PredictionJob:
         return self.config.extraction_config(self.models[0])
 
     def _embed_to_cache(self) -> IndexEmbeddings:
-        """The embeddings as a cache."""
+        """The embeddings, by way of a cache."""
         extraction_config, backbone = self._extraction_config, self.models[0].backbone
         cache = extract_index(
             self.index, backbone, extraction_config, self.progress, require_readable=False, deadline=self.deadline
@@ -172,7 +174,7 @@ class _PredictionJob:
         )
 
     def _find_finished_counts(self, request: PredictionRequest, path: Path) -> StatusCounts | None:
-        """How many samples have which status in a file that needs no work; None if it does."""
+        """The counts of a file that is up to date; None if it must be made."""
         receipt = request.find_current_receipt(path, self.progress)
         if receipt is None:
             return None
@@ -193,7 +195,7 @@ class _PredictionJob:
         return counts
 
     def _iter_predictions(self, embeddings: IndexEmbeddings) -> Iterator[tuple[Prediction, ...]]:
-        """What the models say of each row, block by block."""
+        """Yield the predictions of all models for each row, computed block by block."""
         n, output = len(self.index), self.models[0].output
         for start in range(0, n, HEAD_BATCH_ROWS):
             stop = min(n, start + HEAD_BATCH_ROWS)
@@ -216,7 +218,7 @@ class _PredictionJob:
         return counts
 
     def _check_max_bad(self, counts: Mapping[str, int]) -> None:
-        """Of a finished file: another limit may have held when it was made."""
+        """Apply ``max_bad`` to a finished file, which may have been made with another limit."""
         max_bad_count = self.config.get_max_bad_count(len(self.index))
         n_bad = sum(counts.values()) - counts.get(Status.OK.word, 0)
         if max_bad_count is not None and n_bad > max_bad_count:
@@ -234,7 +236,7 @@ class _PredictionJob:
 
 
 def _check_writable(path: Path) -> None:
-    """Find out before the work, and without a file that a kill would leave there; missing folders are made."""
+    """Check before the work, without a file that a kill would leave behind; missing folders are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -246,7 +248,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _remove_stale_parts(path: Path) -> None:
-    """Remove what a kill left between the last step of a prediction and the end."""
+    """Remove parts left by a kill after the file was published."""
     staging_area = StagingArea(parts_directory(path), "")
     if staging_area.directory.is_dir() and not staging_area.is_locked():
         with staging_area.lock_for_writing():
@@ -254,7 +256,7 @@ def _remove_stale_parts(path: Path) -> None:
 
 
 def _check_same_embeddings(first: Model, other: Model, model_number: int) -> None:
-    """Refuse a model that the first one's forward pass does not serve."""
+    """Refuse a model that needs another forward pass than the first one."""
     name = other.path or f"model {model_number}"
     if other.output != first.output:
         raise ConfigError(
@@ -274,11 +276,9 @@ def _check_same_embeddings(first: Model, other: Model, model_number: int) -> Non
 
 
 def _check_stdout_options(model: Model, config: PredictConfig) -> None:
-    """Refuse what standard output cannot give: work that is kept, or that is known before it is told."""
+    """Refuse options that need stored work, which standard output does not have."""
     restricted_options = {"max_bad": config.max_bad, "time_limit": config.time_limit}
     unsupported = [name.replace("_", "-") for name, value in restricted_options.items() if value is not None]
     unsupported += ["several devices"] if "," in model.device else []
     if unsupported:
-        raise ConfigError(
-            f"{unsupported[0]}: finished work needs a place, which standard output is not; give --out or --cache"
-        )
+        raise ConfigError(f"{unsupported[0]} requires --out or --cache: standard output keeps no finished work")

@@ -1,27 +1,30 @@
-"""Predictions as they are made, for whoever reads along: nothing is kept, and nothing can be gone on from."""
+"""Predictions as a stream: nothing is stored, and an interrupted stream cannot be resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featpipe import inference
 from featpipe.config import check_names
 from featpipe.data import Index
-from featpipe.inference import DecodedBatch, Loader, embed_batches
-from featpipe.model import Model
 from featpipe.prediction.config import PredictConfig, StreamOptions
 from featpipe.prediction.rows import Prediction, iter_predictions
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.status import Status
 
+if TYPE_CHECKING:
+    from featpipe.inference import DecodedBatch
+    from featpipe.model import Model
+
 __all__ = ["stream", "stream_all"]
 
 SamplePredictions = tuple[Prediction, ...]
-"""What each of some models says of one sample."""
+"""The predictions of several models for one sample."""
 
 
 def stream(
@@ -31,7 +34,7 @@ def stream(
     progress: ProgressCallback = report_warnings_only,
     **options: Unpack[StreamOptions],
 ) -> Generator[Prediction, None, None]:
-    """The predictions of an index, in its order, as they are made.
+    """Yield the predictions of an index, in its order.
 
     Parameters
     ----------
@@ -39,8 +42,7 @@ def stream(
     index : Index
     progress : callable
     **options
-        ``top``, ``sets`` and ``workers`` of
-        :class:`featpipe.prediction.PredictConfig`; the others concern embeddings that are kept.
+        ``top``, ``sets`` and ``workers`` of :class:`PredictConfig`. The others concern stored work.
     """
     check_names("setting", options, StreamOptions.__annotations__)
     with closing(stream_all([model], index, PredictConfig.from_settings(options), progress)) as rows:
@@ -51,16 +53,16 @@ def stream(
 def stream_all(
     models: Sequence[Model], index: Index, config: PredictConfig, progress: ProgressCallback = report_warnings_only
 ) -> Generator[SamplePredictions, None, None]:
-    """The same of several models on the same embeddings, by one forward pass."""
+    """Yield the predictions of several models that share embeddings, with one forward pass."""
     config.check_models(models)
     engine = models[0].engine(len(index))
     n, next_row = len(index), 0
-    loader = Loader(index, np.arange(n), engine.transform, engine.batch, collate=engine.collect)
+    loader = inference.Loader(index, np.arange(n), engine.transform, engine.batch, collate=engine.collate)
     pending_rows: dict[int, SamplePredictions] = {}
     with (
         closing(loader),
-        engine.running(),
-        closing(embed_batches(loader, engine, config.workers or engine.workers)) as batches,
+        engine.session(),
+        closing(inference.embed_batches(loader, engine, config.workers or engine.workers)) as batches,
     ):
         for batch, features in batches:
             ids = [index.ids[row] for row in batch.rows]
@@ -76,7 +78,7 @@ def stream_all(
 
 
 def _mark_not_finite(batch: DecodedBatch, X: NDArray[np.float32] | None) -> tuple[list[int], NDArray[np.float32]]:
-    """The status of each row of a batch, and the embeddings of those that have one."""
+    """The status code of each row of a batch, and the finite embeddings."""
     status = [int(code) for code in batch.status]
     if X is None:
         return status, np.zeros((0, 0), np.float32)

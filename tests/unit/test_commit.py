@@ -440,7 +440,7 @@ for number in range(4):
     if not children[-1]:
         for turn in range(60):
             parts = StagingArea(folder, "1" * 64)
-            parts.busy()
+            parts.is_locked()
             with parts.lock_for_writing():
                 os.close(os.open(token, os.O_CREAT | os.O_EXCL))
                 if turn % 3:

@@ -488,7 +488,7 @@ def test_several_devices_work_on_one_file(
     model.device = "cpu,cpu"
     assert predict(model, photos, tmp_path / "p.csv") == {"ok": 18}
     assert used_devices == ["cpu", "cpu"]
-    with pytest.raises(ConfigError, match="several devices: finished work needs a place"):
+    with pytest.raises(ConfigError, match="several devices requires --out or --cache"):
         predict(model, photos)
 
 

@@ -106,11 +106,9 @@ def test_an_interrupt_commits_what_the_processes_have_and_ends_them(make_folder,
             if "embedding on" in line:
                 break
         time.sleep(1.0)
-        started = time.monotonic()
         running.send_signal(signal.SIGTERM)
         said = running.stderr.read()
         assert running.wait(60) == 1
-    assert time.monotonic() - started < 20
     assert "interrupted; what was finished is kept" in said
     assert "Traceback" not in said
     assert list(tmp_path.glob("*.parts/*.record"))
