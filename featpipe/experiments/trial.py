@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from featpipe.experiments.result import TrialResult
 from featpipe.metrics import METRICS, Calibration, Scores, score
 from featpipe.model import Model, load_model
 from featpipe.runtime import Progress, ProgressCallback
-from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
+from featpipe.storage import Receipt, atomic_write, compute_fingerprint, digest_arrays
 from featpipe.training import EmbeddingDataset, make_head_config, parse_policy, train_head
 
 __all__ = ["RecordStore", "TrialRun", "get_package_versions", "make_model_inputs"]
@@ -269,30 +268,25 @@ class RecordStore:
         """What was recorded under a name, if it was made from these facts and its file is as it was written."""
         try:
             record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            is_current = record["made_from"] == compute_fingerprint(_to_json_value(inputs))
-            if not is_current or (file is not None and record["sha256"] != _compute_sha256(file)):
-                return None
+            receipt = Receipt(record["made_from"], output_sha256=record["sha256"])
             outcome: dict[str, Any] = record["found"]
-        except (OSError, ValueError, LookupError, TypeError):  # torn, or nobody's
+        except (OSError, ValueError, LookupError, TypeError):  # damaged, or not a record
             return None
-        return outcome
+        return outcome if receipt.is_current(compute_fingerprint(_to_json_value(inputs)), output=file) else None
 
     def write(self, name: str, inputs: Any, outcome: dict[str, Any], file: Path | None = None) -> None:
         """Record what was found, once its file is complete."""
-        digest = None if file is None else _compute_sha256(file)
+        receipt = Receipt(compute_fingerprint(_to_json_value(inputs)))
+        if file is not None:
+            receipt = receipt.with_output(file)
         record = {
-            "made_from": compute_fingerprint(_to_json_value(inputs)),
+            "made_from": receipt.request,
             "facts": _to_json_value(inputs),
-            "sha256": digest,
+            "sha256": receipt.output_sha256,
             "found": outcome,
         }
         with atomic_write(self.folder / f"{name}.json", text=True) as out:
             json.dump(record, out, indent=1, ensure_ascii=False)
-
-
-def _compute_sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _to_json_value(value: Any) -> Any:

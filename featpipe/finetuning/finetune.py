@@ -42,6 +42,7 @@ from featpipe.heads import LossFunction
 from featpipe.inference import keep_freed_memory, resolve_device
 from featpipe.model import Model, load_model
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.storage import Receipt
 
 __all__ = ["compute_network_importances", "finetune", "finetune_network", "prepare_start", "resolve_process_device"]
 
@@ -148,12 +149,10 @@ def _load_finished(context: FineTuneContext) -> FineTuningResult | None:
         saved_model = load_model(context.out)
     except ModelError:
         return None
-    finetuning_record = saved_model.history.get("finetuning") or {}
-    return (
-        FineTuningResult.from_dict(saved_model, finetuning_record["result"])
-        if finetuning_record.get("request") == context.run_digest
-        else None
-    )
+    record = saved_model.history.get("finetuning") or {}
+    if not Receipt(record.get("request", "")).is_current(context.run_digest):
+        return None
+    return FineTuningResult.from_dict(saved_model, record["result"])
 
 
 def _compare_and_save(

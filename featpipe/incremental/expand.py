@@ -29,6 +29,7 @@ from featpipe.incremental.result import Expansion, build_expanded_model
 from featpipe.incremental.select_method import select_and_fit
 from featpipe.model import Model, RetentionPolicy, load_model
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.storage import Receipt
 
 __all__ = ["expand"]
 
@@ -203,7 +204,9 @@ def _load_finished(model: Model, request: str, out: str | os.PathLike[str] | Non
     except ModelError:
         return None
     last_expansion = (saved_model.history.get("expansions") or [{}])[-1]
+    base_model = last_expansion.get("from", "")
     is_same_file = model.path is not None and Path(out).exists() and os.path.samefile(out, model.path)
-    if last_expansion.get("request") != request or (not is_same_file and last_expansion.get("from") != model.identity):
+    receipt = Receipt(last_expansion.get("request", ""), inputs=base_model)
+    if not receipt.is_current(request, inputs=base_model if is_same_file else model.identity):
         return None
     return Expansion.from_dict(saved_model, saved_model.scores["expansion"]["result"])

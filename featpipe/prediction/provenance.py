@@ -30,7 +30,15 @@ from featpipe.prediction.config import PredictConfig
 from featpipe.prediction.writers import PredictionColumns, find_parts_directory, make_columns
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.status import Status
-from featpipe.storage import RACY_NANOSECONDS, Receipt, atomic_write, compute_fingerprint, digest, digest_arrays
+from featpipe.storage import (
+    RACY_NANOSECONDS,
+    Receipt,
+    atomic_write,
+    compute_fingerprint,
+    digest,
+    digest_arrays,
+    hash_file,
+)
 
 if TYPE_CHECKING:
     from featpipe.model import Model
@@ -179,8 +187,7 @@ def read_receipt(path: Path) -> PredictionReceipt | None:
 
 def write_receipt(path: Path, receipt: PredictionReceipt) -> None:
     """Write the receipt of a finished file."""
-    with_output = receipt.to_receipt().with_output(path)
-    _dump_receipt(path, replace(receipt, bytes=with_output.output_bytes, sha256=with_output.output_sha256))
+    _dump_receipt(path, replace(receipt, bytes=path.stat().st_size, sha256=hash_file(path)))
 
 
 def receipt_path(path: Path) -> Path:

@@ -448,7 +448,7 @@ def test_too_many_bad_images_stop_the_work_and_a_higher_limit_goes_on(
 
 @pytest.mark.parametrize("asked", [{"max_bad": 1}, {"time_limit": "3h"}])
 def test_standard_output_is_no_place_for_finished_work(model: Model, photos: Path, asked: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="give --out or --cache"):
+    with pytest.raises(ConfigError, match="requires --out or --cache"):
         predict(model, photos, **asked)
 
 
