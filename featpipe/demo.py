@@ -14,12 +14,11 @@ from featpipe import data
 from featpipe.cache import SPLIT_NAMES, FeatureCache
 from featpipe.data import TILE_SIZE, decode_image, write_tiles
 from featpipe.evaluation import Evaluation, evaluate
-from featpipe.experiments import write_report
 from featpipe.extraction import extract
 from featpipe.heads import SoftmaxRegression
 from featpipe.metrics import Scores, score
 from featpipe.model import Model
-from featpipe.report import ComparisonRow
+from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.training import train
 
@@ -104,7 +103,7 @@ def _make_head_rows(models: dict[str, Model], scores: dict[str, Scores], best_he
             score=scores[head].metrics["accuracy"],
             seconds_to_fit=model.history["seconds_to_fit"],
             note=f"on embeddings; cross-validated {_cross_validated_accuracy(model):.3f} on the left halves",
-            chosen=head == best_head,
+            is_selected=head == best_head,
         )
         for head, model in models.items()
     ]

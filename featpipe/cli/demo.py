@@ -7,7 +7,7 @@ from time import perf_counter
 
 import click
 
-from featpipe.cli.terminal import Terminal, print_json
+from featpipe.cli.terminal import Terminal, get_command_line, print_json
 from featpipe.runtime import format_table
 
 __all__ = ["demo"]
@@ -28,10 +28,9 @@ def demo(out: str, as_json: bool) -> None:
     """
     started = perf_counter()
     from featpipe.demo import run_demo
-    from featpipe.experiments import command_line
 
     with Terminal() as terminal:
-        result = run_demo(Path(out), terminal, command_line())
+        result = run_demo(Path(out), terminal, get_command_line())
     if as_json:
         scores = [{"name": row.name, "accuracy": row.score.value} for row in result.comparison]
         print_json(
@@ -44,7 +43,7 @@ def demo(out: str, as_json: bool) -> None:
         )
         return
     rows = [
-        ["→" if r.chosen else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
+        ["→" if r.is_selected else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
         for r in result.comparison
     ]
     click.echo(f"\nAccuracy on {result.n_tested} tiles from the right halves, with 95 % intervals\n")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.terminal import Terminal, print_json
+from featpipe.cli.terminal import Terminal, get_command_line, print_json
 
 __all__ = ["evaluate"]
 
@@ -16,17 +16,21 @@ __all__ = ["evaluate"]
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
 @click.option("--against", multiple=True, metavar="MODEL", help="Compare with another model on the same rows.")
-@click.option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels, for archives.")
-@click.option("--without", metavar="TABLE", help="Leave out the samples of a table, such as one of --findings.")
+@click.option("--labels", metavar="TABLE", help="CSV or Parquet table of paths and labels, for archives.")
+@click.option("--without", metavar="TABLE", help="Leave out the samples of a table, such as one written by --findings.")
 @click.option(
-    "--trained-on", metavar="CACHE", help="What the model was trained on, for near-duplicates.  [default: looked for]"
+    "--trained-on",
+    metavar="CACHE",
+    help="The cache on which the model was trained, to check for near duplicates.  [default: searched for]",
 )
-@click.option("--near", type=click.FloatRange(0, 1, min_open=True), metavar="COSINE", help="Of near-duplicates.")
+@click.option(
+    "--near", type=click.FloatRange(0, 1, min_open=True), metavar="COSINE", help="Cosine threshold for near duplicates."
+)
 @click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
 @click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
 @click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
-@click.option("--report", metavar="PAGE.html", help="Write a page with pictures.")
-@click.option("--findings", metavar="DIR", help="Write tables of what to look at next, as CSV.")
+@click.option("--report", metavar="PAGE.html", help="Write an HTML report.")
+@click.option("--findings", metavar="DIR", help="Write tables of samples to inspect, as CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Print scores and findings as JSON.")
 def evaluate(
     model: str,
@@ -39,19 +43,19 @@ def evaluate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Score a model on images that it was not trained on.
+    """Score a model on images on which it was not trained.
 
-    Images whose bytes were among the training images are left out, and counted; near-duplicates of them are counted.
+    Exact copies of training images are left out and counted; near duplicates are scored and counted.
 
     \b
     Example:
       featpipe evaluate photos.model new-photos/ --report page.html
       featpipe evaluate photos.model cache/photos.h5 --against other.model --findings findings/
     """
-    from featpipe import experiments
     from featpipe.diagnostics import write_findings
     from featpipe.evaluation import evaluate as run
     from featpipe.model import load_model
+    from featpipe.report import write_report
 
     loaded_model = load_model(model, backbone=backbone, device=device)
     baselines = [load_model(path, backbone=backbone, device=device) for path in against]
@@ -59,7 +63,7 @@ def evaluate(
     with Terminal() as terminal:
         evaluation = run(loaded_model, list(data), against=baselines, progress=terminal, **settings)
         if report:
-            experiments.write_report(report, evaluation, command=experiments.command_line())
+            write_report(report, evaluation, command=get_command_line())
         finding_paths = write_findings(evaluation.findings, findings) if findings else []
     if as_json:
         print_json(evaluation.to_dict())

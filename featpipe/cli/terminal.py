@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from featpipe.runtime import Progress, printable
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
 
-__all__ = ["Terminal", "in_notebook", "print_cache", "print_json"]
+__all__ = ["Terminal", "get_command_line", "in_notebook", "print_cache", "print_json"]
 
 SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
 
@@ -78,6 +80,11 @@ class Terminal:
             self._bar.close()
             self._stage = ""
         self._bar = None
+
+
+def get_command_line() -> str:
+    """The command that the user typed, quoted for a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def in_notebook() -> bool:

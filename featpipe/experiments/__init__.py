@@ -17,7 +17,6 @@ from featpipe.experiments.recipe.schema import (
     SplitConfig,
     TrainingConfig,
 )
-from featpipe.experiments.report import command_line, write_report
 from featpipe.experiments.result import EmbeddingSummary, RunResult, TrialResult
 from featpipe.experiments.run import run
 
@@ -37,12 +36,10 @@ __all__ = [
     "SplitConfig",
     "TrainingConfig",
     "TrialResult",
-    "command_line",
     "list_builtin_recipes",
     "parse_changes",
     "plan_run",
     "read_question",
     "read_recipe",
     "run",
-    "write_report",
 ]

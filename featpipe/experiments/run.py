@@ -32,13 +32,12 @@ from featpipe.experiments.finetune import FineTuneRun
 from featpipe.experiments.grid import list_trials, resolve_recipe
 from featpipe.experiments.recipe.parse import read_recipe
 from featpipe.experiments.recipe.schema import Recipe
-from featpipe.experiments.report import write_report
 from featpipe.experiments.result import RunResult, TrialResult, recipe_to_toml
 from featpipe.experiments.trial import RecordStore, TrialRun, get_package_versions
 from featpipe.finetuning import FineTuningResult
 from featpipe.metrics import SELECTION_METRICS, Interval
 from featpipe.model import load_model
-from featpipe.report import ComparisonRow
+from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
 from featpipe.storage import atomic_write, lock_file, make_writable_folder
 
@@ -352,7 +351,7 @@ def _make_comparison_row(result: TrialResult, run_result: RunResult) -> Comparis
         score=Interval(math.nan if held_out["value"] is None else held_out["value"], *bounds),
         seconds_to_fit=result.seconds_to_fit,
         note=_describe_result(result, len(run_result.embedded) > 1),
-        chosen=result.best,
+        is_selected=result.best,
     )
 
 

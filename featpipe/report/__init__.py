@@ -1,4 +1,4 @@
-"""One self-contained HTML page that says what was done and how well it works."""
+"""The report of an evaluation: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from featpipe.report.page import BaselineRow, ComparisonRow, Gallery, Page, Repo
 from featpipe.report.render import render_page, write_page
 
 if TYPE_CHECKING:
-    from featpipe.report.from_evaluation import make_evaluation_content
+    from featpipe.report.write import write_report
 
 __all__ = [
     "BaselineRow",
@@ -18,13 +18,13 @@ __all__ = [
     "Page",
     "ReportImage",
     "ReportTable",
-    "make_evaluation_content",
     "render_page",
     "write_page",
+    "write_report",
 ]
 
 _LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "make_evaluation_content": "from_evaluation",
+    "write_report": "write",
 }
 
 

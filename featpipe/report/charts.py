@@ -1,4 +1,4 @@
-"""From numbers to the places where a chart draws them."""
+"""Positions of what static charts draw: axes, bars, cells of the confusion matrix, training curves."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ __all__ = ["Axis", "ConfusionCell", "TrainingCurve", "make_axis", "make_confusio
 
 @dataclass(frozen=True)
 class Axis:
-    """A horizontal scale; places are percentages of its width, so that charts fit every screen."""
+    """A horizontal linear scale; positions are percentages of its width, so that charts fit every screen."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
-    def at(self, value: float) -> str:
-        """Where a value lies.
+    def position(self, value: float) -> str:
+        """The position of a value, clipped to the axis.
 
         Examples
         --------
-        >>> Axis(0, 2, ()).at(0.5)
+        >>> Axis(0, 2, ()).position(0.5)
         '25.00%'
         """
         fraction = (value - self.low) / (self.high - self.low)
         return f"{100 * min(max(fraction, 0.0), 1.0):.2f}%"
 
-    def across(self, start: float, end: float) -> str:
-        """How far apart two values lie."""
-        return f"{abs(float(self.at(end)[:-1]) - float(self.at(start)[:-1])):.2f}%"
+    def distance(self, start: float, end: float) -> str:
+        """The distance between two values, clipped to the axis."""
+        return f"{abs(float(self.position(end)[:-1]) - float(self.position(start)[:-1])):.2f}%"
 
 
 def make_axis(values: Iterable[float]) -> Axis:
-    """The scale for some values: always with zero, and 0 to 1 where all of them are shares.
+    """Make an axis that contains the values and zero; 0 to 1 if all of them are shares.
 
     Examples
     --------
-    >>> axis_of([0.92, 0.11]).ticks, axis_of([-3.0, 12.0]).ticks
+    >>> make_axis([0.92, 0.11]).ticks, make_axis([-3.0, 12.0]).ticks
     ((0.0, 0.25, 0.5, 0.75, 1.0), (-5.0, 0.0, 5.0, 10.0, 15.0))
     """
     finite_values = [value for value in values if math.isfinite(value)]
@@ -48,30 +48,30 @@ def make_axis(values: Iterable[float]) -> Axis:
     if low >= 0 and 0.05 < high <= 1:
         return Axis(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
     low, high = min(low, 0.0), max(high, 0.0)
-    step = _tick_step((high - low if high - low > 1e-300 else 1.0) / 4)
+    step = _round_tick_step((high - low if high - low > 1e-300 else 1.0) / 4)
     first_tick, last_tick = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
     ticks = tuple(float(f"{step * i:.12g}") for i in range(first_tick, last_tick + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 
-def _tick_step(step: float) -> float:
-    """The next larger of 1, 2, 5 times a power of ten."""
+def _round_tick_step(step: float) -> float:
+    """Round a step up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= step * (1 - 1e-9))
 
 
 @dataclass(frozen=True)
 class ConfusionCell:
-    """One cell of a confusion matrix; `level` 0 is nothing, 5 the deepest colour."""
+    """One cell of a confusion matrix; `level` is the depth of its colour, from 0 (none) to 5."""
 
     predicted: str
     rows: int
     level: int
-    right: bool
+    is_correct: bool
 
 
 def make_confusion_matrix(scores: Scores) -> list[tuple[str, int, list[ConfusionCell]]]:
-    """Each true class with its rows and its cells, coloured by their share of the class."""
+    """Make the lines of a confusion matrix: true class, its number of rows, and its cells."""
     if scores.confusion is None:
         return []
     matrix = []
@@ -91,26 +91,26 @@ def make_confusion_matrix(scores: Scores) -> list[tuple[str, int, list[Confusion
 
 
 def _color_level(class_share: float, *, is_correct: bool) -> int:
-    """Mistakes deepen sooner than hits: a tenth of a class gone astray is worth seeing."""
+    """The colour depth of a share of a class. Errors get deep colours sooner, so that 10 % of a class stands out."""
     thresholds = (0.2, 0.4, 0.6, 0.8) if is_correct else (0.03, 0.08, 0.2, 0.4)
     return 1 + sum(class_share >= threshold for threshold in thresholds)
 
 
 @dataclass(frozen=True)
 class TrainingCurve:
-    """A line in a box 100 wide and 40 high, as one SVG path; gaps where a value is not finite."""
+    """A line in a box 100 wide and 40 high, as one SVG path, with gaps where values are not finite."""
 
     name: str
     path: str
     epochs: int
     first: str
     last: str
-    least: str
-    most: str
+    minimum: str
+    maximum: str
 
 
 def make_training_curve(name: str, values: Sequence[float]) -> TrainingCurve:
-    """Draw one value for each epoch."""
+    """Draw one value per epoch."""
     finite_values = [value for value in values if math.isfinite(value)]
     low, high = min(finite_values, default=0.0), max(finite_values, default=1.0)
     height = high - low or 1.0

@@ -1,4 +1,4 @@
-"""What a report says, apart from how it looks."""
+"""The content of a report, separate from its HTML."""
 
 from __future__ import annotations
 
@@ -21,54 +21,54 @@ class ComparisonRow:
     score : Interval
     seconds_to_fit : float or None
     note : str
-        A few words: what it is, or why it is here.
-    chosen : bool
-        Whether it is the head of the model.
+        A few words about it.
+    is_selected : bool
+        Whether it is the head of the reported model.
     """
 
     name: str
     score: Interval
     seconds_to_fit: float | None = None
     note: str = ""
-    chosen: bool = False
+    is_selected: bool = False
 
 
 @dataclass(frozen=True)
 class ReportImage:
-    """One image with what was predicted for it.
+    """One image with its prediction.
 
     Attributes
     ----------
-    jpeg : bytes
-        A thumbnail, JPEG or WebP; it is shown as it is, so make it small. Empty where the image is not at hand.
+    thumbnail : bytes
+        JPEG or WebP, embedded unchanged; empty if the image is not available.
     id : str
-        The sample's id, as caption.
-    true : str or None
-        Its label, None where it is not known.
+        The sample's id.
+    label : str or None
+        None if unknown.
     predicted : str
     probability : float or None
-        Of what was predicted, None where there is none (a number).
+        Of the prediction; None for a regression.
     row : int or None
-        Its place among the samples that the script knows.
-    beside : bytes
-        Another picture that it is shown with, as a copy of it.
+        Position among the scored rows, by which the script finds the image.
+    duplicate : bytes
+        Thumbnail of a near duplicate, shown next to it.
     note : str
-        A few words more.
+        A few words about it.
     """
 
-    jpeg: bytes
+    thumbnail: bytes
     id: str
-    true: str | None
+    label: str | None
     predicted: str
     probability: float | None = None
     row: int | None = None
-    beside: bytes = b""
+    duplicate: bytes = b""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Figures, with their headings.
+    """A table.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class ReportTable:
     rows : sequence of sequence
         Text and numbers.
     total : int
-        How many rows there are in all.
+        Number of rows of the whole table, of which `rows` may be the first ones.
     """
 
     columns: Sequence[str]
@@ -86,41 +86,43 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Samples of one kind that deserve a look.
+    """One finding: samples to inspect, as a table and as images.
 
     Attributes
     ----------
     name : str
-        For links within the page.
+        Anchor of its section.
     title, meaning : str
-    table : Table
-    pictures : sequence of Picture
+    table : ReportTable
+    images : sequence of ReportImage
     note : str
-        What was not looked for, and why.
+        What was not checked, and why.
     """
 
     name: str
     title: str
     meaning: str
     table: ReportTable
-    pictures: Sequence[ReportImage] = ()
+    images: Sequence[ReportImage] = ()
     note: str = ""
 
 
 @dataclass(frozen=True)
 class BaselineRow:
-    """Another model on the same rows, and how the two differ.
+    """Another model on the same rows, and its difference to the reported model.
 
     Attributes
     ----------
     name : str
-    score, difference : Interval
-        Of it; and of the first model minus it.
+    score : Interval
+    difference : Interval
+        The reported model minus this one.
     p : float
+        p-value of the difference.
     test : str
-        For people.
+        Name of the statistical test.
     only_first, only_second : int or None
-        Rows that one alone gets right.
+        Rows on which only the reported model, or only this one, is correct.
     """
 
     name: str
@@ -134,54 +136,55 @@ class BaselineRow:
 
 @dataclass(frozen=True)
 class Page:
-    """One report. Whatever is empty is left out of the page; all text is untrusted and stays text.
+    """The content of one report. Empty parts are omitted; all text is untrusted and escaped.
 
     Attributes
     ----------
     title : str
     lead : str
-        The result in one sentence, for someone with one minute.
-    facts : sequence of (str, str)
-        Summary figures: ("Samples", "940").
-    comparison : sequence of Row
-    comparison_score : str
-        What is compared, as one of the names in `featpipe.metrics.METRICS` or any text.
+        The result in one sentence.
+    key_figures : sequence of (str, str)
+        For example ("Samples", "940").
+    comparison : sequence of ComparisonRow
+    comparison_metric : str
+        The metric of `comparison`: a name in `featpipe.metrics.METRICS`, or any text.
     scores : Scores or None
-    pictures : sequence of Picture
-    bad : sequence of (str, int)
-        Why images could not be read, and how many.
+    examples : sequence of ReportImage
+        Correct predictions; for a regression, any predictions.
+    unreadable : sequence of (str, int)
+        Unreadable images by reason.
     provenance : sequence of (str, str)
-        What makes the result repeatable: backbone, fingerprint, versions, command.
+        What is needed to reproduce the result.
     curves : mapping of str to sequence of float
-        A value for each epoch, by name.
+        Training curves by title, one value per epoch.
     notes : sequence of str
-        What someone with one minute must know beside the result.
-    how : sequence of (str, str)
-        How the rows were split, and what was chosen by which of them.
-    rivals : sequence of Rival
+        Warnings and advice, shown next to the result.
+    protocol : sequence of (str, str)
+        Which rows trained, tuned and tested the model.
+    baselines : sequence of BaselineRow
     galleries : sequence of Gallery
-    tables : mapping of str to Table
-        The figures behind the charts, by the chart's name: ``reliability``, ``threshold``, ``learning``, ``sets``.
-    sentences : mapping of str to str
-        What a chart shows, in words, by its name.
-    drawn : mapping
-        What the script draws, as JSON can hold it; its texts are untrusted too.
+    tables : mapping of str to ReportTable
+        The data of the charts, by chart: ``reliability``, ``threshold``, ``learning``, ``sets``, ``novelty``.
+    captions : mapping of str to str
+        The main result of each chart in one or two sentences.
+    script_data : mapping
+        What the script draws, ready for JSON but for thumbnails, which are bytes; its texts are untrusted too.
     """
 
     title: str
     lead: str = ""
-    facts: Sequence[tuple[str, str]] = ()
+    key_figures: Sequence[tuple[str, str]] = ()
     comparison: Sequence[ComparisonRow] = ()
-    comparison_score: str = "accuracy"
+    comparison_metric: str = "accuracy"
     scores: Scores | None = None
-    pictures: Sequence[ReportImage] = ()
-    bad: Sequence[tuple[str, int]] = ()
+    examples: Sequence[ReportImage] = ()
+    unreadable: Sequence[tuple[str, int]] = ()
     provenance: Sequence[tuple[str, str]] = ()
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    how: Sequence[tuple[str, str]] = ()
-    rivals: Sequence[BaselineRow] = ()
+    protocol: Sequence[tuple[str, str]] = ()
+    baselines: Sequence[BaselineRow] = ()
     galleries: Sequence[Gallery] = ()
     tables: Mapping[str, ReportTable] = field(default_factory=dict)
-    sentences: Mapping[str, str] = field(default_factory=dict)
-    drawn: Mapping[str, Any] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
+    script_data: Mapping[str, Any] = field(default_factory=dict)

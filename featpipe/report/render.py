@@ -1,4 +1,4 @@
-"""From a page to HTML, and to a file that is whole or absent."""
+"""Render a page as HTML, and write it atomically."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from featpipe.storage import atomic_write
 
 __all__ = ["render_page", "write_page"]
 
-# More classes than this make a matrix that nobody reads: the most confused pairs stand in its place.
-_MAX_MATRIX_CLASSES = 40
-# More classes than this are folded away behind the weakest ones.
-_MAX_UNFOLDED_CLASSES = 20
+MAX_MATRIX_CLASSES = 40  # with more, the page lists the most confused pairs instead of the confusion matrix
+MAX_LISTED_CLASSES = 20  # in that case, scores of the other classes are folded
+MAX_NAME_CHARACTERS = 200
 
-# Control characters, and those that override or embed a direction of writing; the marks that right-to-left names
-# need of themselves stay.
+# Control characters, and characters that override or embed a writing direction. The marks that right-to-left names
+# need are kept.
 _INVISIBLE_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 _CLASS_COLUMN_TITLES = {
@@ -46,7 +45,7 @@ _CLASS_COLUMN_TITLES = {
 
 
 def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
-    """Write a page to a file; under its final name it is whole, or as it was before.
+    """Write a page to a file atomically: an interrupted write leaves the previous file.
 
     Raises
     ------
@@ -66,56 +65,58 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
 
 
 def render_page(page: Page) -> str:
-    """The page as HTML that asks nothing of the network: styles, scripts, data and pictures inside."""
+    """Render a page as self-contained HTML: styles, scripts, data and images are embedded."""
     template, style, scripts = _load_template_and_assets()
-    compared_metric = METRICS.get(page.comparison_score, Metric(page.comparison_score, ""))
+    compared_metric = METRICS.get(page.comparison_metric, Metric(page.comparison_metric, ""))
     interval_bounds = [bound for row in page.comparison for bound in (row.score.value, row.score.low, row.score.high)]
     return template.render(
         page=page,
         style=style,
-        scripts=scripts if page.drawn else (),
-        policy=_make_content_security_policy(style, scripts if page.drawn else ()),
-        data=_to_script_json(page.drawn) if page.drawn else "",
+        scripts=scripts if page.script_data else (),
+        policy=_make_content_security_policy(style, scripts if page.script_data else ()),
+        data=_to_script_json(page.script_data) if page.script_data else "",
         axis=make_axis(interval_bounds),
-        compared={"name": compared_metric.title, "meaning": compared_metric.meaning},
+        comparison_metric=compared_metric,
         curves=[make_training_curve(name, values) for name, values in page.curves.items()],
-        contents=_list_sections(page),
+        sections=_list_sections(page),
         **_make_score_context(page.scores),
     )
 
 
 def _list_sections(page: Page) -> list[tuple[str, str]]:
-    """The sections that people jump to."""
+    """The sections to which the page links: anchor and title."""
     sections = [
         ("comparison", "Comparison", page.comparison),
         ("scores", "Scores", page.scores),
-        ("sure", "How sure", page.tables.keys() - {"learning"}),
-        ("confusion", "Confusions", page.scores is not None and page.scores.confusion is not None),
-        ("next", "Look at next", page.galleries),
-        ("map", "Map", page.drawn),
-        ("learning", "More labels", "learning" in page.tables),
-        ("how", "How it was judged", page.how),
-        ("provenance", "Repeat", page.provenance),
+        ("uncertainty", "Uncertainty", page.tables.keys() - {"learning"}),
+        ("confusion", "Confusion matrix", page.scores is not None and page.scores.confusion is not None),
+        ("findings", "Findings", page.galleries),
+        ("map", "Map", page.script_data),
+        ("learning", "Learning curve", "learning" in page.tables),
+        ("protocol", "Protocol", page.protocol),
+        ("provenance", "Provenance", page.provenance),
     ]
-    return [(target, title) for target, title, is_present in sections if is_present]
+    return [(anchor, title) for anchor, title, is_present in sections if is_present]
 
 
 def _make_score_context(scores: Scores | None) -> dict[str, Any]:
-    """What the template shows of some scores."""
+    """The variables of the template that show scores."""
     if scores is None:
-        return {"metrics": [], "columns": [], "weakest": [], "others": [], "matrix": [], "pairs": []}
+        return {"metrics": [], "class_columns": [], "weakest": [], "others": [], "matrix": [], "pairs": []}
     metric_rows = [
         (metric.title, metric.meaning, scores.metrics[name])
         for name, metric in ((name, METRICS.get(name, Metric(name, ""))) for name in scores.metrics)
     ]
     class_rows = scores.weakest()
-    has_many_classes = len(scores.classes) > _MAX_MATRIX_CLASSES
-    n_unfolded = _MAX_UNFOLDED_CLASSES if has_many_classes else len(class_rows)
+    has_many_classes = len(scores.classes) > MAX_MATRIX_CLASSES
+    n_listed = MAX_LISTED_CLASSES if has_many_classes else len(class_rows)
     return {
         "metrics": metric_rows,
-        "columns": [(key, title) for key, title in _CLASS_COLUMN_TITLES.items() if class_rows and key in class_rows[0]],
-        "weakest": class_rows[:n_unfolded],
-        "others": class_rows[n_unfolded:],
+        "class_columns": [
+            (key, title) for key, title in _CLASS_COLUMN_TITLES.items() if class_rows and key in class_rows[0]
+        ],
+        "weakest": class_rows[:n_listed],
+        "others": class_rows[n_listed:],
         "matrix": [] if has_many_classes else make_confusion_matrix(scores),
         "pairs": [pair for pair in scores.confused(20 if has_many_classes else 5) if has_many_classes or pair[2] > 1],
     }
@@ -123,7 +124,7 @@ def _make_score_context(scores: Scores | None) -> dict[str, Any]:
 
 @cache
 def _load_template_and_assets() -> tuple[Template, str, tuple[str, ...]]:
-    """The template, the style sheet and the scripts: D3 and Observable Plot, then our own."""
+    """Load the template, the style sheet and the scripts: D3, Observable Plot and page.js."""
     package_files = files("featpipe.report")
     environment = Environment(
         loader=FunctionLoader(lambda name: (package_files / name).read_text("utf-8")),
@@ -134,12 +135,12 @@ def _load_template_and_assets() -> tuple[Template, str, tuple[str, ...]]:
     )
     environment.filters.update(
         number=_format_cell,
-        plain=_escape_invisible,
+        escape_invisible=_escape_invisible,
         short=_truncate_name,
-        seconds=_format_duration,
+        duration=_format_duration,
         data_uri=_to_data_uri,
         percent=_format_percent,
-        chance=_format_p_value,
+        p_value=_format_p_value,
     )
     scripts = tuple(
         (package_files / name).read_text("utf-8").strip()
@@ -149,7 +150,7 @@ def _load_template_and_assets() -> tuple[Template, str, tuple[str, ...]]:
 
 
 def _make_content_security_policy(style: str, scripts: Sequence[str]) -> str:
-    """What a browser may do for this page: run these scripts, use this style, show pictures that are inside it."""
+    """Allow only the embedded scripts, the embedded style sheet and embedded images."""
     directives = ["default-src 'none'", "img-src data:", f"style-src {_csp_hash(style)}"]
     if scripts:
         directives.append(f"script-src {' '.join(map(_csp_hash, scripts))}")
@@ -162,7 +163,7 @@ def _csp_hash(text: str) -> str:
 
 
 def _to_script_json(value: object) -> str:
-    """As it can stand within a script element: no character of HTML in it, texts as `_plain` makes them."""
+    """JSON that is safe within a script element; invisible characters of its texts are escaped."""
     text = json.dumps(_escape_invisible_in(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -192,28 +193,28 @@ def _format_p_value(p_value: float) -> str:
 
 
 def _escape_invisible(text: str) -> str:
-    """Text with the characters made visible that would vanish in HTML, or show the others in a false order."""
+    """Escape characters that are invisible in HTML or change the order of others."""
     return _INVISIBLE_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _truncate_name(text: str) -> str:
-    """What of a long name is laid out at all; the style sheet cuts it further to the room there is."""
-    return text if len(text) <= 200 else text[:199] + "…"
+    """Limit the length of a name in the page; the style sheet shortens it further to the space available."""
+    return text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 1] + "…"
 
 
 def _format_percent(probability: float) -> str:
-    """A probability as people read it, never rounded up to certainty."""
+    """Format a probability, never rounded up to 100 % or down to 0 %."""
     if 0.995 <= probability < 1:
         return "> 99 %"
     return f"{100 * probability:.0f} %" if probability >= 0.01 or probability == 0 else "< 1 %"
 
 
 def _format_duration(seconds: float) -> str:
-    """A duration as people read it.
+    """Format a duration.
 
     Examples
     --------
-    >>> _seconds(0.034), _seconds(12.3), _seconds(250)
+    >>> _format_duration(0.034), _format_duration(12.3), _format_duration(250)
     ('0.03 s', '12 s', '4 min 10 s')
     """
     if seconds < 10:

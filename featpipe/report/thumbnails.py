@@ -1,4 +1,4 @@
-"""Small re-encoded pictures of samples, from the archives that a cache remembers; never the original bytes."""
+"""Thumbnails of samples, decoded from the archives of a cache and encoded again."""
 
 from __future__ import annotations
 
@@ -15,41 +15,35 @@ from featpipe.storage import digest
 __all__ = ["Thumbnails"]
 
 THUMBNAIL_PIXELS = 80
-N_DECODING_THREADS = 4  # decoding lets go of the interpreter
+N_DECODING_THREADS = 4  # decoding releases the interpreter lock
 
 
 class Thumbnails:
-    """Pictures of rows of a cache; those that can still be read, and are still the same.
+    """Thumbnails of rows of a cache whose samples can still be read and have not changed.
 
     Parameters
     ----------
     cache : FeatureCache
-
-    Attributes
-    ----------
-    found : bool
-        Whether the archives are where they were, with samples of the cache. Others may have come, or been left out.
     """
 
     def __init__(self, cache: FeatureCache) -> None:
         self._cache = cache
-        self._index: Any = None
         paths = cache.manifest.get("archives", [])
         try:
             index = data.index(paths) if paths else None
         except FeatpipeError:
             index = None
-        index_rows = {} if index is None else _match_index_rows(index.ids, cache.ids)
-        self._index = index if index_rows else None
-        self._index_rows = index_rows
+        self._index_rows = {} if index is None else _match_index_rows(index.ids, cache.ids)
+        self._index: Any = index if self._index_rows else None
         self._thumbnails: dict[int, bytes] = {}
 
     @property
     def is_available(self) -> bool:
+        """Whether the archives are where they were and have samples of the cache."""
         return self._index is not None
 
     def load(self, rows: Sequence[int]) -> dict[int, bytes]:
-        """Thumbnails by row number."""
+        """Load the thumbnails of rows, by row number; rows without a thumbnail are missing."""
         missing_rows = [row for row in dict.fromkeys(rows) if row not in self._thumbnails and row in self._index_rows]
         if self._index is not None and missing_rows:
             missing_rows.sort(key=self._index_rows.__getitem__)
@@ -64,16 +58,16 @@ class Thumbnails:
         with self._index.open() as reader:
             for row in rows:
                 try:
-                    data = reader.read(self._index_rows[row])
-                    if digest(data) == self._cache.digests[row].tobytes():  # else it is another picture by now
-                        thumbnails[row] = encode_preview(data, THUMBNAIL_PIXELS)
+                    encoded = reader.read(self._index_rows[row])
+                    if digest(encoded) == self._cache.digests[row].tobytes():  # otherwise the image has changed since
+                        thumbnails[row] = encode_preview(encoded, THUMBNAIL_PIXELS)
                 except ArchiveError:
                     continue
         return thumbnails
 
 
 def _match_index_rows(index_ids: Sequence[str], cache_ids: Sequence[str]) -> Mapping[int, int] | range:
-    """Where in an index the samples of a cache are, by their rows; by id, since a cache may hold some of them."""
+    """Map rows of a cache to rows of an index by sample id, as a cache may have only some of the samples."""
     if index_ids == cache_ids:
         return range(len(cache_ids))
     index_row_by_id = {sample_id: row for row, sample_id in enumerate(index_ids)}

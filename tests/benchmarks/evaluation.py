@@ -20,7 +20,7 @@ from torch import nn
 from featpipe import backbones, evaluate, extract, train
 from featpipe.data.demo_tiles import _load_photograph
 from featpipe.demo import write_tiles
-from featpipe.experiments import write_report
+from featpipe.report import write_report
 
 PHOTOGRAPHS = (
     "astronaut",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from featpipe import evaluate, extract, train
-from featpipe.experiments import write_report
+from featpipe.report import write_report
 from tests.conftest import jpeg
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -136,9 +136,9 @@ def test_the_threshold_says_what_is_left(opened, page_file):
     page.keyboard.press("ArrowRight")
     assert page.locator("#threshold-value").inner_text() == f"{threshold:.2f}"
     sure = evaluation.predicted.max(axis=1) >= threshold
-    right = evaluation.judged.right[sure].mean()
+    right = evaluation.judged.is_correct[sure].mean()
     expected = (
-        f"({sure.sum()}), {100 * right:.1f} % of them rightly; {(sure & ~evaluation.judged.right).sum()} mistakes"
+        f"({sure.sum()}), {100 * right:.1f} % of them correctly, {(sure & ~evaluation.judged.is_correct).sum()} wrongly"
     )
     assert expected in page.locator("#threshold-outcome").inner_text()
 
@@ -152,7 +152,7 @@ def test_the_map_is_walked_with_arrows_and_shows_pictures_on_hover(opened):
     card = page.locator("#map-card")
     first = card.inner_text()
     assert "%" in first
-    assert page.locator("#map-picture").evaluate("image => image.naturalWidth") > 0
+    assert page.locator("#map-image").evaluate("image => image.naturalWidth") > 0
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowDown")
     assert card.inner_text() != first

@@ -43,19 +43,19 @@ def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
     return Page(
         title=text("Textures"),
         lead=text("Nearly all are right."),
-        facts=[("Samples", "940"), (text("Classes"), text("17"))],
+        key_figures=[("Samples", "940"), (text("Classes"), text("17"))],
         comparison=[
-            ComparisonRow(text("logistic"), Interval(0.92, 0.901, 0.938), 0.34, text("softmax"), chosen=True),
+            ComparisonRow(text("logistic"), Interval(0.92, 0.901, 0.938), 0.34, text("softmax"), is_selected=True),
             ComparisonRow("raw pixels", Interval(0.29, 0.251, 0.333), 125.0),
             ComparisonRow("majority", Interval(0.11)),
         ],
         scores=scores_of([*classes]),
-        pictures=[
+        examples=[
             ReportImage(b"\xff\xd8right", text("a.png"), "brick", "brick", 0.97),
             ReportImage(b"\xff\xd8wrong", "b.png", text("brick"), "grass", 0.51),
             ReportImage(b"\xff\xd8unknown", "c.png", None, text("grass"), 0.999),
         ],
-        bad=[(text("damaged"), 2)],
+        unreadable=[(text("damaged"), 2)],
         provenance=[(text("Backbone"), text("efficientnet_lite0"))],
         curves={text("loss"): [2.5, 1.0, math.nan, 0.5]},
     )
@@ -69,8 +69,8 @@ def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")
     return replace(
         full_page(text, classes),
         notes=[text("Read the intervals.")],
-        how=[(text("Scored"), text("all rows"))],
-        rivals=[
+        protocol=[(text("Scored"), text("all rows"))],
+        baselines=[
             BaselineRow(
                 text("mlp"), Interval(0.9, 0.8, 0.95), Interval(0.02, -0.01, 0.05), 0.0004, text("McNemar"), 5, 1
             )
@@ -86,8 +86,8 @@ def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")
             Gallery("outliers", text("Outliers"), text("Look."), ReportTable(["id"], []), note=text("not looked for")),
         ],
         tables={"reliability": ReportTable([text("rows")], [[text("0.1"), 3, None]])},
-        sentences={"reliability": text("Overconfident.")},
-        drawn={
+        captions={"reliability": text("Overconfident.")},
+        script_data={
             "task": "classification",
             "classes": [text(name) for name in classes],
             "ids": [text("a.png")],
@@ -153,7 +153,7 @@ def test_the_confusion_matrix_holds_every_count():
     for true, counts in enumerate(page.scores.confusion.tolist()):
         for predicted, rows in enumerate(counts):
             if rows and true != predicted:
-                names = f"{page.scores.classes[true]} taken for {page.scores.classes[predicted]}"
+                names = f"{page.scores.classes[true]} predicted as {page.scores.classes[predicted]}"
                 assert re.search(rf"{rows} {rows} of {sum(counts)} \(\d+ %\): {names}", words)
 
 
@@ -311,7 +311,7 @@ def test_a_negative_score_draws_to_the_left_of_zero():
     axis = make_axis([-0.5, 1.0])
     assert (axis.low, axis.high) == (-0.5, 1.0)
     html = render_page(
-        Page("R²", comparison=[ComparisonRow("mean", Interval(-0.5, -0.75, -0.25))], comparison_score="r2")
+        Page("R²", comparison=[ComparisonRow("mean", Interval(-0.5, -0.75, -0.25))], comparison_metric="r2")
     )
     assert "-0.750 to -0.250" in html
     assert re.search(r'class="bar" x="37.50%" y="8" height="16" width="62.50%"', html)
@@ -328,8 +328,8 @@ def test_an_axis_holds_zero_and_every_finite_value(values):
 
 
 def test_places_stay_within_the_chart():
-    assert Axis(0, 1, ()).at(7.0) == "100.00%"
-    assert Axis(0, 1, ()).at(-7.0) == "0.00%"
+    assert Axis(0, 1, ()).position(7.0) == "100.00%"
+    assert Axis(0, 1, ()).position(-7.0) == "0.00%"
 
 
 def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
@@ -347,7 +347,7 @@ def test_a_curve_of_almost_nothing_can_be_drawn(values):
 def test_the_colour_of_a_cell_is_its_share_of_the_true_class():
     p = np.eye(2)[[0] * 9 + [1] + [1] * 10]
     table = make_confusion_matrix(score_classification(["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
-    assert [(cell.rows, cell.level, cell.right) for _, _, row in table for cell in row] == [
+    assert [(cell.rows, cell.level, cell.is_correct) for _, _, row in table for cell in row] == [
         (9, 5, True),
         (1, 3, False),
         (0, 0, False),
