@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import platform
@@ -40,9 +41,11 @@ from featpipe.inference import (
     resolve_device,
     run_in_threads,
 )
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 
 __all__ = ["BenchResult", "ForwardBenchmark", "run_benchmark"]
+
+logger = logging.getLogger(__name__)
 
 MAX_BENCHMARK_IMAGES = 256  # that are looked at
 N_PRECISION_CHECK_IMAGES = 16  # of them, in another precision
@@ -139,7 +142,7 @@ def run_benchmark(
     archives: Sequence[str] = (),
     *,
     seconds: float = 24.0,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     **settings: Unpack[ExtractionOptions],
 ) -> BenchResult:
     """Measure what this machine allows, for a backbone and an archive.
@@ -168,7 +171,7 @@ def run_benchmark(
     encoded_images, read_rate, archive_name = (
         _make_synthetic_images() if not archives else _read_sample_images(archives, config)
     )
-    progress(Progress("note", f"{len(encoded_images)} images of {archive_name}"))
+    logger.info(f"{len(encoded_images)} images of {archive_name}")
     decoded_images, decode_rate = benchmark.measure_decoding(encoded_images)
     write_bytes_per_second = _measure_write_bandwidth()
     write_rate = write_bytes_per_second / benchmark.row_bytes
@@ -265,7 +268,7 @@ class _Benchmark:
                 compute_embeddings(engine, decoded_images[:N_PRECISION_CHECK_IMAGES]), reference_embeddings
             )
             forward_rate = self._measure_forward(engine, decoded_images)
-            self.progress(Progress("note", f"forward with {engine.name} in {precision}: {forward_rate:,.1f} images/s"))
+            logger.info(f"forward with {engine.name} in {precision}: {forward_rate:,.1f} images/s")
             bound = _combined_rate(self.device.type, io_rate, decode_rate, forward_rate)
             results.append(ForwardBenchmark(engine.name, precision, engine.batch, forward_rate, cosine, bound))
         return results

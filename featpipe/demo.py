@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from featpipe.heads import SoftmaxRegression
 from featpipe.metrics import Scores, score
 from featpipe.model import Model
 from featpipe.report import ComparisonRow, write_report
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training import train
 
 __all__ = ["HEADS", "DemoResult", "run_demo"]
+
+logger = logging.getLogger(__name__)
 
 HEADS = ("logistic", "mlp", "linear")
 N_EXAMPLES = 6
@@ -57,7 +60,7 @@ class DemoResult:
     n_tested: int
 
 
-def run_demo(folder: Path, progress: ProgressCallback = report_warnings_only, command: str = "") -> DemoResult:
+def run_demo(folder: Path, progress: ProgressCallback = ignore_progress, command: str = "") -> DemoResult:
     """Run the whole line in a folder.
 
     Parameters
@@ -67,7 +70,7 @@ def run_demo(folder: Path, progress: ProgressCallback = report_warnings_only, co
     command : str
         For the report: what to type to repeat it.
     """
-    progress(Progress("note", "cutting tiles from photographs of scikit-image and scikit-learn"))
+    logger.info("cutting tiles from photographs of scikit-image and scikit-learn")
     tiles, labels = write_tiles(folder)
     cache = extract(tiles, labels=labels, cache=folder / "cache", out=folder / "cache" / "tiles.h5", progress=progress)
     models = {head_name: train(cache, head_name, cv=3, progress=progress) for head_name in HEADS}
@@ -79,7 +82,7 @@ def run_demo(folder: Path, progress: ProgressCallback = report_warnings_only, co
     scores = {best_head: evaluation.scores, **{baseline.name: baseline.scores for baseline in evaluation.rivals}}
     comparison = [
         *_make_head_rows(models, scores, best_head),
-        *_make_baseline_rows(cache, evaluation.rows, tiles, progress),
+        *_make_baseline_rows(cache, evaluation.rows, tiles),
     ]
     report = write_report(
         folder / "report.html",
@@ -109,14 +112,12 @@ def _make_head_rows(models: dict[str, Model], scores: dict[str, Scores], best_he
     ]
 
 
-def _make_baseline_rows(
-    cache: FeatureCache, test_rows: NDArray[np.int64], tiles: Path, progress: ProgressCallback
-) -> list[ComparisonRow]:
+def _make_baseline_rows(cache: FeatureCache, test_rows: NDArray[np.int64], tiles: Path) -> list[ComparisonRow]:
     """What the same test rows give without a network."""
     y = cache.label_table.values
     train_rows = np.flatnonzero(cache.split == SPLIT_NAMES.index("train"))
     y_true = cache.label_table.take(test_rows).y
-    progress(Progress("note", "baseline: logistic regression on raw pixels"))
+    logger.info("baseline: logistic regression on raw pixels")
     pixel_features = _load_pixels(tiles)
     start_time = perf_counter()
     pixel_model = SoftmaxRegression(C=0.01).fit(pixel_features[train_rows], y[train_rows])

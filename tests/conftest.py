@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featpipe.cli import logging
+from tests.support.logs import logged_messages, pop_unexpected_warnings
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
@@ -108,6 +109,19 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     matmul.is_exact.cache_clear()
     yield torch.device("cuda")
     matmul.is_exact.cache_clear()
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The notes and warnings that the package logs during the test."""
+    with logged_messages() as messages:
+        yield messages
+
+
+@pytest.fixture(autouse=True)
+def _no_unexpected_warning() -> Iterator[None]:
+    yield
+    assert pop_unexpected_warnings() == []
 
 
 @pytest.fixture(autouse=True)

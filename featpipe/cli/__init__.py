@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 import featpipe
-from featpipe.cli.logging import LogLevel, is_json, log_message, make_log_format_option
+from featpipe.cli.logging import LogLevel, is_json, log_message, log_to_stderr, make_log_format_option
 from featpipe.errors import FeatpipeError, TimeLimitError
 from featpipe.runtime import printable
 
@@ -75,13 +75,15 @@ COMMAND_SUMMARIES = {  # the group's help must not load the modules; a test hold
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(featpipe.__version__, prog_name="featpipe")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Transfer learning on images: embed once with a frozen network, train heads in seconds.
 
     \b
     Example:
       featpipe extract photos/ && featpipe train cache/photos-*.h5
     """
+    context.with_resource(log_to_stderr())
 
 
 def main() -> None:

@@ -43,7 +43,13 @@ def demo(out: str, as_json: bool) -> None:
         )
         return
     rows = [
-        ["→" if r.is_selected else "", r.name, str(r.score), f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "", r.note]
+        [
+            "→" if r.is_selected else "",
+            r.name,
+            str(r.score),
+            f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "",
+            r.note,
+        ]
         for r in result.comparison
     ]
     click.echo(f"\nAccuracy on {result.n_tested} tiles from the right halves, with 95 % intervals\n")

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 import click
 
-__all__ = ["LOG_FORMATS", "LOG_FORMAT_VARIABLE", "LogLevel", "is_json", "log_message", "make_log_format_option"]
+from featpipe.runtime import printable
+
+__all__ = [
+    "HANDLER",
+    "LOG_FORMATS",
+    "LOG_FORMAT_VARIABLE",
+    "LogLevel",
+    "is_json",
+    "log_message",
+    "log_to_stderr",
+    "make_log_format_option",
+]
 
 LOG_FORMATS = ("text", "json")
 LOG_FORMAT_VARIABLE = "FEATPIPE_LOG_FORMAT"
@@ -56,6 +70,47 @@ def log_message(text: str, *, level: LogLevel = "info", event: str = "note", **f
         return
     timestamp = datetime.now(UTC).isoformat(timespec="milliseconds")
     click.echo(json.dumps({"time": timestamp, "level": level, "event": event, "text": text, **fields}), err=True)
+
+
+class LogHandler(logging.Handler):
+    """Writes the records of the package's loggers to stderr.
+
+    Attributes
+    ----------
+    before_line : callable or None
+        Called before a record is written; closes a progress bar.
+    """
+
+    before_line: Callable[[], None] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; what comes from archives is made printable."""
+        if self.before_line is not None:
+            self.before_line()
+        text = printable(record.getMessage())
+        if record.levelno < logging.WARNING:
+            log_message(text, event="note")
+        else:
+            log_message(text if is_json() else f"warning: {text}", level="warning", event="warning")
+
+
+HANDLER = LogHandler()
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Send notes and warnings of the package to stderr, in the format of the command line."""
+    logger = logging.getLogger("featpipe")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(HANDLER)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library may have configured the root logger
+    try:
+        yield
+    finally:
+        logger.removeHandler(HANDLER)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _set_log_format(context: click.Context, parameter: click.Parameter, value: str | None) -> None:

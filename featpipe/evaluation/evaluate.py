@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from featpipe.evaluation.result import BaselineModel, Evaluation
 from featpipe.evaluation.uncertainty import compute_coverage
 from featpipe.metrics import compare_paired, score
 from featpipe.model import Model
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.splits import find_listed_rows
 
 __all__ = ["evaluate"]
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -34,7 +37,7 @@ def evaluate(
     without: str | os.PathLike[str] | None = None,
     near: float = NEAR_DUPLICATE_COSINE,
     cache: str | os.PathLike[str] = "cache",
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> Evaluation:
     """Score a model.
 
@@ -83,7 +86,7 @@ def evaluate(
     rows, left_out = select_rows_to_score(models, first_cache, excluded_rows)
     if left_out:
         text = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        progress(Progress("note", f"{len(rows)} rows are scored; left out: {text}"))
+        logger.info(f"{len(rows)} rows are scored; left out: {text}")
     X = np.asarray(first_cache.features(model.output)[rows], np.float32)
     truth, predicted = load_true_labels(model, first_cache, rows), _predict(model, X)
     predictions = _label_predictions(model, first_cache, rows, truth, predicted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from featpipe.experiments.recipe.schema import TILES_ARCHIVE, EvaluationConfig, 
 from featpipe.experiments.result import EmbeddingSummary
 from featpipe.extraction import extract_index, load_backbone, make_cache_path, make_facts
 from featpipe.inference import resolve_devices
-from featpipe.runtime import Progress, ProgressCallback
+from featpipe.runtime import ProgressCallback
 from featpipe.splits import find_listed_rows, parse_time
 from featpipe.status import Status
 from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
@@ -42,6 +43,8 @@ __all__ = [
     "select_available_shots",
     "split_cache_rows",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
@@ -236,7 +239,7 @@ def draw_per_class(rows: EmbeddingDataset, n_per_class: int, seed: int) -> Embed
     )
 
 
-def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int], progress: ProgressCallback) -> list[int]:
+def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> list[int]:
     """Those of some numbers that every class has so many images for; a person is told of the others."""
     counts = np.bincount(rows.y, minlength=len(rows.classes))
     min_count = int(counts.min())
@@ -244,11 +247,7 @@ def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int], pro
     if unavailable:
         name = rows.classes[int(counts.argmin())]
         unavailable_text = " and ".join(map(str, unavailable))
-        progress(
-            Progress(
-                "warning", f"{unavailable_text} per class left out: class {name!r} has {min_count} training images"
-            )
-        )
+        logger.warning(f"{unavailable_text} per class left out: class {name!r} has {min_count} training images")
     return [number for number in requested if number <= min_count]
 
 
@@ -314,7 +313,7 @@ def extract_backbone(
     """
     config = replace(config, device=",".join(map(str, resolve_devices(config.device))))
     label = make_backbone_label(config)
-    progress(Progress("note", f"{label}: {len(index):,} images"))
+    logger.info(f"{label}: {len(index):,} images")
     backbone = load_backbone(config)
     out = make_run_cache_path(index, backbone, config, max_images)
     cache = extract_index(index, backbone, replace(config, out=out), progress)

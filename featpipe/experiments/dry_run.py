@@ -20,7 +20,7 @@ from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.run import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
 from featpipe.extraction import ExtractionPlan, load_backbone
 from featpipe.inference import resolve_devices
-from featpipe.runtime import report_warnings_only
+from featpipe.runtime import ignore_progress
 
 __all__ = ["DryRun", "PlannedExtraction", "PlannedTrial", "plan_run"]
 
@@ -139,7 +139,7 @@ def plan_run(
         context = ExperimentContext.from_recipe(
             parsed_recipe,
             folder,
-            report_warnings_only,
+            ignore_progress,
             tiles_folder if tiles_folder.is_dir() else Path(temporary_folder),
         )
         planned_extractions = [_plan_extraction(context, config) for config in context.recipe.extractions]

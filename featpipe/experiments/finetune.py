@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.result import TrialResult
 from featpipe.finetuning import FineTuningResult, finetune
 from featpipe.model import Model, load_model
-from featpipe.runtime import Progress, ProgressCallback
+from featpipe.runtime import ProgressCallback
 from featpipe.storage import atomic_write, compute_fingerprint
 
 __all__ = ["FineTuneRun"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class FineTuneRun:
         """What fine-tuning brought; no work, if its file is what is asked for already."""
         assert self.recipe.finetune is not None
         settings = asdict(self.recipe.finetune)
-        self.progress(Progress("note", f"{self.probe.name}: fine-tuning"))
+        logger.info(f"{self.probe.name}: fine-tuning")
         return finetune(
             self._attach_backbone(load_model(self.probe.model)),
             self.archives,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
@@ -38,10 +39,12 @@ from featpipe.finetuning import FineTuningResult
 from featpipe.metrics import SELECTION_METRICS, Interval
 from featpipe.model import load_model
 from featpipe.report import ComparisonRow, write_report
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressBar, ProgressCallback, ignore_progress, in_notebook
 from featpipe.storage import atomic_write, lock_file, make_writable_folder
 
 __all__ = ["ExperimentContext", "get_run_folder", "get_tiles_folder", "iter_trials", "make_run_folder", "run"]
+
+logger = logging.getLogger(__name__)
 
 RUNS_FOLDER = "runs"
 MAX_BASELINES = 4  # that the page sets against the best, row by row
@@ -90,9 +93,10 @@ def run(
     started = perf_counter()
     parsed_recipe = read_recipe(recipe, changes, archive)
     folder = make_run_folder(parsed_recipe, out)
-    callback = progress or _make_default_progress()
+    if progress is None:
+        progress = ProgressBar() if in_notebook() else ignore_progress
     with lock_file(folder / ".lock"):
-        context = ExperimentContext.from_recipe(parsed_recipe, folder, callback, get_tiles_folder(parsed_recipe))
+        context = ExperimentContext.from_recipe(parsed_recipe, folder, progress, get_tiles_folder(parsed_recipe))
         caches = context.extract_all()
         results = _mark_best([trial_run.run() for trial_run in iter_trials(context, caches)])
         finetune_run, finetuned = context.finetune_best(caches, results)
@@ -135,13 +139,6 @@ def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
 def get_tiles_folder(recipe: Recipe) -> Path:
     """Where the archive that comes along is written: beside the caches, so that all runs share it."""
     return Path(recipe.extractions[0].cache) / "tiles"
-
-
-def _make_default_progress() -> ProgressCallback:
-    """Bars where a notebook shows them."""
-    from featpipe.cli.terminal import Terminal, in_notebook
-
-    return Terminal() if in_notebook() else report_warnings_only
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,9 +252,7 @@ def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | No
 
 def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -> list[int]:
     requested_shots = context.recipe.split.per_class
-    available_shots = (
-        select_available_shots(split.training, requested_shots, context.progress) if requested_shots else []
-    )
+    available_shots = select_available_shots(split.training, requested_shots) if requested_shots else []
     if requested_shots and not available_shots:
         raise ConfigError(
             f"{context.recipe.where}: [split] per_class asks for more images of each class than there are"
@@ -300,7 +295,7 @@ class _ReportPage:
         inputs |= {"seconds": None, "backbones": [summary.fingerprint for summary in run_result.embedded]}
         if records.find("page", inputs, self.path) is not None:
             return
-        self.context.progress(Progress("note", "writing the page"))
+        logger.info("writing the page")
         evaluation = self._evaluate_best(run_result.best)
         recipe = self.context.recipe
         command = shlex.join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +28,8 @@ from featpipe.storage import Receipt, atomic_write, compute_fingerprint, digest_
 from featpipe.training import EmbeddingDataset, make_head_config, parse_policy, train_head
 
 __all__ = ["RecordStore", "TrialRun", "get_package_versions", "make_model_inputs"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,7 @@ class TrialRun:
         training, rows, n_per_class = self.recipe.training, self.split.training, self.trial.per_class
         if n_per_class is not None:
             rows = draw_per_class(rows, n_per_class, self.recipe.split.seed + 1)
-        self.progress(Progress("note", f"{self.trial.label}: {len(rows):,} images to learn from"))
+        logger.info(f"{self.trial.label}: {len(rows):,} images to learn from")
         model = self._fit_head(rows, training.cv if n_per_class is None else None)
         if training.portable:
             model.attach(self.caches.backbone)
@@ -181,7 +184,7 @@ class TrialRun:
         for draw in range(self.recipe.split.draws):
             rows = draw_per_class(self.split.training, self.trial.per_class, self.recipe.split.seed + 1 + draw)
             metrics_by_draw.append(_get_metric_values(self._fit_and_score(rows, X, y_true)))
-            self.progress(Progress("bar", self.trial.label, draw + 1, self.recipe.split.draws, "draws"))
+            self.progress(Progress(self.trial.label, draw + 1, self.recipe.split.draws, "draws"))
         metrics = {}
         for key in metrics_by_draw[0]:
             values = [draw_metrics[key] for draw_metrics in metrics_by_draw]

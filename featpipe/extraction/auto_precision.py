@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,13 +17,14 @@ from featpipe.data import Index
 from featpipe.errors import CacheError
 from featpipe.extraction.identity import make_facts
 from featpipe.extraction.paths import make_cache_path
-from featpipe.runtime import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone, PreparedImage
     from featpipe.inference import Engine
 
 __all__ = ["PrecisionChoice", "resolve_precision"]
+
+logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 32
 MAX_PROBE_ROWS = 256  # read at most to collect them
@@ -37,7 +39,7 @@ class PrecisionChoice:
 
 
 def resolve_precision(
-    index: Index, backbone: Backbone, settings: ExtractionConfig, progress: ProgressCallback
+    index: Index, backbone: Backbone, settings: ExtractionConfig
 ) -> tuple[ExtractionConfig, PrecisionChoice]:
     """The settings with the fastest precision whose embeddings are close enough to fp32.
 
@@ -54,7 +56,7 @@ def resolve_precision(
     )
     cosine_text = ", ".join(f"{name} {cosine:.6f}" for name, cosine in choice.cosine.items())
     comparison = f": least cosine to fp32 on {choice.images} images: {cosine_text}" if cosine_text else ""
-    progress(Progress("note", f"precision {choice.precision}{comparison}"))
+    logger.info(f"precision {choice.precision}{comparison}")
     has_several_devices = len(inference.resolve_devices(settings.device)) > 1  # each process creates its own
     return replace(settings, precision=choice.precision), PrecisionChoice(
         choice.to_dict(), None if has_several_devices else engine

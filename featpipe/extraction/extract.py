@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from featpipe.extraction.identity import load_backbone, make_facts
 from featpipe.extraction.paths import make_cache_path
 from featpipe.extraction.plan import ExtractionPlan, make_staging_area
 from featpipe.extraction.row_sources import FeatureReader
-from featpipe.runtime import Deadline, Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import Deadline, ProgressCallback, ignore_progress
 from featpipe.storage import StagingArea, compute_fingerprint, lock_file, make_writable_folder
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 __all__ = ["IndexEmbeddings", "embed_files", "embed_into_parts", "extract", "extract_index"]
 
+logger = logging.getLogger(__name__)
+
 
 def extract(
     archives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     **settings: Unpack[ExtractionOptions],
 ) -> FeatureCache:
     """Run the frozen backbone once over the images of some archives and cache the embeddings.
@@ -69,7 +72,7 @@ def extract(
     deadline = Deadline(config.time_limit)
     devices = inference.resolve_devices(config.device)  # before minutes are spent on listing an archive
     index = data.index(archives, labels=config.labels)
-    _report_index(index, progress)
+    _report_index(index)
     config = replace(config, device=",".join(map(str, devices)))
     return extract_index(index, load_backbone(config), config, progress, deadline=deadline)
 
@@ -78,7 +81,7 @@ def extract_index(
     index: Index,
     backbone: Backbone,
     settings: ExtractionConfig,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     *,
     require_readable: bool = True,
     deadline: Deadline | None = None,
@@ -87,13 +90,13 @@ def extract_index(
     deadline = deadline or Deadline(settings.time_limit)
     precision_choice = None
     if settings.precision == AUTO:
-        settings, precision_choice = resolve_precision(index, backbone, settings, progress)
+        settings, precision_choice = resolve_precision(index, backbone, settings)
     facts = make_facts(backbone, settings)
     path = make_cache_path(index, backbone, facts, settings)
     staging_area = make_staging_area(path, facts)
     make_writable_folder(path.parent, CacheError, "--cache or --out")
     if staging_area.is_locked():
-        progress(Progress("note", f"{path}: another extraction is writing this cache; waiting for it"))
+        logger.info(f"{path}: another extraction is writing this cache; waiting for it")
     with staging_area.lock_for_writing():
         return ExtractionPlan.build(index, backbone, settings, path=path).execute(
             path, progress, precision_choice=precision_choice, deadline=deadline, require_readable=require_readable
@@ -124,7 +127,7 @@ def embed_into_parts(
     index: Index,
     backbone: Backbone,
     settings: ExtractionConfig,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     *,
     deadline: Deadline | None = None,
 ) -> IndexEmbeddings:
@@ -142,7 +145,7 @@ def embed_files(
     paths: Sequence[str | os.PathLike[str]],
     backbone: Backbone,
     settings: ExtractionConfig,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
     """The embeddings of some files, in the order given, through the caches of a folder.
 
@@ -174,7 +177,7 @@ def embed_files(
     return features[inverse], status[inverse]
 
 
-def _report_index(index: Index, progress: ProgressCallback) -> None:
+def _report_index(index: Index) -> None:
     text = f"{len(index)} images"
     if index.labels.task in ("classification", "multilabel"):
         text += f", {len(index.labels.classes)} classes"
@@ -182,4 +185,4 @@ def _report_index(index: Index, progress: ProgressCallback) -> None:
         text += f", {n_unlabeled} without a label" if n_unlabeled else ""
     if index.ignored:
         text += "; not images: " + ", ".join(f"{count} {reason}" for reason, count in index.ignored.items())
-    progress(Progress("note", text))
+    logger.info(text)

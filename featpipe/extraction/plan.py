@@ -18,7 +18,7 @@ from featpipe.extraction.identity import make_facts
 from featpipe.extraction.paths import find_compatible_caches, find_finished_cache, is_up_to_date
 from featpipe.extraction.row_sources import FeatureReader, RowSources, source_from_part
 from featpipe.extraction.run import ExtractionRun, format_counts
-from featpipe.runtime import Deadline, ProgressCallback, report_warnings_only
+from featpipe.runtime import Deadline, ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import StagingArea, compute_fingerprint
 
@@ -117,7 +117,7 @@ class ExtractionPlan:
     def embed(
         self,
         staging_area: StagingArea,
-        progress: ProgressCallback = report_warnings_only,
+        progress: ProgressCallback = ignore_progress,
         *,
         precision_choice: PrecisionChoice | None = None,
         deadline: Deadline | None = None,
@@ -132,7 +132,7 @@ class ExtractionPlan:
     def execute(
         self,
         path: Path,
-        progress: ProgressCallback = report_warnings_only,
+        progress: ProgressCallback = ignore_progress,
         *,
         precision_choice: PrecisionChoice | None = None,
         deadline: Deadline | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import threading
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from featpipe.inference import Engine
 
 __all__ = ["ExtractionRun", "format_counts"]
+
+logger = logging.getLogger(__name__)
 
 TIMED_STEPS = ("preparing", "reading", "decoding", "embedding", "committing", "waiting", "total")
 
@@ -94,11 +97,11 @@ class ExtractionRun:
         n = len(self.row_sources.index)
         if len(rows):
             if len(rows) < n:
-                self.progress(Progress("note", f"{n - len(rows)} of {n} images are in a cache already"))
+                logger.info(f"{n - len(rows)} of {n} images are in a cache already")
             self._embed_rows(rows)
         if not self.n_embedded:
             subject = f"all readable ones of {n} images" if self.row_sources.status.any() else f"all {n} images"
-            self.progress(Progress("note", f"{subject} are in a cache already: no forward pass"))
+            logger.info(f"{subject} are in a cache already: no forward pass")
         self._raise_if_too_many_failures()
         self._report_failures()
 
@@ -159,7 +162,7 @@ class ExtractionRun:
         for name in ("reading", "decoding", "embedding"):
             self.seconds[name] += getattr(message.seconds, name)
         self._n_done += len(message.rows)
-        self.progress(Progress("bar", "embedding" if self.n_embedded else "reading", self._n_done, self._n_total))
+        self.progress(Progress("embedding" if self.n_embedded else "reading", self._n_done, self._n_total))
         self._raise_if_too_many_failures()
         if self._n_done < self._n_total:  # after a batch, never before one: every attempt makes progress
             self.deadline.check()
@@ -169,7 +172,7 @@ class ExtractionRun:
         text = f"embedding on {message.device} in {self.config.precision} with {message.engine_name}, {batches}"
         if not message.has_work_estimate:
             text += "; how much work an image is could not be counted: --batch says how many at a time"
-        self.progress(Progress("note", text))
+        logger.info(text)
 
     @property
     def images_per_second(self) -> float | None:
@@ -181,9 +184,7 @@ class ExtractionRun:
         if self.n_embedded:
             step_times = ", ".join(f"{name} {self.seconds[name]:.1f} s" for name in TIMED_STEPS[1:-1])
             text = f"embedded {self.n_embedded} images, {self.images_per_second:,.1f} a second after "
-            self.progress(
-                Progress("note", f"{text}{self.seconds['preparing']:.1f} s of preparing; of all workers: {step_times}")
-            )
+            logger.info(f"{text}{self.seconds['preparing']:.1f} s of preparing; of all workers: {step_times}")
 
     def has_embedding(self, digest: bytes) -> bool:
         """Whether an image with these bytes is embedded already, or is being embedded by another worker."""
@@ -215,7 +216,7 @@ class ExtractionRun:
         counts = self._count_failures()
         if counts:
             text = f"{counts.total()} of {len(self.row_sources.index)} images have no features: {format_counts(counts)}"
-            self.progress(Progress("warning", f"{text}; their rows stay, with the reason as status"))
+            logger.warning(f"{text}; their rows stay, with the reason as status")
 
     def make_manifest(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         index, backbone = self.row_sources.index, self.backbone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -21,9 +22,10 @@ from featpipe.finetuning.feature_map_cache import (
     make_feature_map_dataset,
 )
 from featpipe.finetuning.unfreeze import UnfrozenParameters
-from featpipe.runtime import Progress
 
 __all__ = ["open_datasets"]
+
+logger = logging.getLogger(__name__)
 
 DatasetContext = AbstractContextManager[TrainingDataset]
 
@@ -50,7 +52,7 @@ def open_datasets(
         except ConfigError as error:
             if context.tuning.cache_activations == "yes":
                 raise
-            context.progress(Progress("warning", str(error)))
+            logger.warning(str(error))
     return _open_images(context, backbone, network, augmentation), _open_images(
         context, backbone, network, no_augmentation
     )
@@ -110,7 +112,7 @@ def _find_boundary(
     except ConfigError as error:
         if cache_setting == "yes":
             raise ConfigError(f"cache_activations=yes: {error}") from None
-        context.progress(Progress("note", f"every epoch decodes the pictures: {error}"))
+        logger.info(f"every epoch decodes the pictures: {error}")
         return None
     use_cache = estimate.worthwhile or cache_setting == "yes"
     prefix = (
@@ -120,7 +122,7 @@ def _find_boundary(
         if use_cache
         else "every epoch decodes the pictures: "
     )
-    context.progress(Progress("note", prefix + estimate.reason))
+    logger.info(prefix + estimate.reason)
     return partition if use_cache else None
 
 

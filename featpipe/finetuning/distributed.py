@@ -5,6 +5,7 @@ Gradients are summed over the processes after each batch, so that a step is the 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,8 +93,14 @@ def join_distributed(device: torch.device) -> Iterator[DistributedContext]:
     owns_group = not distributed.is_initialized()
     if owns_group:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=BARRIER_TIMEOUT)
+    context = DistributedContext(distributed.get_rank(), distributed.get_world_size())
+    package_logger = logging.getLogger("featpipe")
+    level = package_logger.level
+    if not context.is_main:
+        package_logger.setLevel(logging.WARNING)  # the main process logs what all of them do
     try:
-        yield DistributedContext(distributed.get_rank(), distributed.get_world_size())
+        yield context
     finally:
+        package_logger.setLevel(level)
         if owns_group:
             distributed.destroy_process_group()

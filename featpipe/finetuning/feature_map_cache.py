@@ -30,7 +30,7 @@ from featpipe.errors import ConfigError
 from featpipe.extraction import extract_index, list_archive_paths, make_facts
 from featpipe.finetuning.augmentation import Augmentation, AugmentedTransform
 from featpipe.inference import count_multiply_adds
-from featpipe.runtime import ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import compute_fingerprint
 
@@ -181,7 +181,7 @@ def make_feature_map_dataset(
     n_views: int = 1,
     seed: int = 0,
     settings: Any = None,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> FeatureMapDataset:
     """Compute what is not known yet of the maps of some rows, and give them out in batches.
 

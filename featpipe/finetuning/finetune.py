@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -41,10 +42,12 @@ from featpipe.finetuning.unfreeze import UnfrozenParameters, select_unfrozen
 from featpipe.heads import LossFunction
 from featpipe.inference import keep_freed_memory, resolve_device
 from featpipe.model import Model, load_model
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.storage import Receipt
 
 __all__ = ["compute_network_importances", "finetune", "finetune_network", "prepare_start", "resolve_process_device"]
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(
@@ -56,7 +59,7 @@ def finetune(
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
     tensorboard: str | os.PathLike[str] | None = None,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     **settings: Unpack[FineTuneOptions],
 ) -> FineTuningResult:
     """Train some of a model's backbone together with its head, and compare with the head alone.
@@ -109,19 +112,22 @@ def finetune(
         Model.check_target(out)
     device = resolve_process_device(tuning.device)
     with join_distributed(device) as distributed:
-        report = progress if distributed.is_main else report_warnings_only
+        if not distributed.is_main:
+            progress = ignore_progress
         index = data.index(archives, labels=labels)
-        base_cache = distributed.run_main_first(lambda: extract_for_model(index, model, model.backbone, cache, report))
+        base_cache = distributed.run_main_first(
+            lambda: extract_for_model(index, model, model.backbone, cache, progress)
+        )
         splits = make_splits(model, base_cache, tuning)
         epoch_callback = (
             None if tensorboard is None or not distributed.is_main else make_tensorboard_logger(tensorboard)
         )
         context = FineTuneContext(
-            model, index, base_cache, splits, tuning, device, distributed, cache, out, report, epoch_callback
+            model, index, base_cache, splits, tuning, device, distributed, cache, out, progress, epoch_callback
         )
-        report(Progress("note", splits.description))
+        logger.info(splits.description)
         if (finished := _load_finished(context)) is not None:
-            report(Progress("note", f"{out}: is what is asked for already"))
+            logger.info(f"{out}: is what is asked for already")
             return finished
         start_model, initial_head, backbone = prepare_start(context)
         network, layers, state = finetune_network(context, backbone, initial_head, resume)
@@ -170,7 +176,7 @@ def _compare_and_save(
     finetuned_cache = context.extract_embeddings(backbone)
     history = {"finetuning": {"from": model.identity, "request": context.run_digest}}
     finetuned = make_finetuned_model(model, start_model, backbone, finetuned_cache, splits, layers, state, history)
-    probe = refit_without(model, context.base_cache, splits, splits.test, splits.train_and_validation, context.progress)
+    probe = refit_without(model, context.base_cache, splits, splits.test, splits.train_and_validation)
     truth = _ground_truth(model, splits.y[splits.test])
     predictions = (
         predict_rows(probe, context.base_cache, splits.test),
@@ -181,7 +187,7 @@ def _compare_and_save(
     notes: tuple[str, ...] = (splits.description, initial_head.description)
     if state.best_epoch.number == 0:
         notes += ("no epoch was better on the validation images than the start, which is what is compared",)
-        context.progress(Progress("note", notes[-1]))
+        logger.info(notes[-1])
     selected_model = (
         finetuned if keep_finetuned else replace(model, history=dict(model.history), scores=dict(model.scores))
     )
@@ -233,7 +239,7 @@ def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbon
     (output,) = (output for output in model.backbone.outputs if output.name == model.output)
     backbone = replace(model.backbone, outputs=(output,))
     excluded_rows = np.concatenate([splits.validation, splits.test])
-    start_model = refit_without(model, context.base_cache, splits, excluded_rows, splits.train, context.progress)
+    start_model = refit_without(model, context.base_cache, splits, excluded_rows, splits.train)
     train_set = make_dataset(model, context.base_cache, splits.y, splits.train)
     initial_head = initialize_head(start_model, np.asarray(train_set.X), train_set.y)
     if tuning.weights == "none":
@@ -242,7 +248,7 @@ def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbon
             initial_head, layers=layers, description="an untrained network and a new layer: the architecture alone"
         )
         backbone = _load_untrained_backbone(context, backbone)
-    context.progress(Progress("note", initial_head.description))
+    logger.info(initial_head.description)
     return start_model, initial_head, backbone
 
 
@@ -259,7 +265,7 @@ def finetune_network(
 ) -> tuple[nn.Module, HeadLayers, TrainingState]:
     """The network after the best epoch, and its new layers, with answers in the units of the targets."""
     unfrozen_params = select_unfrozen(backbone, str(context.tuning.unfreeze))
-    context.progress(Progress("note", unfrozen_params.describe(backbone.network)))
+    logger.info(unfrozen_params.describe(backbone.network))
     network = _copy_network(context, backbone.network)
     with ExitStack() as stack:
         datasets = [
@@ -361,9 +367,7 @@ def _start_or_resume(context: FineTuneContext, trainer: Trainer, resume: bool) -
     checkpoint_path, run_config = context.checkpoint_path, context.run_config
     if checkpoint_path is not None and resume and checkpoint_path.exists():
         state = checkpoint.load_checkpoint(checkpoint_path, trainer, run_config)
-        context.progress(
-            Progress("note", f"going on from {checkpoint_path}: epoch {state.epoch + 1}, step {state.step + 1}")
-        )
+        logger.info(f"going on from {checkpoint_path}: epoch {state.epoch + 1}, step {state.step + 1}")
     else:
         rate = context.tuning.learning_rate
         state = TrainingState.init(trainer, find_learning_rate(trainer) if isinstance(rate, str) else rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -33,6 +34,8 @@ __all__ = [
     "predict_scores",
     "run_training_loop",
 ]
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_INTERVAL_SECONDS = 120.0
 MAX_EVALUATION_BATCH = 64
@@ -97,7 +100,7 @@ def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback
                 state.loss += loss * len(batches[state.step])
                 state.seen += len(batches[state.step])
                 state.step += 1
-                trainer.progress(Progress("bar", f"epoch {epoch + 1}", state.seen, len(trainer.train_rows)))
+                trainer.progress(Progress(f"epoch {epoch + 1}", state.seen, len(trainer.train_rows)))
                 if trainer.distributed.all_reduce_any(stop_request.requested):
                     save(state)
                     raise KeyboardInterrupt
@@ -285,7 +288,7 @@ def _increase_pieces(trainer: Trainer, state: TrainingState, rows: NDArray[np.in
         torch.cuda.empty_cache()
     consequence = "each with batch statistics of its own" if trainer.updates_batch_norm else "with the same gradients"
     text = f"memory ran out: batches of {trainer.tuning.batch} are computed in {state.pieces} pieces, {consequence}"
-    trainer.progress(Progress("warning", text))
+    logger.warning(text)
 
 
 def _stop_at_non_finite(trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], reason: str) -> TrainingState:
@@ -296,7 +299,7 @@ def _stop_at_non_finite(trainer: Trainer, state: TrainingState, rows: NDArray[np
     text = (
         f"{position}: {reason} in the batch of {', '.join(names[:8])}{more_text}; stopped, with the weights of epoch "
     )
-    trainer.progress(Progress("warning", f"{text}{state.best_epoch.number}; a lower --learning-rate may help"))
+    logger.warning(f"{text}{state.best_epoch.number}; a lower --learning-rate may help")
     load_weights(trainer, state.best_weights)
     return state
 
@@ -310,7 +313,7 @@ def _report_epoch(trainer: Trainer, state: TrainingState) -> None:
         f"{group} {score:.3f}" for group, score in group_scores.items() if score is not None and math.isfinite(score)
     ]
     text += f"; {', '.join(score_texts)}" if score_texts else ""
-    trainer.progress(Progress("note", text))
+    logger.info(text)
     if trainer.epoch_callback is not None:
         trainer.epoch_callback(epoch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -13,6 +14,8 @@ from featpipe.finetuning.trainer import Trainer, TrainingState, clone_tensors, l
 from featpipe.runtime import Progress
 
 __all__ = ["find_learning_rate"]
+
+logger = logging.getLogger(__name__)
 
 MIN_RATE, MAX_RATE = 1e-6, 1.0
 MAX_STEPS = 60
@@ -58,12 +61,10 @@ def find_learning_rate(trainer: Trainer) -> float:
                 lowest_loss, lowest_loss_rate = corrected_loss, rate
             if corrected_loss > DIVERGENCE_RATIO * lowest_loss:
                 break
-            trainer.progress(Progress("bar", "looking for a learning rate", step_index + 1, len(batches), "batches"))
+            trainer.progress(Progress("looking for a learning rate", step_index + 1, len(batches), "batches"))
     load_weights(trainer, initial_weights)
     if not lowest_loss < first_loss:
         raise ConfigError("no learning rate made the loss smaller; give one with --learning-rate, or freeze less")
     learning_rate = lowest_loss_rate / RATE_DIVISOR
-    trainer.progress(
-        Progress("note", f"learning rate {learning_rate:.2g}: the loss was lowest at {lowest_loss_rate:.2g}")
-    )
+    logger.info(f"learning rate {learning_rate:.2g}: the loss was lowest at {lowest_loss_rate:.2g}")
     return learning_rate

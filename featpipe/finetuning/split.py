@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,11 @@ from featpipe.config import FineTuneConfig
 from featpipe.errors import CacheError, ConfigError
 from featpipe.metrics import Calibration
 from featpipe.model import Model
-from featpipe.runtime import Progress, ProgressCallback
 from featpipe.training import EmbeddingDataset, make_head_config, train_head
 
 __all__ = ["Splits", "make_dataset", "make_splits", "refit_without"]
+
+logger = logging.getLogger(__name__)
 
 MAX_LISTED_NAMES = 3
 
@@ -170,7 +172,6 @@ def refit_without(
     splits: Splits,
     excluded_rows: NDArray[np.int64],
     training_rows: NDArray[np.int64],
-    progress: ProgressCallback,
 ) -> Model:
     """The model, if it was trained on none of some rows; else the same head with the same settings, on other rows.
 
@@ -182,7 +183,6 @@ def refit_without(
     sides : Sides
     unseen, fitted_on : ndarray of int64
         Rows that the model must not know, and those that it is fitted on again.
-    progress : callable
     """
     if not model.was_trained_on(cache.digests[excluded_rows]).any():
         return model
@@ -198,7 +198,7 @@ def refit_without(
     )
     recalibrate = model.calibration is not None and model.calibration.temperature != 1
     text = f"the model knows images that are to judge it: its head is fitted again on {len(dataset)} others"
-    progress(Progress("note", text))
+    logger.info(text)
     refitted = train_head(cache, dataset, head_config, None, calibrate=recalibrate).to_model(
         cache, dataset, model.output, params
     )

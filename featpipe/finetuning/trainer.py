@@ -21,7 +21,7 @@ from featpipe.finetuning.distributed import DistributedContext
 from featpipe.finetuning.optim import make_optimizer, make_parameter_groups
 from featpipe.finetuning.unfreeze import UnfrozenParameters
 from featpipe.heads import LossFunction
-from featpipe.runtime import ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 
 if TYPE_CHECKING:
     from featpipe.finetuning.regularizers import Regularizers
@@ -91,7 +91,7 @@ class Trainer:
     sample_ids: Any
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     distributed: DistributedContext = field(default_factory=DistributedContext)
-    progress: ProgressCallback = report_warnings_only
+    progress: ProgressCallback = ignore_progress
     epoch_callback: Callable[[Any], None] | None = None
     regularizers: Regularizers | None = None
     monitor_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +14,11 @@ from featpipe.incremental.dataset import ClassMapping, ExpansionData, find_simil
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.incremental.retention import fit_to_budget
 from featpipe.model import STORED_DIGEST_BYTES, Model, RetentionPolicy
-from featpipe.runtime import Progress, ProgressCallback
+from featpipe.runtime import ProgressCallback
 
 __all__ = ["ExpansionContext"]
+
+logger = logging.getLogger(__name__)
 
 MIN_SIMILAR_SHARE = 0.9  # the share of a new class that the model calls by one old name, from which that is said
 MIN_IMAGES_TO_COMPARE = 5
@@ -47,9 +50,6 @@ class ExpansionContext:
     budget: int | None
     policy: RetentionPolicy | None
     progress: ProgressCallback
-
-    def note(self, text: str) -> None:
-        self.progress(Progress("note", text))
 
     def make_step(self, data: ExpansionData) -> IncrementalStep:
         """What the methods see of some rows."""
@@ -99,9 +99,9 @@ class ExpansionContext:
             raise ConfigError("there is no labelled image to learn; give caches or archives, --drop or --merge")
         for new, old in find_similar_names(class_mapping.new_classes, class_mapping.classes[: class_mapping.k_old]):
             text = f"class {new!r} is new beside {old!r}; if they are one, give --merge {old},{new}={old}"
-            self.progress(Progress("warning", text))
+            logger.warning(text)
         if not class_mapping.new_classes and len(data.new):
-            self.note(f"no new class: {len(data.new):,} new images of {class_mapping.k_old} known ones are learnt")
+            logger.info(f"no new class: {len(data.new):,} new images of {class_mapping.k_old} known ones are learnt")
         self._note_similar_classes()
 
     def _note_similar_classes(self) -> None:
@@ -117,4 +117,4 @@ class ExpansionContext:
                     self.class_mapping.classes[code],
                     str(predicted[counts.argmax()]),
                 )
-                self.note(f"{share:.0%} of the images of {name!r} are {old_name!r} to the model before")
+                logger.info(f"{share:.0%} of the images of {name!r} are {old_name!r} to the model before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,10 +29,12 @@ from featpipe.incremental.problem import ExpansionConfig
 from featpipe.incremental.result import Expansion, build_expanded_model
 from featpipe.incremental.select_method import select_and_fit
 from featpipe.model import Model, RetentionPolicy, load_model
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.storage import Receipt
 
 __all__ = ["expand"]
+
+logger = logging.getLogger(__name__)
 
 
 def expand(
@@ -53,7 +56,7 @@ def expand(
     resume: bool = True,
     out: str | os.PathLike[str] | None = None,
     place: Callable[[Path, int], Path] | None = None,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> Expansion:
     """Teach a model more classes.
 
@@ -155,13 +158,13 @@ def expand(
         (len(train_caches), len(test_caches), tuple(request_settings)),
     )
     if (finished := _load_finished(model, request, out)) is not None:
-        progress(Progress("note", f"{out}: is what is asked for already"))
+        logger.info(f"{out}: is what is asked for already")
         return finished
     class_mapping = ClassMapping.from_labels(model.classes, find_labels(train_caches), drop, merge)
     if out is None and place is not None and model.path is not None:
         out = place(model.path, len(class_mapping.classes))
         if (finished := _load_finished(model, request, out)) is not None:
-            progress(Progress("note", f"{out}: is what is asked for already"))
+            logger.info(f"{out}: is what is asked for already")
             return finished
     expansion_data = load_expansion_data(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ from featpipe.model import STORED_DIGEST_BYTES, ConformalPredictor, Model, Novel
 from featpipe.training import EmbeddingDataset, fit_novelty, update_novelty
 
 __all__ = ["Expansion", "build_expanded_model", "collect_metrics", "make_expansion", "make_history"]
+
+logger = logging.getLogger(__name__)
 
 N_CURVE_ROWS = 8
 
@@ -274,7 +277,7 @@ def _score_held_out(context: ExpansionContext, selected: SelectedMethod) -> Held
     )  # it is made for the one before
     if fit is None or not (needs_sets or needs_temperature):
         return HeldOutScores((), (), step.k)
-    context.note("calibrating on rows that are held out in turns")
+    logger.info("calibrating on rows that are held out in turns")
     return cross_fit_scores(step, fit, include_old=is_joint)
 
 
@@ -348,7 +351,7 @@ def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: 
     if conformal is None and (has_calibration_rows or model.trust.conformal is not None):
         notes.append(NO_PREDICTION_SETS_NOTE)
     for text in notes:
-        context.note(text)
+        logger.info(text)
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,8 @@ from featpipe.model import ConformalPredictor
 from featpipe.runtime import Progress
 
 __all__ = ["HeldOutScores", "SelectedMethod", "cross_fit_scores", "score_halves", "select_and_fit"]
+
+logger = logging.getLogger(__name__)
 
 BASELINE_METHODS = ("joint", "naive")  # what a method is compared with
 
@@ -69,7 +72,7 @@ def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMet
         return _fit_regrouped(full_step)
     if method is None:
         method = _select_default_method(full_step)
-        context.note(f"method: {method}, {METHODS[method].summary}")
+        logger.info(f"method: {method}, {METHODS[method].summary}")
     unavailable = {
         name: reason for name in METHODS if (reason := METHODS[name].missing_requirement(full_step)) is not None
     }
@@ -80,7 +83,7 @@ def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMet
     if not len(evaluation_data.test):
         if method == "all":
             raise ConfigError("methods are compared on images to judge by, and there are none: give --test CACHE")
-        context.note("there are no images to judge by: give --test CACHE, or labels with a split")
+        logger.info("there are no images to judge by: give --test CACHE, or labels with a split")
         return SelectedMethod(method, METHODS[method].fit(full_step, None), full_step, unavailable=unavailable)
     candidates = available if method == "all" else [name for name in (method, *BASELINE_METHODS) if name in available]
     return _compare_methods(context, method, list(dict.fromkeys(candidates)), evaluation_data, full_step, unavailable)
@@ -132,7 +135,7 @@ def _compare_methods(
         outcomes[name] = evaluator.make_outcome(
             name, correct_by_method[name], bytes=memory_bytes, seconds=seconds, curves=curve_points
         )
-        context.progress(Progress("bar", "comparing methods", len(outcomes), len(names), "methods"))
+        context.progress(Progress("comparing methods", len(outcomes), len(names), "methods"))
     recommended = _recommend_method(context.budget, evaluator, outcomes, correct_by_method) if method == "all" else None
     chosen = recommended or method
     ordered_outcomes = (outcomes[chosen], *(outcome for name, outcome in outcomes.items() if name != chosen))

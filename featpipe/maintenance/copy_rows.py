@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from featpipe.status import Status
 from featpipe.storage import StagingArea
 
 __all__ = ["RowCopier", "check_columns", "is_up_to_date", "lock_for_writing", "prepare_output_path"]
+
+logger = logging.getLogger(__name__)
 
 CHECK_BLOCK_ROWS = 65536
 MAX_LISTED_IDS = 5  # ids in an error message
@@ -64,7 +67,7 @@ class RowCopier:
             values[rows] = cache.features(output)[source_rows[rows]]
         self._n_copied += stop - start
         total_rows = len(self._source_indices) * len(first_cache.outputs)
-        self._progress(Progress("bar", "copying", self._n_copied, total_rows, "rows"))
+        self._progress(Progress("copying", self._n_copied, total_rows, "rows"))
         return values
 
 
@@ -116,11 +119,11 @@ def prepare_output_path(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def lock_for_writing(path: Path, fingerprint: str, progress: ProgressCallback) -> Iterator[None]:
+def lock_for_writing(path: Path, fingerprint: str) -> Iterator[None]:
     """Hold the writer's lock of a cache, as an extraction does; the parts of an unfinished one stay."""
     staging_area = StagingArea(parts_directory(path), fingerprint)
     if staging_area.is_locked():
-        progress(Progress("note", f"{path}: another process writes this cache; waiting for it"))
+        logger.info(f"{path}: another process writes this cache; waiting for it")
     with staging_area.lock_for_writing():
         yield
         if not any(staging_area.directory.glob("*.record")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from featpipe.maintenance.copy_rows import (
     lock_for_writing,
     prepare_output_path,
 )
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import StringColumn, describe_differences
 
 __all__ = ["merge"]
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -36,7 +39,7 @@ def merge(
     *,
     overwrite: bool = False,
     shard_bytes: int = ExtractionConfig.shard_bytes,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> FeatureCache:
     """One cache with the rows of several, one after the other.
 
@@ -83,11 +86,11 @@ def merge(
         check_columns(cache)
     merged_rows = _MergedRows(sources)
     table = merged_rows.table()
-    progress(Progress("note", merged_rows.describe()))
+    logger.info(merged_rows.describe())
     first_source = sources[0]
-    with lock_for_writing(path, first_source.fingerprint, progress):
+    with lock_for_writing(path, first_source.fingerprint):
         if is_up_to_date(path, first_source, table, one_file=False, overwrite=overwrite):
-            progress(Progress("note", f"{path}: is there already, with the same rows"))
+            logger.info(f"{path}: is there already, with the same rows")
         else:
             copier = RowCopier(sources, merged_rows.source_indices, merged_rows.source_rows, progress)
             facts, manifest = first_source.facts, _manifest(sources)

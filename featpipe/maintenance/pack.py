@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import numpy as np
@@ -14,9 +15,11 @@ from featpipe.maintenance.copy_rows import (
     lock_for_writing,
     prepare_output_path,
 )
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 
 __all__ = ["pack"]
+
+logger = logging.getLogger(__name__)
 
 
 def pack(
@@ -24,7 +27,7 @@ def pack(
     out: str | os.PathLike[str] | None = None,
     *,
     overwrite: bool = False,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> FeatureCache:
     """One portable file with the rows of a cache, byte for byte.
 
@@ -58,13 +61,13 @@ def pack(
     source = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     path = source.path if out is None else prepare_output_path(out)
     in_place = path.exists() and path.samefile(source.path)
-    with lock_for_writing(path, source.fingerprint, progress):
+    with lock_for_writing(path, source.fingerprint):
         if in_place:
             source = FeatureCache(path)  # what an extraction that held the lock may have made of it
         if in_place and not source.shard_files:
-            progress(Progress("note", f"{path}: is one file already"))
+            logger.info(f"{path}: is one file already")
         elif not in_place and is_up_to_date(path, source, source.table(), one_file=True, overwrite=overwrite):
-            progress(Progress("note", f"{path}: is there already, with the same rows"))
+            logger.info(f"{path}: is there already, with the same rows")
         else:
             check_columns(source)
             n = len(source)

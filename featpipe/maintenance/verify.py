@@ -16,7 +16,7 @@ from featpipe.cache import EmbeddingLookup, EmbeddingSource, FeatureCache, Sampl
 from featpipe.config import ExtractionConfig
 from featpipe.data import Index
 from featpipe.errors import ArchiveError, CacheError, ConfigError, SampleError
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import Progress, ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import StagingArea, digest
 
@@ -113,7 +113,7 @@ def verify(
     backbone: Any = None,
     device: str = "auto",
     seed: int = 0,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> Verification:
     """Check every digest of a cache, and embed some random rows again to compare them.
 
@@ -172,7 +172,7 @@ def repair(
     archives: Sequence[str | os.PathLike[str]] = (),
     backbone: Any = None,
     device: str = "auto",
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> Verification:
     """Compute the damaged rows of a cache again, and no others.
 
@@ -242,7 +242,7 @@ def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArra
         rows = np.arange(start, min(n, start + CHECK_BLOCK_ROWS))
         for output in cache.outputs:
             is_intact[rows] &= cache.whole_rows(rows, output)
-        progress(Progress("bar", "checking", int(rows[-1]) + 1, n))
+        progress(Progress("checking", int(rows[-1]) + 1, n))
     return is_intact
 
 
@@ -317,7 +317,7 @@ def _compare_embeddings(
             verification.farthest = max(verification.farthest or 0.0, row_distance)
             if not row_distance <= verification.tolerance:
                 verification.damaged.append(DamagedRow(row, cache.ids[row], "answer", row_distance))
-        progress(Progress("bar", "embedding again", min(len(rows), start + EMBED_BLOCK_IMAGES), len(rows)))
+        progress(Progress("embedding again", min(len(rows), start + EMBED_BLOCK_IMAGES), len(rows)))
 
 
 def _read_unchanged_images(cache: FeatureCache, rows: NDArray[np.int64], index: Index) -> dict[int, bytes]:

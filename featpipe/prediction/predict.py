@@ -10,6 +10,7 @@ image itself has about 100 kB.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -31,7 +32,7 @@ from featpipe.prediction.provenance import PredictionRequest, write_receipt
 from featpipe.prediction.rows import Prediction, iter_predictions
 from featpipe.prediction.stream import stream_all
 from featpipe.prediction.writers import make_columns, make_write_error, select_writer
-from featpipe.runtime import Deadline, Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import Deadline, Progress, ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import StagingArea, compute_fingerprint, describe_differences
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from featpipe.model import Model
 
 __all__ = ["StatusCounts", "predict"]
+
+logger = logging.getLogger(__name__)
 
 HEAD_BATCH_ROWS = 1024
 SHARED_EMBEDDING_KEYS = ("backbone", "precision", "storage")  # equal for models that share a forward pass
@@ -58,7 +61,7 @@ def predict(
     out: str | os.PathLike[str] | None = None,
     *,
     also: Sequence[Model] = (),
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     **options: Unpack[PredictOptions],
 ) -> StatusCounts:
     """Predict every sample of some archives.
@@ -148,7 +151,7 @@ class _PredictionJob:
         staging_area = StagingArea(parts_directory(path), compute_fingerprint(make_facts(backbone, extraction_config)))
         had_to_wait = staging_area.is_locked()
         if had_to_wait:
-            self.progress(Progress("note", f"{path}: another prediction is writing this file; waiting for it"))
+            logger.info(f"{path}: another prediction is writing this file; waiting for it")
         with staging_area.lock_for_writing():
             counts = self._find_finished_counts(request, path) if had_to_wait else None
             if counts is None:
@@ -181,7 +184,7 @@ class _PredictionJob:
         _remove_stale_parts(path)
         counts = StatusCounts(receipt.status)
         n = len(self.index)
-        self.progress(Progress("note", f"{path}: these predictions of {n} images are there already: no forward pass"))
+        logger.info(f"{path}: these predictions of {n} images are there already: no forward pass")
         self._report_failures(counts)
         self._check_max_bad(counts)
         return counts
@@ -206,7 +209,7 @@ class _PredictionJob:
                 iter_predictions(model, ids, status.tolist(), X, self.config) for model in self.models
             )
             yield from zip(*predictions_by_model, strict=True)
-            self.progress(Progress("bar", "predicting", stop, n))
+            self.progress(Progress("predicting", stop, n))
 
     def _write_predictions(self, rows: Iterator[tuple[Prediction, ...]]) -> StatusCounts:
         counts = StatusCounts()
@@ -232,7 +235,7 @@ class _PredictionJob:
         if bad_counts:
             reasons = ", ".join(f"{count} {status}" for status, count in bad_counts.items())
             text = f"{sum(bad_counts.values())} of {len(self.index)} images have no prediction: {reasons}"
-            self.progress(Progress("warning", text))
+            logger.warning(text)
 
 
 def _check_writable(path: Path) -> None:

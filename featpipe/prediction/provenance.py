@@ -215,7 +215,7 @@ def _hash_images(index: Index, progress: ProgressCallback) -> NDArray[np.uint8]:
         for row in range(len(index)):
             with suppress(SampleError):
                 digests[row] = np.frombuffer(digest(reader.read(row)), np.uint8)
-            progress(Progress("bar", "comparing", row + 1, len(index)))
+            progress(Progress("comparing", row + 1, len(index)))
     return digests
 
 

@@ -14,7 +14,7 @@ from featpipe.config import check_names
 from featpipe.data import Index
 from featpipe.prediction.config import PredictConfig, StreamOptions
 from featpipe.prediction.rows import Prediction, iter_predictions
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import Progress, ProgressCallback, ignore_progress
 from featpipe.status import Status
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def stream(
     model: Model,
     index: Index,
     *,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
     **options: Unpack[StreamOptions],
 ) -> Generator[Prediction, None, None]:
     """Yield the predictions of an index, in its order.
@@ -51,7 +51,7 @@ def stream(
 
 
 def stream_all(
-    models: Sequence[Model], index: Index, config: PredictConfig, progress: ProgressCallback = report_warnings_only
+    models: Sequence[Model], index: Index, config: PredictConfig, progress: ProgressCallback = ignore_progress
 ) -> Generator[SamplePredictions, None, None]:
     """Yield the predictions of several models that share embeddings, with one forward pass."""
     config.check_models(models)
@@ -74,7 +74,7 @@ def stream_all(
             while next_row in pending_rows:
                 yield pending_rows.pop(next_row)
                 next_row += 1
-            progress(Progress("bar", "predicting", next_row, n))
+            progress(Progress("predicting", next_row, n))
 
 
 def _mark_not_finite(batch: DecodedBatch, X: NDArray[np.float32] | None) -> tuple[list[int], NDArray[np.float32]]:

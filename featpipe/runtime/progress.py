@@ -1,40 +1,70 @@
-"""How a long stage tells what it is doing: through one plain function, given by whoever wants to know."""
+"""Progress of long stages: one callback, and a tqdm bar that is such a callback."""
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-__all__ = ["Progress", "ProgressCallback", "report_warnings_only"]
+__all__ = ["Progress", "ProgressBar", "ProgressCallback", "ignore_progress", "in_notebook"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One thing to tell.
+    """How far a stage is.
 
     Attributes
     ----------
-    kind : {"bar", "note", "warning"}
-        ``bar``: ``done`` of ``total`` ``unit`` of the stage named ``text``. ``note``: something that a person
-        may want to know. ``warning``: something that the person must know, because a result is smaller than asked for.
-    text : str
+    stage : str
+        Name of the stage, such as ``embedding``.
     done, total : int
     unit : str
+        What is counted.
     """
 
-    kind: Literal["bar", "note", "warning"]
-    text: str
-    done: int = 0
-    total: int = 0
+    stage: str
+    done: int
+    total: int
     unit: str = "images"
 
 
 ProgressCallback = Callable[[Progress], None]
 
 
-def report_warnings_only(progress: Progress) -> None:
-    """The default: warnings go where Python's warnings go, the rest is not said."""
-    if progress.kind == "warning":
-        warnings.warn(progress.text, stacklevel=3)
+def ignore_progress(progress: Progress) -> None:
+    """Do nothing: the default callback."""
+
+
+class ProgressBar:
+    """A tqdm bar on stderr, or in a notebook's output, for one stage at a time."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, progress: Progress) -> None:
+        if self._stage != progress.stage:
+            self.close()
+        if self._bar is None:
+            from tqdm.auto import tqdm
+
+            self._stage = progress.stage
+            self._bar = tqdm(
+                total=progress.total, desc=progress.stage, unit=f" {progress.unit}", leave=False, smoothing=0.1
+            )
+        self._bar.update(progress.done - self._bar.n)
+        if progress.done >= progress.total:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._stage = None, ""
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook kernel, which shows bars although its stderr is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"

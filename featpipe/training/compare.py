@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,12 +14,14 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
 from featpipe.model import Model
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training.cross_validation import get_main_metric
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
 from featpipe.training.train import TrainedHead, make_head_config, parse_policy, train_head
 
 __all__ = ["HeadComparison", "HeadComparisonRow", "compare"]
+
+logger = logging.getLogger(__name__)
 
 N_TIMED_ROWS = 1000
 
@@ -99,7 +102,7 @@ def compare(
     jobs: int | None = None,
     one_standard_error: bool = False,
     random_state: int | None = 0,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> HeadComparison:
     """Train several heads on one cache, and keep the best.
 
@@ -153,7 +156,7 @@ def compare(
     ]
     results: list[tuple[HeadComparisonRow, TrainedHead]] = []
     for config in configs:
-        progress(Progress("note", config.head if since is not None else f"{config.head}: {cv} folds"))
+        logger.info(config.head if since is not None else f"{config.head}: {cv} folds")
         trained_head = train_head(cache, dataset, config, cv, calibrate=calibrate, prior=prior, progress=progress)
         results.append((_make_row(trained_head, dataset, metric), trained_head))
     results.sort(key=lambda pair: -_selection_score(pair[0], pair[1]))

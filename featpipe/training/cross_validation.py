@@ -143,7 +143,7 @@ def _fit_folds(
     fitted_folds = []
     for train_rows, held_out in splits:
         fitted_folds.append(_Fold(held_out, dataset.take(held_out).X, fit_head(config, dataset.take(train_rows))))
-        progress(Progress("bar", "cross-validating", len(fitted_folds), len(splits), "folds"))
+        progress(Progress("cross-validating", len(fitted_folds), len(splits), "folds"))
     return fitted_folds
 
 

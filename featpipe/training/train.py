@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from featpipe.model import (
     Uncertainty,
     collect_replay_memory,
 )
-from featpipe.runtime import Progress, ProgressCallback, report_warnings_only
+from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training.cross_validation import Estimate, cross_validate, fit_calibration_on_folds
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
 from featpipe.training.fit import FittedHead, fit_head
@@ -36,6 +37,8 @@ from featpipe.training.head_config import HeadConfig
 from featpipe.training.novelty import fit_novelty
 
 __all__ = ["TrainedHead", "make_head_config", "parse_policy", "train", "train_head"]
+
+logger = logging.getLogger(__name__)
 
 CURVE_ATTRIBUTES = ("loss_curve_", "validation_curve_", "validation_score_curve_")
 
@@ -63,7 +66,7 @@ def train(
     jobs: int | None = None,
     random_state: int | None = 0,
     findings: str | os.PathLike[str] | None = None,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> Model:
     """Fit a head on the embeddings of a cache.
 
@@ -246,7 +249,7 @@ def train_head(
     *,
     calibrate: bool = False,
     prior: Mapping[str, float] | None = None,
-    progress: ProgressCallback = report_warnings_only,
+    progress: ProgressCallback = ignore_progress,
 ) -> TrainedHead:
     """Estimate, fit and calibrate."""
     location = f"{cache.path}: head {config.head!r}"
@@ -259,15 +262,11 @@ def train_head(
             estimate = cross_validate(
                 config, dataset, cv or 1, calibrate=calibrate, progress=progress, metric=config.metric
             )
-        progress(Progress("note", f"fitting {config.head} on {len(dataset)} images"))
+        logger.info(f"fitting {config.head} on {len(dataset)} images")
         fitted = fit_head(config, dataset)
         if fitted.search_result is not None:
             search_result = fitted.search_result
-            progress(
-                Progress(
-                    "note", f"{config.head}: {search_result}, by {search_result.metric}, {search_result.description}"
-                )
-            )
+            logger.info(f"{config.head}: {search_result}, by {search_result.metric}, {search_result.description}")
         calibration = estimate.calibration if estimate else None
         needs_calibration = config.task != "regression" and not fitted.has_probabilities
         if calibration is None and (calibrate or needs_calibration):

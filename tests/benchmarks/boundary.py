@@ -61,7 +61,7 @@ for epoch in range(epochs):
 print(json.dumps((time.perf_counter() - started) / epochs / len(dataset)))
 """
 OURS = """
-import copy, json, math, shutil, sys, time, torch
+import copy, json, logging, math, shutil, sys, time, torch
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -77,14 +77,18 @@ folder, out, name, epochs, precision = sys.argv[1], sys.argv[2], sys.argv[3], in
 cache = featpipe.extract(folder, backbone=name, weights=None if "lite" in name else "none", cache=out, device="cpu")
 model = featpipe.train(cache, head="logistic")
 loaded, noted = model.backbone, []
-told = lambda event: noted.append((time.perf_counter(), event.kind, event.text))
+class Noting(logging.Handler):
+    def emit(self, record):
+        noted.append((time.perf_counter(), record.getMessage()))
+logging.getLogger("featpipe").addHandler(Noting())
+logging.getLogger("featpipe").setLevel(logging.INFO)
 settings = dict(unfreeze="last", epochs=epochs, batch=32, patience=0, cache_activations="yes", keep_worse=True)
 settings |= dict(learning_rate=1e-4, test=0.02, validation=0.02, device="cpu", precision=precision)
-featpipe.finetune(model, folder, cache=out, progress=told, **settings)
-began = next(at for at, kind, text in noted if text.startswith("trained:"))
-ended = next(at for at, kind, text in noted if text.startswith(f"epoch {epochs}: "))
+featpipe.finetune(model, folder, cache=out, **settings)
+began = next(at for at, text in noted if text.startswith("trained:"))
+ended = next(at for at, text in noted if text.startswith(f"epoch {epochs}: "))
 seconds = ended - began
-said = next(text for at, kind, text in noted if "kept" in text)
+said = next(text for at, text in noted if "kept" in text)
 caches = [featpipe.FeatureCache(path) for path in Path(out).glob("boundary-*.h5")]
 disk, images = sum(cache.path.stat().st_size for cache in caches), sum(len(cache.ids) for cache in caches)
 ready = sum(cache.manifest["seconds"]["preparing"] for cache in caches)

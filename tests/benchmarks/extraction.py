@@ -49,7 +49,7 @@ from featpipe import extract
 from featpipe.inference import resolve_device
 from featpipe.extraction import load_backbone
 from featpipe.bench import _Benchmark, _combined_rate
-from featpipe.runtime import report_warnings_only
+from featpipe.runtime import ignore_progress
 from featpipe.config import ExtractionConfig
 tar, out, name, engine, precision, peer = sys.argv[1:]
 weights = None if "lite" in name else "none"
@@ -59,7 +59,7 @@ expected = np.load(peer)
 found = cache.features()[: len(expected)].astype(np.float64)
 cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
 asked = ExtractionConfig(**asked)
-bench = _Benchmark(asked, resolve_device("cpu"), load_backbone(asked), 27.0, report_warnings_only)
+bench = _Benchmark(asked, resolve_device("cpu"), load_backbone(asked), 27.0, ignore_progress)
 import tarfile
 with tarfile.open(tar) as archive:
     images = [archive.extractfile(member).read() for member in archive.getmembers()[:128]]

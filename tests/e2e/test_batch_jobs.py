@@ -19,7 +19,6 @@ import pytest
 
 import featpipe
 from featpipe import cli
-from featpipe.runtime import Progress
 from featpipe.storage import StagingArea
 from tests.conftest import jpeg
 from tests.e2e.test_commands import OWN
@@ -76,17 +75,17 @@ def test_every_command_with_a_progress_bar_is_interrupted_below() -> None:
 
 SIGNALLED = """
 import os, signal, sys
-from featpipe.cli import main, terminal
-from featpipe.runtime.progress import Progress
+from featpipe.cli import logging, main, terminal
 
 sent = []
 
-def tell(self, progress):
+def terminate(*arguments):
     if not sent:
-        sent.append(progress)
+        sent.append(arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-terminal.Terminal.__call__ = tell
+terminal.Terminal.__call__ = terminate
+logging.LogHandler.emit = terminate
 sys.argv[0] = "featpipe"
 try:
     main()
@@ -110,7 +109,7 @@ def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(name: str, ho
     assert not list(home.glob("elsewhere/*.h5"))
 
 
-def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command: Any) -> None:
+def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command: Any, log: list[str]) -> None:
     out = tmp_path / "p.jsonl"
     arguments = ["predict", "slownets.model", "photos", "--backbone", "slownets:make", "--out", str(out)]
     stopped = run_and_stop(["--log-format", "json", *arguments, "--workers", "1"], home, signal.SIGTERM)
@@ -122,10 +121,10 @@ def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command:
     done = command(*arguments, cwd=home)
     assert f"{finished} of 90 images are in a cache already" in done.stderr
     assert len(out.read_text().splitlines()) == 90
-    told: list[Progress] = []
+    log.clear()
     model = featpipe.load_model(home / "slownets.model")  # whose network is not asked for
-    assert featpipe.predict(model, home / "photos", out, progress=told.append) == {"ok": 90}
-    assert [note.text.rsplit("; ")[-1] for note in told] == [
+    assert featpipe.predict(model, home / "photos", out) == {"ok": 90}
+    assert [text.rsplit("; ")[-1] for text in log] == [
         f"{out}: these predictions of 90 images are there already: no forward pass"
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]

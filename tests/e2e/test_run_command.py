@@ -22,6 +22,7 @@ from featpipe.runtime import Progress
 from featpipe.splits import splits
 from tests.conftest import jpeg
 from tests.contract.test_recipes import HERE, numbers, photos  # noqa: F401
+from tests.support.logs import logged_messages
 
 NETWORK = ["--set", f"backbones.0.name={HERE}:tiny", "--set", "training.cv=2"]
 
@@ -102,28 +103,28 @@ CHANGES: dict[str, Any] = {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2,
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was():
-    def killed(progress: Progress) -> None:
-        if progress.text.startswith("lda: "):
+    def interrupt(progress: Progress) -> None:
+        if Path("runs/linear-probe/models/ridge.model").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        featpipe.run("linear-probe", "photos", changes=CHANGES, progress=killed)
+        featpipe.run("linear-probe", "photos", changes=CHANGES, progress=interrupt)
     folder = Path("runs/linear-probe")
     assert (folder / "models" / "ridge.model").exists()
     assert not (folder / "results.json").exists()
     done = (folder / "models" / "ridge.model").stat()
-    said: list[str] = []
-    again = featpipe.run("linear-probe", "photos", changes=CHANGES, progress=lambda told: said.append(told.text))
-    assert not any(text.startswith("ridge: ") for text in said)
+    with logged_messages() as log:
+        again = featpipe.run("linear-probe", "photos", changes=CHANGES)
+    assert not any(text.startswith("ridge: ") for text in log)
     assert (folder / "models" / "ridge.model").stat().st_mtime_ns == done.st_mtime_ns
     assert numbers(again) == numbers(featpipe.run("linear-probe", "photos", changes=CHANGES, out="elsewhere"))
 
 
 def trained(changes: dict[str, Any]) -> list[str]:
     """The heads that a run trains."""
-    said: list[str] = []
-    featpipe.run("linear-probe", "photos", changes={**CHANGES, **changes}, progress=lambda told: said.append(told.text))
-    return [text.split(":")[0] for text in said if text.endswith("images to learn from")]
+    with logged_messages() as log:
+        featpipe.run("linear-probe", "photos", changes={**CHANGES, **changes})
+    return [text.split(":")[0] for text in log if text.endswith("images to learn from")]
 
 
 def test_a_head_is_trained_again_when_anything_that_decides_it_changes():
@@ -159,7 +160,6 @@ def test_other_images_are_scored_and_none_is_held_out():
 
 def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_twice():
     changes = {"backbones.0.name": f"{HERE}:ladder", "training.cv": 2, "heads.0.C": 1, "finetune.epochs": 1}
-    said: list[str] = []
     found = featpipe.run("fine-tune", "photos", changes=changes)
     probe, tuned = found.results
     comparison = found.tuned.comparison
@@ -169,21 +169,19 @@ def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_tw
     assert row["tuned"][0] == pytest.approx(tuned.held_out["value"])
     assert comparison.verdict() in str(found)
     assert found.model.path == (tuned if found.tuned.kept == "fine-tuned" else probe).model
-    again = featpipe.run("fine-tune", "photos", changes=changes, progress=lambda told: said.append(told.text))
+    with logged_messages() as log:
+        again = featpipe.run("fine-tune", "photos", changes=changes)
     assert numbers(again) == numbers(found)
-    assert any(text.endswith("is what is asked for already") for text in said)
-    assert "writing the page" not in said
+    assert any(text.endswith("is what is asked for already") for text in log)
+    assert "writing the page" not in log
 
 
 def test_some_of_the_images_do_not_take_the_place_of_all():
     featpipe.run("linear-probe", "photos", changes=CHANGES)
-    said: list[str] = []
-    changes = {**CHANGES, "images": 30}
-    some = featpipe.run(
-        "linear-probe", "photos", changes=changes, out="some", progress=lambda told: said.append(told.text)
-    )
+    with logged_messages() as log:
+        some = featpipe.run("linear-probe", "photos", changes={**CHANGES, "images": 30}, out="some")
     assert some.embedded[0].samples == 30
-    assert "all 30 images are in a cache already: no forward pass" in said
+    assert "all 30 images are in a cache already: no forward pass" in log
     assert featpipe.FeatureCache(some.embedded[0].cache).label_table.values.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert trained({}) == []
 

@@ -112,7 +112,7 @@ def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_pa
     found = partition_network(loaded, BELOW)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     with pytest.raises(ConfigError, match=r"15 images have no feature map .*: not-finite.*--cache-activations no"):
-        make_feature_map_dataset(index, np.arange(15), loaded, found, progress=lambda event: None, **how)
+        make_feature_map_dataset(index, np.arange(15), loaded, found, **how)
 
 
 def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
@@ -154,15 +154,14 @@ def test_the_loop_on_maps_ends_where_the_loop_on_pictures_does(tmp_path, model, 
     assert list((tmp_path / "yes").glob("boundary-*"))
 
 
-def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model):
-    told: list[str] = []
+def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model, log):
     settings = {**QUICK, "cache": tmp_path / "cache", "epochs": 10, "keep_worse": True}
-    finetune(model, tmp_path / "photos", progress=lambda event: told.append(event.text), **settings)
-    assert any("times less work" in text for text in told)
-    told.clear()
+    finetune(model, tmp_path / "photos", **settings)
+    assert any("times less work" in text for text in log)
+    log.clear()
     settings["epochs"] = 2
-    finetune(model, tmp_path / "photos", mixup=0.2, progress=lambda event: told.append(event.text), **settings)
-    assert any("mixup and cutmix mix pictures" in text for text in told)
+    finetune(model, tmp_path / "photos", mixup=0.2, **settings)
+    assert any("mixup and cutmix mix pictures" in text for text in log)
     with pytest.raises(ConfigError, match="cache_activations=yes: mixup and cutmix mix pictures"):
         finetune(model, tmp_path / "photos", mixup=0.2, cache_activations="yes", **settings)
 

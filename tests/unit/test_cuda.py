@@ -309,13 +309,13 @@ def mixed(tmp_path):
 
 @pytest.mark.parametrize("transform", [SMALL, tiny_transform], ids=["ours", "one's own"])
 def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(gpu, mixed, tmp_path, request, monkeypatch, transform):
-    settings, told = {"backbone": net(transform), "batch": 8, "engine": "torch"}, []
+    settings = {"backbone": net(transform), "batch": 8, "engine": "torch"}
     threads, resize = set(), MatmulResizer.resize
     monkeypatch.setattr(
         MatmulResizer, "resize", lambda *given: threads.add(threading.current_thread()) or resize(*given)
     )
-    exact = extract(mixed, out=tmp_path / "cpu.h5", device="cpu", progress=told.append, **settings)
-    found = extract(mixed, out=tmp_path / "gpu" / "gpu.h5", device="cuda", workers=3, progress=told.append, **settings)
+    exact = extract(mixed, out=tmp_path / "cpu.h5", device="cpu", **settings)
+    found = extract(mixed, out=tmp_path / "gpu" / "gpu.h5", device="cuda", workers=3, **settings)
     assert found.manifest["facts"] == exact.manifest["facts"]
     assert (list(found.ids), list(found.status)) == (list(exact.ids), list(exact.status))
     assert sorted(set(map(str, exact.status))) == ["damaged", "empty", "ok"]

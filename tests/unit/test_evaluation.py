@@ -22,6 +22,7 @@ from featpipe.errors import ArchiveError, CacheError, CacheMismatchError, Config
 from featpipe.evaluation import SCHEMA
 from featpipe.inference import Engine
 from featpipe.metrics import score
+from tests.support.logs import logged_warning
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_rows_trained_on_are_left_out_and_counted(embed: Any, make_folder: Any, 
     new = make_folder(each=9, name="new")  # its first four of each class are the same images
     (new / "stray.jpg").write_bytes((new / "ape" / "08.jpg").read_bytes())
     (new / "bee" / "08.jpg").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="1 unsupported"):
+    with logged_warning("1 unsupported"):
         cache = embed(new)
     found = evaluate(model, cache)
     unseen = [i for i, name in enumerate(cache.ids) if name.endswith(("4.jpg", "5.jpg", "6.jpg", "7.jpg", "8.jpg"))]

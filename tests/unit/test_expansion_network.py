@@ -268,14 +268,13 @@ def test_each_method_gives_a_model_like_any_other(method: str, grow: Any, home: 
     assert not (tmp_path / "m.model.checkpoint").exists()
 
 
-def test_naive_forgets_and_each_epoch_says_so(grow: Any) -> None:
-    said: list[Any] = []
-    found = grow("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0}, progress=said.append)
+def test_naive_forgets_and_each_epoch_says_so(grow: Any, log: list[str]) -> None:
+    found = grow("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0})
     curves = found.outcomes[0].curves
     assert curves["epochs"] == list(range(9))
     assert curves["old_accuracy"][0] > curves["old_accuracy"][-1]
     assert found.outcomes[0].old.value < found.before.value
-    lines = [told.text for told in said if "; old classes " in told.text]
+    lines = [text for text in log if "; old classes " in text]
     assert len(lines) == 9
     assert lines[0].endswith(f"old classes {curves['old_accuracy'][0]:.3f}, new ones {curves['new_accuracy'][0]:.3f}")
 
@@ -348,15 +347,16 @@ def test_the_next_step_is_like_any_other(grow: Any, home: Path, tmp_path: Path) 
     assert tuned.classes == found.model.classes
 
 
-def test_old_images_are_replayed_that_are_known_by_their_bytes(grow: Any, home: Path, tmp_path: Path) -> None:
+def test_old_images_are_replayed_that_are_known_by_their_bytes(
+    grow: Any, home: Path, tmp_path: Path, log: list[str]
+) -> None:
     for name in OLD:
         (tmp_path / "some" / name).mkdir(parents=True)
         for file in sorted((home / "old" / name).glob("*.png"))[:6]:
             shutil.copy(file, tmp_path / "some" / name / f"a-{file.name}")
-    said: list[Any] = []
-    found = grow("replay", str(tmp_path / "some"), "new", memory=5, progress=said.append)
+    found = grow("replay", str(tmp_path / "some"), "new", memory=5)
     assert found.images["old"] == 12
-    how = next(told.text for told in said if "to say when to stop" in told.text)
+    how = next(text for text in log if "to say when to stop" in text)
     trained, watched = (int(part.split()[0]) for part in how.split(", ")[:2])
     assert trained + watched == 2 * 5 + 24
 
@@ -457,14 +457,13 @@ def test_too_few_images_to_say_when_to_stop(home: Path, grow: Any, tmp_path: Pat
         grow("distill", str(tmp_path / "few"))
 
 
-def test_a_head_that_is_no_layer_needs_old_images(home: Path, grow: Any, ladder: Any) -> None:
+def test_a_head_that_is_no_layer_needs_old_images(home: Path, grow: Any, ladder: Any, log: list[str]) -> None:
     cache = featpipe.extract(home / "old", backbone=ladder, cache=home / "cache")
     knn = featpipe.train(cache, "knn", cv=0).attach(ladder)
     with pytest.raises(ConfigError, match=r"is for heads that end in a softmax layer.*KNeighborsClassifier"):
         grow("distill", of=knn)
-    said: list[Any] = []
-    grow("joint", "old", "new", of=knn, progress=said.append)
-    assert any("knn is no layer of a network" in told.text for told in said)
+    grow("joint", "old", "new", of=knn)
+    assert any("knn is no layer of a network" in text for text in log)
 
 
 def test_what_is_kept_of_the_network_is_checked(home: Path, ladder: Any) -> None:

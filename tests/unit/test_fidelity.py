@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from featpipe import backbones, extract, inference
 from featpipe.errors import ConfigError
 from featpipe.inference import compute_min_cosine, precision, select_precision
-from featpipe.runtime import Progress
 from tests.conftest import Tiny, tiny_transform
+from tests.support.logs import logged_warning
 
 CPU = torch.device("cpu")
 
@@ -107,17 +107,18 @@ def test_it_is_the_cache_that_the_chosen_precision_gives_by_name(make_folder, ti
 
 
 @pytest.mark.parametrize("out", [None, "photos.h5"])
-def test_typed_again_nothing_is_measured_and_no_image_is_read(make_folder, tiny, tmp_path, monkeypatch, out):
-    folder, told = make_folder(), []
+def test_typed_again_nothing_is_measured_and_no_image_is_read(make_folder, tiny, tmp_path, monkeypatch, out, log):
+    folder = make_folder()
     for path in folder.rglob("*.jpg"):
         os.utime(path, (1e9, 1e9))  # a file that changed just now is read again
     settings = {"backbone": tiny, "cache": tmp_path, "precision": "auto", "min_cosine": 0.99}
     settings |= {"out": tmp_path / out} if out else {}
     first = extract(folder, **settings)
     monkeypatch.setattr("featpipe.data.SampleReader.read", None)
-    again = extract(folder, **settings, progress=told.append)
+    log.clear()
+    again = extract(folder, **settings)
     assert again.path == first.path
-    assert not [p for p in told if isinstance(p, Progress) and "least cosine" in p.text]
+    assert not [text for text in log if "least cosine" in text]
 
 
 def test_a_higher_cosine_is_measured_again(make_folder, tmp_path):
@@ -131,7 +132,7 @@ def test_bad_images_at_the_front_are_passed_over(make_folder, tiny, tmp_path):
     folder = make_folder()
     for name in ("00", "01"):
         (folder / "ape" / f"{name}.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    with pytest.warns(UserWarning, match="2 damaged"):
+    with logged_warning("2 damaged"):
         cache = extract(folder, backbone=tiny, cache=tmp_path, precision="auto", min_cosine=0.99)
     assert cache.manifest["fidelity"]["images"] == 16
     assert cache.bad_rows() == {"damaged": 2}

@@ -139,10 +139,9 @@ def test_the_split_that_came_with_the_labels_is_kept(tmp_path, photos, model, la
     assert "test as the labels mark them" in sides.description
 
 
-def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp_path, photos, model):
-    said = []
-    found = finetune(model, photos, cache=tmp_path / "cache", progress=said.append, **QUICK)
-    notes = [told.text for told in said if "fitted again" in told.text]
+def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp_path, photos, model, log):
+    found = finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+    notes = [text for text in log if "fitted again" in text]
     cache = next(
         c
         for c in map(featpipe.FeatureCache, (tmp_path / "cache").glob("*.h5"))
@@ -162,12 +161,12 @@ def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp
     assert accuracy["probe"][0] == pytest.approx(right)
 
 
-def test_a_probe_that_never_saw_them_is_taken_as_it_is(tmp_path, photos, ladder):
+def test_a_probe_that_never_saw_them_is_taken_as_it_is(tmp_path, photos, ladder, log):
     marked(photos, tmp_path / "s.csv", {0: "test", 1: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
-    model, said = featpipe.train(cache, "lda").attach(ladder), []
-    finetune(model, photos, labels=tmp_path / "s.csv", cache=tmp_path / "cache", progress=said.append, **QUICK)
-    assert not [told.text for told in said if "fitted again" in told.text]
+    model = featpipe.train(cache, "lda").attach(ladder)
+    finetune(model, photos, labels=tmp_path / "s.csv", cache=tmp_path / "cache", **QUICK)
+    assert not [text for text in log if "fitted again" in text]
 
 
 def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, model, ladder):
@@ -204,14 +203,14 @@ def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, pho
 # -- again ------------------------------------------------------------------------------------------------------------
 
 
-def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos, model):
+def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos, model, log):
     out = tmp_path / "t.model"
     first = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
-    data, said = out.read_bytes(), []
-    second = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, progress=said.append, **QUICK)
+    data = out.read_bytes()
+    second = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
     assert out.read_bytes() == data
     assert second.to_dict() == json.loads(json.dumps(first.to_dict()))
-    assert any("is what is asked for already" in told.text for told in said)
+    assert any("is what is asked for already" in text for text in log)
     finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **{**QUICK, "seed": 1})
     assert out.read_bytes() != data
 
@@ -276,13 +275,12 @@ def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged
         backbones.load(str(tmp_path / "gone.model"))
 
 
-def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos):
+def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos, log):
     network = backbones.load("timm/test_resnet", weights="none", seed=3)
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     settings = {"epochs": 1, "batch": 16, "device": "cpu", "weights": "none", "keep_worse": True}
-    said = []
-    tuned = finetune(model, photos, cache=tmp_path / "cache", progress=said.append, **settings)
-    assert any("the architecture alone" in told.text for told in said)
+    tuned = finetune(model, photos, cache=tmp_path / "cache", **settings)
+    assert any("the architecture alone" in text for text in log)
     assert FineTuneConfig.from_settings(settings).unfreeze == "all"
     assert FineTuneConfig.from_settings(settings).batch_norm == "trained"
     statistics = [name for name in network.network.state_dict() if "running_mean" in name]

@@ -26,6 +26,7 @@ from featpipe.finetuning.trainer import EpochRecord, Trainer, TrainingState, Tra
 from featpipe.finetuning.unfreeze import select_unfrozen
 from featpipe.heads.neural.losses import LossFunction
 from tests.finetuning import Ladder, small_transform
+from tests.support.logs import logged_warning
 
 N, K = 40, 3
 
@@ -449,12 +450,11 @@ class Poisoned(Tensors):
         return found
 
 
-def test_a_loss_that_is_no_number_stops_restores_and_names_the_batch():
-    said = []
+def test_a_loss_that_is_no_number_stops_restores_and_names_the_batch(log):
     job = job_of(learning_rate=1e-3)
-    job = replace(job, source=Poisoned(job.train_data.network, job.train_data.images), progress=said.append)
+    job = replace(job, source=Poisoned(job.train_data.network, job.train_data.images))
     state = run_training_loop(job, begun(job))
-    warning = next(p.text for p in said if p.kind == "warning")
+    (warning,) = (text for text in log if "the loss is" in text)
     assert "epoch 2" in warning
     assert "the loss is nan in the batch of" in warning
     assert "image 5" in warning
@@ -478,28 +478,27 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("most", [3, 1])
 def test_where_memory_runs_out_batches_are_computed_in_pieces_with_the_same_result(most):
-    whole, said = job_of(epochs=1), []
+    whole = job_of(epochs=1)
     small = job_of(epochs=1)
     source = Tensors(Small(small.train_data.network, most), small.train_data.images)
-    small = replace(small, source=source, progress=said.append)
+    small = replace(small, source=source)
     state = begun(small)
     for job in (whole, small):
         for module in job.network.modules():
             if isinstance(module, nn.Dropout2d):
                 module.p = 0.0
     run_training_loop(whole, begun(whole))
-    run_training_loop(small, state)
+    with logged_warning("with the same gradients"):
+        run_training_loop(small, state)
     assert state.pieces == {3: 4, 1: 8}[most]
-    assert any("with the same gradients" in p.text for p in said if p.kind == "warning")
     assert_equal(weights(whole), weights(small), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("batch_norm", "least"), [("frozen", "one image"), ("trained", "two images")])
-def test_memory_for_not_even_the_smallest_batch_is_an_error(batch_norm, least):
-    job, said = job_of(batch_norm=batch_norm), []
+def test_memory_for_not_even_the_smallest_batch_is_an_error(batch_norm, least, log):
+    job = job_of(batch_norm=batch_norm)
     source = Tensors(Small(job.train_data.network, 0), job.train_data.images)
-    job = replace(job, source=source, watched=job.train_data, progress=said.append)
+    job = replace(job, source=source, watched=job.train_data)
     with pytest.raises(ConfigError, match=f"not enough memory to train on {least} at a time"):
         run_training_loop(job, begun(job))
-    kept = any("with the same gradients" in p.text for p in said if p.kind == "warning")
-    assert kept == (batch_norm == "frozen")
+    assert any("with the same gradients" in text for text in log) == (batch_norm == "frozen")

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from logging import getLogger
 from typing import Any
 
 import click
@@ -16,6 +17,9 @@ from featpipe.cli import logging
 from featpipe.cli.terminal import Terminal
 from featpipe.errors import ArchiveError, TimeLimitError
 from featpipe.runtime import Progress
+from tests.support.logs import logged_warning
+
+logger = getLogger("featpipe.tests")
 
 HOSTILE = 'new\nline, "quoted" \x1b[31m and 🐝'
 
@@ -37,9 +41,9 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_each_line_is_an_object_with_time_level_event_and_text(
     as_json: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Terminal() as terminal:
-        terminal(Progress("note", "hello"))
-        terminal(Progress("warning", HOSTILE))
+    with logging.log_to_stderr(), logged_warning("quoted"):
+        logger.info("hello")
+        logger.warning(HOSTILE)
     logging.log_message("a\nb", event="table")
     found = lines(capsys)
     assert [(line["level"], line["event"]) for line in found] == [
@@ -60,7 +64,7 @@ def test_progress_is_told_when_a_stage_begins_and_ends_and_every_minute(
         for stage in ("reading", "embedding"):
             for done in range(1, 101):
                 now[0] += 1
-                terminal(Progress("bar", stage, done, 100))
+                terminal(Progress(stage, done, 100))
     told = [(line["stage"], line["done"], line["total"]) for line in lines(capsys)]
     reading = [("reading", done, 100) for done in (1, 62, 100)]
     assert told == [*reading, *(("embedding", done, 100) for done in (1, 62, 100))]

@@ -26,6 +26,7 @@ from featpipe.inference import Engine, Loader
 from featpipe.prediction import Prediction, stream
 from featpipe.runtime import Progress
 from tests.conftest import count_passes
+from tests.support.logs import logged_warning
 
 HOSTILE = ["new\nline", 'a "quoted", name', "comma,semi;colon", "🐝 émoji", "carriage\rreturn", "=1+1", " space ", "'"]
 
@@ -145,7 +146,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_row_and_says_why(
     photos[4].write_bytes(photos[5].read_bytes()[:300])
     photos[9].write_bytes(b"no image")
     out = tmp_path / f"predictions{suffix}"
-    with pytest.warns(UserWarning, match="3 of 18 images have no features: 1 empty, 1 unsupported, 1 damaged"):
+    with logged_warning("3 of 18 images have no features: 1 empty, 1 unsupported, 1 damaged"):
         counts = predict(model, tmp_path / "photos", out)
     rows = READERS[suffix](out)
     assert counts == {"ok": 15, "empty": 1, "damaged": 1, "unsupported": 1}
@@ -355,7 +356,7 @@ def test_a_regression_has_a_column_for_each_target(
     expected = model.predict(photos).reshape(18, -1)
     photos[7].write_bytes(b"no image")
     out = tmp_path / f"out{suffix}"
-    with pytest.warns(UserWarning, match="1 of 18"):
+    with logged_warning("1 of 18"):
         predict(model, tmp_path / "photos", out)
     rows, names = READERS[suffix](out), [f"predicted_{name}" for name in columns.split(",")]
     assert list(rows[0]) == ["id", "status", *names, "novelty"]
@@ -384,6 +385,5 @@ def test_a_loaded_model_predicts_the_same(model: Model, tmp_path: Path) -> None:
 def test_progress_ends_with_all_samples(model: Model, tmp_path: Path) -> None:
     told: list[Progress] = []
     predict(model, tmp_path / "photos", tmp_path / "out.csv", progress=told.append)
-    bars = [p for p in told if p.kind == "bar"]
-    assert (bars[-1].done, bars[-1].total) == (18, 18)
-    assert bars[-1].text == "predicting"
+    assert (told[-1].done, told[-1].total) == (18, 18)
+    assert told[-1].stage == "predicting"

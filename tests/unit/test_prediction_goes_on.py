@@ -24,6 +24,7 @@ from featpipe.prediction import StatusCounts, provenance, stream
 from featpipe.runtime import Deadline, Progress, parse_duration
 from featpipe.storage import StagingArea
 from tests.conftest import Tiny, count_passes, jpeg, tiny_transform
+from tests.support.logs import logged_warning
 
 verb = import_module("featpipe.prediction.predict")
 
@@ -87,7 +88,7 @@ def after(batches: int, error: type[BaseException] = Stop) -> Callable[[Progress
     """A listener that ends the work after so many batches."""
 
     def tell(progress: Progress) -> None:
-        if progress.kind == "bar" and progress.done >= 2 * batches:
+        if progress.done >= 2 * batches:
             raise error
 
     return tell
@@ -315,7 +316,7 @@ def test_an_image_that_was_not_there_is_looked_for_again(
         return read(self, row)
 
     monkeypatch.setattr(SampleReader, "read", shaky)
-    with pytest.warns(UserWarning, match="1 unreadable"):
+    with logged_warning("1 unreadable"):
         predict(model, photos, tmp_path / "p.csv")
     monkeypatch.setattr(SampleReader, "read", read)
     assert predict(model, photos, tmp_path / "p.csv") == {"ok": 18}
@@ -370,7 +371,7 @@ def test_standard_output_from_a_cache_is_the_same(
 def test_an_archive_of_bad_images_alone_has_a_cache_too(model: Model, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="1 unsupported"):
+    with logged_warning("1 unsupported"):
         assert predict(model, tmp_path / "bad", tmp_path / "p.csv", cache=tmp_path / "c") == {"unsupported": 1}
 
 
@@ -439,10 +440,10 @@ def test_too_many_bad_images_stop_the_work_and_a_higher_limit_goes_on(
     with pytest.raises(ArchiveError, match="more than --max-bad 1 allows"):
         predict(model, photos, tmp_path / "p.csv", max_bad=1, workers=1)
     assert not (tmp_path / "p.csv").exists()
-    with pytest.warns(UserWarning, match="2 of 18"):
+    with logged_warning("2 of 18"):
         assert predict(model, photos, tmp_path / "p.csv", max_bad="20%") == {"ok": 16, "unsupported": 2}
     assert sum(forward) == 16
-    with pytest.warns(UserWarning, match="2 of 18"), pytest.raises(ArchiveError, match="more than --max-bad 1 allows"):
+    with logged_warning("2 of 18"), pytest.raises(ArchiveError, match="more than --max-bad 1 allows"):
         predict(model, photos, tmp_path / "p.csv", max_bad=1)
 
 

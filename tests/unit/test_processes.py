@@ -16,19 +16,17 @@ import pytest
 from featpipe import backbones, extract
 from featpipe.errors import ArchiveError, CacheError, ConfigError
 from featpipe.extraction import multi_device
-from featpipe.runtime import Progress
 from tests.conftest import Tiny, tiny_transform
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_processes_make_the_cache_that_one_makes(make_folder, tiny, tmp_path):
+def test_two_processes_make_the_cache_that_one_makes(make_folder, tiny, tmp_path, log):
     folder = make_folder()
     (folder / "bee" / "again.jpg").write_bytes((folder / "ape" / "00.jpg").read_bytes())
     (folder / "bee" / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    told: list[Progress] = []
-    one = extract(folder, backbone=tiny, cache=tmp_path / "a", device="cpu", progress=told.append)
-    two = extract(folder, backbone=tiny, cache=tmp_path / "b", device="cpu,cpu", progress=told.append)
+    one = extract(folder, backbone=tiny, cache=tmp_path / "a", device="cpu")
+    two = extract(folder, backbone=tiny, cache=tmp_path / "b", device="cpu,cpu")
     assert two.features().tobytes() == one.features().tobytes()
     assert two.digests.tobytes() == one.digests.tobytes()
     assert (two.ids[:], two.bad_rows()) == (one.ids[:], one.bad_rows())
@@ -43,7 +41,7 @@ def test_an_error_in_one_process_ends_all_and_is_told_as_it_is(make_folder, tiny
     for path in (folder / "ape").iterdir():
         path.write_bytes(b"\xff\xd8\xff nothing")
     with pytest.raises(ArchiveError, match="more than --max-bad 2 allows"):
-        extract(folder, backbone=tiny, cache=tmp_path, device="cpu,cpu", max_bad=2, progress=lambda _: None)
+        extract(folder, backbone=tiny, cache=tmp_path, device="cpu,cpu", max_bad=2)
 
 
 class Dying(Tiny):

@@ -99,7 +99,9 @@ def test_pillow_itself_is_asked_only_where_the_rule_says(vertical, horizontal, f
     assume(
         max(vertical.taps(filter_), horizontal.taps(filter_)) <= EMBEDDING_BAG_MAX_TAPS and down <= max(0, 2 * across)
     )
-    picture = np.random.default_rng(0).integers(0, 256, (vertical.source_size, horizontal.source_size, 3), dtype=np.uint8)
+    picture = np.random.default_rng(0).integers(
+        0, 256, (vertical.source_size, horizontal.source_size, 3), dtype=np.uint8
+    )
     summed = (
         embedding_bag._resize_by_embedding_bag(tensor(picture), vertical, horizontal, filter_).permute(1, 2, 0).numpy()
     )

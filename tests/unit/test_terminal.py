@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from featpipe.cli import info
+from featpipe.cli.logging import log_to_stderr
 from featpipe.cli.terminal import Terminal
 from featpipe.config import ExtractionConfig
-from featpipe.runtime import Progress, format_table, report_warnings_only
+from featpipe.runtime import Progress, ProgressBar, format_table
 from featpipe.status import Status
 from featpipe.storage import hashing
+from tests.support.logs import logged_warning
+
+logger = logging.getLogger("featpipe.tests")
 
 
 def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
@@ -22,9 +30,9 @@ def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
 
 
 def test_notes_from_archives_cannot_either(capsys):
-    with Terminal() as terminal:
-        terminal(Progress("note", "ignored \x1b[2J\x1b]0;title\x07"))
-        terminal(Progress("warning", "a\r\nfeatpipe: all is well"))
+    with log_to_stderr(), logged_warning("all is well"):
+        logger.info("ignored \x1b[2J\x1b]0;title\x07")
+        logger.warning("a\r\nfeatpipe: all is well")
     err = capsys.readouterr().err
     assert "\x1b" not in err
     assert "\r" not in err
@@ -39,7 +47,7 @@ def test_columns_are_aligned_by_what_a_terminal_shows():
 def test_without_a_terminal_there_is_no_bar(capsys):
     with Terminal() as terminal:
         for done in range(100):
-            terminal(Progress("bar", "embedding", done, 100))
+            terminal(Progress("embedding", done, 100))
     assert capsys.readouterr().err == ""
 
 
@@ -49,15 +57,48 @@ def test_without_a_terminal_a_line_comes_every_minute(capsys, monkeypatch):
     with Terminal() as terminal:
         for done in range(180):
             now[0] += 1
-            terminal(Progress("bar", "embedding", done, 180))
+            terminal(Progress("embedding", done, 180))
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_in_python_warnings_go_where_warnings_go_and_the_rest_is_quiet(capsys):
-    report_warnings_only(Progress("note", "hello"))
-    with pytest.warns(UserWarning, match="2 of 3 images"):
-        report_warnings_only(Progress("warning", "2 of 3 images have no features"))
-    assert capsys.readouterr() == ("", "")
+IN_PYTHON = """
+import logging
+import featpipe
+logger = logging.getLogger("featpipe.extraction.run")
+logger.info("hello")
+logger.warning("2 of 3 images have no features")
+logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+logger.info("hello")
+"""
+
+
+def test_in_python_warnings_are_shown_and_notes_once_logging_is_configured():
+    process = subprocess.run([sys.executable, "-c", IN_PYTHON], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout == ""
+    assert process.stderr.splitlines() == ["2 of 3 images have no features", "featpipe.extraction.run: hello"]
+
+
+def test_a_bar_is_closed_before_a_line_is_written(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with log_to_stderr(), Terminal() as terminal:
+        terminal(Progress("embedding", 10, 100))
+        logger.info("hello")
+        terminal(Progress("embedding", 20, 100))
+    text = capsys.readouterr().err
+    before, after = text.split("hello\n")
+    assert "embedding: " in before
+    assert before.endswith(" \r"), "the bar is erased"
+    assert "embedding: " in after
+
+
+def test_a_bar_shows_one_stage_at_a_time(capsys):
+    bar = ProgressBar()
+    for stage in ("reading", "embedding"):
+        bar(Progress(stage, 50, 100))
+    bar.close()
+    text = capsys.readouterr().err
+    assert text.rindex("reading: ") < text.index("embedding: ")
+    assert text.endswith(" \r"), "the bar is erased"
 
 
 def test_equal_facts_have_equal_fingerprints_whatever_their_order():

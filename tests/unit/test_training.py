@@ -23,12 +23,12 @@ from featpipe.errors import CacheError, ConfigError
 from featpipe.heads.resampling import draw_row_indices
 from featpipe.metrics import score
 from featpipe.model import STORED_DIGEST_BYTES
-from featpipe.runtime import Progress
 from featpipe.splits import SplitSeed, splits
 from featpipe.status import Status
 from featpipe.storage import StringColumn
 from featpipe.training import EmbeddingDataset, compare, fit_head, load_training_data, search
 from featpipe.training.train import _unique_digests
+from tests.support.logs import logged_warning
 
 FACTS = {
     "backbone": {"name": "x", "source": "user", "weights": "0", "transform": {}, "outputs": {"pooled": {}}},
@@ -230,7 +230,7 @@ def test_real_images_that_cannot_be_read_or_have_no_label_are_left_out(
     folder = make_folder()
     (folder / "bee" / "01.jpg").write_bytes(b"no image")
     (folder / "stray.jpg").write_bytes((folder / "ape" / "00.jpg").read_bytes()[:-2] + b"\0\0\xff\xd9")
-    with pytest.warns(UserWarning, match="1 of 19 images have no features"):
+    with logged_warning("1 of 19 images have no features"):
         cache = extract(folder, backbone=tiny, cache=tmp_path / "cache")
     model = train(cache)
     trained = {path for path in folder.rglob("*.jpg") if path.name != "stray.jpg" and path != folder / "bee/01.jpg"}
@@ -387,18 +387,17 @@ def noisy(n: int = 150, d: int = 30, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return X, (X[:, 0] + rng.normal(size=n) > 0).astype(int)
 
 
-def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make_cache: Any) -> None:
+def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make_cache: Any, log: list[str]) -> None:
     X, codes = noisy()
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    told: list[Progress] = []
-    model = train(cache, progress=told.append)
+    model = train(cache)
     chosen = model.history["chosen"]
     assert len(chosen["tried"]) == 45
     assert [one["settings"]["C"] for one in chosen["tried"]] == np.logspace(-6, 5, 45).tolist()
     best = max(chosen["tried"], key=lambda one: one["score"])
     assert chosen["settings"] == best["settings"] == {"C": model.head["head"].C}
     assert best["settings"]["C"] < 0.5
-    assert any("C=" in p.text and "log_loss" in p.text and "5 inner folds" in p.text for p in told)
+    assert any("C=" in text and "log_loss" in text and "5 inner folds" in text for text in log)
     assert train(cache, params={"C": 3.0}).history["chosen"] is None
     assert train(cache, tune=False).head["head"].C == 1.0
 

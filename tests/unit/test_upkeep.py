@@ -96,12 +96,6 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
-def told():
-    lines: list[str] = []
-    return lines, lambda progress: lines.append(progress.text) if progress.kind != "bar" else None
-
-
 # ---------------------------------------------------------------------------------------------------------- pack
 def test_a_sharded_cache_becomes_one_file_of_the_same_rows(tmp_path):
     status = [0, 5, *[0] * 98]
@@ -126,16 +120,15 @@ def test_in_place_the_shards_go_and_who_has_them_open_goes_on_reading(tmp_path):
     same_rows(packed, before)
 
 
-def test_packing_again_writes_nothing(tmp_path, told):
+def test_packing_again_writes_nothing(tmp_path, log):
     make(tmp_path / "a.h5", many(40), shard_bytes=SHARD)
-    lines, tell = told
     pack(tmp_path / "a.h5", tmp_path / "b.h5")
     stamps = [os.stat(tmp_path / "b.h5")]
-    pack(tmp_path / "a.h5", tmp_path / "b.h5", progress=tell)
-    pack(tmp_path / "b.h5", progress=tell)
+    pack(tmp_path / "a.h5", tmp_path / "b.h5")
+    pack(tmp_path / "b.h5")
     stamps.append(os.stat(tmp_path / "b.h5"))
     assert (stamps[0].st_ino, stamps[0].st_mtime_ns) == (stamps[1].st_ino, stamps[1].st_mtime_ns)
-    assert [line.rpartition(": ")[2] for line in lines] == [
+    assert [line.rpartition(": ")[2] for line in log] == [
         "is there already, with the same rows",
         "is one file already",
     ]
@@ -243,7 +236,7 @@ def test_a_failure_while_rows_are_copied_leaves_the_old_files_whole(tmp_path, mo
     monkeypatch.setattr(writer, "WRITE_BLOCK_BYTES", SHARD)
 
     def full(progress: Progress) -> None:
-        if progress.kind == "bar" and progress.done > 60:
+        if progress.done > 60:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(CacheError, match="No space left"):
@@ -259,11 +252,10 @@ def oracle(*caches):
 
 
 @pytest.mark.parametrize("shard_bytes", [2**30, SHARD])
-def test_rows_follow_one_another_and_what_both_hold_stands_once(tmp_path, told, shard_bytes):
-    lines, tell = told
+def test_rows_follow_one_another_and_what_both_hold_stands_once(tmp_path, shard_bytes, log):
     a = make(tmp_path / "a.h5", many(60), shard_bytes=SHARD)
     b = make(tmp_path / "b.h5", many(60, 40), status=[0] * 59 + [5])
-    merged = merge([a, b.path], tmp_path / "c.h5", shard_bytes=shard_bytes, progress=tell)
+    merged = merge([a, b.path], tmp_path / "c.h5", shard_bytes=shard_bytes)
     assert list(merged.ids) == list(many(100))
     assert bool(merged.shard_files) == (shard_bytes == SHARD)
     wanted = oracle(a, b)
@@ -272,7 +264,7 @@ def test_rows_follow_one_another_and_what_both_hold_stands_once(tmp_path, told, 
     assert np.array_equal(merged.digests[:60], a.digests)
     assert np.array_equal(merged.stamps[60:], b.stamps[20:])
     assert merged.bad_rows() == {"damaged": 1}
-    assert lines == ["100 rows of 2 caches; 20 that several of them hold stand once"]
+    assert log == ["100 rows of 2 caches; 20 that several of them hold stand once"]
     assert merged.manifest["archives"] == ["/data/a", "/data/b"]
     assert [source["samples"] for source in merged.manifest["merged_from"]] == [60, 60]
     assert all(merged.whole_rows(np.arange(100), output).all() for output in merged.outputs)

@@ -17,24 +17,19 @@ from featpipe import backbones
 from featpipe.cache import FeatureCache
 from featpipe.errors import ArchiveError, CacheError, CacheFormatError, ConfigError, WeightsError
 from featpipe.maintenance import TOLERANCES, repair, verify
-from featpipe.runtime import Progress
 from featpipe.status import Status
 from tests.conftest import Tiny, jpeg, tiny_transform
 
 
 @pytest.fixture
-def made(make_folder, tiny, tmp_path) -> FeatureCache:
-    """18 images, one of them damaged, one a duplicate."""
+def made(make_folder, tiny, tmp_path, log) -> FeatureCache:
+    """18 images, one of them damaged, which is logged, one a duplicate."""
     folder = make_folder()
     (folder / "ape" / "bad.jpg").write_bytes(b"\xff\xd8 no picture")
     shutil.copy(folder / "ape" / "00.jpg", folder / "ape" / "twin.jpg")
     for path in folder.rglob("*.jpg"):
         os.utime(path, (1e9, 1e9))  # long ago, so that time and size are trusted
-    return featpipe.extract(folder, backbone=tiny, out=tmp_path / "cache" / "a.h5", progress=silent)
-
-
-def silent(progress: Progress) -> None:
-    """There are bad images, and that is no warning here."""
+    return featpipe.extract(folder, backbone=tiny, out=tmp_path / "cache" / "a.h5")
 
 
 def edited(path: Path, name: str, edit: Callable[[np.ndarray], object]) -> None:
@@ -117,7 +112,7 @@ def test_features_that_agree_with_their_checksum_and_not_with_the_network_are_fo
     assert [(damage.row, damage.what) for damage in found.damaged] == [(3, "answer")]
     assert found.damaged[0].distance == pytest.approx(0.01, rel=0.02)
     assert found.farthest == found.damaged[0].distance
-    after = repair(made.path, found, backbone=tiny, progress=silent)
+    after = repair(made.path, found, backbone=tiny)
     assert after.whole
     assert FeatureCache(made.path).features().tobytes() == made.features().tobytes()
 
@@ -172,7 +167,7 @@ def test_only_damaged_rows_are_embedded_again_and_the_cache_is_then_what_it_was(
         flip(made.path, "features/pooled", row * 32 + 3)
     assert made.path.read_bytes() != raw
     count.clear()
-    after = repair(made.path, verify(made.path), backbone=tiny, progress=silent)
+    after = repair(made.path, verify(made.path), backbone=tiny)
     assert after.whole
     assert (after.repaired, sum(count)) == (3, 3)
     cache = FeatureCache(made.path)
@@ -192,7 +187,7 @@ def test_a_damaged_row_whose_image_is_gone_or_another_loses_its_features(made, t
     rows = [list(made.ids).index(f"bee/0{i}.jpg") for i in (0, 1, 2)]
     for row in rows:
         flip(made.path, "features/pooled", row * 32)
-    after = repair(made.path, verify(made.path), backbone=tiny, progress=silent)
+    after = repair(made.path, verify(made.path), backbone=tiny)
     assert after.whole
     assert after.repaired == 1
     cache = FeatureCache(made.path)
@@ -226,14 +221,14 @@ def test_a_repair_that_is_interrupted_leaves_the_cache_as_it_was_and_goes_on(mad
 def test_extracting_new_images_to_a_damaged_cache_mends_it(made, tiny, tmp_path):
     flip(made.path, "features/pooled", 5)
     (tmp_path / "photos" / "ape" / "new.jpg").write_bytes(jpeg(5))
-    featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path, progress=silent)
+    featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path)
     assert verify(made.path).whole
 
 
 def test_no_image_of_the_damaged_rows_left_is_no_error(made, tiny, tmp_path):
     flip(made.path, "features/pooled", 0)
     (tmp_path / "photos" / "ape" / "00.jpg").write_bytes(b"")
-    after = repair(made.path, verify(made.path), backbone=tiny, progress=silent)
+    after = repair(made.path, verify(made.path), backbone=tiny)
     assert (after.whole, after.repaired) == (True, 0)
     assert FeatureCache(made.path).status_codes[0] != Status.OK
 
@@ -242,7 +237,7 @@ def test_no_image_of_the_damaged_rows_left_is_no_error(made, tiny, tmp_path):
 def test_damaged_digests_statuses_and_checksums_are_mended_too(made, tiny, name):
     before = np.array(made.features()), np.array(made.digests), np.array(made.status_codes)
     flip(made.path, name, 32 if name == "samples/digest" else 1)
-    after = repair(made.path, verify(made.path), backbone=tiny, progress=silent)
+    after = repair(made.path, verify(made.path), backbone=tiny)
     assert after.whole
     cache = FeatureCache(made.path)
     for found, wanted in zip((cache.features(), cache.digests, cache.status_codes), before, strict=True):
@@ -258,7 +253,7 @@ def test_what_only_the_archive_knows_is_mended_by_extracting_again_and_costs_no_
     with pytest.raises(CacheError, match=f"{name} cannot be mended.*run the same extract command again"):
         repair(made.path, found, backbone=tiny)
     count.clear()
-    again = featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path, progress=silent)
+    again = featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path)
     assert count == []
     assert verify(again.path).whole
 
@@ -293,7 +288,7 @@ def test_a_lost_shard_is_named_and_its_rows_alone_are_embedded_again(make_folder
 def test_a_damaged_row_is_never_copied_to_another_cache(made, tiny, tmp_path):
     before = np.array(made.features())
     flip(made.path, "features/pooled", 4 * 32)
-    again = featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path.with_name("c.h5"), progress=silent)
+    again = featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path.with_name("c.h5"))
     assert again.manifest["embedded"] == 1
     assert again.features().tobytes() == before.tobytes()
 
@@ -302,7 +297,7 @@ def test_a_damaged_row_is_not_copied_for_an_image_with_the_same_bytes_elsewhere(
     flip(made.path, "features/pooled", 4 * 32)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "photos", moved)
-    again = featpipe.extract(moved, backbone=tiny, out=made.path.with_name("c.h5"), progress=silent)
+    again = featpipe.extract(moved, backbone=tiny, out=made.path.with_name("c.h5"))
     assert again.manifest["embedded"] == 1
     assert verify(again.path, sample=100, backbone=tiny).whole
 

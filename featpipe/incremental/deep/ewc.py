@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,7 +26,6 @@ from featpipe.incremental.deep.images import ExpansionImages
 from featpipe.incremental.methods import make_old_head
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.metrics import Calibration
-from featpipe.runtime import Progress
 
 __all__ = [
     "ParameterImportances",
@@ -34,6 +35,8 @@ __all__ = [
     "make_ewc_penalty",
     "make_old_layers",
 ]
+
+logger = logging.getLogger(__name__)
 
 ParameterImportances = dict[str, NDArray[np.float32]]
 
@@ -59,7 +62,7 @@ def compute_importances(
     layers = make_old_layers(step)
     if len(np.unique(step.old.y)) == step.k_old:
         rows = np.unique(images.find_rows(step.old))
-        context.progress(Progress("note", f"importances of the weights, from {len(rows)} old images"))
+        logger.info(f"importances of the weights, from {len(rows)} old images")
         initial_head = InitialHead(layers, np.zeros(1), np.ones(1), "")
         return _pad_new_classes(
             compute_network_importances(context, backbone, backbone.network, initial_head, rows), step.k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -38,6 +39,8 @@ from featpipe.metrics import Calibration
 from featpipe.model import Model, Uncertainty
 
 __all__ = ["DeepTrainingConfig", "TrainingSetup"]
+
+logger = logging.getLogger(__name__)
 
 UNSUPPORTED_FINETUNE_FIELDS = ("weights", "test", "keep_worse", "class_weight", "sampling")  # fields of FineTuning
 
@@ -158,7 +161,7 @@ class TrainingSetup:
             replay_dataset.pool.y[replay_dataset.is_train],
         )
         for text in (splits.description, initial_head.description):
-            context.note(text)
+            logger.info(text)
         finetune_context = FineTuneContext(
             expanded_model,
             images.index,

@@ -5,6 +5,7 @@ The loop is that of fine-tuning; what holds it to the old classes is a :class:`f
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,9 +39,10 @@ from featpipe.incremental.retention import fit_to_budget, resolve_policy
 from featpipe.incremental.select_method import BASELINE_METHODS, SelectedMethod, select_and_fit
 from featpipe.metrics import compute_logits
 from featpipe.model import Model, ReplayMemory, RetentionPolicy, collect_replay_memory
-from featpipe.runtime import Progress
 
 __all__ = ["describe_lost_parts", "expand_network", "make_replay_memory"]
+
+logger = logging.getLogger(__name__)
 
 DEEP_BIAS_CORRECTED_METHODS = ("distill", "ewc")  # after which old and new classes are set against each other
 NETWORK_UNCHANGED_NOTE = (
@@ -79,7 +81,7 @@ def expand_network(
     full_step, started = context.make_step(context.data), perf_counter()
     if method is None:
         method = select_default_method(full_step)
-        context.note(f"method: {method}, {METHODS[method].summary}")
+        logger.info(f"method: {method}, {METHODS[method].summary}")
     if (missing_requirement := find_missing_requirement(method, full_step)) is not None:
         raise ConfigError(f"{method} {missing_requirement}")
     if deep_config.out is not None:
@@ -89,7 +91,7 @@ def expand_network(
         setup.finetune_context, setup.backbone, setup.initial_head, deep_config.resume
     )
     if state.best_epoch.number == 0 and METHODS[method].missing_requirement(full_step) is None:
-        context.note(NETWORK_UNCHANGED_NOTE)
+        logger.info(NETWORK_UNCHANGED_NOTE)
         return build_expanded_model(
             original_context, select_and_fit(original_context, method), caches, request, notes=(NETWORK_UNCHANGED_NOTE,)
         )
@@ -129,7 +131,7 @@ def _make_result(
         outcomes, verdict = _compare_outcomes(setup, evaluator, model, new_cache, state, seconds)
         notes += [verdict] if verdict else []
     for text in notes[2:]:
-        context.note(text)
+        logger.info(text)
     selected = SelectedMethod(setup.method, model.head, setup.full_step, outcomes, evaluator)
     training_details = {"unfreeze": str(finetune_context.tuning.unfreeze), "best_epoch": state.best_epoch.number}
     model.history = {
@@ -279,7 +281,7 @@ def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadL
         )
 
     if setup.importances is None and not replay_dataset.is_old.any():
-        context.progress(Progress("note", "no importances are kept: of those of the old classes nothing is known"))
+        logger.info("no importances are kept: of those of the old classes nothing is known")
         return None
     new_importances, old_importances = (
         compute_importances(~replay_dataset.is_old),
