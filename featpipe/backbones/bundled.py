@@ -1,14 +1,7 @@
-"""The backbone of a model's file: its name, its transform, and the weights that the file carries.
-
-A model's file is a zip archive, uncompressed. What is read of it here is its ``model.json`` and, where it has one, its
-``backbone.safetensors``; neither can run code.
-"""
+"""The backbone of a model file: its name, its identity, and the weights that the file carries."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-from featpipe.errors import WeightsError
+from featpipe.errors import ModelError, WeightsError
+from featpipe.storage import WEIGHTS_MEMBER, ModelBundle
 
-__all__ = ["BundledBackbone", "is_model_file", "read_bundled_backbone", "read_bundled_weights"]
-
-MODEL_JSON, WEIGHTS_FILE = "model.json", "backbone.safetensors"
-MAX_MODEL_JSON_BYTES = 64 * 2**20
+__all__ = ["BundledBackbone", "read_bundled_backbone", "read_bundled_weights"]
 
 
 @dataclass(frozen=True)
 class BundledBackbone:
-    """What a model's file says of its backbone.
+    """What a model file says of its backbone.
 
     Attributes
     ----------
     name : str
     weights : str or Path or None
-        The file itself, where it carries them; else as the backbone was asked for.
+        The file itself if it carries the weights; else those with which the backbone was loaded.
     seed : int
-    facts : mapping
+    identity : mapping
+        The facts that decide the embeddings: weights, transform and outputs.
     """
 
     name: str
@@ -43,36 +35,22 @@ class BundledBackbone:
     identity: Mapping[str, Any]
 
 
-def is_model_file(path: Path) -> bool:
-    """Whether a file is a model's."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return MODEL_JSON in file.namelist()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
-        return False
-
-
 def read_bundled_backbone(path: Path) -> BundledBackbone:
-    """What a model's file says of its backbone.
+    """Read what a model file says of its backbone.
 
     Raises
     ------
     WeightsError
-        If it is damaged.
+        If the file is damaged.
     """
-    try:
-        document = _read_model_json(path)
-        request, identity = document["backbone"], document["facts"]["backbone"]
-        has_weights = WEIGHTS_FILE in document["files"]
-        return BundledBackbone(
-            str(request["name"]), path if has_weights else request["weights"], int(request.get("seed", 0)), identity
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
-        raise _damaged_error(path, error) from None
+    bundle = _read_bundle(path)
+    request, identity = bundle.document["backbone"], bundle.document["facts"]["backbone"]
+    weights = path if bundle.has_weights else request["weights"]
+    return BundledBackbone(request["name"], weights, request.get("seed", 0), identity)
 
 
 def read_bundled_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a model's file.
+    """Read the weights in a model file.
 
     Raises
     ------
@@ -81,37 +59,20 @@ def read_bundled_weights(path: Path) -> dict[str, Tensor]:
     """
     import safetensors.torch
 
+    bundle = _read_bundle(path, WEIGHTS_MEMBER)
+    if not bundle.has_weights:
+        raise WeightsError(f"{path}: carries no weights; its backbone has those that it was loaded with")
     try:
-        expected_digest = _read_model_json(path)["files"].get(WEIGHTS_FILE)
-        if expected_digest is None:
-            raise WeightsError(f"{path}: carries no weights; its backbone has those that it was loaded with")
-        with zipfile.ZipFile(path) as file:
-            entry = file.getinfo(WEIGHTS_FILE)
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise ValueError("its weights are packed")
-            data = file.read(entry)
-        if hashlib.sha256(data).hexdigest() != expected_digest:
-            raise ValueError("the digest of its weights is not the one that it names")
-        return safetensors.torch.load(data)
-    except WeightsError:
-        raise
-    except Exception as error:  # zipfile, json and safetensors each have errors of their own for damaged bytes
-        raise _damaged_error(path, error) from None
+        return safetensors.torch.load(bundle.members[WEIGHTS_MEMBER])
+    except Exception as error:  # safetensors has its own errors for damaged bytes
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{path}: {WEIGHTS_MEMBER} is damaged ({type(error).__name__}: {reason}); copy the model again"
+        ) from None
 
 
-def _read_model_json(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as file:
-        entry = file.getinfo(MODEL_JSON)
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > min(
-            MAX_MODEL_JSON_BYTES, path.stat().st_size
-        ):
-            raise ValueError(f"its {MODEL_JSON} is packed or too large")
-        document = json.loads(file.read(entry))
-    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
-        raise ValueError(f"its {MODEL_JSON} names no files")
-    return document
-
-
-def _damaged_error(path: Path, error: BaseException) -> WeightsError:
-    reason = " ".join(str(error).split())[:200]
-    return WeightsError(f"{path}: is damaged or no featpipe model ({type(error).__name__}: {reason}); copy it again")
+def _read_bundle(path: Path, *members: str) -> ModelBundle:
+    try:
+        return ModelBundle.read(path, members)
+    except ModelError as error:
+        raise WeightsError(str(error)) from None

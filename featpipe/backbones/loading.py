@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from featpipe.backbones.backbone import Backbone
-from featpipe.backbones.bundled import is_model_file, read_bundled_backbone
+from featpipe.backbones.bundled import read_bundled_backbone
 from featpipe.backbones.outputs import POOLED, resolve_outputs
 from featpipe.backbones.registry import PACKAGED_BACKBONES, TIMM_PREFIX, names
 from featpipe.backbones.sources.custom import AnyTransform, HeadlessNetwork
@@ -18,7 +18,7 @@ from featpipe.backbones.transforms import CustomTransform, Transform
 from featpipe.backbones.weights import digest_state
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError, WeightsError
-from featpipe.storage import describe_differences
+from featpipe.storage import describe_differences, is_model_file
 
 __all__ = ["load", "reload_backbone"]
 

@@ -12,9 +12,9 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from featpipe.backbones.bundled import is_model_file, read_bundled_weights
+from featpipe.backbones.bundled import read_bundled_weights
 from featpipe.errors import WeightsError
-from featpipe.storage import digest_arrays
+from featpipe.storage import digest_arrays, is_model_file
 
 __all__ = ["StateDict", "digest_state", "match_state_dict", "read_state_dicts", "seeded_rng", "select_state_dict"]
 

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe.cache import FeatureCache
 from featpipe.errors import CacheError, ConfigError, FeatpipeError
 from featpipe.model import Model
+from featpipe.training import EmbeddingDataset
 
-__all__ = ["TrainingReference", "find_training_reference", "load_true_labels", "select_rows_to_score"]
+__all__ = ["TrainingReference", "find_training_reference", "load_true_labels", "select_scored_rows"]
 
 
-def select_rows_to_score(
-    models: Sequence[Model], cache: FeatureCache, excluded_rows: NDArray[np.integer[Any]]
-) -> tuple[NDArray[np.int64], dict[str, int]]:
+def select_scored_rows(
+    models: Sequence[Model], cache: FeatureCache, without: str | os.PathLike[str] | None = None
+) -> tuple[EmbeddingDataset, dict[str, int]]:
     """Select the rows to score, and count those left out by reason.
 
     Parameters
@@ -28,13 +29,13 @@ def select_rows_to_score(
     models : sequence of Model
         A row on which any of them was trained is scored for none.
     cache : FeatureCache
-    excluded_rows : ndarray of int
-        Row numbers that the user excludes.
+        For the first model.
+    without : path-like, optional
+        A table of samples that the user excludes.
 
     Returns
     -------
-    rows : ndarray of shape (m,), int64
-        Ascending.
+    dataset : EmbeddingDataset
     left_out : dict of str to int
         Rows left out, by reason.
 
@@ -43,27 +44,27 @@ def select_rows_to_score(
     CacheError
         If no row is left.
     """
-    rows = cache.usable
-    left_out = dict(cache.bad_rows())
-    n_unlabeled = int(np.count_nonzero(cache.ok)) - len(rows)
-    if cache.split.any():
-        is_test_row = cache.split[rows] == SPLIT_NAMES.index("test")
-        left_out["not in the test split"] = int(np.count_nonzero(~is_test_row))
-        rows = rows[is_test_row]
-    is_excluded = np.isin(rows, excluded_rows)
-    left_out["named by --without"] = int(np.count_nonzero(is_excluded))
-    rows = rows[~is_excluded]
-    is_training_row = np.any([model.was_trained_on(cache.digests[rows]) for model in models], axis=0)
-    left_out |= {"without a label": n_unlabeled, "trained on": int(np.count_nonzero(is_training_row))}
-    rows = rows[~is_training_row]
-    left_out = {reason: count for reason, count in left_out.items() if count}
-    if not len(rows):
+    labeled = EmbeddingDataset.from_cache(cache, output=models[0].output)
+    marked = EmbeddingDataset.from_cache(cache, output=models[0].output, split="test")
+    included = marked if without is None else marked.without(without)
+    unseen = included
+    for model in models:
+        unseen = unseen.unseen_by(model)
+    counts = {
+        **cache.bad_rows(),
+        "not in the test split": len(labeled) - len(marked),
+        "named by --without": len(marked) - len(included),
+        "without a label": int(np.count_nonzero(cache.ok)) - len(labeled),
+        "trained on": len(included) - len(unseen),
+    }
+    left_out = {reason: count for reason, count in counts.items() if count}
+    if not len(unseen):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise CacheError(
             f"{cache.path}: no row is left to score ({reasons}); evaluate on other images, "
             "or read the cross-validated scores that `featpipe info MODEL` shows"
         )
-    return rows.astype(np.int64), left_out
+    return unseen, left_out
 
 
 def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -74,41 +75,23 @@ def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64])
     ConfigError
         If the cache has labels that the model does not know, or lacks a target that the model predicts.
     """
-    labels = cache.label_table.take(rows)
-    if model.task == "classification":
-        _check_known_labels(model, cache, [cache.classes[code] for code in np.unique(labels.values)])
-        return labels.y
-    if model.task == "multilabel":
-        _check_known_labels(
-            model, cache, [cache.classes[column] for column in np.flatnonzero(labels.values.any(axis=0))]
-        )
-        column_by_label = {name: i for i, name in enumerate(cache.classes)}
-        zero_column = np.zeros(len(rows), np.int8)
-        return np.column_stack(
-            [
-                labels.values[:, column_by_label[name]] if name in column_by_label else zero_column
-                for name in model.classes
-            ]
-        )
-    missing = [name for name in model.classes if name not in cache.classes]
-    if missing:
-        raise ConfigError(
-            f"{cache.path}: has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
-            f"it has {', '.join(map(repr, cache.classes[:5]))}: give matching labels with --labels"
-        )
-    y = labels.values[:, [cache.classes.index(name) for name in model.classes]]
-    return y[:, 0] if len(model.classes) == 1 else y
-
-
-def _check_known_labels(model: Model, cache: FeatureCache, label_names: Sequence[str]) -> None:
-    unknown_labels = [name for name in label_names if name not in model.classes]
-    if unknown_labels:
-        text = ", ".join(map(repr, unknown_labels[:3]))
-        text += f" and {len(unknown_labels) - 3} more" if len(unknown_labels) > 3 else ""
+    dataset = EmbeddingDataset.from_cache(cache, rows=rows, output=model.output)
+    if model.task == "regression":
+        missing = [name for name in model.classes if name not in cache.classes]
+        if missing:
+            raise ConfigError(
+                f"{cache.path}: has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
+                f"it has {', '.join(map(repr, cache.classes[:5]))}: give matching labels with --labels"
+            )
+    unknown = [name for name in dataset.list_present_classes() if name not in model.classes]
+    if unknown and model.task != "regression":
+        text = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise ConfigError(
             f"{cache.path}: has labels that the model does not know: {text}; leave those images out, or train a model "
             "that has them"
         )
+    y = dataset.aligned_to(model.classes).y
+    return np.array(model.classes, dtype=object)[y] if model.task == "classification" else y
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +181,6 @@ def _iter_candidate_caches(model: Model, evaluated_cache: FeatureCache, cache_fo
 
 
 def _select_trained_rows(model: Model, cache: FeatureCache) -> TrainingReference | None:
-    rows = cache.usable
-    if cache.split.any():  # a test row may be an exact copy of a training image
-        rows = rows[cache.split[rows] == SPLIT_NAMES.index("train")]
-    rows = rows[model.was_trained_on(cache.digests[rows])]
-    return TrainingReference(cache, rows.astype(np.int64), model.output) if len(rows) else None
+    dataset = EmbeddingDataset.from_cache(cache, split="train")  # a test row may be an exact copy of a training image
+    rows = dataset.rows[model.was_trained_on(dataset.digests)]
+    return TrainingReference(cache, rows, model.output) if len(rows) else None

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from featpipe.cache import FeatureCache
 from featpipe.diagnostics import NEAR_DUPLICATE_COSINE, LabeledPredictions
 from featpipe.errors import ConfigError
-from featpipe.evaluation.dataset import find_training_reference, load_true_labels, select_rows_to_score
+from featpipe.evaluation.dataset import find_training_reference, load_true_labels, select_scored_rows
 from featpipe.evaluation.result import BaselineModel, Evaluation
 from featpipe.evaluation.uncertainty import compute_coverage
 from featpipe.metrics import compare_paired, score
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
-from featpipe.splits import find_listed_rows
 
 __all__ = ["evaluate"]
 
@@ -82,12 +81,12 @@ def evaluate(
         _check_cache(each, model_cache)
     _check_same_samples(caches)
     first_cache = caches[0]
-    excluded_rows = find_listed_rows(first_cache, without) if without is not None else np.zeros(0, np.int64)
-    rows, left_out = select_rows_to_score(models, first_cache, excluded_rows)
+    dataset, left_out = select_scored_rows(models, first_cache, without)
+    rows = dataset.rows
     if left_out:
         text = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         logger.info(f"{len(rows)} rows are scored; left out: {text}")
-    X = np.asarray(first_cache.features(model.output)[rows], np.float32)
+    X = np.asarray(dataset.to_memory().X)
     truth, predicted = load_true_labels(model, first_cache, rows), _predict(model, X)
     predictions = _label_predictions(model, first_cache, rows, truth, predicted)
     names = _make_display_names(models)[1:]

@@ -1,18 +1,13 @@
-"""Backbone + head + classes, as one safe file on disk; predicts on images.
+"""A backbone, a head and classes: inference on embeddings and images, loading and saving.
 
-The file is a zip archive, uncompressed, of ``model.json``, ``head.skops``, ``trained_on.bin``; where there is any,
-``kept.safetensors`` (of training data) and ``trust.safetensors`` (of held-out images); if it carries its weights
-``backbone.safetensors``. ``model.json`` names the SHA-256 of the others. Nothing in it is unpickled.
+The file format is that of :class:`featpipe.storage.ModelBundle`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -29,11 +24,18 @@ from featpipe.model import uncertainty
 from featpipe.model.retained import ReplayMemory
 from featpipe.model.uncertainty import ConformalPredictor, Uncertainty
 from featpipe.status import Status
-from featpipe.storage import atomic_write, check_writable, describe_differences
+from featpipe.storage import (
+    HEAD_MEMBER,
+    REPLAY_MEMORY_MEMBER,
+    TRAINED_ON_MEMBER,
+    UNCERTAINTY_MEMBER,
+    WEIGHTS_MEMBER,
+    ModelBundle,
+    convert_bundle_errors,
+    describe_differences,
+)
 
 __all__ = [
-    "MODEL_FORMAT",
-    "MODEL_FORMAT_VERSION",
     "STORED_DIGEST_BYTES",
     "Model",
     "as_image_list",
@@ -43,29 +45,7 @@ __all__ = [
     "read_document",
 ]
 
-MODEL_FORMAT = "featpipe-model"
-MODEL_FORMAT_VERSION = (
-    "1.2"  # 1.1 may hold a calibration, 1.2 what is kept of training data and known of held-out images
-)
-STORED_DIGEST_BYTES = 16  # of each training image's SHA-256: enough to know it again, too little to say more
-MAX_MEMBER_BYTES = {"model.json": 64 * 2**20, "head.skops": 8 * 2**30, "trained_on.bin": 8 * 2**30}
-REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER, WEIGHTS_MEMBER = (
-    "kept.safetensors",
-    "trust.safetensors",
-    "backbone.safetensors",
-)
-MAX_OPTIONAL_MEMBER_BYTES = {REPLAY_MEMORY_MEMBER: 8 * 2**30, UNCERTAINTY_MEMBER: 2**30}
-DOCUMENT_TYPES = {  # what model.json must hold, besides format and version
-    "head": str,
-    "task": str,
-    "classes": list,
-    "output": str,
-    "facts": dict,
-    "backbone": dict,
-    "scores": dict,
-    "history": dict,
-    "files": dict,
-}
+STORED_DIGEST_BYTES = 16  # of each training sample's SHA-256: enough to recognize it, too little to reveal more
 
 
 @dataclass(eq=False)
@@ -351,10 +331,7 @@ class Model:
     @staticmethod
     def check_target(path: str | os.PathLike[str]) -> None:
         """Refuse a path that `save` could not write to, with a ModelError: before a model is trained for it."""
-        try:
-            check_writable(Path(path))
-        except OSError as error:
-            raise _make_write_error(path, error) from None
+        ModelBundle.check_target(path)
 
     def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
         """Write the model to one file, replacing what was there in one step.
@@ -373,30 +350,42 @@ class Model:
         """
         target = Path(path)
         portable = self._carries_weights if portable is None else portable
-        members = {"head.skops": heads.dumps(self.head), "trained_on.bin": self.trained_on.tobytes()}
+        members = {HEAD_MEMBER: heads.dumps(self.head), TRAINED_ON_MEMBER: self.trained_on.tobytes()}
         if self.kept is not None:
             members[REPLAY_MEMORY_MEMBER] = self.kept.to_bytes()
         if self.trust.novelty is not None or self.trust.conformal is not None:
             members[UNCERTAINTY_MEMBER] = uncertainty.dumps(self.trust)
         if portable:
             members[WEIGHTS_MEMBER] = self._weight_bytes()
-        document = self._to_document(
-            portable, {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
-        )
-        try:
-            with atomic_write(target) as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED) as file:
-                text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-                file.writestr(zipfile.ZipInfo("model.json"), text.encode("utf-8", "backslashreplace"))
-                for name, data in members.items():
-                    file.writestr(zipfile.ZipInfo(name), data)
-        except OSError as error:
-            raise _make_write_error(target, error) from None
+        ModelBundle(self._to_document(portable), members).write(target)
         return target
 
-    def _to_document(self, portable: bool, files: dict[str, str]) -> dict[str, Any]:
+    @classmethod
+    def _from_bundle(cls, bundle: ModelBundle, path: Path, device: str) -> Model:
+        document, members = bundle.document, bundle.members
+        k = len(document["classes"])
+        calibration = document.get("calibration")
+        return cls(
+            head=heads.loads(members[HEAD_MEMBER]),
+            head_name=document["head"],
+            task=document["task"],
+            classes=tuple(document["classes"]),
+            output=document["output"],
+            facts=document["facts"],
+            request=document["backbone"],
+            trained_on=np.frombuffer(members[TRAINED_ON_MEMBER], np.uint8).reshape(-1, STORED_DIGEST_BYTES),
+            scores=document["scores"],
+            history=document["history"],
+            calibration=None if calibration is None else Calibration.from_dict(calibration, k),
+            kept=ReplayMemory.from_bytes(members[REPLAY_MEMORY_MEMBER], k) if REPLAY_MEMORY_MEMBER in members else None,
+            trust=uncertainty.loads(members[UNCERTAINTY_MEMBER]) if UNCERTAINTY_MEMBER in members else Uncertainty(),
+            path=path,
+            device=device,
+            _carries_weights=bundle.has_weights,
+        )
+
+    def _to_document(self, portable: bool) -> dict[str, Any]:
         return {
-            "format": MODEL_FORMAT,
-            "format_version": MODEL_FORMAT_VERSION,
             "head": self.head_name,
             "task": self.task,
             "classes": list(self.classes),
@@ -407,7 +396,6 @@ class Model:
             "history": {**self.history, "portable": portable},
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "kept": None if self.kept is None else self.kept.to_summary(),
-            "files": files,
         }
 
     def _weight_bytes(self) -> bytes:
@@ -440,29 +428,10 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
     >>> model = load_model("photos.model")                                   # doctest: +SKIP
     >>> model.predict(["a.jpg", "b.jpg"])                                    # doctest: +SKIP
     """
-    model_path = Path(path)
-    with _wrap_read_errors(model_path):
-        document, members = _read_members(model_path)
-        model = Model(
-            head=heads.loads(members["head.skops"]),
-            head_name=document["head"],
-            task=document["task"],
-            classes=tuple(document["classes"]),
-            output=document["output"],
-            facts=document["facts"],
-            request=document["backbone"],
-            trained_on=np.frombuffer(members["trained_on.bin"], np.uint8).reshape(-1, STORED_DIGEST_BYTES),
-            scores=document["scores"],
-            history=document["history"],
-            calibration=_load_calibration(document),
-            kept=ReplayMemory.from_bytes(members[REPLAY_MEMORY_MEMBER], len(document["classes"]))
-            if REPLAY_MEMORY_MEMBER in members
-            else None,
-            trust=uncertainty.loads(members[UNCERTAINTY_MEMBER]) if UNCERTAINTY_MEMBER in members else Uncertainty(),
-            path=model_path,
-            device=device,
-            _carries_weights=WEIGHTS_MEMBER in document["files"],
-        )
+    members = (HEAD_MEMBER, TRAINED_ON_MEMBER, REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER)
+    bundle = _read_bundle(path, *members)
+    with convert_bundle_errors(path):
+        model = Model._from_bundle(bundle, Path(path), device)
         if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
             raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
         if model.kept is not None:
@@ -472,8 +441,14 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
 
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model says of itself, without loading its head: for ``featpipe info``."""
-    with _wrap_read_errors(Path(path)):
-        return _read_members(Path(path))[0]
+    return _read_bundle(path).document
+
+
+def _read_bundle(path: str | os.PathLike[str], *members: str) -> ModelBundle:
+    bundle = ModelBundle.read(path, members)
+    if bundle.document["task"] not in TASKS:
+        raise ModelError(f"{path}: model.json names no task of {', '.join(TASKS)}; train the model again")
+    return bundle
 
 
 def embed_images_or_raise(images: Sequence[object], engine: Any, output: str) -> NDArray[np.float32]:
@@ -530,112 +505,3 @@ def as_image_list(images: object) -> list[Any]:
     if not len(images):
         raise ConfigError("there are no images: an empty list, 0 sample(s)")
     return list(images)
-
-
-def _make_write_error(path: str | os.PathLike[str], error: OSError) -> ModelError:
-    return ModelError(f"{path}: cannot be written ({error.strerror or error}); choose another --out")
-
-
-@contextlib.contextmanager
-def _wrap_read_errors(path: Path) -> Iterator[None]:
-    """Whatever a damaged or hostile file makes of itself becomes one error with its name."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path}: there is no such model file; `featpipe train` makes one and prints its path"
-        ) from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a model file") from None
-    # RuntimeError: encrypted members, and JSON that is nested too deeply
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(
-            f"{path}: is damaged or not a featpipe model ({reason}); copy it again, or train again"
-        ) from None
-
-
-def _load_calibration(document: Mapping[str, Any]) -> Calibration | None:
-    calibration_entry = document.get("calibration")
-    return None if calibration_entry is None else Calibration.from_dict(calibration_entry, len(document["classes"]))
-
-
-def _read_members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The checked document, and the members that are needed at once."""
-    with zipfile.ZipFile(path) as file:
-        infos = {info.filename: info for info in file.infolist()}
-        _check_members(infos, len(file.infolist()), path.stat().st_size)
-        document = json.loads(file.read("model.json"))
-        _check_document(document)
-        missing_members = sorted(document["files"].keys() - infos.keys())
-        if missing_members:
-            raise ModelError(f"has no {missing_members[0][:60]}, which its model.json names; copy the model again")
-        if infos.keys() != {"model.json", *document["files"]}:
-            raise ModelError("holds other members than its model.json names")
-        member_names = ("head.skops", "trained_on.bin", *MAX_OPTIONAL_MEMBER_BYTES)
-        members = {name: file.read(name) for name in member_names if name in infos}
-    for name, data in members.items():
-        if hashlib.sha256(data).hexdigest() != document["files"][name]:
-            raise ModelError(f"{name} is damaged: its digest is not the one in model.json; copy the model again")
-    return document, members
-
-
-def _check_members(infos: Mapping[str, zipfile.ZipInfo], member_count: int, file_size: int) -> None:
-    unknown_members = infos.keys() - MAX_MEMBER_BYTES.keys() - MAX_OPTIONAL_MEMBER_BYTES.keys() - {WEIGHTS_MEMBER}
-    if unknown_members or len(infos) != member_count:
-        raise ModelError(
-            f"holds {', '.join(map(repr, sorted(unknown_members)[:3])) or 'a member twice'}, which no model does"
-        )
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
-        raise ModelError("holds compressed members, which no model does")
-    for name in MAX_MEMBER_BYTES:
-        if name not in infos:
-            raise ModelError(f"has no {name}; it is not a featpipe model")
-    for name, max_bytes in {**MAX_MEMBER_BYTES, **MAX_OPTIONAL_MEMBER_BYTES}.items():
-        if name in infos and infos[name].file_size > min(max_bytes, file_size):
-            raise ModelError(f"{name} declares {infos[name].file_size} bytes, more than a model may hold")
-
-
-def _check_document(document: Any) -> None:
-    """The types of all that is used later, so that no command stumbles half way."""
-    if not isinstance(document, dict) or document.get("format") != MODEL_FORMAT:
-        raise ModelError(f"model.json is not of format {MODEL_FORMAT}; it is not a featpipe model")
-    version = str(document.get("format_version"))
-    if version.split(".")[0] != MODEL_FORMAT_VERSION.split(".")[0]:
-        raise ModelError(
-            f"has format version {version[:20]}, this featpipe reads {MODEL_FORMAT_VERSION.split('.')[0]}.x"
-        )
-    for key, expected_type in DOCUMENT_TYPES.items():
-        if not isinstance(document.get(key), expected_type):
-            raise ModelError(f"model.json has no {key}, or not as a {expected_type.__name__}; copy the model again")
-    classes, facts, request = document["classes"], document["facts"], document["backbone"]
-    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
-        raise ModelError("model.json names its classes twice, or not by text; train the model again")
-    backbone = facts.get("backbone")
-    if document["task"] not in TASKS or not isinstance(request.get("name"), str):
-        raise ModelError(f"model.json names no task of {', '.join(TASKS)}, or no backbone; train the model again")
-    if not isinstance(request.get("weights"), str | None) or not isinstance(request.get("seed", 0), int):
-        raise ModelError("model.json does not say which weights its backbone has; train the model again")
-    if not isinstance(backbone, dict) or document["output"] not in dict(backbone["outputs"]):
-        raise ModelError("model.json does not say what its output is; train the model again")
-    _check_replay_memory(document.get("kept"), document["history"].get("steps", []))
-    if not {"precision", "storage"} <= facts.keys() or not isinstance(backbone["transform"], dict):
-        raise ModelError("model.json does not say how the images were embedded; train the model again")
-
-
-def _check_replay_memory(memory_summary: Any, steps: Any) -> None:
-    """What is said of the data that are kept, and of the steps in which classes came."""
-    if memory_summary is not None:
-        sizes = memory_summary.get("bytes") if isinstance(memory_summary, dict) else None
-        numbers = (
-            [*sizes.values(), memory_summary.get("rows"), memory_summary.get("rows_a_class")]
-            if isinstance(sizes, dict)
-            else [None]
-        )
-        if not all(isinstance(number, int) for number in numbers):
-            raise ModelError("model.json does not say how large what it keeps is; copy the model again")
-    are_steps_valid = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
-    if not are_steps_valid or not all(isinstance(step.get("classes"), list) and "method" in step for step in steps):
-        raise ModelError("model.json does not say which classes came in which step; train the model again")

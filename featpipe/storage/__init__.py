@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from featpipe.storage.atomic import atomic_write, check_writable, fsync_directory, make_writable_folder
+from featpipe.storage.bundle import (
+    HEAD_MEMBER,
+    REPLAY_MEMORY_MEMBER,
+    TRAINED_ON_MEMBER,
+    UNCERTAINTY_MEMBER,
+    WEIGHTS_MEMBER,
+    ModelBundle,
+    convert_bundle_errors,
+    is_model_file,
+)
 from featpipe.storage.hashing import compute_fingerprint, describe_differences, digest, digest_arrays
 from featpipe.storage.provenance import RACY_NANOSECONDS, Receipt, hash_file
 from featpipe.storage.staging import PART_FILE_NAME, TEMPORARY_NAME, Part, StagingArea, lock_file
 from featpipe.storage.string_column import StringColumn
 
 __all__ = [
+    "HEAD_MEMBER",
     "PART_FILE_NAME",
     "RACY_NANOSECONDS",
+    "REPLAY_MEMORY_MEMBER",
     "TEMPORARY_NAME",
+    "TRAINED_ON_MEMBER",
+    "UNCERTAINTY_MEMBER",
+    "WEIGHTS_MEMBER",
+    "ModelBundle",
     "Part",
     "Receipt",
     "StagingArea",
@@ -19,11 +35,13 @@ __all__ = [
     "atomic_write",
     "check_writable",
     "compute_fingerprint",
+    "convert_bundle_errors",
     "describe_differences",
     "digest",
     "digest_arrays",
     "fsync_directory",
     "hash_file",
+    "is_model_file",
     "lock_file",
     "make_writable_folder",
 ]

@@ -71,19 +71,26 @@ class EmbeddingDataset:
 
     @classmethod
     def from_cache(
-        cls, cache: FeatureCache, *, split: str | None = None, output: str | None = None
+        cls,
+        cache: FeatureCache,
+        *,
+        rows: NDArray[np.int64] | None = None,
+        split: str | None = None,
+        output: str | None = None,
     ) -> EmbeddingDataset:
-        """Select the labelled, readable rows of a cache.
+        """Select rows of a cache.
 
         Parameters
         ----------
         cache : FeatureCache
+        rows : ndarray of shape (m,), int64, optional
+            Row numbers; the labelled, readable rows if not given.
         split : {"train", "validation", "test"}, optional
             Keep the rows that the labels mark so. Labels without a split keep all rows.
         output : str, optional
             The cache's first if not given.
         """
-        rows = cache.usable
+        rows = cache.usable if rows is None else rows
         if split is not None and cache.split.any():
             rows = rows[cache.split[rows] == SPLIT_NAMES.index(split)]
         digests = cache.digests if len(rows) == len(cache) else cache.digests[rows]

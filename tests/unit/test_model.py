@@ -196,7 +196,7 @@ def test_a_member_too_many_packed_doubled_missing_or_changed_is_refused(saved: P
     cases = {
         "extra.txt": lambda: bundle(path, parts | {"extra.txt": b""}),
         "compressed": lambda: bundle(path, parts, zipfile.ZIP_DEFLATED),
-        "other members than": lambda: bundle(path, parts | {"backbone.safetensors": b""}),
+        "members that its model.json does not name": lambda: bundle(path, parts | {"backbone.safetensors": b""}),
         "trained_on.bin is damaged": lambda: bundle(path, parts | {"trained_on.bin": bytes(16)}),
         "head.skops is damaged": lambda: bundle(path, parts | {"head.skops": parts["head.skops"] + b"\0"}),
         **{
@@ -437,7 +437,7 @@ def test_another_backbone_is_refused_with_the_facts_that_differ(saved: Path, mod
     other = backbones.load("timm/test_resnet", weights="none")
     with pytest.raises(WeightsError, match="name is 'timm/test_resnet'"):
         load_model(saved, backbone=other)
-    with pytest.raises(ConfigError, match=r"backbone is a Flatten; give a name, or featpipe\.backbone\.load"):
+    with pytest.raises(ConfigError, match=r"backbone is a Flatten; give a name, or featpipe\.backbones\.load"):
         load_model(saved, backbone=torch.nn.Flatten())
     assert load_model(saved, backbone=model.backbone).backbone is model.backbone
 
