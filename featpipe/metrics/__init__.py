@@ -1,4 +1,4 @@
-"""How good predictions are, and how sure one can be of it."""
+"""Metrics of predictions, their confidence intervals, paired comparisons, and calibration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From scores to probabilities that mean what they say, and to those of another mix of classes.
+"""Calibrated probabilities: temperature scaling, and correction for another class prior.
 
-A temperature divides the scores before the softmax (Guo et al., "On calibration of modern neural networks", ICML 2017);
-offsets are added to them where the classes are met more or less often than in training.
+A temperature divides the scores before the softmax (Guo et al., "On calibration of modern neural networks", ICML 2017).
+Offsets are added to the scores where class frequencies differ from those in training.
 """
 
 from __future__ import annotations
@@ -30,43 +30,42 @@ __all__ = [
 Array = NDArray[np.float64]
 
 TEMPERATURE_BOUNDS = (1e-2, 1e3)
-_MIN_PROBABILITY = 1e-12  # of a probability whose logarithm is taken
+_MIN_PROBABILITY = 1e-12  # before taking the logarithm
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is done to the scores of a head before they become probabilities.
+    """The transformation of a head's scores before the softmax or the sigmoids.
 
     Attributes
     ----------
     temperature : float
-        Scores are divided by it; 1 leaves them as they are.
+        Divides the scores; 1 leaves them unchanged.
     offsets : tuple of k floats
-        Added after that, one for each class; none where the classes are met as often as in training.
+        Added to the scaled scores, one for each class; empty for the class frequencies of training.
     """
 
     temperature: float = 1.0
     offsets: tuple[float, ...] = ()
 
     def compute_probabilities(self, logits: Array, multilabel: bool = False) -> Array:
-        """Of scores of shape (m, k)."""
+        """Probabilities of shape (m, k) from scores of the same shape."""
         scores = logits / self.temperature
         if self.offsets:
             scores = scores + np.asarray(self.offsets)
         return np.asarray(expit(scores) if multilabel else softmax(scores, axis=1))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {"temperature": self.temperature, "offsets": list(self.offsets)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], n_classes: int) -> Calibration:
-        """From `facts`.
+        """Restore what `to_dict` returned.
 
         Raises
         ------
         ValueError
-            If they are not of k classes.
+            If a value is out of range or the number of offsets is neither 0 nor ``n_classes``.
         """
         temperature, offsets = float(data["temperature"]), tuple(float(value) for value in data["offsets"])
         is_finite = np.isfinite([temperature, *offsets]).all()
@@ -80,12 +79,12 @@ class Calibration:
 def compute_logits(head: Any, X: NDArray[Any]) -> Array:
     """The scores of a classifier before the softmax, shape (m, k); with several labels a row, before the sigmoids.
 
-    Its decision function; where it has none, the logarithm of its probabilities, or their log odds.
+    The decision function if the head has one; otherwise the logarithm, or the log odds, of its probabilities.
 
     Raises
     ------
     ConfigError
-        If it gives neither.
+        If the head has neither.
     """
     if hasattr(head, "decision_function"):
         scores = np.asarray(head.decision_function(X), np.float64)
@@ -100,17 +99,17 @@ def compute_logits(head: Any, X: NDArray[Any]) -> Array:
 
 
 def compute_sigmoid_loss(logits: Array, y: NDArray[Any]) -> float:
-    """The mean log loss of one sigmoid for each label; both of shape (m, k), y of 0 and 1."""
+    """The mean log loss with one sigmoid for each label; ``logits`` and ``y`` (0 or 1) have shape (m, k)."""
     return float(np.mean(np.logaddexp(0, logits) - y * logits))
 
 
 def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
-    """The temperature with the least log loss.
+    """The temperature that minimises the log loss.
 
     Parameters
     ----------
     logits : ndarray of shape (m, k)
-        Of rows that the head was not fitted on.
+        Scores of rows that the head was not fitted to.
     y : ndarray of shape (m,) or (m, k)
         Class codes; or 0 and 1 for each label.
     """
@@ -128,23 +127,23 @@ def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
 def compute_prior_offsets(
     training_prior: Mapping[str, float], target_prior: Mapping[str, float], classes: Sequence[str]
 ) -> tuple[float, ...]:
-    """What corrects scores for another mix of classes than that of training: log target - log trained.
+    """Offsets that correct scores for another class prior than that of training: log(target) - log(training).
 
     Parameters
     ----------
-    trained, target : mapping from class to a share or a count
-        Classes that ``target`` does not name share what it leaves in their trained proportions, if it gives shares
-        of less than 1 in all.
+    training_prior, target_prior : mapping from class to a share or a count
+        Classes that ``target_prior`` omits divide the remaining share in the proportions of training, if the given
+        shares sum to less than 1.
     classes : sequence of str
 
     Raises
     ------
     ConfigError
-        If a class is unknown, a share is not positive, or the shares are of more than 1.
+        If a class is unknown, a share is not positive, or the shares sum to more than 1.
     """
     unknown_classes = [name for name in target_prior if name not in classes]
     if unknown_classes:
-        raise ConfigError(f"prior names {unknown_classes[0]!r}, which is none of the {len(classes)} classes")
+        raise ConfigError(f"prior names {unknown_classes[0]!r}, which is not one of the {len(classes)} classes")
     if any(not np.isfinite(share) or share <= 0 for share in target_prior.values()):
         raise ConfigError("prior gives a share that is not above 0; leave the class out, or give it a small one")
     training_shares = np.array([training_prior[name] for name in classes], np.float64)

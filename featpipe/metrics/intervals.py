@@ -1,4 +1,4 @@
-"""How sure one can be of a score: intervals from resampled rows, and of shares by Wilson's formula."""
+"""Confidence intervals of scores: by the bootstrap, and by Wilson's formula for proportions."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]  # how often each row was drawn, (m, b) -> one value a resample, (b,)
+Statistic = Callable[[Floats], Floats]  # draw counts of each row, (m, b) -> one value per resample, (b,)
 
 CONFIDENCE_LEVEL = 0.95
-# Draws that are held at once: m rows × b resamples of float64, some 4 MB: what is made of them stays near the core.
+# Draw counts in memory at once: m rows × b resamples in float64, some 4 MB, so that results stay in a core's cache.
 _BLOCK_COUNTS = 500_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and its 95 % interval; ``low`` and ``high`` are NaN where there is none.
+    """A score and its 95 % interval; ``low`` and ``high`` are NaN without an interval.
 
     Examples
     --------
@@ -48,7 +48,7 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval, not the value alone."""
+        """Whether the score has an interval."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def __str__(self) -> str:
@@ -58,20 +58,20 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class BootstrapMetric:
-    """A score of some rows, and what is needed for its interval.
+    """A score and the means to compute its interval.
 
     Attributes
     ----------
     value : float
     statistic : callable or None
-        The same score of resampled rows; None where that would cost too much.
-    trials : float
-        Of a score between 0 and 1: how many rows it judges, as if it were a share of them. Where it is 0 or 1 in every
-        resample, its interval is that of such a share.
-    share : bool
-        It is the share of ``trials`` rows that are right, and always has the interval of one.
-    resamples : int or None
-        At most so many of the resamples, for what sorts the rows of each.
+        Computes the score of resampled rows; None where that would be too expensive.
+    n_trials : float
+        For a score between 0 and 1: the number of rows of a proportion with the same uncertainty. A score that is 0
+        or 1 in every resample gets the interval of that proportion.
+    is_share : bool
+        Whether the score is a proportion of ``n_trials`` rows, which always gets Wilson's interval.
+    max_resamples : int or None
+        Limit for statistics that sort the rows in every resample.
     """
 
     value: float
@@ -82,17 +82,17 @@ class BootstrapMetric:
 
 
 def wilson_interval(n_correct: ArrayLike, n_trials: ArrayLike) -> tuple[Floats, Floats]:
-    """The 95 % interval of a share: Wilson's, which has a width also where all or none are right.
+    """Wilson's 95 % interval of a proportion, which has a positive width also at 0 and 1.
 
     Parameters
     ----------
-    right, trials : array-like
-        How many, of how many; NaN where there were none.
+    n_correct, n_trials : array-like
+        The interval is NaN where ``n_trials`` is 0.
 
     Notes
     -----
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927; recommended for few rows
-    and for shares near 0 and 1 by Brown, Cai and DasGupta, "Interval estimation for a binomial proportion", 2001.
+    and for proportions near 0 and 1 by Brown, Cai and DasGupta, "Interval estimation for a binomial proportion", 2001.
 
     Examples
     --------
@@ -112,7 +112,7 @@ def wilson_interval(n_correct: ArrayLike, n_trials: ArrayLike) -> tuple[Floats, 
 def compute_intervals(
     metrics: Mapping[str, BootstrapMetric], n_rows: int, n_resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """All scores that are defined, with their intervals over the same resamples."""
+    """All finite scores with their intervals, each from the same resamples."""
     if n_resamples < 0:
         raise ConfigError(f"bootstrap: found {n_resamples}, expected 0 (no intervals) or more")
     defined_metrics = {name: metric for name, metric in metrics.items() if math.isfinite(metric.value)}
@@ -134,7 +134,7 @@ def compute_intervals(
 
 
 def _with_resample_offsets(count_blocks: Iterable[Floats]) -> Iterator[tuple[int, Floats]]:
-    """Each block with the number of resamples before it."""
+    """Pair each block with the number of resamples before it."""
     n_done = 0
     for counts in count_blocks:
         yield n_done, counts
@@ -142,7 +142,7 @@ def _with_resample_offsets(count_blocks: Iterable[Floats]) -> Iterator[tuple[int
 
 
 def _evaluate_metrics(metrics: Mapping[str, BootstrapMetric], n_done: int, counts: Floats) -> dict[str, Floats]:
-    """What each measure is in the resamples of a block that it wants."""
+    """The values of each metric in a block of resamples, up to its limit of resamples."""
     values = {}
     for name, metric in metrics.items():
         metric_counts = counts if metric.max_resamples is None else counts[:, : max(0, metric.max_resamples - n_done)]
@@ -166,7 +166,7 @@ def _make_interval(metric: BootstrapMetric, value_blocks: list[Floats], has_inte
 
 
 def iter_bootstrap_counts(n_rows: int, n_resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each of m rows is drawn, for b resamples at a time: arrays of shape (m, b)."""
+    """How often each of m rows is drawn, in blocks of b resamples: arrays of shape (m, b)."""
     rng = np.random.default_rng(seed)
     block_resamples = max(1, _BLOCK_COUNTS // n_rows)
     for start in range(0, n_resamples, block_resamples):
@@ -181,7 +181,7 @@ def iter_bootstrap_counts(n_rows: int, n_resamples: int, seed: int) -> Iterator[
 
 
 def format_score(value: float) -> str:
-    """A score as people read it: three decimals, or five digits of a large one.
+    """A score as text: three decimals, or five significant digits from 100 on.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Predictions and what is true → scores. Scikit-learn's metrics, wherever it has one."""
+"""Scores from predictions and true labels, by scikit-learn's metrics wherever it has them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from featpipe.metrics.weighted_bootstrap import (
 
 __all__ = ["compute_metrics", "score", "score_classification", "score_multilabel", "score_regression"]
 
-# Resamples × rows × columns of scores that sort each column: beyond it they get fewer, and none below the least.
+# Scores that sort each column get fewer resamples where resamples × rows × columns would exceed this number, and no
+# interval where fewer than the minimum remain.
 _MAX_RANKED_SCORES = 60_000_000
 _MIN_RESAMPLES = 100
 
 
 def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], **options: int) -> Scores:
-    """The scores that a task has; parameters as in the function for that task.
+    """Compute the scores of a task; see the function for that task.
 
     Parameters
     ----------
@@ -46,8 +47,8 @@ def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], *
     predicted : array-like
         Probabilities, or numbers for a regression.
     names : sequence of str
-        Of classes or targets.
-    **how
+        Names of the classes or targets.
+    **options
         ``bootstrap`` and ``seed``.
     """
     if task not in _SCORERS:
@@ -86,18 +87,18 @@ def score_classification(
     Raises
     ------
     ConfigError
-        If labels are none of the classes, or shapes or probabilities are not as described.
+        If a label is not one of the classes, or shapes or probabilities are not as described.
 
     Notes
     -----
     The intervals are 2.5 and 97.5 percentiles over resamples of the rows with replacement, the same resamples
-    for every score; one is widened to its value where a biased score (an average over rare classes) would
-    leave it outside. Shares of rows (accuracy, top 5, precision and recall of a class) have Wilson's interval instead.
-    So have other scores that are exactly 0 or 1 in every resample, which cannot tell how rare mistakes are: that of a
-    share of as many rows as would leave the score as uncertain. Thus no interval of several rows has no width.
-    ``roc_auc`` and ``pr_auc`` sort each class: beyond 6e7 resamples × rows × classes they get fewer resamples, and
-    below 100 none. A single row has no interval. Intervals tell the chance in the choice of test rows, not the one in
-    training.
+    for every score. An interval is extended to its value where the bias of a score (an average over rare classes) would
+    leave the value outside. Proportions of rows (accuracy, top 5, precision and recall of a class) have Wilson's
+    interval instead. So do other scores that are exactly 0 or 1 in every resample, where the bootstrap cannot estimate
+    how rare errors are: they get the interval of a proportion with the same uncertainty. Thus every interval of two or
+    more rows has a positive width. ``roc_auc`` and ``pr_auc`` sort each class: beyond 6e7 resamples × rows × classes
+    they get fewer resamples, and no interval if fewer than 100 remain. A single row has no interval. Intervals measure
+    the uncertainty from the choice of test rows, not from training.
 
     Examples
     --------
@@ -140,7 +141,7 @@ def score_multilabel(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """Score the probabilities of several labels a row; a label is given from a probability of 0.5.
+    """Score multi-label probabilities; a label is predicted from a probability of 0.5.
 
     Parameters
     ----------
@@ -149,13 +150,14 @@ def score_multilabel(
     probabilities : array of shape (m, k)
     classes : sequence of k str
     bootstrap, seed : int
-        As for `score_classification`, whose notes on intervals hold; here it is ``mean_average_precision`` that sorts.
+        As for `score_classification`, whose notes on intervals apply; the score that sorts is
+        ``mean_average_precision``.
 
     Returns
     -------
     Scores
-        ``mean_average_precision`` (over labels that some row has), ``micro_f1``, ``macro_f1`` (over labels
-        that some row has or was given), ``exact_match`` and ``calibration_error``.
+        ``mean_average_precision`` (over labels that occur), ``micro_f1``, ``macro_f1`` (over labels that occur or
+        are predicted), ``exact_match`` and ``calibration_error``.
     """
     names = tuple(classes)
     y_true, probability_matrix = _check_labels(y, probabilities, names)
@@ -199,9 +201,9 @@ def score_regression(
     ----------
     y, predictions : array of shape (m,) or (m, t)
     names : sequence of t str
-        Of the targets.
+        Names of the targets.
     bootstrap, seed : int
-        As for `score_classification`, whose notes on intervals hold; all scores here have one.
+        As for `score_classification`, whose notes on intervals apply; all scores here have an interval.
 
     Returns
     -------
@@ -224,9 +226,9 @@ def score_regression(
 def compute_metrics(
     task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], bootstrap: int
 ) -> tuple[dict[str, BootstrapMetric], NDArray[np.bool_] | None]:
-    """The scores of some predictions with what is needed for their intervals, and which rows are right as a whole.
+    """The scores of predictions, with the means to compute their intervals, and which rows are entirely right.
 
-    Parameters as for `score`; which rows are right is None for a regression.
+    Parameters as for `score`; the second result is None for a regression.
     """
     columns = tuple(names)
     if task == "regression":
@@ -243,7 +245,7 @@ def compute_metrics(
 
 
 def _confusion_matrix(class_codes: NDArray[np.intp], predicted: NDArray[np.intp], n_classes: int) -> NDArray[np.int64]:
-    # scikit-learn's own warns of a single class, even where that is all there is.
+    # scikit-learn's confusion_matrix warns about a single class even if there is only one.
     return (
         np.bincount(class_codes * n_classes + predicted, minlength=n_classes * n_classes)
         .reshape(n_classes, n_classes)
@@ -320,9 +322,10 @@ def _decision_metrics(
 
 
 def _effective_rows(support: NDArray[np.integer[Any]]) -> float:
-    """Rows that would leave a share as uncertain as the mean of the shares of some classes is.
+    """The number of rows of a proportion that is as uncertain as the mean of one proportion per class.
 
-    The variance of the mean over k classes of n rows each is that of ``k² / Σ 1/n`` rows, all being right as often.
+    The mean over k classes of n_c rows each has the variance of a proportion of ``k² / Σ 1/n_c`` rows, if all classes
+    have the same error rate.
     """
     present_support = support[support > 0].astype(float)
     return float(len(present_support) ** 2 / (1 / present_support).sum()) if len(present_support) else 0.0
@@ -333,7 +336,7 @@ def _probability_metrics(class_codes: NDArray[np.intp], probabilities: Floats) -
     true_class_probability = np.take_along_axis(probabilities, class_codes[:, None], axis=1)
     metrics: dict[str, BootstrapMetric] = {}
     if len(columns) > 5:
-        # Of equal probabilities the later class comes first, as in scikit-learn.
+        # Among equal probabilities the later class ranks first, as in scikit-learn.
         n_ranked_above = (
             (probabilities > true_class_probability)
             | ((probabilities == true_class_probability) & (columns > class_codes[:, None]))
@@ -343,7 +346,7 @@ def _probability_metrics(class_codes: NDArray[np.intp], probabilities: Floats) -
             top5, make_mean_statistic(n_ranked_above < 5), float(len(class_codes)), is_share=True
         )
     if len(columns) > 1:
-        # Only here, as the last bits of a division would break ties that the ranking scores must see.
+        # Normalised only here: rounding in the division would break ties between scores that are ranked.
         row_sums = probabilities.sum(axis=1, keepdims=True)
         loss = -np.log(np.maximum(true_class_probability / row_sums, np.finfo(probabilities.dtype).eps))[:, 0]
         metrics["log_loss"] = BootstrapMetric(
@@ -381,11 +384,11 @@ def _ranking_metrics(
 def _make_ranking_metric(
     metric: Any, bootstrap_statistic: Any, is_member: Any, scores: Floats, bootstrap: int, n_trials: float
 ) -> BootstrapMetric:
-    """The mean over columns of a score that sorts each, with as many resamples as can be afforded."""
+    """The mean over columns of a score that sorts each column, with a limited number of resamples."""
     column_values = np.array(
         [
             metric(is_member[:, column], scores[:, column]) if is_member[:, column].any() else np.nan
-            for column in _column_range(scores)
+            for column in range(scores.shape[1])
         ]
     )
     max_resamples = min(bootstrap, _MAX_RANKED_SCORES // max(1, scores.size))
@@ -395,10 +398,6 @@ def _make_ranking_metric(
         else None
     )
     return BootstrapMetric(_mean_of_finite(column_values), statistic, n_trials, max_resamples=max_resamples)
-
-
-def _column_range(values: NDArray[Any]) -> range:
-    return range(values.shape[1])
 
 
 def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootstrap: int) -> dict[str, BootstrapMetric]:
@@ -438,7 +437,7 @@ def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootst
 
 
 def _add_empty_column(*arrays: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """With a column that nobody has, which keeps scikit-learn from reading a single label as a binary problem."""
+    """Append an empty column, so that scikit-learn does not treat a single label as a binary problem."""
     return [np.pad(array, ((0, 0), (0, 1))) for array in arrays]
 
 
@@ -448,7 +447,7 @@ def _average_precisions(y_true: NDArray[np.bool_], probabilities: Floats) -> Flo
             sk.average_precision_score(y_true[:, column], probabilities[:, column])
             if y_true[:, column].any()
             else np.nan
-            for column in _column_range(probabilities)
+            for column in range(probabilities.shape[1])
         ]
     )
 
@@ -456,7 +455,7 @@ def _average_precisions(y_true: NDArray[np.bool_], probabilities: Floats) -> Flo
 def _per_target(y_true: Floats, y_predicted: Floats) -> dict[str, NDArray[Any]]:
     true_varies = np.ptp(y_true, axis=0) > 0
     is_rankable = true_varies & (np.ptp(y_predicted, axis=0) > 0)
-    columns = _column_range(y_true)
+    columns = range(y_true.shape[1])
     return {
         "mae": sk.mean_absolute_error(y_true, y_predicted, multioutput="raw_values"),
         "rmse": sk.root_mean_squared_error(y_true, y_predicted, multioutput="raw_values"),
@@ -490,12 +489,12 @@ def _regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, Bootst
 
 
 def _wilson_intervals(n_correct: NDArray[Any], n_trials: NDArray[Any]) -> Floats:
-    """The intervals of some shares, shape (k, 2)."""
+    """The intervals of k proportions, shape (k, 2)."""
     return np.column_stack(wilson_interval(n_correct, n_trials))
 
 
 def _check_matrix(argument: str, values: ArrayLike, names: tuple[str, ...]) -> Floats:
-    """A copy of shape (m, columns), finite, with at least one row and a name for each column."""
+    """Copy to float64 of shape (m, columns); refuse other shapes, no rows, and values that are not finite."""
     array = np.array(values, dtype=np.float64)
     if array.ndim == 1 and len(names) == 1:
         array = array[:, None]
@@ -507,7 +506,8 @@ def _check_matrix(argument: str, values: ArrayLike, names: tuple[str, ...]) -> F
     nonfinite_rows = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(nonfinite_rows):
         raise ConfigError(
-            f"{argument}: {len(nonfinite_rows)} of {len(array)} rows are not finite, the first is row {nonfinite_rows[0]}; leave them out"
+            f"{argument}: {len(nonfinite_rows)} of {len(array)} rows are not finite, "
+            f"the first is row {nonfinite_rows[0]}; leave them out"
         )
     return array
 
@@ -528,7 +528,8 @@ def _encode_labels(y: ArrayLike, names: tuple[str, ...], n_rows: int) -> NDArray
         listed_labels = ", ".join(name[:60] for name in list(unknown_labels)[:5])
         remainder_text = f" and {len(unknown_labels) - 5} more" if len(unknown_labels) > 5 else ""
         raise ConfigError(
-            f"y: {unknown_labels.total()} of {n_rows} labels are none of the {len(names)} classes: {listed_labels}{remainder_text}"
+            f"y: {unknown_labels.total()} of {n_rows} labels are not among the {len(names)} classes: "
+            f"{listed_labels}{remainder_text}"
         )
     return codes
 
@@ -544,7 +545,7 @@ def _make_class_rows(names: tuple[str, ...], **columns: NDArray[Any]) -> list[di
 
 
 def _mean_of_finite(values: NDArray[Any]) -> float:
-    """The mean of what is defined, NaN where nothing is."""
+    """The mean of the finite values; NaN if there are none."""
     finite_values = values[np.isfinite(values)]
     return float(finite_values.mean()) if len(finite_values) else math.nan
 

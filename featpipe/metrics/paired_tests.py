@@ -1,4 +1,4 @@
-"""Two models on the same rows: how much one is better, and whether that may be chance."""
+"""Paired tests: the difference between two models on the same rows, and whether it may be chance."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["PairedComparison", "ScoreDifference", "compare_paired"]
 
 @dataclass(frozen=True)
 class ScoreDifference:
-    """One score of two models.
+    """The difference of one score between two models.
 
     Attributes
     ----------
     difference : Interval
         The first minus the second.
     p : float
-        How often a difference as large as this would be met if neither were better; two-sided.
+        Two-sided p value of no difference.
     test : {"mcnemar", "bootstrap"}
     """
 
@@ -38,15 +38,15 @@ class ScoreDifference:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two models on the same rows.
+    """The comparison of two models on the same rows.
 
     Attributes
     ----------
     n : int
-        Rows.
+        Number of rows.
     only_first, only_second : int or None
-        Rows that one model alone gets right; None for a regression.
-    contrasts : dict of str to Contrast
+        Rows that only one of the models gets right; None for a regression.
+    contrasts : dict of str to ScoreDifference
         By the names of the scores.
     """
 
@@ -56,7 +56,6 @@ class PairedComparison:
     contrasts: dict[str, ScoreDifference]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {
             "n": self.n,
             "only_first": self.only_first,
@@ -90,18 +89,18 @@ def compare_paired(
     ----------
     task : {"classification", "multilabel", "regression"}
     y : array-like
-    first, second : array-like
+    first_predictions, second_predictions : array-like
         As `featpipe.metrics.score` takes predictions.
-    names : sequence of str
-    bootstrap, seed : int
+    class_names : sequence of str
+    n_resamples, seed : int
         Resamples of the rows, the same for both models.
 
     Notes
     -----
-    Accuracy, and the exact match of several labels, are compared by McNemar's exact test on the rows that one model
-    alone gets right, with the interval of Agresti and Min ("Simple improved confidence intervals for comparing matched
-    proportions", 2005), which has a width also where the models never differ. Other scores are compared by the paired
-    bootstrap: the interval is of percentiles, and p is twice the share of resamples on the other side of zero.
+    Accuracy, and the exact match of multi-label rows, are compared by McNemar's exact test on the rows that only one
+    model gets right, with the interval of Agresti and Min ("Simple improved confidence intervals for comparing matched
+    proportions", 2005), which has a positive width also where the models never differ. Other scores are compared by the
+    paired bootstrap: a percentile interval, and p is twice the share of resamples on the other side of zero.
 
     Examples
     --------
@@ -141,7 +140,7 @@ def compare_paired(
 
 
 def mcnemar_test(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_]) -> ScoreDifference:
-    """The exact test of two shares of the same rows; arguments say which rows each gets right."""
+    """McNemar's exact test; the arguments, of shape (n,), say which rows each model gets right."""
     n_only_first, n_only_second, n_rows = (
         int((first_correct & ~second_correct).sum()),
         int((second_correct & ~first_correct).sum()),

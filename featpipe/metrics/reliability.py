@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: confidence beside how often it is right, bin by bin."""
+"""Reliability of probabilities: confidence against accuracy in bins."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ N_BINS = 15
 
 
 def compute_confidence(probabilities: Array, y: NDArray[Any]) -> tuple[Array, NDArray[np.bool_]]:
-    """What is claimed, and whether it is so: two arrays of shape (m, 1), or (m, k) of several labels a row.
+    """Confidence and correctness: two arrays of shape (m, 1), or (m, k) for multi-label rows.
 
     Parameters
     ----------
     probabilities : ndarray of shape (m, k)
     y : ndarray of shape (m,) or (m, k)
-        Class codes, judged by the most probable class; or 0 and 1 for each label, each of which is judged.
+        Class codes, compared with the most probable class; or 0 and 1 for each label, which are compared one by one.
     """
     if y.ndim == 2:
         return probabilities, np.asarray(y, bool)
@@ -29,7 +29,10 @@ def compute_confidence(probabilities: Array, y: NDArray[Any]) -> tuple[Array, ND
 
 
 def compute_bin_gaps(confidence: Array, correct: NDArray[np.bool_], n_bins: int = N_BINS) -> Array:
-    """What each row adds to the gap between confidence and accuracy of each bin of equal width, shape (m, bins)."""
+    """The contribution of each row to the gap between confidence and accuracy of each bin, shape (m, n_bins).
+
+    All bins have the same width.
+    """
     gaps = np.zeros((len(confidence), n_bins))
     bin_indices = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     row_indices = np.broadcast_to(np.arange(len(confidence))[:, None], bin_indices.shape)
@@ -38,14 +41,14 @@ def compute_bin_gaps(confidence: Array, correct: NDArray[np.bool_], n_bins: int 
 
 
 def calibration_error(probabilities: Array, y: NDArray[Any], n_bins: int = N_BINS) -> float:
-    """How far confidence is from accuracy: the mean gap over bins of equal width, weighted by their rows.
+    """Expected calibration error: the mean gap over bins of equal width, weighted by their rows.
 
     Parameters
     ----------
     probabilities : ndarray of shape (m, k)
     y : ndarray of shape (m,) or (m, k)
-        As `judged` takes them.
-    bins : int
+        As in `compute_confidence`.
+    n_bins : int
     """
     confidence, correct = compute_confidence(probabilities, y)
     bin_indices = np.minimum((confidence * n_bins).astype(int), n_bins - 1).ravel()

@@ -1,4 +1,4 @@
-"""Scores as they are handed on: by name, for each class, as JSON and as text."""
+"""The table of metrics, and the scores of a set of predictions: by name, by class, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["METRICS", "SELECTION_METRICS", "Metric", "Scores", "nan_to_none"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a score is presented and compared.
+    """How a metric is presented and compared.
 
     Attributes
     ----------
     title : str
     meaning : str
-        What it says, in a few words.
+        A short explanation for reports.
     higher_is_better : bool
     """
 
@@ -94,8 +94,7 @@ class Scores:
     n : int
         Rows scored.
     metrics : dict of str to Interval
-        By the names in `METRICS`, the most telling first. A score that these rows leave undefined is not
-        there.
+        By the names in `METRICS`, the most important first, without the scores that are undefined for these rows.
     per_class : list of dict
         For each class, in the order of `classes`: ``name``, ``precision``, ``recall``, ``f1``, ``support``,
         ``precision_interval`` and ``recall_interval`` (low, high), and ``average_precision`` for several labels.
@@ -115,7 +114,7 @@ class Scores:
     classes: tuple[str, ...]
 
     def confused(self, limit: int) -> list[tuple[str, str, int]]:
-        """The pairs (true, predicted, rows) that are mixed up most often, at most `limit` of them."""
+        """The most frequent confusions (true, predicted, rows), at most ``limit``."""
         if self.confusion is None:
             return []
         true, predicted = np.nonzero(self.confusion)
@@ -124,9 +123,9 @@ class Scores:
         return [(self.classes[t], self.classes[p], int(rows)) for rows, t, p in pairs[:limit]]
 
     def weakest(self) -> list[dict[str, Any]]:
-        """`per_class` from the weakest to the strongest by F1 (R² of targets), the larger class first.
+        """`per_class` by ascending F1 (R² for targets); among equals the larger class comes first.
 
-        Classes that have no rows, or no such score, come last.
+        Classes without rows or without such a score come last.
         """
         score = "r2" if self.task == "regression" else "f1"
 
@@ -138,7 +137,7 @@ class Scores:
         return sorted(self.per_class, key=sort_key)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; what is undefined is None.
+        """All fields as JSON types; undefined scores are None.
 
         The keys are stable: ``task``, ``n``, ``metrics`` (name to ``{"value", "low", "high"}``),
         ``per_class`` (as the attribute), ``confusion`` (list of rows, or None) and ``classes``.
@@ -160,7 +159,7 @@ class Scores:
         }
 
     def table(self, limit: int = 20) -> str:
-        """For the terminal: the scores with their intervals, then the `limit` weakest classes."""
+        """A text table of the scores with their intervals, then of the ``limit`` weakest classes."""
         metric_rows = [
             (
                 METRICS[name].title,
@@ -188,7 +187,7 @@ class Scores:
 
 
 def nan_to_none(value: Any) -> Any:
-    """A value as JSON can hold it: None where it is not a number."""
+    """A value, or list of values, with None in the place of NaN and infinity, which JSON lacks."""
     if isinstance(value, (list, tuple)):
         return [nan_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -205,7 +204,7 @@ def _format_count(n: int, noun: str) -> str:
 
 
 def _format_cell(value: object) -> str:
-    """As the terminal may show it: control characters and direction marks of a name become escapes."""
+    """A table cell for the terminal, with control characters and direction marks of a name escaped."""
     if isinstance(value, str):
         printable = "".join(
             character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -216,7 +215,7 @@ def _format_cell(value: object) -> str:
 
 
 def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as columns: the first to the left, the others to the right."""
+    """Pad cells to columns: the first is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

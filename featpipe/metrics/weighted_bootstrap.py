@@ -1,4 +1,4 @@
-"""Scores of many resamples at once: rows are weighted by how often each resample drew them."""
+"""Metrics of many bootstrap resamples at once: rows are weighted by how often each resample drew them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def make_mean_statistic(values: NDArray[Any]) -> Statistic:
-    """The mean of one value for each row."""
+    """The mean of one value per row."""
     return lambda counts: values.astype(float) @ counts / len(values)
 
 
@@ -42,7 +42,7 @@ def safe_divide(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def mean_of_ratios(numerators: Floats, denominators: Floats) -> Floats:
-    """The mean over classes, of shape (k, b), of the quotients that are defined."""
+    """The mean over classes of the quotients that are defined; inputs of shape (k, b), output of shape (b,)."""
     defined = denominators > 0
     ratios = np.divide(numerators, denominators, out=np.zeros_like(numerators), where=defined)
     return safe_divide(ratios.sum(axis=0), defined.sum(axis=0).astype(float))
@@ -51,7 +51,7 @@ def mean_of_ratios(numerators: Floats, denominators: Floats) -> Floats:
 def make_column_mean_statistic(
     statistic: Callable[[NDArray[Any], Floats, Floats], Floats], true: NDArray[Any], scores: Floats
 ) -> Statistic:
-    """The mean over columns of a statistic of one column, where it is defined."""
+    """The mean over columns of a statistic of one column, without the columns where it is undefined."""
 
     def mean_over_columns(counts: Floats) -> Floats:
         total, defined = np.zeros(counts.shape[1]), np.zeros(counts.shape[1])

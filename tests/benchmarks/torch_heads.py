@@ -1,8 +1,10 @@
 """The torch heads: seconds to fit alone and beside other work, and training from a file that is read in each pass.
 
-    python tests/benchmarks/torch_heads.py fit | stream [ROWS] [BATCH]
+    python tests/benchmarks/torch_heads.py fit | optimizers | stream [ROWS] [BATCH]
 
 fit: with the threads that a head chooses, and with all that torch has, alone and beside a busy loop for each core.
+optimizers: what the first use and a step of torch.optim cost beside the heads' own AdamW and a whole small fit; each in
+a process of its own, torch imported before the clock starts; CPU seconds, medians.
 stream: ROWS × 512 float16 numbers, a linear head, one pass; the peer reads the same file from start to end. The memory
 is what the process had at most, and how much of it came with the imports.
 """
@@ -81,6 +83,55 @@ def fit() -> None:
         print(name, *(f"{key} {median(times):.2f} s" for key, times in found.items()), sep=" | ", flush=True)
 
 
+OPTIMIZER_SCRIPT = """
+import sys, time, warnings
+import numpy as np, torch
+from featpipe.heads import LinearClassifier
+from featpipe.heads.neural.config import NetworkTrainingConfig
+from featpipe.heads.neural.train import AdamW
+
+def seconds(function):
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+weights, biases = [torch.zeros(1280, 10, requires_grad=True)], [torch.zeros(10, requires_grad=True)]
+gradients = [torch.ones_like(parameter) for parameter in weights + biases]
+rng = np.random.default_rng(0)
+X, y = rng.normal(size=(300, 1280)).astype(np.float32), np.arange(300) % 10
+
+def make_own():
+    global optimizer
+    optimizer = AdamW(weights, biases, NetworkTrainingConfig())
+
+def make_torch():
+    global optimizer
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}], weight_decay=0.01)
+    for parameter, gradient in zip(weights + biases, gradients):
+        parameter.grad = gradient
+
+if sys.argv[1] == "own":
+    make, step = make_own, lambda: optimizer.step(gradients, 1e-3)
+else:
+    make, step = make_torch, lambda: optimizer.step()
+first = seconds(lambda: (make(), step()))
+steps = seconds(lambda: [step() for _ in range(1000)]) / 1000
+LinearClassifier(epochs=1, random_state=0).fit(X, y)
+fit = seconds(lambda: LinearClassifier(random_state=0).fit(X, y))
+print(first, steps, fit)
+"""
+
+
+def optimizers() -> None:
+    for name in ("own", "torch.optim"):
+        runs = [
+            subprocess.run([sys.executable, "-c", OPTIMIZER_SCRIPT, name], capture_output=True, check=True, text=True)
+            for _ in range(ROUNDS)
+        ]
+        first, step, fit = (median(column) for column in zip(*(map(float, run.stdout.split()) for run in runs), strict=True))
+        print(f"{name}: first use {first:.3f} s, a step {1e6 * step:.0f} µs; a fit of 300 × 1280 rows {fit:.3f} s")
+
+
 def resident_mib(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
@@ -131,5 +182,7 @@ def stream(n: int, batch: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "fit":
         fit()
+    elif sys.argv[1] == "optimizers":
+        optimizers()
     else:
         stream(*(int(argument) for argument in (*sys.argv[2:], *("1000000", "256")[len(sys.argv) - 2 :])))

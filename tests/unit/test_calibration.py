@@ -94,7 +94,7 @@ def test_classes_that_are_not_named_share_the_rest():
 
 
 @pytest.mark.parametrize(("target", "words"), [
-    ({"d": 0.5}, "none of the 3 classes"), ({"a": 0.0}, "not above 0"), ({"a": float("nan")}, "not above 0"),
+    ({"d": 0.5}, "not one of the 3 classes"), ({"a": 0.0}, "not above 0"), ({"a": float("nan")}, "not above 0"),
     ({"a": 1.0}, "nothing is left"),
 ])  # fmt: skip
 def test_priors_that_cannot_be_are_refused(target, words):

@@ -283,7 +283,7 @@ def test_single_precision_probabilities_are_accepted():
     ("labels", "message"),
     [
         (["cat", "dgo"], "unknown class 'dgo'; did you mean 'dog'\\?"),
-        (["x1", "x2"], "2 of 2 labels are none of the 2 classes: 'x1', 'x2'"),
+        (["x1", "x2"], "2 of 2 labels are not among the 2 classes: 'x1', 'x2'"),
         (["cat", None], "1 of 2 rows have no label"),
         (["cat"], "found 1 labels and 2 predictions"),
     ],

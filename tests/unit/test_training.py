@@ -494,7 +494,7 @@ def test_probabilities_are_corrected_for_another_mix_of_classes(make_cache: Any)
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(rare.predict_proba_features(X), expected, rtol=1e-9)
     assert np.count_nonzero(rare.predict_features(X) == "c") < np.count_nonzero(plain.predict_features(X) == "c")
-    refused(ConfigError, "none of the 3 classes", cache, prior={"d": 0.5})
+    refused(ConfigError, "not one of the 3 classes", cache, prior={"d": 0.5})
 
 
 def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
