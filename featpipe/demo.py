@@ -87,7 +87,7 @@ def run_demo(folder: Path, progress: ProgressCallback = ignore_progress, command
     report = write_report(
         folder / "report.html",
         evaluation,
-        title="Seventeen photographs, told apart by their tiles",
+        title="Seventeen photographs, classified by their tiles",
         comparison=comparison,
         command=command,
     )

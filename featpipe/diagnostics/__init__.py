@@ -1,4 +1,4 @@
-"""What to look at next: from predictions and embeddings to tables of samples. Arrays in, tables out."""
+"""Diagnostics of predictions and embeddings: likely label errors, near duplicates, outliers, learning curves."""
 
 from __future__ import annotations
 

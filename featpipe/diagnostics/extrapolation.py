@@ -1,4 +1,4 @@
-"""What more labels would bring: a power law through the errors of heads that were trained on fewer."""
+"""Extrapolate a learning curve by a power law."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LearningCurve:
-    """A learning curve, measured up to n training rows and drawn out to ``ahead``.
+    """Errors measured by number of training rows, and a forecast for a larger number.
 
     Attributes
     ----------
     sizes : tuple of int
-        Training rows.
+        Training rows, ascending.
     errors, lows, highs : tuple of float
-        The mean error at each, with the 95 % interval from resampled test rows.
+        Mean error for each size, with the bounds of the 95 % interval from resampled test rows.
     ahead : int
-        Training rows that the law is drawn out to.
+        Training rows of the forecast.
     expected, low, high : float
-        The error there.
+        The forecast error, with the bounds of its 95 % interval.
     """
 
     sizes: tuple[int, ...]
@@ -43,46 +43,48 @@ class LearningCurve:
     high: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def __str__(self) -> str:
-        current_error, forecast_error = self.errors[-1], self.expected
-        gain_text = (
-            "no gain can be told from chance"
-            if self.high >= current_error
-            else f"{current_error:.1%} → {forecast_error:.1%}"
-        )
-        return f"with {self.ahead:,} training images: error {forecast_error:.1%} [{self.low:.1%}, {self.high:.1%}]; {gain_text}"
+        gain = f"now {self.errors[-1]:.1%}"
+        if self.high >= self.errors[-1]:
+            gain += ", no significant gain"
+        forecast = f"error {self.expected:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"forecast for {self.ahead:,} training images: {forecast}; {gain}"
 
 
 def extrapolate_learning_curve(
     sizes: ArrayLike, errors: ArrayLike, *, size_factor: float = 2.0, seed: int = 0
 ) -> LearningCurve:
-    """Fit ``a + b n^-c`` to the errors of some training sizes and say what it expects of more.
+    """Fit the power law ``a + b n^-c`` to errors by number of training rows n, and forecast the error of a larger n.
 
     Parameters
     ----------
     sizes : array of shape (s,)
         Training rows, ascending; at least three.
     errors : array of shape (s, m)
-        The error of each test row (0 or 1, or its mean over several draws of the training rows) at each size.
-    times : float
-        How many times the largest size is forecast.
+        The error of each test row for each size: 0 or 1, or the mean over several draws of the training rows.
+    size_factor : float
+        The forecast is for this multiple of the largest size.
     seed : int
+        Of the resamples of the test rows.
+
+    Returns
+    -------
+    LearningCurve
 
     Notes
     -----
-    The law is that of Hestness et al., "Deep learning scaling is predictable, empirically", 2017; a, b and c are not
-    negative. The interval is of percentiles over resamples of the test rows, the law fitted anew to each; errors of
-    few rows weigh less. It knows of the chance in the test rows, and of what the law leaves open, not of a change in
-    what the new images show.
+    The power law is that of Hestness et al., "Deep learning scaling is predictable, empirically", 2017, with
+    non-negative a, b and c, fitted by least squares with smaller weights for smaller n. The interval is a percentile
+    bootstrap over test rows, with the law fitted to each resample. It covers the sampling error of the test rows and
+    the uncertainty of the fit, but no change in the distribution of the images.
 
     Examples
     --------
     >>> n = np.array([100, 200, 400, 800])
-    >>> found = forecast(n, np.repeat((0.05 + 3 / n)[:, None], 50, axis=1))
-    >>> f"{found.expected:.3f}"
+    >>> curve = extrapolate_learning_curve(n, np.repeat((0.05 + 3 / n)[:, None], 50, axis=1))
+    >>> f"{curve.expected:.3f}"
     '0.052'
     """
     n, row_errors = np.asarray(sizes, float), np.asarray(errors, float)
@@ -110,7 +112,7 @@ def extrapolate_learning_curve(
 
 
 def _extrapolate_power_law(n: Floats, errors: Floats, forecast_size: float) -> Floats:
-    """The forecasts of the best laws through curves of shape (s, b): for each exponent a line, by least squares."""
+    """Fit the law to each of b curves of shape (s, b), and forecast: a grid over c, a and b by least squares."""
     weights = np.sqrt(n / n[-1])[:, None]
     best_residual, forecasts = np.full(errors.shape[1], np.inf), np.zeros(errors.shape[1])
     for exponent in POWER_LAW_EXPONENTS:
@@ -124,7 +126,7 @@ def _extrapolate_power_law(n: Floats, errors: Floats, forecast_size: float) -> F
 
 
 def _fit_line(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Weighted least squares of ``y = a + b x`` with a and b not negative."""
+    """Weighted least squares of ``y = a + b x`` with non-negative a and b."""
     w = weights / weights.sum()
     mean_x, mean_y = (w * x).sum(axis=0), (w * y).sum(axis=0)
     variance_x = (w * (x - mean_x) ** 2).sum(axis=0)

@@ -1,4 +1,4 @@
-"""A table of samples that deserve a look, as text, JSON and CSV."""
+"""Findings: tables of samples or classes to inspect, as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["Finding", "write_findings"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One table.
+    """One table of samples or classes to inspect.
 
     Attributes
     ----------
     name : str
-        Its key in JSON, and the name of its file.
+        Key in JSON, and name of the CSV file.
     title, meaning : str
-        What it is, and what to do with it, in a sentence.
+        What the table lists, and how to use it.
     columns : tuple of str
-        The first is ``id`` where the rows are samples.
-    rows : list of dict
-        The most telling first.
+        The first is ``id`` if the rows are samples.
+    rows : sequence of mapping
+        The most important first; at most `MAX_FINDING_ROWS`.
     total : int
-        How many there are in all, where `rows` does not hold every one.
+        Number of rows without that limit.
     note : str
-        Why there is none, where that was not looked for.
+        Why the check was not made, or only in part.
     """
 
     name: str
@@ -45,11 +45,10 @@ class Finding:
 
     @property
     def has_sample_rows(self) -> bool:
-        """Whether each row names a sample."""
+        """Whether the rows are samples."""
         return self.columns[0] == "id"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {
             "title": self.title,
             "meaning": self.meaning,
@@ -60,7 +59,18 @@ class Finding:
 
 
 def write_findings(findings: Sequence[Finding], folder: str | os.PathLike[str]) -> list[Path]:
-    """Write each table that has rows as ``NAME.csv``; one of an earlier time that has none now is removed.
+    """Write each table that has rows as ``NAME.csv``, and remove the files of tables without rows.
+
+    Parameters
+    ----------
+    findings : sequence of Finding
+    folder : path-like
+        Created if missing.
+
+    Returns
+    -------
+    list of Path
+        The files written.
 
     Raises
     ------
@@ -82,6 +92,6 @@ def write_findings(findings: Sequence[Finding], folder: str | os.PathLike[str]) 
             written_paths.append(path)
     except OSError as error:
         raise ConfigError(
-            f"{output_folder}: cannot write the findings ({error.strerror or error}); name a folder that can be written"
+            f"{output_folder}: cannot write the findings ({error.strerror or error}); give a writable folder"
         ) from error
     return written_paths

@@ -1,10 +1,10 @@
-"""What the predictions of a model say of single samples: mistakes, doubts, and labels that may be wrong."""
+"""Findings from predictions: errors, least confident samples, confused classes, and likely label errors."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,17 +18,17 @@ __all__ = ["MAX_FINDING_ROWS", "LabeledPredictions", "count_extreme_rows", "make
 Floats = NDArray[np.float64]
 
 MAX_FINDING_ROWS = 1000
-"""The most rows of one table."""
+"""Maximum number of rows of one finding."""
 
 
 def count_extreme_rows(m: int, fraction: float) -> int:
-    """How many of m rows are the most extreme ones: a share of many, some of few."""
+    """The number of m rows to list as extreme: a fraction, but at least 20, or a quarter of m if that is less."""
     return min(MAX_FINDING_ROWS, max(int(fraction * m), min(20, -(-m // 4))))
 
 
 @dataclass(frozen=True, eq=False)
 class LabeledPredictions:
-    """Predictions of some samples, by a model that was not trained on them.
+    """Predictions and labels of m samples, by a model that was not trained on them.
 
     Attributes
     ----------
@@ -37,9 +37,9 @@ class LabeledPredictions:
     y : ndarray of shape (m,), (m, k) or (m, t)
         Class codes, a 0/1 matrix, or targets.
     predicted : ndarray of shape (m, k) or (m, t)
-        Probabilities, or numbers.
+        Probabilities, or numbers for a regression.
     names : sequence of str
-        Of classes or targets.
+        Classes or targets.
     """
 
     task: str
@@ -55,13 +55,13 @@ class LabeledPredictions:
 
     @cached_property
     def is_correct(self) -> NDArray[np.bool_]:
-        """Whether each row is right as a whole, shape (m,)."""
+        """Whether each prediction is correct (for several labels: all of them), shape (m,)."""
         if self.task == "multilabel":
             return np.asarray(((self.predicted >= 0.5) == self.y.astype(bool)).all(axis=1))
         return np.asarray(self.top_class == self.y)
 
     def describe_row(self, row: int) -> tuple[str, str, float]:
-        """What a row is, what it is taken for, and how probable that is said to be."""
+        """The label, the prediction and the probability of the prediction."""
         if self.task == "multilabel":
             is_predicted = self.predicted[row] >= 0.5
             confidence = np.where(is_predicted, self.predicted[row], 1 - self.predicted[row]).min()
@@ -74,7 +74,7 @@ class LabeledPredictions:
 
 
 def make_prediction_findings(predictions: LabeledPredictions) -> list[Finding]:
-    """The tables that a task has."""
+    """Make the findings of the task."""
     return [make_finding(predictions) for make_finding in _FINDING_MAKERS[predictions.task]]
 
 
@@ -84,8 +84,8 @@ def _find_mistakes(predictions: LabeledPredictions) -> Finding:
     order = error_rows[np.argsort(-confidence[error_rows], kind="stable")]
     return Finding(
         "mistakes",
-        "Most confident mistakes",
-        "What the model is surest of and wrong about: a label to mend, or a kind of image to bring more of.",
+        "Most confident errors",
+        "Wrong predictions with the highest probability: correct the label, or add more images of this kind.",
         ("id", "label", "predicted", "probability"),
         [_to_finding_row(predictions, row) for row in order[:MAX_FINDING_ROWS].tolist()],
         len(order),
@@ -102,7 +102,7 @@ def _find_least_confident(predictions: LabeledPredictions) -> Finding:
     return Finding(
         "unsure",
         "Least confident",
-        "Where the model hesitates between two answers: labels for more images like these teach it most.",
+        "Predictions with the smallest margin: labelling more images like these helps most.",
         ("id", "label", "predicted", "probability", "margin"),
         [{**_to_finding_row(predictions, row), "margin": round(float(margin[row]), 4)} for row in order.tolist()],
         len(order),
@@ -134,7 +134,7 @@ def _find_confused_pairs(predictions: LabeledPredictions) -> Finding:
     return Finding(
         "confused",
         "Most confused pairs",
-        "Classes that are taken for each other: look whether their labels follow one rule.",
+        "Classes that are predicted as one another: check that they are labelled consistently.",
         ("label", "predicted", "rows", "share"),
         rows,
         int((confusion > 0).sum()),
@@ -145,15 +145,16 @@ def _find_label_errors(predictions: LabeledPredictions) -> Finding:
     empty_finding = Finding(
         "label_errors",
         "Likely label errors",
-        "Labels that confident learning doubts, the worst first: look, and mend those that are wrong.",
+        "Labels that are probably wrong according to confident learning, least plausible first: check them, and "
+        "correct the wrong ones.",
         ("id", "label", "suggested", "quality"),
     )
     try:
         import cleanlab  # noqa: F401
     except ImportError:
-        return _with_note(empty_finding, "not looked for: pip install 'featpipe[labels]' brings cleanlab")
+        return replace(empty_finding, note="not checked: cleanlab is missing; pip install 'featpipe[labels]'")
     if len(predictions.names) < 2:
-        return _with_note(empty_finding, "not looked for: a single class has no other label")
+        return replace(empty_finding, note="not checked: there is only one class")
     suspect_rows, quality = (_find_multilabel_issues if predictions.task == "multilabel" else _find_label_issues)(
         predictions
     )
@@ -169,17 +170,11 @@ def _find_label_errors(predictions: LabeledPredictions) -> Finding:
                 "quality": round(float(quality[row]), 4),
             }
         )
-    return Finding(
-        empty_finding.name, empty_finding.title, empty_finding.meaning, empty_finding.columns, rows, len(order)
-    )
-
-
-def _with_note(finding: Finding, note: str) -> Finding:
-    return Finding(finding.name, finding.title, finding.meaning, finding.columns, note=note)
+    return replace(empty_finding, rows=rows, total=len(order))
 
 
 def _find_label_issues(predictions: LabeledPredictions) -> tuple[NDArray[np.intp], Floats]:
-    """Rows whose labels cleanlab doubts, and the quality of all labels; classes that no row has are left aside."""
+    """Find label issues with cleanlab, and compute the quality of all labels; classes without rows are ignored."""
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
@@ -190,7 +185,7 @@ def _find_label_issues(predictions: LabeledPredictions) -> tuple[NDArray[np.intp
     if len(present_classes) < 2:
         return np.zeros(0, np.intp), quality
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes with few rows, which are a table of their own
+        warnings.simplefilter("ignore")  # about classes with few rows, which have a finding of their own
         suspect_rows = np.flatnonzero(find_label_issues(y, probabilities, n_jobs=1))
     return suspect_rows[predictions.top_class[suspect_rows] != predictions.y[suspect_rows]], quality
 
@@ -230,7 +225,7 @@ def _find_largest_errors(predictions: LabeledPredictions) -> Finding:
     return Finding(
         "errors",
         "Largest errors",
-        "In standard deviations of the target: a label to mend, or a kind of image to bring more of.",
+        "In standard deviations of the target: correct the label, or add more images of this kind.",
         ("id", "target", "label", "predicted", "error"),
         rows,
         len(rows),

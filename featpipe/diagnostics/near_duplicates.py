@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same: copies that were scaled, cut or compressed anew, and so have other bytes."""
+"""Near duplicates: images that differ only by scaling, cropping, compression and the like."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from numpy.typing import NDArray
 __all__ = ["NEAR_DUPLICATE_COSINE", "DuplicatePairs", "find_near_duplicates"]
 
 NEAR_DUPLICATE_COSINE = 0.93
-"""From this cosine on, seen from the mean of the embeddings, two pictures are taken for copies of each other.
+"""Two images count as near duplicates from this cosine on, with the mean embedding subtracted.
 
-Measured with ``efficientnet_lite0`` on 500 drawings of openclipart of at most 400 pixels: of copies this finds 98 % of
-those mirrored, 90 % of those made darker by 15 %, 72 % of those with 4 % cut off each side, 44 % of those compressed to
-JPEG at quality 60 and 34 % of those at half the size. Of the drawings themselves every seventh has another as near,
-most of them variants of one drawing; of Google's emoji 12 %, which differ in a detail such as the colour of hair.
+Measured with ``efficientnet_lite0`` on 500 openclipart drawings of at most 400 pixels. Recall by modification:
+mirrored 98 %, 15 % darker 90 %, 4 % cropped from each side 72 %, JPEG quality 60 44 %, half the size 34 %. One in
+seven of the unmodified drawings has a near duplicate, most of them variants of one drawing; so have 12 % of Google's
+emoji, which differ in a detail such as the colour of hair.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class DuplicatePairs:
-    """Pairs of a row and its most similar other picture, the most similar first.
+    """Pairs of a row and its nearest neighbour, most similar first.
 
     Attributes
     ----------
     rows : ndarray of shape (p,), int64
-        Positions among the rows that were looked at.
+        Positions of the rows.
     others : ndarray of shape (p,), int64
+        Positions of their neighbours.
     similarities : ndarray of shape (p,)
+        Cosines.
     """
 
     rows: NDArray[np.int64]
@@ -47,15 +49,16 @@ def find_near_duplicates(
     *,
     within_rows: bool = False,
 ) -> DuplicatePairs:
-    """The rows whose nearest neighbour is nearly the same picture.
+    """Find the rows whose nearest neighbour is a near duplicate.
 
     Parameters
     ----------
-    similarities, numbers : ndarray of shape (m, k)
-        As :func:`featpipe.diagnostics.nearest` finds them.
+    similarities, neighbor_indices : ndarray of shape (m, k)
+        Results of `find_nearest_neighbors`.
     threshold : float
-    same : bool
-        Whether the neighbours are among the rows: a pair is then named once.
+        Minimum cosine.
+    within_rows : bool
+        Whether the neighbours are among the rows themselves; each pair is then listed once.
     """
     if not similarities.shape[1]:
         empty: NDArray[Any] = np.zeros(0)

@@ -1,4 +1,4 @@
-"""Nearest neighbours among embeddings by cosine: exact, by matrix products of blocks."""
+"""Exact nearest neighbours of embeddings by cosine similarity, by matrix products of blocks."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ __all__ = ["CenteredNormalizer", "compute_outlier_scores", "find_nearest_neighbo
 Floats = NDArray[np.float32]
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 8192  # of a block of similarities, 32 MB
-_SQUARE_BLOCK_ROWS = 3392  # of a block that is used both ways
-_SPAN_COLUMNS = 64  # columns of which only the peak is looked at, at first
+_SQUARE_BLOCK_ROWS = 3392  # of a block of similarities among the rows, which serves both rows of a pair
+_SPAN_COLUMNS = 64  # columns that are first compared by their maximum only
 
 
 @dataclass(frozen=True, eq=False)
 class CenteredNormalizer:
-    """What makes embeddings comparable by their directions from a centre.
+    """Centre embeddings and scale them to unit length, so that dot products are cosines about the centre.
 
-    Networks after a ReLU point all embeddings into one corner, where everything is similar to everything; seen from
-    their mean they spread.
+    After a ReLU all coordinates are non-negative, so that all cosines are high; subtracting the mean spreads them.
 
     Attributes
     ----------
-    centre : ndarray of shape (d,)
+    center : ndarray of shape (d,)
     """
 
     center: Floats
 
     @classmethod
     def from_embeddings(cls, X: NDArray[Any]) -> CenteredNormalizer:
-        """From the mean of some embeddings of shape (m, d)."""
+        """Centre at the mean of embeddings of shape (m, d)."""
         return cls(np.asarray(np.mean(X, axis=0, dtype=np.float64), np.float32))
 
     def __call__(self, X: NDArray[Any]) -> Floats:
-        """Rows of length one, shape (m, d); zero where an embedding is the centre itself."""
+        """Normalize embeddings of shape (m, d); an embedding equal to the centre becomes zero."""
         centered = np.asarray(X, np.float32) - self.center
         norms = np.linalg.norm(centered, axis=1, keepdims=True)
         return np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
@@ -46,21 +45,21 @@ class CenteredNormalizer:
 def find_nearest_neighbors(
     queries: Floats, references: Floats, k: int, *, exclude_self: bool = False
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """The k most similar of some others for each row, the most similar first.
+    """Find the k most similar references of each query, most similar first.
 
     Parameters
     ----------
-    rows, others : ndarray of shape (m, d) and (n, d)
-        Of length one.
+    queries, references : ndarray of shape (m, d) and (n, d)
+        Rows of unit length.
     k : int
-        As many as there are, at most.
-    same : bool
-        Whether ``others`` are ``rows``: a row is not its own neighbour.
+        Reduced to the number of references if larger.
+    exclude_self : bool
+        Whether `references` are `queries`; a row is then not its own neighbour.
 
     Returns
     -------
-    similarities, numbers : ndarray of shape (m, k)
-        Cosines, and row numbers of ``others``.
+    similarities, indices : ndarray of shape (m, k)
+        Cosines, and row numbers of `references`.
     """
     k = max(0, min(k, len(references) - exclude_self))
     similarities = np.full((len(queries), k), -np.inf, np.float32)
@@ -87,7 +86,7 @@ def find_nearest_neighbors(
 
 
 def _find_neighbors_within(rows: Floats, similarities: Floats, indices: NDArray[np.int64]) -> None:
-    """Fill in the best of the other rows; each pair is compared once, for both."""
+    """Fill in the nearest other rows, comparing each pair once."""
     block_starts = range(0, len(rows), _SQUARE_BLOCK_ROWS)
     for row_start in block_starts:
         row_block = slice(row_start, row_start + _SQUARE_BLOCK_ROWS)
@@ -104,7 +103,7 @@ def _find_neighbors_within(rows: Floats, similarities: Floats, indices: NDArray[
 def _merge_top_k(
     top_similarities: Floats, top_indices: NDArray[np.int64], new_similarities: Floats, column_start: int
 ) -> None:
-    """Merge the best of a block, in place."""
+    """Merge a block of similarities into the top k, in place."""
     k = top_similarities.shape[1]
     if new_similarities.shape[1] > k:
         candidate_columns = _select_candidate_columns(new_similarities, k)
@@ -129,14 +128,14 @@ def _merge_top_k(
 
 
 def _select_candidate_columns(similarities: Floats, k: int) -> NDArray[np.int64]:
-    """Columns of which the k best of each row are some: those of the k spans with the highest peaks."""
+    """Select columns that contain the k best of each row: those of the k spans with the highest maxima."""
     m, n = similarities.shape
     n_spans = n // _SPAN_COLUMNS
     if n_spans <= 2 * k:
         return np.broadcast_to(np.arange(n), (m, n))
     if similarities.flags.c_contiguous:
         span_maxima = similarities[:, : n_spans * _SPAN_COLUMNS].reshape(m, n_spans, _SPAN_COLUMNS).max(axis=2)
-    else:  # a block seen from its other side
+    else:  # a transposed block: reduce along its contiguous axis
         span_maxima = similarities.T[: n_spans * _SPAN_COLUMNS].reshape(n_spans, _SPAN_COLUMNS, m).max(axis=1).T
     best_spans = np.argpartition(-span_maxima, k - 1, axis=1)[:, :k]
     columns = (best_spans[:, :, None] * _SPAN_COLUMNS + np.arange(_SPAN_COLUMNS)).reshape(m, k * _SPAN_COLUMNS)
@@ -145,7 +144,7 @@ def _select_candidate_columns(similarities: Floats, k: int) -> NDArray[np.int64]
 
 
 def compute_outlier_scores(similarities: Floats) -> Floats:
-    """How far each row is from its neighbours: the mean of 1 - cosine to them, shape (m,)."""
+    """Compute the mean cosine distance of each row to its neighbours, shape (m,)."""
     return (
         np.asarray(1 - similarities.mean(axis=1)) if similarities.shape[1] else np.zeros(len(similarities), np.float32)
     )

@@ -1,4 +1,4 @@
-"""The evaluate command: tables that go back into commands, JSON, a page, and errors in one line."""
+"""The evaluate command: findings as input of other commands, JSON, the report, and errors in one line."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from tests.conftest import jpeg
 
 
 @dataclass
-class Done:
-    """What a command left."""
+class CommandResult:
+    """Output of a command."""
 
     stdout: str
     stderr: str
 
 
-def run(*arguments: str, code: int = 0) -> Done:
-    """The command as it is typed, in this process: starting one costs more than the work."""
+def run(*arguments: str, code: int = 0) -> CommandResult:
+    """Run a command in this process, as starting one takes longer than its work."""
     out, err = io.StringIO(), io.StringIO()
-    before, sys.argv = sys.argv, ["featpipe", *arguments]
-    found = 0
+    previous_argv, sys.argv = sys.argv, ["featpipe", *arguments]
+    exit_code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main()
-    except SystemExit as done:
-        found = int(done.code or 0)
+    except SystemExit as error:
+        exit_code = int(error.code or 0)
     finally:
-        sys.argv = before
-    assert found == code, f"exit {found}\n{out.getvalue()}\n{err.getvalue()}"
-    return Done(out.getvalue(), err.getvalue())
+        sys.argv = previous_argv
+    assert exit_code == code, f"exit {exit_code}\n{out.getvalue()}\n{err.getvalue()}"
+    return CommandResult(out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Two caches and two models, made by the commands themselves."""
+def models_folder(tmp_path_factory):
+    """A folder with two caches and two models, made by the commands themselves."""
     home = tmp_path_factory.mktemp("evaluate")
     for part, first in (("train", 0), ("test", 50)):
         for number, label in enumerate(("ape", "bee")):
@@ -59,30 +59,30 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def home(made, monkeypatch):
-    monkeypatch.chdir(made)
-    return made
+def home(models_folder, monkeypatch):
+    monkeypatch.chdir(models_folder)
+    return models_folder
 
 
-def test_findings_go_back_into_evaluate_and_train(home):
-    done = run("evaluate", "a.model", "cache/test.h5", "--against", "b.model", "--findings", "found")
-    assert "against centroid, on the same 18 rows" in done.stdout
-    with open(home / "found" / "unsure.csv", newline="") as file:
+def test_findings_tables_select_samples_for_evaluate_and_train(home):
+    result = run("evaluate", "a.model", "cache/test.h5", "--against", "b.model", "--findings", "findings")
+    assert "against centroid, on the same 18 rows" in result.stdout
+    with open(home / "findings" / "unsure.csv", newline="") as file:
         ids = [row["id"] for row in csv.DictReader(file)]
     assert ids
     assert set(ids) <= {f"{label}/{i}.jpg" for label in ("ape", "bee") for i in range(9)}
     (home / "one.csv").write_text(f"id\n{ids[0]}\n")
-    left = json.loads(run("evaluate", "a.model", "cache/test.h5", "--without", "one.csv", "--json").stdout)
-    assert left["left_out"] == {"named by --without": 1}
+    without_one = json.loads(run("evaluate", "a.model", "cache/test.h5", "--without", "one.csv", "--json").stdout)
+    assert without_one["left_out"] == {"named by --without": 1}
     run("train", "cache/test.h5", "--without", "one.csv", "--set", "C=1", "--cv", "0", "--out", "c.model")
-    rest = json.loads(run("evaluate", "c.model", "cache/test.h5", "--json").stdout)
-    assert (rest["rows"], rest["left_out"]) == (1, {"trained on": 17})
+    document = json.loads(run("evaluate", "c.model", "cache/test.h5", "--json").stdout)
+    assert (document["rows"], document["left_out"]) == (1, {"trained on": 17})
 
 
-def test_the_json_is_as_the_schema_says_and_a_page_is_written_beside_it(home):
-    done = run("evaluate", "a.model", "test", "--report", "page.html", "--json")
+def test_json_matches_the_schema_and_a_report_is_written(home):
+    result = run("evaluate", "a.model", "test", "--report", "page.html", "--json")
     schema = json.loads((files("featpipe.evaluation") / "schema.json").read_text("utf-8"))
-    jsonschema.validate(json.loads(done.stdout), schema)
+    jsonschema.validate(json.loads(result.stdout), schema)
     page = (home / "page.html").read_text("utf-8")
     assert page.startswith("<!doctype html>")
     assert "featpipe evaluate a.model test --report page.html --json" in page
@@ -99,15 +99,15 @@ def test_the_json_is_as_the_schema_says_and_a_page_is_written_beside_it(home):
         (("a.model", "cache/test.h5", "--findings", "a.model/x"), "cannot write the findings"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(home, arguments, message):
-    done = run("evaluate", *arguments, code=1)
-    lines = done.stderr.strip().splitlines()
+def test_errors_are_one_line(home, arguments, message):
+    result = run("evaluate", *arguments, code=1)
+    lines = result.stderr.strip().splitlines()
     assert lines[-1].startswith("featpipe: ")
     assert message in lines[-1]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_sets_need_a_level_that_is_a_share_and_a_model_that_has_them(home):
+def test_prediction_sets_need_a_valid_level_and_a_calibrated_model(home):
     run("predict", "a.model", "test", "--sets", "0.8", "--out", "p.jsonl")
     rows = [json.loads(line) for line in (home / "p.jsonl").read_text().splitlines()]
     assert all(row["label"] in row["set"] and 0 <= row["novelty"] < 1 for row in rows)

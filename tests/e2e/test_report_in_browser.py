@@ -56,55 +56,57 @@ def page_file(tmp_path_factory):
 def browser():
     with sync_api.sync_playwright() as driver:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield opened
-        opened.close()
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")
-def opened(browser, page_file):
-    """The page, and all that it complained of or asked for."""
+def page_and_complaints(browser, page_file):
+    """The page, with its console messages, errors and external requests."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.append(request.url) if not own(request.url, page_file[0]) else None)
+    page.on(
+        "request", lambda request: complaints.append(request.url) if not is_local(request.url, page_file[0]) else None
+    )
     page.goto(page_file[0].as_uri())
     yield page, complaints
     page.close()
 
 
-def own(url: str, file: Path) -> bool:
+def is_local(url: str, file: Path) -> bool:
     return url.startswith("data:") or url.split("#")[0] == file.as_uri()
 
 
-def test_nothing_is_complained_of_and_nothing_asked_of_the_network(opened):
-    page, complaints = opened
+def test_there_are_no_errors_and_no_network_requests(page_and_complaints):
+    page, complaints = page_and_complaints
     assert page.evaluate("document.documentElement.classList.contains('scripted')")
     assert page.title().startswith("logistic on")
     assert complaints == []
 
 
-def test_hostile_names_stay_text(opened):
-    page, _ = opened
+def test_hostile_names_are_shown_as_text(page_and_complaints):
+    page, _ = page_and_complaints
     assert page.locator("b >> text=.jpg").count() == 0
     for name in CLASSES[:2]:
         assert page.locator("th bdi", has_text=name[:12]).count() > 0
     assert page.evaluate("document.body.innerText.includes('\\u202e')") is False
 
 
-def test_every_chart_is_drawn_from_the_figures(opened, page_file):
-    page, _ = opened
-    drawn = page.evaluate(
+def test_every_chart_is_drawn(page_and_complaints, page_file):
+    page, _ = page_and_complaints
+    charts = page.evaluate(
         "[...document.querySelectorAll('[data-chart]')].map(e => [e.dataset.chart, !!e.querySelector('svg')])"
     )
-    assert {name for name, there in drawn if there} >= {"reliability", "threshold"}
-    assert all(there for _, there in drawn)
+    assert {name for name, is_drawn in charts if is_drawn} >= {"reliability", "threshold"}
+    assert all(is_drawn for _, is_drawn in charts)
     assert page.locator("svg style").count() == 0
 
 
-def test_a_click_on_a_cell_shows_its_images_and_escape_closes_them(opened, page_file):
-    page, complaints = opened
+def test_a_cell_of_the_matrix_opens_a_dialog_with_its_images(page_and_complaints, page_file):
+    page, complaints = page_and_complaints
     confusion = page_file[1].scores.confusion
     true, predicted = (int(i) for i in np.argwhere((confusion > 0) & ~np.eye(len(confusion), dtype=bool))[0])
     page.locator(f"[data-cell='{true},{predicted}']").click()
@@ -126,8 +128,8 @@ def test_a_click_on_a_cell_shows_its_images_and_escape_closes_them(opened, page_
     assert complaints == []
 
 
-def test_the_threshold_says_what_is_left(opened, page_file):
-    page, _ = opened
+def test_the_threshold_slider_shows_the_accuracy_of_answers(page_and_complaints, page_file):
+    page, _ = page_and_complaints
     evaluation = page_file[1]
     slider = page.locator("#threshold")
     slider.focus()
@@ -135,16 +137,14 @@ def test_the_threshold_says_what_is_left(opened, page_file):
     slider.evaluate("(input, to) => { input.value = to; input.dispatchEvent(new Event('input')); }", threshold - 0.01)
     page.keyboard.press("ArrowRight")
     assert page.locator("#threshold-value").inner_text() == f"{threshold:.2f}"
-    sure = evaluation.predicted.max(axis=1) >= threshold
-    right = evaluation.judged.is_correct[sure].mean()
-    expected = (
-        f"({sure.sum()}), {100 * right:.1f} % of them correctly, {(sure & ~evaluation.judged.is_correct).sum()} wrongly"
-    )
+    is_answered = evaluation.predicted.max(axis=1) >= threshold
+    is_correct = evaluation.judged.is_correct[is_answered]
+    expected = f"({is_answered.sum()}), {100 * is_correct.mean():.1f} % of them correctly, {(~is_correct).sum()} wrongly"
     assert expected in page.locator("#threshold-outcome").inner_text()
 
 
-def test_the_map_is_walked_with_arrows_and_shows_pictures_on_hover(opened):
-    page, complaints = opened
+def test_the_map_is_navigated_with_arrow_keys_and_hover(page_and_complaints):
+    page, complaints = page_and_complaints
     canvas = page.locator("#map-canvas")
     canvas.scroll_into_view_if_needed()
     canvas.focus()
@@ -172,8 +172,8 @@ def test_the_map_is_walked_with_arrows_and_shows_pictures_on_hover(opened):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_text_is_legible_and_nothing_sticks_out(opened, scheme, width):
-    page, complaints = opened
+def test_contrast_is_sufficient_and_nothing_overflows(page_and_complaints, scheme, width):
+    page, complaints = page_and_complaints
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
     page.wait_for_timeout(50)
@@ -197,8 +197,8 @@ CONTRAST = """() => {
 }"""
 
 
-def test_what_is_pressed_can_be_reached_with_the_keyboard(opened):
-    page, _ = opened
+def test_every_control_can_be_focused(page_and_complaints):
+    page, _ = page_and_complaints
     unreachable = page.evaluate(
         "[...document.querySelectorAll('[data-cell], a, button, input, select, canvas, summary')]"
         ".filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))"
@@ -206,8 +206,8 @@ def test_what_is_pressed_can_be_reached_with_the_keyboard(opened):
     assert unreachable == []
 
 
-def test_it_prints_without_controls(opened, tmp_path):
-    page, complaints = opened
+def test_the_printed_page_has_no_controls(page_and_complaints, tmp_path):
+    page, complaints = page_and_complaints
     page.emulate_media(media="print")
     assert not page.locator(".slider").is_visible()
     assert not page.locator("nav").is_visible()
@@ -217,7 +217,7 @@ def test_it_prints_without_controls(opened, tmp_path):
     assert complaints == []
 
 
-def test_without_scripts_the_tables_and_galleries_are_there(browser, page_file):
+def test_without_scripts_tables_and_galleries_are_visible(browser, page_file):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(page_file[0].as_uri())

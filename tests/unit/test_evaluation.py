@@ -1,4 +1,4 @@
-"""An evaluation scores what the model was not trained on, in the model's own terms, and counts what it leaves out."""
+"""Evaluation: which rows are scored, scores in the model's terms, comparisons, duplicates and the JSON document."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 import tarfile
 from collections.abc import Callable
-from importlib.resources import files as resources
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,15 @@ from tests.support.logs import logged_warning
 
 @pytest.fixture
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of images of all forward passes to come."""
+    """The number of images of each forward pass from now on."""
     passes: list[int] = []
     embed = Engine.embed
 
-    def counted(self: Engine, images: Any) -> Any:
+    def counting_embed(self: Engine, images: Any) -> Any:
         passes.append(len(images))
         return embed(self, images)
 
-    monkeypatch.setattr(Engine, "embed", counted)
+    monkeypatch.setattr(Engine, "embed", counting_embed)
     return passes
 
 
@@ -47,18 +47,18 @@ def embed(tiny: Any, tmp_path: Path) -> Callable[..., FeatureCache]:
     return extract_
 
 
-def labelled(folder: Path, values: dict[str, str], columns: str) -> LabelTable:
+def make_label_table(folder: Path, values: dict[str, str], columns: str) -> LabelTable:
     """A table of labels for the images of a folder."""
     path = folder.parent / "labels.csv"
     path.write_text("\n".join([f"path,{columns}", *(f"{name},{value}" for name, value in values.items())]) + "\n")
     return LabelTable(path, label_column=columns)
 
 
-def files(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
 
 
-def test_rows_trained_on_are_left_out_and_counted(embed: Any, make_folder: Any, tmp_path: Path) -> None:
+def test_training_rows_are_left_out_and_counted(embed: Any, make_folder: Any, tmp_path: Path) -> None:
     folder = make_folder(each=4)
     model = train(embed(folder))
     for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
@@ -68,44 +68,44 @@ def test_rows_trained_on_are_left_out_and_counted(embed: Any, make_folder: Any, 
     (new / "bee" / "08.jpg").write_bytes(b"no image")
     with logged_warning("1 unsupported"):
         cache = embed(new)
-    found = evaluate(model, cache)
+    evaluation = evaluate(model, cache)
     unseen = [i for i, name in enumerate(cache.ids) if name.endswith(("4.jpg", "5.jpg", "6.jpg", "7.jpg", "8.jpg"))]
     unseen = [i for i in unseen if cache.ids[i] != "bee/08.jpg"]
-    assert found.rows.tolist() == unseen
-    assert found.left_out == {"unsupported": 1, "without a label": 1, "trained on": 12}
-    assert len(found.rows) + sum(found.left_out.values()) == len(cache)
+    assert evaluation.rows.tolist() == unseen
+    assert evaluation.left_out == {"unsupported": 1, "without a label": 1, "trained on": 12}
+    assert len(evaluation.rows) + sum(evaluation.left_out.values()) == len(cache)
     probabilities = model.predict_proba_features(cache.features()[unseen])
     truth = [str(cache.ids[i]).split("/")[0] for i in unseen]
-    assert np.array_equal(found.predicted, probabilities)
+    assert np.array_equal(evaluation.predicted, probabilities)
     best = np.array(model.classes)[probabilities.argmax(axis=1)]
-    assert found.scores.metrics["accuracy"].value == accuracy_score(truth, best)
-    assert found.scores.to_dict() == score("classification", truth, probabilities, model.classes).to_dict()
-    assert "left out: 1 unsupported, 1 without a label, 12 trained on" in found.table()
-    document = found.to_dict()
+    assert evaluation.scores.metrics["accuracy"].value == accuracy_score(truth, best)
+    assert evaluation.scores.to_dict() == score("classification", truth, probabilities, model.classes).to_dict()
+    assert "left out: 1 unsupported, 1 without a label, 12 trained on" in evaluation.table()
+    document = evaluation.to_dict()
     assert json.loads(json.dumps(document)) == document
-    assert (document["rows"], document["left_out"]) == (14, found.left_out)
+    assert (document["rows"], document["left_out"]) == (14, evaluation.left_out)
 
 
-def test_of_a_given_split_only_the_test_rows_are_scored(embed: Any, make_folder: Any) -> None:
+def test_only_the_test_rows_of_a_split_are_scored(embed: Any, make_folder: Any) -> None:
     folder = make_folder()
     marks = {"00": "train", "01": "train", "02": "train", "03": "validation", "04": "test", "05": "test"}
-    rows = [f"{name},{name.split('/')[0]},{marks[Path(name).stem]}" for name in files(folder)]
+    rows = [f"{name},{name.split('/')[0]},{marks[Path(name).stem]}" for name in list_images(folder)]
     table = folder.parent / "labels.csv"
     table.write_text("\n".join(["path,label,split", *rows]) + "\n")
     cache = embed(folder, labels=table)
     model = train(cache)
-    found = evaluate(model, cache)
-    assert [cache.ids[int(row)][-6:] for row in found.rows] == ["04.jpg", "05.jpg"] * 3
-    assert found.left_out == {"not in the test split": 12}
+    evaluation = evaluate(model, cache)
+    assert [cache.ids[int(row)][-6:] for row in evaluation.rows] == ["04.jpg", "05.jpg"] * 3
+    assert evaluation.left_out == {"not in the test split": 12}
 
 
-def test_what_leaves_no_row_to_score_says_why(embed: Any, make_folder: Any) -> None:
+def test_an_evaluation_without_rows_raises_with_the_reasons(embed: Any, make_folder: Any) -> None:
     cache = embed(make_folder())
     with pytest.raises(CacheError, match=r"no row is left to score \(18 trained on\); evaluate on other images"):
         evaluate(train(cache), cache)
 
 
-def test_another_embedding_is_refused_with_the_facts_that_differ(embed: Any, make_folder: Any) -> None:
+def test_a_cache_of_other_embeddings_is_refused_with_the_differences(embed: Any, make_folder: Any) -> None:
     folder = make_folder()
     model = train(embed(folder))
     half = embed(folder, "half", storage="float16", precision="bf16")
@@ -117,27 +117,27 @@ def test_another_embedding_is_refused_with_the_facts_that_differ(embed: Any, mak
         evaluate(model, other)
 
 
-def test_classes_that_the_model_does_not_know_are_named(embed: Any, make_folder: Any) -> None:
+def test_unknown_classes_raise_an_error_that_names_them(embed: Any, make_folder: Any) -> None:
     model = train(embed(make_folder()))
-    strange = embed(make_folder(("ape", "dog", "elk", "fox", "gnu"), each=8, name="strange"))
+    other = embed(make_folder(("ape", "dog", "elk", "fox", "gnu"), each=8, name="other"))
     with pytest.raises(ConfigError, match=r"does not know: 'dog', 'elk', 'fox' and 1 more; leave those"):
-        evaluate(model, strange)
+        evaluate(model, other)
 
 
-def test_classes_that_the_cache_lacks_keep_their_columns(embed: Any, make_folder: Any) -> None:
+def test_classes_missing_from_the_cache_keep_their_columns(embed: Any, make_folder: Any) -> None:
     model = train(embed(make_folder(("ape", "bee", "cow"), each=3)))
     fewer = embed(make_folder(("cow", "ape"), each=5, name="fewer"))
-    found = evaluate(model, fewer)
-    assert found.predicted.shape[1] == 3
-    assert found.scores.classes == ("ape", "bee", "cow")
-    assert found.scores.confusion is not None
-    assert found.scores.confusion.sum(axis=1)[1] == 0
+    evaluation = evaluate(model, fewer)
+    assert evaluation.predicted.shape[1] == 3
+    assert evaluation.scores.classes == ("ape", "bee", "cow")
+    assert evaluation.scores.confusion is not None
+    assert evaluation.scores.confusion.sum(axis=1)[1] == 0
 
 
-def test_labels_of_another_kind_are_refused(embed: Any, make_folder: Any) -> None:
+def test_labels_for_another_task_are_refused(embed: Any, make_folder: Any) -> None:
     folder = make_folder()
     model = train(embed(folder))
-    table = labelled(folder, dict.fromkeys(files(folder), "0.5"), "target")
+    table = make_label_table(folder, dict.fromkeys(list_images(folder), "0.5"), "target")
     with pytest.raises(ConfigError, match="has labels for regression, the model does classification"):
         evaluate(model, embed(folder, labels=table))
     flat = folder / "ape"
@@ -145,7 +145,7 @@ def test_labels_of_another_kind_are_refused(embed: Any, make_folder: Any) -> Non
         evaluate(model, embed(flat))
 
 
-def test_archives_are_embedded_once_through_the_cache(
+def test_an_archive_is_embedded_only_once(
     tiny: Any, embed: Any, make_folder: Any, tmp_path: Path, forward_passes: list[int]
 ) -> None:
     model = train(embed(make_folder(each=3))).attach(tiny)
@@ -168,12 +168,12 @@ def test_archives_are_embedded_once_through_the_cache(
 def test_a_cache_is_scored_without_loading_the_backbone(embed: Any, make_folder: Any, tmp_path: Path) -> None:
     path = train(embed(make_folder(each=3))).save(tmp_path / "m.model")
     model = load_model(path)
-    found = evaluate(model, embed(make_folder(each=6, name="new")))
-    assert len(found.rows) == 9
+    evaluation = evaluate(model, embed(make_folder(each=6, name="new")))
+    assert len(evaluation.rows) == 9
     assert model._backbone is None
 
 
-def test_what_cannot_be_evaluated_on_is_one_line(embed: Any, make_folder: Any, tmp_path: Path) -> None:
+def test_invalid_data_arguments_raise_errors(embed: Any, make_folder: Any, tmp_path: Path) -> None:
     cache = embed(make_folder())
     model = train(cache)
     with pytest.raises(ConfigError, match="nothing to evaluate on"):
@@ -186,88 +186,94 @@ def test_what_cannot_be_evaluated_on_is_one_line(embed: Any, make_folder: Any, t
         evaluate(model, tmp_path / "gone.h5")
 
 
-def trained(embed: Any, folder: Path, table: LabelTable, **settings: Any) -> Model:
+def train_on_table(embed: Any, folder: Path, table: LabelTable, **settings: Any) -> Model:
     return train(embed(folder, labels=table), **settings)
 
 
-def test_targets_are_matched_by_name(embed: Any, make_folder: Any) -> None:
+def test_regression_targets_are_matched_by_name(embed: Any, make_folder: Any) -> None:
     folder, new = make_folder(each=8), make_folder(each=12, name="new")
     rng = np.random.default_rng(0)
-    numbers = {name: rng.normal(size=2).round(3) for name in files(new)}
-    old = labelled(folder, {name: "{},{}".format(*numbers[name]) for name in files(folder)}, "height,weight")
-    model = trained(embed, folder, old, head="linear")
-    swapped = labelled(new, {name: "{1},{0}".format(*numbers[name]) for name in files(new)}, "weight,height")
+    numbers = {name: rng.normal(size=2).round(3) for name in list_images(new)}
+    old = make_label_table(
+        folder, {name: "{},{}".format(*numbers[name]) for name in list_images(folder)}, "height,weight"
+    )
+    model = train_on_table(embed, folder, old, head="linear")
+    swapped = make_label_table(
+        new, {name: "{1},{0}".format(*numbers[name]) for name in list_images(new)}, "weight,height"
+    )
     cache = embed(new, labels=swapped)
     assert (model.classes, cache.classes) == (("height", "weight"), ("weight", "height"))
-    found = evaluate(model, cache)
-    truth = np.array([numbers[cache.ids[int(row)]] for row in found.rows])
+    evaluation = evaluate(model, cache)
+    truth = np.array([numbers[cache.ids[int(row)]] for row in evaluation.rows])
     assert len(truth) == 12
-    assert found.scores.metrics["mae"].value == pytest.approx(mean_absolute_error(truth, found.predicted))
-    other = labelled(new, {name: "{1},{0}".format(*numbers[name]) for name in files(new)}, "weight,depth")
+    assert evaluation.scores.metrics["mae"].value == pytest.approx(mean_absolute_error(truth, evaluation.predicted))
+    other = make_label_table(new, {name: "{1},{0}".format(*numbers[name]) for name in list_images(new)}, "weight,depth")
     with pytest.raises(ConfigError, match="has no target 'height', which the model predicts; it has 'weight', 'depth'"):
         evaluate(model, embed(new, labels=other))
 
 
-def test_several_labels_are_matched_by_name(embed: Any, make_folder: Any) -> None:
+def test_multilabel_columns_are_matched_by_name(embed: Any, make_folder: Any) -> None:
     folder, new = make_folder(each=6), make_folder(each=10, name="new")
     kinds = {"ape": "fur;big", "bee": "wings", "cow": "big;milk"}
-    old = labelled(folder, {name: kinds[name[:3]] for name in files(folder)}, "labels")
-    model = trained(embed, folder, old)
-    kinds |= {"cow": "big"}  # nothing gives milk any more, so that the columns are others
-    table = labelled(new, {name: kinds[name[:3]] for name in files(new)}, "labels")
-    found = evaluate(model, embed(new, labels=table))
+    old = make_label_table(folder, {name: kinds[name[:3]] for name in list_images(folder)}, "labels")
+    model = train_on_table(embed, folder, old)
+    kinds |= {"cow": "big"}  # no image has the label milk, so that the columns differ
+    table = make_label_table(new, {name: kinds[name[:3]] for name in list_images(new)}, "labels")
+    evaluation = evaluate(model, embed(new, labels=table))
     truth = np.array(
-        [[c in kinds[found.cache.ids[int(row)][:3]].split(";") for c in model.classes] for row in found.rows]
+        [[c in kinds[evaluation.cache.ids[int(row)][:3]].split(";") for c in model.classes] for row in evaluation.rows]
     )
     assert model.classes == ("big", "fur", "milk", "wings")
     columns = [0, 1, 3]
-    oracle = average_precision_score(truth[:, columns], found.predicted[:, columns], average="macro")
-    assert found.scores.metrics["mean_average_precision"].value == pytest.approx(oracle)
-    table = labelled(new, {name: kinds[name[:3]] + ";tail" for name in files(new)}, "labels")
+    oracle = average_precision_score(truth[:, columns], evaluation.predicted[:, columns], average="macro")
+    assert evaluation.scores.metrics["mean_average_precision"].value == pytest.approx(oracle)
+    table = make_label_table(new, {name: kinds[name[:3]] + ";tail" for name in list_images(new)}, "labels")
     with pytest.raises(ConfigError, match="does not know: 'tail'"):
         evaluate(model, embed(new, labels=table))
 
 
-def strip(path: Path, out: Path, sides: tuple[int, int] = (30, 24)) -> None:
-    """The same picture with other bytes: smaller, as a PNG."""
-    with Image.open(path) as picture:
-        picture.resize(sides).save(out)
+def save_resized_copy(path: Path, out: Path, size: tuple[int, int]) -> None:
+    """Save a near duplicate: the image at another size, as a PNG."""
+    with Image.open(path) as image:
+        image.resize(size).save(out)
 
 
 @pytest.fixture
-def judged(embed: Any, make_folder: Any) -> tuple[Any, FeatureCache, FeatureCache]:
-    """A model, the cache that it was trained on, and one to judge it by, in which two images are copies."""
-    trained = embed(make_folder(each=12))
+def model_and_caches(embed: Any, make_folder: Any) -> tuple[Any, FeatureCache, FeatureCache]:
+    """A model, its training cache, and a test cache with near duplicates of two training images."""
+    training_cache = embed(make_folder(each=12))
     new = make_folder(each=20, name="new")
     for path in sorted(new.rglob("*.jpg")):
         if int(path.stem) < 12:
             path.unlink()
     for i in (3, 4):
-        strip(new.parent / "photos" / "ape" / f"{i:02}.jpg", new / "ape" / f"copy-{i}.png", (39, 31))
-    return train(trained, cv=3, params={"C": 1.0}), trained, embed(new)
+        save_resized_copy(new.parent / "photos" / "ape" / f"{i:02}.jpg", new / "ape" / f"copy-{i}.png", (39, 31))
+    return train(training_cache, cv=3, params={"C": 1.0}), training_cache, embed(new)
 
 
-def test_copies_of_training_images_are_found_and_the_score_without_them_shown(judged: Any) -> None:
-    model, trained, cache = judged
-    found = evaluate(model, cache, trained_on=trained, near=0.999)
-    copies = found.duplicates
+def test_near_duplicates_of_training_images_are_found_and_scored_without(model_and_caches: Any) -> None:
+    model, training_cache, cache = model_and_caches
+    evaluation = evaluate(model, cache, trained_on=training_cache, near=0.999)
+    copies = evaluation.duplicates
     names = {
-        cache.ids[int(found.rows[a])]: trained.ids[int(found.reference.rows[b])]
+        cache.ids[int(evaluation.rows[a])]: training_cache.ids[int(evaluation.reference.rows[b])]
         for a, b in zip(copies.training.rows, copies.training.others, strict=True)
     }
     assert names == {"ape/copy-3.png": "ape/03.jpg", "ape/copy-4.png": "ape/04.jpg"}
-    kept = np.array(["copy" not in cache.ids[int(row)] for row in found.rows])
-    oracle = accuracy_score(found.truth[kept], np.array(model.classes)[found.predicted[kept].argmax(axis=1)])
+    is_original = np.array(["copy" not in cache.ids[int(row)] for row in evaluation.rows])
+    oracle = accuracy_score(
+        evaluation.truth[is_original], np.array(model.classes)[evaluation.predicted[is_original].argmax(axis=1)]
+    )
     assert copies.without.metrics["accuracy"].value == pytest.approx(oracle)
-    assert "2 rows are near duplicates of a training image" in found.table()
+    assert "2 rows are near duplicates of a training image" in evaluation.table()
 
 
-def test_the_training_images_are_found_by_their_bytes_beside_the_data_and_never_by_a_name(
-    judged: Any, tmp_path: Path, embed: Any, make_folder: Any
+def test_the_training_cache_is_found_beside_the_data_and_verified_by_digests(
+    model_and_caches: Any, tmp_path: Path, embed: Any, make_folder: Any
 ) -> None:
-    model, trained, cache = judged
-    assert evaluate(model, cache).reference.cache.path == trained.path
-    model.history["trained_on"]["cache"] = cache.path.name  # of the name, but not the same
+    model, training_cache, cache = model_and_caches
+    assert evaluate(model, cache).reference.cache.path == training_cache.path
+    model.history["trained_on"]["cache"] = cache.path.name  # a file of this name exists, but is another cache
     missing = evaluate(model, cache)
     assert missing.reference is None
     assert "not checked" in missing.table()
@@ -276,35 +282,35 @@ def test_the_training_images_are_found_by_their_bytes_beside_the_data_and_never_
         evaluate(model, cache, trained_on=cache)
 
 
-def test_models_are_compared_on_rows_that_none_was_trained_on(judged: Any, embed: Any, make_folder: Any) -> None:
-    model, _, cache = judged
-    some = make_folder(each=15, name="some")  # images 12 to 14 of each class are in the test cache
-    other = train(embed(some), "centroid")
-    found = evaluate(model, cache, against=[other])
-    assert found.left_out == {"trained on": 9}
-    (rival,) = found.rivals
-    assert rival.name == "centroid"
-    theirs = evaluate(other, cache)
-    assert theirs.rows.tolist() == found.rows.tolist()
-    assert rival.scores.to_dict() == theirs.scores.to_dict()
-    first, second = found.judged.is_correct, theirs.judged.is_correct
-    assert rival.paired.only_first == (first & ~second).sum()
-    assert rival.paired.only_second == (second & ~first).sum()
-    assert "against centroid, on the same" in found.table()
+def test_models_are_compared_on_rows_unseen_by_all(model_and_caches: Any, embed: Any, make_folder: Any) -> None:
+    model, _, cache = model_and_caches
+    folder = make_folder(each=15, name="overlap")  # images 12 to 14 of each class are in the test cache
+    other = train(embed(folder), "centroid")
+    evaluation = evaluate(model, cache, against=[other])
+    assert evaluation.left_out == {"trained on": 9}
+    (baseline,) = evaluation.rivals
+    assert baseline.name == "centroid"
+    other_evaluation = evaluate(other, cache)
+    assert other_evaluation.rows.tolist() == evaluation.rows.tolist()
+    assert baseline.scores.to_dict() == other_evaluation.scores.to_dict()
+    first, second = evaluation.judged.is_correct, other_evaluation.judged.is_correct
+    assert baseline.paired.only_first == (first & ~second).sum()
+    assert baseline.paired.only_second == (second & ~first).sum()
+    assert "against centroid, on the same" in evaluation.table()
 
 
-def test_models_of_the_same_classes_in_another_order_are_compared_by_name(judged: Any) -> None:
-    model, trained, cache = judged
-    turned = train(trained, cv=None)
-    turned.classes = model.classes[::-1]
-    turned.head = Turned(model.head)
-    (rival,) = evaluate(model, cache, against=[turned]).rivals
-    assert (rival.paired.only_first, rival.paired.only_second) == (0, 0)
-    assert rival.paired.contrasts["log_loss"].difference.value == pytest.approx(0, abs=1e-12)
+def test_models_with_reordered_classes_are_compared_by_class_name(model_and_caches: Any) -> None:
+    model, training_cache, cache = model_and_caches
+    reordered = train(training_cache, cv=None)
+    reordered.classes = model.classes[::-1]
+    reordered.head = ReversedHead(model.head)
+    (baseline,) = evaluate(model, cache, against=[reordered]).rivals
+    assert (baseline.paired.only_first, baseline.paired.only_second) == (0, 0)
+    assert baseline.paired.contrasts["log_loss"].difference.value == pytest.approx(0, abs=1e-12)
 
 
-class Turned:
-    """A head whose columns stand the other way round."""
+class ReversedHead:
+    """A head with its columns in reverse order."""
 
     def __init__(self, head: Any) -> None:
         self.head = head
@@ -313,44 +319,42 @@ class Turned:
         return self.head.predict_proba(X)[:, ::-1]
 
 
-def test_samples_of_a_table_are_left_out(judged: Any, tmp_path: Path) -> None:
-    model, trained, cache = judged
-    first = evaluate(model, cache, trained_on=trained, near=0.999)
+def test_samples_listed_in_a_table_are_left_out(model_and_caches: Any, tmp_path: Path) -> None:
+    model, training_cache, cache = model_and_caches
+    first = evaluate(model, cache, trained_on=training_cache, near=0.999)
     paths = write_findings(first.findings, tmp_path / "findings")
     table = tmp_path / "findings" / "near_duplicates.csv"
     assert table in paths
-    found = evaluate(model, cache, without=table)
-    assert found.left_out["named by --without"] >= 2
-    assert not any("copy" in cache.ids[int(row)] for row in found.rows)
-    strange = tmp_path / "strange.csv"
-    strange.write_text("id\nnowhere.jpg\n")
+    evaluation = evaluate(model, cache, without=table)
+    assert evaluation.left_out["named by --without"] >= 2
+    assert not any("copy" in cache.ids[int(row)] for row in evaluation.rows)
+    unknown = tmp_path / "unknown.csv"
+    unknown.write_text("id\nnowhere.jpg\n")
     with pytest.raises(ArchiveError, match=r"none of its 1 paths, such as 'nowhere\.jpg', is an image of"):
-        evaluate(model, cache, without=strange)
+        evaluate(model, cache, without=unknown)
 
 
-def test_labels_of_training_images_are_doubted_by_the_folds_that_did_not_see_them(
-    embed: Any, make_folder: Any, tmp_path: Path
-) -> None:
+def test_findings_of_training_come_from_out_of_fold_predictions(embed: Any, make_folder: Any, tmp_path: Path) -> None:
     folder = make_folder(each=12)
-    names = {name: name.split("/")[0] for name in files(folder)}
-    cache = embed(folder, labels=labelled(folder, names, "label"))
-    train(cache, cv=3, params={"C": 1.0}, findings=tmp_path / "found")
-    with open(tmp_path / "found" / "mistakes.csv", newline="") as file:
+    names = {name: name.split("/")[0] for name in list_images(folder)}
+    cache = embed(folder, labels=make_label_table(folder, names, "label"))
+    train(cache, cv=3, params={"C": 1.0}, findings=tmp_path / "findings")
+    with open(tmp_path / "findings" / "mistakes.csv", newline="") as file:
         mistakes = list(csv.DictReader(file))
     estimate = train(cache, cv=3, params={"C": 1.0}).scores["cross_validation"]
     assert len(mistakes) == round(36 * (1 - estimate["metrics"]["accuracy"]["value"]))
     assert all(names[row["id"]] == row["label"] != row["predicted"] for row in mistakes)
     with pytest.raises(ConfigError, match="findings are of images that were held out; give cv"):
-        train(cache, findings=tmp_path / "found")
+        train(cache, findings=tmp_path / "findings")
 
 
-def test_the_json_is_as_its_schema_says(judged: Any, embed: Any, make_folder: Any) -> None:
+def test_the_json_document_validates_against_the_schema(model_and_caches: Any, embed: Any, make_folder: Any) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    model, trained, cache = judged
-    schema = json.loads((resources("featpipe.evaluation") / "schema.json").read_text("utf-8"))
+    model, training_cache, cache = model_and_caches
+    schema = json.loads((files("featpipe.evaluation") / "schema.json").read_text("utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
-    found = evaluate(model, cache, against=[train(trained, "centroid")])
-    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    evaluation = evaluate(model, cache, against=[train(training_cache, "centroid")])
+    document = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
     jsonschema.validate(document, schema)
     assert document["schema"] == SCHEMA
     assert set(document) == set(schema["properties"])
@@ -362,10 +366,10 @@ def test_the_json_is_as_its_schema_says(judged: Any, embed: Any, make_folder: An
 
 
 def test_the_schema_keeps_every_key_of_version_1_0() -> None:
-    schema = json.loads((resources("featpipe.evaluation") / "schema.json").read_text("utf-8"))
-    kept = "schema featpipe model cache fingerprint rows left_out how task n metrics per_class confusion classes"
+    schema = json.loads((files("featpipe.evaluation") / "schema.json").read_text("utf-8"))
+    keys = "schema featpipe model cache fingerprint rows left_out how task n metrics per_class confusion classes"
     assert set(schema["required"]) >= {
-        *kept.split(),
+        *keys.split(),
         "duplicates",
         "against",
         "learning_curve",
@@ -375,30 +379,30 @@ def test_the_schema_keeps_every_key_of_version_1_0() -> None:
     }
 
 
-def test_a_learning_curve_ends_at_the_model_itself(embed: Any, make_folder: Any) -> None:
+def test_the_last_point_of_a_learning_curve_is_the_model_itself(embed: Any, make_folder: Any) -> None:
     model = train(embed(make_folder(each=60)), params={"C": 1.0})
     cache = embed(make_folder(each=90, name="new"))
-    found = evaluate(model, cache)
-    curve = found.learning_curve
+    evaluation = evaluate(model, cache)
+    curve = evaluation.learning_curve
     assert curve.sizes == (45, 90, 180)
-    assert curve.errors[-1] == pytest.approx(1 - found.scores.metrics["accuracy"].value)
+    assert curve.errors[-1] == pytest.approx(1 - evaluation.scores.metrics["accuracy"].value)
     assert curve.ahead == 360
     assert curve.to_dict() == evaluate(model, cache).learning_curve.to_dict()
 
 
-def test_sets_and_novelty_are_measured_on_the_rows(judged: Any) -> None:
-    model, _, cache = judged
-    found = evaluate(model, cache)
-    at = next(coverage for coverage in found.coverage if coverage.level == 0.8)
-    sets = model.predict_sets_features(found.features, 0.8)
-    holds = [label in answers for label, answers in zip(found.truth, sets, strict=True)]
-    assert at.coverage.value == pytest.approx(np.mean(holds))
-    assert at.size == pytest.approx(np.mean([len(answers) for answers in sets]))
-    np.testing.assert_array_equal(found.novelty, model.novelty_features(found.features))
+def test_coverage_and_novelty_match_the_model(model_and_caches: Any) -> None:
+    model, _, cache = model_and_caches
+    evaluation = evaluate(model, cache)
+    measured = next(coverage for coverage in evaluation.coverage if coverage.level == 0.8)
+    sets = model.predict_sets_features(evaluation.features, 0.8)
+    is_covered = [label in prediction_set for label, prediction_set in zip(evaluation.truth, sets, strict=True)]
+    assert measured.coverage.value == pytest.approx(np.mean(is_covered))
+    assert measured.size == pytest.approx(np.mean([len(prediction_set) for prediction_set in sets]))
+    np.testing.assert_array_equal(evaluation.novelty, model.novelty_features(evaluation.features))
 
 
-def test_a_notebook_shows_the_scores_as_a_table(embed: Any, make_folder: Any) -> None:
+def test_the_notebook_representation_is_an_escaped_table(embed: Any, make_folder: Any) -> None:
     model = train(embed(make_folder(("<i>", "bee"))), params={"C": 1.0})
-    shown = evaluate(model, embed(make_folder(("<i>", "bee"), each=12, name="others")))._repr_html_()
-    assert "<th>Accuracy</th>" in shown
-    assert "<i>" not in shown
+    html = evaluate(model, embed(make_folder(("<i>", "bee"), each=12, name="others")))._repr_html_()
+    assert "<th>Accuracy</th>" in html
+    assert "<i>" not in html

@@ -16,7 +16,7 @@ from featpipe.metrics import Interval, score_classification, score_multilabel, s
 from featpipe.report import BaselineRow, ComparisonRow, Gallery, Page, ReportImage, ReportTable, render_page, write_page
 from featpipe.report.charts import Axis, make_axis, make_confusion_matrix, make_training_curve
 
-NASTY = [
+HOSTILE_TEXTS = [
     "<script>alert(1)</script>",
     "\"><img src=x onerror='alert(1)'>",
     "{{ 7 * 7 }}",
@@ -30,7 +30,7 @@ NASTY = [
 ]
 
 
-def scores_of(classes, m=200, seed=0):
+def make_scores(classes, m=200, seed=0):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, len(classes), m)
     p = rng.random((m, len(classes)))
@@ -39,7 +39,7 @@ def scores_of(classes, m=200, seed=0):
     return score_classification([classes[code] for code in codes], p, classes, bootstrap=100)
 
 
-def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
+def make_static_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
     return Page(
         title=text("Textures"),
         lead=text("Nearly all are right."),
@@ -49,7 +49,7 @@ def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
             ComparisonRow("raw pixels", Interval(0.29, 0.251, 0.333), 125.0),
             ComparisonRow("majority", Interval(0.11)),
         ],
-        scores=scores_of([*classes]),
+        scores=make_scores([*classes]),
         examples=[
             ReportImage(b"\xff\xd8right", text("a.png"), "brick", "brick", 0.97),
             ReportImage(b"\xff\xd8wrong", "b.png", text("brick"), "grass", 0.51),
@@ -61,13 +61,13 @@ def full_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
     )
 
 
-def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
-    """With all that a page of an evaluation has besides."""
-    pictures = [
+def make_scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
+    """A page with the parts that only evaluations have, scripts included."""
+    images = [
         ReportImage(b"RIFFwebp", text("d.png"), text("brick"), "grass", 0.7, 3, b"RIFFtwin", text("0.99 to e.png"))
     ]
     return replace(
-        full_page(text, classes),
+        make_static_page(text, classes),
         notes=[text("Read the intervals.")],
         protocol=[(text("Scored"), text("all rows"))],
         baselines=[
@@ -81,9 +81,9 @@ def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")
                 text("Mistakes"),
                 text("Look."),
                 ReportTable(["id", "p"], [[text("d.png"), 0.7]], 90),
-                pictures,
+                images,
             ),
-            Gallery("outliers", text("Outliers"), text("Look."), ReportTable(["id"], []), note=text("not looked for")),
+            Gallery("outliers", text("Outliers"), text("Look."), ReportTable(["id"], []), note=text("not checked")),
         ],
         tables={"reliability": ReportTable([text("rows")], [[text("0.1"), 3, None]])},
         captions={"reliability": text("Overconfident.")},
@@ -98,8 +98,8 @@ def scripted_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")
     )
 
 
-class Outline(HTMLParser):
-    """Tags, attributes and text as a browser reads them."""
+class ParsedPage(HTMLParser):
+    """Tags, attributes and text of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -123,9 +123,9 @@ class Outline(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def test_the_page_says_the_numbers_it_was_given():
-    page = full_page()
-    words = Outline(render_page(page)).words
+def test_the_page_contains_all_scores_with_intervals():
+    page = make_static_page()
+    words = ParsedPage(render_page(page)).words
     for expected in ("940", "0.920 0.901–0.938", "0.34 s", "2 min 05 s", "0.290 0.251–0.333", "97 %", "> 99 %"):
         assert expected in words
     for score in page.scores.metrics.values():
@@ -137,8 +137,8 @@ def test_the_page_says_the_numbers_it_was_given():
         assert f"{row['f1']:.3f} {row['precision']:.3f} {low:.3f}–{high:.3f} {recall}" in words
 
 
-def test_the_bars_are_as_long_as_the_scores():
-    html = render_page(full_page())
+def test_bar_lengths_are_the_scores():
+    html = render_page(make_static_page())
     assert re.findall(r'class="bar" x="0.00%" y="8" height="16" width="([\d.]+)%"', html) == [
         "92.00",
         "29.00",
@@ -147,9 +147,9 @@ def test_the_bars_are_as_long_as_the_scores():
     assert '<line x1="90.10%" x2="93.80%" y1="16" y2="16"/>' in html
 
 
-def test_the_confusion_matrix_holds_every_count():
-    page = full_page()
-    words = Outline(render_page(page)).words
+def test_the_confusion_matrix_has_every_count():
+    page = make_static_page()
+    words = ParsedPage(render_page(page)).words
     for true, counts in enumerate(page.scores.confusion.tolist()):
         for predicted, rows in enumerate(counts):
             if rows and true != predicted:
@@ -157,17 +157,17 @@ def test_the_confusion_matrix_holds_every_count():
                 assert re.search(rf"{rows} {rows} of {sum(counts)} \(\d+ %\): {names}", words)
 
 
-def test_a_mistake_is_told_in_words_and_not_by_colour_alone():
-    words = Outline(render_page(full_page())).words
+def test_errors_are_marked_by_text_and_not_by_colour_alone():
+    words = ParsedPage(render_page(make_static_page())).words
     assert "✗ grass 51 % labelled brick b.png" in words
     assert "✓ brick 97 % a.png" in words
     assert "✗" not in words.split("c.png")[0].split("b.png")[1]
 
 
-def test_pictures_are_inside_the_page():
-    html = render_page(full_page())
-    pictures = [value for tag, name, value in Outline(html).attributes if (tag, name) == ("img", "src")]
-    assert [base64.b64decode(value.removeprefix("data:image/jpeg;base64,")) for value in pictures] == [
+def test_images_are_embedded_in_the_page():
+    html = render_page(make_static_page())
+    sources = [value for tag, name, value in ParsedPage(html).attributes if (tag, name) == ("img", "src")]
+    assert [base64.b64decode(value.removeprefix("data:image/jpeg;base64,")) for value in sources] == [
         b"\xff\xd8right",
         b"\xff\xd8wrong",
         b"\xff\xd8unknown",
@@ -177,70 +177,70 @@ def test_pictures_are_inside_the_page():
 SCRIPT = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
 
 
-@pytest.mark.parametrize("make", [full_page, scripted_page])
-def test_nothing_is_asked_of_the_network(make):
-    html = render_page(make())
-    outline = Outline(html)
+@pytest.mark.parametrize("make_page", [make_static_page, make_scripted_page])
+def test_the_page_makes_no_network_requests(make_page):
+    html = render_page(make_page())
+    parsed = ParsedPage(html)
     assert not re.search(r"https?:|//[a-z]|url\(|@import", SCRIPT.sub("", html))
-    assert not {"link", "iframe", "object", "form", "base"} & set(outline.tags)
-    assert ("script" in outline.tags) == (make is scripted_page)
-    for _, name, value in outline.attributes:
+    assert not {"link", "iframe", "object", "form", "base"} & set(parsed.tags)
+    assert ("script" in parsed.tags) == (make_page is make_scripted_page)
+    for _, name, value in parsed.attributes:
         assert not name.startswith("on")
         assert name != "style"
         if name in ("src", "href"):
             assert value.startswith(("data:image/jpeg;base64,", "data:image/webp;base64,", "#"))
 
 
-def digests(texts):
+def hash_sources(texts):
     return [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts]
 
 
-def policy_of(html):
+def find_policy(html):
     (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
     return policy
 
 
-def test_the_content_security_policy_allows_this_style_sheet_and_pictures_alone():
-    html = render_page(full_page())
-    (style,) = digests(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
-    assert policy_of(html) == (
+def test_the_content_security_policy_of_a_static_page_allows_no_script():
+    html = render_page(make_static_page())
+    (style,) = hash_sources(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+    assert find_policy(html) == (
         f"default-src 'none'; img-src data:; style-src {style}; base-uri 'none'; form-action 'none'"
     )
 
 
-def test_the_content_security_policy_allows_these_scripts_and_no_other():
-    html = render_page(scripted_page())
-    (style,) = digests(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
-    scripts = digests(re.findall(r"<script>(.*?)</script>", html, re.DOTALL))
+def test_the_content_security_policy_allows_only_the_embedded_scripts():
+    html = render_page(make_scripted_page())
+    (style,) = hash_sources(re.findall(r"<style>(.*?)</style>", html, re.DOTALL))
+    scripts = hash_sources(re.findall(r"<script>(.*?)</script>", html, re.DOTALL))
     assert len(scripts) == 3
-    assert policy_of(html) == (
+    assert find_policy(html) == (
         f"default-src 'none'; img-src data:; style-src {style}; script-src {' '.join(scripts)}; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def data_of(html):
+def load_script_data(html):
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
     assert not re.search("[<>&\n]", text)
     return json.loads(text)
 
 
-@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
-def test_the_data_of_the_script_are_the_texts_and_nothing_else(text):
-    page = scripted_page(lambda _: text, classes=(text, "grass", "gravel"))
-    data = data_of(render_page(page))
-    plain = re.sub("[\x00-\x1f\u202e]", lambda found: found[0].encode("unicode_escape").decode(), text)
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=lambda text: ascii(text[:12]))
+def test_hostile_texts_are_data_of_the_script_and_nothing_else(text):
+    page = make_scripted_page(lambda _: text, classes=(text, "grass", "gravel"))
+    data = load_script_data(render_page(page))
+    plain = re.sub("[\x00-\x1f\u202e]", lambda match: match[0].encode("unicode_escape").decode(), text)
     assert data["ids"] == [plain]
     assert data["pictures"] == {"0": "data:image/webp;base64," + base64.b64encode(b"RIFFmore").decode()}
 
 
-def test_findings_and_rivals_are_said_in_words():
-    words = Outline(render_page(scripted_page())).words
+def test_findings_baselines_notes_and_protocol_are_in_the_text():
+    words = ParsedPage(render_page(make_scripted_page())).words
     for expected in (
         "Mistakes 90",
         "✗ grass 70 % labelled brick 0.99 to e.png d.png",
         "1 of 90",
-        "not looked for",
+        "not checked",
         "mlp 0.900 0.800–0.950 +0.020 -0.010 to +0.050 p < 0.001 McNemar 5 1",
         "Read the intervals.",
         "Scored all rows",
@@ -248,31 +248,31 @@ def test_findings_and_rivals_are_said_in_words():
         assert expected in words
 
 
-@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
-def test_untrusted_text_stays_text_wherever_it_stands(text):
-    plain = Outline(render_page(scripted_page()))
-    outline = Outline(render_page(scripted_page(lambda _: text, classes=(text, "grass", "gravel"))))
-    assert set(outline.tags) <= set(plain.tags)
-    assert {(tag, name) for tag, name, _ in outline.attributes} <= {(tag, n) for tag, n, _ in plain.attributes}
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=lambda text: ascii(text[:12]))
+def test_hostile_text_adds_no_tags_or_attributes(text):
+    plain = ParsedPage(render_page(make_scripted_page()))
+    parsed = ParsedPage(render_page(make_scripted_page(lambda _: text, classes=(text, "grass", "gravel"))))
+    assert set(parsed.tags) <= set(plain.tags)
+    assert {(tag, name) for tag, name, _ in parsed.attributes} <= {(tag, n) for tag, n, _ in plain.attributes}
 
 
-def test_a_long_name_is_cut_with_the_whole_in_its_title():
-    outline = Outline(render_page(full_page(classes=("x" * 10_000, "grass", "gravel"))))
-    assert ("bdi", "title", "x" * 10_000) in outline.attributes
-    assert max(len(text) for text in outline.text) < 500
+def test_a_long_name_is_truncated_with_the_full_name_as_title():
+    parsed = ParsedPage(render_page(make_static_page(classes=("x" * 10_000, "grass", "gravel"))))
+    assert ("bdi", "title", "x" * 10_000) in parsed.attributes
+    assert max(len(text) for text in parsed.text) < 500
 
 
-def test_names_are_isolated_and_cannot_turn_their_neighbours_around():
-    outline = Outline(render_page(full_page(classes=("\u202egnp.exe", "שלום", "gravel"))))
-    assert "\u202e" not in outline.words
-    assert "\\u202egnp.exe" in outline.words
-    assert ("bdi", "title", "שלום") in outline.attributes
+def test_names_cannot_change_the_writing_direction_of_others():
+    parsed = ParsedPage(render_page(make_static_page(classes=("\u202egnp.exe", "שלום", "gravel"))))
+    assert "\u202e" not in parsed.words
+    assert "\\u202egnp.exe" in parsed.words
+    assert ("bdi", "title", "שלום") in parsed.attributes
 
 
-def test_an_empty_page_shows_its_title_and_nothing_else():
-    outline = Outline(render_page(Page("Nothing yet")))
-    assert outline.words == "Nothing yet Nothing yet"
-    assert "section" not in outline.tags
+def test_an_empty_page_shows_only_its_title():
+    parsed = ParsedPage(render_page(Page("Nothing yet")))
+    assert parsed.words == "Nothing yet Nothing yet"
+    assert "section" not in parsed.tags
 
 
 @pytest.mark.parametrize(
@@ -286,28 +286,28 @@ def test_an_empty_page_shows_its_title_and_nothing_else():
     ],
     ids=["one target", "two targets", "labels", "one class", "an absent class"],
 )
-def test_every_task_has_a_page(scores):
-    words = Outline(render_page(Page("Scores", scores=scores))).words
+def test_scores_of_every_task_are_rendered(scores):
+    words = ParsedPage(render_page(Page("Scores", scores=scores))).words
     for score in scores.metrics.values():
         assert f"{score.value:.3f}" in words
     assert len(scores.classes) == 1 or all(name in words for name in scores.classes)
 
 
-def test_a_thousand_classes_show_the_most_confused_pairs_in_a_small_page_soon():
+def test_a_thousand_classes_show_confused_pairs_instead_of_a_matrix():
     classes = [f"class {i:04d}" for i in range(1000)]
-    scores = scores_of(classes, m=3000)
+    scores = make_scores(classes, m=3000)
     start = time.perf_counter()
     html = render_page(Page("Many", scores=scores))
     assert time.perf_counter() - start < 2
     assert len(html) < 10_000_000
     assert 'class="matrix' not in html
-    words = Outline(html).words
+    words = ParsedPage(html).words
     for true, predicted, rows in scores.confused(20):
         assert f"{true} {predicted} {rows}" in words
     assert all(name in words for name in classes)
 
 
-def test_a_negative_score_draws_to_the_left_of_zero():
+def test_the_bar_of_a_negative_score_ends_at_zero():
     axis = make_axis([-0.5, 1.0])
     assert (axis.low, axis.high) == (-0.5, 1.0)
     html = render_page(
@@ -318,7 +318,7 @@ def test_a_negative_score_draws_to_the_left_of_zero():
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [math.nan], [5e-324], [1e-9], [1e12, -3.0], [math.inf, 2.0]])
-def test_an_axis_holds_zero_and_every_finite_value(values):
+def test_an_axis_contains_zero_and_every_finite_value(values):
     axis = make_axis(values)
     finite = [value for value in values if math.isfinite(value)]
     assert axis.low <= min([0, *finite])
@@ -327,24 +327,24 @@ def test_an_axis_holds_zero_and_every_finite_value(values):
     assert 2 <= len(axis.ticks) <= 7
 
 
-def test_places_stay_within_the_chart():
+def test_axis_positions_are_clipped():
     assert Axis(0, 1, ()).position(7.0) == "100.00%"
     assert Axis(0, 1, ()).position(-7.0) == "0.00%"
 
 
-def test_a_curve_leaves_a_gap_where_a_value_is_not_finite():
+def test_a_training_curve_has_gaps_at_values_that_are_not_finite():
     curve = make_training_curve("loss", [3.0, 2.0, math.nan, 1.0])
     assert curve.path == "M0.00 2.00L33.33 20.00M100.00 38.00"
     assert (curve.first, curve.last, curve.epochs) == ("3.000", "1.000", 4)
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [1.0], [2.0, 2.0]])
-def test_a_curve_of_almost_nothing_can_be_drawn(values):
+def test_training_curves_without_range_are_rendered(values):
     assert "nan" not in make_training_curve("loss", values).path
     assert render_page(Page("Curves", curves={"loss": values}))
 
 
-def test_the_colour_of_a_cell_is_its_share_of_the_true_class():
+def test_the_colour_level_of_a_cell_follows_its_share_of_the_true_class():
     p = np.eye(2)[[0] * 9 + [1] + [1] * 10]
     table = make_confusion_matrix(score_classification(["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
     assert [(cell.rows, cell.level, cell.is_correct) for _, _, row in table for cell in row] == [
@@ -355,15 +355,18 @@ def test_the_colour_of_a_cell_is_its_share_of_the_true_class():
     ]
 
 
-def test_the_same_page_is_the_same_bytes(tmp_path):
-    first, second = write_page(full_page(), tmp_path / "1.html"), write_page(full_page(), tmp_path / "2.html")
+def test_rendering_is_deterministic(tmp_path):
+    first, second = (
+        write_page(make_static_page(), tmp_path / "1.html"),
+        write_page(make_static_page(), tmp_path / "2.html"),
+    )
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_page_is_written_whole_and_leaves_nothing_else_behind(tmp_path):
+def test_a_page_is_written_without_leftover_files(tmp_path):
     path = tmp_path / "report.html"
-    assert write_page(full_page(), str(path)) == path
-    assert path.read_text("utf-8") == render_page(full_page())
+    assert write_page(make_static_page(), str(path)) == path
+    assert path.read_text("utf-8") == render_page(make_static_page())
     assert os.listdir(tmp_path) == ["report.html"]
     mask = os.umask(0)
     os.umask(mask)
@@ -371,7 +374,7 @@ def test_a_page_is_written_whole_and_leaves_nothing_else_behind(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_page_of_before(tmp_path, monkeypatch, call):
+def test_a_full_disk_leaves_the_previous_page(tmp_path, monkeypatch, call):
     path = tmp_path / "report.html"
     path.write_text("before")
 
@@ -380,16 +383,16 @@ def test_a_full_disk_leaves_the_page_of_before(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(f"featpipe.report.render.os.{call}", fail)
     with pytest.raises(ConfigError, match=r"report\.html: cannot write the report: No space left on device"):
-        write_page(full_page(), path)
+        write_page(make_static_page(), path)
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_a_missing_folder_is_made(tmp_path):
+def test_a_missing_folder_is_created(tmp_path):
     assert write_page(Page("t"), tmp_path / "new" / "page.html").is_file()
 
 
-def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_created_raises_an_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"cannot write the report: .*; name a file in a folder that can be written"):
         write_page(Page("t"), tmp_path / "file" / "page.html")
