@@ -139,7 +139,8 @@ def test_the_threshold_slider_shows_the_accuracy_of_answers(page_and_complaints,
     assert page.locator("#threshold-value").inner_text() == f"{threshold:.2f}"
     is_answered = evaluation.predicted.max(axis=1) >= threshold
     is_correct = evaluation.judged.is_correct[is_answered]
-    expected = f"({is_answered.sum()}), {100 * is_correct.mean():.1f} % of them correctly, {(~is_correct).sum()} wrongly"
+    accuracy, n_wrong = 100 * is_correct.mean(), (~is_correct).sum()
+    expected = f"({is_answered.sum()}), {accuracy:.1f} % of them correctly, {n_wrong} wrongly"
     assert expected in page.locator("#threshold-outcome").inner_text()
 
 
