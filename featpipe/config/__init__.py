@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from featpipe.config.keywords import ExpandKeywords, ExtractionOptions, FineTuneKeywords, FineTuneOptions
+from featpipe.config.keywords import (
+    ComparisonOptions,
+    ExpandKeywords,
+    ExtractionOptions,
+    FineTuneKeywords,
+    FineTuneOptions,
+    TrainingOptions,
+)
 from featpipe.config.overrides import parse_assignments, parse_settings, parse_value
 from featpipe.config.stages import (
     AUTO,
@@ -25,6 +32,7 @@ from featpipe.config.stages import (
     Storage,
     Task,
     TimeLimit,
+    TrainingConfig,
     UnitInterval,
     compute_bad_image_limit,
 )
@@ -52,6 +60,7 @@ __all__ = [
     "STORAGES",
     "TASKS",
     "BadImageLimit",
+    "ComparisonOptions",
     "EngineName",
     "ExpandKeywords",
     "ExtractionConfig",
@@ -71,6 +80,8 @@ __all__ = [
     "Storage",
     "Task",
     "TimeLimit",
+    "TrainingConfig",
+    "TrainingOptions",
     "UnitInterval",
     "check_bool",
     "check_choice",

@@ -20,13 +20,21 @@ from featpipe.config.stages import (
     PositiveFloat,
     PositiveInt,
     Precision,
+    ResamplingMethod,
     Storage,
     TimeLimit,
     UnitInterval,
 )
 from featpipe.runtime import ProgressCallback
 
-__all__ = ["ExpandKeywords", "ExtractionOptions", "FineTuneKeywords", "FineTuneOptions"]
+__all__ = [
+    "ComparisonOptions",
+    "ExpandKeywords",
+    "ExtractionOptions",
+    "FineTuneKeywords",
+    "FineTuneOptions",
+    "TrainingOptions",
+]
 
 
 class ExtractionOptions(TypedDict, total=False):
@@ -52,6 +60,35 @@ class ExtractionOptions(TypedDict, total=False):
     max_bad: BadImageLimit | None
     time_limit: TimeLimit | None
     check_content: bool
+
+
+class ComparisonOptions(TypedDict, total=False):
+    """Keywords for the fields of :class:`featpipe.config.TrainingConfig` that several heads share."""
+
+    cv: NonNegativeInt | None
+    output: str | None
+    tune: bool | None
+    grid: Mapping[str, Sequence[object]] | None
+    metric: str | None
+    one_standard_error: bool
+    balance: ResamplingMethod | None
+    calibrate: bool
+    prior: Mapping[str, float] | None
+    groups: Any
+    times: Any
+    since: Any
+    without: str | os.PathLike[str] | None
+    memory: NonNegativeInt | None
+    keep: str | None
+    jobs: int | None
+    random_state: int | None
+
+
+class TrainingOptions(ComparisonOptions, total=False):
+    """Keywords for the fields of :class:`featpipe.config.TrainingConfig`, the head excepted."""
+
+    params: Mapping[str, object] | None
+    findings: str | os.PathLike[str] | None
 
 
 class FineTuneOptions(TypedDict, total=False):

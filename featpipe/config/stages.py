@@ -32,6 +32,7 @@ __all__ = [
     "Storage",
     "Task",
     "TimeLimit",
+    "TrainingConfig",
     "UnitInterval",
     "compute_bad_image_limit",
 ]
@@ -165,6 +166,84 @@ class ExtractionConfig(Settings):
     def get_max_bad_count(self, n: int) -> int | None:
         """How many of n images may be bad; None is no limit."""
         return compute_bad_image_limit(self.max_bad, n)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Settings):
+    """Settings of training a head.
+
+    Parameters
+    ----------
+    head : str
+        A name that ``featpipe heads`` lists, or the import path of a scikit-learn estimator.
+    cv : int, optional
+        Estimate the quality by this number of folds of the training rows before fitting on all of them. Images with the
+        same bytes never lie on both sides of a fold. No estimate if None or 0.
+    params : mapping, optional
+        Settings of the head, such as ``{"C": 10}``.
+    output : str, optional
+        Which of the cache's outputs; the first if not given.
+    tune : bool, optional
+        Choose settings on inner folds of the training rows. If not given, this is done for the strength ``C`` of
+        ``logistic`` alone, along 45 values from 1e-6 to 1e5, unless ``params`` sets it.
+    grid : mapping from setting to values, optional
+        Values to try, instead of the head's own grid.
+    metric : str, optional
+        The metric that settings are chosen by, one of :data:`featpipe.metrics.SELECTION_METRICS`; the first of the task
+        if not given.
+    one_standard_error : bool
+        Choose the smallest ``C`` whose score is within one standard error of the best.
+    balance : {"over", "under", "smote"}, optional
+        Resample the training rows of each fit so that all classes are equally frequent.
+    calibrate : bool
+        Fit a temperature on the predictions of the folds, which calibrates the probabilities. Always done for heads
+        that have scores and no probabilities.
+    prior : mapping from class to share, optional
+        Class frequencies where the model will be used; probabilities are corrected for them.
+    groups : str or array-like of shape (n,), optional
+        The group of each sample of the cache (a patient, a photograph), which is never on both sides of a fold;
+        ``TABLE:COLUMN`` reads it from a table.
+    times : str or array-like of shape (n,), optional
+        The time of each sample, likewise: folds are scored on later samples than those that they were fitted on.
+    since : str, number or date, optional
+        With ``times``, instead of folds: estimate the quality once, on the images of that time or later, fitted on the
+        earlier ones. The model is then fitted on all of them.
+    without : path-like, optional
+        A table of images to leave out, such as one of an evaluation's findings.
+    memory : int, optional
+        Bytes that training may use; features that need more are read from the file, pass after pass.
+    keep : str, optional
+        What the model keeps of a classifier's training data, so that it can learn more classes without it:
+        ``none``, ``all``, or some of ``statistics``, ``importances`` and ``rows=N`` (embeddings of each class), joined
+        by commas. If not given: statistics and importances; nothing where features stay in the file.
+    jobs : int, optional
+        Processes for ``tune``, as joblib counts them.
+    random_state : int or None
+    findings : path-like, optional
+        A folder for tables of training images to look at: likely label errors, mistakes and doubtful predictions of the
+        folds. Each image is judged by a head that was not fitted on it.
+    """
+
+    head: str = "logistic"
+    cv: NonNegativeInt | None = None
+    params: Mapping[str, object] | None = None
+    output: str | None = None
+    tune: bool | None = None
+    grid: Mapping[str, Sequence[object]] | None = None
+    metric: str | None = None
+    one_standard_error: bool = False
+    balance: ResamplingMethod | None = None
+    calibrate: bool = False
+    prior: Mapping[str, float] | None = None
+    groups: Any = None
+    times: Any = None
+    since: Any = None
+    without: str | os.PathLike[str] | None = None
+    memory: NonNegativeInt | None = None
+    keep: str | None = None
+    jobs: int | None = None
+    random_state: int | None = 0
+    findings: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)

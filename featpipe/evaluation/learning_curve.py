@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import splits
+from featpipe.config import TrainingConfig
 from featpipe.diagnostics import LearningCurve, extrapolate_learning_curve
 from featpipe.errors import ConfigError
 from featpipe.evaluation.dataset import TrainingReference
@@ -112,7 +113,9 @@ def compute_errors_by_size(
     if dataset.classes != model.classes:
         raise ConfigError("the classes of the training rows differ from the model's")
     settings, balance = _get_head_settings(model), model.history.get("balance")
-    config = make_head_config(reference.cache, dataset, model.head_name, settings, tune=False, balance=balance)
+    config = make_head_config(
+        TrainingConfig(head=model.head_name, params=settings, tune=False, balance=balance), dataset
+    )
     divisors, n_draws = _select_affordable_subsets(float(model.history.get("seconds_to_fit") or 0.0))
     min_rows = max(MIN_SUBSET_ROWS, 2 * len(model.classes))
     sizes = [len(dataset) // divisor for divisor in divisors if len(dataset) // divisor >= min_rows]

@@ -12,10 +12,10 @@ from featpipe.experiments.recipe.schema import (
     EvaluationConfig,
     Recipe,
     RecipeHead,
+    RecipeTraining,
     ReportConfig,
     SamplesConfig,
     SplitConfig,
-    TrainingConfig,
 )
 from featpipe.experiments.result import EmbeddingSummary, RunResult, TrialResult
 from featpipe.experiments.run import run
@@ -30,11 +30,11 @@ __all__ = [
     "EvaluationConfig",
     "Recipe",
     "RecipeHead",
+    "RecipeTraining",
     "ReportConfig",
     "RunResult",
     "SamplesConfig",
     "SplitConfig",
-    "TrainingConfig",
     "TrialResult",
     "list_builtin_recipes",
     "parse_changes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import heads
+from featpipe.config import TrainingConfig
 from featpipe.errors import ConfigError
 from featpipe.evaluation import evaluate
 from featpipe.experiments.dataset import BackboneCaches, TrainTestSplit, digest_training_rows, draw_per_class
@@ -25,7 +26,7 @@ from featpipe.metrics import METRICS, Calibration, Scores, score
 from featpipe.model import Model, load_model
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.storage import Receipt, atomic_write, compute_fingerprint, digest_arrays
-from featpipe.training import EmbeddingDataset, make_head_config, parse_policy, train_head
+from featpipe.training import EmbeddingDataset, HeadConfig, fit_head, make_head_config, parse_policy, train_head
 
 __all__ = ["RecordStore", "TrialRun", "get_package_versions", "make_model_inputs"]
 
@@ -130,37 +131,34 @@ class TrialRun:
         return load_model(self.path)
 
     def _fit_head(self, rows: EmbeddingDataset, cv: int | None) -> Model:
-        training, head, cache = self.recipe.training, self.trial.head, self.caches.cache
-        training_result = train_head(
-            cache,
-            rows,
-            self._make_head_config(rows),
-            cv,
+        cache, config = self.caches.cache, replace(self._training_config, cv=cv)
+        trained_head = train_head(cache, rows, config, self._make_head_config(rows), self.progress)
+        return trained_head.to_model(cache, rows, parse_policy(config.keep if cv else "none"))
+
+    @property
+    def _training_config(self) -> TrainingConfig:
+        head, training = self.trial.head, self.recipe.training
+        return TrainingConfig(
+            head=head.name,
+            params=head.settings,
+            output=head.output,
+            tune=head.tune,
+            grid={key: tuple(values) for key, values in head.grid.items()},
+            metric=training.metric,
+            one_standard_error=training.one_standard_error,
+            balance=head.balance,
             calibrate=training.calibrate,
             prior=training.prior or None,
-            progress=self.progress,
-        )
-        return training_result.to_model(
-            cache, rows, head.output, head.settings, parse_policy(training.keep if cv else "none")
+            keep=training.keep,
+            jobs=training.jobs,
+            random_state=training.seed,
         )
 
-    def _make_head_config(self, rows: EmbeddingDataset) -> Any:
-        head, training = self.trial.head, self.recipe.training
-        options = {"metric": training.metric, "one_standard_error": training.one_standard_error, "jobs": training.jobs}
+    def _make_head_config(self, rows: EmbeddingDataset) -> HeadConfig:
         try:
-            return make_head_config(
-                self.caches.cache,
-                rows,
-                head.name,
-                head.settings,
-                grid={key: tuple(values) for key, values in head.grid.items()},
-                tune=head.tune,
-                balance=head.balance,
-                random_state=training.seed,
-                **options,
-            )
+            return make_head_config(self._training_config, rows)
         except ConfigError as error:
-            raise ConfigError(f"{self.recipe.where}: [{head.table}] {error}") from None
+            raise ConfigError(f"{self.recipe.where}: [{self.trial.head.table}] {error}") from None
 
     def _load_or_score(self) -> dict[str, Any]:
         name = f"{self.trial.slug}.scores"
@@ -193,7 +191,7 @@ class TrialRun:
         return {"n": len(test_rows), "metrics": metrics, "by_draw": metrics_by_draw}
 
     def _fit_and_score(self, rows: EmbeddingDataset, X: NDArray[np.float32], y_true: NDArray[Any]) -> Scores:
-        fitted_head = self._make_head_config(rows).fit(rows)
+        fitted_head = fit_head(self._make_head_config(rows), rows)
         calibration = None if fitted_head.has_probabilities else Calibration()
         return score("classification", y_true, fitted_head.predict(X, calibration), rows.classes, bootstrap=0)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featpipe import heads, splits
 from featpipe.cache import SPLIT_NAMES, FeatureCache
-from featpipe.config import FineTuneConfig
+from featpipe.config import FineTuneConfig, TrainingConfig
 from featpipe.errors import CacheError, ConfigError
 from featpipe.metrics import Calibration
 from featpipe.model import Model
@@ -188,20 +188,17 @@ def refit_without(
         return model
     dataset = make_dataset(model, cache, splits.y, training_rows)
     head_name, params = _head_settings(model)
-    head_config = make_head_config(
-        cache,
-        dataset,
-        head_name,
-        params,
+    config = TrainingConfig(
+        head=head_name,
+        params=params,
+        output=model.output,
         balance=model.history.get("balance"),
         random_state=model.history.get("random_state", 0),
+        calibrate=model.calibration is not None and model.calibration.temperature != 1,
     )
-    recalibrate = model.calibration is not None and model.calibration.temperature != 1
     text = f"the model knows images that are to judge it: its head is fitted again on {len(dataset)} others"
     logger.info(text)
-    refitted = train_head(cache, dataset, head_config, None, calibrate=recalibrate).to_model(
-        cache, dataset, model.output, params
-    )
+    refitted = train_head(cache, dataset, config, make_head_config(config, dataset)).to_model(cache, dataset)
     refitted.request, refitted.device = model.request, model.device
     refitted._backbone, refitted._engine = model._backbone, model._engine
     if model.calibration is not None and model.calibration.offsets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from featpipe.training.compare import HeadComparison, compare
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
 from featpipe.training.fit import FittedHead, fit_head
+from featpipe.training.head_config import HeadConfig
 from featpipe.training.novelty import fit_novelty, update_novelty
 from featpipe.training.search import SearchResult, format_params
 from featpipe.training.train import make_head_config, parse_policy, train, train_head
@@ -13,6 +14,7 @@ __all__ = [
     "EmbeddingDataset",
     "FittedHead",
     "HeadComparison",
+    "HeadConfig",
     "SearchResult",
     "compare",
     "fit_head",

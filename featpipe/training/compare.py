@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from featpipe import heads
 from featpipe.cache import FeatureCache
+from featpipe.config import ComparisonOptions, TrainingConfig, check_names
 from featpipe.errors import ConfigError
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training.cross_validation import get_main_metric
-from featpipe.training.dataset import EmbeddingDataset, load_training_data
-from featpipe.training.train import TrainedHead, make_head_config, parse_policy, train_head
+from featpipe.training.dataset import EmbeddingDataset
+from featpipe.training.train import TrainedHead, load_training_rows, make_head_config, parse_policy, train_head
 
 __all__ = ["HeadComparison", "HeadComparisonRow", "compare"]
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_FOLDS = 5
 N_TIMED_ROWS = 1000
 
 
@@ -84,25 +86,9 @@ def compare(
     cache: FeatureCache,
     names: Sequence[str] | str = "all",
     *,
-    cv: int = 5,
     params: Mapping[str, Mapping[str, object]] | None = None,
-    output: str | None = None,
-    metric: str | None = None,
-    calibrate: bool = False,
-    prior: Mapping[str, float] | None = None,
-    memory: int | None = None,
-    keep: str | None = None,
-    groups: Any = None,
-    times: Any = None,
-    since: Any = None,
-    without: Any = None,
-    tune: bool | None = None,
-    grid: Mapping[str, Sequence[object]] | None = None,
-    balance: str | None = None,
-    jobs: int | None = None,
-    one_standard_error: bool = False,
-    random_state: int | None = 0,
     progress: ProgressCallback = ignore_progress,
+    **settings: Unpack[ComparisonOptions],
 ) -> HeadComparison:
     """Train several heads on one cache, and keep the best.
 
@@ -110,16 +96,14 @@ def compare(
     ----------
     cache : FeatureCache
     names : sequence of str, or "all"
-        The heads; all that do the cache's task.
-    cv : int
-        Folds, the same ones for all heads.
+        The heads; ``all`` are those that do the cache's task.
     params : mapping from head to settings, optional
-    metric : str, optional
-        What the best is chosen by; the first of the task if not given.
-    output, calibrate, prior, memory, keep, groups, times, since, without, tune, grid, balance, jobs
-        As for :func:`featpipe.training.train`.
-    one_standard_error, random_state, progress
-        As for :func:`featpipe.training.train`.
+    progress : callable
+    **settings
+        Fields of :class:`featpipe.config.TrainingConfig`: ``cv`` (5 if not given; the same folds for all heads),
+        ``output``, ``tune``, ``grid``, ``metric`` (which also selects the best head), ``one_standard_error``,
+        ``balance``, ``calibrate``, ``prior``, ``groups``, ``times``, ``since``, ``without``, ``memory``, ``keep``,
+        ``jobs``, ``random_state``.
 
     Returns
     -------
@@ -130,40 +114,26 @@ def compare(
     ConfigError
         If a head is unknown or there are fewer than two folds: without an estimate there is nothing to compare.
     """
-    if cv < 2 and since is None:
-        raise ConfigError(f"cv is {cv}; heads are compared on 2 folds or more")
-    policy = parse_policy(keep)
-    dataset = load_training_data(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
+    check_names("setting", settings, ComparisonOptions.__annotations__)
+    config = TrainingConfig.from_settings({"cv": DEFAULT_FOLDS, **settings})
+    if (config.cv or 0) < 2 and config.since is None:
+        raise ConfigError(f"cv is {config.cv}; heads are compared on 2 folds or more")
+    policy = parse_policy(config.keep)
+    dataset = load_training_rows(cache, config)
     head_names = (
         heads.list_heads(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
     )
-    head_params = params or {}
-    configs = [
-        make_head_config(
-            cache,
-            dataset,
-            name,
-            head_params.get(name, {}),
-            grid=grid or {},
-            tune=tune,
-            metric=metric,
-            one_standard_error=one_standard_error,
-            balance=balance,
-            jobs=jobs,
-            random_state=random_state,
-        )
-        for name in head_names
-    ]
+    configs = [replace(config, head=name, params=(params or {}).get(name)) for name in head_names]
+    head_configs = [make_head_config(config, dataset) for config in configs]
     results: list[tuple[HeadComparisonRow, TrainedHead]] = []
-    for config in configs:
-        logger.info(config.head if since is not None else f"{config.head}: {cv} folds")
-        trained_head = train_head(cache, dataset, config, cv, calibrate=calibrate, prior=prior, progress=progress)
-        results.append((_make_row(trained_head, dataset, metric), trained_head))
+    for config, head_config in zip(configs, head_configs, strict=True):
+        logger.info(config.head if config.since is not None else f"{config.head}: {config.cv} folds")
+        trained_head = train_head(cache, dataset, config, head_config, progress)
+        results.append((_make_row(trained_head, dataset, config.metric), trained_head))
     results.sort(key=lambda pair: -_selection_score(pair[0], pair[1]))
     table, best_head = [row for row, _ in results], results[0][1]
     assert best_head.estimate is not None
-    model = best_head.to_model(cache, dataset, output, head_params.get(best_head.config.head, {}), policy)
-    comparison = HeadComparison(table, model, best_head.estimate.description)
+    comparison = HeadComparison(table, best_head.to_model(cache, dataset, policy), best_head.estimate.description)
     comparison.model.scores["comparison"] = comparison.to_dict()["heads"]
     return comparison
 

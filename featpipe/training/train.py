@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
-from featpipe.config import unknown_name_error
+from featpipe.config import TrainingConfig, TrainingOptions, unknown_name_error
 from featpipe.diagnostics import Finding, LabeledPredictions, make_prediction_findings, write_findings
 from featpipe.errors import ConfigError
 from featpipe.heads import find_statistics_kind, fit_from_statistics
@@ -36,7 +35,7 @@ from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.head_config import HeadConfig
 from featpipe.training.novelty import fit_novelty
 
-__all__ = ["TrainedHead", "make_head_config", "parse_policy", "train", "train_head"]
+__all__ = ["TrainedHead", "load_training_rows", "make_head_config", "parse_policy", "train", "train_head"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,26 +46,8 @@ def train(
     cache: FeatureCache,
     head: str = "logistic",
     *,
-    cv: int | None = None,
-    params: Mapping[str, object] | None = None,
-    output: str | None = None,
-    tune: bool | None = None,
-    grid: Mapping[str, Sequence[object]] | None = None,
-    metric: str | None = None,
-    one_standard_error: bool = False,
-    balance: str | None = None,
-    calibrate: bool = False,
-    prior: Mapping[str, float] | None = None,
-    groups: str | ArrayLike | None = None,
-    times: str | ArrayLike | None = None,
-    since: Any = None,
-    without: str | os.PathLike[str] | None = None,
-    memory: int | None = None,
-    keep: str | None = None,
-    jobs: int | None = None,
-    random_state: int | None = 0,
-    findings: str | os.PathLike[str] | None = None,
     progress: ProgressCallback = ignore_progress,
+    **settings: Unpack[TrainingOptions],
 ) -> Model:
     """Fit a head on the embeddings of a cache.
 
@@ -75,58 +56,16 @@ def train(
     cache : FeatureCache
     head : str
         A name that ``featpipe heads`` lists, or the import path of a scikit-learn estimator.
-    cv : int, optional
-        Estimate the quality by so many folds of the training rows before fitting on all of them. Images with the same
-        bytes never lie on both sides of a fold.
-    params : mapping, optional
-        Settings of the head, such as ``{"C": 10}``.
-    output : str, optional
-        Which of the cache's outputs; the first if not given.
-    tune : bool, optional
-        Choose settings on inner folds of the training rows. If not given, this is done for the strength ``C`` of
-        ``logistic`` alone, along 45 values from 1e-6 to 1e5, unless ``params`` sets it.
-    grid : mapping from setting to values, optional
-        What to try, instead of the head's own grid.
-    metric : str, optional
-        The metric that settings are selected by, one of :data:`featpipe.metrics.SELECTION_METRICS`; the task's first if
-        not given.
-    one_standard_error : bool
-        Choose the smallest ``C`` whose score is within one standard error of the best.
-    balance : {"over", "under", "smote"}, optional
-        Resample the training rows of each fit so that all classes are as frequent.
-    calibrate : bool
-        Fit a temperature on the predictions of the folds, so that probabilities mean what they say. Always done for
-        heads that have scores and no probabilities.
-    prior : mapping from class to share, optional
-        How frequent classes are where the model will be used; probabilities are corrected for it.
-    groups : str or array-like of shape (n,), optional
-        For each sample of the cache what it belongs to (a patient, a photograph), which is never on both sides of a
-        fold; ``TABLE:COLUMN`` reads it from a table.
-    times : str or array-like of shape (n,), optional
-        For each sample when it was made, likewise: folds are judged on what is later than what they were fitted on.
-    since : str, number or date, optional
-        With ``times``: estimate the quality once, by the images of that time or later, fitted on those before it; there
-        are no folds then. The model is fitted on all of them at the end.
-    without : path-like, optional
-        A table of images to leave out, such as one of an evaluation's findings.
-    memory : int, optional
-        Bytes that training may use; features that need more are read from the file, pass after pass.
-    keep : str, optional
-        What the model keeps of a classifier's training data, so that it can learn more classes without it:
-        ``none``, ``all``, or some of ``statistics``, ``importances`` and ``rows=N`` (embeddings of each class), with
-        commas. If not given: statistics and importances; nothing where features stay in the file.
-    jobs : int, optional
-        Processes for ``tune``, as joblib counts them.
-    random_state : int or None
-    findings : path-like, optional
-        A folder for tables of training images to look at: likely label errors, mistakes and doubts of the folds, each
-        image judged by a head that was not fitted on it.
     progress : callable
+    **settings
+        The other fields of :class:`featpipe.config.TrainingConfig`: ``cv``, ``params``, ``output``, ``tune``, ``grid``,
+        ``metric``, ``one_standard_error``, ``balance``, ``calibrate``, ``prior``, ``groups``, ``times``, ``since``,
+        ``without``, ``memory``, ``keep``, ``jobs``, ``random_state``, ``findings``.
 
     Returns
     -------
     Model
-        ``model.scores`` holds the estimate, ``model.history`` what it was trained on, what was chosen, and the time.
+        ``model.scores`` holds the estimate, ``model.history`` the training rows, the chosen settings and the time.
 
     Raises
     ------
@@ -139,31 +78,25 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
-    if findings is not None and not cv:
+    config = TrainingConfig.from_settings({"head": head, **settings})
+    if config.findings is not None and not config.cv:
         raise ConfigError("findings are of images that were held out; give cv, 2 or more folds")
-    policy = parse_policy(keep)
-    dataset = load_training_data(cache, output, groups=groups, times=times, since=since, without=without, memory=memory)
-    config = make_head_config(
-        cache,
-        dataset,
-        head,
-        params or {},
-        grid=grid or {},
-        tune=tune,
-        metric=metric,
-        one_standard_error=one_standard_error,
-        balance=balance,
-        jobs=jobs,
-        random_state=random_state,
-    )
-    trained_head = train_head(cache, dataset, config, cv, calibrate=calibrate, prior=prior, progress=progress)
-    if findings is not None and trained_head.estimate is not None:
-        write_findings(_find_suspects(dataset, trained_head.estimate), findings)
-    return trained_head.to_model(cache, dataset, output, params or {}, policy)
+    policy = parse_policy(config.keep)
+    dataset = load_training_rows(cache, config)
+    trained_head = train_head(cache, dataset, config, make_head_config(config, dataset), progress)
+    if config.findings is not None and trained_head.estimate is not None:
+        write_findings(_find_suspects(dataset, trained_head.estimate), config.findings)
+    return trained_head.to_model(cache, dataset, policy)
+
+
+def load_training_rows(cache: FeatureCache, config: TrainingConfig) -> EmbeddingDataset:
+    """Load the rows that the settings select."""
+    names = ("groups", "times", "since", "without", "memory")
+    return load_training_data(cache, config.output, **{name: getattr(config, name) for name in names})
 
 
 def parse_policy(text: str | None) -> RetentionPolicy | None:
-    """What to keep, as it is typed; None is what there is room for."""
+    """Parse what a model keeps; None is what there is room for."""
     if text is None:
         return None
     policy = RetentionPolicy.from_text(text)
@@ -179,35 +112,54 @@ def _find_suspects(dataset: EmbeddingDataset, estimate: Estimate) -> list[Findin
     )
 
 
-def make_head_config(
-    cache: FeatureCache, dataset: EmbeddingDataset, head: str, params: Mapping[str, object], **options: Any
-) -> HeadConfig:
-    """The checked plan of one head."""
-    settings = _encode_class_weights(params, dataset.classes) if cache.task == "classification" else dict(params)
-    config = HeadConfig(head, cache.task, settings, **options)
-    config.validate()
-    return config
+def make_head_config(config: TrainingConfig, dataset: EmbeddingDataset) -> HeadConfig:
+    """Make the settings of a head for some rows, and validate them before any work.
+
+    Raises
+    ------
+    ConfigError
+    """
+    params = dict(config.params or {})
+    head_config = HeadConfig(
+        config.head,
+        dataset.task,
+        _encode_class_weights(params, dataset.classes) if dataset.task == "classification" else params,
+        grid=config.grid or {},
+        tune=config.tune,
+        metric=config.metric,
+        one_standard_error=config.one_standard_error,
+        balance=config.balance,
+        random_state=config.random_state,
+        jobs=config.jobs,
+    )
+    head_config.validate()
+    return head_config
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedHead:
-    """A fitted head and what is known of its quality."""
+    """A fitted head and the estimate of its quality.
 
+    Attributes
+    ----------
+    settings : TrainingConfig
+    config : HeadConfig
+    fitted : FittedHead
+    estimate : Estimate or None
+        None without cross-validation.
+    calibration : Calibration or None
+    trust : Uncertainty
+    """
+
+    settings: TrainingConfig
     config: HeadConfig
     fitted: FittedHead
     estimate: Estimate | None
     calibration: Calibration | None
     trust: Uncertainty
 
-    def to_model(
-        self,
-        cache: FeatureCache,
-        dataset: EmbeddingDataset,
-        output: str | None,
-        params: Mapping[str, object],
-        policy: RetentionPolicy | None = None,
-    ) -> Model:
-        """As it is saved and used; with the settings as they were given, weights of classes by name."""
+    def to_model(self, cache: FeatureCache, dataset: EmbeddingDataset, policy: RetentionPolicy | None = None) -> Model:
+        """Make the model; its history holds the head's settings as they were given, class weights by name."""
         replay_memory = self._make_replay_memory(dataset, policy)
         scores = {} if self.estimate is None else {"cross_validation": self.estimate.to_dict()}
         return Model(
@@ -215,12 +167,12 @@ class TrainedHead:
             head_name=self.config.head,
             task=cache.task,
             classes=dataset.classes,
-            output=output or cache.outputs[0],
+            output=self.settings.output or cache.outputs[0],
             facts=cache.facts,
             request=dict(cache.manifest["backbone"]),
             trained_on=_unique_digests(dataset.digests[:, :STORED_DIGEST_BYTES]),
             scores=_to_json(scores),
-            history=_make_history(cache, dataset, self, params),
+            history=_make_history(cache, dataset, self),
             calibration=self.calibration,
             kept=replay_memory,
             trust=self.trust,
@@ -244,23 +196,25 @@ class TrainedHead:
 def train_head(
     cache: FeatureCache,
     dataset: EmbeddingDataset,
+    settings: TrainingConfig,
     config: HeadConfig,
-    cv: int | None,
-    *,
-    calibrate: bool = False,
-    prior: Mapping[str, float] | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> TrainedHead:
-    """Estimate, fit and calibrate."""
+    """Estimate the quality of a head, fit it on all rows, and calibrate it."""
     location = f"{cache.path}: head {config.head!r}"
-    if calibrate and config.task == "regression":
+    if settings.calibrate and config.task == "regression":
         raise ConfigError("calibrate is for probabilities; a regression has none")
     try:
-        offsets = _compute_prior_offsets(dataset, config, prior) if prior else ()
+        offsets = _compute_prior_offsets(dataset, config, settings.prior) if settings.prior else ()
         estimate = None
-        if cv or dataset.since is not None:
+        if settings.cv or dataset.since is not None:
             estimate = cross_validate(
-                config, dataset, cv or 1, calibrate=calibrate, progress=progress, metric=config.metric
+                config,
+                dataset,
+                settings.cv or 1,
+                calibrate=settings.calibrate,
+                progress=progress,
+                metric=config.metric,
             )
         logger.info(f"fitting {config.head} on {len(dataset)} images")
         fitted = fit_head(config, dataset)
@@ -269,7 +223,7 @@ def train_head(
             logger.info(f"{config.head}: {search_result}, by {search_result.metric}, {search_result.description}")
         calibration = estimate.calibration if estimate else None
         needs_calibration = config.task != "regression" and not fitted.has_probabilities
-        if calibration is None and (calibrate or needs_calibration):
+        if calibration is None and (settings.calibrate or needs_calibration):
             calibration = fit_calibration_on_folds(config, dataset, progress)
     except ConfigError:
         raise
@@ -280,7 +234,8 @@ def train_head(
         calibration = Calibration((calibration or Calibration()).temperature, offsets)
     # answers of the folds know nothing of another mix of classes
     conformal = estimate.conformal if estimate is not None and not offsets else None
-    return TrainedHead(config, fitted, estimate, calibration, Uncertainty(fit_novelty(dataset, config.task), conformal))
+    uncertainty = Uncertainty(fit_novelty(dataset, config.task), conformal)
+    return TrainedHead(settings, config, fitted, estimate, calibration, uncertainty)
 
 
 def _compute_prior_offsets(
@@ -309,9 +264,7 @@ def _encode_class_weights(params: Mapping[str, object], classes: tuple[str, ...]
     return encoded
 
 
-def _make_history(
-    cache: FeatureCache, dataset: EmbeddingDataset, trained_head: TrainedHead, params: Mapping[str, object]
-) -> dict[str, Any]:
+def _make_history(cache: FeatureCache, dataset: EmbeddingDataset, trained_head: TrainedHead) -> dict[str, Any]:
     config, fitted = trained_head.config, trained_head.fitted
     unlabelled = int(np.count_nonzero(cache.ok)) - len(cache.usable)
     return {
@@ -325,7 +278,7 @@ def _make_history(
             "bad": cache.bad_rows(),
             "unlabelled": unlabelled,
         },
-        "params": _to_json(params),
+        "params": _to_json(trained_head.settings.params or {}),
         "balance": config.balance,
         "chosen": None if fitted.search_result is None else _to_json(fitted.search_result.to_dict()),
         "streamed": dataset.is_streamed,

@@ -19,10 +19,10 @@ from PIL import Image
 import featpipe
 from featpipe.experiments import (
     EvaluationConfig,
+    RecipeTraining,
     ReportConfig,
     SamplesConfig,
     SplitConfig,
-    TrainingConfig,
     list_builtin_recipes,
     read_question,
     read_recipe,
@@ -110,7 +110,7 @@ def test_every_key_of_the_results_is_explained(photos, monkeypatch):
             assert re.search(rf"`(results\[\]\.)?{key}`", readme), key
     for table in TABLE_NAMES:
         assert f"[{table}]" in readme
-    for stage in (SamplesConfig, SplitConfig, TrainingConfig, EvaluationConfig, ReportConfig):
+    for stage in (SamplesConfig, SplitConfig, RecipeTraining, EvaluationConfig, ReportConfig):
         for field in fields(stage):
             assert re.search(rf"\b{field.name}\b", readme), field.name
 

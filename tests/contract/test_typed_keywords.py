@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from featpipe.config import (
+    ComparisonOptions,
     ExpandKeywords,
     ExtractionConfig,
     ExtractionOptions,
@@ -19,6 +20,8 @@ from featpipe.config import (
     FineTuneKeywords,
     FineTuneOptions,
     Settings,
+    TrainingConfig,
+    TrainingOptions,
     get_field_types,
 )
 from featpipe.finetuning import finetune
@@ -108,7 +111,13 @@ def test_the_methods_of_a_model_take_the_keywords_of_the_functions():
     assert own_keywords == get_keyword_types(finetune)
 
 
-@pytest.mark.parametrize("settings", [ExtractionConfig, FineTuneConfig, PredictConfig])
+def test_the_keywords_of_training_are_the_fields_of_its_settings():
+    head = {"head": str}
+    assert head | get_type_hints(TrainingOptions, include_extras=True) == get_field_types(TrainingConfig)
+    assert TrainingOptions.__annotations__.keys() - ComparisonOptions.__annotations__ == {"params", "findings"}
+
+
+@pytest.mark.parametrize("settings", [ExtractionConfig, TrainingConfig, FineTuneConfig, PredictConfig])
 def test_the_docstring_of_a_settings_class_describes_every_field(settings: type[Settings]):
     described = {
         name.strip()

@@ -698,8 +698,8 @@ def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
     X[[3, 7], 2] = np.nan, np.inf
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     for memory in (None, 0):
-        refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache, memory=memory)
-        refused(ConfigError, r"NaN or infinity \(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
+        refused(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, memory=memory)
+        refused(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
 
 
 def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatch: Any) -> None:

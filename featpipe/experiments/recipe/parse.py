@@ -27,10 +27,10 @@ from featpipe.experiments.recipe.schema import (
     EvaluationConfig,
     Recipe,
     RecipeHead,
+    RecipeTraining,
     ReportConfig,
     SamplesConfig,
     SplitConfig,
-    TrainingConfig,
 )
 
 __all__ = ["BACKBONE_FIELDS", "EXTRACTION_KEYS", "TABLE_NAMES", "read_recipe"]
@@ -49,7 +49,7 @@ EXTRACTION_KEYS = ("cache", "device", "engine", "workers", "batch", "max_bad", "
 
 STAGE_CLASSES: dict[str, type] = {
     "split": SplitConfig,
-    "training": TrainingConfig,
+    "training": RecipeTraining,
     "evaluation": EvaluationConfig,
     "report": ReportConfig,
 }

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from featpipe.config import (
     ExtractionConfig,
     FineTuneConfig,
+    NonNegativeInt,
     PositiveInt,
     Range,
     ResamplingMethod,
@@ -23,10 +24,10 @@ __all__ = [
     "EvaluationConfig",
     "Recipe",
     "RecipeHead",
+    "RecipeTraining",
     "ReportConfig",
     "SamplesConfig",
     "SplitConfig",
-    "TrainingConfig",
 ]
 
 TILES_ARCHIVE = "featpipe:tiles"
@@ -142,7 +143,7 @@ class RecipeHead(Settings):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(Settings):
+class RecipeTraining(Settings):
     """How every head is trained.
 
     Attributes
@@ -175,7 +176,7 @@ class TrainingConfig(Settings):
     calibrate: bool = False
     prior: Mapping[str, Any] = field(default_factory=dict)
     one_standard_error: bool = False
-    memory: PositiveInt | None = None
+    memory: NonNegativeInt | None = None
     keep: str | None = None
     jobs: int | None = None
     portable: bool = False
@@ -249,7 +250,7 @@ class Recipe:
     extractions: tuple[ExtractionConfig, ...] = (ExtractionConfig(),)
     heads: tuple[RecipeHead, ...] = (RecipeHead(),)
     split: SplitConfig = field(default_factory=SplitConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: RecipeTraining = field(default_factory=RecipeTraining)
     finetune: FineTuneConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
