@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from featpipe.backbones.identity import BackboneIdentity, BackboneRequest, IdentityStore
 from featpipe.backbones.registry import PACKAGED_BACKBONES, TORCHVISION_BACKBONES, names
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ __all__ = [
     "PACKAGED_BACKBONES",
     "TORCHVISION_BACKBONES",
     "Backbone",
+    "BackboneIdentity",
+    "BackboneRequest",
     "CustomTransform",
+    "IdentityStore",
     "ImageBatch",
     "MatmulResizer",
     "Output",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Backbone:
         Where the weights came from, for people: a published name, a file, or that there are none. Not identity.
     code : mapping
         What identifies a user's own network beyond its weights; empty for the libraries'.
+    weight_files : tuple of Path, optional
+        All files that decide the weights; None if they are not known, or code of the user's own decides.
     request : mapping
         What :func:`featpipe.backbones.load` was asked for, to load it again: name, weights, outputs, seed.
     """
@@ -52,6 +55,7 @@ class Backbone:
     origin: str
     code: Mapping[str, str]
     request: Mapping[str, Any] = field(default_factory=dict)
+    weight_files: tuple[Path, ...] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

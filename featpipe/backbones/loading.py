@@ -11,6 +11,7 @@ from torch import nn
 
 from featpipe.backbones.backbone import Backbone
 from featpipe.backbones.bundled import read_bundled_backbone
+from featpipe.backbones.identity import resolve_weights
 from featpipe.backbones.outputs import POOLED, resolve_outputs
 from featpipe.backbones.registry import PACKAGED_BACKBONES, TIMM_PREFIX, names
 from featpipe.backbones.sources.custom import AnyTransform, HeadlessNetwork
@@ -21,8 +22,6 @@ from featpipe.errors import ConfigError, WeightsError
 from featpipe.storage import describe_differences, is_model_file
 
 __all__ = ["load", "reload_backbone"]
-
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".model")
 
 
 def load(
@@ -71,9 +70,11 @@ def load(
     >>> load("resnet18", weights="none", outputs=["pooled", "layer3:max"]).shapes
     {'pooled': (512,), 'layer3:max': (256,)}
     """
+    model_files: tuple[Path, ...] = ()
     if isinstance(name, str) and Path(name).suffix == ".model":
+        model_files = (Path(name).absolute(),)
         name, weights, seed = _resolve_model_file(Path(name), weights, seed)
-    weights_source = _to_path_if_file(weights)
+    weights_source = resolve_weights(weights)
     if transform is None and isinstance(weights_source, Path) and is_model_file(weights_source):
         transform = _restore_library_transform(read_bundled_backbone(weights_source).identity)
     headless = _build_headless(name, weights_source, transform, seed, progress)
@@ -99,6 +100,7 @@ def load(
             "outputs": list(_as_sequence(outputs)),
             "seed": seed,
         },
+        weight_files=_list_weight_files(headless, weights_source, transform, model_files),
     )
     _check_width(backbone, headless.width)
     return backbone
@@ -210,12 +212,17 @@ def _build_headless(
     )
 
 
-def _to_path_if_file(weights: str | Path | None) -> str | Path | None:
-    if isinstance(weights, str) and (
-        Path(weights).suffix in WEIGHT_SUFFIXES or "/" in weights or Path(weights).is_file()
-    ):
-        return Path(weights).expanduser()
-    return weights
+def _list_weight_files(
+    headless: HeadlessNetwork, weights: str | Path | None, transform: AnyTransform | None, model_files: tuple[Path, ...]
+) -> tuple[Path, ...] | None:
+    """All files that decide a backbone; None where a user's own code does, or a source does not say."""
+    if headless.source == "user" or not (transform is None or isinstance(transform, Transform)):
+        return None
+    if isinstance(weights, Path):
+        return (*model_files, weights.absolute())
+    if weights == "none":
+        return model_files
+    return None if headless.weight_files is None else (*model_files, *headless.weight_files)
 
 
 def _to_absolute_path(weights: str | Path | None) -> str | None:

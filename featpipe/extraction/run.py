@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import backbones, inference
+from featpipe.backbones import BackboneIdentity
 from featpipe.config import ExtractionConfig
 from featpipe.errors import ArchiveError
 from featpipe.extraction import multi_device
@@ -53,7 +54,8 @@ class ExtractionRun:
     ----------
     row_sources : RowSources
         Updated as images are read and embedded.
-    backbone : Backbone
+    backbone : Backbone or BackboneIdentity
+        An identity suffices where no row is unread.
     config : ExtractionConfig
     staging_area : StagingArea
         Where finished parts are committed.
@@ -67,7 +69,7 @@ class ExtractionRun:
     def __init__(
         self,
         row_sources: RowSources,
-        backbone: Backbone,
+        backbone: Backbone | BackboneIdentity,
         config: ExtractionConfig,
         staging_area: StagingArea,
         progress: ProgressCallback,
@@ -108,12 +110,13 @@ class ExtractionRun:
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         self._start_time = perf_counter()
         self._n_total = len(rows)
-        backbones.prove_frozen(self.backbone)
+        backbone = self._require_network()
+        backbones.prove_frozen(backbone)
         devices = inference.resolve_devices(self.config.device)
         worker = ExtractionWorker(
             self.row_sources.index,
             self.row_sources.stamps,
-            self.backbone,
+            backbone,
             self.config,
             self.staging_area,
             self.has_embedding,
@@ -131,7 +134,12 @@ class ExtractionRun:
         """The engine that ``--precision auto`` measured, or a new one."""
         if self.precision_choice is not None and self.precision_choice.engine is not None:
             return self.precision_choice.engine
-        return create_engine(self.backbone, self.config, len(self.row_sources.index))
+        return create_engine(self._require_network(), self.config, len(self.row_sources.index))
+
+    def _require_network(self) -> Backbone:
+        if isinstance(self.backbone, BackboneIdentity):
+            raise TypeError("rows are unread, and the backbone is known by its identity alone")
+        return self.backbone
 
     def handle_message(self, message: WorkerMessage) -> None:
         """Update counts and row sources from a worker's message."""

@@ -126,6 +126,8 @@ class HeadlessNetwork:
         Where the weights came from, for people.
     code : mapping
         What identifies a user's own network beyond its weights.
+    weight_files : tuple of Path, optional
+        The files that published weights were read from; None if they are not known.
     """
 
     network: nn.Module
@@ -134,6 +136,7 @@ class HeadlessNetwork:
     width: int | None
     origin: str
     code: Mapping[str, str] = field(default_factory=dict)
+    weight_files: tuple[Path, ...] | None = None
 
 
 def load_weights_file(

