@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import heads
+from featpipe.backbones import BackboneIdentity
 from featpipe.cache import FeatureCache, restrict_facts_to_output
 from featpipe.config import TASKS, ExpandKeywords, FineTuneKeywords
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
@@ -251,10 +252,24 @@ class Model:
         self._engine = None
         return self
 
-    def extraction(self) -> dict[str, Any]:
-        """The settings of an extraction whose cache fits this model."""
+    @property
+    def backbone_identity(self) -> BackboneIdentity | None:
+        """The backbone that the model's embeddings need, without its network; None if it is the user's own code."""
+        if ":" in self.request["name"]:
+            return None
+        facts = restrict_facts_to_output(self.facts, self.output)["backbone"]
+        return BackboneIdentity(facts["name"], self.request, facts)
+
+    def extraction(self, backbone: str | None = None) -> dict[str, Any]:
+        """The settings of an extraction whose cache fits this model.
+
+        Parameters
+        ----------
+        backbone : str, optional
+            Stands in for the network where only its name is needed; by default the model's backbone is loaded.
+        """
         settings = {name: self.facts[name] for name in ("precision", "storage")}
-        return {"backbone": self.backbone, "device": self.device, **settings}
+        return {"backbone": backbone or self.backbone, "device": self.device, **settings}
 
     def engine(self, images: int = 0) -> Any:
         """The engine that embeds so many images for this model, in the precision it was trained with."""

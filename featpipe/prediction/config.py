@@ -80,14 +80,14 @@ class PredictConfig(Settings):
             for model in models:
                 model.sets_known().score_quantile(self.sets)
 
-    def extraction_config(self, model: Model) -> ExtractionConfig:
-        """The settings of the extraction for a model.
+    def extraction_config(self, model: Model, backbone: str | None = None) -> ExtractionConfig:
+        """The settings of the extraction for a model; ``backbone`` as :meth:`Model.extraction` takes it.
 
         Embeddings that are not cached are not rounded: predictions are then those of ``model.predict_proba``, bit for
         bit, whatever type the embeddings had that the head was trained on.
         """
         settings = {
-            **model.extraction(),
+            **model.extraction(backbone),
             **{name: getattr(self, name) for name in ("workers", "max_bad", "time_limit", "check_content")},
             "storage": self.embedding_dtype(model),
         }

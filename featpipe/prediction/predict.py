@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from featpipe import data
-from featpipe.cache import parts_directory, restrict_facts_to_output
+from featpipe.cache import FeatureCache, parts_directory, restrict_facts_to_output
 from featpipe.config import ExtractionConfig
 from featpipe.data import Index
 from featpipe.errors import ArchiveError, ConfigError
-from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, make_facts
+from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, find_up_to_date_cache, make_facts
 from featpipe.prediction.config import PredictConfig, PredictOptions
 from featpipe.prediction.provenance import PredictionRequest, write_receipt
 from featpipe.prediction.rows import Prediction, iter_predictions
@@ -168,13 +168,27 @@ class _PredictionJob:
 
     def _embed_to_cache(self) -> IndexEmbeddings:
         """The embeddings, by way of a cache."""
-        extraction_config, backbone = self._extraction_config, self.models[0].backbone
-        cache = extract_index(
-            self.index, backbone, extraction_config, self.progress, require_readable=False, deadline=self.deadline
-        )
+        cache = self._find_up_to_date_cache()
+        if cache is None:
+            cache = extract_index(
+                self.index,
+                self.models[0].backbone,
+                self._extraction_config,
+                self.progress,
+                require_readable=False,
+                deadline=self.deadline,
+            )
         return IndexEmbeddings(
             cache.status_codes, cache.digests, lambda output, start, stop: cache.features(output)[start:stop]
         )
+
+    def _find_up_to_date_cache(self) -> FeatureCache | None:
+        """The finished cache, found by the model's record of its backbone; the network is not loaded."""
+        identity = self.models[0].backbone_identity
+        if identity is None:
+            return None
+        settings = self.config.extraction_config(self.models[0], identity.name)
+        return find_up_to_date_cache(self.index, identity, settings, self.progress)
 
     def _find_finished_counts(self, request: PredictionRequest, path: Path) -> StatusCounts | None:
         """The counts of a file that is up to date; None if it must be made."""
