@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -101,3 +102,27 @@ def test_every_option_is_explained(name):
     for parameter in every_command()[name].params:
         if isinstance(parameter, click.Option) and not isinstance(parameter.type, click.Choice):
             assert parameter.help, parameter.name
+
+
+def test_commands_with_nothing_to_compute_import_no_torch(make_folder, tmp_path):
+    folder = make_folder()
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))  # a file that changed just now is read again
+    code = (
+        "import sys\nfrom featpipe.cli import main\nsys.argv[0] = 'featpipe'\nmain()\n"
+        "print({'torch', 'torchvision', 'timm', 'huggingface_hub'} & sys.modules.keys())"
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stdout
+
+    extract = ("extract", folder, "--out", "a.h5")
+    assert "torch" in run(*extract)
+    assert run(*extract) == "a.h5\nset()\n"
+    run("train", "a.h5", "--out", "a.model", "--cv", "2")
+    predict = ("predict", "a.model", folder, "--out", "a.csv", "--cache", "cache")
+    assert "torch" in run(*predict)
+    assert run(*predict) == "a.csv\nset()\n"
+    (tmp_path / "a.csv").unlink()
+    assert run(*predict) == "a.csv\nset()\n"  # from the cache
