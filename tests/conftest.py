@@ -163,3 +163,11 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="module")
+def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+    """Writes caches of made-up embeddings, see :func:`tests.support.expansion.make_cache_writer`."""
+    from tests.support.expansion import make_cache_writer
+
+    return make_cache_writer(tmp_path_factory.mktemp("caches"))

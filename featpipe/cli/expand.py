@@ -50,7 +50,7 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
     default="head",
     show_default=True,
     metavar="WHAT",
-    help="Train some of the network too, on archives: last, 3, 0.3, all …, as `featpipe finetune` takes it.",
+    help="Experimental: train some of the network too, on archives: last, 3, 0.3, all …, as in `finetune`.",
 )
 @click.option(
     "--set",
@@ -70,11 +70,11 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
 def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str, ...], **options: Any) -> None:
     """Teach a model more classes; prints the path of the new model.
 
-    Images that it was trained on are known by their bytes: give their cache too, and it learns old and new together.
-    Without them, how much is forgotten depends on the method and on what the model keeps (see `featpipe info MODEL`);
-    the table at the end says. Without new images, classes are dropped or merged.
+    Images that the model was trained on are recognized by their bytes: give their cache too, and old and new images are
+    learnt together. Without them, how much is forgotten depends on the method and on what the model retains (see
+    `featpipe info MODEL`); the table at the end shows it. Without new images, classes are dropped or merged.
 
-    With --unfreeze the method goes on into the network from there, by the loop of `featpipe finetune`.
+    With --unfreeze (experimental) training goes on in the network from there, as in `featpipe finetune`.
 
     \b
     Example:
@@ -113,7 +113,7 @@ def _print_expansion(expansion: Expansion) -> None:
         if rows:
             log_message(format_table(rows[1:], rows[0], right_aligned=range(1, len(rows[0]))) + "\n", event="table")
     if expansion.outcomes:
-        log_message(f"judged by {expansion.how}; 95 % intervals")
+        log_message(f"measured on {expansion.how}; 95 % intervals")
     for method, reason in expansion.unavailable.items() if expansion.recommended else []:
         log_message(f"{method} {reason}")
     if expansion.recommended:

@@ -1,4 +1,4 @@
-"""Views of pictures: random changes that are the same whenever they are asked for again."""
+"""Augmentation: random changes of images, reproducible from the image's bytes, a view number and a seed."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from featpipe.errors import ConfigError
 
 __all__ = ["Augmentation", "AugmentedTransform", "BatchMix", "apply_mixup_cutmix", "seeded_random"]
 
-MAX_HUE_JITTER = 0.5  # torchvision's; half of the circle of colours is all of it
+MAX_HUE_JITTER = 0.5  # torchvision's limit: half of the colour circle to either side
 NUM_MAGNITUDE_BINS = 31  # of RandAugment, from 0
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures are changed while a network is trained; nothing, if not said otherwise.
+    """Random changes of images in training; none by default.
 
     Parameters
     ----------
     crop : float
-        Take a part of the picture of at least this share of its area, of an aspect ratio from 3/4 to 4/3, in place of
-        the transform's own crop; 0 is without. 0.08 is usual on ImageNet, 0.5 and more for few images.
+        Random crop of at least this share of the image's area and an aspect ratio from 3/4 to 4/3, in place of the
+        transform's own crop; 0 disables it. 0.08 is usual on ImageNet, 0.5 and more for small datasets.
     flip : float
-        The share of pictures that are mirrored, left to right.
+        Probability of a horizontal flip.
     rotation : float
-        Degrees, at most, to either side.
+        Maximum angle to either side, in degrees.
     color : float
-        The most by which brightness, contrast and saturation are changed, as a share; hue by a tenth of that.
+        Maximum relative change of brightness, contrast and saturation; hue changes by a tenth of it.
     rand_augment : int
-        Strength of two operations chosen at random (Cubuk et al. 2019), from 1 to 30; 0 is without, 9 is usual.
+        Magnitude of RandAugment with two operations (Cubuk et al. 2019), 1 to 30; 0 disables it, 9 is usual.
     blur : float
-        The largest sigma of a Gaussian blur, in pixels.
+        Maximum sigma of a Gaussian blur, in pixels.
     noise : float
-        Standard deviation of noise on each number of a picture in [0, 1].
+        Standard deviation of Gaussian noise, of pixel values in [0, 1].
     erase : float
-        The share of pictures of which a rectangle is covered (Zhong et al. 2017).
+        Probability of random erasing (Zhong et al. 2017).
     """
 
     crop: float = 0.0
@@ -75,22 +75,22 @@ class Augmentation:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Augmentation:
-        """From a mapping; an unknown name is answered with the nearest."""
+        """From a mapping; the error for an unknown name suggests the nearest one."""
         check_names("augmentation", settings, [field.name for field in fields(cls)])
         return cls(**settings)
 
     @property
     def is_active(self) -> bool:
-        """Whether there is any."""
+        """Whether any augmentation is enabled."""
         return any(asdict(self).values())
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as JSON can hold it; torchvision and torch decide too."""
+        """The enabled augmentations, and the versions of the libraries that determine their results."""
         active_settings = {name: float(value) for name, value in asdict(self).items() if value}
         return {**active_settings, "versions": {name: version(name) for name in ("torch", "torchvision")}}
 
     def build_transform(self) -> v2.Transform | None:
-        """What is done after the crop, to a picture of uint8."""
+        """The changes after the crop, for a uint8 image."""
         transforms: list[v2.Transform] = []
         if self.flip:
             transforms.append(v2.RandomHorizontalFlip(self.flip))
@@ -113,17 +113,17 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class AugmentedTransform:
-    """A transform with an augmentation before what is arithmetic in it: one view of each picture.
+    """A transform with augmentation before the normalization: one view of each image.
 
-    A view is a function of the picture, its number and the seed, and of nothing else: computed in the loop or ahead of
-    it, by any thread, on another day, it is the same. It has the face of a transform, and so can be cached.
+    A view depends only on the image, the view number and the seed, so it can be computed ahead of time, by any thread,
+    and cached like the result of a transform.
 
     Parameters
     ----------
     transform : Transform or CustomTransform
-        The backbone's. One of a user's own is given the changed picture whole.
+        The backbone's. A custom transform gets the augmented image.
     augmentation : Augmentation
-    number : int
+    view_index : int
     seed : int
     """
 
@@ -137,11 +137,11 @@ class AugmentedTransform:
         return self.transform.size
 
     def __call__(self, image: Tensor) -> Tensor:
-        """A picture, uint8 of shape (3, H, W) → float32 of shape (3, h, w)."""
+        """Image, uint8 of shape (3, H, W) → float32 of shape (3, h, w)."""
         return self.normalize(self.apply_geometry(image))
 
     def apply_geometry(self, image: Tensor) -> Tensor:
-        """What is each picture's own: (3, H, W) → (3, h, w)."""
+        """The part for a single image, up to the normalization: (3, H, W) → (3, h, w)."""
         if not self.augmentation.is_active:
             return self.transform.apply_geometry(image)
         view_digest = sha256(image.permute(1, 2, 0).contiguous().numpy().data)
@@ -162,11 +162,11 @@ class AugmentedTransform:
         return image if isinstance(base_transform, Transform) else base_transform.apply_geometry(image)
 
     def normalize(self, batch: Tensor) -> Tensor:
-        """The arithmetic part, of a batch."""
+        """The part for a batch."""
         return self.transform.normalize(batch)
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as JSON can hold it; without augmentation, the transform's own."""
+        """Everything that determines the result; that of the transform alone without augmentation."""
         transform_dict = self.transform.to_dict()
         if not self.augmentation.is_active:
             return transform_dict
@@ -179,14 +179,14 @@ class AugmentedTransform:
 
 
 class seeded_random(TorchFunctionMode):  # a context manager, used as a function
-    """Random numbers from a seed, in this thread alone; the generator that all threads share is not touched.
+    """Random numbers from a seed in this thread only; torch's global generator is not touched.
 
     Examples
     --------
-    >>> with drawn(7):
-    ...     one = torch.rand(3)
-    >>> with drawn(7):
-    ...     bool(torch.equal(torch.rand(3), one))
+    >>> with seeded_random(7):
+    ...     first = torch.rand(3)
+    >>> with seeded_random(7):
+    ...     bool(torch.equal(torch.rand(3), first))
     True
     """
 
@@ -218,12 +218,14 @@ _RANDOM_FUNCTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class BatchMix:
-    """With which other row each was blended, and how much of it is still there.
+    """How a batch was mixed.
 
     Attributes
     ----------
     partner : ndarray of shape (b,), int64, or None
-    share : float
+        The row that each row was mixed with; None without mixing.
+    lam : float
+        The share of the row itself.
     """
 
     partner: NDArray[np.int64] | None = None
@@ -231,12 +233,14 @@ class BatchMix:
 
 
 def apply_mixup_cutmix(inputs: Tensor, tuning: FineTuneConfig) -> tuple[Tensor, BatchMix]:
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), with torch's random numbers; where both are on, by turns.
+    """Apply mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), one of them at random if both are on.
+
+    Torch's generator provides the seed.
 
     Parameters
     ----------
     inputs : Tensor of shape (b, 3, h, w)
-    tuning : FineTuning
+    tuning : FineTuneConfig
     """
     if not (tuning.mixup or tuning.cutmix) or len(inputs) < 2:
         return inputs, BatchMix()

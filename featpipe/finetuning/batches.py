@@ -1,4 +1,4 @@
-"""Where the batches of the loop come from: pictures that are decoded anew, or feature maps that were computed once."""
+"""Batches for the training loop, from images that are decoded in every epoch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from featpipe.storage import digest
 
 __all__ = ["DecodedImageDataset", "EmbeddingNetwork", "TrainingDataset", "prefetch_batches"]
 
-PREFETCHED_BATCHES = 2  # batches that are made ready while one is trained on
+PREFETCHED_BATCHES = 2  # prepared while the current one is trained on
 
 
 class TrainingDataset(Protocol):
-    """What the loop trains on.
+    """Inputs of the training loop: images, or feature maps that were computed once.
 
     Attributes
     ----------
     network : Module
-        What turns a batch into embeddings, with the parameters that are trained.
+        Batch → embeddings, with the parameters that are trained.
     """
 
     network: nn.Module
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
-        """What the network takes, for some rows of the archive; the same for the same rows and epoch."""
+        """Input of the network for rows of the archive; the same for the same rows and epoch."""
         ...
 
 
@@ -60,18 +60,18 @@ class EmbeddingNetwork(nn.Module):
 
 
 class DecodedImageDataset:
-    """Decodes and changes the pictures of an archive.
+    """Decodes and transforms the images of an archive.
 
     Parameters
     ----------
     index : Index
     digests : ndarray of shape (n, 32), uint8
-        SHA-256 of each image's bytes, as they were embedded.
+        SHA-256 of each image's bytes when it was embedded.
     network : Module
-    views : callable
-        A picture, uint8 (3, H, W), and the number of an epoch → float32 (3, h, w).
+    transform : callable
+        Image, uint8 (3, H, W), and epoch → float32 (3, h, w).
     workers : int, optional
-        Threads that decode; as many as there are cores if not given.
+        Decoding threads; one for each core if not given.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class DecodedImageDataset:
         self._reader.__exit__(None, None, None)
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
-        """Pictures of shape (b, 3, h, w), float32."""
+        """Images of shape (b, 3, h, w), float32."""
         if not len(rows):
             return torch.zeros(0)
         return torch.stack(list(self._pool.map(lambda row: self._load_image(row, epoch), rows.tolist())))
@@ -108,7 +108,7 @@ class DecodedImageDataset:
         if digest(data) != self._digests[row].tobytes():
             name = self._index.ids[row]
             raise SampleError(
-                f"{name}: its bytes are others than when it was embedded; run the same command again",
+                f"{name}: its bytes have changed since it was embedded; run the same command again",
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
@@ -116,11 +116,11 @@ class DecodedImageDataset:
             return self._transform(torch.from_numpy(image).permute(2, 0, 1), epoch)
 
     def _read_bytes(self, row: int) -> bytes:
-        """Its bytes; what can only be read front to back is kept in memory, as it is encoded."""
+        """The encoded image."""
         try:
             return self._reader.read(row)
         except SampleError:
-            if self._index.sequential:  # its row is not trained on
+            if self._index.sequential:  # all images are read ahead, this one is not trained on
                 return b""
             raise
 
@@ -128,7 +128,7 @@ class DecodedImageDataset:
 def prefetch_batches(
     dataset: TrainingDataset, batches: Sequence[NDArray[np.int64]], epoch: int, first_batch: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """The batches from the first that is wanted, made ready by another thread while the one before is trained on."""
+    """Rows and inputs of each batch from ``first_batch`` on, prepared by another thread."""
     remaining_batches = batches[first_batch:]
     return zip(
         remaining_batches,

@@ -1,6 +1,6 @@
-"""Checkpoints: one safetensors file with the whole state, and what was asked for as JSON in its header.
+"""Checkpoints: one safetensors file with the training state, and the run's configuration as JSON in its header.
 
-A checkpoint has its name only when it is complete, and nothing in it can run code.
+A checkpoint gets its name only when it is complete, and nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _DAMAGE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, S
 
 
 def save_checkpoint(path: Path, trainer: Trainer, state: TrainingState, run_config: Mapping[str, Any]) -> None:
-    """Save a state, in one step in the place of the one before.
+    """Save a state; it replaces the previous checkpoint atomically.
 
     Parameters
     ----------
     path : Path
-    job : Job
-    state : State
-    asked : mapping
-        What decides the run: settings, rows, weights. JSON can hold it.
+    trainer : Trainer
+    state : TrainingState
+    run_config : mapping
+        Everything that determines the run, as JSON data.
     """
     tensors = {f"now/{name}": tensor for name, tensor in trainer.trained_tensors().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in state.best_weights.items()}
@@ -61,12 +61,12 @@ def save_checkpoint(path: Path, trainer: Trainer, state: TrainingState, run_conf
 
 
 def load_checkpoint(path: Path, trainer: Trainer, run_config: Mapping[str, Any]) -> TrainingState:
-    """Put back what was saved, and go on from there.
+    """Load a state, and put its weights into the trainer's network.
 
     Raises
     ------
     ConfigError
-        If something else was asked for: it lists what differs.
+        If ``run_config`` differs; the message lists the differences.
     ModelError
         If the file is damaged.
     """
@@ -78,18 +78,18 @@ def load_checkpoint(path: Path, trainer: Trainer, run_config: Mapping[str, Any])
             raise ValueError(f"its format is {document['format']!r}")
     except _DAMAGE_ERRORS as error:
         raise ModelError(
-            f"{path}: is damaged or no checkpoint ({' '.join(str(error).split())[:200]}); begin anew with --restart"
+            f"{path}: is damaged or no checkpoint ({' '.join(str(error).split())[:200]}); start over with --restart"
         ) from None
     changed_settings = describe_differences(document["asked"], json.loads(json.dumps(run_config)))
     if changed_settings:
         raise ConfigError(
-            f"{path}: is of a run that was asked for otherwise ({'; '.join(changed_settings[:6])}); give the same again to "
-            "go on, or --restart to begin anew"
+            f"{path}: belongs to a run with other settings ({'; '.join(changed_settings[:6])}); give the same settings "
+            "to resume it, or --restart to start over"
         )
     try:
         return _restore_state(trainer, document, tensors)
     except _DAMAGE_ERRORS as error:
-        raise ModelError(f"{path}: does not fit the network ({error}); begin anew with --restart") from None
+        raise ModelError(f"{path}: does not fit the network ({error}); start over with --restart") from None
 
 
 def _restore_state(trainer: Trainer, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainingState:
@@ -104,7 +104,7 @@ def _restore_state(trainer: Trainer, document: Mapping[str, Any], tensors: Mappi
     parameters = trainer.trained_parameters()
     for name, tensor in _select_prefix("optimizer", tensors).items():
         parameter_name, _, key = name.rpartition("/")
-        weight = parameters[parameter_name]  # as its numbers lie in memory, so must those of the state
+        weight = parameters[parameter_name]  # the optimizer state needs the same memory layout
         value = tensor if key == "step" else torch.empty_like(weight).copy_(tensor)
         state.optimizer.state[weight][key] = value
     return state

@@ -1,4 +1,4 @@
-"""Whether pictures are decoded in every epoch, or feature maps computed once: decided, opened, and said."""
+"""Choose whether to decode images in every epoch or to compute feature maps once, and open the datasets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from featpipe.backbones import Backbone, Partition, partition_network
@@ -33,16 +34,16 @@ DatasetContext = AbstractContextManager[TrainingDataset]
 def open_datasets(
     context: FineTuneContext, backbone: Backbone, network: nn.Module, unfrozen_params: UnfrozenParameters
 ) -> tuple[DatasetContext, DatasetContext]:
-    """The sources of what is trained on, and of what says when to stop, without augmentation.
+    """The dataset to train on, and the one without augmentation to evaluate on.
 
     Parameters
     ----------
-    case : Case
+    context : FineTuneContext
     backbone : Backbone
         Before the training.
     network : Module
-        A copy of its network, which is trained.
-    chosen : Unfrozen
+        The copy of its network that is trained.
+    unfrozen_params : UnfrozenParameters
     """
     augmentation, no_augmentation = Augmentation.from_dict(context.tuning.augmentation), Augmentation()
     partition = _find_boundary(context, backbone, network, unfrozen_params, augmentation)
@@ -62,17 +63,23 @@ def _open_feature_maps(
     context: FineTuneContext, backbone: Backbone, partition: Partition, augmentation: Augmentation
 ) -> tuple[DatasetContext, DatasetContext]:
     settings = {"cache": context.cache_folder, "device": str(context.device), "workers": context.tuning.workers}
-    map_options: dict[str, Any] = {"settings": settings, "seed": context.tuning.seed, "progress": context.progress}
-    map_options["views"] = min(context.tuning.views, context.tuning.epochs)
 
-    def open_maps(rows: Any, map_augmentation: Augmentation) -> DatasetContext:
+    def open_maps(rows: NDArray[np.int64], map_augmentation: Augmentation) -> DatasetContext:
         return context.distributed.run_main_first(
             lambda: make_feature_map_dataset(
-                context.index, rows, backbone, partition, augmentation=map_augmentation, **map_options
+                context.index,
+                rows,
+                backbone,
+                partition,
+                augmentation=map_augmentation,
+                n_views=min(context.tuning.views, context.tuning.epochs),
+                seed=context.tuning.seed,
+                settings=settings,
+                progress=context.progress,
             )
         )
 
-    evaluation_rows = np.concatenate([context.splits.validation, context.monitor_rows])
+    evaluation_rows = context.evaluation_rows
     if not augmentation.is_active:
         shared_maps = open_maps(np.union1d(context.splits.train, evaluation_rows), augmentation)
         return shared_maps, shared_maps
@@ -99,7 +106,7 @@ def _find_boundary(
     unfrozen_params: UnfrozenParameters,
     augmentation: Augmentation,
 ) -> Partition | None:
-    """Where the network is cut; None where pictures are decoded, which is said."""
+    """The boundary for cached feature maps; None if images are decoded in every epoch. A note says why."""
     cache_setting, tuning = context.tuning.cache_activations, context.tuning
     if cache_setting == "no":
         return None
@@ -112,15 +119,15 @@ def _find_boundary(
     except ConfigError as error:
         if cache_setting == "yes":
             raise ConfigError(f"cache_activations=yes: {error}") from None
-        logger.info(f"every epoch decodes the pictures: {error}")
+        logger.info(f"images are decoded in every epoch: {error}")
         return None
     use_cache = estimate.worthwhile or cache_setting == "yes"
     prefix = (
         ""
         if estimate.worthwhile
-        else "feature maps are kept, as was asked: "
+        else "feature maps are cached because of cache_activations=yes: "
         if use_cache
-        else "every epoch decodes the pictures: "
+        else "images are decoded in every epoch: "
     )
     logger.info(prefix + estimate.reason)
     return partition if use_cache else None
@@ -129,6 +136,6 @@ def _find_boundary(
 def _estimate_caching_gain(
     context: FineTuneContext, backbone: Backbone, partition: Partition, augmentation: Augmentation
 ) -> CacheEstimate:
-    n_images = len(context.splits.train_and_validation) + len(context.monitor_rows)
+    n_images = len(context.splits.train) + len(context.evaluation_rows)
     n_views = context.tuning.views if augmentation.is_active else 1
     return estimate_caching_gain(backbone, partition, n_images, context.tuning.epochs, n_views, context.cache_folder)

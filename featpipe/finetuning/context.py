@@ -1,11 +1,12 @@
-"""One model, the images that it is trained on further, and what is asked for."""
+"""The inputs of one fine-tuning run."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from featpipe.cache import FeatureCache
 from featpipe.config import ExtractionConfig, FineTuneConfig
 from featpipe.data import Index
 from featpipe.extraction import extract_index
-from featpipe.finetuning.distributed import DistributedContext
-from featpipe.finetuning.regularizers import Regularizers
+from featpipe.finetuning.distributed import DistributedContext, resolve_process_device
+from featpipe.finetuning.loss_terms import LossTerm
 from featpipe.finetuning.split import Splits
 from featpipe.finetuning.trainer import EpochRecord
 from featpipe.model import Model
@@ -28,31 +29,41 @@ from featpipe.storage import compute_fingerprint
 
 __all__ = ["NON_TRAINING_SETTINGS", "FineTuneContext", "checkpoint_path_for", "extract_for_model"]
 
-NON_TRAINING_SETTINGS = ("device", "workers", "keep_worse")  # settings that decide nothing in the training
+NON_TRAINING_SETTINGS = ("device", "workers", "keep_worse")  # settings that do not influence the training
+NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class FineTuneContext:
-    """One model, the images that it is trained on further, and what is asked for.
+    """What one fine-tuning run works on: the model, its images, the settings, and what a caller adds to the training.
 
     Attributes
     ----------
     model : Model
+        The model to fine-tune; its head gives the classes or targets.
     index : Index
-    before : FeatureCache
-        The embeddings of all images by the model's own backbone.
-    sides : Sides
-    tuning : FineTuning
-    device : torch.device
-    world : World
-    cache : path-like
-        The folder of all caches.
+    base_cache : FeatureCache
+        Embeddings of all images of ``index`` by the model's own backbone.
+    splits : Splits
+    tuning : FineTuneConfig
+    cache_folder : path-like
+        Where caches are kept.
     out : path-like or None
-    tell : callable
-    board : callable or None
-        Told each epoch.
-    past : Past or None
-        Where classes have come to those that the model knew: the held-out rows are then watched after each epoch too.
+        Where the model will be saved; the checkpoint lies beside it. Without it there is no checkpoint.
+    progress : callable
+    distributed : DistributedContext
+    epoch_callback : callable or None
+        Called with each :class:`featpipe.finetuning.trainer.EpochRecord`.
+    loss_terms : sequence of LossTerm
+        Added to the loss.
+    monitors : mapping from name to ndarray of int64
+        Rows whose loss and score are recorded after each epoch; they do not influence training.
+    sample_weights : ndarray of shape (n,) or None
+        Weight of each row of ``index`` in the loss; 1 on average over the training rows.
+    logit_adjustment : ndarray of shape (k,) or None
+        Added to the logits in the loss alone.
+    extra_config : mapping
+        Whatever else determines the training, JSON data; a checkpoint with other values is refused.
     """
 
     model: Model
@@ -60,18 +71,25 @@ class FineTuneContext:
     base_cache: FeatureCache
     splits: Splits
     tuning: FineTuneConfig
-    device: torch.device
-    distributed: DistributedContext
     cache_folder: str | os.PathLike[str]
     out: str | os.PathLike[str] | None
     progress: ProgressCallback
+    distributed: DistributedContext = field(default_factory=DistributedContext)
     epoch_callback: Callable[[EpochRecord], None] | None = None
-    regularizers: Regularizers | None = None
+    loss_terms: Sequence[LossTerm] = ()
+    monitors: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    sample_weights: NDArray[np.float64] | None = None
+    logit_adjustment: NDArray[np.float64] | None = None
+    extra_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return resolve_process_device(self.tuning.device)
 
     @property
-    def monitor_rows(self) -> NDArray[np.int64]:
-        """Rows that are looked at after each epoch and decide nothing."""
-        return self.splits.test[:0] if self.regularizers is None else self.splits.test
+    def evaluation_rows(self) -> NDArray[np.int64]:
+        """The validation rows, then those of all monitors: evaluated after each epoch, without augmentation."""
+        return np.concatenate([self.splits.validation, np.unique(np.concatenate([NO_ROWS, *self.monitors.values()]))])
 
     @property
     def checkpoint_path(self) -> Path | None:
@@ -79,7 +97,7 @@ class FineTuneContext:
 
     @property
     def run_config(self) -> dict[str, Any]:
-        """All that decides what comes of the training; JSON can hold it."""
+        """Everything that determines the result of the training, as JSON data."""
         settings = {name: value for name, value in asdict(self.tuning).items() if name not in NON_TRAINING_SETTINGS}
         rows_digest = hashlib.sha256()
         for split_rows in (self.splits.train, self.splits.validation, self.splits.test):
@@ -88,9 +106,8 @@ class FineTuneContext:
                 + np.ascontiguousarray(self.splits.y[split_rows]).tobytes()
                 + b"|"
             )
-        regularizer_entry = {} if self.regularizers is None else {"past": dict(self.regularizers.provenance or {})}
         return {
-            **regularizer_entry,
+            **self.extra_config,
             "settings": settings,
             "model": self.model.identity,
             "backbone": compute_fingerprint(self.base_cache.facts["backbone"]),
@@ -102,18 +119,18 @@ class FineTuneContext:
         return compute_fingerprint([self.run_config, self.tuning.keep_worse])
 
     def extract_embeddings(self, backbone: Backbone) -> FeatureCache:
-        """The embeddings of all images by a backbone."""
+        """Embed all images with a backbone."""
         return extract_for_model(self.index, self.model, backbone, self.cache_folder, self.progress)
 
 
 def checkpoint_path_for(out: str | os.PathLike[str]) -> Path:
-    """Beside the model that is going to be."""
+    """Where the checkpoint of a model that will be saved at ``out`` lies."""
     return Path(f"{os.fspath(out)}.checkpoint")
 
 
 def extract_for_model(
     index: Index, model: Model, backbone: Backbone, cache_folder: Any, progress: ProgressCallback
 ) -> FeatureCache:
-    """The embeddings of an archive, made as those that a model was trained on."""
+    """Embed an archive with the extraction settings that a model was trained with."""
     settings = {**model.extraction(), "backbone": backbone, "cache": cache_folder}
     return extract_index(index, backbone, ExtractionConfig.from_settings(settings), progress)

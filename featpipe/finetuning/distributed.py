@@ -1,6 +1,6 @@
-"""Several processes that train one network on shares of each batch, as ``torchrun`` starts them.
+"""Training by several processes, started by ``torchrun``: each computes a share of every batch.
 
-Gradients are summed over the processes after each batch, so that a step is the one that a single process would take.
+Gradients are summed over all processes after each batch, so a step equals that of a single process.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-__all__ = ["DistributedContext", "join_distributed"]
+from featpipe.inference import keep_freed_memory, resolve_device
+
+__all__ = ["DistributedContext", "join_distributed", "resolve_process_device"]
 
 R = TypeVar("R")
-BARRIER_TIMEOUT = timedelta(days=2)  # the others wait while the first one extracts
+BARRIER_TIMEOUT = timedelta(days=2)  # the others wait while the main process extracts
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """One process among those that train together.
+    """The place of this process among those that train together.
 
     Attributes
     ----------
@@ -38,15 +40,15 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process writes files and reports progress."""
         return self.rank == 0
 
     def shard(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of a batch that are this process's."""
+        """The share of a batch that this process computes."""
         return rows[self.rank :: self.size]
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Put into each tensor the sum of those of all processes, in one exchange for each dtype."""
+        """Sum tensors over all processes, in place, with one exchange for each dtype."""
         if self.size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -57,13 +59,13 @@ class DistributedContext:
                 tensor.copy_(summed.view_as(tensor))
 
     def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Put into each tensor what the first process has there."""
+        """Copy tensors of the main process to the others, in place."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
     def all_reduce_any(self, value: bool) -> bool:
-        """Whether it is so in any of the processes."""
+        """Whether ``value`` is true in any process."""
         if self.size == 1:
             return value
         flag = torch.tensor(int(value), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
@@ -71,7 +73,7 @@ class DistributedContext:
         return bool(flag.item())
 
     def run_main_first(self, function: Callable[[], R]) -> R:
-        """Do something in the first process, and then, when it is done there, in the others."""
+        """Call a function in the main process, and afterwards in the others."""
         if self.size == 1:
             return function()
         if not self.is_main:
@@ -85,7 +87,7 @@ class DistributedContext:
 
 @contextmanager
 def join_distributed(device: torch.device) -> Iterator[DistributedContext]:
-    """The world that this process was started in; alone, if it was started by itself."""
+    """Join the processes that torchrun started; a process that was started by itself is alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not distributed.is_available():
         yield DistributedContext()
@@ -104,3 +106,14 @@ def join_distributed(device: torch.device) -> Iterator[DistributedContext]:
         package_logger.setLevel(level)
         if owns_group:
             distributed.destroy_process_group()
+
+
+def resolve_process_device(name: str) -> torch.device:
+    """The device of this process: of several processes on one machine each has its own GPU."""
+    device = resolve_device(name)
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        device = resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device

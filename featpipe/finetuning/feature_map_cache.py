@@ -1,8 +1,8 @@
-"""Feature maps at the frozen boundary: computed once into a cache, and trained on in place of the pictures.
+"""Cached feature maps: the output of the frozen part of a network, computed once and trained on in place of images.
 
-What is frozen gives the same maps in every epoch. They are extracted as embeddings are, with the same engines, parts
-and caches, so that a kill costs nothing and a second run computes none of them again; a view of a picture is part of
-the transform, and so of what a cache is made of.
+The frozen part gives the same maps in every epoch. They are extracted as embeddings are, with the same engine, parts
+and cache format, so an interrupted run loses nothing and a second run computes nothing again. The view number is part
+of the transform, and so of the cache's fingerprint.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ __all__ = [
     "make_feature_map_dataset",
 ]
 
-BACKWARD_COST = 2  # times the work of the forward pass, of a layer that is trained
-MIN_CACHING_GAIN = 1.2  # times less work, for which disk is spent
-MAX_DISK_SHARE = 0.5  # of what is free; parts and the cache that is made of them are there at once
-MIXING_NOT_CACHEABLE = "mixup and cutmix mix pictures, and what is frozen would have to see each mixture"
+BACKWARD_COST = 2  # relative to the forward pass
+MIN_CACHING_GAIN = 1.2  # a smaller reduction of work is not worth the disk space
+MAX_DISK_SHARE = 0.5  # of the free space: parts and the cache that is made of them exist at the same time
+MIXING_NOT_CACHEABLE = "mixup and cutmix mix images, and the frozen part would have to process each mixture"
 
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """Whether feature maps are better computed once.
+    """Whether caching feature maps pays off.
 
     Attributes
     ----------
-    pays : bool
-    why : str
-        One sentence, for people.
-    bytes : int
+    worthwhile : bool
+    reason : str
+        In words.
+    n_bytes : int
         On disk.
     gain : float
-        How many times less work it is, by multiply-adds.
+        Work without the cache divided by work with it, in multiply-adds.
     """
 
     worthwhile: bool
@@ -78,23 +78,23 @@ def estimate_caching_gain(
     folder: str | os.PathLike[str],
     storage: str = "float16",
 ) -> CacheEstimate:
-    """Whether it is less work, and fits on the disk, to compute what is below a cut once for each view.
+    """Estimate whether computing the frozen part once for each view is less work, and whether the maps fit on the disk.
 
     Parameters
     ----------
     backbone : Backbone
-    cut : Cut
+    partition : Partition
         Of its network.
-    images, epochs, views : int
+    n_images, n_epochs, n_views : int
     folder : path-like
-        Where the maps would be kept.
+        Where the maps would be stored.
     storage : {"float16", "float32"}
     """
     n_views, truncated_backbone = min(n_views, n_epochs), _truncate_backbone(backbone, partition)
     needed_bytes = _map_bytes(truncated_backbone, storage) * n_images * n_views
     total_work, frozen_work = count_multiply_adds(backbone), count_multiply_adds(truncated_backbone)
     if not total_work or frozen_work is None:
-        return CacheEstimate(False, "how much work the frozen part is could not be counted", needed_bytes, 1)
+        return CacheEstimate(False, "the work of the frozen part could not be counted", needed_bytes, 1)
     trained_work = (1 + BACKWARD_COST) * max(0, total_work - frozen_work)
     gain = n_epochs * (frozen_work + trained_work) / (n_views * frozen_work + n_epochs * trained_work)
     frozen_part = f"the frozen part, {frozen_work / total_work:.0%} of a forward pass,"
@@ -102,7 +102,7 @@ def estimate_caching_gain(
     if gain < MIN_CACHING_GAIN:
         schedule_text = f"{n_epochs} epochs of {n_views} view{'s' * (n_views > 1)}"
         return CacheEstimate(
-            False, f"computing {frozen_part} ahead for {schedule_text} would be {gain_text}", needed_bytes, gain
+            False, f"caching {frozen_part} for {schedule_text} would be {gain_text}", needed_bytes, gain
         )
     free_bytes = shutil.disk_usage(_existing_ancestor(folder)).free
     if needed_bytes > MAX_DISK_SHARE * free_bytes:
@@ -110,12 +110,12 @@ def estimate_caching_gain(
         return CacheEstimate(False, reason, needed_bytes, gain)
     frequency_text = "once" if n_views == 1 else f"for {n_views} views"
     return CacheEstimate(
-        True, f"{frozen_part} is computed {frequency_text} and kept, {size_text}: {gain_text}", needed_bytes, gain
+        True, f"{frozen_part} is computed {frequency_text} and cached, {size_text}: {gain_text}", needed_bytes, gain
     )
 
 
 def feature_map_bytes(backbone: Backbone, partition: Partition, storage: str) -> int:
-    """On disk, for one view of one image."""
+    """Bytes on disk of one view of one image."""
     return _map_bytes(_truncate_backbone(backbone, partition), storage)
 
 
@@ -125,21 +125,21 @@ def _map_bytes(truncated_backbone: Backbone, storage: str) -> int:
 
 
 class FeatureMapDataset:
-    """Batches of feature maps, in place of pictures.
+    """Batches of cached feature maps.
 
     Parameters
     ----------
     network : Module
-        The map at the cut → embeddings.
+        Feature map → embeddings.
     caches : sequence of FeatureCache
         One for each view; epochs take turns.
     rows : ndarray of shape (m,), int64
-        The rows of the archive that the caches hold, in their order.
+        The rows of the archive that the caches contain, in their order.
 
     Raises
     ------
     ConfigError
-        If a row has no map, because its numbers are too large for the storage.
+        If a row has no map, because its values exceed the range of the storage type.
     """
 
     def __init__(self, network: nn.Module, caches: Sequence[FeatureCache], rows: NDArray[np.int64]) -> None:
@@ -152,19 +152,20 @@ class FeatureMapDataset:
             failed_rows = np.flatnonzero(cache.status_codes != Status.OK)
             if len(failed_rows):
                 reason = Status(int(cache.status_codes[failed_rows[0]])).word
+                example = f"{cache.ids[int(failed_rows[0])]}: {reason}"
                 raise ConfigError(
-                    f"{cache.path}: {len(failed_rows)} images have no feature map ({cache.ids[int(failed_rows[0])]}: {reason}); "
-                    "train on pictures, with --cache-activations no"
+                    f"{cache.path}: {len(failed_rows)} images have no feature map ({example}); train on images, with "
+                    "--cache-activations no"
                 )
 
     def __enter__(self) -> FeatureMapDataset:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """The maps are mapped into memory, and go with the object."""
+        """Nothing to close: the memory maps end with the object."""
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
-        """Maps of shape (b, …), float32, of the view whose turn it is."""
+        """Maps of shape (b, …), float32, of the epoch's view."""
         feature_maps = self._maps[epoch % len(self._maps)]
         batch_maps = torch.from_numpy(np.take(feature_maps, self._cache_rows[rows], axis=0))
         layout = torch.channels_last if batch_maps.ndim == 4 else torch.contiguous_format
@@ -183,7 +184,7 @@ def make_feature_map_dataset(
     settings: Any = None,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureMapDataset:
-    """Compute what is not known yet of the maps of some rows, and give them out in batches.
+    """Compute the feature maps of some rows, as far as no cache has them, and open them.
 
     Parameters
     ----------
@@ -191,22 +192,22 @@ def make_feature_map_dataset(
     rows : ndarray of shape (m,), int64
         Of the index.
     backbone : Backbone
-        As it was before any training.
-    cut : Cut
-        Of its network or of a copy, which is then trained.
+        Before any training.
+    partition : Partition
+        Of its network, or of a copy that is then trained.
     augmentation : Augmentation
-    views : int
-        How many of each picture, if there is any augmentation.
+    n_views : int
+        Views of each image, if there is any augmentation.
     seed : int
         Of the augmentation.
     settings : mapping
-        Of :class:`featpipe.config.Extraction`, for what differs from its defaults. If nothing is said, maps are stored
-        as float16, and embeddings, where nothing of the network trains, as float32.
+        Of :class:`featpipe.config.ExtractionConfig`, where they differ from its defaults. Maps are stored as float16
+        by default; embeddings, if nothing of the network is trained, as float32.
     progress : callable
     """
     truncated_backbone = _truncate_backbone(backbone, partition)
     selected_index = index.take(rows)
-    storage = "float16" if isinstance(partition.upper, UpperNetwork) else "float32"  # as embeddings are kept already
+    storage = "float16" if isinstance(partition.upper, UpperNetwork) else "float32"  # like embeddings
     caches = []
     for view_index in range(n_views if augmentation.is_active else 1):
         augmented_transform: Any = AugmentedTransform(backbone.transform, augmentation, view_index, seed)
@@ -218,13 +219,13 @@ def make_feature_map_dataset(
         caches.append(
             extract_index(selected_index, view_backbone, extraction_settings, progress, require_readable=False)
         )
-        with suppress(OSError):  # `featpipe clean` removes what has not been used for long
+        with suppress(OSError):  # mark as used: `featpipe clean` removes old ones
             os.utime(caches[-1].path)
     return FeatureMapDataset(partition.upper, caches, rows)
 
 
 def _cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfig) -> Path:
-    """A file for these images and this view: those of other rows of the same archive lie beside it."""
+    """The cache file of these images and this view."""
     path_digest = sha256(
         "\n".join([compute_fingerprint(make_facts(view_backbone, settings)), *list_archive_paths(index)]).encode(
             "utf-8", "replace"
@@ -236,12 +237,14 @@ def _cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfi
 
 
 def _existing_ancestor(folder: str | os.PathLike[str]) -> Path:
-    """The folder, or the one in which it will be made."""
+    """The folder, or the nearest parent that exists."""
     path = Path(folder).absolute()
     return next(ancestor for ancestor in (path, *path.parents) if ancestor.exists())
 
 
 def _truncate_backbone(backbone: Backbone, partition: Partition) -> Backbone:
-    """The backbone with the value at the cut as its only output."""
-    outputs = resolve_outputs(backbone.network, [partition.output], backbone.transform.size)  # the cut may be of a copy
+    """The backbone with the feature map at the boundary as its only output."""
+    outputs = resolve_outputs(
+        backbone.network, [partition.output], backbone.transform.size
+    )  # the partition may be of a copy
     return replace(backbone, outputs=outputs, request={**backbone.request, "outputs": [partition.output]})

@@ -1,7 +1,7 @@
-"""A fitted head as layers of a network, and back.
+"""Convert a fitted head to layers of a network, and back.
 
-Heads whose scores are linear in the embedding become one layer, perceptrons as many as they have; the scaler, the
-temperature, corrections of priors and the spread of targets are folded into the weights.
+A head with scores linear in the embedding becomes one layer, a perceptron as many as it has. Scaler, temperature, prior
+correction and the scale of targets are folded into the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class HeadLayers:
     weights : tuple of ndarray of shape (fan_out, fan_in), float64
     biases : tuple of ndarray of shape (fan_out,), float64
     activation : str
-        By the name that torch.nn.functional gives it.
+        Its name in torch.nn.functional.
     dropout : float
         After each activation, in training.
     """
@@ -60,11 +60,11 @@ class HeadLayers:
 
     @classmethod
     def zeros(cls, in_features: int, out_features: int) -> HeadLayers:
-        """One layer of zeros: no opinion."""
+        """One layer of zeros."""
         return cls((np.zeros((out_features, in_features)),), (np.zeros(out_features),))
 
     def fold_input_scaling(self, mean: Array, scale: Array) -> HeadLayers:
-        """For inputs that were (x - mean) / scale before: of x."""
+        """Layers of x from layers of (x - mean) / scale."""
         first_weight = self.weights[0] / scale
         return replace(
             self,
@@ -73,7 +73,7 @@ class HeadLayers:
         )
 
     def fold_output_scaling(self, scale: Array | float, offset: Array | float) -> HeadLayers:
-        """With answers that are multiplied, and to which something is added."""
+        """Layers whose outputs are multiplied by ``scale``, then shifted by ``offset``."""
         factor = np.broadcast_to(scale, self.biases[-1].shape)
         return replace(
             self,
@@ -82,7 +82,7 @@ class HeadLayers:
         )
 
     def center_logits(self) -> HeadLayers:
-        """With scores whose mean over the classes is zero: the softmax is the same."""
+        """Shift the logits to mean zero over the classes, which leaves the softmax unchanged."""
         return replace(
             self,
             weights=(*self.weights[:-1], self.weights[-1] - self.weights[-1].mean(axis=0)),
@@ -104,7 +104,7 @@ class HeadLayers:
         return nn.Sequential(*modules)
 
     def with_trained_weights(self, module: nn.Sequential) -> HeadLayers:
-        """The same with the weights of a trained :meth:`module`."""
+        """The same layers with the weights of a trained :meth:`to_module`."""
         layers = [submodule for submodule in module if isinstance(submodule, nn.Linear)]
         return replace(
             self,
@@ -114,7 +114,7 @@ class HeadLayers:
 
 
 def head_to_layers(pipeline: Any, task: str, calibration: Calibration | None, in_features: int) -> HeadLayers | None:
-    """The layers that give a head's own answers, its probabilities after a softmax or sigmoid.
+    """Layers with the predictions of a head: its logits, or its numbers.
 
     Parameters
     ----------
@@ -122,14 +122,14 @@ def head_to_layers(pipeline: Any, task: str, calibration: Calibration | None, in
         A fitted head with its scaler.
     task : {"classification", "regression", "multilabel"}
     calibration : Calibration or None
-    inputs : int
+    in_features : int
         Width of the embedding.
 
     Returns
     -------
-    Layers or None
-        None of a head that has no such form, as far as that shows at once: that scores are linear is for the caller to
-        compare.
+    HeadLayers or None
+        None if the head has neither layers nor scores. Scores are assumed to be linear: the caller has to compare
+        predictions.
     """
     scaler, head = pipeline[0], pipeline[-1]
     can_fold_scaler = len(pipeline) == 2 and (scaler == "passthrough" or hasattr(scaler, "scale_"))
@@ -161,7 +161,7 @@ def _torch_head_to_layers(head: Any) -> HeadLayers:
 
 
 def _evaluate_linear_layer(score_function: Callable[[Array], Array], in_features: int) -> HeadLayers:
-    """The layer that agrees with the answers at zero and at each unit vector."""
+    """The linear layer that agrees with a function at zero and at each unit vector."""
     bias = np.asarray(score_function(np.zeros((1, in_features))), np.float64)[0]
     weight_blocks = []
     for start in range(0, in_features, UNIT_VECTORS_PER_BATCH):
@@ -177,13 +177,13 @@ def _scaler_parameters(scaler: Any, in_features: int) -> tuple[Array, Array]:
 
 
 def layers_to_head(layers: HeadLayers, task: str) -> tuple[str, Any]:
-    """A fitted head of the table, and its name, that answers as some layers do.
+    """A fitted head of the registry with the predictions of some layers.
 
     Returns
     -------
     name : {"linear", "mlp"}
     pipeline : Pipeline
-        Without a scaler; what its estimator answers is what the layers do, in float32.
+        Without a scaler, in float32.
     """
     name = "linear" if len(layers.weights) == 1 else "mlp"
     params: dict[str, Any] = {"scale": "passthrough"}
@@ -209,21 +209,21 @@ def layers_to_head(layers: HeadLayers, task: str) -> tuple[str, Any]:
 
 
 PREDICTION_TOLERANCE = 1e-4
-MAX_COMPARED_ROWS = 1000  # rows
+MAX_COMPARED_ROWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class InitialHead:
-    """The new layers before the first step.
+    """The head layers before the first step.
 
     Attributes
     ----------
-    layers : Layers
-        Their answers are logits; of a regression the targets less ``mean``, divided by ``spread``.
-    mean, spread : ndarray of shape (t,), float64
-        Of the targets; 0 and 1 of classes.
-    how : str
-        For people.
+    layers : HeadLayers
+        Their outputs are logits; in regression, (target - ``target_mean``) / ``target_std``.
+    target_mean, target_std : ndarray of shape (t,), float64
+        0 and 1 in classification.
+    description : str
+        Where the layers come from, in words.
     """
 
     layers: HeadLayers
@@ -232,12 +232,12 @@ class InitialHead:
     description: str
 
     def to_target_units(self, layers: HeadLayers) -> HeadLayers:
-        """Trained layers with answers in the units of the targets."""
+        """Trained layers with outputs in the units of the targets."""
         return layers.fold_output_scaling(self.target_std, self.target_mean)
 
 
 def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> InitialHead:
-    """The layers that give a model's own answers; if it has none, a linear head that is trained for it.
+    """Layers with a model's own predictions; if it has no such form, a linear head fitted in its place.
 
     Parameters
     ----------
@@ -258,7 +258,7 @@ def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> In
         layers = head_to_layers(pipeline, model.task, None, d)
         assert layers is not None
         description = (
-            f"the layer starts as a {name} head trained on the embeddings: {model.head_name} is no layer of a network"
+            f"the layer starts as a {name} head fitted on the embeddings: {model.head_name} is not a network layer"
         )
     target_mean, target_std = _target_statistics(y) if model.task == "regression" else (np.zeros(1), np.ones(1))
     return InitialHead(
@@ -275,14 +275,14 @@ def _predict_with_layers(layers: HeadLayers, task: str, X: NDArray[np.floating])
 
 
 def _predict_with_model(model: Model, X: NDArray[np.float32]) -> NDArray[np.float64]:
-    """What the model itself says."""
+    """The same from the model itself."""
     if model.task == "regression":
         return np.asarray(model.predict_features(X)).reshape(len(X), -1)
     return model.predict_proba_features(X)
 
 
 def _predictions_agree(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
-    """To 1e-4; of numbers, of their size."""
+    """Whether predictions agree to `PREDICTION_TOLERANCE`, relative to values above 1."""
     return a.shape == b.shape and bool(np.abs(a - b).max() <= PREDICTION_TOLERANCE * max(1.0, float(np.abs(b).max())))
 
 

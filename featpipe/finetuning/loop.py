@@ -1,4 +1,4 @@
-"""The loop: epoch, batch, forward, loss, backward, step; evaluate, record, checkpoint."""
+"""The training loop: epoch, batch, forward, loss, backward, step; evaluate, record, checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from types import FrameType
 
@@ -39,30 +39,30 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_INTERVAL_SECONDS = 120.0
 MAX_EVALUATION_BATCH = 64
-MIN_GRADIENT_SCALE = 1.0  # of float16 gradients: below it, it is not the scale that is too large
+MIN_GRADIENT_SCALE = 1.0  # of float16 gradients: with a lower scale, infinite gradients are not overflow
 
 SaveCallback = Callable[[TrainingState], None]
 
 
 class NonFiniteError(Exception):
-    """A loss or a gradient that is no number."""
+    """A loss or gradient is NaN or infinite."""
 
 
 def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback = lambda state: None) -> TrainingState:
-    """Train until the last epoch, or until validation no longer gets better; then the best weights are put back.
+    """Train until the last epoch, or until the validation metric stops improving; then restore the best weights.
 
     Parameters
     ----------
-    job : Job
-    state : State
-        Just begun, or as it was saved.
+    trainer : Trainer
+    state : TrainingState
+        New, or loaded from a checkpoint.
     save : callable
-        Told the state now and then, after each epoch, and when the work is interrupted.
+        Called with the state from time to time, after each epoch, and on an interrupt.
 
     Raises
     ------
     KeyboardInterrupt
-        If the work was interrupted; the state was saved.
+        If the training was interrupted; the state was saved.
     """
     tuning, steps_per_epoch = trainer.tuning, trainer.steps_per_epoch
     last_save_time = monotonic()
@@ -70,7 +70,7 @@ def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback
         if not state.curve:
             state.record_epoch(
                 EpochRecord(
-                    0, float("nan"), *evaluate_validation(trainer, state), **evaluate_old_and_new(trainer, state)
+                    0, float("nan"), *evaluate_validation(trainer, state), metrics=evaluate_monitors(trainer, state)
                 ),
                 trainer,
             )
@@ -111,7 +111,7 @@ def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback
             validation_metrics = (*evaluate_validation(trainer, state), rate)
             state.record_epoch(
                 EpochRecord(
-                    epoch + 1, state.loss / state.seen, *validation_metrics, **evaluate_old_and_new(trainer, state)
+                    epoch + 1, state.loss / state.seen, *validation_metrics, metrics=evaluate_monitors(trainer, state)
                 ),
                 trainer,
             )
@@ -127,20 +127,21 @@ def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback
 def compute_gradients(
     trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], inputs: Tensor, global_batch_size: int
 ) -> tuple[float, Tensor]:
-    """The gradients of the mean loss of a batch, and how long they are together.
+    """Compute the gradients of the mean loss of a batch; return the loss and the norm of all gradients.
 
-    Where the memory is not enough, the batch is divided into more pieces, whose gradients add up to the same.
+    If memory runs out, the batch is divided into more pieces, whose gradients add up to the same.
 
     Parameters
     ----------
+    trainer : Trainer
+    state : TrainingState
     rows : ndarray of shape (b,), int64
-        Of this process.
+        This process's share of the batch.
     inputs : Tensor of shape (b, …)
-    whole : int
+    global_batch_size : int
         Rows of the batch in all processes.
     """
-    layout = torch.channels_last if inputs.ndim == 4 else torch.preserve_format
-    inputs, mix = apply_mixup_cutmix(inputs.to(trainer.device, memory_format=layout), trainer.tuning)
+    inputs, mix = apply_mixup_cutmix(trainer.to_device(inputs), trainer.tuning)
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         try:
@@ -155,7 +156,7 @@ def compute_gradients(
             if not _is_out_of_memory(error):
                 raise
             _increase_pieces(trainer, state, rows, error)
-    if (penalty := trainer.ewc_penalty()) is not None:
+    if (penalty := trainer.penalty()) is not None:
         penalty = penalty / trainer.distributed.size
         state.scaler.scale(penalty).backward()
         total_loss += penalty.detach()
@@ -171,7 +172,7 @@ def compute_gradients(
 def _micro_batch_loss(
     trainer: Trainer, rows: NDArray[np.int64], inputs: Tensor, mix: BatchMix, micro_batch: NDArray[np.int64]
 ) -> Tensor:
-    """Summed over some rows of a batch."""
+    """The weighted loss, summed over some rows of a batch."""
     scores = trainer.compute_scores(trainer.train_data, inputs[torch.from_numpy(micro_batch)])
 
     def weighted_loss(loss_rows: NDArray[np.int64]) -> Tensor:
@@ -185,26 +186,24 @@ def _micro_batch_loss(
 
 
 def _row_losses(trainer: Trainer, scores: Tensor, rows: NDArray[np.int64], label_smoothing: float = 0.0) -> Tensor:
-    """The loss of each row, shape (b,), with what ties its answer to the one of the model before."""
+    """The loss of each row, shape (b,), with the trainer's loss terms."""
     losses = trainer.loss_function.per_row_loss(scores, trainer.targets.select(rows, scores.device)[0], label_smoothing)
     losses = losses.mean(dim=1) if losses.ndim == 2 else losses
-    return (
-        losses
-        if trainer.regularizers is None or trainer.regularizers.distillation is None
-        else losses + trainer.regularizers.distillation.row_losses(scores, rows)
-    )
+    for term in trainer.loss_terms:
+        losses = losses + term.row_losses(scores, rows)
+    return losses
 
 
 def optimizer_step(
     state: TrainingState, active_parameters: tuple[Tensor, ...], loss: float, gradient_norm: Tensor, max_norm: float
 ) -> None:
-    """One step of the optimizer, with gradients that are not too long.
+    """One step of the optimizer, with the gradient norm clipped to ``max_norm``; 0 does not clip.
 
     Raises
     ------
-    NotFinite
-        If the loss or a gradient is no number. float16 gradients that overflow are no such case: the step is left out
-        and the next one scaled down.
+    NonFiniteError
+        If the loss or a gradient is NaN or infinite. If float16 gradients overflow, the step is skipped instead, and
+        the next one is scaled down.
     """
     if not np.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss}")
@@ -218,10 +217,10 @@ def optimizer_step(
 
 
 def evaluate_validation(trainer: Trainer, state: TrainingState) -> tuple[float, float]:
-    """Loss and score on the validation rows, without augmentation; the loss is of what is trained for."""
+    """Loss and score on the validation rows, without augmentation; the loss includes the loss terms."""
     with state.use_ema_weights(trainer), torch.no_grad():
         scores = predict_scores(trainer, trainer.validation_data, trainer.validation_rows)
-        penalty = trainer.ewc_penalty()
+        penalty = trainer.penalty()
     Y, weights = trainer.targets.select(trainer.validation_rows, torch.device("cpu"))
     loss = (_row_losses(trainer, scores, trainer.validation_rows) * weights).sum() / weights.sum() + (
         0.0 if penalty is None else float(penalty)
@@ -230,23 +229,29 @@ def evaluate_validation(trainer: Trainer, state: TrainingState) -> tuple[float, 
     return float(loss), float(trainer.loss_function.row_scores(scores, Y, variance).mean())
 
 
-def evaluate_old_and_new(trainer: Trainer, state: TrainingState) -> dict[str, float]:
-    """Cross-entropy and share of right answers on rows of old and of new classes, where classes have come."""
-    if trainer.regularizers is None or not len(trainer.monitor_rows):
+def evaluate_monitors(trainer: Trainer, state: TrainingState) -> dict[str, dict[str, float]]:
+    """Mean loss and score of each monitor: of the task alone, without loss terms, weights and logit adjustment."""
+    all_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *trainer.monitors.values()]))
+    if not len(all_rows):
         return {}
     with state.use_ema_weights(trainer):
-        scores = predict_scores(trainer, trainer.validation_data, trainer.monitor_rows)
-    metrics: dict[str, float] = {}
-    Y = trainer.targets.select(trainer.monitor_rows, scores.device)[0]
-    losses, correct = torch.nn.functional.cross_entropy(scores, Y, reduction="none"), scores.argmax(dim=1) == Y
-    for group, rows in (("old", trainer.regularizers.k_old > Y), ("new", trainer.regularizers.k_old <= Y)):
-        metrics |= {f"{group}_loss": float(losses[rows].mean()), f"{group}_score": float(correct[rows].double().mean())}
+        scores = predict_scores(trainer, trainer.validation_data, all_rows)
+    Y, task_loss = trainer.targets.select(all_rows, scores.device)[0], replace(trainer.loss_function, adjustment=None)
+    variance = Y.var(dim=0, correction=0) if task_loss.link == "identity" else None
+    losses, row_scores = task_loss.per_row_loss(scores, Y), task_loss.row_scores(scores, Y, variance)
+    metrics = {}
+    for name, rows in trainer.monitors.items():
+        positions = torch.from_numpy(np.searchsorted(all_rows, rows))
+        metrics[name] = {
+            "loss": float(losses[positions].mean()),
+            "score": float(row_scores[positions].double().mean()),
+        }
     return metrics
 
 
 @torch.no_grad()
 def predict_scores(trainer: Trainer, dataset: TrainingDataset, rows: NDArray[np.int64]) -> Tensor:
-    """What the network answers for some rows, shape (m, k), on the CPU; each process computes its share."""
+    """Outputs of the network for some rows, shape (m, k), on the CPU; each process computes its share."""
     trainer.network.eval()
     trainer.head.eval()
     local_indices = trainer.distributed.shard(np.arange(len(rows)))
@@ -257,42 +262,42 @@ def predict_scores(trainer: Trainer, dataset: TrainingDataset, rows: NDArray[np.
     for batch_indices, (_, inputs) in zip(
         index_batches, prefetch_batches(dataset, [rows[part] for part in index_batches], 0), strict=True
     ):
-        scores[torch.from_numpy(batch_indices)] = trainer.compute_scores(dataset, inputs.to(trainer.device))
+        scores[torch.from_numpy(batch_indices)] = trainer.compute_scores(dataset, trainer.to_device(inputs))
     trainer.distributed.all_reduce_sum([scores])
     return scores.cpu()
 
 
 def _step_seed(*numbers: int) -> int:
-    """A seed of its own for each step, so that a run that goes on draws as one that never stopped."""
+    """A seed for each step, so that a resumed run draws the same random numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU torch raises a plain RuntimeError."""
+    """Whether memory ran out; on a CPU, torch raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         message in str(error) for message in ("not enough memory", "can't allocate memory")
     )
 
 
 def _increase_pieces(trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], error: BaseException) -> None:
-    min_rows = 2 if trainer.updates_batch_norm else 1  # of a batch of one there are no statistics
+    min_rows = 2 if trainer.updates_batch_norm else 1  # a batch of one has no statistics
     max_pieces = len(rows) // min_rows
     if state.pieces >= max_pieces:
         count_text = "one image" if min_rows == 1 else "two images"
         raise ConfigError(
             f"there is not enough memory to train on {count_text} at a time ({error}); unfreeze less, or "
-            "take --precision bf16"
+            "give --precision bf16"
         ) from error
     state.pieces = min(2 * state.pieces, max_pieces)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
-    consequence = "each with batch statistics of its own" if trainer.updates_batch_norm else "with the same gradients"
+    consequence = "each with its own batch statistics" if trainer.updates_batch_norm else "with the same gradients"
     text = f"memory ran out: batches of {trainer.tuning.batch} are computed in {state.pieces} pieces, {consequence}"
     logger.warning(text)
 
 
 def _stop_at_non_finite(trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], reason: str) -> TrainingState:
-    """The best weights so far, and which images it was."""
+    """Restore the best weights so far, and warn with the images of the batch."""
     names = [trainer.sample_ids[int(row)] for row in rows]
     more_text = f" and {len(names) - 8} more" if len(names) > 8 else ""
     position = f"epoch {state.epoch + 1}, step {state.step + 1}"
@@ -308,9 +313,8 @@ def _report_epoch(trainer: Trainer, state: TrainingState) -> None:
     epoch = state.curve[-1]
     loss_text = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
     text = f"{loss_text}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
-    group_scores = {"old classes": epoch.old_score, "new ones": epoch.new_score}
     score_texts = [
-        f"{group} {score:.3f}" for group, score in group_scores.items() if score is not None and math.isfinite(score)
+        f"{name} {metrics['score']:.3f}" for name, metrics in epoch.metrics.items() if math.isfinite(metrics["score"])
     ]
     text += f"; {', '.join(score_texts)}" if score_texts else ""
     logger.info(text)
@@ -319,7 +323,7 @@ def _report_epoch(trainer: Trainer, state: TrainingState) -> None:
 
 
 def make_tensorboard_logger(folder: str | os.PathLike[str]) -> Callable[[EpochRecord], None]:
-    """What writes an epoch into a folder.
+    """A function that writes an epoch's metrics into a TensorBoard folder.
 
     Raises
     ------
@@ -330,28 +334,32 @@ def make_tensorboard_logger(folder: str | os.PathLike[str]) -> Callable[[EpochRe
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            f"{folder}: TensorBoard is not installed; pip install tensorboard, or leave --tensorboard out"
+            f"{folder}: TensorBoard is not installed; pip install tensorboard, or omit --tensorboard"
         ) from None
 
     def log_epoch(epoch: EpochRecord) -> None:
         with SummaryWriter(os.fspath(folder)) as writer:
-            for name, value in epoch.to_dict().items():
-                if name != "number" and value is not None:
-                    writer.add_scalar(name, value, epoch.number)
+            document = epoch.to_dict()
+            number, metrics = document.pop("number"), document.pop("metrics", {})
+            for monitor, values in metrics.items():
+                document |= {f"{monitor}/{name}": value for name, value in values.items()}
+            for name, value in document.items():
+                if value is not None:
+                    writer.add_scalar(name, value, number)
 
     return log_epoch
 
 
 @dataclass
 class StopRequest:
-    """Whether somebody wants the work to stop."""
+    """Whether a signal has requested a stop."""
 
     requested: bool = False
 
 
 @contextmanager
 def defer_signals() -> Iterator[StopRequest]:
-    """Note the first signal; a second one ends the work at once. Elsewhere than in the main thread nothing changes."""
+    """Defer the first SIGINT or SIGTERM; the second one interrupts at once. Does nothing outside the main thread."""
     stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop_request

@@ -1,4 +1,4 @@
-"""A learning rate to begin with, from a few batches."""
+"""Learning rate finder (Smith 2017)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 MIN_RATE, MAX_RATE = 1e-6, 1.0
 MAX_STEPS = 60
 LOSS_SMOOTHING = 0.9
-DIVERGENCE_RATIO = 3.0  # times the lowest loss so far
-RATE_DIVISOR = 10.0  # Smith 2017 takes a rate well below where the loss is lowest
+DIVERGENCE_RATIO = 3.0  # stop when the loss exceeds so many times the lowest one
+RATE_DIVISOR = 10.0  # Smith 2017 takes a rate well below the one with the lowest loss
 
 
 def find_learning_rate(trainer: Trainer) -> float:
-    """The rate a tenth of that at which the loss, smoothed, is lowest while the rate grows from batch to batch.
+    """A tenth of the rate with the lowest smoothed loss, while the rate grows exponentially from batch to batch.
 
-    The network is afterwards as it was.
+    The network's weights are restored afterwards.
 
     Raises
     ------
     ConfigError
-        If no rate makes the loss smaller.
+        If no rate reduces the loss.
     """
     initial_weights, state = clone_tensors(trainer.trained_tensors()), TrainingState.init(trainer, MIN_RATE)
     active_parameters = trainer.unfreeze_for_epoch(trainer.tuning.epochs)
@@ -61,10 +61,10 @@ def find_learning_rate(trainer: Trainer) -> float:
                 lowest_loss, lowest_loss_rate = corrected_loss, rate
             if corrected_loss > DIVERGENCE_RATIO * lowest_loss:
                 break
-            trainer.progress(Progress("looking for a learning rate", step_index + 1, len(batches), "batches"))
+            trainer.progress(Progress("finding a learning rate", step_index + 1, len(batches), "batches"))
     load_weights(trainer, initial_weights)
     if not lowest_loss < first_loss:
-        raise ConfigError("no learning rate made the loss smaller; give one with --learning-rate, or freeze less")
+        raise ConfigError("no learning rate reduced the loss; give one with --learning-rate, or unfreeze more")
     learning_rate = lowest_loss_rate / RATE_DIVISOR
     logger.info(f"learning rate {learning_rate:.2g}: the loss was lowest at {lowest_loss_rate:.2g}")
     return learning_rate

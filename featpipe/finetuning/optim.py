@@ -1,4 +1,4 @@
-"""Which weights learn how fast, and how that changes over the steps."""
+"""Optimizer, parameter groups and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ONE_CYCLE_START_FACTOR, ONE_CYCLE_END_FACTOR, ONE_CYCLE_WARMUP_SHARE = (
     1 / 25,
     1e-4,
     0.3,
-)  # of the highest rate; the share of steps
+)  # factors of the highest rate; share of the steps
 
 
 def make_parameter_groups(
@@ -26,21 +26,21 @@ def make_parameter_groups(
     depth: Mapping[str, int],
     tuning: FineTuneConfig,
 ) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer: by their distance from the new layer, norms and biases apart.
+    """Parameter groups by distance from the head, with norms and biases separate: these have no weight decay.
 
     Parameters
     ----------
-    head : mapping from name to Parameter
-        Of the new layer, which has the whole rate.
-    below : mapping from name to Parameter
+    head_parameters : mapping from name to Parameter
+        Trained with the full rate.
+    backbone_parameters : mapping from name to Parameter
     depth : mapping from name to int
-        Of each of ``below``, 1 for those next to the new layer.
-    tuning : FineTuning
+        Of each backbone parameter: 1 for the stage next to the head.
+    tuning : FineTuneConfig
 
     Returns
     -------
     list of dict
-        ``share`` is what the base rate is multiplied by; ``names`` are those of ``params``.
+        ``share`` is the factor of the base rate; ``names`` are those of ``params``.
     """
     groups_by_key: dict[tuple[int, bool], dict[str, Any]] = {}
     named_parameters = [(name, parameter, 0) for name, parameter in head_parameters.items()]
@@ -62,21 +62,21 @@ def make_parameter_groups(
 
 
 def make_optimizer(parameter_groups: list[dict[str, Any]], tuning: FineTuneConfig) -> torch.optim.Optimizer:
-    """The optimizer of some groups; its rates are set in every step."""
+    """The optimizer; the loop sets its rates before each step."""
     if tuning.optimizer == "sgd":
         nesterov = tuning.momentum > 0
         return torch.optim.SGD(parameter_groups, lr=0.0, momentum=tuning.momentum, nesterov=nesterov)
     parameters = [parameter for group in parameter_groups for parameter in group["params"]]
     all_on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-    return torch.optim.AdamW(parameter_groups, lr=0.0, fused=all_on_cpu or None)  # in one pass over each weight
+    return torch.optim.AdamW(parameter_groups, lr=0.0, fused=all_on_cpu or None)  # one pass over each weight
 
 
 def schedule_factor(step: int, total_steps: int, tuning: FineTuneConfig) -> float:
-    """What the rates are multiplied by in a step, counted from 0, of so many.
+    """The factor of the learning rate in a step, counted from 0.
 
     Examples
     --------
-    >>> [round(factor(step, 10, FineTuning(warmup=0.2)), 3) for step in (0, 1, 2, 6, 9)]
+    >>> [round(schedule_factor(step, 10, FineTuneConfig(warmup=0.2)), 3) for step in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.5, 0.038]
     """
     one_cycle = tuning.schedule == "one-cycle"

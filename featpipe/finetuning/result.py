@@ -1,69 +1,50 @@
-"""What fine-tuning brought: probe and fine-tuned model on the same rows that neither has seen."""
+"""The result of fine-tuning: probe and fine-tuned model on the same test rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from featpipe.backbones import Backbone, digest_state
 from featpipe.cache import FeatureCache
-from featpipe.finetuning.head_layers import HeadLayers, layers_to_head
-from featpipe.finetuning.split import Splits, make_dataset
-from featpipe.finetuning.trainer import TrainingState
 from featpipe.metrics import (
     METRICS,
-    Calibration,
     Scores,
     compare_paired,
-    compute_logits,
-    fit_temperature,
     format_score,
     mcnemar_test,
     score,
 )
 from featpipe.model import (
-    STORED_DIGEST_BYTES,
-    ConformalPredictor,
     Model,
-    ReplayMemory,
-    RetentionPolicy,
-    Uncertainty,
-    collect_replay_memory,
 )
-from featpipe.training import EmbeddingDataset, fit_novelty
 
 __all__ = [
     "FineTuningResult",
     "ProbeComparison",
     "compare_models",
-    "make_finetuned_backbone",
-    "make_finetuned_model",
     "predict_rows",
 ]
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeComparison:
-    """Two models on the same held-out rows.
+    """Probe and fine-tuned model on the same test rows.
 
     Attributes
     ----------
     n : int
+        Test rows.
     main : str
-        The score that decides.
+        The metric that decides which model is better.
     metrics : list of dict
         For each score: ``name``, ``probe`` and ``tuned`` (value, low, high), ``difference`` (value, low, high), ``p``.
     per_class : list of dict
-        For each class ``name``, ``rows``, ``probe`` and ``tuned`` (its recall, low, high), ``p``; empty but of classes.
+        For each class ``name``, ``rows``, ``probe`` and ``tuned`` (recall, low, high), ``p``; empty for other tasks.
     """
 
     n: int
@@ -73,7 +54,7 @@ class ProbeComparison:
 
     @property
     def gain(self) -> float:
-        """How much better the fine-tuned model is by the main score."""
+        """How much better the fine-tuned model is by the main metric."""
         value = next(row["difference"][0] for row in self.metrics if row["name"] == self.main)
         return METRICS[self.main].gain(value)
 
@@ -84,7 +65,7 @@ class ProbeComparison:
         return low is not None and high is not None and not low <= 0 <= high
 
     def verdict(self) -> str:
-        """In one sentence."""
+        """The comparison in one sentence."""
         row = next(row for row in self.metrics if row["name"] == self.main)
         name, p = METRICS[self.main].title.lower(), row["p"]
         change = f"{name} {_format_interval(row['probe'])} → {_format_interval(row['tuned'])}"
@@ -95,14 +76,13 @@ class ProbeComparison:
         return f"fine-tuned is {direction} than the probe on {self.n} held-out images{caveat}: {change}, p = {p:.2g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {"n": self.n, "main": self.main, "metrics": self.metrics, "per_class": self.per_class}
 
 
 def compare_models(
     task: str, truth: NDArray[Any], probe: NDArray[Any], tuned: NDArray[Any], classes: tuple[str, ...]
 ) -> ProbeComparison:
-    """Scores of both, with their intervals and the tests of what differs.
+    """Scores of both models with intervals, and paired tests of the differences.
 
     Parameters
     ----------
@@ -168,20 +148,21 @@ def _format_interval(values: list[float | None], signed: bool = False) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FineTuningResult:
-    """What fine-tuning left.
+    """The better of probe and fine-tuned model, and their comparison.
 
     Attributes
     ----------
     model : Model
-        The one that is kept: fine-tuned, or the probe as it was.
+        The fine-tuned model, or the unchanged probe.
     kept : {"fine-tuned", "probe"}
-    comparison : Comparison
+        Which of them it is.
+    comparison : ProbeComparison
     curve : list of dict
         For each epoch, 0 being before the first step: ``number``, ``loss``, ``validation_loss``, ``validation_score``,
         ``rate``.
     best_epoch : int
     notes : tuple of str
-        How it was done, for people.
+        Splits and start of the training, in words.
     """
 
     model: Model
@@ -192,7 +173,6 @@ class FineTuningResult:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {
             "kept": self.kept,
             "verdict": self.comparison.verdict(),
@@ -211,7 +191,7 @@ class FineTuningResult:
         )
 
     def as_table(self) -> list[list[str]]:
-        """The scores for people, a header first."""
+        """A header, and a row for each metric."""
         rows = [["", "probe", "fine-tuned", "difference", "p"]]
         for row in self.comparison.metrics:
             difference = _format_interval(row["difference"], signed=True)
@@ -228,7 +208,7 @@ class FineTuningResult:
         return rows
 
     def class_table(self) -> list[list[str]]:
-        """The share of each class that is right, for people, a header first; only that for tasks without classes."""
+        """A header, and a row with the recall of each class; the header alone for tasks other than classification."""
         rows = [["class", "rows", "probe", "fine-tuned", "p"]]
         for row in self.comparison.per_class:
             p = "" if row["p"] is None else f"{row['p']:.2g}"
@@ -238,128 +218,9 @@ class FineTuningResult:
         return rows
 
 
-def make_finetuned_backbone(base: Backbone, network: nn.Module, weights: str | None) -> Backbone:
-    """Just another backbone: the same network with other weights; the one before, if nothing of it was trained.
-
-    Parameters
-    ----------
-    before : Backbone
-    network : Module
-        A trained copy of its network.
-    weights : str or None
-        Where the weights are going to be found.
-    """
-    network = network.cpu().to(memory_format=torch.contiguous_format)
-    network = network.eval().requires_grad_(False)
-    digest = digest_state(network)
-    if digest == base.digest:
-        return base
-    request = {**base.request, "weights": weights}
-    return replace(base, network=network, digest=digest, origin=f"fine-tuned from {base.origin}", request=request)
-
-
-def make_finetuned_model(
-    model: Model,
-    start_model: Model,
-    backbone: Backbone,
-    cache: FeatureCache,
-    splits: Splits,
-    layers: HeadLayers,
-    state: TrainingState,
-    history: Mapping[str, Any],
-) -> Model:
-    """A model like any other.
-
-    Parameters
-    ----------
-    model : Model
-        The one before, which says what is asked of a model.
-    start : Model
-        The one that it started from.
-    backbone : Backbone
-    cache : FeatureCache
-        Of that backbone.
-    sides : Sides
-    layers : Layers
-        Trained, with answers in the units of the targets.
-    state : State
-    history : mapping
-    """
-    name, pipeline = layers_to_head(layers, model.task)
-    train_set, validation_set = (
-        make_dataset(model, cache, splits.y, rows) for rows in (splits.train, splits.validation)
-    )
-    backbone_changed = backbone is not model.backbone
-    digests = np.concatenate(
-        [start_model.trained_on, cache.digests[splits.train_and_validation][:, :STORED_DIGEST_BYTES]]
-    )
-    finetuned = Model(
-        head=pipeline,
-        head_name=name,
-        task=model.task,
-        classes=model.classes,
-        output=model.output,
-        facts=cache.facts,
-        request=dict(backbone.request),
-        trained_on=np.unique(digests, axis=0),
-        history={**_make_history(model, state), **history},
-        calibration=_make_calibration(model, pipeline, validation_set),
-        kept=_make_replay_memory(model.kept, pipeline, train_set),
-        device=model.device,
-        _carries_weights=backbone_changed or model._carries_weights,
-        _backbone=backbone,
-    )
-    finetuned.trust = _make_uncertainty(model, finetuned, train_set, validation_set)
-    return finetuned
-
-
 def predict_rows(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Probabilities or numbers of shape (m, k), from the embeddings of a cache."""
     X = np.asarray(cache.features(model.output)[rows], np.float32)
     if model.task == "regression":
         return np.asarray(model.predict_features(X), np.float64).reshape(len(rows), -1)
     return model.predict_proba_features(X)
-
-
-def _make_calibration(model: Model, pipeline: Any, validation_set: EmbeddingDataset) -> Calibration | None:
-    """A temperature from the validation rows, of a model that had one; offsets are in the new layer already."""
-    if model.calibration is None or model.calibration.temperature == 1:
-        return None
-    return Calibration(fit_temperature(compute_logits(pipeline, np.asarray(validation_set.X)), validation_set.y))
-
-
-def _make_replay_memory(previous: ReplayMemory | None, pipeline: Any, rows: EmbeddingDataset) -> ReplayMemory | None:
-    """As much as the model before kept of its training data, of the new embeddings."""
-    if previous is None:
-        return None
-    policy = RetentionPolicy(
-        previous.statistics is not None, previous.importances is not None, previous.to_summary()["rows_a_class"]
-    )
-    return collect_replay_memory(policy, pipeline, rows.X, rows.y, len(rows.classes))
-
-
-def _make_uncertainty(
-    model: Model, finetuned: Model, train_set: EmbeddingDataset, validation_set: EmbeddingDataset
-) -> Uncertainty:
-    """How new an image looks, and sets of answers from the validation rows; where the model before knew."""
-    novelty = fit_novelty(train_set, model.task) if model.trust.novelty is not None else None
-    if model.trust.conformal is None:
-        return Uncertainty(novelty, None)
-    X = np.asarray(validation_set.X)
-    predictions = finetuned.predict_features(X) if model.task == "regression" else finetuned.predict_proba_features(X)
-    return Uncertainty(novelty, ConformalPredictor.from_predictions(predictions, validation_set.y))
-
-
-def _make_history(model: Model, state: TrainingState) -> dict[str, Any]:
-    curve = [epoch.to_dict() for epoch in state.curve]
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "trained_on": model.history.get("trained_on"),
-        "params": {},
-        "curves": {
-            "loss_curve": [epoch["loss"] for epoch in curve[1:]],
-            "validation_curve": [epoch["validation_loss"] for epoch in curve],
-            "validation_score_curve": [epoch["validation_score"] for epoch in curve],
-        },
-        "versions": {name: version(name) for name in ("featpipe", "scikit-learn", "numpy", "torch")},
-    }

@@ -1,4 +1,4 @@
-"""Honest rows: what is trained on, what decides when to stop, and what nothing has seen until the final table."""
+"""Training, validation and test rows of an archive."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ MAX_LISTED_NAMES = 3
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Rows of an archive, and what is true of them in the model's terms.
+    """Rows of an archive, and their labels.
 
     Attributes
     ----------
-    train, validation, held : ndarray of int64
-        Row numbers, ascending; no image is on two sides, byte by byte.
+    train, validation, test : ndarray of int64
+        Row numbers, ascending; no image (by its bytes) is in two of them.
     y : ndarray
-        For each row of the archive: class code of shape (n,), targets of shape (n, t), or 0 and 1 of shape (n, k).
-        Anything for rows that are on no side.
-    how : str
-        For people.
+        For each row of the archive: class codes of shape (n,), targets of shape (n, t), or 0 and 1 of shape (n, k).
+        Arbitrary for rows in none of the splits.
+    description : str
+        In words.
     """
 
     train: NDArray[np.int64]
@@ -48,22 +48,22 @@ class Splits:
 
     @property
     def train_and_validation(self) -> NDArray[np.int64]:
-        """Rows that training and stopping looked at."""
+        """Training and validation rows, ascending."""
         return np.sort(np.concatenate([self.train, self.validation]))
 
 
 def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Splits:
-    """Divide the labelled, readable rows of a cache.
+    """Split the labelled, readable rows of a cache.
 
-    By the split that came with the labels; what that lacks is taken from its training rows, and all of it where there
-    is none. A row's side follows from its bytes.
+    As the labels mark them; a missing validation or test split is held out of the training rows. The split of a row
+    depends only on the bytes of its image.
 
     Raises
     ------
     CacheError
         If there are no labels.
     ConfigError
-        If the labels are not of the model's classes, all of them, or there are too few images.
+        If the labels are not exactly the model's classes, or there are too few images.
     """
     rows, y = cache.usable, _encode_labels(model, cache)
     if not len(rows):
@@ -82,9 +82,7 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
     if not len(validation):
         train, validation = _hold_out(model, cache, train, y, tuning.validation, splits.SplitSeed.FINETUNING_VALIDATION)
     _check_classes(model, cache, y, train)
-    counts_text = (
-        f"{len(train)} images to train on, {len(validation)} to say when to stop, {len(test)} held out for the table"
-    )
+    counts_text = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
     return Splits(
         train,
         validation,
@@ -98,7 +96,7 @@ def _hold_out(
     model: Model, cache: FeatureCache, rows: NDArray[np.int64], y: NDArray[Any], fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if not fraction:
-        raise ConfigError("test and validation are shares above 0: without them nobody could say what it brought")
+        raise ConfigError("test and validation must be above 0: without them nothing can be measured")
     is_classification = model.task == "classification"
     class_arguments = {"names": model.classes} if is_classification else {}
     train_positions, test_positions = splits.make_holdout(
@@ -108,7 +106,7 @@ def _hold_out(
 
 
 def _drop_copies(cache: FeatureCache, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows whose images are not, byte by byte, among others."""
+    """The rows whose images are not, by their bytes, among others."""
     digests = np.ascontiguousarray(cache.digests).view("V32").ravel()
     return rows[~np.isin(digests[rows], digests[others])]
 
@@ -123,13 +121,13 @@ def _encode_labels(model: Model, cache: FeatureCache) -> NDArray[Any]:
     missing_classes = [name for name in model.classes if name not in cache.classes]
     if unknown_classes:
         raise ConfigError(
-            f"{cache.path}: has {_format_names('class', unknown_classes)}, which the model does not know; teach it with "
-            "`featpipe expand` first, or leave those images out"
+            f"{cache.path}: has {_format_names('class', unknown_classes)}, which the model does not know; add it with "
+            "`featpipe expand` first, or remove those images"
         )
     if missing_classes:
         raise ConfigError(
-            f"{cache.path}: has no image of {_format_names('class', missing_classes)}, which the model knows and would forget; give "
-            "images of all its classes, or train a model of fewer"
+            f"{cache.path}: has no image of {_format_names('class', missing_classes)}, which the model would forget; "
+            "give images of all its classes, or train a model with fewer"
         )
     values = cache.label_table.values
     if model.task == "classification":
@@ -141,7 +139,7 @@ def _encode_labels(model: Model, cache: FeatureCache) -> NDArray[Any]:
 
 
 def _present_classes(cache: FeatureCache) -> list[str]:
-    """The classes that some row has; all targets."""
+    """The classes that some row has; in regression all targets."""
     values = cache.label_table.values[cache.usable]
     if cache.task == "classification":
         return [cache.classes[code] for code in np.unique(values)]
@@ -155,8 +153,8 @@ def _check_classes(model: Model, cache: FeatureCache, y: NDArray[Any], train: ND
     missing_classes = [name for code, name in enumerate(model.classes) if not (y[train] == code).any()]
     if missing_classes:
         raise ConfigError(
-            f"{cache.path}: no training image is of {_format_names('class', missing_classes)}, which the model knows and would "
-            "forget; give images of all its classes, or train a model of fewer"
+            f"{cache.path}: no training image is of {_format_names('class', missing_classes)}, which the model would "
+            "forget; give images of all its classes, or train a model with fewer"
         )
 
 
@@ -173,16 +171,17 @@ def refit_without(
     excluded_rows: NDArray[np.int64],
     training_rows: NDArray[np.int64],
 ) -> Model:
-    """The model, if it was trained on none of some rows; else the same head with the same settings, on other rows.
+    """The model itself if it was trained on none of ``excluded_rows``; else its head fitted again on other rows.
 
     Parameters
     ----------
     model : Model
     cache : FeatureCache
         Of the model's backbone.
-    sides : Sides
-    unseen, fitted_on : ndarray of int64
-        Rows that the model must not know, and those that it is fitted on again.
+    splits : Splits
+    excluded_rows : ndarray of int64
+    training_rows : ndarray of int64
+        Rows for the new fit.
     """
     if not model.was_trained_on(cache.digests[excluded_rows]).any():
         return model
@@ -208,7 +207,7 @@ def refit_without(
 
 
 def make_dataset(model: Model, cache: FeatureCache, y: NDArray[Any], rows: NDArray[np.int64]) -> EmbeddingDataset:
-    """Some rows as heads are fitted on them, in the model's terms."""
+    """Rows as a dataset in the model's classes."""
     targets = y[rows]
     if model.task == "regression" and targets.shape[1] == 1:
         targets = targets[:, 0]
@@ -218,11 +217,11 @@ def make_dataset(model: Model, cache: FeatureCache, y: NDArray[Any], rows: NDArr
 
 
 def _head_settings(model: Model) -> tuple[str, Mapping[str, object]]:
-    """The head by its name and settings; logistic, if it is one that cannot be built from them."""
+    """Name and settings of the model's head; logistic or ridge if it cannot be built from its settings."""
     params = dict(model.history.get("params") or {})
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
     search_result = model.history.get("chosen") or {}
-    if model.head_name != "logistic":  # whose strength is chosen anew, from the rows that are left
+    if model.head_name != "logistic":  # logistic selects its strength again, on the new rows
         params |= search_result.get("settings", {})
     try:
         heads.build(model.head_name, model.task, params={k: v for k, v in params.items() if k != "class_weight"})

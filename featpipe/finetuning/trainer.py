@@ -1,13 +1,13 @@
-"""What is trained, on what, and how: everything that stays the same while a network is fine-tuned."""
+"""The trainer, which stays the same while a network is fine-tuned, and the training state, which changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from featpipe.config import FineTuneConfig
 from featpipe.finetuning.batches import TrainingDataset
 from featpipe.finetuning.distributed import DistributedContext
+from featpipe.finetuning.loss_terms import LossTerm
 from featpipe.finetuning.optim import make_optimizer, make_parameter_groups
 from featpipe.finetuning.unfreeze import UnfrozenParameters
 from featpipe.heads import LossFunction
 from featpipe.runtime import ProgressCallback, ignore_progress
-
-if TYPE_CHECKING:
-    from featpipe.finetuning.regularizers import Regularizers
 
 __all__ = ["BACKBONE_PREFIX", "HEAD_PREFIX", "EpochRecord", "Trainer", "TrainingState", "TrainingTargets"]
 
@@ -33,14 +31,14 @@ HEAD_PREFIX, BACKBONE_PREFIX = "head.", "backbone."  # before the names of param
 
 @dataclass(frozen=True, eq=False)
 class TrainingTargets:
-    """What is to be answered for each row of an archive.
+    """Targets of each row of an archive.
 
     Attributes
     ----------
     Y : Tensor
-        Class codes of shape (n,), 0 and 1 of shape (n, k), or standardised numbers of shape (n, t); anything, of rows
-        that are not labelled.
-    weights : Tensor of shape (n,)
+        Class codes of shape (n,), 0 and 1 of shape (n, k), or standardized numbers of shape (n, t); arbitrary for rows
+        without labels.
+    sample_weights : Tensor of shape (n,)
         In the loss; 1 on average over the training rows.
     """
 
@@ -48,34 +46,42 @@ class TrainingTargets:
     sample_weights: Tensor
 
     def select(self, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Those of some rows."""
+        """Targets and weights of some rows."""
         indices = torch.from_numpy(rows)
         return self.Y[indices].to(device), self.sample_weights[indices].to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """What is trained, on what, and how.
+    """A network and a head, the data to train them on, and the settings.
 
     Attributes
     ----------
     network : Module
-        The backbone's, a copy that is trained.
+        A copy of the backbone's network, which is trained.
     head : Sequential
-        The new layer or layers.
-    unfrozen : Unfrozen
-    source, watched : Source
-        Of the training rows, and of those without augmentation by which it is judged when to stop.
-    train, validation : ndarray of shape (m,), int64
+        The head's layer or layers.
+    unfrozen : UnfrozenParameters
+    train_data, validation_data : TrainingDataset
+        With augmentation, and without.
+    train_rows, validation_rows : ndarray of shape (m,), int64
         Rows of the archive.
-    ids : sequence of str
-        What people call them.
-    board : callable or None
-        Told each :class:`featpipe.finetuning.trainer.Epoch` that is done.
-    past : Past or None
-        Where classes have come to those that the model knew.
-    beside : ndarray of shape (t,), int64
-        Rows by which both sides are then watched, of ``watched``; they decide nothing.
+    targets : TrainingTargets
+    loss_function : LossFunction
+    tuning : FineTuneConfig
+    sample_ids : sequence of str
+        Of all rows of the archive, for messages.
+    device : torch.device
+    distributed : DistributedContext
+    progress : callable
+    epoch_callback : callable or None
+        Called with each :class:`EpochRecord`.
+    loss_terms : sequence of LossTerm
+        Added to the loss, in training and on the validation rows.
+    monitors : mapping from name to ndarray of int64
+        Rows of ``validation_data`` whose loss and score are recorded after each epoch; they do not influence training.
+    memory_format : torch.memory_format
+        Of the network's weights and of batches of images or feature maps.
     """
 
     network: nn.Module
@@ -93,8 +99,9 @@ class Trainer:
     distributed: DistributedContext = field(default_factory=DistributedContext)
     progress: ProgressCallback = ignore_progress
     epoch_callback: Callable[[Any], None] | None = None
-    regularizers: Regularizers | None = None
-    monitor_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    loss_terms: Sequence[LossTerm] = ()
+    monitors: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    memory_format: torch.memory_format = torch.channels_last
     _modules_in_training: list[nn.Module] = field(default_factory=list, init=False, repr=False)
 
     @property
@@ -104,11 +111,11 @@ class Trainer:
 
     @property
     def n_outputs(self) -> int:
-        """Numbers that the new layer answers with."""
+        """Width of the output."""
         return len(list(self.head.parameters())[-1])
 
     def epoch_batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The rows of each step of an epoch: they depend on the seed and the epoch, and on nothing before."""
+        """The rows of each step of an epoch; they depend on the seed and the epoch alone."""
         rng = np.random.default_rng((self.tuning.seed, epoch))
         if self.tuning.sampling is None:
             order = rng.permutation(self.train_rows)
@@ -119,13 +126,13 @@ class Trainer:
         return [batch.astype(np.int64) for batch in np.array_split(order, self.steps_per_epoch)]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained in the end, the new layer first."""
+        """All parameters that are trained in some epoch, the head's first."""
         backbone_parameters = dict(self.network.named_parameters())
         head_parameters = {HEAD_PREFIX + name: parameter for name, parameter in self.head.named_parameters()}
         return head_parameters | {BACKBONE_PREFIX + name: backbone_parameters[name] for name in self.unfrozen.names}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """All that training changes: the parameters, and the statistics of the batch norms that follow the batches."""
+        """Everything that training changes: parameters, and statistics of batch norms that follow the batches."""
         tensors: dict[str, Tensor] = {name: parameter.data for name, parameter in self.trained_parameters().items()}
         for module_name, module in self.network.named_modules():
             if isinstance(module, _NormBase) and self._updates_statistics(module):
@@ -133,16 +140,19 @@ class Trainer:
                     tensors[f"{BACKBONE_PREFIX}{module_name}.{name}"] = buffer
         return tensors
 
-    def ewc_penalty(self) -> Tensor | None:
-        """What draws the weights to those of the model before, as part of the loss; None where nothing does."""
-        ewc = None if self.regularizers is None else self.regularizers.ewc
-        return None if ewc is None else ewc.compute(self.trained_parameters())
+    def penalty(self) -> Tensor | None:
+        """The sum of the penalties of all loss terms; None if there is none."""
+        if not self.loss_terms:
+            return None
+        parameters = self.trained_parameters()
+        penalties = [p for term in self.loss_terms if (p := term.penalty(parameters)) is not None]
+        return torch.stack(penalties).sum() if penalties else None
 
     def parameter_depths(self) -> Mapping[str, int]:
         return {BACKBONE_PREFIX + name: depth for name, depth in self.unfrozen.depth.items()}
 
     def unfreeze_for_epoch(self, epoch: int) -> tuple[nn.Parameter, ...]:
-        """Let gradients reach what is trained in an epoch, and nothing else; what that is."""
+        """Enable gradients for the parameters that are trained in an epoch, and return these."""
         active_names = set(self.unfrozen.active_names(epoch, self.tuning.gradual))
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name in active_names)
@@ -155,7 +165,7 @@ class Trainer:
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Dropout and its like are on in what is trained; batch norms follow the batches where that was asked for."""
+        """Enable dropout in the trained part; batch norms follow the batches if ``batch_norm`` is "trained"."""
         for module in self._modules_in_training:
             module.training = True
         try:
@@ -165,13 +175,13 @@ class Trainer:
                 module.training = False
 
     def _find_training_modules(self) -> list[nn.Module]:
-        """The modules that are in training mode while what is thawed now is trained; the network is in eval mode."""
+        """The modules that belong in training mode, while the rest of the network stays in eval mode."""
         is_training = {module: any(p.requires_grad for p in module.parameters()) for module in self.network.modules()}
         for module in self.network.modules():
             if isinstance(module, _NormBase):
                 is_training[module] &= self._updates_statistics(module)
         for parent in self.network.modules():
-            for child in parent.children():  # dropout and its like have no parameters of their own
+            for child in parent.children():  # modules without parameters, such as dropout
                 if next(child.parameters(), None) is None:
                     is_training |= dict.fromkeys(child.modules(), is_training[parent])
         return [*self.head.modules(), *(module for module, trains in is_training.items() if trains)]
@@ -188,13 +198,17 @@ class Trainer:
         )
 
     def _updates_statistics(self, module: nn.Module) -> bool:
-        """Whether a batch norm's statistics follow the batches, once it is thawed."""
+        """Whether the statistics of a batch norm follow the batches once it is unfrozen."""
         return self.tuning.batch_norm == "trained" and any(
             id(p) in self._trained_parameter_ids for p in module.parameters()
         )
 
+    def to_device(self, inputs: Tensor) -> Tensor:
+        """A batch on the device, in the trainer's memory format."""
+        return inputs.to(self.device, memory_format=self.memory_format if inputs.ndim == 4 else torch.preserve_format)
+
     def compute_scores(self, dataset: TrainingDataset, inputs: Tensor) -> Tensor:
-        """Logits, or standardised numbers, of shape (b, k), float32."""
+        """Logits, or standardized numbers, of shape (b, k), float32."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.tuning.precision)
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             scores = self.head(dataset.network(inputs))
@@ -203,19 +217,19 @@ class Trainer:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What is recorded of an epoch; of number 0 what was true before the first step.
+    """The metrics of an epoch; number 0 is before the first step.
 
     Attributes
     ----------
     number : int
     loss : float
-        Mean over the training rows, as they were seen; NaN of number 0.
+        Running mean over the training rows; NaN for number 0.
     validation_loss, validation_score : float
-        The score: the share of right answers, or R² of numbers.
+        The score is accuracy, or R² in regression.
     rate : float
         The highest learning rate of its last step.
-    old_loss, new_loss, old_score, new_score : float or None
-        Of rows of old and of new classes that decide nothing; NaN of a side without rows, None where no class came.
+    metrics : dict
+        For each of the trainer's ``monitors`` its ``loss`` and ``score``; NaN for a monitor without rows.
     """
 
     number: int
@@ -223,47 +237,56 @@ class EpochRecord:
     validation_loss: float
     validation_score: float
     rate: float = 0.0
-    old_loss: float | None = None
-    new_loss: float | None = None
-    old_score: float | None = None
-    new_score: float | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, float | int | None]:
-        """As JSON can hold it."""
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        finite_values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        return {**finite_values, "number": self.number}
+    def to_dict(self) -> dict[str, Any]:
+        """With None for NaN and infinity, and without ``metrics`` if there are none."""
+        values = {name: value for name, value in vars(self).items() if name != "metrics"}
+        document: dict[str, Any] = _finite_or_none(values) | {"number": self.number}
+        if self.metrics:
+            document["metrics"] = {name: _finite_or_none(values) for name, values in self.metrics.items()}
+        return document
 
     @classmethod
-    def from_dict(cls, document: dict[str, float | int | None]) -> EpochRecord:
-        values = {name: math.nan if value is None else float(value) for name, value in document.items()}
-        return cls(**{**values, "number": int(values["number"])})  # type: ignore[arg-type]
+    def from_dict(cls, document: Mapping[str, Any]) -> EpochRecord:
+        """From `to_dict`."""
+        values = _none_to_nan({name: value for name, value in document.items() if name != "metrics"})
+        metrics = {name: _none_to_nan(values) for name, values in document.get("metrics", {}).items()}
+        return cls(**{**values, "number": int(document["number"])}, metrics=metrics)  # type: ignore[arg-type]
+
+
+def _finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _none_to_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
 @dataclass(eq=False)
 class TrainingState:
-    """What changes from step to step.
+    """Everything that changes from step to step.
 
     Attributes
     ----------
     optimizer : Optimizer
     scaler : GradScaler
-        Of float16 gradients; else it does nothing.
+        For float16 gradients; otherwise disabled.
     rate : float
         The highest learning rate.
     epoch, step : int
-        Epochs that are done, and steps of the one under way.
+        Finished epochs, and finished steps of the current one.
     loss, seen : float, int
-        Summed over the rows of those steps, and how many these are.
+        Sum of the losses of the rows of those steps, and their number.
     pieces : int
-        Into how many a batch is divided.
-    curve : list of Epoch
-    best : dict of str to Tensor
-        What training changes, as it was after the best epoch.
-    average : dict of str to Tensor
-        The same, averaged over the steps; empty without averaging.
+        How many pieces a batch is divided into.
+    curve : list of EpochRecord
+    best_weights : dict of str to Tensor
+        The trained tensors after the best epoch.
+    ema_weights : dict of str to Tensor
+        Exponential moving average of the trained tensors; empty if disabled.
     monitor : {"score", "loss"}
-        What the best epoch is the best by.
+        The validation metric that defines the best epoch.
     """
 
     optimizer: torch.optim.Optimizer
@@ -281,7 +304,7 @@ class TrainingState:
 
     @classmethod
     def init(cls, trainer: Trainer, rate: float) -> TrainingState:
-        """Before the first step."""
+        """The state before the first step."""
         backbone_parameters = {
             name: parameter
             for name, parameter in trainer.trained_parameters().items()
@@ -316,13 +339,13 @@ class TrainingState:
         return self.curve[-1].number - self.best_epoch.number
 
     def record_epoch(self, epoch: EpochRecord, trainer: Trainer) -> None:
-        """Note an epoch, and its weights if it is the best one."""
+        """Add an epoch to the curve, and keep its weights if it is the best one."""
         self.curve.append(epoch)
         if self.best_epoch is epoch:
             self.best_weights = clone_tensors(self.ema_weights or trainer.trained_tensors())
 
     def update_ema(self, trainer: Trainer, steps_done: int) -> None:
-        """Move the average towards the weights, faster in the first steps."""
+        """Update the moving average; it moves faster in the first steps."""
         decay = min(trainer.tuning.ema, (1 + steps_done) / (10 + steps_done))
         for name, value in trainer.trained_tensors().items():
             ema_tensor = self.ema_weights[name]
@@ -333,7 +356,7 @@ class TrainingState:
 
     @contextmanager
     def use_ema_weights(self, trainer: Trainer) -> Iterator[None]:
-        """With the average in the place of the weights, if there is one."""
+        """Use the moving average in place of the weights, if there is one."""
         if not self.ema_weights:
             yield
             return
@@ -350,6 +373,6 @@ def clone_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(trainer: Trainer, values: dict[str, Tensor]) -> None:
-    """Set what training changes."""
+    """Set the trained tensors."""
     for name, tensor in trainer.trained_tensors().items():
         tensor.copy_(values[name])

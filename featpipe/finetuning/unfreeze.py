@@ -1,4 +1,4 @@
-"""What is trained of a network, said in the words that people use for it."""
+"""Select the parameters of a network to train."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _GLOB_PATTERN = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True)
 class UnfrozenParameters:
-    """What is trained below the new layer.
+    """The parameters of the backbone that are trained.
 
     Attributes
     ----------
     stages : tuple of Stage
-        All of the network, input first.
-    depth : mapping from parameter to int
-        For each that is trained how far its stage is from the new layer: 1 is the last stage.
+        All stages of the network, from the input.
+    depth : mapping from parameter name to int
+        Distance of each trained parameter's stage from the head: 1 is the last stage.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -44,23 +44,23 @@ class UnfrozenParameters:
 
     @property
     def frozen_stages(self) -> tuple[Stage, ...]:
-        """The stages before the first that is trained, input first."""
+        """The stages before the first trained one, from the input."""
         deepest = max(self.depth.values(), default=0)
         return self.stages[: len(self.stages) - deepest]
 
     def active_names(self, epoch: int, gradual: int) -> tuple[str, ...]:
-        """The parameters that are trained in an epoch, counted from 0: one more stage every ``gradual`` epochs."""
+        """The parameters trained in an epoch, from 0: one more stage every ``gradual`` epochs; all if it is 0."""
         n_active_stages = math.inf if not gradual else epoch // gradual
         return tuple(name for name, depth in self.depth.items() if self._unfreeze_rank(depth) <= n_active_stages)
 
     def _unfreeze_rank(self, depth: int) -> int:
-        """Which of the trained stages it is, from 1 for the one next to the new layer."""
+        """The rank among the trained stages, from 1 next to the head."""
         return sorted(set(self.depth.values())).index(depth) + 1
 
     def describe(self, network: nn.Module) -> str:
-        """For people."""
+        """What is trained, in words."""
         if not self.depth:
-            return "the new layer alone is trained"
+            return "only the new layer is trained"
         parameter_counts = {name: parameter.numel() for name, parameter in network.named_parameters()}
         trained_count, total_count = sum(parameter_counts[name] for name in self.depth), sum(parameter_counts.values())
         stage_names = [
@@ -71,24 +71,24 @@ class UnfrozenParameters:
 
 
 def select_unfrozen(backbone: Backbone, unfreeze: str) -> UnfrozenParameters:
-    """Find what is to be trained.
+    """Select the parameters to train.
 
     Parameters
     ----------
     backbone : Backbone
-        Of one output.
-    what : str
-        As :class:`featpipe.config.FineTuning` describes ``unfreeze``.
+        With one output.
+    unfreeze : str
+        As :class:`featpipe.config.FineTuneConfig` describes it.
 
     Raises
     ------
     ConfigError
-        If nothing is called so, or nothing of it is left to train.
+        If no part of the network has this name, or no parameter is selected.
 
     Examples
     --------
     >>> from featpipe.backbones import load
-    >>> len(unfrozen(load("resnet18", weights="none"), "last").names)
+    >>> len(select_unfrozen(load("resnet18", weights="none"), "last").names)
     15
     """
     network, size = backbone.network, backbone.transform.size
@@ -107,24 +107,23 @@ def select_unfrozen(backbone: Backbone, unfreeze: str) -> UnfrozenParameters:
         depth[name] = len(network_stages) - stage_index
     if selected_names and not depth:
         raise ConfigError(
-            f"unfreeze={unfreeze}: none of its weights has a part in output {backbone.outputs[0].name!r}; take others"
+            f"unfreeze={unfreeze}: output {backbone.outputs[0].name!r} depends on none of these weights; select others"
         )
     if not depth and unfreeze.strip() != "head":
-        raise ConfigError(f"unfreeze={unfreeze}: nothing is left to train; give head, last, a number of stages, or all")
+        raise ConfigError(f"unfreeze={unfreeze}: selects no weights; give head, last, a number of stages, or all")
     return UnfrozenParameters(network_stages, depth)
 
 
 def _select_by_term(network: nn.Module, size: tuple[int, int], network_stages: Sequence[Stage], term: str) -> set[str]:
-    """The parameters that some words name."""
+    """The parameters that one term selects."""
     names = [name for name, _ in network.named_parameters()]
     if term in ("head", "all", "last"):
         return {"head": set(), "all": set(names), "last": _select_last_stages(names, network_stages, 1)}[term]
     if match := _STAGES_PATTERN.fullmatch(term):
         if not 0 < int(match[1]) <= len(network_stages):
             stage_names = ", ".join(stage.name for stage in network_stages)
-            raise ConfigError(
-                f"unfreeze={term}: the network has {len(network_stages)} stages ({stage_names}); give 1 to {len(network_stages)}"
-            )
+            n = len(network_stages)
+            raise ConfigError(f"unfreeze={term}: the network has {n} stages ({stage_names}); give 1 to {n}")
         return _select_last_stages(names, network_stages, int(match[1]))
     if _SHARE_PATTERN.fullmatch(term):
         return _select_last_stages(names, network_stages, math.ceil(float(term) * len(network_stages)))
@@ -134,7 +133,7 @@ def _select_by_term(network: nn.Module, size: tuple[int, int], network_stages: S
 
 
 def _select_last_stages(names: Sequence[str], network_stages: Sequence[Stage], count: int) -> set[str]:
-    """Those of the last stages; a stage without weights does not count."""
+    """The parameters of the last stages; stages without weights do not count."""
     with_weights = [stage for stage in network_stages if any(name in stage for name in names)]
     last_stages = with_weights[len(with_weights) - count :] if count else []
     return {name for name in names if any(name in stage for stage in last_stages)}
@@ -148,7 +147,9 @@ def _select_layer_slice(network: nn.Module, size: tuple[int, int], term: str) ->
     ]
     match = _SLICE_PATTERN.fullmatch(term.replace(" ", ""))
     if not match:
-        raise ConfigError(f"unfreeze={term} is no slice; write it as in layers[15:] (there are {len(layers)} layers)")
+        raise ConfigError(
+            f"unfreeze={term} is not a slice; write it as in layers[15:] (there are {len(layers)} layers)"
+        )
     start = int(match[1]) if match[1] not in ("", "-") else None
     stop = int(match[2]) if match[2] else None
     if ":" not in term:
@@ -156,7 +157,7 @@ def _select_layer_slice(network: nn.Module, size: tuple[int, int], term: str) ->
     selected_layers = layers[start:stop]
     if not selected_layers:
         raise ConfigError(
-            f"unfreeze={term}: the network has {len(layers)} layers with weights, and none of them is in it"
+            f"unfreeze={term}: the network has {len(layers)} layers with weights, and the slice selects none"
         )
     return {
         f"{layer}.{name}"
@@ -166,7 +167,7 @@ def _select_layer_slice(network: nn.Module, size: tuple[int, int], term: str) ->
 
 
 def _select_by_glob(network: nn.Module, names: Sequence[str], network_stages: Sequence[Stage], term: str) -> set[str]:
-    """Whatever has the name itself, or lies below a module that has it."""
+    """Parameters whose name matches, or the name of a module that contains them."""
     modules = [name for name, _ in network.named_modules() if name]
     matched = [name for name in (*modules, *names) if fnmatchcase(name, term)]
     matched += [module for stage in network_stages if stage.name == term for module in stage.modules]
@@ -179,7 +180,7 @@ def _select_by_glob(network: nn.Module, names: Sequence[str], network_stages: Se
 
 
 def _find_reachable_parameters(backbone: Backbone) -> list[str]:
-    """The parameters that the output depends on: others would never get a gradient."""
+    """The parameters that the output depends on; others never get a gradient."""
     network = backbone.network
     parameters = dict(network.named_parameters())
     reference = next((p for p in parameters.values() if p.is_floating_point()), torch.zeros(()))

@@ -1,4 +1,4 @@
-"""Model + more classes → model: without forgetting the old ones, and without the old images where they are gone."""
+"""Class-incremental learning: add classes to a model without forgetting the old ones, even without the old images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of `expand`, with everything read."""
+"""The inputs of one call of `expand`."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ __all__ = ["ExpansionContext"]
 
 logger = logging.getLogger(__name__)
 
-MIN_SIMILAR_SHARE = 0.9  # the share of a new class that the model calls by one old name, from which that is said
+MIN_SIMILAR_SHARE = 0.9  # of the images of a new class that the model predicts as one old class, for a note
 MIN_IMAGES_TO_COMPARE = 5
 
 
 @dataclass(frozen=True, eq=False)
 class ExpansionContext:
-    """What is asked of a model.
+    """A model, the data to learn, and the settings.
 
     Attributes
     ----------
     model : Model
-    growth : Growth
-    rows : Arrivals
-    settings : Settings
-    memory_given : bool
-        Whether somebody said how many embeddings to keep.
+    class_mapping : ClassMapping
+    data : ExpansionData
+    settings : ExpansionConfig
+    has_explicit_memory : bool
+        Whether the user set the number of exemplars.
     budget : int or None
-        Bytes that may be kept.
-    keep : Keep or None
-    tell : callable
+        Bytes that the new model may retain.
+    policy : RetentionPolicy or None
+        As the user requested; None for that of the old model.
+    progress : callable
     """
 
     model: Model
@@ -52,7 +53,7 @@ class ExpansionContext:
     progress: ProgressCallback
 
     def make_step(self, data: ExpansionData) -> IncrementalStep:
-        """What the methods see of some rows."""
+        """The problem that the methods solve, for some data."""
         model, replay_memory = self.model, self.model.kept
         if replay_memory is not None:
             replay_memory = replay_memory.remap_classes(self.class_mapping.new_codes, len(self.class_mapping.classes))
@@ -75,7 +76,7 @@ class ExpansionContext:
         )
 
     def get_past_steps(self) -> tuple[list[list[str]], list[Mapping[str, Any]]]:
-        """The classes of each earlier step, by their names after, and what is known of them."""
+        """The classes of each earlier step, by their new names, and the accuracies recorded for it."""
         steps = self.model.history.get("steps") or [{"classes": list(self.model.classes)}]
         classes_by_step: list[list[str]] = []
         seen_names: set[str] = set()
@@ -89,7 +90,7 @@ class ExpansionContext:
         return classes_by_step, list(self.model.history.get("judged") or [])
 
     def validate(self) -> None:
-        """Refuse what has nothing to learn; say what a person may not have meant."""
+        """Raise if there is nothing to learn; warn about class names that look like mistakes."""
         data, class_mapping = self.data, self.class_mapping
         if not len(data.new) and not class_mapping.new_classes and not class_mapping.changes_old_classes:
             if len(data.old):
@@ -98,10 +99,10 @@ class ExpansionContext:
                 )
             raise ConfigError("there is no labelled image to learn; give caches or archives, --drop or --merge")
         for new, old in find_similar_names(class_mapping.new_classes, class_mapping.classes[: class_mapping.k_old]):
-            text = f"class {new!r} is new beside {old!r}; if they are one, give --merge {old},{new}={old}"
+            text = f"new class {new!r} looks like {old!r}; if they are the same, give --merge {old},{new}={old}"
             logger.warning(text)
         if not class_mapping.new_classes and len(data.new):
-            logger.info(f"no new class: {len(data.new):,} new images of {class_mapping.k_old} known ones are learnt")
+            logger.info(f"no new class: learning {len(data.new):,} new images of {class_mapping.k_old} known ones")
         self._note_similar_classes()
 
     def _note_similar_classes(self) -> None:
@@ -117,4 +118,4 @@ class ExpansionContext:
                     self.class_mapping.classes[code],
                     str(predicted[counts.argmax()]),
                 )
-                logger.info(f"{share:.0%} of the images of {name!r} are {old_name!r} to the model before")
+                logger.info(f"the model predicts {old_name!r} for {share:.0%} of the images of the new class {name!r}")

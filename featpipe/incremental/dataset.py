@@ -1,4 +1,4 @@
-"""The rows that come to a model: what is new to it, what it was trained on, and what it is judged by."""
+"""The data of an expansion: new rows, rows that the model was trained on, test and calibration rows."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = [
 ]
 
 TEST_FRACTION = 0.2
-MIN_IMAGES_FOR_HOLDOUT = 5  # distinct images that a class must have for some of them to be held out
+MIN_IMAGES_FOR_HOLDOUT = 5  # distinct images of a class, for some of them to be held out
 
 
 @dataclass(frozen=True, eq=False)
 class LabeledEmbeddings:
-    """Some rows.
+    """Embeddings with class codes and digests of their images.
 
     Attributes
     ----------
     X : ndarray of shape (m, d), float32
     y : ndarray of shape (m,), int64
-        Codes of the classes after.
+        New class codes.
     digests : ndarray of shape (m, 32), uint8
     """
 
@@ -64,11 +64,11 @@ class LabeledEmbeddings:
 
     @property
     def first_occurrences(self) -> NDArray[np.intp]:
-        """A row of each image: of copies the first."""
+        """The first row of each distinct image."""
         return np.unique(self.keys, return_index=True)[1]
 
     def count_distinct(self, k: int) -> NDArray[np.int64]:
-        """How many different images each of k classes has, shape (k,)."""
+        """Distinct images of each class, shape (k,)."""
         return np.bincount(self.y[self.first_occurrences], minlength=k)
 
     def take(self, indices: NDArray[Any]) -> LabeledEmbeddings:
@@ -84,22 +84,21 @@ class LabeledEmbeddings:
 
 @dataclass(frozen=True, eq=False)
 class ExpansionData:
-    """All rows that are at hand.
+    """All data of an expansion; no image is in two of its parts.
 
     Attributes
     ----------
-    new : Side
-        To learn: the model was not trained on their bytes.
-    old : Side
-        The model was trained on them.
-    test : Side
-        To judge by, and never trained on.
-    left_out : dict
-        How many rows are of no use, by reason.
-    given : bool
-        Whether test rows came with the labels, or with caches of their own, of new classes too.
-    calibration : Side or None
-        By which probabilities and sets are calibrated: neither trained on, nor learnt, nor judged by.
+    new : LabeledEmbeddings
+        To learn: images that the model was not trained on.
+    old : LabeledEmbeddings
+        Images that the model was trained on.
+    test : LabeledEmbeddings
+    excluded_counts : dict
+        Numbers of rows that are not used, by reason.
+    has_test_set : bool
+        Whether the labels or the user's caches give test images, of new classes too.
+    calibration : LabeledEmbeddings or None
+        For probabilities and prediction sets.
     """
 
     new: LabeledEmbeddings
@@ -110,7 +109,7 @@ class ExpansionData:
     calibration: LabeledEmbeddings | None = None
 
     def with_holdout(self) -> ExpansionData:
-        """With some of the new rows to judge by, where none came with the labels: decided by their bytes."""
+        """If there is no test set, hold out some new rows for it; which ones depends on the bytes of their images."""
         new = self.new
         if self.has_test_set or not len(new):
             return self
@@ -127,32 +126,32 @@ class ExpansionData:
 
 
 def as_list(data: Any) -> list[Any]:
-    """What is given, one or several, one by one."""
+    """One item or several, as a list."""
     return [data] if isinstance(data, (str, os.PathLike, FeatureCache)) else list(data)
 
 
 def is_cache(item: Any) -> bool:
-    """Whether it is a cache, open or by its path, and not an archive."""
+    """Whether an item is a cache, open or by its path; otherwise it is an archive."""
     return isinstance(item, FeatureCache) or Path(item).suffix in (".h5", ".hdf5")
 
 
 def open_caches(
     model: Model, data: Any, labels: Any, cache_folder: str | os.PathLike[str], progress: ProgressCallback
 ) -> list[FeatureCache]:
-    """Caches, opened; of archives the one that is made of them.
+    """Open caches, or extract archives into one.
 
     Raises
     ------
     ConfigError
         If archives and caches are mixed.
     CacheMismatchError
-        If a cache holds other embeddings than the model was trained on.
+        If the embeddings of a cache are not those of the model's backbone.
     """
     items = as_list(data)
     are_caches = [is_cache(item) for item in items]
     if all(are_caches):
         if labels is not None:
-            raise ConfigError("--labels goes with archives; a cache has labels of its own: extract again with --labels")
+            raise ConfigError("--labels is for archives; a cache has its own labels: extract again with --labels")
         caches = [item if isinstance(item, FeatureCache) else FeatureCache(item) for item in items]
     elif any(are_caches):
         raise ConfigError("caches and archives are mixed; extract the archives first, and give the caches")
@@ -177,7 +176,7 @@ def _extract_cache(
 
 
 def find_labels(caches: Sequence[FeatureCache]) -> set[str]:
-    """The labels of the rows that there is something to learn from."""
+    """The labels of all training rows."""
     labels: set[str] = set()
     for cache in caches:
         codes = cache.label_table.values[_training_rows(cache)]
@@ -198,15 +197,15 @@ def load_expansion_data(
     Parameters
     ----------
     model : Model
-    growth : Growth
+    class_mapping : ClassMapping
     caches : sequence of FeatureCache
-        To learn from; of labels that came with a split the training rows, by whose test rows it is judged.
-    tests : sequence of FeatureCache
-        To judge by alone.
-    strict : bool
-        Whether a class that consists of known images under a new name is refused.
-    calibration : sequence of FeatureCache
-        To calibrate by alone; as are rows that the labels of the others mark ``validation``.
+        To learn from; if the labels have a split, from the training rows, and its test rows are test rows.
+    test_caches : sequence of FeatureCache
+        All rows are test rows; those marked ``test`` if the labels have a split.
+    reject_renamed : bool
+        Whether to refuse a new class of which most images are known by another name.
+    calibration_caches : sequence of FeatureCache
+        For calibration alone; in addition to rows that the labels of other caches mark ``validation``.
     """
     excluded: Counter[str] = Counter()
     learnable, test = _make_empty(model), _make_empty(model)
@@ -225,7 +224,7 @@ def load_expansion_data(
     if reject_renamed:
         _reject_renamed_classes(model, class_mapping, learnable, is_old)
     is_seen = model.was_trained_on(test.digests) | _is_in(test, learnable)
-    excluded["trained on, and so not judged by"] += int(is_seen.sum())
+    excluded["test images that were trained on"] += int(is_seen.sum())
     has_new_classes = bool((test.y[~is_seen] >= class_mapping.k_old).any()) or not class_mapping.new_classes
     has_test_set = (bool(test_caches) and has_new_classes) or any(cache.split.any() for cache in caches)
     calibration_rows = _load_calibration_rows(
@@ -262,12 +261,12 @@ def _load_calibration_rows(
 
 
 def _is_in(embeddings: LabeledEmbeddings, others: LabeledEmbeddings) -> NDArray[np.bool_]:
-    """Which rows are of images that others are of too."""
+    """Which rows are of images that are among others, shape (m,)."""
     return np.isin(embeddings.keys, others.keys)
 
 
 def _concat_unique(first: LabeledEmbeddings, second: LabeledEmbeddings) -> LabeledEmbeddings:
-    """Rows of two caches, an image that is in both once."""
+    """Rows of two caches; an image that is in both is taken once."""
     return first + second.take(~_is_in(second, first))
 
 
@@ -294,15 +293,15 @@ def _load_embeddings(
         [class_mapping.get_code(name) if name in known_labels else -2 for name in cache.classes], np.int64
     )
     y = new_codes[codes]
-    excluded["of classes that are dropped"] += int((y == -1).sum())
-    excluded["of classes that there is nothing to learn of"] += int((y == -2).sum())
+    excluded["of dropped classes"] += int((y == -1).sum())
+    excluded["of classes without training images"] += int((y == -2).sum())
     rows, y = rows[y >= 0], y[y >= 0]
     X = np.asarray(cache.features(model.output)[rows], np.float32)
     bad_rows = np.flatnonzero(~np.isfinite(X).all(axis=1))
     if len(bad_rows):
         raise ConfigError(
-            f"{cache.path}: rows that are ok hold NaN or infinity ({cache.ids[int(rows[bad_rows[0]])]}); "
-            "`featpipe verify --repair` computes them again"
+            f"{cache.path}: embeddings contain NaN or infinity although their status is ok "
+            f"({cache.ids[int(rows[bad_rows[0]])]}); `featpipe verify --repair` computes them again"
         )
     return LabeledEmbeddings(X, y, np.ascontiguousarray(cache.digests[rows]))
 
@@ -310,7 +309,7 @@ def _load_embeddings(
 def _reject_renamed_classes(
     model: Model, class_mapping: ClassMapping, learnable: LabeledEmbeddings, is_old: NDArray[np.bool_]
 ) -> None:
-    """A class of which most images are known by another name would be learnt from what is left of it."""
+    """Raise for a new class of which most images are known by another name: it would be learnt from the rest alone."""
     for code in range(class_mapping.k_old, len(class_mapping.classes)):
         in_class = learnable.y == code
         old_in_class = in_class & is_old
@@ -318,15 +317,16 @@ def _reject_renamed_classes(
             continue
         name = class_mapping.classes[code]
         predicted = Counter(model.predict_features(learnable.X[old_in_class]).tolist()).most_common(1)[0]
+        n_old, n_all = int(old_in_class.sum()), int(in_class.sum())
         raise ConfigError(
-            f"class {name!r} is new, but the model was trained on {int(old_in_class.sum())} of its {int(in_class.sum())} "
-            f"images and calls {predicted[1]} of them {predicted[0]!r}; if that is its new name, give "
-            f"--merge {predicted[0]},{name}={name}, and to divide a class, --method joint with all its images"
+            f"class {name!r} is new, but the model was trained on {n_old} of its {n_all} images and predicts "
+            f"{predicted[0]!r} for {predicted[1]} of them; to rename the class, give "
+            f"--merge {predicted[0]},{name}={name}; to divide it, --method joint with all its images"
         )
 
 
 def compute_request_digest(caches: Sequence[FeatureCache], settings: Any) -> str:
-    """What a result follows from beside the model: the rows and labels, and the settings."""
+    """A digest of what determines the result besides the model: rows, labels and settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for cache in caches:
         digest.update(cache.fingerprint.encode() + repr(cache.classes).encode())
@@ -341,13 +341,14 @@ class ClassMapping:
 
     Attributes
     ----------
-    before : tuple of str
+    old_classes : tuple of str
     classes : tuple of str
-        After: the old ones in their order, joined ones in the place of the first of them; then the new ones.
-    place : ndarray of shape (k_before,), int64
-        Which of ``classes`` each old one is; -1 for one that is left out.
-    names : dict
-        What labels are called after, where that is something else.
+        The new ones: first the old classes in their order, merged ones at the position of the first of them; then the
+        classes that were added.
+    new_codes : ndarray of shape (k_before,), int64
+        The index in ``classes`` of each old class; -1 for a dropped one.
+    renames : dict
+        New names of labels that are renamed or merged.
     dropped : tuple of str
     """
 
@@ -359,7 +360,7 @@ class ClassMapping:
 
     @property
     def k_old(self) -> int:
-        """How many of the classes the model knew, by whatever name."""
+        """How many of ``classes`` come from old ones."""
         return int(self.new_codes.max()) + 1
 
     @property
@@ -368,11 +369,11 @@ class ClassMapping:
 
     @property
     def changes_old_classes(self) -> bool:
-        """Whether old classes were left out, joined or renamed."""
+        """Whether old classes were dropped, merged or renamed."""
         return self.classes[: self.k_old] != self.old_classes
 
     def get_code(self, label: str) -> int:
-        """The class of a label; -1 for one that is left out."""
+        """The class code of a label; -1 for a dropped one."""
         return -1 if label in self.dropped else self.classes.index(self.renames.get(label, label))
 
     @classmethod
@@ -383,22 +384,21 @@ class ClassMapping:
         drop: Sequence[str] = (),
         merge: Mapping[str, Sequence[str]] | None = None,
     ) -> ClassMapping:
-        """From the labels that are found.
+        """From the labels of the images to learn.
 
         Parameters
         ----------
-        before : tuple of str
-        found : iterable of str
-            Labels of the images to learn.
+        old_classes : tuple of str
+        labels : iterable of str
         drop : sequence of str
-            Classes, old or found, that are left out.
+            Classes to remove, old or new ones.
         merge : mapping from class to classes, optional
-            What becomes one class, by its new name; of a single class this is renaming.
+            Classes that become one, by its new name; with a single class this is renaming.
 
         Raises
         ------
         ConfigError
-            If a class to drop or to merge is unknown or named twice, or fewer than two classes are left.
+            If a class to drop or to merge is unknown or named twice, or fewer than two classes remain.
         """
         label_set = set(labels)
         known_classes = [*old_classes, *order_classes(label_set - set(old_classes))]
@@ -411,8 +411,9 @@ class ClassMapping:
         )
         classes = (*remaining_classes, *new_classes)
         if len(classes) < 2 or not remaining_classes:
+            n_old = len(remaining_classes)
             raise ConfigError(
-                f"{len(classes)} classes would be left, {len(remaining_classes)} of them old; leave two, one of them old"
+                f"{len(classes)} classes would remain, {n_old} of them old; two must remain, one of them old"
             )
         new_codes = [-1 if name in drop else remaining_classes.index(renames.get(name, name)) for name in old_classes]
         return cls(old_classes, classes, np.array(new_codes, np.int64), renames, tuple(drop))
@@ -421,7 +422,7 @@ class ClassMapping:
 def _resolve_renames(
     merge: Mapping[str, Sequence[str]], known_classes: Sequence[str], old_classes: Sequence[str], drop: Sequence[str]
 ) -> dict[str, str]:
-    """What each class that is merged is called after."""
+    """The new name of each class that is merged."""
     renames: dict[str, str] = {}
     for target, sources in merge.items():
         if isinstance(sources, str) or not sources or not target:
@@ -434,17 +435,18 @@ def _resolve_renames(
             renames[name] = target
         if target in old_classes and target not in sources:
             raise ConfigError(
-                f"{target!r} is a class already; merge {','.join((*sources, target))}={target} joins the others with it"
+                f"{target!r} is an existing class; to merge the others into it, give "
+                f"{','.join((*sources, target))}={target}"
             )
     return renames
 
 
 def find_similar_names(new: Iterable[str], old: Collection[str]) -> list[tuple[str, str]]:
-    """New classes whose names differ from an old one in case, spaces and punctuation alone: (new, old).
+    """Pairs (new, old) of names that differ only in case, spaces and punctuation.
 
     Examples
     --------
-    >>> near_names(["Red fox", "owl"], ["red_fox", "bear"])
+    >>> find_similar_names(["Red fox", "owl"], ["red_fox", "bear"])
     [('Red fox', 'red_fox')]
     """
     normalized = {_normalize_name(name): name for name in old}

@@ -1,4 +1,4 @@
-"""The verb: a model learns more classes, and it is measured what that does to the old ones."""
+"""`expand`: add classes to a model, and measure what that does to the old ones."""
 
 from __future__ import annotations
 
@@ -58,63 +58,66 @@ def expand(
     place: Callable[[Path, int], Path] | None = None,
     progress: ProgressCallback = ignore_progress,
 ) -> Expansion:
-    """Teach a model more classes.
+    """Add classes to a model (class-incremental learning).
 
-    Images that the model was trained on are known by their bytes, whatever cache they are in: ``joint`` trains on them
-    again, no other method learns them twice.
+    Images that the model was trained on are recognized by their bytes, in whatever cache they are: ``joint`` trains on
+    them again, no other method learns them twice.
 
     Parameters
     ----------
     model : Model or path of one
     data : FeatureCache, path of one, archives, or a sequence of these
-        With the new classes, and perhaps new images of old ones. Nothing, to drop or merge classes alone.
+        Images of new classes; new images of old classes may be among them. Nothing, to only drop or merge classes.
     method : str, optional
-        One of :data:`featpipe.incremental.METHODS`, or ``all``, which compares them. If not given: ``joint`` where all
-        images that the model was trained on are at hand; else ``statistics`` for heads of which it is exact; else
-        ``replay`` where embeddings are kept; else ``statistics`` where those are kept; else ``frozen-old``.
+        One of :data:`featpipe.incremental.METHODS`, or ``all``, which compares them. Default: ``joint`` if all images
+        that the model was trained on are given; else ``statistics`` for heads with an exact closed form; else
+        ``replay`` if the model retains exemplars; else ``statistics`` if it retains those; else ``frozen-old``.
     memory : int, optional
-        Embeddings of each class that ``replay`` uses and that the new model keeps; as many as the model keeps, or 20.
+        Exemplars of each class that ``replay`` uses and that the new model retains; as many as the model retains, or
+        20.
     budget : int, optional
-        Bytes that the new model may keep for its method; what ``all`` recommends is within it.
+        Bytes that the new model may retain for its method; the recommendation of ``all`` respects it.
     drop : sequence of str
-        Classes to leave out.
+        Classes to remove.
     merge : mapping from class to classes, optional
         Classes that become one, by its name.
     test : as ``data``
-        Images to judge by, never trained on. If there are none, and the labels come without a split, a fifth of the new
-        images are held out, judged by, and then learnt too.
+        Test images, never trained on. If there are none, and the labels have no split, a fifth of the new images are
+        held out for the test and learnt afterwards.
     calibration : as ``data``
-        Images to calibrate probabilities and sets by, neither learnt nor judged by; beside those that the labels of
-        the others mark ``validation``. With some of every class the new model gives sets.
+        Images to calibrate probabilities and prediction sets, neither learnt nor tested; in addition to images that the
+        other labels mark ``validation``. Prediction sets need some of every class.
     keep : str, optional
-        What the new model keeps, as :func:`featpipe.train` takes it; if not given what this one does.
+        What the new model retains, as :func:`featpipe.train` takes it; the same as this model if not given.
     params : mapping, optional
-        ``epochs``, ``selection``, ``temperature``, ``strength``, see :class:`featpipe.incremental.problem.Settings`; with
-        ``unfreeze`` also fields of :class:`featpipe.config.FineTuning`, of which ``epochs`` is then one.
+        ``epochs``, ``selection``, ``temperature``, ``strength``, see
+        :class:`featpipe.incremental.problem.ExpansionConfig`; with ``unfreeze`` also fields of
+        :class:`featpipe.config.FineTuneConfig`, of which ``epochs`` is then one.
     labels, cache
-        Of archives, as :func:`featpipe.extract` takes them.
+        For archives, as :func:`featpipe.extract` takes them.
     unfreeze : str, int or float
-        What of the network is trained too, as :class:`featpipe.config.FineTuning` describes it; ``head`` is nothing of
-        it. It is for ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, and for archives, without calibration.
+        Experimental: the part of the network to train too, as :class:`featpipe.config.FineTuneConfig` describes it;
+        ``head`` is none of it. For ``joint``, ``replay``, ``distill``, ``ewc`` and ``naive``, with archives, without
+        ``calibration``.
     resume : bool
-        Where the network is trained and that was interrupted, go on from the checkpoint beside ``out``.
+        With ``unfreeze``, go on from the checkpoint of an interrupted run.
     out : path-like, optional
-        Where the model is saved. If that file is what these very arguments gave before, no work is done.
+        Where the model is saved. If the same call has written that file before, it is reused.
     place : callable, optional
-        Where it is saved if ``out`` is not given: from the path of the model before and the number of classes.
+        From the path of the old model and the number of classes to the path of the new one, if ``out`` is not given.
     progress : callable
 
     Returns
     -------
     Expansion
-        With the ``model``, and what the step did to old and new classes.
+        The ``model``, and the effect on old and new classes.
 
     Raises
     ------
     ConfigError
         If a name is unknown, there is nothing to learn, or the method lacks what it needs.
     CacheError
-        If a cache has no labels, or other embeddings than the model.
+        If a cache has no labels, or its embeddings differ from those of the model.
 
     Examples
     --------
@@ -122,9 +125,7 @@ def expand(
     """
     model = model if isinstance(model, Model) else load_model(model)
     if model.task != "classification":
-        raise ConfigError(
-            f"expand is for models that tell classes apart, and this one does {model.task}; train it again"
-        )
+        raise ConfigError(f"expand is for classification, and this model does {model.task}; train a new model")
     if method is not None and method not in METHODS and method != "all":
         raise unknown_name_error("method", method, [*METHODS, "all"])
     params, trains_network = dict(params or {}), str(unfreeze).strip() != "head"
@@ -140,7 +141,7 @@ def expand(
     deep_config = None
     if trains_network:
         if as_list(calibration):
-            raise ConfigError("--calibration is for a network that stays as it is, not for --unfreeze; leave one out")
+            raise ConfigError("--calibration is not supported with --unfreeze; leave one of them out")
         request_settings += [str(unfreeze)]
         deep_config, params = DeepTrainingConfig.from_params(
             method, list_archives(data, test), params, unfreeze, labels, cache, resume
@@ -158,13 +159,13 @@ def expand(
         (len(train_caches), len(test_caches), tuple(request_settings)),
     )
     if (finished := _load_finished(model, request, out)) is not None:
-        logger.info(f"{out}: is what is asked for already")
+        logger.info(f"{out}: up to date, nothing to do")
         return finished
     class_mapping = ClassMapping.from_labels(model.classes, find_labels(train_caches), drop, merge)
     if out is None and place is not None and model.path is not None:
         out = place(model.path, len(class_mapping.classes))
         if (finished := _load_finished(model, request, out)) is not None:
-            logger.info(f"{out}: is what is asked for already")
+            logger.info(f"{out}: up to date, nothing to do")
             return finished
     expansion_data = load_expansion_data(
         model,
@@ -199,7 +200,7 @@ def _flatten_merge(merge: Mapping[str, Sequence[str]] | None) -> list[tuple[str,
 
 
 def _load_finished(model: Model, request: str, out: str | os.PathLike[str] | None) -> Expansion | None:
-    """What is at the target already, if it came from this model, or is this model, by this request."""
+    """The expansion saved at ``out``, if the same request made it from this model."""
     if out is None or not Path(out).is_file():
         return None
     try:

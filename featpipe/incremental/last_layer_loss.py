@@ -1,6 +1,6 @@
-"""What the last layer is trained on when it grows: the loss on some rows, and what ties it to what it was.
+"""The training loss of a last layer with more classes, and its additions that keep the old classes.
 
-Everything is in float64 and in closed form, so that the same rows give the same layer on any machine and in any order.
+Losses and gradients are closed forms in float64, so the same rows give the same layer on any machine and in any order.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ EpochCallback = Callable[[LastLayer, float], None]
 
 @dataclass(frozen=True, eq=False)
 class DistillationTerm:
-    """What the old model says of the rows, as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
+    """The old model's answers as soft targets (Li and Hoiem, "Learning without forgetting", 2016).
 
     Attributes
     ----------
-    scores : ndarray of shape (n, k_old)
-        Of the old classes, which are the first.
+    teacher_scores : ndarray of shape (n, k_old)
+        Logits of the old classes, which are the first.
     temperature : float
     strength : float
     """
@@ -54,14 +54,14 @@ class DistillationTerm:
 
 @dataclass(frozen=True, eq=False)
 class QuadraticPenalty:
-    """A pull to the old weights, each by its importance (elastic weight consolidation, Kirkpatrick et al. 2017).
+    """½ Σ importance (θ - θ_old)² (elastic weight consolidation, Kirkpatrick et al. 2017).
 
     Attributes
     ----------
-    theta : ndarray of shape (k_old, p + 1)
+    old_theta : ndarray of shape (k_old, p + 1)
         Weights and, last, intercepts of the old classes.
     importances : ndarray of shape (k, p + 1)
-        Zero for classes that are new.
+        Zero for new classes.
     """
 
     old_theta: Array
@@ -77,23 +77,23 @@ class QuadraticPenalty:
 
 @dataclass(frozen=True, eq=False)
 class LastLayerObjective:
-    """Σ w_i loss(y_i, W z_i + b) + ½ Σ ridge W², and what is added to it.
+    """Σ w_i loss(y_i, W z_i + b) + ½ Σ ridge W² + distillation + quadratic penalty.
 
     Attributes
     ----------
     Z : ndarray of shape (n, p)
-        What the last layer sees.
+        Input of the last layer.
     y : ndarray of shape (n,)
         Class codes.
     weights : ndarray of shape (n,)
     ridge : float, or ndarray of shape (k, 1)
-        The same for all classes, or for each.
-    fixed : ndarray of shape (n, k_fixed) or None
-        Scores of the first classes, where these are not trained: the layer is then that of the others alone.
+        For all classes, or for each.
+    fixed_scores : ndarray of shape (n, k_fixed) or None
+        Logits of the first classes if these are not trained: the layer is then for the other classes.
     offsets : ndarray of shape (k,) or None
-        Added to the scores in the loss alone: the layer is for rows among which classes are not as frequent as here.
-    teacher : Teacher or None
-    anchor : Anchor or None
+        Added to the logits in the loss alone, where class frequencies here differ from those in use.
+    distillation : DistillationTerm or None
+    quadratic_penalty : QuadraticPenalty or None
     """
 
     Z: Array
@@ -106,7 +106,7 @@ class LastLayerObjective:
     quadratic_penalty: QuadraticPenalty | None = None
 
     def value_and_gradient(self, theta: Array) -> tuple[float, Array]:
-        """The value and the gradient at weights and intercepts of shape (k, p + 1)."""
+        """Value and gradient at weights and intercepts ``theta`` of shape (k, p + 1)."""
         trained_scores = self.Z @ theta[:, :-1].T + theta[:, -1]
         scores = (
             trained_scores if self.fixed_scores is None else np.concatenate([self.fixed_scores, trained_scores], axis=1)
@@ -136,15 +136,16 @@ class LastLayerObjective:
 def fit_last_layer(
     objective: LastLayerObjective, initial_layer: LastLayer, epochs: int, on_epoch: EpochCallback | None = None
 ) -> LastLayer:
-    """The layer with the least value, or the one after so many epochs: steps of L-BFGS, each of which sees all rows.
+    """Minimize an objective by L-BFGS; a step, which uses all rows, is an epoch.
 
     Parameters
     ----------
-    objective : Objective
-    start : LastLayer
+    objective : LastLayerObjective
+    initial_layer : LastLayer
     epochs : int
-    watch : callable, optional
-        Told the layer and the mean loss after each epoch, and before the first.
+        At most.
+    on_epoch : callable, optional
+        Called with the layer and the mean loss before the first epoch and after each.
     """
     total_weight = float(objective.weights.sum()) or 1.0
     shape = (len(initial_layer.b), initial_layer.W.shape[1] + 1)

@@ -1,4 +1,4 @@
-"""What an expansion did to old and to new classes, on images that were never trained on."""
+"""Accuracy on old and new classes, forgetting and backward transfer, on test images."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ __all__ = ["MethodEvaluator", "MethodOutcome", "TrainingCurves"]
 Array = NDArray[np.float64]
 
 N_RESAMPLES = 1000
-MAX_CURVE_POINTS = 60  # of a curve, as it is stored
+MAX_CURVE_POINTS = 60  # of a stored curve
 
 
 @dataclass(eq=False)
 class TrainingCurves:
-    """Old and new classes, epoch by epoch, as a method trains; before the offset that some methods add at the end.
+    """Loss and accuracy on old and new classes by epoch, before the bias correction of some methods.
 
     Attributes
     ----------
     epochs : list of int
         0 is before the first step.
-    train_loss, old_loss, new_loss, old_accuracy, new_accuracy : list of float
-        The first on the rows that are trained on, with what the method adds to it; NaN where there is no test row.
+    train_loss : list of float
+        On the training rows, with the loss terms of the method.
+    old_loss, new_loss, old_accuracy, new_accuracy : list of float
+        On test rows; NaN without test rows.
     """
 
     epochs: list[int] = field(default_factory=list)
@@ -54,7 +56,7 @@ class TrainingCurves:
             getattr(self, f"{name}_accuracy").append(_mean(is_correct[rows]))
 
     def downsample(self) -> TrainingCurves:
-        """At most so many points, more of the first epochs, with the last."""
+        """At most `MAX_CURVE_POINTS` epochs, denser at the beginning, the last included."""
         n = len(self.epochs)
         if n <= MAX_CURVE_POINTS:
             return self
@@ -64,25 +66,25 @@ class TrainingCurves:
 
 @dataclass(frozen=True, eq=False)
 class MethodOutcome:
-    """What one method did.
+    """The scores of one method.
 
     Attributes
     ----------
     method : str
     old, new, all : Interval or None
-        Accuracy on test rows of old, of new and of all classes; None where there are none.
+        Accuracy on test rows of old, of new and of all classes; None without test rows.
     forgetting : Interval or None
-        How much accuracy the old classes lost, averaged over the steps in which they came: of each step the best that
-        it ever had, less what it has now.
+        The best accuracy that the classes of an earlier step ever had, less their accuracy now; mean over these steps.
     backward : Interval or None
-        Backward transfer: what each earlier step has now, less what it had when it was learnt.
+        Backward transfer: the accuracy of the classes of an earlier step now, less their accuracy when they were
+        learnt; mean over these steps.
     steps : list of float
         Accuracy on the classes of each step.
     bytes : int
-        Of what the method needs the model to keep.
+        Size of the retained data that the method needs.
     seconds : float
     curves : dict
-        Of :class:`Curves`, for methods that have epochs.
+        As in :class:`TrainingCurves`, for methods that have epochs.
     """
 
     method: str
@@ -97,7 +99,7 @@ class MethodOutcome:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """With None for NaN."""
         return _nan_to_none(asdict(self))
 
     @classmethod
@@ -114,19 +116,18 @@ class MethodOutcome:
 
 @dataclass(frozen=True, eq=False)
 class MethodEvaluator:
-    """Test rows, and what was known of them before.
+    """Scores methods on test rows.
 
     Attributes
     ----------
-    test : Side
-    step : Step
-    before : ndarray of shape (m,), bool
-        Which the model had right before; false for rows of new classes.
-    step_of : ndarray of shape (m,), int
-        In which step each row's class came; new classes in the last.
-    past : sequence of mapping
-        For earlier steps what is known from when they were learnt: ``rows``, a digest of the test rows, and the
-        ``best`` and ``learnt`` accuracy on them.
+    test : LabeledEmbeddings
+    step : IncrementalStep
+    correct_before : ndarray of shape (m,), bool
+        Which rows the old model predicts correctly; false for rows of new classes.
+    step_numbers : ndarray of shape (m,), int
+        The step in which each row's class was added; new classes have the last.
+    step_records : sequence of mapping
+        For each earlier step ``rows``, a digest of its test rows, and the ``best`` and ``learnt`` accuracy on them.
     """
 
     test: LabeledEmbeddings
@@ -143,7 +144,7 @@ class MethodEvaluator:
         classes_by_step: Sequence[Sequence[str]],
         step_records: Sequence[Mapping[str, Any]],
     ) -> MethodEvaluator:
-        """For the classes that came in each of the earlier steps."""
+        """From the classes that each earlier step added, and the records of these steps."""
         k_old = step.k_old
         step_numbers = np.full(step.k, len(classes_by_step), np.int64)
         for i, names in enumerate(classes_by_step):
@@ -155,7 +156,7 @@ class MethodEvaluator:
         return cls(test, step, correct_before, step_numbers[test.y], step_records)
 
     def make_epoch_callback(self, curves: TrainingCurves) -> Any:
-        """A function that notes each epoch, for :func:`featpipe.incremental.last_layer_loss.minimise`."""
+        """A function that adds each epoch to ``curves``, for `fit_last_layer`."""
         Z, old_scores = (
             self.step.compute_features(self.test.X),
             self.step.compute_old_scores(self.test.X) / self.step.temperature,
@@ -170,11 +171,11 @@ class MethodEvaluator:
         return on_epoch
 
     def predict_correct(self, pipeline: Pipeline) -> NDArray[np.bool_]:
-        """Which test rows a head has right, shape (m,)."""
+        """Which test rows a head predicts correctly, shape (m,)."""
         return np.asarray(compute_logits(pipeline, self.test.X).argmax(axis=1) == self.test.y)
 
     def make_outcome(self, method: str, is_correct: NDArray[np.bool_], **extra: Any) -> MethodOutcome:
-        """The row of the table for a method."""
+        """The scores of a method with their intervals."""
         is_old = self.test.y < self.step.k_old
         bootstrap_counts = _draw_bootstrap_counts(len(is_correct))
         forgetting = backward = None
@@ -198,7 +199,7 @@ class MethodEvaluator:
     def _mean_change(
         self, is_correct: NDArray[np.bool_], bootstrap_counts: Array, reference: str, sign: float
     ) -> Interval:
-        """The mean over earlier steps of the change since then, on the same rows; with a paired interval."""
+        """Mean over earlier steps of the change in accuracy since then, on the same rows, with a paired interval."""
         values, samples = [], []
         for number in np.unique(self.step_numbers[self.test.y < self.step.k_old]).tolist():
             rows = self.step_numbers == number
@@ -228,12 +229,12 @@ class MethodEvaluator:
         )
 
     def digest_test_rows(self, number: int) -> str:
-        """A digest of the test rows of a step: accuracies on other rows cannot be compared."""
+        """A digest of the test rows of a step: accuracies are comparable only on the same rows."""
         digests = np.sort(self.test.keys[self.step_numbers == number])
         return hashlib.sha256(digests.tobytes()).hexdigest()[:16]
 
     def make_step_records(self, outcome: MethodOutcome) -> list[dict[str, Any]]:
-        """What is to be known later of each step."""
+        """The records of all steps, for later expansions."""
         records: list[dict[str, Any]] = []
         for number, accuracy in enumerate(outcome.steps):
             rows, record = self.step_numbers == number, self._find_step_record(number)
@@ -256,14 +257,14 @@ class MethodEvaluator:
         return _nan_to_none(records)
 
     def paired_difference(self, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
-        """Accuracy of one method less that of another, over all rows, paired."""
+        """Accuracy of one method less that of another on all test rows, with a paired interval."""
         bootstrap_counts = _draw_bootstrap_counts(len(first))
         change = first.astype(float) - second
         return _percentile_interval(float(change.mean()), change @ bootstrap_counts / len(change))
 
 
 def _draw_bootstrap_counts(m: int) -> Array:
-    """How often each of m rows is drawn in each resample, shape (m, b)."""
+    """How often each of m rows is drawn in each of b resamples, shape (m, b)."""
     rng = np.random.default_rng(0)
     return rng.multinomial(m, np.full(m, 1 / m), N_RESAMPLES).T.astype(float) if m > 1 else np.zeros((m, 0))
 
@@ -300,7 +301,7 @@ def _none_to_nan(value: float | None) -> float:
 
 
 def _nan_to_none(value: Any) -> Any:
-    """With None in the place of what is no number."""
+    """Replace NaN and infinity by None, recursively."""
     if isinstance(value, Mapping):
         return {key: _nan_to_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""One expansion as the methods see it: the head before, what is remembered, and the rows that are new."""
+"""The problem that a method solves: the old head, the retained data, and the new rows."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ EpochCallback = Callable[[LastLayer, float], None]
 
 @dataclass(frozen=True)
 class ExpansionConfig:
-    """What a person can set.
+    """Settings of the methods.
 
     Attributes
     ----------
     memory : int
-        Embeddings of each old class that ``replay`` trains on.
+        Exemplars of each old class that ``replay`` trains on.
     selection : {"herding", "random"}
-        How they are chosen.
+        How exemplars are selected.
     epochs : int
-        Most passes over the rows.
+        At most.
     temperature : float
         Of the soft targets of ``distill``.
     strength : float or None
-        How much ``distill`` weighs the soft targets, or ``ewc`` the importances; each has a default.
+        Weight of the soft targets of ``distill``, or of the importances of ``ewc``; None for the method's default.
     """
 
     memory: int = 20
@@ -58,7 +58,7 @@ class ExpansionConfig:
 
     @classmethod
     def from_params(cls, params: Mapping[str, object]) -> Self:
-        """Checked.
+        """From user settings, validated.
 
         Raises
         ------
@@ -81,22 +81,22 @@ class ExpansionConfig:
 
 @dataclass(frozen=True, eq=False)
 class IncrementalStep:
-    """What a method is given.
+    """The input of a method.
 
     Attributes
     ----------
     pipeline : Pipeline
-        The head before, with its scaler.
+        The old head, with its scaler.
     temperature : float
-        What its scores are divided by before they become probabilities.
-    growth : Growth
-    kept : Kept or None
-        What is remembered of the rows it was trained on, in the classes after.
-    new, old : Side
-        Rows to learn, and rows that it was trained on, which may be none or some of them.
-    whole : bool
-        Whether ``old`` are all rows that it was trained on.
-    settings : Settings
+        Its logits are divided by it before the softmax.
+    class_mapping : ClassMapping
+    replay_memory : ReplayMemory or None
+        The retained data of its training rows, by the codes of the new classes.
+    new, old : LabeledEmbeddings
+        Rows to learn, and rows that the model was trained on: all, some or none of them.
+    has_all_old_rows : bool
+        Whether ``old`` are all rows that the model was trained on.
+    settings : ExpansionConfig
     """
 
     pipeline: Pipeline
@@ -118,23 +118,23 @@ class IncrementalStep:
 
     @cached_property
     def layer(self) -> LastLayer | None:
-        """The last layer of the head before, in the classes after; None if it has none."""
+        """The last layer of the old head, for the new class codes; None if it has none."""
         old_layer = resolve_last_layer(self.pipeline[-1])
         return None if old_layer is None else merge_last_layer_rows(old_layer, self.class_mapping.new_codes, self.k_old)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """How many images of each class the model was trained on, as far as that is known, shape (k,)."""
+        """How many images of each class the model was trained on, as far as known, shape (k,)."""
         return np.bincount(self.old.y, minlength=self.k) if self.replay_memory is None else self.replay_memory.counts
 
     def compute_features(self, X: NDArray[Any]) -> Array:
-        """What the last layer sees."""
+        """The input of the last layer, shape (m, p)."""
         if not len(X):
             return np.zeros((0, X.shape[1] if self.layer is None else self.layer.W.shape[1]))
         return np.asarray(compute_penultimate_features(self.pipeline, X), np.float64)
 
     def compute_old_scores(self, X: NDArray[Any]) -> Array:
-        """What the head before says of rows, in the classes after, shape (m, k_old)."""
+        """Logits of the old head, by the new class codes, shape (m, k_old)."""
         if not len(X):
             return np.zeros((0, self.k_old))
         return merge_class_scores(compute_logits(self.pipeline, X), self.class_mapping.new_codes, self.k_old)
@@ -144,7 +144,7 @@ class IncrementalStep:
         return get_l2_strength(get_base_head(self.pipeline[-1]))
 
     def make_unfitted(self) -> Pipeline:
-        """An unfitted copy of the scaler and of the head that was trained first."""
+        """An unfitted copy of the scaler and of the base head."""
         scaler, head = self.pipeline[0], clone(get_base_head(self.pipeline[-1]))
         weights = getattr(head, "class_weight", None)
         if isinstance(weights, Mapping):

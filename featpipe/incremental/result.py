@@ -1,4 +1,4 @@
-"""What an expansion found, as a person and a program read it."""
+"""The result of an expansion, and the model that it makes."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ N_CURVE_ROWS = 8
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """A model of more classes, and what the step did.
+    """A model with more classes, and the effect on old and new ones.
 
     Attributes
     ----------
     model : Model
     method : str
-        By which ``model`` was made.
+        The method that made ``model``.
     new, dropped : tuple of str
         Classes.
     merged : dict
-        What old classes are called now.
+        New names of old classes.
     images : dict
-        How many were ``learnt``, at hand of those trained on (``old``), and judged by (``tested``).
+        Numbers of images: ``learnt``, given again of those that the model was trained on (``old``), and ``tested``.
     how : str
-        How it was judged.
+        The test images, in words.
     before : Interval or None
-        Accuracy of the old classes before, on the same test rows and among themselves.
-    outcomes : tuple of Outcome
-        The chosen method first; then those that it is compared with.
+        Accuracy of the old model on its classes, on the same test rows.
+    outcomes : tuple of MethodOutcome
+        The selected method first, then those for comparison.
     recommended : str or None
-        Where all methods were compared.
+        If all methods were compared.
     unavailable : dict
-        Of methods that could not be tried: why.
+        Methods that could not be used, with the reason.
     notes : tuple of str
     """
 
@@ -70,7 +70,7 @@ class Expansion:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, without the model."""
+        """JSON data, without the model."""
         return {
             "method": self.method,
             "classes": list(self.model.classes),
@@ -107,7 +107,7 @@ class Expansion:
         )
 
     def as_table(self) -> list[list[str]]:
-        """The header, and a row for the model before and for each method."""
+        """A header, and a row for the old model and for each method."""
         header = ["method", "old classes", "new classes", "all", "forgetting", "backward transfer", "keeps", "seconds"]
         rows = [["before", str(self.before or ""), *[""] * 6]] if self.before is not None else []
         for row in self.outcomes:
@@ -117,7 +117,7 @@ class Expansion:
         return [header, *rows]
 
     def curve_table(self) -> list[list[str]]:
-        """Some epochs of the chosen method: the header, and the rows; nothing of a method without epochs."""
+        """A header, and some epochs of the selected method; empty if it has no epochs."""
         curves = self.outcomes[0].curves if self.outcomes else {}
         if not curves:
             return []
@@ -129,7 +129,7 @@ class Expansion:
 
 
 def collect_metrics(outcome: MethodOutcome) -> dict[str, dict[str, float | None]]:
-    """By the names that a model's estimates have."""
+    """The scores of a method, by the names of a model's scores."""
     names = {"accuracy": "all", "old_accuracy": "old", "new_accuracy": "new", "forgetting": "forgetting"}
     intervals = {name: getattr(outcome, attribute) for name, attribute in names.items()}
     return {
@@ -148,38 +148,36 @@ def _finite_or_none(value: float) -> float | None:
 
 
 SEPARATE_SHRINKAGE_NOTE = (
-    "lda shrinks the covariance of each class by its own rows; of old classes that got more images the two parts are "
-    "shrunk apart, which is near training on all at once and not equal to it (with shrinkage=NUMBER it is equal)"
+    "lda shrinks the covariance of each class by its own rows; for old classes with new images, old and new rows are "
+    "shrunk separately, an approximation of training on all rows at once (exact with shrinkage=NUMBER)"
 )
 BALANCE_NOTE = (
-    "old and new classes are balanced: what stands for old images weighs as much as they did, and an offset found on "
-    "rows that were held out sets new classes against old ones"
+    "old and new classes are balanced: rows that represent old images are weighted accordingly, and an offset between "
+    "old and new classes is fitted on held-out rows"
 )
 
 NO_PREDICTION_SETS_NOTE = (
-    "the model gives no sets of classes: they need images of every class that it was not trained on; give them as "
-    "--calibration, or all old images to --method joint"
+    "the model has no prediction sets: they need images of every class that it was not trained on; give them as "
+    "--calibration, or all old images with --method joint"
 )
-DEFAULT_RIDGE_TEMPERATURE = (
-    0.25  # of a ridge, where there are too few rows to find it on: half way between 0.2 and 0.3, of tiles and emoji
-)
+DEFAULT_RIDGE_TEMPERATURE = 0.25  # if there are too few rows to fit it; between 0.2 on tiles and 0.3 on emoji
 
 
 def build_expanded_model(
     context: ExpansionContext, selected: SelectedMethod, caches: Sequence[str], request: str, notes: Sequence[str] = ()
 ) -> Expansion:
-    """Put together what was found.
+    """The new model, and the result of the expansion.
 
     Parameters
     ----------
-    case : Case
-    found : Found
+    context : ExpansionContext
+    selected : SelectedMethod
     caches : sequence of str
-        Names of what was learnt from.
+        Names of the caches that were learnt from.
     request : str
-        A digest of what was asked for.
+        Digest of the request.
     notes : sequence of str
-        What is to be said before anything else.
+        Put before the notes of this function.
     """
     model, class_mapping, data = context.model, context.class_mapping, context.data
     policy = resolve_policy(
@@ -221,7 +219,7 @@ def build_expanded_model(
 def make_expansion(
     context: ExpansionContext, selected: SelectedMethod, expanded_model: Model, description: str, notes: Sequence[str]
 ) -> Expansion:
-    """What is said of a step, also in the model after it."""
+    """Make the result, and store it in the model's scores."""
     class_mapping, data, evaluator = context.class_mapping, context.data, selected.evaluator
     expansion = Expansion(
         model=expanded_model,
@@ -248,16 +246,16 @@ def make_expansion(
 
 def _describe_evaluation(context: ExpansionContext, selected: SelectedMethod) -> str:
     if selected.evaluator is None:
-        return "not judged"
+        return "no test images"
     n, n_given = len(selected.evaluator.test), len(context.data.test)
     if n == n_given:
-        return f"{n:,} images marked or given to judge by"
-    held_out_text = f"{n - n_given:,} new images held out, and learnt afterwards"
-    return f"{n_given:,} images given to judge by and {held_out_text}" if n_given else held_out_text
+        return f"{n:,} given test images"
+    held_out_text = f"{n - n_given:,} new images, held out and learnt afterwards"
+    return f"{n_given:,} given test images and {held_out_text}" if n_given else held_out_text
 
 
 def _select_head_name(model: Model, selected: SelectedMethod) -> str:
-    """As the table has it; statistics put a closed-form head in the place of others."""
+    """The name of the new head: ``statistics`` replaces heads that have no closed form."""
     head = get_base_head(selected.pipeline[-1])
     if type(head) is type(get_base_head(model.head[-1])):
         return model.head_name
@@ -265,7 +263,7 @@ def _select_head_name(model: Model, selected: SelectedMethod) -> str:
 
 
 def _score_held_out(context: ExpansionContext, selected: SelectedMethod) -> HeldOutScores:
-    """Scores of rows that were held out, where the model needs them."""
+    """Logits of held-out rows, if temperature or prediction sets need them."""
     step, calibration_rows, old_model = selected.step, context.data.calibration, context.model
     fit = METHODS[selected.method].fit if selected.method in METHODS else None
     if calibration_rows is not None and len(calibration_rows):
@@ -274,10 +272,10 @@ def _score_held_out(context: ExpansionContext, selected: SelectedMethod) -> Held
     needs_sets = is_joint and old_model.trust.conformal is not None
     needs_temperature = (
         _needs_temperature(old_model, selected) and selected.method != "frozen-old"
-    )  # it is made for the one before
+    )  # frozen-old keeps the old temperature
     if fit is None or not (needs_sets or needs_temperature):
         return HeldOutScores((), (), step.k)
-    logger.info("calibrating on rows that are held out in turns")
+    logger.info("calibrating by cross-fitting")
     return cross_fit_scores(step, fit, include_old=is_joint)
 
 
@@ -287,7 +285,7 @@ def _needs_temperature(model: Model, selected: SelectedMethod) -> bool:
 
 
 def _fit_calibration(model: Model, selected: SelectedMethod, held_out_scores: HeldOutScores) -> Calibration | None:
-    """A temperature from rows that were held out, else that of the same head; offsets were of other classes."""
+    """A temperature from held-out rows, else that of the old head; prior corrections were for the old classes."""
     if not _needs_temperature(model, selected):
         return None
     if held_out_scores.temperature is not None:
@@ -303,13 +301,13 @@ def _fit_conformal(
     old_conformal = context.model.trust.conformal
     if len(held_out_scores):
         return held_out_scores.make_conformal(calibrate=calibration is not None)
-    # of classes that became one the probability is no less than that of each: sets hold it at least as often
+    # A merged class has at least the probability of each of its parts, so the coverage of the sets does not fall.
     is_regrouping = selected.method == "regroup" and not context.class_mapping.dropped
     return old_conformal if is_regrouping and context.model.calibration == calibration else None
 
 
 def _update_novelty(context: ExpansionContext, selected: SelectedMethod) -> NoveltyScorer | None:
-    """Of all images that the model learnt; those of dropped classes stay known."""
+    """Update the out-of-distribution score with the new images; images of dropped classes stay in distribution."""
     old_novelty, step = context.model.trust.novelty, selected.step
     if old_novelty is None:
         return None
@@ -327,12 +325,12 @@ def _to_dataset(embeddings: LabeledEmbeddings, classes: tuple[str, ...]) -> Embe
 def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: ConformalPredictor | None) -> list[str]:
     model, class_mapping, notes = context.model, context.class_mapping, []
     if model.calibration is not None and model.calibration.offsets:
-        notes.append("the correction of priors was for the classes before, and is gone")
+        notes.append("the prior correction was for the old classes and is dropped")
     if model.history.get("balance"):
-        notes.append("the model was trained on resampled rows; it is expanded on rows as they are")
+        notes.append("the model was trained on resampled rows; the expansion does not resample")
     if _select_head_name(model, selected) != model.head_name:
-        head_change = f"{_select_head_name(model, selected)} now, and was {model.head_name}, of which statistics are no closed form"
-        notes.append(f"the head is {head_change}")
+        new_name = _select_head_name(model, selected)
+        notes.append(f"the head is now {new_name}, since {model.head_name} has no closed form from statistics")
     replay_memory = selected.step.replay_memory
     has_separate_scatter = (
         replay_memory is not None and replay_memory.statistics is not None and replay_memory.statistics.kind == "apart"
@@ -340,7 +338,7 @@ def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: 
     if selected.method == "statistics" and has_separate_scatter and (selected.step.new.y < class_mapping.k_old).any():
         notes.append(SEPARATE_SHRINKAGE_NOTE)
     if selected.method == "statistics" and class_mapping.dropped:
-        notes.append("dropped classes leave with the share of the scatter within classes that their images had")
+        notes.append("the scatter within classes is reduced by the share of images that dropped classes had")
     if selected.method not in ("joint", "naive", "statistics", "regroup"):
         notes.append(BALANCE_NOTE)
     if context.data.excluded_counts:
@@ -356,14 +354,14 @@ def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: 
 
 
 def _head_params(selected: SelectedMethod) -> dict[str, Any]:
-    """The settings of a head that took another's place."""
+    """The settings of a head that replaces another."""
     return {"alpha": "auto"} if isinstance(get_base_head(selected.pipeline[-1]), BayesianRidgeClassifier) else {}
 
 
 def make_history(
     context: ExpansionContext, selected: SelectedMethod, caches: Sequence[str], request: str, **extra: Any
 ) -> dict[str, Any]:
-    """What is remembered of the step; more of it, in its own entry."""
+    """The model's history with this step; ``extra`` is added to the step's own entry."""
     model, class_mapping = context.model, context.class_mapping
     trained_on = dict(model.history.get("trained_on") or {})
     trained_on["rows"] = int(trained_on.get("rows", len(model.trained_on))) + len(context.data.new)

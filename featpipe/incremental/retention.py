@@ -1,4 +1,4 @@
-"""What the model after an expansion keeps, from what the one before kept and the rows that came."""
+"""The data that the new model retains: the old model's, updated with the new rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["compute_memory_bytes", "fit_to_budget", "resolve_policy", "update_re
 def resolve_policy(
     old_memory: ReplayMemory | None, policy: RetentionPolicy | None, settings: ExpansionConfig | None, method: str
 ) -> RetentionPolicy:
-    """What to keep: as asked for; else what the model kept, with as many rows as asked for, and for replay some."""
+    """``policy`` if given, else that of the old model with the number of exemplars of the settings."""
     if policy is not None:
         return policy
     if old_memory is None:
@@ -48,16 +48,16 @@ def resolve_policy(
 def update_replay_memory(
     step: IncrementalStep, pipeline: Pipeline, policy: RetentionPolicy, *, retrained: bool
 ) -> ReplayMemory | None:
-    """What is kept after a step.
+    """The data that the new model retains.
 
     Parameters
     ----------
-    step : Step
+    step : IncrementalStep
     pipeline : Pipeline
-        After.
-    keep : Keep
+        The new head.
+    policy : RetentionPolicy
     retrained : bool
-        Whether it was fitted to all old and new rows.
+        Whether the new head was fitted on all old and new rows.
     """
     if not policy:
         return None
@@ -82,7 +82,7 @@ def update_replay_memory(
 
 
 def _select_rows(step: IncrementalStep, n: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """At most n rows of each class: of those kept, of the old ones at hand where none are, and of the new ones."""
+    """At most n exemplars of each class: from those retained, else from the given old rows; and from the new rows."""
     if not n:
         return np.zeros((0, step.new.X.shape[1]), np.float32), np.zeros(0, np.int32)
     replay_memory = step.replay_memory
@@ -95,7 +95,7 @@ def _select_rows(step: IncrementalStep, n: int) -> tuple[NDArray[Any], NDArray[n
     is_new_class = np.isin(y, np.unique(step.new.y))
     selections = [
         np.flatnonzero(y == code)[:n] for code in np.unique(y[~is_new_class])
-    ]  # in the order in which they were kept
+    ]  # retained exemplars are ordered by importance
     if replay_memory is None or not len(replay_memory.rows):
         selections = (
             [select_exemplars(step.settings.selection, step.compute_features(X[~is_new_class]), y[~is_new_class], n)]
@@ -134,7 +134,7 @@ def _update_statistics(
 def _update_importances(
     step: IncrementalStep, pipeline: Pipeline, old_memory: ReplayMemory | None
 ) -> NDArray[np.float32] | None:
-    """Those before, with zeros for new classes, and those of the new rows: each weighs by its images."""
+    """Mean of old and new importances, weighted by the numbers of images; old ones are zero for new classes."""
     layer = resolve_last_layer(pipeline[-1])
     if layer is None:
         return None
@@ -158,7 +158,7 @@ def _update_importances(
 def _update_network_importances(
     step: IncrementalStep, old_memory: ReplayMemory | None
 ) -> dict[str, NDArray[np.float32]] | None:
-    """Those before: of new images, which did not go through the network, nothing is known."""
+    """The old importances, scaled down by the number of new images, which did not go through the network."""
     if old_memory is None or old_memory.network is None:
         return None
     n, m = int(old_memory.counts.sum()), len(step.new)
@@ -166,7 +166,7 @@ def _update_network_importances(
 
 
 def fit_to_budget(replay_memory: ReplayMemory, budget: int, priority: str = "") -> ReplayMemory:
-    """What of it is not larger than so many bytes, in all: of rows as many as that allows; one part before others."""
+    """Drop parts that exceed a budget in bytes; exemplars are reduced in number. The part ``priority`` comes first."""
     remaining = budget
     for part in sorted(("rows", "statistics", "importances"), key=lambda name: name != priority):
         value = getattr(replay_memory, part)
@@ -196,11 +196,11 @@ def fit_to_budget(replay_memory: ReplayMemory, budget: int, priority: str = "") 
 
 
 def compute_memory_bytes(method: str, step: IncrementalStep) -> int:
-    """How much of what a model keeps a method lives on, also where it only sets old classes against new ones by it."""
+    """Bytes of the retained data that a method uses, for training or for the bias correction."""
     parts, replay_memory = {METHODS[method].memory_part}, step.replay_memory
     if replay_memory is not None and (
         method in BIAS_CORRECTED_METHODS or method == "replay"
-    ):  # old rows are made up too, from statistics
+    ):  # which sample old rows from statistics
         parts |= {"rows"} if len(replay_memory.rows) else set()
         parts |= {"statistics"} if replay_memory.statistics is not None else set()
     return sum(_part_bytes(part, step) for part in parts)

@@ -1,4 +1,4 @@
-"""Which method, judged on images that were not trained on, and the head that it makes."""
+"""Compare methods on test images, select one, and fit it on all data."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ __all__ = ["HeldOutScores", "SelectedMethod", "cross_fit_scores", "score_halves"
 
 logger = logging.getLogger(__name__)
 
-BASELINE_METHODS = ("joint", "naive")  # what a method is compared with
+BASELINE_METHODS = ("joint", "naive")  # upper and lower baseline
 
 
 @dataclass(frozen=True, eq=False)
 class SelectedMethod:
-    """The chosen method, its head, and how all compared.
+    """The selected method, its head, and the comparison.
 
     Attributes
     ----------
     method : str
     pipeline : Pipeline
-    step : Step
-        With all rows, of which the head was made.
-    outcomes : tuple of Outcome
-        The chosen method first.
-    judge : Judge or None
+    step : IncrementalStep
+        With all rows; the head was fitted on it.
+    outcomes : tuple of MethodOutcome
+        The selected method first.
+    evaluator : MethodEvaluator or None
+        None without test images.
     recommended : str or None
+        The method that ``all`` recommends.
     unavailable : mapping from method to the reason
     """
 
@@ -60,12 +62,12 @@ class SelectedMethod:
 
 
 def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMethod:
-    """Judge methods where there is something to judge by, then learn from all rows.
+    """Compare methods if there are test images, then fit the selected one on all rows.
 
     Raises
     ------
     ConfigError
-        If the method lacks what it needs, or there is nothing to compare methods by.
+        If the method lacks what it needs, or ``all`` has no test images.
     """
     full_step = context.make_step(context.data)
     if not len(context.data.new) and not context.class_mapping.new_classes and method is None:
@@ -82,8 +84,8 @@ def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMet
     evaluation_data = context.data.with_holdout()
     if not len(evaluation_data.test):
         if method == "all":
-            raise ConfigError("methods are compared on images to judge by, and there are none: give --test CACHE")
-        logger.info("there are no images to judge by: give --test CACHE, or labels with a split")
+            raise ConfigError("methods are compared on test images, and there are none: give --test CACHE")
+        logger.info("there are no test images, so nothing is measured: give --test CACHE, or labels with a split")
         return SelectedMethod(method, METHODS[method].fit(full_step, None), full_step, unavailable=unavailable)
     candidates = available if method == "all" else [name for name in (method, *BASELINE_METHODS) if name in available]
     return _compare_methods(context, method, list(dict.fromkeys(candidates)), evaluation_data, full_step, unavailable)
@@ -101,7 +103,7 @@ def _select_default_method(step: IncrementalStep) -> str:
 
 
 def _fit_regrouped(step: IncrementalStep) -> SelectedMethod:
-    """Classes left out, joined or renamed, and nothing to learn."""
+    """Drop, merge or rename classes without new images."""
     is_renaming = np.array_equal(step.class_mapping.new_codes, np.arange(len(step.class_mapping.new_codes)))
     if (
         not is_renaming
@@ -139,7 +141,7 @@ def _compare_methods(
     recommended = _recommend_method(context.budget, evaluator, outcomes, correct_by_method) if method == "all" else None
     chosen = recommended or method
     ordered_outcomes = (outcomes[chosen], *(outcome for name, outcome in outcomes.items() if name != chosen))
-    needs_refit = len(evaluation_data.new) < len(context.data.new)  # those that were held out are learnt too
+    needs_refit = len(evaluation_data.new) < len(context.data.new)  # held-out rows are learnt too
     pipeline = METHODS[chosen].fit(full_step, None) if needs_refit else pipelines[chosen]
     return SelectedMethod(chosen, pipeline, full_step, ordered_outcomes, evaluator, recommended, unavailable)
 
@@ -150,7 +152,7 @@ def _recommend_method(
     outcomes: Mapping[str, MethodOutcome],
     correct_by_method: Mapping[str, NDArray[np.bool_]],
 ) -> str:
-    """Of the methods that need no old images, the one that keeps least and is not told apart from the best."""
+    """Of the methods without old images, the one with the least retained data that is not worse beyond chance."""
     affordable = [
         name
         for name, outcome in outcomes.items()
@@ -171,17 +173,17 @@ Array = NDArray[np.float64]
 FitMethod = Callable[[IncrementalStep, EpochCallback | None], Any]
 
 N_FOLDS = 3
-MIN_CALIBRATION_ROWS = 10  # rows, from which a temperature is found
+MIN_CALIBRATION_ROWS = 10  # to fit a temperature
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOutScores:
-    """Scores of rows that were held out, in parts.
+    """Logits of held-out rows, in parts.
 
     Attributes
     ----------
     logits : tuple of ndarray of shape (m, k)
-    truths : tuple of ndarray of shape (m,)
+    labels : tuple of ndarray of shape (m,)
         Class codes.
     k : int
     """
@@ -195,12 +197,12 @@ class HeldOutScores:
 
     @property
     def present_classes(self) -> NDArray[np.int64]:
-        """Those that there is a row of."""
+        """Codes of the classes that have a row."""
         return np.unique(np.concatenate([np.zeros(0, np.int64), *self.labels]))
 
     @cached_property
     def temperature(self) -> float | None:
-        """That with the least log loss; None of too few rows."""
+        """The temperature with the lowest log loss; None for too few rows."""
         return self._fit_temperature(range(len(self.labels))) if len(self) >= MIN_CALIBRATION_ROWS else None
 
     def _fit_temperature(self, part_numbers: Any) -> float:
@@ -210,7 +212,7 @@ class HeldOutScores:
         )
 
     def make_conformal(self, calibrate: bool) -> ConformalPredictor | None:
-        """What sets are made from, each part calibrated on the others; None where a class has no row."""
+        """The predictor of prediction sets, each part calibrated on the others; None if a class has no row."""
         if len(self.present_classes) < self.k or len(self.labels) < 2:
             return None
         part_numbers = range(len(self.labels))
@@ -224,7 +226,7 @@ class HeldOutScores:
 
 
 def score_halves(pipeline: Any, rows: LabeledEmbeddings, k: int) -> HeldOutScores:
-    """Rows that no head was fitted on, every other one in a part of its own."""
+    """Logits of rows that the head was not fitted on, in two parts of every other row."""
     halves = [rows.take(np.arange(start, len(rows), 2)) for start in (0, 1) if len(rows) > start]
     return HeldOutScores(
         tuple(compute_logits(pipeline, half.X) for half in halves), tuple(half.y for half in halves), k
@@ -232,19 +234,19 @@ def score_halves(pipeline: Any, rows: LabeledEmbeddings, k: int) -> HeldOutScore
 
 
 def cross_fit_scores(step: IncrementalStep, fit: FitMethod, *, include_old: bool) -> HeldOutScores:
-    """A third of the rows after another is left out of the step, and scored by the head that comes of it.
+    """Logits by cross-fitting: each third of the rows is scored by a head that was fitted on the rest.
 
     Parameters
     ----------
-    step : Step
+    step : IncrementalStep
     fit : callable
         Of a method.
-    old : bool
-        Whether rows that the model was trained on are held out too: of a method that learns nothing from that model.
+    include_old : bool
+        Whether to hold out old rows too; only for a method that takes nothing from the old head.
 
     Notes
     -----
-    Rows of a class of which there are fewer images than folds are never left out: the class would have none.
+    Rows of classes with fewer images than folds are never held out, since no training image might remain.
     """
     n_old = len(step.old) if include_old else 0
     rows = step.old + step.new if include_old else step.new

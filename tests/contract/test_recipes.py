@@ -29,7 +29,7 @@ from featpipe.experiments import (
 )
 from featpipe.experiments.recipe.parse import TABLE_NAMES
 from tests.conftest import Tiny, tiny_transform
-from tests.finetuning import Ladder, small_transform
+from tests.support.finetuning import Ladder, small_transform
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipelines").glob("*.toml"))

@@ -17,16 +17,18 @@ from click.testing import CliRunner, Result
 from featpipe import FeatureCache, load_model, train
 from featpipe.cli import cli
 from featpipe.errors import ConfigError, FeatpipeError
-from tests.unit.test_expansion import make  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
-def home(make, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
-    """A model of three classes, a cache of two more, and one to judge by."""
+def home(make_cache, tmp_path_factory) -> dict[str, Path]:
+    """A model of three classes, a cache of two more, and a test cache."""
     folder = tmp_path_factory.mktemp("expand")
-    old = make({"ant": 30, "bee": 30, "cow": 30}, seed=1)
+    old = make_cache({"ant": 30, "bee": 30, "cow": 30}, seed=1)
     model = train(old, tune=False, keep="all").save(folder / "three.model")
-    new, test = make({"dog": 25, "eel": 25}, seed=2), make(dict.fromkeys(("ant", "bee", "cow", "dog", "eel"), 10), 3)
+    new, test = (
+        make_cache({"dog": 25, "eel": 25}, seed=2),
+        make_cache(dict.fromkeys(("ant", "bee", "cow", "dog", "eel"), 10), 3),
+    )
     return {"model": model, "old": old.path, "new": new.path, "test": test.path, "folder": folder}
 
 
@@ -44,11 +46,11 @@ def test_the_path_is_printed_and_the_table_and_a_second_time_there_is_no_work(ho
     assert path == home["folder"] / "three.5-classes.model"
     for word in ("epoch", "old accuracy", "forgetting", "backward transfer", "replay", "naive", "before"):
         assert word in done.stderr
-    assert "50 images marked or given to judge by" in done.stderr
+    assert "50 given test images" in done.stderr
     written = path.stat().st_mtime_ns
     again = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
     assert again.stdout == done.stdout
-    assert "is what is asked for already" in again.stderr
+    assert "up to date, nothing to do" in again.stderr
     assert "naive" in again.stderr  # the table is shown again
     assert path.stat().st_mtime_ns == written
     run("expand", home["model"], home["new"], "--test", home["test"], "--method", "distill")
@@ -155,7 +157,7 @@ def test_wrong_input_is_one_line(home, tmp_path):
         (home["model"], home["new"], tmp_path): "caches and archives are mixed",
         (home["model"], home["new"], "--set", "epochs=0"): "epochs is 0",
         (home["model"], home["new"], "--keep", "rows=0"): "keep is 'rows=0'",
-        (home["model"], home["new"], "--unfreeze", "last"): "is a cache, and --unfreeze trains on pictures",
+        (home["model"], home["new"], "--unfreeze", "last"): "is a cache, and --unfreeze trains on images",
         (home["model"], home["new"], "--keep", "network"): "images that go through it, and embeddings do not",
         (tmp_path / "no.model", home["new"]): "there is no such model file",
     }.items():

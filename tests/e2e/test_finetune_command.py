@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import featpipe
-from tests.finetuning import write_photos
+from tests.support.finetuning import write_photos
 
 NETWORK = "timm/test_resnet"
 OPTIONS = ["--unfreeze", "all", "--epochs", "2", "--batch", "8", "--device", "cpu", "--keep-worse"]
@@ -95,7 +95,7 @@ def test_interrupted_the_same_command_ends_with_the_same_weights(home, tuned):
     assert "the same command goes on from there" in err
     assert (home / f"{out}.checkpoint").exists()
     done = run(home, *arguments)
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     same(featpipe.load_model(home / out), tuned[1], 0)
 
 

@@ -172,7 +172,7 @@ def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_tw
     with logged_messages() as log:
         again = featpipe.run("fine-tune", "photos", changes=changes)
     assert numbers(again) == numbers(found)
-    assert any(text.endswith("is what is asked for already") for text in log)
+    assert any(text.endswith("up to date, nothing to do") for text in log)
     assert "writing the page" not in log
 
 

@@ -23,7 +23,7 @@ from featpipe.finetuning.augmentation import Augmentation, AugmentedTransform
 from featpipe.finetuning.feature_map_cache import estimate_caching_gain, make_feature_map_dataset
 from featpipe.inference import Engine
 from featpipe.maintenance import clean, verify
-from tests.finetuning import Ladder, small_transform, write_photos
+from tests.support.finetuning import Ladder, small_transform, write_photos
 
 cleaning = import_module("featpipe.maintenance.clean")
 
@@ -122,7 +122,7 @@ def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
     assert not once.worthwhile
     assert often.n_bytes == 100 * 8 * 8 * 8 * 2
     assert 1 < once.gain + 1e-9 < often.gain
-    assert "computed once and kept, 0.1 MB" in often.reason
+    assert "computed once and cached, 0.1 MB" in often.reason
     assert "for 1 epochs of 1 view would be 1.0 times less work" in once.reason
     assert not estimate_caching_gain(ladder, found, 100, 10, 10, tmp_path).worthwhile  # as many views as epochs
 

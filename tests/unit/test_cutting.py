@@ -15,7 +15,7 @@ from featpipe.backbones.outputs import resolve_outputs
 from featpipe.backbones.partition import Partition, partition_network
 from featpipe.backbones.stages import find_stages, is_within, trace_modules
 from featpipe.errors import ConfigError
-from tests.finetuning import Ladder, small_transform
+from tests.support.finetuning import Ladder, small_transform
 
 BELOW = ["stem", "layer1", "layer2"]
 

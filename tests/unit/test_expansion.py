@@ -1,8 +1,8 @@
-"""A model learns more classes: the old ones stay what they were, and what is said of them is measured."""
+"""Class-incremental learning on embeddings."""
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,73 +12,28 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache, evaluate, expand, load_model, train
-from featpipe.cache import SPLIT_NAMES, SampleTable, write_cache
-from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError, ModelError
 from featpipe.incremental import METHODS, Expansion
 from featpipe.incremental.dataset import ClassMapping
 from featpipe.metrics import compute_logits
 from featpipe.model import Model
-from featpipe.storage import StringColumn
+from tests.support.expansion import FACTS, NAMES
 from tests.support.logs import logged_warning
-from tests.unit.test_training import FACTS
-
-D = 8
-NAMES = ("ant", "bee", "cow", "dog", "eel", "fox")
-CENTRES = dict(zip(NAMES, 2.5 * np.random.default_rng(7).normal(size=(len(NAMES), D)), strict=True))
-
-
-def embeddings(labels: Sequence[str], seed: int) -> np.ndarray:
-    noise = np.random.default_rng(seed).normal(size=(len(labels), D))
-    return (np.stack([CENTRES[name] for name in labels]) + noise).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FeatureCache]:
-    """Writes a cache of images of some classes; images of one seed are the same images, whatever they are called."""
-    folder = tmp_path_factory.mktemp("caches")
-
-    def cache(
-        counts: dict[str, int],
-        seed: int,
-        *,
-        split: str | None = None,
-        called: dict[str, str] | None = None,
-        facts: dict[str, Any] = FACTS,
-    ) -> FeatureCache:
-        labels = [name for name, count in counts.items() for _ in range(count)]
-        X, n = embeddings(labels, seed), len(labels)
-        ids = [f"{seed}-{name}-{i:03}" for i, name in enumerate(labels)]
-        digests = np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest() for name in ids), np.uint8)
-        table = SampleTable(
-            ids=StringColumn.from_strings(ids),
-            status=np.zeros(n, np.uint8),
-            digests=digests.reshape(n, 32),
-            stamps=np.zeros((n, 16), np.uint8),
-            split=np.full(n, SPLIT_NAMES.index(split) if split else 0, np.uint8),
-            labels=Labels.from_class_names([(called or {}).get(name, name) for name in labels]),
-        )
-        path = folder / f"{hashlib.sha256(repr((counts, seed, split, called, facts)).encode()).hexdigest()[:12]}.h5"
-        manifest = {"facts": facts, "backbone": {"name": "x:y", "outputs": ["pooled"]}}
-        write_cache(path, table, manifest, {"pooled": (D,)}, "float32", lambda _, start, stop: X[start:stop])
-        return FeatureCache(path)
-
-    return cache
+def old(make_cache: Any) -> FeatureCache:
+    return make_cache({"ant": 40, "bee": 30, "cow": 25}, seed=1)
 
 
 @pytest.fixture(scope="module")
-def old(make: Any) -> FeatureCache:
-    return make({"ant": 40, "bee": 30, "cow": 25}, seed=1)
+def new(make_cache: Any) -> FeatureCache:
+    return make_cache({"dog": 30, "eel": 25}, seed=2)
 
 
 @pytest.fixture(scope="module")
-def new(make: Any) -> FeatureCache:
-    return make({"dog": 30, "eel": 25}, seed=2)
-
-
-@pytest.fixture(scope="module")
-def test(make: Any) -> FeatureCache:
-    return make(dict.fromkeys(NAMES[:5], 40), seed=3)
+def test(make_cache: Any) -> FeatureCache:
+    return make_cache(dict.fromkeys(NAMES[:5], 40), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +79,10 @@ def test_each_method_does_what_it_is_for(compared: Expansion) -> None:
 
 @pytest.mark.parametrize("head", ["lda", "ridge", "centroid"])
 def test_statistics_give_the_model_that_training_on_everything_gives(
-    head: str, models: Any, old: FeatureCache, new: FeatureCache, make: Any
+    head: str, models: Any, old: FeatureCache, new: FeatureCache, make_cache: Any
 ) -> None:
     """In one step, in two, and in any order of classes; the last step brings more images of an old class."""
-    more = make({"fox": 12} | ({} if head == "lda" else {"bee": 7}), seed=4)
+    more = make_cache({"fox": 12} | ({} if head == "lda" else {"bee": 7}), seed=4)
     model = models(head, "statistics").expand(new, method="statistics").expand(more, method="statistics")
     assert model.classes == NAMES
     X = np.concatenate([cache.X for cache in (old, new, more)])
@@ -156,12 +111,12 @@ def test_frozen_old_scores_are_bit_for_bit_what_they_were(
     models: Any,
     new: FeatureCache,
     test: FeatureCache,
-    make: Any,
+    make_cache: Any,
     tmp_path: Path,
 ) -> None:
     model = models(head, keep, **params)
     grown = model.expand(new, method="frozen-old")
-    again = grown.expand(make({"fox": 15}, seed=4), method="frozen-old")
+    again = grown.expand(make_cache({"fox": 15}, seed=4), method="frozen-old")
     loaded = load_model(again.save(tmp_path / "grown.model"))
     before = compute_logits(model.head, test.X)
     for after in (grown, again, loaded):
@@ -207,42 +162,44 @@ def test_rows_that_were_chosen_at_random_can_be_replayed(models: Any, old: Any, 
 # -- which classes ---------------------------------------------------------------------------------------------------
 
 
-def test_old_classes_keep_their_order_and_new_ones_follow(models: Any, make: Any) -> None:
-    cache = make({"dog": 20, "eel": 20, "ant": 5}, seed=5, called={"dog": "aardvark", "eel": "zebra"})
+def test_old_classes_keep_their_order_and_new_ones_follow(models: Any, make_cache: Any) -> None:
+    cache = make_cache({"dog": 20, "eel": 20, "ant": 5}, seed=5, called={"dog": "aardvark", "eel": "zebra"})
     found = expand(models(), cache, method="frozen-old")
     assert found.model.classes == ("ant", "bee", "cow", "aardvark", "zebra")
     assert found.new == ("aardvark", "zebra")
     assert found.images["learnt"] == 45
 
 
-def test_names_that_are_hardly_new_and_images_that_look_known_are_pointed_out(
-    models: Any, make: Any, log: list[str]
+def test_new_class_names_and_images_that_resemble_old_classes_are_reported(
+    models: Any, make_cache: Any, log: list[str]
 ) -> None:
-    cache = make({"cow": 20, "eel": 20}, seed=6, called={"cow": "Cow", "eel": "calf"})
-    with logged_warning("^class 'Cow' is new beside 'cow'; if they are one, give --merge cow,Cow=cow$"):
+    cache = make_cache({"cow": 20, "eel": 20}, seed=6, called={"cow": "Cow", "eel": "calf"})
+    with logged_warning("^new class 'Cow' looks like 'cow'; if they are the same, give --merge cow,Cow=cow$"):
         expand(models(), cache, method="frozen-old")
-    assert any("of the images of 'Cow' are 'cow' to the model before" in text for text in log)
+    assert any(
+        re.match(r"the model predicts 'cow' for \d+% of the images of the new class 'Cow'", text) for text in log
+    )
 
 
-def test_a_class_under_a_new_name_is_refused_with_the_way_out(models: Any, make: Any) -> None:
-    renamed = make({"ant": 40, "eel": 10}, seed=1, called={"ant": "formica"})
+def test_a_known_class_under_a_new_name_is_refused_with_the_remedy(models: Any, make_cache: Any) -> None:
+    renamed = make_cache({"ant": 40, "eel": 10}, seed=1, called={"ant": "formica"})
     with pytest.raises(ConfigError, match=r"'formica' is new, but .* 40 of its 40 .* --merge ant,formica=formica"):
         models().expand(renamed)
     model = models().expand(renamed, method="replay", merge={"formica": ["ant", "formica"]})
     assert model.classes == ("formica", "bee", "cow", "eel")
 
 
-def test_no_new_class_is_learnt_as_more_images_or_refused_if_all_are_known(
-    models: Any, old: Any, make: Any, log: list[str]
+def test_new_images_without_a_new_class_are_learnt_and_known_images_are_refused(
+    models: Any, old: Any, make_cache: Any, log: list[str]
 ) -> None:
     with pytest.raises(ConfigError, match="trained on all 95 images, and no class is new: nothing to learn"):
         models().expand(old)
-    found = expand(models(), make({"ant": 9, "bee": 9}, seed=8), method="statistics")
+    found = expand(models(), make_cache({"ant": 9, "bee": 9}, seed=8), method="statistics")
     assert found.model.classes == ("ant", "bee", "cow")
-    assert "no new class: 18 new images of 3 known ones are learnt" in log
+    assert "no new class: learning 18 new images of 3 known ones" in log
     assert found.model.kept.counts.tolist() == [49, 39, 25]
     with pytest.raises(ConfigError, match="trains new classes alone, and there are none"):
-        models().expand(make({"ant": 9, "bee": 9}, seed=8), method="frozen-old")
+        models().expand(make_cache({"ant": 9, "bee": 9}, seed=8), method="frozen-old")
 
 
 @pytest.mark.parametrize("head", ["logistic", "knn", "lda"])
@@ -267,7 +224,7 @@ def test_classes_are_dropped_and_merged_without_images(head: str, models: Any, t
 
 
 def test_dropped_and_merged_models_go_on_learning(
-    models: Any, new: FeatureCache, test: FeatureCache, make: Any
+    models: Any, new: FeatureCache, test: FeatureCache, make_cache: Any
 ) -> None:
     for head in ("logistic", "lda"):
         model = models(head).expand((), merge={"insect": ["ant", "bee"]}).expand(new, drop=["cow"])
@@ -287,13 +244,13 @@ def test_dropped_and_merged_models_go_on_learning(
         (["ent"], {}, "unknown class 'ent'.*did you mean 'ant'"),
         ([], {"x": ["bea"]}, "unknown class 'bea'.*did you mean 'bee'"),
         (["ant"], {"x": ["ant", "bee"]}, "is merged, and dropped or merged again"),
-        ([], {"cow": ["ant", "bee"]}, "'cow' is a class already; merge ant,bee,cow=cow"),
+        ([], {"cow": ["ant", "bee"]}, "'cow' is an existing class; to merge the others into it, give ant,bee,cow=cow"),
         (["ant", "bee", "cow"], {}, "0 of them old"),
-        (["ant", "bee"], {}, "1 classes would be left"),
+        (["ant", "bee"], {}, "1 classes would remain"),
         ([], {"x": "ant"}, "give a name and a list"),
     ],
 )
-def test_names_that_cannot_be_are_refused(drop: Any, merge: Any, problem: str) -> None:
+def test_invalid_class_names_are_refused(drop: Any, merge: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         ClassMapping.from_labels(("ant", "bee", "cow"), (), drop, merge)
 
@@ -302,17 +259,17 @@ def test_names_that_cannot_be_are_refused(drop: Any, merge: Any, problem: str) -
 
 
 @pytest.mark.parametrize("method", ["replay", "statistics", "frozen-old", "distill", "ewc"])
-def test_several_steps_unequal_and_of_one_image_in_a_row(method: str, models: Any, make: Any, test: Any) -> None:
+def test_several_steps_unequal_and_of_one_image_in_a_row(method: str, models: Any, make_cache: Any, test: Any) -> None:
     """The one-shot class is learnt too, and what was learnt first is still there."""
     model = models()
     for step, counts in enumerate(({"dog": 60}, {"eel": 1}, {"fox": 8, "ant": 3})):
-        model = model.expand(make(counts, seed=20 + step), method=method, test=test)
+        model = model.expand(make_cache(counts, seed=20 + step), method=method, test=test)
     assert model.classes == NAMES
     assert accuracy(model, test, NAMES[:3]) > {"distill": 0.25, "ewc": 0.25}.get(method, 0.75)
     assert accuracy(model, test, ["dog"]) > 0.5
     assert [step["method"] for step in model.history["steps"]] == ["train", method, method, method]
     assert model.history["trained_on"]["rows"] == 95 + 72
-    assert model.was_trained_on(make({"eel": 1}, seed=21).digests).all()
+    assert model.was_trained_on(make_cache({"eel": 1}, seed=21).digests).all()
     if method in ("replay", "statistics"):
         assert accuracy(model, test, ["eel"]) > 0.5
 
@@ -325,7 +282,7 @@ def test_accuracy_is_that_of_rows_that_were_never_trained_on(
 ) -> None:
     found = expand(models(), new, method="replay", test=[test, old])
     assert found.images == {"learnt": 55, "old": 0, "tested": 200}
-    assert "left out: 95 trained on, and so not judged by" in found.notes
+    assert "left out: 95 test images that were trained on" in found.notes
     row = found.outcomes[0]
     assert row.old.value == accuracy(found.model, test, NAMES[:3])
     assert row.new.value == accuracy(found.model, test, NAMES[3:])
@@ -339,11 +296,11 @@ def test_accuracy_is_that_of_rows_that_were_never_trained_on(
 
 
 def test_forgetting_is_since_the_best_and_backward_transfer_since_it_was_learnt(
-    models: Any, make: Any, test: FeatureCache
+    models: Any, make_cache: Any, test: FeatureCache
 ) -> None:
     """Averaged over the steps in which classes came, on the same rows each time."""
-    first = expand(models(), make({"dog": 30}, seed=30), method="replay", test=test)
-    second = expand(first.model, make({"eel": 30}, seed=31), method="distill", test=test)
+    first = expand(models(), make_cache({"dog": 30}, seed=30), method="replay", test=test)
+    second = expand(first.model, make_cache({"eel": 30}, seed=31), method="distill", test=test)
     groups = [NAMES[:3], ("dog",)]
     at_first = [accuracy(models(), test, groups[0]), accuracy(first.model, test, groups[1])]
     between = [accuracy(first.model, test, names) for names in groups]
@@ -364,10 +321,10 @@ def test_intervals_are_those_of_paired_resamples(compared: Expansion, test: Feat
     assert row.all.high - row.all.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
 
 
-def test_without_test_images_a_fifth_of_the_new_ones_is_held_out_and_learnt_afterwards(models: Any, make: Any) -> None:
-    new = make({"dog": 50, "eel": 50, "fox": 2}, seed=40)
+def test_without_test_images_a_fifth_of_the_new_ones_is_held_out(models: Any, make_cache: Any) -> None:
+    new = make_cache({"dog": 50, "eel": 50, "fox": 2}, seed=40)
     found = expand(models(), new, method="replay")
-    assert found.how.endswith("new images held out, and learnt afterwards")
+    assert found.how.endswith("new images, held out and learnt afterwards")
     assert 8 <= found.images["tested"] <= 32
     assert found.before is None
     assert found.outcomes[0].old is None
@@ -375,8 +332,11 @@ def test_without_test_images_a_fifth_of_the_new_ones_is_held_out_and_learnt_afte
     assert found.images["learnt"] == 102
 
 
-def test_marked_test_rows_judge_and_are_not_learnt(models: Any, make: Any) -> None:
-    train_rows, test_rows = make({"dog": 30}, 41, split="train"), make({"dog": 10, "ant": 10}, 42, split="test")
+def test_rows_marked_as_test_are_tested_and_not_learnt(models: Any, make_cache: Any) -> None:
+    train_rows, test_rows = (
+        make_cache({"dog": 30}, 41, split="train"),
+        make_cache({"dog": 10, "ant": 10}, 42, split="test"),
+    )
     found = expand(models(), [train_rows, test_rows], method="statistics")
     assert found.images == {"learnt": 30, "old": 0, "tested": 20}
     assert not found.model.was_trained_on(test_rows.digests).any()
@@ -395,7 +355,7 @@ def test_both_sides_are_watched_epoch_by_epoch(compared: Expansion) -> None:
     assert len(compared.as_table()) == 2 + len(METHODS)
 
 
-def test_what_is_said_survives_the_file(compared: Expansion, tmp_path: Path) -> None:
+def test_the_result_survives_saving_and_loading(compared: Expansion, tmp_path: Path) -> None:
     model = load_model(compared.model.save(tmp_path / "m.model"))
     again = Expansion.from_dict(model, model.scores["expansion"]["result"])
     assert again.to_dict() == compared.to_dict()
@@ -411,7 +371,7 @@ def test_what_may_be_kept_bounds_what_is_recommended(models: Any, new: FeatureCa
 # -- what a model lacks ----------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_keeps_nothing_says_what_is_missing_and_how_to_have_it(
+def test_a_model_without_retained_data_names_the_missing_part_and_the_remedy(
     models: Any, old: FeatureCache, new: FeatureCache
 ) -> None:
     bare = models(keep="none")
@@ -431,13 +391,13 @@ def test_a_model_that_keeps_nothing_says_what_is_missing_and_how_to_have_it(
         assert bare.expand([old, new], method=method).classes == NAMES[:5]
 
 
-def test_heads_without_a_softmax_layer_say_which_have_one(models: Any, new: FeatureCache) -> None:
+def test_heads_without_a_softmax_layer_are_refused(models: Any, new: FeatureCache) -> None:
     for method in ("distill", "ewc", "naive"):
         with pytest.raises(ConfigError, match=r"softmax layer \(logistic, linear, mlp, keras\), and .* a KNeigh"):
             models("knn").expand(new, method=method)
 
 
-def test_the_method_that_is_taken_follows_from_what_there_is(models: Any, old: Any, new: Any) -> None:
+def test_the_default_method_depends_on_the_available_data(models: Any, old: Any, new: Any) -> None:
     def taken(model: Model, data: Any) -> str:
         return expand(model, data).method
 
@@ -448,16 +408,16 @@ def test_the_method_that_is_taken_follows_from_what_there_is(models: Any, old: A
     assert taken(models(keep="importances"), new) == "frozen-old"
 
 
-def test_a_ridge_takes_the_place_of_other_heads_and_that_is_said(
-    models: Any, old: Any, new: Any, test: Any, make: Any, tmp_path: Path
+def test_statistics_replace_other_heads_by_ridge_and_a_note_says_so(
+    models: Any, old: Any, new: Any, test: Any, make_cache: Any, tmp_path: Path
 ) -> None:
     """In two steps, the second with more images of an old class, it is that of all rows at once, to 1e-8."""
     from featpipe import heads
 
-    more = make({"fox": 1, "bee": 7}, seed=4)
+    more = make_cache({"fox": 1, "bee": 7}, seed=4)
     found = expand(models(), new, method="statistics", test=test)
     assert found.model.head_name == "ridge"
-    assert any("the head is ridge now, and was logistic" in note for note in found.notes)
+    assert any("the head is now ridge, since logistic has no closed form" in note for note in found.notes)
     model = load_model(found.model.expand(more, method="statistics").save(tmp_path / "m.model"))
     X = np.concatenate([cache.X for cache in (old, new, more)]).astype(np.float64)
     names = np.concatenate([cache.y for cache in (old, new, more)]).astype(str)
@@ -465,7 +425,7 @@ def test_a_ridge_takes_the_place_of_other_heads_and_that_is_said(
     scores, expected = compute_logits(model.head, X), compute_logits(peer, X)
     assert np.abs(scores - expected).max() < 1e-8 * np.abs(expected).max()
     assert model.head[-1].alpha_ == pytest.approx(peer[-1].alpha_, rel=1e-8)
-    assert accuracy(model, make({"fox": 40}, seed=9)) > 0.5  # of one image
+    assert accuracy(model, make_cache({"fox": 40}, seed=9)) > 0.5  # of one image
 
 
 def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, new: FeatureCache) -> None:
@@ -478,21 +438,21 @@ def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, n
 
 
 def test_what_stands_for_scores_alone_is_calibrated_on_rows_that_were_held_out(
-    models: Any, make: Any, tmp_path: Path
+    models: Any, make_cache: Any, tmp_path: Path
 ) -> None:
     """Its confidence is about how often it is right; too few rows leave the temperature as it was."""
     from featpipe.metrics import calibration_error, fit_temperature
 
     model = models("ridge")
     near = {"dog": 60, "eel": 60}
-    grown = model.expand(make(near, seed=70), method="statistics")
+    grown = model.expand(make_cache(near, seed=70), method="statistics")
     assert grown.calibration.temperature != model.calibration.temperature
-    fresh = make(near, seed=71)
+    fresh = make_cache(near, seed=71)
     best = fit_temperature(compute_logits(grown.head, fresh.X), np.searchsorted(NAMES, fresh.y.astype(str)))
     assert 0.2 < grown.calibration.temperature / best < 5
     p = grown.predict_proba_features(fresh.X)
     assert calibration_error(p, np.searchsorted(NAMES, fresh.y.astype(str))) < 0.1
-    few = make({"dog": 2}, seed=72)
+    few = make_cache({"dog": 2}, seed=72)
     assert model.expand(few, method="statistics").calibration == model.calibration
     assert models().expand(few, method="statistics").calibration.temperature == 0.25
 
@@ -506,10 +466,10 @@ def judged(old: FeatureCache) -> Model:
 
 
 def test_novelty_goes_on_and_old_and_new_images_look_as_new_as_they_should(
-    judged: Model, new: FeatureCache, make: Any, tmp_path: Path
+    judged: Model, new: FeatureCache, make_cache: Any, tmp_path: Path
 ) -> None:
-    fresh = make(dict.fromkeys(NAMES[:5], 200), seed=80)
-    stranger = make({"fox": 100}, seed=81)
+    fresh = make_cache(dict.fromkeys(NAMES[:5], 200), seed=80)
+    stranger = make_cache({"fox": 100}, seed=81)
     for method in ("replay", "statistics", "frozen-old"):
         grown = judged.expand(new, method=method)
         grown = load_model(grown.save(tmp_path / "m.model"))
@@ -522,11 +482,11 @@ def test_novelty_goes_on_and_old_and_new_images_look_as_new_as_they_should(
 
 
 def test_sets_hold_the_right_class_as_often_as_asked_of_rows_that_did_not_train(
-    judged: Model, old: FeatureCache, new: FeatureCache, make: Any, tmp_path: Path
+    judged: Model, old: FeatureCache, new: FeatureCache, make_cache: Any, tmp_path: Path
 ) -> None:
-    """Calibrated on images that are given for that; or, of old and new images together, on those held out in turns."""
-    check = make(dict.fromkeys(NAMES[:5], 100), seed=82)
-    fresh = make(dict.fromkeys(NAMES[:5], 200), seed=83)
+    """Calibrated on the images given for it; with all old and new images, by cross-fitting."""
+    check = make_cache(dict.fromkeys(NAMES[:5], 100), seed=82)
+    fresh = make_cache(dict.fromkeys(NAMES[:5], 200), seed=83)
     for method in ("replay", "statistics", "distill"):
         found = expand(judged, new, method=method, calibration=check)
         model = load_model(found.model.save(tmp_path / "m.model"))
@@ -542,23 +502,21 @@ def coverage(model: Model, cache: FeatureCache, level: float) -> float:
     return float(np.mean([name in held for name, held in zip(cache.y.astype(str), sets, strict=True)]))
 
 
-def test_validation_rows_calibrate_too_and_what_is_missing_is_said(
-    judged: Model, new: FeatureCache, make: Any, test: FeatureCache
+def test_validation_rows_calibrate_and_missing_ones_are_reported(
+    judged: Model, new: FeatureCache, make_cache: Any, test: FeatureCache
 ) -> None:
-    marked = make(dict.fromkeys(NAMES[:5], 20), seed=84, split="validation")
+    marked = make_cache(dict.fromkeys(NAMES[:5], 20), seed=84, split="validation")
     found = expand(judged, [new, marked], method="replay", test=test)
     assert found.images["learnt"] == 55
     assert len(found.model.trust.conformal.scores) == 100
-    without = expand(judged, [new, make({"ant": 20}, 85, split="validation")], method="replay", test=test)
-    assert any("gives no sets of classes" in note and "--calibration" in note for note in without.notes)
+    without = expand(judged, [new, make_cache({"ant": 20}, 85, split="validation")], method="replay", test=test)
+    assert any("has no prediction sets" in note and "--calibration" in note for note in without.notes)
     with pytest.raises(ConfigError, match=r"learnt more classes without .*--calibration"):
         without.model.predict_sets_features(new.X, 0.9)
 
 
-def test_sets_stay_true_where_classes_are_renamed_or_joined_and_go_where_one_is_left_out(
-    judged: Model, make: Any
-) -> None:
-    fresh = make(dict.fromkeys(NAMES[:3], 100), seed=86)
+def test_prediction_sets_survive_renaming_and_merging_but_not_dropping(judged: Model, make_cache: Any) -> None:
+    fresh = make_cache(dict.fromkeys(NAMES[:3], 100), seed=86)
     joined = judged.expand((), merge={"insect": ["ant", "bee"]})
     sets = joined.predict_sets_features(fresh.X, 0.9)
     truth = np.where(fresh.y == "cow", "cow", "insect")
@@ -567,7 +525,7 @@ def test_sets_stay_true_where_classes_are_renamed_or_joined_and_go_where_one_is_
     assert judged.expand((), drop=["ant"]).trust.conformal is None
 
 
-def test_what_cannot_be_learnt_from_is_refused(models: Any, new: FeatureCache, make: Any, old: FeatureCache) -> None:
+def test_invalid_input_is_refused(models: Any, new: FeatureCache, make_cache: Any, old: FeatureCache) -> None:
     with pytest.raises(ConfigError, match=r"unknown method 'replai'.*did you mean 'replay'"):
         models().expand(new, method="replai")
     with pytest.raises(ConfigError, match=r"unknown setting 'epoch'"):
@@ -577,16 +535,16 @@ def test_what_cannot_be_learnt_from_is_refused(models: Any, new: FeatureCache, m
     with pytest.raises(ConfigError, match=r"nothing to learn|no labelled image to learn"):
         models().expand(())
     with pytest.raises(CacheMismatchError, match="other embeddings"):
-        models().expand(make({"dog": 5}, 50, facts=FACTS | {"precision": "bf16"}))
-    unlabelled = make({"dog": 5}, 51)
+        models().expand(make_cache({"dog": 5}, 50, facts=FACTS | {"precision": "bf16"}))
+    unlabelled = make_cache({"dog": 5}, 51)
     unlabelled.manifest["task"] = "none"
     with pytest.raises(CacheError, match="has no labels"):
         models().expand(unlabelled)
-    with pytest.raises(ConfigError, match="images to judge by, and there are none"):
-        expand(models(), make({"dog": 3}, 52), method="all")
+    with pytest.raises(ConfigError, match="compared on test images, and there are none"):
+        expand(models(), make_cache({"dog": 3}, 52), method="all")
 
 
-def test_what_is_kept_must_be_of_the_head_s_own_embeddings(models: Any, tmp_path: Path) -> None:
+def test_retained_data_of_other_embeddings_is_refused(models: Any, tmp_path: Path) -> None:
     model, other = models(), models("centroid")
     for wrong in (
         replace(model.kept, rows=model.kept.rows[:, :-1]),
@@ -605,12 +563,12 @@ def test_an_expanded_model_is_evaluated_like_any_other(compared: Expansion, test
     assert found.scores.classes == NAMES[:5]
 
 
-def test_the_numbers_of_a_step_are_known_to_the_next(compared: Expansion) -> None:
+def test_the_accuracies_of_a_step_are_recorded_for_the_next(compared: Expansion) -> None:
     judged = compared.model.history["judged"]
     assert [set(one) for one in judged] == [{"rows", "learnt", "best", "now"}] * 2
     assert judged[0]["best"] >= judged[0]["now"]
 
 
-def test_rows_that_were_resampled_in_training_are_pointed_out(old: FeatureCache, new: FeatureCache) -> None:
+def test_a_note_says_that_the_model_was_trained_on_resampled_rows(old: FeatureCache, new: FeatureCache) -> None:
     model = train(old, tune=False, balance="over")
     assert any("resampled rows" in note for note in expand(model, new, method="frozen-old").notes)

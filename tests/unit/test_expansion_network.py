@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,184 +22,215 @@ from featpipe import backbones, expand, load_model
 from featpipe.cli import cli
 from featpipe.errors import ConfigError
 from featpipe.finetuning import checkpoint
+from featpipe.finetuning.augmentation import apply_mixup_cutmix
 from featpipe.finetuning.head_layers import HeadLayers
 from featpipe.finetuning.loop import compute_gradients, run_training_loop
-from featpipe.finetuning.regularizers import DistillationLoss, EWCPenalty, Regularizers, compute_network_fisher
-from featpipe.finetuning.trainer import EpochRecord
+from featpipe.finetuning.trainer import EpochRecord, Trainer
+from featpipe.heads.last_layer import LastLayer, compute_fisher_diagonal
 from featpipe.incremental import Expansion
 from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
+from featpipe.incremental.deep import regularizers
 from featpipe.incremental.deep.ewc import make_ewc_penalty
 from featpipe.incremental.deep.methods import make_replay_dataset
+from featpipe.incremental.deep.regularizers import DistillationLoss, EWCPenalty, compute_network_fisher
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.model import Model, ReplayMemory
 from featpipe.runtime import format_size
-from tests import finetuning as pictures
 from tests.conftest import interrupt_fine_tuning
-from tests.unit.test_finetune_loop import ASKED, Interrupting, N, assert_equal, begun, job_of, weights
+from tests.support import finetuning as pictures
+from tests.support.finetuning import (
+    LADDER_WIDTH,
+    N_ROWS,
+    RUN_CONFIG,
+    InterruptingDataset,
+    assert_tensors_equal,
+    copy_weights,
+    disable_dropout,
+    init_state,
+    make_trainer,
+)
 
 OLD, NEW = ("ape", "bee"), ("cow", "dog")
 K_OLD = 2
+LEARNING_RATE = 3e-3
 QUICK = {"epochs": 2, "batch": 8, "learning_rate": 1e-4, "device": "cpu"}
 LEARNS = {"learning_rate": 1e-3, "epochs": 3, "patience": 0, "monitor": "score"}
 
 
-# -- the ties, against a loop that is written out ---------------------------------------------------------------------
+# -- loss terms, against a loop that is written out -------------------------------------------------------------------
 
 
-def held(strength: float = 3.0, temperature: float = 2.0, amount: float = 5.0) -> Regularizers:
-    """A past with both ties, of made-up answers and importances."""
-    job = job_of()
+def make_loss_terms(
+    strength: float = 3.0, temperature: float = 2.0, importance: float = 5.0
+) -> tuple[DistillationLoss, EWCPenalty]:
+    """Both terms, with random teacher scores, reference weights and importances."""
+    trainer = make_trainer()
     generator = torch.Generator().manual_seed(5)
-    start = {name: parameter.detach().clone() for name, parameter in job.trained_parameters().items()}
-    before = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
-    important = {name: amount * torch.rand(value.shape, generator=generator) for name, value in start.items()}
-    scores = torch.randn(N, K_OLD, generator=generator)
-    return Regularizers(K_OLD, DistillationLoss(scores, temperature, strength), EWCPenalty(before, important))
+    start = {name: parameter.detach().clone() for name, parameter in trainer.trained_parameters().items()}
+    reference = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
+    importances = {name: importance * torch.rand(value.shape, generator=generator) for name, value in start.items()}
+    teacher_scores = torch.randn(N_ROWS, K_OLD, generator=generator)
+    return DistillationLoss(teacher_scores, temperature, strength), EWCPenalty(reference, importances)
 
 
-def without_dropout(job: Any) -> Any:
-    for module in job.network.modules():
-        if isinstance(module, nn.Dropout2d):
-            module.p = 0.0
-    return job
-
-
-def plain_loss(job: Any, past: Regularizers, rows: np.ndarray, network: nn.Module, head: nn.Module) -> Tensor:
+def compute_plain_loss(
+    trainer: Trainer, rows: np.ndarray, network: nn.Module, head: nn.Module, *, distillation: Any, ewc: Any
+) -> Tensor:
     """As in the papers, row by row and weight by weight."""
-    where = torch.from_numpy(rows)
-    scores, y = head(network(job.source.batch(rows, 0))), job.targets.Y[where]
+    indices = torch.from_numpy(rows)
+    scores, y = head(network(trainer.train_data.batch(rows, 0))), trainer.targets.Y[indices]
     loss = functional.cross_entropy(scores, y)
-    T, distilled = past.distillation.temperature, 0.0
-    for score, said in zip(scores, past.distillation.teacher_scores[where], strict=True):
-        old, new = torch.softmax(said / T, 0), torch.softmax(score[:K_OLD] / T, 0)
+    T, distilled = distillation.temperature, 0.0
+    for row_scores, teacher in zip(scores, distillation.teacher_scores[indices], strict=True):
+        old, new = torch.softmax(teacher / T, 0), torch.softmax(row_scores[:K_OLD] / T, 0)
         distilled = distilled + sum(p * (p.log() - q.log()) for p, q in zip(old, new, strict=True))
-    loss = loss + past.distillation.strength * T**2 * distilled / len(rows)
-    named = {f"head.{n}": p for n, p in head.named_parameters()}
-    named |= {f"backbone.{n}": p for n, p in network.named_parameters()}
-    for name, importance in past.ewc.importances.items():
-        loss = loss + 0.5 * (importance * (named[name] - past.ewc.reference_weights[name]) ** 2).sum()
+    loss = loss + distillation.strength * T**2 * distilled / len(rows)
+    parameters = {f"head.{n}": p for n, p in head.named_parameters()}
+    parameters |= {f"backbone.{n}": p for n, p in network.named_parameters()}
+    for name, importance in ewc.importances.items():
+        loss = loss + 0.5 * (importance * (parameters[name] - ewc.reference_weights[name]) ** 2).sum()
     return loss
 
 
-def test_steps_with_soft_targets_and_importances_are_those_of_a_plain_loop() -> None:
+def test_steps_with_distillation_and_ewc_are_those_of_a_plain_loop() -> None:
     """Three epochs of SGD on all rows at once, written out."""
     settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0, "layer_decay": 1.0}
-    job = without_dropout(job_of(**settings, batch=32, schedule="constant", warmup=0.0, learning_rate=3e-3))
-    past = held()
-    job = replace(job, past=past, source=job.validation_data)
-    job.source.batch = lambda rows, epoch: job.source.images[torch.from_numpy(rows)]  # the same in every epoch
-    network, head = copy.deepcopy(job.network).eval(), copy.deepcopy(job.head)
+    trainer = disable_dropout(
+        make_trainer(**settings, batch=32, schedule="constant", warmup=0.0, learning_rate=LEARNING_RATE)
+    )
+    distillation, ewc = make_loss_terms()
+    trainer = replace(trainer, loss_terms=(distillation, ewc))
+    images = trainer.train_data.images
+    trainer.train_data.batch = lambda rows, epoch: images[torch.from_numpy(rows)]  # the same in every epoch
+    network, head = copy.deepcopy(trainer.network).eval(), copy.deepcopy(trainer.head)
     network.requires_grad_(True)
-    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=3e-3)
+    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=LEARNING_RATE)
     for epoch in range(3):
-        (rows,) = job.batches(epoch)
+        (rows,) = trainer.epoch_batches(epoch)
         optimizer.zero_grad()
-        plain_loss(job, past, rows, network, head).backward()
+        compute_plain_loss(trainer, rows, network, head, distillation=distillation, ewc=ewc).backward()
         optimizer.step()
-    state = run_training_loop(job, begun(job))
+    state = run_training_loop(trainer, init_state(trainer))
     assert state.best_epoch.number == 3
-    wanted = {f"b.{n}": p.detach() for n, p in network.named_parameters()}
-    wanted |= {n: p.detach() for n, p in head.named_parameters()}
-    assert_equal({name: value for name, value in weights(job).items() if name in wanted}, wanted, atol=2e-5, rtol=1e-4)
+    expected = {f"b.{n}": p.detach() for n, p in network.named_parameters()}
+    expected |= {n: p.detach() for n, p in head.named_parameters()}
+    trained = {name: value for name, value in copy_weights(trainer).items() if name in expected}
+    assert_tensors_equal(trained, expected, atol=2e-5, rtol=1e-4)
     with torch.no_grad():
-        watched = float(plain_loss(job, past, job.validation, network, head))
-    assert state.curve[-1].validation_loss == pytest.approx(watched, rel=1e-4)
+        validation_loss = float(
+            compute_plain_loss(trainer, trainer.validation_rows, network, head, distillation=distillation, ewc=ewc)
+        )
+    assert state.curve[-1].validation_loss == pytest.approx(validation_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("pieces", [2, 5])
-def test_a_batch_in_pieces_is_held_as_strongly_as_a_whole_one(pieces: int) -> None:
-    found = []
+def test_loss_terms_weigh_the_same_in_a_batch_that_is_divided_into_pieces(pieces: int) -> None:
+    results = []
     for accumulate in (1, pieces):
-        job = replace(without_dropout(job_of(accumulate=accumulate)), past=held())
-        state, (rows, *_) = begun(job), job.batches(0)
-        job.unfreeze_for_epoch(0)
-        loss, _ = compute_gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
-        found.append((loss, {name: p.grad.clone() for name, p in job.parameters().items()}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert_equal(found[0][1], found[1][1], atol=1e-5, rtol=1e-4)
+        trainer = replace(disable_dropout(make_trainer(accumulate=accumulate)), loss_terms=make_loss_terms())
+        state, (rows, *_) = init_state(trainer), trainer.epoch_batches(0)
+        trainer.unfreeze_for_epoch(0)
+        loss, _ = compute_gradients(trainer, state, rows, trainer.train_data.batch(rows, 0), len(rows))
+        results.append((loss, {name: p.grad.clone() for name, p in trainer.trained_parameters().items()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert_tensors_equal(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
 
 
-def test_blended_images_are_held_to_what_was_said_of_both() -> None:
-    job = replace(without_dropout(job_of(mixup=1.0)), past=held())
-    state, (rows, *_) = begun(job), job.batches(0)
-    job.unfreeze_for_epoch(0)
+def test_mixed_images_are_distilled_from_the_answers_on_both() -> None:
+    distillation, _ = make_loss_terms()
+    trainer = disable_dropout(make_trainer(mixup=1.0))
+    (rows, *_) = trainer.epoch_batches(0)
+    trainer.unfreeze_for_epoch(0)
+    losses = {}
+    for name, terms in {"none": (), "distillation": (distillation,)}.items():
+        trainer = replace(trainer, loss_terms=terms)
+        torch.manual_seed(0)
+        inputs = trainer.train_data.batch(rows, 0)
+        losses[name] = compute_gradients(trainer, init_state(trainer), rows, inputs, len(rows))[0]
     torch.manual_seed(0)
-    loss, _ = compute_gradients(job, state, rows, job.source.batch(rows, 0), len(rows))
-    assert np.isfinite(loss)
-    plain = replace(job, past=None)
-    torch.manual_seed(0)
-    assert loss > compute_gradients(plain, begun(plain), rows, plain.source.batch(rows, 0), len(rows))[0]
+    mixed, mix = apply_mixup_cutmix(trainer.train_data.batch(rows, 0), trainer.tuning)
+    with torch.no_grad():
+        scores = trainer.compute_scores(trainer.train_data, mixed)
+    first, second = (distillation.row_losses(scores, r).mean() for r in (rows, rows[mix.partner]))
+    expected = mix.lam * float(first) + (1 - mix.lam) * float(second)
+    assert losses["distillation"] - losses["none"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_importances_are_the_mean_of_squares_image_by_image_and_answer_by_answer() -> None:
-    job, rows = job_of(unfreeze="last"), np.arange(7)
-    found = compute_network_fisher(job, rows)
-    network, head = copy.deepcopy(job.network).eval().requires_grad_(True), copy.deepcopy(job.head)
-    named = {f"head.{n}": p for n, p in head.named_parameters()}
-    named |= {f"backbone.{n}": p for n, p in network.named_parameters() if n in job.unfrozen.names}
-    wanted = {name: torch.zeros_like(p) for name, p in named.items()}
+def test_fisher_information_is_the_mean_of_squares_image_by_image_and_class_by_class() -> None:
+    trainer, rows = make_trainer(unfreeze="last"), np.arange(7)
+    fisher = compute_network_fisher(trainer, rows)
+    network, head = copy.deepcopy(trainer.network).eval().requires_grad_(True), copy.deepcopy(trainer.head)
+    parameters = {f"head.{n}": p for n, p in head.named_parameters()}
+    parameters |= {f"backbone.{n}": p for n, p in network.named_parameters() if n in trainer.unfrozen.names}
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for row in rows:
-        p = torch.softmax(head(network(job.train_data.batch(np.array([row]), 0)))[0], 0).detach()
-        for answer in range(len(p)):
-            loss = functional.cross_entropy(
-                head(network(job.train_data.batch(np.array([row]), 0))), torch.tensor([answer])
-            )
-            for name, slope in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
-                wanted[name] += p[answer] * slope**2 / len(rows)
-    assert found.keys() == wanted.keys()
-    assert_equal(found, wanted, atol=1e-6, rtol=1e-4)
+        images = trainer.train_data.batch(np.array([row]), 0)
+        p = torch.softmax(head(network(images))[0], 0).detach()
+        for code in range(len(p)):
+            loss = functional.cross_entropy(head(network(images)), torch.tensor([code]))
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                expected[name] += p[code] * gradient**2 / len(rows)
+    assert fisher.keys() == expected.keys()
+    assert_tensors_equal(fisher, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gradual", [0, 2])
-def test_importances_do_not_depend_on_how_many_images_are_read_at_once(gradual: int, monkeypatch: Any) -> None:
-    from featpipe.finetuning import regularizers
-
-    one = compute_network_fisher(job_of(gradual=gradual), np.arange(9))
+def test_fisher_information_does_not_depend_on_the_batch_size(gradual: int, monkeypatch: Any) -> None:
+    fisher = compute_network_fisher(make_trainer(gradual=gradual), np.arange(9))
     monkeypatch.setattr(regularizers, "FISHER_BATCH_SIZE", 2)
-    assert_equal(one, compute_network_fisher(job_of(gradual=gradual), np.arange(9)), atol=1e-7, rtol=1e-5)
+    in_small_batches = compute_network_fisher(make_trainer(gradual=gradual), np.arange(9))
+    assert_tensors_equal(fisher, in_small_batches, atol=1e-7, rtol=1e-5)
 
 
-def test_of_the_last_layer_they_are_the_closed_form() -> None:
-    from featpipe.heads.last_layer import LastLayer, compute_fisher_diagonal
-
-    job, rows = job_of(unfreeze="last"), np.arange(11)
+def test_fisher_information_of_the_last_layer_is_the_closed_form() -> None:
+    trainer, rows = make_trainer(unfreeze="last"), np.arange(11)
     with torch.no_grad():
-        Z = job.network.eval()(job.train_data.batch(rows, 0)).numpy()
-    W, b = (p.detach().double().numpy() for p in job.head.parameters())
-    wanted, found = compute_fisher_diagonal(LastLayer(W, b), Z), compute_network_fisher(job, rows)
-    np.testing.assert_allclose(found["head.0.weight"].numpy(), wanted[:, :-1], rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(found["head.0.bias"].numpy(), wanted[:, -1], rtol=1e-3, atol=1e-6)
+        Z = trainer.network.eval()(trainer.train_data.batch(rows, 0)).numpy()
+    W, b = (p.detach().double().numpy() for p in trainer.head.parameters())
+    expected, fisher = compute_fisher_diagonal(LastLayer(W, b), Z), compute_network_fisher(trainer, rows)
+    np.testing.assert_allclose(fisher["head.0.weight"].numpy(), expected[:, :-1], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(fisher["head.0.bias"].numpy(), expected[:, -1], rtol=1e-3, atol=1e-6)
 
 
-def test_both_sides_are_watched_by_rows_that_decide_nothing() -> None:
-    job = replace(job_of(), past=Regularizers(K_OLD), beside=np.arange(30, 40))
-    state = run_training_loop(job, begun(job))
-    plain = job_of()
-    assert_equal(weights(plain) | {}, weights(job_of()))
-    run_training_loop(plain, begun(plain))
-    assert_equal(weights(plain), weights(job))
+def test_monitors_record_loss_and_score_and_do_not_influence_training() -> None:
+    rows = np.arange(30, N_ROWS)
+    y = make_trainer().targets.Y.numpy()[rows]
+    monitors = {"old": rows[y < K_OLD], "new": rows[y >= K_OLD], "none": rows[:0]}
+    trainer = replace(make_trainer(), monitors=monitors)
+    state = run_training_loop(trainer, init_state(trainer))
+    plain = make_trainer()
+    run_training_loop(plain, init_state(plain))
+    assert_tensors_equal(copy_weights(plain), copy_weights(trainer))
     with torch.no_grad():
-        scores, y = job.head(job.network(job.train_data.images[30:])), job.targets.Y[30:]
-    best = state.best_epoch
-    assert best.old_loss == pytest.approx(float(functional.cross_entropy(scores[y < 2], y[y < 2])), rel=1e-4)
-    assert best.new_score == pytest.approx(float((scores.argmax(1) == y)[y >= 2].float().mean()))
-    assert EpochRecord.from_dict(best.to_dict()) == best
-    assert "old_loss" not in EpochRecord(1, 0.5, 0.5, 0.5).to_dict()
+        scores = trainer.head(trainer.network(trainer.train_data.images))
+    metrics = state.best_epoch.metrics
+    for name in ("old", "new"):
+        monitor_scores, targets = scores[monitors[name]], trainer.targets.Y[monitors[name]]
+        loss = float(functional.cross_entropy(monitor_scores, targets))
+        assert metrics[name]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics[name]["score"] == pytest.approx(float((monitor_scores.argmax(1) == targets).float().mean()))
+    assert np.isnan(list(metrics["none"].values())).all()
+    document = state.best_epoch.to_dict()
+    assert document["metrics"]["none"] == {"loss": None, "score": None}
+    assert EpochRecord.from_dict(document).to_dict() == document
+    assert "metrics" not in EpochRecord(1, 0.5, 0.5, 0.5).to_dict()
 
 
-def test_a_run_that_is_held_goes_on_as_one_that_never_stopped(tmp_path: Path) -> None:
-    how = {"past": held(), "beside": np.arange(36, 40)}
-    whole = replace(job_of(), **how)
-    uninterrupted = run_training_loop(whole, begun(whole))
-    place, first = tmp_path / "c", replace(job_of(), **how)
-    stopped = replace(first, source=Interrupting(first.train_data, 6))
+def test_a_resumed_run_with_loss_terms_ends_as_one_that_never_stopped(tmp_path: Path) -> None:
+    def make() -> Trainer:
+        return replace(make_trainer(), loss_terms=make_loss_terms(), monitors={"some": np.arange(36, N_ROWS)})
+
+    whole, stopped, resumed = make(), make(), make()
+    uninterrupted = run_training_loop(whole, init_state(whole))
+    path = tmp_path / "checkpoint"
+    stopped = replace(stopped, train_data=InterruptingDataset(stopped.train_data, 6))
     with pytest.raises(KeyboardInterrupt):
         run_training_loop(
-            stopped, begun(stopped), lambda state: checkpoint.save_checkpoint(place, stopped, state, ASKED)
+            stopped, init_state(stopped), lambda state: checkpoint.save_checkpoint(path, stopped, state, RUN_CONFIG)
         )
-    second = replace(job_of(), **how)
-    state = run_training_loop(second, checkpoint.load_checkpoint(place, second, ASKED))
-    assert_equal(weights(second), weights(whole))
+    state = run_training_loop(resumed, checkpoint.load_checkpoint(path, resumed, RUN_CONFIG))
+    assert_tensors_equal(copy_weights(resumed), copy_weights(whole))
     assert [e.to_dict() for e in state.curve] == [e.to_dict() for e in uninterrupted.curve]
 
 
@@ -207,7 +239,7 @@ def test_a_run_that_is_held_goes_on_as_one_that_never_stopped(tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of old and of new classes, and others to judge by."""
+    """Images of old and of new classes, and test images."""
     home = tmp_path_factory.mktemp("network")
     colours = {"dog": (150, 150, 90)}
     with pytest.MonkeyPatch.context() as patch:
@@ -276,7 +308,9 @@ def test_naive_forgets_and_each_epoch_says_so(grow: Any, log: list[str]) -> None
     assert found.outcomes[0].old.value < found.before.value
     lines = [text for text in log if "; old classes " in text]
     assert len(lines) == 9
-    assert lines[0].endswith(f"old classes {curves['old_accuracy'][0]:.3f}, new ones {curves['new_accuracy'][0]:.3f}")
+    assert lines[0].endswith(
+        f"old classes {curves['old_accuracy'][0]:.3f}, new classes {curves['new_accuracy'][0]:.3f}"
+    )
 
 
 def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
@@ -285,10 +319,11 @@ def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
     first = grow("ewc", "old", "new", out=tmp_path / "m.model", params=LEARNS)
     kept = first.model.kept
     assert all(name.startswith("backbone.layer3") for name in kept.network)
-    assert kept.to_dict()["bytes"]["network"] == 4 * 1880 == sum(array.nbytes for array in kept.network.values())
-    assert kept.importances.shape == (4, 11)
+    layer3 = sum(p.numel() for n, p in pictures.Ladder().named_parameters() if n.startswith("layer3"))
+    assert kept.to_summary()["bytes"]["network"] == 4 * layer3 == sum(array.nbytes for array in kept.network.values())
+    assert kept.importances.shape == (4, LADDER_WIDTH + 1)
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "m.model")]).stdout
-    assert f"importances of the network: {format_size(4 * 1880)}" in shown
+    assert f"importances of the network: {format_size(4 * layer3)}" in shown
     loaded = load_model(tmp_path / "m.model").attach(first.model.backbone)
     for name, array in kept.network.items():
         np.testing.assert_array_equal(loaded.kept.network[name], array)
@@ -313,7 +348,7 @@ def test_an_interrupted_expansion_goes_on_to_the_same_model(grow: Any, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         grow("ewc", "old", "new", **how)
     assert not (tmp_path / "m.model").exists()
-    with pytest.raises(ConfigError, match=r"past.settings.strength is None, asked for 2.0.*--restart"):
+    with pytest.raises(ConfigError, match=r"expansion.settings.strength is None, asked for 2.0.*--restart"):
         grow("ewc", "old", "new", **{**how, "params": {**LEARNS, "strength": 2.0}})
     resumed = grow("ewc", "old", "new", **how)
     assert resumed.model.backbone.digest == whole.model.backbone.digest
@@ -356,9 +391,9 @@ def test_old_images_are_replayed_that_are_known_by_their_bytes(
             shutil.copy(file, tmp_path / "some" / name / f"a-{file.name}")
     found = grow("replay", str(tmp_path / "some"), "new", memory=5)
     assert found.images["old"] == 12
-    how = next(text for text in log if "to say when to stop" in text)
-    trained, watched = (int(part.split()[0]) for part in how.split(", ")[:2])
-    assert trained + watched == 2 * 5 + 24
+    text = next(text for text in log if "validation and" in text)
+    n_train, n_validation = map(int, re.match(r"(\d+) training, (\d+) validation", text).groups())
+    assert n_train + n_validation == 2 * 5 + 24
 
 
 def test_an_image_that_stands_for_others_weighs_as_much(model: Model) -> None:
@@ -376,14 +411,17 @@ def test_an_image_that_stands_for_others_weighs_as_much(model: Model) -> None:
     )
     lesson = make_replay_dataset(step, "replay", 0.2)
     assert sorted(lesson.represented_counts.tolist()) == [1.0] * 10 + [4.0] * 5 + [9.0] * 5
-    past = lesson.make_regularizers(np.arange(20), 25, 1.0)
-    assert past.sample_weights[:20][lesson.is_train].mean() == pytest.approx(1)
+    weights, adjustment = lesson.compute_sample_weights(np.arange(20), 25)
+    assert weights[:20][lesson.is_train].mean() == pytest.approx(1)
     ninth, first = (int(np.flatnonzero(lesson.represented_counts == n)[0]) for n in (9, 1))
-    assert past.sample_weights[ninth] / past.sample_weights[first] == pytest.approx(3)
-    np.testing.assert_allclose(past.logit_adjustment, [-0.5 * np.log(9), -0.5 * np.log(4), 0])
+    assert weights[ninth] / weights[first] == pytest.approx(3)
+    np.testing.assert_allclose(adjustment, [-0.5 * np.log(9), -0.5 * np.log(4), 0])
     assert lesson.step.replay_memory.counts.tolist() == [45, 20, 0]
     np.testing.assert_allclose(
-        past.distillation.teacher_scores[:20].numpy(), step.compute_old_scores(lesson.pool.X), rtol=1e-5, atol=1e-6
+        lesson.make_distillation_loss(np.arange(20), 25, 1.0).teacher_scores[:20].numpy(),
+        step.compute_old_scores(lesson.pool.X),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -398,9 +436,9 @@ def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> 
     anchor = make_ewc_penalty(start, before.center_logits(), known, 1.0, nn.Identity())
     parameters = {f"head.{name}": parameter for name, parameter in start.to_module().named_parameters()}
     with torch.no_grad():
-        assert float(anchor.compute(parameters)) < 1e-12
+        assert float(anchor.penalty(parameters)) < 1e-12
         parameters["head.0.weight"][0, 0] += 0.1
-        assert float(anchor.compute(parameters)) == pytest.approx(0.5 * 0.1**2, rel=1e-4)
+        assert float(anchor.penalty(parameters)) == pytest.approx(0.5 * 0.1**2, rel=1e-4)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -409,8 +447,13 @@ def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> 
 @pytest.mark.parametrize(
     ("method", "data", "how", "problem"),
     [
-        ("statistics", "new", {}, "statistics is sums over embeddings, and a network that is trained gives others"),
-        ("frozen-old", "new", {}, "frozen-old keeps the old scores bit for bit, and a network that is trained moves"),
+        (
+            "statistics",
+            "new",
+            {},
+            "statistics uses sums over embeddings, and training the network changes the embeddings",
+        ),
+        ("frozen-old", "new", {}, "frozen-old keeps the old scores bit for bit, and training the network changes them"),
         ("all", "new", {}, "all compares methods on features.*What works with --unfreeze: joint, replay, distill"),
         (
             "joint",
@@ -422,7 +465,7 @@ def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> 
             "replay",
             "new",
             {},
-            "kept rows are embeddings, which cannot go through the network again.*an archive with 20",
+            "stored exemplars are embeddings, which cannot go through the network again.*an archive with 20",
         ),
         ("ewc", "new", {}, "needs importances of the network, and the model keeps none"),
         ("distill", "new", {"unfreeze": "layer9"}, "unknown part of the network 'layer9'; did you mean"),
@@ -445,7 +488,7 @@ def test_what_cannot_be_is_said_in_one_line(method: str, data: str, how: Any, pr
 def test_a_cache_has_no_pictures(home: Path, model: Model, ladder: Any) -> None:
     cache = featpipe.extract(home / "new", backbone=ladder, cache=home / "cache")
     for given in (cache, cache.path):
-        with pytest.raises(ConfigError, match=r"is a cache, and --unfreeze trains on pictures.*give the archives"):
+        with pytest.raises(ConfigError, match=r"is a cache, and --unfreeze trains on images.*give the archives"):
             expand(model, given, method="distill", unfreeze="last")
 
 
@@ -453,7 +496,7 @@ def test_too_few_images_to_say_when_to_stop(home: Path, grow: Any, tmp_path: Pat
     (tmp_path / "few" / "cow").mkdir(parents=True)
     for file in sorted((home / "new" / "cow").glob("*.png"))[:2]:
         shutil.copy(file, tmp_path / "few" / "cow")
-    with pytest.raises(ConfigError, match="no class has 3 images to train on, of which some say when to stop"):
+    with pytest.raises(ConfigError, match="no class has 3 images to train on, of which some are for validation"):
         grow("distill", str(tmp_path / "few"))
 
 
@@ -463,7 +506,7 @@ def test_a_head_that_is_no_layer_needs_old_images(home: Path, grow: Any, ladder:
     with pytest.raises(ConfigError, match=r"is for heads that end in a softmax layer.*KNeighborsClassifier"):
         grow("distill", of=knn)
     grow("joint", "old", "new", of=knn)
-    assert any("knn is no layer of a network" in text for text in log)
+    assert any("knn is not a network layer" in text for text in log)
 
 
 def test_what_is_kept_of_the_network_is_checked(home: Path, ladder: Any) -> None:

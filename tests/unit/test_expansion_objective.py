@@ -14,7 +14,9 @@ from torch.nn import functional
 from featpipe import SoftmaxRegression
 from featpipe.heads.last_layer import LastLayer
 from featpipe.incremental.last_layer_loss import DistillationTerm, LastLayerObjective, QuadraticPenalty, fit_last_layer
-from featpipe.incremental.methods import _fit_bias_correction, _rescale_layer, compute_weights_and_offsets, init_layer
+from featpipe.incremental.methods.bias_correction import fit_bias_correction
+from featpipe.incremental.methods.last_layer import init_layer
+from featpipe.incremental.methods.replay import compute_weights_and_offsets, rescale_layer
 
 N, P, K, OLD = 30, 5, 6, 4
 
@@ -87,7 +89,7 @@ def test_a_layer_says_the_same_of_features_that_are_scaled_anew() -> None:
     X, more = rng.normal(size=(50, P)) * 3, rng.normal(size=(90, P)) + 2
     was, now = StandardScaler().fit(X), StandardScaler().fit(more)
     layer = LastLayer(rng.normal(size=(K, P)), rng.normal(size=K))
-    again = _rescale_layer(layer, was, now)
+    again = rescale_layer(layer, was, now)
     assert np.allclose(again.compute_scores(now.transform(X)), layer.compute_scores(was.transform(X)), atol=1e-10)
 
 
@@ -133,7 +135,7 @@ def test_an_offset_is_where_old_and_new_part_and_stays_among_the_scores_where_th
     old, new = np.zeros((500, 2)), np.zeros((500, 2))
     old[:, 1], new[:, 1] = rng.normal(4, 1, 500), rng.normal(10, 1, 500)
     y, weights = np.ones(500, np.int64), np.ones(500)
-    assert _fit_bias_correction(1, old, weights, new, y) == pytest.approx(-7, abs=0.3)
+    assert fit_bias_correction(1, old, weights, new, y) == pytest.approx(-7, abs=0.3)
     old[:, 1] = rng.normal(0, 100, 500)
     new[:, 1] = old[:, 1] + 3  # next to nothing
-    assert abs(_fit_bias_correction(1, old, 3 * weights, new, y)) < 3 * 100
+    assert abs(fit_bias_correction(1, old, 3 * weights, new, y)) < 3 * 100

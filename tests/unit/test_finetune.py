@@ -20,7 +20,7 @@ from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import finetune
 from featpipe.finetuning.split import make_splits
 from tests.conftest import interrupt_fine_tuning
-from tests.finetuning import Ladder, small_transform, write_photos
+from tests.support.finetuning import Ladder, small_transform, write_photos
 
 QUICK = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "all"}
 
@@ -210,7 +210,7 @@ def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos,
     second = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
     assert out.read_bytes() == data
     assert second.to_dict() == json.loads(json.dumps(first.to_dict()))
-    assert any("is what is asked for already" in text for text in log)
+    assert any("up to date, nothing to do" in text for text in log)
     finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **{**QUICK, "seed": 1})
     assert out.read_bytes() != data
 
@@ -295,7 +295,7 @@ def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos, log):
     ("change", "error", "words"),
     [
         (lambda photos: write_photos(photos / "..", 3, ("ape",)) and (photos.parent / "ape").rename(photos / "dog"),
-         ConfigError, "has class 'dog', which the model does not know; teach it with `featpipe expand`"),
+         ConfigError, "has class 'dog', which the model does not know; add it with `featpipe expand`"),
         (lambda photos: shutil.rmtree(photos / "cow"), ConfigError, "no image of class 'cow', which the model knows"),
     ],
 )  # fmt: skip
@@ -331,14 +331,14 @@ def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, wo
 def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
     verb = import_module("featpipe.finetuning.finetune")
 
-    real = verb.finetune_network
+    real = verb.train_network
 
     def changed(case, *rest):
         write_photos(photos, each=14, first=77)
         return real(case, *rest)
 
-    monkeypatch.setattr(verb, "finetune_network", changed)
-    with pytest.raises(featpipe.SampleError, match=r"\.png: its bytes are others than when it was embedded"):
+    monkeypatch.setattr(verb, "train_network", changed)
+    with pytest.raises(featpipe.SampleError, match=r"\.png: its bytes have changed since it was embedded"):
         finetune(model, photos, cache=tmp_path / "cache", **QUICK)
 
 

@@ -16,7 +16,7 @@ from featpipe.data import decode_image
 from featpipe.finetuning.batches import EmbeddingNetwork
 from featpipe.finetuning.head_layers import HeadLayers, head_to_layers, initialize_head, layers_to_head
 from featpipe.metrics import Calibration
-from tests.finetuning import Ladder, small_transform, write_photos
+from tests.support.finetuning import Ladder, small_transform, write_photos
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,7 @@ def test_neighbours_are_no_layer_and_a_linear_head_is_trained_in_their_place(pla
     start = initialize_head(model, np.asarray(cache.X), y)
     name = "logistic" if labels is None else "ridge"
     assert (
-        start.description
-        == f"the layer starts as a {name} head trained on the embeddings: knn is no layer of a network"
+        start.description == f"the layer starts as a {name} head fitted on the embeddings: knn is not a network layer"
     )
     own = heads.build(name, model.task).fit(np.asarray(cache.X), y)
     layers = start.to_target_units(start.layers)

@@ -1,4 +1,4 @@
-"""The archives of an expansion as one: pictures that go through the network, found by their bytes."""
+"""The images of an expansion through the network, found by their bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["ExpansionImages", "list_archives"]
 
 
 def list_archives(*sources: Any) -> list[str | os.PathLike[str]]:
-    """The archives that are given, one after the other.
+    """All archives of several arguments.
 
     Raises
     ------
@@ -36,20 +36,20 @@ def list_archives(*sources: Any) -> list[str | os.PathLike[str]]:
         if is_cache(item):
             name = item.path if isinstance(item, FeatureCache) else item
             raise ConfigError(
-                f"{name}: is a cache, and --unfreeze trains on pictures, which a cache does not hold; give the archives"
+                f"{name}: is a cache, and --unfreeze trains on images, which a cache does not hold; give the archives"
             )
     return archives
 
 
 @dataclass(frozen=True, eq=False)
 class ExpansionImages:
-    """Archives as one.
+    """All archives under one index.
 
     Attributes
     ----------
     index : Index
-    before : FeatureCache
-        Their embeddings by the model's own backbone.
+    embedding_cache : FeatureCache
+        Embeddings of all images by the model's own backbone.
     """
 
     index: Index
@@ -59,7 +59,7 @@ class ExpansionImages:
     def from_archives(
         cls, model: Model, archives: Sequence[Any], labels: Any, cache_folder: Any, progress: ProgressCallback
     ) -> ExpansionImages:
-        """Opened, and embedded where they are not yet."""
+        """Index archives, and embed the images that no cache contains."""
         index = data.index(archives, labels=labels)
         return cls(index, extract_for_model(index, model, model.backbone, cache_folder, progress))
 
@@ -69,5 +69,5 @@ class ExpansionImages:
         return {digests[row].tobytes(): row for row in np.flatnonzero(self.embedding_cache.ok)[::-1].tolist()}
 
     def find_rows(self, embeddings: LabeledEmbeddings) -> NDArray[np.int64]:
-        """Where images are, by their bytes; of copies the first."""
+        """Rows of images in the index, by their bytes; the first of copies."""
         return np.array([self._row_by_digest[digest.tobytes()] for digest in embeddings.digests], np.int64)

@@ -1,4 +1,4 @@
-"""Which methods go on into the network, what each lacks, and what holds the network to the classes that it knew."""
+"""The methods that can train the network, and the images that each trains on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sklearn.pipeline import Pipeline
 
 from featpipe import splits
 from featpipe.errors import ConfigError
-from featpipe.finetuning import DistillationLoss, Regularizers
 from featpipe.incremental.dataset import LabeledEmbeddings
+from featpipe.incremental.deep.regularizers import DistillationLoss
 from featpipe.incremental.methods import (
     DISTILL_STRENGTH,
     METHODS,
@@ -36,28 +36,28 @@ __all__ = [
     "select_default_method",
 ]
 
-MIN_IMAGES_FOR_VALIDATION = 3  # images that a class must have for some of them to say when to stop
+MIN_IMAGES_FOR_VALIDATION = 3  # of a class, for some of them to be validation images
 UNSUPPORTED_METHODS = {
-    "statistics": "is sums over embeddings, and a network that is trained gives others",
-    "frozen-old": "keeps the old scores bit for bit, and a network that is trained moves all of them",
-    "all": "compares methods on features, in seconds; choose one, and the table shows beside it what features give",
+    "statistics": "uses sums over embeddings, and training the network changes the embeddings",
+    "frozen-old": "keeps the old scores bit for bit, and training the network changes them",
+    "all": "compares methods on features, in seconds; choose one, and the table shows its result on features too",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class ReplayDataset:
-    """What goes through the network, and where the new layer starts.
+    """The training and validation images of the network.
 
     Attributes
     ----------
-    step : Step
-        As the methods on features see it: without what says when to stop.
-    pool : Side
-        All that is trained on or says when to stop, each image once.
-    train, is_old : ndarray of shape (m,), bool
-        Which of the pool is trained on, and which the model was trained on before.
-    stand_for : ndarray of shape (m,)
-        How many images each of the pool stands for.
+    step : IncrementalStep
+        For the method on features: without validation images.
+    pool : LabeledEmbeddings
+        Training and validation images, each once.
+    is_train, is_old : ndarray of shape (m,), bool
+        Which images of the pool are training images, and which the old model was trained on.
+    represented_counts : ndarray of shape (m,)
+        How many images each image of the pool represents.
     """
 
     step: IncrementalStep
@@ -66,43 +66,48 @@ class ReplayDataset:
     is_old: NDArray[np.bool_]
     represented_counts: NDArray[np.float64]
 
-    def make_regularizers(self, rows: NDArray[np.int64], n: int, distill_strength: float) -> Regularizers:
-        """What the old head says of the pool as soft targets, of a strength; and how much each image counts.
+    def make_distillation_loss(self, rows: NDArray[np.int64], n: int, strength: float) -> DistillationLoss:
+        """Soft targets from the old head.
 
         Parameters
         ----------
         rows : ndarray of shape (m,), int64
-            Where the pool is in an archive of n rows.
+            Rows of the pool in an archive of ``n`` images.
         n : int
-        distill : float
+        strength : float
         """
-        step, k = self.step, self.step.k
-        scores, weights = torch.zeros(n, step.k_old), np.ones(n)
-        scores[torch.from_numpy(rows)] = torch.from_numpy(
-            step.compute_old_scores(self.pool.X) / step.temperature
-        ).float()
-        weights[rows], adjustment = compute_weights_and_offsets(self.pool.y, self.represented_counts, k)
+        teacher_scores = torch.zeros(n, self.step.k_old)
+        old_scores = self.step.compute_old_scores(self.pool.X) / self.step.temperature
+        teacher_scores[torch.from_numpy(rows)] = torch.from_numpy(old_scores).float()
+        return DistillationLoss(teacher_scores, self.step.settings.temperature, strength)
+
+    def compute_sample_weights(
+        self, rows: NDArray[np.int64], n: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """The weight of each of the ``n`` images of an archive, shape (n,), and the logit adjustment, shape (k,).
+
+        Both together let each image count as much as the images that it represents.
+        """
+        weights = np.ones(n)
+        weights[rows], adjustment = compute_weights_and_offsets(self.pool.y, self.represented_counts, self.step.k)
         weights /= weights[rows[self.is_train]].mean()
-        distillation = (
-            DistillationLoss(scores, step.settings.temperature, distill_strength) if distill_strength else None
-        )
-        return Regularizers(step.k_old, distillation, None, weights, adjustment if adjustment.any() else None)
+        return weights, adjustment if adjustment.any() else None
 
 
 @dataclass(frozen=True)
 class DeepMethod:
-    """One row of the table.
+    """How a method trains the network.
 
     Attributes
     ----------
-    old : callable
-        From a step to the old images that go through the network.
-    missing : callable
-        From a step to what it lacks, in words; or None.
-    head : callable
-        From a step to the head that the new layer starts as: what the method makes of features.
-    distill : float
-        How much the soft targets weigh if nothing else is said.
+    select_old_images : callable
+        From a step to the old images to train on.
+    missing_requirement : callable
+        From a step to the reason why the method is unavailable, None if it is available.
+    make_head : callable
+        From a step to the head that training starts from: the method's result on features.
+    distill_strength : float
+        Default weight of the soft targets.
     """
 
     select_old_images: Callable[[IncrementalStep], LabeledEmbeddings]
@@ -112,34 +117,34 @@ class DeepMethod:
 
 
 def find_missing_requirement(method: str, step: IncrementalStep) -> str | None:
-    """What a method lacks to go into the network; None if it can."""
+    """Why a method cannot train the network; None if it can."""
     if not len(step.new):
         return "with --unfreeze learns from new images, and there are none"
     return DEEP_METHODS[method].missing_requirement(step)
 
 
 def select_default_method(step: IncrementalStep) -> str:
-    """The method where none is named: the one that has most of the old classes at hand."""
+    """The default method: the one that uses most of the available data of old classes."""
     if step.has_all_old_rows and len(step.old):
         return "joint"
     return next((name for name in ("replay", "ewc") if DEEP_METHODS[name].missing_requirement(step) is None), "distill")
 
 
 def make_replay_dataset(step: IncrementalStep, method: str, validation_fraction: float) -> ReplayDataset:
-    """Which images go through the network, and which of them say when to stop.
+    """Select the images to train on, and divide them into training and validation images.
 
     Parameters
     ----------
-    step : Step
-        Without the images that it is judged by.
+    step : IncrementalStep
+        Without test images.
     method : str
-    share : float
-        Of the images, to say when to stop: of each class of which there are enough.
+    validation_fraction : float
+        Of the images of each class that has enough.
 
     Raises
     ------
     ConfigError
-        If there are not enough of any.
+        If no class has enough images.
     """
     old_images = DEEP_METHODS[method].select_old_images(step)
     pool = old_images + step.new
@@ -162,12 +167,12 @@ def make_replay_dataset(step: IncrementalStep, method: str, validation_fraction:
 
 
 def _split_validation(pool: LabeledEmbeddings, validation_fraction: float, names: Sequence[str]) -> NDArray[np.bool_]:
-    """Which images are trained on."""
+    """Which images are training images, shape (m,)."""
     eligible = np.flatnonzero(np.bincount(pool.y)[pool.y] >= MIN_IMAGES_FOR_VALIDATION)
     if not len(eligible):
         raise ConfigError(
-            f"no class has {MIN_IMAGES_FOR_VALIDATION} images to train on, of which some say when to stop; give more, or leave "
-            "--unfreeze out"
+            f"no class has {MIN_IMAGES_FOR_VALIDATION} images to train on, of which some are for validation; give "
+            "more, or leave --unfreeze out"
         )
     candidates = pool.take(eligible)
     validation_rows = eligible[
@@ -187,20 +192,20 @@ def _select_none(step: IncrementalStep) -> LabeledEmbeddings:
 
 
 def _select_exemplars(step: IncrementalStep) -> LabeledEmbeddings:
-    """The old images that stand for the others, as ``replay`` on features chooses them."""
+    """The exemplars among the old images, as ``replay`` on features selects them."""
     return step.old.take(
         select_exemplars(step.settings.selection, step.compute_features(step.old.X), step.old.y, step.settings.memory)
     )
 
 
 def _missing_exemplar_images(step: IncrementalStep) -> str | None:
-    """Kept rows are what came out of the network, and cannot go through it again."""
+    """Stored exemplars are embeddings: images are needed."""
     reason = missing_old_images(step)
     if reason is None:
         return None
     return (
-        "with --unfreeze needs some images of each old class: kept rows are embeddings, which cannot go through the "
-        f"network again. Give an archive with {step.settings.memory} of each, which are known by their bytes"
+        "with --unfreeze needs some images of each old class: stored exemplars are embeddings, which cannot go through "
+        f"the network again. Give an archive with {step.settings.memory} of each; they are recognized by their bytes"
     )
 
 
@@ -208,7 +213,7 @@ def _missing_importances(step: IncrementalStep) -> str | None:
     if (reason := missing_last_layer(step)) is not None:
         return reason
     if step.k_old < 2:
-        return "with --unfreeze needs two old classes: of one there is nothing to forget that importances would tell"
+        return "with --unfreeze needs two old classes: with one class all importances are zero"
     has_importances = (
         step.replay_memory is not None
         and step.replay_memory.network is not None
@@ -217,8 +222,8 @@ def _missing_importances(step: IncrementalStep) -> str | None:
     if has_importances or missing_old_images(step) is None:
         return None
     return (
-        "with --unfreeze needs importances of the network, and the model keeps none: they are kept where it is trained "
-        "with --unfreeze and --keep network, or give old images of each class too"
+        "with --unfreeze needs importances of the network, and the model keeps none: train it with --unfreeze and "
+        "--keep network, or give old images of each class too"
     )
 
 

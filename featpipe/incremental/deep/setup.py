@@ -1,4 +1,4 @@
-"""All that there is of an expansion through the network before the first step."""
+"""The setup of an expansion through the network, before the first training step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ from featpipe.backbones import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.config import FineTuneConfig
 from featpipe.errors import ConfigError
-from featpipe.finetuning import (
-    DistributedContext,
-    FineTuneContext,
-    InitialHead,
-    Splits,
-    initialize_head,
-    resolve_process_device,
-    select_unfrozen,
-)
+from featpipe.finetuning import FineTuneContext, InitialHead, LossTerm, Splits, initialize_head, select_unfrozen
 from featpipe.incremental.context import ExpansionContext
 from featpipe.incremental.deep.ewc import (
     ParameterImportances,
@@ -34,31 +26,34 @@ from featpipe.incremental.deep.ewc import (
 )
 from featpipe.incremental.deep.images import ExpansionImages
 from featpipe.incremental.deep.methods import DEEP_METHODS, UNSUPPORTED_METHODS, ReplayDataset, make_replay_dataset
+from featpipe.incremental.deep.regularizers import EWCPenalty
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.metrics import Calibration
 from featpipe.model import Model, Uncertainty
 
-__all__ = ["DeepTrainingConfig", "TrainingSetup"]
+__all__ = ["NEW_CLASSES", "OLD_CLASSES", "DeepTrainingConfig", "TrainingSetup"]
 
 logger = logging.getLogger(__name__)
 
-UNSUPPORTED_FINETUNE_FIELDS = ("weights", "test", "keep_worse", "class_weight", "sampling")  # fields of FineTuning
+UNSUPPORTED_FINETUNE_FIELDS = ("weights", "test", "keep_worse", "class_weight", "sampling")  # of FineTuneConfig
+OLD_CLASSES, NEW_CLASSES = "old classes", "new classes"  # names of the monitors
 
 
 @dataclass(frozen=True, eq=False)
 class DeepTrainingConfig:
-    """How the network is trained, and on which pictures.
+    """How the network is trained, and on which images.
 
     Attributes
     ----------
-    tuning : FineTuning
+    finetune_config : FineTuneConfig
     archives : list of path-like
-        Of all images, those to judge by among them.
-    labels, cache
+        All images, test images included.
+    labels, cache_folder
         As `expand` takes them.
     resume : bool
+        Go on from the checkpoint, if there is one.
     out : path-like or None
-        Where the model is going to be; a checkpoint lies beside it until then.
+        Where the model will be saved; the checkpoint lies beside it.
     """
 
     finetune_config: FineTuneConfig
@@ -79,12 +74,12 @@ class DeepTrainingConfig:
         cache_folder: str | os.PathLike[str],
         resume: bool,
     ) -> tuple[DeepTrainingConfig, dict[str, Any]]:
-        """The way, and what is left of the settings for the methods on features.
+        """The configuration, and the remaining settings, which are those of the methods on features.
 
         Raises
         ------
         ConfigError
-            If the method cannot go into the network, or a setting is unknown or has no place in an expansion.
+            If the method cannot train a network, or a setting is unknown or not for an expansion.
         """
         if method in UNSUPPORTED_METHODS:
             raise ConfigError(
@@ -92,12 +87,14 @@ class DeepTrainingConfig:
             )
         for name in UNSUPPORTED_FINETUNE_FIELDS:
             if name in params:
-                raise ConfigError(f"setting {name} is for `featpipe finetune`, and not for an expansion; leave it out")
+                raise ConfigError(f"setting {name} is for `featpipe finetune`, not for an expansion; leave it out")
         expansion_fields = {field.name for field in fields(ExpansionConfig)} - {"epochs"}
         finetune_params = {name: value for name, value in params.items() if name not in expansion_fields}
         finetune_config = FineTuneConfig.from_settings({**finetune_params, "unfreeze": unfreeze})
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("expand --unfreeze runs in one process, and torchrun started several; start it by itself")
+            raise ConfigError(
+                "expand --unfreeze runs in one process, torchrun started several; start it without torchrun"
+            )
         return cls(finetune_config, archives, labels, cache_folder, resume), {
             n: v for n, v in params.items() if n in expansion_fields
         }
@@ -105,26 +102,25 @@ class DeepTrainingConfig:
 
 @dataclass(frozen=True, eq=False)
 class TrainingSetup:
-    """All that is there before the first step.
+    """Everything that exists before the first training step.
 
     Attributes
     ----------
-    case : Case
-        Of `expand`.
+    context : ExpansionContext
     method : str
-    whole : Step
-        With all images but those that it is judged by.
-    lesson : Lesson
+    full_step : IncrementalStep
+        With all images except the test images.
+    replay_dataset : ReplayDataset
     backbone : Backbone
-        Before, with the one output that the head is on.
-    rows : ndarray of shape (m,), int64
-        Where the lesson's pool is among the pictures.
-    tested : ndarray of shape (t,), int64
-        Where the test images are.
-    tuned_by : featpipe.finetuning.context.Case
-    start : Start
-    known : mapping or None
-        Importances of the weights for the old classes, by parameter; those of the last layer of shape (k, …).
+        The old one, with the one output that the head is on.
+    pool_rows : ndarray of shape (m,), int64
+        Rows of the archive of the images in ``replay_dataset.pool``.
+    test_rows : ndarray of shape (t,), int64
+        Rows of the archive of the test images.
+    finetune_context : FineTuneContext
+    initial_head : InitialHead
+    importances : mapping or None
+        Importances of the weights for the old classes, by parameter; those of the last layer have shape (k, …).
     """
 
     context: ExpansionContext
@@ -142,92 +138,78 @@ class TrainingSetup:
     def create(
         cls, context: ExpansionContext, method: str, deep_config: DeepTrainingConfig, full_step: IncrementalStep
     ) -> TrainingSetup:
-        """Where the method on features ends, and what holds the network to the old classes from there."""
+        """Fit the method on features, and prepare the training that starts there."""
         backbone = _select_output(context.model)
-        select_unfrozen(backbone, str(deep_config.finetune_config.unfreeze))  # a mistake is told before there is work
+        select_unfrozen(backbone, str(deep_config.finetune_config.unfreeze))  # fail before any work
         replay_dataset = make_replay_dataset(full_step, method, deep_config.finetune_config.validation)
         images = ExpansionImages.from_archives(
             context.model, deep_config.archives, deep_config.labels, deep_config.cache_folder, context.progress
         )
         pool_rows, test_rows = images.find_rows(replay_dataset.pool), images.find_rows(context.data.test)
         splits = _make_splits(context, replay_dataset, pool_rows, test_rows, len(images.index))
-        expanded_model, device = (
-            _make_expanded_model(context, method, replay_dataset),
-            resolve_process_device(deep_config.finetune_config.device),
-        )
-        initial_head = initialize_head(
-            expanded_model,
-            replay_dataset.pool.X[replay_dataset.is_train],
-            replay_dataset.pool.y[replay_dataset.is_train],
-        )
+        expanded_model = _make_expanded_model(context, method, replay_dataset)
+        is_train = replay_dataset.is_train
+        initial_head = initialize_head(expanded_model, replay_dataset.pool.X[is_train], replay_dataset.pool.y[is_train])
         for text in (splits.description, initial_head.description):
             logger.info(text)
+        is_old = splits.y[splits.test] < full_step.k_old
+        sample_weights, logit_adjustment = replay_dataset.compute_sample_weights(pool_rows, len(images.index))
         finetune_context = FineTuneContext(
             expanded_model,
             images.index,
             images.embedding_cache,
             splits,
             deep_config.finetune_config,
-            device,
-            DistributedContext(),
-            deep_config.cache_folder,
-            deep_config.out,
-            context.progress,
+            cache_folder=deep_config.cache_folder,
+            out=deep_config.out,
+            progress=context.progress,
+            monitors={OLD_CLASSES: splits.test[is_old], NEW_CLASSES: splits.test[~is_old]} if len(is_old) else {},
+            sample_weights=sample_weights,
+            logit_adjustment=logit_adjustment,
+            extra_config={"expansion": _describe_request(context, method, full_step)},
         )
         setup = cls(
             context, method, full_step, replay_dataset, backbone, pool_rows, test_rows, finetune_context, initial_head
         )
-        return setup._with_regularizers(images)
+        return setup._with_loss_terms(images)
 
-    def _with_regularizers(self, images: ExpansionImages) -> TrainingSetup:
-        settings, full_step, finetune_context, importances = (
-            self.context.settings,
-            self.full_step,
-            self.finetune_context,
-            None,
-        )
-        strength = settings.strength
-        distill_strength = DEEP_METHODS[self.method].distill_strength
-        regularizers = self.replay_dataset.make_regularizers(
-            self.pool_rows,
-            len(images.index),
-            strength if self.method == "distill" and strength is not None else distill_strength,
-        )
+    def _with_loss_terms(self, images: ExpansionImages) -> TrainingSetup:
+        strength, distill_strength = self.context.settings.strength, DEEP_METHODS[self.method].distill_strength
+        if self.method == "distill" and strength is not None:
+            distill_strength = strength
+        loss_terms: list[LossTerm] = []
+        if distill_strength:
+            n = len(images.index)
+            loss_terms.append(self.replay_dataset.make_distillation_loss(self.pool_rows, n, distill_strength))
+        importances = None
         if self.method == "ewc":
-            importances = compute_importances(finetune_context, self.backbone, full_step, images)
-            penalty_weight = (
-                int(full_step.counts.sum())
-                * (1.0 if strength is None else strength)
-                / len(finetune_context.splits.train)
-            )
-            trained_importances = {
-                name: importances[name]
-                for name in list_trained_parameters(finetune_context, self.backbone, self.initial_head.layers)
-            }
-            ewc_penalty = make_ewc_penalty(
-                self.initial_head.layers,
-                make_old_layers(full_step),
-                trained_importances,
-                penalty_weight,
-                self.backbone.network,
-            )
-            regularizers = replace(regularizers, ewc=ewc_penalty)
-        return replace(
-            self,
-            finetune_context=replace(
-                finetune_context, regularizers=replace(regularizers, provenance=self._describe_request())
-            ),
-            importances=importances,
-        )
+            importances = compute_importances(self.finetune_context, self.backbone, self.full_step, images)
+            loss_terms.append(self._make_ewc_penalty(importances, 1.0 if strength is None else strength))
+        finetune_context = replace(self.finetune_context, loss_terms=tuple(loss_terms))
+        return replace(self, finetune_context=finetune_context, importances=importances)
 
-    def _describe_request(self) -> dict[str, Any]:
-        """What decides the training beside what fine-tuning asks itself."""
-        settings, model = vars(self.context.settings), self.context.model
-        return {"method": self.method, "k_old": self.full_step.k_old, "settings": settings, "from": model.identity}
+    def _make_ewc_penalty(self, importances: ParameterImportances, strength: float) -> EWCPenalty:
+        """Of strength 1, as strong as the images that the model was trained on would be."""
+        layers = self.initial_head.layers
+        names = list_trained_parameters(self.finetune_context, self.backbone, layers)
+        images_per_row = int(self.full_step.counts.sum()) / len(self.finetune_context.splits.train)
+        return make_ewc_penalty(
+            layers,
+            make_old_layers(self.full_step),
+            {name: importances[name] for name in names},
+            images_per_row * strength,
+            self.backbone.network,
+        )
 
     def load_embeddings(self, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of some rows of the pictures, shape (m, d)."""
+        """Embeddings of rows of the archive, shape (m, d)."""
         return np.asarray(cache.features(self.context.model.output)[rows], np.float32)
+
+
+def _describe_request(context: ExpansionContext, method: str, step: IncrementalStep) -> dict[str, Any]:
+    """What determines the training besides the settings of fine-tuning."""
+    settings = vars(context.settings)
+    return {"method": method, "k_old": step.k_old, "settings": settings, "from": context.model.identity}
 
 
 def _select_output(model: Model) -> Backbone:
@@ -236,7 +218,7 @@ def _select_output(model: Model) -> Backbone:
 
 
 def _make_expanded_model(context: ExpansionContext, method: str, replay_dataset: ReplayDataset) -> Model:
-    """The model that the method on features gives."""
+    """The model whose head the method fitted on features."""
     model = context.model
     calibration = None if model.calibration is None else Calibration(model.calibration.temperature)
     return replace(
@@ -257,7 +239,7 @@ def _make_splits(
     test_rows: NDArray[np.int64],
     n: int,
 ) -> Splits:
-    """Rows of the pictures, of which there are n, and their classes."""
+    """Training, validation and test rows of an archive of ``n`` images, and the class codes of all."""
     y = np.full(n, -1, np.int64)
     y[test_rows], y[pool_rows] = context.data.test.y, replay_dataset.pool.y
     train, validation, test = (
@@ -265,5 +247,5 @@ def _make_splits(
         np.sort(pool_rows[~replay_dataset.is_train]),
         np.unique(test_rows),
     )
-    description = f"{len(train)} images to train on, {len(validation)} to say when to stop, {len(test)} to judge by"
+    description = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
     return Splits(train, validation, test, y, description)

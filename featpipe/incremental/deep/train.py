@@ -1,12 +1,11 @@
-"""An expansion that goes on into the network: it starts where the same method on features ends.
+"""Expansion through the network (experimental): a method learns on features, then training goes on in the network.
 
-The loop is that of fine-tuning; what holds it to the old classes is a :class:`featpipe.incremental.deep.regularizers.Past`.
+The training is `featpipe.finetuning.train_network`, with the loss terms of `featpipe.incremental.deep.regularizers`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -17,21 +16,13 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torch import nn
 
-from featpipe.cache import FeatureCache
 from featpipe.errors import ConfigError
-from featpipe.finetuning import (
-    HeadLayers,
-    TrainingState,
-    compute_network_importances,
-    finetune_network,
-    make_finetuned_backbone,
-    make_finetuned_model,
-)
+from featpipe.finetuning import HeadLayers, TrainedNetwork, train_network
 from featpipe.heads import forward
 from featpipe.incremental.context import ExpansionContext
-from featpipe.incremental.deep.ewc import ParameterImportances, get_last_layer_name
+from featpipe.incremental.deep.ewc import ParameterImportances, compute_network_importances, get_last_layer_name
 from featpipe.incremental.deep.methods import find_missing_requirement, select_default_method
-from featpipe.incremental.deep.setup import DeepTrainingConfig, TrainingSetup
+from featpipe.incremental.deep.setup import NEW_CLASSES, OLD_CLASSES, DeepTrainingConfig, TrainingSetup
 from featpipe.incremental.methods import METHODS, NEW_CLASS_SHARE
 from featpipe.incremental.metrics import MethodEvaluator, MethodOutcome
 from featpipe.incremental.result import Expansion, build_expanded_model, make_expansion, make_history
@@ -44,10 +35,10 @@ __all__ = ["describe_lost_parts", "expand_network", "make_replay_memory"]
 
 logger = logging.getLogger(__name__)
 
-DEEP_BIAS_CORRECTED_METHODS = ("distill", "ewc")  # after which old and new classes are set against each other
+DEEP_BIAS_CORRECTED_METHODS = ("distill", "ewc")  # with an offset between old and new classes after the training
 NETWORK_UNCHANGED_NOTE = (
-    "no epoch was better than the start on the images that say when to stop: the network stays as it was, and what "
-    "comes out is what features give"
+    "no epoch was better than the start on the validation images: the network stays as it was, and the result is that "
+    "of expansion on features"
 )
 
 
@@ -58,22 +49,23 @@ def expand_network(
     caches: Sequence[str],
     request: str,
 ) -> Expansion:
-    """Learn on features, then go on into the network from there, and judge both on images that neither has seen.
+    """Fit a method on features, continue training in the network, and compare both on the test images.
 
     Parameters
     ----------
-    case : Case
+    context : ExpansionContext
     method : str or None
-        If none is named, the one that has most of the old classes at hand.
-    way : Way
+        If None, the method that uses most of the available data of old classes.
+    deep_config : DeepTrainingConfig
     caches : sequence of str
-        Names of what is learnt from.
+        Names of the caches that are learnt from, for the model's history.
     request : str
+        Digest of the request.
 
     Raises
     ------
     ConfigError
-        If the method cannot, or lacks what it needs.
+        If the method does not train a network, or lacks what it needs.
     KeyboardInterrupt
         If the work was interrupted; the same call goes on from its checkpoint.
     """
@@ -87,38 +79,24 @@ def expand_network(
     if deep_config.out is not None:
         Model.check_target(deep_config.out)
     setup = TrainingSetup.create(context, method, deep_config, full_step)
-    network, layers, state = finetune_network(
-        setup.finetune_context, setup.backbone, setup.initial_head, deep_config.resume
-    )
-    if state.best_epoch.number == 0 and METHODS[method].missing_requirement(full_step) is None:
+    trained = train_network(setup.finetune_context, setup.backbone, setup.initial_head, deep_config.resume)
+    if trained.best_epoch.number == 0 and METHODS[method].missing_requirement(full_step) is None:
         logger.info(NETWORK_UNCHANGED_NOTE)
         return build_expanded_model(
             original_context, select_and_fit(original_context, method), caches, request, notes=(NETWORK_UNCHANGED_NOTE,)
         )
-    return _make_result(setup, network, layers, state, caches, request, round(perf_counter() - started, 3))
+    return _make_result(setup, trained, caches, request, round(perf_counter() - started, 3))
 
 
 def _make_result(
-    setup: TrainingSetup,
-    network: nn.Module,
-    layers: HeadLayers,
-    state: TrainingState,
-    caches: Sequence[str],
-    request: str,
-    seconds: float,
+    setup: TrainingSetup, trained: TrainedNetwork, caches: Sequence[str], request: str, seconds: float
 ) -> Expansion:
-    """The model, and how both ways compare on images that neither has seen."""
+    """The model, and how training the network compares with features alone on images that neither has seen."""
     context, finetune_context, evaluator = setup.context, setup.finetune_context, None
-    weights_path = None if finetune_context.out is None else os.path.abspath(finetune_context.out)
-    backbone = make_finetuned_backbone(context.model.backbone, network, weights_path)
-    new_cache = finetune_context.extract_embeddings(backbone)
-    unchanged_notes = [NETWORK_UNCHANGED_NOTE] if state.best_epoch.number == 0 else []
-    layers = layers if unchanged_notes else _correct_bias(setup, layers, new_cache)
-    uncalibrated_model = replace(finetune_context.model, calibration=None)  # its temperature is in the layers
-    model = make_finetuned_model(
-        uncalibrated_model, finetune_context.model, backbone, new_cache, finetune_context.splits, layers, state, {}
-    )
-    model.kept = make_replay_memory(setup, model, network, layers, new_cache)
+    unchanged_notes = [NETWORK_UNCHANGED_NOTE] if trained.best_epoch.number == 0 else []
+    layers = trained.layers if unchanged_notes else _correct_bias(setup, trained)
+    model = trained.to_model(layers=layers, calibrate=False)  # the temperature is in the layers
+    model.kept = make_replay_memory(setup, trained, model, layers)
     outcomes: tuple[MethodOutcome, ...] = ()
     notes = [
         setup.initial_head.description,
@@ -128,18 +106,18 @@ def _make_result(
     ]
     if len(context.data.test):
         evaluator = MethodEvaluator.from_step(context.data.test, setup.full_step, *context.get_past_steps())
-        outcomes, verdict = _compare_outcomes(setup, evaluator, model, new_cache, state, seconds)
+        outcomes, verdict = _compare_outcomes(setup, evaluator, model, trained, seconds)
         notes += [verdict] if verdict else []
     for text in notes[2:]:
         logger.info(text)
     selected = SelectedMethod(setup.method, model.head, setup.full_step, outcomes, evaluator)
-    training_details = {"unfreeze": str(finetune_context.tuning.unfreeze), "best_epoch": state.best_epoch.number}
+    training_details = {"unfreeze": str(finetune_context.tuning.unfreeze), "best_epoch": trained.best_epoch.number}
     model.history = {
         **model.history,
         **_select_history(make_history(context, selected, caches, request, **training_details)),
     }
     description = (
-        f"{len(context.data.test):,} images that were not trained on" if evaluator is not None else "not judged"
+        f"{len(context.data.test):,} images that were not trained on" if evaluator is not None else "no test images"
     )
     return make_expansion(context, selected, model, description, notes)
 
@@ -148,18 +126,18 @@ def _select_history(history: dict[str, Any]) -> dict[str, Any]:
     return {name: history[name] for name in ("trained_on", "steps", "judged", "expansions")}
 
 
-def _correct_bias(setup: TrainingSetup, layers: HeadLayers, new_cache: FeatureCache) -> HeadLayers:
-    """With scores of new classes as high above old ones as before the network was trained.
+def _correct_bias(setup: TrainingSetup, trained: TrainedNetwork) -> HeadLayers:
+    """Shift new classes so that as many validation images are predicted as new ones as before the training.
 
-    Images of new classes alone draw the two apart without end. How many of those that say when to stop are taken for
-    new ones is what the start, which was set by what is remembered of old images, had found to be right.
+    Trained on new classes alone, the margin to old ones grows without limit. Before the training the offset was fitted
+    with what the model retains of old images.
     """
-    k_old, pool = setup.full_step.k_old, setup.replay_dataset.pool
+    k_old, pool, layers = setup.full_step.k_old, setup.replay_dataset.pool, trained.layers
     is_validation = ~setup.replay_dataset.is_train & (pool.y >= k_old)
     if setup.method not in DEEP_BIAS_CORRECTED_METHODS or not is_validation.any():
         return layers
     old_margin = _compute_margin(setup.initial_head.layers, pool.X[is_validation], k_old)
-    new_margin = _compute_margin(layers, setup.load_embeddings(new_cache, setup.pool_rows[is_validation]), k_old)
+    new_margin = _compute_margin(layers, setup.load_embeddings(trained.cache, setup.pool_rows[is_validation]), k_old)
     share = max(NEW_CLASS_SHARE, float((old_margin > 0).mean()))
     offsets = np.zeros(len(layers.biases[-1]))
     offsets[k_old:] = -float(np.quantile(new_margin, 1 - share))
@@ -167,7 +145,7 @@ def _correct_bias(setup: TrainingSetup, layers: HeadLayers, new_cache: FeatureCa
 
 
 def _compute_margin(layers: HeadLayers, X: NDArray[np.float32], k_old: int) -> NDArray[np.float64]:
-    """How much more is said for new classes than for old ones, of shape (m,)."""
+    """Log odds of new classes against old ones, shape (m,)."""
     scores = forward(X.astype(np.float64), [w.T for w in layers.weights], layers.biases, layers.activation)
     return np.asarray(logsumexp(scores[:, k_old:], axis=1) - logsumexp(scores[:, :k_old], axis=1))
 
@@ -176,18 +154,17 @@ def _compare_outcomes(
     setup: TrainingSetup,
     evaluator: MethodEvaluator,
     model: Model,
-    new_cache: FeatureCache,
-    state: TrainingState,
+    trained: TrainedNetwork,
     seconds: float,
 ) -> tuple[tuple[MethodOutcome, ...], str]:
-    """The rows of the table, this way first, and what is to be said of it."""
+    """The rows of the table, the trained network first, and the verdict on it."""
     method, full_step = setup.method, setup.full_step
-    X = setup.load_embeddings(new_cache, setup.test_rows)
+    X = setup.load_embeddings(trained.cache, setup.test_rows)
     is_correct = np.asarray(compute_logits(model.head, X).argmax(axis=1) == evaluator.test.y)
     bytes_by_part = {} if method != "ewc" or model.kept is None else model.kept.to_summary()["bytes"]
     memory_bytes = sum(bytes_by_part.get(part, 0) for part in ("importances", "network"))
     outcomes = [
-        evaluator.make_outcome(method, is_correct, bytes=memory_bytes, seconds=seconds, curves=_make_curves(state))
+        evaluator.make_outcome(method, is_correct, bytes=memory_bytes, seconds=seconds, curves=_make_curves(trained))
     ]
     correct_by_method: dict[str, NDArray[np.bool_]] = {}
     for name in dict.fromkeys((method, *BASELINE_METHODS)):
@@ -209,31 +186,35 @@ def _describe_change(
 ) -> str:
     change = evaluator.paired_difference(is_correct, is_correct_on_features)
     if change.low > 0:
-        return f"training the network brought {change}"
+        return f"training the network improved accuracy by {change}"
     if change.high < 0:
         return f"training the network cost accuracy ({change}): expand without --unfreeze"
-    return f"training the network made no difference beyond chance ({change}); without --unfreeze it is done in seconds"
+    return f"training the network made no difference beyond chance ({change}); without --unfreeze it takes seconds"
 
 
-def _make_curves(state: TrainingState) -> dict[str, list[Any]]:
-    """By the names of :class:`featpipe.incremental.metrics.Curves`."""
-    epochs = [epoch.to_dict() for epoch in state.curve]
-    names = {"train_loss": "loss", "old_loss": "old_loss", "new_loss": "new_loss"}
-    names |= {"old_accuracy": "old_score", "new_accuracy": "new_score"}
-    return {"epochs": [epoch["number"] for epoch in epochs]} | {
-        name: [epoch.get(field) for epoch in epochs] for name, field in names.items()
+def _make_curves(trained: TrainedNetwork) -> dict[str, list[Any]]:
+    """By the names of :class:`featpipe.incremental.metrics.TrainingCurves`; None for NaN."""
+    epochs = [epoch.to_dict() for epoch in trained.curve]
+    curves: dict[str, list[Any]] = {
+        "epochs": [epoch["number"] for epoch in epochs],
+        "train_loss": [epoch["loss"] for epoch in epochs],
     }
+    for name, monitor in (("old", OLD_CLASSES), ("new", NEW_CLASSES)):
+        values = [epoch.get("metrics", {}).get(monitor, {}) for epoch in epochs]
+        curves[f"{name}_loss"] = [value.get("loss") for value in values]
+        curves[f"{name}_accuracy"] = [value.get("score") for value in values]
+    return curves
 
 
 def make_replay_memory(
-    setup: TrainingSetup, model: Model, network: nn.Module, layers: HeadLayers, new_cache: FeatureCache
+    setup: TrainingSetup, trained: TrainedNetwork, model: Model, layers: HeadLayers
 ) -> ReplayMemory | None:
-    """What can be known of embeddings that are others now: of the images that are at hand."""
+    """What the new model retains: computed from the images at hand, since the network's embeddings have changed."""
     context, full_step, replay_dataset, method = setup.context, setup.full_step, setup.replay_dataset, setup.method
     policy = _resolve_policy(context, method)
     if not policy:
         return None
-    X, y = setup.load_embeddings(new_cache, setup.pool_rows), replay_dataset.pool.y
+    X, y = setup.load_embeddings(trained.cache, setup.pool_rows), replay_dataset.pool.y
     counts = np.bincount(full_step.new.y, minlength=full_step.k) + full_step.counts
     if method == "joint":
         replay_memory = collect_replay_memory(
@@ -246,7 +227,7 @@ def make_replay_memory(
         )
     else:
         replay_memory = ReplayMemory(counts, X[:0], np.zeros(0, np.int32))
-    importances = _compute_importances(setup, network, layers) if policy.network else None
+    importances = _compute_importances(setup, trained.network, layers) if policy.network else None
     if importances is not None:
         replay_memory = _add_importances(replay_memory, importances, layers)
     return replay_memory if context.budget is None else fit_to_budget(replay_memory, context.budget)
@@ -261,7 +242,7 @@ def _add_importances(
 
 
 def _resolve_policy(context: ExpansionContext, method: str) -> RetentionPolicy:
-    """As asked for, or as before; for ewc its importances too, unless the model keeps nothing."""
+    """As requested, else as the old model; with ewc the importances of the network too, unless nothing is retained."""
     policy = resolve_policy(
         context.model.kept, context.policy, context.settings if context.has_explicit_memory else None, method
     )
@@ -271,7 +252,7 @@ def _resolve_policy(context: ExpansionContext, method: str) -> RetentionPolicy:
 
 
 def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadLayers) -> ParameterImportances | None:
-    """Of all images so far: of the new ones as they are now, of old ones too if they are at hand, or as was known."""
+    """Importances from all images so far: old ones from the images at hand, else as the model retained them."""
     replay_dataset, full_step, context = setup.replay_dataset, setup.full_step, setup.finetune_context
     initial_head = replace(setup.initial_head, layers=layers)
 
@@ -281,7 +262,7 @@ def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadL
         )
 
     if setup.importances is None and not replay_dataset.is_old.any():
-        logger.info("no importances are kept: of those of the old classes nothing is known")
+        logger.info("no importances are kept: those of the old classes are unknown")
         return None
     new_importances, old_importances = (
         compute_importances(~replay_dataset.is_old),
@@ -296,8 +277,8 @@ def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadL
 
 
 def describe_lost_parts(old_memory: ReplayMemory | None, new_memory: ReplayMemory | None) -> list[str]:
-    """What the model before kept of embeddings that are no longer those of the network."""
+    """A note on retained data that belongs to the old network's embeddings and is dropped."""
     old_parts = {} if old_memory is None else old_memory.to_summary()["bytes"]
     new_parts = {} if new_memory is None else new_memory.to_summary()["bytes"]
     lost_parts = [part for part in old_parts if part not in new_parts]
-    return [f"gone is what was kept of the embeddings before: {', '.join(lost_parts)}"] if lost_parts else []
+    return [f"dropped, since the embeddings have changed: {', '.join(lost_parts)}"] if lost_parts else []

@@ -1,0 +1,180 @@
+"""Train a network from a fine-tuning context: from the start, or from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from featpipe.backbones import Backbone
+from featpipe.errors import ConfigError
+from featpipe.finetuning import checkpoint
+from featpipe.finetuning.choose_source import open_datasets
+from featpipe.finetuning.context import FineTuneContext
+from featpipe.finetuning.head_layers import InitialHead
+from featpipe.finetuning.loop import run_training_loop
+from featpipe.finetuning.lr_finder import find_learning_rate
+from featpipe.finetuning.trained_network import TrainedNetwork
+from featpipe.finetuning.trainer import Trainer, TrainingState, TrainingTargets
+from featpipe.finetuning.unfreeze import UnfrozenParameters, select_unfrozen
+from featpipe.heads import LossFunction
+
+__all__ = ["open_trainer", "train_network"]
+
+logger = logging.getLogger(__name__)
+
+LINK_BY_TASK: Mapping[str, Any] = {"classification": "softmax", "multilabel": "sigmoid", "regression": "identity"}
+MIN_SAFE_CHANNELS = 16  # input channels of a channels-last 1×1 convolution with a stride
+
+
+def train_network(
+    context: FineTuneContext, backbone: Backbone, initial_head: InitialHead, resume: bool
+) -> TrainedNetwork:
+    """Train a copy of a backbone's network together with a head.
+
+    Parameters
+    ----------
+    context : FineTuneContext
+    backbone : Backbone
+        With the one output that the head is on.
+    initial_head : InitialHead
+    resume : bool
+        Go on from the checkpoint, if there is one.
+
+    Raises
+    ------
+    ConfigError
+        If nothing is left to train, or the checkpoint belongs to other settings.
+    KeyboardInterrupt
+        If the training was interrupted; the same call goes on from its checkpoint.
+    """
+    unfrozen = select_unfrozen(backbone, str(context.tuning.unfreeze))
+    logger.info(unfrozen.describe(backbone.network))
+    with open_trainer(context, backbone, backbone.network, initial_head, unfrozen) as trainer:
+        _check_batch_norms(trainer)
+        context.distributed.broadcast_from_main(trainer.trained_tensors().values())
+        state = _start_or_resume(context, trainer, resume)
+    layers = initial_head.to_target_units(initial_head.layers.with_trained_weights(trainer.head))
+    return TrainedNetwork(context, trainer.network, layers, tuple(state.curve), state.best_epoch)
+
+
+@contextmanager
+def open_trainer(
+    context: FineTuneContext,
+    backbone: Backbone,
+    network: nn.Module,
+    initial_head: InitialHead,
+    unfrozen: UnfrozenParameters | None = None,
+) -> Iterator[Trainer]:
+    """Make a trainer for a copy of a network; its datasets are closed at the end.
+
+    Parameters
+    ----------
+    context : FineTuneContext
+    backbone : Backbone
+        Before the training: it computes the feature maps of what stays frozen.
+    network : Module
+        The backbone's network, before or after training.
+    initial_head : InitialHead
+    unfrozen : UnfrozenParameters, optional
+        As ``context.tuning.unfreeze`` selects them if not given.
+    """
+    unfrozen = unfrozen or select_unfrozen(backbone, str(context.tuning.unfreeze))
+    memory_format = choose_memory_format(network, context.device)
+    network = cast(nn.Module, copy.deepcopy(network).to(context.device, memory_format=memory_format))  # type: ignore[call-overload]
+    loss_function = LossFunction(
+        LINK_BY_TASK[context.model.task],
+        "squares" if context.model.task == "regression" else "cross_entropy",
+        adjustment=context.logit_adjustment,
+    )
+    with ExitStack() as stack:
+        train_data, validation_data = map(stack.enter_context, open_datasets(context, backbone, network, unfrozen))
+        yield Trainer(
+            network=network,
+            head=initial_head.layers.to_module().to(context.device),
+            unfrozen=unfrozen,
+            train_data=train_data,
+            validation_data=validation_data,
+            train_rows=context.splits.train,
+            validation_rows=context.splits.validation,
+            targets=_make_targets(context, initial_head),
+            loss_function=loss_function,
+            tuning=context.tuning,
+            sample_ids=context.base_cache.ids,
+            device=context.device,
+            distributed=context.distributed,
+            progress=context.progress,
+            epoch_callback=context.epoch_callback,
+            loss_terms=context.loss_terms,
+            monitors=context.monitors,
+            memory_format=memory_format,
+        )
+
+
+def choose_memory_format(network: nn.Module, device: torch.device) -> torch.memory_format:
+    """The layout of images and weights in training: channels last, which is the faster one, where it is safe.
+
+    On a CPU, oneDNN writes out of bounds in the backward pass of a channels-last 1×1 convolution with a stride and few
+    input channels (seen with torch 2.14 and AVX2: fewer than 8; a register of AVX-512 holds 16).
+    """
+    is_unsafe = device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < MIN_SAFE_CHANNELS
+        for module in network.modules()
+    )
+    return torch.contiguous_format if is_unsafe else torch.channels_last
+
+
+def _check_batch_norms(trainer: Trainer) -> None:
+    """Raise if batch norms would have to take statistics from one image."""
+    min_piece_size = (
+        min(len(rows) for rows in trainer.epoch_batches(0)) // trainer.tuning.accumulate // trainer.distributed.size
+    )
+    if min_piece_size < 2 and len(trainer.trained_tensors()) > len(trainer.trained_parameters()):
+        raise ConfigError(
+            "batch_norm=trained: batch norms follow the batches, and a batch of one (of "
+            f"{trainer.tuning.batch} images, in {trainer.tuning.accumulate * trainer.distributed.size} pieces) has no "
+            "statistics; give a larger batch"
+        )
+
+
+def _start_or_resume(context: FineTuneContext, trainer: Trainer, resume: bool) -> TrainingState:
+    """Run the training loop from the start, or from the checkpoint."""
+    checkpoint_path, run_config = context.checkpoint_path, context.run_config
+    if checkpoint_path is not None and resume and checkpoint_path.exists():
+        state = checkpoint.load_checkpoint(checkpoint_path, trainer, run_config)
+        logger.info(f"resuming from {checkpoint_path}: epoch {state.epoch + 1}, step {state.step + 1}")
+    else:
+        rate = context.tuning.learning_rate
+        state = TrainingState.init(trainer, find_learning_rate(trainer) if isinstance(rate, str) else rate)
+
+    def save(current_state: TrainingState) -> None:
+        if checkpoint_path is not None and context.distributed.is_main:
+            checkpoint.save_checkpoint(checkpoint_path, trainer, current_state, run_config)
+
+    return run_training_loop(trainer, state, save)
+
+
+def _make_targets(context: FineTuneContext, initial_head: InitialHead) -> TrainingTargets:
+    y, train_rows = context.splits.y, context.splits.train
+    if context.model.task == "regression":
+        Y = torch.from_numpy((y - initial_head.target_mean) / initial_head.target_std).float()
+    else:
+        Y = torch.from_numpy(y.astype(np.int64 if context.model.task == "classification" else np.float32))
+    sample_weights = np.ones(len(y)) if context.sample_weights is None else context.sample_weights
+    if (context.tuning.class_weight or context.tuning.sampling) and context.model.task != "classification":
+        raise ConfigError(
+            f"class_weight and sampling are for classes that exclude each other, not for {context.model.task}"
+        )
+    if context.tuning.class_weight:
+        counts = np.bincount(y[train_rows], minlength=len(context.model.classes))
+        sample_weights = len(train_rows) / (len(counts) * np.maximum(counts, 1))[np.maximum(y, 0)]
+    return TrainingTargets(Y, torch.from_numpy(sample_weights).float())

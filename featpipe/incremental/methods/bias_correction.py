@@ -1,0 +1,134 @@
+"""The offset between the scores of old and of new classes (compare BiC, Wu et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit, logsumexp
+from sklearn.pipeline import Pipeline
+
+from featpipe.heads import LastLayer
+from featpipe.incremental.methods.exemplars import WeightedEmbeddings, make_old_rows
+from featpipe.incremental.methods.last_layer import with_last_layer
+from featpipe.incremental.problem import EpochCallback, IncrementalStep
+
+__all__ = ["NEW_CLASS_SHARE", "fit_bias_correction", "fit_with_bias_correction", "make_fold_masks"]
+
+Array = NDArray[np.float64]
+
+N_FOLDS, MIN_ROWS_FOR_FOLDS = 3, 6
+SLOPE_RIDGE = 1e-3  # keeps the slope finite where old and new rows are separable
+# Lower bound of the slope, in standard deviations of the margin: without it, a margin that carries almost no
+# information sends all rows to the more frequent side.
+MIN_SLOPE = 1.0
+NEW_CLASS_SHARE = 0.75  # share of the new rows predicted as new classes where nothing represents the old ones
+
+
+def fit_with_bias_correction(
+    step: IncrementalStep,
+    fit: Callable[[WeightedEmbeddings, EpochCallback | None], LastLayer],
+    on_epoch: EpochCallback | None,
+) -> Pipeline:
+    """Fit a last layer, then the offset between old and new classes, by cross-validation on the new rows.
+
+    Parameters
+    ----------
+    step : IncrementalStep
+    fit : callable
+        From training rows, and a function that is called after each epoch, to a last layer.
+    on_epoch : callable or None
+        Called while the layer is fitted on all new rows.
+    """
+    rows = WeightedEmbeddings.from_embeddings(step.new)
+    layer = equalize_margins(step, fit(rows, on_epoch), rows)
+    old_rows = make_old_rows(step)
+    scores = np.zeros((len(rows.y), step.k))
+    old_scores = np.zeros((0 if old_rows is None else len(old_rows.y), step.k))
+    folds = make_fold_masks(len(rows.y))
+    for is_train, is_held_out in folds:
+        fold_layer = equalize_margins(step, fit(rows.take(is_train), None), rows.take(is_train))
+        scores[is_held_out] = fold_layer.compute_scores(step.compute_features(rows.X[is_held_out]))
+        if old_rows is not None:
+            old_scores += fold_layer.compute_scores(step.compute_features(old_rows.X)) / len(folds)
+    old_weights = np.zeros(0) if old_rows is None else old_rows.offset_weights
+    return with_last_layer(
+        step,
+        shift_new_classes(layer, step.k_old, fit_bias_correction(step.k_old, old_scores, old_weights, scores, rows.y)),
+    )
+
+
+def equalize_margins(step: IncrementalStep, layer: LastLayer, rows: WeightedEmbeddings) -> LastLayer:
+    """Shift new classes so that, on average over the new rows that the layer was fitted on, they score as old ones do.
+
+    Trained on new classes alone, the margin grows without limit, and its size depends on when the solver stops. An
+    offset that was found for one layer fits another only if both have the same mean margin.
+    """
+    Z = step.compute_features(rows.X[rows.y >= step.k_old])
+    if not len(Z):
+        return layer
+    scores = layer.compute_scores(Z)
+    margin = logsumexp(scores[:, step.k_old :], axis=1) - logsumexp(scores[:, : step.k_old], axis=1)
+    return shift_new_classes(layer, step.k_old, -float(margin.mean()))
+
+
+def make_fold_masks(n: int) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Training and held-out rows of each fold, as masks of shape (n,); all rows are both if there are too few."""
+    if n < MIN_ROWS_FOR_FOLDS:
+        return [(np.ones(n, bool), np.ones(n, bool))]
+    folds = np.random.default_rng(0).permutation(n) % N_FOLDS
+    return [(folds != fold, folds == fold) for fold in range(N_FOLDS)]
+
+
+def fit_bias_correction(
+    k_old: int, old_scores: Array, old_weights: Array, new_scores: Array, y: NDArray[np.integer[Any]]
+) -> float:
+    """The offset to add to the scores of new classes that separates old from new rows best (log loss).
+
+    Parameters
+    ----------
+    k_old : int
+    old_scores : ndarray of shape (r, k)
+        Of rows of old classes; there may be none.
+    old_weights : ndarray of shape (r,)
+    new_scores : ndarray of shape (n, k)
+        Of held-out rows; some may be of old classes too.
+    y : ndarray of shape (n,)
+        Class codes of ``new_scores``.
+    """
+    margin = logsumexp(new_scores[:, k_old:], axis=1) - logsumexp(new_scores[:, :k_old], axis=1)
+    is_new = y >= k_old
+    if not is_new.any():
+        return 0.0
+    if not len(old_scores) and is_new.all():
+        return -float(np.quantile(margin, 1 - NEW_CLASS_SHARE))
+    old_margin = logsumexp(old_scores[:, k_old:], axis=1) - logsumexp(old_scores[:, :k_old], axis=1)
+    margins, sign = (
+        np.concatenate([old_margin, margin]),
+        np.concatenate([np.ones(len(old_margin)), np.where(is_new, -1.0, 1.0)]),
+    )
+    weights, scale = np.concatenate([old_weights, np.ones(len(margin))]), max(float(margins.std()), 1e-12)
+
+    def loss(slope_and_offset: Array) -> tuple[float, Array]:
+        """Logistic loss of old against new rows; the slope is free, since scores fitted on few rows are too large."""
+        slope, offset = slope_and_offset
+        error_logits = sign * (slope * margins / scale + offset)
+        residuals = weights * sign * expit(error_logits)
+        value = weights @ np.logaddexp(0, error_logits) + 0.5 * SLOPE_RIDGE * weights.sum() * slope**2
+        return float(value), np.array(
+            [residuals @ margins / scale + SLOPE_RIDGE * weights.sum() * slope, residuals.sum()]
+        )
+
+    bounds = [(MIN_SLOPE, None), (None, None)]
+    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds).x
+    return float(scale * offset / slope)
+
+
+def shift_new_classes(layer: LastLayer, k_old: int, offset: float) -> LastLayer:
+    """Add an offset to the scores of new classes."""
+    b = layer.b.copy()
+    b[k_old:] += offset
+    return LastLayer(layer.W, b)
