@@ -120,9 +120,9 @@ def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
     often, once = (estimate_caching_gain(ladder, found, 100, epochs, 1, tmp_path) for epochs in (10, 1))
     assert often.worthwhile
     assert not once.worthwhile
-    assert often.n_bytes == 100 * 8 * 8 * 8 * 2
+    assert often.n_bytes == 100 * 16 * 8 * 8 * 2
     assert 1 < once.gain + 1e-9 < often.gain
-    assert "computed once and cached, 0.1 MB" in often.reason
+    assert "computed once and cached, 0.2 MB" in often.reason
     assert "for 1 epochs of 1 view would be 1.0 times less work" in once.reason
     assert not estimate_caching_gain(ladder, found, 100, 10, 10, tmp_path).worthwhile  # as many views as epochs
 
@@ -132,7 +132,7 @@ def test_what_does_not_fit_the_disk_is_not_kept(tmp_path, ladder, monkeypatch):
     monkeypatch.setattr(feature_map_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
     refused = estimate_caching_gain(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
     assert not refused.worthwhile
-    assert "0.1 MB, and 0.1 MB are free" in refused.reason
+    assert "0.2 MB, and 0.1 MB are free" in refused.reason
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model
     log.clear()
     settings["epochs"] = 2
     finetune(model, tmp_path / "photos", mixup=0.2, **settings)
-    assert any("mixup and cutmix mix pictures" in text for text in log)
-    with pytest.raises(ConfigError, match="cache_activations=yes: mixup and cutmix mix pictures"):
+    assert any("mixup and cutmix mix images" in text for text in log)
+    with pytest.raises(ConfigError, match="cache_activations=yes: mixup and cutmix mix images"):
         finetune(model, tmp_path / "photos", mixup=0.2, cache_activations="yes", **settings)
 
 

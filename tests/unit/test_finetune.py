@@ -54,7 +54,7 @@ def marked(photos, path, marks) -> None:
 
 
 def test_out_comes_a_model_whose_network_learnt_and_the_table_of_both(tmp_path, photos, model):
-    settings = {**QUICK, "epochs": 12, "patience": 0, "learning_rate": 2e-2}
+    settings = {**QUICK, "epochs": 12, "patience": 0, "learning_rate": 6e-3}
     found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "t.model", **settings)
     assert found.curve[found.best_epoch]["validation_loss"] < found.curve[0]["validation_loss"]
     assert found.kept == "fine-tuned"

@@ -21,6 +21,7 @@ from featpipe.finetuning.augmentation import apply_mixup_cutmix
 from featpipe.finetuning.loop import compute_gradients, predict_scores, run_training_loop
 from featpipe.finetuning.lr_finder import find_learning_rate
 from featpipe.finetuning.optim import make_parameter_groups, schedule_factor
+from featpipe.finetuning.train import choose_memory_format
 from featpipe.finetuning.trainer import EpochRecord, TrainingTargets
 from featpipe.finetuning.unfreeze import select_unfrozen
 from tests.support.finetuning import (
@@ -296,6 +297,37 @@ def test_the_best_epoch_is_that_of_the_lowest_loss_or_of_the_most_right_answers(
         state = init_state(make_trainer(monitor=monitor))
         state.curve = curve
         assert state.best_epoch.number == best
+
+
+# -- memory layout ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "device", "is_safe"),
+    [
+        (nn.Conv2d(6, 8, 1, stride=2), "cpu", False),
+        (nn.Conv2d(16, 8, 1, stride=2), "cpu", True),
+        (nn.Conv2d(6, 8, 3, stride=2), "cpu", True),
+        (nn.Conv2d(6, 8, 1), "cpu", True),
+        (nn.Conv2d(6, 8, 1, stride=2), "cuda", True),
+    ],
+)
+def test_networks_train_in_channels_last_unless_its_backward_pass_is_unsafe(layer, device, is_safe):
+    expected = torch.channels_last if is_safe else torch.contiguous_format
+    assert choose_memory_format(nn.Sequential(nn.Conv2d(3, 6, 3), layer), torch.device(device)) == expected
+
+
+def test_no_layer_of_an_unsafe_network_gets_a_channels_last_input():
+    """With the layout of the datasets of feature maps, which is channels last."""
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layouts = []
+    for layer in network[:2]:
+        layer.register_forward_pre_hook(lambda layer, inputs: layouts.append(inputs[0].is_contiguous()))
+    memory_format = choose_memory_format(network, torch.device("cpu"))
+    trainer = replace(make_trainer(), memory_format=memory_format)
+    batch = torch.randn(5, 3, 16, 16).to(memory_format=torch.channels_last)
+    network.to(memory_format=memory_format)(trainer.to_device(batch)).sum().backward()
+    assert layouts == [True, True]
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------------
