@@ -1,4 +1,4 @@
-"""The commands: parse, one call, print. One place turns errors into exit codes."""
+"""The command-line interface: each command parses, makes one call and prints; errors become exit codes here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from featpipe.runtime import printable
 
 __all__ = ["main"]
 
-EXIT_TIME_LIMIT = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command is to be run again
+EXIT_TIME_LIMIT = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class _LazyGroup(click.Group):
@@ -48,24 +48,24 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMAND_SUMMARIES.items()))
 
 
-COMMAND_SUMMARIES = {  # the group's help must not load the modules; a test holds these against the commands' own first lines
-    "demo": "Run the whole line on real photographs, with nothing to download.",
-    "extract": "Run a frozen network once over images and cache the embeddings.",
-    "train": "Train a head on a cache; prints the path of the model.",
-    "expand": "Teach a model more classes; prints the path of the new model.",
-    "finetune": "Train some of a model's network too; prints the path of the new model.",
-    "evaluate": "Score a model on images that it was not trained on.",
-    "predict": "Predict every image of some archives.",
-    "run": "Run a recipe: from images to trained models and a page.",
-    "info": "Show what a cache or a model holds.",
-    "pack": "Make one portable file of a cache that is spread over shards.",
-    "merge": "Join caches that were made from the same facts.",
-    "clean": "Remove work that was begun and that nobody goes on with.",
-    "verify": "Check that a cache is what was written; name and mend the rows that are not.",
-    "backbones": "List the networks that can be used.",
-    "heads": "List the heads that can be trained.",
-    "bench": "Measure how fast this machine can extract, and what stands in the way.",
-    "completion": "Print what makes a shell complete commands, options and names.",
+COMMAND_SUMMARIES = {  # the group's help loads no command module; a test compares these with the commands' first lines
+    "demo": "Run the full pipeline on sample photos; needs no download.",
+    "extract": "Run a frozen backbone once over images and cache the embeddings.",
+    "train": "Train a head on a cache of embeddings.",
+    "expand": "Add classes to a model (class-incremental learning).",
+    "finetune": "Fine-tune part of a model's backbone.",
+    "evaluate": "Evaluate a model on images it was not trained on.",
+    "predict": "Predict every image of one or more archives.",
+    "run": "Run a recipe: from images to trained models and a report.",
+    "info": "Show the contents of a cache or a model.",
+    "pack": "Pack a cache and its shards into one file.",
+    "merge": "Merge caches with the same backbone and settings.",
+    "clean": "Remove unfinished work that no process uses.",
+    "verify": "Verify a cache against its checksums; list and repair damaged rows.",
+    "backbones": "List the available backbones.",
+    "heads": "List the available heads.",
+    "bench": "Benchmark extraction on this machine and find the bottleneck.",
+    "completion": "Print the shell completion script.",
 }
 
 
@@ -77,7 +77,7 @@ COMMAND_SUMMARIES = {  # the group's help must not load the modules; a test hold
 @click.version_option(featpipe.__version__, prog_name="featpipe")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Transfer learning on images: embed once with a frozen network, train heads in seconds.
+    """Transfer learning on images: embed once with a frozen backbone, train heads in seconds.
 
     \b
     Example:
@@ -87,7 +87,7 @@ def cli(context: click.Context) -> None:
 
 
 def main() -> None:
-    """The console script: exit code 0 for done, 1 for an error of ours in one line, 2 for wrong usage."""
+    """Console script. Exit codes: 0 done, 1 error (one line), 2 wrong usage, 75 time limit."""
     signal.signal(signal.SIGTERM, _terminate)
     with _exit_codes():
         cli(prog_name="featpipe", standalone_mode=False)
@@ -109,13 +109,11 @@ def _exit_codes() -> Iterator[None]:
         _exit_with_message(printable(str(error)), 1, "error")
     except (KeyboardInterrupt, click.Abort):
         click.echo(err=True, nl=not is_json())  # after the terminal's ^C
-        _exit_with_message(
-            "interrupted; what was finished is kept, the same command goes on from there", 1, "interrupted"
-        )
-    except BrokenPipeError:  # `featpipe predict … | head` has seen enough
+        _exit_with_message("interrupted; finished work is kept, run the same command again to resume", 1, "interrupted")
+    except BrokenPipeError:  # as in `featpipe predict … | head`
         sys.stderr.close()
         sys.exit(0)
-    except Exception as error:  # a bug of ours
+    except Exception as error:  # a bug
         if not is_json():
             raise
         _exit_with_message(f"{type(error).__name__}: {error}", 1, "bug", traceback=traceback.format_exc())
@@ -127,7 +125,7 @@ def _exit_with_message(text: str, code: int, event: str, level: LogLevel = "erro
 
 
 def _exit_with_usage(error: click.ClickException, code: int, event: str) -> NoReturn:
-    """Show what click has to say, with the usage of the command."""
+    """Print click's message with the usage of the command."""
     if is_json():
         _exit_with_message(error.format_message(), code, event)
     error.show()
@@ -135,5 +133,5 @@ def _exit_with_usage(error: click.ClickException, code: int, event: str) -> NoRe
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> None:
-    """A scheduler's SIGTERM ends the work as Ctrl-C does: what is in hand is committed first."""
+    """Handle SIGTERM, which schedulers send, like Ctrl-C: finished work is committed first."""
     raise KeyboardInterrupt

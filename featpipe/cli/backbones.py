@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["backbones"]
 
 
-@click.command(short_help="List the networks that can be used.")
+@click.command(short_help="List the available backbones.")
 @click.argument("pattern", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def backbones(pattern: str | None, as_json: bool) -> None:
-    """List the networks that can be used, all or those whose names match PATTERN.
+    """List the available backbones, all or those whose names match PATTERN.
 
     \b
     Example:

@@ -16,18 +16,23 @@ __all__ = ["bench"]
 TIMED_STAGES = ("reading", "decoding", "embedding", "committing", "waiting")
 
 
-@click.command(short_help="Measure how fast this machine can extract, and what stands in the way.")
+@click.command(short_help="Benchmark extraction on this machine and find the bottleneck.")
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...")
 @add_options(*MACHINE_OPTIONS)
 @click.option(
-    "--seconds", type=click.FloatRange(1), default=24.0, show_default=True, help="About how long, besides preparing."
+    "--seconds",
+    type=click.FloatRange(1),
+    default=24.0,
+    show_default=True,
+    metavar="S",
+    help="Approximate duration in seconds, without preparation.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: Any) -> None:
-    """Measure how fast this machine can extract, and what stands in the way.
+    """Benchmark extraction on this machine and find the bottleneck.
 
-    Reading, decoding and forward passes are measured alone, then an extraction of the same images. Without an ARCHIVE
-    made-up photographs are used.
+    Reading, decoding and forward passes are measured one by one, then a whole extraction of the same images. Without an
+    ARCHIVE, synthetic images are used.
 
     \b
     Example:
@@ -48,14 +53,14 @@ def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: 
             (f"forward, {forward.engine}, {forward.precision}", _format_rate(forward.images_per_second))
             for forward in result.forward
         ),
-        ("bound of all together", _format_rate(result.bound)),
-        ("an extraction", f"{_format_rate(result.extraction)} ({result.extraction / result.bound:.0%})"),
+        ("upper bound of all steps", _format_rate(result.bound)),
+        ("whole extraction", f"{_format_rate(result.extraction)} ({result.extraction / result.bound:.0%})"),
     ]
     click.echo(format_table(rate_rows, [result.backbone, "images/s"], right_aligned=[1]))
     time_text = ", ".join(
         f"{name} {value:.1f} s" for name, value in result.seconds.items() if name not in ("preparing", "total")
     )
-    click.echo(f"\nof all workers' time: {time_text}; writing {result.writing / 1e6:,.0f} MB/s")
+    click.echo(f"\ntime of all workers: {time_text}; writing {result.writing / 1e6:,.0f} MB/s")
     click.echo(f"bottleneck: {result.bottleneck}")
     for text in result.advice:
         click.echo(f"→ {text}")

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["clean"]
 
 
-@click.command(short_help="Remove work that was begun and that nobody goes on with.")
+@click.command(short_help="Remove unfinished work that no process uses.")
 @click.argument("folder", default="cache", metavar="[DIR]")
 @click.option("--yes", is_flag=True, help="Remove without asking.")
-@click.option("--dry-run", is_flag=True, help="Only show.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON; nothing is asked, nor removed without --yes.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON without asking; removes only with --yes.")
 def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Remove work that was begun and that nobody goes on with, from DIR, by default `cache`.
+    """Remove unfinished work that no process uses from DIR, by default `cache`.
 
-    Shows unfinished extractions and predictions, feature maps that fine-tuning kept and has not used for an hour,
-    shards that no cache names, temporary files and locks of processes that have ended, and asks. What a process is
-    using, caches of embeddings, and files that are not featpipe's, are left alone.
+    Lists unfinished extractions and predictions, feature maps of fine-tuning that were not used for an hour, shards
+    that belong to no cache, and temporary files and locks of processes that have ended; then asks. Files in use, caches
+    of embeddings and files of other programs are never removed.
 
     \b
     Example:
@@ -37,10 +37,10 @@ def clean(folder: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     from featpipe.maintenance import remove_abandoned
 
     if yes and dry_run:
-        raise click.UsageError("--yes removes and --dry-run does not; give one of them")
+        raise click.UsageError("--yes and --dry-run exclude each other; give one of them")
     abandoned = find_abandoned(folder)
     if not as_json:
-        click.echo("\n".join(map(_format_abandoned, abandoned)) or f"{printable(folder)}: nothing is abandoned here")
+        click.echo("\n".join(map(_format_abandoned, abandoned)) or f"{printable(folder)}: nothing to remove")
     should_remove = yes or (bool(abandoned) and not dry_run and not as_json and _confirm_removal(abandoned))
     removed = remove_abandoned(abandoned) if should_remove else []
     if as_json:
@@ -59,7 +59,7 @@ def _confirm_removal(abandoned: list[AbandonedFiles]) -> bool:
         return click.confirm(f"Remove {'all of this' if len(abandoned) > 1 else 'this'}, {total}?", err=True)
     except click.Abort:
         click.echo(err=True)
-        raise ConfigError("nothing was removed, and nobody is there to ask; pass --yes to remove it") from None
+        raise ConfigError("nothing was removed: no answer could be read; pass --yes to remove without asking") from None
 
 
 def _format_abandoned(item: AbandonedFiles) -> str:
@@ -67,18 +67,18 @@ def _format_abandoned(item: AbandonedFiles) -> str:
     work, command = ("extraction", "extract") if item.path.name.endswith(".h5.parts") else ("prediction", "predict")
     command = "finetune" if item.path.name.startswith("boundary-") else command
     description = {
-        "parts": f"an unfinished {work} of {item.rows:,} images" if item.rows else "work without any result",
+        "parts": f"an unfinished {work} of {item.rows:,} images" if item.rows else "unfinished work without results",
         "maps": f"feature maps of {item.rows:,} images, for fine-tuning",
-        "shards": f"{n_files:,} {'shard' if n_files == 1 else 'shards'} that no cache in this folder names",
+        "shards": f"{n_files:,} {'shard' if n_files == 1 else 'shards'} that belong to no cache in this folder",
         "temporary": "a temporary file of a process that has ended",
-        "lock": "a lock that nobody holds",
+        "lock": "a lock that no process holds",
     }[item.kind]
     advice = {
-        "parts": f"the same {command} command would go on from it" if item.rows else "",
-        "maps": "featpipe info shows of what; the next finetune command that needs them would compute them again",
-        "shards": "if their cache was moved without them, it needs them",
+        "parts": f"the same {command} command would resume from it" if item.rows else "",
+        "maps": "`featpipe info` shows their source; a finetune command that needs them computes them again",
+        "shards": "needed if their cache was moved without them",
     }.get(item.kind, "")
-    earlier_note = "; what an earlier one made is there" if item.renews else ""
+    earlier_note = "; the result of an earlier run exists" if item.renews else ""
     text = f"{description}, {format_size(item.nbytes)}, {format_duration(item.seconds)} old{earlier_note}" + (
         f"; {advice}" if advice else ""
     )

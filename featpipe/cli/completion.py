@@ -58,12 +58,12 @@ HEAD_NAME = NameParameter("head", _list_heads)
 BACKBONE_NAME = NameParameter("backbone", _list_backbones)
 
 
-@click.command(short_help="Print what makes a shell complete commands, options and names.")
+@click.command(short_help="Print the shell completion script.")
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print what makes a shell complete commands, options and names.
+    """Print the shell completion script.
 
-    In ~/.bashrc: eval "$(featpipe completion bash)"; in ~/.zshrc the same with zsh. For fish, write what is printed to
+    In ~/.bashrc: eval "$(featpipe completion bash)"; in ~/.zshrc the same with zsh. For fish, write the output to
     ~/.config/fish/completions/featpipe.fish.
 
     \b

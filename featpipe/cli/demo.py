@@ -13,14 +13,14 @@ from featpipe.runtime import format_table
 __all__ = ["demo"]
 
 
-@click.command(short_help="Run the whole line on real photographs, with nothing to download.")
-@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Where everything is written.")
+@click.command(short_help="Run the full pipeline on sample photos; needs no download.")
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="Output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def demo(out: str, as_json: bool) -> None:
-    """Run the whole line on real photographs, with nothing to download.
+    """Run the full pipeline on sample photos; needs no download.
 
-    Tiles of seventeen photographs are embedded by an ImageNet network; three heads learn from the left half of each
-    photograph and are tested on the right half.
+    Tiles of seventeen photos are embedded with an ImageNet backbone; three heads are trained on the left half of each
+    photo and tested on the right half.
 
     \b
     Example:
@@ -54,18 +54,19 @@ def demo(out: str, as_json: bool) -> None:
     ]
     click.echo(f"\nAccuracy on {result.n_tested} tiles from the right halves, with 95 % intervals\n")
     click.echo(format_table(rows, ["", "", "accuracy", "fit s", ""], right_aligned=[3]))
-    click.echo("\nSome of them, as the chosen head sees them\n")
+    click.echo("\nSome predictions of the selected head\n")
     examples = [
         [name, predicted_class, f"{probability:.2f}", "" if predicted_class == true_class else f"no: {true_class}"]
         for name, true_class, predicted_class, probability in result.examples
     ]
     click.echo(format_table(examples, ["tile", "predicted", "", ""]))
+    model_paths = ", ".join(map(str, result.models.values()))
     click.echo(
         f"""
-Made in {perf_counter() - started:.0f} s: {result.archive}, {result.cache.path}, {", ".join(map(str, result.models.values()))}
+Finished in {perf_counter() - started:.0f} s: {result.archive}, {result.cache.path}, {model_paths}
 Open {result.report} in a browser.
 
-With your own images, one folder for each class:
+With your own images, one folder per class:
   featpipe extract photos/
   featpipe train cache/photos-*.h5
   featpipe predict cache/photos-*.logistic.model more-photos/"""

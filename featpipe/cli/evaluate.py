@@ -7,30 +7,31 @@ from typing import Any
 import click
 
 from featpipe.cli.logging import log_message
+from featpipe.cli.options import CACHE_OPTION, DEVICE_OPTION, LABELS_OPTION, MODEL_BACKBONE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 
 __all__ = ["evaluate"]
 
 
-@click.command(short_help="Score a model on images that it was not trained on.")
+@click.command(short_help="Evaluate a model on images it was not trained on.")
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
 @click.option("--against", multiple=True, metavar="MODEL", help="Compare with another model on the same rows.")
-@click.option("--labels", metavar="TABLE", help="CSV or Parquet table of paths and labels, for archives.")
-@click.option("--without", metavar="TABLE", help="Leave out the samples of a table, such as one written by --findings.")
+@add_options(LABELS_OPTION)
+@click.option(
+    "--without", metavar="TABLE", help="Exclude the images listed in a table, such as one written by --findings."
+)
 @click.option(
     "--trained-on",
     metavar="CACHE",
-    help="The cache on which the model was trained, to check for near duplicates.  [default: searched for]",
+    help="Cache the model was trained on, to find near duplicates.  [default: found in --cache]",
 )
 @click.option(
     "--near", type=click.FloatRange(0, 1, min_open=True), metavar="COSINE", help="Cosine threshold for near duplicates."
 )
-@click.option("--cache", default="cache", show_default=True, metavar="DIR", help="Where caches are kept.")
-@click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
-@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
+@add_options(CACHE_OPTION, MODEL_BACKBONE_OPTION, DEVICE_OPTION)
 @click.option("--report", metavar="PAGE.html", help="Write an HTML report.")
-@click.option("--findings", metavar="DIR", help="Write tables of samples to inspect, as CSV.")
+@click.option("--findings", metavar="DIR", help="Write CSV tables of images to inspect to this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print scores and findings as JSON.")
 def evaluate(
     model: str,
@@ -43,9 +44,9 @@ def evaluate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Score a model on images on which it was not trained.
+    """Evaluate a model on images it was not trained on.
 
-    Exact copies of training images are left out and counted; near duplicates are scored and counted.
+    Exact copies of training images are excluded and counted; near duplicates are scored and counted.
 
     \b
     Example:

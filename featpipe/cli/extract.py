@@ -12,12 +12,12 @@ from featpipe.cli.terminal import Terminal, print_json
 __all__ = ["extract"]
 
 
-@click.command(short_help="Run a frozen network once over images and cache the embeddings.")
+@click.command(short_help="Run a frozen backbone once over images and cache the embeddings.")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
 @add_options(*IDENTITY_OPTIONS, *RUN_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
-    """Run a frozen network once over images and cache the embeddings.
+    """Run a frozen backbone once over images and cache the embeddings.
 
     ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
     Prints the path of the cache. Images that any cache in --cache knows are not embedded again.

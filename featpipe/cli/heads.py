@@ -11,11 +11,11 @@ from featpipe.runtime import format_table
 __all__ = ["heads"]
 
 
-@click.command(short_help="List the heads that can be trained.")
+@click.command(short_help="List the available heads.")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def heads(name: str | None, as_json: bool) -> None:
-    """List the heads that can be trained and what they are for; with a NAME, its settings and their defaults.
+    """List the available heads and their tasks; with NAME, the settings of a head and their defaults.
 
     \b
     Example:
@@ -40,7 +40,7 @@ def heads(name: str | None, as_json: bool) -> None:
         return
     click.echo(format_table([[row["head"], ", ".join(row["tasks"]), row["what"]] for row in rows], ["head", "for", ""]))
     click.echo(
-        "\nAny other estimator of scikit-learn's kind by its import path, such as sklearn.naive_bayes.GaussianNB"
+        "\nAny other scikit-learn estimator can be used by its import path, such as sklearn.naive_bayes.GaussianNB"
     )
 
 

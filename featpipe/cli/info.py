@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["cache_to_dict", "format_cache", "info"]
 
 
-@click.command(short_help="Show what a cache or a model holds.")
+@click.command(short_help="Show the contents of a cache or a model.")
 @click.argument("path", metavar="PATH")
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE...|CACHE]")
 @click.option("--why", is_flag=True, help="Say what differs from what the arguments of an extract command ask for.")
@@ -31,7 +31,7 @@ __all__ = ["cache_to_dict", "format_cache", "info"]
 def info(
     context: click.Context, path: str, archives: tuple[str, ...], why: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Show what a cache or a model holds.
+    """Show the contents of a cache or a model.
 
     With --why and the arguments of an extract command, or with --why and another cache, it says which facts and how
     many images differ. No image is read for that.

@@ -1,4 +1,4 @@
-"""What goes to stderr: text for people, or one JSON object a line for those who collect logs."""
+"""Log output on stderr: text, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ LOG_FORMAT_VARIABLE = "FEATPIPE_LOG_FORMAT"
 
 LogLevel = Literal["info", "warning", "error"]
 
-_log_settings = {"format": "text"}  # of this process, which has one stderr
+_log_settings = {"format": "text"}  # a process has one stderr
 
 
 def make_log_format_option(*, for_group: bool = False) -> click.Option:
-    """``--log-format``, of the group or of a command, which says it last; the environment is asked once."""
+    """Make ``--log-format``, for the group or for a command, whose value takes precedence."""
     return click.Option(
         ["--log-format"],
         type=click.Choice(LOG_FORMATS),
         envvar=LOG_FORMAT_VARIABLE if for_group else None,
         expose_value=False,
-        is_eager=True,  # errors in what follows are told so already
+        is_eager=True,  # errors in later options are already printed in this format
         callback=_set_log_format,
-        help=f"Of stderr: text, or a JSON object a line; also by {LOG_FORMAT_VARIABLE}.  [default: text]",
+        help=f"Log format on stderr: text, or one JSON object per line; also {LOG_FORMAT_VARIABLE}.  [default: text]",
     )
 
 
 def is_json() -> bool:
-    """Whether machines read along."""
+    """Whether log output is JSON."""
     return _log_settings["format"] == "json"
 
 
 def log_message(text: str, *, level: LogLevel = "info", event: str = "note", **fields: Any) -> None:
-    """Put a line on stderr.
+    """Write a line to stderr.
 
     Parameters
     ----------
     text : str
-        For people; what comes from archives is made printable by the caller.
+        The message; the caller makes names from archives printable.
     level : {"info", "warning", "error"}
     event : str
-        ``note``, ``warning``, ``progress``, ``table``; of an end ``error``, ``usage``, ``interrupted``, ``time-limit``
-        or ``bug``.
-    **facts
-        More for machines alone.
+        ``note``, ``warning``, ``progress`` or ``table``; at the end of a command ``error``, ``usage``, ``interrupted``,
+        ``time-limit`` or ``bug``.
+    **fields
+        Further fields of the JSON object.
     """
     if not is_json():
         click.echo(text, err=True)
@@ -114,7 +114,7 @@ def log_to_stderr() -> Iterator[None]:
 
 
 def _set_log_format(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    if value is not None or context.parent is None:  # what is given to the group holds for the command
+    if value is not None or context.parent is None:  # the value of the group applies to the command
         _log_settings["format"] = value or "text"
     if is_json():
         warnings.showwarning = _log_warning
@@ -128,5 +128,5 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A library's warning, which would be lines of text."""
+    """Log a library's Python warning as JSON."""
     log_message(f"{category.__name__}: {message}", level="warning", event="warning", where=f"{filename}:{lineno}")

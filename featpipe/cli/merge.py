@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 __all__ = ["merge"]
 
 
-@click.command(short_help="Join caches that were made from the same facts.")
+@click.command(short_help="Merge caches with the same backbone and settings.")
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
-@click.option("--out", required=True, metavar="FILE.h5", help="The new file.")
-@click.option("--overwrite", is_flag=True, help="Replace another cache at --out.")
+@click.option("--out", required=True, metavar="FILE.h5", help="File of the merged cache.")
+@click.option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
 @add_options(SHARD_BYTES_OPTION)
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts of the cache as JSON.")
 def merge(caches: tuple[str, ...], out: str, overwrite: bool, shard_bytes: int, as_json: bool) -> None:
-    """Join caches that were made from the same facts, one after the other.
+    """Merge caches with the same backbone and settings.
 
-    A sample of the same id, bytes and label in several of them is one row; an id that names another image gets #2.
-    Classes are united; labels must be of one kind. Each row is verified before it is copied. Prints the path.
+    Rows follow in the order of the caches. An image with equal id, bytes and label in several caches becomes one row;
+    an id that is used for different images gets the suffix #2. Class lists are united; the tasks of the labels must
+    agree. Each row is verified before it is copied. Prints the path of the merged cache.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What an extraction is asked for, as options: of the command that makes a cache and of those that compare with one."""
+"""Options that several commands share, each with one definition and one help text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from featpipe.cli.completion import BACKBONE_NAME
 from featpipe.config import AUTO, ENGINES, PRECISIONS, STORAGES, TASKS, ExtractionConfig
 
 __all__ = [
+    "CACHE_BACKBONE_OPTION",
+    "CACHE_OPTION",
     "CHECK_CONTENT_OPTION",
-    "DEVICE_OPTIONS",
+    "DEVICE_OPTION",
+    "EXTRACTION_DEFAULTS",
     "IDENTITY_OPTIONS",
+    "LABELS_OPTION",
     "LIMIT_OPTIONS",
     "MACHINE_OPTIONS",
+    "MODEL_BACKBONE_OPTION",
+    "MULTI_DEVICE_OPTION",
     "RUN_OPTIONS",
     "SHARD_BYTES_OPTION",
+    "WORKERS_OPTION",
     "add_options",
     "make_extraction_settings",
 ]
@@ -36,78 +43,124 @@ NETWORK_OPTIONS = (
         type=BACKBONE_NAME,
         show_default=True,
         metavar="NAME",
-        help="See `featpipe backbones`.",
+        help="Name of the backbone; see `featpipe backbones`.",
     ),
-    _option("--weights", metavar="FILE|NAME|none", help="Other than the published default."),
-    _option("--output", "outputs", multiple=True, metavar="NODE[:POOL]", help="What to cache.  [default: pooled]"),
+    _option(
+        "--weights",
+        metavar="FILE|NAME|none",
+        help="Weights: a file, a published name, or none for random.  [default: the published ones]",
+    ),
+    _option(
+        "--output",
+        "outputs",
+        multiple=True,
+        metavar="NODE[:POOL]",
+        help="Output of the backbone to cache.  [default: pooled]",
+    ),
 )
 PRECISION_OPTION = _option(
-    "--precision", type=click.Choice([*PRECISIONS, AUTO]), default=EXTRACTION_DEFAULTS.precision, show_default=True
+    "--precision",
+    type=click.Choice([*PRECISIONS, AUTO]),
+    default=EXTRACTION_DEFAULTS.precision,
+    show_default=True,
+    help="Precision of the forward pass; auto takes the fastest that meets --min-cosine.",
 )
+DEVICE_OPTION = _option(
+    "--device",
+    default=EXTRACTION_DEFAULTS.device,
+    show_default=True,
+    metavar="D",
+    help="Device: auto, cpu, cuda, cuda:N or mps.",
+)
+MULTI_DEVICE_OPTION = _option(
+    "--device",
+    default=EXTRACTION_DEFAULTS.device,
+    show_default=True,
+    metavar="D",
+    help="Device: auto, cpu, cuda, cuda:N or mps; several, separated by commas.",
+)
+MODEL_BACKBONE_OPTION = _option(
+    "--backbone", metavar="NAME", help="Backbone as module:function, for a model trained on custom code."
+)
+CACHE_BACKBONE_OPTION = _option(
+    "--backbone", metavar="NAME", help="Backbone as module:function, for a cache computed with custom code."
+)
+CACHE_OPTION = _option(
+    "--cache", default=str(EXTRACTION_DEFAULTS.cache), show_default=True, metavar="DIR", help="Folder of caches."
+)
+LABELS_OPTION = _option("--labels", metavar="TABLE", help="CSV or Parquet table of paths and labels.")
 DEVICE_OPTIONS = (
-    _option(
-        "--device",
-        default=EXTRACTION_DEFAULTS.device,
-        show_default=True,
-        metavar="D",
-        help="auto, cpu, cuda, cuda:N, mps; several: A,B.",
-    ),
+    MULTI_DEVICE_OPTION,
     _option(
         "--engine",
         type=click.Choice(ENGINES),
         default=EXTRACTION_DEFAULTS.engine,
         show_default=True,
-        help="Computes on a CPU.",
+        help="CPU inference backend.",
     ),
 )
+WORKERS_OPTION = _option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: number of CPU cores]"
+)
 THROUGHPUT_OPTIONS = (
-    _option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]"),
-    _option("--batch", type=click.IntRange(1), metavar="N", help="Images in one forward pass."),
+    WORKERS_OPTION,
+    _option(
+        "--batch",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Images per forward pass.  [default: chosen by device and backbone]",
+    ),
 )
 LIMIT_OPTIONS = (
-    _option("--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read."),
     _option(
-        "--time-limit", metavar="TIME", help="Stop after 3h, 90m or so many seconds, to go on later: exit code 75."
+        "--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read: a number or a percentage."
+    ),
+    _option(
+        "--time-limit",
+        metavar="TIME",
+        help="Stop after 3h, 90m or a number of seconds with exit code 75; run again to resume.",
     ),
 )
 CHECK_CONTENT_OPTION = _option(
-    "--check-content", is_flag=True, help="Read every image, even where size and time say it is unchanged."
+    "--check-content", is_flag=True, help="Read every image, even if its size and modification time are unchanged."
 )
 SHARD_BYTES_OPTION = _option(
     "--shard-bytes",
     type=click.IntRange(1),
     default=EXTRACTION_DEFAULTS.shard_bytes,
     metavar="N",
-    help="Spread larger features over several files of about this size.  [default: 4 GiB]",
+    help="Split features larger than this over several files (shards).  [default: 4 GiB]",
 )
-IDENTITY_OPTIONS = (  # what decides the content of a cache, besides the images
+IDENTITY_OPTIONS = (  # besides the images, these determine the contents of a cache
     *NETWORK_OPTIONS,
-    _option("--labels", metavar="TABLE", help="A CSV or Parquet table of paths and labels."),
-    _option("--path-column", metavar="NAME", help="The table's column of paths.  [default: found by its name]"),
-    _option("--label-column", metavar="NAME", help="The table's column of labels, or several joined by commas."),
-    _option("--task", type=click.Choice(TASKS), help="What the labels are."),
+    LABELS_OPTION,
+    _option("--path-column", metavar="NAME", help="Column of paths in the table.  [default: detected by name]"),
+    _option("--label-column", metavar="NAME", help="Column of labels in the table; several, separated by commas."),
+    _option("--task", type=click.Choice(TASKS), help="Type of task of the labels."),
     PRECISION_OPTION,
     _option(
         "--min-cosine",
         type=click.FloatRange(0, 1),
         default=EXTRACTION_DEFAULTS.min_cosine,
         show_default=True,
-        help="To fp32, on the first images: what --precision auto accepts.",
+        help="With --precision auto: least cosine similarity to fp32 on the first images.",
     ),
-    _option("--storage", type=click.Choice(STORAGES), default=EXTRACTION_DEFAULTS.storage, show_default=True),
-    _option("--seed", type=int, default=EXTRACTION_DEFAULTS.seed, show_default=True, help="For --weights none."),
-)
-RUN_OPTIONS = (  # what decides how and where it is made
-    *DEVICE_OPTIONS,
     _option(
-        "--cache",
-        default=str(EXTRACTION_DEFAULTS.cache),
+        "--storage",
+        type=click.Choice(STORAGES),
+        default=EXTRACTION_DEFAULTS.storage,
         show_default=True,
-        metavar="DIR",
-        help="Where caches are kept.",
+        help="Data type of the embeddings in the cache.",
     ),
-    _option("--out", metavar="FILE.h5", help="The cache's own file, instead of a made name in --cache."),
-    _option("--overwrite", is_flag=True, help="Replace a cache at --out that was made otherwise."),
+    _option(
+        "--seed", type=int, default=EXTRACTION_DEFAULTS.seed, show_default=True, help="Random seed of --weights none."
+    ),
+)
+RUN_OPTIONS = (  # how and where a cache is computed
+    *DEVICE_OPTIONS,
+    CACHE_OPTION,
+    _option("--out", metavar="FILE.h5", help="File of the cache.  [default: a generated name in --cache]"),
+    _option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents."),
     *THROUGHPUT_OPTIONS,
     *LIMIT_OPTIONS,
     CHECK_CONTENT_OPTION,
@@ -117,7 +170,7 @@ MACHINE_OPTIONS = (*NETWORK_OPTIONS, PRECISION_OPTION, *DEVICE_OPTIONS, *THROUGH
 
 
 def add_options(*decorators: _OptionDecorator, **attributes: Any) -> Callable[[Any], Any]:
-    """Options for a command, in this order."""
+    """Decorate a command with options, in this order."""
 
     def decorate(command: Any) -> Any:
         for decorator in reversed(decorators):
@@ -128,7 +181,7 @@ def add_options(*decorators: _OptionDecorator, **attributes: Any) -> Callable[[A
 
 
 def make_extraction_settings(option_values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an extraction from what was given for all of its options."""
+    """Settings of an extraction, from the values of its options."""
     from featpipe.data import LabelTable
 
     settings = dict(option_values)

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["pack"]
 
 
-@click.command(short_help="Make one portable file of a cache that is spread over shards.")
+@click.command(short_help="Pack a cache and its shards into one file.")
 @click.argument("cache", metavar="CACHE")
-@click.option("--out", metavar="FILE.h5", help="The new file.  [default: CACHE itself becomes one file]")
-@click.option("--overwrite", is_flag=True, help="Replace another cache at --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+@click.option("--out", metavar="FILE.h5", help="File of the packed cache.  [default: CACHE is replaced]")
+@click.option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts of the cache as JSON.")
 def pack(cache: str, out: str | None, overwrite: bool, as_json: bool) -> None:
-    """Make one portable file of a cache that is spread over shards.
+    """Pack a cache and its shards into one file.
 
-    Its rows are those of CACHE, byte for byte; each is verified before it is copied. Prints the path.
+    The rows are copied byte for byte; each is verified first. Prints the path of the packed cache.
 
     \b
     Example:

@@ -6,29 +6,33 @@ from typing import Any
 
 import click
 
-from featpipe.cli.options import CHECK_CONTENT_OPTION, LIMIT_OPTIONS, add_options
+from featpipe.cli.options import (
+    CHECK_CONTENT_OPTION,
+    LIMIT_OPTIONS,
+    MODEL_BACKBONE_OPTION,
+    MULTI_DEVICE_OPTION,
+    WORKERS_OPTION,
+    add_options,
+)
 from featpipe.cli.terminal import Terminal, print_json
 
 __all__ = ["predict"]
 
 
-@click.command(short_help="Predict every image of some archives.")
+@click.command(short_help="Predict every image of one or more archives.")
 @click.argument("model", metavar="MODEL")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
-@click.option("--out", metavar="FILE", help="A .csv, .jsonl or .parquet file.  [default: CSV on standard output]")
-@click.option("--also", multiple=True, metavar="MODEL", help="Another model, by the same forward pass: more columns.")
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="K", help="Classes to name.")
 @click.option(
-    "--sets", type=float, metavar="LEVEL", help="Name classes that hold the right one this often, such as 0.9."
+    "--out", metavar="FILE", help="File of predictions: .csv, .jsonl or .parquet.  [default: CSV on standard output]"
 )
-@click.option("--cache", metavar="DIR", help="Keep the embeddings as a cache, and take from it what is there.")
-@click.option("--backbone", metavar="NAME", help="Needed for a model that was trained on code of your own.")
+@click.option("--also", multiple=True, metavar="MODEL", help="Another model with the same backbone; adds columns.")
 @click.option(
-    "--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps; several: A,B."
+    "--top", type=click.IntRange(1), default=5, show_default=True, metavar="K", help="Number of classes per image."
 )
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: the machine's cores]")
-@add_options(*LIMIT_OPTIONS, CHECK_CONTENT_OPTION)
-@click.option("--json", "as_json", is_flag=True, help="Print how many samples have which status, as JSON.")
+@click.option("--sets", type=float, metavar="LEVEL", help="Add prediction sets with this coverage, such as 0.9.")
+@click.option("--cache", metavar="DIR", help="Folder of caches, to store and reuse the embeddings.  [default: none]")
+@add_options(MODEL_BACKBONE_OPTION, MULTI_DEVICE_OPTION, WORKERS_OPTION, *LIMIT_OPTIONS, CHECK_CONTENT_OPTION)
+@click.option("--json", "as_json", is_flag=True, help="Print the number of images per status as JSON.")
 def predict(
     model: str,
     archives: tuple[str, ...],
@@ -39,11 +43,11 @@ def predict(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Predict every image of some archives.
+    """Predict every image of one or more archives.
 
-    One row for each sample, in the archive's order, also for those that cannot be read; memory is flat. The column
-    novelty says which share of training-like images look less new. Interrupted, the same command goes on; finished, it
-    does nothing until an image, a model or an option changes.
+    Writes one row per image in the archive's order, also for images that cannot be read, in constant memory. The column
+    novelty is the out-of-distribution score: the percentile among held-out training images. An interrupted command
+    resumes when it is run again; a finished one does nothing until an image, a model or an option changes.
 
     \b
     Example:
@@ -53,7 +57,7 @@ def predict(
     from featpipe.prediction import predict as run
 
     if as_json and not out:
-        raise click.UsageError("--json prints counts on standard output, where the predictions would go; give --out")
+        raise click.UsageError("--json writes counts to standard output, like the predictions; give --out")
     loaded_model = load_model(model, backbone=backbone, device=device)
     other_models = [load_model(path) for path in also]
     with Terminal() as terminal:

@@ -29,23 +29,35 @@ def _print_recipes(context: click.Context, option: click.Parameter, requested: b
         context.exit()
 
 
-@click.command(short_help="Run a recipe: from images to trained models and a page.")
+@click.command(short_help="Run a recipe: from images to trained models and a report.")
 @click.argument("recipe", metavar="RECIPE", type=NameParameter("recipe", _list_recipes, allow_files=True))
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...", type=click.Path())
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another value: heads.0.C=10; lists: 1,10.")
-@click.option("--out", metavar="DIR", type=click.Path(), help="The run's folder.  [default: runs/RECIPE]")
-@click.option("--dry-run", is_flag=True, help="Say what would be done and what is done already; do nothing.")
 @click.option(
-    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_print_recipes, help="Name the recipes."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value of the recipe: heads.0.C=10; a list: 1,10.",
+)
+@click.option("--out", metavar="DIR", type=click.Path(), help="Folder of the run.  [default: runs/RECIPE]")
+@click.option("--dry-run", is_flag=True, help="Show which stages are done and which would run; run nothing.")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_recipes,
+    help="List the built-in recipes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def run(
     recipe: str, archives: tuple[str, ...], settings: tuple[str, ...], out: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Run a recipe: from images to trained models and a page.
+    """Run a recipe: from images to trained models and a report.
 
-    RECIPE is a TOML file, or the name of one that comes along (--list). Stages that are done are skipped, also after a
-    kill. Prints the table; models, results and the recipe with every default lie in the run's folder.
+    RECIPE is a TOML file or the name of a built-in recipe (--list). Finished stages are reused, also after an
+    interrupted run. Prints a table of the trials; the folder of the run holds models, results, the report, and the
+    recipe with all defaults filled in.
 
     \b
     Example:

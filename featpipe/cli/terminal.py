@@ -1,4 +1,4 @@
-"""What a person sees while a command works, and the tables at its end."""
+"""Progress on the terminal, and output shared by commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Terminal", "get_command_line", "print_cache", "print_json"]
 
-SECONDS_BETWEEN_LINES = 60.0  # where stderr is a file, a bar would fill it
+SECONDS_BETWEEN_LINES = 60.0  # a bar would fill a log file
 
 
 class Terminal:
@@ -67,12 +67,12 @@ def get_command_line() -> str:
 
 
 def print_json(value: object) -> None:
-    """JSON on stdout."""
+    """Print JSON to stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def print_cache(cache: FeatureCache, as_json: bool) -> None:
-    """The path of a cache that was written, or its counts as JSON."""
+    """Print the path of a written cache, or its counts as JSON."""
     if not as_json:
         click.echo(cache.path)
         return

@@ -11,6 +11,7 @@ import click
 
 from featpipe.cli.completion import HEAD_NAME
 from featpipe.cli.logging import log_message
+from featpipe.cli.options import CACHE_BACKBONE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.config import RESAMPLING_METHODS, TASKS
 from featpipe.runtime import format_duration, format_size, format_table
@@ -26,12 +27,12 @@ BYTES_PER_UNIT = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def parse_bytes(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
-    """How many bytes a text such as 2G means."""
+    """Number of bytes of a text such as 2G."""
     if text is None:
         return None
     size_match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)i?b?", text.strip().lower())
     if not size_match:
-        raise click.BadParameter(f"{text!r} is no size; write it as in 2G")
+        raise click.BadParameter(f"{text!r} is not a size; an example is 2G")
     return int(float(size_match[1]) * BYTES_PER_UNIT[size_match[2]])
 
 
@@ -44,11 +45,11 @@ def _parse_priors(context: click.Context, option: click.Parameter, texts: Sequen
         except ValueError:
             separator = ""
         if not separator or not name:
-            raise click.BadParameter(f"{text!r} is not CLASS=SHARE; write it as in cat=0.9")
+            raise click.BadParameter(f"{text!r} is not CLASS=SHARE; an example is cat=0.9")
     return shares or None
 
 
-@click.command(short_help="Train a head on a cache; prints the path of the model.")
+@click.command(short_help="Train a head on a cache of embeddings.")
 @click.argument("cache", metavar="CACHE")
 @click.option(
     "--head",
@@ -57,42 +58,65 @@ def _parse_priors(context: click.Context, option: click.Parameter, texts: Sequen
     default=["logistic"],
     type=HEAD_NAME,
     metavar="NAME",
-    help="See `featpipe heads`; several, or all, are compared and the best is saved.  [default: logistic]",
+    help="Head; see `featpipe heads`. Of several, or all, the best is saved.  [default: logistic]",
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the head, such as C=10.")
-@click.option("--cv", type=click.IntRange(0), default=5, show_default=True, metavar="K", help="Folds; 0 for none.")
-@click.option("--tune/--no-tune", default=None, help="Choose settings on inner folds.  [default: C of logistic alone]")
-@click.option("--grid", "grids", multiple=True, metavar="KEY=A,B", help="What to try, instead of the head's own grid.")
-@click.option("--metric", metavar="NAME", help="What settings and heads are chosen by, such as macro_f1.")
-@click.option("--one-standard-error", is_flag=True, help="Take the smallest C within a standard error of the best.")
-@click.option("--balance", type=click.Choice(RESAMPLING_METHODS), help="Resample rows: classes as frequent.")
-@click.option("--calibrate", is_flag=True, help="Make probabilities mean what they say, on held-out rows.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the head, such as C=10.")
 @click.option(
-    "--prior", multiple=True, callback=_parse_priors, metavar="CLASS=SHARE", help="How frequent it is in use."
+    "--cv",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    metavar="K",
+    help="Folds of cross-validation; 0 for none.",
 )
-@click.option("--groups", metavar="TABLE:COLUMN", help="What images belong to (a patient): never on both sides.")
-@click.option("--time", "times", metavar="TABLE:COLUMN", help="When images were made: judged on later ones.")
-@click.option("--since", metavar="TIME", help="With --time: judged once, by images from then on, and not on folds.")
-@click.option("--without", metavar="TABLE", help="Leave out the images of a table, such as one of --findings.")
-@click.option("--output", metavar="NODE[:POOL]", help="Which of the cache's outputs.  [default: the first]")
+@click.option("--tune/--no-tune", default=None, help="Tune settings on inner folds.  [default: C of logistic only]")
+@click.option("--grid", "grids", multiple=True, metavar="KEY=A,B", help="Values to try instead of the default grid.")
+@click.option("--metric", metavar="NAME", help="Metric that selects settings and heads, such as macro_f1.")
+@click.option("--one-standard-error", is_flag=True, help="Select the smallest C within one standard error of the best.")
 @click.option(
-    "--memory", callback=parse_bytes, metavar="SIZE", help="Larger features stay on disk.  [default: what is free]"
+    "--balance", type=click.Choice(RESAMPLING_METHODS), help="Resample rows so that classes are equally frequent."
+)
+@click.option("--calibrate", is_flag=True, help="Calibrate probabilities on held-out rows.")
+@click.option(
+    "--prior",
+    multiple=True,
+    callback=_parse_priors,
+    metavar="CLASS=SHARE",
+    help="Frequency of a class at prediction time.",
+)
+@click.option("--groups", metavar="TABLE:COLUMN", help="Groups of images, such as patients; a group is never split.")
+@click.option("--time", "times", metavar="TABLE:COLUMN", help="Times of images; the model is evaluated on later ones.")
+@click.option(
+    "--since", metavar="TIME", help="With --time: evaluate once, on images from TIME on, instead of on folds."
 )
 @click.option(
-    "--keep", metavar="WHAT", help="For more classes later: none, all, statistics, rows=N …  [default: no rows]"
+    "--without", metavar="TABLE", help="Exclude the images listed in a table, such as one written by --findings."
 )
-@click.option("--jobs", type=int, metavar="N", help="Processes for --tune; -1 for all cores.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For what is random in training.")
-@click.option("--portable", is_flag=True, help="Carry the backbone's weights in the model file.")
-@click.option("--backbone", metavar="NAME", help="With --portable, for a cache made with code of your own.")
-@click.option("--findings", metavar="DIR", help="Write tables of training images to look at, by the folds.")
-@click.option("--out", metavar="MODEL", help="The model's file.  [default: CACHE's name with .HEAD.model]")
+@click.option("--output", metavar="NODE[:POOL]", help="Output of the cache to train on.  [default: the first]")
+@click.option(
+    "--memory",
+    callback=parse_bytes,
+    metavar="SIZE",
+    help="Features larger than this stay on disk.  [default: free memory]",
+)
+@click.option(
+    "--keep",
+    metavar="WHAT",
+    help="Data to retain for `featpipe expand`: none, all, statistics, rows=N, …  [default: no rows]",
+)
+@click.option("--jobs", type=int, metavar="N", help="Processes of --tune; -1 for all cores.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
+@click.option("--portable", is_flag=True, help="Include the weights of the backbone in the model file.")
+@add_options(CACHE_BACKBONE_OPTION)
+@click.option("--findings", metavar="DIR", help="Write CSV tables of images to inspect to this folder, from the folds.")
+@click.option("--out", metavar="MODEL", help="File of the model.  [default: CACHE with the suffix .HEAD.model]")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
-    """Train a head on a cache; prints the path of the model.
+    """Train a head on a cache of embeddings.
 
-    Its quality is estimated by cross-validation on the training images; the model is then fitted on all of them. The
-    strength of logistic is chosen along 45 values, on inner folds, unless it is set.
+    Cross-validation on the training images estimates the scores; the model is then fitted on all of them. The
+    regularization strength of logistic is selected from 45 values on inner folds, unless it is set. Prints the path of
+    the model.
 
     \b
     Example:
@@ -188,7 +212,7 @@ def _compare(
 
     if options["settings"] or options["grids"] or options["findings"]:
         raise click.UsageError(
-            "--set, --grid and --findings are of one head; several are compared with their own settings"
+            "--set, --grid and --findings need a single --head; several heads are compared with default settings"
         )
     common = _make_common_options(options)
     del common["grid"]
@@ -198,7 +222,7 @@ def _compare(
 
 
 def _format_comparison(comparison: HeadComparison) -> str:
-    """The heads as a table, the best first."""
+    """Format the heads as a table, the best first."""
     from featpipe.training import format_params
 
     rows = [
@@ -214,12 +238,14 @@ def _format_comparison(comparison: HeadComparison) -> str:
         for row in comparison.rows
     ]
     header = ["head", comparison.rows[0].metric, *_list_extra_metrics(comparison), "fit", "1,000 rows", "size", "tuned"]
-    note = "the best is chosen by these very scores: `featpipe evaluate` on other images says how good it is"
+    note = (
+        "the best head is selected by these scores, so they are optimistic; `featpipe evaluate` on other images is not"
+    )
     return f"{format_table(rows, header, right_aligned=range(1, len(header) - 1))}\n{note}\n"
 
 
 def _list_extra_metrics(comparison: HeadComparison) -> list[str]:
-    """Scores that stand beside the one that heads are compared by."""
+    """Metrics shown beside the one that selects."""
     first = comparison.rows[0]
     candidates = ("balanced_accuracy", "macro_f1", "mae")
     return [name for name in candidates if name != first.metric and all(name in row.scores for row in comparison.rows)]

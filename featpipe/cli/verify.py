@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
+from featpipe.cli.options import CACHE_BACKBONE_OPTION, DEVICE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.errors import CacheError
 from featpipe.runtime import format_table
@@ -20,24 +21,28 @@ __all__ = ["verify"]
 MAX_LISTED_ROWS = 100
 
 
-@click.command(short_help="Check that a cache is what was written; name and mend the rows that are not.")
+@click.command(short_help="Verify a cache against its checksums; list and repair damaged rows.")
 @click.argument("cache", metavar="CACHE")
 @click.option(
-    "--sample", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Rows to embed again."
+    "--sample",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Random rows to embed again and compare.",
 )
-@click.option("--repair", is_flag=True, help="Compute the rows that fail again, and only those.")
+@click.option("--repair", is_flag=True, help="Compute damaged rows again.")
 @click.option(
-    "--archive", "archives", multiple=True, metavar="ARCHIVE", help="Where the images are now, if they moved."
+    "--archive", "archives", multiple=True, metavar="ARCHIVE", help="New location of the images, if they were moved."
 )
-@click.option("--backbone", metavar="NAME", help="For a cache made with code of your own.")
-@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu, cuda, cuda:N, mps.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which rows are embedded again.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@add_options(CACHE_BACKBONE_OPTION, DEVICE_OPTION)
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of --sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
-    """Check that a cache is what was written; name and mend the rows that are not.
+    """Verify a cache against its checksums; list and repair damaged rows.
 
-    Every digest is checked: of columns, and of each row. With --sample, random rows are embedded again and compared.
-    Exit code 1 if anything is wrong and not mended.
+    Checks the checksum of every column and every row. With --sample, random rows are embedded again and compared. Exit
+    code 1 if anything is damaged and not repaired.
 
     \b
     Example:
@@ -58,8 +63,8 @@ def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
         _print_result(result)
     if not result.whole:
         raise CacheError(
-            f"{cache}: {_format_count(len(result.damaged), 'row')} and {_format_count(len(result.columns), 'column')} are not what was "
-            f"written; `featpipe verify {cache} --repair` computes them again"
+            f"{cache}: {_format_count(len(result.damaged), 'row')} and {_format_count(len(result.columns), 'column')} "
+            f"are damaged; `featpipe verify {cache} --repair` computes them again"
         )
 
 
@@ -70,20 +75,20 @@ def _print_result(result: Verification, terminal_only: bool = False) -> None:
         for damage in result.damaged[:MAX_LISTED_ROWS]
     ]
     if rows:
-        write_line(format_table(rows, ["row", "id", "what is wrong"], right_aligned=[0]))
+        write_line(format_table(rows, ["row", "id", "damage"], right_aligned=[0]))
     if len(result.damaged) > MAX_LISTED_ROWS:
-        write_line(f"… and {len(result.damaged) - MAX_LISTED_ROWS} more rows; --json names them all")
+        write_line(f"… and {len(result.damaged) - MAX_LISTED_ROWS} more rows; --json lists all")
     for name in [*result.columns, *result.shards]:
         write_line(f"damaged: {name}")
     if terminal_only:
         return
     if not result.checked:
-        click.echo("this file is of format 1.0, which holds no checksums: only its layout was checked")
+        click.echo("the file has format 1.0, which has no checksums: only its layout was checked")
     elif result.whole:
-        click.echo(f"{result.samples:,} rows and all columns are what was written")
+        click.echo(f"{result.samples:,} rows and all columns are intact")
     if result.embedded or result.changed:
-        distance_text = "" if result.farthest is None else f", farthest {result.farthest:.2g} of its length"
-        changed_text = f"; {_format_count(result.changed, 'image')} changed or gone since" if result.changed else ""
+        distance_text = "" if result.farthest is None else f", largest relative distance {result.farthest:.2g}"
+        changed_text = f"; {_format_count(result.changed, 'image')} changed or removed since" if result.changed else ""
         rows_text = _format_count(result.embedded, "row")
         click.echo(f"{rows_text} embedded again{distance_text}, {result.tolerance:.2g} allowed{changed_text}")
     if result.repaired:
@@ -92,8 +97,8 @@ def _print_result(result: Verification, terminal_only: bool = False) -> None:
 
 def _describe_damage(check: str, distance: float | None) -> str:
     if check == "checksum":
-        return "its bytes are not those that were written"
-    return f"the network answers otherwise: {distance:.2g} of its length away"
+        return "checksum mismatch"
+    return f"the backbone gives another embedding: relative distance {distance:.2g}"
 
 
 def _format_count(n: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from featpipe.cache import FeatureCache
 from featpipe.config import AUTO, ExtractionConfig
 from featpipe.data import Index
 from featpipe.experiments.dataset import BackboneCaches, make_run_cache_path
-from featpipe.experiments.grid import list_trials, make_backbone_label
+from featpipe.experiments.grid import make_backbone_label
 from featpipe.experiments.recipe.parse import read_recipe
 from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.run import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
@@ -150,7 +150,7 @@ def plan_run(
                 for trial_run in iter_trials(context, [caches for _, caches in planned_extractions])
             }
     planned_trials = [
-        PlannedTrial(trial.slug, *trial_states.get(trial.slug, (False, False))) for trial in list_trials(context.recipe)
+        PlannedTrial(trial.slug, *trial_states.get(trial.slug, (False, False))) for trial in context.trials
     ]
     return DryRun(
         folder,

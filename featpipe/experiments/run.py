@@ -30,7 +30,7 @@ from featpipe.experiments.dataset import (
     split_cache_rows,
 )
 from featpipe.experiments.finetune import FineTuneRun
-from featpipe.experiments.grid import list_trials, resolve_recipe
+from featpipe.experiments.grid import TrialSpec, list_trials, resolve_recipe
 from featpipe.experiments.recipe.parse import read_recipe
 from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.result import RunResult, TrialResult, recipe_to_toml
@@ -149,15 +149,20 @@ class ExperimentContext:
     ----------
     recipe : Recipe
         Resolved for the task of the labels.
+    trials : list of TrialSpec
+        The rows of the table.
     task : str
     index : Index
-    scored : Index or None
-        Of other images, that the models are scored on.
+        Of the training images.
+    test_index : Index or None
+        Of other images to score the models on.
     folder : Path
-    tell : callable
+        Of the run.
+    progress : callable
     """
 
     recipe: Recipe
+    trials: list[TrialSpec]
     task: str
     index: Index
     test_index: Index | None
@@ -168,36 +173,35 @@ class ExperimentContext:
     def from_recipe(
         cls, parsed_recipe: Recipe, folder: Path, progress: ProgressCallback, tiles_folder: Path
     ) -> ExperimentContext:
-        """List the images, and refuse what cannot be before any work.
+        """List the images and validate the recipe against their labels.
 
         Parameters
         ----------
-        asked : Recipe
+        parsed_recipe : Recipe
         folder : Path
-            The run's.
-        tell : callable
-        tiles : Path
-            Where the archive that comes along is written, if it is asked for.
+            Of the run.
+        progress : callable
+        tiles_folder : Path
+            Where the built-in archive is written, if the recipe uses it.
         """
         index = load_index(parsed_recipe.samples, tiles_folder, parsed_recipe.where)
         task = index.labels.task
         metric = parsed_recipe.training.metric
         if metric is not None and metric not in SELECTION_METRICS[task]:
-            raise ConfigError(
-                f"{parsed_recipe.where}: [training] {unknown_name_error('metric', metric, SELECTION_METRICS[task])} (the labels are for {task})"
-            )
+            problem = unknown_name_error("metric", metric, SELECTION_METRICS[task])
+            raise ConfigError(f"{parsed_recipe.where}: [training] {problem} (the task of the labels is {task})")
         recipe = resolve_recipe(parsed_recipe, task)
         if recipe.split.per_class and task != "classification":
             raise ConfigError(
-                f"{parsed_recipe.where}: [split] per_class draws images of classes; these labels are for {task}"
+                f"{parsed_recipe.where}: [split] per_class needs classification; the task of the labels is {task}"
             )
         test_index = load_test_index(recipe.evaluation, recipe.samples, tiles_folder)
         if test_index is not None and test_index.labels.task != task:
             raise ConfigError(
-                f"{parsed_recipe.where}: [evaluation] archive has labels for {test_index.labels.task}, those of training are for "
-                f"{task}; give fitting ones with labels"
+                f"{parsed_recipe.where}: [evaluation] archive has labels for {test_index.labels.task}, the training "
+                f"images for {task}; give labels of the same task"
             )
-        return cls(recipe, task, index, test_index, folder, progress)
+        return cls(recipe, list_trials(recipe), task, index, test_index, folder, progress)
 
     def extract_all(self) -> list[BackboneCaches]:
         """The caches of all backbones."""
@@ -210,19 +214,25 @@ class ExperimentContext:
     def finetune_best(
         self, caches: Sequence[BackboneCaches], results: Sequence[TrialResult]
     ) -> tuple[FineTuneRun | None, FineTuningResult | None]:
-        """The network of the best head trained too, if that is asked for."""
+        """Fine-tune the backbone of the best trial, if the recipe asks for it."""
         if self.recipe.finetune is None:
             return None, None
         best = next(result for result in results if result.best)
-        backbone_caches = next(candidate for candidate in caches if candidate.label == best.backbone)
-        trial = next(trial for trial in list_trials(self.recipe) if trial.slug == best.name)
-        split = self.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+        backbone_caches, split = self.split_of_trial(best, caches)
         archives, _ = resolve_archives(self.recipe.samples.archive, self.recipe.samples, get_tiles_folder(self.recipe))
         finetune_run = FineTuneRun(self.recipe, archives, best, backbone_caches, split, self.folder, self.progress)
         return finetune_run, finetune_run.run()
 
+    def split_of_trial(
+        self, result: TrialResult, caches: Sequence[BackboneCaches]
+    ) -> tuple[BackboneCaches, TrainTestSplit]:
+        """The caches and the split with which a trial was trained."""
+        trial = next(trial for trial in self.trials if trial.slug == result.name)
+        backbone_caches = caches[trial.backbone_index]
+        return backbone_caches, self.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+
     def split_cache(self, cache: FeatureCache, test_cache: FeatureCache | None, output: str | None) -> TrainTestSplit:
-        """The sides of a cache."""
+        """Training and test rows of a cache."""
         return split_cache_rows(cache, test_cache, output, self.recipe.split, self.recipe.training.memory, self.folder)
 
 
@@ -238,7 +248,7 @@ def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | No
     records = RecordStore(context.folder / "records")
     split: TrainTestSplit | None = None
     split_key: tuple[int, str | None] | None = None
-    for trial in list_trials(context.recipe):
+    for trial in context.trials:
         backbone_caches = caches[trial.backbone_index]
         if backbone_caches is None:
             continue
@@ -254,9 +264,7 @@ def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -
     requested_shots = context.recipe.split.per_class
     available_shots = select_available_shots(split.training, requested_shots) if requested_shots else []
     if requested_shots and not available_shots:
-        raise ConfigError(
-            f"{context.recipe.where}: [split] per_class asks for more images of each class than there are"
-        )
+        raise ConfigError(f"{context.recipe.where}: [split] per_class: no class has that many images")
     return available_shots
 
 
@@ -320,9 +328,7 @@ class _ReportPage:
     def _evaluate_best(self, best: TrialResult) -> Evaluation:
         if self.finetune_run is not None and best.model == self.finetune_run.path:
             return self.finetune_run.evaluate()
-        backbone_caches = next(candidate for candidate in self.caches if candidate.label == best.backbone)
-        trial = next(trial for trial in list_trials(self.context.recipe) if trial.slug == best.name)
-        split = self.context.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+        backbone_caches, split = self.context.split_of_trial(best, self.caches)
         same_backbone = [result for result in self.results if result.backbone == best.backbone and result is not best]
         same_backbone.sort(key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
         baselines = [

@@ -42,7 +42,7 @@ class Deadline:
         if self.limit is not None and monotonic() - self.started >= parse_duration(self.limit):
             unit = "" if str(self.limit)[-1].isalpha() else " seconds"
             raise TimeLimitError(
-                f"the time limit of {self.limit}{unit} has passed; what was finished is kept: run the same command "
+                f"the time limit of {self.limit}{unit} has passed; finished work is kept: run the same command "
                 "again to go on"
             )
 

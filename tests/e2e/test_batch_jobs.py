@@ -102,7 +102,7 @@ def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(name: str, ho
     command = [sys.executable, "-c", SIGNALLED, name, *LONG[name]]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("featpipe: interrupted; what was finished is kept")
+    assert done.stderr.splitlines()[-1].startswith("featpipe: interrupted; finished work is kept")
     assert done.stdout == ""
     unfinished = {"elsewhere", "demo", "run", "__pycache__", "p.csv.parts"}
     assert {path.name for path in home.iterdir()} - left <= unfinished, "no file of a final name"

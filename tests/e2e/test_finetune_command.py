@@ -92,7 +92,7 @@ def test_interrupted_the_same_command_ends_with_the_same_weights(home, tuned):
             break
     _, err = process.communicate(timeout=240)
     assert process.returncode == 1, err
-    assert "the same command goes on from there" in err
+    assert "run the same command again to resume" in err
     assert (home / f"{out}.checkpoint").exists()
     done = run(home, *arguments)
     assert "resuming from" in done.stderr

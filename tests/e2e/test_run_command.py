@@ -195,9 +195,9 @@ def test_what_cannot_be_is_said_before_any_image_is_read(photos: Path):  # noqa:
         ({"heads.0.name": "knn", "heads.0.C": 1}, r"linear-probe.toml: \[heads\.0\] head 'knn' has no setting 'C'"),
         (
             {"heads.0.name": "ridge", "labels": str(photos / "brightness.csv"), "split.per_class": [1]},
-            "per_class draws",
+            "per_class needs classification",
         ),
-        ({"training.metric": "mae"}, r"linear-probe.toml: \[training\] unknown metric 'mae'.*labels are for classif"),
+        ({"training.metric": "mae"}, r"linear-probe.toml: \[training\] unknown metric 'mae'.*labels is classif"),
         ({"heads.0.name": "lda", "labels": str(photos / "brightness.csv")}, r"\[heads\.0\] head 'lda' does class"),
     ]:
         with pytest.raises(ConfigError, match=message):

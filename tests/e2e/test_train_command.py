@@ -134,7 +134,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_fit(cache, tmp_path
 def test_several_heads_take_no_settings(cache):
     done = run("train", cache, "--head", "knn", "--head", "lda", "--set", "C=1")
     assert done.exit_code == 2
-    assert "--set, --grid and --findings are of one head" in done.output
+    assert "--set, --grid and --findings need a single --head" in done.output
 
 
 def test_any_estimator_is_a_head_by_its_import_path(cache):

@@ -74,12 +74,12 @@ def test_a_sharded_cache_is_packed_and_shown(command, make_folder, own, tmp_path
 def test_unfinished_work_is_shown_and_goes_only_when_that_is_wanted(command, make_folder, own, tmp_path):
     make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     process = begun(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
-    assert "nothing is abandoned here" in command("clean").stdout  # the extraction is running
+    assert "nothing to remove" in command("clean").stdout  # the extraction is running
     process.kill()
     process.communicate()
     shown = command("clean", "--dry-run").stdout
     assert "an unfinished extraction of" in shown
-    assert "the same extract command would go on from it" in shown
+    assert "the same extract command would resume from it" in shown
     [thing] = json.loads(command("clean", "cache", "--json").stdout)["found"]
     assert thing["images"] > 0
     assert "--yes" in command("clean", code=1).stderr  # nobody is there to ask

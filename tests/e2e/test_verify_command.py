@@ -20,8 +20,8 @@ def cache(command, make_folder, own, tmp_path):  # noqa: F811
 def test_a_whole_cache_is_said_to_be_whole(command, cache, own):  # noqa: F811
     done = command("verify", "a.h5", "--sample", "5", "--backbone", own)
     assert done.stdout.splitlines() == [
-        "18 rows and all columns are what was written",
-        "5 rows embedded again, farthest 0 of its length, 0.0001 allowed",
+        "18 rows and all columns are intact",
+        "5 rows embedded again, largest relative distance 0, 0.0001 allowed",
     ]
 
 
@@ -29,15 +29,14 @@ def test_damage_is_named_ends_with_exit_code_1_and_is_mended(command, cache, own
     whole = cache.read_bytes()
     flip(cache, "features/pooled", 3 * 32)
     done = command("verify", "a.h5", code=1)
-    assert "3  ape/03.jpg  its bytes are not those that were written" in done.stdout
+    assert "3  ape/03.jpg  checksum mismatch" in done.stdout
     assert done.stderr.splitlines()[-1] == (
-        "featpipe: a.h5: 1 row and 0 columns are not what was written; "
-        "`featpipe verify a.h5 --repair` computes them again"
+        "featpipe: a.h5: 1 row and 0 columns are damaged; `featpipe verify a.h5 --repair` computes them again"
     )
     found = json.loads(command("verify", "a.h5", "--json", code=1).stdout)
     assert (found["whole"], [damage["row"] for damage in found["damaged"]]) == (False, [3])
     done = command("verify", "a.h5", "--repair", "--backbone", own)
-    assert done.stdout.splitlines() == ["18 rows and all columns are what was written", "1 row computed again"]
+    assert done.stdout.splitlines() == ["18 rows and all columns are intact", "1 row computed again"]
     assert "ape/03.jpg" in done.stderr
     assert len(cache.read_bytes()) >= len(whole)
     command("verify", "a.h5")

@@ -123,7 +123,7 @@ def test_the_command_prints_a_table_or_json(command, make_folder, tmp_path):
     )
     given = [make_folder(), "--backbone", "net:tiny", "--device", "cpu", "--engine", "torch", "--seconds", "1"]
     printed = command("bench", *given).stdout
-    assert "bound of all together" in printed
+    assert "upper bound of all steps" in printed
     assert "bottleneck: " in printed
     found = json.loads(command("bench", *given, "--json").stdout)
     assert found["forward"][0]["engine"] == "torch, fused"

@@ -83,7 +83,7 @@ def test_warnings_of_libraries_are_lines_too(as_json: None, capsys: pytest.Captu
 ENDS = [
     (ArchiveError("none"), 1, "error", "none"),
     (TimeLimitError("over"), 75, "time-limit", "over"),
-    (KeyboardInterrupt(), 1, "interrupted", "interrupted; what was finished is kept"),
+    (KeyboardInterrupt(), 1, "interrupted", "interrupted; finished work is kept"),
     (click.UsageError("which?"), 2, "usage", "which?"),
     (ZeroDivisionError("oh"), 1, "bug", "ZeroDivisionError: oh"),
 ]

@@ -181,7 +181,7 @@ def test_a_time_limit_stops_after_a_batch_and_in_the_end_all_is_done(
             said.append(str(error))
         assert len(said) < 9
     assert said
-    assert all("what was finished is kept: run the same command again" in text for text in said)
+    assert all("finished work is kept: run the same command again" in text for text in said)
     assert is_of(tmp_path / "p.csv", model, photos)
 
 

@@ -107,7 +107,7 @@ def test_an_interrupt_commits_what_the_processes_have_and_ends_them(make_folder,
         running.send_signal(signal.SIGTERM)
         said = running.stderr.read()
         assert running.wait(60) == 1
-    assert "interrupted; what was finished is kept" in said
+    assert "interrupted; finished work is kept" in said
     assert "Traceback" not in said
     assert list(tmp_path.glob("*.parts/*.record"))
     assert multi_device.WORKER_CODE not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
