@@ -61,7 +61,7 @@ COMMAND_SUMMARIES = {  # the group's help loads no command module; a test compar
     "pack": "Pack a cache and its shards into one file.",
     "merge": "Merge caches with the same backbone and settings.",
     "clean": "Remove unfinished work that no process uses.",
-    "verify": "Verify a cache against its checksums; list and repair damaged rows.",
+    "verify": "Verify the checksums of a cache; repair damaged rows.",
     "backbones": "List the available backbones.",
     "heads": "List the available heads.",
     "bench": "Benchmark extraction on this machine and find the bottleneck.",

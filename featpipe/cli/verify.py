@@ -21,7 +21,7 @@ __all__ = ["verify"]
 MAX_LISTED_ROWS = 100
 
 
-@click.command(short_help="Verify a cache against its checksums; list and repair damaged rows.")
+@click.command(short_help="Verify the checksums of a cache; repair damaged rows.")
 @click.argument("cache", metavar="CACHE")
 @click.option(
     "--sample",
@@ -39,7 +39,7 @@ MAX_LISTED_ROWS = 100
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed of --sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
-    """Verify a cache against its checksums; list and repair damaged rows.
+    """Verify the checksums of a cache; repair damaged rows.
 
     Checks the checksum of every column and every row. With --sample, random rows are embedded again and compared. Exit
     code 1 if anything is damaged and not repaired.
