@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
     from featpipe.evaluation.evaluate import evaluate
-    from featpipe.experiments.run import run
+    from featpipe.experiments.runner import run
     from featpipe.extraction.extract import extract
     from featpipe.finetuning.finetune import finetune
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV

@@ -1,8 +1,10 @@
-"""Stages in order: a recipe is run, what is done is skipped, and a page tells what came out."""
+"""Experiments: a recipe is run stage by stage, finished work is reused, and a page reports the results."""
 
 from __future__ import annotations
 
-from featpipe.experiments.dry_run import DryRun, plan_run
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from featpipe.experiments.recipe.builtin import list_builtin_recipes, read_question
 from featpipe.experiments.recipe.overrides import parse_changes
 from featpipe.experiments.recipe.parse import BACKBONE_FIELDS, EXTRACTION_KEYS, read_recipe
@@ -17,8 +19,11 @@ from featpipe.experiments.recipe.schema import (
     SamplesConfig,
     SplitConfig,
 )
-from featpipe.experiments.result import EmbeddingSummary, RunResult, TrialResult
-from featpipe.experiments.run import run
+
+if TYPE_CHECKING:
+    from featpipe.experiments.dry_run import DryRun, plan_run
+    from featpipe.experiments.result import EmbeddingSummary, RunResult, TrialResult
+    from featpipe.experiments.runner import run
 
 __all__ = [
     "ALL_HEADS",
@@ -43,3 +48,22 @@ __all__ = [
     "read_recipe",
     "run",
 ]
+
+_LAZY_MODULES = {  # imported when first used: they need torch, and reading a recipe does not
+    "DryRun": "dry_run",
+    "EmbeddingSummary": "result",
+    "RunResult": "result",
+    "TrialResult": "result",
+    "plan_run": "dry_run",
+    "run": "runner",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY_MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,7 +17,7 @@ from featpipe.experiments.dataset import BackboneCaches, make_run_cache_path
 from featpipe.experiments.grid import make_backbone_label
 from featpipe.experiments.recipe.parse import read_recipe
 from featpipe.experiments.recipe.schema import Recipe
-from featpipe.experiments.run import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
+from featpipe.experiments.runner import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
 from featpipe.extraction import ExtractionPlan, load_backbone
 from featpipe.inference import resolve_devices
 from featpipe.runtime import ignore_progress
