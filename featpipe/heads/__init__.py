@@ -1,6 +1,7 @@
-"""Heads: estimators on features, behind one table.
+"""Heads: scikit-learn estimators on embeddings, listed in one registry.
 
-Importing this room is cheap: scikit-learn comes with the first estimator, torch with the first fit that needs it.
+Importing this package is cheap: scikit-learn is imported with the first estimator, torch with the first fit that needs
+it.
 """
 
 from __future__ import annotations

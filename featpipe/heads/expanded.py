@@ -1,4 +1,4 @@
-"""A head that got more classes and left the scores of its old ones as they were."""
+"""A head with added classes that leaves the scores of the old classes unchanged."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = [
 
 
 class ExpandedClassifier(ScoredClassifier, BaseEstimator):
-    """The scores of a fitted head, some of them taken together or left out, and of new classes beside them.
+    """The scores of a fitted head, with classes merged or removed, and linear scores of new classes.
 
-    It is made by `grown` and cannot be fitted. A class that was neither joined with another nor left out keeps its
-    scores bit for bit.
+    Created by `make_expanded_head`; it cannot be fitted. A class that was neither merged nor removed keeps its scores
+    bit for bit.
 
     Attributes
     ----------
     old_ : estimator
-        The head as it was.
+        The head before it was expanded.
     place_ : ndarray of shape (k_old,), int64
-        The class that each of its classes is now; those of one class add up as probabilities do; -1 is none.
+        The new code of each old class; -1 if it was removed. Probabilities of classes with the same code add up.
     coef_ : ndarray of shape (j, p), intercept_ : ndarray of shape (j,)
-        Of the new classes, on what the old head's last layer sees.
+        The new classes, on the input of the old head's last layer.
     classes_ : ndarray of shape (k,)
     """
 
@@ -49,7 +49,7 @@ class ExpandedClassifier(ScoredClassifier, BaseEstimator):
     n_features_in_: int
 
     def fit(self, X: Any, y: Any) -> Any:
-        raise ValueError("a head that grew is not fitted again; fit its old_, or one of the table")
+        raise ValueError("an expanded head cannot be fitted again; fit its old_, or a built-in head")
 
     def _scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
         old_scores = merge_class_scores(
@@ -65,7 +65,7 @@ class ExpandedClassifier(ScoredClassifier, BaseEstimator):
 def make_expanded_head(
     base_head: Any, class_mapping: NDArray[np.integer[Any]], new_layer: LastLayer, n_features: int
 ) -> ExpandedClassifier:
-    """A head that grew out of a fitted one; of inputs of width d."""
+    """Expand a fitted head; see `ExpandedClassifier`."""
     head = ExpandedClassifier()
     head.old_, head.place_ = base_head, np.asarray(class_mapping, np.int64)
     head.coef_, head.intercept_ = new_layer.W, new_layer.b
@@ -77,7 +77,7 @@ def make_expanded_head(
 def merge_class_scores(
     scores: NDArray[np.float64], class_mapping: NDArray[np.int64], n_classes: int
 ) -> NDArray[np.float64]:
-    """Scores of shape (m, k) from those of other classes: of several that become one, the sum of probabilities."""
+    """Scores of shape (m, n_classes) after merging classes: the log of the sum of their exponentials."""
     merged = np.empty((len(scores), n_classes))
     for class_code in range(n_classes):
         merged_classes = np.flatnonzero(class_mapping == class_code)
@@ -88,16 +88,16 @@ def merge_class_scores(
 
 
 def get_base_head(head: Any) -> Any:
-    """The head that was trained first."""
+    """The head before all expansions."""
     while isinstance(head, ExpandedClassifier):
         head = head.old_
     return head
 
 
 def resolve_last_layer(head: Any) -> LastLayer | None:
-    """The last layer of a head, as one, also if it grew; None if it has none.
+    """The last layer of a head as one matrix, also of an expanded head; None if the head has no last layer.
 
-    Classes that were joined get the mean of their rows, which is near their scores and not equal to them.
+    Merged classes get the mean of their rows, which approximates their scores.
     """
     if not isinstance(head, ExpandedClassifier):
         return extract_last_layer(head)
@@ -110,7 +110,7 @@ def resolve_last_layer(head: Any) -> LastLayer | None:
 
 
 def merge_last_layer_rows(layer: LastLayer, class_mapping: NDArray[np.integer[Any]], n_classes: int) -> LastLayer:
-    """The rows of k classes from those of others; see `layer_of`."""
+    """Merge the rows of classes; see `resolve_last_layer`."""
     W, b = np.zeros((n_classes, layer.W.shape[1])), np.zeros(n_classes)
     for class_code in range(n_classes):
         merged_classes = np.flatnonzero(class_mapping == class_code)

@@ -1,4 +1,4 @@
-"""What the nearest neighbours of a row count."""
+"""Distance weights for nearest-neighbour heads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIMILARITY_TEMPERATURE = 0.07
 
 
 def nearness(distances: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Weights of neighbours at some cosine distances: the exponential of their similarity over 0.07.
+    """Weights of neighbours from their cosine distances: exp(similarity / 0.07), up to a constant factor.
 
-    As Wu, Xiong, Yu and Lin, "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018)
-    weigh them. Unlike the inverse of a distance it does not let a copy of an image silence all others.
+    These are the weights of Wu, Xiong, Yu and Lin, "Unsupervised feature learning via non-parametric instance
+    discrimination" (CVPR 2018). Unlike inverse distances they do not let a copy of an image outweigh all others.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def nearness(distances: NDArray[np.floating]) -> NDArray[np.floating]:
     -------
     ndarray of the same shape
     """
-    import numpy as np  # here, because the table of heads names this function, and is shown without numpy
+    import numpy as np  # here: the registry needs this function, and listing heads needs no numpy
 
     return np.asarray(np.exp(-distances / SIMILARITY_TEMPERATURE))
 

@@ -1,4 +1,4 @@
-"""The last layer of a classifier: softmax regression on whatever comes before it."""
+"""The last layer of a classifier, which is softmax regression on hidden features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TORCH_HEADS = (LinearClassifier, MLPClassifier)
 
 @dataclass(frozen=True, eq=False)
 class LastLayer:
-    """Scores W z + b of k classes from p features.
+    """Linear scores W z + b of k classes from p features.
 
     Attributes
     ----------
@@ -49,9 +49,9 @@ class LastLayer:
 
 
 def extract_last_layer(head: Any) -> LastLayer | None:
-    """That of a fitted head; None if it does not end in a softmax of linear scores.
+    """The last layer of a fitted head; None if the head is not a softmax of linear scores.
 
-    Of two classes the first has scores of zero, as :func:`featpipe.metrics.calibration.logits_of` gives them.
+    With two classes the first has scores of zero, as in :func:`featpipe.metrics.compute_logits`.
     """
     if getattr(head, "multilabel_", False):
         return None
@@ -67,7 +67,7 @@ def extract_last_layer(head: Any) -> LastLayer | None:
 
 
 def compute_hidden_features(head: Any, X: NDArray[Any]) -> NDArray[Any]:
-    """What the last layer sees, shape (n, p): X itself where there is no other layer."""
+    """The input of the last layer, shape (n, p); X itself if there is no hidden layer."""
     if not isinstance(head, MLPClassifier):
         return X
     width = head.coefs_[-1].shape[0]
@@ -81,7 +81,7 @@ def compute_hidden_features(head: Any, X: NDArray[Any]) -> NDArray[Any]:
 
 
 def replace_last_layer(head: Any, layer: LastLayer) -> Any:
-    """A copy of a head with another last layer, of classes 0 to k - 1."""
+    """Copy a head with another last layer; its classes are 0 to k - 1."""
     new_head, n_classes = copy.copy(head), len(layer.b)
     W, b = layer.W, layer.b
     if n_classes == 2:
@@ -97,7 +97,7 @@ def replace_last_layer(head: Any, layer: LastLayer) -> Any:
 
 
 def get_l2_strength(head: Any) -> float:
-    """The strength of the head's own L2 penalty against the summed loss of its rows; 1 for heads that have no such."""
+    """The L2 penalty of the head relative to the summed loss, 1 / C; 1 for heads without C."""
     inverse_strength = (
         getattr(head, "C_", None) or getattr(head, "C", None) if isinstance(head, _LINEAR_HEADS) else None
     )
@@ -114,9 +114,9 @@ def compute_fisher_diagonal(layer: LastLayer, Z: NDArray[Any]) -> Array:
 
     Notes
     -----
-    The mean over rows, and over the answers that the model itself expects, of the squared gradient of log p(y | z): for
-    a softmax p_c (1 - p_c) z_d², in closed form. It is the mean of squares, row by row, and not the square of a mean
-    over a batch, which shrinks with the batch.
+    The mean of the squared gradient of log p(y | z) over rows, with y drawn from the model's own distribution: for a
+    softmax p_c (1 - p_c) z_d², in closed form. Squares are averaged row by row; the square of a batch's mean gradient
+    would shrink with the batch size.
     """
     from scipy.special import softmax
 

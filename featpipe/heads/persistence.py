@@ -1,4 +1,4 @@
-"""Fitted heads as bytes that can run no code when they are read."""
+"""Serialise fitted heads to bytes that cannot run code when they are loaded."""
 
 from __future__ import annotations
 
@@ -49,22 +49,20 @@ UNNEEDED_ATTRIBUTES = {"LinearDiscriminantAnalysis": ("covariance_",)}
 
 
 def dumps(estimator: Any) -> bytes:
-    """Write a scikit-learn estimator, as skops does, without what its answers do not need.
+    """Serialise a scikit-learn estimator with skops, without the attributes that predictions do not need.
 
     Raises
     ------
     ModelError
-        If `loads` would refuse what was written.
+        If skops cannot serialise the estimator, or `loads` would refuse the result.
     """
     skops_io = _import_skops_io()
     estimator_name = type(estimator[-1] if hasattr(estimator, "steps") else estimator).__name__
     try:
         data = skops_io.dumps(_drop_unneeded_attributes(estimator))
-    # What skops raises on an object that it cannot take depends on the object.
+    # The exception that skops raises depends on the object.
     except Exception as error:
-        raise ModelError(
-            f"{estimator_name} cannot be saved: {_format_error(error)}; use a head of the table"
-        ) from error
+        raise ModelError(f"{estimator_name} cannot be saved: {_format_error(error)}; choose a built-in head") from error
     try:
         loads(data)
     except ModelError as error:
@@ -73,7 +71,7 @@ def dumps(estimator: Any) -> bytes:
 
 
 def _drop_unneeded_attributes(estimator: Any) -> Any:
-    """The estimator, or a shallow copy without what is not needed."""
+    """The estimator, or a shallow copy without unneeded attributes."""
     if hasattr(estimator, "steps"):
         name, last_step = estimator.steps[-1]
         lean_step = _drop_unneeded_attributes(last_step)
@@ -91,12 +89,12 @@ def _drop_unneeded_attributes(estimator: Any) -> Any:
 
 
 def check_savable(estimator: Any) -> None:
-    """Refuse an estimator that could not be saved once it is fitted, before that work is done.
+    """Refuse an estimator that cannot be saved, before it is fitted in earnest.
 
     Parameters
     ----------
     estimator : estimator
-        A classifier or a regressor, not fitted; a copy of it is fitted on a few rows.
+        An unfitted classifier or regressor; a clone is fitted to a few random rows.
 
     Raises
     ------
@@ -110,7 +108,7 @@ def check_savable(estimator: Any) -> None:
         warnings.simplefilter("ignore")
         try:
             fitted = clone(estimator).fit(X, np.arange(24) % 2)
-        except ValueError:  # settings for other data than these few rows
+        except ValueError:  # settings that do not suit these few rows
             return
     dumps(fitted)
 
@@ -121,7 +119,7 @@ def loads(data: bytes) -> Any:
     Raises
     ------
     ModelError
-        If the bytes are damaged, hold a type that is not trusted, or no estimator.
+        If the bytes are damaged, name a type that is not trusted, or hold no estimator.
     """
     skops_io = _import_skops_io()
     from sklearn.base import BaseEstimator
@@ -133,14 +131,14 @@ def loads(data: bytes) -> Any:
         untrusted = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if untrusted:
             raise ModelError(
-                f"the head holds {', '.join(untrusted)}, which may not be loaded; train again with a head of the table"
+                f"the head holds {', '.join(untrusted)}, which may not be loaded; train again with a built-in head"
             )
         estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
     except ModelError:
         raise
     except UntrustedTypesFoundException as error:
         raise ModelError(f"the head holds a type that may not be loaded: {_format_error(error)}") from error
-    # Damaged bytes surface wherever skops, json or numpy first stumble over them.
+    # Damaged bytes raise whatever skops, json or numpy raise first.
     except Exception as error:
         raise ModelError(
             f"the head is damaged ({_format_error(error)}); copy the model again or train it again"
@@ -151,15 +149,15 @@ def loads(data: bytes) -> Any:
 
 
 def _import_skops_io() -> Any:
-    """The module, imported without torch where that is not there yet.
+    """Import ``skops.io`` without importing torch, unless torch is imported already.
 
-    To learn the names of scikit-learn's estimators skops imports all of its packages, the one that wraps torch among
-    them: two seconds for every command that reads a model. A package that cannot be imported is passed over.
+    skops imports all packages of scikit-learn to list its estimators, including one that wraps torch, which would cost
+    every command that reads a model two seconds. skops skips packages that cannot be imported.
     """
     torch_wrapper = "sklearn.externals.array_api_compat.torch"
     if "skops.io" in sys.modules or "torch" in sys.modules:
         return importlib.import_module("skops.io")
-    sys.modules[torch_wrapper] = None  # type: ignore[assignment]  # the language's own way to say: not to be had
+    sys.modules[torch_wrapper] = None  # type: ignore[assignment]  # makes the import fail
     try:
         return importlib.import_module("skops.io")
     finally:
@@ -167,14 +165,14 @@ def _import_skops_io() -> Any:
 
 
 def _check_zip(data: bytes) -> None:
-    """Refuse a zip that unpacks to more than it holds: skops stores members as they are."""
+    """Refuse a zip with compressed or overlapping members, which skops does not write: it could be a zip bomb."""
     try:
         with ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
             damaged_member = (
                 archive.testzip()
                 if all(member.compress_type == ZIP_STORED for member in members)
-                else "a packed member"
+                else "a compressed member"
             )
     except (BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         raise ModelError(
@@ -185,7 +183,7 @@ def _check_zip(data: bytes) -> None:
 
 
 def _rename_aliases(data: bytes) -> bytes:
-    """The same head with today's names of types in the place of older ones."""
+    """Replace former type names in the schema by the present ones."""
     with ZipFile(io.BytesIO(data)) as archive:
         schema = archive.read("schema.json")
         if not any(module in schema for module in _OLD_MODULES):

@@ -1,4 +1,4 @@
-"""The table of heads: what there is, for which task, and with which settings."""
+"""The registry of heads: their tasks, estimators, defaults and search grids."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """One row of the table.
+    """An entry of the registry.
 
     Attributes
     ----------
     summary : str
-        One sentence for people who choose.
+        One sentence that helps to choose a head.
     estimators : mapping of task to str
-        "module:Class" for each task that the head does; imported when it is built.
+        "module:Class" for each supported task; imported when the head is built.
     fixed : mapping of task to mapping
-        Settings that follow from the task and are not for the user.
+        Settings that the task implies; users cannot change them.
     defaults : mapping of task to mapping
-        Settings in which the head departs from the estimator's own defaults.
+        Settings that differ from the estimator's own defaults.
     grid : mapping from setting to values
-        What is tried when the head is tuned.
-    standardised : bool
-        Whether its input is.
+        Candidates of a hyperparameter search.
+    standardize : bool
+        Whether a StandardScaler precedes the estimator.
     """
 
     summary: str
@@ -109,7 +109,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
             "classification": "featpipe.heads.closed_form.solve:BayesianRidgeClassifier",
             "regression": "sklearn.linear_model:Ridge",
         },
-        defaults={"classification": {"alpha": 1.0}},  # of classes "auto" too: by evidence
+        defaults={"classification": {"alpha": 1.0}},  # for classes also "auto": chosen by evidence
         grid={"alpha": (1.0, 10.0, 100.0, 1e3, 1e4)},
     ),
     "lda": HeadSpec(
@@ -147,11 +147,11 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
         standardize=False,
     ),
 }
-"""The heads that come along; `get_spec` knows any estimator of scikit-learn's kind too."""
+"""The built-in heads; `get_spec` also accepts the import path of any scikit-learn estimator."""
 
 
 def list_heads(task: str | None = None) -> list[str]:
-    """The heads that do a task, in the order of the table; all of them without one.
+    """The names of the heads that support a task, or of all heads, in the order of the registry.
 
     Examples
     --------
@@ -165,7 +165,7 @@ def list_heads(task: str | None = None) -> list[str]:
 
 
 def describe(name: str) -> str:
-    """One sentence on a head.
+    """The summary of a head, one sentence.
 
     Examples
     --------
@@ -176,13 +176,13 @@ def describe(name: str) -> str:
 
 
 def get_settings(name: str, task: str | None = None) -> dict[str, object]:
-    """The settings of a head and their defaults, by the names that `build` takes.
+    """The settings of a head with their defaults, under the names that `build` takes.
 
     Parameters
     ----------
     name : str
     task : {"classification", "regression", "multilabel"}, optional
-        The first that the head does, if not given.
+        Defaults to the first task that the head supports.
 
     Examples
     --------
@@ -197,17 +197,17 @@ def get_settings(name: str, task: str | None = None) -> dict[str, object]:
 
 
 def get_spec(name: str) -> HeadSpec:
-    """A row of the table, or one for an estimator that is named by its import path.
+    """The registry entry of a head, or a new one for the import path of an estimator.
 
     Parameters
     ----------
     name : str
-        ``logistic``; or ``package.module.Class``, ``package.module:Class``.
+        A registered name such as ``logistic``, or ``package.module.Class`` or ``package.module:Class``.
 
     Raises
     ------
     ConfigError
-        If there is no such head, no such class, or it is no classifier or regressor of scikit-learn's kind.
+        If the name is unknown, cannot be imported, or is not a scikit-learn classifier or regressor.
 
     Examples
     --------
@@ -234,23 +234,23 @@ def build(
     params: Mapping[str, object] | None = None,
     random_state: int | None = 0,
 ) -> Any:
-    """An unfitted head: a scikit-learn Pipeline of the steps "scale" and "head".
+    """Build an unfitted head: a scikit-learn Pipeline with the steps "scale" and "head".
 
     Parameters
     ----------
     name : str
-        A name of the table, or the import path of an estimator.
+        A registered name, or the import path of an estimator.
     task : {"classification", "regression", "multilabel"}
     params : mapping, optional
-        Settings of the head by name (``C``), or of the pipeline in scikit-learn's notation (``scale__with_mean``,
-        or ``scale`` itself with "standard" or "passthrough").
+        Settings of the head by name (``C``), or of the pipeline in scikit-learn's notation (``scale__with_mean``);
+        ``scale`` itself may be "standard" or "passthrough".
     random_state : int or None
-        For heads that draw random numbers.
+        Seed of heads that use random numbers.
 
     Raises
     ------
     ConfigError
-        If the head or a setting is unknown, does not do the task, or is out of range.
+        If the head or a setting is unknown, the head does not support the task, or a setting is out of range.
 
     Examples
     --------
@@ -288,7 +288,7 @@ def build(
 
 
 def _to_pipeline_params(params: Mapping[str, object], param_names: list[str], name: str) -> dict[str, object]:
-    """Settings under their names in the pipeline."""
+    """Translate settings to the parameter names of the pipeline."""
     short_names = {key.removeprefix("head__"): key for key in param_names}
     pipeline_params = {}
     for key, value in params.items():
@@ -315,7 +315,7 @@ def _parse_task(task: str) -> Task:
 
 
 def _infer_task(estimator_class: Any, name: str) -> Task:
-    """What an estimator of somebody else's does."""
+    """The task of an estimator that is not in the registry."""
     from sklearn.base import is_classifier, is_regressor
 
     if isinstance(estimator_class, type) and hasattr(estimator_class, "fit") and hasattr(estimator_class, "get_params"):

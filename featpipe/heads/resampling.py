@@ -1,8 +1,7 @@
-"""Classes of unequal size: rows drawn again, left out or made up for a fit.
+"""Resampling of imbalanced classes: oversampling, undersampling and SMOTE.
 
-Rows are resampled when a head is fitted and at no other time: within each fold, after the fold was taken apart, and
-behind the scaler, which sees the rows as they are. What comes out is the plain head or pipeline; nothing of
-imbalanced-learn is saved with it.
+Only the rows of a fit are resampled: in each fold after the split, and after the scaler, which is fitted to the
+original rows. The result is the plain head or pipeline; nothing of imbalanced-learn is saved with it.
 """
 
 from __future__ import annotations
@@ -23,37 +22,37 @@ from featpipe.errors import ConfigError
 __all__ = ["BALANCE_METHODS", "SMOTE_NEIGHBORS", "BalancedClassifier", "draw_row_indices", "fit_balanced", "resample"]
 
 BALANCE_METHODS: dict[str, str] = {
-    "over": "rows of smaller classes are drawn again until all classes have as many as the largest",
+    "over": "rows of smaller classes are repeated until all classes have as many as the largest",
     "under": "rows of larger classes are left out until all classes have as few as the smallest",
-    "smote": "rows are made up between neighbours of a smaller class until all have as many as the largest",
+    "smote": "rows are interpolated between neighbours of a smaller class until all have as many as the largest",
 }
-"""The ways to give all classes the same number of rows."""
+"""Methods that give all classes the same number of rows."""
 
 SMOTE_NEIGHBORS = 5
 
 
 def draw_row_indices(y: ArrayLike, method: str, random_state: Any = None) -> NDArray[np.int64]:
-    """The rows that an over- or undersampled fit sees.
+    """Draw the rows of an over- or undersampled fit.
 
     Parameters
     ----------
     y : array-like of shape (n,)
         Classes.
-    how : {"over", "under"}
+    method : {"over", "under"}
     random_state : int, RandomState or None
 
     Returns
     -------
     ndarray of shape (m,), int64
-        Row numbers, ascending; with "over" each at least once and some several times, with "under" each once at most.
-        ``np.bincount(rows, minlength=n)`` are sample weights of the same effect, for a fit that streams.
+        Row numbers, ascending; with "over" each at least once, with "under" at most once.
+        ``np.bincount(rows, minlength=n)`` are sample weights of the same effect, for fits that stream.
 
     Notes
     -----
     These are the rows that imbalanced-learn's RandomOverSampler and RandomUnderSampler take.
     """
     if method not in ("over", "under"):
-        raise ConfigError(f"rows are drawn by over or under, not by {method}")
+        raise ConfigError(f"method is {method!r}; give over or under")
     samplers = _import_samplers(method)
     codes = _encode_classes(y)[1]
     if len(np.unique(codes)) < 2:
@@ -67,25 +66,25 @@ def draw_row_indices(y: ArrayLike, method: str, random_state: Any = None) -> NDA
 def resample(
     X: ArrayLike, y: ArrayLike, method: str, random_state: Any = None, *, neighbors: int = SMOTE_NEIGHBORS
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Training rows with as many of every class.
+    """Resample training rows so that all classes have the same number.
 
-    For rows to fit on and for no others: what is validated or tested keeps its classes as they are.
+    Validation and test rows must not be resampled.
 
     Parameters
     ----------
     X : array-like of shape (n, d)
-        Standardised, where rows are made up: neighbours are near by Euclidean distance.
+        Should be standardised for "smote", which finds neighbours by Euclidean distance.
     y : array-like of shape (n,)
         Classes.
-    how : {"over", "under", "smote"}
+    method : {"over", "under", "smote"}
     random_state : int, RandomState or None
     neighbors : int
-        With "smote": between how many of the nearest rows of its class a row is made up; fewer in a class of fewer.
+        For "smote": the number of nearest neighbours to interpolate with; smaller classes use fewer.
 
     Returns
     -------
     X : ndarray of shape (m, d)
-        Of the dtype of X. With "smote" the rows that are made up come after the others.
+        In the dtype of X. With "smote" the synthetic rows follow the others.
     y : ndarray of shape (m,)
 
     Raises
@@ -95,8 +94,8 @@ def resample(
 
     Notes
     -----
-    "over" and "smote" hold as many rows as there are classes times the rows of the largest: on large data
-    ``class_weight="balanced"`` has the effect of "over" without them.
+    "over" and "smote" return the number of classes times the size of the largest class. On large data
+    ``class_weight="balanced"`` has the effect of "over" without copies.
 
     References
     ----------
@@ -121,7 +120,7 @@ def resample(
 def _oversample_smote(
     X: NDArray[Any], y: ArrayLike, random_state: np.random.RandomState, neighbors: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """SMOTE, class by class with as many neighbours as the class has."""
+    """SMOTE class by class, each with at most as many neighbours as it has."""
     smote_class = _import_samplers("smote").SMOTE
     classes, codes = _encode_classes(y)
     class_sizes = np.bincount(codes)
@@ -134,7 +133,7 @@ def _oversample_smote(
     X_resampled = np.empty((largest * len(classes), *X.shape[1:]), X.dtype)
     X_resampled[: len(X)] = X
     stop = len(X)
-    other_class_rows = X[codes == class_sizes.argmax()][:2]  # imbalanced-learn wants to see a second class
+    other_class_rows = X[codes == class_sizes.argmax()][:2]  # imbalanced-learn requires a second class
     for code in np.flatnonzero(class_sizes < largest):
         class_rows = X[codes == code]
         sampler = smote_class(
@@ -157,20 +156,18 @@ def fit_balanced(
     neighbors: int = SMOTE_NEIGHBORS,
     **fit_params: Any,
 ) -> Any:
-    """Fit a head or a pipeline in place on as many rows of every class.
+    """Fit a head or a pipeline in place to rows with balanced classes.
 
     Parameters
     ----------
     estimator : estimator
-        Of a pipeline the steps before the last are fitted on the rows as they are; then what comes out of them is
-        resampled, and the last step fitted on that.
+        The transformers of a pipeline are fitted to the original rows; their output is resampled for the last step.
     X : array-like of shape (n, d)
     y : array-like of shape (n,)
-    how, random_state, neighbors
+    method, random_state, neighbors
         As for `resample`.
     **fit_params
-        For the fit of the head, such as ``validation``, in its terms: rows for it are given as they come out of the
-        scaler, and are not resampled.
+        Passed to the fit of the head. ``validation`` must be transformed by the scaler; it is not resampled.
 
     Returns
     -------
@@ -180,8 +177,8 @@ def fit_balanced(
     head = estimator.steps[-1][1] if is_pipeline else estimator
     if getattr(head, "early_stopping", False) is True and fit_params.get("validation") is None:
         raise ConfigError(
-            f"with balance {method} early_stopping would judge by copies of rows that are trained on; turn it off, or "
-            "take class_weight=balanced instead"
+            f"with balance {method} early_stopping would validate on copies of training rows; turn it off, or "
+            "use class_weight=balanced instead"
         )
     if is_pipeline and len(estimator.steps) > 1:
         transformers = estimator[:-1]
@@ -199,15 +196,15 @@ def _available_if_estimator_has(name: str) -> Any:
 
 
 class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
-    """A classifier that is fitted on as many rows of every class.
+    """A classifier that resamples its training rows to balanced classes.
 
-    For scikit-learn's searches and cross-validation, where the rows of each fit have to be resampled on their own. To
-    keep, take ``estimator_``, which is a plain head or pipeline.
+    For scikit-learn's searches and cross-validation, which must resample the training rows of each fold. Save
+    ``estimator_``, which is a plain head or pipeline.
 
     Parameters
     ----------
     estimator : estimator
-        A head, or a pipeline that ends in one: then behind its other steps, which see the rows as they are.
+        A head, or a pipeline that ends in one; only the rows of the last step are resampled.
     how : {"over", "under", "smote"}
         As for `resample`.
     random_state : int, RandomState or None
@@ -219,8 +216,8 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Fitted.
     classes_ : ndarray of shape (k,)
     prior_ : ndarray of shape (k,)
-        The share of each class in the rows before they were resampled, by which probabilities can be corrected; the
-        head itself was fitted on equal shares.
+        The class frequencies before resampling, for the correction of probabilities; the head was fitted to equal
+        frequencies.
     n_features_in_ : int
 
     Examples
@@ -241,19 +238,14 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.neighbors = neighbors
 
     def check_params(self) -> None:
-        """Refuse settings that cannot be, before any work.
-
-        Raises
-        ------
-        ValueError
-        """
+        """Raise ValueError for settings out of range."""
         check_choice("how", self.how, list(BALANCE_METHODS))
         check_integer("neighbors", self.neighbors, minimum=1)
         if hasattr(self.estimator, "check_params"):
             self.estimator.check_params()
 
     def fit(self, X: ArrayLike, y: ArrayLike, **fit_params: Any) -> Self:
-        """Learn from n rows, resampled; nothing of an earlier fit remains.
+        """Fit to n rows after resampling; an earlier fit is discarded.
 
         Parameters
         ----------
@@ -290,7 +282,7 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     @_available_if_estimator_has("predict_proba")
     def predict_proba(self, X: ArrayLike) -> NDArray[Any]:
-        """Probabilities of shape (m, k), as if all classes were as frequent."""
+        """Probabilities of shape (m, k) under equal class frequencies."""
         return self._call_estimator(X, "predict_proba")
 
     @_available_if_estimator_has("decision_function")
@@ -308,7 +300,7 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
 
 def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The classes, and the number of each row's."""
+    """The sorted classes and the class code of each row."""
     array = np.asarray(y)
     if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
         raise ConfigError(
@@ -320,12 +312,12 @@ def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def _import_samplers(method: str) -> Any:
-    """The samplers of imbalanced-learn by their names."""
+    """The module of imbalanced-learn with the samplers of a method."""
     try:
         from imblearn import over_sampling, under_sampling
     except ImportError as error:
         raise ConfigError(
-            f"to balance classes by {method} takes imbalanced-learn, which is not installed ({error}); "
-            "pip install 'featpipe[balance]', or take class_weight=balanced"
+            f"balancing classes by {method} needs imbalanced-learn, which is not installed ({error}); "
+            "pip install 'featpipe[balance]', or use class_weight=balanced"
         ) from error
     return under_sampling if method == "under" else over_sampling

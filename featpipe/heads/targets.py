@@ -1,4 +1,4 @@
-"""From y to arrays, and from scores back to answers: what every classifier among the heads has in common."""
+"""Encoding of targets and decoding of scores, shared by all classifiers among the heads."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SCORING_BLOCK_ROWS = 8192
 
 @dataclass(frozen=True, eq=False)
 class EncodedTargets:
-    """What a classifier is to answer for n rows.
+    """The targets of n rows.
 
     Attributes
     ----------
     classes : ndarray of shape (k,)
-        The distinct values of y, sorted; with several labels a row, the column numbers.
+        The sorted distinct values of y; the column numbers for a multi-label y.
     multilabel : bool
     Y : ndarray of shape (n,) or (n, k), int64
         Class codes, or 0 and 1 for each label.
@@ -49,7 +49,7 @@ class EncodedTargets:
 
 
 def check_sample_weight(sample_weight: ArrayLike | None, n: int) -> NDArray[np.float64]:
-    """Checked sample weights of shape (n,), float64: ones when there are none."""
+    """Validate sample weights; returns shape (n,), float64, ones for None."""
     if sample_weight is None:
         return np.ones(n)
     weights = np.asarray(sample_weight, np.float64)
@@ -65,7 +65,7 @@ def check_sample_weight(sample_weight: ArrayLike | None, n: int) -> NDArray[np.f
 def validate_training_data(
     estimator: Any, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, **validation_options: Any
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """X (n, d), y (n,) or (n, k) and weights (n,), checked, without the rows of weight zero."""
+    """Validate X (n, d), y (n,) or (n, k) and weights (n,), and drop rows of weight zero."""
     X_checked, y_checked = validate_data(estimator, X, y, multi_output=True, **validation_options)
     weights = check_sample_weight(sample_weight, len(X_checked))
     has_weight = weights > 0
@@ -75,7 +75,7 @@ def validate_training_data(
 
 
 def compute_scores(estimator: Any, X: ArrayLike) -> NDArray[np.float64]:
-    """The scores of a fitted estimator, shape (m, k): a few thousand rows at a time, so that copies stay small."""
+    """The scores of a fitted estimator, shape (m, k), computed in blocks to keep copies small."""
     check_is_fitted(estimator)
     X_checked: NDArray[Any] = validate_data(estimator, X, reset=False, dtype=[np.float64, np.float32])
     starts = range(0, len(X_checked), SCORING_BLOCK_ROWS)
@@ -97,9 +97,9 @@ def encode_targets(
     weights : ndarray of shape (n,), float64
         Positive weight of each row.
     class_weight : mapping, "balanced" or None
-        By class; with several labels by 0 and 1, for every label alike.
+        By class; for a multi-label y by 0 and 1, the same for every label.
     multilabel : bool or None
-        Whether y is a 0/1 matrix; None takes one of two or more columns for such.
+        Whether y is a 0/1 matrix; None means: if it has two or more columns.
     """
     y_array: NDArray[Any] = y.toarray() if issparse(y) else y
     if multilabel is None:
@@ -174,7 +174,7 @@ def _compute_label_weights(
     if isinstance(class_weight, str):
         positive_weight = weights @ Y
         counts = np.stack([weights.sum() - positive_weight, positive_weight])
-        # A label that is always or never there has nothing to balance.
+        # A constant label cannot be balanced.
         balanced_weights = np.where(counts.all(axis=0), weights.sum() / (2 * np.maximum(counts, 1e-300)), 1.0)
         return np.where(Y == 1, balanced_weights[1], balanced_weights[0])
     if not set(class_weight) <= {0, 1}:
@@ -183,10 +183,10 @@ def _compute_label_weights(
 
 
 class ScoredClassifier(ClassifierMixin):
-    """Answers from scores: a softmax over three classes or more, a sigmoid for two classes and for each label.
+    """Predictions from scores: a softmax for three or more classes, a sigmoid for two classes and for each label.
 
-    A subclass gives ``_scores(X)``, from (b, d) float32 or float64 to (b, k) float64, one column for two classes; and
-    when it is fitted, ``classes_`` and ``multilabel_``.
+    Subclasses implement ``_scores(X)``, from (b, d) float32 or float64 to (b, k) float64 with one column for two
+    classes, and set ``classes_`` and ``multilabel_`` in ``fit``.
     """
 
     classes_: NDArray[Any]
@@ -211,7 +211,7 @@ class ScoredClassifier(ClassifierMixin):
         return self.classes_[predicted_codes]
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Probabilities of shape (m, k): rows sum to one, except with several labels a row, where each stands alone."""
+        """Probabilities of shape (m, k): rows sum to one, except for multi-label heads."""
         scores = self.decision_function(X)
         if self.multilabel_:
             return expit(scores)

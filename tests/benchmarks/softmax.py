@@ -120,8 +120,8 @@ def of_featpipe(X: Any, y: Any, tol: float) -> Trace:
     head = SoftmaxRegression(tol=tol)
     started = perf_counter()
     # In coordinates of few rows a point has another length, and its value in float64 is the same.
-    reached = (lambda search: search.point.values.sum()) if len(X) < X.shape[1] else lambda search: search.found.copy()
-    with traced(solver._LBFGSSearch, "_note", reached, trace):
+    reached = (lambda search: search.point.values.sum()) if len(X) < X.shape[1] else lambda search: search.theta.copy()
+    with traced(solver._LBFGSSearch, "_record_progress", reached, trace):
         head.fit(X, y)
     trace.append((perf_counter() - started, np.column_stack([head.coef_, head.intercept_])))
     return trace

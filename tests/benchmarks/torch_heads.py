@@ -128,7 +128,9 @@ def optimizers() -> None:
             subprocess.run([sys.executable, "-c", OPTIMIZER_SCRIPT, name], capture_output=True, check=True, text=True)
             for _ in range(ROUNDS)
         ]
-        first, step, fit = (median(column) for column in zip(*(map(float, run.stdout.split()) for run in runs), strict=True))
+        first, step, fit = (
+            median(column) for column in zip(*(map(float, run.stdout.split()) for run in runs), strict=True)
+        )
         print(f"{name}: first use {first:.3f} s, a step {1e6 * step:.0f} µs; a fit of 300 × 1280 rows {fit:.3f} s")
 
 

@@ -1,4 +1,4 @@
-"""What every head of the table, and every estimator of ours, promises."""
+"""The contract of every registered head and of each estimator of the package."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def probabilities(head: Any, X: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
-def test_a_head_learns_its_task_and_answers_in_the_right_shape(name, task):
+def test_a_head_learns_its_task_and_predicts_in_the_right_shape(name, task):
     X, y = data(task)
     head = heads.build(name, task, params=settings(name)).fit(X, y)
     assert head.predict(X).shape == y.shape
@@ -92,7 +92,7 @@ def test_a_head_learns_its_task_and_answers_in_the_right_shape(name, task):
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
-def test_a_saved_head_answers_bit_for_bit_the_same(name, task):
+def test_a_saved_head_predicts_the_same_bits(name, task):
     X, y = data(task)
     head = heads.build(name, task, params=settings(name, epochs=2)).fit(X, y)
     again, X = heads.loads(heads.dumps(head)), X.copy()  # scikit-learn's neighbours know the very array they were given
@@ -104,14 +104,14 @@ def test_a_saved_head_answers_bit_for_bit_the_same(name, task):
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
-def test_a_head_before_fit_says_that_it_is_not_fitted_and_clones(name, task):
+def test_an_unfitted_head_raises_not_fitted_and_can_be_cloned(name, task):
     head = heads.build(name, task)
     with pytest.raises(NotFittedError):
         clone(head).named_steps["head"].predict(np.zeros((2, 3)))
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
-def test_an_answer_does_not_depend_on_the_other_rows(name, task):
+def test_a_prediction_does_not_depend_on_other_rows(name, task):
     X, y = data(task)
     head = heads.build(name, task, params=settings(name, epochs=2)).fit(X, y)
     answer = head.predict if task == "regression" else partial(probabilities, head)
@@ -119,7 +119,7 @@ def test_an_answer_does_not_depend_on_the_other_rows(name, task):
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)
-def test_every_estimator_of_the_table_is_trusted_by_the_loader(name, task):
+def test_every_registered_estimator_is_trusted_by_the_loader(name, task):
     kind = _import_object(heads.HEAD_REGISTRY[name].estimators[task])
     module = kind.__module__
     assert not module.startswith("featpipe.") or f"{module}.{kind.__qualname__}" in heads.TRUSTED_TYPES
@@ -150,7 +150,7 @@ def test_an_estimator_is_shown_in_notebooks_and_routes_its_weights(estimator):
         assert (routed.predict(X) == expected).all()
 
 
-def test_the_scaler_of_a_head_gives_tables_where_they_are_asked_for():
+def test_the_scaler_of_a_head_returns_data_frames_if_configured():
     X, y = data("classification")
     head = heads.build("logistic").set_output(transform="pandas").fit(pd.DataFrame(X, columns=list("abcdefgh")), y)
     assert list(head["scale"].transform(pd.DataFrame(X, columns=list("abcdefgh"))).columns) == list("abcdefgh")

@@ -61,7 +61,7 @@ def test_counts_of_drawn_rows_are_weights_of_the_same_effect() -> None:
     np.testing.assert_allclose(drawn.predict_proba(X), weighed.predict_proba(X), atol=1e-4)
 
 
-def test_made_up_rows_are_those_of_imbalanced_learns_smote() -> None:
+def test_synthetic_rows_equal_those_of_imbalanced_learns_smote() -> None:
     X, y = unequal()
     expected, labels = SMOTE(random_state=np.random.RandomState(5)).fit_resample(X, y)
     found, found_labels = resample(X, y, "smote", 5)
@@ -69,7 +69,7 @@ def test_made_up_rows_are_those_of_imbalanced_learns_smote() -> None:
     np.testing.assert_array_equal(found_labels, labels)
 
 
-def test_made_up_rows_lie_between_a_row_and_one_of_its_nearest_in_the_class() -> None:
+def test_synthetic_rows_lie_between_a_row_and_a_neighbour_of_its_class() -> None:
     X, y = unequal((60, 20))
     found, labels = resample(X.astype(np.float64), y, "smote", 0, neighbors=3)
     own = X[y == 1].astype(np.float64)
@@ -103,7 +103,7 @@ def test_a_class_of_one_row_is_named_with_what_to_do() -> None:
 
 @pytest.mark.parametrize("how", BALANCE_METHODS)
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_the_number_type_stays(how: str, kind: Any) -> None:
+def test_the_dtype_is_preserved(how: str, kind: Any) -> None:
     X, y = unequal()
     assert resample(X.astype(kind), y, how, 0)[0].dtype == kind
 
@@ -128,7 +128,7 @@ def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", BALANCE_METHODS)
-def test_one_seed_gives_one_answer_and_another_another(how: str) -> None:
+def test_results_depend_on_the_seed_alone(how: str) -> None:
     X, y = unequal()
     first, again, other = (resample(X, y, how, seed)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -142,7 +142,7 @@ def test_what_is_not_one_class_a_row_is_refused(y: np.ndarray) -> None:
             resample(np.zeros((9, 2)), y, how)
 
 
-def test_an_unknown_way_is_answered_with_the_nearest() -> None:
+def test_an_unknown_method_suggests_the_nearest_match() -> None:
     with pytest.raises(ConfigError, match="unknown way to balance 'smot'; did you mean 'smote'"):
         resample(*unequal(), "smot")
 
@@ -150,7 +150,7 @@ def test_an_unknown_way_is_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize("how", BALANCE_METHODS)
 def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imblearn", None)
-    with pytest.raises(ConfigError, match=r"pip install 'featpipe\[balance\]', or take class_weight=balanced"):
+    with pytest.raises(ConfigError, match=r"pip install 'featpipe\[balance\]', or use class_weight=balanced"):
         resample(*unequal(), how)
 
 
@@ -175,7 +175,7 @@ def test_a_balanced_pipeline_is_what_imbalanced_learns_pipeline_would_be() -> No
     np.testing.assert_allclose(found.predict_proba(X), oracle.predict_proba(X), atol=1e-6)
 
 
-def test_what_is_kept_is_a_plain_head_that_is_saved_without_a_word_of_imbalanced_learn() -> None:
+def test_the_fitted_head_is_saved_without_imbalanced_learn() -> None:
     X, y = unequal()
     pipeline = fit_balanced(heads.build("logistic"), X, y, "smote", 0)
     data = heads.dumps(pipeline)
@@ -214,7 +214,7 @@ def test_a_search_reaches_the_settings_of_the_head_inside() -> None:
     assert search.best_params_["estimator__head__C"] == search.best_estimator_.estimator["head"].C
 
 
-def test_balancing_finds_more_of_the_rare_class_and_the_prior_tells_what_was_there() -> None:
+def test_balancing_raises_the_recall_of_the_rare_class_and_records_the_prior() -> None:
     X, y = unequal((600, 30), d=1)
     plain = LogisticRegression(max_iter=1000).fit(X, y).predict(X)[y == 1].mean()
     for how in BALANCE_METHODS:
@@ -223,10 +223,10 @@ def test_balancing_finds_more_of_the_rare_class_and_the_prior_tells_what_was_the
         np.testing.assert_allclose(balanced.prior_, [600 / 630, 30 / 630])
 
 
-def test_early_stopping_does_not_judge_by_copies_of_what_it_is_trained_on() -> None:
+def test_early_stopping_does_not_validate_on_copies_of_training_rows() -> None:
     X, y = unequal()
     head = heads.build("mlp", params={"early_stopping": True})
-    with pytest.raises(ConfigError, match="with balance over early_stopping would judge by copies"):
+    with pytest.raises(ConfigError, match="with balance over early_stopping would validate on copies"):
         fit_balanced(head, X, y, "over", 0)
 
 
@@ -238,7 +238,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) 
         BalancedClassifier(LogisticRegression(), **settings).check_params()
 
 
-def test_a_balanced_head_answers_only_what_the_head_does() -> None:
+def test_a_balanced_head_has_only_the_methods_of_its_head() -> None:
     from sklearn.svm import LinearSVC
 
     assert not hasattr(BalancedClassifier(LinearSVC()), "predict_proba")

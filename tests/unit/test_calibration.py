@@ -21,7 +21,7 @@ def drawn(temperature: float, n: int = 20_000, k: int = 4, seed: int = 0) -> tup
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 7.0])
-def test_the_temperature_that_spoilt_the_scores_is_found(temperature):
+def test_a_known_temperature_is_recovered(temperature):
     logits, y = drawn(temperature)
     assert fit_temperature(logits, y) == pytest.approx(temperature, rel=0.03)
 
@@ -55,7 +55,7 @@ def test_separable_rows_leave_the_temperature_within_bounds():
     assert 900 < fit_temperature(logits, np.array([1, 0])) < 1001
 
 
-def test_a_calibrated_answer_has_the_smaller_error():
+def test_calibration_lowers_the_calibration_error():
     logits, y = drawn(5.0)
     before, after = softmax(logits, axis=1), Calibration(fit_temperature(logits, y)).compute_probabilities(logits)
     assert calibration_error(before, y) > 0.15
@@ -71,7 +71,7 @@ def test_the_error_is_the_one_worked_out_by_hand():
     assert calibration_error(p, y) == pytest.approx(by_hand)
 
 
-def test_another_mix_of_classes_gives_the_probabilities_of_bayes():
+def test_another_prior_gives_the_probabilities_of_bayes_rule():
     """Two classes of one column each with unit variance: the posterior is known for any mix."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=1000)
@@ -87,7 +87,7 @@ def test_another_mix_of_classes_gives_the_probabilities_of_bayes():
     np.testing.assert_allclose(corrected, posterior(target), rtol=1e-9)
 
 
-def test_classes_that_are_not_named_share_the_rest():
+def test_unnamed_classes_share_the_remaining_prior():
     offsets = compute_prior_offsets({"a": 10, "b": 30, "c": 60}, {"a": 0.4}, ["a", "b", "c"])
     after = np.exp(offsets) * [0.1, 0.3, 0.6]
     np.testing.assert_allclose(after, [0.4, 0.2, 0.4])
@@ -97,7 +97,7 @@ def test_classes_that_are_not_named_share_the_rest():
     ({"d": 0.5}, "not one of the 3 classes"), ({"a": 0.0}, "not above 0"), ({"a": float("nan")}, "not above 0"),
     ({"a": 1.0}, "nothing is left"),
 ])  # fmt: skip
-def test_priors_that_cannot_be_are_refused(target, words):
+def test_invalid_priors_are_refused(target, words):
     with pytest.raises(ConfigError, match=words):
         compute_prior_offsets({"a": 1, "b": 1, "c": 1}, target, ["a", "b", "c"])
 
@@ -113,7 +113,7 @@ def test_scores_come_from_decisions_or_from_probabilities():
     np.testing.assert_allclose(softmax(compute_logits(near, X), axis=1), near.predict_proba(X), atol=1e-9)
 
 
-def test_a_calibration_is_kept_as_json_and_refused_when_it_cannot_be():
+def test_a_calibration_is_stored_as_json_and_validated():
     calibration = Calibration(1.7, (0.1, -0.2))
     assert Calibration.from_dict(calibration.to_dict(), 2) == calibration
     for facts in (

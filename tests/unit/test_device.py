@@ -50,6 +50,6 @@ def test_value_and_gradient_are_those_on_the_cpu(device, dtype, link, size):
 def test_a_device_that_is_not_there_is_said():
     X, y = data("classes", 30)
     for name in ("nowhere", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device is '{name}', which is not there"):
+        with pytest.raises(ValueError, match=f"device is '{name}', which is not available"):
             SoftmaxRegression(device=name).fit(X, y)
     assert SoftmaxRegression(device="auto").fit(X, y).coef_.shape == (4, 20)

@@ -288,7 +288,7 @@ def test_single_precision_probabilities_are_accepted():
         (["cat"], "found 1 labels and 2 predictions"),
     ],
 )
-def test_labels_that_are_no_class_are_named(labels, message):
+def test_unknown_labels_are_named(labels, message):
     with pytest.raises(ConfigError, match=message):
         score_classification(labels, [[0.5, 0.5], [0.5, 0.5]], ["cat", "dog"])
 
@@ -303,7 +303,7 @@ def test_labels_that_are_no_class_are_named(labels, message):
         (np.empty((0, 2)), "at least one row"),
     ],
 )
-def test_what_is_no_probability_is_refused(probabilities, message):
+def test_values_that_are_not_probabilities_are_refused(probabilities, message):
     with pytest.raises(ConfigError, match=message):
         score_classification(["cat"], probabilities, ["cat", "dog"])
 

@@ -72,7 +72,7 @@ def test_scores_are_those_of_separate_fits_on_each_fold(scoring):
     np.testing.assert_array_equal(found.coef_, SoftmaxRegression(found.C_).fit(X, y).coef_)
 
 
-def test_no_fold_knows_anything_of_its_held_out_rows():
+def test_a_fold_does_not_depend_on_its_held_out_rows():
     X, y = rows(240, 30, 3)
     cv = list(StratifiedKFold(4).split(X, y))
     honest = SoftmaxRegressionCV(FEW, cv=cv).fit(X, y).scores_
@@ -126,7 +126,7 @@ def test_weights_count_in_fits_and_in_scores():
             assert found.scores_[fold, column] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_class_that_a_fold_does_not_train_on_is_never_answered():
+def test_a_class_absent_from_a_fold_is_never_predicted():
     X, y = rows(90, 6, 3)
     groups = np.where(y == 2, 0, np.random.default_rng(0).integers(1, 3, 90))
     cv = list(GroupKFold(3).split(X, y, groups))
@@ -136,7 +136,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_never_answered():
     assert found.predict_proba(X).shape == (90, 3)
 
 
-def test_folds_in_processes_give_the_same_answer():
+def test_folds_in_processes_give_the_same_result():
     X, y = rows(120, 6, 3)
     one, two = (SoftmaxRegressionCV(FEW, cv=3, n_jobs=jobs).fit(X, y) for jobs in (None, 2))
     np.testing.assert_array_equal(one.scores_, two.scores_)
@@ -156,7 +156,7 @@ def _process(head: object, X: object, y: object) -> float:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_folds_side_by_side_give_the_bits_of_folds_in_turn(threads, monkeypatch):
+def test_parallel_folds_give_the_bits_of_sequential_folds(threads, monkeypatch):
     X, y = rows(400, 24, 5)
     search = SoftmaxRegressionCV(FEW, cv=5, refit=False, scoring="neg_log_loss")
     with threadpool_limits(threads, user_api="blas"):
@@ -203,7 +203,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         SoftmaxRegressionCV(**settings).fit(*rows(60, 4, 3))
 
 
-def test_a_saved_search_answers_the_same():
+def test_a_saved_search_predicts_the_same():
     X, y = rows(90, 5, 3)
     found = SoftmaxRegressionCV(FEW, cv=3).fit(X, y)
     np.testing.assert_array_equal(loads(dumps(found)).predict_proba(X), found.predict_proba(X))

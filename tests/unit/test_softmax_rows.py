@@ -30,7 +30,7 @@ class File:
 
 
 @pytest.mark.parametrize("k", [2, 12])
-def test_rows_of_a_file_give_the_answer_of_rows_in_memory(tmp_path, k):
+def test_rows_in_a_file_give_the_predictions_of_rows_in_memory(tmp_path, k):
     X, y = rows(4000, 24, k)
     X.tofile(tmp_path / "rows")
     scaler = StandardScaler().fit(X.astype(np.float64))

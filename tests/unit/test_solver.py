@@ -24,7 +24,7 @@ def two_loops(pairs, gradient, inverse):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_a_step_is_that_of_the_two_loops(groups):
+def test_the_search_direction_equals_that_of_the_two_loop_recursion(groups):
     rng = np.random.default_rng(0)
     memory, k, width = LBFGSHistory(), 2, 6
     root = rng.normal(size=(groups, k * width, k * width))
@@ -54,7 +54,7 @@ def test_a_step_is_that_of_the_two_loops(groups):
 
 
 @pytest.mark.parametrize("kind", ["copies", "unequal columns", "plain"])
-def test_few_rows_reach_the_minimum_also_where_their_products_are_singular(kind, monkeypatch):
+def test_few_rows_reach_the_minimum_even_if_their_gram_matrix_is_singular(kind, monkeypatch):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 4, 60)
     X = rng.normal(size=(4, 150))[y] + 3 * rng.normal(size=(60, 150))
@@ -85,8 +85,8 @@ def value_at(head: SoftmaxRegression, X: np.ndarray, y: np.ndarray) -> float:
     return float(problem.evaluate(np.column_stack([head.coef_, head.intercept_])).values.sum())
 
 
-def passes_of(X: np.ndarray, y: np.ndarray, monkeypatch, **settings: float) -> tuple[int, float]:
-    """Passes over all rows until the minimum, and f there."""
+def count_passes(X: np.ndarray, y: np.ndarray, monkeypatch, **settings: float) -> tuple[int, float]:
+    """The number of passes over all rows until the minimum, and the value of f there."""
     rows, at = [], LogisticProblem.evaluate
     with monkeypatch.context() as changed:
         for name, value in settings.items():
@@ -96,23 +96,15 @@ def passes_of(X: np.ndarray, y: np.ndarray, monkeypatch, **settings: float) -> t
     return rows.count(len(X)), value_at(head, X, y)
 
 
-def test_scaling_all_weights_spares_steps_and_changes_no_minimum(monkeypatch):
+def test_a_start_from_a_sample_saves_passes_and_reaches_the_same_minimum(monkeypatch):
     X, y = nearly_separable()
-    plain = passes_of(X, y, monkeypatch, STEPS_BETWEEN_RESCALES=10**9, MIN_PRODUCTS_FOR_WARM_START=np.inf)
-    scaled = passes_of(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=np.inf)
-    assert scaled[0] < plain[0]
-    assert scaled[1] == pytest.approx(plain[1], rel=1e-6)
-
-
-def test_a_start_from_a_sample_spares_passes_and_changes_no_minimum(monkeypatch):
-    X, y = nearly_separable()
-    plain = passes_of(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=np.inf)
-    sampled = passes_of(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=0)
+    plain = count_passes(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=np.inf)
+    sampled = count_passes(X, y, monkeypatch, MIN_PRODUCTS_FOR_WARM_START=0)
     assert sampled[0] < plain[0]
     assert sampled[1] == pytest.approx(plain[1], rel=1e-6)
 
 
-def test_a_sample_without_enough_of_a_class_or_that_tells_nothing_is_no_start(monkeypatch):
+def test_a_sample_with_too_few_rows_of_a_class_or_a_high_loss_is_not_used_as_start(monkeypatch):
     X, y = nearly_separable()
     monkeypatch.setattr(solver, "MIN_PRODUCTS_FOR_WARM_START", 0)
 
@@ -129,7 +121,7 @@ def test_a_sample_without_enough_of_a_class_or_that_tells_nothing_is_no_start(mo
 
 
 @pytest.mark.parametrize("fit_intercept", [False, True])
-def test_what_zero_weights_cost_is_told_without_a_pass(fit_intercept):
+def test_the_loss_at_zero_weights_is_computed_without_a_pass(fit_intercept):
     rng = np.random.default_rng(0)
     y = rng.choice(3, 50, p=[0.7, 0.2, 0.1])
     problem = LogisticProblem(rng.normal(size=(50, 4)), y, rng.random(50), "softmax", 3, fit_intercept)

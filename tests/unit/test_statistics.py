@@ -116,7 +116,7 @@ def test_a_dropped_class_leaves_the_others_means_and_the_shared_covariance(rows:
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "gram", "apart"])
-def test_they_are_stored_in_a_triangle_and_read_again(kind: Any, rows: Any) -> None:
+def test_statistics_are_stored_as_a_triangle_and_restored(kind: Any, rows: Any) -> None:
     X, y = rows
     whole = compute_statistics(kind, X, y, K)
     again = SufficientStatistics.from_arrays(whole.to_arrays())
@@ -132,7 +132,7 @@ def test_they_are_stored_in_a_triangle_and_read_again(kind: Any, rows: Any) -> N
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "gram", "apart"])
-def test_rows_that_are_made_up_have_the_means_and_the_scatter(kind: Any, rows: Any) -> None:
+def test_sampled_rows_have_the_means_and_the_scatter_of_the_statistics(kind: Any, rows: Any) -> None:
     X, y = rows
     drawn, codes = compute_statistics(kind, X, y, K).sample_rows(20_000)
     again = compute_statistics("gram", drawn, codes, K)
@@ -142,7 +142,7 @@ def test_rows_that_are_made_up_have_the_means_and_the_scatter(kind: Any, rows: A
     assert np.allclose(np.sqrt(np.diag(spread)), np.sqrt((centred**2).mean(axis=0)), rtol=0.3)
 
 
-def test_heads_without_a_closed_form_get_what_a_ridge_takes() -> None:
+def test_heads_without_a_closed_form_are_replaced_by_a_ridge() -> None:
     assert find_statistics_kind(heads.build("logistic")) == ("gram", False)
     assert find_statistics_kind(heads.build("ridge", params={"class_weight": "balanced"})) == ("gram", False)
     assert find_statistics_kind(heads.build("centroid", params={"metric": "manhattan"})) == ("gram", False)

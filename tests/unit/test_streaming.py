@@ -117,7 +117,7 @@ def test_the_scaler_is_the_one_of_all_rows():
 
 
 @pytest.mark.parametrize("name", ["ridge", "lda", "centroid"])
-def test_halves_are_summed_as_exactly_as_they_are_stored(name):
+def test_float16_rows_are_summed_without_loss_of_precision(name):
     X, y = data()
     X = ((X - X.mean(axis=0)) / np.maximum(X.std(axis=0), 1e-6) + 3).astype(np.float16)
     X[:, 5] = np.random.default_rng(1).normal(size=len(X))
@@ -129,7 +129,7 @@ def test_halves_are_summed_as_exactly_as_they_are_stored(name):
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 7), (3000, 70)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_halves_are_converted_to_the_bit(shape, dtype):
+def test_float16_is_converted_exactly(shape, dtype):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float16)
     x.flat[::7] = np.inf
     x.flags.writeable = False
@@ -139,7 +139,7 @@ def test_halves_are_converted_to_the_bit(shape, dtype):
         np.testing.assert_array_equal(found, array.astype(dtype))
 
 
-def test_rows_that_are_not_finite_are_noticed():
+def test_rows_that_are_not_finite_are_refused():
     X, y = data()
     X[400, 3] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -197,7 +197,7 @@ def test_memory_stays_flat_however_many_rows_there_are():
     assert most < 60e6  # of 256 MB in float64; the labels and their codes take 8 bytes a row each
 
 
-def test_a_head_that_needs_all_rows_says_which_do_not():
+def test_a_head_that_cannot_stream_names_those_that_can():
     X, y = data()
     assert not can_stream(pipeline(KNeighborsClassifier()))
     with pytest.raises(ConfigError, match="in memory; take logistic, linear, mlp, ridge, lda or centroid"):

@@ -135,7 +135,7 @@ def test_the_losses_of_numbers_are_torchs():
         torch.testing.assert_close(found, theirs.mean(dim=1))
 
 
-def test_blends_of_two_rows_have_the_loss_of_blended_answers():
+def test_mixup_has_the_loss_of_mixed_targets():
     scores, codes, labels = scores_and_codes(3)
     order, ones = torch.randperm(40, generator=torch.Generator().manual_seed(1)), torch.ones(40).double()
     one_hot = functional.one_hot(codes, 3).double()
@@ -173,7 +173,7 @@ def test_logit_adjustment_of_balanced_rows_changes_nothing():
 
 
 @pytest.mark.parametrize("loss", ["absolute", "huber"])
-def test_a_regressor_on_nothing_answers_with_the_minimiser_of_its_loss(loss):
+def test_a_regressor_on_constant_features_predicts_the_minimiser_of_its_loss(loss):
     y = np.append(np.random.default_rng(0).normal(size=100) ** 3, 60.0)
     head = LinearRegressor(loss=loss, huber_delta=0.5, learning_rate=0.05, epochs=800, **TO_THE_OPTIMUM)
     head.fit(np.zeros((101, 2)), y)
@@ -257,7 +257,7 @@ def torchs_rates(scheduler, steps: int, **settings) -> list[float]:
         ("one-cycle", torch.optim.lr_scheduler.OneCycleLR, {"max_lr": 0.4, "total_steps": 41, "cycle_momentum": False}),
     ],
 )
-def test_a_schedule_is_torchs(name, scheduler, settings):
+def test_a_schedule_equals_that_of_torch(name, scheduler, settings):
     rate = make_schedule(NetworkTrainingConfig(schedule=name), 0.4, settings.get("total_steps", 40))
     np.testing.assert_allclose([rate(step) for step in range(40)], torchs_rates(scheduler, 40, **settings), rtol=1e-9)
 
@@ -332,7 +332,7 @@ def test_the_recipe_of_keras_is_that_of_torchs_own_modules_from_the_same_start()
     np.testing.assert_allclose(head.predict_proba(X), theirs, atol=1e-8)
 
 
-def test_what_was_learnt_in_float32_predicts_in_float32():
+def test_a_head_trained_in_float32_predicts_in_float32():
     X, y = rows(80, 10)
     head = MLPClassifier(16, epochs=3, random_state=0).fit(X.astype(np.float16), y)
     assert {a.dtype for a in head.coefs_ + head.intercepts_} == {np.dtype(np.float32)}
@@ -345,7 +345,7 @@ def test_what_was_learnt_in_float32_predicts_in_float32():
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
-def test_given_validation_rows_are_watched_and_their_curves_are_those_of_the_head(early_stopping):
+def test_validation_curves_are_computed_on_the_given_validation_rows(early_stopping):
     X, y = rows(90, 30)
     y = np.array(["ant", "bee", "cat"])[y]
     settings = {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0, "random_state": 0, "patience": 3}
@@ -369,7 +369,7 @@ def test_the_validation_score_of_a_regressor_is_r2():
     assert head.validation_score_curve_[-1] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_validation_rows_are_weighed_as_training_rows_are():
+def test_validation_rows_are_weighted_as_training_rows_are():
     X, y = rows(300, 5)
     held = (X[200:], y[200:])
     settings = {"epochs": 2, "random_state": 0}
@@ -393,7 +393,7 @@ def test_validation_rows_are_weighed_as_training_rows_are():
         (lambda X, y: X, r"a pair \(X, y\)"),
     ],
 )
-def test_validation_rows_that_make_no_sense_are_refused(validation, message):
+def test_invalid_validation_rows_are_refused(validation, message):
     X, y = rows()
     with pytest.raises(ValueError, match=message):
         LinearClassifier(epochs=1).fit(X, y, validation=validation(X, y))
@@ -459,7 +459,7 @@ def test_a_streamed_pass_has_every_row_once_with_its_own_target(small_buffers, t
     assert torch.cat([batch.X[:, 0].clone() for batch in found.iter_in_order()]).tolist() == numbers.tolist()
 
 
-def test_a_batch_holds_for_as_long_as_a_step_takes(small_buffers, tmp_path, monkeypatch):
+def test_a_batch_is_valid_until_the_next_is_requested(small_buffers, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "PREFETCHED_VALUES", 1)
     found = BatchSource(on_disk(numbered(203), tmp_path / "X"), np.arange(203), np.ones(203))
     for batch in found.iter_shuffled(20, torch.Generator().manual_seed(0)):
@@ -468,7 +468,7 @@ def test_a_batch_holds_for_as_long_as_a_step_takes(small_buffers, tmp_path, monk
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-def test_a_source_is_told_of_runs_before_they_are_read(small_buffers, left_out):
+def test_runs_are_announced_to_the_source_before_they_are_read(small_buffers, left_out):
     class Source:
         def __init__(self, X: np.ndarray) -> None:
             self.X, self.shape, self.dtype = X, X.shape, X.dtype
@@ -491,7 +491,7 @@ def test_a_source_is_told_of_runs_before_they_are_read(small_buffers, left_out):
     assert sorted(torch.cat([batch.X[:, 0] for batch in passes(found, 7)[0]]).tolist()) == numbers.tolist()
 
 
-def test_a_streamed_batch_has_rows_of_many_blocks_and_no_pass_is_like_another(small_buffers, tmp_path):
+def test_a_streamed_batch_mixes_many_blocks_and_passes_differ(small_buffers, tmp_path):
     found = BatchSource(on_disk(numbered(300), tmp_path / "X"), np.zeros(300), np.ones(300))
     one, other = passes(found, 20, 2)
     assert min(len(set((batch.X[:, 0] // 5).tolist())) for batch in one) >= 6
@@ -512,7 +512,7 @@ def test_balanced_sampling_draws_classes_equally_often(small_buffers, tmp_path, 
     np.testing.assert_allclose(np.bincount(torch.cat(drawn)) / 18_000, 1 / 3, atol=0.02)
 
 
-def test_balanced_sampling_answers_as_balanced_weights_do():
+def test_balanced_sampling_predicts_as_balanced_weights_do():
     rng = np.random.default_rng(0)
     y = (rng.random(600) < 0.1).astype(int)
     X = rng.normal(size=(600, 4)) + 0.8 * y[:, None]
@@ -553,7 +553,7 @@ def test_a_streamed_fit_repeats_itself_and_learns_what_a_fit_in_memory_learns(sm
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_rows_of_weight_zero_and_held_out_rows_are_not_learnt_from(request, tmp_path, streamed):
+def test_rows_of_weight_zero_and_held_out_rows_are_not_trained_on(request, tmp_path, streamed):
     if streamed:
         request.getfixturevalue("small_buffers")
     X, y = rows(300)
@@ -576,7 +576,7 @@ def test_a_row_that_is_not_finite_is_named(small_buffers, tmp_path):
 # The house ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_small_fit_works_on_one_thread_and_gives_the_others_back(monkeypatch):
+def test_a_small_fit_uses_one_thread_and_restores_the_thread_count(monkeypatch):
     X, y = rows(60)
     seen, real = [], Network.__call__
 
@@ -599,7 +599,7 @@ def test_a_small_fit_works_on_one_thread_and_gives_the_others_back(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_fits_at_the_same_time_give_the_threads_back():
+def test_concurrent_fits_restore_the_thread_count():
     X, y = rows(60)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -652,6 +652,6 @@ def test_settings_out_of_range_are_refused(settings):
         MLPClassifier(**settings).fit([[0.0], [1.0]], [0, 1])
 
 
-def test_a_loss_of_numbers_is_none_of_a_classifier():
+def test_a_classifier_refuses_a_regression_loss():
     with pytest.raises(ValueError, match="loss is 'focal'; give one of squares, absolute, huber"):
         LinearRegressor(loss="focal").fit([[0.0], [1.0]], [0, 1])

@@ -1,1 +1,1 @@
-"""Heads that are solved in closed form, from sums over rows."""
+"""Heads with a closed-form solution from sums over rows."""

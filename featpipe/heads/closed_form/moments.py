@@ -1,4 +1,4 @@
-"""Sums over rows from which closed-form heads are exact, however many rows there are and wherever they lie."""
+"""First and second moments of rows, from which closed-form heads are solved exactly, in one pass over the rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Moments", "RowSource", "compute_moments", "iter_row_blocks", "read_r
 
 Array = NDArray[np.float64]
 
-DIAGONAL_BLOCK_ELEMENTS = 1 << 20  # that several operations in turn find in a core's cache
-GRAM_BLOCK_ELEMENTS = 1 << 22  # whose product is as large as a small block
+DIAGONAL_BLOCK_ELEMENTS = 1 << 20  # so that consecutive operations find a block in a core's cache
+GRAM_BLOCK_ELEMENTS = 1 << 22  # larger, because each block costs a d × d product
 SHIFT_SAMPLE_ROWS = 1000
 MIN_ROWS_PER_CLASS_SUM, ROWS_PER_CLASS_SUM = 1024, 128
 
 
 class RowSource(Protocol):
-    """Rows that need not fit into memory: a memory map, or a view of some rows of a cache."""
+    """Rows that need not fit into memory: a memory map, or a view of rows of a cache."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -33,7 +33,7 @@ class RowSource(Protocol):
 
 
 def read_rows_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
-    """Rows of a source to a place for them, of the type that is stored."""
+    """Read rows into an array of the stored type."""
     if hasattr(source, "read_into"):
         source.read_into(out, rows)
     else:
@@ -41,7 +41,7 @@ def read_rows_into(source: RowSource, out: NDArray[Any], rows: slice) -> None:
 
 
 def iter_row_blocks(source: RowSource, block_elements: int) -> Iterator[slice]:
-    """Runs of rows of about so many numbers, in order."""
+    """Consecutive slices of rows with about ``block_elements`` values each."""
     n, d = source.shape
     block_rows = max(1, block_elements // max(1, d))
     return (slice(start, min(n, start + block_rows)) for start in range(0, n, block_rows))
@@ -49,9 +49,9 @@ def iter_row_blocks(source: RowSource, block_elements: int) -> Iterator[slice]:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Weighted sums over n rows x of width d and their targets y of width t, with x taken from ``shift``.
+    """Weighted sums over n rows x of width d and their targets y of width t, with x measured from ``shift``.
 
-    Those of two sets of rows with one shift can be added.
+    Moments of two sets of rows with the same shift can be added.
 
     Attributes
     ----------
@@ -61,15 +61,15 @@ class Moments:
     x : ndarray of shape (d,)
         Σ w (x - shift)
     gram : ndarray of shape (d, d) or (d,)
-        Σ w (x - shift)(x - shift)ᵀ, or its diagonal alone
+        Σ w (x - shift)(x - shift)ᵀ, or only its diagonal
     y : ndarray of shape (t,)
         Σ w y
     cross : ndarray of shape (d, t)
         Σ w (x - shift) yᵀ
     shift : ndarray of shape (d,)
-        Near the mean, so that the differences of sums keep their digits.
-    plain, squares : ndarray of shape (d,)
-        Σ (x - shift) and Σ (x - shift)², without weights, as a scaler takes them.
+        Near the mean, to avoid cancellation.
+    unweighted_sum, unweighted_square_sum : ndarray of shape (d,)
+        Σ (x - shift) and Σ (x - shift)² without weights, for the scaler, which ignores weights.
     """
 
     rows: int
@@ -84,12 +84,12 @@ class Moments:
 
     @property
     def mean(self) -> Array:
-        """Of the rows, without weights, shape (d,)."""
+        """Unweighted mean of the rows, shape (d,)."""
         return self.shift + self.unweighted_sum / self.rows
 
     @property
     def variance(self) -> Array:
-        """Of each column, without weights, shape (d,)."""
+        """Unweighted variance of each column, shape (d,)."""
         return np.maximum(self.unweighted_square_sum / self.rows - (self.unweighted_sum / self.rows) ** 2, 0.0)
 
     def __add__(self, other: Moments) -> Moments:
@@ -109,7 +109,7 @@ class Moments:
 
     def standardize(self, center: Array, scale: Array) -> Moments:
         """The moments of (x - center) / scale, with shift 0."""
-        offset = self.shift - center  # x - center = (x - shift) + move
+        offset = self.shift - center  # x - center = (x - shift) + offset
         x = self.x + self.weight * offset
         if self.gram.ndim == 2:
             gram = self.gram + np.outer(self.x, offset) + np.outer(offset, x)
@@ -144,32 +144,32 @@ def compute_moments(
     n_classes: int | None = None,
     shift: Array | None = None,
 ) -> Moments:
-    """Gather moments in one pass over the rows, on all threads that BLAS may use.
+    """Compute moments in one pass over the rows, on all threads that BLAS may use.
 
     Parameters
     ----------
     source : RowSource of shape (n, d)
-    targets : ndarray of shape (n, t), or (n,) with ``k``
-        Numbers; or class codes, which stand for k columns of 0 and 1.
+    targets : ndarray of shape (n, t), or (n,) with ``n_classes``
+        Numbers; or class codes, which stand for ``n_classes`` columns of 0 and 1.
     weights : ndarray of shape (n,), optional
-    outer : bool
-        The whole Gram matrix, or its diagonal alone.
-    k : int, optional
+    full_gram : bool
+        Compute the whole Gram matrix, or only its diagonal.
+    n_classes : int, optional
     shift : ndarray of shape (d,), optional
-        That of the moments to which these are to be added; near the mean of the first rows if not given.
+        The shift of moments that these will be added to; by default the mean of the first rows.
 
     Raises
     ------
     ValueError
-        If a row holds NaN or infinity.
+        If X contains NaN or infinity.
     """
     n, d = source.shape
-    # Of float16 even the products are exact in float32; sums over blocks are in float64 always.
+    # Products of float16 values are exact in float32; sums over blocks are always in float64.
     dtype = np.float32 if source.dtype == np.float16 else np.float64
     if shift is None:
         shift = np.asarray(source[: min(n, SHIFT_SAMPLE_ROWS)], np.float64).mean(axis=0).astype(dtype)
     elif not np.array_equal(shift, shift.astype(dtype)):
-        dtype = np.float64  # in float32 it would be another shift
+        dtype = np.float64  # float32 would round the shift
 
     row_blocks = list(iter_row_blocks(source, GRAM_BLOCK_ELEMENTS if full_gram else DIAGONAL_BLOCK_ELEMENTS))
     read_buffers = _ReadBuffers(source, dtype, row_blocks[0].stop)
@@ -212,7 +212,7 @@ def compute_moments(
 
 
 class _ReadBuffers(threading.local):
-    """Where each thread reads its rows to: memory that is new for each block has to be cleared by the system."""
+    """Read buffers of each thread, reused because the system has to zero newly allocated memory."""
 
     def __init__(self, source: RowSource, dtype: Any, rows: int) -> None:
         self.source = source
@@ -221,7 +221,7 @@ class _ReadBuffers(threading.local):
         )
 
     def read(self, rows: slice) -> NDArray[Any]:
-        """Rows of the source as numbers that may be changed, until the thread reads others."""
+        """Rows as floats in a buffer that the caller may modify and the next call overwrites."""
         stored_rows, float_rows = (
             buffer[: rows.stop - rows.start] for buffer in (self.stored_buffer, self.float_buffer)
         )
@@ -230,16 +230,15 @@ class _ReadBuffers(threading.local):
 
 
 def _target_sums(x: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Σ w y and Σ w x yᵀ of numbers y."""
+    """Σ w y and Σ w x yᵀ for numeric targets."""
     weighted_targets = targets.astype(x.dtype) * weights[:, None]
     return weighted_targets.sum(axis=0), x.T @ weighted_targets
 
 
 def _class_sums(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_classes: int) -> tuple[Array, Array]:
-    """The same of columns of 0 and 1, of which each row has a single 1: sums of its rows for each class.
+    """Σ w y and Σ w x yᵀ for class codes: the weighted sum of the rows of each class.
 
-    A product with the columns takes as long as there are classes. So few rows at a time that sums in float32 keep
-    their digits.
+    A sparse product costs the same for any number of classes. Blocks are short enough that float32 sums stay accurate.
     """
     from scipy.sparse import csc_array
 

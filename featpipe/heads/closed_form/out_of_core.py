@@ -1,4 +1,4 @@
-"""Fit a head on rows that do not fit into memory: with one pass, where there is a closed form, else pass after pass."""
+"""Fit a head to rows that do not fit into memory: in one pass if it has a closed form, otherwise in several."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 
 
 def can_stream(pipeline: Pipeline) -> bool:
-    """Whether `fit_streamed` knows the head of a pipeline."""
+    """Whether `fit_streamed` supports the head of a pipeline."""
     head = pipeline.named_steps["head"]
     return type(head) in _CLOSED_FORM_FITTERS or hasattr(head, "_fit_rows")
 
@@ -43,12 +43,12 @@ def can_stream(pipeline: Pipeline) -> bool:
 def fit_streamed(
     pipeline: Pipeline, source: RowSource, y: NDArray[Any], sample_weight: ArrayLike | None = None
 ) -> Pipeline:
-    """Fit a pipeline that `featpipe.heads.build` made, reading rows block by block.
+    """Fit a pipeline from `featpipe.heads.build`, reading rows in blocks.
 
     Parameters
     ----------
     pipeline : Pipeline
-        Of the steps "scale" and "head"; it is fitted in place.
+        With the steps "scale" and "head"; fitted in place.
     source : RowSource of shape (n, d)
     y : ndarray of shape (n,), (n, k) or (n, t)
     sample_weight : array-like of shape (n,), optional
@@ -56,14 +56,13 @@ def fit_streamed(
     Returns
     -------
     Pipeline
-        What ``pipeline.fit`` would have made of the rows in memory, to rounding: ridge, lda and centroid from sums
-        over one pass, logistic from as many passes as its solver takes steps. Only mlp and linear see the
-        rows in another order.
+        Equal to the result of ``pipeline.fit`` up to rounding: ridge, lda and centroid take one pass, logistic one
+        pass per solver step. Only mlp and linear use the rows in another order.
 
     Raises
     ------
     ConfigError
-        If the head needs all rows at once.
+        If the head needs all rows in memory.
     """
     head, scaler = pipeline.named_steps["head"], pipeline.named_steps["scale"]
     if not can_stream(pipeline):
@@ -126,7 +125,7 @@ def _fit_lda(
 
 
 def _class_covariance(shrinkage: Any, source: Any, rows: NDArray[np.intp], center: Array, scale: Array) -> Array:
-    """The covariance of one class, whose rows are few enough for memory."""
+    """The covariance of one class, whose rows must fit into memory."""
     class_rows = np.asarray(source[rows], np.float64)
     if shrinkage == "auto":
         covariance, constant_variances = compute_ledoit_wolf_covariance(class_rows)

@@ -1,4 +1,4 @@
-"""Closed-form heads, and the scaler before them, from sums over rows."""
+"""Solve closed-form heads, and the scaler before them, from moments of the rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fit_scaler(scaler: StandardScaler, moments: Moments) -> None:
     rounding_error = moments.rows * np.finfo(np.float64).eps
     is_constant = (
         variance <= rounding_error * variance + (rounding_error * mean) ** 2
-    )  # as scikit-learn's, so that noise is not scaled up
+    )  # scikit-learn's criterion: rounding noise is not scaled up
     scale = np.where(is_constant, 1.0, np.sqrt(variance))
     scaler.n_features_in_, scaler.n_samples_seen_ = len(mean), moments.rows
     scaler.mean_ = mean if scaler.with_mean or scaler.with_std else None
@@ -53,14 +53,14 @@ def fit_scaler(scaler: StandardScaler, moments: Moments) -> None:
 
 
 def standardize_moments(scaler: StandardScaler | str, moments: Moments) -> Moments:
-    """The moments of what the head sees; the scaler is fitted."""
+    """Fit the scaler and return the moments of the scaled rows."""
     if isinstance(scaler, StandardScaler):
         fit_scaler(scaler, moments)
     return moments.standardize(*get_center_and_scale(scaler, len(moments.shift)))
 
 
 def get_center_and_scale(scaler: StandardScaler | str, n_features: int) -> tuple[Array, Array]:
-    """What a fitted scaler takes from rows, and divides them by."""
+    """The offset and divisor of a fitted scaler, zeros and ones for a passthrough."""
     center, scale = np.zeros(n_features), np.ones(n_features)
     if isinstance(scaler, StandardScaler):
         return scaler.mean_ if scaler.with_mean else center, scaler.scale_ if scaler.with_std else scale
@@ -68,35 +68,35 @@ def get_center_and_scale(scaler: StandardScaler | str, n_features: int) -> tuple
 
 
 def fit_ridge_from_moments(head: Ridge, moments: Moments, single_target: bool) -> None:
-    """Fit to targets, of which there may be a single one."""
+    """Fit a ridge regression; a single target gives a 1-d ``coef_``."""
     coef, intercept = _solve_ridge(head, moments)
     head.coef_, head.intercept_ = (coef[0], float(intercept[0])) if single_target else (coef, intercept)
     head.n_iter_, head.solver_ = None, "cholesky"
 
 
 def fit_ridge_classifier_from_moments(head: RidgeClassifier, moments: Moments, classes: NDArray[Any]) -> None:
-    """Fit to class codes, which stand for columns of 0 and 1."""
+    """Fit a ridge classifier from the moments of class codes."""
     if isinstance(head.alpha, str) and head.class_weight is None:
         moments = _balance_classes(moments)
     target_sums, cross = (
         2 * moments.y - moments.weight,
         2 * moments.cross - moments.x[:, None],
-    )  # of 1 and -1 instead of 1 and 0
+    )  # targets 1 and -1 instead of 1 and 0
     if len(classes) == 2:
         target_sums, cross = target_sums[1:], cross[:, 1:]
     signed = replace(moments, y=target_sums, cross=cross)
     head.coef_, head.intercept_ = _solve_ridge(head, signed)
     head._label_binarizer = LabelBinarizer(pos_label=1, neg_label=-1).fit(classes)
-    with suppress(AttributeError):  # a property in some versions
+    with suppress(AttributeError):  # a property in some versions of scikit-learn
         head.classes_ = classes
     head.n_iter_, head.solver_ = None, "cholesky"
 
 
 def _balance_classes(moments: Moments) -> Moments:
-    """With means of classes that all weigh alike, about the scatter within classes as it is.
+    """Give all classes the same weight in the scatter between classes; the scatter within classes is unchanged.
 
-    Least squares gives classes of few rows too little room: of a class that came with a single image, beside 98 of four
-    others, nothing was found again. Weights of rows would need the scatter of each class; of means the sums do.
+    Least squares suppresses rare classes: a class with one image beside 98 images of four other classes was never
+    predicted. Row weights would need the scatter matrix of each class; weights of class means need only these sums.
     """
     class_means = moments.cross / moments.y
     class_weights = np.full(len(moments.y), moments.weight / len(moments.y))
@@ -107,7 +107,7 @@ def _balance_classes(moments: Moments) -> Moments:
 
 
 def _solve_ridge(head: Any, moments: Moments) -> tuple[Array, Array]:
-    """Coefficients (t, d) and intercepts (t,)."""
+    """Solve for coefficients of shape (t, d) and intercepts of shape (t,)."""
     from scipy.linalg import solve
 
     x_mean, y_mean = moments.x / moments.weight, moments.y / moments.weight
@@ -118,7 +118,7 @@ def _solve_ridge(head: Any, moments: Moments) -> tuple[Array, Array]:
             cross - moments.weight * np.outer(x_mean, y_mean),
         )
     alpha = head.alpha
-    if isinstance(alpha, str):  # "auto", of targets 1 and -1
+    if isinstance(alpha, str):  # "auto", for targets 1 and -1
         target_sum_of_squares = moments.weight * float((1 - y_mean**2).sum())
         alpha = head.alpha_ = select_alpha_by_evidence(gram, cross, target_sum_of_squares, moments.weight)
     alphas = np.broadcast_to(np.asarray(alpha, np.float64), cross.shape[1:])
@@ -132,7 +132,10 @@ def _solve_ridge(head: Any, moments: Moments) -> tuple[Array, Array]:
 def fit_lda_from_moments(
     head: LinearDiscriminantAnalysis, moments: Moments, classes: NDArray[Any], covariance: Array | None = None
 ) -> None:
-    """Fit to class codes; from a covariance that was shrunk class by class, or from that of the moments."""
+    """Fit an LDA from the moments of class codes.
+
+    ``covariance`` is the within-class covariance if it was shrunk class by class; by default that of the moments.
+    """
     from scipy.linalg import lstsq
 
     priors = moments.y / moments.weight if head.priors is None else np.asarray(head.priors, np.float64)
@@ -151,7 +154,7 @@ def fit_lda_from_moments(
 
 
 def shrink_covariance(covariance: Array, shrinkage: float | None) -> Array:
-    """With its eigenvalues drawn to their mean."""
+    """Shrink the eigenvalues towards their mean."""
     if not shrinkage:
         return covariance
     shrunk_covariance = (1 - shrinkage) * covariance
@@ -160,7 +163,7 @@ def shrink_covariance(covariance: Array, shrinkage: float | None) -> Array:
 
 
 def compute_ledoit_wolf_covariance(x: Array) -> tuple[Array, Array]:
-    """The covariance of the rows of one class, shrunk as Ledoit and Wolf do on standardised columns.
+    """The covariance of one class, with Ledoit-Wolf shrinkage on standardised columns.
 
     Parameters
     ----------
@@ -169,10 +172,10 @@ def compute_ledoit_wolf_covariance(x: Array) -> tuple[Array, Array]:
     Returns
     -------
     covariance : ndarray of shape (d, d)
-        In the units of x, whatever they are.
-    flat : ndarray of shape (d,)
-        What the shrinkage gives to the variances of columns that are constant here, which have no unit: scikit-learn
-        counts it in the units of the whole data, standardised.
+        In the units of x.
+    constant_variances : ndarray of shape (d,)
+        The variances that shrinkage gives to columns that are constant in this class. They have no unit; scikit-learn
+        uses them in the units of the standardised data.
     """
     x = x - x.mean(axis=0)
     std = x.std(axis=0)
@@ -187,7 +190,7 @@ def compute_ledoit_wolf_covariance(x: Array) -> tuple[Array, Array]:
 
 
 def fit_centroid_from_moments(head: NearestCentroid, moments: Moments, classes: NDArray[Any]) -> None:
-    """Fit to class codes, from moments of which the diagonal is enough."""
+    """Fit a nearest-centroid head from moments of class codes; the diagonal of the Gram matrix suffices."""
     class_counts, n_rows, n_classes = moments.y, moments.rows, len(classes)
     gram_diagonal = moments.gram if moments.gram.ndim == 1 else moments.gram.diagonal()
     centroids = (moments.cross / class_counts).T
@@ -212,36 +215,35 @@ def fit_centroid_from_moments(head: NearestCentroid, moments: Moments, classes: 
     head.within_class_std_dev_ = within_class_std
 
 
-ALPHA_EXPONENTS = np.arange(20, -41, -1) / 10  # strengths that are tried, the strongest first, by the mean eigenvalue
-MIN_EVIDENCE_GAIN_PER_ROW = 1e-3  # evidence a row, in logarithms: without errors it tells weak strengths not apart
+ALPHA_EXPONENTS = np.arange(20, -41, -1) / 10  # of alpha relative to the mean eigenvalue, strongest first
+MIN_EVIDENCE_GAIN_PER_ROW = 1e-3  # log evidence: on separable rows weak penalties differ by less
 
 
 def select_alpha_by_evidence(gram: Array, cross: Array, target_sum_of_squares: float, n_rows: float) -> float:
-    """The strength of a ridge under which the targets are most probable.
+    """Select the ridge penalty with the highest evidence (marginal likelihood).
 
     Parameters
     ----------
     gram : ndarray of shape (d, d)
-        Of centred rows.
+        Of the centred rows.
     cross : ndarray of shape (d, t)
-        Of centred rows and targets; of classes one column each, or a single one of two classes.
-    total : float
+        Of the centred rows and targets: one column per class, or a single column for two classes.
+    target_sum_of_squares : float
         The sum of squares of the centred targets.
-    n : float
-        Rows.
+    n_rows : float
 
     Notes
     -----
-    The evidence of MacKay, "Bayesian interpolation", Neural Computation 1992: coefficients are normal of variance
-    s² / alpha, errors of variance s², which has its best value for each alpha. It needs the sums alone, and no row
-    left out. Generalized cross-validation needs no more, but divides what is left over by the degrees of freedom that
-    are: with as many features as rows that is nothing by nothing, and on 490 tiles of width 1,280 it took the weakest
-    strength of all, where accuracy was .77 instead of .89.
+    The evidence of MacKay, "Bayesian interpolation", Neural Computation 1992: coefficients are normal with variance
+    s² / alpha, errors have variance s², which is maximised out for each alpha. It needs only the sums and no held-out
+    rows. Generalised cross-validation needs the same sums, but divides the residual by the residual degrees of freedom:
+    with at least as many features as rows both vanish, and on 490 tiles of width 1,280 it selected the weakest penalty,
+    with an accuracy of .77 instead of .89.
     """
     eigenvalues, eigenvectors = np.linalg.eigh(gram)
     eigenvalues = np.maximum(eigenvalues, 0.0)
     squared_projections = ((eigenvectors.T @ cross) ** 2).sum(axis=1)
-    n_targets = max(1, cross.shape[1] - 1)  # of classes the last column follows from the others
+    n_targets = max(1, cross.shape[1] - 1)  # the columns of classes are linearly dependent
     best_evidence, best_alpha = -np.inf, 1.0
     for alpha in max(float(eigenvalues.mean()), np.finfo(np.float64).tiny) * 10.0**ALPHA_EXPONENTS:
         residual_sum_of_squares = max(
@@ -255,20 +257,20 @@ def select_alpha_by_evidence(gram: Array, cross: Array, target_sum_of_squares: f
 
 
 class BayesianRidgeClassifier(RidgeClassifier):
-    """scikit-learn's, and with ``alpha="auto"`` of the strength that has most evidence, with classes that weigh alike.
+    """scikit-learn's RidgeClassifier; ``alpha="auto"`` selects the penalty by evidence and balances the classes.
 
     Parameters
     ----------
     alpha : float or "auto"
     class_weight : mapping or "balanced", optional
-        As there; without, all classes weigh alike under ``"auto"``.
+        As in RidgeClassifier; with ``alpha="auto"``, None gives all classes the same weight.
     fit_intercept, copy_X, max_iter, tol, solver, positive, random_state
-        As there.
+        As in RidgeClassifier.
 
     Attributes
     ----------
     alpha_ : float
-        The strength that was taken, of ``"auto"``.
+        The selected penalty, with ``alpha="auto"``.
     """
 
     __module__ = "featpipe.heads"
@@ -299,7 +301,7 @@ class BayesianRidgeClassifier(RidgeClassifier):
         )
 
     def check_params(self) -> None:
-        """Refuse what no fit takes, with a ValueError."""
+        """Raise ValueError for settings out of range."""
         if isinstance(self.alpha, str) and (self.alpha != "auto" or self.positive or not self.fit_intercept):
             raise ValueError(f"alpha is {self.alpha!r}; give a number, or auto, with an intercept and not positive")
 

@@ -1,4 +1,4 @@
-"""Sums over rows, class by class: all that a closed-form head needs to learn more rows and more classes exactly."""
+"""Sums over rows by class, from which closed-form heads learn further rows and classes exactly."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ __all__ = [
 Array = NDArray[np.float64]
 StatisticsKind = Literal["diagonal", "gram", "apart"]
 
-SAMPLING_SHRINKAGE = 0.1  # of a covariance that was not shrunk before rows are drawn from it
+SAMPLING_SHRINKAGE = 0.1  # of an unshrunk covariance before rows are sampled from it
 
 
 @dataclass(frozen=True, eq=False)
 class SufficientStatistics:
-    """Sums over the rows of k classes, of width d, with x taken from ``shift``.
+    """Sums over the rows of k classes, of width d, with x measured from ``shift``.
 
     Attributes
     ----------
     kind : {"diagonal", "gram", "apart"}
-        What ``square`` is.
+        The content of ``scatter_matrix``.
     counts : ndarray of shape (k,)
-        Rows of each class.
+        Number of rows of each class.
     sums : ndarray of shape (k, d)
         Σ (x - shift) of each class.
     squares : ndarray of shape (d,)
         Σ (x - shift)²
     shift : ndarray of shape (d,)
-    square : ndarray of shape (d, d) or (0, 0)
-        "gram": Σ (x - shift)(x - shift)ᵀ. "apart": Σ n_c S_c, where S_c is the covariance of class c, shrunk by its own
-        rows, as `shrunk_apart` does. "diagonal": empty, ``squares`` are enough.
-    flat : ndarray of shape (d,)
-        Of "apart": Σ n_c flat_c.
+    scatter_matrix : ndarray of shape (d, d) or (0, 0)
+        "gram": Σ (x - shift)(x - shift)ᵀ. "apart": Σ n_c S_c, where S_c is the covariance of class c, shrunk by
+        `compute_ledoit_wolf_covariance`. "diagonal": empty, because ``squares`` suffices.
+    constant_variances : ndarray of shape (d,)
+        "apart": Σ n_c v_c, where v_c are the ``constant_variances`` of class c.
     """
 
     kind: StatisticsKind
@@ -78,7 +78,7 @@ class SufficientStatistics:
 
     @property
     def means(self) -> Array:
-        """Of each class, shape (k, d)."""
+        """The mean of each class, shape (k, d)."""
         return self.shift + self.sums / np.maximum(self.counts, 1)[:, None]
 
     @property
@@ -86,7 +86,7 @@ class SufficientStatistics:
         return sum(array.nbytes for array in self.to_arrays().values())
 
     def to_moments(self) -> Moments:
-        """The same as the heads take them."""
+        """Convert to the moments from which heads are solved."""
         x = self.sums.sum(axis=0)
         gram = self.scatter_matrix if self.kind == "gram" else self.squares
         return Moments(
@@ -97,7 +97,7 @@ class SufficientStatistics:
         if self.kind != other.kind or not np.array_equal(self.shift, other.shift):
             raise ValueError("statistics of different kinds or shifts cannot be added")
         between = np.zeros_like(self.scatter_matrix)
-        if self.kind == "apart":  # a class in both: what lies between the means of its two parts
+        if self.kind == "apart":  # scatter between the two means of a class that both contain
             shared = np.flatnonzero((self.counts > 0) & (other.counts > 0))
             mean_differences = (self.means - other.means)[shared]
             weights = (self.counts * other.counts)[shared] / (self.counts + other.counts)[shared]
@@ -112,15 +112,15 @@ class SufficientStatistics:
         )
 
     def remap_classes(self, new_codes: NDArray[np.intp], k: int) -> SufficientStatistics:
-        """As of other classes.
+        """Rename, merge and remove classes.
 
         Parameters
         ----------
-        place : ndarray of shape (k_before,)
-            The class that each becomes; several may become one; -1 leaves a class out, with the share of the scatter
-            within classes that its rows have.
+        new_codes : ndarray of shape (k_before,)
+            The new code of each class. Classes with the same code are merged; -1 removes a class, together with its
+            rows' share of the scatter within classes.
         k : int
-            How many classes there are then.
+            The number of classes afterwards.
         """
         is_kept = new_codes >= 0
         remaining = self._remove_classes(np.flatnonzero(~is_kept))
@@ -138,9 +138,7 @@ class SufficientStatistics:
             return self
         counts, sums = self.counts.copy(), self.sums.copy()
         removed_fraction = counts[removed].sum() / self.n_rows
-        removed_means = sums[removed].T / np.maximum(
-            counts[removed], 1
-        )  # each class's rows around the shift, by its mean
+        removed_means = sums[removed].T / np.maximum(counts[removed], 1)  # from the shift
         within = self.squares - (sums**2 / np.maximum(counts, 1)[:, None]).sum(axis=0)
         squares = self.squares - np.einsum("dc,cd->d", removed_means, sums[removed]) - removed_fraction * within
         scatter_matrix, constant_variances = self.scatter_matrix, self.constant_variances
@@ -163,12 +161,12 @@ class SufficientStatistics:
         )
 
     def sample_rows(self, n_per_class: int, seed: int = 0) -> tuple[Array, NDArray[np.int64]]:
-        """Made-up rows: normally distributed about the means of the classes, with the scatter within classes.
+        """Sample synthetic rows from a normal distribution about each class mean, with the scatter within classes.
 
         Parameters
         ----------
-        each : int
-            Rows for each class that has any.
+        n_per_class : int
+            Rows for each class that has rows.
         seed : int
 
         Returns
@@ -190,7 +188,7 @@ class SufficientStatistics:
         return self.means[codes] + noise @ cholesky(covariance), codes
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """As they are stored: of a symmetric matrix the lower triangle."""
+        """The arrays to store; of the symmetric matrix only the lower triangle."""
         triangle = self.scatter_matrix[np.tril_indices(len(self.scatter_matrix))]
         arrays = {"counts": self.counts, "sums": self.sums, "squares": self.squares, "shift": self.shift}
         if self.kind != "diagonal":
@@ -201,17 +199,17 @@ class SufficientStatistics:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> SufficientStatistics:
-        """From `arrays`.
+        """Restore what `to_arrays` returned.
 
         Raises
         ------
         ValueError
-            If they do not fit together.
+            If values are not finite or shapes do not match.
         """
         kind: StatisticsKind = "gram" if "gram" in arrays else "apart" if "apart" in arrays else "diagonal"
         sums_by_name = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
         if not all(np.isfinite(array).all() for array in sums_by_name.values()):
-            raise ValueError("statistics hold NaN or infinity")
+            raise ValueError("statistics contain NaN or infinity")
         k, d = sums_by_name["sums"].shape
         size = 0 if kind == "diagonal" else d
         triangle, constant_variances = sums_by_name.get(kind, np.zeros(0)), sums_by_name.get("flat", np.zeros(d))
@@ -221,7 +219,7 @@ class SufficientStatistics:
         ) or constant_variances.shape != (d,):
             raise ValueError("statistics are of different shapes")
         if triangle.shape != (size * (size + 1) // 2,) or (sums_by_name["counts"] < 0).any():
-            raise ValueError("statistics are of different shapes, or count less than nothing")
+            raise ValueError("statistics are of different shapes, or a count is negative")
         scatter_matrix = np.zeros((size, size))
         scatter_matrix[np.tril_indices(size)] = triangle
         scatter_matrix += np.tril(scatter_matrix, -1).T
@@ -237,9 +235,9 @@ class SufficientStatistics:
 
 
 def find_statistics_kind(pipeline: Any) -> tuple[StatisticsKind, bool]:
-    """What a head is made of, and whether it follows from that exactly.
+    """The kind of statistics that determines a head, and whether it does so exactly.
 
-    Of a head without a closed form, or with settings for which there is none, it is what `in_place_of` takes.
+    For a head without a closed form, or with settings without one, the kind is that of `make_closed_form_head`.
     """
     scaler, head = pipeline[0], pipeline[-1]
     is_standard_scaling = scaler == "passthrough" or type(scaler) is StandardScaler
@@ -264,17 +262,18 @@ def find_statistics_kind(pipeline: Any) -> tuple[StatisticsKind, bool]:
 
 
 def accepts_statistics(pipeline: Any, kind: StatisticsKind) -> bool:
-    """Whether a head, or what stands in its place, is made of statistics of a kind."""
+    """Whether a head, or its substitute from `make_closed_form_head`, can be fitted from statistics of a kind."""
     own_kind, exact = find_statistics_kind(pipeline)
     return kind == own_kind or (not exact and kind in ("gram", "apart"))
 
 
 def make_closed_form_head(pipeline: Pipeline, kind: StatisticsKind) -> Pipeline:
-    """An unfitted head that follows exactly from statistics of a kind: the same where it does.
+    """An unfitted head that statistics of a kind determine exactly: the given head if possible, else a substitute.
 
-    For a head without a closed form a ridge whose strength has most evidence. Of the closed-form heads it is nearest to
-    a logistic head on real images (tests/benchmarks); its sums are exact for more images of old classes too; and in it
-    classes of one image count as much as others. An LDA, of models that keep the sums of one.
+    The substitute of a head without a closed form is a ridge classifier with its penalty chosen by evidence: of the
+    closed-form heads it is closest to a logistic head on real images (tests/benchmarks), its sums can take more images
+    of old classes exactly, and classes with a single image count as much as others. For statistics of kind "apart" it
+    is an LDA.
     """
     if find_statistics_kind(pipeline)[1]:
         return pipeline
@@ -284,17 +283,17 @@ def make_closed_form_head(pipeline: Pipeline, kind: StatisticsKind) -> Pipeline:
 def compute_statistics(
     kind: StatisticsKind, X: RowSource, codes: NDArray[Any], k: int, shift: Array | None = None
 ) -> SufficientStatistics:
-    """The statistics of some rows.
+    """Compute the statistics of rows.
 
     Parameters
     ----------
     kind : {"diagonal", "gram", "apart"}
     X : RowSource of shape (n, d)
     codes : ndarray of shape (n,), int
-        The class of each row, below k; of a class there may be no row.
+        The class of each row, below k; classes may be empty.
     k : int
     shift : ndarray of shape (d,), optional
-        That of the statistics to which these are to be added.
+        The shift of statistics that these will be added to.
     """
     d = X.shape[1]
     row_moments = compute_moments(X, codes, full_gram=kind == "gram", n_classes=k, shift=shift)
@@ -321,12 +320,12 @@ def compute_statistics(
 
 
 def fit_from_statistics(pipeline: Pipeline, statistics: SufficientStatistics) -> Pipeline:
-    """Fit a scaler and a closed-form head, in place, as to the rows themselves, of classes 0 to k - 1.
+    """Fit a scaler and a closed-form head in place, with the result of a fit to the rows; classes are 0 to k - 1.
 
     Raises
     ------
     ValueError
-        If a class has no rows, or the statistics are not of the kind that the head takes.
+        If a class has no rows, or the statistics are not of the kind that the head needs.
     """
     scaler, head = pipeline[0], pipeline[-1]
     if (kind := find_statistics_kind(pipeline)[0]) != statistics.kind:

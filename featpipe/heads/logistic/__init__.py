@@ -1,1 +1,1 @@
-"""Softmax regression, solved to the optimum."""
+"""Logistic regression, solved to a given optimality gap."""

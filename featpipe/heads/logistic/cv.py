@@ -1,4 +1,4 @@
-"""Logistic regression at the strength of the penalty that cross-validation chooses."""
+"""Logistic regression with its penalty selected by cross-validation along a path."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ __all__ = ["C_GRID", "SoftmaxRegressionCV", "map_folds", "select_best_C", "solve
 
 Array = NDArray[np.float64]
 
-# Of Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better? (CVPR 2019), section A.2.
+# The grid of Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better? (CVPR 2019), section A.2.
 C_GRID = tuple(np.logspace(-6, 5, 45).tolist())
 MISSING_CLASS_MARGIN = 50.0
-# Folds of rows that are no more numbers, and take no more products a pass, are searched side by side, a thread each:
-# two of them fit into memory, and take seconds.
+# Folds of problems up to this size run in parallel, one thread each: they fit into memory together and take seconds.
 MAX_THREADED_VALUES, MAX_THREADED_PRODUCTS = 1 << 24, 1e9
 
 Fold = TypeVar("Fold")
@@ -40,30 +39,30 @@ Result = TypeVar("Result")
 
 
 class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
-    """`SoftmaxRegression` at the best of many strengths, each scored on rows that it was not fitted to.
+    """`SoftmaxRegression` with C selected by cross-validation.
 
     Parameters
     ----------
     Cs : sequence of float
-        Inverse strengths of the penalty to choose from.
+        Candidates: inverse strengths of the penalty.
     cv : int, splitter or iterable of (train rows, test rows)
     scoring : str, callable or None
-        A name of scikit-learn's scorers, or a callable (head, X, y) → number, higher being better. None is accuracy.
+        The name of a scikit-learn scorer, or a callable (head, X, y) → number, higher is better. None is accuracy.
     one_standard_error : bool
-        Take the strongest penalty whose mean score is within one standard error of the best.
+        Select the strongest penalty whose mean score is within one standard error of the best.
     refit : bool
-        Fit on all rows at the end; or else average the folds.
+        Fit to all rows at the end; otherwise average the parameters of the folds.
     fit_intercept, class_weight, multilabel
         As in `SoftmaxRegression`.
     tol : float
-        Estimated relative gap at which a strength on a fold counts as solved.
+        Estimated relative gap at which a search on a fold ends.
     max_iter : int
-        Most steps for each.
+        Maximum number of steps for each C.
     n_jobs : int or None
-        Folds at a time, in processes; with 1, and with None unless joblib's context says otherwise, in this process:
-        small ones go side by side on its threads.
+        Number of processes for the folds; 1, and None outside of a joblib context, use this process, whose threads run
+        small folds in parallel.
     random_state : int or None
-        Of the shuffle that makes folds when ``cv`` is a number; None keeps the order of the rows.
+        Seed of the shuffle before the split when ``cv`` is a number; None keeps the order of the rows.
 
     Attributes
     ----------
@@ -72,14 +71,14 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         Ascending.
     scores_ : ndarray of shape (folds, s)
     n_iter_ : ndarray of shape (folds, s)
-        Steps taken.
+        Number of steps.
     coef_, intercept_, classes_
         As in `SoftmaxRegression`.
 
     Notes
     -----
-    On each fold the strengths are solved from the strongest penalty to the weakest, each starting from the two before,
-    with what they taught about the curvature. Nothing goes from one fold to another: no score knows its own rows.
+    On each fold penalties are solved from the strongest to the weakest. Each search starts from an extrapolation of the
+    two previous solutions and reuses their L-BFGS history and preconditioner. Folds share no information.
 
     Examples
     --------
@@ -120,7 +119,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         self.random_state = random_state
 
     def check_params(self) -> None:
-        """Refuse settings out of range, with a ValueError."""
+        """Raise ValueError for settings out of range."""
         if np.ndim(self.Cs) != 1 or not len(self.Cs):
             raise ValueError(f"Cs is {self.Cs!r}; give a sequence of numbers above 0")
         for C in np.asarray(self.Cs).tolist():
@@ -132,7 +131,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         self._head(1.0).check_params()
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
-        """Choose C and learn W and b.
+        """Select C and fit W and b.
 
         Parameters
         ----------
@@ -140,12 +139,12 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         y : array-like of shape (n,) or (n, k)
             Classes, or 0 and 1 for each label.
         sample_weight : array-like of shape (n,), optional
-            For the fits, and for the scores if the scorer takes weights. Rows of weight zero count as absent.
+            Used by the fits, and by scorers that take weights. Rows of weight zero are ignored.
         """
         self.check_params()
         X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=[np.float64, np.float32])
         targets = encode_targets(y, weights, None, self.multilabel)
-        # Scorers take no objects.
+        # Scorers do not accept object arrays.
         class_labels = np.asarray(targets.classes.tolist())
         y = targets.Y if targets.multilabel else class_labels[targets.Y]
         self.Cs_ = np.unique(np.asarray(self.Cs, np.float64))
@@ -194,7 +193,7 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
         score_weights: Array | None,
         split: tuple[NDArray[np.intp], NDArray[np.intp]],
     ) -> tuple[list[float], list[int], list[Array | None]]:
-        """Scores, steps and thetas of every strength on one fold."""
+        """Scores, numbers of steps and parameters for every C on one fold."""
         train, test = split
         targets = encode_targets(y[train], weights[train], self.class_weight, self.multilabel_)
         class_positions = np.searchsorted(classes, targets.classes)
@@ -226,17 +225,17 @@ class SoftmaxRegressionCV(ScoredClassifier, BaseEstimator):
 def map_folds(
     function: Callable[[Fold], Result], folds: Sequence[Fold], *, shape: tuple[int, int, int], n_jobs: int | None
 ) -> list[Result]:
-    """``work`` of each fold, with scikit-learn's settings as they are here.
+    """Apply a function to each fold, in parallel, with the caller's scikit-learn configuration.
 
     Parameters
     ----------
-    work : callable
-        To be pickled, if there are to be processes.
+    function : callable
+        Must be picklable if several processes are used.
     folds : sequence
     shape : (n, d, k)
-        How many rows, columns and classes there are in all.
-    jobs : int or None
-        As joblib takes them; where that is one, it is this process.
+        Numbers of rows, columns and classes.
+    n_jobs : int or None
+        As in joblib; one job runs in this process.
     """
     if effective_n_jobs(n_jobs) > 1:
         results: list[Result] = Parallel(n_jobs=n_jobs)(delayed(function)(fold) for fold in folds)
@@ -253,21 +252,21 @@ def map_folds(
 
 
 def _select_rows(X: NDArray[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
-    """Some rows; a view where they are neighbours in their order."""
+    """Rows of X; a view if they are contiguous."""
     if len(rows) and (np.diff(rows) == 1).all():
         return X[rows[0] : rows[-1] + 1]
     return X[rows]
 
 
 def select_best_C(scores: Array, one_standard_error: bool) -> int:
-    """The place of the best strength; the strongest penalty among equals.
+    """The index of the best C; the strongest penalty among equals.
 
     Parameters
     ----------
     scores : ndarray of shape (folds, s)
-        Of strengths in ascending order.
+        In ascending order of C.
     one_standard_error : bool
-        The strongest penalty whose mean score is within one standard error of the best.
+        Select the strongest penalty whose mean score is within one standard error of the best.
     """
     means = scores.mean(axis=0)
     best_index = int(means.argmax())
@@ -278,17 +277,17 @@ def select_best_C(scores: Array, one_standard_error: bool) -> int:
 
 
 def solve_path(problem: LogisticProblem, ridges: Array, *, tol: float, max_iter: int) -> Iterator[Solution]:
-    """The minimum of one problem under each of several penalties, from the strongest to the weakest.
+    """Minimise a problem under several penalties, from the strongest to the weakest.
 
     Parameters
     ----------
-    problem : Problem
+    problem : LogisticProblem
     ridges : ndarray of shape (s,)
         Descending.
     tol : float
         Estimated relative gap.
     max_iter : int
-        Most steps for each.
+        Maximum number of steps for each penalty.
     """
     basis = None
     if problem.n < problem.d:
@@ -311,7 +310,7 @@ def solve_path(problem: LogisticProblem, ridges: Array, *, tol: float, max_iter:
 
 
 def _extrapolate_start(problem: LogisticProblem, previous_ridge: float, points: list[Point]) -> Point | None:
-    """What the two strengths before point to, if that is better than the last."""
+    """Extrapolate the two previous solutions; return the last solution if it is better."""
     if not points:
         return None
     _, last_point = replace(problem, ridge=previous_ridge).with_ridge(problem.ridge, points[-1])
@@ -324,7 +323,7 @@ def _extrapolate_start(problem: LogisticProblem, previous_ridge: float, points: 
 def _expand_to_all_classes(
     solution: Solution, class_positions: NDArray[np.intp], k: int, multilabel: bool
 ) -> tuple[Array, Array]:
-    """W and b with rows for the classes that a fold's training rows lack; those are as good as impossible."""
+    """Add rows to W and b for classes absent from a fold's training rows, with negligible probability."""
     if multilabel or len(class_positions) == k:
         return solution.W, solution.b
     W, b = solution.W, solution.b

@@ -1,4 +1,4 @@
-"""Logistic regression, solved to a stated gap."""
+"""Logistic regression as a scikit-learn estimator."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from featpipe.runtime import BlasThreadPool
 
 __all__ = ["SoftmaxRegression", "make_problem", "solve"]
 
-# A duality gap cannot be told from rounding much below this.
+# Below this value rounding errors dominate the duality gap.
 MIN_L1_TOL = 1e-6
 
 
 class SoftmaxRegression(ScoredClassifier, BaseEstimator):
-    """Penalised logistic regression: scikit-learn's objective, minimised to a gap that is known.
+    """Penalised logistic regression: scikit-learn's objective, minimised to a guaranteed gap.
 
     Minimises C Σ s_i loss(y_i, W x_i + b) + ½ (1 - l1_ratio) ‖W‖² + l1_ratio Σ|W|, s_i being the sample weights times
     the class weights: the softmax loss for three classes or more, the logistic loss for two classes and for each label
@@ -43,21 +43,21 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
     C : float
         Inverse strength of the penalty, above zero.
     l1_ratio : float
-        0 for an L2 penalty, 1 for an L1 penalty, which leaves few weights that are not zero, or between.
+        0 is an L2 penalty, 1 an L1 penalty, which gives sparse weights; values between are elastic net.
     fit_intercept : bool
         The intercept is not penalised.
     class_weight : mapping, "balanced" or None
-        Weight of each class, 1 where none is given; "balanced" is inverse to the frequencies. With several labels a row
-        the keys are 0 and 1.
+        Weight of each class, by default 1; "balanced" weights are inverse to the frequencies. For a multi-label y the
+        keys are 0 and 1.
     tol : float
         Relative gap to the minimum, (f - min f) / f, that ends the search.
     max_iter : int
-        Most steps (for each label); ending on them warns, with the gap.
+        Maximum number of steps; a search that ends there warns with its gap.
     multilabel : bool or None
-        Whether y is a 0/1 matrix of shape (n, k). None: whether it has two or more columns.
+        Whether y is a 0/1 matrix of shape (n, k). None: if it has two or more columns.
     device : str or None
-        A device of torch that takes the passes over the rows, which must fit into its memory: ``cuda``, or ``auto`` for
-        that where it is there. None computes without torch.
+        A torch device for the passes over the rows, which must fit into its memory: ``cuda``, or ``auto``, which is
+        ``cuda`` if available. None computes without torch.
 
     Attributes
     ----------
@@ -67,15 +67,14 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
     classes_ : ndarray of shape (k,)
         Sorted; the column numbers for a multi-label y.
     n_iter_ : int
-        Steps taken, the most of any label.
+        Number of steps, the maximum over labels.
     n_features_in_ : int
 
     Notes
     -----
-    Passes over many rows are in float32, and the last of them, which says how far the minimum is, in float64. With an
-    L1 share the gap is 1e-6 at best and a step is one of L-BFGS-B's, of which there may be ten times ``max_iter``. A
-    label that every row has, or none, gets no weights and the log odds of (ones + ½) / (zeros + ½) as intercept, since
-    its minimum lies at infinity.
+    Large problems are searched in float32; the gap is verified in float64. With an L1 penalty ``tol`` is at least 1e-6,
+    and up to ten times ``max_iter`` steps of L-BFGS-B are allowed. A label that all rows have, or none, gets zero
+    weights and the intercept log((positives + ½) / (negatives + ½)), because its minimum lies at infinity.
 
     Examples
     --------
@@ -108,7 +107,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         self.device = device
 
     def check_params(self) -> None:
-        """Refuse settings out of range, with a ValueError."""
+        """Raise ValueError for settings out of range."""
         check_number("C", self.C, above=0)
         check_number("l1_ratio", self.l1_ratio, minimum=0, below=np.nextafter(1, 2))
         check_bool("fit_intercept", self.fit_intercept)
@@ -118,7 +117,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
             check_choice("class_weight", self.class_weight, ["balanced"])
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
-        """Learn W and b.
+        """Fit W and b.
 
         Parameters
         ----------
@@ -126,7 +125,7 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         y : array-like of shape (n,) or (n, k)
             Classes, or 0 and 1 for each label.
         sample_weight : array-like of shape (n,), optional
-            Rows of weight zero count as absent.
+            Rows of weight zero are ignored.
         """
         self.check_params()
         X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=[np.float64, np.float32])
@@ -141,11 +140,11 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         center: NDArray[np.float64] | None = None,
         scale: NDArray[np.float64] | None = None,
     ) -> Self:
-        """Learn from rows that are read block by block in every pass; W and b are for (x - center) / scale."""
+        """Fit to rows that every pass reads in blocks; W and b apply to (x - center) / scale."""
         self.check_params()
         weights = check_sample_weight(sample_weight, source.shape[0])
         if not weights.all():
-            raise ValueError("sample_weight holds zeros; leave those rows out of what is streamed")
+            raise ValueError("sample_weight holds zeros; leave those rows out when streaming")
         self.n_features_in_ = source.shape[1]
         return self._fit_arrays(source, y, weights, center=center, scale=scale)
 
@@ -204,7 +203,7 @@ def make_problem(
 
 
 def solve(problem: LogisticProblem, minimizer: Callable[[LogisticProblem], Solution]) -> Solution:
-    """Search for the labels that vary, and answer the others at once."""
+    """Run a minimiser on the labels that vary; constant labels have a closed form."""
     varying_problem, constant_solution = _separate_constant_labels(problem)
     if varying_problem is None:
         return constant_solution
@@ -217,7 +216,7 @@ def solve(problem: LogisticProblem, minimizer: Callable[[LogisticProblem], Solut
 
 
 def _separate_constant_labels(problem: LogisticProblem) -> tuple[LogisticProblem | None, Solution]:
-    """The problem of the labels that vary, if any do, and the answer for the others, NaN for those that vary."""
+    """The problem of the labels that vary, if any, and the solution of the constant ones, NaN for the others."""
     W, b = np.zeros((problem.k, problem.d)), np.full(problem.k, np.nan)
     constant_solution = Solution(W, b, value=0.0, gap=0.0, steps=1, converged=True)
     if problem.link == "softmax":
@@ -227,7 +226,7 @@ def _separate_constant_labels(problem: LogisticProblem) -> tuple[LogisticProblem
         return problem, constant_solution
     weights = problem.weights[:, is_constant]
     positive_weight = (weights * problem.Y[:, is_constant]).sum(axis=0)
-    # Half a row, and not half of what a row weighs.
+    # Half a row of average weight.
     half_row_weight = 0.5 * weights.mean(axis=0)
     b[is_constant] = (
         np.log((positive_weight + half_row_weight) / (weights.sum(axis=0) - positive_weight + half_row_weight))

@@ -1,4 +1,4 @@
-"""What L-BFGS remembers, and the steps that follow from it."""
+"""The L-BFGS history and the search directions computed from it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ HISTORY_SIZE = 30
 
 @dataclass(eq=False)
 class LBFGSHistory:
-    """Steps and the changes of the gradient along them, of g groups side by side.
+    """Steps and gradient changes of g independent groups.
 
     Attributes
     ----------
-    steps, changes : ndarray of shape (g, 30, p)
-        Each pair in a slot of its own; a new one takes the slot of the oldest.
-    products : ndarray of shape (g, 30, 30)
-        Of step i and change j, where j is not older than i.
+    steps, gradient_changes : ndarray of shape (g, 30, p)
+        Each pair has a slot; a new pair replaces the oldest.
+    inner_products : ndarray of shape (g, 30, 30)
+        Of step i and gradient change j, where j is not older than i.
     slots : list of int
-        Those in use, from the oldest to the newest.
+        Slots in use, from the oldest to the newest.
     dtype : type
-        Of what is kept.
-    taken : int
-        Steps in all.
+        Type of the stored arrays.
+    n_steps : int
+        Number of steps in total.
     curvature, blocks : optional
-        The latest that were worked out.
+        The latest preconditioners.
 
     Notes
     -----
-    The two loops of L-BFGS (Nocedal and Wright, Numerical Optimization, algorithm 7.4) are two triangular systems of
-    the products: five matrix products a step take the place of a hundred and twenty small operations.
+    The two loops of L-BFGS (Nocedal and Wright, Numerical Optimization, algorithm 7.4) are written as two triangular
+    systems of the inner products: five matrix products per step replace 120 small operations.
     """
 
     steps: Array = field(default_factory=lambda: np.empty((0, 0, 0)))
@@ -57,7 +57,7 @@ class LBFGSHistory:
         return len(self.slots)
 
     def add(self, step: Array, gradient_change: Array) -> None:
-        """Remember a pair; both have shape (g, rows of theta in a group, d + 1)."""
+        """Add a pair; both arrays have shape (g, rows of theta in a group, d + 1)."""
         step, gradient_change = step.reshape(len(step), -1), gradient_change.reshape(len(gradient_change), -1)
         if self.steps.shape[::2] != step.shape:
             self.steps, self.gradient_changes = (
@@ -71,7 +71,7 @@ class LBFGSHistory:
         self.inner_products[:, :n_pairs, slot] = _batched_matvec(
             self.steps[:, :n_pairs], self.gradient_changes[:, slot]
         )
-        # A group that did not move, or along whose step there is no curvature but rounding, has nothing to remember.
+        # Groups that did not move, or whose curvature along the step is rounding error, store zeros.
         is_degenerate = self.inner_products[:, slot, slot] <= 1e-300
         if is_degenerate.any():
             self.steps[is_degenerate, slot] = self.gradient_changes[is_degenerate, slot] = 0
@@ -82,7 +82,7 @@ class LBFGSHistory:
         self.slots.clear()
 
     def select_groups(self, groups: NDArray[np.intp]) -> None:
-        """Forget all groups but some."""
+        """Restrict to some groups."""
         if self.slots:
             self.steps, self.gradient_changes, self.inner_products = (
                 self.steps[groups],
@@ -91,7 +91,7 @@ class LBFGSHistory:
             )
 
     def update_penalty(self, ridge_increase: float, width: int) -> None:
-        """Go on under a penalty that is stronger by so much: only its share of the changes differs."""
+        """Adapt the gradient changes to a penalty that is larger by ``ridge_increase``."""
         if not self.slots:
             return
         n_pairs = len(self.slots)
@@ -114,8 +114,8 @@ class LBFGSHistory:
         Parameters
         ----------
         gradient : ndarray of shape (g, rows of theta in a group, d + 1)
-        solve : callable
-            The inverse of the metric, on arrays of shape (c, g, rows of theta in a group, d + 1).
+        precondition : callable
+            Applies the inverse preconditioner to arrays of shape (c, g, rows of theta in a group, d + 1).
         """
         if not self.slots:
             return -precondition(gradient[None])[0]
@@ -151,14 +151,14 @@ def group_dot(a: Array, b: Array) -> Array:
 
 
 def _batched_matvec(rows: Array, vectors: Array) -> Array:
-    """Shape (g, m), from (g, m, p) and (g, p)."""
+    """Products of shape (g, m), from (g, m, p) and (g, p)."""
     if len(rows) == 1:
         return (rows[0] @ vectors[0])[None]
     return np.matmul(rows, vectors[..., None])[..., 0]
 
 
 def _combine_rows(coefficients: Array, rows: Array, order: NDArray[np.intp]) -> Array:
-    """Σ_i shares_i rows_order(i), shape (g, p)."""
+    """Σ_i coefficients_i rows_order(i), shape (g, p)."""
     slot_coefficients = np.empty(coefficients.shape, rows.dtype)
     slot_coefficients[:, order] = coefficients
     if len(rows) == 1:
@@ -167,7 +167,7 @@ def _combine_rows(coefficients: Array, rows: Array, order: NDArray[np.intp]) -> 
 
 
 def _solve_triangular(triangle: Array, rhs: Array, *, transposed: bool = False) -> Array:
-    """Solve upper x = right, or its transpose, for each group; what is below the diagonal does not count."""
+    """Solve the upper triangular system, or its transpose, for each group; entries below the diagonal are ignored."""
     if len(triangle) == 1:
         single_solution: Array = dtrtrs(triangle[0], rhs[0], trans=int(transposed))[0]
         return single_solution.reshape(rhs.shape)

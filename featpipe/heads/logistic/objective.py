@@ -1,4 +1,4 @@
-"""The objective of logistic regression: value and gradient, in one pass over blocks of rows."""
+"""The objective of logistic regression: value and gradient in one pass over blocks of rows, on CPUs or a device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_MATERIALIZED_VALUES = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """The objective at one theta = [W, b] of shape (k, d + 1), for each of g independent groups of its rows.
+    """Value and gradient at theta = [W, b] of shape (k, d + 1), for g independent groups of its rows.
 
     Attributes
     ----------
@@ -34,9 +34,9 @@ class Point:
     losses : ndarray of shape (g,)
         Σ w_i loss_i.
     values : ndarray of shape (g,)
-        The losses and the penalty.
+        Losses plus penalty.
     gradient : ndarray of shape (k, d + 1)
-        Of the values.
+        Gradient of the values.
     """
 
     theta: Array
@@ -47,30 +47,30 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class LogisticProblem:
-    """f(W, b) = Σ w_i loss(y_i, W x_i + b) + ½ ridge ‖W‖², to be minimised over W of shape (k, d) and b of shape (k,).
+    """f(W, b) = Σ w_i loss(y_i, W x_i + b) + ½ ridge ‖W‖², minimised over W (k, d) and b (k,).
 
-    The softmax makes one group of all k rows of W; sigmoids make k groups of one row, independent of each other, which
+    With the softmax all k rows of W form one group; with sigmoids each row is an independent group, and all groups
     share the passes over X.
 
     Attributes
     ----------
     X : array of shape (n, d)
-        Anything that gives ndarrays for slices and for sorted row numbers, of any float type (a memory map): it is
-        read block by block, and never copied as a whole.
+        Anything of a float type that returns ndarrays for slices and for sorted row numbers, such as a memory map. It
+        is read in blocks and never copied as a whole.
     Y : ndarray of shape (n,) or (n, k), int64
-        Codes for the softmax, 0 and 1 for sigmoids.
+        Class codes for the softmax, 0 and 1 for sigmoids.
     weights : ndarray of the shape of Y, float64
-        Weight of each loss, the inverse penalty C included.
+        Weight of each loss, including the factor C.
     link : {"softmax", "sigmoid"}
     k : int
     fit_intercept : bool
-        Without it b stays zero.
+        Otherwise b stays zero.
     ridge : float
     center, scale : ndarray of shape (d,) or None
-        Each block is read as (x - center) / scale, so that standardised rows need no copy either.
-    workers : Workers
-    ready : mapping from dtype to ndarray of shape (n, d)
-        All rows as the problem means them, where they are few.
+        Each block is transformed to (x - center) / scale, so that standardisation needs no copy.
+    workers : BlasThreadPool
+    materialized : mapping from dtype to ndarray of shape (n, d)
+        All transformed rows, if they are few.
     """
 
     X: Any
@@ -98,11 +98,11 @@ class LogisticProblem:
         return 1 if self.link == "softmax" else self.k
 
     def select_groups(self, groups: NDArray[np.intp]) -> LogisticProblem:
-        """The problem of some of the groups."""
+        """The problem restricted to some groups."""
         return replace(self, Y=self.Y[:, groups], weights=self.weights[:, groups], k=len(groups))
 
     def read_rows(self, rows: slice | NDArray[np.intp], dtype: Any) -> NDArray[Any]:
-        """Some rows of X as the problem means them."""
+        """Rows of X, converted and transformed."""
         if dtype in self.materialized:
             return self.materialized[dtype][rows]
         block = convert_float(self.X[rows], dtype)
@@ -113,13 +113,13 @@ class LogisticProblem:
         return block
 
     def materialize(self, dtype: Any) -> LogisticProblem:
-        """The same problem; few rows are converted once, and not in every pass."""
+        """Convert few rows once instead of in every pass."""
         if dtype in self.materialized or type(self.X) is not np.ndarray or self.X.size > MAX_MATERIALIZED_VALUES:
             return self
         return replace(self, materialized={dtype: np.ascontiguousarray(self.read_rows(slice(None), dtype))})
 
     def initial_theta(self) -> Array:
-        """Zero weights, and the intercepts that are best for them: a point to begin at."""
+        """Zero weights with their optimal intercepts."""
         theta = np.zeros((self.k, self.d + 1))
         if self.fit_intercept:
             if self.link == "softmax":
@@ -137,7 +137,7 @@ class LogisticProblem:
         return float(totals.sum() * np.logaddexp.reduce(scores) - totals @ scores)
 
     def evaluate(self, theta: Array, dtype: Any = np.float64) -> Point:
-        """Value and gradient, the products over rows in ``dtype``; sums over blocks are in float64 always."""
+        """Value and gradient; products over rows are in ``dtype``, sums over blocks always in float64."""
         W, b = np.asarray(theta[:, :-1], dtype), np.asarray(theta[:, -1], dtype)
 
         def evaluate_block(block: slice) -> tuple[Array, NDArray[Any], NDArray[Any]]:
@@ -158,7 +158,7 @@ class LogisticProblem:
         return Point(theta, losses, losses + self._penalties(theta), gradient)
 
     def with_ridge(self, ridge: float, point: Point) -> tuple[LogisticProblem, Point]:
-        """The problem with another penalty, and a point of this one as one of that: no row is needed."""
+        """The problem with another penalty, and a point converted to it without a pass over the rows."""
         W = point.theta[:, :-1]
         gradient = point.gradient.copy()
         gradient[:, :-1] += (ridge - self.ridge) * W
@@ -171,7 +171,7 @@ class LogisticProblem:
         return penalties
 
     def probabilities(self, theta: Array, x: NDArray[Any]) -> NDArray[Any]:
-        """Of rows that `rows` gave, shape (b, k)."""
+        """Probabilities of shape (b, k) for rows from `read_rows`."""
         scores = _product(x, np.asarray(theta[:, :-1].T, x.dtype))
         scores += np.asarray(theta[:, -1], x.dtype)
         if self.link == "softmax":
@@ -182,7 +182,7 @@ class LogisticProblem:
         return _sigmoid(scores)[0]
 
     def intercept_curvature(self, theta: Array, dtype: Any) -> Array:
-        """Second derivatives in b: (1, k, k) for the softmax, (k, 1, 1) for sigmoids."""
+        """Hessian in b: (1, k, k) for the softmax, (k, 1, 1) for sigmoids."""
 
         def block_curvature(block: slice) -> Array:
             p = self.probabilities(theta, self.read_rows(block, dtype)).astype(np.float64)
@@ -194,13 +194,13 @@ class LogisticProblem:
         return sum(self.workers.map(block_curvature, self.row_blocks()), np.zeros((1, 1, 1)))
 
     def intercept_decrements(self, point: Point, dtype: Any) -> Array:
-        """What b has yet to gain, by its Newton decrement, shape (g,); products over rows are in ``dtype``."""
+        """The Newton decrement in b, an estimate of its gap, shape (g,); products over rows are in ``dtype``."""
         slopes = point.gradient[:, -1].reshape(self.groups, -1)
         pairs = zip(slopes, self.intercept_curvature(point.theta, dtype), strict=True)
         return np.array([0.5 * abs(float(s @ np.linalg.lstsq(c, s, rcond=1e-12)[0])) for s, c in pairs])
 
     def row_blocks(self) -> Iterator[slice]:
-        """Row ranges whose numbers stay in a core's cache."""
+        """Slices of rows that fit into a core's cache."""
         min_rows, max_rows = BLOCK_ROWS_RANGE
         block_rows = min(max(min_rows, VALUES_PER_BLOCK // max(self.d, self.k)), max_rows)
         block_rows = min(block_rows, max(MIN_ROWS_PER_BLOCK, -(-self.n // MIN_BLOCKS)))
@@ -224,7 +224,7 @@ class LogisticProblem:
         np.exp(scores, out=scores)
         true_exponentials = scores[true_class]
         scores[true_class] = 0
-        # Sums without the right class: what is near 1 keeps no digits of a small loss.
+        # Sums without the true class: 1 - p would lose the digits of a small loss.
         other_exponentials = scores.sum(axis=1)
         losses = np.where(
             true_log_ratios == 0,
@@ -238,9 +238,9 @@ class LogisticProblem:
 
 
 def _product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """``a @ b`` of finite numbers, never invalid unless it overflows, and that is told as such.
+    """``a @ b`` of finite numbers, without the warning "invalid value".
 
-    BLAS may raise the processor's flag all the same, for what lies in memory beside a small matrix.
+    BLAS may set the processor's flag because it reads memory beside a small matrix.
     """
     with np.errstate(invalid="ignore"):
         result: NDArray[Any] = a @ b
@@ -255,16 +255,16 @@ def _sigmoid(scores: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return p, exponentials
 
 
-DEVICE_BLOCK_ROWS = 1 << 16  # sums over more are in float64
+DEVICE_BLOCK_ROWS = 1 << 16  # sums over blocks are in float64
 
 
 def get_device(name: str) -> Any:
-    """A device of torch.
+    """A torch device.
 
     Raises
     ------
     ValueError
-        If it is not there.
+        If the device is not available.
     """
     import torch
 
@@ -274,26 +274,26 @@ def get_device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {name!r}, which is not there ({' '.join(str(error).split())[:100]})") from None
+        raise ValueError(f"device is {name!r}, which is not available ({' '.join(str(error).split())[:100]})") from None
     return device
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceProblem(LogisticProblem):
-    """A problem whose rows lie on a device; points come back as numpy.
+    """A problem whose rows are on a torch device; points are in numpy.
 
     Attributes
     ----------
     device : torch.device
-    held : dict
-        What was moved there, and from which array.
+    tensor_cache : dict
+        For each name the source array and its tensor on the device.
     """
 
     device: Any = None
     tensor_cache: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def evaluate(self, theta: Array, dtype: Any = np.float64) -> Point:
-        """Value and gradient, as `Problem.at`."""
+        """Value and gradient, as `LogisticProblem.evaluate`."""
         import torch
 
         torch_dtype = torch.float32 if np.dtype(dtype) == np.float32 else torch.float64
@@ -356,7 +356,7 @@ class DeviceProblem(LogisticProblem):
         return self._get_cached(name, array, lambda: torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
 
     def _get_cached(self, name: str, source: Any, load_tensor: Any) -> torch.Tensor:
-        """What was moved before, if it was of this very array: a part of a problem has others."""
+        """The cached tensor of an array; restricted problems have other arrays."""
         cached = self.tensor_cache.get(name)
         if cached is None or cached[0] is not source:
             cached = self.tensor_cache[name] = (source, load_tensor())

@@ -1,4 +1,4 @@
-"""Coordinates in which logistic regression is nearly round."""
+"""Preconditioners of logistic regression: approximations of its Hessian that are cheap to invert."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Array = NDArray[np.float64]
 
 MAX_SAMPLED_ROWS = 12_000
 ROWS_PER_CHUNK = 1500
-# What reading the rows costs, in classes, and what a call does that has next to no rows, in multiplications.
+# Cost model: reading a row costs as much as this many classes, and a call as much as this many multiplications.
 READ_COST_IN_CLASSES, CALL_COST_IN_PRODUCTS = 9, 5e6
-# A block's Gram matrix from 2 (d + 1) rows and a little of everybody's: 4 (d + 1) rows alone save two steps of twelve.
+# The Gram matrix of a class uses 2 (d + 1) rows, shrunk towards that of all classes. Without shrinkage, 4 (d + 1) rows
+# save two steps of twelve.
 BLOCK_ROWS_PER_COLUMN = 2.0
 BLOCK_SHRINKAGE = 0.05
-# And so many times the penalty: so few rows show too little curvature in the directions that have least of it.
+# Factor on the penalty: so few rows underestimate the smallest eigenvalues.
 BLOCK_RIDGE_FACTOR = 3.0
 MAX_CANDIDATE_VALUES = 4e7
 MAX_VALUES_FROM_FILE = 3e7
@@ -33,7 +34,7 @@ MAX_VALUES_IN_BLOCKS = 2e8
 
 @dataclass(frozen=True, eq=False)
 class DiagonalPreconditioner:
-    """The diagonal of the curvature where nothing is known yet: every class is as likely as the others.
+    """The diagonal of the Hessian where all classes have the same probability.
 
     Attributes
     ----------
@@ -61,7 +62,7 @@ class DiagonalPreconditioner:
 
 @dataclass(frozen=True, eq=False)
 class GramPreconditioner:
-    """One matrix M = S L Lᵀ S of shape (d + 1, d + 1), S diagonal, like the curvature of every row of theta."""
+    """One matrix M = S L Lᵀ S of shape (d + 1, d + 1), S diagonal, for every row of theta."""
 
     lower: NDArray[Any]
     scale: Array
@@ -76,19 +77,19 @@ class GramPreconditioner:
 
 @dataclass(frozen=True, eq=False)
 class WeightedGram:
-    """Gram matrix of the rows, each weighted by its mean curvature p(1 - p) at one theta, without the penalty.
+    """Gram matrix of the rows, weighted by the mean of p(1 - p) over classes at one theta, without the penalty.
 
     Attributes
     ----------
     gram : ndarray of shape (d + 1, d + 1)
-        The last row and column are the intercept's.
+        The last row and column belong to the intercept.
     """
 
     gram: Array
 
     @staticmethod
     def cost_in_evaluations(problem: LogisticProblem) -> float:
-        """What making it costs, in evaluations of the objective."""
+        """The cost of construction, in evaluations of the objective."""
         sampled, n, d, k = min(problem.n, MAX_SAMPLED_ROWS), problem.n, float(problem.d), problem.k
         pass_cost = k + READ_COST_IN_CLASSES
         cost = sampled * d * d / 2 + d**3 / 3 + sampled * d * pass_cost + 3 * CALL_COST_IN_PRODUCTS
@@ -96,7 +97,7 @@ class WeightedGram:
 
     @classmethod
     def from_problem(cls, problem: LogisticProblem, theta: Array, dtype: Any = np.float64) -> WeightedGram:
-        """From evenly spaced rows, 12,000 at most."""
+        """Compute it from evenly spaced rows, at most 12,000."""
         n, d = problem.n, problem.d
         rows = np.linspace(0, n - 1, min(n, MAX_SAMPLED_ROWS)).astype(np.intp)
 
@@ -119,11 +120,11 @@ class WeightedGram:
         return cls(gram)
 
     def preconditioner(self, ridge: float, dtype: Any = np.float64) -> GramPreconditioner:
-        """With a penalty."""
+        """Add the penalty and factorise."""
         hessian = self.gram.copy()
         feature_indices = np.arange(len(hessian) - 1)
         hessian[feature_indices, feature_indices] += ridge
-        # Where no row has curvature left the intercept has none either, and any positive number will do.
+        # If no row has curvature, the intercept has none either, and any positive value will do.
         hessian[-1, -1] += 1e-12 if hessian[-1, -1] > 0 else 1.0
         scale = np.sqrt(hessian.diagonal())
         hessian /= scale
@@ -140,10 +141,10 @@ class WeightedGram:
 
 
 def _curvatures(problem: LogisticProblem, p: NDArray[Any], rows: slice | NDArray[np.intp]) -> NDArray[Any]:
-    """p(1 - p), or the residual |p - y| where that is more.
+    """p(1 - p), or the residual |p - y| where that is larger.
 
-    Both have the same size where the model is right about its doubts. A row on the wrong side for certain has no
-    curvature and a large gradient: without its residual the first steps on separable data go a hundred times too far.
+    For a calibrated model both have the same expectation. A row that is misclassified with certainty has no curvature
+    and a large gradient: without its residual the first steps on separable data are a hundred times too long.
     """
     curvatures = p * (1 - p)
     if problem.link == "sigmoid":
@@ -155,14 +156,14 @@ def _curvatures(problem: LogisticProblem, p: NDArray[Any], rows: slice | NDArray
 
 @dataclass(frozen=True, eq=False)
 class BlockPreconditioner:
-    """A curvature for each row of theta, as Cholesky factors of shape (k, d + 1, d + 1).
+    """The diagonal blocks of the Hessian, one per row of theta, as Cholesky factors of shape (k, d + 1, d + 1).
 
     Notes
     -----
-    The diagonal blocks of the Hessian at one theta. Near the minimum they take a quarter of the steps that the mean
-    curvature takes; far from it they bring nothing. A class differs from the others by few rows: a sample of 2 (d + 1)
-    for each class, drawn by their curvature p(1 - p), does as well as all. The softmax does not change when all
-    classes move alike, which the blocks do not know: such moves are taken out.
+    Near the minimum they need a quarter of the steps of the mean curvature; far from it they do not help. Without them
+    a fit of 13,000 × 512 rows takes 40 to 170 % more CPU time (``tests/benchmarks/softmax_tricks.py fit``). A sample of
+    2 (d + 1) rows for each class, drawn by their curvature p(1 - p), does as well as all rows. The softmax is invariant
+    to a common shift of all classes, which the blocks do not represent, so this component is projected out.
     """
 
     factors: list[NDArray[np.float32]]
@@ -170,7 +171,7 @@ class BlockPreconditioner:
 
     @staticmethod
     def cost_in_evaluations(problem: LogisticProblem) -> float:
-        """What making them costs, in evaluations of the objective; infinite where they would not fit in memory."""
+        """The cost of construction, in evaluations of the objective; infinite if the blocks need too much memory."""
         width = problem.d + 1
         if problem.k * float(width) ** 2 > MAX_VALUES_IN_BLOCKS:
             return np.inf
@@ -179,7 +180,7 @@ class BlockPreconditioner:
     @classmethod
     def from_problem(cls, problem: LogisticProblem, theta: Array, mean_gram: WeightedGram) -> BlockPreconditioner:
         n, k, width = problem.n, problem.k, problem.d + 1
-        # Rows of a file are drawn from a sample that is read once.
+        # From a file a sample of candidate rows is read once.
         in_memory = type(problem.X) is np.ndarray
         max_candidates = max(MAX_CANDIDATE_VALUES / k, 4 * width) if in_memory else MAX_VALUES_FROM_FILE / width
         candidates = np.linspace(0, n - 1, int(min(n, max_candidates))).astype(np.intp)
@@ -202,7 +203,7 @@ class BlockPreconditioner:
         for _ in problem.workers.map(fill_curvatures, range(0, len(candidates), ROWS_PER_CHUNK)):
             pass
         totals = curvatures.sum(axis=1, dtype=np.float64)
-        # The draws are fixed: a fit is repeatable, and the metric decides how fast the minimum is found, not which.
+        # Fixed draws make fits repeatable; the preconditioner affects the speed, not the minimum.
         thresholds = (np.arange(len(candidates)) * 0.6180339887498949) % 1
         class_offsets = np.random.default_rng(0).random(k)
         shared_gram = (mean_gram.gram * (BLOCK_SHRINKAGE / max(totals.mean(), 1e-300))).astype(np.float32)
@@ -229,19 +230,19 @@ class BlockPreconditioner:
         return cls(list(problem.workers.map(factorize_class, range(k))), problem.link == "softmax")
 
     def solve(self, vectors: Array) -> Array:
-        """The quasi-Newton step for the rows, shape (c, k, d + 1)."""
+        """M⁻¹ of the rows, shape (c, k, d + 1)."""
         if self.softmax:
             vectors = vectors - vectors.mean(axis=1, keepdims=True)
         solution = np.empty_like(vectors)
         for c, factor in enumerate(self.factors):
             for right_side, out in zip(vectors[:, c], solution[:, c], strict=True):
-                # Three times as fast as LAPACK's solver for many right sides, and holds the interpreter: no threads.
+                # Three times as fast as LAPACK's solver for several right-hand sides; it holds the GIL, so no threads.
                 intermediate = strsv(factor, right_side.astype(np.float32), lower=1)
                 out[:] = strsv(factor, intermediate, lower=1, trans=1)
         return solution - solution.mean(axis=1, keepdims=True) if self.softmax else solution
 
     def select_groups(self, groups: NDArray[np.intp]) -> BlockPreconditioner:
-        """Of some of the groups."""
+        """Restrict to some groups."""
         return replace(self, factors=[self.factors[group] for group in groups])
 
 
@@ -251,7 +252,7 @@ def _cholesky_factor(hessian: NDArray[np.float32], ridge: NDArray[np.float32]) -
     max_diagonal = np.float32(hessian[diagonal, diagonal].max())
     for jitter in (0.0, 1e-6, 1e-4, 1e-2):
         hessian[diagonal, diagonal] += max_diagonal * np.float32(jitter)
-        # The transpose, being in LAPACK's order, needs no copy; the last attempt may spoil it.
+        # The transpose is in LAPACK's order and needs no copy; a failed attempt overwrites it.
         factor, failed = spotrf(hessian.T, lower=1, clean=0)
         if not failed:
             result: NDArray[np.float32] = factor

@@ -1,4 +1,4 @@
-"""Rows to train on, in memory or not, as shuffled batches of tensors."""
+"""Shuffled batches of tensors from rows in memory or on disk."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchSource", "TrainingBatch"]
 
-MAX_IN_MEMORY_BYTES = (
-    256 << 20
-)  # a source of no more is read once; of a larger one as much is in memory, in two buffers
+MAX_IN_MEMORY_BYTES = 256 << 20  # larger sources are read in each pass, into two buffers of this size together
 BLOCK_BYTES = 256 << 10
 RUNS_BETWEEN_PAGE_RELEASES = 256
-PREFETCHED_RUNS = 16  # that the system is told of
+PREFETCHED_RUNS = 16  # announced to the operating system
 EVALUATION_BATCH_SIZE = 4096
-PREFETCHED_VALUES = 1 << 21  # of a large source, made ready for the next steps by another thread
-VALUES_PER_CHUNK = 1 << 18  # that several operations in turn find in a core's cache
+PREFETCHED_VALUES = 1 << 21  # prepared by another thread, for sources on disk
+VALUES_PER_CHUNK = 1 << 18  # so that consecutive operations find a chunk in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """Some rows as tensors: X (b, d), Y (b,) or (b, k), weights (b,) or (b, k)."""
+    """A batch as tensors: X (b, d), Y (b,) or (b, k), weights (b,) or (b, k)."""
 
     X: torch.Tensor
     Y: torch.Tensor
@@ -44,7 +42,7 @@ class TrainingBatch:
         return TrainingBatch(*(column.index_select(0, rows) for column in (self.X, self.Y, self.weights)))
 
     def split(self, size: int) -> Iterator[TrainingBatch]:
-        """Views of so many rows each, the last of those that are left."""
+        """Views of ``size`` rows each; the last may be shorter."""
         for columns in zip(*(column.split(size) for column in (self.X, self.Y, self.weights)), strict=True):
             yield TrainingBatch(*columns)
 
@@ -57,7 +55,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True, eq=False)
 class _RowBuffer:
-    """Rows in memory as they are stored, and which of them are trained on: `rows` of X, `numbers` of Y."""
+    """Rows in memory in the stored type; row ``buffer_rows[i]`` of X has the target of row ``target_rows[i]``."""
 
     X: torch.Tensor
     buffer_rows: torch.Tensor
@@ -65,30 +63,29 @@ class _RowBuffer:
 
 
 class BatchSource:
-    """Rows with their targets.
+    """Rows with their targets, as batches.
 
     Parameters
     ----------
     source : RowSource of shape (N, d)
-        float16 and float32 are trained on in float32, float64 in float64.
+        float16 and float32 are trained in float32, float64 in float64.
     Y : ndarray of shape (n,) or (n, k)
         Class codes, or 0 and 1 for each label, or numbers.
     weights : ndarray of shape (n,) or (n, k), float64
-        Their ratios alone count.
-    numbers : ndarray of shape (n,), int, optional
-        Which rows of the source, ascending; all if not given.
+        Only their ratios matter.
+    row_indices : ndarray of shape (n,), int, optional
+        Rows of the source to use, ascending; by default all.
     center, scale : ndarray of shape (d,), optional
-        Rows are read as (x - center) / scale.
-    odds : ndarray of shape (n,), optional
-        A pass draws n rows in proportion to these, with replacement, instead of each row once.
+        Rows are transformed to (x - center) / scale.
+    sampling_weights : ndarray of shape (n,), optional
+        A pass draws n rows with these probabilities (up to a factor) with replacement, instead of each row once.
 
     Notes
     -----
-    A writable array, and a source that fits into 256 MiB, is in memory, and each pass goes over its rows in a random
-    order. A larger source is cut into blocks of 256 KiB of contiguous rows. In each pass they come in random order, as
-    many at a time as fill a buffer of 128 MiB, in which rows are in random order; so a batch has rows of up to 512
-    blocks. The next buffer is read while one is trained on. The last rows of a buffer, if they fill no batch, are the
-    first of the next.
+    Writable arrays, and sources of up to 256 MiB, are held in memory and shuffled in each pass. A larger source is
+    split into blocks of 256 KiB of contiguous rows. Each pass reads the blocks in random order into a buffer of 128 MiB
+    and shuffles the rows of the buffer, so a batch mixes rows of up to 512 blocks. The next buffer is read while one is
+    in use. Rows that do not fill a batch are carried over to the next buffer.
     """
 
     def __init__(
@@ -135,7 +132,7 @@ class BatchSource:
         return _RowBuffer(torch.from_numpy(data), buffer_rows, torch.arange(len(self)))
 
     def _read_all(self) -> NDArray[Any]:
-        """A copy of all rows, read block by block."""
+        """Read all rows into memory, block by block."""
         data = np.empty((len(self), self.width), self.source.dtype)
         self._read_runs(data, self._find_runs(range(self._block_count)))
         return data
@@ -153,7 +150,7 @@ class BatchSource:
         return -(-self.source.shape[0] // self._block_rows)
 
     def _find_runs(self, blocks: Iterable[int]) -> list[tuple[slice, slice]]:
-        """Where the rows of blocks lie among `numbers`; and in the source, with what is left out between them."""
+        """For each block the slice of ``row_indices`` and the slice of the source that spans these rows."""
         runs = []
         for block in blocks:
             start = block * self._block_rows
@@ -163,7 +160,7 @@ class BatchSource:
         return runs
 
     def _read_runs(self, out: NDArray[Any], runs: Sequence[tuple[slice, slice]]) -> None:
-        """Read rows, one run after the other; the system is told of some that come next."""
+        """Read runs one after the other, announcing the next ones to the operating system."""
         end = 0
         expect = getattr(self.source, "expect", None)
         for run_index, (positions, source_rows) in enumerate(runs):
@@ -187,7 +184,7 @@ class BatchSource:
             read_rows_into(self.source, out, source_rows)
 
     def _make_batch(self, buffer: _RowBuffer, selected: torch.Tensor, out: torch.Tensor | None = None) -> TrainingBatch:
-        """Rows of a buffer; their features at the start of ``out``, if it is given."""
+        """A batch of selected rows of a buffer, with the features in ``out`` if given."""
         import torch
 
         target_rows = buffer.target_rows.index_select(0, selected)
@@ -208,10 +205,10 @@ class BatchSource:
         return TrainingBatch(X, Y if Y.ndim == 1 else Y.to(self.dtype), self._weights.index_select(0, target_rows))
 
     def _iter_batches(self, buffer: _RowBuffer, order: torch.Tensor, size: int) -> Iterator[TrainingBatch]:
-        """Rows of a buffer in some order, so many at a time.
+        """Batches of ``size`` rows of a buffer in the given order.
 
-        Another thread makes those of a large source ready, always in the same two places: memory that is new each time
-        has to be cleared by the system, and is in no core's cache.
+        For sources on disk another thread prepares them in two reused buffers: the system has to zero newly allocated
+        memory, and it is in no core's cache.
         """
         if buffer is self._in_memory_buffer:
             for selected in order.split(size):
@@ -234,14 +231,17 @@ class BatchSource:
         return self._output_buffers
 
     def iter_in_order(self) -> Iterator[TrainingBatch]:
-        """All rows, a few thousand at a time; a batch holds until the next is asked for."""
+        """All rows in order, in large batches; each batch is valid until the next is requested."""
         import torch
 
         for buffer in self._iter_buffers(np.arange(self._block_count)):
             yield from self._iter_batches(buffer, torch.arange(len(buffer.buffer_rows)), EVALUATION_BATCH_SIZE)
 
     def iter_shuffled(self, size: int, generator: torch.Generator) -> Iterator[TrainingBatch]:
-        """One pass over n rows: ⌈n / size⌉ batches, all full but the last, of which each holds until the next."""
+        """One pass over n rows in ⌈n / size⌉ batches, of which only the last may be short.
+
+        Each batch is valid until the next is requested.
+        """
         import torch
 
         remainder: TrainingBatch | None = None
@@ -270,14 +270,14 @@ class BatchSource:
     def _draw_order(
         self, buffer: _RowBuffer, drawn_weight: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, float]:
-        """Rows of a buffer in the order of a pass, and the sum of the odds so far."""
+        """Random order of the rows of a buffer, and the sum of the sampling weights so far."""
         import torch
 
         if self._sampling_weights is None:
             return torch.randperm(len(buffer.buffer_rows), generator=generator), 0.0
         cumulative_weights = self._sampling_weights.index_select(0, buffer.target_rows).cumsum(0)
         total_weight = cumulative_weights[-1].item() if len(cumulative_weights) else 0.0
-        # Rounded so that the draws of all buffers are n.
+        # Rounded so that the draws of all buffers sum to n.
         count = round(drawn_weight + total_weight) - round(drawn_weight)
         draws = torch.rand(count, dtype=cumulative_weights.dtype, generator=generator).mul_(total_weight)
         return torch.searchsorted(cumulative_weights, draws, right=True).clamp_(
@@ -285,7 +285,7 @@ class BatchSource:
         ), drawn_weight + total_weight
 
     def _iter_buffers(self, blocks: NDArray[np.intp]) -> Iterator[_RowBuffer]:
-        """What is in memory; or the rows of these blocks, of which the next are read while some are used."""
+        """The buffer in memory; or buffers of the given blocks, each read while its predecessor is in use."""
         if self._in_memory_buffer is not None:
             yield self._in_memory_buffer
             return
@@ -312,7 +312,7 @@ class BatchSource:
         )
 
     def variance(self) -> torch.Tensor:
-        """Of each column of targets that are numbers, by weight, shape (k,)."""
+        """Weighted variance of each numeric target, shape (k,)."""
         import torch
 
         Y, weights = self._Y.to(torch.float64), self._weights.to(torch.float64)[:, None]
@@ -332,11 +332,11 @@ class BatchSource:
 
 
 def _is_mapped(source: RowSource) -> bool:
-    """Whether an array may be the pages of a file: those of a cache are not to be written to."""
+    """Whether an array may be mapped from a file: read-only arrays may be pages of a cache."""
     return isinstance(source, np.memmap) or (isinstance(source, np.ndarray) and not source.flags.writeable)
 
 
 def _release_pages(source: RowSource) -> None:
-    """Pages of a file that were read count as this process's memory until they are let go."""
+    """Release pages of a mapped file, which count as memory of this process once they are read."""
     if isinstance(source, np.memmap) and source.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
         source._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How a network is trained: the settings that all torch heads share, and the one home of their defaults."""
+"""Training settings that all torch heads share, with their defaults."""
 
 from __future__ import annotations
 
@@ -17,40 +17,39 @@ LEARNING_RATE_TIMES_WIDTH, MIN_LEARNING_RATE, MAX_LEARNING_RATE = 0.5, 1e-3, 0.0
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class NetworkTrainingConfig:
-    """How to train.
+    """Settings of minibatch training.
 
     Attributes
     ----------
     optimizer : {"adamw", "adam", "sgd"}
         AdamW, Adam, or stochastic gradient descent with Nesterov momentum.
     learning_rate : float or "auto"
-        The highest step size. "auto" is 0.5 / d, but 0.001 at least and 0.05 at most, d being the widest input of a
-        layer: a step of Adam moves a score by up to the rate times d, so few columns need larger steps.
+        The peak learning rate. "auto" is 0.5 / d, clipped to [0.001, 0.05], where d is the widest input of a layer: a
+        step of Adam changes a score by up to the rate times d, so narrow inputs need larger steps.
     weight_decay : float
-        Strength of L2 on weights, not on intercepts. "sgd" and "adam" add ½ weight_decay ‖W‖² to the loss; "adamw"
-        shrinks weights by learning rate × weight_decay in each step, apart from the gradient.
+        L2 penalty on weights, not on intercepts. "sgd" and "adam" add ½ weight_decay ‖W‖² to the loss; "adamw"
+        shrinks weights by learning rate × weight_decay in each step, independent of the gradient.
     l1 : float
-        Adds l1 Σ|w| to the loss, over weights and not intercepts, by proximal steps: weights become exactly zero.
+        Adds l1 Σ|w| over weights, not intercepts, to the loss by proximal steps: weights become exactly zero.
     momentum : float
-        Of "sgd".
+        Momentum of "sgd".
     schedule : {"cosine", "constant", "linear", "step", "one-cycle"}
-        The learning rate over all steps: it falls to zero along half a cosine, stays, falls to zero along a line, is
-        divided by ten after half and after three quarters of the steps, or rises from a 25th along half a cosine and
-        falls to almost nothing (Smith and Topin 2018; torch's ``OneCycleLR`` with a steady momentum).
+        The learning rate over all steps. "cosine" and "linear" decay to zero; "step" divides by ten after one half and
+        three quarters of the steps; "one-cycle" rises from a 25th of the peak and decays to almost zero, both along
+        half a cosine (Smith and Topin 2018; torch's ``OneCycleLR`` with constant momentum).
     warmup : float
-        Share of the steps in which the rate first rises from zero along a line; for "one-cycle" the share of its rise,
-        0.3 where it is 0.
+        Fraction of the steps with linear warm-up from zero; for "one-cycle" the fraction of the rise, where 0 means
+        0.3.
     batch_size, epochs : int
     feature_noise : float
-        Standard deviation of the Gaussian noise on the features in each step; they are standardised, so a share of
-        theirs.
+        Standard deviation of the Gaussian noise added to the features, which are standardised, in each step.
     mixup : float
-        Alpha of Zhang et al. 2018: each step trains on blends of two rows, whose share is drawn from
-        Beta(alpha, alpha). A classifier blends the losses of the two answers, which for the cross-entropy is that of
-        the blended answer.
+        Alpha of mixup (Zhang et al. 2018): each step trains on convex combinations of two rows with a weight drawn from
+        Beta(alpha, alpha). A classifier combines the losses of the two targets, which for the cross-entropy equals the
+        loss of the combined target.
     early_stopping : bool
-        Stop after ``patience`` epochs without a lower loss on validation rows, and return the weights of the best
-        epoch. Those rows are given to fit or, if not, ``validation_fraction`` of its rows, 50,000 at most, held out.
+        Stop after ``patience`` epochs without a lower validation loss, and keep the weights of the best epoch. Unless
+        validation rows are passed to ``fit``, it holds out ``validation_fraction`` of its rows, at most 50,000.
     validation_fraction : float
     patience : int
     """
@@ -71,7 +70,7 @@ class NetworkTrainingConfig:
     patience: int = 5
 
     def check(self) -> None:
-        """Refuse settings out of range, with a ValueError."""
+        """Raise ValueError for settings out of range."""
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.learning_rate != "auto":
             check_number("learning_rate", self.learning_rate, above=0)
@@ -89,7 +88,7 @@ class NetworkTrainingConfig:
         check_integer("patience", self.patience, minimum=1)
 
     def resolve_learning_rate(self, fan_ins: Sequence[int]) -> float:
-        """The learning rate of a network whose layers have inputs of these widths.
+        """The peak learning rate of a network whose layers have inputs of these widths.
 
         Examples
         --------

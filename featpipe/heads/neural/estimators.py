@@ -1,6 +1,6 @@
-"""Heads that are trained by minibatches: a linear layer and a multi-layer perceptron.
+"""Heads trained by minibatches: a linear layer and a multi-layer perceptron.
 
-torch is needed to fit and not to predict: what is learnt is numpy.
+Fitting needs torch; prediction uses numpy alone.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ ValidationData = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class _LabeledRows:
-    """Rows of a source with what is to be answered for them: as `Rows`, of which training and validation are made.
+    """Rows of a source with their targets, from which a `BatchSource` is made for training or validation.
 
     Attributes
     ----------
     source : RowSource of shape (N, d)
-    numbers : ndarray of shape (n,)
-        Ascending row numbers of the source.
+    row_indices : ndarray of shape (n,)
+        Rows of the source, ascending.
     Y : ndarray of shape (n,) or (n, k)
     weights : ndarray of shape (n,) or (n, k)
-    odds : ndarray of shape (n,) or None
-        In proportion to which rows are drawn in training, and weighed in validation.
+    sampling_weights : ndarray of shape (n,) or None
+        Sampling probabilities of rows in training (up to a factor), and additional weights in validation.
     """
 
     source: RowSource
@@ -87,10 +87,10 @@ class _LabeledRows:
 
 
 class _TorchHead(BaseEstimator):
-    """What the four have in common: the inner validation rows, and the network on numpy."""
+    """Base of the torch heads: validation rows for early stopping, and prediction with numpy."""
 
     def check_params(self) -> None:
-        """Refuse settings out of range, with a ValueError."""
+        """Raise ValueError for settings out of range."""
         self.check()
         for width in self._hidden_widths():
             check_integer("hidden", width, minimum=1)
@@ -112,7 +112,7 @@ class _TorchHead(BaseEstimator):
         n_outputs: int,
         scaling: Mapping[str, NDArray[Any] | None],
     ) -> None:
-        # Here, so that a process that only predicts needs no torch.
+        # Imported here, because prediction needs no torch.
         from featpipe.heads.neural.train import train_network
 
         rng = check_random_state(self.random_state)
@@ -141,7 +141,7 @@ class _TorchHead(BaseEstimator):
     def _select_validation_rows(
         self, codes: NDArray[np.int64] | None, n: int, rng: np.random.RandomState
     ) -> NDArray[np.bool_]:
-        """Which rows are held out for early stopping, shape (n,): class by class, a class's last row never."""
+        """Select the rows held out for early stopping, shape (n,): stratified, and never all rows of a class."""
         is_validation = np.zeros(n, bool)
         codes = np.zeros(n, np.int64) if codes is None else codes
         fraction = min(self.validation_fraction, MAX_VALIDATION_ROWS / n)
@@ -158,7 +158,7 @@ class _TorchHead(BaseEstimator):
         return is_validation
 
     def _check_validation(self, validation: ValidationData | None) -> ValidationData | None:
-        """The features and weights of the validation rows, checked, with their y as it is."""
+        """Validate the features of the validation rows; y is checked later."""
         if validation is None:
             return None
         X, y, weights = _unpack_validation(validation)
@@ -213,7 +213,7 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
         sample_weight: ArrayLike | None = None,
         validation: ValidationData | None = None,
     ) -> Self:
-        """Learn from n rows; nothing of an earlier fit remains.
+        """Fit to n rows; an earlier fit is discarded.
 
         Parameters
         ----------
@@ -222,10 +222,10 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
         y : array-like of shape (n,) or (n, k)
             Classes, or 0 and 1 for each label.
         sample_weight : array-like of shape (n,), optional
-            Rows of weight zero count as absent.
+            Rows of weight zero are ignored.
         validation : (X, y) or (X, y, sample_weight), optional
-            Rows that are not trained on, in the place of those that early stopping holds out; without early stopping
-            their loss and score are recorded.
+            Validation rows, used in place of held-out rows by early stopping; without it their loss and score are
+            only recorded.
         """
         self.check_params()
         X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C")
@@ -240,7 +240,7 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
         scale: NDArray[Any] | None = None,
         validation: ValidationData | None = None,
     ) -> Self:
-        """Learn from rows that need not be in memory, read as (x - center) / scale; see `Rows` for their order."""
+        """Fit to rows that need not be in memory, transformed to (x - center) / scale; see `BatchSource`."""
         weights = check_sample_weight(sample_weight, source.shape[0])
         row_indices = np.flatnonzero(weights > 0)
         y = _check_targets(y, source.shape[0], "the training data")
@@ -272,7 +272,7 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
         return LossFunction(link, self.loss, self.focal_gamma, self.label_smoothing, adjustment)
 
     def _compute_sampling_weights(self, targets: EncodedTargets, Y: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """How often rows with these answers are drawn."""
+        """Sampling weights of rows with targets Y, so that all classes are drawn equally often."""
         if self.sampling is None:
             return None
         if targets.multilabel:
@@ -287,7 +287,7 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
         targets: EncodedTargets,
         training_weights: NDArray[np.float64],
     ) -> _LabeledRows:
-        """Validation rows, their classes weighed as those of the training rows."""
+        """Validation rows, with the class weights of the training rows."""
         weights = check_sample_weight(sample_weight, X.shape[0])
         row_indices = np.flatnonzero(weights > 0)
         y, weights = _check_targets(y, X.shape[0], "validation")[row_indices], weights[row_indices]
@@ -328,19 +328,19 @@ class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
         sample_weight: ArrayLike | None = None,
         validation: ValidationData | None = None,
     ) -> Self:
-        """Learn from n rows; nothing of an earlier fit remains.
+        """Fit to n rows; an earlier fit is discarded.
 
         Parameters
         ----------
         X : array-like of shape (n, d)
             float32 and float16 are trained in float32, anything else in float64.
         y : array-like of shape (n,) or (n, t)
-            Numbers of any size and unit: each target is standardised inside.
+            Targets in any unit; each target is standardised internally.
         sample_weight : array-like of shape (n,), optional
-            Rows of weight zero count as absent.
+            Rows of weight zero are ignored.
         validation : (X, y) or (X, y, sample_weight), optional
-            Rows that are not trained on, in the place of those that early stopping holds out; without early stopping
-            their loss and score are recorded.
+            Validation rows, used in place of held-out rows by early stopping; without it their loss and score are
+            only recorded.
         """
         self.check_params()
         X, y, weights = validate_training_data(
@@ -357,7 +357,7 @@ class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
         scale: NDArray[Any] | None = None,
         validation: ValidationData | None = None,
     ) -> Self:
-        """Learn from rows that need not be in memory, read as (x - center) / scale; see `Rows` for their order."""
+        """Fit to rows that need not be in memory, transformed to (x - center) / scale; see `BatchSource`."""
         y = _check_targets(y, source.shape[0], "the training data")
         weights = check_sample_weight(sample_weight, source.shape[0])
         row_indices = np.flatnonzero(weights > 0)
@@ -385,13 +385,13 @@ class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
             )
         objective = LossFunction("identity", self.loss, huber_delta=self.huber_delta)
         self._train(training_rows, validation_rows, objective, len(mean), {"center": center, "scale": scale})
-        # In float64: a target's mean can be large beside its spread.
+        # In float64: the mean of a target can be much larger than its standard deviation.
         self.coefs_[-1] = self.coefs_[-1] * std
         self.intercepts_[-1] = self.intercepts_[-1] * std + mean
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Numbers of shape (m,) or (m, t), as y was.
+        """Predictions of shape (m,) or (m, t), like the y of the fit.
 
         Parameters
         ----------
@@ -407,7 +407,7 @@ class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
 
 
 class _LinearAttributes:
-    """The names that scikit-learn gives to what a linear estimator learnt."""
+    """scikit-learn's names for the parameters of a linear estimator."""
 
     @property
     def coef_(self) -> NDArray[Any]:
@@ -435,47 +435,47 @@ class _MLPParams(NetworkTrainingConfig):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LinearClassifier(_LinearAttributes, _TorchClassifier):
-    """One linear layer on a softmax, or a sigmoid for each label, trained by minibatches.
+    """One linear layer with a softmax, or a sigmoid for each label, trained by minibatches.
 
     Parameters
     ----------
     optimizer, learning_rate, …, patience :
-        As in `featpipe.heads.neural.config.Plan`, whose defaults these are.
+        As in `featpipe.heads.neural.config.NetworkTrainingConfig`.
     loss : {"cross_entropy", "focal"}
-        Focal: the cross-entropy times (1 - p)^focal_gamma, p being the probability of the true answer (Lin et al.
+        Focal: the cross-entropy times (1 - p)^focal_gamma, where p is the probability of the true class (Lin et al.
         2017).
     focal_gamma : float
     label_smoothing : float
-        Share of the target that is spread over all classes.
+        Fraction of the target that is spread over all classes.
     logit_adjustment : float
-        Tau of Menon et al. 2021: in training, and in validation, tau log(share of the class) is added to its score, so
-        that at prediction, with tau 1, all classes count as equally frequent. For labels it is the log odds.
+        Tau of logit adjustment (Menon et al. 2021): training and validation add tau log(class frequency) to each
+        score, so that with tau = 1 predictions treat all classes as equally frequent. Labels use their log odds.
     sampling : "balanced" or None
-        Each epoch draws as many rows as there are, with replacement, all classes equally often.
+        Each epoch draws n rows with replacement, all classes equally often.
     class_weight : mapping, "balanced" or None
-        Weight of each class, 1 where none is given; "balanced" is inverse to the frequencies. With several labels a row
-        the keys are 0 and 1.
+        Weight of each class, by default 1; "balanced" weights are inverse to the frequencies. For a multi-label y the
+        keys are 0 and 1.
     multilabel : bool or None
-        Whether y is a 0/1 matrix of shape (n, k). None: whether it has two or more columns.
+        Whether y is a 0/1 matrix of shape (n, k). None: if it has two or more columns.
     random_state : int, RandomState or None
-        With an int, two fits on one machine agree exactly.
+        With an int, fits on the same machine are reproducible.
 
     Attributes
     ----------
     coefs_ : list of ndarray of shape (fan_in, fan_out)
-        The weights of each layer, the last of one column for two classes.
+        The weights of each layer; the last has one column for two classes.
     intercepts_ : list of ndarray of shape (fan_out,)
     classes_ : ndarray of shape (k,)
     loss_curve_ : list of float
         Mean training loss of each epoch, without the penalties.
     validation_curve_ : list of float
-        The same loss on the validation rows after each epoch, without smoothing and noise; empty without such rows.
+        Validation loss after each epoch, without label smoothing and noise; empty without validation rows.
     validation_score_curve_ : list of float
-        The share of right answers there, rows weighted as in the loss.
+        Accuracy on the validation rows, weighted as the loss.
     best_epoch_ : int
-        From 1; the epoch whose weights are kept.
+        Counted from 1; the epoch whose weights are kept.
     n_iter_ : int
-        Epochs run.
+        Number of epochs.
     n_features_in_ : int
     """
 
@@ -489,29 +489,29 @@ class LinearRegressor(_LinearAttributes, _TorchRegressor):
     Parameters
     ----------
     optimizer, learning_rate, …, patience :
-        As in `featpipe.heads.neural.config.Plan`, whose defaults these are.
+        As in `featpipe.heads.neural.config.NetworkTrainingConfig`.
     loss : {"squares", "absolute", "huber"}
-        Of errors in standard deviations of the target.
+        Loss of the errors, in standard deviations of the target.
     huber_delta : float
-        The error from which "huber" grows along a line.
+        The error beyond which "huber" is linear.
     random_state : int, RandomState or None
-        With an int, two fits on one machine agree exactly.
+        With an int, fits on the same machine are reproducible.
 
     Attributes
     ----------
     coefs_ : list of ndarray of shape (fan_in, fan_out)
-        The weights of each layer, the last in the units of y.
+        The weights of each layer; the last is in the units of y.
     intercepts_ : list of ndarray of shape (fan_out,)
     loss_curve_ : list of float
         Mean training loss of each epoch, without the penalties.
     validation_curve_ : list of float
-        The same loss on the validation rows after each epoch, without noise; empty without such rows.
+        Validation loss after each epoch, without noise; empty without validation rows.
     validation_score_curve_ : list of float
-        R² there.
+        R² on the validation rows.
     best_epoch_ : int
-        From 1; the epoch whose weights are kept.
+        Counted from 1; the epoch whose weights are kept.
     n_iter_ : int
-        Epochs run.
+        Number of epochs.
     n_features_in_ : int
     """
 
@@ -520,18 +520,18 @@ class LinearRegressor(_LinearAttributes, _TorchRegressor):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MLPClassifier(_TorchClassifier, _MLPParams):
-    """A perceptron with hidden layers, on a softmax or a sigmoid for each label.
+    """A multi-layer perceptron with a softmax, or a sigmoid for each label.
 
     Parameters
     ----------
     hidden : int or sequence of int
         Widths of the hidden layers.
     activation : {"relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid"}
-        Of the hidden layers.
+        Activation of the hidden layers.
     dropout : float
-        Share of hidden units that are silenced in a step.
+        Fraction of hidden units that a step sets to zero.
     initial_weights : {"he", "glorot"}
-        Uniform, of He et al. 2015 for hidden layers and zeros for the last; or of Glorot and Bengio 2010 for all.
+        Uniform: He et al. 2015 for hidden layers and zeros for the last; or Glorot and Bengio 2010 for all.
     optimizer, …, random_state :
         As in `LinearClassifier`.
 
@@ -542,7 +542,7 @@ class MLPClassifier(_TorchClassifier, _MLPParams):
 
     Examples
     --------
-    What tutorials of Keras put on a frozen network: dense 1024 with ReLU, dense softmax, Adam, cross-entropy.
+    The head of Keras tutorials: dense 1024 with ReLU, dense softmax, Adam, cross-entropy.
 
     >>> adam = {"optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0, "schedule": "constant"}
     >>> head = MLPClassifier(1024, initial_weights="glorot", batch_size=32, epochs=10, **adam)
@@ -553,7 +553,7 @@ class MLPClassifier(_TorchClassifier, _MLPParams):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MLPRegressor(_TorchRegressor, _MLPParams):
-    """A perceptron with hidden layers that answers with numbers.
+    """A multi-layer perceptron for regression.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the torch heads minimise, row by row."""
+"""Loss functions of the torch heads."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ MAX_TRANSPOSED_CLASSES, MIN_TRANSPOSED_SCORES = 16, 2048
 
 @dataclass(frozen=True, eq=False)
 class LossFunction:
-    """The loss of scores.
+    """A loss of scores and targets.
 
     Attributes
     ----------
     link : {"softmax", "sigmoid", "identity"}
-        Of classes, of labels that each stand alone, of numbers.
+        For classes, for independent labels, and for numbers.
     loss : str
-        "cross_entropy" or "focal" of the first two, "squares" (halved), "absolute" or "huber" of numbers.
+        "cross_entropy" or "focal" for the first two; "squares" (halved), "absolute" or "huber" for numbers.
     focal_gamma : float
-        The cross-entropy is multiplied by (1 - p)^gamma, p being the probability of the true answer (Lin et al. 2017).
+        The cross-entropy is multiplied by (1 - p)^gamma, p being the probability of the true class (Lin et al. 2017).
     label_smoothing : float
-        Share of the target that is spread evenly over all answers.
+        Fraction of the target that is spread evenly over all classes.
     adjustment : ndarray of shape (k,) or None
-        Is added to the scores (Menon et al. 2021).
+        Added to the scores (logit adjustment, Menon et al. 2021).
     huber_delta : float
-        Where squares go over into a line.
+        Error at which the loss changes from quadratic to linear.
     """
 
     link: Link
@@ -47,7 +47,7 @@ class LossFunction:
     huber_delta: float = 1.0
 
     def per_row_loss(self, scores: torch.Tensor, Y: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-        """Loss of shape (b,), or (b, k) of labels.
+        """Loss of shape (b,), or (b, k) for labels.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class LossFunction:
         return losses
 
     def _log_error_probability(self, scores: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
-        """Log of one minus the probability of the true answer: from scores, for it must not round to zero."""
+        """log(1 - p) of the true class, computed from scores because 1 - p may round to zero."""
         from torch.nn import functional
 
         if self.link == "sigmoid":
@@ -91,15 +91,15 @@ class LossFunction:
     def batch_loss(
         self, scores: torch.Tensor, batch: Any, mixup_batch: Any | None, mixup_weight: float
     ) -> torch.Tensor:
-        """Weighted mean loss of a batch, or of its blend with another.
+        """Weighted mean loss of a batch, or of its mixup with another.
 
         Parameters
         ----------
         scores : tensor of shape (b, k)
-        batch, blended : Batch
-            Of b rows each.
-        share : float
-            Of the first in the blend.
+        batch, mixup_batch : TrainingBatch
+            b rows each.
+        mixup_weight : float
+            Weight of ``batch``.
         """
         smoothing = self.label_smoothing
         if mixup_batch is None:
@@ -112,7 +112,7 @@ class LossFunction:
         return mixup_weight * batch_mean + (1 - mixup_weight) * mixup_mean
 
     def row_scores(self, scores: torch.Tensor, Y: torch.Tensor, variance: torch.Tensor | None) -> torch.Tensor:
-        """What the score is the mean of: is the answer right; of numbers one less the error's share of the variance."""
+        """Scores whose mean is the accuracy, or R² for numbers."""
         if variance is not None:
             return 1 - ((scores - Y).square() / variance).mean(dim=1)
         if self.link == "softmax":
@@ -125,7 +125,7 @@ def _cross_entropy(scores: torch.Tensor, Y: torch.Tensor, smoothing: float) -> t
 
     options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
     if scores.is_cpu and scores.shape[1] < MAX_TRANSPOSED_CLASSES and scores.numel() >= MIN_TRANSPOSED_SCORES:
-        # Torch takes a softmax over less than a register number by number; of columns it takes sixteen rows at once.
+        # torch vectorises a softmax over few classes only along the other axis, sixteen rows at a time.
         return functional.cross_entropy(scores.T.contiguous()[None], Y[None], **options)[0]
     return functional.cross_entropy(scores, Y, **options)
 
@@ -133,7 +133,7 @@ def _cross_entropy(scores: torch.Tensor, Y: torch.Tensor, smoothing: float) -> t
 def compute_log_prior(
     link: Link, Y: NDArray[np.int64], weights: NDArray[np.float64], n_classes: int
 ) -> NDArray[np.float64]:
-    """Log of the share of each class, log odds of each label, shape (k,), by weight; half a row keeps it finite."""
+    """Weighted log frequency of each class, or log odds of each label, shape (k,), kept finite by half a row."""
     if link == "softmax":
         counts = np.bincount(Y, weights, n_classes)
         return np.log(np.maximum(counts, 0.5 * weights.mean()) / weights.sum())

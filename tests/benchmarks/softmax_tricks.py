@@ -1,0 +1,173 @@
+"""What each trick of the logistic solver buys: the solver with it and without it, in turns, in one run.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/softmax_tricks.py [fit] [path] [row-space] [l1] [--rounds ROUNDS]
+
+Shown are evaluations of the objective (rows read over rows there are, so that those of a sample count less) and process
+CPU time, the least of all rounds. One thread, so that other work on the machine disturbs CPU time little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from softmax import rows
+
+from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
+from featpipe.heads.logistic import cv, solver
+from featpipe.heads.logistic.objective import LogisticProblem
+
+KINDS = ("gauss", "relu", "noisy", "separable")
+FIT_SIZES = ((2_000, 512, 20), (13_000, 512, 40), (50_000, 512, 100))
+PATH_SIZE = (6_000, 512, 30)
+ROW_SPACE_SIZES = ((200, 512, 10), (400, 1280, 50), (1000, 1280, 20))
+L1_SIZES = ((2_000, 128, 10), (2_000, 512, 2))
+
+Patches = Mapping[str, Any]  # constants of the solver that switch a trick off
+
+SWITCHES: dict[str, Patches] = {
+    "all": {},
+    "no class blocks": {"MAX_BLOCK_COST": -1.0},
+    "no sample start": {"MIN_PRODUCTS_FOR_WARM_START": np.inf},
+    "neither": {"MAX_BLOCK_COST": -1.0, "MIN_PRODUCTS_FOR_WARM_START": np.inf},
+}
+ROW_SPACE_SWITCHES: dict[str, Patches] = {
+    "all": {},
+    "QR alone": {"dpotrf": lambda gram, **_: (gram, 1)},
+    "in all columns": {"MAX_ROW_SPACE_ROWS_PER_CLASS": -1},
+}
+
+
+@contextmanager
+def counted(n_rows: int) -> Iterator[list[float]]:
+    """Count evaluations of the objective, in passes over all rows."""
+    passes = [0.0]
+    original = LogisticProblem.evaluate
+
+    def evaluate(problem: LogisticProblem, *args: Any) -> Any:
+        passes[0] += problem.n / n_rows
+        return original(problem, *args)
+
+    with patch.object(LogisticProblem, "evaluate", evaluate):
+        yield passes
+
+
+def measure(run: Callable[[], Any], n_rows: int, patches: Patches) -> tuple[float, float]:
+    """CPU seconds and passes of one run."""
+    with ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(patch.object(solver, name, value))
+        passes = stack.enter_context(counted(n_rows))
+        started = time.process_time()
+        run()
+        return time.process_time() - started, passes[0]
+
+
+def show(title: str, run: Callable[[], Any], n_rows: int, switches: Mapping[str, Patches], rounds: int) -> None:
+    """Run all variants in turns; print the least CPU time of each."""
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in switches}
+    for _ in range(rounds):
+        for name, patches in switches.items():
+            results[name].append(measure(run, n_rows, patches))
+    reference = min(results["all"])[0]
+    for name, measured in results.items():
+        seconds, passes = min(measured)
+        print(
+            f"{title:32} {name:20} {passes:7.1f} passes {seconds:8.3f} s {100 * (seconds / reference - 1):+6.1f} %",
+            flush=True,
+        )
+
+
+def fit(rounds: int) -> None:
+    for n, d, k in FIT_SIZES:
+        for kind in KINDS:
+            X, y = rows(n, d, k, kind)
+            show(f"fit {n} x {d}, {k} {kind}", partial(SoftmaxRegression().fit, X, y), n, SWITCHES, rounds)
+
+
+def path(rounds: int) -> None:
+    """45 strengths on one split."""
+    n, d, k = PATH_SIZE
+    split = [(np.flatnonzero(np.arange(n) % 5 > 0), np.flatnonzero(np.arange(n) % 5 == 0))]
+    switches = {name: SWITCHES[name] for name in ("all", "no class blocks")}
+    for kind in KINDS:
+        X, y = rows(n, d, k, kind)
+        run = partial(SoftmaxRegressionCV(cv=split, refit=False).fit, X, y)
+        show(f"path {n} x {d}, {k} {kind}", run, len(split[0][0]), switches, rounds)
+
+
+def row_space(rounds: int) -> None:
+    """Fewer rows than columns; a path too, where the coordinates serve 45 strengths."""
+    for n, d, k in ROW_SPACE_SIZES:
+        for kind in ("gauss", "relu", "noisy"):
+            X, y = rows(n, d, k, kind)
+            show(f"fit {n} x {d}, {k} {kind}", partial(SoftmaxRegression().fit, X, y), n, ROW_SPACE_SWITCHES, rounds)
+    for n, d, k in ROW_SPACE_SIZES:
+        X, y = rows(n, d, k, "relu")
+        split = [(np.flatnonzero(np.arange(n) % 5 > 0), np.flatnonzero(np.arange(n) % 5 == 0))]
+        run = partial(SoftmaxRegressionCV(cv=split, refit=False).fit, X, y)
+        show(f"path {n} x {d}, {k} relu", run, n * 4 // 5, {"all": {}}, rounds)
+        with patch.object(cv, "project_to_row_space", lambda problem: (problem, np.eye(problem.d))):
+            show(f"path {n} x {d}, in all columns", run, n * 4 // 5, {"all": {}}, rounds)
+
+
+def l1(rounds: int) -> None:
+    """The solver with a duality gap against scikit-learn's saga, each to a relative gap of 1e-4."""
+    for n, d, k in L1_SIZES:
+        for kind in ("gauss", "relu", "noisy"):
+            X, y = rows(n, d, k, kind)
+            X = X.astype(np.float64)
+            for C, l1_ratio in ((0.01, 1.0), (0.1, 0.5)):
+                objective = partial(penalized_loss, X, y, C, l1_ratio)
+                best = objective(SoftmaxRegression(C, l1_ratio=l1_ratio, tol=1e-6).fit(X, y))
+                head = SoftmaxRegression(C, l1_ratio=l1_ratio, tol=1e-4)
+                seconds = min(measure(partial(head.fit, X, y), n, {})[0] for _ in range(rounds))
+                saga = time_saga(X, y, C, l1_ratio, objective, best * (1 + 1e-4))
+                print(f"l1 {n} x {d}, {k} {kind}, C={C} l1_ratio={l1_ratio}: {seconds:.2f} s, saga {saga}", flush=True)
+
+
+def time_saga(X: Any, y: Any, C: float, l1_ratio: float, objective: Callable[[Any], float], target: float) -> str:
+    for max_iter in (20, 50, 100, 200, 400):
+        head = LogisticRegression(
+            penalty="elasticnet", solver="saga", C=C, l1_ratio=l1_ratio, tol=0.0, max_iter=max_iter, random_state=0
+        )
+        started = time.process_time()
+        head.fit(X, y)
+        seconds = time.process_time() - started
+        if objective(head) <= target:
+            return f"{seconds:.2f} s, {max_iter} epochs"
+    return f"more than {seconds:.2f} s"
+
+
+def penalized_loss(X: Any, y: Any, C: float, l1_ratio: float, head: Any) -> float:
+    scores = X @ head.coef_.T + head.intercept_
+    if scores.shape[1] == 1:
+        scores = np.column_stack([np.zeros(len(X)), scores])
+    losses = np.logaddexp.reduce(scores, axis=1) - scores[np.arange(len(X)), y]
+    W = head.coef_
+    return float(C * losses.sum() + 0.5 * (1 - l1_ratio) * (W**2).sum() + l1_ratio * np.abs(W).sum())
+
+
+PARTS = {"fit": fit, "path": path, "row-space": row_space, "l1": l1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for part in arguments.parts:
+        PARTS[part](arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
