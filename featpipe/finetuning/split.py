@@ -195,7 +195,7 @@ def refit_without(
         random_state=model.history.get("random_state", 0),
         calibrate=model.calibration is not None and model.calibration.temperature != 1,
     )
-    text = f"the model knows images that are to judge it: its head is fitted again on {len(dataset)} others"
+    text = f"the model was trained on validation or test images: its head is fitted again on {len(dataset)} others"
     logger.info(text)
     refitted = train_head(cache, dataset, config, make_head_config(config, dataset)).to_model(cache, dataset)
     refitted.request, refitted.device = model.request, model.device

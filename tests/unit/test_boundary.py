@@ -55,7 +55,7 @@ def pictures(index, rows, view):
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
-def test_maps_give_what_the_same_views_of_the_pictures_give(tmp_path, index, ladder, storage, tolerance):
+def test_feature_maps_give_the_embeddings_of_the_same_views_of_the_images(tmp_path, index, ladder, storage, tolerance):
     network, found = made(ladder)
     rows = np.array([1, 4, 5, 9, 13])
     settings = {"cache": tmp_path / "cache", "storage": storage}
@@ -71,7 +71,7 @@ def test_maps_give_what_the_same_views_of_the_pictures_give(tmp_path, index, lad
         torch.testing.assert_close(answer, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-def test_a_second_run_embeds_nothing_and_other_rows_leave_it_alone(tmp_path, index, ladder, monkeypatch):
+def test_a_second_run_computes_no_map_and_other_rows_have_another_cache(tmp_path, index, ladder, monkeypatch):
     _, found = made(ladder)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     train, rest = np.arange(0, 10), np.arange(10, 15)
@@ -84,7 +84,7 @@ def test_a_second_run_embeds_nothing_and_other_rows_leave_it_alone(tmp_path, ind
     assert len(list((tmp_path / "cache").glob("*.h5"))) == 2
 
 
-def test_each_view_is_a_cache_of_its_own_with_its_augmentation_in_its_facts(tmp_path, index, ladder):
+def test_each_view_has_its_own_cache_with_its_augmentation_in_the_fingerprint(tmp_path, index, ladder):
     _, found = made(ladder)
     settings = {"cache": tmp_path / "cache"}
     make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, n_views=3, settings=settings)
@@ -95,7 +95,7 @@ def test_each_view_is_a_cache_of_its_own_with_its_augmentation_in_its_facts(tmp_
     assert all(cache.outputs == ("layer2:none",) and cache.features().dtype == np.float16 for cache in caches)
 
 
-def test_where_nothing_of_the_network_trains_the_embeddings_are_there_already(tmp_path, index, ladder, monkeypatch):
+def test_with_a_frozen_network_the_existing_embeddings_are_used(tmp_path, index, ladder, monkeypatch):
     cache = featpipe.extract(tmp_path / "photos", backbone=ladder, cache=tmp_path / "cache")
     monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
     found = partition_network(ladder, ["stem", "layer1", "layer2", "layer3"])
@@ -104,7 +104,7 @@ def test_where_nothing_of_the_network_trains_the_embeddings_are_there_already(tm
     np.testing.assert_array_equal(source.network(source.batch(np.array([7, 3]), 0)), cache.features()[[7, 3]])
 
 
-def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_path, index):
+def test_values_beyond_the_range_of_the_storage_are_an_error_with_the_remedy(tmp_path, index):
     network = Ladder()
     with torch.no_grad():
         network.layer2[1].skip.weight.mul_(1e7)
@@ -115,7 +115,7 @@ def test_maps_too_large_for_the_storage_are_an_error_that_says_what_to_do(tmp_pa
         make_feature_map_dataset(index, np.arange(15), loaded, found, **how)
 
 
-def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
+def test_caching_pays_off_with_many_epochs_and_not_with_few(tmp_path, ladder):
     _, found = made(ladder)
     often, once = (estimate_caching_gain(ladder, found, 100, epochs, 1, tmp_path) for epochs in (10, 1))
     assert often.worthwhile
@@ -127,7 +127,7 @@ def test_many_epochs_pay_and_few_do_not(tmp_path, ladder):
     assert not estimate_caching_gain(ladder, found, 100, 10, 10, tmp_path).worthwhile  # as many views as epochs
 
 
-def test_what_does_not_fit_the_disk_is_not_kept(tmp_path, ladder, monkeypatch):
+def test_maps_that_do_not_fit_the_disk_are_not_cached(tmp_path, ladder, monkeypatch):
     _, found = made(ladder)
     monkeypatch.setattr(feature_map_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
     refused = estimate_caching_gain(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
@@ -142,7 +142,7 @@ def model(tmp_path, ladder):
 
 
 @pytest.mark.parametrize("augmentation", [{}, {"flip": 0.5, "color": 0.3}])
-def test_the_loop_on_maps_ends_where_the_loop_on_pictures_does(tmp_path, model, augmentation):
+def test_training_on_maps_gives_the_losses_of_training_on_images(tmp_path, model, augmentation):
     """The same losses, epoch by epoch, to what float16 rounds to, with as many views as epochs."""
     curves = {}
     for way in ("no", "yes"):
@@ -154,7 +154,7 @@ def test_the_loop_on_maps_ends_where_the_loop_on_pictures_does(tmp_path, model, 
     assert list((tmp_path / "yes").glob("boundary-*"))
 
 
-def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model, log):
+def test_caching_is_chosen_with_a_note_and_mixup_prevents_it(tmp_path, model, log):
     settings = {**QUICK, "cache": tmp_path / "cache", "epochs": 10, "keep_worse": True}
     finetune(model, tmp_path / "photos", **settings)
     assert any("times less work" in text for text in log)
@@ -166,7 +166,7 @@ def test_it_is_chosen_and_said_and_mixed_pictures_cannot_be_kept(tmp_path, model
         finetune(model, tmp_path / "photos", mixup=0.2, cache_activations="yes", **settings)
 
 
-def test_the_cache_of_a_changed_view_can_be_told_and_checked_but_not_embedded_again(tmp_path, index, ladder):
+def test_info_and_verify_read_the_cache_of_a_view_and_repair_refuses_it(tmp_path, index, ladder):
     _, found = made(ladder)
     make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, settings={"cache": tmp_path})
     (path,) = tmp_path.glob("boundary-*.h5")
@@ -177,7 +177,7 @@ def test_the_cache_of_a_changed_view_can_be_told_and_checked_but_not_embedded_ag
         verify(path, sample=1, backbone=ladder)
 
 
-def test_maps_that_are_used_again_are_as_good_as_new_to_who_cleans(tmp_path, index, ladder, monkeypatch):
+def test_reused_maps_count_as_new_for_clean(tmp_path, index, ladder, monkeypatch):
     _, found = made(ladder)
 
     def again():

@@ -300,7 +300,7 @@ def test_each_method_gives_a_model_like_any_other(method: str, grow: Any, home: 
     assert not (tmp_path / "m.model.checkpoint").exists()
 
 
-def test_naive_forgets_and_each_epoch_says_so(grow: Any, log: list[str]) -> None:
+def test_naive_forgets_and_each_epoch_reports_it(grow: Any, log: list[str]) -> None:
     found = grow("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0})
     curves = found.outcomes[0].curves
     assert curves["epochs"] == list(range(9))
@@ -313,9 +313,7 @@ def test_naive_forgets_and_each_epoch_says_so(grow: Any, log: list[str]) -> None
     )
 
 
-def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
-    grow: Any, home: Path, tmp_path: Path
-) -> None:
+def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home: Path, tmp_path: Path) -> None:
     first = grow("ewc", "old", "new", out=tmp_path / "m.model", params=LEARNS)
     kept = first.model.kept
     assert all(name.startswith("backbone.layer3") for name in kept.network)
@@ -341,7 +339,7 @@ def test_importances_are_kept_said_by_info_and_are_all_that_the_next_step_needs(
         grow("ewc", more, of=bare.model)
 
 
-def test_an_interrupted_expansion_goes_on_to_the_same_model(grow: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_resumed_expansion_gives_the_same_model(grow: Any, tmp_path: Path, monkeypatch: Any) -> None:
     how = {"params": LEARNS, "out": tmp_path / "m.model"}
     whole = grow("ewc", "old", "new", **{**how, "out": tmp_path / "whole.model"})
     interrupt_fine_tuning(monkeypatch, after=3)
@@ -360,7 +358,7 @@ def test_an_interrupted_expansion_goes_on_to_the_same_model(grow: Any, tmp_path:
     assert (tmp_path / "m.model").stat().st_mtime_ns == written
 
 
-def test_a_network_that_got_no_better_stays_and_the_model_is_that_of_features(grow: Any, model: Model) -> None:
+def test_without_an_improvement_the_result_is_that_of_features(grow: Any, model: Model) -> None:
     found = grow("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0, "monitor": "loss"})
     assert found.notes[0].startswith("no epoch was better than the start")
     assert found.model.facts == model.facts
@@ -382,7 +380,7 @@ def test_the_next_step_is_like_any_other(grow: Any, home: Path, tmp_path: Path) 
     assert tuned.classes == found.model.classes
 
 
-def test_old_images_are_replayed_that_are_known_by_their_bytes(
+def test_old_images_are_recognized_by_their_bytes_and_replayed(
     grow: Any, home: Path, tmp_path: Path, log: list[str]
 ) -> None:
     for name in OLD:
@@ -396,7 +394,7 @@ def test_old_images_are_replayed_that_are_known_by_their_bytes(
     assert n_train + n_validation == 2 * 5 + 24
 
 
-def test_an_image_that_stands_for_others_weighs_as_much(model: Model) -> None:
+def test_an_exemplar_weighs_as_much_as_the_images_it_represents(model: Model) -> None:
     """The root of it, and the rest as an offset of its class, as on features."""
     d, random = int(model.head[-1].n_features_in_), np.random.default_rng(0)
 
@@ -425,7 +423,7 @@ def test_an_image_that_stands_for_others_weighs_as_much(model: Model) -> None:
     )
 
 
-def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> None:
+def test_the_ewc_penalty_ignores_a_shift_of_all_rows_of_the_last_layer() -> None:
     """Where training starts at the old rows, all of them moved by the same, nothing pulls."""
     random = np.random.default_rng(0)
     W, b = random.normal(size=(3, 5)), random.normal(size=3)
@@ -476,23 +474,23 @@ def test_the_pull_is_to_the_old_layer_whatever_is_added_to_all_of_its_rows() -> 
         ("distill", "new", {"unfreeze": "head", "keep": "network"}, "embeddings do not; keep them where"),
         ("distill", "new", {"unfreeze": "head", "params": {"batch": 8}}, "unknown setting 'batch'"),
         ("distill", "old", {}, "no class is new: nothing to learn"),
-        ("distill", "new", {"calibration": "old"}, "--calibration is for a network that stays as it is"),
+        ("distill", "new", {"calibration": "old"}, "--calibration is not supported with --unfreeze"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(method: str, data: str, how: Any, problem: str, grow: Any) -> None:
+def test_invalid_input_is_refused_in_one_line(method: str, data: str, how: Any, problem: str, grow: Any) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
         grow(method, data, **how)
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_has_no_pictures(home: Path, model: Model, ladder: Any) -> None:
+def test_a_cache_in_place_of_an_archive_is_refused(home: Path, model: Model, ladder: Any) -> None:
     cache = featpipe.extract(home / "new", backbone=ladder, cache=home / "cache")
     for given in (cache, cache.path):
         with pytest.raises(ConfigError, match=r"is a cache, and --unfreeze trains on images.*give the archives"):
             expand(model, given, method="distill", unfreeze="last")
 
 
-def test_too_few_images_to_say_when_to_stop(home: Path, grow: Any, tmp_path: Path) -> None:
+def test_too_few_images_for_validation_are_refused(home: Path, grow: Any, tmp_path: Path) -> None:
     (tmp_path / "few" / "cow").mkdir(parents=True)
     for file in sorted((home / "new" / "cow").glob("*.png"))[:2]:
         shutil.copy(file, tmp_path / "few" / "cow")
@@ -500,7 +498,7 @@ def test_too_few_images_to_say_when_to_stop(home: Path, grow: Any, tmp_path: Pat
         grow("distill", str(tmp_path / "few"))
 
 
-def test_a_head_that_is_no_layer_needs_old_images(home: Path, grow: Any, ladder: Any, log: list[str]) -> None:
+def test_a_head_that_is_not_a_layer_needs_old_images(home: Path, grow: Any, ladder: Any, log: list[str]) -> None:
     cache = featpipe.extract(home / "old", backbone=ladder, cache=home / "cache")
     knn = featpipe.train(cache, "knn", cv=0).attach(ladder)
     with pytest.raises(ConfigError, match=r"is for heads that end in a softmax layer.*KNeighborsClassifier"):
@@ -509,7 +507,7 @@ def test_a_head_that_is_no_layer_needs_old_images(home: Path, grow: Any, ladder:
     assert any("knn is not a network layer" in text for text in log)
 
 
-def test_what_is_kept_of_the_network_is_checked(home: Path, ladder: Any) -> None:
+def test_retained_importances_of_the_network_are_validated(home: Path, ladder: Any) -> None:
     cache = featpipe.extract(home / "old", backbone=ladder, cache=home / "cache")
     with pytest.raises(ConfigError, match=r"keep=network: .* `featpipe expand --unfreeze`"):
         featpipe.train(cache, keep="network")

@@ -1,4 +1,4 @@
-"""Fine-tuning from a model and an archive to a better model, judged by rows that nothing has seen."""
+"""Fine-tuning a model on an archive, and the comparison with the probe on test images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def marked(photos, path, marks) -> None:
         csv.writer(table).writerows([["path", "label", "split"], *rows])
 
 
-def test_out_comes_a_model_whose_network_learnt_and_the_table_of_both(tmp_path, photos, model):
+def test_fine_tuning_reduces_the_loss_and_compares_with_the_probe(tmp_path, photos, model):
     settings = {**QUICK, "epochs": 12, "patience": 0, "learning_rate": 6e-3}
     found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "t.model", **settings)
     assert found.curve[found.best_epoch]["validation_loss"] < found.curve[0]["validation_loss"]
@@ -68,7 +68,7 @@ def test_out_comes_a_model_whose_network_learnt_and_the_table_of_both(tmp_path, 
     assert not (tmp_path / "t.model.checkpoint").exists()
 
 
-def test_the_model_says_what_the_trained_network_says(tmp_path, photos, model):
+def test_the_model_predicts_from_embeddings_of_the_trained_network(tmp_path, photos, model):
     tuned = model.finetune(photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
     files = sorted(photos.rglob("*.png"))[::5]
     images = [decode_image(file.read_bytes()) for file in files]
@@ -79,7 +79,7 @@ def test_the_model_says_what_the_trained_network_says(tmp_path, photos, model):
     assert not any(parameter.requires_grad for parameter in tuned.backbone.network.parameters())
 
 
-def test_the_old_backbone_and_its_cache_stay_as_they_were(tmp_path, photos, model, ladder):
+def test_the_old_backbone_and_its_cache_are_not_changed(tmp_path, photos, model, ladder):
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").glob("*.h5")}
     weights = {name: value.clone() for name, value in ladder.network.state_dict().items()}
     tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
@@ -90,7 +90,7 @@ def test_the_old_backbone_and_its_cache_stay_as_they_were(tmp_path, photos, mode
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
-def test_numbers_and_several_labels_are_learnt_too(tmp_path, photos, ladder, task):
+def test_regression_and_multilabel_models_are_fine_tuned(tmp_path, photos, ladder, task):
     column, of = {
         "regression": ("target", {"ape": 1000.5, "bee": 1200.25, "cow": 1500.0}),
         "multilabel": ("labels", {"ape": "red;warm", "bee": "green", "cow": "blue;warm"}),
@@ -110,7 +110,7 @@ def test_numbers_and_several_labels_are_learnt_too(tmp_path, photos, ladder, tas
 # -- honest rows ------------------------------------------------------------------------------------------------------
 
 
-def test_no_image_is_on_two_sides_and_a_side_follows_from_the_bytes(tmp_path, photos, model, ladder):
+def test_no_image_is_in_two_splits_and_the_split_depends_on_its_bytes(tmp_path, photos, model, ladder):
     shutil.copy(photos / "ape" / "03.png", photos / "ape" / "99.png")
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
     sides = make_splits(model, cache, FineTuneConfig())
@@ -125,7 +125,7 @@ def test_no_image_is_on_two_sides_and_a_side_follows_from_the_bytes(tmp_path, ph
     }
 
 
-def test_the_split_that_came_with_the_labels_is_kept(tmp_path, photos, model, ladder):
+def test_the_split_of_the_labels_is_used(tmp_path, photos, model, ladder):
     marked(photos, tmp_path / "s.csv", {0: "test", 1: "test", 2: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
     sides = make_splits(model, cache, FineTuneConfig())
@@ -139,7 +139,7 @@ def test_the_split_that_came_with_the_labels_is_kept(tmp_path, photos, model, la
     assert "test as the labels mark them" in sides.description
 
 
-def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp_path, photos, model, log):
+def test_a_probe_that_was_trained_on_test_images_is_fitted_again_without_them(tmp_path, photos, model, log):
     found = finetune(model, photos, cache=tmp_path / "cache", **QUICK)
     notes = [text for text in log if "fitted again" in text]
     cache = next(
@@ -161,7 +161,7 @@ def test_a_probe_that_knows_the_held_out_images_is_fitted_again_without_them(tmp
     assert accuracy["probe"][0] == pytest.approx(right)
 
 
-def test_a_probe_that_never_saw_them_is_taken_as_it_is(tmp_path, photos, ladder, log):
+def test_a_probe_that_was_not_trained_on_them_is_used_as_it_is(tmp_path, photos, ladder, log):
     marked(photos, tmp_path / "s.csv", {0: "test", 1: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
     model = featpipe.train(cache, "lda").attach(ladder)
@@ -169,7 +169,7 @@ def test_a_probe_that_never_saw_them_is_taken_as_it_is(tmp_path, photos, ladder,
     assert not [text for text in log if "fitted again" in text]
 
 
-def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, model, ladder):
+def test_the_model_records_its_training_and_validation_images(tmp_path, photos, model, ladder):
     tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
     sides = make_splits(model, cache, FineTuneConfig())
@@ -180,7 +180,7 @@ def test_the_model_knows_what_it_was_trained_and_stopped_by(tmp_path, photos, mo
     assert fresh.scores.n == len(sides.test)
 
 
-def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
+def test_a_worse_network_is_reported_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
     verb = import_module("featpipe.finetuning.finetune")
 
     real = verb.compare_models
@@ -203,7 +203,7 @@ def test_a_worse_network_is_said_to_be_worse_and_the_probe_is_kept(tmp_path, pho
 # -- again ------------------------------------------------------------------------------------------------------------
 
 
-def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos, model, log):
+def test_the_same_call_reuses_the_model_and_another_setting_trains_again(tmp_path, photos, model, log):
     out = tmp_path / "t.model"
     first = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
     data = out.read_bytes()
@@ -215,7 +215,7 @@ def test_asked_again_no_work_is_done_and_asked_otherwise_it_is(tmp_path, photos,
     assert out.read_bytes() != data
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, photos, model, monkeypatch):
+def test_a_resumed_run_gives_the_same_model(tmp_path, photos, model, monkeypatch):
     whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     out = tmp_path / "t.model"
     made = interrupt_fine_tuning(monkeypatch, after=3)
@@ -234,7 +234,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path, photos, m
 # -- the backbone -----------------------------------------------------------------------------------------------------
 
 
-def test_its_backbone_is_extracted_with_under_its_own_fingerprint(tmp_path, photos, ladder):
+def test_the_fine_tuned_backbone_extracts_under_its_own_fingerprint(tmp_path, photos, ladder):
     """With a network of the table, by name; untrained, since published weights are not needed for this."""
     network = backbones.load("timm/test_resnet", weights="none")
     cache = featpipe.extract(photos, backbone=network, cache=tmp_path / "cache")
@@ -275,7 +275,7 @@ def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged
         backbones.load(str(tmp_path / "gone.model"))
 
 
-def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos, log):
+def test_weights_none_trains_the_untrained_architecture(tmp_path, photos, log):
     network = backbones.load("timm/test_resnet", weights="none", seed=3)
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     settings = {"epochs": 1, "batch": 16, "device": "cpu", "weights": "none", "keep_worse": True}
@@ -299,7 +299,7 @@ def test_from_scratch_the_architecture_is_trained_anew(tmp_path, photos, log):
         (lambda photos: shutil.rmtree(photos / "cow"), ConfigError, "no image of class 'cow', which the model knows"),
     ],
 )  # fmt: skip
-def test_other_classes_than_the_models_are_named(tmp_path, photos, model, change, error, words):
+def test_labels_with_other_classes_than_the_model_are_refused(tmp_path, photos, model, change, error, words):
     change(photos)
     with pytest.raises(error, match=words):
         finetune(model, photos, cache=tmp_path / "cache", **QUICK)
@@ -328,7 +328,7 @@ def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, wo
         finetune(model, photos, cache=tmp_path / "cache", **{**QUICK, **settings})
 
 
-def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monkeypatch):
+def test_an_image_that_changed_since_extraction_is_an_error(tmp_path, photos, model, monkeypatch):
     verb = import_module("featpipe.finetuning.finetune")
 
     real = verb.train_network
@@ -342,12 +342,12 @@ def test_an_image_that_changed_meanwhile_is_named(tmp_path, photos, model, monke
         finetune(model, photos, cache=tmp_path / "cache", **QUICK)
 
 
-def test_settings_that_decide_nothing_do_not_make_another_run():
+def test_configs_that_differ_in_workers_alone_are_equal_after_replacement():
     one, two = FineTuneConfig(workers=1), FineTuneConfig(workers=2)
     assert replace(one, workers=2) == two
 
 
-def test_epochs_are_written_for_tensorboard_or_it_is_said_what_to_install(tmp_path, monkeypatch):
+def test_epochs_are_logged_to_tensorboard_and_its_absence_is_an_error(tmp_path, monkeypatch):
     import sys
     import types
 

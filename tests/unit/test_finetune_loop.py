@@ -1,4 +1,4 @@
-"""The loop trains what it is told to and nothing else, goes on as if it had never stopped, and survives bad luck."""
+"""The training loop: what is trained, schedules, steps, resuming, and failures."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("what", EXPECTED)
-def test_what_is_trained_is_said_in_the_fields_words(what):
+def test_unfreeze_selects_stages_layers_and_names(what):
     chosen = select_unfrozen(backbones.load(Ladder(), transform=small_transform), what)
     assert {name.split(".")[0] for name in chosen.names} == EXPECTED[what]
 
 
-def test_every_stage_of_a_network_of_the_table_can_be_named():
+def test_unfreeze_selects_stages_of_a_registered_network():
     network = backbones.load("resnet18", weights="none")
     assert {name.split(".")[0] for name in select_unfrozen(network, "last").names} == {"layer4"}
     assert {name.split(".")[0] for name in select_unfrozen(network, "layers[15:]").names} >= {"layer3", "layer4"}
@@ -81,7 +81,7 @@ def test_every_stage_of_a_network_of_the_table_can_be_named():
         ("", "unknown part of the network"),
     ],
 )
-def test_what_is_not_there_is_answered_with_what_is(what, words):
+def test_an_unfreeze_term_that_selects_nothing_is_an_error_with_the_alternatives(what, words):
     with pytest.raises(ConfigError, match=words):
         select_unfrozen(backbones.load(Ladder(), transform=small_transform), what)
 
@@ -93,7 +93,7 @@ def test_weights_that_the_output_does_not_depend_on_are_not_trained():
         select_unfrozen(part, "layer3")
 
 
-def test_what_is_frozen_keeps_every_bit_and_has_no_gradient_and_no_state():
+def test_frozen_weights_keep_every_bit_and_have_no_gradient_and_no_optimizer_state():
     trainer = make_trainer(unfreeze="last")
     before, state = copy_weights(trainer), init_state(trainer)
     run_training_loop(trainer, state)
@@ -105,7 +105,7 @@ def test_what_is_frozen_keeps_every_bit_and_has_no_gradient_and_no_state():
     assert all(p.grad is None and not p.requires_grad and p not in state.optimizer.state for p in frozen)
 
 
-def test_batch_norms_follow_the_batches_only_if_asked_and_only_in_what_is_trained():
+def test_batch_norms_follow_the_batches_only_if_trained_and_unfrozen():
     statistics = {}
     for how in ("frozen", "trained"):
         trainer = make_trainer(unfreeze="last", batch_norm=how)
@@ -117,7 +117,7 @@ def test_batch_norms_follow_the_batches_only_if_asked_and_only_in_what_is_traine
     assert statistics["trained"] == {f"b.layer3.{n}.norm.running_{what}" for n in (0, 1) for what in ("mean", "var")}
 
 
-def test_stages_are_thawed_one_after_the_other():
+def test_gradual_unfreezes_one_stage_after_the_other():
     trainer = make_trainer(gradual=1, epochs=4)
     thawed = [{name.split(".")[0] for name in trainer.unfrozen.active_names(epoch, 1)} for epoch in range(5)]
     stages = [
@@ -137,7 +137,7 @@ def test_stages_are_thawed_one_after_the_other():
 # -- rates ------------------------------------------------------------------------------------------------------------
 
 
-def test_rates_fall_geometrically_and_norms_and_biases_do_not_decay():
+def test_rates_fall_geometrically_with_depth_and_norms_and_biases_have_no_weight_decay():
     trainer = make_trainer(layer_decay=0.5, weight_decay=0.3)
     below = {n: p for n, p in trainer.trained_parameters().items() if n in trainer.parameter_depths()}
     head = {n: p for n, p in trainer.trained_parameters().items() if n not in below}
@@ -150,7 +150,7 @@ def test_rates_fall_geometrically_and_norms_and_biases_do_not_decay():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "constant"])
-def test_schedules_rise_to_one_and_fall(schedule):
+def test_schedules_warm_up_to_one_and_decay(schedule):
     tuning = FineTuneConfig(schedule=schedule, warmup=0.25)
     found = [schedule_factor(step, 100, tuning) for step in range(100)]
     assert max(found) == pytest.approx(1.0)
@@ -159,7 +159,7 @@ def test_schedules_rise_to_one_and_fall(schedule):
     assert (found[-1] < 0.01) == (schedule != "constant")
 
 
-def test_one_cycle_is_that_of_torch():
+def test_one_cycle_equals_that_of_torch():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=100, cycle_momentum=False)
@@ -174,7 +174,7 @@ def test_one_cycle_is_that_of_torch():
     assert ours[29] == pytest.approx(wanted[29], abs=1e-6)
 
 
-def test_a_rate_is_found_and_the_network_is_left_as_it_was():
+def test_the_learning_rate_finder_restores_the_network():
     trainer = make_trainer(epochs=1)
     before = copy_weights(trainer)
     rate = find_learning_rate(trainer)
@@ -185,7 +185,7 @@ def test_a_rate_is_found_and_the_network_is_left_as_it_was():
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_that_of_a_plain_loop():
+def test_a_step_equals_that_of_a_plain_loop():
     trainer = make_trainer(
         unfreeze="all", optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=0.0, layer_decay=1.0, epochs=1
     )
@@ -243,7 +243,7 @@ def test_balanced_sampling_draws_each_class_as_often():
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 1.0}, {"cutmix": 1.0}])
-def test_blends_hold_as_much_of_each_picture_as_they_say(settings):
+def test_mixup_and_cutmix_mix_images_by_the_reported_share(settings):
     ones = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
     torch.manual_seed(3)
     for _ in range(10):
@@ -252,7 +252,7 @@ def test_blends_hold_as_much_of_each_picture_as_they_say(settings):
         torch.testing.assert_close(found.mean((1, 2, 3)), wanted)
 
 
-def test_the_average_is_what_is_judged_and_kept():
+def test_the_moving_average_is_evaluated_and_kept():
     trainer = make_trainer(ema=0.9, epochs=2)
     state = init_state(trainer)
     run_training_loop(trainer, state)
@@ -278,7 +278,7 @@ def test_half_precision_trains_float32_weights_about_as_well(precision):
     np.testing.assert_allclose(found[precision], found["fp32"], rtol=0.15)
 
 
-def test_it_stops_when_validation_gets_no_better_and_puts_the_best_weights_back():
+def test_early_stopping_restores_the_best_weights():
     trainer = make_trainer(epochs=30, patience=2, learning_rate=0.3)
     state = run_training_loop(trainer, init_state(trainer))
     assert len(state.curve) < 31
@@ -286,7 +286,7 @@ def test_it_stops_when_validation_gets_no_better_and_puts_the_best_weights_back(
     assert_tensors_equal(dict(trainer.trained_tensors()), state.best_weights)
 
 
-def test_the_best_epoch_is_that_of_the_lowest_loss_or_of_the_most_right_answers():
+def test_the_best_epoch_has_the_lowest_loss_or_the_highest_score():
     curve = [
         EpochRecord(0, 1.0, 0.5, 0.7),
         EpochRecord(1, 1.0, 0.6, 0.9),
@@ -343,7 +343,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tmp_path, name):
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, name):
     whole = make_trainer(**SETTINGS[name])
     uninterrupted = run_training_loop(whole, init_state(whole))
     for at in (2, 6, 10):
@@ -362,7 +362,7 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(tmp_path, name):
         assert [e.to_dict() for e in state.curve] == [e.to_dict() for e in uninterrupted.curve]
 
 
-def test_a_schedulers_signal_saves_too(tmp_path):
+def test_sigterm_saves_the_state_too(tmp_path):
     trainer = make_trainer()
     trainer = replace(trainer, train_data=InterruptingDataset(trainer.train_data, 3, signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
@@ -373,7 +373,7 @@ def test_a_schedulers_signal_saves_too(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_changed_setting_is_an_error_that_lists_what_differs(tmp_path):
+def test_resuming_with_another_setting_is_an_error_that_lists_the_differences(tmp_path):
     trainer = make_trainer()
     checkpoint.save_checkpoint(tmp_path / "c", trainer, init_state(trainer), RUN_CONFIG)
     other = {"settings": {"epochs": 3, "learning_rate": 0.02}}
@@ -421,7 +421,7 @@ class Poisoned(TensorDataset):
         return found
 
 
-def test_a_loss_that_is_no_number_stops_restores_and_names_the_batch(log):
+def test_a_nan_loss_stops_restores_the_best_weights_and_names_the_batch(log):
     trainer = make_trainer(learning_rate=1e-3)
     trainer = replace(trainer, train_data=Poisoned(trainer.train_data.network, trainer.train_data.images))
     state = run_training_loop(trainer, init_state(trainer))
@@ -448,7 +448,7 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize("most", [3, 1])
-def test_where_memory_runs_out_batches_are_computed_in_pieces_with_the_same_result(most):
+def test_out_of_memory_divides_batches_into_pieces_with_the_same_result(most):
     whole = make_trainer(epochs=1)
     small = make_trainer(epochs=1)
     source = TensorDataset(Small(small.train_data.network, most), small.train_data.images)
@@ -466,7 +466,7 @@ def test_where_memory_runs_out_batches_are_computed_in_pieces_with_the_same_resu
 
 
 @pytest.mark.parametrize(("batch_norm", "least"), [("frozen", "one image"), ("trained", "two images")])
-def test_memory_for_not_even_the_smallest_batch_is_an_error(batch_norm, least, log):
+def test_out_of_memory_with_the_smallest_batch_is_an_error(batch_norm, least, log):
     trainer = make_trainer(batch_norm=batch_norm)
     source = TensorDataset(Small(trainer.train_data.network, 0), trainer.train_data.images)
     trainer = replace(trainer, train_data=source, validation_data=trainer.train_data)

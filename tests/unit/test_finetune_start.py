@@ -70,7 +70,7 @@ LINEAR = ("logistic", "linear", "mlp", "ridge", "lda", "svm", "centroid", "keras
 
 @pytest.mark.parametrize("labels", [None, "two"])
 @pytest.mark.parametrize("head", [*LINEAR, "sklearn.linear_model.LogisticRegression"])
-def test_the_first_answers_are_the_models_own(place, ladder, head, labels):
+def test_the_initial_layers_predict_as_the_model(place, ladder, head, labels):
     cache = cache_of(place, ladder, labels)
     model = featpipe.train(cache, head, params={"epochs": 3} if head in ("mlp", "keras", "linear") else {})
     model.attach(ladder)
@@ -80,7 +80,7 @@ def test_the_first_answers_are_the_models_own(place, ladder, head, labels):
 
 
 @pytest.mark.parametrize("head", ["logistic", "linear", "mlp"])
-def test_so_are_those_of_several_labels(place, ladder, head):
+def test_the_initial_layers_predict_as_a_multilabel_model(place, ladder, head):
     cache = cache_of(place, ladder, "several")
     model = featpipe.train(cache, head).attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
@@ -88,7 +88,7 @@ def test_so_are_those_of_several_labels(place, ladder, head):
 
 
 @pytest.mark.parametrize("head", ["ridge", "linear", "mlp"])
-def test_and_numbers_to_their_spread(place, ladder, head):
+def test_the_initial_layers_predict_as_a_regression_model(place, ladder, head):
     cache = cache_of(place, ladder, "number")
     model = featpipe.train(cache, head).attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
@@ -96,7 +96,7 @@ def test_and_numbers_to_their_spread(place, ladder, head):
     assert np.abs(found - model.predict(paths)).max() < 1e-4 * np.std(cache.y)
 
 
-def test_a_temperature_and_a_correction_of_priors_are_folded_in(place, ladder):
+def test_temperature_and_prior_correction_are_folded_into_the_layers(place, ladder):
     cache = cache_of(place, ladder)
     model = featpipe.train(cache, "logistic", cv=2, calibrate=True, prior={"ape": 0.7}).attach(ladder)
     assert model.calibration.temperature != 1
@@ -106,7 +106,7 @@ def test_a_temperature_and_a_correction_of_priors_are_folded_in(place, ladder):
 
 
 @pytest.mark.parametrize("labels", [None, "number"])
-def test_neighbours_are_no_layer_and_a_linear_head_is_trained_in_their_place(place, ladder, labels):
+def test_a_nearest_neighbour_head_is_replaced_by_a_fitted_linear_head(place, ladder, labels):
     cache = cache_of(place, ladder, labels)
     model = featpipe.train(cache, "knn").attach(ladder)
     y = cache.label_table.values if labels is None else cache.y
@@ -126,7 +126,7 @@ def test_neighbours_are_no_layer_and_a_linear_head_is_trained_in_their_place(pla
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multilabel"])
 @pytest.mark.parametrize("widths", [(7, 3), (7, 2), (7, 5, 4, 3)])
-def test_layers_come_back_as_a_head_that_is_saved_and_answers_alike(task, widths):
+def test_layers_become_a_head_that_is_saved_and_predicts_the_same(task, widths):
     random = np.random.default_rng(0)
     pairs = list(pairwise(widths))
     weights = tuple(random.normal(size=(fan_out, fan_in)) for fan_in, fan_out in pairs)
@@ -142,7 +142,7 @@ def test_layers_come_back_as_a_head_that_is_saved_and_answers_alike(task, widths
     np.testing.assert_allclose(answers, link(scores).numpy(), atol=1e-5)
 
 
-def test_a_spread_of_targets_is_undone():
+def test_the_scale_of_targets_is_undone():
     layers = HeadLayers((np.array([[2.0, 1.0]]),), (np.array([3.0]),))
     within = layers.fold_output_scaling(1 / 4.0, -5 / 4.0)
     np.testing.assert_allclose(within.fold_output_scaling(4.0, 5.0).weights[0], layers.weights[0])

@@ -25,7 +25,7 @@ def pictures() -> list[Tensor]:
     return [torch.from_numpy(np.array(picture(seed))).permute(2, 0, 1) for seed in range(12)]
 
 
-def test_without_augmentation_it_is_the_transform_to_the_bit(pictures):
+def test_without_augmentation_a_view_equals_the_transform_to_the_bit(pictures):
     for number in (0, 3):
         view = AugmentedTransform(TRANSFORM, Augmentation(), number, seed=1)
         assert all(torch.equal(view(image), TRANSFORM(image)) for image in pictures)
@@ -41,14 +41,14 @@ def test_a_view_is_the_same_alone_and_in_any_thread_and_order(pictures):
     assert all(torch.equal(one, other) for one, other in zip(alone, reversed(together), strict=True))
 
 
-def test_the_generator_that_all_share_is_not_touched(pictures):
+def test_the_global_random_generator_is_not_touched(pictures):
     before = torch.get_rng_state()
     for image in pictures:
         AugmentedTransform(TRANSFORM, ALL)(image)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_views_seeds_and_pictures_differ(pictures):
+def test_views_differ_by_number_seed_and_image(pictures):
     found = [
         AugmentedTransform(TRANSFORM, ALL, n, s)(pictures[p])
         for n, s, p in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
@@ -58,7 +58,7 @@ def test_views_seeds_and_pictures_differ(pictures):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_kind_changes_some_pictures_and_the_identity(pictures, name):
+def test_each_augmentation_changes_some_images_and_the_fingerprint(pictures, name):
     view = AugmentedTransform(TRANSFORM, Augmentation(**{name: getattr(ALL, name)}))
     changed = [not torch.equal(view(image), TRANSFORM(image)) for image in pictures]
     assert sum(changed) >= 2
@@ -74,7 +74,7 @@ def test_each_kind_changes_some_pictures_and_the_identity(pictures, name):
     assert len({str(other.to_dict()) for other in others}) == 5
 
 
-def test_a_flip_is_a_flip_and_noise_is_as_strong_as_was_said(pictures):
+def test_a_flip_mirrors_and_noise_has_the_given_deviation(pictures):
     flipped = AugmentedTransform(TRANSFORM, Augmentation(flip=1.0)).apply_geometry(pictures[0])
     assert torch.equal(flipped, TRANSFORM.apply_geometry(pictures[0]).flip(-1))
     gray = torch.full((3, 200, 200), 128, dtype=torch.uint8)
@@ -82,7 +82,7 @@ def test_a_flip_is_a_flip_and_noise_is_as_strong_as_was_said(pictures):
     assert float(noisy.std()) == pytest.approx(0.1, rel=0.02)
 
 
-def test_a_transform_of_ones_own_is_given_the_changed_picture(pictures):
+def test_a_custom_transform_gets_the_augmented_image(pictures):
     own = CustomTransform(tiny_transform)
     view = AugmentedTransform(own, Augmentation(flip=1.0))
     assert torch.equal(view(pictures[0]), own(pictures[0].flip(-1)))
@@ -91,19 +91,19 @@ def test_a_transform_of_ones_own_is_given_the_changed_picture(pictures):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-0.1, 1e6, "much", True])
-def test_what_is_no_such_number_is_refused(name, value):
+def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"augmentation {name} is .*give a number from 0 to"):
         Augmentation(**{name: value})
 
 
-def test_an_unknown_one_is_answered_with_the_nearest():
+def test_an_unknown_name_is_refused_with_the_nearest_one():
     with pytest.raises(ConfigError, match="rotation"):
         Augmentation.from_dict({"rotatoin": 3})
     with pytest.raises(ConfigError, match="whole number"):
         Augmentation(rand_augment=2.5)  # type: ignore[arg-type]
 
 
-def test_numbers_are_drawn_from_the_seed_in_this_thread():
+def test_random_numbers_come_from_the_seed_in_this_thread():
     def numbers() -> list[Tensor]:
         return [torch.rand(2), torch.randn_like(torch.zeros(2)), torch.randperm(5), torch.empty(2).uniform_(0, 1)]
 
