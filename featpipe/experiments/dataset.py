@@ -25,7 +25,7 @@ from featpipe.experiments.result import EmbeddingSummary
 from featpipe.extraction import extract_index, load_backbone, make_cache_path, make_facts
 from featpipe.inference import resolve_devices
 from featpipe.runtime import ProgressCallback
-from featpipe.splits import find_listed_rows, parse_time
+from featpipe.splits import parse_time
 from featpipe.status import Status
 from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
 from featpipe.training import EmbeddingDataset, load_training_data
@@ -121,17 +121,16 @@ def _select_stratified(index: Index, max_samples: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class TrainTestSplit:
-    """The rows of a cache, on their sides.
+    """Training rows of a cache, and test rows of the same or another one.
 
     Attributes
     ----------
-    training : Rows
-    scored : FeatureCache
-        That the models are scored on; the same cache, or one of other images.
-    held : ndarray of shape (m,), int64
-        Rows of it that none of the training images is among.
-    without : Path or None
-        A table of the rows that are on neither side.
+    training : EmbeddingDataset
+    test_cache : FeatureCache
+    test_rows : ndarray of shape (m,), int64
+        Rows of `test_cache` to score, without copies of training samples.
+    excluded_table : Path or None
+        A table of the rows on neither side.
     """
 
     training: EmbeddingDataset
@@ -148,15 +147,15 @@ def split_cache_rows(
     memory: int | None,
     folder: Path,
 ) -> TrainTestSplit:
-    """Divide the rows of a cache: as the labels say, or by what the images are.
+    """Split the rows of a cache into training and test: as the labels mark them, or by the samples' bytes.
 
     Parameters
     ----------
     cache : FeatureCache
-    other : FeatureCache or None
-        Other images to score.
+    other_cache : FeatureCache or None
+        Other samples to score, instead of a part of `cache`.
     output : str or None
-    asked : Split
+    config : SplitConfig
     memory : int or None
         Bytes that training may use.
     folder : Path
@@ -167,52 +166,23 @@ def split_cache_rows(
     ConfigError
         If no such split is possible.
     """
-    rows = load_training_data(
+    dataset = load_training_data(
         cache, output, groups=config.groups, times=config.times, without=config.without, memory=memory
     )
     if other_cache is not None or cache.split.any():
         if config.since is not None:
             raise ConfigError(f"since is {config.since!r}, but what is scored is given already; leave since out")
         test_cache = cache if other_cache is None else other_cache
-        test_rows = test_cache.usable
-        if test_cache.split.any():
-            test_rows = test_rows[test_cache.split[test_rows] == SPLIT_NAMES.index("test")]
+        test = EmbeddingDataset.from_cache(test_cache, split="test").without_copies_of(dataset)
         excluded_table = None if config.without is None or other_cache is not None else Path(config.without)
-        if excluded_table is not None:
-            test_rows = np.setdiff1d(test_rows, find_listed_rows(cache, excluded_table))
-        return TrainTestSplit(rows, test_cache, _drop_training_images(test_rows, test_cache, rows), excluded_table)
-    train_positions, test_positions = _holdout_by_content(cache, rows, config)
-    left_out = np.setdiff1d(cache.usable, np.concatenate([rows.rows[train_positions], rows.rows[test_positions]]))
-    training = _drop_absent_classes(rows.take(train_positions))
-    left_out_table = _write_excluded_table(cache, left_out, folder / "left-out.csv") if len(left_out) else None
-    return TrainTestSplit(
-        training, cache, _drop_training_images(rows.rows[test_positions], cache, training), left_out_table
-    )
-
-
-def _holdout_by_content(
-    cache: FeatureCache, rows: EmbeddingDataset, config: SplitConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    y, class_names = (rows.y, rows.classes) if cache.task == "classification" else (None, None)
-    since = None if config.since is None or rows.times is None else parse_time(config.since, rows.times)
-    constraints = {"groups": rows.groups, "times": rows.times, "since": since}
-    return splits.make_holdout(rows.digests, y, test=config.test, seed=config.seed, names=class_names, **constraints)
-
-
-def _drop_training_images(
-    rows: NDArray[np.int64], cache: FeatureCache, training: EmbeddingDataset
-) -> NDArray[np.int64]:
-    """Those rows whose bytes are not among the training images."""
-    training_digests = {digest.tobytes() for digest in training.digests}
-    return rows[[digest.tobytes() not in training_digests for digest in cache.digests[rows]]]
-
-
-def _drop_absent_classes(rows: EmbeddingDataset) -> EmbeddingDataset:
-    """Where time decides, a class may be there only later."""
-    if rows.y.ndim != 1 or not np.issubdtype(rows.y.dtype, np.integer):
-        return rows
-    present, codes = np.unique(rows.y, return_inverse=True)
-    return replace(rows, y=codes, classes=tuple(rows.classes[code] for code in present))
+        test = test if excluded_table is None else test.without(excluded_table)
+        return TrainTestSplit(dataset, test_cache, test.rows, excluded_table)
+    since = None if config.since is None or dataset.times is None else parse_time(config.since, dataset.times)
+    train, test = (dataset.take(rows) for rows in dataset.make_holdout(config.test, seed=config.seed, since=since))
+    left_out = np.setdiff1d(cache.usable, np.concatenate([train.rows, test.rows]))
+    table = _write_excluded_table(cache, left_out, folder / "left-out.csv") if len(left_out) else None
+    # with times, a class may have images after the cut alone
+    return TrainTestSplit(train.drop_absent_classes(), cache, test.without_copies_of(train).rows, table)
 
 
 def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Path) -> Path:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import heads, splits
-from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe import heads
+from featpipe.cache import FeatureCache
 from featpipe.config import FineTuneConfig, TrainingConfig
 from featpipe.errors import CacheError, ConfigError
 from featpipe.metrics import Calibration
 from featpipe.model import Model
+from featpipe.splits import SplitSeed
 from featpipe.training import EmbeddingDataset, make_head_config, train_head
 
 __all__ = ["Splits", "make_dataset", "make_splits", "refit_without"]
@@ -65,59 +66,53 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
     ConfigError
         If the labels are not exactly the model's classes, or there are too few images.
     """
-    rows, y = cache.usable, _encode_labels(model, cache)
-    if not len(rows):
+    dataset = _load_dataset(model, cache)
+    if not len(dataset):
         raise CacheError(f"{cache.path}: no row is labelled and readable")
-    split_codes = cache.split[rows]
-    train, validation, test = (rows[split_codes == SPLIT_NAMES.index(name)] for name in ("train", "validation", "test"))
-    if not split_codes.any():
-        train = rows
+    train = dataset.marked("train") if cache.split[dataset.rows].any() else dataset
     if not len(train):
         raise CacheError(f"{cache.path}: the labels mark no row for training")
-    test = _drop_copies(cache, test, np.concatenate([train, validation]))
-    validation = _drop_copies(cache, validation, train)
-    labelled_splits = [name for name, split_rows in (("validation", validation), ("test", test)) if len(split_rows)]
+    validation = dataset.marked("validation").without_copies_of(train)
+    test = dataset.marked("test").without_copies_of(train).without_copies_of(dataset.marked("validation"))
+    marked_names = [name for name, side in (("validation", validation), ("test", test)) if len(side)]
     if not len(test):
-        train, test = _hold_out(model, cache, train, y, tuning.test, splits.SplitSeed.FINETUNING_TEST)
+        train, test = _hold_out(train, tuning.test, SplitSeed.FINETUNING_TEST)
     if not len(validation):
-        train, validation = _hold_out(model, cache, train, y, tuning.validation, splits.SplitSeed.FINETUNING_VALIDATION)
-    _check_classes(model, cache, y, train)
+        train, validation = _hold_out(train, tuning.validation, SplitSeed.FINETUNING_VALIDATION)
+    missing_classes = [name for name in model.classes if name not in train.list_present_classes()]
+    if model.task == "classification" and missing_classes:
+        raise ConfigError(
+            f"{cache.path}: no training image is of {_format_names('class', missing_classes)}, which the model would "
+            "forget; give images of all its classes, or train a model with fewer"
+        )
     counts_text = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
+    y = np.zeros((len(cache), *dataset.y.shape[1:]), dataset.y.dtype)
+    y[dataset.rows] = dataset.y
     return Splits(
-        train,
-        validation,
-        test,
+        train.rows,
+        validation.rows,
+        test.rows,
         y,
-        f"{counts_text} ({' and '.join(labelled_splits) or 'neither'} as the labels mark them)",
+        f"{counts_text} ({' and '.join(marked_names) or 'neither'} as the labels mark them)",
     )
 
 
-def _hold_out(
-    model: Model, cache: FeatureCache, rows: NDArray[np.int64], y: NDArray[Any], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _hold_out(dataset: EmbeddingDataset, fraction: float, seed: SplitSeed) -> tuple[EmbeddingDataset, EmbeddingDataset]:
     if not fraction:
         raise ConfigError("test and validation must be above 0: without them nothing can be measured")
-    is_classification = model.task == "classification"
-    class_arguments = {"names": model.classes} if is_classification else {}
-    train_positions, test_positions = splits.make_holdout(
-        cache.digests[rows], y[rows] if is_classification else None, test=fraction, seed=seed, **class_arguments
-    )
-    return rows[train_positions], rows[test_positions]
+    train_rows, test_rows = dataset.make_holdout(fraction, seed=seed)
+    return dataset.take(train_rows), dataset.take(test_rows)
 
 
-def _drop_copies(cache: FeatureCache, rows: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows whose images are not, by their bytes, among others."""
-    digests = np.ascontiguousarray(cache.digests).view("V32").ravel()
-    return rows[~np.isin(digests[rows], digests[others])]
-
-
-def _encode_labels(model: Model, cache: FeatureCache) -> NDArray[Any]:
+def _load_dataset(model: Model, cache: FeatureCache) -> EmbeddingDataset:
+    """The labelled, readable rows, in the model's classes; targets of a regression of shape (m, t)."""
     if cache.task != model.task:
         labels_text = "no labels" if cache.task == "none" else f"labels for {cache.task}"
         raise CacheError(
             f"{cache.path}: has {labels_text}, the model does {model.task}; give fitting labels with --labels"
         )
-    unknown_classes = [name for name in _present_classes(cache) if name not in model.classes]
+    dataset = EmbeddingDataset.from_cache(cache)
+    unknown_classes = [name for name in dataset.list_present_classes() if name not in model.classes]
     missing_classes = [name for name in model.classes if name not in cache.classes]
     if unknown_classes:
         raise ConfigError(
@@ -129,33 +124,12 @@ def _encode_labels(model: Model, cache: FeatureCache) -> NDArray[Any]:
             f"{cache.path}: has no image of {_format_names('class', missing_classes)}, which the model would forget; "
             "give images of all its classes, or train a model with fewer"
         )
-    values = cache.label_table.values
-    if model.task == "classification":
-        class_codes = np.array(
-            [model.classes.index(name) if name in model.classes else -1 for name in cache.classes], np.int64
-        )
-        return class_codes[values]
-    return values[:, [cache.classes.index(name) for name in model.classes]]
-
-
-def _present_classes(cache: FeatureCache) -> list[str]:
-    """The classes that some row has; in regression all targets."""
-    values = cache.label_table.values[cache.usable]
-    if cache.task == "classification":
-        return [cache.classes[code] for code in np.unique(values)]
-    present_columns = np.flatnonzero(values.any(axis=0)) if cache.task == "multilabel" else range(values.shape[1])
-    return [cache.classes[int(column)] for column in present_columns]
-
-
-def _check_classes(model: Model, cache: FeatureCache, y: NDArray[Any], train: NDArray[np.int64]) -> None:
-    if model.task != "classification":
-        return
-    missing_classes = [name for code, name in enumerate(model.classes) if not (y[train] == code).any()]
-    if missing_classes:
-        raise ConfigError(
-            f"{cache.path}: no training image is of {_format_names('class', missing_classes)}, which the model would "
-            "forget; give images of all its classes, or train a model with fewer"
-        )
+    dataset = dataset.aligned_to(model.classes)
+    return (
+        replace(dataset, y=dataset.y.reshape(len(dataset), len(model.classes)))
+        if model.task == "regression"
+        else dataset
+    )
 
 
 def _format_names(noun: str, names: list[str]) -> str:

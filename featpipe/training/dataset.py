@@ -157,6 +157,12 @@ class EmbeddingDataset:
             since=None,
         )
 
+    def marked(self, split: str) -> EmbeddingDataset:
+        """Select the rows that the labels mark ``train``, ``validation`` or ``test``; none if they have no split."""
+        if self.cache is None:
+            raise ConfigError("rows of several caches have no common split")
+        return self.take(self.cache.split[self.rows] == SPLIT_NAMES.index(split))
+
     def without(self, rows: NDArray[np.integer[Any]] | str | os.PathLike[str]) -> EmbeddingDataset:
         """Leave out some rows of the cache, by number or as a table of samples."""
         if isinstance(rows, (str, os.PathLike)):
