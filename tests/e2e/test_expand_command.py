@@ -65,8 +65,8 @@ def test_the_report_of_an_expanded_model_shows_both_sides_by_epoch_and_every_met
     found = json.loads(done.stdout)
     run("evaluate", path, home["test"], "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "dog, eel, by replay" in page
-    for words in ("Accuracy of old classes", "Loss on new classes", "By naive", "forgetting"):
+    assert "dog, eel; method replay" in page
+    for words in ("Accuracy of old classes", "Loss on new classes", "Method naive", "forgetting"):
         assert words in page
     old = found["outcomes"][0]["old"]["value"]
     assert f"old classes {old:.3f}" in page
