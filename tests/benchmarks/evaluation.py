@@ -1,7 +1,7 @@
-"""How long an evaluation and its page take for 10,000 photographs, and whether sets of answers hold what they promise.
+"""Time of an evaluation and its report for 10,000 photographs, and coverage of prediction sets.
 
-Photographs are cuts of 500 × 375 of scikit-image's own, 1,000 of each of ten; the network is a random one, as wide as
-EfficientNet-Lite0. Sets and novelty are those of the demonstration's tiles, split at random many times.
+Photographs are crops of 500 × 375 from photographs of scikit-image, 1,000 of each of ten; the network is random, as
+wide as EfficientNet-Lite0. Coverage and novelty are measured on the tiles of the demo, with many random splits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SPLITS = 20
 
 
 class Random(nn.Module):
-    """As wide as EfficientNet-Lite0, and about as quick as reading is."""
+    """A random network as wide as EfficientNet-Lite0, and about as fast as reading the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Random(nn.Module):
         return self.filters(x).relu().mean((2, 3))
 
 
-def twelve(image: torch.Tensor) -> torch.Tensor:
-    """Twelve by twelve pixels."""
+def resize_to_twelve(image: torch.Tensor) -> torch.Tensor:
+    """Resize to 12 × 12 pixels."""
     return nn.functional.interpolate(image[None].float(), (12, 12), mode="area")[0] / 255
 
 
-def photographs(folder: Path, each: dict[str, int]) -> None:
-    """Cuts of different size and place, as JPEGs of 500 × 375."""
+def write_photographs(folder: Path, each: dict[str, int]) -> None:
+    """Write random crops as JPEGs of 500 × 375."""
     rng = np.random.default_rng(0)
     for name in PHOTOGRAPHS:
         picture = Image.fromarray(_load_photograph(name)).convert("RGB")
@@ -70,10 +70,10 @@ def photographs(folder: Path, each: dict[str, int]) -> None:
                 cut.save(folder / part / name / f"{i:05}.jpg", quality=90)
 
 
-def page(folder: Path) -> None:
-    """Seconds and size."""
-    photographs(folder, {"train": 300, "test": 1000})
-    network = backbones.load(Random(), transform=twelve)
+def measure_times(folder: Path) -> None:
+    """Print the time of each step and the size of the report."""
+    write_photographs(folder, {"train": 300, "test": 1000})
+    network = backbones.load(Random(), transform=resize_to_twelve)
     caches = {part: extract(folder / part, backbone=network, cache=folder / "cache") for part in ("train", "test")}
     model = train(caches["train"], params={"C": 1.0}, cv=3)
     started = perf_counter()
@@ -84,21 +84,20 @@ def page(folder: Path) -> None:
         getattr(evaluation, name)
         seconds[name.replace("_", " ")] = perf_counter() - before
     before = perf_counter()
-    made = write_report(folder / "page.html", evaluation)
+    report = write_report(folder / "page.html", evaluation)
     seconds["page"] = perf_counter() - before
-    for name, taken in seconds.items():
-        print(f"{name:<24}{taken:6.1f} s")
-    print(
-        f"{'all':<24}{sum(seconds.values()):6.1f} s, {len(evaluation.rows):,} rows, {made.stat().st_size / 1e6:.1f} MB"
-    )
+    for name, duration in seconds.items():
+        print(f"{name:<24}{duration:6.1f} s")
+    megabytes = report.stat().st_size / 1e6
+    print(f"{'all':<24}{sum(seconds.values()):6.1f} s, {len(evaluation.rows):,} rows, {megabytes:.1f} MB")
 
 
-def promises(folder: Path) -> None:
-    """Coverage of sets and uniformity of novelty over random halves."""
+def measure_coverage(folder: Path) -> None:
+    """Print the coverage of prediction sets and the share of novel images over random halves."""
     tiles, labels = write_tiles(folder)
     text = labels.read_text().splitlines()
-    found: dict[float, list[float]] = {}
-    above = []
+    coverages: dict[float, list[float]] = {}
+    novel_shares = []
     for seed in range(SPLITS):
         rng = np.random.default_rng(seed)
         rows = [f"{line.rsplit(',', 1)[0]},{'train' if rng.random() < 0.5 else 'test'}" for line in text[1:]]
@@ -107,15 +106,16 @@ def promises(folder: Path) -> None:
         cache = extract(tiles, labels=table, cache=folder / "cache")
         evaluation = evaluate(train(cache, params={"C": 0.01}, cv=5, random_state=seed), cache)
         for coverage in evaluation.coverage:
-            found.setdefault(coverage.level, []).append(coverage.coverage.value)
+            coverages.setdefault(coverage.level, []).append(coverage.coverage.value)
         assert evaluation.novelty is not None
-        above.append(float((evaluation.novelty >= 0.95).mean()))
-    for level, values in found.items():
-        print(f"sets at {level:.2f}: {np.mean(values):.3f} ± {np.std(values):.3f} hold the right class")
-    print(f"novelty of 0.95 or more: {np.mean(above):.3f} ± {np.std(above):.3f} of the images, 0.050 expected")
+        novel_shares.append(float((evaluation.novelty >= 0.95).mean()))
+    for level, values in coverages.items():
+        print(f"sets at {level:.2f}: {np.mean(values):.3f} ± {np.std(values):.3f} contain the true class")
+    mean, std = np.mean(novel_shares), np.std(novel_shares)
+    print(f"novelty of 0.95 or more: {mean:.3f} ± {std:.3f} of the images, 0.050 expected")
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as home:
-        {"page": page, "promises": promises}[sys.argv[1] if len(sys.argv) > 1 else "page"](Path(home))
+        {"page": measure_times, "promises": measure_coverage}[sys.argv[1] if len(sys.argv) > 1 else "page"](Path(home))
