@@ -36,6 +36,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
         "from featpipe.cli import extract",
         "from sklearn.linear_model import Ridge; from featpipe.heads import persistence; "
         "persistence.loads(persistence.dumps(Ridge().fit([[0], [1]], [0, 1])))",
+        "from featpipe.cli import evaluate; from featpipe.evaluation import evaluate; "
+        "from featpipe.report import write_report",
         "from featpipe.cli import run; from featpipe.experiments import read_recipe; read_recipe('smoke')",
     ],
 )
