@@ -1,4 +1,4 @@
-"""What a model keeps of its training data, so that it can learn more classes without it.
+"""Data that a model retains from its training, so that classes can be added without the training images.
 
 Counts of images, sums over embeddings, the importance of each weight, and, if asked for, some embeddings themselves.
 All of it are arrays, in one safetensors block of the model's file.
@@ -45,7 +45,7 @@ _NETWORK_PREFIX = "network."  # before the names of what is trained below the la
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """What to keep.
+    """Which data a model retains.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class RetentionPolicy:
 
     @classmethod
     def from_text(cls, text: str) -> RetentionPolicy:
-        """As it is typed.
+        """Parse the text of an option.
 
         Raises
         ------
@@ -76,9 +76,9 @@ class RetentionPolicy:
 
         Examples
         --------
-        >>> Keep.of("rows=50,statistics")
-        Keep(statistics=True, importances=False, rows=50, network=False)
-        >>> bool(Keep.of("none"))
+        >>> RetentionPolicy.from_text("rows=50,statistics")
+        RetentionPolicy(statistics=True, importances=False, rows=50, network=False)
+        >>> bool(RetentionPolicy.from_text("none"))
         False
         """
         words = [word.strip() for word in text.split(",") if word.strip()]
@@ -123,9 +123,9 @@ class ReplayMemory:
         Embeddings; of each class those first that tell most.
     codes : ndarray of shape (r,), int32
         Their classes.
-    statistics : Statistics or None
+    statistics : SufficientStatistics or None
     importances : ndarray of shape (k, p + 1), float32, or None
-        See :func:`featpipe.heads.last_layer.fisher`.
+        See :func:`featpipe.heads.compute_fisher_diagonal`.
     network : mapping from parameter to ndarray of float32, or None
         The same of weights below the last layer, by the names of :meth:`featpipe.finetuning.trainer.Job.parameters`.
     """
@@ -173,7 +173,7 @@ class ReplayMemory:
         return replace(self, rows=self.rows[selected_rows], codes=self.codes[selected_rows])
 
     def remap_classes(self, class_map: NDArray[np.intp], k: int) -> ReplayMemory:
-        """As of other classes, see :meth:`Statistics.regrouped`; importances of those that are joined add up."""
+        """As of other classes, see :meth:`SufficientStatistics.remap_classes`; importances of those that are joined add up."""
         is_retained = class_map >= 0
         counts = np.zeros(k, np.int64)
         np.add.at(counts, class_map[is_retained], self.counts[is_retained])
@@ -225,7 +225,7 @@ class ReplayMemory:
 
     @classmethod
     def from_bytes(cls, data: bytes, k: int) -> ReplayMemory:
-        """From `dumps`; of k classes.
+        """From :meth:`to_bytes`; of k classes.
 
         Raises
         ------
@@ -242,7 +242,7 @@ class ReplayMemory:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], k: int) -> ReplayMemory:
-        """From `arrays`, checked."""
+        """From :meth:`to_arrays`, checked."""
         prefix = "statistics."
         statistics_arrays = {
             name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
@@ -277,7 +277,7 @@ def collect_replay_memory(
 
     Parameters
     ----------
-    keep : Keep
+    policy : RetentionPolicy
     pipeline : Pipeline
         Fitted, of the steps "scale" and "head".
     X : ndarray of shape (n, d)
@@ -313,7 +313,7 @@ def select_by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
 
     Examples
     --------
-    >>> herd(np.array([[0.0], [4.0], [5.0], [11.0]]), 3)
+    >>> select_by_herding(np.array([[0.0], [4.0], [5.0], [11.0]]), 3)
     array([2, 1, 3])
     """
     Z = np.asarray(Z, np.float64)

@@ -36,7 +36,9 @@ __all__ = [
     "printable",
 ]
 
-_LAZY_MODULES = {"convert_float": "float16"}  # imported when first used: it needs numpy, and the commands' help does not
+_LAZY_MODULES = {
+    "convert_float": "float16"
+}  # imported when first used: it needs numpy, and the commands' help does not
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""What a table says of the images of a cache beside their labels: the group that each belongs to, or its time."""
+"""Read groups, times and lists of samples from tables, matched to the rows of a cache."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ISO_DATE_PATTERN = re.compile(r"[0-9]{4}-[0-9]{2}(-[0-9]{2})?([T ][0-9:.,]+ ?(Z
 
 
 def parse_table_column(text: str) -> tuple[Path, str]:
-    """The table and the column of ``TABLE:COLUMN``.
+    """Split ``TABLE:COLUMN`` into the table and the column.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def parse_table_column(text: str) -> tuple[Path, str]:
 
     Examples
     --------
-    >>> address("visits.csv:patient")
+    >>> parse_table_column("visits.csv:patient")
     (PosixPath('visits.csv'), 'patient')
     """
     table, colon, column = text.rpartition(":")
@@ -60,7 +60,7 @@ def parse_table_column(text: str) -> tuple[Path, str]:
 def load_column(
     cache: FeatureCache, table: str | os.PathLike[str], column: str, rows: ArrayLike | None = None
 ) -> list[LabelValue]:
-    """What a column of a table says of images of a cache.
+    """Read a column of a table for samples of a cache.
 
     Rows of the table are matched to images as those with labels are: by id; else by path within the archive, by path
     relative to the table's folder, or by absolute path. The table may name other images too.
@@ -115,7 +115,7 @@ def load_column(
 
 
 def find_listed_rows(cache: FeatureCache, table: str | os.PathLike[str]) -> NDArray[np.int64]:
-    """The rows of a cache whose images a table names, matched as in :func:`column_of`, ascending.
+    """The rows of a cache whose images a table names, matched as in :func:`load_column`, ascending.
 
     Raises
     ------
@@ -138,12 +138,12 @@ def find_listed_rows(cache: FeatureCache, table: str | os.PathLike[str]) -> NDAr
 
 
 def load_groups(cache: FeatureCache, table_column: str, rows: ArrayLike | None = None) -> NDArray[np.str_]:
-    """The name of the group of each image, as `featpipe.splits.splits` takes them.
+    """The name of the group of each image, as :func:`featpipe.splits.make_folds` takes them.
 
     Parameters
     ----------
     cache : FeatureCache
-    where : str
+    table_column : str
         ``TABLE:COLUMN``.
     rows : array-like of shape (m,), optional
 
@@ -159,12 +159,12 @@ def load_groups(cache: FeatureCache, table_column: str, rows: ArrayLike | None =
 
 
 def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = None) -> NDArray[Any]:
-    """The time of each image, as `featpipe.splits.splits` takes them.
+    """The time of each image, as :func:`featpipe.splits.make_folds` takes them.
 
     Parameters
     ----------
     cache : FeatureCache
-    where : str
+    table_column : str
         ``TABLE:COLUMN``. The column holds numbers, or dates and times as in ISO 8601: ``2021-03``, ``2021-03-04``,
         ``2021-03-04 15:00:59.5``, ``2021-03-04T15:00+01:00``. A time without a zone is taken as it is; either all
         or none have one.
@@ -208,7 +208,7 @@ def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = 
 
 
 def parse_time(text: str, times: NDArray[Any]) -> Any:
-    """A time as it is typed, to be compared with some that `times_of` read.
+    """A time as it is typed, as it compares with those that :func:`load_times` read.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def parse_time(text: str, times: NDArray[Any]) -> Any:
 
     Examples
     --------
-    >>> moment_of("2021-03", np.array(["2021-02-27"], "datetime64[us]"))
+    >>> parse_time("2021-03", np.array(["2021-02-27"], "datetime64[us]"))
     np.datetime64('2021-03-01T00:00:00.000000')
     """
     is_date = times.dtype.kind == "M"

@@ -1,4 +1,4 @@
-"""Train, validation and test rows, and folds, decided by what the images are and not by where they stand.
+"""Train, validation and test rows and folds, determined by the content of the samples and not by their positions.
 
 Every function takes the digests of the images' own bytes, so that the same image falls on the same side whatever
 its name, its folder, its row and its neighbours, and byte-identical copies are never on both sides. Where images belong
@@ -63,7 +63,7 @@ def compute_keys(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float6
 
     Examples
     --------
-    >>> key(np.zeros((1, 32), np.uint8), seed=1) == key(np.zeros((2, 32), np.uint8), seed=1)
+    >>> compute_keys(np.zeros((1, 32), np.uint8), seed=1) == compute_keys(np.zeros((2, 32), np.uint8), seed=1)
     array([ True,  True])
     """
     digests = _check_digests(digests)
@@ -87,11 +87,11 @@ def compute_group_keys(groups: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
     Returns
     -------
     ndarray of shape (n,), float64
-        The `key` of the SHA-256 of the name in UTF-8.
+        The :func:`compute_keys` of the SHA-256 of the name in UTF-8.
 
     Examples
     --------
-    >>> group_key(["patient 7", "patient 8", "patient 7"])
+    >>> compute_group_keys(["patient 7", "patient 8", "patient 7"])
     array([0.70682047, 0.84688462, 0.70682047])
     """
     names, codes = _encode_groups(groups, len(np.asarray(groups)))
@@ -128,7 +128,7 @@ def make_holdout(
     times : array-like of shape (n,), optional
         Numbers or numpy dates. Test are the latest: the rows from `since` on. `seed` is not used.
     since : number or date, optional
-        The earliest time of a test row. Without it `cut` finds the time that leaves about the share `test`; that time
+        The earliest time of a test row. Without it :func:`find_cutoff_time` finds the time that leaves about the share `test`; that time
         moves when images are added, so give it where old test images must stay.
     names : sequence of str, optional
         What messages call the classes, where y holds their positions 0, 1, …
@@ -147,12 +147,12 @@ def make_holdout(
 
     Notes
     -----
-    A row is a test row when its `key` is below `test`. So its side depends on its own bytes and the seed, not on
+    A row is a test row if its key (:func:`compute_keys`) is below `test`. So its side depends on its own bytes and the seed, not on
     the other rows: images that are added, removed or renamed move no other, and a larger `test` only adds test rows.
     The price is that the shares are those of independent draws (at n = 1000 and 0.2, within 0.2 ± 0.025 nineteen
     times of twenty), not exact.
 
-    With groups the key is the `group_key`. Groups that have an image in common, byte by byte, are one, with the
+    With groups the key is that of the group (:func:`compute_group_keys`). Groups that have an image in common, byte by byte, are one, with the
     smallest of their keys: so an image that joins two groups can bring old training rows to the test, but no old test
     row to training.
 
@@ -235,7 +235,7 @@ def make_folds(
     Notes
     -----
     What is dealt out is a unit: rows connected by equal digests or equal groups. Units of several rows come first,
-    larger ones before smaller ones and then in the order of their `key` (the smallest `group_key` with groups), then
+    larger ones before smaller ones and then in the order of their key (with groups the smallest key of a group), then
     single rows in the order of their key; each goes where the sum of squares of the folds' shares of the classes stays
     smallest, then to the fewest rows. If a class is then missing in a fold, a few rows change folds. The
     folds depend on the set of images and the seed, not on the order of the rows.
@@ -264,7 +264,7 @@ def apply_predefined_split(
     *,
     groups: ArrayLike | None = None,
 ) -> tuple[RowIndices, RowIndices]:
-    """The rows of a split that came with the labels, made honest.
+    """Apply the split that came with the labels, without test copies of training rows.
 
     Parameters
     ----------
@@ -320,7 +320,7 @@ def find_cutoff_time(times: ArrayLike, test: float = 0.2) -> Any:
 
     Examples
     --------
-    >>> cut([2019, 2020, 2020, 2021, 2022], test=0.4)
+    >>> find_cutoff_time([2019, 2020, 2020, 2021, 2022], test=0.4)
     2021.0
     """
     _check_share(test)
@@ -499,8 +499,8 @@ def _rearrange(
 
     Parameters
     ----------
-    side, cost : ndarray of shape (u,)
-        Of each unit, where it would be, and what it costs to be elsewhere.
+    sides, costs : ndarray of shape (u,)
+        For each unit its preferred side, and the cost of moving it.
     codes, units : ndarray of shape (n,)
         Class and unit of each row.
     """
@@ -529,7 +529,7 @@ def _rearrange(
 def _rearrange_greedily(
     sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, k: int
 ) -> NDArray[np.int64] | None:
-    """The same by steps: a class that lacks a side gets the unit there that other classes miss least where it was."""
+    """Move units step by step (tabu search): a class that lacks a side gets the unit there that other classes miss least where it was."""
     sides, classes_by_unit, movable_from_step = sides.copy(), membership.T.tocsr(), np.zeros(len(sides), np.int64)
     counts = np.stack([membership @ (sides == i).astype(np.int64) for i in range(k)], axis=1)
     for step in range(MAX_SEARCH_STEPS):
@@ -560,7 +560,7 @@ def _rearrange_greedily(
 def _rearrange_exactly(
     sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, movable: NDArray[np.intp], k: int
 ) -> NDArray[np.int64] | None:
-    """The same, where only some units may move: a linear program in x[unit, side], 0 or 1."""
+    """Move as little as possible, by an integer program in x[unit, side], 0 or 1, in which only some units may move."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 
@@ -625,7 +625,7 @@ def _parse_cutoff(since: Any, times: NDArray[Any]) -> Any:
 
 
 def _find_cutoff_times(times: NDArray[Any], k: int, first_share: float | None = None) -> list[Any]:
-    """The k times between k + 1 spans of about equal numbers of rows, or with a share ``first`` in the first span."""
+    """The k times between k + 1 spans of about equal numbers of rows, or with a share `first_share` in the first span."""
     distinct, counts = np.unique(times, return_counts=True)
     if len(distinct) <= k:
         raise ConfigError(

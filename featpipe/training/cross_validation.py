@@ -1,4 +1,4 @@
-"""How good a head is, from rows that it was not fitted on and that chose none of its settings."""
+"""Cross-validate a head: its score on rows that it was not fitted on and that selected none of its settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def get_main_metric(scores: Scores, metric: str | None = None) -> tuple[str, flo
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """What cross-validation found.
+    """The result of a cross-validation.
 
     Attributes
     ----------
@@ -44,14 +44,14 @@ class Estimate:
         The main score of each fold.
     calibration : Calibration or None
         Fitted on the predictions of all folds.
-    errors : tuple of two floats, or None
+    calibration_errors : tuple of two floats, or None
         The calibration error before and after; after, each fold was calibrated on the others.
-    how : str
-        For people.
-    conformal : Conformal or None
+    description : str
+        How the score was measured.
+    conformal : ConformalPredictor or None
         From the predictions of all folds; None of several labels.
-    held, answers : ndarray of shape (h,) and (h, k)
-        Positions among the rows, ascending, and what was predicted for them where they were held out.
+    held_out, predictions : ndarray of shape (h,) and (h, k)
+        Positions in the dataset, ascending, and the predictions for them when they were held out.
     """
 
     scores: Scores
@@ -69,7 +69,6 @@ class Estimate:
         return float(np.std(self.folds, ddof=1)) if len(self.folds) > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         result = {"how": self.description, "folds": len(self.folds), "by_fold": list(self.folds), "spread": self.spread}
         if self.calibration is not None and self.calibration_errors is not None:
             error_before, error_after = self.calibration_errors

@@ -1,4 +1,4 @@
-"""What training images look like, so that a model can say how new another one looks."""
+"""Fit the out-of-distribution score on training embeddings."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def update_novelty(old_novelty: NoveltyScorer, n_old_images: int, dataset: Embed
 
     Parameters
     ----------
-    before : Novelty
-    images : int
-        That ``before`` stands for.
-    rows : Rows
-        That came. As large a share of them is kept as of the earlier ones, and one of each class.
+    old_novelty : NoveltyScorer
+    n_old_images : int
+        The number of images that `old_novelty` represents.
+    dataset : EmbeddingDataset
+        The new rows. The same share of them is kept as of the old ones, and at least one of each class.
     """
     if not len(dataset):
         return old_novelty
