@@ -70,15 +70,15 @@ class Model:
     trained_on : ndarray of shape (m, 16), uint8
         The beginning of the SHA-256 of each image that the head was trained on.
     scores : dict
-        What is known of its quality, and how that was measured.
+        Measured scores, and how they were measured.
     history : dict
         Versions, time, head settings, origin of the training rows.
     calibration : Calibration or None
-        What is done to the head's scores before they become probabilities.
-    kept : Kept or None
-        What it keeps of its training data, so that it can learn more classes.
-    trust : Trust
-        What is known of held-out images: how new an image looks, and sets of answers.
+        Turns the head's scores into calibrated probabilities.
+    kept : ReplayMemory or None
+        Data retained from training, so that classes can be added.
+    trust : Uncertainty
+        The out-of-distribution score and the prediction sets, calibrated on held-out images.
     """
 
     head: Any
@@ -131,7 +131,7 @@ class Model:
         return np.asarray(self.head.predict_proba(X), np.float64)
 
     def novelty_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
-        """How new embeddings of shape (m, d) look: the share of training-like images that look less so, shape (m,).
+        """The out-of-distribution score of embeddings (m, d): percentile among held-out training images, shape (m,).
 
         Raises
         ------
@@ -147,7 +147,7 @@ class Model:
     def predict_sets_features(
         self, X: NDArray[np.floating], level: float = 0.9
     ) -> list[tuple[str, ...]] | NDArray[Any]:
-        """Sets of answers that hold the right one as often as ``level`` says, from embeddings.
+        """Conformal prediction sets with a coverage of `level`, from embeddings.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class Model:
         return [tuple(self.classes[i] for i in row[included]) for row, included in zip(order, is_included, strict=True)]
 
     def sets_known(self) -> ConformalPredictor:
-        """What sets are made from; refused in one sentence where there is nothing."""
+        """The calibrated conformal predictor; a ConfigError says why if there is none."""
         if self.trust.conformal is None:
             if self.task == "multilabel":
                 raise ConfigError("sets are of classes that exclude each other; this model gives several labels")
@@ -188,11 +188,11 @@ class Model:
         return self.trust.conformal
 
     def novelty(self, images: Sequence[object]) -> NDArray[np.float64]:
-        """How new images look, shape (m,): 0.95 if 95 % of training-like images look less so; as :meth:`predict`."""
+        """The out-of-distribution score of images, shape (m,): 0.95 is higher than that of 95 % of held-out training images."""
         return self.novelty_features(self.embed(images))
 
     def predict_sets(self, images: Sequence[object], level: float = 0.9) -> list[tuple[str, ...]] | NDArray[Any]:
-        """Sets of answers for images; see :meth:`predict_sets_features`."""
+        """Conformal prediction sets for images; see :meth:`predict_sets_features`."""
         self.sets_known()
         return self.predict_sets_features(self.embed(images), level)
 
@@ -455,7 +455,7 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
 
 
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a model says of itself, without loading its head: for ``featpipe info``."""
+    """Read the document of a model file without loading its head."""
     return _read_bundle(path).document
 
 
@@ -487,7 +487,7 @@ def raise_for_failures(images: Sequence[object], status_codes: NDArray[np.intege
     Parameters
     ----------
     images : sequence of length m
-    codes : ndarray of shape (m,)
+    status_codes : ndarray of shape (m,)
         Codes of :class:`featpipe.status.Status`.
     """
     for row in np.flatnonzero(status_codes)[:1].tolist():

@@ -1,6 +1,6 @@
-"""How far a prediction can be trusted: how new an image looks, and sets of answers that hold the right one.
+"""Uncertainty of predictions: out-of-distribution score and conformal prediction sets.
 
-Both are calibrated on images that were held out, so that they read as shares.
+Both are calibrated on held-out images, so that they are shares.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ class Uncertainty:
 
     Attributes
     ----------
-    novelty : Novelty or None
-    conformal : Conformal or None
+    novelty : NoveltyScorer or None
+    conformal : ConformalPredictor or None
         None where there was no cross-validation.
     """
 
