@@ -24,14 +24,14 @@ import torch
 from featpipe import data
 from featpipe.backbones import Backbone, PreparedImage
 from featpipe.config import AUTO, EngineName, ExtractionConfig, ExtractionOptions, Precision
-from featpipe.data import encode_thumbnail, resize_image
+from featpipe.data import get_modality
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.extraction import extract, load_backbone
 from featpipe.inference import (
     OPENVINO_PRECISIONS,
     Engine,
-    ImageList,
     Loader,
+    SampleList,
     available_cores,
     candidate_precisions,
     compute_embeddings,
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 MAX_BENCHMARK_IMAGES = 256  # that are looked at
 N_PRECISION_CHECK_IMAGES = 16  # of them, in another precision
 MAX_DECODED_IMAGES = 64  # images that are decoded at a time
-SYNTHETIC_IMAGE_SIZE = (375, 500)  # of made-up images: many published sets of photographs have it
 ASSUMED_IMAGE_COUNT = 10**6  # images to come, as far as an engine is concerned
 WRITE_TEST_BYTES = 64 * 2**20
 MIN_USEFUL_SPEEDUP = 1.15  # times as fast: what is worth a change
@@ -169,7 +168,9 @@ def run_benchmark(
     config = ExtractionConfig.from_settings(settings)
     benchmark = _Benchmark(config, resolve_device(config.device), load_backbone(config), seconds, progress)
     encoded_images, read_rate, archive_name = (
-        _make_synthetic_images() if not archives else _read_sample_images(archives, config)
+        _make_synthetic_samples(benchmark.backbone)
+        if not archives
+        else _read_sample_images(archives, config, benchmark.backbone)
     )
     logger.info(f"{len(encoded_images)} images of {archive_name}")
     decoded_images, decode_rate = benchmark.measure_decoding(encoded_images)
@@ -235,7 +236,13 @@ class _Benchmark:
         transform, _ = make_worker_transforms(self.backbone.transform, self.device)
         n_decoded, started = 0, perf_counter()
         while perf_counter() - started < self.seconds_per_measurement:
-            loader = Loader(ImageList(encoded_images), np.arange(len(encoded_images)), transform, 8, collate=list)
+            loader = Loader(
+                SampleList(encoded_images, self.backbone.modality),
+                np.arange(len(encoded_images)),
+                transform,
+                8,
+                collate=list,
+            )
             with closing(loader), closing(run_in_threads(loader.batches, self.workers)) as batches:
                 for batch in batches:
                     n_decoded += len(batch.rows)
@@ -325,11 +332,11 @@ class _Benchmark:
         """A real extraction: images per second, and where the seconds went."""
         n_images = max(len(encoded_images), math.ceil(min(bound, 1e5) * self.seconds / 4))
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "images.tar"
+            path, suffix = Path(folder) / "images.tar", get_modality(self.backbone.modality).decoded_suffixes[0]
             with tarfile.open(path, "w") as tar:
                 for i in range(n_images):
                     data = encoded_images[i % len(encoded_images)] + i.to_bytes(8, "big")  # as many different files
-                    member = tarfile.TarInfo(f"{i:07}.jpg")
+                    member = tarfile.TarInfo(f"{i:07}{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
             extraction_config = replace(
@@ -361,20 +368,16 @@ def _combined_rate(device: str, io_rate: float, decode_rate: float, forward_rate
     return min(io_rate, compute_rate)
 
 
-def _make_synthetic_images() -> tuple[list[bytes], float, str]:
-    """JPEGs of about 70 kB: smooth shapes with grain."""
-    rng = np.random.default_rng(0)
-    images = []
-    for _ in range(32):
-        smooth = resize_image(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), *SYNTHETIC_IMAGE_SIZE, "bicubic")
-        grainy = np.clip(smooth + rng.normal(0, 12, (*SYNTHETIC_IMAGE_SIZE, 3)), 0, 255).astype(np.uint8)
-        images.append(encode_thumbnail(grainy, max(SYNTHETIC_IMAGE_SIZE)))
-    return images, math.inf, "made-up JPEGs"
+def _make_synthetic_samples(backbone: Backbone) -> tuple[list[bytes], float, str]:
+    samples, description = get_modality(backbone.modality).make_encoded_samples()
+    return samples, math.inf, description
 
 
-def _read_sample_images(archives: Sequence[str], config: ExtractionConfig) -> tuple[list[bytes], float, str]:
+def _read_sample_images(
+    archives: Sequence[str], config: ExtractionConfig, backbone: Backbone
+) -> tuple[list[bytes], float, str]:
     """The bytes of the first images, how many a second come, and what they are called."""
-    index = data.index(list(archives), labels=config.labels)
+    index = data.index(list(archives), labels=config.labels, modality=backbone.modality)
     images: list[bytes] = []
     started = perf_counter()
     with index.open() as reader:

@@ -19,10 +19,11 @@ from sklearn.utils.validation import check_is_fitted
 from featpipe import heads
 from featpipe.backbones import Backbone, resolve_outputs
 from featpipe.config import ExtractionConfig, Precision
+from featpipe.data import get_modality
 from featpipe.errors import ConfigError
 from featpipe.extraction import embed_files, load_backbone
-from featpipe.inference import Engine, resolve_device
-from featpipe.model import as_image_list, embed_images_or_raise, raise_for_failures
+from featpipe.inference import Engine, SampleList, resolve_device
+from featpipe.model import embed_samples_or_raise, raise_for_failures
 
 __all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
 
@@ -51,12 +52,12 @@ class _EmbeddingEstimator(BaseEstimator):
 
     def _embed(self, X: Any) -> NDArray[np.float32]:
         """The embeddings of images, shape (n, …); through the cache where they are files."""
-        image_list = as_image_list(X)
         settings = self._settings()
         backbone = _resolve_backbone(settings)
+        image_list = get_modality(backbone.modality).to_list(X)
         if self.cache is None or not all(isinstance(image, (str, os.PathLike)) for image in image_list):
             engine = _make_engine(backbone, settings.device, settings.precision)
-            return embed_images_or_raise(image_list, engine, settings.outputs[0])
+            return embed_samples_or_raise(SampleList(image_list, backbone.modality), engine, settings.outputs[0])
         features, status = embed_files(image_list, backbone, settings)
         raise_for_failures(image_list, status)
         return np.asarray(features, np.float32)
@@ -155,7 +156,7 @@ class _TransferEstimator(_EmbeddingEstimator):
 
     def _fit(self, X: Any, y: NDArray[Any]) -> None:
         estimator = heads.build(self.head, self._task, params=self.head_params, random_state=self.random_state)
-        image_list = as_image_list(X)
+        image_list = get_modality(_resolve_backbone(self._settings()).modality).to_list(X)
         if y.ndim == 0 or len(y) != len(image_list):
             raise ValueError(
                 f"X has {len(image_list)} images, y has shape {y.shape}; give one label or target for each image"
@@ -305,7 +306,7 @@ def _select_output(backbone: Backbone, output: str) -> Backbone:
     return replace(
         backbone,
         network=network,
-        outputs=resolve_outputs(network, (output,), backbone.transform.size),
+        outputs=resolve_outputs(network, (output,), backbone.transform),
         request=backbone_spec,
     )
 

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     )
     from featpipe.backbones.sources.packaged import imagenet_classifier
     from featpipe.backbones.stages import Stage, find_stages, trace_modules
-    from featpipe.backbones.transforms import CustomTransform, Transform
+    from featpipe.backbones.transforms import (
+        CustomTransform,
+        ImageTransform,
+        SampleTransform,
+        Transform,
+        example_batch,
+        image_size,
+    )
     from featpipe.backbones.weights import digest_state
 
 __all__ = [
@@ -40,18 +47,22 @@ __all__ = [
     "CustomTransform",
     "IdentityStore",
     "ImageBatch",
+    "ImageTransform",
     "MatmulResizer",
     "Output",
     "Partition",
     "PreparedImage",
     "Recorder",
     "ResizeAxis",
+    "SampleTransform",
     "Stage",
     "Transform",
     "UnresizedImage",
     "UpperNetwork",
     "digest_state",
+    "example_batch",
     "find_stages",
+    "image_size",
     "imagenet_classifier",
     "is_exact",
     "is_supported",
@@ -69,18 +80,22 @@ _LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
     "Backbone": "backbone",
     "CustomTransform": "transforms",
     "ImageBatch": "resize.matmul",
+    "ImageTransform": "transforms",
     "MatmulResizer": "resize.matmul",
     "Output": "outputs",
     "Partition": "partition",
     "PreparedImage": "resize.matmul",
     "Recorder": "outputs",
     "ResizeAxis": "resize.embedding_bag",
+    "SampleTransform": "transforms",
     "Stage": "stages",
     "Transform": "transforms",
     "UnresizedImage": "resize.matmul",
     "UpperNetwork": "partition",
     "digest_state": "weights",
+    "example_batch": "transforms",
     "find_stages": "stages",
+    "image_size": "transforms",
     "imagenet_classifier": "sources.packaged",
     "is_exact": "resize.matmul",
     "is_supported": "resize.matmul",

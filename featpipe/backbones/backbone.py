@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from featpipe.backbones.outputs import Output, Recorder
-from featpipe.backbones.transforms import CustomTransform, Transform
+from featpipe.backbones.transforms import SampleTransform
+from featpipe.data import DEFAULT_MODALITY, get_modality
 from featpipe.errors import ConfigError
 
 __all__ = ["Backbone", "prove_frozen"]
-
-PROBE_LEVELS = ((0, 256), (0, 48), (176, 256))  # of the probes' pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +29,8 @@ class Backbone:
     source : {"packaged", "torchvision", "timm", "user"}
     network : Module
         Headless, in eval mode, without gradients.
-    transform : Transform or CustomTransform
-        uint8 (3, H, W) → float32 (3, h, w).
+    transform : SampleTransform
+        For an image: uint8 (3, H, W) → float32 (3, h, w).
     outputs : tuple of Output
     digest : str
         SHA-256 of the headless network's state: names, dtypes, shapes and bytes. The format of the file that the
@@ -49,13 +48,18 @@ class Backbone:
     name: str
     source: str
     network: nn.Module
-    transform: Transform | CustomTransform
+    transform: SampleTransform
     outputs: tuple[Output, ...]
     digest: str
     origin: str
     code: Mapping[str, str]
     request: Mapping[str, Any] = field(default_factory=dict)
     weight_files: tuple[Path, ...] | None = None
+
+    @property
+    def modality(self) -> str:
+        """The kind of samples that it embeds, a key of `featpipe.data.MODALITIES`."""
+        return self.transform.modality
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,6 +85,8 @@ class Backbone:
             identity["transform_input"] = (
                 transform_input  # GoogLeNet and Inception normalise again inside, if their weights want it
             )
+        if self.modality != DEFAULT_MODALITY:
+            identity["modality"] = self.modality
         return {**identity, "code": dict(self.code)} if self.code else identity
 
     def embed(self, images: Tensor, *, run_to_end: bool = False) -> dict[str, Tensor]:
@@ -130,7 +136,7 @@ def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
             raise ConfigError(f"{error_prefix}: parameter {name!r} requires a gradient")
     tensors_before = {name: value.clone() for name, value in _named_tensors(backbone.network).items()}
     with torch.inference_mode():
-        images = _make_probe_images(backbone)
+        images = _make_probe_batch(backbone)
         batched, repeated = backbone.embed(images), backbone.embed(images)
         single_passes = [backbone.embed(image[None]) for image in images]
     for name, value in _named_tensors(backbone.network).items():
@@ -164,12 +170,8 @@ def _named_tensors(network: nn.Module) -> dict[str, Tensor]:
     return dict([*network.named_parameters(), *network.named_buffers()])
 
 
-def _make_probe_images(backbone: Backbone) -> Tensor:
-    """Noise of very different brightness and contrast, so that statistics of a batch are not those of its images."""
-    generator = torch.Generator().manual_seed(0)
-    probes = []
-    for low, high in PROBE_LEVELS:
-        noise = torch.randint(low, high, (3, 256, 320), dtype=torch.uint8, generator=generator)
-        probes.append(backbone.transform(noise))
+def _make_probe_batch(backbone: Backbone) -> Tensor:
+    transform = backbone.transform
+    probes = torch.stack([transform(item) for item in get_modality(transform.modality).make_probes()])
     reference = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
-    return torch.stack(probes).to(reference.device, reference.dtype)
+    return probes.to(reference.device, reference.dtype if probes.is_floating_point() else probes.dtype)

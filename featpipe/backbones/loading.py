@@ -14,8 +14,8 @@ from featpipe.backbones.bundled import read_bundled_backbone
 from featpipe.backbones.identity import resolve_weights
 from featpipe.backbones.outputs import POOLED, resolve_outputs
 from featpipe.backbones.registry import PACKAGED_BACKBONES, TIMM_PREFIX, names
-from featpipe.backbones.sources.custom import AnyTransform, HeadlessNetwork
-from featpipe.backbones.transforms import CustomTransform, Transform
+from featpipe.backbones.sources.custom import AnyTransform, HeadlessNetwork, as_transform
+from featpipe.backbones.transforms import Transform
 from featpipe.backbones.weights import digest_state
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError, WeightsError
@@ -79,9 +79,7 @@ def load(
         transform = _restore_library_transform(read_bundled_backbone(weights_source).identity)
     headless = _build_headless(name, weights_source, transform, seed, progress)
     if transform is not None and headless.source != "user":
-        chosen_transform = (
-            transform if isinstance(transform, (Transform, CustomTransform)) else CustomTransform(transform)
-        )
+        chosen_transform = as_transform(transform)
     else:
         chosen_transform = headless.transform
     network = headless.network.eval().requires_grad_(False)
@@ -90,7 +88,7 @@ def load(
         source=headless.source,
         network=network,
         transform=chosen_transform,
-        outputs=resolve_outputs(network, _as_sequence(outputs), chosen_transform.size),
+        outputs=resolve_outputs(network, _as_sequence(outputs), chosen_transform),
         digest=digest_state(network),
         origin=headless.origin,
         code=headless.code,

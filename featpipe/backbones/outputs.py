@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featpipe.backbones.transforms import SampleTransform, example_batch
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
@@ -146,17 +147,17 @@ class _RecordingHook:
             listener(self.node, value)
 
 
-def resolve_outputs(network: nn.Module, output_names: Sequence[str], size: tuple[int, int]) -> tuple[Output, ...]:
+def resolve_outputs(network: nn.Module, output_names: Sequence[str], transform: SampleTransform) -> tuple[Output, ...]:
     """Find the wanted outputs and learn their shapes from two forward passes.
 
     Parameters
     ----------
     network : Module
         Headless. Hooks are left in it.
-    wanted : sequence of str
+    output_names : sequence of str
         ``pooled`` or ``NODE[:POOL]``.
-    size : (int, int)
-        Height and width of an image.
+    transform : SampleTransform
+        Its input shape is that of the passes.
 
     Raises
     ------
@@ -170,7 +171,9 @@ def resolve_outputs(network: nn.Module, output_names: Sequence[str], size: tuple
     for node in dict.fromkeys(node for node, _ in parsed if node != POOLED):
         if not any(hook == _RecordingHook(node) for hook in modules[node]._forward_hooks.values()):
             modules[node].register_forward_hook(_RecordingHook(node))
-    pass_1, pass_2 = (_record_shapes(network, torch.zeros(b, 3, *size)) for b in (1, 2))
+    pass_1, pass_2 = (_record_shapes(network, example_batch(transform, n)) for n in (1, 2))
+    height, width = (1, *transform.input_shape)[-2:]
+    size = height, width
     outputs = []
     for node, pool in parsed:
         shape = _image_shape(node, pass_1.get(node), pass_2.get(node))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from featpipe.backbones.backbone import Backbone
 from featpipe.backbones.outputs import Output, Recorder, resolve_outputs
 from featpipe.backbones.stages import BatchShape, ModuleCall, eval_mode, is_within, map_leaves, trace_modules
+from featpipe.backbones.transforms import image_size
 from featpipe.errors import ConfigError
 
 __all__ = ["Partition", "UpperNetwork", "partition_network"]
@@ -70,7 +71,7 @@ def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
         If nothing that is frozen comes before what trains, or no single value separates them; it says which.
     """
     network, embedding = backbone.network, backbone.outputs[0]
-    calls = trace_modules(network, backbone.transform.size)
+    calls = trace_modules(network, image_size(backbone.transform))
     first_trained = _find_first_trained(network, frozenset(frozen), calls)
     if first_trained is None:
         return Partition(
@@ -129,7 +130,7 @@ def _make_upper(backbone: Backbone, call: ModuleCall, calls: Mapping[nn.Module, 
         return None
     for materialize in (False, True):
         with suppress(Exception):  # whatever a network raises that is not given what it expects
-            (cut_output,) = resolve_outputs(backbone.network, [f"{call.name}:none"], backbone.transform.size)
+            (cut_output,) = resolve_outputs(backbone.network, [f"{call.name}:none"], backbone.transform)
             upper = UpperNetwork(backbone, cut_output, calls, materialize=materialize)
             if _is_equivalent(backbone, upper):
                 return upper
@@ -142,7 +143,7 @@ def _is_equivalent(backbone: Backbone, upper: UpperNetwork) -> bool:
     reference = next(network.parameters())
     saved_buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     with eval_mode(network):
-        images = torch.rand(N_CHECK_IMAGES, 3, *backbone.transform.size).to(reference.device, reference.dtype)
+        images = torch.rand(N_CHECK_IMAGES, *backbone.transform.input_shape).to(reference.device, reference.dtype)
         values = Recorder((cut_output, embedding)).run(network, images)
         actual, expected = upper(values[cut_output.name].clone()), values[embedding.name]
         distance = (actual - expected).flatten(1).norm(dim=1)
@@ -179,7 +180,7 @@ class UpperNetwork(nn.Module):
         super().__init__()
         self.cut_output = cut_output
         self.embedding = backbone.outputs[0]
-        self.size = backbone.transform.size
+        self.size = image_size(backbone.transform)
         self._pass_state = _PassState(materialize)
         self._copies: list[tuple[nn.Module, nn.Module]] = []
         cut_module = backbone.network.get_submodule(cut_output.node)

@@ -1,13 +1,13 @@
-"""The fixed preprocessing that belongs to the weights: an upright RGB picture → what the network was trained on."""
+"""Fixed preprocessing that belongs to the weights: an item of a modality → the input that the network was trained on."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,15 +18,99 @@ from featpipe.backbones.resize.embedding_bag import ResizeAxis
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = ["CropMode", "CustomTransform", "Transform", "hash_source"]
+__all__ = [
+    "CropMode",
+    "CustomTransform",
+    "ImageTransform",
+    "SampleTransform",
+    "Transform",
+    "example_batch",
+    "hash_source",
+    "image_size",
+]
 
 CropMode = Literal["center", "squash", "border"]
 
 MAX_RESIZED_PIXELS = 1 << 26  # of a resized picture: a strip of 1 × 20,000 would otherwise become 4 GB
 
 
+@runtime_checkable
+class SampleTransform(Protocol):
+    """What a backbone needs of its transform, whatever the modality is.
+
+    Attributes
+    ----------
+    modality : str
+        Key of `featpipe.data.MODALITIES`; it says what an item is.
+    input_shape : tuple of int
+        Shape of one sample as the network takes it.
+    input_dtype : torch.dtype
+        Floating point: cast to the precision of the engine. Integers stay as they are.
+    """
+
+    @property
+    def modality(self) -> str: ...
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+    @property
+    def input_dtype(self) -> torch.dtype: ...
+
+    def __call__(self, item: Any, /) -> Tensor:
+        """An item → a sample as the network takes it."""
+
+    def prepare(self, item: Any, /) -> Tensor:
+        """The part for one item at a time, in a worker thread."""
+
+    def collate(self, prepared: Sequence[Tensor], /) -> Tensor:
+        """Prepared items → a batch; its first axis counts the items."""
+
+    def normalize(self, batch: Tensor, /) -> Tensor:
+        """The part for a whole batch at once, on the device of the batch."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the result."""
+
+
+def example_batch(
+    transform: SampleTransform, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A batch of n zeros as the network takes it, for shapes, work and graphs; integer input keeps its own dtype."""
+    input_dtype = dtype if transform.input_dtype.is_floating_point else transform.input_dtype
+    return torch.zeros(n, *transform.input_shape, dtype=input_dtype, device=device)
+
+
+class ImageTransform:
+    """What the transforms of images share."""
+
+    modality: ClassVar[str] = "image"
+    input_dtype: ClassVar[torch.dtype] = torch.float32
+    size: Any  # (h, w) of what the network sees
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of what the network sees: (3, h, w)."""
+        height, width = self.size
+        return 3, height, width
+
+    def collate(self, prepared: Sequence[Tensor]) -> Tensor:
+        """Images of shape (3, h, w) → one tensor of shape (b, 3, h, w), channels last in memory."""
+        shape = (len(prepared), *prepared[0].shape[1:], 3)
+        images = torch.empty(shape, dtype=prepared[0].dtype).permute(0, 3, 1, 2)
+        for destination, image in zip(images, prepared, strict=True):
+            destination.copy_(image)
+        return images
+
+
+def image_size(transform: SampleTransform) -> tuple[int, int]:
+    """Height and width of what the network sees; ConfigError where the samples are not images."""
+    if not isinstance(transform, ImageTransform):
+        raise ConfigError(f"the backbone embeds {transform.modality} samples; fine-tuning and stages need images")
+    height, width = transform.size
+    return height, width
+
+
 @dataclass(frozen=True)
-class Transform:
+class Transform(ImageTransform):
     """Resize, crop, scale to [0, 1] and normalise.
 
     Parameters
@@ -86,9 +170,9 @@ class Transform:
         SampleError
             If the picture is so long and thin that resizing it would make it enormous.
         """
-        return self.normalize(self.apply_geometry(image))
+        return self.normalize(self.prepare(image))
 
-    def apply_geometry(self, image: Tensor) -> Tensor:
+    def prepare(self, image: Tensor) -> Tensor:
         """The geometric part: uint8 of shape (3, H, W) → uint8 of shape (3, h, w)."""
         vertical, horizontal = self.resize_axes(*image.shape[-2:])
         return self.pad_to_crop(_resize_image(image, vertical, horizontal, self.interpolation))
@@ -175,7 +259,7 @@ def _resize_image(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, i
 
 
 @dataclass(frozen=True)
-class CustomTransform:
+class CustomTransform(ImageTransform):
     """A user's own transform, held to what a transform promises.
 
     Its identity is its source code and what it makes of a few fixed pictures, so that parameters that the code does
@@ -220,8 +304,8 @@ class CustomTransform:
             )
         return result
 
-    def apply_geometry(self, image: Tensor) -> Tensor:
-        """All of it: what a function of one's own does cannot be told apart."""
+    def prepare(self, image: Tensor) -> Tensor:
+        """All of it: a user's function cannot be divided into parts."""
         return self(image)
 
     def normalize(self, batch: Tensor) -> Tensor:

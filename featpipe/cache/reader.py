@@ -23,7 +23,7 @@ from featpipe.cache.format import (
 from featpipe.cache.mmap import prefetch, release_pages
 from featpipe.cache.open import CacheContents, open_cache
 from featpipe.config import unknown_name_error
-from featpipe.data import Labels
+from featpipe.data import DEFAULT_MODALITY, Labels
 from featpipe.errors import CacheError, CacheFormatError, CacheIncompleteError, CacheMismatchError, ConfigError
 from featpipe.status import Status
 from featpipe.storage import StringColumn
@@ -135,6 +135,11 @@ class FeatureCache:
     def facts(self) -> dict[str, Any]:
         """The facts that decide the embeddings: weights, transform, outputs, precision, extraction code."""
         return dict(self.manifest["facts"])
+
+    @property
+    def modality(self) -> str:
+        """The kind of the samples, a key of `featpipe.data.MODALITIES`."""
+        return str(self.facts["backbone"].get("modality", DEFAULT_MODALITY))
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -4,7 +4,8 @@
 the order in the archive. Several archives: the order given; what a glob matches is sorted like a folder.
 Nothing depends on file system, locale or platform.
 
-**Samples.** A file is a sample if its name ends in one of `SUFFIXES`. Names beginning with a dot,
+**Samples.** A file is a sample if its name ends in one of the suffixes of the modality (`MODALITIES`).
+Names beginning with a dot,
 ``__MACOSX`` and other suffixes are counted in ``ignored``. In folders links are followed, but never in a
 circle. In a tar, a hard link to an earlier regular member has that member's bytes; other links, devices and
 sparse members keep a row with a fault.
@@ -44,9 +45,6 @@ with its fault.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from featpipe.data.demo_tiles import TILE_SIZE, write_tiles
 from featpipe.data.image import (
     BACKGROUND,
@@ -64,16 +62,15 @@ from featpipe.data.index import Index, SampleReader, index, index_files
 from featpipe.data.labels.infer import RawLabels, parse_number
 from featpipe.data.labels.labels import Labels, LabelTask, order_classes
 from featpipe.data.labels.table import TABLE_SUFFIXES, LabelTable, TableRows, match_table_rows, read_column, read_paths
+from featpipe.data.modalities import DEFAULT_MODALITY, MODALITIES, Modality, get_modality
 from featpipe.data.sources.glob import expand_paths
-from featpipe.data.sources.listing import SAMPLE_SUFFIXES, ArchiveLimits, ArchiveSource, escape_name, format_name
+from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, escape_name, format_name
 from featpipe.data.sources.sidecars import LabelValue
-
-if TYPE_CHECKING:
-    from featpipe.data.jpeg import decode_within_budget
 
 __all__ = [
     "BACKGROUND",
-    "SAMPLE_SUFFIXES",
+    "DEFAULT_MODALITY",
+    "MODALITIES",
     "TABLE_SUFFIXES",
     "TILE_SIZE",
     "ArchiveLimits",
@@ -84,12 +81,12 @@ __all__ = [
     "LabelTask",
     "LabelValue",
     "Labels",
+    "Modality",
     "RawLabels",
     "SampleReader",
     "TableRows",
     "compute_resize_weights",
     "decode_image",
-    "decode_within_budget",
     "encode_jpeg",
     "encode_png",
     "encode_preview",
@@ -97,6 +94,7 @@ __all__ = [
     "escape_name",
     "expand_paths",
     "format_name",
+    "get_modality",
     "index",
     "index_files",
     "match_table_rows",
@@ -108,17 +106,3 @@ __all__ = [
     "to_rgb",
     "write_tiles",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "decode_within_budget": "jpeg",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from featpipe.data.labels.infer import RawLabels, iter_normalized_names, labels_from_folders, labels_from_sidecars
 from featpipe.data.labels.labels import Labels
 from featpipe.data.labels.table import TABLE_SUFFIXES, LabelTable, map_paths_to_rows, match_table_rows, read_table
+from featpipe.data.modalities import DEFAULT_MODALITY, Modality, get_modality
 from featpipe.data.sources.folder import list_files, list_folder, read_file
 from featpipe.data.sources.glob import expand_paths
 from featpipe.data.sources.listing import (
-    DECODED_SUFFIXES,
     DEFAULT_LIMITS,
     ArchiveLimits,
     ArchiveSource,
@@ -31,7 +32,7 @@ from featpipe.data.sources.listing import (
     Listing,
     escape_name,
     format_name,
-    is_sample,
+    get_suffix,
 )
 from featpipe.data.sources.tar import PlainTarReader, TarReader, list_tar
 from featpipe.data.sources.zip import ZipReader, list_zip
@@ -78,6 +79,8 @@ class Index:
     ignored : dict of str to int
         What was there and is no sample.
     limits : ArchiveLimits
+    modality : str
+        The kind of the samples, a key of `featpipe.data.MODALITIES`.
     """
 
     sources: tuple[ArchiveSource, ...]
@@ -92,6 +95,7 @@ class Index:
     split: NDArray[np.uint8]
     ignored: dict[str, int]
     limits: ArchiveLimits = DEFAULT_LIMITS
+    modality: str = DEFAULT_MODALITY
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -159,6 +163,7 @@ def index(
     *,
     labels: PathLike | LabelTable | None = None,
     limits: ArchiveLimits = DEFAULT_LIMITS,
+    modality: str = DEFAULT_MODALITY,
 ) -> Index:
     """List and order the samples of archives, by the rules of `featpipe.data`.
 
@@ -169,18 +174,21 @@ def index(
     labels : path or Table, optional
         A table that labels the samples in place of folders and sidecar files.
     limits : ArchiveLimits
+    modality : str
+        Which files are samples: that of the backbone that will embed them.
 
     Raises
     ------
     ArchiveError
         If an archive is missing, damaged, hostile or without any sample, or does not fit its labels.
     """
+    kind = get_modality(modality)
     arguments = [archives] if isinstance(archives, (str, os.PathLike)) else list(archives)
-    groups = [group for paths in expand_paths(arguments) for group in _iter_groups(paths, limits)]
+    groups = [group for paths in expand_paths(arguments) for group in _iter_groups(paths, limits, kind)]
     listings = [listing for group in groups for listing in group.listings]
     if not any(map(len, listings)):
-        raise _no_samples_error(arguments, listings)
-    unlabeled_index = _combine_listings(listings, limits)
+        raise _no_samples_error(arguments, listings, kind)
+    unlabeled_index = _combine_listings(listings, limits, kind)
     if labels is not None:
         table = labels if isinstance(labels, LabelTable) else LabelTable(Path(labels))
         table_rows = read_table(table, require_labels=True)
@@ -198,7 +206,10 @@ def index(
 
 
 def index_files(
-    paths: Sequence[PathLike], labels: Labels | None = None, limits: ArchiveLimits = DEFAULT_LIMITS
+    paths: Sequence[PathLike],
+    labels: Labels | None = None,
+    limits: ArchiveLimits = DEFAULT_LIMITS,
+    modality: str = DEFAULT_MODALITY,
 ) -> Index:
     """Index single files in the order given; one that is not there keeps its row with the fault ``MISSING``.
 
@@ -208,11 +219,13 @@ def index_files(
         The same path may come several times.
     labels : Labels of length n, optional
     limits : ArchiveLimits
+    modality : str
+        The kind of the files, whatever their suffixes are.
     """
     if labels is not None and len(labels) != len(paths):
         raise ConfigError(f"{len(labels)} labels for {len(paths)} paths; give one for each, in the same order")
-    listing = list_files(_current_folder_source(), [Path(path).as_posix() for path in paths], limits)
-    unlabeled_index = _combine_listings([listing], limits)
+    listing = list_files(_current_folder_source(), [Path(path).as_posix() for path in paths], limits, frozenset())
+    unlabeled_index = _combine_listings([listing], limits, get_modality(modality))
     return unlabeled_index if labels is None else replace(unlabeled_index, labels=labels)
 
 
@@ -225,38 +238,39 @@ class _LabeledGroup:
     split: bytes
 
 
-def _iter_groups(paths: Sequence[Path], limits: ArchiveLimits) -> Iterator[_LabeledGroup]:
-    for kind, group_paths in groupby(paths, _get_path_kind):
+def _iter_groups(paths: Sequence[Path], limits: ArchiveLimits, modality: Modality) -> Iterator[_LabeledGroup]:
+    for kind, group_paths in groupby(paths, partial(_get_path_kind, modality=modality)):
         if kind == "table":
             for path in group_paths:
-                yield _list_table(path, limits)
+                yield _list_table(path, limits, modality)
             continue
-        if kind == "image":
-            listings = [list_files(_current_folder_source(), [path.as_posix() for path in group_paths], limits)]
+        if kind == "sample":
+            names = [path.as_posix() for path in group_paths]
+            listings = [list_files(_current_folder_source(), names, limits, modality.suffixes)]
         else:
-            listings = [_list_archive(path, limits) for path in group_paths]
+            listings = [_list_archive(path, limits, modality.suffixes) for path in group_paths]
         n = sum(map(len, listings))
         raw_labels = (
             RawLabels.unlabeled(n)
-            if kind == "image"
+            if kind == "sample"
             else labels_from_sidecars(listings) or labels_from_folders(listings)
         )
         yield _LabeledGroup(listings, raw_labels, bytes(n))
 
 
-def _get_path_kind(path: Path) -> str:
+def _get_path_kind(path: Path, modality: Modality) -> str:
     if path.is_dir():
         return "archive"
     if path.suffix.lower() in TABLE_SUFFIXES:
         return "table"
-    return "image" if is_sample(path.name) else "archive"
+    return "sample" if get_suffix(path.name) in modality.suffixes else "archive"
 
 
-def _list_table(path: Path, limits: ArchiveLimits) -> _LabeledGroup:
+def _list_table(path: Path, limits: ArchiveLimits, modality: Modality) -> _LabeledGroup:
     table_rows = read_table(LabelTable(path), require_labels=False)
     map_paths_to_rows(path, table_rows)
     source = ArchiveSource(path, "files", os.path.realpath(path.parent))
-    listing = list_files(source, [os.fspath(Path(name)) for name in table_rows.paths], limits)
+    listing = list_files(source, [os.fspath(Path(name)) for name in table_rows.paths], limits, modality.suffixes)
     missing_names = [name for name, fault in zip(listing.names, listing.fault, strict=True) if fault == Status.MISSING]
     if missing_names:
         first_names = ", ".join(map(format_name, missing_names[:3]))
@@ -271,10 +285,10 @@ def _current_folder_source() -> ArchiveSource:
     return ArchiveSource(Path(), "files", os.path.realpath("."))
 
 
-def _list_archive(path: Path, limits: ArchiveLimits) -> Listing:
+def _list_archive(path: Path, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
     real_path = os.path.realpath(path)
     if os.path.isdir(real_path):
-        return list_folder(ArchiveSource(path, "folder", real_path), limits)
+        return list_folder(ArchiveSource(path, "folder", real_path), limits, suffixes)
     if not os.path.isfile(real_path):
         raise ArchiveError(f"{path}: neither a folder nor a file; expected an archive")
     try:
@@ -286,27 +300,28 @@ def _list_archive(path: Path, limits: ArchiveLimits) -> Listing:
     kind = next((kind for magic, kind in _MAGIC_BYTES.items() if header.startswith(magic)), "")
     compression = cast(Compression, "" if kind == "zip" else kind)
     if kind == "zip":
-        return list_zip(ArchiveSource(path, "zip", real_path, "", file_stat.st_size, file_stat.st_mtime_ns), limits)
+        source = ArchiveSource(path, "zip", real_path, "", file_stat.st_size, file_stat.st_mtime_ns)
+        return list_zip(source, limits, suffixes)
     if kind or header[_TAR_MAGIC_OFFSET:] == b"ustar" or path.suffix.lower() == ".tar":
-        return list_tar(
-            ArchiveSource(path, "tar", real_path, compression, file_stat.st_size, file_stat.st_mtime_ns), limits
-        )
+        source = ArchiveSource(path, "tar", real_path, compression, file_stat.st_size, file_stat.st_mtime_ns)
+        return list_tar(source, limits, suffixes)
     raise ArchiveError(
         f"{path}: begins with {header[:8]!r}; expected a folder, a .tar (also .gz, .bz2, .xz), a .zip, or a table of "
         "paths as .csv, .tsv or .parquet"
     )
 
 
-def _no_samples_error(arguments: Sequence[PathLike], listings: Sequence[Listing]) -> ArchiveError:
+def _no_samples_error(arguments: Sequence[PathLike], listings: Sequence[Listing], modality: Modality) -> ArchiveError:
     where = ", ".join(os.fspath(argument) for argument in arguments[:3]) or "no archive"
     ignored_counts = sum((listing.ignored for listing in listings), Counter[str]()).most_common(6)
     found_text = ", ".join(f"{count} {ignored_kind}" for ignored_kind, count in ignored_counts) or "nothing at all"
     return ArchiveError(
-        f"{where}: no image; found {found_text}; an image is a file whose name ends in {', '.join(DECODED_SUFFIXES)}"
+        f"{where}: no {modality.name}; found {found_text}; an {modality.name} is a file whose name ends in "
+        f"{', '.join(modality.decoded_suffixes)}"
     )
 
 
-def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits) -> Index:
+def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits, modality: Modality) -> Index:
     """The listings one after the other, still without labels."""
     sources = tuple(dict.fromkeys(listing.source for listing in listings))
     prefixes = _make_id_prefixes([listing.source for listing in listings])
@@ -337,6 +352,7 @@ def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits) -> Ind
         split=np.zeros(n, np.uint8),
         ignored=dict(sum((listing.ignored for listing in listings), Counter[str]())),
         limits=limits,
+        modality=modality.name,
     )
 
 

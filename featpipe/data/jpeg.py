@@ -22,6 +22,7 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from featpipe.data.image import DEFAULT_IMAGE_LIMITS, ImageLimits, decode_image, encode_jpeg, resize_image
 from featpipe.runtime import MemoryBudget
@@ -43,13 +44,14 @@ def decode_with_torchvision(
 
 
 @contextlib.contextmanager
-def decode_within_budget(data: bytes) -> Iterator[NDArray[np.uint8]]:
+def decode_within_budget(data: bytes) -> Iterator[Tensor]:
     """A decoded image, for as long as it is worked on: those that are large wait for each other.
 
     So many threads need no more memory than there is, whatever pictures they come across.
     """
     with LARGE_IMAGE_BUDGET.reservation() as reserve_memory:
-        yield decode_with_torchvision(data, reserve_memory=reserve_memory)
+        pixels = decode_with_torchvision(data, reserve_memory=reserve_memory)
+        yield torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @cache

@@ -85,7 +85,7 @@ def _load_probe_images(index: Index, backbone: Backbone) -> list[PreparedImage]:
     """The first readable images of an archive."""
     images: list[PreparedImage] = []
     loader = inference.Loader(
-        index, np.arange(min(len(index), MAX_PROBE_ROWS)), backbone.transform.apply_geometry, PROBE_IMAGES
+        index, np.arange(min(len(index), MAX_PROBE_ROWS)), backbone.transform.prepare, PROBE_IMAGES
     )
     with closing(loader):
         for batch in loader.batches():

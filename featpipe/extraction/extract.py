@@ -19,7 +19,13 @@ from featpipe.config import AUTO, ExtractionConfig, ExtractionOptions
 from featpipe.data import Index
 from featpipe.errors import CacheError
 from featpipe.extraction.auto_precision import find_cached_choice, resolve_precision
-from featpipe.extraction.identity import load_and_remember_backbone, make_facts, recall_backbone_identity
+from featpipe.extraction.identity import (
+    find_modality,
+    load_and_remember_backbone,
+    load_backbone,
+    make_facts,
+    recall_backbone_identity,
+)
 from featpipe.extraction.paths import make_cache_path
 from featpipe.extraction.plan import ExtractionPlan, make_staging_area
 from featpipe.extraction.row_sources import FeatureReader
@@ -73,7 +79,9 @@ def extract(
     identity = recall_backbone_identity(config)
     if identity is None or config.device not in ("auto", "cpu"):
         inference.resolve_devices(config.device)  # before minutes are spent on listing an archive
-    index = data.index(archives, labels=config.labels)
+    if isinstance(config.backbone, str) and ":" in config.backbone:  # only its transform tells which files are samples
+        config = replace(config, backbone=load_backbone(config))
+    index = data.index(archives, labels=config.labels, modality=find_modality(config.backbone))
     _report_index(index)
     if identity is not None:
         cache = find_up_to_date_cache(index, identity, config, progress)
@@ -192,7 +200,7 @@ def embed_files(
     fingerprint, folder = compute_fingerprint(make_facts(backbone, settings)), Path(settings.cache)
     make_writable_folder(folder, CacheError, "--cache or --out")
     with lock_file(folder / f".files-{fingerprint[:8]}.lock"):
-        index = data.index_files(unique_paths.tolist())
+        index = data.index_files(unique_paths.tolist(), modality=backbone.modality)
         plan = ExtractionPlan.build(index, backbone, settings, cache_folder=folder)
         plan.row_sources.drop_damaged()
         output, status = next(iter(backbone.shapes)), plan.row_sources.status
@@ -202,7 +210,8 @@ def embed_files(
             unread_paths = unique_paths[unread_rows].tolist()
             identity_hash = hashlib.sha256("\n".join([fingerprint, *unread_paths]).encode("utf-8", "replace"))
             out = folder / f"files-{identity_hash.hexdigest()[:16]}.h5"
-            cache = extract_index(data.index_files(unread_paths), backbone, replace(settings, out=out), progress)
+            unread_index = data.index_files(unread_paths, modality=backbone.modality)
+            cache = extract_index(unread_index, backbone, replace(settings, out=out), progress)
             features[unread_rows], status[unread_rows] = cache.features(output), cache.status_codes
     return features[inverse], status[inverse]
 

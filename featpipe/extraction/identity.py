@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from featpipe import backbones
 from featpipe.backbones import BackboneIdentity, BackboneRequest, IdentityStore
 from featpipe.config import ExtractionConfig
+from featpipe.data import DEFAULT_MODALITY
 
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone
 
 __all__ = [
     "EXTRACTION_VERSION",
+    "find_modality",
     "load_and_remember_backbone",
     "load_backbone",
     "make_facts",
@@ -37,6 +39,11 @@ def load_backbone(settings: ExtractionConfig) -> Backbone:
         transform=settings.transform,
         seed=settings.seed,
     )
+
+
+def find_modality(backbone: str | Backbone) -> str:
+    """The modality of a backbone; the networks of the registry take images, and are not loaded to say so."""
+    return DEFAULT_MODALITY if isinstance(backbone, str) else backbone.modality
 
 
 def recall_backbone_identity(settings: ExtractionConfig) -> BackboneIdentity | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
-from featpipe.backbones import CustomTransform, Transform
+from featpipe.backbones import ImageTransform, SampleTransform, Transform, image_size
 from featpipe.config import FineTuneConfig, check_names
 from featpipe.errors import ConfigError
 
@@ -112,7 +112,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class AugmentedTransform:
+class AugmentedTransform(ImageTransform):
     """A transform with augmentation before the normalization: one view of each image.
 
     A view depends only on the image, the view number and the seed, so it can be computed ahead of time, by any thread,
@@ -120,30 +120,30 @@ class AugmentedTransform:
 
     Parameters
     ----------
-    transform : Transform or CustomTransform
+    transform : SampleTransform
         The backbone's. A custom transform gets the augmented image.
     augmentation : Augmentation
     view_index : int
     seed : int
     """
 
-    transform: Transform | CustomTransform
+    transform: SampleTransform
     augmentation: Augmentation
     view_index: int = 0
     seed: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.transform.size
+        return image_size(self.transform)
 
     def __call__(self, image: Tensor) -> Tensor:
         """Image, uint8 of shape (3, H, W) → float32 of shape (3, h, w)."""
-        return self.normalize(self.apply_geometry(image))
+        return self.normalize(self.prepare(image))
 
-    def apply_geometry(self, image: Tensor) -> Tensor:
+    def prepare(self, image: Tensor) -> Tensor:
         """The part for a single image, up to the normalization: (3, H, W) → (3, h, w)."""
         if not self.augmentation.is_active:
-            return self.transform.apply_geometry(image)
+            return self.transform.prepare(image)
         view_digest = sha256(image.permute(1, 2, 0).contiguous().numpy().data)
         view_digest.update(f"{tuple(image.shape)} {self.seed} {self.view_index}".encode())
         with seeded_random(int.from_bytes(view_digest.digest()[:8], "little")), torch.no_grad():
@@ -157,9 +157,9 @@ class AugmentedTransform:
             mode = base_transform.interpolation if isinstance(base_transform, Transform) else "bilinear"
             image = v2.RandomResizedCrop(size, (self.augmentation.crop, 1.0), interpolation=mode)(image)
         elif isinstance(base_transform, Transform):
-            image = base_transform.apply_geometry(image)
+            image = base_transform.prepare(image)
         image = image if random_transform is None else random_transform(image)
-        return image if isinstance(base_transform, Transform) else base_transform.apply_geometry(image)
+        return image if isinstance(base_transform, Transform) else base_transform.prepare(image)
 
     def normalize(self, batch: Tensor) -> Tensor:
         """The part for a batch."""

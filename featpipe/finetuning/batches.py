@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featpipe.backbones import Output, Recorder
-from featpipe.data import Index, decode_within_budget
+from featpipe.data import Index, get_modality
 from featpipe.errors import SampleError
 from featpipe.inference import available_cores
 from featpipe.runtime import prefetch as prefetch_in_thread
@@ -88,6 +88,7 @@ class DecodedImageDataset:
         self._transform = transform
         self._reader = index.open()
         self._encoded_images = [self._read_bytes(row) for row in range(len(index))] if index.sequential else None
+        self._decode = get_modality(index.modality).decode
         self._pool = ThreadPoolExecutor(workers or available_cores(), "featpipe-pictures")
 
     def __enter__(self) -> DecodedImageDataset:
@@ -112,8 +113,8 @@ class DecodedImageDataset:
                 status=Status.UNREADABLE,
                 sample_id=name,
             )
-        with decode_within_budget(data) as image:
-            return self._transform(torch.from_numpy(image).permute(2, 0, 1), epoch)
+        with self._decode(data) as image:
+            return self._transform(image, epoch)
 
     def _read_bytes(self, row: int) -> bytes:
         """The encoded image."""

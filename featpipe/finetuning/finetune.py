@@ -101,7 +101,7 @@ def finetune(
     with join_distributed(device) as distributed:
         if not distributed.is_main:
             progress = ignore_progress
-        index = data.index(archives, labels=labels)
+        index = data.index(archives, labels=labels, modality=model.modality)
         base_cache = distributed.run_main_first(
             lambda: extract_for_model(index, model, model.backbone, cache, progress)
         )

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from featpipe.backbones import Backbone, Stage, find_stages, trace_modules
+from featpipe.backbones import Backbone, Stage, example_batch, find_stages, image_size, trace_modules
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
@@ -91,7 +91,7 @@ def select_unfrozen(backbone: Backbone, unfreeze: str) -> UnfrozenParameters:
     >>> len(select_unfrozen(load("resnet18", weights="none"), "last").names)
     15
     """
-    network, size = backbone.network, backbone.transform.size
+    network, size = backbone.network, image_size(backbone.transform)
     network_stages = find_stages(network, size)
     reachable_names = _find_reachable_parameters(backbone)
     last_index = max(
@@ -184,7 +184,7 @@ def _find_reachable_parameters(backbone: Backbone) -> list[str]:
     network = backbone.network
     parameters = dict(network.named_parameters())
     reference = next((p for p in parameters.values() if p.is_floating_point()), torch.zeros(()))
-    images = torch.zeros(2, 3, *backbone.transform.size, dtype=reference.dtype, device=reference.device)
+    images = example_batch(backbone.transform, 2, reference.dtype, reference.device)
     required_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
     float_parameters = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
     try:

@@ -170,7 +170,8 @@ class CudaRunner:
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Places for pictures and input, warm libraries, and the graph, where the network can be captured."""
-        shape = (self.batch, *self.backbone.transform.size, 3)
+        channels, height, width = self.backbone.transform.input_shape
+        shape = (self.batch, height, width, channels)
         input_tensors = [torch.zeros(shape, dtype=dtype, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self._compute_stream):

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from featpipe.backbones import Backbone, ImageBatch, PreparedImage
+from featpipe.backbones import Backbone, ImageBatch, ImageTransform, PreparedImage
 from featpipe.config import ENGINES, unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.inference import optimize
@@ -86,6 +86,7 @@ class Engine:
         self.device = device
         self.precision = precision
         self.dtype = PRECISION_DTYPES[precision]
+        self._has_cuda_runner = device.type == "cuda" and isinstance(backbone.transform, ImageTransform)
         self.transform, self.fallback_transform = make_worker_transforms(backbone.transform, device)
         network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
         network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -103,7 +104,7 @@ class Engine:
 
     def _make_runner(self, fp32_backbone: Backbone, batch: int, kind: str, images: int) -> Runner:
         """The fastest that suits; what cannot be made ready is called as it is."""
-        if self.device.type == "cuda":
+        if self._has_cuda_runner:
             from featpipe.inference.cuda import CudaRunner
 
             return CudaRunner(self.backbone, batch, self.precision, self.device)
@@ -155,14 +156,9 @@ class Engine:
         pictures : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
             As ``transform`` gives them.
         """
-        if self.device.type == "cuda":
+        if self._has_cuda_runner:
             return list(pictures)
-        tensors = cast(Sequence[Tensor], pictures)
-        shape = (len(tensors), *tensors[0].shape[1:], 3)
-        images = torch.empty(shape, dtype=tensors[0].dtype).permute(0, 3, 1, 2)
-        for destination, picture in zip(images, tensors, strict=True):
-            destination.copy_(picture)
-        return images
+        return self.backbone.transform.collate(cast(Sequence[Tensor], pictures))
 
     def embed(self, images: ImageBatch) -> Embeddings:
         """The embeddings of some images.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from featpipe.backbones import Backbone
+from featpipe.backbones import Backbone, example_batch
 
 __all__ = ["count_multiply_adds", "default_batch_size"]
 
@@ -54,7 +54,7 @@ def count_multiply_adds(backbone: Backbone) -> int | None:
     from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second, which a rerun has no use for
 
     reference = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
-    image = torch.zeros(1, 3, *backbone.transform.size, dtype=reference.dtype, device=reference.device)
+    image = example_batch(backbone.transform, 1, reference.dtype, reference.device)
     for with_values in (False, True):
         # A user's own network may raise anything.
         with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:

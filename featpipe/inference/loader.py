@@ -16,10 +16,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from featpipe.backbones import ImageBatch, PreparedImage
-from featpipe.data import decode_within_budget, to_rgb
+from featpipe.data import DEFAULT_MODALITY, get_modality
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 from featpipe.storage import digest
@@ -27,11 +26,11 @@ from featpipe.storage import digest
 __all__ = [
     "DecodedBatch",
     "EmbeddingEngine",
-    "ImageList",
-    "ImageSource",
     "Loader",
+    "SampleList",
+    "SampleSource",
     "embed_batches",
-    "embed_image_list",
+    "embed_sample_list",
     "micro_batch_size",
     "run_in_threads",
 ]
@@ -42,31 +41,34 @@ MAX_MICRO_BATCH = 32  # pictures, at most, that a worker hands on at a time wher
 R = TypeVar("R")
 Embeddings = dict[str, NDArray[np.float32]]
 
-ReadRow = tuple[int, bytes | NDArray[np.uint8] | SampleError]
+Sample = Any  # encoded bytes, or an item as the transform takes it
+ReadRow = tuple[int, Sample | SampleError]
 
 STOP_TIMEOUT_SECONDS = 10.0
 MAX_READ_AHEAD_BYTES = 32 << 20  # of encoded images that one thread has read and not decoded yet
 
 
-class ImageTransform(Protocol):
-    """What is done with each picture by itself: uint8 (3, H, W) → (3, h, w), or what an engine takes in its place."""
+class PrepareItem(Protocol):
+    """The transform's part for one item at a time: an item → what the engine collates."""
 
-    def __call__(self, image: Tensor, /) -> PreparedImage: ...
+    def __call__(self, item: Any, /) -> PreparedImage: ...
 
 
-class ImageReader(Protocol):
-    """An open source of images, read by row."""
+class RowReader(Protocol):
+    """An open source of samples, read by row."""
 
-    def read(self, row: int, /) -> bytes | NDArray[np.uint8]: ...
+    def read(self, row: int, /) -> Sample: ...
     def __exit__(self, *exception: object) -> None: ...
 
 
-class ImageSource(Protocol):
-    """What a loader reads from: an index of archives, or pictures at hand."""
+class SampleSource(Protocol):
+    """What a loader reads from: an index of archives, or a list of samples in memory."""
 
     @property
+    def modality(self) -> str: ...
+    @property
     def sequential(self) -> bool: ...
-    def open(self) -> ImageReader: ...
+    def open(self) -> RowReader: ...
 
 
 class EmbeddingEngine(Protocol):
@@ -79,9 +81,9 @@ class EmbeddingEngine(Protocol):
     @property
     def workers(self) -> int: ...
     @property
-    def transform(self) -> ImageTransform: ...
+    def transform(self) -> PrepareItem: ...
     @property
-    def fallback_transform(self) -> ImageTransform: ...
+    def fallback_transform(self) -> PrepareItem: ...
     def collate(self, images: Sequence[PreparedImage], /) -> ImageBatch: ...
     def session(self) -> AbstractContextManager[None]: ...
     def enter_stream(self, workers: int) -> None: ...
@@ -90,24 +92,25 @@ class EmbeddingEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageList:
-    """Images at hand, in the order given: paths, bytes, Pillow images, or uint8 arrays."""
+class SampleList:
+    """Samples from a Python caller, in the order given: paths, encoded bytes, or decoded objects of the modality."""
 
     items: Sequence[object]
+    modality: str = DEFAULT_MODALITY
     sequential: bool = False
 
-    def open(self) -> ImageList:
+    def open(self) -> SampleList:
         return self
 
-    def read(self, row: int) -> bytes | NDArray[np.uint8]:
+    def read(self, row: int) -> Sample:
         item = self.items[row]
         if isinstance(item, (bytes, bytearray, memoryview)):
             return bytes(item)
         if not isinstance(item, (str, os.PathLike)):
             try:
-                return to_rgb(item)  # type: ignore[arg-type]  # it says itself what it takes
+                return get_modality(self.modality).to_item(item)
             except ConfigError as error:
-                raise ConfigError(f"image {row}: {error}") from None
+                raise ConfigError(f"{self.modality} {row}: {error}") from None
         try:
             with open(item, "rb") as file:
                 return file.read()
@@ -169,7 +172,7 @@ class Loader:
 
     Parameters
     ----------
-    index : Index or Pictures
+    index : Index or SampleList
     rows : ndarray of shape (m,), int64
         The rows to read, ascending.
     transform : callable
@@ -185,9 +188,9 @@ class Loader:
 
     def __init__(
         self,
-        index: ImageSource,
+        index: SampleSource,
         rows: NDArray[np.int64],
-        transform: ImageTransform,
+        transform: PrepareItem,
         batch: int,
         has_embedding: Callable[[bytes], bool] = lambda digest: False,
         collate: Callable[[list[Any]], ImageBatch] = torch.stack,
@@ -197,6 +200,7 @@ class Loader:
         self.batch = batch
         self.has_embedding = has_embedding
         self.reader = index.open()
+        self._decode = get_modality(index.modality).decode
         self._sequential = index.sequential
         self._rows = iter(rows.tolist())
         self._rows_lock = threading.Lock()
@@ -211,7 +215,7 @@ class Loader:
                 batch.images = self.collate(list(batch.images))
             yield batch
 
-    def micro_batches(self, size: int, fallback_transform: ImageTransform | None = None) -> Iterator[DecodedBatch]:
+    def micro_batches(self, size: int, fallback_transform: PrepareItem | None = None) -> Iterator[DecodedBatch]:
         """The same in batches of another size, whose pictures are a list and not collected.
 
         Parameters
@@ -263,7 +267,7 @@ class Loader:
                 break
         return read_rows
 
-    def _read(self, row: int, seconds: StageSeconds) -> bytes | NDArray[np.uint8] | SampleError:
+    def _read(self, row: int, seconds: StageSeconds) -> Sample | SampleError:
         started = perf_counter()
         try:
             return self.reader.read(row)
@@ -273,7 +277,7 @@ class Loader:
             seconds.reading += perf_counter() - started
 
     def _add_row(
-        self, batch: DecodedBatch, row: int, data: bytes | NDArray[np.uint8] | SampleError, transform: ImageTransform
+        self, batch: DecodedBatch, row: int, data: Sample | SampleError, transform: PrepareItem
     ) -> PreparedImage | None:
         """Add the row to the batch; the picture, if there is one to embed."""
         started = perf_counter()
@@ -288,8 +292,8 @@ class Loader:
             if self.has_embedding(batch.digests[-1]):
                 return None
         try:
-            with decode_within_budget(data) if isinstance(data, bytes) else nullcontext(data) as picture:
-                return transform(torch.from_numpy(picture).permute(2, 0, 1))
+            with self._decode(data) if isinstance(data, bytes) else nullcontext(data) as item:
+                return transform(item)
         except SampleError as error:
             batch.status[-1] = error.status
         except MemoryError:
@@ -466,8 +470,8 @@ def _embed_overlapped(
             yield pop_embedded()
 
 
-def embed_image_list(
-    images: ImageList, engine: EmbeddingEngine, output: str
+def embed_sample_list(
+    images: SampleList, engine: EmbeddingEngine, output: str
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The embeddings of images at hand, in the order given.
 

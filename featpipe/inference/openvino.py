@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featpipe.backbones import Backbone
 from featpipe.inference.devices import available_cores
-from featpipe.inference.runner import Embeddings, pad_batch
+from featpipe.inference.runner import Embeddings, pad_batch, to_network_input
 
 __all__ = ["OpenVinoRunner"]
 
@@ -54,7 +54,7 @@ class OpenVinoRunner:
         if not hasattr(self._thread_local, "request"):
             self.enter_stream(1)
         request = self._thread_local.request
-        inputs = pad_batch(self._normalize(images), self.batch).to(torch.float32).contiguous()
+        inputs = to_network_input(pad_batch(self._normalize(images), self.batch), torch.float32).contiguous()
         request.infer([inputs.numpy()], share_inputs=True)
         embeddings = {
             name: np.array(request.get_output_tensor(index).data[: len(images)], np.float32)

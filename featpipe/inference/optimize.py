@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featpipe.backbones import Backbone
+from featpipe.backbones import Backbone, example_batch
+from featpipe.data import get_modality
 from featpipe.errors import ConfigError
-from featpipe.inference.runner import EagerRunner, Runner
+from featpipe.inference.runner import EagerRunner, Runner, to_network_input
 
 __all__ = [
     "OPENVINO_PRECISIONS",
@@ -116,9 +117,9 @@ def make_openvino_runner(
 
 def _matches_eager(runner: Runner, eager: EagerRunner) -> bool:
     """Whether two engines give the same embeddings of made-up pictures, to what their precision rounds to."""
-    generator = torch.Generator().manual_seed(0)
-    noise = (torch.randint(0, high, (3, 256, 320), generator=generator, dtype=torch.uint8) for high in (256, 48))
-    images = torch.stack([eager.backbone.transform.apply_geometry(picture) for picture in noise])
+    transform = eager.backbone.transform
+    items = get_modality(transform.modality).make_probes()[:2]
+    images = transform.collate([transform.prepare(item) for item in items])
     actual, expected = runner.submit(images)(), eager.submit(images)()
     for name, value in expected.items():
         a, b = (array.reshape(len(images), -1).astype(np.float64) for array in (actual[name], value))
@@ -162,8 +163,7 @@ def export_graph(backbone: Backbone, batch: int) -> torch.export.ExportedProgram
     """
     backbone_copy = replace(backbone, network=copy.deepcopy(backbone.network))
     reference = next((p for p in backbone_copy.network.parameters() if p.is_floating_point()), torch.zeros(()))
-    images = torch.zeros(batch, 3, *backbone.transform.size, dtype=reference.dtype)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = to_network_input(example_batch(backbone.transform, batch, reference.dtype), reference.dtype)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own future
         return torch.export.export(_TupleOutputs(backbone_copy).eval(), (images,), strict=False)

@@ -10,11 +10,20 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from featpipe.backbones import CustomTransform, PreparedImage, Transform, UnresizedImage, is_exact, is_supported
+from featpipe.backbones import (
+    ImageTransform,
+    PreparedImage,
+    SampleTransform,
+    Transform,
+    UnresizedImage,
+    is_exact,
+    is_supported,
+)
 from featpipe.inference.devices import allow_tf32
 
 __all__ = ["PinnedTransfer", "make_worker_transforms"]
@@ -24,14 +33,14 @@ MAX_PENDING_BYTES = 2**31  # of pictures that wait unresized, in pinned memory; 
 
 
 def make_worker_transforms(
-    transform: Transform | CustomTransform, device: torch.device
-) -> tuple[Callable[[Tensor], PreparedImage], Callable[[Tensor], PreparedImage]]:
+    transform: SampleTransform, device: torch.device
+) -> tuple[Callable[[Any], PreparedImage], Callable[[Any], PreparedImage]]:
     """What worker threads do for a device: uint8 (3, H, W) → a picture that is ready to be handed over.
 
     Twice: as little as the device needs of them, and all of it, for those who would have to wait for the device.
     """
-    if device.type != "cuda":
-        return transform.apply_geometry, transform.apply_geometry
+    if device.type != "cuda" or not isinstance(transform, ImageTransform):
+        return transform.prepare, transform.prepare
     transfer = PinnedTransfer(transform, device)
     return transfer, transfer.transform_fully
 
@@ -44,12 +53,12 @@ class PinnedTransfer:
 
     Parameters
     ----------
-    transform : Transform or CustomTransform
-        One of somebody's own does everything on the cores.
+    transform : SampleTransform
+        Of images. A custom one does everything on the CPU.
     device : torch.device
     """
 
-    def __init__(self, transform: Transform | CustomTransform, device: torch.device) -> None:
+    def __init__(self, transform: SampleTransform, device: torch.device) -> None:
         self.transform = transform
         self._device_transform = transform if isinstance(transform, Transform) and _is_exact_on(device) else None
         self._budget = _ByteBudget(MAX_PENDING_BYTES)
@@ -61,7 +70,7 @@ class PinnedTransfer:
 
     def transform_fully(self, image: Tensor) -> Tensor:
         """The same with all of it done here."""
-        return _copy_to_pinned(self.transform.apply_geometry(image))
+        return _copy_to_pinned(self.transform.prepare(image))
 
     def _defer_resize(self, image: Tensor, transform: Transform) -> UnresizedImage | None:
         """The picture as it is; None where it is better resized here."""

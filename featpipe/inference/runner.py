@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featpipe.backbones import Backbone
 
-__all__ = ["EagerRunner", "Embeddings", "Runner", "pad_batch", "to_arrays"]
+__all__ = ["EagerRunner", "Embeddings", "Runner", "pad_batch", "to_arrays", "to_network_input"]
 
 Embeddings = dict[str, NDArray[np.float32]]
 
@@ -47,6 +47,13 @@ def pad_batch(images: Tensor, batch: int) -> Tensor:
     return full_batch
 
 
+def to_network_input(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point input in the dtype of the network, feature maps channels last; integer input as it is."""
+    if not inputs.is_floating_point():
+        return inputs
+    return inputs.to(dtype, memory_format=torch.channels_last if inputs.ndim == 4 else torch.preserve_format)
+
+
 def to_arrays(outputs: Mapping[str, Tensor], count: int) -> Embeddings:
     """The rows of the images that were there."""
     return {name: value[:count].to(torch.float32).cpu().numpy() for name, value in outputs.items()}
@@ -77,7 +84,7 @@ class EagerRunner:
     @torch.inference_mode()
     def submit(self, images: Tensor) -> Callable[[], Embeddings]:
         inputs = pad_batch(self.backbone.transform.normalize(images), self.batch)
-        inputs = inputs.to(self._device, self.dtype, memory_format=torch.channels_last)
+        inputs = to_network_input(inputs, self.dtype).to(self._device)
         embeddings = to_arrays(self.compute(inputs), len(images))
         return lambda: embeddings
 

@@ -67,7 +67,7 @@ def diff_with_request(cache: FeatureCache, config: ExtractionConfig, archives: S
     """Compare a cache with what an extraction would make of these settings and archives."""
     from featpipe.extraction import load_backbone, make_facts
 
-    index = data.index(archives, labels=config.labels) if archives else None
+    index = data.index(archives, labels=config.labels, modality=cache.modality) if archives else None
     if config.precision == AUTO:  # it may have been chosen, and would be again
         config = replace(config, precision=cache.facts["precision"])
     requested_facts = make_facts(load_backbone(config), config)

@@ -257,9 +257,11 @@ def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[st
         and set(archive_kinds) == {"files"}
         and all(os.path.isdir(archive_path) for archive_path in archive_paths)
     ):
-        file_index = data.index_files([os.path.join(archive_paths[0], name) for name in cache.ids])
+        file_index = data.index_files(
+            [os.path.join(archive_paths[0], name) for name in cache.ids], modality=cache.modality
+        )
         return replace(file_index, ids=cache.ids)
-    return data.index(archive_paths)
+    return data.index(archive_paths, modality=cache.modality)
 
 
 def _match_index_rows(index: Index, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -301,7 +303,7 @@ def _compare_embeddings(
     progress: ProgressCallback,
 ) -> None:
     """Embed some rows again; what is far from the cached row is damage."""
-    from featpipe.inference import Engine, ImageList, embed_image_list, resolve_device
+    from featpipe.inference import Engine, SampleList, embed_sample_list, resolve_device
 
     engine = Engine(backbone, resolve_device(device), cache.facts["precision"])
     for start in range(0, len(rows), EMBED_BLOCK_IMAGES):
@@ -311,7 +313,7 @@ def _compare_embeddings(
         verification.embedded += len(image_bytes)
         block_rows, distances = np.array(list(image_bytes), np.int64), np.zeros(len(image_bytes))
         for output in cache.outputs if image_bytes else ():
-            recomputed, _ = embed_image_list(ImageList(list(image_bytes.values())), engine, output)
+            recomputed, _ = embed_sample_list(SampleList(list(image_bytes.values()), cache.modality), engine, output)
             distances = np.maximum(distances, _relative_distance(cache.features(output)[block_rows], recomputed))
         for row, row_distance in zip(block_rows.tolist(), distances.tolist(), strict=True):
             verification.farthest = max(verification.farthest or 0.0, row_distance)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from featpipe import heads
 from featpipe.backbones import BackboneIdentity
 from featpipe.cache import FeatureCache, restrict_facts_to_output
 from featpipe.config import TASKS, ExpandKeywords, FineTuneKeywords
+from featpipe.data import DEFAULT_MODALITY, get_modality
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.metrics import Calibration, compute_logits
 from featpipe.model import uncertainty
@@ -36,11 +37,13 @@ from featpipe.storage import (
     describe_differences,
 )
 
+if TYPE_CHECKING:
+    from featpipe.inference import SampleList
+
 __all__ = [
     "STORED_DIGEST_BYTES",
     "Model",
-    "as_image_list",
-    "embed_images_or_raise",
+    "embed_samples_or_raise",
     "load_model",
     "raise_for_failures",
     "read_document",
@@ -220,9 +223,17 @@ class Model:
         """Probabilities for images, shape (m, k), columns in the order of ``classes``."""
         return self.predict_proba_features(self.embed(images))
 
+    @property
+    def modality(self) -> str:
+        """The kind of samples that it takes, a key of `featpipe.data.MODALITIES`."""
+        return str(self.facts["backbone"].get("modality", DEFAULT_MODALITY))
+
     def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
         """The embeddings of images, shape (m, d), in the order given; parameters and errors as :meth:`predict`."""
-        return embed_images_or_raise(as_image_list(images), self.engine(), self.output)
+        from featpipe.inference import SampleList
+
+        samples = SampleList(get_modality(self.modality).to_list(images), self.modality)
+        return embed_samples_or_raise(samples, self.engine(), self.output)
 
     @property
     def backbone(self) -> Any:
@@ -466,18 +477,18 @@ def _read_bundle(path: str | os.PathLike[str], *members: str) -> ModelBundle:
     return bundle
 
 
-def embed_images_or_raise(images: Sequence[object], engine: Any, output: str) -> NDArray[np.float32]:
-    """The embeddings of images at hand, shape (m, …), in the order given.
+def embed_samples_or_raise(samples: SampleList, engine: Any, output: str) -> NDArray[np.float32]:
+    """The embeddings of samples in memory, shape (m, …), in the order given.
 
     Raises
     ------
     SampleError
         If one has no embedding.
     """
-    from featpipe.inference import ImageList, embed_image_list
+    from featpipe.inference import embed_sample_list
 
-    features, status_codes = embed_image_list(ImageList(images), engine, output)
-    raise_for_failures(images, status_codes)
+    features, status_codes = embed_sample_list(samples, engine, output)
+    raise_for_failures(samples.items, status_codes)
     return features
 
 
@@ -496,27 +507,3 @@ def raise_for_failures(images: Sequence[object], status_codes: NDArray[np.intege
         raise SampleError(
             f"image {row} ({name}): {status.word}; leave it out or repair it", status=status, sample_id=str(row)
         )
-
-
-def as_image_list(images: object) -> list[Any]:
-    """The images as a list: from a sequence, an array or column of paths, or a stack of pictures.
-
-    Raises
-    ------
-    ConfigError
-        If it is one image, or none at all, or nothing that has an order.
-    """
-    advice = "images must be a list, for one image [image]"
-    if getattr(images, "ndim", 1) == 2 and getattr(images, "shape", (0, 0))[1] == 1:
-        images = images.iloc[:, 0] if hasattr(images, "iloc") else images[:, 0]  # type: ignore[index]
-    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Set)) or hasattr(images, "columns"):
-        raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
-    if isinstance(images, np.ndarray) and images.dtype.kind not in "OUS":
-        is_single_image = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (3, 4))
-        if is_single_image:
-            raise ConfigError(f"got an array of shape {images.shape}; {advice}, or a stack of shape (n, h, w, 3)")
-    if not hasattr(images, "__len__") or not hasattr(images, "__iter__"):
-        raise ConfigError(f"got a {type(images).__name__}; {advice}; for a whole archive: featpipe predict")
-    if not len(images):
-        raise ConfigError("there are no images: an empty list, 0 sample(s)")
-    return list(images)

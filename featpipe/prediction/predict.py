@@ -107,8 +107,8 @@ def predict(
         _check_same_embeddings(model, other, model_number)
     if out is None and config.cache is None:
         _check_stdout_options(model, config)
-    job = _PredictionJob(models, data.index(archives), None if out is None else Path(out), config, progress, deadline)
-    return job.run()
+    index = data.index(archives, modality=model.modality)
+    return _PredictionJob(models, index, None if out is None else Path(out), config, progress, deadline).run()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from featpipe import data
 from featpipe.cache import FeatureCache
-from featpipe.data import encode_preview
+from featpipe.data import get_modality
 from featpipe.errors import ArchiveError, FeatpipeError
 from featpipe.storage import digest
 
@@ -30,7 +30,7 @@ class Thumbnails:
         self._cache = cache
         paths = cache.manifest.get("archives", [])
         try:
-            index = data.index(paths) if paths else None
+            index = data.index(paths, modality=cache.modality) if paths else None
         except FeatpipeError:
             index = None
         self._index_rows = {} if index is None else _match_index_rows(index.ids, cache.ids)
@@ -55,6 +55,7 @@ class Thumbnails:
 
     def _load_thumbnails(self, rows: Sequence[int]) -> dict[int, bytes]:
         thumbnails = {}
+        encode_preview = get_modality(self._cache.modality).encode_preview
         with self._index.open() as reader:
             for row in rows:
                 try:

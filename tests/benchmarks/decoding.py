@@ -123,13 +123,13 @@ def main() -> None:
             assert torch.equal(now(data), by_torchvision(data)), "other bits than torchvision's"
         pictures = [decode_image(data) for data in files]
         theirs = [pillow_resizes(picture) for picture in pictures]
-        ours = [TRANSFORM.apply_geometry(tensor(picture)) for picture in pictures]
+        ours = [TRANSFORM.prepare(tensor(picture)) for picture in pictures]
         steps = {
             "SHA-256": (digest, files),
             "decode: Pillow": (decode_image, files),
             "decode: featpipe": (jpeg.decode_with_torchvision, files),
             "resize and crop: Pillow": (pillow_resizes, pictures),
-            "resize and crop: featpipe": (lambda picture: TRANSFORM.apply_geometry(tensor(picture)), pictures),
+            "resize and crop: featpipe": (lambda picture: TRANSFORM.prepare(tensor(picture)), pictures),
             "normalise: the formula": (by_the_formula, theirs),
             "normalise: featpipe": (TRANSFORM.normalize, ours),
             "all: Pillow, torchvision's v1 transforms": (by_torchvision, files),

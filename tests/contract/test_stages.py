@@ -62,9 +62,7 @@ def test_every_parameter_belongs_to_exactly_one(case):
 def test_cut_before_the_last_stage_it_answers_bit_for_bit(case):
     loaded, last = case.backbone, case.stages[-1]
     made = partition_network(loaded, [module for stage in case.stages[:-1] for module in stage.modules])
-    both = replace(
-        loaded, outputs=(*loaded.outputs, *resolve_outputs(loaded.network, [made.output], loaded.transform.size))
-    )
+    both = replace(loaded, outputs=(*loaded.outputs, *resolve_outputs(loaded.network, [made.output], loaded.transform)))
     with torch.no_grad():
         values = both.embed(torch.rand(2, 3, *loaded.transform.size, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(made.upper(values[made.output].clone()), values["pooled"])

@@ -67,7 +67,7 @@ def tar(path: Path, files: Iterable[tuple[str, bytes] | tarfile.TarInfo] = ANIMA
 def zipped(path: Path, files: Files = ANIMALS, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as out:
         for name, content in files:
-            out.writestr(zipfile.ZipInfo(name), data, method)
+            out.writestr(zipfile.ZipInfo(name), content, method)
     return path
 
 
@@ -343,14 +343,14 @@ def test_what_is_a_sample_is_told_by_its_parts_however_they_are_put_together() -
         listing = Listing(data.ArchiveSource(Path("x"), "tar", "/x"), ArchiveLimits())
         stem, dot, suffix = name.split("/")[-1].rpartition(".")
         hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-        wanted = bool(stem) and dot + suffix.lower() in data.SAMPLE_SUFFIXES
+        wanted = bool(stem) and dot + suffix.lower() in data.MODALITIES["image"].suffixes
         expected = wanted and not hidden and "__MACOSX" not in name.split("/")
         assert (listing.accepts(name), listing.ignored.total()) == (expected, not expected), name
 
 
 def test_images_of_formats_that_are_not_decoded_get_a_row(tmp_path: Path) -> None:
-    files = [(f"x{suffix}", b"x") for suffix in sorted(data.SAMPLE_SUFFIXES)] + [("y.JPG", b"y")]
-    assert len(index(folder(tmp_path / "a", files))) == len(data.SAMPLE_SUFFIXES) + 1
+    files = [(f"x{suffix}", b"x") for suffix in sorted(data.MODALITIES["image"].suffixes)] + [("y.JPG", b"y")]
+    assert len(index(folder(tmp_path / "a", files))) == len(data.MODALITIES["image"].suffixes) + 1
 
 
 @every_kind
@@ -809,7 +809,7 @@ def test_an_index_survives_pickling(kind: str, tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(samples))
     assert copy.ids == samples.ids
     assert contents(copy) == contents(samples)
-    np.testing.assert_array_equal(copy.stamps(), samples.compute_stamps())
+    np.testing.assert_array_equal(copy.compute_stamps(), samples.compute_stamps())
 
 
 @every_kind

@@ -170,7 +170,7 @@ def test_memory_layout_does_not_change_a_bit():
 def test_the_arithmetic_can_be_done_on_a_batch_later():
     transform = Transform(64, (48, 48))
     pictures = [tensor(photograph(80 + i, 100)) for i in range(3)]
-    batch = torch.stack([transform.apply_geometry(picture) for picture in pictures])
+    batch = torch.stack([transform.prepare(picture) for picture in pictures])
     assert batch.dtype == torch.uint8
     assert torch.equal(transform.normalize(batch), torch.stack([transform(picture) for picture in pictures]))
 

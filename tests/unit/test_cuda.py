@@ -59,7 +59,7 @@ def test_a_gpu_gives_the_embeddings_of_the_cpu_whether_pictures_come_in_one_tens
     made = Engine(network, gpu, batch=batch)
     unresized = [made.transform(image) for image in images]
     assert {type(picture) for picture in unresized} == {Tensor, UnresizedImage}
-    resized = [SMALL.apply_geometry(image) for image in images]
+    resized = [SMALL.prepare(image) for image in images]
     for given in (torch.stack(resized), resized, made.collate(resized), made.collate(unresized)):
         assert near(made.embed(given)["pooled"], expected)
 
@@ -170,7 +170,7 @@ def test_what_the_network_sees_is_the_transforms_picture_to_the_bit(gpu, kind):
     with torch.inference_mode():
         made._copy_images(places, given)
     for place, image in zip(places.cpu(), pictures(), strict=False):
-        assert torch.equal(place, transform.apply_geometry(image))
+        assert torch.equal(place, transform.prepare(image))
     assert (places[len(given) :] == 7).all()
 
 
@@ -188,7 +188,7 @@ def test_many_pictures_of_a_size_are_resized_in_several_products(gpu, monkeypatc
         made._copy_images(places, given)
     assert sorted(counts) == [2, 2, 3, 3, 3, 3]
     for place, image in zip(places.cpu(), images, strict=False):
-        assert torch.equal(place, SMALL.apply_geometry(image))
+        assert torch.equal(place, SMALL.prepare(image))
 
 
 def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use_it(monkeypatch):
@@ -266,7 +266,7 @@ def test_the_cores_resize_what_a_gpu_would_not_to_the_bit_or_at_a_price(gpu, siz
     image = torch.full((3, *size), 200, dtype=torch.uint8)
     (picture,) = handed(gpu, [image], transform)
     assert isinstance(picture, UnresizedImage) == unresized
-    assert unresized or torch.equal(picture, transform.apply_geometry(image))
+    assert unresized or torch.equal(picture, transform.prepare(image))
 
 
 def test_a_gpu_that_is_not_exact_is_given_resized_pictures(gpu, monkeypatch):

@@ -34,7 +34,7 @@ def images(count: int = 5) -> Tensor:
 
 
 def value_at(made: Partition, loaded: Backbone, pictures: Tensor) -> Tensor:
-    both = replace(loaded, outputs=resolve_outputs(loaded.network, [made.output], loaded.transform.size))
+    both = replace(loaded, outputs=resolve_outputs(loaded.network, [made.output], loaded.transform))
     with torch.no_grad():
         return both.embed(pictures)[made.output]
 

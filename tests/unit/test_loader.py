@@ -19,10 +19,10 @@ from featpipe.data import jpeg as decoding
 from featpipe.errors import ConfigError, SampleError
 from featpipe.inference import (
     MAX_MICRO_BATCH,
-    ImageList,
     Loader,
+    SampleList,
     embed_batches,
-    embed_image_list,
+    embed_sample_list,
     micro_batch_size,
     run_in_threads,
 )
@@ -96,7 +96,7 @@ def test_paths_bytes_pillow_images_and_arrays_are_read_in_the_order_given(tmp_pa
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg(1))
     gray = np.full((9, 7), 128, np.uint8)
-    pictures = ImageList([path, jpeg(2), picture(3), gray, str(path)])
+    pictures = SampleList([path, jpeg(2), picture(3), gray, str(path)])
     (batch,) = load_all(Loader(pictures, np.arange(5), tiny_transform, 8))
     expected = [decode_image(jpeg(1)), decode_image(jpeg(2)), np.asarray(picture(3)), np.repeat(gray[..., None], 3, 2)]
     expected.append(expected[0])
@@ -108,7 +108,7 @@ def test_a_transform_that_refuses_a_picture_gives_its_row_that_status():
     def refuse(_):
         raise SampleError("too long", status=Status.TOO_LARGE)
 
-    (batch,) = load_all(Loader(ImageList([jpeg(1)]), np.arange(1), refuse, 2))
+    (batch,) = load_all(Loader(SampleList([jpeg(1)]), np.arange(1), refuse, 2))
     assert batch.status == [Status.TOO_LARGE]
 
 
@@ -126,7 +126,7 @@ def test_large_pictures_of_several_threads_wait_for_each_other(monkeypatch):
         return tensor[:, :8, :8]
 
     large = encode_jpeg(np.zeros((1200, 1200, 3), np.uint8))
-    loader = Loader(ImageList([large] * 9), np.arange(9), shrink, 1)
+    loader = Loader(SampleList([large] * 9), np.arange(9), shrink, 1)
     batches = list(run_in_threads(loader.batches, 4))
     assert sum(len(batch.images) for batch in batches) == 9
     assert most == [1]
@@ -135,7 +135,7 @@ def test_large_pictures_of_several_threads_wait_for_each_other(monkeypatch):
 def test_an_image_is_read_when_the_one_before_it_is_decoded():
     told = []
 
-    class Telling(ImageList):
+    class Telling(SampleList):
         def read(self, row):
             told.append("read")
             return super().read(row)
@@ -226,7 +226,7 @@ def test_workers_do_not_run_far_ahead_of_a_slow_consumer():
 
 def test_something_that_is_no_image_is_named_by_its_place():
     with pytest.raises(ConfigError, match="image 1"):
-        load_all(Loader(ImageList([jpeg(1), 7]), np.arange(2), tiny_transform, 2))
+        load_all(Loader(SampleList([jpeg(1), 7]), np.arange(2), tiny_transform, 2))
 
 
 class Slow:
@@ -268,9 +268,9 @@ class Slow:
         return lambda: answer
 
 
-def numbered(n: int) -> ImageList:
+def numbered(n: int) -> SampleList:
     """Pictures that tell their row."""
-    return ImageList([np.full((2, 2, 3), row % 251, np.uint8) for row in range(n)])
+    return SampleList([np.full((2, 2, 3), row % 251, np.uint8) for row in range(n)])
 
 
 @pytest.mark.parametrize(("batch", "workers"), [(64, 1), (64, 3), (64, 16), (8, 16), (256, 5)])
@@ -335,7 +335,7 @@ def test_an_engine_whose_batch_was_halved_goes_on_with_what_it_can_take():
             return super().submit(images)
 
     engine, n = Halving(64), 500
-    features, status = embed_image_list(numbered(n), engine, "mean")
+    features, status = embed_sample_list(numbered(n), engine, "mean")
     assert np.array_equal(features[:, 0], np.arange(n) % 251)
     assert not status.any()
     assert max(engine.batches[3:]) <= 16
@@ -368,7 +368,7 @@ def test_rows_without_a_picture_and_rows_that_are_known_keep_their_places_among_
 
 
 def test_nothing_but_known_rows_is_handed_on_without_a_forward_pass():
-    engine, items = Slow(4), ImageList([jpeg(1)] * 700)
+    engine, items = Slow(4), SampleList([jpeg(1)] * 700)
     loader = Loader(items, np.arange(700), engine.transform, 4, lambda _: True, engine.collect)
     with closing(loader):
         batches = [batch for batch, values in embed_batches(loader, engine, 2) if not values]

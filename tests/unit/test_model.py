@@ -23,10 +23,10 @@ from sklearn.preprocessing import FunctionTransformer
 
 from featpipe import backbones, extract, load_model, train
 from featpipe.backbones.bundled import read_bundled_weights
-from featpipe.data import decode_image
+from featpipe.data import decode_image, get_modality
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.heads import dumps
-from featpipe.model import Model, as_image_list, read_document
+from featpipe.model import Model, read_document
 from featpipe.status import Status
 
 
@@ -506,7 +506,7 @@ def test_what_is_not_a_list_of_images_is_one_line(images: object, model: Model) 
 def test_a_table_of_several_columns_is_not_a_list_of_images() -> None:
     pandas = pytest.importorskip("pandas")
     with pytest.raises(ConfigError, match="DataFrame"):
-        as_image_list(pandas.DataFrame({"path": ["a.jpg"], "label": ["a"]}))
+        get_modality("image").to_list(pandas.DataFrame({"path": ["a.jpg"], "label": ["a"]}))
 
 
 def test_an_image_that_cannot_be_read_is_named(model: Model, photos: list[Path]) -> None:

@@ -209,7 +209,7 @@ def test_a_transforms_geometry_of_several_pictures_is_that_of_each(transform, si
     pictures, axes = hard(*size), transform.axes(*size)
     levels = torch.from_numpy(resized(pictures, axes, transform.interpolation)).permute(0, 3, 1, 2)
     for picture, found in zip(pictures, transform.pad_to_crop(levels), strict=True):
-        assert torch.equal(found, transform.apply_geometry(torch.from_numpy(picture).permute(2, 0, 1)))
+        assert torch.equal(found, transform.prepare(torch.from_numpy(picture).permute(2, 0, 1)))
 
 
 def test_axes_read_what_counts_and_no_more():

@@ -159,7 +159,7 @@ def test_real_photographs_are_resized_to_the_bit(filter_):
         both = ResizeAxis(photograph.shape[0], height, top, 224), ResizeAxis(photograph.shape[1], width, left, 224)
         expected = by_pillow(photograph, both, filter_)
         np.testing.assert_array_equal(resized(photograph, both, filter_), expected)
-        np.testing.assert_array_equal(transform.apply_geometry(tensor(photograph)).permute(1, 2, 0).numpy(), expected)
+        np.testing.assert_array_equal(transform.prepare(tensor(photograph)).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(500, 341), (375, 256), (61, 200), (1000, 37), (7, 7)])

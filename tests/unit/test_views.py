@@ -75,10 +75,10 @@ def test_each_augmentation_changes_some_images_and_the_fingerprint(pictures, nam
 
 
 def test_a_flip_mirrors_and_noise_has_the_given_deviation(pictures):
-    flipped = AugmentedTransform(TRANSFORM, Augmentation(flip=1.0)).apply_geometry(pictures[0])
-    assert torch.equal(flipped, TRANSFORM.apply_geometry(pictures[0]).flip(-1))
+    flipped = AugmentedTransform(TRANSFORM, Augmentation(flip=1.0)).prepare(pictures[0])
+    assert torch.equal(flipped, TRANSFORM.prepare(pictures[0]).flip(-1))
     gray = torch.full((3, 200, 200), 128, dtype=torch.uint8)
-    noisy = AugmentedTransform(Transform(None, (200, 200)), Augmentation(noise=0.1)).apply_geometry(gray).float() / 255
+    noisy = AugmentedTransform(Transform(None, (200, 200)), Augmentation(noise=0.1)).prepare(gray).float() / 255
     assert float(noisy.std()) == pytest.approx(0.1, rel=0.02)
 
 

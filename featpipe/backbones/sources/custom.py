@@ -15,13 +15,21 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from featpipe.backbones.backbone import Backbone
-from featpipe.backbones.transforms import CustomTransform, Transform, hash_source
+from featpipe.backbones.transforms import CustomTransform, SampleTransform, hash_source
 from featpipe.backbones.weights import read_state_dicts, seeded_rng, select_state_dict
 from featpipe.errors import ConfigError
 
-__all__ = ["AnyTransform", "HeadlessNetwork", "build", "load_state", "load_weights_file", "wrap_network"]
+__all__ = [
+    "AnyTransform",
+    "HeadlessNetwork",
+    "as_transform",
+    "build",
+    "load_state",
+    "load_weights_file",
+    "wrap_network",
+]
 
-AnyTransform = Transform | CustomTransform | Callable[[Tensor], Tensor]
+AnyTransform = SampleTransform | Callable[[Tensor], Tensor]
 
 TRANSFORM_REQUIREMENT = "its transform: a function from a uint8 tensor (3, H, W) to a float tensor (3, h, w)"
 
@@ -72,15 +80,18 @@ def wrap_network(
     network_copy = copy.deepcopy(network)
     if isinstance(weights, Path):
         load_weights_file(network_copy, weights)
-    if not isinstance(transform, (Transform, CustomTransform)):
-        transform = CustomTransform(transform)
     identity = {
         "import": name or f"{type(network).__module__}:{type(network).__qualname__}",
         "source": code or hash_source(network),
         "structure": sha256(repr(network).encode()).hexdigest(),
     }
     origin = str(weights) if isinstance(weights, Path) else "as it was made"
-    return HeadlessNetwork(network_copy, transform, "user", None, origin, identity)
+    return HeadlessNetwork(network_copy, as_transform(transform), "user", None, origin, identity)
+
+
+def as_transform(transform: AnyTransform) -> SampleTransform:
+    """A transform of any modality as it is; a plain function of images with its checks."""
+    return transform if isinstance(transform, SampleTransform) else CustomTransform(transform)
 
 
 def _import_factory(name: str) -> Callable[[], object]:
@@ -118,7 +129,7 @@ class HeadlessNetwork:
     Attributes
     ----------
     network : Module
-    transform : Transform or CustomTransform
+    transform : SampleTransform
     source : {"packaged", "torchvision", "timm", "user"}
     width : int or None
         Length of its answer as the architecture declares it; None for a user's own network, which declares none.
@@ -131,7 +142,7 @@ class HeadlessNetwork:
     """
 
     network: nn.Module
-    transform: Transform | CustomTransform
+    transform: SampleTransform
     source: str
     width: int | None
     origin: str

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import attrgetter
 
-from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, is_hidden, is_sample
+from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, is_hidden
 from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, get_sample_key, is_sidecar, may_hold_sidecars
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
@@ -18,9 +18,9 @@ __all__ = ["list_files", "list_folder", "read_file"]
 FileIdentity = tuple[int, int]
 
 
-def list_folder(source: ArchiveSource, limits: ArchiveLimits) -> Listing:
+def list_folder(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
     """List a folder by path components in code point order, following links but never in a circle."""
-    listing = Listing(source, limits)
+    listing = Listing(source, limits, suffixes)
     # A stack of half-read folders rather than recursion: an archive may be nested deeper than Python.
     stack = [(_list_entries(listing, source.real_path, ""), "", frozenset({_get_identity(source.real_path)}))]
     while stack:
@@ -44,9 +44,9 @@ def list_folder(source: ArchiveSource, limits: ArchiveLimits) -> Listing:
     return listing
 
 
-def list_files(source: ArchiveSource, names: Iterable[str], limits: ArchiveLimits) -> Listing:
+def list_files(source: ArchiveSource, names: Iterable[str], limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
     """List single files in the order given; what is not there gets the fault ``MISSING``."""
-    listing = Listing(source, limits)
+    listing = Listing(source, limits, suffixes)
     for name in names:
         listing.count_members()
         _add_file(listing, name, partial(os.stat, os.path.join(source.real_path, name)))
@@ -86,7 +86,7 @@ def _list_entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.Dir
     listing.count_members(len(entries))
     if may_hold_sidecars(entry.name for entry in entries):
         sidecars = [entry for entry in entries if is_sidecar(entry.name) and not is_hidden(entry.name)]
-        sample_keys = {get_sample_key(entry.name) for entry in entries if is_sample(entry.name)}
+        sample_keys = {get_sample_key(entry.name) for entry in entries if listing.is_sample(entry.name)}
         for entry in sidecars:
             if get_sample_key(entry.name) in sample_keys:
                 _add_sidecar(listing, prefix + entry.name, entry.path)

@@ -13,9 +13,7 @@ from featpipe.errors import ArchiveError
 from featpipe.status import Status
 
 __all__ = [
-    "DECODED_SUFFIXES",
     "DEFAULT_LIMITS",
-    "SAMPLE_SUFFIXES",
     "ArchiveLimits",
     "ArchiveSource",
     "Compression",
@@ -24,19 +22,7 @@ __all__ = [
     "format_name",
     "get_suffix",
     "is_hidden",
-    "is_sample",
 ]
-
-DECODED_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
-UNDECODED_SUFFIXES = (
-    *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".hdr"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".dcm", ".cr2", ".nef", ".arw", ".dng"),
-)
-SAMPLE_SUFFIXES = frozenset(DECODED_SUFFIXES + UNDECODED_SUFFIXES)
-"""Suffixes, in lower case, that make a file a sample.
-
-Those that are not decoded are among them so that such a file gets a row with a status instead of vanishing.
-"""
 
 Compression = Literal["", "gz", "bz2", "xz"]
 
@@ -99,6 +85,13 @@ class ArchiveSource:
 class Listing:
     """The samples of one source while they are being listed, as columns.
 
+    Parameters
+    ----------
+    source : ArchiveSource
+    limits : ArchiveLimits
+    suffixes : frozenset of str
+        Lower-case suffixes that make a file a sample.
+
     Attributes
     ----------
     names : list of str
@@ -112,9 +105,10 @@ class Listing:
         For each sample key the label that a sidecar file states, or why it cannot be read.
     """
 
-    def __init__(self, source: ArchiveSource, limits: ArchiveLimits) -> None:
+    def __init__(self, source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> None:
         self.source = source
         self.limits = limits
+        self.suffixes = suffixes
         self.names: list[str] = []
         self.offset = array("q")
         self.size = array("q")
@@ -151,18 +145,22 @@ class Listing:
 
     def accepts(self, name: str) -> bool:
         """Whether a file of this name is a sample; counted as ignored if it is not, unless it may be a note."""
-        if is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
+        if self.is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
             return True  # what nearly all are, told without taking the path apart
         parts = name.split("/")
         if "__MACOSX" in parts:
             self.ignored["__MACOSX"] += 1
         elif any(is_hidden(part) for part in parts):
             self.ignored["hidden"] += 1
-        elif is_sample(name):
+        elif self.is_sample(name):
             return True
         elif not is_sidecar(name):
             self.count_ignored(name)
         return False
+
+    def is_sample(self, name: str) -> bool:
+        """Whether the suffix makes a file a sample; its bytes may still be something else."""
+        return get_suffix(name) in self.suffixes
 
     def count_ignored(self, name: str) -> None:
         suffix = get_suffix(name)
@@ -205,11 +203,6 @@ def get_suffix(name: str) -> str:
     """The suffix with its dot, in lower case; empty where there is none."""
     stem, dot, suffix = name.rpartition(".")
     return dot + suffix.lower() if stem and stem[-1] != "/" and "/" not in suffix else ""
-
-
-def is_sample(name: str) -> bool:
-    """Whether the suffix says that a file is a sample; its bytes may still say otherwise."""
-    return get_suffix(name) in SAMPLE_SUFFIXES
 
 
 def format_name(name: str) -> str:

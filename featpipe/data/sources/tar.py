@@ -98,7 +98,7 @@ class TarStream:
         return ArchiveError(f"{self._source.path}: {problem} at byte {self._position}; not a tar to be trusted")
 
 
-def list_tar(source: ArchiveSource, limits: ArchiveLimits) -> Listing:
+def list_tar(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
     """List a tar in its own order.
 
     Raises
@@ -106,7 +106,7 @@ def list_tar(source: ArchiveSource, limits: ArchiveLimits) -> Listing:
     ArchiveError
         If it is damaged or ends early: fewer samples than there were is never an answer.
     """
-    listing = Listing(source, limits)
+    listing = Listing(source, limits, suffixes)
     target_by_row: dict[int, str] = {}
     with _open_stream(source, limits) as stream:
         for member in _iter_members(source, stream):
@@ -139,7 +139,7 @@ def _resolve_hard_links(listing: Listing, target_by_row: dict[int, str]) -> None
     location_by_name: dict[str, tuple[int, int]] = {}
     row = 0
     with _open_stream(listing.source, listing.limits) as stream:
-        scratch_listing = Listing(listing.source, listing.limits)
+        scratch_listing = Listing(listing.source, listing.limits, listing.suffixes)
         for member in _iter_members(listing.source, stream):
             if member.name in target_names and member.isreg() and not member.issparse():
                 location_by_name[member.name] = (member.offset_data, member.size)

@@ -19,9 +19,9 @@ _SUPPORTED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP
 _ENCRYPTED_FLAG, _PATCHED_FLAG, _STRONGLY_ENCRYPTED_FLAG = 0x1, 0x20, 0x40
 
 
-def list_zip(source: ArchiveSource, limits: ArchiveLimits) -> Listing:
+def list_zip(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
     """List a zip in the order of its central directory."""
-    listing = Listing(source, limits)
+    listing = Listing(source, limits, suffixes)
     with _open_zip(source) as archive:
         entries = archive.infolist()
         _check_entries(source, archive, limits)

@@ -60,7 +60,7 @@ class ExpansionImages:
         cls, model: Model, archives: Sequence[Any], labels: Any, cache_folder: Any, progress: ProgressCallback
     ) -> ExpansionImages:
         """Index archives, and embed the images that no cache contains."""
-        index = data.index(archives, labels=labels)
+        index = data.index(archives, labels=labels, modality=model.modality)
         return cls(index, extract_for_model(index, model, model.backbone, cache_folder, progress))
 
     @cached_property
