@@ -138,7 +138,7 @@ def test_a_model_is_trained_and_predicts(archive, backbone, tmp_path):
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if "damaged" not in row["id"]]
     assert len(rows) == 40
-    assert all(row["id"].startswith(row["prediction"]) for row in rows)
+    assert all(row["id"].startswith(row["label"]) for row in rows)
 
 
 def test_the_report_shows_what_the_modality_shows_a_person(archive, backbone, tmp_path):

@@ -206,7 +206,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize(("transform", "size"), GEOMETRIES)
 def test_a_transforms_geometry_of_several_pictures_is_that_of_each(transform, size):
-    pictures, axes = hard(*size), transform.axes(*size)
+    pictures, axes = hard(*size), transform.resize_axes(*size)
     levels = torch.from_numpy(resized(pictures, axes, transform.interpolation)).permute(0, 3, 1, 2)
     for picture, found in zip(pictures, transform.pad_to_crop(levels), strict=True):
         assert torch.equal(found, transform.prepare(torch.from_numpy(picture).permute(2, 0, 1)))
