@@ -98,17 +98,25 @@ def tiny() -> object:
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A GPU: its stand-in on the CPU, and a real one where there is one."""
+    """A GPU: emulated on the CPU, and a real one where there is one."""
     from featpipe.backbones.resize import matmul
-    from tests.stand_in import stand_in
+    from tests.support.emulated_gpu import emulate_gpu
 
-    if request.param == "stand-in":
-        stand_in(monkeypatch)
+    if request.param == "emulated":
+        emulate_gpu(monkeypatch)
     matmul.is_exact.cache_clear()
     yield torch.device("cuda")
     matmul.is_exact.cache_clear()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests ran on an emulated GPU: they prove less than those on a real one."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
+    emulated = {report.nodeid for report in reports if "emulated" in report.nodeid}
+    if emulated:
+        terminalreporter.write_line(f"{len(emulated)} tests ran on an emulated GPU")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from featpipe.inference import Engine, candidate_precisions, cuda, pinned_transf
 from featpipe.inference.cuda import CudaRunner
 from featpipe.inference.pinned_transfer import PinnedTransfer
 from tests.conftest import Tiny, jpeg, tiny_transform
-from tests.stand_in import stand_in
+from tests.support.emulated_gpu import emulate_gpu
 
 CPU = torch.device("cpu")
 SMALL = Transform(20, (16, 16), "bicubic")
@@ -91,16 +91,16 @@ def test_a_network_that_cannot_be_captured_is_called(gpu):
     assert made._runner._graph is None
 
 
-def test_a_network_that_can_be_captured_is_replayed(monkeypatch):
-    seen = stand_in(monkeypatch)
+def test_on_an_emulated_gpu_a_network_that_can_be_captured_is_replayed(monkeypatch):
+    seen = emulate_gpu(monkeypatch)
     made = Engine(net(), torch.device("cuda"), batch=4)
-    assert made.name == "torch on a stand-in"
+    assert made.name == "torch on an emulated GPU"
     made.embed([made.transform(image) for image in pictures()])
     assert [graph.replays for graph in seen.graphs] == [3]
 
 
-def test_a_graph_that_does_not_fit_is_captured_of_fewer_images(monkeypatch):
-    seen, forward = stand_in(monkeypatch), Tiny.forward
+def test_on_an_emulated_gpu_a_graph_that_does_not_fit_is_captured_of_fewer_images(monkeypatch):
+    seen, forward = emulate_gpu(monkeypatch), Tiny.forward
 
     def crowded(self, x):
         if seen.graph is not None and len(x) > 2:
@@ -191,8 +191,8 @@ def test_many_pictures_of_a_size_are_resized_in_several_products(gpu, monkeypatc
         assert torch.equal(place, SMALL.prepare(image))
 
 
-def test_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use_it(monkeypatch):
-    seen, used = stand_in(monkeypatch), []
+def test_on_an_emulated_gpu_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use_it(monkeypatch):
+    seen, used = emulate_gpu(monkeypatch), []
     made = Engine(net(), torch.device("cuda"), batch=4)._runner
     fill, normalise = CudaRunner._copy_images, Transform.normalize
 
@@ -237,8 +237,8 @@ def test_tf32_is_off_while_pictures_are_resized_and_on_where_the_network_may_use
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
-def test_what_is_handed_over_is_pinned_and_only_what_the_result_needs(monkeypatch):
-    seen = stand_in(monkeypatch)
+def test_on_an_emulated_gpu_what_is_handed_over_is_pinned_and_only_what_the_result_needs(monkeypatch):
+    seen = emulate_gpu(monkeypatch)
     transform = Transform(20, (16, 16))
     made = handed(torch.device("cuda"), pictures([(40, 80), (80, 100), (16, 16), (20, 20)]), transform)
     assert [isinstance(picture, UnresizedImage) for picture in made] == [True, True, True, False]
@@ -319,7 +319,7 @@ def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(gpu, mixed, tmp_p
     assert found.manifest["facts"] == exact.manifest["facts"]
     assert (list(found.ids), list(found.status)) == (list(exact.ids), list(exact.status))
     assert sorted(set(map(str, exact.status))) == ["damaged", "empty", "ok"]
-    if "stand-in" in request.node.name:
+    if "emulated" in request.node.name:
         assert found.features().tobytes() == exact.features().tobytes()
     assert np.allclose(found.features(), exact.features(), rtol=1e-4, atol=1e-5, equal_nan=True)
     # TF32 is a setting of the process: one thread alone changes it.

@@ -1,7 +1,7 @@
-"""A GPU's stand-in, on the CPU: what is made on the GPU lies here, and what is begun there is done at once.
+"""A CUDA device emulated on the CPU: its tensors lie in main memory, and its work is done at once.
 
-So each line for GPUs is run where there is none. What a stand-in cannot show is speed, and what comes of an order in
-which a real one may do things; whether each stream waits for what it reads is looked at by the events.
+It runs every line of the code for GPUs where there is none. It cannot show speed, nor the effects of the order in which
+a real device does its work; the emulated events check that each stream waits for what it reads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Event:
         self.recorded_on: Stream | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.recorded_on = stream or StandIn.now.streams[-1]
+        self.recorded_on = stream or EmulatedGpu.now.streams[-1]
 
     def synchronize(self) -> None:
         assert self.recorded_on is not None, "waits for what was never begun"
@@ -55,7 +55,7 @@ class Graph:
 
 
 @dataclass
-class StandIn:
+class EmulatedGpu:
     """What goes on.
 
     Attributes
@@ -77,7 +77,7 @@ class StandIn:
     pinned: set[int] = field(default_factory=set)
     used_on: dict[int, list[Stream]] = field(default_factory=dict)
 
-    now: ClassVar[StandIn]
+    now: ClassVar[EmulatedGpu]
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -102,14 +102,14 @@ class StandIn:
                 value.fill_(torch.nan)
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """From here on there seems to be one GPU."""
-    found = StandIn()
-    monkeypatch.setattr(StandIn, "now", found, raising=False)
+def emulate_gpu(monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
+    """Make torch report and use one emulated GPU until the test ends."""
+    gpu = EmulatedGpu()
+    monkeypatch.setattr(EmulatedGpu, "now", gpu, raising=False)
     names: dict[str, object] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "get_device_name": lambda device=None: "a stand-in",
+        "get_device_name": lambda device=None: "an emulated GPU",
         "get_device_capability": lambda device=None: (8, 0),
         "get_rng_state": lambda device=None: None,
         "set_rng_state": lambda state, device=None: None,
@@ -119,17 +119,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": Graph,
-        "stream": found.stream,
-        "graph": found.capture,
+        "stream": gpu.stream,
+        "graph": gpu.capture,
     }
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    _make_here(monkeypatch, found)
-    _capture(monkeypatch, found)
-    return found
+    _make_here(monkeypatch, gpu)
+    _capture(monkeypatch, gpu)
+    return gpu
 
 
-def _make_here(monkeypatch: pytest.MonkeyPatch, found: StandIn) -> None:
+def _make_here(monkeypatch: pytest.MonkeyPatch, gpu: EmulatedGpu) -> None:
     """Tensors of the GPU, and pinned ones, are made on the CPU."""
 
     def here(value: object) -> object:
@@ -140,7 +140,7 @@ def _make_here(monkeypatch: pytest.MonkeyPatch, found: StandIn) -> None:
         def made(*given: Any, pin_memory: bool = False, **settings: Any) -> Any:
             value = make(*map(here, given), **{name: here(value) for name, value in settings.items()})
             if pin_memory:
-                found.pinned.add(value.data_ptr())
+                gpu.pinned.add(value.data_ptr())
             return value
 
         return made
@@ -151,23 +151,23 @@ def _make_here(monkeypatch: pytest.MonkeyPatch, found: StandIn) -> None:
         monkeypatch.setattr(owner, "to", maker(owner.to))
 
     def used(value: Tensor, stream: Stream) -> None:
-        found.used_on.setdefault(value.data_ptr(), []).append(stream)
+        gpu.used_on.setdefault(value.data_ptr(), []).append(stream)
 
     monkeypatch.setattr(Tensor, "record_stream", used)
 
 
-def _capture(monkeypatch: pytest.MonkeyPatch, found: StandIn) -> None:
+def _capture(monkeypatch: pytest.MonkeyPatch, gpu: EmulatedGpu) -> None:
     """Forward passes are noted while a graph is captured, when nothing can wait for a value."""
     embed, item = Backbone.embed, Tensor.item
 
     def noted(backbone: Backbone, images: Tensor) -> Any:
         outputs = embed(backbone, images)
-        if found.graph is not None:
-            found.graph.passes.append((lambda: embed(backbone, images), outputs))
+        if gpu.graph is not None:
+            gpu.graph.passes.append((lambda: embed(backbone, images), outputs))
         return outputs
 
     def value(tensor: Tensor) -> Any:
-        if found.graph is not None:
+        if gpu.graph is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
         return item(tensor)
 
