@@ -36,7 +36,7 @@ class Backbone:
         SHA-256 of the headless network's state: names, dtypes, shapes and bytes. The format of the file that the
         weights came from does not show in it.
     origin : str
-        Where the weights came from, for people: a published name, a file, or that there are none. Not identity.
+        Where the weights came from: a published name, a file, or that there are none. Not identity.
     code : mapping
         What identifies a user's own network beyond its weights; empty for the libraries'.
     weight_files : tuple of Path, optional
@@ -73,7 +73,7 @@ class Backbone:
         return shape[-1] if len(shape) == 2 else shape[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """The identity: backbones with equal facts give equal embeddings. JSON can hold it."""
+        """The identity: backbones with equal dictionaries give equal embeddings."""
         identity: dict[str, Any] = {
             "name": self.name,
             "source": self.source,
@@ -98,7 +98,7 @@ class Backbone:
         ----------
         images : Tensor of shape (b, 3, h, w)
             Transformed, on the network's device and in its dtype.
-        whole : bool
+        run_to_end : bool
             Go to the network's end: leaving it half way is nothing that an exporter could follow.
 
         Returns

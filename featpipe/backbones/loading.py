@@ -116,13 +116,13 @@ def reload_backbone(
 
     Parameters
     ----------
-    given : str or Backbone, optional
+    backbone : str or Backbone, optional
         A name to use in place of the stated one, or the backbone itself.
     request : mapping
         What it was loaded from: ``Backbone.request``.
-    facts : mapping
-        What it must be: ``Backbone.facts()``, of all outputs or some.
-    where : str
+    identity : mapping
+        What it must be: ``Backbone.to_dict()``, of all outputs or some.
+    context : str
         What asks, for messages.
     weights : str or Path, optional
         In place of those of the request.

@@ -37,7 +37,7 @@ class Output:
     pool : {"avg", "max", "gem", "cls", "none"}
     layout : {"vector", "tokens", "nchw", "nhwc"}
         How the value comes: (b, d), (b, t, d), (b, c, h, w) or (b, h, w, c).
-    prefix : int
+    prefix_tokens : int
         Tokens before the ones that stand for patches: class token and registers.
     shape : tuple of int
         What is kept for one image: (d,), (t, d) or (c, h, w).
@@ -54,7 +54,7 @@ class Output:
         return POOLED if self.node == POOLED else f"{self.node}:{self.pool}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as JSON can hold it."""
+        """What decides the result."""
         return {"node": self.node, "pool": self.pool, "prefix": self.prefix_tokens, "shape": list(self.shape)}
 
     def reduce(self, value: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Recorder:
     Parameters
     ----------
     outputs : sequence of Output
-    whole : bool
+    run_to_end : bool
         Run the network to its end, though no output needs it.
     """
 

@@ -41,11 +41,11 @@ class Partition:
     ----------
     output : str
         Name of the value at the cut, as ``outputs`` of :func:`featpipe.backbones.load` takes it.
-    above : Module
+    upper : Module
         That value, (b, …) → embeddings of shape (b, d). Its parameters and statistics are the network's own.
-    below : tuple of str
+    lower_modules : tuple of str
         Dotted names of the modules that ``above`` leaves out.
-    why : str
+    reason : str
         Why it is there, for people.
     """
 
@@ -166,11 +166,11 @@ class UpperNetwork(nn.Module):
     Parameters
     ----------
     backbone : Backbone
-    at : Output
+    cut_output : Output
         The value, unpooled.
-    ran : mapping from Module to Run
+    calls : mapping from Module to Run
         Of a forward pass.
-    dense : bool
+    materialize : bool
         Write numbers in place of those that are left out, for networks that work on them in place.
     """
 

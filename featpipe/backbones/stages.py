@@ -73,7 +73,7 @@ def find_stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     Examples
     --------
     >>> from torchvision.models import resnet18
-    >>> [stage.name for stage in stages(resnet18(), (64, 64))]
+    >>> [stage.name for stage in find_stages(resnet18(), (64, 64))]
     ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
     """
     calls = trace_modules(network, size)
@@ -229,7 +229,7 @@ class BatchShape:
 
     Attributes
     ----------
-    one, two : tuple of int
+    batch_1, batch_2 : tuple of int
     dtype : torch.dtype
     """
 
@@ -256,11 +256,11 @@ class ModuleCall:
     name : str
         Dotted; empty for the network itself.
     module : Module
-    began, ended : int
+    start, end : int
         Places among all beginnings and ends of the pass; of the first run, and of the last.
-    times : int
+    call_count : int
         How often it ran.
-    value : object
+    output : object
         What came out of the last run, with a :class:`Shape` in the place of each tensor.
     """
 

@@ -217,7 +217,7 @@ class Transform(ImageTransform):
         return values.unflatten(-1, (-1, 3)).movedim(-1, -3)
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as JSON can hold it."""
+        """What decides the result."""
         return {
             "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
             "crop": list(self.crop),
@@ -313,7 +313,7 @@ class CustomTransform(ImageTransform):
         return batch
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as JSON can hold it."""
+        """What decides the result."""
         return {
             "name": _qualified_name(self.function),
             "code": self.code,

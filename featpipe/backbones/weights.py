@@ -159,9 +159,9 @@ def match_state_dict(
     network : Module
     removed : tuple of str
         Names of the modules that were taken off the network.
-    rename : callable
+    rename_weight : callable
         Old names of the same weights → today's.
-    where : str
+    context : str
         For messages.
 
     Raises

@@ -63,9 +63,9 @@ class ImageLimits:
 
     Attributes
     ----------
-    pixels : int
+    max_pixels : int
         Width times height. The default is 512 MiB of RGB, which is also where Pillow by itself refuses.
-    bytes : int
+    max_bytes : int
         Size of the encoded image.
     """
 
@@ -137,11 +137,11 @@ def decode_image(
     ----------
     data : bytes
         The encoded image, from any source.
-    limits : Limits
+    limits : ImageLimits
         Checked before pixels are decoded.
-    jpeg : Jpeg, optional
+    jpeg_decoder : JpegDecoder, optional
         Is asked before Pillow is, and must give the same bits.
-    admit : callable, optional
+    reserve_memory : callable, optional
         Is told about how many bytes decoding is going to take, before it does, and may wait.
 
     Returns
@@ -224,7 +224,7 @@ def resize_image(picture: NDArray[np.uint8], height: int, width: int, interpolat
     picture : ndarray of shape (h, w, 3), uint8
     height, width : int
         Pixels.
-    filter_ : {"bilinear", "bicubic"}
+    interpolation : {"bilinear", "bicubic"}
     """
     resampling = Image.Resampling[interpolation.upper()]
     return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), resampling))
@@ -238,9 +238,9 @@ def compute_resize_weights(input_size: int, output_size: int, interpolation: str
 
     Parameters
     ----------
-    before, after : int
+    input_size, output_size : int
         Pixels of the axis.
-    filter_ : {"bilinear", "bicubic"}
+    interpolation : {"bilinear", "bicubic"}
     spacing : int
         Pixels that lie so far apart are tried at once. At least as many as count for one pixel of the result.
 

@@ -58,10 +58,10 @@ class Index:
 
     Attributes
     ----------
-    sources : tuple of Source
-    ids : Strings of length n
+    sources : tuple of ArchiveSource
+    ids : StringColumn of length n
         Unique; what people and tables call a sample.
-    names : Strings of length n
+    names : StringColumn of length n
         The bytes of the path within its source.
     source : ndarray of shape (n,), int32
         Which of the sources a sample lies in.
@@ -171,7 +171,7 @@ def index(
     ----------
     archives : path or sequence of paths
         Folders, .tar, .zip, tables of paths and single images; globs and braces are expanded.
-    labels : path or Table, optional
+    labels : path or LabelTable, optional
         A table that labels the samples in place of folders and sidecar files.
     limits : ArchiveLimits
     modality : str

@@ -65,9 +65,9 @@ class Engine:
         attention count; other operations of a network of your own count nothing, so that one made of nothing else
         runs in the largest batches.
     name : str
-        What computes, for people.
+        Name of what computes.
     transform : callable
-        What comes before :meth:`collect`, an image's own geometry; for a GPU, as little of it as the cores must do.
+        What comes before :meth:`collate`, an image's own geometry; for a GPU, as little of it as the cores must do.
     unhurried : callable
         The same, by a core that would wait for the GPU otherwise.
     """
@@ -153,7 +153,7 @@ class Engine:
 
         Parameters
         ----------
-        pictures : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
+        pictures : sequence of Tensor of shape (3, h, w), or for a GPU UnresizedImage
             As ``transform`` gives them.
         """
         if self._has_cuda_runner:
@@ -165,7 +165,7 @@ class Engine:
 
         Parameters
         ----------
-        images : Tensor of shape (b, 3, h, w), or what :meth:`collect` gives
+        images : Tensor of shape (b, 3, h, w), or what :meth:`collate` gives
 
         Returns
         -------

@@ -25,7 +25,7 @@ def default_batch_size(device: torch.device, image_multiply_adds: int | None, dt
     Parameters
     ----------
     device : torch.device
-    work : int or None
+    image_multiply_adds : int or None
         Multiply-adds of one image, where they could be counted.
     dtype : torch.dtype
         Of what is computed.

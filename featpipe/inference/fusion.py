@@ -67,7 +67,7 @@ def fuse_convolutions(
     Parameters
     ----------
     program : ExportedProgram
-        Of :func:`featpipe.inference.optimize.graph_of`, of the network in ``dtype``.
+        Of :func:`featpipe.inference.optimize.export_graph`, of the network in ``dtype``.
     weights : mapping
         Name → parameter or statistic of the network in float32: batch norms are folded before anything is rounded.
     dtype : torch.dtype

@@ -145,8 +145,8 @@ class DecodedBatch:
     status : list of Status
         ``OK`` also for a row that needs no picture, because its embedding is known already.
     images : Tensor of shape (b, 3, h, w), or list of pictures, or None
-        The pictures of the rows at ``places``, as the engine takes them.
-    places : list of int
+        The pictures of the rows at ``positions``, as the engine takes them.
+    positions : list of int
         Positions in ``rows``, one for each picture.
     """
 
@@ -179,10 +179,10 @@ class Loader:
         uint8 (3, H, W) → (3, h, w), of any type; or whatever ``collect`` takes.
     batch : int
         Pictures in a batch; the last ones have fewer.
-    is_known : callable
+    has_embedding : callable
         Told the digest of a row's bytes, says whether its embedding is there already or under way; if so the row is
         not decoded.
-    collect : callable
+    collate : callable
         Makes one thing, for an engine, of a batch's pictures.
     """
 
@@ -221,7 +221,7 @@ class Loader:
         Parameters
         ----------
         size : int
-        unhurried : callable, optional
+        fallback_transform : callable, optional
             Takes the place of ``transform`` for the batch after one that its taker was late for, by more than half of
             the time that it took.
         """
@@ -317,11 +317,11 @@ def run_in_threads(
 
     Parameters
     ----------
-    work : callable
+    make_generator : callable
         Makes a generator; called once in each thread.
     threads : int
         At least 1.
-    ahead : int
+    prefetch : int
         Items that each thread may be ahead of the consumer.
     """
     results: queue.Queue[R | BaseException | None] = queue.Queue(threads * prefetch)
@@ -369,11 +369,11 @@ def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Gene
     """The batches of a loader with their embeddings, in no particular order.
 
     On a CPU each worker embeds what it decoded; for a GPU the workers decode, and the caller's thread has it embed one
-    batch while the next is on its way. A worker that has to wait for the GPU takes work off it (``engine.unhurried``).
+    batch while the next is on its way. A worker that has to wait for the GPU takes work off it (``engine.fallback_transform``).
 
     Notes
     -----
-    For a GPU the workers together have at most one of its batches in their hands, in pieces (see :func:`piece_for`).
+    For a GPU the workers together have at most one of its batches in their hands, in pieces (see :func:`micro_batch_size`).
     As many pictures may wait in the queue, and the caller's thread joins pieces to one batch: so at most three batches
     of pictures and a piece are in memory, however many cores there are, and up to two batches more are being copied. Of
     those that are yet to be resized, which may be large, the engine limits the bytes.

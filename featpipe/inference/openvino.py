@@ -26,7 +26,7 @@ class OpenVinoRunner:
     Parameters
     ----------
     program : ExportedProgram
-        Of :func:`featpipe.inference.optimize.graph_of`, in float32.
+        Of :func:`featpipe.inference.optimize.export_graph`, in float32.
     backbone : Backbone
         Whose graph it is: its transform and the names of its outputs.
     batch : int

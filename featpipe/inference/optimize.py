@@ -57,9 +57,9 @@ def make_fused_runner(fp32_backbone: Backbone, eager: EagerRunner) -> FusedRunne
 
     Parameters
     ----------
-    exact : Backbone
+    fp32_backbone : Backbone
         In float32.
-    eager : Eager
+    eager : EagerRunner
         The same in the wanted precision.
     """
     if eager.dtype == torch.float16 or not torch.backends.mkldnn.is_available():

@@ -45,7 +45,6 @@ class Fidelity:
     images_per_second: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {
             "images": self.images,
             "min_cosine": self.min_cosine,
@@ -84,7 +83,7 @@ def select_precision(
     ----------
     backbone : Backbone
     device : torch.device
-    probe_images : sequence of Tensor of shape (3, h, w), or for a GPU of Unresized
+    probe_images : sequence of Tensor of shape (3, h, w), or for a GPU UnresizedImage
         As the transform's geometry leaves them.
     min_cosine : float
     **settings

@@ -22,7 +22,7 @@ class Runner(Protocol):
 
     @property
     def name(self) -> str:
-        """What computes, for people."""
+        """Name of what computes."""
 
     @property
     def batch(self) -> int:

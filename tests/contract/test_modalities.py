@@ -18,8 +18,6 @@ from featpipe.data import MODALITIES, Modality, encode_png, encode_preview, get_
 from featpipe.errors import ArchiveError, ConfigError, SampleError
 from featpipe.status import Status
 
-pytestmark = pytest.mark.filterwarnings("ignore:1 of 41 images")  # the damaged one, of which each test knows
-
 LENGTH = 4
 
 
@@ -114,17 +112,18 @@ def test_an_index_lists_the_samples_of_one_modality(archive, number_modality):
         data.index(archive)
 
 
-def test_extraction_embeds_the_items_of_the_backbones_modality(archive, backbone, tmp_path):
+def test_extraction_embeds_the_items_of_the_backbones_modality(archive, backbone, tmp_path, log):
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
     assert cache.modality == "number"
     assert [Status(code).word for code in cache.status_codes if code] == ["damaged"]
+    assert any("1 damaged" in message for message in log)
     rows = np.flatnonzero(cache.status_codes == 0)
     items = torch.stack([torch.from_numpy(np.fromfile(archive / cache.ids[row], "<f4")) for row in rows])
     expected = backbone.network(items - 1).detach().numpy()
     np.testing.assert_allclose(cache.features()[rows], expected, atol=1e-5)
 
 
-def test_a_model_is_trained_and_predicts(archive, backbone, tmp_path):
+def test_a_model_is_trained_and_predicts(archive, backbone, tmp_path, log):
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
     featpipe.train(cache, head="logistic").save(tmp_path / "numbers.model")
     model = featpipe.load_model(tmp_path / "numbers.model", backbone=backbone)
@@ -141,7 +140,7 @@ def test_a_model_is_trained_and_predicts(archive, backbone, tmp_path):
     assert all(row["id"].startswith(row["label"]) for row in rows)
 
 
-def test_the_report_shows_what_the_modality_shows_a_person(archive, backbone, tmp_path):
+def test_the_report_shows_what_the_modality_shows_a_person(archive, backbone, tmp_path, log):
     from featpipe.report.thumbnails import Thumbnails
 
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
@@ -150,7 +149,7 @@ def test_the_report_shows_what_the_modality_shows_a_person(archive, backbone, tm
     assert all(content.startswith(b"RIFF") for content in thumbnails.values())
 
 
-def test_stored_embeddings_are_verified_against_the_archive(archive, backbone, tmp_path):
+def test_stored_embeddings_are_verified_against_the_archive(archive, backbone, tmp_path, log):
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
     report = featpipe.verify(cache.path, sample=5, backbone=backbone)
     assert report.embedded == 5
@@ -172,7 +171,7 @@ def test_a_network_that_is_not_frozen_is_found_with_the_modalitys_probes(archive
         backbones.prove_frozen(backbones.load(Drifting(), transform=Centering()))
 
 
-def test_fine_tuning_says_that_it_needs_images(archive, backbone, tmp_path):
+def test_fine_tuning_says_that_it_needs_images(archive, backbone, tmp_path, log):
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
     model = featpipe.train(cache, head="logistic").attach(backbone)
     with pytest.raises(ConfigError, match="number samples; fine-tuning and stages need images"):

@@ -308,7 +308,9 @@ def mixed(tmp_path):
 
 
 @pytest.mark.parametrize("transform", [SMALL, tiny_transform], ids=["ours", "one's own"])
-def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(gpu, mixed, tmp_path, request, monkeypatch, transform):
+def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(
+    gpu, mixed, tmp_path, request, monkeypatch, transform, log
+):
     settings = {"backbone": net(transform), "batch": 8, "engine": "torch"}
     threads, resize = set(), MatmulResizer.resize
     monkeypatch.setattr(

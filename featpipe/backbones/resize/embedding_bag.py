@@ -76,9 +76,9 @@ class ResizeAxis:
 
     Attributes
     ----------
-    before, after : int
+    source_size, resized_size : int
         Pixels.
-    start, length : int
+    crop_start, crop_length : int
         Which of the pixels after resizing are kept.
     """
 
@@ -133,12 +133,12 @@ class _ResizePass:
 
     Attributes
     ----------
-    read : slice
+    source_slice : slice
         The pixels that count for anything.
-    rows : Tensor of shape (n * terms,), int32
+    table_rows : Tensor of shape (n * terms,), int32
         Of the table, counted from the first of ``read``; the last one is ones.
     weights : Tensor of shape (n * terms,), float32
-    ends : Tensor of shape (n + 1,), int32
+    offsets : Tensor of shape (n + 1,), int32
         Where the terms of each sum begin and end.
     """
 
@@ -181,7 +181,7 @@ def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_:
     ----------
     image : Tensor of shape (3, H, W), uint8
         In any memory layout; channels last in memory is the fastest.
-    vertical, horizontal : Axis
+    vertical, horizontal : ResizeAxis
     filter_ : {"bilinear", "bicubic"}
 
     Returns
@@ -213,7 +213,7 @@ def matches_pillow(
 
     Parameters
     ----------
-    resize : callable
+    resize_function : callable
         As :func:`resize`; its results may be on any device.
     sizes : iterable of (int, int)
         Heights and widths to try.

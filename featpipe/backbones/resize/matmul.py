@@ -60,8 +60,8 @@ class UnresizedImage:
     Attributes
     ----------
     pixels : Tensor of shape (3, H, W), uint8
-        The rows and columns that count for anything, as :meth:`Axis.read` has them; channels last in memory.
-    vertical, horizontal : Axis
+        The rows and columns that count for anything, as :meth:`ResizeAxis.source_slice` has them; channels last in memory.
+    vertical, horizontal : ResizeAxis
     """
 
     pixels: Tensor
@@ -112,8 +112,8 @@ class MatmulResizer:
         Parameters
         ----------
         pixels : Tensor of shape (b, 3, H, W), uint8
-            On the device, in any memory layout; as those of :class:`Unresized`.
-        vertical, horizontal : Axis
+            On the device, in any memory layout; as those of :class:`UnresizedImage`.
+        vertical, horizontal : ResizeAxis
         filter_ : {"bilinear", "bicubic"}
 
         Returns
@@ -123,7 +123,7 @@ class MatmulResizer:
         Raises
         ------
         ValueError
-            If they are not what :func:`suits` says.
+            If they are not what :func:`is_supported` says.
         """
         if not is_supported(vertical, horizontal, filter_):
             raise ValueError(f"{vertical} and {horizontal}, {filter_}: not exact as products; expected what suits them")

@@ -134,7 +134,7 @@ class HeadlessNetwork:
     width : int or None
         Length of its answer as the architecture declares it; None for a user's own network, which declares none.
     origin : str
-        Where the weights came from, for people.
+        Where the weights came from.
     code : mapping
         What identifies a user's own network beyond its weights.
     weight_files : tuple of Path, optional
@@ -161,13 +161,13 @@ def load_weights_file(
     path : Path
     removed : tuple of str
         Names of the modules that were taken off the network; the file may still hold their weights.
-    rename : callable
+    rename_weight : callable
         Old names of the same weights → today's.
 
     Raises
     ------
     WeightsError
-        As :func:`featpipe.backbones.weights.read` and :func:`featpipe.backbones.weights.fit`.
+        As :func:`featpipe.backbones.weights.read_state_dicts` and :func:`featpipe.backbones.weights.match_state_dict`.
     """
     load_state(network, select_state_dict(read_state_dicts(path), network, removed, rename_weight, str(path)))
 

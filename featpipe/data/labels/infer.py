@@ -88,7 +88,7 @@ def normalize_name(name: str) -> str:
 
     Examples
     --------
-    >>> clean("./cat//a.jpg"), clean("/../cat/./a.jpg")
+    >>> normalize_name("./cat//a.jpg"), normalize_name("/../cat/./a.jpg")
     ('cat/a.jpg', '../cat/a.jpg')
     """
     if name.startswith((".", "/")) or "//" in name or "/./" in name:

@@ -68,7 +68,7 @@ class TableRows:
     Attributes
     ----------
     paths : list of str
-    marks : Marks
+    raw_labels : Marks
     split : bytes
         0 none, 1 train, 2 validation, 3 test for each row.
     """
@@ -287,9 +287,9 @@ def match_table_rows(path: Path, table_rows: TableRows, index: Index, *, allow_u
     ----------
     path : Path
         Of the table.
-    rows : Rows
+    table_rows : Rows
     index : Index
-    others : bool
+    allow_unmatched : bool
         Whether the table may name what is no sample.
 
     Returns

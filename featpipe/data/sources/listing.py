@@ -37,11 +37,11 @@ class ArchiveLimits:
 
     Attributes
     ----------
-    members : int
+    max_members : int
         Files, folders and links in one archive.
-    member_bytes : int
+    max_member_bytes : int
         Size of one image; a larger one keeps its row with the status ``too-large``.
-    ratio : int
+    max_ratio : int
         How many times its own size a .zip or compressed .tar may unfold to; the first 256 MiB are free.
     """
 
@@ -66,7 +66,7 @@ class ArchiveSource:
     path : Path
         As it was given.
     kind : {"folder", "tar", "zip", "files"}
-    real : str
+    real_path : str
         The absolute path with links resolved.
     compression : {"", "gz", "bz2", "xz"}
         Of a tar; a compressed one can only be read front to back.
@@ -101,7 +101,7 @@ class Listing:
         One `Status` for each sample.
     ignored : Counter
         What was there and is no sample: suffixes, ``hidden``, ``__MACOSX``.
-    notes : dict
+    sidecars : dict
         For each sample key the label that a sidecar file states, or why it cannot be read.
     """
 

@@ -28,7 +28,7 @@ class SidecarLabel:
     suffix : {".cls", ".json"}
     value : str, int, float, tuple of str, or None
         A class or a number, several labels, or explicitly none.
-    numeric : bool
+    is_target : bool
         Whether a number is meant as a target to regress on.
     """
 
@@ -68,7 +68,7 @@ def get_sample_key(name: str) -> str:
 
     Examples
     --------
-    >>> key_of("a.b/000.left.jpg")
+    >>> get_sample_key("a.b/000.left.jpg")
     'a.b/000'
     """
     folder, slash, file = name.rpartition("/")
