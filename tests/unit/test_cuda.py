@@ -115,7 +115,11 @@ def test_on_an_emulated_gpu_a_graph_that_does_not_fit_is_captured_of_fewer_image
     assert near(found, by_the_cpu(network, pictures()))
 
 
-ROOM_FOR = {"begin": (CudaRunner, "_begin", 2), "resize": (MatmulResizer, "resize", 1), "network": (Tiny, "forward", 2)}
+ROOM_FOR = {
+    "begin": (CudaRunner, "_submit_batch", 2),
+    "resize": (MatmulResizer, "resize", 1),
+    "network": (Tiny, "forward", 2),
+}
 
 
 @pytest.mark.parametrize("where", ROOM_FOR)
