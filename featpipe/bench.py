@@ -1,4 +1,4 @@
-"""How fast a machine can extract: each step alone, what they allow together, and what stands in the way."""
+"""Benchmark of extraction on a machine: each step alone, their upper bound together, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ForwardBenchmark:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured.
+    """Result of the benchmark.
 
     Attributes
     ----------
@@ -133,7 +133,6 @@ class BenchResult:
     advice: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return asdict(self)
 
 
@@ -144,7 +143,7 @@ def run_benchmark(
     progress: ProgressCallback = ignore_progress,
     **settings: Unpack[ExtractionOptions],
 ) -> BenchResult:
-    """Measure what this machine allows, for a backbone and an archive.
+    """Benchmark this machine for a backbone and an archive.
 
     Parameters
     ----------
@@ -208,7 +207,7 @@ def run_benchmark(
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """What is measured, and on what."""
+    """Configuration and steps of the benchmark."""
 
     config: ExtractionConfig
     device: torch.device
@@ -222,16 +221,16 @@ class _Benchmark:
 
     @property
     def row_bytes(self) -> int:
-        """Of one image's embeddings, as they are stored."""
+        """Stored bytes of the embeddings of one image."""
         return sum(map(math.prod, self.backbone.shapes.values())) * np.dtype(self.config.storage).itemsize
 
     @property
     def seconds_per_measurement(self) -> float:
-        """Seconds for one of the things that are measured."""
+        """Duration of one measurement."""
         return self.seconds / 9
 
     def measure_decoding(self, encoded_images: Sequence[bytes]) -> tuple[list[PreparedImage], float]:
-        """The pictures, and how many a second come of all cores."""
+        """Decoded images, and images per second with all cores."""
         decoded_images: list[PreparedImage] = []
         transform, _ = make_worker_transforms(self.backbone.transform, self.device)
         n_decoded, started = 0, perf_counter()
@@ -329,7 +328,7 @@ class _Benchmark:
     def measure_extraction(
         self, encoded_images: Sequence[bytes], precision: Precision, bound: float
     ) -> tuple[float, dict[str, float]]:
-        """A real extraction: images per second, and where the seconds went."""
+        """Whole extraction: images per second and seconds per step."""
         n_images = max(len(encoded_images), math.ceil(min(bound, 1e5) * self.seconds / 4))
         with tempfile.TemporaryDirectory() as folder:
             path, suffix = Path(folder) / "images.tar", get_modality(self.backbone.modality).decoded_suffixes[0]
@@ -394,7 +393,7 @@ def _read_sample_images(
 
 
 def _measure_write_bandwidth() -> float:
-    """Bytes per second to the disk of temporary files, made durable."""
+    """Bytes per second written and synced to the disk of temporary files."""
     block = os.urandom(2**20)
     with tempfile.TemporaryFile() as file:
         started = perf_counter()
@@ -417,7 +416,7 @@ def _describe_speedup(current: ForwardBenchmark, candidate: ForwardBenchmark) ->
 
 
 def _iter_advice(result: BenchResult) -> Iterator[str]:
-    """What to change, the most useful first."""
+    """Advice, most useful first."""
     current, machine = result.forward[0], result.machine
     candidates_by_bound = sorted(result.forward[1:], key=lambda candidate: -candidate.bound)
     for candidate in candidates_by_bound:
@@ -430,16 +429,16 @@ def _iter_advice(result: BenchResult) -> Iterator[str]:
         text = f"this process may use {machine['usable_cores']} of {machine['cores']} cores"
         yield f"{text}; a container or scheduler can give more"
     if machine["workers"] < machine["usable_cores"]:
-        yield f"--workers {machine['usable_cores']}: one for each core, where there are {machine['workers']} now"
+        yield f"--workers {machine['usable_cores']}: one per core instead of {machine['workers']} now"
     if result.reading < 2 * current.bound:
         yield "reading is near the limit: pack single files into .tar shards on a local disk"
     if result.row_bytes and result.writing / result.row_bytes < 2 * current.bound:
         yield (
-            f"writing is near the limit, {result.row_bytes:,} bytes an image: --storage float16 halves float32, "
-            "--output NODE:avg makes one number of each map, and --cache can name a faster disk"
+            f"writing is near the limit, {result.row_bytes:,} bytes per image: --storage float16 halves float32, "
+            "--output NODE:avg averages each feature map, and --cache can name a faster disk"
         )
     if machine["device"] != "cpu" and result.bottleneck == "decoding":
-        yield "the GPU waits for images: more cores, or images stored nearer to the size that the network sees"
+        yield "the GPU waits for images: more cores, or images stored closer to the input size of the backbone"
     if result.extraction < 0.8 * result.bound:
         reached_share = result.extraction / result.bound
         yield f"an extraction reached {reached_share:.0%} of the bound: something else may be using this machine"

@@ -1,4 +1,4 @@
-"""The whole line on real photographs: tiles → archive → cache → heads → scores → report."""
+"""Demo of the full pipeline on sample photos: tiles → archive → cache → heads → scores → report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ N_EXAMPLES = 6
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration leaves behind.
+    """Files and scores of the demo.
 
     Attributes
     ----------
@@ -42,11 +42,11 @@ class DemoResult:
     models : dict from head to Path
     comparison : list of Row
         Heads and baselines on the same test tiles.
-    chosen : str
+    best_head : str
         The head with the best cross-validated accuracy on the training tiles.
     examples : list of (id, true, predicted, probability)
-    tested : int
-        Test tiles; those that are byte for byte among the training tiles (black sky) are left out.
+    n_tested : int
+        Number of test tiles, without exact copies of training tiles (black sky).
     """
 
     archive: Path
@@ -61,16 +61,16 @@ class DemoResult:
 
 
 def run_demo(folder: Path, progress: ProgressCallback = ignore_progress, command: str = "") -> DemoResult:
-    """Run the whole line in a folder.
+    """Run the full pipeline in a folder.
 
     Parameters
     ----------
     folder : Path
     progress : callable
     command : str
-        For the report: what to type to repeat it.
+        Command shown in the report, to repeat it.
     """
-    logger.info("cutting tiles from photographs of scikit-image and scikit-learn")
+    logger.info("cutting tiles from photos of scikit-image and scikit-learn")
     tiles, labels = write_tiles(folder)
     cache = extract(tiles, labels=labels, cache=folder / "cache", out=folder / "cache" / "tiles.h5", progress=progress)
     models = {head_name: train(cache, head_name, cv=3, progress=progress) for head_name in HEADS}
@@ -113,7 +113,7 @@ def _make_head_rows(models: dict[str, Model], scores: dict[str, Scores], best_he
 
 
 def _make_baseline_rows(cache: FeatureCache, test_rows: NDArray[np.int64], tiles: Path) -> list[ComparisonRow]:
-    """What the same test rows give without a network."""
+    """Scores of the baselines without a backbone on the same test rows."""
     y = cache.label_table.values
     train_rows = np.flatnonzero(cache.split == SPLIT_NAMES.index("train"))
     y_true = cache.label_table.take(test_rows).y

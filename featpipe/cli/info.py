@@ -96,26 +96,26 @@ def _explain_differences(
 
 def _format_verdict(comparison: CacheDiff, other_path: str | None) -> str:
     n_differences = len(comparison.differences)
-    count_text = f"{n_differences} {'fact' if n_differences == 1 else 'facts'}"
+    count_text = f"{n_differences} {'setting' if n_differences == 1 else 'settings'}"
     if other_path is not None:
         return (
-            f"and {other_path} were made from the same facts"
+            f"and {other_path} have the same backbone and settings"
             if not n_differences
             else f"and {other_path} differ in {count_text}:"
         )
     if not n_differences:
-        return "was made from the facts that are asked for"
+        return "matches the request"
     if comparison.usable:
-        return f"holds what is asked for, and differs in {count_text}; its embeddings are copied:"
-    return f"was made otherwise than asked for, in {count_text}; its embeddings cannot be used:"
+        return f"holds the requested features and differs in {count_text}; its embeddings are copied:"
+    return f"does not match the request in {count_text}; its embeddings cannot be used:"
 
 
 def _format_samples(samples: SampleDiff, usable: bool) -> str:
     """The images of the archives beside those of the cache."""
     counts = [
         [f"{samples.images:,}", "images are in the archives, of which"],
-        [f"{samples.unchanged:,}", "are in the cache, unchanged by place, size and time"],
-        [f"{samples.changed:,}", "are in the cache under the same id, but changed, moved or to be tried again"],
+        [f"{samples.unchanged:,}", "are in the cache, with unchanged path, size and time"],
+        [f"{samples.changed:,}", "are in the cache under the same id, but changed, moved or to be read again"],
         [f"{samples.new:,}", "are new by id"],
         [f"{samples.gone:,}", "rows of the cache are not in the archives"],
     ]
@@ -157,7 +157,7 @@ def _model_to_dict(path: Path) -> dict[str, Any]:
 
 
 def _format_retained(retained: dict[str, Any] | None) -> str:
-    """What it keeps of its training data, and how large that is."""
+    """Describe the retained training data and its size."""
     if not retained:
         return "nothing of its training data but the digests of the images"
     sizes = {name: format_size(nbytes) for name, nbytes in retained["bytes"].items()}
@@ -171,7 +171,7 @@ def _format_retained(retained: dict[str, Any] | None) -> str:
 
 
 def _format_finetuning(document: Any) -> str | None:
-    """What fine-tuning brought, and which model was kept."""
+    """Describe the result of fine-tuning."""
     result = document.get("result") if isinstance(document, dict) else None
     if not isinstance(result, dict):
         return None
@@ -179,7 +179,7 @@ def _format_finetuning(document: Any) -> str | None:
 
 
 def _format_steps(steps: list[dict[str, Any]]) -> list[str]:
-    """Which classes came when, by what method, from which caches."""
+    """Describe the steps in which classes were added."""
     return [
         f"{len(step['classes'])} classes by {step['method']} from {' and '.join(step.get('caches') or ['?'])}"
         for step in steps
@@ -297,7 +297,7 @@ def _count_labels(cache: FeatureCache) -> dict[str, Any]:
 
 
 def format_cache(details: Mapping[str, Any]) -> str:
-    """The text for people."""
+    """Format the contents of a cache as text."""
     lines = [
         ("cache", details["cache"]),
         ("samples", f"{details['samples']:,}, {_format_bad(details)}"),
@@ -334,7 +334,7 @@ def _format_view(view: Mapping[str, Any] | None) -> str:
     if view is None:
         return ""
     augmentation = [f"{name} {value:g}" for name, value in view.items() if name not in ("number", "seed")]
-    return f"number {view['number'] + 1} of the pictures as fine-tuning changes them: {', '.join(augmentation)}"
+    return f"number {view['number'] + 1} of the augmented views of fine-tuning: {', '.join(augmentation)}"
 
 
 def _format_labels(details: Mapping[str, Any]) -> str:
@@ -352,7 +352,7 @@ def _format_shape(shape: Sequence[int]) -> str:
 
 def _format_storage(details: Mapping[str, Any]) -> str:
     location = f"the file and {details['shards']:,} shards" if details["shards"] else "one file"
-    per_sample = f", {format_size(details['bytes'] / details['samples'])} a sample" if details["samples"] else ""
+    per_sample = f", {format_size(details['bytes'] / details['samples'])} per image" if details["samples"] else ""
     return f"{format_size(details['bytes'])} in {location}{per_sample}, stored as {details['storage']}"
 
 

@@ -1,4 +1,4 @@
-"""The first and the third stage of a run: which images there are, which are learnt from, and which are held out."""
+"""Images of a run: listing, extraction, and the split into training and test rows."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
 
     Parameters
     ----------
-    samples : Samples
-    folder : Path
+    samples : SamplesConfig
+    tiles_folder : Path
         Where the tiles are written, if these are the archive.
     where : str
         The recipe, for messages.
@@ -74,7 +74,7 @@ def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
 
 
 def load_test_index(config: EvaluationConfig, samples: SamplesConfig, tiles_folder: Path) -> Index | None:
-    """The images that models are scored on, if these are not held out of the others."""
+    """List the test images of ``[evaluation] archive``; None if test rows are held out of the training archive."""
     if not config.archive:
         return None
     test_samples = SamplesConfig() if config.labels is None else replace(samples, labels=config.labels)
@@ -89,7 +89,7 @@ def _index_archives(paths: Sequence[str], samples: SamplesConfig, tiles_folder: 
 def resolve_archives(
     paths: Sequence[str], samples: SamplesConfig, tiles_folder: Path
 ) -> tuple[list[str], LabelTable | None]:
-    """The archives as files, and the table of their labels; the tiles are written if they are asked for."""
+    """Paths of the archives and their label table; writes the built-in tiles if the recipe uses them."""
     labels: LabelTable | None = None
     if samples.labels is not None:
         labels = LabelTable(Path(samples.labels), samples.path_column, samples.label_column, samples.task)
@@ -194,7 +194,7 @@ def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Pa
 
 
 def draw_per_class(rows: EmbeddingDataset, n_per_class: int, seed: int) -> EmbeddingDataset:
-    """So many rows of each class, those whose images have the smallest keys under a seed."""
+    """Draw this many rows of each class: those whose images have the smallest keys under a seed."""
     hash_keys = splits.compute_keys(rows.digests, seed)
     rows_by_class = [np.flatnonzero(rows.y == code) for code in range(len(rows.classes))]
     return rows.take(
@@ -210,7 +210,7 @@ def draw_per_class(rows: EmbeddingDataset, n_per_class: int, seed: int) -> Embed
 
 
 def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> list[int]:
-    """Those of some numbers that every class has so many images for; a person is told of the others."""
+    """The requested numbers of images that every class has; warns of the others."""
     counts = np.bincount(rows.y, minlength=len(rows.classes))
     min_count = int(counts.min())
     unavailable = [number for number in requested if number > min_count]
@@ -222,7 +222,7 @@ def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> 
 
 
 def digest_training_rows(rows: EmbeddingDataset) -> str:
-    """A digest of what a head is fitted on: which images, which labels, and what keeps them together."""
+    """Digest of the training data: images, labels and groups."""
     constraints = {
         name: None if values is None else [str(value) for value in values]
         for name, values in (("groups", rows.groups), ("times", rows.times))
@@ -240,7 +240,7 @@ class BackboneCaches:
     label : str
     backbone : Backbone
     cache : FeatureCache
-    scored : FeatureCache or None
+    test_cache : FeatureCache or None
         Of other images, that the models are scored on.
     """
 
@@ -250,7 +250,7 @@ class BackboneCaches:
     test_cache: FeatureCache | None
 
     def summarize(self) -> EmbeddingSummary:
-        """What is told of it."""
+        """Summary for the results."""
         manifest = self.cache.manifest
         return EmbeddingSummary(
             backbone=self.label,
@@ -269,17 +269,17 @@ class BackboneCaches:
 def extract_backbone(
     config: ExtractionConfig, index: Index, test_index: Index | None, max_images: int | None, progress: ProgressCallback
 ) -> BackboneCaches:
-    """The caches of one backbone: from what is known already, and a forward pass for the rest.
+    """Extract the caches of one backbone; known embeddings are reused.
 
     Parameters
     ----------
-    settings : Extraction
+    config : ExtractionConfig
     index : Index
-    scored : Index or None
+    test_index : Index or None
         Other images, that the models are scored on.
-    images : int or None
+    max_images : int or None
         So many were taken of the archive.
-    tell : callable
+    progress : callable
     """
     config = replace(config, device=",".join(map(str, resolve_devices(config.device))))
     label = make_backbone_label(config)
@@ -292,7 +292,7 @@ def extract_backbone(
 
 
 def make_run_cache_path(index: Index, backbone: Backbone, config: ExtractionConfig, max_images: int | None) -> Path:
-    """Where the cache lies; that of some of the images does not take the place of that of all."""
+    """Path of the cache; a cache of a subset has another name than that of all images."""
     path = make_cache_path(index, backbone, make_facts(backbone, config), config)
     return path if max_images is None else path.with_name(f"{path.stem}-{max_images}-images{path.suffix}")
 

@@ -1,4 +1,4 @@
-"""What a run would do, and what of it is done: archives are listed, caches and records read, and nothing is made."""
+"""Dry run: shows finished and remaining stages; lists archives and reads caches and records, writes nothing."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do.
+    """Planned stages of a run.
 
     Attributes
     ----------
@@ -83,11 +83,10 @@ class DryRun:
     finetune: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {**asdict(self), "folder": str(self.folder)}
 
     def table(self) -> str:
-        """The same for the terminal."""
+        """Table for the terminal."""
         from featpipe.runtime import format_table
 
         extraction_rows = [
@@ -128,7 +127,7 @@ def plan_run(
     changes: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> DryRun:
-    """Say what a run would do; parameters and errors as of :func:`featpipe.run`.
+    """Plan a run without running it; parameters and errors as for :func:`featpipe.run`.
 
     The backbones are loaded, because their weights are part of what a cache is known by.
     """

@@ -1,4 +1,4 @@
-"""The sixth stage of a run, where it is asked for: the network of the best head is trained too."""
+"""Fine-tuning stage of a run: trains the backbone of the best trial too."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FineTuneRun:
-    """The fine-tuning of one row of the table.
+    """Fine-tunes the model of one trial.
 
     Attributes
     ----------
     recipe : Recipe
-    places : list of str
+    archives : list of str
         The archives.
-    probe : Result
-    caches : Caches
+    probe : TrialResult
+    caches : BackboneCaches
         Of its backbone.
-    sides : Divided
+    split : TrainTestSplit
     folder : Path
         The run's.
-    tell : callable
+    progress : callable
     """
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class FineTuneRun:
     progress: ProgressCallback
 
     def run(self) -> FineTuningResult:
-        """What fine-tuning brought; no work, if its file is what is asked for already."""
+        """Fine-tune; a finished result is reused."""
         assert self.recipe.finetune is not None
         settings = asdict(self.recipe.finetune)
         logger.info(f"{self.probe.name}: fine-tuning")
@@ -67,7 +67,7 @@ class FineTuneRun:
 
     @property
     def path(self) -> Path:
-        """The model's file."""
+        """Path of the model."""
         return self.folder / "models" / f"{self.probe.name}.tuned.model"
 
     @property
@@ -75,7 +75,7 @@ class FineTuneRun:
         return Path(self.recipe.extractions[0].cache)
 
     def evaluate(self) -> Evaluation:
-        """The tuned model against the probe, on the images that neither has learnt from."""
+        """Compare the fine-tuned model with the probe on images that neither was trained on."""
         finetuned, probe = (self._attach_backbone(load_model(path)) for path in (self.path, self.probe.model))
         if self.split.test_cache is not self.caches.cache:
             return evaluate(finetuned, self._extract_test_cache(finetuned), cache=self._cache_folder)
@@ -96,11 +96,11 @@ class FineTuneRun:
         )
 
     def _attach_backbone(self, model: Model) -> Model:
-        """Code of somebody's own is run here, because the recipe names it."""
+        """Load the probe; custom code is run because the recipe names it."""
         return model.attach(model.request["name"]) if ":" in model.request["name"] else model
 
     def make_result(self, finetuned: FineTuningResult) -> TrialResult:
-        """Its row of the table."""
+        """Row of the results table."""
         scores = (
             self.evaluate().scores.to_dict() if finetuned.kept == "fine-tuned" else _get_comparison_scores(finetuned)
         )

@@ -1,4 +1,4 @@
-"""What a recipe asks for, as rows of one table: each head with each of its settings on each backbone."""
+"""Trials of a recipe: each head with each of its settings on each backbone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TrialSpec:
 
     Attributes
     ----------
-    backbone : int
-        Which of the recipe's.
-    head : Head
+    backbone_index : int
+        Index into the backbones of the recipe.
+    head : RecipeHead
     per_class : int or None
-        Images of each class that it learns from; all if None.
+        Training images of each class; None for all.
     label : str
-        For people: what of it is not the default.
+        Name of the head and the settings that differ from the defaults.
     """
 
     backbone_index: int
@@ -39,7 +39,7 @@ class TrialSpec:
 
     @property
     def slug(self) -> str:
-        """What its files are called."""
+        """Name of its files."""
         sanitized = re.sub("[, ]+", "-", self.label)
         if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{,99}", sanitized):
             return sanitized
@@ -47,7 +47,7 @@ class TrialSpec:
 
 
 def list_trials(recipe: Recipe) -> list[TrialSpec]:
-    """The rows of the table, each once: backbones slowest, then heads, then images of each class."""
+    """The distinct trials of a recipe, ordered by backbone, head and images of each class."""
     has_many_backbones = len(recipe.extractions) > 1
     trials: dict[str, TrialSpec] = {}
     for backbone_index, extraction in enumerate(recipe.extractions):
@@ -61,7 +61,7 @@ def list_trials(recipe: Recipe) -> list[TrialSpec]:
 
 
 def make_backbone_label(extraction: ExtractionConfig) -> str:
-    """What to call a backbone: its name, and what of it is not the default."""
+    """Name of a backbone and the settings that differ from the defaults."""
     default = ExtractionConfig()
     changed_settings = {
         key: getattr(extraction, name)
@@ -88,14 +88,14 @@ def _format_value(value: Any) -> str:
 
 
 def resolve_recipe(recipe: Recipe, task: str) -> Recipe:
-    """The recipe for a task: every head by its own name, and of its settings those that are not the default.
+    """Resolve a recipe for a task: ``all`` becomes the heads of the task, settings equal to defaults are removed.
 
     Raises
     ------
     ConfigError
-        If a head or a setting is unknown, or does not do the task; it names file, table and key.
+        If a head or a setting is unknown, or the head does not support the task; names file, table and key.
     ModelError
-        If an estimator of somebody's own cannot be saved.
+        If a custom estimator cannot be saved.
     """
     resolved_heads: list[RecipeHead] = []
     for head in recipe.heads:
@@ -113,7 +113,7 @@ def _resolve_head(head: RecipeHead, task: str, recipe: Recipe) -> RecipeHead:
         defaults = resolve_settings(replace(head, settings={}), task)
     except ConfigError as error:
         raise ConfigError(f"{recipe.where}: [{head.table}] {error}") from None
-    except (ValueError, TypeError) as error:  # an estimator of somebody's own
+    except (ValueError, TypeError) as error:  # a custom estimator
         raise ConfigError(f"{recipe.where}: [{head.table}] head {head.name!r} refuses its settings ({error})") from None
     changed_settings = {
         key: value for key, value in head.settings.items() if key not in defaults or defaults[key] != value
@@ -122,9 +122,9 @@ def _resolve_head(head: RecipeHead, task: str, recipe: Recipe) -> RecipeHead:
 
 
 def resolve_settings(head: RecipeHead, task: str) -> dict[str, Any]:
-    """The settings of a head and the defaults of all others but those that are chosen anew in each run.
+    """Settings of a head, with the defaults of all others except those that are tuned.
 
-    What is no text, number or list of them is not among the defaults.
+    Only defaults that are text, numbers or lists of these are included.
     """
     tuned_names = set(head.grid)
     if head.tune or (head.tune is None and head.name == "logistic"):

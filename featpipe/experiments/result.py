@@ -1,4 +1,4 @@
-"""What a run found: one table, the models, the page; as the command prints it and as a notebook shows it."""
+"""Result of a run: table, models and report, for the terminal, notebooks and JSON."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from featpipe.model import Model, load_model
 __all__ = ["RESULTS_SCHEMA", "EmbeddingSummary", "RunResult", "TrialResult", "recipe_to_toml"]
 
 RESULTS_SCHEMA = "featpipe-run/1.0"
-"""What ``results.json`` is called; the second number grows with what is added."""
+"""Format of ``results.json``; the minor version grows when keys are added."""
 
 
 @dataclass(frozen=True)
 class EmbeddingSummary:
-    """What became of the images under one backbone.
+    """Summary of the extraction with one backbone.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ class TrialResult:
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What a run found.
+    """Result of a run.
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ class RunResult:
         That this run took; little, where most was done.
     versions : dict
     tuned : FineTuned or None
-        What training the network too brought, where that was asked for.
+        Result of fine-tuning, if the recipe has it.
     """
 
     folder: Path
@@ -152,20 +152,20 @@ class RunResult:
 
     @property
     def best(self) -> TrialResult:
-        """The one with the best cross-validated score; with draws the first head, learnt from the most images."""
+        """The trial with the best cross-validated score; with draws, the first head with the most images."""
         return next(result for result in self.results if result.best)
 
     @property
     def model(self) -> Model:
-        """The best one's model, loaded."""
+        """The loaded model of the best trial."""
         return load_model(self.best.model)
 
     def columns(self) -> dict[str, list[str]]:
-        """The table as text: its columns by their headings, the better results first."""
+        """The table as text, best trial first."""
         return _make_columns(self)
 
     def table(self) -> str:
-        """The table for the terminal, with what its figures are."""
+        """The table and its legend for the terminal."""
         from featpipe.runtime import format_table
 
         columns = self.columns()
@@ -176,7 +176,7 @@ class RunResult:
         return "\n".join([text, "", *self.notes()])
 
     def notes(self) -> list[str]:
-        """What the figures of the table are."""
+        """Legend of the table."""
         first = self.results[0]
         held_out_note = f"held out: on {first.held_out['n']:,} images that were not learnt from"
         if first.cross_validated is None:
@@ -195,7 +195,7 @@ class RunResult:
         return self.table()
 
     def _repr_html_(self) -> str:
-        """The table in a notebook."""
+        """The table as HTML, for notebooks."""
         columns = self.columns()
         rows = zip(*columns.values(), strict=True)
         header = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns)
@@ -204,7 +204,7 @@ class RunResult:
         return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table><p>{notes}</p>"
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``results.json`` holds, as ``pipelines/README.md`` says."""
+        """Contents of ``results.json``, as specified in ``pipelines/README.md``."""
         return {
             "schema": RESULTS_SCHEMA,
             "recipe": self.recipe.name,
@@ -230,7 +230,7 @@ def _result_to_dict(result: TrialResult, folder: Path) -> dict[str, Any]:
 
 
 def _make_columns(run: RunResult) -> dict[str, list[str]]:
-    """The columns by their headings; those that say the same of all rows, or nothing, are left out."""
+    """Columns of the table; those that are empty or equal for all rows are omitted."""
     from featpipe.runtime import format_size
 
     sorted_results, metric = _sort_by_score(run.results), run.results[0].metric
@@ -296,7 +296,7 @@ def recipe_to_toml(recipe: Recipe, task: str, provenance: Mapping[str, str]) -> 
     recipe : Recipe
         Resolved, for this task.
     task : str
-    made_with : mapping
+    provenance : mapping
         Versions and fingerprints, as comments at its head.
     """
     stages: dict[str, Any] = {"split": recipe.split, "training": recipe.training}

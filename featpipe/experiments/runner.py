@@ -58,32 +58,32 @@ def run(
     out: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> RunResult:
-    """Run a recipe: embed, train every head that it asks for, score them, and write a page.
+    """Run a recipe: extract embeddings, train and score every head, and write a report.
 
-    What was done before from the same content is not done again, also after a kill.
+    Finished stages are reused, also after an interrupted run.
 
     Parameters
     ----------
     recipe : str, path-like, mapping or Recipe
-        A name that ``featpipe run --list`` shows, a TOML file, or what such a file holds.
+        Name of a built-in recipe (see ``featpipe run --list``), a TOML file, or its contents.
     archive : path-like or sequence of path-like, optional
-        The images, in place of the recipe's own.
+        Images to use instead of those of the recipe.
     changes : mapping from dotted key to value, optional
-        What is to be another way: ``{"heads.0.C": [0.1, 1]}``.
+        Overrides: ``{"heads.0.C": [0.1, 1]}``.
     out : path-like, optional
-        The run's folder; ``runs/NAME`` if not given.
+        Folder of the run. By default ``runs/NAME``.
     progress : callable, optional
-        Told what is going on. If not given, bars in a notebook, and warnings elsewhere.
+        Receives :class:`featpipe.runtime.Progress`. By default, bars are shown in notebooks only.
 
     Returns
     -------
-    Run
-        With the table as the command prints it, the best model, and the page's path.
+    RunResult
+        With the table, the best model, and the path of the report.
 
     Raises
     ------
     ConfigError
-        If the recipe asks for what cannot be; it names file, table and key.
+        If the recipe is invalid; names file, table and key.
 
     Examples
     --------
@@ -125,19 +125,19 @@ def run(
 
 
 def make_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
-    """The run's folder, made if it is not there."""
+    """Create the folder of the run if it does not exist."""
     folder = get_run_folder(recipe, out)
     make_writable_folder(folder, ConfigError, "--out")
     return folder
 
 
 def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
-    """Where a run lies, if nothing else is said: under the recipe's name."""
+    """Folder of the run; by default named after the recipe."""
     return Path(RUNS_FOLDER) / recipe.name if out is None else Path(out)
 
 
 def get_tiles_folder(recipe: Recipe) -> Path:
-    """Where the archive that comes along is written: beside the caches, so that all runs share it."""
+    """Folder of the built-in archive: beside the caches, shared by all runs."""
     return Path(recipe.extractions[0].cache) / "tiles"
 
 
@@ -237,13 +237,13 @@ class ExperimentContext:
 
 
 def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | None]) -> Iterator[TrialRun]:
-    """The rows of the table on their way; of one backbone and output after the other, so that few rows are in memory.
+    """Iterate over the trials, grouped by backbone and output so that one set of features is in memory.
 
     Parameters
     ----------
-    line : Line
-    caches : sequence of Caches or None
-        One for each backbone; what is None is left out.
+    context : ExperimentContext
+    caches : sequence of BackboneCaches or None
+        One for each backbone; None skips its trials.
     """
     records = RecordStore(context.folder / "records")
     split: TrainTestSplit | None = None
@@ -269,7 +269,7 @@ def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -
 
 
 def _mark_best(results: list[TrialResult]) -> list[TrialResult]:
-    """With the best one marked: by cross-validation; where images were drawn, the first head with the most of them."""
+    """Mark the best trial: by cross-validation; with draws, the first head with the most images."""
     if results[0].per_class is None:
         best = max(results, key=lambda result: result.goodness)
     else:
@@ -280,13 +280,13 @@ def _mark_best(results: list[TrialResult]) -> list[TrialResult]:
 
 
 def _add_finetuned(results: list[TrialResult], finetuned: TrialResult) -> list[TrialResult]:
-    """With one row more, which is the best if it was kept."""
+    """Append the fine-tuned model, which is the best if it was kept."""
     return [*(replace(result, best=result.best and not finetuned.best) for result in results), finetuned]
 
 
 @dataclass(frozen=True, eq=False)
 class _ReportPage:
-    """The last stage: the page of the best model, beside the others."""
+    """Last stage: the report of the best model compared with the others."""
 
     context: ExperimentContext
     caches: list[BackboneCaches]
@@ -303,7 +303,7 @@ class _ReportPage:
         inputs |= {"seconds": None, "backbones": [summary.fingerprint for summary in run_result.embedded]}
         if records.find("page", inputs, self.path) is not None:
             return
-        logger.info("writing the page")
+        logger.info("writing the report")
         evaluation = self._evaluate_best(run_result.best)
         recipe = self.context.recipe
         command = shlex.join(

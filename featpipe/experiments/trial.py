@@ -1,4 +1,4 @@
-"""The fourth and fifth stage of a run: one head is trained and scored, unless that was done from the same content."""
+"""One trial of a run: train a head and score it; finished work is reused."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class TrialRun:
-    """One row of the table, on its way.
+    """Trains and scores one row of the table.
 
     Attributes
     ----------
     recipe : Recipe
-    trial : Trial
-    caches : Caches
-    sides : Divided
+    trial : TrialSpec
+    caches : BackboneCaches
+    split : TrainTestSplit
         Its training rows, and those that it is scored on.
     folder : Path
         The run's.
-    records : Records
-    tell : callable
+    records : RecordStore
+    progress : callable
     """
 
     recipe: Recipe
@@ -60,19 +60,19 @@ class TrialRun:
 
     @property
     def path(self) -> Path:
-        """The model's file."""
+        """Path of the model."""
         return self.folder / "models" / f"{self.trial.slug}.model"
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """What decides the model."""
+        """Inputs that determine the model."""
         return make_model_inputs(
             self.recipe, self.trial, self.caches.cache.fingerprint, digest_training_rows(self.split.training)
         )
 
     @cached_property
     def _score_inputs(self) -> dict[str, Any]:
-        """What decides its scores."""
+        """Inputs that determine the scores."""
         test_cache, test_rows = self.split.test_cache, self.split.test_rows
         labels = test_cache.label_table.take(test_rows)
         rows_digest = digest_arrays(
@@ -84,7 +84,7 @@ class TrialRun:
         }
 
     def is_done(self) -> tuple[bool, bool]:
-        """Whether the model is trained, and whether it is scored."""
+        """Whether the model is trained, and whether it is scored already."""
         trained = self.records.find(f"{self.trial.slug}.model", self.inputs, self.path) is not None
         return trained, trained and self.records.find(f"{self.trial.slug}.scores", self._score_inputs) is not None
 
@@ -173,7 +173,7 @@ class TrialRun:
         return {**evaluation.scores.to_dict(), "left_out": evaluation.left_out}
 
     def _score_draws(self) -> dict[str, Any]:
-        """The scores of heads that are fitted on so many images of each class, drawn again and again."""
+        """Scores of heads fitted on repeated random draws of ``per_class`` images of each class."""
         assert self.trial.per_class is not None
         test_rows, test_cache = self.split.test_rows, self.split.test_cache
         X = np.asarray(test_cache.features(self.trial.head.output)[test_rows], np.float32)
@@ -198,7 +198,7 @@ class TrialRun:
     def _get_selection_score(
         self, cross_validation: dict[str, Any] | None, held_out: dict[str, Any]
     ) -> tuple[str, float]:
-        """What the table compares, and how good this is by it."""
+        """The score that the table compares, and its goodness (larger is better)."""
         metrics: dict[str, Any] = (held_out if cross_validation is None else cross_validation)["metrics"]
         requested_metric = self.recipe.training.metric
         name: str = (
@@ -225,20 +225,20 @@ VERSIONED_PACKAGES = ("featpipe", "numpy", "scipy", "scikit-learn", "torch", "to
 
 
 def get_package_versions() -> dict[str, str]:
-    """The packages whose code decides the figures."""
+    """Versions of the packages that affect the results."""
     return {name: version(name) for name in VERSIONED_PACKAGES}
 
 
 def make_model_inputs(recipe: Recipe, trial: TrialSpec, cache_fingerprint: str, rows_digest: str) -> dict[str, Any]:
-    """What decides a trained model: embeddings, rows, head, settings, seeds and versions.
+    """Inputs that determine a trained model: embeddings, rows, head, settings, seeds and versions.
 
     Parameters
     ----------
     recipe : Recipe
-    trial : Trial
-    cache : str
+    trial : TrialSpec
+    cache_fingerprint : str
         The fingerprint of the cache.
-    rows : str
+    rows_digest : str
         The digest of the training rows and their labels.
     """
     head, training = asdict(trial.head), asdict(recipe.training)
@@ -255,7 +255,7 @@ def make_model_inputs(recipe: Recipe, trial: TrialSpec, cache_fingerprint: str, 
 
 
 class RecordStore:
-    """The records in a run's folder.
+    """Receipts of finished trials in the folder of a run.
 
     Parameters
     ----------
@@ -266,7 +266,7 @@ class RecordStore:
         self.folder = folder
 
     def find(self, name: str, inputs: Any, file: Path | None = None) -> dict[str, Any] | None:
-        """What was recorded under a name, if it was made from these facts and its file is as it was written."""
+        """The result recorded under a name, if its inputs are equal and its file is unchanged."""
         try:
             record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
             receipt = Receipt(record["made_from"], output_sha256=record["sha256"])
@@ -276,7 +276,7 @@ class RecordStore:
         return outcome if receipt.is_current(compute_fingerprint(_to_json_value(inputs)), output=file) else None
 
     def write(self, name: str, inputs: Any, outcome: dict[str, Any], file: Path | None = None) -> None:
-        """Record what was found, once its file is complete."""
+        """Record a result after its file was written."""
         receipt = Receipt(compute_fingerprint(_to_json_value(inputs)))
         if file is not None:
             receipt = receipt.with_output(file)
@@ -291,5 +291,5 @@ class RecordStore:
 
 
 def _to_json_value(value: Any) -> Any:
-    """As JSON gives it back; by its own words what JSON cannot hold."""
+    """The value after a round trip through JSON; other types become text."""
     return json.loads(json.dumps(value, default=repr))

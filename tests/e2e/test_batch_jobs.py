@@ -1,4 +1,4 @@
-"""Commands as schedulers run them: stopped, sent again, beside each other; and the README's own scripts."""
+"""Commands in batch jobs: interrupted, run again, in parallel; and the scripts of the README."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ finally:
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(name: str, home: Home) -> None:
-    """The signal comes when the command first says something: then it is at work."""
+def test_sigterm_ends_every_long_command_like_ctrl_c(name: str, home: Home) -> None:
+    """The signal is sent at the first note or progress."""
     left = {path.name for path in home.iterdir()}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(Path(__file__).parents[2])])}
     command = [sys.executable, "-c", SIGNALLED, name, *LONG[name]]
@@ -109,7 +109,7 @@ def test_a_scheduler_s_signal_ends_any_long_command_as_ctrl_c_does(name: str, ho
     assert not list(home.glob("elsewhere/*.h5"))
 
 
-def test_predictions_that_are_stopped_go_on(home: Home, tmp_path: Path, command: Any, log: list[str]) -> None:
+def test_an_interrupted_prediction_resumes(home: Home, tmp_path: Path, command: Any, log: list[str]) -> None:
     out = tmp_path / "p.jsonl"
     arguments = ["predict", "slownets.model", "photos", "--backbone", "slownets:make", "--out", str(out)]
     stopped = run_and_stop(["--log-format", "json", *arguments, "--workers", "1"], home, signal.SIGTERM)

@@ -82,7 +82,7 @@ def test_the_page_of_some_of_the_images_has_their_pictures():
     assert page.count("data:image/webp") >= 1
 
 
-def test_a_dry_run_says_what_is_left_and_leaves_nothing():
+def test_a_dry_run_shows_remaining_stages_and_writes_nothing():
     asked = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--dry-run", "--json")
     other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
     found = json.loads(run(*asked).stdout)
@@ -102,7 +102,7 @@ def test_a_dry_run_says_what_is_left_and_leaves_nothing():
 CHANGES: dict[str, Any] = {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2, "heads.0.name": ["ridge", "lda"]}
 
 
-def test_a_run_that_was_killed_goes_on_where_it_was():
+def test_an_interrupted_run_resumes():
     def interrupt(progress: Progress) -> None:
         if Path("runs/linear-probe/models/ridge.model").exists():
             raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def trained(changes: dict[str, Any]) -> list[str]:
     return [text.split(":")[0] for text in log if text.endswith("images to learn from")]
 
 
-def test_a_head_is_trained_again_when_anything_that_decides_it_changes():
+def test_a_head_is_trained_again_when_one_of_its_inputs_changes():
     assert trained({}) == ["ridge", "lda"]
     assert trained({}) == []
     assert trained({"training.seed": 1}) == ["ridge", "lda"]
@@ -145,7 +145,7 @@ def test_a_head_is_trained_again_when_anything_that_decides_it_changes():
     assert trained({"labels": "other.csv"}) == ["ridge", "lda"]
 
 
-def test_other_images_are_scored_and_none_is_held_out():
+def test_models_are_scored_on_the_evaluation_archive_and_no_row_is_held_out():
     for number, path in enumerate(sorted(Path("photos").rglob("*.png"))[::5]):
         other = Path("others", path.parent.name, path.name)
         other.parent.mkdir(parents=True, exist_ok=True)
@@ -173,10 +173,10 @@ def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_tw
         again = featpipe.run("fine-tune", "photos", changes=changes)
     assert numbers(again) == numbers(found)
     assert any(text.endswith("up to date, nothing to do") for text in log)
-    assert "writing the page" not in log
+    assert "writing the report" not in log
 
 
-def test_some_of_the_images_do_not_take_the_place_of_all():
+def test_a_cache_of_a_subset_does_not_replace_that_of_all_images():
     featpipe.run("linear-probe", "photos", changes=CHANGES)
     with logged_messages() as log:
         some = featpipe.run("linear-probe", "photos", changes={**CHANGES, "images": 30}, out="some")
@@ -186,7 +186,7 @@ def test_some_of_the_images_do_not_take_the_place_of_all():
     assert trained({}) == []
 
 
-def test_what_cannot_be_is_said_before_any_image_is_read(photos: Path):  # noqa: F811
+def test_an_invalid_recipe_is_refused_before_any_image_is_read(photos: Path):  # noqa: F811
     for changes, message in [
         (
             {"heads.0.name": "logistc"},

@@ -94,8 +94,8 @@ def test_why_takes_the_arguments_of_an_extract_command_and_says_what_differs(com
     asked = ["photos", "--backbone", own, "--out", "a.h5", "--workers", "1", "--batch", "4", "--max-bad", "5%"]
     command("extract", *asked)
     same = command("info", "a.h5", "--why", *asked).stdout
-    assert same.startswith("a.h5 was made from the facts that are asked for\n")
-    assert "\n18  are in the cache, unchanged by place, size and time\n" in same
+    assert same.startswith("a.h5 matches the request\n")
+    assert "\n18  are in the cache, with unchanged path, size and time\n" in same
     assert "Samples, order, labels and splits are the cache's own." in same
     (photos / "ape" / "00.jpg").write_bytes(jpeg(99))
     (photos / "ape" / "new.jpg").write_bytes(jpeg(98))
@@ -114,10 +114,12 @@ def test_why_takes_the_arguments_of_an_extract_command_and_says_what_differs(com
 def test_why_compares_two_caches(command, photos, own):
     for storage in ("float32", "float16"):
         command("extract", "photos", "--backbone", own, "--out", f"{storage}.h5", "--storage", storage)
-    said = command("info", "float32.h5", "--why", "float16.h5").stdout
-    assert said == ("float32.h5 and float16.h5 differ in 1 fact:\n  storage is 'float32', in float16.h5 'float16'\n")
+    difference = command("info", "float32.h5", "--why", "float16.h5").stdout
+    assert difference == (
+        "float32.h5 and float16.h5 differ in 1 setting:\n  storage is 'float32', in float16.h5 'float16'\n"
+    )
     same = command("info", "float32.h5", "--why", "float32.h5").stdout
-    assert same == "float32.h5 and float32.h5 were made from the same facts\n"
+    assert same == "float32.h5 and float32.h5 have the same backbone and settings\n"
     command("info", "float32.h5", "photos", code=2)
     command("info", "float32.h5", "--storage", "float16", code=2)
     command("info", "float32.h5", "--why", "float16.h5", "--storage", "float16", code=2)

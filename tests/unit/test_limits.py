@@ -1,4 +1,4 @@
-"""What a machine allows: each step is measured alone, and the bound follows."""
+"""The benchmark: steps are measured alone, the upper bound follows from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
     assert found.bottleneck in ("reading", "decoding", "forward", "writing")
 
 
-def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(make_folder, tiny_bench):
+def test_a_given_batch_size_is_measured_beside_the_default(make_folder, tiny_bench):
     found = run_benchmark([make_folder()], **tiny_bench, engine="torch", batch=2)
     measured = [(way.precision, way.batch) for way in found.forward]
     assert measured[:2] == [("fp32", 2), ("fp32", 4)]
@@ -42,7 +42,7 @@ def test_a_batch_that_is_given_is_measured_beside_the_one_that_would_be_chosen(m
     assert len(set(found.forward)) == len(measured)
 
 
-def test_without_an_archive_photographs_are_made_up(tiny_bench):
+def test_synthetic_images_are_used_without_an_archive(tiny_bench):
     found = run_benchmark(**tiny_bench)
     assert found.archive == "made-up JPEGs"
     assert 40e3 < found.image_bytes < 120e3
@@ -57,7 +57,7 @@ def test_an_archive_without_a_readable_image_is_an_error(make_folder, tiny_bench
         run_benchmark([folder], **tiny_bench)
 
 
-def test_the_cores_share_decoding_and_embedding_and_a_gpu_does_not():
+def test_the_bound_adds_decoding_and_forward_on_a_cpu_but_not_on_a_gpu():
     assert bench._combined_rate("cpu", math.inf, 300, 150) == pytest.approx(100)
     assert bench._combined_rate("cuda", math.inf, 300, 150) == 150
     assert bench._combined_rate("cuda", 90, 300, 150) == 90
@@ -97,16 +97,16 @@ def advice(**changes: object) -> str:
         ({"machine": {**MEASURED.machine, "usable_cores": 1}}, "may use 1 of 2 cores"),
         ({"machine": {**MEASURED.machine, "workers": 1}}, "--workers 2"),
         ({"reading": 120.0}, ".tar shards"),
-        ({"writing": 1.5e6, "row_bytes": 10_000}, "writing is near the limit, 10,000 bytes an image"),
+        ({"writing": 1.5e6, "row_bytes": 10_000}, "writing is near the limit, 10,000 bytes per image"),
         ({"machine": {**MEASURED.machine, "device": "cuda:0"}, "bottleneck": "decoding"}, "the GPU waits for images"),
         ({"extraction": 50.0}, "50% of the bound"),
     ],
 )
-def test_what_stands_in_the_way_is_said_with_what_to_change(changes, said):
+def test_advice_names_the_bottleneck_and_the_change(changes, said):
     assert said in advice(**changes)
 
 
-def test_nothing_is_advised_that_brings_nothing(monkeypatch):
+def test_no_advice_is_given_without_a_gain(monkeypatch):
     monkeypatch.setattr(bench, "has_openvino", lambda: True)
     assert advice(forward=MEASURED.forward[:1]) == ""
     monkeypatch.setattr(bench, "has_openvino", lambda: False)

@@ -1,4 +1,4 @@
-"""What goes to stderr, for people and for machines."""
+"""Log output on stderr, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in captured.err.splitlines()]
 
 
-def test_each_line_is_an_object_with_time_level_event_and_text(
-    as_json: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_json_line_has_time_level_event_and_text(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
     with logging.log_to_stderr(), logged_warning("quoted"):
         logger.info("hello")
         logger.warning(HOSTILE)
@@ -55,7 +53,7 @@ def test_each_line_is_an_object_with_time_level_event_and_text(
     assert [found[0]["text"], found[2]["text"]] == ["hello", "a\nb"]
 
 
-def test_progress_is_told_when_a_stage_begins_and_ends_and_every_minute(
+def test_json_progress_is_logged_at_stage_boundaries_and_every_minute(
     as_json: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -70,7 +68,7 @@ def test_progress_is_told_when_a_stage_begins_and_ends_and_every_minute(
     assert told == [*reading, *(("embedding", done, 100) for done in (1, 62, 100))]
 
 
-def test_warnings_of_libraries_are_lines_too(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_of_libraries_are_logged_as_json(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = logging._log_warning
@@ -90,7 +88,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("error", "code", "event", "text"), ENDS)
-def test_an_end_has_its_code_and_what_it_was(
+def test_an_error_as_json_has_its_exit_code_and_event(
     error: BaseException, code: int, event: str, text: str, as_json: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, cli._exit_codes():
@@ -103,7 +101,7 @@ def test_an_end_has_its_code_and_what_it_was(
 
 
 @pytest.mark.parametrize(("error", "code", "event", "text"), ENDS[:4])
-def test_the_same_ends_for_people(
+def test_an_error_as_text_has_its_exit_code_and_prefix(
     error: BaseException, code: int, event: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, cli._exit_codes():
@@ -124,7 +122,7 @@ def test_the_same_ends_for_people(
         (["--log-format", "text", "heads"], "json", False),
     ],
 )
-def test_the_format_is_chosen_by_the_group_the_command_or_the_environment(
+def test_the_log_format_is_set_by_group_command_or_environment(
     arguments: list[str],
     variable: str | None,
     is_json: bool,
@@ -142,7 +140,7 @@ def test_the_format_is_chosen_by_the_group_the_command_or_the_environment(
 
 
 @pytest.mark.parametrize("name", cli.COMMAND_SUMMARIES)
-def test_every_command_takes_it(name: str) -> None:
+def test_every_command_has_the_log_format_option(name: str) -> None:
     command = cli.cli.get_command(click.Context(cli.cli), name)
     assert command is not None
     assert [p.name for p in command.params].count("log_format") == 1

@@ -1,4 +1,4 @@
-"""The rows that a recipe asks for, their names, and the file that asks for the same again."""
+"""Trials of a recipe, their names, and the resolved recipe file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCUMENT: dict[str, Any] = {
 }
 
 
-def test_the_resolved_file_asks_for_the_same():
+def test_the_resolved_recipe_gives_the_same_trials():
     recipe = resolve_recipe(read_recipe(DOCUMENT), "classification")
     text = recipe_to_toml(recipe, "classification", {"featpipe": "1"})
     again = resolve_recipe(read_recipe(tomllib.loads(text)), "classification")
@@ -38,7 +38,7 @@ def test_the_resolved_file_asks_for_the_same():
     assert recipe_to_toml(again, "classification", {"featpipe": "1"}) == text
 
 
-def test_the_resolved_file_says_every_default_but_what_is_chosen():
+def test_the_resolved_recipe_has_every_default_except_tuned_settings():
     recipe = resolve_recipe(read_recipe({"heads": [{}, {"name": "mlp"}]}), "classification")
     first, second = tomllib.loads(recipe_to_toml(recipe, "classification", {}))["heads"]
     assert first["max_iter"] == 2000
@@ -47,7 +47,7 @@ def test_the_resolved_file_says_every_default_but_what_is_chosen():
     assert second["learning_rate"] == "auto"
 
 
-def test_a_setting_that_is_the_default_makes_no_other_row():
+def test_a_setting_equal_to_the_default_adds_no_trial():
     recipe = resolve_recipe(
         read_recipe({"heads": [{"name": "mlp", "epochs": [30, 10], "dropout": 0.0}]}), "classification"
     )
@@ -59,7 +59,7 @@ def test_a_setting_that_is_the_default_makes_no_other_row():
 @pytest.mark.parametrize(
     "values", [[1e-9, 1.1e-9], [-1, 1], ["a b", "a-b"], ["a:b", "a/b"], ["x" * 120 + "a", "x" * 120 + "b"]]
 )
-def test_rows_that_differ_have_files_that_differ(values):
+def test_different_trials_have_different_file_names(values):
     head = read_recipe({}).heads[0]
     recipe = replace(read_recipe({}), heads=tuple(replace(head, settings={"C": value}) for value in values))
     slugs = [trial.slug for trial in list_trials(recipe)]
@@ -67,6 +67,6 @@ def test_rows_that_differ_have_files_that_differ(values):
     assert all("/" not in slug and len(slug) < 110 for slug in slugs)
 
 
-def test_all_stands_for_the_heads_of_the_task():
+def test_all_expands_to_the_heads_of_the_task():
     recipe = resolve_recipe(read_recipe({"heads": [{"name": "all"}]}), "regression")
     assert [head.name for head in recipe.heads] == ["mlp", "linear", "ridge", "knn", "keras"]

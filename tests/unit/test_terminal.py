@@ -1,4 +1,4 @@
-"""What a person sees while a command works."""
+"""Log lines, progress bars and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.logs import logged_warning
 logger = logging.getLogger("featpipe.tests")
 
 
-def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
+def test_control_characters_in_table_cells_are_replaced():
     shown = format_table([["\x1b[31mred\x07", "a\nb", "\u202egpj.exe"]], ["", "", ""])
     assert "\x1b" not in shown
     assert "\x07" not in shown
@@ -29,7 +29,7 @@ def test_names_from_archives_cannot_send_control_codes_to_the_terminal():
     assert len(shown.splitlines()) == 2
 
 
-def test_notes_from_archives_cannot_either(capsys):
+def test_control_characters_in_log_lines_are_replaced(capsys):
     with log_to_stderr(), logged_warning("all is well"):
         logger.info("ignored \x1b[2J\x1b]0;title\x07")
         logger.warning("a\r\nfeatpipe: all is well")
@@ -39,19 +39,19 @@ def test_notes_from_archives_cannot_either(capsys):
     assert len(err.splitlines()) == 2
 
 
-def test_columns_are_aligned_by_what_a_terminal_shows():
+def test_columns_are_aligned_by_display_width():
     shown = format_table([["日本", "1"], ["ab", "22"]], ["name", "n"], right_aligned=[1])
     assert shown.splitlines() == ["name   n", "日本   1", "ab    22"]
 
 
-def test_without_a_terminal_there_is_no_bar(capsys):
+def test_no_bar_is_drawn_without_a_terminal(capsys):
     with Terminal() as terminal:
         for done in range(100):
             terminal(Progress("embedding", done, 100))
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_terminal_a_line_comes_every_minute(capsys, monkeypatch):
+def test_progress_is_one_line_a_minute_without_a_terminal(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("featpipe.cli.terminal.time.monotonic", lambda: now[0])
     with Terminal() as terminal:
@@ -101,14 +101,14 @@ def test_a_bar_shows_one_stage_at_a_time(capsys):
     assert text.endswith(" \r"), "the bar is erased"
 
 
-def test_equal_facts_have_equal_fingerprints_whatever_their_order():
+def test_fingerprints_do_not_depend_on_the_order_of_keys():
     assert hashing.compute_fingerprint({"a": 1, "b": [1.5, None]}) == hashing.compute_fingerprint(
         {"b": [1.5, None], "a": 1}
     )
     assert hashing.compute_fingerprint({"a": 1}) != hashing.compute_fingerprint({"a": 1.0})
 
 
-def test_a_bit_a_shape_a_dtype_or_a_name_changes_the_digest_of_arrays():
+def test_the_digest_of_arrays_covers_values_shape_dtype_and_name():
     array = np.arange(6, dtype=np.float32)
     digests = {
         hashing.digest_arrays([("a", array)]),
@@ -120,7 +120,7 @@ def test_a_bit_a_shape_a_dtype_or_a_name_changes_the_digest_of_arrays():
     assert len(digests) == 5
 
 
-def test_status_numbers_are_those_of_the_specification():
+def test_status_codes_match_the_specification():
     assert {status.word: int(status) for status in Status} == {
         "ok": 0,
         "missing": 1,
@@ -138,10 +138,10 @@ def test_status_numbers_are_those_of_the_specification():
 @pytest.mark.parametrize(
     ("limit", "allowed"), [(None, None), (0, 0), (7, 7), ("7", 7), ("5%", 10), (0.05, 10), ("0.05", 10), ("100%", 200)]
 )
-def test_a_limit_of_bad_images_is_a_number_or_a_share(limit, allowed):
+def test_max_bad_is_a_number_or_a_share(limit, allowed):
     assert ExtractionConfig(max_bad=limit).get_max_bad_count(200) == allowed
 
 
-def test_what_info_shows_cannot_either():
+def test_control_characters_in_info_are_replaced():
     shown = info._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
     assert shown.isprintable()
