@@ -191,7 +191,7 @@ class Model:
         return self.trust.conformal
 
     def novelty(self, images: Sequence[object]) -> NDArray[np.float64]:
-        """The out-of-distribution score of images, shape (m,): 0.95 is higher than that of 95 % of held-out training images."""
+        """The out-of-distribution score of images, shape (m,): percentile among held-out training images."""
         return self.novelty_features(self.embed(images))
 
     def predict_sets(self, images: Sequence[object], level: float = 0.9) -> list[tuple[str, ...]] | NDArray[Any]:
@@ -350,8 +350,8 @@ class Model:
         )
         if differing_facts:
             raise CacheMismatchError(
-                f"{cache.path}: holds other embeddings than the model was trained on ({'; '.join(differing_facts[:4])}); "
-                "extract again with the model's backbone"
+                f"{cache.path}: holds other embeddings than the model was trained on "
+                f"({'; '.join(differing_facts[:4])}); extract again with the model's backbone"
             )
 
     @staticmethod

@@ -173,7 +173,7 @@ class ReplayMemory:
         return replace(self, rows=self.rows[selected_rows], codes=self.codes[selected_rows])
 
     def remap_classes(self, class_map: NDArray[np.intp], k: int) -> ReplayMemory:
-        """As of other classes, see :meth:`SufficientStatistics.remap_classes`; importances of those that are joined add up."""
+        """Map to other classes, see :meth:`SufficientStatistics.remap_classes`; importances of joined classes add up."""
         is_retained = class_map >= 0
         counts = np.zeros(k, np.int64)
         np.add.at(counts, class_map[is_retained], self.counts[is_retained])
