@@ -1,4 +1,4 @@
-"""The scikit-learn face: images in, predictions out, embeddings cached in between."""
+"""scikit-learn estimators on images, with cached embeddings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
 
 
 class _EmbeddingEstimator(BaseEstimator):
-    """What the three estimators share: how images become embeddings."""
+    """Base of the three estimators: images → embeddings."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class _EmbeddingEstimator(BaseEstimator):
         self.seed = seed
 
     def _embed(self, X: Any) -> NDArray[np.float32]:
-        """The embeddings of images, shape (n, …); through the cache where they are files."""
+        """Embed images, shape (n, …); through the cache if they are files."""
         settings = self._settings()
         backbone = _resolve_backbone(settings)
         image_list = get_modality(backbone.modality).to_list(X)
@@ -88,7 +88,8 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
     Parameters
     ----------
     backbone : str or Backbone
-        A name that ``featpipe backbones`` lists, ``package.module:factory``, or what ``featpipe.backbones.load`` gives.
+        A name that ``featpipe backbones`` lists, ``package.module:factory``, or a result of
+        ``featpipe.backbones.load``.
     weights : str or path-like, optional
         A published name, a file, or ``"none"``.
     output : str
@@ -96,9 +97,9 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
     device : str
     precision : {"fp32", "tf32", "bf16", "fp16"}
     cache : path-like or None
-        The folder where embeddings of files are kept and looked for; None keeps nothing.
+        The folder of the caches of files' embeddings; None disables caching.
     seed : int
-        For untrained weights.
+        For random weights.
 
     Examples
     --------
@@ -107,7 +108,7 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
     """
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
-        """Load the backbone, so that a wrong name is told before hours of work. Nothing is learnt."""
+        """Load the backbone, so that a wrong name fails early. Nothing is learnt."""
         self.n_features_out_ = int(np.prod(next(iter(_resolve_backbone(self._settings()).shapes.values()))))
         return self
 
@@ -129,7 +130,7 @@ class FeatureExtractor(TransformerMixin, _EmbeddingEstimator):
 
 
 class _TransferEstimator(_EmbeddingEstimator):
-    """A head on embeddings."""
+    """Base of classifier and regressor: a head on embeddings."""
 
     _task: str
 
@@ -176,7 +177,7 @@ class _TransferEstimator(_EmbeddingEstimator):
 
 
 def _available_if_head_has(method: str) -> Any:
-    """Whether the head, fitted or not, can answer so; svm and ridge have no probabilities."""
+    """Whether the head, fitted or not, has a method; svm and ridge have no probabilities."""
 
     def has_method(self: _TransferEstimator) -> bool:
         return hasattr(getattr(self, "head_", None) or heads.build(self.head, self._task), method)
@@ -191,8 +192,8 @@ class TransferClassifier(ClassifierMixin, _TransferEstimator):
     ----------
     backbone : str or Backbone
     head : str
-        A name that ``featpipe heads`` lists, or the import path of an estimator: ``featpipe.SoftmaxRegressionCV``
-        chooses the strength that ``logistic`` takes from its settings.
+        A name that ``featpipe heads`` lists, or the import path of an estimator. ``logistic`` uses the strength
+        ``C`` of its settings; ``featpipe.SoftmaxRegressionCV`` chooses one.
     head_params : mapping, optional
         Settings of the head, such as ``{"C": 10}``.
     weights, output, device, precision, cache, seed
@@ -214,7 +215,7 @@ class TransferClassifier(ClassifierMixin, _TransferEstimator):
     _task = "classification"
 
     def fit(self, X: Any, y: ArrayLike) -> TransferClassifier:
-        """Embed n images, or take their embeddings from the cache, and fit the head."""
+        """Embed n images, or read their embeddings from the cache, and fit the head."""
         y = np.asarray(y)
         check_classification_targets(y)
         self._fit(X, y)
@@ -267,13 +268,13 @@ class TransferRegressor(RegressorMixin, _TransferEstimator):
         )
 
     def fit(self, X: Any, y: ArrayLike) -> TransferRegressor:
-        """Embed n images, or take their embeddings from the cache, and fit the head."""
+        """Embed n images, or read their embeddings from the cache, and fit the head."""
         self._fit(X, np.asarray(y, np.float64))
         return self
 
 
 def _resolve_backbone(settings: ExtractionConfig) -> Backbone:
-    """The backbone with the one output that the settings ask for."""
+    """The backbone with the one output of the settings."""
     if isinstance(settings.backbone, Backbone):
         return _select_output(settings.backbone, settings.outputs[0])
     if not isinstance(settings.backbone, str):
@@ -287,7 +288,7 @@ def _resolve_backbone(settings: ExtractionConfig) -> Backbone:
     )
 
 
-# A grid search clones and fits many times: the network is read from disk, and moved to the device, once.
+# A grid search clones and fits many times; the network is read from disk and moved to the device once.
 
 
 @lru_cache(maxsize=2)
@@ -301,7 +302,7 @@ def _load_cached_backbone(
 def _select_output(backbone: Backbone, output: str) -> Backbone:
     if backbone.outputs[0].name == output and len(backbone.outputs) == 1:
         return backbone
-    network = deepcopy(backbone.network)  # hooks are left in it
+    network = deepcopy(backbone.network)  # hooks remain on it
     backbone_spec = {**backbone.request, "outputs": [output]}
     return replace(
         backbone,
@@ -317,7 +318,7 @@ def _make_engine(backbone: Backbone, device: str, precision: str) -> Engine:
 
 
 def _get_file_stamp(weights: str | None) -> tuple[int, int] | None:
-    """What changes when a file of weights is replaced."""
+    """Size and modification time of a weights file; None if there is no file."""
     try:
         file_stat = os.stat(weights or "")
     except OSError:

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import CACHE_OPTION, DEVICE_OPTION, LABELS_OPTION, MODEL_BACKBONE_OPTION, add_options
+from featpipe.cli.options import (
+    CACHE_OPTION,
+    DEVICE_OPTION,
+    LABELS_OPTION,
+    MODEL_BACKBONE_OPTION,
+    add_options,
+    make_option_type,
+)
 from featpipe.cli.terminal import Terminal, print_json
-from featpipe.config import AUTO, FineTuneConfig
+from featpipe.config import FineTuneConfig
 from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
@@ -39,7 +46,9 @@ def _parse_learning_rate(context: click.Context, option: click.Parameter, text: 
     help='Part to train: head, last, "3 stages", 0.3 (a share), all, "layers[15:]" or names such as "blocks.6*".  '
     "[default: last]",
 )
-@click.option("--weights", type=click.Choice(["none"]), help="Train the architecture from scratch.")
+@click.option(
+    "--weights", type=make_option_type(FineTuneConfig, "weights"), help="Train the architecture from scratch."
+)
 @click.option(
     "--gradual",
     type=int,
@@ -81,14 +90,14 @@ def _parse_learning_rate(context: click.Context, option: click.Parameter, text: 
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=make_option_type(FineTuneConfig, "precision"),
     default=FINETUNE_DEFAULTS.precision,
     show_default=True,
     help="Precision of training.",
 )
 @click.option(
     "--cache-activations",
-    type=click.Choice([AUTO, "yes", "no"]),
+    type=make_option_type(FineTuneConfig, "cache_activations"),
     default=FINETUNE_DEFAULTS.cache_activations,
     show_default=True,
     help="Cache the feature maps of the frozen layers.",

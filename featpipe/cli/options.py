@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featpipe.cli.completion import BACKBONE_NAME
-from featpipe.config import AUTO, ENGINES, PRECISIONS, STORAGES, TASKS, ExtractionConfig
+from featpipe.config import TASKS, ExtractionConfig, get_choices, get_field_types, get_range, is_integer_type
 
 __all__ = [
     "CACHE_BACKBONE_OPTION",
@@ -29,9 +29,21 @@ __all__ = [
     "WORKERS_OPTION",
     "add_options",
     "make_extraction_settings",
+    "make_option_type",
 ]
 
 EXTRACTION_DEFAULTS = ExtractionConfig()
+
+
+def make_option_type(settings_class: type, name: str) -> click.ParamType:
+    """The type of an option from the field of a settings class: its choices or its bounds."""
+    annotation = get_field_types(settings_class)[name]
+    choices, bounds = get_choices(annotation), get_range(annotation)
+    if choices:
+        return click.Choice(choices)
+    range_type: Any = click.IntRange if is_integer_type(annotation) else click.FloatRange
+    return range_type(bounds.minimum, bounds.maximum)
+
 
 _OptionDecorator = Callable[..., Callable[[Any], Any]]
 _option: Callable[..., _OptionDecorator] = partial(partial, click.option)
@@ -60,7 +72,7 @@ NETWORK_OPTIONS = (
 )
 PRECISION_OPTION = _option(
     "--precision",
-    type=click.Choice([*PRECISIONS, AUTO]),
+    type=make_option_type(ExtractionConfig, "precision"),
     default=EXTRACTION_DEFAULTS.precision,
     show_default=True,
     help="Precision of the forward pass; auto takes the fastest that meets --min-cosine.",
@@ -93,20 +105,23 @@ DEVICE_OPTIONS = (
     MULTI_DEVICE_OPTION,
     _option(
         "--engine",
-        type=click.Choice(ENGINES),
+        type=make_option_type(ExtractionConfig, "engine"),
         default=EXTRACTION_DEFAULTS.engine,
         show_default=True,
         help="CPU inference backend.",
     ),
 )
 WORKERS_OPTION = _option(
-    "--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: number of CPU cores]"
+    "--workers",
+    type=make_option_type(ExtractionConfig, "workers"),
+    metavar="N",
+    help="Worker threads.  [default: number of CPU cores]",
 )
 THROUGHPUT_OPTIONS = (
     WORKERS_OPTION,
     _option(
         "--batch",
-        type=click.IntRange(1),
+        type=make_option_type(ExtractionConfig, "batch"),
         metavar="N",
         help="Images per forward pass.  [default: chosen by device and backbone]",
     ),
@@ -126,7 +141,7 @@ CHECK_CONTENT_OPTION = _option(
 )
 SHARD_BYTES_OPTION = _option(
     "--shard-bytes",
-    type=click.IntRange(1),
+    type=make_option_type(ExtractionConfig, "shard_bytes"),
     default=EXTRACTION_DEFAULTS.shard_bytes,
     metavar="N",
     help="Split features larger than this over several files (shards).  [default: 4 GiB]",
@@ -140,14 +155,14 @@ IDENTITY_OPTIONS = (  # besides the images, these determine the contents of a ca
     PRECISION_OPTION,
     _option(
         "--min-cosine",
-        type=click.FloatRange(0, 1),
+        type=make_option_type(ExtractionConfig, "min_cosine"),
         default=EXTRACTION_DEFAULTS.min_cosine,
         show_default=True,
         help="With --precision auto: least cosine similarity to fp32 on the first images.",
     ),
     _option(
         "--storage",
-        type=click.Choice(STORAGES),
+        type=make_option_type(ExtractionConfig, "storage"),
         default=EXTRACTION_DEFAULTS.storage,
         show_default=True,
         help="Data type of the embeddings in the cache.",

@@ -11,9 +11,9 @@ import click
 
 from featpipe.cli.completion import HEAD_NAME
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import CACHE_BACKBONE_OPTION, add_options
+from featpipe.cli.options import CACHE_BACKBONE_OPTION, add_options, make_option_type
 from featpipe.cli.terminal import Terminal, print_json
-from featpipe.config import RESAMPLING_METHODS, TASKS
+from featpipe.config import TASKS, TrainingConfig
 from featpipe.runtime import format_duration, format_size, format_table
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _parse_priors(context: click.Context, option: click.Parameter, texts: Sequen
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Setting of the head, such as C=10.")
 @click.option(
     "--cv",
-    type=click.IntRange(0),
+    type=make_option_type(TrainingConfig, "cv"),
     default=5,
     show_default=True,
     metavar="K",
@@ -74,7 +74,9 @@ def _parse_priors(context: click.Context, option: click.Parameter, texts: Sequen
 @click.option("--metric", metavar="NAME", help="Metric that selects settings and heads, such as macro_f1.")
 @click.option("--one-standard-error", is_flag=True, help="Select the smallest C within one standard error of the best.")
 @click.option(
-    "--balance", type=click.Choice(RESAMPLING_METHODS), help="Resample rows so that classes are equally frequent."
+    "--balance",
+    type=make_option_type(TrainingConfig, "balance"),
+    help="Resample rows so that classes are equally frequent.",
 )
 @click.option("--calibrate", is_flag=True, help="Calibrate probabilities on held-out rows.")
 @click.option(

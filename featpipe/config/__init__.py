@@ -48,6 +48,7 @@ from featpipe.config.validation import (
     get_choices,
     get_field_types,
     get_range,
+    is_integer_type,
     is_sequence_type,
     unknown_name_error,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "get_choices",
     "get_field_types",
     "get_range",
+    "is_integer_type",
     "is_sequence_type",
     "parse_assignments",
     "parse_settings",

@@ -96,50 +96,51 @@ BadImageLimit = Annotated[int | float | str, _check_bad_image_limit]
 
 @dataclass(frozen=True)
 class ExtractionConfig(Settings):
-    """How to extract: the one home of the defaults.
+    """Settings of an extraction.
 
     Parameters
     ----------
     backbone : str or torch.nn.Module or Backbone
         A name that ``featpipe backbones`` lists, ``package.module:factory``, or a network.
     weights : str or path-like, optional
-        A published name, a file, or ``"none"`` for the untrained architecture; the published default if not given.
+        A published name, a file, or ``"none"`` for random weights; the published default if not given.
     outputs : sequence of str
-        What to cache of the network: ``pooled``, or ``NODE[:POOL]``.
+        The outputs to cache: ``pooled``, or ``NODE[:POOL]``.
     transform : callable, optional
         For a network of your own: uint8 (3, H, W) → float32 (3, h, w).
     seed : int
-        For untrained weights.
+        For random weights.
     labels : path-like or Table, optional
         A CSV or Parquet table of paths and labels.
     device : str
-        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``, or several joined by commas: then a process for each.
-        ``cuda`` is all GPUs of the machine.
+        ``auto``, ``cpu``, ``cuda`` (all GPUs of the machine), ``cuda:N`` or ``mps``; several are joined by commas, and
+        each gets its own process.
     precision : {"fp32", "tf32", "bf16", "fp16", "auto"}
-        ``auto``: the fastest whose embeddings of the first images are within ``min_cosine`` of those in fp32.
+        ``auto`` selects the fastest precision whose embeddings of the first images have a cosine of at least
+        ``min_cosine`` to those in fp32.
     min_cosine : float
-        The smallest cosine to fp32 that ``precision="auto"`` accepts.
+        The minimum cosine to fp32 for ``precision="auto"``.
     engine : {"auto", "torch", "openvino"}
-        What computes on a CPU; not part of a cache's identity, as the device is not.
+        The engine on a CPU. Like the device, it is not part of a cache's identity.
     storage : {"float32", "float16"}
-        How the features are stored.
+        The type of the stored embeddings.
     cache : path-like
-        The folder where caches are kept and looked for.
+        The folder of the caches.
     out : path-like, optional
-        The cache's file; a name made from archive, backbone and fingerprint in ``cache`` if not given.
+        The cache's file; if not given, a name made from archive, backbone and fingerprint in ``cache``.
     overwrite : bool
-        Replace a cache at ``out`` that was made from something else.
+        Replace a cache at ``out`` whose content differs.
     shard_bytes : int
-        Features larger than this are spread over several files of about this size.
+        Larger embeddings are spread over several files of about this size.
     workers, batch : int, optional
-        Threads, and images in one forward pass; chosen for the machine if not given.
+        Threads, and images per forward pass; chosen for the machine if not given.
     max_bad : int, float or str, optional
-        How many images may have no features before the extraction stops: a number, or a share such as ``"5%"`` or
-        ``0.05``. No limit if not given.
+        How many images may fail before the extraction stops: a number, or a share such as ``"5%"`` or ``0.05``. No
+        limit if not given.
     time_limit : float or str, optional
-        Seconds, or a time such as ``"3h"``, after which the extraction stops so that it can be gone on with.
+        Seconds, or a time such as ``"3h"``, after which the extraction stops; the same call resumes it.
     check_content : bool
-        Read every image's bytes even where size and modification time say that it is unchanged.
+        Read every image's bytes, even if size and modification time are unchanged.
     """
 
     backbone: Any = "efficientnet_lite0"
@@ -248,70 +249,72 @@ class TrainingConfig(Settings):
 
 @dataclass(frozen=True)
 class FineTuneConfig(Settings):
-    """How to fine-tune: the one home of the defaults.
+    """Settings of fine-tuning.
 
     Parameters
     ----------
     unfreeze : str, int or float
-        What is trained below the new layer: ``head`` (nothing), ``last``, ``3`` or ``3 stages``, ``0.3`` (that share of
-        the stages), ``all``, ``layers[15:]`` (a slice of the layers with weights, the input's first), or a glob of
-        module names such as ``blocks.6*``; several joined by commas.
+        Which part of the backbone is trained: ``head`` (none), ``last``, ``3`` or ``3 stages``, ``0.3`` (that share of
+        the stages), ``all``, ``layers[15:]`` (a slice of the layers with weights, counted from the input), or a glob of
+        module names such as ``blocks.6*``; several are joined by commas.
     weights : str, optional
-        ``none`` starts from the untrained architecture and a new layer, and trains all of it.
+        ``none`` starts from random weights and a new head, and trains the whole network.
     gradual : int
-        Train the new layer alone for so many epochs, then one more stage every so many; 0 trains all from the start.
+        Train the head alone for this number of epochs, then unfreeze one more stage after each such number; 0 trains
+        everything from the start.
     batch_norm : {"frozen", "trained"}
-        Whether batch norms keep the statistics they came with, also in the part that is trained, or follow the batches
-        there.
-    epochs, batch : int
-        Batch: images in one step of the optimizer.
+        Whether the batch norms of the trained part keep their statistics, or update them by the batches.
+    epochs : int
+        Maximum number of epochs.
+    batch : int
+        Images per optimizer step.
     accumulate : int
-        Into how many pieces a batch is divided, for its gradients to be summed; more where memory runs out.
+        Number of pieces of a batch, whose gradients are summed; increase it if memory runs out.
     optimizer : {"adamw", "sgd"}
-        SGD has a Nesterov momentum of ``momentum``.
+        SGD uses Nesterov momentum.
     learning_rate : float or "find"
-        The highest rate of the new layer; ``find`` looks for one on the first batches.
+        Peak learning rate of the head; ``find`` selects one by a range test on the first batches.
     layer_decay : float
-        What the rate is multiplied by from the new layer to the last stage, and from each stage to the one before.
+        Factor of the learning rate from the head to the last stage, and from each stage to the one before it.
     momentum : float
     weight_decay : float
-        Of weights, and not of norms and biases.
+        Not applied to norms and biases.
     warmup : float
-        Share of the steps in which the rate rises.
+        Share of the steps during which the learning rate rises.
     schedule : {"cosine", "one-cycle", "constant"}
     clip : float
-        The longest that the gradient may be; 0 for any.
+        Maximum norm of the gradient; 0 disables clipping.
     precision : {"fp32", "bf16", "fp16"}
-        Of the forward and backward passes; weights and their updates are float32.
+        Precision of the forward and backward passes; weights and their updates are float32.
     label_smoothing, mixup, cutmix : float
-        Alpha of Beta(alpha, alpha) of the latter two (Zhang et al. 2018, Yun et al. 2019); 0 is without.
+        For mixup and cutmix, alpha of Beta(alpha, alpha) (Zhang et al. 2018, Yun et al. 2019); 0 disables each.
     augmentation : mapping
-        How pictures are changed in training, by the names of :class:`featpipe.finetuning.Augmentation`.
+        Augmentations by the names of :class:`featpipe.finetuning.Augmentation`.
     class_weight, sampling : "balanced", optional
-        Rare classes count more in the loss; are drawn more often.
+        Weight rare classes more in the loss; draw them more often.
     ema : float
-        Decay of a moving average of the weights, which is then what is judged and kept; 0 is without.
+        Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 disables it.
     patience : int
-        Stop after so many epochs without a better one. 0 never does: the first epochs, at the highest rates, are often
-        worse than the start, and the last ones better. The best epoch is kept in any case.
+        Stop after this number of epochs without improvement; 0 never stops early: the first epochs, at the highest
+        learning rates, are often worse than the start, and the last ones better. The best epoch is kept in any case.
     monitor : {"score", "loss"}
-        What an epoch is judged by, on validation images: the share of right answers (R² of numbers), which is what the
-        final table decides by, and the loss where that is equal; or the loss alone, which rises with a network's
-        confidence while its answers still get better.
+        The validation metric that selects the best epoch: accuracy (R² for regression), as in the final comparison,
+        with ties broken by the loss; or the loss alone, which may rise with a network's confidence while accuracy
+        improves.
     test, validation : float
-        Shares of the images that are held out for the final table, and of the rest that decide when to stop, where the
-        labels come without a split.
+        Share of the images held out for the final comparison, and share of the rest used for validation, if the labels
+        come without a split.
     cache_activations : {"auto", "yes", "no"}
-        Compute the frozen part once and train on its feature maps; ``auto`` where that is faster.
+        Compute the frozen part once and train on its feature maps; ``auto`` does so if it is faster.
     views : int
-        Augmented views of each image that are then cached; epochs take turns.
+        Number of augmented views of each image that are then cached; epochs take turns.
     seed : int
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     workers : int, optional
-        Threads that decode; as many as there are cores if not given.
+        Decoding threads; the number of cores if not given.
     keep_worse : bool
-        Save the fine-tuned model even if it is worse than the probe on held-out images.
+        Save the fine-tuned model even if it is worse than the model before on held-out images.
     """
 
     unfreeze: str | int | float = "last"

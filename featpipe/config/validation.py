@@ -31,6 +31,7 @@ __all__ = [
     "get_choices",
     "get_field_types",
     "get_range",
+    "is_integer_type",
     "is_sequence_type",
     "unknown_name_error",
 ]
@@ -170,6 +171,11 @@ def get_choices(annotation: Any) -> tuple[str, ...]:
     """
     kinds = (kind for kind, _ in _iter_alternatives(annotation) if get_origin(kind) is Literal)
     return tuple(str(choice) for kind in kinds for choice in get_args(kind))
+
+
+def is_integer_type(annotation: Any) -> bool:
+    """Whether a setting holds a whole number."""
+    return any(kind is int for kind, _ in _iter_alternatives(annotation))
 
 
 def is_sequence_type(annotation: Any) -> bool:

@@ -44,20 +44,19 @@ class PredictConfig(Settings):
     Parameters
     ----------
     top : int
-        How many classes to name for each sample.
+        Number of classes listed for each sample.
     sets : float, optional
-        Name a set of classes for each sample that holds the right one this often, such as 0.9; of a regression, the
-        ends of an interval.
+        Coverage of prediction sets, such as 0.9: each sample gets a set of classes; in regression, an interval.
     cache : path-like, optional
-        Keep the embeddings as a cache in this folder, and take from its caches what is there.
+        Cache the embeddings in this folder, and reuse those of its caches.
     workers : int, optional
         Threads; chosen for the machine if not given.
     max_bad : int, float or str, optional
-        How many images may have no prediction before the work stops: a number, or a share such as ``"5%"``.
+        How many images may fail before the prediction stops: a number, or a share such as ``"5%"``.
     time_limit : float or str, optional
-        Seconds, or a time such as ``"3h"``, after which the work stops so that it can be gone on with.
+        Seconds, or a time such as ``"3h"``, after which the prediction stops; the same call resumes it.
     check_content : bool
-        Read every image's bytes even where size and modification time say that it is unchanged.
+        Read every image's bytes, even if size and modification time are unchanged.
     """
 
     top: PositiveInt = 5

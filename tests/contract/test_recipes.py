@@ -1,4 +1,4 @@
-"""Every recipe that comes along runs, answers its question in a table, and runs again from its resolved file."""
+"""Every built-in recipe runs, answers its question in a table, and runs again from its resolved file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ladder() -> Any:
 
 
 HERE = "tests.contract.test_recipes"
-CHANGES: dict[str, dict[str, Any]] = {  # beside the network and two folds: what is quick on a tiny archive
+CHANGES: dict[str, dict[str, Any]] = {  # besides a tiny network and two folds: settings that are fast on a tiny archive
     "compare-backbones": {"backbones.0.name": [f"{HERE}:tiny", f"{HERE}:other"], "images": 60, "heads.0.C": 1},
     "compare-heads": {"heads.0.tune": False},
     "few-shot": {"split.draws": 2, "heads.0.C": 1},
@@ -62,7 +62,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # beside the network and two folds: what
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three colours that are nearly told apart, in folders, and a table of how bright each picture is."""
+    """Three colours that are hard to distinguish, in folders, and a table of each image's brightness."""
     folder = tmp_path_factory.mktemp("recipes")
     rng = np.random.default_rng(0)
     rows = [["path", "target"]]
@@ -74,14 +74,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
             (folder / "photos" / name / f"{i:02}.png").write_bytes(file.getvalue())
-            os.utime(folder / "photos" / name / f"{i:02}.png", (1e9, 1e9))  # a file just written is read again
+            os.utime(folder / "photos" / name / f"{i:02}.png", (1e9, 1e9))  # a new file is read twice
             rows.append([f"{name}/{i:02}.png", str(pixels.mean())])
     with open(folder / "brightness.csv", "w", newline="") as out:
         csv.writer(out).writerows(rows)
     return folder
 
 
-def changes_of(name: str) -> dict[str, Any]:
+def make_changes(name: str) -> dict[str, Any]:
     return {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2, **CHANGES.get(name, {})}
 
 
@@ -89,22 +89,22 @@ def changes_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "smoke"])
 def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos, monkeypatch):
     monkeypatch.chdir(photos)
-    found = featpipe.run(name, "photos", changes=changes_of(name), out=f"runs/{name}")
+    result = featpipe.run(name, "photos", changes=make_changes(name), out=f"runs/{name}")
     again = featpipe.run(f"runs/{name}/recipe.toml", out=f"again/{name}")
-    assert numbers(again) == numbers(found)
-    assert again.recipe.heads == found.recipe.heads
-    assert found.report.read_text().startswith("<!doctype html>")
-    assert found.recipe.question in found.report.read_text().replace("&#39;", "'")
-    assert found.model.path == found.best.model
+    assert numbers(again) == numbers(result)
+    assert again.recipe.heads == result.recipe.heads
+    assert result.report.read_text().startswith("<!doctype html>")
+    assert result.recipe.question in result.report.read_text().replace("&#39;", "'")
+    assert result.model.path == result.best.model
     document = json.loads((photos / "runs" / name / "results.json").read_text())
-    assert [row["name"] for row in document["results"]] == [row.name for row in found.results]
-    assert (photos / "runs" / name / "table.txt").read_text() == f"{found}\n"
+    assert [row["name"] for row in document["results"]] == [row.name for row in result.results]
+    assert (photos / "runs" / name / "table.txt").read_text() == f"{result}\n"
 
 
-def test_every_key_of_the_results_is_explained(photos, monkeypatch):
+def test_the_readme_explains_every_key_of_the_results(photos, monkeypatch):
     monkeypatch.chdir(photos)
-    found = featpipe.run("keras-feature-extraction", "photos", changes=changes_of("keras-feature-extraction"))
-    readme, document = (ROOT / "pipelines" / "README.md").read_text(), found.to_dict()
+    result = featpipe.run("keras-feature-extraction", "photos", changes=make_changes("keras-feature-extraction"))
+    readme, document = (ROOT / "pipelines" / "README.md").read_text(), result.to_dict()
     for table in (document, document["results"][0], document["backbones"][0]):
         for key in table:
             assert re.search(rf"`(results\[\]\.)?{key}`", readme), key
@@ -116,24 +116,24 @@ def test_every_key_of_the_results_is_explained(photos, monkeypatch):
 
 
 def numbers(run: featpipe.experiments.Run) -> list[Any]:
-    """All that is measured but times and sizes."""
+    """All measurements except times and sizes."""
     return [
         (row.name, row.chosen_settings, row.cross_validated, row.held_out, row.best, row.model_digest)
         for row in run.results
     ]
 
 
-def test_smoke_runs_as_it_is(tmp_path, monkeypatch):
+def test_smoke_runs_unchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = featpipe.run("smoke")
-    assert found.folder == Path("runs/smoke")
-    assert {row.head for row in found.results} == {"logistic", "ridge"}
-    assert found.best.held_out["low"] > 1 / 17, "no better than a guess among seventeen photographs"
-    assert found.embedded[0].samples == 170
+    result = featpipe.run("smoke")
+    assert result.folder == Path("runs/smoke")
+    assert {row.head for row in result.results} == {"logistic", "ridge"}
+    assert result.best.held_out["low"] > 1 / 17, "no better than a guess among seventeen photographs"
+    assert result.embedded[0].samples == 170
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_recipe_says_its_question_and_its_time_and_no_default(path):
+def test_a_recipe_states_its_question_and_its_duration(path):
     text = path.read_text()
     document = tomllib.loads(text)
     assert document["question"] == read_question(path.stem)
@@ -145,7 +145,7 @@ def test_a_recipe_says_its_question_and_its_time_and_no_default(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_recipe_says_only_what_is_not_the_default(path):
+def test_a_recipe_sets_no_key_to_its_default(path):
     document = tomllib.loads(path.read_text())
     as_it_is = read_recipe(document)
     for table in [document, *(value for key in document for value in tables(document[key]))]:
@@ -157,10 +157,10 @@ def test_a_recipe_says_only_what_is_not_the_default(path):
 
 def tables(value: Any) -> list[dict[str, Any]]:
     """The tables that a value of a recipe is."""
-    found = value if isinstance(value, list) else [value]
-    return [table for table in found if isinstance(table, dict)]
+    tables = value if isinstance(value, list) else [value]
+    return [table for table in tables if isinstance(table, dict)]
 
 
-def test_the_recipes_come_with_the_package():
+def test_the_package_contains_the_recipes():
     assert list_builtin_recipes() == [path.stem for path in FILES]
     assert len(FILES) >= 8

@@ -149,7 +149,7 @@ def test_a_regressor_is_its_head_on_embeddings(targets: int, tiny: Any, photos: 
     assert regressor.score(photos, y) == oracle.score(features, y)
 
 
-def test_images_come_in_every_form(tiny: Any, photos: list[str], y: np.ndarray) -> None:
+def test_images_may_be_paths_bytes_pillow_images_or_arrays(tiny: Any, photos: list[str], y: np.ndarray) -> None:
     pandas = pytest.importorskip("pandas")
     data = [Path(path).read_bytes() for path in photos]
     series = pandas.Series(photos, index=range(100, 124))
@@ -174,7 +174,7 @@ def test_images_come_in_every_form(tiny: Any, photos: list[str], y: np.ndarray) 
     assert np.array_equal(fitted.predict_proba(data), TransferClassifier(tiny).fit(photos, y).predict_proba(photos))
 
 
-def test_images_at_hand_leave_no_cache_behind(tiny: Any, photos: list[str], home: Path) -> None:
+def test_images_in_memory_leave_no_cache(tiny: Any, photos: list[str], home: Path) -> None:
     FeatureExtractor(tiny).fit_transform([Path(path).read_bytes() for path in photos])
     FeatureExtractor(tiny, cache=None).fit_transform(photos)
     assert not (home / "cache").exists()
@@ -194,18 +194,18 @@ def test_any_output_of_a_backbone_is_embedded(tiny: Any, photos: list[str]) -> N
     assert tiny.shapes == {"pooled": (8,)}
 
 
-def test_weights_that_change_on_disk_are_read_again(photos: list[str], home: Path) -> None:
+def test_a_changed_weights_file_is_read_again(photos: list[str], home: Path) -> None:
     from featpipe import backbones
 
     def written(seed: int) -> Any:
-        made = backbones.load("timm/test_resnet", weights="none", seed=seed)
-        torch.save(made.network.state_dict(), home / "weights.pth")
-        return made
+        estimator = backbones.load("timm/test_resnet", weights="none", seed=seed)
+        torch.save(estimator.network.state_dict(), home / "weights.pth")
+        return estimator
 
     for seed in (1, 2):
-        made = written(seed)
-        found = FeatureExtractor("timm/test_resnet", weights="weights.pth").fit_transform(photos[:3])
-        assert np.allclose(found, by_hand(made, photos[:3]), atol=1e-5)
+        estimator = written(seed)
+        result = FeatureExtractor("timm/test_resnet", weights="weights.pth").fit_transform(photos[:3])
+        assert np.allclose(result, by_hand(estimator, photos[:3]), atol=1e-5)
 
 
 # -- scikit-learn's manners ------------------------------------------------------------------------------------------
@@ -214,14 +214,14 @@ def test_weights_that_change_on_disk_are_read_again(photos: list[str], home: Pat
 @pytest.mark.parametrize("kind", EMBEDS)
 def test_the_constructor_only_stores(kind: Any) -> None:
     odd = {name: object() for name in kind().get_params()}
-    made = kind(**odd)
-    assert made.get_params(deep=False) == odd
-    assert vars(made) == odd
+    estimator = kind(**odd)
+    assert estimator.get_params(deep=False) == odd
+    assert vars(estimator) == odd
     assert kind().set_params(output="x", seed=3).get_params() == {**kind().get_params(), "output": "x", "seed": 3}
 
 
 @pytest.mark.parametrize("kind", EMBEDS)
-def test_a_clone_has_the_settings_and_nothing_learnt(kind: Any, tiny: Any, photos: list[str]) -> None:
+def test_a_clone_has_the_settings_and_is_not_fitted(kind: Any, tiny: Any, photos: list[str]) -> None:
     fitted = kind(tiny, cache="kept", output="conv:avg").fit(photos, np.arange(24) % 3)
     copy = clone(fitted)
     assert [name for name in vars(copy) if name.endswith("_")] == []
@@ -231,14 +231,14 @@ def test_a_clone_has_the_settings_and_nothing_learnt(kind: Any, tiny: Any, photo
 
 
 @pytest.mark.parametrize("kind", EMBEDS)
-def test_what_is_not_fitted_says_so(kind: Any, photos: list[str]) -> None:
+def test_an_unfitted_estimator_raises_not_fitted_error(kind: Any, photos: list[str]) -> None:
     for method in ("predict", "predict_proba", "transform", "get_feature_names_out"):
         if hasattr(kind, method):
             with pytest.raises(NotFittedError):
                 getattr(kind(), method)(photos) if method != "get_feature_names_out" else kind().get_feature_names_out()
 
 
-def test_a_fitted_classifier_is_pickled_with_its_answers(tiny: Any, photos: list[str], y: np.ndarray) -> None:
+def test_a_pickled_classifier_gives_the_same_predictions(tiny: Any, photos: list[str], y: np.ndarray) -> None:
     for cache in ("cache", None):
         fitted = TransferClassifier("timm/test_resnet", weights="none", cache=cache).fit(photos, y)
         data = pickle.dumps(fitted)
@@ -264,7 +264,7 @@ def test_output_can_be_a_table(tiny: Any, photos: list[str]) -> None:
     assert extractor.transform(series).index.tolist() == [7, 5, 9, 6]
 
 
-def test_fitting_again_forgets_the_past(tiny: Any, photos: list[str], y: np.ndarray) -> None:
+def test_a_second_fit_does_not_depend_on_the_first(tiny: Any, photos: list[str], y: np.ndarray) -> None:
     classifier = TransferClassifier(tiny).fit(photos, y).fit(photos[:16], y[:16])
     assert classifier.classes_.tolist() == ["ape", "bee"]
     assert classifier.predict_proba(photos).shape == (24, 2)
@@ -299,7 +299,7 @@ def test_a_search_over_outputs_embeds_every_image_once_for_each(
     assert search.best_estimator_.predict(photos).shape == (24,)
 
 
-def test_more_images_later_embed_only_the_new_ones(counting: str, photos: list[str], home: Path) -> None:
+def test_only_new_images_are_embedded(counting: str, photos: list[str], home: Path) -> None:
     extractor = FeatureExtractor(counting).fit(photos)
     extractor.transform(photos[:10])
     extractor.transform(photos[5:])
@@ -309,8 +309,8 @@ def test_more_images_later_embed_only_the_new_ones(counting: str, photos: list[s
 
 def test_predictions_of_held_out_images_match_the_loop_by_hand(tiny: Any, photos: list[str], y: np.ndarray) -> None:
     features = FeatureExtractor(tiny).fit_transform(photos)
-    found = cross_val_predict(TransferClassifier(tiny), photos, y, cv=4, method="predict_proba")
-    assert np.array_equal(found, cross_val_predict(heads.build("logistic"), features, y, cv=4, method="predict_proba"))
+    result = cross_val_predict(TransferClassifier(tiny), photos, y, cv=4, method="predict_proba")
+    assert np.array_equal(result, cross_val_predict(heads.build("logistic"), features, y, cv=4, method="predict_proba"))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -353,15 +353,15 @@ def test_labels_that_do_not_fit_are_value_errors(tiny: Any, photos: list[str], y
 @pytest.mark.parametrize(
     "X", ["a.jpg", b"...", [], np.zeros((9, 9, 3), np.uint8), iter(["a.jpg"])], ids=lambda X: type(X).__name__
 )
-def test_what_is_not_a_list_of_images_is_a_value_error(X: Any, tiny: Any) -> None:
+def test_an_input_that_is_no_list_of_images_is_a_value_error(X: Any, tiny: Any) -> None:
     one_line(ValueError, "list", FeatureExtractor(tiny).fit(X).transform, X)
 
 
-def test_settings_that_cannot_be_used_are_one_line(tiny: Any, photos: list[str], y: np.ndarray) -> None:
+def test_errors_for_wrong_settings_have_one_line(tiny: Any, photos: list[str], y: np.ndarray) -> None:
     one_line(ConfigError, "unknown backbone 'resnet81'", FeatureExtractor("resnet81").fit, photos)
     one_line(
         ConfigError,
-        r"backbone is a Tiny; give a name, or featpipe\.backbone\.load",
+        r"backbone is a Tiny; give a name, or featpipe\.backbones\.load",
         FeatureExtractor(tiny.network).fit,
         photos,
     )
@@ -381,7 +381,7 @@ def test_settings_that_cannot_be_used_are_one_line(tiny: Any, photos: list[str],
 # -- the faces -------------------------------------------------------------------------------------------------------
 
 
-def test_what_people_write_works(make_folder: Any, home: Path) -> None:
+def test_examples_from_the_documentation_run(make_folder: Any, home: Path) -> None:
     make_folder(each=5)
     Path("a.jpg").write_bytes(Path("photos/ape/00.jpg").read_bytes())
     paths, y = sorted(map(str, Path("photos").rglob("*.jpg"))), ["ape"] * 5 + ["bee"] * 5 + ["cow"] * 5
@@ -415,7 +415,7 @@ def test_what_people_write_works(make_folder: Any, home: Path) -> None:
     ("svm", {"decision_function"}), ("knn", {"predict_proba"}), ("logistic", {"decision_function", "predict_proba"}),
     ("featpipe.SoftmaxRegressionCV", {"decision_function", "predict_proba"}),
 ])  # fmt: skip
-def test_a_classifier_answers_as_its_head_can(
+def test_a_classifier_has_the_methods_of_its_head(
     head: str, has: set[str], tiny: Any, photos: list[str], y: np.ndarray
 ) -> None:
     clf = TransferClassifier(tiny, head, head_params={"cv": 2} if "CV" in head else None)

@@ -1,4 +1,4 @@
-"""A recipe is read into the stages' own settings; what is wrong with it is named by file, table and key."""
+"""A recipe is parsed into the settings of the stages; errors name file, table and key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from featpipe.errors import ConfigError
 from featpipe.experiments import BACKBONE_FIELDS, EXTRACTION_KEYS, Recipe, parse_changes, read_recipe
 
 
-def test_what_is_not_said_has_the_default_of_its_stage():
+def test_a_missing_key_has_the_default_of_its_stage():
     recipe = read_recipe({})
     assert recipe == Recipe("recipe", "recipe", extractions=(ExtractionConfig(cache=str(Path("cache").absolute())),))
 
@@ -24,10 +24,10 @@ def test_a_list_is_a_sweep_and_a_list_in_a_list_is_one_value():
             "heads": [{"name": ["logistic", "svm"], "C": [1, 2]}, {"name": "mlp", "hidden": [[256, 128]]}],
         }
     )
-    assert [(one.backbone, one.precision) for one in recipe.extractions] == [
+    assert [(extraction.backbone, extraction.precision) for extraction in recipe.extractions] == [
         ("a", "fp32"), ("a", "bf16"), ("b", "fp32"), ("b", "bf16"),
     ]  # fmt: skip
-    assert {one.outputs for one in recipe.extractions} == {("pooled", "x:avg")}
+    assert {extraction.outputs for extraction in recipe.extractions} == {("pooled", "x:avg")}
     assert [(head.name, dict(head.settings)) for head in recipe.heads] == [
         ("logistic", {"C": 1}),
         ("logistic", {"C": 2}),
@@ -59,29 +59,29 @@ def test_a_list_is_a_sweep_and_a_list_in_a_list_is_one_value():
         ("a = \n", "wrong.toml: is not TOML (Invalid value (at line 1, column 5)"),
     ],
 )
-def test_what_is_wrong_is_named_by_file_table_and_key(tmp_path, text, message):
+def test_an_error_names_file_table_and_key(tmp_path, text, message):
     (tmp_path / "wrong.toml").write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error_info:
         read_recipe(tmp_path / "wrong.toml")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(error_info.value)
+    assert "\n" not in str(error_info.value)
 
 
-def test_what_is_typed_wrong_is_not_blamed_on_the_file():
+def test_an_error_in_an_override_names_set_and_not_the_file():
     with pytest.raises(ConfigError, match=r"^--set: \[split\] unknown key 'tset'; did you mean 'test'"):
         read_recipe({}, {"split.tset": 1})
     with pytest.raises(ConfigError, match=r"^--set heads\.3\.C: there is no '3' there"):
         read_recipe({}, {"heads.3.C": 1})
 
 
-def test_a_recipe_that_is_not_there_is_answered_with_the_nearest():
+def test_the_error_for_an_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown recipe 'linear-prob'; did you mean 'linear-probe'"):
         read_recipe("linear-prob")
-    with pytest.raises(ConfigError, match=r"there is no such recipe; `featpipe run --list` names"):
+    with pytest.raises(ConfigError, match=r"there is no such recipe; `featpipe run --list` lists"):
         read_recipe("mine.toml")
 
 
-def test_paths_of_a_file_are_relative_to_it_and_typed_ones_to_here(tmp_path, monkeypatch):
+def test_paths_in_a_file_are_relative_to_it_and_others_to_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "a.toml").write_text(
         'archive = ["photos", "featpipe:tiles"]\n[split]\ngroups = "visits.csv:patient"\n[[backbones]]\n'
@@ -92,12 +92,12 @@ def test_paths_of_a_file_are_relative_to_it_and_typed_ones_to_here(tmp_path, mon
     assert recipe.samples.archive == (str(tmp_path / "there" / "photos"), "featpipe:tiles")
     assert recipe.split.groups == f"{tmp_path / 'there' / 'visits.csv'}:patient"
     assert recipe.evaluation.archive == (str(tmp_path / "others"),)
-    weights = [one.weights for one in recipe.extractions]
+    weights = [extraction.weights for extraction in recipe.extractions]
     assert weights == ["none", str(tmp_path / "there" / "w" / "a.safetensors")]
     assert read_recipe("there/a.toml", archive="here").samples.archive == (str(tmp_path / "here"),)
 
 
-def test_values_are_typed_as_in_toml_or_as_text():
+def test_override_values_are_toml_or_text():
     texts = ["heads.0.C=1e-2", "a=1,10", "b=photos/", "c=[[256, 128]]", "d=true", "e=x,y", "f='1,2'", "g="]
     assert parse_changes(texts) == {
         "heads.0.C": 0.01, "a": [1, 10], "b": "photos/", "c": [[256, 128]], "d": True, "e": ["x", "y"], "f": "1,2",
@@ -108,7 +108,7 @@ def test_values_are_typed_as_in_toml_or_as_text():
             parse_changes([wrong])
 
 
-def test_an_empty_value_takes_the_key_out_and_tables_are_added():
+def test_an_empty_value_removes_the_key_and_the_next_number_adds_a_table():
     document = {"images": 5, "heads": [{"name": "knn"}]}
     recipe = read_recipe(document, {"images": None, "heads.1.name": "lda", "heads.1.output": "pooled"})
     assert recipe.samples.images is None
@@ -116,14 +116,25 @@ def test_an_empty_value_takes_the_key_out_and_tables_are_added():
     assert document == {"images": 5, "heads": [{"name": "knn"}]}
 
 
-def test_dates_are_texts():
+def test_text_with_a_number_sign_is_not_cut_and_numbers_need_no_leading_zero():
+    assert parse_changes(["labels=photos#1.csv", "a=5#2", "b=.5", "c=-.5", "d='x#y'", "e=1,x#y"]) == {
+        "labels": "photos#1.csv", "a": "5#2", "b": 0.5, "c": -0.5, "d": "x#y", "e": [1, "x#y"],
+    }  # fmt: skip
+
+
+def test_dates_become_text():
     recipe = read_recipe({}, parse_changes(["split.times=visits.csv:date", "split.since=2024-03-01"]))
     assert recipe.split.since == "2024-03-01"
 
 
-def test_every_setting_of_an_extraction_has_its_place_in_a_recipe():
-    elsewhere = {"transform": "code", "labels": "a key of the whole", "out": "a run's own", "overwrite": "a run's own"}
-    elsewhere["time_limit"] = "of one call, and not of what it asks for"
+def test_every_extraction_setting_has_a_key_in_a_recipe():
+    elsewhere = {
+        "transform": "code",
+        "labels": "a top-level key",
+        "out": "set by the run",
+        "overwrite": "set by the run",
+    }
+    elsewhere["time_limit"] = "belongs to one call"
     assert {field.name for field in fields(ExtractionConfig)} == {
         *BACKBONE_FIELDS.values(),
         *EXTRACTION_KEYS,

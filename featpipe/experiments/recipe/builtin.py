@@ -1,4 +1,4 @@
-"""The recipes that come along, by name."""
+"""The built-in recipes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from featpipe.errors import ConfigError
 __all__ = ["RECIPES_FOLDER", "find_recipe", "list_builtin_recipes", "read_question"]
 
 RECIPES_FOLDER = Path(__file__).parents[2] / "pipelines"
-"""A link to the folder ``pipelines`` of the sources, and a folder of its own where featpipe is installed."""
+"""In the sources a link to the folder ``pipelines``; in an installed package a folder."""
 
 RECIPE_SUFFIX = ".toml"
 
 
 def list_builtin_recipes() -> list[str]:
-    """The names of the recipes that come along.
+    """List the names of the built-in recipes.
 
     Examples
     --------
@@ -29,23 +29,23 @@ def list_builtin_recipes() -> list[str]:
 
 
 def find_recipe(recipe: str | os.PathLike[str]) -> Path:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Parameters
     ----------
     recipe : str or path-like
-        A name, or a path: what ends in .toml or has a slash in it.
+        The name of a built-in recipe; or a path, which ends in .toml or contains a slash.
 
     Raises
     ------
     ConfigError
-        If there is none.
+        If there is no such recipe.
     """
     text = os.fspath(recipe)
     if not isinstance(recipe, str) or text.endswith(RECIPE_SUFFIX) or os.sep in text:
         path = Path(text)
         if not path.is_file():
-            raise ConfigError(f"{path}: there is no such recipe; `featpipe run --list` names those that come along")
+            raise ConfigError(f"{path}: there is no such recipe; `featpipe run --list` lists the built-in ones")
         return path
     if text not in list_builtin_recipes():
         raise unknown_name_error(
@@ -55,7 +55,7 @@ def find_recipe(recipe: str | os.PathLike[str]) -> Path:
 
 
 def read_question(name: str) -> str:
-    """What a recipe that comes along answers: the value of its key ``question``."""
+    """Read the question of a built-in recipe: the value of its key ``question``."""
     question_match = re.search(
         r'^question = "(.*)"$', (RECIPES_FOLDER / f"{name}{RECIPE_SUFFIX}").read_text(encoding="utf-8"), re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""What is changed of a recipe for one run: ``heads.0.C=10``."""
+"""Overrides of a recipe for one run: ``heads.0.C=10``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["apply_changes", "parse_changes"]
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs.
 
-    A value is written as in TOML, or as text without quotes; several with commas are a list. An empty one takes the key
-    out of the recipe.
+    A value is written as in TOML, or as text without quotes; values joined by commas are a list. An empty value removes
+    the key from the recipe.
 
     Raises
     ------
@@ -32,19 +32,20 @@ def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's document with some of its values replaced; it is not changed itself.
+    """Replace values of a recipe's document; returns a copy.
 
     Parameters
     ----------
     document : mapping
-        As TOML gives it.
+        The parsed TOML.
     changes : mapping from dotted key to value
-        A number in a key counts the tables of an array, and one more than there are adds a table. None removes.
+        A number in a key is the position of a table in an array; the next free position adds a table. None removes the
+        key.
 
     Raises
     ------
     ConfigError
-        If a key leads through a value that is no table.
+        If a part of a key before the last one is not a table.
 
     Examples
     --------
@@ -69,7 +70,7 @@ def _copy_nested(value: Any) -> Any:
 
 
 def _get_or_create(container: Any, part: str, default: Any, key: str) -> Any:
-    """The table or array of this name in a table or array, which is made if there is none."""
+    """The table or array of this name in a table or array; created if missing."""
     if isinstance(container, dict) and not part.isdigit():
         return container.setdefault(part, default)
     if isinstance(container, list) and part.isdigit() and int(part) <= len(container):

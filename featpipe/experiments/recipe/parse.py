@@ -1,4 +1,4 @@
-"""A TOML file, with what is changed of it, to a recipe. Every error names file, table and key."""
+"""Parse a TOML file and its overrides into a recipe. Every error names file, table and key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from featpipe.experiments.recipe.schema import (
 
 __all__ = ["BACKBONE_FIELDS", "EXTRACTION_KEYS", "TABLE_NAMES", "read_recipe"]
 
-BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of Extraction: what decides the embeddings
+BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of ExtractionConfig: what determines the embeddings
     "name": "backbone",
     "weights": "weights",
     "outputs": "outputs",
@@ -45,7 +45,7 @@ BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of Extraction: wha
     "storage": "storage",
 }
 EXTRACTION_KEYS = ("cache", "device", "engine", "workers", "batch", "max_bad", "check_content", "shard_bytes")
-"""Keys of the table [extraction]: how and where it runs."""
+"""Keys of the table [extraction]: how and where the extraction runs."""
 
 STAGE_CLASSES: dict[str, type] = {
     "split": SplitConfig,
@@ -55,7 +55,11 @@ STAGE_CLASSES: dict[str, type] = {
 }
 TABLE_NAMES = ("backbones", "extraction", "heads", "finetune", *STAGE_CLASSES)
 
-_TYPE_OVERRIDES = {"backbone": str, "weights": str | None, "cache": str}  # where Python takes more than a file can say
+_TYPE_OVERRIDES = {
+    "backbone": str,
+    "weights": str | None,
+    "cache": str,
+}  # where Python accepts more types than a file can hold
 _HEAD_KEYS = tuple(field.name for field in fields(RecipeHead) if field.name not in ("settings", "table"))
 
 
@@ -69,17 +73,17 @@ def read_recipe(
     Parameters
     ----------
     recipe : str, path-like, mapping or Recipe
-        A name of one that comes along, a file, or what such a file holds. Paths in a file are relative to its folder,
-        others to where one is.
+        The name of a built-in recipe, a file, or the content of one. Paths in a file are relative to its folder, all
+        others to the working directory.
     changes : mapping from dotted key to value, optional
-        What is to be another way, as ``{"heads.0.C": 10}``.
+        Overrides, such as ``{"heads.0.C": 10}``.
     archive : path-like or sequence of path-like, optional
-        The images, in place of the recipe's own.
+        The images, instead of the recipe's own.
 
     Raises
     ------
     ConfigError
-        If there is no such recipe, it is no TOML, or a table, key or value is not as it must be.
+        If there is no such recipe, it is not TOML, or a table, key or value is invalid.
     """
     overrides = dict(changes or {})
     if archive is not None:
@@ -87,7 +91,7 @@ def read_recipe(
         overrides["archive"] = [os.fspath(path) for path in archives]
     if isinstance(recipe, Recipe):
         if overrides:
-            raise ConfigError("a Recipe is changed with dataclasses.replace; changes are of a file or a mapping")
+            raise ConfigError("a Recipe is changed with dataclasses.replace; changes are for a file or a mapping")
         return recipe
     if isinstance(recipe, Mapping):
         name, where, document = "recipe", "recipe", dict(recipe)
@@ -111,7 +115,7 @@ def _parse_toml(path: Path) -> dict[str, Any]:
 
 
 def _resolve_paths(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """With absolute paths, so that another folder makes no other run."""
+    """Make paths absolute, so that a run does not depend on the working directory."""
 
     def resolve_path(path: Any) -> Any:
         if isinstance(path, (list, tuple)):
@@ -153,14 +157,14 @@ def _convert_values(table: Mapping[str, Any], converters: Mapping[str, Callable[
 
 @dataclass(frozen=True)
 class _RecipeParser:
-    """Reads tables, and knows what to call them in messages.
+    """Parses tables, and names them in messages.
 
     Attributes
     ----------
     where : str
-        The file.
+        The file, for messages.
     changes : frozenset of str
-        Dotted keys that do not come from it.
+        Dotted keys of the overrides.
     """
 
     where: str
@@ -209,7 +213,7 @@ class _RecipeParser:
             yield f"{name}.{position}", table
 
     def _parse_stage(self, name: str, config_class: type, table: Mapping[str, Any]) -> Any:
-        """A stage of one table, every key of the kind that its field is."""
+        """Parse the table of a stage."""
         field_types = get_field_types(config_class)
         self._check_keys(name, table, [field.name for field in fields(config_class)])
         return self._build(
@@ -219,7 +223,7 @@ class _RecipeParser:
         )
 
     def _parse_extractions(self, document: Mapping[str, Any]) -> tuple[ExtractionConfig, ...]:
-        """One for each backbone, and for each combination of what is listed of it."""
+        """Make the settings for each backbone and each combination of its listed values."""
         field_types = {**get_field_types(ExtractionConfig), **_TYPE_OVERRIDES}
         common_table = self._get_table("extraction", document)
         self._check_keys("extraction", common_table, EXTRACTION_KEYS)
@@ -242,7 +246,7 @@ class _RecipeParser:
         return tuple(extractions)
 
     def _parse_heads(self, tables: Any) -> tuple[RecipeHead, ...]:
-        """One for each head, and for each combination of what is listed of it."""
+        """Make each head, for each combination of its listed values."""
         field_types, recipe_heads = get_field_types(RecipeHead), []
         for name, table in self._iter_tables("heads", tables):
             for combination in _iter_combinations(table, [key for key in table if key != "grid"]):
@@ -283,14 +287,14 @@ class _RecipeParser:
 
 
 def _iter_combinations(table: Mapping[str, Any], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The table once for each combination of what is listed under some keys, the first key slowest."""
+    """Iterate over the combinations of the values listed under some keys; the first key varies slowest."""
     list_keys = [key for key in keys if isinstance(table[key], list)]
     for values in product(*(table[key] for key in list_keys)):
         yield {**table, **dict(zip(list_keys, values, strict=True))}
 
 
 def _parse_setting(value: Any) -> Any:
-    """A setting of a head: a list within a list is one value, and the text "none" is no value."""
+    """Convert a setting of a head: a list within a list is one value, the text "none" is None."""
     if isinstance(value, list):
         return tuple(_parse_setting(item) for item in value)
     return None if value == "none" else value

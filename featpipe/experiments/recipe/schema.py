@@ -1,4 +1,4 @@
-"""The tables of a recipe: what each stage is asked for, and the defaults of what is not said."""
+"""The tables of a recipe and their defaults."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 TILES_ARCHIVE = "featpipe:tiles"
-"""The archive that comes along: tiles of the photographs in scikit-image and scikit-learn."""
+"""The built-in archive: tiles of the photographs in scikit-image and scikit-learn."""
 ALL_HEADS = "all"
-"""The head that stands for every head which does the task."""
+"""Stands for every head that does the task."""
 
 
 @dataclass(frozen=True)
 class SamplesConfig(Settings):
-    """Which images, and what is known of them: the keys before the first table of a recipe.
+    """The images and their labels: the keys before the first table of a recipe.
 
     Attributes
     ----------
@@ -47,11 +47,11 @@ class SamplesConfig(Settings):
     labels : str, optional
         A table of paths and labels.
     path_column, label_column : str, optional
-        Its columns, found by their names if not given.
+        Its columns; detected by their names if not given.
     task : {"classification", "regression", "multilabel"}, optional
-        What the labels are; told from them if not given.
+        The kind of the labels; inferred from them if not given.
     images : int, optional
-        So many of them at most, with the mix of labels that all have.
+        Maximum number of images; the subset has the class frequencies of the whole.
     """
 
     archive: tuple[str, ...] = ()
@@ -69,24 +69,24 @@ class SamplesConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which images are learnt from, and which a score is reported for.
+    """Which images are for training and which are for scoring.
 
     Attributes
     ----------
     test : float
-        The share that is held out, where the labels bring no split of their own and no other archive is scored.
+        The held-out share, if the labels come without a split and no other archive is scored.
     seed : int
-        Of that split, and of the draws.
+        Seed of the split and of the draws.
     groups, times : str, optional
-        ``TABLE:COLUMN``: what keeps images on one side, or orders them.
+        ``TABLE:COLUMN``: the groups that are never on both sides; the times that order the images.
     since : str, optional
-        With times: the earliest of the images that are held out.
+        With times: the earliest held-out time.
     without : str, optional
         A table of images to leave out.
     per_class : tuple of int
-        Learn from so many images of each class, in place of all of them; each number is a row of the table.
+        Train on this number of images per class instead of all; each number is a row of the table.
     draws : int
-        How often they are drawn, for the spread.
+        Number of draws, for the spread.
     """
 
     test: Annotated[float, Range(above=0, below=1)] = 0.2
@@ -101,7 +101,7 @@ class SplitConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.since is not None and self.times is None:
-            raise ConfigError(f"since is {self.since!r}, and nothing says when images were made; give times too")
+            raise ConfigError(f"since is {self.since!r} without times; give times too")
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,17 @@ class RecipeHead(Settings):
     name : str
         A name that ``featpipe heads`` lists, an import path, or ``all``.
     settings : mapping
-        Of the head, beside the keys of this table.
+        Settings of the head: the other keys of this table.
     output : str, optional
-        Which of the backbone's outputs; the first if not given.
+        One of the backbone's outputs; the first if not given.
     tune : bool, optional
-        Choose settings on inner folds; of ``logistic`` alone its strength, if not given.
+        Choose settings on inner folds; if not given, only the strength of ``logistic``.
     grid : mapping from setting to list of values
-        What is tried.
+        The values to try.
     balance : {"over", "under", "smote"}, optional
-        How rows are resampled.
+        How training rows are resampled.
     table : str
-        Where in the recipe it stands, for messages.
+        Its place in the recipe, for messages.
     """
 
     name: str = "logistic"
@@ -137,37 +137,37 @@ class RecipeHead(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(not isinstance(values, (list, tuple)) or not values for values in self.grid.values()):
-            raise ConfigError("grid lists what is tried of each setting, as in grid = {C = [0.1, 1]}")
+            raise ConfigError("grid lists the values of each setting, as in grid = {C = [0.1, 1]}")
         if self.name == ALL_HEADS and (self.settings or self.grid):
-            raise ConfigError("settings and a grid are of one head, not of all; name it")
+            raise ConfigError("settings and a grid are for one head, not for all; name it")
 
 
 @dataclass(frozen=True)
 class RecipeTraining(Settings):
-    """How every head is trained.
+    """The table [training]: how every head is trained.
 
     Attributes
     ----------
     cv : int
-        Folds of the training images by which heads are compared.
+        Number of cross-validation folds of the training images.
     metric : str, optional
-        What heads and settings are chosen by; the first of the task if not given.
+        The metric that selects heads and settings; the first of the task if not given.
     seed : int
-        For what is random in training.
+        Random seed of training.
     calibrate : bool
-        Make probabilities mean what they say.
+        Calibrate probabilities.
     prior : mapping from class to share
-        How frequent classes are where the model will be used.
+        Class frequencies where the model will be used.
     one_standard_error : bool
-        Take the smallest ``C`` of ``logistic`` within a standard error of the best.
+        Choose the smallest ``C`` of ``logistic`` within one standard error of the best.
     memory : int, optional
         Bytes that training may use.
     keep : str, optional
-        What models keep of the training data, so that they can learn more classes.
+        What models keep of the training data for learning more classes.
     jobs : int, optional
         Processes for tuning.
     portable : bool
-        Carry the backbone's weights in the files of the models.
+        Include the backbone's weights in the model files.
     """
 
     cv: Annotated[int, Range(minimum=2)] = 5
@@ -189,11 +189,11 @@ class EvaluationConfig(Settings):
     Attributes
     ----------
     archive : tuple of str
-        Other images than those of training; the held-out ones if there are none.
+        Images to score; the held-out ones if not given.
     labels : str, optional
-        A table of their labels.
+        Table of their labels.
     findings : bool
-        Write tables of what to look at next.
+        Write tables of likely label errors and other images to look at.
     """
 
     archive: tuple[str, ...] = ()
@@ -203,12 +203,12 @@ class EvaluationConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels is not None and not self.archive:
-            raise ConfigError("labels are of an archive to score; give it with archive")
+            raise ConfigError("labels belong to an archive to score; give it with archive")
 
 
 @dataclass(frozen=True)
 class ReportConfig(Settings):
-    """The page.
+    """The report.
 
     Attributes
     ----------
@@ -221,26 +221,26 @@ class ReportConfig(Settings):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole experiment: what each stage is asked for.
+    """An experiment: the settings of every stage.
 
     Attributes
     ----------
     name : str
-        What the run's folder is called.
+        Name of the run's folder.
     where : str
         The file, for messages.
     question : str
-        What it answers.
-    samples : Samples
-    extractions : tuple of Extraction
+        The question that the experiment answers.
+    samples : SamplesConfig
+    extractions : tuple of ExtractionConfig
         One for each backbone.
-    heads : tuple of Head
-    split : Split
-    training : Training
-    finetune : FineTuning or None
-        What is asked for of the stage that trains the network too, where there is to be one.
-    evaluation : Evaluation
-    report : Report
+    heads : tuple of RecipeHead
+    split : SplitConfig
+    training : RecipeTraining
+    finetune : FineTuneConfig or None
+        None skips fine-tuning.
+    evaluation : EvaluationConfig
+    report : ReportConfig
     """
 
     name: str
@@ -257,4 +257,4 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.finetune is not None and (self.split.per_class or self.samples.images is not None):
-            raise ConfigError("[finetune] trains on all of the images; leave images and [split] per_class out")
+            raise ConfigError("[finetune] trains on all images; leave images and [split] per_class out")
