@@ -12,7 +12,8 @@ import pytest
 
 from featpipe import FeatureCache
 from tests.conftest import jpeg
-from tests.e2e.test_commands import OWN, begun
+from tests.e2e.test_commands import OWN
+from tests.support.interrupts import start_and_hold
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_sharded_cache_is_packed_and_shown(command, make_folder, own, tmp_path
 
 def test_unfinished_work_is_shown_and_goes_only_when_that_is_wanted(command, make_folder, own, tmp_path):
     make_folder(each=30)  # too few for a graph, which would leave out the sleeping
-    process = begun(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
+    process = start_and_hold(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
     assert "nothing to remove" in command("clean").stdout  # the extraction is running
     process.kill()
     process.communicate()

@@ -1,4 +1,4 @@
-"""Commands that are stopped at a known moment, in processes of their own."""
+"""Commands that are stopped, or held, at a known moment, in processes of their own: no test waits for a time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The process sends the signal to itself when it has committed its first part, so that no test waits for a time.
-STOPPED_AFTER_THE_FIRST_PART = """
+# When the first part is committed, the process sends itself a signal, or says so and waits for its input to end.
+_AFTER_THE_FIRST_PART = """
 import os, sys
 from featpipe.extraction import worker
 from featpipe.storage import StagingArea
 
 worker.MAX_PART_SECONDS = 0.2
-commit, number = StagingArea.commit, int(os.environ["STOPPED_BY"])
+commit, stop = StagingArea.commit, int(os.environ["STOPPED_BY"])
 
 def commit_and_stop(*arguments, **keywords):
     part = commit(*arguments, **keywords)
     StagingArea.commit = commit
-    os.kill(os.getpid(), number)
+    if stop:
+        os.kill(os.getpid(), stop)
+    else:
+        print("committed", flush=True)
+        sys.stdin.read()
     return part
 
 StagingArea.commit = commit_and_stop
@@ -35,7 +39,7 @@ def run_and_stop(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command that embeds images, and stop it by a signal as soon as its first part is committed."""
     return subprocess.run(
-        [sys.executable, "-c", STOPPED_AFTER_THE_FIRST_PART, *arguments],
+        [sys.executable, "-c", _AFTER_THE_FIRST_PART, *arguments],
         cwd=folder,
         env={**os.environ, "STOPPED_BY": str(int(stop))},
         capture_output=True,
@@ -43,3 +47,19 @@ def run_and_stop(
         timeout=280,
         check=False,
     )
+
+
+def start_and_hold(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """A running command that has committed its first part, and goes no further until its standard input is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _AFTER_THE_FIRST_PART, *arguments],
+        cwd=folder,
+        env={**os.environ, "STOPPED_BY": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "committed\n", process.communicate()
+    return process
