@@ -139,5 +139,5 @@ def test_bad_images_at_the_front_are_passed_over(make_folder, tiny, tmp_path):
 
 
 def test_a_cosine_is_from_0_to_1(make_folder, tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"min_cosine is 1\.5; it must be from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"min_cosine is 1\.5; give a number from 0 to 1"):
         extract(make_folder(), backbone=tiny, cache=tmp_path, precision="auto", min_cosine=1.5)

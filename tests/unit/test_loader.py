@@ -249,14 +249,14 @@ class Slow:
         weakref.finalize(made, self._gone)
         return made
 
-    unhurried = transform
+    fallback_transform = transform
 
     def _gone(self) -> None:
         with self._lock:
             self.alive -= 1
 
-    collect = staticmethod(list)
-    running = staticmethod(nullcontext)
+    collate = staticmethod(list)
+    session = staticmethod(nullcontext)
 
     def enter_stream(self, workers: int) -> None:
         pass
@@ -276,7 +276,7 @@ def numbered(n: int) -> SampleList:
 @pytest.mark.parametrize(("batch", "workers"), [(64, 1), (64, 3), (64, 16), (8, 16), (256, 5)])
 def test_three_batches_and_a_piece_are_in_memory_for_a_gpu_however_many_cores_there_are(batch, workers):
     engine, n = Slow(batch, 0.02), 10 * max(batch, workers) + 3
-    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collate=engine.collect)
+    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collate=engine.collate)
     found = np.full(n, -1.0)
     with closing(loader), closing(embed_batches(loader, engine, workers)) as batches:
         for made, values in batches:
@@ -301,7 +301,7 @@ def test_pieces_are_small_and_fit_into_a_batch(batch, workers):
 
 def test_full_batches_are_joined_of_pieces_while_there_are_enough_pictures():
     engine, n = Slow(64), 64 * 5 + 1
-    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collate=engine.collect)
+    loader = Loader(numbered(n), np.arange(n), engine.transform, engine.batch, collate=engine.collate)
     with closing(loader):
         assert sum(len(made.rows) for made, _ in embed_batches(loader, engine, 2)) == n
     assert engine.batches[:4] == [64] * 4  # the last, short piece may overtake the one before it
@@ -348,7 +348,7 @@ def test_rows_without_a_picture_and_rows_that_are_known_keep_their_places_among_
     index = archive.index(folder)
     known = {digest((folder / "ape" / f"{number:02}.jpg").read_bytes()) for number in (5, 6, 38)}
     engine = Slow(8)
-    loader = Loader(index, np.arange(40), engine.transform, 8, known.__contains__, engine.collect)
+    loader = Loader(index, np.arange(40), engine.transform, 8, known.__contains__, engine.collate)
     status, found = np.full(40, -1), np.full((40, 3), np.nan)
     seconds = 0.0
     with closing(loader):
@@ -369,7 +369,7 @@ def test_rows_without_a_picture_and_rows_that_are_known_keep_their_places_among_
 
 def test_nothing_but_known_rows_is_handed_on_without_a_forward_pass():
     engine, items = Slow(4), SampleList([jpeg(1)] * 700)
-    loader = Loader(items, np.arange(700), engine.transform, 4, lambda _: True, engine.collect)
+    loader = Loader(items, np.arange(700), engine.transform, 4, lambda _: True, engine.collate)
     with closing(loader):
         batches = [batch for batch, values in embed_batches(loader, engine, 2) if not values]
     assert sum(len(batch.rows) for batch in batches) == 700
@@ -383,7 +383,7 @@ def test_a_failure_of_the_engine_stops_the_workers():
             raise RuntimeError("broken")
 
     engine, before = Broken(8), threading.active_count()
-    loader = Loader(numbered(100), np.arange(100), engine.transform, 8, collate=engine.collect)
+    loader = Loader(numbered(100), np.arange(100), engine.transform, 8, collate=engine.collate)
     with (
         pytest.raises(RuntimeError, match="broken"),
         closing(loader),
