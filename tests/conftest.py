@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -13,78 +11,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, a process for each core
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
 from featpipe.cli import logging
+from tests.support.devices import needs_gpu
+from tests.support.images import jpeg
 from tests.support.logs import logged_messages, pop_unexpected_warnings
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """A smooth random picture: noise, blown up."""
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def jpeg(seed: int, size: tuple[int, int] = (40, 32)) -> bytes:
-    file = io.BytesIO()
-    picture(seed, size).save(file, "JPEG", quality=92)
-    return file.getvalue()
-
-
-def tiny_transform(image: Tensor) -> Tensor:
-    """Twelve by twelve pixels in [0, 1]."""
-    small = nn.functional.interpolate(image[None].float(), (12, 12), mode="area")
-    return small[0] / 255
-
-
-class Tiny(nn.Module):
-    """A network that embeds thousands of images in a second."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.conv = nn.Conv2d(3, 8, 3)
-            self.norm = nn.BatchNorm2d(8)
-            self.norm.running_mean.normal_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)).relu().mean((2, 3))
-
-
-def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward pass is of, from here on; what proves that a network is frozen is none."""
-    from featpipe.inference import Engine
-
-    passes: list[int] = []
-    submit = Engine.submit
-
-    def counted(self: Engine, images: Tensor) -> object:
-        passes.append(len(images))
-        return submit(self, images)
-
-    monkeypatch.setattr(Engine, "submit", counted)
-    return passes
-
-
-def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
-    """As Ctrl-C would, after some steps, once; gets an entry for each step."""
-    from featpipe.finetuning import loop
-
-    real, made = loop.optimizer_step, list[int]()
-
-    def interrupted(*given: object) -> None:
-        real(*given)  # type: ignore[arg-type]
-        made.append(1)
-        if len(made) == after:
-            signal.raise_signal(signal.SIGINT)  # to this thread: here, and nowhere within torch
-
-    monkeypatch.setattr(loop, "optimizer_step", interrupted)
-    return made
+from tests.support.networks import OWN, Tiny, tiny_transform
 
 
 @pytest.fixture
@@ -93,9 +27,6 @@ def tiny() -> object:
     from featpipe import backbones
 
     return backbones.load(Tiny(), transform=tiny_transform)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
@@ -179,3 +110,10 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object
     from tests.support.expansion import make_cache_writer
 
     return make_cache_writer(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A quick network of the user's own, in the folder where the commands run."""
+    (tmp_path / "nets.py").write_text(OWN.format(slow=0))
+    return "nets:make"

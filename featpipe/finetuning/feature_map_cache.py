@@ -244,5 +244,7 @@ def _existing_ancestor(folder: str | os.PathLike[str]) -> Path:
 
 def _truncate_backbone(backbone: Backbone, partition: Partition) -> Backbone:
     """The backbone with the feature map at the boundary as its only output."""
-    outputs = resolve_outputs(backbone.network, [partition.output], backbone.transform)  # the partition may be of a copy
+    outputs = resolve_outputs(
+        backbone.network, [partition.output], backbone.transform
+    )  # the partition may be of a copy
     return replace(backbone, outputs=outputs, request={**backbone.request, "outputs": [partition.output]})

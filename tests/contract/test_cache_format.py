@@ -421,8 +421,8 @@ def labelled(path: Path, labels: Labels) -> FeatureCache:
     """A cache of as many rows as there are labels."""
     n = len(labels)
     table = SampleTable(
-        StringColumn.from_strings(map(str, range(n))), np.zeros(n, "u1"), np.ones((n, 32), "u1"), np.zeros((n, 16), "u1"),
-        np.zeros(n, "u1"), labels,
+        StringColumn.from_strings(map(str, range(n))), np.zeros(n, "u1"), np.ones((n, 32), "u1"),
+        np.zeros((n, 16), "u1"), np.zeros(n, "u1"), labels,
     )  # fmt: skip
     shapes = make_golden.SHAPES
     write_cache(path, table, {"facts": make_golden.FACTS}, shapes, "float32",

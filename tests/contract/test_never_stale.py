@@ -18,7 +18,7 @@ from featpipe.backbones import Transform
 from featpipe.config import PRECISIONS, STORAGES, ExtractionConfig
 from featpipe.extraction import make_facts
 from featpipe.storage import compute_fingerprint
-from tests.conftest import Tiny, tiny_transform
+from tests.support.networks import Tiny, tiny_transform
 
 CODE = [
     "decoding.py",

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import featpipe
 from featpipe.experiments import (
@@ -28,27 +23,12 @@ from featpipe.experiments import (
     read_recipe,
 )
 from featpipe.experiments.recipe.parse import TABLE_NAMES
-from tests.conftest import Tiny, tiny_transform
-from tests.support.finetuning import Ladder, small_transform
+from tests.support.recipes import HERE, numbers
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipelines").glob("*.toml"))
-EACH = 24
 
 
-def tiny() -> Any:
-    return Tiny(), tiny_transform
-
-
-def other() -> Any:
-    return Tiny(7), tiny_transform
-
-
-def ladder() -> Any:
-    return Ladder(), small_transform
-
-
-HERE = "tests.contract.test_recipes"
 CHANGES: dict[str, dict[str, Any]] = {  # besides a tiny network and two folds: settings that are fast on a tiny archive
     "compare-backbones": {"backbones.0.name": [f"{HERE}:tiny", f"{HERE}:other"], "images": 60, "heads.0.C": 1},
     "compare-heads": {"heads.0.tune": False},
@@ -58,27 +38,6 @@ CHANGES: dict[str, dict[str, Any]] = {  # besides a tiny network and two folds: 
     "linear-probe": {"heads.0.C": [0.1, 1]},
     "regression": {"labels": "brightness.csv", "heads.1.epochs": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three colours that are hard to distinguish, in folders, and a table of each image's brightness."""
-    folder = tmp_path_factory.mktemp("recipes")
-    rng = np.random.default_rng(0)
-    rows = [["path", "target"]]
-    for number, name in enumerate(("blue", "green", "red")):
-        (folder / "photos" / name).mkdir(parents=True)
-        for i in range(EACH):
-            pixels = rng.integers(0, 160, (16, 16, 3))
-            pixels[..., 2 - number] += rng.integers(0, 24)
-            file = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
-            (folder / "photos" / name / f"{i:02}.png").write_bytes(file.getvalue())
-            os.utime(folder / "photos" / name / f"{i:02}.png", (1e9, 1e9))  # a new file is read twice
-            rows.append([f"{name}/{i:02}.png", str(pixels.mean())])
-    with open(folder / "brightness.csv", "w", newline="") as out:
-        csv.writer(out).writerows(rows)
-    return folder
 
 
 def make_changes(name: str) -> dict[str, Any]:
@@ -113,14 +72,6 @@ def test_the_readme_explains_every_key_of_the_results(photos, monkeypatch):
     for stage in (SamplesConfig, SplitConfig, RecipeTraining, EvaluationConfig, ReportConfig):
         for field in fields(stage):
             assert re.search(rf"\b{field.name}\b", readme), field.name
-
-
-def numbers(run: featpipe.experiments.Run) -> list[Any]:
-    """All measurements except times and sizes."""
-    return [
-        (row.name, row.chosen_settings, row.cross_validated, row.held_out, row.best, row.model_digest)
-        for row in run.results
-    ]
 
 
 def test_smoke_runs_unchanged(tmp_path, monkeypatch):

@@ -20,9 +20,9 @@ import pytest
 import featpipe
 from featpipe import cli
 from featpipe.storage import StagingArea
-from tests.conftest import jpeg
-from tests.e2e.test_commands import OWN
+from tests.support.images import jpeg
 from tests.support.interrupts import run_and_stop
+from tests.support.networks import OWN
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)

@@ -11,37 +11,9 @@ import sys
 
 import pytest
 
-from tests.conftest import jpeg
+from tests.support.images import jpeg
 from tests.support.interrupts import run_and_stop
-
-OWN = """
-import torch
-from torch import nn
-
-def transform(image):
-    small = nn.functional.interpolate(image[None].float(), (12, 12), mode="area")
-    return small[0] / 255
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.slow = {slow}
-    def forward(self, x):
-        import time
-        time.sleep(self.slow * len(x))
-        return self.conv(x).relu().mean((2, 3))
-
-def make():
-    return Net(), transform
-"""
-
-
-@pytest.fixture
-def own(tmp_path):
-    """A quick network of the user's own, in the folder where the commands are typed."""
-    (tmp_path / "nets.py").write_text(OWN.format(slow=0))
-    return "nets:make"
+from tests.support.networks import OWN
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from featpipe.cli import main
-from tests.conftest import jpeg
+from tests.support.images import jpeg
 
 
 @dataclass

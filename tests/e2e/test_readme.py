@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import jpeg
+from tests.support.images import jpeg
 
 pytestmark = pytest.mark.thorough
 

@@ -14,7 +14,7 @@ import pytest
 
 from featpipe import evaluate, extract, train
 from featpipe.report import write_report
-from tests.conftest import jpeg
+from tests.support.images import jpeg
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -33,7 +33,7 @@ CLASSES = (
 def page_file(tmp_path_factory):
     """The report of a model on images of classes with hostile names, compared with another model."""
     from featpipe import backbones
-    from tests.conftest import Tiny, tiny_transform
+    from tests.support.networks import Tiny, tiny_transform
 
     home = tmp_path_factory.mktemp("report")
     for part, each in (("train", 8), ("test", 12)):

@@ -20,9 +20,9 @@ from featpipe.errors import ConfigError
 from featpipe.heads import SoftmaxRegression
 from featpipe.runtime import Progress
 from featpipe.splits import splits
-from tests.conftest import jpeg
-from tests.contract.test_recipes import HERE, numbers, photos  # noqa: F401
+from tests.support.images import jpeg
 from tests.support.logs import logged_messages
+from tests.support.recipes import HERE, numbers, photos  # noqa: F401
 
 NETWORK = ["--set", f"backbones.0.name={HERE}:tiny", "--set", "training.cv=2"]
 

@@ -17,7 +17,7 @@ from featpipe.cli import cli
 from featpipe.data import Labels
 from featpipe.errors import ConfigError, ModelError
 from featpipe.storage import StringColumn
-from tests.unit.test_training import FACTS, digests
+from tests.support.datasets import FACTS, digests
 
 N = 90
 

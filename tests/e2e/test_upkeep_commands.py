@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from featpipe import FeatureCache
-from tests.conftest import jpeg
-from tests.e2e.test_commands import OWN
+from tests.support.images import jpeg
 from tests.support.interrupts import start_and_hold
+from tests.support.networks import OWN
 
 
 @pytest.fixture

@@ -6,18 +6,17 @@ import json
 
 import pytest
 
-from tests.e2e.test_commands import own  # noqa: F401  # a fixture
-from tests.unit.test_verification import flip
+from tests.support.caches import flip
 
 
 @pytest.fixture
-def cache(command, make_folder, own, tmp_path):  # noqa: F811
+def cache(command, make_folder, own, tmp_path):
     make_folder()
     command("extract", "photos", "--backbone", own, "--out", "a.h5")
     return tmp_path / "a.h5"
 
 
-def test_a_whole_cache_is_said_to_be_whole(command, cache, own):  # noqa: F811
+def test_a_whole_cache_is_said_to_be_whole(command, cache, own):
     done = command("verify", "a.h5", "--sample", "5", "--backbone", own)
     assert done.stdout.splitlines() == [
         "18 rows and all columns are intact",
@@ -25,7 +24,7 @@ def test_a_whole_cache_is_said_to_be_whole(command, cache, own):  # noqa: F811
     ]
 
 
-def test_damage_is_named_ends_with_exit_code_1_and_is_mended(command, cache, own):  # noqa: F811
+def test_damage_is_named_ends_with_exit_code_1_and_is_mended(command, cache, own):
     whole = cache.read_bytes()
     flip(cache, "features/pooled", 3 * 32)
     done = command("verify", "a.h5", code=1)

@@ -24,10 +24,11 @@ from featpipe.cache import write_cache, writer
 from featpipe.errors import CacheError, CacheIncompleteError
 from featpipe.extraction import worker
 from featpipe.storage import staging
-from tests.conftest import Tiny, jpeg, tiny_transform
 from tests.faults.children import Tally, Wrong, start
-from tests.unit.test_cache import SHAPES, Made, facts, is_whole
-from tests.unit.test_commit import MINE, arrays, holds
+from tests.support.caches import SHAPES, Made, facts, is_whole
+from tests.support.images import jpeg
+from tests.support.networks import Tiny, tiny_transform
+from tests.support.parts import MINE, arrays, holds
 
 cleaning = import_module("featpipe.maintenance.clean")
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # When the first part is committed, the process sends itself a signal, or says so and waits for its input to end.
 _AFTER_THE_FIRST_PART = """
 import os, sys
@@ -63,3 +65,19 @@ def start_and_hold(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "committed\n", process.communicate()
     return process
+
+
+def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """As Ctrl-C would, after some steps, once; gets an entry for each step."""
+    from featpipe.finetuning import loop
+
+    real, made = loop.optimizer_step, list[int]()
+
+    def interrupted(*given: object) -> None:
+        real(*given)  # type: ignore[arg-type]
+        made.append(1)
+        if len(made) == after:
+            signal.raise_signal(signal.SIGINT)  # to this thread: here, and nowhere within torch
+
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
+    return made

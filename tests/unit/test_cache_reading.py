@@ -14,7 +14,7 @@ import pytest
 from featpipe import FeatureCache
 from featpipe.cache import reader, write_cache
 from featpipe.errors import CacheMismatchError, ConfigError
-from tests.unit.test_cache import SHAPES, Made
+from tests.support.caches import SHAPES, Made
 
 N = 40
 

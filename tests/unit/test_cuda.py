@@ -18,8 +18,9 @@ from featpipe.errors import ConfigError, SampleError
 from featpipe.inference import Engine, candidate_precisions, cuda, pinned_transfer
 from featpipe.inference.cuda import CudaRunner
 from featpipe.inference.pinned_transfer import PinnedTransfer
-from tests.conftest import Tiny, jpeg, tiny_transform
 from tests.support.emulated_gpu import emulate_gpu
+from tests.support.images import jpeg
+from tests.support.networks import Tiny, tiny_transform
 
 CPU = torch.device("cpu")
 SMALL = Transform(20, (16, 16), "bicubic")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from featpipe import backbones, inference
 from featpipe.errors import ConfigError
 from featpipe.inference import Engine, available_cores, resolve_device
-from tests.conftest import Tiny, needs_gpu, tiny_transform
+from tests.support.devices import needs_gpu
+from tests.support.networks import ByHand, Deciding, Remembering, Tiny, tiny_transform
 
 TINY_MULTIPLY_ADDS = 8 * 10 * 10 * 3 * 3 * 3  # of its one convolution
 
@@ -54,31 +55,6 @@ def test_bf16_is_near_and_not_equal_to_fp32(tiny):
     assert np.allclose(exact, rough, atol=0.05)
 
 
-class Deciding(Tiny):
-    """Decides by a value, and makes a tensor of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (torch.ones(1) if x.sum().item() > 0 else torch.zeros(1) + 1)
-
-
-class Remembering(Tiny):
-    """Keeps a tensor from its first forward pass for the later ones."""
-
-    offset: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.offset is None:
-            self.offset = torch.full((8,), 2.0, device=x.device)
-        return super().forward(x) + self.offset
-
-
-class ByHand(nn.Module):
-    """Computes outside of torch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(x.numpy().mean((2, 3)))
-
-
 @pytest.mark.parametrize(
     ("name", "giga", "batch"),
     [("efficientnet_lite0", 0.384, 4), ("resnet18", 1.814, 4), ("resnet50", 4.087, 4), ("vit_b_16", 17.563, 2)],
@@ -114,7 +90,7 @@ def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_
 
 def test_another_process_chooses_the_same_batch(tiny):
     code = (
-        "import torch; from tests.conftest import Tiny, tiny_transform; from featpipe import backbone, engine; "
+        "import torch; from tests.support.networks import Tiny, tiny_transform; from featpipe import backbone, engine; "
         "made = engine.Engine(backbone.load(Tiny(), transform=tiny_transform), torch.device('cpu')); "
         "print(made.multiply_adds, made.batch)"
     )

@@ -36,7 +36,6 @@ from featpipe.incremental.deep.regularizers import DistillationLoss, EWCPenalty,
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.model import Model, ReplayMemory
 from featpipe.runtime import format_size
-from tests.conftest import interrupt_fine_tuning
 from tests.support import finetuning as pictures
 from tests.support.finetuning import (
     LADDER_WIDTH,
@@ -49,6 +48,7 @@ from tests.support.finetuning import (
     init_state,
     make_trainer,
 )
+from tests.support.interrupts import interrupt_fine_tuning
 
 OLD, NEW = ("ape", "bee"), ("cow", "dog")
 K_OLD = 2

@@ -24,8 +24,9 @@ from featpipe.inference import Engine
 from featpipe.runtime import Progress
 from featpipe.status import Status
 from featpipe.storage import staging
-from tests.conftest import Tiny, jpeg, tiny_transform
+from tests.support.images import jpeg
 from tests.support.logs import logged_warning
+from tests.support.networks import Tiny, tiny_transform
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from featpipe import backbones, extract, inference
 from featpipe.errors import ConfigError
 from featpipe.inference import compute_min_cosine, precision, select_precision
-from tests.conftest import Tiny, tiny_transform
 from tests.support.logs import logged_warning
+from tests.support.networks import Tiny, tiny_transform
 
 CPU = torch.device("cpu")
 

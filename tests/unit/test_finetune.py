@@ -19,8 +19,8 @@ from featpipe.data import decode_image
 from featpipe.errors import CacheError, ConfigError, WeightsError
 from featpipe.finetuning import finetune
 from featpipe.finetuning.split import make_splits
-from tests.conftest import interrupt_fine_tuning
 from tests.support.finetuning import Ladder, small_transform, write_photos
+from tests.support.interrupts import interrupt_fine_tuning
 
 QUICK = {"epochs": 2, "batch": 16, "learning_rate": 3e-3, "device": "cpu", "unfreeze": "all"}
 

@@ -15,8 +15,7 @@ from featpipe.errors import ConfigError
 from featpipe.inference import Engine, fusion, optimize
 from featpipe.inference.fusion import fuse_convolutions
 from featpipe.inference.optimize import export_graph
-from tests.conftest import Tiny, tiny_transform
-from tests.unit.test_engine import ByHand, Deciding, Remembering
+from tests.support.networks import ByHand, Deciding, Remembering, Tiny, tiny_transform
 
 CPU = torch.device("cpu")
 MANY = 10**6
@@ -258,7 +257,7 @@ ONE_AFTER_THE_OTHER = """
 import signal, threading, torch
 from featpipe import backbones
 from featpipe.inference import Engine
-from tests.conftest import Tiny, tiny_transform
+from tests.support.networks import Tiny, tiny_transform
 
 def use():
     engine = Engine(backbones.load(Tiny(), transform=tiny_transform), torch.device("cpu"), kind="openvino")

@@ -29,7 +29,8 @@ from featpipe.inference import (
 from featpipe.runtime import MemoryBudget
 from featpipe.status import Status
 from featpipe.storage import digest
-from tests.conftest import jpeg, picture, tiny_transform
+from tests.support.images import jpeg, picture
+from tests.support.networks import tiny_transform
 
 
 def load_all(loader: Loader) -> list:

@@ -25,8 +25,8 @@ from featpipe.errors import ArchiveError, CacheError, ConfigError, ModelError
 from featpipe.inference import Engine, Loader
 from featpipe.prediction import Prediction, stream
 from featpipe.runtime import Progress
-from tests.conftest import count_passes
 from tests.support.logs import logged_warning
+from tests.support.networks import count_passes
 
 HOSTILE = ["new\nline", 'a "quoted", name', "comma,semi;colon", "🐝 émoji", "carriage\rreturn", "=1+1", " space ", "'"]
 

@@ -23,8 +23,9 @@ from featpipe.inference import Engine
 from featpipe.prediction import StatusCounts, provenance, stream
 from featpipe.runtime import Deadline, Progress, parse_duration
 from featpipe.storage import StagingArea
-from tests.conftest import Tiny, count_passes, jpeg, tiny_transform
+from tests.support.images import jpeg
 from tests.support.logs import logged_warning
+from tests.support.networks import Tiny, count_passes, tiny_transform
 
 verb = import_module("featpipe.prediction.predict")
 

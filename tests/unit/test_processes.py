@@ -16,7 +16,7 @@ import pytest
 from featpipe import backbones, extract
 from featpipe.errors import ArchiveError, CacheError, ConfigError
 from featpipe.extraction import multi_device
-from tests.conftest import Tiny, tiny_transform
+from tests.support.networks import Tiny, tiny_transform
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +73,7 @@ def test_an_unknown_device_among_several_is_refused(make_folder, tiny, tmp_path)
 
 SLOW = """
     import sys, time
-    from tests.conftest import Tiny, tiny_transform
+    from tests.support.networks import Tiny, tiny_transform
 
     class Slow(Tiny):
         def forward(self, x):

@@ -19,8 +19,8 @@ from featpipe.backbones.resize.embedding_bag import FILTER_SUPPORT, ResizeAxis
 from featpipe.backbones.resize.matmul import MATMUL_MAX_TAPS, MatmulResizer, is_exact, is_supported, max_resize_batch
 from featpipe.data import resize_image
 from featpipe.inference.devices import allow_tf32
-from tests.conftest import needs_gpu
-from tests.unit.test_resampling import axes
+from tests.support.devices import needs_gpu
+from tests.support.resizing import axes
 
 CPU = torch.device("cpu")
 SIZES = ((1, 1), (3, 5), (31, 40), (64, 64), (90, 200), (375, 500), (500, 333), (640, 480))

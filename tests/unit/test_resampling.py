@@ -16,6 +16,7 @@ from featpipe.backbones import Transform
 from featpipe.backbones.resize import embedding_bag
 from featpipe.backbones.resize.embedding_bag import EMBEDDING_BAG_MAX_TAPS, ResizeAxis
 from featpipe.data import compute_resize_weights, resize_image, to_rgb
+from tests.support.resizing import axes
 
 FILTERS = ("bilinear", "bicubic")
 NOISE = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
@@ -57,15 +58,6 @@ def without_pillow(monkeypatch):
         raise AssertionError("Pillow was used")
 
     monkeypatch.setattr(embedding_bag, "resize_image", refuse)
-
-
-@st.composite
-def axes(draw: st.DrawFn, shrunk: int = 33) -> ResizeAxis:
-    """Some way to resize and crop, to one in so many pixels at least."""
-    before = draw(st.integers(1, 300))
-    after = draw(st.one_of(st.integers(1, 300), st.just(before), st.integers(max(1, before // shrunk), before)))
-    start = draw(st.integers(0, after - 1))
-    return ResizeAxis(before, after, start, draw(st.integers(1, after - start)))
 
 
 @st.composite

@@ -28,19 +28,8 @@ from featpipe.status import Status
 from featpipe.storage import StringColumn
 from featpipe.training import EmbeddingDataset, compare, fit_head, load_training_data, search
 from featpipe.training.train import _unique_digests
+from tests.support.datasets import FACTS, digests
 from tests.support.logs import logged_warning
-
-FACTS = {
-    "backbone": {"name": "x", "source": "user", "weights": "0", "transform": {}, "outputs": {"pooled": {}}},
-    "precision": "fp32",
-    "storage": "float32",
-    "extraction": 1,
-}
-
-
-def digests(n: int) -> np.ndarray:
-    rows = [hashlib.sha256(str(i).encode()).digest() for i in range(n)]
-    return np.frombuffer(b"".join(rows), np.uint8).reshape(n, 32)
 
 
 @pytest.fixture
@@ -98,7 +87,8 @@ def test_a_dataset_selects_the_rows_of_a_split_and_names_them(abc_cache: Feature
     assert test.rows.tolist() == [25, 26, 27, 28, 29]
     assert list(test.ids) == ["025.jpg", "026.jpg", "027.jpg", "028.jpg", "029.jpg"]
     assert [test.classes[code] for code in test.y] == ["b", "c", "a", "b", "c"]
-    assert test.is_streamed and not test.to_memory().is_streamed
+    assert test.is_streamed
+    assert not test.to_memory().is_streamed
     assert test.to_memory().X.tolist() == np.arange(90).reshape(30, 3)[25:].tolist()
 
 

@@ -28,7 +28,7 @@ from featpipe.maintenance.diff import diff_with_cache, diff_with_request
 from featpipe.runtime import Progress
 from featpipe.status import Status
 from featpipe.storage import StagingArea, StringColumn, lock_file
-from tests.conftest import jpeg
+from tests.support.images import jpeg
 
 cleaning = import_module("featpipe.maintenance.clean")
 

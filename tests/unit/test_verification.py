@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 
@@ -18,7 +16,9 @@ from featpipe.cache import FeatureCache
 from featpipe.errors import ArchiveError, CacheError, CacheFormatError, ConfigError, WeightsError
 from featpipe.maintenance import TOLERANCES, repair, verify
 from featpipe.status import Status
-from tests.conftest import Tiny, jpeg, tiny_transform
+from tests.support.caches import flip
+from tests.support.images import jpeg
+from tests.support.networks import Tiny, tiny_transform
 
 
 @pytest.fixture
@@ -30,23 +30,6 @@ def made(make_folder, tiny, tmp_path, log) -> FeatureCache:
     for path in folder.rglob("*.jpg"):
         os.utime(path, (1e9, 1e9))  # long ago, so that time and size are trusted
     return featpipe.extract(folder, backbone=tiny, out=tmp_path / "cache" / "a.h5")
-
-
-def edited(path: Path, name: str, edit: Callable[[np.ndarray], object]) -> None:
-    """Change the bytes of a dataset as a failing disk does: without HDF5 knowing."""
-    with h5py.File(path) as file:
-        dataset = file[name]
-        offset, dtype, shape = dataset.id.get_offset(), dataset.dtype, dataset.shape
-    whole = np.memmap(path, dtype, "r+", offset, shape)
-    edit(whole)
-    whole.flush()
-
-
-def flip(path: Path, name: str, at: int) -> None:
-    def edit(column: np.ndarray) -> None:
-        column.reshape(-1).view(np.uint8)[at] ^= 1
-
-    edited(path, name, edit)
 
 
 @pytest.fixture

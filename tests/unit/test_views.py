@@ -13,7 +13,8 @@ from torch import Tensor
 from featpipe.backbones import CustomTransform, Transform
 from featpipe.errors import ConfigError
 from featpipe.finetuning.augmentation import Augmentation, AugmentedTransform, seeded_random
-from tests.conftest import picture, tiny_transform
+from tests.support.images import picture
+from tests.support.networks import tiny_transform
 
 ALL = Augmentation(crop=0.5, flip=0.5, rotation=10, color=0.2, rand_augment=9, blur=1, noise=0.1, erase=0.5)
 TRANSFORM = Transform(28, (24, 24))

@@ -1,0 +1,8 @@
+"""Which devices this machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
