@@ -1,4 +1,4 @@
-"""Bytes that survive: atomic writes, hashing, the staging area of unfinished work."""
+"""Durable files: atomic writes, hashing, model files and the staging area of unfinished work."""
 
 from __future__ import annotations
 

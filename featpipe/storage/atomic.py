@@ -1,4 +1,4 @@
-"""Files that have their name only when they are complete, and keep it through a power cut."""
+"""Atomic, durable file writes: a file gets its name only when it is complete, and survives a power cut."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ __all__ = ["atomic_write", "check_writable", "fsync_directory", "make_writable_f
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, text: bool = False, folder: Path | None = None) -> Iterator[IO[Any]]:
-    """A file to write, which takes its name when the block ends well; else what had the name is as it was.
+    """Write a file atomically.
 
-    Missing folders are made.
+    The data go to a temporary file, which is renamed to ``path`` when the block ends without an error. After an error
+    the previous file at ``path`` is unchanged. Missing folders are created.
 
     Parameters
     ----------
     path : Path
     text : bool
-        UTF-8, with line ends as they are written; bytes if not.
+        Open the file as UTF-8 text without newline translation; otherwise as bytes.
     folder : Path, optional
-        Of the same file system, where it lies until then: one that somebody clears, should this process be killed.
+        Folder of the temporary file, on the same file system as ``path``; the folder of ``path`` by default. If the
+        process is killed, the temporary file stays there, so choose a folder that is cleaned up later.
     """
     temporary = (folder or path.parent) / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
     try:
@@ -38,12 +40,12 @@ def atomic_write(path: Path, *, text: bool = False, folder: Path | None = None) 
         os.replace(temporary, path)
         fsync_directory(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # the folder may be what is wrong
+        with contextlib.suppress(OSError):  # the folder itself may be missing or unreadable
             temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work whether a file can be written where it is wanted; missing folders are made.
+    """Check that a file can be written at a path, before long work starts. Missing folders are created.
 
     Raises
     ------
@@ -58,24 +60,32 @@ def check_writable(path: Path) -> None:
 
 
 def fsync_directory(folder: Path) -> None:
-    """Make a rename or a link in this folder survive a power cut, where the file system can."""
+    """Flush a folder to disk, so that a rename or a link in it survives a power cut where the file system can."""
     folder_fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot fsync folders
             raise
     finally:
         os.close(folder_fd)
 
 
 def make_writable_folder(folder: Path, error_class: type[FeatpipeError], option: str) -> None:
-    """A folder that can be written.
+    """Create a folder, and check that it is writable.
+
+    Parameters
+    ----------
+    folder : Path
+    error_class : type of FeatpipeError
+        The class of the error to raise.
+    option : str
+        The option that sets the folder, named in the error message.
 
     Raises
     ------
     FeatpipeError
-        What is given as ``error``, if it cannot be made or written.
+        Of ``error_class``, if the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""The model file: a checked JSON document and binary members in one zip archive; reading it cannot run code.
+"""The model file: a validated JSON document and binary members in one zip archive. Reading it cannot run code.
 
-The archive is uncompressed: ``model.json``, ``head.skops`` and ``trained_on.bin``; optionally ``kept.safetensors``
-(retained training data), ``trust.safetensors`` (what is known of held-out samples) and
-``backbone.safetensors`` (the weights). ``model.json`` names the SHA-256 of the other members.
+The archive is uncompressed. It holds ``model.json``, ``head.skops`` and ``trained_on.bin``, and optionally
+``kept.safetensors`` (the replay memory: retained training data), ``trust.safetensors`` (uncertainty: statistics of
+held-out samples) and ``backbone.safetensors`` (the weights). ``model.json`` lists the SHA-256 of the other members.
 
-The format stands here, and not with the model, because backbones read their weights from it and are below models.
+The format is defined here and not in ``featpipe.model``, because backbones, a layer below models, read their weights
+from it.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ __all__ = [
 ]
 
 MODEL_FORMAT = "featpipe-model"
-MODEL_FORMAT_VERSION = "1.2"  # 1.1 added the calibration; 1.2 the retained data and what is known of held-out samples
+MODEL_FORMAT_VERSION = "1.2"  # 1.1 added the calibration; 1.2 the replay memory and the uncertainty
 DOCUMENT_MEMBER, HEAD_MEMBER, TRAINED_ON_MEMBER = "model.json", "head.skops", "trained_on.bin"
 REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER = "kept.safetensors", "trust.safetensors"
 WEIGHTS_MEMBER = "backbone.safetensors"
 MAX_REQUIRED_MEMBER_BYTES = {DOCUMENT_MEMBER: 64 * 2**20, HEAD_MEMBER: 8 * 2**30, TRAINED_ON_MEMBER: 8 * 2**30}
 MAX_OPTIONAL_MEMBER_BYTES = {REPLAY_MEMORY_MEMBER: 8 * 2**30, UNCERTAINTY_MEMBER: 2**30}
-DOCUMENT_TYPES = {  # what model.json must hold, besides format and version
+DOCUMENT_TYPES = {  # required keys of model.json, besides format and version
     "head": str,
     "task": str,
     "classes": list,
@@ -62,9 +63,9 @@ class ModelBundle:
     Attributes
     ----------
     document : dict
-        ``model.json``, without ``format``, ``format_version`` and ``files`` when it is written.
+        ``model.json``. :meth:`write` adds ``format``, ``format_version`` and ``files``.
     members : mapping from name to bytes
-        The members that were read, or are to be written.
+        The members that were read, or that :meth:`write` will write.
     """
 
     document: dict[str, Any]
@@ -72,7 +73,7 @@ class ModelBundle:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], members: Iterable[str] = ()) -> ModelBundle:
-        """Read and check the document, and the members of these names that the file has.
+        """Read and validate the document, and those of the named members that the file has.
 
         Raises
         ------
@@ -96,7 +97,7 @@ class ModelBundle:
             return cls(document, data_by_name)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, and replace an existing one in one step.
+        """Write the file atomically, replacing an existing one.
 
         Raises
         ------
@@ -121,7 +122,7 @@ class ModelBundle:
 
     @staticmethod
     def check_target(path: str | os.PathLike[str]) -> None:
-        """Refuse a path that :meth:`write` could not write to.
+        """Check that :meth:`write` can write to a path.
 
         Raises
         ------
@@ -134,12 +135,12 @@ class ModelBundle:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the file carries the weights of the backbone."""
+        """Whether the file contains the weights of the backbone."""
         return WEIGHTS_MEMBER in self.document["files"]
 
 
 def is_model_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a model file, without checking its content."""
+    """Whether a file looks like a model file. Its content is not validated."""
     try:
         with zipfile.ZipFile(path) as file:
             return DOCUMENT_MEMBER in file.namelist()
@@ -149,7 +150,7 @@ def is_model_file(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def convert_bundle_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn every error that a damaged or hostile file causes into one ModelError that names the file."""
+    """Convert every error caused by a damaged or hostile file into a ModelError that names the file."""
     try:
         yield
     except ModelError as error:
@@ -160,7 +161,7 @@ def convert_bundle_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected a model file") from None
-    # RuntimeError: encrypted members, and JSON that is nested too deeply
+    # RuntimeError: encrypted members, or JSON nested too deeply
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(
@@ -189,7 +190,7 @@ def _check_members(infos: Mapping[str, zipfile.ZipInfo], member_count: int, file
 
 
 def _check_document(document: Any) -> None:
-    """Check the types of everything that is used later, so that no command fails half way."""
+    """Check the types of all values used later, so that no command fails halfway."""
     if not isinstance(document, dict) or document.get("format") != MODEL_FORMAT:
         raise ModelError(f"model.json is not of format {MODEL_FORMAT}; it is not a featpipe model")
     version = str(document.get("format_version"))
@@ -216,7 +217,7 @@ def _check_document(document: Any) -> None:
 
 
 def _check_retained_data(summary: Any, steps: Any) -> None:
-    """Check what is said of the retained training data, and of the steps in which classes were added."""
+    """Check the summary of the replay memory, and the steps in which classes were added."""
     if summary is not None:
         sizes = summary.get("bytes") if isinstance(summary, dict) else None
         numbers = (

@@ -1,4 +1,4 @@
-"""Canonical JSON and digests: of facts, of weights, of images. Identity is by content, never by name or path."""
+"""Canonical JSON and digests of facts, weights and images. Identity is by content, never by name or path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["canonical_json", "compute_fingerprint", "describe_differences", "dig
 
 
 def canonical_json(value: object) -> bytes:
-    """The one JSON text of some facts: keys sorted, no spaces, UTF-8, no NaN.
+    """Serialize a value as canonical JSON: sorted keys, no spaces, UTF-8, no NaN.
 
     Examples
     --------
@@ -25,17 +25,17 @@ def canonical_json(value: object) -> bytes:
 
 
 def compute_fingerprint(value: object) -> str:
-    """The SHA-256 of the canonical JSON of some facts, 64 hexadecimal digits."""
+    """SHA-256 of the canonical JSON of a value, as 64 hexadecimal digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def digest(data: bytes) -> bytes:
-    """The SHA-256 of an image's bytes, 32 bytes."""
+    """SHA-256 of the bytes of an image, as 32 bytes."""
     return hashlib.sha256(data).digest()
 
 
 def digest_arrays(arrays: Iterable[tuple[str, NDArray[np.generic]]]) -> str:
-    """The SHA-256 of named arrays: names, dtypes, shapes and bytes, in the order of their names."""
+    """SHA-256 over the names, dtypes, shapes and bytes of named arrays, sorted by name."""
     hasher = hashlib.sha256()
     for name, array in sorted(arrays, key=lambda item: item[0]):
         hasher.update(canonical_json([name, array.dtype.str, list(array.shape)]))
@@ -46,9 +46,9 @@ def digest_arrays(arrays: Iterable[tuple[str, NDArray[np.generic]]]) -> str:
 def describe_differences(
     actual: Mapping[str, object], expected: Mapping[str, object], prefix: str = "", *, expected_label: str = "asked for"
 ) -> list[str]:
-    """The facts that differ, one line each, nested facts by their dotted name.
+    """List the facts that differ, one line each. Nested facts have dotted names.
 
-    ``other`` says where the second ones come from.
+    ``expected_label`` introduces the expected value in each line.
 
     Examples
     --------

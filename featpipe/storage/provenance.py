@@ -1,8 +1,8 @@
-"""Receipts: what finished work was made from, so that the same request is answered without doing the work again.
+"""Receipts: records of the inputs of finished work, so that a repeated request reuses its output.
 
-Names, paths and times decide nothing. Work is current if the digest of the request and the digest of the inputs are the
-same, and the output has the bytes that were written. A cache needs no receipt of this kind: its manifest holds the
-facts and its table the digest of every sample, and :class:`featpipe.extraction.ExtractionPlan` decides row by row.
+Names, paths and times are ignored. An output is current if the digests of the request and of the inputs are unchanged,
+and the output has the bytes that were written. A cache needs no receipt: its manifest holds the facts, its sample table
+holds the digest of every sample, and :class:`featpipe.extraction.ExtractionPlan` decides for each row.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pathlib import Path
 
 __all__ = ["RACY_NANOSECONDS", "Receipt", "hash_file"]
 
-RACY_NANOSECONDS = 2 * 10**9  # a file changed this shortly before it is read may change again under the same time
+RACY_NANOSECONDS = 2 * 10**9  # a file modified this shortly before a read may change again with the same mtime
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a piece of finished work was made from, and what came of it.
+    """A record of the inputs and the output of finished work.
 
     Attributes
     ----------
     request : str
-        Digest of what was requested: settings, versions, methods.
+        Digest of the request: settings, versions, methods.
     inputs : str
-        Digest of what the work read; empty where the request covers it.
+        Digest of the input data; empty if the request covers them.
     output_sha256 : str or None
-        Of the file that was written; None where the output is stored with the receipt.
+        SHA-256 of the output file; None if the output is stored with the receipt.
     output_bytes : int or None
-        Its size, where it was recorded.
+        Size of the output file; None if it was not recorded.
     """
 
     request: str
@@ -38,7 +38,7 @@ class Receipt:
     output_bytes: int | None = None
 
     def with_output(self, path: Path) -> Receipt:
-        """The receipt of the same work with the size and the digest of a finished file.
+        """Return a copy of the receipt with the size and the digest of an output file.
 
         Raises
         ------
@@ -47,19 +47,19 @@ class Receipt:
         return replace(self, output_sha256=hash_file(path), output_bytes=path.stat().st_size)
 
     def is_current(self, request: str, inputs: str = "", output: Path | None = None) -> bool:
-        """Whether the work need not be done again.
+        """Whether the output is up to date.
 
         Parameters
         ----------
         request, inputs : str
-            Digests of what is requested now, and of the inputs as they are now.
+            Digests of the present request and of the present inputs.
         output : Path, optional
-            The file; it must have the bytes that were written.
+            The output file; it must have the bytes that were written.
         """
         return (self.request, self.inputs) == (request, inputs) and (output is None or self.describes(output))
 
     def describes(self, path: Path) -> bool:
-        """Whether a file has the size and the bytes of the recorded output."""
+        """Whether a file has the size and the digest of the recorded output."""
         try:
             has_size = self.output_bytes is None or path.stat().st_size == self.output_bytes
             return has_size and self.output_sha256 is not None and hash_file(path) == self.output_sha256
@@ -68,6 +68,6 @@ class Receipt:
 
 
 def hash_file(path: Path) -> str:
-    """The SHA-256 of a file, 64 hexadecimal digits."""
+    """SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,13 @@
-"""Parts: finished pieces of an unfinished extraction, written whole, made durable, published; and found again.
+"""The staging area: durable parts of an unfinished extraction, from which the next run resumes.
 
-A part is built in memory, written to a unique temporary name, fsynced, and renamed to a name that carries its
-digest. Then a small record with name, size, digest, fingerprint and row count, and a checksum of its own, is
-published with an exclusive ``link()`` and the directory fsynced. Readers trust records alone, and verify what they
-name, so that a kill at any point loses at most the part in hand.
+A part is built in memory, written to a unique temporary name, fsynced, and renamed to a name that contains its digest.
+Then a small record is published with an exclusive ``link()``, and the directory is fsynced. The record holds the name,
+size, digest, fingerprint and row count of the part, and a checksum of its own. Readers trust only records, and verify
+the files that they name; so a kill at any point loses at most the part in progress.
 
-A part says what was embedded by the images' own digests and stamps, not by row numbers: an extraction that goes on
-after images were added or renamed finds its finished work all the same. It also carries the fingerprint of the facts
-it was made from, so that equal arrays made from other facts are another part.
+A part identifies images by their digests and stamps, not by row numbers, so an extraction that resumes after images
+were added or renamed still finds its finished work. A part also holds the fingerprint of its facts, so equal arrays
+with different facts are different parts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["PART_FILE_NAME", "TEMPORARY_NAME", "Part", "StagingArea", "lock_file
 
 MAX_RECORD_BYTES = 64 * 1024
 
-TEMPORARY_NAME = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # whose second word is the process
+TEMPORARY_NAME = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # process id, then a random number
 PART_FILE_NAME = re.compile(rf"{TEMPORARY_NAME.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
 _LINK_UNSUPPORTED_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _PART_COLUMNS = {"digest": ("U8", (32,)), "stamp": ("U8", (16,)), "status": ("U8", ())}
@@ -56,7 +56,7 @@ _DAMAGED_PART_ERRORS = (
 
 @dataclass(frozen=True)
 class Part:
-    """A published part whose record and bytes agree.
+    """A published part that matches its record.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Part:
     rows: int
 
     def read(self, name: str) -> NDArray[Any]:
-        """One array of the part: ``digest``, ``stamp``, ``status`` or ``features/OUTPUT``."""
+        """Read one array of the part: ``digest``, ``stamp``, ``status`` or ``features/OUTPUT``."""
         try:
             with safetensors.safe_open(self.path, framework="numpy") as file:
                 return np.asarray(file.get_tensor(name))
@@ -85,7 +85,7 @@ class StagingArea:
     ----------
     directory : Path
     fingerprint : str
-        Parts made from other facts are not seen.
+        Fingerprint of the facts; parts with another fingerprint are ignored.
     """
 
     def __init__(self, directory: Path, fingerprint: str) -> None:
@@ -94,14 +94,14 @@ class StagingArea:
 
     @property
     def repair_folder(self) -> Path:
-        """Where rows lie that are computed again to mend a cache; removed with the parts."""
+        """Folder of the rows that a repair recomputes; removed together with the parts."""
         return self.directory / "repair"
 
     @contextlib.contextmanager
     def lock_for_writing(self) -> Iterator[None]:
-        """Hold the folder for one writer; a second one waits. The lock dies with its process.
+        """Lock the folder for one writer; a second writer waits. The lock ends with its process.
 
-        A writer that fails before it committed anything leaves no folder behind.
+        If a writer fails before it commits a part, the folder is removed.
         """
         while True:
             with self._wrap_os_errors():
@@ -109,28 +109,28 @@ class StagingArea:
             if lock_fd is None:
                 continue
             try:
-                self._remove_matching(TEMPORARY_NAME)  # whoever began these held the lock, and is gone
+                self._remove_matching(TEMPORARY_NAME)  # their writer held the lock and has ended
                 yield
                 return
             except BaseException:
                 if (
                     not any(self.directory.glob("*.record")) and not self.repair_folder.exists()
-                ):  # nothing to go on from
+                ):  # nothing to resume from
                     self.remove()
                 raise
             finally:
                 os.close(lock_fd)
 
     def _acquire_lock(self) -> int | None:
-        """The lock, once it is ours, or None if the writer before us finished and removed it with the folder."""
+        """Wait for the lock. Return None if the previous writer finished and removed it with the folder."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISDIR(self.directory.lstat().st_mode):
                     raise
-            return None  # removed between the two looks that mkdir takes
-        fsync_directory(self.directory.parent)  # what is committed in a folder is lost with the folder
+            return None  # removed between the two system calls of mkdir
+        fsync_directory(self.directory.parent)  # otherwise a power cut could lose the folder and its parts
         try:
             lock_fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
@@ -146,7 +146,7 @@ class StagingArea:
         return None
 
     def is_locked(self) -> bool:
-        """Whether another process is writing parts here now."""
+        """Whether a process holds the writer's lock."""
         try:
             lock_fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -156,14 +156,14 @@ class StagingArea:
         except BlockingIOError:
             return True
         except OSError:
-            return False  # no locks on this file system: writing() will say so
+            return False  # no locks on this file system: lock_for_writing() reports that
         else:
             return False
         finally:
             os.close(lock_fd)
 
     def commit(self, arrays: Mapping[str, NDArray[Any]]) -> Part:
-        """Publish a part; when this returns, a power cut no longer loses it.
+        """Publish a part. When this method returns, the part survives a power cut.
 
         Parameters
         ----------
@@ -178,7 +178,7 @@ class StagingArea:
         Raises
         ------
         CacheError
-            If the disk is full or not writable; what was committed before is still there.
+            If the disk is full or not writable; parts committed earlier are unaffected.
         """
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         part_bytes = safetensors.numpy.save(contiguous, {"fingerprint": self.fingerprint})
@@ -198,14 +198,14 @@ class StagingArea:
         return part
 
     def load_committed(self) -> list[Part]:
-        """The parts of this fingerprint whose records and bytes are whole, in the order of their names."""
+        """Load the intact parts with this fingerprint, sorted by name."""
         if not self.directory.is_dir():
             return []
         parts = (self._load_verified(record_path) for record_path in sorted(self.directory.glob("*.record")))
         return [part for part in parts if part is not None]
 
     def count_recorded_rows(self) -> int:
-        """How many rows the records name, whatever facts they were made from; the parts are not looked at."""
+        """Count the rows of all records, of any fingerprint. The parts themselves are not read."""
         n_rows = 0
         for record_path in self.directory.glob("*.record"):
             with contextlib.suppress(*_DAMAGED_PART_ERRORS):
@@ -213,19 +213,19 @@ class StagingArea:
         return n_rows
 
     def remove(self) -> None:
-        """Remove the parts and their folder; called by the writer, after the cache is published.
+        """Remove the parts and their folder. The writer calls this after it publishes the cache.
 
-        What is not a part's stays, and the folder with it.
+        Files that are not parts stay, and then the folder stays too.
         """
         self._remove_matching(PART_FILE_NAME)
         shutil.rmtree(self.repair_folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # somebody's own file lies there
+        with contextlib.suppress(OSError):  # the folder holds other files
             self.directory.rmdir()
 
     def _remove_matching(self, name_pattern: re.Pattern[str]) -> None:
         for path in self.directory.glob("*"):
             if name_pattern.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # what cannot be removed does no harm
+                with contextlib.suppress(OSError):  # a leftover file is harmless
                     path.unlink()
 
     def _load_verified(self, record_path: Path) -> Part | None:
@@ -245,7 +245,7 @@ class StagingArea:
                 else None
             )
         except _DAMAGED_PART_ERRORS:
-            return None  # a torn or foreign file is not a part; its images are embedded again
+            return None  # a torn or foreign file is ignored; its images are embedded again
 
     def _publish(self, data: bytes, path: Path, move_into_place: Callable[[Path, Path], None]) -> None:
         temporary = self.directory / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
@@ -272,7 +272,7 @@ class StagingArea:
 
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Hold a lock file; whoever else wants it waits. The lock dies with its process."""
+    """Hold a lock file; other processes wait. The lock ends with its process."""
     while True:
         try:
             lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -288,7 +288,7 @@ def lock_file(path: Path) -> Iterator[None]:
 
 
 def _is_current_lock(lock_fd: int, path: Path) -> bool:
-    """Whether a lock still has its name: whoever held it before us may have removed it."""
+    """Whether a locked file still has its name: the previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(lock_fd), os.stat(path))
     except FileNotFoundError:
@@ -296,7 +296,7 @@ def _is_current_lock(lock_fd: int, path: Path) -> bool:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """What a record says, if it is whole."""
+    """Read a record, and verify its checksum."""
     if _get_file_size(path) > MAX_RECORD_BYTES:
         raise ValueError("too large")
     record_fields: dict[str, Any] = json.loads(path.read_bytes())
@@ -307,7 +307,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _get_file_size(path: Path) -> int:
-    """The size of a regular file; a link or a pipe laid in its place is not one."""
+    """Get the size of a regular file; a link or a pipe in its place is an error."""
     file_stat = path.lstat()
     if not stat.S_ISREG(file_stat.st_mode):
         raise FileNotFoundError(path)
@@ -315,7 +315,7 @@ def _get_file_size(path: Path) -> int:
 
 
 def _has_valid_layout(path: Path, n_rows: int) -> bool:
-    """Whether a part holds what a part must, each array with this many rows."""
+    """Whether a part holds all required arrays, each with ``n_rows`` rows."""
     with safetensors.safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         features = {name: (array.get_dtype(), tuple(array.get_shape())) for name, array in slices.items()}
@@ -328,7 +328,7 @@ def _has_valid_layout(path: Path, n_rows: int) -> bool:
 
 
 def _link_or_replace(temporary: Path, path: Path) -> None:
-    """Publish under a name that nobody holds. A record of this name can only be of the same part, or damaged."""
+    """Publish a record under a free name. An existing record of this name is of the same part, or damaged."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -336,4 +336,4 @@ def _link_or_replace(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _LINK_UNSUPPORTED_ERRNOS:
             raise
-        os.replace(temporary, path)  # a file system without links; the lock keeps other writers away
+        os.replace(temporary, path)  # the file system has no hard links; the lock excludes other writers

@@ -1,4 +1,4 @@
-"""A long column of text in two arrays, so that ten million sample ids cost their characters and eight bytes each."""
+"""A column of strings stored in two arrays: each string costs its UTF-8 bytes and eight bytes of offset."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["StringColumn"]
 
 
 class StringColumn(Sequence[str]):
-    """An immutable sequence of text.
+    """An immutable sequence of strings.
 
     Parameters
     ----------
     data : ndarray of shape (total,), uint8
-        The UTF-8 bytes of all strings, one after the other.
+        The UTF-8 bytes of all strings, concatenated.
     offsets : ndarray of shape (n + 1,), int64
         String ``i`` is ``data[offsets[i]:offsets[i + 1]]``.
     """
@@ -31,14 +31,14 @@ class StringColumn(Sequence[str]):
 
     @classmethod
     def from_strings(cls, texts: Iterable[str]) -> StringColumn:
-        """Build the column. Lone surrogates (undecodable file names) become backslash escapes."""
+        """Build a column. Lone surrogates (undecodable file names) become backslash escapes."""
         encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(text) for text in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
     def take(self, rows: NDArray[np.intp] | Sequence[int]) -> StringColumn:
-        """The strings of some rows, as a new column; also where their bytes are no text."""
+        """Select rows as a new column. The bytes are copied and not decoded, so invalid UTF-8 is accepted."""
         rows = np.asarray(rows, np.intp)
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(self.offsets[rows + 1] - self.offsets[rows], out=offsets[1:])
