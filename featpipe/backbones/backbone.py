@@ -110,19 +110,19 @@ class Backbone:
 
 
 def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
-    """Check on a few made-up pictures that embeddings depend on nothing but the picture.
+    """Check on a few made-up images that embeddings depend on nothing but the image.
 
     Parameters
     ----------
     backbone : Backbone
     tolerance : float
-        Largest accepted distance between two embeddings of a picture, relative to their length. Batches of different
+        Largest accepted distance between two embeddings of an image, relative to their length. Batches of different
         sizes are summed in different orders, so that it cannot be 0; half precision needs 100 times the default.
 
     Raises
     ------
     ConfigError
-        If a module trains, a parameter has a gradient, two passes differ, a picture's embedding depends on its
+        If a module trains, a parameter has a gradient, two passes differ, an image's embedding depends on its
         neighbours, or a forward pass changes the network.
     """
     error_prefix = f"backbone {backbone.name!r} is not frozen"

@@ -31,7 +31,7 @@ __all__ = [
 
 CropMode = Literal["center", "squash", "border"]
 
-MAX_RESIZED_PIXELS = 1 << 26  # of a resized picture: a strip of 1 × 20,000 would otherwise become 4 GB
+MAX_RESIZED_PIXELS = 1 << 26  # of a resized image: a strip of 1 × 20,000 would otherwise become 4 GB
 
 
 @runtime_checkable
@@ -118,7 +118,7 @@ class Transform(ImageTransform):
     resize : int or (int, int) or None
         Pixels. One number: the shorter side. Two, height and width: see ``mode``. None: as it is.
     crop : (int, int)
-        Height and width of the result, cut from the middle; a picture that is smaller is padded.
+        Height and width of the result, cut from the middle; an image that is smaller is padded.
     interpolation : {"bilinear", "bicubic"}
     mean, std : tuple of 3 float
         For the channels R, G, B in [0, 1].
@@ -168,7 +168,7 @@ class Transform(ImageTransform):
         Raises
         ------
         SampleError
-            If the picture is so long and thin that resizing it would make it enormous.
+            If the image is so long and thin that resizing it would make it enormous.
         """
         return self.normalize(self.prepare(image))
 
@@ -178,12 +178,12 @@ class Transform(ImageTransform):
         return self.pad_to_crop(_resize_image(image, vertical, horizontal, self.interpolation))
 
     def resize_axes(self, height: int, width: int) -> tuple[ResizeAxis, ResizeAxis]:
-        """How the rows, and the columns, of a picture of this size are resized and cropped.
+        """How the rows, and the columns, of an image of this size are resized and cropped.
 
         Raises
         ------
         SampleError
-            If the picture is so long and thin that resizing it would make it enormous.
+            If the image is so long and thin that resizing it would make it enormous.
         """
         resized_size = self._compute_resized_size(height, width)
         if resized_size[0] * resized_size[1] > MAX_RESIZED_PIXELS:
@@ -194,7 +194,7 @@ class Transform(ImageTransform):
         )
 
     def pad_to_crop(self, images: Tensor) -> Tensor:
-        """Pictures that are resized and cropped, (…, 3, h, w), with borders where they are smaller than the crop."""
+        """Images that are resized and cropped, (…, 3, h, w), with borders where they are smaller than the crop."""
         padding = [
             target_size - image_size for target_size, image_size in zip(self.crop, images.shape[-2:], strict=True)
         ]
@@ -262,13 +262,13 @@ def _resize_image(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, i
 class CustomTransform(ImageTransform):
     """A user's own transform, held to what a transform promises.
 
-    Its identity is its source code and what it makes of a few fixed pictures, so that parameters that the code does
+    Its identity is its source code and what it makes of a few fixed images, so that parameters that the code does
     not show are noticed too.
 
     Parameters
     ----------
     function : callable
-        uint8 Tensor of shape (3, H, W) → float Tensor of shape (3, h, w), the same h and w for every picture.
+        uint8 Tensor of shape (3, H, W) → float Tensor of shape (3, h, w), the same h and w for every image.
 
     Raises
     ------

@@ -1,46 +1,45 @@
-"""A folder, .tar, .zip, shards, or a table of paths and labels to an ordered index of samples.
+"""Build an ordered index of samples from a folder, a .tar, a .zip, shards, or a table of paths and labels.
 
-**Order.** A folder: by the components of the relative path, compared by Unicode code point. A tar or zip:
-the order in the archive. Several archives: the order given; what a glob matches is sorted like a folder.
-Nothing depends on file system, locale or platform.
+**Order.** A folder is sorted by the components of the relative path, compared by Unicode code point. A tar or zip
+keeps the order of the archive. Several archives keep the order given; the matches of a glob are sorted like a
+folder. The order does not depend on file system, locale or platform.
 
-**Samples.** A file is a sample if its name ends in one of the suffixes of the modality (`MODALITIES`).
-Names beginning with a dot,
-``__MACOSX`` and other suffixes are counted in ``ignored``. In folders links are followed, but never in a
-circle. In a tar, a hard link to an earlier regular member has that member's bytes; other links, devices and
-sparse members keep a row with a fault.
+**Samples.** A file is a sample if its name ends in one of the suffixes of the modality (`MODALITIES`). Names that
+begin with a dot, ``__MACOSX`` and files with other suffixes are counted in ``ignored``. In folders, links are
+followed; cycles are detected. In a tar, a hard link to an earlier regular member has the bytes of that member.
+Other links, devices and sparse members keep a row with a fault.
 
-**Ids.** The path within the archive with ``/`` between its parts, without leading ``./`` and ``/``; ``..``
-stays as text and never leads anywhere. With several archives, the archive's name and ``/`` go before it:
-its last component, or as many as make the names differ. An id that is there already gets ``#2``, ``#3``, …
-Undecodable bytes become backslash escapes; reading uses the real ones.
+**Ids.** An id is the path within the archive with ``/`` as the separator, without leading ``./`` and ``/``. ``..``
+is kept as text and is never resolved. With several archives, the id is prefixed with the name of the archive and
+``/``. The name is the last component of the archive's path, or as many components as make the names unique.
+Duplicate ids get the suffixes ``#2``, ``#3``, … Undecodable bytes become backslash escapes in the id; the original
+bytes are used for reading.
 
-**Labels**, in this order:
+**Labels** come from the first of these sources that applies:
 
-1. From the table that is asked for. Its rows match samples by id, by path within the archive, by path
-   relative to the table's folder, or by absolute path. What it does not name has no label, and what it
-   names must be a sample.
-2. From sidecar files: files whose paths agree up to the first dot of the file name belong together, so
-   ``key.cls`` (a class) or ``key.json`` (under ``label``, ``class``, ``cls``, ``target`` or ``labels``, the
-   first that is there) labels ``key.jpg``. If one sample of an argument has such a label, folders do not
-   count for that argument.
-3. From folders: the first level below the archive's root is the class. Folders of the same name deeper down
-   are not merged. Images beside the class folders have no label; without any folder nothing has one. If all
-   of a tar or zip (or of the shards of one argument) lies in one top folder that itself holds folders of
-   images, that is the root.
+1. A table that the caller passes. Its rows match samples by id, by path within the archive, by path relative to the
+   table's folder, or by absolute path. Samples that the table does not name have no label. Every name in the table
+   must be a sample.
+2. Sidecar files. Files whose paths are equal up to the first dot of the file name belong together: ``key.cls`` (a
+   class) or ``key.json`` (the first of the keys ``label``, ``class``, ``cls``, ``target``, ``labels``) labels
+   ``key.jpg``. If one sample of an argument has such a label, the folders of that argument are not used as labels.
+3. Folders. The first level below the archive's root is the class. Folders of the same name at deeper levels are not
+   merged. Images beside the class folders have no label; without folders no image has one. If all members of a tar
+   or zip (or of the shards of one argument) lie in one top folder that itself contains folders of images, that top
+   folder is the root.
 
-**What labels mean.** In a table, several columns are targets of a regression. A column ``labels``, or of
-lists, holds several labels each, separated by ``;`` or ``|``. Numbers under ``target``, ``targets`` or
-``y``, and numbers that are not all whole, are targets of a regression; numbers and words together under
-those three names are an error. Everything else is a class. An empty cell is no label. A column ``split``
-says ``train``, ``validation`` (``val``, ``valid``, ``dev``) or ``test``.
+**Interpretation of labels.** Several label columns in a table are regression targets. A column named ``labels``, or
+a column of lists, holds several labels per sample, separated by ``;`` or ``|``. Numbers in a column ``target``,
+``targets`` or ``y``, and numbers that are not all integers, are regression targets; a mix of numbers and words in
+one of these three columns is an error. All other values are classes. An empty cell means no label. A column
+``split`` holds ``train``, ``validation`` (``val``, ``valid``, ``dev``) or ``test``.
 
-**Other arguments.** A table of paths: its rows, in its order, are the samples; all must exist. A single
-image: a sample without label, whose id is the path as given.
+**Other arguments.** The rows of a table of paths are the samples, in the table's order; all files must exist. A
+single image is one sample without a label, and its id is the path as given.
 
-**Trust.** Members are read where they lie, never extracted. An archive that is damaged, ends early,
-overlaps itself or unfolds without measure is an error, never fewer samples; one bad member keeps its row,
-with its fault.
+**Untrusted archives.** Members are read in place and never extracted. An archive that is damaged, truncated, has
+overlapping entries or decompresses beyond the limits raises an error; samples are never dropped silently. A single
+bad member keeps its row, with a fault.
 """
 
 from __future__ import annotations

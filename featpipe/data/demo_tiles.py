@@ -1,7 +1,8 @@
-"""The demonstration's images: tiles of real photographs that come with scikit-image and scikit-learn.
+"""Images of the demonstration: tiles of the sample photographs in scikit-image and scikit-learn.
 
-The photographs are those packages' own (see ``CREDITS``); nothing is downloaded. Each is cut into gray tiles, so that
-colour does not give a photograph away; tiles of its left half are for training, tiles of its right half for testing.
+The photographs are part of these packages (see ``CREDITS``); nothing is downloaded. Each photograph is cut into
+grayscale tiles, so that colour alone does not identify it. Tiles of the left half are for training, tiles of the right
+half for testing.
 """
 
 from __future__ import annotations
@@ -50,16 +51,17 @@ CREDITS = "Photographs: the sample images of scikit-image and scikit-learn, unde
 def write_tiles(folder: Path) -> tuple[Path, Path]:
     """Write the tiles as an archive and a table of labels with a split.
 
-    Files that are there with the same content are left alone.
+    Existing files with the same content are not rewritten.
 
     Parameters
     ----------
     folder : Path
+        Output folder.
 
     Returns
     -------
     archive, table : Path
-        ``tiles.tar`` with a folder for each class, and ``tiles.csv`` with the columns path, label and split.
+        ``tiles.tar`` with one folder per class, and ``tiles.csv`` with the columns path, label and split.
 
     Raises
     ------
@@ -84,9 +86,9 @@ def write_tiles(folder: Path) -> tuple[Path, Path]:
 
 
 def _load_photograph(source: str) -> NDArray[np.uint8]:
-    """One of the packages' photographs in gray, shape (h, w)."""
+    """Load a sample photograph as grayscale, shape (h, w)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they warn of their own future
+        warnings.simplefilter("ignore")  # deprecations inside the packages
         if source.endswith(".jpg"):
             from sklearn.datasets import load_sample_image
 
@@ -112,7 +114,7 @@ def _get_skimage_loader(name: str) -> Callable[[], NDArray[np.uint8]]:
 
 
 def _iter_tiles(photograph: NDArray[np.uint8], half: str) -> Iterator[NDArray[np.uint8]]:
-    """Tiles of one half, none of which crosses the middle; evenly spread where there are many."""
+    """Yield tiles of one half; no tile crosses the middle, and at most `TILES_PER_HALF` are spread evenly."""
     height, width = photograph.shape
     start, stop = (0, width // 2) if half == "left" else (-(-width // 2), width)
     corners = [

@@ -1,21 +1,20 @@
-"""Untrusted bytes to a checked, upright RGB picture, or the reason why not.
+"""Decode untrusted bytes to a validated, upright RGB image, or raise a `SampleError` with the reason.
 
-What is decoded, and how:
+Decoding rules:
 
-- JPEG, PNG, WebP, GIF (first frame), BMP and TIFF (first page), told apart by their first bytes. A phone's
-  multi-picture JPEG gives its main picture. Everything else is ``unsupported``.
-- The picture is turned upright as its EXIF orientation says.
-- Transparency is composited on white (`BACKGROUND`), whichever way the file states it.
-- 16-bit gray is scaled, not clipped: ``round(value / 257)``, so 65535 is white; a 12-bit TIFF likewise by its
-  own full scale. 16-bit colour keeps its high byte.
-- Floating-point gray within [0, 1] is scaled by 255. Other floating-point and 32-bit gray states no full
-  scale: its smallest value becomes black and its largest white.
-- CMYK, YCbCr and palettes become RGB by Pillow's own formulas; embedded colour profiles are not applied, as
-  in the pipelines in which published weights were trained. CIE Lab becomes sRGB.
-- A truncated file is ``damaged``; what is missing is never filled with gray.
+- Formats: JPEG, PNG, WebP, GIF (first frame), BMP and TIFF (first page), detected by their first bytes. Of a
+  multi-picture JPEG (MPO) the main image is decoded. All other formats are ``unsupported``.
+- The EXIF orientation is applied.
+- Transparency of any kind is composited on white (`BACKGROUND`).
+- 16-bit gray is scaled, not clipped: ``round(value / 257)``, so 65535 is white. A 12-bit TIFF is scaled by its own
+  full scale. 16-bit colour keeps the high byte.
+- Floating-point gray within [0, 1] is scaled by 255. Other floating-point and 32-bit gray has no defined full scale:
+  the minimum becomes black and the maximum white.
+- CMYK, YCbCr and palettes are converted to RGB by Pillow's formulas. Embedded colour profiles are not applied, as in
+  the pipelines in which published weights were trained. CIE Lab is converted to sRGB.
+- A truncated file is ``damaged``; missing pixels are never filled with gray.
 
-Decoding touches no global state, neither warning filters nor Pillow's settings, so that many threads may
-decode at once.
+Decoding changes no global state (neither warning filters nor Pillow's settings), so it is thread-safe.
 """
 
 from __future__ import annotations
@@ -54,17 +53,17 @@ __all__ = [
 ]
 
 BACKGROUND = (255, 255, 255)
-"""The colour, white, that shows through transparent pixels."""
+"""The background colour for transparent pixels: white."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may cost.
+    """Limits on the size of one image.
 
     Attributes
     ----------
     max_pixels : int
-        Width times height. The default is 512 MiB of RGB, which is also where Pillow by itself refuses.
+        Width times height. The default is 512 MiB of RGB, which is also the limit of Pillow.
     max_bytes : int
         Size of the encoded image.
     """
@@ -76,16 +75,16 @@ class ImageLimits:
 DEFAULT_IMAGE_LIMITS = ImageLimits()
 
 JpegDecoder = Callable[[bytes], NDArray[np.uint8] | None]
-"""Gives the pixels of a colour JPEG as they are stored, (h, w, 3), C-contiguous and writable; None where it cannot."""
+"""Decodes a colour JPEG to its stored pixels, (h, w, 3), C-contiguous and writable; None if it cannot."""
 
 
 class _JpegFile(JpegImageFile):
     def _read_dpi_from_exif(self) -> None:
-        """Leave EXIF alone: its resolution has no use here, and a malformed one would cause warnings."""
+        """Do nothing: the resolution is not used, and malformed EXIF data would cause warnings."""
 
 
-# Constructed directly rather than by Image.open, which warns about large pictures through the process-wide
-# warning filters and takes multi-picture JPEGs apart.
+# Constructed directly: Image.open warns about large images through the process-wide warning filters, and converts
+# multi-picture JPEGs.
 _IMAGE_FILES: dict[str, type[ImageFile]] = {
     "JPEG": _JpegFile,
     "PNG": PngImageFile,
@@ -118,7 +117,7 @@ _EXIF_TRANSPOSES = {
 }
 
 BYTES_PER_PIXEL = 12
-"""At most, while a picture is decoded: Pillow's four, four of one that is laid on a background, and the result."""
+"""Peak memory per pixel while decoding: Pillow's four bytes, four for compositing on the background, and the result."""
 
 _PIXELS_PER_BAND = 2**20
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
@@ -140,9 +139,9 @@ def decode_image(
     limits : ImageLimits
         Checked before pixels are decoded.
     jpeg_decoder : JpegDecoder, optional
-        Is asked before Pillow is, and must give the same bits.
+        Tried before Pillow; it must give the same bits.
     reserve_memory : callable, optional
-        Is told about how many bytes decoding is going to take, before it does, and may wait.
+        Called before decoding with the approximate number of bytes that decoding needs; it may block.
 
     Returns
     -------
@@ -152,8 +151,8 @@ def decode_image(
     Raises
     ------
     SampleError
-        With status ``EMPTY``, ``UNSUPPORTED``, ``DAMAGED``, ``TOO_LARGE`` or ``OUT_OF_MEMORY``. No other
-        exception leaves, whatever the bytes are.
+        With status ``EMPTY``, ``UNSUPPORTED``, ``DAMAGED``, ``TOO_LARGE`` or ``OUT_OF_MEMORY``. No input raises
+        another exception.
     """
     image_format = _detect_format(data, limits)
     try:
@@ -174,17 +173,17 @@ def decode_image(
 
 
 def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Take a picture that is already decoded, by the same rules as `decode_image`.
+    """Convert a decoded image to RGB, by the same rules as `decode_image`.
 
     Parameters
     ----------
     picture : Pillow image, or uint8 ndarray of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4)
-        Gray, RGB or RGBA. A Pillow image that still carries an EXIF orientation is turned upright.
+        Gray, RGB or RGBA. The EXIF orientation of a Pillow image is applied.
 
     Returns
     -------
     ndarray of shape (h, w, 3), uint8
-        C-contiguous and writable; it may share memory with an array that already was so.
+        C-contiguous and writable; it shares memory with an input array that already has this form.
 
     Raises
     ------
@@ -217,7 +216,7 @@ def to_rgb(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def resize_image(picture: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
-    """Resize a picture, antialiased, to the bit as Pillow does it.
+    """Resize an image with antialiasing, bit-identical to Pillow.
 
     Parameters
     ----------
@@ -231,23 +230,26 @@ def resize_image(picture: NDArray[np.uint8], height: int, width: int, interpolat
 
 
 def compute_resize_weights(input_size: int, output_size: int, interpolation: str, spacing: int) -> NDArray[np.int32]:
-    """How much each pixel of an axis counts in `resize_image`, in units of 2⁻²², as Pillow itself has it.
+    """Compute Pillow's filter weights for one axis of `resize_image`, in units of 2⁻²².
 
-    A pass of Pillow's over 8-bit levels rounds its weights to that unit. A pass over 32-bit numbers does not, but
-    rounds its results in the same way: so where the picture is 2²² in one pixel and 0 elsewhere, they are the weights.
+    Pillow rounds the weights to this unit when it resizes 8-bit images. When it resizes 32-bit integers it does not
+    round the weights but rounds the results in the same way. Resizing an impulse of height 2²² therefore gives the
+    rounded weights.
 
     Parameters
     ----------
     input_size, output_size : int
-        Pixels of the axis.
+        Pixels of the axis before and after resizing.
     interpolation : {"bilinear", "bicubic"}
     spacing : int
-        Pixels that lie so far apart are tried at once. At least as many as count for one pixel of the result.
+        Distance between impulses that share a row. At least the filter's support: the number of input pixels that
+        contribute to one output pixel.
 
     Returns
     -------
-    ndarray of shape (spacing, after), int32
-        In row i the weight of that pixel, of those numbered i, i + spacing, i + 2 spacing, …, which counts at all.
+    ndarray of shape (spacing, output_size), int32
+        Row i holds, for each output pixel, the weight of the one input pixel among i, i + spacing, i + 2 spacing, …
+        that contributes to it.
     """
     impulses = np.zeros((spacing, input_size), np.int32)
     pixels = np.arange(input_size)
@@ -256,13 +258,13 @@ def compute_resize_weights(input_size: int, output_size: int, interpolation: str
 
 
 def encode_thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
-    """A small JPEG without metadata, for reports.
+    """Encode a small JPEG without metadata, for reports.
 
     Parameters
     ----------
     picture : ndarray of shape (h, w, 3), uint8
     size : int
-        The longest side in pixels; smaller pictures keep their size.
+        Longest side in pixels; smaller images keep their size.
     """
     small = Image.fromarray(picture)
     small.thumbnail((size, size))
@@ -270,18 +272,19 @@ def encode_thumbnail(picture: NDArray[np.uint8], size: int = 96) -> bytes:
 
 
 def encode_preview(data: bytes, size: int, limits: ImageLimits = DEFAULT_IMAGE_LIMITS) -> bytes:
-    """A small WebP of an encoded image, without metadata, for reports.
+    """Encode a small WebP of an encoded image, without metadata, for reports.
 
     Parameters
     ----------
     data : bytes
-        From any source; refused as `decode_image` does.
+        From any source; invalid data raises the same errors as `decode_image`.
     size : int
-        The longest side in pixels.
+        Longest side in pixels.
+    limits : ImageLimits
 
     Notes
     -----
-    A JPEG is decoded at the smallest of its own scales that suffices, in a fraction of the time.
+    A JPEG is decoded at the smallest DCT scale that suffices, which takes a fraction of the time.
     """
     image_format = _detect_format(data, limits)
     try:
@@ -300,12 +303,12 @@ def encode_preview(data: bytes, size: int, limits: ImageLimits = DEFAULT_IMAGE_L
 
 
 def encode_png(picture: NDArray[np.uint8]) -> bytes:
-    """The lossless PNG of a picture of shape (h, w, 3) or (h, w), uint8."""
+    """Encode an image of shape (h, w, 3) or (h, w), uint8, as PNG."""
     return _encode(Image.fromarray(picture), "PNG")
 
 
 def encode_jpeg(picture: NDArray[np.uint8], *, subsampling: int = 2, progressive: bool = False) -> bytes:
-    """The JPEG of a picture of shape (h, w, 3), uint8; subsampling as Pillow's: 4:4:4, 4:2:2 or 4:2:0 by number."""
+    """Encode an image of shape (h, w, 3), uint8, as JPEG; subsampling 0, 1, 2 is 4:4:4, 4:2:2, 4:2:0 as in Pillow."""
     return _encode(Image.fromarray(picture), "JPEG", subsampling=subsampling, progressive=progressive)
 
 
@@ -368,7 +371,7 @@ def _transpose_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[n
 
 
 def _flatten_to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture in mode RGB, without transparency."""
+    """Convert an image to mode RGB, without transparency."""
     if picture.mode.startswith("I") or picture.mode == "F":
         return Image.fromarray(_scale_gray_to_uint8(picture)).convert("RGB")
     if picture.mode == "LAB":
@@ -389,7 +392,7 @@ def _composite_on_background(picture: Image.Image) -> Image.Image:
 
 
 def _scale_gray_to_uint8(picture: Image.Image) -> NDArray[np.uint8]:
-    """Gray of more than 8 bits as shape (h, w), uint8, by the rules at the top of this module."""
+    """Scale gray of more than 8 bits to shape (h, w), uint8, by the rules in the module docstring."""
     values = np.asarray(picture)
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         low, high = 0.0, 65535.0
@@ -413,7 +416,7 @@ def _scale_gray_to_uint8(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def _copy_pixels(picture: Image.Image) -> NDArray[np.uint8]:
-    """Copy the pixels out, in bands, because Pillow would hold a large picture three times over."""
+    """Copy the pixels in bands; a single copy of a large image would make Pillow hold it three times in memory."""
     width, height = picture.size
     band_rows = max(1, _PIXELS_PER_BAND // width)
     if band_rows >= height:
@@ -426,12 +429,12 @@ def _copy_pixels(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def _read_orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or it cannot be read.
+    """Read the EXIF orientation, 1 to 8; 1 if it is missing or unreadable.
 
-    Read here because Pillow's EXIF reader answers malformed data with warnings.
+    Pillow's EXIF reader is not used because it warns about malformed data.
     """
     if isinstance(picture, TiffImageFile):
-        return 1  # Pillow turns TIFF upright while loading
+        return 1  # Pillow applies the orientation of a TIFF while loading
     exif = picture.info.get("exif")
     if not isinstance(exif, bytes):
         return 1

@@ -1,4 +1,4 @@
-"""From archives to the ordered index of their samples."""
+"""List archives into an ordered index of samples."""
 
 from __future__ import annotations
 
@@ -52,35 +52,35 @@ _STAMP_BLOCK_ROWS = 65536
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The samples of some archives; row i is sample i for ever.
+    """The samples of one or more archives; row numbers never change.
 
-    Columns of numbers and text, so that ten million samples fit; it holds no open file and can be pickled.
+    The columns are arrays, so that ten million samples fit in memory. An index holds no open file and can be pickled.
 
     Attributes
     ----------
     sources : tuple of ArchiveSource
     ids : StringColumn of length n
-        Unique; what people and tables call a sample.
+        Unique ids; tables and reports identify samples by them.
     names : StringColumn of length n
-        The bytes of the path within its source.
+        The path within the source, as bytes.
     source : ndarray of shape (n,), int32
-        Which of the sources a sample lies in.
+        Position in ``sources``.
     offset : ndarray of shape (n,), int64
-        In a tar where its bytes begin, in a zip where its local header begins, else 0.
+        In a tar the offset of the sample's bytes, in a zip the offset of its local header, else 0.
     size : ndarray of shape (n,), int64
-        Bytes, decompressed.
+        Decompressed size in bytes.
     mtime_ns : ndarray of shape (n,), int64
-        Time of change of the file that holds the bytes: the image, or the archive.
+        Modification time of the file that holds the bytes: the image, or the archive.
     fault : ndarray of shape (n,), uint8
-        The `Status` as far as listing can tell.
+        The `Status` as far as it is known from listing.
     labels : Labels
     split : ndarray of shape (n,), uint8
         0 none, 1 train, 2 validation, 3 test.
     ignored : dict of str to int
-        What was there and is no sample.
+        Number of ignored files by kind.
     limits : ArchiveLimits
     modality : str
-        The kind of the samples, a key of `featpipe.data.MODALITIES`.
+        Key of `featpipe.data.MODALITIES`.
     """
 
     sources: tuple[ArchiveSource, ...]
@@ -102,17 +102,17 @@ class Index:
 
     @property
     def sequential(self) -> bool:
-        """Whether some source can only be read front to back, so that rows are best read in order."""
+        """Whether a source can only be read sequentially, so that rows should be read in order."""
         return any(source.compression for source in self.sources)
 
     def compute_stamps(self) -> NDArray[np.uint8]:
-        """What stays the same while a sample's bytes do, as far as can be told without reading them.
+        """Compute digests that detect changed samples without reading their bytes.
 
         Returns
         -------
         ndarray of shape (n, 16), uint8
-            A digest of real path, name, offset, size and time of change; zero where there is a fault. Equal
-            stamps are trusted to mean unchanged bytes.
+            A digest of real path, name, offset, size and modification time; zero for rows with a fault. Equal stamps
+            are taken to mean unchanged bytes.
         """
         stamps = np.zeros((len(self), _STAMP_BYTES), np.uint8)
         ok_rows = np.flatnonzero(self.fault == Status.OK)
@@ -121,7 +121,7 @@ class Index:
         return stamps
 
     def _iter_stamps(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
-        """The stamps of some rows; plain numbers and bytes, because reading one number of an array takes longer."""
+        """Yield the stamps of some rows; works on Python numbers, because indexing single array elements is slower."""
         paths = [os.fsencode(source.real_path) for source in self.sources]
         folder_prefixes = [os.path.join(path, b"") for path in paths]
         kinds = [source.kind for source in self.sources]
@@ -138,7 +138,7 @@ class Index:
             yield sha256(pack(len(path), offset, size, mtime_ns) + path + name).digest()[:_STAMP_BYTES]
 
     def take(self, rows: NDArray[np.int64]) -> Index:
-        """The index of some of the samples alone."""
+        """Return the index of a subset of the samples."""
         ids = self.ids.take(rows)
         return replace(
             self,
@@ -149,12 +149,12 @@ class Index:
         )
 
     def raw_name(self, row: int) -> bytes:
-        """The bytes of a sample's path within its source, which need not be valid text."""
+        """The path of a sample within its source, as bytes; it may be invalid as text."""
         start, stop = self.names.offsets[row], self.names.offsets[row + 1]
         return self.names.data[start:stop].tobytes()
 
     def open(self) -> SampleReader:
-        """A reader of the samples' bytes; open it where it is used."""
+        """Open a reader of the samples' bytes; open it in the process that uses it."""
         return SampleReader(self)
 
 
@@ -165,22 +165,22 @@ def index(
     limits: ArchiveLimits = DEFAULT_LIMITS,
     modality: str = DEFAULT_MODALITY,
 ) -> Index:
-    """List and order the samples of archives, by the rules of `featpipe.data`.
+    """List and order the samples of archives by the rules of `featpipe.data`.
 
     Parameters
     ----------
     archives : path or sequence of paths
         Folders, .tar, .zip, tables of paths and single images; globs and braces are expanded.
     labels : path or LabelTable, optional
-        A table that labels the samples in place of folders and sidecar files.
+        A table of labels; it replaces labels from folders and sidecar files.
     limits : ArchiveLimits
     modality : str
-        Which files are samples: that of the backbone that will embed them.
+        Modality of the backbone that will embed the samples; it decides which files are samples.
 
     Raises
     ------
     ArchiveError
-        If an archive is missing, damaged, hostile or without any sample, or does not fit its labels.
+        If an archive is missing, damaged, exceeds the limits, contains no sample, or does not match its labels.
     """
     kind = get_modality(modality)
     arguments = [archives] if isinstance(archives, (str, os.PathLike)) else list(archives)
@@ -211,16 +211,16 @@ def index_files(
     limits: ArchiveLimits = DEFAULT_LIMITS,
     modality: str = DEFAULT_MODALITY,
 ) -> Index:
-    """Index single files in the order given; one that is not there keeps its row with the fault ``MISSING``.
+    """Index single files in the order given; a missing file keeps its row with the fault ``MISSING``.
 
     Parameters
     ----------
     paths : sequence of n paths
-        The same path may come several times.
+        Duplicates are allowed.
     labels : Labels of length n, optional
     limits : ArchiveLimits
     modality : str
-        The kind of the files, whatever their suffixes are.
+        Modality of the files, whatever their suffixes.
     """
     if labels is not None and len(labels) != len(paths):
         raise ConfigError(f"{len(labels)} labels for {len(paths)} paths; give one for each, in the same order")
@@ -231,7 +231,7 @@ def index_files(
 
 @dataclass(frozen=True)
 class _LabeledGroup:
-    """What follows one another in an argument and is labelled by one rule."""
+    """Consecutive listings of one argument that are labelled by the same rule."""
 
     listings: list[Listing]
     raw_labels: RawLabels
@@ -275,13 +275,14 @@ def _list_table(path: Path, limits: ArchiveLimits, modality: Modality) -> _Label
     if missing_names:
         first_names = ", ".join(map(format_name, missing_names[:3]))
         raise ArchiveError(
-            f"{path}: {len(missing_names)} of its files do not exist: {first_names}; paths are relative to {source.real_path}"
+            f"{path}: {len(missing_names)} of its files do not exist: {first_names}; "
+            f"paths are relative to {source.real_path}"
         )
     return _LabeledGroup([listing], table_rows.raw_labels, table_rows.split)
 
 
 def _current_folder_source() -> ArchiveSource:
-    """The source of images that are named one by one."""
+    """The source of images that are passed as single paths."""
     return ArchiveSource(Path(), "files", os.path.realpath("."))
 
 
@@ -322,7 +323,7 @@ def _no_samples_error(arguments: Sequence[PathLike], listings: Sequence[Listing]
 
 
 def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits, modality: Modality) -> Index:
-    """The listings one after the other, still without labels."""
+    """Concatenate listings into an index without labels."""
     sources = tuple(dict.fromkeys(listing.source for listing in listings))
     prefixes = _make_id_prefixes([listing.source for listing in listings])
     ids: list[str] = []
@@ -340,7 +341,7 @@ def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits, modali
     return Index(
         sources=sources,
         ids=id_column,
-        names=id_column if ids == names else _encode_names(names),  # mostly equal, and then kept once
+        names=id_column if ids == names else _encode_names(names),  # usually equal; stored once then
         source=np.repeat(
             np.array([source_numbers[listing.source] for listing in listings], np.int32), list(map(len, listings))
         ),
@@ -368,7 +369,7 @@ def _encode_names(names: Iterable[str]) -> StringColumn:
 
 
 def _make_id_prefixes(sources: Sequence[ArchiveSource]) -> dict[ArchiveSource, str]:
-    """What goes before the ids of each archive when there are several; single images have no archive."""
+    """The id prefix of each archive; empty if there is only one archive, and none for single images."""
     source_parts = [
         (source, Path(os.path.abspath(source.path)).parts) for source in sources if source != _current_folder_source()
     ]
@@ -388,7 +389,7 @@ def _make_id_prefixes(sources: Sequence[ArchiveSource]) -> dict[ArchiveSource, s
 
 
 def _make_ids_unique(ids: list[str]) -> list[str]:
-    """The ids with ``#2``, ``#3``, … behind those that were there before."""
+    """Append ``#2``, ``#3``, … to duplicate ids."""
     hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
     if len(np.unique(hashes)) == len(ids):  # the common case, without a set of millions of strings
         return ids
@@ -419,9 +420,9 @@ class _ArchiveReader(Protocol):
 
 
 class SampleReader:
-    """Reads samples by row; any number of threads may share one.
+    """Reads samples by row; thread-safe.
 
-    Archive files are opened when they are first needed and closed together. Nothing is cached.
+    Archive files are opened on first use and closed together. Nothing is cached.
 
     Parameters
     ----------
@@ -445,14 +446,14 @@ class SampleReader:
                 self._archive_readers.popitem()[1].close()
 
     def read(self, row: int) -> bytes:
-        """The bytes of one sample, whole.
+        """Read all bytes of one sample.
 
         Raises
         ------
         SampleError
-            If this sample has no bytes to be had; its status says why.
+            If the sample cannot be read; its status is the reason.
         ArchiveError
-            If the archive itself is gone, or changed since it was listed.
+            If the archive is missing or has changed since it was listed.
         """
         index = self._index
         source = index.sources[index.source[row]]

@@ -1,16 +1,16 @@
-"""An encoded image to its picture: the bits of :mod:`featpipe.data.image`, in less time where it is a colour JPEG.
+"""Decode colour JPEGs with torchvision: the same bits as :mod:`featpipe.data.image`, in less time.
 
-Pillow decodes a JPEG with the library that torchvision decodes it with, but into four bytes a pixel, which it then
-packs into pieces, joins and copies, part of that with the interpreter's lock in its hand. torchvision has the library
-write where the picture is to be. So Pillow reads the header, whose size, mode and orientation decide as ever, and
-torchvision decodes; what it refuses is given to Pillow, which has the last word on what is damaged.
+Pillow and torchvision decode JPEGs with the same library. Pillow decodes to four bytes per pixel, then packs, joins and
+copies them, partly while it holds the GIL. torchvision lets the library write into the final tensor. Therefore Pillow
+reads the header (size, mode and orientation) and torchvision decodes. If torchvision fails, Pillow decodes and decides
+whether the image is damaged.
 
 Notes
 -----
-The two may be built with different libraries, and torchvision is going to give up decoding (0.29 says so, to who calls
-its function; its operator is called here). Whether it is there and agrees is tried once in a process
-(:func:`is_exact`); where not, Pillow decodes. What libjpeg remarks about corrupt data, which it decodes all the same,
-goes to standard error.
+Pillow and torchvision may be built with different libraries, and torchvision is deprecating its decoders (since 0.29
+the public function warns; this module calls the operator). :func:`is_torchvision_exact` checks once per process
+whether the operator exists and gives the same bits; otherwise Pillow decodes. libjpeg writes warnings about corrupt
+data that it can still decode to standard error.
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ from featpipe.runtime import MemoryBudget
 __all__ = ["LARGE_IMAGE_BUDGET", "decode_with_torchvision", "decode_within_budget", "is_torchvision_exact"]
 
 LARGE_IMAGE_BUDGET = MemoryBudget()
-"""What large pictures may take while they are decoded and worked on, in this process."""
+"""Memory budget of this process for decoding and transforming large images."""
 
-PROBE_SIZES = ((48, 64), (37, 53), (7, 130))  # height and width of the pictures that are tried
+PROBE_SIZES = ((48, 64), (37, 53), (7, 130))  # height and width of the test images
 RGB_READ_MODE = 3  # torchvision's ImageReadMode.RGB
 
 
 def decode_with_torchvision(
     data: bytes, limits: ImageLimits = DEFAULT_IMAGE_LIMITS, reserve_memory: Callable[[int], None] | None = None
 ) -> NDArray[np.uint8]:
-    """Decode one image; as :func:`featpipe.data.image.decode_image`, and with its errors."""
+    """Decode one image, like :func:`featpipe.data.image.decode_image` and with the same errors."""
     return decode_image(data, limits, _decode_jpeg if is_torchvision_exact() else None, reserve_memory)
 
 
 @contextlib.contextmanager
 def decode_within_budget(data: bytes) -> Iterator[Tensor]:
-    """A decoded image, for as long as it is worked on: those that are large wait for each other.
+    """Decode an image and hold its share of the memory budget until the context exits.
 
-    So many threads need no more memory than there is, whatever pictures they come across.
+    Large images wait for each other, so that the memory of many threads is bounded for any mix of image sizes.
+
+    Yields
+    ------
+    Tensor of shape (3, h, w), uint8
     """
     with LARGE_IMAGE_BUDGET.reservation() as reserve_memory:
         pixels = decode_with_torchvision(data, reserve_memory=reserve_memory)
@@ -56,7 +60,7 @@ def decode_within_budget(data: bytes) -> Iterator[Tensor]:
 
 @cache
 def is_torchvision_exact() -> bool:
-    """Whether torchvision's pixels of JPEGs are those of the Pillow that is installed, tried once in a process."""
+    """Whether torchvision decodes JPEGs to the same pixels as the installed Pillow; checked once per process."""
     with contextlib.suppress(ImportError):
         import torchvision.io  # noqa: F401  # registers the operator
 
@@ -74,8 +78,8 @@ def is_torchvision_exact() -> bool:
 
 
 def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
-    """The pixels of a JPEG as they are stored, of shape (h, w, 3); None where torchvision cannot tell them."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns of what cannot be written
+    """Decode the pixels of a JPEG as stored, shape (h, w, 3); None if torchvision cannot decode it."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch warns about read-only buffers
     try:
         pixels: NDArray[np.uint8] = torch.ops.image.decode_jpeg(encoded, RGB_READ_MODE, False).permute(1, 2, 0).numpy()
     except (AttributeError, RuntimeError):  # damaged, out of memory, or a torchvision that decodes no JPEG

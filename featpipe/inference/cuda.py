@@ -29,7 +29,7 @@ WARMUP_PASSES = 3  # passes before a graph is captured: libraries choose their a
 
 
 class _InputBuffer:
-    """A place on the device where one batch's pictures wait for their turn."""
+    """A place on the device where one batch's images wait for their turn."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images  # channels last in memory
@@ -40,7 +40,7 @@ class _InputBuffer:
 class CudaRunner:
     """Runs a backbone on a GPU, for one calling thread.
 
-    Pictures are copied as they are, a quarter of the bytes, resized there if they are not yet, to the same bits, and
+    Images are copied as they are, a quarter of the bytes, resized there if they are not yet, to the same bits, and
     normalised by the same arithmetic. The forward pass is captured once as a CUDA graph and replayed, so that the
     caller need not start each kernel; a network that cannot be captured is called. Where a batch needs more memory
     than there is, it is halved, and no row is lost.
@@ -103,7 +103,7 @@ class CudaRunner:
         self.batch //= 2
 
     def _submit_batch(self, images: ImageBatch) -> Callable[[], Embeddings]:
-        """Copy and compute without waiting; the caller's pictures may be pinned or not, and of any size if unresized.
+        """Copy and compute without waiting; the caller's images may be pinned or not, and of any size if unresized.
 
         What is given back after a copy was begun is not used again before that has ended: torch keeps account of
         pinned memory by the stream that copies from it.
@@ -132,7 +132,7 @@ class CudaRunner:
         return wait_for_embeddings
 
     def _copy_images(self, destination: Tensor, images: ImageBatch) -> None:
-        """Copy pictures to their places; those that are yet to be resized by way of some memory of their own."""
+        """Copy images to their places; those that are yet to be resized by way of some memory of their own."""
         if isinstance(images, Tensor):
             destination[: len(images)].copy_(images, non_blocking=True)
             return
@@ -142,7 +142,7 @@ class CudaRunner:
                 groups.setdefault((image.vertical, image.horizontal), []).append((position, image.pixels))
             else:
                 destination[position].copy_(image, non_blocking=True)
-        transform = cast(Transform, self.backbone.transform)  # nobody's own leaves pictures unresized
+        transform = cast(Transform, self.backbone.transform)  # nobody's own leaves images unresized
         for resize_axes, group in groups.items():
             step = max_resize_batch(*resize_axes, transform.interpolation)
             for start in range(0, len(group), step):
@@ -153,7 +153,7 @@ class CudaRunner:
     def _resize_on_device(
         self, image_pixels: Sequence[Tensor], resize_axes: tuple[ResizeAxis, ResizeAxis], transform: Transform
     ) -> Tensor:
-        """Pictures of one size, copied to the device and brought into the form that the network sees."""
+        """Images of one size, copied to the device and brought into the form that the network sees."""
         channels, height, width = image_pixels[0].shape
         shape = (len(image_pixels), height, width, channels)
         pixels = torch.empty(shape, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
@@ -169,7 +169,7 @@ class CudaRunner:
         return self._outputs
 
     def _prepare(self, dtype: torch.dtype) -> None:
-        """Places for pictures and input, warm libraries, and the graph, where the network can be captured."""
+        """Places for images and input, warm libraries, and the graph, where the network can be captured."""
         channels, height, width = self.backbone.transform.input_shape
         shape = (self.batch, height, width, channels)
         input_tensors = [torch.zeros(shape, dtype=dtype, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]

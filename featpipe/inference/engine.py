@@ -147,7 +147,7 @@ class Engine:
         self._runner.enter_stream(workers)
 
     def collate(self, pictures: Sequence[PreparedImage]) -> ImageBatch:
-        """Some pictures together, as :meth:`submit` takes them: one tensor, channels last in memory.
+        """Some images together, as :meth:`submit` takes them: one tensor, channels last in memory.
 
         For a GPU they stay by themselves, where each was put for it to copy from.
 

@@ -35,8 +35,8 @@ __all__ = [
     "run_in_threads",
 ]
 
-MAX_ROWS_PER_IMAGE = 64  # times as many rows as a batch has pictures: so many are let out with fewer
-MAX_MICRO_BATCH = 32  # pictures, at most, that a worker hands on at a time where others embed them
+MAX_ROWS_PER_IMAGE = 64  # times as many rows as a batch has images: so many are let out with fewer
+MAX_MICRO_BATCH = 32  # images, at most, that a worker hands on at a time where others embed them
 
 R = TypeVar("R")
 Embeddings = dict[str, NDArray[np.float32]]
@@ -143,11 +143,11 @@ class DecodedBatch:
     digests : list of bytes
         SHA-256 of each row's bytes; empty where they could not be had.
     status : list of Status
-        ``OK`` also for a row that needs no picture, because its embedding is known already.
-    images : Tensor of shape (b, 3, h, w), or list of pictures, or None
-        The pictures of the rows at ``positions``, as the engine takes them.
+        ``OK`` also for a row that needs no image, because its embedding is known already.
+    images : Tensor of shape (b, 3, h, w), or list of images, or None
+        The images of the rows at ``positions``, as the engine takes them.
     positions : list of int
-        Positions in ``rows``, one for each picture.
+        Positions in ``rows``, one for each image.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -178,12 +178,12 @@ class Loader:
     transform : callable
         uint8 (3, H, W) → (3, h, w), of any type; or whatever ``collect`` takes.
     batch : int
-        Pictures in a batch; the last ones have fewer.
+        Images in a batch; the last ones have fewer.
     has_embedding : callable
         Told the digest of a row's bytes, says whether its embedding is there already or under way; if so the row is
         not decoded.
     collate : callable
-        Makes one thing, for an engine, of a batch's pictures.
+        Makes one thing, for an engine, of a batch's images.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Loader:
             yield batch
 
     def micro_batches(self, size: int, fallback_transform: PrepareItem | None = None) -> Iterator[DecodedBatch]:
-        """The same in batches of another size, whose pictures are a list and not collected.
+        """The same in batches of another size, whose images are a list and not collected.
 
         Parameters
         ----------
@@ -279,7 +279,7 @@ class Loader:
     def _add_row(
         self, batch: DecodedBatch, row: int, data: Sample | SampleError, transform: PrepareItem
     ) -> PreparedImage | None:
-        """Add the row to the batch; the picture, if there is one to embed."""
+        """Add the row to the batch; the image, if there is one to embed."""
         started = perf_counter()
         batch.rows.append(row)
         batch.digests.append(b"")
@@ -374,8 +374,8 @@ def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Gene
     Notes
     -----
     For a GPU the workers together have at most one of its batches in their hands, in pieces (see :func:`micro_batch_size`).
-    As many pictures may wait in the queue, and the caller's thread joins pieces to one batch: so at most three batches
-    of pictures and a piece are in memory, however many cores there are, and up to two batches more are being copied. Of
+    As many images may wait in the queue, and the caller's thread joins pieces to one batch: so at most three batches
+    of images and a piece are in memory, however many cores there are, and up to two batches more are being copied. Of
     those that are yet to be resized, which may be large, the engine limits the bytes.
     """
     if engine.device.type == "cpu":
@@ -392,10 +392,10 @@ def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Gene
 
 
 def micro_batch_size(engine: EmbeddingEngine, workers: int) -> int:
-    """Pictures that each of some workers decodes before it hands them on.
+    """Images that each of some workers decodes before it hands them on.
 
     On a CPU a batch. Else a power of two, as batches are unless they were asked for otherwise: at most 32, and so few
-    that all workers together have one batch in their hands, or one picture each.
+    that all workers together have one batch in their hands, or one image each.
     """
     if engine.device.type == "cpu":
         return engine.batch

@@ -33,7 +33,7 @@ __all__ = [
 
 MAX_RELATIVE_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 """From the network's own answers, relative to their length. A wrong graph is wrong by about 1; sums in another order
-cost half precision up to a tenth, on made-up pictures."""
+cost half precision up to a tenth, on made-up images."""
 
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -116,7 +116,7 @@ def make_openvino_runner(
 
 
 def _matches_eager(runner: Runner, eager: EagerRunner) -> bool:
-    """Whether two engines give the same embeddings of made-up pictures, to what their precision rounds to."""
+    """Whether two engines give the same embeddings of made-up images, to what their precision rounds to."""
     transform = eager.backbone.transform
     items = get_modality(transform.modality).make_probes()[:2]
     images = transform.collate([transform.prepare(item) for item in items])

@@ -1,4 +1,4 @@
-"""What worker threads do with a picture: all of its geometry, or for a GPU as little of it as is worth their time.
+"""What worker threads do with an image: all of its geometry, or for a GPU as little of it as is worth their time.
 
 A GPU resizes to the same bits (:mod:`featpipe.backbones.resize.matmul`), so that whoever has the time may do it: nothing but
 speed and memory depends on the choice.
@@ -28,14 +28,14 @@ from featpipe.inference.devices import allow_tf32
 
 __all__ = ["PinnedTransfer", "make_worker_transforms"]
 
-MAX_UNRESIZED_PIXELS = 2_000_000  # at most, of a picture that is left so; decoding a larger one is what takes the time
-MAX_PENDING_BYTES = 2**31  # of pictures that wait unresized, in pinned memory; some 4,000 photographs of 500 × 375
+MAX_UNRESIZED_PIXELS = 2_000_000  # at most, of an image that is left so; decoding a larger one is what takes the time
+MAX_PENDING_BYTES = 2**31  # of images that wait unresized, in pinned memory; some 4,000 photographs of 500 × 375
 
 
 def make_worker_transforms(
     transform: SampleTransform, device: torch.device
 ) -> tuple[Callable[[Any], PreparedImage], Callable[[Any], PreparedImage]]:
-    """What worker threads do for a device: uint8 (3, H, W) → a picture that is ready to be handed over.
+    """What worker threads do for a device: uint8 (3, H, W) → an image that is ready to be handed over.
 
     Twice: as little as the device needs of them, and all of it, for those who would have to wait for the device.
     """
@@ -46,7 +46,7 @@ def make_worker_transforms(
 
 
 class PinnedTransfer:
-    """Makes pictures ready for a GPU, in pinned memory, from which it copies by itself.
+    """Makes images ready for a GPU, in pinned memory, from which it copies by itself.
 
     Left unresized is what the GPU resizes to the same bits, as long as not too much of that is waiting. What no pixel
     of the result needs is cut off.
@@ -73,7 +73,7 @@ class PinnedTransfer:
         return _copy_to_pinned(self.transform.prepare(image))
 
     def _defer_resize(self, image: Tensor, transform: Transform) -> UnresizedImage | None:
-        """The picture as it is; None where it is better resized here."""
+        """The image as it is; None where it is better resized here."""
         filter_, (vertical, horizontal) = transform.interpolation, transform.resize_axes(*image.shape[-2:])
         if (vertical.source_size, horizontal.source_size) == (vertical.resized_size, horizontal.resized_size):
             return None

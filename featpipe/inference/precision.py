@@ -77,7 +77,7 @@ def _cpu_has_bf16() -> bool:
 def select_precision(
     backbone: Backbone, device: torch.device, probe_images: Sequence[PreparedImage], min_cosine: float, **settings: Any
 ) -> tuple[Engine, Fidelity]:
-    """The engine of the fastest precision that is faithful enough on some pictures.
+    """The engine of the fastest precision that is faithful enough on some images.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def _measure_precision(
 
 
 def compute_embeddings(engine: Engine, images: Sequence[PreparedImage]) -> Embeddings:
-    """The embeddings of some pictures, batch by batch on the calling thread; empty without a picture."""
+    """The embeddings of some images, batch by batch on the calling thread; empty without an image."""
     batches = [images[start : start + engine.batch] for start in range(0, len(images), engine.batch)]
     batch_embeddings = [engine.embed(engine.collate(batch)) for batch in batches]
     return {

@@ -1,6 +1,6 @@
-"""Resizing and cropping a picture at once: Pillow's bits, in less than half its time.
+"""Resizing and cropping an image at once: Pillow's bits, in less than half its time.
 
-Pillow resizes 8-bit pictures in two passes, along the rows and then along the columns. Each gives whole levels::
+Pillow resizes 8-bit images in two passes, along the rows and then along the columns. Each gives whole levels::
 
     result = clip((sum(weight * level) + 2**21) >> 22, 0, 255)
 
@@ -25,7 +25,7 @@ floors, the result of the formula.
 Notes
 -----
 The arithmetic is that of ``ImagingResample`` in Pillow's ``libImaging/Resample.c``. A build of Pillow that does it
-otherwise is noticed (:func:`is_exact`) and then used itself, as Pillow is for a picture that shrinks more than 32 times
+otherwise is noticed (:func:`is_exact`) and then used itself, as Pillow is for an image that shrinks more than 32 times
 (bicubic; 64 times bilinear) or whose height loses more than twice as many pixels as its width.
 """
 
@@ -57,9 +57,9 @@ EMBEDDING_BAG_MAX_TAPS = 128
 """Neighbours in one sum, for which it is exact."""
 
 EXACTNESS_TEST_SIZES = ((47, 64), (41, 103), (96, 30), (120, 140), (300, 260))
-"""Heights and widths to which a picture of 97 × 131 is resized, to see whether that is exact."""
+"""Heights and widths to which an image of 97 × 131 is resized, to see whether that is exact."""
 
-MAX_STRIP_VALUES = 1 << 19  # of a picture at a time, so that memory is bounded
+MAX_STRIP_VALUES = 1 << 19  # of an image at a time, so that memory is bounded
 FILTER_SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
 HIGH_PART_UNIT = 2.0**-13  # levels
 OFFSETS_BEFORE_HIGH, OFFSET_AFTER_HIGH = (-255 / 1024 * HIGH_PART_UNIT, 514.5), -514.0
@@ -67,12 +67,12 @@ UNIT_SCALE_ZERO_OFFSET = np.array([1, 0], np.float32).view(
     np.uint8
 )  # a scale and an offset, which a table has in each row
 COLUMN_MULTIPLE = 16  # a table's columns are a multiple of it: code is made for each width, and is quickest so
-TRANSPOSED_ROWS = 256  # rows of a picture that are turned into columns at a time, with all of their cache lines at hand
+TRANSPOSED_ROWS = 256  # rows of an image that are turned into columns at a time, with all of their cache lines at hand
 
 
 @dataclass(frozen=True)
 class ResizeAxis:
-    """One side of a picture that is resized and then cropped.
+    """One side of an image that is resized and then cropped.
 
     Attributes
     ----------
@@ -175,7 +175,7 @@ def _make_byte_table(columns: NDArray[np.uint8]) -> Tensor:
 
 
 def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
-    """Resize a picture and crop it.
+    """Resize an image and crop it.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ def matches_pillow(
     sizes: Iterable[tuple[int, int]] = EXACTNESS_TEST_SIZES,
     filters: Iterable[str] = tuple(FILTER_SUPPORT),
 ) -> bool:
-    """Whether a way of resizing gives the bits of the Pillow that is installed, on a hard picture of 97 × 131.
+    """Whether a way of resizing gives the bits of the Pillow that is installed, on a hard image of 97 × 131.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Resizing and cropping many pictures at once by products of matrices, on any device: Pillow's bits.
+"""Resizing and cropping many images at once by products of matrices, on any device: Pillow's bits.
 
 The formula is that of :mod:`featpipe.backbones.resize.embedding_bag`, a pass along the rows and one along the columns::
 
@@ -55,7 +55,7 @@ SHRINK_TEST_SIZES = ((4, 5), (90, 5))  # tried also, bilinear: sums of some 50 t
 
 @dataclass(frozen=True, eq=False)
 class UnresizedImage:
-    """A picture that is yet to be resized and cropped.
+    """An image that is yet to be resized and cropped.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ PreparedImage = Tensor | UnresizedImage
 """As the network is to see it, but for the arithmetic; or yet to be resized."""
 
 ImageBatch = Tensor | Sequence[PreparedImage]
-"""Some pictures: one tensor (b, 3, h, w), or for a GPU each by itself."""
+"""Some images: one tensor (b, 3, h, w), or for a GPU each by itself."""
 
 
 def is_supported(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> bool:
@@ -83,7 +83,7 @@ def is_supported(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> 
 
 
 def max_resize_batch(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> int:
-    """How many pictures may be resized in one product, so that it takes some 300 MB at most; one may always."""
+    """How many images may be resized in one product, so that it takes some 300 MB at most; one may always."""
     height, width = (_slice_length(axis.source_slice(filter_)) for axis in (vertical, horizontal))
     largest = max(height * max(width, 2 * horizontal.crop_length), 2 * vertical.crop_length * horizontal.crop_length)
     return max(1, MAX_TENSOR_VALUES // (3 * largest))
@@ -107,7 +107,7 @@ class MatmulResizer:
         self._cached_bytes = 0
 
     def resize(self, pixels: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
-        """Resize some pictures of one size, and crop them.
+        """Resize some images of one size, and crop them.
 
         Parameters
         ----------

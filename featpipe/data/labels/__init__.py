@@ -1,1 +1,1 @@
-"""Labels: from tables, sidecar files and folders."""
+"""Labels from tables, sidecar files and folders."""

@@ -1,4 +1,4 @@
-"""From what folders, sidecar files and tables say to the labels of samples."""
+"""Infer the labels of samples from folders, sidecar files and table columns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RawLabel = str | tuple[str, ...] | tuple[float, ...] | None
 
 @dataclass
 class RawLabels:
-    """The labels of some samples, before classes are ordered.
+    """Labels of samples, before classes are ordered.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class RawLabels:
 
     @classmethod
     def concatenate(cls, parts: Iterable[RawLabels]) -> RawLabels:
-        """One after the other. Unlabelled ones adapt; two different tasks cannot be joined."""
+        """Concatenate parts. Unlabelled parts adapt to the task of the others; different tasks raise an error."""
         combined = cls.unlabeled(0)
         for part in parts:
             if part.task != "none" and combined.task != "none":
@@ -67,7 +67,7 @@ class RawLabels:
         return combined
 
     def take(self, rows: Sequence[int]) -> RawLabels:
-        """The marks of some rows; row -1 has none."""
+        """Select the labels of some rows; row -1 has no label."""
         return RawLabels(self.task, [self.values[row] if row >= 0 else None for row in rows], self.targets)
 
     def to_labels(self) -> Labels:
@@ -84,7 +84,7 @@ class RawLabels:
 
 
 def normalize_name(name: str) -> str:
-    """A member's name without leading ``./`` and ``/`` and without empty parts; ``..`` stays, as text.
+    """Remove leading ``./`` and ``/`` and empty parts from a member's name; ``..`` is kept as text.
 
     Examples
     --------
@@ -97,14 +97,14 @@ def normalize_name(name: str) -> str:
 
 
 def iter_normalized_names(listing: Listing) -> Iterable[str]:
-    """The names of a listing as paths within its source; those of a folder are clean as they are."""
+    """Normalize the names of a listing; names in a folder are normalized already."""
     return listing.names if listing.source.kind in ("folder", "files") else map(normalize_name, listing.names)
 
 
 def labels_from_folders(listings: Sequence[Listing]) -> RawLabels:
-    """Classes from the first folder level of one argument's archives."""
+    """Read classes from the first folder level of the archives of one argument."""
     root = _find_common_root(listings) if all(listing.source.kind in ("tar", "zip") for listing in listings) else ""
-    class_names: dict[str, str] = {}  # millions of samples share the text of their few classes
+    class_names: dict[str, str] = {}  # one string object per class, shared by millions of samples
     values: list[RawLabel] = []
     for listing in listings:
         for name in iter_normalized_names(listing):
@@ -116,7 +116,7 @@ def labels_from_folders(listings: Sequence[Listing]) -> RawLabels:
 
 
 def _find_common_root(listings: Sequence[Listing]) -> str:
-    """The one top folder that holds everything and itself holds folders of images, with its ``/``; else nothing."""
+    """The single top folder, with ``/``, if it holds all samples in subfolders; else the empty string."""
     root, has_subfolders = "", False
     for i, name in enumerate(name for listing in listings for name in iter_normalized_names(listing)):
         if i == 0:
@@ -128,7 +128,7 @@ def _find_common_root(listings: Sequence[Listing]) -> str:
 
 
 def labels_from_sidecars(listings: Sequence[Listing]) -> RawLabels | None:
-    """Labels from sidecar files; None where no sample has one."""
+    """Read labels from sidecar files; None if no sample has one."""
     if not any(listing.sidecars for listing in listings):
         return None
     sidecars: list[SidecarLabel | None] = []
@@ -159,7 +159,7 @@ def labels_from_sidecars(listings: Sequence[Listing]) -> RawLabels | None:
 def parse_label_column(
     values: Sequence[LabelValue], column: str, *, where: str, task: LabelTask | None = None
 ) -> RawLabels:
-    """Decide what one column of labels means, by the rules of `featpipe.data`."""
+    """Interpret one column of labels by the rules of `featpipe.data`."""
     has_lists = any(isinstance(value, tuple) for value in values)
     if task == "multilabel" or (task is None and (has_lists or column.lower() == "labels")):
         return RawLabels("multilabel", [_split_labels(value, where) for value in values])
@@ -179,14 +179,14 @@ def parse_label_column(
     n_numbers = sum(n is not None for n in numbers)
     if task is None and n_numbers and non_number is not None and column.lower() in _REGRESSION_COLUMNS:
         raise ArchiveError(
-            f"{where}: column {column!r} has {n_numbers} numbers and also {str(non_number)[:60]!r}; leave the cells empty "
-            "that have no number, or name the column label if its values are classes"
+            f"{where}: column {column!r} has {n_numbers} numbers and also {str(non_number)[:60]!r}; "
+            "leave the cells empty that have no number, or name the column label if its values are classes"
         )
     return RawLabels("classification", [None if value is None else _to_class_name(value) for value in values])
 
 
 def parse_number(value: LabelValue) -> float | None:
-    """The finite number that a value is or spells, else None."""
+    """Convert a value to a finite number; None if it is not one."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:

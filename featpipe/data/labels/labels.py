@@ -1,4 +1,4 @@
-"""What is known about each sample: a class, numbers, or several labels at once."""
+"""Labels of samples: classes, regression targets, or label sets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LabelTask = Literal["none", "classification", "regression", "multilabel"]
 
 
 def order_classes(names: Iterable[str]) -> tuple[str, ...]:
-    """The order of classes, the same on every machine.
+    """Sort class names; the order is the same on every machine.
 
-    By Unicode code point; by value when every name is a whole number written plainly.
+    Names are sorted by Unicode code point, or by value if every name is a plain integer.
 
     Examples
     --------
@@ -40,9 +40,9 @@ class Labels:
     ----------
     task : {"none", "classification", "regression", "multilabel"}
     values : ndarray
-        none: shape (n, 0), uint8. classification: class codes of shape (n,), int32, -1 where there is no label.
-        regression: targets of shape (n, t), float64, NaN where there is none. multilabel: shape (n, k), int8,
-        1 or 0 for each class, -1 in the whole row where there is no label.
+        none: shape (n, 0), uint8. classification: class codes of shape (n,), int32, -1 for unlabelled samples.
+        regression: targets of shape (n, t), float64, NaN for missing targets. multilabel: shape (n, k), int8, 1 or 0
+        for each class, -1 in the whole row for unlabelled samples.
     classes : tuple of str
         Class names (classification, multilabel) or target names (regression).
     """
@@ -57,7 +57,7 @@ class Labels:
 
     @classmethod
     def from_class_names(cls, names: Sequence[str | None], classes: Sequence[str] | None = None) -> Labels:
-        """From one class name for each sample, None where it is not known."""
+        """Create from one class name per sample; None means unlabelled."""
         class_order = (
             tuple(classes) if classes is not None else order_classes(name for name in names if name is not None)
         )
@@ -70,7 +70,7 @@ class Labels:
 
     @classmethod
     def from_label_sets(cls, label_sets: Sequence[Iterable[str] | None]) -> Labels:
-        """From the set of labels of each sample (multi-label), None where it is not known."""
+        """Create from one set of labels per sample (multi-label); None means unlabelled."""
         unique_label_sets = [None if names is None else set(names) for names in label_sets]
         class_order = order_classes(name for names in unique_label_sets if names is not None for name in names)
         code_by_name = {name: i for i, name in enumerate(class_order)}
@@ -84,7 +84,7 @@ class Labels:
 
     @classmethod
     def from_targets(cls, targets: NDArray[np.floating] | Sequence[object], names: Sequence[str]) -> Labels:
-        """From numeric targets of shape (n,) or (n, t)."""
+        """Create from numeric targets of shape (n,) or (n, t)."""
         values = np.asarray(targets, np.float64)
         return cls("regression", values.reshape(len(values), len(names)), tuple(names))
 
@@ -106,9 +106,9 @@ class Labels:
 
     @property
     def y(self) -> NDArray[Any]:
-        """As scikit-learn takes them: class names (object array, None where unknown), targets, or a 0/1 matrix.
+        """The labels in scikit-learn's form: class names (object array, None if unlabelled), targets, or a 0/1 matrix.
 
-        A single target comes as shape (n,).
+        A single target has shape (n,).
         """
         if self.task == "classification":
             names = np.array([*self.classes, None], dtype=object)

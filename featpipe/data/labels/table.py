@@ -40,16 +40,16 @@ _SPLIT_CODES = {"": 0, "train": 1, "training": 1, "validation": 2, "val": 2, "va
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Where labels come from, if not from folders.
+    """A table of labels, and how to read it.
 
     Attributes
     ----------
     path : Path
         A .csv (separated by comma, semicolon or tab), .tsv or .parquet file with column names.
     path_column, label_column : str, optional
-        Found by their usual names if not given. ``label_column="age,height"`` names several targets.
+        By default detected by their usual names. ``label_column="age,height"`` names several targets.
     task : {"classification", "regression", "multilabel", "none"}, optional
-        Decided by the values if not given.
+        By default inferred from the values.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class TableRows:
     Attributes
     ----------
     paths : list of str
-    raw_labels : Marks
+    raw_labels : RawLabels
     split : bytes
         0 none, 1 train, 2 validation, 3 test for each row.
     """
@@ -79,14 +79,14 @@ class TableRows:
 
 
 def read_table(table: LabelTable, *, require_labels: bool) -> TableRows:
-    """Read the columns of a table that matter.
+    """Read the columns of paths, labels and splits of a table.
 
     Raises
     ------
     ArchiveError
         If a column is missing or the file cannot be read.
     ConfigError
-        If a split is none of train, validation and test.
+        If a split is not one of train, validation and test.
     """
     names = _read_column_names(table.path)
     path_column = _require_column(table.path, names, table.path_column, _PATH_COLUMNS, "paths")
@@ -106,19 +106,19 @@ def read_table(table: LabelTable, *, require_labels: bool) -> TableRows:
 
 
 def read_column(path: Path, column: str) -> tuple[list[str], list[LabelValue]]:
-    """Read the paths of a table's rows, and one column of any name as it stands.
+    """Read the paths of a table and one other column, without interpreting its values.
 
     Returns
     -------
     paths : list of str
-    values : list of str, int, float, tuple of str, or None where a cell is empty
+    values : list of str, int, float, tuple of str, or None for an empty cell
 
     Raises
     ------
     ArchiveError
         If there is no column of paths, or the file cannot be read.
     ConfigError
-        If the column is not there.
+        If the column does not exist.
     """
     names = _read_column_names(path)
     path_column = _require_column(path, names, None, _PATH_COLUMNS, "paths")
@@ -130,7 +130,7 @@ def read_column(path: Path, column: str) -> tuple[list[str], list[LabelValue]]:
 
 
 def read_paths(path: Path) -> list[str]:
-    """Read the paths of a table's rows and nothing else.
+    """Read only the paths of a table.
 
     Raises
     ------
@@ -224,7 +224,7 @@ def _read_columns(path: Path, column_names: Sequence[str]) -> list[list[LabelVal
 
 
 def _iter_csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The lines of a CSV that are not empty, with their numbers."""
+    """Yield the non-empty lines of a CSV file with their line numbers."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = file.readline()
@@ -261,7 +261,7 @@ def _to_label_value(item: object) -> LabelValue:
 
 
 def map_paths_to_rows(path: Path, table_rows: TableRows) -> dict[str, int]:
-    """From each path of a table, normalised, to its first row; two rows on one path must agree."""
+    """Map each normalized path of a table to its first row; duplicate rows must agree."""
     row_by_path: dict[str, int] = {}
     for row, name in enumerate(table_rows.paths):
         key = posixpath.normpath(name)
@@ -272,35 +272,35 @@ def map_paths_to_rows(path: Path, table_rows: TableRows) -> dict[str, int]:
         )
         if not is_consistent:
             raise ArchiveError(
-                f"{path}: {format_name(name)} has two labels or splits, {table_rows.raw_labels.values[first_row]!r} and "
-                f"{table_rows.raw_labels.values[row]!r}; keep one"
+                f"{path}: {format_name(name)} has two labels or splits, "
+                f"{table_rows.raw_labels.values[first_row]!r} and {table_rows.raw_labels.values[row]!r}; keep one"
             )
     return row_by_path
 
 
 def match_table_rows(path: Path, table_rows: TableRows, index: Index, *, allow_unmatched: bool = False) -> list[int]:
-    """Find the row of a table for each sample.
+    """Find the table row of each sample.
 
-    By id; else by path within the archive, by path relative to the table's folder, or by absolute path.
+    Rows match by id; else by path within the archive, by path relative to the table's folder, or by absolute path.
 
     Parameters
     ----------
     path : Path
-        Of the table.
-    table_rows : Rows
+        Path of the table.
+    table_rows : TableRows
     index : Index
     allow_unmatched : bool
-        Whether the table may name what is no sample.
+        Whether the table may contain names that match no sample.
 
     Returns
     -------
     list of n int
-        -1 for a sample that the table does not name.
+        -1 for a sample that is not in the table.
 
     Raises
     ------
     ArchiveError
-        If the table names what is no sample, or one of its names fits several.
+        If a name in the table matches no sample, or several.
     """
     row_by_path = map_paths_to_rows(path, table_rows)
     row_by_sample = [row_by_path.get(posixpath.normpath(name), -1) for name in index.ids]
@@ -316,8 +316,8 @@ def match_table_rows(path: Path, table_rows: TableRows, index: Index, *, allow_u
         first_names = ", ".join(map(format_name, missing_names[:3]))
         example = format_name(index.ids[0])
         raise ArchiveError(
-            f"{path}: {len(missing_names)} of its paths name no sample: {first_names}; expected names such as {example}, or paths "
-            f"relative to {path.parent}"
+            f"{path}: {len(missing_names)} of its paths name no sample: {first_names}; "
+            f"expected names such as {example}, or paths relative to {path.parent}"
         )
     return row_by_sample
 
@@ -333,8 +333,8 @@ def _match_paths(path: Path, row_by_path: dict[str, int], index: Index, row_by_s
         row = next((row_by_path[candidate] for candidate in candidates if candidate in row_by_path), -1)
         if row >= 0 and sample_by_row.setdefault(row, sample) != sample:
             raise ArchiveError(
-                f"{path}: {format_name(_find_name(row_by_path, row))} fits several samples, {format_name(index.ids[sample_by_row[row]])} and "
-                f"{format_name(index.ids[sample])}; write their ids"
+                f"{path}: {format_name(_find_name(row_by_path, row))} fits several samples, "
+                f"{format_name(index.ids[sample_by_row[row]])} and {format_name(index.ids[sample])}; write their ids"
             )
         row_by_sample[sample] = row
 
@@ -344,7 +344,7 @@ def _find_name(row_by_path: dict[str, int], row: int) -> str:
 
 
 def _list_root_prefixes(source: ArchiveSource, path: Path) -> Iterator[str]:
-    """What may stand before the name of a sample in a table: nothing, the way from the table, the absolute path."""
+    """Possible prefixes of sample names in a table: empty, the path relative to the table, the absolute path."""
     yield ""
     if source.kind not in ("folder", "files"):
         return

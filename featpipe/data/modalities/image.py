@@ -1,4 +1,4 @@
-"""The modality ``image``: an item is a uint8 tensor of shape (3, H, W), upright RGB on white, channels last in memory."""
+"""The modality ``image``: an item is a uint8 tensor of shape (3, H, W), upright RGB on white, channels-last."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNDECODED_SUFFIXES = (
 
 PROBE_LEVELS = ((0, 256), (0, 48), (176, 256))  # lowest level, and highest plus one
 PROBE_SIZE = (256, 320)
-SYNTHETIC_SIZE = (375, 500)  # height and width; many published sets of photographs have it
+SYNTHETIC_SIZE = (375, 500)  # height and width; common in published datasets of photographs
 
 
 def _decode(data: bytes) -> AbstractContextManager[Tensor]:
@@ -42,7 +42,7 @@ def _to_item(image: Any) -> Tensor:
 
 
 def _to_list(images: Any) -> list[Any]:
-    """The images of a sequence, an array or column of paths, or a stack of pixel arrays."""
+    """Convert a sequence of images, an array or column of paths, or a stack of pixel arrays to a list."""
     advice = "images must be a list, for one image [image]"
     if getattr(images, "ndim", 1) == 2 and getattr(images, "shape", (0, 0))[1] == 1:
         images = images.iloc[:, 0] if hasattr(images, "iloc") else images[:, 0]
@@ -60,7 +60,7 @@ def _to_list(images: Any) -> list[Any]:
 
 
 def _make_probes() -> Sequence[Tensor]:
-    """Noise of very different brightness and contrast: the statistics of a batch are not those of its images."""
+    """Make noise images of very different brightness and contrast, so that batch and image statistics differ."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def _make_probes() -> Sequence[Tensor]:
 
 
 def _make_encoded_images() -> tuple[list[bytes], str]:
-    """JPEGs of about 70 kB: smooth shapes with grain."""
+    """Make JPEGs of about 70 kB: smooth shapes with noise."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(32):

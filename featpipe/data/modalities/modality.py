@@ -1,4 +1,4 @@
-"""The kinds of samples, and what a kind must say of itself."""
+"""The definition of a modality."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ __all__ = ["Modality"]
 
 @dataclass(frozen=True)
 class Modality:
-    """Everything that depends on the kind of the samples and not on the backbone.
+    """The properties and functions that depend on the modality of the samples and not on the backbone.
 
-    An *item* is a decoded sample in the form that a backbone's transform takes. It must not be ``bytes``.
+    An *item* is a decoded sample in the form that the backbone's transform expects. It must not be ``bytes``.
 
     Attributes
     ----------
     name : str
-        Key of the row; `Index.modality` and the transform's ``modality`` hold it.
+        Key in `MODALITIES`; equal to `Index.modality` and the transform's ``modality``.
     decoded_suffixes : tuple of str
         Suffixes of the files that can be decoded, in lower case, with their dots.
     suffixes : frozenset of str
-        All suffixes that make a file a sample. A file that is known to be of this kind but cannot be decoded gets a
-        row with a status instead of vanishing.
+        All suffixes that make a file a sample. A file of this modality in a format that cannot be decoded gets a row
+        with a status; it is not ignored.
     decode : callable
-        Encoded bytes → a context manager that yields the item. It may wait for memory on entry and gives memory
-        back on exit. Raises `SampleError`, with the status of the row, whatever the bytes are. Any number of threads
-        call it at once.
+        Encoded bytes → a context manager that yields the item. It may block on entry until memory is available, and
+        releases the memory on exit. For invalid bytes it raises only `SampleError`, with the status of the row. It
+        must be thread-safe.
     to_item : callable
         A decoded object from a Python caller → the item. Raises `ConfigError` for an object of the wrong type and
         `SampleError` for one whose content cannot be loaded.
     to_list : callable
-        The argument of `Model.predict` and the like → a list of paths, bytes and objects for ``to_item``. Raises
-        `ConfigError` if it is a single sample, empty or without an order.
+        The argument of `Model.predict` and similar methods → a list of paths, bytes and objects for ``to_item``.
+        Raises `ConfigError` for a single sample, an empty collection or an unordered one.
     make_probes : callable
-        () → at least three items whose statistics differ widely. Self-checks embed them together and one by one, to
-        prove that a network is frozen and that a faster engine gives the same embeddings.
+        () → at least three items whose statistics differ widely. Self-checks embed them as a batch and one by one, to
+        verify that a network is frozen and that a faster engine gives the same embeddings.
     encode_preview : callable
-        (encoded bytes, longest side in pixels) → a small WebP that shows a person the sample. Raises `SampleError`.
+        (encoded bytes, longest side in pixels) → a small WebP preview of the sample. Raises `SampleError`.
     make_encoded_samples : callable
-        () → some 32 typical samples, encoded, and what messages call them: for benchmarks without an archive.
+        () → about 32 typical encoded samples and a description of them for messages: for benchmarks without an archive.
     """
 
     name: str

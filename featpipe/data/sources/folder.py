@@ -1,4 +1,4 @@
-"""Folders and single files: listed with one look at each file, read by path."""
+"""List and read folders and single files; listing calls stat once per file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FileIdentity = tuple[int, int]
 
 
 def list_folder(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
-    """List a folder by path components in code point order, following links but never in a circle."""
+    """List a folder by path components in code point order; links are followed, and cycles are detected."""
     listing = Listing(source, limits, suffixes)
-    # A stack of half-read folders rather than recursion: an archive may be nested deeper than Python.
+    # A stack instead of recursion: folders may be nested deeper than Python's recursion limit.
     stack = [(_list_entries(listing, source.real_path, ""), "", frozenset({_get_identity(source.real_path)}))]
     while stack:
         entries, prefix, parent_identities = stack[-1]
@@ -45,7 +45,7 @@ def list_folder(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozense
 
 
 def list_files(source: ArchiveSource, names: Iterable[str], limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
-    """List single files in the order given; what is not there gets the fault ``MISSING``."""
+    """List single files in the order given; missing files get the fault ``MISSING``."""
     listing = Listing(source, limits, suffixes)
     for name in names:
         listing.count_members()
@@ -54,9 +54,9 @@ def list_files(source: ArchiveSource, names: Iterable[str], limits: ArchiveLimit
 
 
 def read_file(path: bytes, max_bytes: int) -> bytes:
-    """Read a regular file whole; SampleError with the status if that is not possible."""
+    """Read a whole regular file; raises SampleError with a status if it cannot be read."""
     try:
-        # Non-blocking, so that a pipe that took the place of an image cannot hang the reader.
+        # Non-blocking, so that a pipe that replaced an image cannot block the reader.
         descriptor = os.open(os.fsdecode(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -75,7 +75,7 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
 
 
 def _list_entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry[str]]:
-    """The entries of a folder in order. Sidecar files that belong to one of its images are taken at once."""
+    """Return the entries of a folder in order. Sidecar files of its images are read immediately."""
     try:
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=attrgetter("name"))
@@ -98,7 +98,7 @@ def _list_entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.Dir
 def _add_files_before_folder(
     listing: Listing, entries: Iterator[os.DirEntry[str]], prefix: str
 ) -> os.DirEntry[str] | None:
-    """Add the files that come before the next folder; that folder, or None at the end."""
+    """Add the files before the next folder and return that folder, or None at the end."""
     for entry in entries:
         if _is_folder(entry):
             return entry

@@ -1,4 +1,4 @@
-"""Globs and braces in the names of archives."""
+"""Expand globs and braces in archive paths."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MAX_PATHS = 1_000_000
 
 
 def expand_paths(archives: Sequence[str | os.PathLike[str]]) -> list[list[Path]]:
-    """Turn arguments into paths.
+    """Expand arguments to paths.
 
-    ``{000..099}`` counts with the width of its bounds, ``{a,b}`` lists, and ``*``, ``?``, ``[...]`` and ``**`` match
-    what is there, in code point order. A name that exists as it stands is taken as it stands.
+    ``{000..099}`` is a zero-padded range, ``{a,b}`` a list of alternatives. ``*``, ``?``, ``[...]`` and ``**`` match
+    existing paths, in code point order. A path that exists literally is not expanded.
 
     Returns
     -------

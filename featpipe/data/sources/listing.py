@@ -1,4 +1,4 @@
-"""What every kind of archive is listed into: sources, columns, and which names are samples."""
+"""The common result of listing any kind of archive: sources, columns of samples, and the rule for sample names."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _MAX_IGNORED_SUFFIXES = 200
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """What an archive may cost before it is taken for hostile.
+    """Limits on an archive; one that exceeds them is rejected.
 
     Attributes
     ----------
     max_members : int
         Files, folders and links in one archive.
     max_member_bytes : int
-        Size of one image; a larger one keeps its row with the status ``too-large``.
+        Size of one sample in bytes; a larger one keeps its row with the status ``too-large``.
     max_ratio : int
-        How many times its own size a .zip or compressed .tar may unfold to; the first 256 MiB are free.
+        Maximum ratio of decompressed to compressed size of a .zip or compressed .tar; 256 MiB are always allowed.
     """
 
     max_members: int = 100_000_000
@@ -50,7 +50,7 @@ class ArchiveLimits:
     max_ratio: int = 250
 
     def max_decompressed_bytes(self, archive_bytes: int) -> int:
-        """The most bytes to which an archive of this size may unfold."""
+        """The maximum decompressed size of an archive of this size, in bytes."""
         return max(256 * 2**20, self.max_ratio * archive_bytes)
 
 
@@ -64,14 +64,14 @@ class ArchiveSource:
     Attributes
     ----------
     path : Path
-        As it was given.
+        As given by the caller.
     kind : {"folder", "tar", "zip", "files"}
     real_path : str
         The absolute path with links resolved.
     compression : {"", "gz", "bz2", "xz"}
-        Of a tar; a compressed one can only be read front to back.
+        Compression of a tar; a compressed tar can only be read sequentially.
     size_bytes, mtime_ns : int
-        Of the archive file when it was listed, 0 for a folder.
+        Size and modification time of the archive file when it was listed; 0 for a folder.
     """
 
     path: Path
@@ -83,7 +83,7 @@ class ArchiveSource:
 
 
 class Listing:
-    """The samples of one source while they are being listed, as columns.
+    """Columns of the samples of one source, filled while it is listed.
 
     Parameters
     ----------
@@ -95,14 +95,14 @@ class Listing:
     Attributes
     ----------
     names : list of str
-        The path within the source as it stands there; undecodable bytes as surrogate escapes.
+        The path within the source, unchanged; undecodable bytes as surrogate escapes.
     offset, size, mtime_ns : array of int64
     fault : bytearray
         One `Status` for each sample.
     ignored : Counter
-        What was there and is no sample: suffixes, ``hidden``, ``__MACOSX``.
+        Number of ignored files by kind: suffix, ``hidden``, ``__MACOSX``.
     sidecars : dict
-        For each sample key the label that a sidecar file states, or why it cannot be read.
+        Sample key → the label of its sidecar file, or the error from reading it.
     """
 
     def __init__(self, source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> None:
@@ -122,7 +122,7 @@ class Listing:
         return len(self.names)
 
     def add(self, name: str, *, offset: int = 0, size: int, mtime_ns: int = 0, fault: Status = Status.OK) -> None:
-        """Append one sample; size in bytes. A size out of bounds becomes its fault."""
+        """Append one sample; size in bytes. A size outside the limits sets its fault."""
         self.names.append(name)
         self.offset.append(offset)
         self.size.append(size if size <= _MAX_INT64 else _MAX_INT64)
@@ -130,7 +130,7 @@ class Listing:
         self.fault.append(fault or self.check_size(size))
 
     def check_size(self, size: int) -> Status:
-        """What is wrong with a sample of so many bytes."""
+        """Return the status of a sample of this size in bytes."""
         if 0 < size <= self.limits.max_member_bytes:
             return Status.OK
         return Status.TOO_LARGE if size else Status.EMPTY
@@ -144,9 +144,9 @@ class Listing:
             )
 
     def accepts(self, name: str) -> bool:
-        """Whether a file of this name is a sample; counted as ignored if it is not, unless it may be a note."""
+        """Whether a file of this name is a sample; other files are counted as ignored, unless they may be sidecars."""
         if self.is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
-            return True  # what nearly all are, told without taking the path apart
+            return True  # fast path for most names: no splitting
         parts = name.split("/")
         if "__MACOSX" in parts:
             self.ignored["__MACOSX"] += 1
@@ -159,7 +159,7 @@ class Listing:
         return False
 
     def is_sample(self, name: str) -> bool:
-        """Whether the suffix makes a file a sample; its bytes may still be something else."""
+        """Whether the suffix makes a file a sample; the content is not checked."""
         return get_suffix(name) in self.suffixes
 
     def count_ignored(self, name: str) -> None:
@@ -170,7 +170,7 @@ class Listing:
         self.ignored[suffix or "no suffix"] += 1
 
     def add_sidecar(self, name: str, data: bytes) -> None:
-        """Take a sidecar file. What is wrong with it matters only if it belongs to a sample."""
+        """Add a sidecar file. An error in it is raised only if it belongs to a sample."""
         if len(data) > MAX_SIDECAR_BYTES:
             self.add_unreadable_sidecar(name, f"more than {MAX_SIDECAR_BYTES} bytes")
             return
@@ -188,30 +188,30 @@ class Listing:
         )
 
     def add_unreadable_sidecar(self, name: str, reason: str) -> None:
-        """Remember that a sidecar file cannot be read."""
+        """Record that a sidecar file cannot be read."""
         self.sidecars[get_sample_key(name)] = ArchiveError(
             f"{self.source.path}: {format_name(name)}: a label file that cannot be used: {reason}; correct or remove it"
         )
 
 
 def is_hidden(part: str) -> bool:
-    """Whether one part of a path begins with a dot, ``.`` and ``..`` aside."""
+    """Whether a path component begins with a dot and is not ``.`` or ``..``."""
     return part.startswith(".") and part not in (".", "..")
 
 
 def get_suffix(name: str) -> str:
-    """The suffix with its dot, in lower case; empty where there is none."""
+    """The suffix with its dot, in lower case; empty if there is none."""
     stem, dot, suffix = name.rpartition(".")
     return dot + suffix.lower() if stem and stem[-1] != "/" and "/" not in suffix else ""
 
 
 def format_name(name: str) -> str:
-    """A name as messages show it: on one line, and of bounded length."""
+    """Format a name for messages: on one line, with bounded length."""
     return repr(name if len(name) <= 120 else f"{name[:80]}…{name[-30:]}")
 
 
 def escape_name(name: str) -> str:
-    """A name as valid text: undecodable bytes and NUL as backslash escapes."""
+    """Convert a name to valid text: undecodable bytes and NUL become backslash escapes."""
     if name.isascii():
         return name.replace("\0", "\\x00")
     return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -21,15 +21,15 @@ LabelValue = str | int | float | tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class SidecarLabel:
-    """What one sidecar file says of its sample.
+    """The label in one sidecar file.
 
     Attributes
     ----------
     suffix : {".cls", ".json"}
     value : str, int, float, tuple of str, or None
-        A class or a number, several labels, or explicitly none.
+        A class, a number, several labels, or explicitly no label.
     is_target : bool
-        Whether a number is meant as a target to regress on.
+        Whether a number is a regression target.
     """
 
     suffix: str
@@ -38,11 +38,11 @@ class SidecarLabel:
 
     @classmethod
     def parse(cls, suffix: str, data: bytes) -> SidecarLabel | None:
-        """Read a sidecar file; None where it holds no label. Raises ValueError where it is malformed."""
+        """Parse a sidecar file; None if it holds no label. Raises ValueError if it is malformed."""
         return _parse_cls(data) if suffix == ".cls" else _parse_json(data)
 
     def resolve_conflict(self, other: SidecarLabel | ArchiveError | None, where: str) -> SidecarLabel | ArchiveError:
-        """Of two notes on one sample ``.cls`` goes first; two of a kind must agree."""
+        """Choose between two sidecar labels of one sample: ``.cls`` has priority; two of the same kind must agree."""
         if other is None or self == other:
             return self
         if isinstance(other, ArchiveError):
@@ -58,13 +58,13 @@ def is_sidecar(name: str) -> bool:
 
 
 def may_hold_sidecars(names: Iterable[str]) -> bool:
-    """Whether one of many names may be a note; False is certain, and what most folders are told at once."""
+    """Whether any of the names may be a sidecar; a fast test without false negatives."""
     joined_names = "\n".join(names).lower()
     return any(suffix in joined_names for suffix in _SIDECAR_SUFFIXES)
 
 
 def get_sample_key(name: str) -> str:
-    """What the files of one sample share: the path up to the first dot of the file name.
+    """The key that the files of one sample share: the path up to the first dot of the file name.
 
     Examples
     --------

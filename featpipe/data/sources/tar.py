@@ -1,4 +1,4 @@
-"""Tar archives: headers are read with tarfile, bytes by offset, and nothing is ever extracted."""
+"""Tar archives: tarfile parses the headers, samples are read by offset, and nothing is extracted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_HEADER_BYTES = 2**24
 
 
 def open_decompressed(source: ArchiveSource) -> IO[bytes]:
-    """The bytes of a tar from its beginning, decompressed."""
+    """Open the decompressed bytes of a tar."""
     if source.compression == "gz":
         return cast(IO[bytes], gzip.open(source.real_path, "rb"))
     if source.compression == "bz2":
@@ -36,11 +36,11 @@ def open_decompressed(source: ArchiveSource) -> IO[bytes]:
 
 
 class TarStream:
-    """A tar read forwards only, within limits.
+    """A forward-only stream over a tar that enforces the limits.
 
-    It is what tarfile reads headers from: a header that is too long, points backwards or unfolds without end is
-    refused here, whatever tarfile makes of it. The last block read is kept, because tarfile takes a damaged
-    header in the middle of an archive for its end.
+    tarfile reads headers from this stream. A header that is too long, points backwards or decompresses beyond the
+    limits is rejected here. The last block read is kept, because tarfile treats a damaged header in the middle of an
+    archive as the end of the archive.
     """
 
     def __init__(self, source: ArchiveSource, limits: ArchiveLimits) -> None:
@@ -66,7 +66,7 @@ class TarStream:
         return self.last_block
 
     def read_fully(self, size: int) -> bytes:
-        """Read as many bytes as are asked for, fewer only at the end."""
+        """Read exactly ``size`` bytes, fewer only at the end."""
         chunks = []
         while size > 0 and (chunk := self._file.read(min(size, _READ_CHUNK_BYTES))):
             chunks.append(chunk)
@@ -99,12 +99,12 @@ class TarStream:
 
 
 def list_tar(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
-    """List a tar in its own order.
+    """List a tar in the order of its members.
 
     Raises
     ------
     ArchiveError
-        If it is damaged or ends early: fewer samples than there were is never an answer.
+        If it is damaged or truncated; an incomplete list of samples is never returned.
     """
     listing = Listing(source, limits, suffixes)
     target_by_row: dict[int, str] = {}
@@ -134,7 +134,7 @@ def list_tar(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[s
 
 
 def _resolve_hard_links(listing: Listing, target_by_row: dict[int, str]) -> None:
-    """Give hard links the bytes of the earlier member they name; a second pass, so that names need not be kept."""
+    """Point hard links to the bytes of their targets; a second pass, so that a map of all names is not needed."""
     target_names = set(target_by_row.values())
     location_by_name: dict[str, tuple[int, int]] = {}
     row = 0
@@ -166,7 +166,7 @@ def _iter_members(source: ArchiveSource, stream: TarStream) -> Iterator[tarfile.
         tar = tarfile.TarFile(source.real_path, fileobj=cast(Any, stream), encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None:
             _check_extent(source, member)
-            cast(Any, tar).members.clear()  # tarfile would keep an object for each of millions
+            cast(Any, tar).members.clear()  # tarfile would keep one object per member
             yield member
         _check_end(source, stream)
     except ArchiveError:
@@ -185,13 +185,13 @@ def _check_extent(source: ArchiveSource, member: tarfile.TarInfo) -> None:
         raise ArchiveError(f"{source.path}: {format_name(member.name)} declares {member.size} bytes; not to be trusted")
     if not source.compression and end > source.size_bytes:
         raise ArchiveError(
-            f"{source.path}: truncated: {format_name(member.name)} ends at byte {end}, the file at {source.size_bytes}; "
-            "get the archive again"
+            f"{source.path}: truncated: {format_name(member.name)} ends at byte {end}, "
+            f"the file at {source.size_bytes}; get the archive again"
         )
 
 
 def _check_end(source: ArchiveSource, stream: TarStream) -> None:
-    """Tell the end of an archive from a place at which tarfile merely gave up."""
+    """Check that the archive ends here, and that tarfile did not stop at a damaged header."""
     if len(stream.last_block) < _TAR_BLOCK_BYTES:
         raise ArchiveError(
             f"{source.path}: truncated: no end-of-archive marker at byte {stream.tell()}; get the archive again"
@@ -211,7 +211,7 @@ def _check_end(source: ArchiveSource, stream: TarStream) -> None:
 class TarReader:
     """Reads the members of a compressed tar through one forward stream.
 
-    Rows read in the order of the archive decompress it once; going back starts again from the beginning.
+    Reading rows in the order of the archive decompresses it once; seeking back restarts from the beginning.
     """
 
     def __init__(self, source: ArchiveSource, limits: ArchiveLimits) -> None:
@@ -240,7 +240,7 @@ class TarReader:
 
 
 class PlainTarReader:
-    """Reads the members of an uncompressed tar by their place, without a lock where the system can."""
+    """Reads the members of an uncompressed tar by offset; without a lock on systems that have ``pread``."""
 
     def __init__(self, source: ArchiveSource) -> None:
         self._file = open(source.real_path, "rb", buffering=0)  # noqa: SIM115

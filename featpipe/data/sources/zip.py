@@ -1,4 +1,4 @@
-"""Zip archives: the central directory is checked before anything in it is believed."""
+"""Zip archives: the central directory is validated before it is used."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def list_zip(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[s
 
 
 class ZipReader:
-    """Reads members of one zip; any number of threads may do so at once.
+    """Reads members of one zip; thread-safe.
 
-    The directory is read again on first use, so that an index holds nothing but numbers.
+    The central directory is read again on first use, so that an index holds only arrays.
     """
 
     def __init__(self, source: ArchiveSource) -> None:
@@ -87,7 +87,7 @@ def _find_fault(entry: zipfile.ZipInfo) -> Status:
 
 
 def _check_entries(source: ArchiveSource, archive: zipfile.ZipFile, limits: ArchiveLimits) -> None:
-    """Refuse entries that share bytes, which is how a small file unfolds without end, and too high a ratio."""
+    """Reject overlapping entries, which zip bombs use, and entries with too high a compression ratio."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     boundaries = [entry.header_offset for entry in entries] + [archive.start_dir]
     for entry, next_start in zip(entries, boundaries[1:], strict=True):
@@ -107,12 +107,12 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, max_bytes: int
     try:
         with archive.open(entry) as member:
             data = member.read(max_bytes)
-            # The checksum is compared when the end is seen, one byte further.
+            # zipfile compares the checksum only when the end is reached, one byte further.
             return data + member.read(1) if len(data) == entry.file_size else data
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
         raise SampleError(f"damaged in the zip: {error}", status=Status.DAMAGED) from error
     except OSError as error:
-        # Without a number it is bzip2's word for damage.
+        # An OSError without errno is bzip2's error for damaged data.
         status = Status.DAMAGED if error.errno is None else Status.UNREADABLE
         raise SampleError(f"cannot be read from the zip: {error}", status=status) from error
     except (RuntimeError, NotImplementedError) as error:
