@@ -1,4 +1,4 @@
-"""Settings of batch prediction: the one home of the defaults."""
+"""Settings of batch prediction, with their defaults."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class PredictConfig(Settings):
     check_content: bool = False
 
     def check_models(self, models: Sequence[Model]) -> None:
-        """Check that the models can give what is requested.
+        """Check that the models support the requested outputs.
 
         Raises
         ------
@@ -80,10 +80,10 @@ class PredictConfig(Settings):
                 model.sets_known().score_quantile(self.sets)
 
     def extraction_config(self, model: Model, backbone: str | None = None) -> ExtractionConfig:
-        """The settings of the extraction for a model; ``backbone`` as :meth:`Model.extraction` takes it.
+        """Make the extraction settings for a model; see :meth:`Model.extraction` for ``backbone``.
 
-        Embeddings that are not cached are not rounded: predictions are then those of ``model.predict_proba``, bit for
-        bit, whatever type the embeddings had that the head was trained on.
+        Embeddings that are not cached are not rounded. Predictions then equal those of ``model.predict_proba`` bit for
+        bit, whatever the dtype of the embeddings that the head was trained on.
         """
         settings = {
             **model.extraction(backbone),
@@ -93,9 +93,9 @@ class PredictConfig(Settings):
         return ExtractionConfig.from_settings(settings if self.cache is None else {**settings, "cache": self.cache})
 
     def embedding_dtype(self, model: Model) -> str:
-        """The type of the embeddings that the predictions are made from."""
+        """The dtype of the embeddings from which the predictions are computed."""
         return "float32" if self.cache is None else str(model.facts["storage"])
 
     def get_max_bad_count(self, n: int) -> int | None:
-        """How many of n images may have no prediction; None is no limit."""
+        """How many of n images may fail; None means no limit."""
         return compute_bad_image_limit(self.max_bad, n)

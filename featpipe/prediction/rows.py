@@ -1,4 +1,4 @@
-"""From embeddings to what a model says of each sample."""
+"""Predictions of a model for the embeddings of samples."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ __all__ = ["Prediction", "iter_predictions"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one sample.
+    """The prediction of a model for one sample.
 
     Attributes
     ----------
     id : str
     status : str
-        ``"ok"``, or why there is no prediction.
+        ``"ok"``, or the reason why there is no prediction.
     label : str or None
-        The most probable class; the classes above 0.5, joined by ``;``, of a multi-label model.
+        The most probable class. For a multi-label model, the classes with a probability above 0.5, joined by ``;``.
     probability : float or None
-    top : list of (class, probability)
-        The most probable classes.
-    values : tuple of float
-        The targets that a regression model predicts.
+        Probability of ``label``; None for a multi-label or a regression model.
+    top : sequence of (class, probability)
+        The most probable classes, in descending order.
+    values : sequence of float
+        The predicted targets of a regression model.
     novelty : float or None
-        The share of training-like images that look less new.
-    answers : tuple of str
-        The set that holds the right class as often as was asked for.
-    bounds : tuple of (low, high)
-        The interval of each target, likewise.
+        Out-of-distribution score: percentile among held-out training images.
+    answers : sequence of str
+        Prediction set: it contains the true class with the requested coverage.
+    bounds : sequence of (low, high)
+        Prediction interval of each target, with the requested coverage.
     """
 
     id: str
@@ -54,7 +55,7 @@ class Prediction:
 def iter_predictions(
     model: Model, ids: Sequence[str], status: Sequence[int], X: NDArray[np.floating], config: PredictConfig
 ) -> Iterator[Prediction]:
-    """The predictions of some samples, in their order.
+    """Yield the predictions of a batch of samples, in order.
 
     Parameters
     ----------
@@ -62,8 +63,8 @@ def iter_predictions(
     ids : sequence of m str
     status : sequence of m codes of :class:`featpipe.status.Status`
     X : ndarray of shape (a, d)
-        The embeddings of those samples whose status is ``OK``.
-    asked : Asked
+        Embeddings of the samples whose status is ``OK``.
+    config : PredictConfig
     """
     model_outputs = iter(_iter_model_outputs(model, X, config))
     for sample_id, status_code in zip(ids, status, strict=True):

@@ -1,4 +1,4 @@
-"""Files of predictions: CSV, JSON lines, Parquet; whole or absent."""
+"""Writers of prediction files: CSV, JSON lines, Parquet. Files are written atomically."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ __all__ = [
 ]
 
 RowWriter = Callable[[Sequence[Prediction]], None]
-"""Takes one sample: what each model says of it."""
+"""Writes one sample: a sequence with the prediction of each model."""
 
 LEADING_COLUMNS = ("id", "status")
-PARQUET_ROW_GROUP_SIZE = 4096  # in a group
+PARQUET_ROW_GROUP_SIZE = 4096  # rows
 
 
 @dataclass(frozen=True)
 class PredictionColumns:
-    """The columns of one model in a file of predictions, besides id and status.
+    """The columns of one model in a prediction file, besides id and status.
 
     Attributes
     ----------
     targets : tuple of str or None
-        Of a regression.
+        Target names of a regression model; None for other models.
     novelty, sets : bool
+        Whether the file has out-of-distribution scores, and prediction sets or intervals.
     prefix : str
-        Before the name of each column, where several models are told of.
+        Prefix of the column names, which distinguishes several models.
     """
 
     targets: tuple[str, ...] | None
@@ -66,7 +67,7 @@ class PredictionColumns:
         return [*(f"predicted_{name}" for name in self.targets), *interval_columns]
 
     def values(self, prediction: Prediction) -> list[Any]:
-        """One sample's, in the order of the names."""
+        """The values of one sample, in the order of ``names``."""
         if self.targets is not None:
             missing: list[Any] = [None] * len(self.targets)
             row_values: list[Any] = [*prediction.values] or missing
@@ -83,7 +84,7 @@ class PredictionColumns:
 
 
 def make_columns(models: Sequence[Model], sets: float | None) -> tuple[PredictionColumns, ...]:
-    """Those of each model; all but the first one's begin with the model's name and a dot."""
+    """Make the columns of each model. From the second model on, their names begin with the model's name and a dot."""
     prefixes = [""]
     for model_number, model in enumerate(models[1:], 2):
         prefix_candidate = f"{model.path.name.removesuffix('.model') if model.path else f'model{model_number}'}."
@@ -106,7 +107,7 @@ def _column_names(columns: Sequence[PredictionColumns]) -> list[str]:
 
 
 def _to_record(predictions: Sequence[Prediction], columns: Sequence[PredictionColumns]) -> dict[str, Any]:
-    """One flat row; the same columns for every sample of a file."""
+    """Make one flat row. All samples of a file have the same columns."""
     model_values = (
         value
         for prediction, model_columns in zip(predictions, columns, strict=True)
@@ -117,7 +118,7 @@ def _to_record(predictions: Sequence[Prediction], columns: Sequence[PredictionCo
 
 @contextmanager
 def _open_atomic(path: Path | None, binary: bool = False) -> Iterator[Any]:
-    """A file that has its name when it is complete, or standard output."""
+    """Open a file for an atomic write, or standard output if ``path`` is None."""
     if path is None:
         yield sys.stdout
         sys.stdout.flush()
@@ -132,18 +133,18 @@ def _open_atomic(path: Path | None, binary: bool = False) -> Iterator[Any]:
 
 
 def find_parts_directory(path: Path) -> Path | None:
-    """Where the unfinished work of a file lies, if there is any: the next one to go on from it clears the folder."""
+    """Find the parts folder of a prediction file, if it exists. The run that resumes from it cleans the folder up."""
     folder = parts_directory(path)
     return folder if folder.is_dir() else None
 
 
 def make_write_error(path: Path, error: OSError) -> ArchiveError:
-    """The error of a place where predictions cannot be written."""
+    """Make the error for a path where predictions cannot be written."""
     return ArchiveError(f"{path}: cannot be written ({error.strerror or error}); choose another --out")
 
 
 class _LineFeedWriter:
-    """Ends the rows of a table with a line feed. The csv module quotes a carriage return only if rows end with it."""
+    """Ends rows with a line feed. The csv module quotes carriage returns only if its line terminator contains one."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -166,7 +167,7 @@ def _open_csv(path: Path | None, columns: Sequence[PredictionColumns]) -> Iterat
 
 
 def _to_csv_cell(value: Any) -> Any:
-    """What holds several values is JSON in its cell."""
+    """Encode lists and dicts as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
 
 
@@ -221,7 +222,7 @@ def _make_parquet_schema(pa: Any, columns: Sequence[PredictionColumns]) -> Any:
 
 
 def _to_label_probability_pairs(value: Any) -> Any:
-    """Parquet has no maps in order: a list of pairs."""
+    """Convert a dict to a list of pairs, because Parquet maps have no order."""
     if not isinstance(value, dict):
         return value
     return [{"label": label, "probability": probability} for label, probability in value.items()]
@@ -232,7 +233,7 @@ WRITERS: dict[str, FileWriter] = {".csv": _open_csv, ".jsonl": _open_jsonl, ".pa
 
 
 def select_writer(out: str | os.PathLike[str] | None) -> FileWriter:
-    """By the end of a file's name; CSV for standard output."""
+    """Select the writer by the suffix of the file name; CSV for standard output."""
     suffix = ".csv" if out is None else Path(out).suffix.lower()
     if suffix not in WRITERS:
         raise unknown_name_error("kind of output file", suffix or str(out), WRITERS)

@@ -1,4 +1,4 @@
-"""How work is done: threads, memory, deadlines, progress."""
+"""Runtime services: threads, memory, deadlines, progress and text formatting."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ __all__ = [
     "printable",
 ]
 
-_LAZY_MODULES = {
-    "convert_float": "float16"
-}  # imported when first used: it needs numpy, and the commands' help does not
+_LAZY_MODULES = {"convert_float": "float16"}  # imported on first use: it needs numpy, which `--help` does not load
 
 
 def __getattr__(name: str) -> object:

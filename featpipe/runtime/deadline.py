@@ -1,4 +1,4 @@
-"""When work is to stop, whether it is done or not."""
+"""Time limits of long work."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _DURATION_TERM = re.compile(r"([0-9.]+)([dhms])")
 
 @dataclass(frozen=True)
 class Deadline:
-    """A time after which nothing new is begun.
+    """A time limit after which no new work starts.
 
     Attributes
     ----------
     limit : float or str or None
-        As it was asked for: seconds, or as in ``"3h"``; None for no end.
-    began : float
-        When the clock was started, in seconds of `time.monotonic`.
+        The limit as the user gave it: seconds, or a text such as ``"3h"``; None for no limit.
+    started : float
+        Start of the clock, in seconds of `time.monotonic`.
     """
 
     limit: float | str | None = None
     started: float = field(default_factory=monotonic)
 
     def check(self) -> None:
-        """To be called where work can be gone on with.
+        """Raise an error if the limit has passed. Call this only where the work can resume later.
 
         Raises
         ------
         TimeLimitError
-            If the time has passed.
+            If the limit has passed.
         """
         if self.limit is not None and monotonic() - self.started >= parse_duration(self.limit):
             unit = "" if str(self.limit)[-1].isalpha() else " seconds"
@@ -48,7 +48,7 @@ class Deadline:
 
 
 def parse_duration(limit: float | str) -> float:
-    """How many seconds a time limit is.
+    """Convert a time limit to seconds.
 
     Examples
     --------

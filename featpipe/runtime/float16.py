@@ -1,4 +1,4 @@
-"""float16 as float32, at the speed of memory."""
+"""Conversion of float16 to float32 at memory bandwidth."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from numpy.typing import NDArray
 
 __all__ = ["convert_float"]
 
-BLOCK_ELEMENTS = 1 << 20  # that stay in a core's cache
+BLOCK_ELEMENTS = 1 << 20  # a block fits into the cache of a core
 MIN_TORCH_ELEMENTS = 1 << 16
 
 
 def convert_float(x: NDArray[Any], dtype: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """An array as another float type.
+    """Convert an array to another float dtype.
 
-    numpy converts float16 number by number, which is slower than reading it from a disk; torch has instructions for it.
+    numpy converts float16 one number at a time, which is slower than reading the numbers from a disk. torch uses vector
+    instructions.
 
     Parameters
     ----------
     x : ndarray of shape (b, d)
     dtype : dtype
-    out : ndarray of shape (b, d) and that type, optional
-        Where to put them.
+    out : ndarray of shape (b, d) and of that dtype, optional
+        Array to write the result to.
 
     Returns
     -------
     ndarray of shape (b, d)
-        ``out``, if given; or else ``x`` itself where it is of that type.
+        ``out``, if given; otherwise a new array, or ``x`` itself if it has the dtype already.
     """
     target_dtype = np.dtype(dtype)
     if x.dtype != np.float16 or x.size < MIN_TORCH_ELEMENTS or not x.flags.c_contiguous or target_dtype.itemsize < 4:

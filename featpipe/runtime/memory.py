@@ -1,4 +1,4 @@
-"""Memory that several threads share: how much can be had, and who waits for it."""
+"""A memory budget shared by several threads, and the memory that is available."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 __all__ = ["MemoryBudget", "available_bytes"]
 
-MIN_TRACKED_BYTES = 16 << 20  # bytes; a photograph of 500 × 375 needs 2 MB
-BUDGET_DIVISOR = 4  # of what can be had
+MIN_TRACKED_BYTES = 16 << 20  # a decoded photograph of 500 × 375 takes 2 MB
+BUDGET_DIVISOR = 4  # the budget is this fraction of the available memory
 
 
 class MemoryBudget:
-    """Some bytes of memory. Who needs many of them takes a turn, and waits until there is room.
+    """A memory budget. A thread that needs a large buffer reserves its bytes, and waits until they are free.
 
     Parameters
     ----------
     nbytes : int, optional
-        A quarter of what can be had when the first one asks, if not given.
+        Size of the budget. By default a quarter of the memory available at the first reservation.
 
     Notes
     -----
-    Whatever is larger than all of it has its turn alone, so that nobody waits for ever. Less than 16 MiB are not worth
-    waiting for.
+    A reservation larger than the whole budget runs alone, so that no thread waits forever. Reservations below 16 MiB
+    are not tracked.
     """
 
     def __init__(self, nbytes: int | None = None) -> None:
@@ -35,7 +35,7 @@ class MemoryBudget:
 
     @contextmanager
     def reservation(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function that takes bytes, once; they are given back at the end."""
+        """Yield a function that reserves bytes, to be called at most once. The end of the block releases them."""
         reserved = 0
 
         def reserve(nbytes: int) -> None:
@@ -63,12 +63,12 @@ class MemoryBudget:
 
 
 def available_bytes(root: str | os.PathLike[str] = "/") -> int:
-    """Bytes of memory that can be had without swapping, by the machine and by the limits of this process's container.
+    """Bytes of memory available without swapping, within the limits of the machine and of this process's container.
 
     Parameters
     ----------
     root : path-like
-        Where ``proc`` and ``sys`` are.
+        Folder that contains ``proc`` and ``sys``.
     """
     root_path = Path(root)
     try:
@@ -80,7 +80,7 @@ def available_bytes(root: str | os.PathLike[str] = "/") -> int:
 
 
 def _cgroup_free_bytes(root_path: Path) -> Iterator[int]:
-    """What the control groups of this process allow beyond what they use; version 2, and 1."""
+    """Yield the free bytes of each control group of this process, of cgroup version 1 or 2."""
     try:
         lines = (root_path / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -101,7 +101,7 @@ def _cgroup_free_bytes(root_path: Path) -> Iterator[int]:
 
 
 def _group_free_bytes(group: Path, limit: str, used: str) -> Iterator[int]:
-    """Of one group, if it has a limit. Pages of files that it could do without count as used, and are not."""
+    """Yield the free bytes of one group if it has a limit. Reclaimable file pages count as free."""
     try:
         limit_text, used_bytes = (group / limit).read_text(), int((group / used).read_text())
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Progress of long stages: one callback, and a tqdm bar that is such a callback."""
+"""Progress of long stages: the callback type, and a tqdm bar that implements it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["Progress", "ProgressBar", "ProgressCallback", "ignore_progress", "in
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is.
+    """The progress of a stage.
 
     Attributes
     ----------
     stage : str
         Name of the stage, such as ``embedding``.
     done, total : int
+        Finished units, and all units of the stage.
     unit : str
-        What is counted.
+        Name of the unit, such as ``images``.
     """
 
     stage: str
@@ -37,7 +38,7 @@ def ignore_progress(progress: Progress) -> None:
 
 
 class ProgressBar:
-    """A tqdm bar on stderr, or in a notebook's output, for one stage at a time."""
+    """A tqdm bar for one stage at a time, on stderr or in the output of a notebook."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -65,6 +66,6 @@ class ProgressBar:
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook kernel, which shows bars although its stderr is no terminal."""
+    """Whether this process is a notebook kernel, which shows bars although its stderr is not a terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return type(shell).__name__ == "ZMQInteractiveShell"

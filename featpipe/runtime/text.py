@@ -1,4 +1,4 @@
-"""Numbers and tables as text: sizes, durations, aligned columns, printable names."""
+"""Text formatting: sizes, durations, aligned tables, printable names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_CELL_CHARACTERS = 110
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str], right_aligned: Sequence[int] = ()) -> str:
-    """Columns of text, aligned by what a terminal shows.
+    """Format a table with columns aligned by their display width in a terminal.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str], right_
 
 
 def format_size(nbytes: float) -> str:
-    """Bytes as people read them.
+    """Format a number of bytes in binary units.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def format_size(nbytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Format a duration given in seconds.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def format_duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """One line without control characters: names from archives are not trusted."""
+    """Replace control characters and join lines: names from archives are not trusted."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""Work on blocks of rows, spread over the threads that BLAS may use; the answer does not depend on how many."""
+"""Parallel work on blocks of rows, in as many threads as BLAS may use. The result does not depend on their number."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Result = TypeVar("Result")
 
 
 class BlasThreadPool:
-    """A context in which BLAS has one thread and `map` has as many as BLAS had before.
+    """A context in which BLAS uses one thread, and :meth:`map` uses as many threads as BLAS had before.
 
     Parameters
     ----------
-    products : float
-        Multiplications of one pass over the rows; a small pass stays on the caller's thread, since starting more
-        costs more than they bring.
+    multiplications : float
+        Multiplications of one pass over the rows. A small pass stays in the caller's thread, because starting threads
+        would cost more than they save.
 
     Notes
     -----
-    BLAS threads wait for each other in every product, which on a busy machine takes longer than the product.
+    BLAS threads synchronize in every matrix product, which on a busy machine takes longer than the product.
     """
 
     def __init__(self, multiplications: float = 0.0) -> None:
@@ -48,9 +48,8 @@ class BlasThreadPool:
         self._exit_stack.enter_context(blas.limit(limits=1))
         if self.n_threads > 1:
             self._executor = ThreadPoolExecutor(self.n_threads - 1)
-            self._exit_stack.callback(
-                self._executor.shutdown, cancel_futures=True
-            )  # after an error nobody waits for the others
+            # after an error, pending items are cancelled
+            self._exit_stack.callback(self._executor.shutdown, cancel_futures=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -58,7 +57,10 @@ class BlasThreadPool:
         self._exit_stack.close()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """``work`` of each item, in order; few results wait at a time, and the caller works too while it waits."""
+        """Yield ``function(item)`` for each item, in order.
+
+        At most twice as many items as threads are in flight. The caller's thread works too while it waits.
+        """
         if self._executor is None:
             yield from map(function, items)
             return
@@ -72,10 +74,11 @@ class BlasThreadPool:
 
 
 def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``work`` of each item: as many at a time as there are threads, each on one; those left over in turn, on all.
+    """Return ``function(item)`` for each item, in order.
 
-    For work whose passes are too small to keep several threads busy, and that is so short that it can be waited for
-    where another item ends in an error.
+    Items run concurrently, one per thread. The remainder, fewer items than threads, runs one by one with all BLAS
+    threads. Use this for work whose single passes are too small to keep several threads busy, and short enough to wait
+    for when another item fails.
     """
     with BlasThreadPool(MIN_PARALLEL_MULTIPLICATIONS) as pool:
         parallel_count = len(items) - len(items) % pool.n_threads if pool.n_threads > 1 else 0
@@ -84,7 +87,7 @@ def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], lookahead: int = 1) -> Iterator[Result]:
-    """``work`` of each item, in order; while one result is used, another thread works on so many of the next."""
+    """Yield ``function(item)`` for each item, in order. Another thread computes the next ``lookahead`` results."""
     remaining = iter(items)
     with ThreadPoolExecutor(1, "featpipe-ahead") as executor:
         futures = deque(executor.submit(function, item) for item in islice(remaining, lookahead))
@@ -99,14 +102,14 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], lookahea
 
 
 class _PendingCall(Generic[Item, Result]):
-    """Work on one item, begun by another thread or taken over by the caller's."""
+    """A call for one item, run by a worker thread or taken over by the caller's thread."""
 
     def __init__(self, executor: ThreadPoolExecutor, function: Callable[[Item], Result], item: Item) -> None:
         self._function, self._item = function, item
         self.future = executor.submit(function, item)
 
     def run_in_caller(self) -> bool:
-        """Do it here, if nobody has begun; whether that was so."""
+        """Run the call in this thread if no worker has started it. Return whether it ran here."""
         if not self.future.cancel():
             return False
         self.future = Future()
@@ -115,7 +118,7 @@ class _PendingCall(Generic[Item, Result]):
 
 
 def _pop_result(tasks: deque[_PendingCall[Item, Result]]) -> Result:
-    """The first result; meanwhile this thread works too, on what nobody has begun."""
+    """Wait for the first result. Meanwhile this thread runs calls that no worker has started."""
     while not tasks[0].future.done() and any(task.run_in_caller() for task in tasks):
         pass
     return tasks.popleft().future.result()
@@ -123,29 +126,29 @@ def _pop_result(tasks: deque[_PendingCall[Item, Result]]) -> Result:
 
 @cache
 def _threadpool_controller() -> Any:
-    """Looking for the libraries of the process takes milliseconds: once."""
+    """Cached, because the search for the loaded libraries takes milliseconds."""
     return ThreadpoolController()
 
 
 MIN_MULTITHREADED_MULTIPLICATIONS = 2e9
 
 _lock = Lock()
-_saved_thread_counts: list[int] = []  # one entry for each context that is open
+_saved_thread_counts: list[int] = []  # one entry for each open context
 
 
 @contextmanager
 def limit_torch_threads(multiplications: float) -> Iterator[None]:
-    """A context in which torch has one thread if a step is small; afterwards as many as before.
+    """A context in which torch uses one thread if a step is small. At the end the previous number is restored.
 
     Parameters
     ----------
-    products : float
+    multiplications : float
         Multiplications of a step.
 
     Notes
     -----
-    Threads wait for each other in every operation. When another process has the core of one, the others wait until it
-    is given back, which takes milliseconds, far longer than a small operation.
+    Threads synchronize in every operation. If another process occupies the core of one thread, the others wait until
+    the core is free, which takes milliseconds, far longer than a small operation.
     """
     import torch
 
