@@ -1,4 +1,4 @@
-"""A backbone, a head and classes: inference on embeddings and images, loading and saving.
+"""A trained model: inference on embeddings and images, loading and saving.
 
 The file format is that of :class:`featpipe.storage.ModelBundle`.
 """
@@ -67,11 +67,11 @@ class Model:
     output : str
         The backbone's output that the head was trained on.
     facts : dict
-        The facts that decide the embeddings, as in the cache that the head was trained on.
+        The settings that determine the embeddings, as in the cache that the head was trained on.
     request : dict
         How to load the backbone again.
     trained_on : ndarray of shape (m, 16), uint8
-        The beginning of the SHA-256 of each image that the head was trained on.
+        The first 16 bytes of the SHA-256 of each image that the head was trained on.
     scores : dict
         Measured scores, and how they were measured.
     history : dict
@@ -139,7 +139,7 @@ class Model:
         Raises
         ------
         ConfigError
-            If the model was saved before featpipe measured this.
+            If the model was saved by a version of featpipe without out-of-distribution scores.
         """
         if self.trust.novelty is None:
             raise ConfigError("this model does not know how new an image looks; train it again")
@@ -160,7 +160,7 @@ class Model:
         Returns
         -------
         list of m tuple of str
-            Class names, the most probable first; of a regression an ndarray of shape (m, t, 2), the ends of intervals.
+            Class names, the most probable first. For regression an ndarray of shape (m, t, 2): the ends of intervals.
 
         Raises
         ------
@@ -215,7 +215,7 @@ class Model:
         Raises
         ------
         SampleError
-            If one of the images cannot be read; it says which.
+            If an image cannot be read; the message names it.
         """
         return self.predict_features(self.embed(images))
 
@@ -225,7 +225,7 @@ class Model:
 
     @property
     def modality(self) -> str:
-        """The kind of samples that it takes, a key of `featpipe.data.MODALITIES`."""
+        """The kind of samples that the model takes, a key of `featpipe.data.MODALITIES`."""
         return str(self.facts["backbone"].get("modality", DEFAULT_MODALITY))
 
     def embed(self, images: Sequence[object]) -> NDArray[np.float32]:
@@ -237,14 +237,14 @@ class Model:
 
     @property
     def backbone(self) -> Any:
-        """The frozen network, loaded when it is first asked for.
+        """The frozen network, loaded on first access.
 
         Raises
         ------
         WeightsError
-            If the weights are not there, or not the ones that the head was trained on.
+            If the weights are missing, or are not those that the head was trained on.
         ModelError
-            If the network is code of somebody's own; pass it to :func:`load_model` if you trust it.
+            If the network is custom code; pass it to :func:`load_model` if you trust it.
         """
         if self._backbone is None:
             self._raise_for_custom_code()
@@ -252,7 +252,7 @@ class Model:
         return self._backbone
 
     def attach(self, backbone: Any) -> Model:
-        """Use this backbone, a ``Backbone`` or a name; refused if its embeddings are not the ones trained on."""
+        """Use a backbone, given as a ``Backbone`` or by name; raise if its embeddings differ from those trained on."""
         from featpipe import backbones
 
         expected_facts = restrict_facts_to_output(self.facts, self.output)["backbone"]
@@ -277,13 +277,13 @@ class Model:
         Parameters
         ----------
         backbone : str, optional
-            Stands in for the network where only its name is needed; by default the model's backbone is loaded.
+            A name to use where the network itself is not needed; by default the model's backbone is loaded.
         """
         settings = {name: self.facts[name] for name in ("precision", "storage")}
         return {"backbone": backbone or self.backbone, "device": self.device, **settings}
 
     def engine(self, images: int = 0) -> Any:
-        """The engine that embeds so many images for this model, in the precision it was trained with."""
+        """The engine that embeds images for this model, optimized for their number, in the precision of training."""
         from featpipe.inference import Engine, resolve_device
 
         if self._engine is None or not self._engine.is_optimized_for(images):
@@ -306,14 +306,14 @@ class Model:
 
     @property
     def identity(self) -> str:
-        """A digest of its head, its classes and the images that it was trained on."""
+        """A digest of the head's name, the classes, the training images and the time of training."""
         digest = hashlib.sha256(repr((self.classes, self.head_name)).encode())
         digest.update(self.trained_on.tobytes())
         digest.update(repr(self.history.get("created")).encode())
         return digest.hexdigest()
 
     def expand(self, data: Any, **options: Unpack[ExpandKeywords]) -> Model:
-        """Make a model of more or fewer classes; see :func:`featpipe.expand`, which describes the keywords.
+        """Make a model with more or fewer classes; see :func:`featpipe.expand`, which describes the keywords.
 
         Parameters
         ----------
@@ -339,7 +339,7 @@ class Model:
         return finetune(self, archives, **options).model
 
     def check_cache(self, cache: FeatureCache) -> None:
-        """Refuse a cache whose embeddings are not of the kind that the head was trained on."""
+        """Raise if the embeddings of a cache have other settings than those that the head was trained on."""
         if self.output not in cache.outputs:
             raise CacheMismatchError(
                 f"{cache.path}: holds {', '.join(cache.outputs)}, the model was trained on {self.output!r}; "
@@ -356,23 +356,23 @@ class Model:
 
     @staticmethod
     def check_target(path: str | os.PathLike[str]) -> None:
-        """Refuse a path that `save` could not write to, with a ModelError: before a model is trained for it."""
+        """Raise a ModelError for a path that `save` cannot write to; called before training starts."""
         ModelBundle.check_target(path)
 
     def save(self, path: str | os.PathLike[str], *, portable: bool | None = None) -> Path:
-        """Write the model to one file, replacing what was there in one step.
+        """Write the model to one file; an existing file is replaced atomically.
 
         Parameters
         ----------
         path : path-like
         portable : bool, optional
-            Carry the backbone's weights in the file, instead of referring to them by digest. If not given: as the model
-            was loaded, and a new one refers.
+            Store the backbone's weights in the file, instead of referring to them by digest. By default as in the file
+            that the model was loaded from; a new model refers to them.
 
         Raises
         ------
         ModelError
-            If the head cannot be saved without pickling, or the disk is full.
+            If the head cannot be saved without pickling, or the file cannot be written.
         """
         target = Path(path)
         portable = self._carries_weights if portable is None else portable
@@ -428,26 +428,26 @@ class Model:
         import safetensors.torch
 
         state = self.backbone.network.state_dict()
-        # copied, because safetensors refuses tensors that share their memory, as tied weights do
+        # copied: safetensors refuses tensors that share memory, as tied weights do
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
         return safetensors.torch.save(tensors)
 
 
 def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: str = "auto") -> Model:
-    """Read a model; nothing in the file can run code.
+    """Load a model from a file; nothing in the file can run code.
 
     Parameters
     ----------
     path : path-like
     backbone : str or Backbone, optional
-        Needed if the model was trained on code of somebody's own.
+        Required if the model was trained on a custom network.
     device : str
-        Where its backbone will run.
+        The device that its backbone runs on.
 
     Raises
     ------
     ModelError
-        If there is no such file, it is damaged, or holds what may not be loaded.
+        If the file is missing or damaged, or contains types that are not trusted.
 
     Examples
     --------
@@ -493,7 +493,7 @@ def embed_samples_or_raise(samples: SampleList, engine: Any, output: str) -> NDA
 
 
 def raise_for_failures(images: Sequence[object], status_codes: NDArray[np.integer]) -> None:
-    """Raise for the first image that has no embedding: in a list of predictions there is no row for a reason.
+    """Raise for the first image without an embedding: a list of predictions has no place for the reason.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Data that a model retains from its training, so that classes can be added without the training images.
 
-Counts of images, sums over embeddings, the importance of each weight, and, if asked for, some embeddings themselves.
-All of it are arrays, in one safetensors block of the model's file.
+The data are image counts, sums over embeddings, the importance of each weight, and optionally some embeddings. They are
+stored as arrays in one safetensors member of the model file.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = [
 ]
 
 DEFAULT_RETENTION = "statistics,importances"
-DEFAULT_EXEMPLARS_PER_CLASS = 20  # of each class, where rows are asked for without a number
+DEFAULT_EXEMPLARS_PER_CLASS = 20  # of ``rows`` without a number
 _RETENTION_PARTS = ("statistics", "importances", "rows")
-_NETWORK_PREFIX = "network."  # before the names of what is trained below the last layer
+_NETWORK_PREFIX = "network."  # prefix of parameters below the last layer
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class RetentionPolicy:
     Attributes
     ----------
     statistics : bool
-        Class means and one matrix of scatter: d (d + 1) / 2 numbers for embeddings of width d, for ``centroid`` d.
+        Class means and one scatter matrix: d (d + 1) / 2 numbers for embeddings of width d; d for ``centroid``.
     importances : bool
         The Fisher information of the last layer: as many numbers as it has weights.
     rows : int
-        Embeddings of each class, as they are.
+        Number of embeddings of each class to retain.
     network : bool
-        The Fisher information of the weights of the network that were trained, and of the last layer: known where
-        images go through the network, which is when it is trained.
+        The Fisher information of the trained weights of the network, and of the last layer. It can be computed only
+        while the network is trained, because images must pass through the network.
     """
 
     statistics: bool = False
@@ -67,12 +67,12 @@ class RetentionPolicy:
 
     @classmethod
     def from_text(cls, text: str) -> RetentionPolicy:
-        """Parse the text of an option.
+        """Parse the value of ``--keep``.
 
         Raises
         ------
         ConfigError
-            If it is something else.
+            If it is not a list of known parts.
 
         Examples
         --------
@@ -103,7 +103,7 @@ class RetentionPolicy:
         return self.statistics or self.importances or self.network or self.rows > 0
 
     def raise_if_network(self) -> None:
-        """Refuse what embeddings alone do not tell."""
+        """Raise if importances of the network are requested: they cannot be computed from embeddings."""
         if self.network:
             raise ConfigError(
                 "keep=network: importances of the network are of images that go through it, and embeddings do not; "
@@ -113,21 +113,22 @@ class RetentionPolicy:
 
 @dataclass(frozen=True, eq=False)
 class ReplayMemory:
-    """What is kept of the rows that a classifier of k classes was trained on.
+    """Data retained from the training rows of a classifier with k classes.
 
     Attributes
     ----------
     counts : ndarray of shape (k,), int64
         Images of each class.
     rows : ndarray of shape (r, d), float32 or float16
-        Embeddings; of each class those first that tell most.
+        Embeddings; the most representative of each class come first.
     codes : ndarray of shape (r,), int32
-        Their classes.
+        Class codes of the rows.
     statistics : SufficientStatistics or None
     importances : ndarray of shape (k, p + 1), float32, or None
         See :func:`featpipe.heads.compute_fisher_diagonal`.
     network : mapping from parameter to ndarray of float32, or None
-        The same of weights below the last layer, by the names of :meth:`featpipe.finetuning.trainer.Job.parameters`.
+        The Fisher information of weights below the last layer, by the names of
+        ``featpipe.finetuning.trainer.Trainer.trained_parameters``.
     """
 
     counts: NDArray[np.int64]
@@ -142,7 +143,7 @@ class ReplayMemory:
         return sum(array.nbytes for array in self.to_arrays().values())
 
     def to_summary(self) -> dict[str, Any]:
-        """What it is and how large, for ``info``: JSON-able."""
+        """Contents and sizes, shown by ``featpipe info``."""
         exemplar_counts = np.bincount(self.codes, minlength=len(self.counts))
         statistics, importances = self.statistics, self.importances
         sizes = {
@@ -159,12 +160,12 @@ class ReplayMemory:
         }
 
     def exemplar_weights(self) -> NDArray[np.float64]:
-        """How many images each kept row stands for, shape (r,)."""
+        """The number of images that each retained row represents, shape (r,)."""
         exemplar_counts = np.bincount(self.codes, minlength=len(self.counts))
         return (self.counts / np.maximum(exemplar_counts, 1))[self.codes]
 
     def truncate(self, n: int) -> ReplayMemory:
-        """With at most n rows of each class."""
+        """Keep the first n rows of each class."""
         if not len(self.codes):
             return self
         selected_rows = np.sort(
@@ -173,7 +174,7 @@ class ReplayMemory:
         return replace(self, rows=self.rows[selected_rows], codes=self.codes[selected_rows])
 
     def remap_classes(self, class_map: NDArray[np.intp], k: int) -> ReplayMemory:
-        """Map to other classes, see :meth:`SufficientStatistics.remap_classes`; importances of joined classes add up."""
+        """Map to other classes as :meth:`SufficientStatistics.remap_classes`; importances of merged classes add up."""
         is_retained = class_map >= 0
         counts = np.zeros(k, np.int64)
         np.add.at(counts, class_map[is_retained], self.counts[is_retained])
@@ -192,7 +193,7 @@ class ReplayMemory:
         )
 
     def check_compatible(self, pipeline: Any) -> None:
-        """Refuse what is of embeddings, or of a last layer, of another width than the head's.
+        """Raise if the embeddings or the last layer have another width than those of the head.
 
         Raises
         ------
@@ -225,7 +226,7 @@ class ReplayMemory:
 
     @classmethod
     def from_bytes(cls, data: bytes, k: int) -> ReplayMemory:
-        """From :meth:`to_bytes`; of k classes.
+        """Load what :meth:`to_bytes` wrote, for k classes.
 
         Raises
         ------
@@ -242,7 +243,7 @@ class ReplayMemory:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], k: int) -> ReplayMemory:
-        """From :meth:`to_arrays`, checked."""
+        """Make and validate an instance from the arrays of :meth:`to_arrays`."""
         prefix = "statistics."
         statistics_arrays = {
             name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
@@ -273,13 +274,13 @@ class ReplayMemory:
 def collect_replay_memory(
     policy: RetentionPolicy, pipeline: Any, X: Any, y: NDArray[np.integer[Any]], k: int, selection: str = "herding"
 ) -> ReplayMemory:
-    """What to keep of the rows that a pipeline was fitted on.
+    """Collect the data to retain from the rows that a pipeline was fitted on.
 
     Parameters
     ----------
     policy : RetentionPolicy
     pipeline : Pipeline
-        Fitted, of the steps "scale" and "head".
+        Fitted, with the steps "scale" and "head".
     X : ndarray of shape (n, d)
     y : ndarray of shape (n,)
         Class codes below k.
@@ -299,17 +300,17 @@ def collect_replay_memory(
 
 
 def compute_penultimate_features(pipeline: Any, X: NDArray[Any]) -> NDArray[Any]:
-    """What the last layer of a fitted pipeline sees, shape (n, p)."""
+    """The inputs of the last layer of a fitted pipeline, shape (n, p)."""
     scaled_X = pipeline[:-1].transform(X) if pipeline[0] != "passthrough" else X
     return compute_hidden_features(get_base_head(pipeline[-1]), scaled_X)
 
 
 def select_by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
-    """Row numbers of at most n rows whose mean is near the mean of all, after each row as near as can be.
+    """Select up to n rows greedily so that after each one the mean of the selection is nearest to the mean of all rows.
 
     Notes
     -----
-    Herding as in iCaRL (Rebuffi et al., CVPR 2017): the first rows of the selection are the selection of fewer rows.
+    Herding as in iCaRL (Rebuffi et al., CVPR 2017): a selection of fewer rows is a prefix of this one.
 
     Examples
     --------
@@ -321,7 +322,7 @@ def select_by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
     total, available = np.zeros_like(center), np.ones(len(Z), bool)
     selected_rows = []
     for count in range(1, min(n, len(Z)) + 1):
-        # |center - (total + z) / count|², but for what is the same for all z
+        # |center - (total + z) / count|² up to a factor and a term that do not depend on z
         distance = norms - 2 * Z @ (count * center - total)
         distance[~available] = np.inf
         best_row = int(distance.argmin())
@@ -342,7 +343,7 @@ EXEMPLAR_SELECTORS = {"herding": _select_herding, "random": _select_random}
 
 
 def select_exemplars(selection: str, Z: NDArray[np.floating], y: NDArray[np.integer[Any]], n: int) -> NDArray[np.intp]:
-    """Row numbers of at most n rows of each class, class by class, those first that are to be kept longest."""
+    """Row numbers of up to n rows of each class, class by class, in decreasing priority."""
     selected_rows = []
     for code in np.unique(y):
         rows = np.flatnonzero(y == code)

@@ -1,6 +1,6 @@
 """Uncertainty of predictions: out-of-distribution score and conformal prediction sets.
 
-Both are calibrated on held-out images, so that they are shares.
+Both are calibrated on held-out images.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ __all__ = ["ConformalPredictor", "NoveltyScorer", "Uncertainty", "dumps", "loads
 
 Floats = NDArray[np.float64]
 
-MAX_REFERENCES = 1000  # training embeddings; where there are more classes, one of each
+MAX_REFERENCES = 1000  # training embeddings; one of each class if there are more classes
 N_NEIGHBORS = 3
-MAX_QUANTILES = 2000  # of held-out figures; all of them where there are fewer
+MAX_QUANTILES = 2000  # of held-out values; all values are kept if there are fewer
 ROWS_PER_BLOCK = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class NoveltyScorer:
-    """How far an image is from those of training: 1 - the mean cosine to the nearest few of them.
+    """The distance of an image from the training images: 1 - the mean cosine to its nearest neighbours among them.
 
     Attributes
     ----------
-    rows : ndarray of shape (n, d), float16
-        Directions of some training embeddings.
+    references : ndarray of shape (n, d), float16
+        Some training embeddings, scaled to length one.
     distances : ndarray of shape (q,), float32
-        Of training images from the others, ascending: each without itself, its copies and its group.
+        Distances of training images from the others, ascending; each leaves out itself, its copies and its group.
 
     Notes
     -----
     Nearest neighbours of embeddings of length one are those of Sun et al., "Out-of-distribution detection with deep
-    nearest neighbors", ICML 2022; a few hundred training images serve as well as all of them. They told unseen classes
-    and other collections from training as well as a Mahalanobis distance does or better (mean area under the ROC curve
-    .86 against .83 over eight pairs of real collections), and need no covariance of few rows.
+    nearest neighbors", ICML 2022; a few hundred training images serve as well as all of them. They detected unseen
+    classes and other collections at least as well as a Mahalanobis distance (mean area under the ROC curve .86 against
+    .83 over eight pairs of real collections), and need no covariance estimated from few rows.
     """
 
     references: NDArray[np.float16]
@@ -51,15 +51,15 @@ class NoveltyScorer:
     def from_embeddings(
         cls, X: NDArray[Any], reference_rows: NDArray[np.integer[Any]], group_keys: NDArray[Any]
     ) -> NoveltyScorer:
-        """From training embeddings.
+        """Make a scorer from training embeddings.
 
         Parameters
         ----------
         X : ndarray of shape (m, d)
-        kept : ndarray of shape (n,)
-            The rows that are kept.
-        alike : ndarray of shape (m,) or (m, c)
-            Rows that agree in any column are not held out from each other: copies, or of one group.
+        reference_rows : ndarray of shape (n,)
+            The rows to store as references.
+        group_keys : ndarray of shape (m,) or (m, c)
+            Rows that agree in any column, such as copies or rows of one group, are not compared with each other.
         """
         references = _normalize_rows(X[reference_rows]).astype(np.float16)
         return cls(
@@ -69,17 +69,17 @@ class NoveltyScorer:
     def extend(
         self, X: NDArray[Any], reference_rows: NDArray[np.integer[Any]], group_keys: NDArray[Any], n_images: int
     ) -> NoveltyScorer:
-        """With more training embeddings, each distance as frequent as the images that it stands for.
+        """Add training embeddings; old and new distances are weighted by the number of images that they represent.
 
-        The distances of earlier images stay what they were. Rows of other classes are seldom nearer than their own, so
-        that they become a little smaller at most, and an image of theirs looks no newer than it should.
+        The distances of earlier images are not recomputed. Rows of other classes are rarely nearer than rows of the own
+        class, so the exact distances would be slightly smaller at most, and novelty is not overestimated.
 
         Parameters
         ----------
-        X, kept, alike
-            Of the embeddings that come, as `of` takes them.
-        images : int
-            How many the distances so far stand for.
+        X, reference_rows, group_keys
+            Of the additional embeddings, as in :meth:`from_embeddings`.
+        n_images : int
+            The number of images that the current distances represent.
         """
         new_references = _normalize_rows(X[reference_rows]).astype(np.float16)
         new_distances = np.sort(_held_out_distances(X, self.references, new_references, reference_rows, group_keys))
@@ -97,7 +97,7 @@ class NoveltyScorer:
         )
 
     def __call__(self, X: NDArray[Any]) -> Floats:
-        """For each embedding the share of training-like images that look less new, shape (m,): 0 to 1."""
+        """Out-of-distribution scores, shape (m,): percentiles among held-out training images, from 0 to 1."""
         blocks = [_normalize_rows(X[i : i + ROWS_PER_BLOCK]) for i in range(0, len(X), ROWS_PER_BLOCK)]
         references = self.references.astype(np.float32).T
         distances = (
@@ -124,7 +124,7 @@ def _held_out_distances(
     reference_rows: NDArray[np.integer[Any]],
     group_keys: NDArray[Any],
 ) -> Floats:
-    """Of embeddings from directions, of which some are their own and left out; those that are left with any."""
+    """Distances of embeddings from references outside their own group; rows without such a reference are dropped."""
     group_keys = np.reshape(group_keys, (len(X), -1))
     all_references, n_earlier = (
         np.concatenate([earlier_references, new_references]).astype(np.float32),
@@ -142,7 +142,7 @@ def _held_out_distances(
 
 
 def _to_quantiles(values: NDArray[Any]) -> NDArray[np.float32]:
-    """The values, ascending; of very many so many that stand at even distances in their order."""
+    """The values in ascending order, reduced to `MAX_QUANTILES` evenly spaced ranks if there are more."""
     ordered = np.sort(values, axis=0)
     return np.asarray(
         _resample_quantiles(ordered, MAX_QUANTILES) if len(ordered) > MAX_QUANTILES else ordered, np.float32
@@ -150,7 +150,7 @@ def _to_quantiles(values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _resample_quantiles(ordered: NDArray[Any], n: int) -> NDArray[Any]:
-    """So many of some values in their order, at even distances; each several times where there are fewer."""
+    """Take n of some sorted values at evenly spaced ranks; values repeat if there are fewer than n."""
     if not len(ordered):
         return ordered
     return np.asarray(ordered[np.ceil(np.arange(1, n + 1) * len(ordered) / n).astype(int) - 1])
@@ -158,33 +158,33 @@ def _resample_quantiles(ordered: NDArray[Any], n: int) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False)
 class ConformalPredictor:
-    """Sets of classes, or intervals of numbers, that hold the right one as often as is asked for.
+    """Conformal prediction sets of classes, or intervals for regression, with a requested coverage.
 
     Attributes
     ----------
     scores : ndarray of shape (q,) or (q, t), float32
-        What was said of held-out images, ascending: 1 - the probability of their class; of a regression the absolute
-        error of each target.
+        Nonconformity scores of held-out images, ascending: 1 - the probability of their class; for regression the
+        absolute error of each target.
 
     Notes
     -----
     The score is that of Sadinle, Lei and Wasserman, "Least ambiguous set-valued classifiers with bounded error levels",
-    JASA 2019, which makes the smallest sets; the most probable class always belongs to a set, which only adds to its
-    coverage. The scores are of the folds of cross-validation, whose heads saw fewer images than the model did: coverage
-    is that of new images like those of training, on average over all of them, not for each class.
+    JASA 2019, which gives the smallest sets. The most probable class always belongs to a set, which only increases the
+    coverage. The scores come from the folds of cross-validation, whose heads saw fewer images than the model. Coverage
+    is marginal: on average over new images like the training images, not for each class.
     """
 
     scores: NDArray[np.float32]
 
     @classmethod
     def from_predictions(cls, predictions: Floats, y: NDArray[Any]) -> ConformalPredictor:
-        """From predictions of rows that were held out.
+        """Calibrate on predictions for held-out rows.
 
         Parameters
         ----------
-        answers : ndarray of shape (m, k), or (m,) or (m, t)
-            Probabilities, or numbers.
-        y : ndarray of shape (m,), or as ``answers``
+        predictions : ndarray of shape (m, k), or (m,) or (m, t)
+            Probabilities, or predicted numbers.
+        y : ndarray of shape (m,), or as ``predictions``
             Class codes, or targets.
         """
         if y.dtype.kind in "iu":
@@ -193,7 +193,7 @@ class ConformalPredictor:
         return cls(_to_quantiles(errors))
 
     def score_quantile(self, level: float) -> NDArray[Any]:
-        """The score that held-out images do not exceed at a level; infinite where they are too few to say."""
+        """The conformal quantile of the scores at a level; infinite if there are too few held-out images."""
         if not 0 < level < 1:
             raise ConfigError(
                 f"a level of {level}; sets hold the right answer with a share between 0 and 1, such as 0.9"
@@ -203,7 +203,7 @@ class ConformalPredictor:
         return np.full(self.scores.shape[1:], np.inf) if rank > n else self.scores[rank - 1]
 
     def predict_sets(self, probabilities: Floats, level: float) -> NDArray[np.bool_]:
-        """Which classes belong to the set of each row, shape (m, k)."""
+        """A mask of the classes in the set of each row, shape (m, k)."""
         included = np.asarray(1 - probabilities <= self.score_quantile(level) + 1e-6)
         included[np.arange(len(included)), probabilities.argmax(axis=1)] = True
         return included
@@ -217,13 +217,13 @@ class ConformalPredictor:
 
 @dataclass(frozen=True, eq=False)
 class Uncertainty:
-    """What a model knows of held-out images.
+    """Out-of-distribution score and prediction sets of a model, calibrated on held-out images.
 
     Attributes
     ----------
     novelty : NoveltyScorer or None
     conformal : ConformalPredictor or None
-        None where there was no cross-validation.
+        None without cross-validation.
     """
 
     novelty: NoveltyScorer | None = None
@@ -231,7 +231,7 @@ class Uncertainty:
 
 
 def dumps(uncertainty: Uncertainty) -> bytes:
-    """As safetensors."""
+    """Serialize to safetensors."""
     from safetensors.numpy import save
 
     arrays: dict[str, NDArray[Any]] = {}
@@ -243,12 +243,12 @@ def dumps(uncertainty: Uncertainty) -> bytes:
 
 
 def loads(data: bytes) -> Uncertainty:
-    """From `dumps`.
+    """Load what `dumps` wrote.
 
     Raises
     ------
     ValueError
-        If the arrays are not what they should be.
+        If an array has an unexpected name, type, shape or value.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load

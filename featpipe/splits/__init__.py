@@ -1,4 +1,4 @@
-"""Train, validation and test splits, folds and groups; an image never lies on two sides of a split."""
+"""Train, validation and test splits, folds and groups; an image is never on two sides of a split."""
 
 from __future__ import annotations
 

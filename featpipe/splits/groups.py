@@ -62,8 +62,8 @@ def load_column(
 ) -> list[LabelValue]:
     """Read a column of a table for samples of a cache.
 
-    Rows of the table are matched to images as those with labels are: by id; else by path within the archive, by path
-    relative to the table's folder, or by absolute path. The table may name other images too.
+    Rows of the table are matched to images in the same way as labels: by id; else by path within the archive, by path
+    relative to the table's folder, or by absolute path. The table may contain rows for other images.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def load_column(
     table : path-like
         A .csv, .tsv or .parquet file with a column of paths (``path``, ``file``, ``id``, …).
     column : str
-        Its name; upper and lower case are the same where that is not ambiguous.
+        The name of the column; case is ignored unless that is ambiguous.
     rows : array-like of shape (m,), optional
         Row numbers of the images that need a value; all of them if not given.
 
@@ -82,9 +82,9 @@ def load_column(
     Raises
     ------
     ArchiveError
-        If an image is not in the table, has no value or two different ones, or the table cannot be read.
+        If an image is missing from the table, has no value or two different values, or the table cannot be read.
     ConfigError
-        If there is no such column.
+        If the table has no such column.
     """
     path = Path(table)
     row_indices = np.arange(len(cache)) if rows is None else np.asarray(rows, np.int64)
@@ -100,8 +100,9 @@ def load_column(
     missing = row_indices[table_rows < 0]
     if len(missing):
         raise ArchiveError(
-            f"{path}: {_format_images(cache, missing, len(row_indices))} are not in it, whose first path is {format_name(paths[0])}; give "
-            f"each a row with its {column!r}, under its id, or its path within the archive or from the table"
+            f"{path}: {_format_images(cache, missing, len(row_indices))} are not in it, whose first path is "
+            f"{format_name(paths[0])}; give each a row with its {column!r}, under its id, "
+            "or its path within the archive or from the table"
             if paths
             else f"{path}: has no rows; give each image one with its {column!r}"
         )
@@ -109,18 +110,19 @@ def load_column(
     rows_without_value = row_indices[[value is None for value in row_values]]
     if len(rows_without_value):
         raise ArchiveError(
-            f"{path}: {_format_images(cache, rows_without_value, len(row_indices))} have an empty {column!r}; fill it in"
+            f"{path}: {_format_images(cache, rows_without_value, len(row_indices))} have an empty {column!r}; "
+            "fill it in"
         )
     return row_values
 
 
 def find_listed_rows(cache: FeatureCache, table: str | os.PathLike[str]) -> NDArray[np.int64]:
-    """The rows of a cache whose images a table names, matched as in :func:`load_column`, ascending.
+    """Find the rows of a cache whose images a table lists, matched as in :func:`load_column`, in ascending order.
 
     Raises
     ------
     ArchiveError
-        If it names none of them, or cannot be read.
+        If the table lists none of the images, or cannot be read.
     """
     path = Path(table)
     paths = read_paths(path)
@@ -131,14 +133,14 @@ def find_listed_rows(cache: FeatureCache, table: str | os.PathLike[str]) -> NDAr
     rows = np.flatnonzero(np.array(table_rows, np.int64) >= 0)
     if paths and not len(rows):
         raise ArchiveError(
-            f"{path}: none of its {len(paths)} paths, such as {format_name(paths[0])}, is an image of {cache.path.name}; "
-            "give a table with the ids of its images"
+            f"{path}: none of its {len(paths)} paths, such as {format_name(paths[0])}, is an image of "
+            f"{cache.path.name}; give a table with the ids of its images"
         )
     return rows
 
 
 def load_groups(cache: FeatureCache, table_column: str, rows: ArrayLike | None = None) -> NDArray[np.str_]:
-    """The name of the group of each image, as :func:`featpipe.splits.make_folds` takes them.
+    """Load the group name of each image, for the argument ``groups`` of :func:`featpipe.splits.make_folds`.
 
     Parameters
     ----------
@@ -150,7 +152,7 @@ def load_groups(cache: FeatureCache, table_column: str, rows: ArrayLike | None =
     Returns
     -------
     ndarray of shape (m,), str
-        Whole numbers of Parquet files as the digits that a CSV would have.
+        Whole numbers in Parquet files become the digits that a CSV file would contain.
     """
     path, column = parse_table_column(table_column)
     return np.array(
@@ -159,26 +161,26 @@ def load_groups(cache: FeatureCache, table_column: str, rows: ArrayLike | None =
 
 
 def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = None) -> NDArray[Any]:
-    """The time of each image, as :func:`featpipe.splits.make_folds` takes them.
+    """Load the time of each image, for the argument ``times`` of :func:`featpipe.splits.make_folds`.
 
     Parameters
     ----------
     cache : FeatureCache
     table_column : str
-        ``TABLE:COLUMN``. The column holds numbers, or dates and times as in ISO 8601: ``2021-03``, ``2021-03-04``,
-        ``2021-03-04 15:00:59.5``, ``2021-03-04T15:00+01:00``. A time without a zone is taken as it is; either all
-        or none have one.
+        ``TABLE:COLUMN``. The column contains numbers, or ISO 8601 dates and times: ``2021-03``, ``2021-03-04``,
+        ``2021-03-04 15:00:59.5``, ``2021-03-04T15:00+01:00``. Times without a zone are not converted; either all
+        or none have a zone.
     rows : array-like of shape (m,), optional
 
     Returns
     -------
     ndarray of shape (m,)
-        float64, or datetime64[us]; in UTC where there are zones.
+        float64, or datetime64[us]; converted to UTC if the times have zones.
 
     Raises
     ------
     ArchiveError
-        If a value is neither, or they are of different kinds.
+        If a value is neither a number nor a date, or numbers and dates are mixed.
     """
     path, column = parse_table_column(table_column)
     values = load_column(cache, path, column, rows)
@@ -194,9 +196,9 @@ def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = 
         )
         image = cache.ids[row if rows is None else int(np.asarray(rows)[row])]
         raise ArchiveError(
-            f"{path}: {len(values) - max(n_numbers, len(parsed_times))} of {len(values)} images of {cache.path.name} have a "
-            f"{column!r} that is no {kind}, such as {format_name(str(values[row]))} of {format_name(image)}; give all of them "
-            "dates as in ISO 8601 (2021-03-04, 2021-03-04T15:00), or all numbers"
+            f"{path}: {len(values) - max(n_numbers, len(parsed_times))} of {len(values)} images of {cache.path.name} "
+            f"have a {column!r} that is no {kind}, such as {format_name(str(values[row]))} of {format_name(image)}; "
+            "give all of them dates as in ISO 8601 (2021-03-04, 2021-03-04T15:00), or all numbers"
         )
     has_zone = [timestamp.tzinfo is not None for timestamp in parsed_times]
     if any(has_zone) and not all(has_zone):
@@ -208,12 +210,12 @@ def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = 
 
 
 def parse_time(text: str, times: NDArray[Any]) -> Any:
-    """A time as it is typed, as it compares with those that :func:`load_times` read.
+    """Parse a time so that it can be compared with the times that :func:`load_times` returns.
 
     Raises
     ------
     ConfigError
-        If it is no number where they are numbers, or no date where they are dates.
+        If the text is not of the same kind, number or date, as the times.
 
     Examples
     --------
@@ -229,18 +231,19 @@ def parse_time(text: str, times: NDArray[Any]) -> Any:
 
 
 def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequence[LabelValue]) -> None:
-    """Refuse two rows on one path that differ."""
+    """Raise if two rows of the same path have different values."""
     first_row_by_path: dict[str, int] = {}
     for row, name in enumerate(paths):
         first_row = first_row_by_path.setdefault(posixpath.normpath(name), row)
         if values[first_row] != values[row]:
             raise ArchiveError(
-                f"{path}: {format_name(name)} has two values of {column!r}, {values[first_row]!r} and {values[row]!r}; keep one"
+                f"{path}: {format_name(name)} has two values of {column!r}, {values[first_row]!r} and "
+                f"{values[row]!r}; keep one"
             )
 
 
 def _format_images(cache: FeatureCache, rows: NDArray[np.int64], n: int) -> str:
-    """How many of n images these are, and the first of them."""
+    """Format how many of n images these are, with the first of them as examples."""
     examples = ", ".join(format_name(cache.ids[row]) for row in rows[:_MAX_LISTED_IMAGES].tolist())
     return (
         f"{len(rows)} of {n} images of {cache.path.name} ({examples}{', …' if len(rows) > _MAX_LISTED_IMAGES else ''})"
@@ -258,7 +261,7 @@ def _to_group_name(path: Path, column: str, value: LabelValue) -> str:
 
 
 def _parse_datetime(value: LabelValue) -> datetime | None:
-    """A date or a time as in ISO 8601, else None."""
+    """Parse an ISO 8601 date or time; None if it is neither."""
     text = str(value)
     if not isinstance(value, str) or not _ISO_DATE_PATTERN.fullmatch(text):
         return None
@@ -273,11 +276,11 @@ def _to_utc(timestamp: datetime) -> datetime:
 
 
 def _make_index(cache: FeatureCache) -> Index:
-    """As much of the archives' index as a cache remembers: what it takes to find the samples that a table names."""
+    """Rebuild from a cache the part of the archives' index that is needed to match the rows of a table."""
     n, names = len(cache), cache.ids
     source_indices = np.zeros(n, np.int32)
     archive_paths, archive_kinds = (cache.manifest.get(key) or [] for key in ("archives", "archive_kinds"))
-    if len(archive_paths) != len(archive_kinds):  # of a merged cache: nothing says what came from where
+    if len(archive_paths) != len(archive_kinds):  # a merged cache does not record which archive a sample came from
         archive_paths, archive_kinds = [], []
     sources = [_make_source(path, kind) for path, kind in zip(archive_paths, archive_kinds, strict=True)]
     if len(sources) != 1:
@@ -309,7 +312,7 @@ def _make_index(cache: FeatureCache) -> Index:
 
 
 def _make_source(path: str, kind: Any) -> ArchiveSource:
-    """An archive as the manifest has it; single files are relative to their table's folder, or to the place itself."""
+    """An archive of the manifest; single files are relative to the folder of their table, or to the path itself."""
     folder = os.path.dirname(path) if _is_table(path, kind) else path
     return ArchiveSource(Path(folder), kind, os.path.realpath(folder))
 
@@ -319,7 +322,7 @@ def _is_table(path: str, kind: str) -> bool:
 
 
 def _find_id_prefixes(archive_paths: Sequence[str], archive_kinds: Sequence[str]) -> dict[str, str]:
-    """What stands before the ids of each archive, by the rules of `featpipe.data`, and the archive's place."""
+    """Map the id prefix of each archive, made by the rules of `featpipe.data`, to the path of the archive."""
     prefixed_paths = [
         path
         for path, kind in zip(archive_paths, archive_kinds, strict=True)
@@ -336,6 +339,6 @@ def _find_id_prefixes(archive_paths: Sequence[str], archive_kinds: Sequence[str]
 
 
 def _split_id_prefix(name: str, path_by_prefix: dict[str, str]) -> tuple[str, str | None]:
-    """The name of a sample within its archive, and the archive's place."""
+    """The name of a sample within its archive, and the path of the archive."""
     prefix = next((prefix for prefix in path_by_prefix if name.startswith(prefix)), "")
     return name[len(prefix) :], path_by_prefix.get(prefix)

@@ -1,9 +1,9 @@
 """Train, validation and test rows and folds, determined by the content of the samples and not by their positions.
 
-Every function takes the digests of the images' own bytes, so that the same image falls on the same side whatever
-its name, its folder, its row and its neighbours, and byte-identical copies are never on both sides. Where images belong
-to groups (a patient, a photograph, a burst), the name of the group decides in place of the bytes; where they have
-times, what is tested is later than what is trained on.
+Every function takes the digests of the images' own bytes, so that an image is always on the same side, whatever its
+name, folder, row and neighbours, and byte-identical copies are never on both sides. If images belong to groups (a
+patient, a photograph, a burst), the name of the group determines the side instead of the bytes. If they have times,
+test images are later than training images.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = [
     "make_holdout",
 ]
 
-# Whether small classes that share their groups can all be on every side is a question that grows without bound: it is
-# answered exactly where few units may move, and otherwise by as many steps as take a second.
+# Placing small classes that share groups on every side is a combinatorial problem. It is solved exactly if few units
+# may move, and otherwise by a number of search steps that takes about a second.
 MAX_EXACT_CHOICES = 120
 MAX_SEARCH_NODES = 1000
 MAX_SEARCH_STEPS = 4000
@@ -41,14 +41,14 @@ RowIndices = NDArray[np.int64]
 
 
 def compute_keys(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float64]:
-    """A number in [0, 1) for each image, uniform, that depends on its digest and the seed alone.
+    """Compute a uniform number in [0, 1) for each image that depends only on its digest and the seed.
 
     Parameters
     ----------
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes.
     seed : int
-        From 0 to 2**64 - 1. Another seed gives an independent number.
+        From 0 to 2**64 - 1. Different seeds give independent numbers.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def compute_keys(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float6
     -----
     The digest is read as four little-endian words w of 64 bits; from h = mix(seed), h = mix(h ^ w) for each, with
     the output function of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-    OOPSLA 2014) as mix; the upper 53 bits are the number. This is part of what a seed means: it never changes.
+    OOPSLA 2014) as mix; the upper 53 bits are the number. Splits depend on this definition: it never changes.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def compute_keys(digests: NDArray[np.uint8], seed: int = 0) -> NDArray[np.float6
 
 
 def compute_group_keys(groups: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
-    """A number in [0, 1) for each row, uniform over groups, that depends on the group's name and the seed alone.
+    """Compute a number in [0, 1) for each row, uniform over groups, from the group's name and the seed only.
 
     Parameters
     ----------
@@ -109,60 +109,60 @@ def make_holdout(
     since: Any = None,
     names: Sequence[str] | None = None,
 ) -> tuple[RowIndices, RowIndices]:
-    """Divide rows into training and test.
+    """Split rows into training and test rows.
 
     Parameters
     ----------
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes.
     y : array-like of shape (n,), optional
-        Classes. With them every class is found on both sides, unless times decide.
+        Classes. If given, every class is on both sides, unless the split is by time.
     test : float
-        The share of the test rows, between 0 and 1; kept in expectation, in the whole and in every class. With groups
-        it is the share of the groups.
+        The expected share of test rows, between 0 and 1, overall and in every class. With groups it is the expected
+        share of the groups.
     seed : int
-        For a validation set inside the training rows call again on those rows with another seed: under the same
-        one their keys are all above the threshold.
+        To split a validation set from the training rows, call the function on these rows with another seed: with the
+        same seed all their keys are above the threshold.
     groups : array-like of shape (n,), optional
         Text or whole numbers. Rows of one group (a patient, a photograph, a burst) stay together.
     times : array-like of shape (n,), optional
-        Numbers or numpy dates. Test are the latest: the rows from `since` on. `seed` is not used.
+        Numbers or numpy dates. The latest rows, from `since` on, are the test rows. `seed` is not used.
     since : number or date, optional
-        The earliest time of a test row. Without it :func:`find_cutoff_time` finds the time that leaves about the share `test`; that time
-        moves when images are added, so give it where old test images must stay.
+        The earliest time of a test row. By default :func:`find_cutoff_time` finds the time that gives a share of
+        about `test`; that time changes when images are added, so pass it if old test images must stay test images.
     names : sequence of str, optional
         What messages call the classes, where y holds their positions 0, 1, …
 
     Returns
     -------
     train, test : ndarray of int64
-        Row numbers, ascending; together every row once. With times, rows from before `since` of which a copy or a
-        row of the same group is tested are on neither side.
+        Row numbers, ascending; every row is on exactly one side. With times, rows before `since` that have a copy or
+        a row of the same group in the test are on neither side.
 
     Raises
     ------
     ConfigError
-        If a class has a single distinct image (or group), classes share their few images so that they cannot all be on
-        both sides, or one side would be empty.
+        If a class has a single distinct image (or group), if classes share their few images so that they cannot all
+        be on both sides, or if one side would be empty.
 
     Notes
     -----
-    A row is a test row if its key (:func:`compute_keys`) is below `test`. So its side depends on its own bytes and the seed, not on
-    the other rows: images that are added, removed or renamed move no other, and a larger `test` only adds test rows.
-    The price is that the shares are those of independent draws (at n = 1000 and 0.2, within 0.2 ± 0.025 nineteen
-    times of twenty), not exact.
+    A row is a test row if its key (:func:`compute_keys`) is below `test`. Its side depends on its own bytes and the
+    seed, not on other rows: adding, removing or renaming images moves no other image, and a larger `test` only adds
+    test rows. In return, the shares are those of independent draws (at n = 1000 and 0.2, within 0.2 ± 0.025 in nineteen
+    of twenty cases), not exact.
 
-    With groups the key is that of the group (:func:`compute_group_keys`). Groups that have an image in common, byte by byte, are one, with the
-    smallest of their keys: so an image that joins two groups can bring old training rows to the test, but no old test
-    row to training.
+    With groups the key is that of the group (:func:`compute_group_keys`). Groups that have a byte-identical image in
+    common are merged, and the merged group has the smallest of their keys. An image that joins two groups can therefore
+    move old training rows to the test, but no old test row to training.
 
-    There is one exception, for small classes. A class that has no row below the threshold lends the test side its
-    image (or group) with the smallest key, and one that has no row above lends the training side the one with the
-    largest. Only what is lent can go back, when the class later gets an image that lies on the missing side or
-    nearer to it. (No rule could do without: of three images, each two of which may be all there is of a class, two
-    have the same side.) Where that leaves another class without a side, images (or groups) of such classes change
-    sides, those with keys near the threshold rather than others, so that every class has both. That there is no such
-    way is an error; so is, among very many classes of a few groups each, that none was found.
+    Small classes are an exception. If a class has no row below the threshold, its image (or group) with the smallest
+    key moves to the test; if it has no row above, the one with the largest key moves to training. Only such images can
+    move back later, when the class gets an image on the missing side or nearer to it. (No rule could avoid this: if any
+    two of three images can be a complete class, two of them have the same side.) If another class then lacks a side,
+    images (or groups) of these classes change sides, preferably those with keys near the threshold, until every class
+    is on both sides. It is an error if that is impossible or, with very many classes of a few groups each, if no
+    solution is found.
     """
     _check_share(test)
     units, keys = _find_units(digests, groups, seed)
@@ -199,46 +199,46 @@ def make_folds(
     times: ArrayLike | None = None,
     names: Sequence[str] | None = None,
 ) -> list[tuple[RowIndices, RowIndices]]:
-    """Divide rows into k folds, each once the test of the others; by time, of those before it.
+    """Split rows into k folds, each the test set of one split; with times, forward chaining.
 
     Parameters
     ----------
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes.
     y : array-like of shape (n,), optional
-        Classes, spread evenly over the folds: without duplicates and groups the numbers of rows of a class in any
-        two folds differ by one at most, and always every class is in every fold, unless times decide.
+        Classes, distributed evenly over the folds: without duplicates and groups the numbers of rows of a class in
+        any two folds differ by at most one. Every class is in every fold, unless the split is by time.
     k : int
         Number of folds, at least 2.
     seed : int
     groups : array-like of shape (n,), optional
         Text or whole numbers. Rows of one group (a patient, a photograph, a burst) stay together.
     times : array-like of shape (n,), optional
-        Numbers or numpy dates: forward chaining. The rows are cut into k + 1 spans of time with about as many rows
-        each; fold i is fitted on the first i + 1 spans and tested on the next. Equal times are in one span. `seed` is
-        not used, and a class may be missing on a side, as it was at the time.
+        Numbers or numpy dates. The rows are divided into k + 1 spans of time with about equal numbers of rows; fold i
+        trains on the first i + 1 spans and tests on the next. Equal times are in the same span. `seed` is not used,
+        and a class may be missing on a side.
     names : sequence of str, optional
         What messages call the classes, where y holds their positions 0, 1, …
 
     Returns
     -------
     list of k tuples (train, test) of ndarray of int64
-        Row numbers, ascending. Every row is in exactly one test fold; with times those of the first span are in
-        none, and a fold is not fitted on rows of which a copy or a row of the same group is in its test.
+        Row numbers, ascending. Every row is in exactly one test fold. With times, rows of the first span are in no
+        test fold, and a fold does not train on rows that have a copy or a row of the same group in its test.
 
     Raises
     ------
     ConfigError
-        If a class has fewer images (distinct ones, or groups) than there are folds, or cannot be in every fold because
-        it shares them with other classes; if there are too few times, or nothing is left to fit on before one.
+        If a class has fewer distinct images (or groups) than there are folds, or cannot be in every fold because it
+        shares them with other classes; if there are too few times, or no training rows before one of them.
 
     Notes
     -----
-    What is dealt out is a unit: rows connected by equal digests or equal groups. Units of several rows come first,
-    larger ones before smaller ones and then in the order of their key (with groups the smallest key of a group), then
-    single rows in the order of their key; each goes where the sum of squares of the folds' shares of the classes stays
-    smallest, then to the fewest rows. If a class is then missing in a fold, a few rows change folds. The
-    folds depend on the set of images and the seed, not on the order of the rows.
+    Units are assigned to folds: rows connected by equal digests or equal groups. Units of several rows come first, in
+    descending order of size and then in the order of their keys (with groups the smallest key of a group), then single
+    rows in the order of their keys. Each unit goes to the fold that minimises the sum of squares of the folds' shares
+    of the classes; ties go to the fold with the fewest rows. If a class is then missing in a fold, a few rows change
+    folds. The folds depend on the set of images and the seed, not on the order of the rows.
     """
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 2:
         raise ConfigError(f"k is {k!r}; give a whole number of folds, 2 or more")
@@ -264,25 +264,25 @@ def apply_predefined_split(
     *,
     groups: ArrayLike | None = None,
 ) -> tuple[RowIndices, RowIndices]:
-    """Apply the split that came with the labels, without test copies of training rows.
+    """Apply the split that came with the labels; copies of training rows are left out of the test.
 
     Parameters
     ----------
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes.
     train, test : ndarray of shape (n,), bool
-        What each row is marked as; a row need not be either.
+        How each row is marked; a row may be neither.
     groups : array-like of shape (n,), optional
 
     Returns
     -------
     train, test : ndarray of int64
-        Row numbers, ascending. A test row of which a copy, byte by byte, is marked for training is left out.
+        Row numbers, ascending. A test row with a byte-identical copy that is marked for training is left out.
 
     Raises
     ------
     ConfigError
-        If a row is both, a group is on both sides, or a side is empty.
+        If a row is marked as both, a group is on both sides, or a side is empty.
     """
     image_units, _ = _find_units(digests, None, 0)
     if (train & test).any():
@@ -296,9 +296,9 @@ def apply_predefined_split(
         if len(shared_codes):
             listed = ", ".join(repr(str(names[code])) for code in shared_codes[:MAX_LISTED_GROUPS])
             raise ConfigError(
-                f"{len(shared_codes)} of {len(names)} groups are on both sides of the split that came with the labels, the "
-                f"first {'is' if len(shared_codes) == 1 else 'are'} {listed}; mark each group once, or leave out the groups or "
-                "the split"
+                f"{len(shared_codes)} of {len(names)} groups are on both sides of the split that came with the labels, "
+                f"the first {'is' if len(shared_codes) == 1 else 'are'} {listed}; mark each group once, or leave out "
+                "the groups or the split"
             )
     has_training_copy = np.isin(image_units, image_units[train])
     if not (test & ~has_training_copy).any():
@@ -310,7 +310,7 @@ def apply_predefined_split(
 
 
 def find_cutoff_time(times: ArrayLike, test: float = 0.2) -> Any:
-    """The earliest time of a test row: the one that leaves the share nearest to `test` at or after it.
+    """Find the earliest time of a test row: the time for which the share of rows at or after it is nearest to `test`.
 
     Parameters
     ----------
@@ -349,7 +349,7 @@ def _splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _encode_values(values: ArrayLike, n: int, name: str = "y") -> tuple[NDArray[np.int64], NDArray[np.generic]]:
-    """Numbers 0, 1, … for the distinct values, and the values."""
+    """Encode values as 0, 1, …; returns the codes and the distinct values."""
     array = np.asarray(values)
     if array.shape != (n,):
         raise ConfigError(
@@ -364,13 +364,13 @@ def _encode_values(values: ArrayLike, n: int, name: str = "y") -> tuple[NDArray[
 
 
 def _class_names(distinct: NDArray[np.generic], names: Sequence[str] | None) -> list[str]:
-    """What messages call the distinct values of y."""
+    """The names of the distinct values of y in messages."""
     values = distinct.tolist()
     return [str(value) if names is None else names[int(value)] for value in values]
 
 
 def _encode_groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int64]]:
-    """The names of the groups, and for each row the position of its own."""
+    """The distinct names of the groups, and for each row the index of its group."""
     array = np.asarray(groups)
     if array.shape != (n,):
         raise ConfigError(f"groups have shape {array.shape}, the digests have {n} rows; give one group a row")
@@ -381,15 +381,15 @@ def _encode_groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int
     rows_without_group = np.flatnonzero(np.isin(codes, [code for code, name in enumerate(names) if not name]))
     if len(rows_without_group):
         raise ConfigError(
-            f"{len(rows_without_group)} of {n} rows have no group, the first is row {rows_without_group[0]}; give each one, an image that "
-            "belongs to no other one of its own"
+            f"{len(rows_without_group)} of {n} rows have no group, the first is row {rows_without_group[0]}; "
+            "give each one, an image that belongs to no other one of its own"
         )
     unique_names, name_codes = np.unique(np.array(names, dtype=np.str_), return_inverse=True)  # 7 and "7" are one
     return unique_names.tolist(), name_codes.astype(np.int64)[codes]
 
 
 def _unique_in_order(values: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """As np.unique, of values that need not compare, in the order in which they come."""
+    """Like np.unique with `return_inverse`, but in the order of first occurrence; values need not be comparable."""
     positions: dict[tuple[type, Any], int] = {}
     codes = [positions.setdefault((type(value), value), len(positions)) for value in values]
     distinct = np.empty(len(positions), dtype=object)
@@ -398,7 +398,7 @@ def _unique_in_order(values: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]
 
 
 def _group_name(value: object) -> str:
-    """The text that stands for a group; empty for what is none."""
+    """The name of a group as text; empty for a missing value."""
     if isinstance(value, str):
         return value.strip()
     if value is None or value != value:
@@ -418,7 +418,7 @@ def _compute_name_keys(names: Sequence[str], seed: int) -> NDArray[np.float64]:
 def _find_units(
     digests: NDArray[np.uint8], groups: ArrayLike | None, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The sets of rows that must stay together, numbered in the order of their keys, and the key of each row's set."""
+    """For each row its unit (rows that must stay together), numbered in the order of their keys, and the unit's key."""
     keys = compute_keys(digests, seed)
     distinct, images = np.unique(keys, return_inverse=True)
     if groups is None:
@@ -443,7 +443,7 @@ def _find_units(
 def _ensure_both_sides(
     keys: NDArray[np.float64], test: float, codes: NDArray[np.int64], class_names: list[str], unit_name: str
 ) -> NDArray[np.bool_]:
-    """Which rows are tested. A class that lacks a side is lent one image or group, whole: every row with that key."""
+    """A mask of the test rows. A class that lacks a side gets one image or group there: all rows with that key."""
     is_test = keys < test
     for code, rows in enumerate(_rows_by_code(codes, len(class_names))):
         if keys[rows].min() == keys[rows].max():
@@ -463,14 +463,15 @@ def _ensure_both_sides(
     sides = _rearrange((distinct < test).astype(np.int64), np.abs(distinct - test), codes, units.astype(np.int64), 2)
     if sides is None:
         raise ConfigError(
-            f"class {class_names[missing_classes[0]]!r} shares its few {unit_name}s with other classes, and no way is found to have "
-            f"all on both sides; correct the labels of identical images, add {unit_name}s or leave a class out"
+            f"class {class_names[missing_classes[0]]!r} shares its few {unit_name}s with other classes, and no way is "
+            f"found to have all on both sides; correct the labels of identical images, add {unit_name}s or leave "
+            "a class out"
         )
     return sides[units] == 1
 
 
 def _find_missing_classes(sides: NDArray[np.int64], codes: NDArray[np.int64], k: int) -> NDArray[np.intp]:
-    """The classes that are missing on one of the k sides."""
+    """The classes that are missing on at least one of the k sides."""
     counts = np.bincount(codes * k + sides, minlength=(int(codes.max(initial=-1)) + 1) * k)
     return np.flatnonzero((counts.reshape(-1, k) == 0).any(axis=1))
 
@@ -478,7 +479,7 @@ def _find_missing_classes(sides: NDArray[np.int64], codes: NDArray[np.int64], k:
 def _ensure_every_fold(
     fold_indices: NDArray[np.int64], codes: NDArray[np.int64], units: NDArray[np.int64], class_names: list[str], k: int
 ) -> NDArray[np.int64]:
-    """The folds, with rows moved where a class is missing in one."""
+    """Move rows between folds until no class is missing in any fold."""
     missing_classes = _find_missing_classes(fold_indices, codes, k)
     if not len(missing_classes):
         return fold_indices
@@ -486,8 +487,8 @@ def _ensure_every_fold(
     unit_folds = _rearrange(fold_indices[first_rows], np.bincount(units).astype(np.float64), codes, units, k)
     if unit_folds is None:
         raise ConfigError(
-            f"class {class_names[missing_classes[0]]!r} shares its few groups or images with other classes, and no way is found to "
-            f"have all in each of k={k} folds; use a smaller k, add images or leave a class out"
+            f"class {class_names[missing_classes[0]]!r} shares its few groups or images with other classes, and no way "
+            f"is found to have all in each of k={k} folds; use a smaller k, add images or leave a class out"
         )
     return unit_folds[units]
 
@@ -495,12 +496,12 @@ def _ensure_every_fold(
 def _rearrange(
     sides: NDArray[np.int64], costs: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
 ) -> NDArray[np.int64] | None:
-    """The sides (u,) of all units, near those given, at which every class is on each of k sides; None if none is found.
+    """Sides (u,) of all units, close to the given ones, with every class on each of k sides; None if none are found.
 
     Parameters
     ----------
     sides, costs : ndarray of shape (u,)
-        For each unit its preferred side, and the cost of moving it.
+        The preferred side of each unit, and the cost of moving it.
     codes, units : ndarray of shape (n,)
         Class and unit of each row.
     """
@@ -511,7 +512,7 @@ def _rearrange(
     membership.data[:] = 1
     missing_classes = _find_missing_classes(sides[units], codes, k)
     is_affected = membership[missing_classes].sum(axis=0) > 0
-    # First only what the lacking classes have may move: a small question, mostly with an answer.
+    # First only units of the missing classes may move: a small problem, which mostly has a solution.
     for movable in (np.flatnonzero(is_affected), np.arange(len(sides))):
         is_exact = len(movable) * k <= MAX_EXACT_CHOICES
         new_sides = (
@@ -529,7 +530,10 @@ def _rearrange(
 def _rearrange_greedily(
     sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, k: int
 ) -> NDArray[np.int64] | None:
-    """Move units step by step (tabu search): a class that lacks a side gets the unit there that other classes miss least where it was."""
+    """Move units step by step (tabu search).
+
+    Each step moves a unit of a class to a side where the class is missing, chosen so that fewest classes go missing.
+    """
     sides, classes_by_unit, movable_from_step = sides.copy(), membership.T.tocsr(), np.zeros(len(sides), np.int64)
     counts = np.stack([membership @ (sides == i).astype(np.int64) for i in range(k)], axis=1)
     for step in range(MAX_SEARCH_STEPS):
@@ -553,14 +557,14 @@ def _rearrange_greedily(
         sides[unit], movable_from_step[unit] = (
             target_side,
             step + 5 + step % 7,
-        )  # not back at once, or it would go in circles
+        )  # not moved back for some steps, which prevents cycles
     return None
 
 
 def _rearrange_exactly(
     sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, movable: NDArray[np.intp], k: int
 ) -> NDArray[np.int64] | None:
-    """Move as little as possible, by an integer program in x[unit, side], 0 or 1, in which only some units may move."""
+    """Minimise the cost of moves by an integer program in x[unit, side], 0 or 1; only some units may move."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 
@@ -596,7 +600,7 @@ def _rows_by_code(codes: NDArray[np.int64], n_codes: int) -> list[NDArray[np.int
 
 
 def _check_times(times: ArrayLike, n: int) -> NDArray[Any]:
-    """Times as float64 or numpy dates of shape (n,), each of them known."""
+    """Validate times: float64 or numpy dates of shape (n,), without missing values."""
     array = np.asarray(times)
     if array.shape != (n,):
         raise ConfigError(f"times have shape {array.shape}, the digests have {n} rows; give one time a row")
@@ -613,7 +617,7 @@ def _check_times(times: ArrayLike, n: int) -> NDArray[Any]:
 
 
 def _parse_cutoff(since: Any, times: NDArray[Any]) -> Any:
-    """A time as it can be compared with the others."""
+    """Convert a cutoff time so that it can be compared with the times."""
     try:
         cutoff = np.datetime64(since) if times.dtype.kind == "M" else np.float64(since)
     except (TypeError, ValueError):
@@ -625,7 +629,7 @@ def _parse_cutoff(since: Any, times: NDArray[Any]) -> Any:
 
 
 def _find_cutoff_times(times: NDArray[Any], k: int, first_share: float | None = None) -> list[Any]:
-    """The k times between k + 1 spans of about equal numbers of rows, or with a share `first_share` in the first span."""
+    """The k times between k + 1 spans with about equal numbers of rows, or with a share `first_share` in the first."""
     distinct, counts = np.unique(times, return_counts=True)
     if len(distinct) <= k:
         raise ConfigError(
@@ -645,7 +649,7 @@ def _find_cutoff_times(times: NDArray[Any], k: int, first_share: float | None = 
 def _split_by_time(
     times: NDArray[Any], units: NDArray[np.int64], cutoffs: list[Any], codes: NDArray[np.int64]
 ) -> list[tuple[RowIndices, RowIndices]]:
-    """Train before each cut and test from there to the next, without what the test has seen."""
+    """Train before each cutoff and test from there to the next; training rows with copies or groups in the test go."""
     has_several_classes = len(np.unique(codes)) > 1
     splits = []
     for start, stop in pairwise([*cutoffs, None]):
@@ -673,7 +677,7 @@ def _split_by_time(
 def _check_enough_units(
     units: NDArray[np.int64], codes: NDArray[np.int64], class_names: list[str] | None, k: int, *, grouped: bool
 ) -> None:
-    """Refuse fewer units than folds, in any class; without names all rows are one class."""
+    """Raise if a class has fewer units than there are folds; without names all rows are one class."""
     pairs = np.unique(np.stack([codes, units]), axis=1)
     n_units = np.bincount(pairs[0], minlength=1)
     smallest_class = int(n_units.argmin())
@@ -716,7 +720,7 @@ def _assign_folds(
 
 
 def _assign_single_rows(counts: list[int], totals: list[int], n: int) -> list[int]:
-    """Folds for n single rows of one class, each to the one with the fewest of the class; ``totals`` is updated."""
+    """Assign n single rows of a class, each to the fold with the fewest rows of the class; ``totals`` is updated."""
     heap = [(count, total, fold) for fold, (count, total) in enumerate(zip(counts, totals, strict=True))]
     heapq.heapify(heap)
     assigned_folds = []
