@@ -1,4 +1,4 @@
-"""What is done with caches that are there: packed into one file, merged, cleaned up after, compared with a request."""
+"""Maintenance of caches: pack into one file, merge, clean up, compare with a request, verify and repair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that was begun in a folder of caches and that nobody goes on with: shown, and removed on request."""
+"""Find abandoned files in a cache folder, such as unfinished extractions, and remove them on request."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from featpipe.storage import PART_FILE_NAME, TEMPORARY_NAME, StagingArea
 
 __all__ = ["AbandonedFiles", "clean", "remove_abandoned"]
 
-MIN_AGE_SECONDS = 3600  # what is younger may be somebody's copy under way, or belong to a process of another machine
+MIN_AGE_SECONDS = 3600  # a younger file may be a copy in progress, or belong to a process of another machine
 
-_PARTS_NAME = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # of a cache or a file of predictions
+_PARTS_NAME = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # parts of a cache or of a prediction file
 _SHARD_NAME = re.compile(r"[0-9a-f]{24}\.h5")
 _LOCK_NAME = re.compile(r"\.files-[0-9a-f]{8}\.lock")
-_FEATURE_MAPS_NAME = re.compile(r"boundary-[0-9a-f]{16}\.h5")  # as featpipe.finetuning.feature_map_cache names them
+_FEATURE_MAPS_NAME = re.compile(
+    r"boundary-[0-9a-f]{16}\.h5"
+)  # the names that featpipe.finetuning.feature_map_cache gives
 
 
 @dataclass(frozen=True)
 class AbandonedFiles:
-    """Something that nobody uses any more.
+    """Files that no process uses any more.
 
     Attributes
     ----------
     kind : {"parts", "maps", "shards", "temporary", "lock"}
-        ``parts``: an extraction or a prediction that was not finished. ``maps``: feature maps that fine-tuning kept for
-        its next run, and has not used for an hour. ``shards``: pieces that no cache of the folder names. ``temporary``:
-        a file of a process that has ended. ``lock``: a lock that nobody holds.
+        ``parts``: an unfinished extraction or prediction. ``maps``: feature maps that fine-tuning cached for its next
+        run and has not used for an hour. ``shards``: shards that no cache of the folder references. ``temporary``: a
+        temporary file of a process that has ended. ``lock``: a lock file that no process holds.
     path : Path
     files : tuple of Path
-        What is to be removed: ``path`` itself, or files in it.
+        The files to remove: ``path`` itself, or files in it.
     nbytes : int
     seconds : float
-        How long ago it was last written, or used.
+        Time since the last write or use.
     rows : int
-        Images of which the unfinished work has committed embeddings, or whose maps are kept: the same command would go
-        on from there.
+        Number of images with committed embeddings, or with cached feature maps; the same command would resume from
+        them.
     renews : bool
-        Whether the file that the work was for is there, from an earlier one.
+        Whether an earlier version of the output file exists.
     """
 
     kind: Literal["parts", "maps", "shards", "temporary", "lock"]
@@ -60,21 +62,21 @@ class AbandonedFiles:
 
 
 def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> list[AbandonedFiles]:
-    """Find what was abandoned in a folder of caches, and remove it on request.
+    """Find abandoned files in a cache folder, and remove them on request.
 
-    What a process holds, files of others, and caches of embeddings are never touched.
+    Locked files, foreign files and caches of embeddings are never touched.
 
     Parameters
     ----------
     folder : path-like
-        Where caches are kept; folders in it are not looked into.
+        The cache folder; its subfolders are not searched.
     yes : bool
-        Remove what is found; also finished work of what is not finished, see :attr:`Abandoned.rows`.
+        Remove the abandoned files, including the committed rows of unfinished work; see :attr:`AbandonedFiles.rows`.
 
     Returns
     -------
-    list of Abandoned
-        What was found, or what was removed.
+    list of AbandonedFiles
+        The abandoned files; with ``yes``, those that were removed.
 
     Raises
     ------
@@ -100,7 +102,7 @@ def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> lis
 
 
 def remove_abandoned(abandoned: Iterable[AbandonedFiles]) -> list[AbandonedFiles]:
-    """Remove what :func:`clean` found, where that is still abandoned; what was removed."""
+    """Remove files that :func:`clean` found, if they are still abandoned. Return those that were removed."""
     removers = {
         "parts": _remove_parts,
         "maps": _remove_feature_maps,
@@ -110,7 +112,7 @@ def remove_abandoned(abandoned: Iterable[AbandonedFiles]) -> list[AbandonedFiles
     }
     removed = []
     for item in abandoned:
-        with suppress(OSError, CacheError):  # somebody else's by now, or not ours to remove: it is not in the answer
+        with suppress(OSError, CacheError):  # in use by now, or no permission: left out of the result
             if removers[item.kind](item):
                 removed.append(item)
     return removed
@@ -136,7 +138,7 @@ def _remove_parts(item: AbandonedFiles) -> bool:
         return False
     with staging_area.lock_for_writing():
         if staging_area.count_recorded_rows() != item.rows:
-            return False  # somebody went on with it since it was shown
+            return False  # another process resumed the work in the meantime
         staging_area.remove()
     return not any(file.exists() for file in item.files)
 
@@ -148,23 +150,22 @@ def _find_feature_maps(folder: Path) -> Iterator[AbandonedFiles]:
             and _is_old_file(path)
             and not _staging_area_for_cache(path).is_locked()
         ):
-            with suppress(CacheError):  # what does not open as a cache is not ours to judge
+            with suppress(CacheError):  # a file that does not open as a cache is left alone
                 cache = FeatureCache(path, salvage=True)
                 files = (path, *cache.shard_files)
                 yield AbandonedFiles("maps", path, files, _total_bytes(files), _age_seconds([path]), len(cache))
 
 
 def _remove_feature_maps(item: AbandonedFiles) -> bool:
-    """Who has them open goes on reading: the files have no name any more, and are there until they are closed."""
+    """Remove cached feature maps. A process that has the files open can still read them."""
     staging_area = _staging_area_for_cache(item.path)
     if staging_area.is_locked() or not _is_old_file(item.path):
         return False
     with staging_area.lock_for_writing():
         item.path.unlink()
         shards = item.path.with_name(item.path.name + ".shards")
-        for file in {*item.files} & {
-            *_find_orphaned_shards(item.path.parent, shards)
-        }:  # no copy of the cache names them
+        # a copy of the cache may still reference its shards
+        for file in {*item.files} & {*_find_orphaned_shards(item.path.parent, shards)}:
             file.unlink()
         with suppress(OSError):
             shards.rmdir()
@@ -181,10 +182,10 @@ def _find_shards(folder: Path) -> Iterator[AbandonedFiles]:
 
 
 def _find_orphaned_shards(folder: Path, locked_folder: Path | None = None) -> list[Path]:
-    """Shards whose names no cache of the folder knows; none if a file there cannot be read and so may know them.
+    """Find shards that no cache of the folder references. If a cache is unreadable, find none: it may reference them.
 
-    A shard is looked up by its own name alone, because a cache that was renamed still names the folder of before.
-    What another process writes now is left out; ``held`` is the folder of shards whose lock is ours.
+    Shards are matched by file name only, because a renamed cache still names its previous shard folder. Folders that
+    another process is writing are skipped; ``locked_folder`` is the shard folder that this process has locked.
     """
     shard_files = [
         file
@@ -210,7 +211,7 @@ def _is_hdf5(path: Path) -> bool:
         with open(path, "rb") as file:
             return file.read(4) == b"\x89HDF"
     except OSError:
-        return True  # who knows
+        return True  # unreadable: assume that it is
 
 
 def _staging_area_for_shards(shards: Path) -> StagingArea:
@@ -225,9 +226,8 @@ def _remove_shards(item: AbandonedFiles) -> bool:
     staging_area = _staging_area_for_shards(item.path)
     if staging_area.is_locked():
         return False
-    with (
-        staging_area.lock_for_writing()
-    ):  # no cache of this name is written meanwhile; another look, now that this is so
+    # the lock excludes writers of this cache, so search again under it
+    with staging_area.lock_for_writing():
         orphans = set(_find_orphaned_shards(item.path.parent, item.path))
         removed = [file for file in item.files if file in orphans]
         for file in removed:
@@ -261,14 +261,14 @@ def _find_locks(folder: Path) -> Iterator[AbandonedFiles]:
 def _remove_lock(item: AbandonedFiles) -> bool:
     handle = _acquire_lock(item.path)
     try:
-        item.path.unlink()  # whoever waits for it finds that its name is gone, and makes another
+        item.path.unlink()  # a waiting process notices that the name is gone, and creates a new lock
     finally:
         os.close(handle)
     return True
 
 
 def _acquire_lock(lock: Path) -> int:
-    """The lock, if nobody holds it; else an OSError."""
+    """Acquire a lock without waiting. Raise an OSError if another process holds it."""
     handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -279,7 +279,7 @@ def _acquire_lock(lock: Path) -> int:
 
 
 def _is_old_file(path: Path) -> bool:
-    """Whether it is a file that came here, or was written, long enough ago."""
+    """Whether a path is a regular file that was created and last written long enough ago."""
     with suppress(OSError):
         file_stat = path.lstat()
         return (
@@ -304,11 +304,11 @@ def _total_bytes(files: Iterable[Path]) -> int:
 
 
 def _age_seconds(files: Iterable[Path]) -> float:
-    """Seconds since the last of some files was written."""
+    """Seconds since the most recent write to any of the files."""
     return max(0.0, time.time() - max((file_stat.st_mtime for file_stat in _iter_stats(files)), default=0.0))
 
 
 def _iter_stats(files: Iterable[Path]) -> Iterator[os.stat_result]:
     for file in files:
-        with suppress(FileNotFoundError):  # what is gone meanwhile has no size
+        with suppress(FileNotFoundError):  # removed in the meantime
             yield file.lstat()

@@ -1,4 +1,4 @@
-"""Rows copied from cache to cache, each verified on its way, into a file that nobody else is writing."""
+"""Copy rows between caches: every row is verified, and the output is locked against other writers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ __all__ = ["RowCopier", "check_columns", "is_up_to_date", "lock_for_writing", "p
 logger = logging.getLogger(__name__)
 
 CHECK_BLOCK_ROWS = 65536
-MAX_LISTED_IDS = 5  # ids in an error message
+MAX_LISTED_IDS = 5  # in an error message
 
 
 class RowCopier:
-    """Features of rows of some caches, in a new order.
+    """Gathers the features of rows of several caches in a new order.
 
     Parameters
     ----------
     caches : sequence of FeatureCache
-    origin : ndarray of shape (n,), int
-        Which cache each new row comes from.
-    place : ndarray of shape (n,), int
-        Its row there.
+    source_indices : ndarray of shape (n,), int
+        Position in ``caches`` of the source of each new row.
+    source_rows : ndarray of shape (n,), int
+        Row of each new row in its source.
     progress : callable
     """
 
@@ -50,12 +50,12 @@ class RowCopier:
         self._n_copied = 0
 
     def gather(self, output: str, start: int, stop: int) -> NDArray[np.floating]:
-        """What :func:`featpipe.cache.write_cache` asks for.
+        """Gather a range of new rows; the callback of :func:`featpipe.cache.write_cache`.
 
         Raises
         ------
         CacheError
-            If a row is not as it was written.
+            If a row does not match its checksum.
         """
         first_cache = self._caches[0]
         values = np.empty((stop - start, *first_cache.shapes[output]), first_cache.facts["storage"])
@@ -72,7 +72,7 @@ class RowCopier:
 
 
 def _intact_rows(cache: FeatureCache, rows: NDArray[np.integer], output: str) -> NDArray[np.bool_]:
-    """Which rows are as they were written; what has no checks must at least be NaN where it is not ok."""
+    """Which rows match their checksums. Without checksums, rows that are not ok must at least be NaN."""
     is_intact = cache.whole_rows(rows, output)
     bad_rows = np.flatnonzero(cache.status_codes[rows] != Status.OK)
     features = cache.features(output)[rows[bad_rows]]
@@ -81,7 +81,7 @@ def _intact_rows(cache: FeatureCache, rows: NDArray[np.integer], output: str) ->
 
 
 def _make_damage_error(cache: FeatureCache) -> CacheError:
-    """The error that names the damaged rows, all of which are looked for only when there is one."""
+    """Make the error that names the damaged rows. The full search runs only after a damaged row was found."""
     damaged_blocks: list[NDArray[np.intp]] = []
     for start in range(0, len(cache), CHECK_BLOCK_ROWS):
         rows = np.arange(start, min(len(cache), start + CHECK_BLOCK_ROWS))
@@ -91,23 +91,24 @@ def _make_damage_error(cache: FeatureCache) -> CacheError:
     names = ", ".join(cache.ids[int(row)] for row in damaged_rows[:MAX_LISTED_IDS])
     more_text = f" and {len(damaged_rows) - MAX_LISTED_IDS:,} more" if len(damaged_rows) > MAX_LISTED_IDS else ""
     return CacheError(
-        f"{cache.path}: {len(damaged_rows):,} of its {len(cache):,} rows are not as they were written ({names}{more_text}); "
-        "nothing was changed: `featpipe verify --repair` embeds them again"
+        f"{cache.path}: {len(damaged_rows):,} of its {len(cache):,} rows are not as they were written "
+        f"({names}{more_text}); nothing was changed: `featpipe verify --repair` embeds them again"
     )
 
 
 def check_columns(cache: FeatureCache) -> None:
-    """Ids, labels and digests are small: they are verified before the first row is copied."""
+    """Verify ids, labels and digests, which are small, before the first row is copied."""
     damaged_columns = cache.damaged_columns()
     if damaged_columns:
         raise CacheError(
-            f"{cache.path}: {', '.join(damaged_columns)} {'is' if len(damaged_columns) == 1 else 'are'} not as written; "
+            f"{cache.path}: {', '.join(damaged_columns)} "
+            f"{'is' if len(damaged_columns) == 1 else 'are'} not as written; "
             "nothing was changed: see `featpipe verify`, or extract again"
         )
 
 
 def prepare_output_path(out: str | os.PathLike[str]) -> Path:
-    """The name of a cache to be written; its folder is made."""
+    """Check the path of a cache to be written, and create its folder."""
     path = Path(out)
     if path.suffix != ".h5":
         raise ConfigError(f"--out {path}: a cache is an HDF5 file; give it a name that ends in .h5")
@@ -120,7 +121,7 @@ def prepare_output_path(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def lock_for_writing(path: Path, fingerprint: str) -> Iterator[None]:
-    """Hold the writer's lock of a cache, as an extraction does; the parts of an unfinished one stay."""
+    """Hold the writer's lock of a cache, as an extraction does. The parts of an unfinished extraction stay."""
     staging_area = StagingArea(parts_directory(path), fingerprint)
     if staging_area.is_locked():
         logger.info(f"{path}: another process writes this cache; waiting for it")
@@ -131,9 +132,9 @@ def lock_for_writing(path: Path, fingerprint: str) -> Iterator[None]:
 
 
 def is_up_to_date(path: Path, source: FeatureCache, table: SampleTable, *, one_file: bool, overwrite: bool) -> bool:
-    """Whether a file is already what would be written; another cache of that name is an error.
+    """Whether the output file is up to date. Another cache with that name is an error.
 
-    Equal facts, images and status mean equal features.
+    Features are not compared: equal facts, images and status imply equal features.
     """
     if not path.exists() or overwrite:
         return False

@@ -1,4 +1,4 @@
-"""Why a cache is not what a request asks for: the facts that differ, and the images that do. No image is read."""
+"""Compare a cache with a request: the facts and the images that differ. No image is read."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ __all__ = ["CacheDiff", "SampleDiff", "diff_with_cache", "diff_with_request"]
 
 @dataclass(frozen=True)
 class SampleDiff:
-    """The images of some archives beside those of a cache.
+    """The images of archives compared with those of a cache.
 
     Attributes
     ----------
     images : int
+        Number of images in the archives.
     unchanged : int
-        In the cache, with the same place, size and time.
+        Images in the cache with the same location, size and modification time.
     changed : int
-        In the cache under the same id, with another place, size or time, or to be tried again.
+        Images whose id is in the cache, but with another location, size or modification time, or with a status to
+        retry.
     new : int
+        Images that are not in the cache.
     gone : int
-        Rows of the cache that the archives have no more.
+        Rows of the cache whose images are no longer in the archives.
     same_table : bool
-        Whether ids, labels and splits are the cache's, in its order.
+        Whether ids, labels and splits equal those of the cache, in the same order.
     """
 
     images: int
@@ -45,17 +48,17 @@ class SampleDiff:
 
 @dataclass(frozen=True)
 class CacheDiff:
-    """A cache beside a request or another cache.
+    """The result of comparing a cache with a request or with another cache.
 
     Attributes
     ----------
     differences : list of str
         One line for each fact that differs.
     usable : bool
-        Whether the cache holds all outputs that are asked for, made from the facts that are asked for: an extraction
-        then copies its embeddings, even if it holds others too.
-    samples : Samples, optional
-        With archives.
+        Whether the cache holds all requested outputs with equal facts. An extraction then copies its embeddings, even
+        if the cache holds further outputs.
+    samples : SampleDiff, optional
+        The compared images, if archives were given.
     """
 
     differences: list[str]
@@ -64,11 +67,11 @@ class CacheDiff:
 
 
 def diff_with_request(cache: FeatureCache, config: ExtractionConfig, archives: Sequence[str] = ()) -> CacheDiff:
-    """Compare a cache with what an extraction would make of these settings and archives."""
+    """Compare a cache with the result of an extraction with these settings and archives."""
     from featpipe.extraction import load_backbone, make_facts
 
     index = data.index(archives, labels=config.labels, modality=cache.modality) if archives else None
-    if config.precision == AUTO:  # it may have been chosen, and would be again
+    if config.precision == AUTO:  # the cached precision may be the automatic choice
         config = replace(config, precision=cache.facts["precision"])
     requested_facts = make_facts(load_backbone(config), config)
     samples = None if index is None else _diff_samples(cache, index)
@@ -91,7 +94,9 @@ def _diff_samples(cache: FeatureCache, index: Index) -> SampleDiff:
     cache_row_by_id = {sample_id: row for row, sample_id in enumerate(cache.ids)}
     cache_rows = np.array([cache_row_by_id.get(sample_id, -1) for sample_id in index.ids], np.int64)
     is_same_fault = (index.fault != Status.OK) & (cache_rows >= 0)
-    is_same_fault &= cache.status_codes[cache_rows] == index.fault  # without a stamp, but as it was
+    is_same_fault &= (
+        cache.status_codes[cache_rows] == index.fault
+    )  # a failed image has no stamp; its status is unchanged
     is_unchanged |= is_same_fault
     is_present = np.zeros(len(cache), bool)
     is_present[source_row[source_indices >= 0]] = True

@@ -1,4 +1,4 @@
-"""Several caches of the same facts as one."""
+"""Merge several caches with equal facts into one."""
 
 from __future__ import annotations
 
@@ -41,26 +41,27 @@ def merge(
     shard_bytes: int = ExtractionConfig.shard_bytes,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureCache:
-    """One cache with the rows of several, one after the other.
+    """Concatenate the rows of several caches into one cache.
 
-    All must have been made from the same facts. A sample of the same id, the same image bytes and the same label (or
-    none) in several of them is one row. An id that names another image, or the same one with another label, gets
-    ``#2``, ``#3``, …. Rows are verified as they are copied; features are never all in memory.
+    All caches must have equal facts. A sample that occurs in several of them with the same id, image bytes and label
+    (or no label) becomes one row. If an id is used for different images, or for the same image with different labels,
+    its later rows get the suffix ``#2``, ``#3``, …. Rows are verified as they are copied; the features are never all in
+    memory.
 
-    Classes are those of all caches, in their usual order. In a multi-label cache, a row that is labelled has 0 for the
-    classes that only other caches know: whoever labelled it did not give it that label.
+    The classes are the union over all caches, in their usual order. In a multi-label cache, a labelled row has 0 for
+    the classes that only other caches have, because it was labelled without them.
 
     Parameters
     ----------
     caches : sequence of path-like or FeatureCache
     out : path-like
-        The new file, ``NAME.h5``; it may be one of ``caches``, with ``overwrite``.
+        The new file, ``NAME.h5``. With ``overwrite`` it may be one of ``caches``.
     overwrite : bool
-        Replace a cache of other rows at ``out``.
+        Replace a cache with other rows at ``out``.
     shard_bytes : int
-        Features larger than this are spread over several files of about this size.
+        Features larger than this are split into several files of about this size.
     progress : callable
-        Told what is going on, as :class:`featpipe.runtime.progress.Progress`.
+        Called with a :class:`featpipe.runtime.progress.Progress`.
 
     Returns
     -------
@@ -69,9 +70,9 @@ def merge(
     Raises
     ------
     CacheMismatchError
-        If facts, tasks or targets differ, if a sample is in two splits, or if ``out`` is a cache of other rows.
+        If facts, tasks or targets differ, if a sample is in two splits, or if ``out`` is a cache with other rows.
     CacheError
-        If a row or a column is not as it was written, or the disk is full.
+        If a row or a column does not match its checksum, or the disk is full.
 
     Examples
     --------
@@ -99,7 +100,7 @@ def merge(
 
 
 def _check_compatible(caches: Sequence[FeatureCache]) -> None:
-    """Only what was made from the same facts, and is labelled in the same way, is joined."""
+    """Check that the caches have equal facts and the same label task and targets."""
     first = caches[0]
     for cache in caches[1:]:
         if cache.fingerprint != first.fingerprint or cache.shapes != first.shapes:
@@ -107,7 +108,8 @@ def _check_compatible(caches: Sequence[FeatureCache]) -> None:
                 "the shapes of its outputs"
             ]
             raise CacheMismatchError(
-                f"{cache.path}: was made otherwise ({'; '.join(mismatches)}); only caches of the same facts can be merged"
+                f"{cache.path}: was made otherwise ({'; '.join(mismatches)}); "
+                "only caches of the same facts can be merged"
             )
     labeled = [cache for cache in caches if cache.task != "none"]
     for cache in labeled[1:]:
@@ -141,7 +143,7 @@ def _manifest(caches: Sequence[FeatureCache]) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _ConcatenatedColumns:
-    """The columns of some caches, one after the other."""
+    """The concatenated columns of several caches."""
 
     status: NDArray[np.uint8]
     digests: NDArray[np.uint8]
@@ -161,12 +163,12 @@ class _ConcatenatedColumns:
 
 
 class _MergedRows:
-    """Which rows of which caches become which rows of the new one.
+    """The mapping from rows of the source caches to rows of the merged cache.
 
     Attributes
     ----------
-    origin, place : ndarray of shape (n,), int
-        For each new row, the cache and the row there that its features come from.
+    source_indices, source_rows : ndarray of shape (n,), int
+        For each new row, the position of the source cache and the row in it whose features are copied.
     """
 
     def __init__(self, caches: Sequence[FeatureCache]) -> None:
@@ -217,7 +219,7 @@ class _MergedRows:
         )
 
     def _resolve_duplicates(self) -> None:
-        """Join the rows that are one, and give the others of the same id names of their own."""
+        """Merge the rows of the same sample, and rename different samples that share an id."""
         rows_by_id: dict[str, list[int]] = {}
         for row in self._find_repeated_ids():
             cache_index = int(np.searchsorted(self._row_starts, row, "right")) - 1
@@ -238,7 +240,7 @@ class _MergedRows:
             used_names.add(self._new_names[row])
 
     def _find_repeated_ids(self) -> list[int]:
-        """The rows whose ids may be in several caches, ascending: mostly few, found without a set of all ids."""
+        """Find rows whose ids may be repeated, in ascending order. Comparing hashes avoids a set of all ids."""
         hashes = np.concatenate([np.fromiter(map(hash, cache.ids), np.int64, len(cache)) for cache in self._caches])
         order = np.argsort(hashes, kind="stable")
         is_repeated = hashes[order][1:] == hashes[order][:-1]
@@ -256,7 +258,7 @@ class _MergedRows:
         return np.array_equal(values[label_row], values[row])
 
     def _merge_row(self, first: int, row: int, sample_id: str) -> None:
-        """What one cache does not know of a sample comes from the other."""
+        """Merge a duplicate row: features, label and split come from the later cache where the first has none."""
         self._is_kept[row] = False
         status, split = self._columns.status, self._columns.split
         if status[self._feature_rows[first]] != Status.OK and status[row] == Status.OK:
@@ -268,13 +270,13 @@ class _MergedRows:
             self._split_rows[first] = row
         elif row_split not in (0, first_split):
             raise CacheMismatchError(
-                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} of one cache and {SPLIT_NAMES[row_split]} of another; "
-                "extract both with one table that says which"
+                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} of one cache and "
+                f"{SPLIT_NAMES[row_split]} of another; extract both with one table that says which"
             )
 
 
 def _merge_labels(label_tables: Sequence[Labels]) -> Labels:
-    """Labels one after the other, under the classes of all."""
+    """Concatenate labels under the union of their classes."""
     task: LabelTask = next((labels.task for labels in label_tables if labels.task != "none"), "none")
     if task == "none":
         return Labels.unlabeled(sum(map(len, label_tables)))
@@ -290,7 +292,7 @@ def _merge_labels(label_tables: Sequence[Labels]) -> Labels:
 
 
 def _remap_values(labels: Labels, task: LabelTask, class_codes: NDArray[np.int32], k: int) -> NDArray[Any]:
-    """The values of some labels where class ``i`` of theirs is class ``codes[i]`` of ``k``."""
+    """Map label values to ``k`` new classes: class ``i`` of ``labels`` becomes class ``class_codes[i]``."""
     n, is_labeled = len(labels), labels.known
     if task == "classification":
         values = np.full(n, -1, np.int32)

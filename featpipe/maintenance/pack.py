@@ -1,4 +1,4 @@
-"""A cache that is spread over shards, as one portable file."""
+"""Pack a sharded cache into one portable file."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def pack(
     overwrite: bool = False,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureCache:
-    """One portable file with the rows of a cache, byte for byte.
+    """Copy the rows of a cache, byte for byte, into one portable file.
 
-    Each row is verified by its check before it is copied. A kill or a full disk leaves the old files as they were.
+    Each row is verified against its checksum before it is copied. After a kill or on a full disk the old files are
+    unchanged.
 
     Parameters
     ----------
     cache : path-like or FeatureCache
     out : path-like, optional
-        The new file. If not given, the cache becomes one file under its own name, and its shards are removed.
+        The new file. If not given, the file replaces the cache under its own name, and the shards are removed.
     overwrite : bool
         Replace another cache at ``out``.
     progress : callable
-        Told what is going on, as :class:`featpipe.runtime.progress.Progress`.
+        Called with a :class:`featpipe.runtime.progress.Progress`.
 
     Returns
     -------
@@ -50,9 +51,9 @@ def pack(
     Raises
     ------
     CacheError
-        If a row or a column is not as it was written, or the disk is full.
+        If a row or a column does not match its checksum, or the disk is full.
     CacheMismatchError
-        If ``out`` is a cache of other rows.
+        If ``out`` is a cache with other rows.
 
     Examples
     --------
@@ -63,7 +64,7 @@ def pack(
     in_place = path.exists() and path.samefile(source.path)
     with lock_for_writing(path, source.fingerprint):
         if in_place:
-            source = FeatureCache(path)  # what an extraction that held the lock may have made of it
+            source = FeatureCache(path)  # reopen: an extraction that held the lock may have replaced it
         if in_place and not source.shard_files:
             logger.info(f"{path}: is one file already")
         elif not in_place and is_up_to_date(path, source, source.table(), one_file=True, overwrite=overwrite):

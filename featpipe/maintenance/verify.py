@@ -1,4 +1,4 @@
-"""Is a cache still what was written, and what the network answers? Damaged rows are named, and computed again."""
+"""Verify a cache against its checksums and against recomputed embeddings, and repair damaged rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Another processor, engine or version of torch sums in another order. On one mach
 the distance is 0. Half precision moved EfficientNet-Lite0's embeddings of photographs by up to 0.15, each engine's in
 its own way.
 """
-FLOAT16_STORAGE_TOLERANCE = 1e-3  # on top, where float16 is stored: its rounding error is at most 2^-11 for each number
+FLOAT16_STORAGE_TOLERANCE = 1e-3  # added for float16 storage, whose relative rounding error is at most 2^-11
 CHECK_BLOCK_ROWS = 8192
 EMBED_BLOCK_IMAGES = 256
 
@@ -38,17 +38,17 @@ _REPAIRABLE_COLUMNS = ("samples/status", "samples/digest", "samples/stamp", "che
 
 @dataclass(frozen=True)
 class DamagedRow:
-    """One row that is not right.
+    """A damaged row.
 
     Attributes
     ----------
     row : int
     id : str
     what : str
-        ``checksum`` (digest, status or features are not those that were written), or ``answer`` (the network gives
-        other features for the same image).
+        ``checksum``: digest, status or features do not match the checksum. ``answer``: the backbone computes a
+        different embedding for the same image.
     distance : float or None
-        For an ``answer``: between the two embeddings, relative to their length.
+        For ``answer``: distance between the two embeddings, relative to their norm.
     """
 
     row: int
@@ -59,28 +59,29 @@ class DamagedRow:
 
 @dataclass
 class Verification:
-    """What was found.
+    """The result of a verification.
 
     Attributes
     ----------
     cache : str
     samples : int
     checked : bool
-        Whether the file holds checksums; those of format 1.0 do not.
+        Whether the file holds checksums; files of format 1.0 do not.
     columns : list of str
         Damaged datasets other than features.
     shards : list of str
-        Shards that are missing or of another size.
-    damaged : list of Damage
+        Shards that are missing or have the wrong size.
+    damaged : list of DamagedRow
     embedded : int
-        Rows whose images were embedded again.
+        Number of rows whose images were embedded again.
     changed : int
-        Rows that were to be, but whose images have other bytes by now, or are gone.
+        Number of sampled rows whose images have changed or are gone, and so were not embedded again.
     farthest : float or None
-        The largest distance of an embedding computed again, relative to its length.
+        The largest distance between a cached and a recomputed embedding, relative to their norm.
     tolerance : float
+        The largest accepted relative distance.
     repaired : int
-        Rows that were mended; ``damaged`` lists what is left.
+        Number of repaired rows; ``damaged`` lists the remaining ones.
     """
 
     cache: str
@@ -97,11 +98,11 @@ class Verification:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing was found."""
+        """Whether no damage was found."""
         return not (self.columns or self.shards or self.damaged)
 
     def facts(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The attributes and :attr:`whole` as a JSON-serializable dict."""
         return {**asdict(self), "whole": self.whole}
 
 
@@ -115,20 +116,20 @@ def verify(
     seed: int = 0,
     progress: ProgressCallback = ignore_progress,
 ) -> Verification:
-    """Check every digest of a cache, and embed some random rows again to compare them.
+    """Verify every checksum of a cache. Optionally embed a random sample of rows again and compare them.
 
     Parameters
     ----------
     cache : path-like
     sample : int
-        How many rows to embed again; as many as there are, if there are fewer.
+        Number of rows to embed again, at most all rows.
     archives : sequence of path-like
-        Where the images are now; where they were when they were embedded, if not given.
+        Present locations of the images. By default the locations from which they were embedded.
     backbone : str or Backbone, optional
-        For a network of your own: its code is not run because a file names it.
+        Required for a custom backbone, because the code that a file names is not run.
     device : str
     seed : int
-        Decides which rows are embedded again.
+        Seed of the random sample.
     progress : callable
 
     Returns
@@ -140,7 +141,7 @@ def verify(
     CacheError
         If the file does not open as a cache.
     ArchiveError
-        If rows are to be embedded again and the archives are not there.
+        If rows are to be embedded again and the archives do not exist.
     WeightsError
         If the backbone is not the one that made the cache.
     """
@@ -174,35 +175,35 @@ def repair(
     device: str = "auto",
     progress: ProgressCallback = ignore_progress,
 ) -> Verification:
-    """Compute the damaged rows of a cache again, and no others.
+    """Recompute the damaged rows of a cache, and no others.
 
-    They are embedded again, and not copied from another cache. A row whose image is gone, or has other bytes by now,
-    loses its features and gets the status that says so. Interrupted, it goes on where it was.
+    The rows are embedded again, not copied from another cache. A row whose image has changed or is gone loses its
+    features and gets the matching status. An interrupted repair resumes.
 
     Parameters
     ----------
     cache : path-like
     found : Verification
-        What :func:`verify` found.
+        The result of :func:`verify`.
     archives, backbone, device, progress
-        As for :func:`verify`.
+        See :func:`verify`.
 
     Returns
     -------
     Verification
-        Of the mended cache.
+        Of the repaired cache.
 
     Raises
     ------
     CacheError
-        If ids, labels or splits are damaged: they are in the archive and not in the cache.
+        If ids, labels or splits are damaged: they cannot be recomputed from the images.
     """
     feature_cache = FeatureCache(cache, salvage=True)
     unrepairable = [name for name in found.columns if not name.startswith(_REPAIRABLE_COLUMNS)]
     if unrepairable:
         raise CacheError(
-            f"{feature_cache.path}: {', '.join(unrepairable)} cannot be mended from the images; run the same extract command again: "
-            "it lists the archive anew and copies the rows that are whole"
+            f"{feature_cache.path}: {', '.join(unrepairable)} cannot be mended from the images; "
+            "run the same extract command again: it lists the archive anew and copies the rows that are whole"
         )
     if found.whole:
         return found
@@ -235,7 +236,7 @@ def _compute_tolerance(facts: Mapping[str, Any]) -> float:
 
 
 def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArray[np.bool_]:
-    """Which rows are as they were written, in all outputs, shape (n,)."""
+    """Which rows match their checksums in all outputs, shape (n,)."""
     n = len(cache)
     is_intact = np.ones(n, bool)
     for start in range(0, n, CHECK_BLOCK_ROWS):
@@ -247,7 +248,7 @@ def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArra
 
 
 def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[str]]) -> Index:
-    """The images of a cache, where they are now, in the cache's own order; those that are gone as missing."""
+    """Index the images of a cache at their present locations."""
     archive_paths = [os.fspath(archive_path) for archive_path in archives] or list(cache.manifest.get("archives", ()))
     archive_kinds = cache.manifest.get("archive_kinds", ())
     if not archive_paths:
@@ -265,7 +266,7 @@ def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[st
 
 
 def _match_index_rows(index: Index, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where in the index some rows of the cache are, by where they were read or by their ids; -1 where they are not."""
+    """Find the index positions of cache rows, by stamp or else by id; -1 for rows that are not in the index."""
     if len(index) == len(cache) and index.ids == cache.ids:
         return rows
     lookup = EmbeddingLookup()
@@ -281,7 +282,7 @@ def _match_index_rows(index: Index, cache: FeatureCache, rows: NDArray[np.int64]
 
 
 def _load_backbone(cache: FeatureCache, custom_backbone: Any) -> Any:
-    """The backbone that made a cache."""
+    """Load the backbone of a cache."""
     from featpipe import backbones
 
     backbone_spec = cache.manifest.get("backbone", {})
@@ -302,7 +303,7 @@ def _compare_embeddings(
     verification: Verification,
     progress: ProgressCallback,
 ) -> None:
-    """Embed some rows again; what is far from the cached row is damage."""
+    """Embed rows again, and record those as damaged that differ from the cache by more than the tolerance."""
     from featpipe.inference import Engine, SampleList, embed_sample_list, resolve_device
 
     engine = Engine(backbone, resolve_device(device), cache.facts["precision"])
@@ -323,7 +324,7 @@ def _compare_embeddings(
 
 
 def _read_unchanged_images(cache: FeatureCache, rows: NDArray[np.int64], index: Index) -> dict[int, bytes]:
-    """The bytes of the images of some rows, of those that still are what was embedded."""
+    """Read the images of rows; skip images whose bytes have changed since they were embedded."""
     image_bytes = {}
     with index.open() as reader:
         for row, index_row in zip(rows.tolist(), _match_index_rows(index, cache, rows).tolist(), strict=True):
@@ -337,7 +338,7 @@ def _read_unchanged_images(cache: FeatureCache, rows: NDArray[np.int64], index: 
 
 
 def _relative_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """How far apart two embeddings of each row are, relative to their length; infinite where one has none."""
+    """Distance between two embeddings of each row, relative to the larger norm; infinite if one is missing."""
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (first, second))
     norms = np.maximum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
     with np.errstate(invalid="ignore"):
@@ -348,9 +349,9 @@ def _relative_distance(first: NDArray[np.floating], second: NDArray[np.floating]
 def _extract_rows(
     cache: FeatureCache, index: Index, backbone: Any, device: str, staging_area: StagingArea, progress: ProgressCallback
 ) -> FeatureCache:
-    """Some images as a cache of their own, which a repair that is interrupted finds again.
+    """Extract images into a separate cache, which an interrupted repair reuses.
 
-    It lies where there is no other cache, because one may hold the same wrong answer to be copied.
+    Its folder holds no other cache, because the extraction could copy the same wrong embedding from it.
     """
     from featpipe.extraction import extract_index
 
@@ -371,16 +372,18 @@ def _write_repaired(
     is_available: NDArray[np.bool_],
     recomputed: FeatureCache | None,
 ) -> int:
-    """Write the cache anew with some rows computed again; how many of them have features now.
+    """Rewrite the cache with recomputed rows. Return how many of ``rows`` have features now.
 
     Parameters
     ----------
+    cache : FeatureCache
+    verification : Verification
     rows : ndarray of shape (m,), int64
-        Those that are damaged.
-    there : ndarray of shape (m,), bool
-        Whose images are still in the archive.
-    again : FeatureCache, optional
-        The rows that are there, in their order.
+        The damaged rows.
+    is_available : ndarray of shape (m,), bool
+        Whether the image of each damaged row is still in the archive.
+    recomputed : FeatureCache, optional
+        The recomputed rows, one for each available image, in the order of ``rows``.
     """
     repaired_table = _repair_table(cache.table(), verification, rows, is_available, recomputed)
     recomputed_row = np.full(len(cache), -1, np.int64)
@@ -408,7 +411,7 @@ def _repair_table(
     is_available: NDArray[np.bool_],
     recomputed: FeatureCache | None,
 ) -> SampleTable:
-    """The table with what is known of some rows by now."""
+    """Update status, digests and stamps of the damaged rows in the sample table."""
     status, digests, stamps = np.array(table.status), np.array(table.digests), np.array(table.stamps)
     if "samples/stamp" in verification.columns:
         stamps[:] = 0
@@ -420,7 +423,7 @@ def _repair_table(
             is_other_image = (recomputed.digests != digests[available_rows]).any(axis=1) & (
                 recomputed.status_codes == Status.OK
             )
-            status[available_rows[is_other_image]] = Status.MISSING  # another image has its name by now
+            status[available_rows[is_other_image]] = Status.MISSING  # its name now belongs to another image
         digests[available_rows] = recomputed.digests
     stamps[rows[status[rows] != Status.OK]] = 0
     digests[rows[status[rows] == Status.MISSING]] = 0
