@@ -1,4 +1,4 @@
-"""The HDF5 format of a cache: the only reader and writer of HDF5. ``cache/README.md`` is its specification."""
+"""The HDF5 cache format, its only reader and writer. ``cache/README.md`` is the specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache as a table of pandas or Arrow."""
+"""Conversion of a cache to a pandas or Arrow table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["to_frame"]
 
 
 def to_frame(cache: FeatureCache, kind: str, output: str | None) -> Any:
-    """The rows of a cache, with the features of an output if one is named."""
+    """Convert the rows of a cache to a table, with the features of ``output`` if it is given."""
     if kind not in ("pandas", "arrow"):
         raise unknown_name_error("kind of table", kind, ["pandas", "arrow"])
     try:
@@ -83,13 +83,13 @@ def _to_arrow(cache: FeatureCache, output: str | None) -> Any:
         values = pa.array(flat_features.reshape(-1))
         if flat_features.shape[1]:
             columns[output] = pa.FixedSizeListArray.from_arrays(values, flat_features.shape[1])
-        else:  # Arrow has no lists of size zero
+        else:  # Arrow has no fixed-size lists of size zero
             columns[output] = pa.array([[]] * len(flat_features), pa.list_(values.type))
     return pa.table(columns)
 
 
 def _list_label_sets(cache: FeatureCache) -> list[list[str] | None]:
-    """The labels of each sample of a multi-label cache, None where they are not known."""
+    """List the labels of each sample of a multi-label cache; None for unlabelled samples."""
     classes = cache.classes
     return [
         None if len(row) and row[0] < 0 else [classes[i] for i in np.flatnonzero(row)]

@@ -1,4 +1,4 @@
-"""What a cache holds and must hold, without HDF5: names, types, shapes, manifest and shards."""
+"""The cache format, independent of HDF5: names, dtypes and shapes of datasets, manifest and shards."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ FORMAT_VERSION = "1.1"
 SPLIT_NAMES = ("none", "train", "validation", "test")
 HDF5_GROUPS = ("features", "samples", "labels", "checks")
 LABEL_DTYPES = {"classification": "<i4", "regression": "<f8", "multilabel": "i1"}
-MAX_MANIFEST_BYTES = 16 * 2**20  # parsed JSON takes up to fifty times its bytes
+MAX_MANIFEST_BYTES = 16 * 2**20  # parsed JSON can take fifty times as much memory
 
-_MANIFEST_TYPES = {  # what a manifest must hold, and of which type
+_MANIFEST_TYPES = {  # required keys
     "format": str,
     "format_version": str,
     "facts": dict,
@@ -64,7 +64,7 @@ _MANIFEST_TYPES = {  # what a manifest must hold, and of which type
 _FACTS_TYPES = {"backbone": dict, "precision": str, "storage": str, "extraction": int}
 _BACKBONE_FACTS_TYPES = {"name": str, "source": str, "weights": str, "transform": dict, "outputs": dict}
 _OPTIONAL_TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
-    # what it may hold besides, decides nothing, and is shown: types of the value, or null, and of what is in it
+    # optional keys, which are only displayed: types of the value, which may also be null, and of its items
     "archive_kinds": ((list,), (str,)),
     "archives": ((list,), (str,)),
     "backbone": ((dict,), ()),
@@ -88,19 +88,19 @@ _SHARD_FILE_PATTERN = re.compile(r"[^/\0]+\.shards/[0-9a-f]{24}\.h5")
 
 @dataclass(frozen=True, eq=False)
 class SampleTable:
-    """Everything of a cache but the features, all columns of n rows.
+    """All columns of a cache except the features, each with n rows.
 
     Attributes
     ----------
-    ids : Strings
+    ids : StringColumn
     status : ndarray of shape (n,), uint8
         Codes of :class:`featpipe.status.Status`.
     digests : ndarray of shape (n, 32), uint8
-        SHA-256 of each image's bytes, zero where they could not be read.
+        SHA-256 of the bytes of each image; zero if they could not be read.
     stamps : ndarray of shape (n, 16), uint8
-        Digest of location, size and modification time when the bytes were read; zero when not to be trusted.
+        Digest of location, size and modification time at the time of reading; zero if the stamp cannot be trusted.
     split : ndarray of shape (n,), uint8
-        Positions in ``SPLITS``.
+        Indices into ``SPLIT_NAMES``.
     labels : Labels
     """
 
@@ -113,7 +113,7 @@ class SampleTable:
 
     @property
     def ok(self) -> int:
-        """How many rows have features."""
+        """Number of rows that have features."""
         return int(np.count_nonzero(self.status == Status.OK))
 
     def same_as(self, other: SampleTable) -> bool:
@@ -129,20 +129,20 @@ class SampleTable:
 
 @dataclass(frozen=True)
 class Shard:
-    """One of the files over which the features of a large cache are spread.
+    """One of the files that hold the features of a large cache.
 
     Attributes
     ----------
     file : str
-        Relative to the folder of the cache: ``NAME.h5.shards/CHECK.h5``.
+        Path relative to the folder of the cache: ``NAME.h5.shards/CHECK.h5``.
     nbytes : int
         Size of the file.
     start, stop : int
-        Its rows.
+        Its range of rows.
     offsets : dict from output to int
-        Where in the file the features of each output begin, in bytes.
-    check : str
-        Digest of the checks of its rows.
+        Offset in the file of the features of each output, in bytes.
+    digest : str
+        SHA-256 over the checksums of its rows; see :func:`compute_shard_digest`.
     """
 
     file: str
@@ -153,7 +153,7 @@ class Shard:
     digest: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
+        """The entry in the manifest."""
         return {
             "file": self.file,
             "bytes": self.nbytes,
@@ -164,14 +164,14 @@ class Shard:
 
 
 def restrict_facts_to_output(facts: Mapping[str, Any], output: str) -> dict[str, Any]:
-    """The facts that decide one output alone: two caches may share it and differ in their others."""
+    """Restrict facts to one output. Two caches may share an output and differ in others."""
     backbone = dict(facts["backbone"])
     backbone["outputs"] = {output: backbone["outputs"].get(output)}
     return {**facts, "backbone": backbone}
 
 
 def can_reuse(cached_facts: Mapping[str, Any], requested_facts: Mapping[str, Any]) -> bool:
-    """Whether embeddings of some facts can be copied for others: all wanted outputs are held, and made alike."""
+    """Whether a cache with ``cached_facts`` has all requested outputs, with equal facts, so that they can be copied."""
     outputs = cached_facts["backbone"]["outputs"]
     return all(
         output in outputs
@@ -181,17 +181,17 @@ def can_reuse(cached_facts: Mapping[str, Any], requested_facts: Mapping[str, Any
 
 
 def parts_directory(path: Path) -> Path:
-    """Where the unfinished work of a cache lies."""
+    """Folder of the parts of an unfinished cache."""
     return path.with_name(path.name + ".parts")
 
 
 def shards_directory(path: Path) -> Path:
-    """Where the shards of a cache lie that is too large for one file."""
+    """Folder of the shards of a cache that is too large for one file."""
     return path.with_name(path.name + ".shards")
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """Major and minor version; others than those that this featpipe reads are an error."""
+    """Parse a format version into major and minor. A version that this featpipe cannot read is an error."""
     supported_major = FORMAT_VERSION.split(".")[0]
     if not re.fullmatch(rf"{supported_major}\.[0-9]{{1,4}}", text):
         raise CacheFormatError(f"has format version {text!r}, this featpipe reads {supported_major}.x")
@@ -200,7 +200,7 @@ def parse_version(text: str) -> tuple[int, int]:
 
 
 def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
-    """The manifest from its stored text."""
+    """Parse and validate the stored text of a manifest."""
     if text is None or text.shape != () or text.dtype.kind != "S":
         raise CacheFormatError("the manifest is missing or not one text")
     if text.dtype.itemsize > MAX_MANIFEST_BYTES:
@@ -239,7 +239,7 @@ def _check_keys(document: object, expected_types: Mapping[str, type], where: str
 
 
 def _check_optional_keys(manifest: Mapping[str, Any]) -> None:
-    """What decides nothing is of its type all the same, so that whoever shows it need not look."""
+    """Check the types of optional keys, so that code that displays them need not."""
     for key, (value_types, item_types) in _OPTIONAL_TYPES.items():
         value = manifest.get(key)
         if value is None:
@@ -254,7 +254,7 @@ def _check_optional_keys(manifest: Mapping[str, Any]) -> None:
 
 
 def _is_instance(value: object, types: Sequence[type]) -> bool:
-    """Whether a value of JSON is of one of some types; true and false are no numbers."""
+    """Whether a JSON value has one of the types. Booleans are not numbers."""
     return isinstance(value, tuple(types)) and (bool in types or not isinstance(value, bool))
 
 
@@ -263,7 +263,7 @@ def _reject_constant(text: str) -> None:
 
 
 def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
-    """The shards that a manifest names, if they are all rows one after the other; none for a cache in one file."""
+    """Parse the shards of a manifest, and check that they cover all rows in order. None for a cache in one file."""
     entries = manifest.get("shards")
     if entries is None or parse_version(manifest["format_version"]) < (1, 1):
         return ()
@@ -295,7 +295,7 @@ def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
 
 
 def check_columns(manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any]], is_sharded: bool) -> None:
-    """What the manifest says and what the file holds must agree."""
+    """Check the dtypes and shapes of all datasets against the manifest."""
     for name, (dtype, shape) in _expected_columns(manifest, columns, is_sharded).items():
         column = columns.get(name)
         if column is None:
@@ -348,13 +348,14 @@ _HASH_BLOCK_BYTES = 2**24
 def compute_row_checksums(
     digests: NDArray[np.uint8], status: NDArray[np.uint8], features: NDArray[np.floating]
 ) -> NDArray[np.uint8]:
-    """The checks of some rows: the SHA-256 of image digest, status and stored bytes, the first 16 bytes of it.
+    """Compute the checksum of each row: the first 16 bytes of the SHA-256 of image digest, status and features.
 
     Parameters
     ----------
     digests : ndarray of shape (b, 32), uint8
     status : ndarray of shape (b,), uint8
-    features : ndarray of shape (b, …), as they are stored
+    features : ndarray of shape (b, …)
+        In the stored dtype.
 
     Returns
     -------
@@ -376,7 +377,7 @@ def compute_row_checksums(
 
 
 def compute_column_digest(column: NDArray[np.generic]) -> str:
-    """The SHA-256 of a column's bytes, 64 hexadecimal digits."""
+    """SHA-256 of the bytes of a column, as 64 hexadecimal digits."""
     hasher = hashlib.sha256()
     column_bytes = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
     for start in range(0, len(column_bytes), _HASH_BLOCK_BYTES):
@@ -385,7 +386,7 @@ def compute_column_digest(column: NDArray[np.generic]) -> str:
 
 
 def compute_shard_digest(checksum_blocks: Iterable[NDArray[np.uint8]], shapes: Sequence[object]) -> str:
-    """What names a shard: the SHA-256 of the checks of its rows, output after output, and of their shapes."""
+    """SHA-256 over the row checksums of a shard, output by output, and the row shapes. It names the shard file."""
     hasher = hashlib.sha256(repr(list(shapes)).encode())
     for checksums in checksum_blocks:
         hasher.update(np.ascontiguousarray(checksums).data)

@@ -1,4 +1,4 @@
-"""HDF5, as far as a cache needs it: files made whole, and arrays located in files of strangers."""
+"""HDF5 access for caches: write new files, and locate arrays in untrusted files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,17 @@ __all__ = [
     "read_layout_class",
 ]
 
-ALIGNMENT_BYTES = 64  # arrays that begin anywhere are copied by BLAS and refused by some of torch's kernels
-MAX_GROUP_ENTRIES = 4096  # in one group of a file; looking at each takes some 50 µs
+ALIGNMENT_BYTES = 64  # BLAS copies unaligned arrays, and some torch kernels reject them
+MAX_GROUP_ENTRIES = 4096  # checking an entry takes some 50 µs
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-MIN_SUPERBLOCK_VERSION = (
-    2  # from here on HDF5 checks its own structures; it can loop for ever in damaged ones of before
-)
+MIN_SUPERBLOCK_VERSION = 2  # older structures have no checksums: HDF5 can loop forever in damaged ones
 
 ArrayLocation = tuple[int, np.dtype[Any], tuple[int, ...]]
 """Offset in the file, dtype and shape of an array."""
 
 
 class _GuardedFile:
-    """The file that HDF5 writes into. It hears of no failure, because it can crash when a disk is full; we do."""
+    """A file for HDF5 to write into that records I/O errors and hides them: HDF5 can crash when a disk is full."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -52,7 +50,7 @@ class _GuardedFile:
         if self._error is None:
             try:
                 return action(*args)
-            except BaseException as error:  # an interrupt too: it is raised where HDF5 is done
+            except BaseException as error:  # interrupts too: raise_error() raises them outside HDF5
                 self._error = error
         return 0
 
@@ -99,7 +97,7 @@ class HDF5Writer:
         self._file.create_dataset(name, data=np.array(data, dtype=string_dtype), dtype=string_dtype)
 
     def write_blocks(self, name: str, shape: tuple[int, ...], dtype: str, blocks: Iterator[NDArray[Any]]) -> None:
-        """An array that is given block after block, each some rows."""
+        """Write an array from consecutive blocks of rows."""
         dataset = self._file.create_dataset(name, shape, dtype, track_times=False)
         start = 0
         for block in blocks:
@@ -110,7 +108,10 @@ class HDF5Writer:
     def write_virtual(
         self, name: str, shape: tuple[int, ...], dtype: str, row_ranges: list[tuple[str, int, int]]
     ) -> None:
-        """An array whose rows lie in the datasets of the same name of other files: name, first row, last row + 1."""
+        """Write a virtual dataset over datasets of the same name in other files.
+
+        Each row range is the name of a file, its first row, and its last row + 1.
+        """
         import h5py
 
         layout = h5py.VirtualLayout(shape, dtype)
@@ -119,13 +120,13 @@ class HDF5Writer:
         self._file.create_virtual_dataset(name, layout, fillvalue=np.nan)
 
     def get_offset(self, name: str) -> int:
-        """Where in the file the bytes of an array begin."""
+        """Get the offset of an array in the file, in bytes."""
         return int(self._file[name].id.get_offset() or 0)
 
 
 @contextmanager
 def create_hdf5(raw_file: BinaryIO, alignment_bytes: int = ALIGNMENT_BYTES) -> Iterator[HDF5Writer]:
-    """A new HDF5 file in an open one; what goes wrong in writing is raised, at the latest at the end."""
+    """Create an HDF5 file in an open file. Write errors are raised at the end of the block at the latest."""
     guarded_file = _GuardedFile(raw_file)
     with _open_hdf5(guarded_file, alignment_bytes) as hdf5:
         yield HDF5Writer(hdf5, guarded_file)
@@ -134,10 +135,10 @@ def create_hdf5(raw_file: BinaryIO, alignment_bytes: int = ALIGNMENT_BYTES) -> I
 
 @contextmanager
 def _open_hdf5(file: Any, alignment_bytes: int = 0) -> Iterator[Any]:
-    """A Python file as HDF5, of which nothing is left open however the block ends.
+    """Open a Python file as HDF5, and close every HDF5 handle however the block ends.
 
-    What a traceback keeps alive of a Python file until the process ends, its access properties alone are enough, HDF5
-    frees when there is no Python any more, and crashes.
+    A traceback can keep a handle alive until the process ends, even if it is only the access property list. HDF5 then
+    frees the Python file after the interpreter has shut down, and crashes.
     """
     import h5py
 
@@ -149,7 +150,7 @@ def _open_hdf5(file: Any, alignment_bytes: int = 0) -> Iterator[Any]:
             access_properties.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
             access_properties.set_alignment(1, alignment_bytes)
             creation_properties = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-            creation_properties.set_obj_track_times(False)  # the same rows are the same bytes
+            creation_properties.set_obj_track_times(False)  # reproducible: equal rows give equal bytes
             file_id = h5py.h5f.create(b"cache", h5py.h5f.ACC_TRUNC, fcpl=creation_properties, fapl=access_properties)
         else:
             file_id = h5py.h5f.open(b"cache", h5py.h5f.ACC_RDONLY, fapl=access_properties)
@@ -160,19 +161,19 @@ def _open_hdf5(file: Any, alignment_bytes: int = 0) -> Iterator[Any]:
 
 
 def locate_arrays(file: BinaryIO, file_bytes: int) -> tuple[dict[str, ArrayLocation], dict[str, str]]:
-    """Where the arrays of a cache lie in its file, and the texts at its root.
+    """Locate the arrays of a cache in its file, and read the root attributes.
 
     Returns
     -------
-    places : dict from name to Place
-        Virtual datasets are not among them, and are not opened.
+    locations : dict from name to ArrayLocation
+        Without virtual datasets, which are not opened.
     attributes : dict
-        ``format``, ``format_version`` and ``manifest_sha256``, each empty where it is not a short text.
+        ``format``, ``format_version`` and ``manifest_sha256``; an attribute that is not a short text is empty.
 
     Raises
     ------
     CacheFormatError
-        If the file is not a cache, or holds what no cache may hold.
+        If the file is not a cache, or violates the format.
     """
     header = file.read(len(HDF5_SIGNATURE) + 3)
     if header[: len(HDF5_SIGNATURE)] != HDF5_SIGNATURE:
@@ -193,7 +194,7 @@ def locate_arrays(file: BinaryIO, file_bytes: int) -> tuple[dict[str, ArrayLocat
 
 
 def _read_attribute(file: Any, name: str) -> str:
-    """A short text attribute of fixed length, or nothing: HDF5 can loop for ever in a damaged heap of other texts."""
+    """Read a short fixed-length text attribute, or return "". HDF5 can loop forever in the heap of other texts."""
     if name not in file.attrs:
         return ""
     attribute = file.attrs.get_id(name)
@@ -203,7 +204,7 @@ def _read_attribute(file: Any, name: str) -> str:
 
 
 def _iter_datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
-    """The datasets of a cache, through hard links alone: soft and external ones could read other files."""
+    """Yield the datasets of a cache. Only hard links are followed: soft and external ones could read other files."""
     import h5py
 
     groups = [("", file)]
@@ -214,7 +215,7 @@ def _iter_datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
             full_name = f"{prefix}{name}"
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 raise CacheFormatError(f"{full_name!r} is a link; a cache holds none")
-            # h5o.get_info would decode the heap of a virtual dataset, for its size
+            # h5o.get_info would decode the heap of a virtual dataset to compute its size
             object_info = h5py.h5g.get_objinfo(group.id, name.encode("utf-8", "surrogateescape"))
             if object_info.type == h5py.h5g.DATASET:
                 layout_class = read_layout_class(
@@ -231,7 +232,7 @@ def _iter_datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
 
 
 def _locate_array(dataset: Any, name: str, file_bytes: int) -> ArrayLocation:
-    """Where an array lies in the file, so that it can be mapped without HDF5."""
+    """Locate an array in the file, so that it can be mapped without HDF5."""
     dtype, shape = _to_numpy_dtype(dataset.id.get_type(), name), dataset.shape
     if shape is None:
         raise CacheFormatError(f"{name!r} has no shape")
@@ -243,7 +244,7 @@ def _locate_array(dataset: Any, name: str, file_bytes: int) -> ArrayLocation:
 
 
 def _to_numpy_dtype(hdf5_type: Any, name: str) -> np.dtype[Any]:
-    """The dtype whose bytes are exactly the stored ones: numpy knows no integers of 20 bits and no other floats."""
+    """Convert a type to the dtype with exactly the stored bytes; HDF5 also has types that numpy lacks."""
     from h5py import h5t
 
     if isinstance(hdf5_type, h5t.TypeStringID) and not hdf5_type.is_variable_str():
@@ -253,30 +254,26 @@ def _to_numpy_dtype(hdf5_type: Any, name: str) -> np.dtype[Any]:
     raise CacheFormatError(f"{name!r} has a type that no cache holds; expected integers, floats or byte strings")
 
 
-CONTIGUOUS_LAYOUT, VIRTUAL_LAYOUT = 1, 3  # classes of layout, from the HDF5 File Format Specification 3.0, IV.A.2.i
+CONTIGUOUS_LAYOUT, VIRTUAL_LAYOUT = 1, 3  # HDF5 File Format Specification 3.0, IV.A.2.i
 
 _LAYOUT_MESSAGE, _EXTERNAL_FILES_MESSAGE, _FILTERS_MESSAGE, _CONTINUATION_MESSAGE = 0x08, 0x07, 0x0B, 0x10
-_TIMES_FLAG, _PHASE_CHANGE_FLAG, _CREATION_ORDER_FLAG, _CHUNK_SIZE_MASK = (
-    0x20,
-    0x10,
-    0x04,
-    0x03,
-)  # flags of a header of version 2
+# flags of an object header of version 2
+_TIMES_FLAG, _PHASE_CHANGE_FLAG, _CREATION_ORDER_FLAG, _CHUNK_SIZE_MASK = 0x20, 0x10, 0x04, 0x03
 _MAX_HEADER_CHUNKS = 64
 _MAX_HEADER_CHUNK_BYTES = 2**20
 
 
 def read_layout_class(descriptor: int, address: int, name: str) -> int:
-    """The class of layout of the dataset whose object header begins at an address.
+    """Read the layout class of a dataset from its object header.
 
     Parameters
     ----------
-    file : int
+    descriptor : int
         Descriptor of the file.
     address : int
-        Where the header begins, as HDF5 says.
+        Offset of the object header in the file, as reported by HDF5.
     name : str
-        Of the dataset, for messages.
+        Name of the dataset, for messages.
 
     Raises
     ------
@@ -304,16 +301,15 @@ def read_layout_class(descriptor: int, address: int, name: str) -> int:
                 layout_classes.append(data[1] if len(data) > 1 and data[0] in (3, 4, 5) else -1)
             if message_type == _CONTINUATION_MESSAGE and len(data) >= 16:
                 offset, chunk_bytes = struct.unpack("<QQ", data[:16])
-                chunks.append(
-                    (min(offset + 4, 2**62), max(0, chunk_bytes - 8))
-                )  # within its signature and its checksum
+                # without the signature (4 bytes) and the checksum (4 bytes) of the chunk
+                chunks.append((min(offset + 4, 2**62), max(0, chunk_bytes - 8)))
     if len(layout_classes) != 1:
         raise CacheFormatError(f"{name!r} does not say how it is stored; it is damaged")
     return layout_classes[0]
 
 
 def _parse_messages(chunk: bytes, has_creation_order: bool) -> list[tuple[int, bytes]]:
-    """Types and contents of the messages in one piece of a header."""
+    """Parse the types and contents of the messages in one chunk of an object header."""
     messages, position, prefix_bytes = [], 0, 6 if has_creation_order else 4
     while position + prefix_bytes <= len(chunk):
         message_type, size = chunk[position], int.from_bytes(chunk[position + 1 : position + 3], "little")

@@ -1,4 +1,4 @@
-"""What is embedded already: rows of caches and parts, found by an image's digest or stamp."""
+"""Lookup of existing embeddings: rows of caches and parts, found by the digest or the stamp of an image."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_KEY_INDEXES = 16
 
 
 def _all_intact(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For what was verified as a whole."""
+    """The check for sources that were verified as a whole."""
     return np.ones(len(rows), bool)
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSource:
-    """Rows that can be copied.
+    """Rows of a cache or a part that can be copied.
 
     Attributes
     ----------
@@ -31,9 +31,9 @@ class EmbeddingSource:
     stamps : ndarray of shape (r, 16), uint8
     status : ndarray of shape (r,), uint8
     features : callable
-        ``features(output)`` is an array of shape (r, …), memory-mapped or read from the part when asked for.
-    whole : callable
-        ``whole(rows)`` says which of some rows are as they were written, shape (m,), bool.
+        ``features(output)`` returns an array of shape (r, …), memory-mapped or read from the part on demand.
+    find_intact : callable
+        ``find_intact(rows)`` returns which of m rows match their checksums, shape (m,), bool.
     """
 
     digests: NDArray[np.uint8]
@@ -44,7 +44,7 @@ class EmbeddingSource:
 
     @classmethod
     def from_cache(cls, cache: FeatureCache, outputs: Iterable[str]) -> EmbeddingSource:
-        """The rows of a cache, of which these outputs are wanted."""
+        """Make a source from a cache, for copying these outputs."""
 
         def find_intact(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
             return np.all([cache.whole_rows(rows, output) for output in outputs], axis=0)
@@ -54,7 +54,7 @@ class EmbeddingSource:
 
 @dataclass(frozen=True, eq=False)
 class _KeyIndex:
-    """Sorted keys of some rows: the first eight bytes of digest or stamp, and where the row is."""
+    """Sorted keys (the first eight bytes of a digest or a stamp), with the source and the row of each."""
 
     keys: NDArray[np.uint64]
     source_ids: NDArray[np.int32]
@@ -76,10 +76,10 @@ class _KeyIndex:
 
 
 class EmbeddingLookup:
-    """The embeddings that are there already under one fingerprint.
+    """The existing embeddings with one fingerprint.
 
-    Rows whose status may end better on another attempt, or is not known to this version, are not among them. Lookups
-    may run in any thread while one thread adds sources.
+    Rows with a transient status, or a status unknown to this version, are excluded. Lookups may run in any thread while
+    one thread adds sources.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class EmbeddingLookup:
         self._by_stamp: tuple[_KeyIndex, ...] = ()
 
     def add(self, source: EmbeddingSource) -> int:
-        """Add a source; its number."""
+        """Add a source, and return its number."""
         source_id = len(self.sources)
         self.sources.append(source)
         is_final = np.isin(source.status, [status for status in Status if not status.transient])
@@ -97,7 +97,7 @@ class EmbeddingLookup:
         return source_id
 
     def find_by_digest(self, digest: bytes) -> tuple[int, int] | None:
-        """Source number and place of an image with these bytes, or None."""
+        """Find the source number and the row of an image by its digest. Damaged rows are skipped."""
         digest_bytes = np.frombuffer(digest, np.uint8)
         key = _truncate_to_keys(digest_bytes[None])[0]
         for key_index in self._by_digest:
@@ -112,13 +112,13 @@ class EmbeddingLookup:
         return None
 
     def is_intact(self, source_id: int, source_row: int) -> bool:
-        """Whether a row is as it was written; damaged ones are not copied."""
+        """Whether a row matches its checksums; damaged rows must not be copied."""
         return bool(self.sources[source_id].find_intact(np.array([source_row]))[0])
 
     def find_by_stamp(self, stamps: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Source numbers (-1 where unknown) and places of many stamps at once, each of shape (n,).
+        """Find the source numbers (-1 if not found) and the rows of n stamps, each of shape (n,).
 
-        Whether those rows are whole is for the caller to see, before it copies them.
+        The caller must check that these rows are intact before it copies them.
         """
         source_ids = np.full(len(stamps), -1, np.int32)
         source_rows = np.zeros(len(stamps), np.int64)
@@ -126,7 +126,7 @@ class EmbeddingLookup:
         for key_index in self._by_stamp:
             positions = np.searchsorted(key_index.keys, keys)
             pending = np.flatnonzero((source_ids < 0) & stamps.any(axis=1))
-            while len(pending):  # another round only where different stamps begin with the same eight bytes
+            while len(pending):  # repeats only for different stamps with the same first eight bytes
                 pending = pending[positions[pending] < len(key_index.keys)]
                 pending = pending[key_index.keys[positions[pending]] == keys[pending]]
                 candidate_sources, candidate_rows = (
@@ -159,6 +159,6 @@ def _truncate_to_keys(byte_keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _add_key_index(indexes: tuple[_KeyIndex, ...], key_index: _KeyIndex) -> tuple[_KeyIndex, ...]:
-    """With one more table, merged when there are many: a lookup asks at most ``TABLES_MAX`` of them."""
+    """Add an index, and merge all when there are many: a lookup searches at most ``MAX_KEY_INDEXES`` indexes."""
     extended = (*indexes, key_index)
     return extended if len(extended) <= MAX_KEY_INDEXES else (_KeyIndex.merge(extended),)

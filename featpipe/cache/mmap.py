@@ -1,4 +1,4 @@
-"""Arrays of files in memory: mapped, not read; several files one after the other as one array."""
+"""Memory-mapped arrays, including one array over several consecutive files."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ __all__ = [
     "view_as_array",
 ]
 
-PAGE_BYTES = 65536  # a multiple of the size of a page on every machine that runs this
-HUGE_PAGE_BYTES = 2**21  # what lies alike within such a piece in file and in memory is mapped at once, and found faster
+PAGE_BYTES = 65536  # a multiple of the page size on every supported machine
+HUGE_PAGE_BYTES = 2**21  # file and memory aligned alike within a huge page: faster to map and to access
 
-_MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap does not name it
+_MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module does not define it
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True)
 class FileSegment:
-    """Where the bytes of a run of rows lie.
+    """The location in a file of the bytes of consecutive rows.
 
     Attributes
     ----------
     file : int
         Descriptor of an open file.
     offset : int
-        In it, a multiple of ``PAGE_BYTES``.
+        Offset in the file, a multiple of ``PAGE_BYTES``.
     start, nbytes : int
-        Position and size in the array; ``start`` is a multiple of ``PAGE_BYTES``.
+        Position and size in the array, in bytes; ``start`` is a multiple of ``PAGE_BYTES``.
     """
 
     file: int
@@ -54,19 +54,19 @@ class FileSegment:
 def view_as_array(
     buffer: NDArray[np.uint8], offset: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]
 ) -> NDArray:
-    """The array that begins at an offset of mapped bytes."""
+    """View mapped bytes from an offset on as an array."""
     nbytes = dtype.itemsize * math.prod(shape)
     return buffer[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
 def reserve_address_range(nbytes: int, offset: int) -> NDArray[np.uint8]:
-    """A range of addresses, all zeros, into which pieces of files can be mapped; it is given back with the array.
+    """Reserve a zero-filled address range into which segments of files can be mapped. It is freed with the array.
 
     Parameters
     ----------
     nbytes : int
     offset : int
-        Where in its file the first piece begins; the range begins alike within a huge page.
+        File offset of the first segment. The range gets the same alignment within a huge page.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def reserve_address_range(nbytes: int, offset: int) -> NDArray[np.uint8]:
 
 
 def map_into(buffer: NDArray[np.uint8], segment: FileSegment) -> None:
-    """Map a piece of a file to its place in a reserved range; its descriptor may be closed after that."""
+    """Map a segment of a file into a reserved address range. The descriptor may be closed afterwards."""
     if not segment.nbytes:
         return
     if segment.start + segment.nbytes > len(buffer) or segment.start % mmap.PAGESIZE or segment.offset % mmap.PAGESIZE:
@@ -99,21 +99,21 @@ def map_into(buffer: NDArray[np.uint8], segment: FileSegment) -> None:
 
 
 def prefetch(array: NDArray) -> None:
-    """Have a mapped array read from its file, which the system does piece by piece and late if it is not told."""
+    """Ask the system to read a mapped array ahead; otherwise it reads single pages on first access."""
     _advise_pages(array, "MADV_WILLNEED")
 
 
 def release_pages(array: NDArray) -> None:
-    """Give the pages of an array that is mapped from a file back; they are read again when they are wanted.
+    """Release the pages of an array that is mapped from a file. The next access reads them again.
 
-    What was read of a file counts as memory of the process until then, even where the system could take it back. Of
-    an array that is not mapped the numbers would be lost.
+    Until they are released, pages that were read count as memory of the process, even if the system could reclaim
+    them. Only use this on mapped arrays: other arrays would lose their values.
     """
     _advise_pages(array, "MADV_DONTNEED")
 
 
 def _advise_pages(array: NDArray, advice: str) -> None:
-    """Tell the system of the whole pages of an array."""
+    """Call ``madvise`` for the pages that lie completely within an array."""
     first_address = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     last_address = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last_address > first_address and hasattr(mmap, advice):

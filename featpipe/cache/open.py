@@ -1,4 +1,4 @@
-"""From a file on disk to mapped columns: everything is checked here that does not take time in the number of rows."""
+"""Open a cache file as mapped columns. All checks run here, except those whose time grows with the number of rows."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ __all__ = ["CacheContents", "format_error", "open_cache"]
 
 @dataclass(frozen=True, eq=False)
 class CacheContents:
-    """A cache in memory.
+    """The content of an open cache.
 
     Attributes
     ----------
     manifest : dict
     columns : dict from name to ndarray
         Mapped, read-only.
+    manifest_digest : str
+        SHA-256 of the text of the manifest, which lists the digests of all columns.
     shards : tuple of Shard
-    found : tuple of Path
-        The files of the shards, without those that are lost.
-    lost : tuple of str
-        Shards that are missing or of another size; zeros stand where their rows were.
-    digest : str
-        SHA-256 of the manifest's text, which names the digests of all columns.
+    shard_files : tuple of Path
+        The files of the shards, without lost ones.
+    lost_shards : tuple of str
+        Shards that are missing or have the wrong size; their rows are zeros.
     """
 
     manifest: dict[str, Any]
@@ -50,13 +50,13 @@ class CacheContents:
 
 
 def open_cache(path: Path, final_path: Path | None = None) -> CacheContents:
-    """Check a cache and map it, all by one handle: its name may get another file meanwhile.
+    """Validate a cache and map it, through one file handle, because the file may be replaced in the meantime.
 
     Parameters
     ----------
     path : Path
-    beside : Path, optional
-        The name beside which the shards lie; ``path`` if not given.
+    final_path : Path, optional
+        Path of the finished cache, beside which the shards lie; ``path`` by default.
 
     Raises
     ------
@@ -90,14 +90,14 @@ def open_cache(path: Path, final_path: Path | None = None) -> CacheContents:
 def _map_shards(
     manifest: Mapping[str, Any], shards: Sequence[Shard], path: Path
 ) -> tuple[dict[str, NDArray[Any]], list[Path | None]]:
-    """The features of a sharded cache, and where each shard was found; zeros stand for those that were not."""
+    """Map the features of a sharded cache. Return them, and the path of each shard; a lost shard is None, and zeros."""
     n, dtype = manifest["samples"], np.dtype(manifest["facts"]["storage"]).newbyteorder("<")
     row_bytes = {output: dtype.itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
     buffers = {
         output: reserve_address_range(n * nbytes, shards[0].offsets[output]) for output, nbytes in row_bytes.items()
     }
     shard_paths: list[Path | None] = []
-    for shard in shards:  # one after the other: a process may have few files open
+    for shard in shards:  # one at a time, because the number of open files is limited
         with _open_shard(path, shard) as (descriptor, shard_path):
             shard_paths.append(None if descriptor is None else shard_path)
             if descriptor is None:
@@ -111,12 +111,12 @@ def _map_shards(
 
 @contextmanager
 def _open_shard(path: Path, shard: Shard) -> Iterator[tuple[int | None, Path]]:
-    """The descriptor of a shard, beside the cache as the manifest says or under the cache's present name."""
+    """Open a shard at the path in the manifest, or in the shard folder of the present name of the cache."""
     candidates = (path.parent / shard.file, shards_directory(path) / Path(shard.file).name)
     for candidate in dict.fromkeys(candidates):
         try:
             if candidate.parent.is_symlink():
-                continue  # a stranger's link could lead anywhere
+                continue  # a link in an untrusted folder could point anywhere
             descriptor = os.open(candidate, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
@@ -132,7 +132,7 @@ def _open_shard(path: Path, shard: Shard) -> Iterator[tuple[int | None, Path]]:
 
 @contextmanager
 def _wrap_format_errors(path: Path) -> Iterator[None]:
-    """Whatever HDF5 says of a damaged file becomes one error with its name."""
+    """Convert every error caused by a damaged file into a CacheFormatError that names the file."""
     try:
         yield
     except CacheFormatError as error:
@@ -142,5 +142,5 @@ def _wrap_format_errors(path: Path) -> Iterator[None]:
 
 
 def format_error(error: BaseException) -> str:
-    """What an error says, short enough to be part of a message."""
+    """Format an error on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

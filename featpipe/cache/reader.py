@@ -1,4 +1,4 @@
-"""The cache as people use it: mapped arrays, read at memory speed."""
+"""The public reader of a cache: memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ RowSelector = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 
 READ_BLOCK_BYTES = 16 * 2**20
 _OPEN_ATTEMPTS = 3
-SCATTERED_ROWS_PER_READ = 1024  # each brings the pages around it into memory
-PREFETCH_RUNS = 8  # runs of rows that are on their way while one is worked on
+SCATTERED_ROWS_PER_READ = 1024  # each row reads the pages around it into memory
+PREFETCH_RUNS = 8  # blocks of rows that are read ahead
 
 _KNOWN_STATUSES = frozenset(Status)
 
 
 class FeatureCache:
-    """The embeddings of an archive, read at memory speed.
+    """The embeddings of an archive, memory-mapped from a cache file.
 
-    Opening checks the layout, reads the manifest and maps the file into memory, in milliseconds whatever its size.
-    The object holds no HDF5 handle: it can be forked, pickled (as its path) and read by many processes. It goes on
-    showing the file that it opened when an extraction puts a new one in its place; unpickled after that it is an
-    error, because the rows may be others.
+    Opening validates the layout, reads the manifest and maps the file into memory. It takes milliseconds for a file of
+    any size. The object holds no HDF5 handle: it can be forked, pickled (as its path) and read by many processes. If an
+    extraction replaces the file, an open cache still shows the old file. Unpickling it then is an error, because the
+    rows may differ.
 
     Parameters
     ----------
     path : path-like
     salvage : bool
-        Open a cache of which shards are missing; :meth:`whole_rows` says which rows are not there.
+        Open a cache even if shards are missing; :meth:`whole_rows` tells which rows are intact.
 
     Attributes
     ----------
     X : ndarray of shape (m, d), float32
-        Features of the first output in the rows that can be learnt from: status ``ok`` and, in a cache with
-        labels, a label. Mapped where that is all rows of a float32 cache, else a copy.
+        Features of the first output in the usable rows: status ``ok`` and, in a cache with labels, a label. Mapped if
+        these are all rows of a float32 cache, else a copy.
     y : ndarray of shape (m,) or (m, k)
         Labels of the same rows: class names, targets, or a 0/1 matrix. None without labels.
-    ids : Strings of length n
+    ids : StringColumn of length n
     labels : ndarray of n labels or None
-        As ``y``, for all rows; None (classes) or NaN (targets) where there is no label.
+        Like ``y``, for all rows; None (classes) or NaN (targets) for rows without a label.
     classes : tuple of str
     status : ndarray of shape (n,), str
         ``"ok"``, or the reason why the row has no features.
@@ -77,11 +77,11 @@ class FeatureCache:
     Raises
     ------
     CacheIncompleteError
-        If an extraction to this name was begun and not finished.
+        If an extraction to this path has not finished.
     CacheFormatError
-        If the file is not a cache that this version reads.
+        If the file is not a cache that this version can read.
     CacheError
-        If there is no such file.
+        If the file does not exist.
 
     Examples
     --------
@@ -96,9 +96,9 @@ class FeatureCache:
         contents = self._load_contents()
         if contents.lost_shards and not salvage:
             raise CacheFormatError(
-                f"{self.path}: {len(contents.lost_shards)} of its {len(contents.shards)} shards are missing or damaged, the "
-                f"first is {contents.lost_shards[0]!r}; bring them back, or `featpipe verify --repair {self.path}` embeds "
-                "their rows again"
+                f"{self.path}: {len(contents.lost_shards)} of its {len(contents.shards)} shards are missing "
+                f"or damaged, the first is {contents.lost_shards[0]!r}; bring them back, or "
+                f"`featpipe verify --repair {self.path}` embeds their rows again"
             )
         self.manifest, self._columns = contents.manifest, contents.columns
         self._shards, self._shard_files = contents.shards, contents.shard_files
@@ -106,7 +106,7 @@ class FeatureCache:
         self._manifest_digest = contents.manifest_digest
 
     def _load_contents(self) -> CacheContents:
-        """Read the file; once more if another was put in its place, and the shards of the first removed."""
+        """Open the file. Retry if it was replaced meanwhile and its old shards were removed."""
         try:
             for _ in range(_OPEN_ATTEMPTS):
                 stat_before = os.stat(self.path)
@@ -128,17 +128,17 @@ class FeatureCache:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the facts that decide the embeddings, 64 hexadecimal digits."""
+        """Digest of the facts that determine the embeddings, as 64 hexadecimal digits."""
         return str(self.manifest["fingerprint"])
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts that decide the embeddings: weights, transform, outputs, precision, extraction code."""
+        """The facts that determine the embeddings: weights, transform, outputs, precision, extraction code."""
         return dict(self.manifest["facts"])
 
     @property
     def modality(self) -> str:
-        """The kind of the samples, a key of `featpipe.data.MODALITIES`."""
+        """The modality of the samples, a key of `featpipe.data.MODALITIES`."""
         return str(self.facts["backbone"].get("modality", DEFAULT_MODALITY))
 
     @property
@@ -160,12 +160,12 @@ class FeatureCache:
 
     @property
     def shard_files(self) -> tuple[Path, ...]:
-        """The files that hold the features of a cache too large for one; none for others."""
-        return tuple(dict.fromkeys(self._shard_files))  # shards of the same rows are one file
+        """The shard files; empty for a cache in one file."""
+        return tuple(dict.fromkeys(self._shard_files))  # shards with identical rows share a file
 
     @property
     def shard_bytes(self) -> int | None:
-        """Bytes of features in a shard, as :func:`write_cache` takes it; None for a cache in one file."""
+        """Bytes of features in a shard, as for :func:`write_cache`; None for a cache in one file."""
         if not self._shards:
             return None
         first_shard = self._shards[0]
@@ -173,7 +173,7 @@ class FeatureCache:
 
     @property
     def file_bytes(self) -> int:
-        """Size on disk, with the shards."""
+        """Size on disk, including the shards."""
         return sum(file.stat().st_size for file in (self.path, *self.shard_files))
 
     @cached_property
@@ -197,7 +197,7 @@ class FeatureCache:
 
     @property
     def digests(self) -> NDArray[np.uint8]:
-        """SHA-256 of each image's bytes, shape (n, 32)."""
+        """SHA-256 of the bytes of each image, shape (n, 32)."""
         return self._columns["samples/digest"]
 
     @property
@@ -206,14 +206,14 @@ class FeatureCache:
 
     @cached_property
     def split(self) -> NDArray[np.uint8]:
-        """The split that came with the labels, as positions in ``SPLITS``, shape (n,)."""
+        """The split given with the labels, as indices into ``SPLIT_NAMES``, shape (n,)."""
         split = self._columns["samples/split"]
         self._require(not len(split) or int(split.max()) < len(SPLIT_NAMES), "samples/split holds codes of no split")
         return split
 
     @cached_property
     def label_table(self) -> Labels:
-        """Labels as codes, targets or a 0/1 matrix, with the names of classes or targets."""
+        """The labels as codes, targets or a 0/1 matrix, with the names of classes or targets."""
         if self.task == "none":
             return Labels.unlabeled(len(self))
         values = self._columns["labels/values"]
@@ -224,7 +224,7 @@ class FeatureCache:
         return Labels(self.task, values, self.classes)  # type: ignore[arg-type]
 
     def _require(self, condition: bool, problem: str) -> None:
-        """For what takes time in n, and so is looked at when it is used and not on opening."""
+        """Check a condition on first use, because the check takes time proportional to n."""
         if not condition:
             raise CacheFormatError(f"{self.path}: {problem}; the file is damaged, extract again")
 
@@ -238,12 +238,12 @@ class FeatureCache:
         Parameters
         ----------
         output : str, optional
-            One of ``outputs``; the first if not given.
+            One of ``outputs``; the first by default.
 
         Returns
         -------
         ndarray of shape (n, d), or (n, c, h, w) for feature maps
-            As stored, float32 or float16; NaN in the rows whose status is not ``ok``.
+            In the stored dtype, float32 or float16; NaN in rows whose status is not ``ok``.
         """
         return self._columns[f"features/{self._resolve_output(output)}"]
 
@@ -256,20 +256,21 @@ class FeatureCache:
     def read(
         self, rows: RowSelector | None = None, output: str | None = None, dtype: DTypeLike = np.float32
     ) -> NDArray[np.floating]:
-        """Some rows of one output, without loading the others.
+        """Read selected rows of one output, without loading the others.
 
         Parameters
         ----------
-        rows : slice, mask of shape (n,), or row numbers; all if not given
+        rows : slice, mask of shape (n,), or row numbers, optional
+            All rows by default.
         output : str, optional
-            One of ``outputs``; the first if not given.
+            One of ``outputs``; the first by default.
         dtype : dtype
-            What is stored otherwise is converted block by block.
+            Features with another stored dtype are converted block by block.
 
         Returns
         -------
         ndarray of shape (m, …)
-            Mapped and read-only where ``rows`` is a slice and nothing is to be converted, else a copy.
+            Mapped and read-only if ``rows`` is a slice and the dtype is the stored one, else a copy.
 
         Examples
         --------
@@ -289,19 +290,20 @@ class FeatureCache:
             return result
         result = np.empty((len(selection), *features.shape[1:]), dtype)
         if result.dtype == features.dtype:
-            return np.take(features, selection, axis=0, out=result, mode="clip")  # "raise" would copy once more
+            return np.take(features, selection, axis=0, out=result, mode="clip")  # mode="raise" makes another copy
         for start, stop in _iter_blocks(len(selection), features[:1].nbytes):
             result[start:stop] = np.take(features, selection[start:stop], axis=0, mode="clip")
         return result
 
     def view(self, rows: RowSelector | None = None, output: str | None = None) -> FeatureView:
-        """Some rows as one array that is read where it is sliced, for those that do not fit into memory.
+        """Make a lazy view of selected rows, for data that do not fit into memory. Slicing reads the rows.
 
         Parameters
         ----------
-        rows : slice, mask of shape (n,), or row numbers; all if not given
+        rows : slice, mask of shape (n,), or row numbers, optional
+            All rows by default.
         output : str, optional
-            One of ``outputs``; the first if not given.
+            One of ``outputs``; the first by default.
         """
         selection = _resolve_rows(rows, len(self))
         row_indices = np.arange(len(self))[selection] if isinstance(selection, slice) else selection
@@ -315,19 +317,20 @@ class FeatureCache:
         seed: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.floating]]]:
-        """Batches of rows with their row numbers.
+        """Yield batches of rows with their row numbers.
 
         Parameters
         ----------
         size : int
-            Rows in a batch; the last one may have fewer.
-        rows : slice, mask of shape (n,), or row numbers
-            ``usable`` if not given.
+            Rows in a batch; the last batch may have fewer.
+        rows : slice, mask of shape (n,), or row numbers, optional
+            ``usable`` by default.
         output : str, optional
-            One of ``outputs``; the first if not given.
+            One of ``outputs``; the first by default.
         seed : int, optional
-            Shuffles; in the order of ``rows`` if not given.
+            Seed for shuffling. By default the batches keep the order of ``rows``.
         dtype : dtype
+            Dtype of the features.
 
         Yields
         ------
@@ -344,7 +347,7 @@ class FeatureCache:
             row_indices = np.random.default_rng(seed).permutation(row_indices)
         starts = range(
             0, len(row_indices), size
-        )  # a generator expression: what is wrong is said here and not at the first
+        )  # a generator expression, so that invalid arguments raise here and not at the first batch
         return (
             (batch_rows, self.read(batch_rows, output, dtype))
             for batch_rows in (row_indices[start : start + size] for start in starts)
@@ -352,7 +355,7 @@ class FeatureCache:
 
     @cached_property
     def usable(self) -> NDArray[np.intp]:
-        """The rows that can be learnt from: status ``ok`` and, in a cache with labels, a label. Ascending."""
+        """The rows usable for training, in ascending order: status ``ok`` and, in a cache with labels, a label."""
         return np.flatnonzero(self.ok if self.task == "none" else self.ok & self.label_table.known)
 
     @property
@@ -364,7 +367,7 @@ class FeatureCache:
         return None if self.task == "none" else self.label_table.take(self.usable).y
 
     def bad_rows(self) -> dict[str, int]:
-        """How many rows have no features, by reason."""
+        """Count the rows without features, by reason."""
         counts = np.bincount(self.status_codes, minlength=1)
         return {_status_name(code): int(count) for code, count in enumerate(counts) if count and code != Status.OK}
 
@@ -374,21 +377,22 @@ class FeatureCache:
     def to_frame(
         self, kind: Literal["pandas", "arrow"] = "pandas", *, features: bool = False, output: str | None = None
     ) -> pd.DataFrame | pa.Table:
-        """All rows as a table: id, status, split, labels or targets, and on request the features.
+        """Convert all rows to a table: id, status, split, labels or targets, and optionally the features.
 
         Parameters
         ----------
         kind : {"pandas", "arrow"}
-            A :class:`pandas.DataFrame`, or a :class:`pyarrow.Table`, for which that package must be installed.
+            A :class:`pandas.DataFrame` or a :class:`pyarrow.Table`. The package must be installed.
         features : bool
-            With the features too: columns ``OUTPUT.0`` … of a data frame, one column of fixed-size lists in Arrow.
+            Include the features: as columns ``OUTPUT.0`` … of a data frame, or as one column of fixed-size lists in
+            Arrow.
         output : str, optional
-            One of ``outputs``; the first if not given.
+            One of ``outputs``; the first by default.
 
         Raises
         ------
         ConfigError
-            If the kind is unknown or its package is not installed.
+            If ``kind`` is unknown or its package is not installed.
         """
         from featpipe.cache.dataframe import to_frame
 
@@ -396,11 +400,11 @@ class FeatureCache:
 
     @property
     def has_checks(self) -> bool:
-        """Whether the file holds checks of its rows; those of format 1.0 do not."""
+        """Whether the file holds row checksums; files of format 1.0 do not."""
         return parse_version(self.manifest["format_version"]) >= (1, 1)
 
     def damaged_columns(self) -> list[str]:
-        """The datasets, features aside, whose bytes are not those that were written."""
+        """List the datasets, except features, whose bytes do not match their digests."""
         column_digests: dict[str, str] = self.manifest["columns"] if self.has_checks else {}
         damaged = [name for name, digest in column_digests.items() if not self._has_digest(name, digest)]
         if "samples/status" not in damaged and np.count_nonzero(self.ok) != self.manifest["ok"]:
@@ -412,18 +416,18 @@ class FeatureCache:
         return column is not None and compute_column_digest(column) == digest
 
     def whole_rows(self, rows: NDArray[np.integer[Any]], output: str | None = None) -> NDArray[np.bool_]:
-        """Which of some rows have the digest, the status and the features that were written.
+        """Find which rows are intact: digest, status and features match the checksum.
 
         Parameters
         ----------
         rows : ndarray of shape (m,), int
         output : str, optional
-            One of ``outputs``; the first if not given.
+            One of ``outputs``; the first by default.
 
         Returns
         -------
         ndarray of shape (m,), bool
-            All true in a file of format 1.0, which holds no checks.
+            All true for a file of format 1.0, which holds no checksums.
         """
         is_intact = np.ones(len(rows), bool)
         if not self.has_checks:
@@ -439,7 +443,7 @@ class FeatureCache:
 
 
 class FeatureView:
-    """Rows of a cache that are read when they are asked for, and leave nothing in memory.
+    """Rows of a cache that are read on demand. Their pages are released after each read.
 
     Parameters
     ----------
@@ -453,12 +457,12 @@ class FeatureView:
     shape : tuple
         ``(m, d)``
     dtype : dtype
-        As stored.
+        The stored dtype.
     """
 
     def __init__(self, features: NDArray[np.floating], rows: NDArray[np.intp], mapped: bool = False) -> None:
         self._features, self._rows, self._mapped = features, rows, mapped
-        self._next_row = 0  # the row after those that were read last
+        self._next_row = 0  # the row after the last block that was read
         self.shape = (len(rows), *features.shape[1:])
         self.dtype = features.dtype
 
@@ -466,18 +470,18 @@ class FeatureView:
         return len(self._rows)
 
     def __getitem__(self, rows: slice | NDArray[np.bool_] | NDArray[np.integer[Any]]) -> NDArray[np.floating]:
-        """A copy of some rows, shape (b, d), as stored."""
+        """Read rows into a new array of shape (b, d) and of the stored dtype."""
         row_indices = self._rows[rows]
         values = np.empty((len(row_indices), *self.shape[1:]), self.dtype)
         self._fill(values, row_indices)
         return values
 
     def read_into(self, out: NDArray[np.floating], rows: slice) -> None:
-        """Some rows to a place for them, shape (b, d), of the type that is stored."""
+        """Read rows into ``out``, an array of shape (b, d) and of the stored dtype."""
         self._fill(out, self._rows[rows])
 
     def expect(self, rows: slice) -> None:
-        """Have rows read from the file that are going to be asked for."""
+        """Prefetch rows that will be read soon."""
         row_slice = _as_slice(self._rows[rows])
         if self._mapped and row_slice is not None:
             prefetch(self._features[row_slice])
@@ -486,7 +490,7 @@ class FeatureView:
         row_slice = _as_slice(row_indices)
         if row_slice is not None:
             if self._mapped:
-                # Threads that go through the rows together are not always in order.
+                # Threads that share a sequential pass do not always read in order.
                 if abs(row_slice.start - self._next_row) <= 2 * len(row_indices):
                     prefetch(self._features[row_slice.start : row_slice.stop + PREFETCH_RUNS * len(row_indices)])
                 self._next_row = row_slice.stop
@@ -501,12 +505,12 @@ class FeatureView:
                 release_pages(self._features[block_rows.min() : block_rows.max() + 1])
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> FeatureView:
-        """A view of some of its rows."""
+        """Make a view of a subset of the rows."""
         return FeatureView(self._features, self._rows[rows], self._mapped)
 
 
 def _as_slice(row_indices: NDArray[np.intp]) -> slice | None:
-    """Row numbers as a slice, if they are one."""
+    """Convert row numbers to a slice if they are consecutive."""
     if (
         not len(row_indices)
         or row_indices[-1] - row_indices[0] != len(row_indices) - 1
@@ -517,7 +521,7 @@ def _as_slice(row_indices: NDArray[np.intp]) -> slice | None:
 
 
 def _reopen_cache(path: Path, digest: str, salvage: bool) -> FeatureCache:
-    """The cache that was pickled."""
+    """Reopen a pickled cache."""
     cache = FeatureCache(path, salvage=salvage)
     if cache._manifest_digest != digest:
         raise CacheMismatchError(f"{path}: was written anew since this cache was pickled; open it again")
@@ -534,12 +538,12 @@ def _check_dtype(dtype: DTypeLike) -> None:
 
 
 def _status_name(code: int) -> str:
-    """The word of a status; a later version of the format may have more of them."""
+    """The name of a status code; later versions of the format may add codes."""
     return Status(code).word if code in _KNOWN_STATUSES else f"status-{code}"
 
 
 def _resolve_rows(rows: RowSelector | None, n: int) -> slice | NDArray[np.intp]:
-    """Rows as a slice, or as row numbers that are all within the cache."""
+    """Convert a row selector to a slice, or to validated non-negative row numbers."""
     if rows is None:
         return slice(None)
     if isinstance(rows, slice):

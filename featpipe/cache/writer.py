@@ -1,4 +1,4 @@
-"""A cache written whole under another name, made durable, opened as a reader would, and only then given its name."""
+"""Write a cache atomically: write to a temporary file, fsync, open it as a reader would, then rename it."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ def write_cache(
     gather: GatherFeatures,
     shard_bytes: int | None = None,
 ) -> None:
-    """Write a whole cache and publish it under its name, replacing what was there in one step.
+    """Write a whole cache and publish it at ``path``, replacing an existing cache atomically.
 
     Parameters
     ----------
     path : Path
-    table : Table
+    table : SampleTable
     manifest : mapping
         Must hold ``facts``; format, fingerprint, outputs, task, classes, counts and digests are added.
     shapes : mapping from output to the shape of one row
     dtype : {"float32", "float16"}
     gather : callable
-        ``gather(output, start, stop)`` gives the features of those rows, NaN where their status is not ``ok``.
+        ``gather(output, start, stop)`` returns the features of these rows, NaN if the status is not ``ok``.
     shard_bytes : int, optional
-        Features larger than this are spread over shards of about this size; one file if not given.
+        Features larger than this are split into shards of about this size; one file by default.
 
     Raises
     ------
     CacheError
-        If the disk is full or not writable, or the result would not open; nothing is left behind, and an older
-        cache stays as it was.
+        If the disk is full or not writable, or the result does not open. Nothing is left behind, and an existing
+        cache is unchanged.
     """
     cache_writer = _CacheWriter(path, table, dict(shapes), dtype, gather)
     old_shard_files = _find_existing_shards(path)
@@ -89,7 +89,7 @@ def write_cache(
                 fsync_directory(path.parent)
     except CacheFormatError as error:
         raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
-    except (OSError, RuntimeError) as error:  # h5py reports some failures of its own as RuntimeError
+    except (OSError, RuntimeError) as error:  # h5py raises some of its own errors as RuntimeError
         raise CacheError(
             f"{path}: cannot be written ({format_error(error)}); free some space or write to another disk"
         ) from None
@@ -98,7 +98,7 @@ def write_cache(
 
 @dataclass
 class _CacheWriter:
-    """One cache that is being written."""
+    """Writes the shards and the main file of one cache, and collects the row checksums."""
 
     path: Path
     table: SampleTable
@@ -114,15 +114,16 @@ class _CacheWriter:
         self.row_bytes = {output: itemsize * math.prod(shape) for output, shape in self.shapes.items()}
 
     def shard_ranges(self, shard_bytes: int | None) -> list[tuple[int, int]]:
-        """First and last row of each shard; none if all rows go into one file.
+        """Compute the range of rows (start, stop) of each shard; none if all rows go into one file.
 
-        Each begins at a page in the array of every output, so that shards can be mapped one after the other.
+        Each shard starts at a page boundary in the array of every output, so that consecutive shards can be mapped as
+        one array.
         """
         total_row_bytes = sum(self.row_bytes.values())
         if shard_bytes is None or self.n * total_row_bytes <= shard_bytes:
             return []
         row_alignment = self._aligned_row_count(HUGE_PAGE_BYTES)
-        if row_alignment * total_row_bytes > shard_bytes // 4:  # too coarse
+        if row_alignment * total_row_bytes > shard_bytes // 4:  # shard sizes would be too coarse
             row_alignment = self._aligned_row_count(PAGE_BYTES)
         rows_per_shard = max(1, shard_bytes // total_row_bytes // row_alignment) * row_alignment
         return (
@@ -132,11 +133,11 @@ class _CacheWriter:
         )
 
     def _aligned_row_count(self, page_bytes: int) -> int:
-        """The smallest number of rows that are whole pages in every output."""
+        """The smallest number of rows that fill whole pages in every output."""
         return math.lcm(*(page_bytes // math.gcd(page_bytes, nbytes) for nbytes in self.row_bytes.values()))
 
     def iter_blocks(self, output: str, start: int, stop: int) -> Iterator[NDArray[np.floating]]:
-        """Features of some rows, a few at a time; their checks are kept."""
+        """Yield the features of a range of rows in blocks, and record their checksums."""
         block_rows = max(1, WRITE_BLOCK_BYTES // max(1, 4 * math.prod(self.shapes[output])))
         for block_start in range(start, stop, block_rows):
             block_stop = min(stop, block_start + block_rows)
@@ -152,7 +153,7 @@ class _CacheWriter:
             yield block
 
     def write_shard(self, temporary: Path, start: int, stop: int) -> tuple[Path, Shard]:
-        """One shard under a temporary name, durable."""
+        """Write one shard durably under a temporary name."""
         with _create_durable(temporary) as file:
             with create_hdf5(file, PAGE_BYTES) as hdf5:
                 hdf5.write_attribute("format", f"{FORMAT}-shard")
@@ -170,7 +171,7 @@ class _CacheWriter:
         return temporary, Shard(name, file_bytes, start, stop, offsets, digest)
 
     def write_main(self, file: BinaryIO, manifest: Mapping[str, Any], shards: Sequence[Shard]) -> None:
-        """The file that has the cache's name: all of it, or all but the features."""
+        """Write the main file: the whole cache, or everything except sharded features."""
         with create_hdf5(file) as hdf5:
             columns = self._make_columns()
             for name, column in columns.items():
@@ -223,19 +224,17 @@ class _CacheWriter:
         }
         if not shards:
             del full_manifest["shards"]
-        text = json.dumps(
-            full_manifest, ensure_ascii=False, allow_nan=False
-        )  # not canonical: the outputs have an order
+        # not canonical JSON: the outputs have an order
+        text = json.dumps(full_manifest, ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager
 def _temporary_paths(path: Path) -> Iterator[Callable[[], Path]]:
-    """Makes names that no one reads; what has one of them at the end is removed."""
+    """Yield a function that makes temporary paths. Files that still have such a name at the end are removed."""
     parts_folder = parts_directory(path)
-    folder = (
-        parts_folder if parts_folder.is_dir() else path.parent
-    )  # among the parts, where there are any, and so removed with them
+    # a temporary file in the parts folder, if there is one, is cleaned up with the parts
+    folder = parts_folder if parts_folder.is_dir() else path.parent
     paths: list[Path] = []
 
     def make_path() -> Path:
@@ -252,7 +251,7 @@ def _temporary_paths(path: Path) -> Iterator[Callable[[], Path]]:
 
 @contextmanager
 def _create_durable(temporary: Path) -> Iterator[BinaryIO]:
-    """A new file whose bytes survive a power cut once the block has ended."""
+    """Create a file, and fsync it at the end of the block."""
     with open(temporary, "xb+") as file:
         yield file
         file.flush()
@@ -261,7 +260,7 @@ def _create_durable(temporary: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _publish_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterator[None]:
-    """Shards under their names, which nobody reads before a cache names them; removed again if none came to do so."""
+    """Give the shards their final names, which nobody reads until a cache lists them. Remove them after an error."""
     new_files: set[Path] = set()
     folder = shards_directory(path)
     try:
@@ -278,7 +277,9 @@ def _publish_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterato
             fsync_directory(path.parent)
         yield
     except BaseException:
-        with suppress(OSError, CacheFormatError):  # what has the name is looked at: the failure may be after the rename
+        with suppress(
+            OSError, CacheFormatError
+        ):  # the error may follow the rename: keep the shards of the cache at path
             _remove_shards(path, new_files - _list_shard_files(path))
         raise
 
@@ -289,7 +290,7 @@ def _raise_if_lost(lost_shards: Sequence[str]) -> None:
 
 
 def _find_existing_shards(path: Path) -> set[Path]:
-    """The shards of the cache that has a name now, if there is one."""
+    """Find the shards of the cache at ``path``, if it exists."""
     try:
         return _list_shard_files(path)
     except (OSError, CacheFormatError):
@@ -297,7 +298,7 @@ def _find_existing_shards(path: Path) -> set[Path]:
 
 
 def _list_shard_files(path: Path) -> set[Path]:
-    """In the folder of this name alone: what a renamed cache has in another may be another's too."""
+    """List the shards in the shard folder of ``path`` only: other folders may belong to other caches too."""
     if not path.is_file():
         return set()
     folder = shards_directory(path)
@@ -305,12 +306,12 @@ def _list_shard_files(path: Path) -> set[Path]:
 
 
 def _remove_shards(path: Path, files: set[Path]) -> None:
-    """Remove what no cache names any more; whoever has it mapped keeps it."""
+    """Remove shards that no cache lists any more. Processes that have them mapped can still read them."""
     folder = shards_directory(path)
     if folder.is_symlink():
         return
     for file in files:
-        with suppress(OSError):  # costs space, and nothing else
+        with suppress(OSError):  # a leftover shard only costs disk space
             file.unlink()
     with suppress(OSError):
         folder.rmdir()
