@@ -44,19 +44,9 @@ bad member keeps its row, with a fault.
 
 from __future__ import annotations
 
-from featpipe.data.demo_tiles import TILE_SIZE, write_tiles
-from featpipe.data.image import (
-    BACKGROUND,
-    ImageLimits,
-    compute_resize_weights,
-    decode_image,
-    encode_jpeg,
-    encode_png,
-    encode_preview,
-    encode_thumbnail,
-    resize_image,
-    to_rgb,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from featpipe.data.index import Index, SampleReader, index, index_files
 from featpipe.data.labels.infer import RawLabels, parse_number
 from featpipe.data.labels.labels import Labels, LabelTask, order_classes
@@ -65,6 +55,21 @@ from featpipe.data.modalities import DEFAULT_MODALITY, MODALITIES, Modality, get
 from featpipe.data.sources.glob import expand_paths
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, escape_name, format_name
 from featpipe.data.sources.sidecars import LabelValue
+
+if TYPE_CHECKING:
+    from featpipe.data.demo_tiles import TILE_SIZE, write_tiles
+    from featpipe.data.image import (
+        BACKGROUND,
+        ImageLimits,
+        compute_resize_weights,
+        decode_image,
+        encode_jpeg,
+        encode_png,
+        encode_preview,
+        encode_thumbnail,
+        resize_image,
+        to_rgb,
+    )
 
 __all__ = [
     "BACKGROUND",
@@ -105,3 +110,28 @@ __all__ = [
     "to_rgb",
     "write_tiles",
 ]
+
+_LAZY_MODULES = {  # imported when first used: they need Pillow, and reading a cache does not
+    "BACKGROUND": "image",
+    "ImageLimits": "image",
+    "TILE_SIZE": "demo_tiles",
+    "compute_resize_weights": "image",
+    "decode_image": "image",
+    "encode_jpeg": "image",
+    "encode_png": "image",
+    "encode_preview": "image",
+    "encode_thumbnail": "image",
+    "resize_image": "image",
+    "to_rgb": "image",
+    "write_tiles": "demo_tiles",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY_MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

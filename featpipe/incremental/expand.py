@@ -124,10 +124,7 @@ def expand(
     >>> expand("photos.model", "cache/more.h5", method="replay").model          # doctest: +SKIP
     """
     model = model if isinstance(model, Model) else load_model(model)
-    if model.task != "classification":
-        raise ConfigError(f"expand is for classification, and this model does {model.task}; train a new model")
-    if method is not None and method not in METHODS and method != "all":
-        raise unknown_name_error("method", method, [*METHODS, "all"])
+    _check_task_and_method(model, method)
     params, trains_network = dict(params or {}), str(unfreeze).strip() != "head"
     request_settings: list[Any] = [
         method,
@@ -179,7 +176,24 @@ def expand(
         model, class_mapping, expansion_data, settings, memory is not None, budget, policy, progress
     )
     context.validate()
-    cache_names = [cache.path.name for cache in train_caches]
+    return _fit_and_save(context, method, deep_config, [cache.path.name for cache in train_caches], request, out)
+
+
+def _check_task_and_method(model: Model, method: str | None) -> None:
+    if model.task != "classification":
+        raise ConfigError(f"expand is for classification, and this model does {model.task}; train a new model")
+    if method is not None and method not in METHODS and method != "all":
+        raise unknown_name_error("method", method, [*METHODS, "all"])
+
+
+def _fit_and_save(
+    context: ExpansionContext,
+    method: str | None,
+    deep_config: DeepTrainingConfig | None,
+    cache_names: list[str],
+    request: str,
+    out: str | os.PathLike[str] | None,
+) -> Expansion:
     if deep_config is not None:
         expansion = expand_network(context, method, replace(deep_config, out=out), cache_names, request)
     else:

@@ -28,8 +28,8 @@ import sys, time, numpy as np, torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision import transforms as T
-from featpipe import backbone
-loaded = backbone.load(sys.argv[3], weights=None if "lite" in sys.argv[3] else "none")
+from featpipe import backbones
+loaded = backbones.load(sys.argv[3], weights=None if "lite" in sys.argv[3] else "none")
 network, facts = loaded.network, loaded.transform
 resize = T.Resize(facts.resize, T.InterpolationMode(facts.interpolation))
 transform = T.Compose([resize, T.CenterCrop(facts.crop), T.ToTensor(), T.Normalize(facts.mean, facts.std)])

@@ -340,7 +340,9 @@ def test_what_is_a_sample_is_told_by_its_parts_however_they_are_put_together() -
         "i.txt",
     ]
     for name in map("/".join, (*itertools.product(parts, repeat=2), *itertools.product(parts, repeat=3))):
-        listing = Listing(data.ArchiveSource(Path("x"), "tar", "/x"), ArchiveLimits())
+        listing = Listing(
+            data.ArchiveSource(Path("x"), "tar", "/x"), ArchiveLimits(), data.MODALITIES["image"].suffixes
+        )
         stem, dot, suffix = name.split("/")[-1].rpartition(".")
         hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
         wanted = bool(stem) and dot + suffix.lower() in data.MODALITIES["image"].suffixes

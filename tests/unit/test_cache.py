@@ -519,12 +519,12 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from featpipe.cache import hdf5
 from featpipe.errors import CacheError
 from tests.support.caches import Made
-class Failing(hdf5._Sink):
+class Failing(hdf5._GuardedFile):
     def _attempt(self, action, *given):
         def fail(*given):
             raise OSError(28, "full")
         return super()._attempt(fail, *given)
-hdf5._Sink = Failing
+hdf5._GuardedFile = Failing
 try:
     Made(30).write(Path({str(tmp_path)!r}) / "a.h5")
 except CacheError as error:

@@ -205,14 +205,14 @@ def test_on_an_emulated_gpu_each_stream_waits_for_what_it_reads_and_memory_for_t
         slot = next(slot for slot in made._buffers if slot.images is places)
         assert seen.streams[-1] is made._copy_stream
         assert made._copy_stream.waited_for[-1] is slot.free
-        assert slot.free.recorded_on is made._stream
+        assert slot.free.recorded_on is made._compute_stream
         used.append(slot)
         fill(self, places, images)
 
     def read(self, batch):
         if used and used[-1].images is batch:
-            assert seen.streams[-1] is made._stream
-            assert made._stream.waited_for[-1] is used[-1].copied
+            assert seen.streams[-1] is made._compute_stream
+            assert made._compute_stream.waited_for[-1] is used[-1].copied
             assert used[-1].copied.recorded_on is made._copy_stream
         return normalise(self, batch)
 
@@ -221,7 +221,7 @@ def test_on_an_emulated_gpu_each_stream_waits_for_what_it_reads_and_memory_for_t
     made.submit(handed(torch.device("cuda"), pictures()))()
     assert used == [used[0], used[1], used[0]]
     for slot in used[:2]:
-        assert set(seen.used_on[slot.images.data_ptr()]) == {made._copy_stream, made._stream}
+        assert set(seen.used_on[slot.images.data_ptr()]) == {made._copy_stream, made._compute_stream}
 
 
 def test_tf32_is_off_while_pictures_are_resized_and_on_where_the_network_may_use_it(gpu, monkeypatch):

@@ -1,4 +1,7 @@
-"""The modality ``image``: an item is a uint8 tensor of shape (3, H, W), upright RGB on white, channels-last."""
+"""The modality ``image``: an item is a uint8 tensor of shape (3, H, W), upright RGB on white, channels last in memory.
+
+Pillow and torch are imported when an image is decoded or made, so that reading a cache needs neither.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featpipe.data.image import encode_preview, encode_thumbnail, resize_image, to_rgb
 from featpipe.data.modalities.modality import Modality
 from featpipe.errors import ConfigError
 
@@ -37,6 +39,8 @@ def _decode(data: bytes) -> AbstractContextManager[Tensor]:
 
 def _to_item(image: Any) -> Tensor:
     import torch
+
+    from featpipe.data.image import to_rgb
 
     return torch.from_numpy(to_rgb(image)).permute(2, 0, 1)
 
@@ -70,7 +74,9 @@ def _make_probes() -> Sequence[Tensor]:
 
 
 def _make_encoded_images() -> tuple[list[bytes], str]:
-    """Make JPEGs of about 70 kB: smooth shapes with noise."""
+    """JPEGs of about 70 kB: smooth shapes with grain."""
+    from featpipe.data.image import encode_thumbnail, resize_image
+
     rng = np.random.default_rng(0)
     images = []
     for _ in range(32):
@@ -78,6 +84,12 @@ def _make_encoded_images() -> tuple[list[bytes], str]:
         grainy = np.clip(smooth + rng.normal(0, 12, (*SYNTHETIC_SIZE, 3)), 0, 255).astype(np.uint8)
         images.append(encode_thumbnail(grainy, max(SYNTHETIC_SIZE)))
     return images, "made-up JPEGs"
+
+
+def _encode_preview(data: bytes, size: int) -> bytes:
+    from featpipe.data.image import encode_preview
+
+    return encode_preview(data, size)
 
 
 IMAGE = Modality(
@@ -88,6 +100,6 @@ IMAGE = Modality(
     to_item=_to_item,
     to_list=_to_list,
     make_probes=_make_probes,
-    encode_preview=encode_preview,
+    encode_preview=_encode_preview,
     make_encoded_samples=_make_encoded_images,
 )
