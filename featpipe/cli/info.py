@@ -25,7 +25,7 @@ __all__ = ["cache_to_dict", "format_cache", "info"]
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE...|CACHE]")
 @click.option("--why", is_flag=True, help="Say what differs from what the arguments of an extract command ask for.")
 @add_options(*IDENTITY_OPTIONS)
-@add_options(*RUN_OPTIONS, hidden=True)  # so that those of any extract command can be pasted
+@add_options(*RUN_OPTIONS, hidden=True)  # so that the options of any extract command can be pasted
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @click.pass_context
 def info(
@@ -111,7 +111,7 @@ def _format_verdict(comparison: CacheDiff, other_path: str | None) -> str:
 
 
 def _format_samples(samples: SampleDiff, usable: bool) -> str:
-    """The images of the archives beside those of the cache."""
+    """Format the comparison of the images of the archives with those of the cache."""
     counts = [
         [f"{samples.images:,}", "images are in the archives, of which"],
         [f"{samples.unchanged:,}", "are in the cache, with unchanged path, size and time"],
@@ -187,7 +187,7 @@ def _format_steps(steps: list[dict[str, Any]]) -> list[str]:
 
 
 def _get_metric_values(scores: dict[str, Any]) -> dict[str, Any]:
-    """How each estimate was made, and its figures alone."""
+    """Map the description of each estimate to the values of its metrics."""
     return {
         estimate["how"]: {name: metric["value"] for name, metric in estimate["metrics"].items()}
         for estimate in scores.values()
@@ -209,15 +209,15 @@ def _format_value(value: object) -> str:
     return printable(str(value))
 
 
-MAX_LISTED_CLASSES = 20  # as many are all shown, in their order
+MAX_LISTED_CLASSES = 20  # up to this number all classes are shown, in their order
 
-N_LARGEST_CLASSES = 10  # of more, the largest
+N_LARGEST_CLASSES = 10  # of more classes only the largest are shown
 
 MAX_LISTED_ARCHIVES = 5
 
 
 def cache_to_dict(path: Path) -> dict[str, Any]:
-    """What a cache holds, also one of which shards are missing."""
+    """Describe the contents of a cache, even if shards are missing."""
     from featpipe.cache import FeatureCache
 
     cache = FeatureCache(path, salvage=True)
@@ -256,7 +256,7 @@ def cache_to_dict(path: Path) -> dict[str, Any]:
 
 
 def _view_to_dict(transform: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the pictures were changed at random before they were embedded, if they were: for fine-tuning."""
+    """Describe the random augmentation of a cache of feature maps for fine-tuning; None for other caches."""
     if "augmentation" not in transform:
         return None
     augmentation = {name: value for name, value in transform["augmentation"].items() if name != "versions"}
@@ -264,7 +264,7 @@ def _view_to_dict(transform: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _count_splits(cache: FeatureCache) -> dict[str, int]:
-    """How many samples each split has, if any sample is in one."""
+    """Count the samples of each split; empty if no sample has a split."""
     import numpy as np
 
     from featpipe.cache import SPLIT_NAMES
@@ -274,7 +274,7 @@ def _count_splits(cache: FeatureCache) -> dict[str, int]:
 
 
 def _count_labels(cache: FeatureCache) -> dict[str, Any]:
-    """Classes with how many samples each has, or targets with their range."""
+    """Count the samples of each class, or compute the range of each target."""
     import numpy as np
 
     if cache.task == "none":
@@ -372,7 +372,7 @@ def _format_paths(paths: Sequence[str]) -> str:
 
 
 def _format_classes(counts: Mapping[str, int]) -> str:
-    """The classes as a table: all of a few, else the largest and what the others have."""
+    """Format the classes as a table; of many classes, the largest and a summary of the others."""
     listed = list(counts.items())
     if len(listed) > MAX_LISTED_CLASSES:
         listed = sorted(listed, key=lambda item: -item[1])[:N_LARGEST_CLASSES]

@@ -1,4 +1,4 @@
-"""Archive + backbone → cache."""
+"""Extract embeddings: archive + backbone → cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--precision auto``: chosen on the first images and recorded in the cache."""
+"""``--precision auto``: the precision is chosen on the first images and recorded in the cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["PrecisionChoice", "find_cached_choice", "resolve_precision"]
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 32
-MAX_PROBE_ROWS = 256  # read at most to collect them
+MAX_PROBE_ROWS = 256  # the maximum number of rows read to collect them
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class PrecisionChoice:
 def resolve_precision(
     index: Index, backbone: Backbone, settings: ExtractionConfig
 ) -> tuple[ExtractionConfig, PrecisionChoice]:
-    """The settings with the fastest precision whose embeddings are close enough to fp32.
+    """Set the fastest precision whose embeddings are close enough to fp32.
 
-    If the cache to be made exists and records a choice for the same ``min_cosine``, nothing is measured. The choice
-    depends on the images, the network and the device alone.
+    Nothing is measured if the target cache exists and records a choice for the same ``min_cosine``. The choice depends
+    only on the images, the network and the device.
     """
     cached_choice = find_cached_choice(index, backbone, settings)
     if cached_choice is not None:
@@ -66,7 +66,7 @@ def resolve_precision(
 def find_cached_choice(
     index: Index, backbone: Backbone | BackboneIdentity, settings: ExtractionConfig
 ) -> tuple[ExtractionConfig, PrecisionChoice] | None:
-    """The settings and the choice that the cache to be made records already; None if there is none."""
+    """The settings and the choice that the target cache records; None if it records none."""
     for precision in PRECISIONS:
         candidate = replace(settings, precision=precision)
         facts = make_facts(backbone, candidate)

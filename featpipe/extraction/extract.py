@@ -1,4 +1,4 @@
-"""Archive + backbone → cache. No image is embedded twice, and committed work is never lost."""
+"""Extract embeddings from archives into a cache. No image is embedded twice, and committed work is never lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def extract(
 ) -> FeatureCache:
     """Run the frozen backbone once over the images of some archives and cache the embeddings.
 
-    Images that any cache of the same folder holds, by their bytes and under the same facts, are copied, not embedded.
+    Embeddings of images with the same bytes are copied from caches of the same folder with the same settings.
 
     Parameters
     ----------
@@ -66,9 +66,9 @@ def extract(
     Raises
     ------
     ArchiveError
-        If an archive is missing, empty, unreadable or hostile, or more images are bad than ``max_bad`` allows.
+        If an archive is missing, empty, unreadable or unsafe, or more images are bad than ``max_bad`` allows.
     CacheMismatchError
-        If ``out`` is a cache made from other archives or another backbone.
+        If ``out`` is a cache of other archives or another backbone.
 
     Examples
     --------
@@ -78,8 +78,8 @@ def extract(
     deadline = Deadline(config.time_limit)
     identity = recall_backbone_identity(config)
     if identity is None or config.device not in ("auto", "cpu"):
-        inference.resolve_devices(config.device)  # before minutes are spent on listing an archive
-    if isinstance(config.backbone, str) and ":" in config.backbone:  # only its transform tells which files are samples
+        inference.resolve_devices(config.device)  # fail early: listing an archive may take minutes
+    if isinstance(config.backbone, str) and ":" in config.backbone:  # its transform determines which files are samples
         config = replace(config, backbone=load_backbone(config))
     index = data.index(archives, labels=config.labels, modality=find_modality(config.backbone))
     _report_index(index)
@@ -100,7 +100,7 @@ def extract_index(
     require_readable: bool = True,
     deadline: Deadline | None = None,
 ) -> FeatureCache:
-    """Make the cache of an index: known embeddings are copied, the rest is embedded."""
+    """Write the cache of an index: known embeddings are copied, the rest is embedded."""
     deadline = deadline or Deadline(settings.time_limit)
     precision_choice = None
     if settings.precision == AUTO:
@@ -123,7 +123,7 @@ def find_up_to_date_cache(
     settings: ExtractionConfig,
     progress: ProgressCallback = ignore_progress,
 ) -> FeatureCache | None:
-    """The finished cache of an index, found without the backbone's network; None if there is anything to do."""
+    """Find the finished cache of an index without loading the network; None if there is work to do."""
     if settings.precision == AUTO:
         cached_choice = find_cached_choice(index, identity, settings)
         if cached_choice is None:
@@ -137,13 +137,13 @@ def find_up_to_date_cache(
     plan = ExtractionPlan.build(index, identity, settings, path=path)
     if len(plan.unread_rows) or plan.current_cache is None:
         return None
-    plan.embed(staging_area, progress)  # nothing is left: it only reports, and applies max_bad
+    plan.embed(staging_area, progress)  # no rows are left: this only reports, and checks max_bad
     return plan.existing_cache
 
 
 @dataclass(frozen=True, eq=False)
 class IndexEmbeddings:
-    """The embeddings of an index, valid as long as the parts that hold them exist.
+    """The embeddings of an index, valid as long as the parts that contain them exist.
 
     Attributes
     ----------
@@ -152,7 +152,7 @@ class IndexEmbeddings:
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes, zero where they could not be read.
     load_block : callable
-        ``load_block(output, start, stop)`` returns the features of these rows, NaN where the status is not 0.
+        ``load_block(output, start, stop)`` returns the features of these rows; NaN if the status is not 0.
     """
 
     status: NDArray[np.uint8]
@@ -169,7 +169,7 @@ def embed_into_parts(
     *,
     deadline: Deadline | None = None,
 ) -> IndexEmbeddings:
-    """Embed an index into parts that never become a cache; committed parts are reused.
+    """Embed an index into parts without publishing a cache; committed parts are reused.
 
     The caller holds the lock of the staging area (:meth:`StagingArea.lock_for_writing`) and removes the parts when they
     are no longer needed.
@@ -185,9 +185,9 @@ def embed_files(
     settings: ExtractionConfig,
     progress: ProgressCallback = ignore_progress,
 ) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
-    """The embeddings of some files, in the order given, through the caches of a folder.
+    """Return the embeddings of files, in the order given, using the caches of a folder.
 
-    Files that no cache of the folder holds are embedded into an additional cache there.
+    Files without an embedding in these caches are embedded into an additional cache in the folder.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The facts that decide an embedding besides the image."""
+"""The settings that determine an embedding, besides the image."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = [
     "recall_backbone_identity",
 ]
 
-EXTRACTION_VERSION = 2  # raised by any change of this code that changes an embedding
+EXTRACTION_VERSION = 2  # incremented by every change of this code that changes an embedding
 
 
 def load_backbone(settings: ExtractionConfig) -> Backbone:
-    """The backbone that the settings name."""
+    """Load the backbone that the settings name."""
     if not isinstance(settings.backbone, str) and isinstance(settings.backbone, backbones.Backbone):
         return settings.backbone
     return backbones.load(
@@ -42,15 +42,15 @@ def load_backbone(settings: ExtractionConfig) -> Backbone:
 
 
 def find_modality(backbone: str | Backbone) -> str:
-    """The modality of a backbone; the networks of the registry take images, and are not loaded to say so."""
+    """The modality of a backbone; networks of the registry take images, so they are not loaded."""
     return DEFAULT_MODALITY if isinstance(backbone, str) else backbone.modality
 
 
 def recall_backbone_identity(settings: ExtractionConfig) -> BackboneIdentity | None:
-    """The remembered identity of the backbone, without importing torch; None if it must be loaded.
+    """The stored identity of the backbone, without importing torch; None if the backbone must be loaded.
 
-    A process that has imported torch already loads the backbone: nothing is gained, and torch may be configured to find
-    other weights.
+    If the process has already imported torch, the result is None: nothing would be saved, and torch may be configured
+    to use other weights.
     """
     request = _make_backbone_request(settings)
     if request is None or "torch" in sys.modules:
@@ -59,7 +59,7 @@ def recall_backbone_identity(settings: ExtractionConfig) -> BackboneIdentity | N
 
 
 def load_and_remember_backbone(settings: ExtractionConfig) -> Backbone:
-    """Load the backbone that the settings name, and remember its identity beside the caches."""
+    """Load the backbone that the settings name, and store its identity beside the caches."""
     load_start_ns = time_ns()
     backbone = load_backbone(settings)
     request = _make_backbone_request(settings)
@@ -69,7 +69,7 @@ def load_and_remember_backbone(settings: ExtractionConfig) -> Backbone:
 
 
 def _make_backbone_request(settings: ExtractionConfig) -> BackboneRequest | None:
-    """None where the user's own code decides the identity."""
+    """The request that identifies the backbone; None if the identity depends on custom code."""
     if not isinstance(settings.backbone, str) or ":" in settings.backbone or settings.transform is not None:
         return None
     return BackboneRequest(settings.backbone, settings.weights, tuple(settings.outputs), settings.seed)
@@ -80,7 +80,7 @@ def _get_identity_store(settings: ExtractionConfig) -> IdentityStore:
 
 
 def make_facts(backbone: Backbone | BackboneIdentity, settings: ExtractionConfig) -> dict[str, Any]:
-    """The facts that decide the embeddings: equal facts and equal image bytes mean equal embeddings."""
+    """Make the facts, which determine the embeddings: equal facts and equal image bytes give equal embeddings."""
     return {
         "backbone": backbone.to_dict(),
         "precision": settings.precision,

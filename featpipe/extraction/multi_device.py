@@ -1,8 +1,8 @@
 """Several devices at once: one process per device, all committing parts of the same cache.
 
-Worker processes are started afresh, not forked, and receive their task over an inherited pipe: they import what they
-need and never run the program that called. They ask the parent before they embed an image, so that no image is embedded
-twice, and report what they read and committed. A process that dies loses at most its uncommitted part.
+Worker processes are spawned, not forked, and receive their task over an inherited pipe. They do not import the main
+module of the parent process. They ask the parent before they embed an image, so that no image is embedded twice, and
+report the rows that they read and committed. A process that dies loses at most its uncommitted part.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = ["embed_on_devices", "run_worker_process"]
 
-_Connection = Any  # typeshed gives Pipe() another type than Connection
+_Connection = Any  # typeshed declares another type for Pipe()
 _Process = subprocess.Popen[bytes]
 
-ROWS_PER_BLOCK = 256  # neighbouring rows go to one process: reads stay nearly sequential, slow images are spread
+ROWS_PER_BLOCK = 256  # neighbouring rows go to one process, for nearly sequential reads
 SHUTDOWN_SECONDS = 30.0
 NOT_PICKLABLE = "cannot be sent to another process, as several devices need; use one device"
 WORKER_CODE = "from featpipe.extraction.multi_device import run_worker_process; run_worker_process()"
@@ -59,7 +59,7 @@ class _WorkerTask:
 
 @dataclass(frozen=True)
 class _WorkerFailure:
-    """A worker process failed: our own error, or the text of another one."""
+    """A worker process failed: a FeatpipeError, or the text of another exception."""
 
     error: FeatpipeError | str
 
@@ -70,14 +70,14 @@ def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device], 
     Parameters
     ----------
     worker : ExtractionWorker
-        What each process does; its callbacks stay in this process.
+        The work of each process; its callbacks run in this process.
     devices : sequence of torch.device
     rows : ndarray of shape (m,), int64
 
     Raises
     ------
     CacheError
-        If a process died. What was committed is kept.
+        If a process died. Committed parts are kept.
     """
     device_indices = np.arange(len(rows)) // ROWS_PER_BLOCK % len(devices)
     if len(rows) < ROWS_PER_BLOCK * len(devices):
@@ -100,7 +100,7 @@ def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device], 
 
 @contextlib.contextmanager
 def _start_workers(tasks: Sequence[_WorkerTask]) -> Iterator[dict[_Connection, _Process]]:
-    """Start one process per task; on exit all have committed what they had and ended."""
+    """Start one process per task; on exit all have committed their finished rows and ended."""
     processes: dict[_Connection, _Process] = {}
     try:
         for _ in tasks:
@@ -115,7 +115,7 @@ def _start_workers(tasks: Sequence[_WorkerTask]) -> Iterator[dict[_Connection, _
             except OSError:
                 process.wait()
                 _raise_if_failed(process)
-            except Exception as error:  # a user's network may hold anything that cannot be pickled
+            except Exception as error:  # a custom network may contain objects that cannot be pickled
                 raise ConfigError(f"{task.backbone.name} {NOT_PICKLABLE} ({error})") from error
         yield processes
     finally:
@@ -123,7 +123,7 @@ def _start_workers(tasks: Sequence[_WorkerTask]) -> Iterator[dict[_Connection, _
 
 
 def _handle_messages(worker: ExtractionWorker, processes: dict[_Connection, _Process]) -> None:
-    """Answer the processes and pass their messages on until all have ended."""
+    """Answer the processes and forward their messages until all have ended."""
     running = dict(processes)
     while running:
         ready: list[Any] = wait(list(running))
@@ -153,7 +153,7 @@ def _raise_if_failed(process: _Process) -> None:
 
 
 def _stop_workers(processes: Mapping[_Connection, _Process]) -> None:
-    """Ask the processes to commit what they have and end; kill those that do not."""
+    """Ask the processes to commit their finished rows and end; kill those that do not end."""
     for process in processes.values():
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -180,7 +180,7 @@ class _WorkerChannel:
             return bool(self._connection.recv())
 
     def send_message(self, message: WorkerMessage | _WorkerFailure) -> None:
-        # The parent may have ended: committed parts stay valid without it.
+        # The parent may have ended; committed parts stay valid.
         with self._lock, contextlib.suppress(OSError):
             self._connection.send(message)
 

@@ -24,7 +24,7 @@ __all__ = ["find_compatible_caches", "find_finished_cache", "is_up_to_date", "li
 def make_cache_path(
     index: Index, backbone: Backbone | BackboneIdentity, facts: Mapping[str, Any], settings: ExtractionConfig
 ) -> Path:
-    """The cache's file: ``out``, or a name made from archive, backbone and facts."""
+    """The path of the cache: ``out``, or a name made from archive, backbone and facts."""
     if settings.out is not None:
         out = Path(settings.out)
         if out.suffix != ".h5":
@@ -32,7 +32,7 @@ def make_cache_path(
         return out
     archive_paths = list_archive_paths(index)
     labels_path = getattr(settings.labels, "path", settings.labels)
-    # Another table of labels is another cache.
+    # Each label table has its own cache.
     label_parts = [] if labels_path is None else ["labels", os.path.abspath(labels_path)]
     identity_hash = hashlib.sha256(
         "\n".join([compute_fingerprint(facts), *archive_paths, *label_parts]).encode("utf-8", "replace")
@@ -50,12 +50,12 @@ def list_archive_paths(index: Index) -> list[str]:
 def find_finished_cache(
     path: Path, facts: Mapping[str, Any], index: Index, settings: ExtractionConfig
 ) -> FeatureCache | None:
-    """The cache at ``path`` if it was made from the same archives under the same facts; None if there is none.
+    """The cache at ``path`` if it has the same archives and facts; None if there is no cache.
 
     Raises
     ------
     CacheMismatchError
-        If it was made from others.
+        If the cache has other archives or other facts.
     """
     if not path.exists() or settings.overwrite:
         return None
@@ -75,20 +75,20 @@ def find_finished_cache(
 
 
 def is_up_to_date(cache: FeatureCache, table: SampleTable, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a cache already holds exactly these samples and outputs."""
+    """Whether a cache already contains exactly these samples and outputs."""
     if cache.lost_shards or cache.outputs != tuple(shapes):
         return False
     return cache.table().same_as(table)
 
 
 def find_compatible_caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
-    """The caches of a folder that hold the outputs of ``facts`` under the same facts, and possibly more outputs."""
+    """The caches of a folder with the same facts and at least the outputs of ``facts``."""
     caches = []
     for path in sorted(folder.glob("*.h5")):
         try:
             cache = FeatureCache(path, salvage=True)
         except CacheError:
-            continue  # not a cache: nothing to copy
+            continue  # not a readable cache
         if can_reuse(cache.facts, facts):
             caches.append(cache)
     return caches

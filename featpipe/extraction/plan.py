@@ -1,4 +1,4 @@
-"""What existing caches and committed parts hold of an index, what is left to embed, and the cache to write."""
+"""Plan an extraction: which rows existing caches and committed parts contain, and which are left to embed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["ExtractionPlan", "make_staging_area"]
 
 @dataclass(frozen=True, eq=False)
 class ExtractionPlan:
-    """What is embedded already of an index, and what is left.
+    """Which rows of an index are already embedded, and which are left.
 
     Attributes
     ----------
@@ -40,11 +40,11 @@ class ExtractionPlan:
         An identity suffices where nothing is left to embed.
     config : ExtractionConfig
     facts : dict
-        What decides the embeddings.
+        The settings that determine the embeddings.
     row_sources : RowSources
-        For each row, where its embedding is.
+        The source of each row's embedding.
     existing_cache : FeatureCache or None
-        The cache at the target path, made from the same archives and facts; it may be out of date.
+        The cache at the target path, with the same archives and facts; it may be out of date.
     """
 
     index: Index
@@ -65,16 +65,16 @@ class ExtractionPlan:
         cache_folder: Path | None = None,
         staging_area: StagingArea | None = None,
     ) -> ExtractionPlan:
-        """Look up every row by its stamp. Reads no image and changes no file.
+        """Look up every row by its stamp. No image is read and no file is changed.
 
         Parameters
         ----------
         index : Index
         backbone : Backbone or BackboneIdentity
         config : ExtractionConfig
-            With a definite precision.
+            The precision must not be ``auto``.
         path : Path, optional
-            The cache to write. Determines the other two.
+            The cache to write. It determines the other two.
         cache_folder : Path, optional
             Embeddings are copied from the caches of this folder.
         staging_area : StagingArea, optional
@@ -83,7 +83,7 @@ class ExtractionPlan:
         Raises
         ------
         CacheMismatchError
-            If ``path`` is a cache made from other archives or other facts.
+            If ``path`` is a cache with other archives or other facts.
         """
         facts = make_facts(backbone, config)
         existing_cache = None
@@ -100,19 +100,19 @@ class ExtractionPlan:
 
     @property
     def unread_rows(self) -> NDArray[np.int64]:
-        """Rows whose images must be read, and embedded unless their bytes are known."""
+        """Rows whose images must be read; they are embedded unless an image with the same bytes is."""
         return self.row_sources.unread_rows
 
     @property
     def current_cache(self) -> FeatureCache | None:
-        """The existing cache, if it is already what would be written."""
+        """The existing cache if it is up to date, else None."""
         cache = self.existing_cache
         if cache is not None and is_up_to_date(cache, self.row_sources.to_table(), self.backbone.shapes):
             return cache
         return None
 
     def make_reader(self) -> FeatureReader:
-        """A function that reads blocks of the planned rows' features from their sources."""
+        """Make a function that reads blocks of features from their sources."""
         return self.row_sources.make_reader(self.backbone.shapes, self.config.storage)
 
     def embed(
@@ -123,7 +123,7 @@ class ExtractionPlan:
         precision_choice: PrecisionChoice | None = None,
         deadline: Deadline | None = None,
     ) -> ExtractionRun:
-        """Embed what is left into parts. The caller holds the lock of the staging area."""
+        """Embed the remaining rows into parts. The caller holds the lock of the staging area."""
         run = ExtractionRun(
             self.row_sources, self.backbone, self.config, staging_area, progress, precision_choice, deadline
         )
@@ -139,7 +139,7 @@ class ExtractionPlan:
         deadline: Deadline | None = None,
         require_readable: bool = True,
     ) -> FeatureCache:
-        """Embed what is left and publish the cache, unless it is up to date. The caller holds the staging area's lock.
+        """Embed the remaining rows and publish the cache, unless it is up to date. The caller holds the staging lock.
 
         Parameters
         ----------
@@ -149,12 +149,12 @@ class ExtractionPlan:
         precision_choice : PrecisionChoice, optional
         deadline : Deadline, optional
         require_readable : bool
-            Refuse to write a cache without a single embedding.
+            Raise instead of writing a cache without any embedding.
 
         Raises
         ------
         ArchiveError
-            If no image can be read, or more are bad than ``max_bad`` allows.
+            If no image can be read, or more images are bad than ``max_bad`` allows.
         """
         staging_area = make_staging_area(path, self.facts)
         if self.current_cache is None:
@@ -180,7 +180,7 @@ class ExtractionPlan:
 
 
 def make_staging_area(path: Path, facts: dict[str, Any]) -> StagingArea:
-    """The parts of a file that is being made."""
+    """The staging area for the parts of an unfinished cache."""
     return StagingArea(parts_directory(path), compute_fingerprint(facts))
 
 

@@ -1,4 +1,4 @@
-"""For each row of an index: its status, its digest, and which source holds its embedding."""
+"""The status, digest and embedding source of each row of an index."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FeatureReader = Callable[[str, int, int], NDArray[np.floating]]
 
 
 class RowSources:
-    """For each row of an index: its status, its digest, and which source holds its embedding.
+    """The status, digest and embedding source of each row of an index.
 
     Parameters
     ----------
     index : Index
     check_content : bool
-        Ignore stamps: every image is read to learn its digest.
+        Ignore stamps: every image is read to compute its digest.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class RowSources:
     digests : ndarray of shape (n, 32), uint8
         SHA-256 of each image's bytes, zero where unknown.
     stamps : ndarray of shape (n, 16), uint8
-        Zero where a file changed so recently that it may change again under the same time.
+        Zero if a file changed so recently that it may change again with the same modification time.
     """
 
     def __init__(self, index: Index, check_content: bool) -> None:
@@ -58,7 +58,7 @@ class RowSources:
         self._check_content = check_content
 
     def resolve_by_stamp(self) -> None:
-        """Assign a source to every row whose stamp is known, without reading a byte of an image."""
+        """Assign a source to every row whose stamp is known, without reading any image."""
         if self._check_content:
             return
         source_numbers, source_rows = self.lookup.find_by_stamp(self.stamps)
@@ -75,7 +75,7 @@ class RowSources:
             self.digests[damaged] = 0
 
     def assign(self, rows: NDArray[np.intp], source_number: int, source_rows: NDArray[np.int64]) -> None:
-        """Record where the embeddings of some rows are."""
+        """Set the source of the embeddings of some rows."""
         source = self.lookup.sources[source_number]
         self.source_numbers[rows], self.source_rows[rows] = source_number, source_rows
         self.status[rows] = source.status[source_rows]
@@ -93,7 +93,7 @@ class RowSources:
         """Assign a source by digest to the rows that were read but not embedded."""
         for row in np.flatnonzero((self.source_numbers < 0) & self.digests.any(axis=1)):
             match = self.lookup.find_by_digest(self.digests[row].tobytes())
-            if match is None:  # the image with the same bytes ran out of memory, and so would this one
+            if match is None:  # the image with the same bytes ran out of memory
                 self.status[row] = self.status[row] or Status.OUT_OF_MEMORY
             else:
                 self.assign(np.array([row]), match[0], np.array([match[1]]))
@@ -104,7 +104,7 @@ class RowSources:
         return SampleTable(index.ids, self.status, self.digests, stamps, index.split, index.labels)
 
     def make_reader(self, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> FeatureReader:
-        """A function that reads blocks of features from the sources, as :func:`featpipe.cache.write_cache` needs it."""
+        """Make the function that :func:`featpipe.cache.write_cache` calls to read blocks of features."""
 
         def read_block(output: str, start: int, stop: int) -> NDArray[np.floating]:
             values = np.full((stop - start, *shapes[output]), np.nan, dtype)
@@ -118,12 +118,12 @@ class RowSources:
 
 
 def source_from_part(part: Part) -> EmbeddingSource:
-    """A committed part of an unfinished extraction, as a source to copy embeddings from."""
+    """Make an embedding source from a committed part of an unfinished extraction."""
     return EmbeddingSource(
         part.read("digest"), part.read("stamp"), part.read("status"), partial(_read_part_features, part)
     )
 
 
-@lru_cache(maxsize=4)  # a few parts at a time: all of them together may be larger than memory
+@lru_cache(maxsize=4)  # a few parts only: all parts together may be larger than memory
 def _read_part_features(part: Part, output: str) -> NDArray[np.floating]:
     return part.read(f"features/{output}")

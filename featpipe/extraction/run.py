@@ -55,7 +55,7 @@ class ExtractionRun:
     row_sources : RowSources
         Updated as images are read and embedded.
     backbone : Backbone or BackboneIdentity
-        An identity suffices where no row is unread.
+        An identity is sufficient if no row is unread.
     config : ExtractionConfig
     staging_area : StagingArea
         Where finished parts are committed.
@@ -63,7 +63,7 @@ class ExtractionRun:
     precision_choice : PrecisionChoice, optional
         The outcome of ``--precision auto``, with the engine that it measured.
     deadline : Deadline, optional
-        By default that of the configuration, from now.
+        By default the time limit of the configuration, from now.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class ExtractionRun:
         self._n_done += len(message.rows)
         self.progress(Progress("embedding" if self.n_embedded else "reading", self._n_done, self._n_total))
         self._raise_if_too_many_failures()
-        if self._n_done < self._n_total:  # after a batch, never before one: every attempt makes progress
+        if self._n_done < self._n_total:  # only after a batch, so that every run makes progress
             self.deadline.check()
 
     def _report_engine(self, message: WorkerStarted) -> None:

@@ -1,4 +1,4 @@
-"""Reads rows of an index, embeds them and commits parts, in this process or in one of several."""
+"""Read rows of an index, embed them and commit parts, in this process or in one of several."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "create_engine",
 ]
 
-MAX_PART_SECONDS = 7.0  # with a batch of at most three seconds in hand, a kill costs at most about ten of work
+MAX_PART_SECONDS = 7.0  # with batches of up to three seconds, a kill costs about ten seconds at most
 MAX_PART_BYTES = 64 * 2**20
 
 
@@ -47,14 +47,14 @@ class WorkerStarted:
 
 @dataclass(frozen=True)
 class RowsRead:
-    """Some rows were read, and embedded where necessary.
+    """Some rows were read, and embedded if necessary.
 
     Attributes
     ----------
     rows : ndarray of shape (b,), int64
     status : ndarray of shape (b,), uint8
     digests : ndarray of shape (b, 32), uint8
-        Zero where the bytes could not be read.
+        Zero if the bytes could not be read.
     n_embedded : int
     seconds : StageSeconds
     """
@@ -68,7 +68,7 @@ class RowsRead:
 
 @dataclass(frozen=True)
 class PartCommitted:
-    """A part is durable; ``rows`` are rows of the index."""
+    """A part is durably written; ``rows`` are rows of the index."""
 
     part: Part
     rows: NDArray[np.int64]
@@ -88,7 +88,7 @@ WorkerMessage = WorkerStarted | RowsRead | PartCommitted | WorkerFinished
 
 @dataclass
 class _PendingPart:
-    """Rows that are embedded and not committed yet."""
+    """Rows that are embedded but not yet committed."""
 
     digests: list[bytes] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -109,7 +109,7 @@ class ExtractionWorker:
     config : ExtractionConfig
     staging_area : StagingArea
     has_embedding : callable
-        Whether an image with this digest needs no embedding; called once for each image, from several threads.
+        Returns whether an image with this digest is already embedded; called once per image, from several threads.
     send_message : callable
         Called with every :data:`WorkerMessage`, in order.
     """
@@ -126,7 +126,7 @@ class ExtractionWorker:
     _commit_seconds: float = 0.0
 
     def run(self, make_engine: Callable[[], Engine], rows: NDArray[np.int64]) -> None:
-        """Embed some rows. When interrupted, commits what is finished."""
+        """Embed some rows. When interrupted, commit the finished rows."""
         engine = make_engine()
         has_work_estimate = (
             engine.multiply_adds is not None or self.config.batch is not None or engine.device.type != "cpu"
@@ -153,7 +153,7 @@ class ExtractionWorker:
 
     def _collect(self, batch: DecodedBatch, features: Mapping[str, NDArray[np.float32]]) -> None:
         pending = self._pending
-        with np.errstate(over="ignore"):  # what is too large for float16 is infinite then, which the row's status says
+        with np.errstate(over="ignore"):  # values too large for float16 become infinite; the row's status records it
             stored_features = {name: value.astype(self.config.storage) for name, value in features.items()}
         is_finite = np.ones(len(batch.positions), bool)
         for value in stored_features.values():
@@ -204,9 +204,10 @@ class ExtractionWorker:
 
 
 def create_engine(backbone: Backbone, config: ExtractionConfig, n_images: int) -> Engine:
-    """The engine for an extraction of an archive of ``n_images``.
+    """Create the engine for an extraction of an archive of ``n_images``.
 
-    All images of the archive count, not only those that are left, so that a resumed run computes as before.
+    ``n_images`` counts all images of the archive, not only the remaining ones, so that a resumed run uses the same
+    engine.
     """
     device = inference.resolve_devices(config.device)[0]
     return inference.Engine(backbone, device, config.precision, config.batch, kind=config.engine, images=n_images)

@@ -1,4 +1,4 @@
-"""Several heads on the same folds: one table, and the best of them."""
+"""Compare several heads on the same folds, and select the best."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class HeadComparisonRow:
     head : str
     metric : str
     score, spread : float
-        Cross-validated, and its standard deviation over the folds.
+        The cross-validated score, and its standard deviation over the folds.
     scores : dict from metric to value
     seconds_to_fit : float
-        On all training rows, the choice of settings included.
+        On all training rows, including the search for settings.
     seconds_to_predict : float
         For 1,000 rows.
     bytes : int
-        Of the head as it is saved.
+        The size of the saved head.
     chosen : dict
         The settings that were tuned.
     """
@@ -66,11 +66,12 @@ class HeadComparison:
 
     Attributes
     ----------
-    rows : list of Compared
+    rows : list of HeadComparisonRow
+        Sorted by score, the best first.
     model : Model
-        Of the best head.
+        The model of the best head.
     how : str
-        How the scores were measured.
+        A description of how the scores were measured.
     """
 
     rows: list[HeadComparisonRow]
@@ -78,7 +79,6 @@ class HeadComparison:
     how: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
         return {"how": self.how, "heads": [dict(vars(row)) for row in self.rows]}
 
 
@@ -90,13 +90,13 @@ def compare(
     progress: ProgressCallback = ignore_progress,
     **settings: Unpack[ComparisonOptions],
 ) -> HeadComparison:
-    """Train several heads on one cache, and keep the best.
+    """Train several heads on one cache, and select the best.
 
     Parameters
     ----------
     cache : FeatureCache
     names : sequence of str, or "all"
-        The heads; ``all`` are those that do the cache's task.
+        The heads; ``all`` selects every head for the cache's task.
     params : mapping from head to settings, optional
     progress : callable
     **settings
@@ -112,7 +112,7 @@ def compare(
     Raises
     ------
     ConfigError
-        If a head is unknown or there are fewer than two folds: without an estimate there is nothing to compare.
+        If a head is unknown, or there are fewer than two folds: the comparison needs an estimate.
     """
     check_names("setting", settings, ComparisonOptions.__annotations__)
     config = TrainingConfig.from_settings({"cv": DEFAULT_FOLDS, **settings})

@@ -1,4 +1,4 @@
-"""The verb: fit one head on the embeddings of a cache, and say how good it is."""
+"""Train one head on the embeddings of a cache, and estimate its quality."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def train(
     progress: ProgressCallback = ignore_progress,
     **settings: Unpack[TrainingOptions],
 ) -> Model:
-    """Fit a head on the embeddings of a cache.
+    """Train a head on the embeddings of a cache.
 
     Parameters
     ----------
     cache : FeatureCache
     head : str
-        A name that ``featpipe heads`` lists, or the import path of a scikit-learn estimator.
+        A name listed by ``featpipe heads``, or the import path of a scikit-learn estimator.
     progress : callable
     **settings
         The other fields of :class:`featpipe.config.TrainingConfig`: ``cv``, ``params``, ``output``, ``tune``, ``grid``,
@@ -70,7 +70,7 @@ def train(
     Raises
     ------
     ConfigError
-        If head or setting is unknown, or a class has fewer images than there are folds.
+        If the head or a setting is unknown, or a class has fewer images than there are folds.
     CacheError
         If the cache has no labels.
 
@@ -96,7 +96,7 @@ def load_training_rows(cache: FeatureCache, config: TrainingConfig) -> Embedding
 
 
 def parse_policy(text: str | None) -> RetentionPolicy | None:
-    """Parse what a model keeps; None is what there is room for."""
+    """Parse the value of ``keep``; None selects the default policy for the size of the data."""
     if text is None:
         return None
     policy = RetentionPolicy.from_text(text)
@@ -105,7 +105,7 @@ def parse_policy(text: str | None) -> RetentionPolicy | None:
 
 
 def _find_suspects(dataset: EmbeddingDataset, estimate: Estimate) -> list[Finding]:
-    """What the folds say of the rows that they were not fitted on."""
+    """Findings from the predictions of the folds on their held-out rows."""
     held_out = dataset.take(estimate.held_out)
     return make_prediction_findings(
         LabeledPredictions(held_out.task, list(held_out.ids), held_out.y, estimate.predictions, held_out.classes)
@@ -113,7 +113,7 @@ def _find_suspects(dataset: EmbeddingDataset, estimate: Estimate) -> list[Findin
 
 
 def make_head_config(config: TrainingConfig, dataset: EmbeddingDataset) -> HeadConfig:
-    """Make the settings of a head for some rows, and validate them before any work.
+    """Make the settings of a head for a dataset, and validate them before any fit.
 
     Raises
     ------
@@ -159,7 +159,7 @@ class TrainedHead:
     trust: Uncertainty
 
     def to_model(self, cache: FeatureCache, dataset: EmbeddingDataset, policy: RetentionPolicy | None = None) -> Model:
-        """Make the model; its history holds the head's settings as they were given, class weights by name."""
+        """Make the model; its history stores the head's settings as given, with class weights by name."""
         replay_memory = self._make_replay_memory(dataset, policy)
         scores = {} if self.estimate is None else {"cross_validation": self.estimate.to_dict()}
         return Model(
@@ -179,7 +179,7 @@ class TrainedHead:
         )
 
     def _make_replay_memory(self, dataset: EmbeddingDataset, policy: RetentionPolicy | None) -> ReplayMemory | None:
-        """What is kept of the rows; a closed-form head is then what follows from its statistics, to the last digits."""
+        """Collect the retained data; a closed-form head is refitted from its statistics, so that both agree exactly."""
         if policy is None:
             policy = RetentionPolicy() if dataset.is_streamed else RetentionPolicy.from_text(DEFAULT_RETENTION)
         if self.config.task != "classification" or not policy:
@@ -227,12 +227,12 @@ def train_head(
             calibration = fit_calibration_on_folds(config, dataset, progress)
     except ConfigError:
         raise
-    except ValueError as error:  # how estimators refuse data, in scikit-learn's world
+    except ValueError as error:  # scikit-learn's estimators raise it for data that they refuse
         dataset.check_finite()
         raise ConfigError(f"{location} cannot be fitted: {' '.join(str(error).split())}") from error
     if offsets:
         calibration = Calibration((calibration or Calibration()).temperature, offsets)
-    # answers of the folds know nothing of another mix of classes
+    # predictions of the folds are not calibrated for other class frequencies
     conformal = estimate.conformal if estimate is not None and not offsets else None
     uncertainty = Uncertainty(fit_novelty(dataset, config.task), conformal)
     return TrainedHead(settings, config, fitted, estimate, calibration, uncertainty)
@@ -253,7 +253,7 @@ def _compute_prior_offsets(
 
 
 def _encode_class_weights(params: Mapping[str, object], classes: tuple[str, ...]) -> dict[str, object]:
-    """The settings for a head that is fitted on class numbers: weights of classes are given by name."""
+    """Replace class names in ``class_weight`` by class codes, which the head is fitted on."""
     encoded = dict(params)
     weights = params.get("class_weight")
     if isinstance(weights, Mapping):
@@ -291,12 +291,12 @@ def _make_history(cache: FeatureCache, dataset: EmbeddingDataset, trained_head: 
 
 
 def _unique_digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The rows of (m, 16) bytes that differ, in order: `numpy.unique` of rows takes ten times as long."""
+    """The distinct rows of an (m, 16) array of bytes, sorted; `numpy.unique` on rows takes ten times as long."""
     words = np.ascontiguousarray(digests).view(">u8")
     first, second = (words[:, column].astype(np.uint64) for column in range(2))
     order = np.argsort(first)
     is_equal = np.diff(first[order]) == 0
-    if is_equal.any():  # copies of an image, or two that begin alike
+    if is_equal.any():  # copies of an image, or digests with the same first 8 bytes
         tied_positions = np.flatnonzero(np.append(False, is_equal) | np.append(is_equal, False))
         tied = order[tied_positions]
         order[tied_positions] = tied[np.lexsort((second[tied], first[tied]))]
@@ -305,14 +305,14 @@ def _unique_digests(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _get_curves(estimator: Any) -> dict[str, Any]:
-    """Losses by epoch, of heads that have epochs."""
+    """Loss and score curves by epoch, of heads that have epochs."""
     head = estimator[-1]
     curves = {name: getattr(head, name, None) for name in CURVE_ATTRIBUTES}
     return {name.rstrip("_"): _to_json(curve) for name, curve in curves.items() if curve}
 
 
 def _to_json(value: object) -> Any:
-    """A value as JSON can hold it; by its own words what JSON cannot hold."""
+    """Convert a value to JSON types; values of other types become their ``repr``."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
