@@ -248,7 +248,10 @@ def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArra
 
 
 def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[str]]) -> Index:
-    """Index the images of a cache at their present locations."""
+    """Index the images of a cache at their present locations.
+
+    Without new archives, single files keep the order of the cache, and files that are gone are indexed as missing.
+    """
     archive_paths = [os.fspath(archive_path) for archive_path in archives] or list(cache.manifest.get("archives", ()))
     archive_kinds = cache.manifest.get("archive_kinds", ())
     if not archive_paths:
