@@ -1,6 +1,6 @@
-"""Backbones: frozen, headless networks with their weights, their own transform, their width and named outputs.
+"""Backbones: frozen, headless networks with their weights, transform, width and named outputs.
 
-Listing the names loads no torch; everything else here does, when it is first touched.
+Listing names and identities does not import torch. All other names are imported, with torch, on first access.
 """
 
 from __future__ import annotations

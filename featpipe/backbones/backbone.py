@@ -1,4 +1,4 @@
-"""A backbone, and the proof that it is frozen."""
+"""The backbone, and a check that it is frozen."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Backbone", "prove_frozen"]
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen, headless network with its weights, its own transform and named outputs.
+    """A frozen, headless network with its weights, transform and named outputs.
 
     Attributes
     ----------
     name : str
-        As :func:`featpipe.backbones.load` takes it.
+        Name that :func:`featpipe.backbones.load` accepts.
     source : {"packaged", "torchvision", "timm", "user"}
     network : Module
         Headless, in eval mode, without gradients.
@@ -33,16 +33,16 @@ class Backbone:
         For an image: uint8 (3, H, W) → float32 (3, h, w).
     outputs : tuple of Output
     digest : str
-        SHA-256 of the headless network's state: names, dtypes, shapes and bytes. The format of the file that the
-        weights came from does not show in it.
+        SHA-256 of the headless network's state: names, dtypes, shapes and bytes. It does not depend on the format of
+        the weights file.
     origin : str
-        Where the weights came from: a published name, a file, or that there are none. Not identity.
+        Source of the weights: a published name, a file, or none. Not part of the identity.
     code : mapping
-        What identifies a user's own network beyond its weights; empty for the libraries'.
+        Identity of a custom network beyond its weights; empty for library networks.
     weight_files : tuple of Path, optional
-        All files that decide the weights; None if they are not known, or code of the user's own decides.
+        All files that determine the weights; None if they are unknown or custom code determines them.
     request : mapping
-        What :func:`featpipe.backbones.load` was asked for, to load it again: name, weights, outputs, seed.
+        The arguments of :func:`featpipe.backbones.load` that load it again: name, weights, outputs, seed.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Backbone:
 
     @property
     def modality(self) -> str:
-        """The kind of samples that it embeds, a key of `featpipe.data.MODALITIES`."""
+        """The modality of the samples that it embeds, a key of `featpipe.data.MODALITIES`."""
         return self.transform.modality
 
     @property
@@ -68,7 +68,7 @@ class Backbone:
 
     @property
     def width(self) -> int:
-        """Numbers in a vector of the first output; channels, if it is a map or tokens."""
+        """Dimension of the first output; the number of channels for feature maps and tokens."""
         shape = self.outputs[0].shape
         return shape[-1] if len(shape) == 2 else shape[0]
 
@@ -83,23 +83,23 @@ class Backbone:
         }
         if isinstance(transform_input := getattr(self.network, "transform_input", None), bool):
             identity["transform_input"] = (
-                transform_input  # GoogLeNet and Inception normalise again inside, if their weights want it
+                transform_input  # GoogLeNet and Inception normalise again inside if their weights require it
             )
         if self.modality != DEFAULT_MODALITY:
             identity["modality"] = self.modality
         return {**identity, "code": dict(self.code)} if self.code else identity
 
     def embed(self, images: Tensor, *, run_to_end: bool = False) -> dict[str, Tensor]:
-        """The values of all outputs, from one forward pass that goes no further than it must.
+        """Compute all outputs in one forward pass, which stops at the last module that is needed.
 
-        Several threads may embed with one network at the same time.
+        Thread-safe: several threads may embed with one network at the same time.
 
         Parameters
         ----------
         images : Tensor of shape (b, 3, h, w)
             Transformed, on the network's device and in its dtype.
         run_to_end : bool
-            Go to the network's end: leaving it half way is nothing that an exporter could follow.
+            Run the whole network: an exporter cannot trace the early exit.
 
         Returns
         -------
@@ -110,20 +110,20 @@ class Backbone:
 
 
 def prove_frozen(backbone: Backbone, *, tolerance: float = 1e-4) -> None:
-    """Check on a few made-up images that embeddings depend on nothing but the image.
+    """Check with a few synthetic images that an embedding depends only on its image.
 
     Parameters
     ----------
     backbone : Backbone
     tolerance : float
-        Largest accepted distance between two embeddings of an image, relative to their length. Batches of different
-        sizes are summed in different orders, so that it cannot be 0; half precision needs 100 times the default.
+        Maximum distance between two embeddings of the same image, relative to their norm. It cannot be 0, because the
+        summation order depends on the batch size; half precision needs 100 times the default.
 
     Raises
     ------
     ConfigError
-        If a module trains, a parameter has a gradient, two passes differ, an image's embedding depends on its
-        neighbours, or a forward pass changes the network.
+        If a module is in training mode, a parameter requires a gradient, two passes differ, an embedding depends on
+        the other images of the batch, or a forward pass changes the network.
     """
     error_prefix = f"backbone {backbone.name!r} is not frozen"
     for name, module in backbone.network.named_modules():

@@ -1,4 +1,4 @@
-"""The backbone of a model file: its name, its identity, and the weights that the file carries."""
+"""Read the backbone of a model file: its name, its identity, and the weights in the file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["BundledBackbone", "read_bundled_backbone", "read_bundled_weights"]
 
 @dataclass(frozen=True)
 class BundledBackbone:
-    """What a model file says of its backbone.
+    """The description of the backbone in a model file.
 
     Attributes
     ----------
     name : str
     weights : str or Path or None
-        The file itself if it carries the weights; else those with which the backbone was loaded.
+        The model file if it contains weights; else the ``weights`` argument with which the backbone was loaded.
     seed : int
     identity : mapping
-        The facts that decide the embeddings: weights, transform and outputs.
+        The properties that determine the embeddings: weights, transform and outputs.
     """
 
     name: str
@@ -36,7 +36,7 @@ class BundledBackbone:
 
 
 def read_bundled_backbone(path: Path) -> BundledBackbone:
-    """Read what a model file says of its backbone.
+    """Read the description of the backbone in a model file.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def read_bundled_weights(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     WeightsError
-        If it carries none, or is damaged.
+        If the file contains no weights or is damaged.
     """
     import safetensors.torch
 
@@ -64,7 +64,7 @@ def read_bundled_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: carries no weights; its backbone has those that it was loaded with")
     try:
         return safetensors.torch.load(bundle.members[WEIGHTS_MEMBER])
-    except Exception as error:  # safetensors has its own errors for damaged bytes
+    except Exception as error:  # safetensors raises its own errors for damaged bytes
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(
             f"{path}: {WEIGHTS_MEMBER} is damaged ({type(error).__name__}: {reason}); copy the model again"

@@ -1,11 +1,10 @@
-"""The identity of a backbone without its network, remembered from an earlier load.
+"""The identity of a backbone, stored by an earlier load and available without the network.
 
-A command that finds all its work done needs to know which embeddings a backbone gives, and not the network: with a
-remembered identity it imports neither torch nor timm and asks no server. An identity is remembered only if it follows
-from named files and installed packages: never for a user's own code, and never for a file that changed just before it
-was read. It is used only if nothing that decides it has changed: the request, the size, times and inode of every
-weights file, the version and the location of every package, this package's own code, and the variables that say where
-weights are cached.
+A command whose results are up to date needs only the identity of the backbone, not the network. With a stored identity
+it imports neither torch nor timm and contacts no server. An identity is stored only if files and installed packages
+determine it: never for custom code, and never for a file that changed just before it was read. A stored identity is
+valid only while its inputs are unchanged: the request, the size, times and inode of every weights file, the version and
+location of every package, the code of featpipe, and the environment variables that locate the weights caches.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ CACHE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "HF_HUB_CA
 
 @dataclass(frozen=True)
 class BackboneIdentity:
-    """What a command without a forward pass needs of a backbone.
+    """The properties of a backbone that a command without a forward pass needs.
 
     Attributes
     ----------
     name : str
     request : mapping
-        As ``Backbone.request``.
+        Equal to ``Backbone.request``.
     facts : mapping
-        As ``Backbone.to_dict()``.
+        Equal to ``Backbone.to_dict()``.
     """
 
     name: str
@@ -66,7 +65,7 @@ class BackboneIdentity:
 
 @dataclass(frozen=True)
 class BackboneRequest:
-    """The arguments of :func:`featpipe.backbones.load` that can be remembered."""
+    """The arguments of :func:`featpipe.backbones.load` that determine a stored identity."""
 
     name: str
     weights: str | os.PathLike[str] | None
@@ -75,7 +74,7 @@ class BackboneRequest:
 
     @property
     def fingerprint(self) -> str:
-        """Of the request and of the environment that decides what it gives."""
+        """Fingerprint of the request and of the environment that determines its result."""
         weights = resolve_weights(self.weights)
         is_model_file = Path(self.name).suffix == ".model"
         environment = {
@@ -98,18 +97,19 @@ class BackboneRequest:
 
 
 class IdentityStore:
-    """Remembered identities, in a hidden file beside the caches.
+    """Stored identities, in a hidden file in the folder of the caches.
 
     Parameters
     ----------
     folder : Path
+        Folder of the caches.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".backbones.json"
 
     def find(self, request: BackboneRequest) -> BackboneIdentity | None:
-        """The identity of a request, if nothing that decides it has changed."""
+        """Look up the identity of a request; None if it is missing or its inputs have changed."""
         try:
             entry = self._read()[request.fingerprint]
             if entry["files"] != [_stamp(Path(stamp[0])) for stamp in entry["files"]]:
@@ -121,18 +121,18 @@ class IdentityStore:
             return None
 
     def write(self, request: BackboneRequest, backbone: Backbone, load_start_ns: int) -> None:
-        """Remember what a request gave; do nothing if it may give something else the next time.
+        """Store the identity of a loaded backbone; do nothing if the same request may give another result next time.
 
         Parameters
         ----------
         request : BackboneRequest
         backbone : Backbone
         load_start_ns : int
-            When the load began: a file that changed after that, or shortly before, is not trusted.
+            Start time of the load. The identity is not stored if a file changed after it or shortly before.
         """
         if backbone.weight_files is None:
             return
-        with suppress(OSError, WeightsError):  # only the next start-up is slower
+        with suppress(OSError, WeightsError):  # a failure only makes the next start slower
             stamps = [_stamp(path) for path in backbone.weight_files]
             if any(max(stamp[2], stamp[3]) > load_start_ns - RACY_NANOSECONDS for stamp in stamps):
                 return
@@ -161,7 +161,7 @@ class IdentityStore:
 
 
 def resolve_weights(weights: str | os.PathLike[str] | None) -> str | Path | None:
-    """A file as a path; a published name, ``none`` and None as they are."""
+    """Convert a file name to a path; published names, ``none`` and None are returned unchanged."""
     if weights is None or isinstance(weights, Path):
         return weights
     text = os.fspath(weights)
@@ -175,7 +175,7 @@ def _checksum(entry: Mapping[str, Any]) -> str:
 
 
 def _stamp(path: Path) -> list[Any]:
-    """What changes when a file's bytes change, whoever sets its modification time."""
+    """File metadata that changes with the file's bytes, even if a program sets the modification time."""
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
 

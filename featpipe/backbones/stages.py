@@ -1,9 +1,9 @@
-"""A network's stages, from its input to its output, as its forward pass and the tree of its modules show them.
+"""Find the stages of a network, from input to output, from its forward pass and its module tree.
 
-What people call a stage is a run of blocks at one resolution. So the network is taken apart into a chain of modules of
-which none halves the resolution more than once. A stage begins where the resolution falls and, where the network itself
-says so by putting blocks together in a ``Sequential``, at each of these. What comes before the first block is the stem.
-A network that has hardly any stages by that, as one that stays at one resolution, has one for each block.
+A stage is a sequence of blocks at one resolution. The network is split into a chain of modules, none of which halves
+the resolution more than once. A stage begins where the resolution decreases and at each ``Sequential`` of blocks. The
+modules before the first block form the stem. If this gives fewer than `MIN_STAGES` stages, as in a network of constant
+resolution, each block is a stage.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from featpipe.backbones.weights import seeded_rng
 
 __all__ = ["BatchShape", "ModuleCall", "Stage", "eval_mode", "find_stages", "is_within", "map_leaves", "trace_modules"]
 
-DOWNSAMPLING_RATIO = 0.6  # of the positions; a convolution without padding loses a few and stays at its resolution
+DOWNSAMPLING_RATIO = 0.6  # of the positions; a convolution without padding loses a few, which is not downsampling
 DOUBLE_DOWNSAMPLING_RATIO = 0.15  # 0.25 is one halving of height and width
-MIN_STAGES = 4  # where there are fewer, what repeats blocks is taken apart
+MIN_STAGES = 4  # with fewer, modules of repeated blocks are split
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some modules that follow each other.
+    """Consecutive modules of a network.
 
     Attributes
     ----------
     name : str
-        Of its largest block; ``stem`` for what comes before the first block.
+        Name of its largest block; ``stem`` for the modules before the first block.
     modules : tuple of str
-        Dotted names, input first, each with all that is below it. Parameters that a module around several stages
-        holds itself are named too.
+        Dotted names, input first; each includes its children. Parameters that belong directly to a parent of several
+        stages are listed too.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Stage:
 
 
 def is_within(name: str, modules: Collection[str]) -> bool:
-    """Whether a dotted name is one of some names, or below one.
+    """Whether a dotted name is one of the names in ``modules`` or a descendant of one.
 
     Examples
     --------
@@ -61,14 +61,14 @@ def is_within(name: str, modules: Collection[str]) -> bool:
 
 
 def find_stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
-    """The stages of a network; every parameter belongs to exactly one.
+    """Find the stages of a network; every parameter belongs to exactly one.
 
     Parameters
     ----------
     network : Module
         Headless, or with a classifier, which then belongs to the last stage.
     size : (int, int)
-        Height and width of an image.
+        Height and width of an image in pixels.
 
     Examples
     --------
@@ -87,14 +87,14 @@ def find_stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _ChainLink:
-    """A link of the chain: a module that ran, and names of what goes with it."""
+    """A link of the chain: a module that ran, and the names of further parameters assigned to it."""
 
     call: ModuleCall
     extra_names: tuple[str, ...]
-    starts_stage: bool = False  # begins a stage
+    starts_stage: bool = False  # whether the link always begins a stage
 
     def split(self, calls: dict[nn.Module, ModuleCall]) -> list[_ChainLink]:
-        """The modules that it consists of; what did not run of it, and its own parameters, go with the first."""
+        """Split into child modules; children that did not run, and own parameters, are assigned to the first."""
         child_calls = sorted(_called_children(self.call.module, calls), key=lambda run: run.start)
         if not child_calls:
             return [self]
@@ -117,7 +117,7 @@ def _called_children(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> I
 def _split_by_resolution(
     link: _ChainLink, calls: dict[nn.Module, ModuleCall], positions_before: int, size: tuple[int, int]
 ) -> list[_ChainLink]:
-    """A chain of which no link halves the resolution twice, if it can be taken apart."""
+    """Split a link into a chain in which no link halves the resolution twice, as far as possible."""
     positions_after = _count_positions(link.call, positions_before, size)
     links = link.split(calls) if positions_after < DOUBLE_DOWNSAMPLING_RATIO * positions_before else [link]
     if links == [link]:
@@ -130,7 +130,7 @@ def _split_by_resolution(
 
 
 def _split_by_blocks(chain: list[_ChainLink], calls: dict[nn.Module, ModuleCall]) -> list[_ChainLink]:
-    """A chain in which each block that is one of several of its kind stands alone."""
+    """Split a chain so that each repeated block is a link of its own."""
     while any(_has_repeated_blocks(link.call.module, calls) for link in chain):
         chain = [
             child_link
@@ -159,7 +159,7 @@ def _group_links(chain: list[_ChainLink], size: tuple[int, int]) -> list[list[_C
 
 
 def _count_positions(call: ModuleCall, positions_before: int, size: tuple[int, int]) -> int:
-    """At how many places of the image a module's value says something; as before, where that cannot be told."""
+    """Number of spatial positions of a module's output; ``positions_before`` if the layout is unknown."""
     value = call.output[0] if isinstance(call.output, (tuple, list)) and call.output else call.output
     shape = value.per_image if isinstance(value, BatchShape) else None
     if shape is None or 0 in shape or len(shape) not in (1, 2, 3):
@@ -169,7 +169,7 @@ def _count_positions(call: ModuleCall, positions_before: int, size: tuple[int, i
     channels_first_axes, channels_last_axes = (
         shape[1:],
         shape[:2],
-    )  # of channels first, and channels last: what looks like the image is its places
+    )  # channels first or channels last: the spatial axes are those closest to the image's aspect ratio
     return prod(
         channels_last_axes
         if _aspect_ratio_distance(channels_last_axes, size) < _aspect_ratio_distance(channels_first_axes, size)
@@ -178,12 +178,12 @@ def _count_positions(call: ModuleCall, positions_before: int, size: tuple[int, i
 
 
 def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
-    """How far two axes are from having the image's aspect ratio: 0 is the same."""
+    """Distance of two axes from the image's aspect ratio; 0 if equal."""
     return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
 
 
 def _count_weight_layers(module: nn.Module) -> int:
-    """Layers that mix channels or positions: scales and shifts are not counted."""
+    """Number of layers that mix channels or positions; scales and shifts do not count."""
     return sum(sum(size > 1 for size in parameter.shape) > 1 for parameter in module.parameters())
 
 
@@ -200,7 +200,7 @@ def _is_block_sequence(module: nn.Module) -> bool:
 
 
 def _has_repeated_blocks(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> bool:
-    """Whether blocks of one kind follow each other somewhere in a module that can be taken apart."""
+    """Whether a module contains, at any level that can be split, several blocks of the same type."""
     blocks = [call.module for call in _called_children(module, calls) if _is_block(call.module)]
     block_types = [type(block) for block in blocks]
     return len(set(block_types)) < len(block_types) or any(_has_repeated_blocks(block, calls) for block in blocks)
@@ -225,7 +225,7 @@ def _module_names(group: list[_ChainLink]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A tensor's shape for one image and for two; that for more images lies on the same line.
+    """A tensor's shape for batches of one and two images; shapes of larger batches are extrapolated linearly.
 
     Attributes
     ----------
@@ -238,30 +238,30 @@ class BatchShape:
     dtype: torch.dtype
 
     def for_batch(self, batch: int) -> tuple[int, ...]:
-        """The shape for so many images."""
+        """The shape for a batch of this size."""
         return tuple(a + (b - a) * (batch - 1) for a, b in zip(self.batch_1, self.batch_2, strict=True))
 
     @property
     def per_image(self) -> tuple[int, ...] | None:
-        """Without the batch's axis; None where that is not the first and the only one that grows."""
+        """The shape without the batch axis; None unless the first axis, and no other, is the batch axis."""
         return self.batch_1[1:] if self.for_batch(3) == (3, *self.batch_1[1:]) else None
 
 
 @dataclass
 class ModuleCall:
-    """One module in a forward pass.
+    """The calls of one module in a forward pass.
 
     Attributes
     ----------
     name : str
-        Dotted; empty for the network itself.
+        Dotted name; empty for the network itself.
     module : Module
     start, end : int
-        Places among all beginnings and ends of the pass; of the first run, and of the last.
+        Logical times of the start of the first call and of the end of the last one.
     call_count : int
-        How often it ran.
+        Number of calls.
     output : object
-        What came out of the last run, with a :class:`Shape` in the place of each tensor.
+        Output of the last call, with a :class:`BatchShape` in place of each tensor.
     """
 
     name: str
@@ -273,14 +273,14 @@ class ModuleCall:
 
 
 def trace_modules(network: nn.Module, size: tuple[int, int]) -> dict[nn.Module, ModuleCall]:
-    """The modules that run for an image, in the order in which they begin.
+    """Record the modules that run for an image, in the order of their first calls.
 
     Parameters
     ----------
     network : Module
-        It is afterwards as it was: no hooks are left, and modes and statistics are the same.
+        It is left unchanged: hooks are removed, and modes and statistics are restored.
     size : (int, int)
-        Height and width of an image.
+        Height and width of an image in pixels.
     """
     reference = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     calls_1, calls_2 = (
@@ -293,7 +293,7 @@ def trace_modules(network: nn.Module, size: tuple[int, int]) -> dict[nn.Module, 
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; every module has its own mode again afterwards."""
+    """Switch to eval mode without gradients within the context; restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -305,7 +305,7 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def map_leaves(function: Callable[..., object], value: Any, *others: Any) -> Any:
-    """A value with what its tensors, tuples, lists and mappings hold changed; the others are built alike."""
+    """Apply a function to the leaves of nested tuples, lists and mappings; ``others`` have the same structure."""
     if isinstance(value, (tuple, list)):
         items = [map_leaves(function, *leaves) for leaves in zip(value, *others, strict=True)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -316,7 +316,7 @@ def map_leaves(function: Callable[..., object], value: Any, *others: Any) -> Any
 
 @dataclass
 class _ModuleTracer:
-    """Notes what begins and ends."""
+    """Records the start and the end of module calls."""
 
     names: dict[nn.Module, str]
     calls: dict[nn.Module, ModuleCall] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Fixed preprocessing that belongs to the weights: an item of a modality → the input that the network was trained on."""
+"""Fixed preprocessing that belongs to the weights: an item of a modality → network input."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ MAX_RESIZED_PIXELS = 1 << 26  # of a resized image: a strip of 1 × 20,000 would
 
 @runtime_checkable
 class SampleTransform(Protocol):
-    """What a backbone needs of its transform, whatever the modality is.
+    """The interface of a backbone's transform, for any modality.
 
     Attributes
     ----------
     modality : str
-        Key of `featpipe.data.MODALITIES`; it says what an item is.
+        Key of `featpipe.data.MODALITIES`; it defines the type of an item.
     input_shape : tuple of int
-        Shape of one sample as the network takes it.
+        Shape of one sample as network input.
     input_dtype : torch.dtype
-        Floating point: cast to the precision of the engine. Integers stay as they are.
+        Floating-point input is cast to the precision of the engine; integer input is not.
     """
 
     @property
@@ -56,44 +56,44 @@ class SampleTransform(Protocol):
     def input_dtype(self) -> torch.dtype: ...
 
     def __call__(self, item: Any, /) -> Tensor:
-        """An item → a sample as the network takes it."""
+        """Transform one item to network input."""
 
     def prepare(self, item: Any, /) -> Tensor:
-        """The part for one item at a time, in a worker thread."""
+        """Apply the per-item part, in a worker thread."""
 
     def collate(self, prepared: Sequence[Tensor], /) -> Tensor:
-        """Prepared items → a batch; its first axis counts the items."""
+        """Collate prepared items to a batch; the first axis is the batch axis."""
 
     def normalize(self, batch: Tensor, /) -> Tensor:
-        """The part for a whole batch at once, on the device of the batch."""
+        """Apply the per-batch part, on the device of the batch."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The parameters that determine the result."""
 
 
 def example_batch(
     transform: SampleTransform, n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """A batch of n zeros as the network takes it, for shapes, work and graphs; integer input keeps its own dtype."""
+    """Make a batch of n zero samples, for tracing and counting; integer input keeps its dtype."""
     input_dtype = dtype if transform.input_dtype.is_floating_point else transform.input_dtype
     return torch.zeros(n, *transform.input_shape, dtype=input_dtype, device=device)
 
 
 class ImageTransform:
-    """What the transforms of images share."""
+    """The common part of image transforms."""
 
     modality: ClassVar[str] = "image"
     input_dtype: ClassVar[torch.dtype] = torch.float32
-    size: Any  # (h, w) of what the network sees
+    size: Any  # (h, w) of the network input
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Of what the network sees: (3, h, w)."""
+        """Shape of the network input: (3, h, w)."""
         height, width = self.size
         return 3, height, width
 
     def collate(self, prepared: Sequence[Tensor]) -> Tensor:
-        """Images of shape (3, h, w) → one tensor of shape (b, 3, h, w), channels last in memory."""
+        """Stack images of shape (3, h, w) to a tensor of shape (b, 3, h, w), channels last in memory."""
         shape = (len(prepared), *prepared[0].shape[1:], 3)
         images = torch.empty(shape, dtype=prepared[0].dtype).permute(0, 3, 1, 2)
         for destination, image in zip(images, prepared, strict=True):
@@ -102,7 +102,7 @@ class ImageTransform:
 
 
 def image_size(transform: SampleTransform) -> tuple[int, int]:
-    """Height and width of what the network sees; ConfigError where the samples are not images."""
+    """Height and width of the network input; raises ConfigError if the samples are not images."""
     if not isinstance(transform, ImageTransform):
         raise ConfigError(f"the backbone embeds {transform.modality} samples; fine-tuning and stages need images")
     height, width = transform.size
@@ -116,21 +116,22 @@ class Transform(ImageTransform):
     Parameters
     ----------
     resize : int or (int, int) or None
-        Pixels. One number: the shorter side. Two, height and width: see ``mode``. None: as it is.
+        Pixels. One number: length of the shorter side. Two numbers: height and width, see ``mode``. None: no resizing.
     crop : (int, int)
-        Height and width of the result, cut from the middle; an image that is smaller is padded.
+        Height and width of the centre crop; smaller images are padded.
     interpolation : {"bilinear", "bicubic"}
     mean, std : tuple of 3 float
         For the channels R, G, B in [0, 1].
     mode : {"center", "squash", "border"}
-        With two numbers in ``resize``: ``center`` keeps the aspect ratio and covers that rectangle, ``squash`` takes
-        exactly that shape, ``border`` keeps the aspect ratio and stays within it, with borders of the mean colour.
+        Used if ``resize`` has two numbers. ``center`` keeps the aspect ratio and covers the rectangle, ``squash``
+        resizes to exactly that shape, and ``border`` keeps the aspect ratio, fits the image within the rectangle and
+        pads it with the mean colour.
 
     Notes
     -----
-    Resized as Pillow does it, always antialiased: published weights were trained and evaluated with it, and the result
-    is that of their own transform to the bit. Interpolation of tensors differs from it, in floating point by one level
-    in one value of six, which moves an embedding by up to 4e-4 in cosine.
+    Resizing is bit-identical to Pillow's, with antialiasing: published weights were trained and evaluated with Pillow.
+    Interpolation of floating-point tensors differs from Pillow by one level in one value of six, which changes an
+    embedding by up to 4e-4 in cosine.
     """
 
     resize: int | tuple[int, int] | None
@@ -150,11 +151,11 @@ class Transform(ImageTransform):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what the network sees."""
+        """Height and width of the network input."""
         return self.crop
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Apply all of it.
+        """Apply the whole transform.
 
         Parameters
         ----------
@@ -168,22 +169,22 @@ class Transform(ImageTransform):
         Raises
         ------
         SampleError
-            If the image is so long and thin that resizing it would make it enormous.
+            If the resized image would exceed `MAX_RESIZED_PIXELS` because of an extreme aspect ratio.
         """
         return self.normalize(self.prepare(image))
 
     def prepare(self, image: Tensor) -> Tensor:
-        """The geometric part: uint8 of shape (3, H, W) → uint8 of shape (3, h, w)."""
+        """Resize and crop: uint8 of shape (3, H, W) → uint8 of shape (3, h, w)."""
         vertical, horizontal = self.resize_axes(*image.shape[-2:])
         return self.pad_to_crop(_resize_image(image, vertical, horizontal, self.interpolation))
 
     def resize_axes(self, height: int, width: int) -> tuple[ResizeAxis, ResizeAxis]:
-        """How the rows, and the columns, of an image of this size are resized and cropped.
+        """Compute how the vertical and the horizontal axis of an image of this size are resized and cropped.
 
         Raises
         ------
         SampleError
-            If the image is so long and thin that resizing it would make it enormous.
+            If the resized image would exceed `MAX_RESIZED_PIXELS` because of an extreme aspect ratio.
         """
         resized_size = self._compute_resized_size(height, width)
         if resized_size[0] * resized_size[1] > MAX_RESIZED_PIXELS:
@@ -194,7 +195,7 @@ class Transform(ImageTransform):
         )
 
     def pad_to_crop(self, images: Tensor) -> Tensor:
-        """Images that are resized and cropped, (…, 3, h, w), with borders where they are smaller than the crop."""
+        """Pad resized and cropped images, (…, 3, h, w), to the size of the crop."""
         padding = [
             target_size - image_size for target_size, image_size in zip(self.crop, images.shape[-2:], strict=True)
         ]
@@ -207,7 +208,7 @@ class Transform(ImageTransform):
         return torch.stack(channels, dim=-3)
 
     def normalize(self, batch: Tensor) -> Tensor:
-        """The arithmetic part: uint8 of shape (…, 3, h, w) → float32 of the same shape."""
+        """Scale and normalise: uint8 of shape (…, 3, h, w) → float32 of the same shape."""
         mean, std = _mean_and_std(self.mean, self.std, batch.device)
         channels_last = batch.movedim(-3, -1)
         if not channels_last.is_contiguous():
@@ -217,7 +218,7 @@ class Transform(ImageTransform):
         return values.unflatten(-1, (-1, 3)).movedim(-1, -3)
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The parameters that determine the result."""
         return {
             "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
             "crop": list(self.crop),
@@ -229,7 +230,7 @@ class Transform(ImageTransform):
         }
 
     def _compute_resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing; each library's own way of rounding is part of its transform."""
+        """Height and width after resizing; the rounding is that of the library that published the weights."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, int):
@@ -242,7 +243,7 @@ class Transform(ImageTransform):
         return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
-@lru_cache(16)  # on a GPU each copy would wait for all that is under way
+@lru_cache(16)  # on a GPU each copy would synchronize with all pending work
 def _mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
@@ -260,10 +261,10 @@ def _resize_image(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, i
 
 @dataclass(frozen=True)
 class CustomTransform(ImageTransform):
-    """A user's own transform, held to what a transform promises.
+    """A user-defined image transform, validated on construction.
 
-    Its identity is its source code and what it makes of a few fixed images, so that parameters that the code does
-    not show are noticed too.
+    Its identity consists of its source code and of its results for a few fixed images, so that parameters outside the
+    source code are detected too.
 
     Parameters
     ----------
@@ -273,7 +274,7 @@ class CustomTransform(ImageTransform):
     Raises
     ------
     ConfigError
-        If it does not give that, is random, or its source code cannot be found.
+        If the result has another type or shape, the function is random, or its source code cannot be found.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -305,15 +306,15 @@ class CustomTransform(ImageTransform):
         return result
 
     def prepare(self, image: Tensor) -> Tensor:
-        """All of it: a user's function cannot be divided into parts."""
+        """Apply the whole transform: a user's function cannot be split."""
         return self(image)
 
     def normalize(self, batch: Tensor) -> Tensor:
-        """Nothing that is left to do."""
+        """Return the batch unchanged: `prepare` applies the whole transform."""
         return batch
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The parameters that determine the result."""
         return {
             "name": _qualified_name(self.function),
             "code": self.code,
@@ -328,13 +329,14 @@ class CustomTransform(ImageTransform):
                 f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             )
             raise ConfigError(
-                f"transform {_qualified_name(self.function)} gave {result_text} for a uint8 tensor of {tuple(image.shape)}; "
+                f"transform {_qualified_name(self.function)} gave {result_text} "
+                f"for a uint8 tensor of {tuple(image.shape)}; "
                 "expected a float tensor (3, h, w), the same h and w for every picture"
             )
 
 
 def hash_source(target: object) -> str:
-    """The SHA-256 of the source of a function, or of the class of an object: its whole file where there is one."""
+    """Compute the SHA-256 of the source of a function or of an object's class: of the whole file if there is one."""
     owner = target if inspect.isroutine(target) or inspect.isclass(target) else type(target)
     try:
         file = inspect.getsourcefile(owner)
@@ -347,8 +349,8 @@ def hash_source(target: object) -> str:
         return sha256(inspect.getsource(owner).encode()).hexdigest()
     except (OSError, TypeError):
         raise ConfigError(
-            f"the source code of {_qualified_name(target)} cannot be found, so its embeddings could not be told from those of "
-            "another version; define it in a file"
+            f"the source code of {_qualified_name(target)} cannot be found, so its embeddings could not be told "
+            "from those of another version; define it in a file"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Weights from files: safetensors, or state dicts read without running code; fitted to a network by name."""
+"""Read weights from files (safetensors, or state dicts without unpickling code) and match them to a network by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["StateDict", "digest_state", "match_state_dict", "read_state_dicts", 
 
 StateDict = Mapping[str, Tensor]
 
-# Where training programs put the weights in a checkpoint, best first: averaged and teacher networks are the ones that
-# their authors evaluate.
+# Keys under which training programs store weights in a checkpoint, best first: authors evaluate the averaged (EMA) and
+# teacher networks.
 CHECKPOINT_KEYS = (
     "state_dict_ema",
     "model_ema",
@@ -41,14 +41,14 @@ CHECKPOINT_KEYS = (
     "weights",
 )
 MAX_NESTING_DEPTH = 3
-HEAD_NAMES = ("head", "head_dist", "fc", "classifier", "heads", "aux")  # leftovers of these names are old heads
-BATCH_COUNTER = "num_batches_tracked"  # only training looks at it
+HEAD_NAMES = ("head", "head_dist", "fc", "classifier", "heads", "aux")  # modules whose weights may be left over
+BATCH_COUNTER = "num_batches_tracked"  # used only in training
 MAX_LISTED_NAMES = 3
 
 
 @contextmanager
 def seeded_rng(seed: int) -> Iterator[None]:
-    """Random initialisation from a seed; the caller's random numbers go on as if nothing had happened."""
+    """Seed torch's random generator within the context, and restore the caller's generator state afterwards."""
     rng_state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -58,7 +58,7 @@ def seeded_rng(seed: int) -> Iterator[None]:
 
 
 def digest_state(network: nn.Module) -> str:
-    """The SHA-256 of a network's state dict: names, dtypes, shapes and bytes."""
+    """Compute the SHA-256 of a network's state dict: names, dtypes, shapes and bytes."""
     state = {name: value for name, value in network.state_dict().items() if not name.endswith(BATCH_COUNTER)}
     return digest_arrays((name, _to_numpy_dtype(value).numpy()) for name, value in state.items())
 
@@ -69,12 +69,12 @@ def _to_numpy_dtype(value: Tensor) -> Tensor:
 
 
 def read_state_dicts(path: Path) -> list[StateDict]:
-    """The state dicts in a file, best first.
+    """Read the state dicts in a file, best first.
 
     Raises
     ------
     WeightsError
-        If the file is missing, is damaged, holds no state dict, or could only be read by running code.
+        If the file is missing or damaged, holds no state dict, or can only be read by running code.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth, .pt or .bin")
@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> object:
 def _read_torch(path: Path) -> object:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about TorchScript archives, which are refused below anyway
+            warnings.simplefilter("ignore")  # about TorchScript archives, which are rejected below
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise WeightsError(
@@ -115,7 +115,7 @@ def _read_torch(path: Path) -> object:
 
 
 def _find_state_dicts(content: object, depth: int) -> Iterator[StateDict]:
-    """Every mapping of names to tensors, those in well-known places first."""
+    """Yield every mapping of names to tensors, those under well-known keys first."""
     if not isinstance(content, Mapping):
         return
     named_values = {key: value for key, value in content.items() if isinstance(key, str)}
@@ -137,7 +137,7 @@ def select_state_dict(
     rename_weight: Callable[[str], str],
     context: str,
 ) -> dict[str, Tensor]:
-    """The first of several state dicts that fits a network; if none does, why the nearest one does not."""
+    """Select the first state dict that matches a network; if none does, raise the error of the closest one."""
     failures = []
     for state in states:
         try:
@@ -150,24 +150,24 @@ def select_state_dict(
 def match_state_dict(
     state: StateDict, network: nn.Module, removed: tuple[str, ...], rename_weight: Callable[[str], str], context: str
 ) -> dict[str, Tensor]:
-    """A state dict under the names of a headless network, complete and with nothing left over but an old head.
+    """Rename a state dict to the names of a headless network; all weights must match, except those of a removed head.
 
     Parameters
     ----------
     state : mapping of str to Tensor
-        With or without the old head, and with any prefix (``module.``, ``backbone.`` …) before the names.
+        With or without the removed head, and with any prefix (``module.``, ``backbone.`` …) before the names.
     network : Module
     removed : tuple of str
-        Names of the modules that were taken off the network.
+        Names of the modules that were removed from the network.
     rename_weight : callable
-        Old names of the same weights → today's.
+        Legacy weight name → current name.
     context : str
-        For messages.
+        For error messages.
 
     Raises
     ------
     WeightsError
-        If weights are missing, have another shape, belong to another network, or fit twice.
+        If weights are missing, have another shape, belong to another network, or match under several prefixes.
     """
     expected = {name: value for name, value in network.state_dict().items() if not name.endswith(BATCH_COUNTER)}
     available = {
@@ -196,7 +196,7 @@ def match_state_dict(
 
 
 def _strip_compile_prefix(name: str) -> str:
-    """torch.compile puts this before the names of whatever it wrapped, at any depth."""
+    """Remove the prefix that torch.compile inserts before the names of compiled modules, at any depth."""
     return name.replace("_orig_mod.", "")
 
 
@@ -210,7 +210,7 @@ def _name_suffix(name: str) -> str:
 
 
 def _find_prefix(available: StateDict, expected: StateDict, context: str) -> str:
-    """What stands before all the names that are needed; the empty prefix is preferred."""
+    """Find the prefix under which all expected names are available; the empty prefix is preferred."""
     longest = max(expected, key=len, default="")
     candidates = {name[: -len(longest)] for name in available if name.endswith("." + longest)}
     matching_prefixes = [

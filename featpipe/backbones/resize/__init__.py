@@ -1,1 +1,1 @@
-"""Resizing to Pillow's bits, by table look-ups on a CPU and by matrix products on a GPU."""
+"""Resizing that is bit-identical to Pillow's: by embedding bags on a CPU and by matrix products on a GPU."""

@@ -1,32 +1,33 @@
-"""Resizing and cropping an image at once: Pillow's bits, in less than half its time.
+"""Resize and crop an image in one step, bit-identical to Pillow, in less than half the time.
 
-Pillow resizes 8-bit images in two passes, along the rows and then along the columns. Each gives whole levels::
+Pillow resizes 8-bit images in two passes, along the rows and then along the columns. Each pass gives integer levels::
 
     result = clip((sum(weight * level) + 2**21) >> 22, 0, 255)
 
-with weights that are whole numbers in units of 2⁻²² and level the neighbours on that axis. So every number of a pass
-stands alone, and what a crop leaves out need not be computed. The weights are not computed here but read off Pillow
+where the weights are integers in units of 2⁻²² and the levels are the neighbours on that axis. The values of a pass are
+independent of each other, so that values outside the crop need not be computed. The weights are taken from Pillow
 (:func:`featpipe.data.compute_resize_weights`).
 
-A pass is a sparse matrix times a dense one, which torch has as the embedding bag: the result is sums of some rows of a
-table of bytes, weighted, one after the other. They are added in float32, whose 24 bits such a sum exceeds by six, in an
-order in which nothing that counts is lost. Each weight is split, ``weight = 512 * high + low`` with ``low`` from -256
-to 255, and all is said in levels, of which 2⁻¹³ are one unit of ``high``:
+A pass is the product of a sparse and a dense matrix, which torch implements as the embedding bag: each result is a
+weighted sum of rows of a byte table, added sequentially. The sums are computed in float32. An exact sum needs six bits
+more than the 24 bits of float32, so the terms are added in an order that loses no significant bit. Each weight is
+split, ``weight = 512 * high + low`` with ``low`` from -256 to 255. In the following, numbers are in levels, and one
+unit is 2⁻¹³ levels, the unit of ``high``:
 
-1. the sum of ``low * level``, whose fraction of a unit has 9 bits, less 255/1024 of a unit: exact for 128 taps;
-2. plus 514.5 levels: between 512 and 1024 float32 has steps of half a unit, so that what had a fraction f, and has
-   f - 255/1024 now, gets 0 or 1/2. This is the one step that rounds, and it does so into the same unit;
-3. plus the sum of ``high * level``, all whole units, up to 1024 levels: exact;
-4. less 514 levels: exact.
+1. Sum ``low * level``, whose fraction of a unit has 9 bits, and subtract 255/1024 of a unit: exact for 128 taps.
+2. Add 514.5 levels. Between 512 and 1024 the step of float32 is half a unit, so that a fraction f, now f - 255/1024,
+   is rounded to 0 or 1/2. This is the only step that rounds, and it stays within the same unit.
+3. Add the sum of ``high * level``, which is an integer number of units, up to 1024 levels: exact.
+4. Subtract 514 levels: exact.
 
-That is half a level and the sum rounded down to a unit, or half a unit more: clipped and rounded down, as floors of
-floors, the result of the formula.
+The result is half a level plus the sum, rounded down to a unit or half a unit more. Clipping it and rounding it down
+gives the result of the formula, because nested floors equal a single floor.
 
 Notes
 -----
-The arithmetic is that of ``ImagingResample`` in Pillow's ``libImaging/Resample.c``. A build of Pillow that does it
-otherwise is noticed (:func:`is_exact`) and then used itself, as Pillow is for an image that shrinks more than 32 times
-(bicubic; 64 times bilinear) or whose height loses more than twice as many pixels as its width.
+The arithmetic is that of ``ImagingResample`` in Pillow's ``libImaging/Resample.c``. :func:`is_exact` detects a build of
+Pillow that computes otherwise; Pillow is then used instead. Pillow is also used for an image that shrinks more than 32
+times (bicubic; 64 times bilinear) or whose height loses more than twice as many pixels as its width.
 """
 
 from __future__ import annotations
@@ -54,32 +55,32 @@ __all__ = [
 ]
 
 EMBEDDING_BAG_MAX_TAPS = 128
-"""Neighbours in one sum, for which it is exact."""
+"""Maximum number of taps for which the sum is exact."""
 
 EXACTNESS_TEST_SIZES = ((47, 64), (41, 103), (96, 30), (120, 140), (300, 260))
-"""Heights and widths to which an image of 97 × 131 is resized, to see whether that is exact."""
+"""Heights and widths to which the exactness check resizes an image of 97 × 131 pixels."""
 
-MAX_STRIP_VALUES = 1 << 19  # of an image at a time, so that memory is bounded
-FILTER_SUPPORT = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
+MAX_STRIP_VALUES = 1 << 19  # values of an image that are processed at a time, to bound memory
+FILTER_SUPPORT = {"bilinear": 1, "bicubic": 2}  # radius of the filters in pixels
 HIGH_PART_UNIT = 2.0**-13  # levels
 OFFSETS_BEFORE_HIGH, OFFSET_AFTER_HIGH = (-255 / 1024 * HIGH_PART_UNIT, 514.5), -514.0
 UNIT_SCALE_ZERO_OFFSET = np.array([1, 0], np.float32).view(
     np.uint8
-)  # a scale and an offset, which a table has in each row
-COLUMN_MULTIPLE = 16  # a table's columns are a multiple of it: code is made for each width, and is quickest so
-TRANSPOSED_ROWS = 256  # rows of an image that are turned into columns at a time, with all of their cache lines at hand
+)  # a scale and an offset, which each row of the table contains
+COLUMN_MULTIPLE = 16  # tables are padded to a multiple of it: fbgemm's code for these widths is the fastest
+TRANSPOSED_ROWS = 256  # rows of an image that are transposed at a time, so that their cache lines stay in cache
 
 
 @dataclass(frozen=True)
 class ResizeAxis:
-    """One side of an image that is resized and then cropped.
+    """One axis of an image that is resized and then cropped.
 
     Attributes
     ----------
     source_size, resized_size : int
-        Pixels.
+        Pixels before and after resizing.
     crop_start, crop_length : int
-        Which of the pixels after resizing are kept.
+        Position and length of the crop, in pixels after resizing.
     """
 
     source_size: int
@@ -92,11 +93,11 @@ class ResizeAxis:
         return slice(self.crop_start, self.crop_start + self.crop_length)
 
     def taps(self, filter_: str) -> int:
-        """How many pixels count for one."""
+        """Number of source pixels that contribute to one output pixel."""
         return min(self.source_size, math.ceil(2 * self._scaled_support(filter_)))
 
     def first_taps(self, filter_: str) -> NDArray[np.int64]:
-        """The first pixel that counts for each of those that are kept."""
+        """For each output pixel, the first source pixel that contributes to it."""
         centers = (np.arange(self.crop_slice.start, self.crop_slice.stop) + 0.5) * (
             self.source_size / self.resized_size
         )
@@ -104,11 +105,11 @@ class ResizeAxis:
         return first_pixels.clip(0, self.source_size - self.taps(filter_))
 
     def source_slice(self, filter_: str) -> slice:
-        """The pixels that count for anything."""
+        """The range of source pixels that contribute to the crop."""
         return _source_slice(self, filter_)
 
     def tap_weights(self, filter_: str) -> NDArray[np.int32]:
-        """How much each of its taps counts for each pixel that is kept, in units of 2⁻²², of shape (length, taps)."""
+        """The filter weights of each output pixel in units of 2⁻²², shape (crop_length, taps)."""
         taps = self.taps(filter_)
         pixels = self.first_taps(filter_)[:, None] + np.arange(taps)
         weights = compute_resize_weights(self.source_size, self.resized_size, filter_, taps)[:, self.crop_slice]
@@ -129,17 +130,17 @@ def _source_slice(axis: ResizeAxis, filter_: str) -> slice:
 
 @dataclass(frozen=True)
 class _ResizePass:
-    """What a pass adds up.
+    """The weighted sums of one pass, in the form of an embedding bag.
 
     Attributes
     ----------
     source_slice : slice
-        The pixels that count for anything.
+        The range of source pixels that contribute.
     table_rows : Tensor of shape (n * terms,), int32
-        Of the table, counted from the first of ``read``; the last one is ones.
+        Rows of the table, counted from the start of ``source_slice``; the last row holds ones.
     weights : Tensor of shape (n * terms,), float32
     offsets : Tensor of shape (n + 1,), int32
-        Where the terms of each sum begin and end.
+        Start of the terms of each sum, and the end of the last one.
     """
 
     source_slice: slice
@@ -148,7 +149,7 @@ class _ResizePass:
     offsets: Tensor
 
     def apply(self, columns: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Levels of shape (m, rows) → levels of shape (n, m)."""
+        """Apply the pass: levels of shape (m, rows) → levels of shape (n, m)."""
         embedding_bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
         sums = embedding_bag(
             _make_byte_table(columns),
@@ -162,7 +163,7 @@ class _ResizePass:
 
 
 def _make_byte_table(columns: NDArray[np.uint8]) -> Tensor:
-    """The columns as rows, and a row of ones."""
+    """Make the byte table: the transposed columns, and a row of ones."""
     m, n = columns.shape
     padded_width = -(-m // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     table = np.empty((n + 1, padded_width + len(UNIT_SCALE_ZERO_OFFSET)), np.uint8)
@@ -175,7 +176,7 @@ def _make_byte_table(columns: NDArray[np.uint8]) -> Tensor:
 
 
 def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
-    """Resize an image and crop it.
+    """Resize and crop an image.
 
     Parameters
     ----------
@@ -197,10 +198,10 @@ def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_:
 
 @cache
 def is_exact() -> bool:
-    """Whether the sums give the bits of the Pillow that is installed, tried once in a process."""
+    """Whether the results are bit-identical to the installed Pillow; checked once per process."""
     try:
         return matches_pillow(_resize_by_embedding_bag)
-    except (AttributeError, RuntimeError):  # a torch without that operator, or built without what computes it
+    except (AttributeError, RuntimeError):  # a torch without the operator, or built without fbgemm
         return False
 
 
@@ -209,14 +210,14 @@ def matches_pillow(
     sizes: Iterable[tuple[int, int]] = EXACTNESS_TEST_SIZES,
     filters: Iterable[str] = tuple(FILTER_SUPPORT),
 ) -> bool:
-    """Whether a way of resizing gives the bits of the Pillow that is installed, on a hard image of 97 × 131.
+    """Whether a resize function is bit-identical to the installed Pillow, on a test image of 97 × 131 pixels.
 
     Parameters
     ----------
     resize_function : callable
-        As :func:`resize`; its results may be on any device.
+        Signature of :func:`resize`; its results may be on any device.
     sizes : iterable of (int, int)
-        Heights and widths to try.
+        Heights and widths to test.
     filters : iterable of {"bilinear", "bicubic"}
     """
     picture = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
@@ -235,9 +236,9 @@ def matches_pillow(
 
 
 def is_rows_first(vertical: ResizeAxis, horizontal: ResizeAxis) -> bool:
-    """Whether Pillow of any version goes along the rows first.
+    """Whether every version of Pillow resizes along the rows first.
 
-    Since 13.0 it begins with the columns where the height loses more than twice as many pixels as the width.
+    Since 13.0 Pillow begins with the columns if the height loses more than twice as many pixels as the width.
     """
     height_loss, width_loss = (
         vertical.source_size - vertical.resized_size,
@@ -261,9 +262,9 @@ def _resize_by_embedding_bag(image: Tensor, vertical: ResizeAxis, horizontal: Re
     return torch.from_numpy(levels).view(vertical.crop_length, horizontal.crop_length, 3).permute(2, 0, 1)
 
 
-@lru_cache(64)  # some 100 kB each for a photograph of 500 pixels, 1.4 MB at most for a crop of 224
+@lru_cache(64)  # about 100 kB each for an image of 500 pixels, at most 1.4 MB for a crop of 224
 def _make_resize_pass(axis: ResizeAxis, filter_: str, channels: int) -> _ResizePass:
-    """The sums along one axis, where each pixel is a number of neighbouring channels."""
+    """Make the pass along one axis, for pixels of several interleaved channels."""
     source_slice, weights = axis.source_slice(filter_), axis.tap_weights(filter_)
     pixels = axis.first_taps(filter_)[:, None] - source_slice.start + np.arange(axis.taps(filter_))
     low = (weights + 256) % 512 - 256

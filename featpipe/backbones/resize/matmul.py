@@ -1,23 +1,24 @@
-"""Resizing and cropping many images at once by products of matrices, on any device: Pillow's bits.
+"""Resize and crop a batch of images by matrix products on any device, bit-identical to Pillow.
 
-The formula is that of :mod:`featpipe.backbones.resize.embedding_bag`, a pass along the rows and one along the columns::
+The formula is that of :mod:`featpipe.backbones.resize.embedding_bag`, for a pass along the rows and one along the
+columns::
 
     result = clip((sum(weight * level) + 2**21) >> 22, 0, 255)
 
-A pass is a product of matrices here, one of weights, most of which are 0, and one of levels. It is computed in float32,
-which holds whole numbers up to 2²⁴. So each weight is split, ``weight = 2048 * high + low`` with ``low`` from -1024 to
-1023, and both sums are of whole numbers that stay below that whatever the order in which they are added up:
+A pass is the product of a weight matrix, most of whose entries are 0, and a matrix of levels. It is computed in
+float32, which represents integers up to 2²⁴ exactly. Each weight is split, ``weight = 2048 * high + low`` with ``low``
+from -1024 to 1023, so that both sums stay below this bound in any order of summation:
 
-- the terms of ``sum(low * level)`` are at most 64 · 1024 · 255 < 2²⁴ together, for 64 taps;
-- those of ``sum(high * level)`` are at most 255 · (2²³ / 2048 + 64 / 2) < 2²¹ together: the weights add up to 2²², and
-  without their signs to less than 2²³, as the negative ones are much the smaller part; rounding adds a half each.
+- The terms of ``sum(low * level)`` total at most 64 · 1024 · 255 < 2²⁴, for 64 taps.
+- The terms of ``sum(high * level)`` total at most 255 · (2²³ / 2048 + 64 / 2) < 2²¹: the weights add up to 2²² and
+  their absolute values to less than 2²³, because the negative weights are much smaller; rounding adds at most 1/2 each.
 
-The rest is done in whole numbers of 32 bits: 255 · 2²³ + 2²¹ < 2³¹.
+The remaining steps use 32-bit integers: 255 · 2²³ + 2²¹ < 2³¹.
 
 Notes
 -----
-A product is exact as long as nothing is rounded to fewer bits before it: TF32, a setting of the whole process, must be
-off. That is the caller's to see to. Whether a device then gives Pillow's bits is tried (:func:`is_exact`).
+A product is exact only if its inputs are not rounded to fewer bits. The caller must disable TF32, which is a setting of
+the whole process. :func:`is_exact` checks whether a device then gives Pillow's bits.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ __all__ = [
 ]
 
 MATMUL_MAX_TAPS = 64
-"""Neighbours in one sum, for which it is exact."""
+"""Maximum number of taps for which the sum is exact."""
 
-MAX_CACHED_MATRIX_BYTES = 2**28  # of matrices that are kept: some 300 of those that make 224 pixels of 500, 900 kB each
-MAX_TENSOR_VALUES = 2**24  # in the largest tensor of a product, some four of which are there at a time
-LOW_PART_SIZE = 2048  # as many values has the low part of a weight
-SHRINK_TEST_SIZES = ((4, 5), (90, 5))  # tried also, bilinear: sums of some 50 taps
+MAX_CACHED_MATRIX_BYTES = 2**28  # cached weight matrices: about 300 of those that resize 500 to 224 pixels, 900 kB each
+MAX_TENSOR_VALUES = 2**24  # in the largest tensor of a product; about four such tensors exist at a time
+LOW_PART_SIZE = 2048  # number of values of the low part of a weight
+SHRINK_TEST_SIZES = ((4, 5), (90, 5))  # also tested, bilinear: sums of about 50 taps
 
 
 @dataclass(frozen=True, eq=False)
 class UnresizedImage:
-    """An image that is yet to be resized and cropped.
+    """An image that the device will resize and crop.
 
     Attributes
     ----------
     pixels : Tensor of shape (3, H, W), uint8
-        The rows and columns that count for anything, as :meth:`ResizeAxis.source_slice` has them; channels last in memory.
+        The rows and columns of :meth:`ResizeAxis.source_slice`; channels last in memory.
     vertical, horizontal : ResizeAxis
     """
 
@@ -70,27 +71,27 @@ class UnresizedImage:
 
 
 PreparedImage = Tensor | UnresizedImage
-"""As the network is to see it, but for the arithmetic; or yet to be resized."""
+"""An image after resizing and cropping but before normalisation, or an image that the device will resize."""
 
 ImageBatch = Tensor | Sequence[PreparedImage]
-"""Some images: one tensor (b, 3, h, w), or for a GPU each by itself."""
+"""A batch of images: one tensor (b, 3, h, w), or for a GPU a sequence of single images."""
 
 
 def is_supported(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> bool:
-    """Whether few enough neighbours are added up, and Pillow of any version goes along the rows first."""
+    """Whether the number of taps is small enough, and every version of Pillow resizes along the rows first."""
     has_few_taps = max(vertical.taps(filter_), horizontal.taps(filter_)) <= MATMUL_MAX_TAPS
     return has_few_taps and is_rows_first(vertical, horizontal)
 
 
 def max_resize_batch(vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> int:
-    """How many images may be resized in one product, so that it takes some 300 MB at most; one may always."""
+    """Number of images to resize in one product, so that it needs at most about 300 MB; at least 1."""
     height, width = (_slice_length(axis.source_slice(filter_)) for axis in (vertical, horizontal))
     largest = max(height * max(width, 2 * horizontal.crop_length), 2 * vertical.crop_length * horizontal.crop_length)
     return max(1, MAX_TENSOR_VALUES // (3 * largest))
 
 
 class MatmulResizer:
-    """Resizes on one device, and keeps the matrices that it used last.
+    """Resizes on one device, and caches the most recently used weight matrices.
 
     Parameters
     ----------
@@ -98,7 +99,7 @@ class MatmulResizer:
 
     Notes
     -----
-    For one thread; and on CUDA for one stream, on which alone its matrices are in order.
+    Not thread-safe. On CUDA use it from a single stream: the cached matrices are ordered only on that stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -107,12 +108,12 @@ class MatmulResizer:
         self._cached_bytes = 0
 
     def resize(self, pixels: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
-        """Resize some images of one size, and crop them.
+        """Resize and crop images of the same size.
 
         Parameters
         ----------
         pixels : Tensor of shape (b, 3, H, W), uint8
-            On the device, in any memory layout; as those of :class:`UnresizedImage`.
+            On the device, in any memory layout; stacked ``pixels`` of :class:`UnresizedImage`.
         vertical, horizontal : ResizeAxis
         filter_ : {"bilinear", "bicubic"}
 
@@ -123,7 +124,7 @@ class MatmulResizer:
         Raises
         ------
         ValueError
-            If they are not what :func:`is_supported` says.
+            If :func:`is_supported` is false for the axes.
         """
         if not is_supported(vertical, horizontal, filter_):
             raise ValueError(f"{vertical} and {horizontal}, {filter_}: not exact as products; expected what suits them")
@@ -133,7 +134,7 @@ class MatmulResizer:
         return levels.to(torch.uint8)
 
     def _get_matrix(self, axis: ResizeAxis, filter_: str) -> Tensor:
-        """The high parts of an axis's weights, and below them the low ones: of shape (2 * length, read), float32."""
+        """The high parts of an axis's weights above the low parts, shape (2 * crop_length, source length), float32."""
         matrix = self._matrices.pop((axis, filter_), None)
         if matrix is None:
             matrix = _make_matrix(axis, filter_, self.device)
@@ -151,13 +152,13 @@ def _make_matrix(axis: ResizeAxis, filter_: str, device: torch.device) -> Tensor
     parts = np.stack([(weights - low) // LOW_PART_SIZE, low]).astype(np.float32)
     device_arrays = [
         torch.from_numpy(value).to(device, non_blocking=True) for value in (columns, parts)
-    ]  # few: taps alone
+    ]  # few: only the taps
     matrix = torch.zeros((2, axis.crop_length, _slice_length(source_slice)), device=device)
     return matrix.scatter_(2, device_arrays[0].expand(2, -1, -1), device_arrays[1]).flatten(0, 1)
 
 
 def _round_to_levels(sums: Tensor, dim: int) -> Tensor:
-    """From the sums of both parts, one after the other along an axis, to levels, int32."""
+    """Combine the sums of the high and low parts, concatenated along an axis, to levels, int32."""
     high, low = sums.to(torch.int32).chunk(2, dim)
     return (high * LOW_PART_SIZE + low).add_(1 << 21).bitwise_right_shift_(22).clamp_(0, 255)
 
@@ -168,7 +169,7 @@ def _slice_length(source_slice: slice) -> int:
 
 @cache
 def is_exact(device: torch.device) -> bool:
-    """Whether products on this device give the bits of the Pillow that is installed, tried once in a process."""
+    """Whether resizing on this device is bit-identical to the installed Pillow; checked once per process."""
     resizer = MatmulResizer(device)
 
     def resize(image: Tensor, vertical: ResizeAxis, horizontal: ResizeAxis, filter_: str) -> Tensor:
@@ -177,5 +178,5 @@ def is_exact(device: torch.device) -> bool:
 
     try:
         return matches_pillow(resize, EXACTNESS_TEST_SIZES) and matches_pillow(resize, SHRINK_TEST_SIZES, ["bilinear"])
-    except RuntimeError:  # a device without one of the operations, or without memory
+    except RuntimeError:  # the device lacks an operation or memory
         return False

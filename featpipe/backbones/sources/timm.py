@@ -1,4 +1,4 @@
-"""timm's networks, their published weights and the transforms that belong to these."""
+"""Networks of timm with their published weights and transforms."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["build", "create", "make_transform", "remove_classifier"]
 
 
 def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
-    """A headless timm network.
+    """Build a headless timm network.
 
     Parameters
     ----------
     name : str
         ``timm/NAME`` or ``timm/NAME.TAG``.
     weights : str or Path or None
-        A file, ``none``; None means the weights of the tag, or of timm's first tag.
+        A file, or ``none`` for an untrained network; None means the weights of the tag, or of timm's default tag.
     seed : int
-        Of an untrained network.
+        Seed of an untrained network.
     progress : bool
-        Show a bar while downloading.
+        Show a progress bar while downloading.
     """
     available_names = names(TIMM_PREFIX + "*")
     if name not in available_names:
@@ -54,7 +54,7 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
 
 
 def create(name: str, seed: int = 0) -> Any:
-    """A whole untrained network, classifier and all."""
+    """Create an untrained network with its classifier."""
     with seeded_rng(seed):
         return timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False)
 
@@ -66,12 +66,12 @@ def find_classifier_layers(network: Any) -> tuple[str, ...]:
 
 
 def remove_classifier(network: Any, name: str) -> int:
-    """Take the classifier off, in place; the width that is left.
+    """Remove the classifier in place and return the width of the features.
 
     Raises
     ------
     WeightsError
-        If that put a parameter there that was not in the network before, and so in no weights: a random projection.
+        If the removal added a parameter, such as a random projection, for which no weights exist.
     """
     original_ids = {id(parameter) for parameter in network.parameters()}
     network.reset_classifier(0)
@@ -85,7 +85,7 @@ def remove_classifier(network: Any, name: str) -> int:
 
 
 def make_transform(network: nn.Module) -> Transform:
-    """The transform of timm's evaluation: what its ``create_transform`` makes of the network's own configuration."""
+    """Make timm's evaluation transform: that of its ``create_transform`` for the network's configuration."""
     config = timm.data.resolve_model_data_config(network)
     _, height, width = config["input_size"]
     resize_size = floor(height / config["crop_pct"]), floor(width / config["crop_pct"])
@@ -111,7 +111,7 @@ def _load_published(name: str, progress: bool) -> Any:
     try:
         with seeded_rng(0):
             return timm.create_model(timm_name, pretrained=True)
-    except Exception as error:  # the hub's client has its own tree of errors, and it is not ours to import
+    except Exception as error:  # the hub client has its own exception hierarchy and is not a dependency of featpipe
         if not isinstance(error, (OSError, RuntimeError, ValueError)):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -122,7 +122,7 @@ def _load_published(name: str, progress: bool) -> Any:
 
 
 def _load_matching_state(path: Path, network: nn.Module, classifier_layers: tuple[str, ...]) -> dict[str, Tensor]:
-    """A local file's weights; if the names do not fit as they are, then after timm's own translation of old names."""
+    """Load weights from a local file; if the names do not match, after timm's conversion of legacy names."""
     states = read_state_dicts(path)
     try:
         return select_state_dict(states, network, classifier_layers, str, str(path))
@@ -141,6 +141,6 @@ def _load_matching_state(path: Path, network: nn.Module, classifier_layers: tupl
 def _translate_state(translate: Any, state: StateDict, network: nn.Module) -> StateDict | None:
     try:
         translated = translate(dict(state), network)
-    except Exception:  # it may fail in any way on names that are not of its family
+    except Exception:  # the conversion may raise anything for names of another architecture
         return None
     return {name: value for name, value in translated.items() if isinstance(value, Tensor)}

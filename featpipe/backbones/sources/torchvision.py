@@ -1,4 +1,4 @@
-"""torchvision's classification networks, their published weights and the transforms that belong to these."""
+"""Classification networks of torchvision with their published weights and transforms."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from featpipe.errors import WeightsError
 
 __all__ = ["build", "is_available", "make_transform", "remove_classifier"]
 
-HEAD_ATTRIBUTES = ("fc", "classifier", "heads", "head")  # what torchvision calls the part that holds the classifier
-AUXILIARY_HEADS = ("AuxLogits", "aux1", "aux2")  # Inception's and GoogLeNet's heads for training
+HEAD_ATTRIBUTES = ("fc", "classifier", "heads", "head")  # attributes that contain the classifier
+AUXILIARY_HEADS = ("AuxLogits", "aux1", "aux2")  # auxiliary heads of Inception and GoogLeNet, used only in training
 NETWORKS_WITH_AUXILIARY = ("googlenet", "inception_v3")
 
-WEIGHT_NAME_PATTERNS = (  # names in published files that torchvision's own loaders still translate
+WEIGHT_NAME_PATTERNS = (  # legacy names in published files that torchvision's loaders convert
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
@@ -33,23 +33,23 @@ WEIGHT_NAME_PATTERNS = (  # names in published files that torchvision's own load
 
 
 def is_available(name: str) -> bool:
-    """Whether this torchvision has the network; newer ones may have more than the list of names."""
+    """Whether the installed torchvision has the network; a newer version may have more than the list of names."""
     return name in models.list_models(module=models)
 
 
 def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
-    """A headless torchvision network.
+    """Build a headless torchvision network.
 
     Parameters
     ----------
     name : str
-        As in ``torchvision.models.list_models``.
+        Name in ``torchvision.models.list_models``.
     weights : str or Path or None
-        A published name, a file, ``none``; None means torchvision's default.
+        A published name, a file, or ``none`` for an untrained network; None means torchvision's default weights.
     seed : int
-        Of an untrained network.
+        Seed of an untrained network.
     progress : bool
-        Show a bar while downloading.
+        Show a progress bar while downloading.
     """
     weights_enum = models.get_model_weights(name)
     member = _select_weights(weights_enum, weights)
@@ -72,19 +72,19 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
 
 
 def remove_classifier(network: nn.Module) -> tuple[tuple[str, ...], int]:
-    """Take the old classifier off, in place, with everything behind the last features.
+    """Remove the classifier in place, with all layers after the last features.
 
     Parameters
     ----------
     network : Module
-        One of torchvision's classification networks.
+        A classification network of torchvision.
 
     Returns
     -------
     removed : tuple of str
-        Dotted names of the layers that are gone.
+        Dotted names of the removed layers.
     width : int
-        Numbers that went into them.
+        Dimension of their input.
     """
     attribute = next(name for name in HEAD_ATTRIBUTES if isinstance(getattr(network, name, None), nn.Module))
     layers = {name: layer for name, layer in network.named_modules() if _is_within(name, attribute)}
@@ -100,7 +100,7 @@ def remove_classifier(network: nn.Module) -> tuple[tuple[str, ...], int]:
 
 
 def make_transform(member: Any) -> Transform:
-    """The transform that belongs to published weights.
+    """Make the transform of published weights.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def _is_within(name: str, attribute: str) -> bool:
 
 
 def _select_weights(weights_enum: Any, weights: str | Path | None) -> Any:
-    """A member of the enum, a path, or None for an untrained network."""
+    """Select a member of the enum or a path; None means an untrained network."""
     if weights is None:
         return weights_enum.DEFAULT
     if isinstance(weights, Path):
@@ -146,9 +146,9 @@ def _make_untrained(name: str, seed: int) -> tuple[nn.Module, tuple[str, ...], i
 
 
 def _enable_input_transform(network: nn.Module) -> None:
-    """Inception and GoogLeNet were trained with another normalisation, to which they can convert by themselves."""
+    """Enable the input conversion of Inception and GoogLeNet, which were trained with another normalisation."""
     if hasattr(network, "transform_input"):
-        setattr(network, "transform_input", True)  # noqa: B010 - to a type checker it is no attribute
+        setattr(network, "transform_input", True)  # noqa: B010 - unknown to type checkers
 
 
 def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
@@ -159,8 +159,8 @@ def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
             return models.get_model(name, weights=member, progress=progress, **options)
     except OSError as error:
         raise WeightsError(
-            f"{name}: weights {member.name} cannot be fetched ({error}); bring the file {checkpoint_path.name} and put it at {checkpoint_path}, "
-            "or pass it with --weights FILE"
+            f"{name}: weights {member.name} cannot be fetched ({error}); "
+            f"bring the file {checkpoint_path.name} and put it at {checkpoint_path}, or pass it with --weights FILE"
         ) from error
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -170,7 +170,7 @@ def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
 
 
 def _find_checkpoint(member: Any) -> Path:
-    """Where torch keeps a downloaded file."""
+    """The path of a downloaded file in torch's cache."""
     return Path(torch.hub.get_dir()) / "checkpoints" / str(member.url).rsplit("/", 1)[-1]
 
 
@@ -181,7 +181,7 @@ def _to_current_name(name: str) -> str:
 
 
 def _find_published_weights(weights_enum: Iterable[Any], path: Path) -> Any:
-    """The published weights that a file holds, or else the default ones: published names end in the file's digest."""
+    """Identify the published weights in a file by its digest, which ends their file names; else the default ones."""
     with path.open("rb") as handle:
         file_hash = sha256()
         while block := handle.read(1 << 20):
