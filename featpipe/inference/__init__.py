@@ -1,4 +1,4 @@
-"""How a frozen network is run fast on this device, and how faithful that is."""
+"""Run a frozen network fast on a device: loading, batching, precision and graph optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network on a GPU, kept busy: copies overlap with computing, and its kernels are started all at once."""
+"""Run a network on a GPU: copies overlap with computation, and a CUDA graph launches all kernels at once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from featpipe.inference.runner import Embeddings
 
 __all__ = ["CudaRunner"]
 
-WARMUP_PASSES = 3  # passes before a graph is captured: libraries choose their algorithms in the first
+WARMUP_PASSES = 3  # passes before graph capture: libraries choose their algorithms in the first passes
 
 
 class _InputBuffer:
-    """A place on the device where one batch's images wait for their turn."""
+    """A device buffer for the images of one batch."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images  # channels last in memory
@@ -40,24 +40,24 @@ class _InputBuffer:
 class CudaRunner:
     """Runs a backbone on a GPU, for one calling thread.
 
-    Images are copied as they are, a quarter of the bytes, resized there if they are not yet, to the same bits, and
-    normalised by the same arithmetic. The forward pass is captured once as a CUDA graph and replayed, so that the
-    caller need not start each kernel; a network that cannot be captured is called. Where a batch needs more memory
-    than there is, it is halved, and no row is lost.
+    Images are copied as uint8, a quarter of the bytes of float32. Resizing on the GPU is bit-identical to the CPU, and
+    normalisation uses the same arithmetic. The forward pass is captured once as a CUDA graph and replayed, which saves
+    the launch of each kernel; a network that cannot be captured is called eagerly. If a batch does not fit into
+    memory, the batch size is halved and the images are submitted again.
 
     Parameters
     ----------
     backbone : Backbone
         On the device, in its dtype, channels last.
     batch : int
-        Images in one forward pass, at most.
+        Maximum number of images in one forward pass.
     precision : {"fp32", "tf32", "bf16", "fp16"}
     device : torch.device
 
     Raises
     ------
     ConfigError
-        If the memory is not enough for a single image.
+        If a single image does not fit into memory.
     """
 
     def __init__(self, backbone: Backbone, batch: int, precision: str, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class CudaRunner:
         self.dtype = next((p.dtype for p in backbone.network.parameters() if p.is_floating_point()), torch.float32)
         self._allow_tf32 = precision == "tf32"
         self._compute_stream = torch.cuda.Stream(device)
-        self._copy_stream = torch.cuda.Stream(device)  # and resizing, so that what is read there is in order
+        self._copy_stream = torch.cuda.Stream(device)  # also for resizing, which reads the copied images in order
         self._resizer = MatmulResizer(device)
         self._buffers: list[_InputBuffer] = []
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -79,7 +79,7 @@ class CudaRunner:
         return f"torch on {torch.cuda.get_device_name(self.device)}"
 
     def enter_stream(self, streams: int) -> None:
-        """Workers decode; nothing is kept for them."""
+        """Do nothing: worker threads only decode and have no state here."""
 
     def submit(self, images: ImageBatch) -> Callable[[], Embeddings]:
         while True:
@@ -88,7 +88,7 @@ class CudaRunner:
                     starts = range(0, len(images), self.batch)
                     pending = [self._submit_batch(images[start : start + self.batch]) for start in starts]
                 return lambda: _concatenate([wait() for wait in pending])
-            self._halve_batch()  # now that the error is gone, and with it what its frames held
+            self._halve_batch()  # outside of the handler: the exception's frames hold tensors
 
     def _halve_batch(self) -> None:
         if self.batch == 1:
@@ -103,10 +103,10 @@ class CudaRunner:
         self.batch //= 2
 
     def _submit_batch(self, images: ImageBatch) -> Callable[[], Embeddings]:
-        """Copy and compute without waiting; the caller's images may be pinned or not, and of any size if unresized.
+        """Copy and compute asynchronously. Images may be in pinned memory or not; unresized images have any size.
 
-        What is given back after a copy was begun is not used again before that has ended: torch keeps account of
-        pinned memory by the stream that copies from it.
+        The caller may free pinned memory while a copy is pending: torch records the copying stream and reuses the
+        memory only after the copy has finished.
         """
         if not self._buffers:
             self._prepare(torch.uint8 if isinstance(images[0], UnresizedImage) else images[0].dtype)
@@ -132,7 +132,7 @@ class CudaRunner:
         return wait_for_embeddings
 
     def _copy_images(self, destination: Tensor, images: ImageBatch) -> None:
-        """Copy images to their places; those that are yet to be resized by way of some memory of their own."""
+        """Copy images to the device buffer; unresized images are copied and resized in temporary memory first."""
         if isinstance(images, Tensor):
             destination[: len(images)].copy_(images, non_blocking=True)
             return
@@ -142,7 +142,7 @@ class CudaRunner:
                 groups.setdefault((image.vertical, image.horizontal), []).append((position, image.pixels))
             else:
                 destination[position].copy_(image, non_blocking=True)
-        transform = cast(Transform, self.backbone.transform)  # nobody's own leaves images unresized
+        transform = cast(Transform, self.backbone.transform)  # a custom transform never leaves images unresized
         for resize_axes, group in groups.items():
             step = max_resize_batch(*resize_axes, transform.interpolation)
             for start in range(0, len(group), step):
@@ -153,7 +153,7 @@ class CudaRunner:
     def _resize_on_device(
         self, image_pixels: Sequence[Tensor], resize_axes: tuple[ResizeAxis, ResizeAxis], transform: Transform
     ) -> Tensor:
-        """Images of one size, copied to the device and brought into the form that the network sees."""
+        """Copy images of the same size to the device, then resize, crop and pad them there."""
         channels, height, width = image_pixels[0].shape
         shape = (len(image_pixels), height, width, channels)
         pixels = torch.empty(shape, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
@@ -169,7 +169,7 @@ class CudaRunner:
         return self._outputs
 
     def _prepare(self, dtype: torch.dtype) -> None:
-        """Places for images and input, warm libraries, and the graph, where the network can be captured."""
+        """Allocate the buffers, warm up the libraries, and capture the graph if the network allows it."""
         channels, height, width = self.backbone.transform.input_shape
         shape = (self.batch, height, width, channels)
         input_tensors = [torch.zeros(shape, dtype=dtype, device=self.device).permute(0, 3, 1, 2) for _ in range(2)]
@@ -184,19 +184,19 @@ class CudaRunner:
         self._buffers = [_InputBuffer(input_tensor) for input_tensor in input_tensors]
         for buffer in self._buffers:
             buffer.free.record(self._compute_stream)
-            for stream in (self._copy_stream, self._compute_stream):  # neither is the one that they were made on
+            for stream in (self._copy_stream, self._compute_stream):  # they were allocated on another stream
                 buffer.images.record_stream(stream)
 
     def _capture_graph(self) -> tuple[torch.cuda.CUDAGraph | None, Mapping[str, Tensor]]:
-        """The forward pass as a graph that reads the input's place; None for a network that cannot be captured."""
+        """Capture the forward pass as a graph that reads the input buffer; None if the network cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Workers pin memory meanwhile, which must not end the capture.
+            # Worker threads pin memory during the capture, which must not invalidate it.
             with torch.cuda.graph(graph, stream=self._compute_stream, capture_error_mode="thread_local"):
                 outputs = self.backbone.embed(self._input)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # one that waits for the device, or for the clock: anybody's network may
+        except Exception:  # custom networks may synchronize with the device or raise anything
             torch.cuda.synchronize(self.device)
             return None, {}
         return graph, outputs

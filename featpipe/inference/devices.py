@@ -1,4 +1,4 @@
-"""Which device computes, and what it has."""
+"""Select devices and configure their runtime."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["allow_tf32", "available_cores", "keep_freed_memory", "resolve_device
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device to run on.
+    """Resolve a device name.
 
     Parameters
     ----------
     name : str
-        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``auto`` is the first of cuda, mps, cpu that is there.
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``auto`` is the first available of cuda, mps, cpu.
 
     Raises
     ------
     ConfigError
-        If the name is unknown or the device is not there.
+        If the name is unknown or the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
@@ -47,18 +47,18 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_devices(name: str = "auto") -> tuple[torch.device, ...]:
-    """The devices to run on, a process for each if there are several.
+    """Resolve device names to a tuple of devices; several devices run in one process each.
 
     Parameters
     ----------
     name : str
-        As :func:`resolve_device` takes it, or several joined by commas. ``cuda``, and ``auto`` where it is that, are
-        all CUDA devices that torch can use.
+        A name for :func:`resolve_device`, or several separated by commas. ``cuda``, and ``auto`` if it resolves to
+        ``cuda``, mean all CUDA devices that torch can use.
 
     Raises
     ------
     ConfigError
-        If one is unknown or not there.
+        If a device is unknown or not available.
     """
     devices = tuple(resolve_device(part.strip()) for part in name.split(","))
     if len(devices) > 1 or devices[0] != torch.device("cuda") or torch.cuda.device_count() < 2:
@@ -71,7 +71,7 @@ def _has_mps() -> bool:
 
 
 def available_cores() -> int:
-    """The cores that this process may use, which a container or a scheduler may have narrowed."""
+    """Number of cores that this process may use; a container or a scheduler may restrict it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -82,10 +82,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 @cache
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks.
+    """Configure glibc's malloc to keep freed blocks.
 
-    It gives every large activation buffer back to the system and takes it again for the next layer; keeping them makes
-    convolutional networks up to three times as fast on a CPU. Elsewhere than on glibc nothing happens.
+    By default glibc returns every large activation buffer to the system and requests it again for the next layer.
+    Keeping them makes convolutional networks up to three times as fast on a CPU. Without glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -97,7 +97,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def allow_tf32(allowed: bool) -> Iterator[None]:
-    """TF32 exactly where it is asked for, whatever the process had set, and as it was afterwards."""
+    """Allow or forbid TF32 within the context, and restore the process-wide settings afterwards."""
     settings: list[tuple[Any, bool]] = [
         (torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32),
         (torch.backends.cudnn, torch.backends.cudnn.allow_tf32),

@@ -1,4 +1,4 @@
-"""The engine: a backbone made ready for a device, and called with batch after batch."""
+"""The engine: a backbone prepared for a device, which embeds batches of images."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ PRECISION_DTYPES = {  # name → dtype of weights and activations
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-MIN_IMAGES_TO_FUSE = 100  # following and fusing a graph takes about a second, which fewer images do not give back
-MIN_IMAGES_FOR_OPENVINO = 1000  # bringing it into OpenVINO takes some three
+MIN_IMAGES_TO_FUSE = 100  # exporting and fusing a graph takes about one second, which fewer images do not save
+MIN_IMAGES_FOR_OPENVINO = 1000  # conversion to OpenVINO takes about three seconds
 
 
 class Engine:
     """Runs a backbone on a device.
 
-    On a CPU, each calling thread computes alone on one core, so that several callers fill the cores with streams
-    that share nothing; on a GPU there is one caller, whose copies overlap with the computing.
+    On a CPU each calling thread computes on one core, so that several callers use all cores without sharing data. On a
+    GPU there is one caller, whose copies overlap with the computation.
 
     Parameters
     ----------
@@ -46,30 +46,31 @@ class Engine:
     precision : {"fp32", "tf32", "bf16", "fp16"}
         ``fp32`` is strict: no TF32 in matrix products or convolutions.
     batch : int, optional
-        Images in one forward pass. Shorter batches are padded to it, so that an image's embedding is computed by the
-        same instructions whatever its neighbours are. If not given it follows from the network's work and the
-        precision alone and never from the clock, so that a run that is resumed computes as the one before it did. On a
-        CPU: from 4 (8 in bf16) down to 1, as many as 36·10⁹ multiply-adds are enough for, so that a batch takes
-        seconds and not minutes whatever the network, and little work is ever in hand. On a GPU: from 512 down to 32, as
-        many as 10¹² are enough for; half of that, again and again, where the memory is not enough.
+        Images in one forward pass. Shorter batches are padded to this size, so that an embedding is computed by the
+        same instructions for any batch. The default depends only on the network's multiply-adds and the precision,
+        never on timings, so that a resumed run computes the same values. On a CPU: the largest number from 4 (8 in
+        bf16) down to 1 that needs at most 36·10⁹ multiply-adds, so that a batch takes seconds for any network and
+        little work is lost on an interrupt. On a GPU: the largest power of two from 512 down to 32 that needs at most
+        10¹² multiply-adds; it is halved repeatedly if the memory does not suffice.
     kind : {"auto", "torch", "openvino"}
-        What computes on a CPU. ``auto``: OpenVINO if it is installed and the network and precision suit it. They
-        agree to the rounding of the precision, as devices do.
+        Inference backend on a CPU. ``auto``: OpenVINO if it is installed and supports the network and precision. The
+        embeddings of the two agree up to rounding in the precision, like those of different devices.
     images : int, optional
-        How many are going to come, of which follows how much making ready is worth it; few if not given.
+        Expected number of images, which decides how much optimization pays off; few by default.
 
     Attributes
     ----------
     multiply_adds : int or None
-        Of one image, as far as they were counted: where ``batch`` was not given. Convolutions, matrix products and
-        attention count; other operations of a network of your own count nothing, so that one made of nothing else
-        runs in the largest batches.
+        Multiply-adds for one image; counted only if ``batch`` is not given. Convolutions, matrix products and attention
+        are counted; other operations count as 0, so that a custom network without any of these runs in the largest
+        batches.
     name : str
-        Name of what computes.
+        Name of the inference backend.
     transform : callable
-        What comes before :meth:`collate`, an image's own geometry; for a GPU, as little of it as the cores must do.
-    unhurried : callable
-        The same, by a core that would wait for the GPU otherwise.
+        Geometric part of the transform for one image, before :meth:`collate`. For a GPU, only the part that the CPU
+        must do.
+    fallback_transform : callable
+        The whole geometric part; used by workers that would otherwise wait for the GPU.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Engine:
         self.dtype = PRECISION_DTYPES[precision]
         self._has_cuda_runner = device.type == "cuda" and isinstance(backbone.transform, ImageTransform)
         self.transform, self.fallback_transform = make_worker_transforms(backbone.transform, device)
-        network = copy.deepcopy(backbone.network)  # the backbone stays as it is, for another precision or device
+        network = copy.deepcopy(backbone.network)  # keeps the caller's backbone usable for another precision or device
         network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = replace(backbone, network=network)
         if device.type == "cpu":
@@ -99,11 +100,11 @@ class Engine:
         self._runner = self._make_runner(backbone, batch_size, kind, images or 0)
 
     def is_optimized_for(self, images: int) -> bool:
-        """Whether an engine for so many images would be made ready in the same way."""
+        """Whether an engine for this number of images would use the same optimizations."""
         return _choose_optimization_level(images) <= self._optimization_level
 
     def _make_runner(self, fp32_backbone: Backbone, batch: int, kind: str, images: int) -> Runner:
-        """The fastest that suits; what cannot be made ready is called as it is."""
+        """Make the fastest runner that supports the network; eager execution if it cannot be optimized."""
         if self._has_cuda_runner:
             from featpipe.inference.cuda import CudaRunner
 
@@ -129,12 +130,12 @@ class Engine:
 
     @property
     def workers(self) -> int:
-        """How many threads keep this device busy: one for each core, that decodes and, on a CPU, embeds."""
+        """Number of worker threads: one per core; each decodes and, on a CPU, embeds."""
         return available_cores()
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """To be held by the thread that starts the callers of :meth:`embed`; puts torch's thread count back."""
+        """Context for the thread that starts the callers of :meth:`embed`; restores torch's thread count on exit."""
         thread_count = torch.get_num_threads()
         try:
             yield
@@ -142,30 +143,30 @@ class Engine:
             torch.set_num_threads(thread_count)
 
     def enter_stream(self, workers: int) -> None:
-        """To be called once by each of some worker threads: it then computes on its own share of the cores."""
+        """Called once by each worker thread, which then computes on its own share of the cores."""
         torch.set_num_threads(max(1, available_cores() // workers))
         self._runner.enter_stream(workers)
 
     def collate(self, pictures: Sequence[PreparedImage]) -> ImageBatch:
-        """Some images together, as :meth:`submit` takes them: one tensor, channels last in memory.
+        """Collate images to the input of :meth:`submit`: one tensor, channels last in memory.
 
-        For a GPU they stay by themselves, where each was put for it to copy from.
+        For a GPU the images stay separate, each in the pinned memory from which the GPU copies it.
 
         Parameters
         ----------
         pictures : sequence of Tensor of shape (3, h, w), or for a GPU UnresizedImage
-            As ``transform`` gives them.
+            Results of ``transform``.
         """
         if self._has_cuda_runner:
             return list(pictures)
         return self.backbone.transform.collate(cast(Sequence[Tensor], pictures))
 
     def embed(self, images: ImageBatch) -> Embeddings:
-        """The embeddings of some images.
+        """Embed a batch of images.
 
         Parameters
         ----------
-        images : Tensor of shape (b, 3, h, w), or what :meth:`collate` gives
+        images : Tensor of shape (b, 3, h, w), or a result of :meth:`collate`
 
         Returns
         -------
@@ -174,15 +175,15 @@ class Engine:
         return self.submit(images)()
 
     def submit(self, images: ImageBatch) -> Callable[[], Embeddings]:
-        """Begin to embed some images; what is returned waits for the embeddings.
+        """Start to embed a batch of images; calling the result waits for the embeddings and returns them.
 
-        On a GPU the next images are copied and begun meanwhile.
+        On a GPU the next batch can be copied and started in the meantime.
         """
-        return self._runner.submit(images)  # type: ignore[arg-type]  # each by itself for a GPU alone
+        return self._runner.submit(images)  # type: ignore[arg-type]  # separate images only for a GPU
 
 
 def _choose_optimization_level(images: int) -> int:
-    """How much is done to be fast for so many images."""
+    """Optimization level for this number of images: 0 eager, 1 fused, 2 OpenVINO."""
     return (images >= MIN_IMAGES_TO_FUSE) + (images >= MIN_IMAGES_FOR_OPENVINO)
 
 

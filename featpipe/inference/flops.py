@@ -1,4 +1,4 @@
-"""How much work an image is, and how many images a batch of it is to have."""
+"""Count the multiply-adds of a network, and derive the batch size from them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from featpipe.backbones import Backbone, example_batch
 
 __all__ = ["count_multiply_adds", "default_batch_size"]
 
-CPU_BATCH_BYTES = 16  # of one number of each image: 4 images in fp32, 8 in bf16, whose maps a core has near at hand
-CPU_BATCH_MULTIPLY_ADDS = 36e9  # some three seconds at 10 GMAC/s, what one slow core does in fp32
-GPU_BATCH_RANGE = (32, 512)  # least and most
-GPU_BATCH_MULTIPLY_ADDS = 1e12  # some milliseconds of a large GPU, so that starting its kernels costs nothing
+CPU_BATCH_BYTES = 16  # of one value per image: 4 images in fp32, 8 in bf16, whose feature maps stay in a core's cache
+CPU_BATCH_MULTIPLY_ADDS = 36e9  # about three seconds at 10 GMAC/s, the speed of a slow core in fp32
+GPU_BATCH_RANGE = (32, 512)  # minimum and maximum
+GPU_BATCH_MULTIPLY_ADDS = 1e12  # a few milliseconds of a large GPU, so that kernel launches are negligible
 
 
 def default_batch_size(device: torch.device, image_multiply_adds: int | None, dtype: torch.dtype) -> int:
-    """Images in one forward pass; it follows from the kind of device, network and precision, never from the clock.
+    """Number of images in one forward pass; depends on device type, network and precision, never on timings.
 
     Parameters
     ----------
     device : torch.device
     image_multiply_adds : int or None
-        Multiply-adds of one image, where they could be counted.
+        Multiply-adds for one image; None if unknown.
     dtype : torch.dtype
-        Of what is computed.
+        Dtype of weights and activations.
     """
     if device.type == "cpu":
         max_batch = CPU_BATCH_BYTES // dtype.itemsize
@@ -46,17 +46,17 @@ def default_batch_size(device: torch.device, image_multiply_adds: int | None, dt
 
 @torch.no_grad()
 def count_multiply_adds(backbone: Backbone) -> int | None:
-    """The work of one image, counted without doing it; None where that cannot be told.
+    """Count the multiply-adds for one image; None if they cannot be counted.
 
-    The network is run with tensors that have a shape and no values. A network that cannot do without values, because
-    it makes tensors of its own or decides by them, is run once in earnest.
+    The network runs on meta tensors, which have shapes but no values. A network that needs values, because it creates
+    tensors or branches on values, runs once on real tensors.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second, which a rerun has no use for
+    from torch.utils.flop_counter import FlopCounterMode  # lazy: the import takes 0.1 s, and a rerun does not need it
 
     reference = next((p for p in backbone.network.parameters() if p.is_floating_point()), torch.zeros(()))
     image = example_batch(backbone.transform, 1, reference.dtype, reference.device)
     for with_values in (False, True):
-        # A user's own network may raise anything.
+        # A custom network may raise anything.
         with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
             if with_values:
                 backbone.embed(image)
@@ -67,7 +67,7 @@ def count_multiply_adds(backbone: Backbone) -> int | None:
 
 
 def _copy_to_meta(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a network whose weights have only their shapes; a copy, for what it may keep from a forward pass."""
+    """Copy a network with its weights on the meta device; a forward pass may change the state of the network."""
     memo: dict[int, Any] = {id(value): torch.nn.Parameter(value.to("meta"), False) for value in network.parameters()}
     memo |= {id(value): value.to("meta") for value in network.buffers()}
     return copy.deepcopy(network, memo)

@@ -1,8 +1,8 @@
-"""A graph's convolutions with what follows them, as one operation each, on a CPU.
+"""Fuse each convolution of a graph with the operations after it, on a CPU.
 
-A convolution, the batch norm after it, a sum with a shortcut and an activation are computed by one call of oneDNN, on
-weights that were brought into its own order once. This saves most passes over the activations, and the reordering.
-The operators are those that torch's own compiler emits for a CPU; they are called here without compiling anything.
+A convolution, the following batch norm, the sum with a shortcut and the activation become a single call of oneDNN, on
+weights that are reordered once into oneDNN's layout. This saves most passes over the activations and the repeated
+reordering. The operators are those that torch's compiler emits for a CPU; they are called here without compilation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["fuse_convolutions"]
 
 aten = torch.ops.aten
 
-# activation → its name in oneDNN's operators, and how many of its arguments are numbers that go along
+# activation → its name in oneDNN's operators, and the number of its scalar arguments
 ONEDNN_ACTIVATIONS: Mapping[Any, tuple[str, int]] = {
     aten.relu.default: ("relu", 0),
     aten.relu_.default: ("relu", 0),
@@ -32,14 +32,14 @@ ONEDNN_ACTIVATIONS: Mapping[Any, tuple[str, int]] = {
     aten.sigmoid.default: ("sigmoid", 0),
     aten.sigmoid_.default: ("sigmoid", 0),
 }
-HARDTANH_DEFAULTS = (-1.0, 1.0)  # its defaults
+HARDTANH_DEFAULTS = (-1.0, 1.0)  # torch's defaults
 ADD_OPERATORS = (aten.add.Tensor, aten.add_.Tensor)
 DROPOUT_OPERATORS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
 
 
 @dataclass
 class _FusionChain:
-    """A convolution and the nodes that it takes in."""
+    """A convolution and the nodes that are fused into it."""
 
     convolution: fx.Node
     norm: fx.Node | None = None
@@ -53,7 +53,7 @@ class _FusionChain:
 
     @property
     def shortcut(self) -> fx.Node:
-        """The other summand."""
+        """The other operand of the sum."""
         assert self.sum is not None
         previous = self.nodes[self.nodes.index(self.sum) - 1]
         return next(node for node in self.sum.args[:2] if node is not previous)  # type: ignore[return-value]
@@ -62,14 +62,14 @@ class _FusionChain:
 def fuse_convolutions(
     program: torch.export.ExportedProgram, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> fx.GraphModule:
-    """The graph with fused convolutions.
+    """Fuse the convolutions of an exported graph.
 
     Parameters
     ----------
     program : ExportedProgram
-        Of :func:`featpipe.inference.optimize.export_graph`, of the network in ``dtype``.
+        Result of :func:`featpipe.inference.optimize.export_graph` for the network in ``dtype``.
     weights : mapping
-        Name → parameter or statistic of the network in float32: batch norms are folded before anything is rounded.
+        Name → parameter or buffer of the network in float32: batch norms are folded before rounding to ``dtype``.
     dtype : torch.dtype
 
     Returns
@@ -80,13 +80,13 @@ def fuse_convolutions(
     Raises
     ------
     Exception
-        Whatever this build of torch raises where it lacks the operators.
+        Any exception that a build of torch without the operators raises.
     """
     module = program.module()
     graph = module.graph
     _remove_nodes_after_outputs(graph)
     for node in list(graph.nodes):
-        if node.op == "call_module" and not node.users:  # checks of the shape of what goes in
+        if node.op == "call_module" and not node.users:  # checks of the input's shape
             graph.erase_node(node)
         elif node.target in DROPOUT_OPERATORS and not node.args[2]:
             node.replace_all_uses_with(node.args[0])
@@ -104,7 +104,7 @@ def fuse_convolutions(
 
 
 def _remove_nodes_after_outputs(graph: fx.Graph) -> None:
-    """Leave out what the network does after its last output; outputs lie in memory of their own."""
+    """Remove the nodes after the last output; outputs do not share memory with later nodes."""
     *nodes, output_node = graph.nodes
     while nodes and output_node not in nodes[-1].users:
         graph.erase_node(nodes.pop())
@@ -116,13 +116,13 @@ def _is_replaceable(convolution: fx.Node) -> bool:
 
 
 def _is_overwritten(value: fx.Node) -> bool:
-    """Whether a later operation works in place on a value, so that it has to be read before."""
+    """Whether a later operation modifies a value in place, so that the value must be read before it."""
     schemas = ((user, getattr(user.target, "_schema", None)) for user in value.users)
     return any(schema is not None and schema.is_mutable and user.args[0] is value for user, schema in schemas)
 
 
 def _match_chain(convolution: fx.Node) -> _FusionChain:
-    """As much of norm, sum and activation as follows, where nobody else uses what is in between."""
+    """Match the norm, sum and activation after a convolution, as long as each has only one user."""
     chain = _FusionChain(convolution, nodes=[convolution])
     for kind, is_match in _CHAIN_MATCHERS:
         users = list(chain.last.users)
@@ -138,7 +138,7 @@ def _is_norm(node: fx.Node, previous: fx.Node) -> bool:
 
 
 def _is_sum(node: fx.Node, previous: fx.Node) -> bool:
-    """A sum of two maps of one shape. In place, only into the convolution's own result."""
+    """Whether a node adds two maps of the same shape; an in-place sum must write to the convolution's result."""
     if node.target not in ADD_OPERATORS or node.kwargs or len(node.args) != 2 or node.args[0] is node.args[1]:
         return False
     if node.target is aten.add_.Tensor and node.args[0] is not previous:
@@ -163,7 +163,7 @@ _CHAIN_MATCHERS: tuple[tuple[str, Callable[[fx.Node, fx.Node], bool]], ...] = (
 def _replace_chain(
     module: fx.GraphModule, chain: _FusionChain, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Put one call in place of a chain."""
+    """Replace a chain with a single call."""
     images, _, _, stride, padding, dilation, groups = _conv_arguments(chain.convolution)
     weight, bias = (None if value is None else value.to(dtype) for value in _fold_batch_norm(module, chain, weights))
     assert weight is not None
@@ -194,7 +194,7 @@ def _replace_chain(
 
 
 def _is_padded_depthwise(convolution: fx.Node) -> bool:
-    """Whether a convolution of each channel by itself is the only one to see its maps padded."""
+    """Whether a node is a depthwise convolution and the only user of a padding."""
     images, weight, _, _, padding, dilation, _ = _conv_arguments(convolution)
     is_padded = images.target is _pad_with_zeros and len(images.users) == 1 and min(images.args[1]) >= 0
     is_depthwise = weight.meta["val"].shape[1] == 1
@@ -202,10 +202,11 @@ def _is_padded_depthwise(convolution: fx.Node) -> bool:
 
 
 def _fold_padding(pad_node: fx.Node, weight: Tensor) -> tuple[fx.Node, Tensor, list[int]]:
-    """The maps before they were padded, and a kernel with a padding of its own, the same on both sides.
+    """Fold a padding into the convolution: return the unpadded maps, the kernel and its symmetric padding.
 
-    Where the sides differ, as in networks that pad like TensorFlow, the kernel gets zeros on the side of less padding:
-    the same sums to the bit, for a few multiplications more. Copying the maps takes as long as convolving them.
+    If the padding is asymmetric, as in networks that pad like TensorFlow, the kernel is extended with zeros on the side
+    of less padding. The sums stay bit-identical, for a few more multiplications. Padding the maps explicitly takes as
+    long as the convolution.
     """
     unpadded: Any = pad_node.args[0]
     left, right, top, bottom = (int(size) for size in pad_node.args[1])  # type: ignore[union-attr,arg-type]
@@ -214,7 +215,7 @@ def _fold_padding(pad_node: fx.Node, weight: Tensor) -> tuple[fx.Node, Tensor, l
 
 
 def _conv_arguments(node: fx.Node) -> tuple[Any, ...]:
-    """All seven of conv2d, with its defaults."""
+    """All seven arguments of conv2d, with its defaults."""
     defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     arguments = dict(zip(names, defaults, strict=True)) | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -224,7 +225,7 @@ def _conv_arguments(node: fx.Node) -> tuple[Any, ...]:
 def _fold_batch_norm(
     module: fx.GraphModule, chain: _FusionChain, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """The convolution's weight and bias, times the scale of the norm and with its shift; worked out in float64."""
+    """Fold the batch norm into the convolution's weight and bias; computed in float64."""
 
     def load_value(node: Any, default: float) -> Any:
         if node is None:
@@ -259,14 +260,14 @@ def _activation_arguments(chain: _FusionChain) -> tuple[str | None, list[float]]
 
 
 def _is_zero_padding(node: fx.Node) -> bool:
-    """Whether a padding adds zeros around the two last axes of a batch of maps."""
+    """Whether a node pads the last two axes of a batch of maps with zeros."""
     arguments: dict[str, Any] = dict(zip(("images", "sizes", "mode", "value"), node.args, strict=False))
     is_map = arguments["images"].meta["val"].ndim == 4 and len(arguments["sizes"]) == 4
     return is_map and arguments.get("mode", "constant") == "constant" and not arguments.get("value")
 
 
 def _pad_with_zeros(images: Tensor, sizes: list[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    """As torch pads, but writing each number once: torch fills all of the result before it copies."""
+    """Pad like torch, but write each value once: torch fills the whole result before it copies."""
     if min(sizes) < 0 or not images.is_contiguous(memory_format=torch.channels_last):
         return pad(images, sizes)
     left, right, top, bottom = sizes

@@ -1,4 +1,4 @@
-"""Bytes → transformed batches with their row numbers, in parallel. Handles are opened where they are used."""
+"""Read, decode and transform samples to batches with row numbers, in parallel worker threads."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ __all__ = [
     "run_in_threads",
 ]
 
-MAX_ROWS_PER_IMAGE = 64  # times as many rows as a batch has images: so many are let out with fewer
-MAX_MICRO_BATCH = 32  # images, at most, that a worker hands on at a time where others embed them
+MAX_ROWS_PER_IMAGE = 64  # per image of a full batch; a batch with this many rows is yielded even if it has fewer images
+MAX_MICRO_BATCH = 32  # maximum number of images that a worker passes on at a time if another thread embeds them
 
 R = TypeVar("R")
 Embeddings = dict[str, NDArray[np.float32]]
 
-Sample = Any  # encoded bytes, or an item as the transform takes it
+Sample = Any  # encoded bytes, or an item for the transform
 ReadRow = tuple[int, Sample | SampleError]
 
 STOP_TIMEOUT_SECONDS = 10.0
-MAX_READ_AHEAD_BYTES = 32 << 20  # of encoded images that one thread has read and not decoded yet
+MAX_READ_AHEAD_BYTES = 32 << 20  # encoded images that one thread has read but not decoded
 
 
 class PrepareItem(Protocol):
-    """The transform's part for one item at a time: an item → what the engine collates."""
+    """The per-item part of the transform: an item → an input of the engine's ``collate``."""
 
     def __call__(self, item: Any, /) -> PreparedImage: ...
 
@@ -62,7 +62,7 @@ class RowReader(Protocol):
 
 
 class SampleSource(Protocol):
-    """What a loader reads from: an index of archives, or a list of samples in memory."""
+    """Interface of a loader's source: an index of archives, or a list of samples in memory."""
 
     @property
     def modality(self) -> str: ...
@@ -72,7 +72,7 @@ class SampleSource(Protocol):
 
 
 class EmbeddingEngine(Protocol):
-    """What a loader feeds: an engine."""
+    """Interface of the engine that embeds a loader's batches."""
 
     @property
     def device(self) -> torch.device: ...
@@ -125,7 +125,7 @@ class SampleList:
 
 @dataclass
 class StageSeconds:
-    """Where the time of one batch went."""
+    """Time spent on one batch, by stage."""
 
     reading: float = 0.0
     decoding: float = 0.0
@@ -134,20 +134,21 @@ class StageSeconds:
 
 @dataclass
 class DecodedBatch:
-    """Some rows of an index, read.
+    """A batch of rows of an index, with the images that need to be embedded.
 
     Attributes
     ----------
     rows : list of int
         All rows that were read for this batch, in the order of the index.
     digests : list of bytes
-        SHA-256 of each row's bytes; empty where they could not be had.
+        SHA-256 of each row's bytes; empty if they could not be read.
     status : list of Status
-        ``OK`` also for a row that needs no image, because its embedding is known already.
+        ``OK`` also for a row without an image because its embedding exists already.
     images : Tensor of shape (b, 3, h, w), or list of images, or None
-        The images of the rows at ``positions``, as the engine takes them.
+        The images of the rows at ``positions``, as input for the engine.
     positions : list of int
         Positions in ``rows``, one for each image.
+    seconds : StageSeconds
     """
 
     rows: list[int] = field(default_factory=list)
@@ -158,7 +159,7 @@ class DecodedBatch:
     seconds: StageSeconds = field(default_factory=StageSeconds)
 
     def extend(self, other: DecodedBatch) -> None:
-        """Add another batch's rows to this one's, and its seconds; whatever it has in ``images`` stays there."""
+        """Append the rows and times of another batch; its ``images`` are not moved."""
         self.positions.extend(len(self.rows) + position for position in other.positions)
         self.rows.extend(other.rows)
         self.digests.extend(other.digests)
@@ -168,7 +169,7 @@ class DecodedBatch:
 
 
 class Loader:
-    """Reads, decodes and transforms the rows of an index; its batches may be taken by several threads.
+    """Reads, decodes and transforms the rows of an index; several threads may iterate over its batches.
 
     Parameters
     ----------
@@ -176,14 +177,13 @@ class Loader:
     rows : ndarray of shape (m,), int64
         The rows to read, ascending.
     transform : callable
-        uint8 (3, H, W) → (3, h, w), of any type; or whatever ``collect`` takes.
+        uint8 (3, H, W) → (3, h, w) of any dtype, or any other input of ``collate``.
     batch : int
-        Images in a batch; the last ones have fewer.
+        Images in a batch; the last batch of each thread has fewer.
     has_embedding : callable
-        Told the digest of a row's bytes, says whether its embedding is there already or under way; if so the row is
-        not decoded.
+        Digest of a row's bytes → whether its embedding exists or is being computed; if so the row is not decoded.
     collate : callable
-        Makes one thing, for an engine, of a batch's images.
+        List of transformed images → input for the engine.
     """
 
     def __init__(
@@ -209,21 +209,22 @@ class Loader:
         self.reader.__exit__(None, None, None)
 
     def batches(self) -> Iterator[DecodedBatch]:
-        """Batches until the rows are used up; each thread runs a generator of its own over the shared rows."""
+        """Yield batches until all rows are read; each thread runs its own generator over the shared rows."""
         for batch in self.micro_batches(self.batch):
             if batch.images is not None:
                 batch.images = self.collate(list(batch.images))
             yield batch
 
     def micro_batches(self, size: int, fallback_transform: PrepareItem | None = None) -> Iterator[DecodedBatch]:
-        """The same in batches of another size, whose images are a list and not collected.
+        """Yield batches of another size, with lists of images that are not collated.
 
         Parameters
         ----------
         size : int
+            Images in a micro-batch.
         fallback_transform : callable, optional
-            Takes the place of ``transform`` for the batch after one that its taker was late for, by more than half of
-            the time that it took.
+            Replaces ``transform`` for the next batch if the consumer took longer than half of a batch's loading time
+            before it requested that batch.
         """
         transform = self.transform
         while True:
@@ -238,7 +239,7 @@ class Loader:
                         pictures.append(picture)
                 if (
                     len(batch.rows) == rows_before or len(batch.rows) >= MAX_ROWS_PER_IMAGE * size
-                ):  # the end; or nearly all are known
+                ):  # end of rows, or nearly all embeddings exist
                     break
             if not batch.rows:
                 return
@@ -249,7 +250,7 @@ class Loader:
             transform = fallback_transform if is_consumer_late and fallback_transform is not None else self.transform
 
     def _next_rows(self, count: int, seconds: StageSeconds) -> Iterator[ReadRow]:
-        """The next rows with their bytes. What can only be read front to back is read in turn, not too much at once."""
+        """Return the next rows with their bytes. A sequential source is read under the lock, in bounded chunks."""
         with self._rows_lock:
             if self._sequential:
                 return iter(self._read_ahead(count, seconds))
@@ -279,7 +280,7 @@ class Loader:
     def _add_row(
         self, batch: DecodedBatch, row: int, data: Sample | SampleError, transform: PrepareItem
     ) -> PreparedImage | None:
-        """Add the row to the batch; the image, if there is one to embed."""
+        """Add a row to the batch and return its image, if it must be embedded."""
         started = perf_counter()
         batch.rows.append(row)
         batch.digests.append(b"")
@@ -309,11 +310,11 @@ EmbeddedBatch = tuple[DecodedBatch, Embeddings]
 def run_in_threads(
     make_generator: Callable[[], Iterator[R]], threads: int, prefetch: int = 4
 ) -> Generator[R, None, None]:
-    """Run the same generator in several threads and yield what they all yield, as it comes.
+    """Run the same generator in several threads and yield all their items in order of arrival.
 
-    A failure in one thread stops the others and is raised here; closing this generator (an interrupt, an error of the
-    consumer) stops them within one item. Who hangs, in a network's file system that does not answer, is not waited for
-    for ever: what was yielded is to be kept.
+    An exception in one thread stops the others and is raised here. Closing this generator (after an interrupt or an
+    error of the consumer) stops the threads within one item. A thread that hangs, for example on a network file system
+    that does not respond, is abandoned after `STOP_TIMEOUT_SECONDS`, so that the consumer can save its results.
 
     Parameters
     ----------
@@ -322,7 +323,7 @@ def run_in_threads(
     threads : int
         At least 1.
     prefetch : int
-        Items that each thread may be ahead of the consumer.
+        Number of items that each thread may be ahead of the consumer.
     """
     results: queue.Queue[R | BaseException | None] = queue.Queue(threads * prefetch)
     stop = threading.Event()
@@ -342,7 +343,7 @@ def run_in_threads(
                 if stop.is_set():
                     return
             put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # passed to the consumer, which raises it
             put(error)
 
     workers = [threading.Thread(target=produce, name=f"featpipe-{i}", daemon=True) for i in range(threads)]
@@ -366,17 +367,18 @@ def run_in_threads(
 
 
 def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Generator[EmbeddedBatch, None, None]:
-    """The batches of a loader with their embeddings, in no particular order.
+    """Yield the batches of a loader with their embeddings, in no particular order.
 
-    On a CPU each worker embeds what it decoded; for a GPU the workers decode, and the caller's thread has it embed one
-    batch while the next is on its way. A worker that has to wait for the GPU takes work off it (``engine.fallback_transform``).
+    On a CPU each worker embeds the images that it decoded. For a GPU the workers decode, and the caller's thread
+    submits one batch to the GPU while the next is being loaded. A worker that would have to wait for the GPU does the
+    whole transform on the CPU (``engine.fallback_transform``).
 
     Notes
     -----
-    For a GPU the workers together have at most one of its batches in their hands, in pieces (see :func:`micro_batch_size`).
-    As many images may wait in the queue, and the caller's thread joins pieces to one batch: so at most three batches
-    of images and a piece are in memory, however many cores there are, and up to two batches more are being copied. Of
-    those that are yet to be resized, which may be large, the engine limits the bytes.
+    For a GPU the workers together hold at most one batch, as micro-batches (see :func:`micro_batch_size`). The queue
+    holds at most as many images, and the caller's thread merges micro-batches to one batch. So at most three batches of
+    images and one micro-batch are in memory for any number of cores, plus up to two batches that are being copied. The
+    engine limits the total bytes of unresized images, which may be large.
     """
     if engine.device.type == "cpu":
         return run_in_threads(
@@ -392,10 +394,10 @@ def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Gene
 
 
 def micro_batch_size(engine: EmbeddingEngine, workers: int) -> int:
-    """Images that each of some workers decodes before it hands them on.
+    """Number of images that each worker decodes before it passes them on.
 
-    On a CPU a batch. Else a power of two, as batches are unless they were asked for otherwise: at most 32, and so few
-    that all workers together have one batch in their hands, or one image each.
+    On a CPU this is the batch size. Otherwise it is a power of two, like the default batch sizes, of at most 32, such
+    that all workers together hold at most one batch or one image each.
     """
     if engine.device.type == "cpu":
         return engine.batch
@@ -422,7 +424,7 @@ def _embed_sequentially(
 def _merge_micro_batches(
     micro_batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine
 ) -> Generator[DecodedBatch, None, None]:
-    """Pieces as batches of the engine's size, which it may halve meanwhile; no piece is taken apart."""
+    """Merge micro-batches to batches of the engine's size, which the engine may halve; micro-batches are not split."""
     batch, pictures = DecodedBatch(), list[PreparedImage]()
 
     def pop_batch() -> DecodedBatch:
@@ -448,7 +450,7 @@ def _merge_micro_batches(
 def _embed_overlapped(
     batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine, prefetch: int = 1
 ) -> Generator[EmbeddedBatch, None, None]:
-    """In order, with so many batches begun after the one that is waited for."""
+    """Embed batches in order; up to ``prefetch`` batches are submitted ahead of the one that is waited for."""
     pending: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
 
     def pop_embedded() -> EmbeddedBatch:
@@ -473,7 +475,7 @@ def _embed_overlapped(
 def embed_sample_list(
     images: SampleList, engine: EmbeddingEngine, output: str
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """The embeddings of images at hand, in the order given.
+    """Embed a list of samples, in the order given.
 
     Returns
     -------

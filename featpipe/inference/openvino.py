@@ -1,4 +1,4 @@
-"""A graph run by OpenVINO, the fastest there is on most CPUs."""
+"""Run a graph with OpenVINO, the fastest backend on most CPUs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["OpenVinoRunner"]
 
 
 class OpenVinoRunner:
-    """Each calling thread has a request of its own, computed on a stream of its own.
+    """Runs a graph with OpenVINO; each calling thread has its own inference request and stream.
 
     Parameters
     ----------
     program : ExportedProgram
-        Of :func:`featpipe.inference.optimize.export_graph`, in float32.
+        Result of :func:`featpipe.inference.optimize.export_graph`, in float32.
     backbone : Backbone
-        Whose graph it is: its transform and the names of its outputs.
+        Backbone of the graph; provides the transform and the names of the outputs.
     batch : int
-        Images that the graph holds for.
+        The fixed batch size of the graph.
     precision : {"f32", "bf16"}
     """
 
@@ -44,7 +44,7 @@ class OpenVinoRunner:
         self._compiled_models: dict[int, Any] = {}
         self._thread_local = threading.local()
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the converter, about torch's future
+            warnings.simplefilter("ignore")  # deprecation warnings of the converter
             self._model = openvino.convert_model(program)
 
     def enter_stream(self, streams: int) -> None:
@@ -63,7 +63,7 @@ class OpenVinoRunner:
         return lambda: embeddings
 
     def _compile(self, streams: int) -> Any:
-        """The network for so many threads at once, on all cores together."""
+        """Compile the network for this number of parallel streams, on all cores together."""
         with self._compile_lock:
             if streams not in self._compiled_models:
                 settings = {
@@ -78,9 +78,9 @@ class OpenVinoRunner:
 
 @cache
 def _get_core() -> openvino.Core:
-    """The one of this process, which is never given up.
+    """The OpenVINO core of this process; it is never destroyed.
 
-    A core sets the stack on which its thread hears signals, and takes that stack back when it goes, also where another
-    thread or a later core still relies on it: the next Ctrl-C would be a segmentation fault.
+    A core installs an alternate signal stack in its thread and frees that stack when it is destroyed, even if another
+    thread or a later core still uses it. The next Ctrl-C would then be a segmentation fault.
     """
     return openvino.Core()

@@ -1,7 +1,7 @@
-"""From a network to something faster that gives the same answers, or the reason why not.
+"""Optimize a network for CPU inference: fused convolutions or OpenVINO.
 
-Whatever is made here is compared with the network itself before it is used; where it cannot be made, or answers
-otherwise, the network is called as it is.
+Every optimized network is compared with the original before it is used. If the optimization fails or the embeddings
+differ, the original network is used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 MAX_RELATIVE_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
-"""From the network's own answers, relative to their length. A wrong graph is wrong by about 1; sums in another order
-cost half precision up to a tenth, on made-up images."""
+"""Maximum distance to the network's embeddings, relative to their norm. A wrong graph has an error of about 1; another
+summation order changes half-precision embeddings of synthetic images by up to 0.1."""
 
 OPENVINO_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -53,18 +53,18 @@ class FusedRunner(EagerRunner):
 
 
 def make_fused_runner(fp32_backbone: Backbone, eager: EagerRunner) -> FusedRunner | None:
-    """The network with its convolutions fused; None where that cannot be done.
+    """Make a runner with fused convolutions; None if fusion fails or changes the embeddings.
 
     Parameters
     ----------
     fp32_backbone : Backbone
         In float32.
     eager : EagerRunner
-        The same in the wanted precision.
+        Runner of the same backbone in the target precision.
     """
     if eager.dtype == torch.float16 or not torch.backends.mkldnn.is_available():
         return None
-    # A user's own network may stop the exporter with anything, and the operators are torch's private ones.
+    # A custom network may raise anything in the exporter, and the operators are private to torch.
     with contextlib.suppress(Exception):
         from featpipe.inference.fusion import fuse_convolutions
 
@@ -84,12 +84,12 @@ def has_openvino() -> bool:
 def make_openvino_runner(
     fp32_backbone: Backbone, precision: str, eager: EagerRunner, *, required: bool
 ) -> Runner | None:
-    """The network in OpenVINO; None where that cannot be done and was not asked for.
+    """Make a runner with OpenVINO; None if that fails and is not required.
 
     Raises
     ------
     ConfigError
-        If it was asked for and cannot be done.
+        If it fails and ``required`` is true.
     """
     try:
         if precision not in OPENVINO_PRECISIONS:
@@ -104,7 +104,7 @@ def make_openvino_runner(
         if not _matches_eager(runner, eager):
             raise ConfigError("OpenVINO's answers are not those of the network")
         return runner
-    except Exception as error:  # an exporter and a converter, on anybody's network
+    except Exception as error:  # exporter and converter may raise anything for a custom network
         if not required:
             return None
         if isinstance(error, ConfigError):
@@ -116,7 +116,7 @@ def make_openvino_runner(
 
 
 def _matches_eager(runner: Runner, eager: EagerRunner) -> bool:
-    """Whether two engines give the same embeddings of made-up images, to what their precision rounds to."""
+    """Whether two runners give the same embeddings of synthetic images, within the rounding of the precision."""
     transform = eager.backbone.transform
     items = get_modality(transform.modality).make_probes()[:2]
     images = transform.collate([transform.prepare(item) for item in items])
@@ -130,7 +130,7 @@ def _matches_eager(runner: Runner, eager: EagerRunner) -> bool:
 
 
 class _TupleOutputs(nn.Module):
-    """The backbone with its outputs as a plain tuple."""
+    """A module that returns the outputs of a backbone as a tuple."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -142,28 +142,28 @@ class _TupleOutputs(nn.Module):
 
 
 def export_graph(backbone: Backbone, batch: int) -> torch.export.ExportedProgram:
-    """Follow one forward pass, without values.
+    """Export the graph of one forward pass.
 
     Parameters
     ----------
     backbone : Backbone
-        On a CPU. It is copied: a network may keep something of the pass.
+        On a CPU. It is copied, because a forward pass may change the state of the network.
     batch : int
-        Images, for ever: the graph holds for no other number.
+        The fixed batch size of the graph.
 
     Raises
     ------
     Exception
-        Whatever the exporter raises for a network that decides by values, computes outside of torch, or uses what it
-        does not know. Such a network can only be called.
+        Any exception of the exporter for a network with data-dependent control flow, computation outside of torch or
+        unsupported operations. Such a network can only run eagerly.
 
     Notes
     -----
-    The outputs' order is that of ``backbone.outputs``.
+    The outputs are in the order of ``backbone.outputs``.
     """
     backbone_copy = replace(backbone, network=copy.deepcopy(backbone.network))
     reference = next((p for p in backbone_copy.network.parameters() if p.is_floating_point()), torch.zeros(()))
     images = to_network_input(example_batch(backbone.transform, batch, reference.dtype), reference.dtype)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about its own future
+        warnings.simplefilter("ignore")  # deprecation warnings of the exporter
         return torch.export.export(_TupleOutputs(backbone_copy).eval(), (images,), strict=False)

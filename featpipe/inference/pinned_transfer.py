@@ -1,7 +1,7 @@
-"""What worker threads do with an image: all of its geometry, or for a GPU as little of it as is worth their time.
+"""The per-image transform of worker threads: resizing on the CPU, or transfer to a GPU that resizes.
 
-A GPU resizes to the same bits (:mod:`featpipe.backbones.resize.matmul`), so that whoever has the time may do it: nothing but
-speed and memory depends on the choice.
+Resizing on a GPU is bit-identical (:mod:`featpipe.backbones.resize.matmul`), so the choice between CPU and GPU affects
+only speed and memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,21 @@ from featpipe.inference.devices import allow_tf32
 
 __all__ = ["PinnedTransfer", "make_worker_transforms"]
 
-MAX_UNRESIZED_PIXELS = 2_000_000  # at most, of an image that is left so; decoding a larger one is what takes the time
-MAX_PENDING_BYTES = 2**31  # of images that wait unresized, in pinned memory; some 4,000 photographs of 500 × 375
+MAX_UNRESIZED_PIXELS = 2_000_000  # maximum size of an image that the GPU resizes; for larger ones decoding dominates
+MAX_PENDING_BYTES = 2**31  # of unresized images in pinned memory; about 4,000 images of 500 × 375 pixels
 
 
 def make_worker_transforms(
     transform: SampleTransform, device: torch.device
 ) -> tuple[Callable[[Any], PreparedImage], Callable[[Any], PreparedImage]]:
-    """What worker threads do for a device: uint8 (3, H, W) → an image that is ready to be handed over.
+    """Make the per-image transforms of worker threads for a device: uint8 (3, H, W) → an input of the engine.
 
-    Twice: as little as the device needs of them, and all of it, for those who would have to wait for the device.
+    Returns
+    -------
+    transform : callable
+        Leaves resizing to the device if the device supports it.
+    fallback_transform : callable
+        Does the whole geometric part, for workers that would otherwise wait for the device.
     """
     if device.type != "cuda" or not isinstance(transform, ImageTransform):
         return transform.prepare, transform.prepare
@@ -46,15 +51,15 @@ def make_worker_transforms(
 
 
 class PinnedTransfer:
-    """Makes images ready for a GPU, in pinned memory, from which it copies by itself.
+    """Places images in pinned memory, from which a GPU copies asynchronously.
 
-    Left unresized is what the GPU resizes to the same bits, as long as not too much of that is waiting. What no pixel
-    of the result needs is cut off.
+    Resizing is left to the GPU if it is bit-identical there and the pending unresized images stay within a byte limit.
+    Pixels that do not contribute to the crop are cut off before the transfer.
 
     Parameters
     ----------
     transform : SampleTransform
-        Of images. A custom one does everything on the CPU.
+        A transform of images. A custom transform runs entirely on the CPU.
     device : torch.device
     """
 
@@ -64,21 +69,21 @@ class PinnedTransfer:
         self._budget = _ByteBudget(MAX_PENDING_BYTES)
 
     def __call__(self, image: Tensor) -> PreparedImage:
-        """uint8 (3, H, W) → what the engine is given; to be called by any thread."""
+        """Transform uint8 (3, H, W) to an input of the engine; thread-safe."""
         deferred = None if self._device_transform is None else self._defer_resize(image, self._device_transform)
         return deferred or self.transform_fully(image)
 
     def transform_fully(self, image: Tensor) -> Tensor:
-        """The same with all of it done here."""
+        """Do the whole geometric part on the CPU and copy the result to pinned memory."""
         return _copy_to_pinned(self.transform.prepare(image))
 
     def _defer_resize(self, image: Tensor, transform: Transform) -> UnresizedImage | None:
-        """The image as it is; None where it is better resized here."""
+        """Copy the unresized image to pinned memory; None if it should be resized on the CPU."""
         filter_, (vertical, horizontal) = transform.interpolation, transform.resize_axes(*image.shape[-2:])
         if (vertical.source_size, horizontal.source_size) == (vertical.resized_size, horizontal.resized_size):
             return None
         pixels = image[:, vertical.source_slice(filter_), horizontal.source_slice(filter_)]
-        pinned_bytes = 1 << (pixels.nbytes - 1).bit_length()  # as torch takes pinned memory, by powers of two
+        pinned_bytes = 1 << (pixels.nbytes - 1).bit_length()  # torch allocates pinned memory in powers of two
         if (
             not is_supported(vertical, horizontal, filter_)
             or pixels.nbytes > 3 * MAX_UNRESIZED_PIXELS
@@ -91,15 +96,15 @@ class PinnedTransfer:
 
 
 class _ByteBudget:
-    """So many bytes, taken and given back by any thread."""
+    """A thread-safe budget of bytes."""
 
     def __init__(self, size: int) -> None:
         self._free_bytes = size
-        self._released: deque[int] = deque()  # an object may be gone at any moment, also while the lock is held
+        self._released: deque[int] = deque()  # finalizers may run while the lock is held
         self._lock = threading.Lock()
 
     def acquire(self, size: int) -> bool:
-        """Whether there was room."""
+        """Reserve bytes if the budget allows it, and return whether it did."""
         with self._lock:
             while self._released:
                 self._free_bytes += self._released.popleft()
@@ -118,7 +123,7 @@ def _is_exact_on(device: torch.device) -> bool:
 
 
 def _copy_to_pinned(picture: Tensor) -> Tensor:
-    """A copy that a GPU can copy from while the cores go on, channels last in memory."""
+    """Copy an image to pinned memory, channels last, for asynchronous transfer."""
     channels, height, width = picture.shape
     host = torch.empty((height, width, channels), dtype=picture.dtype, pin_memory=True).permute(2, 0, 1)
     return host.copy_(picture)

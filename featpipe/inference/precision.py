@@ -1,4 +1,4 @@
-"""The fastest precision whose embeddings are still those of float32, measured on somebody's own images."""
+"""Select the fastest precision whose embeddings agree with float32, measured on the user's images."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["Fidelity", "candidate_precisions", "compute_embeddings", "compute_mi
 
 @dataclass
 class Fidelity:
-    """What was measured, and what was chosen.
+    """The measurements for each precision, and the selected precision.
 
     Attributes
     ----------
     precision : str
-        The chosen one.
+        The selected precision.
     images : int
-        How many were compared.
+        Number of images compared.
     min_cosine : float
-        What was asked for.
+        The required minimum cosine.
     cosine : dict from precision to float
-        The smallest cosine between an embedding and that of float32, over images and outputs.
+        The minimum cosine between an embedding and that of float32, over images and outputs.
     images_per_second : dict from precision to float
-        Of the forward passes on the calling thread alone; told, and not what is chosen by, so that another run on the
-        same images chooses the same.
+        Throughput of the forward passes on the calling thread alone. For information only: the selection does not
+        depend on it, so that another run on the same images selects the same precision.
     """
 
     precision: Precision
@@ -54,9 +54,9 @@ class Fidelity:
 
 
 def candidate_precisions(device: torch.device) -> tuple[Precision, ...]:
-    """The precisions that are faster than float32 on this device, the fastest first, the more exact of equals before.
+    """List the precisions that are faster than float32 on a device, fastest first; ties: the more accurate first.
 
-    Half precision that the hardware does not have is slower than float32, and no candidate.
+    Half precision without hardware support is slower than float32 and not a candidate.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -77,17 +77,18 @@ def _cpu_has_bf16() -> bool:
 def select_precision(
     backbone: Backbone, device: torch.device, probe_images: Sequence[PreparedImage], min_cosine: float, **settings: Any
 ) -> tuple[Engine, Fidelity]:
-    """The engine of the fastest precision that is faithful enough on some images.
+    """Select the fastest precision whose embeddings reach ``min_cosine`` on the probe images, and make its engine.
 
     Parameters
     ----------
     backbone : Backbone
     device : torch.device
     probe_images : sequence of Tensor of shape (3, h, w), or for a GPU UnresizedImage
-        As the transform's geometry leaves them.
+        Results of the geometric part of the transform.
     min_cosine : float
+        Minimum cosine to the float32 embeddings.
     **settings
-        Of :class:`Engine`, for each of them.
+        Further arguments of :class:`Engine`.
     """
     fidelity = Fidelity("fp32", len(probe_images), min_cosine)
     engine, exact_embeddings = _measure_precision(backbone, device, probe_images, "fp32", settings, fidelity)
@@ -111,7 +112,7 @@ def _measure_precision(
     engine = Engine(backbone, device, precision, **settings)
     with engine.session():
         engine.enter_stream(engine.workers)
-        compute_embeddings(engine, images[: engine.batch])  # the first pass chooses algorithms
+        compute_embeddings(engine, images[: engine.batch])  # warm-up: the first pass selects algorithms
         started = perf_counter()
         embeddings = compute_embeddings(engine, images)
         fidelity.images_per_second[precision] = len(images) / max(perf_counter() - started, 1e-9)
@@ -119,7 +120,7 @@ def _measure_precision(
 
 
 def compute_embeddings(engine: Engine, images: Sequence[PreparedImage]) -> Embeddings:
-    """The embeddings of some images, batch by batch on the calling thread; empty without an image."""
+    """Compute embeddings batch by batch on the calling thread; empty if there are no images."""
     batches = [images[start : start + engine.batch] for start in range(0, len(images), engine.batch)]
     batch_embeddings = [engine.embed(engine.collate(batch)) for batch in batches]
     return {
@@ -129,12 +130,12 @@ def compute_embeddings(engine: Engine, images: Sequence[PreparedImage]) -> Embed
 
 
 def compute_min_cosine(embeddings: Embeddings, exact_embeddings: Embeddings) -> float:
-    """The smallest cosine between two engines' embeddings of the same images, over all outputs."""
+    """Compute the minimum cosine between two engines' embeddings of the same images, over all outputs."""
     return min(_min_row_cosine(embeddings[name], exact_embeddings[name]) for name in exact_embeddings)
 
 
 def _min_row_cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """The smallest of the rows; -1 where a row is not finite."""
+    """The minimum cosine over rows; -1 for a row that is not finite."""
     a, b = (value.reshape(len(value), -1).astype(np.float64) for value in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

@@ -1,4 +1,4 @@
-"""What every way of running a network offers, and what they share."""
+"""The interface of runners, eager execution, and functions that all runners share."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Embeddings = dict[str, NDArray[np.float32]]
 
 
 class Runner(Protocol):
-    """A network that is ready to be called with batch after batch."""
+    """A network that is prepared to run batches of images."""
 
     @property
     def name(self) -> str:
-        """Name of what computes."""
+        """Name of the inference backend."""
 
     @property
     def batch(self) -> int:
         """Images in one forward pass."""
 
     def enter_stream(self, streams: int) -> None:
-        """To be called once by each of some threads that are going to submit."""
+        """Called once by each thread before it submits images."""
 
     def submit(self, images: Tensor) -> Callable[[], Embeddings]:
-        """Begin with some images, (b, 3, h, w) as the transform's geometry leaves them; the answer waits.
+        """Start to embed resized and cropped images, (b, 3, h, w); calling the result waits for the embeddings.
 
-        A runner on a GPU takes them each by itself, too, and some of them unresized.
+        A runner on a GPU also accepts a sequence of separate images, which may be unresized.
         """
 
 
 def pad_batch(images: Tensor, batch: int) -> Tensor:
-    """A full batch: with zeros in place of the images that are missing."""
+    """Pad a batch with zeros to its full size."""
     if len(images) == batch:
         return images
     full_batch = images.new_zeros((batch, *images.shape[1:]))
@@ -48,19 +48,19 @@ def pad_batch(images: Tensor, batch: int) -> Tensor:
 
 
 def to_network_input(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floating-point input in the dtype of the network, feature maps channels last; integer input as it is."""
+    """Convert floating-point input to the network's dtype, 4-D input to channels last; integer input is unchanged."""
     if not inputs.is_floating_point():
         return inputs
     return inputs.to(dtype, memory_format=torch.channels_last if inputs.ndim == 4 else torch.preserve_format)
 
 
 def to_arrays(outputs: Mapping[str, Tensor], count: int) -> Embeddings:
-    """The rows of the images that were there."""
+    """Convert outputs to float32 arrays, without the rows of the padding."""
     return {name: value[:count].to(torch.float32).cpu().numpy() for name, value in outputs.items()}
 
 
 class EagerRunner:
-    """Calls the backbone, on any device.
+    """Runs the backbone eagerly, on any device.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class EagerRunner:
         self._device = next((p.device for p in backbone.network.parameters()), torch.device("cpu"))
 
     def enter_stream(self, streams: int) -> None:
-        """Nothing is kept for a stream."""
+        """Do nothing: there is no per-thread state."""
 
     @torch.inference_mode()
     def submit(self, images: Tensor) -> Callable[[], Embeddings]:
@@ -89,5 +89,5 @@ class EagerRunner:
         return lambda: embeddings
 
     def compute(self, images: Tensor) -> Mapping[str, Tensor]:
-        """The outputs of a full batch, transformed and in this engine's dtype."""
+        """Compute the outputs of a full batch, normalised and in this runner's dtype."""
         return self.backbone.embed(images)
