@@ -53,7 +53,7 @@ def is_within(name: str, modules: Collection[str]) -> bool:
 
     Examples
     --------
-    >>> belongs("layer4.0.conv1.weight", ["layer3", "layer4"]), belongs("layer40", ["layer4"])
+    >>> is_within("layer4.0.conv1.weight", ["layer3", "layer4"]), is_within("layer40", ["layer4"])
     (True, False)
     """
     parts = name.split(".")

@@ -52,7 +52,7 @@ def parse_duration(limit: float | str) -> float:
 
     Examples
     --------
-    >>> seconds_of(90), seconds_of("90"), seconds_of("90m"), seconds_of("1h30m")
+    >>> parse_duration(90), parse_duration("90"), parse_duration("90m"), parse_duration("1h30m")
     (90.0, 90.0, 5400.0, 5400.0)
     """
     try:

@@ -17,7 +17,7 @@ def canonical_json(value: object) -> bytes:
 
     Examples
     --------
-    >>> canonical({"b": 1, "a": [0.5, None]})
+    >>> canonical_json({"b": 1, "a": [0.5, None]})
     b'{"a":[0.5,null],"b":1}'
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -52,7 +52,7 @@ def describe_differences(
 
     Examples
     --------
-    >>> differences({"precision": "fp32", "net": {"name": "a"}}, {"precision": "bf16", "net": {"name": "a"}})
+    >>> describe_differences({"precision": "fp32", "net": {"name": "a"}}, {"precision": "bf16", "net": {"name": "a"}})
     ["precision is 'fp32', asked for 'bf16'"]
     """
     lines = []

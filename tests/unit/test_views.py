@@ -67,7 +67,7 @@ def test_each_augmentation_changes_some_images_and_the_fingerprint(pictures, nam
         assert sum(changed) < len(changed)
     others = [
         view,
-        replace(view, number=1),
+        replace(view, view_index=1),
         replace(view, seed=1),
         AugmentedTransform(TRANSFORM, ALL),
         AugmentedTransform(TRANSFORM, Augmentation()),
