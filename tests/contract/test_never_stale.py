@@ -21,11 +21,10 @@ from featpipe.storage import compute_fingerprint
 from tests.support.networks import Tiny, tiny_transform
 
 CODE = [
-    "decoding.py",
-    "image.py",
-    "loader.py",
-    *(f"backbone/{name}.py" for name in ("frozen", "output", "products", "resampling", "transform")),
-    *(f"engine/{name}.py" for name in ("eager", "fusing", "graph", "runner", "running", "vino", "work")),
+    *(f"data/{name}.py" for name in ("jpeg", "image", "modalities/image")),
+    *(f"backbones/{name}.py" for name in ("backbone", "outputs", "transforms")),
+    *(f"backbones/resize/{name}.py" for name in ("matmul", "embedding_bag")),
+    *(f"inference/{name}.py" for name in ("loader", "engine", "flops", "fusion", "openvino", "optimize", "runner")),
 ]
 """What is run for each image between its bytes and its row."""
 

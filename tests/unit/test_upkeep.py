@@ -195,7 +195,7 @@ KILLED = """
 import os, sys
 from featpipe import FeatureCache, merge, pack
 from featpipe.cache import writer
-writer.BLOCK_BYTES = 65536
+writer.WRITE_BLOCK_BYTES = 65536
 left = int(sys.argv[1])
 whole = FeatureCache.whole_rows
 def counted(self, rows, output=None):
