@@ -1,11 +1,11 @@
 """A rerun of an extraction in which nothing changed, against ``find`` over the same files, in turns.
 
 Many small JPEGs in 100 class folders, 200 different ones, fresh processes. ``find`` looks at every file's size and
-time, which is the least that a rerun must do. In the measured reruns reading an image is an error, and importing torch too.
-For comparison the same rerun after torch was imported, which loads the network as every command did before identities
-were remembered.
+time, which is the least that a rerun must do. In the measured reruns reading an image is an error, and importing
+torch too. For comparison the same rerun after torch was imported, which loads the network as every command did before
+identities were remembered.
 
-    python tests/benchmarks/rerun.py [images] [rounds]
+python tests/benchmarks/rerun.py [images] [rounds]
 """
 
 from __future__ import annotations

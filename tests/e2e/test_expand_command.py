@@ -172,7 +172,7 @@ def test_wrong_input_is_one_line(home, tmp_path):
 def test_pictures_are_changed_where_they_are_trained_on(home):
     done = run("expand", home["model"], home["new"], "--augment", "flip=0.5")
     assert done.exit_code == 2
-    assert "without --unfreeze embeddings are trained on" in done.stderr
+    assert "--augment needs --unfreeze" in done.stderr
 
 
 def test_an_interrupted_expansion_leaves_no_model(home, tmp_path):

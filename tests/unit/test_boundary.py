@@ -24,6 +24,7 @@ from featpipe.finetuning.feature_map_cache import estimate_caching_gain, make_fe
 from featpipe.inference import Engine
 from featpipe.maintenance import clean, verify
 from tests.support.finetuning import Ladder, small_transform, write_photos
+from tests.support.logs import logged_warning
 
 cleaning = import_module("featpipe.maintenance.clean")
 
@@ -80,7 +81,7 @@ def test_a_second_run_computes_no_map_and_other_rows_have_another_cache(tmp_path
     monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
     again = make_feature_map_dataset(index, train, ladder, found, **how)
     assert torch.equal(again.batch(train, 0), first.batch(train, 0))
-    assert make_feature_map_dataset(index, rest, ladder, found, **how).n_bytes == 5 * 8 * 8 * 8 * 2
+    assert make_feature_map_dataset(index, rest, ladder, found, **how).n_bytes == 5 * 16 * 8 * 8 * 2
     assert len(list((tmp_path / "cache").glob("*.h5"))) == 2
 
 
@@ -111,7 +112,8 @@ def test_values_beyond_the_range_of_the_storage_are_an_error_with_the_remedy(tmp
     loaded = backbones.load(network, transform=small_transform)
     found = partition_network(loaded, BELOW)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
-    with pytest.raises(ConfigError, match=r"15 images have no feature map .*: not-finite.*--cache-activations no"):
+    message = r"15 images have no feature map .*: not-finite.*--cache-activations no"
+    with logged_warning("have no features"), pytest.raises(ConfigError, match=message):
         make_feature_map_dataset(index, np.arange(15), loaded, found, **how)
 
 
@@ -171,7 +173,7 @@ def test_info_and_verify_read_the_cache_of_a_view_and_repair_refuses_it(tmp_path
     make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, settings={"cache": tmp_path})
     (path,) = tmp_path.glob("boundary-*.h5")
     assert cache_to_dict(path)["view"] == {"number": 0, "seed": 0, "flip": 0.5, "color": 0.3}
-    assert "view         number 1 of the pictures" in format_cache(cache_to_dict(path))
+    assert "view         number 1 of the augmented views" in format_cache(cache_to_dict(path))
     assert verify(path).whole
     with pytest.raises(ConfigError, match="changed at random, for fine-tuning, and only its checksums"):
         verify(path, sample=1, backbone=ladder)

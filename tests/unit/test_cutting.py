@@ -185,7 +185,7 @@ def test_runs_are_in_order_and_leave_no_hooks(ladder):
     names = [run.name for run in found.values()]
     assert names[:3] == ["", "stem", "layer1"]
     assert names.index("layer2.1.conv") < names.index("layer3")
-    assert found[ladder.network.layer2].output.of(3) == (3, 8, 8, 8)
+    assert found[ladder.network.layer2].output.for_batch(3) == (3, 16, 8, 8)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ladder.network.modules())
 
 

@@ -90,7 +90,8 @@ def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_
 
 def test_another_process_chooses_the_same_batch(tiny):
     code = (
-        "import torch; from tests.support.networks import Tiny, tiny_transform; from featpipe import backbones, inference; "
+        "import torch; from tests.support.networks import Tiny, tiny_transform; "
+        "from featpipe import backbones, inference; "
         "made = inference.Engine(backbones.load(Tiny(), transform=tiny_transform), torch.device('cpu')); "
         "print(made.multiply_adds, made.batch)"
     )

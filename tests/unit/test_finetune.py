@@ -296,7 +296,8 @@ def test_weights_none_trains_the_untrained_architecture(tmp_path, photos, log):
     [
         (lambda photos: write_photos(photos / "..", 3, ("ape",)) and (photos.parent / "ape").rename(photos / "dog"),
          ConfigError, "has class 'dog', which the model does not know; add it with `featpipe expand`"),
-        (lambda photos: shutil.rmtree(photos / "cow"), ConfigError, "no image of class 'cow', which the model knows"),
+        (lambda photos: shutil.rmtree(photos / "cow"), ConfigError,
+         "has no image of class 'cow', which the model would forget"),
     ],
 )  # fmt: skip
 def test_labels_with_other_classes_than_the_model_are_refused(tmp_path, photos, model, change, error, words):
@@ -320,7 +321,7 @@ def test_images_without_labels_are_refused(tmp_path, photos, model):
         ({"optimizer": "adma"}, "unknown optimizer 'adma'; did you mean 'adamw'"),
         ({"label_smoothing": 1}, "below 1"),
         ({"batch": 1, "batch_norm": "trained"}, "batch norms follow the batches.*batch of one"),
-        ({"weights": "none"}, "network of your own"),
+        ({"weights": "none"}, "is a custom network"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, photos, model, settings, words):

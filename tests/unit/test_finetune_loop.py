@@ -127,7 +127,7 @@ def test_gradual_unfreezes_one_stage_after_the_other():
     assert thawed[1] == stages[0] == {"layer3"}
     assert thawed[2] == stages[0] | stages[1]
     assert thawed[4] == {"stem", "layer1", "layer2", "layer3"}
-    fresh = make_trainer(gradual=2, epochs=2)
+    fresh = make_trainer(gradual=8, epochs=8, monitor="loss", learning_rate=0.1, schedule="constant", warmup=0)
     before = copy_weights(fresh)
     run_training_loop(fresh, init_state(fresh))
     after = copy_weights(fresh)

@@ -273,7 +273,7 @@ def test_places_and_settings_that_cannot_be_used_are_one_line(model: Model, tmp_
         with pytest.raises(ArchiveError, match="cannot be written"):
             predict(model, photos, out)
     for settings in ({"top": 0}, {"workers": 0}, {"workers": -1}):
-        with pytest.raises(ConfigError, match="must be at least 1"):
+        with pytest.raises(ConfigError, match="give a whole number of 1 or more"):
             predict(model, photos, **settings)
     with pytest.raises(ArchiveError, match="gone"):
         predict(model, tmp_path / "gone", tmp_path / "out.csv")

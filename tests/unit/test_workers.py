@@ -29,7 +29,7 @@ def test_results_come_in_the_order_of_the_items_whichever_is_done_first(workers)
 
 
 def test_no_more_threads_work_than_blas_had_and_the_caller_is_one_of_them(workers):
-    both = threading.Barrier(min(2, workers.threads))
+    both = threading.Barrier(min(2, workers.n_threads))
     seen = set()
 
     def note(item: int) -> None:
@@ -40,7 +40,7 @@ def test_no_more_threads_work_than_blas_had_and_the_caller_is_one_of_them(worker
     for _ in workers.map(note, range(12)):
         pass
     assert threading.get_ident() in seen
-    assert min(2, workers.threads) <= len(seen) <= workers.threads
+    assert min(2, workers.n_threads) <= len(seen) <= workers.n_threads
 
 
 def test_an_error_in_one_item_is_raised_where_its_result_would_come(workers):
