@@ -209,7 +209,9 @@ def _format_time(moment: Any) -> str:
 def _describe(dataset: EmbeddingDataset, k: int, n_held_out: int) -> str:
     groups_text = "" if dataset.groups is None else f", {len(np.unique(dataset.groups)):,} groups kept together"
     if dataset.since is not None:
-        return f"fitted on what is before {_format_time(dataset.since)}, judged by the {n_held_out:,} images since then{groups_text}"
+        before = _format_time(dataset.since)
+        return f"fitted on what is before {before}, judged by the {n_held_out:,} images since then{groups_text}"
     if dataset.times is not None:
-        return f"{k} spans of time, each predicted from earlier ones: {n_held_out:,} of {len(dataset):,} training images{groups_text}"
+        counts = f"{n_held_out:,} of {len(dataset):,} training images"
+        return f"{k} spans of time, each predicted from earlier ones: {counts}{groups_text}"
     return f"{k}-fold cross-validation on the {len(dataset)} training images{groups_text}"

@@ -183,7 +183,8 @@ def test_networks_of_the_libraries_keep_a_cosine_of_one_in_float32_and_are_near_
     expected = answers(Engine(net, CPU, batch=2), noise)["pooled"]
     for precision, least in (("fp32", 1 - 1e-6), ("bf16", 0.98)):
         made = Engine(net, CPU, precision, batch=2, kind=kind, images=MANY)
-        assert made.name != "torch"
+        if precision == "fp32" or kind == "openvino" or torch.cpu._is_avx512_bf16_supported():
+            assert made.name != "torch"  # a CPU without bfloat16 has no fused operators of that precision
         found = answers(made, noise)["pooled"]
         lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
         assert ((found * expected).sum(1) / lengths).min() > least

@@ -403,7 +403,8 @@ def test_several_models_share_one_forward_pass(
     for one, prefix in ((model, ""), (other, "other.")):
         assert [row[f"{prefix}label"] for row in found] == one.predict(files).tolist()
         expected = one.predict_proba(files).max(axis=1)
-        assert [float(row[f"{prefix}probability"]) for row in found] == expected.tolist()
+        # some CPUs choose other kernels for other batches, which round differently
+        np.testing.assert_allclose([float(row[f"{prefix}probability"]) for row in found], expected, rtol=1e-6)
 
 
 def test_models_of_one_name_have_columns_of_their_own(
