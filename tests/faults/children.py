@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import signal
@@ -91,6 +92,7 @@ def start(action: Callable[[], object]) -> Child:
     os.dup2(said, 1)
     os.dup2(said, 2)
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # notes and warnings; an error is one line
     code = 0
     try:
         action()
