@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from featpipe import FeatureCache, Model, backbones, clean, data, extract, load_model, predict, train
 from featpipe.errors import ArchiveError, ConfigError, TimeLimitError
@@ -403,8 +404,11 @@ def test_several_models_share_one_forward_pass(
     for one, prefix in ((model, ""), (other, "other.")):
         assert [row[f"{prefix}label"] for row in found] == one.predict(files).tolist()
         expected = one.predict_proba(files).max(axis=1)
-        # some CPUs choose other kernels for other batches, which round differently
-        np.testing.assert_allclose([float(row[f"{prefix}probability"]) for row in found], expected, rtol=1e-6)
+        probabilities = [float(row[f"{prefix}probability"]) for row in found]
+        if torch.cpu._is_avx512_supported():
+            assert probabilities == expected.tolist()
+        else:  # seen on a CPU with AVX2 alone: the last bit of an embedding depends on its batch
+            np.testing.assert_allclose(probabilities, expected, rtol=1e-6)
 
 
 def test_models_of_one_name_have_columns_of_their_own(
