@@ -23,7 +23,7 @@ from featpipe.experiments import (
     read_recipe,
 )
 from featpipe.experiments.recipe.parse import TABLE_NAMES
-from tests.support.recipes import HERE, numbers
+from tests.support.recipes import HERE, numbers, photos  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipelines").glob("*.toml"))
@@ -46,7 +46,7 @@ def make_changes(name: str) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # centroid, of a feature that is always zero
 @pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "smoke"])
-def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos, monkeypatch):
+def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos, monkeypatch):  # noqa: F811
     monkeypatch.chdir(photos)
     result = featpipe.run(name, "photos", changes=make_changes(name), out=f"runs/{name}")
     again = featpipe.run(f"runs/{name}/recipe.toml", out=f"again/{name}")
@@ -60,7 +60,7 @@ def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos
     assert (photos / "runs" / name / "table.txt").read_text() == f"{result}\n"
 
 
-def test_the_readme_explains_every_key_of_the_results(photos, monkeypatch):
+def test_the_readme_explains_every_key_of_the_results(photos, monkeypatch):  # noqa: F811
     monkeypatch.chdir(photos)
     result = featpipe.run("keras-feature-extraction", "photos", changes=make_changes("keras-feature-extraction"))
     readme, document = (ROOT / "pipelines" / "README.md").read_text(), result.to_dict()
