@@ -43,8 +43,6 @@ from featpipe.inference import (
 )
 from featpipe.runtime import ProgressCallback, ignore_progress
 
-__all__ = ["BenchResult", "ForwardBenchmark", "run_benchmark"]
-
 logger = logging.getLogger(__name__)
 
 MAX_BENCHMARK_IMAGES = 256  # that are looked at

@@ -23,8 +23,6 @@ from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training import train
 
-__all__ = ["HEADS", "DemoResult", "run_demo"]
-
 logger = logging.getLogger(__name__)
 
 HEADS = ("logistic", "mlp", "linear")

@@ -4,20 +4,6 @@ from __future__ import annotations
 
 from featpipe.status import Status
 
-__all__ = [
-    "ArchiveError",
-    "CacheError",
-    "CacheFormatError",
-    "CacheIncompleteError",
-    "CacheMismatchError",
-    "ConfigError",
-    "FeatpipeError",
-    "ModelError",
-    "SampleError",
-    "TimeLimitError",
-    "WeightsError",
-]
-
 
 class FeatpipeError(Exception):
     """Anything that featpipe refuses or cannot do; the commands turn it into one line and exit code 1."""

@@ -25,8 +25,6 @@ from featpipe.extraction import embed_files, load_backbone
 from featpipe.inference import Engine, SampleList, resolve_device
 from featpipe.model import embed_samples_or_raise, raise_for_failures
 
-__all__ = ["FeatureExtractor", "TransferClassifier", "TransferRegressor"]
-
 
 class _EmbeddingEstimator(BaseEstimator):
     """Base of the three estimators: images → embeddings."""

@@ -15,8 +15,6 @@ from featpipe.backbones.transforms import SampleTransform
 from featpipe.data import DEFAULT_MODALITY, get_modality
 from featpipe.errors import ConfigError
 
-__all__ = ["Backbone", "prove_frozen"]
-
 
 @dataclass(frozen=True, eq=False)
 class Backbone:

@@ -12,8 +12,6 @@ from torch import Tensor
 from featpipe.errors import ModelError, WeightsError
 from featpipe.storage import WEIGHTS_MEMBER, ModelBundle
 
-__all__ = ["BundledBackbone", "read_bundled_backbone", "read_bundled_weights"]
-
 
 @dataclass(frozen=True)
 class BundledBackbone:

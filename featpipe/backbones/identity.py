@@ -27,8 +27,6 @@ from featpipe.storage import RACY_NANOSECONDS, atomic_write, compute_fingerprint
 if TYPE_CHECKING:
     from featpipe.backbones.backbone import Backbone
 
-__all__ = ["BackboneIdentity", "BackboneRequest", "IdentityStore", "resolve_weights"]
-
 STORE_FORMAT = "featpipe-backbones/1"
 MAX_STORE_BYTES = 2**22
 MAX_ENTRIES = 64

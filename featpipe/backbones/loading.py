@@ -21,8 +21,6 @@ from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError, WeightsError
 from featpipe.storage import describe_differences, is_model_file
 
-__all__ = ["load", "reload_backbone"]
-
 
 def load(
     name: str | nn.Module = "efficientnet_lite0",

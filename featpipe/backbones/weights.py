@@ -16,8 +16,6 @@ from featpipe.backbones.bundled import read_bundled_weights
 from featpipe.errors import WeightsError
 from featpipe.storage import digest_arrays, is_model_file
 
-__all__ = ["StateDict", "digest_state", "match_state_dict", "read_state_dicts", "seeded_rng", "select_state_dict"]
-
 StateDict = Mapping[str, Tensor]
 
 # Keys under which training programs store weights in a checkpoint, best first: authors evaluate the averaged (EMA) and

@@ -15,8 +15,6 @@ from featpipe.errors import ConfigError
 if TYPE_CHECKING:
     from featpipe.cache.reader import FeatureCache
 
-__all__ = ["to_frame"]
-
 
 def to_frame(cache: FeatureCache, kind: str, output: str | None) -> Any:
     """Convert the rows of a cache to a table, with the features of ``output`` if it is given."""

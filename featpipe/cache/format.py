@@ -20,29 +20,6 @@ from featpipe.errors import CacheFormatError
 from featpipe.status import Status
 from featpipe.storage import StringColumn, compute_fingerprint
 
-__all__ = [
-    "CHECKSUM_BYTES",
-    "FORMAT",
-    "FORMAT_VERSION",
-    "HDF5_GROUPS",
-    "LABEL_DTYPES",
-    "MAX_MANIFEST_BYTES",
-    "SPLIT_NAMES",
-    "SampleTable",
-    "Shard",
-    "can_reuse",
-    "check_columns",
-    "compute_column_digest",
-    "compute_row_checksums",
-    "compute_shard_digest",
-    "parse_manifest",
-    "parse_shards",
-    "parse_version",
-    "parts_directory",
-    "restrict_facts_to_output",
-    "shards_directory",
-]
-
 FORMAT = "featpipe-cache"
 FORMAT_VERSION = "1.1"
 SPLIT_NAMES = ("none", "train", "validation", "test")

@@ -15,17 +15,6 @@ from numpy.typing import NDArray
 from featpipe.cache.format import FORMAT, HDF5_GROUPS, parse_version
 from featpipe.errors import CacheFormatError
 
-__all__ = [
-    "ALIGNMENT_BYTES",
-    "CONTIGUOUS_LAYOUT",
-    "VIRTUAL_LAYOUT",
-    "ArrayLocation",
-    "HDF5Writer",
-    "create_hdf5",
-    "locate_arrays",
-    "read_layout_class",
-]
-
 ALIGNMENT_BYTES = 64  # BLAS copies unaligned arrays, and some torch kernels reject them
 MAX_GROUP_ENTRIES = 4096  # checking an entry takes some 50 µs
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from featpipe.cache.reader import FeatureCache
 from featpipe.status import Status
 
-__all__ = ["EmbeddingLookup", "EmbeddingSource"]
-
 MAX_KEY_INDEXES = 16
 
 

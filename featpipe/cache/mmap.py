@@ -13,17 +13,6 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "HUGE_PAGE_BYTES",
-    "PAGE_BYTES",
-    "FileSegment",
-    "map_into",
-    "prefetch",
-    "release_pages",
-    "reserve_address_range",
-    "view_as_array",
-]
-
 PAGE_BYTES = 65536  # a multiple of the page size on every supported machine
 HUGE_PAGE_BYTES = 2**21  # file and memory aligned alike within a huge page: faster to map and to access
 

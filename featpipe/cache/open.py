@@ -20,8 +20,6 @@ from featpipe.cache.hdf5 import locate_arrays
 from featpipe.cache.mmap import FileSegment, map_into, reserve_address_range, view_as_array
 from featpipe.errors import CacheFormatError
 
-__all__ = ["CacheContents", "format_error", "open_cache"]
-
 
 @dataclass(frozen=True, eq=False)
 class CacheContents:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-__all__ = ["FeatureCache", "FeatureView", "RowSelector"]
-
 RowSelector = slice | NDArray[np.bool_] | NDArray[np.integer[Any]] | list[int]
 """Some rows of a cache: a slice, a mask of shape (n,), or row numbers in any order."""
 

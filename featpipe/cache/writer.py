@@ -35,8 +35,6 @@ from featpipe.errors import CacheError, CacheFormatError
 from featpipe.status import Status
 from featpipe.storage import compute_fingerprint, fsync_directory
 
-__all__ = ["write_cache"]
-
 WRITE_BLOCK_BYTES = 32 * 2**20
 
 GatherFeatures = Callable[[str, int, int], NDArray[np.floating]]

@@ -12,8 +12,6 @@ from featpipe.config import unknown_name_error
 if TYPE_CHECKING:
     pass
 
-__all__ = ["backbones"]
-
 
 @click.command(short_help="List the available backbones.")
 @click.argument("pattern", required=False)

@@ -11,8 +11,6 @@ from featpipe.cli.options import EXTRACTION_DEFAULTS, MACHINE_OPTIONS, add_optio
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.runtime import format_table
 
-__all__ = ["bench"]
-
 TIMED_STAGES = ("reading", "decoding", "embedding", "committing", "waiting")
 
 

@@ -14,8 +14,6 @@ from featpipe.runtime import format_duration, format_size, printable
 if TYPE_CHECKING:
     from featpipe.maintenance import AbandonedFiles
 
-__all__ = ["clean"]
-
 
 @click.command(short_help="Remove unfinished work that no process uses.")
 @click.argument("folder", default="cache", metavar="[DIR]")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-__all__ = ["BACKBONE_NAME", "HEAD_NAME", "NameParameter", "completion"]
-
 PROGRAM = "featpipe"
 COMPLETION_VARIABLE = "_FEATPIPE_COMPLETE"
 """Set by the script when the shell asks; click looks for it under this name."""

@@ -10,8 +10,6 @@ import click
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 from featpipe.runtime import format_table
 
-__all__ = ["demo"]
-
 
 @click.command(short_help="Run the full pipeline on sample photos; needs no download.")
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Output folder.")

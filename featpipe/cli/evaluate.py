@@ -10,8 +10,6 @@ from featpipe.cli.logging import log_message
 from featpipe.cli.options import CACHE_OPTION, DEVICE_OPTION, LABELS_OPTION, MODEL_BACKBONE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 
-__all__ = ["evaluate"]
-
 
 @click.command(short_help="Evaluate a model on images it was not trained on.")
 @click.argument("model", metavar="MODEL")

@@ -19,8 +19,6 @@ from featpipe.runtime import format_table
 if TYPE_CHECKING:
     from featpipe.incremental import Expansion
 
-__all__ = ["expand"]
-
 
 def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, list[str]]:
     merges: dict[str, list[str]] = {}

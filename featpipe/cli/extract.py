@@ -9,8 +9,6 @@ import click
 from featpipe.cli.options import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
 from featpipe.cli.terminal import Terminal, print_json
 
-__all__ = ["extract"]
-
 
 @click.command(short_help="Run a frozen backbone once over images and cache the embeddings.")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")

@@ -24,8 +24,6 @@ from featpipe.runtime import format_table
 if TYPE_CHECKING:
     from featpipe.finetuning import FineTuningResult
 
-__all__ = ["finetune"]
-
 FINETUNE_DEFAULTS = FineTuneConfig()
 MAX_LISTED_CLASSES = 20  # classes
 

@@ -8,8 +8,6 @@ from featpipe.cli.terminal import print_json
 from featpipe.config import TASKS
 from featpipe.runtime import format_table
 
-__all__ = ["heads"]
-
 
 @click.command(short_help="List the available heads.")
 @click.argument("name", required=False)

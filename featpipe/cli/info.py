@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
     from featpipe.maintenance import CacheDiff, SampleDiff
 
-__all__ = ["cache_to_dict", "format_cache", "info"]
-
 
 @click.command(short_help="Show the contents of a cache or a model.")
 @click.argument("path", metavar="PATH")

@@ -14,17 +14,6 @@ import click
 
 from featpipe.runtime import printable
 
-__all__ = [
-    "HANDLER",
-    "LOG_FORMATS",
-    "LOG_FORMAT_VARIABLE",
-    "LogLevel",
-    "is_json",
-    "log_message",
-    "log_to_stderr",
-    "make_log_format_option",
-]
-
 LOG_FORMATS = ("text", "json")
 LOG_FORMAT_VARIABLE = "FEATPIPE_LOG_FORMAT"
 

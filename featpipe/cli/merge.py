@@ -12,8 +12,6 @@ from featpipe.cli.terminal import Terminal, print_cache
 if TYPE_CHECKING:
     pass
 
-__all__ = ["merge"]
-
 
 @click.command(short_help="Merge caches with the same backbone and settings.")
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...")

@@ -12,26 +12,6 @@ import click
 from featpipe.cli.completion import BACKBONE_NAME
 from featpipe.config import TASKS, ExtractionConfig, get_choices, get_field_types, get_range, is_integer_type
 
-__all__ = [
-    "CACHE_BACKBONE_OPTION",
-    "CACHE_OPTION",
-    "CHECK_CONTENT_OPTION",
-    "DEVICE_OPTION",
-    "EXTRACTION_DEFAULTS",
-    "IDENTITY_OPTIONS",
-    "LABELS_OPTION",
-    "LIMIT_OPTIONS",
-    "MACHINE_OPTIONS",
-    "MODEL_BACKBONE_OPTION",
-    "MULTI_DEVICE_OPTION",
-    "RUN_OPTIONS",
-    "SHARD_BYTES_OPTION",
-    "WORKERS_OPTION",
-    "add_options",
-    "make_extraction_settings",
-    "make_option_type",
-]
-
 EXTRACTION_DEFAULTS = ExtractionConfig()
 
 

@@ -11,8 +11,6 @@ from featpipe.cli.terminal import Terminal, print_cache
 if TYPE_CHECKING:
     pass
 
-__all__ = ["pack"]
-
 
 @click.command(short_help="Pack a cache and its shards into one file.")
 @click.argument("cache", metavar="CACHE")

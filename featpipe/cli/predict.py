@@ -16,8 +16,6 @@ from featpipe.cli.options import (
 )
 from featpipe.cli.terminal import Terminal, print_json
 
-__all__ = ["predict"]
-
 
 @click.command(short_help="Predict every image of one or more archives.")
 @click.argument("model", metavar="MODEL")

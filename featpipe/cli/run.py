@@ -14,8 +14,6 @@ from featpipe.runtime import format_table
 if TYPE_CHECKING:
     from featpipe.experiments import DryRun
 
-__all__ = ["run"]
-
 
 def _list_recipes() -> list[tuple[str, str]]:
     from featpipe.experiments import list_builtin_recipes, read_question

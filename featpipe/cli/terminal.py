@@ -19,8 +19,6 @@ from featpipe.runtime import Progress, ProgressBar
 if TYPE_CHECKING:
     from featpipe.cache import FeatureCache
 
-__all__ = ["Terminal", "get_command_line", "print_cache", "print_json"]
-
 SECONDS_BETWEEN_LINES = 60.0  # a bar would fill a log file
 
 

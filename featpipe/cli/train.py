@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from featpipe.model import Model
     from featpipe.training import HeadComparison
 
-__all__ = ["parse_bytes", "train"]
-
 BYTES_PER_UNIT = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 

@@ -16,8 +16,6 @@ from featpipe.runtime import format_table
 if TYPE_CHECKING:
     from featpipe.maintenance import Verification
 
-__all__ = ["verify"]
-
 MAX_LISTED_ROWS = 100
 
 

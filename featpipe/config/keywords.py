@@ -27,15 +27,6 @@ from featpipe.config.stages import (
 )
 from featpipe.runtime import ProgressCallback
 
-__all__ = [
-    "ComparisonOptions",
-    "ExpandKeywords",
-    "ExtractionOptions",
-    "FineTuneKeywords",
-    "FineTuneOptions",
-    "TrainingOptions",
-]
-
 
 class ExtractionOptions(TypedDict, total=False):
     """Keywords for the fields of :class:`featpipe.config.ExtractionConfig`."""

@@ -11,8 +11,6 @@ from typing import Any
 
 from featpipe.errors import ConfigError
 
-__all__ = ["parse_assignments", "parse_settings", "parse_value"]
-
 BOOLEANS: Mapping[str, object] = {"true": True, "false": False}
 NULLS: Mapping[str, object] = {"none": None, "null": None}
 

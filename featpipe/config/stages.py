@@ -11,32 +11,6 @@ from featpipe.config.validation import Range, Settings
 from featpipe.errors import ConfigError
 from featpipe.runtime import parse_duration
 
-__all__ = [
-    "AUTO",
-    "ENGINES",
-    "PRECISIONS",
-    "RESAMPLING_METHODS",
-    "STORAGES",
-    "TASKS",
-    "BadImageLimit",
-    "EngineName",
-    "ExtractionConfig",
-    "FineTuneConfig",
-    "Fraction",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "PositiveFloat",
-    "PositiveInt",
-    "Precision",
-    "ResamplingMethod",
-    "Storage",
-    "Task",
-    "TimeLimit",
-    "TrainingConfig",
-    "UnitInterval",
-    "compute_bad_image_limit",
-]
-
 AUTO: Final = "auto"
 Task = Literal["classification", "regression", "multilabel"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]

@@ -19,23 +19,6 @@ import numpy as np
 
 from featpipe.errors import ConfigError
 
-__all__ = [
-    "Range",
-    "Settings",
-    "check_bool",
-    "check_choice",
-    "check_integer",
-    "check_names",
-    "check_number",
-    "check_value",
-    "get_choices",
-    "get_field_types",
-    "get_range",
-    "is_integer_type",
-    "is_sequence_type",
-    "unknown_name_error",
-]
-
 
 class Settings:
     """Base of the settings classes, which are frozen dataclasses: every field is checked at construction."""

@@ -21,8 +21,6 @@ from featpipe.data.image import encode_png
 from featpipe.errors import ConfigError
 from featpipe.storage import atomic_write
 
-__all__ = ["CREDITS", "PHOTOGRAPHS", "TILE_SIZE", "write_tiles"]
-
 TILE_SIZE = 64  # pixels
 TILES_PER_HALF = 32
 

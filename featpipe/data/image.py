@@ -37,21 +37,6 @@ from PIL.WebPImagePlugin import WebPImageFile
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
-__all__ = [
-    "BACKGROUND",
-    "DEFAULT_IMAGE_LIMITS",
-    "ImageLimits",
-    "JpegDecoder",
-    "compute_resize_weights",
-    "decode_image",
-    "encode_jpeg",
-    "encode_png",
-    "encode_preview",
-    "encode_thumbnail",
-    "resize_image",
-    "to_rgb",
-]
-
 BACKGROUND = (255, 255, 255)
 """The background colour for transparent pixels: white."""
 

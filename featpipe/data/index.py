@@ -40,8 +40,6 @@ from featpipe.errors import ArchiveError, ConfigError, SampleError
 from featpipe.status import Status
 from featpipe.storage import StringColumn
 
-__all__ = ["Index", "SampleReader", "index", "index_files"]
-
 PathLike = str | os.PathLike[str]
 
 _MAGIC_BYTES = {b"PK\3\4": "zip", b"PK\5\6": "zip", b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}

@@ -27,8 +27,6 @@ from torch import Tensor
 from featpipe.data.image import DEFAULT_IMAGE_LIMITS, ImageLimits, decode_image, encode_jpeg, resize_image
 from featpipe.runtime import MemoryBudget
 
-__all__ = ["LARGE_IMAGE_BUDGET", "decode_with_torchvision", "decode_within_budget", "is_torchvision_exact"]
-
 LARGE_IMAGE_BUDGET = MemoryBudget()
 """Memory budget of this process for decoding and transforming large images."""
 

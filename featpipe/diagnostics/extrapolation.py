@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["LearningCurve", "extrapolate_learning_curve"]
-
 POWER_LAW_EXPONENTS = np.geomspace(0.05, 2.0, 40)
 N_BOOTSTRAP_RESAMPLES = 500
 CONFIDENCE_LEVEL = 0.95

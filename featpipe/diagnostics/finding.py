@@ -12,8 +12,6 @@ from typing import Any
 from featpipe.errors import ConfigError
 from featpipe.storage import atomic_write
 
-__all__ = ["Finding", "write_findings"]
-
 
 @dataclass(frozen=True)
 class Finding:

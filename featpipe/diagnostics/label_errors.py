@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from featpipe.diagnostics.finding import Finding
 
-__all__ = ["MAX_FINDING_ROWS", "LabeledPredictions", "count_extreme_rows", "make_prediction_findings"]
-
 Floats = NDArray[np.float64]
 
 MAX_FINDING_ROWS = 1000

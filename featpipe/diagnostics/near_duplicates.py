@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NEAR_DUPLICATE_COSINE", "DuplicatePairs", "find_near_duplicates"]
-
 NEAR_DUPLICATE_COSINE = 0.93
 """Two images count as near duplicates from this cosine on, with the mean embedding subtracted.
 

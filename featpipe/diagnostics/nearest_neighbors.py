@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CenteredNormalizer", "compute_outlier_scores", "find_nearest_neighbors"]
-
 Floats = NDArray[np.float32]
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 8192  # of a block of similarities, 32 MB

@@ -16,8 +16,6 @@ from featpipe.errors import CacheError, ConfigError, FeatpipeError
 from featpipe.model import Model
 from featpipe.training import EmbeddingDataset
 
-__all__ = ["TrainingReference", "find_training_reference", "load_true_labels", "select_scored_rows"]
-
 
 def select_scored_rows(
     models: Sequence[Model], cache: FeatureCache, without: str | os.PathLike[str] | None = None

@@ -26,8 +26,6 @@ from featpipe.diagnostics import (
 from featpipe.evaluation.dataset import TrainingReference
 from featpipe.metrics import METRICS, Scores, score
 
-__all__ = ["Duplicates", "NearestNeighbors", "compute_nearest_neighbors", "find_duplicates", "make_findings"]
-
 N_NEIGHBORS = 10
 REFERENCE_BLOCK_ROWS = 1 << 15
 MAX_CENTERING_ROWS = 20_000

@@ -21,8 +21,6 @@ from featpipe.metrics import compare_paired, score
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
 
-__all__ = ["evaluate"]
-
 logger = logging.getLogger(__name__)
 
 

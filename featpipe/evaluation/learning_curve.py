@@ -16,8 +16,6 @@ from featpipe.evaluation.dataset import TrainingReference
 from featpipe.model import Model
 from featpipe.training import EmbeddingDataset, FittedHead, fit_head, load_training_data, make_head_config
 
-__all__ = ["compute_errors_by_size", "compute_learning_curve"]
-
 MIN_CURVE_SIZES = 3  # including the full training set
 MIN_SUBSET_ROWS = 24
 MAX_TRAINING_ROWS = 20_000

@@ -26,8 +26,6 @@ from featpipe.evaluation.uncertainty import Coverage, summarize_novelty
 from featpipe.metrics import METRICS, PairedComparison, Scores, format_score
 from featpipe.model import Model
 
-__all__ = ["SCHEMA", "BaselineModel", "Evaluation", "describe_protocol"]
-
 SCHEMA = "featpipe-evaluation/1.0"
 """Version of the JSON document: the minor number grows when keys are added, the major one when a meaning changes."""
 

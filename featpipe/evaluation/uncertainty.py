@@ -12,8 +12,6 @@ from featpipe.diagnostics import LabeledPredictions
 from featpipe.metrics import Interval, wilson_interval
 from featpipe.model import ConformalPredictor
 
-__all__ = ["NOVELTY_THRESHOLD", "Coverage", "compute_coverage", "summarize_novelty"]
-
 COVERAGE_LEVELS = (0.8, 0.9, 0.95, 0.99)
 NOVELTY_THRESHOLD = 0.95
 """An image counts as novel from this novelty on; 5 % of images like those of training do."""

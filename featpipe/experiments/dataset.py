@@ -30,20 +30,6 @@ from featpipe.status import Status
 from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
 from featpipe.training import EmbeddingDataset, load_training_data
 
-__all__ = [
-    "BackboneCaches",
-    "TrainTestSplit",
-    "digest_training_rows",
-    "draw_per_class",
-    "extract_backbone",
-    "load_index",
-    "load_test_index",
-    "make_run_cache_path",
-    "resolve_archives",
-    "select_available_shots",
-    "split_cache_rows",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -22,8 +22,6 @@ from featpipe.extraction import ExtractionPlan, load_backbone
 from featpipe.inference import resolve_devices
 from featpipe.runtime import ignore_progress
 
-__all__ = ["DryRun", "PlannedExtraction", "PlannedTrial", "plan_run"]
-
 
 @dataclass(frozen=True)
 class PlannedExtraction:

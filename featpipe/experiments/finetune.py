@@ -19,8 +19,6 @@ from featpipe.model import Model, load_model
 from featpipe.runtime import ProgressCallback
 from featpipe.storage import atomic_write, compute_fingerprint
 
-__all__ = ["FineTuneRun"]
-
 logger = logging.getLogger(__name__)
 
 

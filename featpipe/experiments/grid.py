@@ -14,8 +14,6 @@ from featpipe.experiments.recipe.parse import BACKBONE_FIELDS
 from featpipe.experiments.recipe.schema import ALL_HEADS, Recipe, RecipeHead
 from featpipe.storage import compute_fingerprint
 
-__all__ = ["TrialSpec", "list_trials", "make_backbone_label", "resolve_recipe", "resolve_settings"]
-
 
 @dataclass(frozen=True)
 class TrialSpec:

@@ -18,8 +18,6 @@ from featpipe.experiments.recipe.schema import Recipe, RecipeHead
 from featpipe.finetuning import FineTuningResult
 from featpipe.model import Model, load_model
 
-__all__ = ["RESULTS_SCHEMA", "EmbeddingSummary", "RunResult", "TrialResult", "recipe_to_toml"]
-
 RESULTS_SCHEMA = "featpipe-run/1.0"
 """Format of ``results.json``; the minor version grows when keys are added."""
 

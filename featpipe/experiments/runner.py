@@ -42,8 +42,6 @@ from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import ProgressBar, ProgressCallback, ignore_progress, in_notebook
 from featpipe.storage import atomic_write, lock_file, make_writable_folder
 
-__all__ = ["ExperimentContext", "get_run_folder", "get_tiles_folder", "iter_trials", "make_run_folder", "run"]
-
 logger = logging.getLogger(__name__)
 
 RUNS_FOLDER = "runs"

@@ -28,8 +28,6 @@ from featpipe.runtime import Progress, ProgressCallback
 from featpipe.storage import Receipt, atomic_write, compute_fingerprint, digest_arrays
 from featpipe.training import EmbeddingDataset, HeadConfig, fit_head, make_head_config, parse_policy, train_head
 
-__all__ = ["RecordStore", "TrialRun", "get_package_versions", "make_model_inputs"]
-
 logger = logging.getLogger(__name__)
 
 

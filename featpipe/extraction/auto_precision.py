@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from featpipe.backbones import Backbone, BackboneIdentity, PreparedImage
     from featpipe.inference import Engine
 
-__all__ = ["PrecisionChoice", "find_cached_choice", "resolve_precision"]
-
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 32

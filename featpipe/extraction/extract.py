@@ -35,8 +35,6 @@ from featpipe.storage import StagingArea, compute_fingerprint, lock_file, make_w
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone, BackboneIdentity
 
-__all__ = ["IndexEmbeddings", "embed_files", "embed_into_parts", "extract", "extract_index", "find_up_to_date_cache"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -16,15 +16,6 @@ from featpipe.data import DEFAULT_MODALITY
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone
 
-__all__ = [
-    "EXTRACTION_VERSION",
-    "find_modality",
-    "load_and_remember_backbone",
-    "load_backbone",
-    "make_facts",
-    "recall_backbone_identity",
-]
-
 EXTRACTION_VERSION = 2  # incremented by every change of this code that changes an embedding
 
 

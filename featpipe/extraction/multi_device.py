@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from featpipe.backbones import Backbone
 
-__all__ = ["embed_on_devices", "run_worker_process"]
-
 _Connection = Any  # typeshed declares another type for Pipe()
 _Process = subprocess.Popen[bytes]
 

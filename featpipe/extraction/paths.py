@@ -18,8 +18,6 @@ from featpipe.storage import compute_fingerprint, describe_differences
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone, BackboneIdentity
 
-__all__ = ["find_compatible_caches", "find_finished_cache", "is_up_to_date", "list_archive_paths", "make_cache_path"]
-
 
 def make_cache_path(
     index: Index, backbone: Backbone | BackboneIdentity, facts: Mapping[str, Any], settings: ExtractionConfig

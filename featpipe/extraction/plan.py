@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from featpipe.backbones import Backbone, BackboneIdentity
     from featpipe.extraction.auto_precision import PrecisionChoice
 
-__all__ = ["ExtractionPlan", "make_staging_area"]
-
 
 @dataclass(frozen=True, eq=False)
 class ExtractionPlan:

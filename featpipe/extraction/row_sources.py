@@ -14,8 +14,6 @@ from featpipe.data import Index
 from featpipe.status import Status
 from featpipe.storage import RACY_NANOSECONDS, Part
 
-__all__ = ["FeatureReader", "RowSources", "source_from_part"]
-
 FeatureReader = Callable[[str, int, int], NDArray[np.floating]]
 """``read(output, start, stop)``: the features of these rows, NaN where the status is not OK."""
 

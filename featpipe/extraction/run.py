@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from featpipe.backbones import Backbone
     from featpipe.inference import Engine
 
-__all__ = ["ExtractionRun", "format_counts"]
-
 logger = logging.getLogger(__name__)
 
 TIMED_STEPS = ("preparing", "reading", "decoding", "embedding", "committing", "waiting", "total")

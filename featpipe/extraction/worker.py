@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from featpipe.backbones import Backbone
     from featpipe.inference import DecodedBatch, Engine, StageSeconds
 
-__all__ = [
-    "ExtractionWorker",
-    "PartCommitted",
-    "RowsRead",
-    "WorkerFinished",
-    "WorkerMessage",
-    "WorkerStarted",
-    "create_engine",
-]
-
 MAX_PART_SECONDS = 7.0  # with batches of up to three seconds, a kill costs about ten seconds at most
 MAX_PART_BYTES = 64 * 2**20
 

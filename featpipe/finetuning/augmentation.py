@@ -19,8 +19,6 @@ from featpipe.backbones import ImageTransform, SampleTransform, Transform, image
 from featpipe.config import FineTuneConfig, check_names
 from featpipe.errors import ConfigError
 
-__all__ = ["Augmentation", "AugmentedTransform", "BatchMix", "apply_mixup_cutmix", "seeded_random"]
-
 MAX_HUE_JITTER = 0.5  # torchvision's limit: half of the colour circle to either side
 NUM_MAGNITUDE_BINS = 31  # of RandAugment, from 0
 

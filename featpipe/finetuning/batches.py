@@ -19,8 +19,6 @@ from featpipe.runtime import prefetch as prefetch_in_thread
 from featpipe.status import Status
 from featpipe.storage import digest
 
-__all__ = ["DecodedImageDataset", "EmbeddingNetwork", "TrainingDataset", "prefetch_batches"]
-
 PREFETCHED_BATCHES = 2  # prepared while the current one is trained on
 
 

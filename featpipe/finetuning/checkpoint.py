@@ -19,8 +19,6 @@ from featpipe.errors import ConfigError, ModelError
 from featpipe.finetuning.trainer import EpochRecord, Trainer, TrainingState, load_weights
 from featpipe.storage import atomic_write, describe_differences
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
-
 CHECKPOINT_FORMAT = "featpipe-checkpoint/1"
 METADATA_KEY = "featpipe"
 SCALAR_FIELDS = ("rate", "epoch", "step", "loss", "seen", "pieces")

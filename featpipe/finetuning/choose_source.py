@@ -24,8 +24,6 @@ from featpipe.finetuning.feature_map_cache import (
 )
 from featpipe.finetuning.unfreeze import UnfrozenParameters
 
-__all__ = ["open_datasets"]
-
 logger = logging.getLogger(__name__)
 
 DatasetContext = AbstractContextManager[TrainingDataset]

@@ -27,8 +27,6 @@ from featpipe.model import Model
 from featpipe.runtime import ProgressCallback
 from featpipe.storage import compute_fingerprint
 
-__all__ = ["NON_TRAINING_SETTINGS", "FineTuneContext", "checkpoint_path_for", "extract_for_model"]
-
 NON_TRAINING_SETTINGS = ("device", "workers", "keep_worse")  # settings that do not influence the training
 NO_ROWS = np.zeros(0, np.int64)
 

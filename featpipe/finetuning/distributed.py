@@ -20,8 +20,6 @@ from torch import Tensor, distributed
 
 from featpipe.inference import keep_freed_memory, resolve_device
 
-__all__ = ["DistributedContext", "join_distributed", "resolve_process_device"]
-
 R = TypeVar("R")
 BARRIER_TIMEOUT = timedelta(days=2)  # the others wait while the main process extracts
 

@@ -34,14 +34,6 @@ from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import compute_fingerprint
 
-__all__ = [
-    "CacheEstimate",
-    "FeatureMapDataset",
-    "estimate_caching_gain",
-    "feature_map_bytes",
-    "make_feature_map_dataset",
-]
-
 BACKWARD_COST = 2  # relative to the forward pass
 MIN_CACHING_GAIN = 1.2  # a smaller reduction of work is not worth the disk space
 MAX_DISK_SHARE = 0.5  # of the free space: parts and the cache that is made of them exist at the same time

@@ -32,8 +32,6 @@ from featpipe.model import Model, load_model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.storage import Receipt
 
-__all__ = ["finetune", "prepare_start"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -22,8 +22,6 @@ from featpipe.heads import LinearClassifier, LinearRegressor, MLPClassifier, MLP
 from featpipe.metrics import Calibration, compute_logits
 from featpipe.model import Model
 
-__all__ = ["HeadLayers", "InitialHead", "head_to_layers", "initialize_head", "layers_to_head"]
-
 Array = NDArray[np.float64]
 
 _TORCH_HEADS = (LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor)

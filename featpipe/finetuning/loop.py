@@ -25,16 +25,6 @@ from featpipe.finetuning.optim import schedule_factor
 from featpipe.finetuning.trainer import EpochRecord, Trainer, TrainingState, load_weights
 from featpipe.runtime import Progress
 
-__all__ = [
-    "NonFiniteError",
-    "StopRequest",
-    "compute_gradients",
-    "defer_signals",
-    "make_tensorboard_logger",
-    "predict_scores",
-    "run_training_loop",
-]
-
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_INTERVAL_SECONDS = 120.0

@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["LossTerm"]
-
 
 class LossTerm:
     """An addition to the training loss; a subclass overrides one method or both."""

@@ -13,8 +13,6 @@ from featpipe.finetuning.loop import NonFiniteError, compute_gradients, optimize
 from featpipe.finetuning.trainer import Trainer, TrainingState, clone_tensors, load_weights
 from featpipe.runtime import Progress
 
-__all__ = ["find_learning_rate"]
-
 logger = logging.getLogger(__name__)
 
 MIN_RATE, MAX_RATE = 1e-6, 1.0

@@ -11,8 +11,6 @@ from torch import nn
 
 from featpipe.config import FineTuneConfig
 
-__all__ = ["ONE_CYCLE_WARMUP_SHARE", "make_optimizer", "make_parameter_groups", "schedule_factor"]
-
 ONE_CYCLE_START_FACTOR, ONE_CYCLE_END_FACTOR, ONE_CYCLE_WARMUP_SHARE = (
     1 / 25,
     1e-4,

@@ -23,13 +23,6 @@ from featpipe.model import (
     Model,
 )
 
-__all__ = [
-    "FineTuningResult",
-    "ProbeComparison",
-    "compare_models",
-    "predict_rows",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class ProbeComparison:

@@ -19,8 +19,6 @@ from featpipe.model import Model
 from featpipe.splits import SplitSeed
 from featpipe.training import EmbeddingDataset, make_head_config, train_head
 
-__all__ = ["Splits", "make_dataset", "make_splits", "refit_without"]
-
 logger = logging.getLogger(__name__)
 
 MAX_LISTED_NAMES = 3

@@ -25,8 +25,6 @@ from featpipe.finetuning.trainer import Trainer, TrainingState, TrainingTargets
 from featpipe.finetuning.unfreeze import UnfrozenParameters, select_unfrozen
 from featpipe.heads import LossFunction
 
-__all__ = ["open_trainer", "train_network"]
-
 logger = logging.getLogger(__name__)
 
 LINK_BY_TASK: Mapping[str, Any] = {"classification": "softmax", "multilabel": "sigmoid", "regression": "identity"}

@@ -32,8 +32,6 @@ from featpipe.model import (
 )
 from featpipe.training import EmbeddingDataset, fit_novelty
 
-__all__ = ["TrainedNetwork"]
-
 
 @dataclass(frozen=True, eq=False)
 class TrainedNetwork:

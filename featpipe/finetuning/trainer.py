@@ -24,8 +24,6 @@ from featpipe.finetuning.unfreeze import UnfrozenParameters
 from featpipe.heads import LossFunction
 from featpipe.runtime import ProgressCallback, ignore_progress
 
-__all__ = ["BACKBONE_PREFIX", "HEAD_PREFIX", "EpochRecord", "Trainer", "TrainingState", "TrainingTargets"]
-
 HEAD_PREFIX, BACKBONE_PREFIX = "head.", "backbone."  # before the names of parameters
 
 
@@ -369,6 +367,7 @@ class TrainingState:
 
 
 def clone_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return detached copies."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

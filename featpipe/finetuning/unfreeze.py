@@ -15,8 +15,6 @@ from featpipe.backbones import Backbone, Stage, example_batch, find_stages, imag
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
-__all__ = ["UnfrozenParameters", "select_unfrozen"]
-
 _SLICE_PATTERN = re.compile(r"layers\[(-?\d*)(?::(-?\d*))?\]")
 _STAGES_PATTERN = re.compile(r"(\d+)(?: stages?)?")
 _SHARE_PATTERN = re.compile(r"0?\.\d+|1\.0+")

@@ -13,15 +13,6 @@ from featpipe.heads.last_layer import LastLayer, compute_hidden_features, extrac
 from featpipe.heads.targets import ScoredClassifier
 from featpipe.metrics import compute_logits
 
-__all__ = [
-    "ExpandedClassifier",
-    "get_base_head",
-    "make_expanded_head",
-    "merge_class_scores",
-    "merge_last_layer_rows",
-    "resolve_last_layer",
-]
-
 
 class ExpandedClassifier(ScoredClassifier, BaseEstimator):
     """The scores of a fitted head, with classes merged or removed, and linear scores of new classes.

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["nearness"]
-
 SIMILARITY_TEMPERATURE = 0.07
 
 

@@ -15,15 +15,6 @@ from featpipe.heads.logistic.estimator import SoftmaxRegression
 from featpipe.heads.neural.estimators import LinearClassifier, MLPClassifier
 from featpipe.heads.neural.train import forward
 
-__all__ = [
-    "LastLayer",
-    "compute_fisher_diagonal",
-    "compute_hidden_features",
-    "extract_last_layer",
-    "get_l2_strength",
-    "replace_last_layer",
-]
-
 Array = NDArray[np.float64]
 
 BLOCK_ROWS = 8192

@@ -13,8 +13,6 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from featpipe.errors import ModelError
 
-__all__ = ["TRUSTED_TYPES", "check_savable", "dumps", "loads"]
-
 # Types that may be built in addition to numpy's and the estimators that skops knows. A constant: the file has no say.
 TRUSTED_TYPES: tuple[str, ...] = (
     "featpipe.heads.BayesianRidgeClassifier",

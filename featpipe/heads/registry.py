@@ -12,16 +12,6 @@ from featpipe.config import TASKS, Task, unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.heads.knn import nearness
 
-__all__ = [
-    "HEAD_REGISTRY",
-    "HeadSpec",
-    "build",
-    "describe",
-    "get_settings",
-    "get_spec",
-    "list_heads",
-]
-
 
 @dataclass(frozen=True)
 class HeadSpec:

@@ -19,8 +19,6 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, valida
 from featpipe.config import check_choice, check_integer, unknown_name_error
 from featpipe.errors import ConfigError
 
-__all__ = ["BALANCE_METHODS", "SMOTE_NEIGHBORS", "BalancedClassifier", "draw_row_indices", "fit_balanced", "resample"]
-
 BALANCE_METHODS: dict[str, str] = {
     "over": "rows of smaller classes are repeated until all classes have as many as the largest",
     "under": "rows of larger classes are left out until all classes have as few as the smallest",

@@ -15,15 +15,6 @@ from sklearn.base import ClassifierMixin
 from sklearn.exceptions import DataConversionWarning
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-__all__ = [
-    "EncodedTargets",
-    "ScoredClassifier",
-    "check_sample_weight",
-    "compute_scores",
-    "encode_targets",
-    "validate_training_data",
-]
-
 SCORING_BLOCK_ROWS = 8192
 
 

@@ -16,8 +16,6 @@ from featpipe.incremental.retention import fit_to_budget
 from featpipe.model import STORED_DIGEST_BYTES, Model, RetentionPolicy
 from featpipe.runtime import ProgressCallback
 
-__all__ = ["ExpansionContext"]
-
 logger = logging.getLogger(__name__)
 
 MIN_SIMILAR_SHARE = 0.9  # of the images of a new class that the model predicts as one old class, for a note

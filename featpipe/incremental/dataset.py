@@ -21,19 +21,6 @@ from featpipe.errors import CacheError, ConfigError
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback
 
-__all__ = [
-    "ClassMapping",
-    "ExpansionData",
-    "LabeledEmbeddings",
-    "as_list",
-    "compute_request_digest",
-    "find_labels",
-    "find_similar_names",
-    "is_cache",
-    "load_expansion_data",
-    "open_caches",
-]
-
 TEST_FRACTION = 0.2
 MIN_IMAGES_FOR_HOLDOUT = 5  # distinct images of a class, for some of them to be held out
 

@@ -15,8 +15,6 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from featpipe.heads import LastLayer
 
-__all__ = ["DistillationTerm", "LastLayerObjective", "QuadraticPenalty", "fit_last_layer"]
-
 Array = NDArray[np.float64]
 EpochCallback = Callable[[LastLayer, float], None]
 

@@ -17,8 +17,6 @@ from featpipe.incremental.dataset import LabeledEmbeddings
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.metrics import Interval, compute_logits
 
-__all__ = ["MethodEvaluator", "MethodOutcome", "TrainingCurves"]
-
 Array = NDArray[np.float64]
 
 N_RESAMPLES = 1000

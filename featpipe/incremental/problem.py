@@ -26,8 +26,6 @@ from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
 from featpipe.metrics import compute_logits
 from featpipe.model import EXEMPLAR_SELECTORS, ReplayMemory, compute_penultimate_features
 
-__all__ = ["EpochCallback", "ExpansionConfig", "IncrementalStep"]
-
 Array = NDArray[np.float64]
 EpochCallback = Callable[[LastLayer, float], None]
 

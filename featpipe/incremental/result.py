@@ -21,8 +21,6 @@ from featpipe.metrics import Calibration, Interval
 from featpipe.model import STORED_DIGEST_BYTES, ConformalPredictor, Model, NoveltyScorer, Uncertainty
 from featpipe.training import EmbeddingDataset, fit_novelty, update_novelty
 
-__all__ = ["Expansion", "build_expanded_model", "collect_metrics", "make_expansion", "make_history"]
-
 logger = logging.getLogger(__name__)
 
 N_CURVE_ROWS = 8

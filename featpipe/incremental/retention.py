@@ -27,8 +27,6 @@ from featpipe.model import (
     select_exemplars,
 )
 
-__all__ = ["compute_memory_bytes", "fit_to_budget", "resolve_policy", "update_replay_memory"]
-
 
 def resolve_policy(
     old_memory: ReplayMemory | None, policy: RetentionPolicy | None, settings: ExpansionConfig | None, method: str

@@ -26,8 +26,6 @@ from featpipe.metrics import Calibration, compute_logits, fit_temperature
 from featpipe.model import ConformalPredictor
 from featpipe.runtime import Progress
 
-__all__ = ["HeldOutScores", "SelectedMethod", "cross_fit_scores", "score_halves", "select_and_fit"]
-
 logger = logging.getLogger(__name__)
 
 BASELINE_METHODS = ("joint", "naive")  # upper and lower baseline

@@ -23,8 +23,6 @@ from featpipe.errors import ConfigError
 from featpipe.inference.devices import allow_tf32
 from featpipe.inference.runner import Embeddings
 
-__all__ = ["CudaRunner"]
-
 WARMUP_PASSES = 3  # passes before graph capture: libraries choose their algorithms in the first passes
 
 

@@ -15,8 +15,6 @@ import torch
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
-__all__ = ["allow_tf32", "available_cores", "keep_freed_memory", "resolve_device", "resolve_devices"]
-
 
 def resolve_device(name: str = "auto") -> torch.device:
     """Resolve a device name.

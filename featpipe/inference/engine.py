@@ -20,8 +20,6 @@ from featpipe.inference.flops import count_multiply_adds, default_batch_size
 from featpipe.inference.pinned_transfer import make_worker_transforms
 from featpipe.inference.runner import EagerRunner, Embeddings, Runner
 
-__all__ = ["Engine"]
-
 PRECISION_DTYPES = {  # name → dtype of weights and activations
     "fp32": torch.float32,
     "tf32": torch.float32,

@@ -11,8 +11,6 @@ import torch
 
 from featpipe.backbones import Backbone, example_batch
 
-__all__ = ["count_multiply_adds", "default_batch_size"]
-
 CPU_BATCH_BYTES = 16  # of one value per image: 4 images in fp32, 8 in bf16, whose feature maps stay in a core's cache
 CPU_BATCH_MULTIPLY_ADDS = 36e9  # about three seconds at 10 GMAC/s, the speed of a slow core in fp32
 GPU_BATCH_RANGE = (32, 512)  # minimum and maximum

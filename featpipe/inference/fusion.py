@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
-__all__ = ["fuse_convolutions"]
-
 aten = torch.ops.aten
 
 # activation → its name in oneDNN's operators, and the number of its scalar arguments

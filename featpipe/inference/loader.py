@@ -23,18 +23,6 @@ from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 from featpipe.storage import digest
 
-__all__ = [
-    "DecodedBatch",
-    "EmbeddingEngine",
-    "Loader",
-    "SampleList",
-    "SampleSource",
-    "embed_batches",
-    "embed_sample_list",
-    "micro_batch_size",
-    "run_in_threads",
-]
-
 MAX_ROWS_PER_IMAGE = 64  # per image of a full batch; a batch with this many rows is yielded even if it has fewer images
 MAX_MICRO_BATCH = 32  # maximum number of images that a worker passes on at a time if another thread embeds them
 

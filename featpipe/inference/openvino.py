@@ -17,8 +17,6 @@ from featpipe.backbones import Backbone
 from featpipe.inference.devices import available_cores
 from featpipe.inference.runner import Embeddings, pad_batch, to_network_input
 
-__all__ = ["OpenVinoRunner"]
-
 
 class OpenVinoRunner:
     """Runs a graph with OpenVINO; each calling thread has its own inference request and stream.

@@ -22,15 +22,6 @@ from featpipe.data import get_modality
 from featpipe.errors import ConfigError
 from featpipe.inference.runner import EagerRunner, Runner, to_network_input
 
-__all__ = [
-    "OPENVINO_PRECISIONS",
-    "FusedRunner",
-    "export_graph",
-    "has_openvino",
-    "make_fused_runner",
-    "make_openvino_runner",
-]
-
 MAX_RELATIVE_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 """Maximum distance to the network's embeddings, relative to their norm. A wrong graph has an error of about 1; another
 summation order changes half-precision embeddings of synthetic images by up to 0.1."""

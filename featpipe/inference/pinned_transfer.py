@@ -26,8 +26,6 @@ from featpipe.backbones import (
 )
 from featpipe.inference.devices import allow_tf32
 
-__all__ = ["PinnedTransfer", "make_worker_transforms"]
-
 MAX_UNRESIZED_PIXELS = 2_000_000  # maximum size of an image that the GPU resizes; for larger ones decoding dominates
 MAX_PENDING_BYTES = 2**31  # of unresized images in pinned memory; about 4,000 images of 500 × 375 pixels
 

@@ -16,8 +16,6 @@ from featpipe.config import Precision
 from featpipe.inference.engine import Engine
 from featpipe.inference.runner import Embeddings
 
-__all__ = ["Fidelity", "candidate_precisions", "compute_embeddings", "compute_min_cosine", "select_precision"]
-
 
 @dataclass
 class Fidelity:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from featpipe.backbones import Backbone
 
-__all__ = ["EagerRunner", "Embeddings", "Runner", "pad_batch", "to_arrays", "to_network_input"]
-
 Embeddings = dict[str, NDArray[np.float32]]
 
 

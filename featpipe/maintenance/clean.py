@@ -17,8 +17,6 @@ from featpipe.cache import FeatureCache, parts_directory
 from featpipe.errors import CacheError
 from featpipe.storage import PART_FILE_NAME, TEMPORARY_NAME, StagingArea
 
-__all__ = ["AbandonedFiles", "clean", "remove_abandoned"]
-
 MIN_AGE_SECONDS = 3600  # a younger file may be a copy in progress, or belong to a process of another machine
 
 _PARTS_NAME = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # parts of a cache or of a prediction file

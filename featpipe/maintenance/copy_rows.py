@@ -17,8 +17,6 @@ from featpipe.runtime import Progress, ProgressCallback
 from featpipe.status import Status
 from featpipe.storage import StagingArea
 
-__all__ = ["RowCopier", "check_columns", "is_up_to_date", "lock_for_writing", "prepare_output_path"]
-
 logger = logging.getLogger(__name__)
 
 CHECK_BLOCK_ROWS = 65536

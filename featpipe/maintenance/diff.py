@@ -14,8 +14,6 @@ from featpipe.data import Index
 from featpipe.status import Status
 from featpipe.storage import describe_differences
 
-__all__ = ["CacheDiff", "SampleDiff", "diff_with_cache", "diff_with_request"]
-
 
 @dataclass(frozen=True)
 class SampleDiff:

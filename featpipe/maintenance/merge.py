@@ -28,8 +28,6 @@ from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import StringColumn, describe_differences
 
-__all__ = ["merge"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,8 +17,6 @@ from featpipe.maintenance.copy_rows import (
 )
 from featpipe.runtime import ProgressCallback, ignore_progress
 
-__all__ = ["pack"]
-
 logger = logging.getLogger(__name__)
 
 

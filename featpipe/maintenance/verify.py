@@ -20,8 +20,6 @@ from featpipe.runtime import Progress, ProgressCallback, ignore_progress
 from featpipe.status import Status
 from featpipe.storage import StagingArea, digest
 
-__all__ = ["TOLERANCES", "DamagedRow", "Verification", "repair", "verify"]
-
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 1e-2, "bf16": 0.3}
 """Largest accepted distance of an embedding computed again, relative to its length, for each precision.
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from featpipe.metrics.calibration import (
     Calibration,
-    calibration_error,
     compute_logits,
     compute_prior_offsets,
     compute_sigmoid_loss,
     fit_temperature,
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
-from featpipe.metrics.reliability import compute_confidence
+from featpipe.metrics.reliability import calibration_error, compute_confidence
 from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores
 
 if TYPE_CHECKING:

@@ -16,16 +16,6 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax, softmax
 
 from featpipe.errors import ConfigError
-from featpipe.metrics.reliability import calibration_error
-
-__all__ = [
-    "Calibration",
-    "calibration_error",
-    "compute_logits",
-    "compute_prior_offsets",
-    "compute_sigmoid_loss",
-    "fit_temperature",
-]
 
 Array = NDArray[np.float64]
 

@@ -13,17 +13,6 @@ from scipy.stats import norm
 from featpipe.errors import ConfigError
 from featpipe.runtime import BlasThreadPool
 
-__all__ = [
-    "BootstrapMetric",
-    "Floats",
-    "Interval",
-    "Statistic",
-    "compute_intervals",
-    "format_score",
-    "iter_bootstrap_counts",
-    "wilson_interval",
-]
-
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]  # draw counts of each row, (m, b) -> one value per resample, (b,)
 

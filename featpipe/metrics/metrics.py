@@ -29,8 +29,6 @@ from featpipe.metrics.weighted_bootstrap import (
     sum_of_squares,
 )
 
-__all__ = ["compute_metrics", "score", "score_classification", "score_multilabel", "score_regression"]
-
 # Scores that sort each column get fewer resamples where resamples × rows × columns would exceed this number, and no
 # interval where fewer than the minimum remain.
 _MAX_RANKED_SCORES = 60_000_000

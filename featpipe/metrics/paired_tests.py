@@ -15,8 +15,6 @@ from featpipe.metrics.intervals import CONFIDENCE_LEVEL, BootstrapMetric, Floats
 from featpipe.metrics.metrics import compute_metrics
 from featpipe.metrics.scores import nan_to_none
 
-__all__ = ["PairedComparison", "ScoreDifference", "compare_paired"]
-
 
 @dataclass(frozen=True)
 class ScoreDifference:

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["N_BINS", "calibration_error", "compute_bin_gaps", "compute_confidence"]
-
 Array = NDArray[np.float64]
 
 N_BINS = 15

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from featpipe.metrics.intervals import Interval, format_score
 
-__all__ = ["METRICS", "SELECTION_METRICS", "Metric", "Scores", "nan_to_none"]
-
 
 @dataclass(frozen=True)
 class Metric:

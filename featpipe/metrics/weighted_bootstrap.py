@@ -11,17 +11,6 @@ from scipy.sparse import csr_array
 
 from featpipe.metrics.intervals import Floats, Statistic
 
-__all__ = [
-    "average_precision",
-    "make_column_mean_statistic",
-    "make_mean_statistic",
-    "mean_of_ratios",
-    "roc_auc",
-    "safe_divide",
-    "spearman_correlation",
-    "sum_of_squares",
-]
-
 
 def make_mean_statistic(values: NDArray[Any]) -> Statistic:
     """The mean of one value per row."""

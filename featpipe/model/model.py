@@ -40,15 +40,6 @@ from featpipe.storage import (
 if TYPE_CHECKING:
     from featpipe.inference import SampleList
 
-__all__ = [
-    "STORED_DIGEST_BYTES",
-    "Model",
-    "embed_samples_or_raise",
-    "load_model",
-    "raise_for_failures",
-    "read_document",
-]
-
 STORED_DIGEST_BYTES = 16  # of each training sample's SHA-256: enough to recognize it, too little to reveal more
 
 

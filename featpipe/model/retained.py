@@ -26,17 +26,6 @@ from featpipe.heads import (
     resolve_last_layer,
 )
 
-__all__ = [
-    "DEFAULT_RETENTION",
-    "EXEMPLAR_SELECTORS",
-    "ReplayMemory",
-    "RetentionPolicy",
-    "collect_replay_memory",
-    "compute_penultimate_features",
-    "select_by_herding",
-    "select_exemplars",
-]
-
 DEFAULT_RETENTION = "statistics,importances"
 DEFAULT_EXEMPLARS_PER_CLASS = 20  # of ``rows`` without a number
 _RETENTION_PARTS = ("statistics", "importances", "rows")

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = ["ConformalPredictor", "NoveltyScorer", "Uncertainty", "dumps", "loads"]
-
 Floats = NDArray[np.float64]
 
 MAX_REFERENCES = 1000  # training embeddings; one of each class if there are more classes

@@ -17,8 +17,6 @@ from featpipe.config import (
 )
 from featpipe.model import Model
 
-__all__ = ["PredictConfig", "PredictOptions", "StreamOptions"]
-
 
 class StreamOptions(TypedDict, total=False):
     """Keywords of :func:`featpipe.prediction.stream`."""

@@ -39,8 +39,6 @@ from featpipe.storage import StagingArea, compute_fingerprint, describe_differen
 if TYPE_CHECKING:
     from featpipe.model import Model
 
-__all__ = ["StatusCounts", "predict"]
-
 logger = logging.getLogger(__name__)
 
 HEAD_BATCH_ROWS = 1024

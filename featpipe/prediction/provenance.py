@@ -43,8 +43,6 @@ from featpipe.storage import (
 if TYPE_CHECKING:
     from featpipe.model import Model
 
-__all__ = ["RECEIPT_FORMAT", "PredictionReceipt", "PredictionRequest", "read_receipt", "receipt_path", "write_receipt"]
-
 RECEIPT_FORMAT = "featpipe-predictions/1"
 MAX_RECEIPT_BYTES = 2**20
 

@@ -13,8 +13,6 @@ from featpipe.model import Model
 from featpipe.prediction.config import PredictConfig
 from featpipe.status import Status
 
-__all__ = ["Prediction", "iter_predictions"]
-
 
 @dataclass(frozen=True)
 class Prediction:

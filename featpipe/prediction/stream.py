@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from featpipe.inference import DecodedBatch
     from featpipe.model import Model
 
-__all__ = ["stream", "stream_all"]
-
 SamplePredictions = tuple[Prediction, ...]
 """The predictions of several models for one sample."""
 

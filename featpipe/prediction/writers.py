@@ -19,16 +19,6 @@ from featpipe.model import Model
 from featpipe.prediction.rows import Prediction
 from featpipe.storage import atomic_write
 
-__all__ = [
-    "WRITERS",
-    "PredictionColumns",
-    "RowWriter",
-    "find_parts_directory",
-    "make_columns",
-    "make_write_error",
-    "select_writer",
-]
-
 RowWriter = Callable[[Sequence[Prediction]], None]
 """Writes one sample: a sequence with the prediction of each model."""
 

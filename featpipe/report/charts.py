@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from featpipe.metrics import Scores, format_score
 
-__all__ = ["Axis", "ConfusionCell", "TrainingCurve", "make_axis", "make_confusion_matrix", "make_training_curve"]
-
 
 @dataclass(frozen=True)
 class Axis:

@@ -11,15 +11,6 @@ from featpipe.evaluation import NOVELTY_THRESHOLD, Evaluation, summarize_novelty
 from featpipe.metrics import compute_confidence, wilson_interval
 from featpipe.report.page import ReportTable
 
-__all__ = [
-    "Figure",
-    "make_coverage_figure",
-    "make_learning_curve_figure",
-    "make_novelty_figure",
-    "make_reliability_figure",
-    "make_threshold_figure",
-]
-
 Figure = tuple[ReportTable, str, Any]
 """A table, a caption, and points ready for JSON."""
 

@@ -22,8 +22,6 @@ from featpipe.report.page import Gallery, ReportImage, ReportTable
 from featpipe.report.projection import project_to_plane
 from featpipe.report.thumbnails import Thumbnails
 
-__all__ = ["EvaluationContent", "make_evaluation_content"]
-
 MAX_GALLERY_IMAGES = 24
 MAX_GALLERY_PAIRS = MAX_EXAMPLES = MAX_GALLERY_IMAGES // 2
 MAX_TABLE_ROWS = 50

@@ -8,8 +8,6 @@ from typing import Any
 
 from featpipe.metrics import Interval, Scores
 
-__all__ = ["BaselineRow", "ComparisonRow", "Gallery", "Page", "ReportImage", "ReportTable"]
-
 
 @dataclass(frozen=True)
 class ComparisonRow:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["project_to_plane"]
-
 MAX_PCA_ROWS = 5000
 CLIP_PERCENTILE = 99.5  # of the distances from the centre; points beyond it are drawn at the edge of the map
 

@@ -21,8 +21,6 @@ from featpipe.report.charts import make_axis, make_confusion_matrix, make_traini
 from featpipe.report.page import Page
 from featpipe.storage import atomic_write
 
-__all__ = ["render_page", "write_page"]
-
 MAX_MATRIX_CLASSES = 40  # with more, the page lists the most confused pairs instead of the confusion matrix
 MAX_LISTED_CLASSES = 20  # in that case, scores of the other classes are folded
 MAX_NAME_CHARACTERS = 200

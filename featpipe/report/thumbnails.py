@@ -12,8 +12,6 @@ from featpipe.data import get_modality
 from featpipe.errors import ArchiveError, FeatpipeError
 from featpipe.storage import digest
 
-__all__ = ["Thumbnails"]
-
 THUMBNAIL_PIXELS = 80
 N_DECODING_THREADS = 4  # decoding releases the interpreter lock
 

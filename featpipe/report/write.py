@@ -20,8 +20,6 @@ from featpipe.training import format_params
 if TYPE_CHECKING:
     from featpipe.incremental import Expansion
 
-__all__ = ["write_report"]
-
 SMALL_TEST_SET_ROWS = 100
 _HEAD_CURVES = {
     "Training loss": "loss_curve",

@@ -9,8 +9,6 @@ from time import monotonic
 
 from featpipe.errors import ConfigError, TimeLimitError
 
-__all__ = ["Deadline", "parse_duration"]
-
 SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?[dhms])+")
 _DURATION_TERM = re.compile(r"([0-9.]+)([dhms])")

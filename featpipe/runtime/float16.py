@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["convert_float"]
-
 BLOCK_ELEMENTS = 1 << 20  # a block fits into the cache of a core
 MIN_TORCH_ELEMENTS = 1 << 16
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["MemoryBudget", "available_bytes"]
-
 MIN_TRACKED_BYTES = 16 << 20  # a decoded photograph of 500 × 375 takes 2 MB
 BUDGET_DIVISOR = 4  # the budget is this fraction of the available memory
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["format_duration", "format_size", "format_table", "printable"]
-
 MAX_CELL_CHARACTERS = 110
 
 

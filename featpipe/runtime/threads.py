@@ -13,8 +13,6 @@ from typing import Any, Generic, Self, TypeVar
 
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
 
-__all__ = ["BlasThreadPool", "limit_torch_threads", "map_in_parallel", "prefetch"]
-
 MIN_PARALLEL_MULTIPLICATIONS = 1e7
 
 Item = TypeVar("Item")

@@ -32,8 +32,6 @@ from featpipe.data import (
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.storage import StringColumn
 
-__all__ = ["find_listed_rows", "load_column", "load_groups", "load_times", "parse_table_column", "parse_time"]
-
 _MAX_LISTED_IMAGES = 3
 _ISO_DATE_PATTERN = re.compile(r"[0-9]{4}-[0-9]{2}(-[0-9]{2})?([T ][0-9:.,]+ ?(Z|[+-][0-9:]+)?)?")
 

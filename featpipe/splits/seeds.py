@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["SplitSeed"]
-
 
 class SplitSeed(IntEnum):
     """The seed of each kind of split, so that the rows of different splits are independent of each other.

@@ -20,15 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = [
-    "apply_predefined_split",
-    "compute_group_keys",
-    "compute_keys",
-    "find_cutoff_time",
-    "make_folds",
-    "make_holdout",
-]
-
 # Placing small classes that share groups on every side is a combinatorial problem. It is solved exactly if few units
 # may move, and otherwise by a number of search steps that takes about a second.
 MAX_EXACT_CHOICES = 120

@@ -11,8 +11,6 @@ from typing import IO, Any
 
 from featpipe.errors import FeatpipeError
 
-__all__ = ["atomic_write", "check_writable", "fsync_directory", "make_writable_folder"]
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, text: bool = False, folder: Path | None = None) -> Iterator[IO[Any]]:

@@ -23,19 +23,6 @@ from typing import Any
 from featpipe.errors import ModelError
 from featpipe.storage.atomic import atomic_write, check_writable
 
-__all__ = [
-    "HEAD_MEMBER",
-    "MODEL_FORMAT",
-    "MODEL_FORMAT_VERSION",
-    "REPLAY_MEMORY_MEMBER",
-    "TRAINED_ON_MEMBER",
-    "UNCERTAINTY_MEMBER",
-    "WEIGHTS_MEMBER",
-    "ModelBundle",
-    "convert_bundle_errors",
-    "is_model_file",
-]
-
 MODEL_FORMAT = "featpipe-model"
 MODEL_FORMAT_VERSION = "1.2"  # 1.1 added the calibration; 1.2 the replay memory and the uncertainty
 DOCUMENT_MEMBER, HEAD_MEMBER, TRAINED_ON_MEMBER = "model.json", "head.skops", "trained_on.bin"

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["canonical_json", "compute_fingerprint", "describe_differences", "digest", "digest_arrays"]
-
 
 def canonical_json(value: object) -> bytes:
     """Serialize a value as canonical JSON: sorted keys, no spaces, UTF-8, no NaN.

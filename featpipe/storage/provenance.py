@@ -11,8 +11,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["RACY_NANOSECONDS", "Receipt", "hash_file"]
-
 RACY_NANOSECONDS = 2 * 10**9  # a file modified this shortly before a read may change again with the same mtime
 
 

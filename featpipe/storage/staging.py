@@ -34,8 +34,6 @@ from featpipe.errors import CacheError
 from featpipe.storage.atomic import fsync_directory
 from featpipe.storage.hashing import compute_fingerprint as compute_fingerprint
 
-__all__ = ["PART_FILE_NAME", "TEMPORARY_NAME", "Part", "StagingArea", "lock_file"]
-
 MAX_RECORD_BYTES = 64 * 1024
 
 TEMPORARY_NAME = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # process id, then a random number

@@ -9,8 +9,6 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["StringColumn"]
-
 
 class StringColumn(Sequence[str]):
     """An immutable sequence of strings.

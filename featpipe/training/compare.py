@@ -20,8 +20,6 @@ from featpipe.training.cross_validation import get_main_metric
 from featpipe.training.dataset import EmbeddingDataset
 from featpipe.training.train import TrainedHead, load_training_rows, make_head_config, parse_policy, train_head
 
-__all__ = ["HeadComparison", "HeadComparisonRow", "compare"]
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDS = 5

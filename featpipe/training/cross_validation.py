@@ -18,8 +18,6 @@ from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.head_config import HeadConfig
 from featpipe.training.search import MAX_TUNING_ROWS
 
-__all__ = ["Estimate", "cross_validate", "fit_calibration_on_folds", "get_main_metric"]
-
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 N_CALIBRATION_FOLDS = 3  # for heads without probabilities, where no estimate is asked for

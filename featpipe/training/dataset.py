@@ -17,8 +17,6 @@ from featpipe.model import Model
 from featpipe.runtime import available_bytes
 from featpipe.splits import SplitSeed, find_listed_rows, load_groups, load_times, parse_time
 
-__all__ = ["EmbeddingDataset", "load_training_data"]
-
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 N_FEATURE_COPIES = 4  # held while a head is fitted: the rows, a fold of them, and two as float64 while they are scaled

@@ -19,8 +19,6 @@ from featpipe.training.dataset import EmbeddingDataset
 from featpipe.training.head_config import HeadConfig
 from featpipe.training.search import SearchResult, search_settings
 
-__all__ = ["FittedHead", "fit_head"]
-
 PREDICT_BLOCK_ROWS = 1 << 16
 ABSENT_CLASS_LOGIT = -30.0  # below the smallest logit: the logit of a class that no row of a fold has
 

@@ -10,8 +10,6 @@ from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.metrics import SELECTION_METRICS
 
-__all__ = ["HeadConfig"]
-
 
 @dataclass(frozen=True)
 class HeadConfig:

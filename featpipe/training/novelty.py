@@ -11,8 +11,6 @@ from featpipe import splits
 from featpipe.model import MAX_REFERENCES, NoveltyScorer
 from featpipe.training.dataset import EmbeddingDataset
 
-__all__ = ["fit_novelty", "update_novelty"]
-
 MAX_ROWS = 20_000  # rows that are looked at
 MIN_ROWS = 10  # rows
 

@@ -20,8 +20,6 @@ from featpipe.splits import SplitSeed
 from featpipe.training.dataset import EmbeddingDataset
 from featpipe.training.head_config import HeadConfig
 
-__all__ = ["MAX_TUNING_ROWS", "SearchResult", "format_params", "make_inner_folds", "search_settings"]
-
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 MAX_TUNING_ROWS = 20_000  # that settings are searched on if features stay in the file

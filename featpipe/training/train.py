@@ -35,8 +35,6 @@ from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.head_config import HeadConfig
 from featpipe.training.novelty import fit_novelty
 
-__all__ = ["TrainedHead", "load_training_rows", "make_head_config", "parse_policy", "train", "train_head"]
-
 logger = logging.getLogger(__name__)
 
 CURVE_ATTRIBUTES = ("loss_curve_", "validation_curve_", "validation_score_curve_")

@@ -44,16 +44,6 @@ from torch import Tensor
 
 from featpipe.data import compute_resize_weights, resize_image
 
-__all__ = [
-    "EMBEDDING_BAG_MAX_TAPS",
-    "FILTER_SUPPORT",
-    "ResizeAxis",
-    "is_exact",
-    "is_rows_first",
-    "matches_pillow",
-    "resize",
-]
-
 EMBEDDING_BAG_MAX_TAPS = 128
 """Maximum number of taps for which the sum is exact."""
 

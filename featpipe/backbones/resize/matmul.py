@@ -34,17 +34,6 @@ from torch import Tensor
 
 from featpipe.backbones.resize.embedding_bag import EXACTNESS_TEST_SIZES, ResizeAxis, is_rows_first, matches_pillow
 
-__all__ = [
-    "MATMUL_MAX_TAPS",
-    "ImageBatch",
-    "MatmulResizer",
-    "PreparedImage",
-    "UnresizedImage",
-    "is_exact",
-    "is_supported",
-    "max_resize_batch",
-]
-
 MATMUL_MAX_TAPS = 64
 """Maximum number of taps for which the sum is exact."""
 

@@ -19,16 +19,6 @@ from featpipe.backbones.transforms import CustomTransform, SampleTransform, hash
 from featpipe.backbones.weights import read_state_dicts, seeded_rng, select_state_dict
 from featpipe.errors import ConfigError
 
-__all__ = [
-    "AnyTransform",
-    "HeadlessNetwork",
-    "as_transform",
-    "build",
-    "load_state",
-    "load_weights_file",
-    "wrap_network",
-]
-
 AnyTransform = SampleTransform | Callable[[Tensor], Tensor]
 
 TRANSFORM_REQUIREMENT = "its transform: a function from a uint8 tensor (3, H, W) to a float tensor (3, h, w)"

@@ -15,8 +15,6 @@ from featpipe.backbones.sources.custom import HeadlessNetwork, load_weights_file
 from featpipe.backbones.weights import read_state_dicts
 from featpipe.config import unknown_name_error
 
-__all__ = ["build", "imagenet_classifier"]
-
 CLASSIFIER = "classifier"
 OUTER_LAYERS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": CLASSIFIER}
 SEPARABLE_LAYERS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}

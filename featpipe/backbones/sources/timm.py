@@ -17,8 +17,6 @@ from featpipe.backbones.weights import StateDict, read_state_dicts, seeded_rng, 
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError, WeightsError
 
-__all__ = ["build", "create", "make_transform", "remove_classifier"]
-
 
 def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> HeadlessNetwork:
     """Build a headless timm network.

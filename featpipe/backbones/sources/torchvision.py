@@ -19,8 +19,6 @@ from featpipe.backbones.weights import seeded_rng
 from featpipe.config import unknown_name_error
 from featpipe.errors import WeightsError
 
-__all__ = ["build", "is_available", "make_transform", "remove_classifier"]
-
 HEAD_ATTRIBUTES = ("fc", "classifier", "heads", "head")  # attributes that contain the classifier
 AUXILIARY_HEADS = ("AuxLogits", "aux1", "aux2")  # auxiliary heads of Inception and GoogLeNet, used only in training
 NETWORKS_WITH_AUXILIARY = ("googlenet", "inception_v3")

@@ -13,16 +13,6 @@ from featpipe.data.sources.listing import Listing, escape_name
 from featpipe.data.sources.sidecars import LabelValue, SidecarLabel, get_sample_key
 from featpipe.errors import ArchiveError
 
-__all__ = [
-    "RawLabels",
-    "iter_normalized_names",
-    "labels_from_folders",
-    "labels_from_sidecars",
-    "normalize_name",
-    "parse_label_column",
-    "parse_number",
-]
-
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _REGRESSION_COLUMNS = ("target", "targets", "y")
 

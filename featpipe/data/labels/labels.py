@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
 
-__all__ = ["LabelTask", "Labels", "order_classes"]
-
 LabelTask = Literal["none", "classification", "regression", "multilabel"]
 
 

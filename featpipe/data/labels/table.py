@@ -20,17 +20,6 @@ from featpipe.errors import ArchiveError, ConfigError
 if TYPE_CHECKING:
     from featpipe.data.index import Index
 
-__all__ = [
-    "TABLE_SUFFIXES",
-    "LabelTable",
-    "TableRows",
-    "map_paths_to_rows",
-    "match_table_rows",
-    "read_column",
-    "read_paths",
-    "read_table",
-]
-
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "id")

@@ -18,8 +18,6 @@ from featpipe.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["IMAGE"]
-
 DECODED_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 UNDECODED_SUFFIXES = (
     *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".hdr"),

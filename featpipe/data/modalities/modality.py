@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Modality"]
-
 
 @dataclass(frozen=True)
 class Modality:

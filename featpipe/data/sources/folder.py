@@ -13,8 +13,6 @@ from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, get_sample_key, is
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
-__all__ = ["list_files", "list_folder", "read_file"]
-
 FileIdentity = tuple[int, int]
 
 

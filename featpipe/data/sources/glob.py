@@ -11,8 +11,6 @@ from pathlib import Path
 from featpipe.data.sources.listing import format_name
 from featpipe.errors import ArchiveError
 
-__all__ = ["expand_paths"]
-
 _BRACE_PATTERN = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}|\{([^{}]*,[^{}]*)\}")
 _MAX_PATHS = 1_000_000
 

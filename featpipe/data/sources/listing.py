@@ -12,18 +12,6 @@ from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, SidecarLabel, get_
 from featpipe.errors import ArchiveError
 from featpipe.status import Status
 
-__all__ = [
-    "DEFAULT_LIMITS",
-    "ArchiveLimits",
-    "ArchiveSource",
-    "Compression",
-    "Listing",
-    "escape_name",
-    "format_name",
-    "get_suffix",
-    "is_hidden",
-]
-
 Compression = Literal["", "gz", "bz2", "xz"]
 
 _MAX_INT64 = 2**63 - 1

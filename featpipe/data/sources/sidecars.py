@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from featpipe.errors import ArchiveError
 
-__all__ = ["MAX_SIDECAR_BYTES", "SidecarLabel", "get_sample_key", "is_sidecar", "may_hold_sidecars"]
-
 MAX_SIDECAR_BYTES = 2**20
 
 _SIDECAR_SUFFIXES = (".cls", ".json")

@@ -17,8 +17,6 @@ from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
-__all__ = ["PlainTarReader", "TarReader", "TarStream", "list_tar", "open_decompressed"]
-
 _TAR_BLOCK_BYTES = 512
 _READ_CHUNK_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**24

@@ -12,8 +12,6 @@ from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
-__all__ = ["ZipReader", "list_zip"]
-
 _LOCAL_HEADER_BYTES = 30
 _SUPPORTED_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _ENCRYPTED_FLAG, _PATCHED_FLAG, _STRONGLY_ENCRYPTED_FLAG = 0x1, 0x20, 0x40

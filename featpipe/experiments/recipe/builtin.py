@@ -9,8 +9,6 @@ from pathlib import Path
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
-__all__ = ["RECIPES_FOLDER", "find_recipe", "list_builtin_recipes", "read_question"]
-
 RECIPES_FOLDER = Path(__file__).parents[2] / "pipelines"
 """In the sources a link to the folder ``pipelines``; in an installed package a folder."""
 

@@ -8,8 +8,6 @@ from typing import Any
 from featpipe.config import parse_assignments, parse_value
 from featpipe.errors import ConfigError
 
-__all__ = ["apply_changes", "parse_changes"]
-
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs.

@@ -33,8 +33,6 @@ from featpipe.experiments.recipe.schema import (
     SplitConfig,
 )
 
-__all__ = ["BACKBONE_FIELDS", "EXTRACTION_KEYS", "TABLE_NAMES", "read_recipe"]
-
 BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of ExtractionConfig: what determines the embeddings
     "name": "backbone",
     "weights": "weights",

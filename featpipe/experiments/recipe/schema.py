@@ -18,18 +18,6 @@ from featpipe.config import (
 )
 from featpipe.errors import ConfigError
 
-__all__ = [
-    "ALL_HEADS",
-    "TILES_ARCHIVE",
-    "EvaluationConfig",
-    "Recipe",
-    "RecipeHead",
-    "RecipeTraining",
-    "ReportConfig",
-    "SamplesConfig",
-    "SplitConfig",
-]
-
 TILES_ARCHIVE = "featpipe:tiles"
 """The built-in archive: tiles of the photographs in scikit-image and scikit-learn."""
 ALL_HEADS = "all"

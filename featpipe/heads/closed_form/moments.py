@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from featpipe.runtime import BlasThreadPool, convert_float
 
-__all__ = ["Moments", "RowSource", "compute_moments", "iter_row_blocks", "read_rows_into"]
-
 Array = NDArray[np.float64]
 
 DIAGONAL_BLOCK_ELEMENTS = 1 << 20  # so that consecutive operations find a block in a core's cache

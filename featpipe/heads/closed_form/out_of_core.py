@@ -29,8 +29,6 @@ from featpipe.heads.closed_form.solve import (
 )
 from featpipe.heads.targets import check_sample_weight
 
-__all__ = ["can_stream", "fit_streamed"]
-
 Array = NDArray[np.float64]
 
 

@@ -20,21 +20,6 @@ from sklearn.utils.validation import validate_data
 from featpipe.heads.closed_form.moments import Moments, RowSource, compute_moments
 from featpipe.heads.targets import check_sample_weight
 
-__all__ = [
-    "BayesianRidgeClassifier",
-    "compute_ledoit_wolf_covariance",
-    "fit_centroid_from_moments",
-    "fit_lda_from_moments",
-    "fit_ridge_classifier",
-    "fit_ridge_classifier_from_moments",
-    "fit_ridge_from_moments",
-    "fit_scaler",
-    "get_center_and_scale",
-    "select_alpha_by_evidence",
-    "shrink_covariance",
-    "standardize_moments",
-]
-
 Array = NDArray[np.float64]
 
 

@@ -26,16 +26,6 @@ from featpipe.heads.closed_form.solve import (
 )
 from featpipe.heads.registry import build
 
-__all__ = [
-    "StatisticsKind",
-    "SufficientStatistics",
-    "accepts_statistics",
-    "compute_statistics",
-    "find_statistics_kind",
-    "fit_from_statistics",
-    "make_closed_form_head",
-]
-
 Array = NDArray[np.float64]
 StatisticsKind = Literal["diagonal", "gram", "apart"]
 

@@ -24,8 +24,6 @@ from featpipe.heads.logistic.solver import Solution, minimize, project_to_row_sp
 from featpipe.heads.targets import ScoredClassifier, encode_targets, validate_training_data
 from featpipe.runtime import BlasThreadPool, map_in_parallel
 
-__all__ = ["C_GRID", "SoftmaxRegressionCV", "map_folds", "select_best_C", "solve_path"]
-
 Array = NDArray[np.float64]
 
 # The grid of Kornblith, Shlens and Le, Do Better ImageNet Models Transfer Better? (CVPR 2019), section A.2.

@@ -25,8 +25,6 @@ from featpipe.heads.targets import (
 )
 from featpipe.runtime import BlasThreadPool
 
-__all__ = ["SoftmaxRegression", "make_problem", "solve"]
-
 # Below this value rounding errors dominate the duality gap.
 MIN_L1_TOL = 1e-6
 

@@ -17,8 +17,6 @@ from scipy.special import xlogy
 from featpipe.heads.logistic.objective import LogisticProblem
 from featpipe.heads.logistic.solver import Solution, select_search_dtype
 
-__all__ = ["minimize_l1"]
-
 Array = NDArray[np.float64]
 
 ITERATIONS_BETWEEN_GAP_CHECKS = 10

@@ -12,8 +12,6 @@ from scipy.linalg.lapack import dtrtrs
 
 from featpipe.heads.logistic.preconditioners import BlockPreconditioner, WeightedGram
 
-__all__ = ["LBFGSHistory", "group_dot"]
-
 Array = NDArray[np.float64]
 
 HISTORY_SIZE = 30

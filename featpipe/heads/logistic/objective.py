@@ -14,8 +14,6 @@ from featpipe.runtime import BlasThreadPool, convert_float
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DeviceProblem", "LogisticProblem", "Point", "get_device"]
-
 Array = NDArray[np.float64]
 
 VALUES_PER_BLOCK = 1 << 20

@@ -13,8 +13,6 @@ from scipy.linalg.lapack import dpotrs, spotrf, spotrs
 
 from featpipe.heads.logistic.objective import LogisticProblem
 
-__all__ = ["BlockPreconditioner", "DiagonalPreconditioner", "GramPreconditioner", "WeightedGram"]
-
 Array = NDArray[np.float64]
 
 MAX_SAMPLED_ROWS = 12_000

@@ -18,8 +18,6 @@ from featpipe.heads.logistic.preconditioners import (
     WeightedGram,
 )
 
-__all__ = ["Solution", "minimize", "project_to_row_space", "select_search_dtype"]
-
 Array = NDArray[np.float64]
 
 MIN_PRODUCTS_FOR_FLOAT32 = 1e6

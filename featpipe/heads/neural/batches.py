@@ -16,8 +16,6 @@ from featpipe.runtime import prefetch
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BatchSource", "TrainingBatch"]
-
 MAX_IN_MEMORY_BYTES = 256 << 20  # larger sources are read in each pass, into two buffers of this size together
 BLOCK_BYTES = 256 << 10
 RUNS_BETWEEN_PAGE_RELEASES = 256

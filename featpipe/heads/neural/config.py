@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from featpipe.config import check_bool, check_choice, check_integer, check_number
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "NetworkTrainingConfig"]
-
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "constant", "linear", "step", "one-cycle")
 

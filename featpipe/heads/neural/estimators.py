@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from featpipe.heads.closed_form.moments import RowSource
     from featpipe.heads.neural.batches import BatchSource
 
-__all__ = ["LinearClassifier", "LinearRegressor", "MLPClassifier", "MLPRegressor"]
-
 MAX_VALIDATION_ROWS = 50_000
 FEATURE_DTYPES = [np.float64, np.float32, np.float16]
 

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CLASSIFICATION_LOSSES", "REGRESSION_LOSSES", "Link", "LossFunction", "compute_log_prior"]
-
 Link = Literal["softmax", "sigmoid", "identity"]
 CLASSIFICATION_LOSSES = ("cross_entropy", "focal")
 REGRESSION_LOSSES = ("squares", "absolute", "huber")

@@ -24,21 +24,6 @@ from featpipe.runtime import limit_torch_threads
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "ACTIVATIONS",
-    "OPTIMIZER_CLASSES",
-    "SGD",
-    "WEIGHT_INITIALIZERS",
-    "Adam",
-    "AdamW",
-    "Network",
-    "NetworkArchitecture",
-    "TrainedNetwork",
-    "forward",
-    "make_schedule",
-    "train_network",
-]
-
 TRAINING_COST_FACTOR = 3
 
 

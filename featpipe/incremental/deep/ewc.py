@@ -28,16 +28,6 @@ from featpipe.incremental.methods import make_old_head
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.metrics import Calibration
 
-__all__ = [
-    "ParameterImportances",
-    "compute_importances",
-    "compute_network_importances",
-    "get_last_layer_name",
-    "list_trained_parameters",
-    "make_ewc_penalty",
-    "make_old_layers",
-]
-
 logger = logging.getLogger(__name__)
 
 ParameterImportances = dict[str, NDArray[np.float32]]

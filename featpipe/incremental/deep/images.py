@@ -20,8 +20,6 @@ from featpipe.incremental.dataset import LabeledEmbeddings, as_list, is_cache
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback
 
-__all__ = ["ExpansionImages", "list_archives"]
-
 
 def list_archives(*sources: Any) -> list[str | os.PathLike[str]]:
     """All archives of several arguments.

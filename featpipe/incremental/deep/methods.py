@@ -26,16 +26,6 @@ from featpipe.incremental.methods import (
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.model import ReplayMemory, select_exemplars
 
-__all__ = [
-    "DEEP_METHODS",
-    "UNSUPPORTED_METHODS",
-    "DeepMethod",
-    "ReplayDataset",
-    "find_missing_requirement",
-    "make_replay_dataset",
-    "select_default_method",
-]
-
 MIN_IMAGES_FOR_VALIDATION = 3  # of a class, for some of them to be validation images
 UNSUPPORTED_METHODS = {
     "statistics": "uses sums over embeddings, and training the network changes the embeddings",

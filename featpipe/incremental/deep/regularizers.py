@@ -16,8 +16,6 @@ from torch.nn import functional
 
 from featpipe.finetuning import LossTerm, Trainer, prefetch_batches
 
-__all__ = ["DistillationLoss", "EWCPenalty", "compute_network_fisher"]
-
 FISHER_BATCH_SIZE = 64
 
 

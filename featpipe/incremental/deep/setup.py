@@ -31,8 +31,6 @@ from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.metrics import Calibration
 from featpipe.model import Model, Uncertainty
 
-__all__ = ["NEW_CLASSES", "OLD_CLASSES", "DeepTrainingConfig", "TrainingSetup"]
-
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED_FINETUNE_FIELDS = ("weights", "test", "keep_worse", "class_weight", "sampling")  # of FineTuneConfig

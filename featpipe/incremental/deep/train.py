@@ -31,8 +31,6 @@ from featpipe.incremental.select_method import BASELINE_METHODS, SelectedMethod,
 from featpipe.metrics import compute_logits
 from featpipe.model import Model, ReplayMemory, RetentionPolicy, collect_replay_memory
 
-__all__ = ["describe_lost_parts", "expand_network", "make_replay_memory"]
-
 logger = logging.getLogger(__name__)
 
 DEEP_BIAS_CORRECTED_METHODS = ("distill", "ewc")  # with an offset between old and new classes after the training

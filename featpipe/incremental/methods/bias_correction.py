@@ -16,8 +16,6 @@ from featpipe.incremental.methods.exemplars import WeightedEmbeddings, make_old_
 from featpipe.incremental.methods.last_layer import with_last_layer
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["NEW_CLASS_SHARE", "fit_bias_correction", "fit_with_bias_correction", "make_fold_masks"]
-
 Array = NDArray[np.float64]
 
 N_FOLDS, MIN_ROWS_FOR_FOLDS = 3, 6

@@ -7,8 +7,6 @@ from sklearn.pipeline import Pipeline
 from featpipe.heads import compute_statistics, find_statistics_kind, fit_from_statistics, make_closed_form_head
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["fit_closed_form"]
-
 
 def fit_closed_form(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
     """Equal to training on all rows at once. A head without a closed form is replaced, see `make_closed_form_head`."""

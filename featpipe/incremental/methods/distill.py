@@ -11,8 +11,6 @@ from featpipe.incremental.methods.exemplars import WeightedEmbeddings
 from featpipe.incremental.methods.last_layer import init_fold_layer, make_quadratic_penalty
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["DISTILL_STRENGTH", "fit_distill"]
-
 DISTILL_STRENGTH = 20.0
 
 

@@ -14,8 +14,6 @@ from featpipe.incremental.methods.exemplars import WeightedEmbeddings
 from featpipe.incremental.methods.last_layer import init_fold_layer, make_quadratic_penalty
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["fit_ewc"]
-
 
 def fit_ewc(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
     """Train on new rows; each old weight is pulled to its old value by its importance.

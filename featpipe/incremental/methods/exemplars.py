@@ -12,8 +12,6 @@ from featpipe.incremental.dataset import LabeledEmbeddings
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.model import select_exemplars
 
-__all__ = ["WeightedEmbeddings", "make_old_rows", "select_weighted_exemplars"]
-
 Array = NDArray[np.float64]
 
 MAX_PSEUDO_ROWS_PER_CLASS = 100  # sampled rows of each old class

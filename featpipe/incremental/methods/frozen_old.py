@@ -15,8 +15,6 @@ from featpipe.incremental.methods.exemplars import WeightedEmbeddings, make_old_
 from featpipe.incremental.methods.last_layer import init_layer
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["fit_frozen_old"]
-
 Array = NDArray[np.float64]
 
 

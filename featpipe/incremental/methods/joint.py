@@ -6,8 +6,6 @@ from sklearn.pipeline import Pipeline
 
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["fit_joint"]
-
 
 def fit_joint(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
     """As `featpipe.train` does, with the head's settings, on old and new rows together."""

@@ -12,17 +12,6 @@ from featpipe.heads import LastLayer, get_base_head, make_expanded_head, replace
 from featpipe.incremental.last_layer_loss import QuadraticPenalty
 from featpipe.incremental.problem import IncrementalStep
 
-__all__ = [
-    "init_fold_layer",
-    "init_layer",
-    "make_initial_head",
-    "make_old_head",
-    "make_quadratic_penalty",
-    "make_regrouped_head",
-    "stack_weights",
-    "with_last_layer",
-]
-
 Array = NDArray[np.float64]
 
 

@@ -9,8 +9,6 @@ from featpipe.incremental.last_layer_loss import LastLayerObjective, fit_last_la
 from featpipe.incremental.methods.last_layer import init_layer, with_last_layer
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["fit_naive"]
-
 
 def fit_naive(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
     """Continue training the last layer on new rows, with nothing against forgetting."""

@@ -25,8 +25,6 @@ from featpipe.incremental.methods.requirements import (
 )
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["BIAS_CORRECTED_METHODS", "METHODS", "ExpansionMethod"]
-
 
 @dataclass(frozen=True)
 class ExpansionMethod:

@@ -17,8 +17,6 @@ from featpipe.incremental.methods.exemplars import WeightedEmbeddings, select_we
 from featpipe.incremental.methods.last_layer import init_layer, stack_weights
 from featpipe.incremental.problem import EpochCallback, IncrementalStep
 
-__all__ = ["REPLAY_DISTILL_STRENGTH", "compute_weights_and_offsets", "fit_replay", "rescale_layer"]
-
 Array = NDArray[np.float64]
 
 REPLAY_DISTILL_STRENGTH = 1.0  # weight of the old head's answers

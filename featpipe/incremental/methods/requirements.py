@@ -9,16 +9,6 @@ import numpy as np
 from featpipe.heads import get_base_head
 from featpipe.incremental.problem import IncrementalStep
 
-__all__ = [
-    "Requirement",
-    "first_missing",
-    "missing_last_layer",
-    "missing_memory",
-    "missing_new_class",
-    "missing_new_rows",
-    "missing_old_images",
-]
-
 Requirement = Callable[[IncrementalStep], str | None]  # the reason why a method is unavailable, None if it is available
 
 
