@@ -87,29 +87,22 @@ def load_column(
     path = Path(table)
     row_indices = np.arange(len(cache)) if rows is None else np.asarray(rows, np.int64)
     paths, values = read_column(path, column)
+    if not paths:
+        raise ArchiveError(f"{path}: the table has no rows; expected one for each image, with its {column!r}")
     _check_single(path, column, paths, values)
-    table_labels = RawLabels("classification", [str(value) for value in values])
-    table_rows = np.array(
-        match_table_rows(
-            path, TableRows(paths, table_labels, bytes(len(paths))), _make_index(cache), allow_unmatched=True
-        ),
-        np.int64,
-    )[row_indices]
+    table_rows = _match_rows(cache, path, paths, [str(value) for value in values])[row_indices]
     missing = row_indices[table_rows < 0]
     if len(missing):
         raise ArchiveError(
-            f"{path}: {_format_images(cache, missing, len(row_indices))} are not in it, whose first path is "
-            f"{format_name(paths[0])}; give each a row with its {column!r}, under its id, "
-            "or its path within the archive or from the table"
-            if paths
-            else f"{path}: has no rows; give each image one with its {column!r}"
+            f"{path}: no row for {_format_images(cache, missing, len(row_indices))}; the first path of the table is "
+            f"{format_name(paths[0])}. Add a row with {column!r} for each image, under its id, its path within the "
+            "archive, or its path relative to the table"
         )
     row_values = [values[table_row] for table_row in table_rows.tolist()]
     rows_without_value = row_indices[[value is None for value in row_values]]
     if len(rows_without_value):
         raise ArchiveError(
-            f"{path}: {_format_images(cache, rows_without_value, len(row_indices))} have an empty {column!r}; "
-            "fill it in"
+            f"{path}: {column!r} is empty for {_format_images(cache, rows_without_value, len(row_indices))}; fill it in"
         )
     return row_values
 
@@ -124,15 +117,11 @@ def find_listed_rows(cache: FeatureCache, table: str | os.PathLike[str]) -> NDAr
     """
     path = Path(table)
     paths = read_paths(path)
-    table_labels = RawLabels("none", [None] * len(paths))
-    table_rows = match_table_rows(
-        path, TableRows(paths, table_labels, bytes(len(paths))), _make_index(cache), allow_unmatched=True
-    )
-    rows = np.flatnonzero(np.array(table_rows, np.int64) >= 0)
+    rows = np.flatnonzero(_match_rows(cache, path, paths, [""] * len(paths)) >= 0)
     if paths and not len(rows):
         raise ArchiveError(
-            f"{path}: none of its {len(paths)} paths, such as {format_name(paths[0])}, is an image of "
-            f"{cache.path.name}; give a table with the ids of its images"
+            f"{path}: none of its {len(paths)} paths is an image of {cache.path.name}, the first is "
+            f"{format_name(paths[0])}; list ids or paths of its images"
         )
     return rows
 
@@ -193,16 +182,17 @@ def load_times(cache: FeatureCache, table_column: str, rows: ArrayLike | None = 
             ("number", numbers.index(None)) if n_numbers > len(parsed_times) else ("date", datetimes.index(None))
         )
         image = cache.ids[row if rows is None else int(np.asarray(rows)[row])]
+        n_invalid = len(values) - max(n_numbers, len(parsed_times))
         raise ArchiveError(
-            f"{path}: {len(values) - max(n_numbers, len(parsed_times))} of {len(values)} images of {cache.path.name} "
-            f"have a {column!r} that is no {kind}, such as {format_name(str(values[row]))} of {format_name(image)}; "
-            "give all of them dates as in ISO 8601 (2021-03-04, 2021-03-04T15:00), or all numbers"
+            f"{path}: {column!r} is not a {kind} for {n_invalid} of {len(values)} images of {cache.path.name}, the "
+            f"first is {format_name(str(values[row]))} of {format_name(image)}; expected ISO 8601 dates (2021-03-04, "
+            "2021-03-04T15:00) for all images, or numbers for all"
         )
     has_zone = [timestamp.tzinfo is not None for timestamp in parsed_times]
     if any(has_zone) and not all(has_zone):
         raise ArchiveError(
-            f"{path}: column {column!r} has times with a zone ({values[has_zone.index(True)]}) and without "
-            f"({values[has_zone.index(False)]}); give all a zone or none"
+            f"{path}: {column!r} has times with a time zone ({values[has_zone.index(True)]}) and without one "
+            f"({values[has_zone.index(False)]}); give a time zone for all or for none"
         )
     return np.array([_to_utc(timestamp) for timestamp in parsed_times], dtype="datetime64[us]")
 
@@ -223,9 +213,15 @@ def parse_time(text: str, times: NDArray[Any]) -> Any:
     is_date = times.dtype.kind == "M"
     parsed = _parse_datetime(text) if is_date else parse_number(text)
     if parsed is None:
-        kind = "dates: write it as in 2021-03-04" if is_date else "numbers: give one"
-        raise ConfigError(f"since is {text!r}, and the times are {kind}")
+        expected = "dates; expected a date such as 2021-03-04" if is_date else "numbers; expected a number"
+        raise ConfigError(f"since is {text!r}, but the times are {expected}")
     return np.datetime64(_to_utc(parsed), "us") if isinstance(parsed, datetime) else parsed
+
+
+def _match_rows(cache: FeatureCache, path: Path, paths: list[str], values: list[str]) -> NDArray[np.int64]:
+    """For each sample of a cache the row of the table, shape (n,); -1 if there is none."""
+    table_rows = TableRows(paths, RawLabels("classification", [*values]), bytes(len(paths)))
+    return np.array(match_table_rows(path, table_rows, _make_index(cache), allow_unmatched=True), np.int64)
 
 
 def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequence[LabelValue]) -> None:
@@ -242,17 +238,15 @@ def _check_single(path: Path, column: str, paths: Sequence[str], values: Sequenc
 
 def _format_images(cache: FeatureCache, rows: NDArray[np.int64], n: int) -> str:
     """Format how many of n images these are, with the first of them as examples."""
-    examples = ", ".join(format_name(cache.ids[row]) for row in rows[:_MAX_LISTED_IMAGES].tolist())
-    return (
-        f"{len(rows)} of {n} images of {cache.path.name} ({examples}{', …' if len(rows) > _MAX_LISTED_IMAGES else ''})"
-    )
+    examples = [format_name(cache.ids[row]) for row in rows[:_MAX_LISTED_IMAGES].tolist()]
+    if len(rows) > _MAX_LISTED_IMAGES:
+        examples.append("…")
+    return f"{len(rows)} of {n} images of {cache.path.name} ({', '.join(examples)})"
 
 
 def _to_group_name(path: Path, column: str, value: LabelValue) -> str:
     if isinstance(value, tuple):
-        raise ArchiveError(
-            f"{path}: column {column!r} holds lists ({list(value)[:3]}); expected one group for each image"
-        )
+        raise ArchiveError(f"{path}: {column!r} holds lists ({list(value)[:3]}); expected one group for each image")
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
@@ -321,11 +315,8 @@ def _is_table(path: str, kind: str) -> bool:
 
 def _find_id_prefixes(archive_paths: Sequence[str], archive_kinds: Sequence[str]) -> dict[str, str]:
     """Map the id prefix of each archive, made by the rules of `featpipe.data`, to the path of the archive."""
-    prefixed_paths = [
-        path
-        for path, kind in zip(archive_paths, archive_kinds, strict=True)
-        if kind != "files" or _is_table(path, kind)
-    ]
+    archives = zip(archive_paths, archive_kinds, strict=True)
+    prefixed_paths = [path for path, kind in archives if kind != "files" or _is_table(path, kind)]
     if len(set(prefixed_paths)) < 2:
         return {}
     path_parts = [Path(path).parts for path in prefixed_paths]

@@ -20,11 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from featpipe.errors import ConfigError
 
-# Placing small classes that share groups on every side is a combinatorial problem. It is solved exactly if few units
-# may move, and otherwise by a number of search steps that takes about a second.
-MAX_EXACT_CHOICES = 120
-MAX_SEARCH_NODES = 1000
+# Placing small classes that share groups on every side is a combinatorial problem. These limits take about a second;
+# an integer program solves the same structures of tests/benchmarks/splits.py, but can take minutes.
 MAX_SEARCH_STEPS = 4000
+SEARCH_STEPS_PER_CHOICE = 40
 
 MAX_LISTED_GROUPS = 5
 
@@ -157,13 +156,13 @@ def make_holdout(
     """
     _check_share(test)
     units, keys = _find_units(digests, groups, seed)
-    codes, distinct = _encode_values(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
+    codes, distinct = _encode_classes(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
     if times is not None:
         row_times = _check_times(times, len(keys))
         cutoff = find_cutoff_time(row_times, test) if since is None else _parse_cutoff(since, row_times)
         return _split_by_time(row_times, units, [cutoff], codes)[0]
     if since is not None:
-        raise ConfigError(f"since={since!r} is a time, but the rows have none; give times too")
+        raise ConfigError(f"since is {since!r}, but the rows have no times; pass times too")
     is_test = keys < test
     if y is not None or len(np.unique(keys)) > 1:
         unit_name = "image" if groups is None else "group"
@@ -234,7 +233,7 @@ def make_folds(
     if not isinstance(k, Integral) or isinstance(k, bool) or k < 2:
         raise ConfigError(f"k is {k!r}; give a whole number of folds, 2 or more")
     units, keys = _find_units(digests, groups, seed)
-    codes, distinct = _encode_values(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
+    codes, distinct = _encode_classes(np.zeros(len(keys), np.int64) if y is None else y, len(keys))
     if times is not None:
         row_times = _check_times(times, len(keys))
         return _split_by_time(row_times, units, _find_cutoff_times(row_times, int(k)), codes)
@@ -339,18 +338,18 @@ def _splitmix64(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words ^ (words >> np.uint64(31))
 
 
-def _encode_values(values: ArrayLike, n: int, name: str = "y") -> tuple[NDArray[np.int64], NDArray[np.generic]]:
-    """Encode values as 0, 1, …; returns the codes and the distinct values."""
-    array = np.asarray(values)
+def _encode_classes(y: ArrayLike, n: int) -> tuple[NDArray[np.int64], NDArray[np.generic]]:
+    """Encode classes as 0, 1, …; returns the codes and the distinct classes."""
+    array = np.asarray(y)
     if array.shape != (n,):
         raise ConfigError(
-            f"{name} has shape {array.shape}, the digests have {n} rows; give one value a row, or leave {name} out "
-            "(several labels or targets a row are not stratified)"
+            f"y has shape {array.shape}, the digests have {n} rows; give one value per row, or omit y (several "
+            "labels or targets per row cannot be stratified)"
         )
     try:
         distinct, codes = np.unique(array, return_inverse=True)
     except TypeError:
-        raise ConfigError(f"{name} mixes types or has rows without a value; give the rows that have one") from None
+        raise ConfigError("y mixes types or has rows without a value; leave these rows out") from None
     return codes.astype(np.int64), distinct
 
 
@@ -364,28 +363,16 @@ def _encode_groups(groups: ArrayLike, n: int) -> tuple[list[str], NDArray[np.int
     """The distinct names of the groups, and for each row the index of its group."""
     array = np.asarray(groups)
     if array.shape != (n,):
-        raise ConfigError(f"groups have shape {array.shape}, the digests have {n} rows; give one group a row")
-    distinct, codes = (
-        np.unique(array, return_inverse=True) if array.dtype != object else _unique_in_order(array.tolist())
-    )
-    names = [_group_name(value) for value in distinct.tolist()]
-    rows_without_group = np.flatnonzero(np.isin(codes, [code for code, name in enumerate(names) if not name]))
+        raise ConfigError(f"groups have shape {array.shape}, the digests have {n} rows; give one group per row")
+    names = np.array([_group_name(value) for value in array.tolist()], dtype=np.str_)
+    rows_without_group = np.flatnonzero(names == "")
     if len(rows_without_group):
         raise ConfigError(
             f"{len(rows_without_group)} of {n} rows have no group, the first is row {rows_without_group[0]}; "
-            "give each one, an image that belongs to no other one of its own"
+            "give every row one; an image that belongs to no group needs a group of its own"
         )
-    unique_names, name_codes = np.unique(np.array(names, dtype=np.str_), return_inverse=True)  # 7 and "7" are one
-    return unique_names.tolist(), name_codes.astype(np.int64)[codes]
-
-
-def _unique_in_order(values: list[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Like np.unique with `return_inverse`, but in the order of first occurrence; values need not be comparable."""
-    positions: dict[tuple[type, Any], int] = {}
-    codes = [positions.setdefault((type(value), value), len(positions)) for value in values]
-    distinct = np.empty(len(positions), dtype=object)
-    distinct[:] = [value for _, value in positions]
-    return distinct, np.array(codes, np.int64)
+    distinct, codes = np.unique(names, return_inverse=True)
+    return distinct.tolist(), codes.astype(np.int64)
 
 
 def _group_name(value: object) -> str:
@@ -394,9 +381,9 @@ def _group_name(value: object) -> str:
         return value.strip()
     if value is None or value != value:
         return ""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float) and value.is_integer():
+    if (isinstance(value, Integral) and not isinstance(value, bool)) or (
+        isinstance(value, float) and value.is_integer()
+    ):
         return str(int(value))
     raise ConfigError(f"a group is {value!r} ({type(value).__name__}); give text or whole numbers")
 
@@ -454,9 +441,9 @@ def _ensure_both_sides(
     sides = _rearrange((distinct < test).astype(np.int64), np.abs(distinct - test), codes, units.astype(np.int64), 2)
     if sides is None:
         raise ConfigError(
-            f"class {class_names[missing_classes[0]]!r} shares its few {unit_name}s with other classes, and no way is "
-            f"found to have all on both sides; correct the labels of identical images, add {unit_name}s or leave "
-            "a class out"
+            f"class {class_names[missing_classes[0]]!r} shares its few {unit_name}s with other classes, and no split "
+            f"has every class on both sides; correct the labels of identical images, add {unit_name}s or leave a class "
+            "out"
         )
     return sides[units] == 1
 
@@ -478,8 +465,8 @@ def _ensure_every_fold(
     unit_folds = _rearrange(fold_indices[first_rows], np.bincount(units).astype(np.float64), codes, units, k)
     if unit_folds is None:
         raise ConfigError(
-            f"class {class_names[missing_classes[0]]!r} shares its few groups or images with other classes, and no way "
-            f"is found to have all in each of k={k} folds; use a smaller k, add images or leave a class out"
+            f"class {class_names[missing_classes[0]]!r} shares its few groups or images with other classes, and no "
+            f"assignment has every class in each of k={k} folds; use a smaller k, add images or leave a class out"
         )
     return unit_folds[units]
 
@@ -487,7 +474,10 @@ def _ensure_every_fold(
 def _rearrange(
     sides: NDArray[np.int64], costs: NDArray[np.float64], codes: NDArray[np.int64], units: NDArray[np.int64], k: int
 ) -> NDArray[np.int64] | None:
-    """Sides (u,) of all units, close to the given ones, with every class on each of k sides; None if none are found.
+    """Move units between k sides until every class is on every side (tabu search); None if no arrangement is found.
+
+    Each step moves a unit of a class to a side where the class is missing: the unit whose move makes the fewest classes
+    go missing, and among equals the one with the smallest cost. Moves that turn out to be unnecessary are undone.
 
     Parameters
     ----------
@@ -496,92 +486,41 @@ def _rearrange(
     codes, units : ndarray of shape (n,)
         Class and unit of each row.
     """
-    from scipy.sparse import coo_array
+    pair_classes, pair_units = np.unique(np.stack([codes, units]), axis=1)
+    units_by_class = [pair_units[pairs] for pairs in _rows_by_code(pair_classes, int(codes.max()) + 1)]
+    classes_by_unit = [pair_classes[pairs] for pairs in _rows_by_code(pair_units, len(sides))]
+    counts = np.zeros((len(units_by_class), k), np.int64)  # units of each class on each side
+    np.add.at(counts, (pair_classes, sides[pair_units]), 1)
+    preferred_sides, sides = sides, sides.copy()
 
-    shape = (int(codes.max()) + 1, len(sides))
-    membership = coo_array((np.ones(len(codes), np.int64), (codes, units)), shape=shape).tocsr()
-    membership.data[:] = 1
-    missing_classes = _find_missing_classes(sides[units], codes, k)
-    is_affected = membership[missing_classes].sum(axis=0) > 0
-    # First only units of the missing classes may move: a small problem, which mostly has a solution.
-    for movable in (np.flatnonzero(is_affected), np.arange(len(sides))):
-        is_exact = len(movable) * k <= MAX_EXACT_CHOICES
-        new_sides = (
-            _rearrange_exactly(sides, costs, membership, movable, k)
-            if is_exact
-            else _rearrange_greedily(sides, costs, membership, k)
-        )
-        if new_sides is not None:
-            return new_sides
-        if not is_exact:
-            break
-    return None
+    def move(unit: int, side: int) -> None:
+        counts[classes_by_unit[unit], sides[unit]] -= 1
+        counts[classes_by_unit[unit], side] += 1
+        sides[unit] = side
 
-
-def _rearrange_greedily(
-    sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, k: int
-) -> NDArray[np.int64] | None:
-    """Move units step by step (tabu search).
-
-    Each step moves a unit of a class to a side where the class is missing, chosen so that fewest classes go missing.
-    """
-    sides, classes_by_unit, movable_from_step = sides.copy(), membership.T.tocsr(), np.zeros(len(sides), np.int64)
-    counts = np.stack([membership @ (sides == i).astype(np.int64) for i in range(k)], axis=1)
-    for step in range(MAX_SEARCH_STEPS):
+    movable_from_step = np.zeros(len(sides), np.int64)
+    for step in range(min(MAX_SEARCH_STEPS, SEARCH_STEPS_PER_CHOICE * len(sides) * k)):
         missing = np.argwhere(counts == 0)
         if not len(missing):
-            return sides
-        missing_class, target_side = missing[step % len(missing)]
-        units = membership.indices[membership.indptr[missing_class] : membership.indptr[missing_class + 1]]
-        best_move: tuple[float, ...] = ()
-        for unit in units[sides[units] != target_side].tolist():
-            classes = classes_by_unit.indices[classes_by_unit.indptr[unit] : classes_by_unit.indptr[unit + 1]]
-            newly_missing = np.sum(counts[classes, sides[unit]] == 1) - np.sum(counts[classes, target_side] == 0)
-            rank = (float(movable_from_step[unit] > step), float(newly_missing), float(costs[unit]), unit)
-            best_move = min(best_move, rank) if best_move else rank
-        if not best_move:
+            break
+        missing_class, side = missing[step % len(missing)]
+        candidates = units_by_class[missing_class]
+        moves = []
+        for unit in candidates[sides[candidates] != side].tolist():
+            classes = classes_by_unit[unit]
+            newly_missing = int(np.sum(counts[classes, sides[unit]] == 1) - np.sum(counts[classes, side] == 0))
+            moves.append((bool(movable_from_step[unit] > step), newly_missing, float(costs[unit]), unit))
+        if not moves:
             return None
-        unit = int(best_move[-1])
-        classes = classes_by_unit.indices[classes_by_unit.indptr[unit] : classes_by_unit.indptr[unit + 1]]
-        counts[classes, sides[unit]] -= 1
-        counts[classes, target_side] += 1
-        sides[unit], movable_from_step[unit] = (
-            target_side,
-            step + 5 + step % 7,
-        )  # not moved back for some steps, which prevents cycles
-    return None
-
-
-def _rearrange_exactly(
-    sides: NDArray[np.int64], costs: NDArray[np.float64], membership: Any, movable: NDArray[np.intp], k: int
-) -> NDArray[np.int64] | None:
-    """Minimise the cost of moves by an integer program in x[unit, side], 0 or 1; only some units may move."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import eye_array, kron
-
-    is_fixed = np.ones(len(sides), bool)
-    is_fixed[movable] = False
-    counts = np.stack([membership @ (is_fixed & (sides == i)) for i in range(k)], axis=1)
-    affected_classes = np.flatnonzero(membership[:, movable].sum(axis=1))
-    one_side_per_unit = LinearConstraint(kron(eye_array(len(movable)), np.ones((1, k)), format="csr"), 1, 1)
-    every_class_on_every_side = LinearConstraint(
-        kron(membership[affected_classes][:, movable], eye_array(k), format="csr"),
-        1 - np.minimum(counts[affected_classes], 1).ravel(),
-        np.inf,
-    )
-    objective = np.zeros((len(movable), k))
-    objective[np.arange(len(movable)), sides[movable]] = -costs[movable]
-    solution = milp(
-        objective.ravel(),
-        integrality=np.ones(objective.size),
-        bounds=Bounds(0, 1),
-        constraints=[one_side_per_unit, every_class_on_every_side],
-        options={"node_limit": MAX_SEARCH_NODES, "mip_rel_gap": 0},
-    )
-    if solution.x is None:
+        unit = min(moves)[-1]
+        move(unit, int(side))
+        movable_from_step[unit] = step + 5 + step % 7  # not moved back for some steps, which prevents cycles
+    else:
         return None
-    sides = sides.copy()
-    sides[movable] = solution.x.reshape(-1, k).argmax(axis=1)
+    moved_units = np.flatnonzero(sides != preferred_sides)
+    for unit in moved_units[np.argsort(-costs[moved_units], kind="stable")].tolist():
+        if (counts[classes_by_unit[unit], sides[unit]] > 1).all():
+            move(unit, int(preferred_sides[unit]))
     return sides
 
 
@@ -594,7 +533,7 @@ def _check_times(times: ArrayLike, n: int) -> NDArray[Any]:
     """Validate times: float64 or numpy dates of shape (n,), without missing values."""
     array = np.asarray(times)
     if array.shape != (n,):
-        raise ConfigError(f"times have shape {array.shape}, the digests have {n} rows; give one time a row")
+        raise ConfigError(f"times have shape {array.shape}, the digests have {n} rows; give one time per row")
     if array.dtype.kind not in "iufM":
         raise ConfigError(f"times are {array.dtype}; give numbers or numpy dates")
     if array.dtype.kind != "M":
@@ -602,7 +541,8 @@ def _check_times(times: ArrayLike, n: int) -> NDArray[Any]:
     rows_without_time = np.flatnonzero(~np.isfinite(array))
     if len(rows_without_time):
         raise ConfigError(
-            f"{len(rows_without_time)} of {n} rows have no time, the first is row {rows_without_time[0]}; give each one"
+            f"{len(rows_without_time)} of {n} rows have no time, the first is row {rows_without_time[0]}; give every "
+            "row a time"
         )
     return array
 
@@ -615,7 +555,7 @@ def _parse_cutoff(since: Any, times: NDArray[Any]) -> Any:
         cutoff = np.float64("nan")
     if not np.isfinite(cutoff):
         kind = "a date such as 2021-03-04" if times.dtype.kind == "M" else "a number"
-        raise ConfigError(f"since is {since!r}; give {kind}, as the times are")
+        raise ConfigError(f"since is {since!r}; expected {kind}, like the times")
     return cutoff
 
 
@@ -623,10 +563,11 @@ def _find_cutoff_times(times: NDArray[Any], k: int, first_share: float | None = 
     """The k times between k + 1 spans with about equal numbers of rows, or with a share `first_share` in the first."""
     distinct, counts = np.unique(times, return_counts=True)
     if len(distinct) <= k:
+        needing = "a test set" if k == 1 else f"k={k} folds"
+        advice = f"use k={len(distinct) - 1}, or " if len(distinct) > 2 else ""
         raise ConfigError(
-            f"the {len(times)} rows have {len(distinct)} distinct times, fewer than the {k + 1} that "
-            f"{'a test' if k == 1 else f'k={k} folds'} by time need{'s' if k == 1 else ''}; "
-            f"{f'use k={len(distinct) - 1}, or ' if len(distinct) > 2 else ''}give times that tell rows apart"
+            f"the {len(times)} rows have {len(distinct)} distinct times, and {needing} by time must have at least "
+            f"{k + 1}; {advice}give more precise times"
         )
     rows_before = np.concatenate([[0], np.cumsum(counts)[:-1]])
     cut_positions: list[int] = []
@@ -650,16 +591,16 @@ def _split_by_time(
         is_unit_tested[units[is_test]] = True
         is_train = ~is_later & ~is_unit_tested[units]
         if not is_test.any():
-            raise ConfigError(f"no row is of {start} or later; the times run from {times.min()} to {times.max()}")
+            raise ConfigError(f"no row has a time from {start} on; the times range from {times.min()} to {times.max()}")
         if not is_train.any():
             raise ConfigError(
-                f"no row is left to fit on before {start}: each of {int((~is_later).sum())} has a copy or a row of its "
-                "group in the test after it; take another time, fewer folds, or no groups"
+                f"no training rows remain before {start}: each of the {int((~is_later).sum())} earlier rows has a "
+                "copy, or a row of its group, in the test; use another cutoff time, fewer folds, or no groups"
             )
         if has_several_classes and len(np.unique(codes[is_train])) < 2:
             raise ConfigError(
-                f"the {int(is_train.sum())} rows to fit on before {start} are all of one class; take a later time or "
-                "fewer folds"
+                f"the {int(is_train.sum())} training rows before {start} have a single class; use a later cutoff time "
+                "or fewer folds"
             )
         splits.append((np.flatnonzero(is_train).astype(np.int64), np.flatnonzero(is_test).astype(np.int64)))
     return splits

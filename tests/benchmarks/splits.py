@@ -1,8 +1,8 @@
 """How often folds over groups have every class in every fold, and what finding them takes.
 
-Beside scikit-learn's ``StratifiedGroupKFold`` (ten shuffles of it too) stand the steps of ``make_folds``: dealing out
-units, moving units by steps (tabu search), moving units by an integer program, and both as they are used. A structure
-counts as solvable if one of the methods solves it.
+Compared are scikit-learn's ``StratifiedGroupKFold``, the best of ten shuffles of it, and the steps of ``make_folds``:
+the assignment of units to folds, then moves by a tabu search, or by an integer program. A structure counts as solvable
+if one of the methods solves it.
 
     python tests/benchmarks/splits.py
 """
@@ -15,7 +15,8 @@ from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
-from scipy.sparse import coo_array
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, eye_array, kron
 from sklearn.model_selection import StratifiedGroupKFold
 
 from featpipe.splits import splits
@@ -70,38 +71,50 @@ def run_sklearn(codes: np.ndarray, groups: np.ndarray, shuffles: int) -> bool:
 
 
 def prepare(codes: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The dealt folds and the unit of each row."""
+    """The assigned folds and the unit of each row."""
     rows = b"".join(hashlib.sha256(str(row).encode()).digest() for row in range(len(codes)))
     units, keys = splits._find_units(np.frombuffer(rows, np.uint8).reshape(-1, 32), groups, 0)
     return splits._assign_folds(keys, codes, units, K), units
 
 
-def run_dealing(codes: np.ndarray, groups: np.ndarray) -> bool:
+def run_assignment(codes: np.ndarray, groups: np.ndarray) -> bool:
     return is_complete(prepare(codes, groups)[0], codes)
 
 
-def run_moves(codes: np.ndarray, groups: np.ndarray, method: str) -> bool:
+def run_moves(codes: np.ndarray, groups: np.ndarray, move: Callable[..., np.ndarray | None]) -> bool:
     folds, units = prepare(codes, groups)
     if is_complete(folds, codes):
         return True
     unit_folds, costs = folds[np.unique(units, return_index=True)[1]], np.bincount(units).astype(float)
-    if method == "both":
-        return splits._rearrange(unit_folds, costs, codes, units, K) is not None
-    shape = (int(codes.max()) + 1, len(unit_folds))
-    membership = coo_array((np.ones(len(codes), np.int64), (codes, units)), shape=shape).tocsr()
-    membership.data[:] = 1
-    if method == "steps":
-        return splits._rearrange_greedily(unit_folds, costs, membership, K) is not None
-    return splits._rearrange_exactly(unit_folds, costs, membership, np.arange(len(unit_folds)), K) is not None
+    return move(unit_folds, costs, codes, units, K) is not None
+
+
+def move_by_integer_program(
+    sides: np.ndarray, costs: np.ndarray, codes: np.ndarray, units: np.ndarray, k: int
+) -> np.ndarray | None:
+    """Minimise the cost of the moves by an integer program in x[unit, side], 0 or 1."""
+    shape = (int(codes.max()) + 1, len(sides))
+    membership = coo_array((np.ones(len(codes)), (codes, units)), shape=shape).tocsr()
+    one_side_per_unit = LinearConstraint(kron(eye_array(len(sides)), np.ones((1, k)), format="csr"), 1, 1)
+    every_class_on_every_side = LinearConstraint(kron(membership > 0, eye_array(k), format="csr"), 1, np.inf)
+    objective = np.zeros((len(sides), k))
+    objective[np.arange(len(sides)), sides] = -costs
+    solution = milp(
+        objective.ravel(),
+        integrality=np.ones(objective.size),
+        bounds=Bounds(0, 1),
+        constraints=[one_side_per_unit, every_class_on_every_side],
+        options={"node_limit": 1000, "mip_rel_gap": 0},
+    )
+    return None if solution.x is None else solution.x.reshape(-1, k).argmax(axis=1)
 
 
 METHODS: dict[str, Callable[[np.ndarray, np.ndarray], bool]] = {
     "StratifiedGroupKFold": lambda codes, groups: run_sklearn(codes, groups, 1),
     "the best of ten shuffles": lambda codes, groups: run_sklearn(codes, groups, 10),
-    "dealing alone": run_dealing,
-    "dealing, steps": lambda codes, groups: run_moves(codes, groups, "steps"),
-    "dealing, program": lambda codes, groups: run_moves(codes, groups, "program"),
-    "dealing, both (make_folds)": lambda codes, groups: run_moves(codes, groups, "both"),
+    "assignment alone": run_assignment,
+    "with tabu steps (make_folds)": lambda codes, groups: run_moves(codes, groups, splits._rearrange),
+    "with an integer program": lambda codes, groups: run_moves(codes, groups, move_by_integer_program),
 }
 
 

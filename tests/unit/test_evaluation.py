@@ -330,7 +330,7 @@ def test_samples_listed_in_a_table_are_left_out(model_and_caches: Any, tmp_path:
     assert not any("copy" in cache.ids[int(row)] for row in evaluation.rows)
     unknown = tmp_path / "unknown.csv"
     unknown.write_text("id\nnowhere.jpg\n")
-    with pytest.raises(ArchiveError, match=r"none of its 1 paths, such as 'nowhere\.jpg', is an image of"):
+    with pytest.raises(ArchiveError, match=r"none of its 1 paths is an image of .*, the first is 'nowhere\.jpg'"):
         evaluate(model, cache, without=unknown)
 
 

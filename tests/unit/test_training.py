@@ -541,7 +541,7 @@ def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     with pytest.raises(ConfigError, match="since=2024 cuts by time, and nothing says when"):
         train(cache, since="2024")
-    with pytest.raises(ConfigError, match="since is 'May', and the times are numbers"):
+    with pytest.raises(ConfigError, match="since is 'May', but the times are numbers"):
         train(cache, times=np.arange(40.0), since="May")
     with pytest.raises(ConfigError, match="no row is of 77"):
         train(cache, times=np.arange(40.0), since=77)
