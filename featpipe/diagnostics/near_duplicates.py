@@ -66,10 +66,8 @@ def find_near_duplicates(
     if within_rows:
         is_mutual = neighbor_indices[others, 0] == rows
         is_first_of_pair = ~is_mutual | (rows < others)
-        rows, others, best_similarities = (
-            rows[is_first_of_pair],
-            others[is_first_of_pair],
-            best_similarities[is_first_of_pair],
-        )
+        rows = rows[is_first_of_pair]
+        others = others[is_first_of_pair]
+        best_similarities = best_similarities[is_first_of_pair]
     order = np.argsort(-best_similarities, kind="stable")
     return DuplicatePairs(rows[order], others[order], best_similarities[order])

@@ -69,10 +69,8 @@ def find_nearest_neighbors(
         return similarities, indices
     for row_start in range(0, len(queries), _BLOCK_ROWS):
         block = queries[row_start : row_start + _BLOCK_ROWS]
-        block_similarities, block_indices = (
-            similarities[row_start : row_start + _BLOCK_ROWS],
-            indices[row_start : row_start + _BLOCK_ROWS],
-        )
+        block_similarities = similarities[row_start : row_start + _BLOCK_ROWS]
+        block_indices = indices[row_start : row_start + _BLOCK_ROWS]
         for column_start in range(0, len(references), _BLOCK_COLUMNS):
             _merge_top_k(
                 block_similarities,
@@ -107,22 +105,16 @@ def _merge_top_k(
         candidate_columns = _select_candidate_columns(new_similarities, k)
         candidate_similarities = np.take_along_axis(new_similarities, candidate_columns, axis=1)
         top_positions = np.argpartition(-candidate_similarities, k - 1, axis=1)[:, :k]
-        candidate_columns, new_similarities = (
-            np.take_along_axis(candidate_columns, top_positions, axis=1),
-            np.take_along_axis(candidate_similarities, top_positions, axis=1),
-        )
+        candidate_columns = np.take_along_axis(candidate_columns, top_positions, axis=1)
+        new_similarities = np.take_along_axis(candidate_similarities, top_positions, axis=1)
         new_indices = candidate_columns + column_start
     else:
         new_indices = np.broadcast_to(np.arange(new_similarities.shape[1]) + column_start, new_similarities.shape)
-    merged_similarities, merged_indices = (
-        np.hstack([top_similarities, new_similarities]),
-        np.hstack([top_indices, new_indices]),
-    )
+    merged_similarities = np.hstack([top_similarities, new_similarities])
+    merged_indices = np.hstack([top_indices, new_indices])
     order = np.argsort(-merged_similarities, axis=1, kind="stable")[:, :k]
-    top_similarities[:], top_indices[:] = (
-        np.take_along_axis(merged_similarities, order, 1),
-        np.take_along_axis(merged_indices, order, 1),
-    )
+    top_similarities[:] = np.take_along_axis(merged_similarities, order, 1)
+    top_indices[:] = np.take_along_axis(merged_indices, order, 1)
 
 
 def _select_candidate_columns(similarities: Floats, k: int) -> NDArray[np.int64]:

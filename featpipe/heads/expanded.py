@@ -105,8 +105,6 @@ def merge_last_layer_rows(layer: LastLayer, class_mapping: NDArray[np.integer[An
     W, b = np.zeros((n_classes, layer.W.shape[1])), np.zeros(n_classes)
     for class_code in range(n_classes):
         merged_classes = np.flatnonzero(class_mapping == class_code)
-        W[class_code], b[class_code] = (
-            layer.W[merged_classes].mean(axis=0),
-            layer.b[merged_classes].mean() + np.log(len(merged_classes)),
-        )
+        W[class_code] = layer.W[merged_classes].mean(axis=0)
+        b[class_code] = layer.b[merged_classes].mean() + np.log(len(merged_classes))
     return LastLayer(W, b)

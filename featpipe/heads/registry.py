@@ -25,7 +25,7 @@ class HeadSpec:
         "module:Class" for each supported task; imported when the head is built.
     fixed : mapping of task to mapping
         Settings that the task implies; users cannot change them.
-    defaults : mapping of task to mapping
+    defaults : mapping from setting to value
         Settings that differ from the estimator's own defaults.
     grid : mapping from setting to values
         Candidates of a hyperparameter search.
@@ -36,7 +36,7 @@ class HeadSpec:
     summary: str
     estimators: Mapping[Task, str]
     fixed: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
-    defaults: Mapping[Task, Mapping[str, object]] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
     grid: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     standardize: bool = True
 
@@ -45,18 +45,11 @@ _FIXED_MULTILABEL: Mapping[Task, Mapping[str, object]] = {
     "classification": {"multilabel": False},
     "multilabel": {"multilabel": True},
 }
-_KNN_DEFAULTS: Mapping[str, object] = {"metric": "cosine", "weights": nearness, "algorithm": "brute"}
-_KERAS_DEFAULTS: Mapping[str, object] = {
-    "hidden": (1024,),
-    "initial_weights": "glorot",
-    "optimizer": "adam",
-    "learning_rate": 1e-3,
-    "weight_decay": 0.0,
-    "schedule": "constant",
-    "batch_size": 32,
-    "epochs": 10,
+_MLP_ESTIMATORS: Mapping[Task, str] = {
+    "classification": "featpipe.heads.neural.estimators:MLPClassifier",
+    "regression": "featpipe.heads.neural.estimators:MLPRegressor",
+    "multilabel": "featpipe.heads.neural.estimators:MLPClassifier",
 }
-
 HEAD_REGISTRY: dict[str, HeadSpec] = {
     "logistic": HeadSpec(
         summary="softmax regression, solved to the optimum; its strength C is tuned unless it is set",
@@ -69,11 +62,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
     ),
     "mlp": HeadSpec(
         summary="multi-layer perceptron, trained by minibatches",
-        estimators={
-            "classification": "featpipe.heads.neural.estimators:MLPClassifier",
-            "regression": "featpipe.heads.neural.estimators:MLPRegressor",
-            "multilabel": "featpipe.heads.neural.estimators:MLPClassifier",
-        },
+        estimators=_MLP_ESTIMATORS,
         fixed=_FIXED_MULTILABEL,
         grid={"hidden": (128, 512), "dropout": (0.0, 0.3), "learning_rate": (3e-4, 1e-3)},
     ),
@@ -90,7 +79,7 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
     "svm": HeadSpec(
         summary="linear support vector machine, one class against the rest",
         estimators={"classification": "sklearn.svm:LinearSVC"},
-        defaults={"classification": {"C": 0.01, "dual": "auto"}},
+        defaults={"C": 0.01, "dual": "auto"},
         grid={"C": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
     ),
     "ridge": HeadSpec(
@@ -99,13 +88,13 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
             "classification": "featpipe.heads.closed_form.solve:BayesianRidgeClassifier",
             "regression": "sklearn.linear_model:Ridge",
         },
-        defaults={"classification": {"alpha": 1.0}},  # for classes also "auto": chosen by evidence
+        defaults={"alpha": 1.0},  # for classes also "auto": chosen by evidence
         grid={"alpha": (1.0, 10.0, 100.0, 1e3, 1e4)},
     ),
     "lda": HeadSpec(
         summary="linear discriminant analysis with a shrunk covariance, in closed form",
         estimators={"classification": "sklearn.discriminant_analysis:LinearDiscriminantAnalysis"},
-        defaults={"classification": {"solver": "lsqr", "shrinkage": "auto"}},
+        defaults={"solver": "lsqr", "shrinkage": "auto"},
         grid={"shrinkage": ("auto", 0.03, 0.1, 0.3, 0.9)},
     ),
     "knn": HeadSpec(
@@ -114,25 +103,30 @@ HEAD_REGISTRY: dict[str, HeadSpec] = {
             "classification": "sklearn.neighbors:KNeighborsClassifier",
             "regression": "sklearn.neighbors:KNeighborsRegressor",
         },
-        defaults={"classification": _KNN_DEFAULTS, "regression": _KNN_DEFAULTS},
+        defaults={"metric": "cosine", "weights": nearness, "algorithm": "brute"},
         grid={"n_neighbors": (1, 3, 5, 10, 20)},
         standardize=False,
     ),
     "centroid": HeadSpec(
         summary="the class whose mean is nearest, by the spread within classes",
         estimators={"classification": "sklearn.neighbors:NearestCentroid"},
-        defaults={"classification": {"priors": "empirical"}},
+        defaults={"priors": "empirical"},
         grid={"shrink_threshold": (None, 0.1, 0.3, 1.0)},
     ),
     "keras": HeadSpec(
         summary="the recipe of Keras's guides: Dense 1024 with ReLU and a softmax, Adam, 10 epochs",
-        estimators={
-            "classification": "featpipe.heads.neural.estimators:MLPClassifier",
-            "regression": "featpipe.heads.neural.estimators:MLPRegressor",
-            "multilabel": "featpipe.heads.neural.estimators:MLPClassifier",
-        },
+        estimators=_MLP_ESTIMATORS,
         fixed=_FIXED_MULTILABEL,
-        defaults={"classification": _KERAS_DEFAULTS, "regression": _KERAS_DEFAULTS, "multilabel": _KERAS_DEFAULTS},
+        defaults={
+            "hidden": (1024,),
+            "initial_weights": "glorot",
+            "optimizer": "adam",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "batch_size": 32,
+            "epochs": 10,
+        },
         grid={"learning_rate": (3e-4, 1e-3, 3e-3)},
         standardize=False,
     ),
@@ -253,12 +247,12 @@ def build(
     spec, head_task = get_spec(name), _parse_task(task)
     if head_task not in spec.estimators:
         raise ConfigError(
-            f"head {name!r} does {' and '.join(spec.estimators)}, not {task}; take {' or '.join(list_heads(task))}"
+            f"head {name!r} supports {' and '.join(spec.estimators)}, not {task}; use {' or '.join(list_heads(task))}"
         )
     fixed = dict(spec.fixed.get(head_task, {}))
     head = _import_object(spec.estimators[head_task])()
     settable = head.get_params(deep=False).keys()
-    settings = {**spec.defaults.get(head_task, {}), **fixed, "random_state": random_state}
+    settings = {**spec.defaults, **fixed, "random_state": random_state}
     head.set_params(**{key: value for key, value in settings.items() if key in settable})
     pipeline = Pipeline([("scale", StandardScaler()), ("head", head)])
     param_names = sorted(key for key in pipeline.get_params() if "__" in key or key == "scale")
@@ -298,10 +292,9 @@ def _to_pipeline_params(params: Mapping[str, object], param_names: list[str], na
 
 
 def _parse_task(task: str) -> Task:
-    for head_task in TASKS:
-        if task == head_task:
-            return head_task
-    raise unknown_name_error("task", task, TASKS)
+    if task not in TASKS:
+        raise unknown_name_error("task", task, TASKS)
+    return task
 
 
 def _infer_task(estimator_class: Any, name: str) -> Task:
@@ -312,12 +305,12 @@ def _infer_task(estimator_class: Any, name: str) -> Task:
         try:
             head = estimator_class()
         except TypeError as error:
-            raise ConfigError(f"head {name!r} cannot be made without settings ({error})") from None
+            raise ConfigError(f"head {name!r} cannot be built without settings ({error})") from None
         if is_classifier(head):
             return "classification"
         if is_regressor(head):
             return "regression"
-    raise ConfigError(f"head {name!r} is no classifier or regressor of scikit-learn's kind")
+    raise ConfigError(f"head {name!r} is not a classifier or regressor with the interface of scikit-learn")
 
 
 def _import_object(path: str) -> Any:

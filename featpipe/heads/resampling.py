@@ -16,15 +16,8 @@ from sklearn.utils import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
-from featpipe.config import check_choice, check_integer, unknown_name_error
+from featpipe.config import RESAMPLING_METHODS, check_choice, check_integer, unknown_name_error
 from featpipe.errors import ConfigError
-
-BALANCE_METHODS: dict[str, str] = {
-    "over": "rows of smaller classes are repeated until all classes have as many as the largest",
-    "under": "rows of larger classes are left out until all classes have as few as the smallest",
-    "smote": "rows are interpolated between neighbours of a smaller class until all have as many as the largest",
-}
-"""Methods that give all classes the same number of rows."""
 
 SMOTE_NEIGHBORS = 5
 
@@ -50,7 +43,7 @@ def draw_row_indices(y: ArrayLike, method: str, random_state: Any = None) -> NDA
     These are the rows that imbalanced-learn's RandomOverSampler and RandomUnderSampler take.
     """
     if method not in ("over", "under"):
-        raise ConfigError(f"method is {method!r}; give over or under")
+        raise ConfigError(f"method is {method!r}; expected over or under")
     samplers = _import_samplers(method)
     codes = _encode_classes(y)[1]
     if len(np.unique(codes)) < 2:
@@ -75,6 +68,8 @@ def resample(
     y : array-like of shape (n,)
         Classes.
     method : {"over", "under", "smote"}
+        "over" repeats rows of the smaller classes, "under" omits rows of the larger classes, and "smote" interpolates
+        between neighbouring rows of a smaller class.
     random_state : int, RandomState or None
     neighbors : int
         For "smote": the number of nearest neighbours to interpolate with; smaller classes use fewer.
@@ -105,8 +100,8 @@ def resample(
     >>> np.bincount(y), bool(X[y == 1].min() >= 6)
     (array([6, 6]), True)
     """
-    if method not in BALANCE_METHODS:
-        raise unknown_name_error("way to balance", str(method), BALANCE_METHODS)
+    if method not in RESAMPLING_METHODS:
+        raise unknown_name_error("resampling method", str(method), RESAMPLING_METHODS)
     features = np.asarray(X)
     if method != "smote":
         rows = draw_row_indices(y, method, random_state)
@@ -125,8 +120,8 @@ def _oversample_smote(
     largest = int(class_sizes.max())
     if class_sizes.min() == 1 < largest:
         raise ConfigError(
-            f"class {str(classes[class_sizes.argmin()])!r} has one row to fit on, and smote needs two to interpolate; "
-            "add images, leave the class out, use fewer folds, or take over or class_weight=balanced"
+            f"class {str(classes[class_sizes.argmin()])!r} has one training row, and smote needs two to interpolate; "
+            "add images, leave the class out, use fewer folds, or use over or class_weight=balanced"
         )
     X_resampled = np.empty((largest * len(classes), *X.shape[1:]), X.dtype)
     X_resampled[: len(X)] = X
@@ -237,7 +232,7 @@ class BalancedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     def check_params(self) -> None:
         """Raise ValueError for settings out of range."""
-        check_choice("how", self.how, list(BALANCE_METHODS))
+        check_choice("how", self.how, RESAMPLING_METHODS)
         check_integer("neighbors", self.neighbors, minimum=1)
         if hasattr(self.estimator, "check_params"):
             self.estimator.check_params()
@@ -302,8 +297,8 @@ def _encode_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
     array = np.asarray(y)
     if array.ndim != 1 or (array.dtype.kind == "f" and (array != np.floor(array)).any()):
         raise ConfigError(
-            f"Unknown label type: y of shape {array.shape} and {array.dtype} does not hold one class a row; only such "
-            "rows are resampled"
+            f"Unknown label type: y of shape {array.shape} and {array.dtype} cannot be resampled; expected one "
+            "class per row"
         )
     classes, codes = np.unique(array, return_inverse=True)
     return classes, codes.astype(np.int64)

@@ -17,7 +17,7 @@ from featpipe.metrics.reliability import calibration_error, compute_confidence
 from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores
 
 if TYPE_CHECKING:
-    from featpipe.metrics.metrics import score, score_classification, score_multilabel, score_regression
+    from featpipe.metrics.metrics import score
     from featpipe.metrics.paired_tests import PairedComparison, ScoreDifference, compare_paired, mcnemar_test
 
 __all__ = [
@@ -39,9 +39,6 @@ __all__ = [
     "format_score",
     "mcnemar_test",
     "score",
-    "score_classification",
-    "score_multilabel",
-    "score_regression",
     "wilson_interval",
 ]
 
@@ -51,9 +48,6 @@ _LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
     "compare_paired": "paired_tests",
     "mcnemar_test": "paired_tests",
     "score": "metrics",
-    "score_classification": "metrics",
-    "score_multilabel": "metrics",
-    "score_regression": "metrics",
 }
 
 

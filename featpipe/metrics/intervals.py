@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]  # draw counts of each row, (m, b) -> one value per resample, (b,)
 
 CONFIDENCE_LEVEL = 0.95
+INTERVAL_PERCENTILES = (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL))
+Z_SCORE = norm.ppf((1 + CONFIDENCE_LEVEL) / 2)
 # Draw counts in memory at once: m rows × b resamples in float64, some 4 MB, so that results stay in a core's cache.
 _BLOCK_COUNTS = 500_000
 
@@ -89,8 +91,7 @@ def wilson_interval(n_correct: ArrayLike, n_trials: ArrayLike) -> tuple[Floats, 
     >>> f"{low:.3f} {high:.3f}"
     '0.839 1.000'
     """
-    z = norm.ppf((1 + CONFIDENCE_LEVEL) / 2)
-    n = np.asarray(n_trials, float)
+    z, n = Z_SCORE, np.asarray(n_trials, float)
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.asarray(n_correct, float) / n
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -111,23 +112,14 @@ def compute_intervals(
     has_intervals = n_resamples > 0 and n_rows > 1
     resampled_values: dict[str, list[Floats]] = {name: [] for name in defined_metrics}
     with BlasThreadPool(n_rows * n_resamples) as workers:
-        count_blocks = _with_resample_offsets(iter_bootstrap_counts(n_rows, n_resamples if has_intervals else 0, seed))
-        for block_values in workers.map(
-            lambda numbered_block: _evaluate_metrics(resampled_metrics, *numbered_block), count_blocks
-        ):
+        count_blocks = iter_bootstrap_counts(n_rows, n_resamples if has_intervals else 0, seed)
+        for block_values in workers.map(lambda block: _evaluate_metrics(resampled_metrics, *block), count_blocks):
             for name, metric_values in block_values.items():
                 resampled_values[name].append(metric_values)
     return {
-        name: _make_interval(metric, resampled_values[name], has_intervals) for name, metric in defined_metrics.items()
+        name: _compute_interval(metric, resampled_values[name], has_intervals)
+        for name, metric in defined_metrics.items()
     }
-
-
-def _with_resample_offsets(count_blocks: Iterable[Floats]) -> Iterator[tuple[int, Floats]]:
-    """Pair each block with the number of resamples before it."""
-    n_done = 0
-    for counts in count_blocks:
-        yield n_done, counts
-        n_done += counts.shape[1]
 
 
 def _evaluate_metrics(metrics: Mapping[str, BootstrapMetric], n_done: int, counts: Floats) -> dict[str, Floats]:
@@ -140,7 +132,7 @@ def _evaluate_metrics(metrics: Mapping[str, BootstrapMetric], n_done: int, count
     return values
 
 
-def _make_interval(metric: BootstrapMetric, value_blocks: list[Floats], has_interval: bool) -> Interval:
+def _compute_interval(metric: BootstrapMetric, value_blocks: list[Floats], has_interval: bool) -> Interval:
     value = float(metric.value)
     values = np.concatenate(value_blocks) if value_blocks else np.empty(0)
     values = values[np.isfinite(values)]
@@ -150,12 +142,16 @@ def _make_interval(metric: BootstrapMetric, value_blocks: list[Floats], has_inte
         return Interval(value, float(low), float(high))
     if not len(values):
         return Interval(value)
-    low, high = np.percentile(values, (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL)))
+    return make_interval(value, *np.percentile(values, INTERVAL_PERCENTILES))
+
+
+def make_interval(value: float, low: float, high: float) -> Interval:
+    """An interval that is extended to its value if necessary."""
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-def iter_bootstrap_counts(n_rows: int, n_resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each of m rows is drawn, in blocks of b resamples: arrays of shape (m, b)."""
+def iter_bootstrap_counts(n_rows: int, n_resamples: int, seed: int) -> Iterator[tuple[int, Floats]]:
+    """How often each of m rows is drawn, in blocks of b resamples: the resamples before, and an array (m, b)."""
     rng = np.random.default_rng(seed)
     block_resamples = max(1, _BLOCK_COUNTS // n_rows)
     for start in range(0, n_resamples, block_resamples):
@@ -166,7 +162,7 @@ def iter_bootstrap_counts(n_rows: int, n_resamples: int, seed: int) -> Iterator[
         counts = np.bincount(drawn_rows.ravel(), minlength=n_block_resamples * n_rows).reshape(
             n_block_resamples, n_rows
         )
-        yield np.ascontiguousarray(counts.T, np.float64)
+        yield start, np.ascontiguousarray(counts.T, np.float64)
 
 
 def format_score(value: float) -> str:

@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
-from featpipe.config import unknown_name_error
+from featpipe.config import TASKS, unknown_name_error
 from featpipe.errors import ConfigError
 from featpipe.metrics.intervals import BootstrapMetric, Floats, Statistic, compute_intervals, wilson_interval
 from featpipe.metrics.reliability import calibration_error, compute_bin_gaps, compute_confidence
@@ -35,42 +35,27 @@ _MAX_RANKED_SCORES = 60_000_000
 _MIN_RESAMPLES = 100
 
 
-def score(task: str, y: ArrayLike, predicted: ArrayLike, names: Sequence[str], **options: int) -> Scores:
-    """Compute the scores of a task; see the function for that task.
+def score(
+    task: str,
+    y: ArrayLike,
+    predicted: ArrayLike,
+    names: Sequence[str],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Scores:
+    """Compute the scores of predictions, with confidence intervals.
 
     Parameters
     ----------
     task : {"classification", "multilabel", "regression"}
     y : array-like
+        Class names of shape (m,); or 0 and 1 for each label, shape (m, k); or targets of shape (m,) or (m, t).
     predicted : array-like
-        Probabilities, or numbers for a regression.
+        Probabilities of shape (m, k), for classes with rows that sum to one; or numbers of the shape of y. A label is
+        predicted from a probability of 0.5.
     names : sequence of str
-        Names of the classes or targets.
-    **options
-        ``bootstrap`` and ``seed``.
-    """
-    if task not in _SCORERS:
-        raise unknown_name_error("task", task, _SCORERS)
-    return _SCORERS[task](y, predicted, names, **options)
-
-
-def score_classification(
-    y: ArrayLike,
-    probabilities: ArrayLike,
-    classes: Sequence[str],
-    *,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Scores:
-    """Score class probabilities.
-
-    Parameters
-    ----------
-    y : array of shape (m,)
-        Class names.
-    probabilities : array of shape (m, k)
-        Each row sums to one; columns in the order of `classes`.
-    classes : sequence of k str
+        Names of the k classes or labels, or of the t targets, in the order of the columns.
     bootstrap : int
         Resamples for the intervals; 0 for none.
     seed : int
@@ -78,9 +63,14 @@ def score_classification(
     Returns
     -------
     Scores
-        ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5_accuracy`` (more than five classes),
-        ``log_loss``, ``calibration_error``, and ``roc_auc`` and ``pr_auc`` (one class against the rest). Averages run
-        over the classes for which they are defined.
+        - classification: ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``top5_accuracy`` (more than five classes),
+          ``log_loss``, ``calibration_error``, and ``roc_auc`` and ``pr_auc`` (one class against the rest).
+        - multilabel: ``mean_average_precision`` (over labels that occur), ``micro_f1``, ``macro_f1`` (over labels that
+          occur or are predicted), ``exact_match`` and ``calibration_error``.
+        - regression: ``mae``, ``rmse``, ``r2`` and ``spearman``. A target that never changes has no ``r2``, and a
+          constant prediction no ``spearman``.
+
+        Averages run over the classes or targets for which they are defined.
 
     Raises
     ------
@@ -94,130 +84,37 @@ def score_classification(
     leave the value outside. Proportions of rows (accuracy, top 5, precision and recall of a class) have Wilson's
     interval instead. So do other scores that are exactly 0 or 1 in every resample, where the bootstrap cannot estimate
     how rare errors are: they get the interval of a proportion with the same uncertainty. Thus every interval of two or
-    more rows has a positive width. ``roc_auc`` and ``pr_auc`` sort each class: beyond 6e7 resamples × rows × classes
-    they get fewer resamples, and no interval if fewer than 100 remain. A single row has no interval. Intervals measure
-    the uncertainty from the choice of test rows, not from training.
+    more rows has a positive width. Scores that sort each class (``roc_auc``, ``pr_auc``, ``mean_average_precision``)
+    get fewer resamples beyond 6e7 resamples × rows × classes, and no interval if fewer than 100 remain. A single row
+    has no interval. Intervals measure the uncertainty from the choice of test rows, not from training.
 
     Examples
     --------
-    >>> scores = score_classification(["cat", "dog"], [[0.9, 0.1], [0.4, 0.6]], ["cat", "dog"])
+    >>> scores = score("classification", ["cat", "dog"], [[0.9, 0.1], [0.4, 0.6]], ["cat", "dog"])
     >>> scores.metrics["accuracy"].value
     1.0
     """
-    names = tuple(classes)
-    class_codes, probability_matrix = _check_classes(y, probabilities, names)
-    predicted = probability_matrix.argmax(axis=1)
-    precision, recall, f1, support = sk.precision_recall_fscore_support(
-        class_codes, predicted, labels=np.arange(len(names)), zero_division=np.nan
-    )
-    confusion = _confusion_matrix(class_codes, predicted, len(names))
+    columns = tuple(names)
+    y_true, y_predicted = _check_predictions(task, y, predicted, columns)
+    confusion = None
+    if task == "regression":
+        class_scores = _per_target(y_true, y_predicted)
+    elif task == "multilabel":
+        class_scores = _per_label(y_true, y_predicted)
+    else:
+        confusion = _confusion_matrix(y_true, y_predicted)
+        class_scores = _per_class(y_true, y_predicted, confusion)
+    metrics = _make_metrics(task, y_true, y_predicted, bootstrap)
+    rows = zip(*(np.asarray(values).tolist() for values in class_scores.values()), strict=True)
     return Scores(
-        task="classification",
-        n=len(class_codes),
-        metrics=compute_intervals(
-            _classification_metrics(class_codes, probability_matrix, bootstrap), len(class_codes), bootstrap, seed
-        ),
-        per_class=_make_class_rows(
-            names,
-            precision=precision,
-            recall=recall,
-            f1=f1,
-            support=support,
-            precision_interval=_wilson_intervals(confusion.diagonal(), confusion.sum(axis=0)),
-            recall_interval=_wilson_intervals(confusion.diagonal(), confusion.sum(axis=1)),
-        ),
-        confusion=confusion,
-        classes=names,
-    )
-
-
-def score_multilabel(
-    y: ArrayLike,
-    probabilities: ArrayLike,
-    classes: Sequence[str],
-    *,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Scores:
-    """Score multi-label probabilities; a label is predicted from a probability of 0.5.
-
-    Parameters
-    ----------
-    y : array of shape (m, k)
-        1 where the row has the label, 0 where not.
-    probabilities : array of shape (m, k)
-    classes : sequence of k str
-    bootstrap, seed : int
-        As for `score_classification`, whose notes on intervals apply; the score that sorts is
-        ``mean_average_precision``.
-
-    Returns
-    -------
-    Scores
-        ``mean_average_precision`` (over labels that occur), ``micro_f1``, ``macro_f1`` (over labels that occur or
-        are predicted), ``exact_match`` and ``calibration_error``.
-    """
-    names = tuple(classes)
-    y_true, probability_matrix = _check_labels(y, probabilities, names)
-    predicted_labels = probability_matrix >= 0.5
-    precision, recall, f1, support = sk.precision_recall_fscore_support(
-        *_add_empty_column(y_true, predicted_labels), labels=np.arange(len(names)), zero_division=np.nan
-    )
-    true_positives = (y_true & predicted_labels).sum(axis=0)
-    return Scores(
-        task="multilabel",
-        n=len(probability_matrix),
-        metrics=compute_intervals(
-            _multilabel_metrics(y_true, probability_matrix, bootstrap), len(probability_matrix), bootstrap, seed
-        ),
-        per_class=_make_class_rows(
-            names,
-            precision=precision,
-            recall=recall,
-            f1=f1,
-            support=support,
-            average_precision=_average_precisions(y_true, probability_matrix),
-            precision_interval=_wilson_intervals(true_positives, predicted_labels.sum(axis=0)),
-            recall_interval=_wilson_intervals(true_positives, support),
-        ),
-        confusion=None,
-        classes=names,
-    )
-
-
-def score_regression(
-    y: ArrayLike,
-    predictions: ArrayLike,
-    names: Sequence[str],
-    *,
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Scores:
-    """Score predicted numbers.
-
-    Parameters
-    ----------
-    y, predictions : array of shape (m,) or (m, t)
-    names : sequence of t str
-        Names of the targets.
-    bootstrap, seed : int
-        As for `score_classification`, whose notes on intervals apply; all scores here have an interval.
-
-    Returns
-    -------
-    Scores
-        ``mae``, ``rmse``, ``r2`` and ``spearman``, each the mean over the targets for which it is defined: a
-        target that never changes has no ``r2``, and a constant prediction no ``spearman``.
-    """
-    names = tuple(names)
-    y_true, y_predicted = _check_numbers(y, predictions, names)
-    return Scores(
-        task="regression",
+        task=task,
         n=len(y_true),
-        metrics=compute_intervals(_regression_metrics(y_true, y_predicted), len(y_true), bootstrap, seed),
-        per_class=_make_class_rows(names, **_per_target(y_true, y_predicted)),
-        confusion=None,
-        classes=names,
+        metrics=compute_intervals(metrics, len(y_true), bootstrap, seed),
+        per_class=[
+            {"name": name, **dict(zip(class_scores, row, strict=True))} for name, row in zip(columns, rows, strict=True)
+        ],
+        confusion=confusion,
+        classes=columns,
     )
 
 
@@ -228,62 +125,109 @@ def compute_metrics(
 
     Parameters as for `score`; the second result is None for a regression.
     """
-    columns = tuple(names)
+    y_true, y_predicted = _check_predictions(task, y, predicted, tuple(names))
+    is_correct: NDArray[np.bool_] | None = None
+    if task == "classification":
+        is_correct = y_true == y_predicted.argmax(axis=1)
+    elif task == "multilabel":
+        is_correct = (y_true == (y_predicted >= 0.5)).all(axis=1)
+    return _make_metrics(task, y_true, y_predicted, bootstrap), is_correct
+
+
+def _make_metrics(task: str, y: NDArray[Any], predicted: Floats, bootstrap: int) -> dict[str, BootstrapMetric]:
     if task == "regression":
-        return _regression_metrics(*_check_numbers(y, predicted, columns)), None
+        return _regression_metrics(y, predicted)
     if task == "multilabel":
-        y_true, probability_matrix = _check_labels(y, predicted, columns)
-        return _multilabel_metrics(y_true, probability_matrix, bootstrap), (y_true == (probability_matrix >= 0.5)).all(
-            axis=1
-        )
-    class_codes, probability_matrix = _check_classes(y, predicted, columns)
-    return _classification_metrics(
-        class_codes, probability_matrix, bootstrap
-    ), class_codes == probability_matrix.argmax(axis=1)
+        return _multilabel_metrics(y, predicted, bootstrap)
+    return {
+        **_decision_metrics(y, predicted.argmax(axis=1), predicted.shape[1]),
+        **_probability_metrics(y, predicted),
+        **_ranking_metrics(y, predicted, bootstrap),
+    }
 
 
-def _confusion_matrix(class_codes: NDArray[np.intp], predicted: NDArray[np.intp], n_classes: int) -> NDArray[np.int64]:
-    # scikit-learn's confusion_matrix warns about a single class even if there is only one.
-    return (
-        np.bincount(class_codes * n_classes + predicted, minlength=n_classes * n_classes)
-        .reshape(n_classes, n_classes)
-        .astype(np.int64)
-    )
-
-
-def _check_classes(y: ArrayLike, probabilities: ArrayLike, names: tuple[str, ...]) -> tuple[NDArray[np.intp], Floats]:
-    probability_matrix = _check_matrix("probabilities", probabilities, names)
-    class_codes = _encode_labels(y, names, len(probability_matrix))
-    if probability_matrix.min() < 0 or abs(probability_matrix.sum(axis=1) - 1).max() > 1e-3:
-        raise ConfigError("probabilities: a row is negative or does not sum to 1; pass probabilities, not scores")
-    return class_codes, probability_matrix
-
-
-def _check_labels(y: ArrayLike, probabilities: ArrayLike, names: tuple[str, ...]) -> tuple[NDArray[np.bool_], Floats]:
-    probability_matrix = _check_matrix("probabilities", probabilities, names)
+def _check_predictions(
+    task: str, y: ArrayLike, predicted: ArrayLike, names: tuple[str, ...]
+) -> tuple[NDArray[Any], Floats]:
+    """Class codes, a 0/1 matrix of type bool, or targets; and the predictions as a matrix."""
+    if task not in TASKS:
+        raise unknown_name_error("task", task, TASKS)
+    if task == "regression":
+        y_true, y_predicted = _check_matrix("y", y, names), _check_matrix("predictions", predicted, names)
+        _check_same_length(len(y_true), len(y_predicted))
+        return y_true, y_predicted
+    probabilities = _check_matrix("probabilities", predicted, names)
+    if task == "classification":
+        class_codes = _encode_labels(y, names, len(probabilities))
+        if probabilities.min() < 0 or abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
+            raise ConfigError("probabilities: a row is negative or does not sum to 1; pass probabilities, not scores")
+        return class_codes, probabilities
     y_true = _check_matrix("y", y, names)
-    _check_same_length(len(y_true), len(probability_matrix))
+    _check_same_length(len(y_true), len(probabilities))
     if not np.isin(y_true, (0, 1)).all():
         raise ConfigError("y: found a value that is neither 0 nor 1; leave out rows without labels (-1)")
-    if probability_matrix.min() < 0 or probability_matrix.max() > 1:
+    if probabilities.min() < 0 or probabilities.max() > 1:
         raise ConfigError("probabilities: found a value outside 0 to 1; pass probabilities, not scores")
-    return y_true.astype(bool), probability_matrix
+    return y_true.astype(bool), probabilities
 
 
-def _check_numbers(y: ArrayLike, predictions: ArrayLike, names: tuple[str, ...]) -> tuple[Floats, Floats]:
-    y_true, y_predicted = _check_matrix("y", y, names), _check_matrix("predictions", predictions, names)
-    _check_same_length(len(y_true), len(y_predicted))
-    return y_true, y_predicted
+def _confusion_matrix(class_codes: NDArray[np.intp], probabilities: Floats) -> NDArray[np.int64]:
+    # scikit-learn's confusion_matrix warns about a single class even if there is only one.
+    k = probabilities.shape[1]
+    counts = np.bincount(class_codes * k + probabilities.argmax(axis=1), minlength=k * k)
+    return counts.reshape(k, k).astype(np.int64)
 
 
-def _classification_metrics(
-    class_codes: NDArray[np.intp], probabilities: Floats, bootstrap: int
-) -> dict[str, BootstrapMetric]:
+def _per_class(class_codes: NDArray[np.intp], probabilities: Floats, confusion: NDArray[np.int64]) -> dict[str, Any]:
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        class_codes, probabilities.argmax(axis=1), labels=np.arange(len(confusion)), zero_division=np.nan
+    )
     return {
-        **_decision_metrics(class_codes, probabilities.argmax(axis=1), probabilities.shape[1]),
-        **_probability_metrics(class_codes, probabilities),
-        **_ranking_metrics(class_codes, probabilities, bootstrap),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "support": support,
+        "precision_interval": np.column_stack(wilson_interval(confusion.diagonal(), confusion.sum(axis=0))),
+        "recall_interval": np.column_stack(wilson_interval(confusion.diagonal(), confusion.sum(axis=1))),
     }
+
+
+def _per_label(y_true: NDArray[np.bool_], probabilities: Floats) -> dict[str, Any]:
+    predicted_labels = probabilities >= 0.5
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        *_add_empty_column(y_true, predicted_labels), labels=np.arange(y_true.shape[1]), zero_division=np.nan
+    )
+    true_positives = (y_true & predicted_labels).sum(axis=0)
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "support": support,
+        "average_precision": _score_columns(sk.average_precision_score, y_true, probabilities, y_true.any(axis=0)),
+        "precision_interval": np.column_stack(wilson_interval(true_positives, predicted_labels.sum(axis=0))),
+        "recall_interval": np.column_stack(wilson_interval(true_positives, support)),
+    }
+
+
+def _per_target(y_true: Floats, y_predicted: Floats) -> dict[str, Any]:
+    true_varies = np.ptp(y_true, axis=0) > 0
+    is_rankable = true_varies & (np.ptp(y_predicted, axis=0) > 0)
+    return {
+        "mae": sk.mean_absolute_error(y_true, y_predicted, multioutput="raw_values"),
+        "rmse": sk.root_mean_squared_error(y_true, y_predicted, multioutput="raw_values"),
+        "r2": _score_columns(sk.r2_score, y_true, y_predicted, true_varies),
+        "spearman": _score_columns(lambda a, b: spearmanr(a, b).statistic, y_true, y_predicted, is_rankable),
+    }
+
+
+def _score_columns(metric: Callable[..., float], y_true: NDArray[Any], predicted: Floats, is_defined: Any) -> Floats:
+    """A score of each column; NaN where it is not defined."""
+    return np.array(
+        [
+            metric(y_true[:, column], predicted[:, column]) if is_defined[column] else np.nan
+            for column in range(predicted.shape[1])
+        ]
+    )
 
 
 def _decision_metrics(
@@ -296,15 +240,13 @@ def _decision_metrics(
     true_and_predicted_by_class = rows_by_class + csr_array(
         (np.ones(len(rows)), (predicted, rows)), shape=(n_classes, len(rows))
     )
-    n_effective_rows = (
-        _effective_rows(np.bincount(class_codes, minlength=n_classes)) if n_classes > 1 else 0.0
-    )  # of a single class nothing can be wrong
+    # With a single class no error is possible.
+    n_trials, n_effective_rows = 0.0, 0.0
+    if n_classes > 1:
+        n_trials, n_effective_rows = float(len(rows)), _effective_rows(np.bincount(class_codes, minlength=n_classes))
     return {
         "accuracy": BootstrapMetric(
-            sk.accuracy_score(class_codes, predicted),
-            make_mean_statistic(correct),
-            float(len(class_codes)) if n_classes > 1 else 0.0,
-            is_share=n_classes > 1,
+            sk.accuracy_score(class_codes, predicted), make_mean_statistic(correct), n_trials, is_share=n_classes > 1
         ),
         "balanced_accuracy": BootstrapMetric(
             sk.recall_score(class_codes, predicted, labels=np.unique(class_codes), average="macro"),
@@ -383,12 +325,7 @@ def _make_ranking_metric(
     metric: Any, bootstrap_statistic: Any, is_member: Any, scores: Floats, bootstrap: int, n_trials: float
 ) -> BootstrapMetric:
     """The mean over columns of a score that sorts each column, with a limited number of resamples."""
-    column_values = np.array(
-        [
-            metric(is_member[:, column], scores[:, column]) if is_member[:, column].any() else np.nan
-            for column in range(scores.shape[1])
-        ]
-    )
+    column_values = _score_columns(metric, is_member, scores, is_member.any(axis=0))
     max_resamples = min(bootstrap, _MAX_RANKED_SCORES // max(1, scores.size))
     statistic = (
         make_column_mean_statistic(bootstrap_statistic, is_member, scores)
@@ -404,10 +341,8 @@ def _multilabel_metrics(y_true: NDArray[np.bool_], probabilities: Floats, bootst
     columns = np.arange(y_true.shape[1])
     f1_by_label = sk.f1_score(*padded, labels=columns, average=None, zero_division=np.nan)
     micro_f1 = sk.f1_score(*padded, labels=columns, average="micro", zero_division=np.nan)
-    true_positives, true_and_predicted = (
-        csr_array((y_true & predicted_labels).astype(float)),
-        csr_array(y_true.astype(float) + predicted_labels),
-    )
+    true_positives = csr_array((y_true & predicted_labels).astype(float))
+    true_and_predicted = csr_array(y_true.astype(float) + predicted_labels)
     support = y_true.sum(axis=0)
     n_effective_rows = _effective_rows(support)
     return {
@@ -439,39 +374,6 @@ def _add_empty_column(*arrays: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     return [np.pad(array, ((0, 0), (0, 1))) for array in arrays]
 
 
-def _average_precisions(y_true: NDArray[np.bool_], probabilities: Floats) -> Floats:
-    return np.array(
-        [
-            sk.average_precision_score(y_true[:, column], probabilities[:, column])
-            if y_true[:, column].any()
-            else np.nan
-            for column in range(probabilities.shape[1])
-        ]
-    )
-
-
-def _per_target(y_true: Floats, y_predicted: Floats) -> dict[str, NDArray[Any]]:
-    true_varies = np.ptp(y_true, axis=0) > 0
-    is_rankable = true_varies & (np.ptp(y_predicted, axis=0) > 0)
-    columns = range(y_true.shape[1])
-    return {
-        "mae": sk.mean_absolute_error(y_true, y_predicted, multioutput="raw_values"),
-        "rmse": sk.root_mean_squared_error(y_true, y_predicted, multioutput="raw_values"),
-        "r2": np.array(
-            [
-                sk.r2_score(y_true[:, column], y_predicted[:, column]) if true_varies[column] else np.nan
-                for column in columns
-            ]
-        ),
-        "spearman": np.array(
-            [
-                spearmanr(y_true[:, column], y_predicted[:, column]).statistic if is_rankable[column] else np.nan
-                for column in columns
-            ]
-        ),
-    }
-
-
 def _regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, BootstrapMetric]:
     error = y_true - y_predicted
     y_centered = y_true - y_true.mean(axis=0)
@@ -484,11 +386,6 @@ def _regression_metrics(y_true: Floats, y_predicted: Floats) -> dict[str, Bootst
     }
     values = _per_target(y_true, y_predicted)
     return {name: BootstrapMetric(_mean_of_finite(values[name]), statistic) for name, statistic in statistics.items()}
-
-
-def _wilson_intervals(n_correct: NDArray[Any], n_trials: NDArray[Any]) -> Floats:
-    """The intervals of k proportions, shape (k, 2)."""
-    return np.column_stack(wilson_interval(n_correct, n_trials))
 
 
 def _check_matrix(argument: str, values: ArrayLike, names: tuple[str, ...]) -> Floats:
@@ -537,19 +434,7 @@ def _check_same_length(n_labels: int, n_predictions: int) -> None:
         raise ConfigError(f"found {n_labels} labels and {n_predictions} predictions, expected one for each row")
 
 
-def _make_class_rows(names: tuple[str, ...], **columns: NDArray[Any]) -> list[dict[str, Any]]:
-    rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
-    return [{"name": name, **dict(zip(columns, row, strict=True))} for name, row in zip(names, rows, strict=True)]
-
-
 def _mean_of_finite(values: NDArray[Any]) -> float:
     """The mean of the finite values; NaN if there are none."""
     finite_values = values[np.isfinite(values)]
     return float(finite_values.mean()) if len(finite_values) else math.nan
-
-
-_SCORERS: dict[str, Callable[..., Scores]] = {
-    "classification": score_classification,
-    "multilabel": score_multilabel,
-    "regression": score_regression,
-}

@@ -9,9 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
 
-from featpipe.metrics.intervals import CONFIDENCE_LEVEL, BootstrapMetric, Floats, Interval, iter_bootstrap_counts
+from featpipe.metrics.intervals import (
+    INTERVAL_PERCENTILES,
+    Z_SCORE,
+    BootstrapMetric,
+    Floats,
+    Interval,
+    iter_bootstrap_counts,
+    make_interval,
+)
 from featpipe.metrics.metrics import compute_metrics
 from featpipe.metrics.scores import nan_to_none
 
@@ -139,29 +147,19 @@ def compare_paired(
 
 def mcnemar_test(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_]) -> ScoreDifference:
     """McNemar's exact test; the arguments, of shape (n,), say which rows each model gets right."""
-    n_only_first, n_only_second, n_rows = (
-        int((first_correct & ~second_correct).sum()),
-        int((second_correct & ~first_correct).sum()),
-        len(first_correct),
-    )
+    n_rows = len(first_correct)
+    n_only_first = int((first_correct & ~second_correct).sum())
+    n_only_second = int((second_correct & ~first_correct).sum())
     p = float(binomtest(n_only_first, n_only_first + n_only_second).pvalue) if n_only_first + n_only_second else 1.0
     observed_difference = (n_only_first - n_only_second) / n_rows
     adjusted_first, adjusted_second, adjusted_rows = n_only_first + 0.5, n_only_second + 0.5, n_rows + 2
     center = (adjusted_first - adjusted_second) / adjusted_rows
     half_width = (
-        norm.ppf((1 + CONFIDENCE_LEVEL) / 2)
+        Z_SCORE
         * math.sqrt(adjusted_first + adjusted_second - (adjusted_first - adjusted_second) ** 2 / adjusted_rows)
         / adjusted_rows
     )
-    return ScoreDifference(
-        Interval(
-            observed_difference,
-            min(center - half_width, observed_difference),
-            max(center + half_width, observed_difference),
-        ),
-        p,
-        "mcnemar",
-    )
+    return ScoreDifference(make_interval(observed_difference, center - half_width, center + half_width), p, "mcnemar")
 
 
 def _is_comparable(metric: BootstrapMetric) -> bool:
@@ -172,7 +170,7 @@ def _resample_differences(
     metric_pairs: dict[str, tuple[BootstrapMetric, BootstrapMetric]], n_rows: int, n_resamples: int, seed: int
 ) -> dict[str, Floats]:
     resampled_differences: dict[str, list[Floats]] = {name: [np.empty(0)] for name in metric_pairs}
-    for counts in iter_bootstrap_counts(n_rows, n_resamples, seed):
+    for _, counts in iter_bootstrap_counts(n_rows, n_resamples, seed):
         for name, (first_metric, second_metric) in metric_pairs.items():
             assert first_metric.statistic is not None
             assert second_metric.statistic is not None
@@ -184,11 +182,7 @@ def _bootstrap_difference(observed_difference: float, resampled_differences: Flo
     resampled_differences = resampled_differences[np.isfinite(resampled_differences)]
     if not len(resampled_differences):
         return ScoreDifference(Interval(observed_difference), math.nan, "bootstrap")
-    low, high = np.percentile(resampled_differences, (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL)))
+    low, high = np.percentile(resampled_differences, INTERVAL_PERCENTILES)
     n_opposite = min((resampled_differences <= 0).sum(), (resampled_differences >= 0).sum())
     p = min(1.0, 2 * (1 + int(n_opposite)) / (1 + len(resampled_differences)))
-    return ScoreDifference(
-        Interval(observed_difference, min(float(low), observed_difference), max(float(high), observed_difference)),
-        p,
-        "bootstrap",
-    )
+    return ScoreDifference(make_interval(observed_difference, low, high), p, "bootstrap")

@@ -79,10 +79,8 @@ def average_precision(positive: NDArray[np.bool_], scores: Floats, counts: Float
     """The average precision of each resample, shape (b,)."""
     positive_counts, all_counts = _cumulate_by_threshold(positive, scores, counts)
     has_positives = positive_counts.any(axis=1)
-    cumulative_positives, cumulative_counts = (
-        np.cumsum(positive_counts, axis=0)[has_positives],
-        np.cumsum(all_counts, axis=0)[has_positives],
-    )
+    cumulative_positives = np.cumsum(positive_counts, axis=0)[has_positives]
+    cumulative_counts = np.cumsum(all_counts, axis=0)[has_positives]
     precision = np.divide(
         cumulative_positives, cumulative_counts, out=np.zeros_like(cumulative_positives), where=cumulative_counts > 0
     )
@@ -92,10 +90,8 @@ def average_precision(positive: NDArray[np.bool_], scores: Floats, counts: Float
 def spearman_correlation(true: Floats, predicted: Floats, counts: Floats) -> Floats:
     """Spearman's correlation of each resample, shape (b,)."""
     mean_rank = (len(true) + 1) / 2
-    true_ranks, predicted_ranks = (
-        _weighted_ranks(true, counts) - mean_rank,
-        _weighted_ranks(predicted, counts) - mean_rank,
-    )
+    true_ranks = _weighted_ranks(true, counts) - mean_rank
+    predicted_ranks = _weighted_ranks(predicted, counts) - mean_rank
     covariance = np.einsum("mb,mb,mb->b", counts, true_ranks, predicted_ranks)
     return safe_divide(
         covariance,

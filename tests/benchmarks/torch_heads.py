@@ -88,7 +88,7 @@ import sys, time, warnings
 import numpy as np, torch
 from featpipe.heads import LinearClassifier
 from featpipe.heads.neural.config import NetworkTrainingConfig
-from featpipe.heads.neural.train import AdamW
+from featpipe.heads.neural.train import Optimizer
 
 def seconds(function):
     started = time.process_time()
@@ -102,7 +102,7 @@ X, y = rng.normal(size=(300, 1280)).astype(np.float32), np.arange(300) % 10
 
 def make_own():
     global optimizer
-    optimizer = AdamW(weights, biases, NetworkTrainingConfig())
+    optimizer = Optimizer(weights, biases, NetworkTrainingConfig())
 
 def make_torch():
     global optimizer

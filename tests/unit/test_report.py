@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from featpipe.errors import ConfigError
-from featpipe.metrics import Interval, score_classification, score_multilabel, score_regression
+from featpipe.metrics import Interval, score
 from featpipe.report import BaselineRow, ComparisonRow, Gallery, Page, ReportImage, ReportTable, render_page, write_page
 from featpipe.report.charts import Axis, make_axis, make_confusion_matrix, make_training_curve
 
@@ -36,7 +36,7 @@ def make_scores(classes, m=200, seed=0):
     p = rng.random((m, len(classes)))
     p[np.arange(m), codes] += 0.5 * rng.random(m) + 0.4
     p /= p.sum(axis=1, keepdims=True)
-    return score_classification([classes[code] for code in codes], p, classes, bootstrap=100)
+    return score("classification", [classes[code] for code in codes], p, classes, bootstrap=100)
 
 
 def make_static_page(text=lambda plain: plain, classes=("brick", "grass", "gravel")):
@@ -128,8 +128,8 @@ def test_the_page_contains_all_scores_with_intervals():
     words = ParsedPage(render_page(page)).words
     for expected in ("940", "0.920 0.901–0.938", "0.34 s", "2 min 05 s", "0.290 0.251–0.333", "97 %", "> 99 %"):
         assert expected in words
-    for score in page.scores.metrics.values():
-        assert f"{score.value:.3f} {score.low:.3f}–{score.high:.3f}" in words
+    for interval in page.scores.metrics.values():
+        assert f"{interval.value:.3f} {interval.low:.3f}–{interval.high:.3f}" in words
     for row in page.scores.per_class:
         low, high = row["recall_interval"]
         recall = f"{row['recall']:.3f} {low:.3f}–{high:.3f} {row['support']}"
@@ -278,18 +278,18 @@ def test_an_empty_page_shows_only_its_title():
 @pytest.mark.parametrize(
     "scores",
     [
-        score_regression([1.0, 2.0, 4.0], [1.5, 2.0, 3.0], ["height"], bootstrap=10),
-        score_regression([[1.0, 2.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 1.5]], ["height", "width"], bootstrap=10),
-        score_multilabel([[1, 0], [0, 1]], [[0.9, 0.2], [0.4, 0.4]], ["sky", "sea"], bootstrap=10),
-        score_classification(["a"], [[1.0]], ["a"]),
-        score_classification(["a"], [[0.5, 0.5]], ["a", "never seen"]),
+        score("regression", [1.0, 2.0, 4.0], [1.5, 2.0, 3.0], ["height"], bootstrap=10),
+        score("regression", [[1.0, 2.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 1.5]], ["height", "width"], bootstrap=10),
+        score("multilabel", [[1, 0], [0, 1]], [[0.9, 0.2], [0.4, 0.4]], ["sky", "sea"], bootstrap=10),
+        score("classification", ["a"], [[1.0]], ["a"]),
+        score("classification", ["a"], [[0.5, 0.5]], ["a", "never seen"]),
     ],
     ids=["one target", "two targets", "labels", "one class", "an absent class"],
 )
 def test_scores_of_every_task_are_rendered(scores):
     words = ParsedPage(render_page(Page("Scores", scores=scores))).words
-    for score in scores.metrics.values():
-        assert f"{score.value:.3f}" in words
+    for interval in scores.metrics.values():
+        assert f"{interval.value:.3f}" in words
     assert len(scores.classes) == 1 or all(name in words for name in scores.classes)
 
 
@@ -346,7 +346,7 @@ def test_training_curves_without_range_are_rendered(values):
 
 def test_the_colour_level_of_a_cell_follows_its_share_of_the_true_class():
     p = np.eye(2)[[0] * 9 + [1] + [1] * 10]
-    table = make_confusion_matrix(score_classification(["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
+    table = make_confusion_matrix(score("classification", ["a"] * 10 + ["b"] * 10, p, ["a", "b"], bootstrap=0))
     assert [(cell.rows, cell.level, cell.is_correct) for _, _, row in table for cell in row] == [
         (9, 5, True),
         (1, 3, False),

@@ -15,9 +15,7 @@ from featpipe.metrics import (
     SELECTION_METRICS,
     Interval,
     compare_paired,
-    score_classification,
-    score_multilabel,
-    score_regression,
+    score,
     wilson_interval,
 )
 from featpipe.metrics.paired_tests import mcnemar_test
@@ -104,7 +102,7 @@ def regression(m=200, t=2, seed=0):
 
 def test_classification_scores_equal_scikit_learns():
     codes, p = predictions()
-    scores = score_classification(named(codes), p, CLASSES, bootstrap=0)
+    scores = score("classification", named(codes), p, CLASSES, bootstrap=0)
     oracle = classification_oracle(codes, p)
     assert list(scores.metrics) == list(oracle)
     assert {name: score.value for name, score in scores.metrics.items()} == pytest.approx(oracle, abs=1e-12)
@@ -114,37 +112,37 @@ def test_classification_scores_equal_scikit_learns():
 def test_two_class_auc_is_the_binary_one():
     codes, p = predictions(k=2)
     p = p.round(6)
-    scores = score_classification(named(codes), p, CLASSES[:2], bootstrap=0)
+    scores = score("classification", named(codes), p, CLASSES[:2], bootstrap=0)
     assert scores.metrics["roc_auc"].value == pytest.approx(sk.roc_auc_score(codes, p[:, 1]))
     assert "top5_accuracy" not in scores.metrics
 
 
 def test_multilabel_scores_equal_scikit_learns():
     y, p = multilabel()
-    scores = score_multilabel(y, p, CLASSES[:4], bootstrap=0)
+    scores = score("multilabel", y, p, CLASSES[:4], bootstrap=0)
     assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(multilabel_oracle(y, p), abs=1e-12)
 
 
 def test_regression_scores_equal_scikit_learns():
     y, p = regression()
-    scores = score_regression(y, p, ["height", "width"], bootstrap=0)
+    scores = score("regression", y, p, ["height", "width"], bootstrap=0)
     assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(regression_oracle(y, p), abs=1e-12)
     assert scores.per_class[1]["rmse"] == pytest.approx(sk.root_mean_squared_error(y[:, 1], p[:, 1]))
 
 
 @pytest.mark.parametrize(
-    ("score", "names", "data", "oracle"),
+    ("task", "names", "data", "oracle"),
     [
-        (score_multilabel, CLASSES[:4], multilabel(80), multilabel_oracle),
-        (score_regression, ("height", "width"), regression(80), regression_oracle),
-        (score_classification, CLASSES, predictions(120, sharpness=1), classification_oracle),
+        ("multilabel", CLASSES[:4], multilabel(80), multilabel_oracle),
+        ("regression", ("height", "width"), regression(80), regression_oracle),
+        ("classification", CLASSES, predictions(120, sharpness=1), classification_oracle),
     ],
     ids=["multilabel", "regression", "classification"],
 )
-def test_intervals_equal_those_of_resampling_the_rows_one_by_one(score, names, data, oracle):
+def test_intervals_equal_those_of_resampling_the_rows_one_by_one(task, names, data, oracle):
     y, p = data
-    labels = named(y) if score is score_classification else y
-    metrics = score(labels, p, names, bootstrap=60, seed=5).metrics
+    labels = named(y) if task == "classification" else y
+    metrics = score(task, labels, p, names, bootstrap=60, seed=5).metrics
     for name, (low, high) in resampled(y, p, oracle, 60, 5).items():
         if name in SHARES:
             continue
@@ -156,23 +154,23 @@ def test_intervals_equal_those_of_resampling_the_rows_one_by_one(score, names, d
 @given(m=st.integers(2, 40), k=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_every_interval_holds_its_value(m, k, seed):
     codes, p = predictions(m, k, seed=seed)
-    scores = score_classification(named(codes), p, CLASSES[:k], bootstrap=50)
-    for score in scores.metrics.values():
-        assert score.low <= score.value <= score.high
+    scores = score("classification", named(codes), p, CLASSES[:k], bootstrap=50)
+    for interval in scores.metrics.values():
+        assert interval.low <= interval.value <= interval.high
 
 
 def test_intervals_shrink_with_the_root_of_the_rows():
     def width(m):
         codes, p = predictions(m)
-        score = score_classification(named(codes), p, CLASSES).metrics["accuracy"]
-        return score.high - score.low
+        interval = score("classification", named(codes), p, CLASSES).metrics["accuracy"]
+        return interval.high - interval.low
 
     assert width(200) / width(3200) == pytest.approx(4, rel=0.15)
 
 
 def test_the_interval_of_a_share_is_wilsons():
     codes, p = predictions(2000)
-    scores = score_classification(named(codes), p, CLASSES)
+    scores = score("classification", named(codes), p, CLASSES)
     right = codes == p.argmax(axis=1)
     expected = binomtest(int(right.sum()), 2000).proportion_ci(method="wilson")
     assert (scores.metrics["accuracy"].low, scores.metrics["accuracy"].high) == pytest.approx(tuple(expected))
@@ -193,19 +191,19 @@ def test_a_share_has_its_interval_at_the_ends_too():
 def test_where_all_rows_are_right_or_wrong_no_score_is_certain(right):
     codes = np.arange(40) % 4
     p = 0.025 + 0.9 * np.eye(4)[codes if right else (codes + 1) % 4]
-    metrics = score_classification(named(codes), p, CLASSES[:4]).metrics
+    metrics = score("classification", named(codes), p, CLASSES[:4]).metrics
     for name in ("accuracy", "balanced_accuracy", "macro_f1", *(("roc_auc", "pr_auc") if right else ())):
         assert metrics[name].value == (1 if right else 0), name
         assert metrics[name].high - metrics[name].low > 0.05, name
     rare = np.repeat(np.arange(2), (38, 2))
-    metrics = score_classification(named(rare), 0.1 + 0.8 * np.eye(2)[rare], CLASSES[:2]).metrics
+    metrics = score("classification", named(rare), 0.1 + 0.8 * np.eye(2)[rare], CLASSES[:2]).metrics
     assert metrics["balanced_accuracy"].low < metrics["accuracy"].low - 0.2  # two rows say little of a class
 
 
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
     codes, p = predictions(100)
     first, again, other = (
-        score_classification(named(codes), p, CLASSES, seed=seed).to_dict()["metrics"] for seed in (1, 1, 2)
+        score("classification", named(codes), p, CLASSES, seed=seed).to_dict()["metrics"] for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
@@ -214,7 +212,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
 def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
     monkeypatch.setattr("featpipe.metrics.metrics._MAX_RANKED_SCORES", 10)
     codes, p = predictions(50)
-    metrics = score_classification(named(codes), p, CLASSES).metrics
+    metrics = score("classification", named(codes), p, CLASSES).metrics
     assert not metrics["roc_auc"].known
     assert math.isfinite(metrics["roc_auc"].value)
     assert metrics["log_loss"].known
@@ -225,7 +223,7 @@ def test_a_class_absent_from_y_is_left_out_of_the_averages_and_has_no_recall():
     keep = codes != 3
     p[:, 3] = 0
     p /= p.sum(axis=1, keepdims=True)
-    scores = score_classification(named(codes[keep]), p[keep], CLASSES)
+    scores = score("classification", named(codes[keep]), p[keep], CLASSES)
     assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(classification_oracle(codes[keep], p[keep]))
     absent = scores.per_class[3]
     assert absent["support"] == 0
@@ -235,14 +233,14 @@ def test_a_class_absent_from_y_is_left_out_of_the_averages_and_has_no_recall():
 
 
 def test_one_row_is_scored_without_intervals_and_without_warnings():
-    scores = score_classification(["b"], [[0.3, 0.7]], ["a", "b"])
-    assert not any(score.known for score in scores.metrics.values())
+    scores = score("classification", ["b"], [[0.3, 0.7]], ["a", "b"])
+    assert not any(interval.known for interval in scores.metrics.values())
     assert scores.metrics["accuracy"].value == 1
     assert "roc_auc" not in scores.metrics
 
 
 def test_one_class_is_always_right():
-    scores = score_classification(["a", "a"], [[1.0], [1.0]], ["a"])
+    scores = score("classification", ["a", "a"], [[1.0], [1.0]], ["a"])
     assert scores.metrics == {
         "accuracy": Interval(1, 1, 1),
         "balanced_accuracy": Interval(1, 1, 1),
@@ -252,7 +250,7 @@ def test_one_class_is_always_right():
 
 def test_a_single_label_of_several_is_not_taken_for_a_binary_problem():
     y, p = multilabel(k=1)
-    scores = score_multilabel(y, p, ["a"], bootstrap=0)
+    scores = score("multilabel", y, p, ["a"], bootstrap=0)
     assert scores.metrics["macro_f1"].value == pytest.approx(sk.f1_score(y[:, 0], p[:, 0] >= 0.5))
     assert scores.metrics["micro_f1"].value == pytest.approx(scores.metrics["macro_f1"].value)
 
@@ -260,14 +258,14 @@ def test_a_single_label_of_several_is_not_taken_for_a_binary_problem():
 def test_a_label_that_no_row_has_is_left_out_of_the_mean_average_precision():
     y, p = multilabel()
     y[:, 2] = 0
-    value = score_multilabel(y, p, CLASSES[:4], bootstrap=20).metrics["mean_average_precision"].value
+    value = score("multilabel", y, p, CLASSES[:4], bootstrap=20).metrics["mean_average_precision"].value
     kept = [0, 1, 3]
     assert value == pytest.approx(sk.average_precision_score(y[:, kept], p[:, kept]))
 
 
 def test_a_constant_prediction_has_no_rank_correlation_and_the_mean_explains_nothing():
     y = np.array([1.0, 2.0, 3.0, 4.0])
-    scores = score_regression(y, np.full(4, 2.5), ["height"])
+    scores = score("regression", y, np.full(4, 2.5), ["height"])
     assert "spearman" not in scores.metrics
     assert scores.metrics["r2"].value == 0
     assert scores.metrics["r2"].low > -1e6
@@ -275,7 +273,7 @@ def test_a_constant_prediction_has_no_rank_correlation_and_the_mean_explains_not
 
 def test_single_precision_probabilities_are_accepted():
     codes, p = predictions()
-    value = score_classification(named(codes), p.astype(np.float32), CLASSES, bootstrap=0).metrics["log_loss"]
+    value = score("classification", named(codes), p.astype(np.float32), CLASSES, bootstrap=0).metrics["log_loss"]
     assert value.value == pytest.approx(sk.log_loss(codes, p), abs=1e-5)
 
 
@@ -290,7 +288,7 @@ def test_single_precision_probabilities_are_accepted():
 )
 def test_unknown_labels_are_named(labels, message):
     with pytest.raises(ConfigError, match=message):
-        score_classification(labels, [[0.5, 0.5], [0.5, 0.5]], ["cat", "dog"])
+        score("classification", labels, [[0.5, 0.5], [0.5, 0.5]], ["cat", "dog"])
 
 
 @pytest.mark.parametrize(
@@ -305,17 +303,17 @@ def test_unknown_labels_are_named(labels, message):
 )
 def test_values_that_are_not_probabilities_are_refused(probabilities, message):
     with pytest.raises(ConfigError, match=message):
-        score_classification(["cat"], probabilities, ["cat", "dog"])
+        score("classification", ["cat"], probabilities, ["cat", "dog"])
 
 
 def test_rows_without_labels_are_refused_for_several_labels():
     with pytest.raises(ConfigError, match="neither 0 nor 1"):
-        score_multilabel([[1, 0], [-1, -1]], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
+        score("multilabel", [[1, 0], [-1, -1]], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
 
 
 def test_the_dictionary_is_json_with_stable_keys():
     codes, p = predictions(50)
-    scores = json.loads(json.dumps(score_classification(named(codes), p, CLASSES).to_dict(), allow_nan=False))
+    scores = json.loads(json.dumps(score("classification", named(codes), p, CLASSES).to_dict(), allow_nan=False))
     assert list(scores) == ["task", "n", "metrics", "per_class", "confusion", "classes"]
     assert set(scores["metrics"]["accuracy"]) == {"value", "low", "high"}
     assert set(scores["per_class"][0]) == {
@@ -327,39 +325,39 @@ def test_the_dictionary_is_json_with_stable_keys():
 
 def test_the_most_confused_pairs_come_first():
     p = np.eye(3)[[1, 1, 0, 2, 2, 0]] * 0.9 + 0.1 / 3
-    scores = score_classification(["a", "a", "a", "c", "b", "b"], p, "abc")
+    scores = score("classification", ["a", "a", "a", "c", "b", "b"], p, "abc")
     assert scores.confused(2) == [("a", "b", 2), ("b", "a", 1)]
 
 
 def test_the_table_shows_every_score_and_the_weakest_class_first():
     codes, p = predictions(200)
-    scores = score_classification(named(codes), p, CLASSES)
+    scores = score("classification", named(codes), p, CLASSES)
     table = scores.table(limit=3)
-    for name, score in scores.metrics.items():
+    for name, interval in scores.metrics.items():
         assert METRICS[name].title in table
-        assert f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]" in table
+        assert f"{interval.value:.3f}  [{interval.low:.3f}, {interval.high:.3f}]" in table
     assert table.splitlines()[-4].startswith(scores.weakest()[0]["name"])
     assert table.endswith("the 3 weakest of 8")
 
 
 def test_class_names_cannot_write_to_the_terminal():
-    scores = score_classification(["\x1b[31mred\n", "\u202eb"], np.eye(2), ["\x1b[31mred\n", "\u202eb"])
+    scores = score("classification", ["\x1b[31mred\n", "\u202eb"], np.eye(2), ["\x1b[31mred\n", "\u202eb"])
     assert "\x1b" not in scores.table()
     assert "\\x1b[31mred\\n" in scores.table()
     assert "\\u202eb" in scores.table()
 
 
 def test_long_class_names_are_cut_in_the_table():
-    table = score_classification(["x" * 10_000, "y"], np.eye(2), ["x" * 10_000, "y"]).table()
+    table = score("classification", ["x" * 10_000, "y"], np.eye(2), ["x" * 10_000, "y"]).table()
     assert max(map(len, table.splitlines())) < 100
 
 
 def test_every_score_has_a_name_and_a_meaning():
     codes, p = predictions(50)
     found = {
-        *score_classification(named(codes), p, CLASSES).metrics,
-        *score_multilabel(*multilabel(), CLASSES[:4]).metrics,
-        *score_regression(*regression(), ["a", "b"]).metrics,
+        *score("classification", named(codes), p, CLASSES).metrics,
+        *score("multilabel", *multilabel(), CLASSES[:4]).metrics,
+        *score("regression", *regression(), ["a", "b"]).metrics,
     }
     assert found == set(METRICS)
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {

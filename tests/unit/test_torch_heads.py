@@ -26,9 +26,9 @@ from featpipe.heads.neural.config import NetworkTrainingConfig
 from featpipe.heads.neural.losses import LossFunction
 from featpipe.heads.neural.train import (
     ACTIVATIONS,
-    OPTIMIZER_CLASSES,
     Network,
     NetworkArchitecture,
+    Optimizer,
     forward,
     make_schedule,
 )
@@ -224,7 +224,7 @@ def test_an_optimizer_takes_the_steps_of_torchs_own_with_weight_decay(ours, thei
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
     twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
-    mine = OPTIMIZER_CLASSES[ours]([weight], [bias], NetworkTrainingConfig(weight_decay=0.1))
+    mine = Optimizer([weight], [bias], NetworkTrainingConfig(optimizer=ours, weight_decay=0.1))
     groups = [{"params": twins[:1], "weight_decay": 0.1}, {"params": twins[1:], "weight_decay": 0.0}]
     its = theirs(groups, lr=0.01, **more)
     for _ in range(5):

@@ -104,10 +104,8 @@ def _fit_lda(
     if head.solver != "lsqr" or head.covariance_estimator is not None:
         raise ConfigError("lda is streamed with its solver lsqr and no covariance_estimator")
     classes, codes = np.unique(y, return_inverse=True)
-    standardized_moments, covariance = (
-        standardize_moments(scaler, compute_moments(source, codes, n_classes=len(classes))),
-        None,
-    )
+    standardized_moments = standardize_moments(scaler, compute_moments(source, codes, n_classes=len(classes)))
+    covariance = None
     if head.shrinkage == "auto" or head.priors is not None:
         center, scale = get_center_and_scale(scaler, source.shape[1])
         priors = (

@@ -27,9 +27,8 @@ def fit_scaler(scaler: StandardScaler, moments: Moments) -> None:
     """Fit a scaler from moments."""
     mean, variance = moments.mean, moments.variance
     rounding_error = moments.rows * np.finfo(np.float64).eps
-    is_constant = (
-        variance <= rounding_error * variance + (rounding_error * mean) ** 2
-    )  # scikit-learn's criterion: rounding noise is not scaled up
+    # scikit-learn's criterion: rounding noise is not scaled up.
+    is_constant = variance <= rounding_error * variance + (rounding_error * mean) ** 2
     scale = np.where(is_constant, 1.0, np.sqrt(variance))
     scaler.n_features_in_, scaler.n_samples_seen_ = len(mean), moments.rows
     scaler.mean_ = mean if scaler.with_mean or scaler.with_std else None
@@ -63,10 +62,8 @@ def fit_ridge_classifier_from_moments(head: RidgeClassifier, moments: Moments, c
     """Fit a ridge classifier from the moments of class codes."""
     if isinstance(head.alpha, str) and head.class_weight is None:
         moments = _balance_classes(moments)
-    target_sums, cross = (
-        2 * moments.y - moments.weight,
-        2 * moments.cross - moments.x[:, None],
-    )  # targets 1 and -1 instead of 1 and 0
+    # Targets 1 and -1 instead of 1 and 0.
+    target_sums, cross = 2 * moments.y - moments.weight, 2 * moments.cross - moments.x[:, None]
     if len(classes) == 2:
         target_sums, cross = target_sums[1:], cross[:, 1:]
     signed = replace(moments, y=target_sums, cross=cross)
@@ -98,10 +95,8 @@ def _solve_ridge(head: Any, moments: Moments) -> tuple[Array, Array]:
     x_mean, y_mean = moments.x / moments.weight, moments.y / moments.weight
     gram, cross = moments.gram, moments.cross
     if head.fit_intercept:
-        gram, cross = (
-            gram - moments.weight * np.outer(x_mean, x_mean),
-            cross - moments.weight * np.outer(x_mean, y_mean),
-        )
+        gram = gram - moments.weight * np.outer(x_mean, x_mean)
+        cross = cross - moments.weight * np.outer(x_mean, y_mean)
     alpha = head.alpha
     if isinstance(alpha, str):  # "auto", for targets 1 and -1
         target_sum_of_squares = moments.weight * float((1 - y_mean**2).sum())
@@ -188,14 +183,8 @@ def fit_centroid_from_moments(head: NearestCentroid, moments: Moments, classes: 
     if head.shrink_threshold:
         deviations = np.sign(deviations) * np.clip(np.abs(deviations) - head.shrink_threshold, 0, None)
         centroids = overall_centroid + shrinkage_scale * deviations
-    uniform_prior = np.full(n_classes, 1 / n_classes)
-    head.class_prior_ = (
-        class_counts / n_rows
-        if head.priors == "empirical"
-        else uniform_prior
-        if head.priors == "uniform"
-        else np.asarray(head.priors)
-    )
+    named_priors = {"empirical": class_counts / n_rows, "uniform": np.full(n_classes, 1 / n_classes)}
+    head.class_prior_ = named_priors[head.priors] if isinstance(head.priors, str) else np.asarray(head.priors)
     head.classes_, head.centroids_, head.deviations_ = classes, centroids, deviations
     head.within_class_std_dev_ = within_class_std
 
@@ -305,11 +294,9 @@ class BayesianRidgeClassifier(RidgeClassifier):
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         has_weight = check_sample_weight(sample_weight, len(y)) > 0
-        X, y, weights = (
-            X[has_weight],
-            y[has_weight],
-            None if sample_weight is None else np.asarray(sample_weight)[has_weight],
-        )
+        X = X[has_weight]
+        y = y[has_weight]
+        weights = None if sample_weight is None else np.asarray(sample_weight)[has_weight]
         if (y == y[0]).all():
             raise ValueError(f"y holds one class only ({str(y[0])!r}); a classifier needs two or more")
         fit_ridge_classifier(self, "passthrough", X, y, weights)

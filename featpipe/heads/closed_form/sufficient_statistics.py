@@ -133,10 +133,8 @@ class SufficientStatistics:
         squares = self.squares - np.einsum("dc,cd->d", removed_means, sums[removed]) - removed_fraction * within
         scatter_matrix, constant_variances = self.scatter_matrix, self.constant_variances
         if self.kind == "apart":
-            scatter_matrix, constant_variances = (
-                (1 - removed_fraction) * scatter_matrix,
-                (1 - removed_fraction) * constant_variances,
-            )
+            scatter_matrix = (1 - removed_fraction) * scatter_matrix
+            constant_variances = (1 - removed_fraction) * constant_variances
         elif self.kind == "gram":
             within_scatter = scatter_matrix - (sums.T / np.maximum(counts, 1)) @ sums
             scatter_matrix = scatter_matrix - removed_means @ sums[removed] - removed_fraction * within_scatter

@@ -82,11 +82,9 @@ class LBFGSHistory:
     def select_groups(self, groups: NDArray[np.intp]) -> None:
         """Restrict to some groups."""
         if self.slots:
-            self.steps, self.gradient_changes, self.inner_products = (
-                self.steps[groups],
-                self.gradient_changes[groups],
-                self.inner_products[groups],
-            )
+            self.steps = self.steps[groups]
+            self.gradient_changes = self.gradient_changes[groups]
+            self.inner_products = self.inner_products[groups]
 
     def update_penalty(self, ridge_increase: float, width: int) -> None:
         """Adapt the gradient changes to a penalty that is larger by ``ridge_increase``."""

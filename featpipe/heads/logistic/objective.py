@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,8 +67,8 @@ class LogisticProblem:
     center, scale : ndarray of shape (d,) or None
         Each block is transformed to (x - center) / scale, so that standardisation needs no copy.
     workers : BlasThreadPool
-    materialized : mapping from dtype to ndarray of shape (n, d)
-        All transformed rows, if they are few.
+    materialized : dict
+        All transformed rows by dtype, if they are few; by dtype and device, if they are on a device.
     """
 
     X: Any
@@ -81,7 +81,7 @@ class LogisticProblem:
     center: NDArray[Any] | None = None
     scale: NDArray[Any] | None = None
     workers: BlasThreadPool = field(default_factory=BlasThreadPool)
-    materialized: Mapping[Any, NDArray[Any]] = field(default_factory=dict)
+    materialized: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -102,7 +102,8 @@ class LogisticProblem:
     def read_rows(self, rows: slice | NDArray[np.intp], dtype: Any) -> NDArray[Any]:
         """Rows of X, converted and transformed."""
         if dtype in self.materialized:
-            return self.materialized[dtype][rows]
+            block: NDArray[Any] = self.materialized[dtype][rows]
+            return block
         block = convert_float(self.X[rows], dtype)
         if self.center is not None:
             block = block - np.asarray(self.center, dtype)
@@ -283,19 +284,17 @@ class DeviceProblem(LogisticProblem):
     Attributes
     ----------
     device : torch.device
-    tensor_cache : dict
-        For each name the source array and its tensor on the device.
     """
 
     device: Any = None
-    tensor_cache: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def evaluate(self, theta: Array, dtype: Any = np.float64) -> Point:
         """Value and gradient, as `LogisticProblem.evaluate`."""
         import torch
 
         torch_dtype = torch.float32 if np.dtype(dtype) == np.float32 else torch.float64
-        X, Y, weights = self._device_rows(dtype), self._to_device("Y", self.Y), self._to_device("weights", self.weights)
+        X = self._device_rows(dtype)
+        Y, weights = (torch.tensor(array, device=self.device) for array in (self.Y, self.weights))
         W = torch.as_tensor(theta[:, :-1], dtype=torch_dtype, device=self.device)
         b = torch.as_tensor(theta[:, -1], dtype=torch_dtype, device=self.device)
         losses = torch.zeros(self.groups, dtype=torch.float64, device=self.device)
@@ -338,25 +337,12 @@ class DeviceProblem(LogisticProblem):
         return (losses[:, 0] * weights).sum(dtype=torch.float64)[None]
 
     def _device_rows(self, dtype: Any) -> torch.Tensor:
+        """All rows on the device, moved once."""
         import torch
 
-        def move_rows() -> torch.Tensor:
-            blocks = (
-                torch.from_numpy(np.ascontiguousarray(self.read_rows(block, dtype))) for block in self.row_blocks()
-            )
-            return torch.cat([block.to(self.device) for block in blocks])
-
-        return self._get_cached(f"X {np.dtype(dtype).name}", self.X, move_rows)
-
-    def _to_device(self, name: str, array: NDArray[Any]) -> torch.Tensor:
-        import torch
-
-        return self._get_cached(name, array, lambda: torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
-
-    def _get_cached(self, name: str, source: Any, load_tensor: Any) -> torch.Tensor:
-        """The cached tensor of an array; restricted problems have other arrays."""
-        cached = self.tensor_cache.get(name)
-        if cached is None or cached[0] is not source:
-            cached = self.tensor_cache[name] = (source, load_tensor())
-        tensor: torch.Tensor = cached[1]
+        key = (dtype, self.device)
+        if key not in self.materialized:
+            blocks = (np.ascontiguousarray(self.read_rows(block, dtype)) for block in self.row_blocks())
+            self.materialized[key] = torch.cat([torch.from_numpy(block).to(self.device) for block in blocks])
+        tensor: torch.Tensor = self.materialized[key]
         return tensor

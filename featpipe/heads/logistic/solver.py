@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,8 +111,7 @@ def minimize(
     problem = problem.materialize(select_search_dtype(problem))
     if start is None and not estimate:
         start = _find_warm_start(problem)
-    search = _LBFGSSearch(problem, tol, LBFGSHistory() if history is None else history, estimate)
-    search.initialize(start)
+    search = _LBFGSSearch(problem, tol, LBFGSHistory() if history is None else history, estimate, start)
     steps = search.run(max_iter)
     gaps = search.gaps
     return Solution(
@@ -189,38 +188,26 @@ def select_search_dtype(problem: LogisticProblem) -> type[np.floating[Any]]:
     return np.float32 if float(problem.n) * problem.d * problem.k >= MIN_PRODUCTS_FOR_FLOAT32 else np.float64
 
 
-@dataclass(eq=False)
 class _LBFGSSearch:
     """The current point of the groups that have not converged, and the results of all groups."""
 
-    problem: LogisticProblem
-    tol: float
-    history: LBFGSHistory
-    estimate: bool = False
-    point: Point = field(init=False)
-    preconditioner: DiagonalPreconditioner | GramPreconditioner | BlockPreconditioner = field(init=False)
-    predicted_decrease: float = field(init=False, default=np.inf)
-    actual_decrease: float = field(init=False, default=1.0)
-    previous_step_small: bool = field(init=False, default=False)
-    preconditioner_step: int = field(init=False, default=0)
-    blocks_step: int = field(init=False, default=0)
-    dtype: type[np.floating[Any]] = field(init=False)
-    search_dtype: type[np.floating[Any]] = field(init=False)
-    active_groups: NDArray[np.intp] = field(init=False)
-    converged: NDArray[np.bool_] = field(init=False)
-    theta: Array = field(init=False)
-    values: Array = field(init=False)
-    gaps: Array = field(init=False)
+    preconditioner: DiagonalPreconditioner | GramPreconditioner | BlockPreconditioner
 
-    def initialize(self, start: Point | None) -> None:
-        self.dtype = self.search_dtype = select_search_dtype(self.problem)
-        self.point = self.problem.evaluate(self.problem.initial_theta(), self.dtype) if start is None else start
-        theta = self.point.theta
+    def __init__(
+        self, problem: LogisticProblem, tol: float, history: LBFGSHistory, estimate: bool, start: Point | None
+    ) -> None:
+        self.problem, self.tol, self.history, self.estimate = problem, tol, history, estimate
+        self.dtype = self.search_dtype = select_search_dtype(problem)
+        self.point = problem.evaluate(problem.initial_theta(), self.dtype) if start is None else start
         self.history.dtype = self.dtype
-        self.active_groups = np.arange(self.problem.groups)
-        if self.history.blocks is not None and self.dtype == np.float32:
-            self.preconditioner, self.blocks_step, self.preconditioner_step = self.history.blocks, 1, 1
-        self.theta, self.values, self.gaps = theta.copy(), self.point.values.copy(), np.zeros(len(self.active_groups))
+        self.predicted_decrease, self.actual_decrease, self.previous_step_small = np.inf, 1.0, False
+        self.preconditioner_step = self.blocks_step = 0
+        if history.blocks is not None and self.dtype == np.float32:
+            self.preconditioner, self.blocks_step, self.preconditioner_step = history.blocks, 1, 1
+        self.active_groups = np.arange(problem.groups)
+        self.converged = np.zeros(problem.groups, bool)
+        self.theta, self.values = self.point.theta.copy(), self.point.values.copy()
+        self.gaps = np.zeros(problem.groups)
 
     def run(self, max_iter: int) -> int:
         """Step until all groups have converged; return the number of steps."""

@@ -65,27 +65,24 @@ class _LabeledRows:
             self.source, self.row_indices[positions], self.Y[positions], self.weights[positions], sampling_weights
         )
 
-    def to_training_source(self, **scaling: Any) -> BatchSource:
+    def to_source(self, *, training: bool, **scaling: Any) -> BatchSource:
         from featpipe.heads.neural.batches import BatchSource
 
+        weights, sampling_weights = self.weights, self.sampling_weights
+        if sampling_weights is not None and not training:
+            weights, sampling_weights = weights * sampling_weights, None
         return BatchSource(
             self.source,
             self.Y,
-            self.weights,
+            weights,
             row_indices=self.row_indices,
-            sampling_weights=self.sampling_weights,
+            sampling_weights=sampling_weights,
             **scaling,
         )
 
-    def to_validation_source(self, **scaling: Any) -> BatchSource:
-        from featpipe.heads.neural.batches import BatchSource
-
-        weights = self.weights if self.sampling_weights is None else self.weights * self.sampling_weights
-        return BatchSource(self.source, self.Y, weights, row_indices=self.row_indices, **scaling)
-
 
 class _TorchHead(BaseEstimator):
-    """Base of the torch heads: validation rows for early stopping, and prediction with numpy."""
+    """Base of the torch heads: fits, validation rows for early stopping, and prediction with numpy."""
 
     def check_params(self) -> None:
         """Raise ValueError for settings out of range."""
@@ -93,14 +90,40 @@ class _TorchHead(BaseEstimator):
         for width in self._hidden_widths():
             check_integer("hidden", width, minimum=1)
 
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        validation: ValidationData | None = None,
+    ) -> Self:
+        """Fit to n rows; an earlier fit is discarded.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            float32 and float16 are trained in float32, anything else in float64.
+        y : array-like of shape (n,) or (n, k)
+            Classes, or 0 and 1 for each label. For a regressor: targets in any unit, which are standardised internally.
+        sample_weight : array-like of shape (n,), optional
+            Rows of weight zero are ignored.
+        validation : (X, y) or (X, y, sample_weight), optional
+            Validation rows, used in place of held-out rows by early stopping; without it their loss and score are
+            only recorded.
+        """
+        self.check_params()
+        X, y, weights = validate_training_data(
+            self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C", y_numeric=isinstance(self, RegressorMixin)
+        )
+        if validation is not None:
+            X_validation, *others = _unpack_validation(validation)
+            X_validation = validate_data(self, X_validation, reset=False, dtype=FEATURE_DTYPES, order="C")
+            validation = (X_validation, *others)
+        return self._fit_rows(X, y, weights, validation=validation)
+
     def _hidden_widths(self) -> tuple[Any, ...]:
         hidden = getattr(self, "hidden", ())
         return tuple(hidden) if isinstance(hidden, Sequence | np.ndarray) else (hidden,)
-
-    def _network_shape(self, n_inputs: int, n_outputs: int) -> NetworkArchitecture:
-        names = ("activation", "dropout", "initial_weights")
-        settings = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return NetworkArchitecture((n_inputs, *self._hidden_widths(), n_outputs), **settings)
 
     def _train(
         self,
@@ -113,24 +136,25 @@ class _TorchHead(BaseEstimator):
         # Imported here, because prediction needs no torch.
         from featpipe.heads.neural.train import train_network
 
+        n_inputs = training_rows.source.shape[1]
+        names = ("activation", "dropout", "initial_weights")
+        network_settings = {name: getattr(self, name) for name in names if hasattr(self, name)}
         rng = check_random_state(self.random_state)
         if self.early_stopping and validation_rows is None:
             is_validation = self._select_validation_rows(
                 training_rows.Y if objective.link == "softmax" else None, len(training_rows.Y), rng
             )
-            training_rows, validation_rows = (
-                training_rows.take(np.flatnonzero(~is_validation)),
-                training_rows.take(np.flatnonzero(is_validation)),
-            )
+            validation_rows = training_rows.take(np.flatnonzero(is_validation))
+            training_rows = training_rows.take(np.flatnonzero(~is_validation))
         result = train_network(
-            training_rows.to_training_source(**scaling),
-            None if validation_rows is None else validation_rows.to_validation_source(**scaling),
-            architecture=self._network_shape(training_rows.source.shape[1], n_outputs),
+            training_rows.to_source(training=True, **scaling),
+            None if validation_rows is None else validation_rows.to_source(training=False, **scaling),
+            architecture=NetworkArchitecture((n_inputs, *self._hidden_widths(), n_outputs), **network_settings),
             loss_fn=objective,
             config=self,
             seed=int(rng.randint(2**31 - 1)),
         )
-        self.n_features_in_ = training_rows.source.shape[1]
+        self.n_features_in_ = n_inputs
         self.coefs_, self.intercepts_ = result.coefs, result.intercepts
         self.loss_curve_, self.validation_curve_ = result.losses, result.validation_losses
         self.validation_score_curve_ = result.validation_scores
@@ -145,23 +169,14 @@ class _TorchHead(BaseEstimator):
         fraction = min(self.validation_fraction, MAX_VALIDATION_ROWS / n)
         order = np.argsort(codes, kind="stable")
         for class_rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
-            is_validation[
-                rng.permutation(class_rows)[: min(round(fraction * len(class_rows)), len(class_rows) - 1)]
-            ] = True
+            n_selected = min(round(fraction * len(class_rows)), len(class_rows) - 1)
+            is_validation[rng.permutation(class_rows)[:n_selected]] = True
         if not is_validation.any():
             raise ValueError(
-                f"early_stopping finds no validation rows: {self.validation_fraction:g} of n_samples={n} is less than "
-                "one in every class; raise validation_fraction, give more rows or set early_stopping to false"
+                f"early_stopping has no validation rows: {self.validation_fraction:g} of n_samples={n} is less than "
+                "one row of each class; raise validation_fraction, give more rows, or turn off early_stopping"
             )
         return is_validation
-
-    def _check_validation(self, validation: ValidationData | None) -> ValidationData | None:
-        """Validate the features of the validation rows; y is checked later."""
-        if validation is None:
-            return None
-        X, y, weights = _unpack_validation(validation)
-        X = validate_data(self, X, reset=False, dtype=FEATURE_DTYPES, order="C")
-        return X, y, weights
 
     def _scores(self, X: NDArray[Any]) -> NDArray[np.float64]:
         return forward(X, self.coefs_, self.intercepts_, getattr(self, "activation", "relu")).astype(np.float64)
@@ -178,7 +193,7 @@ def _check_targets(y: Any, n_rows: int, source_name: str) -> NDArray[Any]:
     y = check_array(y, ensure_2d=False, dtype=None, accept_sparse="csr", input_name="y")
     y = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
     if len(y) != n_rows:
-        raise ValueError(f"{source_name} has {n_rows} rows of X and {len(y)} of y; give as many of both")
+        raise ValueError(f"{source_name} has {n_rows} rows of X and {len(y)} of y; expected as many of both")
     return y
 
 
@@ -203,31 +218,6 @@ class _TorchClassifier(ScoredClassifier, _TorchHead, NetworkTrainingConfig):
             check_choice("sampling", self.sampling, ["balanced"])
         if self.class_weight is not None and not isinstance(self.class_weight, Mapping):
             check_choice("class_weight", self.class_weight, ["balanced"])
-
-    def fit(
-        self,
-        X: ArrayLike,
-        y: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        validation: ValidationData | None = None,
-    ) -> Self:
-        """Fit to n rows; an earlier fit is discarded.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, d)
-            float32 and float16 are trained in float32, anything else in float64.
-        y : array-like of shape (n,) or (n, k)
-            Classes, or 0 and 1 for each label.
-        sample_weight : array-like of shape (n,), optional
-            Rows of weight zero are ignored.
-        validation : (X, y) or (X, y, sample_weight), optional
-            Validation rows, used in place of held-out rows by early stopping; without it their loss and score are
-            only recorded.
-        """
-        self.check_params()
-        X, y, weights = validate_training_data(self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C")
-        return self._fit_rows(X, y, weights, validation=self._check_validation(validation))
 
     def _fit_rows(
         self,
@@ -318,33 +308,6 @@ class _TorchRegressor(RegressorMixin, _TorchHead, NetworkTrainingConfig):
         super().check()
         check_choice("loss", self.loss, REGRESSION_LOSSES)
         check_number("huber_delta", self.huber_delta, above=0)
-
-    def fit(
-        self,
-        X: ArrayLike,
-        y: ArrayLike,
-        sample_weight: ArrayLike | None = None,
-        validation: ValidationData | None = None,
-    ) -> Self:
-        """Fit to n rows; an earlier fit is discarded.
-
-        Parameters
-        ----------
-        X : array-like of shape (n, d)
-            float32 and float16 are trained in float32, anything else in float64.
-        y : array-like of shape (n,) or (n, t)
-            Targets in any unit; each target is standardised internally.
-        sample_weight : array-like of shape (n,), optional
-            Rows of weight zero are ignored.
-        validation : (X, y) or (X, y, sample_weight), optional
-            Validation rows, used in place of held-out rows by early stopping; without it their loss and score are
-            only recorded.
-        """
-        self.check_params()
-        X, y, weights = validate_training_data(
-            self, X, y, sample_weight, dtype=FEATURE_DTYPES, order="C", y_numeric=True
-        )
-        return self._fit_rows(X, y, weights, validation=self._check_validation(validation))
 
     def _fit_rows(
         self,
@@ -486,31 +449,17 @@ class LinearRegressor(_LinearAttributes, _TorchRegressor):
 
     Parameters
     ----------
-    optimizer, learning_rate, …, patience :
-        As in `featpipe.heads.neural.config.NetworkTrainingConfig`.
     loss : {"squares", "absolute", "huber"}
         Loss of the errors, in standard deviations of the target.
     huber_delta : float
         The error beyond which "huber" is linear.
-    random_state : int, RandomState or None
-        With an int, fits on the same machine are reproducible.
+    optimizer, …, patience, random_state :
+        As in `LinearClassifier`.
 
     Attributes
     ----------
-    coefs_ : list of ndarray of shape (fan_in, fan_out)
-        The weights of each layer; the last is in the units of y.
-    intercepts_ : list of ndarray of shape (fan_out,)
-    loss_curve_ : list of float
-        Mean training loss of each epoch, without the penalties.
-    validation_curve_ : list of float
-        Validation loss after each epoch, without noise; empty without validation rows.
-    validation_score_curve_ : list of float
-        R² on the validation rows.
-    best_epoch_ : int
-        Counted from 1; the epoch whose weights are kept.
-    n_iter_ : int
-        Number of epochs.
-    n_features_in_ : int
+    coefs_, intercepts_, loss_curve_, …, n_features_in_ :
+        As in `LinearClassifier`; the last layer is in the units of y, and the validation scores are R².
     """
 
     __module__ = "featpipe.heads"

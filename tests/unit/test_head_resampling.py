@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from featpipe import heads
+from featpipe.config import RESAMPLING_METHODS
 from featpipe.errors import ConfigError
-from featpipe.heads.resampling import BALANCE_METHODS, BalancedClassifier, draw_row_indices, fit_balanced, resample
+from featpipe.heads.resampling import BalancedClassifier, draw_row_indices, fit_balanced, resample
 
 
 def unequal(sizes: tuple[int, ...] = (80, 25, 9), d: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -94,21 +95,19 @@ def test_a_class_of_fewer_rows_than_neighbours_takes_those_it_has(size: int) -> 
 
 def test_a_class_of_one_row_is_named_with_what_to_do() -> None:
     X, y = unequal((30, 1, 12))
-    with pytest.raises(
-        ConfigError, match=r"class 'bee' has one row to fit on, .* fewer folds, or take over or class_w"
-    ):
+    with pytest.raises(ConfigError, match=r"class 'bee' has one training row, .* fewer folds, or use over or class_w"):
         resample(X, np.array(["ape", "bee", "cow"])[y], "smote", 0)
     assert np.bincount(resample(X, y, "over", 0)[1]).tolist() == [30, 30, 30]
 
 
-@pytest.mark.parametrize("how", BALANCE_METHODS)
+@pytest.mark.parametrize("how", RESAMPLING_METHODS)
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_the_dtype_is_preserved(how: str, kind: Any) -> None:
     X, y = unequal()
     assert resample(X.astype(kind), y, how, 0)[0].dtype == kind
 
 
-@pytest.mark.parametrize("how", BALANCE_METHODS)
+@pytest.mark.parametrize("how", RESAMPLING_METHODS)
 @pytest.mark.parametrize("kind", [str, object, np.int32])
 def test_classes_may_be_text_or_numbers(how: str, kind: Any) -> None:
     X, y = unequal()
@@ -119,7 +118,7 @@ def test_classes_may_be_text_or_numbers(how: str, kind: Any) -> None:
     np.testing.assert_array_equal(np.unique(labels, return_inverse=True)[1], codes)
 
 
-@pytest.mark.parametrize("how", BALANCE_METHODS)
+@pytest.mark.parametrize("how", RESAMPLING_METHODS)
 def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
     X, y = unequal((20, 20))
     found, labels = resample(X, y, how, 0)
@@ -127,7 +126,7 @@ def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
     np.testing.assert_array_equal(labels, y)
 
 
-@pytest.mark.parametrize("how", BALANCE_METHODS)
+@pytest.mark.parametrize("how", RESAMPLING_METHODS)
 def test_results_depend_on_the_seed_alone(how: str) -> None:
     X, y = unequal()
     first, again, other = (resample(X, y, how, seed)[0] for seed in (0, 0, 1))
@@ -137,17 +136,17 @@ def test_results_depend_on_the_seed_alone(how: str) -> None:
 
 @pytest.mark.parametrize("y", [np.zeros((9, 2)), np.linspace(0, 1, 9)])
 def test_what_is_not_one_class_a_row_is_refused(y: np.ndarray) -> None:
-    for how in BALANCE_METHODS:
-        with pytest.raises(ConfigError, match="does not hold one class a row; only such rows are resampled"):
+    for how in RESAMPLING_METHODS:
+        with pytest.raises(ConfigError, match="cannot be resampled; expected one class per row"):
             resample(np.zeros((9, 2)), y, how)
 
 
 def test_an_unknown_method_suggests_the_nearest_match() -> None:
-    with pytest.raises(ConfigError, match="unknown way to balance 'smot'; did you mean 'smote'"):
+    with pytest.raises(ConfigError, match="unknown resampling method 'smot'; did you mean 'smote'"):
         resample(*unequal(), "smot")
 
 
-@pytest.mark.parametrize("how", BALANCE_METHODS)
+@pytest.mark.parametrize("how", RESAMPLING_METHODS)
 def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imblearn", None)
     with pytest.raises(ConfigError, match=r"pip install 'featpipe\[balance\]', or use class_weight=balanced"):
@@ -157,7 +156,7 @@ def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch:
 # -- fits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", BALANCE_METHODS)
+@pytest.mark.parametrize("how", RESAMPLING_METHODS)
 def test_the_scaler_sees_the_rows_as_they_are_and_the_head_those_resampled_behind_it(how: str) -> None:
     X, y = unequal()
     found = fit_balanced(make_pipeline(StandardScaler(), LogisticRegression()), X, y, how, 0)
@@ -217,7 +216,7 @@ def test_a_search_reaches_the_settings_of_the_head_inside() -> None:
 def test_balancing_raises_the_recall_of_the_rare_class_and_records_the_prior() -> None:
     X, y = unequal((600, 30), d=1)
     plain = LogisticRegression(max_iter=1000).fit(X, y).predict(X)[y == 1].mean()
-    for how in BALANCE_METHODS:
+    for how in RESAMPLING_METHODS:
         balanced = BalancedClassifier(LogisticRegression(max_iter=1000), how, 0).fit(X, y)
         assert balanced.predict(X)[y == 1].mean() > plain
         np.testing.assert_allclose(balanced.prior_, [600 / 630, 30 / 630])
