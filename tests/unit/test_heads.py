@@ -385,7 +385,9 @@ def test_unknown_heads_and_tasks_suggest_the_nearest_match():
         heads.build("logistik")
     with pytest.raises(ConfigError, match="did you mean 'regression'"):
         heads.list_heads("regresion")
-    with pytest.raises(ConfigError, match=r"head 'logistic' does classification and multilabel, .* take mlp or linear"):
+    with pytest.raises(
+        ConfigError, match=r"head 'logistic' supports classification and multilabel, .* use mlp or linear"
+    ):
         heads.build("logistic", "regression")
 
 

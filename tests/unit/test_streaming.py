@@ -200,5 +200,5 @@ def test_memory_stays_flat_however_many_rows_there_are():
 def test_a_head_that_cannot_stream_names_those_that_can():
     X, y = data()
     assert not can_stream(pipeline(KNeighborsClassifier()))
-    with pytest.raises(ConfigError, match="in memory; take logistic, linear, mlp, ridge, lda or centroid"):
+    with pytest.raises(ConfigError, match="in memory; use logistic, linear, mlp, ridge, lda or centroid"):
         fit_streamed(pipeline(KNeighborsClassifier()), Source(X, 500), y)

@@ -346,7 +346,7 @@ def test_a_wrong_setting_is_answered_with_the_nearest(make_cache: Any) -> None:
     refused(ConfigError, "C", cache, params={"C": -1})
     refused(ConfigError, "folds", cache, cv=1)
     numbers = make_cache(blobs(codes), Labels.from_targets(np.arange(12.0), ["t"]))
-    refused(ConfigError, "head 'logistic' does classification and multilabel, not regression", numbers)
+    refused(ConfigError, "head 'logistic' supports classification and multilabel, not regression", numbers)
 
 
 def test_a_class_with_fewer_images_than_folds_is_named(make_cache: Any) -> None:

@@ -65,12 +65,12 @@ def fit_streamed(
     head, scaler = pipeline.named_steps["head"], pipeline.named_steps["scale"]
     if not can_stream(pipeline):
         raise ConfigError(
-            f"{type(head).__name__} needs all {source.shape[0]:,} rows in memory; take logistic, linear, mlp, ridge, "
+            f"{type(head).__name__} needs all {source.shape[0]:,} rows in memory; use logistic, linear, mlp, ridge, "
             "lda or centroid, or a subset of the rows"
         )
     if not isinstance(scaler, StandardScaler) and scaler != "passthrough":
         raise ConfigError(
-            f"scale is {type(scaler).__name__}; rows that are streamed are standardised, or passed through"
+            f"scale is {type(scaler).__name__}; a streamed fit supports StandardScaler and passthrough only"
         )
     weights = None if sample_weight is None else check_sample_weight(sample_weight, source.shape[0])
     fit_closed_form = _CLOSED_FORM_FITTERS.get(type(head))
@@ -89,7 +89,7 @@ def fit_streamed(
 
 def _reject_sample_weight(head: Any, weights: Array | None) -> None:
     if weights is not None:
-        raise ConfigError(f"{type(head).__name__} takes no sample weights")
+        raise ConfigError(f"{type(head).__name__} does not support sample weights")
 
 
 def _fit_ridge(head: Ridge, scaler: Any, source: RowSource, y: NDArray[Any], weights: Array | None) -> None:
@@ -102,7 +102,7 @@ def _fit_lda(
 ) -> None:
     _reject_sample_weight(head, weights)
     if head.solver != "lsqr" or head.covariance_estimator is not None:
-        raise ConfigError("lda is streamed with its solver lsqr and no covariance_estimator")
+        raise ConfigError("a streamed fit of lda needs solver=lsqr and no covariance_estimator")
     classes, codes = np.unique(y, return_inverse=True)
     standardized_moments = standardize_moments(scaler, compute_moments(source, codes, n_classes=len(classes)))
     covariance = None
