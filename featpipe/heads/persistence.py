@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import sys
 import warnings
 from copy import copy
@@ -12,6 +13,8 @@ from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 from featpipe.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 # Types that may be built in addition to numpy's and the estimators that skops knows. A constant: the file has no say.
 TRUSTED_TYPES: tuple[str, ...] = (
@@ -121,6 +124,7 @@ def loads(data: bytes) -> Any:
     """
     skops_io = _import_skops_io()
     from sklearn.base import BaseEstimator
+    from sklearn.exceptions import InconsistentVersionWarning
     from skops.io.exceptions import UntrustedTypesFoundException
 
     _check_zip(data)
@@ -131,7 +135,9 @@ def loads(data: bytes) -> Any:
             raise ModelError(
                 f"the head holds {', '.join(untrusted)}, which may not be loaded; train again with a built-in head"
             )
-        estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", InconsistentVersionWarning)
+            estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
     except ModelError:
         raise
     except UntrustedTypesFoundException as error:
@@ -143,6 +149,15 @@ def loads(data: bytes) -> Any:
         ) from error
     if not isinstance(estimator, BaseEstimator):
         raise ModelError(f"the head is a {type(estimator).__name__}, not an estimator; train it again")
+    for warning in caught:
+        if isinstance(warning.message, InconsistentVersionWarning):
+            logger.warning(
+                "the head was saved with scikit-learn %s and is read with %s: predictions may differ; "
+                "compare some, or train it again",
+                warning.message.original_sklearn_version,
+                warning.message.current_sklearn_version,
+            )
+            break
     return estimator
 
 

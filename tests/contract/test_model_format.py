@@ -11,8 +11,10 @@ from zipfile import ZipFile
 
 import numpy as np
 import pytest
+import sklearn
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from threadpoolctl import threadpool_info
 
 import featpipe
@@ -62,15 +64,36 @@ def test_the_golden_models_cover_every_head_and_task() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_golden_model_predicts_what_it_predicted_when_it_was_written(name: str, answers: dict[str, Any]) -> None:
+def test_a_golden_model_predicts_what_it_predicted_when_it_was_written(
+    name: str, answers: dict[str, Any], log: list[str]
+) -> None:
     assert_same_answers(featpipe.load_model(GOLDEN / f"{name}.model", backbone=None), name, answers)
+    assert all("predictions may differ" in message for message in log)  # another version of scikit-learn wrote it
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"lda-finetuned"}))  # that needs the code of its network
-def test_a_golden_model_saved_again_names_only_stable_types(name: str, answers: dict[str, Any], tmp_path: Path) -> None:
+def test_a_golden_model_saved_again_names_only_stable_types(
+    name: str, answers: dict[str, Any], tmp_path: Path, log: list[str]
+) -> None:
     featpipe.load_model(GOLDEN / f"{name}.model", backbone=None).save(tmp_path / "again.model")
     assert_same_answers(featpipe.load_model(tmp_path / "again.model", backbone=None), name, answers)
     assert set(STORED_TYPE.findall(read_head_schema(tmp_path / "again.model"))) <= {"featpipe.heads"}
+    assert all("predictions may differ" in message for message in log)
+
+
+def test_a_head_of_another_version_of_scikit_learn_is_read_with_one_warning(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other_version:
+        other_version.setattr("sklearn.base.__version__", "1.0.0")
+        data = heads.dumps(
+            make_pipeline(StandardScaler(), LinearDiscriminantAnalysis()).fit([[0.0], [1.0], [2.0]], [0, 1, 1])
+        )
+    heads.loads(data)
+    assert log == [
+        f"the head was saved with scikit-learn 1.0.0 and is read with {sklearn.__version__}: "
+        "predictions may differ; compare some, or train it again"
+    ]
 
 
 OBJECTS = {

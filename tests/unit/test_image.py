@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -247,6 +248,8 @@ def test_floating_point_gray_that_is_not_finite_is_damaged() -> None:
     ],
 )
 def test_other_modes_become_rgb_as_pillow_converts_them(kind: str, mode: str) -> None:
+    if (kind, mode) == ("TIFF", "YCbCr") and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read an uncompressed YCbCr TIFF")
     data = encoded(Image.fromarray(SMOOTH).convert(mode), kind)
     np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
 
