@@ -186,8 +186,10 @@ def _format_steps(steps: list[dict[str, Any]]) -> list[str]:
 
 def _get_metric_values(scores: dict[str, Any]) -> dict[str, Any]:
     """Map the description of each estimate to the values of its metrics."""
+    from featpipe.metrics import format_protocol
+
     return {
-        estimate["how"]: {name: metric["value"] for name, metric in estimate["metrics"].items()}
+        format_protocol(estimate["how"]): {name: metric["value"] for name, metric in estimate["metrics"].items()}
         for estimate in scores.values()
         if isinstance(estimate, dict)  # a comparison of heads is a list
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,20 +126,16 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
     """
     from featpipe.cache import FeatureCache
     from featpipe.heads import HEAD_REGISTRY, build, check_savable
+    from featpipe.metrics import format_protocol
     from featpipe.model import Model
 
     feature_cache = FeatureCache(cache)
     for name in heads:
         if name not in HEAD_REGISTRY and name != "all":
             check_savable(build(name, feature_cache.task if feature_cache.task in TASKS else "classification"))
-    compares_heads = len(set(heads)) > 1 or "all" in heads
     Model.check_target(_make_model_path(out, feature_cache, heads[0]))
     with Terminal() as terminal:
-        model, comparison = (
-            _compare(feature_cache, heads, options, terminal)
-            if compares_heads
-            else _train(feature_cache, heads, options, terminal)
-        )
+        model, comparison = _train(feature_cache, heads, options, terminal)
     if options["portable"] and options["backbone"]:
         model.attach(options["backbone"])
     path = model.save(_make_model_path(out, feature_cache, model.head_name), portable=options["portable"])
@@ -155,7 +152,7 @@ def train(cache: str, heads: tuple[str, ...], out: str | None, as_json: bool, **
             rows.append(
                 ["calibration_error", f"{calibration['error_after']:.3f} (before: {calibration['error_before']:.3f})"]
             )
-        log_message(format_table(rows, [estimate["how"], ""]), event="table")
+        log_message(format_table(rows, [format_protocol(estimate["how"]), ""]), event="table")
     click.echo(path)
 
 
@@ -163,61 +160,30 @@ def _make_model_path(out: str | None, cache: FeatureCache, head: str) -> Path:
     return Path(out) if out else cache.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', head)}.model")
 
 
-def _make_common_options(options: dict[str, Any]) -> dict[str, Any]:
-    from featpipe.config import parse_settings
-
-    grid = {
-        key: value if isinstance(value, tuple) else (value,) for key, value in parse_settings(options["grids"]).items()
-    }
-    names = (
-        "output",
-        "tune",
-        "metric",
-        "one_standard_error",
-        "balance",
-        "calibrate",
-        "prior",
-        "groups",
-        "times",
-        "since",
-        "without",
-    )
-    return {
-        **{name: options[name] for name in (*names, "memory", "keep", "jobs")},
-        "grid": grid,
-        "random_state": options["seed"],
-    }
-
-
 def _train(
     cache: FeatureCache, heads: Sequence[str], options: dict[str, Any], terminal: Terminal
 ) -> tuple[Model, HeadComparison | None]:
+    """Train a head, or compare several."""
     from featpipe.config import parse_settings
+    from featpipe.training import compare
     from featpipe.training import train as run
 
-    params = parse_settings(options["settings"])
-    training_options = {
-        "cv": options["cv"] or None,
-        "params": params,
-        "findings": options["findings"],
-        **_make_common_options(options),
+    training_options: Any = {
+        field.name: options[field.name] for field in fields(TrainingConfig) if field.name in options
     }
-    return run(cache, heads[0], progress=terminal, **training_options), None
-
-
-def _compare(
-    cache: FeatureCache, heads: Sequence[str], options: dict[str, Any], terminal: Terminal
-) -> tuple[Model, HeadComparison | None]:
-    from featpipe.training import compare
-
+    training_options["random_state"] = options["seed"]
+    if len(set(heads)) == 1 and "all" not in heads:
+        grid = parse_settings(options["grids"])
+        training_options["cv"] = options["cv"] or None
+        training_options["params"] = parse_settings(options["settings"])
+        training_options["grid"] = {key: value if isinstance(value, tuple) else (value,) for key, value in grid.items()}
+        return run(cache, heads[0], progress=terminal, **training_options), None
     if options["settings"] or options["grids"] or options["findings"]:
         raise click.UsageError(
             "--set, --grid and --findings need a single --head; several heads are compared with default settings"
         )
-    common = _make_common_options(options)
-    del common["grid"]
-    names = "all" if "all" in heads else heads
-    comparison = compare(cache, names, cv=options["cv"], progress=terminal, **common)
+    del training_options["findings"]
+    comparison = compare(cache, "all" if "all" in heads else heads, progress=terminal, **training_options)
     return comparison.model, comparison
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,37 +91,12 @@ def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64])
     return np.array(model.classes, dtype=object)[y] if model.task == "classification" else y
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingReference:
-    """The rows of a cache on which a model was trained.
-
-    Attributes
-    ----------
-    cache : FeatureCache
-    rows : ndarray of shape (n,), int64
-    output : str
-        The backbone output whose embeddings the model uses.
-    """
-
-    cache: FeatureCache
-    rows: NDArray[np.int64]
-    output: str
-
-    def read(self, positions: slice | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """Read the embeddings at some positions of `rows`, shape (p, d)."""
-        return np.asarray(self.cache.features(self.output)[self.rows[positions]], np.float32)
-
-    def labels(self) -> list[str]:
-        """The class of each row; for classification only."""
-        return [str(label) for label in self.cache.label_table.take(self.rows).y]
-
-
 def find_training_reference(
     model: Model,
     evaluated_cache: FeatureCache,
     training_cache: FeatureCache | str | os.PathLike[str] | None,
     cache_folder: Path,
-) -> TrainingReference | None:
+) -> EmbeddingDataset | None:
     """Find the rows on which the model was trained, matched by the digests of their images, never by name alone.
 
     Parameters
@@ -136,7 +110,7 @@ def find_training_reference(
 
     Returns
     -------
-    TrainingReference or None
+    EmbeddingDataset or None
         None if no cache with at least half of the training images was found.
 
     Raises
@@ -157,7 +131,7 @@ def find_training_reference(
         return reference
     for cache in _iter_candidate_caches(model, evaluated_cache, cache_folder):
         reference = _select_trained_rows(model, cache)
-        if reference is not None and 2 * len(reference.rows) >= len(model.trained_on):
+        if reference is not None and 2 * len(reference) >= len(model.trained_on):
             return reference
     return None
 
@@ -178,7 +152,8 @@ def _iter_candidate_caches(model: Model, evaluated_cache: FeatureCache, cache_fo
             yield cache
 
 
-def _select_trained_rows(model: Model, cache: FeatureCache) -> TrainingReference | None:
-    dataset = EmbeddingDataset.from_cache(cache, split="train")  # a test row may be an exact copy of a training image
-    rows = dataset.rows[model.was_trained_on(dataset.digests)]
-    return TrainingReference(cache, rows, model.output) if len(rows) else None
+def _select_trained_rows(model: Model, cache: FeatureCache) -> EmbeddingDataset | None:
+    # marked for training, because a test row may be an exact copy of a training image
+    dataset = EmbeddingDataset.from_cache(cache, split="train", output=model.output)
+    dataset = dataset.take(model.was_trained_on(dataset.digests))
+    return dataset if len(dataset) else None

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.cache import FeatureCache
 from featpipe.diagnostics import (
     MAX_FINDING_ROWS,
     CenteredNormalizer,
@@ -23,8 +22,8 @@ from featpipe.diagnostics import (
     find_nearest_neighbors,
     make_prediction_findings,
 )
-from featpipe.evaluation.dataset import TrainingReference
 from featpipe.metrics import METRICS, Scores, score
+from featpipe.training import EmbeddingDataset
 
 N_NEIGHBORS = 10
 REFERENCE_BLOCK_ROWS = 1 << 15
@@ -51,26 +50,25 @@ class NearestNeighbors:
     training_rows: NDArray[np.int64] | None
 
 
-def compute_nearest_neighbors(X: NDArray[np.float32], reference: TrainingReference | None) -> NearestNeighbors:
+def compute_nearest_neighbors(X: NDArray[np.float32], reference: EmbeddingDataset | None) -> NearestNeighbors:
     """Find the exact nearest neighbours of embeddings of shape (m, d), among themselves and in training."""
-    normalizer = CenteredNormalizer.from_embeddings(X if reference is None else _sample_embeddings(reference))
+    sample = X
+    if reference is not None:
+        n = len(reference)
+        sample = reference.take(np.linspace(0, n - 1, min(n, MAX_CENTERING_ROWS)).astype(int)).features
+    normalizer = CenteredNormalizer.from_embeddings(sample)
     rows = normalizer(X)
     within, within_rows = find_nearest_neighbors(rows, rows, N_NEIGHBORS, exclude_self=True)
     if reference is None:
         return NearestNeighbors(within, within_rows, None, None)
     training, training_rows = np.zeros((len(rows), 0), np.float32), np.zeros((len(rows), 0), np.int64)
-    for start in range(0, len(reference.rows), REFERENCE_BLOCK_ROWS):
-        block = normalizer(reference.read(slice(start, start + REFERENCE_BLOCK_ROWS)))
+    for start in range(0, len(reference), REFERENCE_BLOCK_ROWS):
+        block = normalizer(np.asarray(reference.X[start : start + REFERENCE_BLOCK_ROWS], np.float32))
         similarities, indices = find_nearest_neighbors(rows, block, N_NEIGHBORS)
         similarities, indices = np.hstack([training, similarities]), np.hstack([training_rows, indices + start])
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :N_NEIGHBORS]
         training, training_rows = np.take_along_axis(similarities, order, 1), np.take_along_axis(indices, order, 1)
     return NearestNeighbors(within, within_rows, training, training_rows)
-
-
-def _sample_embeddings(reference: TrainingReference) -> NDArray[np.float32]:
-    n = len(reference.rows)
-    return reference.read(np.linspace(0, n - 1, min(n, MAX_CENTERING_ROWS)).astype(int))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +156,7 @@ def make_findings(
     predictions: LabeledPredictions,
     neighbors: NearestNeighbors,
     duplicates: Duplicates,
-    reference: TrainingReference | None,
+    reference: EmbeddingDataset | None,
     per_class: Sequence[Mapping[str, Any]],
 ) -> list[Finding]:
     """Make all tables of samples and classes to inspect, the most useful first."""
@@ -181,13 +179,12 @@ def _format_labels(predictions: LabeledPredictions) -> list[str]:
     return [predictions.describe_row(row)[0] for row in range(len(predictions.ids))]
 
 
-def _format_cache_labels(cache: FeatureCache, rows: NDArray[np.int64]) -> list[str]:
-    labels = cache.label_table.take(rows)
-    if labels.task == "classification":
-        return [str(name) for name in labels.y]
-    if labels.task == "multilabel":
-        return [";".join(labels.classes[i] for i in np.flatnonzero(row > 0)) for row in labels.values]
-    return [_format_targets(row) for row in labels.values]
+def _format_dataset_labels(dataset: EmbeddingDataset) -> list[str]:
+    if dataset.task == "classification":
+        return [dataset.classes[code] for code in dataset.y]
+    if dataset.task == "multilabel":
+        return [";".join(dataset.classes[i] for i in np.flatnonzero(row > 0)) for row in dataset.y]
+    return [_format_targets(row) for row in dataset.y]
 
 
 def _format_targets(values: NDArray[Any]) -> str:
@@ -195,16 +192,15 @@ def _format_targets(values: NDArray[Any]) -> str:
 
 
 def _make_duplicates_finding(
-    duplicates: Duplicates, reference: TrainingReference | None, ids: Sequence[str], labels: Sequence[str]
+    duplicates: Duplicates, reference: EmbeddingDataset | None, ids: Sequence[str], labels: Sequence[str]
 ) -> Finding:
     rows: list[dict[str, Any]] = []
     n_training = 0
     if duplicates.training is not None and reference is not None:
         n_training = len(duplicates.training)
-        other_rows = reference.rows[duplicates.training.others[:MAX_FINDING_ROWS]]
-        other_ids = [reference.cache.ids[row] for row in other_rows.tolist()]
-        others = zip(other_ids, _format_cache_labels(reference.cache, other_rows), strict=True)
-        rows += _make_pair_rows(duplicates.training, ids, labels, list(others), "training")
+        originals = reference.take(duplicates.training.others[:MAX_FINDING_ROWS])
+        others = list(zip(originals.ids, _format_dataset_labels(originals), strict=True))
+        rows += _make_pair_rows(duplicates.training, ids, labels, others, "training")
     within_others = [(ids[row], labels[row]) for row in duplicates.within.others[:MAX_FINDING_ROWS].tolist()]
     rows += _make_pair_rows(duplicates.within, ids, labels, within_others, "test")
     return Finding(
@@ -260,8 +256,10 @@ def _make_outliers_finding(neighbors: NearestNeighbors, ids: Sequence[str], labe
     )
 
 
-def _make_small_classes_finding(per_class: Sequence[Mapping[str, Any]], reference: TrainingReference | None) -> Finding:
-    training_counts = Counter(reference.labels()) if reference is not None else None
+def _make_small_classes_finding(per_class: Sequence[Mapping[str, Any]], reference: EmbeddingDataset | None) -> Finding:
+    training_counts = None
+    if reference is not None:
+        training_counts = Counter(_format_dataset_labels(reference))
     rows = []
     for scores in per_class:
         n_training = None if training_counts is None else training_counts[scores["name"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,15 @@ from featpipe import splits
 from featpipe.config import TrainingConfig
 from featpipe.diagnostics import LearningCurve, extrapolate_learning_curve
 from featpipe.errors import ConfigError
-from featpipe.evaluation.dataset import TrainingReference
 from featpipe.model import Model
-from featpipe.training import EmbeddingDataset, FittedHead, fit_head, load_training_data, make_head_config
+from featpipe.training import (
+    EmbeddingDataset,
+    FittedHead,
+    fit_head,
+    get_head_params,
+    load_training_data,
+    make_head_config,
+)
 
 MIN_CURVE_SIZES = 3  # including the full training set
 MIN_SUBSET_ROWS = 24
@@ -28,7 +34,7 @@ Floats = NDArray[np.float64]
 
 def compute_learning_curve(
     model: Model,
-    reference: TrainingReference | None,
+    reference: EmbeddingDataset | None,
     X: NDArray[np.float32],
     truth: NDArray[Any],
     predicted: Floats,
@@ -38,7 +44,7 @@ def compute_learning_curve(
     Parameters
     ----------
     model : Model
-    reference : TrainingReference or None
+    reference : EmbeddingDataset or None
     X : ndarray of shape (m, d)
         Embeddings of the scored rows.
     truth : ndarray of shape (m,), (m, k) or (m, t)
@@ -63,7 +69,7 @@ def compute_learning_curve(
         return None
     if len(sizes) + 1 < MIN_CURVE_SIZES:
         return None
-    return extrapolate_learning_curve([*sizes, len(reference.rows)], np.vstack([errors, row_errors(predicted)]))
+    return extrapolate_learning_curve([*sizes, len(reference)], np.vstack([errors, row_errors(predicted)]))
 
 
 def _compute_row_errors(task: str, truth: NDArray[Any], predicted: Floats, classes: tuple[str, ...]) -> Floats:
@@ -78,7 +84,7 @@ def _compute_row_errors(task: str, truth: NDArray[Any], predicted: Floats, class
 
 
 def compute_errors_by_size(
-    model: Model, reference: TrainingReference, X: NDArray[np.float32], compute_errors: Callable[[Floats], Floats]
+    model: Model, reference: EmbeddingDataset, X: NDArray[np.float32], compute_errors: Callable[[Floats], Floats]
 ) -> tuple[list[int], Floats]:
     """Fit the model's head on subsets of its training rows, and compute the errors of each fit.
 
@@ -88,7 +94,7 @@ def compute_errors_by_size(
     Parameters
     ----------
     model : Model
-    reference : TrainingReference
+    reference : EmbeddingDataset
     X : ndarray of shape (m, d)
         Embeddings of the test rows.
     compute_errors : callable
@@ -106,14 +112,13 @@ def compute_errors_by_size(
     ConfigError
         If the head no longer takes the model's settings, or the training rows have changed.
     """
+    assert reference.cache is not None
     dataset = load_training_data(reference.cache, model.output)
     dataset = dataset.take(np.isin(dataset.rows, reference.rows)).subset(MAX_TRAINING_ROWS)
     if dataset.classes != model.classes:
         raise ConfigError("the classes of the training rows differ from the model's")
-    settings, balance = _get_head_settings(model), model.history.get("balance")
-    config = make_head_config(
-        TrainingConfig(head=model.head_name, params=settings, tune=False, balance=balance), dataset
-    )
+    params, balance = get_head_params(model), model.history.get("balance")
+    config = make_head_config(TrainingConfig(head=model.head_name, params=params, tune=False, balance=balance), dataset)
     divisors, n_draws = _select_affordable_subsets(float(model.history.get("seconds_to_fit") or 0.0))
     min_rows = max(MIN_SUBSET_ROWS, 2 * len(model.classes))
     sizes = [len(dataset) // divisor for divisor in divisors if len(dataset) // divisor >= min_rows]
@@ -142,13 +147,6 @@ def _predict(model: Model, head: FittedHead, X: NDArray[np.float32]) -> Floats:
     if model.calibration is None and head.task != "regression" and not head.has_probabilities:
         return head.compute_logits(X)
     return head.predict(X, model.calibration)
-
-
-def _get_head_settings(model: Model) -> dict[str, Any]:
-    """The head's parameters, including those chosen by the hyperparameter search."""
-    chosen: Mapping[str, Any] = (model.history.get("chosen") or {}).get("settings", {})
-    settings = {**model.history.get("params", {}), **chosen}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _make_stratified_order(dataset: EmbeddingDataset, task: str, draw: int) -> NDArray[np.intp]:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
 from featpipe.diagnostics import NEAR_DUPLICATE_COSINE, Finding, LabeledPredictions, LearningCurve
-from featpipe.evaluation.dataset import TrainingReference
 from featpipe.evaluation.error_analysis import (
     Duplicates,
     NearestNeighbors,
@@ -23,8 +22,9 @@ from featpipe.evaluation.error_analysis import (
 )
 from featpipe.evaluation.learning_curve import compute_learning_curve
 from featpipe.evaluation.uncertainty import Coverage, summarize_novelty
-from featpipe.metrics import METRICS, PairedComparison, Scores, format_score
+from featpipe.metrics import METRICS, PairedComparison, Scores, format_protocol, format_score
 from featpipe.model import Model
+from featpipe.training import EmbeddingDataset
 
 SCHEMA = "featpipe-evaluation/1.0"
 """Version of the JSON document: the minor number grows when keys are added, the major one when a meaning changes."""
@@ -108,7 +108,7 @@ class Evaluation:
         Coverage of prediction sets at several levels; empty if the model gives no sets.
     rivals : tuple of BaselineModel
         Other models on the same rows.
-    reference : TrainingReference or None
+    reference : EmbeddingDataset or None
         The rows on which the model was trained; None if their cache was not found.
     near : float
         The cosine from which two images count as near duplicates.
@@ -126,7 +126,7 @@ class Evaluation:
     novelty: NDArray[np.float64] | None
     coverage: list[Coverage]
     rivals: tuple[BaselineModel, ...] = ()
-    reference: TrainingReference | None = None
+    reference: EmbeddingDataset | None = None
     near: float = NEAR_DUPLICATE_COSINE
 
     @cached_property
@@ -194,16 +194,16 @@ class Evaluation:
 def describe_protocol(model: Model, cache: FeatureCache) -> dict[str, Any]:
     """Describe the evaluation protocol: which rows trained, tuned and tested the model."""
     training_info = model.history.get("trained_on", {})
-    selected_settings = model.history.get("chosen") or {}
+    chosen = model.history.get("chosen") or {}
+    how = format_protocol(chosen.get("how", ""))
+    tuned = {"settings": chosen.get("settings"), "metric": chosen.get("metric"), "how": how}
     return {
         "scored": "test rows of the split that came with the labels" if cache.split.any() else "all labelled rows",
         "training_rows": training_info.get("rows", len(model.trained_on)),
         "training_split": training_info.get("split"),
         "bad": sum(cache.bad_rows().values()),
         "bad_in_training": sum((training_info.get("bad") or {}).values()),
-        "tuned": None
-        if not selected_settings
-        else {key: selected_settings.get(key) for key in ("settings", "metric", "how")},
+        "tuned": tuned if chosen else None,
         "heads_compared": len(model.scores.get("comparison") or []),
         "calibrated": model.calibration is not None,
     }

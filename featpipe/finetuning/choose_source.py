@@ -18,7 +18,6 @@ from featpipe.finetuning.batches import DecodedImageDataset, EmbeddingNetwork, T
 from featpipe.finetuning.context import FineTuneContext
 from featpipe.finetuning.feature_map_cache import (
     MIXING_NOT_CACHEABLE,
-    CacheEstimate,
     estimate_caching_gain,
     make_feature_map_dataset,
 )
@@ -43,7 +42,7 @@ def open_datasets(
         The copy of its network that is trained.
     unfrozen_params : UnfrozenParameters
     """
-    augmentation, no_augmentation = Augmentation.from_dict(context.tuning.augmentation), Augmentation()
+    augmentation = Augmentation.from_dict(context.tuning.augmentation)
     partition = _find_boundary(context, backbone, network, unfrozen_params, augmentation)
     if partition is not None:
         try:
@@ -52,9 +51,10 @@ def open_datasets(
             if context.tuning.cache_activations == "yes":
                 raise
             logger.warning(str(error))
-    return _open_images(context, backbone, network, augmentation), _open_images(
-        context, backbone, network, no_augmentation
+    train_images, validation_images = (
+        _open_images(context, backbone, network, changes) for changes in (augmentation, Augmentation())
     )
+    return train_images, validation_images
 
 
 def _open_feature_maps(
@@ -113,27 +113,20 @@ def _find_boundary(
         if tuning.mixup or tuning.cutmix:
             raise ConfigError(MIXING_NOT_CACHEABLE)
         partition = partition_network(replace(backbone, network=network), frozen_names)
-        estimate = _estimate_caching_gain(context, backbone, partition, augmentation)
+        n_images = len(context.splits.train) + len(context.evaluation_rows)
+        n_views = tuning.views if augmentation.is_active else 1
+        folder = context.cache_folder
+        estimate = estimate_caching_gain(backbone, partition, n_images, tuning.epochs, n_views, folder)
     except ConfigError as error:
         if cache_setting == "yes":
             raise ConfigError(f"cache_activations=yes: {error}") from None
         logger.info(f"images are decoded in every epoch: {error}")
         return None
-    use_cache = estimate.worthwhile or cache_setting == "yes"
-    prefix = (
-        ""
-        if estimate.worthwhile
-        else "feature maps are cached because of cache_activations=yes: "
-        if use_cache
-        else "images are decoded in every epoch: "
-    )
-    logger.info(prefix + estimate.reason)
-    return partition if use_cache else None
-
-
-def _estimate_caching_gain(
-    context: FineTuneContext, backbone: Backbone, partition: Partition, augmentation: Augmentation
-) -> CacheEstimate:
-    n_images = len(context.splits.train) + len(context.evaluation_rows)
-    n_views = context.tuning.views if augmentation.is_active else 1
-    return estimate_caching_gain(backbone, partition, n_images, context.tuning.epochs, n_views, context.cache_folder)
+    if estimate.worthwhile:
+        logger.info(estimate.reason)
+    elif cache_setting == "yes":
+        logger.info(f"feature maps are cached because of cache_activations=yes: {estimate.reason}")
+    else:
+        logger.info(f"images are decoded in every epoch: {estimate.reason}")
+        return None
+    return partition

@@ -83,37 +83,26 @@ def estimate_caching_gain(
     storage : {"float16", "float32"}
     """
     n_views, truncated_backbone = min(n_views, n_epochs), _truncate_backbone(backbone, partition)
-    needed_bytes = _map_bytes(truncated_backbone, storage) * n_images * n_views
+    (map_shape,) = truncated_backbone.shapes.values()
+    needed_bytes = math.prod(map_shape) * np.dtype(storage).itemsize * n_images * n_views
     total_work, frozen_work = count_multiply_adds(backbone), count_multiply_adds(truncated_backbone)
     if not total_work or frozen_work is None:
         return CacheEstimate(False, "the work of the frozen part could not be counted", needed_bytes, 1)
     trained_work = (1 + BACKWARD_COST) * max(0, total_work - frozen_work)
     gain = n_epochs * (frozen_work + trained_work) / (n_views * frozen_work + n_epochs * trained_work)
+    free_bytes = shutil.disk_usage(_existing_ancestor(folder)).free
     frozen_part = f"the frozen part, {frozen_work / total_work:.0%} of a forward pass,"
     size_text, gain_text = f"{needed_bytes / 1e6:,.1f} MB", f"{gain:.1f} times less work"
+    worthwhile = False
     if gain < MIN_CACHING_GAIN:
         schedule_text = f"{n_epochs} epochs of {n_views} view{'s' * (n_views > 1)}"
-        return CacheEstimate(
-            False, f"caching {frozen_part} for {schedule_text} would be {gain_text}", needed_bytes, gain
-        )
-    free_bytes = shutil.disk_usage(_existing_ancestor(folder)).free
-    if needed_bytes > MAX_DISK_SHARE * free_bytes:
+        reason = f"caching {frozen_part} for {schedule_text} would be {gain_text}"
+    elif needed_bytes > MAX_DISK_SHARE * free_bytes:
         reason = f"the maps of {frozen_part} would take {size_text}, and {free_bytes / 1e6:,.1f} MB are free"
-        return CacheEstimate(False, reason, needed_bytes, gain)
-    frequency_text = "once" if n_views == 1 else f"for {n_views} views"
-    return CacheEstimate(
-        True, f"{frozen_part} is computed {frequency_text} and cached, {size_text}: {gain_text}", needed_bytes, gain
-    )
-
-
-def feature_map_bytes(backbone: Backbone, partition: Partition, storage: str) -> int:
-    """Bytes on disk of one view of one image."""
-    return _map_bytes(_truncate_backbone(backbone, partition), storage)
-
-
-def _map_bytes(truncated_backbone: Backbone, storage: str) -> int:
-    (shape,) = truncated_backbone.shapes.values()
-    return math.prod(shape) * np.dtype(storage).itemsize
+    else:
+        worthwhile, frequency_text = True, "once" if n_views == 1 else f"for {n_views} views"
+        reason = f"{frozen_part} is computed {frequency_text} and cached, {size_text}: {gain_text}"
+    return CacheEstimate(worthwhile, reason, needed_bytes, gain)
 
 
 class FeatureMapDataset:
@@ -218,11 +207,8 @@ def make_feature_map_dataset(
 
 def _cache_path(index: Index, view_backbone: Backbone, settings: ExtractionConfig) -> Path:
     """The cache file of these images and this view."""
-    path_digest = sha256(
-        "\n".join([compute_fingerprint(make_facts(view_backbone, settings)), *list_archive_paths(index)]).encode(
-            "utf-8", "replace"
-        )
-    )
+    identity = [compute_fingerprint(make_facts(view_backbone, settings)), *list_archive_paths(index)]
+    path_digest = sha256("\n".join(identity).encode("utf-8", "replace"))
     for name in index.ids:
         path_digest.update(name.encode("utf-8", "replace") + b"\n")
     return Path(settings.cache) / f"boundary-{path_digest.hexdigest()[:16]}.h5"
@@ -236,7 +222,6 @@ def _existing_ancestor(folder: str | os.PathLike[str]) -> Path:
 
 def _truncate_backbone(backbone: Backbone, partition: Partition) -> Backbone:
     """The backbone with the feature map at the boundary as its only output."""
-    outputs = resolve_outputs(
-        backbone.network, [partition.output], backbone.transform
-    )  # the partition may be of a copy
+    # the partition may be of a copy of the network
+    outputs = resolve_outputs(backbone.network, [partition.output], backbone.transform)
     return replace(backbone, outputs=outputs, request={**backbone.request, "outputs": [partition.output]})

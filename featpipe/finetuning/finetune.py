@@ -20,11 +20,7 @@ from featpipe.finetuning.context import FineTuneContext, extract_for_model
 from featpipe.finetuning.distributed import join_distributed, resolve_process_device
 from featpipe.finetuning.head_layers import HeadLayers, InitialHead, initialize_head
 from featpipe.finetuning.loop import make_tensorboard_logger
-from featpipe.finetuning.result import (
-    FineTuningResult,
-    compare_models,
-    predict_rows,
-)
+from featpipe.finetuning.result import FineTuningResult, compare_models, predict_rows
 from featpipe.finetuning.split import make_dataset, make_splits, refit_without
 from featpipe.finetuning.train import train_network
 from featpipe.finetuning.trained_network import TrainedNetwork
@@ -104,9 +100,7 @@ def finetune(
             lambda: extract_for_model(index, model, model.backbone, cache, progress)
         )
         splits = make_splits(model, base_cache, tuning)
-        epoch_callback = (
-            None if tensorboard is None or not distributed.is_main else make_tensorboard_logger(tensorboard)
-        )
+        on_epoch = make_tensorboard_logger(tensorboard) if tensorboard is not None and distributed.is_main else None
         context = FineTuneContext(
             model,
             index,
@@ -117,7 +111,7 @@ def finetune(
             out=out,
             progress=progress,
             distributed=distributed,
-            epoch_callback=epoch_callback,
+            epoch_callback=on_epoch,
         )
         logger.info(splits.description)
         if (finished := _load_finished(context)) is not None:
@@ -160,9 +154,8 @@ def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head:
     if trained.best_epoch.number == 0:
         notes += ("no epoch was better than the start on the validation images; the comparison is of the start",)
         logger.info(notes[-1])
-    selected_model = (
-        finetuned if keep_finetuned else replace(model, history=dict(model.history), scores=dict(model.scores))
-    )
+    unchanged = replace(model, history=dict(model.history), scores=dict(model.scores))
+    selected_model = finetuned if keep_finetuned else unchanged
     result = FineTuningResult(
         selected_model,
         "fine-tuned" if keep_finetuned else "probe",
@@ -174,8 +167,11 @@ def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head:
     selected_model.history["finetuning"] = {**record, "result": result.to_dict()}
     if keep_finetuned:
         selected_model.scores["finetuning"] = {
-            "how": f"{len(splits.test)} images held out",
-            "metrics": {row["name"]: _interval_to_dict(row["tuned"]) for row in comparison.metrics},
+            "how": {"kind": "holdout", "n": len(splits.test)},
+            "metrics": {
+                row["name"]: dict(zip(("value", "low", "high"), row["tuned"], strict=True))
+                for row in comparison.metrics
+            },
         }
     _save(context, selected_model)
     return result
@@ -196,10 +192,6 @@ def _ground_truth(model: Model, y: NDArray[Any]) -> NDArray[Any]:
     if model.task == "classification":
         return np.array(model.classes, dtype=object)[y]
     return y[:, 0] if model.task == "regression" and y.shape[1] == 1 else y
-
-
-def _interval_to_dict(values: Sequence[float | None]) -> dict[str, float | None]:
-    return dict(zip(("value", "low", "high"), values, strict=True))
 
 
 def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbone]:

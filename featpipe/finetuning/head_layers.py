@@ -79,6 +79,11 @@ class HeadLayers:
             biases=(*self.biases[:-1], self.biases[-1] * factor + offset),
         )
 
+    def compute_scores(self, X: NDArray[np.floating]) -> Array:
+        """Logits or numbers, shape (m, k), in float64."""
+        weights = [weight.T for weight in self.weights]
+        return np.asarray(forward(X.astype(np.float64), weights, self.biases, self.activation))
+
     def center_logits(self) -> HeadLayers:
         """Shift the logits to mean zero over the classes, which leaves the softmax unchanged."""
         return replace(
@@ -266,9 +271,9 @@ def initialize_head(model: Model, X: NDArray[np.float32], y: NDArray[Any]) -> In
 
 def _predict_with_layers(layers: HeadLayers, task: str, X: NDArray[np.floating]) -> NDArray[np.float64]:
     """Probabilities of shape (m, k), or numbers of shape (m, t)."""
-    scores = forward(X.astype(np.float64), [w.T for w in layers.weights], layers.biases, layers.activation)
+    scores = layers.compute_scores(X)
     if task == "regression":
-        return np.asarray(scores)
+        return scores
     return np.asarray(expit(scores) if task == "multilabel" else softmax(scores, axis=1))
 
 

@@ -54,64 +54,86 @@ def run_training_loop(trainer: Trainer, state: TrainingState, save: SaveCallback
     KeyboardInterrupt
         If the training was interrupted; the state was saved.
     """
-    tuning, steps_per_epoch = trainer.tuning, trainer.steps_per_epoch
-    last_save_time = monotonic()
+    tuning = trainer.tuning
     with defer_signals() as stop_request, torch.random.fork_rng(enabled=True):
         if not state.curve:
-            state.record_epoch(
-                EpochRecord(
-                    0, float("nan"), *evaluate_validation(trainer, state), metrics=evaluate_monitors(trainer, state)
-                ),
-                trainer,
-            )
-            _report_epoch(trainer, state)
+            _record_epoch(trainer, state, math.nan, 0.0)
         for epoch in range(state.epoch, tuning.epochs):
             if tuning.patience and state.epochs_without_improvement >= tuning.patience:
                 break
-            active_parameters, batches = trainer.unfreeze_for_epoch(epoch), trainer.epoch_batches(epoch)
-            local_batches = [trainer.distributed.shard(rows) for rows in batches]
-            for rows, inputs in prefetch_batches(trainer.train_data, local_batches, epoch, state.step):
-                global_step = epoch * steps_per_epoch + state.step
-                for group in state.optimizer.param_groups:
-                    group["lr"] = (
-                        state.rate
-                        * group["share"]
-                        * schedule_factor(global_step, tuning.epochs * steps_per_epoch, tuning)
-                    )
-                torch.manual_seed(_step_seed(tuning.seed, epoch, state.step, trainer.distributed.rank))
-                try:
-                    with trainer.training_mode():
-                        loss, gradient_norm = compute_gradients(trainer, state, rows, inputs, len(batches[state.step]))
-                    optimizer_step(state, active_parameters, loss, gradient_norm, tuning.clip)
-                except NonFiniteError as error:
-                    return _stop_at_non_finite(trainer, state, batches[state.step], str(error))
-                if state.ema_weights:
-                    state.update_ema(trainer, global_step)
-                state.loss += loss * len(batches[state.step])
-                state.seen += len(batches[state.step])
-                state.step += 1
-                trainer.progress(Progress(f"epoch {epoch + 1}", state.seen, len(trainer.train_rows)))
-                if trainer.distributed.all_reduce_any(stop_request.requested):
-                    save(state)
-                    raise KeyboardInterrupt
-                if monotonic() - last_save_time > CHECKPOINT_INTERVAL_SECONDS:
-                    save(state)
-                    last_save_time = monotonic()
-            rate = state.optimizer.param_groups[0]["lr"]
-            validation_metrics = (*evaluate_validation(trainer, state), rate)
-            state.record_epoch(
-                EpochRecord(
-                    epoch + 1, state.loss / state.seen, *validation_metrics, metrics=evaluate_monitors(trainer, state)
-                ),
-                trainer,
-            )
+            try:
+                _train_epoch(trainer, state, save, stop_request)
+            except NonFiniteError as error:
+                _warn_of_non_finite(trainer, state, str(error))
+                break
+            rate, loss = state.optimizer.param_groups[0]["lr"], state.loss / state.seen
             state.epoch, state.step, state.loss, state.seen = epoch + 1, 0, 0.0, 0
-            _report_epoch(trainer, state)
+            _record_epoch(trainer, state, loss, rate)
             save(state)
             if trainer.distributed.all_reduce_any(stop_request.requested):
                 raise KeyboardInterrupt
     load_weights(trainer, state.best_weights)
     return state
+
+
+def _train_epoch(trainer: Trainer, state: TrainingState, save: SaveCallback, stop_request: StopRequest) -> None:
+    """The remaining steps of an epoch.
+
+    Raises
+    ------
+    NonFiniteError
+        If a loss or a gradient is NaN or infinite; the step was not done.
+    KeyboardInterrupt
+    """
+    tuning, epoch, first_step = trainer.tuning, state.epoch, state.epoch * trainer.steps_per_epoch
+    last_save_time, total_steps = monotonic(), tuning.epochs * trainer.steps_per_epoch
+    active_parameters, batches = trainer.unfreeze_for_epoch(epoch), trainer.epoch_batches(epoch)
+    local_batches = [trainer.distributed.shard(rows) for rows in batches]
+    for rows, inputs in prefetch_batches(trainer.train_data, local_batches, epoch, state.step):
+        step, batch_size = first_step + state.step, len(batches[state.step])
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.rate * group["share"] * schedule_factor(step, total_steps, tuning)
+        torch.manual_seed(_step_seed(tuning.seed, epoch, state.step, trainer.distributed.rank))
+        with trainer.training_mode():
+            loss, gradient_norm = compute_gradients(trainer, state, rows, inputs, batch_size)
+        optimizer_step(state, active_parameters, loss, gradient_norm, tuning.clip)
+        if state.ema_weights:
+            state.update_ema(trainer, step)
+        state.loss += loss * batch_size
+        state.seen += batch_size
+        state.step += 1
+        trainer.progress(Progress(f"epoch {epoch + 1}", state.seen, len(trainer.train_rows)))
+        if trainer.distributed.all_reduce_any(stop_request.requested):
+            save(state)
+            raise KeyboardInterrupt
+        if monotonic() - last_save_time > CHECKPOINT_INTERVAL_SECONDS:
+            save(state)
+            last_save_time = monotonic()
+
+
+def _record_epoch(trainer: Trainer, state: TrainingState, loss: float, rate: float) -> None:
+    """Evaluate after an epoch, or before the first one, and add the record to the curve."""
+    validation_loss, validation_score = evaluate_validation(trainer, state)
+    metrics = evaluate_monitors(trainer, state)
+    epoch = EpochRecord(state.epoch, loss, validation_loss, validation_score, rate, metrics)
+    state.record_epoch(epoch, trainer)
+    heading = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
+    text = f"{heading}; validation loss {validation_loss:.4f}, score {validation_score:.4f}"
+    monitor_text = ", ".join(
+        f"{name} {values['score']:.3f}" for name, values in metrics.items() if math.isfinite(values["score"])
+    )
+    logger.info(f"{text}; {monitor_text}" if monitor_text else text)
+    if trainer.epoch_callback is not None:
+        trainer.epoch_callback(epoch)
+
+
+def _warn_of_non_finite(trainer: Trainer, state: TrainingState, reason: str) -> None:
+    names = [trainer.sample_ids[int(row)] for row in trainer.epoch_batches(state.epoch)[state.step]]
+    more_text = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    logger.warning(
+        f"epoch {state.epoch + 1}, step {state.step + 1}: {reason} in the batch of {', '.join(names[:8])}{more_text}; "
+        f"stopped, with the weights of epoch {state.best_epoch.number}; a lower --learning-rate may help"
+    )
 
 
 def compute_gradients(
@@ -170,9 +192,9 @@ def _micro_batch_loss(
         return (_row_losses(trainer, scores, loss_rows, trainer.tuning.label_smoothing) * weights).sum()
 
     loss = weighted_loss(rows[micro_batch])
-    return (
-        loss if mix.partner is None else mix.lam * loss + (1 - mix.lam) * weighted_loss(rows[mix.partner[micro_batch]])
-    )
+    if mix.partner is None:
+        return loss
+    return mix.lam * loss + (1 - mix.lam) * weighted_loss(rows[mix.partner[micro_batch]])
 
 
 def _row_losses(trainer: Trainer, scores: Tensor, rows: NDArray[np.int64], label_smoothing: float = 0.0) -> Tensor:
@@ -245,14 +267,12 @@ def predict_scores(trainer: Trainer, dataset: TrainingDataset, rows: NDArray[np.
     trainer.network.eval()
     trainer.head.eval()
     local_indices = trainer.distributed.shard(np.arange(len(rows)))
-    index_batches = (
-        np.array_split(local_indices, -(-len(local_indices) // MAX_EVALUATION_BATCH)) if len(local_indices) else []
-    )
+    n_batches = -(-len(local_indices) // MAX_EVALUATION_BATCH)
+    index_batches = np.array_split(local_indices, n_batches) if n_batches else []
+    batches = prefetch_batches(dataset, [rows[indices] for indices in index_batches], 0)
     scores = torch.zeros(len(rows), trainer.n_outputs, device=trainer.device)
-    for batch_indices, (_, inputs) in zip(
-        index_batches, prefetch_batches(dataset, [rows[part] for part in index_batches], 0), strict=True
-    ):
-        scores[torch.from_numpy(batch_indices)] = trainer.compute_scores(dataset, trainer.to_device(inputs))
+    for indices, (_, inputs) in zip(index_batches, batches, strict=True):
+        scores[torch.from_numpy(indices)] = trainer.compute_scores(dataset, trainer.to_device(inputs))
     trainer.distributed.all_reduce_sum([scores])
     return scores.cpu()
 
@@ -284,32 +304,6 @@ def _increase_pieces(trainer: Trainer, state: TrainingState, rows: NDArray[np.in
     consequence = "each with its own batch statistics" if trainer.updates_batch_norm else "with the same gradients"
     text = f"memory ran out: batches of {trainer.tuning.batch} are computed in {state.pieces} pieces, {consequence}"
     logger.warning(text)
-
-
-def _stop_at_non_finite(trainer: Trainer, state: TrainingState, rows: NDArray[np.int64], reason: str) -> TrainingState:
-    """Restore the best weights so far, and warn with the images of the batch."""
-    names = [trainer.sample_ids[int(row)] for row in rows]
-    more_text = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    position = f"epoch {state.epoch + 1}, step {state.step + 1}"
-    text = (
-        f"{position}: {reason} in the batch of {', '.join(names[:8])}{more_text}; stopped, with the weights of epoch "
-    )
-    logger.warning(f"{text}{state.best_epoch.number}; a lower --learning-rate may help")
-    load_weights(trainer, state.best_weights)
-    return state
-
-
-def _report_epoch(trainer: Trainer, state: TrainingState) -> None:
-    epoch = state.curve[-1]
-    loss_text = "before training" if epoch.number == 0 else f"epoch {epoch.number}: loss {epoch.loss:.4f}"
-    text = f"{loss_text}; validation loss {epoch.validation_loss:.4f}, score {epoch.validation_score:.4f}"
-    score_texts = [
-        f"{name} {metrics['score']:.3f}" for name, metrics in epoch.metrics.items() if math.isfinite(metrics["score"])
-    ]
-    text += f"; {', '.join(score_texts)}" if score_texts else ""
-    logger.info(text)
-    if trainer.epoch_callback is not None:
-        trainer.epoch_callback(epoch)
 
 
 def make_tensorboard_logger(folder: str | os.PathLike[str]) -> Callable[[EpochRecord], None]:

@@ -11,28 +11,20 @@ from torch import nn
 
 from featpipe.config import FineTuneConfig
 
-ONE_CYCLE_START_FACTOR, ONE_CYCLE_END_FACTOR, ONE_CYCLE_WARMUP_SHARE = (
-    1 / 25,
-    1e-4,
-    0.3,
-)  # factors of the highest rate; share of the steps
+ONE_CYCLE_START_FACTOR, ONE_CYCLE_END_FACTOR = 1 / 25, 1e-4  # of the highest rate
+ONE_CYCLE_WARMUP_SHARE = 0.3  # of the steps
 
 
 def make_parameter_groups(
-    head_parameters: Mapping[str, nn.Parameter],
-    backbone_parameters: Mapping[str, nn.Parameter],
-    depth: Mapping[str, int],
-    tuning: FineTuneConfig,
+    parameters: Mapping[str, nn.Parameter], depth: Mapping[str, int], tuning: FineTuneConfig
 ) -> list[dict[str, Any]]:
     """Parameter groups by distance from the head, with norms and biases separate: these have no weight decay.
 
     Parameters
     ----------
-    head_parameters : mapping from name to Parameter
-        Trained with the full rate.
-    backbone_parameters : mapping from name to Parameter
+    parameters : mapping from name to Parameter
     depth : mapping from name to int
-        Of each backbone parameter: 1 for the stage next to the head.
+        Of each backbone parameter: 1 for the stage next to the head. The others, the head's, have the full rate.
     tuning : FineTuneConfig
 
     Returns
@@ -40,23 +32,15 @@ def make_parameter_groups(
     list of dict
         ``share`` is the factor of the base rate; ``names`` are those of ``params``.
     """
-    groups_by_key: dict[tuple[int, bool], dict[str, Any]] = {}
-    named_parameters = [(name, parameter, 0) for name, parameter in head_parameters.items()]
-    named_parameters += [(name, parameter, depth[name]) for name, parameter in backbone_parameters.items()]
-    for name, parameter, distance in named_parameters:
-        has_weight_decay = parameter.ndim > 1
-        group = groups_by_key.setdefault(
-            (distance, has_weight_decay),
-            {
-                "params": [],
-                "names": [],
-                "share": tuning.layer_decay**distance,
-                "weight_decay": tuning.weight_decay if has_weight_decay else 0.0,
-            },
-        )
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        distance, has_weight_decay = depth.get(name, 0), parameter.ndim > 1
+        group = groups.setdefault((distance, has_weight_decay), {"params": [], "names": []})
+        group["share"] = tuning.layer_decay**distance
+        group["weight_decay"] = tuning.weight_decay if has_weight_decay else 0.0
         group["params"].append(parameter)
         group["names"].append(name)
-    return [groups_by_key[key] for key in sorted(groups_by_key)]
+    return [groups[key] for key in sorted(groups)]
 
 
 def make_optimizer(parameter_groups: list[dict[str, Any]], tuning: FineTuneConfig) -> torch.optim.Optimizer:
@@ -80,12 +64,8 @@ def schedule_factor(step: int, total_steps: int, tuning: FineTuneConfig) -> floa
     one_cycle = tuning.schedule == "one-cycle"
     warmup_steps = round((tuning.warmup or (ONE_CYCLE_WARMUP_SHARE if one_cycle else 0)) * total_steps)
     if step < warmup_steps:
-        warmup_progress = (step + 1) / warmup_steps
-        return (
-            ONE_CYCLE_START_FACTOR + (1 - ONE_CYCLE_START_FACTOR) * _cosine_ramp(warmup_progress)
-            if one_cycle
-            else warmup_progress
-        )
+        progress = (step + 1) / warmup_steps
+        return ONE_CYCLE_START_FACTOR + (1 - ONE_CYCLE_START_FACTOR) * _cosine_ramp(progress) if one_cycle else progress
     if tuning.schedule == "constant":
         return 1.0
     decay_factor = 1 - _cosine_ramp((step - warmup_steps) / max(1, total_steps - warmup_steps))

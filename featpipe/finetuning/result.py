@@ -11,17 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
-from featpipe.metrics import (
-    METRICS,
-    Scores,
-    compare_paired,
-    format_score,
-    mcnemar_test,
-    score,
-)
-from featpipe.model import (
-    Model,
-)
+from featpipe.metrics import METRICS, Interval, Scores, compare_paired, mcnemar_test, nan_to_none, score
+from featpipe.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +82,12 @@ def compare_models(
     metrics = [
         {
             "name": name,
-            "probe": _to_interval(probe_scores, name),
-            "tuned": _to_interval(tuned_scores, name),
-            "difference": [_finite_or_none(v) for v in (c.difference.value, c.difference.low, c.difference.high)],
-            "p": _finite_or_none(c.p),
+            "probe": _to_list(probe_scores.metrics[name]),
+            "tuned": _to_list(tuned_scores.metrics[name]),
+            "difference": _to_list(contrast.difference),
+            "p": nan_to_none(contrast.p),
         }
-        for name, c in contrasts.items()
+        for name, contrast in contrasts.items()
     ]
     per_class = _compare_classes(truth, probe, tuned, tuned_scores, probe_scores) if task == "classification" else []
     main = next(name for name in tuned_scores.metrics if name in contrasts)
@@ -107,7 +98,7 @@ def _compare_classes(
     truth: NDArray[Any], probe: NDArray[Any], tuned: NDArray[Any], tuned_scores: Scores, probe_scores: Scores
 ) -> list[dict[str, Any]]:
     class_names = np.array(tuned_scores.classes, dtype=object)
-    correct = {"probe": class_names[probe.argmax(axis=1)] == truth, "tuned": class_names[tuned.argmax(axis=1)] == truth}
+    probe_correct, tuned_correct = (class_names[scores.argmax(axis=1)] == truth for scores in (probe, tuned))
     rows = []
     for tuned_row, probe_row in zip(tuned_scores.per_class, probe_scores.per_class, strict=True):
         in_class = truth == tuned_row["name"]
@@ -115,28 +106,21 @@ def _compare_classes(
             {
                 "name": tuned_row["name"],
                 "rows": int(in_class.sum()),
-                "probe": [_finite_or_none(v) for v in (probe_row["recall"], *probe_row["recall_interval"])],
-                "tuned": [_finite_or_none(v) for v in (tuned_row["recall"], *tuned_row["recall_interval"])],
-                "p": mcnemar_test(correct["tuned"][in_class], correct["probe"][in_class]).p if in_class.any() else None,
+                "probe": nan_to_none([probe_row["recall"], *probe_row["recall_interval"]]),
+                "tuned": nan_to_none([tuned_row["recall"], *tuned_row["recall_interval"]]),
+                "p": mcnemar_test(tuned_correct[in_class], probe_correct[in_class]).p if in_class.any() else None,
             }
         )
     return rows
 
 
-def _to_interval(scores: Scores, name: str) -> list[float | None]:
-    metric = scores.metrics[name]
-    return [_finite_or_none(value) for value in (metric.value, metric.low, metric.high)]
-
-
-def _finite_or_none(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+def _to_list(interval: Interval) -> list[float | None]:
+    return list(nan_to_none([interval.value, interval.low, interval.high]))
 
 
 def _format_interval(values: list[float | None], signed: bool = False) -> str:
-    value, low, high = (math.nan if v is None else v for v in values)
-    sign = "+" if signed and value > 0 else ""
-    bounds = f" [{format_score(low)}, {format_score(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"{sign}{format_score(value)}{bounds}"
+    interval = Interval(*(math.nan if value is None else value for value in values))
+    return f"{'+' if signed and interval.value > 0 else ''}{interval}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,28 +171,22 @@ class FineTuningResult:
         """A header, and a row for each metric."""
         rows = [["", "probe", "fine-tuned", "difference", "p"]]
         for row in self.comparison.metrics:
+            intervals = _format_interval(row["probe"]), _format_interval(row["tuned"])
             difference = _format_interval(row["difference"], signed=True)
-            name, p = METRICS[row["name"]].title, row["p"]
-            rows.append(
-                [
-                    name,
-                    _format_interval(row["probe"]),
-                    _format_interval(row["tuned"]),
-                    difference,
-                    "" if p is None else f"{p:.2g}",
-                ]
-            )
+            rows.append([METRICS[row["name"]].title, *intervals, difference, _format_p(row["p"])])
         return rows
 
     def class_table(self) -> list[list[str]]:
         """A header, and a row with the recall of each class; the header alone for tasks other than classification."""
         rows = [["class", "rows", "probe", "fine-tuned", "p"]]
         for row in self.comparison.per_class:
-            p = "" if row["p"] is None else f"{row['p']:.2g}"
-            rows.append(
-                [row["name"], str(row["rows"]), _format_interval(row["probe"]), _format_interval(row["tuned"]), p]
-            )
+            intervals = _format_interval(row["probe"]), _format_interval(row["tuned"])
+            rows.append([row["name"], str(row["rows"]), *intervals, _format_p(row["p"])])
         return rows
+
+
+def _format_p(p: float | None) -> str:
+    return "" if p is None else f"{p:.2g}"
 
 
 def predict_rows(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from featpipe.errors import CacheError, ConfigError
 from featpipe.metrics import Calibration
 from featpipe.model import Model
 from featpipe.splits import SplitSeed
-from featpipe.training import EmbeddingDataset, make_head_config, train_head
+from featpipe.training import EmbeddingDataset, get_head_params, make_head_config, train_head
 
 logger = logging.getLogger(__name__)
 
@@ -190,11 +190,7 @@ def make_dataset(model: Model, cache: FeatureCache, y: NDArray[Any], rows: NDArr
 
 def _head_settings(model: Model) -> tuple[str, Mapping[str, object]]:
     """Name and settings of the model's head; logistic or ridge if it cannot be built from its settings."""
-    params = dict(model.history.get("params") or {})
-    params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
-    search_result = model.history.get("chosen") or {}
-    if model.head_name != "logistic":  # logistic selects its strength again, on the new rows
-        params |= search_result.get("settings", {})
+    params = get_head_params(model, with_chosen=model.head_name != "logistic")  # which selects its strength again
     try:
         heads.build(model.head_name, model.task, params={k: v for k, v in params.items() if k != "class_weight"})
     except ConfigError:

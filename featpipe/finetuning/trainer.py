@@ -22,6 +22,7 @@ from featpipe.finetuning.loss_terms import LossTerm
 from featpipe.finetuning.optim import make_optimizer, make_parameter_groups
 from featpipe.finetuning.unfreeze import UnfrozenParameters
 from featpipe.heads import LossFunction
+from featpipe.metrics import nan_to_none
 from featpipe.runtime import ProgressCallback, ignore_progress
 
 HEAD_PREFIX, BACKBONE_PREFIX = "head.", "backbone."  # before the names of parameters
@@ -146,9 +147,6 @@ class Trainer:
         penalties = [p for term in self.loss_terms if (p := term.penalty(parameters)) is not None]
         return torch.stack(penalties).sum() if penalties else None
 
-    def parameter_depths(self) -> Mapping[str, int]:
-        return {BACKBONE_PREFIX + name: depth for name, depth in self.unfrozen.depth.items()}
-
     def unfreeze_for_epoch(self, epoch: int) -> tuple[nn.Parameter, ...]:
         """Enable gradients for the parameters that are trained in an epoch, and return these."""
         active_names = set(self.unfrozen.active_names(epoch, self.tuning.gradual))
@@ -239,26 +237,15 @@ class EpochRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """With None for NaN and infinity, and without ``metrics`` if there are none."""
-        values = {name: value for name, value in vars(self).items() if name != "metrics"}
-        document: dict[str, Any] = _finite_or_none(values) | {"number": self.number}
-        if self.metrics:
-            document["metrics"] = {name: _finite_or_none(values) for name, values in self.metrics.items()}
-        return document
+        return {name: nan_to_none(value) for name, value in vars(self).items() if name != "metrics" or value}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> EpochRecord:
-        """From `to_dict`."""
-        values = _none_to_nan({name: value for name, value in document.items() if name != "metrics"})
-        metrics = {name: _none_to_nan(values) for name, values in document.get("metrics", {}).items()}
-        return cls(**{**values, "number": int(document["number"])}, metrics=metrics)  # type: ignore[arg-type]
+        def restore_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: math.nan if value is None else value for name, value in values.items()}
 
-
-def _finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _none_to_nan(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+        metrics = {name: restore_nan(values) for name, values in document.get("metrics", {}).items()}
+        return cls(**{**restore_nan(document), "metrics": metrics})
 
 
 @dataclass(eq=False)
@@ -303,20 +290,9 @@ class TrainingState:
     @classmethod
     def init(cls, trainer: Trainer, rate: float) -> TrainingState:
         """The state before the first step."""
-        backbone_parameters = {
-            name: parameter
-            for name, parameter in trainer.trained_parameters().items()
-            if name in trainer.parameter_depths()
-        }
-        head_parameters = {
-            name: parameter
-            for name, parameter in trainer.trained_parameters().items()
-            if name not in backbone_parameters
-        }
-        optimizer = make_optimizer(
-            make_parameter_groups(head_parameters, backbone_parameters, trainer.parameter_depths(), trainer.tuning),
-            trainer.tuning,
-        )
+        depths = {BACKBONE_PREFIX + name: depth for name, depth in trainer.unfrozen.depth.items()}
+        parameter_groups = make_parameter_groups(trainer.trained_parameters(), depths, trainer.tuning)
+        optimizer = make_optimizer(parameter_groups, trainer.tuning)
         scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.tuning.precision == "fp16")
         state = cls(optimizer, scaler, rate, pieces=trainer.tuning.accumulate, monitor=trainer.tuning.monitor)
         if trainer.tuning.ema:

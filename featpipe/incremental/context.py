@@ -52,38 +52,47 @@ class ExpansionContext:
 
     def make_step(self, data: ExpansionData) -> IncrementalStep:
         """The problem that the methods solve, for some data."""
-        model, replay_memory = self.model, self.model.kept
-        if replay_memory is not None:
-            replay_memory = replay_memory.remap_classes(self.class_mapping.new_codes, len(self.class_mapping.classes))
-            has_all_old_rows = np.array_equal(
-                np.bincount(data.old.y, minlength=len(replay_memory.counts)), replay_memory.counts
-            )
+        model, settings, k = self.model, self.settings, len(self.class_mapping.classes)
+        memory = None if model.kept is None else model.kept.remap_classes(self.class_mapping.new_codes, k)
+        if memory is not None:
+            has_all_old_rows = np.array_equal(np.bincount(data.old.y, minlength=k), memory.counts)
         else:
-            known_digests = np.unique(data.old.digests[:, :STORED_DIGEST_BYTES].copy().view("V16").ravel())
-            has_all_old_rows = len(known_digests) == len(model.trained_on)
-        settings = self.settings
-        if not self.has_explicit_memory and replay_memory is not None and len(replay_memory.rows):
-            settings = replace(settings, memory=int(np.bincount(replay_memory.codes).max()))
+            old_digests = data.old.digests[:, :STORED_DIGEST_BYTES].copy().view("V16")
+            has_all_old_rows = len(np.unique(old_digests)) == len(model.trained_on)
+        if not self.has_explicit_memory and memory is not None and len(memory.rows):
+            settings = replace(settings, memory=int(np.bincount(memory.codes).max()))
         if self.budget is not None:
-            bytes_per_exemplar = 4 * len(self.class_mapping.classes) * data.new.X.shape[1]
-            settings = replace(settings, memory=max(1, min(settings.memory, self.budget // bytes_per_exemplar)))
-            replay_memory = None if replay_memory is None else fit_to_budget(replay_memory, self.budget)
+            max_exemplars = self.budget // (4 * k * data.new.X.shape[1])
+            settings = replace(settings, memory=max(1, min(settings.memory, max_exemplars)))
+            memory = None if memory is None else fit_to_budget(memory, self.budget)
         temperature = 1.0 if model.calibration is None else model.calibration.temperature
         return IncrementalStep(
-            model.head, temperature, self.class_mapping, replay_memory, data.new, data.old, has_all_old_rows, settings
+            model.head, temperature, self.class_mapping, memory, data.new, data.old, has_all_old_rows, settings
         )
+
+    def resolve_policy(self, method: str) -> RetentionPolicy:
+        """As requested, else that of the old model with the number of exemplars of the settings."""
+        memory = self.model.kept
+        if self.policy is not None:
+            return self.policy
+        if memory is None:
+            return RetentionPolicy()
+        n_rows = int(np.bincount(memory.codes).max(initial=0))
+        if self.has_explicit_memory and (n_rows or method == "replay"):
+            n_rows = self.settings.memory
+        parts = (memory.statistics, memory.importances, memory.network)
+        statistics, importances, network = (part is not None for part in parts)
+        return RetentionPolicy(statistics, importances, n_rows, network)
 
     def get_past_steps(self) -> tuple[list[list[str]], list[Mapping[str, Any]]]:
         """The classes of each earlier step, by their new names, and the accuracies recorded for it."""
-        steps = self.model.history.get("steps") or [{"classes": list(self.model.classes)}]
+        steps, mapping = self.model.history.get("steps") or [{"classes": list(self.model.classes)}], self.class_mapping
         classes_by_step: list[list[str]] = []
         seen_names: set[str] = set()
         for step in steps:
-            remaining = [name for name in step["classes"] if name not in self.class_mapping.dropped]
-            names = {self.class_mapping.renames.get(name, name) for name in remaining} - seen_names
-            classes_by_step.append(
-                [name for name in self.class_mapping.classes[: self.class_mapping.k_old] if name in names]
-            )
+            names = {mapping.renames.get(name, name) for name in step["classes"] if name not in mapping.dropped}
+            names -= seen_names
+            classes_by_step.append([name for name in mapping.classes[: mapping.k_old] if name in names])
             seen_names |= names
         return classes_by_step, list(self.model.history.get("judged") or [])
 
@@ -104,16 +113,13 @@ class ExpansionContext:
         self._note_similar_classes()
 
     def _note_similar_classes(self) -> None:
-        new = self.data.new
-        for code in range(self.class_mapping.k_old, len(self.class_mapping.classes)):
-            X = new.X[new.y == code]
+        new, mapping = self.data.new, self.class_mapping
+        for code in range(mapping.k_old, len(mapping.classes)):
+            X = new.features[new.y == code]
             if len(X) < MIN_IMAGES_TO_COMPARE:
                 continue
-            predicted, counts = np.unique(self.model.predict_features(X).astype(str), return_counts=True)
-            if counts.max() >= MIN_SIMILAR_SHARE * len(X):
-                share, name, old_name = (
-                    counts.max() / len(X),
-                    self.class_mapping.classes[code],
-                    str(predicted[counts.argmax()]),
-                )
-                logger.info(f"the model predicts {old_name!r} for {share:.0%} of the images of the new class {name!r}")
+            names, counts = np.unique(self.model.predict_features(X).astype(str), return_counts=True)
+            share, old_name = counts.max() / len(X), str(names[counts.argmax()])
+            if share >= MIN_SIMILAR_SHARE:
+                text = f"{share:.0%} of the images of the new class {mapping.classes[code]!r}"
+                logger.info(f"the model predicts {old_name!r} for {text}")

@@ -13,103 +13,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import splits
-from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe.cache import FeatureCache
 from featpipe.config import check_names, unknown_name_error
 from featpipe.data import order_classes
 from featpipe.errors import CacheError, ConfigError
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback
+from featpipe.training import EmbeddingDataset
 
 TEST_FRACTION = 0.2
 MIN_IMAGES_FOR_HOLDOUT = 5  # distinct images of a class, for some of them to be held out
 
 
 @dataclass(frozen=True, eq=False)
-class LabeledEmbeddings:
-    """Embeddings with class codes and digests of their images.
-
-    Attributes
-    ----------
-    X : ndarray of shape (m, d), float32
-    y : ndarray of shape (m,), int64
-        New class codes.
-    digests : ndarray of shape (m, 32), uint8
-    """
-
-    X: NDArray[np.float32]
-    y: NDArray[np.int64]
-    digests: NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    @property
-    def keys(self) -> NDArray[Any]:
-        """The digests as one value each, shape (m,)."""
-        return self.digests.view("V32").ravel()
-
-    @property
-    def first_occurrences(self) -> NDArray[np.intp]:
-        """The first row of each distinct image."""
-        return np.unique(self.keys, return_index=True)[1]
-
-    def count_distinct(self, k: int) -> NDArray[np.int64]:
-        """Distinct images of each class, shape (k,)."""
-        return np.bincount(self.y[self.first_occurrences], minlength=k)
-
-    def take(self, indices: NDArray[Any]) -> LabeledEmbeddings:
-        return LabeledEmbeddings(self.X[indices], self.y[indices], self.digests[indices])
-
-    def __add__(self, other: LabeledEmbeddings) -> LabeledEmbeddings:
-        return LabeledEmbeddings(
-            np.concatenate([self.X, other.X]),
-            np.concatenate([self.y, other.y]),
-            np.concatenate([self.digests, other.digests]),
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class ExpansionData:
-    """All data of an expansion; no image is in two of its parts.
+    """All data of an expansion, in the new classes; no image is in two of its parts.
 
     Attributes
     ----------
-    new : LabeledEmbeddings
+    new : EmbeddingDataset
         To learn: images that the model was not trained on.
-    old : LabeledEmbeddings
+    old : EmbeddingDataset
         Images that the model was trained on.
-    test : LabeledEmbeddings
-    excluded_counts : dict
-        Numbers of rows that are not used, by reason.
+    test : EmbeddingDataset
+    calibration : EmbeddingDataset
+        For probabilities and prediction sets.
     has_test_set : bool
         Whether the labels or the user's caches give test images, of new classes too.
-    calibration : LabeledEmbeddings or None
-        For probabilities and prediction sets.
+    excluded_counts : dict
+        Numbers of rows that are not used, by reason.
     """
 
-    new: LabeledEmbeddings
-    old: LabeledEmbeddings
-    test: LabeledEmbeddings
-    excluded_counts: dict[str, int] = field(default_factory=dict)
-    has_test_set: bool = True
-    calibration: LabeledEmbeddings | None = None
+    new: EmbeddingDataset
+    old: EmbeddingDataset
+    test: EmbeddingDataset
+    calibration: EmbeddingDataset
+    has_test_set: bool
+    excluded_counts: dict[str, int]
 
     def with_holdout(self) -> ExpansionData:
         """If there is no test set, hold out some new rows for it; which ones depends on the bytes of their images."""
-        new = self.new
-        if self.has_test_set or not len(new):
+        if self.has_test_set:
             return self
-        eligible = np.flatnonzero(new.count_distinct(int(new.y.max()) + 1)[new.y] >= MIN_IMAGES_FOR_HOLDOUT)
+        eligible = np.flatnonzero(self.new.count_images()[self.new.y] >= MIN_IMAGES_FOR_HOLDOUT)
         if not len(eligible):
             return self
-        candidates = new.take(eligible)
         try:
-            test_indices = eligible[splits.make_holdout(candidates.digests, candidates.y, test=TEST_FRACTION)[1]]
+            _, test_indices = self.new.take(eligible).make_holdout(TEST_FRACTION)
         except ConfigError:  # classes that share their few images
             return self
-        is_train = ~np.isin(new.keys, new.keys[test_indices])
-        return replace(self, new=new.take(is_train), test=self.test + new.take(test_indices), has_test_set=False)
+        held_out = self.new.take(eligible[test_indices])
+        return replace(self, new=self.new.without_copies_of(held_out), test=self.test + held_out)
 
 
 def as_list(data: Any) -> list[Any]:
@@ -164,11 +118,9 @@ def _extract_cache(
 
 def find_labels(caches: Sequence[FeatureCache]) -> set[str]:
     """The labels of all training rows."""
-    labels: set[str] = set()
-    for cache in caches:
-        codes = cache.label_table.values[_training_rows(cache)]
-        labels |= {cache.classes[code] for code in np.unique(codes)}
-    return labels
+    return {
+        name for cache in caches for name in EmbeddingDataset.from_cache(cache, split="train").list_present_classes()
+    }
 
 
 def load_expansion_data(
@@ -176,8 +128,9 @@ def load_expansion_data(
     class_mapping: ClassMapping,
     caches: Sequence[FeatureCache],
     test_caches: Sequence[FeatureCache],
-    reject_renamed: bool,
     calibration_caches: Sequence[FeatureCache] = (),
+    *,
+    reject_renamed: bool,
 ) -> ExpansionData:
     """Read the rows of caches.
 
@@ -189,121 +142,70 @@ def load_expansion_data(
         To learn from; if the labels have a split, from the training rows, and its test rows are test rows.
     test_caches : sequence of FeatureCache
         All rows are test rows; those marked ``test`` if the labels have a split.
-    reject_renamed : bool
-        Whether to refuse a new class of which most images are known by another name.
     calibration_caches : sequence of FeatureCache
         For calibration alone; in addition to rows that the labels of other caches mark ``validation``.
+    reject_renamed : bool
+        Whether to refuse a new class of which most images are known by another name.
     """
     excluded: Counter[str] = Counter()
-    learnable, test = _make_empty(model), _make_empty(model)
-    for cache in caches:
-        learnable = _concat_unique(
-            learnable, _load_embeddings(model, class_mapping, cache, _training_rows(cache), excluded)
-        )
-        if cache.split.any():
-            test = _concat_unique(
-                test, _load_embeddings(model, class_mapping, cache, _rows_in_split(cache, "test"), excluded)
-            )
-    for cache in test_caches:
-        rows = _rows_in_split(cache, "test") if cache.split.any() else cache.usable
-        test = _concat_unique(test, _load_embeddings(model, class_mapping, cache, rows, excluded))
-    is_old = model.was_trained_on(learnable.digests)
+
+    def load(selections: Iterable[tuple[FeatureCache, str | None]]) -> EmbeddingDataset:
+        return _load_rows(model, class_mapping, selections, excluded)
+
+    caches_with_split = [cache for cache in caches if cache.split.any()]
+    learnable = load((cache, "train") for cache in caches)
+    test = load((cache, "test") for cache in [*caches_with_split, *test_caches])
     if reject_renamed:
-        _reject_renamed_classes(model, class_mapping, learnable, is_old)
-    is_seen = model.was_trained_on(test.digests) | _is_in(test, learnable)
-    excluded["test images that were trained on"] += int(is_seen.sum())
-    has_new_classes = bool((test.y[~is_seen] >= class_mapping.k_old).any()) or not class_mapping.new_classes
-    has_test_set = (bool(test_caches) and has_new_classes) or any(cache.split.any() for cache in caches)
-    calibration_rows = _load_calibration_rows(
-        model, class_mapping, [*caches, *test_caches], calibration_caches, excluded
+        _reject_renamed_classes(model, class_mapping, learnable)
+    unseen_test = test.unseen_by(model).without_copies_of(learnable)
+    excluded["test images that were trained on"] += len(test) - len(unseen_test)
+    tests_new_classes = bool((unseen_test.y >= class_mapping.k_old).any()) or not class_mapping.new_classes
+    split_caches = [cache for cache in [*caches, *test_caches] if cache.split.any()]
+    calibration = load(
+        [*((cache, "validation") for cache in split_caches), *((cache, None) for cache in calibration_caches)]
     )
-    calibration_rows = calibration_rows.take(
-        ~(model.was_trained_on(calibration_rows.digests) | _is_in(calibration_rows, learnable + test))
-    )
-    excluded_counts = {reason: count for reason, count in excluded.items() if count}
+    is_old = model.was_trained_on(learnable.digests)
     return ExpansionData(
         learnable.take(~is_old),
         learnable.take(is_old),
-        test.take(~is_seen),
-        excluded_counts,
-        has_test_set,
-        calibration_rows,
+        unseen_test,
+        calibration.unseen_by(model).without_copies_of(learnable + test),
+        bool(caches_with_split) or (bool(test_caches) and tests_new_classes),
+        {reason: count for reason, count in excluded.items() if count},
     )
 
 
-def _load_calibration_rows(
+def _load_rows(
     model: Model,
     class_mapping: ClassMapping,
-    split_caches: Sequence[FeatureCache],
-    whole_caches: Sequence[FeatureCache],
+    selections: Iterable[tuple[FeatureCache, str | None]],
     excluded: Counter[str],
-) -> LabeledEmbeddings:
-    calibration_rows = _make_empty(model)
-    for cache in (*split_caches, *whole_caches):
-        rows = cache.usable if cache in whole_caches else _rows_in_split(cache, "validation")
-        calibration_rows = _concat_unique(
-            calibration_rows, _load_embeddings(model, class_mapping, cache, rows, excluded)
-        )
-    return calibration_rows
+) -> EmbeddingDataset:
+    """Rows of caches and their splits, in the new classes; an image that is in two caches is taken once."""
+    classes, d = class_mapping.classes, int(model.head[-1].n_features_in_)
+    no_rows, no_digests = np.zeros(0, np.int64), np.zeros((0, 32), np.uint8)
+    dataset = EmbeddingDataset(no_rows, np.zeros((0, d), np.float32), no_rows, classes, no_digests)
+    for cache, split in selections:
+        rows = EmbeddingDataset.from_cache(cache, split=split, output=model.output)
+        codes = class_mapping.encode(cache.classes)
+        excluded["of dropped classes"] += int((codes[rows.y] == DROPPED).sum())
+        excluded["of classes without training images"] += int((codes[rows.y] == UNKNOWN).sum())
+        rows = rows.recoded(codes, classes).to_memory()
+        rows.check_finite()
+        dataset = dataset + rows.without_copies_of(dataset)
+    return dataset
 
 
-def _is_in(embeddings: LabeledEmbeddings, others: LabeledEmbeddings) -> NDArray[np.bool_]:
-    """Which rows are of images that are among others, shape (m,)."""
-    return np.isin(embeddings.keys, others.keys)
-
-
-def _concat_unique(first: LabeledEmbeddings, second: LabeledEmbeddings) -> LabeledEmbeddings:
-    """Rows of two caches; an image that is in both is taken once."""
-    return first + second.take(~_is_in(second, first))
-
-
-def _make_empty(model: Model) -> LabeledEmbeddings:
-    d = int(model.head[-1].n_features_in_)
-    return LabeledEmbeddings(np.zeros((0, d), np.float32), np.zeros(0, np.int64), np.zeros((0, 32), np.uint8))
-
-
-def _rows_in_split(cache: FeatureCache, split_name: str) -> NDArray[np.intp]:
-    rows = cache.usable
-    return rows[cache.split[rows] == SPLIT_NAMES.index(split_name)]
-
-
-def _training_rows(cache: FeatureCache) -> NDArray[np.intp]:
-    return _rows_in_split(cache, "train") if cache.split.any() else cache.usable
-
-
-def _load_embeddings(
-    model: Model, class_mapping: ClassMapping, cache: FeatureCache, rows: NDArray[np.intp], excluded: Counter[str]
-) -> LabeledEmbeddings:
-    codes = cache.label_table.values[rows]
-    known_labels = {*class_mapping.classes, *class_mapping.renames, *class_mapping.dropped}
-    new_codes = np.array(
-        [class_mapping.get_code(name) if name in known_labels else -2 for name in cache.classes], np.int64
-    )
-    y = new_codes[codes]
-    excluded["of dropped classes"] += int((y == -1).sum())
-    excluded["of classes without training images"] += int((y == -2).sum())
-    rows, y = rows[y >= 0], y[y >= 0]
-    X = np.asarray(cache.features(model.output)[rows], np.float32)
-    bad_rows = np.flatnonzero(~np.isfinite(X).all(axis=1))
-    if len(bad_rows):
-        raise ConfigError(
-            f"{cache.path}: embeddings contain NaN or infinity although their status is ok "
-            f"({cache.ids[int(rows[bad_rows[0]])]}); `featpipe verify --repair` computes them again"
-        )
-    return LabeledEmbeddings(X, y, np.ascontiguousarray(cache.digests[rows]))
-
-
-def _reject_renamed_classes(
-    model: Model, class_mapping: ClassMapping, learnable: LabeledEmbeddings, is_old: NDArray[np.bool_]
-) -> None:
+def _reject_renamed_classes(model: Model, class_mapping: ClassMapping, learnable: EmbeddingDataset) -> None:
     """Raise for a new class of which most images are known by another name: it would be learnt from the rest alone."""
+    X, is_old = np.asarray(learnable.X), model.was_trained_on(learnable.digests)
     for code in range(class_mapping.k_old, len(class_mapping.classes)):
         in_class = learnable.y == code
         old_in_class = in_class & is_old
         if 2 * old_in_class.sum() <= in_class.sum() or not old_in_class.any():
             continue
         name = class_mapping.classes[code]
-        predicted = Counter(model.predict_features(learnable.X[old_in_class]).tolist()).most_common(1)[0]
+        predicted = Counter(model.predict_features(X[old_in_class]).tolist()).most_common(1)[0]
         n_old, n_all = int(old_in_class.sum()), int(in_class.sum())
         raise ConfigError(
             f"class {name!r} is new, but the model was trained on {n_old} of its {n_all} images and predicts "
@@ -320,6 +222,9 @@ def compute_request_digest(caches: Sequence[FeatureCache], settings: Any) -> str
         for column in (cache.digests, cache.status_codes, cache.label_table.values, cache.split):
             digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
+
+
+DROPPED, UNKNOWN = -1, -2  # codes of labels that no new class stands for
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,9 +264,12 @@ class ClassMapping:
         """Whether old classes were dropped, merged or renamed."""
         return self.classes[: self.k_old] != self.old_classes
 
-    def get_code(self, label: str) -> int:
-        """The class code of a label; -1 for a dropped one."""
-        return -1 if label in self.dropped else self.classes.index(self.renames.get(label, label))
+    def encode(self, labels: Sequence[str]) -> NDArray[np.int64]:
+        """The class code of each label; `DROPPED` or `UNKNOWN` for a label of no class."""
+        codes = {name: code for code, name in enumerate(self.classes)}
+        codes |= {old_name: codes[name] for old_name, name in self.renames.items()}
+        codes |= dict.fromkeys(self.dropped, DROPPED)
+        return np.array([codes.get(label, UNKNOWN) for label in labels], np.int64)
 
     @classmethod
     def from_labels(

@@ -21,9 +21,7 @@ from featpipe.incremental.dataset import (
     load_expansion_data,
     open_caches,
 )
-from featpipe.incremental.deep.images import list_archives
-from featpipe.incremental.deep.setup import DeepTrainingConfig
-from featpipe.incremental.deep.train import expand_network
+from featpipe.incremental.deep import DeepTrainingConfig, expand_network
 from featpipe.incremental.methods import METHODS
 from featpipe.incremental.problem import ExpansionConfig
 from featpipe.incremental.result import Expansion, build_expanded_model
@@ -139,7 +137,7 @@ def expand(
             raise ConfigError("--calibration is not supported with --unfreeze; leave one of them out")
         request_settings += [str(unfreeze)]
         deep_config, params = DeepTrainingConfig.from_params(
-            method, list_archives(data, test), params, unfreeze, labels, cache, resume
+            method, params, unfreeze, (data, test), labels=labels, cache_folder=cache, resume=resume
         )
     settings = ExpansionConfig.from_params(params | ({} if memory is None else {"memory": memory}))
     policy = None if keep is None else RetentionPolicy.from_text(keep)
@@ -163,12 +161,7 @@ def expand(
             logger.info(f"{out}: up to date, nothing to do")
             return finished
     expansion_data = load_expansion_data(
-        model,
-        class_mapping,
-        train_caches,
-        test_caches,
-        reject_renamed=method != "joint",
-        calibration_caches=calibration_caches,
+        model, class_mapping, train_caches, test_caches, calibration_caches, reject_renamed=method != "joint"
     )
     context = ExpansionContext(
         model, class_mapping, expansion_data, settings, memory is not None, budget, policy, progress

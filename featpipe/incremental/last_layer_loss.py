@@ -38,16 +38,10 @@ class DistillationTerm:
     def loss_and_gradient(self, scores: Array, weights: Array) -> tuple[float, Array]:
         """Strength T² Σ w KL(old ‖ new), both at temperature T and over the old classes; and its gradient."""
         k, T = self.teacher_scores.shape[1], self.temperature
-        teacher_log_probs, student_log_probs = (
-            log_softmax(self.teacher_scores / T, axis=1),
-            log_softmax(scores[:, :k] / T, axis=1),
-        )
-        teacher_probs = np.exp(teacher_log_probs)
-        gradient = np.zeros_like(scores)
-        gradient[:, :k] = self.strength * T * weights[:, None] * (np.exp(student_log_probs) - teacher_probs)
-        return self.strength * T**2 * float(
-            weights @ (teacher_probs * (teacher_log_probs - student_log_probs)).sum(axis=1)
-        ), gradient
+        log_p, log_q = log_softmax(self.teacher_scores / T, axis=1), log_softmax(scores[:, :k] / T, axis=1)
+        p, gradient = np.exp(log_p), np.zeros_like(scores)
+        gradient[:, :k] = self.strength * T * weights[:, None] * (np.exp(log_q) - p)
+        return self.strength * T**2 * float(weights @ (p * (log_p - log_q)).sum(axis=1)), gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +58,17 @@ class QuadraticPenalty:
 
     old_theta: Array
     importances: Array
+
+    @classmethod
+    def from_layer(
+        cls, layer: LastLayer, k: int, ridge: float, importances: NDArray[np.floating] | float = 0.0
+    ) -> QuadraticPenalty:
+        """Pull the weights of an old layer by ``ridge``, and weights and intercepts by ``importances`` too."""
+        theta = stack_weights(layer)
+        strengths = np.zeros((k, theta.shape[1]))
+        strengths[: len(theta), :-1] = ridge
+        strengths[: len(theta)] += importances
+        return cls(theta, strengths)
 
     def loss_and_gradient(self, theta: Array) -> tuple[float, Array]:
         """½ Σ importance (θ - θ_old)², and its gradient."""
@@ -105,11 +110,10 @@ class LastLayerObjective:
 
     def value_and_gradient(self, theta: Array) -> tuple[float, Array]:
         """Value and gradient at weights and intercepts ``theta`` of shape (k, p + 1)."""
-        trained_scores = self.Z @ theta[:, :-1].T + theta[:, -1]
-        scores = (
-            trained_scores if self.fixed_scores is None else np.concatenate([self.fixed_scores, trained_scores], axis=1)
-        )
-        rows = np.arange(len(self.y))
+        k_fixed = 0 if self.fixed_scores is None else self.fixed_scores.shape[1]
+        scores, rows = self.Z @ theta[:, :-1].T + theta[:, -1], np.arange(len(self.y))
+        if self.fixed_scores is not None:
+            scores = np.concatenate([self.fixed_scores, scores], axis=1)
         adjusted_scores = scores if self.offsets is None else scores + self.offsets
         value = float(self.weights @ (logsumexp(adjusted_scores, axis=1) - adjusted_scores[rows, self.y]))
         score_gradient = softmax(adjusted_scores, axis=1)
@@ -118,9 +122,7 @@ class LastLayerObjective:
         if self.distillation is not None:
             term_value, term_gradient = self.distillation.loss_and_gradient(scores, self.weights)
             value, score_gradient = value + term_value, score_gradient + term_gradient
-        trained_gradient = (
-            score_gradient if self.fixed_scores is None else score_gradient[:, self.fixed_scores.shape[1] :]
-        )
+        trained_gradient = score_gradient[:, k_fixed:]
         theta_gradient = np.empty_like(theta)
         theta_gradient[:, :-1] = trained_gradient.T @ self.Z + self.ridge * theta[:, :-1]
         theta_gradient[:, -1] = trained_gradient.sum(axis=0)
@@ -156,11 +158,16 @@ def fit_last_layer(
         if on_epoch is not None:
             on_epoch(_to_layer(flat.reshape(shape)), mean_loss(flat)[0])
 
-    initial_theta = np.column_stack([initial_layer.W, initial_layer.b]).ravel()
+    initial_theta = stack_weights(initial_layer).ravel()
     report_epoch(initial_theta)
     options = {"maxiter": epochs, "maxfun": 4 * epochs, "gtol": 1e-8, "ftol": 1e-14}
     result = minimize(mean_loss, initial_theta, jac=True, method="L-BFGS-B", callback=report_epoch, options=options)
     return _to_layer(result.x.reshape(shape))
+
+
+def stack_weights(layer: LastLayer) -> Array:
+    """Weights and, last, intercepts: shape (k, p + 1)."""
+    return np.column_stack([layer.W, layer.b])
 
 
 def _to_layer(theta: Array) -> LastLayer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -13,11 +14,10 @@ from scipy.special import log_softmax
 from sklearn.pipeline import Pipeline
 
 from featpipe.heads import LastLayer
-from featpipe.incremental.dataset import LabeledEmbeddings
+from featpipe.incremental.last_layer_loss import Array
 from featpipe.incremental.problem import IncrementalStep
-from featpipe.metrics import Interval, compute_logits
-
-Array = NDArray[np.float64]
+from featpipe.metrics import Interval, compute_logits, nan_to_none
+from featpipe.training import EmbeddingDataset
 
 N_RESAMPLES = 1000
 MAX_CURVE_POINTS = 60  # of a stored curve
@@ -45,8 +45,7 @@ class TrainingCurves:
     new_accuracy: list[float] = field(default_factory=list)
 
     def add(self, loss: float, scores: Array, y: NDArray[np.int64], k_old: int) -> None:
-        losses = -log_softmax(scores, axis=1)[np.arange(len(y)), y]
-        is_correct = scores.argmax(axis=1) == y
+        losses, is_correct = -log_softmax(scores, axis=1)[np.arange(len(y)), y], scores.argmax(axis=1) == y
         self.epochs.append(len(self.epochs))
         self.train_loss.append(loss)
         for rows, name in ((y < k_old, "old"), (y >= k_old, "new")):
@@ -97,19 +96,19 @@ class MethodOutcome:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """With None for NaN."""
-        return _nan_to_none(asdict(self))
+        return dict(nan_to_none(asdict(self)))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """From `to_dict`."""
-        arguments = dict(record)
-        for name in ("old", "new", "all", "forgetting", "backward"):
-            value = arguments[name]
-            arguments[name] = (
-                None if value is None else Interval(*(_none_to_nan(value[key]) for key in ("value", "low", "high")))
-            )
-        return cls(**arguments)
+        intervals = {name: read_interval(record[name]) for name in ("old", "new", "all", "forgetting", "backward")}
+        return cls(**{**record, **intervals})
+
+
+def read_interval(record: Mapping[str, float | None] | None) -> Interval | None:
+    """An interval from JSON, where None stands for NaN."""
+    if record is None:
+        return None
+    return Interval(*(math.nan if (value := record[key]) is None else value for key in ("value", "low", "high")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +117,7 @@ class MethodEvaluator:
 
     Attributes
     ----------
-    test : LabeledEmbeddings
+    test : EmbeddingDataset
     step : IncrementalStep
     correct_before : ndarray of shape (m,), bool
         Which rows the old model predicts correctly; false for rows of new classes.
@@ -128,7 +127,7 @@ class MethodEvaluator:
         For each earlier step ``rows``, a digest of its test rows, and the ``best`` and ``learnt`` accuracy on them.
     """
 
-    test: LabeledEmbeddings
+    test: EmbeddingDataset
     step: IncrementalStep
     correct_before: NDArray[np.bool_]
     step_numbers: NDArray[np.int64]
@@ -137,94 +136,71 @@ class MethodEvaluator:
     @classmethod
     def from_step(
         cls,
-        test: LabeledEmbeddings,
+        test: EmbeddingDataset,
         step: IncrementalStep,
         classes_by_step: Sequence[Sequence[str]],
         step_records: Sequence[Mapping[str, Any]],
     ) -> MethodEvaluator:
         """From the classes that each earlier step added, and the records of these steps."""
-        k_old = step.k_old
         step_numbers = np.full(step.k, len(classes_by_step), np.int64)
-        for i, names in enumerate(classes_by_step):
-            step_numbers[[step.class_mapping.classes.index(name) for name in names]] = i
-        correct_before = np.zeros(len(test), bool)
-        is_old = test.y < k_old
+        for number, names in enumerate(classes_by_step):
+            step_numbers[np.isin(step.class_mapping.classes, names)] = number
+        correct_before, is_old = np.zeros(len(test), bool), test.y < step.k_old
         if is_old.any():
-            correct_before[is_old] = step.compute_old_scores(test.X[is_old]).argmax(axis=1) == test.y[is_old]
+            correct_before[is_old] = step.compute_old_scores(test.features[is_old]).argmax(axis=1) == test.y[is_old]
         return cls(test, step, correct_before, step_numbers[test.y], step_records)
 
     def make_epoch_callback(self, curves: TrainingCurves) -> Any:
         """A function that adds each epoch to ``curves``, for `fit_last_layer`."""
-        Z, old_scores = (
-            self.step.compute_features(self.test.X),
-            self.step.compute_old_scores(self.test.X) / self.step.temperature,
-        )
+        X, step = self.test.features, self.step
+        Z, old_scores = step.compute_features(X), step.compute_old_scores(X) / step.temperature
 
         def on_epoch(layer: LastLayer, loss: float) -> None:
             scores = layer.compute_scores(Z)
-            if scores.shape[1] < self.step.k:
+            if scores.shape[1] < step.k:
                 scores = np.concatenate([old_scores, scores], axis=1)
-            curves.add(loss, scores, self.test.y, self.step.k_old)
+            curves.add(loss, scores, self.test.y, step.k_old)
 
         return on_epoch
 
     def predict_correct(self, pipeline: Pipeline) -> NDArray[np.bool_]:
         """Which test rows a head predicts correctly, shape (m,)."""
-        return np.asarray(compute_logits(pipeline, self.test.X).argmax(axis=1) == self.test.y)
+        return np.asarray(compute_logits(pipeline, self.test.features).argmax(axis=1) == self.test.y)
 
     def make_outcome(self, method: str, is_correct: NDArray[np.bool_], **extra: Any) -> MethodOutcome:
         """The scores of a method with their intervals."""
-        is_old = self.test.y < self.step.k_old
-        bootstrap_counts = _draw_bootstrap_counts(len(is_correct))
-        forgetting = backward = None
-        if is_old.any():
-            forgetting = self._mean_change(is_correct, bootstrap_counts, "best", -1.0)
-            backward = self._mean_change(is_correct, bootstrap_counts, "learnt", 1.0)
+        is_old, draws = self.test.y < self.step.k_old, _draw_bootstrap_counts(len(is_correct))
         return MethodOutcome(
             method,
-            _accuracy_interval(is_correct, is_old, bootstrap_counts),
-            _accuracy_interval(is_correct, ~is_old, bootstrap_counts),
-            _accuracy_interval(is_correct, np.ones(len(is_correct), bool), bootstrap_counts),
-            forgetting,
-            backward,
-            [
-                _mean(is_correct[self.step_numbers == number])
-                for number in range(int(self.step_numbers.max(initial=-1)) + 1)
-            ],
+            _accuracy_interval(is_correct, is_old, draws),
+            _accuracy_interval(is_correct, ~is_old, draws),
+            _accuracy_interval(is_correct, np.ones(len(is_correct), bool), draws),
+            self._mean_change(is_correct, draws, "best", -1.0) if is_old.any() else None,
+            self._mean_change(is_correct, draws, "learnt", 1.0) if is_old.any() else None,
+            [_mean(is_correct[self.step_numbers == number]) for number in range(self.step_numbers.max(initial=-1) + 1)],
             **extra,
         )
 
-    def _mean_change(
-        self, is_correct: NDArray[np.bool_], bootstrap_counts: Array, reference: str, sign: float
-    ) -> Interval:
+    def _mean_change(self, is_correct: NDArray[np.bool_], draws: Array, reference: str, sign: float) -> Interval:
         """Mean over earlier steps of the change in accuracy since then, on the same rows, with a paired interval."""
         values, samples = [], []
         for number in np.unique(self.step_numbers[self.test.y < self.step.k_old]).tolist():
             rows = self.step_numbers == number
-            accuracy_before = _mean(self.correct_before[rows])
-            record = self._find_step_record(number)
+            accuracy_before, record = _mean(self.correct_before[rows]), self._find_step_record(number)
             earlier_change = 0.0 if record is None else accuracy_before - record[reference]
             if reference == "best":
                 earlier_change = min(earlier_change, 0.0)  # the best is at least what it had before this step
             change = is_correct[rows].astype(float) - self.correct_before[rows]
             values.append(sign * (change.mean() + earlier_change))
-            resample_sizes = bootstrap_counts[rows].sum(axis=0)
-            mean = np.divide(
-                change @ bootstrap_counts[rows],
-                resample_sizes,
-                out=np.full(resample_sizes.shape, np.nan),
-                where=resample_sizes > 0,
-            )
-            samples.append(sign * (mean + earlier_change))
+            samples.append(sign * (_resampled_means(change, draws[rows]) + earlier_change))
         is_defined = np.isfinite(samples)
         total = np.where(is_defined, samples, 0.0).sum(axis=0)
         return _percentile_interval(float(np.mean(values)), total / np.maximum(is_defined.sum(axis=0), 1))
 
     def _find_step_record(self, number: int) -> Mapping[str, Any] | None:
         record = self.step_records[number] if number < len(self.step_records) else {}
-        return (
-            record if record.get("rows") == self.digest_test_rows(number) and record.get("best") is not None else None
-        )
+        is_comparable = record.get("best") is not None and record.get("rows") == self.digest_test_rows(number)
+        return record if is_comparable else None
 
     def digest_test_rows(self, number: int) -> str:
         """A digest of the test rows of a step: accuracies are comparable only on the same rows."""
@@ -239,26 +215,19 @@ class MethodEvaluator:
             if not rows.any():
                 records.append({"rows": "", "learnt": None, "best": None, "now": None})
                 continue
-            accuracy_before = (
-                _mean(self.correct_before[rows]) if (self.test.y[rows] < self.step.k_old).any() else accuracy
-            )
-            learnt_accuracy = accuracy_before if record is None else record["learnt"]
-            best_accuracy = max(accuracy, accuracy_before, learnt_accuracy, 0.0 if record is None else record["best"])
-            records.append(
-                {
-                    "rows": self.digest_test_rows(number),
-                    "learnt": learnt_accuracy,
-                    "best": best_accuracy,
-                    "now": accuracy,
-                }
-            )
-        return _nan_to_none(records)
+            is_earlier = (self.test.y[rows] < self.step.k_old).any()
+            learnt = before = _mean(self.correct_before[rows]) if is_earlier else accuracy
+            best = max(accuracy, before)
+            if record is not None:
+                learnt, best = record["learnt"], max(best, record["learnt"], record["best"])
+            digest = self.digest_test_rows(number)
+            records.append({"rows": digest, "learnt": learnt, "best": best, "now": accuracy})
+        return list(nan_to_none(records))
 
     def paired_difference(self, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
         """Accuracy of one method less that of another on all test rows, with a paired interval."""
-        bootstrap_counts = _draw_bootstrap_counts(len(first))
-        change = first.astype(float) - second
-        return _percentile_interval(float(change.mean()), change @ bootstrap_counts / len(change))
+        change, draws = first.astype(float) - second, _draw_bootstrap_counts(len(first))
+        return _percentile_interval(float(change.mean()), change @ draws / len(change))
 
 
 def _draw_bootstrap_counts(m: int) -> Array:
@@ -267,19 +236,16 @@ def _draw_bootstrap_counts(m: int) -> Array:
     return rng.multinomial(m, np.full(m, 1 / m), N_RESAMPLES).T.astype(float) if m > 1 else np.zeros((m, 0))
 
 
-def _accuracy_interval(
-    is_correct: NDArray[np.bool_], rows: NDArray[np.bool_], bootstrap_counts: Array
-) -> Interval | None:
+def _accuracy_interval(is_correct: NDArray[np.bool_], rows: NDArray[np.bool_], draws: Array) -> Interval | None:
     if not rows.any():
         return None
-    resample_sizes = bootstrap_counts[rows].sum(axis=0)
-    samples = np.divide(
-        is_correct[rows].astype(float) @ bootstrap_counts[rows],
-        resample_sizes,
-        out=np.full(resample_sizes.shape, np.nan),
-        where=resample_sizes > 0,
-    )
-    return _percentile_interval(_mean(is_correct[rows]), samples)
+    return _percentile_interval(_mean(is_correct[rows]), _resampled_means(is_correct[rows].astype(float), draws[rows]))
+
+
+def _resampled_means(values: Array, draws: Array) -> Array:
+    """The mean of m values in each of b resamples, shape (b,); NaN for a resample without any of them."""
+    sizes = draws.sum(axis=0)
+    return np.divide(values @ draws, sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0)
 
 
 def _percentile_interval(value: float, samples: Array) -> Interval:
@@ -292,18 +258,3 @@ def _percentile_interval(value: float, samples: Array) -> Interval:
 
 def _mean(values: NDArray[Any]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def _none_to_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _nan_to_none(value: Any) -> Any:
-    """Replace NaN and infinity by None, recursively."""
-    if isinstance(value, Mapping):
-        return {key: _nan_to_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_nan_to_none(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
@@ -22,12 +22,11 @@ from featpipe.heads import (
     merge_last_layer_rows,
     resolve_last_layer,
 )
-from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
+from featpipe.incremental.dataset import ClassMapping
+from featpipe.incremental.last_layer_loss import Array
 from featpipe.metrics import compute_logits
-from featpipe.model import EXEMPLAR_SELECTORS, ReplayMemory, compute_penultimate_features
-
-Array = NDArray[np.float64]
-EpochCallback = Callable[[LastLayer, float], None]
+from featpipe.model import EXEMPLAR_SELECTORS, ReplayMemory, compute_penultimate_features, select_exemplars
+from featpipe.training import EmbeddingDataset
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class IncrementalStep:
     class_mapping : ClassMapping
     replay_memory : ReplayMemory or None
         The retained data of its training rows, by the codes of the new classes.
-    new, old : LabeledEmbeddings
+    new, old : EmbeddingDataset
         Rows to learn, and rows that the model was trained on: all, some or none of them.
     has_all_old_rows : bool
         Whether ``old`` are all rows that the model was trained on.
@@ -101,8 +100,8 @@ class IncrementalStep:
     temperature: float
     class_mapping: ClassMapping
     replay_memory: ReplayMemory | None
-    new: LabeledEmbeddings
-    old: LabeledEmbeddings
+    new: EmbeddingDataset
+    old: EmbeddingDataset
     has_all_old_rows: bool
     settings: ExpansionConfig
 
@@ -137,6 +136,11 @@ class IncrementalStep:
             return np.zeros((0, self.k_old))
         return merge_class_scores(compute_logits(self.pipeline, X), self.class_mapping.new_codes, self.k_old)
 
+    def select_old_exemplars(self) -> NDArray[np.intp]:
+        """The rows of `old` that represent their classes, the best of each class first."""
+        Z, settings = self.compute_features(self.old.features), self.settings
+        return select_exemplars(settings.selection, Z, self.old.y, settings.memory)
+
     @cached_property
     def ridge(self) -> float:
         return get_l2_strength(get_base_head(self.pipeline[-1]))
@@ -144,13 +148,8 @@ class IncrementalStep:
     def make_unfitted(self) -> Pipeline:
         """An unfitted copy of the scaler and of the base head."""
         scaler, head = self.pipeline[0], clone(get_base_head(self.pipeline[-1]))
-        weights = getattr(head, "class_weight", None)
+        weights, new_codes = getattr(head, "class_weight", None), self.class_mapping.new_codes
         if isinstance(weights, Mapping):
-            new_codes = self.class_mapping.new_codes
             remapped = {int(new_codes[code]): weight for code, weight in weights.items() if new_codes[code] >= 0}
             head.set_params(class_weight=remapped)
         return Pipeline([("scale", scaler if scaler == "passthrough" else clone(scaler)), ("head", head)])
-
-    def without_new_rows(self, mask: NDArray[np.bool_]) -> IncrementalStep:
-        """With fewer new rows."""
-        return replace(self, new=self.new.take(~mask))

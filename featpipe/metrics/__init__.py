@@ -13,8 +13,9 @@ from featpipe.metrics.calibration import (
     fit_temperature,
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
+from featpipe.metrics.protocol import format_protocol
 from featpipe.metrics.reliability import calibration_error, compute_confidence
-from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores
+from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores, nan_to_none
 
 if TYPE_CHECKING:
     from featpipe.metrics.metrics import score
@@ -36,8 +37,10 @@ __all__ = [
     "compute_prior_offsets",
     "compute_sigmoid_loss",
     "fit_temperature",
+    "format_protocol",
     "format_score",
     "mcnemar_test",
+    "nan_to_none",
     "score",
     "wilson_interval",
 ]

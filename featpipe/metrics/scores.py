@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +185,9 @@ class Scores:
 
 
 def nan_to_none(value: Any) -> Any:
-    """A value, or list of values, with None in the place of NaN and infinity, which JSON lacks."""
+    """A value with None in the place of NaN and infinity, which JSON lacks; lists and mappings item by item."""
+    if isinstance(value, Mapping):
+        return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [nan_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -167,6 +167,7 @@ def _load_duplicate_thumbnails(
     reference = evaluation.reference
     training_thumbnails, training_row_by_id = thumbnails, {}
     if reference is not None:
+        assert reference.cache is not None
         if reference.cache.path != evaluation.cache.path:
             training_thumbnails = Thumbnails(reference.cache)
         training_ids = {row["other"] for row in finding_rows if row["of"] == "training"}

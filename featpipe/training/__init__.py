@@ -8,7 +8,7 @@ from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.head_config import HeadConfig
 from featpipe.training.novelty import fit_novelty, update_novelty
 from featpipe.training.search import SearchResult, format_params
-from featpipe.training.train import make_head_config, parse_policy, train, train_head
+from featpipe.training.train import get_head_params, make_head_config, parse_policy, train, train_head
 
 __all__ = [
     "EmbeddingDataset",
@@ -20,6 +20,7 @@ __all__ = [
     "fit_head",
     "fit_novelty",
     "format_params",
+    "get_head_params",
     "load_training_data",
     "make_head_config",
     "parse_policy",

@@ -14,6 +14,7 @@ from featpipe import heads
 from featpipe.cache import FeatureCache
 from featpipe.config import ComparisonOptions, TrainingConfig, check_names
 from featpipe.errors import ConfigError
+from featpipe.metrics import format_protocol
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training.cross_validation import get_main_metric
@@ -68,16 +69,21 @@ class HeadComparison:
         Sorted by score, the best first.
     model : Model
         The model of the best head.
-    how : str
-        A description of how the scores were measured.
+    protocol : dict
+        How the scores were measured, see :func:`featpipe.metrics.format_protocol`.
     """
 
     rows: list[HeadComparisonRow]
     model: Model
-    how: str
+    protocol: dict[str, Any]
+
+    @property
+    def how(self) -> str:
+        """How the scores were measured, in words."""
+        return format_protocol(self.protocol)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"how": self.how, "heads": [dict(vars(row)) for row in self.rows]}
+        return {"how": self.protocol, "heads": [dict(vars(row)) for row in self.rows]}
 
 
 def compare(
@@ -131,7 +137,7 @@ def compare(
     results.sort(key=lambda pair: -_selection_score(pair[0], pair[1]))
     table, best_head = [row for row, _ in results], results[0][1]
     assert best_head.estimate is not None
-    comparison = HeadComparison(table, best_head.to_model(cache, dataset, policy), best_head.estimate.description)
+    comparison = HeadComparison(table, best_head.to_model(cache, dataset, policy), best_head.estimate.protocol)
     comparison.model.scores["comparison"] = comparison.to_dict()["heads"]
     return comparison
 

@@ -44,8 +44,8 @@ class Estimate:
         Fitted on the predictions of all folds.
     calibration_errors : tuple of two floats, or None
         The calibration error before and after; after, each fold was calibrated on the others.
-    description : str
-        How the score was measured.
+    protocol : dict
+        How the score was measured, see :func:`featpipe.metrics.format_protocol`.
     conformal : ConformalPredictor or None
         From the predictions of all folds; None of several labels.
     held_out, predictions : ndarray of shape (h,) and (h, k)
@@ -56,7 +56,7 @@ class Estimate:
     folds: tuple[float, ...]
     calibration: Calibration | None
     calibration_errors: tuple[float, float] | None
-    description: str
+    protocol: dict[str, Any]
     conformal: ConformalPredictor | None = None
     held_out: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     predictions: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
@@ -67,7 +67,7 @@ class Estimate:
         return float(np.std(self.folds, ddof=1)) if len(self.folds) > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        result = {"how": self.description, "folds": len(self.folds), "by_fold": list(self.folds), "spread": self.spread}
+        result = {"how": self.protocol, "folds": len(self.folds), "by_fold": list(self.folds), "spread": self.spread}
         if self.calibration is not None and self.calibration_errors is not None:
             error_before, error_after = self.calibration_errors
             result["calibration"] = {
@@ -118,7 +118,7 @@ def cross_validate(
         fold_scores,
         calibration,
         calibration_errors,
-        _describe(dataset, k, len(held_out)),
+        _make_protocol(dataset, k, len(held_out)),
         conformal,
         held_out[order],
         all_predictions,
@@ -197,19 +197,18 @@ def _get_targets(task: str, dataset: EmbeddingDataset) -> NDArray[Any]:
     return np.array(dataset.classes, dtype=object)[dataset.y] if task == "classification" else dataset.y
 
 
+def _make_protocol(dataset: EmbeddingDataset, k: int, n_held_out: int) -> dict[str, Any]:
+    if dataset.since is not None:
+        protocol = {"kind": "since", "since": _format_time(dataset.since), "n": n_held_out}
+    elif dataset.times is not None:
+        protocol = {"kind": "time_spans", "folds": k, "n": n_held_out, "n_rows": len(dataset)}
+    else:
+        protocol = {"kind": "folds", "folds": k, "n": len(dataset)}
+    return protocol if dataset.groups is None else {**protocol, "groups": len(np.unique(dataset.groups))}
+
+
 def _format_time(moment: Any) -> str:
-    """A time for people: a date without its midnight, a number as it is written."""
+    """A date without its midnight, a number as it is written."""
     if isinstance(moment, np.datetime64):
         return str(moment.astype("datetime64[s]")).removesuffix("T00:00:00")
     return f"{moment:.15g}" if isinstance(moment, float) else str(moment)
-
-
-def _describe(dataset: EmbeddingDataset, k: int, n_held_out: int) -> str:
-    groups_text = "" if dataset.groups is None else f", {len(np.unique(dataset.groups)):,} groups kept together"
-    if dataset.since is not None:
-        before = _format_time(dataset.since)
-        return f"fitted on what is before {before}, judged by the {n_held_out:,} images since then{groups_text}"
-    if dataset.times is not None:
-        counts = f"{n_held_out:,} of {len(dataset):,} training images"
-        return f"{k} spans of time, each predicted from earlier ones: {counts}{groups_text}"
-    return f"{k}-fold cross-validation on the {len(dataset)} training images{groups_text}"

@@ -110,7 +110,7 @@ class EmbeddingDataset:
         )
         return EmbeddingDataset(
             np.concatenate([self.rows, other.rows]),
-            np.concatenate([np.asarray(self.to_memory().X), np.asarray(other.to_memory().X)]),
+            np.concatenate([self.features, other.features]),
             np.concatenate([self.y, other.y]),
             self.classes,
             np.concatenate([self.digests, other.digests]),
@@ -134,13 +134,27 @@ class EmbeddingDataset:
         return np.ascontiguousarray(self.digests).view("V32").ravel()
 
     @property
+    def first_occurrences(self) -> NDArray[np.intp]:
+        """The position of the first row of each distinct image, ascending."""
+        return np.sort(np.unique(self.keys, return_index=True)[1])
+
+    def count_images(self) -> NDArray[np.int64]:
+        """How many distinct images each class of a classification has, shape (k,)."""
+        return np.bincount(self.y[self.first_occurrences], minlength=len(self.classes))
+
+    @property
     def is_streamed(self) -> bool:
         """Whether the features stay in the file."""
         return isinstance(self.X, FeatureView)
 
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """The features as an array; read from the file if they are streamed."""
+        return np.asarray(self.X[:], np.float32) if isinstance(self.X, FeatureView) else self.X
+
     def to_memory(self) -> EmbeddingDataset:
         """Read the features into memory."""
-        return replace(self, X=np.asarray(self.X[:], np.float32)) if isinstance(self.X, FeatureView) else self
+        return replace(self, X=self.features)
 
     def take(self, indices: NDArray[np.integer[Any]] | NDArray[np.bool_]) -> EmbeddingDataset:
         """Select rows by position or mask; the classes stay, `since` does not."""
@@ -217,14 +231,27 @@ class EmbeddingDataset:
         positions = {name: position for position, name in enumerate(self.classes)}
         if self.task == "classification":
             codes = {name: code for code, name in enumerate(classes)}
-            y = np.array([codes.get(name, -1) for name in self.classes], np.int64)[self.y]
-        elif self.task == "multilabel":
+            return self.recoded(np.array([codes.get(name, -1) for name in self.classes], np.int64), classes)
+        if self.task == "multilabel":
             columns = np.pad(self.y, ((0, 0), (0, 1)))  # the last for classes that no row has
             y = columns[:, [positions.get(name, -1) for name in classes]]
         else:
             y = np.reshape(self.y, (len(self), len(self.classes)))[:, [positions[name] for name in classes]]
             y = y[:, 0] if len(classes) == 1 else y
         return replace(self, y=y, classes=classes)
+
+    def recoded(self, codes: NDArray[np.int64], classes: tuple[str, ...]) -> EmbeddingDataset:
+        """Give each class of a classification a code in another vocabulary; leave out rows of negative codes.
+
+        Parameters
+        ----------
+        codes : ndarray of shape (k,), int64
+            For each of `self.classes` its position in `classes`, or a negative number.
+        classes : tuple of str
+        """
+        y = codes[self.y]
+        dataset = self if not len(y) or y.min() >= 0 else self.take(y >= 0)
+        return replace(dataset, y=y[y >= 0], classes=classes)
 
     def make_folds(self, k: int, seed: int = SplitSeed.TEST) -> list[Split]:
         """Positions to fit on and positions to score, k times; see :func:`featpipe.splits.make_folds`."""

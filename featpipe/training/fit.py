@@ -31,6 +31,8 @@ def fit_head(config: HeadConfig, dataset: EmbeddingDataset) -> FittedHead:
     ConfigError
         If the head cannot be fitted on them.
     """
+    if dataset.is_streamed and config.balance == "smote":
+        raise ConfigError("balance=smote needs all rows in memory; take over or class_weight=balanced")
     start_time = perf_counter()
     search_result = search_settings(config, dataset)
     params = {**config.params, **(search_result.settings if search_result else {})}
@@ -53,8 +55,6 @@ def fit_head(config: HeadConfig, dataset: EmbeddingDataset) -> FittedHead:
 def _fit_streamed(pipeline: Any, dataset: EmbeddingDataset, config: HeadConfig) -> None:
     """Fit with features that stay in the file; rows that are drawn several times get weights."""
     weights = None
-    if config.balance == "smote":
-        raise ConfigError("balance=smote needs all rows in memory; take over or class_weight=balanced")
     if config.balance:
         indices, counts = np.unique(
             draw_row_indices(dataset.y, config.balance, config.random_state), return_counts=True

@@ -39,20 +39,20 @@ class SearchResult:
     metric : str
     candidates : list of dict
         For each candidate its ``settings``, and mean ``score`` and standard deviation ``spread`` over the inner folds.
-    description : str
-        How they were compared.
+    protocol : dict
+        How they were compared, see :func:`featpipe.metrics.format_protocol`.
     """
 
     settings: dict[str, Any]
     metric: str
     candidates: list[dict[str, Any]] = field(default_factory=list)
-    description: str = ""
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return format_params(self.settings)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings, "metric": self.metric, "how": self.description, "tried": self.candidates}
+        return {"settings": self.settings, "metric": self.metric, "how": self.protocol, "tried": self.candidates}
 
 
 def format_params(settings: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def _search_path(config: HeadConfig, dataset: EmbeddingDataset, n_rows: int) -> 
     folds = _make_path_folds(dataset, config)
     metric = config.metric or "log_loss"
     if folds is None:
-        return SearchResult({"C": 1.0}, metric, description="not tuned: a class has a single image")
+        return SearchResult({"C": 1.0}, metric, protocol={"kind": "not_tuned"})
     shape = (len(dataset), dataset.X.shape[1], len(dataset.classes))
     score_fold = partial(_score_path, dataset, config, _get_scorer(config.task, metric))
     with warnings.catch_warnings():
@@ -113,11 +113,10 @@ def _search_path(config: HeadConfig, dataset: EmbeddingDataset, n_rows: int) -> 
         {"settings": {"C": C}, "score": float(mean), "spread": float(spread)}
         for C, mean, spread in zip(C_GRID, scores.mean(axis=0), scores.std(axis=0), strict=True)
     ]
-    description = _describe_search(dataset, len(candidates), folds)
-    factor = 1.0
+    protocol, factor = _make_protocol(dataset, candidates, folds), 1.0
     if n_rows > len(dataset):
-        factor, description = len(dataset) / n_rows, f"{description}, and scaled to {n_rows:,}"
-    return SearchResult({"C": float(C_GRID[best] * factor)}, metric, candidates, description)
+        factor, protocol["scaled_to"] = len(dataset) / n_rows, n_rows
+    return SearchResult({"C": float(C_GRID[best] * factor)}, metric, candidates, protocol)
 
 
 def _score_path(dataset: EmbeddingDataset, config: HeadConfig, scoring: Any, fold: Fold) -> NDArray[np.float64]:
@@ -196,7 +195,7 @@ def _search_grid(config: HeadConfig, dataset: EmbeddingDataset, grid: Mapping[st
     ]
     best = candidates[int(np.argmax(results["mean_test_score"]))]
     metric = config.metric or next(iter(SELECTION_METRICS[config.task]))
-    return SearchResult(best["settings"], metric, candidates, _describe_search(dataset, len(candidates), folds))
+    return SearchResult(best["settings"], metric, candidates, _make_protocol(dataset, candidates, folds))
 
 
 def _get_scorer(task: str, metric: str | None) -> Any:
@@ -211,8 +210,8 @@ def _score_sigmoid_loss(head: Any, X: NDArray[Any], y: NDArray[Any]) -> float:
     return -compute_sigmoid_loss(compute_logits(head, X), y)
 
 
-def _describe_search(dataset: EmbeddingDataset, n_candidates: int, folds: Sequence[Any]) -> str:
-    return f"best of {n_candidates} on {len(folds)} inner folds of {len(dataset):,} rows"
+def _make_protocol(dataset: EmbeddingDataset, candidates: Sequence[Any], folds: Sequence[Any]) -> dict[str, Any]:
+    return {"kind": "inner_folds", "candidates": len(candidates), "folds": len(folds), "n": len(dataset)}
 
 
 def _remove_prefix(key: str) -> str:

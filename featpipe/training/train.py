@@ -18,7 +18,7 @@ from featpipe.config import TrainingConfig, TrainingOptions, unknown_name_error
 from featpipe.diagnostics import Finding, LabeledPredictions, make_prediction_findings, write_findings
 from featpipe.errors import ConfigError
 from featpipe.heads import find_statistics_kind, fit_from_statistics
-from featpipe.metrics import Calibration, compute_prior_offsets
+from featpipe.metrics import Calibration, compute_prior_offsets, format_protocol
 from featpipe.model import (
     DEFAULT_RETENTION,
     STORED_DIGEST_BYTES,
@@ -134,6 +134,14 @@ def make_head_config(config: TrainingConfig, dataset: EmbeddingDataset) -> HeadC
     return head_config
 
 
+def get_head_params(model: Model, *, with_chosen: bool = True) -> dict[str, Any]:
+    """The settings of a model's head from its history; with those that a search chose, if there was one."""
+    params = dict(model.history.get("params") or {})
+    if with_chosen:
+        params |= (model.history.get("chosen") or {}).get("settings", {})
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in params.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedHead:
     """A fitted head and the estimate of its quality.
@@ -217,8 +225,8 @@ def train_head(
         logger.info(f"fitting {config.head} on {len(dataset)} images")
         fitted = fit_head(config, dataset)
         if fitted.search_result is not None:
-            search_result = fitted.search_result
-            logger.info(f"{config.head}: {search_result}, by {search_result.metric}, {search_result.description}")
+            result = fitted.search_result
+            logger.info(f"{config.head}: {result}, by {result.metric}, {format_protocol(result.protocol)}")
         calibration = estimate.calibration if estimate else None
         needs_calibration = config.task != "regression" and not fitted.has_probabilities
         if calibration is None and (settings.calibrate or needs_calibration):

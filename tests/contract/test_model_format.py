@@ -12,6 +12,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import sklearn
+from click.testing import CliRunner
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -19,7 +20,9 @@ from threadpoolctl import threadpool_info
 
 import featpipe
 from featpipe import ModelError, heads
+from featpipe.cli import cli
 from featpipe.heads.persistence import ALIASES
+from featpipe.incremental import Expansion
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden-models-1.2"  # by tests/data/make_golden_models.py
 NAMES = sorted(path.name.removesuffix(".model") for path in GOLDEN.glob("*.model"))
@@ -94,6 +97,22 @@ def test_a_head_of_another_version_of_scikit_learn_is_read_with_one_warning(
         f"the head was saved with scikit-learn 1.0.0 and is read with {sklearn.__version__}: "
         "predictions may differ; compare some, or train it again"
     ]
+
+
+def test_the_words_in_older_models_are_shown_as_they_are() -> None:
+    """What models now hold as data under ``how``, older ones hold in words."""
+    shown = {}
+    for name in ("logistic", "lda-finetuned", "logistic-expanded-replay"):
+        result = CliRunner().invoke(cli, ["info", str(GOLDEN / f"{name}.model")])
+        assert result.exit_code == 0, result.output
+        shown[name] = " ".join(result.output.split())
+    assert "3-fold cross-validation on the 60 training images" in shown["logistic"]
+    assert "9 images held out" in shown["lda-finetuned"]
+    assert "10 new images held out, and learnt afterwards" in shown["logistic-expanded-replay"]
+    model = featpipe.load_model(GOLDEN / "logistic-expanded-replay.model", backbone=None)
+    expansion = Expansion.from_dict(model, model.scores["expansion"]["result"])
+    assert expansion.how == "10 new images held out, and learnt afterwards"
+    assert expansion.to_dict() == model.scores["expansion"]["result"]
 
 
 OBJECTS = {

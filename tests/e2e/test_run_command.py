@@ -151,7 +151,7 @@ def test_models_are_scored_on_the_evaluation_archive_and_no_row_is_held_out():
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_bytes(jpeg(number) if number else path.read_bytes())
     found = featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others"})
-    assert "72 training images" in found.best.cross_validated["how"]
+    assert found.best.cross_validated["how"]["n"] == 72
     assert found.best.held_out["n"] == 14
     assert found.best.held_out["left_out"] == {"trained on": 1}
     with pytest.raises(ConfigError, match=r"\[evaluation\] archive has labels for none"):

@@ -88,13 +88,11 @@ def test_a_grid_is_tried_and_what_was_chosen_is_said(cache):
 def test_patients_are_kept_together_and_time_goes_forward(cache):
     table = cache.with_name("visits.csv")
     found = trained(cache, "--cv", "3", "--no-tune", "--head", "lda", "--groups", f"{table}:patient")
-    assert "9 groups kept together" in found["scores"]["cross_validation"]["how"]
+    assert found["scores"]["cross_validation"]["how"]["groups"] == 9
     found = trained(cache, "--cv", "3", "--no-tune", "--head", "knn", "--time", f"{table}:date")
     assert found["scores"]["cross_validation"]["n"] < N
     found = trained(cache, "--no-tune", "--head", "knn", "--time", f"{table}:date", "--since", "2024-01-15")
-    assert found["scores"]["cross_validation"]["how"].startswith(
-        "fitted on what is before 2024-01-15, judged by the 34"
-    )
+    assert found["scores"]["cross_validation"]["how"] == {"kind": "since", "since": "2024-01-15", "n": 34}
     with pytest.raises(ConfigError, match="did you mean 'patient'"):
         run("train", cache, "--groups", f"{table}:patiens")
 

@@ -28,7 +28,7 @@ from featpipe.finetuning.loop import compute_gradients, run_training_loop
 from featpipe.finetuning.trainer import EpochRecord, Trainer
 from featpipe.heads.last_layer import LastLayer, compute_fisher_diagonal
 from featpipe.incremental import Expansion
-from featpipe.incremental.dataset import ClassMapping, LabeledEmbeddings
+from featpipe.incremental.dataset import ClassMapping
 from featpipe.incremental.deep import regularizers
 from featpipe.incremental.deep.ewc import make_ewc_penalty
 from featpipe.incremental.deep.methods import make_replay_dataset
@@ -36,6 +36,7 @@ from featpipe.incremental.deep.regularizers import DistillationLoss, EWCPenalty,
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.model import Model, ReplayMemory
 from featpipe.runtime import format_size
+from featpipe.training import EmbeddingDataset
 from tests.support import finetuning as pictures
 from tests.support.finetuning import (
     LADDER_WIDTH,
@@ -398,11 +399,12 @@ def test_an_exemplar_weighs_as_much_as_the_images_it_represents(model: Model) ->
     """The root of it, and the rest as an offset of its class, as on features."""
     d, random = int(model.head[-1].n_features_in_), np.random.default_rng(0)
 
-    def side(codes: list[int], seed: int) -> LabeledEmbeddings:
+    def make_dataset(codes: list[int], seed: int) -> EmbeddingDataset:
         digests = np.random.default_rng(seed).integers(0, 256, (len(codes), 32), dtype=np.uint8)
-        return LabeledEmbeddings(random.normal(size=(len(codes), d)).astype(np.float32), np.array(codes), digests)
+        X = random.normal(size=(len(codes), d)).astype(np.float32)
+        return EmbeddingDataset(np.arange(len(codes)), X, np.array(codes), (*OLD, "cow"), digests)
 
-    old, new = side([0] * 5 + [1] * 5, 1), side([2] * 10, 2)
+    old, new = make_dataset([0] * 5 + [1] * 5, 1), make_dataset([2] * 10, 2)
     kept = ReplayMemory(np.array([45, 20, 0]), np.zeros((0, d), np.float32), np.zeros(0, np.int32))
     step = IncrementalStep(
         model.head, 1.0, ClassMapping.from_labels(OLD, ["cow"]), kept, new, old, False, ExpansionConfig(memory=5)

@@ -139,11 +139,12 @@ def test_gradual_unfreezes_one_stage_after_the_other():
 
 def test_rates_fall_geometrically_with_depth_and_norms_and_biases_have_no_weight_decay():
     trainer = make_trainer(layer_decay=0.5, weight_decay=0.3)
-    below = {n: p for n, p in trainer.trained_parameters().items() if n in trainer.parameter_depths()}
-    head = {n: p for n, p in trainer.trained_parameters().items() if n not in below}
-    for group in make_parameter_groups(head, below, trainer.parameter_depths(), trainer.tuning):
+    depths = {f"backbone.{name}": depth for name, depth in trainer.unfrozen.depth.items()}
+    groups = make_parameter_groups(trainer.trained_parameters(), depths, trainer.tuning)
+    assert sum(len(group["params"]) for group in groups) == len(trainer.trained_parameters())
+    for group in groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            assert group["share"] == 0.5 ** trainer.parameter_depths().get(name, 0)
+            assert group["share"] == 0.5 ** depths.get(name, 0)
             is_norm_or_bias = name.endswith("bias") or ".norm." in name
             assert is_norm_or_bias == (parameter.ndim == 1)
             assert group["weight_decay"] == (0.0 if is_norm_or_bias else 0.3)

@@ -15,6 +15,7 @@ from featpipe.metrics import (
     SELECTION_METRICS,
     Interval,
     compare_paired,
+    format_protocol,
     score,
     wilson_interval,
 )
@@ -427,3 +428,37 @@ def test_the_interval_of_a_paired_difference_holds_the_truth_as_often_as_it_says
         found = mcnemar_test(first, second).difference
         held += found.low <= 0.1 <= found.high
     assert 0.93 <= held / 400 <= 0.985
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [
+        ({"kind": "folds", "folds": 5, "n": 90}, "5-fold cross-validation on the 90 training images"),
+        (
+            {"kind": "time_spans", "folds": 3, "n": 1500, "n_rows": 2000, "groups": 1200},
+            "3 spans of time, each predicted from earlier ones: 1,500 of 2,000 training images, 1,200 groups kept "
+            "together",
+        ),
+        (
+            {"kind": "since", "since": "2024-01-15", "n": 34},
+            "fitted on what is before 2024-01-15, judged by the 34 images since then",
+        ),
+        (
+            {"kind": "inner_folds", "candidates": 45, "folds": 5, "n": 100, "scaled_to": 2000},
+            "best of 45 on 5 inner folds of 100 rows, and scaled to 2,000",
+        ),
+        ({"kind": "not_tuned"}, "not tuned: a class has a single image"),
+        ({"kind": "holdout", "n": 9}, "9 images held out"),
+        ({"kind": "unseen", "n": 9}, "9 images that were not trained on"),
+        ({"kind": "given", "n": 9}, "9 given test images"),
+        ({"kind": "new_holdout", "n": 10}, "10 new images, held out and learnt afterwards"),
+        (
+            {"kind": "given_and_new_holdout", "given": 9, "n": 10},
+            "9 given test images and 10 new images, held out and learnt afterwards",
+        ),
+        ({"kind": "none"}, "no test images"),
+        ("the words of an older file", "the words of an older file"),
+    ],
+)
+def test_a_protocol_is_stored_as_data_and_shown_in_words(protocol, words):
+    assert format_protocol(json.loads(json.dumps(protocol))) == words

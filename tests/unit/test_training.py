@@ -195,7 +195,7 @@ def test_classes_without_training_rows_leave_the_others_aligned(make_cache: Any)
     X = blobs(codes, spread=0.1)
     marks = marked(40, train=np.isin(codes, (1, 2, 4)), test=np.isin(codes, (0, 3)))
     cache = make_cache(X, Labels.from_class_names(["vwxyz"[c] for c in codes]), split=marks)
-    model = train(cache, cv=2)
+    model = train(cache, cv=2, tune=False)
     assert model.classes == ("w", "x", "z")
     fitted = np.flatnonzero(np.isin(codes, (1, 2, 4)))
     assert model.predict_features(X[fitted]).tolist() == ["vwxyz"[c] for c in codes[fitted]]
@@ -247,7 +247,7 @@ def test_the_cross_validated_score_is_that_of_a_loop_written_by_hand(
     found = model.scores["cross_validation"]
     assert found["metrics"] == score("classification", names, probabilities, "abcd").to_dict()["metrics"]
     assert (found["folds"], found["n"]) == (3, 90)
-    assert found["how"] == "3-fold cross-validation on the 90 training images"
+    assert found["how"] == {"kind": "folds", "folds": 3, "n": 90}
 
 
 def test_copies_of_an_image_never_lie_on_both_sides_of_a_fold(make_cache: Any) -> None:
@@ -262,7 +262,7 @@ def test_copies_of_an_image_never_lie_on_both_sides_of_a_fold(make_cache: Any) -
 def test_without_folds_there_is_no_estimate(make_cache: Any) -> None:
     codes = np.arange(12) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
-    assert train(cache).scores == train(cache, cv=0).scores == {}
+    assert train(cache, tune=False).scores == train(cache, cv=0, tune=False).scores == {}
 
 
 # -- other tasks -----------------------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def test_random_labels_are_not_learnt_by_choosing(make_cache: Any) -> None:
     rng = np.random.default_rng(3)
     X, codes = rng.normal(size=(80, 40)), np.arange(80) % 2
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    found = train(cache, cv=5, metric="accuracy").scores["cross_validation"]["metrics"]["accuracy"]
+    found = train(cache, cv=3, metric="accuracy").scores["cross_validation"]["metrics"]["accuracy"]
     assert found["low"] < 0.5
 
 
@@ -479,7 +479,7 @@ def test_probabilities_are_corrected_for_another_mix_of_classes(make_cache: Any)
     codes = np.arange(90) % 3
     X = blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
-    plain, rare = train(cache), train(cache, prior={"c": 0.01})
+    plain, rare = train(cache, tune=False), train(cache, tune=False, prior={"c": 0.01})
     expected = plain.predict_proba_features(X) * [0.495 * 3, 0.495 * 3, 0.03]
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(rare.predict_proba_features(X), expected, rtol=1e-9)
@@ -497,15 +497,15 @@ def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
     apart, together = (train(cache, "knn", cv=3, groups=groups).scores["cross_validation"] for groups in (None, group))
     assert apart["metrics"]["accuracy"]["value"] > 0.99
     assert together["metrics"]["accuracy"]["value"] < 0.75
-    assert "30 groups kept together" in together["how"]
+    assert together["how"]["groups"] == 30
 
 
 def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
     codes = np.arange(120) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
-    found = train(cache, cv=3, times=np.arange(120.0)).scores["cross_validation"]
+    found = train(cache, cv=3, tune=False, times=np.arange(120.0)).scores["cross_validation"]
     assert found["n"] == 90
-    assert "3 spans of time" in found["how"]
+    assert found["how"] == {"kind": "time_spans", "folds": 3, "n": 90, "n_rows": 120}
 
 
 @pytest.mark.parametrize(
@@ -533,7 +533,7 @@ def test_a_time_cuts_once_and_what_is_later_judges(
     found = model.scores["cross_validation"]
     # What came later has its classes exchanged: whoever has seen none of it is always wrong.
     assert (found["n"], found["metrics"]["accuracy"]["value"], fitted) == (30, 0.0, [90, 120])
-    assert "judged by the 30 images since then" in found["how"]
+    assert (found["how"]["kind"], found["how"]["n"]) == ("since", 30)
 
 
 def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
@@ -551,7 +551,7 @@ def test_groups_on_both_sides_of_a_split_that_was_given_are_named(make_cache: An
     codes, marks = np.arange(40) % 2, np.array([1, 1, 1, 3, 2] * 8, np.uint8)
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]), split=marks)
     honest = np.where(marks == 1, "patient " + (np.arange(40) // 8).astype(str).astype(object), "others")
-    assert "5 groups kept together" in train(cache, cv=2, groups=honest).scores["cross_validation"]["how"]
+    assert train(cache, cv=2, tune=False, groups=honest).scores["cross_validation"]["how"]["groups"] == 5
     with pytest.raises(ConfigError, match=r"8 of 8 groups are on both sides .* the first are '0', '1', '2', '3', '4';"):
         train(cache, groups=np.arange(40) // 5)
 
@@ -560,8 +560,8 @@ def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(40) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     (tmp_path / "visits.csv").write_text("path,patient\n" + "".join(f"{i:03}.jpg,p{i // 4}\n" for i in range(40)))
-    found = train(cache, cv=3, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
-    assert "10 groups kept together" in found["how"]
+    found = train(cache, cv=3, tune=False, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
+    assert found["how"]["groups"] == 10
 
 
 # -- probabilities ---------------------------------------------------------------------------------------------------
@@ -649,7 +649,7 @@ def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_c
     X, codes = noisy(n=200)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     chosen = train(cache, memory=0).history["chosen"]
-    assert "inner folds of 100 rows, and scaled to 200" in chosen["how"]
+    assert (chosen["how"]["n"], chosen["how"]["scaled_to"]) == (100, 200)
     best = max(chosen["tried"], key=lambda one: one["score"])
     assert chosen["settings"]["C"] == pytest.approx(best["settings"]["C"] / 2)
 

@@ -22,7 +22,6 @@ from featpipe.finetuning import (
     open_trainer,
     select_unfrozen,
 )
-from featpipe.incremental.deep.images import ExpansionImages
 from featpipe.incremental.deep.regularizers import EWCPenalty, compute_network_fisher
 from featpipe.incremental.methods import make_old_head
 from featpipe.incremental.problem import IncrementalStep
@@ -42,35 +41,42 @@ def make_old_layers(step: IncrementalStep) -> HeadLayers:
 
 
 def compute_importances(
-    context: FineTuneContext, backbone: Backbone, step: IncrementalStep, images: ExpansionImages
+    context: FineTuneContext, backbone: Backbone, step: IncrementalStep, old_rows: NDArray[np.int64]
 ) -> ParameterImportances:
     """Importances of the weights for the old classes: from old images if given, else those that the model retains.
+
+    Parameters
+    ----------
+    context : FineTuneContext
+    backbone : Backbone
+    step : IncrementalStep
+    old_rows : ndarray of shape (m,), int64
+        Rows of the archive of ``step.old``.
 
     Raises
     ------
     ConfigError
         If the model retains none for some of the weights to train.
     """
-    layers = make_old_layers(step)
+    layers, memory = make_old_layers(step), step.replay_memory
+    last_layer = get_last_layer_name(layers)
     if len(np.unique(step.old.y)) == step.k_old:
-        rows = np.unique(images.find_rows(step.old))
+        rows = np.unique(old_rows)
         logger.info(f"importances of the weights, from {len(rows)} old images")
         initial_head = InitialHead(layers, np.zeros(1), np.ones(1), "")
         importances = compute_network_importances(context, backbone, backbone.network, initial_head, rows)
-        return _pad_new_classes(importances, step.k)
-    assert step.replay_memory is not None
-    assert step.replay_memory.network is not None
-    assert step.replay_memory.importances is not None
-    last_layer_name = get_last_layer_name(layers)
-    W = step.replay_memory.importances
-    importances = {
-        f"{last_layer_name}.weight": W[:, :-1],
-        f"{last_layer_name}.bias": W[:, -1],
-        **step.replay_memory.network,
-    }
-    if missing_names := [
-        name for name in list_trained_parameters(context, backbone, layers) if name not in importances
-    ]:
+        for name in (f"{last_layer}.weight", f"{last_layer}.bias"):  # new classes have none
+            old_importances = importances[name]
+            importances[name] = np.zeros((step.k, *old_importances.shape[1:]), np.float32)
+            importances[name][: len(old_importances)] = old_importances
+        return importances
+    assert memory is not None
+    assert memory.network is not None
+    assert memory.importances is not None
+    W = memory.importances
+    importances = {f"{last_layer}.weight": W[:, :-1], f"{last_layer}.bias": W[:, -1], **memory.network}
+    missing_names = [n for n in list_trained_parameters(context, backbone, layers) if n not in importances]
+    if missing_names:
         raise ConfigError(
             f"ewc with --unfreeze {context.tuning.unfreeze}: the model keeps no importances of {len(missing_names)} of "
             f"the weights ({missing_names[0].removeprefix(BACKBONE_PREFIX)}); unfreeze less, or give old images of "
@@ -112,27 +118,12 @@ def compute_network_importances(
 def list_trained_parameters(context: FineTuneContext, backbone: Backbone, layers: HeadLayers) -> list[str]:
     """Names of all trained parameters, as `Trainer.trained_parameters` has them."""
     network_names = select_unfrozen(backbone, str(context.tuning.unfreeze)).names
-    return [
-        *(HEAD_PREFIX + name for name, _ in layers.to_module().named_parameters()),
-        *(BACKBONE_PREFIX + name for name in network_names),
-    ]
+    return [*_head_parameters(layers), *(BACKBONE_PREFIX + name for name in network_names)]
 
 
 def get_last_layer_name(layers: HeadLayers) -> str:
     """The prefix of the last layer's parameter names."""
     return f"{HEAD_PREFIX}{len(layers.to_module()) - 1}"
-
-
-def _pad_new_classes(importances: ParameterImportances, k: int) -> ParameterImportances:
-    """Extend the importances of the last layer to ``k`` classes with zeros."""
-    last_layer_number = max(
-        int(name[len(HEAD_PREFIX) :].split(".")[0]) for name in importances if name.startswith(HEAD_PREFIX)
-    )
-    padded = dict(importances)
-    for name in (f"{HEAD_PREFIX}{last_layer_number}.weight", f"{HEAD_PREFIX}{last_layer_number}.bias"):
-        padded[name] = np.zeros((k, *importances[name].shape[1:]), np.float32)
-        padded[name][: len(importances[name])] = importances[name]
-    return padded
 
 
 def make_ewc_penalty(
@@ -147,23 +138,17 @@ def make_ewc_penalty(
     Adding the same vector to all rows of the last layer does not change the old model. Among these equal layers, the
     reference is the one nearest to the initial layer.
     """
-    initial_parameters, old_parameters = (
-        dict(layers.to_module().named_parameters()) for layers in (initial_layers, previous_layers)
-    )
-    weights = {BACKBONE_PREFIX + name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    weights |= {HEAD_PREFIX + name: parameter.detach().clone() for name, parameter in initial_parameters.items()}
-    for name, parameter in old_parameters.items():
-        old_values, initial_values = parameter.detach(), initial_parameters[name].detach()
-        shift = (
-            (initial_values[: len(old_values)] - old_values).mean(dim=0)
-            if (HEAD_PREFIX + name).startswith(get_last_layer_name(initial_layers) + ".")
-            else 0.0
-        )
-        weights[HEAD_PREFIX + name][: len(old_values)] = old_values + shift
-    return EWCPenalty(
-        {name: weights[name] for name in importances},
-        {
-            name: strength * torch.from_numpy(np.ascontiguousarray(importance))
-            for name, importance in importances.items()
-        },
-    )
+    initial_parameters = {BACKBONE_PREFIX + name: parameter for name, parameter in network.named_parameters()}
+    initial_parameters |= _head_parameters(initial_layers)
+    reference = {name: parameter.detach().clone() for name, parameter in initial_parameters.items()}
+    last_layer = get_last_layer_name(initial_layers)
+    for name, parameter in _head_parameters(previous_layers).items():
+        old_values, initial_values = parameter.detach(), reference[name][: len(parameter)]
+        shift = (initial_values - old_values).mean(dim=0) if name.startswith(f"{last_layer}.") else 0.0
+        reference[name][: len(parameter)] = old_values + shift
+    weighted = {name: strength * torch.from_numpy(np.ascontiguousarray(value)) for name, value in importances.items()}
+    return EWCPenalty({name: reference[name] for name in importances}, weighted)
+
+
+def _head_parameters(layers: HeadLayers) -> dict[str, nn.Parameter]:
+    return {HEAD_PREFIX + name: parameter for name, parameter in layers.to_module().named_parameters()}

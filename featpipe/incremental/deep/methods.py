@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
-from featpipe import splits
 from featpipe.errors import ConfigError
-from featpipe.incremental.dataset import LabeledEmbeddings
 from featpipe.incremental.deep.regularizers import DistillationLoss
 from featpipe.incremental.methods import (
     DISTILL_STRENGTH,
@@ -24,7 +22,9 @@ from featpipe.incremental.methods import (
     missing_old_images,
 )
 from featpipe.incremental.problem import IncrementalStep
-from featpipe.model import ReplayMemory, select_exemplars
+from featpipe.model import ReplayMemory
+from featpipe.splits import SplitSeed
+from featpipe.training import EmbeddingDataset
 
 MIN_IMAGES_FOR_VALIDATION = 3  # of a class, for some of them to be validation images
 UNSUPPORTED_METHODS = {
@@ -42,7 +42,7 @@ class ReplayDataset:
     ----------
     step : IncrementalStep
         For the method on features: without validation images.
-    pool : LabeledEmbeddings
+    pool : EmbeddingDataset
         Training and validation images, each once.
     is_train, is_old : ndarray of shape (m,), bool
         Which images of the pool are training images, and which the old model was trained on.
@@ -51,7 +51,7 @@ class ReplayDataset:
     """
 
     step: IncrementalStep
-    pool: LabeledEmbeddings
+    pool: EmbeddingDataset
     is_train: NDArray[np.bool_]
     is_old: NDArray[np.bool_]
     represented_counts: NDArray[np.float64]
@@ -67,7 +67,7 @@ class ReplayDataset:
         strength : float
         """
         teacher_scores = torch.zeros(n, self.step.k_old)
-        old_scores = self.step.compute_old_scores(self.pool.X) / self.step.temperature
+        old_scores = self.step.compute_old_scores(self.pool.features) / self.step.temperature
         teacher_scores[torch.from_numpy(rows)] = torch.from_numpy(old_scores).float()
         return DistillationLoss(teacher_scores, self.step.settings.temperature, strength)
 
@@ -100,7 +100,7 @@ class DeepMethod:
         Default weight of the soft targets.
     """
 
-    select_old_images: Callable[[IncrementalStep], LabeledEmbeddings]
+    select_old_images: Callable[[IncrementalStep], EmbeddingDataset]
     missing_requirement: Callable[[IncrementalStep], str | None]
     make_head: Callable[[IncrementalStep], Pipeline]
     distill_strength: float = 0.0
@@ -138,25 +138,22 @@ def make_replay_dataset(step: IncrementalStep, method: str, validation_fraction:
     """
     old_images = DEEP_METHODS[method].select_old_images(step)
     pool = old_images + step.new
-    first_rows = np.sort(pool.first_occurrences)
+    first_rows = pool.first_occurrences
     is_old, pool = first_rows < len(old_images), pool.take(first_rows)
-    is_train = _split_validation(pool, validation_fraction, step.class_mapping.classes)
+    is_train = _split_validation(pool, validation_fraction)
     old_train = pool.take(is_train & is_old)
     train_step = replace(step, new=pool.take(is_train & ~is_old), old=old_train if method == "joint" else step.old)
     represented_counts = np.ones(len(pool))
     if method == "replay":
-        counts = step.counts
-        represented_counts[is_old] = (counts / np.maximum(1, np.bincount(pool.y[is_old], minlength=step.k)))[
-            pool.y[is_old]
-        ]
+        counts_per_image = step.counts / np.maximum(1, np.bincount(pool.y[is_old], minlength=step.k))
+        represented_counts[is_old] = counts_per_image[pool.y[is_old]]
         statistics = None if step.replay_memory is None else step.replay_memory.statistics
-        train_step = replace(
-            train_step, replay_memory=ReplayMemory(counts, old_train.X, old_train.y.astype(np.int32), statistics)
-        )
+        memory = ReplayMemory(step.counts, old_train.features, old_train.y.astype(np.int32), statistics)
+        train_step = replace(train_step, replay_memory=memory)
     return ReplayDataset(train_step, pool, is_train, is_old, represented_counts)
 
 
-def _split_validation(pool: LabeledEmbeddings, validation_fraction: float, names: Sequence[str]) -> NDArray[np.bool_]:
+def _split_validation(pool: EmbeddingDataset, validation_fraction: float) -> NDArray[np.bool_]:
     """Which images are training images, shape (m,)."""
     eligible = np.flatnonzero(np.bincount(pool.y)[pool.y] >= MIN_IMAGES_FOR_VALIDATION)
     if not len(eligible):
@@ -164,28 +161,18 @@ def _split_validation(pool: LabeledEmbeddings, validation_fraction: float, names
             f"no class has {MIN_IMAGES_FOR_VALIDATION} images to train on, of which some are for validation; give "
             "more, or leave --unfreeze out"
         )
-    candidates = pool.take(eligible)
-    validation_rows = eligible[
-        splits.make_holdout(
-            candidates.digests,
-            candidates.y,
-            test=validation_fraction,
-            seed=splits.SplitSeed.FINETUNING_VALIDATION,
-            names=names,
-        )[1]
-    ]
-    return ~np.isin(np.arange(len(pool)), validation_rows)
+    seed = SplitSeed.FINETUNING_VALIDATION
+    _, validation_rows = pool.take(eligible).make_holdout(validation_fraction, seed=seed)
+    return ~np.isin(np.arange(len(pool)), eligible[validation_rows])
 
 
-def _select_none(step: IncrementalStep) -> LabeledEmbeddings:
+def _select_none(step: IncrementalStep) -> EmbeddingDataset:
     return step.old.take(np.zeros(len(step.old), bool))
 
 
-def _select_exemplars(step: IncrementalStep) -> LabeledEmbeddings:
+def _select_exemplars(step: IncrementalStep) -> EmbeddingDataset:
     """The exemplars among the old images, as ``replay`` on features selects them."""
-    return step.old.take(
-        select_exemplars(step.settings.selection, step.compute_features(step.old.X), step.old.y, step.settings.memory)
-    )
+    return step.old.take(step.select_old_exemplars())
 
 
 def _missing_exemplar_images(step: IncrementalStep) -> str | None:
@@ -204,11 +191,8 @@ def _missing_importances(step: IncrementalStep) -> str | None:
         return reason
     if step.k_old < 2:
         return "with --unfreeze needs two old classes: with one class all importances are zero"
-    has_importances = (
-        step.replay_memory is not None
-        and step.replay_memory.network is not None
-        and step.replay_memory.importances is not None
-    )
+    memory = step.replay_memory
+    has_importances = memory is not None and memory.network is not None and memory.importances is not None
     if has_importances or missing_old_images(step) is None:
         return None
     return (

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featpipe import data
 from featpipe.backbones import Backbone
 from featpipe.cache import FeatureCache
 from featpipe.config import FineTuneConfig
 from featpipe.errors import ConfigError
-from featpipe.finetuning import FineTuneContext, InitialHead, LossTerm, Splits, initialize_head, select_unfrozen
+from featpipe.finetuning import (
+    FineTuneContext,
+    InitialHead,
+    LossTerm,
+    Splits,
+    extract_for_model,
+    initialize_head,
+    select_unfrozen,
+)
 from featpipe.incremental.context import ExpansionContext
+from featpipe.incremental.dataset import as_list, is_cache
 from featpipe.incremental.deep.ewc import (
     ParameterImportances,
     compute_importances,
@@ -24,12 +34,11 @@ from featpipe.incremental.deep.ewc import (
     make_ewc_penalty,
     make_old_layers,
 )
-from featpipe.incremental.deep.images import ExpansionImages
 from featpipe.incremental.deep.methods import DEEP_METHODS, UNSUPPORTED_METHODS, ReplayDataset, make_replay_dataset
-from featpipe.incremental.deep.regularizers import EWCPenalty
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.metrics import Calibration
 from featpipe.model import Model, Uncertainty
+from featpipe.training import EmbeddingDataset
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +72,31 @@ class DeepTrainingConfig:
 
     @classmethod
     def from_params(
-        cls,
-        method: str | None,
-        archives: list[Any],
-        params: Mapping[str, Any],
-        unfreeze: Any,
-        labels: Any,
-        cache_folder: str | os.PathLike[str],
-        resume: bool,
+        cls, method: str | None, params: Mapping[str, Any], unfreeze: Any, sources: Sequence[Any], **options: Any
     ) -> tuple[DeepTrainingConfig, dict[str, Any]]:
         """The configuration, and the remaining settings, which are those of the methods on features.
+
+        Parameters
+        ----------
+        method : str or None
+        params : mapping
+        unfreeze : str, int or float
+        sources : sequence
+            Arguments that name archives.
+        **options
+            ``labels``, ``cache_folder`` and ``resume``.
 
         Raises
         ------
         ConfigError
-            If the method cannot train a network, or a setting is unknown or not for an expansion.
+            If the method cannot train a network, a setting is unknown or not for an expansion, or a source is a cache.
         """
+        archives = [item for source in sources for item in as_list(source)]
+        for item in filter(is_cache, archives):
+            name = item.path if isinstance(item, FeatureCache) else item
+            raise ConfigError(
+                f"{name}: is a cache, and --unfreeze trains on images, which a cache does not hold; give the archives"
+            )
         if method in UNSUPPORTED_METHODS:
             raise ConfigError(
                 f"{method} {UNSUPPORTED_METHODS[method]}. What works with --unfreeze: {', '.join(DEEP_METHODS)}"
@@ -86,16 +104,15 @@ class DeepTrainingConfig:
         for name in UNSUPPORTED_FINETUNE_FIELDS:
             if name in params:
                 raise ConfigError(f"setting {name} is for `featpipe finetune`, not for an expansion; leave it out")
-        expansion_fields = {field.name for field in fields(ExpansionConfig)} - {"epochs"}
-        finetune_params = {name: value for name, value in params.items() if name not in expansion_fields}
-        finetune_config = FineTuneConfig.from_settings({**finetune_params, "unfreeze": unfreeze})
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(
                 "expand --unfreeze runs in one process, torchrun started several; start it without torchrun"
             )
-        return cls(finetune_config, archives, labels, cache_folder, resume), {
-            n: v for n, v in params.items() if n in expansion_fields
-        }
+        expansion_fields = {field.name for field in fields(ExpansionConfig)} - {"epochs"}
+        finetune_params = {name: value for name, value in params.items() if name not in expansion_fields}
+        finetune_config = FineTuneConfig.from_settings({**finetune_params, "unfreeze": unfreeze})
+        remaining_params = {name: value for name, value in params.items() if name in expansion_fields}
+        return cls(finetune_config, archives, **options), remaining_params
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +130,6 @@ class TrainingSetup:
         The old one, with the one output that the head is on.
     pool_rows : ndarray of shape (m,), int64
         Rows of the archive of the images in ``replay_dataset.pool``.
-    test_rows : ndarray of shape (t,), int64
-        Rows of the archive of the test images.
     finetune_context : FineTuneContext
     initial_head : InitialHead
     importances : mapping or None
@@ -127,7 +142,6 @@ class TrainingSetup:
     replay_dataset: ReplayDataset
     backbone: Backbone
     pool_rows: NDArray[np.int64]
-    test_rows: NDArray[np.int64]
     finetune_context: FineTuneContext
     initial_head: InitialHead
     importances: ParameterImportances | None = None
@@ -137,28 +151,29 @@ class TrainingSetup:
         cls, context: ExpansionContext, method: str, deep_config: DeepTrainingConfig, full_step: IncrementalStep
     ) -> TrainingSetup:
         """Fit the method on features, and prepare the training that starts there."""
-        backbone = _select_output(context.model)
-        select_unfrozen(backbone, str(deep_config.finetune_config.unfreeze))  # fail before any work
-        replay_dataset = make_replay_dataset(full_step, method, deep_config.finetune_config.validation)
-        images = ExpansionImages.from_archives(
-            context.model, deep_config.archives, deep_config.labels, deep_config.cache_folder, context.progress
-        )
-        pool_rows, test_rows = images.find_rows(replay_dataset.pool), images.find_rows(context.data.test)
-        splits = _make_splits(context, replay_dataset, pool_rows, test_rows, len(images.index))
+        model, tuning, cache_folder = context.model, deep_config.finetune_config, deep_config.cache_folder
+        (output,) = (output for output in model.backbone.outputs if output.name == model.output)
+        backbone = replace(model.backbone, outputs=(output,))
+        select_unfrozen(backbone, str(tuning.unfreeze))  # fail before any work
+        replay_dataset = make_replay_dataset(full_step, method, tuning.validation)
+        index = data.index(deep_config.archives, labels=deep_config.labels, modality=model.modality)
+        base_cache = extract_for_model(index, model, model.backbone, cache_folder, context.progress)
+        pool_rows = find_rows(base_cache, replay_dataset.pool)
+        splits = _make_splits(context, replay_dataset, base_cache, pool_rows)
         expanded_model = _make_expanded_model(context, method, replay_dataset)
-        is_train = replay_dataset.is_train
-        initial_head = initialize_head(expanded_model, replay_dataset.pool.X[is_train], replay_dataset.pool.y[is_train])
+        train_set = replay_dataset.pool.take(replay_dataset.is_train)
+        initial_head = initialize_head(expanded_model, train_set.features, train_set.y)
         for text in (splits.description, initial_head.description):
             logger.info(text)
         is_old = splits.y[splits.test] < full_step.k_old
-        sample_weights, logit_adjustment = replay_dataset.compute_sample_weights(pool_rows, len(images.index))
+        sample_weights, logit_adjustment = replay_dataset.compute_sample_weights(pool_rows, len(index))
         finetune_context = FineTuneContext(
             expanded_model,
-            images.index,
-            images.embedding_cache,
+            index,
+            base_cache,
             splits,
-            deep_config.finetune_config,
-            cache_folder=deep_config.cache_folder,
+            tuning,
+            cache_folder=cache_folder,
             out=deep_config.out,
             progress=context.progress,
             monitors={OLD_CLASSES: splits.test[is_old], NEW_CLASSES: splits.test[~is_old]} if len(is_old) else {},
@@ -166,53 +181,45 @@ class TrainingSetup:
             logit_adjustment=logit_adjustment,
             extra_config={"expansion": _describe_request(context, method, full_step)},
         )
-        setup = cls(
-            context, method, full_step, replay_dataset, backbone, pool_rows, test_rows, finetune_context, initial_head
-        )
-        return setup._with_loss_terms(images)
+        setup = cls(context, method, full_step, replay_dataset, backbone, pool_rows, finetune_context, initial_head)
+        return setup._with_loss_terms()
 
-    def _with_loss_terms(self, images: ExpansionImages) -> TrainingSetup:
+    def _with_loss_terms(self) -> TrainingSetup:
         strength, distill_strength = self.context.settings.strength, DEEP_METHODS[self.method].distill_strength
         if self.method == "distill" and strength is not None:
             distill_strength = strength
-        loss_terms: list[LossTerm] = []
+        context, loss_terms, importances = self.finetune_context, list[LossTerm](), None
         if distill_strength:
-            n = len(images.index)
+            n = len(context.index)
             loss_terms.append(self.replay_dataset.make_distillation_loss(self.pool_rows, n, distill_strength))
-        importances = None
         if self.method == "ewc":
-            importances = compute_importances(self.finetune_context, self.backbone, self.full_step, images)
-            loss_terms.append(self._make_ewc_penalty(importances, 1.0 if strength is None else strength))
-        finetune_context = replace(self.finetune_context, loss_terms=tuple(loss_terms))
-        return replace(self, finetune_context=finetune_context, importances=importances)
-
-    def _make_ewc_penalty(self, importances: ParameterImportances, strength: float) -> EWCPenalty:
-        """Of strength 1, as strong as the images that the model was trained on would be."""
-        layers = self.initial_head.layers
-        names = list_trained_parameters(self.finetune_context, self.backbone, layers)
-        images_per_row = int(self.full_step.counts.sum()) / len(self.finetune_context.splits.train)
-        return make_ewc_penalty(
-            layers,
-            make_old_layers(self.full_step),
-            {name: importances[name] for name in names},
-            images_per_row * strength,
-            self.backbone.network,
-        )
+            old_rows = find_rows(context.base_cache, self.full_step.old)
+            importances = compute_importances(context, self.backbone, self.full_step, old_rows)
+            layers, network = self.initial_head.layers, self.backbone.network
+            names = list_trained_parameters(context, self.backbone, layers)
+            images_per_row = int(self.full_step.counts.sum()) / len(context.splits.train)
+            penalty_strength = images_per_row * (1.0 if strength is None else strength)  # as strong as all old images
+            selected = {name: importances[name] for name in names}
+            old_layers = make_old_layers(self.full_step)
+            loss_terms.append(make_ewc_penalty(layers, old_layers, selected, penalty_strength, network))
+        context = replace(context, loss_terms=tuple(loss_terms))
+        return replace(self, finetune_context=context, importances=importances)
 
     def load_embeddings(self, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings of rows of the archive, shape (m, d)."""
         return np.asarray(cache.features(self.context.model.output)[rows], np.float32)
 
 
+def find_rows(cache: FeatureCache, dataset: EmbeddingDataset) -> NDArray[np.int64]:
+    """Rows of a cache with the images of a dataset, by their bytes; the first of copies."""
+    row_by_digest = {cache.digests[row].tobytes(): row for row in np.flatnonzero(cache.ok)[::-1].tolist()}
+    return np.array([row_by_digest[digest.tobytes()] for digest in dataset.digests], np.int64)
+
+
 def _describe_request(context: ExpansionContext, method: str, step: IncrementalStep) -> dict[str, Any]:
     """What determines the training besides the settings of fine-tuning."""
     settings = vars(context.settings)
     return {"method": method, "k_old": step.k_old, "settings": settings, "from": context.model.identity}
-
-
-def _select_output(model: Model) -> Backbone:
-    (output,) = (output for output in model.backbone.outputs if output.name == model.output)
-    return replace(model.backbone, outputs=(output,))
 
 
 def _make_expanded_model(context: ExpansionContext, method: str, replay_dataset: ReplayDataset) -> Model:
@@ -231,19 +238,12 @@ def _make_expanded_model(context: ExpansionContext, method: str, replay_dataset:
 
 
 def _make_splits(
-    context: ExpansionContext,
-    replay_dataset: ReplayDataset,
-    pool_rows: NDArray[np.int64],
-    test_rows: NDArray[np.int64],
-    n: int,
+    context: ExpansionContext, replay_dataset: ReplayDataset, cache: FeatureCache, pool_rows: NDArray[np.int64]
 ) -> Splits:
-    """Training, validation and test rows of an archive of ``n`` images, and the class codes of all."""
-    y = np.full(n, -1, np.int64)
+    """Training, validation and test rows of an archive, and the class codes of all."""
+    test_rows, is_train = find_rows(cache, context.data.test), replay_dataset.is_train
+    y = np.full(len(cache), -1, np.int64)
     y[test_rows], y[pool_rows] = context.data.test.y, replay_dataset.pool.y
-    train, validation, test = (
-        np.sort(pool_rows[replay_dataset.is_train]),
-        np.sort(pool_rows[~replay_dataset.is_train]),
-        np.unique(test_rows),
-    )
+    train, validation, test = np.sort(pool_rows[is_train]), np.sort(pool_rows[~is_train]), np.unique(test_rows)
     description = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
     return Splits(train, validation, test, y, description)

@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 from torch import nn
 
 from featpipe.errors import ConfigError
 from featpipe.finetuning import HeadLayers, TrainedNetwork, train_network
-from featpipe.heads import forward
 from featpipe.incremental.context import ExpansionContext
 from featpipe.incremental.deep.ewc import ParameterImportances, compute_network_importances, get_last_layer_name
 from featpipe.incremental.deep.methods import find_missing_requirement, select_default_method
-from featpipe.incremental.deep.setup import NEW_CLASSES, OLD_CLASSES, DeepTrainingConfig, TrainingSetup
-from featpipe.incremental.methods import METHODS, NEW_CLASS_SHARE
+from featpipe.incremental.deep.setup import NEW_CLASSES, OLD_CLASSES, DeepTrainingConfig, TrainingSetup, find_rows
+from featpipe.incremental.methods import METHODS, NEW_CLASS_SHARE, compute_margins
 from featpipe.incremental.metrics import MethodEvaluator, MethodOutcome
 from featpipe.incremental.result import Expansion, build_expanded_model, make_expansion, make_history
-from featpipe.incremental.retention import fit_to_budget, resolve_policy
+from featpipe.incremental.retention import fit_to_budget
 from featpipe.incremental.select_method import BASELINE_METHODS, SelectedMethod, select_and_fit
 from featpipe.metrics import compute_logits
 from featpipe.model import Model, ReplayMemory, RetentionPolicy, collect_replay_memory
@@ -110,18 +108,10 @@ def _make_result(
         logger.info(text)
     selected = SelectedMethod(setup.method, model.head, setup.full_step, outcomes, evaluator)
     training_details = {"unfreeze": str(finetune_context.tuning.unfreeze), "best_epoch": trained.best_epoch.number}
-    model.history = {
-        **model.history,
-        **_select_history(make_history(context, selected, caches, request, **training_details)),
-    }
-    description = (
-        f"{len(context.data.test):,} images that were not trained on" if evaluator is not None else "no test images"
-    )
-    return make_expansion(context, selected, model, description, notes)
-
-
-def _select_history(history: dict[str, Any]) -> dict[str, Any]:
-    return {name: history[name] for name in ("trained_on", "steps", "judged", "expansions")}
+    history = make_history(context, selected, caches, request, **training_details)
+    model.history |= {name: history[name] for name in ("trained_on", "steps", "judged", "expansions")}
+    n = len(context.data.test)
+    return make_expansion(context, selected, model, {"kind": "unseen", "n": n} if n else {"kind": "none"}, notes)
 
 
 def _correct_bias(setup: TrainingSetup, trained: TrainedNetwork) -> HeadLayers:
@@ -134,18 +124,14 @@ def _correct_bias(setup: TrainingSetup, trained: TrainedNetwork) -> HeadLayers:
     is_validation = ~setup.replay_dataset.is_train & (pool.y >= k_old)
     if setup.method not in DEEP_BIAS_CORRECTED_METHODS or not is_validation.any():
         return layers
-    old_margin = _compute_margin(setup.initial_head.layers, pool.X[is_validation], k_old)
-    new_margin = _compute_margin(layers, setup.load_embeddings(trained.cache, setup.pool_rows[is_validation]), k_old)
-    share = max(NEW_CLASS_SHARE, float((old_margin > 0).mean()))
+    X_before = pool.features[is_validation]
+    X_after = setup.load_embeddings(trained.cache, setup.pool_rows[is_validation])
+    margins_before = compute_margins(setup.initial_head.layers.compute_scores(X_before), k_old)
+    margins_after = compute_margins(layers.compute_scores(X_after), k_old)
+    share = max(NEW_CLASS_SHARE, float((margins_before > 0).mean()))
     offsets = np.zeros(len(layers.biases[-1]))
-    offsets[k_old:] = -float(np.quantile(new_margin, 1 - share))
+    offsets[k_old:] = -float(np.quantile(margins_after, 1 - share))
     return layers.fold_output_scaling(1.0, offsets)
-
-
-def _compute_margin(layers: HeadLayers, X: NDArray[np.float32], k_old: int) -> NDArray[np.float64]:
-    """Log odds of new classes against old ones, shape (m,)."""
-    scores = forward(X.astype(np.float64), [w.T for w in layers.weights], layers.biases, layers.activation)
-    return np.asarray(logsumexp(scores[:, k_old:], axis=1) - logsumexp(scores[:, :k_old], axis=1))
 
 
 def _compare_outcomes(
@@ -157,7 +143,7 @@ def _compare_outcomes(
 ) -> tuple[tuple[MethodOutcome, ...], str]:
     """The rows of the table, the trained network first, and the verdict on it."""
     method, full_step = setup.method, setup.full_step
-    X = setup.load_embeddings(trained.cache, setup.test_rows)
+    X = setup.load_embeddings(trained.cache, find_rows(setup.finetune_context.base_cache, evaluator.test))
     is_correct = np.asarray(compute_logits(model.head, X).argmax(axis=1) == evaluator.test.y)
     bytes_by_part = {} if method != "ewc" or model.kept is None else model.kept.to_summary()["bytes"]
     memory_bytes = sum(bytes_by_part.get(part, 0) for part in ("importances", "network"))
@@ -169,11 +155,8 @@ def _compare_outcomes(
         if METHODS[name].missing_requirement(full_step) is None:
             started = perf_counter()
             correct_by_method[name] = evaluator.predict_correct(METHODS[name].fit(full_step, None))
-            outcomes.append(
-                evaluator.make_outcome(
-                    f"{name} on features", correct_by_method[name], seconds=round(perf_counter() - started, 3)
-                )
-            )
+            duration = round(perf_counter() - started, 3)
+            outcomes.append(evaluator.make_outcome(f"{name} on features", correct_by_method[name], seconds=duration))
     if method not in correct_by_method:
         return tuple(outcomes), ""
     return tuple(outcomes), _describe_change(evaluator, is_correct, correct_by_method[method])
@@ -208,69 +191,49 @@ def make_replay_memory(
     setup: TrainingSetup, trained: TrainedNetwork, model: Model, layers: HeadLayers
 ) -> ReplayMemory | None:
     """What the new model retains: computed from the images at hand, since the network's embeddings have changed."""
-    context, full_step, replay_dataset, method = setup.context, setup.full_step, setup.replay_dataset, setup.method
-    policy = _resolve_policy(context, method)
+    context, full_step, pool = setup.context, setup.full_step, setup.replay_dataset.pool
+    policy = context.resolve_policy(setup.method)
+    if context.policy is None and context.model.kept is not None and setup.method == "ewc":
+        policy = replace(policy, network=True)
     if not policy:
         return None
-    X, y = setup.load_embeddings(trained.cache, setup.pool_rows), replay_dataset.pool.y
+    X = setup.load_embeddings(trained.cache, setup.pool_rows)
+
+    def collect(rows_policy: RetentionPolicy) -> ReplayMemory:
+        selection = context.settings.selection
+        return collect_replay_memory(rows_policy, model.head, X, pool.y, full_step.k, selection)
+
     counts = np.bincount(full_step.new.y, minlength=full_step.k) + full_step.counts
-    if method == "joint":
-        replay_memory = collect_replay_memory(
-            replace(policy, network=False), model.head, X, y, full_step.k, context.settings.selection
-        )
-    elif method == "replay":
-        rows_policy = replace(policy, statistics=False, importances=False, network=False)
-        replay_memory = replace(
-            collect_replay_memory(rows_policy, model.head, X, y, full_step.k, context.settings.selection), counts=counts
-        )
+    if setup.method == "joint":
+        memory = collect(replace(policy, network=False))
+    elif setup.method == "replay":
+        memory = replace(collect(RetentionPolicy(rows=policy.rows)), counts=counts)
     else:
-        replay_memory = ReplayMemory(counts, X[:0], np.zeros(0, np.int32))
+        memory = ReplayMemory(counts, X[:0], np.zeros(0, np.int32))
     importances = _compute_importances(setup, trained.network, layers) if policy.network else None
     if importances is not None:
-        replay_memory = _add_importances(replay_memory, importances, layers)
-    return replay_memory if context.budget is None else fit_to_budget(replay_memory, context.budget)
-
-
-def _add_importances(
-    replay_memory: ReplayMemory, importances: ParameterImportances, layers: HeadLayers
-) -> ReplayMemory:
-    last_layer_name = get_last_layer_name(layers)
-    W = np.column_stack([importances.pop(f"{last_layer_name}.weight"), importances.pop(f"{last_layer_name}.bias")])
-    return replace(replay_memory, importances=np.asarray(W, np.float32), network=importances)
-
-
-def _resolve_policy(context: ExpansionContext, method: str) -> RetentionPolicy:
-    """As requested, else as the old model; with ewc the importances of the network too, unless nothing is retained."""
-    policy = resolve_policy(
-        context.model.kept, context.policy, context.settings if context.has_explicit_memory else None, method
-    )
-    if context.policy is None and context.model.kept is not None and method == "ewc":
-        policy = replace(policy, network=True)
-    return policy
+        name = get_last_layer_name(layers)
+        W = np.column_stack([importances.pop(f"{name}.weight"), importances.pop(f"{name}.bias")])
+        memory = replace(memory, importances=np.asarray(W, np.float32), network=importances)
+    return memory if context.budget is None else fit_to_budget(memory, context.budget)
 
 
 def _compute_importances(setup: TrainingSetup, network: nn.Module, layers: HeadLayers) -> ParameterImportances | None:
     """Importances from all images so far: old ones from the images at hand, else as the model retained them."""
-    replay_dataset, full_step, context = setup.replay_dataset, setup.full_step, setup.finetune_context
-    initial_head = replace(setup.initial_head, layers=layers)
+    is_old, full_step, initial_head = setup.replay_dataset.is_old, setup.full_step, setup.initial_head
 
-    def compute_importances(mask: NDArray[np.bool_]) -> ParameterImportances:
-        return compute_network_importances(
-            context, setup.backbone, network, initial_head, np.unique(setup.pool_rows[mask])
-        )
+    def compute(mask: NDArray[np.bool_]) -> ParameterImportances:
+        rows, head = np.unique(setup.pool_rows[mask]), replace(initial_head, layers=layers)
+        return compute_network_importances(setup.finetune_context, setup.backbone, network, head, rows)
 
-    if setup.importances is None and not replay_dataset.is_old.any():
+    if setup.importances is None and not is_old.any():
         logger.info("no importances are kept: those of the old classes are unknown")
         return None
-    new_importances, old_importances = (
-        compute_importances(~replay_dataset.is_old),
-        setup.importances or compute_importances(replay_dataset.is_old),
-    )
-    n, m = int(full_step.counts.sum()), len(full_step.new)
+    new_importances, old_importances = compute(~is_old), setup.importances or compute(is_old)
+    n, m, none = int(full_step.counts.sum()), len(full_step.new), np.zeros((), np.float32)
     return {
-        name: (n * old_importances[name] + m * new_importances.get(name, np.zeros((), np.float32))).astype(np.float32)
-        / np.float32(n + m)
-        for name in old_importances
+        name: (n * value + m * new_importances.get(name, none)).astype(np.float32) / np.float32(n + m)
+        for name, value in old_importances.items()
     }
 
 

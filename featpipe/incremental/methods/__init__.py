@@ -6,12 +6,16 @@ baseline; ``distill`` and ``ewc`` are methods of the literature, for comparison.
 
 from __future__ import annotations
 
-from featpipe.incremental.methods.bias_correction import NEW_CLASS_SHARE
-from featpipe.incremental.methods.distill import DISTILL_STRENGTH
+from featpipe.incremental.methods.bias_correction import NEW_CLASS_SHARE, compute_margins
 from featpipe.incremental.methods.last_layer import make_initial_head, make_old_head, make_regrouped_head
-from featpipe.incremental.methods.registry import BIAS_CORRECTED_METHODS, METHODS, ExpansionMethod
+from featpipe.incremental.methods.registry import (
+    BIAS_CORRECTED_METHODS,
+    METHODS,
+    missing_last_layer,
+    missing_old_images,
+)
+from featpipe.incremental.methods.regularized import DISTILL_STRENGTH
 from featpipe.incremental.methods.replay import REPLAY_DISTILL_STRENGTH, compute_weights_and_offsets
-from featpipe.incremental.methods.requirements import missing_last_layer, missing_old_images
 
 __all__ = [
     "BIAS_CORRECTED_METHODS",
@@ -19,7 +23,7 @@ __all__ = [
     "METHODS",
     "NEW_CLASS_SHARE",
     "REPLAY_DISTILL_STRENGTH",
-    "ExpansionMethod",
+    "compute_margins",
     "compute_weights_and_offsets",
     "make_initial_head",
     "make_old_head",

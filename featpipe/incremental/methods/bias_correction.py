@@ -12,11 +12,10 @@ from scipy.special import expit, logsumexp
 from sklearn.pipeline import Pipeline
 
 from featpipe.heads import LastLayer
+from featpipe.incremental.last_layer_loss import Array, EpochCallback
 from featpipe.incremental.methods.exemplars import WeightedEmbeddings, make_old_rows
 from featpipe.incremental.methods.last_layer import with_last_layer
-from featpipe.incremental.problem import EpochCallback, IncrementalStep
-
-Array = NDArray[np.float64]
+from featpipe.incremental.problem import IncrementalStep
 
 N_FOLDS, MIN_ROWS_FOR_FOLDS = 3, 6
 SLOPE_RIDGE = 1e-3  # keeps the slope finite where old and new rows are separable
@@ -41,9 +40,8 @@ def fit_with_bias_correction(
     on_epoch : callable or None
         Called while the layer is fitted on all new rows.
     """
-    rows = WeightedEmbeddings.from_embeddings(step.new)
+    rows, old_rows = WeightedEmbeddings.from_dataset(step.new), make_old_rows(step)
     layer = equalize_margins(step, fit(rows, on_epoch), rows)
-    old_rows = make_old_rows(step)
     scores = np.zeros((len(rows.y), step.k))
     old_scores = np.zeros((0 if old_rows is None else len(old_rows.y), step.k))
     folds = make_fold_masks(len(rows.y))
@@ -53,10 +51,8 @@ def fit_with_bias_correction(
         if old_rows is not None:
             old_scores += fold_layer.compute_scores(step.compute_features(old_rows.X)) / len(folds)
     old_weights = np.zeros(0) if old_rows is None else old_rows.offset_weights
-    return with_last_layer(
-        step,
-        shift_new_classes(layer, step.k_old, fit_bias_correction(step.k_old, old_scores, old_weights, scores, rows.y)),
-    )
+    offset = fit_bias_correction(step.k_old, old_scores, old_weights, scores, rows.y)
+    return with_last_layer(step, shift_new_classes(layer, step.k_old, offset))
 
 
 def equalize_margins(step: IncrementalStep, layer: LastLayer, rows: WeightedEmbeddings) -> LastLayer:
@@ -68,9 +64,8 @@ def equalize_margins(step: IncrementalStep, layer: LastLayer, rows: WeightedEmbe
     Z = step.compute_features(rows.X[rows.y >= step.k_old])
     if not len(Z):
         return layer
-    scores = layer.compute_scores(Z)
-    margin = logsumexp(scores[:, step.k_old :], axis=1) - logsumexp(scores[:, : step.k_old], axis=1)
-    return shift_new_classes(layer, step.k_old, -float(margin.mean()))
+    margins = compute_margins(layer.compute_scores(Z), step.k_old)
+    return shift_new_classes(layer, step.k_old, -float(margins.mean()))
 
 
 def make_fold_masks(n: int) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
@@ -97,32 +92,31 @@ def fit_bias_correction(
     y : ndarray of shape (n,)
         Class codes of ``new_scores``.
     """
-    margin = logsumexp(new_scores[:, k_old:], axis=1) - logsumexp(new_scores[:, :k_old], axis=1)
-    is_new = y >= k_old
+    new_margins, is_new = compute_margins(new_scores, k_old), y >= k_old
     if not is_new.any():
         return 0.0
     if not len(old_scores) and is_new.all():
-        return -float(np.quantile(margin, 1 - NEW_CLASS_SHARE))
-    old_margin = logsumexp(old_scores[:, k_old:], axis=1) - logsumexp(old_scores[:, :k_old], axis=1)
-    margins, sign = (
-        np.concatenate([old_margin, margin]),
-        np.concatenate([np.ones(len(old_margin)), np.where(is_new, -1.0, 1.0)]),
-    )
-    weights, scale = np.concatenate([old_weights, np.ones(len(margin))]), max(float(margins.std()), 1e-12)
+        return -float(np.quantile(new_margins, 1 - NEW_CLASS_SHARE))
+    margins = np.concatenate([compute_margins(old_scores, k_old), new_margins])
+    sign = np.concatenate([np.ones(len(old_scores)), np.where(is_new, -1.0, 1.0)])
+    weights, scale = np.concatenate([old_weights, np.ones(len(y))]), max(float(margins.std()), 1e-12)
 
     def loss(slope_and_offset: Array) -> tuple[float, Array]:
         """Logistic loss of old against new rows; the slope is free, since scores fitted on few rows are too large."""
         slope, offset = slope_and_offset
         error_logits = sign * (slope * margins / scale + offset)
-        residuals = weights * sign * expit(error_logits)
-        value = weights @ np.logaddexp(0, error_logits) + 0.5 * SLOPE_RIDGE * weights.sum() * slope**2
-        return float(value), np.array(
-            [residuals @ margins / scale + SLOPE_RIDGE * weights.sum() * slope, residuals.sum()]
-        )
+        residuals, ridge = weights * sign * expit(error_logits), SLOPE_RIDGE * weights.sum()
+        value = weights @ np.logaddexp(0, error_logits) + 0.5 * ridge * slope**2
+        return float(value), np.array([residuals @ margins / scale + ridge * slope, residuals.sum()])
 
     bounds = [(MIN_SLOPE, None), (None, None)]
     slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=bounds).x
     return float(scale * offset / slope)
+
+
+def compute_margins(scores: Array, k_old: int) -> Array:
+    """Log odds of new classes against old ones, shape (m,)."""
+    return np.asarray(logsumexp(scores[:, k_old:], axis=1) - logsumexp(scores[:, :k_old], axis=1))
 
 
 def shift_new_classes(layer: LastLayer, k_old: int, offset: float) -> LastLayer:

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.incremental.dataset import LabeledEmbeddings
+from featpipe.incremental.last_layer_loss import Array
 from featpipe.incremental.problem import IncrementalStep
-from featpipe.model import select_exemplars
-
-Array = NDArray[np.float64]
+from featpipe.training import EmbeddingDataset
 
 MAX_PSEUDO_ROWS_PER_CLASS = 100  # sampled rows of each old class
 
@@ -36,9 +34,9 @@ class WeightedEmbeddings:
     offset_weights: Array
 
     @classmethod
-    def from_embeddings(cls, embeddings: LabeledEmbeddings) -> WeightedEmbeddings:
-        ones = np.ones(len(embeddings))
-        return cls(embeddings.X, embeddings.y, ones, ones)
+    def from_dataset(cls, dataset: EmbeddingDataset) -> WeightedEmbeddings:
+        ones = np.ones(len(dataset))
+        return cls(dataset.features, dataset.y, ones, ones)
 
     def take(self, mask: NDArray[np.bool_]) -> WeightedEmbeddings:
         return WeightedEmbeddings(self.X[mask], self.y[mask], self.weights[mask], self.offset_weights[mask])
@@ -54,39 +52,27 @@ def select_weighted_exemplars(step: IncrementalStep) -> WeightedEmbeddings:
 
     Where statistics are stored too, exemplars represent themselves alone, and sampled rows represent the rest.
     """
-    replay_memory, n = step.replay_memory, step.settings.memory
-    if replay_memory is not None and len(replay_memory.rows):
-        replay_memory = replay_memory.truncate(n)
-        weights = replay_memory.exemplar_weights()
-        exemplars = WeightedEmbeddings(
-            np.asarray(replay_memory.rows, np.float32), replay_memory.codes, weights, weights
-        )
-        pseudo_exemplars = sample_from_statistics(
-            step, replay_memory.counts - np.bincount(replay_memory.codes, minlength=len(replay_memory.counts))
-        )
-        if pseudo_exemplars is None:
+    memory, n = step.replay_memory, step.settings.memory
+    if memory is not None and len(memory.rows):
+        memory = memory.truncate(n)
+        weights, counts = memory.exemplar_weights(), np.bincount(memory.codes, minlength=len(memory.counts))
+        exemplars = WeightedEmbeddings(np.asarray(memory.rows, np.float32), memory.codes, weights, weights)
+        sampled_rows = sample_from_statistics(step, memory.counts - counts)
+        if sampled_rows is None:
             return exemplars
-        return replace(exemplars, weights=np.ones(len(weights))) + replace(
-            pseudo_exemplars, offset_weights=np.zeros(len(pseudo_exemplars.y))
-        )
-    old = step.old
-    indices = select_exemplars(step.settings.selection, step.compute_features(old.X), old.y, n)
-    counts = np.bincount(old.y, minlength=step.k)
-    chosen_counts = np.bincount(old.y[indices], minlength=step.k)
-    weights = (counts / np.maximum(chosen_counts, 1))[old.y[indices]]
-    return WeightedEmbeddings(old.X[indices], old.y[indices], weights, weights)
+        exemplars = replace(exemplars, weights=np.ones(len(weights)))
+        return exemplars + replace(sampled_rows, offset_weights=np.zeros(len(sampled_rows.y)))
+    exemplars = WeightedEmbeddings.from_dataset(step.old.take(step.select_old_exemplars()))
+    represented = np.bincount(step.old.y, minlength=step.k) / np.maximum(np.bincount(exemplars.y, minlength=step.k), 1)
+    return replace(exemplars, weights=represented[exemplars.y], offset_weights=represented[exemplars.y])
 
 
 def make_old_rows(step: IncrementalStep) -> WeightedEmbeddings | None:
     """Rows in place of the old ones: stored exemplars, else rows sampled from statistics; None if nothing is stored."""
-    replay_memory = step.replay_memory
-    if replay_memory is None:
+    memory = step.replay_memory
+    if memory is None:
         return None
-    return (
-        select_weighted_exemplars(step)
-        if len(replay_memory.rows)
-        else sample_from_statistics(step, replay_memory.counts)
-    )
+    return select_weighted_exemplars(step) if len(memory.rows) else sample_from_statistics(step, memory.counts)
 
 
 def sample_from_statistics(step: IncrementalStep, counts: NDArray[np.int64]) -> WeightedEmbeddings | None:

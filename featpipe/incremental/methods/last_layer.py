@@ -1,4 +1,4 @@
-"""A last layer with more classes, and the penalty that holds its old rows."""
+"""Heads with a last layer for more, or for other, classes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from featpipe.heads import LastLayer, get_base_head, make_expanded_head, replace_last_layer
-from featpipe.incremental.last_layer_loss import QuadraticPenalty
+from featpipe.incremental.last_layer_loss import Array
 from featpipe.incremental.problem import IncrementalStep
-
-Array = NDArray[np.float64]
 
 
 def init_layer(layer: LastLayer, Z: Array, y: NDArray[np.integer[Any]], k: int) -> LastLayer:
@@ -38,17 +36,21 @@ def init_layer(layer: LastLayer, Z: Array, y: NDArray[np.integer[Any]], k: int) 
 
 
 def init_fold_layer(step: IncrementalStep, Z: Array, y: NDArray[np.integer[Any]]) -> LastLayer:
-    """`init_layer` for the rows of a fold; from all new rows if a new class has none in the fold."""
-    assert step.layer is not None
+    """`init_layer` for the rows of a fold, or for all new rows if a new class has none in it.
+
+    A head without a last layer counts as one of zeros.
+    """
+    layer = step.layer or LastLayer(np.zeros((step.k_old, Z.shape[1])), np.zeros(step.k_old))
     if np.isin(np.arange(step.k_old, step.k), y).all():
-        return init_layer(step.layer, Z, y, step.k)
-    return init_layer(step.layer, step.compute_features(step.new.X), step.new.y, step.k)
+        return init_layer(layer, Z, y, step.k)
+    return init_layer(layer, step.compute_features(step.new.features), step.new.y, step.k)
 
 
 def make_initial_head(step: IncrementalStep) -> Pipeline:
     """The head extended by the new classes, before any training."""
     assert step.layer is not None
-    return with_last_layer(step, init_layer(step.layer, step.compute_features(step.new.X), step.new.y, step.k))
+    Z, y = step.compute_features(step.new.features), step.new.y
+    return with_last_layer(step, init_layer(step.layer, Z, y, step.k))
 
 
 def make_old_head(step: IncrementalStep) -> Pipeline:
@@ -64,49 +66,18 @@ def make_regrouped_head(step: IncrementalStep) -> Pipeline:
         return step.pipeline
     if step.layer is not None and len(np.unique(new_codes[new_codes >= 0])) == (new_codes >= 0).sum():
         return with_last_layer(step, step.layer)
-    width = (step.layer or LastLayer(np.zeros((0, head.n_features_in_)), np.zeros(0))).W.shape[1]
-    empty_layer = LastLayer(np.zeros((0, width)), np.zeros(0))
-    return Pipeline(
-        [
-            ("scale", step.pipeline[0]),
-            ("head", make_expanded_head(head, new_codes, empty_layer, int(head.n_features_in_))),
-        ]
-    )
+    width = int(head.n_features_in_) if step.layer is None else step.layer.W.shape[1]
+    return make_expanded_pipeline(step, LastLayer(np.zeros((0, width)), np.zeros(0)))
+
+
+def make_expanded_pipeline(step: IncrementalStep, new_layer: LastLayer) -> Pipeline:
+    """The old head as it is, with a layer for the new classes beside it."""
+    head = step.pipeline[-1]
+    expanded_head = make_expanded_head(head, step.class_mapping.new_codes, new_layer, int(head.n_features_in_))
+    return Pipeline([("scale", step.pipeline[0]), ("head", expanded_head)])
 
 
 def with_last_layer(step: IncrementalStep, layer: LastLayer) -> Pipeline:
     """The step's pipeline with another last layer."""
     head = replace_last_layer(get_base_head(step.pipeline[-1]), layer)
     return Pipeline([("scale", step.pipeline[0]), ("head", head)])
-
-
-def make_quadratic_penalty(
-    step: IncrementalStep, importances: NDArray[np.floating] | float = 0.0
-) -> tuple[Array, QuadraticPenalty]:
-    """The head's L2 penalty, which pulls new weights to zero and old ones to their old values.
-
-    Pulled to zero, old weights would be forgotten by the penalty alone, the sooner the fewer new rows there are.
-
-    Parameters
-    ----------
-    step : IncrementalStep
-    importances : float or ndarray of shape (k_old, p + 1)
-        Added to the strength of the pull on old weights.
-
-    Returns
-    -------
-    ridge : ndarray of shape (k, 1)
-    penalty : QuadraticPenalty
-    """
-    assert step.layer is not None
-    theta = stack_weights(step.layer)
-    penalty_weights = np.zeros((step.k, theta.shape[1]))
-    penalty_weights[: step.k_old, :-1] = step.ridge
-    penalty_weights[: step.k_old] += importances
-    ridge = np.where(np.arange(step.k) < step.k_old, 0.0, step.ridge)[:, None]
-    return ridge, QuadraticPenalty(theta, penalty_weights)
-
-
-def stack_weights(layer: LastLayer) -> Array:
-    """Weights and, last, intercepts: shape (k, p + 1)."""
-    return np.column_stack([layer.W, layer.b])

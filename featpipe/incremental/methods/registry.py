@@ -1,29 +1,27 @@
-"""The methods by name."""
+"""The methods by name: how each fits a head, and what it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from sklearn.pipeline import Pipeline
 
-from featpipe.incremental.methods.closed_form import fit_closed_form
-from featpipe.incremental.methods.distill import fit_distill
-from featpipe.incremental.methods.ewc import fit_ewc
-from featpipe.incremental.methods.frozen_old import fit_frozen_old
-from featpipe.incremental.methods.joint import fit_joint
-from featpipe.incremental.methods.naive import fit_naive
-from featpipe.incremental.methods.replay import fit_replay
-from featpipe.incremental.methods.requirements import (
-    Requirement,
-    first_missing,
-    missing_last_layer,
-    missing_memory,
-    missing_new_class,
-    missing_new_rows,
-    missing_old_images,
+from featpipe.heads import (
+    compute_statistics,
+    find_statistics_kind,
+    fit_from_statistics,
+    get_base_head,
+    make_closed_form_head,
 )
-from featpipe.incremental.problem import EpochCallback, IncrementalStep
+from featpipe.incremental.last_layer_loss import EpochCallback
+from featpipe.incremental.methods.frozen_old import fit_frozen_old
+from featpipe.incremental.methods.regularized import fit_distill, fit_ewc, fit_naive
+from featpipe.incremental.methods.replay import fit_replay
+from featpipe.incremental.problem import IncrementalStep
+
+Requirement = Callable[[IncrementalStep], str | None]  # the reason why a method is unavailable, None if it is available
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,75 @@ class ExpansionMethod:
     fit: Callable[[IncrementalStep, EpochCallback | None], Pipeline]
     missing_requirement: Requirement
     memory_part: str = ""
+
+
+def fit_joint(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
+    """As `featpipe.train` does, with the head's settings, on old and new rows together."""
+    rows = step.old + step.new
+    return step.make_unfitted().fit(rows.X, rows.y)
+
+
+def fit_closed_form(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipeline:
+    """Equal to training on all rows at once. A head without a closed form is replaced, see `make_closed_form_head`."""
+    pipeline, memory = step.make_unfitted(), step.replay_memory
+    if memory is not None and memory.statistics is not None:
+        statistics = memory.statistics
+    else:
+        kind = find_statistics_kind(pipeline)[0]
+        statistics = compute_statistics(kind, step.old.features, step.old.y, step.k)
+    if len(step.new):
+        shift = statistics.shift
+        statistics = statistics + compute_statistics(statistics.kind, step.new.features, step.new.y, step.k, shift)
+    return fit_from_statistics(make_closed_form_head(pipeline, statistics.kind), statistics)
+
+
+def missing_last_layer(step: IncrementalStep) -> str | None:
+    """For methods that train a last layer."""
+    if step.layer is None:
+        kind = type(get_base_head(step.pipeline[-1])).__name__
+        return f"is for heads that end in a softmax layer (logistic, linear, mlp, keras), and this one is a {kind}"
+    return missing_new_rows(step)
+
+
+def missing_new_rows(step: IncrementalStep) -> str | None:
+    """For methods that train on new images."""
+    return None if len(step.new) else "learns from new images, and there are none"
+
+
+def missing_new_class(step: IncrementalStep) -> str | None:
+    """For methods that train new classes only."""
+    return None if step.class_mapping.new_classes else "trains new classes alone, and there are none"
+
+
+def missing_old_images(step: IncrementalStep) -> str | None:
+    """For methods that train on old images: some of each class."""
+    missing = np.setdiff1d(np.arange(step.k_old), step.old.y)
+    if not len(missing):
+        return None
+    names = ", ".join(repr(step.class_mapping.classes[code]) for code in missing[:3])
+    return f"needs the images that the model was trained on, and there are none of {names}; give the old cache too"
+
+
+def missing_memory(part: str, keep_option: str) -> Requirement:
+    """For methods that use a part of the model's retained data, or old images instead."""
+
+    def find_missing(step: IncrementalStep) -> str | None:
+        value = getattr(step.replay_memory, part, None)
+        if value is not None and (part != "rows" or len(value)):
+            return None
+        if missing_old_images(step) is None and (step.has_all_old_rows or part == "rows"):
+            return None
+        return (
+            f"needs {part} of the old classes, and the model keeps none: train it with --keep {keep_option}, "
+            "or give the cache that it was trained on too"
+        )
+
+    return find_missing
+
+
+def first_missing(*checks: Requirement) -> Requirement:
+    """The first reason of several requirements."""
+    return lambda step: next((reason for check in checks if (reason := check(step))), None)
 
 
 METHODS: dict[str, ExpansionMethod] = {

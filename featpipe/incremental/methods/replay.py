@@ -12,12 +12,17 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
 
 from featpipe.heads import LastLayer, MLPClassifier, get_base_head, replace_last_layer
-from featpipe.incremental.last_layer_loss import DistillationTerm, LastLayerObjective, QuadraticPenalty, fit_last_layer
+from featpipe.incremental.last_layer_loss import (
+    Array,
+    DistillationTerm,
+    EpochCallback,
+    LastLayerObjective,
+    QuadraticPenalty,
+    fit_last_layer,
+)
 from featpipe.incremental.methods.exemplars import WeightedEmbeddings, select_weighted_exemplars
-from featpipe.incremental.methods.last_layer import init_layer, stack_weights
-from featpipe.incremental.problem import EpochCallback, IncrementalStep
-
-Array = NDArray[np.float64]
+from featpipe.incremental.methods.last_layer import init_layer
+from featpipe.incremental.problem import IncrementalStep
 
 REPLAY_DISTILL_STRENGTH = 1.0  # weight of the old head's answers
 
@@ -31,41 +36,31 @@ def fit_replay(step: IncrementalStep, on_epoch: EpochCallback | None) -> Pipelin
     exemplars = select_weighted_exemplars(step)
     if step.layer is None:
         return _refit_head(step, exemplars)
-    rows = exemplars + WeightedEmbeddings.from_embeddings(step.new)
+    rows = exemplars + WeightedEmbeddings.from_dataset(step.new)
     old_scaler, new_scaler = step.pipeline[0], _refit_scaler(step, rows)
-    layer = step.layer if new_scaler is old_scaler else rescale_layer(step.layer, old_scaler, new_scaler)
-    Z = (
-        step.compute_features(rows.X)
-        if new_scaler is old_scaler
-        else np.asarray(new_scaler.transform(rows.X), np.float64)
-    )
+    layer, Z = step.layer, step.compute_features(rows.X)
+    if new_scaler is not old_scaler:
+        layer, Z = rescale_layer(layer, old_scaler, new_scaler), np.asarray(new_scaler.transform(rows.X), np.float64)
 
     def report_epoch(current_layer: LastLayer, loss: float) -> None:
         if on_epoch is not None:
-            on_epoch(
-                current_layer if new_scaler is old_scaler else rescale_layer(current_layer, new_scaler, old_scaler),
-                loss,
-            )
+            is_rescaled = new_scaler is not old_scaler
+            on_epoch(rescale_layer(current_layer, new_scaler, old_scaler) if is_rescaled else current_layer, loss)
 
-    theta = stack_weights(layer)
-    penalty_weights = np.zeros((step.k, theta.shape[1]))
-    penalty_weights[: step.k_old, :-1] = step.ridge
     weights, offsets = compute_weights_and_offsets(rows.y, rows.weights, step.k)
+    old_scores = step.compute_old_scores(rows.X)
     objective = LastLayerObjective(
         Z,
         rows.y,
         weights,
         step.ridge,
         offsets=offsets,
-        distillation=DistillationTerm(
-            step.compute_old_scores(rows.X), step.settings.temperature, REPLAY_DISTILL_STRENGTH
-        ),
-        quadratic_penalty=QuadraticPenalty(theta, penalty_weights),
+        distillation=DistillationTerm(old_scores, step.settings.temperature, REPLAY_DISTILL_STRENGTH),
+        quadratic_penalty=QuadraticPenalty.from_layer(layer, step.k, step.ridge),
     )
     trained_layer = fit_last_layer(objective, init_layer(layer, Z, rows.y, step.k), step.settings.epochs, report_epoch)
-    return Pipeline(
-        [("scale", new_scaler), ("head", replace_last_layer(get_base_head(step.pipeline[-1]), trained_layer))]
-    )
+    head = replace_last_layer(get_base_head(step.pipeline[-1]), trained_layer)
+    return Pipeline([("scale", new_scaler), ("head", head)])
 
 
 def compute_weights_and_offsets(y: NDArray[np.integer[Any]], represented_counts: Array, k: int) -> tuple[Array, Array]:
@@ -115,7 +110,7 @@ def _refit_head(step: IncrementalStep, exemplars: WeightedEmbeddings) -> Pipelin
     If the head takes no sample weights, sampled rows bring old classes nearer to their true frequencies: without them
     an LDA lost seven more points of accuracy on emoji (tests/benchmarks/expansion.py).
     """
-    pipeline, rows = step.make_unfitted(), exemplars + WeightedEmbeddings.from_embeddings(step.new)
+    pipeline, rows = step.make_unfitted(), exemplars + WeightedEmbeddings.from_dataset(step.new)
     if has_fit_parameter(pipeline[-1], "sample_weight"):
         return pipeline.fit(rows.X, rows.y, head__sample_weight=rows.weights)
     return pipeline.fit(rows.X, rows.y)
