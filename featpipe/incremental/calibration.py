@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from featpipe.incremental.last_layer_loss import Array
 from featpipe.incremental.methods import METHODS
 from featpipe.incremental.problem import IncrementalStep
 from featpipe.incremental.select_method import SelectedMethod
-from featpipe.metrics import Calibration, compute_logits, fit_temperature
+from featpipe.metrics import Calibration, compute_logits, cross_calibrate, fit_temperature
 from featpipe.model import ConformalPredictor, Model, NoveltyScorer, Uncertainty
 from featpipe.training import EmbeddingDataset, fit_novelty, update_novelty
 
@@ -104,20 +103,19 @@ class HeldOutScores:
     @cached_property
     def temperature(self) -> float | None:
         """The temperature with the lowest log loss; None for too few rows."""
-        return self._fit_temperature(range(len(self.labels))) if len(self) >= MIN_CALIBRATION_ROWS else None
-
-    def _fit_temperature(self, parts: Sequence[int]) -> float:
-        logits, labels = (np.concatenate([arrays[i] for i in parts]) for arrays in (self.logits, self.labels))
-        return fit_temperature(logits, labels)
+        if len(self) < MIN_CALIBRATION_ROWS:
+            return None
+        return fit_temperature(np.concatenate(self.logits), np.concatenate(self.labels))
 
     def make_conformal(self, k: int, *, calibrate: bool) -> ConformalPredictor | None:
         """The predictor of sets of k classes, each part calibrated on the others; None if a class has no row."""
-        labels, parts = np.concatenate(self.labels), range(len(self.labels))
-        if len(np.unique(labels)) < k or len(parts) < 2:
+        labels = np.concatenate(self.labels)
+        if len(np.unique(labels)) < k or len(self.labels) < 2:
             return None
-        others = [[j for j in parts if j != i] for i in parts]
-        calibrations = [Calibration(self._fit_temperature(other) if calibrate else 1.0) for other in others]
-        probabilities = [c.compute_probabilities(logits) for c, logits in zip(calibrations, self.logits, strict=True)]
+        if calibrate:
+            probabilities = cross_calibrate(self.logits, self.labels)
+        else:
+            probabilities = [Calibration().compute_probabilities(logits) for logits in self.logits]
         return ConformalPredictor.from_predictions(np.concatenate(probabilities), labels)
 
 

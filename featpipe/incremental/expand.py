@@ -122,20 +122,14 @@ def expand(
     model = model if isinstance(model, Model) else load_model(model)
     _check_task_and_method(model, method)
     params, trains_network = dict(params or {}), str(unfreeze).strip() != "head"
-    request_settings: list[Any] = [
-        method,
-        memory,
-        budget,
-        tuple(drop),
-        _flatten_merge(merge),
-        keep,
-        _select_request_params(params),
-    ]
+    merges = sorted((name, tuple(sources)) for name, sources in (merge or {}).items())
+    training_params = sorted((name, value) for name, value in params.items() if name not in NON_TRAINING_SETTINGS)
+    request_settings: list[Any] = [method, memory, budget, tuple(drop), merges, keep, training_params]
     deep_config = None
     if trains_network:
         if as_list(calibration):
             raise ConfigError("--calibration is not supported with --unfreeze; leave one of them out")
-        request_settings += [str(unfreeze)]
+        request_settings.append(str(unfreeze))
         deep_config, params = DeepTrainingConfig.from_params(
             method, params, unfreeze, (data, test), labels=labels, cache_folder=cache, resume=resume
         )
@@ -151,15 +145,12 @@ def expand(
         [*train_caches, *test_caches, *calibration_caches],
         (len(train_caches), len(test_caches), tuple(request_settings)),
     )
-    if (finished := _load_finished(model, request, out)) is not None:
-        logger.info(f"{out}: up to date, nothing to do")
-        return finished
     class_mapping = ClassMapping.from_labels(model.classes, find_labels(train_caches), drop, merge)
     if out is None and place is not None and model.path is not None:
         out = place(model.path, len(class_mapping.classes))
-        if (finished := _load_finished(model, request, out)) is not None:
-            logger.info(f"{out}: up to date, nothing to do")
-            return finished
+    if (finished := _load_finished(model, request, out)) is not None:
+        logger.info(f"{out}: up to date, nothing to do")
+        return finished
     expansion_data = load_expansion_data(
         model, class_mapping, train_caches, test_caches, calibration_caches, reject_renamed=method != "joint"
     )
@@ -167,24 +158,7 @@ def expand(
         model, class_mapping, expansion_data, settings, memory is not None, budget, policy, progress
     )
     context.validate()
-    return _fit_and_save(context, method, deep_config, [cache.path.name for cache in train_caches], request, out)
-
-
-def _check_task_and_method(model: Model, method: str | None) -> None:
-    if model.task != "classification":
-        raise ConfigError(f"expand is for classification, and this model does {model.task}; train a new model")
-    if method is not None and method not in METHODS and method != "all":
-        raise unknown_name_error("method", method, [*METHODS, "all"])
-
-
-def _fit_and_save(
-    context: ExpansionContext,
-    method: str | None,
-    deep_config: DeepTrainingConfig | None,
-    cache_names: list[str],
-    request: str,
-    out: str | os.PathLike[str] | None,
-) -> Expansion:
+    cache_names = [cache.path.name for cache in train_caches]
     if deep_config is not None:
         expansion = expand_network(context, method, replace(deep_config, out=out), cache_names, request)
     else:
@@ -196,12 +170,11 @@ def _fit_and_save(
     return expansion
 
 
-def _select_request_params(params: Mapping[str, object]) -> list[tuple[str, object]]:
-    return sorted((name, value) for name, value in params.items() if name not in NON_TRAINING_SETTINGS)
-
-
-def _flatten_merge(merge: Mapping[str, Sequence[str]] | None) -> list[tuple[str, tuple[str, ...]]]:
-    return sorted((name, tuple(sources)) for name, sources in (merge or {}).items())
+def _check_task_and_method(model: Model, method: str | None) -> None:
+    if model.task != "classification":
+        raise ConfigError(f"expand is for classification, and this model does {model.task}; train a new model")
+    if method is not None and method not in METHODS and method != "all":
+        raise unknown_name_error("method", method, [*METHODS, "all"])
 
 
 def _load_finished(model: Model, request: str, out: str | os.PathLike[str] | None) -> Expansion | None:

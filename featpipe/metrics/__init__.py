@@ -10,6 +10,7 @@ from featpipe.metrics.calibration import (
     compute_logits,
     compute_prior_offsets,
     compute_sigmoid_loss,
+    cross_calibrate,
     fit_temperature,
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
@@ -36,6 +37,7 @@ __all__ = [
     "compute_logits",
     "compute_prior_offsets",
     "compute_sigmoid_loss",
+    "cross_calibrate",
     "fit_temperature",
     "format_protocol",
     "format_score",

@@ -93,6 +93,27 @@ def compute_sigmoid_loss(logits: Array, y: NDArray[Any]) -> float:
     return float(np.mean(np.logaddexp(0, logits) - y * logits))
 
 
+def cross_calibrate(
+    logits: Sequence[NDArray[np.float64]], targets: Sequence[NDArray[Any]], *, multilabel: bool = False
+) -> list[NDArray[np.float64]]:
+    """Probabilities of each part of some held-out rows, with the temperature of the other parts.
+
+    Parameters
+    ----------
+    logits : sequence of ndarray of shape (m, k)
+    targets : sequence of ndarray of shape (m,) or (m, k)
+    multilabel : bool
+    """
+    probabilities = []
+    for i in range(len(logits)):
+        other_logits, other_targets = (
+            np.concatenate([part for j, part in enumerate(parts) if j != i]) for parts in (logits, targets)
+        )
+        calibration = Calibration(fit_temperature(other_logits, other_targets))
+        probabilities.append(calibration.compute_probabilities(logits[i], multilabel))
+    return probabilities
+
+
 def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
     """The temperature that minimises the log loss.
 

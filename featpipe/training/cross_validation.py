@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.errors import ConfigError
-from featpipe.metrics import METRICS, Calibration, Scores, calibration_error, fit_temperature, score
+from featpipe.metrics import METRICS, Calibration, Scores, calibration_error, cross_calibrate, fit_temperature, score
 from featpipe.model import ConformalPredictor
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.training.dataset import EmbeddingDataset
@@ -155,27 +155,12 @@ def _calibrate_folds(
 ) -> tuple[list[NDArray[np.float64]], Calibration, tuple[float, float]]:
     """The answers of each fold, calibrated on the others; the calibration by all; and the errors."""
     logits = [fold.fitted.compute_logits(fold.X) for fold in folds]
-    targets = [y[fold.held_out] for fold in folds]
-    multilabel = config.task == "multilabel"
-
-    def fit_calibration(chosen_folds: Sequence[int]) -> Calibration:
-        return Calibration(
-            fit_temperature(
-                np.concatenate([logits[i] for i in chosen_folds]), np.concatenate([targets[i] for i in chosen_folds])
-            )
-        )
-
-    fold_numbers = list(range(len(folds)))
-    probabilities = [
-        fit_calibration([j for j in fold_numbers if j != i]).compute_probabilities(logits[i], multilabel)
-        for i in fold_numbers
-    ]
-    all_targets = np.concatenate(targets)
-    error_before = calibration_error(
-        Calibration().compute_probabilities(np.concatenate(logits), multilabel), all_targets
-    )
+    targets, multilabel = [y[fold.held_out] for fold in folds], config.task == "multilabel"
+    probabilities = cross_calibrate(logits, targets, multilabel=multilabel)
+    all_logits, all_targets = np.concatenate(logits), np.concatenate(targets)
+    error_before = calibration_error(Calibration().compute_probabilities(all_logits, multilabel), all_targets)
     error_after = calibration_error(np.concatenate(probabilities), all_targets)
-    return probabilities, fit_calibration(fold_numbers), (error_before, error_after)
+    return probabilities, Calibration(fit_temperature(all_logits, all_targets)), (error_before, error_after)
 
 
 def fit_calibration_on_folds(config: HeadConfig, dataset: EmbeddingDataset, progress: ProgressCallback) -> Calibration:

@@ -48,10 +48,10 @@ def test_the_path_is_printed_and_the_table_and_a_second_time_there_is_no_work(ho
         assert word in done.stderr
     assert "50 given test images" in done.stderr
     written = path.stat().st_mtime_ns
-    again = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
-    assert again.stdout == done.stdout
-    assert "up to date, nothing to do" in again.stderr
-    assert "naive" in again.stderr  # the table is shown again
+    repeated = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
+    assert repeated.stdout == done.stdout
+    assert "up to date, nothing to do" in repeated.stderr
+    assert "naive" in repeated.stderr  # the table is shown again
     assert path.stat().st_mtime_ns == written
     run("expand", home["model"], home["new"], "--test", home["test"], "--method", "distill")
     assert path.stat().st_mtime_ns > written
@@ -62,13 +62,13 @@ def test_the_report_of_an_expanded_model_shows_both_sides_by_epoch_and_every_met
     done = run(
         "expand", home["model"], home["new"], "--test", home["test"], "--method", "replay", "--out", path, "--json"
     )
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     run("evaluate", path, home["test"], "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "dog, eel; method replay" in page
     for words in ("Accuracy of old classes", "Loss on new classes", "Method naive", "forgetting"):
         assert words in page
-    old = found["outcomes"][0]["old"]["value"]
+    old = result["outcomes"][0]["old"]["value"]
     assert f"old classes {old:.3f}" in page
 
 
@@ -84,14 +84,14 @@ def test_in_place_it_is_done_once_too(home, tmp_path):
 
 
 def test_json_says_what_was_found(home, tmp_path):
-    found = json.loads(
+    result = json.loads(
         run("expand", home["model"], home["new"], "--method", "all", "--out", tmp_path / "m.model", "--json").stdout
     )
-    assert found["model"] == str(tmp_path / "m.model")
-    assert found["classes"] == ["ant", "bee", "cow", "dog", "eel"]
-    assert found["recommended"] == found["method"]
-    assert "joint" in found["unavailable"]
-    outcome = found["outcomes"][0]
+    assert result["model"] == str(tmp_path / "m.model")
+    assert result["classes"] == ["ant", "bee", "cow", "dog", "eel"]
+    assert result["recommended"] == result["method"]
+    assert "joint" in result["unavailable"]
+    outcome = result["outcomes"][0]
     assert outcome["new"]["low"] <= outcome["new"]["value"] <= outcome["new"]["high"]
     assert outcome["old"] is None
 

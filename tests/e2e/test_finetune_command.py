@@ -54,9 +54,11 @@ def run(home, *arguments, **how) -> subprocess.CompletedProcess[str]:
 
 
 def same(a: featpipe.Model, b: featpipe.Model, tolerance: float) -> None:
-    one, two = (model.backbone.network.state_dict() for model in (a, b))
-    for name in one:
-        np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), atol=tolerance, rtol=tolerance, err_msg=name)
+    first, second = (model.backbone.network.state_dict() for model in (a, b))
+    for name in first:
+        np.testing.assert_allclose(
+            first[name].numpy(), second[name].numpy(), atol=tolerance, rtol=tolerance, err_msg=name
+        )
     np.testing.assert_allclose(a.head[-1].coefs_[0], b.head[-1].coefs_[0], atol=tolerance, rtol=tolerance)
 
 
@@ -77,9 +79,9 @@ def test_typed_again_it_does_no_work(home, tuned):
     before = (home / "photos.tuned.model").stat().st_mtime_ns
     done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--json")
     assert (home / "photos.tuned.model").stat().st_mtime_ns == before
-    found = json.loads(done.stdout)
-    assert found["model"] == "photos.tuned.model"
-    assert len(found["curve"]) == 3
+    result = json.loads(done.stdout)
+    assert result["model"] == "photos.tuned.model"
+    assert len(result["curve"]) == 3
 
 
 def test_interrupted_the_same_command_ends_with_the_same_weights(home, tuned):
@@ -103,7 +105,7 @@ def test_two_processes_give_what_one_does(home, tuned):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--out", "two.model", launcher=launcher)
     assert done.stdout == "two.model\n"
-    two, one = featpipe.load_model(home / "two.model"), tuned[1]
-    same(two, one, 1e-3)
-    curves = [model.history["curves"]["loss_curve"] for model in (two, one)]
+    distributed, single = featpipe.load_model(home / "two.model"), tuned[1]
+    same(distributed, single, 1e-3)
+    curves = [model.history["curves"]["loss_curve"] for model in (distributed, single)]
     np.testing.assert_allclose(*curves, rtol=1e-3)

@@ -70,29 +70,29 @@ def test_the_best_of_several_heads_is_saved_and_a_table_compares_them(cache):
 
 
 def test_all_heads_are_compared_and_the_json_says_what_was_found(cache):
-    found = trained(cache, "--head", "all", "--cv", "2", "--metric", "macro_f1")["scores"]["comparison"]
-    assert {row["head"] for row in found} == {
+    result = trained(cache, "--head", "all", "--cv", "2", "--metric", "macro_f1")["scores"]["comparison"]
+    assert {row["head"] for row in result} == {
         "logistic", "mlp", "linear", "svm", "ridge", "lda", "knn", "centroid", "keras",
     }  # fmt: skip
-    assert all(row["metric"] == "macro_f1" and row["seconds_to_fit"] > 0 and row["bytes"] > 0 for row in found)
+    assert all(row["metric"] == "macro_f1" and row["seconds_to_fit"] > 0 and row["bytes"] > 0 for row in result)
 
 
 def test_a_grid_is_tried_and_what_was_chosen_is_said(cache):
     done = run("train", cache, "--head", "knn", "--grid", "n_neighbors=1,7", "--metric", "macro_f1", "--cv", "3")
     assert "knn: n_neighbors=" in done.stderr
     assert "by macro_f1, best of 2 on 5 inner folds of 90 rows" in done.stderr
-    found = trained(cache, "--head", "ridge", "--tune", "--cv", "0")["history"]["chosen"]
-    assert {one["settings"]["alpha"] for one in found["tried"]} == {1.0, 10.0, 100.0, 1e3, 1e4}
+    result = trained(cache, "--head", "ridge", "--tune", "--cv", "0")["history"]["chosen"]
+    assert {record["settings"]["alpha"] for record in result["tried"]} == {1.0, 10.0, 100.0, 1e3, 1e4}
 
 
 def test_patients_are_kept_together_and_time_goes_forward(cache):
     table = cache.with_name("visits.csv")
-    found = trained(cache, "--cv", "3", "--no-tune", "--head", "lda", "--groups", f"{table}:patient")
-    assert found["scores"]["cross_validation"]["how"]["groups"] == 9
-    found = trained(cache, "--cv", "3", "--no-tune", "--head", "knn", "--time", f"{table}:date")
-    assert found["scores"]["cross_validation"]["n"] < N
-    found = trained(cache, "--no-tune", "--head", "knn", "--time", f"{table}:date", "--since", "2024-01-15")
-    assert found["scores"]["cross_validation"]["how"] == {"kind": "since", "since": "2024-01-15", "n": 34}
+    result = trained(cache, "--cv", "3", "--no-tune", "--head", "lda", "--groups", f"{table}:patient")
+    assert result["scores"]["cross_validation"]["how"]["groups"] == 9
+    result = trained(cache, "--cv", "3", "--no-tune", "--head", "knn", "--time", f"{table}:date")
+    assert result["scores"]["cross_validation"]["n"] < N
+    result = trained(cache, "--no-tune", "--head", "knn", "--time", f"{table}:date", "--since", "2024-01-15")
+    assert result["scores"]["cross_validation"]["how"] == {"kind": "since", "since": "2024-01-15", "n": 34}
     with pytest.raises(ConfigError, match="did you mean 'patient'"):
         run("train", cache, "--groups", f"{table}:patiens")
 
@@ -110,8 +110,8 @@ def test_probabilities_are_calibrated_and_corrected(cache):
 
 
 def test_rare_classes_are_balanced(cache):
-    found = trained(cache, "--balance", "smote", "--no-tune", "--cv", "3")
-    assert found["history"]["balance"] == "smote"
+    result = trained(cache, "--balance", "smote", "--no-tune", "--cv", "3")
+    assert result["history"]["balance"] == "smote"
 
 
 def test_features_that_may_not_be_loaded_stay_in_the_file(cache):

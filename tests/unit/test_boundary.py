@@ -52,16 +52,16 @@ def made(ladder):
 def pictures(index, rows, view):
     with index.open() as reader:
         decoded = [torch.from_numpy(decode_image(reader.read(row))).permute(2, 0, 1) for row in rows]
-    return torch.stack([view(one) for one in decoded])
+    return torch.stack([view(record) for record in decoded])
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
 def test_feature_maps_give_the_embeddings_of_the_same_views_of_the_images(tmp_path, index, ladder, storage, tolerance):
-    network, found = made(ladder)
+    network, partition = made(ladder)
     rows = np.array([1, 4, 5, 9, 13])
     settings = {"cache": tmp_path / "cache", "storage": storage}
     source = make_feature_map_dataset(
-        index, rows, ladder, found, augmentation=CHANGED, n_views=2, seed=3, settings=settings
+        index, rows, ladder, partition, augmentation=CHANGED, n_views=2, seed=3, settings=settings
     )
     shuffled = np.array([9, 1, 13])
     for epoch in range(3):
@@ -73,22 +73,22 @@ def test_feature_maps_give_the_embeddings_of_the_same_views_of_the_images(tmp_pa
 
 
 def test_a_second_run_computes_no_map_and_other_rows_have_another_cache(tmp_path, index, ladder, monkeypatch):
-    _, found = made(ladder)
+    _, partition = made(ladder)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     train, rest = np.arange(0, 10), np.arange(10, 15)
-    first = make_feature_map_dataset(index, train, ladder, found, **how)
-    make_feature_map_dataset(index, rest, ladder, found, **how)
+    first = make_feature_map_dataset(index, train, ladder, partition, **how)
+    make_feature_map_dataset(index, rest, ladder, partition, **how)
     monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
-    again = make_feature_map_dataset(index, train, ladder, found, **how)
+    again = make_feature_map_dataset(index, train, ladder, partition, **how)
     assert torch.equal(again.batch(train, 0), first.batch(train, 0))
-    assert make_feature_map_dataset(index, rest, ladder, found, **how).n_bytes == 5 * 16 * 8 * 8 * 2
+    assert make_feature_map_dataset(index, rest, ladder, partition, **how).n_bytes == 5 * 16 * 8 * 8 * 2
     assert len(list((tmp_path / "cache").glob("*.h5"))) == 2
 
 
 def test_each_view_has_its_own_cache_with_its_augmentation_in_the_fingerprint(tmp_path, index, ladder):
-    _, found = made(ladder)
+    _, partition = made(ladder)
     settings = {"cache": tmp_path / "cache"}
-    make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, n_views=3, settings=settings)
+    make_feature_map_dataset(index, np.arange(4), ladder, partition, augmentation=CHANGED, n_views=3, settings=settings)
     caches = [featpipe.FeatureCache(path) for path in (tmp_path / "cache").glob("*.h5")]
     facts = [cache.facts["backbone"]["transform"] for cache in caches]
     assert sorted(fact["view"] for fact in facts) == [0, 1, 2]
@@ -99,9 +99,9 @@ def test_each_view_has_its_own_cache_with_its_augmentation_in_the_fingerprint(tm
 def test_with_a_frozen_network_the_existing_embeddings_are_used(tmp_path, index, ladder, monkeypatch):
     cache = featpipe.extract(tmp_path / "photos", backbone=ladder, cache=tmp_path / "cache")
     monkeypatch.setattr(Engine, "embed", lambda *_: pytest.fail("embedded again"))
-    found = partition_network(ladder, ["stem", "layer1", "layer2", "layer3"])
+    partition = partition_network(ladder, ["stem", "layer1", "layer2", "layer3"])
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
-    source = make_feature_map_dataset(index, np.array([3, 7]), ladder, found, **how)
+    source = make_feature_map_dataset(index, np.array([3, 7]), ladder, partition, **how)
     np.testing.assert_array_equal(source.network(source.batch(np.array([7, 3]), 0)), cache.features()[[7, 3]])
 
 
@@ -110,29 +110,29 @@ def test_values_beyond_the_range_of_the_storage_are_an_error_with_the_remedy(tmp
     with torch.no_grad():
         network.layer2[1].skip.weight.mul_(1e7)
     loaded = backbones.load(network, transform=small_transform)
-    found = partition_network(loaded, BELOW)
+    partition = partition_network(loaded, BELOW)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     message = r"15 images have no feature map .*: not-finite.*--cache-activations no"
     with logged_warning("have no features"), pytest.raises(ConfigError, match=message):
-        make_feature_map_dataset(index, np.arange(15), loaded, found, **how)
+        make_feature_map_dataset(index, np.arange(15), loaded, partition, **how)
 
 
 def test_caching_pays_off_with_many_epochs_and_not_with_few(tmp_path, ladder):
-    _, found = made(ladder)
-    often, once = (estimate_caching_gain(ladder, found, 100, epochs, 1, tmp_path) for epochs in (10, 1))
+    _, partition = made(ladder)
+    often, once = (estimate_caching_gain(ladder, partition, 100, epochs, 1, tmp_path) for epochs in (10, 1))
     assert often.worthwhile
     assert not once.worthwhile
     assert often.n_bytes == 100 * 16 * 8 * 8 * 2
     assert 1 < once.gain + 1e-9 < often.gain
     assert "computed once and cached, 0.2 MB" in often.reason
     assert "for 1 epochs of 1 view would be 1.0 times less work" in once.reason
-    assert not estimate_caching_gain(ladder, found, 100, 10, 10, tmp_path).worthwhile  # as many views as epochs
+    assert not estimate_caching_gain(ladder, partition, 100, 10, 10, tmp_path).worthwhile  # as many views as epochs
 
 
 def test_maps_that_do_not_fit_the_disk_are_not_cached(tmp_path, ladder, monkeypatch):
-    _, found = made(ladder)
+    _, partition = made(ladder)
     monkeypatch.setattr(feature_map_cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 150_000}))
-    refused = estimate_caching_gain(ladder, found, 100, 10, 1, tmp_path / "not" / "there")
+    refused = estimate_caching_gain(ladder, partition, 100, 10, 1, tmp_path / "not" / "there")
     assert not refused.worthwhile
     assert "0.2 MB, and 0.1 MB are free" in refused.reason
 
@@ -149,8 +149,8 @@ def test_training_on_maps_gives_the_losses_of_training_on_images(tmp_path, model
     curves = {}
     for way in ("no", "yes"):
         settings = {**QUICK, "cache_activations": way, "augmentation": augmentation, "views": 4, "keep_worse": True}
-        found = finetune(model, tmp_path / "photos", cache=tmp_path / way, **settings)
-        curves[way] = [[epoch["loss"], epoch["validation_loss"]] for epoch in found.curve[1:]]
+        partition = finetune(model, tmp_path / "photos", cache=tmp_path / way, **settings)
+        curves[way] = [[epoch["loss"], epoch["validation_loss"]] for epoch in partition.curve[1:]]
     np.testing.assert_allclose(curves["yes"], curves["no"], rtol=5e-3)
     assert not list((tmp_path / "no").glob("boundary-*"))
     assert list((tmp_path / "yes").glob("boundary-*"))
@@ -169,8 +169,8 @@ def test_caching_is_chosen_with_a_note_and_mixup_prevents_it(tmp_path, model, lo
 
 
 def test_info_and_verify_read_the_cache_of_a_view_and_repair_refuses_it(tmp_path, index, ladder):
-    _, found = made(ladder)
-    make_feature_map_dataset(index, np.arange(4), ladder, found, augmentation=CHANGED, settings={"cache": tmp_path})
+    _, partition = made(ladder)
+    make_feature_map_dataset(index, np.arange(4), ladder, partition, augmentation=CHANGED, settings={"cache": tmp_path})
     (path,) = tmp_path.glob("boundary-*.h5")
     assert cache_to_dict(path)["view"] == {"number": 0, "seed": 0, "flip": 0.5, "color": 0.3}
     assert "view         number 1 of the augmented views" in format_cache(cache_to_dict(path))
@@ -180,11 +180,11 @@ def test_info_and_verify_read_the_cache_of_a_view_and_repair_refuses_it(tmp_path
 
 
 def test_reused_maps_count_as_new_for_clean(tmp_path, index, ladder, monkeypatch):
-    _, found = made(ladder)
+    _, partition = made(ladder)
 
     def again():
         make_feature_map_dataset(
-            index, np.arange(4), ladder, found, augmentation=Augmentation(), settings={"cache": tmp_path}
+            index, np.arange(4), ladder, partition, augmentation=Augmentation(), settings={"cache": tmp_path}
         )
 
     again()

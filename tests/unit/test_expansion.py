@@ -39,13 +39,13 @@ def test(make_cache: Any) -> FeatureCache:
 @pytest.fixture(scope="module")
 def models(old: FeatureCache) -> Callable[..., Model]:
     """Trained models, each made once."""
-    made: dict[Any, Model] = {}
+    trained: dict[Any, Model] = {}
 
     def model(head: str = "logistic", keep: str = "all", **params: Any) -> Model:
         key = (head, keep, repr(params))
-        if key not in made:
-            made[key] = train(old, head, keep=keep, tune=False, params=params)
-        return replace(made[key], history=dict(made[key].history))
+        if key not in trained:
+            trained[key] = train(old, head, keep=keep, tune=False, params=params)
+        return replace(trained[key], history=dict(trained[key].history))
 
     return model
 
@@ -90,8 +90,8 @@ def test_statistics_give_the_model_that_training_on_everything_gives(
     from featpipe import heads
 
     peer = heads.build(head, params=_params(model)).fit(X.astype(np.float64), np.searchsorted(NAMES, names))
-    found, expected = compute_logits(model.head, X.astype(np.float64)), compute_logits(peer, X.astype(np.float64))
-    assert np.abs(found - expected).max() < 1e-8 * np.abs(expected).max()
+    expansion, expected = compute_logits(model.head, X.astype(np.float64)), compute_logits(peer, X.astype(np.float64))
+    assert np.abs(expansion - expected).max() < 1e-8 * np.abs(expected).max()
     assert model.kept.counts.tolist() == [np.count_nonzero(names == name) for name in NAMES]
 
 
@@ -116,12 +116,12 @@ def test_frozen_old_scores_are_bit_for_bit_what_they_were(
 ) -> None:
     model = models(head, keep, **params)
     grown = model.expand(new, method="frozen-old")
-    again = grown.expand(make_cache({"fox": 15}, seed=4), method="frozen-old")
-    loaded = load_model(again.save(tmp_path / "grown.model"))
+    expanded_again = grown.expand(make_cache({"fox": 15}, seed=4), method="frozen-old")
+    loaded = load_model(expanded_again.save(tmp_path / "grown.model"))
     before = compute_logits(model.head, test.X)
-    for after in (grown, again, loaded):
+    for after in (grown, expanded_again, loaded):
         assert np.array_equal(compute_logits(after.head, test.X)[:, :3], before)
-    assert np.array_equal(loaded.predict_proba_features(test.X), again.predict_proba_features(test.X))
+    assert np.array_equal(loaded.predict_proba_features(test.X), expanded_again.predict_proba_features(test.X))
     assert accuracy(grown, test) > (0.85 if keep == "all" else 0.5)
 
 
@@ -164,10 +164,10 @@ def test_rows_that_were_chosen_at_random_can_be_replayed(models: Any, old: Any, 
 
 def test_old_classes_keep_their_order_and_new_ones_follow(models: Any, make_cache: Any) -> None:
     cache = make_cache({"dog": 20, "eel": 20, "ant": 5}, seed=5, called={"dog": "aardvark", "eel": "zebra"})
-    found = expand(models(), cache, method="frozen-old")
-    assert found.model.classes == ("ant", "bee", "cow", "aardvark", "zebra")
-    assert found.new == ("aardvark", "zebra")
-    assert found.images["learnt"] == 45
+    expansion = expand(models(), cache, method="frozen-old")
+    assert expansion.model.classes == ("ant", "bee", "cow", "aardvark", "zebra")
+    assert expansion.new == ("aardvark", "zebra")
+    assert expansion.images["learnt"] == 45
 
 
 def test_new_class_names_and_images_that_resemble_old_classes_are_reported(
@@ -194,10 +194,10 @@ def test_new_images_without_a_new_class_are_learnt_and_known_images_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="trained on all 95 images, and no class is new: nothing to learn"):
         models().expand(old)
-    found = expand(models(), make_cache({"ant": 9, "bee": 9}, seed=8), method="statistics")
-    assert found.model.classes == ("ant", "bee", "cow")
+    expansion = expand(models(), make_cache({"ant": 9, "bee": 9}, seed=8), method="statistics")
+    assert expansion.model.classes == ("ant", "bee", "cow")
     assert "no new class: learning 18 new images of 3 known ones" in log
-    assert found.model.kept.counts.tolist() == [49, 39, 25]
+    assert expansion.model.kept.counts.tolist() == [49, 39, 25]
     with pytest.raises(ConfigError, match="trains new classes alone, and there are none"):
         models().expand(make_cache({"ant": 9, "bee": 9}, seed=8), method="frozen-old")
 
@@ -206,7 +206,7 @@ def test_new_images_without_a_new_class_are_learnt_and_known_images_are_refused(
 def test_classes_are_dropped_and_merged_without_images(head: str, models: Any, test: FeatureCache) -> None:
     """Of what is left of the probabilities, and their sums; an LDA is that of the other sums."""
     model = models(head)
-    p = model.predict_proba_features(test.X)
+    probabilities = model.predict_proba_features(test.X)
     dropped = model.expand((), drop=["bee"])
     merged = model.expand((), merge={"insect": ["ant", "bee"]})
     assert dropped.classes == ("ant", "cow")
@@ -214,12 +214,12 @@ def test_classes_are_dropped_and_merged_without_images(head: str, models: Any, t
     if head == "lda":
         assert accuracy(dropped, test, ["ant", "cow"]) > 0.9
         return
-    usable = p[:, [0, 2]].sum(axis=1) > 1e-6
-    left = p[usable][:, [0, 2]]
+    usable = probabilities[:, [0, 2]].sum(axis=1) > 1e-6
+    left = probabilities[usable][:, [0, 2]]
     assert np.allclose(
         dropped.predict_proba_features(test.X[usable]), left / left.sum(axis=1, keepdims=True), atol=1e-6
     )
-    together = np.column_stack([p[:, 0] + p[:, 1], p[:, 2]])
+    together = np.column_stack([probabilities[:, 0] + probabilities[:, 1], probabilities[:, 2]])
     assert np.allclose(merged.predict_proba_features(test.X), together, atol=1e-6)
 
 
@@ -235,7 +235,7 @@ def test_dropped_and_merged_models_go_on_learning(
         assert (model.predict_features(test.X[insects]) == "insect").mean() > 0.85
         history = model.history
         assert [step["classes"] for step in history["steps"]] == [["insect"], ["dog", "eel"]]
-        assert [one["dropped"] for one in history["expansions"]] == [[], ["cow"]]
+        assert [record["dropped"] for record in history["expansions"]] == [[], ["cow"]]
 
 
 @pytest.mark.parametrize(
@@ -280,19 +280,19 @@ def test_several_steps_unequal_and_of_one_image_in_a_row(method: str, models: An
 def test_accuracy_is_that_of_rows_that_were_never_trained_on(
     models: Any, old: FeatureCache, new: FeatureCache, test: FeatureCache
 ) -> None:
-    found = expand(models(), new, method="replay", test=[test, old])
-    assert found.images == {"learnt": 55, "old": 0, "tested": 200}
-    assert "left out: 95 test images that were trained on" in found.notes
-    row = found.outcomes[0]
-    assert row.old.value == accuracy(found.model, test, NAMES[:3])
-    assert row.new.value == accuracy(found.model, test, NAMES[3:])
-    assert row.all.value == accuracy(found.model, test)
+    expansion = expand(models(), new, method="replay", test=[test, old])
+    assert expansion.images == {"learnt": 55, "old": 0, "tested": 200}
+    assert "left out: 95 test images that were trained on" in expansion.notes
+    row = expansion.outcomes[0]
+    assert row.old.value == accuracy(expansion.model, test, NAMES[:3])
+    assert row.new.value == accuracy(expansion.model, test, NAMES[3:])
+    assert row.all.value == accuracy(expansion.model, test)
     before = accuracy(models(), test, NAMES[:3])
-    assert found.before.value == before
+    assert expansion.before.value == before
     assert row.forgetting.value == pytest.approx(before - row.old.value)
     assert row.backward.value == pytest.approx(row.old.value - before)
     assert row.forgetting.low <= row.forgetting.value <= row.forgetting.high
-    assert [outcome.method for outcome in found.outcomes] == ["replay", "naive"]
+    assert [outcome.method for outcome in expansion.outcomes] == ["replay", "naive"]
 
 
 def test_forgetting_is_since_the_best_and_backward_transfer_since_it_was_learnt(
@@ -323,13 +323,13 @@ def test_intervals_are_those_of_paired_resamples(compared: Expansion, test: Feat
 
 def test_without_test_images_a_fifth_of_the_new_ones_is_held_out(models: Any, make_cache: Any) -> None:
     new = make_cache({"dog": 50, "eel": 50, "fox": 2}, seed=40)
-    found = expand(models(), new, method="replay")
-    assert found.how.endswith("new images, held out and learnt afterwards")
-    assert 8 <= found.images["tested"] <= 32
-    assert found.before is None
-    assert found.outcomes[0].old is None
-    assert found.model.kept.counts.tolist() == [40, 30, 25, 50, 50, 2]
-    assert found.images["learnt"] == 102
+    expansion = expand(models(), new, method="replay")
+    assert expansion.how.endswith("new images, held out and learnt afterwards")
+    assert 8 <= expansion.images["tested"] <= 32
+    assert expansion.before is None
+    assert expansion.outcomes[0].old is None
+    assert expansion.model.kept.counts.tolist() == [40, 30, 25, 50, 50, 2]
+    assert expansion.images["learnt"] == 102
 
 
 def test_rows_marked_as_test_are_tested_and_not_learnt(models: Any, make_cache: Any) -> None:
@@ -337,9 +337,9 @@ def test_rows_marked_as_test_are_tested_and_not_learnt(models: Any, make_cache: 
         make_cache({"dog": 30}, 41, split="train"),
         make_cache({"dog": 10, "ant": 10}, 42, split="test"),
     )
-    found = expand(models(), [train_rows, test_rows], method="statistics")
-    assert found.images == {"learnt": 30, "old": 0, "tested": 20}
-    assert not found.model.was_trained_on(test_rows.digests).any()
+    expansion = expand(models(), [train_rows, test_rows], method="statistics")
+    assert expansion.images == {"learnt": 30, "old": 0, "tested": 20}
+    assert not expansion.model.was_trained_on(test_rows.digests).any()
 
 
 def test_both_sides_are_watched_epoch_by_epoch(compared: Expansion) -> None:
@@ -357,15 +357,15 @@ def test_both_sides_are_watched_epoch_by_epoch(compared: Expansion) -> None:
 
 def test_the_result_survives_saving_and_loading(compared: Expansion, tmp_path: Path) -> None:
     model = load_model(compared.model.save(tmp_path / "m.model"))
-    again = Expansion.from_dict(model, model.scores["expansion"]["result"])
-    assert again.to_dict() == compared.to_dict()
-    assert again.as_table() == compared.as_table()
+    expanded_again = Expansion.from_dict(model, model.scores["expansion"]["result"])
+    assert expanded_again.to_dict() == compared.to_dict()
+    assert expanded_again.as_table() == compared.as_table()
 
 
 def test_what_may_be_kept_bounds_what_is_recommended(models: Any, new: FeatureCache, test: FeatureCache) -> None:
-    found = expand(models(), new, method="all", test=test, budget=400)
-    assert found.outcomes[0].bytes <= 400
-    assert found.model.kept is None or found.model.kept.nbytes <= 400 + 8 * 5
+    expansion = expand(models(), new, method="all", test=test, budget=400)
+    assert expansion.outcomes[0].bytes <= 400
+    assert expansion.model.kept is None or expansion.model.kept.nbytes <= 400 + 8 * 5
 
 
 # -- what a model lacks ----------------------------------------------------------------------------------------------
@@ -415,10 +415,10 @@ def test_statistics_replace_other_heads_by_ridge_and_a_note_says_so(
     from featpipe import heads
 
     more = make_cache({"fox": 1, "bee": 7}, seed=4)
-    found = expand(models(), new, method="statistics", test=test)
-    assert found.model.head_name == "ridge"
-    assert any("the head is now ridge, since logistic has no closed form" in note for note in found.notes)
-    model = load_model(found.model.expand(more, method="statistics").save(tmp_path / "m.model"))
+    expansion = expand(models(), new, method="statistics", test=test)
+    assert expansion.model.head_name == "ridge"
+    assert any("the head is now ridge, since logistic has no closed form" in note for note in expansion.notes)
+    model = load_model(expansion.model.expand(more, method="statistics").save(tmp_path / "m.model"))
     X = np.concatenate([cache.X for cache in (old, new, more)]).astype(np.float64)
     names = np.concatenate([cache.y for cache in (old, new, more)]).astype(str)
     peer = heads.build("ridge", params=model.history["params"]).fit(X, np.searchsorted(NAMES, names))
@@ -450,8 +450,8 @@ def test_what_stands_for_scores_alone_is_calibrated_on_rows_that_were_held_out(
     fresh = make_cache(near, seed=71)
     best = fit_temperature(compute_logits(grown.head, fresh.X), np.searchsorted(NAMES, fresh.y.astype(str)))
     assert 0.2 < grown.calibration.temperature / best < 5
-    p = grown.predict_proba_features(fresh.X)
-    assert calibration_error(p, np.searchsorted(NAMES, fresh.y.astype(str))) < 0.1
+    probabilities = grown.predict_proba_features(fresh.X)
+    assert calibration_error(probabilities, np.searchsorted(NAMES, fresh.y.astype(str))) < 0.1
     few = make_cache({"dog": 2}, seed=72)
     assert model.expand(few, method="statistics").calibration == model.calibration
     assert models().expand(few, method="statistics").calibration.temperature == 0.25
@@ -488,8 +488,8 @@ def test_sets_hold_the_right_class_as_often_as_asked_of_rows_that_did_not_train(
     check = make_cache(dict.fromkeys(NAMES[:5], 100), seed=82)
     fresh = make_cache(dict.fromkeys(NAMES[:5], 200), seed=83)
     for method in ("replay", "statistics", "distill"):
-        found = expand(judged, new, method=method, calibration=check)
-        model = load_model(found.model.save(tmp_path / "m.model"))
+        expansion = expand(judged, new, method=method, calibration=check)
+        model = load_model(expansion.model.save(tmp_path / "m.model"))
         assert not model.was_trained_on(check.digests).any()
         assert coverage(model, fresh, 0.8) > 0.76
     joint = expand(judged, [old, new], method="joint").model
@@ -506,9 +506,9 @@ def test_validation_rows_calibrate_and_missing_ones_are_reported(
     judged: Model, new: FeatureCache, make_cache: Any, test: FeatureCache
 ) -> None:
     marked = make_cache(dict.fromkeys(NAMES[:5], 20), seed=84, split="validation")
-    found = expand(judged, [new, marked], method="replay", test=test)
-    assert found.images["learnt"] == 55
-    assert len(found.model.trust.conformal.scores) == 100
+    expansion = expand(judged, [new, marked], method="replay", test=test)
+    assert expansion.images["learnt"] == 55
+    assert len(expansion.model.trust.conformal.scores) == 100
     without = expand(judged, [new, make_cache({"ant": 20}, 85, split="validation")], method="replay", test=test)
     assert any("has no prediction sets" in note and "--calibration" in note for note in without.notes)
     with pytest.raises(ConfigError, match=r"learnt more classes without .*--calibration"):
@@ -558,14 +558,14 @@ def test_retained_data_of_other_embeddings_is_refused(models: Any, tmp_path: Pat
 
 def test_an_expanded_model_is_evaluated_like_any_other(compared: Expansion, test: FeatureCache, tmp_path: Path) -> None:
     loaded = load_model(compared.model.save(tmp_path / "m.model"))
-    found = evaluate(loaded, test)
-    assert found.scores.metrics["accuracy"].value == compared.outcomes[0].all.value
-    assert found.scores.classes == NAMES[:5]
+    expansion = evaluate(loaded, test)
+    assert expansion.scores.metrics["accuracy"].value == compared.outcomes[0].all.value
+    assert expansion.scores.classes == NAMES[:5]
 
 
 def test_the_accuracies_of_a_step_are_recorded_for_the_next(compared: Expansion) -> None:
     judged = compared.model.history["judged"]
-    assert [set(one) for one in judged] == [{"rows", "learnt", "best", "now"}] * 2
+    assert [set(record) for record in judged] == [{"rows", "learnt", "best", "now"}] * 2
     assert judged[0]["best"] >= judged[0]["now"]
 
 

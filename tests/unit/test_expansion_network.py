@@ -260,9 +260,9 @@ def ladder() -> Any:
 @pytest.fixture(scope="module")
 def model(home: Path, ladder: Any) -> Model:
     cache = featpipe.extract(home / "old", backbone=ladder, cache=home / "cache")
-    made = featpipe.train(cache, cv=0, params={"C": 0.01}).attach(ladder)
-    made.save(home / "two.model")
-    return made
+    trained = featpipe.train(cache, cv=0, params={"C": 0.01}).attach(ladder)
+    trained.save(home / "two.model")
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -278,35 +278,37 @@ def grow(home: Path, model: Model) -> Callable[..., Expansion]:
 @pytest.mark.parametrize("method", ["joint", "replay", "distill", "ewc", "naive"])
 def test_each_method_gives_a_model_like_any_other(method: str, grow: Any, home: Path, tmp_path: Path) -> None:
     data = ("new",) if method in ("distill", "naive") else ("old", "new")
-    found = grow(method, *data, out=tmp_path / "m.model", params={"epochs": 6, "learning_rate": 1e-3, "patience": 0})
-    assert found.outcomes[0].method == method
-    assert found.images["tested"] == 24
+    expansion = grow(
+        method, *data, out=tmp_path / "m.model", params={"epochs": 6, "learning_rate": 1e-3, "patience": 0}
+    )
+    assert expansion.outcomes[0].method == method
+    assert expansion.images["tested"] == 24
     files = sorted((home / "test").rglob("*.png"))
-    loaded = load_model(tmp_path / "m.model").attach(found.model.backbone)
+    loaded = load_model(tmp_path / "m.model").attach(expansion.model.backbone)
     assert loaded.classes == (*OLD, *NEW)
-    np.testing.assert_allclose(loaded.predict_proba(files), found.model.predict_proba(files), atol=1e-6)
+    np.testing.assert_allclose(loaded.predict_proba(files), expansion.model.predict_proba(files), atol=1e-6)
     right = np.mean([name == file.parent.name for name, file in zip(loaded.predict(files), files, strict=True)])
-    assert found.outcomes[0].all.value == pytest.approx(right)
+    assert expansion.outcomes[0].all.value == pytest.approx(right)
     assert [step["method"] for step in loaded.history["steps"]] == ["train", method]
     again = Expansion.from_dict(loaded, loaded.scores["expansion"]["result"])
-    assert again.as_table() == found.as_table()
-    names = [row[0] for row in found.as_table()]
-    if not any("stays as it was" in note for note in found.notes):
+    assert again.as_table() == expansion.as_table()
+    names = [row[0] for row in expansion.as_table()]
+    if not any("stays as it was" in note for note in expansion.notes):
         assert f"{method} on features" in names
         assert loaded.history["expansions"][0]["unfreeze"] == "last"
         assert loaded.head_name == "linear"
     assert "naive" in " ".join(names)
-    curves = found.outcomes[0].curves
+    curves = expansion.outcomes[0].curves
     assert {len(values) for values in curves.values()} <= {len(curves["epochs"])} if curves else True
     assert not (tmp_path / "m.model.checkpoint").exists()
 
 
 def test_naive_forgets_and_each_epoch_reports_it(grow: Any, log: list[str]) -> None:
-    found = grow("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0})
-    curves = found.outcomes[0].curves
+    expansion = grow("naive", params={"epochs": 8, "learning_rate": 1e-3, "patience": 0})
+    curves = expansion.outcomes[0].curves
     assert curves["epochs"] == list(range(9))
     assert curves["old_accuracy"][0] > curves["old_accuracy"][-1]
-    assert found.outcomes[0].old.value < found.before.value
+    assert expansion.outcomes[0].old.value < expansion.before.value
     lines = [text for text in log if "; old classes " in text]
     assert len(lines) == 9
     assert lines[0].endswith(
@@ -316,22 +318,24 @@ def test_naive_forgets_and_each_epoch_reports_it(grow: Any, log: list[str]) -> N
 
 def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home: Path, tmp_path: Path) -> None:
     first = grow("ewc", "old", "new", out=tmp_path / "m.model", params=LEARNS)
-    kept = first.model.kept
-    assert all(name.startswith("backbone.layer3") for name in kept.network)
+    memory = first.model.kept
+    assert all(name.startswith("backbone.layer3") for name in memory.network)
     layer3 = sum(p.numel() for n, p in pictures.Ladder().named_parameters() if n.startswith("layer3"))
-    assert kept.to_summary()["bytes"]["network"] == 4 * layer3 == sum(array.nbytes for array in kept.network.values())
-    assert kept.importances.shape == (4, LADDER_WIDTH + 1)
+    assert (
+        memory.to_summary()["bytes"]["network"] == 4 * layer3 == sum(array.nbytes for array in memory.network.values())
+    )
+    assert memory.importances.shape == (4, LADDER_WIDTH + 1)
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "m.model")]).stdout
     assert f"importances of the network: {format_size(4 * layer3)}" in shown
     loaded = load_model(tmp_path / "m.model").attach(first.model.backbone)
-    for name, array in kept.network.items():
+    for name, array in memory.network.items():
         np.testing.assert_array_equal(loaded.kept.network[name], array)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pictures.COLOURS, "eel", (90, 150, 150))
         more = str(pictures.write_photos(tmp_path / "more", 8, ("eel",), first=70_000))
     second = grow("ewc", more, of=loaded, params=LEARNS)
     assert second.model.classes == (*OLD, *NEW, "eel")
-    assert second.model.kept.network.keys() == kept.network.keys()
+    assert second.model.kept.network.keys() == memory.network.keys()
     with pytest.raises(ConfigError, match=r"no importances of \d+ of the weights \(stem"):
         grow("ewc", more, of=loaded, unfreeze="all")
     bare = grow("ewc", "old", "new", keep="none", params=LEARNS)
@@ -360,25 +364,25 @@ def test_a_resumed_expansion_gives_the_same_model(grow: Any, tmp_path: Path, mon
 
 
 def test_without_an_improvement_the_result_is_that_of_features(grow: Any, model: Model) -> None:
-    found = grow("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0, "monitor": "loss"})
-    assert found.notes[0].startswith("no epoch was better than the start")
-    assert found.model.facts == model.facts
+    expansion = grow("distill", params={"learning_rate": 10.0, "epochs": 1, "clip": 0.0, "monitor": "loss"})
+    assert expansion.notes[0].startswith("no epoch was better than the start")
+    assert expansion.model.facts == model.facts
     features = grow("distill", unfreeze="head")
-    assert [o.to_dict() | {"seconds": 0} for o in found.outcomes] == [
+    assert [o.to_dict() | {"seconds": 0} for o in expansion.outcomes] == [
         o.to_dict() | {"seconds": 0} for o in features.outcomes
     ]
 
 
 def test_the_next_step_is_like_any_other(grow: Any, home: Path, tmp_path: Path) -> None:
-    found = grow("joint", "old", "new", keep="rows=3,statistics", params=LEARNS)
-    assert np.bincount(found.model.kept.codes).tolist() == [3] * 4
-    cache = featpipe.extract(home / "test", backbone=found.model.backbone, cache=home / "cache")
-    fewer = found.model.expand((), drop=["ape"])
+    expansion = grow("joint", "old", "new", keep="rows=3,statistics", params=LEARNS)
+    assert np.bincount(expansion.model.kept.codes).tolist() == [3] * 4
+    cache = featpipe.extract(home / "test", backbone=expansion.model.backbone, cache=home / "cache")
+    fewer = expansion.model.expand((), drop=["ape"])
     assert set(fewer.predict_features(cache.X)) <= {"bee", "cow", "dog"}
     shutil.copytree(home / "old", tmp_path / "all")
     shutil.copytree(home / "new", tmp_path / "all", dirs_exist_ok=True)
-    tuned = found.model.finetune(tmp_path / "all", cache=home / "cache", keep_worse=True, **{**QUICK, "epochs": 1})
-    assert tuned.classes == found.model.classes
+    tuned = expansion.model.finetune(tmp_path / "all", cache=home / "cache", keep_worse=True, **{**QUICK, "epochs": 1})
+    assert tuned.classes == expansion.model.classes
 
 
 def test_old_images_are_recognized_by_their_bytes_and_replayed(
@@ -388,8 +392,8 @@ def test_old_images_are_recognized_by_their_bytes_and_replayed(
         (tmp_path / "some" / name).mkdir(parents=True)
         for file in sorted((home / "old" / name).glob("*.png"))[:6]:
             shutil.copy(file, tmp_path / "some" / name / f"a-{file.name}")
-    found = grow("replay", str(tmp_path / "some"), "new", memory=5)
-    assert found.images["old"] == 12
+    expansion = grow("replay", str(tmp_path / "some"), "new", memory=5)
+    assert expansion.images["old"] == 12
     text = next(text for text in log if "validation and" in text)
     n_train, n_validation = map(int, re.match(r"(\d+) training, (\d+) validation", text).groups())
     assert n_train + n_validation == 2 * 5 + 24
@@ -405,21 +409,21 @@ def test_an_exemplar_weighs_as_much_as_the_images_it_represents(model: Model) ->
         return EmbeddingDataset(np.arange(len(codes)), X, np.array(codes), (*OLD, "cow"), digests)
 
     old, new = make_dataset([0] * 5 + [1] * 5, 1), make_dataset([2] * 10, 2)
-    kept = ReplayMemory(np.array([45, 20, 0]), np.zeros((0, d), np.float32), np.zeros(0, np.int32))
+    memory = ReplayMemory(np.array([45, 20, 0]), np.zeros((0, d), np.float32), np.zeros(0, np.int32))
     step = IncrementalStep(
-        model.head, 1.0, ClassMapping.from_labels(OLD, ["cow"]), kept, new, old, False, ExpansionConfig(memory=5)
+        model.head, 1.0, ClassMapping.from_labels(OLD, ["cow"]), memory, new, old, False, ExpansionConfig(memory=5)
     )
-    lesson = make_replay_dataset(step, "replay", 0.2)
-    assert sorted(lesson.represented_counts.tolist()) == [1.0] * 10 + [4.0] * 5 + [9.0] * 5
-    weights, adjustment = lesson.compute_sample_weights(np.arange(20), 25)
-    assert weights[:20][lesson.is_train].mean() == pytest.approx(1)
-    ninth, first = (int(np.flatnonzero(lesson.represented_counts == n)[0]) for n in (9, 1))
+    replay_dataset = make_replay_dataset(step, "replay", 0.2)
+    assert sorted(replay_dataset.represented_counts.tolist()) == [1.0] * 10 + [4.0] * 5 + [9.0] * 5
+    weights, adjustment = replay_dataset.compute_sample_weights(np.arange(20), 25)
+    assert weights[:20][replay_dataset.is_train].mean() == pytest.approx(1)
+    ninth, first = (int(np.flatnonzero(replay_dataset.represented_counts == n)[0]) for n in (9, 1))
     assert weights[ninth] / weights[first] == pytest.approx(3)
     np.testing.assert_allclose(adjustment, [-0.5 * np.log(9), -0.5 * np.log(4), 0])
-    assert lesson.step.replay_memory.counts.tolist() == [45, 20, 0]
+    assert replay_dataset.step.replay_memory.counts.tolist() == [45, 20, 0]
     np.testing.assert_allclose(
-        lesson.make_distillation_loss(np.arange(20), 25, 1.0).teacher_scores[:20].numpy(),
-        step.compute_old_scores(lesson.pool.X),
+        replay_dataset.make_distillation_loss(np.arange(20), 25, 1.0).teacher_scores[:20].numpy(),
+        step.compute_old_scores(replay_dataset.pool.X),
         rtol=1e-5,
         atol=1e-6,
     )
@@ -514,8 +518,8 @@ def test_retained_importances_of_the_network_are_validated(home: Path, ladder: A
     with pytest.raises(ConfigError, match=r"keep=network: .* `featpipe expand --unfreeze`"):
         featpipe.train(cache, keep="network")
     known = {"backbone.x": np.ones(3, np.float32)}
-    kept = ReplayMemory(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=known)
-    np.testing.assert_array_equal(ReplayMemory.from_bytes(kept.to_bytes(), 2).network["backbone.x"], np.ones(3))
+    memory = ReplayMemory(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=known)
+    np.testing.assert_array_equal(ReplayMemory.from_bytes(memory.to_bytes(), 2).network["backbone.x"], np.ones(3))
     for bad in (-np.ones(3, np.float32), np.full(3, np.nan, np.float32)):
         with pytest.raises(ValueError, match="kept importances of the network are no numbers"):
-            ReplayMemory.from_bytes(replace(kept, network={"backbone.x": bad}).to_bytes(), 2)
+            ReplayMemory.from_bytes(replace(memory, network={"backbone.x": bad}).to_bytes(), 2)

@@ -38,9 +38,9 @@ def photos(tmp_path):
 @pytest.fixture
 def model(tmp_path, photos, ladder):
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
-    made = featpipe.train(cache, "ridge" if cache.task == "regression" else "lda", cv=3).attach(ladder)
-    made.save(tmp_path / "photos.model")
-    return made
+    trained = featpipe.train(cache, "ridge" if cache.task == "regression" else "lda", cv=3).attach(ladder)
+    trained.save(tmp_path / "photos.model")
+    return trained
 
 
 def marked(photos, path, marks) -> None:
@@ -55,16 +55,16 @@ def marked(photos, path, marks) -> None:
 
 def test_fine_tuning_reduces_the_loss_and_compares_with_the_probe(tmp_path, photos, model):
     settings = {**QUICK, "epochs": 12, "patience": 0, "learning_rate": 6e-3}
-    found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "t.model", **settings)
-    assert found.curve[found.best_epoch]["validation_loss"] < found.curve[0]["validation_loss"]
-    assert found.kept == "fine-tuned"
-    again = featpipe.load_model(tmp_path / "t.model", backbone=None)
-    assert again.classes == model.classes
-    assert again.facts["backbone"]["weights"] != model.facts["backbone"]["weights"]
-    held = next(row for row in found.comparison.metrics if row["name"] == "accuracy")
-    assert held["tuned"][0] >= held["probe"][0]
-    assert sum(row["rows"] for row in found.comparison.per_class) == found.comparison.n
-    assert found.as_table()[1][0] == "Accuracy"
+    result = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "t.model", **settings)
+    assert result.curve[result.best_epoch]["validation_loss"] < result.curve[0]["validation_loss"]
+    assert result.kept == "fine-tuned"
+    reread = featpipe.load_model(tmp_path / "t.model", backbone=None)
+    assert reread.classes == model.classes
+    assert reread.facts["backbone"]["weights"] != model.facts["backbone"]["weights"]
+    accuracy = next(row for row in result.comparison.metrics if row["name"] == "accuracy")
+    assert accuracy["tuned"][0] >= accuracy["probe"][0]
+    assert sum(row["rows"] for row in result.comparison.per_class) == result.comparison.n
+    assert result.as_table()[1][0] == "Accuracy"
     assert not (tmp_path / "t.model.checkpoint").exists()
 
 
@@ -101,9 +101,9 @@ def test_regression_and_multilabel_models_are_fine_tuned(tmp_path, photos, ladde
     cache = featpipe.extract(photos, backbone=ladder, labels=tmp_path / "t.csv", cache=tmp_path / "cache")
     model = featpipe.train(cache, "ridge" if task == "regression" else "logistic").attach(ladder)
     settings = {**QUICK, "epochs": 8, "learning_rate": 1e-3, "patience": 0}
-    found = finetune(model, photos, labels=tmp_path / "t.csv", cache=tmp_path / "cache", keep_worse=True, **settings)
-    assert found.curve[-1]["loss"] < 0.9 * found.curve[1]["loss"]
-    answers = found.model.predict(sorted(photos.rglob("*.png"))[:2])
+    result = finetune(model, photos, labels=tmp_path / "t.csv", cache=tmp_path / "cache", keep_worse=True, **settings)
+    assert result.curve[-1]["loss"] < 0.9 * result.curve[1]["loss"]
+    answers = result.model.predict(sorted(photos.rglob("*.png"))[:2])
     assert answers.shape == ((2,) if task == "regression" else (2, 4))
 
 
@@ -113,52 +113,52 @@ def test_regression_and_multilabel_models_are_fine_tuned(tmp_path, photos, ladde
 def test_no_image_is_in_two_splits_and_the_split_depends_on_its_bytes(tmp_path, photos, model, ladder):
     shutil.copy(photos / "ape" / "03.png", photos / "ape" / "99.png")
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
-    sides = make_splits(model, cache, FineTuneConfig())
-    rows = [set(side.tolist()) for side in (sides.train, sides.validation, sides.test)]
+    splits = make_splits(model, cache, FineTuneConfig())
+    rows = [set(side.tolist()) for side in (splits.train, splits.validation, splits.test)]
     assert len(set.union(*rows)) == sum(map(len, rows)) == len(cache)
     digests = [{cache.digests[row].tobytes() for row in side} for side in rows]
     assert not digests[0] & digests[1] | digests[0] & digests[2] | digests[1] & digests[2]
     write_photos(photos, each=3, first=500_000)  # the first three of each class are other pictures now
-    other = make_splits(model, featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache2"), FineTuneConfig())
-    assert {cache.ids[row] for row in sides.test if int(cache.ids[row][-6:-4]) > 2} == {
-        cache.ids[row] for row in other.test if int(cache.ids[row][-6:-4]) > 2
+    changed = make_splits(model, featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache2"), FineTuneConfig())
+    assert {cache.ids[row] for row in splits.test if int(cache.ids[row][-6:-4]) > 2} == {
+        cache.ids[row] for row in changed.test if int(cache.ids[row][-6:-4]) > 2
     }
 
 
 def test_the_split_of_the_labels_is_used(tmp_path, photos, model, ladder):
     marked(photos, tmp_path / "s.csv", {0: "test", 1: "test", 2: "validation"})
     cache = featpipe.extract(photos, labels=tmp_path / "s.csv", backbone=ladder, cache=tmp_path / "cache")
-    sides = make_splits(model, cache, FineTuneConfig())
-    assert {cache.ids[row][-6:-4] for row in sides.test} == {"00", "01"}
-    assert {cache.ids[row][-6:-4] for row in sides.validation} == {"02"}
+    splits = make_splits(model, cache, FineTuneConfig())
+    assert {cache.ids[row][-6:-4] for row in splits.test} == {"00", "01"}
+    assert {cache.ids[row][-6:-4] for row in splits.validation} == {"02"}
     marked(photos, tmp_path / "s2.csv", {0: "test"})
-    some = featpipe.extract(photos, labels=tmp_path / "s2.csv", backbone=ladder, cache=tmp_path / "cache3")
-    sides = make_splits(model, some, FineTuneConfig())
-    assert {some.ids[row][-6:-4] for row in sides.test} == {"00"}
-    assert len(sides.validation) > 2
-    assert "test as the labels mark them" in sides.description
+    partly_marked = featpipe.extract(photos, labels=tmp_path / "s2.csv", backbone=ladder, cache=tmp_path / "cache3")
+    splits = make_splits(model, partly_marked, FineTuneConfig())
+    assert {partly_marked.ids[row][-6:-4] for row in splits.test} == {"00"}
+    assert len(splits.validation) > 2
+    assert "test as the labels mark them" in splits.description
 
 
 def test_a_probe_that_was_trained_on_test_images_is_fitted_again_without_them(tmp_path, photos, model, log):
-    found = finetune(model, photos, cache=tmp_path / "cache", **QUICK)
+    result = finetune(model, photos, cache=tmp_path / "cache", **QUICK)
     notes = [text for text in log if "fitted again" in text]
     cache = next(
         c
         for c in map(featpipe.FeatureCache, (tmp_path / "cache").glob("*.h5"))
         if c.facts["backbone"]["weights"] == model.facts["backbone"]["weights"]
     )
-    sides = make_splits(model, cache, FineTuneConfig())
+    splits = make_splits(model, cache, FineTuneConfig())
     assert [int(text.split("again on ")[1].split()[0]) for text in notes] == [
-        len(sides.train),
-        len(sides.train_and_validation),
+        len(splits.train),
+        len(splits.train_and_validation),
     ]
     y = cache.label_table.values
     from featpipe import heads
 
-    again = heads.build("lda").fit(cache.X[sides.train_and_validation], y[sides.train_and_validation])
-    right = float(np.mean(again.predict(cache.X[sides.test]) == y[sides.test]))
-    accuracy = next(row for row in found.comparison.metrics if row["name"] == "accuracy")
-    assert accuracy["probe"][0] == pytest.approx(right)
+    reread = heads.build("lda").fit(cache.X[splits.train_and_validation], y[splits.train_and_validation])
+    expected = float(np.mean(reread.predict(cache.X[splits.test]) == y[splits.test]))
+    accuracy = next(row for row in result.comparison.metrics if row["name"] == "accuracy")
+    assert accuracy["probe"][0] == pytest.approx(expected)
 
 
 def test_a_probe_that_was_not_trained_on_them_is_used_as_it_is(tmp_path, photos, ladder, log):
@@ -172,12 +172,12 @@ def test_a_probe_that_was_not_trained_on_them_is_used_as_it_is(tmp_path, photos,
 def test_the_model_records_its_training_and_validation_images(tmp_path, photos, model, ladder):
     tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
-    sides = make_splits(model, cache, FineTuneConfig())
-    assert tuned.was_trained_on(cache.digests[sides.train_and_validation]).all()
-    assert not tuned.was_trained_on(cache.digests[sides.test]).any()
+    splits = make_splits(model, cache, FineTuneConfig())
+    assert tuned.was_trained_on(cache.digests[splits.train_and_validation]).all()
+    assert not tuned.was_trained_on(cache.digests[splits.test]).any()
     fresh = featpipe.evaluate(tuned, photos, cache=tmp_path / "cache")
-    assert fresh.left_out["trained on"] == len(sides.train_and_validation)
-    assert fresh.scores.n == len(sides.test)
+    assert fresh.left_out["trained on"] == len(splits.train_and_validation)
+    assert fresh.scores.n == len(splits.test)
 
 
 def test_a_worse_network_is_reported_and_the_probe_is_kept(tmp_path, photos, model, monkeypatch):
@@ -190,9 +190,9 @@ def test_a_worse_network_is_reported_and_the_probe_is_kept(tmp_path, photos, mod
 
     monkeypatch.setattr(verb, "compare_models", turned)
     settings = {**QUICK, "learning_rate": 1e-2}
-    found = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "k.model", **settings)
-    assert found.comparison.verdict().startswith("fine-tuned is worse than the probe on ")
-    assert found.kept == "probe"
+    result = finetune(model, photos, cache=tmp_path / "cache", out=tmp_path / "k.model", **settings)
+    assert result.comparison.verdict().startswith("fine-tuned is worse than the probe on ")
+    assert result.kept == "probe"
     assert featpipe.load_model(tmp_path / "k.model").facts == model.facts
     told = featpipe.load_model(tmp_path / "k.model").history["finetuning"]["result"]
     assert told["kept"] == "probe"
@@ -218,7 +218,7 @@ def test_the_same_call_reuses_the_model_and_another_setting_trains_again(tmp_pat
 def test_a_resumed_run_gives_the_same_model(tmp_path, photos, model, monkeypatch):
     whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     out = tmp_path / "t.model"
-    made = interrupt_fine_tuning(monkeypatch, after=3)
+    trained = interrupt_fine_tuning(monkeypatch, after=3)
     with pytest.raises(KeyboardInterrupt):
         finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
     assert out.with_name("t.model.checkpoint").exists()
@@ -228,7 +228,7 @@ def test_a_resumed_run_gives_the_same_model(tmp_path, photos, model, monkeypatch
     resumed = finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK).model
     assert resumed.backbone.digest == whole.backbone.digest
     np.testing.assert_array_equal(resumed.head[-1].coefs_[0], whole.head[-1].coefs_[0])
-    assert len(made) < 3 + 2 * 2
+    assert len(trained) < 3 + 2 * 2
 
 
 # -- the backbone -----------------------------------------------------------------------------------------------------
@@ -245,9 +245,9 @@ def test_the_fine_tuned_backbone_extracts_under_its_own_fingerprint(tmp_path, ph
     for given in ({"backbone": str(out)}, {"backbone": "timm/test_resnet", "weights": str(out)}):
         loaded = backbones.load(given["backbone"], weights=given.get("weights"))
         assert loaded.to_dict() == tuned.backbone.to_dict()
-        again = featpipe.extract(photos, cache=tmp_path / "cache", **given)
-        assert again.manifest["embedded"] == 0 or again.facts == tuned.facts
-        assert again.facts == tuned.facts
+        reread = featpipe.extract(photos, cache=tmp_path / "cache", **given)
+        assert reread.manifest["embedded"] == 0 or reread.facts == tuned.facts
+        assert reread.facts == tuned.facts
     assert backbones.load("timm/test_resnet", weights="none").to_dict() == network.to_dict() != tuned.backbone.to_dict()
     copied = featpipe.load_model(shutil.copy(out, tmp_path / "moved.model"))
     out.unlink()
@@ -344,8 +344,8 @@ def test_an_image_that_changed_since_extraction_is_an_error(tmp_path, photos, mo
 
 
 def test_configs_that_differ_in_workers_alone_are_equal_after_replacement():
-    one, two = FineTuneConfig(workers=1), FineTuneConfig(workers=2)
-    assert replace(one, workers=2) == two
+    first, second = FineTuneConfig(workers=1), FineTuneConfig(workers=2)
+    assert replace(first, workers=2) == second
 
 
 def test_epochs_are_logged_to_tensorboard_and_its_absence_is_an_error(tmp_path, monkeypatch):

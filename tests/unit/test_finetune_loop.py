@@ -153,11 +153,11 @@ def test_rates_fall_geometrically_with_depth_and_norms_and_biases_have_no_weight
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "constant"])
 def test_schedules_warm_up_to_one_and_decay(schedule):
     tuning = FineTuneConfig(schedule=schedule, warmup=0.25)
-    found = [schedule_factor(step, 100, tuning) for step in range(100)]
-    assert max(found) == pytest.approx(1.0)
-    assert np.argmax(found) in (24, 25)
-    assert all(a < b for a, b in pairwise(found[:25]))
-    assert (found[-1] < 0.01) == (schedule != "constant")
+    result = [schedule_factor(step, 100, tuning) for step in range(100)]
+    assert max(result) == pytest.approx(1.0)
+    assert np.argmax(result) in (24, 25)
+    assert all(a < b for a, b in pairwise(result[:25]))
+    assert (result[-1] < 0.01) == (schedule != "constant")
 
 
 def test_one_cycle_equals_that_of_torch():
@@ -206,24 +206,24 @@ def test_a_step_equals_that_of_a_plain_loop():
     wanted |= {n: p.detach() - 1e-2 * p.grad for n, p in head.named_parameters()}
     state = init_state(trainer)
     run_training_loop(trainer, state)
-    found = {**{name: value for name, value in copy_weights(trainer).items() if name in wanted}}
+    result = {**{name: value for name, value in copy_weights(trainer).items() if name in wanted}}
     if state.best_epoch.number == 1:
-        assert_tensors_equal(found, wanted, atol=1e-6, rtol=1e-5)
+        assert_tensors_equal(result, wanted, atol=1e-6, rtol=1e-5)
     else:
         pytest.fail("the step made it worse")
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 8])
 def test_gradients_of_pieces_add_up_to_those_of_the_batch(pieces):
-    found = []
+    result = []
     for accumulate in (1, pieces):
         trainer = make_trainer(accumulate=accumulate)
         state, (rows, *_) = init_state(trainer), trainer.epoch_batches(0)
         trainer.unfreeze_for_epoch(0)
         loss, _ = compute_gradients(trainer, state, rows, trainer.train_data.batch(rows, 0), len(rows))
-        found.append((loss, {name: p.grad.clone() for name, p in trainer.trained_parameters().items()}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert_tensors_equal(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
+        result.append((loss, {name: p.grad.clone() for name, p in trainer.trained_parameters().items()}))
+    assert result[0][0] == pytest.approx(result[1][0], rel=1e-5)
+    assert_tensors_equal(result[0][1], result[1][1], atol=1e-6, rtol=1e-4)
 
 
 def test_batches_are_never_of_one_image_unless_asked_and_each_row_comes_once():
@@ -248,9 +248,9 @@ def test_mixup_and_cutmix_mix_images_by_the_reported_share(settings):
     ones = torch.arange(6.0)[:, None, None, None].expand(6, 3, 16, 16)
     torch.manual_seed(3)
     for _ in range(10):
-        found, blend = apply_mixup_cutmix(ones, FineTuneConfig(**settings))
+        result, blend = apply_mixup_cutmix(ones, FineTuneConfig(**settings))
         wanted = blend.lam * torch.arange(6.0) + (1 - blend.lam) * torch.from_numpy(blend.partner).float()
-        torch.testing.assert_close(found.mean((1, 2, 3)), wanted)
+        torch.testing.assert_close(result.mean((1, 2, 3)), wanted)
 
 
 def test_the_moving_average_is_evaluated_and_kept():
@@ -269,14 +269,14 @@ def test_the_moving_average_is_evaluated_and_kept():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_float32_weights_about_as_well(precision):
-    found = {}
+    result = {}
     for name in ("fp32", precision):
         trainer = make_trainer(precision=name, epochs=3, learning_rate=3e-3)
         state = run_training_loop(trainer, init_state(trainer))
-        found[name] = [epoch.validation_loss for epoch in state.curve]
+        result[name] = [epoch.validation_loss for epoch in state.curve]
         assert all(parameter.dtype == torch.float32 for parameter in trainer.trained_parameters().values())
-    assert found[precision][-1] < found[precision][0]
-    np.testing.assert_allclose(found[precision], found["fp32"], rtol=0.15)
+    assert result[precision][-1] < result[precision][0]
+    np.testing.assert_allclose(result[precision], result["fp32"], rtol=0.15)
 
 
 def test_early_stopping_restores_the_best_weights():
@@ -416,10 +416,10 @@ class Poisoned(TensorDataset):
     """One image turns to NaN in the second epoch."""
 
     def batch(self, rows, epoch: int) -> Tensor:
-        found = super().batch(rows, epoch)
+        result = super().batch(rows, epoch)
         if epoch == 1:
-            found[rows == 5] = math.nan
-        return found
+            result[rows == 5] = math.nan
+        return result
 
 
 def test_a_nan_loss_stops_restores_the_best_weights_and_names_the_batch(log):

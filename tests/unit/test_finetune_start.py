@@ -75,8 +75,8 @@ def test_the_initial_layers_predict_as_the_model(place, ladder, head, labels):
     model = featpipe.train(cache, head, params={"epochs": 3} if head in ("mlp", "keras", "linear") else {})
     model.attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
-    found = first_answers(model, cache, paths)
-    assert np.abs(found.numpy() - model.predict_proba(paths)).max() < 1e-4
+    layers = first_answers(model, cache, paths)
+    assert np.abs(layers.numpy() - model.predict_proba(paths)).max() < 1e-4
 
 
 @pytest.mark.parametrize("head", ["logistic", "linear", "mlp"])
@@ -92,8 +92,8 @@ def test_the_initial_layers_predict_as_a_regression_model(place, ladder, head):
     cache = cache_of(place, ladder, "number")
     model = featpipe.train(cache, head).attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
-    found = first_answers(model, cache, paths).numpy()[:, 0]
-    assert np.abs(found - model.predict(paths)).max() < 1e-4 * np.std(cache.y)
+    layers = first_answers(model, cache, paths).numpy()[:, 0]
+    assert np.abs(layers - model.predict(paths)).max() < 1e-4 * np.std(cache.y)
 
 
 def test_temperature_and_prior_correction_are_folded_into_the_layers(place, ladder):

@@ -241,13 +241,13 @@ def test_the_cross_validated_score_is_that_of_a_loop_written_by_hand(
     cache = make_cache(X, Labels.from_class_names(names))
     model = train(cache, head, cv=3, params=params, random_state=7)
     probabilities = np.zeros((90, 4))
-    for fit, held in splits.make_folds(digests(90), names, k=3):
+    for fit, held_out in splits.make_folds(digests(90), names, k=3):
         estimator = heads.build(head, params=params, random_state=7).fit(X[fit], np.array(names)[fit])
-        probabilities[held] = estimator.predict_proba(X[held])
-    found = model.scores["cross_validation"]
-    assert found["metrics"] == score("classification", names, probabilities, "abcd").to_dict()["metrics"]
-    assert (found["folds"], found["n"]) == (3, 90)
-    assert found["how"] == {"kind": "folds", "folds": 3, "n": 90}
+        probabilities[held_out] = estimator.predict_proba(X[held_out])
+    estimate = model.scores["cross_validation"]
+    assert estimate["metrics"] == score("classification", names, probabilities, "abcd").to_dict()["metrics"]
+    assert (estimate["folds"], estimate["n"]) == (3, 90)
+    assert estimate["how"] == {"kind": "folds", "folds": 3, "n": 90}
 
 
 def test_copies_of_an_image_never_lie_on_both_sides_of_a_fold(make_cache: Any) -> None:
@@ -395,14 +395,14 @@ def test_the_strength_of_logistic_is_chosen_on_inner_folds_unless_it_is_set(make
 def test_the_scores_of_the_path_are_those_of_a_loop_written_by_hand(make_cache: Any) -> None:
     X, codes = noisy(n=90)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    tried = train(cache, metric="log_loss").history["chosen"]["tried"]
-    for at in (8, 20, 30):
-        C, losses = tried[at]["settings"]["C"], []
-        for fit, held in splits.make_folds(digests(90), codes, k=5, seed=1):
+    candidates = train(cache, metric="log_loss").history["chosen"]["tried"]
+    for position in (8, 20, 30):
+        C, losses = candidates[position]["settings"]["C"], []
+        for fit, held_out in splits.make_folds(digests(90), codes, k=5, seed=1):
             Z = StandardScaler().fit(X[fit]).transform(X.astype(np.float64))
             head = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(Z[fit], codes[fit])
-            losses.append(log_loss(codes[held], head.predict_proba(Z[held])))
-        assert tried[at]["score"] == pytest.approx(-np.mean(losses), rel=0.02)
+            losses.append(log_loss(codes[held_out], head.predict_proba(Z[held_out])))
+        assert candidates[position]["score"] == pytest.approx(-np.mean(losses), rel=0.02)
 
 
 def test_one_standard_error_chooses_a_smaller_strength(make_cache: Any) -> None:
@@ -429,7 +429,7 @@ def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, 
     ).fit(X, codes)
     assert model.history["chosen"]["settings"] == {key: oracle.best_params_[f"head__{key}"]}
     np.testing.assert_allclose(
-        [one["score"] for one in model.history["chosen"]["tried"]], oracle.cv_results_["mean_test_score"]
+        [candidate["score"] for candidate in model.history["chosen"]["tried"]], oracle.cv_results_["mean_test_score"]
     )
 
 
@@ -455,8 +455,8 @@ def test_random_labels_are_not_learnt_by_choosing(make_cache: Any) -> None:
     rng = np.random.default_rng(3)
     X, codes = rng.normal(size=(80, 40)), np.arange(80) % 2
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
-    found = train(cache, cv=3, metric="accuracy").scores["cross_validation"]["metrics"]["accuracy"]
-    assert found["low"] < 0.5
+    estimate = train(cache, cv=3, metric="accuracy").scores["cross_validation"]["metrics"]["accuracy"]
+    assert estimate["low"] < 0.5
 
 
 # -- classes of unequal size, groups, times --------------------------------------------------------------------------
@@ -503,9 +503,9 @@ def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
 def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
     codes = np.arange(120) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
-    found = train(cache, cv=3, tune=False, times=np.arange(120.0)).scores["cross_validation"]
-    assert found["n"] == 90
-    assert found["how"] == {"kind": "time_spans", "folds": 3, "n": 90, "n_rows": 120}
+    estimate = train(cache, cv=3, tune=False, times=np.arange(120.0)).scores["cross_validation"]
+    assert estimate["n"] == 90
+    assert estimate["how"] == {"kind": "time_spans", "folds": 3, "n": 90, "n_rows": 120}
 
 
 @pytest.mark.parametrize(
@@ -530,10 +530,10 @@ def test_a_time_cuts_once_and_what_is_later_judges(
             lambda config, dataset: (fitted.append(len(dataset)), fit_head(config, dataset))[1],
         )
     model = train(cache, head=head, times=times, since=since, tune=False)
-    found = model.scores["cross_validation"]
+    estimate = model.scores["cross_validation"]
     # What came later has its classes exchanged: whoever has seen none of it is always wrong.
-    assert (found["n"], found["metrics"]["accuracy"]["value"], fitted) == (30, 0.0, [90, 120])
-    assert (found["how"]["kind"], found["how"]["n"]) == ("since", 30)
+    assert (estimate["n"], estimate["metrics"]["accuracy"]["value"], fitted) == (30, 0.0, [90, 120])
+    assert (estimate["how"]["kind"], estimate["how"]["n"]) == ("since", 30)
 
 
 def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
@@ -560,8 +560,8 @@ def test_groups_are_read_from_a_table(make_cache: Any, tmp_path: Path) -> None:
     codes = np.arange(40) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     (tmp_path / "visits.csv").write_text("path,patient\n" + "".join(f"{i:03}.jpg,p{i // 4}\n" for i in range(40)))
-    found = train(cache, cv=3, tune=False, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
-    assert found["how"]["groups"] == 10
+    estimate = train(cache, cv=3, tune=False, groups=f"{tmp_path}/visits.csv:patient").scores["cross_validation"]
+    assert estimate["how"]["groups"] == 10
 
 
 # -- probabilities ---------------------------------------------------------------------------------------------------
@@ -573,15 +573,15 @@ def test_heads_without_probabilities_get_them_from_held_out_rows(head: str, make
     X = blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
     model = train(cache, head, cv=3)
-    p = model.predict_proba_features(X)
-    np.testing.assert_allclose(p.sum(axis=1), 1)
+    probabilities = model.predict_proba_features(X)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert (model.predict_features(X) == np.array(list("abc"))[model.head.predict(X)]).all()
-    found = model.scores["cross_validation"]
-    assert found["metrics"]["log_loss"]["value"] < 1.0
-    assert found["calibration"]["error_after"] < 0.15
+    estimate = model.scores["cross_validation"]
+    assert estimate["metrics"]["log_loss"]["value"] < 1.0
+    assert estimate["calibration"]["error_after"] < 0.15
     assert train(cache, head).calibration is not None
-    again = load_model(model.save(tmp_path / "a.model"))
-    assert np.array_equal(again.predict_proba_features(X), p)
+    reread = load_model(model.save(tmp_path / "a.model"))
+    assert np.array_equal(reread.predict_proba_features(X), probabilities)
 
 
 def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> None:
@@ -589,10 +589,10 @@ def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> 
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     plain = train(cache, params={"C": 1e4}, cv=5)
     model = train(cache, params={"C": 1e4}, cv=5, calibrate=True)
-    found = model.scores["cross_validation"]
-    assert found["calibration"]["error_after"] < found["calibration"]["error_before"] / 1.5
-    assert found["calibration"]["temperature"] > 1.2
-    assert found["metrics"]["log_loss"]["value"] < plain.scores["cross_validation"]["metrics"]["log_loss"]["value"]
+    estimate = model.scores["cross_validation"]
+    assert estimate["calibration"]["error_after"] < estimate["calibration"]["error_before"] / 1.5
+    assert estimate["calibration"]["temperature"] > 1.2
+    assert estimate["metrics"]["log_loss"]["value"] < plain.scores["cross_validation"]["metrics"]["log_loss"]["value"]
     assert (model.predict_features(X) == plain.predict_features(X)).all()
 
 
@@ -602,11 +602,11 @@ def test_calibration_lowers_the_error_of_an_overfitted_head(make_cache: Any) -> 
 def test_several_heads_are_compared_on_the_same_folds_and_the_best_is_kept(make_cache: Any) -> None:
     codes = np.arange(90) % 3
     cache = make_cache(blobs(codes, spread=2.5), Labels.from_class_names(["abc"[c] for c in codes]))
-    found = compare(cache, ["centroid", "knn", "ridge"], cv=3)
-    assert {row.head for row in found.rows} == {"centroid", "knn", "ridge"}
-    assert [row.score for row in found.rows] == sorted((row.score for row in found.rows), reverse=True)
-    assert found.model.head_name == found.rows[0].head
-    for row in found.rows:
+    estimate = compare(cache, ["centroid", "knn", "ridge"], cv=3)
+    assert {row.head for row in estimate.rows} == {"centroid", "knn", "ridge"}
+    assert [row.score for row in estimate.rows] == sorted((row.score for row in estimate.rows), reverse=True)
+    assert estimate.model.head_name == estimate.rows[0].head
+    for row in estimate.rows:
         alone = train(cache, row.head, cv=3).scores["cross_validation"]
         assert alone["metrics"]["accuracy"]["value"] == row.score
         assert alone["spread"] == row.spread == pytest.approx(np.std(alone["by_fold"], ddof=1))
@@ -614,16 +614,16 @@ def test_several_heads_are_compared_on_the_same_folds_and_the_best_is_kept(make_
         assert row.seconds_to_predict > 0
         assert row.bytes > 100
         assert {"balanced_accuracy", "macro_f1"} <= row.scores.keys()
-    assert [row["head"] for row in found.model.scores["comparison"]] == [row.head for row in found.rows]
+    assert [row["head"] for row in estimate.model.scores["comparison"]] == [row.head for row in estimate.rows]
 
 
 def test_all_heads_of_a_task_are_compared(make_cache: Any) -> None:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 5))
     cache = make_cache(X, Labels.from_targets(X @ rng.normal(size=5), ["size"]))
-    found = compare(cache, cv=2, params={"mlp": {"epochs": 2}, "keras": {"epochs": 2}})
-    assert {row.head for row in found.rows} == set(heads.list_heads("regression"))
-    assert found.rows[0].metric == "r2" or found.rows[0].metric in found.rows[0].scores
+    estimate = compare(cache, cv=2, params={"mlp": {"epochs": 2}, "keras": {"epochs": 2}})
+    assert {row.head for row in estimate.rows} == set(heads.list_heads("regression"))
+    assert estimate.rows[0].metric == "r2" or estimate.rows[0].metric in estimate.rows[0].scores
     with pytest.raises(ConfigError, match="2 folds or more"):
         compare(cache, cv=0)
 
@@ -640,8 +640,8 @@ def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: A
     assert not whole.history["streamed"]
     assert streamed.history["streamed"]
     np.testing.assert_allclose(streamed.predict_proba_features(X), whole.predict_proba_features(X), atol=2e-4)
-    one, other = (model.scores["cross_validation"]["metrics"]["accuracy"]["value"] for model in (whole, streamed))
-    assert one == pytest.approx(other, abs=0.01)
+    value, other = (model.scores["cross_validation"]["metrics"]["accuracy"]["value"] for model in (whole, streamed))
+    assert value == pytest.approx(other, abs=0.01)
 
 
 def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
@@ -671,8 +671,8 @@ def test_rows_that_stay_in_the_file_are_balanced_by_weights(how: str, make_cache
     seen = np.unique(drawn)  # what the scaler sees: all rows, or those that are left
     scaler = StandardScaler().fit(X[seen])
     oracle = heads.SoftmaxRegression(1.0).fit(scaler.transform(X[drawn]), codes[drawn])
-    found = streamed.predict_proba_features(X)
-    np.testing.assert_allclose(found, oracle.predict_proba(scaler.transform(X)), atol=1e-4)
+    estimate = streamed.predict_proba_features(X)
+    np.testing.assert_allclose(estimate, oracle.predict_proba(scaler.transform(X)), atol=1e-4)
 
 
 def test_a_balanced_head_may_stop_early(make_cache: Any) -> None:
@@ -706,8 +706,8 @@ def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatc
     monkeypatch.setattr(heads.MLPClassifier, "fit", spied)
     model = train(cache, "mlp", params={"early_stopping": True, "epochs": 3, "validation_fraction": 0.2})
     ((fitted, watched),) = seen
-    fit_rows, held = splits.make_holdout(own, codes, test=0.2, seed=2)
-    assert (fitted, watched) == (len(fit_rows), len(held))
+    fit_rows, held_out = splits.make_holdout(own, codes, test=0.2, seed=2)
+    assert (fitted, watched) == (len(fit_rows), len(held_out))
     assert len(model.history["curves"]["validation_curve"]) == len(model.history["curves"]["loss_curve"])
 
 
