@@ -222,12 +222,12 @@ def make_expansion(
 def _make_protocol(context: ExpansionContext, selected: SelectedMethod) -> dict[str, Any]:
     if selected.evaluator is None:
         return {"kind": "none"}
-    given, n = len(context.data.test), len(selected.evaluator.test)
-    if n == given:
+    n_given, n = len(context.data.test), len(selected.evaluator.test)
+    if n == n_given:
         return {"kind": "given", "n": n}
-    return (
-        {"kind": "given_and_new_holdout", "given": given, "n": n - given} if given else {"kind": "new_holdout", "n": n}
-    )
+    if n_given:
+        return {"kind": "given_and_new_holdout", "given": n_given, "n": n - n_given}
+    return {"kind": "new_holdout", "n": n}
 
 
 def _make_notes(context: ExpansionContext, selected: SelectedMethod, conformal: ConformalPredictor | None) -> list[str]:

@@ -89,8 +89,8 @@ def select_and_fit(context: ExpansionContext, method: str | None) -> SelectedMet
             raise ConfigError("methods are compared on test images, and there are none: give --test CACHE")
         logger.info("there are no test images, so nothing is measured: give --test CACHE, or labels with a split")
         return SelectedMethod(method, METHODS[method].fit(full_step, None), full_step, unavailable=unavailable)
-    wanted = available if method == "all" else dict.fromkeys((method, *BASELINE_METHODS))
-    candidates = [name for name in wanted if name in available]
+    compared = available if method == "all" else dict.fromkeys((method, *BASELINE_METHODS))
+    candidates = [name for name in compared if name in available]
     return _compare_methods(context, method, candidates, evaluation_data, full_step, unavailable)
 
 

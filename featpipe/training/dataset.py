@@ -105,8 +105,8 @@ class EmbeddingDataset:
         if self.classes != other.classes or self.task != other.task:
             raise ConfigError("the datasets have different classes; align both to the same ones first")
         groups, times = (
-            None if one is None or two is None else np.concatenate([one, two])
-            for one, two in ((self.groups, other.groups), (self.times, other.times))
+            None if first is None or second is None else np.concatenate([first, second])
+            for first, second in ((self.groups, other.groups), (self.times, other.times))
         )
         return EmbeddingDataset(
             np.concatenate([self.rows, other.rows]),
@@ -223,9 +223,9 @@ class EmbeddingDataset:
         ConfigError
             If a row has a label that is not among `classes`, or a target of a regression is missing.
         """
-        wanted = classes if self.task == "regression" else self.list_present_classes()
+        required = classes if self.task == "regression" else self.list_present_classes()
         available = self.classes if self.task == "regression" else classes
-        unknown = [name for name in wanted if name not in available]
+        unknown = [name for name in required if name not in available]
         if unknown:
             raise ConfigError(f"there is no class or target {', '.join(map(repr, unknown[:MAX_LISTED_ROWS]))}")
         positions = {name: position for position, name in enumerate(self.classes)}

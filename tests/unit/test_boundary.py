@@ -52,7 +52,7 @@ def made(ladder):
 def pictures(index, rows, view):
     with index.open() as reader:
         decoded = [torch.from_numpy(decode_image(reader.read(row))).permute(2, 0, 1) for row in rows]
-    return torch.stack([view(record) for record in decoded])
+    return torch.stack([view(image) for image in decoded])
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])

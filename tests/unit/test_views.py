@@ -39,7 +39,7 @@ def test_a_view_is_the_same_alone_and_in_any_thread_and_order(pictures):
     alone = [view(image) for view, image in work]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda item: item[0](item[1]), reversed(work)))
-    assert all(torch.equal(record, other) for record, other in zip(alone, reversed(together), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone, reversed(together), strict=True))
 
 
 def test_the_global_random_generator_is_not_touched(pictures):
@@ -109,10 +109,10 @@ def test_random_numbers_come_from_the_seed_in_this_thread():
         return [torch.rand(2), torch.randn_like(torch.zeros(2)), torch.randperm(5), torch.empty(2).uniform_(0, 1)]
 
     with seeded_random(1):
-        record = numbers()
+        first = numbers()
     with seeded_random(1):
-        two = numbers()
+        second = numbers()
         with ThreadPoolExecutor(1) as pool:
             elsewhere = pool.submit(torch.rand, 2).result()
-    assert all(torch.equal(a, b) for a, b in zip(record, two, strict=True))
-    assert not torch.equal(elsewhere, record[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(elsewhere, first[0])
