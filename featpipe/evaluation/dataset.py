@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featpipe.cache import FeatureCache
 from featpipe.errors import CacheError, ConfigError, FeatpipeError
@@ -64,31 +63,31 @@ def select_scored_rows(
     return unseen, left_out
 
 
-def load_true_labels(model: Model, cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """Load the labels of rows in the model's terms: class names, or columns in the order of its labels or targets.
+def align_to_model(model: Model, dataset: EmbeddingDataset) -> EmbeddingDataset:
+    """Encode the labels of rows of one cache in the order of a model's classes, labels or targets.
 
     Raises
     ------
     ConfigError
         If the cache has labels that the model does not know, or lacks a target that the model predicts.
     """
-    dataset = EmbeddingDataset.from_cache(cache, rows=rows, output=model.output)
+    path = "" if dataset.cache is None else f"{dataset.cache.path}: "
     if model.task == "regression":
-        missing = [name for name in model.classes if name not in cache.classes]
+        missing = [name for name in model.classes if name not in dataset.classes]
         if missing:
             raise ConfigError(
-                f"{cache.path}: has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
-                f"it has {', '.join(map(repr, cache.classes[:5]))}: give matching labels with --labels"
+                f"{path}has no target {', '.join(map(repr, missing[:3]))}, which the model predicts; "
+                f"it has {', '.join(map(repr, dataset.classes[:5]))}: give matching labels with --labels"
             )
-    unknown = [name for name in dataset.list_present_classes() if name not in model.classes]
-    if unknown and model.task != "regression":
-        text = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise ConfigError(
-            f"{cache.path}: has labels that the model does not know: {text}; leave those images out, or train a model "
-            "that has them"
-        )
-    y = dataset.aligned_to(model.classes).y
-    return np.array(model.classes, dtype=object)[y] if model.task == "classification" else y
+    else:
+        unknown = [name for name in dataset.list_present_classes() if name not in model.classes]
+        if unknown:
+            text = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            raise ConfigError(
+                f"{path}has labels that the model does not know: {text}; leave those images out, or train a model that "
+                "has them"
+            )
+    return dataset.aligned_to(model.classes)
 
 
 def find_training_reference(

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from featpipe.cache import FeatureCache
 from featpipe.diagnostics import NEAR_DUPLICATE_COSINE, LabeledPredictions
 from featpipe.errors import ConfigError
-from featpipe.evaluation.dataset import find_training_reference, load_true_labels, select_scored_rows
+from featpipe.evaluation.dataset import align_to_model, find_training_reference, select_scored_rows
 from featpipe.evaluation.result import BaselineModel, Evaluation
 from featpipe.evaluation.uncertainty import compute_coverage
 from featpipe.metrics import compare_paired, score
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
+from featpipe.training import EmbeddingDataset
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,10 @@ def evaluate(
     if left_out:
         text = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         logger.info(f"{len(rows)} rows are scored; left out: {text}")
-    X = np.asarray(dataset.to_memory().X)
-    truth, predicted = load_true_labels(model, first_cache, rows), _predict(model, X)
-    predictions = _label_predictions(model, first_cache, rows, truth, predicted)
+    dataset = align_to_model(model, dataset).to_memory()
+    X, truth = dataset.features, dataset.labels
+    predicted = _predict(model, X)
+    predictions = LabeledPredictions(model.task, list(dataset.ids), dataset.y, predicted, model.classes)
     names = _make_display_names(models)[1:]
     return Evaluation(
         scores=score(model.task, truth, predicted, model.classes),
@@ -166,21 +168,6 @@ def _predict(model: Model, X: NDArray[np.float32]) -> NDArray[np.float64]:
     return model.predict_features(X) if model.task == "regression" else model.predict_proba_features(X)
 
 
-def _label_predictions(
-    model: Model,
-    cache: FeatureCache,
-    rows: NDArray[np.int64],
-    truth: NDArray[Any],
-    predicted: NDArray[np.float64],
-) -> LabeledPredictions:
-    """Combine predictions with sample ids and codes of the true classes."""
-    if model.task == "classification":
-        class_index = {name: i for i, name in enumerate(model.classes)}
-        truth = np.array([class_index[name] for name in truth], np.intp)
-    ids = [cache.ids[row] for row in rows.tolist()]
-    return LabeledPredictions(model.task, ids, truth, predicted, model.classes)
-
-
 def _score_baseline(
     model: Model,
     truth: NDArray[Any],
@@ -191,9 +178,10 @@ def _score_baseline(
     rows: NDArray[np.int64],
 ) -> BaselineModel:
     """Score another model in its own terms, and compare the two in common terms."""
-    X = np.asarray(baseline_cache.features(baseline.output)[rows], np.float32)
-    baseline_truth, baseline_predicted = load_true_labels(baseline, baseline_cache, rows), _predict(baseline, X)
-    scores = score(baseline.task, baseline_truth, baseline_predicted, baseline.classes)
+    dataset = EmbeddingDataset.from_cache(baseline_cache, rows=rows, output=baseline.output)
+    dataset = align_to_model(baseline, dataset)
+    baseline_predicted = _predict(baseline, dataset.features)
+    scores = score(baseline.task, dataset.labels, baseline_predicted, baseline.classes)
     if model.task == "regression":
         names: tuple[str, ...] = model.classes
         if set(names) != set(baseline.classes):

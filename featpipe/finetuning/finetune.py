@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featpipe import backbones, data
 from featpipe.backbones import Backbone
@@ -144,7 +143,7 @@ def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head:
     probe = refit_without(model, context.base_cache, splits, splits.test, splits.train_and_validation)
     comparison = compare_models(
         model.task,
-        _ground_truth(model, splits.y[splits.test]),
+        make_dataset(model, context.base_cache, splits.y, splits.test).labels,
         predict_rows(probe, context.base_cache, splits.test),
         predict_rows(finetuned, trained.cache, splits.test),
         model.classes,
@@ -185,13 +184,6 @@ def _save(context: FineTuneContext, model: Model) -> None:
         if context.checkpoint_path is not None:
             context.checkpoint_path.unlink(missing_ok=True)
     model.path = Path(context.out)
-
-
-def _ground_truth(model: Model, y: NDArray[Any]) -> NDArray[Any]:
-    """Labels in the form that scores take."""
-    if model.task == "classification":
-        return np.array(model.classes, dtype=object)[y]
-    return y[:, 0] if model.task == "regression" and y.shape[1] == 1 else y
 
 
 def prepare_start(context: FineTuneContext) -> tuple[Model, InitialHead, Backbone]:

@@ -98,7 +98,7 @@ def cross_validate(
         predictions, calibration, calibration_errors = _calibrate_folds(config, fitted_folds, dataset.y)
     else:
         predictions = [fold.fitted.predict(fold.X) for fold in fitted_folds]
-    targets = _get_targets(config.task, dataset)
+    targets = dataset.labels
     order = np.argsort(held_out, kind="stable")
     all_predictions = np.concatenate(predictions)[order]
     scores = score(config.task, targets[held_out[order]], all_predictions, dataset.classes)
@@ -176,10 +176,6 @@ def fit_calibration_on_folds(config: HeadConfig, dataset: EmbeddingDataset, prog
         f"head {config.head!r} has scores and no probabilities; they are calibrated on held-out rows, and a class has "
         "one image only: take logistic, or give more images"
     )
-
-
-def _get_targets(task: str, dataset: EmbeddingDataset) -> NDArray[Any]:
-    return np.array(dataset.classes, dtype=object)[dataset.y] if task == "classification" else dataset.y
 
 
 def _make_protocol(dataset: EmbeddingDataset, k: int, n_held_out: int) -> dict[str, Any]:

@@ -129,6 +129,11 @@ class EmbeddingDataset:
         return self.cache.ids.take(self.rows)
 
     @property
+    def labels(self) -> NDArray[Any]:
+        """Class names of a classification, shape (m,); `y` of other tasks."""
+        return np.array(self.classes, dtype=object)[self.y] if self.task == "classification" else self.y
+
+    @property
     def keys(self) -> NDArray[Any]:
         """The digests as one comparable value per row, shape (m,)."""
         return np.ascontiguousarray(self.digests).view("V32").ravel()

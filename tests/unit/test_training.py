@@ -92,7 +92,7 @@ def test_a_dataset_selects_the_rows_of_a_split_and_names_them(abc_cache: Feature
     assert test.to_memory().X.tolist() == np.arange(90).reshape(30, 3)[25:].tolist()
 
 
-def test_a_dataset_leaves_out_listed_rows_copies_and_what_a_model_has_seen(
+def test_a_dataset_leaves_out_listed_rows_copies_and_training_images_of_a_model(
     abc_cache: FeatureCache, tmp_path: Path
 ) -> None:
     train_rows = EmbeddingDataset.from_cache(abc_cache, split="train")
@@ -135,6 +135,20 @@ def test_datasets_with_the_same_classes_are_joined(abc_cache: FeatureCache) -> N
     assert np.array_equal(joined.digests, abc_cache.digests[20:])
     with pytest.raises(ConfigError, match="different classes"):
         test + test.aligned_to(("c", "b", "a"))
+
+
+def test_a_dataset_counts_copies_once_and_leaves_out_classes_without_a_code(make_cache: Any) -> None:
+    codes = np.array([0, 0, 1, 2, 2, 2])
+    own = digests(6).copy()
+    own[1], own[5] = own[0], own[3]
+    cache = make_cache(blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]), digests=own)
+    dataset = EmbeddingDataset.from_cache(cache)
+    assert dataset.first_occurrences.tolist() == [0, 2, 3, 4]
+    assert dataset.count_images().tolist() == [1, 1, 2]
+    recoded = dataset.recoded(np.array([2, -1, 0]), ("x", "y", "z"))
+    assert recoded.labels.tolist() == ["z", "z", "x", "x", "x"]
+    assert recoded.rows.tolist() == [0, 1, 3, 4, 5]
+    assert np.array_equal(recoded.features, cache.X[recoded.rows])
 
 
 def test_a_subset_of_a_dataset_is_of_the_smallest_keys(abc_cache: FeatureCache) -> None:
@@ -323,7 +337,7 @@ def refused(error: type[Exception], match: str, cache: FeatureCache, *args: Any,
     assert len(str(caught.value)) < 400
 
 
-def test_a_cache_that_cannot_be_trained_on_says_what_to_do(make_cache: Any) -> None:
+def test_a_cache_that_cannot_be_trained_on_is_refused_with_the_remedy(make_cache: Any) -> None:
     codes = np.arange(12) % 2
     X, names = blobs(codes), ["ab"[c] for c in codes]
     refused(CacheError, r"made\.h5: has no labels; extract again with --labels", make_cache(X, Labels.unlabeled(12)))
@@ -337,7 +351,7 @@ def test_a_cache_that_cannot_be_trained_on_says_what_to_do(make_cache: Any) -> N
     refused(ConfigError, r"feature maps of shape \(5, 1, 1\); heads train on pooled outputs: extract with", maps)
 
 
-def test_a_wrong_setting_is_answered_with_the_nearest(make_cache: Any) -> None:
+def test_an_unknown_setting_is_refused_with_the_nearest_name(make_cache: Any) -> None:
     codes = np.arange(12) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     refused(ConfigError, "unknown head 'logistc'; did you mean 'logistic'", cache, "logistc")
@@ -356,7 +370,7 @@ def test_a_class_with_fewer_images_than_folds_is_named(make_cache: Any) -> None:
     assert train(cache).classes == ("a", "b", "c")
 
 
-def test_data_that_a_head_refuses_is_one_line(make_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_a_head_refuses_is_an_error_of_one_line(make_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = np.arange(12) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
 
@@ -433,14 +447,14 @@ def test_any_head_is_tuned_on_folds_of_its_training_rows(head: str, grid: dict, 
     )
 
 
-def test_a_head_without_a_grid_of_its_own_says_how_to_give_one(make_cache: Any) -> None:
+def test_tuning_a_head_without_a_default_grid_is_refused_with_the_remedy(make_cache: Any) -> None:
     X, codes = noisy(n=40)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     refused(ConfigError, "say what to try: --grid", cache, "sklearn.tree.DecisionTreeClassifier", tune=True)
     refused(ConfigError, "unknown metric 'acuracy'; did you mean 'accuracy'", cache, metric="acuracy")
 
 
-def test_settings_are_chosen_anew_without_the_rows_of_each_fold(make_cache: Any, monkeypatch: Any) -> None:
+def test_settings_are_searched_again_in_each_fold_without_its_held_out_rows(make_cache: Any, monkeypatch: Any) -> None:
     X, codes = noisy(n=60)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
     seen: list[int] = []
@@ -450,7 +464,7 @@ def test_settings_are_chosen_anew_without_the_rows_of_each_fold(make_cache: Any,
     assert sorted(seen) == [40, 40, 40, 60]
 
 
-def test_random_labels_are_not_learnt_by_choosing(make_cache: Any) -> None:
+def test_random_labels_score_at_chance_although_settings_were_searched(make_cache: Any) -> None:
     """Forty columns of noise: whoever reports the score that a setting was chosen by is above chance."""
     rng = np.random.default_rng(3)
     X, codes = rng.normal(size=(80, 40)), np.arange(80) % 2
@@ -500,7 +514,7 @@ def test_rows_of_a_group_stay_together(make_cache: Any) -> None:
     assert together["how"]["groups"] == 30
 
 
-def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
+def test_folds_by_time_are_scored_on_later_images(make_cache: Any) -> None:
     codes = np.arange(120) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     estimate = train(cache, cv=3, tune=False, times=np.arange(120.0)).scores["cross_validation"]
@@ -515,7 +529,7 @@ def test_by_time_every_fold_is_judged_on_what_is_later(make_cache: Any) -> None:
         ("ridge", np.datetime64("2024-01-01") + np.arange(120), "2024-03-31"),
     ],
 )
-def test_a_time_cuts_once_and_what_is_later_judges(
+def test_since_makes_one_split_that_is_scored_on_later_images(
     head: str, times: Any, since: Any, make_cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = np.random.default_rng(0).integers(0, 2, 120)
@@ -536,7 +550,7 @@ def test_a_time_cuts_once_and_what_is_later_judges(
     assert (estimate["how"]["kind"], estimate["how"]["n"]) == ("since", 30)
 
 
-def test_a_time_that_cuts_nothing_is_said(make_cache: Any) -> None:
+def test_a_time_that_splits_nothing_is_refused(make_cache: Any) -> None:
     codes = np.arange(40) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     with pytest.raises(ConfigError, match="since=2024 cuts by time, and nothing says when"):
@@ -632,7 +646,7 @@ def test_all_heads_of_a_task_are_compared(make_cache: Any) -> None:
 
 
 @pytest.mark.parametrize("head", ["ridge", "lda", "centroid", "logistic"])
-def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: Any) -> None:
+def test_streamed_rows_give_the_same_model(head: str, make_cache: Any) -> None:
     codes = np.random.default_rng(0).integers(0, 3, 200)
     X = blobs(codes, spread=2.5)
     cache = make_cache(X, Labels.from_class_names(["abc"[c] for c in codes]))
@@ -644,7 +658,7 @@ def test_rows_that_stay_in_the_file_give_the_same_model(head: str, make_cache: A
     assert value == pytest.approx(other, abs=0.01)
 
 
-def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_cache: Any, monkeypatch: Any) -> None:
+def test_the_strength_is_searched_on_a_subset_of_streamed_rows(make_cache: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("featpipe.training.search.MAX_TUNING_ROWS", 100)
     X, codes = noisy(n=200)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
@@ -654,7 +668,7 @@ def test_a_strength_is_chosen_on_a_part_of_the_rows_that_stay_in_the_file(make_c
     assert chosen["settings"]["C"] == pytest.approx(best["settings"]["C"] / 2)
 
 
-def test_heads_that_need_all_rows_say_so(make_cache: Any) -> None:
+def test_heads_that_need_all_rows_in_memory_are_refused(make_cache: Any) -> None:
     codes = np.arange(40) % 2
     cache = make_cache(blobs(codes), Labels.from_class_names(["ab"[c] for c in codes]))
     refused(ConfigError, "needs all 40 rows in memory", cache, "knn", memory=0)
@@ -662,7 +676,7 @@ def test_heads_that_need_all_rows_say_so(make_cache: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["over", "under"])
-def test_rows_that_stay_in_the_file_are_balanced_by_weights(how: str, make_cache: Any) -> None:
+def test_streamed_rows_are_balanced_by_weights(how: str, make_cache: Any) -> None:
     codes = (np.random.default_rng(0).random(120) < 0.2).astype(int)
     X = blobs(codes, spread=3)
     cache = make_cache(X, Labels.from_class_names(["ab"[c] for c in codes]))
@@ -682,7 +696,7 @@ def test_a_balanced_head_may_stop_early(make_cache: Any) -> None:
     assert len(model.history["curves"]["validation_curve"]) == 3
 
 
-def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
+def test_embeddings_that_are_not_finite_are_refused_with_their_ids(make_cache: Any) -> None:
     codes = np.arange(40) % 2
     X = blobs(codes)
     X[[3, 7], 2] = np.nan, np.inf
@@ -692,7 +706,7 @@ def test_rows_that_are_ok_and_not_finite_are_named(make_cache: Any) -> None:
         refused(ConfigError, r"NaN or infinity .*\(003\.jpg, 007\.jpg\)", cache, "lda", memory=memory)
 
 
-def test_early_stopping_watches_rows_of_other_images(make_cache: Any, monkeypatch: Any) -> None:
+def test_early_stopping_validates_on_other_images(make_cache: Any, monkeypatch: Any) -> None:
     codes = np.repeat(np.arange(60) % 2, 2)
     own = np.repeat(digests(60), 2, axis=0)
     cache = make_cache(blobs(codes, spread=3), Labels.from_class_names(["ab"[c] for c in codes]), digests=own)

@@ -276,7 +276,7 @@ def grow(home: Path, model: Model) -> Callable[..., Expansion]:
 
 
 @pytest.mark.parametrize("method", ["joint", "replay", "distill", "ewc", "naive"])
-def test_each_method_gives_a_model_like_any_other(method: str, grow: Any, home: Path, tmp_path: Path) -> None:
+def test_each_method_gives_a_model_that_survives_saving(method: str, grow: Any, home: Path, tmp_path: Path) -> None:
     data = ("new",) if method in ("distill", "naive") else ("old", "new")
     expansion = grow(
         method, *data, out=tmp_path / "m.model", params={"epochs": 6, "learning_rate": 1e-3, "patience": 0}
@@ -373,7 +373,7 @@ def test_without_an_improvement_the_result_is_that_of_features(grow: Any, model:
     ]
 
 
-def test_the_next_step_is_like_any_other(grow: Any, home: Path, tmp_path: Path) -> None:
+def test_an_expanded_network_is_expanded_again(grow: Any, home: Path, tmp_path: Path) -> None:
     expansion = grow("joint", "old", "new", keep="rows=3,statistics", params=LEARNS)
     assert np.bincount(expansion.model.kept.codes).tolist() == [3] * 4
     cache = featpipe.extract(home / "test", backbone=expansion.model.backbone, cache=home / "cache")

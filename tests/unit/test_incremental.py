@@ -63,7 +63,7 @@ def accuracy(model: Model, cache: FeatureCache, names: Sequence[str] = NAMES) ->
 # -- methods ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_method_does_what_it_is_for(compared: Expansion) -> None:
+def test_each_method_learns_new_classes_and_remembers_old_ones_as_documented(compared: Expansion) -> None:
     rows = {row.method: row for row in compared.outcomes}
     assert set(rows) == set(METHODS)
     assert rows["naive"].old.value < 0.05
@@ -125,7 +125,7 @@ def test_frozen_old_scores_are_bit_for_bit_what_they_were(
     assert accuracy(grown, test) > (0.85 if keep == "all" else 0.5)
 
 
-def test_joint_is_training_on_both_with_the_head_s_settings(
+def test_joint_equals_training_on_old_and_new_images_with_the_same_settings(
     models: Any, old: FeatureCache, new: FeatureCache, test: FeatureCache
 ) -> None:
     from featpipe import heads
@@ -138,7 +138,7 @@ def test_joint_is_training_on_both_with_the_head_s_settings(
 
 
 @pytest.mark.parametrize("head", ["logistic", "mlp", "svm", "knn", "lda"])
-def test_replay_is_for_any_head_and_the_memory_is_kept_on(
+def test_replay_works_with_any_head_and_retains_its_exemplars(
     head: str, models: Any, new: FeatureCache, test: FeatureCache, tmp_path: Path
 ) -> None:
     params = {"epochs": 5, "hidden": 16} if head == "mlp" else {}
@@ -151,7 +151,7 @@ def test_replay_is_for_any_head_and_the_memory_is_kept_on(
     assert np.array_equal(load_model(model.save(tmp_path / "m.model")).kept.rows, model.kept.rows)
 
 
-def test_rows_that_were_chosen_at_random_can_be_replayed(models: Any, old: Any, new: FeatureCache, test: Any) -> None:
+def test_replay_works_with_exemplars_selected_at_random(models: Any, old: Any, new: FeatureCache, test: Any) -> None:
     model = models("logistic", "none").expand(
         [old, new], method="replay", memory=8, params={"selection": "random"}, keep="rows=8"
     )
@@ -342,7 +342,7 @@ def test_rows_marked_as_test_are_tested_and_not_learnt(models: Any, make_cache: 
     assert not expansion.model.was_trained_on(test_rows.digests).any()
 
 
-def test_both_sides_are_watched_epoch_by_epoch(compared: Expansion) -> None:
+def test_curves_record_old_and_new_classes_by_epoch(compared: Expansion) -> None:
     rows = {row.method: row for row in compared.outcomes}
     for name in ("replay", "frozen-old", "distill", "ewc", "naive"):
         curves = rows[name].curves
@@ -362,7 +362,7 @@ def test_the_result_survives_saving_and_loading(compared: Expansion, tmp_path: P
     assert expanded_again.as_table() == compared.as_table()
 
 
-def test_what_may_be_kept_bounds_what_is_recommended(models: Any, new: FeatureCache, test: FeatureCache) -> None:
+def test_the_recommended_method_stays_within_the_budget(models: Any, new: FeatureCache, test: FeatureCache) -> None:
     expansion = expand(models(), new, method="all", test=test, budget=400)
     assert expansion.outcomes[0].bytes <= 400
     assert expansion.model.kept is None or expansion.model.kept.nbytes <= 400 + 8 * 5
@@ -428,7 +428,7 @@ def test_statistics_replace_other_heads_by_ridge_and_a_note_says_so(
     assert accuracy(model, make_cache({"fox": 40}, seed=9)) > 0.5  # of one image
 
 
-def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, new: FeatureCache) -> None:
+def test_retained_statistics_of_an_lda_give_an_lda(models: Any, old: Any, new: FeatureCache) -> None:
     from featpipe.heads.closed_form.sufficient_statistics import compute_statistics
 
     model = models()
@@ -437,9 +437,7 @@ def test_models_that_keep_the_sums_of_an_lda_get_an_lda(models: Any, old: Any, n
     assert model.expand(new, method="statistics").head_name == "lda"
 
 
-def test_what_stands_for_scores_alone_is_calibrated_on_rows_that_were_held_out(
-    models: Any, make_cache: Any, tmp_path: Path
-) -> None:
+def test_a_ridge_head_is_calibrated_on_held_out_rows(models: Any, make_cache: Any, tmp_path: Path) -> None:
     """Its confidence is about how often it is right; too few rows leave the temperature as it was."""
     from featpipe.metrics import calibration_error, fit_temperature
 
@@ -465,7 +463,7 @@ def judged(old: FeatureCache) -> Model:
     return train(old, "logistic", params={"C": 0.1}, cv=3, keep="all")
 
 
-def test_novelty_goes_on_and_old_and_new_images_look_as_new_as_they_should(
+def test_the_novelty_score_is_updated_and_calibrated_for_old_and_new_images(
     judged: Model, new: FeatureCache, make_cache: Any, tmp_path: Path
 ) -> None:
     fresh = make_cache(dict.fromkeys(NAMES[:5], 200), seed=80)
@@ -481,7 +479,7 @@ def test_novelty_goes_on_and_old_and_new_images_look_as_new_as_they_should(
     assert len(grown.trust.novelty.references) == 95 + 55
 
 
-def test_sets_hold_the_right_class_as_often_as_asked_of_rows_that_did_not_train(
+def test_prediction_sets_cover_held_out_images_at_the_requested_level(
     judged: Model, old: FeatureCache, new: FeatureCache, make_cache: Any, tmp_path: Path
 ) -> None:
     """Calibrated on the images given for it; with all old and new images, by cross-fitting."""
@@ -563,7 +561,7 @@ def test_an_expanded_model_is_evaluated_like_any_other(compared: Expansion, test
     assert expansion.scores.classes == NAMES[:5]
 
 
-def test_the_accuracies_of_a_step_are_recorded_for_the_next(compared: Expansion) -> None:
+def test_the_accuracies_of_each_step_are_recorded_for_the_next_one(compared: Expansion) -> None:
     judged = compared.model.history["judged"]
     assert [set(record) for record in judged] == [{"rows", "learnt", "best", "now"}] * 2
     assert judged[0]["best"] >= judged[0]["now"]

@@ -74,7 +74,7 @@ def test_values_and_gradients_are_those_of_the_formulas(parts: set[str], problem
     assert np.allclose(gradient, expected.numpy(), rtol=1e-10, atol=1e-12)
 
 
-def test_few_rows_with_half_weight_and_half_offset_expect_the_classes_as_often_as_they_were() -> None:
+def test_half_weights_and_half_offsets_restore_the_class_frequencies() -> None:
     """Without features to tell them by, the probabilities are the shares of the rows that are stood for."""
     y, stands = np.array([0, 0, 1, 1, 1, 2]), np.array([10.0, 10.0, 1.0, 1.0, 1.0, 4.0])
     weights, offsets = compute_weights_and_offsets(y, stands, 3)
@@ -84,7 +84,7 @@ def test_few_rows_with_half_weight_and_half_offset_expect_the_classes_as_often_a
     assert np.allclose(softmax(found.b), np.array([20, 3, 4]) / 27, atol=1e-5)
 
 
-def test_a_layer_says_the_same_of_features_that_are_scaled_anew() -> None:
+def test_a_rescaled_layer_gives_the_same_scores() -> None:
     rng = np.random.default_rng(0)
     X, more = rng.normal(size=(50, P)) * 3, rng.normal(size=(90, P)) + 2
     was, now = StandardScaler().fit(X), StandardScaler().fit(more)
@@ -93,7 +93,7 @@ def test_a_layer_says_the_same_of_features_that_are_scaled_anew() -> None:
     assert np.allclose(again.compute_scores(now.transform(X)), layer.compute_scores(was.transform(X)), atol=1e-10)
 
 
-def test_scores_that_are_fixed_leave_the_gradient_of_the_others(problem: dict[str, Any]) -> None:
+def test_fixed_scores_leave_the_gradient_of_the_trained_ones(problem: dict[str, Any]) -> None:
     theta = problem["theta"]
     whole = LastLayerObjective(problem["Z"], problem["y"], problem["weights"])
     fixed = problem["Z"] @ theta[:OLD, :-1].T + theta[:OLD, -1]
@@ -103,7 +103,7 @@ def test_scores_that_are_fixed_leave_the_gradient_of_the_others(problem: dict[st
     assert np.allclose(gradient, whole.value_and_gradient(theta)[1][OLD:])
 
 
-def test_the_least_value_is_that_of_softmax_regression_and_the_epochs_are_told(problem: dict[str, Any]) -> None:
+def test_the_minimum_is_that_of_softmax_regression_and_each_epoch_is_reported(problem: dict[str, Any]) -> None:
     told: list[float] = []
     objective = LastLayerObjective(problem["Z"], problem["y"], np.ones(N), 1 / 2.0)
     found = fit_last_layer(
@@ -130,7 +130,7 @@ def test_new_classes_start_at_their_means_and_old_ones_as_they_were(problem: dic
     assert np.linalg.norm(layer.W[OLD:], axis=1).mean() == pytest.approx(np.linalg.norm(old.W, axis=1).mean())
 
 
-def test_an_offset_is_where_old_and_new_part_and_stays_among_the_scores_where_they_do_not() -> None:
+def test_the_bias_correction_separates_old_from_new_rows_and_stays_within_the_scores() -> None:
     rng = np.random.default_rng(0)
     old, new = np.zeros((500, 2)), np.zeros((500, 2))
     old[:, 1], new[:, 1] = rng.normal(4, 1, 500), rng.normal(10, 1, 500)

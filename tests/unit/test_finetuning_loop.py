@@ -226,7 +226,7 @@ def test_gradients_of_pieces_add_up_to_those_of_the_batch(pieces):
     assert_tensors_equal(result[0][1], result[1][1], atol=1e-6, rtol=1e-4)
 
 
-def test_batches_are_never_of_one_image_unless_asked_and_each_row_comes_once():
+def test_batches_have_two_images_unless_requested_and_each_row_comes_once():
     trainer = replace(make_trainer(), train_rows=np.arange(33))
     assert [len(rows) for rows in trainer.epoch_batches(0)] == [7, 7, 7, 6, 6]
     assert sorted(np.concatenate(trainer.epoch_batches(0)).tolist()) == list(range(33))
