@@ -20,7 +20,7 @@ from featpipe.evaluation.uncertainty import compute_coverage
 from featpipe.metrics import compare_paired, score
 from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
-from featpipe.training import EmbeddingDataset
+from featpipe.training import EmbeddingDataset, as_list, open_caches
 
 logger = logging.getLogger(__name__)
 
@@ -116,19 +116,13 @@ def _open_cache(
 ) -> FeatureCache:
     if isinstance(data, FeatureCache):
         return data
-    paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
-    if not paths:
+    items = as_list(data)
+    if not items:
         raise ConfigError("there is nothing to evaluate on: give a cache, or archives")
-    suffixes = {Path(path).suffix for path in paths}
-    if suffixes <= {".h5", ".hdf5"}:
-        if len(paths) > 1:
-            raise ConfigError(f"{len(paths)} caches were given; evaluate takes one cache, or archives")
-        if labels is not None:
-            raise ConfigError("--labels applies to archives; a cache contains its labels: extract again with --labels")
-        return FeatureCache(paths[0])
-    from featpipe.extraction import extract
-
-    return extract(paths, labels=labels, cache=cache, progress=progress, **model.extraction())
+    caches = open_caches(model, items, labels, cache, progress)
+    if len(caches) > 1:
+        raise ConfigError(f"{len(caches)} caches were given; evaluate takes one cache, or archives")
+    return caches[0]
 
 
 def _check_cache(model: Model, cache: FeatureCache) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,8 @@ from numpy.typing import NDArray
 from featpipe.cache import FeatureCache
 from featpipe.config import check_names, unknown_name_error
 from featpipe.data import order_classes
-from featpipe.errors import CacheError, ConfigError
+from featpipe.errors import ConfigError
 from featpipe.model import Model
-from featpipe.runtime import ProgressCallback
 from featpipe.training import EmbeddingDataset
 
 TEST_FRACTION = 0.2
@@ -64,56 +61,6 @@ class ExpansionData:
             return self
         held_out = self.new.take(eligible[test_indices])
         return replace(self, new=self.new.without_copies_of(held_out), test=self.test + held_out)
-
-
-def as_list(data: Any) -> list[Any]:
-    """One item or several, as a list."""
-    return [data] if isinstance(data, (str, os.PathLike, FeatureCache)) else list(data)
-
-
-def is_cache(item: Any) -> bool:
-    """Whether an item is a cache, open or by its path; otherwise it is an archive."""
-    return isinstance(item, FeatureCache) or Path(item).suffix in (".h5", ".hdf5")
-
-
-def open_caches(
-    model: Model, data: Any, labels: Any, cache_folder: str | os.PathLike[str], progress: ProgressCallback
-) -> list[FeatureCache]:
-    """Open caches, or extract archives into one.
-
-    Raises
-    ------
-    ConfigError
-        If archives and caches are mixed.
-    CacheMismatchError
-        If the embeddings of a cache are not those of the model's backbone.
-    """
-    items = as_list(data)
-    are_caches = [is_cache(item) for item in items]
-    if all(are_caches):
-        if labels is not None:
-            raise ConfigError("--labels is for archives; a cache has its own labels: extract again with --labels")
-        caches = [item if isinstance(item, FeatureCache) else FeatureCache(item) for item in items]
-    elif any(are_caches):
-        raise ConfigError("caches and archives are mixed; extract the archives first, and give the caches")
-    else:
-        caches = [_extract_cache(model, items, labels, cache_folder, progress)]
-    for feature_cache in caches:
-        model.check_cache(feature_cache)
-        if feature_cache.task != "classification":
-            label_problem = "no labels" if feature_cache.task == "none" else f"labels for {feature_cache.task}"
-            raise CacheError(
-                f"{feature_cache.path}: has {label_problem}; give one class for each image, with folders or --labels"
-            )
-    return caches
-
-
-def _extract_cache(
-    model: Model, archives: Any, labels: Any, cache_folder: Any, progress: ProgressCallback
-) -> FeatureCache:
-    from featpipe.extraction import extract
-
-    return extract(archives, labels=labels, cache=cache_folder, progress=progress, **model.extraction())
 
 
 def find_labels(caches: Sequence[FeatureCache]) -> set[str]:

@@ -9,17 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from featpipe.cache import FeatureCache
 from featpipe.config import unknown_name_error
-from featpipe.errors import ConfigError, ModelError
+from featpipe.errors import CacheError, ConfigError, ModelError
 from featpipe.finetuning import NON_TRAINING_SETTINGS, checkpoint_path_for
 from featpipe.incremental.context import ExpansionContext
 from featpipe.incremental.dataset import (
     ClassMapping,
-    as_list,
     compute_request_digest,
     find_labels,
     load_expansion_data,
-    open_caches,
 )
 from featpipe.incremental.deep import DeepTrainingConfig, expand_network
 from featpipe.incremental.methods import METHODS
@@ -29,6 +28,7 @@ from featpipe.incremental.select_method import select_and_fit
 from featpipe.model import Model, RetentionPolicy, load_model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.storage import Receipt
+from featpipe.training import as_list, open_caches
 
 logger = logging.getLogger(__name__)
 
@@ -138,19 +138,20 @@ def expand(
     if policy is not None and not trains_network and (model.kept is None or model.kept.network is None):
         policy.raise_if_network()
     train_caches, test_caches, calibration_caches = (
-        open_caches(model, source, labels, cache, progress) if as_list(source) else []
+        _open_classification_caches(model, as_list(source), labels, cache, progress)
         for source in (data, test, calibration)
     )
     request = compute_request_digest(
         [*train_caches, *test_caches, *calibration_caches],
         (len(train_caches), len(test_caches), tuple(request_settings)),
     )
+    if (finished := _load_finished(model, request, out)) is not None:  # of which the model may be the result
+        return finished
     class_mapping = ClassMapping.from_labels(model.classes, find_labels(train_caches), drop, merge)
     if out is None and place is not None and model.path is not None:
         out = place(model.path, len(class_mapping.classes))
-    if (finished := _load_finished(model, request, out)) is not None:
-        logger.info(f"{out}: up to date, nothing to do")
-        return finished
+        if (finished := _load_finished(model, request, out)) is not None:
+            return finished
     expansion_data = load_expansion_data(
         model, class_mapping, train_caches, test_caches, calibration_caches, reject_renamed=method != "joint"
     )
@@ -177,6 +178,20 @@ def _check_task_and_method(model: Model, method: str | None) -> None:
         raise unknown_name_error("method", method, [*METHODS, "all"])
 
 
+def _open_classification_caches(
+    model: Model, items: list[Any], labels: Any, cache_folder: str | os.PathLike[str], progress: ProgressCallback
+) -> list[FeatureCache]:
+    caches = open_caches(model, items, labels, cache_folder, progress) if items else []
+    for cache in caches:
+        model.check_cache(cache)
+        if cache.task != "classification":
+            label_problem = "no labels" if cache.task == "none" else f"labels for {cache.task}"
+            raise CacheError(
+                f"{cache.path}: has {label_problem}; give one class for each image, with folders or --labels"
+            )
+    return caches
+
+
 def _load_finished(model: Model, request: str, out: str | os.PathLike[str] | None) -> Expansion | None:
     """The expansion saved at ``out``, if the same request made it from this model."""
     if out is None or not Path(out).is_file():
@@ -191,4 +206,5 @@ def _load_finished(model: Model, request: str, out: str | os.PathLike[str] | Non
     receipt = Receipt(last_expansion.get("request", ""), inputs=base_model)
     if not receipt.is_current(request, inputs=base_model if is_same_file else model.identity):
         return None
+    logger.info(f"{out}: up to date, nothing to do")
     return Expansion.from_dict(saved_model, saved_model.scores["expansion"]["result"])

@@ -6,6 +6,7 @@ from featpipe.training.compare import HeadComparison, compare
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
 from featpipe.training.fit import FittedHead, fit_head
 from featpipe.training.head_config import HeadConfig
+from featpipe.training.inputs import as_list, is_cache, open_caches
 from featpipe.training.novelty import fit_novelty, update_novelty
 from featpipe.training.search import SearchResult, format_params
 from featpipe.training.train import get_head_params, make_head_config, parse_policy, train, train_head
@@ -16,13 +17,16 @@ __all__ = [
     "HeadComparison",
     "HeadConfig",
     "SearchResult",
+    "as_list",
     "compare",
     "fit_head",
     "fit_novelty",
     "format_params",
     "get_head_params",
+    "is_cache",
     "load_training_data",
     "make_head_config",
+    "open_caches",
     "parse_policy",
     "train",
     "train_head",

@@ -26,7 +26,6 @@ from featpipe.finetuning import (
     select_unfrozen,
 )
 from featpipe.incremental.context import ExpansionContext
-from featpipe.incremental.dataset import as_list, is_cache
 from featpipe.incremental.deep.ewc import (
     ParameterImportances,
     compute_importances,
@@ -38,7 +37,7 @@ from featpipe.incremental.deep.methods import DEEP_METHODS, UNSUPPORTED_METHODS,
 from featpipe.incremental.problem import ExpansionConfig, IncrementalStep
 from featpipe.metrics import Calibration
 from featpipe.model import Model, Uncertainty
-from featpipe.training import EmbeddingDataset
+from featpipe.training import EmbeddingDataset, as_list, is_cache
 
 logger = logging.getLogger(__name__)
 
