@@ -557,7 +557,7 @@ def test_a_time_that_splits_nothing_is_refused(make_cache: Any) -> None:
         train(cache, since="2024")
     with pytest.raises(ConfigError, match="since is 'May', but the times are numbers"):
         train(cache, times=np.arange(40.0), since="May")
-    with pytest.raises(ConfigError, match="no row is of 77"):
+    with pytest.raises(ConfigError, match="no row has a time from 77"):
         train(cache, times=np.arange(40.0), since=77)
 
 
