@@ -165,7 +165,7 @@ def test_wrong_input_is_one_line(home, tmp_path):
             run("expand", *arguments)
         assert "\n" not in str(caught.value)
     typed = [sys.executable, "-m", "featpipe", "expand", str(home["model"])]
-    done = subprocess.run(typed, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(typed, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
