@@ -122,7 +122,7 @@ def test_arrays_that_no_model_holds_are_refused():
 
 @pytest.fixture
 def model(tiny, make_folder, tmp_path):
-    return train(extract(make_folder(each=8), backbone=tiny, cache=tmp_path / "cache"), cv=2).attach(tiny)
+    return train(extract(make_folder(each=8), backbone=tiny, cache=tmp_path / "cache"), cv=2, tune=False).attach(tiny)
 
 
 def test_a_saved_model_gives_the_same_sets_and_novelty(model, tiny, tmp_path):

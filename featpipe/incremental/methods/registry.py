@@ -16,7 +16,7 @@ from featpipe.heads import (
     make_closed_form_head,
 )
 from featpipe.incremental.last_layer_loss import EpochCallback
-from featpipe.incremental.methods.frozen_old import fit_frozen_old
+from featpipe.incremental.methods.bias_correction import fit_frozen_old
 from featpipe.incremental.methods.regularized import fit_distill, fit_ewc, fit_naive
 from featpipe.incremental.methods.replay import fit_replay
 from featpipe.incremental.problem import IncrementalStep

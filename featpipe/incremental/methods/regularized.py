@@ -18,8 +18,8 @@ from featpipe.incremental.last_layer_loss import (
     fit_last_layer,
 )
 from featpipe.incremental.methods.bias_correction import fit_with_bias_correction
-from featpipe.incremental.methods.exemplars import WeightedEmbeddings
 from featpipe.incremental.methods.last_layer import init_fold_layer, with_last_layer
+from featpipe.incremental.methods.replay import WeightedEmbeddings
 from featpipe.incremental.problem import IncrementalStep
 
 DISTILL_STRENGTH = 20.0

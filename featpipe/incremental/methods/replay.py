@@ -1,7 +1,8 @@
-"""``replay``: train on new rows and on exemplars of the old classes."""
+"""``replay``: train on new rows and on rows that represent the old ones: exemplars, or rows sampled from statistics."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from featpipe.incremental.last_layer_loss import (
     QuadraticPenalty,
     fit_last_layer,
 )
-from featpipe.incremental.methods.exemplars import WeightedEmbeddings, select_weighted_exemplars
 from featpipe.incremental.methods.last_layer import init_layer
 from featpipe.incremental.problem import IncrementalStep
+from featpipe.training import EmbeddingDataset
 
+MAX_PSEUDO_ROWS_PER_CLASS = 100  # sampled rows of each old class
 REPLAY_DISTILL_STRENGTH = 1.0  # weight of the old head's answers
 
 
@@ -114,3 +116,74 @@ def _refit_head(step: IncrementalStep, exemplars: WeightedEmbeddings) -> Pipelin
     if has_fit_parameter(pipeline[-1], "sample_weight"):
         return pipeline.fit(rows.X, rows.y, head__sample_weight=rows.weights)
     return pipeline.fit(rows.X, rows.y)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedEmbeddings:
+    """Embeddings, each of which represents a number of images.
+
+    Attributes
+    ----------
+    X : ndarray of shape (r, d)
+    y, weights : ndarray of shape (r,)
+    offset_weights : ndarray of shape (r,)
+        Weights in the fit of the offset between old and new classes. Sampled rows count only where there are no real
+        ones, which are harder to separate.
+    """
+
+    X: NDArray[Any]
+    y: NDArray[np.integer[Any]]
+    weights: Array
+    offset_weights: Array
+
+    @classmethod
+    def from_dataset(cls, dataset: EmbeddingDataset) -> WeightedEmbeddings:
+        ones = np.ones(len(dataset))
+        return cls(dataset.features, dataset.y, ones, ones)
+
+    def take(self, mask: NDArray[np.bool_]) -> WeightedEmbeddings:
+        return WeightedEmbeddings(self.X[mask], self.y[mask], self.weights[mask], self.offset_weights[mask])
+
+    def __add__(self, other: WeightedEmbeddings) -> WeightedEmbeddings:
+        return WeightedEmbeddings(
+            *(np.concatenate(pair) for pair in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+
+def select_weighted_exemplars(step: IncrementalStep) -> WeightedEmbeddings:
+    """Stored exemplars, weighted by the images they represent; selected from the available old rows if none are stored.
+
+    Where statistics are stored too, exemplars represent themselves alone, and sampled rows represent the rest.
+    """
+    memory, n = step.replay_memory, step.settings.memory
+    if memory is not None and len(memory.rows):
+        memory = memory.truncate(n)
+        weights, counts = memory.exemplar_weights(), np.bincount(memory.codes, minlength=len(memory.counts))
+        exemplars = WeightedEmbeddings(np.asarray(memory.rows, np.float32), memory.codes, weights, weights)
+        sampled_rows = sample_from_statistics(step, memory.counts - counts)
+        if sampled_rows is None:
+            return exemplars
+        exemplars = replace(exemplars, weights=np.ones(len(weights)))
+        return exemplars + replace(sampled_rows, offset_weights=np.zeros(len(sampled_rows.y)))
+    exemplars = WeightedEmbeddings.from_dataset(step.old.take(step.select_old_exemplars()))
+    represented = np.bincount(step.old.y, minlength=step.k) / np.maximum(np.bincount(exemplars.y, minlength=step.k), 1)
+    return replace(exemplars, weights=represented[exemplars.y], offset_weights=represented[exemplars.y])
+
+
+def make_old_rows(step: IncrementalStep) -> WeightedEmbeddings | None:
+    """Rows in place of the old ones: stored exemplars, else rows sampled from statistics; None if nothing is stored."""
+    memory = step.replay_memory
+    if memory is None:
+        return None
+    return select_weighted_exemplars(step) if len(memory.rows) else sample_from_statistics(step, memory.counts)
+
+
+def sample_from_statistics(step: IncrementalStep, counts: NDArray[np.int64]) -> WeightedEmbeddings | None:
+    """Sample rows from the stored statistics; together they weigh ``counts`` images of each class."""
+    if step.replay_memory is None or step.replay_memory.statistics is None:
+        return None
+    rows_per_class = int(min(MAX_PSEUDO_ROWS_PER_CLASS, max(1, counts.max(initial=0))))
+    X, codes = step.replay_memory.statistics.sample_rows(rows_per_class)
+    weights = counts[codes] / rows_per_class
+    rows = WeightedEmbeddings(X.astype(np.float32), codes, weights, weights)
+    return rows.take(rows.weights > 0)
