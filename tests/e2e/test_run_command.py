@@ -198,7 +198,7 @@ def test_an_invalid_recipe_is_refused_before_any_image_is_read(photos: Path):  #
             "per_class needs classification",
         ),
         ({"training.metric": "mae"}, r"linear-probe.toml: \[training\] unknown metric 'mae'.*labels is classif"),
-        ({"heads.0.name": "lda", "labels": str(photos / "brightness.csv")}, r"\[heads\.0\] head 'lda' does class"),
+        ({"heads.0.name": "lda", "labels": str(photos / "brightness.csv")}, r"\[heads\.0\] head 'lda' supports class"),
     ]:
         with pytest.raises(ConfigError, match=message):
             featpipe.run("linear-probe", "photos", changes=changes)
