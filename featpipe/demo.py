@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featpipe import data
 from featpipe.cache import SPLIT_NAMES, FeatureCache
+from featpipe.config import TrainingConfig
 from featpipe.data import TILE_SIZE, decode_image, write_tiles
 from featpipe.evaluation import Evaluation, evaluate
 from featpipe.extraction import extract
 from featpipe.heads import SoftmaxRegression
-from featpipe.metrics import Scores, score
+from featpipe.metrics import Interval, Scores, score
 from featpipe.model import Model
 from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import ProgressCallback, ignore_progress
-from featpipe.training import train
+from featpipe.storage import RecordStore, digest_arrays
+from featpipe.training import train_or_load
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ class DemoResult:
 
 
 def run_demo(folder: Path, progress: ProgressCallback = ignore_progress, command: str = "") -> DemoResult:
-    """Run the full pipeline in a folder.
+    """Run the full pipeline in a folder; finished work there is reused.
 
     Parameters
     ----------
@@ -71,26 +74,53 @@ def run_demo(folder: Path, progress: ProgressCallback = ignore_progress, command
     logger.info("cutting tiles from photos of scikit-image and scikit-learn")
     tiles, labels = write_tiles(folder)
     cache = extract(tiles, labels=labels, cache=folder / "cache", out=folder / "cache" / "tiles.h5", progress=progress)
-    models = {head_name: train(cache, head_name, cv=3, progress=progress) for head_name in HEADS}
-    model_paths = {head: model.save(folder / f"tiles.{head}.model") for head, model in models.items()}
+    models = {}
+    for head in HEADS:
+        path = folder / f"tiles.{head}.model"
+        models[head] = train_or_load(cache, TrainingConfig(head=head, cv=3), path, progress)
+        if models[head].path is None:
+            models[head].path = models[head].save(path)
+    report, records = folder / "report.html", RecordStore(folder / "records")
+    inputs = {
+        "models": {head: model.history["request"] for head, model in models.items()},
+        "tiles": digest_arrays([("digests", cache.digests), ("split", cache.split)]),
+    }
+    result = records.find("report", inputs, report)
+    if result is None:
+        result = _evaluate_and_report(models, cache, tiles, report, command)
+        records.write("report", inputs, result, report)
+    else:
+        logger.info(f"{report}: up to date, nothing to do")
+    return DemoResult(
+        tiles,
+        labels,
+        cache,
+        {head: folder / f"tiles.{head}.model" for head in HEADS},
+        report,
+        [ComparisonRow(**{**row, "score": Interval(**row["score"])}) for row in result["comparison"]],
+        result["best_head"],
+        [tuple(example) for example in result["examples"]],
+        result["n_tested"],
+    )
+
+
+def _evaluate_and_report(
+    models: dict[str, Model], cache: FeatureCache, tiles: Path, report: Path, command: str
+) -> dict[str, Any]:
+    """Compare the heads with baselines, and write the report."""
     best_head = max(HEADS, key=lambda head: _cross_validated_accuracy(models[head]))
-    evaluation = evaluate(
-        models[best_head], cache, against=[model for head, model in models.items() if head != best_head]
-    )
+    other_models = [model for head, model in models.items() if head != best_head]
+    evaluation = evaluate(models[best_head], cache, against=other_models)
     scores = {best_head: evaluation.scores, **{baseline.name: baseline.scores for baseline in evaluation.rivals}}
-    comparison = [
-        *_make_head_rows(models, scores, best_head),
-        *_make_baseline_rows(cache, evaluation.rows, tiles),
-    ]
-    report = write_report(
-        folder / "report.html",
-        evaluation,
-        title="Seventeen photographs, classified by their tiles",
-        comparison=comparison,
-        command=command,
-    )
-    examples = _select_examples(models[best_head], evaluation)
-    return DemoResult(tiles, labels, cache, model_paths, report, comparison, best_head, examples, len(evaluation.rows))
+    comparison = [*_make_head_rows(models, scores, best_head), *_make_baseline_rows(cache, evaluation.rows, tiles)]
+    title = "Seventeen photographs, classified by their tiles"
+    write_report(report, evaluation, title=title, comparison=comparison, command=command)
+    return {
+        "comparison": [asdict(row) for row in comparison],
+        "best_head": best_head,
+        "examples": _select_examples(models[best_head], evaluation),
+        "n_tested": len(evaluation.rows),
+    }
 
 
 def _cross_validated_accuracy(model: Model) -> float:

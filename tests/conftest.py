@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, a process for each core
@@ -87,19 +88,27 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the real command in a process of its own, in the temporary folder."""
+    """Runs a command in this process, in the temporary folder."""
+    from tests.support.commands import run_command
 
-    def run(*arguments: str | Path, code: int = 0, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
+    return partial(run_command, cwd=tmp_path)
+
+
+@pytest.fixture
+def command_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command in a process of its own, in the temporary folder."""
+
+    def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        process = subprocess.run(
             [sys.executable, "-m", "featpipe", *map(str, arguments)],
-            cwd=cwd,
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=280,
             env={**os.environ, "PYTHONWARNINGS": "default"},
         )
-        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        assert process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+        return process
 
     return run
 

@@ -137,8 +137,8 @@ def reload_backbone(
     if isinstance(candidate, str):
         if backbone is None and ":" in candidate:
             raise ConfigError(
-                f"{context}: its backbone {candidate!r} is code of its author's own, which is not run unasked; "
-                "pass --backbone (in Python backbone=...) if you trust it"
+                f"{context}: its backbone {candidate!r} is a custom network, whose code is not run by default; "
+                "if you trust it, pass --backbone (in Python backbone=...)"
             )
         candidate = load(
             candidate,
@@ -166,8 +166,8 @@ def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tu
     bundled = read_bundled_backbone(path)
     if ":" in bundled.name:
         raise ConfigError(
-            f"{path}: its backbone {bundled.name!r} is code of its author's own, which is not run unasked; "
-            f"pass --backbone {bundled.name} --weights {path} if you trust it"
+            f"{path}: its backbone {bundled.name!r} is a custom network, whose code is not run by default; "
+            f"if you trust it, pass --backbone {bundled.name} --weights {path}"
         )
     return (bundled.name, bundled.weights, bundled.seed) if weights is None else (bundled.name, weights, seed)
 

@@ -40,7 +40,8 @@ class _LazyGroup(click.Group):
         if args and args[0] not in COMMAND_SUMMARIES and not args[0].startswith("-"):
             from featpipe.config import unknown_name_error
 
-            raise click.UsageError(str(unknown_name_error("command", args[0], COMMAND_SUMMARIES)), ctx)
+            hint = "(`featpipe --help` lists the commands)"
+            raise click.UsageError(str(unknown_name_error("command", args[0], COMMAND_SUMMARIES, hint)), ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

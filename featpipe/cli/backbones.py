@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
+from featpipe.cli.options import JSON_OPTION, add_options
 from featpipe.cli.terminal import print_json
 from featpipe.config import unknown_name_error
 
-if TYPE_CHECKING:
-    pass
 
-
-@click.command(short_help="List the available backbones.")
+@click.command()
 @click.argument("pattern", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@add_options(JSON_OPTION)
 def backbones(pattern: str | None, as_json: bool) -> None:
     """List the available backbones, all or those whose names match PATTERN.
 

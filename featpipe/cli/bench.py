@@ -7,14 +7,13 @@ from typing import Any
 
 import click
 
-from featpipe.cli.options import EXTRACTION_DEFAULTS, MACHINE_OPTIONS, add_options
+from featpipe.cli.options import JSON_OPTION, MACHINE_OPTIONS, add_options
 from featpipe.cli.terminal import Terminal, print_json
+from featpipe.config import ExtractionConfig
 from featpipe.runtime import format_table
 
-TIMED_STAGES = ("reading", "decoding", "embedding", "committing", "waiting")
 
-
-@click.command(short_help="Benchmark extraction on this machine and find the bottleneck.")
+@click.command()
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...")
 @add_options(*MACHINE_OPTIONS)
 @click.option(
@@ -25,7 +24,7 @@ TIMED_STAGES = ("reading", "decoding", "embedding", "committing", "waiting")
     metavar="S",
     help="Approximate duration in seconds, without preparation.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@add_options(JSON_OPTION)
 def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: Any) -> None:
     """Benchmark extraction on this machine and find the bottleneck.
 
@@ -38,7 +37,7 @@ def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: 
     """
     from featpipe.bench import run_benchmark
 
-    bench_settings = {**settings, "outputs": settings["outputs"] or EXTRACTION_DEFAULTS.outputs}
+    bench_settings = {**settings, "outputs": settings["outputs"] or ExtractionConfig.outputs}
     with Terminal() as terminal:
         result = run_benchmark(archives, seconds=seconds, progress=terminal, **bench_settings)
     if as_json:

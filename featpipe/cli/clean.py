@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from featpipe.maintenance import AbandonedFiles
 
 
-@click.command(short_help="Remove unfinished work that no process uses.")
+@click.command()
 @click.argument("folder", default="cache", metavar="[DIR]")
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")

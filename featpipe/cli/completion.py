@@ -14,16 +14,15 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 class NameParameter(click.ParamType):
-    """Text, of which some names are known; any other is accepted.
+    """Any text; completes known names.
 
     Parameters
     ----------
     name : str
-        What it is.
-    known : callable
-        Gives pairs of a name and what it is about, when it is asked for.
-    files : bool
-        Whether it may be a file too.
+    list_names : callable
+        Returns pairs of a name and its summary.
+    allow_files : bool
+        Complete paths of files too.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ HEAD_NAME = NameParameter("head", _list_heads)
 BACKBONE_NAME = NameParameter("backbone", _list_backbones)
 
 
-@click.command(short_help="Print the shell completion script.")
+@click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
     """Print the shell completion script.

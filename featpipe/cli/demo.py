@@ -7,13 +7,14 @@ from time import perf_counter
 
 import click
 
+from featpipe.cli.options import JSON_OPTION, add_options
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 from featpipe.runtime import format_table
 
 
-@click.command(short_help="Run the full pipeline on sample photos; needs no download.")
+@click.command()
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Output folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@add_options(JSON_OPTION)
 def demo(out: str, as_json: bool) -> None:
     """Run the full pipeline on sample photos; needs no download.
 
@@ -24,32 +25,20 @@ def demo(out: str, as_json: bool) -> None:
     Example:
       featpipe demo --out demo
     """
-    started = perf_counter()
     from featpipe.demo import run_demo
 
+    started = perf_counter()
     with Terminal() as terminal:
         result = run_demo(Path(out), terminal, get_command_line())
     if as_json:
         scores = [{"name": row.name, "accuracy": row.score.value} for row in result.comparison]
-        print_json(
-            {
-                "cache": str(result.cache.path),
-                "report": str(result.report),
-                "chosen": result.best_head,
-                "comparison": scores,
-            }
-        )
+        paths = {"cache": str(result.cache.path), "report": str(result.report)}
+        print_json({**paths, "chosen": result.best_head, "comparison": scores})
         return
-    rows = [
-        [
-            "→" if r.is_selected else "",
-            r.name,
-            str(r.score),
-            f"{r.seconds_to_fit:.2f}" if r.seconds_to_fit else "",
-            r.note,
-        ]
-        for r in result.comparison
-    ]
+    rows = []
+    for row in result.comparison:
+        seconds = f"{row.seconds_to_fit:.2f}" if row.seconds_to_fit else ""
+        rows.append(["→" if row.is_selected else "", row.name, str(row.score), seconds, row.note])
     click.echo(f"\nAccuracy on {result.n_tested} tiles from the right halves, with 95 % intervals\n")
     click.echo(format_table(rows, ["", "", "accuracy", "fit s", ""], right_aligned=[3]))
     click.echo("\nSome predictions of the selected head\n")

@@ -7,18 +7,24 @@ from typing import Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import CACHE_OPTION, DEVICE_OPTION, LABELS_OPTION, MODEL_BACKBONE_OPTION, add_options
+from featpipe.cli.options import (
+    CACHE_OPTION,
+    DEVICE_OPTION,
+    FINDINGS_OPTION,
+    JSON_OPTION,
+    LABELS_OPTION,
+    MODEL_BACKBONE_OPTION,
+    WITHOUT_OPTION,
+    add_options,
+)
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 
 
-@click.command(short_help="Evaluate a model on images it was not trained on.")
+@click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
 @click.option("--against", multiple=True, metavar="MODEL", help="Compare with another model on the same rows.")
-@add_options(LABELS_OPTION)
-@click.option(
-    "--without", metavar="TABLE", help="Exclude the images listed in a table, such as one written by --findings."
-)
+@add_options(LABELS_OPTION, WITHOUT_OPTION)
 @click.option(
     "--trained-on",
     metavar="CACHE",
@@ -29,8 +35,7 @@ from featpipe.cli.terminal import Terminal, get_command_line, print_json
 )
 @add_options(CACHE_OPTION, MODEL_BACKBONE_OPTION, DEVICE_OPTION)
 @click.option("--report", metavar="PAGE.html", help="Write an HTML report.")
-@click.option("--findings", metavar="DIR", help="Write CSV tables of images to inspect to this folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print scores and findings as JSON.")
+@add_options(FINDINGS_OPTION, JSON_OPTION)
 def evaluate(
     model: str,
     data: tuple[str, ...],
@@ -49,7 +54,7 @@ def evaluate(
     \b
     Example:
       featpipe evaluate photos.model new-photos/ --report page.html
-      featpipe evaluate photos.model cache/photos.h5 --against other.model --findings findings/
+      featpipe evaluate photos.model cache/photos.h5 --against other.model
     """
     from featpipe.diagnostics import write_findings
     from featpipe.evaluation import evaluate as run

@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import CACHE_OPTION, DEVICE_OPTION, LABELS_OPTION, MODEL_BACKBONE_OPTION, add_options
+from featpipe.cli.options import (
+    CACHE_OPTION,
+    DEVICE_OPTION,
+    JSON_OPTION,
+    LABELS_OPTION,
+    MODEL_BACKBONE_OPTION,
+    RESUME_OPTION,
+    add_options,
+    parse_bytes,
+    settings_option,
+)
 from featpipe.cli.terminal import Terminal, print_json
-from featpipe.cli.train import parse_bytes
 from featpipe.runtime import format_table
 
 if TYPE_CHECKING:
@@ -31,7 +40,7 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
     return merges
 
 
-@click.command(short_help="Add classes to a model (class-incremental learning).")
+@click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, metavar="CACHE|ARCHIVE...")
 @click.option(
@@ -56,7 +65,7 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
 )
 @click.option(
     "--keep",
-    metavar="W",
+    metavar="WHAT",
     help="Data to retain for later steps: none, all, statistics, importances, rows=N, network.  [default: as before]",
 )
 @click.option(
@@ -66,29 +75,33 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
     metavar="WHAT",
     help="Experimental: part of the backbone to train too, on archives; values as for `featpipe finetune`.",
 )
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Setting: epochs, selection, temperature, strength; with --unfreeze also learning_rate, batch, …",
+@add_options(
+    settings_option(
+        "--set",
+        "settings",
+        "Setting: epochs, selection, temperature, strength; with --unfreeze also learning_rate, batch, …",
+    ),
+    settings_option("--augment", "augmentation", "Augmentation of images with --unfreeze, such as flip=0.5."),
+    RESUME_OPTION,
+    LABELS_OPTION,
+    CACHE_OPTION,
+    MODEL_BACKBONE_OPTION,
+    DEVICE_OPTION,
 )
-@click.option(
-    "--augment",
-    "augmentation",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Augmentation of images, with --unfreeze: flip=0.5, crop=0.5, …",
-)
-@click.option(
-    "--resume/--restart", default=True, show_default=True, help="Resume from the checkpoint beside --out, or restart."
-)
-@add_options(LABELS_OPTION, CACHE_OPTION, MODEL_BACKBONE_OPTION, DEVICE_OPTION)
 @click.option(
     "--out", metavar="MODEL", help="File of the new model.  [default: MODEL with the suffix .N-classes.model]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str, ...], **options: Any) -> None:
+@add_options(JSON_OPTION)
+def expand(
+    model: str,
+    data: tuple[str, ...],
+    backbone: str | None,
+    device: str,
+    settings: dict[str, Any],
+    augmentation: dict[str, Any],
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Add classes to a model (class-incremental learning).
 
     Give the cache of the old training images too and the model is trained on old and new classes together; the old
@@ -101,13 +114,12 @@ def expand(model: str, data: tuple[str, ...], as_json: bool, settings: tuple[str
     Example:
       featpipe expand photos.model cache/more-photos.h5 --method replay
     """
-    from featpipe.config import parse_settings
     from featpipe.incremental import expand as run
     from featpipe.model import load_model
 
-    loaded_model = load_model(model, backbone=options.pop("backbone"), device=options.pop("device"))
+    loaded_model = load_model(model, backbone=backbone, device=device)
     options |= {name: list(options[name]) for name in ("test", "calibration", "drop")}
-    params, augmentation = parse_settings(settings), parse_settings(options.pop("augmentation"))
+    params = dict(settings)
     if options["unfreeze"].strip() != "head":
         params |= {"device": loaded_model.device} | ({"augmentation": augmentation} if augmentation else {})
     elif augmentation:

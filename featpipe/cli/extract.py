@@ -6,19 +6,18 @@ from typing import Any
 
 import click
 
-from featpipe.cli.options import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.options import IDENTITY_OPTIONS, JSON_OPTION, RUN_OPTIONS, add_options, make_extraction_settings
 from featpipe.cli.terminal import Terminal, print_json
 
 
-@click.command(short_help="Run a frozen backbone once over images and cache the embeddings.")
+@click.command()
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
-@add_options(*IDENTITY_OPTIONS, *RUN_OPTIONS)
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@add_options(*IDENTITY_OPTIONS, *RUN_OPTIONS, JSON_OPTION)
 def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """Run a frozen backbone once over images and cache the embeddings.
 
     ARCHIVE is a folder, a .tar, .tar.gz or .zip, or a table of paths; globs and shards-{000..099}.tar are expanded.
-    Prints the path of the cache. Images that any cache in --cache knows are not embedded again.
+    Prints the path of the cache. Embeddings of images that are in any cache in --cache are copied.
 
     \b
     Example:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import click
 
+from featpipe.cli.options import JSON_OPTION, add_options
 from featpipe.cli.terminal import print_json
 from featpipe.config import TASKS
 from featpipe.runtime import format_table
 
 
-@click.command(short_help="List the available heads.")
+@click.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@add_options(JSON_OPTION)
 def heads(name: str | None, as_json: bool) -> None:
     """List the available heads and their tasks; with NAME, the settings of a head and their defaults.
 
@@ -25,12 +26,9 @@ def heads(name: str | None, as_json: bool) -> None:
     if name is not None:
         _print_head_settings(name, as_json)
         return
+    heads_by_task = {task: heads_package.list_heads(task) for task in TASKS}
     rows = [
-        {
-            "head": head,
-            "tasks": [task for task in TASKS if head in heads_package.list_heads(task)],
-            "what": spec.summary,
-        }
+        {"head": head, "tasks": [task for task in TASKS if head in heads_by_task[task]], "what": spec.summary}
         for head, spec in heads_package.HEAD_REGISTRY.items()
     ]
     if as_json:
@@ -49,14 +47,8 @@ def _print_head_settings(name: str, as_json: bool) -> None:
     settings = heads_package.get_settings(name)
     grid = {key: list(values) for key, values in spec.grid.items()}
     if as_json:
-        details = {
-            "head": name,
-            "tasks": list(spec.estimators),
-            "what": spec.summary,
-            "settings": settings,
-            "grid": grid,
-        }
-        print_json(details)
+        summary = {"head": name, "tasks": list(spec.estimators), "what": spec.summary}
+        print_json({**summary, "settings": settings, "grid": grid})
         return
     click.echo(f"{name}: {spec.summary}; for {', '.join(spec.estimators)}\n")
     rows = [
@@ -67,7 +59,7 @@ def _print_head_settings(name: str, as_json: bool) -> None:
 
 
 def _format_setting(value: object) -> str:
-    """As ``--set`` takes it."""
+    """Format a value as ``--set`` takes it."""
     if callable(value):
         return getattr(value, "__name__", repr(value))
     if isinstance(value, tuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featpipe.cli.options import IDENTITY_OPTIONS, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.options import IDENTITY_OPTIONS, JSON_OPTION, RUN_OPTIONS, add_options, make_extraction_settings
 from featpipe.cli.terminal import print_json
 from featpipe.runtime import format_duration, format_size, format_table, printable
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from featpipe.maintenance import CacheDiff, SampleDiff
 
 
-@click.command(short_help="Show the contents of a cache or a model.")
+@click.command()
 @click.argument("path", metavar="PATH")
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE...|CACHE]")
-@click.option("--why", is_flag=True, help="Say what differs from what the arguments of an extract command ask for.")
+@click.option("--why", is_flag=True, help="Show the differences to an extract command, or to another cache.")
 @add_options(*IDENTITY_OPTIONS)
 @add_options(*RUN_OPTIONS, hidden=True)  # so that the options of any extract command can be pasted
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@add_options(JSON_OPTION)
 @click.pass_context
 def info(
     context: click.Context, path: str, archives: tuple[str, ...], why: bool, as_json: bool, **settings: Any
 ) -> None:
     """Show the contents of a cache or a model.
 
-    With --why and the arguments of an extract command, or with --why and another cache, it says which facts and how
-    many images differ. No image is read for that.
+    With --why and the arguments of an extract command, or with --why and another cache: shows which settings differ,
+    and how many images are unchanged, changed, new or gone. No image is read.
 
     \b
     Example:
@@ -43,29 +43,27 @@ def info(
         name for name in settings if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     ]
     if why:
-        _explain_differences(Path(path), archives, settings, bool(given_options), as_json)
+        _print_differences(Path(path), archives, settings, bool(given_options), as_json)
         return
     if archives or given_options:
         raise click.UsageError("archives and options describe an extraction to compare with; give --why with them")
-    if not _is_zip(Path(path)):
-        details = cache_to_dict(Path(path))
-        print_json(details) if as_json else click.echo(format_cache(details))
-        return
-    details = _model_to_dict(Path(path))
+    is_model = _is_model(Path(path))
+    details = _model_to_dict(Path(path)) if is_model else cache_to_dict(Path(path))
     if as_json:
         print_json(details)
-        return
-    history = details["history"]
-    details |= {"scores": _get_metric_values(details["scores"]), "trained_on": history["trained_on"], "history": None}
-    details |= {"keeps": _format_retained(details["keeps"]), "steps": _format_steps(history.get("steps") or [])}
-    details["fine_tuning"] = _format_finetuning(history.get("finetuning"))
-    rows = [
-        [name.replace("_", " "), _format_value(value)] for name, value in details.items() if value not in (None, {}, [])
-    ]
-    click.echo("\n".join(f"{name:<18}{value}" for name, value in rows))
+    else:
+        click.echo(_format_model(details) if is_model else format_cache(details))
 
 
-def _explain_differences(
+def _is_model(path: Path) -> bool:
+    """Whether a file is a zip archive; a missing file is a model by its name."""
+    if not path.is_file():
+        return path.suffix == ".model"
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _print_differences(
     path: Path, archives: tuple[str, ...], settings: dict[str, Any], has_options: bool, as_json: bool
 ) -> None:
     from featpipe.cache import FeatureCache
@@ -74,14 +72,13 @@ def _explain_differences(
 
     cache = FeatureCache(path, salvage=True)
     other_path = archives[0] if len(archives) == 1 and archives[0].endswith(".h5") else None
-    if other_path is not None:
-        if has_options:
-            raise click.UsageError("options describe an extraction; two caches are compared without any")
-        comparison = diff_with_cache(cache, FeatureCache(other_path, salvage=True))
+    if other_path is None:
+        config = ExtractionConfig.from_settings(make_extraction_settings(settings))
+        comparison = diff_with_request(cache, config, archives)
+    elif has_options:
+        raise click.UsageError("options describe an extraction; two caches are compared without any")
     else:
-        comparison = diff_with_request(
-            cache, ExtractionConfig.from_settings(make_extraction_settings(settings)), archives
-        )
+        comparison = diff_with_cache(cache, FeatureCache(other_path, salvage=True))
     if as_json:
         print_json({"cache": str(path), **asdict(comparison)})
         return
@@ -96,15 +93,13 @@ def _format_verdict(comparison: CacheDiff, other_path: str | None) -> str:
     n_differences = len(comparison.differences)
     count_text = f"{n_differences} {'setting' if n_differences == 1 else 'settings'}"
     if other_path is not None:
-        return (
-            f"and {other_path} have the same backbone and settings"
-            if not n_differences
-            else f"and {other_path} differ in {count_text}:"
+        return f"and {other_path} " + (
+            f"differ in {count_text}:" if n_differences else "have the same backbone and settings"
         )
     if not n_differences:
         return "matches the request"
     if comparison.usable:
-        return f"holds the requested features and differs in {count_text}; its embeddings are copied:"
+        return f"contains the requested embeddings and differs in {count_text}; its embeddings are copied:"
     return f"does not match the request in {count_text}; its embeddings cannot be used:"
 
 
@@ -117,21 +112,15 @@ def _format_samples(samples: SampleDiff, usable: bool) -> str:
         [f"{samples.new:,}", "are new by id"],
         [f"{samples.gone:,}", "rows of the cache are not in the archives"],
     ]
-    text = format_table(counts[1:], counts[0], right_aligned=[0])
     if not usable:
-        return text + "\nAll of them would be embedded, but for those in other caches that were made from these facts."
-    if samples.changed or samples.new:
-        return text + "\nWhat is not unchanged is read; what has bytes that a cache knows is copied all the same."
-    if samples.same_table:
-        return text + "\nSamples, order, labels and splits are the cache's own."
-    return text + "\nOrder, labels or splits differ: the cache is written anew, without a forward pass."
-
-
-def _is_zip(path: Path) -> bool:
-    if not path.is_file():
-        return path.suffix == ".model"
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+        note = "All images would be embedded, except those in other caches with the requested settings."
+    elif samples.changed or samples.new:
+        note = "Changed and new images are read; those whose bytes are in a cache are copied, the others are embedded."
+    elif samples.same_table:
+        note = "Samples, order, labels and splits are the cache's own."
+    else:
+        note = "Order, labels or splits differ: the cache is written again, without a forward pass."
+    return f"{format_table(counts[1:], counts[0], right_aligned=[0])}\n{note}"
 
 
 def _model_to_dict(path: Path) -> dict[str, Any]:
@@ -154,65 +143,57 @@ def _model_to_dict(path: Path) -> dict[str, Any]:
     }
 
 
+def _format_model(details: dict[str, Any]) -> str:
+    from featpipe.metrics import format_protocol
+
+    history = details.pop("history")
+    estimates = [estimate for estimate in details["scores"].values() if isinstance(estimate, dict)]
+    finetuning = history.get("finetuning")
+    result = finetuning.get("result") if isinstance(finetuning, dict) else None
+    details |= {
+        "keeps": _format_retained(details["keeps"]),
+        "scores": {
+            format_protocol(estimate["how"]): {name: metric["value"] for name, metric in estimate["metrics"].items()}
+            for estimate in estimates
+        },
+        "trained_on": history["trained_on"],
+        "steps": [
+            f"{len(step['classes'])} classes by {step['method']} from {' and '.join(step.get('caches') or ['?'])}"
+            for step in history.get("steps") or []
+        ],
+    }
+    if isinstance(result, dict):
+        details["fine_tuning"] = f"the {result.get('kept')} model is kept; {result.get('verdict')}"
+    shown = {name.replace("_", " "): value for name, value in details.items() if value not in (None, {}, [])}
+    return "\n".join(f"{name:<18}{_format_value(value)}" for name, value in shown.items())
+
+
 def _format_retained(retained: dict[str, Any] | None) -> str:
     """Describe the retained training data and its size."""
     if not retained:
         return "nothing of its training data but the digests of the images"
     sizes = {name: format_size(nbytes) for name, nbytes in retained["bytes"].items()}
+    texts = {name: f"{name}: {size}" for name, size in sizes.items()}
     if "rows" in sizes:
-        sizes["rows"] = (
-            f"{retained['rows']:,} embeddings, at most {retained['rows_a_class']} of a class, {sizes['rows']}"
-        )
+        n_rows, n_per_class = retained["rows"], retained["rows_a_class"]
+        texts["rows"] = f"{n_rows:,} embeddings, at most {n_per_class} of a class, {sizes['rows']}"
     if "network" in sizes:
-        sizes["importances of the network"] = sizes.pop("network")
-    return "; ".join(f"{name}: {text}" if name != "rows" else text for name, text in sizes.items())
-
-
-def _format_finetuning(document: Any) -> str | None:
-    """Describe the result of fine-tuning."""
-    result = document.get("result") if isinstance(document, dict) else None
-    if not isinstance(result, dict):
-        return None
-    return f"the {result.get('kept')} model is kept; {result.get('verdict')}"
-
-
-def _format_steps(steps: list[dict[str, Any]]) -> list[str]:
-    """Describe the steps in which classes were added."""
-    return [
-        f"{len(step['classes'])} classes by {step['method']} from {' and '.join(step.get('caches') or ['?'])}"
-        for step in steps
-    ]
-
-
-def _get_metric_values(scores: dict[str, Any]) -> dict[str, Any]:
-    """Map the description of each estimate to the values of its metrics."""
-    from featpipe.metrics import format_protocol
-
-    return {
-        format_protocol(estimate["how"]): {name: metric["value"] for name, metric in estimate["metrics"].items()}
-        for estimate in scores.values()
-        if isinstance(estimate, dict)  # a comparison of heads is a list
-    }
+        texts["network"] = f"importances of the network: {sizes['network']}"
+    return "; ".join(texts.values())
 
 
 def _format_value(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{printable(str(name))}: {_format_value(item)}" for name, item in list(value.items())[:40])
     if isinstance(value, list):
-        return (
-            " × ".join(map(str, value))
-            if all(isinstance(v, int) for v in value)
-            else ", ".join(printable(str(item)) for item in value[:40])
-        )
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return printable(str(value))
+        if all(isinstance(item, int) for item in value):
+            return " × ".join(map(str, value))
+        return ", ".join(printable(str(item)) for item in value[:40])
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
-MAX_LISTED_CLASSES = 20  # up to this number all classes are shown, in their order
-
-N_LARGEST_CLASSES = 10  # of more classes only the largest are shown
-
+MAX_LISTED_CLASSES = 20  # of more classes, only the largest are listed
+N_LARGEST_CLASSES = 10
 MAX_LISTED_ARCHIVES = 5
 
 
@@ -298,43 +279,35 @@ def _count_labels(cache: FeatureCache) -> dict[str, Any]:
 
 def format_cache(details: Mapping[str, Any]) -> str:
     """Format the contents of a cache as text."""
+    merged_from = [source["cache"] for source in details["merged_from"] or []]
+    outputs = [f"{name} {' × '.join(map(str, shape)) or '1'}" for name, shape in details["outputs"].items()]
     lines = [
         ("cache", details["cache"]),
-        ("samples", f"{details['samples']:,}, {_format_bad(details)}"),
+        ("samples", f"{details['samples']:,}, {_format_bad(details['bad'])}"),
         ("labels", _format_labels(details)),
         ("splits", ", ".join(f"{count:,} {name}" for name, count in details["splits"].items())),
-        ("outputs", ", ".join(f"{name} {_format_shape(shape)}" for name, shape in details["outputs"].items())),
+        ("outputs", ", ".join(outputs)),
         ("backbone", f"{details['backbone']}, weights {details['weights'][:12]}, {details['precision']}"),
         ("view", _format_view(details["view"])),
         ("size", _format_storage(details)),
-        ("lost", _format_paths(details["lost_shards"])),
-        ("made", _format_creation(details)),
-        ("from", _format_paths(details["archives"] or [])),
-        ("merged from", _format_paths([source["cache"] for source in details["merged_from"] or []])),
-        ("format", details["format"] + ("" if details["row_checks"] else ", without checks of its rows")),
+        ("lost shards", _format_paths(details["lost_shards"])),
+        ("created", _format_creation(details)),
+        ("archives", _format_paths(details["archives"] or [])),
+        ("merged from", _format_paths(merged_from)),
+        ("format", details["format"] + ("" if details["row_checks"] else ", without checksums of rows")),
         ("fingerprint", details["fingerprint"]),
     ]
     text = "\n".join(f"{name:<13}{printable(str(value))}" for name, value in lines if value)
-    labels_text = (
-        _format_classes(details["classes"]) if details.get("classes") else _format_targets(details.get("targets") or {})
-    )
-    return f"{text}\n\n{labels_text}" if labels_text else text
+    if details.get("classes"):
+        return f"{text}\n\n{_format_classes(details['classes'])}"
+    return f"{text}\n\n{_format_targets(details['targets'])}" if details.get("targets") else text
 
 
-def _format_bad(details: Mapping[str, Any]) -> str:
-    bad = sorted(details["bad"].items(), key=lambda item: -item[1])
+def _format_bad(bad: Mapping[str, int]) -> str:
     if not bad:
         return "all with features"
-    return f"{sum(details['bad'].values()):,} without features: " + ", ".join(
-        f"{count:,} {status}" for status, count in bad
-    )
-
-
-def _format_view(view: Mapping[str, Any] | None) -> str:
-    if view is None:
-        return ""
-    augmentation = [f"{name} {value:g}" for name, value in view.items() if name not in ("number", "seed")]
-    return f"number {view['number'] + 1} of the augmented views of fine-tuning: {', '.join(augmentation)}"
+    counts = sorted(bad.items(), key=lambda item: -item[1])
+    return f"{sum(bad.values()):,} without features: {', '.join(f'{count:,} {status}' for status, count in counts)}"
 
 
 def _format_labels(details: Mapping[str, Any]) -> str:
@@ -346,8 +319,11 @@ def _format_labels(details: Mapping[str, Any]) -> str:
     return text + (f", {details['unlabelled']:,} without a label" if details["unlabelled"] else "")
 
 
-def _format_shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape)) or "1"
+def _format_view(view: Mapping[str, Any] | None) -> str:
+    if view is None:
+        return ""
+    augmentation = [f"{name} {value:g}" for name, value in view.items() if name not in ("number", "seed")]
+    return f"number {view['number'] + 1} of the augmented views of fine-tuning: {', '.join(augmentation)}"
 
 
 def _format_storage(details: Mapping[str, Any]) -> str:
@@ -359,7 +335,7 @@ def _format_storage(details: Mapping[str, Any]) -> str:
 def _format_creation(details: Mapping[str, Any]) -> str:
     text = str(details["created"] or "").replace("T", " ").replace("+00:00", " UTC")
     if not details["embedded"]:
-        return text + (", all copied from other caches" if details["embedded"] == 0 else "")
+        return text + (", all embeddings copied from other caches" if details["embedded"] == 0 else "")
     text += f", {details['embedded']:,} images embedded" + (f" on {details['device']}" if details["device"] else "")
     total = (details["seconds"] or {}).get("total")
     text += f" in {format_duration(total)}" if total else ""
@@ -373,12 +349,13 @@ def _format_paths(paths: Sequence[str]) -> str:
 
 def _format_classes(counts: Mapping[str, int]) -> str:
     """Format the classes as a table; of many classes, the largest and a summary of the others."""
-    listed = list(counts.items())
-    if len(listed) > MAX_LISTED_CLASSES:
-        listed = sorted(listed, key=lambda item: -item[1])[:N_LARGEST_CLASSES]
-    text = format_table([[name, f"{count:,}"] for name, count in listed], ["class", "images"], right_aligned=[1])
-    listed_classes = dict(listed)
-    others = [count for name, count in counts.items() if name not in listed_classes]
+    listed = dict(counts)
+    if len(counts) > MAX_LISTED_CLASSES:
+        listed = dict(sorted(counts.items(), key=lambda item: -item[1])[:N_LARGEST_CLASSES])
+    text = format_table(
+        [[name, f"{count:,}"] for name, count in listed.items()], ["class", "images"], right_aligned=[1]
+    )
+    others = [count for name, count in counts.items() if name not in listed]
     if others:
         range_text = f"{min(others):,}" if min(others) == max(others) else f"{min(others):,} to {max(others):,}"
         text += f"\nand {len(others):,} others with {range_text} images each"
@@ -386,8 +363,8 @@ def _format_classes(counts: Mapping[str, int]) -> str:
 
 
 def _format_targets(ranges: Mapping[str, Mapping[str, float] | None]) -> str:
+    keys = ("least", "mean", "greatest")
     rows = [
-        [name, *([f"{statistics[key]:.4g}" for key in ("least", "mean", "greatest")] if statistics else ["", "", ""])]
-        for name, statistics in ranges.items()
+        [name, *(f"{statistics[key]:.4g}" if statistics else "" for key in keys)] for name, statistics in ranges.items()
     ]
-    return format_table(rows, ["target", "least", "mean", "greatest"], right_aligned=[1, 2, 3]) if rows else ""
+    return format_table(rows, ["target", "minimum", "mean", "maximum"], right_aligned=[1, 2, 3])

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from featpipe.cli.options import SHARD_BYTES_OPTION, add_options
+from featpipe.cli.options import JSON_OPTION, OVERWRITE_OPTION, SHARD_BYTES_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_cache
 
-if TYPE_CHECKING:
-    pass
 
-
-@click.command(short_help="Merge caches with the same backbone and settings.")
+@click.command()
 @click.argument("caches", nargs=-1, required=True, metavar="CACHE...")
 @click.option("--out", required=True, metavar="FILE.h5", help="File of the merged cache.")
-@click.option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
-@add_options(SHARD_BYTES_OPTION)
-@click.option("--json", "as_json", is_flag=True, help="Print the counts of the cache as JSON.")
+@add_options(OVERWRITE_OPTION, SHARD_BYTES_OPTION, JSON_OPTION)
 def merge(caches: tuple[str, ...], out: str, overwrite: bool, shard_bytes: int, as_json: bool) -> None:
     """Merge caches with the same backbone and settings.
 

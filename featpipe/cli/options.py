@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,32 +11,98 @@ from typing import Any
 import click
 
 from featpipe.cli.completion import BACKBONE_NAME
-from featpipe.config import TASKS, ExtractionConfig, get_choices, get_field_types, get_range, is_integer_type
+from featpipe.config import (
+    TASKS,
+    ExtractionConfig,
+    Range,
+    get_choices,
+    get_field_types,
+    get_range,
+    is_integer_type,
+    parse_settings,
+)
 
-EXTRACTION_DEFAULTS = ExtractionConfig()
-
-
-def make_option_type(settings_class: type, name: str) -> click.ParamType:
-    """The type of an option from the field of a settings class: its choices or its bounds."""
-    annotation = get_field_types(settings_class)[name]
-    choices, bounds = get_choices(annotation), get_range(annotation)
-    if choices:
-        return click.Choice(choices)
-    range_type: Any = click.IntRange if is_integer_type(annotation) else click.FloatRange
-    return range_type(bounds.minimum, bounds.maximum)
-
+BYTES_PER_UNIT = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 _OptionDecorator = Callable[..., Callable[[Any], Any]]
 _option: Callable[..., _OptionDecorator] = partial(partial, click.option)
 
+
+def setting(settings_class: Any, name: str, help: str, *, flag: str = "", **attributes: Any) -> _OptionDecorator:
+    """An option for a field of a settings class, with the field's type, bounds and default.
+
+    Parameters
+    ----------
+    settings_class : type
+    name : str
+        The field. The option has the same name, unless `flag` is given.
+    help : str
+    flag : str
+    **attributes
+        Attributes of the click option, which take precedence.
+    """
+    annotation = get_field_types(settings_class)[name]
+    default = attributes.get("default", settings_class.__dataclass_fields__[name].default)
+    if annotation is bool:
+        attributes["is_flag"] = True
+    elif choices := get_choices(annotation):
+        attributes.setdefault("type", click.Choice(choices))
+    elif "type" not in attributes and "callback" not in attributes and get_range(annotation) != Range():
+        bounds = get_range(annotation)
+        range_type: Any = click.IntRange if is_integer_type(annotation) else click.FloatRange
+        attributes["type"] = range_type(bounds.minimum, bounds.maximum)
+    if default is not None and annotation is not bool:
+        attributes = {"default": default, "show_default": "[default:" not in help, **attributes}
+    return _option(flag or f"--{name.replace('_', '-')}", name, help=help, **attributes)
+
+
+def _parse_settings(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, object]:
+    return parse_settings(texts)
+
+
+def settings_option(flag: str, name: str, help: str, metavar: str = "KEY=VALUE") -> _OptionDecorator:
+    """An option for settings, given one by one; its value is a dict."""
+    return _option(flag, name, multiple=True, callback=_parse_settings, metavar=metavar, help=help)
+
+
+def parse_bytes(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """Number of bytes of a text such as 2G."""
+    if text is None:
+        return None
+    size_match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)i?b?", text.strip().lower())
+    if not size_match:
+        raise click.BadParameter(f"{text!r} is not a size; an example is 2G")
+    return int(float(size_match[1]) * BYTES_PER_UNIT[size_match[2]])
+
+
+JSON_OPTION = _option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+OVERWRITE_OPTION = _option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
+RESUME_OPTION = _option(
+    "--resume/--restart", default=True, show_default=True, help="Resume from the checkpoint beside --out, or restart."
+)
+FINDINGS_OPTION = _option("--findings", metavar="DIR", help="Write CSV tables of images to inspect to this folder.")
+WITHOUT_OPTION = _option(
+    "--without", metavar="TABLE", help="Exclude the images listed in a table, such as one written by --findings."
+)
+LABELS_OPTION = _option("--labels", metavar="TABLE", help="CSV or Parquet table of paths and labels.")
+CACHE_OPTION = setting(ExtractionConfig, "cache", "Folder of caches.", metavar="DIR")
+DEVICE_OPTION = setting(ExtractionConfig, "device", "Device: auto, cpu, cuda, cuda:N or mps.", metavar="D")
+MULTI_DEVICE_OPTION = setting(
+    ExtractionConfig, "device", "Device: auto, cpu, cuda, cuda:N or mps; several, separated by commas.", metavar="D"
+)
+MODEL_BACKBONE_OPTION = _option(
+    "--backbone", metavar="NAME", help="Backbone as module:function, for a model trained on a custom network."
+)
+CACHE_BACKBONE_OPTION = _option(
+    "--backbone", metavar="NAME", help="Backbone as module:function, for a cache computed with a custom network."
+)
 NETWORK_OPTIONS = (
-    _option(
-        "--backbone",
-        default=EXTRACTION_DEFAULTS.backbone,
+    setting(
+        ExtractionConfig,
+        "backbone",
+        "Name of the backbone; see `featpipe backbones`.",
         type=BACKBONE_NAME,
-        show_default=True,
         metavar="NAME",
-        help="Name of the backbone; see `featpipe backbones`.",
     ),
     _option(
         "--weights",
@@ -50,60 +117,15 @@ NETWORK_OPTIONS = (
         help="Output of the backbone to cache.  [default: pooled]",
     ),
 )
-PRECISION_OPTION = _option(
-    "--precision",
-    type=make_option_type(ExtractionConfig, "precision"),
-    default=EXTRACTION_DEFAULTS.precision,
-    show_default=True,
-    help="Precision of the forward pass; auto takes the fastest that meets --min-cosine.",
+PRECISION_OPTION = setting(
+    ExtractionConfig, "precision", "Precision of the forward pass; auto takes the fastest that meets --min-cosine."
 )
-DEVICE_OPTION = _option(
-    "--device",
-    default=EXTRACTION_DEFAULTS.device,
-    show_default=True,
-    metavar="D",
-    help="Device: auto, cpu, cuda, cuda:N or mps.",
-)
-MULTI_DEVICE_OPTION = _option(
-    "--device",
-    default=EXTRACTION_DEFAULTS.device,
-    show_default=True,
-    metavar="D",
-    help="Device: auto, cpu, cuda, cuda:N or mps; several, separated by commas.",
-)
-MODEL_BACKBONE_OPTION = _option(
-    "--backbone", metavar="NAME", help="Backbone as module:function, for a model trained on custom code."
-)
-CACHE_BACKBONE_OPTION = _option(
-    "--backbone", metavar="NAME", help="Backbone as module:function, for a cache computed with custom code."
-)
-CACHE_OPTION = _option(
-    "--cache", default=str(EXTRACTION_DEFAULTS.cache), show_default=True, metavar="DIR", help="Folder of caches."
-)
-LABELS_OPTION = _option("--labels", metavar="TABLE", help="CSV or Parquet table of paths and labels.")
-DEVICE_OPTIONS = (
-    MULTI_DEVICE_OPTION,
-    _option(
-        "--engine",
-        type=make_option_type(ExtractionConfig, "engine"),
-        default=EXTRACTION_DEFAULTS.engine,
-        show_default=True,
-        help="CPU inference backend.",
-    ),
-)
-WORKERS_OPTION = _option(
-    "--workers",
-    type=make_option_type(ExtractionConfig, "workers"),
-    metavar="N",
-    help="Worker threads.  [default: number of CPU cores]",
-)
+DEVICE_OPTIONS = (MULTI_DEVICE_OPTION, setting(ExtractionConfig, "engine", "CPU inference backend."))
+WORKERS_OPTION = setting(ExtractionConfig, "workers", "Worker threads.  [default: number of CPU cores]", metavar="N")
 THROUGHPUT_OPTIONS = (
     WORKERS_OPTION,
-    _option(
-        "--batch",
-        type=make_option_type(ExtractionConfig, "batch"),
-        metavar="N",
-        help="Images per forward pass.  [default: chosen by device and backbone]",
+    setting(
+        ExtractionConfig, "batch", "Images per forward pass.  [default: chosen by device and backbone]", metavar="N"
     ),
 )
 LIMIT_OPTIONS = (
@@ -116,46 +138,33 @@ LIMIT_OPTIONS = (
         help="Stop after 3h, 90m or a number of seconds with exit code 75; run again to resume.",
     ),
 )
-CHECK_CONTENT_OPTION = _option(
-    "--check-content", is_flag=True, help="Read every image, even if its size and modification time are unchanged."
+CHECK_CONTENT_OPTION = setting(
+    ExtractionConfig, "check_content", "Read every image, even if its size and modification time are unchanged."
 )
-SHARD_BYTES_OPTION = _option(
-    "--shard-bytes",
-    type=make_option_type(ExtractionConfig, "shard_bytes"),
-    default=EXTRACTION_DEFAULTS.shard_bytes,
+SHARD_BYTES_OPTION = setting(
+    ExtractionConfig,
+    "shard_bytes",
+    "Split features larger than this over several files (shards).  [default: 4 GiB]",
     metavar="N",
-    help="Split features larger than this over several files (shards).  [default: 4 GiB]",
 )
 IDENTITY_OPTIONS = (  # besides the images, these determine the contents of a cache
     *NETWORK_OPTIONS,
     LABELS_OPTION,
     _option("--path-column", metavar="NAME", help="Column of paths in the table.  [default: detected by name]"),
     _option("--label-column", metavar="NAME", help="Column of labels in the table; several, separated by commas."),
-    _option("--task", type=click.Choice(TASKS), help="Type of task of the labels."),
+    _option("--task", type=click.Choice(TASKS), help="Task of the labels.  [default: detected by type]"),
     PRECISION_OPTION,
-    _option(
-        "--min-cosine",
-        type=make_option_type(ExtractionConfig, "min_cosine"),
-        default=EXTRACTION_DEFAULTS.min_cosine,
-        show_default=True,
-        help="With --precision auto: least cosine similarity to fp32 on the first images.",
+    setting(
+        ExtractionConfig, "min_cosine", "With --precision auto: minimum cosine similarity to fp32 on the first images."
     ),
-    _option(
-        "--storage",
-        type=make_option_type(ExtractionConfig, "storage"),
-        default=EXTRACTION_DEFAULTS.storage,
-        show_default=True,
-        help="Data type of the embeddings in the cache.",
-    ),
-    _option(
-        "--seed", type=int, default=EXTRACTION_DEFAULTS.seed, show_default=True, help="Random seed of --weights none."
-    ),
+    setting(ExtractionConfig, "storage", "Data type of the embeddings in the cache."),
+    setting(ExtractionConfig, "seed", "Random seed of --weights none.", metavar="N"),
 )
 RUN_OPTIONS = (  # how and where a cache is computed
     *DEVICE_OPTIONS,
     CACHE_OPTION,
     _option("--out", metavar="FILE.h5", help="File of the cache.  [default: a generated name in --cache]"),
-    _option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents."),
+    OVERWRITE_OPTION,
     *THROUGHPUT_OPTIONS,
     *LIMIT_OPTIONS,
     CHECK_CONTENT_OPTION,
@@ -185,5 +194,5 @@ def make_extraction_settings(option_values: dict[str, Any]) -> dict[str, Any]:
         settings["labels"] = LabelTable(Path(settings["labels"]), **columns)
     elif any(columns.values()):
         raise click.UsageError("--path-column, --label-column and --task describe a table; give it with --labels")
-    settings["outputs"] = settings["outputs"] or EXTRACTION_DEFAULTS.outputs
+    settings["outputs"] = settings["outputs"] or ExtractionConfig.outputs
     return settings

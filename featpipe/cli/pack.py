@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
+from featpipe.cli.options import JSON_OPTION, OVERWRITE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_cache
 
-if TYPE_CHECKING:
-    pass
 
-
-@click.command(short_help="Pack a cache and its shards into one file.")
+@click.command()
 @click.argument("cache", metavar="CACHE")
 @click.option("--out", metavar="FILE.h5", help="File of the packed cache.  [default: CACHE is replaced]")
-@click.option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
-@click.option("--json", "as_json", is_flag=True, help="Print the counts of the cache as JSON.")
+@add_options(OVERWRITE_OPTION, JSON_OPTION)
 def pack(cache: str, out: str | None, overwrite: bool, as_json: bool) -> None:
     """Pack a cache and its shards into one file.
 

@@ -17,7 +17,7 @@ from featpipe.cli.options import (
 from featpipe.cli.terminal import Terminal, print_json
 
 
-@click.command(short_help="Predict every image of one or more archives.")
+@click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("archives", nargs=-1, required=True, metavar="ARCHIVE...")
 @click.option(

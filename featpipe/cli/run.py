@@ -8,6 +8,7 @@ import click
 
 from featpipe.cli.completion import NameParameter
 from featpipe.cli.logging import log_message
+from featpipe.cli.options import JSON_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.runtime import format_table
 
@@ -27,7 +28,7 @@ def _print_recipes(context: click.Context, option: click.Parameter, requested: b
         context.exit()
 
 
-@click.command(short_help="Run a recipe: from images to trained models and a report.")
+@click.command()
 @click.argument("recipe", metavar="RECIPE", type=NameParameter("recipe", _list_recipes, allow_files=True))
 @click.argument("archives", nargs=-1, metavar="[ARCHIVE]...", type=click.Path())
 @click.option(
@@ -35,7 +36,7 @@ def _print_recipes(context: click.Context, option: click.Parameter, requested: b
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a value of the recipe: heads.0.C=10; a list: 1,10.",
+    help="Override a value of the recipe, such as heads.0.C=10, or a list: heads.0.C=1,10.",
 )
 @click.option("--out", metavar="DIR", type=click.Path(), help="Folder of the run.  [default: runs/RECIPE]")
 @click.option("--dry-run", is_flag=True, help="Show which stages are done and which would run; run nothing.")
@@ -47,7 +48,7 @@ def _print_recipes(context: click.Context, option: click.Parameter, requested: b
     callback=_print_recipes,
     help="List the built-in recipes.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@add_options(JSON_OPTION)
 def run(
     recipe: str, archives: tuple[str, ...], settings: tuple[str, ...], out: str | None, dry_run: bool, as_json: bool
 ) -> None:

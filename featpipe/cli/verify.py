@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import CACHE_BACKBONE_OPTION, DEVICE_OPTION, add_options
+from featpipe.cli.options import CACHE_BACKBONE_OPTION, DEVICE_OPTION, JSON_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.errors import CacheError
 from featpipe.runtime import format_table
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_LISTED_ROWS = 100
 
 
-@click.command(short_help="Verify the checksums of a cache; repair damaged rows.")
+@click.command()
 @click.argument("cache", metavar="CACHE")
 @click.option(
     "--sample",
@@ -34,8 +34,8 @@ MAX_LISTED_ROWS = 100
     "--archive", "archives", multiple=True, metavar="ARCHIVE", help="New location of the images, if they were moved."
 )
 @add_options(CACHE_BACKBONE_OPTION, DEVICE_OPTION)
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of --sample.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed of --sample.")
+@add_options(JSON_OPTION)
 def verify(cache: str, repair: bool, as_json: bool, **settings: Any) -> None:
     """Verify the checksums of a cache; repair damaged rows.
 

@@ -220,6 +220,11 @@ class TrainingConfig(Settings):
     random_state: int | None = 0
     findings: str | os.PathLike[str] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cv == 1 and self.since is None:
+            raise ConfigError("cv is 1; give 2 folds or more, or 0 for no cross-validation")
+
 
 @dataclass(frozen=True)
 class FineTuneConfig(Settings):

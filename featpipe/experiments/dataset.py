@@ -27,14 +27,14 @@ from featpipe.inference import resolve_devices
 from featpipe.runtime import ProgressCallback
 from featpipe.splits import parse_time
 from featpipe.status import Status
-from featpipe.storage import atomic_write, compute_fingerprint, digest_arrays
+from featpipe.storage import atomic_write
 from featpipe.training import EmbeddingDataset, load_training_data
 
 logger = logging.getLogger(__name__)
 
 
 def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
-    """The samples of a recipe, listed and ordered; no image is read.
+    """List the samples of a recipe; no image is read.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
     Raises
     ------
     ConfigError
-        If no archive is named, or nothing is known of its images.
+        If no archive is given, or its images have no labels.
     """
     if not samples.archive:
         raise ConfigError(f"{where}: names no archive; give one, as in `featpipe run {Path(where).stem} photos/`")
@@ -86,9 +86,9 @@ def resolve_archives(
 
 
 def _select_stratified(index: Index, max_samples: int) -> NDArray[np.int64]:
-    """So many labelled samples, ascending: of each class and each side of a split in proportion, by their ids' digests.
+    """Select labelled samples with the frequencies of classes and splits, by the digests of their ids; ascending.
 
-    Which they are does not change when others come, and no image is read for it.
+    New samples hardly change the selection, and no image is read.
     """
     rows = np.flatnonzero(index.labels.known & (index.fault == Status.OK))
     hash_keys = np.array(
@@ -107,16 +107,9 @@ def _select_stratified(index: Index, max_samples: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class TrainTestSplit:
-    """Training rows of a cache, and test rows of the same or another one.
+    """Training rows of a cache, and test rows of the same or another one, without copies of training samples.
 
-    Attributes
-    ----------
-    training : EmbeddingDataset
-    test_cache : FeatureCache
-    test_rows : ndarray of shape (m,), int64
-        Rows of `test_cache` to score, without copies of training samples.
-    excluded_table : Path or None
-        A table of the rows on neither side.
+    `excluded_table` lists the rows that are in neither.
     """
 
     training: EmbeddingDataset
@@ -133,7 +126,7 @@ def split_cache_rows(
     memory: int | None,
     folder: Path,
 ) -> TrainTestSplit:
-    """Split the rows of a cache into training and test: as the labels mark them, or by the samples' bytes.
+    """Split the rows of a cache into training and test rows: as the labels mark them, or by the samples' bytes.
 
     Parameters
     ----------
@@ -145,7 +138,7 @@ def split_cache_rows(
     memory : int or None
         Bytes that training may use.
     folder : Path
-        Where a table of the rows on neither side is written.
+        Folder for the table of excluded rows.
 
     Raises
     ------
@@ -157,7 +150,7 @@ def split_cache_rows(
     )
     if other_cache is not None or cache.split.any():
         if config.since is not None:
-            raise ConfigError(f"since is {config.since!r}, but what is scored is given already; leave since out")
+            raise ConfigError(f"since is {config.since!r}, but the test images are given; leave since out")
         test_cache = cache if other_cache is None else other_cache
         test = EmbeddingDataset.from_cache(test_cache, split="test").without_copies_of(dataset)
         excluded_table = None if config.without is None or other_cache is not None else Path(config.without)
@@ -181,22 +174,13 @@ def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Pa
 
 def draw_per_class(rows: EmbeddingDataset, n_per_class: int, seed: int) -> EmbeddingDataset:
     """Draw this many rows of each class: those whose images have the smallest keys under a seed."""
-    hash_keys = splits.compute_keys(rows.digests, seed)
-    rows_by_class = [np.flatnonzero(rows.y == code) for code in range(len(rows.classes))]
-    return rows.take(
-        np.sort(
-            np.concatenate(
-                [
-                    class_rows[np.argsort(hash_keys[class_rows], kind="stable")[:n_per_class]]
-                    for class_rows in rows_by_class
-                ]
-            )
-        )
-    )
+    ranked_rows = np.argsort(splits.compute_keys(rows.digests, seed), kind="stable")
+    drawn = [ranked_rows[rows.y[ranked_rows] == code][:n_per_class] for code in range(len(rows.classes))]
+    return rows.take(np.sort(np.concatenate(drawn)))
 
 
 def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> list[int]:
-    """The requested numbers of images that every class has; warns of the others."""
+    """The requested numbers of images that every class has; warn of the others."""
     counts = np.bincount(rows.y, minlength=len(rows.classes))
     min_count = int(counts.min())
     unavailable = [number for number in requested if number > min_count]
@@ -207,28 +191,9 @@ def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> 
     return [number for number in requested if number <= min_count]
 
 
-def digest_training_rows(rows: EmbeddingDataset) -> str:
-    """Digest of the training data: images, labels and groups."""
-    constraints = {
-        name: None if values is None else [str(value) for value in values]
-        for name, values in (("groups", rows.groups), ("times", rows.times))
-    }
-    y = np.ascontiguousarray(rows.y)
-    return compute_fingerprint([digest_arrays([("digests", rows.digests), ("y", y)]), list(rows.classes), constraints])
-
-
 @dataclass(frozen=True, eq=False)
 class BackboneCaches:
-    """The embeddings of one backbone.
-
-    Attributes
-    ----------
-    label : str
-    backbone : Backbone
-    cache : FeatureCache
-    test_cache : FeatureCache or None
-        Of other images, that the models are scored on.
-    """
+    """The embeddings of one backbone; the models are scored on `test_cache`, if there is one."""
 
     label: str
     backbone: Backbone
@@ -262,9 +227,9 @@ def extract_backbone(
     config : ExtractionConfig
     index : Index
     test_index : Index or None
-        Other images, that the models are scored on.
+        Other images to score the models on.
     max_images : int or None
-        So many were taken of the archive.
+        Size of the subset of the archive's images.
     progress : callable
     """
     config = replace(config, device=",".join(map(str, resolve_devices(config.device))))

@@ -20,22 +20,15 @@ from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.runner import ExperimentContext, get_run_folder, get_tiles_folder, iter_trials
 from featpipe.extraction import ExtractionPlan, load_backbone
 from featpipe.inference import resolve_devices
-from featpipe.runtime import ignore_progress
+from featpipe.runtime import format_table, ignore_progress
 
 
 @dataclass(frozen=True)
 class PlannedExtraction:
-    """The images of one backbone.
+    """The images of one backbone, test images included.
 
-    Attributes
-    ----------
-    backbone : str
-    cache : str
-    images : int
-        Those that are scored alone included.
-    unknown : int or None
-        That no cache knows by place, size and time. Their bytes are read, and embedded unless a cache knows these. None
-        where the precision is to be chosen first.
+    No cache has the path, size and time of `unknown` images: they are read, and embedded unless a cache has their
+    bytes. None if the precision must be chosen first.
     """
 
     backbone: str
@@ -46,14 +39,7 @@ class PlannedExtraction:
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One row of the table.
-
-    Attributes
-    ----------
-    name : str
-    trained, scored : bool
-        Whether that is done, from the same content.
-    """
+    """One row of the table, and whether it is trained and scored already."""
 
     name: str
     trained: bool
@@ -68,10 +54,10 @@ class DryRun:
     ----------
     folder : Path
     task : str
-    embed : list of ToEmbed
-    train : list of ToTrain
+    embed : list of PlannedExtraction
+    train : list of PlannedTrial
     finetune : bool
-        Whether the network of the best head would be trained too, unless that is done.
+        Whether the recipe fine-tunes the backbone of the best head.
     """
 
     folder: Path
@@ -85,8 +71,6 @@ class DryRun:
 
     def table(self) -> str:
         """Table for the terminal."""
-        from featpipe.runtime import format_table
-
         extraction_rows = [
             [f"{extraction.images:,}", _format_unknown(extraction), extraction.backbone, extraction.cache]
             for extraction in self.embed
@@ -96,14 +80,14 @@ class DryRun:
             for trial in self.train
         ]
         finetune_note = (
-            ["then the network of the best head would be trained too, unless that is done"] if self.finetune else []
+            ["then the backbone of the best head is fine-tuned, unless that is done"] if self.finetune else []
         )
         return "\n\n".join(
             [
                 format_table(extraction_rows, ["images", "to embed", "backbone", "cache"], right_aligned=[0, 1]),
                 format_table(trial_rows, ["head", "", ""]),
                 *finetune_note,
-                f"would be written to {self.folder}; nothing was done",
+                f"output folder: {self.folder}; this was a dry run, nothing was written",
             ]
         )
 
@@ -127,17 +111,14 @@ def plan_run(
 ) -> DryRun:
     """Plan a run without running it; parameters and errors as for :func:`featpipe.run`.
 
-    The backbones are loaded, because their weights are part of what a cache is known by.
+    The backbones are loaded, because their weights are part of the identity of a cache.
     """
     parsed_recipe = read_recipe(recipe, changes, archive)
     folder = get_run_folder(parsed_recipe, out)
     with tempfile.TemporaryDirectory() as temporary_folder:
         tiles_folder = get_tiles_folder(parsed_recipe)
         context = ExperimentContext.from_recipe(
-            parsed_recipe,
-            folder,
-            ignore_progress,
-            tiles_folder if tiles_folder.is_dir() else Path(temporary_folder),
+            parsed_recipe, folder, ignore_progress, tiles_folder if tiles_folder.is_dir() else Path(temporary_folder)
         )
         planned_extractions = [_plan_extraction(context, config) for config in context.recipe.extractions]
         trial_states = {}
@@ -161,7 +142,7 @@ def plan_run(
 def _plan_extraction(
     context: ExperimentContext, config: ExtractionConfig
 ) -> tuple[PlannedExtraction, BackboneCaches | None]:
-    """What is known of the images of a backbone; and its caches, if they are what would be made."""
+    """Count the images of a backbone that are not cached; and open its caches, if they are up to date."""
     resolve_devices(config.device)
     backbone, label = load_backbone(config), make_backbone_label(config)
     path = make_run_cache_path(context.index, backbone, config, context.recipe.samples.images)

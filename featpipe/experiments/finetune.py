@@ -14,6 +14,7 @@ from featpipe.evaluation import Evaluation, evaluate
 from featpipe.experiments.dataset import BackboneCaches, TrainTestSplit
 from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.result import TrialResult
+from featpipe.extraction import extract
 from featpipe.finetuning import FineTuningResult, finetune
 from featpipe.model import Model, load_model
 from featpipe.runtime import ProgressCallback
@@ -24,21 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FineTuneRun:
-    """Fine-tunes the model of one trial.
-
-    Attributes
-    ----------
-    recipe : Recipe
-    archives : list of str
-        The archives.
-    probe : TrialResult
-    caches : BackboneCaches
-        Of its backbone.
-    split : TrainTestSplit
-    folder : Path
-        The run's.
-    progress : callable
-    """
+    """Fine-tunes the backbone of one trial, the probe, with the training and test images of the run."""
 
     recipe: Recipe
     archives: list[str]
@@ -77,16 +64,16 @@ class FineTuneRun:
         finetuned, probe = (self._attach_backbone(load_model(path)) for path in (self.path, self.probe.model))
         if self.split.test_cache is not self.caches.cache:
             return evaluate(finetuned, self._extract_test_cache(finetuned), cache=self._cache_folder)
-        options: dict[str, Any] = {
-            "labels": self._write_label_table(),
-            "cache": self._cache_folder,
-            "progress": self.progress,
-        }
-        return evaluate(finetuned, self.archives, against=[probe], **options)
+        return evaluate(
+            finetuned,
+            self.archives,
+            against=[probe],
+            labels=self._write_label_table(),
+            cache=self._cache_folder,
+            progress=self.progress,
+        )
 
     def _extract_test_cache(self, model: Model) -> FeatureCache:
-        from featpipe.extraction import extract
-
         config = self.recipe.evaluation
         labels = None if config.labels is None else LabelTable(Path(config.labels))
         return extract(
@@ -94,7 +81,7 @@ class FineTuneRun:
         )
 
     def _attach_backbone(self, model: Model) -> Model:
-        """Load the probe; custom code is run because the recipe names it."""
+        """Attach a custom network, whose code may run because the recipe names it."""
         return model.attach(model.request["name"]) if ":" in model.request["name"] else model
 
     def make_result(self, finetuned: FineTuningResult) -> TrialResult:
@@ -118,7 +105,7 @@ class FineTuneRun:
         )
 
     def _write_label_table(self) -> LabelTable:
-        """The labels of the run as a table, with its split: what it holds out, fine-tuning does not see either."""
+        """Write the labels of the run and its split as a table, so that fine-tuning holds out the same images."""
         cache, path = self.caches.cache, self.folder / "sides.csv"
         split_by_row = dict.fromkeys(self.split.training.rows.tolist(), "train")
         if self.split.test_cache is cache:
@@ -134,7 +121,6 @@ class FineTuneRun:
 
 
 def _get_label_columns(cache: FeatureCache) -> list[str]:
-    """Of a table that says what a cache knows of its images."""
     if cache.task == "regression":
         return list(cache.classes)
     return ["labels" if cache.task == "multilabel" else "label"]
@@ -144,14 +130,12 @@ def _format_labels(cache: FeatureCache, values: Any) -> list[str]:
     if cache.task == "regression":
         return [repr(float(value)) for value in values]
     if cache.task == "multilabel":
-        return [
-            ";".join(name for name, is_present in zip(cache.classes, values.tolist(), strict=True) if is_present == 1)
-        ]
+        return [";".join(name for name, value in zip(cache.classes, values.tolist(), strict=True) if value == 1)]
     return [cache.classes[int(values)]]
 
 
 def _get_comparison_scores(finetuned: FineTuningResult) -> dict[str, Any]:
-    """The scores of the network that was trained and not kept."""
+    """Scores of a fine-tuned network that was not kept."""
     names = ("value", "low", "high")
     metrics = {row["name"]: dict(zip(names, row["tuned"], strict=True)) for row in finetuned.comparison.metrics}
     return {"n": finetuned.comparison.n, "metrics": metrics}

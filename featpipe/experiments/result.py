@@ -16,7 +16,10 @@ from featpipe.experiments.grid import resolve_settings
 from featpipe.experiments.recipe.parse import BACKBONE_FIELDS, EXTRACTION_KEYS
 from featpipe.experiments.recipe.schema import Recipe, RecipeHead
 from featpipe.finetuning import FineTuningResult
+from featpipe.metrics import format_score
 from featpipe.model import Model, load_model
+from featpipe.runtime import format_duration, format_size, format_table
+from featpipe.training import format_params
 
 RESULTS_SCHEMA = "featpipe-run/1.0"
 """Format of ``results.json``; the minor version grows when keys are added."""
@@ -29,19 +32,17 @@ class EmbeddingSummary:
     Attributes
     ----------
     backbone : str
-        Its name, and what is not the default.
+        Name and the settings that differ from the defaults.
     cache, scored : Path
-        The caches that heads learn from and are scored on; the same one unless other images are scored.
+        The caches of the training and of the test images; equal unless other images are scored.
     fingerprint : str
     samples, bad : int
-    embedded : int or None
-        How many needed a forward pass when the cache was written.
-    images_per_second : float or None
-        Then.
+        Number of images in the cache, and of those without features.
+    embedded, images_per_second : int, float or None
+        Forward passes when the cache was written, and their rate.
     network_bytes : int
-        Of its parameters and statistics.
+        Size of the parameters and statistics.
     width : int
-        Numbers in an embedding.
     """
 
     backbone: str
@@ -63,31 +64,31 @@ class TrialResult:
     Attributes
     ----------
     name : str
-        What is particular to it; also the name of its files.
+        Name of the trial and of its files.
     backbone, head : str
     settings : dict
-        Of the head, its output and balance among them, as far as they are not the default.
+        Settings of the head, its output and balance, without defaults.
     chosen_settings : dict
-        Those that were chosen on inner folds.
+        Settings that were chosen on inner folds.
     per_class : int or None
-        Images of each class that were learnt from; all if None.
+        Training images per class; None for all.
     metric : str
-        What ``score`` and ``cross_validated`` are of.
+        Metric of `cross_validated` and `held_out`.
     cross_validated : dict or None
         ``value``, ``low``, ``high``, ``spread`` over the folds, ``how``, and ``metrics``.
     held_out : dict
-        ``value``, ``low``, ``high``, ``n``, and ``metrics``; of draws ``spread`` and ``by_draw``, and no interval.
+        ``value``, ``low``, ``high``, ``n``, and ``metrics``; with draws ``spread`` and ``by_draw``, and no interval.
     goodness : float
-        The cross-validated score with the sign that makes larger the better; of draws, NaN: nothing is chosen by them.
+        The cross-validated score, with the sign that makes larger values better; NaN with draws, which select nothing.
     seconds_to_fit : float or None
-        On all training images, the choice of settings included; None of fine-tuning, which may go on after a kill.
+        On all training images, including the search for settings; None for fine-tuning, which may have been resumed.
     model : Path
     model_bytes, head_bytes : int
-        Of the file, which also holds what it knows of its training images; and of the head alone.
+        Size of the model file, and of the head alone.
     model_digest : str
-        Of what decides the model.
+        Digest of the inputs that determine the model.
     best : bool
-        Whether it is the one that the page is about.
+        Whether it is the best trial, which the report describes.
     """
 
     name: str
@@ -107,10 +108,8 @@ class TrialResult:
     model_digest: str
     best: bool = False
 
-    def told_settings(self) -> str:
-        """What is particular to it, for people: images of each class, and settings, given or chosen."""
-        from featpipe.training import format_params
-
+    def describe_settings(self) -> str:
+        """Images per class, and given and chosen settings, as text."""
         parts = [f"{self.per_class} per class"] if self.per_class is not None else []
         return ", ".join([*parts, *filter(None, [format_params({**self.settings, **self.chosen_settings})])])
 
@@ -123,18 +122,18 @@ class RunResult:
     ----------
     folder : Path
     recipe : Recipe
-        With every head by its name.
+        Resolved for the task: every head by its name.
     task : str
-    results : list of Result
+    results : list of TrialResult
         In the order of the recipe.
-    embedded : list of Embedded
+    embedded : list of EmbeddingSummary
         One for each backbone.
     report : Path
-        The page.
+        The HTML report.
     seconds : float
-        That this run took; little, where most was done.
+        Duration of this run, without reused work.
     versions : dict
-    tuned : FineTuned or None
+    tuned : FineTuningResult or None
         Result of fine-tuning, if the recipe has it.
     """
 
@@ -159,13 +158,31 @@ class RunResult:
         return load_model(self.best.model)
 
     def columns(self) -> dict[str, list[str]]:
-        """The table as text, best trial first."""
-        return _make_columns(self)
+        """Columns of the table as text, best trial first; empty columns and those equal for all rows are omitted."""
+        sorted_results, metric = sort_by_score(self.results), self.results[0].metric
+        summary_by_backbone = {summary.backbone: summary for summary in self.embedded}
+        summaries = [summary_by_backbone[result.backbone] for result in sorted_results]
+        columns = {
+            "": ["→" if result.best and len(sorted_results) > 1 else "" for result in sorted_results],
+            "backbone": [result.backbone if len(summary_by_backbone) > 1 else "" for result in sorted_results],
+            "head": [result.head for result in sorted_results],
+            "settings": [result.describe_settings() for result in sorted_results],
+            f"{metric}, cross-validated": [_format_spread(result.cross_validated) for result in sorted_results],
+            f"{metric}, held out": [_format_interval(result.held_out) for result in sorted_results],
+            "fit": [_format_optional_duration(result.seconds_to_fit) for result in sorted_results],
+            "head's size": [format_size(result.head_bytes) for result in sorted_results],
+            "images/s": [
+                "–" if summary.images_per_second is None else f"{summary.images_per_second:,.0f}"
+                for summary in summaries
+            ],
+            "network's size": [format_size(summary.network_bytes) for summary in summaries],
+        }
+        if len(summary_by_backbone) < 2:
+            del columns["images/s"], columns["network's size"]
+        return {heading: cells for heading, cells in columns.items() if any(cells)}
 
     def table(self) -> str:
         """The table and its legend for the terminal."""
-        from featpipe.runtime import format_table
-
         columns = self.columns()
         n_text_columns = sum(heading in ("", "backbone", "head", "settings") for heading in columns)
         text = format_table(
@@ -176,7 +193,7 @@ class RunResult:
     def notes(self) -> list[str]:
         """Legend of the table."""
         first = self.results[0]
-        held_out_note = f"held out: on {first.held_out['n']:,} images that were not learnt from"
+        held_out_note = f"held out: on {first.held_out['n']:,} images that were not trained on"
         if first.cross_validated is None:
             draws = f"{len(first.held_out['by_draw'])} draws of the training images"
             return [f"{held_out_note}, mean ± standard deviation over {draws}"]
@@ -227,45 +244,16 @@ def _result_to_dict(result: TrialResult, folder: Path) -> dict[str, Any]:
     return {**document, "model": result.model.relative_to(folder).as_posix()}
 
 
-def _make_columns(run: RunResult) -> dict[str, list[str]]:
-    """Columns of the table; those that are empty or equal for all rows are omitted."""
-    from featpipe.runtime import format_size
-
-    sorted_results, metric = _sort_by_score(run.results), run.results[0].metric
-    summary_by_backbone = {summary.backbone: summary for summary in run.embedded}
-    summaries = [summary_by_backbone[result.backbone] for result in sorted_results]
-    columns = {
-        "": ["→" if result.best and len(sorted_results) > 1 else "" for result in sorted_results],
-        "backbone": [result.backbone if len(summary_by_backbone) > 1 else "" for result in sorted_results],
-        "head": [result.head for result in sorted_results],
-        "settings": [result.told_settings() for result in sorted_results],
-        f"{metric}, cross-validated": [_format_spread(result.cross_validated) for result in sorted_results],
-        f"{metric}, held out": [_format_interval(result.held_out) for result in sorted_results],
-        "fit": [_format_optional_duration(result.seconds_to_fit) for result in sorted_results],
-        "head's size": [format_size(result.head_bytes) for result in sorted_results],
-        "images/s": [
-            "–" if summary.images_per_second is None else f"{summary.images_per_second:,.0f}" for summary in summaries
-        ],
-        "network's size": [format_size(summary.network_bytes) for summary in summaries],
-    }
-    if len(summary_by_backbone) < 2:
-        del columns["images/s"], columns["network's size"]
-    return {heading: cells for heading, cells in columns.items() if any(cells)}
-
-
 def _format_optional_duration(seconds: float | None) -> str:
-    from featpipe.runtime import format_duration
-
     return "–" if seconds is None else format_duration(seconds)
 
 
-def _sort_by_score(results: list[TrialResult]) -> list[TrialResult]:
+def sort_by_score(results: list[TrialResult]) -> list[TrialResult]:
+    """The results, best cross-validated score first; those without one keep their order."""
     return sorted(results, key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
 
 
 def _format_spread(metric: Mapping[str, Any] | None) -> str:
-    from featpipe.metrics import format_score
-
     return (
         ""
         if metric is None or metric["value"] is None
@@ -274,8 +262,6 @@ def _format_spread(metric: Mapping[str, Any] | None) -> str:
 
 
 def _format_interval(metric: Mapping[str, Any]) -> str:
-    from featpipe.metrics import format_score
-
     if metric.get("spread") is not None:
         return _format_spread(metric)
     if metric["value"] is None:
@@ -287,38 +273,35 @@ def _format_interval(metric: Mapping[str, Any]) -> str:
 
 
 def recipe_to_toml(recipe: Recipe, task: str, provenance: Mapping[str, str]) -> str:
-    """The file.
+    """Write a resolved recipe as TOML, with every default.
 
     Parameters
     ----------
     recipe : Recipe
-        Resolved, for this task.
+        Resolved for this task.
     task : str
     provenance : mapping
-        Versions and fingerprints, as comments at its head.
+        Versions and fingerprints, written as comments at the top.
     """
     stages: dict[str, Any] = {"split": recipe.split, "training": recipe.training}
     stages |= {} if recipe.finetune is None else {"finetune": recipe.finetune}
     stages |= {"evaluation": recipe.evaluation, "report": recipe.report}
     comments = [f"#   {key} {value}" for key, value in provenance.items()]
-    sections = ["\n".join([f"# {recipe.name}, with every default. Made with:", *comments]) + "\n"]
-    sections += [
-        tomli_w.dumps({"question": recipe.question, **_get_set_fields(recipe.samples)})
-        + _list_unset_fields(recipe.samples)
+    samples = tomli_w.dumps({"question": recipe.question, **_get_set_fields(recipe.samples)})
+    extraction = _select_fields(recipe.extractions[0], {key: key for key in EXTRACTION_KEYS})
+    sections = [
+        "\n".join([f"# {recipe.name}, with every default. Made with:", *comments]) + "\n",
+        samples + _list_unset_fields(recipe.samples),
+        f"[extraction]\n{tomli_w.dumps(extraction)}",
+        *(_array_to_toml("backbones", _select_fields(config, BACKBONE_FIELDS)) for config in recipe.extractions),
+        *(_array_to_toml("heads", _head_to_dict(head, task)) for head in recipe.heads),
+        *(_stage_to_toml(name, stage) for name, stage in stages.items()),
     ]
-    sections += [
-        f"[extraction]\n{tomli_w.dumps(_select_fields(recipe.extractions[0], {key: key for key in EXTRACTION_KEYS}))}"
-    ]
-    sections += [
-        _array_to_toml("backbones", _select_fields(extraction, BACKBONE_FIELDS)) for extraction in recipe.extractions
-    ]
-    sections += [_array_to_toml("heads", _head_to_dict(head, task)) for head in recipe.heads]
-    sections += [_stage_to_toml(name, stage) for name, stage in stages.items()]
     return "\n".join(sections)
 
 
 def _stage_to_toml(name: str, stage: Any) -> str:
-    """One table, and in a comment the keys that are not set, which TOML has no value for."""
+    """One table; a comment lists the keys that are not set, because TOML has no null."""
     header = f"[{name}]\n"
     return tomli_w.dumps({name: _get_set_fields(stage)}).replace(header, header + _list_unset_fields(stage), 1)
 
@@ -350,7 +333,7 @@ def _head_to_dict(head: RecipeHead, task: str) -> dict[str, Any]:
 
 
 def _setting_to_toml(value: Any) -> Any:
-    """As it is read again: a list is one value within another list, and no value is a word."""
+    """Encode a setting as it is parsed: a list is one value within another list, None is a word."""
     if isinstance(value, (tuple, list)):
         return [_nested_to_lists(value)]
     return "none" if value is None else value

@@ -1,4 +1,4 @@
-"""A recipe, run: the stages in order, of which those that are done are skipped."""
+"""Run a recipe: its stages in order; finished work is reused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from featpipe.cache import FeatureCache
 from featpipe.config import unknown_name_error
 from featpipe.data import Index
 from featpipe.diagnostics import write_findings
@@ -33,14 +32,14 @@ from featpipe.experiments.finetune import FineTuneRun
 from featpipe.experiments.grid import TrialSpec, list_trials, resolve_recipe
 from featpipe.experiments.recipe.parse import read_recipe
 from featpipe.experiments.recipe.schema import Recipe
-from featpipe.experiments.result import RunResult, TrialResult, recipe_to_toml
-from featpipe.experiments.trial import RecordStore, TrialRun, get_package_versions
-from featpipe.finetuning import FineTuningResult
+from featpipe.experiments.result import RunResult, TrialResult, recipe_to_toml, sort_by_score
+from featpipe.experiments.trial import TrialRun
 from featpipe.metrics import SELECTION_METRICS, Interval
 from featpipe.model import load_model
 from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import ProgressBar, ProgressCallback, ignore_progress, in_notebook
-from featpipe.storage import atomic_write, lock_file, make_writable_folder
+from featpipe.storage import RecordStore, atomic_write, lock_file, make_writable_folder
+from featpipe.training import get_package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -85,48 +84,43 @@ def run(
 
     Examples
     --------
-    >>> found = run("linear-probe", "photos/", changes={"heads.0.C": 1})           # doctest: +SKIP
-    >>> found.best.held_out["value"], found.model.predict(["a.jpg"])               # doctest: +SKIP
+    >>> result = run("linear-probe", "photos/", changes={"heads.0.C": 1})           # doctest: +SKIP
+    >>> result.best.held_out["value"], result.model.predict(["a.jpg"])               # doctest: +SKIP
     """
     started = perf_counter()
     parsed_recipe = read_recipe(recipe, changes, archive)
-    folder = make_run_folder(parsed_recipe, out)
+    folder = get_run_folder(parsed_recipe, out)
+    make_writable_folder(folder, ConfigError, "--out")
     if progress is None:
         progress = ProgressBar() if in_notebook() else ignore_progress
     with lock_file(folder / ".lock"):
         context = ExperimentContext.from_recipe(parsed_recipe, folder, progress, get_tiles_folder(parsed_recipe))
-        caches = context.extract_all()
+        max_images = context.recipe.samples.images
+        caches = [
+            extract_backbone(extraction, context.index, context.test_index, max_images, progress)
+            for extraction in context.recipe.extractions
+        ]
         results = _mark_best([trial_run.run() for trial_run in iter_trials(context, caches)])
-        finetune_run, finetuned = context.finetune_best(caches, results)
-        results = (
-            results
-            if finetune_run is None or finetuned is None
-            else _add_finetuned(results, finetune_run.make_result(finetuned))
-        )
-        summaries = [backbone_caches.summarize() for backbone_caches in caches]
-        report_page = _ReportPage(context, caches, results, finetune_run)
+        finetune_run, finetuned = None, None
+        if context.recipe.finetune is not None:
+            finetune_run = _make_finetune_run(context, caches, next(result for result in results if result.best))
+            finetuned = finetune_run.run()
+            results = _add_finetuned(results, finetune_run.make_result(finetuned))
         run_result = RunResult(
             folder,
             context.recipe,
             context.task,
             results,
-            summaries,
-            report_page.path,
+            [backbone_caches.summarize() for backbone_caches in caches],
+            folder / "report.html",
             0.0,
             get_package_versions(),
             finetuned,
         )
-        report_page.write(run_result)
+        _write_report(context, caches, run_result, finetune_run)
         run_result = replace(run_result, seconds=perf_counter() - started)
         _write_outputs(run_result)
     return run_result
-
-
-def make_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
-    """Create the folder of the run if it does not exist."""
-    folder = get_run_folder(recipe, out)
-    make_writable_folder(folder, ConfigError, "--out")
-    return folder
 
 
 def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
@@ -141,22 +135,9 @@ def get_tiles_folder(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class ExperimentContext:
-    """What the stages of a run share.
+    """What the stages of a run share: the recipe resolved for the task of the labels, its trials, and the images.
 
-    Attributes
-    ----------
-    recipe : Recipe
-        Resolved for the task of the labels.
-    trials : list of TrialSpec
-        The rows of the table.
-    task : str
-    index : Index
-        Of the training images.
-    test_index : Index or None
-        Of other images to score the models on.
-    folder : Path
-        Of the run.
-    progress : callable
+    The images of `test_index` are scored instead of held-out images of `index`.
     """
 
     recipe: Recipe
@@ -177,7 +158,7 @@ class ExperimentContext:
         ----------
         parsed_recipe : Recipe
         folder : Path
-            Of the run.
+            Folder of the run.
         progress : callable
         tiles_folder : Path
             Where the built-in archive is written, if the recipe uses it.
@@ -201,37 +182,10 @@ class ExperimentContext:
             )
         return cls(recipe, list_trials(recipe), task, index, test_index, folder, progress)
 
-    def extract_all(self) -> list[BackboneCaches]:
-        """The caches of all backbones."""
-        max_images = self.recipe.samples.images
-        return [
-            extract_backbone(extraction, self.index, self.test_index, max_images, self.progress)
-            for extraction in self.recipe.extractions
-        ]
-
-    def finetune_best(
-        self, caches: Sequence[BackboneCaches], results: Sequence[TrialResult]
-    ) -> tuple[FineTuneRun | None, FineTuningResult | None]:
-        """Fine-tune the backbone of the best trial, if the recipe asks for it."""
-        if self.recipe.finetune is None:
-            return None, None
-        best = next(result for result in results if result.best)
-        backbone_caches, split = self.split_of_trial(best, caches)
-        archives, _ = resolve_archives(self.recipe.samples.archive, self.recipe.samples, get_tiles_folder(self.recipe))
-        finetune_run = FineTuneRun(self.recipe, archives, best, backbone_caches, split, self.folder, self.progress)
-        return finetune_run, finetune_run.run()
-
-    def split_of_trial(
-        self, result: TrialResult, caches: Sequence[BackboneCaches]
-    ) -> tuple[BackboneCaches, TrainTestSplit]:
-        """The caches and the split with which a trial was trained."""
-        trial = next(trial for trial in self.trials if trial.slug == result.name)
-        backbone_caches = caches[trial.backbone_index]
-        return backbone_caches, self.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
-
-    def split_cache(self, cache: FeatureCache, test_cache: FeatureCache | None, output: str | None) -> TrainTestSplit:
-        """Training and test rows of a cache."""
-        return split_cache_rows(cache, test_cache, output, self.recipe.split, self.recipe.training.memory, self.folder)
+    def split_cache(self, backbone_caches: BackboneCaches, output: str | None) -> TrainTestSplit:
+        """Training and test rows of a backbone's caches."""
+        split, memory = self.recipe.split, self.recipe.training.memory
+        return split_cache_rows(backbone_caches.cache, backbone_caches.test_cache, output, split, memory, self.folder)
 
 
 def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | None]) -> Iterator[TrialRun]:
@@ -252,7 +206,7 @@ def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | No
             continue
         if split is None or split_key != (trial.backbone_index, trial.head.output):
             split_key = (trial.backbone_index, trial.head.output)
-            split = context.split_cache(backbone_caches.cache, backbone_caches.test_cache, trial.head.output)
+            split = context.split_cache(backbone_caches, trial.head.output)
             available_shots = _select_available_shots(context, split)
         if trial.per_class is None or trial.per_class in available_shots:
             yield TrialRun(context.recipe, trial, backbone_caches, split, context.folder, records, context.progress)
@@ -262,7 +216,7 @@ def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -
     requested_shots = context.recipe.split.per_class
     available_shots = select_available_shots(split.training, requested_shots) if requested_shots else []
     if requested_shots and not available_shots:
-        raise ConfigError(f"{context.recipe.where}: [split] per_class: no class has that many images")
+        raise ConfigError(f"{context.recipe.where}: [split] per_class: a class has fewer images than every number")
     return available_shots
 
 
@@ -282,62 +236,71 @@ def _add_finetuned(results: list[TrialResult], finetuned: TrialResult) -> list[T
     return [*(replace(result, best=result.best and not finetuned.best) for result in results), finetuned]
 
 
-@dataclass(frozen=True, eq=False)
-class _ReportPage:
-    """Last stage: the report of the best model compared with the others."""
+def _find_split(
+    context: ExperimentContext, caches: Sequence[BackboneCaches], result: TrialResult
+) -> tuple[BackboneCaches, TrainTestSplit]:
+    """The caches and the split with which a trial was trained."""
+    trial = next(trial for trial in context.trials if trial.slug == result.name)
+    backbone_caches = caches[trial.backbone_index]
+    return backbone_caches, context.split_cache(backbone_caches, trial.head.output)
 
-    context: ExperimentContext
-    caches: list[BackboneCaches]
-    results: list[TrialResult]
-    finetune_run: FineTuneRun | None
 
-    @property
-    def path(self) -> Path:
-        return self.context.folder / "report.html"
+def _make_finetune_run(context: ExperimentContext, caches: Sequence[BackboneCaches], best: TrialResult) -> FineTuneRun:
+    recipe = context.recipe
+    backbone_caches, split = _find_split(context, caches, best)
+    archives, _ = resolve_archives(recipe.samples.archive, recipe.samples, get_tiles_folder(recipe))
+    return FineTuneRun(recipe, archives, best, backbone_caches, split, context.folder, context.progress)
 
-    def write(self, run_result: RunResult) -> None:
-        records = RecordStore(self.context.folder / "records")
-        inputs = {**run_result.to_dict(), "title": self.context.recipe.report.title, "findings": self._writes_findings}
-        inputs |= {"seconds": None, "backbones": [summary.fingerprint for summary in run_result.embedded]}
-        if records.find("page", inputs, self.path) is not None:
-            return
-        logger.info("writing the report")
-        evaluation = self._evaluate_best(run_result.best)
-        recipe = self.context.recipe
-        command = shlex.join(
-            ["featpipe", "run", str(self.context.folder / "recipe.toml"), "--out", str(self.context.folder)]
-        )
-        write_report(
-            self.path,
-            evaluation,
-            title=recipe.report.title or recipe.question,
-            comparison=[_make_comparison_row(result, run_result) for result in run_result.results],
-            comparison_metric=run_result.best.metric,
-            command=command,
-        )
-        if self._writes_findings:
-            write_findings(evaluation.findings, self.context.folder / "findings")
-        records.write("page", inputs, {"page": self.path.name}, self.path)
 
-    @property
-    def _writes_findings(self) -> bool:
-        return self.context.recipe.evaluation.findings
+def _write_report(
+    context: ExperimentContext,
+    caches: Sequence[BackboneCaches],
+    run_result: RunResult,
+    finetune_run: FineTuneRun | None,
+) -> None:
+    """Write the report on the best model, compared with the others, unless it is up to date."""
+    recipe, folder, path = context.recipe, context.folder, run_result.report
+    writes_findings = recipe.evaluation.findings
+    records = RecordStore(folder / "records")
+    inputs = {**run_result.to_dict(), "title": recipe.report.title, "findings": writes_findings}
+    inputs |= {"seconds": None, "backbones": [summary.fingerprint for summary in run_result.embedded]}
+    if records.find("page", inputs, path) is not None:
+        return
+    logger.info("writing the report")
+    if finetune_run is not None and run_result.best.model == finetune_run.path:
+        evaluation = finetune_run.evaluate()
+    else:
+        evaluation = _evaluate_best(context, caches, run_result)
+    write_report(
+        path,
+        evaluation,
+        title=recipe.report.title or recipe.question,
+        comparison=[_make_comparison_row(result, run_result) for result in run_result.results],
+        comparison_metric=run_result.best.metric,
+        command=shlex.join(["featpipe", "run", str(folder / "recipe.toml"), "--out", str(folder)]),
+    )
+    if writes_findings:
+        write_findings(evaluation.findings, folder / "findings")
+    records.write("page", inputs, {"page": path.name}, path)
 
-    def _evaluate_best(self, best: TrialResult) -> Evaluation:
-        if self.finetune_run is not None and best.model == self.finetune_run.path:
-            return self.finetune_run.evaluate()
-        backbone_caches, split = self.context.split_of_trial(best, self.caches)
-        same_backbone = [result for result in self.results if result.backbone == best.backbone and result is not best]
-        same_backbone.sort(key=lambda result: 0.0 if math.isnan(result.goodness) else -result.goodness)
-        baselines = [
-            load_model(result.model)
-            for result in same_backbone[:MAX_BASELINES]
-            if result.per_class is None and result.cross_validated
-        ]
-        model = load_model(best.model)
-        return evaluate(
-            model, split.test_cache, against=baselines, trained_on=backbone_caches.cache, without=split.excluded_table
-        )
+
+def _evaluate_best(context: ExperimentContext, caches: Sequence[BackboneCaches], run_result: RunResult) -> Evaluation:
+    """Evaluate the best model against the next best ones of the same backbone."""
+    best = run_result.best
+    backbone_caches, split = _find_split(context, caches, best)
+    others = [result for result in run_result.results if result.backbone == best.backbone and result is not best]
+    baselines = [
+        load_model(result.model)
+        for result in sort_by_score(others)[:MAX_BASELINES]
+        if result.per_class is None and result.cross_validated
+    ]
+    return evaluate(
+        load_model(best.model),
+        split.test_cache,
+        against=baselines,
+        trained_on=backbone_caches.cache,
+        without=split.excluded_table,
+    )
 
 
 def _make_comparison_row(result: TrialResult, run_result: RunResult) -> ComparisonRow:
@@ -355,9 +318,9 @@ def _make_comparison_row(result: TrialResult, run_result: RunResult) -> Comparis
 
 
 def _describe_result(result: TrialResult, has_many_backbones: bool) -> str:
-    """What is particular to a row, and what else is known of it."""
+    """Backbone, settings and spread of a trial, as text."""
     parts = [f"on {result.backbone}"] if has_many_backbones else []
-    parts += [result.told_settings()] if result.told_settings() else []
+    parts += [result.describe_settings()] if result.describe_settings() else []
     if result.cross_validated is not None and result.cross_validated["value"] is not None:
         cross_validated = result.cross_validated
         parts.append(f"cross-validated {cross_validated['value']:.3f} ± {cross_validated['spread']:.3f}")
@@ -367,7 +330,7 @@ def _describe_result(result: TrialResult, has_many_backbones: bool) -> str:
 
 
 def _write_outputs(run_result: RunResult) -> None:
-    """What lies beside the models: the results, the table, and the recipe with every default."""
+    """Write the results, the table, and the recipe with every default."""
     fingerprints = {f"cache of {summary.backbone}": summary.fingerprint for summary in run_result.embedded}
     texts = {
         "results.json": json.dumps(run_result.to_dict(), indent=2, ensure_ascii=False) + "\n",

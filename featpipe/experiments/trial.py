@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +16,30 @@ from featpipe import heads
 from featpipe.config import TrainingConfig
 from featpipe.errors import ConfigError
 from featpipe.evaluation import evaluate
-from featpipe.experiments.dataset import BackboneCaches, TrainTestSplit, digest_training_rows, draw_per_class
+from featpipe.experiments.dataset import BackboneCaches, TrainTestSplit, draw_per_class
 from featpipe.experiments.grid import TrialSpec
 from featpipe.experiments.recipe.schema import Recipe
 from featpipe.experiments.result import TrialResult
 from featpipe.metrics import METRICS, Calibration, Scores, score
 from featpipe.model import Model, load_model
 from featpipe.runtime import Progress, ProgressCallback
-from featpipe.storage import Receipt, atomic_write, compute_fingerprint, digest_arrays
-from featpipe.training import EmbeddingDataset, HeadConfig, fit_head, make_head_config, parse_policy, train_head
+from featpipe.storage import RecordStore, compute_fingerprint, digest_arrays
+from featpipe.training import (
+    EmbeddingDataset,
+    HeadConfig,
+    fit_head,
+    get_package_versions,
+    make_head_config,
+    parse_policy,
+    train_head,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class TrialRun:
-    """Trains and scores one row of the table.
-
-    Attributes
-    ----------
-    recipe : Recipe
-    trial : TrialSpec
-    caches : BackboneCaches
-    split : TrainTestSplit
-        Its training rows, and those that it is scored on.
-    folder : Path
-        The run's.
-    records : RecordStore
-    progress : callable
-    """
+    """Trains and scores one row of the table, unless that is done, and records it in the folder of the run."""
 
     recipe: Recipe
     trial: TrialSpec
@@ -65,7 +58,7 @@ class TrialRun:
     def inputs(self) -> dict[str, Any]:
         """Inputs that determine the model."""
         return make_model_inputs(
-            self.recipe, self.trial, self.caches.cache.fingerprint, digest_training_rows(self.split.training)
+            self.recipe, self.trial, self.caches.cache.fingerprint, self.split.training.compute_digest()
         )
 
     @cached_property
@@ -219,14 +212,6 @@ def _select_metric(metric: str, scores: dict[str, Any], keys: tuple[str, ...]) -
     return {**scores["metrics"].get(metric, undefined), **{key: scores[key] for key in keys if key in scores}}
 
 
-VERSIONED_PACKAGES = ("featpipe", "numpy", "scipy", "scikit-learn", "torch", "torchvision", "timm")
-
-
-def get_package_versions() -> dict[str, str]:
-    """Versions of the packages that affect the results."""
-    return {name: version(name) for name in VERSIONED_PACKAGES}
-
-
 def make_model_inputs(recipe: Recipe, trial: TrialSpec, cache_fingerprint: str, rows_digest: str) -> dict[str, Any]:
     """Inputs that determine a trained model: embeddings, rows, head, settings, seeds and versions.
 
@@ -250,44 +235,3 @@ def make_model_inputs(recipe: Recipe, trial: TrialSpec, cache_fingerprint: str, 
         "draws": draws,
         "versions": get_package_versions(),
     }
-
-
-class RecordStore:
-    """Receipts of finished trials in the folder of a run.
-
-    Parameters
-    ----------
-    folder : Path
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def find(self, name: str, inputs: Any, file: Path | None = None) -> dict[str, Any] | None:
-        """The result recorded under a name, if its inputs are equal and its file is unchanged."""
-        try:
-            record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            receipt = Receipt(record["made_from"], output_sha256=record["sha256"])
-            outcome: dict[str, Any] = record["found"]
-        except (OSError, ValueError, LookupError, TypeError):  # damaged, or not a record
-            return None
-        return outcome if receipt.is_current(compute_fingerprint(_to_json_value(inputs)), output=file) else None
-
-    def write(self, name: str, inputs: Any, outcome: dict[str, Any], file: Path | None = None) -> None:
-        """Record a result after its file was written."""
-        receipt = Receipt(compute_fingerprint(_to_json_value(inputs)))
-        if file is not None:
-            receipt = receipt.with_output(file)
-        record = {
-            "made_from": receipt.request,
-            "facts": _to_json_value(inputs),
-            "sha256": receipt.output_sha256,
-            "found": outcome,
-        }
-        with atomic_write(self.folder / f"{name}.json", text=True) as out:
-            json.dump(record, out, indent=1, ensure_ascii=False)
-
-
-def _to_json_value(value: Any) -> Any:
-    """The value after a round trip through JSON; other types become text."""
-    return json.loads(json.dumps(value, default=repr))

@@ -15,6 +15,7 @@ from featpipe import backbones, data
 from featpipe.backbones import Backbone
 from featpipe.config import FineTuneConfig, FineTuneOptions
 from featpipe.errors import ConfigError, ModelError
+from featpipe.finetuning.augmentation import Augmentation
 from featpipe.finetuning.context import FineTuneContext, extract_for_model
 from featpipe.finetuning.distributed import join_distributed, resolve_process_device
 from featpipe.finetuning.head_layers import HeadLayers, InitialHead, initialize_head
@@ -87,6 +88,7 @@ def finetune(
     >>> finetune("photos.model", "photos/", unfreeze="last", out="photos.tuned.model")       # doctest: +SKIP
     """
     tuning = FineTuneConfig.from_settings(settings)
+    Augmentation.from_dict(tuning.augmentation)  # refuses unknown ones before any work
     model = model if isinstance(model, Model) else load_model(model)
     if out is not None:
         Model.check_target(out)

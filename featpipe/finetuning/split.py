@@ -91,7 +91,7 @@ def make_splits(model: Model, cache: FeatureCache, tuning: FineTuneConfig) -> Sp
         validation.rows,
         test.rows,
         y,
-        f"{counts_text} ({' and '.join(marked_names) or 'neither'} as the labels mark them)",
+        f"{counts_text} ({' and '.join(marked_names) or 'none'} marked by the labels)",
     )
 
 

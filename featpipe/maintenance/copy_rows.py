@@ -113,7 +113,7 @@ def prepare_output_path(out: str | os.PathLike[str]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"{path.parent}: cannot be made ({error.strerror}); choose another --out") from None
+        raise CacheError(f"{path.parent}: cannot be created ({error.strerror}); choose another --out") from None
     return path
 
 

@@ -286,8 +286,8 @@ class Model:
         name = self.request["name"]
         if ":" in name:
             raise ModelError(
-                f"{self.path or 'model'}: its backbone {name!r} is code of its author's own, which is not run unasked; "
-                "pass --backbone (in Python backbone=..., or model.attach(...)) if you trust it"
+                f"{self.path or 'model'}: its backbone {name!r} is a custom network, whose code is not run by default; "
+                "if you trust it, pass --backbone (in Python backbone=..., or model.attach(...))"
             )
 
     def was_trained_on(self, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -133,9 +133,7 @@ def _make_threshold_table(columns: list[str], points: list[dict[str, Any]]) -> R
     return ReportTable(columns, [[point[key] for key in keys] for point in points[::10]])
 
 
-def _compute_decision_confidence(
-    evaluation: Evaluation,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+def _compute_decision_confidence(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
     """The confidence of each decision and whether it is correct, flat; None without probabilities."""
     if evaluation.model.task == "regression" or len(evaluation.model.classes) < 2:
         return None

@@ -619,10 +619,10 @@ def _check_enough_units(
     subject = "the data" if class_names is None or not class_names else f"class {class_names[smallest_class]!r}"
     plural = "" if n_available == 1 else "s"
     amount = f"{n_available} group{plural} of images" if grouped else f"{n_available} distinct image{plural}"
-    advice = f"use k={n_available}, or add images" if n_available > 1 else "no number of folds works: add images"
+    advice = f"use at most {n_available} folds, or add images" if n_available > 1 else "add images"
     if class_names and n_available == 1:
         advice += " or leave the class out"
-    raise ConfigError(f"{subject} has {amount}, fewer than k={k} folds; {advice}")
+    raise ConfigError(f"{subject} has {amount}, fewer than {k} folds; {advice}")
 
 
 def _assign_folds(

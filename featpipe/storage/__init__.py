@@ -14,7 +14,7 @@ from featpipe.storage.bundle import (
     is_model_file,
 )
 from featpipe.storage.hashing import compute_fingerprint, describe_differences, digest, digest_arrays
-from featpipe.storage.provenance import RACY_NANOSECONDS, Receipt, hash_file
+from featpipe.storage.provenance import RACY_NANOSECONDS, Receipt, RecordStore, hash_file
 from featpipe.storage.staging import PART_FILE_NAME, TEMPORARY_NAME, Part, StagingArea, lock_file
 from featpipe.storage.string_column import StringColumn
 
@@ -30,6 +30,7 @@ __all__ = [
     "ModelBundle",
     "Part",
     "Receipt",
+    "RecordStore",
     "StagingArea",
     "StringColumn",
     "atomic_write",

@@ -88,6 +88,6 @@ def make_writable_folder(folder: Path, error_class: type[FeatpipeError], option:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise error_class(f"{folder}: cannot be made ({error.strerror or error}); choose another {option}") from None
+        raise error_class(f"{folder}: cannot be created ({error.strerror or error}); choose another {option}") from None
     if not os.access(folder, os.W_OK):
         raise error_class(f"{folder}: may not be written; choose another {option}")

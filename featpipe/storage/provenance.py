@@ -8,8 +8,13 @@ holds the digest of every sample, and :class:`featpipe.extraction.ExtractionPlan
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from featpipe.storage.atomic import atomic_write
+from featpipe.storage.hashing import compute_fingerprint
 
 RACY_NANOSECONDS = 2 * 10**9  # a file modified this shortly before a read may change again with the same mtime
 
@@ -63,6 +68,47 @@ class Receipt:
             return has_size and self.output_sha256 is not None and hash_file(path) == self.output_sha256
         except OSError:
             return False
+
+
+class RecordStore:
+    """Results of finished work with their receipts: a folder with one JSON file for each.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, name: str, inputs: Any, file: Path | None = None) -> dict[str, Any] | None:
+        """The result recorded under a name, if its inputs are equal and its file is unchanged."""
+        try:
+            record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            receipt = Receipt(record["made_from"], output_sha256=record["sha256"])
+            result: dict[str, Any] = record["found"]
+        except (OSError, ValueError, LookupError, TypeError):  # damaged, or not a record
+            return None
+        return result if receipt.is_current(compute_fingerprint(_to_json_value(inputs)), output=file) else None
+
+    def write(self, name: str, inputs: Any, result: dict[str, Any], file: Path | None = None) -> None:
+        """Record a result after its file was written."""
+        receipt = Receipt(compute_fingerprint(_to_json_value(inputs)))
+        if file is not None:
+            receipt = receipt.with_output(file)
+        record = {
+            "made_from": receipt.request,
+            "facts": _to_json_value(inputs),
+            "sha256": receipt.output_sha256,
+            "found": result,
+        }
+        with atomic_write(self.folder / f"{name}.json", text=True) as out:
+            json.dump(record, out, indent=1, ensure_ascii=False)
+
+
+def _to_json_value(value: Any) -> Any:
+    """The value after a round trip through JSON; other types become text."""
+    return json.loads(json.dumps(value, default=repr))
 
 
 def hash_file(path: Path) -> str:

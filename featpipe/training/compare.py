@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Unpack
@@ -19,7 +20,15 @@ from featpipe.model import Model
 from featpipe.runtime import ProgressCallback, ignore_progress
 from featpipe.training.cross_validation import get_main_metric
 from featpipe.training.dataset import EmbeddingDataset
-from featpipe.training.train import TrainedHead, load_training_rows, make_head_config, parse_policy, train_head
+from featpipe.training.train import (
+    TrainedHead,
+    digest_request,
+    load_finished,
+    load_training_rows,
+    make_head_config,
+    parse_policy,
+    train_head,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +128,31 @@ def compare(
         If a head is unknown, or there are fewer than two folds: the comparison needs an estimate.
     """
     check_names("setting", settings, ComparisonOptions.__annotations__)
-    config = TrainingConfig.from_settings({"cv": DEFAULT_FOLDS, **settings})
+    return compare_or_load(
+        cache, names, TrainingConfig.from_settings({"cv": DEFAULT_FOLDS, **settings}), None, params, progress
+    )
+
+
+def compare_or_load(
+    cache: FeatureCache,
+    names: Sequence[str] | str,
+    config: TrainingConfig,
+    make_path: Callable[[str], str | os.PathLike[str]] | None,
+    params: Mapping[str, Mapping[str, object]] | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> HeadComparison:
+    """Load a comparison that the same request made; compare otherwise. See :func:`compare`.
+
+    Parameters
+    ----------
+    cache : FeatureCache
+    names : sequence of str, or "all"
+    config : TrainingConfig
+    make_path : callable, optional
+        The path of the model of a head, if that head is the best.
+    params : mapping from head to settings, optional
+    progress : callable
+    """
     if (config.cv or 0) < 2 and config.since is None:
         raise ConfigError(f"cv is {config.cv}; heads are compared on 2 folds or more")
     policy = parse_policy(config.keep)
@@ -127,6 +160,11 @@ def compare(
     head_names = (
         heads.list_heads(cache.task) if names == "all" or list(names) == ["all"] else list(dict.fromkeys(names))
     )
+    request = digest_request(cache, dataset, config, *head_names, *([str(params)] if params else []))
+    for path in dict.fromkeys(map(make_path, head_names)) if make_path is not None else ():
+        if (model := load_finished(path, request)) is not None:
+            rows = [HeadComparisonRow(**row) for row in model.scores["comparison"]]
+            return HeadComparison(rows, model, model.scores["cross_validation"]["how"])
     configs = [replace(config, head=name, params=(params or {}).get(name)) for name in head_names]
     head_configs = [make_head_config(config, dataset) for config in configs]
     results: list[tuple[HeadComparisonRow, TrainedHead]] = []
@@ -137,7 +175,8 @@ def compare(
     results.sort(key=lambda pair: -_selection_score(pair[0], pair[1]))
     table, best_head = [row for row, _ in results], results[0][1]
     assert best_head.estimate is not None
-    comparison = HeadComparison(table, best_head.to_model(cache, dataset, policy), best_head.estimate.protocol)
+    best_model = best_head.to_model(cache, dataset, policy, request)
+    comparison = HeadComparison(table, best_model, best_head.estimate.protocol)
     comparison.model.scores["comparison"] = comparison.to_dict()["heads"]
     return comparison
 

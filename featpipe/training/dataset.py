@@ -16,6 +16,7 @@ from featpipe.errors import CacheError, ConfigError
 from featpipe.model import Model
 from featpipe.runtime import available_bytes
 from featpipe.splits import SplitSeed, find_listed_rows, load_groups, load_times, parse_time
+from featpipe.storage import compute_fingerprint, digest_arrays
 
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -206,6 +207,16 @@ class EmbeddingDataset:
         )
         return self.take(np.sort(np.argpartition(keys, n)[:n])).to_memory()
 
+    def compute_digest(self) -> str:
+        """Digest of the images, labels, classes, groups and times; the cache's fingerprint decides the features."""
+        constraints = {
+            name: None if values is None else [str(value) for value in values]
+            for name, values in (("groups", self.groups), ("times", self.times))
+        }
+        y = np.ascontiguousarray(self.y)
+        arrays = digest_arrays([("digests", self.digests), ("y", y)])
+        return compute_fingerprint([arrays, list(self.classes), constraints])
+
     def list_present_classes(self) -> tuple[str, ...]:
         """The classes that at least one row has; all targets of a regression."""
         if self.task == "regression":
@@ -357,7 +368,7 @@ def load_training_data(
         dataset.check_finite()  # features that stay in the file are checked in the first pass over them
     row_times = load_times(cache, times, dataset.rows) if isinstance(times, str) else _take(cache, times, dataset.rows)
     if since is not None and row_times is None:
-        raise ConfigError(f"since={since} cuts by time, and nothing says when images were made; give times too")
+        raise ConfigError(f"since is {str(since)!r} without times; give the times of the images too")
     since_time = parse_time(since, row_times) if isinstance(since, str) and row_times is not None else since
     return replace(dataset, groups=_load_groups(cache, groups, dataset.rows), times=row_times, since=since_time)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from featpipe.cache import FeatureCache
 from featpipe.config import TrainingConfig, TrainingOptions, unknown_name_error
 from featpipe.diagnostics import Finding, LabeledPredictions, make_prediction_findings, write_findings
-from featpipe.errors import ConfigError
+from featpipe.errors import ConfigError, ModelError
 from featpipe.heads import find_statistics_kind, fit_from_statistics
 from featpipe.metrics import Calibration, compute_prior_offsets, format_protocol
 from featpipe.model import (
@@ -27,8 +29,10 @@ from featpipe.model import (
     RetentionPolicy,
     Uncertainty,
     collect_replay_memory,
+    load_model,
 )
 from featpipe.runtime import ProgressCallback, ignore_progress
+from featpipe.storage import Receipt, compute_fingerprint, make_writable_folder
 from featpipe.training.cross_validation import Estimate, cross_validate, fit_calibration_on_folds
 from featpipe.training.dataset import EmbeddingDataset, load_training_data
 from featpipe.training.fit import FittedHead, fit_head
@@ -76,15 +80,64 @@ def train(
     --------
     >>> model = train(FeatureCache("cache/photos.h5"), head="mlp", cv=5)        # doctest: +SKIP
     """
-    config = TrainingConfig.from_settings({"head": head, **settings})
+    return train_or_load(cache, TrainingConfig.from_settings({"head": head, **settings}), None, progress)
+
+
+def train_or_load(
+    cache: FeatureCache,
+    config: TrainingConfig,
+    path: str | os.PathLike[str] | None,
+    progress: ProgressCallback = ignore_progress,
+) -> Model:
+    """Load the model at a path if the same request made it; train a head otherwise. See :func:`train`.
+
+    Findings are never reused: a request for them trains.
+    """
     if config.findings is not None and not config.cv:
         raise ConfigError("findings are of images that were held out; give cv, 2 or more folds")
+    if config.findings is not None:
+        make_writable_folder(Path(config.findings), ConfigError, "findings")
     policy = parse_policy(config.keep)
     dataset = load_training_rows(cache, config)
+    request = digest_request(cache, dataset, config)
+    if path is not None and config.findings is None and (finished := load_finished(path, request)) is not None:
+        return finished
     trained_head = train_head(cache, dataset, config, make_head_config(config, dataset), progress)
     if config.findings is not None and trained_head.estimate is not None:
         write_findings(_find_suspects(dataset, trained_head.estimate), config.findings)
-    return trained_head.to_model(cache, dataset, policy)
+    return trained_head.to_model(cache, dataset, policy, request)
+
+
+VERSIONED_PACKAGES = ("featpipe", "numpy", "scipy", "scikit-learn", "torch", "torchvision", "timm")
+
+
+def get_package_versions() -> dict[str, str]:
+    """Versions of the packages that affect the results."""
+    return {name: version(name) for name in VERSIONED_PACKAGES}
+
+
+def digest_request(cache: FeatureCache, dataset: EmbeddingDataset, config: TrainingConfig, *heads: str) -> str:
+    """Digest of all that decides a model: embeddings, rows and their labels, settings, compared heads, and versions."""
+    settings = asdict(config)
+    for name in ("groups", "times", "without", "since", "memory", "jobs", "findings"):  # in the rows, or change nothing
+        del settings[name]
+    rows = [dataset.compute_digest(), dataset.is_streamed, str(dataset.since)]
+    return compute_fingerprint([cache.fingerprint, rows, _to_json(settings), list(heads), get_package_versions()])
+
+
+def load_finished(path: str | os.PathLike[str], request: str) -> Model | None:
+    """The model at a path if this request made it, and neither `expand` nor `finetune` changed it since."""
+    if not Path(path).is_file():
+        return None
+    try:
+        model = load_model(path)
+    except ModelError:
+        return None
+    was_changed = not model.history.keys().isdisjoint({"expansions", "finetuning"})
+    if was_changed or not Receipt(model.history.get("request", "")).is_current(request):
+        return None
+    logger.info(f"{path}: up to date, nothing to do")
+    return model
 
 
 def load_training_rows(cache: FeatureCache, config: TrainingConfig) -> EmbeddingDataset:
@@ -164,8 +217,10 @@ class TrainedHead:
     calibration: Calibration | None
     trust: Uncertainty
 
-    def to_model(self, cache: FeatureCache, dataset: EmbeddingDataset, policy: RetentionPolicy | None = None) -> Model:
-        """Make the model; its history stores the head's settings as given, with class weights by name."""
+    def to_model(
+        self, cache: FeatureCache, dataset: EmbeddingDataset, policy: RetentionPolicy | None = None, request: str = ""
+    ) -> Model:
+        """Make the model; its history stores the digest of the request, and the head's settings as given."""
         replay_memory = self._make_replay_memory(dataset, policy)
         scores = {} if self.estimate is None else {"cross_validation": self.estimate.to_dict()}
         return Model(
@@ -178,7 +233,7 @@ class TrainedHead:
             request=dict(cache.manifest["backbone"]),
             trained_on=_unique_digests(dataset.digests[:, :STORED_DIGEST_BYTES]),
             scores=_to_json(scores),
-            history=_make_history(cache, dataset, self),
+            history=_make_history(cache, dataset, self) | ({"request": request} if request else {}),
             calibration=self.calibration,
             kept=replay_memory,
             trust=self.trust,

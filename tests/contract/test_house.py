@@ -94,8 +94,7 @@ def test_every_command_is_in_the_readme_and_has_a_summary_and_an_example(name):
     assert f"featpipe {name}" in (ROOT / "README.md").read_text()
     shown = command.get_help(click.Context(command, info_name=name))
     assert re.search(rf"^\s+Example:\n\s+featpipe {name}\b", shown, re.MULTILINE)
-    assert cli.COMMAND_SUMMARIES[name] == command.short_help
-    assert command.help.startswith(command.short_help.removesuffix(".")), "help and summary say different things"
+    assert command.help.startswith(cli.COMMAND_SUMMARIES[name].removesuffix("."))
     assert name == "completion" or any("--json" in parameter.opts for parameter in command.params)
 
 

@@ -19,7 +19,9 @@ import pytest
 
 import featpipe
 from featpipe import cli
+from featpipe.cli import logging, terminal
 from featpipe.storage import StagingArea
+from tests.support.commands import run_command
 from tests.support.images import jpeg
 from tests.support.interrupts import run_and_stop
 from tests.support.networks import OWN
@@ -67,45 +69,31 @@ LONG = {
 }
 
 
-def test_every_command_with_a_progress_bar_is_interrupted_below() -> None:
+def test_every_command_with_a_progress_bar_is_in_the_interrupt_test() -> None:
     folder = Path(cli.__file__).parent
     commands = {name for name in cli.COMMAND_SUMMARIES if "with Terminal()" in (folder / f"{name}.py").read_text()}
     assert commands == set(LONG)
 
 
-SIGNALLED = """
-import os, signal, sys
-from featpipe.cli import logging, main, terminal
-
-sent = []
-
-def terminate(*arguments):
-    if not sent:
-        sent.append(arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-terminal.Terminal.__call__ = terminate
-logging.LogHandler.emit = terminate
-sys.argv[0] = "featpipe"
-try:
-    main()
-finally:
-    assert sent
-"""
-
-
 @pytest.mark.parametrize("name", LONG)
-def test_sigterm_ends_every_long_command_like_ctrl_c(name: str, home: Home) -> None:
+def test_sigterm_ends_every_long_command_like_ctrl_c(name: str, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal is sent at the first note or progress."""
-    left = {path.name for path in home.iterdir()}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(Path(__file__).parents[2])])}
-    command = [sys.executable, "-c", SIGNALLED, name, *LONG[name]]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
+    signals: list[int] = []
+
+    def terminate(*_: object) -> None:
+        if not signals:
+            signals.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(terminal.Terminal, "__call__", terminate)
+    monkeypatch.setattr(logging.LogHandler, "emit", terminate)
+    files = {path.name for path in home.iterdir()}
+    done = run_command(name, *LONG[name], code=1, cwd=home)
+    assert signals
     assert done.stderr.splitlines()[-1].startswith("featpipe: interrupted; finished work is kept")
     assert done.stdout == ""
     unfinished = {"elsewhere", "demo", "run", "__pycache__", "p.csv.parts"}
-    assert {path.name for path in home.iterdir()} - left <= unfinished, "no file of a final name"
+    assert {path.name for path in home.iterdir()} - files <= unfinished, "no file of a final name"
     assert not list(home.glob("elsewhere/*.h5"))
 
 
@@ -130,7 +118,7 @@ def test_an_interrupted_prediction_resumes(home: Home, tmp_path: Path, command: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]
 
 
-def test_a_job_with_a_time_limit_that_is_run_again_while_it_says_so_ends(home: Home, tmp_path: Path) -> None:
+def test_a_job_with_a_time_limit_finishes_when_it_is_repeated_after_exit_code_75(home: Home, tmp_path: Path) -> None:
     """As a script does that runs a job until it has not ended with 75."""
     out = tmp_path / "p.csv"
     given = f"nets.model photos --backbone nets:make --time-limit 0.001 --workers 1 --log-format json --out {out}"
@@ -186,7 +174,8 @@ def run(text: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_the_array_over_shards_gives_what_one_process_gives(shards: Path) -> None:
+@pytest.mark.thorough
+def test_a_job_array_over_shards_gives_the_same_cache_as_one_process(shards: Path) -> None:
     array, after = scripts()
     jobs = [run(array, shards, SLURM_ARRAY_TASK_ID=str(number), SLURM_JOB_ID="1") for number in range(2)]
     for job in jobs:
@@ -204,7 +193,7 @@ def test_the_array_over_shards_gives_what_one_process_gives(shards: Path) -> Non
     assert featpipe.load_model(shards / "shards.model").classes == ("cat", "dog")
 
 
-def test_a_job_of_the_array_that_ran_out_of_time_is_queued_again_and_ends_with_its_code(shards: Path) -> None:
+def test_an_array_job_is_requeued_after_exit_code_75_only(shards: Path) -> None:
     (shards / "scontrol").write_text('#!/bin/sh\necho "$@" >> queued\n')
     (shards / "featpipe").write_text('#!/bin/sh\nexit "$CODE"\n')
     for name in ("scontrol", "featpipe"):
@@ -217,7 +206,7 @@ def test_a_job_of_the_array_that_ran_out_of_time_is_queued_again_and_ends_with_i
 
 
 @pytest.mark.parametrize("kind", ["cron", "docker"])
-def test_the_commands_of_other_jobs_are_ones_that_the_command_line_takes(kind: str) -> None:
+def test_the_commands_of_cron_and_docker_jobs_are_valid(kind: str) -> None:
     (text,) = (text for name, text in BLOCKS if name == kind)
     typed = re.search(r"featpipe (predict .*?)[\"\n]", text)
     assert typed is not None
@@ -227,6 +216,7 @@ def test_the_commands_of_other_jobs_are_ones_that_the_command_line_takes(kind: s
     assert command.make_context(name, arguments).params["out"] == "predictions.csv"
 
 
+@pytest.mark.thorough
 def test_the_cron_job_runs(shards: Path) -> None:
     (text,) = (text for name, text in BLOCKS if name == "cron")
     line = re.sub(r"^(\S+ ){5}", "", text.strip())

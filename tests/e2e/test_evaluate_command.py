@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import json
-import sys
-from dataclasses import dataclass
 from importlib.resources import files
 
 import jsonschema
 import pytest
 
-from featpipe.cli import main
+from tests.support.commands import run_command as run
 from tests.support.images import jpeg
-
-
-@dataclass
-class CommandResult:
-    """Output of a command."""
-
-    stdout: str
-    stderr: str
-
-
-def run(*arguments: str, code: int = 0) -> CommandResult:
-    """Run a command in this process, as starting one takes longer than its work."""
-    out, err = io.StringIO(), io.StringIO()
-    previous_argv, sys.argv = sys.argv, ["featpipe", *arguments]
-    exit_code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as error:
-        exit_code = int(error.code or 0)
-    finally:
-        sys.argv = previous_argv
-    assert exit_code == code, f"exit {exit_code}\n{out.getvalue()}\n{err.getvalue()}"
-    return CommandResult(out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

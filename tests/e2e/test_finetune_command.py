@@ -62,7 +62,7 @@ def same(a: featpipe.Model, b: featpipe.Model, tolerance: float) -> None:
     np.testing.assert_allclose(a.head[-1].coefs_[0], b.head[-1].coefs_[0], atol=tolerance, rtol=tolerance)
 
 
-def test_it_prints_the_path_of_a_model_and_the_table_of_both(home, tuned):
+def test_finetune_prints_the_path_of_the_model_and_a_table_of_both_models(home, tuned):
     done, model = tuned
     assert done.stdout == "photos.tuned.model\n"
     assert "probe" in done.stderr
@@ -75,7 +75,7 @@ def test_it_prints_the_path_of_a_model_and_the_table_of_both(home, tuned):
     assert model.backbone.digest != featpipe.load_model(home / "photos.model").backbone.digest
 
 
-def test_typed_again_it_does_no_work(home, tuned):
+def test_finetune_does_nothing_the_second_time(home, tuned):
     before = (home / "photos.tuned.model").stat().st_mtime_ns
     done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--json")
     assert (home / "photos.tuned.model").stat().st_mtime_ns == before
@@ -84,7 +84,7 @@ def test_typed_again_it_does_no_work(home, tuned):
     assert len(result["curve"]) == 3
 
 
-def test_interrupted_the_same_command_ends_with_the_same_weights(home, tuned):
+def test_an_interrupted_finetune_resumes_to_the_same_weights(home, tuned):
     out = "interrupted.model"
     arguments = ["finetune", "photos.model", "photos", *OPTIONS, "--out", out]
     process = started(home, *arguments)
@@ -101,7 +101,7 @@ def test_interrupted_the_same_command_ends_with_the_same_weights(home, tuned):
     same(featpipe.load_model(home / out), tuned[1], 0)
 
 
-def test_two_processes_give_what_one_does(home, tuned):
+def test_two_processes_train_the_same_model_as_one(home, tuned):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--out", "two.model", launcher=launcher)
     assert done.stdout == "two.model\n"

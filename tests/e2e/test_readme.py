@@ -40,7 +40,7 @@ def commands() -> list[str]:
     return [line for line in shell if line.startswith("featpipe ")]
 
 
-def test_the_set_up_is_two_commands_of_which_the_continuous_integration_runs_each_part():
+def test_continuous_integration_runs_the_two_set_up_commands():
     first = next(text for kind, text in BLOCKS if kind == "bash")
     steps = [step.strip() for line in first.splitlines() for step in line.split("&&")]
     assert steps == ["pip install '.[demo]'", "featpipe demo", "pip install '.[test]'", "pytest"]

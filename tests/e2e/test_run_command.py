@@ -41,7 +41,7 @@ def run(*arguments: object) -> Result:
     return done
 
 
-def test_a_sweep_is_one_extraction_and_one_table():
+def test_a_sweep_extracts_once_and_prints_one_table():
     done = run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.01,1", "--set", "heads.1.name=ridge")
     header, *lines = done.stdout.splitlines()
     assert " ".join(header.split()) == "head settings accuracy, cross-validated accuracy, held out fit head's size"
@@ -55,9 +55,9 @@ def test_a_sweep_is_one_extraction_and_one_table():
     ]  # fmt: skip
 
 
-def test_the_scores_are_those_of_the_stages_one_by_one():
-    found = json.loads(run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.5", "--json").stdout)
-    row, cache = found["results"][0], featpipe.FeatureCache(found["backbones"][0]["cache"])
+def test_the_scores_equal_those_of_the_single_stages():
+    document = json.loads(run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.5", "--json").stdout)
+    row, cache = document["results"][0], featpipe.FeatureCache(document["backbones"][0]["cache"])
     fit, held = splits.make_holdout(cache.digests, cache.label_table.values, test=0.2)
     X, y = cache.X.astype(np.float64), cache.y
     mean, std = X[fit].mean(axis=0), X[fit].std(axis=0)
@@ -75,7 +75,7 @@ def _table(cache: featpipe.FeatureCache, rows: np.ndarray) -> Path:
     return path
 
 
-def test_the_page_of_some_of_the_images_has_their_pictures():
+def test_the_report_of_a_subset_shows_its_images():
     run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--set", "images=36")
     page = Path("runs/linear-probe/report.html").read_text()
     assert "There are no pictures" not in page
@@ -85,14 +85,14 @@ def test_the_page_of_some_of_the_images_has_their_pictures():
 def test_a_dry_run_shows_remaining_stages_and_writes_nothing():
     asked = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--dry-run", "--json")
     other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
-    found = json.loads(run(*asked).stdout)
-    assert found["embed"][0]["images"] == found["embed"][0]["unknown"] == 72
-    assert found["train"] == [{"name": "logistic-C=1", "trained": False, "scored": False}]
+    plan = json.loads(run(*asked).stdout)
+    assert plan["embed"][0]["images"] == plan["embed"][0]["unknown"] == 72
+    assert plan["train"] == [{"name": "logistic-C=1", "trained": False, "scored": False}]
     assert [path.name for path in Path().iterdir()] == ["photos"]
     run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1")
-    found = json.loads(run(*asked, "--set", "heads.1.name=ridge").stdout)
-    assert found["embed"][0]["unknown"] == 0
-    assert found["train"] == [
+    plan = json.loads(run(*asked, "--set", "heads.1.name=ridge").stdout)
+    assert plan["embed"][0]["unknown"] == 0
+    assert plan["train"] == [
         {"name": "logistic-C=1", "trained": True, "scored": True},
         {"name": "ridge", "trained": False, "scored": False},
     ]
@@ -150,28 +150,28 @@ def test_models_are_scored_on_the_evaluation_archive_and_no_row_is_held_out():
         other = Path("others", path.parent.name, path.name)
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_bytes(jpeg(number) if number else path.read_bytes())
-    found = featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others"})
-    assert found.best.cross_validated["how"]["n"] == 72
-    assert found.best.held_out["n"] == 14
-    assert found.best.held_out["left_out"] == {"trained on": 1}
+    result = featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others"})
+    assert result.best.cross_validated["how"]["n"] == 72
+    assert result.best.held_out["n"] == 14
+    assert result.best.held_out["left_out"] == {"trained on": 1}
     with pytest.raises(ConfigError, match=r"\[evaluation\] archive has labels for none"):
         featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others/red"})
 
 
-def test_fine_tuning_judges_by_the_held_out_images_of_the_run_and_is_not_done_twice():
+def test_fine_tuning_is_scored_on_the_held_out_images_of_the_run_and_reused():
     changes = {"backbones.0.name": f"{HERE}:ladder", "training.cv": 2, "heads.0.C": 1, "finetune.epochs": 1}
-    found = featpipe.run("fine-tune", "photos", changes=changes)
-    probe, tuned = found.results
-    comparison = found.tuned.comparison
+    result = featpipe.run("fine-tune", "photos", changes=changes)
+    probe, tuned = result.results
+    comparison = result.tuned.comparison
     row = next(row for row in comparison.metrics if row["name"] == "accuracy")
     assert comparison.n == probe.held_out["n"] == tuned.held_out["n"]
     assert row["probe"][0] == probe.held_out["value"]
     assert row["tuned"][0] == pytest.approx(tuned.held_out["value"])
-    assert comparison.verdict() in str(found)
-    assert found.model.path == (tuned if found.tuned.kept == "fine-tuned" else probe).model
+    assert comparison.verdict() in str(result)
+    assert result.model.path == (tuned if result.tuned.kept == "fine-tuned" else probe).model
     with logged_messages() as log:
         again = featpipe.run("fine-tune", "photos", changes=changes)
-    assert numbers(again) == numbers(found)
+    assert numbers(again) == numbers(result)
     assert any(text.endswith("up to date, nothing to do") for text in log)
     assert "writing the report" not in log
 
@@ -208,8 +208,8 @@ def test_an_invalid_recipe_is_refused_before_any_image_is_read(photos: Path):  #
 
 
 def test_a_notebook_shows_the_table():
-    found = featpipe.run("linear-probe", "photos", changes={**CHANGES, "heads.0.name": "ridge"})
-    shown = found._repr_html_()
+    result = featpipe.run("linear-probe", "photos", changes={**CHANGES, "heads.0.name": "ridge"})
+    shown = result._repr_html_()
     assert "<th>accuracy, held out</th>" in shown
     assert "<td>ridge</td>" in shown
     assert "→" not in shown, "one row needs no mark"
@@ -221,7 +221,7 @@ def test_recipes_are_listed_with_their_questions():
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "completions"),
     [
         ("featpipe run co", {"compare-backbones", "compare-heads"}),
         ("featpipe run smoke --dr", {"--dry-run"}),
@@ -229,12 +229,12 @@ def test_recipes_are_listed_with_their_questions():
         ("featpipe extract x --backbone resnet1", {"resnet18", "resnet101", "resnet152"}),
     ],
 )
-def test_a_shell_completes_commands_options_and_names(words, found):
+def test_a_shell_completes_commands_options_and_names(words, completions):
     asked = {"_FEATPIPE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     done = subprocess.run(
         [sys.executable, "-m", "featpipe"], env={**os.environ, **asked}, capture_output=True, text=True, timeout=100
     )
-    assert {line.split(",")[1] for line in done.stdout.splitlines() if line.startswith("plain,")} == found
+    assert {line.split(",")[1] for line in done.stdout.splitlines() if line.startswith("plain,")} == completions
 
 
 @pytest.mark.parametrize(

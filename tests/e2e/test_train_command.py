@@ -69,7 +69,7 @@ def test_the_best_of_several_heads_is_saved_and_a_table_compares_them(cache):
     assert "selected by these scores, so they are optimistic" in done.stderr
 
 
-def test_all_heads_are_compared_and_the_json_says_what_was_found(cache):
+def test_all_heads_are_compared_and_printed_as_json(cache):
     result = trained(cache, "--head", "all", "--cv", "2", "--metric", "macro_f1")["scores"]["comparison"]
     assert {row["head"] for row in result} == {
         "logistic", "mlp", "linear", "svm", "ridge", "lda", "knn", "centroid", "keras",
@@ -77,7 +77,38 @@ def test_all_heads_are_compared_and_the_json_says_what_was_found(cache):
     assert all(row["metric"] == "macro_f1" and row["seconds_to_fit"] > 0 and row["bytes"] > 0 for row in result)
 
 
-def test_a_grid_is_tried_and_what_was_chosen_is_said(cache):
+@pytest.mark.parametrize("heads", [["lda"], ["lda", "centroid"]])
+def test_the_same_command_again_reuses_the_model(cache, tmp_path, heads):
+    out = tmp_path / "again.model"
+    arguments = ["train", cache, *(text for head in heads for text in ("--head", head)), "--cv", "2", "--out", out]
+    first, written_at = run(*arguments), out.stat().st_mtime_ns
+    second = run(*arguments)
+    assert second.stdout == first.stdout == f"{out}\n"
+    table = first.stderr.rpartition("on 90 images\n")[2]
+    assert second.stderr == f"{out}: up to date, nothing to do\n{table}"
+    assert out.stat().st_mtime_ns == written_at
+
+
+def test_a_model_is_trained_again_when_the_request_or_the_file_changes(cache, tmp_path):
+    out, findings = tmp_path / "again.model", tmp_path / "findings"
+    command = ["train", cache, "--head", "lda", "--cv", "2", "--out", out]
+    run(*command)
+    changes: list[list[object]] = [
+        ["--cv", "3"], ["--seed", "1"], ["--set", "shrinkage=0.5"], ["--balance", "over"], ["--calibrate"],
+        ["--prior", "bee=0.1"], ["--keep", "none"], ["--groups", f"{cache.with_name('visits.csv')}:patient"],
+        ["--findings", findings], ["--findings", findings],
+    ]  # fmt: skip
+    for change in changes:
+        assert "fitting lda" in run(*command, *change).stderr, change
+    run(*command)
+    assert "up to date" in run(*command, "--memory", "1G").stderr
+    run("expand", out, "--merge", "ant,bee=insect", "--out", out)
+    assert "fitting lda" in run(*command).stderr, "expand changed the model"
+    out.write_bytes(out.read_bytes()[:-100])
+    assert "fitting lda" in run(*command).stderr, "the file is damaged"
+
+
+def test_a_grid_is_searched_and_the_selected_values_are_logged(cache):
     done = run("train", cache, "--head", "knn", "--grid", "n_neighbors=1,7", "--metric", "macro_f1", "--cv", "3")
     assert "knn: n_neighbors=" in done.stderr
     assert "by macro_f1, best of 2 on 5 inner folds of 90 rows" in done.stderr
@@ -85,7 +116,7 @@ def test_a_grid_is_tried_and_what_was_chosen_is_said(cache):
     assert {record["settings"]["alpha"] for record in result["tried"]} == {1.0, 10.0, 100.0, 1e3, 1e4}
 
 
-def test_patients_are_kept_together_and_time_goes_forward(cache):
+def test_groups_stay_together_and_models_are_scored_on_later_times(cache):
     table = cache.with_name("visits.csv")
     result = trained(cache, "--cv", "3", "--no-tune", "--head", "lda", "--groups", f"{table}:patient")
     assert result["scores"]["cross_validation"]["how"]["groups"] == 9
@@ -99,7 +130,7 @@ def test_patients_are_kept_together_and_time_goes_forward(cache):
 
 def test_probabilities_are_calibrated_and_corrected(cache):
     out, priors = cache.with_name("p.model"), ["--prior", "cat=big=0.02", "--prior", "bee=0.08"]
-    done = run("train", cache, "--calibrate", *priors, "--out", out)
+    done = run("train", cache, "--calibrate", "--no-tune", *priors, "--out", out)
     assert "calibration_error" in done.stderr
     model = load_model(cache.with_name("p.model"))
     assert model.calibration is not None
@@ -120,9 +151,9 @@ def test_features_that_may_not_be_loaded_stay_in_the_file(cache):
     assert run("train", cache, "--memory", "much").exit_code == 2
 
 
-def test_an_out_that_cannot_be_written_is_refused_before_any_fit(cache, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_refused_before_any_fit(cache, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("featpipe.training.train", lambda *_, **__: pytest.fail("fitted"))
+    monkeypatch.setattr("featpipe.training.train_or_load", lambda *_, **__: pytest.fail("fitted"))
     for out in (tmp_path, tmp_path / "file" / "a.model"):
         with pytest.raises(ModelError, match="cannot be written"):
             run("train", cache, "--head", "knn", "--out", out)
@@ -148,14 +179,14 @@ def test_an_estimator_that_cannot_be_saved_is_refused_before_any_work(cache):
 
 
 @pytest.mark.parametrize("name", ["logistic", "mlp", "knn", "lda", "keras", "sklearn.naive_bayes.GaussianNB"])
-def test_the_settings_of_a_head_are_listed_as_they_are_typed(name):
+def test_heads_lists_the_settings_of_a_head(name):
     shown = run("heads", name).stdout
     facts = json.loads(run("heads", name, "--json").stdout)
     assert all(key in shown for key in facts["settings"])
     assert facts["settings"].keys() >= facts["grid"].keys()
 
 
-def test_keras_recipe_is_one_word(cache):
+def test_the_keras_head_follows_the_guides_of_keras(cache):
     model = load_model(run("train", cache, "--head", "keras", "--cv", "0").stdout.strip())
     head = model.head["head"]
     assert (head.hidden, head.optimizer, head.epochs, head.batch_size) == ((1024,), "adam", 10, 32)

@@ -315,7 +315,7 @@ def test_an_out_that_is_no_hdf5_name_is_refused_before_any_work(make_folder, tin
 
 def test_a_cache_folder_that_cannot_be_made_is_one_line(make_folder, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CacheError, match="cannot be made"):
+    with pytest.raises(CacheError, match="cannot be created"):
         extract(make_folder(), backbone=tiny, cache=tmp_path / "file" / "cache")
 
 

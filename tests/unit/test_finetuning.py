@@ -141,7 +141,7 @@ def test_the_split_of_the_labels_is_used(tmp_path, photos, model, ladder):
     splits = make_splits(model, partly_marked, FineTuneConfig())
     assert {partly_marked.ids[row][-6:-4] for row in splits.test} == {"00"}
     assert len(splits.validation) > 2
-    assert "test as the labels mark them" in splits.description
+    assert "(test marked by the labels)" in splits.description
 
 
 def test_a_probe_that_was_trained_on_test_images_is_fitted_again_without_them(tmp_path, photos, model, log):

@@ -333,7 +333,7 @@ def test_code_of_somebody_s_own_runs_only_when_it_is_asked_for(
     del sys.modules["their_code"]
     (tmp_path / "ran").unlink()
     loaded = load_model(path)
-    with pytest.raises(ModelError, match="not run unasked; pass --backbone"):
+    with pytest.raises(ModelError, match="not run by default; if you trust it, pass --backbone"):
         loaded.predict([folder / "ape/00.jpg"])
     assert not (tmp_path / "ran").exists()
     trusted = load_model(path, backbone=own_code)
@@ -348,7 +348,7 @@ def test_a_forged_backbone_name_runs_nothing(model: Model, saved: Path, photos: 
     document = read_document(saved)
     for name in ("forged_code:make", "os:getcwd", "timm/hf-hub:somebody/thing", "timm/local-dir:/tmp"):
         forged(saved, backbone=document["backbone"] | {"name": name})
-        with pytest.raises(ModelError, match="not run unasked"):
+        with pytest.raises(ModelError, match="not run by default"):
             load_model(saved).predict(photos[:1])
     assert not ran.exists()
 

@@ -290,7 +290,7 @@ def test_a_backbone_that_cannot_be_had_is_told_before_the_first_line(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = load_model(model.save(tmp_path / "m.model"))
-    with pytest.raises(ModelError, match="not run unasked"):
+    with pytest.raises(ModelError, match="not run by default"):
         predict(loaded, tmp_path / "photos")
     assert capsys.readouterr().out == ""
 

@@ -223,7 +223,7 @@ def test_groups_that_share_an_image_stay_in_one_fold():
 
 def test_a_class_with_fewer_images_than_folds_is_an_error_that_suggests_k():
     y = ["cat"] * 10 + ["dog"] * 4
-    with pytest.raises(ConfigError, match="class 'dog' has 3 distinct images, fewer than k=5 folds; use k=3"):
+    with pytest.raises(ConfigError, match="class 'dog' has 3 distinct images, fewer than 5 folds; use at most 3"):
         make_folds(digests_of(*range(13), 12), y, k=5)
     assert len(make_folds(digests_of(*range(13), 12), y, k=3)) == 3
 
@@ -234,7 +234,7 @@ def test_a_class_with_one_image_is_an_error_without_a_suggested_k():
 
 
 def test_too_few_groups_are_an_error_that_counts_groups():
-    with pytest.raises(ConfigError, match="the data has 2 groups of images, fewer than k=3"):
+    with pytest.raises(ConfigError, match="the data has 2 groups of images, fewer than 3 folds"):
         make_folds(many(10), k=3, groups=[0] * 5 + [1] * 5)
     with pytest.raises(ConfigError, match="the data has 0"):
         make_folds(many(0), k=3)

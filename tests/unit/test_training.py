@@ -366,7 +366,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(make_cache: Any) ->
 def test_a_class_with_fewer_images_than_folds_is_named(make_cache: Any) -> None:
     codes = np.array([0] * 6 + [1] * 6 + [2])
     cache = make_cache(blobs(codes), Labels.from_class_names(["abc"[c] for c in codes]))
-    refused(ConfigError, "class 'c' has 1 distinct image, fewer than k=5 folds", cache, cv=5)
+    refused(ConfigError, "class 'c' has 1 distinct image, fewer than 5 folds", cache, cv=5)
     assert train(cache).classes == ("a", "b", "c")
 
 

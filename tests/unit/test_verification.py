@@ -288,7 +288,7 @@ def test_a_damaged_row_is_not_copied_for_an_image_with_the_same_bytes_elsewhere(
 def test_code_of_somebodys_own_is_not_run_unasked(made):
     flip(made.path, "features/pooled", 0)
     for run in (lambda: verify(made.path, sample=1), lambda: repair(made.path, verify(made.path))):
-        with pytest.raises(ConfigError, match="is not run unasked; pass --backbone"):
+        with pytest.raises(ConfigError, match="not run by default; if you trust it, pass --backbone"):
             run()
 
 

@@ -46,9 +46,7 @@ def find_recipe(recipe: str | os.PathLike[str]) -> Path:
             raise ConfigError(f"{path}: there is no such recipe; `featpipe run --list` lists the built-in ones")
         return path
     if text not in list_builtin_recipes():
-        raise unknown_name_error(
-            "recipe", text, list_builtin_recipes(), f"(a file of your own ends in {RECIPE_SUFFIX})"
-        )
+        raise unknown_name_error("recipe", text, list_builtin_recipes(), f"(a recipe file ends in {RECIPE_SUFFIX})")
     return RECIPES_FOLDER / f"{text}{RECIPE_SUFFIX}"
 
 

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from featpipe.config import (
     ExtractionConfig,
     FineTuneConfig,
+    Settings,
     check_value,
     get_field_types,
     is_sequence_type,
@@ -45,13 +47,14 @@ BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of ExtractionConfi
 EXTRACTION_KEYS = ("cache", "device", "engine", "workers", "batch", "max_bad", "check_content", "shard_bytes")
 """Keys of the table [extraction]: how and where the extraction runs."""
 
-STAGE_CLASSES: dict[str, type] = {
+STAGE_CLASSES: dict[str, type[Settings]] = {
     "split": SplitConfig,
     "training": RecipeTraining,
+    "finetune": FineTuneConfig,
     "evaluation": EvaluationConfig,
     "report": ReportConfig,
 }
-TABLE_NAMES = ("backbones", "extraction", "heads", "finetune", *STAGE_CLASSES)
+TABLE_NAMES = ("backbones", "extraction", "heads", *STAGE_CLASSES)
 
 _TYPE_OVERRIDES = {
     "backbone": str,
@@ -176,27 +179,18 @@ class _RecipeParser:
         stages = {
             key: self._parse_stage(key, config_class, self._get_table(key, document))
             for key, config_class in STAGE_CLASSES.items()
+            if key in document or key != "finetune"
         }
-        repeated = {
-            "extractions": self._parse_extractions(document),
-            "heads": self._parse_heads(document.get("heads", [{}])),
-        }
-        common = {
+        values = {
             "name": name,
             "where": self.where,
             "question": question,
             "samples": self._parse_stage("", SamplesConfig, top_level),
+            "extractions": self._parse_extractions(document),
+            "heads": self._parse_heads(document.get("heads", [{}])),
+            **stages,
         }
-        finetune_config = self._parse_finetune(document) if "finetune" in document else None
-        return self._build("", Recipe, {**common, **repeated, **stages, "finetune": finetune_config})
-
-    def _parse_finetune(self, document: Mapping[str, Any]) -> FineTuneConfig:
-        table, field_types = self._get_table("finetune", document), get_field_types(FineTuneConfig)
-        self._check_keys("finetune", table, [field.name for field in fields(FineTuneConfig)])
-        finetune_values = {
-            key: self._check_value("finetune", key, value, field_types[key]) for key, value in table.items()
-        }
-        return self._build("finetune", lambda **values: FineTuneConfig.from_settings(values), finetune_values)
+        return self._build("", lambda: Recipe(**values))
 
     def _get_table(self, name: str, document: Mapping[str, Any]) -> Mapping[str, Any]:
         table = document.get(name, {})
@@ -210,15 +204,11 @@ class _RecipeParser:
         for position, table in enumerate(tables):
             yield f"{name}.{position}", table
 
-    def _parse_stage(self, name: str, config_class: type, table: Mapping[str, Any]) -> Any:
-        """Parse the table of a stage."""
+    def _parse_stage(self, name: str, config_class: type[Settings], table: Mapping[str, Any]) -> Any:
         field_types = get_field_types(config_class)
-        self._check_keys(name, table, [field.name for field in fields(config_class)])
-        return self._build(
-            name,
-            config_class,
-            {key: self._check_value(name, key, value, field_types[key]) for key, value in table.items()},
-        )
+        self._check_keys(name, table, field_types)
+        values = {key: self._check_value(name, key, value, field_types[key]) for key, value in table.items()}
+        return self._build(name, lambda: config_class.from_settings(values))
 
     def _parse_extractions(self, document: Mapping[str, Any]) -> tuple[ExtractionConfig, ...]:
         """Make the settings for each backbone and each combination of its listed values."""
@@ -240,7 +230,8 @@ class _RecipeParser:
                     BACKBONE_FIELDS[key]: self._check_value(name, key, value, key_types[key])
                     for key, value in combination.items()
                 }
-                extractions.append(self._build(name, ExtractionConfig, {**common_values, **backbone_values}))
+                settings = {**common_values, **backbone_values}
+                extractions.append(self._build(name, partial(ExtractionConfig, **settings)))
         return tuple(extractions)
 
     def _parse_heads(self, tables: Any) -> tuple[RecipeHead, ...]:
@@ -254,7 +245,8 @@ class _RecipeParser:
                     if key in combination
                 }
                 settings = {key: _parse_setting(value) for key, value in combination.items() if key not in _HEAD_KEYS}
-                recipe_heads.append(self._build(name, RecipeHead, {**head_values, "settings": settings, "table": name}))
+                head = partial(RecipeHead, **head_values, settings=settings, table=name)
+                recipe_heads.append(self._build(name, head))
         return tuple(recipe_heads)
 
     def _check_keys(self, table: str, values: Mapping[str, Any], allowed: Sequence[str] | Mapping[str, Any]) -> None:
@@ -272,9 +264,9 @@ class _RecipeParser:
             hint = "; only heads and backbones take several values" if is_sweep else ""
             raise self._error(table, f"{error}{hint}", key) from None
 
-    def _build(self, table: str, factory: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    def _build(self, table: str, make: Callable[[], Any]) -> Any:
         try:
-            return factory(**values)
+            return make()
         except ConfigError as error:
             raise self._error(table, str(error), "") from None
 

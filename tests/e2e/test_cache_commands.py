@@ -32,9 +32,7 @@ def photos(make_folder):
     return folder
 
 
-def test_caches_of_two_folders_are_merged_into_what_one_extraction_of_both_would_give(
-    command, photos, make_folder, own, tmp_path
-):
+def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(command, photos, make_folder, own, tmp_path):
     make_folder(("bee", "dog"), 3, "more")
     for name in ("photos", "more"):
         command("extract", name, "--backbone", own, "--out", f"{name}.h5")
@@ -72,7 +70,7 @@ def test_a_sharded_cache_is_packed_and_shown(command, make_folder, own, tmp_path
     assert "no forward pass" in again
 
 
-def test_unfinished_work_is_shown_and_goes_only_when_that_is_wanted(command, make_folder, own, tmp_path):
+def test_clean_lists_unfinished_work_and_removes_it_only_on_confirmation(command, make_folder, own, tmp_path):
     make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     process = start_and_hold(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
     assert "nothing to remove" in command("clean").stdout  # the extraction is running
@@ -81,38 +79,50 @@ def test_unfinished_work_is_shown_and_goes_only_when_that_is_wanted(command, mak
     shown = command("clean", "--dry-run").stdout
     assert "an unfinished extraction of" in shown
     assert "the same extract command would resume from it" in shown
-    [thing] = json.loads(command("clean", "cache", "--json").stdout)["found"]
-    assert thing["images"] > 0
+    [abandoned] = json.loads(command("clean", "cache", "--json").stdout)["found"]
+    assert abandoned["images"] > 0
     assert "--yes" in command("clean", code=1).stderr  # nobody is there to ask
-    assert os.path.isdir(tmp_path / thing["path"])
+    assert os.path.isdir(tmp_path / abandoned["path"])
     assert json.loads(command("clean", "--json", "--yes").stdout)["found"][0]["removed"]
     assert list((tmp_path / "cache").iterdir()) == []
     assert "nowhere: No such file" in command("clean", "nowhere", code=1).stderr
     command("clean", "--yes", "--dry-run", code=2)
 
 
-def test_why_takes_the_arguments_of_an_extract_command_and_says_what_differs(command, photos, own):
-    asked = ["photos", "--backbone", own, "--out", "a.h5", "--workers", "1", "--batch", "4", "--max-bad", "5%"]
-    command("extract", *asked)
-    same = command("info", "a.h5", "--why", *asked).stdout
+def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(command, photos, own):
+    extraction = [
+        "photos",
+        "--backbone",
+        own,
+        "--out",
+        "a.h5",
+        "--workers",
+        "1",
+        "--batch",
+        "4",
+        "--max-bad",
+        "5%",
+    ]
+    command("extract", *extraction)
+    same = command("info", "a.h5", "--why", *extraction).stdout
     assert same.startswith("a.h5 matches the request\n")
     assert "\n18  are in the cache, with unchanged path, size and time\n" in same
     assert "Samples, order, labels and splits are the cache's own." in same
     (photos / "ape" / "00.jpg").write_bytes(jpeg(99))
     (photos / "ape" / "new.jpg").write_bytes(jpeg(98))
     shutil.rmtree(photos / "cow")
-    arguments = ["info", "a.h5", "--json", "--why", *asked, "--precision", "bf16"]
-    found = json.loads(command(*arguments).stdout)
-    assert found["differences"] == ["precision is 'fp32', asked for 'bf16'"]
-    assert found["usable"] is False
-    assert found["samples"] == {
+    arguments = ["info", "a.h5", "--json", "--why", *extraction, "--precision", "bf16"]
+    document = json.loads(command(*arguments).stdout)
+    assert document["differences"] == ["precision is 'fp32', asked for 'bf16'"]
+    assert document["usable"] is False
+    assert document["samples"] == {
         "images": 13, "unchanged": 11, "changed": 1, "new": 1, "gone": 6, "same_table": False
     }  # fmt: skip
     other = command("info", "a.h5", "--why", "--backbone", "slownets:make").stdout
     assert "backbone.name is 'nets:make', asked for 'slownets:make'" in other
 
 
-def test_why_compares_two_caches(command, photos, own):
+def test_info_why_compares_two_caches(command, photos, own):
     for storage in ("float32", "float16"):
         command("extract", "photos", "--backbone", own, "--out", f"{storage}.h5", "--storage", storage)
     difference = command("info", "float32.h5", "--why", "float16.h5").stdout

@@ -63,9 +63,9 @@ def test_json_progress_is_logged_at_stage_boundaries_and_every_minute(
             for done in range(1, 101):
                 now[0] += 1
                 terminal(Progress(stage, done, 100))
-    told = [(line["stage"], line["done"], line["total"]) for line in lines(capsys)]
+    progress_lines = [(line["stage"], line["done"], line["total"]) for line in lines(capsys)]
     reading = [("reading", done, 100) for done in (1, 62, 100)]
-    assert told == [*reading, *(("embedding", done, 100) for done in (1, 62, 100))]
+    assert progress_lines == [*reading, *(("embedding", done, 100) for done in (1, 62, 100))]
 
 
 def test_warnings_of_libraries_are_logged_as_json(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_warnings_of_libraries_are_logged_as_json(as_json: None, capsys: pytest.
         warnings.warn(HOSTILE, stacklevel=1)
     (line,) = lines(capsys)
     assert (line["event"], line["text"]) == ("warning", f"UserWarning: {HOSTILE}")
-    assert "test_log.py:" in line["where"]
+    assert "test_cli_logging.py:" in line["where"]
 
 
 ENDS = [
