@@ -20,7 +20,7 @@ from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores, 
 
 if TYPE_CHECKING:
     from featpipe.metrics.metrics import score
-    from featpipe.metrics.paired_tests import PairedComparison, ScoreDifference, compare_paired, mcnemar_test
+    from featpipe.metrics.paired_tests import PairedComparison, compare_paired, mcnemar_test
 
 __all__ = [
     "METRICS",
@@ -29,7 +29,6 @@ __all__ = [
     "Interval",
     "Metric",
     "PairedComparison",
-    "ScoreDifference",
     "Scores",
     "calibration_error",
     "compare_paired",
@@ -49,7 +48,6 @@ __all__ = [
 
 _LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
     "PairedComparison": "paired_tests",
-    "ScoreDifference": "paired_tests",
     "compare_paired": "paired_tests",
     "mcnemar_test": "paired_tests",
     "score": "metrics",

@@ -1,6 +1,6 @@
 """What each trick of the logistic solver buys: the solver with it and without it, in turns, in one run.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/softmax_tricks.py [fit] [path] [row-space] [l1] [--rounds ROUNDS]
+    OMP_NUM_THREADS=1 python tests/benchmarks/softmax_tricks.py [fit] [path] [labels] [row-space] [l1] [--rounds ROUNDS]
 
 Shown are evaluations of the objective (rows read over rows there are, so that those of a sample count less) and process
 CPU time, the least of all rounds. One thread, so that other work on the machine disturbs CPU time little.
@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -22,27 +23,78 @@ from sklearn.linear_model import LogisticRegression
 from softmax import rows
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
-from featpipe.heads.logistic import cv, solver
+from featpipe.heads.logistic import cv, preconditioners, solver
+from featpipe.heads.logistic.lbfgs import LBFGSHistory
 from featpipe.heads.logistic.objective import LogisticProblem
 
 KINDS = ("gauss", "relu", "noisy", "separable")
 FIT_SIZES = ((2_000, 512, 20), (13_000, 512, 40), (50_000, 512, 100))
 PATH_SIZE = (6_000, 512, 30)
+LABELS_SIZE = (5_000, 256, 80)
 ROW_SPACE_SIZES = ((200, 512, 10), (400, 1280, 50), (1000, 1280, 20))
 L1_SIZES = ((2_000, 128, 10), (2_000, 512, 2))
 
-Patches = Mapping[str, Any]  # constants of the solver that switch a trick off
+Patches = Mapping[tuple[Any, str], Any]  # by owner and name: the value that switches a trick off
 
+
+def two_loop_direction(history: LBFGSHistory, gradient: Any, precondition: Callable[[Any], Any]) -> Any:
+    """The textbook's recursion: Nocedal and Wright, Numerical Optimization, algorithm 7.4."""
+    if not history.slots:
+        return -precondition(gradient[None])[0]
+    steps, changes = history.steps, history.gradient_changes
+    direction, alphas = gradient.reshape(len(gradient), -1).astype(history.dtype), {}
+    for slot in reversed(history.slots):
+        curvature = history.inner_products[:, slot, slot]
+        alphas[slot] = np.einsum("gp,gp->g", steps[:, slot], direction) / curvature
+        direction = direction - alphas[slot][:, None].astype(history.dtype) * changes[:, slot]
+    newest = history.slots[-1]
+    stacked = np.stack([direction, changes[:, newest]])
+    direction, change = precondition(stacked.reshape(2, *gradient.shape)).reshape(stacked.shape)
+    norms = np.maximum(np.einsum("gp,gp->g", changes[:, newest], change), 1e-300)
+    direction = direction * (history.inner_products[:, newest, newest] / norms)[:, None]
+    for slot in history.slots:
+        beta = np.einsum("gp,gp->g", changes[:, slot], direction) / history.inner_products[:, slot, slot]
+        direction = direction + (alphas[slot] - beta)[:, None] * steps[:, slot]
+    return -direction.reshape(gradient.shape)
+
+
+def plain_curvatures(problem: LogisticProblem, p: Any, _rows: Any) -> Any:
+    """p(1 - p), without the residuals of misclassified rows."""
+    curvatures = p * (1 - p)
+    return curvatures if problem.link == "sigmoid" else curvatures.mean(axis=1)[:, None]
+
+
+def start_at_last(problem: LogisticProblem, previous_ridge: float, points: list[Any]) -> Any:
+    return replace(problem, ridge=previous_ridge).with_ridge(problem.ridge, points[-1])[1] if points else None
+
+
+NO_BLOCKS: Patches = {(solver, "MAX_BLOCK_COST"): -1.0}
+NO_SAMPLE_START: Patches = {(solver, "MIN_PRODUCTS_FOR_WARM_START"): np.inf}
+TWO_LOOPS: Patches = {(LBFGSHistory, "direction"): two_loop_direction}
 SWITCHES: dict[str, Patches] = {
     "all": {},
-    "no class blocks": {"MAX_BLOCK_COST": -1.0},
-    "no sample start": {"MIN_PRODUCTS_FOR_WARM_START": np.inf},
-    "neither": {"MAX_BLOCK_COST": -1.0, "MIN_PRODUCTS_FOR_WARM_START": np.inf},
+    "no class blocks": NO_BLOCKS,
+    "no sample start": NO_SAMPLE_START,
+    "neither": {**NO_BLOCKS, **NO_SAMPLE_START},
+    "two-loop recursion": TWO_LOOPS,
+    "curvature p(1 - p)": {(preconditioners, "_curvatures"): plain_curvatures},
+    "unshrunk first step": {(solver._LBFGSSearch, "_shrink_first_step"): lambda _search, candidate, *_: candidate},
+}
+PATH_SWITCHES: dict[str, Patches] = {
+    "all": {},
+    "no class blocks": NO_BLOCKS,
+    "two-loop recursion": TWO_LOOPS,
+    "no extrapolation": {(cv, "_extrapolate_start"): start_at_last},
+    "history cleared": {(LBFGSHistory, "update_penalty"): lambda history, *_: history.clear()},
+}
+LABEL_SWITCHES: dict[str, Patches] = {
+    "all": {},
+    "all labels to the end": {(solver._LBFGSSearch, "_restrict_to_groups"): lambda *_: None},
 }
 ROW_SPACE_SWITCHES: dict[str, Patches] = {
     "all": {},
-    "QR alone": {"dpotrf": lambda gram, **_: (gram, 1)},
-    "in all columns": {"MAX_ROW_SPACE_ROWS_PER_CLASS": -1},
+    "QR alone": {(solver, "dpotrf"): lambda gram, **_: (gram, 1)},
+    "in all columns": {(solver, "MAX_ROW_SPACE_ROWS_PER_CLASS"): -1},
 }
 
 
@@ -63,8 +115,8 @@ def counted(n_rows: int) -> Iterator[list[float]]:
 def measure(run: Callable[[], Any], n_rows: int, patches: Patches) -> tuple[float, float]:
     """CPU seconds and passes of one run."""
     with ExitStack() as stack:
-        for name, value in patches.items():
-            stack.enter_context(patch.object(solver, name, value))
+        for (owner, name), value in patches.items():
+            stack.enter_context(patch.object(owner, name, value))
         passes = stack.enter_context(counted(n_rows))
         started = time.process_time()
         run()
@@ -97,11 +149,23 @@ def path(rounds: int) -> None:
     """45 strengths on one split."""
     n, d, k = PATH_SIZE
     split = [(np.flatnonzero(np.arange(n) % 5 > 0), np.flatnonzero(np.arange(n) % 5 == 0))]
-    switches = {name: SWITCHES[name] for name in ("all", "no class blocks")}
     for kind in KINDS:
         X, y = rows(n, d, k, kind)
         run = partial(SoftmaxRegressionCV(cv=split, refit=False).fit, X, y)
-        show(f"path {n} x {d}, {k} {kind}", run, len(split[0][0]), switches, rounds)
+        show(f"path {n} x {d}, {k} {kind}", run, len(split[0][0]), PATH_SWITCHES, rounds)
+
+
+def labels(rounds: int) -> None:
+    """80 labels between 0.2 % and 50 % of the rows, which need different numbers of steps."""
+    n, d, k = LABELS_SIZE
+    for kind in ("gauss", "relu"):
+        X, _ = rows(n, d, 8, kind)
+        rng, shares = np.random.default_rng(0), np.geomspace(0.002, 0.5, k)
+        directions = rng.normal(size=(d, k)) / np.sqrt(d) * rng.permutation(np.geomspace(0.3, 30, k))
+        scores = (X - X.mean(axis=0)) / (X.std(axis=0) + 1e-9) @ directions + rng.logistic(size=(n, k))
+        Y = (np.argsort(np.argsort(-scores, axis=0), axis=0) < shares * n).astype(int)
+        run = partial(SoftmaxRegression().fit, X, Y)
+        show(f"labels {n} x {d}, {k} {kind}", run, n, LABEL_SWITCHES, rounds)
 
 
 def row_space(rounds: int) -> None:
@@ -156,7 +220,7 @@ def penalized_loss(X: Any, y: Any, C: float, l1_ratio: float, head: Any) -> floa
     return float(C * losses.sum() + 0.5 * (1 - l1_ratio) * (W**2).sum() + l1_ratio * np.abs(W).sum())
 
 
-PARTS = {"fit": fit, "path": path, "row-space": row_space, "l1": l1}
+PARTS = {"fit": fit, "path": path, "labels": labels, "row-space": row_space, "l1": l1}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def test_a_known_temperature_is_recovered(temperature):
     assert fit_temperature(logits, y) == pytest.approx(temperature, rel=0.03)
 
 
-def test_the_temperature_is_that_of_scikit_learn():
+def test_the_temperature_equals_that_of_scikit_learn():
     pytest.importorskip("sklearn", minversion="1.8")
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.frozen import FrozenEstimator
@@ -35,13 +35,13 @@ def test_the_temperature_is_that_of_scikit_learn():
     X = rng.normal(size=(400, 5))
     y = (X[:, 0] + rng.normal(size=400) > 0).astype(int) + (X[:, 1] > 0.5)
     head = LogisticRegression(C=1e6).fit(X[:60], y[:60])
-    theirs = CalibratedClassifierCV(FrozenEstimator(head), method="temperature").fit(X[60:], y[60:])
+    sklearn_classifier = CalibratedClassifierCV(FrozenEstimator(head), method="temperature").fit(X[60:], y[60:])
     logits = compute_logits(head, X[60:])
     ours = Calibration(fit_temperature(logits, y[60:])).compute_probabilities(logits)
-    np.testing.assert_allclose(ours, theirs.predict_proba(X[60:]), atol=1e-3)
+    np.testing.assert_allclose(ours, sklearn_classifier.predict_proba(X[60:]), atol=1e-3)
 
 
-def test_with_several_labels_each_sigmoid_has_the_same_temperature():
+def test_multilabel_heads_have_one_temperature_for_all_labels():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(5000, 3))
     y = (rng.random((5000, 3)) < 1 / (1 + np.exp(-logits))).astype(int)
@@ -49,7 +49,7 @@ def test_with_several_labels_each_sigmoid_has_the_same_temperature():
     np.testing.assert_allclose(Calibration(2.0).compute_probabilities(logits, True), 1 / (1 + np.exp(-logits / 2)))
 
 
-def test_separable_rows_leave_the_temperature_within_bounds():
+def test_separable_rows_give_a_temperature_within_bounds():
     logits = np.diag([1.0, 1.0])
     assert 0.009 < fit_temperature(logits, np.array([0, 1])) < 0.05
     assert 900 < fit_temperature(logits, np.array([1, 0])) < 1001
@@ -63,7 +63,7 @@ def test_calibration_lowers_the_calibration_error():
     assert (before.argmax(axis=1) == after.argmax(axis=1)).all()
 
 
-def test_the_error_is_the_one_worked_out_by_hand():
+def test_the_calibration_error_equals_a_value_computed_by_hand():
     p = np.array([[0.9, 0.1], [0.95, 0.05], [0.6, 0.4], [0.5, 0.5], [1.0, 0.0]])
     y = np.array([0, 1, 0, 0, 0])
     # bins of a fifteenth: 0.9 in [13/15, 14/15), 0.95 and 1.0 in the last, 0.6 in [9/15, 10/15), 0.5 in [7/15, 8/15)
@@ -71,7 +71,7 @@ def test_the_error_is_the_one_worked_out_by_hand():
     assert calibration_error(p, y) == pytest.approx(by_hand)
 
 
-def test_another_prior_gives_the_probabilities_of_bayes_rule():
+def test_probabilities_for_another_prior_follow_bayes_rule():
     """Two classes of one column each with unit variance: the posterior is known for any mix."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=1000)
@@ -102,7 +102,7 @@ def test_invalid_priors_are_refused(target, words):
         compute_prior_offsets({"a": 1, "b": 1, "c": 1}, target, ["a", "b", "c"])
 
 
-def test_scores_come_from_decisions_or_from_probabilities():
+def test_logits_are_computed_from_decision_functions_or_from_probabilities():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(60, 3)), np.arange(60) % 3
     ridge = RidgeClassifier().fit(X, y)

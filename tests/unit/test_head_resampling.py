@@ -65,18 +65,18 @@ def test_counts_of_drawn_rows_are_weights_of_the_same_effect() -> None:
 def test_synthetic_rows_equal_those_of_imbalanced_learns_smote() -> None:
     X, y = unequal()
     expected, labels = SMOTE(random_state=np.random.RandomState(5)).fit_resample(X, y)
-    found, found_labels = resample(X, y, "smote", 5)
-    np.testing.assert_array_equal(found, expected)
+    actual, found_labels = resample(X, y, "smote", 5)
+    np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal(found_labels, labels)
 
 
 def test_synthetic_rows_lie_between_a_row_and_a_neighbour_of_its_class() -> None:
     X, y = unequal((60, 20))
-    found, labels = resample(X.astype(np.float64), y, "smote", 0, neighbors=3)
+    actual, labels = resample(X.astype(np.float64), y, "smote", 0, neighbors=3)
     own = X[y == 1].astype(np.float64)
     near = NearestNeighbors(n_neighbors=4).fit(own).kneighbors(own, return_distance=False)[:, 1:]
     pairs = [(own[i], own[j]) for i in range(len(own)) for j in near[i]]
-    for row in found[len(X) :]:
+    for row in actual[len(X) :]:
         gaps = [np.linalg.norm(a - row) + np.linalg.norm(b - row) - np.linalg.norm(a - b) for a, b in pairs]
         assert min(gaps) < 1e-9
     assert np.bincount(labels).tolist() == [60, 60]
@@ -85,10 +85,10 @@ def test_synthetic_rows_lie_between_a_row_and_a_neighbour_of_its_class() -> None
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_a_class_of_fewer_rows_than_neighbours_takes_those_it_has(size: int) -> None:
     X, y = unequal((30, size, 12))
-    found, labels = resample(X, y, "smote", 0)
+    actual, labels = resample(X, y, "smote", 0)
     assert np.bincount(labels).tolist() == [30, 30, 30]
     own = X[y == 1]
-    made = found[len(X) :][labels[len(X) :] == 1]
+    made = actual[len(X) :][labels[len(X) :] == 1]
     assert (made >= own.min(axis=0) - 1e-6).all()
     assert (made <= own.max(axis=0) + 1e-6).all()
 
@@ -112,17 +112,17 @@ def test_the_dtype_is_preserved(how: str, kind: Any) -> None:
 def test_classes_may_be_text_or_numbers(how: str, kind: Any) -> None:
     X, y = unequal()
     names = y.astype(np.int32) if kind is np.int32 else np.array(["a", "b", "c"], dtype=kind)[y]
-    found, labels = resample(X, names, how, 0)
+    actual, labels = resample(X, names, how, 0)
     same, codes = resample(X, y, how, 0)
-    np.testing.assert_array_equal(found, same)
+    np.testing.assert_array_equal(actual, same)
     np.testing.assert_array_equal(np.unique(labels, return_inverse=True)[1], codes)
 
 
 @pytest.mark.parametrize("how", RESAMPLING_METHODS)
 def test_classes_of_equal_size_stay_as_they_are(how: str) -> None:
     X, y = unequal((20, 20))
-    found, labels = resample(X, y, how, 0)
-    np.testing.assert_array_equal(found, X)
+    actual, labels = resample(X, y, how, 0)
+    np.testing.assert_array_equal(actual, X)
     np.testing.assert_array_equal(labels, y)
 
 
@@ -159,19 +159,19 @@ def test_without_imbalanced_learn_it_says_what_to_install(how: str, monkeypatch:
 @pytest.mark.parametrize("how", RESAMPLING_METHODS)
 def test_the_scaler_sees_the_rows_as_they_are_and_the_head_those_resampled_behind_it(how: str) -> None:
     X, y = unequal()
-    found = fit_balanced(make_pipeline(StandardScaler(), LogisticRegression()), X, y, how, 0)
+    actual = fit_balanced(make_pipeline(StandardScaler(), LogisticRegression()), X, y, how, 0)
     scaler = StandardScaler().fit(X)
     oracle = LogisticRegression().fit(*resample(scaler.transform(X), y, how, 0))
-    np.testing.assert_array_equal(found[0].mean_, scaler.mean_)
-    np.testing.assert_array_equal(found.predict_proba(X), oracle.predict_proba(scaler.transform(X)))
+    np.testing.assert_array_equal(actual[0].mean_, scaler.mean_)
+    np.testing.assert_array_equal(actual.predict_proba(X), oracle.predict_proba(scaler.transform(X)))
 
 
 def test_a_balanced_pipeline_is_what_imbalanced_learns_pipeline_would_be() -> None:
     X, y = unequal()
     steps = StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000)
     oracle = resampling_pipeline(steps[0], SMOTE(random_state=np.random.RandomState(1)), steps[1]).fit(X, y)
-    found = BalancedClassifier(make_pipeline(*steps), "smote", 1).fit(X, y)
-    np.testing.assert_allclose(found.predict_proba(X), oracle.predict_proba(X), atol=1e-6)
+    actual = BalancedClassifier(make_pipeline(*steps), "smote", 1).fit(X, y)
+    np.testing.assert_allclose(actual.predict_proba(X), oracle.predict_proba(X), atol=1e-6)
 
 
 def test_the_fitted_head_is_saved_without_imbalanced_learn() -> None:
@@ -230,10 +230,10 @@ def test_early_stopping_does_not_validate_on_copies_of_training_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"), [({"how": "more"}, "how is 'more'"), ({"neighbors": 0}, "neighbors is 0")]
+    ("settings", "message"), [({"how": "more"}, "how is 'more'"), ({"neighbors": 0}, "neighbors is 0")]
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         BalancedClassifier(LogisticRegression(), **settings).check_params()
 
 

@@ -71,14 +71,14 @@ def reference(X, y, C, **settings) -> LogisticRegression:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_softmax_regression_reaches_the_minimum_of_scikit_learns_objective(kind):
+def test_softmax_regression_minimises_the_objective_of_scikit_learn(kind):
     X, y, C = KINDS[kind]
-    ours, theirs = SoftmaxRegression(C=C).fit(X, y), reference(X, y, C)
-    lowest = min(objective(e.coef_, e.intercept_, X, y, C) for e in (ours, theirs))
-    assert objective(ours.coef_, ours.intercept_, X, y, C) <= lowest * (1 + 1e-6)
-    assert ours.coef_.shape == theirs.coef_.shape
-    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
-    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-3 * np.abs(theirs.coef_).max())
+    head, sklearn_head = SoftmaxRegression(C=C).fit(X, y), reference(X, y, C)
+    lowest = min(objective(e.coef_, e.intercept_, X, y, C) for e in (head, sklearn_head))
+    assert objective(head.coef_, head.intercept_, X, y, C) <= lowest * (1 + 1e-6)
+    assert head.coef_.shape == sklearn_head.coef_.shape
+    np.testing.assert_allclose(head.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-4)
+    np.testing.assert_allclose(head.coef_, sklearn_head.coef_, atol=1e-3 * np.abs(sklearn_head.coef_).max())
 
 
 def with_l1(head, X, y, C, ratio) -> float:
@@ -89,19 +89,19 @@ def with_l1(head, X, y, C, ratio) -> float:
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
 @pytest.mark.parametrize("kind", ["well conditioned", "imbalanced", "binary"])
-def test_an_l1_penalty_reaches_the_minimum_that_saga_reaches(kind, ratio):
+def test_an_l1_fit_reaches_the_minimum_of_saga(kind, ratio):
     X, y, C = KINDS[kind]
     ours = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
     penalty = {"l1_ratio": ratio} if PENALTY_IS_A_RATIO else {"penalty": "elasticnet", "l1_ratio": ratio}
-    theirs = LogisticRegression(C=C, solver="saga", tol=1e-9, max_iter=20_000, **penalty).fit(X, y)
-    lowest = with_l1(theirs, X, y, C, ratio)
+    sklearn_head = LogisticRegression(C=C, solver="saga", tol=1e-9, max_iter=20_000, **penalty).fit(X, y)
+    lowest = with_l1(sklearn_head, X, y, C, ratio)
     assert with_l1(ours, X, y, C, ratio) <= lowest * (1 + 1e-6)
-    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-3)
+    np.testing.assert_allclose(ours.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-3)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_small_perturbation_lowers_an_objective_with_l1(kind, ratio):
+def test_no_small_perturbation_lowers_the_l1_objective(kind, ratio):
     X, y, C = KINDS[kind]
     head = SoftmaxRegression(C=C, l1_ratio=ratio).fit(X, y)
     W = head.coef_
@@ -118,19 +118,19 @@ def test_no_small_perturbation_lowers_an_objective_with_l1(kind, ratio):
 
 @pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 2: 0.5}])
-def test_softmax_regression_weighs_rows_and_classes_as_scikit_learn_does(fit_intercept, class_weight):
+def test_sample_and_class_weights_act_as_in_scikit_learn(fit_intercept, class_weight):
     X, y, C = KINDS["well conditioned"]
     weights = np.random.default_rng(0).random(len(y)) + 0.1
     settings = {"C": C, "fit_intercept": fit_intercept, "class_weight": class_weight}
     ours = SoftmaxRegression(**settings).fit(X, y, sample_weight=weights)
-    theirs = LogisticRegression(solver="newton-cholesky", tol=1e-12, max_iter=1000, **settings)
-    theirs.fit(X, y, sample_weight=weights)
-    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
+    sklearn_head = LogisticRegression(solver="newton-cholesky", tol=1e-12, max_iter=1000, **settings)
+    sklearn_head.fit(X, y, sample_weight=weights)
+    np.testing.assert_allclose(ours.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-4)
     assert fit_intercept or not ours.intercept_.any()
 
 
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
-def test_the_gradient_of_the_problem_is_that_of_its_value(link):
+def test_the_gradient_equals_finite_differences_of_the_value(link):
     rng = np.random.default_rng(0)
     Y = rng.integers(0, 3, 20) if link == "softmax" else rng.integers(0, 2, (20, 3))
     problem = LogisticProblem(rng.normal(size=(20, 4)), Y, rng.random(Y.shape), link, 3)
@@ -156,9 +156,9 @@ def test_probabilities_are_exact_for_huge_scores(scale):
     head = SoftmaxRegression().fit(*KINDS["well conditioned"][:2])
     head.coef_ = np.zeros_like(head.coef_)
     head.intercept_ = np.array([0.0, -np.log(3) - scale, -scale, 1.0])
-    found = head.predict_proba(np.zeros((2, 20)))
-    np.testing.assert_allclose(found, [[1 / (1 + np.e), 0, 0, np.e / (1 + np.e)]] * 2, atol=1e-15)
-    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-15)
+    actual = head.predict_proba(np.zeros((2, 20)))
+    np.testing.assert_allclose(actual, [[1 / (1 + np.e), 0, 0, np.e / (1 + np.e)]] * 2, atol=1e-15)
+    np.testing.assert_allclose(actual.sum(axis=1), 1, rtol=1e-15)
 
 
 def test_a_multilabel_fit_equals_one_binary_fit_per_label():
@@ -171,7 +171,7 @@ def test_a_multilabel_fit_equals_one_binary_fit_per_label():
     np.testing.assert_array_equal(head.predict(X), expected > 0.5)
 
 
-def test_a_label_that_no_row_has_gets_a_low_finite_probability():
+def test_a_label_without_rows_gets_a_low_finite_probability():
     X, y, _ = KINDS["well conditioned"]
     head = SoftmaxRegression().fit(X, np.column_stack([y == 0, np.zeros_like(y)]))
     np.testing.assert_allclose(head.predict_proba(X)[:, 1], 0.5 / (len(y) + 1), rtol=1e-12)
@@ -200,7 +200,7 @@ def test_invalid_sample_weights_are_refused(weights):
         SoftmaxRegression().fit(X, y, sample_weight=weights)
 
 
-def test_class_names_may_be_text_in_an_object_array():
+def test_classes_may_be_strings_in_an_object_array():
     X, y, _ = KINDS["well conditioned"]
     names = np.array(["ant", "bee", "cat", "dog"], dtype=object)
     assert set(SoftmaxRegression().fit(X, names[y]).predict(X)) <= set(names)
@@ -227,8 +227,8 @@ def test_a_linear_classifier_trained_long_enough_finds_the_logistic_optimum():
     X, y, _ = KINDS["well conditioned"]
     X = StandardScaler().fit_transform(X)
     head = LinearClassifier(learning_rate=0.1, epochs=400, batch_size=1000, weight_decay=0, random_state=0).fit(X, y)
-    theirs = reference(X, y, 1e8)
-    np.testing.assert_allclose(head.predict_proba(X), theirs.predict_proba(X), atol=1e-2)
+    sklearn_head = reference(X, y, 1e8)
+    np.testing.assert_allclose(head.predict_proba(X), sklearn_head.predict_proba(X), atol=1e-2)
 
 
 def test_a_linear_regressor_trained_long_enough_finds_least_squares():
@@ -236,10 +236,10 @@ def test_a_linear_regressor_trained_long_enough_finds_least_squares():
     X = rng.normal(size=(200, 5))
     Y = X @ rng.normal(size=(5, 2)) * [1.0, 1e5] + [1e3, -1e7] + rng.normal(size=(200, 2)) * [0.1, 1e4]
     head = LinearRegressor(learning_rate=0.1, epochs=600, batch_size=1000, weight_decay=0, random_state=0).fit(X, Y)
-    theirs = Ridge(alpha=0).fit(X, Y)
-    np.testing.assert_allclose(head.coef_, theirs.coef_, rtol=1e-3)
-    np.testing.assert_allclose(head.predict(X), theirs.predict(X), rtol=1e-3)
-    np.testing.assert_allclose(head.intercept_, theirs.intercept_, rtol=1e-4)
+    sklearn_head = Ridge(alpha=0).fit(X, Y)
+    np.testing.assert_allclose(head.coef_, sklearn_head.coef_, rtol=1e-3)
+    np.testing.assert_allclose(head.predict(X), sklearn_head.predict(X), rtol=1e-3)
+    np.testing.assert_allclose(head.intercept_, sklearn_head.intercept_, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [*CLASSIFIERS, *REGRESSORS])
@@ -318,9 +318,6 @@ def test_balanced_weights_ignore_constant_labels():
     Y = np.column_stack([y == 0, np.zeros_like(y)])
     head = LinearClassifier(class_weight="balanced", epochs=3, random_state=0).fit(X, Y)
     assert np.isfinite(head.predict_proba(X)).all()
-
-
-# The table ---------------------------------------------------------------------------------------------------------
 
 
 def test_importing_heads_and_predicting_needs_no_torch():
@@ -405,18 +402,18 @@ def test_settings_without_key_or_given_twice_are_refused(typed):
         parse_settings(typed)
 
 
-def test_a_grid_search_over_a_built_head_scores_as_one_over_scikit_learns_own():
+def test_a_grid_search_over_a_head_equals_one_over_its_scikit_learn_equivalent():
     X, y = features(90, 12, 3)
     grid = {"head__C": [0.001, 0.1, 10.0]}
-    theirs = Pipeline([("scale", StandardScaler()), ("head", LogisticRegression(tol=1e-10, max_iter=10_000))])
-    ours, reference = (
-        GridSearchCV(head, grid, cv=3, scoring="neg_log_loss").fit(X, y) for head in (heads.build("logistic"), theirs)
+    sklearn_head = Pipeline([("scale", StandardScaler()), ("head", LogisticRegression(tol=1e-10, max_iter=10_000))])
+    head_search, sklearn_search = (
+        GridSearchCV(head, grid, cv=3, scoring="neg_log_loss").fit(X, y)
+        for head in (heads.build("logistic"), sklearn_head)
     )
-    np.testing.assert_allclose(ours.cv_results_["mean_test_score"], reference.cv_results_["mean_test_score"], rtol=1e-4)
-    assert ours.best_params_ == reference.best_params_
-
-
-# Bytes -------------------------------------------------------------------------------------------------------------
+    np.testing.assert_allclose(
+        head_search.cv_results_["mean_test_score"], sklearn_search.cv_results_["mean_test_score"], rtol=1e-4
+    )
+    assert head_search.best_params_ == sklearn_search.best_params_
 
 
 @pytest.fixture(scope="module")
@@ -447,10 +444,10 @@ def test_every_flipped_bit_is_refused_or_harmless(stored):
         flipped = bytearray(stored)
         flipped[position] ^= 1 << (position % 8)
         try:
-            found = heads.loads(bytes(flipped))
+            actual = heads.loads(bytes(flipped))
         except ModelError:
             continue
-        np.testing.assert_array_equal(found.predict_proba(X), expected)
+        np.testing.assert_array_equal(actual.predict_proba(X), expected)
 
 
 def test_an_estimator_with_an_untrusted_type_cannot_be_saved():

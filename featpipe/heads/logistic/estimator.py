@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from featpipe.config import check_bool, check_choice, check_integer, check_number
 from featpipe.heads.logistic.l1 import minimize_l1
-from featpipe.heads.logistic.objective import LogisticProblem
+from featpipe.heads.logistic.objective import DeviceProblem, LogisticProblem, get_device
 from featpipe.heads.logistic.solver import Solution, minimize
 from featpipe.heads.targets import (
     EncodedTargets,
@@ -151,33 +151,26 @@ class SoftmaxRegression(ScoredClassifier, BaseEstimator):
         with BlasThreadPool(float(X.shape[0]) * X.shape[1] * len(targets.classes)) as workers:
             problem = make_problem(X, targets, self.C, fit_intercept=self.fit_intercept, workers=workers)
             problem = replace(problem, **standardization)
-            solution = solve(problem if self.device is None else self._to_device(problem), self._minimize)
+            if self.device is not None:
+                problem = DeviceProblem(**vars(problem), device=get_device(self.device))
+            solution = solve(problem, self._minimize)
         self.coef_, self.intercept_ = solution.W, solution.b
         self.classes_, self.multilabel_ = targets.classes, targets.multilabel
         self.n_iter_ = solution.steps
-        self._warn_if_not_converged(solution)
+        if not solution.converged:
+            warnings.warn(
+                f"SoftmaxRegression stopped after {solution.steps} steps at a relative gap of at most "
+                f"{solution.gap:.1e}, tol is {self.tol:.1e}; raise max_iter or tol, or scale the columns of X",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
         return self
-
-    def _to_device(self, problem: LogisticProblem) -> LogisticProblem:
-        from featpipe.heads.logistic.objective import DeviceProblem, get_device
-
-        problem_fields = {field.name: getattr(problem, field.name) for field in fields(problem)}
-        return DeviceProblem(**problem_fields, device=get_device(str(self.device)))
 
     def _minimize(self, problem: LogisticProblem) -> Solution:
         if self.l1_ratio == 0:
             return minimize(problem, tol=self.tol, max_iter=self.max_iter)
         l2_problem = replace(problem, ridge=1.0 - self.l1_ratio)
         return minimize_l1(l2_problem, self.l1_ratio, tol=max(self.tol, MIN_L1_TOL), max_iter=10 * self.max_iter)
-
-    def _warn_if_not_converged(self, solution: Solution) -> None:
-        if not solution.converged:
-            warnings.warn(
-                f"SoftmaxRegression stopped after {solution.steps} steps at a relative gap of at most "
-                f"{solution.gap:.1e}, tol is {self.tol:.1e}; raise max_iter or tol, or scale the columns of X",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
 
     def _scores(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         return X @ self.coef_.T + self.intercept_
@@ -190,14 +183,13 @@ def make_problem(
     *,
     fit_intercept: bool,
     workers: BlasThreadPool,
-    ridge: float = 1.0,
 ) -> LogisticProblem:
     """The objective of scikit-learn's LogisticRegression for encoded targets."""
     Y, weights, k = targets.Y, C * targets.weights, len(targets.classes)
     if targets.multilabel or k == 2:
         Y, weights = Y.reshape(len(Y), -1), weights.reshape(len(Y), -1)
-        return LogisticProblem(X, Y, weights, "sigmoid", Y.shape[1], fit_intercept, ridge, workers=workers)
-    return LogisticProblem(X, Y, weights, "softmax", k, fit_intercept, ridge, workers=workers)
+        return LogisticProblem(X, Y, weights, "sigmoid", Y.shape[1], fit_intercept, workers=workers)
+    return LogisticProblem(X, Y, weights, "softmax", k, fit_intercept, workers=workers)
 
 
 def solve(problem: LogisticProblem, minimizer: Callable[[LogisticProblem], Solution]) -> Solution:

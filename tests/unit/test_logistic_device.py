@@ -22,7 +22,7 @@ def data(kind: str, n: int = 400, d: int = 20) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["classes", "two", "labels"])
 @pytest.mark.parametrize("settings", [{}, {"C": 1e4}, {"fit_intercept": False}, {"l1_ratio": 1.0, "C": 0.1}])
-def test_the_minimum_is_the_same_wherever_the_rows_lie(device, kind, settings):
+def test_a_fit_on_a_device_equals_one_on_the_cpu(device, kind, settings):
     X, y = data(kind)
     weights = np.random.default_rng(1).uniform(0.5, 2, len(X))
     here = SoftmaxRegression(**settings).fit(X, y, weights)
@@ -34,20 +34,20 @@ def test_the_minimum_is_the_same_wherever_the_rows_lie(device, kind, settings):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_value_and_gradient_are_those_on_the_cpu(device, dtype, link, size):
+def test_value_and_gradient_on_a_device_equal_those_on_the_cpu(device, dtype, link, size):
     rng = np.random.default_rng(0)
     X, theta = rng.normal(size=(300, 7)), size * rng.normal(size=(5, 8))
     Y = rng.integers(0, 5, 300) if link == "softmax" else rng.integers(0, 2, (300, 5))
     weights = rng.uniform(0.1, 2, Y.shape)
-    given = {"center": X.mean(axis=0), "scale": X.std(axis=0), "ridge": 0.3}
-    here = LogisticProblem(X, Y, weights, link, 5, **given).evaluate(theta, dtype)
-    there = DeviceProblem(X, Y, weights, link, 5, **given, device=get_device(device)).evaluate(theta, dtype)
+    options = {"center": X.mean(axis=0), "scale": X.std(axis=0), "ridge": 0.3}
+    on_cpu = LogisticProblem(X, Y, weights, link, 5, **options).evaluate(theta, dtype)
+    on_device = DeviceProblem(X, Y, weights, link, 5, **options, device=get_device(device)).evaluate(theta, dtype)
     rtol = 1e-4 if dtype is np.float32 else 1e-9
-    np.testing.assert_allclose(there.losses, here.losses, rtol=rtol)
-    np.testing.assert_allclose(there.gradient, here.gradient, rtol=rtol, atol=rtol * abs(here.gradient).max())
+    np.testing.assert_allclose(on_device.losses, on_cpu.losses, rtol=rtol)
+    np.testing.assert_allclose(on_device.gradient, on_cpu.gradient, rtol=rtol, atol=rtol * abs(on_cpu.gradient).max())
 
 
-def test_a_device_that_is_not_there_is_said():
+def test_an_unavailable_device_is_refused():
     X, y = data("classes", 30)
     for name in ("nowhere", "cuda:99"):
         with pytest.raises(ValueError, match=f"device is '{name}', which is not available"):

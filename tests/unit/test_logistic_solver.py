@@ -39,18 +39,18 @@ def test_the_search_direction_equals_that_of_the_two_loop_recursion(groups):
         memory.add(step.reshape(groups, k, width), change.reshape(groups, k, width))
     gradient = rng.normal(size=(groups, k, width))
     metric = DiagonalPreconditioner(inverse)
-    found = memory.direction(gradient, metric.solve)
+    actual = memory.direction(gradient, metric.solve)
     for group in range(groups):
         expected = two_loops(pairs[group], gradient[group].ravel(), np.tile(inverse, k))
-        np.testing.assert_allclose(found[group].ravel(), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(actual[group].ravel(), expected, rtol=1e-6, atol=1e-9)
     # Under a stronger penalty the changes are those that would have been seen.
     memory.update_penalty(2.0, width)
     grown = np.where(np.arange(k * width) % width == width - 1, 0.0, 2.0)
-    found = memory.direction(gradient, metric.solve)
+    actual = memory.direction(gradient, metric.solve)
     for group in range(groups):
         stronger = [(s, y + grown * s) for s, y in pairs[group]]
         expected = two_loops(stronger, gradient[group].ravel(), np.tile(inverse, k))
-        np.testing.assert_allclose(found[group].ravel(), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(actual[group].ravel(), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["copies", "unequal columns", "plain"])

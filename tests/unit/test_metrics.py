@@ -63,12 +63,12 @@ def classification_oracle(codes, p):
 
 
 def multilabel_oracle(y, p):
-    given = p >= 0.5
+    predicted = p >= 0.5
     return {
         "mean_average_precision": sk.average_precision_score(y, p, average="macro"),
-        "micro_f1": sk.f1_score(y, given, average="micro"),
-        "macro_f1": sk.f1_score(y, given, average="macro"),
-        "exact_match": sk.accuracy_score(y, given),
+        "micro_f1": sk.f1_score(y, predicted, average="micro"),
+        "macro_f1": sk.f1_score(y, predicted, average="macro"),
+        "exact_match": sk.accuracy_score(y, predicted),
         "calibration_error": calibration_oracle(np.ravel(p), np.ravel(y)),
     }
 
@@ -101,7 +101,7 @@ def regression(m=200, t=2, seed=0):
     return y, (y + rng.normal(0, 2, (m, t))).round(1)
 
 
-def test_classification_scores_equal_scikit_learns():
+def test_classification_scores_equal_those_of_scikit_learn():
     codes, p = predictions()
     scores = score("classification", named(codes), p, CLASSES, bootstrap=0)
     oracle = classification_oracle(codes, p)
@@ -110,7 +110,7 @@ def test_classification_scores_equal_scikit_learns():
     np.testing.assert_array_equal(scores.confusion, sk.confusion_matrix(codes, p.argmax(axis=1)))
 
 
-def test_two_class_auc_is_the_binary_one():
+def test_the_auc_of_two_classes_is_the_binary_auc():
     codes, p = predictions(k=2)
     p = p.round(6)
     scores = score("classification", named(codes), p, CLASSES[:2], bootstrap=0)
@@ -118,13 +118,13 @@ def test_two_class_auc_is_the_binary_one():
     assert "top5_accuracy" not in scores.metrics
 
 
-def test_multilabel_scores_equal_scikit_learns():
+def test_multilabel_scores_equal_those_of_scikit_learn():
     y, p = multilabel()
     scores = score("multilabel", y, p, CLASSES[:4], bootstrap=0)
     assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(multilabel_oracle(y, p), abs=1e-12)
 
 
-def test_regression_scores_equal_scikit_learns():
+def test_regression_scores_equal_those_of_scikit_learn():
     y, p = regression()
     scores = score("regression", y, p, ["height", "width"], bootstrap=0)
     assert {n: s.value for n, s in scores.metrics.items()} == pytest.approx(regression_oracle(y, p), abs=1e-12)
@@ -140,7 +140,7 @@ def test_regression_scores_equal_scikit_learns():
     ],
     ids=["multilabel", "regression", "classification"],
 )
-def test_intervals_equal_those_of_resampling_the_rows_one_by_one(task, names, data, oracle):
+def test_intervals_equal_those_of_explicit_resamples(task, names, data, oracle):
     y, p = data
     labels = named(y) if task == "classification" else y
     metrics = score(task, labels, p, names, bootstrap=60, seed=5).metrics
@@ -153,14 +153,14 @@ def test_intervals_equal_those_of_resampling_the_rows_one_by_one(task, names, da
 
 @settings(max_examples=30, deadline=None)
 @given(m=st.integers(2, 40), k=st.integers(1, 8), seed=st.integers(0, 1000))
-def test_every_interval_holds_its_value(m, k, seed):
+def test_every_interval_contains_its_value(m, k, seed):
     codes, p = predictions(m, k, seed=seed)
     scores = score("classification", named(codes), p, CLASSES[:k], bootstrap=50)
     for interval in scores.metrics.values():
         assert interval.low <= interval.value <= interval.high
 
 
-def test_intervals_shrink_with_the_root_of_the_rows():
+def test_intervals_shrink_with_the_square_root_of_the_number_of_rows():
     def width(m):
         codes, p = predictions(m)
         interval = score("classification", named(codes), p, CLASSES).metrics["accuracy"]
@@ -169,7 +169,7 @@ def test_intervals_shrink_with_the_root_of_the_rows():
     assert width(200) / width(3200) == pytest.approx(4, rel=0.15)
 
 
-def test_the_interval_of_a_share_is_wilsons():
+def test_the_interval_of_a_proportion_is_that_of_wilson():
     codes, p = predictions(2000)
     scores = score("classification", named(codes), p, CLASSES)
     right = codes == p.argmax(axis=1)
@@ -181,7 +181,7 @@ def test_the_interval_of_a_share_is_wilsons():
         assert row["recall_interval"] == pytest.approx(list(expected))
 
 
-def test_a_share_has_its_interval_at_the_ends_too():
+def test_proportions_of_0_and_1_have_an_interval():
     low, high = wilson_interval([0, 20], [20, 20])
     ends = [binomtest(right, 20).proportion_ci(method="wilson") for right in (0, 20)]
     assert low == pytest.approx([end.low for end in ends])
@@ -189,7 +189,7 @@ def test_a_share_has_its_interval_at_the_ends_too():
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_where_all_rows_are_right_or_wrong_no_score_is_certain(right):
+def test_scores_have_an_interval_if_all_rows_are_right_or_wrong(right):
     codes = np.arange(40) % 4
     p = 0.025 + 0.9 * np.eye(4)[codes if right else (codes + 1) % 4]
     metrics = score("classification", named(codes), p, CLASSES[:4]).metrics
@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
     assert first != other
 
 
-def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch):
+def test_a_score_that_is_too_costly_to_resample_has_no_interval(monkeypatch):
     monkeypatch.setattr("featpipe.metrics.metrics._MAX_RANKED_SCORES", 10)
     codes, p = predictions(50)
     metrics = score("classification", named(codes), p, CLASSES).metrics
@@ -219,7 +219,7 @@ def test_a_score_too_costly_to_resample_has_a_value_and_no_interval(monkeypatch)
     assert metrics["log_loss"].known
 
 
-def test_a_class_absent_from_y_is_left_out_of_the_averages_and_has_no_recall():
+def test_a_class_without_rows_is_not_averaged_and_has_no_recall():
     codes, p = predictions(300)
     keep = codes != 3
     p[:, 3] = 0
@@ -240,7 +240,7 @@ def test_one_row_is_scored_without_intervals_and_without_warnings():
     assert "roc_auc" not in scores.metrics
 
 
-def test_one_class_is_always_right():
+def test_a_single_class_has_perfect_scores():
     scores = score("classification", ["a", "a"], [[1.0], [1.0]], ["a"])
     assert scores.metrics == {
         "accuracy": Interval(1, 1, 1),
@@ -249,22 +249,22 @@ def test_one_class_is_always_right():
     }
 
 
-def test_a_single_label_of_several_is_not_taken_for_a_binary_problem():
+def test_a_single_label_is_not_scored_as_a_binary_problem():
     y, p = multilabel(k=1)
     scores = score("multilabel", y, p, ["a"], bootstrap=0)
     assert scores.metrics["macro_f1"].value == pytest.approx(sk.f1_score(y[:, 0], p[:, 0] >= 0.5))
     assert scores.metrics["micro_f1"].value == pytest.approx(scores.metrics["macro_f1"].value)
 
 
-def test_a_label_that_no_row_has_is_left_out_of_the_mean_average_precision():
+def test_a_label_without_rows_is_not_in_the_mean_average_precision():
     y, p = multilabel()
     y[:, 2] = 0
     value = score("multilabel", y, p, CLASSES[:4], bootstrap=20).metrics["mean_average_precision"].value
-    kept = [0, 1, 3]
-    assert value == pytest.approx(sk.average_precision_score(y[:, kept], p[:, kept]))
+    columns = [0, 1, 3]
+    assert value == pytest.approx(sk.average_precision_score(y[:, columns], p[:, columns]))
 
 
-def test_a_constant_prediction_has_no_rank_correlation_and_the_mean_explains_nothing():
+def test_a_constant_prediction_has_no_spearman_and_the_mean_has_zero_r2():
     y = np.array([1.0, 2.0, 3.0, 4.0])
     scores = score("regression", y, np.full(4, 2.5), ["height"])
     assert "spearman" not in scores.metrics
@@ -307,7 +307,7 @@ def test_values_that_are_not_probabilities_are_refused(probabilities, message):
         score("classification", ["cat"], probabilities, ["cat", "dog"])
 
 
-def test_rows_without_labels_are_refused_for_several_labels():
+def test_multilabel_rows_without_labels_are_refused():
     with pytest.raises(ConfigError, match="neither 0 nor 1"):
         score("multilabel", [[1, 0], [-1, -1]], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
 
@@ -341,7 +341,7 @@ def test_the_table_shows_every_score_and_the_weakest_class_first():
     assert table.endswith("the 3 weakest of 8")
 
 
-def test_class_names_cannot_write_to_the_terminal():
+def test_class_names_cannot_send_control_characters_to_the_terminal():
     scores = score("classification", ["\x1b[31mred\n", "\u202eb"], np.eye(2), ["\x1b[31mred\n", "\u202eb"])
     assert "\x1b" not in scores.table()
     assert "\\x1b[31mred\\n" in scores.table()
@@ -355,12 +355,12 @@ def test_long_class_names_are_cut_in_the_table():
 
 def test_every_score_has_a_name_and_a_meaning():
     codes, p = predictions(50)
-    found = {
+    actual = {
         *score("classification", named(codes), p, CLASSES).metrics,
         *score("multilabel", *multilabel(), CLASSES[:4]).metrics,
         *score("regression", *regression(), ["a", "b"]).metrics,
     }
-    assert found == set(METRICS)
+    assert actual == set(METRICS)
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {
         "log_loss",
         "calibration_error",
@@ -369,19 +369,19 @@ def test_every_score_has_a_name_and_a_meaning():
     }
 
 
-def test_every_metric_that_selects_is_one_that_is_reported():
+def test_every_selection_metric_is_a_reported_metric():
     assert set().union(*SELECTION_METRICS.values()) <= set(METRICS)
 
 
-def test_mcnemar_counts_the_rows_that_one_model_alone_gets_right():
+def test_mcnemar_counts_the_rows_that_only_one_model_gets_right():
     y = np.zeros(60, int)
     first, second = np.ones(60), np.ones(60)
     first[:4], second[2:14] = 0, 0  # 2 wrong in both, 2 in the first alone, 10 in the second alone
     both = [np.column_stack([right, 1 - right]) for right in (first, second)]
-    found = compare_paired("classification", named(y), *both, CLASSES[:2])
-    assert (found.only_first, found.only_second, found.n) == (10, 2, 60)
+    actual = compare_paired("classification", named(y), *both, CLASSES[:2])
+    assert (actual.only_first, actual.only_second, actual.n) == (10, 2, 60)
     exact = 2 * sum(math.comb(12, i) for i in range(3)) / 2**12
-    contrast = found.contrasts["accuracy"]
+    contrast = actual.contrasts["accuracy"]
     assert contrast.p == pytest.approx(exact)
     assert contrast.test == "mcnemar"
     assert contrast.difference.value == pytest.approx(8 / 60)
@@ -391,7 +391,7 @@ def test_mcnemar_counts_the_rows_that_one_model_alone_gets_right():
     assert swapped.contrasts["accuracy"].p == contrast.p
 
 
-def test_models_that_agree_on_every_row_differ_by_nothing_with_an_interval():
+def test_models_that_always_agree_have_zero_difference_with_an_interval():
     codes, p = predictions(100)
     contrast = compare_paired("classification", named(codes), p, p, CLASSES).contrasts["accuracy"]
     assert (contrast.p, contrast.difference.value) == (1.0, 0.0)
@@ -406,28 +406,28 @@ def test_models_that_agree_on_every_row_differ_by_nothing_with_an_interval():
         ("multilabel", CLASSES[:4], multilabel(80), multilabel_oracle),
     ],
 )
-def test_the_interval_of_a_difference_resamples_both_models_alike(task, names, data, oracle):
+def test_the_interval_of_a_difference_uses_the_same_resamples_for_both_models(task, names, data, oracle):
     y, p = data
     q = p.copy()
     q[::3] = q[::3][:, ::-1]
-    found = compare_paired(task, y, p, q, names, n_resamples=60, seed=3).contrasts
+    actual = compare_paired(task, y, p, q, names, n_resamples=60, seed=3).contrasts
     rng = np.random.default_rng(3)
     draws = rng.integers(0, len(y), (60, len(y)))
     values = [{n: v - oracle(y[r], q[r])[n] for n, v in oracle(y[r], p[r]).items()} for r in draws]
-    for name in set(found) - set(SHARES):
+    for name in set(actual) - set(SHARES):
         difference = np.array([value[name] for value in values])
         low, high = np.percentile(difference, (2.5, 97.5))
-        assert (found[name].difference.low, found[name].difference.high) == pytest.approx((low, high), abs=1e-9)
-        assert found[name].p <= 1
+        assert (actual[name].difference.low, actual[name].difference.high) == pytest.approx((low, high), abs=1e-9)
+        assert actual[name].p <= 1
 
 
-def test_the_interval_of_a_paired_difference_holds_the_truth_as_often_as_it_says():
-    rng, held = np.random.default_rng(0), 0
+def test_the_interval_of_a_paired_difference_has_its_nominal_coverage():
+    rng, n_covered = np.random.default_rng(0), 0
     for _ in range(400):
         first, second = rng.random(150) < 0.9, rng.random(150) < 0.8
-        found = mcnemar_test(first, second).difference
-        held += found.low <= 0.1 <= found.high
-    assert 0.93 <= held / 400 <= 0.985
+        actual = mcnemar_test(first, second).difference
+        n_covered += actual.low <= 0.1 <= actual.high
+    assert 0.93 <= n_covered / 400 <= 0.985
 
 
 @pytest.mark.parametrize(

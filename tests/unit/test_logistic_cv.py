@@ -32,7 +32,7 @@ WEIGHTED_ROWS = "a row of weight two is in one fold, two rows may be in two: as 
         "check_sample_weight_equivalence_on_sparse_data": WEIGHTED_ROWS,
     },
 )
-def test_the_search_keeps_scikit_learns_contract(estimator, check):
+def test_the_search_passes_the_estimator_checks_of_scikit_learn(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SkipTestWarning)
         check(estimator)
@@ -46,30 +46,30 @@ def rows(n: int, d: int, k: int, *, noise: float = 1.5, seed: int = 0) -> tuple[
 
 
 @pytest.mark.parametrize("shape", [(400, 20, 4), (60, 90, 3), (300, 15, 2), (3000, 40, 12)])
-def test_every_strength_of_a_path_is_near_its_minimum(shape):
+def test_every_solution_of_a_path_is_near_its_minimum(shape):
     k = shape[-1]
     X, y = rows(*shape)
     Y, link = (y[:, None], "sigmoid") if k == 2 else (y, "softmax")
     problem = LogisticProblem(X, Y, np.ones(Y.shape), link, 1 if k == 2 else k)
     strengths = np.array(C_GRID[::4])
-    for C, found in zip(strengths, solve_path(problem, 1 / strengths, tol=1e-4, max_iter=200), strict=True):
+    for C, actual in zip(strengths, solve_path(problem, 1 / strengths, tol=1e-4, max_iter=200), strict=True):
         there = LogisticProblem(X, Y, np.full(Y.shape, C), link, problem.k)
         lowest = minimize(there, tol=1e-9, max_iter=5000).value
-        value = there.evaluate(np.column_stack([found.W, found.b])).values.sum()
+        value = there.evaluate(np.column_stack([actual.W, actual.b])).values.sum()
         assert value <= lowest * (1 + 5e-3), C
 
 
 @pytest.mark.parametrize("scoring", [None, "neg_log_loss"])
-def test_scores_are_those_of_separate_fits_on_each_fold(scoring):
+def test_scores_equal_those_of_separate_fits_on_each_fold(scoring):
     X, y = rows(300, 12, 4)
     cv = StratifiedKFold(4, shuffle=True, random_state=1)
-    found = SoftmaxRegressionCV(FEW, cv=cv, scoring=scoring, tol=1e-8).fit(X, y)
-    theirs = [LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12) for C in FEW]
-    expected = [cross_val_score(head, X, y, cv=cv, scoring=scoring) for head in theirs]
+    actual = SoftmaxRegressionCV(FEW, cv=cv, scoring=scoring, tol=1e-8).fit(X, y)
+    sklearn_heads = [LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12) for C in FEW]
+    expected = [cross_val_score(head, X, y, cv=cv, scoring=scoring) for head in sklearn_heads]
     # A row of 75 may lie on the border.
-    np.testing.assert_allclose(found.scores_.T, expected, atol=1e-4 if scoring else 1 / 75)
-    assert FEW[int(np.mean(expected, axis=1).argmax())] == found.C_
-    np.testing.assert_array_equal(found.coef_, SoftmaxRegression(found.C_).fit(X, y).coef_)
+    np.testing.assert_allclose(actual.scores_.T, expected, atol=1e-4 if scoring else 1 / 75)
+    assert FEW[int(np.mean(expected, axis=1).argmax())] == actual.C_
+    np.testing.assert_array_equal(actual.coef_, SoftmaxRegression(actual.C_).fit(X, y).coef_)
 
 
 def test_a_fold_does_not_depend_on_its_held_out_rows():
@@ -85,13 +85,13 @@ def test_a_fold_does_not_depend_on_its_held_out_rows():
     np.testing.assert_array_equal(honest, alone)
 
 
-def test_labels_of_noise_score_as_chance_whatever_the_strength():
+def test_random_labels_score_at_chance_level_for_every_penalty():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(300, 200)), rng.integers(0, 2, 300)
     assert abs(SoftmaxRegressionCV(cv=5, random_state=0).fit(X, y).scores_.mean() - 0.5) < 0.06
 
 
-def test_one_standard_error_takes_the_strongest_penalty_that_is_as_good():
+def test_one_standard_error_selects_the_strongest_penalty_within_it():
     X, y = rows(200, 20, 3)
     settings = {"Cs": C_GRID[::3], "cv": 5}
     best = SoftmaxRegressionCV(**settings).fit(X, y)
@@ -102,41 +102,41 @@ def test_one_standard_error_takes_the_strongest_penalty_that_is_as_good():
     assert simple.C_ == best.Cs_[fit][0] < best.C_ == best.Cs_[means.argmax()]
 
 
-def test_several_labels_share_a_strength_and_a_constant_label_does_no_harm():
+def test_labels_share_a_penalty_and_a_constant_label_is_harmless():
     X, y = rows(300, 12, 4)
     Y = np.column_stack([y == 0, y > 1, np.zeros_like(y)]).astype(int)
-    found = SoftmaxRegressionCV(FEW, cv=3, tol=1e-8).fit(X, Y)
+    actual = SoftmaxRegressionCV(FEW, cv=3, tol=1e-8).fit(X, Y)
     for fold, (train, test) in enumerate(KFold(3).split(X)):
         for column, C in enumerate(FEW):
             expected = SoftmaxRegression(C).fit(X[train], Y[train]).score(X[test], Y[test])
-            assert found.scores_[fold, column] == pytest.approx(expected, abs=0.011)
-    assert found.predict_proba(X).shape == (300, 3)
+            assert actual.scores_[fold, column] == pytest.approx(expected, abs=0.011)
+    assert actual.predict_proba(X).shape == (300, 3)
 
 
-def test_weights_count_in_fits_and_in_scores():
+def test_sample_weights_affect_fits_and_scores():
     X, y = rows(240, 8, 3)
     weights = np.random.default_rng(0).random(240) + 0.2
     cv = list(StratifiedKFold(3).split(X, y))
-    found = SoftmaxRegressionCV(FEW, cv=cv, tol=1e-9, class_weight="balanced", scoring="neg_log_loss")
-    found.fit(X, y, sample_weight=weights)
+    actual = SoftmaxRegressionCV(FEW, cv=cv, tol=1e-9, class_weight="balanced", scoring="neg_log_loss")
+    actual.fit(X, y, sample_weight=weights)
     for fold, (train, test) in enumerate(cv):
         for column, C in enumerate(FEW):
             head = SoftmaxRegression(C, class_weight="balanced").fit(X[train], y[train], sample_weight=weights[train])
             expected = -log_loss(y[test], head.predict_proba(X[test]), sample_weight=weights[test])
-            assert found.scores_[fold, column] == pytest.approx(expected, abs=1e-4)
+            assert actual.scores_[fold, column] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_class_absent_from_a_fold_is_never_predicted():
     X, y = rows(90, 6, 3)
     groups = np.where(y == 2, 0, np.random.default_rng(0).integers(1, 3, 90))
     cv = list(GroupKFold(3).split(X, y, groups))
-    found = SoftmaxRegressionCV(FEW, cv=cv).fit(X, y)
+    actual = SoftmaxRegressionCV(FEW, cv=cv).fit(X, y)
     fold = next(i for i, (train, _) in enumerate(cv) if 2 not in y[train])
-    assert (found.scores_[fold] == 0).all()
-    assert found.predict_proba(X).shape == (90, 3)
+    assert (actual.scores_[fold] == 0).all()
+    assert actual.predict_proba(X).shape == (90, 3)
 
 
-def test_folds_in_processes_give_the_same_result():
+def test_folds_in_several_processes_give_the_same_result():
     X, y = rows(120, 6, 3)
     one, two = (SoftmaxRegressionCV(FEW, cv=3, n_jobs=jobs).fit(X, y) for jobs in (None, 2))
     np.testing.assert_array_equal(one.scores_, two.scores_)
@@ -144,11 +144,11 @@ def test_folds_in_processes_give_the_same_result():
 
 
 @pytest.mark.parametrize(("jobs", "several"), [(None, True), (1, False)])
-def test_joblibs_context_says_whether_there_are_processes(jobs, several):
+def test_the_joblib_context_sets_the_number_of_processes(jobs, several):
     X, y = rows(80, 6, 2)
     with parallel_config(n_jobs=2):
-        found = SoftmaxRegressionCV((1.0,), cv=2, n_jobs=jobs, scoring=_process).fit(X, y).scores_
-    assert (os.getpid() not in found) == several
+        actual = SoftmaxRegressionCV((1.0,), cv=2, n_jobs=jobs, scoring=_process).fit(X, y).scores_
+    assert (os.getpid() not in actual) == several
 
 
 def _process(head: object, X: object, y: object) -> float:
@@ -156,7 +156,7 @@ def _process(head: object, X: object, y: object) -> float:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_parallel_folds_give_the_bits_of_sequential_folds(threads, monkeypatch):
+def test_parallel_folds_equal_sequential_folds_to_the_bit(threads, monkeypatch):
     X, y = rows(400, 24, 5)
     search = SoftmaxRegressionCV(FEW, cv=5, refit=False, scoring="neg_log_loss")
     with threadpool_limits(threads, user_api="blas"):
@@ -168,7 +168,7 @@ def test_parallel_folds_give_the_bits_of_sequential_folds(threads, monkeypatch):
 
 
 @pytest.mark.parametrize("jobs", [None, 2])
-def test_folds_keep_the_settings_of_scikit_learn_that_hold_where_fit_is_called(jobs):
+def test_folds_use_the_scikit_learn_configuration_of_the_caller(jobs):
     X, y = rows(80, 6, 2)
     search = SoftmaxRegressionCV((1.0,), cv=4, scoring=_is_routing, n_jobs=jobs)
     assert not search.fit(X, y).scores_.any()
@@ -180,12 +180,12 @@ def _is_routing(head: object, X: object, y: object) -> float:
     return float(get_config()["enable_metadata_routing"])
 
 
-def test_without_a_refit_the_folds_are_averaged():
+def test_without_refit_the_parameters_of_the_folds_are_averaged():
     X, y = rows(150, 6, 3)
     cv = list(StratifiedKFold(3).split(X, y))
-    found = SoftmaxRegressionCV((0.1,), cv=cv, refit=False, tol=1e-9).fit(X, y)
+    actual = SoftmaxRegressionCV((0.1,), cv=cv, refit=False, tol=1e-9).fit(X, y)
     expected = np.mean([SoftmaxRegression(0.1).fit(X[train], y[train]).coef_ for train, _ in cv], axis=0)
-    np.testing.assert_allclose(found.coef_, expected, atol=1e-3)
+    np.testing.assert_allclose(actual.coef_, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -205,5 +205,5 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 def test_a_saved_search_predicts_the_same():
     X, y = rows(90, 5, 3)
-    found = SoftmaxRegressionCV(FEW, cv=3).fit(X, y)
-    np.testing.assert_array_equal(loads(dumps(found)).predict_proba(X), found.predict_proba(X))
+    actual = SoftmaxRegressionCV(FEW, cv=3).fit(X, y)
+    np.testing.assert_array_equal(loads(dumps(actual)).predict_proba(X), actual.predict_proba(X))

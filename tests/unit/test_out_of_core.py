@@ -28,10 +28,10 @@ class Source:
         self.passes = 0.0
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        found = self._X[rows]
-        assert len(found) <= self._most, "more rows at once than fit into memory"
-        self.passes += len(found) / len(self._X)
-        return found
+        actual = self._X[rows]
+        assert len(actual) <= self._most, "more rows at once than fit into memory"
+        self.passes += len(actual) / len(self._X)
+        return actual
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("scale", [None, "passthrough"])
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_streamed_classifier_is_the_one_fitted_in_memory(name, k, scale):
+def test_a_streamed_classifier_equals_one_fitted_in_memory(name, k, scale):
     if scale == "passthrough" and name == "ridge, no intercept":
         pytest.skip("columns of size 500 and no intercept: both are rounding errors")
     X, y = data(k)
@@ -94,7 +94,7 @@ def test_a_streamed_classifier_is_the_one_fitted_in_memory(name, k, scale):
 
 @pytest.mark.parametrize("t", [0, 3])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_streamed_regression_is_the_one_fitted_in_memory(t, weighted):
+def test_a_streamed_regressor_equals_one_fitted_in_memory(t, weighted):
     X, _ = data()
     rng = np.random.default_rng(3)
     y = X[:, : max(1, t)] @ rng.normal(size=(max(1, t),) * 2) + rng.normal(size=(len(X), max(1, t))) + 1e4
@@ -107,7 +107,7 @@ def test_a_streamed_regression_is_the_one_fitted_in_memory(t, weighted):
     assert streamed["head"].coef_.shape == whole["head"].coef_.shape
 
 
-def test_the_scaler_is_the_one_of_all_rows():
+def test_the_streamed_scaler_equals_one_fitted_to_all_rows():
     X, y = data(dtype=np.float32)
     whole = StandardScaler().fit(X.astype(np.float64))
     scaler = fit_streamed(pipeline(Ridge()), Source(X, 500), y.astype(float))["scale"]
@@ -123,8 +123,8 @@ def test_float16_rows_are_summed_without_loss_of_precision(name):
     X[:, 5] = np.random.default_rng(1).normal(size=len(X))
     whole = pipeline(CLASSIFIERS[name]()).fit(X.astype(np.float64), y)
     streamed = fit_streamed(pipeline(CLASSIFIERS[name]()), Source(X, 500), y)
-    found, expected = (each.decision_function(X.astype(np.float64)) for each in (streamed, whole))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    actual, expected = (each.decision_function(X.astype(np.float64)) for each in (streamed, whole))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 7), (3000, 70)])
@@ -134,12 +134,12 @@ def test_float16_is_converted_exactly(shape, dtype):
     x.flat[::7] = np.inf
     x.flags.writeable = False
     for array in (x, x[::2], np.asfortranarray(x)):
-        found = convert_float(array, dtype)
-        assert found.dtype == dtype
-        np.testing.assert_array_equal(found, array.astype(dtype))
+        actual = convert_float(array, dtype)
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, array.astype(dtype))
 
 
-def test_rows_that_are_not_finite_are_refused():
+def test_nonfinite_rows_are_refused():
     X, y = data()
     X[400, 3] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -156,19 +156,19 @@ def test_closed_forms_take_one_pass():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float16, 1e-5), (np.float64, 1e-12)])
-def test_class_codes_stand_for_columns_of_0_and_1(dtype, rounding, weighted, monkeypatch):
+def test_moments_of_class_codes_equal_those_of_one_hot_targets(dtype, rounding, weighted, monkeypatch):
     monkeypatch.setattr(moments, "MIN_ROWS_PER_CLASS_SUM", 64)  # in several pieces
     X = np.random.default_rng(0).normal(size=(600, 12)).astype(dtype)
     codes = np.random.default_rng(1).integers(0, 3, 600)
     weights = np.random.default_rng(2).uniform(0.5, 3, 600) if weighted else None
-    found = compute_moments(X, codes, weights, n_classes=4)  # of the last class there is no row
+    actual = compute_moments(X, codes, weights, n_classes=4)  # of the last class there is no row
     expected = compute_moments(X, np.eye(4)[codes], weights)
     for name in ("x", "gram", "y", "cross", "unweighted_sum", "unweighted_square_sum"):
         there = getattr(expected, name)
-        np.testing.assert_allclose(getattr(found, name), there, rtol=0, atol=rounding * np.abs(there).max())
+        np.testing.assert_allclose(getattr(actual, name), there, rtol=0, atol=rounding * np.abs(there).max())
 
 
-def test_moments_of_two_halves_add_up_to_those_of_all():
+def test_moments_of_two_halves_add_up():
     X, y = data()
     whole = compute_moments(X, y, n_classes=4)
     again = compute_moments(X[:300], y[:300], n_classes=4)
@@ -180,7 +180,7 @@ def test_moments_of_two_halves_add_up_to_those_of_all():
     assert both.rows == 640
 
 
-def test_memory_stays_flat_however_many_rows_there_are():
+def test_memory_does_not_grow_with_the_number_of_rows():
     rng = np.random.default_rng(0)
     few, y = rng.normal(size=(1000, 32)).astype(np.float16), rng.integers(0, 3, 1_000_000)
 
@@ -197,7 +197,7 @@ def test_memory_stays_flat_however_many_rows_there_are():
     assert most < 60e6  # of 256 MB in float64; the labels and their codes take 8 bytes a row each
 
 
-def test_a_head_that_cannot_stream_names_those_that_can():
+def test_a_head_that_cannot_stream_is_an_error_that_lists_those_that_can():
     X, y = data()
     assert not can_stream(pipeline(KNeighborsClassifier()))
     with pytest.raises(ConfigError, match="in memory; use logistic, linear, mlp, ridge, lda or centroid"):

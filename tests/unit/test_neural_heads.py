@@ -63,42 +63,39 @@ def scores_and_codes(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-# Losses ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_cross_entropy_is_torchs(smoothing):
+def test_the_cross_entropy_equals_that_of_torch(smoothing):
     scores, codes, _ = scores_and_codes(4)
-    found = LossFunction("softmax", "cross_entropy").per_row_loss(scores, codes, smoothing)
+    actual = LossFunction("softmax", "cross_entropy").per_row_loss(scores, codes, smoothing)
     torch.testing.assert_close(
-        found, functional.cross_entropy(scores, codes, reduction="none", label_smoothing=smoothing)
+        actual, functional.cross_entropy(scores, codes, reduction="none", label_smoothing=smoothing)
     )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
-def test_the_focal_loss_of_labels_is_torchvisions(gamma):
+def test_the_focal_loss_of_labels_equals_that_of_torchvision(gamma):
     scores, _, labels = scores_and_codes(3)
-    found = LossFunction("sigmoid", "focal", focal_gamma=gamma).per_row_loss(scores, labels)
-    torch.testing.assert_close(found, sigmoid_focal_loss(scores, labels, alpha=-1, gamma=gamma))
+    actual = LossFunction("sigmoid", "focal", focal_gamma=gamma).per_row_loss(scores, labels)
+    torch.testing.assert_close(actual, sigmoid_focal_loss(scores, labels, alpha=-1, gamma=gamma))
 
 
-def test_the_focal_loss_of_two_classes_is_that_of_one_label():
+def test_the_focal_loss_of_two_classes_equals_that_of_one_label():
     scores, codes, _ = scores_and_codes(2)
-    found = LossFunction("softmax", "focal", focal_gamma=1.5).per_row_loss(scores, codes)
-    wanted = sigmoid_focal_loss(scores[:, 1] - scores[:, 0], codes.double(), alpha=-1, gamma=1.5)
-    torch.testing.assert_close(found, wanted)
+    actual = LossFunction("softmax", "focal", focal_gamma=1.5).per_row_loss(scores, codes)
+    expected = sigmoid_focal_loss(scores[:, 1] - scores[:, 0], codes.double(), alpha=-1, gamma=1.5)
+    torch.testing.assert_close(actual, expected)
 
 
-def test_the_focal_loss_of_many_classes_is_the_formula_of_its_paper():
+def test_the_focal_loss_of_many_classes_equals_the_formula_of_the_paper():
     scores, codes, _ = scores_and_codes(5)
     p = softmax(scores.numpy(), axis=1)[np.arange(40), codes.numpy()]
-    found = LossFunction("softmax", "focal", focal_gamma=2.0).per_row_loss(scores, codes)
-    np.testing.assert_allclose(found.numpy(), -((1 - p) ** 2) * np.log(p), rtol=1e-10)
+    actual = LossFunction("softmax", "focal", focal_gamma=2.0).per_row_loss(scores, codes)
+    np.testing.assert_allclose(actual.numpy(), -((1 - p) ** 2) * np.log(p), rtol=1e-10)
 
 
 @pytest.mark.parametrize("link", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_the_focal_loss_of_certain_answers_has_a_gradient(link, gamma):
+def test_the_gradient_of_the_focal_loss_is_finite_for_extreme_scores(link, gamma):
     scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [60.0, -60.0]], requires_grad=True)
     answers = torch.tensor([0, 0, 0]) if link == "softmax" else torch.tensor([[1.0, 0.0]] * 3)
     LossFunction(link, "focal", focal_gamma=gamma).per_row_loss(scores, answers).sum().backward()
@@ -116,7 +113,7 @@ def test_the_focal_loss_of_certain_answers_has_a_gradient(link, gamma):
         ("identity", "absolute"),
     ],
 )
-def test_gradients_are_finite_differences(link, loss):
+def test_gradients_of_losses_equal_finite_differences(link, loss):
     scores, codes, labels = scores_and_codes(3)
     adjustment = None if link == "identity" else np.array([0.1, -2.0, 1.0])
     objective = LossFunction(link, loss, adjustment=adjustment)
@@ -124,31 +121,31 @@ def test_gradients_are_finite_differences(link, loss):
     assert torch.autograd.gradcheck(lambda s: objective.per_row_loss(s, answers, 0.1), scores.requires_grad_())
 
 
-def test_the_losses_of_numbers_are_torchs():
+def test_regression_losses_equal_those_of_torch():
     scores, _, labels = scores_and_codes(3)
     for loss, theirs in [
         ("squares", 0.5 * functional.mse_loss(scores, labels, reduction="none")),
         ("absolute", functional.l1_loss(scores, labels, reduction="none")),
         ("huber", functional.huber_loss(scores, labels, reduction="none", delta=0.7)),
     ]:
-        found = LossFunction("identity", loss, huber_delta=0.7).per_row_loss(scores, labels)
-        torch.testing.assert_close(found, theirs.mean(dim=1))
+        actual = LossFunction("identity", loss, huber_delta=0.7).per_row_loss(scores, labels)
+        torch.testing.assert_close(actual, theirs.mean(dim=1))
 
 
-def test_mixup_has_the_loss_of_mixed_targets():
+def test_the_mixup_loss_equals_the_loss_of_mixed_targets():
     scores, codes, labels = scores_and_codes(3)
     order, ones = torch.randperm(40, generator=torch.Generator().manual_seed(1)), torch.ones(40).double()
     one_hot = functional.one_hot(codes, 3).double()
     batch = TrainingBatch(scores, codes, ones)
-    found = LossFunction("softmax", "cross_entropy").batch_loss(scores, batch, batch.take(order), 0.3)
-    torch.testing.assert_close(found, functional.cross_entropy(scores, one_hot.mul(0.3) + one_hot[order].mul(0.7)))
+    actual = LossFunction("softmax", "cross_entropy").batch_loss(scores, batch, batch.take(order), 0.3)
+    torch.testing.assert_close(actual, functional.cross_entropy(scores, one_hot.mul(0.3) + one_hot[order].mul(0.7)))
     batch = TrainingBatch(scores, labels, ones)
-    found = LossFunction("identity", "absolute").batch_loss(scores, batch, batch.take(order), 0.3)
-    torch.testing.assert_close(found, functional.l1_loss(scores, 0.3 * labels + 0.7 * labels[order]))
+    actual = LossFunction("identity", "absolute").batch_loss(scores, batch, batch.take(order), 0.3)
+    torch.testing.assert_close(actual, functional.l1_loss(scores, 0.3 * labels + 0.7 * labels[order]))
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-def test_logit_adjustment_moves_the_scores_by_the_logarithm_of_the_prior(multilabel):
+def test_logit_adjustment_shifts_scores_by_the_log_prior(multilabel):
     rng = np.random.default_rng(0)
     y = rng.choice(3, 400, p=[0.7, 0.2, 0.1])
     X = rng.normal(size=(400, 4)) + 0.5 * y[:, None]
@@ -168,8 +165,8 @@ def test_logit_adjustment_moves_the_scores_by_the_logarithm_of_the_prior(multila
 def test_logit_adjustment_of_balanced_rows_changes_nothing():
     X, y = rows()
     settings = {"class_weight": "balanced", "epochs": 5, "random_state": 0}
-    one, other = (LinearClassifier(logit_adjustment=tau, **settings).fit(X, y) for tau in (0, 1))
-    np.testing.assert_allclose(one.predict_proba(X), other.predict_proba(X), atol=1e-6)
+    plain, adjusted = (LinearClassifier(logit_adjustment=tau, **settings).fit(X, y) for tau in (0, 1))
+    np.testing.assert_allclose(plain.predict_proba(X), adjusted.predict_proba(X), atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["absolute", "huber"])
@@ -178,34 +175,31 @@ def test_a_regressor_on_constant_features_predicts_the_minimiser_of_its_loss(los
     head = LinearRegressor(loss=loss, huber_delta=0.5, learning_rate=0.05, epochs=800, **TO_THE_OPTIMUM)
     head.fit(np.zeros((101, 2)), y)
     delta = 0.5 * y.std()
-    wanted = np.median(y) if loss == "absolute" else brentq(lambda m: np.clip(y - m, -delta, delta).sum(), -9, 9)
-    assert head.intercept_[0] == pytest.approx(wanted, abs=2e-3 * y.std())
-
-
-# Penalties and steps -----------------------------------------------------------------------------------------------
+    expected = np.median(y) if loss == "absolute" else brentq(lambda m: np.clip(y - m, -delta, delta).sum(), -9, 9)
+    assert head.intercept_[0] == pytest.approx(expected, abs=2e-3 * y.std())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_an_l1_penalty_ends_at_scikit_learns_lasso(optimizer):
+def test_an_l1_penalty_converges_to_the_lasso(optimizer):
     X, y = linear_targets()
     rate = 0.02 if optimizer == "sgd" else 0.05
     settings = {**TO_THE_OPTIMUM, "optimizer": optimizer, "learning_rate": rate, "epochs": 600}
     head = LinearRegressor(l1=0.15, **settings).fit(X, y)
-    theirs = Lasso(alpha=0.15, tol=1e-10).fit(X, y)
-    np.testing.assert_allclose(head.coef_[0], theirs.coef_, atol=2e-3)
-    np.testing.assert_array_equal(head.coef_[0] == 0, theirs.coef_ == 0)
-    assert 0 < (theirs.coef_ == 0).sum() < 6
+    lasso = Lasso(alpha=0.15, tol=1e-10).fit(X, y)
+    np.testing.assert_allclose(head.coef_[0], lasso.coef_, atol=2e-3)
+    np.testing.assert_array_equal(head.coef_[0] == 0, lasso.coef_ == 0)
+    assert 0 < (lasso.coef_ == 0).sum() < 6
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_weight_decay_ends_at_ridge_regression(optimizer):
+def test_weight_decay_converges_to_ridge_regression(optimizer):
     X, y = linear_targets()
     settings = {**TO_THE_OPTIMUM, "weight_decay": 0.5, "optimizer": optimizer, "learning_rate": 0.05, "epochs": 500}
     head = LinearRegressor(**settings).fit(X, y)
     np.testing.assert_allclose(head.coef_[0], Ridge(alpha=0.5 * len(y)).fit(X, y).coef_, atol=1e-4)
 
 
-def test_noise_on_features_shrinks_a_linear_head_as_ridge_does():
+def test_feature_noise_converges_to_ridge_regression():
     X, y = linear_targets()
     settings = {"learning_rate": 0.02, "batch_size": 50, "epochs": 800, "weight_decay": 0.0, "random_state": 0}
     head = LinearRegressor(feature_noise=0.7, **settings).fit(X, y)
@@ -220,7 +214,7 @@ def test_noise_on_features_shrinks_a_linear_head_as_ridge_does():
         ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     ],
 )
-def test_an_optimizer_takes_the_steps_of_torchs_own_with_weight_decay(ours, theirs, more):
+def test_optimizer_steps_equal_those_of_torch(ours, theirs, more):
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(4, 3, generator=generator), torch.randn(3, generator=generator)
     twins = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
@@ -239,12 +233,12 @@ def test_an_optimizer_takes_the_steps_of_torchs_own_with_weight_decay(ours, thei
 
 def torchs_rates(scheduler, steps: int, **settings) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
-    schedule, found = scheduler(optimizer, **settings), []
+    schedule, actual = scheduler(optimizer, **settings), []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        actual.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -257,7 +251,7 @@ def torchs_rates(scheduler, steps: int, **settings) -> list[float]:
         ("one-cycle", torch.optim.lr_scheduler.OneCycleLR, {"max_lr": 0.4, "total_steps": 41, "cycle_momentum": False}),
     ],
 )
-def test_a_schedule_equals_that_of_torch(name, scheduler, settings):
+def test_schedules_equal_those_of_torch(name, scheduler, settings):
     rate = make_schedule(NetworkTrainingConfig(schedule=name), 0.4, settings.get("total_steps", 40))
     np.testing.assert_allclose([rate(step) for step in range(40)], torchs_rates(scheduler, 40, **settings), rtol=1e-9)
 
@@ -265,39 +259,36 @@ def test_a_schedule_equals_that_of_torch(name, scheduler, settings):
 @pytest.mark.parametrize("name", ["cosine", "linear", "step", "constant", "one-cycle"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 97])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
-def test_a_rate_rises_to_the_highest_and_is_never_zero_or_above(name, steps, warmup):
+def test_learning_rates_rise_in_warmup_and_stay_above_zero(name, steps, warmup):
     rate = make_schedule(NetworkTrainingConfig(schedule=name, warmup=warmup), 0.4, steps)
-    found = np.array([rate(step) for step in range(steps)])
-    assert (found > 0).all()
-    assert found.max() <= 0.4 + 1e-12
-    rising = np.diff(found[: int(warmup * steps)])
+    actual = np.array([rate(step) for step in range(steps)])
+    assert (actual > 0).all()
+    assert actual.max() <= 0.4 + 1e-12
+    rising = np.diff(actual[: int(warmup * steps)])
     assert (rising > 0).all()
 
 
-def test_the_rate_falls_with_the_width_of_the_layers():
+def test_the_automatic_learning_rate_falls_with_the_width():
     X, y = rows(60, 20)
     auto = MLPClassifier(10, epochs=3, random_state=0).fit(X, y)
     same = MLPClassifier(10, epochs=3, random_state=0, learning_rate=0.5 / 20).fit(X, y)
     np.testing.assert_array_equal(auto.coefs_[0], same.coefs_[0])
 
 
-# Networks ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_prediction_with_numpy_is_the_forward_pass_of_torch(activation, dtype):
+def test_prediction_with_numpy_equals_the_forward_pass_of_torch(activation, dtype):
     network = Network(
         NetworkArchitecture((7, 6, 5, 3), activation, initial_weights="glorot"), dtype, torch.Generator().manual_seed(0)
     )
     X = 2 * torch.randn(50, 7, dtype=dtype, generator=torch.Generator().manual_seed(1))
     coefs, intercepts = network.copy_weights()
-    found = forward(X.numpy(), coefs, intercepts, activation)
-    assert found.dtype == X.numpy().dtype
-    np.testing.assert_allclose(found, network(X).detach().numpy(), rtol=1e-5, atol=1e-6)
+    actual = forward(X.numpy(), coefs, intercepts, activation)
+    assert actual.dtype == X.numpy().dtype
+    np.testing.assert_allclose(actual, network(X).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_initial_weights_are_those_of_their_papers():
+def test_initial_weights_have_the_published_distributions():
     shape = NetworkArchitecture((400, 300, 200), initial_weights="glorot")
     network = Network(shape, torch.float64, torch.Generator().manual_seed(0))
     for weight, (fan_in, fan_out) in zip(network.weights, pairwise(shape.widths), strict=True):
@@ -309,7 +300,7 @@ def test_initial_weights_are_those_of_their_papers():
     assert not he.weights[1].any()
 
 
-def test_the_recipe_of_keras_is_that_of_torchs_own_modules_from_the_same_start():
+def test_the_keras_head_equals_torch_modules_from_the_same_start():
     X, y = rows(96, 12)
     adam = {"optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0, "schedule": "constant"}
     settings = {"initial_weights": "glorot", "batch_size": 32, "epochs": 10, "random_state": 0, **adam}
@@ -328,8 +319,8 @@ def test_the_recipe_of_keras_is_that_of_torchs_own_modules_from_the_same_start()
             optimizer.zero_grad()
             functional.cross_entropy(model(torch.from_numpy(X)[chosen]), torch.from_numpy(y)[chosen]).backward()
             optimizer.step()
-    theirs = softmax(model(torch.from_numpy(X)).detach().numpy(), axis=1)
-    np.testing.assert_allclose(head.predict_proba(X), theirs, atol=1e-8)
+    expected = softmax(model(torch.from_numpy(X)).detach().numpy(), axis=1)
+    np.testing.assert_allclose(head.predict_proba(X), expected, atol=1e-8)
 
 
 def test_a_head_trained_in_float32_predicts_in_float32():
@@ -337,15 +328,12 @@ def test_a_head_trained_in_float32_predicts_in_float32():
     head = MLPClassifier(16, epochs=3, random_state=0).fit(X.astype(np.float16), y)
     assert {a.dtype for a in head.coefs_ + head.intercepts_} == {np.dtype(np.float32)}
     exact = forward(X, [c.astype(float) for c in head.coefs_], [c.astype(float) for c in head.intercepts_], "relu")
-    found = head.decision_function(X)
-    assert 0 < np.abs(found - exact).max() < 1e-5
-
-
-# Validation --------------------------------------------------------------------------------------------------------
+    actual = head.decision_function(X)
+    assert 0 < np.abs(actual - exact).max() < 1e-5
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])
-def test_validation_curves_are_computed_on_the_given_validation_rows(early_stopping):
+def test_validation_curves_use_the_given_validation_rows(early_stopping):
     X, y = rows(90, 30)
     y = np.array(["ant", "bee", "cat"])[y]
     settings = {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0, "random_state": 0, "patience": 3}
@@ -365,22 +353,22 @@ def test_the_validation_score_of_a_regressor_is_r2():
     Y = np.column_stack([y * 1e3 + 7, X[:, 0] - y])
     weights = np.random.default_rng(0).random(50)
     head = MLPRegressor(8, epochs=4, random_state=0).fit(X[:150], Y[:150], validation=(X[150:], Y[150:], weights))
-    wanted = r2_score(Y[150:], head.predict(X[150:]), sample_weight=weights)
-    assert head.validation_score_curve_[-1] == pytest.approx(wanted, rel=1e-6)
+    expected = r2_score(Y[150:], head.predict(X[150:]), sample_weight=weights)
+    assert head.validation_score_curve_[-1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_validation_rows_are_weighted_as_training_rows_are():
+def test_validation_rows_have_the_weights_of_training_rows():
     X, y = rows(300, 5)
-    held = (X[200:], y[200:])
+    validation_rows = (X[200:], y[200:])
     settings = {"epochs": 2, "random_state": 0}
-    head = LinearClassifier(class_weight={0: 5.0, 1: 0.5}, **settings).fit(X[:200], y[:200], validation=held)
-    weights = np.array([5.0, 0.5, 1.0])[held[1]]
-    wanted = log_loss(held[1], head.predict_proba(held[0]), sample_weight=weights)
-    assert head.validation_curve_[-1] == pytest.approx(wanted, rel=1e-6)
-    drawn = LinearClassifier(sampling="balanced", **settings).fit(X[:200], y[:200], validation=held)
-    weights = 1 / np.bincount(y[:200])[held[1]]
-    wanted = log_loss(held[1], drawn.predict_proba(held[0]), sample_weight=weights)
-    assert drawn.validation_curve_[-1] == pytest.approx(wanted, rel=1e-6)
+    head = LinearClassifier(class_weight={0: 5.0, 1: 0.5}, **settings).fit(X[:200], y[:200], validation=validation_rows)
+    weights = np.array([5.0, 0.5, 1.0])[validation_rows[1]]
+    expected = log_loss(validation_rows[1], head.predict_proba(validation_rows[0]), sample_weight=weights)
+    assert head.validation_curve_[-1] == pytest.approx(expected, rel=1e-6)
+    drawn = LinearClassifier(sampling="balanced", **settings).fit(X[:200], y[:200], validation=validation_rows)
+    weights = 1 / np.bincount(y[:200])[validation_rows[1]]
+    expected = log_loss(validation_rows[1], drawn.predict_proba(validation_rows[0]), sample_weight=weights)
+    assert drawn.validation_curve_[-1] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -402,17 +390,14 @@ def test_invalid_validation_rows_are_refused(validation, message):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("b", "k"), [(1024, 2), (1024, 3), (300, 15), (128, 16), (2, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_loss_of_few_classes_is_that_of_many(b, k, smoothing, dtype):
+def test_the_fast_loss_of_few_classes_equals_the_general_one(b, k, smoothing, dtype):
     generator = torch.Generator().manual_seed(0)
     scores = (5 * torch.randn(b, k, dtype=dtype, generator=generator)).requires_grad_(True)
     Y = torch.randint(0, k, (b,), generator=generator)
-    found = LossFunction("softmax", "cross_entropy").per_row_loss(scores, Y, smoothing)
+    actual = LossFunction("softmax", "cross_entropy").per_row_loss(scores, Y, smoothing)
     expected = functional.cross_entropy(scores, Y, reduction="none", label_smoothing=smoothing)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), scores)[0] for loss in (found, expected)))
-
-
-# Rows and batches --------------------------------------------------------------------------------------------------
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), scores)[0] for loss in (actual, expected)))
 
 
 @pytest.fixture
@@ -432,11 +417,11 @@ def on_disk(X: np.ndarray, path, dtype: str = "float32") -> np.memmap:
     return np.memmap(path, dtype, "r", shape=X.shape)
 
 
-def passes(found: BatchSource, size: int, count: int = 1) -> list[list[TrainingBatch]]:
+def passes(actual: BatchSource, size: int, count: int = 1) -> list[list[TrainingBatch]]:
     generator = torch.Generator().manual_seed(0)
     # A batch holds until the next is asked for.
     return [
-        [batch.take(torch.arange(len(batch))) for batch in found.iter_shuffled(size, generator)] for _ in range(count)
+        [batch.take(torch.arange(len(batch))) for batch in actual.iter_shuffled(size, generator)] for _ in range(count)
     ]
 
 
@@ -446,29 +431,29 @@ def numbered(n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [1, 7, 60, 64, 1000])
 @pytest.mark.parametrize("left_out", [False, True])
-def test_a_streamed_pass_has_every_row_once_with_its_own_target(small_buffers, tmp_path, size, left_out):
+def test_a_streamed_pass_has_every_row_once_with_its_target(small_buffers, tmp_path, size, left_out):
     numbers = np.flatnonzero(np.arange(203) % 3 > 0) if left_out else np.arange(203)
     source = on_disk(numbered(203), tmp_path / "X")
-    found = BatchSource(source, numbers * 10.0, numbers + 1.0, row_indices=numbers)
-    for batched in passes(found, size, 3):
+    actual = BatchSource(source, numbers * 10.0, numbers + 1.0, row_indices=numbers)
+    for batched in passes(actual, size, 3):
         assert [len(batch) for batch in batched[:-1]] == [size] * (-(-len(numbers) // size) - 1)
         for batch in batched:
             np.testing.assert_array_equal(batch.X[:, 0] * 10, batch.Y)
             np.testing.assert_allclose(batch.weights * (numbers + 1).mean(), batch.X[:, 0] + 1, rtol=1e-6)
         assert sorted(torch.cat([batch.X[:, 0] for batch in batched]).tolist()) == numbers.tolist()
-    assert torch.cat([batch.X[:, 0].clone() for batch in found.iter_in_order()]).tolist() == numbers.tolist()
+    assert torch.cat([batch.X[:, 0].clone() for batch in actual.iter_in_order()]).tolist() == numbers.tolist()
 
 
 def test_a_batch_is_valid_until_the_next_is_requested(small_buffers, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "PREFETCHED_VALUES", 1)
-    found = BatchSource(on_disk(numbered(203), tmp_path / "X"), np.arange(203), np.ones(203))
-    for batch in found.iter_shuffled(20, torch.Generator().manual_seed(0)):
+    actual = BatchSource(on_disk(numbered(203), tmp_path / "X"), np.arange(203), np.ones(203))
+    for batch in actual.iter_shuffled(20, torch.Generator().manual_seed(0)):
         time.sleep(0.01)  # the next is ready by then
         np.testing.assert_array_equal(batch.X[:, 0], batch.Y)
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-def test_runs_are_announced_to_the_source_before_they_are_read(small_buffers, left_out):
+def test_reads_are_announced_to_the_source_in_advance(small_buffers, left_out):
     class Source:
         def __init__(self, X: np.ndarray) -> None:
             self.X, self.shape, self.dtype = X, X.shape, X.dtype
@@ -485,15 +470,15 @@ def test_runs_are_announced_to_the_source_before_they_are_read(small_buffers, le
             return self.X[rows]
 
     numbers = np.flatnonzero(np.arange(403) % 3 > 0) if left_out else np.arange(403)
-    found = BatchSource(
+    actual = BatchSource(
         Source(numbered(403).astype(np.float32)), np.zeros(len(numbers)), np.ones(len(numbers)), row_indices=numbers
     )
-    assert sorted(torch.cat([batch.X[:, 0] for batch in passes(found, 7)[0]]).tolist()) == numbers.tolist()
+    assert sorted(torch.cat([batch.X[:, 0] for batch in passes(actual, 7)[0]]).tolist()) == numbers.tolist()
 
 
 def test_a_streamed_batch_mixes_many_blocks_and_passes_differ(small_buffers, tmp_path):
-    found = BatchSource(on_disk(numbered(300), tmp_path / "X"), np.zeros(300), np.ones(300))
-    one, other = passes(found, 20, 2)
+    actual = BatchSource(on_disk(numbered(300), tmp_path / "X"), np.zeros(300), np.ones(300))
+    one, other = passes(actual, 20, 2)
     assert min(len(set((batch.X[:, 0] // 5).tolist())) for batch in one) >= 6
     assert not torch.equal(one[0].X, other[0].X)
 
@@ -503,16 +488,16 @@ def test_balanced_sampling_draws_classes_equally_often(small_buffers, tmp_path, 
     codes = np.sort(np.random.default_rng(0).choice(3, 900, p=[0.8, 0.15, 0.05]))
     X = numbered(900)
     source = on_disk(X, tmp_path / "X") if streamed else X
-    found = BatchSource(source, codes, np.ones(900), sampling_weights=1 / np.bincount(codes)[codes])
+    actual = BatchSource(source, codes, np.ones(900), sampling_weights=1 / np.bincount(codes)[codes])
     drawn = []
-    for batched in passes(found, 64, 20):
+    for batched in passes(actual, 64, 20):
         assert sum(len(batch) for batch in batched) == 900
         assert {len(batch) for batch in batched[:-1]} == {64}
         drawn += [batch.Y for batch in batched]
     np.testing.assert_allclose(np.bincount(torch.cat(drawn)) / 18_000, 1 / 3, atol=0.02)
 
 
-def test_balanced_sampling_predicts_as_balanced_weights_do():
+def test_balanced_sampling_predicts_like_balanced_weights():
     rng = np.random.default_rng(0)
     y = (rng.random(600) < 0.1).astype(int)
     X = rng.normal(size=(600, 4)) + 0.8 * y[:, None]
@@ -525,7 +510,7 @@ def test_balanced_sampling_predicts_as_balanced_weights_do():
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_rows_on_a_disk_that_fit_into_memory_give_the_head_of_the_rows_in_memory(tmp_path, kind):
+def test_a_small_file_gives_the_same_head_as_rows_in_memory(tmp_path, kind):
     X, y = rows()
     X = X.astype(np.float16)
     center, scale = X.mean(axis=0, dtype=float), X.std(axis=0, dtype=float)
@@ -539,7 +524,7 @@ def test_rows_on_a_disk_that_fit_into_memory_give_the_head_of_the_rows_in_memory
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_streamed_fit_repeats_itself_and_learns_what_a_fit_in_memory_learns(small_buffers, tmp_path, kind):
+def test_a_streamed_fit_is_reproducible_and_as_good_as_one_in_memory(small_buffers, tmp_path, kind):
     X, y = rows(400, 8)
     X, y = X[np.argsort(y)].astype(np.float32), np.sort(y)
     source = on_disk(X, tmp_path / "X")
@@ -553,7 +538,7 @@ def test_a_streamed_fit_repeats_itself_and_learns_what_a_fit_in_memory_learns(sm
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_rows_of_weight_zero_and_held_out_rows_are_not_trained_on(request, tmp_path, streamed):
+def test_held_out_rows_and_rows_of_weight_zero_are_not_trained_on(request, tmp_path, streamed):
     if streamed:
         request.getfixturevalue("small_buffers")
     X, y = rows(300)
@@ -566,14 +551,11 @@ def test_rows_of_weight_zero_and_held_out_rows_are_not_trained_on(request, tmp_p
     assert one.validation_curve_ == other.validation_curve_
 
 
-def test_a_row_that_is_not_finite_is_named(small_buffers, tmp_path):
+def test_a_nonfinite_row_is_named(small_buffers, tmp_path):
     X, y = rows(300)
     X[217, 3] = np.nan
     with pytest.raises(ValueError, match=r"^row 217 of X holds NaN or infinity"):
         LinearClassifier(epochs=2)._fit_rows(on_disk(X, tmp_path / "X"), y, None)
-
-
-# The house ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_small_fit_uses_one_thread_and_restores_the_thread_count(monkeypatch):
@@ -615,7 +597,7 @@ def test_concurrent_fits_restore_the_thread_count():
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_settings_are_scikit_learns_parameters(kind):
+def test_settings_are_estimator_parameters(kind):
     head = kind(l1=0.5, optimizer="adam", validation_fraction=0.2)
     again = clone(head)
     assert again.get_params() == head.get_params()

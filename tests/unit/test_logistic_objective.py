@@ -24,13 +24,13 @@ class File:
         self.most = 0
 
     def __getitem__(self, which):
-        found = np.array(self.map[which])
-        self.most = max(self.most, len(found))
-        return found
+        actual = np.array(self.map[which])
+        self.most = max(self.most, len(actual))
+        return actual
 
 
 @pytest.mark.parametrize("k", [2, 12])
-def test_rows_in_a_file_give_the_predictions_of_rows_in_memory(tmp_path, k):
+def test_rows_in_a_file_give_the_same_predictions_as_rows_in_memory(tmp_path, k):
     X, y = rows(4000, 24, k)
     X.tofile(tmp_path / "rows")
     scaler = StandardScaler().fit(X.astype(np.float64))
@@ -43,7 +43,7 @@ def test_rows_in_a_file_give_the_predictions_of_rows_in_memory(tmp_path, k):
     )
 
 
-def test_memory_stays_flat_when_rows_are_many(tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_rows_of_a_file(tmp_path, monkeypatch):
     from featpipe.heads.logistic import preconditioners
 
     monkeypatch.setattr(preconditioners, "MAX_VALUES_FROM_FILE", 1e5)

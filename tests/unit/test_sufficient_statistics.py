@@ -50,43 +50,43 @@ def scores(pipeline: Pipeline, X: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_two_steps_are_one_step_and_scikit_learn_s_own_fit(name: str, rows: Any) -> None:
+def test_statistics_of_two_steps_give_the_fit_to_all_rows(name: str, rows: Any) -> None:
     X, y = rows
     first = y < 3
     kind, exact = find_statistics_kind(head(name))
     assert exact
     in_steps = compute_statistics(kind, X[first], y[first], K)
     in_steps = in_steps + compute_statistics(kind, X[~first], y[~first], K, in_steps.shift)
-    found = scores(fit_from_statistics(head(name), in_steps), X)
+    actual = scores(fit_from_statistics(head(name), in_steps), X)
     at_once = scores(fit_from_statistics(head(name), compute_statistics(kind, X, y, K)), X)
     with warnings.catch_warnings():  # of the class with one row, of which scikit-learn says that it has one row
         warnings.simplefilter("ignore")
         peer = scores(head(name).fit(X, y), X)
     scale = np.abs(peer).max()
-    assert np.abs(found - at_once).max() < 1e-8 * scale
-    assert np.abs(found - peer).max() < 1e-8 * scale
+    assert np.abs(actual - at_once).max() < 1e-8 * scale
+    assert np.abs(actual - peer).max() < 1e-8 * scale
 
 
 @pytest.mark.parametrize("name", ["lda, shrinkage 0.1", "ridge", "centroid"])
-def test_new_rows_of_old_classes_are_learnt_exactly_too(name: str, rows: Any) -> None:
+def test_new_rows_of_old_classes_give_the_fit_to_all_rows(name: str, rows: Any) -> None:
     X, y = rows
     kind = find_statistics_kind(head(name))[0]
     early = np.arange(len(y)) % 3 > 0
     early[y == 3] = True
     parts = compute_statistics(kind, X[early], y[early], K)
     parts = parts + compute_statistics(kind, X[~early], y[~early], K, parts.shift)
-    found, peer = (scores(fit_from_statistics(head(name), s), X) for s in (parts, compute_statistics(kind, X, y, K)))
-    assert np.abs(found - peer).max() < 1e-8 * np.abs(peer).max()
+    actual, peer = (scores(fit_from_statistics(head(name), s), X) for s in (parts, compute_statistics(kind, X, y, K)))
+    assert np.abs(actual - peer).max() < 1e-8 * np.abs(peer).max()
 
 
 @pytest.mark.parametrize("name", ["lda, shrinkage 0.1", "ridge", "centroid"])
-def test_merged_classes_are_as_if_they_had_had_one_name_from_the_start(name: str, rows: Any) -> None:
+def test_merging_classes_equals_relabelling_their_rows(name: str, rows: Any) -> None:
     X, y = rows
     kind, place = find_statistics_kind(head(name))[0], np.array([0, 1, 0, 2, 3])
     merged = compute_statistics(kind, X, y, K).remap_classes(place, 4)
-    found = scores(fit_from_statistics(head(name), merged), X)
+    actual = scores(fit_from_statistics(head(name), merged), X)
     peer = scores(fit_from_statistics(head(name), compute_statistics(kind, X, place[y], 4)), X)
-    assert np.abs(found - peer).max() < 1e-8 * np.abs(peer).max()
+    assert np.abs(actual - peer).max() < 1e-8 * np.abs(peer).max()
 
 
 def test_merged_classes_of_lda_have_the_scatter_of_their_rows(rows: Any) -> None:
@@ -102,7 +102,7 @@ def test_merged_classes_of_lda_have_the_scatter_of_their_rows(rows: Any) -> None
     assert np.allclose(apart.remap_classes(place, 4).scatter_matrix, apart.scatter_matrix + between)
 
 
-def test_a_dropped_class_leaves_the_others_means_and_the_shared_covariance(rows: Any) -> None:
+def test_removing_a_class_keeps_the_other_means_and_the_shared_covariance(rows: Any) -> None:
     X, y = rows
     whole = compute_statistics("gram", X, y, K)
     left = whole.remap_classes(np.array([0, -1, 1, 2, 3]), 4)
