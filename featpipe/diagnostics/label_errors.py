@@ -117,17 +117,16 @@ def _find_confused_pairs(predictions: LabeledPredictions) -> Finding:
     confusion = np.bincount(predictions.y * k + predictions.top_class, minlength=k * k).reshape(k, k)
     support = confusion.sum(axis=1)
     np.fill_diagonal(confusion, 0)
-    order = [
-        i for i in np.argsort(-confusion.ravel(), kind="stable")[:MAX_FINDING_ROWS].tolist() if confusion.ravel()[i]
-    ]
+    order = np.argsort(-confusion, axis=None, kind="stable")[:MAX_FINDING_ROWS]
     rows = [
         {
-            "label": predictions.names[i // k],
-            "predicted": predictions.names[i % k],
-            "rows": int(confusion.ravel()[i]),
-            "share": round(float(confusion.ravel()[i] / support[i // k]), 4),
+            "label": predictions.names[true],
+            "predicted": predictions.names[predicted],
+            "rows": int(confusion[true, predicted]),
+            "share": round(float(confusion[true, predicted] / support[true]), 4),
         }
-        for i in order
+        for true, predicted in zip(*np.unravel_index(order, confusion.shape), strict=True)
+        if confusion[true, predicted]
     ]
     return Finding(
         "confused",
@@ -153,21 +152,14 @@ def _find_label_errors(predictions: LabeledPredictions) -> Finding:
         return replace(empty_finding, note="not checked: cleanlab is missing; pip install 'featpipe[labels]'")
     if len(predictions.names) < 2:
         return replace(empty_finding, note="not checked: there is only one class")
-    suspect_rows, quality = (_find_multilabel_issues if predictions.task == "multilabel" else _find_label_issues)(
-        predictions
-    )
+    find_issues = _find_multilabel_issues if predictions.task == "multilabel" else _find_label_issues
+    suspect_rows, quality = find_issues(predictions)
     order = suspect_rows[np.argsort(quality[suspect_rows], kind="stable")]
     rows = []
     for row in order[:MAX_FINDING_ROWS].tolist():
         label, suggested, _ = predictions.describe_row(row)
-        rows.append(
-            {
-                "id": predictions.ids[row],
-                "label": label,
-                "suggested": suggested,
-                "quality": round(float(quality[row]), 4),
-            }
-        )
+        row_quality = round(float(quality[row]), 4)
+        rows.append({"id": predictions.ids[row], "label": label, "suggested": suggested, "quality": row_quality})
     return replace(empty_finding, rows=rows, total=len(order))
 
 
@@ -201,14 +193,14 @@ def _find_multilabel_issues(predictions: LabeledPredictions) -> tuple[NDArray[np
 
 
 def _find_largest_errors(predictions: LabeledPredictions) -> Finding:
+    n_rows = len(predictions.ids)
     targets, predicted_targets = (
-        np.reshape(values, (len(predictions.ids), -1)) for values in (predictions.y, predictions.predicted)
+        np.reshape(predictions.y, (n_rows, -1)),
+        np.reshape(predictions.predicted, (n_rows, -1)),
     )
     target_std = np.maximum(targets.std(axis=0), 1e-12)
     standardized_error = abs(predicted_targets - targets) / target_std
-    order = np.argsort(-standardized_error.max(axis=1), kind="stable")[
-        : count_extreme_rows(len(targets), 0.05)
-    ].tolist()
+    order = np.argsort(-standardized_error.max(axis=1), kind="stable")[: count_extreme_rows(n_rows, 0.05)]
     worst_target = standardized_error.argmax(axis=1)
     rows = [
         {
@@ -218,7 +210,7 @@ def _find_largest_errors(predictions: LabeledPredictions) -> Finding:
             "predicted": float(predicted_targets[row, worst_target[row]]),
             "error": round(float(standardized_error[row].max()), 4),
         }
-        for row in order
+        for row in order.tolist()
     ]
     return Finding(
         "errors",

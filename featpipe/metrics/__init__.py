@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from featpipe.metrics.calibration import (
     Calibration,
+    calibration_error,
+    compute_confidence,
     compute_logits,
     compute_prior_offsets,
     compute_sigmoid_loss,
@@ -15,7 +17,6 @@ from featpipe.metrics.calibration import (
 )
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
 from featpipe.metrics.protocol import format_protocol
-from featpipe.metrics.reliability import calibration_error, compute_confidence
 from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores, nan_to_none
 
 if TYPE_CHECKING:

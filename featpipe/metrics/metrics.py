@@ -15,8 +15,8 @@ from sklearn import metrics as sk
 
 from featpipe.config import TASKS, unknown_name_error
 from featpipe.errors import ConfigError
+from featpipe.metrics.calibration import calibration_error, compute_bin_gaps, compute_confidence
 from featpipe.metrics.intervals import BootstrapMetric, Floats, Statistic, compute_intervals, wilson_interval
-from featpipe.metrics.reliability import calibration_error, compute_bin_gaps, compute_confidence
 from featpipe.metrics.scores import Scores
 from featpipe.metrics.weighted_bootstrap import (
     average_precision,

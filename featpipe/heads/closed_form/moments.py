@@ -177,27 +177,19 @@ def compute_moments(
         x -= shift
         squares = np.einsum("ij,ij->j", x, x)
         block_weights = np.ones(len(x), dtype) if weights is None else weights[rows].astype(dtype)
-        target_sum, cross = (
-            _class_sums(x, targets[rows], block_weights, n_classes)
-            if n_classes is not None
-            else _target_sums(x, targets[rows], block_weights)
-        )
+        if n_classes is not None:
+            target_sum, cross = _class_sums(x, targets[rows], block_weights, n_classes)
+        else:
+            weighted_targets: NDArray[Any] = targets[rows].astype(x.dtype) * block_weights[:, None]
+            target_sum, cross = weighted_targets.sum(axis=0), x.T @ weighted_targets
         unweighted_sum = weighted_sum = x.T @ block_weights
         if weights is not None:
             unweighted_sum = x.T @ np.ones_like(block_weights)
             x *= np.sqrt(block_weights)[:, None]
         gram = x.T @ x if full_gram else squares if weights is None else np.einsum("ij,ij->j", x, x)
-        return _make_moments(
-            len(x),
-            float(block_weights.sum(dtype=np.float64)),
-            weighted_sum,
-            gram,
-            target_sum,
-            cross,
-            shift,
-            unweighted_sum,
-            squares,
-        )
+        weight = float(block_weights.sum(dtype=np.float64))
+        sums = (weighted_sum, gram, target_sum, cross, shift, unweighted_sum, squares)
+        return Moments(len(x), weight, *(array.astype(np.float64, copy=False) for array in sums))
 
     total_moments: Moments | None = None
     with BlasThreadPool(float(n) * d * d) as workers:
@@ -227,12 +219,6 @@ class _ReadBuffers(threading.local):
         return convert_float(stored_rows, float_rows.dtype, float_rows)
 
 
-def _target_sums(x: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Σ w y and Σ w x yᵀ for numeric targets."""
-    weighted_targets = targets.astype(x.dtype) * weights[:, None]
-    return weighted_targets.sum(axis=0), x.T @ weighted_targets
-
-
 def _class_sums(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_classes: int) -> tuple[Array, Array]:
     """Σ w y and Σ w x yᵀ for class codes: the weighted sum of the rows of each class.
 
@@ -249,7 +235,3 @@ def _class_sums(x: NDArray[Any], codes: NDArray[Any], weights: NDArray[Any], n_c
         )
         cross += class_indicators @ x[block]
     return np.bincount(codes, weights, n_classes).astype(np.float64), cross.T
-
-
-def _make_moments(rows: int, weight: float, *sums: NDArray[Any]) -> Moments:
-    return Moments(rows, weight, *(array.astype(np.float64, copy=False) for array in sums))
