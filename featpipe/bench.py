@@ -41,21 +41,20 @@ from featpipe.inference import (
     resolve_device,
     run_in_threads,
 )
-from featpipe.runtime import ProgressCallback, ignore_progress
 
 logger = logging.getLogger(__name__)
 
-MAX_BENCHMARK_IMAGES = 256  # that are looked at
-N_PRECISION_CHECK_IMAGES = 16  # of them, in another precision
-MAX_DECODED_IMAGES = 64  # images that are decoded at a time
-ASSUMED_IMAGE_COUNT = 10**6  # images to come, as far as an engine is concerned
+MAX_BENCHMARK_IMAGES = 256
+N_PRECISION_CHECK_IMAGES = 16  # whose embeddings in another precision are compared
+MAX_DECODED_IMAGES = 64  # in memory at a time
+ASSUMED_IMAGE_COUNT = 10**6  # so that engines are optimized as for a large extraction
 WRITE_TEST_BYTES = 64 * 2**20
-MIN_USEFUL_SPEEDUP = 1.15  # times as fast: what is worth a change
+MIN_USEFUL_SPEEDUP = 1.15  # a smaller one is not recommended
 
 
 @dataclass(frozen=True)
 class ForwardBenchmark:
-    """Forward passes alone, all cores or the GPU at work; a GPU also copies and, where the cores leave it, resizes.
+    """Throughput of forward passes alone, on all cores or on a GPU, which also copies and resizes images.
 
     Attributes
     ----------
@@ -64,10 +63,10 @@ class ForwardBenchmark:
     batch : int
     images_per_second : float
     cosine : float
-        The least, to float32, on some of the images.
+        Minimum cosine to the float32 embeddings of some images.
     bound : float
-        Images per second that reading, decoding, this and writing allow together. Where a GPU is the limit, cores that
-        would wait resize for it, and an extraction may reach more.
+        Images per second that reading, decoding, forward passes and writing allow together. If a GPU is the bottleneck,
+        idle cores resize images for it, and an extraction may be faster.
     """
 
     engine: str
@@ -89,29 +88,29 @@ class BenchResult:
     backbone : str
     archive : str
     images : int
-        How many were looked at.
+        Number of images measured.
     image_bytes : float
-        Their mean size.
+        Mean size of an encoded image.
     reading : float
-        Images per second, by one reader.
+        Images per second of one reader.
     decoding : float
-        Images per second on all cores: checked, decoded, resized and cropped; for a GPU that resizes, put where it
-        copies from.
+        Images per second on all cores: decoding, resizing and cropping; for a GPU that resizes, decoding and copying
+        to pinned memory.
     writing : float
-        Bytes per second, made durable.
+        Bytes per second, synced to the disk.
     row_bytes : int
-        Of one image's embeddings, as they are stored.
-    forward : tuple of Forward
-        The first is what an extraction with these settings takes.
+        Stored bytes of the embeddings of one image.
+    forward : tuple of ForwardBenchmark
+        The first one has the settings of the extraction.
     bound : float
-        Images per second of that one.
+        ``bound`` of the first one.
     extraction : float
-        Images per second that a real one reached, from a .tar to a published cache.
+        Images per second of a complete extraction from a .tar to a cache.
     seconds : dict
-        Where its time went.
+        Stage → seconds of that extraction, over all workers.
     bottleneck : {"reading", "decoding", "forward", "writing"}
     advice : tuple of str
-        What to change, the most useful first.
+        Recommended changes, the most useful first.
     """
 
     machine: dict[str, Any]
@@ -138,7 +137,6 @@ def run_benchmark(
     archives: Sequence[str] = (),
     *,
     seconds: float = 24.0,
-    progress: ProgressCallback = ignore_progress,
     **settings: Unpack[ExtractionOptions],
 ) -> BenchResult:
     """Benchmark this machine for a backbone and an archive.
@@ -146,16 +144,15 @@ def run_benchmark(
     Parameters
     ----------
     archives : sequence of path-like
-        Whose first images are used; made-up JPEGs of 500 × 375 if there are none.
+        Their first images are measured; synthetic JPEGs of 500 × 375 pixels if there are no archives.
     seconds : float
-        About how long to measure, apart from making the engines ready.
-    progress : callable
+        Approximate duration, without the preparation of the engines.
     **settings
         The fields of :class:`featpipe.config.ExtractionConfig`.
 
     Returns
     -------
-    Limits
+    BenchResult
 
     Raises
     ------
@@ -163,12 +160,12 @@ def run_benchmark(
         If no image of the archives can be read.
     """
     config = ExtractionConfig.from_settings(settings)
-    benchmark = _Benchmark(config, resolve_device(config.device), load_backbone(config), seconds, progress)
-    encoded_images, read_rate, archive_name = (
-        _make_synthetic_samples(benchmark.backbone)
-        if not archives
-        else _read_sample_images(archives, config, benchmark.backbone)
-    )
+    benchmark = _Benchmark(config, resolve_device(config.device), load_backbone(config), seconds)
+    if archives:
+        encoded_images, read_rate, archive_name = _read_sample_images(archives, config, benchmark.backbone)
+    else:
+        encoded_images, archive_name = get_modality(benchmark.backbone.modality).make_encoded_samples()
+        read_rate = math.inf
     logger.info(f"{len(encoded_images)} images of {archive_name}")
     decoded_images, decode_rate = benchmark.measure_decoding(encoded_images)
     write_bytes_per_second = _measure_write_bandwidth()
@@ -211,7 +208,6 @@ class _Benchmark:
     device: torch.device
     backbone: Backbone
     seconds: float
-    progress: ProgressCallback
 
     @property
     def workers(self) -> int:
@@ -228,7 +224,7 @@ class _Benchmark:
         return self.seconds / 9
 
     def measure_decoding(self, encoded_images: Sequence[bytes]) -> tuple[list[PreparedImage], float]:
-        """Decoded images, and images per second with all cores."""
+        """Decode on all cores; return some decoded images, and the images per second."""
         decoded_images: list[PreparedImage] = []
         transform, _ = make_worker_transforms(self.backbone.transform, self.device)
         n_decoded, started = 0, perf_counter()
@@ -254,9 +250,9 @@ class _Benchmark:
     def measure_engines(
         self, decoded_images: list[PreparedImage], io_rate: float, decode_rate: float
     ) -> list[ForwardBenchmark]:
-        """Each engine and precision that this device has; first what the settings take.
+        """Measure each engine and precision that the device supports; those of the settings first.
 
-        ``disk`` and ``decoding`` are images per second, that come and go, and that are decoded.
+        ``io_rate`` and ``decode_rate`` are the images per second of reading and writing, and of decoding.
         """
         results: list[ForwardBenchmark] = []
         reference_engine = Engine(self.backbone, self.device, batch=self.config.batch)
@@ -267,7 +263,7 @@ class _Benchmark:
                 (result.engine, result.precision, result.batch) == (engine.name, precision, engine.batch)
                 for result in results
             ):
-                continue  # what was asked for cannot run this network, and another did; or its batch is the chosen one
+                continue  # another variant fell back to this engine, or chose this batch
             cosine = compute_min_cosine(
                 compute_embeddings(engine, decoded_images[:N_PRECISION_CHECK_IMAGES]), reference_embeddings
             )
@@ -278,10 +274,10 @@ class _Benchmark:
         return results
 
     def _engine_variants(self) -> dict[tuple[EngineName, Precision, int | None], None]:
-        """Engine, precision and batch: what the settings take, the same with a batch that is chosen, and the others."""
+        """Engine, precision and batch: those of the settings, the same with the default batch, and the others."""
         default_precision: Precision = "fp32" if self.config.precision == AUTO else self.config.precision
         precisions = dict.fromkeys((default_precision, "fp32", *candidate_precisions(self.device)))
-        engine_kinds: tuple[EngineName, ...] = ("auto", "torch") if has_openvino() else ("auto",)  # which is torch then
+        engine_kinds: tuple[EngineName, ...] = ("auto", "torch") if has_openvino() else ("auto",)
         batch = self.config.batch
         variants = [(self.config.engine, default_precision, batch), (self.config.engine, default_precision, None)]
         variants.extend(
@@ -307,7 +303,7 @@ class _Benchmark:
             started = perf_counter()
             pending_result = engine.submit(image_batch)
             while perf_counter() - started < self.seconds_per_measurement:
-                next_result = engine.submit(image_batch)  # begun before the one before it is waited for
+                next_result = engine.submit(image_batch)  # a GPU works on two batches at a time
                 pending_result()
                 counts[stream_index] += len(image_batch)
                 pending_result = next_result
@@ -326,13 +322,13 @@ class _Benchmark:
     def measure_extraction(
         self, encoded_images: Sequence[bytes], precision: Precision, bound: float
     ) -> tuple[float, dict[str, float]]:
-        """Whole extraction: images per second and seconds per step."""
+        """Run a complete extraction; return its images per second and the seconds of each stage."""
         n_images = max(len(encoded_images), math.ceil(min(bound, 1e5) * self.seconds / 4))
         with tempfile.TemporaryDirectory() as folder:
             path, suffix = Path(folder) / "images.tar", get_modality(self.backbone.modality).decoded_suffixes[0]
             with tarfile.open(path, "w") as tar:
                 for i in range(n_images):
-                    data = encoded_images[i % len(encoded_images)] + i.to_bytes(8, "big")  # as many different files
+                    data = encoded_images[i % len(encoded_images)] + i.to_bytes(8, "big")  # distinct files
                     member = tarfile.TarInfo(f"{i:07}{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -360,20 +356,15 @@ class _Benchmark:
 
 
 def _combined_rate(device: str, io_rate: float, decode_rate: float, forward_rate: float) -> float:
-    """Images per second when all is done at once: the same cores decode and embed, or a GPU embeds beside them."""
+    """Images per second of all stages together: the same cores decode and embed, or a GPU embeds in parallel."""
     compute_rate = min(decode_rate, forward_rate) if device == "cuda" else 1 / (1 / decode_rate + 1 / forward_rate)
     return min(io_rate, compute_rate)
-
-
-def _make_synthetic_samples(backbone: Backbone) -> tuple[list[bytes], float, str]:
-    samples, description = get_modality(backbone.modality).make_encoded_samples()
-    return samples, math.inf, description
 
 
 def _read_sample_images(
     archives: Sequence[str], config: ExtractionConfig, backbone: Backbone
 ) -> tuple[list[bytes], float, str]:
-    """The bytes of the first images, how many a second come, and what they are called."""
+    """Read the first images; return their bytes, the images per second, and the names of the archives."""
     index = data.index(list(archives), labels=config.labels, modality=backbone.modality)
     images: list[bytes] = []
     started = perf_counter()

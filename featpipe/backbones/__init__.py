@@ -5,11 +5,11 @@ Listing names and identities does not import torch. All other names are imported
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.backbones.identity import BackboneIdentity, BackboneRequest, IdentityStore
 from featpipe.backbones.registry import PACKAGED_BACKBONES, TORCHVISION_BACKBONES, names
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.backbones.backbone import Backbone, prove_frozen
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         image_size,
     )
     from featpipe.backbones.weights import digest_state
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "PACKAGED_BACKBONES",
@@ -75,45 +77,3 @@ __all__ = [
     "resolve_outputs",
     "trace_modules",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "Backbone": "backbone",
-    "CustomTransform": "transforms",
-    "ImageBatch": "resize.matmul",
-    "ImageTransform": "transforms",
-    "MatmulResizer": "resize.matmul",
-    "Output": "outputs",
-    "Partition": "partition",
-    "PreparedImage": "resize.matmul",
-    "Recorder": "outputs",
-    "ResizeAxis": "resize.embedding_bag",
-    "SampleTransform": "transforms",
-    "Stage": "stages",
-    "Transform": "transforms",
-    "UnresizedImage": "resize.matmul",
-    "UpperNetwork": "partition",
-    "digest_state": "weights",
-    "example_batch": "transforms",
-    "find_stages": "stages",
-    "image_size": "transforms",
-    "imagenet_classifier": "sources.packaged",
-    "is_exact": "resize.matmul",
-    "is_supported": "resize.matmul",
-    "load": "loading",
-    "max_resize_batch": "resize.matmul",
-    "partition_network": "partition",
-    "prove_frozen": "backbone",
-    "reload_backbone": "loading",
-    "resolve_outputs": "outputs",
-    "trace_modules": "stages",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

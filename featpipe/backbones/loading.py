@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from featpipe.backbones.backbone import Backbone
-from featpipe.backbones.bundled import read_bundled_backbone
 from featpipe.backbones.identity import resolve_weights
 from featpipe.backbones.outputs import POOLED, resolve_outputs
 from featpipe.backbones.registry import PACKAGED_BACKBONES, TIMM_PREFIX, names
 from featpipe.backbones.sources.custom import AnyTransform, HeadlessNetwork, as_transform
 from featpipe.backbones.transforms import Transform
-from featpipe.backbones.weights import digest_state
+from featpipe.backbones.weights import digest_state, read_bundle
 from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError, WeightsError
 from featpipe.storage import describe_differences, is_model_file
@@ -74,31 +73,36 @@ def load(
         name, weights, seed = _resolve_model_file(Path(name), weights, seed)
     weights_source = resolve_weights(weights)
     if transform is None and isinstance(weights_source, Path) and is_model_file(weights_source):
-        transform = _restore_library_transform(read_bundled_backbone(weights_source).identity)
+        transform = _restore_library_transform(read_bundle(weights_source).document["facts"]["backbone"])
     headless = _build_headless(name, weights_source, transform, seed, progress)
     if transform is not None and headless.source != "user":
         chosen_transform = as_transform(transform)
     else:
         chosen_transform = headless.transform
     network = headless.network.eval().requires_grad_(False)
+    output_names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    backbone_name = name if isinstance(name, str) else headless.code["import"]
     backbone = Backbone(
-        name=name if isinstance(name, str) else headless.code["import"],
+        name=backbone_name,
         source=headless.source,
         network=network,
         transform=chosen_transform,
-        outputs=resolve_outputs(network, _as_sequence(outputs), chosen_transform),
+        outputs=resolve_outputs(network, output_names, chosen_transform),
         digest=digest_state(network),
         origin=headless.origin,
         code=headless.code,
         request={
-            "name": name if isinstance(name, str) else headless.code["import"],
-            "weights": _to_absolute_path(weights_source),
-            "outputs": list(_as_sequence(outputs)),
+            "name": backbone_name,
+            # Absolute: a model may be used from another working directory than it was trained in.
+            "weights": str(weights_source.absolute()) if isinstance(weights_source, Path) else weights_source,
+            "outputs": list(output_names),
             "seed": seed,
         },
         weight_files=_list_weight_files(headless, weights_source, transform, model_files),
     )
-    _check_width(backbone, headless.width)
+    pooled_shape = backbone.shapes.get(POOLED)
+    if headless.width is not None and pooled_shape not in (None, (headless.width,)):
+        raise WeightsError(f"{backbone.name}: an embedding has shape {pooled_shape}, expected ({headless.width},)")
     return backbone
 
 
@@ -163,13 +167,17 @@ def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tu
     """Resolve a model file to its backbone's name, weights and seed; explicit ``weights`` take precedence."""
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` make them")
-    bundled = read_bundled_backbone(path)
-    if ":" in bundled.name:
+    bundle = read_bundle(path)
+    request = bundle.document["backbone"]
+    name = request["name"]
+    if ":" in name:
         raise ConfigError(
-            f"{path}: its backbone {bundled.name!r} is a custom network, whose code is not run by default; "
-            f"if you trust it, pass --backbone {bundled.name} --weights {path}"
+            f"{path}: its backbone {name!r} is a custom network, whose code is not run by default; "
+            f"if you trust it, pass --backbone {name} --weights {path}"
         )
-    return (bundled.name, bundled.weights, bundled.seed) if weights is None else (bundled.name, weights, seed)
+    if weights is not None:
+        return name, weights, seed
+    return name, path if bundle.has_weights else request["weights"], request.get("seed", 0)
 
 
 def _restore_library_transform(identity: Mapping[str, Any]) -> Transform | None:
@@ -194,12 +202,17 @@ def _build_headless(
     if ":" in name:
         return custom.build(name, weights, transform, seed)
 
-    from featpipe.backbones.sources import packaged, timm, torchvision
-
-    if name.startswith(TIMM_PREFIX):
-        return timm.build(name, weights, seed, progress)
     if name in PACKAGED_BACKBONES:
+        from featpipe.backbones.sources import packaged
+
         return packaged.build(name, weights, seed, progress)
+    if name.startswith(TIMM_PREFIX):
+        from featpipe.backbones.sources import timm
+
+        return timm.build(name, weights, seed, progress)
+
+    from featpipe.backbones.sources import torchvision
+
     if torchvision.is_available(name):
         return torchvision.build(name, weights, seed, progress)
     available_names = names()
@@ -219,20 +232,3 @@ def _list_weight_files(
     if weights == "none":
         return model_files
     return None if headless.weight_files is None else (*model_files, *headless.weight_files)
-
-
-def _to_absolute_path(weights: str | Path | None) -> str | None:
-    """Make a file path absolute: a model may be used from another working directory than it was trained in."""
-    return str(weights.absolute()) if isinstance(weights, Path) else weights
-
-
-def _as_sequence(outputs: Sequence[str]) -> Sequence[str]:
-    return (outputs,) if isinstance(outputs, str) else outputs
-
-
-def _check_width(backbone: Backbone, declared_width: int | None) -> None:
-    pooled_shape = backbone.shapes.get(POOLED)
-    if declared_width is not None and pooled_shape is not None and pooled_shape != (declared_width,):
-        raise WeightsError(
-            f"{backbone.name}: gives {pooled_shape} for an image, but declares a width of {declared_width}"
-        )

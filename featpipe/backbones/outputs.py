@@ -105,7 +105,10 @@ class Recorder:
         if POOLED in self._missing_nodes:
             self._record(POOLED, network_output)
         if self._missing_nodes:
-            raise ConfigError(f"module {min(self._missing_nodes)!r} was not run for these images, though it was before")
+            raise ConfigError(
+                f"output {min(self._missing_nodes)!r}: the network called this module before, but not for these "
+                "images; name a module that every forward pass calls"
+            )
         return self.values
 
     def _record(self, node: str, value: object) -> None:
@@ -164,7 +167,7 @@ def resolve_outputs(network: nn.Module, output_names: Sequence[str], transform: 
     """
     parsed = [_parse_output(network, text) for text in output_names]
     if not parsed:
-        raise ConfigError("no output was asked for; ask for 'pooled' or NODE[:POOL]")
+        raise ConfigError("no output is named; name 'pooled' or NODE[:POOL]")
     modules = dict(network.named_modules())
     for node in dict.fromkeys(node for node, _ in parsed if node != POOLED):
         if not any(hook == _RecordingHook(node) for hook in modules[node]._forward_hooks.values()):
@@ -179,9 +182,7 @@ def resolve_outputs(network: nn.Module, output_names: Sequence[str], transform: 
         outputs.append(_make_output(network, node, pool, layout, shape, size))
     duplicates = [name for name, count in Counter(output.name for output in outputs).items() if count > 1]
     if duplicates:
-        raise ConfigError(
-            f"output {duplicates[0]!r} is asked for {Counter(o.name for o in outputs)[duplicates[0]]} times"
-        )
+        raise ConfigError(f"output {duplicates[0]!r} is named more than once; name each output once")
     return tuple(outputs)
 
 
@@ -191,7 +192,7 @@ def _parse_output(network: nn.Module, text: str) -> tuple[str, str | None]:
         raise unknown_name_error("pooling", pool, POOLINGS)
     if node == POOLED:
         if colon:
-            raise ConfigError(f"output {text!r}: 'pooled' is pooled by the network itself; ask for it alone")
+            raise ConfigError(f"output {text!r}: the network itself pools 'pooled'; leave out {colon + pool!r}")
         return node, "none"
     module_names = [name for name, _ in network.named_modules() if name]
     if node not in module_names:
@@ -216,7 +217,7 @@ def _as_tensor(node: str, value: object) -> Tensor:
     if isinstance(value, (tuple, list)) and value:
         value = value[0]  # attention returns (values, weights)
     if not isinstance(value, Tensor):
-        raise ConfigError(f"output {node!r} is a {type(value).__name__}; expected a tensor: ask for another module")
+        raise ConfigError(f"output {node!r} is a {type(value).__name__}, expected a tensor; name another module")
     return value
 
 
@@ -225,41 +226,44 @@ def _image_shape(node: str, *passes: tuple[int, list[tuple[int, ...]]] | None) -
     shapes = set()
     for recorded in passes:
         if recorded is None:
-            raise ConfigError(f"output {node!r} is a module that the forward pass does not run; ask for another")
+            raise ConfigError(f"output {node!r}: the forward pass does not call this module; name another one")
         batch, values = recorded
         if len(values) > 1:
-            call_count_text = f"runs {len(values)} times in one forward pass"
             raise ConfigError(
-                f"output {node!r} {call_count_text}, so it has no one value; ask for the module around it"
+                f"output {node!r}: a forward pass calls this module {len(values)} times, expected one call; "
+                "name the module that contains it"
             )
         if not values[0] or values[0][0] != batch:
-            shape_text = f"has shape {values[0]} for a batch of {batch}"
             raise ConfigError(
-                f"output {node!r} {shape_text}; expected the batch on the first axis: ask for another module"
+                f"output {node!r} has shape {values[0]} for a batch of {batch}, expected the batch on the first axis; "
+                "name another module"
             )
         shapes.add(values[0][1:])
     if len(shapes) > 1:
-        raise ConfigError(f"output {node!r} changes its shape with the batch: {sorted(shapes)}; ask for another module")
+        raise ConfigError(f"output {node!r}: its shape depends on the batch: {sorted(shapes)}; name another module")
     return shapes.pop()
 
 
 def _detect_layout(node: str, shape: tuple[int, ...], size: tuple[int, int]) -> str:
-    if len(shape) == 3:
-        channels_first_distance, channels_last_distance = (
-            _aspect_ratio_distance(shape[1:], size),
-            _aspect_ratio_distance(shape[:2], size),
+    if len(shape) not in (1, 2, 3):
+        raise ConfigError(
+            f"output {node!r} has shape {shape} for one image; expected a vector, tokens or a feature map: "
+            "name another module"
         )
-        return "nhwc" if channels_last_distance < channels_first_distance else "nchw"
-    if len(shape) in (1, 2):
+    if len(shape) < 3:
         return ("vector", "tokens")[len(shape) - 1]
-    raise ConfigError(f"output {node!r} has shape {shape} for one image; expected a vector, tokens or a map")
+    if 0 in shape:
+        raise ConfigError(
+            f"output {node!r} has shape {shape} for images of {size[0]} × {size[1]} pixels, expected no empty axis: "
+            "name another module"
+        )
+    return "nhwc" if is_channels_last(shape, size) else "nchw"
 
 
-def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
-    """Distance of two axes from the image's aspect ratio; 0 if equal."""
-    if 0 in axes:
-        raise ConfigError(f"an output has an empty axis for images of {size[0]} × {size[1]} pixels")
-    return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
+def is_channels_last(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Whether a feature map has shape (h, w, c), not (c, h, w): its spatial axes have the image's aspect ratio."""
+    first, last = (abs(log(a / b) - log(size[0] / size[1])) for a, b in (shape[1:], shape[:2]))
+    return last < first
 
 
 def _make_output(
@@ -268,17 +272,17 @@ def _make_output(
     """Validate the pooling, or choose the default, and compute the shape after pooling."""
     if node == POOLED and len(shape) != 1:
         raise ConfigError(
-            f"the network answers with {shape} for one image; expected (d,): ask for a module inside it, "
-            "such as --output NODE:avg, or end it with pooling"
+            f"the output of the network has shape {shape} for one image, expected (d,); name a module in it, "
+            "such as --output NODE:avg, or let the network end with pooling"
         )
     prefix_tokens = _count_prefix_tokens(network, shape[0], size) if layout == "tokens" else 0
     has_class_token = prefix_tokens > 0 and _has_class_token(network)
     if pool is None:
         pool = {"vector": "none", "tokens": "cls" if has_class_token else "avg"}.get(layout, "avg")
     if pool == "cls" and not has_class_token:
-        raise ConfigError(f"output '{node}:cls': its value {shape} has no class token; use avg, max, gem or none")
+        raise ConfigError(f"output '{node}:cls' has shape {shape} and no class token; use avg, max, gem or none")
     if layout == "vector" and pool != "none":
-        raise ConfigError(f"output '{node}:{pool}': its value {shape} is a vector already; ask for {node!r} alone")
+        raise ConfigError(f"output '{node}:{pool}' has shape {shape}, a vector, which needs no pooling; name {node!r}")
     if pool == "none":
         kept_shape = (shape[2], *shape[:2]) if layout == "nhwc" else shape
     else:

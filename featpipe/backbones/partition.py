@@ -71,9 +71,12 @@ def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
     first_trained = _find_first_trained(network, frozenset(frozen), calls)
     if first_trained is None:
         return Partition(
-            embedding.name, nn.Identity(), tuple(call.name for call in calls.values()), "nothing of the network trains"
+            embedding.name,
+            nn.Identity(),
+            tuple(call.name for call in calls.values()),
+            "no parameter is trained",
         )
-    trained_text = f"{first_trained.name or 'the network itself'!r} trains"
+    trained_text = f"{first_trained.name or 'the network itself'!r} is trained"
     earlier_calls = sorted(
         (call for call in calls.values() if call.end < first_trained.start), key=lambda run: -run.end
     )
@@ -90,11 +93,12 @@ def partition_network(backbone: Backbone, frozen: Collection[str]) -> Partition:
                 upper.cut_output.name,
                 upper,
                 lower_modules,
-                f"{trained_text}; all that comes before goes through {call.name!r}",
+                f"{trained_text}; it depends on earlier modules only through {call.name!r}",
             )
-    reason = "what comes before it is not one value" if earlier_calls else "no module is done before it"
+    reason = "depends on more than one earlier value" if earlier_calls else "no module finishes before it"
     raise ConfigError(
-        f"{backbone.name} cannot be cut into a frozen part and one that trains: {trained_text}, and {reason}"
+        f"{backbone.name} cannot be split into a frozen and a trained part: {trained_text}, and {reason}; "
+        "train more of it, or the whole network"
     )
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from math import log, prod
+from dataclasses import dataclass, replace
+from itertools import count
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from featpipe.backbones.outputs import is_channels_last
 from featpipe.backbones.weights import seeded_rng
 
 DOWNSAMPLING_RATIO = 0.6  # of the positions; a convolution without padding loses a few, which is not downsampling
@@ -80,7 +82,7 @@ def find_stages(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     if len(groups) < MIN_STAGES:
         chain = _split_by_blocks(chain, calls)
         groups = _group_links(chain, size)
-    return tuple(Stage(_stage_name(group, first=not n), _module_names(group)) for n, group in enumerate(groups))
+    return tuple(_make_stage(group, first=not n) for n, group in enumerate(groups))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +148,8 @@ def _group_links(chain: list[_ChainLink], size: tuple[int, int]) -> list[list[_C
         positions_after = _count_positions(link.call, positions_before, size)
         is_downsampled, positions_before = positions_after < DOWNSAMPLING_RATIO * positions_before, positions_after
         is_first_block = _is_block(link.call.module) and not any(map(_has_block, groups))
-        begins_stage = link.starts_stage or _is_block_sequence(link.call.module) or is_downsampled
+        is_block_sequence = type(link.call.module) is nn.Sequential and any(map(_is_block, link.call.module))
+        begins_stage = link.starts_stage or is_block_sequence or is_downsampled
         if groups[-1] and (is_first_block or (begins_stage and _has_block(groups[-1]))):
             groups.append([])
         groups[-1].append(link)
@@ -164,20 +167,7 @@ def _count_positions(call: ModuleCall, positions_before: int, size: tuple[int, i
         return positions_before
     if len(shape) < 3:
         return 1 if len(shape) == 1 else shape[0]
-    channels_first_axes, channels_last_axes = (
-        shape[1:],
-        shape[:2],
-    )  # channels first or channels last: the spatial axes are those closest to the image's aspect ratio
-    return prod(
-        channels_last_axes
-        if _aspect_ratio_distance(channels_last_axes, size) < _aspect_ratio_distance(channels_first_axes, size)
-        else channels_first_axes
-    )
-
-
-def _aspect_ratio_distance(axes: tuple[int, ...], size: tuple[int, int]) -> float:
-    """Distance of two axes from the image's aspect ratio; 0 if equal."""
-    return abs(log(axes[0] / axes[1]) - log(size[0] / size[1]))
+    return prod(shape[:2] if is_channels_last(shape, size) else shape[1:])
 
 
 def _count_weight_layers(module: nn.Module) -> int:
@@ -193,10 +183,6 @@ def _has_block(group: list[_ChainLink]) -> bool:
     return sum(_count_weight_layers(link.call.module) for link in group) > 1
 
 
-def _is_block_sequence(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential and any(map(_is_block, module.children()))
-
-
 def _has_repeated_blocks(module: nn.Module, calls: dict[nn.Module, ModuleCall]) -> bool:
     """Whether a module contains, at any level that can be split, several blocks of the same type."""
     blocks = [call.module for call in _called_children(module, calls) if _is_block(call.module)]
@@ -204,21 +190,13 @@ def _has_repeated_blocks(module: nn.Module, calls: dict[nn.Module, ModuleCall]) 
     return len(set(block_types)) < len(block_types) or any(_has_repeated_blocks(block, calls) for block in blocks)
 
 
-def _count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _stage_name(group: list[_ChainLink], *, first: bool) -> str:
+def _make_stage(group: list[_ChainLink], *, first: bool) -> Stage:
+    modules = tuple(name for link in group for name in (*link.extra_names, link.call.name))
     blocks = [link for link in group if _is_block(link.call.module)]
-    return (
-        "stem"
-        if first and not blocks
-        else max(blocks or group, key=lambda link: _count_parameters(link.call.module)).call.name
-    )
-
-
-def _module_names(group: list[_ChainLink]) -> tuple[str, ...]:
-    return tuple(name for link in group for name in (*link.extra_names, link.call.name))
+    if first and not blocks:
+        return Stage("stem", modules)
+    largest = max(blocks or group, key=lambda link: sum(p.numel() for p in link.call.module.parameters()))
+    return Stage(largest.call.name, modules)
 
 
 @dataclass(frozen=True)
@@ -312,39 +290,28 @@ def map_leaves(function: Callable[..., object], value: Any, *others: Any) -> Any
     return function(value, *others)
 
 
-@dataclass
-class _ModuleTracer:
-    """Records the start and the end of module calls."""
-
-    names: dict[nn.Module, str]
-    calls: dict[nn.Module, ModuleCall] = field(default_factory=dict)
-    clock: int = 0
-
-    def on_enter(self, module: nn.Module, args: object) -> None:
-        self.clock += 1
-        self.calls.setdefault(module, ModuleCall(self.names[module], module, self.clock))
-
-    def on_exit(self, module: nn.Module, args: object, value: object) -> None:
-        self.clock += 1
-        call = self.calls[module]
-        call.end, call.call_count, call.output = self.clock, call.call_count + 1, map_leaves(_to_meta, value)
-
-
 def _trace(network: nn.Module, images: Tensor) -> dict[nn.Module, ModuleCall]:
-    tracer = _ModuleTracer({module: name for name, module in network.named_modules()})
-    handles = [module.register_forward_pre_hook(tracer.on_enter) for module in tracer.names]
-    handles += [module.register_forward_hook(tracer.on_exit) for module in tracer.names]
+    names = {module: name for name, module in network.named_modules()}
+    calls: dict[nn.Module, ModuleCall] = {}
+    clock = count(1)
+
+    def on_enter(module: nn.Module, args: object) -> None:
+        calls.setdefault(module, ModuleCall(names[module], module, next(clock)))
+
+    def on_exit(module: nn.Module, args: object, value: object) -> None:
+        call = calls[module]
+        call.end, call.call_count = next(clock), call.call_count + 1
+        call.output = map_leaves(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, value)
+
+    handles = [module.register_forward_pre_hook(on_enter) for module in names]
+    handles += [module.register_forward_hook(on_exit) for module in names]
     try:
         with eval_mode(network):
             network(images)
     finally:
         for handle in handles:
             handle.remove()
-    return tracer.calls
-
-
-def _to_meta(value: object) -> object:
-    return value.to("meta") if isinstance(value, Tensor) else value
+    return calls
 
 
 def _make_batch_shape(value_1: object, value_2: object) -> object:

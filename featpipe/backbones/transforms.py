@@ -278,7 +278,7 @@ class CustomTransform(ImageTransform):
             self._check_result(image, result, results[0])
             if not torch.equal(result, self.function(image.clone())):
                 raise ConfigError(
-                    f"transform {_qualified_name(self.function)} is random: the same picture gave two results"
+                    f"transform {_qualified_name(self.function)} is random: two calls for one image differ"
                 )
         object.__setattr__(self, "size", tuple(results[0].shape[1:]))
         data = b"".join(result.to(torch.float32).contiguous().numpy().tobytes() for result in results)
@@ -288,9 +288,9 @@ class CustomTransform(ImageTransform):
     def __call__(self, image: Tensor) -> Tensor:
         result = self.function(image)
         if result.shape != (3, *self.size):
-            size_text = f"{tuple(result.shape)} for a picture of {tuple(image.shape)}"
             raise ConfigError(
-                f"transform {_qualified_name(self.function)} gave {size_text}, and {(3, *self.size)} before"
+                f"transform {_qualified_name(self.function)} returned shape {tuple(result.shape)} for an image of "
+                f"{tuple(image.shape)}, expected {(3, *self.size)} as for other images"
             )
         return result
 
@@ -318,9 +318,9 @@ class CustomTransform(ImageTransform):
                 f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             )
             raise ConfigError(
-                f"transform {_qualified_name(self.function)} gave {result_text} "
+                f"transform {_qualified_name(self.function)} returned {result_text} "
                 f"for a uint8 tensor of {tuple(image.shape)}; "
-                "expected a float tensor (3, h, w), the same h and w for every picture"
+                "expected a float tensor (3, h, w), the same h and w for every image"
             )
 
 

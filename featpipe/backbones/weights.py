@@ -12,9 +12,8 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from featpipe.backbones.bundled import read_bundled_weights
-from featpipe.errors import WeightsError
-from featpipe.storage import digest_arrays, is_model_file
+from featpipe.errors import ModelError, WeightsError
+from featpipe.storage import WEIGHTS_MEMBER, ModelBundle, digest_arrays, is_model_file
 
 StateDict = Mapping[str, Tensor]
 
@@ -77,14 +76,39 @@ def read_state_dicts(path: Path) -> list[StateDict]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights as .safetensors, .pth, .pt or .bin")
     if is_model_file(path):
-        return [read_bundled_weights(path)]
+        return [_read_bundled_weights(path)]
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state_dicts = list(_find_state_dicts(content, MAX_NESTING_DEPTH))
     if not state_dicts:
         raise WeightsError(
-            f"{path}: holds no state dict (names → tensors); save one with torch.save(net.state_dict(), …)"
+            f"{path}: contains no state dict (names → tensors); save one with torch.save(net.state_dict(), …)"
         )
     return state_dicts
+
+
+def read_bundle(path: Path, *members: str) -> ModelBundle:
+    """Read a model file as a source of weights: a damaged one raises a WeightsError."""
+    try:
+        return ModelBundle.read(path, members)
+    except ModelError as error:
+        raise WeightsError(str(error)) from None
+
+
+def _read_bundled_weights(path: Path) -> StateDict:
+    import safetensors.torch
+
+    bundle = read_bundle(path, WEIGHTS_MEMBER)
+    if not bundle.has_weights:
+        raise WeightsError(
+            f"{path}: the model file contains no weights; pass the weights that its backbone was loaded with"
+        )
+    try:
+        return safetensors.torch.load(bundle.members[WEIGHTS_MEMBER])
+    except Exception as error:  # safetensors raises its own errors for damaged bytes
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{path}: {WEIGHTS_MEMBER} is damaged ({type(error).__name__}: {reason}); copy the model again"
+        ) from None
 
 
 def _read_safetensors(path: Path) -> object:
@@ -94,7 +118,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error}); bring a complete one") from error
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
 
 
 def _read_torch(path: Path) -> object:
@@ -104,12 +128,12 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise WeightsError(
-            f"{path}: holds objects other than tensors, which could run code, and was not loaded; "
-            "save the state dict alone, torch.save(net.state_dict(), …), or as safetensors"
+            f"{path}: contains objects other than tensors, which could run code, and was not loaded; "
+            "save only the state dict, with torch.save(net.state_dict(), …) or as safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: not a readable state dict ({reason}); bring a complete one") from error
+        raise WeightsError(f"{path}: not a readable state dict ({reason}); copy or download it again") from error
 
 
 def _find_state_dicts(content: object, depth: int) -> Iterator[StateDict]:
@@ -169,7 +193,7 @@ def match_state_dict(
     """
     expected = {name: value for name, value in network.state_dict().items() if not name.endswith(BATCH_COUNTER)}
     available = {
-        rename_weight(_strip_compile_prefix(name)): value
+        rename_weight(name.replace("_orig_mod.", "")): value  # torch.compile inserts this prefix at any depth
         for name, value in state.items()
         if not name.endswith(BATCH_COUNTER)
     }
@@ -178,24 +202,20 @@ def match_state_dict(
     missing = [name for name in expected if name not in candidates]
     if missing:
         raise WeightsError(
-            f"{context}: {_format_names(missing, 'weights')} missing; it has {_format_names(list(available), 'others')}"
+            f"{context}: {_format_names(missing, 'weights')} missing; "
+            f"the file has {_format_names(list(available), 'weights')}"
         )
     for name, value in expected.items():
         if candidates[name].shape != value.shape:
             shapes = f"{tuple(candidates[name].shape)}, expected {tuple(value.shape)}"
-            raise WeightsError(f"{context}: {name!r} has shape {shapes}; it belongs to another network")
+            raise WeightsError(f"{context}: {name!r} has shape {shapes}; the file belongs to another network")
     head_names = (*removed, *HEAD_NAMES)
     unexpected = [name for name in candidates if name not in expected and not _is_head_weight(name, head_names)]
     if unexpected:
         raise WeightsError(
-            f"{context}: {_format_names(unexpected, 'weights')} not in this network; it belongs to another one"
+            f"{context}: {_format_names(unexpected, 'weights')} not in this network; the file belongs to another one"
         )
     return {name: candidates[name] for name in expected}
-
-
-def _strip_compile_prefix(name: str) -> str:
-    """Remove the prefix that torch.compile inserts before the names of compiled modules, at any depth."""
-    return name.replace("_orig_mod.", "")
 
 
 def _count_shared_names(state: StateDict, network: nn.Module) -> int:
@@ -218,7 +238,8 @@ def _find_prefix(available: StateDict, expected: StateDict, context: str) -> str
         return ""
     if len(matching_prefixes) > 1:
         raise WeightsError(
-            f"{context}: fits under {', '.join(map(repr, matching_prefixes))}; save the one that you mean alone"
+            f"{context}: weights match under several prefixes, {', '.join(map(repr, matching_prefixes))}; "
+            "save only those of one prefix"
         )
     return matching_prefixes[0]
 

@@ -38,8 +38,8 @@ def bench(archives: tuple[str, ...], seconds: float, as_json: bool, **settings: 
     from featpipe.bench import run_benchmark
 
     bench_settings = {**settings, "outputs": settings["outputs"] or ExtractionConfig.outputs}
-    with Terminal() as terminal:
-        result = run_benchmark(archives, seconds=seconds, progress=terminal, **bench_settings)
+    with Terminal():
+        result = run_benchmark(archives, seconds=seconds, **bench_settings)
     if as_json:
         print_json(result.to_dict())
         return

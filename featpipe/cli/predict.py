@@ -51,15 +51,17 @@ def predict(
     Example:
       featpipe predict photos.model 'shards-{000..099}.tar' --out predictions.csv
     """
-    from featpipe.model import load_model
+    from featpipe.model import open_model
     from featpipe.prediction import predict as run
 
     if as_json and not out:
         raise click.UsageError("--json writes counts to standard output, like the predictions; give --out")
-    loaded_model = load_model(model, backbone=backbone, device=device)
-    other_models = [load_model(path) for path in also]
+    first_model = open_model(model, device=device)
+    if backbone is not None:
+        first_model.attach(backbone)
+    other_models = [open_model(path) for path in also]
     with Terminal() as terminal:
-        counts = run(loaded_model, list(archives), out, also=other_models, progress=terminal, **settings)
+        counts = run(first_model, list(archives), out, also=other_models, progress=terminal, **settings)
     if as_json:
         print_json({"out": out, "samples": sum(counts.values()), "status": counts})
     elif out:

@@ -44,7 +44,6 @@ bad member keeps its row, with a fault.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.data.index import Index, SampleReader, index, index_files
@@ -55,6 +54,7 @@ from featpipe.data.modalities import DEFAULT_MODALITY, MODALITIES, Modality, get
 from featpipe.data.sources.glob import expand_paths
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, escape_name, format_name
 from featpipe.data.sources.sidecars import LabelValue
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.data.demo_tiles import TILE_SIZE, write_tiles
@@ -70,6 +70,8 @@ if TYPE_CHECKING:
         resize_image,
         to_rgb,
     )
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "BACKGROUND",
@@ -110,28 +112,3 @@ __all__ = [
     "to_rgb",
     "write_tiles",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need Pillow, and reading a cache does not
-    "BACKGROUND": "image",
-    "ImageLimits": "image",
-    "TILE_SIZE": "demo_tiles",
-    "compute_resize_weights": "image",
-    "decode_image": "image",
-    "encode_jpeg": "image",
-    "encode_png": "image",
-    "encode_preview": "image",
-    "encode_thumbnail": "image",
-    "resize_image": "image",
-    "to_rgb": "image",
-    "write_tiles": "demo_tiles",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

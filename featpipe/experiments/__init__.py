@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.experiments.recipe.builtin import list_builtin_recipes, read_question
@@ -19,11 +18,14 @@ from featpipe.experiments.recipe.schema import (
     SamplesConfig,
     SplitConfig,
 )
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.experiments.dry_run import DryRun, plan_run
     from featpipe.experiments.result import EmbeddingSummary, RunResult, TrialResult
     from featpipe.experiments.runner import run
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "ALL_HEADS",
@@ -48,22 +50,3 @@ __all__ = [
     "read_recipe",
     "run",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch, and reading a recipe does not
-    "DryRun": "dry_run",
-    "EmbeddingSummary": "result",
-    "RunResult": "result",
-    "TrialResult": "result",
-    "plan_run": "dry_run",
-    "run": "runner",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

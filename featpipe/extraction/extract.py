@@ -209,7 +209,7 @@ def embed_files(
             identity_hash = hashlib.sha256("\n".join([fingerprint, *unread_paths]).encode("utf-8", "replace"))
             out = folder / f"files-{identity_hash.hexdigest()[:16]}.h5"
             unread_index = data.index_files(unread_paths, modality=backbone.modality)
-            cache = extract_index(unread_index, backbone, replace(settings, out=out), progress)
+            cache = extract_index(unread_index, backbone, replace(settings, out=out), progress, require_readable=False)
             features[unread_rows], status[unread_rows] = cache.features(output), cache.status_codes
     return features[inverse], status[inverse]
 

@@ -147,7 +147,8 @@ class ExtractionPlan:
         precision_choice : PrecisionChoice, optional
         deadline : Deadline, optional
         require_readable : bool
-            Raise instead of writing a cache without any embedding.
+            Warn about images without an embedding, and raise instead of writing a cache without any; False if the
+            caller reports the images.
 
         Raises
         ------
@@ -158,6 +159,8 @@ class ExtractionPlan:
         if self.current_cache is None:
             self.row_sources.drop_damaged()
         run = self.embed(staging_area, progress, precision_choice=precision_choice, deadline=deadline)
+        if require_readable:
+            run.report_failures()
         current_cache = self.current_cache
         if current_cache is None:
             table = self.row_sources.to_table()

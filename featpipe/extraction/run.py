@@ -103,7 +103,6 @@ class ExtractionRun:
             subject = f"all readable ones of {n} images" if self.row_sources.status.any() else f"all {n} images"
             logger.info(f"{subject} are in a cache already: no forward pass")
         self._raise_if_too_many_failures()
-        self._report_failures()
 
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         self._start_time = perf_counter()
@@ -218,7 +217,8 @@ class ExtractionRun:
             f"{self.config.max_bad} allows; the finished work is kept: run again with a higher --max-bad to go on"
         )
 
-    def _report_failures(self) -> None:
+    def report_failures(self) -> None:
+        """Log a warning if images have no features."""
         counts = self._count_failures()
         if counts:
             text = f"{counts.total()} of {len(self.row_sources.index)} images have no features: {format_counts(counts)}"

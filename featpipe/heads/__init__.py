@@ -6,7 +6,6 @@ it.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.heads.knn import nearness
@@ -22,6 +21,7 @@ from featpipe.heads.registry import (
     get_spec,
     list_heads,
 )
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.heads.closed_form.out_of_core import fit_streamed
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from featpipe.heads.logistic.estimator import SoftmaxRegression
     from featpipe.heads.neural.estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
     from featpipe.heads.resampling import BalancedClassifier, draw_row_indices, fit_balanced, resample
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "C_GRID",
@@ -102,48 +104,3 @@ __all__ = [
     "resolve_last_layer",
     "select_best_C",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "BalancedClassifier": "resampling",
-    "BayesianRidgeClassifier": "closed_form.solve",
-    "C_GRID": "logistic.cv",
-    "ExpandedClassifier": "expanded",
-    "LastLayer": "last_layer",
-    "LinearClassifier": "neural.estimators",
-    "LinearRegressor": "neural.estimators",
-    "MLPClassifier": "neural.estimators",
-    "MLPRegressor": "neural.estimators",
-    "SoftmaxRegression": "logistic.estimator",
-    "SoftmaxRegressionCV": "logistic.cv",
-    "SufficientStatistics": "closed_form.sufficient_statistics",
-    "accepts_statistics": "closed_form.sufficient_statistics",
-    "compute_fisher_diagonal": "last_layer",
-    "compute_hidden_features": "last_layer",
-    "compute_statistics": "closed_form.sufficient_statistics",
-    "draw_row_indices": "resampling",
-    "find_statistics_kind": "closed_form.sufficient_statistics",
-    "fit_balanced": "resampling",
-    "fit_from_statistics": "closed_form.sufficient_statistics",
-    "fit_streamed": "closed_form.out_of_core",
-    "get_base_head": "expanded",
-    "get_l2_strength": "last_layer",
-    "make_closed_form_head": "closed_form.sufficient_statistics",
-    "make_expanded_head": "expanded",
-    "map_folds": "logistic.cv",
-    "merge_class_scores": "expanded",
-    "merge_last_layer_rows": "expanded",
-    "replace_last_layer": "last_layer",
-    "resample": "resampling",
-    "resolve_last_layer": "expanded",
-    "select_best_C": "logistic.cv",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.inference.devices import available_cores, keep_freed_memory, resolve_device, resolve_devices
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
         compute_min_cosine,
         select_precision,
     )
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "MAX_MICRO_BATCH",
@@ -55,39 +58,3 @@ __all__ = [
     "run_in_threads",
     "select_precision",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "DecodedBatch": "loader",
-    "Engine": "engine",
-    "Fidelity": "precision",
-    "SampleList": "loader",
-    "Loader": "loader",
-    "MAX_MICRO_BATCH": "loader",
-    "OPENVINO_PRECISIONS": "optimize",
-    "StageSeconds": "loader",
-    "available_cores": "devices",
-    "candidate_precisions": "precision",
-    "compute_embeddings": "precision",
-    "compute_min_cosine": "precision",
-    "count_multiply_adds": "flops",
-    "embed_batches": "loader",
-    "embed_sample_list": "loader",
-    "has_openvino": "optimize",
-    "keep_freed_memory": "devices",
-    "make_worker_transforms": "pinned_transfer",
-    "micro_batch_size": "loader",
-    "resolve_device": "devices",
-    "resolve_devices": "devices",
-    "run_in_threads": "loader",
-    "select_precision": "precision",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

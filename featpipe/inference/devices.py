@@ -37,10 +37,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device_type == "cuda":
         count = torch.cuda.device_count()
         if int(index or 0) >= count:
-            available_text = f"this machine has {count} CUDA device{'s' * (count != 1)} that torch can use"
-            raise ConfigError(f"device {name!r} is not there: {available_text}; use --device auto or cpu")
+            raise ConfigError(
+                f"device {name!r} is not available: torch can use {count} CUDA device{'s' * (count != 1)} of this "
+                "machine; use --device auto or cpu"
+            )
     if device_type == "mps" and not _has_mps():
-        raise ConfigError("device 'mps' is not there: torch finds no Apple GPU; use --device auto or cpu")
+        raise ConfigError("device 'mps' is not available: torch finds no Apple GPU; use --device auto or cpu")
     return torch.device(name)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ def _fold_batch_norm(
             return default
         name = str(node.target)
         float_weight = weights.get(name.removeprefix("network."))
-        return (_get_attribute(module, name) if float_weight is None else float_weight).detach().double()
+        return (attrgetter(name)(module) if float_weight is None else float_weight).detach().double()
 
     _, weight, bias, *_ = _conv_arguments(chain.convolution)
     weight, bias = load_value(weight, 1), load_value(bias, 0)
@@ -240,13 +241,6 @@ def _fold_batch_norm(
         scale = gamma / (variance + norm_arguments[7]).sqrt()
         weight, bias = weight * scale.reshape(-1, 1, 1, 1), (bias - mean) * scale + beta
     return weight.float(), bias.float() if isinstance(bias, Tensor) else None
-
-
-def _get_attribute(module: torch.nn.Module, name: str) -> Tensor:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _activation_arguments(chain: _FusionChain) -> tuple[str | None, list[float]]:

@@ -7,19 +7,21 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic, perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from featpipe.backbones import ImageBatch, PreparedImage
-from featpipe.data import DEFAULT_MODALITY, get_modality
+from featpipe.data import DEFAULT_MODALITY, Index, SampleReader, get_modality
 from featpipe.errors import ConfigError, SampleError
+from featpipe.inference.engine import Engine
+from featpipe.inference.runner import Embeddings
 from featpipe.status import Status
 from featpipe.storage import digest
 
@@ -27,7 +29,6 @@ MAX_ROWS_PER_IMAGE = 64  # per image of a full batch; a batch with this many row
 MAX_MICRO_BATCH = 32  # maximum number of images that a worker passes on at a time if another thread embeds them
 
 R = TypeVar("R")
-Embeddings = dict[str, NDArray[np.float32]]
 
 Sample = Any  # encoded bytes, or an item for the transform
 ReadRow = tuple[int, Sample | SampleError]
@@ -36,47 +37,8 @@ STOP_TIMEOUT_SECONDS = 10.0
 MAX_READ_AHEAD_BYTES = 32 << 20  # encoded images that one thread has read but not decoded
 
 
-class PrepareItem(Protocol):
-    """The per-item part of the transform: an item → an input of the engine's ``collate``."""
-
-    def __call__(self, item: Any, /) -> PreparedImage: ...
-
-
-class RowReader(Protocol):
-    """An open source of samples, read by row."""
-
-    def read(self, row: int, /) -> Sample: ...
-    def __exit__(self, *exception: object) -> None: ...
-
-
-class SampleSource(Protocol):
-    """Interface of a loader's source: an index of archives, or a list of samples in memory."""
-
-    @property
-    def modality(self) -> str: ...
-    @property
-    def sequential(self) -> bool: ...
-    def open(self) -> RowReader: ...
-
-
-class EmbeddingEngine(Protocol):
-    """Interface of the engine that embeds a loader's batches."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def transform(self) -> PrepareItem: ...
-    @property
-    def fallback_transform(self) -> PrepareItem: ...
-    def collate(self, images: Sequence[PreparedImage], /) -> ImageBatch: ...
-    def session(self) -> AbstractContextManager[None]: ...
-    def enter_stream(self, workers: int) -> None: ...
-    def embed(self, images: ImageBatch) -> Embeddings: ...
-    def submit(self, images: ImageBatch) -> Callable[[], Embeddings]: ...
+PrepareItem = Callable[[Any], PreparedImage]
+"""The per-item part of the transform: an item → an input of the engine's ``collate``."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +138,7 @@ class Loader:
 
     def __init__(
         self,
-        index: SampleSource,
+        index: Index | SampleList,
         rows: NDArray[np.int64],
         transform: PrepareItem,
         batch: int,
@@ -187,7 +149,7 @@ class Loader:
         self.collate = collate
         self.batch = batch
         self.has_embedding = has_embedding
-        self.reader = index.open()
+        self.reader: SampleReader | SampleList = index.open()
         self._decode = get_modality(index.modality).decode
         self._sequential = index.sequential
         self._rows = iter(rows.tolist())
@@ -240,21 +202,18 @@ class Loader:
     def _next_rows(self, count: int, seconds: StageSeconds) -> Iterator[ReadRow]:
         """Return the next rows with their bytes. A sequential source is read under the lock, in bounded chunks."""
         with self._rows_lock:
-            if self._sequential:
-                return iter(self._read_ahead(count, seconds))
-            rows = list(islice(self._rows, count))
-        return ((row, self._read(row, seconds)) for row in rows)
-
-    def _read_ahead(self, count: int, seconds: StageSeconds) -> list[ReadRow]:
-        read_rows: list[ReadRow] = []
-        nbytes = 0
-        for row in islice(self._rows, count):
-            data = self._read(row, seconds)
-            read_rows.append((row, data))
-            nbytes += len(data) if isinstance(data, bytes) else 0
-            if nbytes > MAX_READ_AHEAD_BYTES:
-                break
-        return read_rows
+            if not self._sequential:
+                rows = list(islice(self._rows, count))
+                return ((row, self._read(row, seconds)) for row in rows)
+            read_rows: list[ReadRow] = []
+            nbytes = 0
+            for row in islice(self._rows, count):
+                data = self._read(row, seconds)
+                read_rows.append((row, data))
+                nbytes += len(data) if isinstance(data, bytes) else 0
+                if nbytes > MAX_READ_AHEAD_BYTES:
+                    break
+            return iter(read_rows)
 
     def _read(self, row: int, seconds: StageSeconds) -> Sample | SampleError:
         started = perf_counter()
@@ -290,9 +249,6 @@ class Loader:
         finally:
             batch.seconds.decoding += perf_counter() - started
         return None
-
-
-EmbeddedBatch = tuple[DecodedBatch, Embeddings]
 
 
 def run_in_threads(
@@ -354,7 +310,10 @@ def run_in_threads(
             worker.join(max(0.0, deadline - monotonic()))
 
 
-def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Generator[EmbeddedBatch, None, None]:
+EmbeddedBatch = tuple[DecodedBatch, Embeddings]
+
+
+def embed_batches(loader: Loader, engine: Engine, workers: int) -> Generator[EmbeddedBatch, None, None]:
     """Yield the batches of a loader with their embeddings, in no particular order.
 
     On a CPU each worker embeds the images that it decoded. For a GPU the workers decode, and the caller's thread
@@ -369,19 +328,18 @@ def embed_batches(loader: Loader, engine: EmbeddingEngine, workers: int) -> Gene
     engine limits the total bytes of unresized images, which may be large.
     """
     if engine.device.type == "cpu":
-        return run_in_threads(
-            lambda: _embed_sequentially(_bind_stream(loader.batches(), engine, workers), engine), workers
-        )
+        return run_in_threads(lambda: _embed_sequentially(loader, engine, workers), workers)
     micro_batch = micro_batch_size(engine, workers)
-    micro_batches = run_in_threads(
-        lambda: _bind_stream(loader.micro_batches(micro_batch, engine.fallback_transform), engine, workers),
-        workers,
-        prefetch=1,
-    )
+
+    def decode() -> Iterator[DecodedBatch]:
+        engine.enter_stream(workers)
+        return loader.micro_batches(micro_batch, engine.fallback_transform)
+
+    micro_batches = run_in_threads(decode, workers, prefetch=1)
     return _embed_overlapped(_merge_micro_batches(micro_batches, engine), engine)
 
 
-def micro_batch_size(engine: EmbeddingEngine, workers: int) -> int:
+def micro_batch_size(engine: Engine, workers: int) -> int:
     """Number of images that each worker decodes before it passes them on.
 
     On a CPU this is the batch size. Otherwise it is a power of two, like the default batch sizes, of at most 32, such
@@ -393,15 +351,9 @@ def micro_batch_size(engine: EmbeddingEngine, workers: int) -> int:
     return 1 << (images_per_worker.bit_length() - 1)
 
 
-def _bind_stream(batches: Iterator[DecodedBatch], engine: EmbeddingEngine, workers: int) -> Iterator[DecodedBatch]:
+def _embed_sequentially(loader: Loader, engine: Engine, workers: int) -> Generator[EmbeddedBatch, None, None]:
     engine.enter_stream(workers)
-    return batches
-
-
-def _embed_sequentially(
-    batches: Iterator[DecodedBatch], engine: EmbeddingEngine
-) -> Generator[EmbeddedBatch, None, None]:
-    for batch in batches:
+    for batch in loader.batches():
         started = perf_counter()
         features = engine.embed(batch.images) if batch.images is not None else {}
         batch.images = None
@@ -410,7 +362,7 @@ def _embed_sequentially(
 
 
 def _merge_micro_batches(
-    micro_batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine
+    micro_batches: Generator[DecodedBatch, None, None], engine: Engine
 ) -> Generator[DecodedBatch, None, None]:
     """Merge micro-batches to batches of the engine's size, which the engine may halve; micro-batches are not split."""
     batch, pictures = DecodedBatch(), list[PreparedImage]()
@@ -436,7 +388,7 @@ def _merge_micro_batches(
 
 
 def _embed_overlapped(
-    batches: Generator[DecodedBatch, None, None], engine: EmbeddingEngine, prefetch: int = 1
+    batches: Generator[DecodedBatch, None, None], engine: Engine, prefetch: int = 1
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embed batches in order; up to ``prefetch`` batches are submitted ahead of the one that is waited for."""
     pending: deque[tuple[DecodedBatch, Callable[[], Embeddings]]] = deque()
@@ -460,9 +412,7 @@ def _embed_overlapped(
             yield pop_embedded()
 
 
-def embed_sample_list(
-    images: SampleList, engine: EmbeddingEngine, output: str
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def embed_sample_list(images: SampleList, engine: Engine, output: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Embed a list of samples, in the order given.
 
     Returns

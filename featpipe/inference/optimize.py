@@ -93,7 +93,7 @@ def make_openvino_runner(
             export_graph(fp32_backbone, eager.batch), fp32_backbone, eager.batch, OPENVINO_PRECISIONS[precision]
         )
         if not _matches_eager(runner, eager):
-            raise ConfigError("OpenVINO's answers are not those of the network")
+            raise ConfigError("OpenVINO computes other embeddings than the network")
         return runner
     except Exception as error:  # exporter and converter may raise anything for a custom network
         if not required:

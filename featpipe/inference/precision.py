@@ -61,15 +61,11 @@ def candidate_precisions(device: torch.device) -> tuple[Precision, ...]:
         return ("fp16", "bf16", "tf32") if has_bf16 else ("fp16",)
     if device.type == "mps":
         return ("fp16",)
-    return ("bf16",) if _cpu_has_bf16() else ()
-
-
-def _cpu_has_bf16() -> bool:
     try:
         cpu_flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False  # not Linux
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags)
+    except OSError:  # not Linux
+        return ()
+    return () if {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_flags) else ("bf16",)
 
 
 def select_precision(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.metrics.calibration import (
@@ -18,10 +17,13 @@ from featpipe.metrics.calibration import (
 from featpipe.metrics.intervals import Interval, format_score, wilson_interval
 from featpipe.metrics.protocol import format_protocol
 from featpipe.metrics.scores import METRICS, SELECTION_METRICS, Metric, Scores, nan_to_none
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.metrics.metrics import score
     from featpipe.metrics.paired_tests import PairedComparison, compare_paired, mcnemar_test
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "METRICS",
@@ -46,20 +48,3 @@ __all__ = [
     "score",
     "wilson_interval",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "PairedComparison": "paired_tests",
-    "compare_paired": "paired_tests",
-    "mcnemar_test": "paired_tests",
-    "score": "metrics",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

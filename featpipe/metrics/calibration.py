@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax, softmax
 
 from featpipe.errors import ConfigError
 
@@ -41,6 +39,8 @@ class Calibration:
 
     def compute_probabilities(self, logits: Array, multilabel: bool = False) -> Array:
         """Probabilities of shape (m, k) from scores of the same shape."""
+        from scipy.special import expit, softmax  # lazy: a prediction that is up to date needs no scipy
+
         scores = logits / self.temperature
         if self.offsets:
             scores = scores + np.asarray(self.offsets)
@@ -125,6 +125,8 @@ def fit_temperature(logits: Array, y: NDArray[Any]) -> float:
     y : ndarray of shape (m,) or (m, k)
         Class codes; or 0 and 1 for each label.
     """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
 
     def log_loss(log_temperature: float) -> float:
         scores = logits * np.exp(-log_temperature)

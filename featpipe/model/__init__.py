@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.model.uncertainty import MAX_REFERENCES, ConformalPredictor, NoveltyScorer, Uncertainty, dumps
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.model.model import (
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Model,
         embed_samples_or_raise,
         load_model,
+        open_model,
         raise_for_failures,
         read_document,
     )
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
         select_by_herding,
         select_exemplars,
     )
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "DEFAULT_RETENTION",
@@ -43,35 +46,9 @@ __all__ = [
     "dumps",
     "embed_samples_or_raise",
     "load_model",
+    "open_model",
     "raise_for_failures",
     "read_document",
     "select_by_herding",
     "select_exemplars",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "DEFAULT_RETENTION": "retained",
-    "EXEMPLAR_SELECTORS": "retained",
-    "Model": "model",
-    "ReplayMemory": "retained",
-    "RetentionPolicy": "retained",
-    "STORED_DIGEST_BYTES": "model",
-    "collect_replay_memory": "retained",
-    "compute_penultimate_features": "retained",
-    "embed_samples_or_raise": "model",
-    "load_model": "model",
-    "raise_for_failures": "model",
-    "read_document": "model",
-    "select_by_herding": "retained",
-    "select_exemplars": "retained",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

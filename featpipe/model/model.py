@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe import heads
 from featpipe.backbones import BackboneIdentity
 from featpipe.cache import FeatureCache, restrict_facts_to_output
 from featpipe.config import TASKS, ExpandKeywords, FineTuneKeywords
@@ -23,7 +22,6 @@ from featpipe.data import DEFAULT_MODALITY, get_modality
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError
 from featpipe.metrics import Calibration, compute_logits
 from featpipe.model import uncertainty
-from featpipe.model.retained import ReplayMemory
 from featpipe.model.uncertainty import ConformalPredictor, Uncertainty
 from featpipe.status import Status
 from featpipe.storage import (
@@ -39,6 +37,7 @@ from featpipe.storage import (
 
 if TYPE_CHECKING:
     from featpipe.inference import SampleList
+    from featpipe.model.retained import ReplayMemory
 
 STORED_DIGEST_BYTES = 16  # of each training sample's SHA-256: enough to recognize it, too little to reveal more
 
@@ -86,13 +85,40 @@ class Model:
     scores: dict[str, Any] = field(default_factory=dict)
     history: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
-    kept: ReplayMemory | None = None
+    kept: ReplayMemory | None = field(default_factory=lambda: None)
     trust: Uncertainty = field(default_factory=Uncertainty)
     path: Path | None = None
     device: str = "auto"
     _carries_weights: bool = False
     _backbone: Any = None
     _engine: Any = None
+    _unread: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        """Load ``head`` and ``kept`` on first use: a prediction that is up to date does without scikit-learn."""
+        if name not in ("head", "kept") or not self.__dict__.get("_unread"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._load_head()
+        return self.__dict__[name]
+
+    def _load_head(self) -> None:
+        from featpipe import heads
+        from featpipe.model.retained import ReplayMemory
+
+        members, self._unread = self._unread, {}
+        with convert_bundle_errors(self.path or "model"):
+            self.head, self.kept = heads.loads(members[HEAD_MEMBER]), None
+            if REPLAY_MEMORY_MEMBER in members:
+                self.kept = ReplayMemory.from_bytes(members[REPLAY_MEMORY_MEMBER], len(self.classes))
+            if self.task == "classification" and not np.array_equal(self.head.classes_, np.arange(len(self.classes))):
+                raise ModelError(f"its head was not trained on its {len(self.classes)} classes; train it again")
+            if self.kept is not None:
+                self.kept.check_compatible(self.head)
+
+    @property
+    def unread_head_digest(self) -> str | None:
+        """SHA-256 of the head's bytes in the file; None once the head is loaded and may have been changed."""
+        return hashlib.sha256(self._unread[HEAD_MEMBER]).hexdigest() if self._unread else None
 
     def __repr__(self) -> str:
         return f"Model({self.head_name} on {self.request['name']}, {self.task}, {len(self.classes)} classes)"
@@ -119,7 +145,7 @@ class Model:
     def predict_proba_features(self, X: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probabilities of shape (m, k) from embeddings, columns in the order of ``classes``."""
         if self.task == "regression":
-            raise ConfigError("this model predicts numbers, not classes; it has no probabilities: use predict")
+            raise ConfigError("a regression model has no probabilities; use predict")
         if self.calibration is not None:
             return self.calibration.compute_probabilities(compute_logits(self.head, X), self.task == "multilabel")
         return np.asarray(self.head.predict_proba(X), np.float64)
@@ -133,7 +159,7 @@ class Model:
             If the model was saved by a version of featpipe without out-of-distribution scores.
         """
         if self.trust.novelty is None:
-            raise ConfigError("this model does not know how new an image looks; train it again")
+            raise ConfigError("this model has no out-of-distribution scores; train it again")
         if X.ndim != 2 or X.shape[1] != self.trust.novelty.references.shape[1]:
             raise ConfigError(f"embeddings of shape {X.shape}, expected (m, {self.trust.novelty.references.shape[1]})")
         return self.trust.novelty(X)
@@ -170,14 +196,15 @@ class Model:
         """The calibrated conformal predictor; a ConfigError says why if there is none."""
         if self.trust.conformal is None:
             if self.task == "multilabel":
-                raise ConfigError("sets are of classes that exclude each other; this model gives several labels")
+                raise ConfigError("a multi-label model has no prediction sets: its classes do not exclude each other")
             if self.history.get("expansions"):
                 raise ConfigError(
-                    "this model learnt more classes without held-out images of each to calibrate sets with; expand the "
-                    "model before again, with --calibration and such images, or by --method joint if it had sets"
+                    "this model was expanded without held-out images of each class, which calibrate prediction sets; "
+                    "expand the earlier model again with --calibration, or with --method joint if it had sets"
                 )
             raise ConfigError(
-                "this model has no held-out answers to calibrate sets with; train with --cv 2 or more, and no --prior"
+                "this model has no held-out predictions, which calibrate prediction sets; train with --cv 2 or more "
+                "and without --prior"
             )
         return self.trust.conformal
 
@@ -333,7 +360,7 @@ class Model:
         """Raise if the embeddings of a cache have other settings than those that the head was trained on."""
         if self.output not in cache.outputs:
             raise CacheMismatchError(
-                f"{cache.path}: holds {', '.join(cache.outputs)}, the model was trained on {self.output!r}; "
+                f"{cache.path}: contains {', '.join(cache.outputs)}, the model was trained on {self.output!r}; "
                 f"extract with --output {self.output}"
             )
         differing_facts = describe_differences(
@@ -341,7 +368,7 @@ class Model:
         )
         if differing_facts:
             raise CacheMismatchError(
-                f"{cache.path}: holds other embeddings than the model was trained on "
+                f"{cache.path}: its embeddings are not those that the model was trained on "
                 f"({'; '.join(differing_facts[:4])}); extract again with the model's backbone"
             )
 
@@ -365,6 +392,8 @@ class Model:
         ModelError
             If the head cannot be saved without pickling, or the file cannot be written.
         """
+        from featpipe import heads
+
         target = Path(path)
         portable = self._carries_weights if portable is None else portable
         members = {HEAD_MEMBER: heads.dumps(self.head), TRAINED_ON_MEMBER: self.trained_on.tobytes()}
@@ -382,8 +411,8 @@ class Model:
         document, members = bundle.document, bundle.members
         k = len(document["classes"])
         calibration = document.get("calibration")
-        return cls(
-            head=heads.loads(members[HEAD_MEMBER]),
+        model = cls(
+            head=None,
             head_name=document["head"],
             task=document["task"],
             classes=tuple(document["classes"]),
@@ -394,12 +423,14 @@ class Model:
             scores=document["scores"],
             history=document["history"],
             calibration=None if calibration is None else Calibration.from_dict(calibration, k),
-            kept=ReplayMemory.from_bytes(members[REPLAY_MEMORY_MEMBER], k) if REPLAY_MEMORY_MEMBER in members else None,
             trust=uncertainty.loads(members[UNCERTAINTY_MEMBER]) if UNCERTAINTY_MEMBER in members else Uncertainty(),
             path=path,
             device=device,
             _carries_weights=bundle.has_weights,
+            _unread={name: members[name] for name in (HEAD_MEMBER, REPLAY_MEMORY_MEMBER) if name in members},
         )
+        del model.head, model.kept  # until `__getattr__` loads them
+        return model
 
     def _to_document(self, portable: bool) -> dict[str, Any]:
         return {
@@ -445,15 +476,16 @@ def load_model(path: str | os.PathLike[str], *, backbone: Any = None, device: st
     >>> model = load_model("photos.model")                                   # doctest: +SKIP
     >>> model.predict(["a.jpg", "b.jpg"])                                    # doctest: +SKIP
     """
-    members = (HEAD_MEMBER, TRAINED_ON_MEMBER, REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER)
-    bundle = _read_bundle(path, *members)
-    with convert_bundle_errors(path):
-        model = Model._from_bundle(bundle, Path(path), device)
-        if model.task == "classification" and not np.array_equal(model.head.classes_, np.arange(len(model.classes))):
-            raise ModelError(f"its head was not trained on its {len(model.classes)} classes; train it again")
-        if model.kept is not None:
-            model.kept.check_compatible(model.head)
+    model = open_model(path, device=device)
+    model._load_head()
     return model if backbone is None else model.attach(backbone)
+
+
+def open_model(path: str | os.PathLike[str], *, device: str = "auto") -> Model:
+    """Load a model whose head is read from the bytes of the file on first use; errors as :func:`load_model`."""
+    bundle = _read_bundle(path, HEAD_MEMBER, TRAINED_ON_MEMBER, REPLAY_MEMORY_MEMBER, UNCERTAINTY_MEMBER)
+    with convert_bundle_errors(path):
+        return Model._from_bundle(bundle, Path(path), device)
 
 
 def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -496,5 +528,5 @@ def raise_for_failures(images: Sequence[object], status_codes: NDArray[np.intege
         image, status = images[row], Status(int(status_codes[row]))
         name = str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__
         raise SampleError(
-            f"image {row} ({name}): {status.word}; leave it out or repair it", status=status, sample_id=str(row)
+            f"image {row} ({name}): {status.word}; remove or repair it", status=status, sample_id=str(row)
         )

@@ -29,7 +29,7 @@ from featpipe.heads import (
 DEFAULT_RETENTION = "statistics,importances"
 DEFAULT_EXEMPLARS_PER_CLASS = 20  # of ``rows`` without a number
 _RETENTION_PARTS = ("statistics", "importances", "rows")
-_NETWORK_PREFIX = "network."  # prefix of parameters below the last layer
+_STATISTICS_PREFIX, _NETWORK_PREFIX = "statistics.", "network."  # of arrays' names
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RetentionPolicy:
                 policy = replace(policy, **{name: True})
             else:
                 raise ConfigError(
-                    f"keep is {text!r}; give none, all, or some of statistics, importances and rows=N, with commas"
+                    f"keep is {text!r}; expected none, all, or a list of statistics, importances and rows=N"
                 )
         return policy
 
@@ -95,8 +95,8 @@ class RetentionPolicy:
         """Raise if importances of the network are requested: they cannot be computed from embeddings."""
         if self.network:
             raise ConfigError(
-                "keep=network: importances of the network are of images that go through it, and embeddings do not; "
-                "keep them where the network is trained, with `featpipe expand --unfreeze`"
+                "keep=network: the importances of a network need a pass of images through it, and embeddings are not "
+                "enough; retain them when the network is trained, with `featpipe expand --unfreeze`"
             )
 
 
@@ -194,9 +194,9 @@ class ReplayMemory:
         layer = resolve_last_layer(pipeline[-1])
         layer_width = None if layer is None else layer.W.shape[1] + 1
         if widths - {d} or (self.importances is not None and layer_width not in (None, self.importances.shape[1])):
-            raise ValueError(f"what is kept is of other embeddings than those of width {d} that the head takes")
+            raise ValueError(f"the retained data are not of embeddings of width {d}, which the head takes")
         if self.statistics is not None and not accepts_statistics(pipeline, self.statistics.kind):
-            raise ValueError(f"{type(pipeline[-1]).__name__} does not take statistics of kind {self.statistics.kind}")
+            raise ValueError(f"{type(pipeline[-1]).__name__} cannot use statistics of kind {self.statistics.kind}")
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {"counts": self.counts}
@@ -205,7 +205,7 @@ class ReplayMemory:
         if self.importances is not None:
             arrays["importances"] = self.importances
         if self.statistics is not None:
-            arrays |= {f"statistics.{name}": array for name, array in self.statistics.to_arrays().items()}
+            arrays |= {_STATISTICS_PREFIX + name: array for name, array in self.statistics.to_arrays().items()}
         return arrays | {_NETWORK_PREFIX + name: array for name, array in (self.network or {}).items()}
 
     def to_bytes(self) -> bytes:
@@ -228,35 +228,25 @@ class ReplayMemory:
             arrays = safetensors.numpy.load(data)
         except safetensors.SafetensorError as error:
             raise ValueError(str(error)) from None
-        return cls.from_arrays(arrays, k)
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], k: int) -> ReplayMemory:
-        """Make and validate an instance from the arrays of :meth:`to_arrays`."""
-        prefix = "statistics."
-        statistics_arrays = {
-            name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)
-        }
+        statistics_arrays, network = (
+            {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            for prefix in (_STATISTICS_PREFIX, _NETWORK_PREFIX)
+        )
         statistics = SufficientStatistics.from_arrays(statistics_arrays) if statistics_arrays else None
-        network = {
-            name.removeprefix(_NETWORK_PREFIX): array
-            for name, array in arrays.items()
-            if name.startswith(_NETWORK_PREFIX)
-        }
         rows, codes = arrays.get("rows", np.zeros((0, 0), np.float32)), arrays.get("codes", np.zeros(0, np.int32))
         counts, importances = arrays["counts"], arrays.get("importances")
         if counts.shape != (k,) or (counts < 0).any() or counts.dtype != np.int64:
-            raise ValueError(f"what is kept counts the images of other classes than the model's {k}")
+            raise ValueError(f"retained counts have shape {counts.shape}, expected one number for each of {k} classes")
         if rows.ndim != 2 or codes.shape != (len(rows),) or codes.dtype != np.int32 or rows.dtype.kind != "f":
-            raise ValueError("kept rows and their classes are of different shapes")
+            raise ValueError(f"retained rows have shape {rows.shape}, their class codes {codes.shape}")
         if not np.isfinite(rows).all() or (len(codes) and not 0 <= codes.min() <= codes.max() < k):
-            raise ValueError("kept rows hold NaN, or classes that there are not")
+            raise ValueError(f"retained rows contain NaN, or class codes outside 0 to {k - 1}")
         if statistics is not None and len(statistics.counts) != k:
-            raise ValueError(f"kept statistics are of {len(statistics.counts)} classes, not {k}")
+            raise ValueError(f"retained statistics are of {len(statistics.counts)} classes, expected {k}")
         if importances is not None and (importances.shape[:1] != (k,) or not np.isfinite(importances).all()):
-            raise ValueError("kept importances are of other classes, or no numbers")
+            raise ValueError(f"retained importances have shape {importances.shape} or contain NaN, expected {k} rows")
         if any(array.dtype != np.float32 or not (array >= 0).all() for array in network.values()):
-            raise ValueError("kept importances of the network are no numbers of 0 or more")
+            raise ValueError("retained importances of the network are not all numbers of 0 or more")
         return cls(counts, rows, codes, statistics, importances, network or None)
 
 
@@ -320,15 +310,11 @@ def select_by_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
     return np.array(selected_rows, np.intp)
 
 
-def _select_herding(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
-    return select_by_herding(Z, n)
-
-
 def _select_random(Z: NDArray[np.floating], n: int) -> NDArray[np.intp]:
     return np.random.default_rng(0).permutation(len(Z))[:n]
 
 
-EXEMPLAR_SELECTORS = {"herding": _select_herding, "random": _select_random}
+EXEMPLAR_SELECTORS = {"herding": select_by_herding, "random": _select_random}
 
 
 def select_exemplars(selection: str, Z: NDArray[np.floating], y: NDArray[np.integer[Any]], n: int) -> NDArray[np.intp]:

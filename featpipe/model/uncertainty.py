@@ -81,26 +81,20 @@ class NoveltyScorer:
         """
         new_references = _normalize_rows(X[reference_rows]).astype(np.float16)
         new_distances = np.sort(_held_out_distances(X, self.references, new_references, reference_rows, group_keys))
-        n_quantiles, old_share = (
-            min(MAX_QUANTILES, n_images + len(new_distances)),
-            n_images / max(1, n_images + len(new_distances)),
+        total = n_images + len(new_distances)
+        n_quantiles = min(MAX_QUANTILES, total)
+        n_old = round(n_quantiles * (n_images / max(1, total)))
+        quantiles = np.concatenate(
+            [_resample_quantiles(self.distances, n_old), _resample_quantiles(new_distances, n_quantiles - n_old)]
         )
-        old_quantiles, new_quantiles = (
-            _resample_quantiles(self.distances, round(n_quantiles * old_share)),
-            _resample_quantiles(new_distances, n_quantiles - round(n_quantiles * old_share)),
-        )
-        return NoveltyScorer(
-            np.concatenate([self.references, new_references]),
-            np.sort(np.concatenate([old_quantiles, new_quantiles])).astype(np.float32),
-        )
+        references = np.concatenate([self.references, new_references])
+        return NoveltyScorer(references, np.sort(quantiles).astype(np.float32))
 
     def __call__(self, X: NDArray[Any]) -> Floats:
         """Out-of-distribution scores, shape (m,): percentiles among held-out training images, from 0 to 1."""
         blocks = [_normalize_rows(X[i : i + ROWS_PER_BLOCK]) for i in range(0, len(X), ROWS_PER_BLOCK)]
         references = self.references.astype(np.float32).T
-        distances = (
-            np.concatenate([_mean_neighbor_distance(block @ references) for block in blocks]) if blocks else np.zeros(0)
-        )
+        distances = np.concatenate([np.zeros(0), *(_mean_neighbor_distance(block @ references) for block in blocks)])
         return np.asarray(np.searchsorted(self.distances, distances) / (len(self.distances) + 1))
 
 
@@ -124,16 +118,13 @@ def _held_out_distances(
 ) -> Floats:
     """Distances of embeddings from references outside their own group; rows without such a reference are dropped."""
     group_keys = np.reshape(group_keys, (len(X), -1))
-    all_references, n_earlier = (
-        np.concatenate([earlier_references, new_references]).astype(np.float32),
-        len(earlier_references),
-    )
+    all_references = np.concatenate([earlier_references, new_references]).astype(np.float32)
     block_distances = []
     for start in range(0, len(X), ROWS_PER_BLOCK):
         block = slice(start, start + ROWS_PER_BLOCK)
         similarities = _normalize_rows(X[block]) @ all_references.T
         for column in group_keys.T:
-            similarities[:, n_earlier:][column[block, None] == column[reference_rows][None]] = -np.inf
+            similarities[:, len(earlier_references) :][column[block, None] == column[reference_rows][None]] = -np.inf
         block_distances.append(_mean_neighbor_distance(similarities))
     distances = np.concatenate(block_distances)
     return distances[np.isfinite(distances)]
@@ -193,9 +184,7 @@ class ConformalPredictor:
     def score_quantile(self, level: float) -> NDArray[Any]:
         """The conformal quantile of the scores at a level; infinite if there are too few held-out images."""
         if not 0 < level < 1:
-            raise ConfigError(
-                f"a level of {level}; sets hold the right answer with a share between 0 and 1, such as 0.9"
-            )
+            raise ConfigError(f"sets is {level}, expected a coverage between 0 and 1, such as 0.9")
         n = len(self.scores)
         rank = math.ceil((n + 1) * level)
         return np.full(self.scores.shape[1:], np.inf) if rank > n else self.scores[rank - 1]

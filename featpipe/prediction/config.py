@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from featpipe.config import (
     BadImageLimit,
@@ -15,7 +15,9 @@ from featpipe.config import (
     TimeLimit,
     compute_bad_image_limit,
 )
-from featpipe.model import Model
+
+if TYPE_CHECKING:
+    from featpipe.model import Model
 
 
 class StreamOptions(TypedDict, total=False):

@@ -28,7 +28,7 @@ from featpipe.data import Index
 from featpipe.errors import ArchiveError, ConfigError
 from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, find_up_to_date_cache, make_facts
 from featpipe.prediction.config import PredictConfig, PredictOptions
-from featpipe.prediction.provenance import PredictionRequest, write_receipt
+from featpipe.prediction.provenance import PredictionRequest
 from featpipe.prediction.rows import Prediction, iter_predictions
 from featpipe.prediction.stream import stream_all
 from featpipe.prediction.writers import make_columns, make_write_error, select_writer
@@ -121,6 +121,7 @@ class _PredictionJob:
     deadline: Deadline
 
     def run(self) -> StatusCounts:
+        """Reuse a finished file, or load the heads and predict."""
         if self.path is not None:
             return self._predict_to_file(self.path)
         if self.config.cache is not None:
@@ -128,16 +129,16 @@ class _PredictionJob:
             return self._write_predictions(self._iter_predictions(embeddings))
         self.models[0].engine(len(self.index))  # an unavailable backbone is an error before the first line
         with closing(stream_all(self.models, self.index, self.config, self.progress)) as rows:
-            counts = self._write_predictions(rows)
-        self._report_failures(counts)
-        return counts
+            return self._write_predictions(rows)
 
     def _predict_to_file(self, path: Path) -> StatusCounts:
         """Make the file, unless it is up to date."""
-        request = PredictionRequest.create(self.models, self.index, self.config, path)
+        request = PredictionRequest(self.models, self.index, self.config, path)
         finished_counts = self._find_finished_counts(request, path)
         if finished_counts is not None:
             return finished_counts
+        for model in self.models:
+            _ = model.head  # a damaged one is an error before the forward pass
         _check_writable(path)
         if self.config.cache is not None:
             return self._write_with_receipt(request, path, self._embed_to_cache())
@@ -196,7 +197,7 @@ class _PredictionJob:
         _remove_stale_parts(path)
         counts = StatusCounts(receipt.status)
         n = len(self.index)
-        logger.info(f"{path}: these predictions of {n} images are there already: no forward pass")
+        logger.info(f"{path}: the predictions of {n} images are up to date, nothing to do")
         self._report_failures(counts)
         self._check_max_bad(counts)
         return counts
@@ -204,7 +205,7 @@ class _PredictionJob:
     def _write_with_receipt(self, request: PredictionRequest, path: Path, embeddings: IndexEmbeddings) -> StatusCounts:
         counts = self._write_predictions(self._iter_predictions(embeddings))
         try:
-            write_receipt(path, request.make_receipt(embeddings.digests, counts))
+            request.write_receipt(path, embeddings.digests, counts)
         except OSError as error:
             raise make_write_error(path, error) from None
         return counts
@@ -230,6 +231,7 @@ class _PredictionJob:
                 status = sample_predictions[0].status
                 counts[status] = counts.get(status, 0) + 1
                 write(sample_predictions)
+        self._report_failures(counts)
         return counts
 
     def _check_max_bad(self, counts: Mapping[str, int]) -> None:
@@ -275,8 +277,8 @@ def _check_same_embeddings(first: Model, other: Model, model_number: int) -> Non
     name = other.path or f"model {model_number}"
     if other.output != first.output:
         raise ConfigError(
-            f"{name}: was trained on {other.output!r} and {first.path or 'the first'} on {first.output!r}; models that "
-            "share a forward pass have the same output: predict with each in a command of its own"
+            f"{name}: was trained on {other.output!r}, {first.path or 'the first'} on {first.output!r}; models share a "
+            "forward pass only if they have the same output: predict with a separate command for each"
         )
     first_identity, other_identity = (
         {key: restrict_facts_to_output(model.facts, model.output)[key] for key in SHARED_EMBEDDING_KEYS}
@@ -286,7 +288,7 @@ def _check_same_embeddings(first: Model, other: Model, model_number: int) -> Non
     if mismatches:
         raise ConfigError(
             f"{name}: was trained on other embeddings than {first.path or 'the first'} ({'; '.join(mismatches[:4])}); "
-            "predict with each in a command of its own"
+            "predict with a separate command for each"
         )
 
 

@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,7 +27,7 @@ from featpipe.errors import SampleError
 from featpipe.extraction import EXTRACTION_VERSION
 from featpipe.model import dumps
 from featpipe.prediction.config import PredictConfig
-from featpipe.prediction.writers import PredictionColumns, find_parts_directory, make_columns
+from featpipe.prediction.writers import find_parts_directory, make_columns
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.status import Status
 from featpipe.storage import (
@@ -67,6 +67,8 @@ class PredictionReceipt:
         Size of the file.
     sha256 : str
         Digest of the file.
+    unread : str or None
+        Digest of the models and the options, with the heads as bytes of the model files; None for models in memory.
     """
 
     request: str
@@ -76,77 +78,82 @@ class PredictionReceipt:
     status: Mapping[str, int]
     bytes: int = 0
     sha256: str = ""
+    unread: str | None = None
 
     @property
     def is_deterministic(self) -> bool:
         """Whether another attempt would give the same: an image with a transient status may be readable now."""
         return not any(status.word in self.status for status in Status if status.transient)
 
-    def to_receipt(self) -> Receipt:
-        return Receipt(self.request, _combine_inputs(self.ids, self.images), self.sha256, self.bytes)
 
-
-@dataclass(frozen=True)
 class PredictionRequest:
     """A request for predictions, and the digests that identify it.
 
-    Attributes
+    Create it as soon as the images are listed, because it compares their times with the clock, and before a head is
+    loaded: a receipt that names the bytes of the heads' files is current without the import of scikit-learn.
+
+    Parameters
     ----------
     models : sequence of Model
-    columns : sequence of PredictionColumns
     index : Index
     config : PredictConfig
-    file_suffix : str
-        Decides the file format.
-    stamps : str or None
-        Digest of the images' sizes and modification times; None if an image changed so recently that it may change
-        again under the same time.
+    path : Path
+        Its suffix decides the file format.
     """
 
-    models: Sequence[Model]
-    columns: Sequence[PredictionColumns]
-    index: Index
-    config: PredictConfig
-    file_suffix: str
-    stamps: str | None
-
-    @classmethod
-    def create(cls, models: Sequence[Model], index: Index, config: PredictConfig, path: Path) -> PredictionRequest:
-        """Call it as soon as the images are listed: it compares their times with the clock."""
+    def __init__(self, models: Sequence[Model], index: Index, config: PredictConfig, path: Path) -> None:
+        self._models, self._index, self._config, self._file_suffix = models, index, config, path.suffix.lower()
         has_racy_mtime = np.any(index.mtime_ns > time_ns() - RACY_NANOSECONDS)
-        stamps = None if has_racy_mtime else digest_arrays([("stamps", index.compute_stamps()), ("fault", index.fault)])
-        return cls(models, make_columns(models, config.sets), index, config, path.suffix.lower(), stamps)
+        self._stamps = (
+            None if has_racy_mtime else digest_arrays([("stamps", index.compute_stamps()), ("fault", index.fault)])
+        )
+        self._ids = digest_arrays([("data", index.ids.data), ("offsets", index.ids.offsets)])
+        head_digests = [model.unread_head_digest for model in models]
+        self._unread_digest = None if None in head_digests else self._compute_digest(head_digests)
 
-    @property
-    def digest(self) -> str:
-        """Of the models and the options."""
+    @cached_property
+    def _digest(self) -> str:
+        import joblib
+
+        return self._compute_digest([joblib.hash(model.head) for model in self._models])
+
+    def _compute_digest(self, head_digests: Sequence[str | None]) -> str:
+        """Digest of the models and the options."""
         identity = {
             "format": RECEIPT_FORMAT,
             "featpipe": version("featpipe"),
-            "models": [_model_identity(model) for model in self.models],
-            "columns": [asdict(columns) for columns in self.columns],
-            "embeddings": [EXTRACTION_VERSION, self.config.embedding_dtype(self.models[0])],
-            "kind": self.file_suffix,
-            "top": self.config.top,
-            "sets": self.config.sets,
+            "models": [
+                {"head": head_digest, **_model_identity(model)}
+                for model, head_digest in zip(self._models, head_digests, strict=True)
+            ],
+            "columns": [asdict(columns) for columns in make_columns(self._models, self._config.sets)],
+            "embeddings": [EXTRACTION_VERSION, self._config.embedding_dtype(self._models[0])],
+            "kind": self._file_suffix,
+            "top": self._config.top,
+            "sets": self._config.sets,
         }
         return compute_fingerprint(identity)
 
-    def make_receipt(self, image_digests: NDArray[np.uint8], status: Mapping[str, int]) -> PredictionReceipt:
-        """The receipt, still without the digest of the file.
+    def write_receipt(self, path: Path, image_digests: NDArray[np.uint8], status: Mapping[str, int]) -> None:
+        """Write the receipt of a finished file.
 
         Parameters
         ----------
+        path : Path
         image_digests : ndarray of shape (n, 32), uint8
         status : mapping from str to int
         """
-        return PredictionReceipt(self.digest, self.ids, _hash_image_digests(image_digests), self.stamps, dict(status))
-
-    @property
-    def ids(self) -> str:
-        """Digest of the samples' ids."""
-        ids = self.index.ids
-        return digest_arrays([("data", ids.data), ("offsets", ids.offsets)])
+        receipt = PredictionReceipt(
+            self._digest,
+            self._ids,
+            _hash_image_digests(image_digests),
+            self._stamps,
+            dict(status),
+            path.stat().st_size,
+            hash_file(path),
+            self._unread_digest,
+        )
+        _dump_receipt(path, receipt)
 
     def find_current_receipt(self, path: Path, progress: ProgressCallback) -> PredictionReceipt | None:
         """The receipt of a file that is what would be written; None if it must be made.
@@ -154,16 +161,16 @@ class PredictionRequest:
         Images are read where their stamps differ, and the receipt is then updated.
         """
         recorded = read_receipt(path)
-        if recorded is None or not recorded.is_deterministic:
+        if recorded is None or not recorded.is_deterministic or recorded.ids != self._ids:
             return None
-        if (recorded.request, recorded.ids) != (self.digest, self.ids):  # before any image is read
+        has_same_files = self._unread_digest is not None and recorded.unread == self._unread_digest
+        if not has_same_files and recorded.request != self._digest:  # before any image is read
             return None
-        images = recorded.images
-        if self.config.check_content or self.stamps is None or recorded.stamps != self.stamps:
-            images = _hash_image_digests(_hash_images(self.index, progress))
-        if not recorded.to_receipt().is_current(self.digest, _combine_inputs(self.ids, images)):
+        has_same_stamps = self._stamps is not None and recorded.stamps == self._stamps
+        must_read = self._config.check_content or not has_same_stamps
+        if must_read and recorded.images != _hash_image_digests(_hash_images(self._index, progress)):
             return None
-        updated = replace(recorded, stamps=self.stamps)
+        updated = replace(recorded, stamps=self._stamps, unread=self._unread_digest or recorded.unread)
         if updated != recorded:
             with suppress(OSError):  # only speed depends on it
                 _dump_receipt(path, updated)
@@ -175,17 +182,14 @@ def read_receipt(path: Path) -> PredictionReceipt | None:
     try:
         with open(receipt_path(path), "rb") as file:
             document = json.loads(file.read(MAX_RECEIPT_BYTES))
-        receipt = PredictionReceipt(**{name: document[name] for name in PredictionReceipt.__dataclass_fields__})
-        if document["format"] == RECEIPT_FORMAT and receipt.to_receipt().describes(path):
+        fields = PredictionReceipt.__dataclass_fields__.keys()
+        receipt = PredictionReceipt(**{name: document[name] for name in fields if name in document})
+        output = Receipt(receipt.request, output_sha256=receipt.sha256, output_bytes=receipt.bytes)
+        if document["format"] == RECEIPT_FORMAT and output.describes(path):
             return receipt
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass  # missing or damaged: the predictions are made again
     return None
-
-
-def write_receipt(path: Path, receipt: PredictionReceipt) -> None:
-    """Write the receipt of a finished file."""
-    _dump_receipt(path, replace(receipt, bytes=path.stat().st_size, sha256=hash_file(path)))
 
 
 def receipt_path(path: Path) -> Path:
@@ -196,10 +200,6 @@ def receipt_path(path: Path) -> Path:
 def _dump_receipt(path: Path, receipt: PredictionReceipt) -> None:
     with atomic_write(receipt_path(path), text=True, folder=find_parts_directory(path)) as file:
         json.dump({"format": RECEIPT_FORMAT, **asdict(receipt)}, file, indent=1)
-
-
-def _combine_inputs(ids: str, images: str) -> str:
-    return compute_fingerprint([ids, images])
 
 
 def _hash_image_digests(image_digests: NDArray[np.uint8]) -> str:
@@ -218,10 +218,9 @@ def _hash_images(index: Index, progress: ProgressCallback) -> NDArray[np.uint8]:
 
 
 def _model_identity(model: Model) -> dict[str, Any]:
-    """Everything that decides a model's prediction for an embedding, and which embeddings it takes."""
+    """Everything but the head that decides a model's prediction for an embedding, and which embeddings it takes."""
     calibration = model.calibration
     return {
-        "head": joblib.hash(model.head),
         "task": model.task,
         "classes": list(model.classes),
         "output": model.output,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featpipe.model import Model
 from featpipe.prediction.config import PredictConfig
 from featpipe.status import Status
+
+if TYPE_CHECKING:
+    from featpipe.model import Model
 
 
 @dataclass(frozen=True)

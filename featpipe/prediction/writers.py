@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from featpipe.cache import parts_directory
 from featpipe.config import unknown_name_error
 from featpipe.errors import ArchiveError, ConfigError
-from featpipe.model import Model
 from featpipe.prediction.rows import Prediction
 from featpipe.storage import atomic_write
+
+if TYPE_CHECKING:
+    from featpipe.model import Model
 
 RowWriter = Callable[[Sequence[Prediction]], None]
 """Writes one sample: a sequence with the prediction of each model."""

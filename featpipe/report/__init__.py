@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from featpipe.report.page import BaselineRow, ComparisonRow, Gallery, Page, ReportImage, ReportTable
 from featpipe.report.render import render_page, write_page
+from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
     from featpipe.report.write import write_report
+else:
+    __getattr__, __dir__ = lazy_imports(__name__)
 
 __all__ = [
     "BaselineRow",
@@ -22,17 +24,3 @@ __all__ = [
     "write_page",
     "write_report",
 ]
-
-_LAZY_MODULES = {  # imported when first used: they need torch or scikit-learn
-    "write_report": "write",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -59,7 +59,7 @@ expected = np.load(peer)
 found = cache.features()[: len(expected)].astype(np.float64)
 cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
 asked = ExtractionConfig(**asked)
-bench = _Benchmark(asked, resolve_device("cpu"), load_backbone(asked), 27.0, ignore_progress)
+bench = _Benchmark(asked, resolve_device("cpu"), load_backbone(asked), 27.0)
 import tarfile
 with tarfile.open(tar) as archive:
     images = [archive.extractfile(member).read() for member in archive.getmembers()[:128]]

@@ -113,7 +113,7 @@ def test_an_interrupted_prediction_resumes(home: Home, tmp_path: Path, command: 
     model = featpipe.load_model(home / "slownets.model")  # whose network is not asked for
     assert featpipe.predict(model, home / "photos", out) == {"ok": 90}
     assert [text.rsplit("; ")[-1] for text in log] == [
-        f"{out}: these predictions of 90 images are there already: no forward pass"
+        f"{out}: the predictions of 90 images are up to date, nothing to do"
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]
 

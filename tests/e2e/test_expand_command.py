@@ -131,7 +131,7 @@ def test_train_keep_selects_the_retained_data(keep, home, tmp_path):
     kept = json.loads(run("info", tmp_path / "t.model", "--json").stdout)["keeps"]
     expected = {"none": None, "rows=7": {"rows"}, "statistics": {"statistics"}, None: {"statistics", "importances"}}
     assert (kept and set(kept["bytes"])) == expected[keep]
-    with pytest.raises(ConfigError, match="give none, all, or some of"):
+    with pytest.raises(ConfigError, match="expected none, all, or a list of"):
         run("train", home["old"], "--keep", "everything")
 
 

@@ -85,7 +85,7 @@ ERRORS = {  # command line → what its one line says; exit code 1
     "train a.h5 --groups x": "TABLE:COLUMN",
     "train a.h5 --since 2024": "since is '2024' without times",
     "train a.h5 --output layer": "pooled",
-    "train a.h5 --keep everything": "give none, all, or some of",
+    "train a.h5 --keep everything": "expected none, all, or a list of",
     "train a.h5 --prior elk=0.5": "'elk'",
     "train a.h5 --out photos": "photos: cannot be written",
     "train a.h5 --cv 2 --findings file/x": "file/x: cannot be created",

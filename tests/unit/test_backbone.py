@@ -264,8 +264,8 @@ def test_maps_with_channels_last_come_with_channels_first(name):
         ("layer5", "did you mean 'layer4'"),
         ("layer4:avgg", "did you mean 'avg'"),
         ("layer4:cls", "no class token"),
-        ("pooled:avg", "pooled by the network itself"),
-        ("layer4.0.relu", "runs 2 times"),
+        ("pooled:avg", "the network itself pools"),
+        ("layer4.0.relu", "calls this module 2 times"),
         ("avgpool2", "did you mean 'avgpool'"),
     ],
 )
@@ -275,7 +275,7 @@ def test_an_output_that_cannot_be_is_refused(output, message):
 
 
 def test_the_same_output_twice_is_refused():
-    with pytest.raises(ConfigError, match="'layer3:avg' is asked for 2 times"):
+    with pytest.raises(ConfigError, match="'layer3:avg' is named more than once"):
         load("resnet18", weights="none", outputs=["layer3", "layer3:avg"])
 
 
@@ -307,7 +307,7 @@ def to_float(image: Tensor) -> Tensor:
     [
         ("swapped", "expected the batch on the first axis"),
         ("constant", "expected the batch on the first axis"),
-        ("unused", "does not run"),
+        ("unused", "does not call this module"),
         ("pair", "is a dict"),
     ],
 )
@@ -433,8 +433,8 @@ def damaged(kind: str, state: dict[str, Tensor], path: Path) -> Path:
         ("missing", r"'layer3\.1\.conv1\.weight', .* and 7 more missing"),
         ("shape", r"'layer1\.0\.conv1\.weight' has shape \(64, 64, 1, 1\), expected \(64, 64, 3, 3\)"),
         ("deeper", r"'layer1\.2\.conv1\.weight' not in this network"),
-        ("twice", r"fits under 'key\.', 'query\.'"),
-        ("nothing", "holds no state dict"),
+        ("twice", r"several prefixes, 'key\.', 'query\.'"),
+        ("nothing", "contains no state dict"),
         ("truncated", "not a readable state dict"),
         ("empty", "not a readable state dict"),
         ("safetensors", "not a readable safetensors file"),
@@ -454,7 +454,7 @@ class Evil:
 def test_a_file_that_holds_code_is_refused_and_nothing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"conv1.weight": Evil()}}, "evil.pth")
-    with pytest.raises(WeightsError, match=r"evil\.pth: holds objects other than tensors"):
+    with pytest.raises(WeightsError, match=r"evil\.pth: contains objects other than tensors"):
         load("resnet18", weights="evil.pth")
     assert not Path("ran").exists()
 
@@ -603,6 +603,19 @@ def test_the_packaged_network_is_its_package_layer_by_layer():
     assert (backbone.source, backbone.width) == ("packaged", 1280)
 
 
+@pytest.mark.parametrize("name", registry.PACKAGED_BACKBONES)
+def test_the_packaged_network_is_timms_to_the_bit(name):
+    network, timms = load(name, weights="none", seed=3).network, from_timm.create(f"tf_{name}", 3)
+    from_timm.remove_classifier(timms, name)
+    assert [key for key, _ in network.named_modules()] == [key for key, _ in timms.named_modules()]
+    weights, timms_weights = network.state_dict(), timms.state_dict()
+    assert list(weights) == list(timms_weights)
+    assert all(torch.equal(value, timms_weights[key]) for key, value in weights.items())
+    with torch.inference_mode():
+        batch = torch.rand(2, 3, 65, 90)  # odd and even sizes are padded differently
+        assert torch.equal(network(batch), timms.eval()(batch))
+
+
 @pytest.mark.parametrize(("name", "resize", "crop"), [("0", 256, 224), ("1", 272, 240), ("2", 292, 260)])
 def test_packaged_networks_have_the_transform_that_they_were_trained_with(name, resize, crop):
     transform = load(f"efficientnet_lite{name}", weights="none").transform
@@ -714,8 +727,8 @@ def test_a_factory_may_give_a_backbone(own):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{own}:network", "must also give its transform"),
-        ("{own}:nothing", "gave int"),
+        ("{own}:network", "without its transform"),
+        ("{own}:nothing", "returned int"),
         ("{own}:pare", "it has .*pair"),
         ("no_such_module_here:f", "importing no_such_module_here failed"),
     ],
@@ -773,10 +786,10 @@ def test_parameters_that_the_source_does_not_show_are_part_of_a_transforms_ident
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda image: image[:, :32, :32], "gave torch.uint8"),
+        (lambda image: image[:, :32, :32], "returned torch.uint8"),
         (lambda image: image.float(), "the same h and w"),
         (lambda image: image.float()[:, :8, :8] + torch.rand(1), "is random"),
-        (lambda image: None, "gave NoneType"),
+        (lambda image: None, "returned NoneType"),
     ],
 )
 def test_a_transform_that_breaks_its_promise_is_refused(function, message):

@@ -11,6 +11,7 @@ from time import time_ns
 
 import pytest
 import safetensors.torch
+import timm
 
 from featpipe import backbones, extraction
 from featpipe.backbones import BackboneRequest, IdentityStore, identity
@@ -151,6 +152,39 @@ def test_an_entry_that_was_edited_is_not_used(tmp_path: Path, weights: Path) -> 
     assert '"resize": ' in text
     store.path.write_text(text.replace('"source": "torchvision"', '"source": "timm"'))
     assert store.find(request) is None
+
+
+def test_published_weights_of_timm_are_remembered_by_the_files_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    network = timm.create_model("tf_mobilenetv3_small_minimal_100")
+    repository = tmp_path / "hub" / f"models--{network.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    safetensors.torch.save_file(network.state_dict(), snapshot / "model.safetensors")
+    code = """
+import sys
+from pathlib import Path
+from time import time_ns
+from featpipe import backbones
+from featpipe.backbones import BackboneRequest, IdentityStore, identity
+
+identity.RACY_NANOSECONDS = -(10**12)
+request = BackboneRequest("timm/tf_mobilenetv3_small_minimal_100", None, ("pooled",), 0)
+remembered = IdentityStore(Path(".")).find(request)
+loaded = sorted({"torch", "timm", "huggingface_hub"} & sys.modules.keys())
+backbone = backbones.load(request.name)
+IdentityStore(Path(".")).write(request, backbone, time_ns())
+print(remembered is not None and remembered.to_dict()["weights"] == backbone.digest, loaded)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def look_up() -> str:
+        return subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path, env=environment)
+
+    assert [look_up(), look_up()] == ["False []\n", "True []\n"]
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert look_up() == "False []\n"
 
 
 def test_a_second_extraction_gives_the_same_cache_and_imports_no_torch(make_folder, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_an_unknown_device_is_answered_with_the_known_ones(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_a_device_that_is_not_there_is_refused_and_never_replaced(name):
-    with pytest.raises(ConfigError, match=r"is not there.*--device auto or cpu"):
+    with pytest.raises(ConfigError, match=r"is not available.*--device auto or cpu"):
         resolve_device(name)
 
 

@@ -113,7 +113,7 @@ def test_a_cache_of_other_embeddings_is_refused_with_the_differences(embed: Any,
         evaluate(model, half)
     other = embed(folder, "other")
     other.manifest["outputs"] = {"conv:avg": [8]}
-    with pytest.raises(CacheMismatchError, match=r"holds conv:avg, the model was trained on 'pooled'"):
+    with pytest.raises(CacheMismatchError, match=r"contains conv:avg, the model was trained on 'pooled'"):
         evaluate(model, other)
 
 

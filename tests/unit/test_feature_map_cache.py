@@ -24,7 +24,6 @@ from featpipe.finetuning.feature_map_cache import estimate_caching_gain, make_fe
 from featpipe.inference import Engine
 from featpipe.maintenance import clean, verify
 from tests.support.finetuning import Ladder, small_transform, write_photos
-from tests.support.logs import logged_warning
 
 cleaning = import_module("featpipe.maintenance.clean")
 
@@ -113,7 +112,7 @@ def test_values_beyond_the_range_of_the_storage_are_an_error_with_the_remedy(tmp
     partition = partition_network(loaded, BELOW)
     how = {"augmentation": Augmentation(), "settings": {"cache": tmp_path / "cache"}}
     message = r"15 images have no feature map .*: not-finite.*--cache-activations no"
-    with logged_warning("have no features"), pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         make_feature_map_dataset(index, np.arange(15), loaded, partition, **how)
 
 

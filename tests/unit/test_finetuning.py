@@ -268,7 +268,7 @@ def test_a_model_that_carries_no_weights_is_its_published_backbone_and_a_damaged
     model = featpipe.train(featpipe.extract(photos, backbone=network, cache=tmp_path / "cache"), "lda")
     plain = model.save(tmp_path / "plain.model")
     assert backbones.load(str(plain)).to_dict() == network.to_dict()
-    with pytest.raises(WeightsError, match="carries no weights"):
+    with pytest.raises(WeightsError, match="contains no weights"):
         backbones.load("timm/test_resnet", weights=plain)
     whole = model.save(tmp_path / "whole.model", portable=True)
     data = bytearray(whole.read_bytes())

@@ -509,7 +509,7 @@ def test_validation_rows_calibrate_and_missing_ones_are_reported(
     assert len(expansion.model.trust.conformal.scores) == 100
     without = expand(judged, [new, make_cache({"ant": 20}, 85, split="validation")], method="replay", test=test)
     assert any("has no prediction sets" in note and "--calibration" in note for note in without.notes)
-    with pytest.raises(ConfigError, match=r"learnt more classes without .*--calibration"):
+    with pytest.raises(ConfigError, match=r"expanded without held-out images .*--calibration"):
         without.model.predict_sets_features(new.X, 0.9)
 
 

@@ -521,5 +521,5 @@ def test_retained_importances_of_the_network_are_validated(home: Path, ladder: A
     memory = ReplayMemory(np.array([3, 4]), np.zeros((0, 2), np.float32), np.zeros(0, np.int32), network=known)
     np.testing.assert_array_equal(ReplayMemory.from_bytes(memory.to_bytes(), 2).network["backbone.x"], np.ones(3))
     for bad in (-np.ones(3, np.float32), np.full(3, np.nan, np.float32)):
-        with pytest.raises(ValueError, match="kept importances of the network are no numbers"):
+        with pytest.raises(ValueError, match="retained importances of the network are not all numbers"):
             ReplayMemory.from_bytes(replace(memory, network={"backbone.x": bad}).to_bytes(), 2)

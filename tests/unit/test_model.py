@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 
 from featpipe import backbones, extract, load_model, train
-from featpipe.backbones.bundled import read_bundled_weights
+from featpipe.backbones.weights import read_state_dicts
 from featpipe.data import decode_image, get_modality
 from featpipe.errors import CacheMismatchError, ConfigError, ModelError, SampleError, WeightsError
 from featpipe.heads import dumps
@@ -262,7 +262,7 @@ def outcome(path: Path, images: list[Path], backbone: Any) -> object:
     """What a file answers, or the error."""
     try:
         loaded = load_model(path)
-        carried = {name: value.tolist() for name, value in read_bundled_weights(path).items()}
+        carried = {name: value.tolist() for name, value in read_state_dicts(path)[0].items()}
     except (ModelError, WeightsError) as error:
         return str(error)
     return loaded.attach(backbone).predict_proba(images).tolist(), loaded.facts, loaded.classes, carried
@@ -539,7 +539,7 @@ def test_an_embedding_that_is_not_finite_is_no_prediction() -> None:
 def test_a_model_without_probabilities_says_so(tiny: Any) -> None:
     model = made_by_hand(tiny)
     model.task = "regression"
-    with pytest.raises(ConfigError, match="predicts numbers"):
+    with pytest.raises(ConfigError, match="no probabilities"):
         model.predict_proba_features(np.zeros((1, 8)))
 
 

@@ -146,7 +146,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_row_and_says_why(
     photos[4].write_bytes(photos[5].read_bytes()[:300])
     photos[9].write_bytes(b"no image")
     out = tmp_path / f"predictions{suffix}"
-    with logged_warning("3 of 18 images have no features: 1 empty, 1 unsupported, 1 damaged"):
+    with logged_warning("3 of 18 images have no prediction: 1 empty, 1 damaged, 1 unsupported"):
         counts = predict(model, tmp_path / "photos", out)
     rows = READERS[suffix](out)
     assert counts == {"ok": 15, "empty": 1, "damaged": 1, "unsupported": 1}

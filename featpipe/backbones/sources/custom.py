@@ -46,9 +46,9 @@ def build(name: str, weights: str | Path | None, transform: AnyTransform | None,
         result = result.network, result.transform
     network, factory_transform = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"{name} gave {type(network).__name__}; expected a torch Module, or a Module and a transform")
+        raise ConfigError(f"{name} returned {type(network).__name__}, expected a Module, alone or with a transform")
     if transform is None and factory_transform is None:
-        raise ConfigError(f"{name} gave a network alone; it must also give {TRANSFORM_REQUIREMENT}")
+        raise ConfigError(f"{name} returned a network without {TRANSFORM_REQUIREMENT}; return both")
     return wrap_network(
         network, weights, factory_transform if transform is None else transform, hash_source(factory), name
     )
@@ -63,10 +63,10 @@ def wrap_network(
     """
     if transform is None:
         raise ConfigError(
-            f"a network of your own ({type(network).__name__}) needs {TRANSFORM_REQUIREMENT}; pass transform=…"
+            f"a custom network ({type(network).__name__}) needs {TRANSFORM_REQUIREMENT}; pass transform=…"
         )
     if isinstance(weights, str) and weights != "none":
-        raise ConfigError(f"weights {weights!r}: a network of your own takes a file, or none")
+        raise ConfigError(f"weights {weights!r}: a custom network has no published weights; give a file, or none")
     network_copy = copy.deepcopy(network)
     if isinstance(weights, Path):
         load_weights_file(network_copy, weights)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import floor
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from featpipe.backbones.registry import PACKAGED_BACKBONES, find_weights_file
-from featpipe.backbones.sources import timm
 from featpipe.backbones.sources.custom import HeadlessNetwork, load_weights_file
-from featpipe.backbones.weights import read_state_dicts
+from featpipe.backbones.sources.efficientnet_lite import VARIANTS, WIDTH, EfficientNetLite
+from featpipe.backbones.transforms import Transform
+from featpipe.backbones.weights import read_state_dicts, seeded_rng
 from featpipe.config import unknown_name_error
 
 CLASSIFIER = "classifier"
@@ -46,16 +47,22 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
         raise unknown_name_error(
             "weights", weights, ["none"], "or give a file; without --weights the packaged ones are used"
         )
-    network = timm.create("tf_" + name, seed)
-    transform = timm.make_transform(network)
-    rename_weight = _make_weight_renamer(network)
-    width = timm.remove_classifier(network, name)
+    variant = VARIANTS[name]
+    with seeded_rng(seed):
+        network = EfficientNetLite(variant)
+    transform = Transform(
+        resize=floor(variant.image_size / variant.crop_ratio),
+        crop=(variant.image_size, variant.image_size),
+        interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
     if weights == "none":
-        return HeadlessNetwork(network, transform, "packaged", width, f"untrained, seed {seed}")
+        return HeadlessNetwork(network, transform, "packaged", WIDTH, f"untrained, seed {seed}")
     path = find_weights_file(name) if weights is None else Path(weights)
-    load_weights_file(network, path, (CLASSIFIER,), rename_weight)
+    load_weights_file(network, path, (CLASSIFIER,), _make_weight_renamer(network))
     origin = PACKAGED_BACKBONES[name] if weights is None else str(path)
-    return HeadlessNetwork(network, transform, "packaged", width, origin, weight_files=(path,))
+    return HeadlessNetwork(network, transform, "packaged", WIDTH, origin, weight_files=(path,))
 
 
 def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
@@ -77,22 +84,22 @@ def imagenet_classifier(name: str) -> tuple[Tensor, Tensor]:
     return state["_fc.weight"], state["_fc.bias"]
 
 
-def _make_weight_renamer(network: Any) -> Callable[[str], str]:
-    """Map weight names of the packages to timm's by layer position; names of timm are kept."""
-    named_blocks = [
-        (f"blocks.{s}.{i}", block) for s, stage in enumerate(network.blocks) for i, block in enumerate(stage)
+def _make_weight_renamer(network: EfficientNetLite) -> Callable[[str], str]:
+    """Map weight names of the packages to those of the network by layer position; the network's own are unchanged."""
+    block_names = [
+        f"blocks.{stage}.{block}"
+        for stage, blocks in network.blocks.named_children()
+        for block, _ in blocks.named_children()
     ]
     translation = dict(OUTER_LAYERS)
-    for block_index, (block_name, block) in enumerate(named_blocks):
-        layers = INVERTED_LAYERS if hasattr(block, "conv_pwl") else SEPARABLE_LAYERS
-        translation.update({f"_blocks.{block_index}.{old}": f"{block_name}.{new}" for old, new in layers.items()})
+    for block_number, block_name in enumerate(block_names):
+        layers = INVERTED_LAYERS if block_number else SEPARABLE_LAYERS
+        translation.update({f"_blocks.{block_number}.{old}": f"{block_name}.{new}" for old, new in layers.items()})
 
     def rename_weight(name: str) -> str:
-        name_match = re.fullmatch(r"(.*?)((?:_blocks\.\d+\.)?_[a-z0-9_]+)(\.\w+)", name)
-        return (
-            name_match[1] + translation[name_match[2]] + name_match[3]
-            if name_match and name_match[2] in translation
-            else name
-        )
+        parts = re.fullmatch(r"(.*?)((?:_blocks\.\d+\.)?_[a-z0-9_]+)(\.\w+)", name)
+        if parts is None or parts[2] not in translation:
+            return name
+        return parts[1] + translation[parts[2]] + parts[3]
 
     return rename_weight

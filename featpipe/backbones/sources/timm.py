@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from math import floor
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from featpipe.backbones.registry import TIMM_PREFIX, names
@@ -41,6 +44,7 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
             f"weights {weights!r} of {name}: timm's are part of the name: {', '.join(tags)}; or give a file"
         )
     network = _load_published(name, progress) if weights is None else create(name, seed)
+    weight_files = _find_weight_files(network.pretrained_cfg) if weights is None else None
     transform = make_transform(network)
     classifier_layers = find_classifier_layers(network)
     origin = str(network.pretrained_cfg.get("tag") or "timm") if weights is None else f"untrained, seed {seed}"
@@ -48,7 +52,7 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
     if isinstance(weights, Path):
         load_state(network, _load_matching_state(weights, network, classifier_layers))
         origin = str(weights)
-    return HeadlessNetwork(network, transform, "timm", width, origin)
+    return HeadlessNetwork(network, transform, "timm", width, origin, weight_files=weight_files)
 
 
 def create(name: str, seed: int = 0) -> Any:
@@ -117,6 +121,24 @@ def _load_published(name: str, progress: bool) -> Any:
         raise WeightsError(
             f"{name}: weights cannot be fetched ({reason}); bring {file} and pass it with --weights FILE"
         ) from error
+
+
+def _find_weight_files(config: Mapping[str, Any]) -> tuple[Path, ...] | None:
+    """Find the files of published weights in the cache that they were downloaded to; None if they are not there.
+
+    Besides the weights, the file that names the current revision of a repository is one of them.
+    """
+    repository, _, revision = str(config.get("hf_hub_id") or "").partition("@")
+    if not repository:
+        checkpoint = Path(torch.hub.get_dir()) / "checkpoints" / str(config.get("url")).rsplit("/", 1)[-1]
+        return (checkpoint,) if checkpoint.is_file() else None
+    file_names = config.get("hf_hub_filename") or "model.safetensors", "pytorch_model.bin"
+    cached = (try_to_load_from_cache(repository, file_name, revision=revision or None) for file_name in file_names)
+    weights_file = next((Path(path) for path in cached if isinstance(path, str)), None)
+    if weights_file is None:
+        return None
+    reference = weights_file.parents[2] / "refs" / (revision or "main")
+    return (weights_file, reference) if reference.is_file() else (weights_file,)
 
 
 def _load_matching_state(path: Path, network: nn.Module, classifier_layers: tuple[str, ...]) -> dict[str, Tensor]:

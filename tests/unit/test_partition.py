@@ -81,13 +81,13 @@ def test_a_step_in_training_mode_is_that_of_the_whole_network():
 def test_inside_a_residual_block_the_boundary_moves_down_to_before_it(ladder):
     made = partition_network(ladder, all_but(ladder, "layer2.1.norm", "layer3"))
     assert made.output == "layer2.0:none"
-    assert "'layer2.1.norm' trains" in made.reason
+    assert "'layer2.1.norm' is trained" in made.reason
     assert "'layer2.0'" in made.reason
     assert torch.equal(made.upper(value_at(made, ladder, images())), ladder.network(images()))
 
 
 def test_where_the_first_layer_trains_there_is_nothing_to_cut(ladder):
-    with pytest.raises(ConfigError, match="'stem' trains, and no module is done before it"):
+    with pytest.raises(ConfigError, match="'stem' is trained, and no module finishes before it"):
         partition_network(ladder, all_but(ladder, "stem.bias"))
 
 
@@ -109,7 +109,7 @@ class Two(nn.Module):
 
 
 def test_where_two_values_cross_it_says_so():
-    with pytest.raises(ConfigError, match="'last' trains, and what comes before it is not one value"):
+    with pytest.raises(ConfigError, match="'last' is trained, and depends on more than one earlier value"):
         partition_network(load(Two()), ["left", "right"])
 
 

@@ -430,7 +430,7 @@ def test_a_model_of_other_embeddings_is_refused_in_one_line(model: Model, photos
         predict(model, photos, tmp_path / "p.csv", also=[stranger])
     net = network(outputs=["conv:avg"])
     elsewhere = train(extract(photos, backbone=net, out=tmp_path / "t" / "c.h5"), params={"C": 1.0})
-    with pytest.raises(ConfigError, match=r"'conv:avg' and .*first.model on 'pooled'"):
+    with pytest.raises(ConfigError, match=r"'conv:avg', .*first.model on 'pooled'"):
         predict(model, photos, tmp_path / "p.csv", also=[elsewhere])
     assert not (tmp_path / "p.csv.parts").exists()
 

@@ -59,7 +59,7 @@ def test_intervals_hold_each_target_as_often_as_is_asked():
 
 @pytest.mark.parametrize("level", [0, 1, 1.5, -0.1, float("nan")])
 def test_a_level_that_is_no_share_is_refused(level):
-    with pytest.raises(ConfigError, match="a share between 0 and 1"):
+    with pytest.raises(ConfigError, match="a coverage between 0 and 1"):
         ConformalPredictor.from_predictions(*answers(50)).score_quantile(level)
 
 
@@ -152,7 +152,7 @@ def test_predictions_have_columns_for_both(model, tmp_path, suffix):
 def test_a_model_without_held_out_answers_says_what_to_do(tiny, make_folder, tmp_path):
     cache = extract(make_folder(each=6), backbone=tiny, cache=tmp_path / "cache")
     for trained in (train(cache), train(cache, cv=2, prior={"ape": 0.8})):
-        with pytest.raises(ConfigError, match="train with --cv 2 or more, and no --prior"):
+        with pytest.raises(ConfigError, match="train with --cv 2 or more, and without --prior"):
             predict(trained.attach(tiny), tmp_path / "photos", tmp_path / "out.csv", sets=0.9)
     assert not (tmp_path / "out.csv").exists()
 
