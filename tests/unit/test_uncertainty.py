@@ -152,7 +152,7 @@ def test_predictions_have_columns_for_both(model, tmp_path, suffix):
 def test_a_model_without_held_out_answers_says_what_to_do(tiny, make_folder, tmp_path):
     cache = extract(make_folder(each=6), backbone=tiny, cache=tmp_path / "cache")
     for trained in (train(cache), train(cache, cv=2, prior={"ape": 0.8})):
-        with pytest.raises(ConfigError, match="train with --cv 2 or more, and without --prior"):
+        with pytest.raises(ConfigError, match="train with --cv 2 or more and without --prior"):
             predict(trained.attach(tiny), tmp_path / "photos", tmp_path / "out.csv", sets=0.9)
     assert not (tmp_path / "out.csv").exists()
 
