@@ -13,7 +13,7 @@ from featpipe.cache.format import (
     shards_directory,
 )
 from featpipe.cache.hdf5 import ALIGNMENT_BYTES
-from featpipe.cache.lookup import MAX_KEY_INDEXES, EmbeddingLookup, EmbeddingSource
+from featpipe.cache.lookup import EmbeddingLookup, EmbeddingSource
 from featpipe.cache.reader import FeatureCache, FeatureView, RowSelector
 from featpipe.cache.writer import write_cache
 
@@ -21,7 +21,6 @@ __all__ = [
     "ALIGNMENT_BYTES",
     "FORMAT",
     "FORMAT_VERSION",
-    "MAX_KEY_INDEXES",
     "SPLIT_NAMES",
     "EmbeddingLookup",
     "EmbeddingSource",

@@ -179,7 +179,7 @@ def parse_version(text: str) -> tuple[int, int]:
 def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
     """Parse and validate the stored text of a manifest."""
     if text is None or text.shape != () or text.dtype.kind != "S":
-        raise CacheFormatError("the manifest is missing or not one text")
+        raise CacheFormatError("the manifest is missing or not a single text")
     if text.dtype.itemsize > MAX_MANIFEST_BYTES:
         raise CacheFormatError(f"the manifest has {text.dtype.itemsize} bytes, more than {MAX_MANIFEST_BYTES}")
     manifest = json.loads(text.tobytes().rstrip(b"\0").decode("utf-8"), parse_constant=_reject_constant)
@@ -189,16 +189,16 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
     _check_keys(facts, _FACTS_TYPES, "facts in the manifest")
     _check_keys(facts["backbone"], _BACKBONE_FACTS_TYPES, "facts.backbone in the manifest")
     if manifest["fingerprint"] != compute_fingerprint(facts):
-        raise CacheFormatError("the fingerprint is not that of the facts in the manifest")
+        raise CacheFormatError("the fingerprint in the manifest does not match its facts")
     if not manifest["outputs"] or manifest["outputs"].keys() != facts["backbone"]["outputs"].keys():
-        raise CacheFormatError("the manifest names no output, or others than its facts")
+        raise CacheFormatError("the outputs in the manifest are empty or differ from its facts")
     if facts["storage"] not in ("float32", "float16"):
         raise CacheFormatError(f"the features are stored as {facts['storage']!r}, expected float32 or float16")
     classes = manifest["classes"]
     if not all(isinstance(name, str) for name in classes):
         raise CacheFormatError("classes in the manifest are not text")
     if manifest["task"] in ("classification", "multilabel") and order_classes(classes) != tuple(classes):
-        raise CacheFormatError("classes in the manifest are not in their order, or not unique")
+        raise CacheFormatError("classes in the manifest are not sorted or not unique")
     if not 0 <= manifest["ok"] <= manifest["samples"]:
         raise CacheFormatError(f"{manifest['ok']} of {manifest['samples']} samples cannot be ok")
     for output, shape in manifest["outputs"].items():
@@ -225,9 +225,9 @@ def _check_optional_keys(manifest: Mapping[str, Any]) -> None:
         if not _is_instance(value, value_types) or (
             item_types and not all(_is_instance(item, item_types) for item in items)
         ):
-            raise CacheFormatError(f"{key} in the manifest is not what it is to be")
+            raise CacheFormatError(f"{key} in the manifest has the wrong type")
     if not all(_is_instance(source.get("cache"), (str,)) for source in manifest.get("merged_from") or ()):
-        raise CacheFormatError("merged_from in the manifest is not what it is to be")
+        raise CacheFormatError("merged_from in the manifest has the wrong type")
 
 
 def _is_instance(value: object, types: Sequence[type]) -> bool:
@@ -236,7 +236,7 @@ def _is_instance(value: object, types: Sequence[type]) -> bool:
 
 
 def _reject_constant(text: str) -> None:
-    raise CacheFormatError(f"the manifest holds {text}, which JSON does not have")
+    raise CacheFormatError(f"the manifest contains {text}, which is not valid JSON")
 
 
 def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
@@ -254,20 +254,20 @@ def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
         row_range, offsets = entry["rows"], entry["offsets"]
         if not _SHARD_FILE_PATTERN.fullmatch(entry["file"]) or entry["file"].startswith("."):
             raise CacheFormatError(
-                f"shard {shard_number} in the manifest lies elsewhere than in the cache's own folder"
+                f"shard {shard_number} in the manifest is not in the shard folder of the cache"
             )
         if len(row_range) != 2 or row_range[0] != start or not isinstance(row_range[1], int) or row_range[1] <= start:
-            raise CacheFormatError(f"shard {shard_number} in the manifest does not begin where the one before it ends")
+            raise CacheFormatError(f"shard {shard_number} in the manifest does not begin where the previous shard ends")
         if offsets.keys() != row_bytes.keys() or not all(isinstance(offset, int) for offset in offsets.values()):
-            raise CacheFormatError(f"shard {shard_number} in the manifest does not hold the outputs")
+            raise CacheFormatError(f"shard {shard_number} in the manifest does not contain the outputs of the cache")
         for output, offset in offsets.items():
             fits = offset >= 0 and offset + (row_range[1] - start) * row_bytes[output] <= entry["bytes"]
             if not fits or offset % PAGE_BYTES or start * row_bytes[output] % PAGE_BYTES:
-                raise CacheFormatError(f"shard {shard_number} in the manifest has {output!r} where it cannot lie")
+                raise CacheFormatError(f"shard {shard_number} in the manifest has an impossible offset for {output!r}")
         shards.append(Shard(entry["file"], entry["bytes"], start, row_range[1], dict(offsets), entry["check"]))
         start = row_range[1]
     if start != manifest["samples"]:
-        raise CacheFormatError(f"the shards in the manifest hold {start} of {manifest['samples']} samples")
+        raise CacheFormatError(f"the shards in the manifest cover {start} of {manifest['samples']} samples")
     return tuple(shards)
 
 
@@ -283,7 +283,7 @@ def check_columns(manifest: Mapping[str, Any], columns: Mapping[str, NDArray[Any
             )
     offsets = columns["samples/id_offsets"]
     if offsets[0] != 0 or offsets[-1] != len(columns["samples/id_bytes"]):
-        raise CacheFormatError("samples/id_offsets does not begin and end with samples/id_bytes")
+        raise CacheFormatError("samples/id_offsets does not match samples/id_bytes")
 
 
 def _expected_columns(
@@ -300,7 +300,7 @@ def _expected_columns(
     }
     for output, shape in manifest["outputs"].items():
         if is_sharded and f"features/{output}" in columns:
-            raise CacheFormatError(f"'features/{output}' is in the file, and in shards too")
+            raise CacheFormatError(f"'features/{output}' is in the file and in shards")
         if not is_sharded:
             dtype = np.dtype(manifest["facts"]["storage"]).newbyteorder("<").str
             expected[f"features/{output}"] = (dtype, (n, *shape))

@@ -168,9 +168,9 @@ def locate_arrays(file: BinaryIO, file_bytes: int) -> tuple[dict[str, ArrayLocat
     if header[: len(HDF5_SIGNATURE)] != HDF5_SIGNATURE:
         raise CacheFormatError("is not an HDF5 file" if file_bytes else "is empty")
     if header[-3] < MIN_SUPERBLOCK_VERSION:
-        raise CacheFormatError("is HDF5 of the oldest kind, without checksums; no cache is")
+        raise CacheFormatError("has an old HDF5 superblock without checksum; expected version 2 or later")
     if header[-2:] != b"\x08\x08":
-        raise CacheFormatError("is HDF5 with addresses that are not of eight bytes; no cache is")
+        raise CacheFormatError("is HDF5 with addresses of another size than eight bytes; expected eight")
     with _open_hdf5(file) as hdf5:
         attributes = {name: _read_attribute(hdf5, name) for name in ("format", "format_version", "manifest_sha256")}
         if attributes["format"] != FORMAT:
@@ -203,7 +203,7 @@ def _iter_datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
         for name in group:
             full_name = f"{prefix}{name}"
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise CacheFormatError(f"{full_name!r} is a link; a cache holds none")
+                raise CacheFormatError(f"{full_name!r} is a link; a cache may not contain links")
             # h5o.get_info would decode the heap of a virtual dataset to compute its size
             object_info = h5py.h5g.get_objinfo(group.id, name.encode("utf-8", "surrogateescape"))
             if object_info.type == h5py.h5g.DATASET:
@@ -213,7 +213,7 @@ def _iter_datasets(file: Any, descriptor: int) -> Iterator[tuple[str, Any]]:
                 if layout_class == CONTIGUOUS_LAYOUT:
                     yield full_name, group[name]
                 elif layout_class != VIRTUAL_LAYOUT or prefix != "features/":
-                    raise CacheFormatError(f"{full_name!r} is not stored in one contiguous piece of this file")
+                    raise CacheFormatError(f"{full_name!r} is not stored contiguously in this file")
             elif object_info.type != h5py.h5g.GROUP:
                 raise CacheFormatError(f"{full_name!r} is neither a dataset nor a group")
             elif full_name in HDF5_GROUPS:
@@ -240,7 +240,7 @@ def _to_numpy_dtype(hdf5_type: Any, name: str) -> np.dtype[Any]:
         return np.dtype(("S", hdf5_type.get_size()))
     if isinstance(hdf5_type, (h5t.TypeIntegerID, h5t.TypeFloatID)) and h5t.py_create(hdf5_type.dtype) == hdf5_type:
         return hdf5_type.dtype
-    raise CacheFormatError(f"{name!r} has a type that no cache holds; expected integers, floats or byte strings")
+    raise CacheFormatError(f"{name!r} has an unsupported type; expected integers, floats or byte strings")
 
 
 CONTIGUOUS_LAYOUT, VIRTUAL_LAYOUT = 1, 3  # HDF5 File Format Specification 3.0, IV.A.2.i
@@ -271,7 +271,7 @@ def read_layout_class(descriptor: int, address: int, name: str) -> int:
     """
     prefix = os.pread(descriptor, 64, address)
     if prefix[:5] != b"OHDR\x02":
-        raise CacheFormatError(f"{name!r} has an object header of the oldest kind, without a checksum; no cache has")
+        raise CacheFormatError(f"{name!r} has an object header of version 1, without checksum; expected version 2")
     flags = prefix[5]
     size_offset = 6 + (16 if flags & _TIMES_FLAG else 0) + (4 if flags & _PHASE_CHANGE_FLAG else 0)
     size_field_bytes = 1 << (flags & _CHUNK_SIZE_MASK)
@@ -280,12 +280,12 @@ def read_layout_class(descriptor: int, address: int, name: str) -> int:
     layout_classes: list[int] = []
     for chunk_offset, chunk_bytes in chunks:
         if len(chunks) > _MAX_HEADER_CHUNKS or chunk_bytes > _MAX_HEADER_CHUNK_BYTES:
-            raise CacheFormatError(f"{name!r} has an object header that no cache has; it is damaged")
+            raise CacheFormatError(f"{name!r} has an invalid object header; the file is damaged")
         for message_type, data in _parse_messages(
             os.pread(descriptor, chunk_bytes, chunk_offset), bool(flags & _CREATION_ORDER_FLAG)
         ):
             if message_type in (_EXTERNAL_FILES_MESSAGE, _FILTERS_MESSAGE):
-                raise CacheFormatError(f"{name!r} has filters or lies in other files; a cache holds plain arrays")
+                raise CacheFormatError(f"{name!r} has filters or is stored in external files; expected a plain array")
             if message_type == _LAYOUT_MESSAGE:
                 layout_classes.append(data[1] if len(data) > 1 and data[0] in (3, 4, 5) else -1)
             if message_type == _CONTINUATION_MESSAGE and len(data) >= 16:
@@ -293,7 +293,7 @@ def read_layout_class(descriptor: int, address: int, name: str) -> int:
                 # without the signature (4 bytes) and the checksum (4 bytes) of the chunk
                 chunks.append((min(offset + 4, 2**62), max(0, chunk_bytes - 8)))
     if len(layout_classes) != 1:
-        raise CacheFormatError(f"{name!r} does not say how it is stored; it is damaged")
+        raise CacheFormatError(f"{name!r} has no valid layout message; the file is damaged")
     return layout_classes[0]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featpipe.cache.reader import FeatureCache
 from featpipe.status import Status
-
-MAX_KEY_INDEXES = 16
 
 
 def _all_intact(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -50,29 +49,6 @@ class EmbeddingSource:
         return cls(cache.digests, cache.stamps, cache.status_codes, cache.features, find_intact)
 
 
-@dataclass(frozen=True, eq=False)
-class _KeyIndex:
-    """Sorted keys (the first eight bytes of a digest or a stamp), with the source and the row of each."""
-
-    keys: NDArray[np.uint64]
-    source_ids: NDArray[np.int32]
-    source_rows: NDArray[np.int64]
-
-    @classmethod
-    def from_bytes(cls, byte_keys: NDArray[np.uint8], is_usable: NDArray[np.bool_], source_id: int) -> _KeyIndex:
-        source_rows = np.flatnonzero(is_usable & byte_keys.any(axis=1))
-        keys = _truncate_to_keys(byte_keys[source_rows])
-        order = np.argsort(keys, kind="stable")
-        return cls(keys[order], np.full(len(source_rows), source_id, np.int32), source_rows[order].astype(np.int64))
-
-    @classmethod
-    def merge(cls, indexes: tuple[_KeyIndex, ...]) -> _KeyIndex:
-        keys = np.concatenate([key_index.keys for key_index in indexes])
-        order = np.argsort(keys, kind="stable")
-        source_ids = np.concatenate([key_index.source_ids for key_index in indexes])[order]
-        return cls(keys[order], source_ids, np.concatenate([key_index.source_rows for key_index in indexes])[order])
-
-
 class EmbeddingLookup:
     """The existing embeddings with one fingerprint.
 
@@ -82,81 +58,93 @@ class EmbeddingLookup:
 
     def __init__(self) -> None:
         self.sources: list[EmbeddingSource] = []
-        self._by_digest: tuple[_KeyIndex, ...] = ()
-        self._by_stamp: tuple[_KeyIndex, ...] = ()
+        self._by_digest = _KeyIndex.from_sources([], "digests")
 
-    def add(self, source: EmbeddingSource) -> int:
-        """Add a source, and return its number."""
-        source_id = len(self.sources)
-        self.sources.append(source)
-        is_final = np.isin(source.status, [status for status in Status if not status.transient])
-        self._by_digest = _add_key_index(self._by_digest, _KeyIndex.from_bytes(source.digests, is_final, source_id))
-        self._by_stamp = _add_key_index(self._by_stamp, _KeyIndex.from_bytes(source.stamps, is_final, source_id))
-        return source_id
+    def add(self, *sources: EmbeddingSource) -> int:
+        """Add sources, and return the number of the first. Many are added fastest in one call."""
+        first_number = len(self.sources)
+        self.sources += sources
+        self._by_digest = self._by_digest.merge(_KeyIndex.from_sources(sources, "digests", first_number))
+        return first_number
 
     def find_by_digest(self, digest: bytes) -> tuple[int, int] | None:
         """Find the source number and the row of an image by its digest. Damaged rows are skipped."""
-        digest_bytes = np.frombuffer(digest, np.uint8)
+        digest_bytes, index = np.frombuffer(digest, np.uint8), self._by_digest
         key = _truncate_to_keys(digest_bytes[None])[0]
-        for key_index in self._by_digest:
-            position = int(np.searchsorted(key_index.keys, key))
-            while position < len(key_index.keys) and key_index.keys[position] == key:
-                source_id, source_row = int(key_index.source_ids[position]), int(key_index.source_rows[position])
-                if np.array_equal(self.sources[source_id].digests[source_row], digest_bytes) and self.is_intact(
-                    source_id, source_row
-                ):
-                    return source_id, source_row
-                position += 1
+        for position in range(int(np.searchsorted(index.keys, key)), len(index.keys)):
+            if index.keys[position] != key:
+                break
+            source_number, source_row = int(index.source_numbers[position]), int(index.source_rows[position])
+            source = self.sources[source_number]
+            if (
+                np.array_equal(source.digests[source_row], digest_bytes)
+                and source.find_intact(np.array([source_row]))[0]  # damaged rows must not be copied
+            ):
+                return source_number, source_row
         return None
-
-    def is_intact(self, source_id: int, source_row: int) -> bool:
-        """Whether a row matches its checksums; damaged rows must not be copied."""
-        return bool(self.sources[source_id].find_intact(np.array([source_row]))[0])
 
     def find_by_stamp(self, stamps: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Find the source numbers (-1 if not found) and the rows of n stamps, each of shape (n,).
 
         The caller must check that these rows are intact before it copies them.
         """
-        source_ids = np.full(len(stamps), -1, np.int32)
-        source_rows = np.zeros(len(stamps), np.int64)
-        keys = _truncate_to_keys(stamps)
-        for key_index in self._by_stamp:
-            positions = np.searchsorted(key_index.keys, keys)
-            pending = np.flatnonzero((source_ids < 0) & stamps.any(axis=1))
-            while len(pending):  # repeats only for different stamps with the same first eight bytes
-                pending = pending[positions[pending] < len(key_index.keys)]
-                pending = pending[key_index.keys[positions[pending]] == keys[pending]]
-                candidate_sources, candidate_rows = (
-                    key_index.source_ids[positions[pending]],
-                    key_index.source_rows[positions[pending]],
-                )
-                is_match = self._stamps_match(candidate_sources, candidate_rows, stamps[pending])
-                source_ids[pending[is_match]], source_rows[pending[is_match]] = (
-                    candidate_sources[is_match],
-                    candidate_rows[is_match],
-                )
-                pending = pending[~is_match]
-                positions[pending] += 1
-        return source_ids, source_rows
+        source_numbers, source_rows = np.full(len(stamps), -1, np.int32), np.zeros(len(stamps), np.int64)
+        index, keys = _KeyIndex.from_sources(self.sources, "stamps"), _truncate_to_keys(stamps)
+        positions = np.searchsorted(index.keys, keys)
+        pending = np.flatnonzero(stamps.any(axis=1))
+        while len(pending):  # repeats only for different stamps with the same first eight bytes
+            pending = pending[positions[pending] < len(index.keys)]
+            pending = pending[index.keys[positions[pending]] == keys[pending]]
+            candidates = index.source_numbers[positions[pending]], index.source_rows[positions[pending]]
+            is_match = self._have_stamps(*candidates, stamps[pending])
+            source_numbers[pending[is_match]], source_rows[pending[is_match]] = (rows[is_match] for rows in candidates)
+            pending = pending[~is_match]
+            positions[pending] += 1
+        return source_numbers, source_rows
 
-    def _stamps_match(
-        self, source_ids: NDArray[np.int32], source_rows: NDArray[np.int64], stamps: NDArray[np.uint8]
+    def _have_stamps(
+        self, source_numbers: NDArray[np.int32], source_rows: NDArray[np.int64], stamps: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
+        """Which of m rows of sources have these stamps, shape (m,)."""
         is_match = np.zeros(len(stamps), bool)
-        for source_id in np.unique(source_ids):
-            matching_rows = np.flatnonzero(source_ids == source_id)
-            is_match[matching_rows] = (
-                self.sources[source_id].stamps[source_rows[matching_rows]] == stamps[matching_rows]
-            ).all(axis=1)
+        for source_number in np.flatnonzero(np.bincount(source_numbers)):
+            rows = np.flatnonzero(source_numbers == source_number)
+            is_match[rows] = (self.sources[source_number].stamps[source_rows[rows]] == stamps[rows]).all(axis=1)
         return is_match
+
+
+@dataclass(frozen=True, eq=False)
+class _KeyIndex:
+    """Sorted keys (the first eight bytes of a digest or a stamp), with the source and the row of each."""
+
+    keys: NDArray[np.uint64]
+    source_numbers: NDArray[np.int32]
+    source_rows: NDArray[np.int64]
+
+    @classmethod
+    def from_sources(
+        cls, sources: Sequence[EmbeddingSource], column: Literal["digests", "stamps"], first_number: int = 0
+    ) -> _KeyIndex:
+        keys, numbers, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        for number, source in enumerate(sources, first_number):
+            byte_keys: NDArray[np.uint8] = getattr(source, column)
+            is_final = np.isin(source.status, [status for status in Status if not status.transient])
+            rows.append(np.flatnonzero(is_final & byte_keys.any(axis=1)))
+            keys.append(_truncate_to_keys(byte_keys[rows[-1]]))
+            numbers.append(np.full(len(rows[-1]), number, np.int32))
+        return cls(np.concatenate(keys), np.concatenate(numbers), np.concatenate(rows))._sort()
+
+    def merge(self, other: _KeyIndex) -> _KeyIndex:
+        return _KeyIndex(
+            np.concatenate([self.keys, other.keys]),
+            np.concatenate([self.source_numbers, other.source_numbers]),
+            np.concatenate([self.source_rows, other.source_rows]),
+        )._sort()
+
+    def _sort(self) -> _KeyIndex:
+        order = np.argsort(self.keys, kind="stable")  # linear in time if the keys are two sorted runs
+        return _KeyIndex(self.keys[order], self.source_numbers[order], self.source_rows[order])
 
 
 def _truncate_to_keys(byte_keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(byte_keys[:, :8]).view("<u8")[:, 0]
-
-
-def _add_key_index(indexes: tuple[_KeyIndex, ...], key_index: _KeyIndex) -> tuple[_KeyIndex, ...]:
-    """Add an index, and merge all when there are many: a lookup searches at most ``MAX_KEY_INDEXES`` indexes."""
-    extended = (*indexes, key_index)
-    return extended if len(extended) <= MAX_KEY_INDEXES else (_KeyIndex.merge(extended),)

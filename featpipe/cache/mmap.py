@@ -75,7 +75,7 @@ def map_into(buffer: NDArray[np.uint8], segment: FileSegment) -> None:
     if not segment.nbytes:
         return
     if segment.start + segment.nbytes > len(buffer) or segment.start % mmap.PAGESIZE or segment.offset % mmap.PAGESIZE:
-        raise ValueError("a piece does not lie at a page's beginning, within the array")
+        raise ValueError("a segment must begin at a page boundary and lie within the array")
     libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
     libc_mmap.restype = ctypes.c_void_p
     libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]

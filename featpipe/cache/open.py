@@ -72,7 +72,7 @@ def open_cache(path: Path, final_path: Path | None = None) -> CacheContents:
             raise CacheFormatError("has another format version in its manifest")
         manifest_digest = hashlib.sha256(columns["manifest"].tobytes()).hexdigest()
         if parse_version(manifest["format_version"]) >= (1, 1) and manifest_digest != attributes["manifest_sha256"]:
-            raise CacheFormatError("the manifest does not have its digest; it is damaged")
+            raise CacheFormatError("the manifest does not match its digest; the file is damaged")
         shards = parse_shards(manifest)
         check_columns(manifest, columns, bool(shards))
         if not shards:

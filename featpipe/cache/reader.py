@@ -522,7 +522,7 @@ def _reopen_cache(path: Path, digest: str, salvage: bool) -> FeatureCache:
     """Reopen a pickled cache."""
     cache = FeatureCache(path, salvage=salvage)
     if cache._manifest_digest != digest:
-        raise CacheMismatchError(f"{path}: was written anew since this cache was pickled; open it again")
+        raise CacheMismatchError(f"{path}: changed since this cache was pickled; open it again")
     return cache
 
 
@@ -572,5 +572,5 @@ def _missing_cache_error(path: Path) -> CacheError:
     if path.is_dir():
         return CacheFormatError(f"{path}: is a folder; a cache is one .h5 file")
     if parts_directory(path).is_dir():
-        return CacheIncompleteError(f"{path}: was begun and is not finished; run the same command again")
-    return CacheError(f"{path}: there is no such file; `featpipe extract` makes caches and prints their path")
+        return CacheIncompleteError(f"{path}: the extraction is not finished; run the same command again")
+    return CacheError(f"{path}: no such file; `featpipe extract` writes caches and prints their paths")

@@ -86,7 +86,7 @@ def write_cache(
                 os.replace(temporary_path, path)
                 fsync_directory(path.parent)
     except CacheFormatError as error:
-        raise CacheError(f"{path}: was not written, no one could open it ({error})") from None
+        raise CacheError(f"{path}: was not written, because the result cannot be opened ({error})") from None
     except (OSError, RuntimeError) as error:  # h5py raises some of its own errors as RuntimeError
         raise CacheError(
             f"{path}: cannot be written ({format_error(error)}); free some space or write to another disk"
@@ -264,7 +264,7 @@ def _publish_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterato
     try:
         if shards:
             if folder.is_symlink():
-                raise OSError(f"{folder.name} is a link, and readers follow none")
+                raise OSError(f"{folder.name} is a link; readers do not follow links")
             folder.mkdir(exist_ok=True)
             for temporary, shard in shards:
                 target = path.parent / shard.file
@@ -284,7 +284,7 @@ def _publish_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterato
 
 def _raise_if_lost(lost_shards: Sequence[str]) -> None:
     if lost_shards:
-        raise CacheFormatError(f"its shard {lost_shards[0]} is not as it was written")
+        raise CacheFormatError(f"its shard {lost_shards[0]} differs from what was written")
 
 
 def _find_existing_shards(path: Path) -> set[Path]:

@@ -114,21 +114,24 @@ class Index:
         """
         stamps = np.zeros((len(self), _STAMP_BYTES), np.uint8)
         ok_rows = np.flatnonzero(self.fault == Status.OK)
-        for rows in np.array_split(ok_rows, range(_STAMP_BLOCK_ROWS, len(ok_rows), _STAMP_BLOCK_ROWS)):
+        for start in range(0, len(ok_rows), _STAMP_BLOCK_ROWS):
+            rows = ok_rows[start : start + _STAMP_BLOCK_ROWS]
             stamps[rows] = np.frombuffer(b"".join(self._iter_stamps(rows)), np.uint8).reshape(-1, _STAMP_BYTES)
         return stamps
 
     def _iter_stamps(self, rows: NDArray[np.int64]) -> Iterator[bytes]:
-        """Yield the stamps of some rows; works on Python numbers, because indexing single array elements is slower."""
+        """Yield the stamps of some rows in order; works on Python numbers, because indexing arrays is slower."""
         paths = [os.fsencode(source.real_path) for source in self.sources]
         folder_prefixes = [os.path.join(path, b"") for path in paths]
         kinds = [source.kind for source in self.sources]
-        columns = (self.source, self.offset, self.size, self.mtime_ns, self.names.offsets[:-1], self.names.offsets[1:])
-        data, sha256, pack = self.names.data, hashlib.sha256, struct.Struct("<4q").pack
+        first_byte, last_byte = self.names.offsets[rows[0]], self.names.offsets[rows[-1] + 1]
+        names, sha256, pack = self.names.data[first_byte:last_byte].tobytes(), hashlib.sha256, struct.Struct("<4q").pack
+        starts, stops = self.names.offsets[rows] - first_byte, self.names.offsets[rows + 1] - first_byte
+        columns = (self.source[rows], self.offset[rows], self.size[rows], self.mtime_ns[rows], starts, stops)
         for source_number, offset, size, mtime_ns, start, stop in zip(
-            *(column[rows].tolist() for column in columns), strict=True
+            *(column.tolist() for column in columns), strict=True
         ):
-            path, name = paths[source_number], data[start:stop].tobytes()
+            path, name = paths[source_number], names[start:stop]
             if kinds[source_number] == "folder":
                 path, name = folder_prefixes[source_number] + name, b""
             elif kinds[source_number] == "files":  # whose names may be absolute
@@ -346,7 +349,7 @@ def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits, modali
         offset=_concatenate_column(listing.offset for listing in listings),
         size=_concatenate_column(listing.size for listing in listings),
         mtime_ns=_concatenate_column(listing.mtime_ns for listing in listings),
-        fault=np.frombuffer(b"".join(listing.fault for listing in listings), np.uint8),
+        fault=np.concatenate([listing.compute_faults() for listing in listings]),
         labels=Labels.unlabeled(n),
         split=np.zeros(n, np.uint8),
         ignored=dict(sum((listing.ignored for listing in listings), Counter[str]())),
@@ -375,7 +378,7 @@ def _make_id_prefixes(sources: Sequence[ArchiveSource]) -> dict[ArchiveSource, s
         (parts for parts, count in Counter(parts for _, parts in source_parts).items() if count > 1), None
     )
     if duplicate_parts is not None:
-        raise ArchiveError(f"{Path(*duplicate_parts)}: given twice; give each archive once")
+        raise ArchiveError(f"{Path(*duplicate_parts)}: given twice; pass each archive once")
     if len(source_parts) < 2:
         return {}
     max_depth = max(len(parts) for _, parts in source_parts)

@@ -8,7 +8,7 @@ from featpipe.extraction.extract import (
     embed_into_parts,
     extract,
     extract_index,
-    find_up_to_date_cache,
+    reuse_embeddings,
 )
 from featpipe.extraction.identity import EXTRACTION_VERSION, load_backbone, make_facts
 from featpipe.extraction.paths import (
@@ -30,10 +30,10 @@ __all__ = [
     "extract_index",
     "find_compatible_caches",
     "find_finished_cache",
-    "find_up_to_date_cache",
     "is_up_to_date",
     "list_archive_paths",
     "load_backbone",
     "make_cache_path",
     "make_facts",
+    "reuse_embeddings",
 ]

@@ -82,7 +82,7 @@ def extract(
     index = data.index(archives, labels=config.labels, modality=find_modality(config.backbone))
     _report_index(index)
     if identity is not None:
-        cache = find_up_to_date_cache(index, identity, config, progress)
+        cache = reuse_embeddings(index, identity, config, progress)
         if cache is not None:
             return cache
     config = replace(config, device=",".join(map(str, inference.resolve_devices(config.device))))
@@ -110,33 +110,49 @@ def extract_index(
     if staging_area.is_locked():
         logger.info(f"{path}: another extraction is writing this cache; waiting for it")
     with staging_area.lock_for_writing():
-        return ExtractionPlan.build(index, backbone, settings, path=path).execute(
+        plan = ExtractionPlan.build(index, backbone, settings, path=path)
+        plan.drop_damaged()
+        return plan.execute(
             path, progress, precision_choice=precision_choice, deadline=deadline, require_readable=require_readable
         )
 
 
-def find_up_to_date_cache(
+def reuse_embeddings(
     index: Index,
     identity: BackboneIdentity,
     settings: ExtractionConfig,
     progress: ProgressCallback = ignore_progress,
+    *,
+    require_readable: bool = True,
 ) -> FeatureCache | None:
-    """Find the finished cache of an index without loading the network; None if there is work to do."""
+    """Return the cache of an index without loading the network; None if an image must be read.
+
+    A finished cache is written again only if its table is out of date: its labels or ids, for example.
+    """
+    precision_choice = None
     if settings.precision == AUTO:
         cached_choice = find_cached_choice(index, identity, settings)
         if cached_choice is None:
             return None
-        settings, _ = cached_choice
+        settings, precision_choice = cached_choice
     facts = make_facts(identity, settings)
     path = make_cache_path(index, identity, facts, settings)
     staging_area = make_staging_area(path, facts)
     if staging_area.directory.exists():  # another extraction is writing this cache, or was interrupted
         return None
     plan = ExtractionPlan.build(index, identity, settings, path=path)
-    if len(plan.unread_rows) or plan.current_cache is None:
+    if len(plan.unread_rows):
         return None
-    plan.embed(staging_area, progress)  # no rows are left: this only reports, and checks max_bad
-    return plan.existing_cache
+    if plan.current_cache is not None:
+        plan.embed(staging_area, progress)  # no rows are left: this only reports, and checks max_bad
+        return plan.existing_cache
+    make_writable_folder(path.parent, CacheError, "--cache or --out")
+    with staging_area.lock_for_writing():
+        plan = ExtractionPlan.build(index, identity, settings, path=path)
+        plan.drop_damaged()
+        if len(plan.unread_rows):
+            return None
+        return plan.execute(path, progress, precision_choice=precision_choice, require_readable=require_readable)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ from featpipe.storage import StagingArea, compute_fingerprint
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone, BackboneIdentity
     from featpipe.extraction.auto_precision import PrecisionChoice
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +93,11 @@ class ExtractionPlan:
             cache_folder, staging_area = path.parent, make_staging_area(path, facts)
             existing_cache = find_finished_cache(path, facts, index, config)
         row_sources = RowSources(index, config.check_content)
-        for cache in [] if cache_folder is None else find_compatible_caches(cache_folder, facts):
-            row_sources.lookup.add(EmbeddingSource.from_cache(cache, backbone.shapes))
-        for part in [] if staging_area is None else staging_area.load_committed():
-            row_sources.lookup.add(source_from_part(part))
+        caches = [] if cache_folder is None else find_compatible_caches(cache_folder, facts)
+        parts = [] if staging_area is None else staging_area.load_committed()
+        row_sources.lookup.add(
+            *(EmbeddingSource.from_cache(cache, backbone.shapes) for cache in caches), *map(source_from_part, parts)
+        )
         row_sources.resolve_by_stamp()
         return cls(index, backbone, config, facts, row_sources, existing_cache)
 
@@ -108,6 +113,11 @@ class ExtractionPlan:
         if cache is not None and is_up_to_date(cache, self.row_sources.to_table(), self.backbone.shapes):
             return cache
         return None
+
+    def drop_damaged(self) -> None:
+        """Leave rows to be embedded again if their stored embedding is damaged; call this before :meth:`execute`."""
+        if self.current_cache is None:
+            self.row_sources.drop_damaged()
 
     def make_reader(self) -> FeatureReader:
         """Make a function that reads blocks of features from their sources."""
@@ -156,8 +166,6 @@ class ExtractionPlan:
             If no image can be read, or more images are bad than ``max_bad`` allows.
         """
         staging_area = make_staging_area(path, self.facts)
-        if self.current_cache is None:
-            self.row_sources.drop_damaged()
         run = self.embed(staging_area, progress, precision_choice=precision_choice, deadline=deadline)
         if require_readable:
             run.report_failures()
@@ -166,6 +174,11 @@ class ExtractionPlan:
             table = self.row_sources.to_table()
             if require_readable:
                 _raise_if_none_readable(table, self.index)
+            if self.existing_cache is not None and _differ_in_stamps_alone(self.existing_cache.table(), table):
+                logger.info(
+                    f"{path}: images that had changed just before they were read last time are unchanged; writing "
+                    "their modification times, so that the next run need not read them"
+                )
             write_cache(
                 path,
                 table,
@@ -183,6 +196,10 @@ class ExtractionPlan:
 def make_staging_area(path: Path, facts: dict[str, Any]) -> StagingArea:
     """The staging area for the parts of an unfinished cache."""
     return StagingArea(parts_directory(path), compute_fingerprint(facts))
+
+
+def _differ_in_stamps_alone(old: SampleTable, new: SampleTable) -> bool:
+    return not old.same_as(new) and replace(old, stamps=new.stamps).same_as(new)
 
 
 def _raise_if_none_readable(table: SampleTable, index: Index) -> None:

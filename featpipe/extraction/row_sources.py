@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from time import time_ns
 
@@ -60,14 +60,12 @@ class RowSources:
         if self._check_content:
             return
         source_numbers, source_rows = self.lookup.find_by_stamp(self.stamps)
-        for source_number in np.unique(source_numbers[source_numbers >= 0]):
-            rows = np.flatnonzero(source_numbers == source_number)
-            self.assign(rows, int(source_number), source_rows[rows])
+        for source_number, rows in _iter_groups(source_numbers):
+            self.assign(rows, source_number, source_rows[rows])
 
     def drop_damaged(self) -> None:
         """Unassign rows whose stored embedding fails its checksum; they are embedded again."""
-        for source_number in np.unique(self.source_numbers[self.source_numbers >= 0]):
-            rows = np.flatnonzero(self.source_numbers == source_number)
+        for source_number, rows in _iter_groups(self.source_numbers):
             damaged = rows[~self.lookup.sources[source_number].find_intact(self.source_rows[rows])]
             self.source_numbers[damaged], self.status[damaged] = -1, self.index.fault[damaged]
             self.digests[damaged] = 0
@@ -107,12 +105,17 @@ class RowSources:
         def read_block(output: str, start: int, stop: int) -> NDArray[np.floating]:
             values = np.full((stop - start, *shapes[output]), np.nan, dtype)
             source_numbers = np.where(self.status[start:stop] == Status.OK, self.source_numbers[start:stop], -1)
-            for source_number in np.unique(source_numbers[source_numbers >= 0]):
-                rows = np.flatnonzero(source_numbers == source_number)
+            for source_number, rows in _iter_groups(source_numbers):
                 values[rows] = self.lookup.sources[source_number].features(output)[self.source_rows[start:stop][rows]]
             return values
 
         return read_block
+
+
+def _iter_groups(source_numbers: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """Yield each source number that is not negative, with its rows."""
+    for source_number in np.flatnonzero(np.bincount(source_numbers[source_numbers >= 0])):
+        yield int(source_number), np.flatnonzero(source_numbers == source_number)
 
 
 def source_from_part(part: Part) -> EmbeddingSource:

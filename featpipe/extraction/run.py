@@ -236,7 +236,7 @@ class ExtractionRun:
             "embedded": int(self.n_embedded),
             "images_per_second": self.images_per_second,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            "device": self.config.device,
+            "device": self.config.device if self.n_embedded else None,
             "engine": self.engine_name,
             "batch": self.batch_size,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -95,7 +95,7 @@ def clean(folder: str | os.PathLike[str] = "cache", *, yes: bool = False) -> lis
             *_find_locks(path),
         ]
     except OSError as error:
-        raise CacheError(f"{path}: {error.strerror}; give the folder where caches are kept") from None
+        raise CacheError(f"{path}: {error.strerror}; pass the folder of the caches") from None
     return remove_abandoned(abandoned) if yes else abandoned
 
 

@@ -89,7 +89,7 @@ def _make_damage_error(cache: FeatureCache) -> CacheError:
     names = ", ".join(cache.ids[int(row)] for row in damaged_rows[:MAX_LISTED_IDS])
     more_text = f" and {len(damaged_rows) - MAX_LISTED_IDS:,} more" if len(damaged_rows) > MAX_LISTED_IDS else ""
     return CacheError(
-        f"{cache.path}: {len(damaged_rows):,} of its {len(cache):,} rows are not as they were written "
+        f"{cache.path}: {len(damaged_rows):,} of its {len(cache):,} rows differ from what was written "
         f"({names}{more_text}); nothing was changed: `featpipe verify --repair` embeds them again"
     )
 
@@ -100,7 +100,7 @@ def check_columns(cache: FeatureCache) -> None:
     if damaged_columns:
         raise CacheError(
             f"{cache.path}: {', '.join(damaged_columns)} "
-            f"{'is' if len(damaged_columns) == 1 else 'are'} not as written; "
+            f"{'is' if len(damaged_columns) == 1 else 'are'} damaged; "
             "nothing was changed: see `featpipe verify`, or extract again"
         )
 
@@ -139,4 +139,4 @@ def is_up_to_date(path: Path, source: FeatureCache, table: SampleTable, *, one_f
     cache = FeatureCache(path, salvage=True)
     if cache.fingerprint == source.fingerprint and cache.outputs == source.outputs and cache.table().same_as(table):
         return not (one_file and cache.shard_files) and not cache.lost_shards
-    raise CacheMismatchError(f"{path}: is there already and holds other rows; choose another --out, or --overwrite")
+    raise CacheMismatchError(f"{path}: exists and has other rows; choose another --out, or pass --overwrite")

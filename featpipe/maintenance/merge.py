@@ -106,8 +106,8 @@ def _check_compatible(caches: Sequence[FeatureCache]) -> None:
                 "the shapes of its outputs"
             ]
             raise CacheMismatchError(
-                f"{cache.path}: was made otherwise ({'; '.join(mismatches)}); "
-                "only caches of the same facts can be merged"
+                f"{cache.path}: has other facts ({'; '.join(mismatches)}); "
+                "only caches with equal facts can be merged"
             )
     labeled = [cache for cache in caches if cache.task != "none"]
     for cache in labeled[1:]:
@@ -268,7 +268,7 @@ class _MergedRows:
             self._split_rows[first] = row
         elif row_split not in (0, first_split):
             raise CacheMismatchError(
-                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} of one cache and "
+                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} in one cache and "
                 f"{SPLIT_NAMES[row_split]} of another; extract both with one table that says which"
             )
 

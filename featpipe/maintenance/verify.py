@@ -200,15 +200,15 @@ def repair(
     unrepairable = [name for name in found.columns if not name.startswith(_REPAIRABLE_COLUMNS)]
     if unrepairable:
         raise CacheError(
-            f"{feature_cache.path}: {', '.join(unrepairable)} cannot be mended from the images; "
-            "run the same extract command again: it lists the archive anew and copies the rows that are whole"
+            f"{feature_cache.path}: {', '.join(unrepairable)} cannot be repaired from the images; "
+            "run the same extract command again: it lists the archive again and copies the intact rows"
         )
     if found.whole:
         return found
     staging_area = StagingArea(parts_directory(feature_cache.path), feature_cache.fingerprint)
     with staging_area.lock_for_writing():
         if FeatureCache(cache, salvage=True).manifest != feature_cache.manifest:
-            raise CacheError(f"{feature_cache.path}: was written anew meanwhile; verify it again")
+            raise CacheError(f"{feature_cache.path}: changed during the verification; verify it again")
         damaged_rows = np.array(sorted({damaged_row.row for damaged_row in found.damaged}), np.int64)
         index = _index_archives(feature_cache, archives)
         index_rows = _match_index_rows(index, feature_cache, damaged_rows)
@@ -253,7 +253,7 @@ def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[st
     archive_paths = [os.fspath(archive_path) for archive_path in archives] or list(cache.manifest.get("archives", ()))
     archive_kinds = cache.manifest.get("archive_kinds", ())
     if not archive_paths:
-        raise ArchiveError(f"{cache.path}: does not say where its images are; give their archives with --archive")
+        raise ArchiveError(f"{cache.path}: does not record where its images are; pass their archives with --archive")
     if (
         not archives
         and set(archive_kinds) == {"files"}
@@ -289,7 +289,7 @@ def _load_backbone(cache: FeatureCache, custom_backbone: Any) -> Any:
     backbone_spec = cache.manifest.get("backbone", {})
     if "augmentation" in cache.facts["backbone"].get("transform", {}):
         raise ConfigError(
-            f"{cache.path}: is of pictures that were changed at random, for fine-tuning, and only its checksums can be "
+            f"{cache.path}: contains randomly augmented images for fine-tuning; only its checksums can be "
             "verified; leave --sample and --repair out, or remove it: fine-tuning computes it again"
         )
     return backbones.reload_backbone(custom_backbone, backbone_spec, cache.facts["backbone"], context=str(cache.path))

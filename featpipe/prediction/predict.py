@@ -26,7 +26,7 @@ from featpipe.cache import FeatureCache, parts_directory, restrict_facts_to_outp
 from featpipe.config import ExtractionConfig
 from featpipe.data import Index
 from featpipe.errors import ArchiveError, ConfigError
-from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, find_up_to_date_cache, make_facts
+from featpipe.extraction import IndexEmbeddings, embed_into_parts, extract_index, make_facts, reuse_embeddings
 from featpipe.prediction.config import PredictConfig, PredictOptions
 from featpipe.prediction.provenance import PredictionRequest
 from featpipe.prediction.rows import Prediction, iter_predictions
@@ -167,7 +167,7 @@ class _PredictionJob:
 
     def _embed_to_cache(self) -> IndexEmbeddings:
         """The embeddings, by way of a cache."""
-        cache = self._find_up_to_date_cache()
+        cache = self._reuse_embeddings()
         if cache is None:
             cache = extract_index(
                 self.index,
@@ -181,13 +181,13 @@ class _PredictionJob:
             cache.status_codes, cache.digests, lambda output, start, stop: cache.features(output)[start:stop]
         )
 
-    def _find_up_to_date_cache(self) -> FeatureCache | None:
-        """The finished cache, found by the model's record of its backbone; the network is not loaded."""
+    def _reuse_embeddings(self) -> FeatureCache | None:
+        """The cache, by the model's record of its backbone; None if the network must be loaded."""
         identity = self.models[0].backbone_identity
         if identity is None:
             return None
         settings = self.config.extraction_config(self.models[0], identity.name)
-        return find_up_to_date_cache(self.index, identity, settings, self.progress)
+        return reuse_embeddings(self.index, identity, settings, self.progress, require_readable=False)
 
     def _find_finished_counts(self, request: PredictionRequest, path: Path) -> StatusCounts | None:
         """The counts of a file that is up to date; None if it must be made."""

@@ -165,15 +165,15 @@ def _check_members(infos: Mapping[str, zipfile.ZipInfo], member_count: int, file
     unknown_members = sorted(infos.keys() - max_bytes_by_name.keys())
     if unknown_members or len(infos) != member_count:
         problem = ", ".join(map(repr, unknown_members[:3])) or "a member twice"
-        raise ModelError(f"holds {problem}, which no model does")
+        raise ModelError(f"holds {problem}, which is not allowed in a model")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
-        raise ModelError("holds compressed members, which no model does")
+        raise ModelError("holds compressed members, which is not allowed in a model")
     for name in MAX_REQUIRED_MEMBER_BYTES:
         if name not in infos:
             raise ModelError(f"has no {name}; it is not a featpipe model")
     for name, info in infos.items():
         if info.file_size > min(max_bytes_by_name[name], file_size):
-            raise ModelError(f"{name} declares {info.file_size} bytes, more than a model may hold")
+            raise ModelError(f"{name} declares {info.file_size} bytes, more than a model may contain")
 
 
 def _check_document(document: Any) -> None:

@@ -72,7 +72,7 @@ class Part:
                 return np.asarray(file.get_tensor(name))
         except (OSError, safetensors.SafetensorError) as error:
             raise CacheError(
-                f"{self.path}: {name} cannot be read any more ({error}); run the same command again"
+                f"{self.path}: {name} can no longer be read ({error}); run the same command again"
             ) from None
 
 

@@ -756,7 +756,7 @@ def test_must_15_shards_that_cannot_be_are_refused(sharded, case):
 
 
 def test_must_15_features_are_not_in_shards_and_in_the_file_too(sharded):
-    refused(changed(sharded, lambda hdf5: put(hdf5, "features/pooled", np.zeros((6, 8192), "<f2"))), "in shards too")
+    refused(changed(sharded, lambda hdf5: put(hdf5, "features/pooled", np.zeros((6, 8192), "<f2"))), "and in shards")
 
 
 def test_must_15_the_virtual_dataset_is_not_opened_and_decides_nothing(sharded, pipe):

@@ -17,7 +17,7 @@ import click
 import pytest
 
 import featpipe
-from featpipe import cli
+from featpipe import FeatureCache, cli
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "featpipe"
@@ -125,6 +125,12 @@ def test_commands_with_nothing_to_compute_import_no_large_module(make_folder, tm
     computed = run(*extract)
     assert "'torch'" in computed
     assert "timm" not in computed  # the packaged backbone is plain torch
+    assert run(*extract) == "a.h5\n[]\n"
+    (tmp_path / "labels.csv").write_text(
+        "path,label\n" + "".join(f"{path.relative_to(folder)},x\n" for path in folder.rglob("*.*"))
+    )
+    assert run(*extract, "--labels", "labels.csv") == "a.h5\n[]\n"
+    assert FeatureCache(tmp_path / "a.h5").classes == ("x",)
     assert run(*extract) == "a.h5\n[]\n"
     run("train", "a.h5", "--out", "a.model", "--cv", "2")
     predict = ("predict", "a.model", folder, "--out", "a.csv", "--cache", "cache")

@@ -283,8 +283,9 @@ def test_a_path_that_leads_nowhere_is_an_error(argument: str, said: str, tmp_pat
     assert said in refused(tmp_path / argument)
 
 
-def test_a_brace_that_stands_for_too_many_paths_is_an_error() -> None:
-    assert "more than" in refused("x{0..9999999}.tar")
+def test_a_brace_that_expands_to_too_many_paths_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featpipe.data.sources.glob._MAX_PATHS", 100)
+    assert "more than 100 paths" in refused("x{0..9999999}.tar")
 
 
 def test_images_can_be_named_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,15 +408,21 @@ def test_a_pipe_with_the_name_of_an_image_keeps_its_row_and_hangs_nobody(tmp_pat
 @on_posix
 def test_a_folder_that_may_not_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = folder(tmp_path / "a")
-    scandir = os.scandir
+    listdir = os.listdir
 
     def guarded(path: str) -> object:
-        if path.endswith("dog"):
+        if path.rstrip("/").endswith("dog"):
             raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(os, "listdir", guarded)
     assert "Permission denied" in refused(made)
+
+
+@on_posix
+def test_a_folder_whose_files_may_not_be_looked_at_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.rstrip("/").endswith("dog"))
+    assert "Permission denied" in refused(folder(tmp_path / "a"))
 
 
 def test_a_hard_link_in_a_tar_has_the_bytes_of_the_member_it_names(tmp_path: Path) -> None:
@@ -959,7 +966,7 @@ def test_a_compressed_tar_that_unfolds_without_measure_is_an_error(tmp_path: Pat
         out.write(header(b"a.jpg", f"{2**29:011o}".encode()))
         for _ in range(300):
             out.write(bytes(2**20))
-    assert "not a tar to be trusted" in refused(path, limits=ArchiveLimits(max_ratio=1))
+    assert "may be malicious" in refused(path, limits=ArchiveLimits(max_ratio=1))
 
 
 # Damaged and hostile zips

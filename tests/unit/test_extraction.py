@@ -101,6 +101,20 @@ def test_a_change_within_the_clocks_tick_is_seen(make_folder, tiny, tmp_path, co
     assert cache.digests[0].tobytes() == hashlib.sha256(changed).digest()
 
 
+def test_images_written_just_now_are_read_once_more_and_then_trusted(make_folder, tiny, tmp_path, monkeypatch, log):
+    folder, settings = make_folder(("ape",), 2), {"backbone": tiny, "cache": tmp_path / "c"}
+    path = extract(folder, **settings).path
+    assert not FeatureCache(path).stamps.any()
+    old(folder)
+    extract(folder, **settings)
+    assert any("modification times" in text for text in log)
+    assert FeatureCache(path).stamps.any(axis=1).all()
+    monkeypatch.setattr(data.SampleReader, "read", lambda *_: pytest.fail("an image was read"))
+    written = path.read_bytes()
+    extract(folder, **settings)
+    assert path.read_bytes() == written
+
+
 def test_content_is_checked_on_request(make_folder, tiny, tmp_path):
     folder = old(make_folder(("ape",), 2))
     extract(folder, backbone=tiny, cache=tmp_path / "c")

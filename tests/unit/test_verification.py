@@ -1,4 +1,4 @@
-"""Damage is found, named, and mended; nothing else is touched."""
+"""Damage is found, named, and repaired; nothing else is touched."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_no_image_of_the_damaged_rows_left_is_no_error(made, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["samples/digest", "samples/status", "checks/pooled", "samples/stamp"])
-def test_damaged_digests_statuses_and_checksums_are_mended_too(made, tiny, name):
+def test_damaged_digests_statuses_and_checksums_are_repaired_too(made, tiny, name):
     before = np.array(made.features()), np.array(made.digests), np.array(made.status_codes)
     flip(made.path, name, 32 if name == "samples/digest" else 1)
     after = repair(made.path, verify(made.path), backbone=tiny)
@@ -228,12 +228,12 @@ def test_damaged_digests_statuses_and_checksums_are_mended_too(made, tiny, name)
 
 
 @pytest.mark.parametrize("name", ["samples/id_bytes", "labels/values", "samples/split"])
-def test_what_only_the_archive_knows_is_mended_by_extracting_again_and_costs_no_forward_pass(
+def test_what_only_the_archive_knows_is_repaired_by_extracting_again_and_costs_no_forward_pass(
     made, tiny, tmp_path, name, count
 ):
     flip(made.path, name, 0)
     found = verify(made.path)
-    with pytest.raises(CacheError, match=f"{name} cannot be mended.*run the same extract command again"):
+    with pytest.raises(CacheError, match=f"{name} cannot be repaired.*run the same extract command again"):
         repair(made.path, found, backbone=tiny)
     count.clear()
     again = featpipe.extract(tmp_path / "photos", backbone=tiny, out=made.path)
@@ -262,10 +262,10 @@ def test_a_lost_shard_is_named_and_its_rows_alone_are_embedded_again(make_folder
     count.clear()
     after = repair(cache.path, found, backbone=wide)
     assert (after.whole, after.repaired, sum(count)) == (True, 8, 8)
-    mended = FeatureCache(cache.path)
-    assert mended.features().tobytes() == before.tobytes()
-    assert len(mended.shard_files) == 5
-    assert set((tmp_path / "w.h5.shards").iterdir()) == set(mended.shard_files)
+    repaired = FeatureCache(cache.path)
+    assert repaired.features().tobytes() == before.tobytes()
+    assert len(repaired.shard_files) == 5
+    assert set((tmp_path / "w.h5.shards").iterdir()) == set(repaired.shard_files)
 
 
 def test_a_damaged_row_is_never_copied_to_another_cache(made, tiny, tmp_path):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from operator import attrgetter
+from collections.abc import Iterable, Iterator
 
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, is_hidden
 from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, get_sample_key, is_sidecar, may_hold_sidecars
@@ -20,25 +19,19 @@ def list_folder(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozense
     """List a folder by path components in code point order; links are followed, and cycles are detected."""
     listing = Listing(source, limits, suffixes)
     # A stack instead of recursion: folders may be nested deeper than Python's recursion limit.
-    stack = [(_list_entries(listing, source.real_path, ""), "", frozenset({_get_identity(source.real_path)}))]
+    stack = [(_list_names(listing, ""), "", frozenset({_get_identity(source.real_path)}))]
     while stack:
-        entries, prefix, parent_identities = stack[-1]
-        folder = _add_files_before_folder(listing, entries, prefix)
+        names, prefix, parent_identities = stack[-1]
+        folder = _add_files_before_folder(listing, names, prefix)
         if folder is None:
             stack.pop()
-        elif is_hidden(folder.name) or folder.name == "__MACOSX":
-            listing.ignored["hidden" if is_hidden(folder.name) else "__MACOSX"] += 1
-        elif (identity := _get_identity(folder.path)) in parent_identities:
+        elif is_hidden(folder) or folder == "__MACOSX":
+            listing.ignored["hidden" if is_hidden(folder) else "__MACOSX"] += 1
+        elif (identity := _get_identity(os.path.join(source.real_path, prefix, folder))) in parent_identities:
             listing.ignored["link to a parent folder"] += 1
         else:
-            subfolder_prefix = f"{prefix}{folder.name}/"
-            stack.append(
-                (
-                    _list_entries(listing, folder.path, subfolder_prefix),
-                    subfolder_prefix,
-                    parent_identities | {identity},
-                )
-            )
+            prefix = f"{prefix}{folder}/"
+            stack.append((_list_names(listing, prefix), prefix, parent_identities | {identity}))
     return listing
 
 
@@ -47,7 +40,10 @@ def list_files(source: ArchiveSource, names: Iterable[str], limits: ArchiveLimit
     listing = Listing(source, limits, suffixes)
     for name in names:
         listing.count_members()
-        _add_file(listing, name, partial(os.stat, os.path.join(source.real_path, name)))
+        try:
+            _add_file(listing, name, os.stat(os.path.join(source.real_path, name)))
+        except (OSError, ValueError) as error:
+            _add_missing_file(listing, name, error)
     return listing
 
 
@@ -61,7 +57,7 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
                 raise SampleError("not a regular file", status=Status.NOT_A_FILE)
             data = file.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SampleError("is not there any more", status=Status.MISSING) from error
+        raise SampleError("no longer exists", status=Status.MISSING) from error
     except IsADirectoryError as error:
         raise SampleError("a folder, expected a file", status=Status.NOT_A_FILE) from error
     except (OSError, ValueError) as error:
@@ -72,36 +68,44 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
     return data
 
 
-def _list_entries(listing: Listing, folder: str, prefix: str) -> Iterator[os.DirEntry[str]]:
-    """Return the entries of a folder in order. Sidecar files of its images are read immediately."""
+def _list_names(listing: Listing, prefix: str) -> Iterator[str]:
+    """Return the names in a folder in order. Sidecar files of its images are read immediately."""
+    folder = os.path.join(listing.source.real_path, prefix)
     try:
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=attrgetter("name"))
+        names = sorted(os.listdir(folder))
+        if not os.access(folder, os.X_OK):  # nothing in it can be told from a file
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ArchiveError(
             f"{folder}: cannot be listed: {error.strerror}; grant access to it, or name its parts one by one"
         ) from error
-    listing.count_members(len(entries))
-    if may_hold_sidecars(entry.name for entry in entries):
-        sidecars = [entry for entry in entries if is_sidecar(entry.name) and not is_hidden(entry.name)]
-        sample_keys = {get_sample_key(entry.name) for entry in entries if listing.is_sample(entry.name)}
-        for entry in sidecars:
-            if get_sample_key(entry.name) in sample_keys:
-                _add_sidecar(listing, prefix + entry.name, entry.path)
+    listing.count_members(len(names))
+    if may_hold_sidecars(names):
+        sample_keys = {get_sample_key(name) for name in names if listing.is_sample(name)}
+        for name in names:
+            if not is_sidecar(name) or is_hidden(name):
+                continue
+            if get_sample_key(name) in sample_keys:
+                _add_sidecar(listing, prefix + name, folder + name)
             else:
-                listing.count_ignored(entry.name)
-    return iter(entries)
+                listing.count_ignored(name)
+    return iter(names)
 
 
-def _add_files_before_folder(
-    listing: Listing, entries: Iterator[os.DirEntry[str]], prefix: str
-) -> os.DirEntry[str] | None:
-    """Add the files before the next folder and return that folder, or None at the end."""
-    for entry in entries:
-        if _is_folder(entry):
-            return entry
-        if listing.accepts(entry.name):
-            _add_file(listing, prefix + entry.name, entry.stat)
+def _add_files_before_folder(listing: Listing, names: Iterator[str], prefix: str) -> str | None:
+    """Add the files before the next subfolder and return its name, or None at the end."""
+    folder = os.path.join(listing.source.real_path, prefix)
+    for name in names:
+        try:
+            file_stat = os.stat(folder + name)
+        except (OSError, ValueError) as error:
+            if listing.accepts(name):
+                _add_missing_file(listing, prefix + name, error)
+            continue
+        if stat.S_ISDIR(file_stat.st_mode):
+            return name
+        if listing.accepts(name):
+            _add_file(listing, prefix + name, file_stat)
     return None
 
 
@@ -112,23 +116,14 @@ def _add_sidecar(listing: Listing, name: str, path: str) -> None:
         listing.add_unreadable_sidecar(name, str(error))
 
 
-def _add_file(listing: Listing, name: str, get_stat: Callable[[], os.stat_result]) -> None:
-    try:
-        file_stat = get_stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        listing.add(name, size=0, fault=Status.MISSING)
-    except OSError:
-        listing.add(name, size=0, fault=Status.UNREADABLE)
-    else:
-        fault = Status.OK if stat.S_ISREG(file_stat.st_mode) else Status.NOT_A_FILE
-        listing.add(name, size=file_stat.st_size, mtime_ns=file_stat.st_mtime_ns, fault=fault)
+def _add_file(listing: Listing, name: str, file_stat: os.stat_result) -> None:
+    fault = Status.OK if stat.S_ISREG(file_stat.st_mode) else Status.NOT_A_FILE
+    listing.add(name, size=file_stat.st_size, mtime_ns=file_stat.st_mtime_ns, fault=fault)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+def _add_missing_file(listing: Listing, name: str, error: OSError | ValueError) -> None:
+    is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError))
+    listing.add(name, size=0, fault=Status.MISSING if is_missing else Status.UNREADABLE)
 
 
 def _get_identity(folder: str) -> FileIdentity:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, SidecarLabel, get_sample_key, is_sidecar
 from featpipe.errors import ArchiveError
 from featpipe.status import Status
@@ -86,7 +89,7 @@ class Listing:
         The path within the source, unchanged; undecodable bytes as surrogate escapes.
     offset, size, mtime_ns : array of int64
     fault : bytearray
-        One `Status` for each sample.
+        One `Status` for each sample; its size is not taken into account.
     ignored : Counter
         Number of ignored files by kind: suffix, ``hidden``, ``__MACOSX``.
     sidecars : dict
@@ -110,30 +113,31 @@ class Listing:
         return len(self.names)
 
     def add(self, name: str, *, offset: int = 0, size: int, mtime_ns: int = 0, fault: Status = Status.OK) -> None:
-        """Append one sample; size in bytes. A size outside the limits sets its fault."""
+        """Append one sample; size in bytes."""
         self.names.append(name)
         self.offset.append(offset)
         self.size.append(size if size <= _MAX_INT64 else _MAX_INT64)
         self.mtime_ns.append(mtime_ns)
-        self.fault.append(fault or self.check_size(size))
+        self.fault.append(fault)
 
-    def check_size(self, size: int) -> Status:
-        """Return the status of a sample of this size in bytes."""
-        if 0 < size <= self.limits.max_member_bytes:
-            return Status.OK
-        return Status.TOO_LARGE if size else Status.EMPTY
+    def compute_faults(self) -> NDArray[np.uint8]:
+        """The `Status` of each sample as far as the listing shows it, with the limits on its size applied."""
+        faults, size = np.frombuffer(self.fault, np.uint8), np.frombuffer(self.size, np.int64)
+        size_faults = np.select([size <= 0, size > self.limits.max_member_bytes], [Status.EMPTY, Status.TOO_LARGE])
+        return np.where(faults == Status.OK, size_faults, faults).astype(np.uint8)
 
     def count_members(self, members: int = 1) -> None:
         """Count members, samples or not, against the limit."""
         self._n_members += members
         if self._n_members > self.limits.max_members:
             raise ArchiveError(
-                f"{self.source.path}: more than {self.limits.max_members} members; raise the limit if that is meant"
+                f"{self.source.path}: more than {self.limits.max_members} members; raise the limit if this is intended"
             )
 
     def accepts(self, name: str) -> bool:
         """Whether a file of this name is a sample; other files are counted as ignored, unless they may be sidecars."""
-        if self.is_sample(name) and not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
+        suffix = name[name.rfind(".") :].lower()
+        if suffix in self.suffixes and name[0] != "." and "/." not in name and "__MACOSX" not in name:
             return True  # fast path for most names: no splitting
         parts = name.split("/")
         if "__MACOSX" in parts:
@@ -178,7 +182,7 @@ class Listing:
     def add_unreadable_sidecar(self, name: str, reason: str) -> None:
         """Record that a sidecar file cannot be read."""
         self.sidecars[get_sample_key(name)] = ArchiveError(
-            f"{self.source.path}: {format_name(name)}: a label file that cannot be used: {reason}; correct or remove it"
+            f"{self.source.path}: {format_name(name)}: invalid label file: {reason}; correct or remove it"
         )
 
 

