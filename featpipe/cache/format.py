@@ -253,9 +253,7 @@ def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
         _check_keys(entry, _SHARD_TYPES, f"shard {shard_number} in the manifest")
         row_range, offsets = entry["rows"], entry["offsets"]
         if not _SHARD_FILE_PATTERN.fullmatch(entry["file"]) or entry["file"].startswith("."):
-            raise CacheFormatError(
-                f"shard {shard_number} in the manifest is not in the shard folder of the cache"
-            )
+            raise CacheFormatError(f"shard {shard_number} in the manifest is not in the shard folder of the cache")
         if len(row_range) != 2 or row_range[0] != start or not isinstance(row_range[1], int) or row_range[1] <= start:
             raise CacheFormatError(f"shard {shard_number} in the manifest does not begin where the previous shard ends")
         if offsets.keys() != row_bytes.keys() or not all(isinstance(offset, int) for offset in offsets.values()):

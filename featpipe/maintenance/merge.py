@@ -89,7 +89,7 @@ def merge(
     first_source = sources[0]
     with lock_for_writing(path, first_source.fingerprint):
         if is_up_to_date(path, first_source, table, one_file=False, overwrite=overwrite):
-            logger.info(f"{path}: is there already, with the same rows")
+            logger.info(f"{path}: up to date, with the same rows")
         else:
             copier = RowCopier(sources, merged_rows.source_indices, merged_rows.source_rows, progress)
             facts, manifest = first_source.facts, _manifest(sources)
@@ -106,8 +106,7 @@ def _check_compatible(caches: Sequence[FeatureCache]) -> None:
                 "the shapes of its outputs"
             ]
             raise CacheMismatchError(
-                f"{cache.path}: has other facts ({'; '.join(mismatches)}); "
-                "only caches with equal facts can be merged"
+                f"{cache.path}: has other facts ({'; '.join(mismatches)}); only caches with equal facts can be merged"
             )
     labeled = [cache for cache in caches if cache.task != "none"]
     for cache in labeled[1:]:

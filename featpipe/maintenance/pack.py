@@ -66,7 +66,7 @@ def pack(
         if in_place and not source.shard_files:
             logger.info(f"{path}: is one file already")
         elif not in_place and is_up_to_date(path, source, source.table(), one_file=True, overwrite=overwrite):
-            logger.info(f"{path}: is there already, with the same rows")
+            logger.info(f"{path}: up to date, with the same rows")
         else:
             check_columns(source)
             n = len(source)

@@ -166,12 +166,13 @@ def verify(
 
 def repair(
     cache: str | os.PathLike[str],
-    found: Verification,
+    verification: Verification | None = None,
     *,
     archives: Sequence[str | os.PathLike[str]] = (),
     backbone: Any = None,
     device: str = "auto",
     progress: ProgressCallback = ignore_progress,
+    found: Verification | None = None,
 ) -> Verification:
     """Recompute the damaged rows of a cache, and no others.
 
@@ -181,10 +182,12 @@ def repair(
     Parameters
     ----------
     cache : path-like
-    found : Verification
+    verification : Verification
         The result of :func:`verify`.
     archives, backbone, device, progress
         See :func:`verify`.
+    found : Verification, optional
+        The former name of ``verification``.
 
     Returns
     -------
@@ -193,23 +196,28 @@ def repair(
 
     Raises
     ------
+    ConfigError
+        If no verification is given.
     CacheError
         If ids, labels or splits are damaged: they cannot be recomputed from the images.
     """
+    verification = found if verification is None else verification
+    if verification is None:
+        raise ConfigError("repair needs a verification; pass the result of featpipe.verify")
     feature_cache = FeatureCache(cache, salvage=True)
-    unrepairable = [name for name in found.columns if not name.startswith(_REPAIRABLE_COLUMNS)]
+    unrepairable = [name for name in verification.columns if not name.startswith(_REPAIRABLE_COLUMNS)]
     if unrepairable:
         raise CacheError(
             f"{feature_cache.path}: {', '.join(unrepairable)} cannot be repaired from the images; "
             "run the same extract command again: it lists the archive again and copies the intact rows"
         )
-    if found.whole:
-        return found
+    if verification.whole:
+        return verification
     staging_area = StagingArea(parts_directory(feature_cache.path), feature_cache.fingerprint)
     with staging_area.lock_for_writing():
         if FeatureCache(cache, salvage=True).manifest != feature_cache.manifest:
             raise CacheError(f"{feature_cache.path}: changed during the verification; verify it again")
-        damaged_rows = np.array(sorted({damaged_row.row for damaged_row in found.damaged}), np.int64)
+        damaged_rows = np.array(sorted({damaged_row.row for damaged_row in verification.damaged}), np.int64)
         index = _index_archives(feature_cache, archives)
         index_rows = _match_index_rows(index, feature_cache, damaged_rows)
         available_index = index.take(index_rows[index_rows >= 0])
@@ -220,12 +228,12 @@ def repair(
             if len(available_index)
             else None
         )
-        n_repaired = _write_repaired(feature_cache, found, damaged_rows, index_rows >= 0, recomputed)
+        n_repaired = _write_repaired(feature_cache, verification, damaged_rows, index_rows >= 0, recomputed)
         staging_area.remove()
-    verification = verify(cache, progress=progress)
-    verification.embedded, verification.changed, verification.farthest = found.embedded, found.changed, found.farthest
-    verification.repaired = n_repaired
-    return verification
+    repaired = verify(cache, progress=progress)
+    repaired.embedded, repaired.changed = verification.embedded, verification.changed
+    repaired.farthest, repaired.repaired = verification.farthest, n_repaired
+    return repaired
 
 
 def _compute_tolerance(facts: Mapping[str, Any]) -> float:

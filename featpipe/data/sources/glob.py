@@ -47,7 +47,7 @@ def _expand_argument(argument: str) -> list[Path]:
         else:
             missing.append(pattern)
         if len(paths) + len(missing) > _MAX_PATHS:
-            raise ArchiveError(f"{format_name(argument)}: expands to more than {_MAX_PATHS} paths; use a narrower pattern")
+            raise ArchiveError(f"{format_name(argument)}: expands to more than {_MAX_PATHS} paths; narrow the pattern")
     if missing == [argument]:
         problem = "nothing matches" if glob.has_magic(argument) else "does not exist"
         raise ArchiveError(f"{argument}: {problem}; expected a folder, a .tar, a .zip or a table of paths")

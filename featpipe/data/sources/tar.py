@@ -180,7 +180,9 @@ def _iter_members(source: ArchiveSource, stream: TarStream) -> Iterator[tarfile.
 def _check_extent(source: ArchiveSource, member: tarfile.TarInfo) -> None:
     end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
     if member.size < 0 or end >= 2**63:
-        raise ArchiveError(f"{source.path}: {format_name(member.name)} declares {member.size} bytes; the archive may be malicious")
+        raise ArchiveError(
+            f"{source.path}: {format_name(member.name)} declares {member.size} bytes; the archive may be malicious"
+        )
     if not source.compression and end > source.size_bytes:
         raise ArchiveError(
             f"{source.path}: truncated: {format_name(member.name)} ends at byte {end}, "

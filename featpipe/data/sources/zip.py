@@ -91,13 +91,14 @@ def _check_entries(source: ArchiveSource, archive: zipfile.ZipFile, limits: Arch
     for entry, next_start in zip(entries, boundaries[1:], strict=True):
         if entry.header_offset < 0 or entry.header_offset + _LOCAL_HEADER_BYTES + entry.compress_size > next_start:
             raise ArchiveError(
-                f"{source.path}: {format_name(entry.orig_filename)} overlaps what follows it; the archive may be malicious"
+                f"{source.path}: {format_name(entry.orig_filename)} overlaps the next entry; "
+                "the archive may be malicious"
             )
     total_bytes, max_bytes = sum(entry.file_size for entry in entries), limits.max_decompressed_bytes(source.size_bytes)
     if total_bytes > max_bytes:
         raise ArchiveError(
-            f"{source.path}: {source.size_bytes} bytes that decompress to {total_bytes}; at most {max_bytes} are allowed; "
-            "raise the ratio if this is intended"
+            f"{source.path}: {source.size_bytes} bytes that decompress to {total_bytes}; "
+            f"at most {max_bytes} are allowed; raise the ratio if this is intended"
         )
 
 

@@ -129,7 +129,7 @@ def test_packing_again_writes_nothing(tmp_path, log):
     stamps.append(os.stat(tmp_path / "b.h5"))
     assert (stamps[0].st_ino, stamps[0].st_mtime_ns) == (stamps[1].st_ino, stamps[1].st_mtime_ns)
     assert [line.rpartition(": ")[2] for line in log] == [
-        "is there already, with the same rows",
+        "up to date, with the same rows",
         "is one file already",
     ]
 
@@ -137,7 +137,7 @@ def test_packing_again_writes_nothing(tmp_path, log):
 def test_another_cache_of_that_name_stays_unless_told_otherwise(tmp_path):
     make(tmp_path / "a.h5", many(40), shard_bytes=SHARD)
     other = make(tmp_path / "b.h5", many(3))
-    with pytest.raises(CacheMismatchError, match=r"b\.h5: is there already.*--overwrite"):
+    with pytest.raises(CacheMismatchError, match=r"b\.h5: exists.*--overwrite"):
         pack(tmp_path / "a.h5", tmp_path / "b.h5")
     same_rows(FeatureCache(tmp_path / "b.h5"), other)
     assert len(pack(tmp_path / "a.h5", tmp_path / "b.h5", overwrite=True)) == 40
@@ -277,7 +277,7 @@ def test_merging_again_writes_nothing_and_a_cache_with_itself_is_itself(tmp_path
     before = os.stat(merged.path)
     merge([a, a], tmp_path / "c.h5")
     assert os.stat(merged.path).st_ino == before.st_ino
-    with pytest.raises(CacheMismatchError, match="is there already"):
+    with pytest.raises(CacheMismatchError, match="exists and has other rows"):
         merge([a, make(tmp_path / "b.h5", many(3, 50))], tmp_path / "c.h5")
 
 

@@ -1,4 +1,4 @@
-"""Damage is found, named, and repaired; nothing else is touched."""
+"""Verification finds damage and names it; repair changes nothing else."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_only_damaged_rows_are_embedded_again_and_the_cache_is_then_what_it_was(
         flip(made.path, "features/pooled", row * 32 + 3)
     assert made.path.read_bytes() != raw
     count.clear()
-    after = repair(made.path, verify(made.path), backbone=tiny)
+    after = repair(made.path, found=verify(made.path), backbone=tiny)
     assert after.whole
     assert (after.repaired, sum(count)) == (3, 3)
     cache = FeatureCache(made.path)
