@@ -333,7 +333,7 @@ def test_a_manifest_that_json_cannot_hold_is_not_published(tmp_path):
 def test_a_manifest_that_no_reader_would_take_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "MAX_MANIFEST_BYTES", 2000)
     made = Made(3)
-    with pytest.raises(CacheError, match=r"no one could open it.*more than 2000"):
+    with pytest.raises(CacheError, match=r"cannot be opened.*more than 2000"):
         write_cache(tmp_path / "a.h5", made.table, {"facts": facts(), "x": "x" * 2000}, SHAPES, "float32", made.gather)
     assert only(tmp_path) == []
 
@@ -466,7 +466,7 @@ def test_a_really_full_disk_leaves_the_old_cache_and_nothing_else(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- messages
 def test_a_cache_that_is_not_there_says_how_caches_are_made(tmp_path):
-    with pytest.raises(CacheError, match="there is no such file; `featpipe extract` makes caches") as caught:
+    with pytest.raises(CacheError, match="no such file; `featpipe extract` writes caches") as caught:
         FeatureCache(tmp_path / "a.h5")
     assert type(caught.value) is CacheError
 

@@ -159,7 +159,7 @@ def test_damaged_ids_are_an_error_before_a_row_is_copied(tmp_path):
     make(tmp_path / "a.h5", many(40), shard_bytes=SHARD)
     damage(tmp_path / "a.h5", b"a/7.jpga/8.jpg")
     for act in (lambda: pack(tmp_path / "a.h5"), lambda: merge([tmp_path / "a.h5"], tmp_path / "b.h5")):
-        with pytest.raises(CacheError, match=r"samples/id_bytes is not as written"):
+        with pytest.raises(CacheError, match=r"samples/id_bytes is damaged"):
             act()
     assert names(tmp_path) == ["a.h5", "a.h5.shards"]
 
@@ -335,7 +335,7 @@ def test_what_one_cache_does_not_know_of_a_sample_comes_from_the_other(tmp_path)
 def test_a_sample_in_two_splits_is_an_error_and_not_a_leak(tmp_path):
     a = make(tmp_path / "a.h5", {"p": "one"}, split=[1])
     b = make(tmp_path / "b.h5", {"p": "one"}, split=[3])
-    with pytest.raises(CacheMismatchError, match="p: is in split train of one cache and test of another"):
+    with pytest.raises(CacheMismatchError, match="p: is in split train in one cache and test of another"):
         merge([a, b], tmp_path / "c.h5")
     assert names(tmp_path) == ["a.h5", "b.h5"]
 
@@ -343,9 +343,7 @@ def test_a_sample_in_two_splits_is_an_error_and_not_a_leak(tmp_path):
 def test_caches_of_other_facts_or_other_kinds_of_labels_are_refused_with_what_differs(tmp_path):
     a = make(tmp_path / "a.h5", many(2), labels=Labels.from_class_names(["x", "y"]))
     b = make(tmp_path / "b.h5", many(2), made_from=facts(precision="bf16"))
-    with pytest.raises(
-        CacheMismatchError, match=r"b\.h5: was made otherwise \(precision is 'bf16', in .*a\.h5 'fp32'\)"
-    ):
+    with pytest.raises(CacheMismatchError, match=r"b\.h5: has other facts \(precision is 'bf16', in .*a\.h5 'fp32'\)"):
         merge([a, b], tmp_path / "c.h5")
     sets = make(tmp_path / "s.h5", many(2), labels=Labels.from_label_sets([{"x"}, {"y"}]))
     with pytest.raises(CacheMismatchError, match=r"s\.h5: its labels are multilabel, those of .*a\.h5 classification"):
@@ -358,7 +356,7 @@ def test_a_damaged_row_is_not_merged(tmp_path):
     a = make(tmp_path / "a.h5", many(20))
     b = make(tmp_path / "b.h5", many(20, 20))
     damage(b.path, b.features("tail")[3].tobytes()[:64])
-    with pytest.raises(CacheError, match=r"b\.h5: 1 of its 20 rows are not as they were written \(a/23\.jpg\)"):
+    with pytest.raises(CacheError, match=r"b\.h5: 1 of its 20 rows differ from what was written \(a/23\.jpg\)"):
         merge([a, b], tmp_path / "c.h5")
     assert names(tmp_path) == ["a.h5", "b.h5"]
 
@@ -523,7 +521,7 @@ def test_a_lock_that_was_removed_while_one_waited_for_it_holds_all_the_same(tmp_
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(CacheError, match="nothing: No such file or directory; give the folder"):
+    with pytest.raises(CacheError, match="nothing: No such file or directory; pass the folder"):
         clean(tmp_path / "nothing")
 
 

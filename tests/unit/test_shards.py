@@ -476,7 +476,7 @@ def test_a_shard_that_changes_before_the_cache_is_published_is_seen(tmp_path, ol
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", shortened)
-        with pytest.raises(CacheError, match=r"no one could open it.*not as it was written"):
+        with pytest.raises(CacheError, match=r"cannot be opened.*differs from what was written"):
             Content(70, seed=2).write(path)
     assert everything(tmp_path) == held
     assert old.is_in(path)

@@ -242,7 +242,7 @@ def test_a_part_that_is_gone_or_changed_when_it_is_read_is_one_line(parts):
     part = parts.commit(arrays())
     for spoil in (lambda: part.path.write_bytes(b"torn"), part.path.unlink):
         spoil()
-        with pytest.raises(CacheError, match="cannot be read any more") as caught:
+        with pytest.raises(CacheError, match="can no longer be read") as caught:
             part.read("status")
         assert "\n" not in str(caught.value)
     with pytest.raises(CacheError, match="features/none"):
