@@ -573,4 +573,4 @@ def _missing_cache_error(path: Path) -> CacheError:
         return CacheFormatError(f"{path}: is a folder; a cache is one .h5 file")
     if parts_directory(path).is_dir():
         return CacheIncompleteError(f"{path}: the extraction is not finished; run the same command again")
-    return CacheError(f"{path}: no such file; `featpipe extract` writes caches and prints their paths")
+    return CacheError(f"{path}: there is no such file; `featpipe extract` writes caches and prints their paths")

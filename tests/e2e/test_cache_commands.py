@@ -38,7 +38,7 @@ def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(command
         command("extract", name, "--backbone", own, "--out", f"{name}.h5")
     merge = ["merge", "photos.h5", "more.h5", "--out", "all.h5"]
     assert command(*merge).stdout == "all.h5\n"
-    assert "is there already" in command(*merge).stderr
+    assert "up to date" in command(*merge).stderr
     merged, first = FeatureCache(tmp_path / "all.h5"), FeatureCache(tmp_path / "photos.h5")
     assert merged.classes == ("ape", "bee", "cow", "dog")
     assert list(merged.ids[18:]) == [

@@ -466,7 +466,7 @@ def test_a_really_full_disk_leaves_the_old_cache_and_nothing_else(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- messages
 def test_a_cache_that_is_not_there_says_how_caches_are_made(tmp_path):
-    with pytest.raises(CacheError, match="no such file; `featpipe extract` writes caches") as caught:
+    with pytest.raises(CacheError, match="there is no such file; `featpipe extract` writes caches") as caught:
         FeatureCache(tmp_path / "a.h5")
     assert type(caught.value) is CacheError
 
