@@ -907,6 +907,7 @@ def flipped(data: bytes, seed: int, count: int, within: slice = slice(None)) -> 
     return changed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_flipped_bytes_are_refused_or_read_and_nothing_else(tmp_path, path):
     outcomes = read_all(copies(tmp_path / "flipped", flipped(path.read_bytes(), 0, 400)))
@@ -922,6 +923,7 @@ def test_the_heap_of_a_virtual_dataset_may_hold_anything(tmp_path):
     assert set(read_all(paths)) == {"opened"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", [GOLDEN, SHARDED], ids=lambda path: path.stem)
 def test_flipped_bytes_are_refused_or_reported_or_change_nothing_that_is_read(tmp_path, path):
     before = FeatureCache(path)

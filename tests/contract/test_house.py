@@ -108,6 +108,7 @@ def test_every_option_is_explained(name):
 LARGE_MODULES = {"huggingface_hub", "openvino", "pandas", "scipy", "sklearn", "skops", "timm", "torch", "torchvision"}
 
 
+@pytest.mark.thorough
 def test_commands_with_nothing_to_compute_import_no_large_module(make_folder, tmp_path):
     folder = make_folder()
     for path in folder.rglob("*.*"):

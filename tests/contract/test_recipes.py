@@ -45,7 +45,14 @@ def make_changes(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # centroid, of a feature that is always zero
-@pytest.mark.parametrize("name", [path.stem for path in FILES if path.stem != "smoke"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        path.stem if path.stem == "linear-probe" else pytest.param(path.stem, marks=pytest.mark.thorough)
+        for path in FILES
+        if path.stem != "smoke"
+    ],
+)
 def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos, monkeypatch):  # noqa: F811
     monkeypatch.chdir(photos)
     result = featpipe.run(name, "photos", changes=make_changes(name), out=f"runs/{name}")

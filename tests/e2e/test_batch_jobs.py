@@ -97,6 +97,7 @@ def test_sigterm_ends_every_long_command_like_ctrl_c(name: str, home: Home, monk
     assert not list(home.glob("elsewhere/*.h5"))
 
 
+@pytest.mark.thorough
 def test_an_interrupted_prediction_resumes(home: Home, tmp_path: Path, command: Any, log: list[str]) -> None:
     out = tmp_path / "p.jsonl"
     arguments = ["predict", "slownets.model", "photos", "--backbone", "slownets:make", "--out", str(out)]
@@ -118,6 +119,7 @@ def test_an_interrupted_prediction_resumes(home: Home, tmp_path: Path, command: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [".p.jsonl.made.json", "p.jsonl"]
 
 
+@pytest.mark.thorough
 def test_a_job_with_a_time_limit_finishes_when_it_is_repeated_after_exit_code_75(home: Home, tmp_path: Path) -> None:
     """As a script does that runs a job until it has not ended with 75."""
     out = tmp_path / "p.csv"

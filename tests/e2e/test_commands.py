@@ -88,6 +88,7 @@ def test_results_are_printed_as_json(command, make_folder, own):
     assert "resnet18" in json.loads(command("backbones", "resnet1*", "--json").stdout)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_extraction_says_how_to_resume_and_resumes(command, make_folder, slow, tmp_path, stop):
     make_folder(each=30)  # too few for a graph, which would leave out the sleeping
@@ -104,6 +105,7 @@ def test_an_interrupted_extraction_says_how_to_resume_and_resumes(command, make_
     assert 0 < again["manifest"]["embedded"] < 90
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name != "posix", reason="pipes")
 def test_a_closed_output_pipe_is_no_error(command, make_folder, own, tmp_path):
     make_folder(each=30)

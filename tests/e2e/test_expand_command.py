@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,8 @@ from click.testing import CliRunner, Result
 from featpipe import FeatureCache, load_model, train
 from featpipe.cli import cli
 from featpipe.errors import ConfigError, FeatpipeError
+from featpipe.incremental.metrics import MethodEvaluator
+from tests.support.commands import run_command
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +157,12 @@ def test_wrong_input_is_one_line(home, tmp_path):
         (home["model"], home["new"], "--set", "epochs=0"): "epochs is 0",
         (home["model"], home["new"], "--keep", "rows=0"): "keep is 'rows=0'",
         (home["model"], home["new"], "--unfreeze", "last"): "is a cache, and --unfreeze trains on images",
-        (home["model"], home["new"], "--keep", "network"): "images that go through it, and embeddings do not",
+        (
+            home["model"],
+            home["new"],
+            "--keep",
+            "network",
+        ): "need a pass of images through it, and embeddings are not enough",
         (tmp_path / "no.model", home["new"]): "there is no such model file",
     }.items():
         with pytest.raises(FeatpipeError, match=problem) as caught:
@@ -166,21 +170,23 @@ def test_wrong_input_is_one_line(home, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_an_interrupted_expansion_leaves_no_model(home, tmp_path):
+def test_an_interrupted_expansion_leaves_no_model(home, tmp_path, monkeypatch):
+    """Interrupted before the second method is fitted."""
+    make_epoch_callback, curves = MethodEvaluator.make_epoch_callback, []
+
+    def interrupt(evaluator, curve):
+        curves.append(curve)
+        if len(curves) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return make_epoch_callback(evaluator, curve)
+
+    monkeypatch.setattr(MethodEvaluator, "make_epoch_callback", interrupt)
     out = tmp_path / "cut.model"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featpipe", "expand", home["model"], home["new"], "--method", "all", "--test",
-         home["test"], "--set", "epochs=100000", "--out", out],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ},
-    )  # fmt: skip
-    time.sleep(2.5)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    if process.returncode:  # else it was quicker
-        assert "interrupted" in said
-        assert "Traceback" not in said
-        assert not out.exists()
-    assert not list(tmp_path.glob(".*"))
+    arguments = ["--method", "all", "--test", home["test"], "--out", out]
+    done = run_command("expand", home["model"], home["new"], *arguments, code=1)
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_older_models_without_retained_data_are_read(home, tmp_path):

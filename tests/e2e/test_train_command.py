@@ -130,7 +130,7 @@ def test_groups_stay_together_and_models_are_scored_on_later_times(cache):
 
 def test_probabilities_are_calibrated_and_corrected(cache):
     out, priors = cache.with_name("p.model"), ["--prior", "cat=big=0.02", "--prior", "bee=0.08"]
-    done = run("train", cache, "--calibrate", "--no-tune", *priors, "--out", out)
+    done = run("train", cache, "--calibrate", *priors, "--out", out)
     assert "calibration_error" in done.stderr
     model = load_model(cache.with_name("p.model"))
     assert model.calibration is not None

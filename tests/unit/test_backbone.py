@@ -116,6 +116,7 @@ def test_all_is_true():
 # transforms
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("preset", "member"), PRESETS, ids=[str(member) for _, member in PRESETS])
 def test_each_published_transform_is_torchvisions_own(preset, member):
     theirs, ours = member.transforms(), torchvision.make_transform(member)
@@ -237,6 +238,7 @@ def test_tokens_are_pooled_by_the_class_token_or_over_the_patches():
     assert backbone.shapes["conv_proj:avg"] == (768,)
 
 
+@pytest.mark.thorough
 def test_registers_are_no_patches_and_tokens_before_the_class_token_have_none():
     wanted = ["blocks.1", "blocks.1:avg", "blocks.1:none", "patch_embed"]
     backbone = load("timm/vit_small_patch14_reg4_dinov2", weights="none", outputs=wanted)
@@ -360,6 +362,7 @@ def write(path: Path, state: dict[str, Tensor], **nest: str) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_the_same_weights_have_one_digest_in_any_file(full_resnet, tmp_path):
     state = full_resnet.state_dict()
     headless = {name: value for name, value in state.items() if not name.startswith("fc.")}
@@ -506,6 +509,7 @@ def test_unknown_published_weights_are_answered_with_the_nearest():
         load("resnet50", weights="IMAGENET1K_V3")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_networks_that_convert_their_input_do_so_for_trained_weights_only(name, tmp_path):
     untrained = load(name, weights="none")

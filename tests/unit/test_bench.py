@@ -19,6 +19,7 @@ def tiny_bench(tiny, monkeypatch):
     return {"backbone": tiny, "device": "cpu", "seconds": 0.5}
 
 
+@pytest.mark.thorough
 def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them(make_folder, tiny_bench):
     found = run_benchmark([make_folder()], **tiny_bench, engine="torch")
     assert found.images == 18
@@ -34,6 +35,7 @@ def test_every_step_engine_and_precision_is_measured_and_an_extraction_with_them
     assert found.bottleneck in ("reading", "decoding", "forward", "writing")
 
 
+@pytest.mark.thorough
 def test_a_given_batch_size_is_measured_beside_the_default(make_folder, tiny_bench):
     found = run_benchmark([make_folder()], **tiny_bench, engine="torch", batch=2)
     measured = [(way.precision, way.batch) for way in found.forward]
@@ -113,6 +115,7 @@ def test_no_advice_is_given_without_a_gain(monkeypatch):
     assert "featpipe[cpu]" in advice(forward=MEASURED.forward[:1])
 
 
+@pytest.mark.thorough
 def test_the_command_prints_a_table_or_json(command, make_folder, tmp_path):
 
     (tmp_path / "net.py").write_text(

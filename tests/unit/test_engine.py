@@ -55,6 +55,7 @@ def test_bf16_is_near_and_not_equal_to_fp32(tiny):
     assert np.allclose(exact, rough, atol=0.05)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "giga", "batch"),
     [("efficientnet_lite0", 0.384, 4), ("resnet18", 1.814, 4), ("resnet50", 4.087, 4), ("vit_b_16", 17.563, 2)],
@@ -88,6 +89,7 @@ def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_
     assert Engine(tiny, torch.device("cpu"), "fp32").batch == min(batch, 4)
 
 
+@pytest.mark.thorough
 def test_another_process_chooses_the_same_batch(tiny):
     code = (
         "import torch; from tests.support.networks import Tiny, tiny_transform; "

@@ -174,7 +174,9 @@ def test_info_and_verify_read_the_cache_of_a_view_and_repair_refuses_it(tmp_path
     assert cache_to_dict(path)["view"] == {"number": 0, "seed": 0, "flip": 0.5, "color": 0.3}
     assert "view         number 1 of the augmented views" in format_cache(cache_to_dict(path))
     assert verify(path).whole
-    with pytest.raises(ConfigError, match="changed at random, for fine-tuning, and only its checksums"):
+    with pytest.raises(
+        ConfigError, match="contains randomly augmented images for fine-tuning; only its checksums can be verified"
+    ):
         verify(path, sample=1, backbone=ladder)
 
 

@@ -173,6 +173,7 @@ def test_inner_outputs_come_from_the_graph_too(kind):
     assert all(np.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "timm/vit_tiny_patch16_224"])
 @pytest.mark.parametrize("kind", ["torch", "openvino"])
 def test_networks_of_the_libraries_keep_a_cosine_of_one_in_float32_and_are_near_in_bf16(name, kind):
@@ -279,6 +280,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.thorough
 def test_ctrl_c_is_heard_after_openvino_was_used_and_given_up():
     """It was a segmentation fault, of the process that had used two networks, one after the other."""
     pytest.importorskip("openvino")

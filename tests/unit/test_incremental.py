@@ -532,7 +532,7 @@ def test_invalid_input_is_refused(models: Any, new: FeatureCache, make_cache: An
         models().expand(new, params={"temperature": 0})
     with pytest.raises(ConfigError, match=r"nothing to learn|no labelled image to learn"):
         models().expand(())
-    with pytest.raises(CacheMismatchError, match="other embeddings"):
+    with pytest.raises(CacheMismatchError, match="not those that the model was trained on"):
         models().expand(make_cache({"dog": 5}, 50, facts=FACTS | {"precision": "bf16"}))
     unlabelled = make_cache({"dog": 5}, 51)
     unlabelled.manifest["task"] = "none"

@@ -316,6 +316,7 @@ def test_naive_forgets_and_each_epoch_reports_it(grow: Any, log: list[str]) -> N
     )
 
 
+@pytest.mark.thorough
 def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home: Path, tmp_path: Path) -> None:
     first = grow("ewc", "old", "new", out=tmp_path / "m.model", params=LEARNS)
     memory = first.model.kept
@@ -344,6 +345,7 @@ def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home:
         grow("ewc", more, of=bare.model)
 
 
+@pytest.mark.thorough
 def test_a_resumed_expansion_gives_the_same_model(grow: Any, tmp_path: Path, monkeypatch: Any) -> None:
     how = {"params": LEARNS, "out": tmp_path / "m.model"}
     whole = grow("ewc", "old", "new", **{**how, "out": tmp_path / "whole.model"})
@@ -477,7 +479,7 @@ def test_the_ewc_penalty_ignores_a_shift_of_all_rows_of_the_last_layer() -> None
         ("distill", "new", {"params": {"temperature": 0}}, "temperature"),
         ("distill", "new", {"params": {"weights": "none"}}, "weights is for `featpipe finetune`"),
         ("distill", "new", {"keep": "network,rows=x"}, "keep is 'network,rows=x'"),
-        ("distill", "new", {"unfreeze": "head", "keep": "network"}, "embeddings do not; keep them where"),
+        ("distill", "new", {"unfreeze": "head", "keep": "network"}, "embeddings are not enough; retain them when"),
         ("distill", "new", {"unfreeze": "head", "params": {"batch": 8}}, "unknown setting 'batch'"),
         ("distill", "old", {}, "no class is new: nothing to learn"),
         ("distill", "new", {"calibration": "old"}, "--calibration is not supported with --unfreeze"),

@@ -45,6 +45,7 @@ def rows(n: int, d: int, k: int, *, noise: float = 1.5, seed: int = 0) -> tuple[
     return (X - X.mean(axis=0)) / X.std(axis=0), y
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(400, 20, 4), (60, 90, 3), (300, 15, 2), (3000, 40, 12)])
 def test_every_solution_of_a_path_is_near_its_minimum(shape):
     k = shape[-1]

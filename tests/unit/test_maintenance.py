@@ -209,6 +209,7 @@ eval(sys.argv[2])
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "statement",
     ["pack('a.h5')", "pack('a.h5', 'c.h5')", "merge(['a.h5', 'b.h5'], 'a.h5', overwrite=True, shard_bytes=65536)"],

@@ -36,6 +36,7 @@ def test_two_processes_make_the_cache_that_one_makes(make_folder, tiny, tmp_path
     assert not list((tmp_path / "b").glob("*.parts"))
 
 
+@pytest.mark.thorough
 def test_an_error_in_one_process_ends_all_and_is_told_as_it_is(make_folder, tiny, tmp_path):
     folder = make_folder()
     for path in (folder / "ape").iterdir():
@@ -57,6 +58,7 @@ class Dying(Tiny):
         return super().forward(x)
 
 
+@pytest.mark.thorough
 def test_a_process_that_is_killed_is_an_error_that_says_how_to_go_on(make_folder, tmp_path):
     folder = make_folder()
     net = backbones.load(Dying(os.getpid()), transform=tiny_transform)
@@ -91,6 +93,7 @@ main()
 """
 
 
+@pytest.mark.thorough
 def test_an_interrupt_commits_what_the_processes_have_and_ends_them(make_folder, tmp_path):
     folder = make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     for path in folder.rglob("*.*"):

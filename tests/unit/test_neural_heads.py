@@ -523,6 +523,7 @@ def test_a_small_file_gives_the_same_head_as_rows_in_memory(tmp_path, kind):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_streamed_fit_is_reproducible_and_as_good_as_one_in_memory(small_buffers, tmp_path, kind):
     X, y = rows(400, 8)

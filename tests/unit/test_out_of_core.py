@@ -180,6 +180,7 @@ def test_moments_of_two_halves_add_up():
     assert both.rows == 640
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_the_number_of_rows():
     rng = np.random.default_rng(0)
     few, y = rng.normal(size=(1000, 32)).astype(np.float16), rng.integers(0, 3, 1_000_000)

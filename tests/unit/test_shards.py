@@ -394,6 +394,7 @@ def calls(monkeypatch, fail_at: int | None) -> Iterator[int]:
         yield count[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("before", ["shards", "one file", "nothing", "the same"])
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_write_that_fails_at_any_step_leaves_the_old_cache_with_its_shards_and_nothing_else(
