@@ -14,6 +14,8 @@ import pytest
 import featpipe
 from tests.support.finetuning import write_photos
 
+pytestmark = pytest.mark.thorough  # every test is a process
+
 NETWORK = "timm/test_resnet"
 OPTIONS = ["--unfreeze", "all", "--epochs", "2", "--batch", "8", "--device", "cpu", "--keep-worse"]
 
@@ -84,7 +86,6 @@ def test_finetune_does_nothing_the_second_time(home, tuned):
     assert len(result["curve"]) == 3
 
 
-@pytest.mark.thorough
 def test_an_interrupted_finetune_resumes_to_the_same_weights(home, tuned):
     out = "interrupted.model"
     arguments = ["finetune", "photos.model", "photos", *OPTIONS, "--out", out]
@@ -102,7 +103,6 @@ def test_an_interrupted_finetune_resumes_to_the_same_weights(home, tuned):
     same(featpipe.load_model(home / out), tuned[1], 0)
 
 
-@pytest.mark.thorough
 def test_two_processes_train_the_same_model_as_one(home, tuned):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run(home, "finetune", "photos.model", "photos", *OPTIONS, "--out", "two.model", launcher=launcher)
