@@ -17,7 +17,7 @@ from featpipe.splits import load_column, load_groups, load_times, parse_table_co
 from featpipe.storage import StringColumn
 
 
-def cache_of(*ids: str, archives: list[str] | None = None, kinds: list[str] | None = None) -> Any:
+def make_cache_stub(*ids: str, archives: list[str] | None = None, kinds: list[str] | None = None) -> Any:
     """What `featpipe.splits.groups` looks at in a cache, without its features."""
 
     class Stub(SimpleNamespace):
@@ -45,7 +45,7 @@ def visits(tmp_path: Path, names: Any = ANIMALS, values: Any = ("p7", "p8", "p7"
     return f"{table(tmp_path / 'visits.csv', 'path,patient' + chr(10) + rows)}:patient"
 
 
-def error_of(table_column: str, cache: Any, load: Any = load_groups, **options: Any) -> str:
+def get_error(table_column: str, cache: Any, load: Any = load_groups, **options: Any) -> str:
     with pytest.raises(FeatpipeError) as error:
         load(cache, table_column, **options)
     assert "\n" not in str(error.value)
@@ -54,8 +54,8 @@ def error_of(table_column: str, cache: Any, load: Any = load_groups, **options: 
 
 def test_groups_are_in_the_order_of_the_samples(tmp_path: Path) -> None:
     table_column = visits(tmp_path, reversed(ANIMALS), ("x", "y", "z"))
-    assert load_groups(cache_of(*ANIMALS), table_column).tolist() == ["z", "y", "x"]
-    assert load_groups(cache_of(*ANIMALS), table_column, rows=[2, 0]).tolist() == ["x", "z"]
+    assert load_groups(make_cache_stub(*ANIMALS), table_column).tolist() == ["z", "y", "x"]
+    assert load_groups(make_cache_stub(*ANIMALS), table_column, rows=[2, 0]).tolist() == ["x", "z"]
 
 
 @pytest.mark.parametrize("text", ["patient", "visits.csv", "visits.csv:", ":patient", "visits.csv: "])
@@ -82,7 +82,7 @@ def test_images_are_matched_in_the_same_ways_as_labels(
     if kind == "tar":
         folders = [packed(folder) for folder in folders]
     samples = index(folders)
-    cache = cache_of(
+    cache = make_cache_stub(
         *samples.ids,
         archives=[str(source.path) for source in samples.sources],
         kinds=[source.kind for source in samples.sources],
@@ -115,7 +115,7 @@ def test_images_of_a_table_are_matched_by_the_paths_in_it(tmp_path: Path, make_f
     make_folder(("ape",), 2)
     listed = table(tmp_path / "list.csv", "path,label,Burst\nphotos/ape/01.jpg,x,b1\nphotos/ape/00.jpg,y,b2\n")
     samples = index(listed)
-    cache = cache_of(*samples.ids, archives=[str(listed)], kinds=["files"])
+    cache = make_cache_stub(*samples.ids, archives=[str(listed)], kinds=["files"])
     assert load_groups(cache, f"{listed}:burst").tolist() == ["b1", "b2"]
     absolute = f"{tmp_path}/photos/ape"
     table_column = visits(tmp_path, [f"{absolute}/00.jpg", f"{absolute}/01.jpg"], ["p", "q"])
@@ -123,61 +123,63 @@ def test_images_of_a_table_are_matched_by_the_paths_in_it(tmp_path: Path, make_f
 
 
 def test_a_merged_cache_is_matched_by_id(tmp_path: Path) -> None:
-    cache = cache_of("a.jpg", "a.jpg#2", archives=["/x/a", "/x/b"], kinds=None)
+    cache = make_cache_stub("a.jpg", "a.jpg#2", archives=["/x/a", "/x/b"], kinds=None)
     assert load_groups(cache, visits(tmp_path, ["a.jpg#2", "./a.jpg"], ["p", "q"])).tolist() == ["q", "p"]
 
 
 def test_a_name_that_matches_images_of_two_archives_is_refused(tmp_path: Path) -> None:
-    cache = cache_of("s0.tar/k.jpg", "s1.tar/k.jpg", archives=["/x/s0.tar", "/x/s1.tar"], kinds=["tar", "tar"])
-    assert "'k.jpg' fits several samples, 's0.tar/k.jpg' and 's1.tar/k.jpg'; write their ids" in error_of(
+    cache = make_cache_stub("s0.tar/k.jpg", "s1.tar/k.jpg", archives=["/x/s0.tar", "/x/s1.tar"], kinds=["tar", "tar"])
+    assert "'k.jpg' fits several samples, 's0.tar/k.jpg' and 's1.tar/k.jpg'; write their ids" in get_error(
         visits(tmp_path, ["k.jpg"], ["p"]), cache
     )
 
 
 def test_a_table_may_list_other_images(tmp_path: Path) -> None:
     table_column = visits(tmp_path, (*ANIMALS, "elsewhere/9.jpg"), ("x", "y", "z", "w"))
-    assert load_groups(cache_of(*ANIMALS), table_column).tolist() == ["x", "y", "z"]
+    assert load_groups(make_cache_stub(*ANIMALS), table_column).tolist() == ["x", "y", "z"]
 
 
 def test_images_without_a_row_are_an_error_that_counts_and_names_them(tmp_path: Path) -> None:
-    cache = cache_of(*ANIMALS, "eel/1.jpg", "eel/2.jpg", "eel/3.jpg", "eel/4.jpg")
+    cache = make_cache_stub(*ANIMALS, "eel/1.jpg", "eel/2.jpg", "eel/3.jpg", "eel/4.jpg")
     table_column = visits(tmp_path)
-    assert error_of(table_column, cache) == (
+    assert get_error(table_column, cache) == (
         f"{tmp_path}/visits.csv: no row for 4 of 7 images of photos.h5 ('eel/1.jpg', 'eel/2.jpg', 'eel/3.jpg', …); the "
         "first path of the table is 'cat/1.jpg'. Add a row with 'patient' for each image, under its id, its path "
         "within the archive, or its path relative to the table"
     )
     assert load_groups(cache, table_column, rows=[0, 2]).tolist() == ["p7", "p7"]
-    assert "no row for 1 of 3 images of photos.h5 ('eel/4.jpg');" in error_of(table_column, cache, rows=[0, 1, 6])
+    assert "no row for 1 of 3 images of photos.h5 ('eel/4.jpg');" in get_error(table_column, cache, rows=[0, 1, 6])
     empty_table = table(tmp_path / "empty.csv", "path,patient\n")
-    assert "the table has no rows" in error_of(f"{empty_table}:patient", cache)
+    assert "the table has no rows" in get_error(f"{empty_table}:patient", cache)
 
 
 def test_images_with_an_empty_value_are_an_error_that_counts_and_names_them(tmp_path: Path) -> None:
     table_column = visits(tmp_path, values=("p7", "", "  "))
     message = "'patient' is empty for 2 of 3 images of photos.h5 ('cat/2.jpg', 'dog/1.jpg'); fill it in"
-    assert message in error_of(table_column, cache_of(*ANIMALS))
-    assert load_groups(cache_of(*ANIMALS), table_column, rows=[0]).tolist() == ["p7"]
+    assert message in get_error(table_column, make_cache_stub(*ANIMALS))
+    assert load_groups(make_cache_stub(*ANIMALS), table_column, rows=[0]).tolist() == ["p7"]
 
 
 def test_an_image_with_two_different_values_is_refused(tmp_path: Path) -> None:
     names = (*ANIMALS, "./cat/1.jpg")
-    assert "'./cat/1.jpg' has two values of 'patient', 'a' and 'd'; keep one" in error_of(
-        visits(tmp_path, names, "abcd"), cache_of(*ANIMALS)
+    assert "'./cat/1.jpg' has two values of 'patient', 'a' and 'd'; keep one" in get_error(
+        visits(tmp_path, names, "abcd"), make_cache_stub(*ANIMALS)
     )
-    assert load_groups(cache_of(*ANIMALS), visits(tmp_path, names, "abca")).tolist() == ["a", "b", "c"]
+    assert load_groups(make_cache_stub(*ANIMALS), visits(tmp_path, names, "abca")).tolist() == ["a", "b", "c"]
 
 
 def test_an_unknown_column_is_an_error_that_suggests_the_nearest_name(tmp_path: Path) -> None:
     table_column = visits(tmp_path).replace(":patient", ":patiant")
-    assert "unknown column 'patiant'; did you mean 'patient'" in error_of(table_column, cache_of(*ANIMALS))
-    assert "no column of paths" in error_of(f"{table(tmp_path / 't.csv', 'who,patient')}:patient", cache_of(*ANIMALS))
-    assert "cannot be read" in error_of(f"{tmp_path}/absent.csv:patient", cache_of(*ANIMALS))
+    assert "unknown column 'patiant'; did you mean 'patient'" in get_error(table_column, make_cache_stub(*ANIMALS))
+    assert "no column of paths" in get_error(
+        f"{table(tmp_path / 't.csv', 'who,patient')}:patient", make_cache_stub(*ANIMALS)
+    )
+    assert "cannot be read" in get_error(f"{tmp_path}/absent.csv:patient", make_cache_stub(*ANIMALS))
 
 
 def test_braces_in_a_path_do_not_break_messages(tmp_path: Path) -> None:
     (tmp_path / "{0}").mkdir()
-    assert "{0}/visits.csv: no row for 1 of 1" in error_of(visits(tmp_path / "{0}"), cache_of("x.jpg"))
+    assert "{0}/visits.csv: no row for 1 of 1" in get_error(visits(tmp_path / "{0}"), make_cache_stub("x.jpg"))
 
 
 def test_a_group_has_the_same_name_in_csv_and_parquet(tmp_path: Path) -> None:
@@ -185,14 +187,14 @@ def test_a_group_has_the_same_name_in_csv_and_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     for column in ([7, 8, 7], [7.0, 8.0, 7.0], ["7", "8", "7"]):
         parquet.write_table(pyarrow.table({"path": ANIMALS, "patient": column}), tmp_path / "visits.parquet")
-        groups = load_groups(cache_of(*ANIMALS), f"{tmp_path}/visits.parquet:patient")
-        assert groups.tolist() == load_groups(cache_of(*ANIMALS), visits(tmp_path, values=(7, 8, 7))).tolist()
+        groups = load_groups(make_cache_stub(*ANIMALS), f"{tmp_path}/visits.parquet:patient")
+        assert groups.tolist() == load_groups(make_cache_stub(*ANIMALS), visits(tmp_path, values=(7, 8, 7))).tolist()
     parquet.write_table(pyarrow.table({"path": ANIMALS, "patient": [["a"], ["b"], []]}), tmp_path / "visits.parquet")
-    assert "holds lists (['a'])" in error_of(f"{tmp_path}/visits.parquet:patient", cache_of(*ANIMALS))
+    assert "holds lists (['a'])" in get_error(f"{tmp_path}/visits.parquet:patient", make_cache_stub(*ANIMALS))
 
 
 def load_csv_times(tmp_path: Path, *values: str) -> np.ndarray:
-    return load_times(cache_of(*ANIMALS), visits(tmp_path, values=values))
+    return load_times(make_cache_stub(*ANIMALS), visits(tmp_path, values=values))
 
 
 def test_numbers_are_parsed_as_times(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_times_with_zones_are_compared_in_utc(tmp_path: Path) -> None:
     np.testing.assert_array_equal(times, np.array(["2021-03-03T23:30"] * 3, "datetime64[us]"))
     mixed = visits(tmp_path, values=("2021-03-04", "2021-03-04T01:00Z", "2021-03-04"))
     message = "times with a time zone (2021-03-04T01:00Z) and without one (2021-03-04); give a time zone for all"
-    assert message in error_of(mixed, cache_of(*ANIMALS), load_times)
+    assert message in get_error(mixed, make_cache_stub(*ANIMALS), load_times)
 
 
 def test_a_parquet_date_equals_the_same_date_as_text(tmp_path: Path) -> None:
@@ -222,7 +224,7 @@ def test_a_parquet_date_equals_the_same_date_as_text(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     for values in ([date(2021, 3, i) for i in (3, 4, 5)], [datetime(2021, 3, i, 12, 30) for i in (3, 4, 5)]):
         parquet.write_table(pyarrow.table({"path": ANIMALS, "taken": values}), tmp_path / "t.parquet")
-        times = load_times(cache_of(*ANIMALS), f"{tmp_path}/t.parquet:taken")
+        times = load_times(make_cache_stub(*ANIMALS), f"{tmp_path}/t.parquet:taken")
         np.testing.assert_array_equal(times, np.array(values, "datetime64[us]"))
 
 
@@ -237,7 +239,7 @@ def test_a_parquet_date_equals_the_same_date_as_text(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_times_are_counted_and_the_first_is_named(values: Any, expected: str, tmp_path: Path) -> None:
-    assert expected in error_of(visits(tmp_path, values=values), cache_of(*ANIMALS), load_times)
+    assert expected in get_error(visits(tmp_path, values=values), make_cache_stub(*ANIMALS), load_times)
 
 
 def test_a_cache_is_split_by_groups_and_times_of_a_table(tmp_path: Path, make_folder: Any, tiny: Any) -> None:

@@ -41,7 +41,7 @@ def ladder():
     return backbones.load(Ladder(), transform=small_transform)
 
 
-def cache_of(place: Path, ladder, labels: str | None = None) -> featpipe.FeatureCache:
+def extract_cache(place: Path, ladder, labels: str | None = None) -> featpipe.FeatureCache:
     table = None if labels is None else place / f"{labels}.csv"
     return featpipe.extract(place / "photos", backbone=ladder, labels=table, cache=place / "cache")
 
@@ -71,7 +71,7 @@ LINEAR = ("logistic", "linear", "mlp", "ridge", "lda", "svm", "centroid", "keras
 @pytest.mark.parametrize("labels", [None, "two"])
 @pytest.mark.parametrize("head", [*LINEAR, "sklearn.linear_model.LogisticRegression"])
 def test_the_initial_layers_predict_as_the_model(place, ladder, head, labels):
-    cache = cache_of(place, ladder, labels)
+    cache = extract_cache(place, ladder, labels)
     model = featpipe.train(cache, head, params={"epochs": 3} if head in ("mlp", "keras", "linear") else {})
     model.attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
@@ -81,7 +81,7 @@ def test_the_initial_layers_predict_as_the_model(place, ladder, head, labels):
 
 @pytest.mark.parametrize("head", ["logistic", "linear", "mlp"])
 def test_the_initial_layers_predict_as_a_multilabel_model(place, ladder, head):
-    cache = cache_of(place, ladder, "several")
+    cache = extract_cache(place, ladder, "several")
     model = featpipe.train(cache, head).attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
     assert np.abs(first_answers(model, cache, paths).numpy() - model.predict_proba(paths)).max() < 1e-4
@@ -89,7 +89,7 @@ def test_the_initial_layers_predict_as_a_multilabel_model(place, ladder, head):
 
 @pytest.mark.parametrize("head", ["ridge", "linear", "mlp"])
 def test_the_initial_layers_predict_as_a_regression_model(place, ladder, head):
-    cache = cache_of(place, ladder, "number")
+    cache = extract_cache(place, ladder, "number")
     model = featpipe.train(cache, head).attach(ladder)
     paths = sorted((place / "photos").rglob("*.png"))[::4]
     layers = first_answers(model, cache, paths).numpy()[:, 0]
@@ -97,7 +97,7 @@ def test_the_initial_layers_predict_as_a_regression_model(place, ladder, head):
 
 
 def test_temperature_and_prior_correction_are_folded_into_the_layers(place, ladder):
-    cache = cache_of(place, ladder)
+    cache = extract_cache(place, ladder)
     model = featpipe.train(cache, "logistic", cv=2, calibrate=True, prior={"ape": 0.7}).attach(ladder)
     assert model.calibration.temperature != 1
     assert len(model.calibration.offsets) == 3
@@ -107,7 +107,7 @@ def test_temperature_and_prior_correction_are_folded_into_the_layers(place, ladd
 
 @pytest.mark.parametrize("labels", [None, "number"])
 def test_a_nearest_neighbour_head_is_replaced_by_a_fitted_linear_head(place, ladder, labels):
-    cache = cache_of(place, ladder, labels)
+    cache = extract_cache(place, ladder, labels)
     model = featpipe.train(cache, "knn").attach(ladder)
     y = cache.label_table.values if labels is None else cache.y
     start = initialize_head(model, np.asarray(cache.X), y)
