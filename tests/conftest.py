@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,11 @@ from tests.support.devices import needs_gpu
 from tests.support.images import jpeg
 from tests.support.logs import logged_messages, pop_unexpected_warnings
 from tests.support.networks import OWN, Tiny, tiny_transform
+
+
+def pytest_configure() -> None:
+    """Handle SIGINT, also where the tests run in the background: a shell starts such a process with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -177,7 +176,7 @@ def test_an_interrupted_expansion_leaves_no_model(home, tmp_path, monkeypatch):
     def interrupt(evaluator, curve):
         curves.append(curve)
         if len(curves) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return make_epoch_callback(evaluator, curve)
 
     monkeypatch.setattr(MethodEvaluator, "make_epoch_callback", interrupt)
