@@ -1,4 +1,4 @@
-"""The tree of exceptions. Every message says where, what was found and what to do, in one line."""
+"""The exceptions. Every message says in one line where, what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from featpipe.status import Status
 
 
 class FeatpipeError(Exception):
-    """Anything that featpipe refuses or cannot do; the commands turn it into one line and exit code 1."""
+    """Base class of the exceptions; the commands print the message in one line and exit with code 1."""
 
 
 class ConfigError(FeatpipeError, ValueError):
@@ -24,9 +24,9 @@ class SampleError(ArchiveError):
     ----------
     message : str
     status : Status
-        The reason, as it will stand in the cache.
+        The reason, as it is written to the cache.
     archive : str
-        Where the image lies.
+        Path of the archive with the image.
     sample_id : str
     """
 
@@ -46,20 +46,20 @@ class CacheError(FeatpipeError):
 
 
 class CacheFormatError(CacheError):
-    """A file is not a featpipe cache, or of a version or content that this featpipe does not read."""
+    """A file is not a featpipe cache, or this version of featpipe cannot read its version or contents."""
 
 
 class CacheIncompleteError(CacheError):
-    """Parts of a cache exist, the cache does not."""
+    """There are parts of a cache, but not the cache."""
 
 
 class CacheMismatchError(CacheError):
-    """A cache was made from other inputs than the ones asked for; the message lists the facts that differ."""
+    """A cache was computed from other inputs than the requested ones; the message lists the differences."""
 
 
 class ModelError(FeatpipeError):
-    """A model file is damaged, or holds what may not be loaded."""
+    """A model file is damaged, or contains something that is not safe to load."""
 
 
 class TimeLimitError(FeatpipeError):
-    """The time that was given has passed before the work was done; the same call goes on from what is finished."""
+    """The time limit has passed before the work was finished; the same call resumes it."""

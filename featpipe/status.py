@@ -1,4 +1,4 @@
-"""Why a row has no features: a fixed vocabulary, part of the cache format."""
+"""The status of a row, which says why it has no features; part of the cache format."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """The status of one row; the numbers are written to disk and never change their meaning.
+    """The status of a row; the numbers are written to disk and never change their meaning.
 
-    ``word`` is what people read; ``transient`` says that another attempt may end better, so that it is
-    made again and never copied from an earlier cache.
+    ``word`` is the name in text. A ``transient`` status may differ at the next attempt, so the sample is read again and
+    the status is never copied from an earlier cache.
     """
 
     OK = 0
-    MISSING = 1  # named by the index, not there when it was read
-    UNREADABLE = 2  # the bytes could not be had: permissions, input/output errors, encryption
-    EMPTY = 3  # no bytes at all
-    UNSUPPORTED = 4  # the bytes are none of the formats that are decoded
-    DAMAGED = 5  # the right format, but it cannot be decoded
+    MISSING = 1  # in the index, but not in the archive when it was read
+    UNREADABLE = 2  # the bytes cannot be read: permissions, input/output errors, encryption
+    EMPTY = 3  # zero bytes
+    UNSUPPORTED = 4  # not in a format that is decoded
+    DAMAGED = 5  # in a supported format, but cannot be decoded
     TOO_LARGE = 6  # more pixels or bytes than the limits allow
     NOT_A_FILE = 7  # a link, a device or a sparse member of an archive
     OUT_OF_MEMORY = 8
-    NOT_FINITE = 9  # the network answered with NaN or infinity
+    NOT_FINITE = 9  # the embedding has NaN or infinite values
 
     @property
     def word(self) -> str:

@@ -1,4 +1,4 @@
-"""What the tests share: small archives of made-up photographs, and a tiny network."""
+"""Fixtures of all tests: small archives of synthetic photographs, a tiny network, commands, and a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def tiny() -> object:
-    """The tiny network as a backbone of its own."""
+    """The tiny network as a custom backbone."""
     from featpipe import backbones
 
     return backbones.load(Tiny(), transform=tiny_transform)
@@ -38,7 +38,7 @@ def tiny() -> object:
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A GPU: emulated on the CPU, and a real one where there is one."""
+    """A GPU: emulated on the CPU, and a real one if there is one."""
     from featpipe.backbones.resize import matmul
     from tests.support.emulated_gpu import emulate_gpu
 
@@ -50,7 +50,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests ran on an emulated GPU: they prove less than those on a real one."""
+    """Print how many tests ran on an emulated GPU, because they prove less than those on a real one."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
     emulated = {report.nodeid for report in reports if "emulated" in report.nodeid}
     if emulated:
@@ -72,14 +72,14 @@ def _no_unexpected_warning() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one test asks of the log of its process, the next one does not find."""
+    """Reset the log format of the process, which a test may have changed."""
     monkeypatch.setitem(logging._log_settings, "format", "text")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
 
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder of small JPEGs, one folder for each class; the pictures of a class look alike."""
+    """Write a folder of small JPEGs, with a subfolder for each class; the images of a class look alike."""
 
     def make(classes: Sequence[str] = ("ape", "bee", "cow"), each: int = 6, name: str = "photos") -> Path:
         folder = tmp_path / name
@@ -94,7 +94,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command in this process, in the temporary folder."""
+    """Run a command in this process, in the temporary folder."""
     from tests.support.commands import run_command
 
     return partial(run_command, cwd=tmp_path)
@@ -102,7 +102,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def command_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command in a process of its own, in the temporary folder."""
+    """Run a command in a new process, in the temporary folder."""
 
     def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         process = subprocess.run(
@@ -121,14 +121,14 @@ def command_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess
 
 @pytest.fixture(scope="module")
 def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
-    """Writes caches of made-up embeddings, see :func:`tests.support.expansion.make_cache_writer`."""
+    """Write caches of synthetic embeddings, see :func:`tests.support.expansion.make_cache_writer`."""
     from tests.support.expansion import make_cache_writer
 
     return make_cache_writer(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> str:
-    """A quick network of the user's own, in the folder where the commands run."""
+def custom_network(tmp_path: Path) -> str:
+    """A fast custom network, in the folder where the commands run."""
     (tmp_path / "nets.py").write_text(OWN.format(slow=0))
     return "nets:make"

@@ -90,12 +90,12 @@ def cli(context: click.Context) -> None:
 def main() -> None:
     """Console script. Exit codes: 0 done, 1 error (one line), 2 wrong usage, 75 time limit."""
     signal.signal(signal.SIGTERM, _terminate)
-    with _exit_codes():
+    with _exit_on_error():
         cli(prog_name="featpipe", standalone_mode=False)
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except click.exceptions.Exit as exit_request:

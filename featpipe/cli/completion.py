@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 class NameParameter(click.ParamType):
-    """Any text; completes known names.
+    """A parameter that takes any text and completes names.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class NameParameter(click.ParamType):
     list_names : callable
         Returns pairs of a name and its summary.
     allow_files : bool
-        Complete paths of files too.
+        Whether to complete paths of files too.
     """
 
     def __init__(

@@ -8,12 +8,9 @@ import click
 
 from featpipe.cli.logging import log_message
 from featpipe.cli.options import (
-    CACHE_OPTION,
-    DEVICE_OPTION,
     FINDINGS_OPTION,
     JSON_OPTION,
-    LABELS_OPTION,
-    MODEL_BACKBONE_OPTION,
+    MODEL_OPTIONS,
     WITHOUT_OPTION,
     add_options,
 )
@@ -24,7 +21,7 @@ from featpipe.cli.terminal import Terminal, get_command_line, print_json
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, metavar="CACHE|ARCHIVE...")
 @click.option("--against", multiple=True, metavar="MODEL", help="Compare with another model on the same rows.")
-@add_options(LABELS_OPTION, WITHOUT_OPTION)
+@add_options(WITHOUT_OPTION)
 @click.option(
     "--trained-on",
     metavar="CACHE",
@@ -33,7 +30,7 @@ from featpipe.cli.terminal import Terminal, get_command_line, print_json
 @click.option(
     "--near", type=click.FloatRange(0, 1, min_open=True), metavar="COSINE", help="Cosine threshold for near duplicates."
 )
-@add_options(CACHE_OPTION, MODEL_BACKBONE_OPTION, DEVICE_OPTION)
+@add_options(*MODEL_OPTIONS)
 @click.option("--report", metavar="PAGE.html", help="Write an HTML report.")
 @add_options(FINDINGS_OPTION, JSON_OPTION)
 def evaluate(

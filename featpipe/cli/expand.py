@@ -12,11 +12,8 @@ import click
 
 from featpipe.cli.logging import log_message
 from featpipe.cli.options import (
-    CACHE_OPTION,
-    DEVICE_OPTION,
     JSON_OPTION,
-    LABELS_OPTION,
-    MODEL_BACKBONE_OPTION,
+    MODEL_OPTIONS,
     RESUME_OPTION,
     add_options,
     parse_bytes,
@@ -83,10 +80,7 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
     ),
     settings_option("--augment", "augmentation", "Augmentation of images with --unfreeze, such as flip=0.5."),
     RESUME_OPTION,
-    LABELS_OPTION,
-    CACHE_OPTION,
-    MODEL_BACKBONE_OPTION,
-    DEVICE_OPTION,
+    *MODEL_OPTIONS,
 )
 @click.option(
     "--out", metavar="MODEL", help="File of the new model.  [default: MODEL with the suffix .N-classes.model]"
@@ -104,11 +98,10 @@ def expand(
 ) -> None:
     """Add classes to a model (class-incremental learning).
 
-    Give the cache of the old training images too and the model is trained on old and new classes together; the old
-    images are recognized by their bytes. Without them, how much the model forgets depends on the method and on the data
-    that it retains (see `featpipe info MODEL`); the table at the end shows it. Without new images, classes are only
-    removed or merged. With --unfreeze (experimental), part of the backbone is trained
-    too. Prints the path of the new model.
+    If the cache of the old training images is given too, the model is trained on old and new classes together; old
+    images are recognized by their bytes. Otherwise, forgetting depends on the method and on the training data that the
+    model retains (see `featpipe info MODEL`); a table shows it. Without new images, classes are only removed or merged.
+    With --unfreeze (experimental), part of the backbone is trained too. Prints the path of the new model.
 
     \b
     Example:

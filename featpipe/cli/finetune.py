@@ -11,11 +11,8 @@ import click
 
 from featpipe.cli.logging import log_message
 from featpipe.cli.options import (
-    CACHE_OPTION,
-    DEVICE_OPTION,
     JSON_OPTION,
-    LABELS_OPTION,
-    MODEL_BACKBONE_OPTION,
+    MODEL_OPTIONS,
     RESUME_OPTION,
     add_options,
     setting,
@@ -70,10 +67,7 @@ _setting = partial(setting, FineTuneConfig)
     _setting("cache_activations", "Cache the feature maps of the frozen layers."),
     settings_option("--augment", "augmentation", "Augmentation of images, such as flip=0.5."),
     settings_option("--set", "settings", "Other settings: layer_decay, ema, mixup, schedule, …"),
-    LABELS_OPTION,
-    CACHE_OPTION,
-    MODEL_BACKBONE_OPTION,
-    DEVICE_OPTION,
+    *MODEL_OPTIONS,
     _setting("seed", "Random seed.", metavar="N"),
     RESUME_OPTION,
     _setting("keep_worse", "Save the fine-tuned model even if the old model scores better."),
@@ -105,12 +99,12 @@ def finetune(
 
     loaded_model = load_model(model, backbone=backbone, device=options["device"])
     out = out or str(_make_output_path(Path(model)))
-    given_options = {name: value for name, value in options.items() if value is not None}
-    if repeated := sorted(given_options.keys() & settings.keys()):
+    options = {name: value for name, value in options.items() if value is not None}
+    if repeated := sorted(options.keys() & settings.keys()):
         flag = "augment" if repeated[0] == "augmentation" else repeated[0].replace("_", "-")
         raise click.UsageError(f"--set {repeated[0]}: use the option --{flag}")
     with Terminal() as terminal:
-        finetuned = run(loaded_model, list(archives), out=out, progress=terminal, **given_options, **settings)
+        finetuned = run(loaded_model, list(archives), out=out, progress=terminal, **options, **settings)
     if int(os.environ.get("RANK", "0")):  # of the processes that torchrun started, the first one prints
         return
     if as_json:

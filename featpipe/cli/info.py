@@ -39,14 +39,12 @@ def info(
       featpipe info cache/photos.h5
       featpipe info cache/photos.h5 --why photos/ --backbone resnet50
     """
-    given_options = [
-        name for name in settings if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    ]
+    has_options = any(context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT for name in settings)
     if why:
-        _print_differences(Path(path), archives, settings, bool(given_options), as_json)
+        _print_differences(Path(path), archives, settings, has_options, as_json)
         return
-    if archives or given_options:
-        raise click.UsageError("archives and options describe an extraction to compare with; give --why with them")
+    if archives or has_options:
+        raise click.UsageError("archives and options are for --why, which compares with an extraction; give --why")
     is_model = _is_model(Path(path))
     details = _model_to_dict(Path(path)) if is_model else cache_to_dict(Path(path))
     if as_json:
@@ -76,7 +74,7 @@ def _print_differences(
         config = ExtractionConfig.from_settings(make_extraction_settings(settings))
         comparison = diff_with_request(cache, config, archives)
     elif has_options:
-        raise click.UsageError("options describe an extraction; two caches are compared without any")
+        raise click.UsageError("a comparison of two caches takes no options of an extraction; remove them")
     else:
         comparison = diff_with_cache(cache, FeatureCache(other_path, salvage=True))
     if as_json:
@@ -198,7 +196,7 @@ MAX_LISTED_ARCHIVES = 5
 
 
 def cache_to_dict(path: Path) -> dict[str, Any]:
-    """Describe the contents of a cache, even if shards are missing."""
+    """Describe the contents of a cache; shards may be missing."""
     from featpipe.cache import FeatureCache
 
     cache = FeatureCache(path, salvage=True)

@@ -23,7 +23,7 @@ _log_settings = {"format": "text"}  # a process has one stderr
 
 
 def make_log_format_option(*, for_group: bool = False) -> click.Option:
-    """Make ``--log-format``, for the group or for a command, whose value takes precedence."""
+    """Make ``--log-format`` for the group or for a command; the value of the command takes precedence."""
     return click.Option(
         ["--log-format"],
         type=click.Choice(LOG_FORMATS),
@@ -46,7 +46,7 @@ def log_message(text: str, *, level: LogLevel = "info", event: str = "note", **f
     Parameters
     ----------
     text : str
-        The message; the caller makes names from archives printable.
+        The message; the caller escapes control characters in names from archives.
     level : {"info", "warning", "error"}
     event : str
         ``note``, ``warning``, ``progress`` or ``table``; at the end of a command ``error``, ``usage``, ``interrupted``,
@@ -62,7 +62,7 @@ def log_message(text: str, *, level: LogLevel = "info", event: str = "note", **f
 
 
 class LogHandler(logging.Handler):
-    """Writes the records of the package's loggers to stderr.
+    """Writes the log records of the package to stderr.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class LogHandler(logging.Handler):
     before_line: Callable[[], None] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; what comes from archives is made printable."""
+        """Write a record, with control characters escaped."""
         if self.before_line is not None:
             self.before_line()
         text = printable(record.getMessage())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ _option: Callable[..., _OptionDecorator] = partial(partial, click.option)
 
 
 def setting(settings_class: Any, name: str, help: str, *, flag: str = "", **attributes: Any) -> _OptionDecorator:
-    """An option for a field of a settings class, with the field's type, bounds and default.
+    """Make an option for a field of a settings class, with the type, bounds and default of the field.
 
     Parameters
     ----------
     settings_class : type
     name : str
-        The field. The option has the same name, unless `flag` is given.
+        Name of the field, and of the option unless `flag` is given.
     help : str
     flag : str
     **attributes
@@ -56,17 +56,15 @@ def setting(settings_class: Any, name: str, help: str, *, flag: str = "", **attr
     return _option(flag or f"--{name.replace('_', '-')}", name, help=help, **attributes)
 
 
-def _parse_settings(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, object]:
-    return parse_settings(texts)
-
-
 def settings_option(flag: str, name: str, help: str, metavar: str = "KEY=VALUE") -> _OptionDecorator:
-    """An option for settings, given one by one; its value is a dict."""
-    return _option(flag, name, multiple=True, callback=_parse_settings, metavar=metavar, help=help)
+    """Make an option that is given once for each setting; its value is a dict."""
+    return _option(
+        flag, name, multiple=True, callback=lambda _, __, texts: parse_settings(texts), metavar=metavar, help=help
+    )
 
 
 def parse_bytes(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
-    """Number of bytes of a text such as 2G."""
+    """Parse a number of bytes such as 2G."""
     if text is None:
         return None
     size_match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)i?b?", text.strip().lower())
@@ -96,6 +94,7 @@ MODEL_BACKBONE_OPTION = _option(
 CACHE_BACKBONE_OPTION = _option(
     "--backbone", metavar="NAME", help="Backbone as module:function, for a cache computed with a custom network."
 )
+MODEL_OPTIONS = (LABELS_OPTION, CACHE_OPTION, MODEL_BACKBONE_OPTION, DEVICE_OPTION)  # of a model and its images
 NETWORK_OPTIONS = (
     setting(
         ExtractionConfig,
@@ -130,7 +129,7 @@ THROUGHPUT_OPTIONS = (
 )
 LIMIT_OPTIONS = (
     _option(
-        "--max-bad", metavar="N|P%", help="Stop when more images than this cannot be read: a number or a percentage."
+        "--max-bad", metavar="N|P%", help="Stop if more images than this cannot be read: a number or a percentage."
     ),
     _option(
         "--time-limit",
@@ -185,7 +184,7 @@ def add_options(*decorators: _OptionDecorator, **attributes: Any) -> Callable[[A
 
 
 def make_extraction_settings(option_values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an extraction, from the values of its options."""
+    """Make the keyword arguments of an extraction from the values of its options."""
     from featpipe.data import LabelTable
 
     settings = dict(option_values)
@@ -193,6 +192,8 @@ def make_extraction_settings(option_values: dict[str, Any]) -> dict[str, Any]:
     if settings["labels"] is not None:
         settings["labels"] = LabelTable(Path(settings["labels"]), **columns)
     elif any(columns.values()):
-        raise click.UsageError("--path-column, --label-column and --task describe a table; give it with --labels")
+        raise click.UsageError(
+            "--path-column, --label-column and --task describe a table of labels; give the table with --labels"
+        )
     settings["outputs"] = settings["outputs"] or ExtractionConfig.outputs
     return settings

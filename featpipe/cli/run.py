@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import click
 
 from featpipe.cli.completion import NameParameter
@@ -11,9 +9,6 @@ from featpipe.cli.logging import log_message
 from featpipe.cli.options import JSON_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.runtime import format_table
-
-if TYPE_CHECKING:
-    from featpipe.experiments import DryRun
 
 
 def _list_recipes() -> list[tuple[str, str]]:
@@ -66,24 +61,17 @@ def run(
     from featpipe.experiments import parse_changes
 
     changes = parse_changes(settings)
-    with Terminal() as terminal:
-        if dry_run:
-            _print_dry_run(recipe, archives, changes, out, as_json)
-            return
-        from featpipe.experiments import run as run_recipe
+    from featpipe.experiments import plan_run
+    from featpipe.experiments import run as run_recipe
 
+    if dry_run:
+        plan = plan_run(recipe, archives or None, changes=changes, out=out)
+        print_json(plan.to_dict()) if as_json else click.echo(plan.table())
+        return
+    with Terminal() as terminal:
         result = run_recipe(recipe, archives or None, changes=changes, out=out, progress=terminal)
     if as_json:
         print_json(result.to_dict())
         return
     click.echo(result.table())
     log_message(f"\n{result.report}\n{result.best.model}")
-
-
-def _print_dry_run(
-    recipe: str, archives: tuple[str, ...], changes: dict[str, Any], out: str | None, as_json: bool
-) -> None:
-    from featpipe.experiments import plan_run
-
-    plan: DryRun = plan_run(recipe, archives or None, changes=changes, out=out)
-    print_json(plan.to_dict()) if as_json else click.echo(plan.table())

@@ -1,7 +1,6 @@
-"""Typed keywords of the public verbs (PEP 692).
+"""Typed keywords of the public functions (PEP 692): editors complete them, and type checkers find misspelt ones.
 
-Editors complete them and type checkers find a misspelt one. A contract test compares each table with the settings class
-or the function that it stands for.
+A contract test compares each class with the settings class or the function whose keywords it lists.
 """
 
 from __future__ import annotations

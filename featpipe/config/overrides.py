@@ -16,7 +16,7 @@ NULLS: Mapping[str, object] = {"none": None, "null": None}
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, object]:
-    """Read the settings of one object from ``KEY=VALUE`` texts: lists become tuples, ``none`` becomes None.
+    """Parse the settings of a head or a stage from ``KEY=VALUE`` texts: lists become tuples, ``none`` becomes None.
 
     Raises
     ------
@@ -28,12 +28,12 @@ def parse_settings(texts: Iterable[str]) -> dict[str, object]:
     >>> parse_settings(["C=1e-2", "hidden=256,128", "early_stopping=true", "optimizer=sgd", "class_weight=none"])
     {'C': 0.01, 'hidden': (256, 128), 'early_stopping': True, 'optimizer': 'sgd', 'class_weight': None}
     """
-    values = {key: parse_value(text, NULLS) for key, text in parse_assignments(texts, example="C=10").items()}
-    return {key: _to_tuples(value) for key, value in values.items()}
 
+    def to_tuples(value: Any) -> Any:
+        return tuple(map(to_tuples, value)) if isinstance(value, list) else value
 
-def _to_tuples(value: Any) -> Any:
-    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
+    assignments = parse_assignments(texts, example="C=10")
+    return {key: to_tuples(parse_value(text, NULLS)) for key, text in assignments.items()}
 
 
 def parse_assignments(texts: Iterable[str], *, example: str) -> dict[str, str]:
@@ -43,7 +43,7 @@ def parse_assignments(texts: Iterable[str], *, example: str) -> dict[str, str]:
     ----------
     texts : iterable of str
     example : str
-        A right one, for the message.
+        A correct text, for the error message.
 
     Raises
     ------
@@ -62,13 +62,13 @@ def parse_assignments(texts: Iterable[str], *, example: str) -> dict[str, str]:
 
 
 def parse_value(text: str, words: Mapping[str, object] = MappingProxyType({})) -> Any:
-    """Read a value: as TOML writes it, or text without quotes, or several of these with commas, which are a list.
+    """Parse a value: TOML, or text without quotes, or a list of these separated by commas.
 
     Parameters
     ----------
     text : str
     words : mapping from str to object
-        Unquoted words that mean something else than text, in lower case, beside ``true`` and ``false``.
+        Values of unquoted words, by the word in lower case. ``true`` and ``false`` are always included.
 
     Examples
     --------
@@ -77,7 +77,7 @@ def parse_value(text: str, words: Mapping[str, object] = MappingProxyType({})) -
     """
     is_quoted = text[:1] in ('"', "'")
     try:
-        if is_quoted or not {"#", "\n"} & set(text):  # which end a value in TOML
+        if is_quoted or not {"#", "\n"} & set(text):  # these end a value in TOML
             value = tomllib.loads(f"value = {text}")["value"]
             return value.isoformat() if isinstance(value, (date, time)) else value
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""Settings of the stages: the one home of the defaults that commands, recipes and Python share."""
+"""Settings of the stages, with the defaults that commands, recipes and Python share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UnitInterval = Annotated[float, Range(minimum=0, maximum=1)]
 
 
 def compute_bad_image_limit(max_bad: int | float | str | None, n: int) -> int | None:
-    """How many of n images may be bad.
+    """Compute how many of n images may be bad.
 
     Parameters
     ----------
@@ -81,33 +81,33 @@ class ExtractionConfig(Settings):
     outputs : sequence of str
         The outputs to cache: ``pooled``, or ``NODE[:POOL]``.
     transform : callable, optional
-        For a network of your own: uint8 (3, H, W) → float32 (3, h, w).
+        Transform of a network that is given as a module: uint8 (3, H, W) → float32 (3, h, w).
     seed : int
         For random weights.
     labels : path-like or Table, optional
         A CSV or Parquet table of paths and labels.
     device : str
-        ``auto``, ``cpu``, ``cuda`` (all GPUs of the machine), ``cuda:N`` or ``mps``; several are joined by commas, and
-        each gets its own process.
+        ``auto``, ``cpu``, ``cuda`` (all GPUs of the machine), ``cuda:N`` or ``mps``; several are separated by commas,
+        and each gets its own process.
     precision : {"fp32", "tf32", "bf16", "fp16", "auto"}
         ``auto`` selects the fastest precision whose embeddings of the first images have a cosine of at least
         ``min_cosine`` to those in fp32.
     min_cosine : float
         The minimum cosine to fp32 for ``precision="auto"``.
     engine : {"auto", "torch", "openvino"}
-        The engine on a CPU. Like the device, it is not part of a cache's identity.
+        The inference engine on a CPU. Like the device, it is not part of the identity of a cache.
     storage : {"float32", "float16"}
         The type of the stored embeddings.
     cache : path-like
         The folder of the caches.
     out : path-like, optional
-        The cache's file; if not given, a name made from archive, backbone and fingerprint in ``cache``.
+        File of the cache; if not given, a file in ``cache`` named after archive, backbone and fingerprint.
     overwrite : bool
         Replace a cache at ``out`` whose content differs.
     shard_bytes : int
         Larger embeddings are spread over several files of about this size.
     workers, batch : int, optional
-        Threads, and images per forward pass; chosen for the machine if not given.
+        Worker threads, and images per forward pass; chosen for the machine if not given.
     max_bad : int, float or str, optional
         How many images may fail before the extraction stops: a number, or a share such as ``"5%"`` or ``0.05``. No
         limit if not given.
@@ -152,51 +152,52 @@ class TrainingConfig(Settings):
     head : str
         A name that ``featpipe heads`` lists, or the import path of a scikit-learn estimator.
     cv : int, optional
-        Estimate the quality by this number of folds of the training rows before fitting on all of them. Images with the
-        same bytes never lie on both sides of a fold. No estimate if None or 0.
+        Number of folds for cross-validation on the training rows, before the head is fitted on all of them. Images with
+        the same bytes are never on both sides of a fold. None or 0: no cross-validation.
     params : mapping, optional
         Settings of the head, such as ``{"C": 10}``.
     output : str, optional
-        Which of the cache's outputs; the first if not given.
+        Output of the cache to train on; the first if not given.
     tune : bool, optional
-        Choose settings on inner folds of the training rows. If not given, this is done for the strength ``C`` of
-        ``logistic`` alone, along 45 values from 1e-6 to 1e5, unless ``params`` sets it.
+        Select settings on inner folds of the training rows. If not given, only the regularization strength ``C`` of
+        ``logistic`` is selected, among 45 values from 1e-6 to 1e5, unless ``params`` sets it.
     grid : mapping from setting to values, optional
-        Values to try, instead of the head's own grid.
+        Values to try, instead of the default grid of the head.
     metric : str, optional
-        The metric that settings are chosen by, one of :data:`featpipe.metrics.SELECTION_METRICS`; the first of the task
-        if not given.
+        The metric that selects settings, one of :data:`featpipe.metrics.SELECTION_METRICS`; the first of the task if
+        not given.
     one_standard_error : bool
         Choose the smallest ``C`` whose score is within one standard error of the best.
     balance : {"over", "under", "smote"}, optional
         Resample the training rows of each fit so that all classes are equally frequent.
     calibrate : bool
         Fit a temperature on the predictions of the folds, which calibrates the probabilities. Always done for heads
-        that have scores and no probabilities.
+        that give scores instead of probabilities.
     prior : mapping from class to share, optional
         Class frequencies where the model will be used; probabilities are corrected for them.
     groups : str or array-like of shape (n,), optional
-        The group of each sample of the cache (a patient, a photograph), which is never on both sides of a fold;
-        ``TABLE:COLUMN`` reads it from a table.
+        The group of each sample of the cache, such as a patient. A group is never on both sides of a fold.
+        ``TABLE:COLUMN`` reads the groups from a table.
     times : str or array-like of shape (n,), optional
-        The time of each sample, likewise: folds are scored on later samples than those that they were fitted on.
+        The time of each sample, given like `groups`. Each fold is scored on samples that are later than its training
+        samples.
     since : str, number or date, optional
-        With ``times``, instead of folds: estimate the quality once, on the images of that time or later, fitted on the
-        earlier ones. The model is then fitted on all of them.
+        With ``times``: instead of folds, fit once on the earlier images and score on the images of that time or later.
+        The model is then fitted on all of them.
     without : path-like, optional
         A table of images to leave out, such as one of an evaluation's findings.
     memory : int, optional
-        Bytes that training may use; features that need more are read from the file, pass after pass.
+        Bytes that training may use; larger features stay in the file and are read in each pass.
     keep : str, optional
-        What the model keeps of a classifier's training data, so that it can learn more classes without it:
-        ``none``, ``all``, or some of ``statistics``, ``importances`` and ``rows=N`` (embeddings of each class), joined
-        by commas. If not given: statistics and importances; nothing where features stay in the file.
+        Data that a classifier retains for class-incremental learning: ``none``, ``all``, or some of ``statistics``,
+        ``importances`` and ``rows=N`` (embeddings of each class), separated by commas. If not given: statistics and
+        importances, or nothing if the features stay in the file.
     jobs : int, optional
         Processes for ``tune``, as joblib counts them.
     random_state : int or None
     findings : path-like, optional
-        A folder for tables of training images to look at: likely label errors, mistakes and doubtful predictions of the
-        folds. Each image is judged by a head that was not fitted on it.
+        Folder for tables of training images to inspect: likely label errors, mistakes and uncertain predictions. Each
+        image is predicted by a head that was not fitted on it.
     """
 
     head: str = "logistic"
@@ -235,26 +236,26 @@ class FineTuneConfig(Settings):
     unfreeze : str, int or float
         Which part of the backbone is trained: ``head`` (none), ``last``, ``3`` or ``3 stages``, ``0.3`` (that share of
         the stages), ``all``, ``layers[15:]`` (a slice of the layers with weights, counted from the input), or a glob of
-        module names such as ``blocks.6*``; several are joined by commas.
+        module names such as ``blocks.6*``; several are separated by commas.
     weights : str, optional
         ``none`` starts from random weights and a new head, and trains the whole network.
     gradual : int
-        Train the head alone for this number of epochs, then unfreeze one more stage after each such number; 0 trains
+        Number of epochs after which one more stage is unfrozen; the head is trained alone at first. 0 trains
         everything from the start.
     batch_norm : {"frozen", "trained"}
-        Whether the batch norms of the trained part keep their statistics, or update them by the batches.
+        Whether the batch norms of the trained part keep their running statistics or update them.
     epochs : int
         Maximum number of epochs.
     batch : int
         Images per optimizer step.
     accumulate : int
-        Number of pieces of a batch, whose gradients are summed; increase it if memory runs out.
+        Number of forward passes per batch, whose gradients are accumulated; increase it if memory runs out.
     optimizer : {"adamw", "sgd"}
         SGD uses Nesterov momentum.
     learning_rate : float or "find"
-        Peak learning rate of the head; ``find`` selects one by a range test on the first batches.
+        Peak learning rate of the head; ``find`` selects it by a range test on the first batches.
     layer_decay : float
-        Factor of the learning rate from the head to the last stage, and from each stage to the one before it.
+        Factor between the learning rates of the head and the last stage, and of each stage and the one before it.
     momentum : float
     weight_decay : float
         Not applied to norms and biases.
@@ -274,8 +275,9 @@ class FineTuneConfig(Settings):
     ema : float
         Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 disables it.
     patience : int
-        Stop after this number of epochs without improvement; 0 never stops early: the first epochs, at the highest
-        learning rates, are often worse than the start, and the last ones better. The best epoch is kept in any case.
+        Stop after this number of epochs without improvement; 0 never stops early. The first epochs, at the highest
+        learning rates, are often worse than the start, and the last ones better. The best epoch is selected in any
+        case.
     monitor : {"score", "loss"}
         The validation metric that selects the best epoch: accuracy (R² for regression), as in the final comparison,
         with ties broken by the loss; or the loss alone, which may rise with a network's confidence while accuracy
@@ -284,16 +286,16 @@ class FineTuneConfig(Settings):
         Share of the images held out for the final comparison, and share of the rest used for validation, if the labels
         come without a split.
     cache_activations : {"auto", "yes", "no"}
-        Compute the frozen part once and train on its feature maps; ``auto`` does so if it is faster.
+        Compute the feature maps of the frozen part once and train on them; ``auto`` does so if it is faster.
     views : int
-        Number of augmented views of each image that are then cached; epochs take turns.
+        Number of augmented views of each image that are cached then; epochs alternate between them.
     seed : int
     device : str
         ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
     workers : int, optional
         Decoding threads; the number of cores if not given.
     keep_worse : bool
-        Save the fine-tuned model even if it is worse than the model before on held-out images.
+        Save the fine-tuned model even if it scores lower than the original one on held-out images.
     """
 
     unfreeze: str | int | float = "last"

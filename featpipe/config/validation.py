@@ -1,4 +1,4 @@
-"""One declaration of a setting gives its check and its error message.
+"""Validation of settings: the annotation of a setting gives its check and its error message.
 
 A field of a settings class is annotated with its type, its choices (``Literal``) and its bounds
 (``Annotated[int, Range(minimum=1)]``). `check_value` checks a value against that annotation, whether the value comes
@@ -145,7 +145,7 @@ def get_range(annotation: Any) -> Range:
 
 
 def get_choices(annotation: Any) -> tuple[str, ...]:
-    """The words that an annotation lists.
+    """The choices of an annotation.
 
     Examples
     --------
@@ -178,7 +178,7 @@ def _iter_alternatives(annotation: Any, metadata: tuple[Any, ...] = ()) -> Itera
 
 
 def _matches(value: Any, kind: Any, metadata: Sequence[Any] = ()) -> bool:
-    """Whether a value has a type that is no union, and lies within the bounds in its metadata."""
+    """Whether a value has a type, which is not a union, and lies within the bounds in the metadata."""
     origin = get_origin(kind)
     if origin is Literal:
         return any(value is choice or (isinstance(value, str) and value == choice) for choice in get_args(kind))
@@ -198,19 +198,19 @@ _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "tru
 
 
 def _describe(annotation: Any) -> str:
-    """What a setting takes, in words.
+    """Describe the values of a setting, for error messages.
 
     Examples
     --------
     >>> _describe(Annotated[int, Range(minimum=1)] | None), _describe(tuple[str, ...])
-    ('a whole number of 1 or more', 'text or a list of it')
+    ('a whole number of 1 or more', 'text or a list of such values')
     """
     descriptions: list[str] = []
     for kind, metadata in _iter_alternatives(annotation):
         if get_origin(kind) is Literal:
             descriptions.extend(map(str, get_args(kind)))
         elif is_sequence_type(kind):
-            descriptions.append(f"{_describe(get_args(kind)[0])} or a list of it")
+            descriptions.append(f"{_describe(get_args(kind)[0])} or a list of such values")
         elif (kind_name := _TYPE_NAMES.get(get_origin(kind) or kind)) is not None:
             ranges = [str(item) for item in metadata if isinstance(item, Range)]
             descriptions.append(" ".join([kind_name, *ranges]))
@@ -230,7 +230,7 @@ def check_number(
 
 
 def check_integer(name: str, value: object, *, minimum: int) -> None:
-    """Check that a value is a whole number that is large enough.
+    """Check that a value is a whole number of at least `minimum`.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def check_integer(name: str, value: object, *, minimum: int) -> None:
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Check that a value is one of a few words.
+    """Check that a value is one of the choices.
 
     Raises
     ------
@@ -251,7 +251,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_bool(name: str, value: object) -> None:
-    """Check that a value is true or false.
+    """Check that a value is a bool.
 
     Raises
     ------
@@ -261,7 +261,7 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_names(kind: str, requested: Iterable[str], allowed: Iterable[str], hint: str = "") -> None:
-    """Check that all names are in a table.
+    """Check that all names are allowed.
 
     Raises
     ------
@@ -275,7 +275,7 @@ def check_names(kind: str, requested: Iterable[str], allowed: Iterable[str], hin
 
 
 def unknown_name_error(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> ConfigError:
-    """Make the error for a name that is not in a table; it suggests the nearest names.
+    """Make the error for a name that is not allowed; it suggests the nearest names.
 
     Examples
     --------

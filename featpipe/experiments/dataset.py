@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ def load_index(samples: SamplesConfig, tiles_folder: Path, where: str) -> Index:
     ----------
     samples : SamplesConfig
     tiles_folder : Path
-        Where the tiles are written, if these are the archive.
+        Folder for the built-in tiles, which are written if the recipe uses them.
     where : str
         The recipe, for messages.
 
@@ -75,7 +74,7 @@ def _index_archives(paths: Sequence[str], samples: SamplesConfig, tiles_folder: 
 def resolve_archives(
     paths: Sequence[str], samples: SamplesConfig, tiles_folder: Path
 ) -> tuple[list[str], LabelTable | None]:
-    """Paths of the archives and their label table; writes the built-in tiles if the recipe uses them."""
+    """Return the paths of the archives and their label table; write the built-in tiles if the recipe uses them."""
     labels: LabelTable | None = None
     if samples.labels is not None:
         labels = LabelTable(Path(samples.labels), samples.path_column, samples.label_column, samples.task)
@@ -112,7 +111,7 @@ class TrainTestSplit:
     `excluded_table` lists the rows that are in neither.
     """
 
-    training: EmbeddingDataset
+    training_rows: NDArray[np.int64]
     test_cache: FeatureCache
     test_rows: NDArray[np.int64]
     excluded_table: Path | None
@@ -125,7 +124,7 @@ def split_cache_rows(
     config: SplitConfig,
     memory: int | None,
     folder: Path,
-) -> TrainTestSplit:
+) -> tuple[EmbeddingDataset, TrainTestSplit]:
     """Split the rows of a cache into training and test rows: as the labels mark them, or by the samples' bytes.
 
     Parameters
@@ -140,6 +139,12 @@ def split_cache_rows(
     folder : Path
         Folder for the table of excluded rows.
 
+    Returns
+    -------
+    training : EmbeddingDataset
+        The training rows with their embeddings.
+    split : TrainTestSplit
+
     Raises
     ------
     ConfigError
@@ -150,18 +155,22 @@ def split_cache_rows(
     )
     if other_cache is not None or cache.split.any():
         if config.since is not None:
-            raise ConfigError(f"since is {config.since!r}, but the test images are given; leave since out")
+            raise ConfigError(
+                f"[split] since is {config.since!r}, but the labels or [evaluation] archive give the test images; "
+                "remove since"
+            )
         test_cache = cache if other_cache is None else other_cache
         test = EmbeddingDataset.from_cache(test_cache, split="test").without_copies_of(dataset)
         excluded_table = None if config.without is None or other_cache is not None else Path(config.without)
         test = test if excluded_table is None else test.without(excluded_table)
-        return TrainTestSplit(dataset, test_cache, test.rows, excluded_table)
+        return dataset, TrainTestSplit(dataset.rows, test_cache, test.rows, excluded_table)
     since = None if config.since is None or dataset.times is None else parse_time(config.since, dataset.times)
     train, test = (dataset.take(rows) for rows in dataset.make_holdout(config.test, seed=config.seed, since=since))
     left_out = np.setdiff1d(cache.usable, np.concatenate([train.rows, test.rows]))
     table = _write_excluded_table(cache, left_out, folder / "left-out.csv") if len(left_out) else None
     # with times, a class may have images after the cut alone
-    return TrainTestSplit(train.drop_absent_classes(), cache, test.without_copies_of(train).rows, table)
+    training = train.drop_absent_classes()
+    return training, TrainTestSplit(training.rows, cache, test.without_copies_of(train).rows, table)
 
 
 def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Path) -> Path:
@@ -173,14 +182,14 @@ def _write_excluded_table(cache: FeatureCache, rows: NDArray[np.int64], path: Pa
 
 
 def draw_per_class(rows: EmbeddingDataset, n_per_class: int, seed: int) -> EmbeddingDataset:
-    """Draw this many rows of each class: those whose images have the smallest keys under a seed."""
+    """Draw `n_per_class` rows of each class: those with the smallest hash keys under the seed."""
     ranked_rows = np.argsort(splits.compute_keys(rows.digests, seed), kind="stable")
     drawn = [ranked_rows[rows.y[ranked_rows] == code][:n_per_class] for code in range(len(rows.classes))]
     return rows.take(np.sort(np.concatenate(drawn)))
 
 
 def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> list[int]:
-    """The requested numbers of images that every class has; warn of the others."""
+    """Select the numbers of images that every class has; log a warning about the others."""
     counts = np.bincount(rows.y, minlength=len(rows.classes))
     min_count = int(counts.min())
     unavailable = [number for number in requested if number > min_count]
@@ -193,7 +202,7 @@ def select_available_shots(rows: EmbeddingDataset, requested: Sequence[int]) -> 
 
 @dataclass(frozen=True, eq=False)
 class BackboneCaches:
-    """The embeddings of one backbone; the models are scored on `test_cache`, if there is one."""
+    """The embeddings of one backbone; models are scored on `test_cache`, if there is one."""
 
     label: str
     backbone: Backbone
@@ -212,7 +221,7 @@ class BackboneCaches:
             bad=sum(self.cache.bad_rows().values()),
             embedded=manifest.get("embedded"),
             images_per_second=manifest.get("images_per_second") or None,
-            network_bytes=_count_bytes(self.backbone.network),
+            network_bytes=sum(tensor.nbytes for tensor in self.backbone.network.state_dict().values()),
             width=self.backbone.width,
         )
 
@@ -246,7 +255,3 @@ def make_run_cache_path(index: Index, backbone: Backbone, config: ExtractionConf
     """Path of the cache; a cache of a subset has another name than that of all images."""
     path = make_cache_path(index, backbone, make_facts(backbone, config), config)
     return path if max_images is None else path.with_name(f"{path.stem}-{max_images}-images{path.suffix}")
-
-
-def _count_bytes(network: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())

@@ -27,8 +27,8 @@ from featpipe.runtime import format_table, ignore_progress
 class PlannedExtraction:
     """The images of one backbone, test images included.
 
-    No cache has the path, size and time of `unknown` images: they are read, and embedded unless a cache has their
-    bytes. None if the precision must be chosen first.
+    `unknown` counts the images whose path, size and time are in no cache: they are read, and embedded unless a cache
+    has their bytes. It is None if the precision must be chosen first.
     """
 
     backbone: str
@@ -39,7 +39,7 @@ class PlannedExtraction:
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One row of the table, and whether it is trained and scored already."""
+    """One row of the table, and whether it is trained and scored."""
 
     name: str
     trained: bool
@@ -98,8 +98,8 @@ def _format_unknown(extraction: PlannedExtraction) -> str:
     return f"{extraction.unknown:,}" if extraction.unknown else "none"
 
 
-def _format_state(done: bool, verb: str) -> str:
-    return "done" if done else f"to {verb}"
+def _format_state(is_done: bool, verb: str) -> str:
+    return "done" if is_done else f"to {verb}"
 
 
 def plan_run(
@@ -142,7 +142,7 @@ def plan_run(
 def _plan_extraction(
     context: ExperimentContext, config: ExtractionConfig
 ) -> tuple[PlannedExtraction, BackboneCaches | None]:
-    """Count the images of a backbone that are not cached; and open its caches, if they are up to date."""
+    """Count the images of a backbone that are not cached, and open its caches if they are up to date."""
     resolve_devices(config.device)
     backbone, label = load_backbone(config), make_backbone_label(config)
     path = make_run_cache_path(context.index, backbone, config, context.recipe.samples.images)
@@ -164,6 +164,6 @@ def _plan_extraction(
 def _count_unknown(
     index: Index, backbone: Backbone, config: ExtractionConfig, path: Path
 ) -> tuple[int, FeatureCache | None]:
-    """How many images have unknown stamps; and the finished cache of this index, if it is up to date."""
+    """Count the images that are in no cache, and open the cache of this index if it is up to date."""
     plan = ExtractionPlan.build(index, backbone, config, path=path)
     return len(plan.unread_rows), plan.current_cache

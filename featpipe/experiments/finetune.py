@@ -85,7 +85,7 @@ class FineTuneRun:
         return model.attach(model.request["name"]) if ":" in model.request["name"] else model
 
     def make_result(self, finetuned: FineTuningResult) -> TrialResult:
-        """Row of the results table."""
+        """Make the row of the results table."""
         scores = (
             self.evaluate().scores.to_dict() if finetuned.kept == "fine-tuned" else _get_comparison_scores(finetuned)
         )
@@ -107,7 +107,7 @@ class FineTuneRun:
     def _write_label_table(self) -> LabelTable:
         """Write the labels of the run and its split as a table, so that fine-tuning holds out the same images."""
         cache, path = self.caches.cache, self.folder / "sides.csv"
-        split_by_row = dict.fromkeys(self.split.training.rows.tolist(), "train")
+        split_by_row = dict.fromkeys(self.split.training_rows.tolist(), "train")
         if self.split.test_cache is cache:
             split_by_row |= dict.fromkeys(self.split.test_rows.tolist(), "test")
         labels = cache.label_table

@@ -69,7 +69,7 @@ class TrialResult:
     settings : dict
         Settings of the head, its output and balance, without defaults.
     chosen_settings : dict
-        Settings that were chosen on inner folds.
+        Settings that were selected on inner folds.
     per_class : int or None
         Training images per class; None for all.
     metric : str
@@ -112,6 +112,11 @@ class TrialResult:
         """Images per class, and given and chosen settings, as text."""
         parts = [f"{self.per_class} per class"] if self.per_class is not None else []
         return ", ".join([*parts, *filter(None, [format_params({**self.settings, **self.chosen_settings})])])
+
+    def to_dict(self, folder: Path) -> dict[str, Any]:
+        document = asdict(self)
+        del document["goodness"]
+        return {**document, "model": self.model.relative_to(folder).as_posix()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +174,10 @@ class RunResult:
             "settings": [result.describe_settings() for result in sorted_results],
             f"{metric}, cross-validated": [_format_spread(result.cross_validated) for result in sorted_results],
             f"{metric}, held out": [_format_interval(result.held_out) for result in sorted_results],
-            "fit": [_format_optional_duration(result.seconds_to_fit) for result in sorted_results],
+            "fit": [
+                "–" if result.seconds_to_fit is None else format_duration(result.seconds_to_fit)
+                for result in sorted_results
+            ],
             "head's size": [format_size(result.head_bytes) for result in sorted_results],
             "images/s": [
                 "–" if summary.images_per_second is None else f"{summary.images_per_second:,.0f}"
@@ -198,7 +206,7 @@ class RunResult:
             draws = f"{len(first.held_out['by_draw'])} draws of the training images"
             return [f"{held_out_note}, mean ± standard deviation over {draws}"]
         finetuning_notes = [] if self.tuned is None else [self.tuned.comparison.verdict()]
-        selection_note = "; the best (→) is chosen by it" if len(self.results) > 1 else ""
+        selection_note = "; selects the best (→)" if len(self.results) > 1 else ""
         spread_note = f"± standard deviation over {first.cross_validated['folds']} folds"
         return [
             f"cross-validated: on the training images, {spread_note}{selection_note}",
@@ -226,7 +234,7 @@ class RunResult:
             "question": self.recipe.question,
             "task": self.task,
             "best": self.best.name,
-            "results": [_result_to_dict(result, self.folder) for result in self.results],
+            "results": [result.to_dict(self.folder) for result in self.results],
             "backbones": [
                 {**asdict(summary), "cache": str(summary.cache), "scored": str(summary.scored)}
                 for summary in self.embedded
@@ -236,16 +244,6 @@ class RunResult:
             "seconds": round(self.seconds, 3),
             "versions": dict(self.versions),
         }
-
-
-def _result_to_dict(result: TrialResult, folder: Path) -> dict[str, Any]:
-    document = asdict(result)
-    del document["goodness"]
-    return {**document, "model": result.model.relative_to(folder).as_posix()}
-
-
-def _format_optional_duration(seconds: float | None) -> str:
-    return "–" if seconds is None else format_duration(seconds)
 
 
 def sort_by_score(results: list[TrialResult]) -> list[TrialResult]:
@@ -273,7 +271,7 @@ def _format_interval(metric: Mapping[str, Any]) -> str:
 
 
 def recipe_to_toml(recipe: Recipe, task: str, provenance: Mapping[str, str]) -> str:
-    """Write a resolved recipe as TOML, with every default.
+    """Format a resolved recipe as TOML, with every default.
 
     Parameters
     ----------
@@ -333,7 +331,7 @@ def _head_to_dict(head: RecipeHead, task: str) -> dict[str, Any]:
 
 
 def _setting_to_toml(value: Any) -> Any:
-    """Encode a setting as it is parsed: a list is one value within another list, None is a word."""
+    """Encode a setting as the parser reads it: a list within a list is one value, ``"none"`` is None."""
     if isinstance(value, (tuple, list)):
         return [_nested_to_lists(value)]
     return "none" if value is None else value

@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,8 +44,10 @@ from featpipe.training import get_package_versions
 
 logger = logging.getLogger(__name__)
 
+TrialData = tuple[BackboneCaches, TrainTestSplit]
+
 RUNS_FOLDER = "runs"
-MAX_BASELINES = 4  # that the page sets against the best, row by row
+MAX_BASELINES = 4  # with which the report compares the best model, row by row
 
 
 def run(
@@ -100,12 +103,15 @@ def run(
             extract_backbone(extraction, context.index, context.test_index, max_images, progress)
             for extraction in context.recipe.extractions
         ]
-        results = _mark_best([trial_run.run() for trial_run in iter_trials(context, caches)])
+        results, data = _run_trials(context, caches)
         finetune_run, finetuned = None, None
         if context.recipe.finetune is not None:
-            finetune_run = _make_finetune_run(context, caches, next(result for result in results if result.best))
+            probe = next(result for result in results if result.best)
+            finetune_run = _make_finetune_run(context, probe, *data[probe.name])
             finetuned = finetune_run.run()
-            results = _add_finetuned(results, finetune_run.make_result(finetuned))
+            tuned_result = finetune_run.make_result(finetuned)
+            results = [replace(result, best=result.best and not tuned_result.best) for result in results]
+            results.append(tuned_result)
         run_result = RunResult(
             folder,
             context.recipe,
@@ -117,10 +123,21 @@ def run(
             get_package_versions(),
             finetuned,
         )
-        _write_report(context, caches, run_result, finetune_run)
+        _write_report(context, data, run_result, finetune_run)
         run_result = replace(run_result, seconds=perf_counter() - started)
         _write_outputs(run_result)
     return run_result
+
+
+def _run_trials(
+    context: ExperimentContext, caches: Sequence[BackboneCaches]
+) -> tuple[list[TrialResult], dict[str, TrialData]]:
+    """Run the trials, and mark the best; the second result has the data of each trial by its name."""
+    results, data = [], {}
+    for trial_run in iter_trials(context, caches):
+        results.append(trial_run.run())
+        data[trial_run.trial.slug] = trial_run.caches, trial_run.split
+    return _mark_best(results), data
 
 
 def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
@@ -135,7 +152,7 @@ def get_tiles_folder(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class ExperimentContext:
-    """What the stages of a run share: the recipe resolved for the task of the labels, its trials, and the images.
+    """The data that the stages of a run share: the recipe resolved for the task, its trials, and the images.
 
     The images of `test_index` are scored instead of held-out images of `index`.
     """
@@ -182,11 +199,6 @@ class ExperimentContext:
             )
         return cls(recipe, list_trials(recipe), task, index, test_index, folder, progress)
 
-    def split_cache(self, backbone_caches: BackboneCaches, output: str | None) -> TrainTestSplit:
-        """Training and test rows of a backbone's caches."""
-        split, memory = self.recipe.split, self.recipe.training.memory
-        return split_cache_rows(backbone_caches.cache, backbone_caches.test_cache, output, split, memory, self.folder)
-
 
 def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | None]) -> Iterator[TrialRun]:
     """Iterate over the trials, grouped by backbone and output so that one set of features is in memory.
@@ -197,31 +209,30 @@ def iter_trials(context: ExperimentContext, caches: Sequence[BackboneCaches | No
     caches : sequence of BackboneCaches or None
         One for each backbone; None skips its trials.
     """
-    records = RecordStore(context.folder / "records")
-    split: TrainTestSplit | None = None
-    split_key: tuple[int, str | None] | None = None
-    for trial in context.trials:
-        backbone_caches = caches[trial.backbone_index]
+    recipe, folder = context.recipe, context.folder
+    records, requested_shots = RecordStore(folder / "records"), recipe.split.per_class
+    for (backbone_index, output), trials in groupby(
+        context.trials, lambda trial: (trial.backbone_index, trial.head.output)
+    ):
+        backbone_caches = caches[backbone_index]
         if backbone_caches is None:
             continue
-        if split is None or split_key != (trial.backbone_index, trial.head.output):
-            split_key = (trial.backbone_index, trial.head.output)
-            split = context.split_cache(backbone_caches, trial.head.output)
-            available_shots = _select_available_shots(context, split)
-        if trial.per_class is None or trial.per_class in available_shots:
-            yield TrialRun(context.recipe, trial, backbone_caches, split, context.folder, records, context.progress)
-
-
-def _select_available_shots(context: ExperimentContext, split: TrainTestSplit) -> list[int]:
-    requested_shots = context.recipe.split.per_class
-    available_shots = select_available_shots(split.training, requested_shots) if requested_shots else []
-    if requested_shots and not available_shots:
-        raise ConfigError(f"{context.recipe.where}: [split] per_class: a class has fewer images than every number")
-    return available_shots
+        training, split = split_cache_rows(
+            backbone_caches.cache, backbone_caches.test_cache, output, recipe.split, recipe.training.memory, folder
+        )
+        available_shots = select_available_shots(training, requested_shots) if requested_shots else []
+        if requested_shots and not available_shots:
+            raise ConfigError(
+                f"{recipe.where}: [split] per_class is {list(requested_shots)}, and a class has fewer training images "
+                "than each of them; give a smaller number"
+            )
+        for trial in trials:
+            if trial.per_class is None or trial.per_class in available_shots:
+                yield TrialRun(recipe, trial, backbone_caches, training, split, folder, records, context.progress)
 
 
 def _mark_best(results: list[TrialResult]) -> list[TrialResult]:
-    """Mark the best trial: by cross-validation; with draws, the first head with the most images."""
+    """Mark the best trial by cross-validation; with draws, which select nothing, the first head on the most images."""
     if results[0].per_class is None:
         best = max(results, key=lambda result: result.goodness)
     else:
@@ -231,30 +242,17 @@ def _mark_best(results: list[TrialResult]) -> list[TrialResult]:
     return [replace(result, best=result is best) for result in results]
 
 
-def _add_finetuned(results: list[TrialResult], finetuned: TrialResult) -> list[TrialResult]:
-    """Append the fine-tuned model, which is the best if it was kept."""
-    return [*(replace(result, best=result.best and not finetuned.best) for result in results), finetuned]
-
-
-def _find_split(
-    context: ExperimentContext, caches: Sequence[BackboneCaches], result: TrialResult
-) -> tuple[BackboneCaches, TrainTestSplit]:
-    """The caches and the split with which a trial was trained."""
-    trial = next(trial for trial in context.trials if trial.slug == result.name)
-    backbone_caches = caches[trial.backbone_index]
-    return backbone_caches, context.split_cache(backbone_caches, trial.head.output)
-
-
-def _make_finetune_run(context: ExperimentContext, caches: Sequence[BackboneCaches], best: TrialResult) -> FineTuneRun:
+def _make_finetune_run(
+    context: ExperimentContext, probe: TrialResult, caches: BackboneCaches, split: TrainTestSplit
+) -> FineTuneRun:
     recipe = context.recipe
-    backbone_caches, split = _find_split(context, caches, best)
     archives, _ = resolve_archives(recipe.samples.archive, recipe.samples, get_tiles_folder(recipe))
-    return FineTuneRun(recipe, archives, best, backbone_caches, split, context.folder, context.progress)
+    return FineTuneRun(recipe, archives, probe, caches, split, context.folder, context.progress)
 
 
 def _write_report(
     context: ExperimentContext,
-    caches: Sequence[BackboneCaches],
+    data: Mapping[str, TrialData],
     run_result: RunResult,
     finetune_run: FineTuneRun | None,
 ) -> None:
@@ -270,7 +268,7 @@ def _write_report(
     if finetune_run is not None and run_result.best.model == finetune_run.path:
         evaluation = finetune_run.evaluate()
     else:
-        evaluation = _evaluate_best(context, caches, run_result)
+        evaluation = _evaluate_best(run_result, *data[run_result.best.name])
     write_report(
         path,
         evaluation,
@@ -284,10 +282,9 @@ def _write_report(
     records.write("page", inputs, {"page": path.name}, path)
 
 
-def _evaluate_best(context: ExperimentContext, caches: Sequence[BackboneCaches], run_result: RunResult) -> Evaluation:
+def _evaluate_best(run_result: RunResult, caches: BackboneCaches, split: TrainTestSplit) -> Evaluation:
     """Evaluate the best model against the next best ones of the same backbone."""
     best = run_result.best
-    backbone_caches, split = _find_split(context, caches, best)
     others = [result for result in run_result.results if result.backbone == best.backbone and result is not best]
     baselines = [
         load_model(result.model)
@@ -298,13 +295,12 @@ def _evaluate_best(context: ExperimentContext, caches: Sequence[BackboneCaches],
         load_model(best.model),
         split.test_cache,
         against=baselines,
-        trained_on=backbone_caches.cache,
+        trained_on=caches.cache,
         without=split.excluded_table,
     )
 
 
 def _make_comparison_row(result: TrialResult, run_result: RunResult) -> ComparisonRow:
-    """One row of the page's comparison."""
     held_out = result.held_out
     low, high = (held_out.get(key) for key in ("low", "high"))
     bounds = (math.nan, math.nan) if low is None or high is None else (low, high)

@@ -44,6 +44,7 @@ class TrialRun:
     recipe: Recipe
     trial: TrialSpec
     caches: BackboneCaches
+    training: EmbeddingDataset
     split: TrainTestSplit
     folder: Path
     records: RecordStore
@@ -56,10 +57,18 @@ class TrialRun:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """Inputs that determine the model."""
-        return make_model_inputs(
-            self.recipe, self.trial, self.caches.cache.fingerprint, self.split.training.compute_digest()
-        )
+        """Inputs that determine the model: embeddings, rows and labels, head, settings, seeds and versions."""
+        head, training = asdict(self.trial.head), asdict(self.recipe.training)
+        del head["table"], training["jobs"], training["portable"]  # these change no number
+        split, n_per_class = self.recipe.split, self.trial.per_class
+        return {
+            "cache": self.caches.cache.fingerprint,
+            "rows": self.training.compute_digest(),
+            "head": head,
+            "training": training,
+            "draws": None if n_per_class is None else [n_per_class, split.draws, split.seed],
+            "versions": get_package_versions(),
+        }
 
     @cached_property
     def _score_inputs(self) -> dict[str, Any]:
@@ -75,12 +84,12 @@ class TrialRun:
         }
 
     def is_done(self) -> tuple[bool, bool]:
-        """Whether the model is trained, and whether it is scored already."""
+        """Whether the model is trained, and whether it is scored."""
         trained = self.records.find(f"{self.trial.slug}.model", self.inputs, self.path) is not None
         return trained, trained and self.records.find(f"{self.trial.slug}.scores", self._score_inputs) is not None
 
     def run(self) -> TrialResult:
-        """The row of the table."""
+        """Train and score; finished work is reused."""
         model, held_out = self._load_or_train(), self._load_or_score()
         cross_validation = model.scores.get("cross_validation")
         metric, goodness = self._get_selection_score(cross_validation, held_out)
@@ -110,10 +119,10 @@ class TrialRun:
         name = f"{self.trial.slug}.model"
         if self.records.find(name, self.inputs, self.path) is not None:
             return load_model(self.path)
-        training, rows, n_per_class = self.recipe.training, self.split.training, self.trial.per_class
+        training, rows, n_per_class = self.recipe.training, self.training, self.trial.per_class
         if n_per_class is not None:
             rows = draw_per_class(rows, n_per_class, self.recipe.split.seed + 1)
-        logger.info(f"{self.trial.label}: {len(rows):,} images to learn from")
+        logger.info(f"{self.trial.label}: training on {len(rows):,} images")
         model = self._fit_head(rows, training.cv if n_per_class is None else None)
         if training.portable:
             model.attach(self.caches.backbone)
@@ -155,24 +164,24 @@ class TrialRun:
         name = f"{self.trial.slug}.scores"
         scores = self.records.find(name, self._score_inputs)
         if scores is None:
-            scores = self._score_model() if self.trial.per_class is None else self._score_draws()
+            if self.trial.per_class is None:
+                evaluation = evaluate(load_model(self.path), self.split.test_cache, without=self.split.excluded_table)
+                scores = {**evaluation.scores.to_dict(), "left_out": evaluation.left_out}
+            else:
+                scores = self._score_draws(self.trial.per_class)
             self.records.write(name, self._score_inputs, scores)
         return scores
 
-    def _score_model(self) -> dict[str, Any]:
-        evaluation = evaluate(load_model(self.path), self.split.test_cache, without=self.split.excluded_table)
-        return {**evaluation.scores.to_dict(), "left_out": evaluation.left_out}
-
-    def _score_draws(self) -> dict[str, Any]:
-        """Scores of heads fitted on repeated random draws of ``per_class`` images of each class."""
-        assert self.trial.per_class is not None
+    def _score_draws(self, n_per_class: int) -> dict[str, Any]:
+        """Score heads fitted on repeated random draws of images of each class."""
         test_rows, test_cache = self.split.test_rows, self.split.test_cache
         X = np.asarray(test_cache.features(self.trial.head.output)[test_rows], np.float32)
         y_true = test_cache.label_table.take(test_rows).y
         metrics_by_draw = []
         for draw in range(self.recipe.split.draws):
-            rows = draw_per_class(self.split.training, self.trial.per_class, self.recipe.split.seed + 1 + draw)
-            metrics_by_draw.append(_get_metric_values(self._fit_and_score(rows, X, y_true)))
+            rows = draw_per_class(self.training, n_per_class, self.recipe.split.seed + 1 + draw)
+            scores = self._fit_and_score(rows, X, y_true)
+            metrics_by_draw.append({name: float(interval.value) for name, interval in scores.metrics.items()})
             self.progress(Progress(self.trial.label, draw + 1, self.recipe.split.draws, "draws"))
         metrics = {}
         for key in metrics_by_draw[0]:
@@ -203,35 +212,6 @@ class TrialRun:
         return name, METRICS[name].gain(value)
 
 
-def _get_metric_values(scores: Scores) -> dict[str, float]:
-    return {name: float(interval.value) for name, interval in scores.metrics.items()}
-
-
 def _select_metric(metric: str, scores: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     undefined = {"value": None, "low": None, "high": None}
     return {**scores["metrics"].get(metric, undefined), **{key: scores[key] for key in keys if key in scores}}
-
-
-def make_model_inputs(recipe: Recipe, trial: TrialSpec, cache_fingerprint: str, rows_digest: str) -> dict[str, Any]:
-    """Inputs that determine a trained model: embeddings, rows, head, settings, seeds and versions.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    trial : TrialSpec
-    cache_fingerprint : str
-        The fingerprint of the cache.
-    rows_digest : str
-        The digest of the training rows and their labels.
-    """
-    head, training = asdict(trial.head), asdict(recipe.training)
-    del head["table"], training["jobs"], training["portable"]  # neither changes a number
-    draws = None if trial.per_class is None else [trial.per_class, recipe.split.draws, recipe.split.seed]
-    return {
-        "cache": cache_fingerprint,
-        "rows": rows_digest,
-        "head": head,
-        "training": training,
-        "draws": draws,
-        "versions": get_package_versions(),
-    }

@@ -164,6 +164,7 @@ def _compare_and_save(trained: TrainedNetwork, start_model: Model, initial_head:
         [epoch.to_dict() for epoch in trained.curve],
         trained.best_epoch.number,
         notes,
+        {"training": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
     )
     selected_model.history["finetuning"] = {**record, "result": result.to_dict()}
     if keep_finetuned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,8 @@ class FineTuningResult:
     best_epoch : int
     notes : tuple of str
         Splits and start of the training, in words.
+    images : dict
+        Numbers of ``training``, ``validation`` and ``test`` images; empty in earlier files.
     """
 
     model: Model
@@ -148,6 +150,7 @@ class FineTuningResult:
     curve: list[dict[str, Any]]
     best_epoch: int
     notes: tuple[str, ...]
+    images: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -157,14 +160,20 @@ class FineTuningResult:
             "curve": self.curve,
             "best_epoch": self.best_epoch,
             "notes": list(self.notes),
+            "images": dict(self.images),
         }
 
     @classmethod
     def from_dict(cls, model: Model, document: Mapping[str, Any]) -> FineTuningResult:
         """From `to_dict`."""
-        comparison = ProbeComparison(**document["comparison"])
         return cls(
-            model, document["kept"], comparison, document["curve"], document["best_epoch"], tuple(document["notes"])
+            model,
+            document["kept"],
+            ProbeComparison(**document["comparison"]),
+            document["curve"],
+            document["best_epoch"],
+            tuple(document["notes"]),
+            document.get("images", {}),
         )
 
     def as_table(self) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Positions of what static charts draw: axes, bars, cells of the confusion matrix, training curves."""
+"""Geometry of the static charts: axes, bars, cells of the confusion matrix, training curves."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _color_level(class_share: float, *, is_correct: bool) -> int:
 
 @dataclass(frozen=True)
 class TrainingCurve:
-    """A line in a box 100 wide and 40 high, as one SVG path, with gaps where values are not finite."""
+    """A line as one SVG path in a box 100 wide and 40 high, with gaps where values are not finite."""
 
     name: str
     path: str

@@ -17,12 +17,12 @@ Figure = tuple[ReportTable, str, Any]
 N_RELIABILITY_BINS = 10
 N_NOVELTY_BINS = 20
 THRESHOLDS = [step / 100 for step in range(100)]
-TARGET_ACCURACY = 0.99  # of the answers above the threshold that the caption names
+TARGET_ACCURACY = 0.99  # the caption names the lowest threshold whose answers have this accuracy
 WELL_CALIBRATED_GAP = 0.02
 
 
 def make_reliability_figure(evaluation: Evaluation) -> Figure | None:
-    """A reliability diagram: accuracy by confidence."""
+    """Make a reliability diagram: accuracy by confidence."""
     decisions = _compute_decision_confidence(evaluation)
     if decisions is None:
         return None
@@ -56,9 +56,10 @@ def make_reliability_figure(evaluation: Evaluation) -> Figure | None:
         direction = "high" if gap > 0 else "low"
         caption = f"Over all labels, probabilities are {abs(gap):.1%} too {direction} on average."
     else:
-        verdict = "over" if gap > 0 else "under"
-        verdict = "well calibrated" if abs(gap) < WELL_CALIBRATED_GAP else f"{verdict}confident"
-        caption = f"Accuracy is {is_correct.mean():.1%}, mean confidence {confidence.mean():.1%}: {verdict} on average."
+        calibration = "overconfident" if gap > 0 else "underconfident"
+        calibration = "well calibrated" if abs(gap) < WELL_CALIBRATED_GAP else calibration
+        accuracy, mean_confidence = is_correct.mean(), confidence.mean()
+        caption = f"Accuracy is {accuracy:.1%}, mean confidence {mean_confidence:.1%}: {calibration} on average."
     return (
         ReportTable(["confidence", "rows", "mean confidence", "accuracy", "low", "high"], table_rows),
         caption,
@@ -67,7 +68,7 @@ def make_reliability_figure(evaluation: Evaluation) -> Figure | None:
 
 
 def make_threshold_figure(evaluation: Evaluation) -> Figure | None:
-    """Coverage and accuracy of the answers above a confidence threshold; of several labels, recall and precision."""
+    """Make the curves of coverage and accuracy by confidence threshold; for multilabel, recall and precision."""
     decisions = _compute_decision_confidence(evaluation)
     if decisions is None:
         return None
@@ -104,7 +105,7 @@ def make_threshold_figure(evaluation: Evaluation) -> Figure | None:
 
 
 def _make_precision_recall_figure(probabilities: NDArray[np.float64], is_true: NDArray[np.bool_]) -> Figure:
-    """Precision and recall over all labels, by threshold."""
+    """Make the curves of precision and recall over all labels, by threshold."""
     points: list[dict[str, Any]] = []
     for threshold in THRESHOLDS:
         is_predicted = probabilities >= threshold
@@ -134,7 +135,7 @@ def _make_threshold_table(columns: list[str], points: list[dict[str, Any]]) -> R
 
 
 def _compute_decision_confidence(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
-    """The confidence of each decision and whether it is correct, flat; None without probabilities."""
+    """Compute the confidence of each decision and whether it is correct, flat; None without probabilities."""
     if evaluation.model.task == "regression" or len(evaluation.model.classes) < 2:
         return None
     confidence, is_correct = compute_confidence(evaluation.predicted, evaluation.judged.y)
@@ -142,7 +143,7 @@ def _compute_decision_confidence(evaluation: Evaluation) -> tuple[NDArray[np.flo
 
 
 def make_learning_curve_figure(evaluation: Evaluation) -> Figure | None:
-    """The error by number of training images, and a forecast."""
+    """Make the curve of the error by number of training images, with a forecast."""
     curve = evaluation.learning_curve
     if curve is None:
         return None
@@ -168,7 +169,7 @@ def make_learning_curve_figure(evaluation: Evaluation) -> Figure | None:
 
 
 def make_coverage_figure(evaluation: Evaluation) -> Figure | None:
-    """Nominal and empirical coverage of prediction sets, or intervals."""
+    """Compare nominal and empirical coverage of prediction sets, or intervals."""
     if not evaluation.coverage:
         return None
     is_regression = evaluation.model.task == "regression"
@@ -189,7 +190,7 @@ def make_coverage_figure(evaluation: Evaluation) -> Figure | None:
 
 
 def make_novelty_figure(evaluation: Evaluation) -> Figure | None:
-    """A histogram of novelty scores, which is flat for images like those of training."""
+    """Make a histogram of novelty scores, which is flat for images like those of training."""
     summary = summarize_novelty(evaluation.novelty, evaluation.judged)
     if evaluation.novelty is None or summary is None:
         return None

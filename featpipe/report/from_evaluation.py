@@ -1,4 +1,4 @@
-"""From an evaluation to the content of a report: samples with thumbnails, charts, and the data of the script."""
+"""Content of a report from an evaluation: samples with thumbnails, charts, and the data of the script."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from featpipe.report.figures import (
     make_reliability_figure,
     make_threshold_figure,
 )
-from featpipe.report.page import Gallery, ReportImage, ReportTable
-from featpipe.report.projection import project_to_plane
+from featpipe.report.page import MAX_NAME_CHARACTERS, Gallery, ReportImage, ReportTable
 from featpipe.report.thumbnails import Thumbnails
 
 MAX_GALLERY_IMAGES = 24
@@ -29,7 +28,8 @@ MAX_IMAGES_PER_ERROR_CELL, MAX_IMAGES_PER_CORRECT_CELL = 6, 3  # of the confusio
 MAX_SCRIPT_SAMPLES = 10_000
 MAX_SCRIPT_THUMBNAILS = 1500
 MAX_SCRIPT_THUMBNAIL_BYTES = 4_500_000  # base64 adds a third
-MAX_NAME_CHARACTERS = 200
+MAX_PCA_ROWS = 5000
+CLIP_PERCENTILE = 99.5  # of the distances from the centre; points beyond it are drawn at the edge of the map
 
 RowIndices = NDArray[np.int64]
 
@@ -47,7 +47,7 @@ class EvaluationContent:
     captions : dict of str to str
     script_data : dict
     note : str
-        Why there are no thumbnails, if there are none.
+        Reason why there are no thumbnails; empty if there are some.
     """
 
     galleries: list[Gallery]
@@ -58,9 +58,9 @@ class EvaluationContent:
     note: str
 
 
-def make_evaluation_content(evaluation: Evaluation, thumbnails: Thumbnails | None = None) -> EvaluationContent:
+def make_evaluation_content(evaluation: Evaluation) -> EvaluationContent:
     """Select samples, load their thumbnails, and make the charts."""
-    thumbnails = thumbnails or Thumbnails(evaluation.cache)
+    thumbnails = Thumbnails(evaluation.cache)
     samples = _SampleDescriptions.from_predictions(evaluation.judged)
     row_by_id = {sample_id: row for row, sample_id in enumerate(samples.ids)}
     galleries = [_make_gallery(evaluation, samples, row_by_id, finding, thumbnails) for finding in evaluation.findings]
@@ -189,7 +189,7 @@ def _load_duplicate_thumbnails(
 def _make_correct_examples(
     evaluation: Evaluation, samples: _SampleDescriptions, thumbnails: Thumbnails
 ) -> list[ReportImage]:
-    """Evenly spaced correct rows; all rows count as correct in a regression."""
+    """Select evenly spaced correct rows; in a regression, all rows count as correct."""
     rows = _space_evenly(np.flatnonzero(samples.is_correct), MAX_EXAMPLES, rounded=True)
     cache_rows = evaluation.rows[rows].tolist()
     thumbnail_by_row = thumbnails.load(cache_rows)
@@ -201,7 +201,7 @@ def _make_correct_examples(
 
 
 def _space_evenly(rows: RowIndices, n: int, *, rounded: bool = False) -> RowIndices:
-    """At most n of the rows, evenly spaced."""
+    """Select at most n of the rows, evenly spaced."""
     if not len(rows):
         return rows
     positions = np.linspace(0, len(rows) - 1, min(len(rows), n))
@@ -211,7 +211,7 @@ def _space_evenly(rows: RowIndices, n: int, *, rounded: bool = False) -> RowIndi
 def _make_script_data(
     evaluation: Evaluation, samples: _SampleDescriptions, thumbnails: Thumbnails, shown_rows: set[int | None]
 ) -> dict[str, Any]:
-    """The samples as the script needs them: columns of equal length, and thumbnails that the page does not show.
+    """Make the data of the script: columns of equal length, and thumbnails that the page does not show.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ def _make_script_data(
     samples : _SampleDescriptions
     thumbnails : Thumbnails
     shown_rows : set of int or None
-        Rows whose thumbnails stand in the page, where the script finds them.
+        Rows whose thumbnails are in the page, where the script finds them.
     """
     task, classes = evaluation.model.task, evaluation.model.classes
     class_index = {name: i for i, name in enumerate(classes)}
@@ -232,7 +232,7 @@ def _make_script_data(
     if task == "classification":
         cells = [(class_index[samples.labels[row]], class_index[samples.predicted[row]]) for row in rows.tolist()]
     ranked_rows = _rank_rows_for_thumbnails(rows, cells, samples.confidence)
-    xy, explained_variance = project_to_plane(evaluation.features)
+    xy, explained_variance = _project_to_plane(evaluation.features)
     data = {
         "task": task,
         "classes": [name[:MAX_NAME_CHARACTERS] for name in classes] if task != "regression" else [],
@@ -253,6 +253,23 @@ def _make_script_data(
     if evaluation.novelty is not None:
         data["new"] = [round(float(value), 3) for value in evaluation.novelty[rows]]
     return data
+
+
+def _project_to_plane(X: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
+    """Compute the first two principal components, scaled to about -1 to 1, and their share of the variance.
+
+    The components are zero if there are too few rows or dimensions. PCA is deterministic and takes a second, unlike
+    t-SNE or UMAP. Points that are near in the plane need not be near in the embedding, which the report says.
+    """
+    from sklearn.decomposition import PCA
+
+    if len(X) < 3 or X.shape[1] < 2:
+        return np.zeros((len(X), 2)), 0.0
+    sample = X[np.linspace(0, len(X) - 1, min(len(X), MAX_PCA_ROWS)).astype(int)]
+    pca = PCA(2, svd_solver="randomized", random_state=0).fit(sample)
+    xy = np.asarray(pca.transform(X), np.float64)
+    extent = np.percentile(abs(xy), CLIP_PERCENTILE, axis=0)
+    return np.clip(xy / np.where(extent > 0, extent, 1), -1.08, 1.08), float(pca.explained_variance_ratio_.sum())
 
 
 def _round_probability(probability: float) -> float | None:
@@ -282,7 +299,7 @@ def _rank_rows_for_thumbnails(
     cells : sequence of m (int, int), or None
         The cell of the confusion matrix of each row; None if the task has no confusion matrix.
     confidence : ndarray
-        By row number; the most confident rows of a cell come first.
+        Confidence by row number; the most confident rows of a cell come first.
     """
     rows_by_cell: dict[tuple[int, int], list[int]] = {}
     for row, cell in zip(rows.tolist(), cells or (), strict=cells is not None):
@@ -298,7 +315,7 @@ def _rank_rows_for_thumbnails(
 def _load_thumbnails_within_budget(
     evaluation: Evaluation, thumbnails: Thumbnails, rows: Sequence[int]
 ) -> dict[str, bytes]:
-    """Load thumbnails in order until the byte limit of the page, by row as text."""
+    """Load thumbnails in order up to the byte limit of the page, by row number as text."""
     thumbnail_by_row = thumbnails.load(evaluation.rows[list(rows)].tolist())
     selected: dict[str, bytes] = {}
     remaining_bytes = MAX_SCRIPT_THUMBNAIL_BYTES

@@ -8,6 +8,8 @@ from typing import Any
 
 from featpipe.metrics import Interval, Scores
 
+MAX_NAME_CHARACTERS = 200  # of ids and class names; longer ones are truncated
+
 
 @dataclass(frozen=True)
 class ComparisonRow:
@@ -19,9 +21,9 @@ class ComparisonRow:
     score : Interval
     seconds_to_fit : float or None
     note : str
-        A few words about it.
+        Remark shown below the name.
     is_selected : bool
-        Whether it is the head of the reported model.
+        Whether this is the head of the reported model.
     """
 
     name: str
@@ -45,13 +47,13 @@ class ReportImage:
         None if unknown.
     predicted : str
     probability : float or None
-        Of the prediction; None for a regression.
+        Probability of the prediction; None for a regression.
     row : int or None
         Position among the scored rows, by which the script finds the image.
     duplicate : bytes
         Thumbnail of a near duplicate, shown next to it.
     note : str
-        A few words about it.
+        Remark shown below the prediction.
     """
 
     thumbnail: bytes
@@ -74,7 +76,7 @@ class ReportTable:
     rows : sequence of sequence
         Text and numbers.
     total : int
-        Number of rows of the whole table, of which `rows` may be the first ones.
+        Number of rows of the whole table, if `rows` has only the first ones.
     """
 
     columns: Sequence[str]
@@ -89,12 +91,12 @@ class Gallery:
     Attributes
     ----------
     name : str
-        Anchor of its section.
+        Anchor of the section.
     title, meaning : str
     table : ReportTable
     images : sequence of ReportImage
     note : str
-        What was not checked, and why.
+        Reason why a check was not made, or only in part.
     """
 
     name: str
@@ -152,7 +154,7 @@ class Page:
     unreadable : sequence of (str, int)
         Unreadable images by reason.
     provenance : sequence of (str, str)
-        What is needed to reproduce the result.
+        Information that reproduces the result.
     curves : mapping of str to sequence of float
         Training curves by title, one value per epoch.
     notes : sequence of str
@@ -166,7 +168,7 @@ class Page:
     captions : mapping of str to str
         The main result of each chart in one or two sentences.
     script_data : mapping
-        What the script draws, ready for JSON but for thumbnails, which are bytes; its texts are untrusted too.
+        Data of the charts and the map, as JSON values and thumbnails (bytes); its texts are untrusted too.
     """
 
     title: str

@@ -18,12 +18,11 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from featpipe.errors import ConfigError
 from featpipe.metrics import METRICS, Metric, Scores, format_score
 from featpipe.report.charts import make_axis, make_confusion_matrix, make_training_curve
-from featpipe.report.page import Page
+from featpipe.report.page import MAX_NAME_CHARACTERS, Page
 from featpipe.storage import atomic_write
 
 MAX_MATRIX_CLASSES = 40  # with more, the page lists the most confused pairs instead of the confusion matrix
-MAX_LISTED_CLASSES = 20  # in that case, scores of the other classes are folded
-MAX_NAME_CHARACTERS = 200
+MAX_LISTED_CLASSES = 20  # in that case, the scores of the other classes are collapsed
 
 # Control characters, and characters that override or embed a writing direction. The marks that right-to-left names
 # need are kept.
@@ -82,7 +81,7 @@ def render_page(page: Page) -> str:
 
 
 def _list_sections(page: Page) -> list[tuple[str, str]]:
-    """The sections to which the page links: anchor and title."""
+    """List the sections to which the page links: anchor and title."""
     sections = [
         ("comparison", "Comparison", page.comparison),
         ("scores", "Scores", page.scores),
@@ -98,18 +97,15 @@ def _list_sections(page: Page) -> list[tuple[str, str]]:
 
 
 def _make_score_context(scores: Scores | None) -> dict[str, Any]:
-    """The variables of the template that show scores."""
+    """Make the variables of the template that show scores."""
     if scores is None:
         return {"metrics": [], "class_columns": [], "weakest": [], "others": [], "matrix": [], "pairs": []}
-    metric_rows = [
-        (metric.title, metric.meaning, scores.metrics[name])
-        for name, metric in ((name, METRICS.get(name, Metric(name, ""))) for name in scores.metrics)
-    ]
+    metrics = {name: METRICS.get(name, Metric(name, "")) for name in scores.metrics}
     class_rows = scores.weakest()
     has_many_classes = len(scores.classes) > MAX_MATRIX_CLASSES
     n_listed = MAX_LISTED_CLASSES if has_many_classes else len(class_rows)
     return {
-        "metrics": metric_rows,
+        "metrics": [(metric.title, metric.meaning, scores.metrics[name]) for name, metric in metrics.items()],
         "class_columns": [
             (key, title) for key, title in _CLASS_COLUMN_TITLES.items() if class_rows and key in class_rows[0]
         ],
@@ -149,19 +145,19 @@ def _load_template_and_assets() -> tuple[Template, str, tuple[str, ...]]:
 
 def _make_content_security_policy(style: str, scripts: Sequence[str]) -> str:
     """Allow only the embedded scripts, the embedded style sheet and embedded images."""
-    directives = ["default-src 'none'", "img-src data:", f"style-src {_csp_hash(style)}"]
+    directives = ["default-src 'none'", "img-src data:", f"style-src {_hash_for_policy(style)}"]
     if scripts:
-        directives.append(f"script-src {' '.join(map(_csp_hash, scripts))}")
+        directives.append(f"script-src {' '.join(map(_hash_for_policy, scripts))}")
     return "; ".join([*directives, "base-uri 'none'", "form-action 'none'"])
 
 
 @cache
-def _csp_hash(text: str) -> str:
+def _hash_for_policy(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _to_script_json(value: object) -> str:
-    """JSON that is safe within a script element; invisible characters of its texts are escaped."""
+    """Encode as JSON that is safe within a script element; invisible characters in texts are escaped."""
     text = json.dumps(_escape_invisible_in(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -196,7 +192,7 @@ def _escape_invisible(text: str) -> str:
 
 
 def _truncate_name(text: str) -> str:
-    """Limit the length of a name in the page; the style sheet shortens it further to the space available."""
+    """Limit the length of a name in the page; the style sheet truncates it further to the available space."""
     return text if len(text) <= MAX_NAME_CHARACTERS else text[: MAX_NAME_CHARACTERS - 1] + "…"
 
 

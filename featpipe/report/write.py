@@ -55,9 +55,9 @@ def write_report(
     path : path-like
     evaluation : Evaluation
     title : str
-        Head and backbone if not given.
+        The names of head and backbone if not given.
     comparison : sequence of ComparisonRow
-        Heads and baselines on the same rows; the models that `evaluation` compares with if not given.
+        Heads and baselines on the same rows; if not given, the models that `evaluation` compares.
     comparison_metric : str
         The metric of `comparison`; the first metric of the task if not given.
     command : str
@@ -114,7 +114,7 @@ def _make_key_figures(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _make_comparison_rows(evaluation: Evaluation, metric_name: str) -> list[ComparisonRow]:
-    """The model and the baselines on the same rows; empty without baselines."""
+    """Make rows for the model and the baselines; none without baselines."""
     if not evaluation.rivals:
         return []
     model, score = evaluation.model, evaluation.scores.metrics[metric_name]
@@ -152,7 +152,7 @@ def _make_baseline_rows(evaluation: Evaluation, metric_name: str) -> list[Baseli
 
 
 def _make_notes(evaluation: Evaluation) -> list[str]:
-    """Reasons why the scores may be too high or uncertain, and what would improve them."""
+    """List the reasons why the scores may be too high or uncertain, and what would improve them."""
     notes = [evaluation.duplicates.describe()]
     n = len(evaluation.rows)
     if n < SMALL_TEST_SET_ROWS:
@@ -228,7 +228,7 @@ def _describe_duplicates(evaluation: Evaluation) -> str:
 
 
 def _describe_expansion(model: Model) -> list[tuple[str, str]]:
-    """The last class-incremental step: what each method did to old and new classes."""
+    """Describe the last class-incremental step: the scores of each method on old and new classes."""
     expansion = _load_expansion(model)
     if expansion is None:
         return []
@@ -274,7 +274,7 @@ def _make_provenance(model: Model, cache: FeatureCache, command: str) -> list[tu
 
 
 def _collect_curves(model: Model) -> dict[str, list[float]]:
-    """Training curves by title; for heads trained in epochs, and for the last class-incremental step."""
+    """Collect the training curves by title: of heads trained in epochs, and of the last class-incremental step."""
     curves = _select_curves(model.history.get("curves") or {}, _HEAD_CURVES)
     expansion = _load_expansion(model)
     if expansion is not None and expansion.outcomes:

@@ -23,17 +23,21 @@ from featpipe.experiments import (
     read_recipe,
 )
 from featpipe.experiments.recipe.parse import TABLE_NAMES
-from tests.support.recipes import HERE, numbers, photos  # noqa: F401
+from tests.support.recipes import RECIPES_MODULE, get_measurements, photos  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "pipelines").glob("*.toml"))
+RECIPE_FILES = sorted((ROOT / "pipelines").glob("*.toml"))
 
 
 CHANGES: dict[str, dict[str, Any]] = {  # besides a tiny network and two folds: settings that are fast on a tiny archive
-    "compare-backbones": {"backbones.0.name": [f"{HERE}:tiny", f"{HERE}:other"], "images": 60, "heads.0.C": 1},
+    "compare-backbones": {
+        "backbones.0.name": [f"{RECIPES_MODULE}:tiny", f"{RECIPES_MODULE}:other"],
+        "images": 60,
+        "heads.0.C": 1,
+    },
     "compare-heads": {"heads.0.tune": False},
     "few-shot": {"split.draws": 2, "heads.0.C": 1},
-    "fine-tune": {"backbones.0.name": f"{HERE}:ladder", "heads.0.C": 1, "finetune.epochs": 1},
+    "fine-tune": {"backbones.0.name": f"{RECIPES_MODULE}:ladder", "heads.0.C": 1, "finetune.epochs": 1},
     "imbalanced": {"heads.0.C": 1, "heads.1.C": 1, "heads.2.epochs": 3},
     "linear-probe": {"heads.0.C": [0.1, 1]},
     "regression": {"labels": "brightness.csv", "heads.1.epochs": 3},
@@ -41,7 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # besides a tiny network and two folds: 
 
 
 def make_changes(name: str) -> dict[str, Any]:
-    return {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2, **CHANGES.get(name, {})}
+    return {"backbones.0.name": f"{RECIPES_MODULE}:tiny", "training.cv": 2, **CHANGES.get(name, {})}
 
 
 @pytest.mark.filterwarnings("ignore:self.within_class_std_dev_")  # centroid, of a feature that is always zero
@@ -49,16 +53,16 @@ def make_changes(name: str) -> dict[str, Any]:
     "name",
     [
         path.stem if path.stem == "linear-probe" else pytest.param(path.stem, marks=pytest.mark.thorough)
-        for path in FILES
+        for path in RECIPE_FILES
         if path.stem != "smoke"
     ],
 )
 def test_a_recipe_runs_and_its_resolved_file_gives_the_same_numbers(name, photos, monkeypatch):  # noqa: F811
     monkeypatch.chdir(photos)
     result = featpipe.run(name, "photos", changes=make_changes(name), out=f"runs/{name}")
-    again = featpipe.run(f"runs/{name}/recipe.toml", out=f"again/{name}")
-    assert numbers(again) == numbers(result)
-    assert again.recipe.heads == result.recipe.heads
+    repeated = featpipe.run(f"runs/{name}/recipe.toml", out=f"repeated/{name}")
+    assert get_measurements(repeated) == get_measurements(result)
+    assert repeated.recipe.heads == result.recipe.heads
     assert result.report.read_text().startswith("<!doctype html>")
     assert result.recipe.question in result.report.read_text().replace("&#39;", "'")
     assert result.model.path == result.best.model
@@ -81,7 +85,7 @@ def test_the_readme_explains_every_key_of_the_results(photos, monkeypatch):  # n
             assert re.search(rf"\b{field.name}\b", readme), field.name
 
 
-def test_smoke_runs_unchanged(tmp_path, monkeypatch):
+def test_the_smoke_recipe_runs_unchanged_and_beats_guessing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = featpipe.run("smoke")
     assert result.folder == Path("runs/smoke")
@@ -90,35 +94,35 @@ def test_smoke_runs_unchanged(tmp_path, monkeypatch):
     assert result.embedded[0].samples == 170
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
 def test_a_recipe_states_its_question_and_its_duration(path):
     text = path.read_text()
     document = tomllib.loads(text)
     assert document["question"] == read_question(path.stem)
     assert document["question"].endswith("?")
-    assert re.search(r"^# .*(second|minute)s?\b.* on two cores", text, re.MULTILINE | re.IGNORECASE), "how long?"
+    assert re.search(r"^# .*(second|minute)s?\b.* on two cores", text, re.MULTILINE | re.IGNORECASE), "no duration"
     readme = (ROOT / "pipelines" / "README.md").read_text()
     assert f"`{path.stem}`" in readme
     assert document["question"] in readme
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.stem)
 def test_a_recipe_sets_no_key_to_its_default(path):
     document = tomllib.loads(path.read_text())
-    as_it_is = read_recipe(document)
-    for table in [document, *(value for key in document for value in tables(document[key]))]:
-        for key in [key for key, value in table.items() if not tables(value) and key != "name"]:
+    parsed = read_recipe(document)
+    for table in [document, *(value for key in document for value in list_tables(document[key]))]:
+        for key in [key for key, value in table.items() if not list_tables(value) and key != "name"]:
             value = table.pop(key)
-            assert read_recipe(document) != as_it_is, f"{key} = {value!r} is what there is without it"
+            assert read_recipe(document) != parsed, f"{key} = {value!r} is the default"
             table[key] = value
 
 
-def tables(value: Any) -> list[dict[str, Any]]:
-    """The tables that a value of a recipe is."""
-    tables = value if isinstance(value, list) else [value]
-    return [table for table in tables if isinstance(table, dict)]
+def list_tables(value: Any) -> list[dict[str, Any]]:
+    """The tables in a value of a recipe, which may be a table or an array of tables."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, dict)]
 
 
-def test_the_package_contains_the_recipes():
-    assert list_builtin_recipes() == [path.stem for path in FILES]
-    assert len(FILES) >= 8
+def test_the_package_contains_every_recipe():
+    assert list_builtin_recipes() == [path.stem for path in RECIPE_FILES]
+    assert len(RECIPE_FILES) >= 8

@@ -101,13 +101,15 @@ def get_keyword_types(function: Any) -> dict[str, Any]:
     """The annotations of a function's keyword-only parameters."""
     types = get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
-    return {each.name: types[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
+    return {
+        parameter.name: types[parameter.name] for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def test_the_methods_of_a_model_take_the_keywords_of_the_functions():
     assert get_type_hints(ExpandKeywords, include_extras=True) == get_keyword_types(expand)
-    own_keywords = {name: each for name, each in get_type_hints(FineTuneKeywords, include_extras=True).items()
-                    if name not in FineTuneOptions.__annotations__}  # fmt: skip
+    annotations = get_type_hints(FineTuneKeywords, include_extras=True)
+    own_keywords = {name: annotations[name] for name in annotations if name not in FineTuneOptions.__annotations__}
     assert own_keywords == get_keyword_types(finetune)
 
 

@@ -17,7 +17,7 @@ from tests.support.networks import OWN
 
 
 @pytest.fixture
-def own(tmp_path):
+def custom_network(tmp_path):
     (tmp_path / "nets.py").write_text(OWN.format(slow=0))
     (tmp_path / "slownets.py").write_text(OWN.format(slow=0.05))
     return "nets:make"
@@ -32,10 +32,12 @@ def photos(make_folder):
     return folder
 
 
-def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(command, photos, make_folder, own, tmp_path):
+def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(
+    command, photos, make_folder, custom_network, tmp_path
+):
     make_folder(("bee", "dog"), 3, "more")
     for name in ("photos", "more"):
-        command("extract", name, "--backbone", own, "--out", f"{name}.h5")
+        command("extract", name, "--backbone", custom_network, "--out", f"{name}.h5")
     merge = ["merge", "photos.h5", "more.h5", "--out", "all.h5"]
     assert command(*merge).stdout == "all.h5\n"
     assert "up to date" in command(*merge).stderr
@@ -49,12 +51,12 @@ def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(command
     shown = json.loads(command("info", "all.h5", "--json").stdout)
     assert (shown["samples"], shown["classes"]["bee"], len(shown["merged_from"])) == (24, 9, 2)
     assert "merged from" in command("info", "all.h5").stdout
-    command("extract", "photos", "--backbone", own, "--out", "f16.h5", "--storage", "float16")
+    command("extract", "photos", "--backbone", custom_network, "--out", "f16.h5", "--storage", "float16")
     refused = command("merge", "photos.h5", "f16.h5", "--out", "no.h5", code=1).stderr
     assert "storage is 'float16', in photos.h5 'float32'" in refused
 
 
-def test_a_sharded_cache_is_packed_and_shown(command, make_folder, own, tmp_path):
+def test_a_sharded_cache_is_packed_and_shown(command, make_folder, custom_network, tmp_path):
     (tmp_path / "wide.py").write_text(OWN.format(slow=0).replace("nn.Conv2d(3, 8, 3)", "nn.Conv2d(3, 1024, 3)"))
     make_folder(each=12)
     command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5", "--shard-bytes", "65536")
@@ -70,7 +72,9 @@ def test_a_sharded_cache_is_packed_and_shown(command, make_folder, own, tmp_path
     assert "no forward pass" in again
 
 
-def test_clean_lists_unfinished_work_and_removes_it_only_on_confirmation(command, make_folder, own, tmp_path):
+def test_clean_lists_unfinished_work_and_removes_it_only_on_confirmation(
+    command, make_folder, custom_network, tmp_path
+):
     make_folder(each=30)  # too few for a graph, which would leave out the sleeping
     process = start_and_hold(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
     assert "nothing to remove" in command("clean").stdout  # the extraction is running
@@ -89,11 +93,11 @@ def test_clean_lists_unfinished_work_and_removes_it_only_on_confirmation(command
     command("clean", "--yes", "--dry-run", code=2)
 
 
-def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(command, photos, own):
+def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(command, photos, custom_network):
     extraction = [
         "photos",
         "--backbone",
-        own,
+        custom_network,
         "--out",
         "a.h5",
         "--workers",
@@ -122,9 +126,9 @@ def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(comm
     assert "backbone.name is 'nets:make', asked for 'slownets:make'" in other
 
 
-def test_info_why_compares_two_caches(command, photos, own):
+def test_info_why_compares_two_caches(command, photos, custom_network):
     for storage in ("float32", "float16"):
-        command("extract", "photos", "--backbone", own, "--out", f"{storage}.h5", "--storage", storage)
+        command("extract", "photos", "--backbone", custom_network, "--out", f"{storage}.h5", "--storage", storage)
     difference = command("info", "float32.h5", "--why", "float16.h5").stdout
     assert difference == (
         "float32.h5 and float16.h5 differ in 1 setting:\n  storage is 'float32', in float16.h5 'float16'\n"

@@ -16,13 +16,13 @@ from tests.support.images import jpeg
 
 @pytest.fixture(scope="module")
 def models_folder(tmp_path_factory):
-    """A folder with two caches and two models, made by the commands themselves."""
+    """A folder with two caches and two models, written by the commands."""
     home = tmp_path_factory.mktemp("evaluate")
-    for part, first in (("train", 0), ("test", 50)):
+    for part, first_seed in (("train", 0), ("test", 50)):
         for number, label in enumerate(("ape", "bee")):
             (home / part / label).mkdir(parents=True)
             for i in range(9):
-                (home / part / label / f"{i}.jpg").write_bytes(jpeg(1000 * number + first + i))
+                (home / part / label / f"{i}.jpg").write_bytes(jpeg(1000 * number + first_seed + i))
     with contextlib.chdir(home):
         for part in ("train", "test"):
             run("extract", part, "--backbone", "resnet18", "--weights", "none", "--out", f"cache/{part}.h5")
@@ -45,8 +45,10 @@ def test_findings_tables_select_samples_for_evaluate_and_train(home):
     assert ids
     assert set(ids) <= {f"{label}/{i}.jpg" for label in ("ape", "bee") for i in range(9)}
     (home / "one.csv").write_text(f"id\n{ids[0]}\n")
-    without_one = json.loads(run("evaluate", "a.model", "cache/test.h5", "--without", "one.csv", "--json").stdout)
-    assert without_one["left_out"] == {"named by --without": 1}
+    document_without_sample = json.loads(
+        run("evaluate", "a.model", "cache/test.h5", "--without", "one.csv", "--json").stdout
+    )
+    assert document_without_sample["left_out"] == {"named by --without": 1}
     run("train", "cache/test.h5", "--without", "one.csv", "--set", "C=1", "--cv", "0", "--out", "c.model")
     document = json.loads(run("evaluate", "c.model", "cache/test.h5", "--json").stdout)
     assert (document["rows"], document["left_out"]) == (1, {"trained on": 17})
@@ -72,7 +74,7 @@ def test_json_matches_the_schema_and_a_report_is_written(home):
         (("a.model", "cache/test.h5", "--findings", "a.model/x"), "cannot write the findings"),
     ],
 )
-def test_errors_are_one_line(home, arguments, message):
+def test_an_error_is_one_line_that_names_the_problem(home, arguments, message):
     result = run("evaluate", *arguments, code=1)
     lines = result.stderr.strip().splitlines()
     assert lines[-1].startswith("featpipe: ")

@@ -1,4 +1,4 @@
-"""`featpipe expand`, as it is typed: once, twice, wrongly; and `info` on what comes of it."""
+"""`featpipe expand`: results, reuse and errors; and `featpipe info` on expanded models."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ from tests.support.commands import run_command
 def home(make_cache, tmp_path_factory) -> dict[str, Path]:
     """A model of three classes, a cache of two more, and a test cache."""
     folder = tmp_path_factory.mktemp("expand")
-    old = make_cache({"ant": 30, "bee": 30, "cow": 30}, seed=1)
-    model = train(old, tune=False, keep="all").save(folder / "three.model")
+    old_cache = make_cache({"ant": 30, "bee": 30, "cow": 30}, seed=1)
+    model = train(old_cache, tune=False, keep="all").save(folder / "three.model")
     new, test = (
         make_cache({"dog": 25, "eel": 25}, seed=2),
         make_cache(dict.fromkeys(("ant", "bee", "cow", "dog", "eel"), 10), 3),
     )
-    return {"model": model, "old": old.path, "new": new.path, "test": test.path, "folder": folder}
+    return {"model": model, "old": old_cache.path, "new": new.path, "test": test.path, "folder": folder}
 
 
 def run(*arguments: object) -> Result:
-    done = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=True)
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
+    result = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
-def test_expand_prints_path_and_table_and_does_nothing_the_second_time(home):
-    done = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
-    assert done.exit_code == 0, done.output
-    path = Path(done.stdout.strip())
+def test_expand_prints_path_and_table_and_reuses_the_model_the_second_time(home):
+    result = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
+    assert result.exit_code == 0, result.output
+    path = Path(result.stdout.strip())
     assert path == home["folder"] / "three.5-classes.model"
     for word in ("epoch", "old accuracy", "forgetting", "backward transfer", "replay", "naive", "before"):
-        assert word in done.stderr
-    assert "50 given test images" in done.stderr
-    written = path.stat().st_mtime_ns
+        assert word in result.stderr
+    assert "50 given test images" in result.stderr
+    written_at = path.stat().st_mtime_ns
     repeated = run("expand", home["model"], home["new"], "--test", home["test"], "--method", "replay")
-    assert repeated.stdout == done.stdout
+    assert repeated.stdout == result.stdout
     assert "up to date, nothing to do" in repeated.stderr
     assert "naive" in repeated.stderr  # the table is shown again
-    assert path.stat().st_mtime_ns == written
+    assert path.stat().st_mtime_ns == written_at
     run("expand", home["model"], home["new"], "--test", home["test"], "--method", "distill")
-    assert path.stat().st_mtime_ns > written
+    assert path.stat().st_mtime_ns > written_at
 
 
-def test_the_report_of_an_expanded_model_shows_old_and_new_classes_by_epoch_and_every_method(home, tmp_path):
+def test_the_report_of_an_expanded_model_shows_old_and_new_classes_and_every_method(home, tmp_path):
     path = tmp_path / "five.model"
-    done = run(
+    result = run(
         "expand", home["model"], home["new"], "--test", home["test"], "--method", "replay", "--out", path, "--json"
     )
-    result = json.loads(done.stdout)
+    result = json.loads(result.stdout)
     run("evaluate", path, home["test"], "--report", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "dog, eel; method replay" in page
     for words in ("Accuracy of old classes", "Loss on new classes", "Method naive", "forgetting"):
         assert words in page
-    old = result["outcomes"][0]["old"]["value"]
-    assert f"old classes {old:.3f}" in page
+    old_accuracy = result["outcomes"][0]["old"]["value"]
+    assert f"old classes {old_accuracy:.3f}" in page
 
 
-def test_expanding_in_place_does_nothing_the_second_time(home, tmp_path):
-    path = tmp_path / "here.model"
+def test_expanding_a_model_in_place_does_nothing_the_second_time(home, tmp_path):
+    path = tmp_path / "in-place.model"
     path.write_bytes(home["model"].read_bytes())
     arguments = ["expand", path, home["new"], "--drop", "bee", "--method", "replay", "--out", path]
     assert run(*arguments).stdout.strip() == str(path)
-    written = path.stat().st_mtime_ns
+    written_at = path.stat().st_mtime_ns
     assert run(*arguments).stdout.strip() == str(path)
-    assert path.stat().st_mtime_ns == written
+    assert path.stat().st_mtime_ns == written_at
     assert load_model(path).classes == ("ant", "cow", "dog", "eel")
 
 
@@ -95,59 +95,63 @@ def test_expand_prints_results_as_json(home, tmp_path):
 
 
 def test_classes_are_dropped_merged_and_renamed(home, tmp_path):
-    done = run(
+    result = run(
         "expand", home["model"], "--drop", "cow", "--merge", "ant,bee=insect", "--merge", "dog=hound",
         home["new"], "--method", "statistics", "--out", tmp_path / "m.model",
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert result.exit_code == 0, result.output
     assert load_model(tmp_path / "m.model").classes == ("insect", "eel", "hound")
-    for wrong in ("ant", "ant=", "=x", ",=x"):
-        assert run("expand", home["model"], "--merge", wrong).exit_code == 2
+    for merge in ("ant", "ant=", "=x", ",=x"):
+        assert run("expand", home["model"], "--merge", merge).exit_code == 2
 
 
 def test_info_shows_retained_data_and_the_steps_that_added_classes(home, tmp_path):
-    out = run("expand", home["model"], home["new"], "--method", "replay", "--out", tmp_path / "m.model").stdout.strip()
-    shown = run("info", out).stdout
-    assert "100 embeddings, at most 20 of a class" in shown
-    assert "statistics:" in shown
-    assert "3 classes by train from" in shown
-    assert "2 classes by replay from" in shown
-    facts = json.loads(run("info", out, "--json").stdout)
-    assert facts["keeps"]["rows"] == 100
-    assert facts["history"]["expansions"][0]["new"] == ["dog", "eel"]
-    refused = run("expand", home["model"], home["new"], "--method", "replay", "--keep", "none", "--out", out)
-    assert refused.exit_code == 0
-    assert "nothing of its training data but the digests" in run("info", out).stdout
-    assert load_model(out).kept is None
+    model_path = run(
+        "expand", home["model"], home["new"], "--method", "replay", "--out", tmp_path / "m.model"
+    ).stdout.strip()
+    text = run("info", model_path).stdout
+    assert "100 embeddings, at most 20 of a class" in text
+    assert "statistics:" in text
+    assert "3 classes by train from" in text
+    assert "2 classes by replay from" in text
+    details = json.loads(run("info", model_path, "--json").stdout)
+    assert details["keeps"]["rows"] == 100
+    assert details["history"]["expansions"][0]["new"] == ["dog", "eel"]
+    result_without_data = run(
+        "expand", home["model"], home["new"], "--method", "replay", "--keep", "none", "--out", model_path
+    )
+    assert result_without_data.exit_code == 0
+    assert "nothing of its training data but the digests" in run("info", model_path).stdout
+    assert load_model(model_path).kept is None
 
 
 @pytest.mark.parametrize("keep", ["none", "rows=7", "statistics", None])
 def test_train_keep_selects_the_retained_data(keep, home, tmp_path):
-    how = [] if keep is None else ["--keep", keep]
-    done = run("train", home["old"], "--no-tune", "--cv", "0", "--out", tmp_path / "t.model", *how)
-    assert done.exit_code == 0, done.output
-    kept = json.loads(run("info", tmp_path / "t.model", "--json").stdout)["keeps"]
+    options = [] if keep is None else ["--keep", keep]
+    result = run("train", home["old"], "--no-tune", "--cv", "0", "--out", tmp_path / "t.model", *options)
+    assert result.exit_code == 0, result.output
+    retained = json.loads(run("info", tmp_path / "t.model", "--json").stdout)["keeps"]
     expected = {"none": None, "rows=7": {"rows"}, "statistics": {"statistics"}, None: {"statistics", "importances"}}
-    assert (kept and set(kept["bytes"])) == expected[keep]
+    assert (retained and set(retained["bytes"])) == expected[keep]
     with pytest.raises(ConfigError, match="expected none, all, or a list of"):
         run("train", home["old"], "--keep", "everything")
 
 
 def test_statistics_of_streamed_rows_equal_those_of_rows_in_memory(home, tmp_path):
-    kept = []
+    retained = []
     for memory in ("1k", "1G"):
-        out = tmp_path / f"{memory}.model"
-        how = ["--head", "lda", "--cv", "0", "--memory", memory, "--keep", "statistics", "--out", out]
-        assert run("train", home["old"], *how).exit_code == 0
-        kept.append(load_model(out).kept.to_arrays())
-    for name, array in kept[0].items():
-        assert np.allclose(array, kept[1][name], rtol=1e-9, atol=1e-7), name
+        model_path = tmp_path / f"{memory}.model"
+        options = ["--head", "lda", "--cv", "0", "--memory", memory, "--keep", "statistics", "--out", model_path]
+        assert run("train", home["old"], *options).exit_code == 0
+        retained.append(load_model(model_path).kept.to_arrays())
+    for name, array in retained[0].items():
+        assert np.allclose(array, retained[1][name], rtol=1e-9, atol=1e-7), name
     assert load_model(run("train", home["old"], "--head", "lda", "--memory", "1k").stdout.strip()).kept is None
     with pytest.raises(ConfigError, match="of features that stay in the file only statistics are kept"):
         run("train", home["old"], "--head", "lda", "--memory", "1k", "--keep", "rows")
 
 
-def test_wrong_input_is_one_line(home, tmp_path):
+def test_an_error_is_one_line_that_names_the_problem(home, tmp_path):
     for arguments, problem in {
         (home["model"],): "no labelled image to learn",
         (home["model"], home["old"]): "no class is new: nothing to learn",
@@ -164,13 +168,13 @@ def test_wrong_input_is_one_line(home, tmp_path):
         ): "need a pass of images through it, and embeddings are not enough",
         (tmp_path / "no.model", home["new"]): "there is no such model file",
     }.items():
-        with pytest.raises(FeatpipeError, match=problem) as caught:
+        with pytest.raises(FeatpipeError, match=problem) as error_info:
             run("expand", *arguments)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error_info.value)
 
 
 def test_an_interrupted_expansion_leaves_no_model(home, tmp_path, monkeypatch):
-    """Interrupted before the second method is fitted."""
+    """The interrupt comes before the second method is fitted."""
     make_epoch_callback, curves = MethodEvaluator.make_epoch_callback, []
 
     def interrupt(evaluator, curve):
@@ -180,28 +184,28 @@ def test_an_interrupted_expansion_leaves_no_model(home, tmp_path, monkeypatch):
         return make_epoch_callback(evaluator, curve)
 
     monkeypatch.setattr(MethodEvaluator, "make_epoch_callback", interrupt)
-    out = tmp_path / "cut.model"
-    arguments = ["--method", "all", "--test", home["test"], "--out", out]
-    done = run_command("expand", home["model"], home["new"], *arguments, code=1)
-    assert "interrupted" in done.stderr
-    assert "Traceback" not in done.stderr
+    model_path = tmp_path / "interrupted.model"
+    arguments = ["--method", "all", "--test", home["test"], "--out", model_path]
+    result = run_command("expand", home["model"], home["new"], *arguments, code=1)
+    assert "interrupted" in result.stderr
+    assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_older_models_without_retained_data_are_read(home, tmp_path):
-    """A model that says version 1.1 and keeps nothing loads, and learns by what needs no memory."""
+    """A model of format version 1.1 without retained data loads, and is expanded by a method that needs none."""
     import zipfile
 
-    bare = train(FeatureCache(home["old"]), tune=False, keep="none").save(tmp_path / "bare.model")
-    with zipfile.ZipFile(bare) as file:
+    bare_path = train(FeatureCache(home["old"]), tune=False, keep="none").save(tmp_path / "bare.model")
+    with zipfile.ZipFile(bare_path) as file:
         parts = {name: file.read(name) for name in file.namelist()}
     document = json.loads(parts["model.json"])
     del document["kept"]
     parts["model.json"] = json.dumps(document | {"format_version": "1.1"}).encode()
-    with zipfile.ZipFile(bare, "w") as file:
+    with zipfile.ZipFile(bare_path, "w") as file:
         for name, data in parts.items():
             file.writestr(name, data)
-    assert run("info", bare).exit_code == 0
-    done = run("expand", bare, home["new"])
-    assert done.exit_code == 0, done.output
-    assert "method: frozen-old" in done.stderr
+    assert run("info", bare_path).exit_code == 0
+    result = run("expand", bare_path, home["new"])
+    assert result.exit_code == 0, result.output
+    assert "method: frozen-old" in result.stderr

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs."""
+"""Every command and every Python example in the README runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with what the README speaks of: photos/, more-photos/, birds/, photos.zip, labels.csv."""
+    """A folder with the files that the README names: photos/, more-photos/, birds/, photos.zip, labels.csv."""
     home = tmp_path_factory.mktemp("home")
     pets, birds = ("cat", "dog"), ("finch", "owl")
     for folder, seed, labels in (("photos", 0, pets), ("more-photos", 500, pets), ("birds", 900, birds)):
@@ -35,32 +35,32 @@ def home(tmp_path_factory):
     return home
 
 
-def commands() -> list[str]:
-    shell = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-    return [line for line in shell if line.startswith("featpipe ")]
+def list_commands() -> list[str]:
+    shell_lines = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    return [line for line in shell_lines if line.startswith("featpipe ")]
 
 
 def test_continuous_integration_runs_the_two_set_up_commands():
-    first = next(text for kind, text in BLOCKS if kind == "bash")
-    steps = [step.strip() for line in first.splitlines() for step in line.split("&&")]
+    first_block = next(text for kind, text in BLOCKS if kind == "bash")
+    steps = [step.strip() for line in first_block.splitlines() for step in line.split("&&")]
     assert steps == ["pip install '.[demo]'", "featpipe demo", "pip install '.[test]'", "pytest"]
     script = (Path(__file__).parents[2] / ".ci" / "run").read_text().replace("--quiet ", "")
     for step in steps:
         assert re.search(rf"^{re.escape(step)}", script, re.MULTILINE), step
 
 
-@pytest.mark.parametrize("line", commands())
-def test_each_command_runs(home, line):
+@pytest.mark.parametrize("line", list_commands())
+def test_each_command_of_the_readme_runs(home, line):
     """In the README's order, in one folder; `--backbone resnet18 --weights none` needs no network."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", line], cwd=home, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=200
     )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
 
 
-def test_each_line_of_python_runs(home, monkeypatch):
+def test_the_python_examples_run(home, monkeypatch):
     monkeypatch.chdir(home)
     paths = sorted(map(str, Path("photos").rglob("*.jpg")))
     names = {"paths": paths, "y": [path.split("/")[1] for path in paths]}

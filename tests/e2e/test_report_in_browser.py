@@ -21,7 +21,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 pytestmark = [pytest.mark.thorough, pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")]
 
 CLASSES = (
-    "<script>document.title='owned'<∕script>",  # a slash in a folder's name would be another folder
+    "<script>document.title='owned'<∕script>",  # a slash is not possible in the name of a folder
     '"><img src=x onerror="document.title=\'owned\'">',
     "line\nbreak & \u202egnp.exe",
     "שלום",
@@ -36,19 +36,19 @@ def page_file(tmp_path_factory):
     from tests.support.networks import Tiny, tiny_transform
 
     home = tmp_path_factory.mktemp("report")
-    for part, each in (("train", 8), ("test", 12)):
+    for part, n_images in (("train", 8), ("test", 12)):
         for number, name in enumerate(CLASSES):
             folder = home / part / name
             folder.mkdir(parents=True)
-            for i in range(each):
-                seed = 1000 * (number // 2) + (100 if part == "test" else 0) + i  # two and two classes look alike
+            for i in range(n_images):
+                seed = 1000 * (number // 2) + (100 if part == "test" else 0) + i  # pairs of classes look alike
                 (folder / f"{i:02}<b>.jpg").write_bytes(jpeg(seed))
     tiny = backbones.load(Tiny(), transform=tiny_transform)
     caches = {
         part: extract(home / part, backbone=tiny, cache=home, out=home / f"{part}.h5") for part in ("train", "test")
     }
-    model, other = train(caches["train"], "logistic", cv=2), train(caches["train"], "centroid")
-    evaluation = evaluate(model, caches["test"], against=[other], trained_on=caches["train"])
+    model, baseline = train(caches["train"], "logistic", cv=2), train(caches["train"], "centroid")
+    evaluation = evaluate(model, caches["test"], against=[baseline], trained_on=caches["train"])
     return write_report(home / "page.html", evaluation, command="featpipe evaluate …"), evaluation
 
 
@@ -62,17 +62,17 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def page_and_complaints(browser, page_file):
+def page_and_problems(browser, page_file):
     """The page, with its console messages, errors and external requests."""
-    complaints: list[str] = []
+    problems: list[str] = []
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: problems.append(str(error)))
     page.on(
-        "request", lambda request: complaints.append(request.url) if not is_local(request.url, page_file[0]) else None
+        "request", lambda request: problems.append(request.url) if not is_local(request.url, page_file[0]) else None
     )
     page.goto(page_file[0].as_uri())
-    yield page, complaints
+    yield page, problems
     page.close()
 
 
@@ -80,23 +80,23 @@ def is_local(url: str, file: Path) -> bool:
     return url.startswith("data:") or url.split("#")[0] == file.as_uri()
 
 
-def test_there_are_no_errors_and_no_network_requests(page_and_complaints):
-    page, complaints = page_and_complaints
+def test_the_page_has_no_errors_and_makes_no_network_requests(page_and_problems):
+    page, problems = page_and_problems
     assert page.evaluate("document.documentElement.classList.contains('scripted')")
     assert page.title().startswith("logistic on")
-    assert complaints == []
+    assert problems == []
 
 
-def test_hostile_names_are_shown_as_text(page_and_complaints):
-    page, _ = page_and_complaints
+def test_hostile_names_are_shown_as_text(page_and_problems):
+    page, _ = page_and_problems
     assert page.locator("b >> text=.jpg").count() == 0
     for name in CLASSES[:2]:
         assert page.locator("th bdi", has_text=name[:12]).count() > 0
     assert page.evaluate("document.body.innerText.includes('\\u202e')") is False
 
 
-def test_every_chart_is_drawn(page_and_complaints, page_file):
-    page, _ = page_and_complaints
+def test_every_chart_is_drawn(page_and_problems, page_file):
+    page, _ = page_and_problems
     charts = page.evaluate(
         "[...document.querySelectorAll('[data-chart]')].map(e => [e.dataset.chart, !!e.querySelector('svg')])"
     )
@@ -105,14 +105,14 @@ def test_every_chart_is_drawn(page_and_complaints, page_file):
     assert page.locator("svg style").count() == 0
 
 
-def test_a_cell_of_the_matrix_opens_a_dialog_with_its_images(page_and_complaints, page_file):
-    page, complaints = page_and_complaints
+def test_a_cell_of_the_matrix_opens_a_dialog_with_its_images(page_and_problems, page_file):
+    page, problems = page_and_problems
     confusion = page_file[1].scores.confusion
-    true, predicted = (int(i) for i in np.argwhere((confusion > 0) & ~np.eye(len(confusion), dtype=bool))[0])
-    page.locator(f"[data-cell='{true},{predicted}']").click()
+    true_class, predicted = (int(i) for i in np.argwhere((confusion > 0) & ~np.eye(len(confusion), dtype=bool))[0])
+    page.locator(f"[data-cell='{true_class},{predicted}']").click()
     dialog = page.locator("#dialog")
     assert dialog.is_visible()
-    assert dialog.locator("figure").count() == confusion[true, predicted]
+    assert dialog.locator("figure").count() == confusion[true_class, predicted]
     assert all(
         source.startswith("data:image/webp;base64,")
         for source in dialog.locator("img").evaluate_all("images => images.map(image => image.src)")
@@ -120,16 +120,16 @@ def test_a_cell_of_the_matrix_opens_a_dialog_with_its_images(page_and_complaints
     assert dialog.locator("img").evaluate_all("images => images.every(image => image.naturalWidth > 0)")
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
-    page.locator(f"[data-cell='{true},{predicted}']").focus()
+    page.locator(f"[data-cell='{true_class},{predicted}']").focus()
     page.keyboard.press("Enter")
     assert dialog.is_visible()
     page.locator("#dialog-close").click()
     assert not dialog.is_visible()
-    assert complaints == []
+    assert problems == []
 
 
-def test_the_threshold_slider_shows_the_accuracy_of_answers(page_and_complaints, page_file):
-    page, _ = page_and_complaints
+def test_the_threshold_slider_shows_the_accuracy_of_answers(page_and_problems, page_file):
+    page, _ = page_and_problems
     evaluation = page_file[1]
     slider = page.locator("#threshold")
     slider.focus()
@@ -144,8 +144,8 @@ def test_the_threshold_slider_shows_the_accuracy_of_answers(page_and_complaints,
     assert expected in page.locator("#threshold-outcome").inner_text()
 
 
-def test_the_map_is_navigated_with_arrow_keys_and_hover(page_and_complaints):
-    page, complaints = page_and_complaints
+def test_the_map_is_navigated_with_arrow_keys_and_hover(page_and_problems):
+    page, problems = page_and_problems
     canvas = page.locator("#map-canvas")
     canvas.scroll_into_view_if_needed()
     canvas.focus()
@@ -168,20 +168,20 @@ def test_the_map_is_navigated_with_arrow_keys_and_hover(page_and_complaints):
     page.mouse.move(box["x"] + 5, box["y"] - 40)
     page.locator("#map-class").select_option("wrong")
     page.locator("#map-colour").select_option("sure")
-    assert complaints == []
+    assert problems == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_contrast_is_sufficient_and_nothing_overflows(page_and_complaints, scheme, width):
-    page, complaints = page_and_complaints
+def test_contrast_is_sufficient_and_nothing_overflows(page_and_problems, scheme, width):
+    page, problems = page_and_problems
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 800})
     page.wait_for_timeout(50)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     contrast = page.evaluate(CONTRAST)
     assert min(contrast.values()) >= 4.5, contrast
-    assert complaints == []
+    assert problems == []
     page.set_viewport_size({"width": 1200, "height": 900})
 
 
@@ -198,8 +198,8 @@ CONTRAST = """() => {
 }"""
 
 
-def test_every_control_can_be_focused(page_and_complaints):
-    page, _ = page_and_complaints
+def test_every_control_can_be_focused(page_and_problems):
+    page, _ = page_and_problems
     unreachable = page.evaluate(
         "[...document.querySelectorAll('[data-cell], a, button, input, select, canvas, summary')]"
         ".filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))"
@@ -207,15 +207,15 @@ def test_every_control_can_be_focused(page_and_complaints):
     assert unreachable == []
 
 
-def test_the_printed_page_has_no_controls(page_and_complaints, tmp_path):
-    page, complaints = page_and_complaints
+def test_the_page_prints_without_controls(page_and_problems, tmp_path):
+    page, problems = page_and_problems
     page.emulate_media(media="print")
     assert not page.locator(".slider").is_visible()
     assert not page.locator("nav").is_visible()
     assert page.locator("[data-chart=reliability] svg").is_visible()
     assert len(page.pdf()) > 10_000
     page.emulate_media(media="screen")
-    assert complaints == []
+    assert problems == []
 
 
 def test_without_scripts_tables_and_galleries_are_visible(browser, page_file):

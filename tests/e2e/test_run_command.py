@@ -1,4 +1,4 @@
-"""`featpipe run` and `featpipe completion`, as they are typed; killed and run again."""
+"""`featpipe run` and `featpipe completion`: tables, dry runs, reuse and resumption."""
 
 from __future__ import annotations
 
@@ -22,55 +22,57 @@ from featpipe.runtime import Progress
 from featpipe.splits import splits
 from tests.support.images import jpeg
 from tests.support.logs import logged_messages
-from tests.support.recipes import HERE, numbers, photos  # noqa: F401
+from tests.support.recipes import RECIPES_MODULE, get_measurements, photos  # noqa: F401
 
-NETWORK = ["--set", f"backbones.0.name={HERE}:tiny", "--set", "training.cv=2"]
+NETWORK = ["--set", f"backbones.0.name={RECIPES_MODULE}:tiny", "--set", "training.cv=2"]
 
 
 @pytest.fixture(autouse=True)
-def _here(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """In a folder of its own, with the pictures."""
+def _work_in_folder_with_photos(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Each test works in its own folder, which has the photographs."""
     (tmp_path / "photos").symlink_to(photos / "photos")
     monkeypatch.chdir(tmp_path)
 
 
 def run(*arguments: object) -> Result:
-    done = CliRunner().invoke(cli, list(map(str, arguments)))
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
-def test_a_sweep_extracts_once_and_prints_one_table():
-    done = run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.01,1", "--set", "heads.1.name=ridge")
-    header, *lines = done.stdout.splitlines()
+def test_a_sweep_embeds_once_and_prints_one_table():
+    result = run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.01,1", "--set", "heads.1.name=ridge")
+    header, *lines = result.stdout.splitlines()
     assert " ".join(header.split()) == "head settings accuracy, cross-validated accuracy, held out fit head's size"
     rows = [" ".join(line.removeprefix("→").split()[:2]) for line in lines[:3]]
     assert {*rows} >= {"logistic C=0.01", "logistic C=1"}
     assert lines[0].startswith("→"), "the best comes first"
-    assert done.stderr.count("embedding on cpu") == 1
-    assert "cross-validated: on the training images, ± standard deviation over 2 folds; the best" in done.stdout
+    assert result.stderr.count("embedding on cpu") == 1
+    assert (
+        "cross-validated: on the training images, ± standard deviation over 2 folds; selects the best" in result.stdout
+    )
     assert sorted(path.name for path in Path("runs/linear-probe/models").iterdir()) == [
         "logistic-C=0.01.model", "logistic-C=1.model", "ridge.model",
     ]  # fmt: skip
 
 
-def test_the_scores_equal_those_of_the_single_stages():
+def test_the_scores_of_a_run_equal_those_of_its_stages_run_one_by_one():
     document = json.loads(run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=0.5", "--json").stdout)
     row, cache = document["results"][0], featpipe.FeatureCache(document["backbones"][0]["cache"])
-    fit, held = splits.make_holdout(cache.digests, cache.label_table.values, test=0.2)
+    training_rows, test_rows = splits.make_holdout(cache.digests, cache.label_table.values, test=0.2)
     X, y = cache.X.astype(np.float64), cache.y
-    mean, std = X[fit].mean(axis=0), X[fit].std(axis=0)
+    mean, std = X[training_rows].mean(axis=0), X[training_rows].std(axis=0)
     std[std == 0] = 1
-    oracle = SoftmaxRegression(C=0.5).fit((X[fit] - mean) / std, y[fit])
-    assert row["held_out"]["n"] == len(held)
-    assert row["held_out"]["value"] == np.mean(oracle.predict((X[held] - mean) / std) == y[held])
-    again = featpipe.train(cache, params={"C": 0.5}, cv=2, without=_table(cache, held))
-    assert row["cross_validated"]["value"] == again.scores["cross_validation"]["metrics"]["accuracy"]["value"]
+    oracle = SoftmaxRegression(C=0.5).fit((X[training_rows] - mean) / std, y[training_rows])
+    assert row["held_out"]["n"] == len(test_rows)
+    assert row["held_out"]["value"] == np.mean(oracle.predict((X[test_rows] - mean) / std) == y[test_rows])
+    repeated = featpipe.train(cache, params={"C": 0.5}, cv=2, without=_write_row_table(cache, test_rows))
+    assert row["cross_validated"]["value"] == repeated.scores["cross_validation"]["metrics"]["accuracy"]["value"]
 
 
-def _table(cache: featpipe.FeatureCache, rows: np.ndarray) -> Path:
-    path = Path("held.csv")
+def _write_row_table(cache: featpipe.FeatureCache, rows: np.ndarray) -> Path:
+    path = Path("test-rows.csv")
     path.write_text("path\n" + "".join(f"{cache.ids[row]}\n" for row in rows.tolist()))
     return path
 
@@ -78,28 +80,32 @@ def _table(cache: featpipe.FeatureCache, rows: np.ndarray) -> Path:
 def test_the_report_of_a_subset_shows_its_images():
     run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--set", "images=36")
     page = Path("runs/linear-probe/report.html").read_text()
-    assert "There are no pictures" not in page
+    assert "No images are shown" not in page
     assert page.count("data:image/webp") >= 1
 
 
 def test_a_dry_run_shows_remaining_stages_and_writes_nothing():
-    asked = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--dry-run", "--json")
-    other = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
-    plan = json.loads(run(*asked).stdout)
+    dry_run = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1", "--dry-run", "--json")
+    other_dry_run = ("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=2", "--dry-run")
+    plan = json.loads(run(*dry_run).stdout)
     assert plan["embed"][0]["images"] == plan["embed"][0]["unknown"] == 72
     assert plan["train"] == [{"name": "logistic-C=1", "trained": False, "scored": False}]
     assert [path.name for path in Path().iterdir()] == ["photos"]
     run("run", "linear-probe", "photos", *NETWORK, "--set", "heads.0.C=1")
-    plan = json.loads(run(*asked, "--set", "heads.1.name=ridge").stdout)
+    plan = json.loads(run(*dry_run, "--set", "heads.1.name=ridge").stdout)
     assert plan["embed"][0]["unknown"] == 0
     assert plan["train"] == [
         {"name": "logistic-C=1", "trained": True, "scored": True},
         {"name": "ridge", "trained": False, "scored": False},
     ]
-    assert "to train" in run(*other).stdout
+    assert "to train" in run(*other_dry_run).stdout
 
 
-CHANGES: dict[str, Any] = {"backbones.0.name": f"{HERE}:tiny", "training.cv": 2, "heads.0.name": ["ridge", "lda"]}
+CHANGES: dict[str, Any] = {
+    "backbones.0.name": f"{RECIPES_MODULE}:tiny",
+    "training.cv": 2,
+    "heads.0.name": ["ridge", "lda"],
+}
 
 
 def test_an_interrupted_run_resumes():
@@ -112,44 +118,46 @@ def test_an_interrupted_run_resumes():
     folder = Path("runs/linear-probe")
     assert (folder / "models" / "ridge.model").exists()
     assert not (folder / "results.json").exists()
-    done = (folder / "models" / "ridge.model").stat()
+    stat_before = (folder / "models" / "ridge.model").stat()
     with logged_messages() as log:
-        again = featpipe.run("linear-probe", "photos", changes=CHANGES)
+        repeated = featpipe.run("linear-probe", "photos", changes=CHANGES)
     assert not any(text.startswith("ridge: ") for text in log)
-    assert (folder / "models" / "ridge.model").stat().st_mtime_ns == done.st_mtime_ns
-    assert numbers(again) == numbers(featpipe.run("linear-probe", "photos", changes=CHANGES, out="elsewhere"))
+    assert (folder / "models" / "ridge.model").stat().st_mtime_ns == stat_before.st_mtime_ns
+    assert get_measurements(repeated) == get_measurements(
+        featpipe.run("linear-probe", "photos", changes=CHANGES, out="elsewhere")
+    )
 
 
-def trained(changes: dict[str, Any]) -> list[str]:
-    """The heads that a run trains."""
+def list_trained_heads(changes: dict[str, Any]) -> list[str]:
+    """The heads that a run trains, by its log."""
     with logged_messages() as log:
         featpipe.run("linear-probe", "photos", changes={**CHANGES, **changes})
-    return [text.split(":")[0] for text in log if text.endswith("images to learn from")]
+    return [text.split(":")[0] for text in log if ": training on " in text]
 
 
 def test_a_head_is_trained_again_when_one_of_its_inputs_changes():
-    assert trained({}) == ["ridge", "lda"]
-    assert trained({}) == []
-    assert trained({"training.seed": 1}) == ["ridge", "lda"]
-    assert trained({"training.seed": 1, "split.seed": 4}) == ["ridge", "lda"]
-    assert trained({"training.jobs": 1}) == ["ridge", "lda"], "the first seed again"
-    assert trained({"heads.1.name": "knn"}) == ["knn"]
+    assert list_trained_heads({}) == ["ridge", "lda"]
+    assert list_trained_heads({}) == []
+    assert list_trained_heads({"training.seed": 1}) == ["ridge", "lda"]
+    assert list_trained_heads({"training.seed": 1, "split.seed": 4}) == ["ridge", "lda"]
+    assert list_trained_heads({"training.jobs": 1}) == ["ridge", "lda"], "seed 0 again; its models were replaced"
+    assert list_trained_heads({"heads.1.name": "knn"}) == ["knn"]
     model = Path("runs/linear-probe/models/lda.model")
     model.write_bytes(Path("runs/linear-probe/models/ridge.model").read_bytes())
-    assert trained({}) == ["lda"], "another file under its name"
+    assert list_trained_heads({}) == ["lda"], "the file was replaced by another model"
     assert load_model(model).head_name == "lda"
     labels = "".join(
         f"{path.relative_to('photos')},{'xy'[i % 2]}\n" for i, path in enumerate(sorted(Path("photos").rglob("*.png")))
     )
     Path("other.csv").write_text(f"path,label\n{labels}")
-    assert trained({"labels": "other.csv"}) == ["ridge", "lda"]
+    assert list_trained_heads({"labels": "other.csv"}) == ["ridge", "lda"]
 
 
 def test_models_are_scored_on_the_evaluation_archive_and_no_row_is_held_out():
     for number, path in enumerate(sorted(Path("photos").rglob("*.png"))[::5]):
-        other = Path("others", path.parent.name, path.name)
-        other.parent.mkdir(parents=True, exist_ok=True)
-        other.write_bytes(jpeg(number) if number else path.read_bytes())
+        copy_path = Path("others", path.parent.name, path.name)
+        copy_path.parent.mkdir(parents=True, exist_ok=True)
+        copy_path.write_bytes(jpeg(number) if number else path.read_bytes())
     result = featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others"})
     assert result.best.cross_validated["how"]["n"] == 72
     assert result.best.held_out["n"] == 14
@@ -158,8 +166,8 @@ def test_models_are_scored_on_the_evaluation_archive_and_no_row_is_held_out():
         featpipe.run("linear-probe", "photos", changes={**CHANGES, "evaluation.archive": "others/red"})
 
 
-def test_fine_tuning_is_scored_on_the_held_out_images_of_the_run_and_reused():
-    changes = {"backbones.0.name": f"{HERE}:ladder", "training.cv": 2, "heads.0.C": 1, "finetune.epochs": 1}
+def test_fine_tuning_uses_the_held_out_images_of_the_run_and_is_reused():
+    changes = {"backbones.0.name": f"{RECIPES_MODULE}:ladder", "training.cv": 2, "heads.0.C": 1, "finetune.epochs": 1}
     result = featpipe.run("fine-tune", "photos", changes=changes)
     probe, tuned = result.results
     comparison = result.tuned.comparison
@@ -170,8 +178,8 @@ def test_fine_tuning_is_scored_on_the_held_out_images_of_the_run_and_reused():
     assert comparison.verdict() in str(result)
     assert result.model.path == (tuned if result.tuned.kept == "fine-tuned" else probe).model
     with logged_messages() as log:
-        again = featpipe.run("fine-tune", "photos", changes=changes)
-    assert numbers(again) == numbers(result)
+        repeated = featpipe.run("fine-tune", "photos", changes=changes)
+    assert get_measurements(repeated) == get_measurements(result)
     assert any(text.endswith("up to date, nothing to do") for text in log)
     assert "writing the report" not in log
 
@@ -179,11 +187,14 @@ def test_fine_tuning_is_scored_on_the_held_out_images_of_the_run_and_reused():
 def test_a_cache_of_a_subset_does_not_replace_that_of_all_images():
     featpipe.run("linear-probe", "photos", changes=CHANGES)
     with logged_messages() as log:
-        some = featpipe.run("linear-probe", "photos", changes={**CHANGES, "images": 30}, out="some")
-    assert some.embedded[0].samples == 30
+        subset_run = featpipe.run("linear-probe", "photos", changes={**CHANGES, "images": 30}, out="some")
+    assert subset_run.embedded[0].samples == 30
     assert "all 30 images are in a cache already: no forward pass" in log
-    assert featpipe.FeatureCache(some.embedded[0].cache).label_table.values.tolist() == [0] * 10 + [1] * 10 + [2] * 10
-    assert trained({}) == []
+    assert (
+        featpipe.FeatureCache(subset_run.embedded[0].cache).label_table.values.tolist()
+        == [0] * 10 + [1] * 10 + [2] * 10
+    )
+    assert list_trained_heads({}) == []
 
 
 def test_an_invalid_recipe_is_refused_before_any_image_is_read(photos: Path):  # noqa: F811
@@ -207,17 +218,17 @@ def test_an_invalid_recipe_is_refused_before_any_image_is_read(photos: Path):  #
     assert not Path("cache").exists()
 
 
-def test_a_notebook_shows_the_table():
+def test_the_html_table_for_notebooks_shows_the_trials():
     result = featpipe.run("linear-probe", "photos", changes={**CHANGES, "heads.0.name": "ridge"})
-    shown = result._repr_html_()
-    assert "<th>accuracy, held out</th>" in shown
-    assert "<td>ridge</td>" in shown
-    assert "→" not in shown, "one row needs no mark"
+    text = result._repr_html_()
+    assert "<th>accuracy, held out</th>" in text
+    assert "<td>ridge</td>" in text
+    assert "→" not in text, "one row needs no mark"
 
 
 def test_recipes_are_listed_with_their_questions():
-    shown = run("run", "--list").stdout
-    assert "few-shot                  How many images of each class do I have to label?" in shown
+    text = run("run", "--list").stdout
+    assert "few-shot                  How many images of each class do I have to label?" in text
 
 
 @pytest.mark.parametrize(
@@ -230,17 +241,17 @@ def test_recipes_are_listed_with_their_questions():
     ],
 )
 def test_a_shell_completes_commands_options_and_names(words, completions):
-    asked = {"_FEATPIPE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    done = subprocess.run(
-        [sys.executable, "-m", "featpipe"], env={**os.environ, **asked}, capture_output=True, text=True, timeout=100
+    variables = {"_FEATPIPE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    result = subprocess.run(
+        [sys.executable, "-m", "featpipe"], env={**os.environ, **variables}, capture_output=True, text=True, timeout=100
     )
-    assert {line.split(",")[1] for line in done.stdout.splitlines() if line.startswith("plain,")} == completions
+    assert {line.split(",")[1] for line in result.stdout.splitlines() if line.startswith("plain,")} == completions
 
 
 @pytest.mark.parametrize(
     ("shell", "mark"), [("bash", "complete -o nosort"), ("zsh", "#compdef featpipe"), ("fish", "complete --no")]
 )
-def test_the_script_of_each_shell_is_printed(shell, mark):
-    done = run("completion", shell)
-    assert mark in done.stdout
-    assert "_FEATPIPE_COMPLETE" in done.stdout
+def test_completion_prints_the_script_of_each_shell(shell, mark):
+    result = run("completion", shell)
+    assert mark in result.stdout
+    assert "_FEATPIPE_COMPLETE" in result.stdout

@@ -1,4 +1,4 @@
-"""Wrong input: every command answers with one line that helps, and with the documented exit code."""
+"""Wrong input: every command prints a helpful error in one line and has the documented exit code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-ERRORS = {  # command line → what its one line says; exit code 1
+ERRORS = {  # command line → part of its error line; exit code 1
     "extract nothing": "nothing: does not exist",
     "extract empty": "empty: no image",
     "extract text": "1 .txt",
@@ -128,7 +128,7 @@ ERRORS = {  # command line → what its one line says; exit code 1
     "run linear-probe flat": "flat: has no labels",
     "run linear-probe photos --set training.cv": "is not KEY=VALUE",
     "run linear-probe photos --set training.cv=x": "[training] cv is 'x'",
-    "run linear-probe photos --set heads.5.C=1": "tables are named and counted",
+    "run linear-probe photos --set heads.5.C=1": "the recipe has no '5' here",
     "run linear-probe photos --set heads.0.name=forest": "unknown head 'forest'",
     "run linear-probe photos --out file": "file: cannot be created",
     "info nothing": "nothing: there is no such file",
@@ -151,7 +151,7 @@ ERRORS = {  # command line → what its one line says; exit code 1
     "bench nothing": "nothing: does not exist",
     "demo --out file": "cannot be written",
 }
-USAGE = {  # command line → what the usage says; exit code 2
+USAGE_ERRORS = {  # command line → part of the last line; exit code 2
     "extrakt photos": "did you mean 'extract'",
     "help": "`featpipe --help` lists the commands",
     "--log-format xml heads": "'xml' is not one of",
@@ -184,18 +184,18 @@ USAGE = {  # command line → what the usage says; exit code 2
 
 @pytest.mark.parametrize("line", ERRORS)
 def test_an_error_is_one_line_and_exit_code_1(line: str, home: Path) -> None:
-    files = {path for path in home.glob("*") if path.is_file()}
-    done = run_command(*shlex.split(line), code=1, cwd=home)
-    *notes, message = done.stderr.splitlines()
+    files_before = {path for path in home.glob("*") if path.is_file()}
+    result = run_command(*shlex.split(line), code=1, cwd=home)
+    *notes, message = result.stderr.splitlines()
     assert message.startswith("featpipe: ")
     assert ERRORS[line] in message
     assert not any(note.startswith("featpipe: ") for note in notes)
-    assert done.stdout == ""
-    assert {path for path in home.glob("*") if path.is_file()} == files
+    assert result.stdout == ""
+    assert {path for path in home.glob("*") if path.is_file()} == files_before
 
 
-@pytest.mark.parametrize("line", USAGE)
+@pytest.mark.parametrize("line", USAGE_ERRORS)
 def test_wrong_usage_shows_the_usage_and_is_exit_code_2(line: str, home: Path) -> None:
-    done = run_command(*shlex.split(line), code=2, cwd=home)
-    assert USAGE[line] in done.stderr.splitlines()[-1]
-    assert done.stdout == ""
+    result = run_command(*shlex.split(line), code=2, cwd=home)
+    assert USAGE_ERRORS[line] in result.stderr.splitlines()[-1]
+    assert result.stdout == ""

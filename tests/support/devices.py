@@ -1,4 +1,4 @@
-"""Which devices this machine has."""
+"""The devices of this machine."""
 
 from __future__ import annotations
 

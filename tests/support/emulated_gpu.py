@@ -1,7 +1,7 @@
 """A CUDA device emulated on the CPU: its tensors lie in main memory, and its work is done at once.
 
-It runs every line of the code for GPUs where there is none. It cannot show speed, nor the effects of the order in which
-a real device does its work; the emulated events check that each stream waits for what it reads.
+It runs the code for GPUs on machines without one. It shows neither speed nor the effects of the order in which a real
+device works; the emulated events check that each stream waits for the data that it reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Stream:
         self.waited_for: list[Event] = []
 
     def wait_event(self, event: Event) -> None:
-        assert event.recorded_on is not None, "waits for what was never begun"
+        assert event.recorded_on is not None, "waits for an event that was never recorded"
         self.waited_for.append(event)
 
 
@@ -34,14 +34,14 @@ class Event:
         self.recorded_on: Stream | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.recorded_on = stream or EmulatedGpu.now.streams[-1]
+        self.recorded_on = stream or EmulatedGpu.current.streams[-1]
 
     def synchronize(self) -> None:
-        assert self.recorded_on is not None, "waits for what was never begun"
+        assert self.recorded_on is not None, "waits for an event that was never recorded"
 
 
 class Graph:
-    """Replays by computing again, into the places of the outputs; before that, nothing is in them."""
+    """Replays by computing the passes again into their outputs, which contain NaN until then."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[Callable[[], Any], Any]] = []
@@ -49,26 +49,26 @@ class Graph:
 
     def replay(self) -> None:
         self.replays += 1
-        for again, places in self.passes:
-            for name, value in again().items():
+        for compute, places in self.passes:
+            for name, value in compute().items():
                 places[name].copy_(value)
 
 
 @dataclass
 class EmulatedGpu:
-    """What goes on.
+    """State of the emulated GPU.
 
     Attributes
     ----------
     streams : list of Stream
-        The default one, and those entered since; the last one is current.
+        The default stream and the entered ones; the last one is current.
     graph : Graph or None
-        The one that is captured at the moment.
+        The graph that is being captured.
     graphs : list of Graph
     pinned : set of int
-        Where pinned memory begins.
+        Addresses of pinned tensors.
     used_on : dict
-        Streams that tensors were said to be used on, by where they begin.
+        Streams recorded for tensors, by address.
     """
 
     streams: list[Stream] = field(default_factory=lambda: [Stream()])
@@ -77,7 +77,7 @@ class EmulatedGpu:
     pinned: set[int] = field(default_factory=set)
     used_on: dict[int, list[Stream]] = field(default_factory=dict)
 
-    now: ClassVar[EmulatedGpu]
+    current: ClassVar[EmulatedGpu]
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -89,7 +89,7 @@ class EmulatedGpu:
 
     @contextlib.contextmanager
     def capture(self, graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local", "the memory that other threads pin would end the capture"
+        assert capture_error_mode == "thread_local", "memory pinned by other threads would end the capture"
         self.graph = graph
         try:
             with self.stream(stream):
@@ -105,7 +105,7 @@ class EmulatedGpu:
 def emulate_gpu(monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
     """Make torch report and use one emulated GPU until the test ends."""
     gpu = EmulatedGpu()
-    monkeypatch.setattr(EmulatedGpu, "now", gpu, raising=False)
+    monkeypatch.setattr(EmulatedGpu, "current", gpu, raising=False)
     names: dict[str, object] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -124,43 +124,45 @@ def emulate_gpu(monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
     }
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    _make_here(monkeypatch, gpu)
+    _create_tensors_on_cpu(monkeypatch, gpu)
     _capture(monkeypatch, gpu)
     return gpu
 
 
-def _make_here(monkeypatch: pytest.MonkeyPatch, gpu: EmulatedGpu) -> None:
-    """Tensors of the GPU, and pinned ones, are made on the CPU."""
+def _create_tensors_on_cpu(monkeypatch: pytest.MonkeyPatch, gpu: EmulatedGpu) -> None:
+    """Create tensors of the GPU, and pinned ones, on the CPU."""
 
-    def here(value: object) -> object:
+    def to_cpu_device(value: object) -> object:
         is_device = isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda"))
         return torch.device("cpu") if is_device else value
 
-    def maker(make: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*given: Any, pin_memory: bool = False, **settings: Any) -> Any:
-            value = make(*map(here, given), **{name: here(value) for name, value in settings.items()})
+    def wrap_maker(make: Callable[..., Any]) -> Callable[..., Any]:
+        def create(*arguments: Any, pin_memory: bool = False, **settings: Any) -> Any:
+            value = make(
+                *map(to_cpu_device, arguments), **{name: to_cpu_device(value) for name, value in settings.items()}
+            )
             if pin_memory:
                 gpu.pinned.add(value.data_ptr())
             return value
 
-        return made
+        return create
 
     for name in MAKERS:
-        monkeypatch.setattr(torch, name, maker(getattr(torch, name)))
+        monkeypatch.setattr(torch, name, wrap_maker(getattr(torch, name)))
     for owner in (Tensor, nn.Module):
-        monkeypatch.setattr(owner, "to", maker(owner.to))
+        monkeypatch.setattr(owner, "to", wrap_maker(owner.to))
 
-    def used(value: Tensor, stream: Stream) -> None:
+    def record_stream(value: Tensor, stream: Stream) -> None:
         gpu.used_on.setdefault(value.data_ptr(), []).append(stream)
 
-    monkeypatch.setattr(Tensor, "record_stream", used)
+    monkeypatch.setattr(Tensor, "record_stream", record_stream)
 
 
 def _capture(monkeypatch: pytest.MonkeyPatch, gpu: EmulatedGpu) -> None:
-    """Forward passes are noted while a graph is captured, when nothing can wait for a value."""
+    """Record forward passes while a graph is captured; reading a value is an error then."""
     embed, item = Backbone.embed, Tensor.item
 
-    def noted(backbone: Backbone, images: Tensor) -> Any:
+    def embed_and_record(backbone: Backbone, images: Tensor) -> Any:
         outputs = embed(backbone, images)
         if gpu.graph is not None:
             gpu.graph.passes.append((lambda: embed(backbone, images), outputs))
@@ -171,5 +173,5 @@ def _capture(monkeypatch: pytest.MonkeyPatch, gpu: EmulatedGpu) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
         return item(tensor)
 
-    monkeypatch.setattr(Backbone, "embed", noted)
+    monkeypatch.setattr(Backbone, "embed", embed_and_record)
     monkeypatch.setattr(Tensor, "item", value)

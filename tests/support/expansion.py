@@ -1,4 +1,4 @@
-"""Caches of made-up embeddings of classes, for tests of class-incremental learning."""
+"""Caches of synthetic embeddings, for tests of class-incremental learning."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def make_embeddings(labels: Sequence[str], seed: int) -> np.ndarray:
 
 
 def make_cache_writer(folder: Path) -> Callable[..., FeatureCache]:
-    """A function that writes caches into a folder.
+    """Make a function that writes caches into a folder.
 
-    It takes numbers of images by class and a seed: images of one seed are the same images, whatever ``called`` names
-    their classes.
+    Its arguments are numbers of images by class and a seed. Images with the same seed are the same images, even if
+    ``called`` gives their classes other names.
     """
 
     def write(

@@ -1,4 +1,4 @@
-"""For tests of training a network: images that a small network can learn, that network, and its trainer."""
+"""A small network, images that it can learn, and a trainer, for tests of fine-tuning."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class TensorDataset:
 
 
 class InterruptingDataset(TensorDataset):
-    """Raises a signal when the batch of a given number is read."""
+    """A dataset that raises a signal when the batch with a given number is read."""
 
     def __init__(self, dataset: TensorDataset, batch_number: int, number: signal.Signals = signal.SIGINT) -> None:
         super().__init__(dataset.network, dataset.images)

@@ -1,4 +1,4 @@
-"""Made-up photographs."""
+"""Synthetic photographs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """A smooth random picture: noise, blown up."""
+    """A smooth random image: magnified noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 

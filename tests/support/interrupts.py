@@ -1,4 +1,4 @@
-"""Commands that are stopped, or held, at a known moment, in processes of their own: no test waits for a time."""
+"""Commands that are interrupted or paused at a defined point, in new processes, so that no test depends on time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# When the first part is committed, the process sends itself a signal, or says so and waits for its input to end.
-_AFTER_THE_FIRST_PART = """
+# When the first part is committed, the process sends itself a signal, or prints a line and waits for its input to end.
+_STOP_AFTER_FIRST_PART = """
 import os, sys
 from featpipe.extraction import worker
 from featpipe.storage import StagingArea
@@ -39,9 +39,9 @@ main()
 def run_and_stop(
     arguments: list[str], folder: Path, stop: signal.Signals = signal.SIGINT
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that embeds images, and stop it by a signal as soon as its first part is committed."""
+    """Run a command that embeds images, and interrupt it by a signal as soon as its first part is committed."""
     return subprocess.run(
-        [sys.executable, "-c", _AFTER_THE_FIRST_PART, *arguments],
+        [sys.executable, "-c", _STOP_AFTER_FIRST_PART, *arguments],
         cwd=folder,
         env={**os.environ, "STOPPED_BY": str(int(stop))},
         capture_output=True,
@@ -52,9 +52,9 @@ def run_and_stop(
 
 
 def start_and_hold(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    """A running command that has committed its first part, and goes no further until its standard input is closed."""
+    """Start a command that pauses after its first part is committed, until its standard input is closed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _AFTER_THE_FIRST_PART, *arguments],
+        [sys.executable, "-c", _STOP_AFTER_FIRST_PART, *arguments],
         cwd=folder,
         env={**os.environ, "STOPPED_BY": "0"},
         stdin=subprocess.PIPE,
@@ -67,17 +67,17 @@ def start_and_hold(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
-    """As Ctrl-C would, after some steps, once; gets an entry for each step."""
+def interrupt_fine_tuning(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> list[int]:
+    """Interrupt fine-tuning once, like Ctrl-C, after a number of steps; the returned list gets an entry per step."""
     from featpipe.finetuning import loop
 
-    real, made = loop.optimizer_step, list[int]()
+    optimizer_step, steps = loop.optimizer_step, list[int]()
 
-    def interrupted(*given: object) -> None:
-        real(*given)  # type: ignore[arg-type]
-        made.append(1)
-        if len(made) == after:
-            signal.raise_signal(signal.SIGINT)  # to this thread: here, and nowhere within torch
+    def step_and_interrupt(*arguments: object) -> None:
+        optimizer_step(*arguments)  # type: ignore[arg-type]
+        steps.append(1)
+        if len(steps) == n_steps:
+            signal.raise_signal(signal.SIGINT)  # in this thread, so that it arrives here and not within torch
 
-    monkeypatch.setattr(loop, "optimizer_step", interrupted)
-    return made
+    monkeypatch.setattr(loop, "optimizer_step", step_and_interrupt)
+    return steps

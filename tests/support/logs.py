@@ -1,4 +1,4 @@
-"""What the package logs, for tests that look at it; a warning that no test looks at is an error."""
+"""Records of the log of the package, for tests that check them; a warning that no test expects is an error."""
 
 from __future__ import annotations
 

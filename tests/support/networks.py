@@ -1,4 +1,4 @@
-"""Small networks, and how often they run."""
+"""Small networks, and the count of their forward passes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tiny(nn.Module):
 
 
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each forward pass is of, from here on; what proves that a network is frozen is none."""
+    """Record the number of images of each forward pass; the passes of the frozen check are not counted."""
     from featpipe.inference import Engine
 
     passes: list[int] = []
@@ -69,14 +69,14 @@ def make():
 
 
 class Deciding(Tiny):
-    """Decides by a value, and makes a tensor of its own."""
+    """A network with a branch on a value, which creates a tensor in each forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (torch.ones(1) if x.sum().item() > 0 else torch.zeros(1) + 1)
 
 
 class Remembering(Tiny):
-    """Keeps a tensor from its first forward pass for the later ones."""
+    """A network that stores a tensor in its first forward pass and uses it in later ones."""
 
     offset: Tensor | None = None
 
@@ -87,7 +87,7 @@ class Remembering(Tiny):
 
 
 class ByHand(nn.Module):
-    """Computes outside of torch."""
+    """A network that computes with numpy."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_numpy(x.numpy().mean((2, 3)))

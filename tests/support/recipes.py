@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import featpipe
+from featpipe.experiments import RunResult
 from tests.support.finetuning import Ladder, small_transform
 from tests.support.networks import Tiny, tiny_transform
 
-EACH = 24
+IMAGES_PER_CLASS = 24
 
 
 def tiny() -> Any:
@@ -31,31 +31,32 @@ def ladder() -> Any:
     return Ladder(), small_transform
 
 
-HERE = "tests.support.recipes"
+RECIPES_MODULE = "tests.support.recipes"
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three colours that are hard to distinguish, in folders, and a table of each image's brightness."""
+    """Images of three classes that are hard to distinguish, and a table of their brightness."""
     folder = tmp_path_factory.mktemp("recipes")
     rng = np.random.default_rng(0)
     rows = [["path", "target"]]
     for number, name in enumerate(("blue", "green", "red")):
         (folder / "photos" / name).mkdir(parents=True)
-        for i in range(EACH):
+        for i in range(IMAGES_PER_CLASS):
             pixels = rng.integers(0, 160, (16, 16, 3))
             pixels[..., 2 - number] += rng.integers(0, 24)
             file = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
-            (folder / "photos" / name / f"{i:02}.png").write_bytes(file.getvalue())
-            os.utime(folder / "photos" / name / f"{i:02}.png", (1e9, 1e9))  # a new file is read twice
+            path = folder / "photos" / name / f"{i:02}.png"
+            path.write_bytes(file.getvalue())
+            os.utime(path, (1e9, 1e9))  # a file that changed just now would be read again
             rows.append([f"{name}/{i:02}.png", str(pixels.mean())])
-    with open(folder / "brightness.csv", "w", newline="") as out:
-        csv.writer(out).writerows(rows)
+    with open(folder / "brightness.csv", "w", newline="") as table_file:
+        csv.writer(table_file).writerows(rows)
     return folder
 
 
-def numbers(run: featpipe.experiments.Run) -> list[Any]:
+def get_measurements(run: RunResult) -> list[Any]:
     """All measurements except times and sizes."""
     return [
         (row.name, row.chosen_settings, row.cross_validated, row.held_out, row.best, row.model_digest)

@@ -21,7 +21,7 @@ from tests.support.logs import logged_warning
 
 logger = getLogger("featpipe.tests")
 
-HOSTILE = 'new\nline, "quoted" \x1b[31m and 🐝'
+HOSTILE_TEXT = 'new\nline, "quoted" \x1b[31m and 🐝'
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def read_json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.isascii()  # no name from an archive reaches a terminal as it is
@@ -41,16 +41,16 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_each_json_line_has_time_level_event_and_text(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
     with logging.log_to_stderr(), logged_warning("quoted"):
         logger.info("hello")
-        logger.warning(HOSTILE)
+        logger.warning(HOSTILE_TEXT)
     logging.log_message("a\nb", event="table")
-    found = lines(capsys)
-    assert [(line["level"], line["event"]) for line in found] == [
+    log_lines = read_json_lines(capsys)
+    assert [(line["level"], line["event"]) for line in log_lines] == [
         ("info", "note"),
         ("warning", "warning"),
         ("info", "table"),
     ]
-    assert all(line["time"].endswith("+00:00") for line in found)
-    assert [found[0]["text"], found[2]["text"]] == ["hello", "a\nb"]
+    assert all(line["time"].endswith("+00:00") for line in log_lines)
+    assert [log_lines[0]["text"], log_lines[2]["text"]] == ["hello", "a\nb"]
 
 
 def test_json_progress_is_logged_at_stage_boundaries_and_every_minute(
@@ -60,25 +60,25 @@ def test_json_progress_is_logged_at_stage_boundaries_and_every_minute(
     monkeypatch.setattr("featpipe.cli.terminal.time.monotonic", lambda: now[0])
     with Terminal() as terminal:
         for stage in ("reading", "embedding"):
-            for done in range(1, 101):
+            for n_done in range(1, 101):
                 now[0] += 1
-                terminal(Progress(stage, done, 100))
-    progress_lines = [(line["stage"], line["done"], line["total"]) for line in lines(capsys)]
-    reading = [("reading", done, 100) for done in (1, 62, 100)]
-    assert progress_lines == [*reading, *(("embedding", done, 100) for done in (1, 62, 100))]
+                terminal(Progress(stage, n_done, 100))
+    progress_lines = [(line["stage"], line["done"], line["total"]) for line in read_json_lines(capsys)]
+    reading = [("reading", n_done, 100) for n_done in (1, 62, 100)]
+    assert progress_lines == [*reading, *(("embedding", n_done, 100) for n_done in (1, 62, 100))]
 
 
 def test_warnings_of_libraries_are_logged_as_json(as_json: None, capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = logging._log_warning
-        warnings.warn(HOSTILE, stacklevel=1)
-    (line,) = lines(capsys)
-    assert (line["event"], line["text"]) == ("warning", f"UserWarning: {HOSTILE}")
+        warnings.warn(HOSTILE_TEXT, stacklevel=1)
+    (line,) = read_json_lines(capsys)
+    assert (line["event"], line["text"]) == ("warning", f"UserWarning: {HOSTILE_TEXT}")
     assert "test_cli_logging.py:" in line["where"]
 
 
-ENDS = [
+ERRORS = [
     (ArchiveError("none"), 1, "error", "none"),
     (TimeLimitError("over"), 75, "time-limit", "over"),
     (KeyboardInterrupt(), 1, "interrupted", "interrupted; finished work is kept"),
@@ -87,28 +87,28 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "code", "event", "text"), ENDS)
+@pytest.mark.parametrize(("error", "code", "event", "text"), ERRORS)
 def test_an_error_as_json_has_its_exit_code_and_event(
     error: BaseException, code: int, event: str, text: str, as_json: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended, cli._exit_codes():
+    with pytest.raises(SystemExit) as exit_info, cli._exit_on_error():
         raise error
-    assert ended.value.code == code
-    (line,) = lines(capsys)
+    assert exit_info.value.code == code
+    (line,) = read_json_lines(capsys)
     assert (line["event"], line["code"]) == (event, code)
     assert line["text"].startswith(text)
     assert ("Traceback" in line.get("traceback", "")) == (event == "bug")
 
 
-@pytest.mark.parametrize(("error", "code", "event", "text"), ENDS[:4])
+@pytest.mark.parametrize(("error", "code", "event", "text"), ERRORS[:4])
 def test_an_error_as_text_has_its_exit_code_and_prefix(
     error: BaseException, code: int, event: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended, cli._exit_codes():
+    with pytest.raises(SystemExit) as exit_info, cli._exit_on_error():
         raise error
-    assert ended.value.code == code
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"{'Error' if event == 'usage' else 'featpipe'}: {text}")
+    assert exit_info.value.code == code
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith(f"{'Error' if event == 'usage' else 'featpipe'}: {text}")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from featpipe import backbones
 from featpipe.config import FineTuneConfig
 from featpipe.data import decode_image
 from featpipe.errors import CacheError, ConfigError, WeightsError
-from featpipe.finetuning import finetune
+from featpipe.finetuning import FineTuningResult, finetune
 from featpipe.finetuning.split import make_splits
 from tests.support.finetuning import Ladder, small_transform, write_photos
 from tests.support.interrupts import interrupt_fine_tuning
@@ -175,9 +175,14 @@ def test_a_probe_that_was_not_trained_on_them_is_used_as_it_is(tmp_path, photos,
 
 
 def test_the_model_records_its_training_and_validation_images(tmp_path, photos, model, ladder):
-    tuned = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
+    result = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK)
+    tuned = result.model
     cache = featpipe.extract(photos, backbone=ladder, cache=tmp_path / "cache")
     splits = make_splits(model, cache, FineTuneConfig())
+    counts = {"training": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+    assert result.images == counts
+    document_of_earlier_version = {key: value for key, value in result.to_dict().items() if key != "images"}
+    assert FineTuningResult.from_dict(tuned, document_of_earlier_version).images == {}
     assert tuned.was_trained_on(cache.digests[splits.train_and_validation]).all()
     assert not tuned.was_trained_on(cache.digests[splits.test]).any()
     fresh = featpipe.evaluate(tuned, photos, cache=tmp_path / "cache")
@@ -223,7 +228,7 @@ def test_the_same_call_reuses_the_model_and_another_setting_trains_again(tmp_pat
 def test_a_resumed_run_gives_the_same_model(tmp_path, photos, model, monkeypatch):
     whole = finetune(model, photos, cache=tmp_path / "cache", keep_worse=True, **QUICK).model
     out = tmp_path / "t.model"
-    trained = interrupt_fine_tuning(monkeypatch, after=3)
+    trained = interrupt_fine_tuning(monkeypatch, n_steps=3)
     with pytest.raises(KeyboardInterrupt):
         finetune(model, photos, cache=tmp_path / "cache", out=out, keep_worse=True, **QUICK)
     assert out.with_name("t.model.checkpoint").exists()

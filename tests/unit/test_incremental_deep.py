@@ -349,7 +349,7 @@ def test_importances_are_retained_and_suffice_for_the_next_step(grow: Any, home:
 def test_a_resumed_expansion_gives_the_same_model(grow: Any, tmp_path: Path, monkeypatch: Any) -> None:
     how = {"params": LEARNS, "out": tmp_path / "m.model"}
     whole = grow("ewc", "old", "new", **{**how, "out": tmp_path / "whole.model"})
-    interrupt_fine_tuning(monkeypatch, after=3)
+    interrupt_fine_tuning(monkeypatch, n_steps=3)
     with pytest.raises(KeyboardInterrupt):
         grow("ewc", "old", "new", **how)
     assert not (tmp_path / "m.model").exists()

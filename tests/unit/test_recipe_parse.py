@@ -17,7 +17,7 @@ def test_a_missing_key_has_the_default_of_its_stage():
     assert recipe == Recipe("recipe", "recipe", extractions=(ExtractionConfig(cache=str(Path("cache").absolute())),))
 
 
-def test_a_list_is_a_sweep_and_a_list_in_a_list_is_one_value():
+def test_a_list_makes_a_sweep_and_a_nested_list_is_one_value():
     recipe = read_recipe(
         {
             "backbones": [{"name": ["a", "b"], "precision": ["fp32", "bf16"], "outputs": ["pooled", "x:avg"]}],
@@ -52,7 +52,7 @@ def test_a_list_is_a_sweep_and_a_list_in_a_list_is_one_value():
         ("[[heads]]\nname = 3\n", "wrong.toml: [heads.0] name is 3; give text"),
         ("heads = 3\n", "wrong.toml: heads is 3; expected tables [[heads]]"),
         ("split = 3\n", "wrong.toml: split is 3; expected a table [split]"),
-        ("archive = 3\n", "wrong.toml: archive is 3; give text or a list of it"),
+        ("archive = 3\n", "wrong.toml: archive is 3; give text or a list of such values"),
         ("[[backbones]]\nprecision = 'fp31'\n", "wrong.toml: [backbones.0] unknown precision 'fp31'; did you mean"),
         ("[[backbones]]\nnaem = 'x'\n", "wrong.toml: [backbones.0] unknown key 'naem'; did you mean 'name'?"),
         ("[extraction]\ndevise = 'cpu'\n", "wrong.toml: [extraction] unknown key 'devise'; did you mean 'device'"),
@@ -67,10 +67,10 @@ def test_an_error_names_file_table_and_key(tmp_path, text, message):
     assert "\n" not in str(error_info.value)
 
 
-def test_an_error_in_an_override_names_set_and_not_the_file():
+def test_an_error_in_an_override_names_the_option_set_instead_of_the_file():
     with pytest.raises(ConfigError, match=r"^--set: \[split\] unknown key 'tset'; did you mean 'test'"):
         read_recipe({}, {"split.tset": 1})
-    with pytest.raises(ConfigError, match=r"^--set heads\.3\.C: there is no '3' there"):
+    with pytest.raises(ConfigError, match=r"^--set heads\.3\.C: the recipe has no '3' here"):
         read_recipe({}, {"heads.3.C": 1})
 
 
@@ -81,20 +81,20 @@ def test_the_error_for_an_unknown_recipe_names_the_nearest():
         read_recipe("mine.toml")
 
 
-def test_paths_in_a_file_are_relative_to_it_and_others_to_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "a.toml").write_text(
+def test_paths_in_a_file_are_relative_to_it_and_other_paths_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "a.toml").write_text(
         'archive = ["photos", "featpipe:tiles"]\n[split]\ngroups = "visits.csv:patient"\n[[backbones]]\n'
         'weights = ["none", "w/a.safetensors"]\n'
     )
     monkeypatch.chdir(tmp_path)
-    recipe = read_recipe("there/a.toml", {"evaluation.archive": "others"})
-    assert recipe.samples.archive == (str(tmp_path / "there" / "photos"), "featpipe:tiles")
-    assert recipe.split.groups == f"{tmp_path / 'there' / 'visits.csv'}:patient"
+    recipe = read_recipe("recipes/a.toml", {"evaluation.archive": "others"})
+    assert recipe.samples.archive == (str(tmp_path / "recipes" / "photos"), "featpipe:tiles")
+    assert recipe.split.groups == f"{tmp_path / 'recipes' / 'visits.csv'}:patient"
     assert recipe.evaluation.archive == (str(tmp_path / "others"),)
     weights = [extraction.weights for extraction in recipe.extractions]
-    assert weights == ["none", str(tmp_path / "there" / "w" / "a.safetensors")]
-    assert read_recipe("there/a.toml", archive="here").samples.archive == (str(tmp_path / "here"),)
+    assert weights == ["none", str(tmp_path / "recipes" / "w" / "a.safetensors")]
+    assert read_recipe("recipes/a.toml", archive="other").samples.archive == (str(tmp_path / "other"),)
 
 
 def test_override_values_are_toml_or_text():
@@ -103,9 +103,9 @@ def test_override_values_are_toml_or_text():
         "heads.0.C": 0.01, "a": [1, 10], "b": "photos/", "c": [[256, 128]], "d": True, "e": ["x", "y"], "f": "1,2",
         "g": None,
     }  # fmt: skip
-    for wrong in ("heads", "=3", "a..b=3"):
+    for assignment in ("heads", "=3", "a..b=3"):
         with pytest.raises(ConfigError, match=r"is not KEY=VALUE"):
-            parse_changes([wrong])
+            parse_changes([assignment])
 
 
 def test_an_empty_value_removes_the_key_and_the_next_number_adds_a_table():
@@ -116,27 +116,27 @@ def test_an_empty_value_removes_the_key_and_the_next_number_adds_a_table():
     assert document == {"images": 5, "heads": [{"name": "knn"}]}
 
 
-def test_text_with_a_number_sign_is_not_cut_and_numbers_need_no_leading_zero():
+def test_a_number_sign_is_part_of_a_text_and_a_number_needs_no_leading_zero():
     assert parse_changes(["labels=photos#1.csv", "a=5#2", "b=.5", "c=-.5", "d='x#y'", "e=1,x#y"]) == {
         "labels": "photos#1.csv", "a": "5#2", "b": 0.5, "c": -0.5, "d": "x#y", "e": [1, "x#y"],
     }  # fmt: skip
 
 
-def test_dates_become_text():
+def test_a_date_in_an_override_becomes_text():
     recipe = read_recipe({}, parse_changes(["split.times=visits.csv:date", "split.since=2024-03-01"]))
     assert recipe.split.since == "2024-03-01"
 
 
 def test_every_extraction_setting_has_a_key_in_a_recipe():
-    elsewhere = {
+    keys_outside_recipes = {
         "transform": "code",
         "labels": "a top-level key",
         "out": "set by the run",
         "overwrite": "set by the run",
     }
-    elsewhere["time_limit"] = "belongs to one call"
+    keys_outside_recipes["time_limit"] = "belongs to one call"
     assert {field.name for field in fields(ExtractionConfig)} == {
         *BACKBONE_FIELDS.values(),
         *EXTRACTION_KEYS,
-        *elsewhere,
+        *keys_outside_recipes,
     }

@@ -150,10 +150,10 @@ def test_bar_lengths_are_the_scores():
 def test_the_confusion_matrix_has_every_count():
     page = make_static_page()
     words = ParsedPage(render_page(page)).words
-    for true, counts in enumerate(page.scores.confusion.tolist()):
+    for true_class, counts in enumerate(page.scores.confusion.tolist()):
         for predicted, rows in enumerate(counts):
-            if rows and true != predicted:
-                names = f"{page.scores.classes[true]} predicted as {page.scores.classes[predicted]}"
+            if rows and true_class != predicted:
+                names = f"{page.scores.classes[true_class]} predicted as {page.scores.classes[predicted]}"
                 assert re.search(rf"{rows} {rows} of {sum(counts)} \(\d+ %\): {names}", words)
 
 
@@ -302,8 +302,8 @@ def test_a_thousand_classes_show_confused_pairs_instead_of_a_matrix():
     assert len(html) < 10_000_000
     assert 'class="matrix' not in html
     words = ParsedPage(html).words
-    for true, predicted, rows in scores.confused(20):
-        assert f"{true} {predicted} {rows}" in words
+    for true_class, predicted, rows in scores.confused(20):
+        assert f"{true_class} {predicted} {rows}" in words
     assert all(name in words for name in classes)
 
 
@@ -320,9 +320,9 @@ def test_the_bar_of_a_negative_score_ends_at_zero():
 @pytest.mark.parametrize("values", [[], [0.0], [math.nan], [5e-324], [1e-9], [1e12, -3.0], [math.inf, 2.0]])
 def test_an_axis_contains_zero_and_every_finite_value(values):
     axis = make_axis(values)
-    finite = [value for value in values if math.isfinite(value)]
-    assert axis.low <= min([0, *finite])
-    assert axis.high >= max([0, *finite])
+    finite_values = [value for value in values if math.isfinite(value)]
+    assert axis.low <= min([0, *finite_values])
+    assert axis.high >= max([0, *finite_values])
     assert axis.low < axis.high
     assert 2 <= len(axis.ticks) <= 7
 

@@ -1,4 +1,4 @@
-"""Log lines, progress bars and tables on the terminal."""
+"""Log lines, progress bars and tables on the terminal; fingerprints and status codes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger("featpipe.tests")
 
 
 def test_control_characters_in_table_cells_are_replaced():
-    shown = format_table([["\x1b[31mred\x07", "a\nb", "\u202egpj.exe"]], ["", "", ""])
-    assert "\x1b" not in shown
-    assert "\x07" not in shown
-    assert "\u202e" not in shown
-    assert len(shown.splitlines()) == 2
+    text = format_table([["\x1b[31mred\x07", "a\nb", "\u202egpj.exe"]], ["", "", ""])
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\u202e" not in text
+    assert len(text.splitlines()) == 2
 
 
 def test_control_characters_in_log_lines_are_replaced(capsys):
@@ -40,14 +40,14 @@ def test_control_characters_in_log_lines_are_replaced(capsys):
 
 
 def test_columns_are_aligned_by_display_width():
-    shown = format_table([["日本", "1"], ["ab", "22"]], ["name", "n"], right_aligned=[1])
-    assert shown.splitlines() == ["name   n", "日本   1", "ab    22"]
+    text = format_table([["日本", "1"], ["ab", "22"]], ["name", "n"], right_aligned=[1])
+    assert text.splitlines() == ["name   n", "日本   1", "ab    22"]
 
 
 def test_no_bar_is_drawn_without_a_terminal(capsys):
     with Terminal() as terminal:
-        for done in range(100):
-            terminal(Progress("embedding", done, 100))
+        for n_done in range(100):
+            terminal(Progress("embedding", n_done, 100))
     assert capsys.readouterr().err == ""
 
 
@@ -55,13 +55,13 @@ def test_progress_is_one_line_a_minute_without_a_terminal(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("featpipe.cli.terminal.time.monotonic", lambda: now[0])
     with Terminal() as terminal:
-        for done in range(180):
+        for n_done in range(180):
             now[0] += 1
-            terminal(Progress("embedding", done, 180))
+            terminal(Progress("embedding", n_done, 180))
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-IN_PYTHON = """
+LOGGING_SCRIPT = """
 import logging
 import featpipe
 logger = logging.getLogger("featpipe.extraction.run")
@@ -73,7 +73,9 @@ logger.info("hello")
 
 
 def test_in_python_warnings_are_shown_and_notes_once_logging_is_configured():
-    process = subprocess.run([sys.executable, "-c", IN_PYTHON], capture_output=True, text=True, timeout=60, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", LOGGING_SCRIPT], capture_output=True, text=True, timeout=60, check=True
+    )
     assert process.stdout == ""
     assert process.stderr.splitlines() == ["2 of 3 images have no features", "featpipe.extraction.run: hello"]
 
@@ -85,10 +87,10 @@ def test_a_bar_is_closed_before_a_line_is_written(capsys, monkeypatch):
         logger.info("hello")
         terminal(Progress("embedding", 20, 100))
     text = capsys.readouterr().err
-    before, after = text.split("hello\n")
-    assert "embedding: " in before
-    assert before.endswith(" \r"), "the bar is erased"
-    assert "embedding: " in after
+    text_before, text_after = text.split("hello\n")
+    assert "embedding: " in text_before
+    assert text_before.endswith(" \r"), "the bar is erased"
+    assert "embedding: " in text_after
 
 
 def test_a_bar_shows_one_stage_at_a_time(capsys):
@@ -143,5 +145,5 @@ def test_max_bad_is_a_number_or_a_share(limit, allowed):
 
 
 def test_control_characters_in_info_are_replaced():
-    shown = info._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
-    assert shown.isprintable()
+    text = info._format_value({"\x1b[31mred\x07": 3, "names": ["a\nb", "\x1b]0;title\x07"]})
+    assert text.isprintable()

@@ -28,17 +28,17 @@ DOCUMENT: dict[str, Any] = {
 }
 
 
-def test_the_resolved_recipe_gives_the_same_trials():
+def test_the_written_recipe_is_read_as_the_same_trials():
     recipe = resolve_recipe(read_recipe(DOCUMENT), "classification")
-    text = recipe_to_toml(recipe, "classification", {"featpipe": "1"})
-    again = resolve_recipe(read_recipe(tomllib.loads(text)), "classification")
-    assert replace(again, heads=()) == replace(recipe, heads=())
-    assert again.heads == recipe.heads
-    assert [trial.slug for trial in list_trials(again)] == [trial.slug for trial in list_trials(recipe)]
-    assert recipe_to_toml(again, "classification", {"featpipe": "1"}) == text
+    toml_text = recipe_to_toml(recipe, "classification", {"featpipe": "1"})
+    reparsed = resolve_recipe(read_recipe(tomllib.loads(toml_text)), "classification")
+    assert replace(reparsed, heads=()) == replace(recipe, heads=())
+    assert reparsed.heads == recipe.heads
+    assert [trial.slug for trial in list_trials(reparsed)] == [trial.slug for trial in list_trials(recipe)]
+    assert recipe_to_toml(reparsed, "classification", {"featpipe": "1"}) == toml_text
 
 
-def test_the_resolved_recipe_has_every_default_except_tuned_settings():
+def test_the_written_recipe_has_every_default_except_tuned_settings():
     recipe = resolve_recipe(read_recipe({"heads": [{}, {"name": "mlp"}]}), "classification")
     first, second = tomllib.loads(recipe_to_toml(recipe, "classification", {}))["heads"]
     assert first["max_iter"] == 2000
@@ -67,6 +67,6 @@ def test_different_trials_have_different_file_names(values):
     assert all("/" not in slug and len(slug) < 110 for slug in slugs)
 
 
-def test_all_expands_to_the_heads_of_the_task():
+def test_the_name_all_stands_for_the_heads_of_the_task():
     recipe = resolve_recipe(read_recipe({"heads": [{"name": "all"}]}), "regression")
     assert [head.name for head in recipe.heads] == ["mlp", "linear", "ridge", "knn", "keras"]

@@ -10,7 +10,7 @@ from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError
 
 RECIPES_FOLDER = Path(__file__).parents[2] / "pipelines"
-"""In the sources a link to the folder ``pipelines``; in an installed package a folder."""
+"""A link to ``pipelines/`` in the repository; a folder in an installed package."""
 
 RECIPE_SUFFIX = ".toml"
 

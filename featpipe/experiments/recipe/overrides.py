@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from featpipe.config import parse_assignments, parse_value
@@ -10,10 +11,10 @@ from featpipe.errors import ConfigError
 
 
 def parse_changes(texts: Iterable[str]) -> dict[str, Any]:
-    """Read ``KEY=VALUE`` pairs.
+    """Parse ``KEY=VALUE`` pairs.
 
-    A value is written as in TOML, or as text without quotes; values joined by commas are a list. An empty value removes
-    the key from the recipe.
+    A value is TOML, or text without quotes; values separated by commas are a list. An empty value removes the key from
+    the recipe.
 
     Raises
     ------
@@ -37,7 +38,7 @@ def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> di
     document : mapping
         The parsed TOML.
     changes : mapping from dotted key to value
-        A number in a key is the position of a table in an array; the next free position adds a table. None removes the
+        A number in a key is the index of a table in an array; the length of the array adds a table. None removes the
         key.
 
     Raises
@@ -50,7 +51,7 @@ def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> di
     >>> apply_changes({"heads": [{"name": "knn"}]}, {"heads.0.n_neighbors": 3, "heads.1.name": "lda"})
     {'heads': [{'name': 'knn', 'n_neighbors': 3}, {'name': 'lda'}]}
     """
-    changed_document = _copy_nested(document)
+    changed_document = deepcopy(dict(document))
     for key, value in changes.items():
         *parents, last_part = key.split(".")
         container: Any = changed_document
@@ -61,14 +62,8 @@ def apply_changes(document: Mapping[str, Any], changes: Mapping[str, Any]) -> di
     return changed_document
 
 
-def _copy_nested(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy_nested(item) for key, item in value.items()}
-    return [_copy_nested(item) for item in value] if isinstance(value, list) else value
-
-
 def _get_or_create(container: Any, part: str, default: Any, key: str) -> Any:
-    """The table or array of this name in a table or array; created if missing."""
+    """Get the table or array with this name from a table or array; create it if missing."""
     if isinstance(container, dict) and not part.isdigit():
         return container.setdefault(part, default)
     if isinstance(container, list) and part.isdigit() and int(part) <= len(container):
@@ -90,4 +85,6 @@ def _set_value(container: Any, last_part: str, value: Any, key: str) -> None:
 
 
 def _make_key_error(key: str, part: str) -> ConfigError:
-    return ConfigError(f"--set {key}: there is no {part!r} there; tables are named and counted as in heads.0.C=10")
+    return ConfigError(
+        f"--set {key}: the recipe has no {part!r} here; write keys as in heads.0.C=10, with tables counted from 0"
+    )

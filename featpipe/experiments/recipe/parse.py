@@ -35,7 +35,7 @@ from featpipe.experiments.recipe.schema import (
     SplitConfig,
 )
 
-BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of ExtractionConfig: what determines the embeddings
+BACKBONE_FIELDS = {  # key of a table [[backbones]] → field of ExtractionConfig; these determine the embeddings
     "name": "backbone",
     "weights": "weights",
     "outputs": "outputs",
@@ -60,7 +60,7 @@ _TYPE_OVERRIDES = {
     "backbone": str,
     "weights": str | None,
     "cache": str,
-}  # where Python accepts more types than a file can hold
+}  # Python accepts more types than a file can have
 _HEAD_KEYS = tuple(field.name for field in fields(RecipeHead) if field.name not in ("settings", "table"))
 
 
@@ -92,7 +92,10 @@ def read_recipe(
         overrides["archive"] = [os.fspath(path) for path in archives]
     if isinstance(recipe, Recipe):
         if overrides:
-            raise ConfigError("a Recipe is changed with dataclasses.replace; changes are for a file or a mapping")
+            raise ConfigError(
+                "changes and archive apply to a recipe given as a name, file or mapping; change a Recipe with "
+                "dataclasses.replace"
+            )
         return recipe
     if isinstance(recipe, Mapping):
         name, where, document = "recipe", "recipe", dict(recipe)
@@ -130,9 +133,8 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     def resolve_weights(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [resolve_weights(item) for item in value]
-        return (
-            resolve_path(value) if isinstance(value, str) and (os.sep in value or (folder / value).is_file()) else value
-        )
+        is_file = isinstance(value, str) and (os.sep in value or (folder / value).is_file())
+        return resolve_path(value) if is_file else value
 
     resolved = _convert_values(document, {"archive": resolve_path, "labels": resolve_path})
     resolvers_by_table: dict[str, dict[str, Callable[[Any], Any]]] = {
@@ -256,7 +258,6 @@ class _RecipeParser:
                 raise self._error(table, str(unknown_name_error(kind, key, allowed)), key)
 
     def _check_value(self, table: str, key: str, value: Any, annotation: Any) -> Any:
-        """The value of a key as its setting holds it."""
         try:
             return check_value(key, value.isoformat() if isinstance(value, (date, time)) else value, annotation)
         except ConfigError as error:

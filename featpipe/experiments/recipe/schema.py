@@ -21,7 +21,7 @@ from featpipe.errors import ConfigError
 TILES_ARCHIVE = "featpipe:tiles"
 """The built-in archive: tiles of the photographs in scikit-image and scikit-learn."""
 ALL_HEADS = "all"
-"""Stands for every head that does the task."""
+"""Name that stands for every head that supports the task."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class SamplesConfig(Settings):
     labels : str, optional
         A table of paths and labels.
     path_column, label_column : str, optional
-        Its columns; detected by their names if not given.
+        Columns of the table; detected by name if not given.
     task : {"classification", "regression", "multilabel"}, optional
-        The kind of the labels; inferred from them if not given.
+        Task of the labels; detected if not given.
     images : int, optional
         Maximum number of images; the subset has the class frequencies of the whole.
     """
@@ -57,24 +57,24 @@ class SamplesConfig(Settings):
 
 @dataclass(frozen=True)
 class SplitConfig(Settings):
-    """Which images are for training and which are for scoring.
+    """The split into training and test images.
 
     Attributes
     ----------
     test : float
-        The held-out share, if the labels come without a split and no other archive is scored.
+        Share of the images held out for testing, if the labels have no split and there is no test archive.
     seed : int
         Seed of the split and of the draws.
     groups, times : str, optional
-        ``TABLE:COLUMN``: the groups that are never on both sides; the times that order the images.
+        ``TABLE:COLUMN``: groups, which are never on both sides of a split; times, which order the images.
     since : str, optional
-        With times: the earliest held-out time.
+        With times: the earliest time of the test images.
     without : str, optional
         A table of images to leave out.
     per_class : tuple of int
         Train on this number of images per class instead of all; each number is a row of the table.
     draws : int
-        Number of draws, for the spread.
+        Number of draws, which give the spread.
     """
 
     test: Annotated[float, Range(above=0, below=1)] = 0.2
@@ -103,15 +103,15 @@ class RecipeHead(Settings):
     settings : mapping
         Settings of the head: the other keys of this table.
     output : str, optional
-        One of the backbone's outputs; the first if not given.
+        Output of the backbone to train on; the first if not given.
     tune : bool, optional
-        Choose settings on inner folds; if not given, only the strength of ``logistic``.
+        Select settings on inner folds; if not given, only the regularization strength of ``logistic``.
     grid : mapping from setting to list of values
         The values to try.
     balance : {"over", "under", "smote"}, optional
-        How training rows are resampled.
+        Resampling of the training rows.
     table : str
-        Its place in the recipe, for messages.
+        Name of the table in the recipe, for messages.
     """
 
     name: str = "logistic"
@@ -127,7 +127,7 @@ class RecipeHead(Settings):
         if any(not isinstance(values, (list, tuple)) or not values for values in self.grid.values()):
             raise ConfigError("grid lists the values of each setting, as in grid = {C = [0.1, 1]}")
         if self.name == ALL_HEADS and (self.settings or self.grid):
-            raise ConfigError("settings and a grid are for one head, not for all; name it")
+            raise ConfigError("settings and a grid need a single head, and name is 'all'; name the head")
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ class RecipeTraining(Settings):
     prior : mapping from class to share
         Class frequencies where the model will be used.
     one_standard_error : bool
-        Choose the smallest ``C`` of ``logistic`` within one standard error of the best.
+        Select the smallest ``C`` of ``logistic`` within one standard error of the best.
     memory : int, optional
         Bytes that training may use.
     keep : str, optional
-        What models keep of the training data for learning more classes.
+        Data that models retain for class-incremental learning.
     jobs : int, optional
         Processes for tuning.
     portable : bool
@@ -172,16 +172,16 @@ class RecipeTraining(Settings):
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings):
-    """What the models are scored on.
+    """The images that the models are scored on.
 
     Attributes
     ----------
     archive : tuple of str
-        Images to score; the held-out ones if not given.
+        Test images; if not given, images are held out.
     labels : str, optional
         Table of their labels.
     findings : bool
-        Write tables of likely label errors and other images to look at.
+        Write tables of likely label errors and other images to inspect.
     """
 
     archive: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ class EvaluationConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels is not None and not self.archive:
-            raise ConfigError("labels belong to an archive to score; give it with archive")
+            raise ConfigError("labels are given without archive; give the test images as archive too")
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class ReportConfig(Settings):
     Attributes
     ----------
     title : str, optional
-        Made from head and backbone if not given.
+        Names head and backbone if not given.
     """
 
     title: str | None = None
@@ -245,4 +245,4 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.finetune is not None and (self.split.per_class or self.samples.images is not None):
-            raise ConfigError("[finetune] trains on all images; leave images and [split] per_class out")
+            raise ConfigError("[finetune] trains on all images; remove images and [split] per_class")

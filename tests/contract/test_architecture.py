@@ -1,6 +1,7 @@
-"""Promises of the house that import contracts cannot keep: no torch for reading, documentation, short functions.
+"""Rules that import contracts cannot check: no torch for reading, documentation, short functions.
 
-Floors, faces, circles and owners of dependencies are contracts of import-linter in `pyproject.toml`.
+Layers, public interfaces, circular imports and owners of dependencies are contracts of import-linter in
+`pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
         "from featpipe.cli import run; from featpipe.experiments import read_recipe; read_recipe('smoke')",
     ],
 )
-def test_what_only_reads_imports_no_torch(statement):
+def test_reading_imports_no_torch(statement):
     code = f"{statement}\nimport sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
@@ -54,53 +55,54 @@ def test_help_imports_no_numpy():
     assert subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_all_is_true():
+def test_every_public_name_exists_and_is_documented():
     assert sorted(featpipe.__all__) == list(featpipe.__all__)
     for name in featpipe.__all__:
         assert getattr(featpipe, name).__doc__, name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_module_says_what_it_is_for_and_what_it_offers(path):
+def test_every_module_has_a_docstring_and_the_names_in_its_all(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "no docstring"
     if path.stem == "__main__":
         return
-    relative = path.relative_to(ROOT).with_suffix("")
-    name = ".".join(relative.parts).removesuffix(".__init__")
+    relative_path = path.relative_to(ROOT).with_suffix("")
+    name = ".".join(relative_path.parts).removesuffix(".__init__")
     module = importlib.import_module(name)
-    for name in getattr(module, "__all__", ()):  # the folders inside a room have no face
+    for name in getattr(module, "__all__", ()):
         assert hasattr(module, name), name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_functions_stay_short(path):
+def test_no_function_has_60_lines(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            documented = ast.get_docstring(node) is not None
-            first = node.body[1] if documented and len(node.body) > 1 else node.body[0]
-            assert node.end_lineno - first.lineno < 60, f"{node.name} is {node.end_lineno - first.lineno} lines long"
+            has_docstring = ast.get_docstring(node) is not None
+            first_statement = node.body[1] if has_docstring and len(node.body) > 1 else node.body[0]
+            n_lines = node.end_lineno - first_statement.lineno
+            assert n_lines < 60, f"{node.name} has {n_lines} lines"
 
 
-def every_command() -> dict[str, click.Command]:
+def get_commands() -> dict[str, click.Command]:
     context = click.Context(cli.cli)
     return {name: cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)}
 
 
 @pytest.mark.parametrize("name", cli.COMMAND_SUMMARIES)
 def test_every_command_is_in_the_readme_and_has_a_summary_and_an_example(name):
-    command = every_command()[name]
+    command = get_commands()[name]
     assert f"featpipe {name}" in (ROOT / "README.md").read_text()
-    shown = command.get_help(click.Context(command, info_name=name))
-    assert re.search(rf"^\s+Example:\n\s+featpipe {name}\b", shown, re.MULTILINE)
+    help_text = command.get_help(click.Context(command, info_name=name))
+    assert re.search(rf"^\s+Example:\n\s+featpipe {name}\b", help_text, re.MULTILINE)
     assert command.help.startswith(cli.COMMAND_SUMMARIES[name].removesuffix("."))
     assert name == "completion" or any("--json" in parameter.opts for parameter in command.params)
 
 
 @pytest.mark.parametrize("name", cli.COMMAND_SUMMARIES)
-def test_every_option_is_explained(name):
-    for parameter in every_command()[name].params:
+def test_every_option_has_a_help_text(name):
+    for parameter in get_commands()[name].params:
         if isinstance(parameter, click.Option) and not isinstance(parameter.type, click.Choice):
             assert parameter.help, parameter.name
 
@@ -123,9 +125,9 @@ def test_commands_with_nothing_to_compute_import_no_large_module(make_folder, tm
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stdout
 
     extract = ("extract", folder, "--out", "a.h5")
-    computed = run(*extract)
-    assert "'torch'" in computed
-    assert "timm" not in computed  # the packaged backbone is plain torch
+    output = run(*extract)
+    assert "'torch'" in output
+    assert "timm" not in output  # the packaged backbone is plain torch
     assert run(*extract) == "a.h5\n[]\n"
     (tmp_path / "labels.csv").write_text(
         "path,label\n" + "".join(f"{path.relative_to(folder)},x\n" for path in folder.rglob("*.*"))
@@ -140,4 +142,4 @@ def test_commands_with_nothing_to_compute_import_no_large_module(make_folder, tm
     for information in (("info", "a.h5"), ("info", "a.model"), ("backbones", "resnet*")):
         assert run(*information).endswith("\n[]\n"), information
     (tmp_path / "a.csv").unlink()
-    assert not {"torch", "torchvision", "timm"} & set(ast.literal_eval(run(*predict).splitlines()[-1]))  # by the head
+    assert not {"torch", "torchvision", "timm"} & set(ast.literal_eval(run(*predict).splitlines()[-1]))
