@@ -1,14 +1,14 @@
-"""Ten epochs of the last stage: on feature maps computed once, against the loop that people write and the bound.
+"""Ten epochs of the last stage on cached feature maps, against a typical training loop and the bound.
 
 The loop: ImageFolder, DataLoader with 2 workers, eager fp32, the frozen part under no_grad, AdamW; the same network,
-trainable part, transform and size of batch, norms frozen in both. All of its epochs cost the same, so two are timed.
-featpipe: `finetune` on JPEGs in folders, from before the boundary is looked for to the end of the last epoch, with
-making ready, the extraction of the maps and its validation. The bound is what the saved work allows: one pass of
-decoding and of the part below, each measured alone, and ten epochs of the part above on tensors in memory; the making
-ready of the network, some two seconds whatever the number of images, is not counted against it.
+trainable part, transform and batch size, norms frozen in both. All of its epochs cost the same, so two are timed.
+featpipe: `finetune` on JPEGs in folders, from the selection of the boundary to the end of the last epoch, including
+preparation, the extraction of the feature maps and validation. The bound is the least work: one pass of decoding and of
+the frozen part, each measured alone, and ten epochs of the rest on tensors in memory. The preparation of the network,
+some two seconds for any number of images, is not counted against the bound.
 
-A backbone as ``resnet18:bf16`` trains in that precision: loop and bound stay fp32, and so the share of the bound says
-nothing then.
+A backbone such as ``resnet18:bf16`` trains in that precision. Loop and bound stay in fp32, so the share of the bound
+has no meaning then.
 
     python tests/benchmarks/boundary.py [images] [rounds] [backbone[:precision] ...]
 """
@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from extraction import answer, photographs
+from extraction import run_script, write_photographs
 
-PEER = """
+LOOP_SCRIPT = """
 import json, sys, time, torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -60,7 +60,7 @@ for epoch in range(epochs):
         optimizer.step()
 print(json.dumps((time.perf_counter() - started) / epochs / len(dataset)))
 """
-OURS = """
+FEATPIPE_SCRIPT = """
 import copy, json, logging, math, shutil, sys, time, torch
 from dataclasses import replace
 from pathlib import Path
@@ -76,37 +76,38 @@ from featpipe.config import ExtractionConfig
 folder, out, name, epochs, precision = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 cache = featpipe.extract(folder, backbone=name, weights=None if "lite" in name else "none", cache=out, device="cpu")
 model = featpipe.train(cache, head="logistic")
-loaded, noted = model.backbone, []
-class Noting(logging.Handler):
+loaded, messages = model.backbone, []
+class TimedHandler(logging.Handler):
     def emit(self, record):
-        noted.append((time.perf_counter(), record.getMessage()))
-logging.getLogger("featpipe").addHandler(Noting())
+        messages.append((time.perf_counter(), record.getMessage()))
+logging.getLogger("featpipe").addHandler(TimedHandler())
 logging.getLogger("featpipe").setLevel(logging.INFO)
 settings = dict(unfreeze="last", epochs=epochs, batch=32, patience=0, cache_activations="yes", keep_worse=True)
 settings |= dict(learning_rate=1e-4, test=0.02, validation=0.02, device="cpu", precision=precision)
 featpipe.finetune(model, folder, cache=out, **settings)
-began = next(at for at, text in noted if text.startswith("trained:"))
-ended = next(at for at, text in noted if text.startswith(f"epoch {epochs}: "))
-seconds = ended - began
-said = next(text for at, text in noted if "kept" in text)
+start_time = next(time for time, text in messages if text.startswith("trained:"))
+end_time = next(time for time, text in messages if text.startswith(f"epoch {epochs}: "))
+seconds = end_time - start_time
+outcome = next(text for _, text in messages if "kept" in text)
 caches = [featpipe.FeatureCache(path) for path in Path(out).glob("boundary-*.h5")]
 disk, images = sum(cache.path.stat().st_size for cache in caches), sum(len(cache.ids) for cache in caches)
 ready = sum(cache.manifest["seconds"]["preparing"] for cache in caches)
 
 *others, last = find_stages(loaded.network, loaded.transform.size)
 network = copy.deepcopy(loaded.network).to(memory_format=torch.channels_last)
-found = partition_network(replace(loaded, network=network), [module for stage in others for module in stage.modules])
-below = replace(loaded, outputs=resolve_outputs(loaded.network, [found.output], loaded.transform))
-asked = ExtractionConfig(backbone=below, device="cpu", engine="torch", outputs=(found.output,))
-bench = _Benchmark(asked, resolve_device("cpu"), below, 20.0, lambda event: None)
+frozen_modules = [module for stage in others for module in stage.modules]
+partition = partition_network(replace(loaded, network=network), frozen_modules)
+below = replace(loaded, outputs=resolve_outputs(loaded.network, [partition.output], loaded.transform))
+config = ExtractionConfig(backbone=below, device="cpu", engine="torch", outputs=(partition.output,))
+bench = _Benchmark(config, resolve_device("cpu"), below, 20.0, lambda event: None)
 pictures, decoding = bench.measure_decoding([path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))[:128]])
 forward = bench._measure_forward(Engine(below, bench.device, kind="torch", images=10**6), pictures)
 once = 1 / _combined_rate("cpu", math.inf, decoding, forward)
 for key, parameter in network.named_parameters():
     parameter.requires_grad_(key in last)
-upper = torch.nn.Sequential(found.upper, torch.nn.Linear(loaded.width, 4))
+upper = torch.nn.Sequential(partition.upper, torch.nn.Linear(loaded.width, 4))
 optimizer = torch.optim.AdamW([p for p in upper.parameters() if p.requires_grad], lr=1e-4)
-maps = torch.rand(256, *below.shapes[found.output])
+maps = torch.rand(256, *below.shapes[partition.output])
 maps = maps.contiguous(memory_format=torch.channels_last)
 labels = torch.randint(0, 4, (256,))
 passes = []
@@ -120,31 +121,34 @@ for _ in range(4):
     passes.append((time.perf_counter() - started) / 256)
 each = sorted(passes)[1]
 print(json.dumps({"seconds": seconds / images, "once": once, "each": each, "bound": once + epochs * each,
-    "ready": ready / images, "disk": disk / images, "images": images, "said": said}))
+    "ready": ready / images, "disk": disk / images, "images": images, "outcome": outcome}))
 """
 EPOCHS = 10
-TIMED = 2  # of the loop's
+TIMED_EPOCHS = 2  # of the loop
 
 
-def compare(what: str, folder: Path, rounds: int) -> None:
-    backbone, _, precision = what.partition(":")
-    script: list[float] = []
-    found: list[dict[str, Any]] = []
+def compare(label: str, folder: Path, rounds: int) -> None:
+    backbone, _, precision = label.partition(":")
+    loop_seconds: list[float] = []
+    results: list[dict[str, Any]] = []
     for _ in range(rounds):
-        script.append(answer(PEER, folder, backbone, TIMED) * EPOCHS)
+        loop_seconds.append(run_script(LOOP_SCRIPT, folder, backbone, TIMED_EPOCHS) * EPOCHS)
         with tempfile.TemporaryDirectory() as out:
-            found.append(answer(OURS, folder, out, backbone, EPOCHS, precision or "fp32"))
-    seconds, once, each, bound = (
-        1000 * statistics.median(one[key] for one in found) for key in ("seconds", "once", "each", "bound")
+            results.append(run_script(FEATPIPE_SCRIPT, folder, out, backbone, EPOCHS, precision or "fp32"))
+    seconds, extraction_milliseconds, epoch_milliseconds, bound = (
+        1000 * statistics.median(result[key] for result in results) for key in ("seconds", "once", "each", "bound")
     )
-    ratio = statistics.median(s / one["seconds"] for s, one in zip(script, found, strict=True))
-    share = statistics.median(one["bound"] / (one["seconds"] - one["ready"]) for one in found)
-    ready = statistics.median(one["ready"] * one["images"] for one in found)
+    ratio = statistics.median(
+        loop_value / result["seconds"] for loop_value, result in zip(loop_seconds, results, strict=True)
+    )
+    share = statistics.median(result["bound"] / (result["seconds"] - result["ready"]) for result in results)
+    ready = statistics.median(result["ready"] * result["images"] for result in results)
     print(
-        f"{what}: the loop {1000 * statistics.median(script):.0f} ms an image, featpipe {seconds:.0f} ms: "
-        f"{ratio:.2f} times faster, {share:.0%} of the bound ({bound:.0f} ms: {once:.1f} once, {each:.2f} an epoch), "
+        f"{label}: the loop {1000 * statistics.median(loop_seconds):.0f} ms an image, featpipe {seconds:.0f} ms: "
+        f"{ratio:.2f} times faster, {share:.0%} of the bound "
+        f"({bound:.0f} ms: {extraction_milliseconds:.1f} once, {epoch_milliseconds:.2f} an epoch), "
         f"ready in {ready:.1f} s; "
-        f"{found[0]['disk'] / 1000:.1f} kB on disk an image; {found[0]['said']}",
+        f"{results[0]['disk'] / 1000:.1f} kB on disk an image; {results[0]['outcome']}",
         flush=True,
     )
 
@@ -154,9 +158,9 @@ def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "photographs"
-        photographs(folder, n)
-        for what in sys.argv[3:] or ["efficientnet_lite0", "resnet18"]:
-            compare(what, folder, rounds)
+        write_photographs(folder, n)
+        for label in sys.argv[3:] or ["efficientnet_lite0", "resnet18"]:
+            compare(label, folder, rounds)
 
 
 if __name__ == "__main__":

@@ -55,19 +55,21 @@ def resize_to_twelve(image: torch.Tensor) -> torch.Tensor:
     return nn.functional.interpolate(image[None].float(), (12, 12), mode="area")[0] / 255
 
 
-def write_photographs(folder: Path, each: dict[str, int]) -> None:
+def write_photographs(folder: Path, n_by_part: dict[str, int]) -> None:
     """Write random crops as JPEGs of 500 × 375."""
     rng = np.random.default_rng(0)
     for name in PHOTOGRAPHS:
         picture = Image.fromarray(_load_photograph(name)).convert("RGB")
-        for part, n in each.items():
+        for part, n in n_by_part.items():
             (folder / part / name).mkdir(parents=True)
             for i in range(n):
                 width = int(rng.integers(100, 250))
                 height = width * 3 // 4
-                x, y = (int(rng.integers(0, side - of)) for side, of in zip(picture.size, (width, height), strict=True))
-                cut = picture.crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
-                cut.save(folder / part / name / f"{i:05}.jpg", quality=90)
+                x, y = (
+                    int(rng.integers(0, side - size)) for side, size in zip(picture.size, (width, height), strict=True)
+                )
+                crop = picture.crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
+                crop.save(folder / part / name / f"{i:05}.jpg", quality=90)
 
 
 def measure_times(folder: Path) -> None:
@@ -80,12 +82,12 @@ def measure_times(folder: Path) -> None:
     evaluation = evaluate(model, caches["test"], trained_on=caches["train"])
     seconds = {"scores with intervals": perf_counter() - started}
     for name in ("neighbourhood", "learning_curve", "findings"):
-        before = perf_counter()
+        step_started = perf_counter()
         getattr(evaluation, name)
-        seconds[name.replace("_", " ")] = perf_counter() - before
-    before = perf_counter()
+        seconds[name.replace("_", " ")] = perf_counter() - step_started
+    step_started = perf_counter()
     report = write_report(folder / "page.html", evaluation)
-    seconds["page"] = perf_counter() - before
+    seconds["page"] = perf_counter() - step_started
     for name, duration in seconds.items():
         print(f"{name:<24}{duration:6.1f} s")
     megabytes = report.stat().st_size / 1e6

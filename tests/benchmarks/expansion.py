@@ -1,11 +1,11 @@
-"""More classes for a trained model: what each method forgets, on real images.
+"""Class-incremental learning on real images: how much each method forgets.
 
     python tests/benchmarks/expansion.py [tiles | CACHE SIZES] [HEAD]...
 
-"tiles" are the demonstration's, 10 photographs and then 7: trained on left halves, judged on right halves. Or a CACHE
-of labels that came with a split, and how many classes come in each step, as 3,3,3. Each method goes through all steps
-by itself; ``joint`` sees all old images again, the others what the model keeps: statistics, importances and 20
-embeddings of each class. Classes come in three orders; the table gives means over these after the last step.
+"tiles" are those of the demo, 10 photographs and then 7: trained on left halves, tested on right halves. Or give a
+CACHE with labels and a split, and the number of classes of each step, such as 3,3,3. Each method goes through all steps
+by itself; ``joint`` uses all old images again, the others use the data that the model retains: statistics, importances
+and 20 embeddings of each class. The table gives means over three orders of the classes after the last step.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ORDERS = 3
 KEEP = "statistics,importances,rows=20"
 
 
-def part(cache: FeatureCache, names: Sequence[str], path: Path) -> FeatureCache:
-    """A cache of some classes of another."""
+def select_classes(cache: FeatureCache, names: Sequence[str], path: Path) -> FeatureCache:
+    """Write a cache with some classes of another one."""
     rows = np.flatnonzero(np.isin(cache.label_table.values, [cache.classes.index(name) for name in names]) & cache.ok)
     table, features = cache.table(), np.asarray(cache.features())
-    own = type(table)(
+    selected_table = type(table)(
         ids=StringColumn.from_strings(cache.ids[int(row)] for row in rows),
         status=table.status[rows],
         digests=table.digests[rows],
@@ -45,50 +45,59 @@ def part(cache: FeatureCache, names: Sequence[str], path: Path) -> FeatureCache:
         labels=Labels.from_class_names(cache.label_table.take(rows).y.tolist()),
     )
     manifest = {"facts": cache.facts, "backbone": cache.manifest["backbone"]}
-    write_cache(path, own, manifest, cache.shapes, "float32", lambda _, start, stop: features[rows[start:stop]])
+    write_cache(
+        path, selected_table, manifest, cache.shapes, "float32", lambda _, start, stop: features[rows[start:stop]]
+    )
     return FeatureCache(path)
 
 
-def steps(cache: FeatureCache, sizes: Sequence[int], order: int, folder: Path) -> list[FeatureCache]:
+def make_steps(cache: FeatureCache, sizes: Sequence[int], order: int, folder: Path) -> list[FeatureCache]:
     names = list(cache.classes)
     if order:
         np.random.default_rng(order).shuffle(names)
     cuts = np.cumsum([0, *sizes])
-    return [part(cache, names[start:stop], folder / f"{order}-{start}.h5") for start, stop in pairwise(cuts)]
+    return [select_classes(cache, names[start:stop], folder / f"{order}-{start}.h5") for start, stop in pairwise(cuts)]
 
 
-def run(head: str, parts: Sequence[FeatureCache], method: str) -> tuple[MethodOutcome, float] | None:
-    """The last step's outcome, and the seconds of all steps."""
-    model, seconds, outcome = train(parts[0], head, keep=KEEP), 0.0, None
-    for number, new in enumerate(parts[1:], 1):
-        old = parts[:number]
+def run_method(head: str, step_caches: Sequence[FeatureCache], method: str) -> tuple[MethodOutcome, float] | None:
+    """Run all steps of a method; the outcome of the last step, and the seconds of all."""
+    model, seconds, outcome = train(step_caches[0], head, keep=KEEP), 0.0, None
+    for number, new_cache in enumerate(step_caches[1:], 1):
+        old_caches = step_caches[:number]
         started = perf_counter()
         try:
-            found = expand(model, [*old, new] if method == "joint" else new, method=method, test=old)
-        except ConfigError:  # not for this head
+            expansion = expand(
+                model, [*old_caches, new_cache] if method == "joint" else new_cache, method=method, test=old_caches
+            )
+        except ConfigError:  # the head does not support the method
             return None
         seconds += perf_counter() - started
-        model, outcome = found.model, found.outcomes[0]
+        model, outcome = expansion.model, expansion.outcomes[0]
     assert outcome is not None
     return outcome, seconds
 
 
-def figures(head: str, orders: Sequence[Sequence[FeatureCache]]) -> Iterator[str]:
-    best: list[float] = []
+def iter_table_rows(head: str, orders: Sequence[Sequence[FeatureCache]]) -> Iterator[str]:
+    joint_accuracies: list[float] = []
     for method in METHODS:
-        found = [run(head, parts, method) for parts in orders]
-        if None in found:
+        runs = [run_method(head, step_caches, method) for step_caches in orders]
+        if None in runs:
             continue
-        outcomes = [pair[0] for pair in found if pair]
+        outcomes = [pair[0] for pair in runs if pair]
         accuracies = [outcome.all.value for outcome in outcomes if outcome.all]
-        best = best or accuracies
-        old, new, forgotten = (
+        joint_accuracies = joint_accuracies or accuracies
+        old, new, forgetting = (
             np.mean([getattr(outcome, name).value for outcome in outcomes]) for name in ("old", "new", "forgetting")
         )
-        apart = [100 * (there - here) for here, there in zip(accuracies, best, strict=True)]
-        each, keeps = " ".join(f"{points:.1f}" for points in apart), np.mean([outcome.bytes for outcome in outcomes])
-        shown = f"{old:.3f} | {new:.3f} | {np.mean(accuracies):.3f} | {np.mean(apart):.1f} ({each}) | {forgotten:.3f}"
-        yield f"| {head} | {method} | {shown} | {keeps / 1e6:.1f} MB |"
+        differences = [
+            100 * (joint_accuracy - accuracy)
+            for accuracy, joint_accuracy in zip(accuracies, joint_accuracies, strict=True)
+        ]
+        differences_text = " ".join(f"{points:.1f}" for points in differences)
+        cells = [f"{value:.3f}" for value in (old, new, np.mean(accuracies))]
+        cells += [f"{np.mean(differences):.1f} ({differences_text})", f"{forgetting:.3f}"]
+        megabytes = np.mean([outcome.bytes for outcome in outcomes]) / 1e6
+        yield f"| {head} | {method} | {' | '.join(cells)} | {megabytes:.1f} MB |"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -101,11 +110,11 @@ def main(arguments: Sequence[str]) -> None:
         else:
             cache, sizes = FeatureCache(arguments[0]), [int(size) for size in arguments[1].split(",")]
             heads = arguments[2:]
-        orders = [steps(cache, sizes, order, folder) for order in range(ORDERS)]
+        orders = [make_steps(cache, sizes, order, folder) for order in range(ORDERS)]
         print("| head | method | old | new | all | points below joint (each order) | forgetting | keeps |")
         print("|---|---|---|---|---|---|---|---|")
         for head in heads or ["logistic", "lda"]:
-            for line in figures(head, orders):
+            for line in iter_table_rows(head, orders):
                 print(line, flush=True)
 
 

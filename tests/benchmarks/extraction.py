@@ -1,9 +1,10 @@
-"""From 500 × 375 JPEGs to features on disk: featpipe against the script that people write, and against the bound.
+"""From 500 × 375 JPEGs to features on disk: featpipe against a typical script, and against the bound.
 
 The script: ImageFolder, DataLoader with 2 workers, eager fp32 under no_grad, a list, np.save; the same network, weights
-and transform. featpipe: from a .tar to a published cache, each engine and precision in a process of its own. Neither
-counts the start of its process or the making ready of the network. The bound is what decoding alone and forward passes
-alone allow together, measured in the same process right after. Least cosines are to the script's features.
+and transform. featpipe: from a .tar to a published cache, each engine and precision in its own process. Process start
+and preparation of the network are not counted. The bound is the throughput that decoding alone and forward passes alone
+allow together, measured in the same process directly afterwards. Cosines are the minimum over the images, to the
+features of the script.
 
     python tests/benchmarks/extraction.py [images] [rounds] [backbone ...]
 """
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-PEER = """
+SCRIPT = """
 import sys, time, numpy as np, torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -43,7 +44,7 @@ with torch.no_grad():
 np.save(sys.argv[2] + "/features.npy", np.concatenate(features))
 print(len(dataset) / (time.perf_counter() - started))
 """
-OURS = """
+FEATPIPE_SCRIPT = """
 import json, sys, numpy as np
 from featpipe import extract
 from featpipe.inference import resolve_device
@@ -53,30 +54,30 @@ from featpipe.runtime import ignore_progress
 from featpipe.config import ExtractionConfig
 tar, out, name, engine, precision, peer = sys.argv[1:]
 weights = None if "lite" in name else "none"
-asked = dict(backbone=name, weights=weights, engine=engine, precision=precision, device="cpu")
-cache = extract(tar, out=out + "/f.h5", **asked)
+settings = dict(backbone=name, weights=weights, engine=engine, precision=precision, device="cpu")
+cache = extract(tar, out=out + "/f.h5", **settings)
 expected = np.load(peer)
-found = cache.features()[: len(expected)].astype(np.float64)
-cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
-asked = ExtractionConfig(**asked)
-bench = _Benchmark(asked, resolve_device("cpu"), load_backbone(asked), 27.0)
+features = cache.features()[: len(expected)].astype(np.float64)
+cosine = (features * expected).sum(1) / np.linalg.norm(features, axis=1) / np.linalg.norm(expected, axis=1)
+config = ExtractionConfig(**settings)
+bench = _Benchmark(config, resolve_device("cpu"), load_backbone(config), 27.0)
 import tarfile
 with tarfile.open(tar) as archive:
     images = [archive.extractfile(member).read() for member in archive.getmembers()[:128]]
 pictures, decoding = bench.measure_decoding(images)
 from featpipe.inference import Engine
-made = Engine(bench.backbone, bench.device, precision, kind=engine, images=10**6)
-forward = bench._measure_forward(made, pictures)
+inference_engine = Engine(bench.backbone, bench.device, precision, kind=engine, images=10**6)
+forward = bench._measure_forward(inference_engine, pictures)
 print(json.dumps({"engine": cache.manifest["engine"], "rate": cache.manifest["images_per_second"], "decoding": decoding,
     "forward": forward, "bound": _combined_rate("cpu", float("inf"), decoding, forward), "cosine": float(cosine.min()),
     "preparing": cache.manifest["seconds"]["preparing"], "seconds": cache.manifest["seconds"]}))
 """
-WAYS = [("torch", "fp32"), ("openvino", "fp32"), ("torch", "bf16"), ("openvino", "bf16")]
-REPEATS = 4  # of the images in the .tar, each time as other files: featpipe is too quick for as many as the script
+VARIANTS = [("torch", "fp32"), ("openvino", "fp32"), ("torch", "bf16"), ("openvino", "bf16")]
+REPEATS = 4  # of the images in the .tar, as different files, because featpipe is faster than the script
 
 
-def photographs(folder: Path, n: int) -> None:
-    """JPEGs of about 65 kB, cut from smooth noise with grain."""
+def write_photographs(folder: Path, n: int) -> None:
+    """Write JPEGs of about 65 kB: smooth noise with grain."""
     rng = np.random.default_rng(0)
     for i in range(n):
         (folder / f"class{i * 4 // n}").mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def photographs(folder: Path, n: int) -> None:
         picture.save(folder / f"class{i * 4 // n}" / f"{i:05}.jpg", quality=85)
 
 
-def pack(folder: Path, path: Path) -> None:
+def pack_tar(folder: Path, path: Path) -> None:
     files = sorted(folder.rglob("*.jpg"))
     with tarfile.open(path, "w") as tar:
         for repeat in range(REPEATS):
@@ -97,31 +98,37 @@ def pack(folder: Path, path: Path) -> None:
                 tar.addfile(member, BytesIO(data))
 
 
-def answer(code: str, *arguments: object) -> Any:
+def run_script(code: str, *arguments: object) -> Any:
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def compare(backbone: str, folder: Path, tar: Path, rounds: int) -> None:
-    script: list[float] = []
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {way: [] for way in WAYS}
+    script_rates: list[float] = []
+    results_by_variant: dict[tuple[str, str], list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as out:
-            script.append(answer(PEER, folder, out, backbone))
-            for way in WAYS:
-                with tempfile.TemporaryDirectory() as ours:
-                    found[way].append(answer(OURS, tar, ours, backbone, *way, f"{out}/features.npy"))
-    print(f"{backbone}\n{'the script':<28}{statistics.median(script):7.1f} images/s")
-    for (_, precision), results in found.items():
-        ratio = statistics.median(r["rate"] / s for r, s in zip(results, script, strict=True))
-        share = statistics.median(r["rate"] / r["bound"] for r in results)
-        middle = {
-            name: statistics.median(r[name] for r in results) for name in ("rate", "decoding", "forward", "preparing")
+            script_rates.append(run_script(SCRIPT, folder, out, backbone))
+            for variant in VARIANTS:
+                with tempfile.TemporaryDirectory() as featpipe_out:
+                    results_by_variant[variant].append(
+                        run_script(FEATPIPE_SCRIPT, tar, featpipe_out, backbone, *variant, f"{out}/features.npy")
+                    )
+    print(f"{backbone}\n{'the script':<28}{statistics.median(script_rates):7.1f} images/s")
+    for (_, precision), results in results_by_variant.items():
+        ratio = statistics.median(
+            result["rate"] / script_rate for result, script_rate in zip(results, script_rates, strict=True)
+        )
+        share = statistics.median(result["rate"] / result["bound"] for result in results)
+        medians = {
+            name: statistics.median(result[name] for result in results)
+            for name in ("rate", "decoding", "forward", "preparing")
         }
         print(
-            f"{results[0]['engine'] + ', ' + precision:<28}{middle['rate']:7.1f} images/s {ratio:6.2f} × the script "
-            f"{share:6.0%} of the bound (decoding {middle['decoding']:.0f}/s, forward {middle['forward']:.0f}/s); "
-            f"1 - least cosine {1 - min(r['cosine'] for r in results):.1e}; ready in {middle['preparing']:.1f} s",
+            f"{results[0]['engine'] + ', ' + precision:<28}{medians['rate']:7.1f} images/s {ratio:6.2f} × the script "
+            f"{share:6.0%} of the bound (decoding {medians['decoding']:.0f}/s, forward {medians['forward']:.0f}/s); "
+            f"1 - minimum cosine {1 - min(result['cosine'] for result in results):.1e}; "
+            f"ready in {medians['preparing']:.1f} s",
             flush=True,
         )
 
@@ -131,8 +138,8 @@ def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     with tempfile.TemporaryDirectory() as name:
         folder, tar = Path(name) / "photographs", Path(name) / "photographs.tar"
-        photographs(folder, n)
-        pack(folder, tar)
+        write_photographs(folder, n)
+        pack_tar(folder, tar)
         for backbone in sys.argv[3:] or ["efficientnet_lite0", "resnet50"]:
             compare(backbone, folder, tar, rounds)
 

@@ -1,8 +1,8 @@
-"""On a GPU: an extraction, what the GPU does alone in the same precision, and what the cores do alone, in the same run.
+"""Extraction on a GPU, against the GPU alone in the same precision and the CPU cores alone, in the same run.
 
-Decoding is what is left to the cores, who hand pictures over unresized; forward is copying, resizing and the network.
-Then the seconds of the extraction: reading and decoding of all workers together, embedding of the thread that waits for
-the GPU. Skips without a CUDA device.
+The cores only decode, and pass on images that are not resized; "forward" is copying, resizing and the network. The
+seconds of the extraction are those of reading and decoding in all workers together, and of embedding in the thread that
+waits for the GPU. Skipped without a CUDA device.
 
     python tests/benchmarks/gpu.py [seconds for each]
 """
@@ -26,15 +26,21 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name, weights in BACKBONES.items():
         for precision in ("fp32", "bf16", "fp16"):
-            found = run_benchmark(device="cuda:0", backbone=name, weights=weights, precision=precision, seconds=seconds)
-            taken = found.forward[0]
+            benchmark = run_benchmark(
+                device="cuda:0", backbone=name, weights=weights, precision=precision, seconds=seconds
+            )
+            forward = benchmark.forward[0]
             print(
-                f"{name:<20}{precision:<6}batch {taken.batch:>4}  forward {taken.images_per_second:8.0f}/s  "
-                f"decoding {found.decoding:8.0f}/s  extraction {found.extraction:8.0f}/s  "
-                f"{found.extraction / found.bound:5.0%} of the bound  ({found.bottleneck})",
+                f"{name:<20}{precision:<6}batch {forward.batch:>4}  forward {forward.images_per_second:8.0f}/s  "
+                f"decoding {benchmark.decoding:8.0f}/s  extraction {benchmark.extraction:8.0f}/s  "
+                f"{benchmark.extraction / benchmark.bound:5.0%} of the bound  ({benchmark.bottleneck})",
                 flush=True,
             )
-            print("  seconds: " + ", ".join(f"{step} {spent:.2f}" for step, spent in found.seconds.items()), flush=True)
+            print(
+                "  seconds: "
+                + ", ".join(f"{step} {step_seconds:.2f}" for step, step_seconds in benchmark.seconds.items()),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long `featpipe --help` takes, against an empty click program, in turns.
+"""The time of `featpipe --help`, against an empty click program, in turns.
 
 python tests/benchmarks/help_time.py
 """
@@ -19,7 +19,7 @@ COMMANDS = {
 }
 
 
-def seconds(command: list[str]) -> float:
+def time_command(command: list[str]) -> float:
     started = perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return perf_counter() - started
@@ -29,10 +29,10 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(ROUNDS):
         for name, command in COMMANDS.items():
-            times[name].append(seconds(command))
-    empty = times["empty click program"]
+            times[name].append(time_command(command))
+    empty_times = times["empty click program"]
     for name, values in times.items():
-        ratio = statistics.median(value / base for value, base in zip(values, empty, strict=True))
+        ratio = statistics.median(value / base for value, base in zip(values, empty_times, strict=True))
         print(f"{name:<22}{statistics.median(values) * 1000:7.0f} ms  {ratio:5.2f} ×")
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/kills.py [N] [FOLDER]
 
-N kills of the command at random moments, a fault at every call that changes a file, every folder that a power cut may
-leave, and N flipped bits; each followed by the same work again, whose cache is compared byte for byte. FOLDER is on the
-disk to try; a temporary one if not given. Linux, with a C compiler.
+N kills of the command at random moments, a fault at every call that changes a file, every state that a power cut can
+leave, and N flipped bits. After each, the same work is repeated and its cache is compared byte for byte. FOLDER is on
+the disk to test; by default a temporary folder. Needs Linux and a C compiler.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ FAULTS = {
     "full": "disk full from each call on",
     "broken": "each call fails once",
 }
-ALL = 10**9
+UNLIMITED = 10**9
 
 
-def campaigns(kills: int) -> list[tuple[str, list[dict[str, Any]]]]:
-    at_calls = [
+def list_campaigns(kills: int) -> list[tuple[str, list[dict[str, Any]]]]:
+    faults_at_calls = [
         (title, [{"campaign": "at every call", "mode": mode, "scenario": name} for name in SCENARIOS])
         for mode, title in FAULTS.items()
     ]
-    cuts = [{"campaign": "power cuts", "at_most": ALL, "scenario": name} for name in SCENARIOS[:5]]
+    power_cuts = [{"campaign": "power cuts", "at_most": UNLIMITED, "scenario": name} for name in SCENARIOS[:5]]
     flips = [{"campaign": "flipped cache", "at_most": kills // 2, "scenario": SCENARIOS[i]} for i in (0, 3)]
     return [
         ("killed at random moments", [{"campaign": "random kills", "kills": kills, "scenario": "the command"}]),
-        *at_calls,
-        ("power cut between calls", cuts),
+        *faults_at_calls,
+        ("power cut between calls", power_cuts),
         ("two processes, killed or not", [{"campaign": "races", "trials": kills // 5, "scenario": "the command"}]),
         ("bit flipped in parts", [{"campaign": "flipped parts", "at_most": kills // 2, "scenario": SCENARIOS[1]}]),
         ("bit flipped in a cache", flips),
@@ -55,22 +55,22 @@ def campaigns(kills: int) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def main(kills: int = 1000, folder: str | None = None) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        library = compile_library(Path(place))
+    with tempfile.TemporaryDirectory(dir=folder) as folder_name:
+        library = compile_library(Path(folder_name))
         if library is None:
             sys.exit("needs Linux and a C compiler")
-        harness = Harness(library, Path(place) / "trials")
+        harness = Harness(library, Path(folder_name) / "trials")
         print("| what happens | trials | wrong | seconds | found |\n|---|---|---|---|---|")
-        for title, runs in campaigns(kills):
+        for title, runs in list_campaigns(kills):
             started = time.perf_counter()
-            outcomes = [harness.run(**given) for given in runs]
+            outcomes = [harness.run(**settings) for settings in runs]
             counts = sum((Counter(outcome["counts"]) for outcome in outcomes), Counter())
-            wrong = [text for outcome in outcomes for text in outcome["wrong"]]
+            wrong_outcomes = [text for outcome in outcomes for text in outcome["wrong"]]
             trials = sum(outcome["trials"] for outcome in outcomes)
-            print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
-            found = ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+            print(*wrong_outcomes, sep="\n", end="\n" * bool(wrong_outcomes), file=sys.stderr)
+            outcome_counts = ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
             seconds = time.perf_counter() - started
-            print(f"| {title} | {trials:,} | {len(wrong)} | {seconds:.0f} | {found} |", flush=True)
+            print(f"| {title} | {trials:,} | {len(wrong_outcomes)} | {seconds:.0f} | {outcome_counts} |", flush=True)
         harness.close()
 
 

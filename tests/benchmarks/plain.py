@@ -1,8 +1,8 @@
-"""The plain way beside the clever one: CPU milliseconds an image of decoding, resizing and forward passes.
+"""Plain and optimized implementations: CPU milliseconds an image of decoding, resizing and forward passes.
 
-Process CPU time on one thread (OpenVINO: on its own threads), all variants in turns, medians over the rounds. The
-last columns say what each trick buys end to end: of decode + resize + forward with the trick, the share that would be
-added without it.
+Process CPU time on one thread (OpenVINO: on its own threads), all variants in turns, medians over the rounds. The last
+columns give what each optimization saves end to end: the time that would be added without it, as a share of decode +
+resize + forward with it.
 
     python -m tests.benchmarks.plain [rounds] [network ...]
 """
@@ -28,7 +28,7 @@ from featpipe.data import decode_image, jpeg
 from featpipe.inference import candidate_precisions, compute_min_cosine, optimize
 from featpipe.inference.devices import keep_freed_memory
 from featpipe.inference.runner import EagerRunner
-from tests.benchmarks.decoding import jpegs, pillow_resizes, tensor
+from tests.benchmarks.decoding import make_jpegs, resize_with_pillow, to_tensor
 
 NETWORKS = ("efficientnet_lite0", "resnet18", "resnet50")
 PRECISIONS = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 8)}  # dtype, and images in a batch
@@ -41,22 +41,22 @@ def measure(steps: Mapping[str, Callable[[], object]], rounds: int, images: int)
         for name, step in steps.items():
             started = process_time()
             step()
-            if round_number:  # the first one warms up
+            if round_number:  # the first round warms up
                 milliseconds[name].append(1000 * (process_time() - started) / images)
     return {name: statistics.median(values) for name, values in milliseconds.items()}
 
 
 def measure_pixels(rounds: int) -> dict[str, float]:
     """Decoding and resizing 500 × 375 JPEGs for Lite0's transform (bicubic to 256, the middle 224 × 224)."""
-    files = jpegs(500, 375, 24)
+    files = make_jpegs(500, 375, 24)
     pictures = [decode_image(data) for data in files]
     transform = backbones.load("efficientnet_lite0").transform
     return measure(
         {
             "decode: Pillow": lambda: [decode_image(data) for data in files],
             "decode: torchvision's operator": lambda: [jpeg.decode_with_torchvision(data) for data in files],
-            "resize: Pillow": lambda: [pillow_resizes(picture) for picture in pictures],
-            "resize: embedding bag": lambda: [transform.prepare(tensor(picture)) for picture in pictures],
+            "resize: Pillow": lambda: [resize_with_pillow(picture) for picture in pictures],
+            "resize: embedding bag": lambda: [transform.prepare(to_tensor(picture)) for picture in pictures],
         },
         3 * rounds,
         len(files),
@@ -119,7 +119,7 @@ def main() -> None:
             if precision not in ("fp32", *candidate_precisions(torch.device("cpu"))):
                 print(f"\n{name} {precision}: skipped, this CPU computes faster in fp32")
                 continue
-            print(f"\n{name} {precision:<22}{'forward':>12}{'decode buys':>13}{'resize buys':>13}")
+            print(f"\n{name} {precision:<22}{'forward':>12}{'decode saves':>13}{'resize saves':>13}")
             for label, forward in measure_forward(name, precision, rounds).items():
                 total = decode + resize + forward
                 print(f"{label:<40}{forward:8.2f} ms{decode_gain / total:12.1%}{resize_gain / total:13.1%}")

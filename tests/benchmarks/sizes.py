@@ -1,9 +1,9 @@
-"""What a cache of very many samples costs: seconds to open, memory in use, and how fast a cache is written.
+"""A cache of very many samples: seconds and memory of queries, and the speed of writing.
 
     python tests/benchmarks/sizes.py [samples] [rows to write]
 
-Each question is answered in a process of its own. Resident memory is what the process itself holds (anonymous pages);
-what it maps of the file is stated apart, because the system takes it back when it needs room.
+Each query runs in its own process. Own memory is anonymous pages; mapped pages of the file are listed separately,
+because the system can reclaim them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FACTS = {
     "storage": "float32",
     "extraction": 1,
 }
-QUESTIONS = {
+QUERIES = {
     "open": "",
     "ids: one of them": "cache.ids[len(cache) // 2]",
     "ids: all of them, one after the other": "sum(map(len, cache.ids))",
@@ -36,15 +36,15 @@ QUESTIONS = {
     "usable": "cache.usable",
     "split == train": "np.flatnonzero(cache.split == 1)",
     "label codes": "cache.label_table.values.sum()",
-    "labels (an object array)": "kept = cache.labels",
-    "status (an array of texts)": "kept = cache.status",
+    "labels (an object array)": "values = cache.labels",
+    "status (an array of texts)": "values = cache.status",
     "ids, status, labels, bad_rows(), usable": (
-        "kept = cache.status, cache.labels, cache.bad_rows(), cache.usable, sum(map(len, cache.ids))"
+        "values = cache.status, cache.labels, cache.bad_rows(), cache.usable, sum(map(len, cache.ids))"
     ),
     "damaged_columns()": "cache.damaged_columns()",
     "a batch of 256": "next(cache.batches(256, seed=0))",
 }
-ASK = """
+QUERY_SCRIPT = """
 import resource, sys, time
 import numpy as np
 import h5py
@@ -62,17 +62,17 @@ print(opened, time.perf_counter() - started - opened, *(resident(kind) - before[
 """
 
 
-def table(n: int) -> SampleTable:
+def make_table(n: int) -> SampleTable:
     rng = np.random.default_rng(0)
     length = np.full(n, 30)
     offsets = np.zeros(n + 1, np.int64)
     np.cumsum(length, out=offsets[1:])
     ids = np.empty((n, 30), np.uint8)
     ids[:] = np.frombuffer(b"photos/class_000/00000000000.jpg"[2:], np.uint8)
-    number = np.arange(n)
+    remaining_number = np.arange(n)
     for place in range(25, 14, -1):
-        ids[:, place] = 48 + number % 10
-        number //= 10
+        ids[:, place] = 48 + remaining_number % 10
+        remaining_number //= 10
     codes = rng.integers(-1, 1000, n).astype(np.int32)
     return SampleTable(
         ids=StringColumn(ids.reshape(-1), offsets),
@@ -84,7 +84,7 @@ def table(n: int) -> SampleTable:
     )
 
 
-def features_of(rows: SampleTable, width: int) -> np.ndarray:
+def make_features(rows: SampleTable, width: int) -> np.ndarray:
     features = np.empty((len(rows.ids), width), np.float32)
     features[:] = np.random.default_rng(0).normal(size=width)
     features += np.arange(len(features), dtype=np.float32)[:, None]
@@ -92,39 +92,45 @@ def features_of(rows: SampleTable, width: int) -> np.ndarray:
     return features
 
 
-def write(path: Path, rows: SampleTable, features: np.ndarray) -> float:
+def time_writing(path: Path, rows: SampleTable, features: np.ndarray) -> float:
     shapes = {"pooled": features.shape[1:]}
     started = perf_counter()
     write_cache(path, rows, {"facts": FACTS}, shapes, "float32", lambda _, start, stop: features[start:stop])
     return perf_counter() - started
 
 
-def ask(path: Path, n: int) -> None:
-    print("| asked for | seconds | own memory, bytes a sample | mapped, bytes a sample |\n|---|---|---|---|")
-    for what, code in QUESTIONS.items():
-        done = subprocess.run([sys.executable, "-c", ASK % code, str(path)], capture_output=True, text=True, check=True)
-        opened, seconds, own, mapped = map(float, done.stdout.split())
-        print(f"| {what} | {seconds if code else opened:.3f} | {own / n:.1f} | {mapped / n:.1f} |")
+def measure_queries(path: Path, n: int) -> None:
+    print("| query | seconds | own memory, bytes a sample | mapped, bytes a sample |\n|---|---|---|---|")
+    for label, code in QUERIES.items():
+        process = subprocess.run(
+            [sys.executable, "-c", QUERY_SCRIPT % code, str(path)], capture_output=True, text=True, check=True
+        )
+        opened, seconds, own_bytes, mapped_bytes = map(float, process.stdout.split())
+        print(f"| {label} | {seconds if code else opened:.3f} | {own_bytes / n:.1f} | {mapped_bytes / n:.1f} |")
 
 
-def speed(folder: Path, n: int) -> None:
-    """Writing, how much of it goes into the checks of rows, and numpy's own file of the same numbers, in turns."""
-    rows, width, rounds = table(n), 1280, 7
-    seconds: dict[str, list[float]] = {"numpy.save and fsync": [], "write_cache": [], "of it, the checks of rows": []}
-    check, spent = writer.compute_row_checksums, [0.0]
+def measure_writing(folder: Path, n: int) -> None:
+    """Writing a cache, its share for the checksums of rows, and numpy.save of the same numbers, in turns."""
+    rows, width, rounds = make_table(n), 1280, 7
+    seconds: dict[str, list[float]] = {
+        "numpy.save and fsync": [],
+        "write_cache": [],
+        "of it, the checksums of rows": [],
+    }
+    compute_checksums, checksum_seconds = writer.compute_row_checksums, [0.0]
 
-    def timed(*given: np.ndarray) -> np.ndarray:
+    def compute_and_time(*columns: np.ndarray) -> np.ndarray:
         started = perf_counter()
-        checks = check(*given)
-        spent[0] += perf_counter() - started
-        return checks
+        checksums = compute_checksums(*columns)
+        checksum_seconds[0] += perf_counter() - started
+        return checksums
 
-    writer.compute_row_checksums = timed
-    features = features_of(rows, width)
+    writer.compute_row_checksums = compute_and_time
+    features = make_features(rows, width)
     for _ in range(rounds):
-        spent[0] = 0.0
-        seconds["write_cache"].append(write(folder / "a.h5", rows, features))
-        seconds["of it, the checks of rows"].append(spent[0])
+        checksum_seconds[0] = 0.0
+        seconds["write_cache"].append(time_writing(folder / "a.h5", rows, features))
+        seconds["of it, the checksums of rows"].append(checksum_seconds[0])
         started = perf_counter()
         with open(folder / "a.npy", "wb") as file:
             np.save(file, features)
@@ -132,9 +138,9 @@ def speed(folder: Path, n: int) -> None:
             os.fsync(file.fileno())
         seconds["numpy.save and fsync"].append(perf_counter() - started)
     print("| written | seconds | MB/s |\n|---|---|---|")
-    for what, found in seconds.items():
-        median = statistics.median(found)
-        print(f"| {what} | {median:.2f} | {n * width * 4 / median / 1e6:,.0f} |")
+    for label, values in seconds.items():
+        median = statistics.median(values)
+        print(f"| {label} | {median:.2f} | {n * width * 4 / median / 1e6:,.0f} |")
 
 
 def main() -> None:
@@ -142,14 +148,14 @@ def main() -> None:
     rows = int(sys.argv[2]) if len(sys.argv) > 2 else 100_000
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "many.h5"
-        many = table(samples)
-        seconds = write(path, many, features_of(many, 2))
-        del many
+        large_table = make_table(samples)
+        seconds = time_writing(path, large_table, make_features(large_table, 2))
+        del large_table
         print(f"{samples:,} samples: written in {seconds:.0f} s, {path.stat().st_size / samples:.0f} bytes each\n")
-        ask(path, samples)
+        measure_queries(path, samples)
         path.unlink()
         print(f"\n{rows:,} rows of 1280 float32:\n")
-        speed(Path(name), rows)
+        measure_writing(Path(name), rows)
 
 
 if __name__ == "__main__":

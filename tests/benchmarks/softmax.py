@@ -1,11 +1,10 @@
-"""Logistic regression on features against scikit-learn's lbfgs on the same float32 numbers, in turns.
+"""Logistic regression on features, against scikit-learn's lbfgs on the same float32 numbers, in turns.
 
     python tests/benchmarks/softmax.py [CASE]... [--seconds CAP]
     python tests/benchmarks/softmax.py path
 
-Every point that a search comes to is kept with its time; how far each is from the minimum is worked out afterwards in
-float64, outside of all timing, the minimum being that of a longer run. CAP ends a search of scikit-learn's that has not
-got there.
+Every point of an optimisation is stored with its time. Its gap to the minimum, which a longer run finds, is computed
+afterwards in float64, outside of all timing. CAP is the limit in seconds for a fit of scikit-learn.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.linear_model import _logistic as theirs
+from sklearn.linear_model import _logistic as sklearn_logistic
 from threadpoolctl import threadpool_limits
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
@@ -52,12 +51,12 @@ CASES = {  # rows, width, classes, kind of rows, rounds
 GAPS = (1e-2, 1e-4, 1e-6)
 
 
-def rows(n: int, d: int, k: int, kind: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def make_rows(n: int, d: int, k: int, kind: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Standardised rows and their classes.
 
-    gauss: a mean for each class and round noise. relu: what a network's last layer looks like, not negative, of unequal
-    scale, most of the variance in a few directions; separable: the same with classes far apart; noisy: the same with
-    a tenth of the classes drawn at random.
+    gauss: class means and isotropic noise. relu: like the last layer of a network, non-negative, with unequal scales
+    and most of the variance in a few directions. separable: the same with classes far apart. noisy: the same with a
+    tenth of the labels drawn at random.
     """
     rng = np.random.default_rng(0)
     y = rng.integers(0, k, n)
@@ -75,103 +74,112 @@ def rows(n: int, d: int, k: int, kind: str) -> tuple[NDArray[np.float32], NDArra
     X = X.astype(np.float32)
     X -= X.mean(axis=0)
     X /= np.maximum(X.std(axis=0), 1e-6)
-    # Of few rows some classes have none.
+    # With few rows, some classes may have none.
     return X, np.unique(y, return_inverse=True)[1]
 
 
-class _TimeIsUp(Exception):
+class _TimeLimitReached(Exception):
     pass
 
 
 @contextmanager
-def traced(owner: Any, name: str, point_of: Any, trace: Trace, cap: float = np.inf) -> Iterator[None]:
-    """Keep what goes through a function, and stop after some seconds."""
+def trace_calls(owner: Any, name: str, get_point: Any, trace: Trace, max_seconds: float = np.inf) -> Iterator[None]:
+    """Store a point at each call of a function, and stop after a number of seconds."""
     original, started = getattr(owner, name), perf_counter()
 
-    def wrapper(*args: Any, **settings: Any) -> Any:
-        found = original(*args, **settings)
+    def call_and_trace(*args: Any, **settings: Any) -> Any:
+        result = original(*args, **settings)
         seconds = perf_counter() - started
-        trace.append((seconds, point_of(*args)))
-        if seconds > cap:
-            raise _TimeIsUp
-        return found
+        trace.append((seconds, get_point(*args)))
+        if seconds > max_seconds:
+            raise _TimeLimitReached
+        return result
 
-    setattr(owner, name, wrapper)
+    setattr(owner, name, call_and_trace)
     try:
         yield
-    except _TimeIsUp:
+    except _TimeLimitReached:
         pass
     finally:
         setattr(owner, name, original)
 
 
-def of_scikit_learn(X: Any, y: Any, cap: float) -> Trace:
+def trace_scikit_learn(X: Any, y: Any, max_seconds: float) -> Trace:
     trace: Trace = []
     k, d = int(y.max()) + 1, X.shape[1]
     shape = (lambda w: w.reshape(k, d + 1, order="F")) if k > 2 else (lambda w: w[None])
     head = LogisticRegression(C=1.0, tol=1e-12, max_iter=100_000)
-    with traced(theirs.LinearModelLoss, "loss_gradient", lambda loss, w, *more: shape(w.copy()), trace, cap):
+    with trace_calls(
+        sklearn_logistic.LinearModelLoss, "loss_gradient", lambda loss, w, *rest: shape(w.copy()), trace, max_seconds
+    ):
         head.fit(X, y)
     return trace
 
 
-def of_featpipe(X: Any, y: Any, tol: float) -> Trace:
+def trace_featpipe(X: Any, y: Any, tol: float) -> Trace:
     trace: Trace = []
     head = SoftmaxRegression(tol=tol)
     started = perf_counter()
-    # In coordinates of few rows a point has another length, and its value in float64 is the same.
-    reached = (lambda search: search.point.values.sum()) if len(X) < X.shape[1] else lambda search: search.theta.copy()
-    with traced(solver._LBFGSSearch, "_record_progress", reached, trace):
+    # In the row space a point has another length, but the objective in float64 has the same value.
+    get_point = (
+        (lambda search: search.point.values.sum()) if len(X) < X.shape[1] else lambda search: search.theta.copy()
+    )
+    with trace_calls(solver._LBFGSSearch, "_record_progress", get_point, trace):
         head.fit(X, y)
     trace.append((perf_counter() - started, np.column_stack([head.coef_, head.intercept_])))
     return trace
 
 
-def seconds_to(gap: float, trace: Trace, problem: LogisticProblem, lowest: float) -> float:
-    """When the gap was reached; the search goes down, so that a bisection finds it."""
+def compute_seconds_to(gap: float, trace: Trace, problem: LogisticProblem, minimum: float) -> float:
+    """Seconds until the gap was reached, by bisection, because the objective decreases."""
     low, high = 0, len(trace)
     while low < high:
         middle = (low + high) // 2
         point = trace[middle][1]
         value = problem.evaluate(point).values.sum() if np.ndim(point) else point
-        low, high = (low, middle) if value <= lowest * (1 + gap) else (middle + 1, high)
+        low, high = (low, middle) if value <= minimum * (1 + gap) else (middle + 1, high)
     return trace[low][0] if low < len(trace) else np.inf
 
 
-def compare(case: str, cap: float) -> None:
+def compare(case: str, max_seconds: float) -> None:
     n, d, k, kind, rounds = CASES[case]
-    X, y = rows(n, d, k, kind)
+    X, y = make_rows(n, d, k, kind)
     k = int(y.max()) + 1
-    alone = "scikit-learn, one thread"
-    timings: dict[str, list[list[float]]] = {"scikit-learn": [], alone: [], "featpipe": []}
+    one_thread = "scikit-learn, one thread"
+    timings: dict[str, list[list[float]]] = {"scikit-learn": [], one_thread: [], "featpipe": []}
     warnings.simplefilter("ignore")
-    long = SoftmaxRegression(tol=1e-10).fit(X, y)
+    reference = SoftmaxRegression(tol=1e-10).fit(X, y)
     settings = (y, np.ones(n), "softmax", k) if k > 2 else (y[:, None], np.ones((n, 1)), "sigmoid", 1)
     with BlasThreadPool(float(n) * d * k) as workers:
         problem = LogisticProblem(X, *settings, workers=workers)
-        lowest = problem.evaluate(np.column_stack([long.coef_, long.intercept_])).values.sum()
+        minimum = problem.evaluate(np.column_stack([reference.coef_, reference.intercept_])).values.sum()
     counts = {}
     for _ in range(rounds):
-        traces = {"scikit-learn": of_scikit_learn(X, y, cap), "featpipe": of_featpipe(X, y, SoftmaxRegression().tol)}
+        traces = {
+            "scikit-learn": trace_scikit_learn(X, y, max_seconds),
+            "featpipe": trace_featpipe(X, y, SoftmaxRegression().tol),
+        }
         if n < 10_000:
             with threadpool_limits(1):
-                traces[alone] = of_scikit_learn(X, y, cap)
+                traces[one_thread] = trace_scikit_learn(X, y, max_seconds)
         for name, trace in traces.items():
             counts[name] = len(trace)
             with BlasThreadPool(float(n) * d * k) as workers:
                 problem = LogisticProblem(X, *settings, workers=workers)
-                timings[name].append([*(seconds_to(gap, trace, problem, lowest) for gap in GAPS), trace[-1][0]])
-    for name, found in timings.items():
-        if not found:
+                timings[name].append(
+                    [*(compute_seconds_to(gap, trace, problem, minimum) for gap in GAPS), trace[-1][0]]
+                )
+    for name, values in timings.items():
+        if not values:
             continue
-        columns = [statistics.median(column) for column in zip(*found, strict=True)]
+        columns = [statistics.median(column) for column in zip(*values, strict=True)]
         print(case, f"{name:24}", *(f"{seconds:9.3f}" for seconds in columns), f"{counts[name]} points", flush=True)
 
 
-def path(n: int = 10_000, d: int = 512, k: int = 50) -> None:
+def measure_path(n: int = 10_000, d: int = 512, k: int = 50) -> None:
     """45 strengths on one split, and on five folds with the fit at the end, against fits from scratch at C = 1."""
     for kind in ("relu", "noisy", "gauss", "separable"):
-        X, y = rows(n, d, k, kind)
+        X, y = make_rows(n, d, k, kind)
         seconds: dict[str, list[float]] = {"one fit": [], "one split": [], "five folds": []}
         split = [(np.arange(n) % 5 > 0, np.arange(n) % 5 == 0)]
         heads = {
@@ -184,8 +192,8 @@ def path(n: int = 10_000, d: int = 512, k: int = 50) -> None:
                 started = perf_counter()
                 head.fit(X, y)
                 seconds[name].append(perf_counter() - started)
-        medians = {name: statistics.median(found) for name, found in seconds.items()}
-        ratios = (f"{name} {found:.2f} s = {found / medians['one fit']:.1f} fits" for name, found in medians.items())
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        ratios = (f"{name} {values:.2f} s = {values / medians['one fit']:.1f} fits" for name, values in medians.items())
         print("path", kind, *ratios, sep=", ", flush=True)
 
 
@@ -193,13 +201,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--seconds", type=float, default=120.0)
-    asked = parser.parse_args()
-    print("case, whose, seconds to gaps of", *GAPS, "and in all")
-    for case in asked.cases:
+    options = parser.parse_args()
+    print("case, library, seconds to gaps of", *GAPS, "and in total")
+    for case in options.cases:
         if case == "path":
-            path()
+            measure_path()
             continue
-        compare(case, asked.seconds)
+        compare(case, options.seconds)
 
 
 if __name__ == "__main__":

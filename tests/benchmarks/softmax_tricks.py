@@ -1,9 +1,9 @@
-"""What each trick of the logistic solver buys: the solver with it and without it, in turns, in one run.
+"""The gain of each optimisation of the logistic solver: with and without it, in turns, in one run.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/softmax_tricks.py [fit] [path] [labels] [row-space] [l1] [--rounds ROUNDS]
 
-Shown are evaluations of the objective (rows read over rows there are, so that those of a sample count less) and process
-CPU time, the least of all rounds. One thread, so that other work on the machine disturbs CPU time little.
+Prints passes (evaluations of the objective; those on a sample count by its share of the rows) and process CPU time, the
+minimum of all rounds. One thread, so that other work on the machine has little effect on the CPU time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from softmax import rows
+from softmax import make_rows
 
 from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
 from featpipe.heads.logistic import cv, preconditioners, solver
@@ -34,11 +34,11 @@ LABELS_SIZE = (5_000, 256, 80)
 ROW_SPACE_SIZES = ((200, 512, 10), (400, 1280, 50), (1000, 1280, 20))
 L1_SIZES = ((2_000, 128, 10), (2_000, 512, 2))
 
-Patches = Mapping[tuple[Any, str], Any]  # by owner and name: the value that switches a trick off
+Patches = Mapping[tuple[Any, str], Any]  # by owner and name: the value that switches an optimisation off
 
 
 def two_loop_direction(history: LBFGSHistory, gradient: Any, precondition: Callable[[Any], Any]) -> Any:
-    """The textbook's recursion: Nocedal and Wright, Numerical Optimization, algorithm 7.4."""
+    """The recursion of the textbook: Nocedal and Wright, Numerical Optimization, algorithm 7.4."""
     if not history.slots:
         return -precondition(gradient[None])[0]
     steps, changes = history.steps, history.gradient_changes
@@ -99,7 +99,7 @@ ROW_SPACE_SWITCHES: dict[str, Patches] = {
 
 
 @contextmanager
-def counted(n_rows: int) -> Iterator[list[float]]:
+def count_passes(n_rows: int) -> Iterator[list[float]]:
     """Count evaluations of the objective, in passes over all rows."""
     passes = [0.0]
     original = LogisticProblem.evaluate
@@ -117,77 +117,81 @@ def measure(run: Callable[[], Any], n_rows: int, patches: Patches) -> tuple[floa
     with ExitStack() as stack:
         for (owner, name), value in patches.items():
             stack.enter_context(patch.object(owner, name, value))
-        passes = stack.enter_context(counted(n_rows))
+        passes = stack.enter_context(count_passes(n_rows))
         started = time.process_time()
         run()
         return time.process_time() - started, passes[0]
 
 
-def show(title: str, run: Callable[[], Any], n_rows: int, switches: Mapping[str, Patches], rounds: int) -> None:
-    """Run all variants in turns; print the least CPU time of each."""
+def print_variants(
+    title: str, run: Callable[[], Any], n_rows: int, switches: Mapping[str, Patches], rounds: int
+) -> None:
+    """Run all variants in turns; print the minimum CPU time of each."""
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in switches}
     for _ in range(rounds):
         for name, patches in switches.items():
             results[name].append(measure(run, n_rows, patches))
     reference = min(results["all"])[0]
-    for name, measured in results.items():
-        seconds, passes = min(measured)
+    for name, measurements in results.items():
+        seconds, passes = min(measurements)
         print(
             f"{title:32} {name:20} {passes:7.1f} passes {seconds:8.3f} s {100 * (seconds / reference - 1):+6.1f} %",
             flush=True,
         )
 
 
-def fit(rounds: int) -> None:
+def measure_fit(rounds: int) -> None:
     for n, d, k in FIT_SIZES:
         for kind in KINDS:
-            X, y = rows(n, d, k, kind)
-            show(f"fit {n} x {d}, {k} {kind}", partial(SoftmaxRegression().fit, X, y), n, SWITCHES, rounds)
+            X, y = make_rows(n, d, k, kind)
+            print_variants(f"fit {n} x {d}, {k} {kind}", partial(SoftmaxRegression().fit, X, y), n, SWITCHES, rounds)
 
 
-def path(rounds: int) -> None:
+def measure_path(rounds: int) -> None:
     """45 strengths on one split."""
     n, d, k = PATH_SIZE
     split = [(np.flatnonzero(np.arange(n) % 5 > 0), np.flatnonzero(np.arange(n) % 5 == 0))]
     for kind in KINDS:
-        X, y = rows(n, d, k, kind)
+        X, y = make_rows(n, d, k, kind)
         run = partial(SoftmaxRegressionCV(cv=split, refit=False).fit, X, y)
-        show(f"path {n} x {d}, {k} {kind}", run, len(split[0][0]), PATH_SWITCHES, rounds)
+        print_variants(f"path {n} x {d}, {k} {kind}", run, len(split[0][0]), PATH_SWITCHES, rounds)
 
 
-def labels(rounds: int) -> None:
+def measure_labels(rounds: int) -> None:
     """80 labels between 0.2 % and 50 % of the rows, which need different numbers of steps."""
     n, d, k = LABELS_SIZE
     for kind in ("gauss", "relu"):
-        X, _ = rows(n, d, 8, kind)
+        X, _ = make_rows(n, d, 8, kind)
         rng, shares = np.random.default_rng(0), np.geomspace(0.002, 0.5, k)
         directions = rng.normal(size=(d, k)) / np.sqrt(d) * rng.permutation(np.geomspace(0.3, 30, k))
         scores = (X - X.mean(axis=0)) / (X.std(axis=0) + 1e-9) @ directions + rng.logistic(size=(n, k))
         Y = (np.argsort(np.argsort(-scores, axis=0), axis=0) < shares * n).astype(int)
         run = partial(SoftmaxRegression().fit, X, Y)
-        show(f"labels {n} x {d}, {k} {kind}", run, n, LABEL_SWITCHES, rounds)
+        print_variants(f"labels {n} x {d}, {k} {kind}", run, n, LABEL_SWITCHES, rounds)
 
 
-def row_space(rounds: int) -> None:
+def measure_row_space(rounds: int) -> None:
     """Fewer rows than columns; a path too, where the coordinates serve 45 strengths."""
     for n, d, k in ROW_SPACE_SIZES:
         for kind in ("gauss", "relu", "noisy"):
-            X, y = rows(n, d, k, kind)
-            show(f"fit {n} x {d}, {k} {kind}", partial(SoftmaxRegression().fit, X, y), n, ROW_SPACE_SWITCHES, rounds)
+            X, y = make_rows(n, d, k, kind)
+            print_variants(
+                f"fit {n} x {d}, {k} {kind}", partial(SoftmaxRegression().fit, X, y), n, ROW_SPACE_SWITCHES, rounds
+            )
     for n, d, k in ROW_SPACE_SIZES:
-        X, y = rows(n, d, k, "relu")
+        X, y = make_rows(n, d, k, "relu")
         split = [(np.flatnonzero(np.arange(n) % 5 > 0), np.flatnonzero(np.arange(n) % 5 == 0))]
         run = partial(SoftmaxRegressionCV(cv=split, refit=False).fit, X, y)
-        show(f"path {n} x {d}, {k} relu", run, n * 4 // 5, {"all": {}}, rounds)
+        print_variants(f"path {n} x {d}, {k} relu", run, n * 4 // 5, {"all": {}}, rounds)
         with patch.object(cv, "project_to_row_space", lambda problem: (problem, np.eye(problem.d))):
-            show(f"path {n} x {d}, in all columns", run, n * 4 // 5, {"all": {}}, rounds)
+            print_variants(f"path {n} x {d}, in all columns", run, n * 4 // 5, {"all": {}}, rounds)
 
 
-def l1(rounds: int) -> None:
+def measure_l1(rounds: int) -> None:
     """The solver with a duality gap against scikit-learn's saga, each to a relative gap of 1e-4."""
     for n, d, k in L1_SIZES:
         for kind in ("gauss", "relu", "noisy"):
-            X, y = rows(n, d, k, kind)
+            X, y = make_rows(n, d, k, kind)
             X = X.astype(np.float64)
             for C, l1_ratio in ((0.01, 1.0), (0.1, 0.5)):
                 objective = partial(penalized_loss, X, y, C, l1_ratio)
@@ -220,7 +224,13 @@ def penalized_loss(X: Any, y: Any, C: float, l1_ratio: float, head: Any) -> floa
     return float(C * losses.sum() + 0.5 * (1 - l1_ratio) * (W**2).sum() + l1_ratio * np.abs(W).sum())
 
 
-PARTS = {"fit": fit, "path": path, "labels": labels, "row-space": row_space, "l1": l1}
+PARTS = {
+    "fit": measure_fit,
+    "path": measure_path,
+    "labels": measure_labels,
+    "row-space": measure_row_space,
+    "l1": measure_l1,
+}
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Heads on features that do not fit into memory: speed against the disk's, and memory.
+"""Heads on features that do not fit into memory: speed relative to the disk, and memory.
 
     python tests/benchmarks/streaming.py [ROWS] [WIDTH] [FOLDER] [HEAD]...
 
-A cache of ROWS × WIDTH float16 in some classes is made in FOLDER (a temporary one if not given). Before each question
-the file is dropped from the system's memory. The peer is reading as much of the file with read(2), 8 MiB at a time, in
-the same run. Each head is trained in a process of its own, whose largest resident memory counts; a pass is one reading
-of all features, of which heads take several. All seconds are those of labels, digests and what tells new images, too.
+Writes a cache of ROWS × WIDTH float16 in FOLDER (by default a temporary folder). Before each measurement the file is
+dropped from the page cache. The baseline is reading the same number of bytes with read(2), 8 MiB at a time, in the same
+run. Each head is trained in its own process, whose peak resident memory is printed. A pass reads all features once;
+heads take several. The total seconds include reading labels and digests, and fitting the novelty score.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from featpipe.data import Labels
 from featpipe.storage import StringColumn
 
 CLASSES = 10
-HEADS = {  # a few steps are enough to know the speed of one
+HEADS = {  # a few steps are enough to measure the speed
     "centroid": {},
     "ridge": {},
     "logistic": {"max_iter": 8},
@@ -44,7 +44,7 @@ FACTS = {
 }
 
 
-def make(path: Path, n: int, d: int) -> None:
+def write_cache_file(path: Path, n: int, d: int) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, CLASSES, n).astype(np.int32)
     means = rng.normal(size=(CLASSES, d)).astype(np.float32)
@@ -67,84 +67,90 @@ def make(path: Path, n: int, d: int) -> None:
     write_cache(path, table, manifest, {"pooled": (d,)}, "float16", gather)
 
 
-def dropped(path: Path) -> int:
-    """An open file of which nothing is in the system's memory."""
+def open_uncached(path: Path) -> int:
+    """Open a file, and drop it from the page cache."""
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     return file
 
 
-def read(path: Path, offset: int, nbytes: int) -> float:
-    file, buffer = dropped(path), bytearray(8 << 20)
+def time_reading(path: Path, offset: int, nbytes: int) -> float:
+    file, buffer = open_uncached(path), bytearray(8 << 20)
     started = perf_counter()
     os.lseek(file, offset, os.SEEK_SET)
-    left = nbytes
-    while left > 0:
-        left -= os.readv(file, [buffer])
+    remaining_bytes = nbytes
+    while remaining_bytes > 0:
+        remaining_bytes -= os.readv(file, [buffer])
     os.close(file)
     return perf_counter() - started
 
 
-class Counted:
-    """A view that counts what is read of it."""
+class ReadCounter:
+    """The number of rows that were read."""
 
     rows = 0
 
 
-def trained(path: str, head: str) -> None:
-    """In a process of its own: seconds, passes and memory as JSON."""
+def train_and_print(path: str, head: str) -> None:
+    """Train a head; print seconds, passes and memory as JSON."""
     import torch  # noqa: F401
 
     from featpipe import heads
     from featpipe.cache import FeatureView
     from featpipe.training import train
 
-    heads.fit_streamed, heads.build(head)  # what is imported when it is first needed is not of a pass
+    heads.fit_streamed, heads.build(head)  # so that these imports are not part of a pass
 
     fill = FeatureView._fill
 
-    def counted(self: FeatureView, out: np.ndarray, numbers: np.ndarray) -> None:
+    def fill_and_count(self: FeatureView, out: np.ndarray, numbers: np.ndarray) -> None:
         fill(self, out, numbers)
-        Counted.rows += len(out)
+        ReadCounter.rows += len(out)
 
-    FeatureView._fill = counted  # type: ignore[method-assign]
+    FeatureView._fill = fill_and_count  # type: ignore[method-assign]
     cache = FeatureCache(path)
     started = perf_counter()
     model = train(cache, head, params=HEADS[head], memory=1 << 30, tune=False)
     seconds = perf_counter() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     fit = model.history["seconds_to_fit"]
-    print(json.dumps({"seconds": seconds, "fit": fit, "passes": Counted.rows / len(cache), "memory": memory}))
+    print(json.dumps({"seconds": seconds, "fit": fit, "passes": ReadCounter.rows / len(cache), "memory": memory}))
 
 
 def main(n: int = 5_000_000, d: int = 512, folder: str | None = None, *heads: str) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        path = Path(place) / "large.h5"
-        make(path, n, d)
+    with tempfile.TemporaryDirectory(dir=folder) as folder_name:
+        path = Path(folder_name) / "large.h5"
+        write_cache_file(path, n, d)
         cache = FeatureCache(path)
         nbytes = cache.features().nbytes
         del cache
-        disk = statistics.median(read(path, path.stat().st_size - nbytes, nbytes) for _ in range(ROUNDS))
-        speed = nbytes / disk / 1e6
-        print(f"{n:,} × {d} float16, {nbytes / 1e9:.2f} GB; reading that much takes {disk:.1f} s, {speed:,.0f} MB/s\n")
+        disk_seconds = statistics.median(
+            time_reading(path, path.stat().st_size - nbytes, nbytes) for _ in range(ROUNDS)
+        )
+        megabytes_per_second = nbytes / disk_seconds / 1e6
+        print(
+            f"{n:,} × {d} float16, {nbytes / 1e9:.2f} GB; reading that much takes {disk_seconds:.1f} s, "
+            f"{megabytes_per_second:,.0f} MB/s\n"
+        )
         print("| head | passes | seconds | of the disk's speed | the fit alone | memory |\n|---|---|---|---|---|---|")
         for head in heads or HEADS:
-            os.close(dropped(path))
+            os.close(open_uncached(path))
             command = [sys.executable, __file__, "--train", str(path), head]
-            quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # heads are stopped early on purpose
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=quiet)
-            found = json.loads(done.stdout.splitlines()[-1])
-            alone = disk * found["passes"]
+            environment = {**os.environ, "PYTHONWARNINGS": "ignore"}  # the heads stop early on purpose
+            process = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            measurement = json.loads(process.stdout.splitlines()[-1])
+            passes, seconds = measurement["passes"], measurement["seconds"]
+            reading_seconds = disk_seconds * passes
             print(
-                f"| {head} | {found['passes']:.1f} | {found['seconds']:.1f} | {alone / found['seconds']:.0%} "
-                f"| {alone / found['fit']:.0%} | {found['memory'] / 2**20:,.0f} MiB |",
+                f"| {head} | {passes:.1f} | {seconds:.1f} | {reading_seconds / seconds:.0%} "
+                f"| {reading_seconds / measurement['fit']:.0%} | {measurement['memory'] / 2**20:,.0f} MiB |",
                 flush=True,
             )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        trained(*sys.argv[2:4])
+        train_and_print(*sys.argv[2:4])
     else:
         main(*map(int, sys.argv[1:3]), *sys.argv[3:])

@@ -1,12 +1,12 @@
-"""The torch heads: seconds to fit alone and beside other work, and training from a file that is read in each pass.
+"""The torch heads: seconds to fit alone and next to other work, and training from a file that is read in each pass.
 
     python tests/benchmarks/torch_heads.py fit | optimizers | stream [ROWS] [BATCH]
 
-fit: with the threads that a head chooses, and with all that torch has, alone and beside a busy loop for each core.
-optimizers: what the first use and a step of torch.optim cost beside the heads' own AdamW and a whole small fit; each in
-a process of its own, torch imported before the clock starts; CPU seconds, medians.
-stream: ROWS × 512 float16 numbers, a linear head, one pass; the peer reads the same file from start to end. The memory
-is what the process had at most, and how much of it came with the imports.
+fit: with the threads that a head selects, and with all threads of torch, alone and next to a busy loop on each core.
+optimizers: the first use and a step of torch.optim and of the heads' own AdamW, and a whole small fit; each in its own
+process, with torch imported before; CPU seconds, medians.
+stream: ROWS × 512 float16 numbers, a linear head, one pass; the baseline reads the same file from start to end. Memory
+is the peak of the process, and its part before training.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def busy_loops() -> Iterator[None]:
 
 
 @contextmanager
-def threads_of_torch() -> Iterator[None]:
-    chosen, threads.MIN_MULTITHREADED_MULTIPLICATIONS = threads.MIN_MULTITHREADED_MULTIPLICATIONS, 0
+def use_all_threads() -> Iterator[None]:
+    original, threads.MIN_MULTITHREADED_MULTIPLICATIONS = threads.MIN_MULTITHREADED_MULTIPLICATIONS, 0
     try:
         yield
     finally:
-        threads.MIN_MULTITHREADED_MULTIPLICATIONS = chosen
+        threads.MIN_MULTITHREADED_MULTIPLICATIONS = original
 
 
-def seconds(name: str) -> float:
+def time_fit(name: str) -> float:
     head, n, d, k = FITS[name]
     rng = np.random.default_rng(0)
     y = rng.integers(0, k, n)
@@ -67,20 +67,20 @@ def seconds(name: str) -> float:
     return perf_counter() - started
 
 
-def fit() -> None:
+def measure_fits() -> None:
     print(f"{torch.get_num_threads()} threads of torch; load {os.getloadavg()[0]:.1f}")
     for name in FITS:
-        seconds(name)
-        found = {key: [] for key in ("alone, chosen", "alone, all", "busy, chosen", "busy, all")}
+        time_fit(name)
+        times_by_setting = {key: [] for key in ("alone, chosen", "alone, all", "busy, chosen", "busy, all")}
         for _ in range(ROUNDS):
-            found["alone, chosen"].append(seconds(name))
-            with threads_of_torch():
-                found["alone, all"].append(seconds(name))
+            times_by_setting["alone, chosen"].append(time_fit(name))
+            with use_all_threads():
+                times_by_setting["alone, all"].append(time_fit(name))
             with busy_loops():
-                found["busy, chosen"].append(seconds(name))
-                with threads_of_torch():
-                    found["busy, all"].append(seconds(name))
-        print(name, *(f"{key} {median(times):.2f} s" for key, times in found.items()), sep=" | ", flush=True)
+                times_by_setting["busy, chosen"].append(time_fit(name))
+                with use_all_threads():
+                    times_by_setting["busy, all"].append(time_fit(name))
+        print(name, *(f"{key} {median(times):.2f} s" for key, times in times_by_setting.items()), sep=" | ", flush=True)
 
 
 OPTIMIZER_SCRIPT = """
@@ -122,16 +122,19 @@ print(first, steps, fit)
 """
 
 
-def optimizers() -> None:
+def measure_optimizers() -> None:
     for name in ("own", "torch.optim"):
         runs = [
             subprocess.run([sys.executable, "-c", OPTIMIZER_SCRIPT, name], capture_output=True, check=True, text=True)
             for _ in range(ROUNDS)
         ]
-        first, step, fit = (
+        first_use, step, fit_seconds = (
             median(column) for column in zip(*(map(float, run.stdout.split()) for run in runs), strict=True)
         )
-        print(f"{name}: first use {first:.3f} s, a step {1e6 * step:.0f} µs; a fit of 300 × 1280 rows {fit:.3f} s")
+        print(
+            f"{name}: first use {first_use:.3f} s, a step {1e6 * step:.0f} µs; "
+            f"a fit of 300 × 1280 rows {fit_seconds:.3f} s"
+        )
 
 
 def resident_mib(name: str) -> float:
@@ -139,7 +142,7 @@ def resident_mib(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-def make(path: Path, n: int) -> None:
+def write_features(path: Path, n: int) -> None:
     rng = np.random.default_rng(0)
     block = rng.normal(size=(10_000, WIDTH)).astype(np.float16)
     with path.open("wb") as file:
@@ -148,7 +151,7 @@ def make(path: Path, n: int) -> None:
             file.write(block[: n - start].tobytes())
 
 
-def reading(path: Path) -> float:
+def time_reading(path: Path) -> float:
     started = perf_counter()
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(1 << 20)
@@ -157,34 +160,34 @@ def reading(path: Path) -> float:
     return perf_counter() - started
 
 
-def stream(n: int, batch: int) -> None:
+def measure_streaming(n: int, batch: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "X"
-        make(path, n)
+        write_features(path, n)
         y = np.random.default_rng(0).integers(0, CLASSES, n)
         center, scale = np.zeros(WIDTH), np.ones(WIDTH)
-        before = resident_mib("VmRSS")
+        mib_before = resident_mib("VmRSS")
         source = np.memmap(path, np.float16, "r", shape=(n, WIDTH))
         head = LinearClassifier(batch_size=batch, epochs=1, random_state=0)
         started = perf_counter()
         head._fit_rows(source, y, None, center=center, scale=scale)
-        took = perf_counter() - started
+        training_seconds = perf_counter() - started
         rows = BatchSource(source, np.zeros(n), np.ones(n), center=center, scale=scale)
         started = perf_counter()
         for _ in rows.iter_shuffled(batch, torch.Generator().manual_seed(0)):
             pass
-        batched = perf_counter() - started
+        batching_seconds = perf_counter() - started
         gib = n * WIDTH * 2 / 2**30
-        print(f"{gib:.1f} GiB read from start to end at {gib / reading(path):.2f} GiB/s")
-        print(f"shuffled batches of {batch} at {gib / batched:.2f} GiB/s")
-        print(f"a pass of training {gib / took:.2f} GiB/s, {n / took:,.0f} rows/s")
-        print(f"memory {resident_mib('VmHWM'):.0f} MiB, of which {before:.0f} before")
+        print(f"{gib:.1f} GiB read from start to end at {gib / time_reading(path):.2f} GiB/s")
+        print(f"shuffled batches of {batch} at {gib / batching_seconds:.2f} GiB/s")
+        print(f"a pass of training {gib / training_seconds:.2f} GiB/s, {n / training_seconds:,.0f} rows/s")
+        print(f"memory {resident_mib('VmHWM'):.0f} MiB, of which {mib_before:.0f} before")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "fit":
-        fit()
+        measure_fits()
     elif sys.argv[1] == "optimizers":
-        optimizers()
+        measure_optimizers()
     else:
-        stream(*(int(argument) for argument in (*sys.argv[2:], *("1000000", "256")[len(sys.argv) - 2 :])))
+        measure_streaming(*(int(argument) for argument in (*sys.argv[2:], *("1000000", "256")[len(sys.argv) - 2 :])))

@@ -1,6 +1,6 @@
-"""What writing costs an extraction: parts that are durable every few seconds, and the cache at the end.
+"""The cost of writing in an extraction: parts that are committed every few seconds, and the cache at the end.
 
-The network is the quickest of those that come along, so that writing weighs most:
+The network is the fastest packaged one, so that the share of writing is largest:
 
     python tests/benchmarks/writing.py [images]
 """
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
-from extraction import photographs
+from extraction import write_photographs
 
 from featpipe import extract, extraction
 
@@ -22,15 +22,15 @@ def main() -> None:
     publishing = [0.0]
     write = extraction.write_cache
 
-    def timed(*given: object) -> None:
+    def write_and_time(*arguments: object) -> None:
         started = perf_counter()
-        write(*given)  # type: ignore[arg-type]
+        write(*arguments)  # type: ignore[arg-type]
         publishing[0] += perf_counter() - started
 
-    extraction.write_cache = timed
+    extraction.write_cache = write_and_time
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "photographs"
-        photographs(folder, n)
+        write_photographs(folder, n)
         started = perf_counter()
         cache = extract(folder, out=Path(name) / "a.h5")
         total = perf_counter() - started
