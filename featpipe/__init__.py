@@ -25,16 +25,20 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from featpipe.estimators import FeatureExtractor, TransferClassifier, TransferRegressor
-    from featpipe.evaluation import evaluate
+    from featpipe.evaluation.evaluate import evaluate
     from featpipe.experiments import run
-    from featpipe.extraction import extract
-    from featpipe.finetuning import finetune
+    from featpipe.extraction.extract import extract
+    from featpipe.finetuning.finetune import finetune
     from featpipe.heads import SoftmaxRegression, SoftmaxRegressionCV
-    from featpipe.incremental import expand
-    from featpipe.maintenance import clean, merge, pack, repair, verify
+    from featpipe.incremental.expand import expand
+    from featpipe.maintenance.clean import clean
+    from featpipe.maintenance.merge import merge
+    from featpipe.maintenance.pack import pack
+    from featpipe.maintenance.verify import repair, verify
     from featpipe.model import Model, load_model
-    from featpipe.prediction import predict
-    from featpipe.training import compare, train
+    from featpipe.prediction.predict import predict
+    from featpipe.training.compare import compare
+    from featpipe.training.train import train
 else:
     __getattr__, __dir__ = lazy_imports(__name__)  # so that reading a cache imports no torch
 
