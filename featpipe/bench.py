@@ -45,9 +45,9 @@ from featpipe.inference import (
 logger = logging.getLogger(__name__)
 
 MAX_BENCHMARK_IMAGES = 256
-N_PRECISION_CHECK_IMAGES = 16  # whose embeddings in another precision are compared
+N_PRECISION_CHECK_IMAGES = 16  # embeddings compared between precisions
 MAX_DECODED_IMAGES = 64  # in memory at a time
-ASSUMED_IMAGE_COUNT = 10**6  # so that engines are optimized as for a large extraction
+ASSUMED_IMAGE_COUNT = 10**6  # engines are optimized as for an extraction of this size
 WRITE_TEST_BYTES = 64 * 2**20
 MIN_USEFUL_SPEEDUP = 1.15  # a smaller one is not recommended
 
@@ -182,7 +182,7 @@ def run_benchmark(
         "writing": write_rate,
     }
     result = BenchResult(
-        machine=benchmark.machine(),
+        machine=benchmark.describe_machine(),
         backbone=benchmark.backbone.name,
         archive=archive_name,
         images=len(encoded_images),
@@ -244,7 +244,9 @@ class _Benchmark:
                     if perf_counter() - started > self.seconds_per_measurement:
                         break
         if not decoded_images:
-            raise ArchiveError("none of the first images can be decoded; there is nothing to measure with")
+            raise ArchiveError(
+                "none of the first images can be decoded, but the benchmark needs one; pass other archives"
+            )
         return decoded_images[:MAX_DECODED_IMAGES], n_decoded / (perf_counter() - started)
 
     def measure_engines(
@@ -269,7 +271,7 @@ class _Benchmark:
             )
             forward_rate = self._measure_forward(engine, decoded_images)
             logger.info(f"forward with {engine.name} in {precision}: {forward_rate:,.1f} images/s")
-            bound = _combined_rate(self.device.type, io_rate, decode_rate, forward_rate)
+            bound = _combine_rates(self.device.type, io_rate, decode_rate, forward_rate)
             results.append(ForwardBenchmark(engine.name, precision, engine.batch, forward_rate, cosine, bound))
         return results
 
@@ -339,7 +341,7 @@ class _Benchmark:
             stage_seconds = dict(cache.manifest["seconds"])
             return cache.manifest["images_per_second"], stage_seconds
 
-    def machine(self) -> dict[str, Any]:
+    def describe_machine(self) -> dict[str, Any]:
         """Device, cores and versions."""
         package_names = ("featpipe", "torch", "torchvision", "pillow", "numpy")
         gpu = {"gpu": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
@@ -355,7 +357,7 @@ class _Benchmark:
         }
 
 
-def _combined_rate(device: str, io_rate: float, decode_rate: float, forward_rate: float) -> float:
+def _combine_rates(device: str, io_rate: float, decode_rate: float, forward_rate: float) -> float:
     """Images per second of all stages together: the same cores decode and embed, or a GPU embeds in parallel."""
     compute_rate = min(decode_rate, forward_rate) if device == "cuda" else 1 / (1 / decode_rate + 1 / forward_rate)
     return min(io_rate, compute_rate)
@@ -377,7 +379,9 @@ def _read_sample_images(
             if len(images) == MAX_BENCHMARK_IMAGES:
                 break
     if not images:
-        raise ArchiveError(f"none of the first images of {archives[0]} can be read; there is nothing to measure with")
+        raise ArchiveError(
+            f"none of the first images of {archives[0]} can be read, but the benchmark needs one; pass other archives"
+        )
     return images, len(images) / (perf_counter() - started), ", ".join(map(str, archives))
 
 
@@ -400,7 +404,7 @@ def _describe_speedup(current: ForwardBenchmark, candidate: ForwardBenchmark) ->
     engine_option = " --engine openvino" if "OpenVINO" in candidate.engine and "OpenVINO" not in current.engine else ""
     return (
         f"--precision {candidate.precision}{engine_option}: {speedup_text}, "
-        f"least cosine {candidate.cosine:.4f} to fp32 (--precision auto takes it above --min-cosine)"
+        f"minimum cosine {candidate.cosine:.4f} to fp32 (--precision auto selects it if that is at least --min-cosine)"
     )
 
 

@@ -41,7 +41,7 @@ class DemoResult:
     archive, labels, report : Path
     cache : FeatureCache
     models : dict from head to Path
-    comparison : list of Row
+    comparison : list of ComparisonRow
         Heads and baselines on the same test tiles.
     best_head : str
         The head with the best cross-validated accuracy on the training tiles.
@@ -108,7 +108,7 @@ def _evaluate_and_report(
     models: dict[str, Model], cache: FeatureCache, tiles: Path, report: Path, command: str
 ) -> dict[str, Any]:
     """Compare the heads with baselines, and write the report."""
-    best_head = max(HEADS, key=lambda head: _cross_validated_accuracy(models[head]))
+    best_head = max(HEADS, key=lambda head: _get_cross_validated_accuracy(models[head]))
     other_models = [model for head, model in models.items() if head != best_head]
     evaluation = evaluate(models[best_head], cache, against=other_models)
     scores = {best_head: evaluation.scores, **{baseline.name: baseline.scores for baseline in evaluation.rivals}}
@@ -123,7 +123,7 @@ def _evaluate_and_report(
     }
 
 
-def _cross_validated_accuracy(model: Model) -> float:
+def _get_cross_validated_accuracy(model: Model) -> float:
     return float(model.scores["cross_validation"]["metrics"]["accuracy"]["value"])
 
 
@@ -133,7 +133,7 @@ def _make_head_rows(models: dict[str, Model], scores: dict[str, Scores], best_he
             name=head,
             score=scores[head].metrics["accuracy"],
             seconds_to_fit=model.history["seconds_to_fit"],
-            note=f"on embeddings; cross-validated {_cross_validated_accuracy(model):.3f} on the left halves",
+            note=f"on embeddings; cross-validated {_get_cross_validated_accuracy(model):.3f} on the left halves",
             is_selected=head == best_head,
         )
         for head, model in models.items()
@@ -172,7 +172,7 @@ def _make_baseline_rows(cache: FeatureCache, test_rows: NDArray[np.int64], tiles
 
 
 def _load_pixels(tiles: Path) -> NDArray[np.float32]:
-    """Standardised gray values of all tiles, shape (n, SIDE * SIDE)."""
+    """Standardised gray values of all tiles, shape (n, TILE_SIZE * TILE_SIZE)."""
     index = data.index(tiles)
     with index.open() as reader:
         gray_tiles = [decode_image(reader.read(row))[:, :, 0] for row in range(len(index))]

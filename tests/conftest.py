@@ -20,7 +20,7 @@ from featpipe.cli import logging
 from tests.support.devices import needs_gpu
 from tests.support.images import jpeg
 from tests.support.logs import logged_messages, pop_unexpected_warnings
-from tests.support.networks import OWN, Tiny, tiny_transform
+from tests.support.networks import CUSTOM_NETWORK_CODE, Tiny, tiny_transform
 
 
 def pytest_configure() -> None:
@@ -130,5 +130,5 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object
 @pytest.fixture
 def custom_network(tmp_path: Path) -> str:
     """A fast custom network, in the folder where the commands run."""
-    (tmp_path / "nets.py").write_text(OWN.format(slow=0))
+    (tmp_path / "nets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0))
     return "nets:make"

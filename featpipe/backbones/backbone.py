@@ -80,9 +80,8 @@ class Backbone:
             "outputs": {output.name: output.to_dict() for output in self.outputs},
         }
         if isinstance(transform_input := getattr(self.network, "transform_input", None), bool):
-            identity["transform_input"] = (
-                transform_input  # GoogLeNet and Inception normalise again inside if their weights require it
-            )
+            # GoogLeNet and Inception normalise again inside if their weights require it.
+            identity["transform_input"] = transform_input
         if self.modality != DEFAULT_MODALITY:
             identity["modality"] = self.modality
         return {**identity, "code": dict(self.code)} if self.code else identity
@@ -154,9 +153,9 @@ def _check_close(a: Tensor, b: Tensor, tolerance: float, problem: str) -> None:
     a, b = (value.cpu().double().flatten(1) for value in (a, b))
     distance = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     if distance.max() > tolerance:
-        advice = "use a network whose eval() mode is deterministic"
         raise ConfigError(
-            f"{problem}, by {distance.max():.1e} of its length where {tolerance:.0e} is allowed; {advice}"
+            f"{problem}, by {distance.max():.1e} relative to its norm, expected at most {tolerance:.0e}; "
+            "use a network whose eval() mode is deterministic"
         )
 
 

@@ -159,14 +159,14 @@ def reload_backbone(
     actual["outputs"] = {output: actual["outputs"].get(output) for output in outputs}
     if actual != identity:
         changes = "; ".join(describe_differences(actual, identity)[:4])
-        raise WeightsError(f"{context}: was made with another backbone ({changes}); bring the weights it was made with")
+        raise WeightsError(f"{context}: was made with another backbone ({changes}); pass the weights it was made with")
     return candidate
 
 
 def _resolve_model_file(path: Path, weights: str | Path | None, seed: int) -> tuple[str, str | Path | None, int]:
     """Resolve a model file to its backbone's name, weights and seed; explicit ``weights`` take precedence."""
     if not path.is_file():
-        raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` make them")
+        raise WeightsError(f"{path}: there is no such model file; `featpipe train` and `featpipe finetune` write them")
     bundle = read_bundle(path)
     request = bundle.document["backbone"]
     name = request["name"]

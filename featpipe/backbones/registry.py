@@ -64,7 +64,9 @@ def names(pattern: str | None = None) -> list[str]:
     """
     available = [*PACKAGED_BACKBONES, *TORCHVISION_BACKBONES]
     if pattern is None or _may_match(pattern, TIMM_PREFIX):
-        available += _list_timm_names()
+        import timm
+
+        available += [TIMM_PREFIX + name for name in sorted({*timm.list_models(), *timm.list_pretrained()})]
     return available if pattern is None else [name for name in available if fnmatchcase(name, pattern)]
 
 
@@ -84,9 +86,3 @@ def find_weights_file(name: str) -> Path:
 def _may_match(pattern: str, prefix: str) -> bool:
     literal_prefix = pattern[: min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))]
     return literal_prefix.startswith(prefix) or prefix.startswith(literal_prefix)
-
-
-def _list_timm_names() -> list[str]:
-    import timm
-
-    return [TIMM_PREFIX + name for name in sorted({*timm.list_models(), *timm.list_pretrained()})]

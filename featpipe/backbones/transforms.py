@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from featpipe.backbones.resize import embedding_bag
 from featpipe.backbones.resize.embedding_bag import ResizeAxis
+from featpipe.config import unknown_name_error
 from featpipe.errors import ConfigError, SampleError
 from featpipe.status import Status
 
@@ -132,9 +133,9 @@ class Transform(ImageTransform):
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bilinear", "bicubic"):
-            raise ConfigError(f"interpolation {self.interpolation!r} is none of bilinear, bicubic")
+            raise unknown_name_error("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if self.mode not in ("center", "squash", "border"):
-            raise ConfigError(f"crop mode {self.mode!r} is none of center, squash, border")
+            raise unknown_name_error("crop mode", self.mode, ("center", "squash", "border"))
         if self.mode != "center" and not isinstance(self.resize, tuple):
             raise ConfigError(f"crop mode {self.mode!r} needs a height and a width to resize to, got {self.resize}")
 
@@ -177,10 +178,14 @@ class Transform(ImageTransform):
         """
         resized_size = self._compute_resized_size(height, width)
         if resized_size[0] * resized_size[1] > MAX_RESIZED_PIXELS:
-            size_text = f"{height} × {width} pixels would be resized to {resized_size[0]} × {resized_size[1]}"
-            raise SampleError(f"too long and thin: {size_text}", status=Status.TOO_LARGE)
-        return _center_crop_axis(height, resized_size[0], self.crop[0]), _center_crop_axis(
-            width, resized_size[1], self.crop[1]
+            raise SampleError(
+                f"too long and thin: {height} × {width} pixels would be resized to "
+                f"{resized_size[0]} × {resized_size[1]}, expected at most {MAX_RESIZED_PIXELS:,} pixels in total",
+                status=Status.TOO_LARGE,
+            )
+        return (
+            _center_crop_axis(height, resized_size[0], self.crop[0]),
+            _center_crop_axis(width, resized_size[1], self.crop[1]),
         )
 
     def pad_to_crop(self, images: Tensor) -> Tensor:
@@ -338,8 +343,8 @@ def hash_source(target: object) -> str:
         return sha256(inspect.getsource(owner).encode()).hexdigest()
     except (OSError, TypeError):
         raise ConfigError(
-            f"the source code of {_qualified_name(target)} cannot be found, so its embeddings could not be told "
-            "from those of another version; define it in a file"
+            f"the source code of {_qualified_name(target)} cannot be found, but identifies its embeddings; "
+            "define it in a file"
         ) from None
 
 

@@ -53,7 +53,7 @@ def resolve_precision(
         backbone, device, images, settings.min_cosine, batch=settings.batch, kind=settings.engine, images=len(index)
     )
     cosine_text = ", ".join(f"{name} {cosine:.6f}" for name, cosine in choice.cosine.items())
-    comparison = f": least cosine to fp32 on {choice.images} images: {cosine_text}" if cosine_text else ""
+    comparison = f": minimum cosine to fp32 on {choice.images} images: {cosine_text}" if cosine_text else ""
     logger.info(f"precision {choice.precision}{comparison}")
     has_several_devices = len(inference.resolve_devices(settings.device)) > 1  # each process creates its own
     return replace(settings, precision=choice.precision), PrecisionChoice(

@@ -23,7 +23,7 @@ from featpipe.errors import ConfigError
 from featpipe.inference.devices import allow_tf32
 from featpipe.inference.runner import Embeddings
 
-WARMUP_PASSES = 3  # passes before graph capture: libraries choose their algorithms in the first passes
+WARMUP_PASSES = 3  # passes before graph capture, in which libraries select their algorithms
 
 
 class _InputBuffer:
@@ -85,14 +85,14 @@ class CudaRunner:
                 with torch.inference_mode(), torch.cuda.device(self.device), allow_tf32(self._allow_tf32):
                     starts = range(0, len(images), self.batch)
                     pending = [self._submit_batch(images[start : start + self.batch]) for start in starts]
-                return lambda: _concatenate([wait() for wait in pending])
-            self._halve_batch()  # outside of the handler: the exception's frames hold tensors
+                return lambda: _concatenate_embeddings([wait() for wait in pending])
+            self._halve_batch()  # after the handler: the exception's stack frames keep tensors alive
 
     def _halve_batch(self) -> None:
         if self.batch == 1:
             raise ConfigError(
                 f"{self.backbone.name}: a single image needs more memory than {self.device} has free; "
-                "pass --device cpu, or another --precision, or end what else uses it"
+                "pass --device cpu or another --precision, or stop other programs on the device"
             )
         torch.cuda.synchronize(self.device)
         self._graph, self._buffers, self._outputs, self._input = None, [], {}, torch.empty(0)
@@ -119,12 +119,12 @@ class CudaRunner:
             self._input.copy_(self.backbone.transform.normalize(buffer.images))
             buffer.free.record()
             outputs = self._forward()
-            host_outputs = {name: _to_host(value[: len(images)]) for name, value in outputs.items()}
-            done = torch.cuda.Event()
-            done.record()
+            host_outputs = {name: _copy_to_host(value[: len(images)]) for name, value in outputs.items()}
+            computed = torch.cuda.Event()
+            computed.record()
 
         def wait_for_embeddings() -> Embeddings:
-            done.synchronize()
+            computed.synchronize()
             return {name: value.numpy() for name, value in host_outputs.items()}
 
         return wait_for_embeddings
@@ -182,28 +182,28 @@ class CudaRunner:
         self._buffers = [_InputBuffer(input_tensor) for input_tensor in input_tensors]
         for buffer in self._buffers:
             buffer.free.record(self._compute_stream)
-            for stream in (self._copy_stream, self._compute_stream):  # they were allocated on another stream
+            for stream in (self._copy_stream, self._compute_stream):  # allocated on the default stream
                 buffer.images.record_stream(stream)
 
     def _capture_graph(self) -> tuple[torch.cuda.CUDAGraph | None, Mapping[str, Tensor]]:
         """Capture the forward pass as a graph that reads the input buffer; None if the network cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Worker threads pin memory during the capture, which must not invalidate it.
+            # thread_local: worker threads pin memory during the capture, which would otherwise invalidate it.
             with torch.cuda.graph(graph, stream=self._compute_stream, capture_error_mode="thread_local"):
                 outputs = self.backbone.embed(self._input)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # custom networks may synchronize with the device or raise anything
+        except Exception:  # a custom network may synchronize with the device or raise anything
             torch.cuda.synchronize(self.device)
             return None, {}
         return graph, outputs
 
 
-def _to_host(value: Tensor) -> Tensor:
+def _copy_to_host(value: Tensor) -> Tensor:
     host = torch.empty(value.shape, dtype=torch.float32, pin_memory=True)
     return host.copy_(value, non_blocking=True)
 
 
-def _concatenate(parts: list[Embeddings]) -> Embeddings:
+def _concatenate_embeddings(parts: list[Embeddings]) -> Embeddings:
     return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

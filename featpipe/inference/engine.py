@@ -87,7 +87,7 @@ class Engine:
         self.dtype = PRECISION_DTYPES[precision]
         self._has_cuda_runner = device.type == "cuda" and isinstance(backbone.transform, ImageTransform)
         self.transform, self.fallback_transform = make_worker_transforms(backbone.transform, device)
-        network = copy.deepcopy(backbone.network)  # keeps the caller's backbone usable for another precision or device
+        network = copy.deepcopy(backbone.network)  # the caller's backbone stays usable for another precision or device
         network.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone = replace(backbone, network=network)
         if device.type == "cpu":
@@ -177,7 +177,7 @@ class Engine:
 
         On a GPU the next batch can be copied and started in the meantime.
         """
-        return self._runner.submit(images)  # type: ignore[arg-type]  # separate images only for a GPU
+        return self._runner.submit(images)  # type: ignore[arg-type]  # a sequence of images only for a GPU
 
 
 def _choose_optimization_level(images: int) -> int:

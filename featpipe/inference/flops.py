@@ -11,7 +11,7 @@ import torch
 
 from featpipe.backbones import Backbone, example_batch
 
-CPU_BATCH_BYTES = 16  # of one value per image: 4 images in fp32, 8 in bf16, whose feature maps stay in a core's cache
+CPU_BATCH_BYTES = 16  # of one activation over the batch: 4 images in fp32, 8 in bf16, whose maps fit into the cache
 CPU_BATCH_MULTIPLY_ADDS = 36e9  # about three seconds at 10 GMAC/s, the speed of a slow core in fp32
 GPU_BATCH_RANGE = (32, 512)  # minimum and maximum
 GPU_BATCH_MULTIPLY_ADDS = 1e12  # a few milliseconds of a large GPU, so that kernel launches are negligible

@@ -187,9 +187,8 @@ class Loader:
                     if picture is not None:
                         batch.positions.append(len(batch.rows) - 1)
                         pictures.append(picture)
-                if (
-                    len(batch.rows) == rows_before or len(batch.rows) >= MAX_ROWS_PER_IMAGE * size
-                ):  # end of rows, or nearly all embeddings exist
+                # At the end of the rows, or if nearly all embeddings exist.
+                if len(batch.rows) == rows_before or len(batch.rows) >= MAX_ROWS_PER_IMAGE * size:
                     break
             if not batch.rows:
                 return
@@ -380,7 +379,7 @@ def _merge_micro_batches(
                 yield pop_batch()
             batch.extend(micro_batch)
             pictures.extend(micro_batch.images if micro_batch.images is not None else ())
-            micro_batch.images = None  # the worker that made it may still hold it
+            micro_batch.images = None  # free the list: the worker may still reference the micro-batch
             if len(pictures) >= engine.batch or len(batch.rows) >= MAX_ROWS_PER_IMAGE * engine.batch:
                 yield pop_batch()
         if batch.rows:

@@ -93,7 +93,9 @@ def make_openvino_runner(
             export_graph(fp32_backbone, eager.batch), fp32_backbone, eager.batch, OPENVINO_PRECISIONS[precision]
         )
         if not _matches_eager(runner, eager):
-            raise ConfigError("OpenVINO computes other embeddings than the network")
+            raise ConfigError(
+                f"{fp32_backbone.name}: the embeddings of OpenVINO differ from those of torch; pass --engine torch"
+            )
         return runner
     except Exception as error:  # exporter and converter may raise anything for a custom network
         if not required:

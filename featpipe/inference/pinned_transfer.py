@@ -26,8 +26,8 @@ from featpipe.backbones import (
 )
 from featpipe.inference.devices import allow_tf32
 
-MAX_UNRESIZED_PIXELS = 2_000_000  # maximum size of an image that the GPU resizes; for larger ones decoding dominates
-MAX_PENDING_BYTES = 2**31  # of unresized images in pinned memory; about 4,000 images of 500 × 375 pixels
+MAX_UNRESIZED_PIXELS = 2_000_000  # of an image that the GPU resizes; for larger images decoding takes most of the time
+MAX_PENDING_BYTES = 2**31  # of unresized images in pinned memory: about 4,000 images of 500 × 375 pixels
 
 
 def make_worker_transforms(
@@ -88,9 +88,9 @@ class PinnedTransfer:
             or not self._budget.acquire(pinned_bytes)
         ):
             return None
-        picture = UnresizedImage(_copy_to_pinned(pixels), vertical, horizontal)
-        weakref.finalize(picture, self._budget.release, pinned_bytes)
-        return picture
+        unresized = UnresizedImage(_copy_to_pinned(pixels), vertical, horizontal)
+        weakref.finalize(unresized, self._budget.release, pinned_bytes)
+        return unresized
 
 
 class _ByteBudget:
@@ -98,7 +98,7 @@ class _ByteBudget:
 
     def __init__(self, size: int) -> None:
         self._free_bytes = size
-        self._released: deque[int] = deque()  # finalizers may run while the lock is held
+        self._released: deque[int] = deque()  # a deque, because a finalizer may run in a thread that holds the lock
         self._lock = threading.Lock()
 
     def acquire(self, size: int) -> bool:

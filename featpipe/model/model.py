@@ -402,7 +402,7 @@ class Model:
         if self.trust.novelty is not None or self.trust.conformal is not None:
             members[UNCERTAINTY_MEMBER] = uncertainty.dumps(self.trust)
         if portable:
-            members[WEIGHTS_MEMBER] = self._weight_bytes()
+            members[WEIGHTS_MEMBER] = self._serialize_weights()
         ModelBundle(self._to_document(portable), members).write(target)
         return target
 
@@ -429,7 +429,7 @@ class Model:
             _carries_weights=bundle.has_weights,
             _unread={name: members[name] for name in (HEAD_MEMBER, REPLAY_MEMORY_MEMBER) if name in members},
         )
-        del model.head, model.kept  # until `__getattr__` loads them
+        del model.head, model.kept  # `__getattr__` loads them on first use
         return model
 
     def _to_document(self, portable: bool) -> dict[str, Any]:
@@ -446,11 +446,11 @@ class Model:
             "kept": None if self.kept is None else self.kept.to_summary(),
         }
 
-    def _weight_bytes(self) -> bytes:
+    def _serialize_weights(self) -> bytes:
         import safetensors.torch
 
         state = self.backbone.network.state_dict()
-        # copied: safetensors refuses tensors that share memory, as tied weights do
+        # copies, because safetensors refuses tensors that share memory, such as tied weights
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
         return safetensors.torch.save(tensors)
 

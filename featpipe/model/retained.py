@@ -84,7 +84,7 @@ class RetentionPolicy:
                 policy = replace(policy, **{name: True})
             else:
                 raise ConfigError(
-                    f"keep is {text!r}; expected none, all, or a list of statistics, importances and rows=N"
+                    f"keep is {text!r}; expected none, all, or a list of statistics, importances, network and rows=N"
                 )
         return policy
 
@@ -194,7 +194,7 @@ class ReplayMemory:
         layer = resolve_last_layer(pipeline[-1])
         layer_width = None if layer is None else layer.W.shape[1] + 1
         if widths - {d} or (self.importances is not None and layer_width not in (None, self.importances.shape[1])):
-            raise ValueError(f"the retained data are not of embeddings of width {d}, which the head takes")
+            raise ValueError(f"the widths of the retained embeddings or importances differ from the {d} of the head")
         if self.statistics is not None and not accepts_statistics(pipeline, self.statistics.kind):
             raise ValueError(f"{type(pipeline[-1]).__name__} cannot use statistics of kind {self.statistics.kind}")
 
@@ -238,7 +238,9 @@ class ReplayMemory:
         if counts.shape != (k,) or (counts < 0).any() or counts.dtype != np.int64:
             raise ValueError(f"retained counts have shape {counts.shape}, expected one number for each of {k} classes")
         if rows.ndim != 2 or codes.shape != (len(rows),) or codes.dtype != np.int32 or rows.dtype.kind != "f":
-            raise ValueError(f"retained rows have shape {rows.shape}, their class codes {codes.shape}")
+            raise ValueError(
+                f"retained rows are {rows.dtype} {rows.shape} and their class codes {codes.dtype} {codes.shape}"
+            )
         if not np.isfinite(rows).all() or (len(codes) and not 0 <= codes.min() <= codes.max() < k):
             raise ValueError(f"retained rows contain NaN, or class codes outside 0 to {k - 1}")
         if statistics is not None and len(statistics.counts) != k:

@@ -249,7 +249,10 @@ def loads(data: bytes) -> Uncertainty:
         ndim, dtype = expected.get(name, (-1, ""))
         is_valid = array.dtype == dtype and array.ndim == (ndim or min(array.ndim, 2)) and array.ndim > 0
         if not is_valid or not len(array) or not np.isfinite(array).all():
-            raise ValueError(f"{name[:40]!r} is {array.dtype} of shape {array.shape}, which no model holds")
+            raise ValueError(
+                f"array {name[:40]!r} is {array.dtype} of shape {array.shape}; "
+                f"expected finite values in the type and number of axes of {', '.join(expected)}"
+            )
     references, distances = arrays.get("novelty.rows"), arrays.get("novelty.distances")
     scores = arrays.get("conformal.scores")
     return Uncertainty(

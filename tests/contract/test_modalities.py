@@ -43,7 +43,7 @@ NUMBER = Modality(
     to_list=list,
     make_probes=lambda: list(torch.linspace(-3, 3, 3 * LENGTH).reshape(3, LENGTH)),
     encode_preview=preview_numbers,
-    make_encoded_samples=lambda: ([struct.pack("<4f", i, 1, 2, 3) for i in range(32)], "made-up numbers"),
+    make_encoded_samples=lambda: ([struct.pack("<4f", i, 1, 2, 3) for i in range(32)], "synthetic numbers"),
 )
 
 
@@ -83,7 +83,7 @@ def backbone(number_modality):
 
 @pytest.fixture
 def archive(tmp_path) -> Path:
-    """Two classes of 20 files with means 0 and 2, a damaged file, and an image that is no sample here."""
+    """Two classes of 20 files with means 0 and 2, a damaged file, and an image, which is not of this modality."""
     rng = np.random.default_rng(0)
     for name, mean in (("low", 0), ("high", 2)):
         (tmp_path / "numbers" / name).mkdir(parents=True)
@@ -95,7 +95,7 @@ def archive(tmp_path) -> Path:
     return tmp_path / "numbers"
 
 
-def test_the_table_holds_images_and_names_the_rows_it_has():
+def test_an_unknown_modality_is_refused_with_the_known_ones():
     assert list(MODALITIES) == ["image"]
     with pytest.raises(ConfigError, match="image"):
         get_modality("imag")
@@ -140,7 +140,7 @@ def test_a_model_is_trained_and_predicts(archive, backbone, tmp_path, log):
     assert all(row["id"].startswith(row["label"]) for row in rows)
 
 
-def test_the_report_shows_what_the_modality_shows_a_person(archive, backbone, tmp_path, log):
+def test_the_report_shows_the_previews_of_the_modality(archive, backbone, tmp_path, log):
     from featpipe.report.thumbnails import Thumbnails
 
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
@@ -156,7 +156,7 @@ def test_stored_embeddings_are_verified_against_the_archive(archive, backbone, t
     assert not report.damaged
 
 
-def test_a_network_that_is_not_frozen_is_found_with_the_modalitys_probes(archive, number_modality, tmp_path):
+def test_a_network_that_is_not_frozen_is_detected_with_the_modalitys_probes(archive, number_modality, tmp_path):
     class Drifting(nn.Module):
         def __init__(self):
             super().__init__()
@@ -171,7 +171,7 @@ def test_a_network_that_is_not_frozen_is_found_with_the_modalitys_probes(archive
         backbones.prove_frozen(backbones.load(Drifting(), transform=Centering()))
 
 
-def test_fine_tuning_says_that_it_needs_images(archive, backbone, tmp_path, log):
+def test_fine_tuning_on_another_modality_is_refused(archive, backbone, tmp_path, log):
     cache = featpipe.extract(archive, backbone=backbone, cache=tmp_path / "cache", max_bad=1)
     model = featpipe.train(cache, head="logistic").attach(backbone)
     with pytest.raises(ConfigError, match="number samples; fine-tuning and stages need images"):

@@ -1,4 +1,4 @@
-"""Models that earlier versions wrote open for ever, with the same answers."""
+"""Models written by earlier versions can be loaded, and give the same predictions."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from featpipe.incremental import Expansion
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden-models-1.2"  # by tests/data/make_golden_models.py
 NAMES = sorted(path.name.removesuffix(".model") for path in GOLDEN.glob("*.model"))
-NOT_WRITTEN = {"keras-multilabel", "keras-regression"}  # the same estimators as of mlp
-# The linear algebra that computed the answers. With it they are equal to the bit; other kernels add in another order,
-# which in float32, the type of the neural heads, makes some 1e-6.
+NOT_WRITTEN = {"keras-multilabel", "keras-regression"}  # same estimators as mlp
+# The BLAS that computed the recorded predictions: it reproduces them bit for bit. Others sum in another order, which
+# changes float32 predictions, those of the neural heads, by about 1e-6.
 GOLDEN_BLAS = {("openblas", "0.3.30", "Haswell"), ("openblas", "0.3.31.188.0", "Haswell")}
 STORED_TYPE = re.compile(r'"(featpipe[\w.]*)"')
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, np.ndarray]:
+def recorded() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "answers.npz") as arrays:
         return dict(arrays)
 
 
-def assert_same_answers(model: featpipe.Model, name: str, answers: dict[str, np.ndarray]) -> None:
-    X = answers["X10" if name == "lda-finetuned" else "X"]
+def assert_recorded_predictions(model: featpipe.Model, name: str, recorded: dict[str, np.ndarray]) -> None:
+    X = recorded["X10" if name == "lda-finetuned" else "X"]
     predictions = model.predict_features(X) if model.task == "regression" else model.predict_proba_features(X)
-    assert_equal(predictions, answers[name])
-    if f"{name}/novelty" in answers:
-        assert_equal(model.novelty_features(X), answers[f"{name}/novelty"])
+    assert_equal(predictions, recorded[name])
+    if f"{name}/novelty" in recorded:
+        assert_equal(model.novelty_features(X), recorded[f"{name}/novelty"])
 
 
 def assert_equal(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -67,19 +67,17 @@ def test_the_golden_models_cover_every_head_and_task() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_golden_model_predicts_what_it_predicted_when_it_was_written(
-    name: str, answers: dict[str, Any], log: list[str]
-) -> None:
-    assert_same_answers(featpipe.load_model(GOLDEN / f"{name}.model", backbone=None), name, answers)
+def test_a_golden_model_gives_the_recorded_predictions(name: str, recorded: dict[str, Any], log: list[str]) -> None:
+    assert_recorded_predictions(featpipe.load_model(GOLDEN / f"{name}.model", backbone=None), name, recorded)
     assert all("predictions may differ" in message for message in log)  # another version of scikit-learn wrote it
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"lda-finetuned"}))  # that needs the code of its network
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"lda-finetuned"}))  # it needs the code of its network
 def test_a_golden_model_saved_again_names_only_stable_types(
-    name: str, answers: dict[str, Any], tmp_path: Path, log: list[str]
+    name: str, recorded: dict[str, Any], tmp_path: Path, log: list[str]
 ) -> None:
     featpipe.load_model(GOLDEN / f"{name}.model", backbone=None).save(tmp_path / "again.model")
-    assert_same_answers(featpipe.load_model(tmp_path / "again.model", backbone=None), name, answers)
+    assert_recorded_predictions(featpipe.load_model(tmp_path / "again.model", backbone=None), name, recorded)
     assert set(STORED_TYPE.findall(read_head_schema(tmp_path / "again.model"))) <= {"featpipe.heads"}
     assert all("predictions may differ" in message for message in log)
 
@@ -99,23 +97,23 @@ def test_a_head_of_another_version_of_scikit_learn_is_read_with_one_warning(
     ]
 
 
-def test_the_words_in_older_models_are_shown_as_they_are() -> None:
-    """What models now hold as data under ``how``, older ones hold in words."""
-    shown = {}
+def test_sentences_in_older_models_are_shown_unchanged() -> None:
+    """Older models store sentences under ``how``; newer ones store data."""
+    outputs = {}
     for name in ("logistic", "lda-finetuned", "logistic-expanded-replay"):
         result = CliRunner().invoke(cli, ["info", str(GOLDEN / f"{name}.model")])
         assert result.exit_code == 0, result.output
-        shown[name] = " ".join(result.output.split())
-    assert "3-fold cross-validation on the 60 training images" in shown["logistic"]
-    assert "9 images held out" in shown["lda-finetuned"]
-    assert "10 new images held out, and learnt afterwards" in shown["logistic-expanded-replay"]
+        outputs[name] = " ".join(result.output.split())
+    assert "3-fold cross-validation on the 60 training images" in outputs["logistic"]
+    assert "9 images held out" in outputs["lda-finetuned"]
+    assert "10 new images held out, and learnt afterwards" in outputs["logistic-expanded-replay"]
     model = featpipe.load_model(GOLDEN / "logistic-expanded-replay.model", backbone=None)
     expansion = Expansion.from_dict(model, model.scores["expansion"]["result"])
     assert expansion.how == "10 new images held out, and learnt afterwards"
     assert expansion.to_dict() == model.scores["expansion"]["result"]
 
 
-OBJECTS = {
+ESTIMATORS = {
     "BayesianRidgeClassifier": lambda: heads.BayesianRidgeClassifier(),
     "ExpandedClassifier": lambda: heads.ExpandedClassifier(),
     "LinearClassifier": lambda: heads.LinearClassifier(),
@@ -128,29 +126,29 @@ OBJECTS = {
 }
 
 
-def rewrite_type(data: bytes, old: tuple[str, str], new: tuple[str, str]) -> bytes:
-    """A saved head with another name in the place of a type's."""
+def rewrite_type(data: bytes, old_type: tuple[str, str], new_type: tuple[str, str]) -> bytes:
+    """Replace the name of a type in a saved head."""
     with ZipFile(io.BytesIO(data)) as head:
         members = {name: head.read(name) for name in head.namelist()}
     schema = members["schema.json"].decode()
-    as_stored = [f'"__class__": "{name}",\n{{0}}"__module__": "{module}"' for module, name in (old, new)]
-    indent = re.search(r'"__class__": "' + old[1] + r'",\n( +)', schema)
+    as_stored = [f'"__class__": "{name}",\n{{0}}"__module__": "{module}"' for module, name in (old_type, new_type)]
+    indent = re.search(r'"__class__": "' + old_type[1] + r'",\n( +)', schema)
     assert indent
     members["schema.json"] = schema.replace(*(text.format(indent[1]) for text in as_stored)).encode()
     assert members["schema.json"] != schema.encode()
-    written = io.BytesIO()
-    with ZipFile(written, "w") as head:
+    rewritten = io.BytesIO()
+    with ZipFile(rewritten, "w") as head:
         for name, content in members.items():
             head.writestr(name, content)
-    return written.getvalue()
+    return rewritten.getvalue()
 
 
 @pytest.mark.parametrize("alias", ALIASES, ids=".".join)
 def test_a_type_is_loaded_under_each_of_its_old_names(alias: tuple[str, str]) -> None:
-    estimator = OBJECTS[ALIASES[alias][1]]()
-    old = rewrite_type(heads.dumps(estimator), ALIASES[alias], alias)
-    assert b'"featpipe.heads"' not in old
-    loaded = heads.loads(old)
+    estimator = ESTIMATORS[ALIASES[alias][1]]()
+    old_data = rewrite_type(heads.dumps(estimator), ALIASES[alias], alias)
+    assert b'"featpipe.heads"' not in old_data
+    loaded = heads.loads(old_data)
     assert type(loaded) is type(estimator)
     assert loaded.get_params() == estimator.get_params()
 
@@ -167,13 +165,13 @@ def test_a_type_is_loaded_under_each_of_its_old_names(alias: tuple[str, str]) ->
     ],
     ids=".".join,
 )
-def test_a_name_that_no_version_wrote_is_refused(name: tuple[str, str]) -> None:
+def test_a_type_name_that_no_version_wrote_is_refused(name: tuple[str, str]) -> None:
     data = rewrite_type(heads.dumps(heads.SoftmaxRegression()), ("featpipe.heads", "SoftmaxRegression"), name)
     with pytest.raises(ModelError, match=rf"{name[0]}\.{name[1]}, which may not be loaded"):
         heads.loads(data)
 
 
-def test_an_old_name_beside_a_forbidden_one_does_not_let_it_pass() -> None:
+def test_a_forbidden_type_beside_an_old_name_is_refused() -> None:
     pipeline = make_pipeline(FunctionTransformer(heads.nearness), heads.SoftmaxRegression())
     data = rewrite_type(
         heads.dumps(pipeline), ("featpipe.heads", "SoftmaxRegression"), ("featpipe.heads.softmax", "SoftmaxRegression")
@@ -183,7 +181,7 @@ def test_an_old_name_beside_a_forbidden_one_does_not_let_it_pass() -> None:
 
 
 @pytest.mark.parametrize("stable_name", sorted({name for _, name in ALIASES.values()}))
-def test_a_stable_name_is_public_trusted_and_what_pickles_name(stable_name: str) -> None:
+def test_a_stable_name_is_public_trusted_and_used_by_pickle(stable_name: str) -> None:
     public = getattr(heads, stable_name)
     assert stable_name in heads.__all__
     assert (public.__module__, public.__qualname__) == ("featpipe.heads", stable_name)

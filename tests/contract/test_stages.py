@@ -1,4 +1,4 @@
-"""What every network promises of its stages and of being cut between them."""
+"""Every network has the stages of the literature and can be cut between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featpipe.backbones.stages import Stage, find_stages
 
 pytestmark = pytest.mark.thorough
 
-STAGES = {  # as the papers and the libraries divide them; where these give them no names, how many
+STAGES = {  # as in the papers and libraries; their number where these give no names
     "resnet18": ["stem", "layer1", "layer2", "layer3", "layer4"],
     "efficientnet_lite0": ["stem", *(f"blocks.{n}" for n in range(7))],
     "efficientnet_b0": ["stem", *(f"features.{n}" for n in range(1, 8))],
@@ -37,7 +37,7 @@ STAGES = {  # as the papers and the libraries divide them; where these give them
 
 
 @dataclass
-class Case:
+class StagesCase:
     backbone: Backbone
     stages: tuple[Stage, ...]
     expected: list[str] | int
@@ -45,26 +45,31 @@ class Case:
 
 @pytest.fixture(scope="module", params=STAGES)
 def case(request):
-    loaded = load(request.param, weights="none")
-    return Case(loaded, find_stages(loaded.network, loaded.transform.size), STAGES[request.param])
+    backbone = load(request.param, weights="none")
+    return StagesCase(backbone, find_stages(backbone.network, backbone.transform.size), STAGES[request.param])
 
 
-def test_the_stages_are_those_of_the_field(case):
+def test_the_stages_are_those_of_the_literature(case):
     names = [stage.name for stage in case.stages]
     assert (len(names) if isinstance(case.expected, int) else names) == case.expected
 
 
-def test_every_parameter_belongs_to_exactly_one(case):
+def test_every_parameter_belongs_to_exactly_one_stage(case):
     for name, _ in case.backbone.network.named_parameters():
         assert sum(name in stage for stage in case.stages) == 1, name
 
 
-def test_cut_before_the_last_stage_it_answers_bit_for_bit(case):
-    loaded, last = case.backbone, case.stages[-1]
-    made = partition_network(loaded, [module for stage in case.stages[:-1] for module in stage.modules])
-    both = replace(loaded, outputs=(*loaded.outputs, *resolve_outputs(loaded.network, [made.output], loaded.transform)))
+def test_a_network_cut_before_the_last_stage_gives_bit_identical_embeddings(case):
+    backbone, last_stage = case.backbone, case.stages[-1]
+    partition = partition_network(backbone, [module for stage in case.stages[:-1] for module in stage.modules])
+    recording_backbone = replace(
+        backbone,
+        outputs=(*backbone.outputs, *resolve_outputs(backbone.network, [partition.output], backbone.transform)),
+    )
     with torch.no_grad():
-        values = both.embed(torch.rand(2, 3, *loaded.transform.size, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(made.upper(values[made.output].clone()), values["pooled"])
-    trained = {name for name, _ in loaded.network.named_parameters() if name in last}
-    assert trained <= {name for name, _ in made.upper.network.named_parameters()}
+        values = recording_backbone.embed(
+            torch.rand(2, 3, *backbone.transform.size, generator=torch.Generator().manual_seed(1))
+        )
+    assert torch.equal(partition.upper(values[partition.output].clone()), values["pooled"])
+    trained = {name for name, _ in backbone.network.named_parameters() if name in last_stage}
+    assert trained <= {name for name, _ in partition.upper.network.named_parameters()}

@@ -24,7 +24,7 @@ from featpipe.storage import StagingArea
 from tests.support.commands import run_command
 from tests.support.images import jpeg
 from tests.support.interrupts import run_and_stop
-from tests.support.networks import OWN
+from tests.support.networks import CUSTOM_NETWORK_CODE
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -41,8 +41,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
         for i in range(30):
             (home / label / f"{i:02}.jpg").write_bytes(jpeg(1000 * number + i))
             os.utime(home / label / f"{i:02}.jpg", (1e9, 1e9))  # the stamp of a file just written is not trusted
-    (home / "nets.py").write_text(OWN.format(slow=0))
-    (home / "slownets.py").write_text(OWN.format(slow=0.05))
+    (home / "nets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0))
+    (home / "slownets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0.05))
     for name in ("nets", "slownets"):
         sys.path.insert(0, str(home))
         cache = featpipe.extract(home / "photos", backbone=f"{name}:make", out=home / f"{name}.h5")

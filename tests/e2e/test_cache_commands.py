@@ -13,13 +13,13 @@ import pytest
 from featpipe import FeatureCache
 from tests.support.images import jpeg
 from tests.support.interrupts import start_and_hold
-from tests.support.networks import OWN
+from tests.support.networks import CUSTOM_NETWORK_CODE
 
 
 @pytest.fixture
 def custom_network(tmp_path):
-    (tmp_path / "nets.py").write_text(OWN.format(slow=0))
-    (tmp_path / "slownets.py").write_text(OWN.format(slow=0.05))
+    (tmp_path / "nets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0))
+    (tmp_path / "slownets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0.05))
     return "nets:make"
 
 
@@ -57,7 +57,9 @@ def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(
 
 
 def test_a_sharded_cache_is_packed_and_shown(command, make_folder, custom_network, tmp_path):
-    (tmp_path / "wide.py").write_text(OWN.format(slow=0).replace("nn.Conv2d(3, 8, 3)", "nn.Conv2d(3, 1024, 3)"))
+    (tmp_path / "wide.py").write_text(
+        CUSTOM_NETWORK_CODE.format(slow=0).replace("nn.Conv2d(3, 8, 3)", "nn.Conv2d(3, 1024, 3)")
+    )
     make_folder(each=12)
     command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5", "--shard-bytes", "65536")
     before = FeatureCache(tmp_path / "a.h5")

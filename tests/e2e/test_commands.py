@@ -16,12 +16,12 @@ import pytest
 import featpipe
 from featpipe import demo
 from tests.support.interrupts import run_and_stop
-from tests.support.networks import OWN
+from tests.support.networks import CUSTOM_NETWORK_CODE
 
 
 @pytest.fixture
 def slow_network(tmp_path):
-    (tmp_path / "slownets.py").write_text(OWN.format(slow=0.05))
+    (tmp_path / "slownets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0.05))
     return "slownets:make"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import run_command
 from tests.support.images import jpeg
-from tests.support.networks import OWN
+from tests.support.networks import CUSTOM_NETWORK_CODE
 
 N_PER_CLASS = 6
 
@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("empty", "text"):
         (home / name).mkdir()
     (home / "text" / "a.txt").write_text("no image")
-    (home / "nets.py").write_text(OWN.format(slow=0))
+    (home / "nets.py").write_text(CUSTOM_NETWORK_CODE.format(slow=0))
     (home / "file").write_text("not a folder")
     (home / "targets.csv").write_text("path,target\n" + "".join(f"{ids[i]},{i}.5\n" for i in range(len(ids))))
     (home / "missing.csv").write_text("path,label\nape/00.jpg,a\nape/none.jpg,b\n")

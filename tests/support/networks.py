@@ -37,15 +37,15 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     submit = Engine.submit
 
-    def counted(self: Engine, images: Tensor) -> object:
+    def record_pass(self: Engine, images: Tensor) -> object:
         passes.append(len(images))
         return submit(self, images)
 
-    monkeypatch.setattr(Engine, "submit", counted)
+    monkeypatch.setattr(Engine, "submit", record_pass)
     return passes
 
 
-OWN = """
+CUSTOM_NETWORK_CODE = """
 import torch
 from torch import nn
 
@@ -68,14 +68,14 @@ def make():
 """
 
 
-class Deciding(Tiny):
+class DataDependent(Tiny):
     """A network with a branch on a value, which creates a tensor in each forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (torch.ones(1) if x.sum().item() > 0 else torch.zeros(1) + 1)
 
 
-class Remembering(Tiny):
+class Stateful(Tiny):
     """A network that stores a tensor in its first forward pass and uses it in later ones."""
 
     offset: Tensor | None = None
@@ -86,7 +86,7 @@ class Remembering(Tiny):
         return super().forward(x) + self.offset
 
 
-class ByHand(nn.Module):
+class OutsideTorch(nn.Module):
     """A network that computes with numpy."""
 
     def forward(self, x: Tensor) -> Tensor:

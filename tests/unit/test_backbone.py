@@ -1,4 +1,4 @@
-"""Backbones: transforms, outputs, weights from files, a user's own networks, and the proof that they are frozen."""
+"""Backbones: transforms, outputs, weights from files, custom networks, and the check that they are frozen."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ PRESETS = sorted(
 
 
 def photograph(height: int, width: int) -> np.ndarray:
-    """Smooth shapes with edges and some noise: what resizing is for."""
+    """Smooth shapes with edges and some noise."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(9 * x + i) * np.cos(7 * y * (i + 1)) + (x + y > 0.8) * 0.5 for i in range(3)]
     noise = np.random.default_rng(0).normal(0, 0.05, (height, width, 3))
     return np.clip(127 + 80 * (np.stack(waves, -1) + noise), 0, 255).astype(np.uint8)
 
 
-def tensor(picture: np.ndarray) -> Tensor:
+def to_tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).permute(2, 0, 1)
 
 
@@ -62,7 +62,7 @@ def resnet() -> Backbone:
 
 @pytest.fixture(scope="module")
 def full_resnet() -> nn.Module:
-    """A whole ResNet-18 with every weight and statistic at random."""
+    """A ResNet-18 with its classifier and with random weights and batch statistics."""
     torch.manual_seed(5)
     network = models.resnet18(weights=None).eval()
     for name, value in network.state_dict().items():
@@ -78,34 +78,34 @@ def images(count: int = 2, size: int = 224) -> Tensor:
 # names
 
 
-def test_listing_names_loads_no_torch():
+def test_listing_names_imports_no_torch():
     code = "import sys; from featpipe import backbones; backbones.names('res*'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-def test_the_names_of_torchvision_are_all_of_its_classification_models():
+def test_the_torchvision_names_are_all_of_its_classification_models():
     assert sorted(registry.TORCHVISION_BACKBONES) == models.list_models(module=models)
 
 
-def test_names_are_the_packaged_ones_then_torchvisions_then_timms():
-    known = names()
-    assert known[:3] == ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
-    assert known[3] == "alexnet"
-    assert {"timm/vit_tiny_patch16_224", "timm/resnet18.a1_in1k"} < set(known)
-    assert names("timm/resnet18.a?_in1k") == [name for name in known if name.startswith("timm/resnet18.a")]
+def test_names_list_packaged_then_torchvision_then_timm():
+    all_names = names()
+    assert all_names[:3] == ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"]
+    assert all_names[3] == "alexnet"
+    assert {"timm/vit_tiny_patch16_224", "timm/resnet18.a1_in1k"} < set(all_names)
+    assert names("timm/resnet18.a?_in1k") == [name for name in all_names if name.startswith("timm/resnet18.a")]
     assert names("resnet??") == ["resnet18", "resnet34", "resnet50"]
 
 
 @pytest.mark.parametrize(
-    ("given", "near"),
+    ("name", "suggestion"),
     [("resnet81", "'resnet18'"), ("resnet18d", "'timm/resnet18d'"), ("timm/resnet18x", "'timm/resnet18'")],
 )
-def test_an_unknown_backbone_is_answered_with_the_nearest_names(given, near):
-    with pytest.raises(ConfigError, match=near):
-        load(given)
+def test_an_unknown_backbone_is_refused_with_the_nearest_names(name, suggestion):
+    with pytest.raises(ConfigError, match=suggestion):
+        load(name)
 
 
-def test_all_is_true():
+def test_every_name_in_all_can_be_imported():
     from featpipe import backbones
 
     assert all(hasattr(backbones, name) for name in backbones.__all__)
@@ -118,21 +118,21 @@ def test_all_is_true():
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("preset", "member"), PRESETS, ids=[str(member) for _, member in PRESETS])
-def test_each_published_transform_is_torchvisions_own(preset, member):
+def test_each_published_transform_gives_torchvisions_result(preset, member):
     theirs, ours = member.transforms(), torchvision.make_transform(member)
-    as_large = tensor(photograph(theirs.resize_size[0], theirs.resize_size[0] + 37))
-    assert torch.equal(ours(as_large), theirs(as_large))  # nothing to resize: every bit is the same
+    image_of_target_size = to_tensor(photograph(theirs.resize_size[0], theirs.resize_size[0] + 37))
+    assert torch.equal(ours(image_of_target_size), theirs(image_of_target_size))  # without resizing
     for size in [(375, 500), (500, 333), (100, 90)]:
         picture = photograph(*size)
-        assert torch.equal(ours(tensor(picture)), theirs(Image.fromarray(picture)))
+        assert torch.equal(ours(to_tensor(picture)), theirs(Image.fromarray(picture)))
 
 
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (64, 64), (100, 999), (256, 256), (257, 200)])
-def test_sizes_are_rounded_as_torchvision_rounds_them(size):
+def test_sizes_are_rounded_like_torchvision(size):
     theirs = models.ResNet50_Weights.IMAGENET1K_V2.transforms()
     ours = torchvision.make_transform(models.ResNet50_Weights.IMAGENET1K_V2)
     picture = photograph(*size)
-    assert torch.equal(ours(tensor(picture)), theirs(Image.fromarray(picture)))
+    assert torch.equal(ours(to_tensor(picture)), theirs(Image.fromarray(picture)))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_sizes_are_rounded_as_torchvision_rounds_them(size):
     ],
     ids=str,
 )
-def test_the_transform_of_timms_configuration_is_timms_own(change):
+def test_the_transform_of_a_timm_configuration_gives_timms_result(change):
     import timm
 
     configuration = {"input_size": (3, 224, 224), "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
@@ -157,60 +157,62 @@ def test_the_transform_of_timms_configuration_is_timms_own(change):
     ours = from_timm.make_transform(SimpleNamespace(pretrained_cfg=configuration))
     for size in [(375, 500), (500, 375), (224, 100)]:
         picture = photograph(*size)
-        assert torch.equal(ours(tensor(picture)), theirs(Image.fromarray(picture)))
+        assert torch.equal(ours(to_tensor(picture)), theirs(Image.fromarray(picture)))
 
 
 def test_memory_layout_does_not_change_a_bit():
     transform = Transform(256, (224, 224), "bicubic")
-    channels_last = tensor(photograph(333, 500))
-    window = tensor(photograph(400, 600))[:, 20:353, 50:550]
+    channels_last = to_tensor(photograph(333, 500))
+    window = to_tensor(photograph(400, 600))[:, 20:353, 50:550]
     assert torch.equal(transform(channels_last), transform(channels_last.contiguous()))
     assert torch.equal(transform(window), transform(window.clone(memory_format=torch.contiguous_format)))
 
 
-def test_the_arithmetic_can_be_done_on_a_batch_later():
+def test_normalization_of_a_batch_equals_that_of_each_image():
     transform = Transform(64, (48, 48))
-    pictures = [tensor(photograph(80 + i, 100)) for i in range(3)]
+    pictures = [to_tensor(photograph(80 + i, 100)) for i in range(3)]
     batch = torch.stack([transform.prepare(picture) for picture in pictures])
     assert batch.dtype == torch.uint8
     assert torch.equal(transform.normalize(batch), torch.stack([transform(picture) for picture in pictures]))
 
 
-def test_a_strip_that_would_become_enormous_is_refused():
+def test_an_image_that_would_become_too_large_is_refused():
     with pytest.raises(SampleError, match="too long and thin") as caught:
         Transform(256, (224, 224))(torch.zeros(3, 1, 20_000_000, dtype=torch.uint8))
     assert caught.value.status is Status.TOO_LARGE
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"interpolation": "lanczos"}, {"mode": "centre"}, {"mode": "squash"}], ids=lambda wrong: str(wrong)
+    "settings",
+    [{"interpolation": "lanczos"}, {"mode": "centre"}, {"mode": "squash"}],
+    ids=lambda settings: str(settings),
 )
-def test_a_transform_that_cannot_be_is_refused(wrong):
+def test_an_invalid_transform_is_refused(settings):
     with pytest.raises(ConfigError):
-        Transform(**{"resize": 256, "crop": (224, 224)} | wrong)
+        Transform(**{"resize": 256, "crop": (224, 224)} | settings)
 
 
 # outputs
 
 
-def test_outputs_are_the_values_that_hooks_see(resnet):
-    wanted = ["pooled", "layer2:none", "layer3", "layer3:max", "layer4.1:gem", "layer1.0.bn2:none"]
-    backbone = load("resnet18", weights="none", seed=3, outputs=wanted)
-    seen = {}
+def test_outputs_equal_the_values_seen_by_hooks(resnet):
+    output_names = ["pooled", "layer2:none", "layer3", "layer3:max", "layer4.1:gem", "layer1.0.bn2:none"]
+    backbone = load("resnet18", weights="none", seed=3, outputs=output_names)
+    hooked = {}
     for node in ("layer2", "layer3", "layer4.1", "layer1.0.bn2"):
         resnet.network.get_submodule(node).register_forward_hook(
-            lambda module, args, value, node=node: seen.update({node: value.clone()})
+            lambda module, args, value, node=node: hooked.update({node: value.clone()})
         )
     with torch.inference_mode():
         pooled = resnet.network(images())
         values = backbone.embed(images())
     expected = {
         "pooled": pooled,
-        "layer2:none": seen["layer2"],
-        "layer3:avg": seen["layer3"].mean((2, 3)),
-        "layer3:max": seen["layer3"].flatten(2).max(2).values,
-        "layer4.1:gem": (seen["layer4.1"].clamp(min=1e-6) ** 3).mean((2, 3)) ** (1 / 3),
-        "layer1.0.bn2:none": seen["layer1.0.bn2"],  # the network adds to it in place afterwards
+        "layer2:none": hooked["layer2"],
+        "layer3:avg": hooked["layer3"].mean((2, 3)),
+        "layer3:max": hooked["layer3"].flatten(2).max(2).values,
+        "layer4.1:gem": (hooked["layer4.1"].clamp(min=1e-6) ** 3).mean((2, 3)) ** (1 / 3),
+        "layer1.0.bn2:none": hooked["layer1.0.bn2"],  # the network adds to it in place afterwards
     }
     assert list(values) == list(expected) == list(backbone.shapes)
     for name, value in expected.items():
@@ -228,8 +230,8 @@ def test_the_pass_stops_at_the_last_module_that_is_needed():
 
 def test_tokens_are_pooled_by_the_class_token_or_over_the_patches():
     node = "encoder.layers.encoder_layer_1"
-    wanted = [node, f"{node}:avg", f"{node}:none", "conv_proj"]
-    backbone = load("vit_b_32", weights="none", outputs=wanted)
+    output_names = [node, f"{node}:avg", f"{node}:none", "conv_proj"]
+    backbone = load("vit_b_32", weights="none", outputs=output_names)
     values = backbone.embed(images())
     tokens = values[f"{node}:none"]
     assert tokens.shape == (2, 50, 768)
@@ -239,25 +241,25 @@ def test_tokens_are_pooled_by_the_class_token_or_over_the_patches():
 
 
 @pytest.mark.thorough
-def test_registers_are_no_patches_and_tokens_before_the_class_token_have_none():
-    wanted = ["blocks.1", "blocks.1:avg", "blocks.1:none", "patch_embed"]
-    backbone = load("timm/vit_small_patch14_reg4_dinov2", weights="none", outputs=wanted)
+def test_register_tokens_are_not_pooled_as_patches():
+    output_names = ["blocks.1", "blocks.1:avg", "blocks.1:none", "patch_embed"]
+    backbone = load("timm/vit_small_patch14_reg4_dinov2", weights="none", outputs=output_names)
     prefixes = {output.name: output.prefix_tokens for output in backbone.outputs}
     assert prefixes == {"blocks.1:cls": 5, "blocks.1:avg": 5, "blocks.1:none": 5, "patch_embed:avg": 0}
 
 
 @pytest.mark.parametrize("name", ["swin_t", "timm/swin_tiny_patch4_window7_224"])
-def test_maps_with_channels_last_come_with_channels_first(name):
+def test_channels_last_feature_maps_are_returned_channels_first(name):
     node = "features.3" if name == "swin_t" else "layers.1"
     backbone = load(name, weights="none", outputs=[f"{node}:none", node])
-    seen = []
+    hooked = []
     backbone.network.get_submodule(node).register_forward_hook(
-        lambda module, args, value: seen.append(value), prepend=True
+        lambda module, args, value: hooked.append(value), prepend=True
     )
     values = backbone.embed(images())
-    assert seen[0].shape == (2, 28, 28, 192)
-    assert torch.equal(values[f"{node}:none"], seen[0].permute(0, 3, 1, 2))
-    torch.testing.assert_close(values[f"{node}:avg"], seen[0].mean((1, 2)))
+    assert hooked[0].shape == (2, 28, 28, 192)
+    assert torch.equal(values[f"{node}:none"], hooked[0].permute(0, 3, 1, 2))
+    torch.testing.assert_close(values[f"{node}:avg"], hooked[0].mean((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_maps_with_channels_last_come_with_channels_first(name):
         ("avgpool2", "did you mean 'avgpool'"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused(output, message):
+def test_an_invalid_output_is_refused(output, message):
     with pytest.raises(ConfigError, match=message):
         load("resnet18", weights="none", outputs=[output])
 
@@ -281,8 +283,8 @@ def test_the_same_output_twice_is_refused():
         load("resnet18", weights="none", outputs=["layer3", "layer3:avg"])
 
 
-class Awkward(nn.Module):
-    """Has modules whose values have no place for a batch."""
+class InvalidOutputs(nn.Module):
+    """Has modules whose outputs have no batch axis, or are not tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,51 +316,50 @@ def to_float(image: Tensor) -> Tensor:
     ],
 )
 def test_a_value_without_a_batch_axis_is_refused(output, message):
-    wanted = ["pooled", output]
     with pytest.raises(ConfigError, match=message):
-        load(Awkward(), transform=to_float, outputs=wanted)
+        load(InvalidOutputs(), transform=to_float, outputs=["pooled", output])
 
 
-def test_threads_embed_with_one_network_at_the_same_time():
+def test_several_threads_can_embed_with_one_network():
     backbone = load("resnet18", weights="none", outputs=["pooled", "layer2", "layer3:max"])
     batches = [images(1, 64) * i for i in range(1, 9)]
-    alone = [backbone.embed(batch) for batch in batches]
+    sequential = [backbone.embed(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(backbone.embed, batches))
-    for one, other in zip(alone, together, strict=True):
-        for name, value in one.items():
-            torch.testing.assert_close(other[name], value)
+        concurrent = list(pool.map(backbone.embed, batches))
+    for expected, actual in zip(sequential, concurrent, strict=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value)
 
 
 def test_a_backbone_can_be_copied_and_pickled():
     backbone = load("resnet18", weights="none", outputs=["layer1:max"])
     expected = backbone.embed(images(1, 64))["layer1:max"]
-    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
-        assert torch.equal(other.embed(images(1, 64))["layer1:max"], expected)
-        assert other.to_dict() == backbone.to_dict()
+    for duplicate in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        assert torch.equal(duplicate.embed(images(1, 64))["layer1:max"], expected)
+        assert duplicate.to_dict() == backbone.to_dict()
 
 
 # weights
 
 
-def test_an_untrained_network_comes_from_its_seed_alone(resnet):
+def test_an_untrained_network_depends_only_on_its_seed(resnet):
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    again = load("resnet18", weights="none", seed=3)
+    reloaded = load("resnet18", weights="none", seed=3)
     assert torch.equal(torch.rand(3), expected)
-    assert again.digest == resnet.digest
+    assert reloaded.digest == resnet.digest
     assert load("resnet18", weights="none", seed=4).digest != resnet.digest
-    assert again.to_dict() == resnet.to_dict()
-    assert compute_fingerprint(again.to_dict()) == compute_fingerprint(resnet.to_dict())
+    assert reloaded.to_dict() == resnet.to_dict()
+    assert compute_fingerprint(reloaded.to_dict()) == compute_fingerprint(resnet.to_dict())
 
 
-def write(path: Path, state: dict[str, Tensor], **nest: str) -> Path:
+def write_weights(path: Path, state: dict[str, Tensor], under: str = "") -> Path:
     state = {name: value.clone() for name, value in state.items()}
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
-        torch.save({nest["under"]: state, "epoch": 3} if nest else state, path)
+        torch.save({under: state, "epoch": 3} if under else state, path)
     return path
 
 
@@ -366,17 +367,23 @@ def write(path: Path, state: dict[str, Tensor], **nest: str) -> Path:
 def test_the_same_weights_have_one_digest_in_any_file(full_resnet, tmp_path):
     state = full_resnet.state_dict()
     headless = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    seven = headless | {"fc.weight": torch.rand(7, 512), "fc.bias": torch.rand(7)}
+    seven_classes = headless | {"fc.weight": torch.rand(7, 512), "fc.bias": torch.rand(7)}
     files = [
-        write(tmp_path / "a.safetensors", state),
-        write(tmp_path / "b.pth", {f"module.{name}": value for name, value in state.items()}),
-        write(tmp_path / "c.safetensors", headless),
-        write(tmp_path / "d.pt", {f"module.backbone._orig_mod.{n}": v for n, v in seven.items()}, under="state_dict"),
-        write(
+        write_weights(tmp_path / "a.safetensors", state),
+        write_weights(tmp_path / "b.pth", {f"module.{name}": value for name, value in state.items()}),
+        write_weights(tmp_path / "c.safetensors", headless),
+        write_weights(
+            tmp_path / "d.pt",
+            {f"module.backbone._orig_mod.{n}": v for n, v in seven_classes.items()},
+            under="state_dict",
+        ),
+        write_weights(
             tmp_path / "e.pth",
             {f"net.encoder.{n}": v for n, v in headless.items()} | {"projector.0.weight": torch.rand(2)},
         ),
-        write(tmp_path / "f.bin", {n: v for n, v in seven.items() if "num_batches" not in n}, under="teacher"),
+        write_weights(
+            tmp_path / "f.bin", {n: v for n, v in seven_classes.items() if "num_batches" not in n}, under="teacher"
+        ),
     ]
     backbones = [load("resnet18", weights=file) for file in files]
     full = copy.deepcopy(full_resnet)
@@ -390,37 +397,39 @@ def test_the_same_weights_have_one_digest_in_any_file(full_resnet, tmp_path):
     assert load("resnet18", weights=str(files[0])).origin == str(files[0])
 
 
-def test_half_precision_weights_become_single_precision(full_resnet, tmp_path):
-    file = write(tmp_path / "half.safetensors", {n: v.half() for n, v in full_resnet.state_dict().items()})
+def test_half_precision_weights_are_converted_to_float32(full_resnet, tmp_path):
+    file = write_weights(tmp_path / "half.safetensors", {n: v.half() for n, v in full_resnet.state_dict().items()})
     backbone = load("resnet18", weights=file)
     assert {p.dtype for p in backbone.network.parameters()} == {torch.float32}
     assert torch.equal(backbone.network.conv1.weight, full_resnet.conv1.weight.half().float())
 
 
-def test_averaged_weights_are_preferred_to_the_last_ones(full_resnet, tmp_path):
+def test_averaged_weights_are_preferred(full_resnet, tmp_path):
     state = full_resnet.state_dict()
-    other = {name: value + 1 for name, value in state.items()}
-    torch.save({"state_dict": other, "state_dict_ema": state}, tmp_path / "both.pth")
+    last_state = {name: value + 1 for name, value in state.items()}
+    torch.save({"state_dict": last_state, "state_dict_ema": state}, tmp_path / "both.pth")
     torch.save({"state_dict": state}, tmp_path / "one.pth")
     assert (
         load("resnet18", weights=tmp_path / "both.pth").digest == load("resnet18", weights=tmp_path / "one.pth").digest
     )
 
 
-def damaged(kind: str, state: dict[str, Tensor], path: Path) -> Path:
+def write_damaged_weights(kind: str, state: dict[str, Tensor], path: Path) -> Path:
     file = path / "weights.pth"
     if kind == "missing":
-        return write(file, {name: value for name, value in state.items() if not name.startswith("layer3.1")})
+        return write_weights(file, {name: value for name, value in state.items() if not name.startswith("layer3.1")})
     if kind == "shape":
-        return write(file, state | {"layer1.0.conv1.weight": torch.rand(64, 64, 1, 1)})
+        return write_weights(file, state | {"layer1.0.conv1.weight": torch.rand(64, 64, 1, 1)})
     if kind == "deeper":
-        return write(file, state | {"layer1.2.conv1.weight": torch.rand(64, 64, 3, 3)})
+        return write_weights(file, state | {"layer1.2.conv1.weight": torch.rand(64, 64, 3, 3)})
     if kind == "twice":
-        return write(file, {f"{branch}.{name}": value for branch in ("query", "key") for name, value in state.items()})
+        return write_weights(
+            file, {f"{branch}.{name}": value for branch in ("query", "key") for name, value in state.items()}
+        )
     if kind == "nothing":
         torch.save({"epoch": 3}, file)
     if kind == "truncated":
-        write(file, state)
+        write_weights(file, state)
         file.write_bytes(file.read_bytes()[:-1000])
     if kind == "empty":
         file.touch()
@@ -444,44 +453,44 @@ def damaged(kind: str, state: dict[str, Tensor], path: Path) -> Path:
         ("absent", "no such file"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_with_the_reason(kind, message, full_resnet, tmp_path):
+def test_an_unsuitable_weights_file_is_refused_with_the_reason(kind, message, full_resnet, tmp_path):
     with pytest.raises(WeightsError, match=message):
-        load("resnet18", weights=damaged(kind, full_resnet.state_dict(), tmp_path))
+        load("resnet18", weights=write_damaged_weights(kind, full_resnet.state_dict(), tmp_path))
 
 
-class Evil:
+class MaliciousObject:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("open('ran', 'w').close()",))
 
 
-def test_a_file_that_holds_code_is_refused_and_nothing_runs(tmp_path, monkeypatch):
+def test_a_weights_file_with_code_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {"conv1.weight": Evil()}}, "evil.pth")
+    torch.save({"state_dict": {"conv1.weight": MaliciousObject()}}, "evil.pth")
     with pytest.raises(WeightsError, match=r"evil\.pth: contains objects other than tensors"):
         load("resnet18", weights="evil.pth")
     assert not Path("ran").exists()
 
 
-def test_published_weights_come_from_torchs_folder(full_resnet, tmp_path, monkeypatch):
+def test_published_weights_are_loaded_from_torchs_cache(full_resnet, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    place = write(tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth", full_resnet.state_dict())
+    checkpoint = write_weights(tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth", full_resnet.state_dict())
     by_name = [
         load("resnet18", weights=name) for name in (None, "DEFAULT", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1")
     ]
-    assert {backbone.digest for backbone in by_name} == {load("resnet18", weights=place).digest}
-    place.write_bytes(place.read_bytes()[:1000])
+    assert {backbone.digest for backbone in by_name} == {load("resnet18", weights=checkpoint).digest}
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(WeightsError, match=r"resnet18-f37072fd\.pth: not the weights IMAGENET1K_V1"):
         load("resnet18")
 
 
-def test_without_a_network_the_message_names_the_file_and_its_place(tmp_path, monkeypatch):
+def test_a_failed_download_names_the_file_and_its_path(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
-    def unreachable(*args: object, **kwargs: object) -> None:
+    def fail_download(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail_download)
     with pytest.raises(WeightsError) as caught:
         load("resnet50", weights="IMAGENET1K_V1")
     assert "resnet50-0676ba61.pth" in str(caught.value)
@@ -489,64 +498,66 @@ def test_without_a_network_the_message_names_the_file_and_its_place(tmp_path, mo
     assert "--weights FILE" in str(caught.value)
 
 
-def test_a_published_file_brings_its_own_transform_whatever_it_is_called(full_resnet, tmp_path, monkeypatch):
+def test_a_published_file_is_recognized_under_any_name(full_resnet, tmp_path, monkeypatch):
     from hashlib import sha256
 
-    file = write(tmp_path / "renamed.pth", full_resnet.state_dict())
+    file = write_weights(tmp_path / "renamed.pth", full_resnet.state_dict())
     digest = sha256(file.read_bytes()).hexdigest()[:8]
-    first = SimpleNamespace(url="https://example.org/old-00000000.pth")
-    second = SimpleNamespace(url=f"https://example.org/new-{digest}.pth")
+    default_weights = SimpleNamespace(url="https://example.org/old-00000000.pth")
+    other_weights = SimpleNamespace(url=f"https://example.org/new-{digest}.pth")
 
     class Published(list):
-        DEFAULT = first
+        DEFAULT = default_weights
 
-    assert torchvision._find_published_weights(Published([first, second]), file) is second
-    assert torchvision._find_published_weights(Published([first]), file) is first
+    assert torchvision._find_published_weights(Published([default_weights, other_weights]), file) is other_weights
+    assert torchvision._find_published_weights(Published([default_weights]), file) is default_weights
 
 
-def test_unknown_published_weights_are_answered_with_the_nearest():
+def test_unknown_published_weights_are_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'IMAGENET1K_V2' or 'IMAGENET1K_V1'"):
         load("resnet50", weights="IMAGENET1K_V3")
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_networks_that_convert_their_input_do_so_for_trained_weights_only(name, tmp_path):
+def test_input_conversion_is_enabled_for_trained_weights_only(name, tmp_path):
     untrained = load(name, weights="none")
     assert not untrained.network.transform_input
-    file = write(tmp_path / "weights.pth", untrained.network.state_dict())
+    file = write_weights(tmp_path / "weights.pth", untrained.network.state_dict())
     assert load(name, weights=file).network.transform_input
 
 
-def test_old_names_in_published_files_are_understood(tmp_path):
-    dense = load("densenet121", weights="none")
-    old = {
+def test_legacy_names_in_published_files_are_converted(tmp_path):
+    backbone = load("densenet121", weights="none")
+    legacy_state = {
         name.replace("norm1", "norm.1").replace("conv2", "conv.2") if "denselayer" in name else name: value
-        for name, value in dense.network.state_dict().items()
+        for name, value in backbone.network.state_dict().items()
     }
-    assert load("densenet121", weights=write(tmp_path / "dense.pth", old)).digest == dense.digest
+    assert load("densenet121", weights=write_weights(tmp_path / "dense.pth", legacy_state)).digest == backbone.digest
 
 
 # timm
 
 
-def test_timms_published_weights_are_part_of_the_name():
+def test_published_timm_weights_are_selected_by_the_backbone_name():
     with pytest.raises(ConfigError, match=r"timm/resnet18\.a1_in1k"):
         load("timm/resnet18", weights="IMAGENET1K_V1")
 
 
-def test_a_timm_network_without_published_weights_says_so():
+def test_a_timm_network_without_published_weights_is_refused():
     with pytest.raises(WeightsError, match="publishes no weights"):
-        load("timm/vit_tiny_patch16_xp_224" if "timm/vit_tiny_patch16_xp_224" in names() else unpublished())
+        load(
+            "timm/vit_tiny_patch16_xp_224" if "timm/vit_tiny_patch16_xp_224" in names() else find_unpublished_network()
+        )
 
 
-def unpublished() -> str:
+def find_unpublished_network() -> str:
     import timm
 
     return next("timm/" + n for n in timm.list_models() if not timm.models.is_model_pretrained(n))
 
 
-def test_published_timm_weights_load_from_the_hubs_folder(tmp_path, monkeypatch):
+def test_published_timm_weights_are_loaded_from_the_hub_cache(tmp_path, monkeypatch):
     import timm
 
     torch.manual_seed(1)
@@ -555,7 +566,7 @@ def test_published_timm_weights_load_from_the_hubs_folder(tmp_path, monkeypatch)
     snapshot.mkdir(parents=True)
     (tmp_path / "models--timm--resnet10t.c3_in1k" / "refs").mkdir()
     (tmp_path / "models--timm--resnet10t.c3_in1k" / "refs" / "main").write_text("0")
-    file = write(snapshot / "model.safetensors", full.state_dict())
+    file = write_weights(snapshot / "model.safetensors", full.state_dict())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     published, local = load("timm/resnet10t.c3_in1k"), load("timm/resnet10t.c3_in1k", weights=file)
@@ -567,8 +578,8 @@ def test_published_timm_weights_load_from_the_hubs_folder(tmp_path, monkeypatch)
         load("timm/resnet18.a1_in1k")
 
 
-def test_a_random_projection_that_stays_behind_is_refused():
-    class Leaves(nn.Module):
+def test_a_network_with_a_random_projection_is_refused():
+    class WithProjection(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.head = nn.Linear(8, 10)
@@ -578,13 +589,15 @@ def test_a_random_projection_that_stays_behind_is_refused():
             self.head = nn.Linear(8, 8)
 
     with pytest.raises(WeightsError, match=r"random layer, 'head\.weight'"):
-        from_timm.remove_classifier(Leaves(), "timm/leaves")
+        from_timm.remove_classifier(WithProjection(), "timm/leaves")
 
 
-def test_names_that_timm_translates_are_understood(tmp_path):
+def test_legacy_names_are_converted_by_timm(tmp_path):
     backbone = load("timm/vit_tiny_patch16_224", weights="none")
     state = {f"backbone.{name}": value for name, value in backbone.network.state_dict().items()}
-    assert load("timm/vit_tiny_patch16_224", weights=write(tmp_path / "vit.pth", state)).digest == backbone.digest
+    assert (
+        load("timm/vit_tiny_patch16_224", weights=write_weights(tmp_path / "vit.pth", state)).digest == backbone.digest
+    )
     deit = {"model": backbone.network.state_dict() | {"head.weight": torch.rand(5, 192), "head.bias": torch.rand(5)}}
     torch.save(deit, tmp_path / "deit.pth")
     assert load("timm/vit_tiny_patch16_224", weights=tmp_path / "deit.pth").digest == backbone.digest
@@ -593,12 +606,12 @@ def test_names_that_timm_translates_are_understood(tmp_path):
 # packaged
 
 
-def test_the_packaged_network_is_its_package_layer_by_layer():
+def test_the_packaged_network_equals_timms_with_the_same_weights():
     import timm
 
     state = torch.load(packaged.find_weights_file("efficientnet_lite0"), weights_only=True)
     full = timm.create_model("tf_efficientnet_lite0").eval()
-    full.load_state_dict(dict(zip(full.state_dict(), state.values(), strict=True)))  # they are in the same order
+    full.load_state_dict(dict(zip(full.state_dict(), state.values(), strict=True)))  # in the same order
     backbone = load()
     weight, bias = imagenet_classifier("efficientnet_lite0")
     with torch.inference_mode():
@@ -608,55 +621,55 @@ def test_the_packaged_network_is_its_package_layer_by_layer():
 
 
 @pytest.mark.parametrize("name", registry.PACKAGED_BACKBONES)
-def test_the_packaged_network_is_timms_to_the_bit(name):
-    network, timms = load(name, weights="none", seed=3).network, from_timm.create(f"tf_{name}", 3)
-    from_timm.remove_classifier(timms, name)
-    assert [key for key, _ in network.named_modules()] == [key for key, _ in timms.named_modules()]
-    weights, timms_weights = network.state_dict(), timms.state_dict()
-    assert list(weights) == list(timms_weights)
-    assert all(torch.equal(value, timms_weights[key]) for key, value in weights.items())
+def test_an_untrained_packaged_network_is_bit_identical_to_timms(name):
+    network, timm_network = load(name, weights="none", seed=3).network, from_timm.create(f"tf_{name}", 3)
+    from_timm.remove_classifier(timm_network, name)
+    assert [key for key, _ in network.named_modules()] == [key for key, _ in timm_network.named_modules()]
+    weights, timm_weights = network.state_dict(), timm_network.state_dict()
+    assert list(weights) == list(timm_weights)
+    assert all(torch.equal(value, timm_weights[key]) for key, value in weights.items())
     with torch.inference_mode():
         batch = torch.rand(2, 3, 65, 90)  # odd and even sizes are padded differently
-        assert torch.equal(network(batch), timms.eval()(batch))
+        assert torch.equal(network(batch), timm_network.eval()(batch))
 
 
 @pytest.mark.parametrize(("name", "resize", "crop"), [("0", 256, 224), ("1", 272, 240), ("2", 292, 260)])
-def test_packaged_networks_have_the_transform_that_they_were_trained_with(name, resize, crop):
+def test_a_packaged_network_has_the_transform_of_its_training(name, resize, crop):
     transform = load(f"efficientnet_lite{name}", weights="none").transform
     assert transform == Transform(resize, (crop, crop), "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-def test_the_packaged_statistics_fit_the_normalisation():
-    """With the right normalisation the stem sees what its BatchNorm remembers."""
+def test_the_batch_norm_statistics_match_the_normalization():
+    """With the right normalisation the outputs of the stem have the running means of its batch norm."""
     data = pytest.importorskip("skimage.data")
     backbone = load()
     pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
-    batch = torch.stack([backbone.transform(tensor(np.array(picture))) for picture in pictures])
+    batch = torch.stack([backbone.transform(to_tensor(np.array(picture))) for picture in pictures])
     stem, norm = backbone.network.conv_stem, backbone.network.bn1
-    found = stem(batch).mean((0, 2, 3))
-    assert torch.corrcoef(torch.stack([found, norm.running_mean]))[0, 1] > 0.8
+    stem_means = stem(batch).mean((0, 2, 3))
+    assert torch.corrcoef(torch.stack([stem_means, norm.running_mean]))[0, 1] > 0.8
 
 
 @pytest.mark.parametrize("name", registry.PACKAGED_BACKBONES)
-def test_a_packaged_network_with_its_classifier_put_back_knows_what_it_sees(name):
+def test_a_packaged_network_with_its_classifier_recognizes_photographs(name):
     data = pytest.importorskip("skimage.data")
     backbone = load(name)
     weight, bias = imagenet_classifier(name)
     cats, cups, rockets = {281, 282, 285}, {504, 967, 968}, {657, 744, 812}
-    # The rocket stands at its tower, which the larger networks also take for a drilling platform.
-    for picture, right, first in [("chelsea", cats, 1), ("coffee", cups, 1), ("rocket", rockets, 2)]:
-        image = backbone.transform(tensor(np.array(getattr(data, picture)())))
+    # The larger networks classify the launch tower of the rocket as a drilling platform.
+    for picture, expected_classes, top_k in [("chelsea", cats, 1), ("coffee", cups, 1), ("rocket", rockets, 2)]:
+        image = backbone.transform(to_tensor(np.array(getattr(data, picture)())))
         logits = backbone.embed(image[None])["pooled"] @ weight.T + bias
-        assert right & set(logits[0].topk(first).indices.tolist()), picture
+        assert expected_classes & set(logits[0].topk(top_k).indices.tolist()), picture
 
 
-def test_a_packaged_network_takes_a_file_with_either_names(tmp_path):
+def test_a_packaged_network_loads_its_own_names_and_those_of_the_package(tmp_path):
     backbone = load()
-    own = {f"module.{name}": value for name, value in backbone.network.state_dict().items()}
-    theirs = torch.load(packaged.find_weights_file("efficientnet_lite0"), weights_only=True)
-    theirs = {f"model.{name}": value for name, value in theirs.items()}
-    for number, state in enumerate((own, theirs)):
-        assert load(weights=write(tmp_path / f"{number}.pth", state)).to_dict() == backbone.to_dict()
+    own_state = {f"module.{name}": value for name, value in backbone.network.state_dict().items()}
+    package_state = torch.load(packaged.find_weights_file("efficientnet_lite0"), weights_only=True)
+    package_state = {f"model.{name}": value for name, value in package_state.items()}
+    for number, state in enumerate((own_state, package_state)):
+        assert load(weights=write_weights(tmp_path / f"{number}.pth", state)).to_dict() == backbone.to_dict()
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
@@ -665,9 +678,9 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
         load("efficientnet_lite1")
 
 
-# a user's own
+# custom
 
-OWN = """
+CUSTOM_MODULE = """
 import torch
 from torch import nn
 
@@ -692,80 +705,80 @@ def nothing():
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch, request):
-    """The name of a module in the current folder that Python has not seen before."""
+def custom_module(tmp_path, monkeypatch, request):
+    """The name of a module in the current folder that was not imported before."""
     name = f"own_{abs(hash(request.node.name))}"
-    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / f"{name}.py").write_text(CUSTOM_MODULE)
     monkeypatch.chdir(tmp_path)
     yield name
     sys.modules.pop(name, None)
 
 
-def test_a_network_by_import_path_comes_from_the_current_folder(own):
+def test_a_custom_network_is_imported_from_the_current_folder(custom_module):
     path = list(sys.path)
-    backbone = load(f"{own}:pair", seed=2)
+    backbone = load(f"{custom_module}:pair", seed=2)
     assert sys.path == path
     assert (backbone.source, backbone.width, backbone.transform.size) == ("user", 5, (32, 32))
-    assert backbone.to_dict() == load(f"{own}:pair", seed=2).to_dict()
+    assert backbone.to_dict() == load(f"{custom_module}:pair", seed=2).to_dict()
     assert backbone.to_dict()["code"].keys() == {"import", "source", "structure"}
     prove_frozen(backbone)
 
 
-def test_other_code_weights_or_transform_are_another_backbone(own):
-    facts = load(f"{own}:pair", seed=2).to_dict()
-    assert load(f"{own}:pair", seed=3).to_dict() != facts
-    given = load(f"{own}:network", seed=2, transform=Transform(36, (32, 32))).to_dict()
-    assert given["weights"] == facts["weights"]
-    assert given != facts
-    Path(f"{own}.py").write_text(OWN + "\n# changed\n")
-    sys.modules.pop(own)
-    changed = load(f"{own}:pair", seed=2).to_dict()
+def test_other_code_weights_or_transform_change_the_identity(custom_module):
+    facts = load(f"{custom_module}:pair", seed=2).to_dict()
+    assert load(f"{custom_module}:pair", seed=3).to_dict() != facts
+    with_transform = load(f"{custom_module}:network", seed=2, transform=Transform(36, (32, 32))).to_dict()
+    assert with_transform["weights"] == facts["weights"]
+    assert with_transform != facts
+    Path(f"{custom_module}.py").write_text(CUSTOM_MODULE + "\n# changed\n")
+    sys.modules.pop(custom_module)
+    changed = load(f"{custom_module}:pair", seed=2).to_dict()
     assert changed["weights"] == facts["weights"]
     assert changed["code"] != facts["code"]
 
 
-def test_a_factory_may_give_a_backbone(own):
-    assert load(f"{own}:ready").shapes == {"pooled": (512,)}
+def test_a_factory_may_return_a_backbone(custom_module):
+    assert load(f"{custom_module}:ready").shapes == {"pooled": (512,)}
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{own}:network", "without its transform"),
-        ("{own}:nothing", "returned int"),
-        ("{own}:pare", "it has .*pair"),
+        ("{module}:network", "without its transform"),
+        ("{module}:nothing", "returned int"),
+        ("{module}:pare", "it has .*pair"),
         ("no_such_module_here:f", "importing no_such_module_here failed"),
     ],
 )
-def test_a_network_of_ones_own_that_cannot_be_is_refused(own, name, message):
+def test_an_invalid_custom_network_is_refused(custom_module, name, message):
     with pytest.raises(ConfigError, match=message):
-        load(name.format(own=own))
+        load(name.format(module=custom_module))
 
 
-def small() -> nn.Module:
+def small_network() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def test_a_network_object_is_copied_and_left_as_it_was():
-    network = small()
+def test_a_network_object_is_copied_and_not_changed():
+    network = small_network()
     backbone = load(network, transform=to_float)
     assert network.training
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert not any(parameter.requires_grad for parameter in backbone.network.parameters())
-    assert backbone.to_dict() == load(small(), transform=to_float).to_dict()
+    assert backbone.to_dict() == load(small_network(), transform=to_float).to_dict()
     with pytest.raises(ConfigError, match="needs its transform"):
         load(network)
 
 
-def test_a_network_object_takes_weights_from_a_file(tmp_path):
-    state = {name: value + 1 for name, value in small().state_dict().items()}
-    backbone = load(small(), weights=write(tmp_path / "w.safetensors", state), transform=to_float)
+def test_weights_are_loaded_from_a_file_into_a_network_object(tmp_path):
+    state = {name: value + 1 for name, value in small_network().state_dict().items()}
+    backbone = load(small_network(), weights=write_weights(tmp_path / "w.safetensors", state), transform=to_float)
     assert torch.equal(backbone.network[0].weight, state["0.weight"])
 
 
-def test_a_network_that_answers_with_a_map_needs_an_output():
+def test_a_network_that_returns_a_feature_map_needs_an_output():
     network = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
     with pytest.raises(ConfigError, match="--output NODE:avg"):
         load(network, transform=to_float)
@@ -773,18 +786,18 @@ def test_a_network_that_answers_with_a_map_needs_an_output():
 
 
 class Scaled:
-    def __init__(self, by: float) -> None:
-        self.by = by
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
 
     def __call__(self, image: Tensor) -> Tensor:
-        return image[:, :32, :48].float() * self.by
+        return image[:, :32, :48].float() * self.factor
 
 
-def test_parameters_that_the_source_does_not_show_are_part_of_a_transforms_identity():
-    one, same, other = (CustomTransform(Scaled(by)).to_dict() for by in (0.5, 0.5, 0.25))
-    assert one == same
-    assert one["code"] == other["code"]
-    assert one != other
+def test_parameters_outside_the_source_code_change_a_transforms_identity():
+    half, half_again, quarter = (CustomTransform(Scaled(factor)).to_dict() for factor in (0.5, 0.5, 0.25))
+    assert half == half_again
+    assert half["code"] == quarter["code"]
+    assert half != quarter
 
 
 @pytest.mark.parametrize(
@@ -796,19 +809,19 @@ def test_parameters_that_the_source_does_not_show_are_part_of_a_transforms_ident
         (lambda image: None, "returned NoneType"),
     ],
 )
-def test_a_transform_that_breaks_its_promise_is_refused(function, message):
+def test_an_invalid_custom_transform_is_refused(function, message):
     with pytest.raises(ConfigError, match=message):
         CustomTransform(function)
 
 
-def test_a_transform_without_source_is_refused():
+def test_a_transform_without_source_code_is_refused():
     space: dict[str, object] = {}
     exec("def hidden(image): return image[:, :32, :32].float()", space)
     with pytest.raises(ConfigError, match="source code"):
         CustomTransform(space["hidden"])
 
 
-def test_a_transform_may_replace_the_one_that_belongs_to_the_weights(resnet):
+def test_a_transform_can_replace_that_of_the_weights(resnet):
     backbone = load("resnet18", weights="none", seed=3, transform=Transform(128, (112, 112)))
     assert backbone.digest == resnet.digest
     assert backbone.to_dict() != resnet.to_dict()
@@ -822,8 +835,8 @@ class BatchStatistics(nn.Module):
         return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
 
-class Stubborn(nn.BatchNorm2d):
-    def train(self, mode: bool = True) -> Stubborn:
+class AlwaysTraining(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> AlwaysTraining:
         return super().train(True)
 
 
@@ -851,30 +864,30 @@ class NotANumber(nn.Module):
     ("layer", "message"),
     [
         (BatchStatistics(), "depends on its neighbours"),
-        (Stubborn(5), "module '1' stays in training mode"),
+        (AlwaysTraining(5), "module '1' stays in training mode"),
         (Counting(), r"changes '1\.seen'"),
         (Noisy(), "differs between two passes"),
         (NotANumber(), "not finite"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_network_that_is_not_frozen_is_found_out(layer, message):
+def test_a_network_that_is_not_frozen_is_detected(layer, message):
     network = nn.Sequential(nn.Conv2d(3, 5, 3), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone = load(network, transform=to_float)
     with pytest.raises(ConfigError, match=message):
         prove_frozen(backbone)
 
 
-def test_a_parameter_with_a_gradient_is_found_out():
-    backbone = load(small(), transform=to_float)
+def test_a_parameter_with_a_gradient_is_detected():
+    backbone = load(small_network(), transform=to_float)
     prove_frozen(backbone)
     backbone.network[0].weight.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"'0\.weight' requires a gradient"):
         prove_frozen(backbone)
 
 
-def test_a_network_that_normalises_again_inside_is_another_backbone():
-    net = load("googlenet", weights="none")
-    before = net.to_dict()
-    net.network.transform_input = not net.network.transform_input
-    assert net.to_dict() != before
+def test_a_networks_internal_input_conversion_is_part_of_its_identity():
+    backbone = load("googlenet", weights="none")
+    before = backbone.to_dict()
+    backbone.network.transform_input = not backbone.network.transform_input
+    assert backbone.to_dict() != before

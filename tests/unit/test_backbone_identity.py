@@ -1,4 +1,4 @@
-"""A remembered identity is used only while nothing that decides it has changed."""
+"""A stored identity is used only while its inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ NAME = "shufflenet_v2_x0_5"
 LONG_AGO = 10**9  # seconds
 
 
-def age(path: Path) -> None:
+def set_old_times(path: Path) -> None:
     os.utime(path, (LONG_AGO, LONG_AGO))
 
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A weights file; its change time, which is now, is taken for old."""
+    """A weights file that counts as old although it was just written."""
     monkeypatch.setattr(identity, "RACY_NANOSECONDS", -(10**12))
     path = tmp_path / "net.safetensors"
     safetensors.torch.save_file(backbones.load(NAME, weights="none", seed=1).network.state_dict(), path)
-    age(path)
+    set_old_times(path)
     return path
 
 
-def remember(store: IdentityStore, request: BackboneRequest) -> backbones.Backbone:
+def load_and_store(store: IdentityStore, request: BackboneRequest) -> backbones.Backbone:
     backbone = backbones.load(request.name, weights=request.weights, outputs=request.outputs, seed=request.seed)
     store.write(request, backbone, time_ns())
     return backbone
 
 
-def test_a_remembered_identity_is_that_of_the_loaded_backbone(tmp_path: Path, weights: Path) -> None:
+def test_a_stored_identity_is_that_of_the_loaded_backbone(tmp_path: Path, weights: Path) -> None:
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(weights), ("pooled", "stage4:max"), 0)
     assert store.find(request) is None
-    backbone = remember(store, request)
-    remembered = store.find(request)
-    assert remembered is not None
-    assert remembered.to_dict() == json.loads(json.dumps(backbone.to_dict()))
-    assert list(remembered.shapes.items()) == list(backbone.shapes.items())
-    assert (remembered.name, remembered.request) == (backbone.name, backbone.request)
-    assert make_facts(remembered, ExtractionConfig()) == make_facts(backbone, ExtractionConfig())
+    backbone = load_and_store(store, request)
+    stored = store.find(request)
+    assert stored is not None
+    assert stored.to_dict() == json.loads(json.dumps(backbone.to_dict()))
+    assert list(stored.shapes.items()) == list(backbone.shapes.items())
+    assert (stored.name, stored.request) == (backbone.name, backbone.request)
+    assert make_facts(stored, ExtractionConfig()) == make_facts(backbone, ExtractionConfig())
 
 
 @pytest.mark.parametrize(
-    "other",
+    "change",
     [
         {"weights": "none"},
         {"weights": None},
@@ -66,30 +66,28 @@ def test_a_remembered_identity_is_that_of_the_loaded_backbone(tmp_path: Path, we
         {"name": "shufflenet_v2_x1_0"},
     ],
 )
-def test_another_request_has_another_identity(tmp_path: Path, weights: Path, other: dict[str, object]) -> None:
+def test_another_request_has_no_stored_identity(tmp_path: Path, weights: Path, change: dict[str, object]) -> None:
     store, settings = (
         IdentityStore(tmp_path),
         {"name": NAME, "weights": str(weights), "outputs": ("pooled",), "seed": 0},
     )
-    remember(store, BackboneRequest(**settings))
+    load_and_store(store, BackboneRequest(**settings))
     assert store.find(BackboneRequest(**settings)) is not None
-    assert store.find(BackboneRequest(**settings | other)) is None
+    assert store.find(BackboneRequest(**settings | change)) is None
 
 
-def test_weights_of_the_same_size_and_modification_time_are_not_taken_for_the_old_ones(
-    tmp_path: Path, weights: Path
-) -> None:
+def test_changed_weights_of_the_same_size_and_modification_time_are_detected(tmp_path: Path, weights: Path) -> None:
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(weights), ("pooled",), 0)
-    remember(store, request)
+    load_and_store(store, request)
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    age(weights)
+    set_old_times(weights)
     assert store.find(request) is None
-    remember(store, request)
+    load_and_store(store, request)
     replacement = tmp_path / "replacement"
     replacement.write_bytes(data)
-    age(replacement)
+    set_old_times(replacement)
     assert store.find(request) is not None
     replacement.replace(weights)
     assert store.find(request) is None
@@ -97,36 +95,36 @@ def test_weights_of_the_same_size_and_modification_time_are_not_taken_for_the_ol
     assert store.find(request) is None
 
 
-def test_weights_that_changed_shortly_before_they_were_read_are_not_remembered(tmp_path: Path) -> None:
+def test_the_identity_of_weights_that_changed_shortly_before_loading_is_not_stored(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     safetensors.torch.save_file(backbones.load(NAME, weights="none").network.state_dict(), path)
-    age(path)  # anybody can set this time; nobody can set the change time
+    set_old_times(path)  # a program can set the modification time, but not the change time
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(path), ("pooled",), 0)
-    remember(store, request)
+    load_and_store(store, request)
     assert store.find(request) is None
 
 
 @pytest.mark.parametrize("package", identity.PACKAGES)
-def test_another_version_of_a_package_is_another_environment(
+def test_another_package_version_invalidates_a_stored_identity(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(weights), ("pooled",), 0)
-    remember(store, request)
+    load_and_store(store, request)
     installed = identity.version
     monkeypatch.setattr(identity, "version", lambda name: "0.0.0" if name == package else installed(name))
     assert store.find(request) is None
 
 
-def test_another_place_for_downloads_is_another_environment(
+def test_another_download_folder_invalidates_a_stored_identity(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(weights), ("pooled",), 0)
-    remember(store, request)
+    load_and_store(store, request)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert store.find(request) is None
 
 
-def test_code_of_the_users_own_and_given_transforms_are_never_remembered(tmp_path: Path) -> None:
+def test_identities_with_custom_code_or_transforms_are_never_stored(tmp_path: Path) -> None:
     for settings in (
         {"backbone": "tests.conftest:Tiny"},
         {"backbone": "resnet18", "transform": lambda image: image.float()},
@@ -138,17 +136,17 @@ def test_code_of_the_users_own_and_given_transforms_are_never_remembered(tmp_pat
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{", b'{"format": "featpipe-backbones/1", "entries": []}'])
-def test_a_damaged_store_remembers_nothing_and_is_written_again(tmp_path: Path, weights: Path, damage: bytes) -> None:
+def test_a_damaged_store_is_ignored_and_rewritten(tmp_path: Path, weights: Path, damage: bytes) -> None:
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(weights), ("pooled",), 0)
     store.path.write_bytes(damage)
     assert store.find(request) is None
-    remember(store, request)
+    load_and_store(store, request)
     assert store.find(request) is not None
 
 
-def test_an_entry_that_was_edited_is_not_used(tmp_path: Path, weights: Path) -> None:
+def test_an_edited_entry_is_not_used(tmp_path: Path, weights: Path) -> None:
     store, request = IdentityStore(tmp_path), BackboneRequest(NAME, str(weights), ("pooled",), 0)
-    remember(store, request)
+    load_and_store(store, request)
     text = store.path.read_text()
     assert '"resize": ' in text
     store.path.write_text(text.replace('"source": "torchvision"', '"source": "timm"'))
@@ -156,7 +154,7 @@ def test_an_entry_that_was_edited_is_not_used(tmp_path: Path, weights: Path) -> 
 
 
 @pytest.mark.thorough
-def test_published_weights_of_timm_are_remembered_by_the_files_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+def test_published_timm_weights_are_identified_by_the_files_in_the_hub_cache(tmp_path: Path) -> None:
     network = timm.create_model("tf_mobilenetv3_small_minimal_100")
     repository = tmp_path / "hub" / f"models--{network.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -173,11 +171,11 @@ from featpipe.backbones import BackboneRequest, IdentityStore, identity
 
 identity.RACY_NANOSECONDS = -(10**12)
 request = BackboneRequest("timm/tf_mobilenetv3_small_minimal_100", None, ("pooled",), 0)
-remembered = IdentityStore(Path(".")).find(request)
+stored = IdentityStore(Path(".")).find(request)
 loaded = sorted({"torch", "timm", "huggingface_hub"} & sys.modules.keys())
 backbone = backbones.load(request.name)
 IdentityStore(Path(".")).write(request, backbone, time_ns())
-print(remembered is not None and remembered.to_dict()["weights"] == backbone.digest, loaded)
+print(stored is not None and stored.to_dict()["weights"] == backbone.digest, loaded)
 """
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
 
@@ -193,7 +191,7 @@ print(remembered is not None and remembered.to_dict()["weights"] == backbone.dig
 def test_a_second_extraction_gives_the_same_cache_and_imports_no_torch(make_folder, tmp_path: Path) -> None:
     folder = make_folder()
     for path in folder.rglob("*.*"):
-        age(path)
+        set_old_times(path)
     code = (
         "import sys; from featpipe import extract\n"
         f"cache = extract({str(folder)!r}, cache={str(tmp_path / 'cache')!r}, backbone=sys.argv[1])\n"
@@ -201,15 +199,17 @@ def test_a_second_extraction_gives_the_same_cache_and_imports_no_torch(make_fold
         "print(cache.path, cache.fingerprint, loaded)"
     )
     command = [sys.executable, "-c", code, "efficientnet_lite0"]
-    first, second = (subprocess.check_output(command, text=True, cwd=tmp_path).split(" ", 2) for _ in range(2))
-    assert second[:2] == first[:2]
-    assert "torch" in first[2]
-    assert second[2] == "[]\n"
+    first_output, second_output = (
+        subprocess.check_output(command, text=True, cwd=tmp_path).split(" ", 2) for _ in range(2)
+    )
+    assert second_output[:2] == first_output[:2]
+    assert "torch" in first_output[2]
+    assert second_output[2] == "[]\n"
     assert load_backbone(ExtractionConfig()).to_dict()["weights"] in (tmp_path / "cache/.backbones.json").read_text()
     (folder / "ape" / "00.jpg").unlink()
-    third = subprocess.check_output(command, text=True, cwd=tmp_path)
-    assert third.startswith(first[0])
-    assert third.endswith(" []\n")  # a row that goes needs no network
-    assert len(FeatureCache(first[0])) == 17
+    third_output = subprocess.check_output(command, text=True, cwd=tmp_path)
+    assert third_output.startswith(first_output[0])
+    assert third_output.endswith(" []\n")  # removing a row needs no network
+    assert len(FeatureCache(first_output[0])) == 17
     Image.new("RGB", (40, 30)).save(folder / "ape" / "00.jpg")
     assert "torch" in subprocess.check_output(command, text=True, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""A network on a GPU, or on what stands in for one: the answers are those of the CPU, however pictures come."""
+"""Inference on a GPU, real or emulated, gives the embeddings of the CPU."""
 
 from __future__ import annotations
 
@@ -27,280 +27,287 @@ SMALL = Transform(20, (16, 16), "bicubic")
 SIZES = [(40, 50), (50, 40), (40, 50), (16, 16), (20, 20), (12, 90), (90, 12), (300, 31), (33, 47), (40, 50), (8, 8)]
 
 
-def net(transform: object = SMALL) -> backbones.Backbone:
+def small_backbone(transform: object = SMALL) -> backbones.Backbone:
     return backbones.load(Tiny(), transform=transform)
 
 
-def pictures(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Tensor]:
+def random_images(sizes: Sequence[tuple[int, int]] = SIZES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
-    return [picture.permute(2, 0, 1) for picture in made]
+    arrays = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
+    return [array.permute(2, 0, 1) for array in arrays]
 
 
-def by_the_cpu(network: backbones.Backbone, images: Sequence[Tensor]) -> np.ndarray:
-    exact = Engine(network, CPU)
-    return np.concatenate([exact.embed(exact.collate([exact.transform(image)]))["pooled"] for image in images])
+def compute_cpu_embeddings(backbone: backbones.Backbone, images: Sequence[Tensor]) -> np.ndarray:
+    engine = Engine(backbone, CPU)
+    return np.concatenate([engine.embed(engine.collate([engine.transform(image)]))["pooled"] for image in images])
 
 
-def handed(device: torch.device, images: Sequence[Tensor], transform: object = SMALL) -> list[Tensor | UnresizedImage]:
-    hand_over = PinnedTransfer(transform, device)
-    return [hand_over(image) for image in images]
+def transfer_images(
+    device: torch.device, images: Sequence[Tensor], transform: object = SMALL
+) -> list[Tensor | UnresizedImage]:
+    transfer = PinnedTransfer(transform, device)
+    return [transfer(image) for image in images]
 
 
-def near(found: np.ndarray, expected: np.ndarray) -> bool:
-    return found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+def is_close(actual: np.ndarray, expected: np.ndarray) -> bool:
+    return actual.shape == expected.shape and np.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [2, 8, 64])
-def test_a_gpu_gives_the_embeddings_of_the_cpu_whether_pictures_come_in_one_tensor_by_themselves_or_unresized(
-    gpu, batch
-):
-    network, images = net(), pictures()
-    expected = by_the_cpu(network, images)
-    made = Engine(network, gpu, batch=batch)
-    unresized = [made.transform(image) for image in images]
+def test_a_gpu_gives_the_cpus_embeddings_for_batched_separate_and_unresized_images(gpu, batch):
+    backbone, images = small_backbone(), random_images()
+    expected = compute_cpu_embeddings(backbone, images)
+    engine = Engine(backbone, gpu, batch=batch)
+    unresized = [engine.transform(image) for image in images]
     assert {type(picture) for picture in unresized} == {Tensor, UnresizedImage}
     resized = [SMALL.prepare(image) for image in images]
-    for given in (torch.stack(resized), resized, made.collate(resized), made.collate(unresized)):
-        assert near(made.embed(given)["pooled"], expected)
+    for engine_input in (torch.stack(resized), resized, engine.collate(resized), engine.collate(unresized)):
+        assert is_close(engine.embed(engine_input)["pooled"], expected)
 
 
-def test_batches_that_are_begun_before_others_are_waited_for_keep_their_answers(gpu):
-    network, images = net(), pictures(SIZES * 5)
-    made = Engine(network, gpu, batch=8)
-    waiting = [made.transform(image) for image in images]
-    batches = [made.collate(waiting[start : start + 8]) for start in range(0, len(waiting), 8)]
-    begun = [made.submit(batch) for batch in batches]
-    together = np.concatenate([answer()["pooled"] for answer in begun])
-    assert near(together, by_the_cpu(network, images))
-    alone = np.concatenate([made.embed(batch)["pooled"] for batch in batches])
-    assert np.array_equal(together, alone)
+def test_overlapping_batches_keep_their_embeddings(gpu):
+    backbone, images = small_backbone(), random_images(SIZES * 5)
+    engine = Engine(backbone, gpu, batch=8)
+    prepared = [engine.transform(image) for image in images]
+    batches = [engine.collate(prepared[start : start + 8]) for start in range(0, len(prepared), 8)]
+    pending = [engine.submit(batch) for batch in batches]
+    overlapped = np.concatenate([wait()["pooled"] for wait in pending])
+    assert is_close(overlapped, compute_cpu_embeddings(backbone, images))
+    sequential = np.concatenate([engine.embed(batch)["pooled"] for batch in batches])
+    assert np.array_equal(overlapped, sequential)
 
 
-class Deciding(Tiny):
-    """Waits for a value, which a graph cannot."""
+class SynchronizingNetwork(Tiny):
+    """Reads a value from the device, which a CUDA graph cannot."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum().item() < 1e9 else x.mean((2, 3))
 
 
-def test_a_network_that_cannot_be_captured_is_called(gpu):
-    network = backbones.load(Deciding(), transform=SMALL)
-    made = Engine(network, gpu, batch=4)
-    found = made.embed([made.transform(image) for image in pictures()])["pooled"]
-    assert near(found, by_the_cpu(network, pictures()))
-    assert made._runner._graph is None
+def test_a_network_that_cannot_be_captured_runs_eagerly(gpu):
+    backbone = backbones.load(SynchronizingNetwork(), transform=SMALL)
+    engine = Engine(backbone, gpu, batch=4)
+    embeddings = engine.embed([engine.transform(image) for image in random_images()])["pooled"]
+    assert is_close(embeddings, compute_cpu_embeddings(backbone, random_images()))
+    assert engine._runner._graph is None
 
 
 def test_on_an_emulated_gpu_a_network_that_can_be_captured_is_replayed(monkeypatch):
-    seen = emulate_gpu(monkeypatch)
-    made = Engine(net(), torch.device("cuda"), batch=4)
-    assert made.name == "torch on an emulated GPU"
-    made.embed([made.transform(image) for image in pictures()])
-    assert [graph.replays for graph in seen.graphs] == [3]
+    emulated = emulate_gpu(monkeypatch)
+    engine = Engine(small_backbone(), torch.device("cuda"), batch=4)
+    assert engine.name == "torch on an emulated GPU"
+    engine.embed([engine.transform(image) for image in random_images()])
+    assert [graph.replays for graph in emulated.graphs] == [3]
 
 
-def test_on_an_emulated_gpu_a_graph_that_does_not_fit_is_captured_of_fewer_images(monkeypatch):
-    seen, forward = emulate_gpu(monkeypatch), Tiny.forward
+def test_on_an_emulated_gpu_a_graph_that_does_not_fit_is_captured_with_a_smaller_batch(monkeypatch):
+    emulated, forward = emulate_gpu(monkeypatch), Tiny.forward
 
-    def crowded(self, x):
-        if seen.graph is not None and len(x) > 2:
+    def forward_if_small(self, x):
+        if emulated.graph is not None and len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, x)
 
-    monkeypatch.setattr(Tiny, "forward", crowded)
-    network = net()
-    made = Engine(network, torch.device("cuda"), batch=8)
-    found = made.embed([made.transform(image) for image in pictures()])["pooled"]
-    assert (made.batch, seen.graphs[-1].replays) == (2, 6)
-    assert near(found, by_the_cpu(network, pictures()))
+    monkeypatch.setattr(Tiny, "forward", forward_if_small)
+    backbone = small_backbone()
+    engine = Engine(backbone, torch.device("cuda"), batch=8)
+    embeddings = engine.embed([engine.transform(image) for image in random_images()])["pooled"]
+    assert (engine.batch, emulated.graphs[-1].replays) == (2, 6)
+    assert is_close(embeddings, compute_cpu_embeddings(backbone, random_images()))
 
 
-ROOM_FOR = {
+MAX_IMAGES_OF_STEP = {
     "begin": (CudaRunner, "_submit_batch", 2),
     "resize": (MatmulResizer, "resize", 1),
     "network": (Tiny, "forward", 2),
 }
 
 
-@pytest.mark.parametrize("where", ROOM_FOR)
-def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(gpu, monkeypatch, where):
-    owner, name, most = ROOM_FOR[where]
-    real = getattr(owner, name)
+@pytest.mark.parametrize("step", MAX_IMAGES_OF_STEP)
+def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(gpu, monkeypatch, step):
+    owner, name, max_images = MAX_IMAGES_OF_STEP[step]
+    original = getattr(owner, name)
 
-    def crowded(self, some, *rest):
-        if len(some) > most:
+    def run_if_small(self, batch_images, *arguments):
+        if len(batch_images) > max_images:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, some, *rest)
+        return original(self, batch_images, *arguments)
 
-    network, images = net(), pictures()
-    expected = by_the_cpu(network, images)
-    made = Engine(network, gpu, batch=8)
-    given = [made.transform(image) for image in images]
-    begun = made.submit(given)
-    monkeypatch.setattr(owner, name, crowded)
-    made._runner._halve_batch()
+    backbone, images = small_backbone(), random_images()
+    expected = compute_cpu_embeddings(backbone, images)
+    engine = Engine(backbone, gpu, batch=8)
+    engine_input = [engine.transform(image) for image in images]
+    wait = engine.submit(engine_input)
+    monkeypatch.setattr(owner, name, run_if_small)
+    engine._runner._halve_batch()
     for _ in range(2):
-        assert near(made.embed(given)["pooled"], expected)
-        assert made.batch == 2
-    assert near(begun()["pooled"], expected)
+        assert is_close(engine.embed(engine_input)["pooled"], expected)
+        assert engine.batch == 2
+    assert is_close(wait()["pooled"], expected)
 
 
-def test_an_image_that_does_not_fit_alone_is_an_error_that_says_what_to_do(gpu, monkeypatch):
-    def full(*_):
+def test_a_single_image_that_does_not_fit_is_refused_with_advice(gpu, monkeypatch):
+    def raise_out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    made = Engine(net(), gpu, batch=4)
-    monkeypatch.setattr(MatmulResizer, "resize", full)
+    engine = Engine(small_backbone(), gpu, batch=4)
+    monkeypatch.setattr(MatmulResizer, "resize", raise_out_of_memory)
     with pytest.raises(ConfigError, match=r"a single image needs more memory than cuda.*--device cpu"):
-        made.embed([made.transform(image) for image in pictures()])
+        engine.embed([engine.transform(image) for image in random_images()])
 
 
 TRANSFORMS = {
     "cover": SMALL,
     "cover and pad": Transform(12, (16, 20)),
-    "as they are": Transform(None, (16, 16)),
+    "without resizing": Transform(None, (16, 16)),
     "squash": Transform((16, 18), (16, 18), mode="squash"),
     "border": Transform((16, 18), (16, 18), "bicubic", mode="border"),
 }
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
-def test_what_the_network_sees_is_the_transforms_picture_to_the_bit(gpu, kind):
+def test_the_network_input_is_bit_identical_to_the_transform(gpu, kind):
     transform = TRANSFORMS[kind]
-    made = CudaRunner(backbones.load(Tiny(), transform=transform), 32, "fp32", gpu)
-    given = handed(gpu, pictures(), transform)
-    assert any(isinstance(picture, UnresizedImage) for picture in given) == (kind != "as they are")
-    places = torch.full((32, *transform.size, 3), 7, dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
+    runner = CudaRunner(backbones.load(Tiny(), transform=transform), 32, "fp32", gpu)
+    transferred = transfer_images(gpu, random_images(), transform)
+    assert any(isinstance(picture, UnresizedImage) for picture in transferred) == (kind != "without resizing")
+    buffer = torch.full((32, *transform.size, 3), 7, dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        made._copy_images(places, given)
-    for place, image in zip(places.cpu(), pictures(), strict=False):
-        assert torch.equal(place, transform.prepare(image))
-    assert (places[len(given) :] == 7).all()
+        runner._copy_images(buffer, transferred)
+    for row, image in zip(buffer.cpu(), random_images(), strict=False):
+        assert torch.equal(row, transform.prepare(image))
+    assert (buffer[len(transferred) :] == 7).all()
 
 
-def test_many_pictures_of_a_size_are_resized_in_several_products(gpu, monkeypatch):
+def test_many_images_of_one_size_are_resized_in_several_products(gpu, monkeypatch):
     monkeypatch.setattr(cuda, "max_resize_batch", lambda *_: 3)
     counts, resize = [], MatmulResizer.resize
     monkeypatch.setattr(
-        MatmulResizer, "resize", lambda self, some, *rest: counts.append(len(some)) or resize(self, some, *rest)
+        MatmulResizer,
+        "resize",
+        lambda self, pixels, *arguments: counts.append(len(pixels)) or resize(self, pixels, *arguments),
     )
-    made, images = CudaRunner(net(), 32, "fp32", gpu), pictures([(40, 50), (50, 40)] * 8)
-    given = handed(gpu, images)
-    counts.clear()  # of what was tried
-    places = torch.zeros((32, 16, 16, 3), dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
+    runner, images = CudaRunner(small_backbone(), 32, "fp32", gpu), random_images([(40, 50), (50, 40)] * 8)
+    transferred = transfer_images(gpu, images)
+    counts.clear()  # those of the exactness check
+    buffer = torch.zeros((32, 16, 16, 3), dtype=torch.uint8).to(gpu).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        made._copy_images(places, given)
+        runner._copy_images(buffer, transferred)
     assert sorted(counts) == [2, 2, 3, 3, 3, 3]
-    for place, image in zip(places.cpu(), images, strict=False):
-        assert torch.equal(place, SMALL.prepare(image))
+    for row, image in zip(buffer.cpu(), images, strict=False):
+        assert torch.equal(row, SMALL.prepare(image))
 
 
-def test_on_an_emulated_gpu_each_stream_waits_for_what_it_reads_and_memory_for_the_streams_that_use_it(monkeypatch):
-    seen, used = emulate_gpu(monkeypatch), []
-    made = Engine(net(), torch.device("cuda"), batch=4)._runner
-    fill, normalise = CudaRunner._copy_images, Transform.normalize
+def test_on_an_emulated_gpu_each_stream_waits_for_its_inputs_and_memory_for_its_streams(monkeypatch):
+    emulated, used_buffers = emulate_gpu(monkeypatch), []
+    runner = Engine(small_backbone(), torch.device("cuda"), batch=4)._runner
+    copy_images, normalize = CudaRunner._copy_images, Transform.normalize
 
-    def filled(self, places, images):
-        slot = next(slot for slot in made._buffers if slot.images is places)
-        assert seen.streams[-1] is made._copy_stream
-        assert made._copy_stream.waited_for[-1] is slot.free
-        assert slot.free.recorded_on is made._compute_stream
-        used.append(slot)
-        fill(self, places, images)
+    def check_copy(self, destination, images):
+        buffer = next(buffer for buffer in runner._buffers if buffer.images is destination)
+        assert emulated.streams[-1] is runner._copy_stream
+        assert runner._copy_stream.waited_for[-1] is buffer.free
+        assert buffer.free.recorded_on is runner._compute_stream
+        used_buffers.append(buffer)
+        copy_images(self, destination, images)
 
-    def read(self, batch):
-        if used and used[-1].images is batch:
-            assert seen.streams[-1] is made._compute_stream
-            assert made._compute_stream.waited_for[-1] is used[-1].copied
-            assert used[-1].copied.recorded_on is made._copy_stream
-        return normalise(self, batch)
+    def check_normalize(self, batch):
+        if used_buffers and used_buffers[-1].images is batch:
+            assert emulated.streams[-1] is runner._compute_stream
+            assert runner._compute_stream.waited_for[-1] is used_buffers[-1].copied
+            assert used_buffers[-1].copied.recorded_on is runner._copy_stream
+        return normalize(self, batch)
 
-    monkeypatch.setattr(CudaRunner, "_copy_images", filled)
-    monkeypatch.setattr(Transform, "normalize", read)
-    made.submit(handed(torch.device("cuda"), pictures()))()
-    assert used == [used[0], used[1], used[0]]
-    for slot in used[:2]:
-        assert set(seen.used_on[slot.images.data_ptr()]) == {made._copy_stream, made._compute_stream}
+    monkeypatch.setattr(CudaRunner, "_copy_images", check_copy)
+    monkeypatch.setattr(Transform, "normalize", check_normalize)
+    runner.submit(transfer_images(torch.device("cuda"), random_images()))()
+    assert used_buffers == [used_buffers[0], used_buffers[1], used_buffers[0]]
+    for buffer in used_buffers[:2]:
+        assert set(emulated.used_on[buffer.images.data_ptr()]) == {runner._copy_stream, runner._compute_stream}
 
 
-def test_tf32_is_off_while_pictures_are_resized_and_on_where_the_network_may_use_it(gpu, monkeypatch):
+def test_tf32_is_off_during_resizing_and_on_in_the_network(gpu, monkeypatch):
     allowed: dict[str, set[bool]] = {"resize": set(), "forward": set()}
     for owner, name in ((MatmulResizer, "resize"), (Tiny, "forward")):
-        real = getattr(owner, name)
+        original = getattr(owner, name)
 
-        def noting(self, *given, real=real, name=name):
+        def record(self, *arguments, original=original, name=name):
             allowed[name].add(torch.backends.cuda.matmul.allow_tf32)
-            return real(self, *given)
+            return original(self, *arguments)
 
-        monkeypatch.setattr(owner, name, noting)
+        monkeypatch.setattr(owner, name, record)
     before = torch.backends.cuda.matmul.allow_tf32
-    made = Engine(net(), gpu, "tf32", batch=4)
-    allowed["forward"].clear()  # of the count of its work
-    made.embed([made.transform(image) for image in pictures()])
+    engine = Engine(small_backbone(), gpu, "tf32", batch=4)
+    allowed["forward"].clear()  # those of counting multiply-adds
+    engine.embed([engine.transform(image) for image in random_images()])
     assert allowed == {"resize": {False}, "forward": {True}}
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
-def test_on_an_emulated_gpu_what_is_handed_over_is_pinned_and_only_what_the_result_needs(monkeypatch):
-    seen = emulate_gpu(monkeypatch)
+def test_on_an_emulated_gpu_only_the_needed_pixels_are_transferred_in_pinned_memory(monkeypatch):
+    emulated = emulate_gpu(monkeypatch)
     transform = Transform(20, (16, 16))
-    made = handed(torch.device("cuda"), pictures([(40, 80), (80, 100), (16, 16), (20, 20)]), transform)
-    assert [isinstance(picture, UnresizedImage) for picture in made] == [True, True, True, False]
-    for picture in made:
+    transferred = transfer_images(
+        torch.device("cuda"), random_images([(40, 80), (80, 100), (16, 16), (20, 20)]), transform
+    )
+    assert [isinstance(picture, UnresizedImage) for picture in transferred] == [True, True, True, False]
+    for picture in transferred:
         pixels = picture.pixels if isinstance(picture, UnresizedImage) else picture
-        assert pixels.data_ptr() in seen.pinned
+        assert pixels.data_ptr() in emulated.pinned
         assert pixels.permute(1, 2, 0).is_contiguous()
-    assert made[0].pixels.shape == (3, 34, 34)  # 32 pixels that become 16, and one at each side
+    assert transferred[0].pixels.shape == (3, 34, 34)  # 32 pixels that become 16, and one more on each side
 
 
 @pytest.mark.parametrize(
     ("size", "transform", "unresized"),
     [
         ((40, 330), SMALL, True),
-        ((40, 330), net(tiny_transform).transform, False),  # nobody knows what it does
-        ((1600, 1600), SMALL, False),  # 160 pixels count for one
-        ((70, 20), Transform((16, 16), (16, 16), mode="squash"), False),  # some versions of Pillow begin with columns
+        ((40, 330), small_backbone(tiny_transform).transform, False),  # a custom transform runs entirely on the CPU
+        ((1600, 1600), SMALL, False),  # 160 taps are too many
+        ((70, 20), Transform((16, 16), (16, 16), mode="squash"), False),  # Pillow may resize the columns first
         ((70, 44), Transform((16, 16), (16, 16), mode="squash"), True),
-        ((20, 30), SMALL, False),  # as large as it is to be
+        ((20, 30), SMALL, False),  # needs no resizing
         ((70, 90), Transform((70, 89), (16, 16), mode="squash"), True),
-        ((1600, 1500), Transform((800, 801), (800, 800), mode="squash"), False),  # much to keep in memory
+        ((1600, 1500), Transform((800, 801), (800, 800), mode="squash"), False),  # more than MAX_UNRESIZED_PIXELS
     ],
 )
-def test_the_cores_resize_what_a_gpu_would_not_to_the_bit_or_at_a_price(gpu, size, transform, unresized):
+def test_images_that_a_gpu_cannot_resize_exactly_or_cheaply_are_resized_on_the_cpu(gpu, size, transform, unresized):
     image = torch.full((3, *size), 200, dtype=torch.uint8)
-    (picture,) = handed(gpu, [image], transform)
+    (picture,) = transfer_images(gpu, [image], transform)
     assert isinstance(picture, UnresizedImage) == unresized
     assert unresized or torch.equal(picture, transform.prepare(image))
 
 
-def test_a_gpu_that_is_not_exact_is_given_resized_pictures(gpu, monkeypatch):
+def test_a_gpu_that_is_not_exact_gets_resized_images(gpu, monkeypatch):
     monkeypatch.setattr(pinned_transfer, "is_exact", lambda device: False)
-    assert all(isinstance(picture, Tensor) for picture in handed(gpu, pictures()))
-    made = Engine(net(), gpu, batch=4)
-    assert near(made.embed([made.transform(image) for image in pictures()])["pooled"], by_the_cpu(net(), pictures()))
+    assert all(isinstance(picture, Tensor) for picture in transfer_images(gpu, random_images()))
+    engine = Engine(small_backbone(), gpu, batch=4)
+    assert is_close(
+        engine.embed([engine.transform(image) for image in random_images()])["pooled"],
+        compute_cpu_embeddings(small_backbone(), random_images()),
+    )
 
 
-def test_what_waits_unresized_has_so_much_room_and_no_more(gpu, monkeypatch):
+def test_pending_unresized_images_are_limited_in_bytes(gpu, monkeypatch):
     monkeypatch.setattr(pinned_transfer, "MAX_PENDING_BYTES", 3 * 8192)
-    hand_over, (image,) = PinnedTransfer(SMALL, gpu), pictures([(40, 50)])
-    made = [hand_over(image) for _ in range(5)]  # 42 × 42 pixels at most, of three bytes
-    assert [isinstance(picture, UnresizedImage) for picture in made] == [True] * 3 + [False] * 2
-    del made[0]
-    assert isinstance(hand_over(image), UnresizedImage)
-    assert isinstance(hand_over(image), UnresizedImage)  # the one before it is gone already
-    made.append(hand_over(image))
-    assert [type(hand_over(image)), type(made[-1])] == [Tensor, UnresizedImage]
+    transfer, (image,) = PinnedTransfer(SMALL, gpu), random_images([(40, 50)])
+    transferred = [transfer(image) for _ in range(5)]  # at most 42 × 42 pixels of three bytes
+    assert [isinstance(picture, UnresizedImage) for picture in transferred] == [True] * 3 + [False] * 2
+    del transferred[0]
+    assert isinstance(transfer(image), UnresizedImage)
+    assert isinstance(transfer(image), UnresizedImage)  # the previous one was freed
+    transferred.append(transfer(image))
+    assert [type(transfer(image)), type(transferred[-1])] == [Tensor, UnresizedImage]
 
 
-def test_a_picture_that_is_too_long_and_thin_is_refused_as_on_the_cpu(gpu):
+def test_an_image_that_is_too_long_and_thin_is_refused_as_on_the_cpu(gpu):
     with pytest.raises(SampleError, match="too long and thin"):
         PinnedTransfer(Transform(256, (224, 224)), gpu)(torch.zeros((3, 1, 2000), dtype=torch.uint8))
 
 
 @pytest.fixture
-def mixed(tmp_path):
-    """Photographs of several sizes, some of them broken, and one twice."""
+def mixed_photos(tmp_path):
+    """Photographs of several sizes; two cannot be decoded, and one is a copy."""
     folder = tmp_path / "mixed"
     for label in ("ape", "bee"):
         (folder / label).mkdir(parents=True)
@@ -312,47 +319,52 @@ def mixed(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("transform", [SMALL, tiny_transform], ids=["ours", "one's own"])
+@pytest.mark.parametrize("transform", [SMALL, tiny_transform], ids=["library", "custom"])
 def test_an_extraction_on_a_gpu_has_the_rows_of_one_on_the_cpu(
-    gpu, mixed, tmp_path, request, monkeypatch, transform, log
+    gpu, mixed_photos, tmp_path, request, monkeypatch, transform, log
 ):
-    settings = {"backbone": net(transform), "batch": 8, "engine": "torch"}
+    settings = {"backbone": small_backbone(transform), "batch": 8, "engine": "torch"}
     threads, resize = set(), MatmulResizer.resize
     monkeypatch.setattr(
-        MatmulResizer, "resize", lambda *given: threads.add(threading.current_thread()) or resize(*given)
+        MatmulResizer, "resize", lambda *arguments: threads.add(threading.current_thread()) or resize(*arguments)
     )
-    exact = extract(mixed, out=tmp_path / "cpu.h5", device="cpu", **settings)
-    found = extract(mixed, out=tmp_path / "gpu" / "gpu.h5", device="cuda", workers=3, **settings)
-    assert found.manifest["facts"] == exact.manifest["facts"]
-    assert (list(found.ids), list(found.status)) == (list(exact.ids), list(exact.status))
-    assert sorted(set(map(str, exact.status))) == ["damaged", "empty", "ok"]
+    cpu_cache = extract(mixed_photos, out=tmp_path / "cpu.h5", device="cpu", **settings)
+    gpu_cache = extract(mixed_photos, out=tmp_path / "gpu" / "gpu.h5", device="cuda", workers=3, **settings)
+    assert gpu_cache.manifest["facts"] == cpu_cache.manifest["facts"]
+    assert (list(gpu_cache.ids), list(gpu_cache.status)) == (list(cpu_cache.ids), list(cpu_cache.status))
+    assert sorted(set(map(str, cpu_cache.status))) == ["damaged", "empty", "ok"]
     if "emulated" in request.node.name:
-        assert found.features().tobytes() == exact.features().tobytes()
-    assert np.allclose(found.features(), exact.features(), rtol=1e-4, atol=1e-5, equal_nan=True)
-    # TF32 is a setting of the process: one thread alone changes it.
+        assert gpu_cache.features().tobytes() == cpu_cache.features().tobytes()
+    assert np.allclose(gpu_cache.features(), cpu_cache.features(), rtol=1e-4, atol=1e-5, equal_nan=True)
+    # TF32 is a setting of the process, so only one thread may change it.
     assert threads == ({threading.current_thread()} if transform is SMALL else set())
-    assert all(found.manifest["seconds"][step] > 0 for step in ("decoding", "embedding"))
+    assert all(gpu_cache.manifest["seconds"][step] > 0 for step in ("decoding", "embedding"))
 
 
-def test_what_a_machine_with_a_gpu_allows_is_measured_as_its_cores_and_its_gpu_work_then(gpu, make_folder, monkeypatch):
-    seen: dict[str, list[type]] = {"decoding": [], "forward": []}
-    hand_over, fill = PinnedTransfer.__call__, CudaRunner._copy_images
+def test_the_benchmark_of_a_gpu_measures_unresized_images(gpu, make_folder, monkeypatch):
+    image_types: dict[str, list[type]] = {"decoding": [], "forward": []}
+    transfer, copy_images = PinnedTransfer.__call__, CudaRunner._copy_images
 
-    def decoded(*given):
-        picture = hand_over(*given)
-        seen["decoding"].append(type(picture))
-        return picture
+    def record_decoded(*arguments):
+        image = transfer(*arguments)
+        image_types["decoding"].append(type(image))
+        return image
 
-    def filled(self, places, images):
-        seen["forward"].extend(map(type, images))
-        fill(self, places, images)
+    def record_copied(self, destination, images):
+        image_types["forward"].extend(map(type, images))
+        copy_images(self, destination, images)
 
-    monkeypatch.setattr(PinnedTransfer, "__call__", decoded)
-    monkeypatch.setattr(CudaRunner, "_copy_images", filled)
+    monkeypatch.setattr(PinnedTransfer, "__call__", record_decoded)
+    monkeypatch.setattr(CudaRunner, "_copy_images", record_copied)
     monkeypatch.setattr(bench._Benchmark, "measure_extraction", lambda *_: (100.0, {}))
-    found = run_benchmark([make_folder()], backbone=net(), device="cuda", seconds=0.5, batch=8)
-    assert found.machine["gpu"] == torch.cuda.get_device_name()
-    assert set(seen["decoding"]) == set(seen["forward"]) == {UnresizedImage}
-    steps = found.reading, found.writing / found.row_bytes, found.decoding, found.forward[0].images_per_second
-    assert found.bound == min(steps)
-    assert {way.precision for way in found.forward} == {"fp32", *candidate_precisions(gpu)}
+    result = run_benchmark([make_folder()], backbone=small_backbone(), device="cuda", seconds=0.5, batch=8)
+    assert result.machine["gpu"] == torch.cuda.get_device_name()
+    assert set(image_types["decoding"]) == set(image_types["forward"]) == {UnresizedImage}
+    stage_rates = (
+        result.reading,
+        result.writing / result.row_bytes,
+        result.decoding,
+        result.forward[0].images_per_second,
+    )
+    assert result.bound == min(stage_rates)
+    assert {forward.precision for forward in result.forward} == {"fp32", *candidate_precisions(gpu)}

@@ -1,4 +1,4 @@
-"""How a frozen network is run on this device."""
+"""Engines: embeddings, batch sizes, settings and devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featpipe import backbones, inference
 from featpipe.errors import ConfigError
 from featpipe.inference import Engine, available_cores, resolve_device
 from tests.support.devices import needs_gpu
-from tests.support.networks import ByHand, Deciding, Remembering, Tiny, tiny_transform
+from tests.support.networks import DataDependent, OutsideTorch, Stateful, Tiny, tiny_transform
 
 TINY_MULTIPLY_ADDS = 8 * 10 * 10 * 3 * 3 * 3  # of its one convolution
 
@@ -25,13 +25,13 @@ def images(n: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def test_embeddings_are_those_of_the_network_called_by_hand(tiny):
+def test_embeddings_equal_those_of_the_network_called_directly(tiny):
     x = images(3)
-    found = Engine(tiny, torch.device("cpu")).embed(x)["pooled"]
+    embeddings = Engine(tiny, torch.device("cpu")).embed(x)["pooled"]
     with torch.inference_mode():
         expected = Tiny().eval()(x).numpy()
-    assert found.dtype == np.float32
-    assert np.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert embeddings.dtype == np.float32
+    assert np.allclose(embeddings, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_image_has_the_same_embedding_bit_for_bit_alone_and_in_any_batch(tiny):
@@ -42,31 +42,33 @@ def test_an_image_has_the_same_embedding_bit_for_bit_alone_and_in_any_batch(tiny
     assert np.array_equal(together, alone)
 
 
-def test_the_backbone_is_left_as_it_was_by_another_precision(tiny):
+def test_another_precision_does_not_change_the_backbone(tiny):
     Engine(tiny, torch.device("cpu"), "bf16").embed(images(2))
     assert {p.dtype for p in tiny.network.parameters()} == {torch.float32}
     assert Engine(tiny, torch.device("cpu")).embed(images(2))["pooled"].dtype == np.float32
 
 
-def test_bf16_is_near_and_not_equal_to_fp32(tiny):
+def test_bf16_is_close_but_not_equal_to_fp32(tiny):
     x = images(4)
-    exact, rough = (Engine(tiny, torch.device("cpu"), p).embed(x)["pooled"] for p in ("fp32", "bf16"))
-    assert not np.array_equal(exact, rough)
-    assert np.allclose(exact, rough, atol=0.05)
+    fp32_embeddings, bf16_embeddings = (
+        Engine(tiny, torch.device("cpu"), p).embed(x)["pooled"] for p in ("fp32", "bf16")
+    )
+    assert not np.array_equal(fp32_embeddings, bf16_embeddings)
+    assert np.allclose(fp32_embeddings, bf16_embeddings, atol=0.05)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("name", "giga", "batch"),
+    ("name", "giga_multiply_adds", "batch"),
     [("efficientnet_lite0", 0.384, 4), ("resnet18", 1.814, 4), ("resnet50", 4.087, 4), ("vit_b_16", 17.563, 2)],
 )
-def test_on_a_cpu_the_batch_follows_from_the_published_work_of_the_network(name, giga, batch):
-    made = Engine(backbones.load(name, weights="none"), torch.device("cpu"))
-    assert made.multiply_adds / 1e9 == pytest.approx(giga, rel=0.002)
-    assert made.batch == batch
+def test_on_a_cpu_the_batch_size_follows_from_the_published_multiply_adds(name, giga_multiply_adds, batch):
+    engine = Engine(backbones.load(name, weights="none"), torch.device("cpu"))
+    assert engine.multiply_adds / 1e9 == pytest.approx(giga_multiply_adds, rel=0.002)
+    assert engine.batch == batch
 
 
-def test_attention_is_counted_whole():
+def test_the_multiply_adds_of_attention_are_counted():
     class Attending(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -76,14 +78,12 @@ def test_attention_is_counted_whole():
             tokens = x.mean(1)
             return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
 
-    made = Engine(backbones.load(Attending(), transform=tiny_transform), torch.device("cpu"))
-    assert made.multiply_adds == 4 * 12 * 12 * 12 + 2 * 12 * 12 * 12  # four projections; scores and their sums
+    engine = Engine(backbones.load(Attending(), transform=tiny_transform), torch.device("cpu"))
+    assert engine.multiply_adds == 4 * 12 * 12 * 12 + 2 * 12 * 12 * 12  # four projections, scores, and weighted sums
 
 
 @pytest.mark.parametrize(("images_within", "batch"), [(0.5, 1), (1, 1), (2.9, 2), (7, 7), (8, 8), (1000, 8)])
-def test_the_batch_is_what_the_bound_has_room_for_and_half_as_many_in_twice_the_bytes(
-    tiny, monkeypatch, images_within, batch
-):
+def test_the_batch_size_is_bounded_by_multiply_adds_and_bytes(tiny, monkeypatch, images_within, batch):
     monkeypatch.setattr(inference.flops, "CPU_BATCH_MULTIPLY_ADDS", images_within * TINY_MULTIPLY_ADDS)
     assert Engine(tiny, torch.device("cpu"), "bf16").batch == batch
     assert Engine(tiny, torch.device("cpu"), "fp32").batch == min(batch, 4)
@@ -94,38 +94,38 @@ def test_another_process_chooses_the_same_batch(tiny):
     code = (
         "import torch; from tests.support.networks import Tiny, tiny_transform; "
         "from featpipe import backbones, inference; "
-        "made = inference.Engine(backbones.load(Tiny(), transform=tiny_transform), torch.device('cpu')); "
-        "print(made.multiply_adds, made.batch)"
+        "engine = inference.Engine(backbones.load(Tiny(), transform=tiny_transform), torch.device('cpu')); "
+        "print(engine.multiply_adds, engine.batch)"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    here = Engine(tiny, torch.device("cpu"))
-    assert done.stdout.split() == [str(here.multiply_adds), str(here.batch)] == [str(TINY_MULTIPLY_ADDS), "4"]
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    engine = Engine(tiny, torch.device("cpu"))
+    assert child.stdout.split() == [str(engine.multiply_adds), str(engine.batch)] == [str(TINY_MULTIPLY_ADDS), "4"]
 
 
-def test_a_batch_that_is_given_is_taken_and_nothing_is_counted(tiny, monkeypatch):
+def test_an_explicit_batch_size_is_used_without_counting(tiny, monkeypatch):
     monkeypatch.setattr(inference.flops, "CPU_BATCH_MULTIPLY_ADDS", 1)
-    made = Engine(tiny, torch.device("cpu"), batch=5)
-    assert (made.batch, made.multiply_adds) == (5, None)
+    engine = Engine(tiny, torch.device("cpu"), batch=5)
+    assert (engine.batch, engine.multiply_adds) == (5, None)
 
 
-def test_a_network_that_decides_by_values_is_counted_by_running_it():
-    made = Engine(backbones.load(Deciding(), transform=tiny_transform), torch.device("cpu"))
-    assert made.multiply_adds == TINY_MULTIPLY_ADDS
+def test_a_network_with_data_dependent_control_flow_is_counted_on_real_values():
+    engine = Engine(backbones.load(DataDependent(), transform=tiny_transform), torch.device("cpu"))
+    assert engine.multiply_adds == TINY_MULTIPLY_ADDS
 
 
-def test_counting_leaves_nothing_in_a_network_that_remembers():
-    network = Remembering()
-    made = Engine(backbones.load(network, transform=tiny_transform), torch.device("cpu"))
+def test_counting_does_not_change_a_stateful_network():
+    network = Stateful()
+    engine = Engine(backbones.load(network, transform=tiny_transform), torch.device("cpu"))
     with torch.inference_mode():
-        expected = Remembering().eval()(images(3)).numpy()
-    assert made.multiply_adds == TINY_MULTIPLY_ADDS
-    assert np.allclose(made.embed(images(3))["pooled"], expected, rtol=1e-5, atol=1e-6)
+        expected = Stateful().eval()(images(3)).numpy()
+    assert engine.multiply_adds == TINY_MULTIPLY_ADDS
+    assert np.allclose(engine.embed(images(3))["pooled"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_network_whose_work_does_not_show_runs_in_batches_of_4():
-    made = Engine(backbones.load(ByHand(), transform=tiny_transform), torch.device("cpu"))
-    assert (made.multiply_adds, made.batch) == (0, 4)
+def test_a_network_without_counted_operations_runs_in_batches_of_4():
+    engine = Engine(backbones.load(OutsideTorch(), transform=tiny_transform), torch.device("cpu"))
+    assert (engine.multiply_adds, engine.batch) == (0, 4)
 
 
 def test_a_network_that_cannot_be_counted_runs_in_batches_of_4(tiny, monkeypatch):
@@ -133,11 +133,11 @@ def test_a_network_that_cannot_be_counted_runs_in_batches_of_4(tiny, monkeypatch
         raise RuntimeError("unknown operator")
 
     monkeypatch.setattr(backbones.Backbone, "embed", refuse)
-    made = Engine(tiny, torch.device("cpu"))
-    assert (made.multiply_adds, made.batch) == (None, 4)
+    engine = Engine(tiny, torch.device("cpu"))
+    assert (engine.multiply_adds, engine.batch) == (None, 4)
 
 
-def test_the_thread_count_of_the_process_is_put_back(tiny):
+def test_the_thread_count_of_the_process_is_restored(tiny):
     engine = Engine(tiny, torch.device("cpu"))
     before = torch.get_num_threads()
     with engine.session():
@@ -145,11 +145,11 @@ def test_the_thread_count_of_the_process_is_put_back(tiny):
         thread.start()
         thread.join()
     assert torch.get_num_threads() == before
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread_counts = []
+    thread = threading.Thread(target=lambda: thread_counts.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert thread_counts == [before]
 
 
 def test_the_random_state_of_the_process_is_untouched(tiny):
@@ -158,40 +158,40 @@ def test_the_random_state_of_the_process_is_untouched(tiny):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_auto_is_a_device_that_is_there():
+def test_auto_selects_an_available_device():
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     assert resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1", "", "cuda:"])
-def test_an_unknown_device_is_answered_with_the_known_ones(name):
+def test_an_unknown_device_is_refused(name):
     with pytest.raises(ConfigError):
         resolve_device(name)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is available")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
-def test_a_device_that_is_not_there_is_refused_and_never_replaced(name):
+def test_an_unavailable_device_is_refused_and_never_replaced(name):
     with pytest.raises(ConfigError, match=r"is not available.*--device auto or cpu"):
         resolve_device(name)
 
 
-def test_tf32_is_refused_where_there_is_none(tiny):
+def test_tf32_is_refused_on_a_cpu(tiny):
     with pytest.raises(ConfigError, match="CUDA"):
         Engine(tiny, torch.device("cpu"), "tf32")
 
 
-def test_an_unknown_precision_is_answered_with_the_nearest(tiny):
+def test_an_unknown_precision_is_refused_with_the_nearest(tiny):
     with pytest.raises(ConfigError, match="'fp32'"):
         Engine(tiny, torch.device("cpu"), "fp23")
 
 
-def pictures(n: int, size: tuple[int, int] = (224, 224)) -> Tensor:
+def random_images(n: int, size: tuple[int, int] = (224, 224)) -> Tensor:
     return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def farthest(a: np.ndarray, b: np.ndarray) -> float:
-    """1 - the least cosine of two embeddings of an image."""
+def compute_max_cosine_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """1 - the minimum cosine between two embeddings of the same image."""
     return float(1 - ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
 
 
@@ -200,7 +200,7 @@ def farthest(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("tf32", 1e-3), ("bf16", 1e-2), ("fp16", 1e-3)])
 def test_a_gpu_gives_the_embeddings_of_the_cpu(name, precision, tolerance):
-    net = backbones.load(name, weights="none")
-    exact = Engine(net, torch.device("cpu")).embed(pictures(4))["pooled"]
-    found = Engine(net, torch.device("cuda"), precision).embed(pictures(4))["pooled"]
-    assert farthest(found, exact) < tolerance
+    backbone = backbones.load(name, weights="none")
+    cpu_embeddings = Engine(backbone, torch.device("cpu")).embed(random_images(4))["pooled"]
+    gpu_embeddings = Engine(backbone, torch.device("cuda"), precision).embed(random_images(4))["pooled"]
+    assert compute_max_cosine_distance(gpu_embeddings, cpu_embeddings) < tolerance

@@ -1,4 +1,4 @@
-"""Every bit is compared with what Pillow makes of the same bytes."""
+"""Every decoded image is compared bit for bit with Pillow."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def jpeg(picture: NDArray[np.uint8], mode: str = "RGB", **options: object) -> by
     return file.getvalue()
 
 
-def turned(orientation: int) -> bytes:
+def rotated_jpeg(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[274] = orientation
     return jpeg(PICTURE, exif=exif)
 
 
 @pytest.fixture
-def without_torchvision(monkeypatch):
+def forbid_torchvision(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("torchvision was used")
 
@@ -42,17 +42,17 @@ def without_torchvision(monkeypatch):
 
 
 @pytest.fixture
-def asked_torchvision(monkeypatch):
-    """The sizes of the pictures that torchvision was asked for."""
+def torchvision_sizes(monkeypatch):
+    """The sizes of the images that torchvision decodes."""
     decoding.is_torchvision_exact()
     sizes, decode = [], torch.ops.image.decode_jpeg
 
-    def note(*given, **options):
-        pixels = decode(*given, **options)
+    def record_size(*arguments, **options):
+        pixels = decode(*arguments, **options)
         sizes.append(tuple(pixels.shape[1:]))
         return pixels
 
-    monkeypatch.setattr(torch.ops.image, "decode_jpeg", note)
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", record_size)
     return sizes
 
 
@@ -65,39 +65,39 @@ def asked_torchvision(monkeypatch):
     subsampling=st.integers(0, 2),
     progressive=st.booleans(),
 )
-def test_the_pixels_of_any_jpeg_are_pillows(size, seed, coarse, quality, subsampling, progressive):
+def test_any_jpeg_is_decoded_bit_identical_to_pillow(size, seed, coarse, quality, subsampling, progressive):
     rng = np.random.default_rng(seed)
     picture = rng.integers(0, 256, (*((3, 4) if coarse else size), 3), dtype=np.uint8)
     picture = resize_image(picture, *size, "bicubic") if coarse else picture
     data = jpeg(picture, quality=quality, subsampling=subsampling, progressive=progressive)
-    found = decoding.decode_with_torchvision(data)
-    np.testing.assert_array_equal(found, decode_image(data))
-    assert found.flags.c_contiguous
-    assert found.flags.writeable
+    decoded = decoding.decode_with_torchvision(data)
+    np.testing.assert_array_equal(decoded, decode_image(data))
+    assert decoded.flags.c_contiguous
+    assert decoded.flags.writeable
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_it_is_turned_upright(orientation, asked_torchvision):
+def test_an_image_is_rotated_by_its_orientation_tag(orientation, torchvision_sizes):
     np.testing.assert_array_equal(
-        decoding.decode_with_torchvision(turned(orientation)), decode_image(turned(orientation))
+        decoding.decode_with_torchvision(rotated_jpeg(orientation)), decode_image(rotated_jpeg(orientation))
     )
-    assert asked_torchvision == [PICTURE.shape[:2]]
+    assert torchvision_sizes == [PICTURE.shape[:2]]
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_what_is_no_colour_jpeg_is_pillows_affair(mode, without_torchvision):
+def test_images_other_than_colour_jpegs_are_decoded_by_pillow(mode, forbid_torchvision):
     data = jpeg(PICTURE, mode)
     np.testing.assert_array_equal(decoding.decode_with_torchvision(data), decode_image(data))
     np.testing.assert_array_equal(decoding.decode_with_torchvision(encode_png(PICTURE)), PICTURE)
 
 
-def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(without_torchvision):
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(forbid_torchvision):
     with pytest.raises(SampleError) as refused:
         decoding.decode_with_torchvision(jpeg(PICTURE), ImageLimits(max_pixels=1000))
     assert refused.value.status == Status.TOO_LARGE
 
 
-def outcome(decode, data: bytes) -> object:
+def decode_or_error(decode, data: bytes) -> object:
     try:
         return decode(data).tobytes()
     except SampleError as error:
@@ -110,17 +110,17 @@ def outcome(decode, data: bytes) -> object:
     cut=st.integers(3, 4000),
     flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 7)), max_size=3),
 )
-def test_of_damaged_bytes_pillow_has_the_last_word(progressive, cut, flips):
+def test_damaged_bytes_are_judged_by_pillow(progressive, cut, flips):
     data = bytearray(jpeg(PICTURE[:24, :24], progressive=progressive))
-    for place, bit in flips:
-        data[place % len(data)] ^= 1 << bit
+    for position, bit in flips:
+        data[position % len(data)] ^= 1 << bit
     data = bytes(data[:cut])
-    assert outcome(decoding.decode_with_torchvision, data) == outcome(decode_image, data)
+    assert decode_or_error(decoding.decode_with_torchvision, data) == decode_or_error(decode_image, data)
 
 
-def test_a_torchvision_that_decodes_otherwise_is_noticed_and_left_alone(monkeypatch):
+def test_a_torchvision_with_other_results_is_detected_and_not_used(monkeypatch):
     decode = torch.ops.image.decode_jpeg
-    monkeypatch.setattr(torch.ops.image, "decode_jpeg", lambda *given, **options: decode(*given, **options) ^ 1)
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", lambda *arguments, **options: decode(*arguments, **options) ^ 1)
     decoding.is_torchvision_exact.cache_clear()
     try:
         assert not decoding.is_torchvision_exact()
@@ -131,7 +131,7 @@ def test_a_torchvision_that_decodes_otherwise_is_noticed_and_left_alone(monkeypa
     assert decoding.is_torchvision_exact()
 
 
-def test_a_torchvision_without_jpeg_is_left_alone(monkeypatch):
+def test_a_torchvision_without_jpeg_support_is_not_used(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("not compiled with libjpeg support")
 

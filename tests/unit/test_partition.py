@@ -1,4 +1,4 @@
-"""A network in two: the upper part is the network's own, and gives what the whole network gives, in every mode."""
+"""The upper part of a partitioned network uses the network's own modules and gives the same embeddings."""
 
 from __future__ import annotations
 
@@ -17,88 +17,93 @@ from featpipe.backbones.stages import find_stages, is_within, trace_modules
 from featpipe.errors import ConfigError
 from tests.support.finetuning import Ladder, small_transform
 
-BELOW = ["stem", "layer1", "layer2"]
+LOWER_MODULES = ["stem", "layer1", "layer2"]
 
 
-def load(network: nn.Module) -> Backbone:
+def load_network(network: nn.Module) -> Backbone:
     return backbones.load(network, transform=small_transform)
 
 
 @pytest.fixture
 def ladder() -> Backbone:
-    return load(Ladder())
+    return load_network(Ladder())
 
 
 def images(count: int = 5) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def value_at(made: Partition, loaded: Backbone, pictures: Tensor) -> Tensor:
-    both = replace(loaded, outputs=resolve_outputs(loaded.network, [made.output], loaded.transform))
+def compute_cut_value(partition: Partition, backbone: Backbone, batch: Tensor) -> Tensor:
+    recording_backbone = replace(
+        backbone, outputs=resolve_outputs(backbone.network, [partition.output], backbone.transform)
+    )
     with torch.no_grad():
-        return both.embed(pictures)[made.output]
+        return recording_backbone.embed(batch)[partition.output]
 
 
-def all_but(loaded: Backbone, *trained: str) -> list[str]:
-    return [name for name, _ in loaded.network.named_parameters() if not is_within(name, trained)]
+def list_frozen(backbone: Backbone, *trained: str) -> list[str]:
+    return [name for name, _ in backbone.network.named_parameters() if not is_within(name, trained)]
 
 
-def test_above_of_below_is_the_whole_network_bit_for_bit(ladder):
-    made = partition_network(ladder, BELOW)
-    assert made.output == "layer2:none"
-    assert torch.equal(made.upper(value_at(made, ladder, images())), ladder.network(images()))
+def test_the_two_parts_give_the_embeddings_of_the_whole_network_bit_for_bit(ladder):
+    partition = partition_network(ladder, LOWER_MODULES)
+    assert partition.output == "layer2:none"
+    assert torch.equal(partition.upper(compute_cut_value(partition, ladder, images())), ladder.network(images()))
 
 
 def test_the_upper_part_has_the_networks_own_parameters_and_statistics(ladder):
-    made = partition_network(ladder, BELOW)
-    own, above = dict(ladder.network.named_parameters()), dict(made.upper.network.named_parameters())
-    assert set(above) == {name for name in own if name.startswith("layer3")}
-    assert all(above[name] is own[name] for name in above)
-    assert made.upper.network.layer3 is ladder.network.layer3
-    assert set(made.lower_modules) >= {"stem", "layer1", "layer2", "layer2.1.conv"}
+    partition = partition_network(ladder, LOWER_MODULES)
+    own_parameters, upper_parameters = (
+        dict(ladder.network.named_parameters()),
+        dict(partition.upper.network.named_parameters()),
+    )
+    assert set(upper_parameters) == {name for name in own_parameters if name.startswith("layer3")}
+    assert all(upper_parameters[name] is own_parameters[name] for name in upper_parameters)
+    assert partition.upper.network.layer3 is ladder.network.layer3
+    assert set(partition.lower_modules) >= {"stem", "layer1", "layer2", "layer2.1.conv"}
 
 
-def test_a_step_in_training_mode_is_that_of_the_whole_network():
+def test_a_training_step_of_the_upper_part_equals_that_of_the_whole_network():
     """Same loss, gradients and running statistics, with dropout and batch norms on above the cut and off below it."""
-    found = {}
-    for way in ("whole", "cut"):
-        loaded = load(Ladder())
-        made = partition_network(loaded, BELOW)
-        value = value_at(made, loaded, images())
-        loaded.network.layer3.requires_grad_(True)
-        loaded.network.layer3.train()
+    results = {}
+    for part in ("whole", "upper"):
+        backbone = load_network(Ladder())
+        partition = partition_network(backbone, LOWER_MODULES)
+        value = compute_cut_value(partition, backbone, images())
+        backbone.network.layer3.requires_grad_(True)
+        backbone.network.layer3.train()
         torch.manual_seed(5)
-        answer = made.upper(value) if way == "cut" else loaded.network(images())
-        loss = answer.square().sum()
+        embeddings = partition.upper(value) if part == "upper" else backbone.network(images())
+        loss = embeddings.square().sum()
         loss.backward()
-        gradients = [p.grad for p in loaded.network.parameters() if p.grad is not None]
-        found[way] = [loss.detach(), *gradients, *(b.clone() for b in loaded.network.buffers())]
-    assert len(found["cut"]) > 12
-    for one, other in zip(found["whole"], found["cut"], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        gradients = [p.grad for p in backbone.network.parameters() if p.grad is not None]
+        results[part] = [loss.detach(), *gradients, *(b.clone() for b in backbone.network.buffers())]
+    assert len(results["upper"]) > 12
+    for expected, actual in zip(results["whole"], results["upper"], strict=True):
+        torch.testing.assert_close(expected, actual, rtol=1e-6, atol=1e-7)
 
 
-def test_inside_a_residual_block_the_boundary_moves_down_to_before_it(ladder):
-    made = partition_network(ladder, all_but(ladder, "layer2.1.norm", "layer3"))
-    assert made.output == "layer2.0:none"
-    assert "'layer2.1.norm' is trained" in made.reason
-    assert "'layer2.0'" in made.reason
-    assert torch.equal(made.upper(value_at(made, ladder, images())), ladder.network(images()))
+def test_a_cut_inside_a_residual_block_moves_before_the_block(ladder):
+    partition = partition_network(ladder, list_frozen(ladder, "layer2.1.norm", "layer3"))
+    assert partition.output == "layer2.0:none"
+    assert "'layer2.1.norm' is trained" in partition.reason
+    assert "'layer2.0'" in partition.reason
+    assert torch.equal(partition.upper(compute_cut_value(partition, ladder, images())), ladder.network(images()))
 
 
-def test_where_the_first_layer_trains_there_is_nothing_to_cut(ladder):
+def test_a_network_whose_first_layer_trains_cannot_be_cut(ladder):
     with pytest.raises(ConfigError, match="'stem' is trained, and no module finishes before it"):
-        partition_network(ladder, all_but(ladder, "stem.bias"))
+        partition_network(ladder, list_frozen(ladder, "stem.bias"))
 
 
-def test_with_nothing_that_trains_the_value_is_the_embedding(ladder):
-    made = partition_network(ladder, all_but(ladder))
-    assert made.output == "pooled"
-    assert torch.equal(made.upper(images()), images())
+def test_without_trained_parameters_the_cut_value_is_the_embedding(ladder):
+    partition = partition_network(ladder, list_frozen(ladder))
+    assert partition.output == "pooled"
+    assert torch.equal(partition.upper(images()), images())
 
 
-class Two(nn.Module):
-    """Two branches from the picture on."""
+class TwoBranches(nn.Module):
+    """Two branches that start at the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,13 +113,13 @@ class Two(nn.Module):
         return self.last((self.left(x) + self.right(x)).relu().mean((2, 3)))
 
 
-def test_where_two_values_cross_it_says_so():
+def test_a_cut_that_two_values_cross_is_refused():
     with pytest.raises(ConfigError, match="'last' is trained, and depends on more than one earlier value"):
-        partition_network(load(Two()), ["left", "right"])
+        partition_network(load_network(TwoBranches()), ["left", "right"])
 
 
-class Written(nn.Module):
-    """With one activation for all layers, that works in place, and a size that one layer asks another for."""
+class InPlace(nn.Module):
+    """All layers share one in-place activation, and one layer reads an attribute of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,15 +131,15 @@ class Written(nn.Module):
         return self.three(self.activation(self.two(x))).mean((2, 3))
 
 
-def test_what_runs_below_and_above_is_kept_and_may_work_in_place():
-    loaded = load(Written())
-    made = partition_network(loaded, ["one", "two"])
-    assert made.output == "two:none"
-    assert torch.equal(made.upper(value_at(made, loaded, images())), loaded.network(images()))
+def test_modules_used_on_both_sides_may_work_in_place():
+    backbone = load_network(InPlace())
+    partition = partition_network(backbone, ["one", "two"])
+    assert partition.output == "two:none"
+    assert torch.equal(partition.upper(compute_cut_value(partition, backbone, images())), backbone.network(images()))
 
 
-class Flat(nn.Module):
-    """Channels last, as transformers of windows have them."""
+class ChannelsLast(nn.Module):
+    """Has channels-last feature maps, like window transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,60 +149,60 @@ class Flat(nn.Module):
         return self.last(self.mix(self.patches(x).permute(0, 2, 3, 1))).mean((1, 2))
 
 
-def test_a_map_with_its_channels_last_comes_back_as_it_was():
-    loaded = load(Flat())
-    made = partition_network(loaded, ["patches", "mix"])
-    value = value_at(made, loaded, images())
+def test_a_channels_last_cut_value_is_restored():
+    backbone = load_network(ChannelsLast())
+    partition = partition_network(backbone, ["patches", "mix"])
+    value = compute_cut_value(partition, backbone, images())
     assert value.shape == (5, 6, 4, 4)
-    torch.testing.assert_close(made.upper(value), loaded.network(images()))
+    torch.testing.assert_close(partition.upper(value), backbone.network(images()))
 
 
-def test_modes_are_the_networks_own_whichever_is_told(ladder):
-    made = partition_network(ladder, all_but(ladder, "layer3.1"))
-    assert made.upper.network.layer3 is not ladder.network.layer3  # has children on both sides
-    made.upper.train()
+def test_the_training_mode_is_shared_with_the_network(ladder):
+    partition = partition_network(ladder, list_frozen(ladder, "layer3.1"))
+    assert partition.upper.network.layer3 is not ladder.network.layer3  # has children on both sides
+    partition.upper.train()
     assert ladder.network.training
     assert ladder.network.layer3[1].drop.training
     ladder.network.eval()
-    made.upper(value_at(made, ladder, images()))
-    assert not made.upper.network.training
-    assert not made.upper.network.layer3.training
+    partition.upper(compute_cut_value(partition, ladder, images()))
+    assert not partition.upper.network.training
+    assert not partition.upper.network.layer3.training
 
 
-def test_cutting_leaves_the_network_as_it_was(ladder):
+def test_partitioning_does_not_change_the_network(ladder):
     before = {name: value.clone() for name, value in ladder.network.state_dict().items()}
-    drawn = torch.get_rng_state()
-    partition_network(ladder, BELOW)
+    rng_state = torch.get_rng_state()
+    partition_network(ladder, LOWER_MODULES)
     assert all(torch.equal(value, before[name]) for name, value in ladder.network.state_dict().items())
     assert not any(module.training for module in ladder.network.modules())
-    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(torch.get_rng_state(), rng_state)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_any_number_of_images(ladder, count):
-    made = partition_network(ladder, BELOW)
-    pictures = images(count)
-    torch.testing.assert_close(made.upper(value_at(made, ladder, pictures)), ladder.network(pictures))
+def test_the_upper_part_takes_any_number_of_images(ladder, count):
+    partition = partition_network(ladder, LOWER_MODULES)
+    batch = images(count)
+    torch.testing.assert_close(partition.upper(compute_cut_value(partition, ladder, batch)), ladder.network(batch))
 
 
-def test_runs_are_in_order_and_leave_no_hooks(ladder):
-    found = trace_modules(ladder.network, (16, 16))
-    names = [run.name for run in found.values()]
+def test_module_calls_are_traced_in_order_without_leaving_hooks(ladder):
+    calls = trace_modules(ladder.network, (16, 16))
+    names = [call.name for call in calls.values()]
     assert names[:3] == ["", "stem", "layer1"]
     assert names.index("layer2.1.conv") < names.index("layer3")
-    assert found[ladder.network.layer2].output.for_batch(3) == (3, 16, 8, 8)
+    assert calls[ladder.network.layer2].output.for_batch(3) == (3, 16, 8, 8)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ladder.network.modules())
 
 
-def test_stages_of_a_ladder_and_names_within_them(ladder):
-    found = find_stages(ladder.network, (16, 16))
-    assert [stage.name for stage in found] == ["stem", "layer1", "layer2", "layer3"]
-    assert "layer2.0.conv.weight" in found[2]
-    assert "layer2" not in found[1]
+def test_a_stage_contains_the_names_of_its_parameters(ladder):
+    stages = find_stages(ladder.network, (16, 16))
+    assert [stage.name for stage in stages] == ["stem", "layer1", "layer2", "layer3"]
+    assert "layer2.0.conv.weight" in stages[2]
+    assert "layer2" not in stages[1]
 
 
-class Tower(nn.Module):
-    """Of one resolution, with a token of its own."""
+class Transformer(nn.Module):
+    """A transformer with a class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,8 +220,8 @@ class Tower(nn.Module):
         return self.norm(x)[:, 0]
 
 
-def test_a_tower_of_blocks_has_a_stage_for_each():
-    found = find_stages(Tower(), (16, 16))
-    assert [stage.name for stage in found] == ["stem", "blocks.0", "blocks.1", "blocks.2"]
-    assert found[0].modules == ("token", "patches")
-    assert "norm.weight" in found[-1]
+def test_each_block_of_constant_resolution_is_a_stage():
+    stages = find_stages(Transformer(), (16, 16))
+    assert [stage.name for stage in stages] == ["stem", "blocks.0", "blocks.1", "blocks.2"]
+    assert stages[0].modules == ("token", "patches")
+    assert "norm.weight" in stages[-1]

@@ -1,4 +1,4 @@
-"""Resizing by products of matrices: every bit is Pillow's, and that of the sums that cores resize by."""
+"""Resizing by matrix products, compared bit for bit with Pillow and with the embedding bag."""
 
 from __future__ import annotations
 
@@ -27,33 +27,37 @@ SIZES = ((1, 1), (3, 5), (31, 40), (64, 64), (90, 200), (375, 500), (500, 333), 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
-def whole(before: int, after: int) -> ResizeAxis:
+def uncropped_axis(before: int, after: int) -> ResizeAxis:
     return ResizeAxis(before, after, 0, after)
 
 
-def resized(
+def resize_array(
     pictures: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str, device: str = "cpu"
 ) -> NDArray[np.uint8]:
     rows, columns = (axis.source_slice(filter_) for axis in axes)
     pixels = torch.from_numpy(pictures[:, rows, columns]).permute(0, 3, 1, 2).to(device)
     with allow_tf32(False):
-        found = MatmulResizer(torch.device(device)).resize(pixels, *axes, filter_)
-    assert (found.dtype, found.device.type) == (torch.uint8, device)
-    return found.permute(0, 2, 3, 1).cpu().numpy()
+        result = MatmulResizer(torch.device(device)).resize(pixels, *axes, filter_)
+    assert (result.dtype, result.device.type) == (torch.uint8, device)
+    return result.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def by_pillow(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
+def resize_with_pillow(
+    picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str
+) -> NDArray[np.uint8]:
     (top, left), size = (axis.crop_start for axis in axes), (axes[1].resized_size, axes[0].resized_size)
     box = (left, top, left + axes[1].crop_length, top + axes[0].crop_length)
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling[filter_.upper()]).crop(box))
 
 
-def by_sums(picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str) -> NDArray[np.uint8]:
+def resize_with_embedding_bag(
+    picture: NDArray[np.uint8], axes: tuple[ResizeAxis, ResizeAxis], filter_: str
+) -> NDArray[np.uint8]:
     return embedding_bag.resize(torch.from_numpy(picture).permute(2, 0, 1), *axes, filter_).permute(1, 2, 0).numpy()
 
 
-def hard(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Noise, levels of 0 and 255, checkers, stripes, and the two extremes."""
+def make_hard_images(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Noise, noise of 0 and 255, checkerboards, stripes, and constant images of 0 and 255."""
     rng = np.random.default_rng(seed)
     y, x = np.ogrid[:height, :width]
     patterns = [(y + x) % 2, (y // 3 + x // 2) % 2, 0 * y + x % 2, y % 2 + 0 * x, 0 * (y + x), 0 * (y + x) + 1]
@@ -64,56 +68,58 @@ def hard(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("filter_", FILTER_SUPPORT)
-def test_hard_pictures_of_many_sizes_are_resized_up_and_down_to_pillows_bits(device, filter_):
-    done = 0
-    for (height, width), (after, broad) in product(SIZES, ((7, 9), (64, 48), (224, 224), (256, 341))):
-        axes = whole(height, after), whole(width, broad)
+def test_hard_images_of_many_sizes_are_bit_identical_to_pillow(device, filter_):
+    n_tested = 0
+    for (height, width), (height_after, width_after) in product(SIZES, ((7, 9), (64, 48), (224, 224), (256, 341))):
+        axes = uncropped_axis(height, height_after), uncropped_axis(width, width_after)
         if is_supported(*axes, filter_):
-            pictures = hard(height, width)
-            for picture, found in zip(pictures, resized(pictures, axes, filter_, device), strict=True):
-                np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
-            done += 1
-    assert done > 20
+            pictures = make_hard_images(height, width)
+            for picture, actual in zip(pictures, resize_array(pictures, axes, filter_, device), strict=True):
+                np.testing.assert_array_equal(actual, resize_with_pillow(picture, axes, filter_))
+            n_tested += 1
+    assert n_tested > 20
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     vertical=axes(20), horizontal=axes(20), filter_=st.sampled_from(sorted(FILTER_SUPPORT)), seed=st.integers(0, 2**32)
 )
-def test_any_part_of_any_resized_picture_is_pillows_and_that_of_the_sums(vertical, horizontal, filter_, seed):
+def test_any_crop_of_any_resized_image_is_bit_identical_to_pillow_and_the_embedding_bag(
+    vertical, horizontal, filter_, seed
+):
     axes = vertical, horizontal
     assume(is_supported(*axes, filter_))
-    pictures = hard(vertical.source_size, horizontal.source_size, seed)[:3]
-    for picture, found in zip(pictures, resized(pictures, axes, filter_), strict=True):
-        np.testing.assert_array_equal(found, by_pillow(picture, axes, filter_))
-        np.testing.assert_array_equal(found, by_sums(picture, axes, filter_))
+    pictures = make_hard_images(vertical.source_size, horizontal.source_size, seed)[:3]
+    for picture, actual in zip(pictures, resize_array(pictures, axes, filter_), strict=True):
+        np.testing.assert_array_equal(actual, resize_with_pillow(picture, axes, filter_))
+        np.testing.assert_array_equal(actual, resize_with_embedding_bag(picture, axes, filter_))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("filter_", FILTER_SUPPORT)
 def test_the_largest_sums_are_exact(device, filter_):
     shrink = MATMUL_MAX_TAPS // (2 * FILTER_SUPPORT[filter_])
-    axis = whole(16 * shrink, 16)
+    axis = uncropped_axis(16 * shrink, 16)
     assert axis.taps(filter_) == MATMUL_MAX_TAPS
-    of_one = np.zeros(axis.source_size, np.int64)
-    first = axis.first_taps(filter_)[8]
-    of_one[first : first + MATMUL_MAX_TAPS] = axis.tap_weights(filter_)[8]
-    low_is_negative = (of_one + 1024) % 2048 < 1024
-    for bright in (of_one > 0, of_one <= 0, low_is_negative, ~low_is_negative):
+    weights = np.zeros(axis.source_size, np.int64)
+    first_tap = axis.first_taps(filter_)[8]
+    weights[first_tap : first_tap + MATMUL_MAX_TAPS] = axis.tap_weights(filter_)[8]
+    low_is_negative = (weights + 1024) % 2048 < 1024
+    for bright in (weights > 0, weights <= 0, low_is_negative, ~low_is_negative):
         row = np.where(bright, 255, 0).astype(np.uint8)
         picture = np.repeat(np.tile(row, (24, 1))[..., None], 3, axis=2)
-        for turned in (picture, picture.transpose(1, 0, 2).copy()):
-            axes = tuple(whole(n, 16 if n == axis.source_size else n) for n in turned.shape[:2])
+        for oriented in (picture, picture.transpose(1, 0, 2).copy()):
+            axes = tuple(uncropped_axis(n, 16 if n == axis.source_size else n) for n in oriented.shape[:2])
             if is_supported(*axes, filter_):
-                found = resized(turned[None], axes, filter_, device)[0]
-                np.testing.assert_array_equal(found, by_pillow(turned, axes, filter_))
+                actual = resize_array(oriented[None], axes, filter_, device)[0]
+                np.testing.assert_array_equal(actual, resize_with_pillow(oriented, axes, filter_))
 
 
 @pytest.mark.parametrize("filter_", FILTER_SUPPORT)
-def test_weights_without_their_signs_add_up_to_less_than_the_proof_allows(filter_):
+def test_absolute_weights_sum_to_less_than_the_bound_of_the_proof(filter_):
     largest = 0
     for before, after in product((1, 2, 3, 4, 5, 7, 11, 37, 64, 101, 256, 500), (1, 2, 3, 5, 8, 13, 31, 64, 224, 341)):
-        axis = whole(before, after)
+        axis = uncropped_axis(before, after)
         if axis.taps(filter_) <= MATMUL_MAX_TAPS:
             weights = axis.tap_weights(filter_).astype(np.int64)
             largest = max(largest, np.abs(weights).sum(1).max())
@@ -121,61 +127,65 @@ def test_weights_without_their_signs_add_up_to_less_than_the_proof_allows(filter
     assert largest <= {"bilinear": 1.0, "bicubic": 1.4}[filter_] * 2**22 + MATMUL_MAX_TAPS < 2**23
 
 
-@pytest.mark.parametrize("axes", [(whole(64, 64), whole(500, 8)), (whole(300, 60), whole(100, 40))])
-def test_what_is_not_exact_is_refused(axes):
+@pytest.mark.parametrize(
+    "axes", [(uncropped_axis(64, 64), uncropped_axis(500, 8)), (uncropped_axis(300, 60), uncropped_axis(100, 40))]
+)
+def test_unsupported_axes_are_refused(axes):
     assert not is_supported(*axes, "bicubic")
-    with pytest.raises(ValueError, match="not exact as products"):
-        resized(hard(axes[0].source_size, axes[1].source_size), axes, "bicubic")
+    with pytest.raises(ValueError, match="not exact as matrix products"):
+        resize_array(make_hard_images(axes[0].source_size, axes[1].source_size), axes, "bicubic")
 
 
-def test_matrices_are_kept_for_as_long_as_there_is_room(monkeypatch):
-    made, make = [], matmul._make_matrix
-    monkeypatch.setattr(matmul, "_make_matrix", lambda *given: made.append(given[0]) or make(*given))
-    axes = [whole(100 + i, 60) for i in range(4)]
-    size = make(axes[3], "bicubic", CPU).nbytes
+def test_the_matrix_cache_is_limited_in_bytes(monkeypatch):
+    created_axes, make_matrix = [], matmul._make_matrix
+    monkeypatch.setattr(
+        matmul, "_make_matrix", lambda *arguments: created_axes.append(arguments[0]) or make_matrix(*arguments)
+    )
+    axes = [uncropped_axis(100 + i, 60) for i in range(4)]
+    size = make_matrix(axes[3], "bicubic", CPU).nbytes
     monkeypatch.setattr(matmul, "MAX_CACHED_MATRIX_BYTES", 3 * size)
-    kept = MatmulResizer(CPU)
+    resizer = MatmulResizer(CPU)
     for axis in (*axes[:3], axes[0], axes[3], axes[0], axes[1]):
-        kept._get_matrix(axis, "bicubic")
-        assert kept._cached_bytes == sum(matrix.nbytes for matrix in kept._matrices.values()) <= 3 * size
-    assert made == [*axes, axes[1]]
+        resizer._get_matrix(axis, "bicubic")
+        assert resizer._cached_bytes == sum(matrix.nbytes for matrix in resizer._matrices.values()) <= 3 * size
+    assert created_axes == [*axes, axes[1]]
 
 
-class Largest(TorchDispatchMode):
-    """Sees what torch makes."""
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that torch creates."""
 
     values = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
-        self.values = max([self.values, *(value.numel() for value in [made] if isinstance(value, torch.Tensor))])
-        return made
+        result = function(*args, **kwargs or {})
+        self.values = max([self.values, *(value.numel() for value in [result] if isinstance(value, torch.Tensor))])
+        return result
 
 
 @pytest.mark.parametrize("size", [(375, 500), (20, 33), (224, 1600)])
-def test_so_many_are_resized_at_once_that_no_tensor_has_more_values_than_agreed(monkeypatch, size):
+def test_the_batch_size_limits_the_largest_tensor(monkeypatch, size):
     monkeypatch.setattr(matmul, "MAX_TENSOR_VALUES", 2**21)
     axes = Transform(256, (224, 224)).resize_axes(*size)
     count = max_resize_batch(*axes, "bilinear")
-    with Largest() as seen:
-        resized(np.zeros((count, *size, 3), np.uint8), axes, "bilinear")
-    assert 2**20 < seen.values <= 2**21
-    assert max_resize_batch(whole(4000, 4000), whole(4000, 4000), "bilinear") == 1
+    with LargestTensor() as largest:
+        resize_array(np.zeros((count, *size, 3), np.uint8), axes, "bilinear")
+    assert 2**20 < largest.values <= 2**21
+    assert max_resize_batch(uncropped_axis(4000, 4000), uncropped_axis(4000, 4000), "bilinear") == 1
 
 
-def test_a_device_that_rounds_or_cannot_is_noticed(monkeypatch):
-    make = matmul._make_matrix
+def test_an_inexact_or_unsupported_device_is_detected(monkeypatch):
+    make_matrix = matmul._make_matrix
 
-    def rounded(*given: object) -> torch.Tensor:
-        return make(*given).to(torch.bfloat16).float()
+    def make_rounded(*arguments: object) -> torch.Tensor:
+        return make_matrix(*arguments).to(torch.bfloat16).float()
 
-    def refused(*_: object) -> torch.Tensor:
+    def raise_unsupported(*_: object) -> torch.Tensor:
         raise RuntimeError("not implemented for this device")
 
-    for found, expected in ((make, True), (rounded, False), (refused, False)):
+    for matrix_function, expected in ((make_matrix, True), (make_rounded, False), (raise_unsupported, False)):
         is_exact.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(matmul, "_make_matrix", found)
+            patch.setattr(matmul, "_make_matrix", matrix_function)
             assert is_exact(CPU) == expected
     is_exact.cache_clear()
 
@@ -205,18 +215,18 @@ GEOMETRIES = [
 
 
 @pytest.mark.parametrize(("transform", "size"), GEOMETRIES)
-def test_a_transforms_geometry_of_several_pictures_is_that_of_each(transform, size):
-    pictures, axes = hard(*size), transform.resize_axes(*size)
-    levels = torch.from_numpy(resized(pictures, axes, transform.interpolation)).permute(0, 3, 1, 2)
-    for picture, found in zip(pictures, transform.pad_to_crop(levels), strict=True):
-        assert torch.equal(found, transform.prepare(torch.from_numpy(picture).permute(2, 0, 1)))
+def test_resizing_a_batch_equals_the_transform_of_each_image(transform, size):
+    pictures, axes = make_hard_images(*size), transform.resize_axes(*size)
+    levels = torch.from_numpy(resize_array(pictures, axes, transform.interpolation)).permute(0, 3, 1, 2)
+    for picture, actual in zip(pictures, transform.pad_to_crop(levels), strict=True):
+        assert torch.equal(actual, transform.prepare(torch.from_numpy(picture).permute(2, 0, 1)))
 
 
-def test_axes_read_what_counts_and_no_more():
+def test_the_source_slice_holds_exactly_the_contributing_pixels():
     axis = ResizeAxis(500, 341, 58, 224)
     for filter_ in FILTER_SUPPORT:
-        read, first = axis.source_slice(filter_), axis.first_taps(filter_)
-        assert (read.start, read.stop) == (first.min(), first.max() + axis.taps(filter_))
+        source_range, first_taps = axis.source_slice(filter_), axis.first_taps(filter_)
+        assert (source_range.start, source_range.stop) == (first_taps.min(), first_taps.max() + axis.taps(filter_))
         impulse = np.zeros((1, 500, 3), np.uint8)
-        impulse[:, : read.start], impulse[:, read.stop :] = 255, 255
+        impulse[:, : source_range.start], impulse[:, source_range.stop :] = 255, 255
         assert not resize_image(impulse, 1, 341, filter_)[:, axis.crop_slice].any()

@@ -54,9 +54,8 @@ MAX_STRIP_VALUES = 1 << 19  # values of an image that are processed at a time, t
 FILTER_SUPPORT = {"bilinear": 1, "bicubic": 2}  # radius of the filters in pixels
 HIGH_PART_UNIT = 2.0**-13  # levels
 OFFSETS_BEFORE_HIGH, OFFSET_AFTER_HIGH = (-255 / 1024 * HIGH_PART_UNIT, 514.5), -514.0
-UNIT_SCALE_ZERO_OFFSET = np.array([1, 0], np.float32).view(
-    np.uint8
-)  # a scale and an offset, which each row of the table contains
+# The scale and the offset that each row of a byte table ends with.
+UNIT_SCALE_ZERO_OFFSET = np.array([1, 0], np.float32).view(np.uint8)
 COLUMN_MULTIPLE = 16  # tables are padded to a multiple of it: fbgemm's code for these widths is the fastest
 TRANSPOSED_ROWS = 256  # rows of an image that are transposed at a time, so that their cache lines stay in cache
 
@@ -230,10 +229,7 @@ def is_rows_first(vertical: ResizeAxis, horizontal: ResizeAxis) -> bool:
 
     Since 13.0 Pillow begins with the columns if the height loses more than twice as many pixels as the width.
     """
-    height_loss, width_loss = (
-        vertical.source_size - vertical.resized_size,
-        horizontal.source_size - horizontal.resized_size,
-    )
+    height_loss, width_loss = (axis.source_size - axis.resized_size for axis in (vertical, horizontal))
     return height_loss <= 0 or height_loss <= 2 * width_loss
 
 

@@ -116,7 +116,10 @@ class MatmulResizer:
             If :func:`is_supported` is false for the axes.
         """
         if not is_supported(vertical, horizontal, filter_):
-            raise ValueError(f"{vertical} and {horizontal}, {filter_}: not exact as products; expected what suits them")
+            raise ValueError(
+                f"{vertical} and {horizontal}, {filter_}: not exact as matrix products; "
+                "expected axes for which is_supported is true"
+            )
         levels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         levels = _round_to_levels(levels @ self._get_matrix(horizontal, filter_).T, -1)
         levels = _round_to_levels(self._get_matrix(vertical, filter_) @ levels.to(torch.float32), -2)
@@ -139,9 +142,8 @@ def _make_matrix(axis: ResizeAxis, filter_: str, device: torch.device) -> Tensor
     columns = axis.first_taps(filter_)[:, None] - source_slice.start + np.arange(axis.taps(filter_))
     low = (weights + LOW_PART_SIZE // 2) % LOW_PART_SIZE - LOW_PART_SIZE // 2
     parts = np.stack([(weights - low) // LOW_PART_SIZE, low]).astype(np.float32)
-    device_arrays = [
-        torch.from_numpy(value).to(device, non_blocking=True) for value in (columns, parts)
-    ]  # few: only the taps
+    # Only the taps are copied; the matrix is filled on the device.
+    device_arrays = [torch.from_numpy(value).to(device, non_blocking=True) for value in (columns, parts)]
     matrix = torch.zeros((2, axis.crop_length, _slice_length(source_slice)), device=device)
     return matrix.scatter_(2, device_arrays[0].expand(2, -1, -1), device_arrays[1]).flatten(0, 1)
 

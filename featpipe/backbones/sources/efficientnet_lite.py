@@ -1,8 +1,8 @@
 """EfficientNet-Lite in plain torch.
 
-Modules, names and initialisation are those of timm's ``tf_efficientnet_lite0``, ``1`` and ``2``: a test compares them.
-So embeddings, fingerprints and the names of inner outputs do not depend on which of the two built the network, and no
-command that uses a packaged backbone waits for the import of timm.
+Modules, names and initialisation are those of timm's ``tf_efficientnet_lite0``, ``1`` and ``2``; a test compares them.
+Embeddings, fingerprints and the names of inner outputs are therefore the same as with timm, and a command that uses a
+packaged backbone does not wait for the import of timm.
 
 References
 ----------
@@ -29,7 +29,7 @@ NORM_EPSILON = 1e-3  # TensorFlow's
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes the networks of the family.
+    """The parameters that differ between the networks of the family.
 
     Attributes
     ----------
@@ -57,8 +57,8 @@ VARIANTS = {
 class EfficientNetLite(nn.Module):
     """An untrained EfficientNet-Lite: images (b, 3, h, w) → embeddings (b, 1280).
 
-    A seed of torch's random generator gives the weights that it gives timm's network: so the layers that timm builds
-    and drops, the classifier and those of a test, are built and dropped here too.
+    With the same seed of torch's random generator the weights are those of timm's network. Therefore the layers that
+    timm creates and discards, the classifier and two test layers, are created and discarded here too.
     """
 
     def __init__(self, variant: Variant) -> None:
@@ -104,7 +104,7 @@ class _SeparableBlock(nn.Module):
         self.has_shortcut = stride == 1 and in_channels == channels
         self.conv_dw = _conv2d(in_channels, in_channels, kernel, stride, in_channels)
         self.bn1 = _NormActivation(in_channels)
-        self.aa, self.se = nn.Identity(), nn.Identity()  # empty places in timm's block, which outputs may name
+        self.aa, self.se = nn.Identity(), nn.Identity()  # placeholders in timm's block that outputs may name
         self.conv_pw = _conv2d(in_channels, channels, 1)
         self.bn2 = _NormActivation(channels, activate=False)
         self.drop_path = nn.Identity()

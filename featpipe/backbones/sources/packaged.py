@@ -94,7 +94,9 @@ def _make_weight_renamer(network: EfficientNetLite) -> Callable[[str], str]:
     translation = dict(OUTER_LAYERS)
     for block_number, block_name in enumerate(block_names):
         layers = INVERTED_LAYERS if block_number else SEPARABLE_LAYERS
-        translation.update({f"_blocks.{block_number}.{old}": f"{block_name}.{new}" for old, new in layers.items()})
+        translation.update(
+            {f"_blocks.{block_number}.{package_name}": f"{block_name}.{name}" for package_name, name in layers.items()}
+        )
 
     def rename_weight(name: str) -> str:
         parts = re.fullmatch(r"(.*?)((?:_blocks\.\d+\.)?_[a-z0-9_]+)(\.\w+)", name)

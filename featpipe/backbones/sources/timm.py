@@ -119,7 +119,8 @@ def _load_published(name: str, progress: bool) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         file = f"model.safetensors of {config.hf_hub_id}" if config.hf_hub_id else config.url
         raise WeightsError(
-            f"{name}: weights cannot be fetched ({reason}); bring {file} and pass it with --weights FILE"
+            f"{name}: weights cannot be downloaded ({reason}); "
+            f"download {file} elsewhere and pass it with --weights FILE"
         ) from error
 
 

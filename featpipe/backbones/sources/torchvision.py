@@ -53,7 +53,9 @@ def build(name: str, weights: str | Path | None, seed: int, progress: bool) -> H
     member = _select_weights(weights_enum, weights)
     if isinstance(member, Path):
         network, removed, width = _make_untrained(name, seed)
-        _enable_input_transform(network)
+        # Inception and GoogLeNet convert their input, because they were trained with another normalisation.
+        if hasattr(network, "transform_input"):
+            setattr(network, "transform_input", True)  # noqa: B010 - unknown to type checkers
         load_weights_file(network, member, (*removed, *AUXILIARY_HEADS), _to_current_name)
         return HeadlessNetwork(
             network, make_transform(_find_published_weights(weights_enum, member)), "torchvision", width, str(member)
@@ -85,7 +87,7 @@ def remove_classifier(network: nn.Module) -> tuple[tuple[str, ...], int]:
         Dimension of their input.
     """
     attribute = next(name for name in HEAD_ATTRIBUTES if isinstance(getattr(network, name, None), nn.Module))
-    layers = {name: layer for name, layer in network.named_modules() if _is_within(name, attribute)}
+    layers = {name: layer for name, layer in network.named_modules() if f"{name}.".startswith(f"{attribute}.")}
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     if linear:
         removed, width = (linear[-1],), layers[linear[-1]].in_features
@@ -114,10 +116,6 @@ def make_transform(member: Any) -> Transform:
     )
 
 
-def _is_within(name: str, attribute: str) -> bool:
-    return name == attribute or name.startswith(attribute + ".")
-
-
 def _select_weights(weights_enum: Any, weights: str | Path | None) -> Any:
     """Select a member of the enum or a path; None means an untrained network."""
     if weights is None:
@@ -143,12 +141,6 @@ def _make_untrained(name: str, seed: int) -> tuple[nn.Module, tuple[str, ...], i
     return network, removed, width
 
 
-def _enable_input_transform(network: nn.Module) -> None:
-    """Enable the input conversion of Inception and GoogLeNet, which were trained with another normalisation."""
-    if hasattr(network, "transform_input"):
-        setattr(network, "transform_input", True)  # noqa: B010 - unknown to type checkers
-
-
 def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
     options = {"aux_logits": False} if name in NETWORKS_WITH_AUXILIARY else {}
     checkpoint_path = _find_checkpoint(member)
@@ -157,8 +149,9 @@ def _load_published(name: str, member: Any, progress: bool) -> nn.Module:
             return models.get_model(name, weights=member, progress=progress, **options)
     except OSError as error:
         raise WeightsError(
-            f"{name}: weights {member.name} cannot be fetched ({error}); "
-            f"bring the file {checkpoint_path.name} and put it at {checkpoint_path}, or pass it with --weights FILE"
+            f"{name}: weights {member.name} cannot be downloaded ({error}); "
+            f"download {checkpoint_path.name} elsewhere and copy it to {checkpoint_path}, "
+            "or pass it with --weights FILE"
         ) from error
     except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
