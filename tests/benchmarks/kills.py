@@ -22,7 +22,7 @@ from tests.faults.harness import Harness, compile_library
 
 SCENARIOS = (
     "an extraction",
-    "an extraction that goes on",
+    "a resumed extraction",
     "an extraction that replaces a cache",
     "an extraction of shards",
     "an extraction that replaces shards",

@@ -1,4 +1,4 @@
-"""The specification of the cache, ``cache/README.md``: what is written obeys it, what breaks it is refused."""
+"""The specification ``cache/README.md``: the writer follows it, and the reader refuses files that violate it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import pytest
 from featpipe import FeatureCache
 from featpipe import data as archive
 from featpipe.cache import ALIGNMENT_BYTES, EmbeddingLookup, EmbeddingSource, SampleTable, hdf5, write_cache
-from featpipe.cache import format as layout
+from featpipe.cache import format as format_module
 from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheFormatError
 from featpipe.status import Status
@@ -35,84 +35,88 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "cache" / "README.md").read_text()
 DATA = ROOT / "tests" / "data"
 GOLDEN, SHARDED = DATA / "golden-1.1.h5", DATA / "golden-1.1-sharded.h5"
-GOLDENS = (DATA / "golden-1.0.h5", GOLDEN, SHARDED)
+GOLDEN_FILES = (DATA / "golden-1.0.h5", GOLDEN, SHARDED)
 
 Edit = Callable[[Any], object]
 
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """A cache as today's code writes it, in a folder of its own."""
+    """A cache written by the current code, in a separate folder."""
     path = tmp_path / "cache" / "golden.h5"
     path.parent.mkdir()
     make_golden.make(path)
     return path
 
 
-def changed(path: Path, edit: Edit) -> Path:
-    """The file after an edit of its HDF5."""
+def edit_hdf5(path: Path, edit: Edit) -> Path:
+    """Edit a file with h5py, and return its path."""
     with h5py.File(path, "r+", libver=("v110", "v110")) as hdf5:
         edit(hdf5)
     return path
 
 
-def told(path: Path, edit: Edit) -> Path:
-    """The file after an edit of its manifest; fingerprint and digest are made to fit, unless the edit touched them."""
+def edit_manifest(path: Path, edit: Edit) -> Path:
+    """Edit the manifest of a file. Fingerprint and digest are updated unless the edit changes them."""
 
     def rewrite(hdf5: h5py.File) -> None:
         manifest = json.loads(hdf5["manifest"][()])
-        before = copy.deepcopy(manifest)
+        old_manifest = copy.deepcopy(manifest)
         edit(manifest)
-        if isinstance(manifest.get("facts"), dict) and manifest.get("fingerprint") == before["fingerprint"]:
-            manifest["fingerprint"] = by_hand(manifest["facts"])
-        sealed(hdf5, json.dumps(manifest).encode())
+        if isinstance(manifest.get("facts"), dict) and manifest.get("fingerprint") == old_manifest["fingerprint"]:
+            manifest["fingerprint"] = compute_fingerprint(manifest["facts"])
+        write_manifest(hdf5, json.dumps(manifest).encode())
 
-    return changed(path, rewrite)
+    return edit_hdf5(path, rewrite)
 
 
-def sealed(hdf5: h5py.File, text: bytes) -> None:
-    """Another manifest with the digest that belongs to it."""
-    put(hdf5, "manifest", np.bytes_(text))
+def write_manifest(hdf5: h5py.File, text: bytes) -> None:
+    """Replace the manifest and its digest."""
+    replace_dataset(hdf5, "manifest", np.bytes_(text))
     stored = hdf5["manifest"][()].ljust(hdf5["manifest"].dtype.itemsize, b"\0")
     hdf5.attrs["manifest_sha256"] = np.bytes_(hashlib.sha256(stored).hexdigest())
 
 
-def by_hand(facts: object) -> str:
+def compute_fingerprint(facts: object) -> str:
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def put(hdf5: h5py.File, name: str, data: object, **how: object) -> None:
+def replace_dataset(hdf5: h5py.File, name: str, data: object, **options: object) -> None:
     if name in hdf5:
         del hdf5[name]
-    hdf5.create_dataset(name, data=data, **how)
+    hdf5.create_dataset(name, data=data, **options)
 
 
-def refused(path: Path, *words: str) -> None:
-    with pytest.raises(CacheFormatError) as caught:
+def assert_refused(path: Path, *expected_words: str) -> None:
+    with pytest.raises(CacheFormatError) as error_info:
         FeatureCache(path)
-    text = str(caught.value)
+    text = str(error_info.value)
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
-    for word in words:
-        assert word in text
+    for expected in expected_words:
+        assert expected in text
 
 
-def datasets(path: Path) -> dict[str, h5py.Dataset]:
-    found = {}
+def read_datasets(path: Path) -> dict[str, h5py.Dataset]:
+    found_datasets = {}
     with h5py.File(path) as hdf5:
-        hdf5.visititems(lambda name, entry: found.update({name: entry}) if isinstance(entry, h5py.Dataset) else None)
-        return {name: (d.id.get_create_plist(), d.id.get_offset(), d.dtype, d.shape) for name, d in found.items()}
+        hdf5.visititems(
+            lambda name, entry: found_datasets.update({name: entry}) if isinstance(entry, h5py.Dataset) else None
+        )
+        return {
+            name: (d.id.get_create_plist(), d.id.get_offset(), d.dtype, d.shape) for name, d in found_datasets.items()
+        }
 
 
 def test_every_numbered_rule_has_its_test():
     rules = {int(number) for number in re.findall(r"^(\d+)\. ", README, re.MULTILINE)}
-    tests = {int(found[1]) for name in globals() if (found := re.match(r"test_must_(\d+)_", name))}
+    tests = {int(match[1]) for name in globals() if (match := re.match(r"test_must_(\d+)_", name))}
     assert rules == tests == set(range(1, len(rules) + 1))
 
 
 # ---------------------------------------------------------------------------------------------- the rules
-def test_must_1_what_is_written_says_its_format_in_short_texts(file):
+def test_must_1_a_written_file_states_its_format_in_short_attributes(file):
     assert file.read_bytes()[:9] in (b"\x89HDF\r\n\x1a\n\x02", b"\x89HDF\r\n\x1a\n\x03")
     with h5py.File(file) as hdf5:
         assert (hdf5.attrs["format"], hdf5.attrs["format_version"]) == (b"featpipe-cache", b"1.1")
@@ -131,46 +135,46 @@ def test_must_1_other_formats_are_refused(file, name, value):
         if value is not None:
             hdf5.attrs[name] = np.bytes_(value) if isinstance(value, bytes) else value
 
-    refused(changed(file, edit))
+    assert_refused(edit_hdf5(file, edit))
 
 
-def test_must_1_the_oldest_hdf5_is_refused(file, tmp_path):
-    old = tmp_path / "old.h5"
-    with h5py.File(file) as new, h5py.File(old, "w", libver="earliest") as hdf5:
-        hdf5.attrs.update(new.attrs)
-        for name in new:
-            new.copy(name, hdf5)
-    refused(old, "oldest")
+def test_must_1_an_old_superblock_is_refused(file, tmp_path):
+    old_path = tmp_path / "old.h5"
+    with h5py.File(file) as source, h5py.File(old_path, "w", libver="earliest") as hdf5:
+        hdf5.attrs.update(source.attrs)
+        for name in source:
+            source.copy(name, hdf5)
+    assert_refused(old_path, "superblock")
 
 
-def test_must_1_a_higher_minor_version_is_read_and_what_it_adds_is_ignored(file):
+def test_must_1_a_higher_minor_version_is_read_and_its_additions_are_ignored(file):
     def edit(hdf5: h5py.File) -> None:
         hdf5.attrs["format_version"] = np.bytes_("1.17")
         hdf5["samples/weight"] = np.ones(6, "<f4")
         hdf5["nearest/neighbours"] = np.ones((6, 2), "<i8")
         hdf5["samples/status"][1] = 77
 
-    before = FeatureCache(file)
-    more = {"more": {"a": 1}, "format_version": "1.17"}
-    cache = FeatureCache(told(changed(file, edit), lambda manifest: manifest.update(more)))
+    original = FeatureCache(file)
+    additions = {"more": {"a": 1}, "format_version": "1.17"}
+    cache = FeatureCache(edit_manifest(edit_hdf5(file, edit), lambda manifest: manifest.update(additions)))
     assert cache.status.tolist() == ["ok", "status-77", "ok", "missing", "ok", "ok"]
     assert cache.bad_rows() == {"missing": 1, "status-77": 1}
-    assert np.array_equal(cache.X, before.X)
-    known = EmbeddingLookup()
-    known.add(EmbeddingSource.from_cache(cache, cache.outputs))
-    assert known.find_by_digest(cache.digests[1].tobytes()) is None
+    assert np.array_equal(cache.X, original.X)
+    lookup = EmbeddingLookup()
+    lookup.add(EmbeddingSource.from_cache(cache, cache.outputs))
+    assert lookup.find_by_digest(cache.digests[1].tobytes()) is None
 
 
-def test_must_2_what_is_written_lies_in_aligned_contiguous_pieces_of_the_file(file):
-    written = datasets(file)
-    assert len(written) == 12
-    for plist, offset, dtype, shape in written.values():
+def test_must_2_written_datasets_are_contiguous_and_aligned(file):
+    written_datasets = read_datasets(file)
+    assert len(written_datasets) == 12
+    for plist, offset, dtype, shape in written_datasets.values():
         assert plist.get_layout() == h5py.h5d.CONTIGUOUS
         assert (plist.get_nfilters(), plist.get_external_count(), offset % ALIGNMENT_BYTES) == (0, 0, 0)
         assert offset + dtype.itemsize * int(np.prod(shape)) <= file.stat().st_size
 
 
-def test_must_2_a_mapped_array_is_what_hdf5_reads(file):
+def test_must_2_mapped_arrays_equal_what_hdf5_reads(file):
     cache = FeatureCache(file)
     with h5py.File(file) as hdf5:
         for output in cache.outputs:
@@ -181,12 +185,12 @@ def test_must_2_a_mapped_array_is_what_hdf5_reads(file):
         assert np.array_equal(cache.digests, hdf5["samples/digest"][()])
 
 
-OTHER_STORAGE: dict[str, Edit] = {
-    "chunked": lambda h: put(h, "samples/status", h["samples/status"][()], chunks=(2,)),
-    "gzip": lambda h: put(h, "samples/status", h["samples/status"][()], compression="gzip"),
-    "fletcher32": lambda h: put(h, "features/pooled", h["features/pooled"][()], fletcher32=True),
-    "resizable": lambda h: put(h, "samples/status", h["samples/status"][()], maxshape=(None,)),
-    "compact": lambda h: compact(h, "samples/split"),
+INVALID_STORAGE: dict[str, Edit] = {
+    "chunked": lambda h: replace_dataset(h, "samples/status", h["samples/status"][()], chunks=(2,)),
+    "gzip": lambda h: replace_dataset(h, "samples/status", h["samples/status"][()], compression="gzip"),
+    "fletcher32": lambda h: replace_dataset(h, "features/pooled", h["features/pooled"][()], fletcher32=True),
+    "resizable": lambda h: replace_dataset(h, "samples/status", h["samples/status"][()], maxshape=(None,)),
+    "compact": lambda h: store_compactly(h, "samples/split"),
     "soft link": lambda h: h["samples"].move("status", "s") or h.update({"samples/status": h5py.SoftLink("s")}),
     "extra soft link": lambda h: h.update({"a": h5py.SoftLink("/samples/status")}),
     "dangling soft link": lambda h: h.update({"samples/a": h5py.SoftLink("/nowhere")}),
@@ -194,7 +198,7 @@ OTHER_STORAGE: dict[str, Edit] = {
 }
 
 
-def compact(hdf5: h5py.File, name: str) -> None:
+def store_compactly(hdf5: h5py.File, name: str) -> None:
     data = hdf5[name][()]
     del hdf5[name]
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -203,21 +207,21 @@ def compact(hdf5: h5py.File, name: str) -> None:
     h5py.h5d.create(hdf5.id, name.encode(), kind, space, plist).write(h5py.h5s.ALL, h5py.h5s.ALL, data)
 
 
-@pytest.mark.parametrize("case", OTHER_STORAGE)
+@pytest.mark.parametrize("case", INVALID_STORAGE)
 def test_must_2_other_storage_is_refused(file, case):
-    refused(changed(file, OTHER_STORAGE[case]))
+    assert_refused(edit_hdf5(file, INVALID_STORAGE[case]))
 
 
-def test_must_2_groups_that_are_not_of_a_cache_are_not_looked_into(file):
+def test_must_2_other_groups_are_ignored(file):
     def edit(hdf5: h5py.File) -> None:
         hdf5["other/link"] = h5py.ExternalLink("elsewhere.h5", "/")
         hdf5["features/loop"] = hdf5["features"]
 
-    assert FeatureCache(changed(file, edit)).outputs == ("pooled", "layer2")
+    assert FeatureCache(edit_hdf5(file, edit)).outputs == ("pooled", "layer2")
 
 
-def test_must_3_what_is_written_is_integers_floats_and_bytes(file):
-    kinds = {name: dtype.str for name, (_, _, dtype, _) in datasets(file).items()}
+def test_must_3_written_datasets_have_the_specified_types(file):
+    kinds = {name: dtype.str for name, (_, _, dtype, _) in read_datasets(file).items()}
     assert kinds.pop("manifest").startswith("|S")
     assert kinds == {
         "features/pooled": "<f4", "features/layer2": "<f4", "labels/values": "<i4", "samples/id_offsets": "<i8",
@@ -226,8 +230,8 @@ def test_must_3_what_is_written_is_integers_floats_and_bytes(file):
     }  # fmt: skip
 
 
-def odd_integers(hdf5: h5py.File) -> None:
-    """Integers of 20 bits in four bytes: numpy would take all 32."""
+def add_20_bit_integers(hdf5: h5py.File) -> None:
+    """Add integers of 20 bits stored in four bytes; numpy would read all 32 bits."""
     kind = h5py.h5t.STD_I32LE.copy()
     kind.set_precision(20)
     h5py.h5d.create(hdf5.id, b"samples/odd", kind, h5py.h5s.create_simple((6,))).write(
@@ -235,82 +239,82 @@ def odd_integers(hdf5: h5py.File) -> None:
     )
 
 
-ODD_TYPES: dict[str, Edit] = {
-    "texts of variable length": lambda h: put(h, "samples/more", ["a", "b"]),
-    "compound": lambda h: put(h, "samples/more", np.zeros(6, [("a", "u1"), ("b", "<f4")])),
-    "references": lambda h: put(h, "samples/more", h["samples"].ref, dtype=h5py.ref_dtype),
+INVALID_TYPES: dict[str, Edit] = {
+    "texts of variable length": lambda h: replace_dataset(h, "samples/more", ["a", "b"]),
+    "compound": lambda h: replace_dataset(h, "samples/more", np.zeros(6, [("a", "u1"), ("b", "<f4")])),
+    "references": lambda h: replace_dataset(h, "samples/more", h["samples"].ref, dtype=h5py.ref_dtype),
     "arrays of variable length": lambda h: h.create_dataset("more", (6,), h5py.vlen_dtype(np.uint8)),
-    "booleans": lambda h: put(h, "samples/more", np.zeros(6, bool)),
-    "opaque": lambda h: put(h, "samples/more", np.zeros(6, "V4")),
-    "complex": lambda h: put(h, "samples/more", np.zeros(6, "c8")),
+    "booleans": lambda h: replace_dataset(h, "samples/more", np.zeros(6, bool)),
+    "opaque": lambda h: replace_dataset(h, "samples/more", np.zeros(6, "V4")),
+    "complex": lambda h: replace_dataset(h, "samples/more", np.zeros(6, "c8")),
     "array elements": lambda h: h.create_dataset("more", (6,), np.dtype(("<f4", (3,)))),
-    "integers of 20 bits": odd_integers,
-    "no shape": lambda h: put(h, "samples/more", h5py.Empty("u1")),
-    "status of floats": lambda h: put(h, "samples/status", np.zeros(6, "<f4")),
-    "features of doubles": lambda h: put(h, "features/pooled", np.zeros((6, 4), "<f8")),
-    "features of big-endian floats": lambda h: put(h, "features/pooled", np.zeros((6, 4), ">f4")),
-    "a manifest of variable length": lambda h: put(h, "manifest", "{}"),
-    "a manifest of integers": lambda h: put(h, "manifest", np.zeros(6, "u1")),
+    "integers of 20 bits": add_20_bit_integers,
+    "no shape": lambda h: replace_dataset(h, "samples/more", h5py.Empty("u1")),
+    "status of floats": lambda h: replace_dataset(h, "samples/status", np.zeros(6, "<f4")),
+    "features of doubles": lambda h: replace_dataset(h, "features/pooled", np.zeros((6, 4), "<f8")),
+    "features of big-endian floats": lambda h: replace_dataset(h, "features/pooled", np.zeros((6, 4), ">f4")),
+    "a manifest of variable length": lambda h: replace_dataset(h, "manifest", "{}"),
+    "a manifest of integers": lambda h: replace_dataset(h, "manifest", np.zeros(6, "u1")),
 }
 
 
-@pytest.mark.parametrize("case", ODD_TYPES)
-def test_must_3_odd_types_are_refused(file, case):
-    refused(changed(file, ODD_TYPES[case]))
+@pytest.mark.parametrize("case", INVALID_TYPES)
+def test_must_3_other_types_are_refused(file, case):
+    assert_refused(edit_hdf5(file, INVALID_TYPES[case]))
 
 
-def test_must_3_more_than_the_file_holds_is_refused(file):
-    """A dataset that was never filled takes no space: the whole file is a few kilobytes."""
+def test_must_3_a_dataset_larger_than_the_file_is_refused(file):
+    """A dataset without data takes no space: the whole file has a few kilobytes."""
     huge = {"samples/huge": (10**15,), "features/huge": (2**31, 2**31)}
     for name, shape in huge.items():
-        changed(file, lambda hdf5, name=name, shape=shape: hdf5.create_dataset(name, shape, "u1"))
+        edit_hdf5(file, lambda hdf5, name=name, shape=shape: hdf5.create_dataset(name, shape, "u1"))
         assert file.stat().st_size < 20_000
-        refused(file, "more than the file holds")
-        changed(file, lambda hdf5, name=name: hdf5.pop(name))
+        assert_refused(file, "more than the file holds")
+        edit_hdf5(file, lambda hdf5, name=name: hdf5.pop(name))
 
 
 def test_must_3_groups_with_too_many_entries_and_long_manifests_are_refused(file, monkeypatch):
     monkeypatch.setattr(hdf5, "MAX_GROUP_ENTRIES", 5)
-    refused(file, "samples/ has 6 entries, more than 5")
+    assert_refused(file, "samples/ has 6 entries, more than 5")
     monkeypatch.setattr(hdf5, "MAX_GROUP_ENTRIES", 6)
     FeatureCache(file)
-    monkeypatch.setattr(layout, "MAX_MANIFEST_BYTES", 100)
-    refused(file, "the manifest has", "more than 100")
+    monkeypatch.setattr(format_module, "MAX_MANIFEST_BYTES", 100)
+    assert_refused(file, "the manifest has", "more than 100")
 
 
-def test_must_4_a_cache_is_whole_and_durable_before_it_has_its_name(file, monkeypatch):
-    old, steps = file.read_bytes(), []
+def test_must_4_a_cache_is_complete_and_durable_before_it_gets_its_name(file, monkeypatch):
+    old_bytes, steps = file.read_bytes(), []
     replace, fsync = os.replace, os.fsync
 
-    def replacing(source: Path, target: Path) -> None:
+    def record_replace(source: Path, target: Path) -> None:
         assert target == file
-        assert target.read_bytes() == old
+        assert target.read_bytes() == old_bytes
         assert Path(source).suffix != ".h5"
         assert FeatureCache(source).fingerprint == FeatureCache(file).fingerprint
         steps.append(f"rename from {Path(source).stat().st_ino}")
         replace(source, target)
 
-    def syncing(handle: int) -> None:
+    def record_fsync(handle: int) -> None:
         steps.append(f"fsync of {os.fstat(handle).st_ino}")
         fsync(handle)
 
-    monkeypatch.setattr(os, "replace", replacing)
-    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(os, "fsync", record_fsync)
     make_golden.make(file)
-    number, folder = file.stat().st_ino, file.parent.stat().st_ino
-    assert steps == [f"fsync of {number}", f"rename from {number}", f"fsync of {folder}"]
+    inode, folder_inode = file.stat().st_ino, file.parent.stat().st_ino
+    assert steps == [f"fsync of {inode}", f"rename from {inode}", f"fsync of {folder_inode}"]
     assert [path.name for path in file.parent.iterdir()] == ["golden.h5"]
 
 
-SAMPLES = ("id_bytes", "id_offsets", "status", "digest", "stamp", "split")
+SAMPLE_DATASETS = ("id_bytes", "id_offsets", "status", "digest", "stamp", "split")
 
 
-@pytest.mark.parametrize("name", [f"samples/{name}" for name in SAMPLES] + ["labels/values", "manifest"])
+@pytest.mark.parametrize("name", [f"samples/{name}" for name in SAMPLE_DATASETS] + ["labels/values", "manifest"])
 def test_must_5_a_missing_dataset_is_named(file, name):
-    refused(changed(file, lambda hdf5: hdf5.pop(name)), name, "missing")
+    assert_refused(edit_hdf5(file, lambda hdf5: hdf5.pop(name)), name, "missing")
 
 
-@pytest.mark.parametrize("name", [f"samples/{name}" for name in SAMPLES] + ["labels/values"])
+@pytest.mark.parametrize("name", [f"samples/{name}" for name in SAMPLE_DATASETS] + ["labels/values"])
 @pytest.mark.parametrize("change", ["shorter", "longer", "flatter", "wider type"])
 def test_must_5_other_shapes_and_types_are_refused(file, name, change):
     def edit(hdf5: h5py.File) -> None:
@@ -318,34 +322,34 @@ def test_must_5_other_shapes_and_types_are_refused(file, name, change):
         wider = data.astype("<f8" if data.dtype.itemsize == 8 else "<i8")
         twice = np.concatenate([data, data])
         changes = {"shorter": data[:-1], "longer": twice, "flatter": data[..., None], "wider type": wider}
-        put(hdf5, name, changes[change])
+        replace_dataset(hdf5, name, changes[change])
 
-    refused(changed(file, edit), name.removesuffix("bytes"))
-
-
-def test_must_5_the_number_of_samples_is_the_manifests(file):
-    refused(told(file, lambda manifest: manifest.update(samples=7)), "expected")
+    assert_refused(edit_hdf5(file, edit), name.removesuffix("bytes"))
 
 
-@pytest.mark.parametrize(("first", "last"), [(1, 0), (-1, 0), (0, 1), (0, -1), (0, 2**62)])
-def test_must_5_ids_that_do_not_fill_their_bytes_are_refused(file, first, last):
+def test_must_5_a_number_of_samples_other_than_that_of_the_manifest_is_refused(file):
+    assert_refused(edit_manifest(file, lambda manifest: manifest.update(samples=7)), "expected")
+
+
+@pytest.mark.parametrize(("first_change", "last_change"), [(1, 0), (-1, 0), (0, 1), (0, -1), (0, 2**62)])
+def test_must_5_id_offsets_that_do_not_match_the_id_bytes_are_refused(file, first_change, last_change):
     def edit(hdf5: h5py.File) -> None:
-        hdf5["samples/id_offsets"][0] += first
-        hdf5["samples/id_offsets"][-1] += last
+        hdf5["samples/id_offsets"][0] += first_change
+        hdf5["samples/id_offsets"][-1] += last_change
 
-    refused(changed(file, edit), "id_offsets")
+    assert_refused(edit_hdf5(file, edit), "id_offsets")
 
 
-def test_must_5_what_takes_time_in_n_is_looked_at_when_it_is_used(file):
+def test_must_5_checks_that_take_time_in_n_run_on_first_use(file):
     descending = np.array([0, 40, 18, 30, 39, 48, len("".join(make_golden.IDS).encode())], "<i8")
-    cache = FeatureCache(changed(file, lambda hdf5: put(hdf5, "samples/id_offsets", descending)))
+    cache = FeatureCache(edit_hdf5(file, lambda hdf5: replace_dataset(hdf5, "samples/id_offsets", descending)))
     with pytest.raises(CacheFormatError, match="id_offsets"):
         _ = cache.ids
-    cache = FeatureCache(changed(file, lambda hdf5: put(hdf5, "samples/split", np.full(6, 4, "u1"))))
+    cache = FeatureCache(edit_hdf5(file, lambda hdf5: replace_dataset(hdf5, "samples/split", np.full(6, 4, "u1"))))
     with pytest.raises(CacheFormatError, match="samples/split"):
         _ = cache.split
     for code in (-2, 3, 2**31 - 1):
-        changed(file, lambda hdf5, code=code: put(hdf5, "labels/values", np.full(6, code, "<i4")))
+        edit_hdf5(file, lambda hdf5, code=code: replace_dataset(hdf5, "labels/values", np.full(6, code, "<i4")))
         with pytest.raises(CacheFormatError, match="labels/values"):
             _ = FeatureCache(file).y
 
@@ -358,28 +362,28 @@ def test_must_6_every_output_has_its_dataset(file):
 
 @pytest.mark.parametrize("shape", [[], [5], [4, 1], "4", 4, None, ["4"], [4.5], [-4], {"4": 4}])
 def test_must_6_an_output_of_another_shape_is_refused(file, shape):
-    refused(told(file, lambda manifest: manifest["outputs"].update(pooled=shape)), "pooled")
+    assert_refused(edit_manifest(file, lambda manifest: manifest["outputs"].update(pooled=shape)), "pooled")
 
 
 def test_must_6_a_missing_output_is_refused(file):
-    refused(changed(file, lambda hdf5: hdf5["features"].pop("layer2")), "features/layer2", "missing")
+    assert_refused(edit_hdf5(file, lambda hdf5: hdf5["features"].pop("layer2")), "features/layer2", "missing")
 
 
 @pytest.mark.parametrize("outputs", [{}, {"pooled": [4]}, {"pooled": [4], "layer2": [2, 2, 1], "more": [4]}])
 def test_must_6_outputs_other_than_those_of_the_facts_are_refused(file, outputs):
-    refused(told(file, lambda manifest: manifest.update(outputs=outputs)), "output")
+    assert_refused(edit_manifest(file, lambda manifest: manifest.update(outputs=outputs)), "output")
 
 
 def test_must_6_no_output_at_all_is_refused(file):
     def edit(manifest: dict[str, Any]) -> None:
         manifest["outputs"] = manifest["facts"]["backbone"]["outputs"] = {}
 
-    refused(told(file, edit), "are empty or differ")
+    assert_refused(edit_manifest(file, edit), "are empty or differ")
 
 
 @pytest.mark.parametrize("storage", ["float16", "float64", "bfloat16", ""])
 def test_must_6_an_output_of_another_type_is_refused(file, storage):
-    refused(told(file, lambda manifest: manifest["facts"].update(storage=storage)), "float")
+    assert_refused(edit_manifest(file, lambda manifest: manifest["facts"].update(storage=storage)), "float")
 
 
 def test_must_7_rows_that_are_not_ok_are_nan_and_the_others_are_not(file):
@@ -390,18 +394,18 @@ def test_must_7_rows_that_are_not_ok_are_nan_and_the_others_are_not(file):
         assert np.array_equal(flat.any(axis=1), ~cache.ok)
 
 
-def test_must_7_the_writer_refuses_to_write_others(file):
-    table, old = FeatureCache(file).table(), file.read_bytes()
+def test_must_7_the_writer_refuses_features_in_rows_that_are_not_ok(file):
+    table, old_bytes = FeatureCache(file).table(), file.read_bytes()
     manifest = {"facts": make_golden.FACTS}
     with pytest.raises(ValueError, match="must be NaN"):
         write_cache(file, table, manifest, make_golden.SHAPES, "float32",
                     lambda o, i, j: np.zeros((j - i, *make_golden.SHAPES[o]), "f4"))  # fmt: skip
-    assert file.read_bytes() == old
+    assert file.read_bytes() == old_bytes
     assert [path.name for path in file.parent.iterdir()] == ["golden.h5"]
 
 
-def test_must_7_a_reader_goes_by_the_status(file):
-    cache = FeatureCache(changed(file, lambda hdf5: put(hdf5, "features/pooled", np.ones((6, 4), "<f4"))))
+def test_must_7_a_reader_relies_on_the_status(file):
+    cache = FeatureCache(edit_hdf5(file, lambda hdf5: replace_dataset(hdf5, "features/pooled", np.ones((6, 4), "<f4"))))
     assert cache.usable.tolist() == [0, 2, 4]
     assert cache.X.shape == (3, 4)
 
@@ -417,8 +421,8 @@ def test_must_8_the_index_makes_ids_unique(tmp_path):
     assert len(ids) == len(set(ids)) == 3
 
 
-def labelled(path: Path, labels: Labels) -> FeatureCache:
-    """A cache of as many rows as there are labels."""
+def write_labelled_cache(path: Path, labels: Labels) -> FeatureCache:
+    """Write a cache with one row for each label."""
     n = len(labels)
     table = SampleTable(
         StringColumn.from_strings(map(str, range(n))), np.zeros(n, "u1"), np.ones((n, 32), "u1"),
@@ -430,13 +434,15 @@ def labelled(path: Path, labels: Labels) -> FeatureCache:
     return FeatureCache(path)
 
 
-def test_must_9_classes_are_in_the_stated_order(tmp_path):
-    words = labelled(tmp_path / "a.h5", Labels.from_class_names(["b", "é", "a", "B", "10", "9", None]))
-    assert words.classes == ("10", "9", "B", "a", "b", "é")
-    numbers = labelled(tmp_path / "b.h5", Labels.from_class_names(["10", "9", "0", None]))
-    assert numbers.classes == ("0", "9", "10")
-    several = labelled(tmp_path / "c.h5", Labels.from_label_sets([{"b", "a"}, set(), None]))
-    assert several.classes == ("a", "b")
+def test_must_9_classes_are_in_the_specified_order(tmp_path):
+    word_classes = write_labelled_cache(
+        tmp_path / "a.h5", Labels.from_class_names(["b", "é", "a", "B", "10", "9", None])
+    )
+    assert word_classes.classes == ("10", "9", "B", "a", "b", "é")
+    number_classes = write_labelled_cache(tmp_path / "b.h5", Labels.from_class_names(["10", "9", "0", None]))
+    assert number_classes.classes == ("0", "9", "10")
+    multilabel_classes = write_labelled_cache(tmp_path / "c.h5", Labels.from_label_sets([{"b", "a"}, set(), None]))
+    assert multilabel_classes.classes == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -450,12 +456,12 @@ def test_must_9_classes_are_in_the_stated_order(tmp_path):
     ],
 )
 def test_must_9_classes_in_another_order_are_refused(file, classes):
-    refused(told(file, lambda manifest: manifest.update(classes=classes)), "classes")
+    assert_refused(edit_manifest(file, lambda manifest: manifest.update(classes=classes)), "classes")
 
 
-def test_must_9_a_writer_does_not_publish_another_order(tmp_path):
+def test_must_9_a_writer_does_not_publish_classes_in_another_order(tmp_path):
     with pytest.raises(CacheError, match="are not sorted"):
-        labelled(tmp_path / "a.h5", Labels.from_class_names(["a", "b"], classes=["b", "a"]))
+        write_labelled_cache(tmp_path / "a.h5", Labels.from_class_names(["a", "b"], classes=["b", "a"]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,44 +472,44 @@ def test_must_9_a_writer_does_not_publish_another_order(tmp_path):
 ])  # fmt: skip
 @pytest.mark.parametrize("value", ["missing", "other type"])
 def test_must_10_a_manifest_without_its_facts_is_refused(file, key, value):
-    *above, last = key.split(".")
+    *parent_keys, last_key = key.split(".")
 
     def edit(manifest: dict[str, Any]) -> None:
-        for name in above:
+        for name in parent_keys:
             manifest = manifest[name]
-        manifest.pop(last)
+        manifest.pop(last_key)
         if value == "other type":
-            manifest[last] = None
+            manifest[last_key] = None
 
-    refused(told(file, edit), last)
+    assert_refused(edit_manifest(file, edit), last_key)
 
 
-def test_must_10_the_facts_are_those_that_were_given(file):
+def test_must_10_the_facts_are_stored_unchanged(file):
     assert FeatureCache(file).facts == make_golden.FACTS
 
 
 def test_must_11_the_fingerprint_is_the_digest_of_the_facts(file):
     cache = FeatureCache(file)
-    assert cache.fingerprint == by_hand(cache.facts)
+    assert cache.fingerprint == compute_fingerprint(cache.facts)
 
 
-@pytest.mark.parametrize("fingerprint", ["", "0" * 64, by_hand(make_golden.FACTS).upper()])
+@pytest.mark.parametrize("fingerprint", ["", "0" * 64, compute_fingerprint(make_golden.FACTS).upper()])
 def test_must_11_another_fingerprint_is_refused(file, fingerprint):
-    refused(told(file, lambda manifest: manifest.update(fingerprint=fingerprint)), "fingerprint")
+    assert_refused(edit_manifest(file, lambda manifest: manifest.update(fingerprint=fingerprint)), "fingerprint")
 
 
-def test_must_11_facts_that_were_changed_are_refused(file):
+def test_must_11_changed_facts_are_refused(file):
     def edit(manifest: dict[str, Any]) -> None:
         manifest["facts"]["precision"] = "bf16"
-        manifest["fingerprint"] = by_hand(make_golden.FACTS)
+        manifest["fingerprint"] = compute_fingerprint(make_golden.FACTS)
 
-    refused(changed(file, lambda hdf5: rewritten(hdf5, edit)), "fingerprint")
+    assert_refused(edit_hdf5(file, lambda hdf5: rewrite_manifest(hdf5, edit)), "fingerprint")
 
 
-def rewritten(hdf5: h5py.File, edit: Edit) -> None:
+def rewrite_manifest(hdf5: h5py.File, edit: Edit) -> None:
     manifest = json.loads(hdf5["manifest"][()])
     edit(manifest)
-    sealed(hdf5, json.dumps(manifest).encode())
+    write_manifest(hdf5, json.dumps(manifest).encode())
 
 
 @pytest.mark.parametrize(
@@ -522,27 +528,27 @@ def rewritten(hdf5: h5py.File, edit: Edit) -> None:
         b"{}" + b" " * 999,
     ],
 )
-def test_must_11_a_manifest_that_is_no_object_is_refused(file, text):
-    refused(changed(file, lambda hdf5: sealed(hdf5, text)))
+def test_must_11_a_manifest_that_is_not_a_json_object_is_refused(file, text):
+    assert_refused(edit_hdf5(file, lambda hdf5: write_manifest(hdf5, text)))
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"', "1" * 4000])
-def test_must_11_facts_of_odd_values_are_read_or_refused(file, value):
+def test_must_11_facts_with_invalid_values_are_refused(file, value):
     def edit(hdf5: h5py.File) -> None:
         text = hdf5["manifest"][()].replace(b'"fp32"', value.encode())
-        sealed(hdf5, text)
+        write_manifest(hdf5, text)
 
-    refused(changed(file, edit))
+    assert_refused(edit_hdf5(file, edit))
 
 
-def test_must_12_rows_are_known_by_their_images_bytes_alone_and_not_when_another_attempt_may_help(file):
+def test_must_12_rows_are_found_by_the_digest_of_the_image_unless_their_status_is_transient(file):
     cache = FeatureCache(file)
-    known = EmbeddingLookup()
-    known.add(EmbeddingSource.from_cache(cache, cache.outputs))
+    lookup = EmbeddingLookup()
+    lookup.add(EmbeddingSource.from_cache(cache, cache.outputs))
     digests = [hashlib.sha256(name.encode()).digest() for name in make_golden.IDS]
-    assert [known.find_by_digest(d) for d in digests] == [(0, 0), (0, 1), (0, 2), None, (0, 4), (0, 5)]
-    lasting = [status for status in Status if not status.transient]
-    assert sorted({1, 2, 8} ^ set(map(int, Status))) == [int(status) for status in lasting]
+    assert [lookup.find_by_digest(d) for d in digests] == [(0, 0), (0, 1), (0, 2), None, (0, 4), (0, 5)]
+    final_statuses = [status for status in Status if not status.transient]
+    assert sorted({1, 2, 8} ^ set(map(int, Status))) == [int(status) for status in final_statuses]
 
 
 def test_must_13_every_row_of_every_output_has_its_check(file):
@@ -559,24 +565,26 @@ def test_must_13_every_row_of_every_output_has_its_check(file):
 @pytest.mark.parametrize("output", make_golden.SHAPES)
 def test_must_13_checks_that_are_missing_or_of_another_shape_are_refused(file, output):
     name = f"checks/{output}"
-    whole = file.read_bytes()
-    refused(changed(file, lambda hdf5: hdf5.pop(name)), name, "missing")
-    for other in (np.zeros((6, 32), "u1"), np.zeros((7, 16), "u1"), np.zeros((6, 16), "i1"), np.zeros(96, "u1")):
-        file.write_bytes(whole)
-        refused(changed(file, lambda hdf5, other=other: put(hdf5, name, other)), name, "expected")
+    cache_bytes = file.read_bytes()
+    assert_refused(edit_hdf5(file, lambda hdf5: hdf5.pop(name)), name, "missing")
+    for checks in (np.zeros((6, 32), "u1"), np.zeros((7, 16), "u1"), np.zeros((6, 16), "i1"), np.zeros(96, "u1")):
+        file.write_bytes(cache_bytes)
+        assert_refused(
+            edit_hdf5(file, lambda hdf5, checks=checks: replace_dataset(hdf5, name, checks)), name, "expected"
+        )
 
 
-def test_must_13_files_of_the_version_before_have_none():
+def test_must_13_files_of_version_1_0_have_no_checks():
     cache = FeatureCache(DATA / "golden-1.0.h5")
     assert not cache.has_checks
     assert cache.whole_rows(np.arange(6)).all()
     assert cache.damaged_columns() == []
 
 
-def test_must_14_every_column_but_the_features_has_its_digest_in_the_manifest(file):
+def test_must_14_every_column_except_features_has_its_digest_in_the_manifest(file):
     with h5py.File(file) as hdf5:
         manifest = json.loads(hdf5["manifest"][()])
-        names = {*datasets(file)} - {"manifest", *(f"features/{output}" for output in manifest["outputs"])}
+        names = {*read_datasets(file)} - {"manifest", *(f"features/{output}" for output in manifest["outputs"])}
         assert manifest["columns"] == {name: hashlib.sha256(hdf5[name][()].tobytes()).hexdigest() for name in names}
         assert len(names) == 9
         stored = hashlib.sha256(hdf5["manifest"][()]).hexdigest()
@@ -584,86 +592,92 @@ def test_must_14_every_column_but_the_features_has_its_digest_in_the_manifest(fi
 
 
 @pytest.mark.parametrize("value", [None, b"", b"0" * 64, "text", 1])
-def test_must_14_a_manifest_of_another_digest_is_refused(file, value):
+def test_must_14_a_manifest_with_a_wrong_digest_is_refused(file, value):
     def edit(hdf5: h5py.File) -> None:
         del hdf5.attrs["manifest_sha256"]
         if value is not None:
             hdf5.attrs["manifest_sha256"] = value
 
-    refused(changed(file, edit), "digest", "damaged")
+    assert_refused(edit_hdf5(file, edit), "digest", "damaged")
 
 
 def test_must_14_a_column_without_its_digest_is_refused(file):
-    whole = file.read_bytes()
+    cache_bytes = file.read_bytes()
     for name in FeatureCache(file).manifest["columns"]:
-        refused(told(file, lambda manifest, name=name: manifest["columns"].pop(name)), "digest for each column")
-        file.write_bytes(whole)
-    refused(told(file, lambda manifest: manifest.update(columns=[1])), "digest for each column")
+        assert_refused(
+            edit_manifest(file, lambda manifest, name=name: manifest["columns"].pop(name)), "digest for each column"
+        )
+        file.write_bytes(cache_bytes)
+    assert_refused(edit_manifest(file, lambda manifest: manifest.update(columns=[1])), "digest for each column")
 
 
-def test_must_14_digests_that_do_not_agree_name_their_columns(file):
+def test_must_14_columns_with_wrong_digests_are_reported(file):
     def edit(manifest: dict[str, Any]) -> None:
         manifest["columns"].update({"samples/stamp": "0" * 64, "labels/values": 3, "samples/later": "1" * 64})
 
-    assert FeatureCache(told(file, edit)).damaged_columns() == ["samples/stamp", "labels/values", "samples/later"]
+    assert FeatureCache(edit_manifest(file, edit)).damaged_columns() == [
+        "samples/stamp",
+        "labels/values",
+        "samples/later",
+    ]
 
 
-OF_ANOTHER_TYPE = [-1, 1.5, True, "x", [1], ["x"], [[]], {"a": 1}, {"a": "x"}, {"a": {}}, [{"a": 1}], [{"cache": 1}]]
-FITTING = {  # positions in the list above
+JSON_VALUES = [-1, 1.5, True, "x", [1], ["x"], [[]], {"a": 1}, {"a": "x"}, {"a": {}}, [{"a": 1}], [{"cache": 1}]]
+VALID_VALUE_INDICES = {  # indices into the list above
     "archives": {5}, "archive_kinds": {5}, "merged_from": set(), "repaired": {10, 11}, "created": {3}, "device": {3},
     "machine": {3}, "embedded": {0}, "batch": {0}, "images_per_second": {0, 1}, "seconds": {7}, "ignored": {7},
     "versions": {8}, "backbone": {7, 8, 9},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", FITTING)
-def test_must_16_what_tells_of_the_run_is_of_its_type(file, key):
-    def give(value: object) -> Edit:
+@pytest.mark.parametrize("key", VALID_VALUE_INDICES)
+def test_must_16_keys_that_describe_the_run_have_their_types(file, key):
+    def set_key(value: object) -> Edit:
         return lambda manifest: manifest.update({key: value})
 
-    for number, value in enumerate(OF_ANOTHER_TYPE):
-        if number in FITTING[key]:
-            assert FeatureCache(told(file, give(value))).manifest[key] == value
+    for number, value in enumerate(JSON_VALUES):
+        if number in VALID_VALUE_INDICES[key]:
+            assert FeatureCache(edit_manifest(file, set_key(value))).manifest[key] == value
         else:
-            refused(told(file, give(value)), key)
-    assert FeatureCache(told(file, give(None))).manifest[key] is None
-    assert key not in FeatureCache(told(file, lambda manifest: manifest.pop(key))).manifest
+            assert_refused(edit_manifest(file, set_key(value)), key)
+    assert FeatureCache(edit_manifest(file, set_key(None))).manifest[key] is None
+    assert key not in FeatureCache(edit_manifest(file, lambda manifest: manifest.pop(key))).manifest
 
 
 @pytest.mark.parametrize("key", ["seconds", "of somebody's own"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_must_16_a_manifest_holds_no_number_that_json_does_not_have(file, key, value):
-    refused(told(file, lambda manifest: manifest.update({key: {"total": value}})), "not valid JSON")
+def test_must_16_a_manifest_with_nan_or_infinity_is_refused(file, key, value):
+    assert_refused(edit_manifest(file, lambda manifest: manifest.update({key: {"total": value}})), "not valid JSON")
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    """A cache in two shards as today's code writes it, in a folder of its own."""
+    """A cache in two shards written by the current code, in a separate folder."""
     path = tmp_path / "sharded" / "a.h5"
     path.parent.mkdir()
     make_golden.make_sharded(path)
     return path
 
 
-def shards(path: Path) -> list[dict[str, Any]]:
+def read_shard_entries(path: Path) -> list[dict[str, Any]]:
     return FeatureCache(path).manifest["shards"]
 
 
-def test_must_15_shards_are_the_rows_one_after_the_other_in_the_folder_beside_the_cache(sharded):
-    first, second = shards(sharded)
-    assert [first["rows"], second["rows"]] == [[0, 4], [4, 6]]
-    wanted = make_golden._values(make_golden.WIDE).astype("<f2")
-    for shard in (first, second):
+def test_must_15_shards_hold_consecutive_rows_in_the_shard_folder(sharded):
+    first_shard, second_shard = read_shard_entries(sharded)
+    assert [first_shard["rows"], second_shard["rows"]] == [[0, 4], [4, 6]]
+    expected = make_golden._values(make_golden.WIDE).astype("<f2")
+    for shard in (first_shard, second_shard):
         start, stop = shard["rows"]
         file = sharded.parent / shard["file"]
         assert file.parent == sharded.with_name("a.h5.shards")
         assert shard["bytes"] == file.stat().st_size
         assert shard["offsets"]["pooled"] % 65536 == 0
-        found = np.fromfile(file, "<f2", (stop - start) * make_golden.WIDE, offset=shard["offsets"]["pooled"])
-        assert np.array_equal(found.reshape(stop - start, -1), wanted[start:stop], equal_nan=True)
+        features = np.fromfile(file, "<f2", (stop - start) * make_golden.WIDE, offset=shard["offsets"]["pooled"])
+        assert np.array_equal(features.reshape(stop - start, -1), expected[start:stop], equal_nan=True)
         with h5py.File(file) as hdf5:
             assert (hdf5.attrs["format"], hdf5.attrs["format_version"]) == (b"featpipe-cache-shard", b"1.1")
-            assert np.array_equal(hdf5["features/pooled"][()], wanted[start:stop], equal_nan=True)
+            assert np.array_equal(hdf5["features/pooled"][()], expected[start:stop], equal_nan=True)
         checks = FeatureCache(sharded)._columns["checks/pooled"][start:stop].tobytes()
         shapes = repr([("pooled", (make_golden.WIDE,))]).encode()
         assert shard["check"] == hashlib.sha256(shapes + checks).hexdigest()
@@ -678,56 +692,61 @@ def test_must_15_hdf5_reads_the_shards_as_one_dataset(sharded, monkeypatch):
         assert np.array_equal(features[()], FeatureCache(sharded).features(), equal_nan=True)
 
 
-LOSSES: dict[str, Callable[[Path, Path], object]] = {
-    "missing": lambda shard, pipe: shard.unlink(),
-    "truncated": lambda shard, pipe: os.truncate(shard, shard.stat().st_size - 1),
-    "empty": lambda shard, pipe: os.truncate(shard, 0),
-    "longer": lambda shard, pipe: os.truncate(shard, shard.stat().st_size + 1),
-    "a folder": lambda shard, pipe: (shard.unlink(), shard.mkdir()),
-    "a link": lambda shard, pipe: (shard.rename(shard.with_suffix(".b")), shard.symlink_to(shard.with_suffix(".b"))),
-    "a link to a pipe": lambda shard, pipe: (shard.unlink(), shard.symlink_to(pipe)),
-    "a pipe": lambda shard, pipe: (shard.unlink(), os.mkfifo(shard)),
-    "a link to itself": lambda shard, pipe: (shard.unlink(), shard.symlink_to(shard)),
+SHARD_DAMAGE: dict[str, Callable[[Path, Path], object]] = {
+    "missing": lambda shard, hanging_pipe: shard.unlink(),
+    "truncated": lambda shard, hanging_pipe: os.truncate(shard, shard.stat().st_size - 1),
+    "empty": lambda shard, hanging_pipe: os.truncate(shard, 0),
+    "longer": lambda shard, hanging_pipe: os.truncate(shard, shard.stat().st_size + 1),
+    "a folder": lambda shard, hanging_pipe: (shard.unlink(), shard.mkdir()),
+    "a link": lambda shard, hanging_pipe: (
+        shard.rename(shard.with_suffix(".b")),
+        shard.symlink_to(shard.with_suffix(".b")),
+    ),
+    "a link to a pipe": lambda shard, hanging_pipe: (shard.unlink(), shard.symlink_to(hanging_pipe)),
+    "a pipe": lambda shard, hanging_pipe: (shard.unlink(), os.mkfifo(shard)),
+    "a link to itself": lambda shard, hanging_pipe: (shard.unlink(), shard.symlink_to(shard)),
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SHARD_DAMAGE)
 @pytest.mark.parametrize("number", [0, 1])
-def test_must_15_a_shard_that_is_not_a_whole_regular_file_is_named(sharded, pipe, loss, number):
-    stated = shards(sharded)[number]
-    LOSSES[loss](sharded.parent / stated["file"], pipe)
-    refused(sharded, "1 of its 2 shards", stated["file"])
-    lost = slice(*stated["rows"])
+def test_must_15_a_shard_that_is_missing_incomplete_or_not_a_regular_file_is_refused(
+    sharded, hanging_pipe, loss, number
+):
+    entry = read_shard_entries(sharded)[number]
+    SHARD_DAMAGE[loss](sharded.parent / entry["file"], hanging_pipe)
+    assert_refused(sharded, "1 of its 2 shards", entry["file"])
+    lost_rows = slice(*entry["rows"])
     cache = FeatureCache(sharded, salvage=True)
-    assert cache.lost_shards == (stated["file"],)
-    whole = cache.whole_rows(np.arange(6))
-    assert not whole[lost].any()
-    assert np.count_nonzero(whole) == 6 - (lost.stop - lost.start)
-    assert not cache.features()[lost].any()
+    assert cache.lost_shards == (entry["file"],)
+    is_intact = cache.whole_rows(np.arange(6))
+    assert not is_intact[lost_rows].any()
+    assert np.count_nonzero(is_intact) == 6 - (lost_rows.stop - lost_rows.start)
+    assert not cache.features()[lost_rows].any()
 
 
-def test_must_15_a_folder_of_shards_that_is_a_link_is_not_followed(sharded):
+def test_must_15_a_shard_folder_that_is_a_link_is_not_followed(sharded):
     folder = sharded.with_name("a.h5.shards")
     folder.rename(sharded.with_name("elsewhere.shards"))
     folder.symlink_to("elsewhere.shards", target_is_directory=True)
-    refused(sharded, "2 of its 2 shards")
+    assert_refused(sharded, "2 of its 2 shards")
 
 
-def test_must_15_a_shard_of_other_rows_and_the_same_size_is_seen_by_its_rows(sharded):
-    """To open it is not to read it."""
-    shard = sharded.parent / shards(sharded)[0]["file"]
+def test_must_15_a_shard_with_other_rows_is_detected_by_the_row_checks(sharded):
+    """Opening does not read the rows."""
+    shard = sharded.parent / read_shard_entries(sharded)[0]["file"]
     data = np.fromfile(shard, "<f2")
     data[-4 * make_golden.WIDE :] += 1
     data.tofile(shard)
     cache = FeatureCache(sharded)
     assert cache.whole_rows(np.arange(6)).tolist() == [False, True, False, True, True, True]  # NaN + 1 is NaN
-    known = EmbeddingLookup()
-    known.add(EmbeddingSource.from_cache(cache, cache.outputs))
-    assert [known.find_by_digest(digest.tobytes()) for digest in cache.digests[[0, 2, 4]]] == [None, None, (0, 4)]
+    lookup = EmbeddingLookup()
+    lookup.add(EmbeddingSource.from_cache(cache, cache.outputs))
+    assert [lookup.find_by_digest(digest.tobytes()) for digest in cache.digests[[0, 2, 4]]] == [None, None, (0, 4)]
 
 
 SHARD = "0123456789abcdef01234567.h5"
-BAD_SHARDS: dict[str, Edit] = {
+INVALID_SHARD_ENTRIES: dict[str, Edit] = {
     **{f"file {name!r}": lambda m, name=name: m["shards"][0].update(file=name) for name in (
         f"../x.shards/{SHARD}", f"/x.shards/{SHARD}", f"a/../x.shards/{SHARD}", f".shards/{SHARD}", f"x/{SHARD}", SHARD,
         f"a.h5.shards/../{SHARD}", "a.h5.shards/a.h5", f"a.h5.shards/{SHARD}\n", f"a\0.shards/{SHARD}",
@@ -750,48 +769,51 @@ BAD_SHARDS: dict[str, Edit] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD_SHARDS)
-def test_must_15_shards_that_cannot_be_are_refused(sharded, case):
-    refused(told(sharded, BAD_SHARDS[case]))
+@pytest.mark.parametrize("case", INVALID_SHARD_ENTRIES)
+def test_must_15_invalid_shard_entries_are_refused(sharded, case):
+    assert_refused(edit_manifest(sharded, INVALID_SHARD_ENTRIES[case]))
 
 
-def test_must_15_features_are_not_in_shards_and_in_the_file_too(sharded):
-    refused(changed(sharded, lambda hdf5: put(hdf5, "features/pooled", np.zeros((6, 8192), "<f2"))), "and in shards")
+def test_must_15_features_in_shards_and_in_the_file_are_refused(sharded):
+    assert_refused(
+        edit_hdf5(sharded, lambda hdf5: replace_dataset(hdf5, "features/pooled", np.zeros((6, 8192), "<f2"))),
+        "and in shards",
+    )
 
 
-def test_must_15_the_virtual_dataset_is_not_opened_and_decides_nothing(sharded, pipe):
-    """Its source is a pipe: to open that is to hang."""
-    before = FeatureCache(sharded).features().copy()
-    layout = h5py.VirtualLayout((6, 8192), "<f2")
-    layout[:] = h5py.VirtualSource(str(pipe), "a", (6, 8192))
+def test_must_15_the_virtual_dataset_is_not_opened(sharded, hanging_pipe):
+    """Its source is a pipe, and opening the pipe would block forever."""
+    features_before = FeatureCache(sharded).features().copy()
+    format_module = h5py.VirtualLayout((6, 8192), "<f2")
+    format_module[:] = h5py.VirtualSource(str(hanging_pipe), "a", (6, 8192))
 
     def edit(hdf5: h5py.File) -> None:
         del hdf5["features/pooled"]
-        hdf5.create_virtual_dataset("features/pooled", layout)
+        hdf5.create_virtual_dataset("features/pooled", format_module)
 
-    changed(sharded, edit)
+    edit_hdf5(sharded, edit)
     assert read_all([sharded]) == ["opened"]
-    assert np.array_equal(FeatureCache(sharded).features(), before, equal_nan=True)
+    assert np.array_equal(FeatureCache(sharded).features(), features_before, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------ the page and the golden file
-def test_the_sessions_of_the_specification_are_true(monkeypatch):
+def test_the_examples_of_the_specification_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     sessions = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     test = doctest.DocTestParser().get_doctest(sessions, {}, "cache/README.md", None, 0)
-    said = io.StringIO()
-    results = doctest.DocTestRunner().run(test, out=said.write, clear_globs=False)
+    output = io.StringIO()
+    results = doctest.DocTestRunner().run(test, out=output.write, clear_globs=False)
     test.globs["file"].close()
-    assert results.failed == 0, said.getvalue()
+    assert results.failed == 0, output.getvalue()
     assert results.attempted >= 9
 
 
-def test_the_statuses_of_the_specification_are_those_of_the_code():
+def test_the_statuses_of_the_specification_equal_those_of_the_code():
     text = README.split("### Status")[1].split("### Stamp")[0]
     assert re.findall(r"(\d+) `([a-z-]+)`", text) == [(str(int(status)), status.word) for status in Status]
 
 
-def golden_values() -> np.ndarray:
+def make_golden_values() -> np.ndarray:
     nan = [np.nan] * 4
     return np.array([
         [0, 0.25, 0.5, 0.75], nan, [20, 20.25, 20.5, 20.75], nan, [40, 40.25, 40.5, 40.75], [50, 50.25, 50.5, 50.75],
@@ -804,14 +826,14 @@ def golden(request, file) -> FeatureCache:
 
 
 def test_there_is_a_golden_file_of_each_version():
-    assert {path.name for path in GOLDENS} == {path.name for path in DATA.glob("*.h5")}
-    assert [FeatureCache(path).manifest["format_version"] for path in GOLDENS] == ["1.0", "1.1", "1.1"]
+    assert {path.name for path in GOLDEN_FILES} == {path.name for path in DATA.glob("*.h5")}
+    assert [FeatureCache(path).manifest["format_version"] for path in GOLDEN_FILES] == ["1.0", "1.1", "1.1"]
 
 
-def test_the_sharded_golden_file_holds_what_it_held_when_it_was_made(sharded):
+def test_the_sharded_golden_file_has_its_original_content(sharded):
     for cache in (FeatureCache(SHARDED), FeatureCache(sharded)):
         assert cache.fingerprint == "7996e894fbe21e4239195e8da5312b304cb0d9f7b4d242910ad4dc991ac2681c"
-        assert np.array_equal(cache.features(), np.tile(golden_values(), 2048), equal_nan=True)
+        assert np.array_equal(cache.features(), np.tile(make_golden_values(), 2048), equal_nan=True)
         assert cache.features().dtype == np.float16
         assert cache.X.dtype == np.float32
         assert list(cache.ids) == list(make_golden.IDS)
@@ -820,7 +842,7 @@ def test_the_sharded_golden_file_holds_what_it_held_when_it_was_made(sharded):
         assert cache.whole_rows(np.arange(6)).all()
 
 
-def test_the_golden_file_holds_what_it_held_when_it_was_made(golden):
+def test_the_golden_file_has_its_original_content(golden):
     assert golden.file_bytes < 20_000
     assert list(golden.ids) == ["cat/1.jpg", "cat/2.jpg", "dog/é 3.jpg", "dog/4.jpg", "cow/5.jpg", "6.jpg"]
     assert golden.status.tolist() == ["ok", "damaged", "ok", "missing", "ok", "ok"]
@@ -829,24 +851,24 @@ def test_the_golden_file_holds_what_it_held_when_it_was_made(golden):
     assert (golden.task, golden.classes) == ("classification", ("cat", "cow", "dog"))
     assert golden.labels.tolist() == ["cat", "cat", "dog", "dog", "cow", None]
     assert golden.y.tolist() == ["cat", "dog", "cow"]
-    assert np.array_equal(golden.X, golden_values()[[0, 2, 4]])
-    assert np.array_equal(golden.features("pooled"), golden_values(), equal_nan=True)
-    assert np.array_equal(golden.features("layer2"), golden_values().reshape(6, 2, 2, 1), equal_nan=True)
+    assert np.array_equal(golden.X, make_golden_values()[[0, 2, 4]])
+    assert np.array_equal(golden.features("pooled"), make_golden_values(), equal_nan=True)
+    assert np.array_equal(golden.features("layer2"), make_golden_values().reshape(6, 2, 2, 1), equal_nan=True)
     assert golden.digests[2].tobytes() == hashlib.sha256("dog/é 3.jpg".encode()).digest()
     assert golden.stamps[2].tobytes() == golden.digests[2].tobytes()[:16]
     assert not golden.digests[3].any()
     assert not golden.stamps[3].any()
 
 
-def test_the_golden_manifest_is_what_it_was(golden):
+def test_the_manifest_of_the_golden_file_is_unchanged(golden):
     assert golden.fingerprint == "f3d535ec5c7617f79231f169808aa19ca05104ab4e881111df0a172124d8e6a0"
     assert (golden.manifest["samples"], golden.manifest["ok"]) == (6, 4)
     assert golden.manifest["created"] == "2026-01-01T00:00:00+00:00"
     assert golden.manifest["outputs"] == {"pooled": [4], "layer2": [2, 2, 1]}
 
 
-# ---------------------------------------------------------------------------------------------- files of strangers
-READ_ALL = """
+# ------------------------------------------------------------------------------------------------ untrusted files
+READ_ALL_CODE = """
 import resource, sys
 from featpipe import FeatureCache
 from featpipe.errors import CacheError
@@ -867,19 +889,20 @@ for path in sys.stdin.read().split("\\n"):
 
 
 def read_all(paths: Iterable[Path]) -> list[str]:
-    """What comes of reading everything of some files, in a process that may not take memory, crash or hang."""
-    listed = "\n".join(map(str, paths))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", READ_ALL], input=listed, capture_output=True, text=True, timeout=120,
+    """Read everything in some files in a process with limited memory; return the outcome for each file."""
+    path_list = "\n".join(map(str, paths))
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", READ_ALL_CODE], input=path_list, timeout=120,
+        capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
-    outcomes = done.stdout.split()
-    assert done.returncode == 0, f"after {len(outcomes)} files: {done.stderr[-2000:]}"
+    outcomes = process.stdout.split()
+    assert process.returncode == 0, f"after {len(outcomes)} files: {process.stderr[-2000:]}"
     return outcomes
 
 
-def copies(folder: Path, contents: Iterable[bytes]) -> list[Path]:
-    """Files of these contents in a new folder, where the shards of the golden file are too."""
+def write_copies(folder: Path, contents: Iterable[bytes]) -> list[Path]:
+    """Write files with these contents to a new folder that also holds the shards of the golden file."""
     shutil.copytree(f"{SHARDED}.shards", folder / f"{SHARDED.name}.shards")
     paths = []
     for number, data in enumerate(contents):
@@ -888,96 +911,96 @@ def copies(folder: Path, contents: Iterable[bytes]) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_a_truncated_file_is_no_cache(tmp_path, path):
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_a_truncated_file_is_refused(tmp_path, path):
     data = path.read_bytes()
     lengths = [*range(10), *np.linspace(10, len(data) - 1, 50).astype(int).tolist()]
-    assert set(read_all(copies(tmp_path / "cut", (data[:length] for length in lengths)))) == {"CacheFormatError"}
+    assert set(read_all(write_copies(tmp_path / "cut", (data[:length] for length in lengths)))) == {"CacheFormatError"}
 
 
-def flipped(data: bytes, seed: int, count: int, within: slice = slice(None)) -> list[bytes]:
-    """Copies of a file with one to five bytes changed."""
+def make_damaged_copies(data: bytes, seed: int, count: int, region: slice = slice(None)) -> list[bytes]:
+    """Make copies of a file, each with one to five changed bytes."""
     rng = np.random.default_rng(seed)
-    places = np.arange(len(data))[within]
-    changed = []
+    offsets = np.arange(len(data))[region]
+    damaged_copies = []
     for _ in range(count):
-        copy = np.frombuffer(data, np.uint8).copy()
-        copy[rng.choice(places, rng.integers(1, 6))] ^= rng.integers(1, 256, dtype=np.uint8)
-        changed.append(copy.tobytes())
-    return changed
+        damaged_copy = np.frombuffer(data, np.uint8).copy()
+        damaged_copy[rng.choice(offsets, rng.integers(1, 6))] ^= rng.integers(1, 256, dtype=np.uint8)
+        damaged_copies.append(damaged_copy.tobytes())
+    return damaged_copies
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_flipped_bytes_are_refused_or_read_and_nothing_else(tmp_path, path):
-    outcomes = read_all(copies(tmp_path / "flipped", flipped(path.read_bytes(), 0, 400)))
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_flipped_bytes_are_refused_or_read_without_a_crash(tmp_path, path):
+    outcomes = read_all(write_copies(tmp_path / "flipped", make_damaged_copies(path.read_bytes(), 0, 400)))
     assert len(outcomes) == 400
     assert set(outcomes) == {"CacheFormatError", "opened"}
 
 
-def test_the_heap_of_a_virtual_dataset_may_hold_anything(tmp_path):
-    """HDF5 crashes and hangs on some of these files, because the heap that names the sources has no checksum."""
+def test_damage_in_the_heap_of_a_virtual_dataset_is_harmless(tmp_path):
+    """HDF5 crashes or hangs on some of these files: the heap that names the sources has no checksum."""
     data = SHARDED.read_bytes()
     heap = data.index(b"GCOL")
-    paths = copies(tmp_path / "heap", flipped(data, 1, 400, slice(heap, heap + 400)))
+    paths = write_copies(tmp_path / "heap", make_damaged_copies(data, 1, 400, slice(heap, heap + 400)))
     assert set(read_all(paths)) == {"opened"}
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("path", [GOLDEN, SHARDED], ids=lambda path: path.stem)
-def test_flipped_bytes_are_refused_or_reported_or_change_nothing_that_is_read(tmp_path, path):
-    before = FeatureCache(path)
-    found = {"refused": 0, "reported": 0, "unchanged": 0}
-    for damaged in copies(tmp_path / "flipped", flipped(path.read_bytes(), 2, 400)):
+def test_flipped_bytes_are_refused_reported_or_harmless(tmp_path, path):
+    original = FeatureCache(path)
+    outcomes = {"refused": 0, "reported": 0, "unchanged": 0}
+    for damaged in write_copies(tmp_path / "flipped", make_damaged_copies(path.read_bytes(), 2, 400)):
         try:
             cache = FeatureCache(damaged)
         except CacheFormatError:
-            found["refused"] += 1
+            outcomes["refused"] += 1
             continue
-        whole = all(cache.whole_rows(np.arange(6), output).all() for output in cache.outputs)
-        if cache.damaged_columns() or not whole:
-            found["reported"] += 1
+        is_intact = all(cache.whole_rows(np.arange(6), output).all() for output in cache.outputs)
+        if cache.damaged_columns() or not is_intact:
+            outcomes["reported"] += 1
             continue
-        assert cache.manifest == before.manifest
-        assert cache.table().same_as(before.table())
-        for output in before.outputs:
-            assert np.array_equal(cache.features(output), before.features(output), equal_nan=True)
-        found["unchanged"] += 1
-    assert min(found.values()) > 8, found
+        assert cache.manifest == original.manifest
+        assert cache.table().same_as(original.table())
+        for output in original.outputs:
+            assert np.array_equal(cache.features(output), original.features(output), equal_nan=True)
+        outcomes["unchanged"] += 1
+    assert min(outcomes.values()) > 8, outcomes
 
 
-def test_a_flipped_byte_in_the_superblock_or_in_the_manifest_is_found(file):
+def test_a_flipped_byte_in_the_superblock_or_the_manifest_is_refused(file):
     data = bytearray(file.read_bytes())
     with h5py.File(file) as hdf5:
         begin, size = hdf5["manifest"].id.get_offset(), hdf5["manifest"].dtype.itemsize
     assert size > 1500
-    for place in (*range(48), *range(begin, begin + size, 5)):
-        data[place] ^= 0x01
+    for offset in (*range(48), *range(begin, begin + size, 5)):
+        data[offset] ^= 0x01
         file.write_bytes(data)
-        refused(file)
-        data[place] ^= 0x01
+        assert_refused(file)
+        data[offset] ^= 0x01
 
 
 @pytest.fixture
-def pipe(tmp_path) -> Path:
-    """A named pipe: whoever opens it for reading hangs."""
+def hanging_pipe(tmp_path) -> Path:
+    """A named pipe; opening it for reading blocks forever."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     return path
 
 
-def test_no_other_file_is_opened(tmp_path, pipe):
-    """Links, external storage and virtual sources that lead to a pipe: to follow one of them is to hang."""
-    layout = h5py.VirtualLayout((6,), "u1")
-    layout[:] = h5py.VirtualSource(str(pipe), "a", (6,))
+def test_no_other_file_is_opened(tmp_path, hanging_pipe):
+    """Links, external storage and virtual sources that lead to a pipe; following one would block forever."""
+    format_module = h5py.VirtualLayout((6,), "u1")
+    format_module[:] = h5py.VirtualSource(str(hanging_pipe), "a", (6,))
     open_ended = h5py.VirtualLayout((6, 4), "<f4", maxshape=(None, 4))
-    open_ended[:] = h5py.VirtualSource(str(pipe), "a", (6, 4), maxshape=(None, 4))[:]
-    store = [(str(pipe), 0, h5py.h5f.UNLIMITED)]
+    open_ended[:] = h5py.VirtualSource(str(hanging_pipe), "a", (6, 4), maxshape=(None, 4))[:]
+    store = [(str(hanging_pipe), 0, h5py.h5f.UNLIMITED)]
 
     def external(name: str) -> Edit:
         def edit(hdf5: h5py.File) -> None:
             hdf5.pop(name, None)
-            hdf5[name] = h5py.ExternalLink(str(pipe), "/a")
+            hdf5[name] = h5py.ExternalLink(str(hanging_pipe), "/a")
 
         return edit
 
@@ -988,10 +1011,10 @@ def test_no_other_file_is_opened(tmp_path, pipe):
 
         return edit
 
-    def virtual(name: str, layout: h5py.VirtualLayout) -> Edit:
+    def virtual(name: str, format_module: h5py.VirtualLayout) -> Edit:
         def edit(hdf5: h5py.File) -> None:
             hdf5.pop(name, None)
-            hdf5.create_virtual_dataset(name, layout)
+            hdf5.create_virtual_dataset(name, format_module)
 
         return edit
 
@@ -1001,40 +1024,42 @@ def test_no_other_file_is_opened(tmp_path, pipe):
         stored("features/pooled", (6, 4), "<f4"),
         stored("samples/status", (6,), "u1"),
         stored("manifest", (), "S900"),
-        virtual("samples/status", layout),
+        virtual("samples/status", format_module),
         virtual("features/pooled", open_ended),
     ]
-    paths = copies(tmp_path / "hostile", [GOLDEN.read_bytes()] * len(edits))
+    paths = write_copies(tmp_path / "hostile", [GOLDEN.read_bytes()] * len(edits))
     for path, edit in zip(paths, edits, strict=True):
-        changed(path, edit)
+        edit_hdf5(path, edit)
     assert read_all(paths) == ["CacheFormatError"] * len(edits)
 
 
-@pytest.mark.parametrize("spoil", [slice(16, 200), slice(24, 32)])
-def test_a_damaged_heap_of_texts_cannot_make_a_reader_loop(file, spoil):
+@pytest.mark.parametrize("damaged_range", [slice(16, 200), slice(24, 32)])
+def test_a_damaged_heap_of_variable_length_texts_cannot_make_a_reader_loop(file, damaged_range):
     def edit(hdf5: h5py.File) -> None:
         for name, value in (("format", "featpipe-cache"), ("format_version", "1.0")):
             del hdf5.attrs[name]
-            hdf5.attrs[name] = value  # of variable length, and so in the heap
+            hdf5.attrs[name] = value  # of variable length, so it is stored in the heap
 
-    data = bytearray(changed(file, edit).read_bytes())
+    data = bytearray(edit_hdf5(file, edit).read_bytes())
     heap = data.index(b"GCOL")
-    length = spoil.stop - spoil.start
-    data[heap + spoil.start : heap + spoil.stop] = bytes(length) if length > 8 else b"\xf0" + b"\xff" * 7
+    length = damaged_range.stop - damaged_range.start
+    data[heap + damaged_range.start : heap + damaged_range.stop] = (
+        bytes(length) if length > 8 else b"\xf0" + b"\xff" * 7
+    )
     file.write_bytes(data)
     assert read_all([file]) == ["CacheFormatError"]
 
 
-def test_what_is_not_a_file_is_not_opened(tmp_path, pipe):
+def test_pipes_folders_and_dangling_links_are_not_opened(tmp_path, hanging_pipe):
     folder = tmp_path / "folder.h5"
     folder.mkdir()
     dangling = tmp_path / "dangling.h5"
     dangling.symlink_to(tmp_path / "nothing")
-    assert read_all([pipe, folder, dangling]) == ["CacheError", "CacheFormatError", "CacheError"]
+    assert read_all([hanging_pipe, folder, dangling]) == ["CacheError", "CacheFormatError", "CacheError"]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89HDF\r\n\x1a\n", b"PK\x03\x04" + bytes(100), bytes(4096), b"a" * 9])
 def test_other_files_are_not_caches(tmp_path, data):
     path = tmp_path / "a.h5"
     path.write_bytes(data)
-    refused(path)
+    assert_refused(path)

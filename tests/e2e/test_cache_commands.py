@@ -1,4 +1,4 @@
-"""The commands that look after caches, as they are typed: pack, merge, clean, and info with --why."""
+"""The commands that maintain caches: pack, merge, clean, and info with --why."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def custom_network(tmp_path):
 @pytest.fixture
 def photos(make_folder):
     folder = make_folder()
-    past = time.time() - 3600
+    an_hour_ago = time.time() - 3600
     for path in folder.rglob("*.jpg"):
-        os.utime(path, (past, past))
+        os.utime(path, (an_hour_ago, an_hour_ago))
     return folder
 
 
@@ -48,12 +48,12 @@ def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(
     ]  # fmt: skip
     assert list(merged.labels) == [*first.labels, "bee", "bee", "bee", "dog", "dog", "dog"]
     assert np.array_equal(merged.features()[:18], first.features())
-    shown = json.loads(command("info", "all.h5", "--json").stdout)
-    assert (shown["samples"], shown["classes"]["bee"], len(shown["merged_from"])) == (24, 9, 2)
+    document = json.loads(command("info", "all.h5", "--json").stdout)
+    assert (document["samples"], document["classes"]["bee"], len(document["merged_from"])) == (24, 9, 2)
     assert "merged from" in command("info", "all.h5").stdout
     command("extract", "photos", "--backbone", custom_network, "--out", "f16.h5", "--storage", "float16")
-    refused = command("merge", "photos.h5", "f16.h5", "--out", "no.h5", code=1).stderr
-    assert "storage is 'float16', in photos.h5 'float32'" in refused
+    error_text = command("merge", "photos.h5", "f16.h5", "--out", "no.h5", code=1).stderr
+    assert "storage is 'float16', in photos.h5 'float32'" in error_text
 
 
 def test_a_sharded_cache_is_packed_and_shown(command, make_folder, custom_network, tmp_path):
@@ -62,32 +62,32 @@ def test_a_sharded_cache_is_packed_and_shown(command, make_folder, custom_networ
     )
     make_folder(each=12)
     command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5", "--shard-bytes", "65536")
-    before = FeatureCache(tmp_path / "a.h5")
+    sharded = FeatureCache(tmp_path / "a.h5")
     assert "the file and 3 shards" in command("info", "a.h5").stdout
-    done = json.loads(command("pack", "a.h5", "--out", "out/b.h5", "--json").stdout)
-    assert (done["cache"], done["samples"], done["shards"]) == ("out/b.h5", 36, [])
-    assert np.array_equal(FeatureCache(tmp_path / "out" / "b.h5").features(), before.features())
+    document = json.loads(command("pack", "a.h5", "--out", "out/b.h5", "--json").stdout)
+    assert (document["cache"], document["samples"], document["shards"]) == ("out/b.h5", 36, [])
+    assert np.array_equal(FeatureCache(tmp_path / "out" / "b.h5").features(), sharded.features())
     assert command("pack", "a.h5").stdout == "a.h5\n"
     assert not (tmp_path / "a.h5.shards").exists()
     assert "in one file" in command("info", "a.h5").stdout
-    again = command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5").stderr
-    assert "no forward pass" in again
+    log_text = command("extract", "photos", "--backbone", "wide:make", "--out", "a.h5").stderr
+    assert "no forward pass" in log_text
 
 
 def test_clean_lists_unfinished_work_and_removes_it_only_on_confirmation(
     command, make_folder, custom_network, tmp_path
 ):
-    make_folder(each=30)  # too few for a graph, which would leave out the sleeping
+    make_folder(each=30)  # too few images for a traced graph, which would skip the sleep
     process = start_and_hold(["extract", "photos", "--backbone", "slownets:make", "--batch", "2"], tmp_path)
     assert "nothing to remove" in command("clean").stdout  # the extraction is running
     process.kill()
     process.communicate()
-    shown = command("clean", "--dry-run").stdout
-    assert "an unfinished extraction of" in shown
-    assert "the same extract command would resume from it" in shown
+    listing = command("clean", "--dry-run").stdout
+    assert "an unfinished extraction of" in listing
+    assert "the same extract command would resume from it" in listing
     [abandoned] = json.loads(command("clean", "cache", "--json").stdout)["found"]
     assert abandoned["images"] > 0
-    assert "--yes" in command("clean", code=1).stderr  # nobody is there to ask
+    assert "--yes" in command("clean", code=1).stderr  # no terminal to ask for confirmation
     assert os.path.isdir(tmp_path / abandoned["path"])
     assert json.loads(command("clean", "--json", "--yes").stdout)["found"][0]["removed"]
     assert list((tmp_path / "cache").iterdir()) == []
@@ -110,10 +110,10 @@ def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(comm
         "5%",
     ]
     command("extract", *extraction)
-    same = command("info", "a.h5", "--why", *extraction).stdout
-    assert same.startswith("a.h5 matches the request\n")
-    assert "\n18  are in the cache, with unchanged path, size and time\n" in same
-    assert "Samples, order, labels and splits are the cache's own." in same
+    output = command("info", "a.h5", "--why", *extraction).stdout
+    assert output.startswith("a.h5 matches the request\n")
+    assert "\n18  are in the cache, with unchanged path, size and time\n" in output
+    assert "Samples, order, labels and splits are the cache's custom_network." in output
     (photos / "ape" / "00.jpg").write_bytes(jpeg(99))
     (photos / "ape" / "new.jpg").write_bytes(jpeg(98))
     shutil.rmtree(photos / "cow")
@@ -124,8 +124,8 @@ def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(comm
     assert document["samples"] == {
         "images": 13, "unchanged": 11, "changed": 1, "new": 1, "gone": 6, "same_table": False
     }  # fmt: skip
-    other = command("info", "a.h5", "--why", "--backbone", "slownets:make").stdout
-    assert "backbone.name is 'nets:make', asked for 'slownets:make'" in other
+    other_output = command("info", "a.h5", "--why", "--backbone", "slownets:make").stdout
+    assert "backbone.name is 'nets:make', asked for 'slownets:make'" in other_output
 
 
 def test_info_why_compares_two_caches(command, photos, custom_network):
@@ -135,8 +135,8 @@ def test_info_why_compares_two_caches(command, photos, custom_network):
     assert difference == (
         "float32.h5 and float16.h5 differ in 1 setting:\n  storage is 'float32', in float16.h5 'float16'\n"
     )
-    same = command("info", "float32.h5", "--why", "float32.h5").stdout
-    assert same == "float32.h5 and float32.h5 have the same backbone and settings\n"
+    output = command("info", "float32.h5", "--why", "float32.h5").stdout
+    assert output == "float32.h5 and float32.h5 have the same backbone and settings\n"
     command("info", "float32.h5", "photos", code=2)
     command("info", "float32.h5", "--storage", "float16", code=2)
     command("info", "float32.h5", "--why", "float16.h5", "--storage", "float16", code=2)

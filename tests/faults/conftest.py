@@ -1,4 +1,4 @@
-"""The harness of faults, started once."""
+"""The fault harness, started once for all tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.harness import Harness, compile_library
 
-MEMORY = "/dev/shm"  # a trial syncs a dozen times, and only what a kill leaves is looked at: no disk is needed
+MEMORY_FOLDER = "/dev/shm"  # a trial syncs a dozen times, and only the state after a kill matters: no disk is needed
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     library = compile_library(tmp_path_factory.mktemp("library"))
     if library is None:
         pytest.skip("needs Linux and a C compiler")
-    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
-        started = Harness(library, Path(folder) / "trials")
-        yield started
-        started.close()
+    with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None) as folder:
+        fault_harness = Harness(library, Path(folder) / "trials")
+        yield fault_harness
+        fault_harness.close()

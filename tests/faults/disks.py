@@ -1,4 +1,4 @@
-"""Disks that are full."""
+"""Full disks and limits on file sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["files_of_at_most", "small_disk"]
 
 @contextlib.contextmanager
 def files_of_at_most(nbytes: int) -> Iterator[None]:
-    """Every write beyond this size fails, those of libraries too."""
+    """Make every write beyond this file size fail, including writes by libraries."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     try:
@@ -27,18 +27,18 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str = "256k") -> Iterator[Path]:
-    """A new disk of this size, where one may mount it."""
+    """Mount a new disk of this size; skip the test if that is not possible."""
     folder.mkdir()
     try:
         mounted = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "featpipe-test", str(folder)], capture_output=True
         )
     except FileNotFoundError:
-        pytest.skip("there is no mount here")
+        pytest.skip("needs the mount command")
     if mounted.returncode:
-        pytest.skip("may not mount a small disk")
+        pytest.skip("needs the permission to mount a disk")
     try:
         yield folder
     finally:
-        gc.collect()  # what is mapped of it
+        gc.collect()  # releases mapped files
         subprocess.run(["umount", "-l", str(folder)], check=True)

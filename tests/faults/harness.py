@@ -1,7 +1,7 @@
-"""Trials: a piece of work with a fault in it, what is found afterwards, and the work done again.
+"""Trials: run some work with an injected fault, check the state that it leaves, and run the work again.
 
-Run as a program it is a server that reads one campaign a line and answers with its outcome. It has imported all that
-the work needs and has no threads, so that a trial costs a fork.
+Run as a program, this module is a server that reads one campaign per line and answers with its outcome. The server has
+imported everything that the work needs and has no threads, so that a trial costs only a fork.
 """
 
 from __future__ import annotations
@@ -23,8 +23,17 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.faults.children import Child, Ended, Tally, Wrong, start
-from tests.faults.power import LOSSES, Call, Disk, crashes, frozen, lay, loaded, read_journal
+from tests.faults.children import Child, ChildResult, SharedCounters, UnexpectedState, start_child
+from tests.faults.power import (
+    LOSSES,
+    Disk,
+    DiskCall,
+    iter_crash_states,
+    load_folder,
+    read_journal,
+    to_hashable,
+    write_tree,
+)
 
 if TYPE_CHECKING:
     from tests.faults.scenarios import Scenario
@@ -33,12 +42,12 @@ __all__ = ["MODES", "Harness", "compile_library"]
 
 ROOT = Path(__file__).absolute().parents[2]
 MODES = {"count": 1, "before": 2, "half": 3, "full": 4, "broken": 5, "journal": 6}  # as in faults.c
-PROCESSES_MAX = 4
-PLENTY = 10**6
+MAX_PROCESSES = 4
+UNLIMITED = 10**6
 
 
 def compile_library(folder: Path) -> Path | None:
-    """The compiled library, or None where there is no compiler for it."""
+    """Compile the library that injects faults; None if there is no C compiler or the system is not Linux."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None or not sys.platform.startswith("linux"):
         return None
@@ -49,13 +58,13 @@ def compile_library(folder: Path) -> Path | None:
 
 
 class Harness:
-    """The server, from outside.
+    """A client of the server process.
 
     Parameters
     ----------
     library : Path
     folder : Path
-        Where the trials are made.
+        Folder of the trials.
     """
 
     def __init__(self, library: Path, folder: Path) -> None:
@@ -71,11 +80,11 @@ class Harness:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder,
         )  # fmt: skip
 
-    def run(self, campaign: str, **given: Any) -> dict[str, Any]:
-        """Run one of ``CAMPAIGNS``; its counts, with what was wrong as ``wrong``."""
+    def run(self, campaign: str, **arguments: Any) -> dict[str, Any]:
+        """Run one of ``CAMPAIGNS``; returns its counts, with the failed checks as ``wrong``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"campaign": campaign, **given}) + "\n")
+        self._process.stdin.write(json.dumps({"campaign": campaign, **arguments}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
@@ -95,7 +104,7 @@ class Harness:
 
 # ------------------------------------------------------------------------------------------------- inside the server
 class Server:
-    """What the campaigns share: the library, the folder, and a scenario of each kind."""
+    """The state that the campaigns share: the library, the folder, and one scenario of each kind."""
 
     def __init__(self, library: Path, folder: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -107,37 +116,39 @@ class Server:
 
         key = f"{name} {json.dumps(settings)}"
         if key not in self._scenarios:
-            more = {} if settings is None else {"settings": settings}
-            self._scenarios[key] = SCENARIOS[name](self.folder / f"home-{len(self._scenarios)}", **more)
+            options = {} if settings is None else {"settings": settings}
+            self._scenarios[key] = SCENARIOS[name](self.folder / f"home-{len(self._scenarios)}", **options)
         return self._scenarios[key]
 
     def new_folder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
-    def start(self, scenario: Scenario, folder: Path, tally: Tally, arm: Sequence[Any] = ()) -> Child:
-        """Begin the work, with a fault in it if armed: a mode, the number of the call, the file of the journal."""
+    def start(self, scenario: Scenario, folder: Path, counters: SharedCounters, fault: Sequence[Any] = ()) -> Child:
+        """Start the work. ``fault``, if given, is a mode, the number of the call, and the path of a journal."""
 
         def work() -> None:
-            if arm:
-                mode, at, *journal = arm
-                descriptor = os.open(journal[0], os.O_WRONLY | os.O_CREAT) if journal else -1
-                tally.mark = lambda text: self.library.faults_mark(text.encode())
-                self.library.faults_arm(os.fsencode(folder), MODES[mode], ctypes.c_long(at), descriptor)
-            scenario.act(folder, tally)
-            tally.add("calls", self.library.faults_count())
+            if fault:
+                mode, call_number, *journal_path = fault
+                descriptor = os.open(journal_path[0], os.O_WRONLY | os.O_CREAT) if journal_path else -1
+                counters.record_promise = lambda text: self.library.faults_mark(text.encode())
+                self.library.faults_arm(os.fsencode(folder), MODES[mode], ctypes.c_long(call_number), descriptor)
+            scenario.run(folder, counters)
+            counters.add("calls", self.library.faults_count())
 
-        return start(work)
+        return start_child(work)
 
-    def work(self, scenario: Scenario, folder: Path, tally: Tally, arm: Sequence[Any] = ()) -> Ended:
-        return self.start(scenario, folder, tally, arm).wait()
+    def work(
+        self, scenario: Scenario, folder: Path, counters: SharedCounters, fault: Sequence[Any] = ()
+    ) -> ChildResult:
+        return self.start(scenario, folder, counters, fault).wait()
 
 
-def spread(trials: Sequence[Any], run: Callable[[Any], Any]) -> list[Any]:
-    """The results of some trials, run by as many processes as there are cores, each on one."""
-    cores = sorted(os.sched_getaffinity(0))[:PROCESSES_MAX]
+def run_in_parallel(trials: Sequence[Any], run: Callable[[Any], Any]) -> list[Any]:
+    """Run trials in as many processes as there are cores, each pinned to one core, and return the results."""
+    cores = sorted(os.sched_getaffinity(0))[:MAX_PROCESSES]
     readers = []
     gc.collect()
-    gc.freeze()  # what the children would otherwise copy page by page
+    gc.freeze()  # otherwise the children would copy these pages one by one
     for number, core in enumerate(cores):
         reader, writer = os.pipe()
         if not os.fork():
@@ -157,291 +168,308 @@ def spread(trials: Sequence[Any], run: Callable[[Any], Any]) -> list[Any]:
             answers.append(reader.read())
     for _ in cores:
         os.wait()
-    found = [json.loads(answer) if answer else "the process crashed" for answer in answers]
-    for answer in found:
+    parsed_answers = [json.loads(answer) if answer else "the process crashed" for answer in answers]
+    for answer in parsed_answers:
         if isinstance(answer, str):
             raise RuntimeError(answer)
-    return [result for results in found for result in results]
+    return [result for results in parsed_answers for result in results]
 
 
-def judged(number: object, trial: Callable[[], str]) -> list[str]:
-    """The outcome of a trial and, where it was wrong, what was."""
+def run_trial(number: object, trial: Callable[[], str]) -> list[str]:
+    """Run a trial; return its outcome and, if a check failed, the message."""
     try:
         return [trial()]
-    except Wrong as wrong:
-        return ["wrong", f"{number}: {wrong}"]
+    except UnexpectedState as error:
+        return ["wrong", f"{number}: {error}"]
 
 
-def summary(results: Iterable[list[str]], **more: Any) -> dict[str, Any]:
+def summarize(results: Iterable[list[str]], **extra_entries: Any) -> dict[str, Any]:
     outcomes = list(results)
     counts = Counter(name for name, *_ in outcomes)
     return {
         "trials": len(outcomes),
         "counts": dict(counts),
-        "wrong": [text for _, *rest in outcomes for text in rest],
-        **more,
+        "wrong": [text for _, *messages in outcomes for text in messages],
+        **extra_entries,
     }
 
 
 def _resume(server: Server, scenario: Scenario, folder: Path, acknowledged: int) -> None:
-    tally = Tally()
-    ended = server.work(scenario, folder, tally)
-    if ended.code:
-        raise Wrong(f"done again it ended with {ended.code}: {ended.said}")
-    scenario.check_resumed(folder, acknowledged, tally)
+    counters = SharedCounters()
+    result = server.work(scenario, folder, counters)
+    if result.code:
+        raise UnexpectedState(f"the repeated work ended with {result.code}: {result.output}")
+    scenario.check_resumed(folder, acknowledged, counters)
 
 
 def _count_calls(server: Server, scenario: Scenario) -> int:
-    folder, tally = server.new_folder(), Tally()
+    folder, counters = server.new_folder(), SharedCounters()
     scenario.prepare(folder)
-    ended = server.work(scenario, folder, tally, ("count", 0))
-    if ended.code:
-        raise RuntimeError(f"what nothing disturbs ended with {ended.code}: {ended.said}")
+    result = server.work(scenario, folder, counters, ("count", 0))
+    if result.code:
+        raise RuntimeError(f"the undisturbed work ended with {result.code}: {result.output}")
     shutil.rmtree(folder)
-    return tally["calls"]
+    return counters["calls"]
 
 
-def at_every_call(server: Server, scenario: str, mode: str, every: int = 1, settings: Any = None) -> dict[str, Any]:
-    """A fault at each call, or at every so many of them, and the work done again."""
+def inject_fault_at_every_call(
+    server: Server, scenario: str, mode: str, every: int = 1, settings: Any = None
+) -> dict[str, Any]:
+    """Inject a fault at every ``every``-th call, and repeat the work after each."""
     work = server.scenario(scenario, settings)
     calls = _count_calls(server, work)
 
-    def trial(at: int) -> str:
-        folder, tally = server.new_folder(), Tally()
+    def trial(call_number: int) -> str:
+        folder, counters = server.new_folder(), SharedCounters()
         work.prepare(folder)
-        ended = server.work(work, folder, tally, (mode, at))
+        result = server.work(work, folder, counters, (mode, call_number))
         if mode in ("before", "half"):
-            if not ended.killed:
-                raise Wrong(f"was to be killed, and ended with {ended.code}: {ended.said}")
-        elif ended.code not in (0, 1) or (ended.code == 1 and not ended.said_one_line_of_ours):
-            raise Wrong(f"ended with {ended.code}: {ended.said}")
+            if not result.killed:
+                raise UnexpectedState(f"was not killed, but ended with {result.code}: {result.output}")
+        elif result.code not in (0, 1) or (result.code == 1 and not result.printed_one_error_line):
+            raise UnexpectedState(f"ended with {result.code}: {result.output}")
         elif mode == "full" and list(folder.rglob("*.tmp")):
-            raise Wrong("a full disk left temporary files")
-        acknowledged = tally["acknowledged"]
-        state = work.check(folder, acknowledged, tally["ended"])
+            raise UnexpectedState("a full disk left temporary files")
+        acknowledged = counters["acknowledged"]
+        state = work.check(folder, acknowledged, counters["ended"])
         _resume(server, work, folder, acknowledged)
         shutil.rmtree(folder)
         return state
 
-    first = 1 if mode in ("before", "full") else min(2, every)  # what one mode leaves out the other does
-    results = spread(range(first, calls + 1, every), lambda at: judged(f"call {at}", lambda: trial(at)))
-    return summary(results, calls=calls)
+    first_call = 1 if mode in ("before", "full") else min(2, every)  # one mode covers the calls that the other skips
+    results = run_in_parallel(
+        range(first_call, calls + 1, every),
+        lambda call_number: run_trial(f"call {call_number}", lambda: trial(call_number)),
+    )
+    return summarize(results, calls=calls)
 
 
-def _journal(server: Server, work: Scenario) -> tuple[Path, Path, Any]:
-    """Folders before and after some work, and the journal of its calls."""
+def _record_journal(server: Server, work: Scenario) -> tuple[Path, Path, Any]:
+    """Run some work; return the folders before and after it, and the journal of its calls."""
     before, folder = server.new_folder(), server.new_folder()
     work.prepare(before)
     shutil.copytree(before, folder, dirs_exist_ok=True)
     path = server.folder / f"{folder.name}.journal"
-    ended = server.work(work, folder, Tally(), ("journal", 0, path))
-    if ended.code:
-        raise RuntimeError(f"what nothing disturbs ended with {ended.code}: {ended.said}")
+    result = server.work(work, folder, SharedCounters(), ("journal", 0, path))
+    if result.code:
+        raise RuntimeError(f"the undisturbed work ended with {result.code}: {result.output}")
     return before, folder, read_journal(path)
 
 
-def journal(server: Server, scenario: str, settings: Any = None) -> dict[str, Any]:
-    """Whether the calls of the journal, made again on the files of before, make the files of after."""
-    before, folder, calls = _journal(server, server.scenario(scenario, settings))
+def check_journal(server: Server, scenario: str, settings: Any = None) -> dict[str, Any]:
+    """Check that replaying the journal on the files before the work gives the files after it."""
+    before, folder, calls = _record_journal(server, server.scenario(scenario, settings))
     disk = Disk(folder, before)
     for call in calls:
-        if isinstance(call, Call):
+        if isinstance(call, DiskCall):
             disk.apply(call)
-    made = frozen(LOSSES["nothing lost"](disk.top, random.Random(0)))
-    there = frozen(LOSSES["nothing lost"](loaded(folder), random.Random(0)))
-    return {"same": made == there, "kinds": Counter(call.kind for call in calls if isinstance(call, Call))}
+    replayed = to_hashable(LOSSES["nothing lost"](disk.top, random.Random(0)))
+    actual = to_hashable(LOSSES["nothing lost"](load_folder(folder), random.Random(0)))
+    return {"same": replayed == actual, "kinds": Counter(call.kind for call in calls if isinstance(call, DiskCall))}
 
 
-def power_cuts(server: Server, scenario: str, at_most: int, seed: int = 0, settings: Any = None) -> dict[str, Any]:
-    """The power is cut between any two calls; all that is different of what may then be found, or some of it."""
+def cut_power(server: Server, scenario: str, at_most: int, seed: int = 0, settings: Any = None) -> dict[str, Any]:
+    """Cut the power between any two calls; check all distinct states that may result, or a sample of them."""
     work = server.scenario(scenario, settings)
-    before, folder, calls = _journal(server, work)
-    found = list(crashes(Disk(folder, before), calls, seed))
-    chosen = random.Random(seed).sample(found, min(at_most, len(found)))
+    before, folder, calls = _record_journal(server, work)
+    crash_states = list(iter_crash_states(Disk(folder, before), calls, seed))
+    sampled_states = random.Random(seed).sample(crash_states, min(at_most, len(crash_states)))
 
     def trial(crash: tuple[str, Any, dict[str, int]]) -> str:
         _, tree, promised = crash
-        place = server.new_folder()
-        lay(tree, place)
-        state = work.check(place, promised.get("acknowledged", 0), promised.get("ended", 0))
-        _resume(server, work, place, promised.get("acknowledged", 0))
-        shutil.rmtree(place)
+        folder = server.new_folder()
+        write_tree(tree, folder)
+        state = work.check(folder, promised.get("acknowledged", 0), promised.get("ended", 0))
+        _resume(server, work, folder, promised.get("acknowledged", 0))
+        shutil.rmtree(folder)
         return state
 
-    results = spread(chosen, lambda crash: judged(crash[0], lambda: trial(crash)))
-    return summary(results, calls=len(calls), states=len(found))
+    results = run_in_parallel(sampled_states, lambda crash: run_trial(crash[0], lambda: trial(crash)))
+    return summarize(results, calls=len(calls), states=len(crash_states))
 
 
-def random_kills(server: Server, scenario: str, kills: int, seed: int = 0, settings: Any = None) -> dict[str, Any]:
-    """Kills at any moment, and the same work again and again until it ends; then from the start."""
+def kill_at_random_moments(
+    server: Server, scenario: str, kills: int, seed: int = 0, settings: Any = None
+) -> dict[str, Any]:
+    """Kill the work at random moments and repeat it until it ends; then start over until all kills are used."""
     work = server.scenario(scenario, settings)
-    seconds = _seconds(server, work)
+    seconds = _measure_seconds(server, work)
 
-    def until_done(random_: random.Random, left: int) -> Iterator[str]:
-        """One extraction: the state after each of its kills."""
-        folder, tally = server.new_folder(), Tally()
+    def run_until_done(rng: random.Random, kills_left: int) -> Iterator[str]:
+        """Yield the state after each kill of one piece of work."""
+        folder, counters = server.new_folder(), SharedCounters()
         work.prepare(folder)
         for kill in count():
-            running = server.start(work, folder, tally)
-            if kill < left:
-                time.sleep(random_.random() * seconds)
-                running.kill()
-            ended = running.wait()
-            if not ended.killed:
+            child = server.start(work, folder, counters)
+            if kill < kills_left:
+                time.sleep(rng.random() * seconds)
+                child.kill()
+            result = child.wait()
+            if not result.killed:
                 break
-            yield work.check(folder, 0, tally["ended"])
-        if ended.code:
-            raise Wrong(f"ended with {ended.code}: {ended.said}")
-        work.check_resumed(folder, 0, Tally())
-        if tally["acknowledged"] > work.fresh:
-            raise Wrong(f"acknowledged {tally['acknowledged']} of {work.fresh} images")
+            yield work.check(folder, 0, counters["ended"])
+        if result.code:
+            raise UnexpectedState(f"ended with {result.code}: {result.output}")
+        work.check_resumed(folder, 0, SharedCounters())
+        if counters["acknowledged"] > work.n_new_images:
+            raise UnexpectedState(f"acknowledged {counters['acknowledged']} of {work.n_new_images} images")
         shutil.rmtree(folder)
         yield "finished"
 
-    def share(mine: int) -> list[list[str]]:
-        random_, results, left = random.Random(f"{seed} {mine}"), [], mine
-        while left > 0:
+    def run_share(n_kills: int) -> list[list[str]]:
+        rng, results, kills_left = random.Random(f"{seed} {n_kills}"), [], n_kills
+        while kills_left > 0:
             try:
-                for state in until_done(random_, left):
+                for state in run_until_done(rng, kills_left):
                     results.append([state])
-                    left -= state != "finished"
-            except Wrong as wrong:
-                results.append(["wrong", str(wrong)])
-                left -= 1
+                    kills_left -= state != "finished"
+            except UnexpectedState as error:
+                results.append(["wrong", str(error)])
+                kills_left -= 1
         return results
 
     shares = [kills // 4 + (i < kills % 4) for i in range(4)]
-    return summary((result for results in spread(shares, share) for result in results), seconds=round(seconds, 3))
+    return summarize(
+        (result for results in run_in_parallel(shares, run_share) for result in results), seconds=round(seconds, 3)
+    )
 
 
-def _seconds(server: Server, work: Scenario) -> float:
-    """How long the work takes on one core when nothing disturbs it."""
+def _measure_seconds(server: Server, work: Scenario) -> float:
+    """Measure the duration of the undisturbed work on one core."""
 
     def once(_: int) -> float:
         folder = server.new_folder()
         work.prepare(folder)
         started = time.perf_counter()
-        server.work(work, folder, Tally())
+        server.work(work, folder, SharedCounters())
         return time.perf_counter() - started
 
-    return max(spread([0], once))
+    return max(run_in_parallel([0], once))
 
 
-def races(server: Server, scenario: str, trials: int, seed: int = 0, settings: Any = None) -> dict[str, Any]:
-    """Two processes do the same work in one folder, and one, both or none of them is killed at any moment."""
+def race_two_processes(
+    server: Server, scenario: str, trials: int, seed: int = 0, settings: Any = None
+) -> dict[str, Any]:
+    """Run the same work in two processes in one folder; kill none, one or both at random moments."""
     work = server.scenario(scenario, settings)
-    seconds = _seconds(server, work)
+    seconds = _measure_seconds(server, work)
 
     def trial(number: int) -> str:
-        random_, folder, tally = random.Random(f"{seed} {number}"), server.new_folder(), Tally()
+        rng, folder, counters = random.Random(f"{seed} {number}"), server.new_folder(), SharedCounters()
         work.prepare(folder)
-        running = []
+        children = []
         for _ in range(2):
-            running.append(server.start(work, folder, tally))
-            time.sleep(random_.random() * seconds / 2)
-        for process in running:
-            if random_.random() < 0.5:
-                time.sleep(random_.random() * seconds)
-                process.kill()
-        ended = [process.wait() for process in running]
-        if any(one.code and not one.killed for one in ended):
-            raise Wrong(f"ended with {[(one.code, one.said) for one in ended]}")
-        state = work.check(folder, 0, tally["ended"])
-        acknowledged = tally["acknowledged"]
+            children.append(server.start(work, folder, counters))
+            time.sleep(rng.random() * seconds / 2)
+        for child in children:
+            if rng.random() < 0.5:
+                time.sleep(rng.random() * seconds)
+                child.kill()
+        results = [child.wait() for child in children]
+        if any(result.code and not result.killed for result in results):
+            raise UnexpectedState(f"ended with {[(result.code, result.output) for result in results]}")
+        state = work.check(folder, 0, counters["ended"])
+        acknowledged = counters["acknowledged"]
         _resume(server, work, folder, acknowledged)
-        if acknowledged > work.fresh:
-            raise Wrong(f"acknowledged {acknowledged} of {work.fresh} images")
+        if acknowledged > work.n_new_images:
+            raise UnexpectedState(f"acknowledged {acknowledged} of {work.n_new_images} images")
         shutil.rmtree(folder)
-        return f"{state}, {sum(one.killed for one in ended)} killed"
+        return f"{state}, {sum(result.killed for result in results)} killed"
 
-    return summary(spread(range(trials), lambda number: judged(f"race {number}", lambda: trial(number))))
+    return summarize(run_in_parallel(range(trials), lambda number: run_trial(f"race {number}", lambda: trial(number))))
 
 
-def _flip(path: Path, at: int, bit: int) -> None:
+def _flip_bit(path: Path, offset: int, bit: int) -> None:
     with open(path, "r+b") as file:
-        file.seek(at)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(at)
+        file.seek(offset)
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def flipped_parts(server: Server, scenario: str, at_most: int, seed: int = 0) -> dict[str, Any]:
-    """One bit of unfinished work is flipped, and the work goes on."""
-    work, random_ = server.scenario(scenario), random.Random(seed)
+def flip_bits_in_parts(server: Server, scenario: str, at_most: int, seed: int = 0) -> dict[str, Any]:
+    """Flip one bit of the parts of unfinished work, and resume the work."""
+    work, rng = server.scenario(scenario), random.Random(seed)
     folder = server.new_folder()
     work.prepare(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    every = [(path.relative_to(folder), at) for path in files for at in range(path.stat().st_size)]
+    all_bytes = [(path.relative_to(folder), offset) for path in files for offset in range(path.stat().st_size)]
     names = {str(path.name).split(".")[-1] for path in files}
 
     def trial(flip: tuple[Path, int]) -> str:
-        place = server.new_folder()
-        work.prepare(place)
-        _flip(place / flip[0], flip[1], flip[1] % 8)
-        state = work.check(place, 0, 0)
-        _resume(server, work, place, -PLENTY)  # what is damaged is embedded again
-        shutil.rmtree(place)
+        trial_folder = server.new_folder()
+        work.prepare(trial_folder)
+        _flip_bit(trial_folder / flip[0], flip[1], flip[1] % 8)
+        state = work.check(trial_folder, 0, 0)
+        _resume(server, work, trial_folder, -UNLIMITED)  # damaged parts are embedded again
+        shutil.rmtree(trial_folder)
         return state
 
-    chosen = random_.sample(every, min(at_most, len(every)))
-    return summary(
-        spread(chosen, lambda flip: judged(flip, lambda: trial(flip))), bytes=len(every), files=sorted(names)
+    sampled_bytes = rng.sample(all_bytes, min(at_most, len(all_bytes)))
+    return summarize(
+        run_in_parallel(sampled_bytes, lambda flip: run_trial(flip, lambda: trial(flip))),
+        bytes=len(all_bytes),
+        files=sorted(names),
     )
 
 
-def flipped_cache(server: Server, scenario: str, at_most: int, seed: int = 0, settings: Any = None) -> dict[str, Any]:
-    """One bit of a finished cache is flipped: it is opened, and another extraction looks for work that was done."""
-    work, random_ = server.scenario(scenario, settings), random.Random(seed)
-    whole = work.archive.parent / "reference"
-    files = sorted(path for path in whole.rglob("*") if path.is_file())
-    every = [(path.relative_to(whole), at) for path in files for at in range(path.stat().st_size)]
+def flip_bits_in_cache(
+    server: Server, scenario: str, at_most: int, seed: int = 0, settings: Any = None
+) -> dict[str, Any]:
+    """Flip one bit of a finished cache; open it, and let another extraction look for embeddings in it."""
+    work, rng = server.scenario(scenario, settings), random.Random(seed)
+    reference = work.archive.parent / "reference"
+    files = sorted(path for path in reference.rglob("*") if path.is_file())
+    all_bytes = [(path.relative_to(reference), offset) for path in files for offset in range(path.stat().st_size)]
 
     def trial(flip: tuple[Path, int]) -> str:
-        place = server.new_folder()
-        shutil.copytree(whole, place, dirs_exist_ok=True)
-        _flip(place / flip[0], flip[1], flip[1] % 8)
-        state = work.damage(place)
+        trial_folder = server.new_folder()
+        shutil.copytree(reference, trial_folder, dirs_exist_ok=True)
+        _flip_bit(trial_folder / flip[0], flip[1], flip[1] % 8)
+        state = work.classify_damage(trial_folder)
         if state == "noticed" or flip[1] % 8 == 0:
-            _check_beside(server, work, place)
-        shutil.rmtree(place)
+            _check_other_cache(server, work, trial_folder)
+        shutil.rmtree(trial_folder)
         return state
 
-    chosen = random_.sample(every, min(at_most, len(every)))
-    return summary(spread(chosen, lambda flip: judged(flip, lambda: trial(flip))), bytes=len(every))
+    sampled_bytes = rng.sample(all_bytes, min(at_most, len(all_bytes)))
+    return summarize(
+        run_in_parallel(sampled_bytes, lambda flip: run_trial(flip, lambda: trial(flip))), bytes=len(all_bytes)
+    )
 
 
-def _check_beside(server: Server, work: Scenario, folder: Path) -> None:
-    other = work.beside()
-    ended = server.work(other, folder, Tally())
-    if ended.code or other.state(folder) != "new":
-        raise Wrong(f"what was extracted beside it ended with {ended.code}: {ended.said}")
+def _check_other_cache(server: Server, work: Scenario, folder: Path) -> None:
+    other_work = work.with_other_output()
+    result = server.work(other_work, folder, SharedCounters())
+    if result.code or other_work.get_state(folder) != "new":
+        raise UnexpectedState(f"the extraction to another cache ended with {result.code}: {result.output}")
 
 
 CAMPAIGNS = {
-    "at every call": at_every_call,
-    "journal": journal,
-    "power cuts": power_cuts,
-    "random kills": random_kills,
-    "races": races,
-    "flipped parts": flipped_parts,
-    "flipped cache": flipped_cache,
+    "at every call": inject_fault_at_every_call,
+    "journal": check_journal,
+    "power cuts": cut_power,
+    "random kills": kill_at_random_moments,
+    "races": race_two_processes,
+    "flipped parts": flip_bits_in_parts,
+    "flipped cache": flip_bits_in_cache,
 }
 
 
 def serve(library: str, folder: str) -> None:
-    """Answer one line after the other, until there is none."""
+    """Answer the requests on standard input, one per line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is printed by mistake is no answer
+    os.dup2(2, 1)  # keep stray prints out of the answers
     server = Server(Path(library), Path(folder))
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
-            outcome = CAMPAIGNS[asked.pop("campaign")](server, **asked)
+            outcome = CAMPAIGNS[request.pop("campaign")](server, **request)
         except Exception:
             outcome = {"failed": traceback.format_exc()}
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
-    os._exit(0)  # torch tells at length of what a frozen process leaks
+    os._exit(0)  # at a normal exit torch would report leaks of the frozen process
 
 
 if __name__ == "__main__":

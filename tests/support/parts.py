@@ -6,13 +6,13 @@ import numpy as np
 
 from featpipe.storage import Part
 
-MINE = "1" * 64
+FINGERPRINT = "1" * 64
 
 
 Arrays = dict[str, np.ndarray]
 
 
-def arrays(seed: int = 0, rows: int = 3) -> Arrays:
+def make_arrays(seed: int = 0, rows: int = 3) -> Arrays:
     rng = np.random.default_rng(seed)
     return {
         "digest": rng.integers(0, 256, (rows, 32), np.uint8),
@@ -23,8 +23,8 @@ def arrays(seed: int = 0, rows: int = 3) -> Arrays:
     }
 
 
-def holds(part: Part, wanted: Arrays) -> bool:
-    return part.rows == len(wanted["status"]) and all(
+def has_arrays(part: Part, expected: Arrays) -> bool:
+    return part.rows == len(expected["status"]) and all(
         part.read(name).dtype == value.dtype and np.array_equal(part.read(name), value)
-        for name, value in wanted.items()
+        for name, value in expected.items()
     )

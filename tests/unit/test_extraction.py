@@ -1,4 +1,4 @@
-"""Archive + backbone → cache: no image is embedded twice, and what was committed is never lost."""
+"""Extraction: no image is embedded twice, and committed work is never lost."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.support.networks import Tiny, tiny_transform
 
 
 @pytest.fixture
-def embedded(monkeypatch):
-    """Counts the images that go through the network."""
+def embedding_counter(monkeypatch):
+    """Count the images that go through the network; returns the counter and a function that resets it."""
     counts = []
     embed = Engine.embed
     monkeypatch.setattr(Engine, "embed", lambda self, x: counts.append(len(x)) or embed(self, x))
@@ -39,19 +39,19 @@ def embedded(monkeypatch):
 
 
 @pytest.fixture
-def count(embedded):
-    return embedded[0]
+def count_embedded(embedding_counter):
+    return embedding_counter[0]
 
 
-def old(folder):
-    """Let the files look as if they had not been written just now."""
-    past = time.time() - 3600
+def make_files_old(folder):
+    """Set the modification times of the files to one hour ago, so that their stamps are trusted."""
+    an_hour_ago = time.time() - 3600
     for path in folder.rglob("*"):
-        os.utime(path, (past, past))
+        os.utime(path, (an_hour_ago, an_hour_ago))
     return folder
 
 
-def by_hand(folder, ids):
+def compute_embeddings(folder, ids):
     network = Tiny().eval()
     pictures = [decode_image((folder / name).read_bytes()) for name in ids]
     with torch.inference_mode():
@@ -62,78 +62,80 @@ def by_hand(folder, ids):
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_each_row_is_the_network_called_by_hand_on_that_image(make_folder, tiny, tmp_path, workers, batch):
+def test_each_row_equals_the_network_applied_to_its_image(make_folder, tiny, tmp_path, workers, batch):
     folder = make_folder()
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=workers, batch=batch)
     assert list(cache.ids) == [f"{label}/{i:02}.jpg" for label in ("ape", "bee", "cow") for i in range(6)]
-    assert np.allclose(cache.features(), by_hand(folder, cache.ids), rtol=1e-5, atol=1e-6)
+    assert np.allclose(cache.features(), compute_embeddings(folder, cache.ids), rtol=1e-5, atol=1e-6)
     assert cache.y.tolist() == [name.split("/")[0] for name in cache.ids]
 
 
-def test_a_rerun_does_no_forward_pass_and_says_so(make_folder, tiny, tmp_path, count, log):
-    folder = old(make_folder())
-    first = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    done = count()
-    second = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    assert (done, count()) == (18, 18)
-    assert second.path == first.path
+def test_a_rerun_does_no_forward_pass_and_logs_it(make_folder, tiny, tmp_path, count_embedded, log):
+    folder = make_files_old(make_folder())
+    first_cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    count_before = count_embedded()
+    second_cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    assert (count_before, count_embedded()) == (18, 18)
+    assert second_cache.path == first_cache.path
     assert any("no forward pass" in text for text in log)
 
 
 def test_a_rerun_reads_no_image(make_folder, tiny, tmp_path, monkeypatch):
-    folder = old(make_folder())
-    first = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    written = first.path.stat()
+    folder = make_files_old(make_folder())
+    first_cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    stat_before = first_cache.path.stat()
     monkeypatch.setattr(data.SampleReader, "read", lambda *_: pytest.fail("an image was read"))
-    again = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    assert again.path.stat().st_mtime_ns == written.st_mtime_ns
+    second_cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    assert second_cache.path.stat().st_mtime_ns == stat_before.st_mtime_ns
 
 
-def test_a_change_within_the_clocks_tick_is_seen(make_folder, tiny, tmp_path, count):
+def test_a_change_that_keeps_the_modification_time_is_detected(make_folder, tiny, tmp_path, count_embedded):
     folder = make_folder(("ape",), 2)
     extract(folder, backbone=tiny, cache=tmp_path / "c")
     path = folder / "ape" / "00.jpg"
-    before, size = path.stat(), path.stat().st_size
-    changed = jpeg(77)[:size].ljust(size, b"\0")
-    path.write_bytes(changed)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    file_stat, size = path.stat(), path.stat().st_size
+    new_bytes = jpeg(77)[:size].ljust(size, b"\0")
+    path.write_bytes(new_bytes)
+    os.utime(path, ns=(file_stat.st_atime_ns, file_stat.st_mtime_ns))
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    assert cache.digests[0].tobytes() == hashlib.sha256(changed).digest()
+    assert cache.digests[0].tobytes() == hashlib.sha256(new_bytes).digest()
 
 
-def test_images_written_just_now_are_read_once_more_and_then_trusted(make_folder, tiny, tmp_path, monkeypatch, log):
+def test_recently_written_images_are_read_once_more_before_their_stamps_are_trusted(
+    make_folder, tiny, tmp_path, monkeypatch, log
+):
     folder, settings = make_folder(("ape",), 2), {"backbone": tiny, "cache": tmp_path / "c"}
     path = extract(folder, **settings).path
     assert not FeatureCache(path).stamps.any()
-    old(folder)
+    make_files_old(folder)
     extract(folder, **settings)
     assert any("modification times" in text for text in log)
     assert FeatureCache(path).stamps.any(axis=1).all()
     monkeypatch.setattr(data.SampleReader, "read", lambda *_: pytest.fail("an image was read"))
-    written = path.read_bytes()
+    cache_bytes = path.read_bytes()
     extract(folder, **settings)
-    assert path.read_bytes() == written
+    assert path.read_bytes() == cache_bytes
 
 
 def test_content_is_checked_on_request(make_folder, tiny, tmp_path):
-    folder = old(make_folder(("ape",), 2))
+    folder = make_files_old(make_folder(("ape",), 2))
     extract(folder, backbone=tiny, cache=tmp_path / "c")
     path = folder / "ape" / "00.jpg"
-    before, size = path.stat(), path.stat().st_size
+    file_stat, size = path.stat(), path.stat().st_size
     path.write_bytes(jpeg(77)[:size].ljust(size, b"\0"))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    trusted = extract(folder, backbone=tiny, cache=tmp_path / "c").digests[0].copy()
-    checked = extract(folder, backbone=tiny, cache=tmp_path / "c", check_content=True).digests[0]
-    assert not np.array_equal(trusted, checked)
+    os.utime(path, ns=(file_stat.st_atime_ns, file_stat.st_mtime_ns))
+    trusted_digest = extract(folder, backbone=tiny, cache=tmp_path / "c").digests[0].copy()
+    checked_digest = extract(folder, backbone=tiny, cache=tmp_path / "c", check_content=True).digests[0]
+    assert not np.array_equal(trusted_digest, checked_digest)
 
 
 @pytest.mark.parametrize("change", ["rename", "move", "add", "remove", "tar", "copy"])
-def test_only_bytes_that_are_new_are_embedded(make_folder, tiny, tmp_path, embedded, change):
-    count, clear = embedded
+def test_only_images_with_new_bytes_are_embedded(make_folder, tiny, tmp_path, embedding_counter, change):
+    count_embedded, clear = embedding_counter
     folder = make_folder()
-    where = folder
-    first = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    vectors = {d.tobytes(): f for d, f in zip(first.digests, first.features(), strict=True)}
+    archive = folder
+    first_cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    features_by_digest = {d.tobytes(): f for d, f in zip(first_cache.digests, first_cache.features(), strict=True)}
     clear()
     if change == "rename":
         (folder / "ape" / "00.jpg").rename(folder / "ape" / "zz.jpg")
@@ -144,21 +146,21 @@ def test_only_bytes_that_are_new_are_embedded(make_folder, tiny, tmp_path, embed
     elif change == "remove":
         (folder / "bee" / "03.jpg").unlink()
     elif change == "tar":
-        where = tmp_path / "photos.tar"
-        with tarfile.open(where, "w") as tar:
+        archive = tmp_path / "photos.tar"
+        with tarfile.open(archive, "w") as tar:
             tar.add(folder, "photos")
     else:
-        shutil.copytree(folder, where := tmp_path / "elsewhere")
-    second = extract(where, backbone=tiny, cache=tmp_path / "c")
-    assert count() == (1 if change == "add" else 0)
-    for digest, row in zip(second.digests, second.features(), strict=True):
-        if digest.tobytes() in vectors:
-            assert np.array_equal(row, vectors[digest.tobytes()])
-    assert np.allclose(second.features(), by_hand_of(where, second), rtol=1e-5, atol=1e-6)
+        shutil.copytree(folder, archive := tmp_path / "elsewhere")
+    second_cache = extract(archive, backbone=tiny, cache=tmp_path / "c")
+    assert count_embedded() == (1 if change == "add" else 0)
+    for digest, row in zip(second_cache.digests, second_cache.features(), strict=True):
+        if digest.tobytes() in features_by_digest:
+            assert np.array_equal(row, features_by_digest[digest.tobytes()])
+    assert np.allclose(second_cache.features(), compute_archive_embeddings(archive, second_cache), rtol=1e-5, atol=1e-6)
 
 
-def by_hand_of(where, cache):
-    index = data.index(where)
+def compute_archive_embeddings(archive, cache):
+    index = data.index(archive)
     with index.open() as reader:
         pictures = [decode_image(reader.read(row)) for row in range(len(index))]
     with torch.inference_mode():
@@ -166,13 +168,13 @@ def by_hand_of(where, cache):
         return Tiny().eval()(torch.stack(tensors)).numpy()
 
 
-def test_duplicates_within_an_archive_are_embedded_once(make_folder, tiny, tmp_path, count):
+def test_duplicates_within_an_archive_are_embedded_once(make_folder, tiny, tmp_path, count_embedded):
     folder = make_folder(("ape",), 4)
     for i in range(20):
         shutil.copy(folder / "ape" / "00.jpg", folder / "ape" / f"copy{i}.jpg")
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=4, batch=2)
-    assert count() == 4
-    assert np.allclose(cache.features(), by_hand(folder, cache.ids), rtol=1e-5, atol=1e-6)
+    assert count_embedded() == 4
+    assert np.allclose(cache.features(), compute_embeddings(folder, cache.ids), rtol=1e-5, atol=1e-6)
 
 
 def test_duplicates_of_a_damaged_image_are_all_damaged(make_folder, tiny, tmp_path):
@@ -186,8 +188,8 @@ def test_duplicates_of_a_damaged_image_are_all_damaged(make_folder, tiny, tmp_pa
     assert np.isfinite(cache.features()[:2]).all()
 
 
-def test_relabelling_costs_no_forward_pass(make_folder, tiny, tmp_path, embedded):
-    count, clear = embedded
+def test_new_labels_need_no_forward_pass(make_folder, tiny, tmp_path, embedding_counter):
+    count_embedded, clear = embedding_counter
     folder = make_folder(("ape", "bee"), 3)
     extract(folder, backbone=tiny, cache=tmp_path / "c")
     clear()
@@ -196,21 +198,21 @@ def test_relabelling_costs_no_forward_pass(make_folder, tiny, tmp_path, embedded
         "path,label\n" + "".join(f"{c}/0{i}.jpg,{c.upper()}{i}\n" for c in ("ape", "bee") for i in range(3))
     )
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", labels=table)
-    assert count() == 0
+    assert count_embedded() == 0
     assert cache.y.tolist() == ["APE0", "APE1", "APE2", "BEE0", "BEE1", "BEE2"]
 
 
-@pytest.mark.parametrize("interrupted_at", [1, 3, 7])
-def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
-    make_folder, tiny, tmp_path, embedded, interrupted_at
+@pytest.mark.parametrize("batches_before_interrupt", [1, 3, 7])
+def test_an_interrupted_extraction_resumes_and_gives_the_same_bytes(
+    make_folder, tiny, tmp_path, embedding_counter, batches_before_interrupt
 ):
-    count, clear = embedded
+    count_embedded, clear = embedding_counter
     folder = make_folder()
-    whole = extract(folder, backbone=tiny, cache=tmp_path / "whole", batch=2)
+    uninterrupted = extract(folder, backbone=tiny, cache=tmp_path / "whole", batch=2)
     clear()
 
     def interrupt(progress: Progress) -> None:
-        if progress.done >= 2 * interrupted_at:
+        if progress.done >= 2 * batches_before_interrupt:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -218,30 +220,30 @@ def test_an_interrupted_extraction_goes_on_and_ends_with_the_same_bytes(
     parts = list((tmp_path / "c").glob("*.parts/*.record"))
     assert len(parts) == 1
     assert not list((tmp_path / "c").glob("*.h5"))
-    done = count()
+    count_before = count_embedded()
     resumed = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2)
-    assert done >= 2 * interrupted_at
-    assert count() <= 18 + 2 * 8  # batches that were in flight were not committed
-    assert resumed.features().tobytes() == whole.features().tobytes()
+    assert count_before >= 2 * batches_before_interrupt
+    assert count_embedded() <= 18 + 2 * 8  # batches that were in flight were not committed
+    assert resumed.features().tobytes() == uninterrupted.features().tobytes()
     assert not list((tmp_path / "c").glob("*.parts"))
 
 
-def test_work_is_committed_while_it_goes_on(make_folder, tiny, tmp_path, monkeypatch):
+def test_parts_are_committed_during_the_extraction(make_folder, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(extraction.worker, "MAX_PART_SECONDS", 0.0)
     folder = make_folder()
-    commits = []
-    publish = staging.StagingArea.commit
+    part_sizes = []
+    commit = staging.StagingArea.commit
     monkeypatch.setattr(
-        staging.StagingArea, "commit", lambda self, a: commits.append(len(a["digest"])) or publish(self, a)
+        staging.StagingArea, "commit", lambda self, a: part_sizes.append(len(a["digest"])) or commit(self, a)
     )
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c", batch=2, workers=2)
-    assert len(commits) >= 9
-    assert sum(commits) == 18
-    assert np.allclose(cache.features(), by_hand(folder, cache.ids), rtol=1e-5, atol=1e-6)
+    assert len(part_sizes) >= 9
+    assert sum(part_sizes) == 18
+    assert np.allclose(cache.features(), compute_embeddings(folder, cache.ids), rtol=1e-5, atol=1e-6)
 
 
-def test_another_bit_in_the_weights_is_another_cache(make_folder, tmp_path, embedded):
-    count, clear = embedded
+def test_one_changed_bit_in_the_weights_gives_another_cache(make_folder, tmp_path, embedding_counter):
+    count_embedded, clear = embedding_counter
     folder = make_folder(("ape",), 3)
     network = Tiny()
     extract(folder, backbone=backbones.load(network, transform=tiny_transform), cache=tmp_path / "c")
@@ -249,7 +251,7 @@ def test_another_bit_in_the_weights_is_another_cache(make_folder, tmp_path, embe
     with torch.no_grad():
         network.conv.bias[0] = torch.nextafter(network.conv.bias[0], torch.tensor(9.0))
     extract(folder, backbone=backbones.load(network, transform=tiny_transform), cache=tmp_path / "c")
-    assert count() == 3
+    assert count_embedded() == 3
     assert len(list((tmp_path / "c").glob("*.h5"))) == 2
 
 
@@ -258,44 +260,44 @@ def test_precision_and_storage_are_part_of_the_identity(tiny, changed):
     assert make_facts(tiny, ExtractionConfig(**changed)) != make_facts(tiny, ExtractionConfig())
 
 
-def test_float16_is_stored_and_is_near(make_folder, tiny, tmp_path):
+def test_float16_storage_rounds_the_embeddings(make_folder, tiny, tmp_path):
     folder = make_folder()
-    exact = extract(folder, backbone=tiny, cache=tmp_path / "c")
-    half = extract(folder, backbone=tiny, cache=tmp_path / "c", storage="float16")
-    assert half.features().dtype == np.float16
-    assert np.allclose(half.features(), exact.features(), rtol=1e-3, atol=1e-4)
+    float32_cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
+    float16_cache = extract(folder, backbone=tiny, cache=tmp_path / "c", storage="float16")
+    assert float16_cache.features().dtype == np.float16
+    assert np.allclose(float16_cache.features(), float32_cache.features(), rtol=1e-3, atol=1e-4)
 
 
-def test_several_outputs_come_from_one_pass(make_folder, tmp_path, count):
+def test_several_outputs_come_from_one_forward_pass(make_folder, tmp_path, count_embedded):
     net = backbones.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:avg", "conv:none"])
     cache = extract(make_folder(("ape",), 3), backbone=net, cache=tmp_path / "c")
-    assert count() == 3
+    assert count_embedded() == 3
     assert cache.outputs == ("pooled", "conv:avg", "conv:none")
     assert cache.features("conv:none").shape == (3, 8, 10, 10)
     assert np.allclose(cache.features("conv:none").mean((2, 3)), cache.features("conv:avg"), atol=1e-5)
 
 
-def test_too_many_bad_images_stop_the_extraction_and_lose_nothing(make_folder, tiny, tmp_path, count):
+def test_too_many_bad_images_stop_the_extraction_and_lose_nothing(make_folder, tiny, tmp_path, count_embedded):
     folder = make_folder(("ape",), 10)
     for i in (3, 6, 9):
         (folder / "ape" / f"0{i}.jpg").write_bytes(b"no image")
     for limit in (2, "20%", 0.2, "0.2"):
         with pytest.raises(ArchiveError, match=r"3 images have no features \(3 unsupported\).*--max-bad"):
             extract(folder, backbone=tiny, cache=tmp_path / "c", max_bad=limit, batch=4, workers=1)
-    done = count()
+    count_before = count_embedded()
     with logged_warning("3 unsupported"):
         cache = extract(folder, backbone=tiny, cache=tmp_path / "c", max_bad=3, batch=4, workers=1)
-    assert done == count() == 7
+    assert count_before == count_embedded() == 7
     assert len(cache.X) == 7
 
 
 @pytest.mark.parametrize("limit", ["many", -1, "120%", 1.5])
-def test_a_limit_that_is_none_is_refused(limit):
+def test_an_invalid_max_bad_is_refused(limit):
     with pytest.raises(ConfigError, match="max-bad"):
         ExtractionConfig(max_bad=limit)
 
 
-def test_an_archive_of_which_nothing_can_be_read_is_an_error(tmp_path, tiny):
+def test_an_archive_without_readable_images_is_an_error(tmp_path, tiny):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"")
     with (
@@ -305,7 +307,7 @@ def test_an_archive_of_which_nothing_can_be_read_is_an_error(tmp_path, tiny):
         extract(tmp_path / "photos", backbone=tiny, cache=tmp_path / "c")
 
 
-def test_a_cache_made_otherwise_is_not_replaced_unasked(make_folder, tiny, tmp_path):
+def test_a_cache_with_other_facts_is_replaced_only_with_overwrite(make_folder, tiny, tmp_path):
     folder, out = make_folder(("ape",), 2), tmp_path / "x.h5"
     extract(folder, backbone=tiny, out=out)
     with pytest.raises(CacheMismatchError, match=r"precision is 'fp32', asked for 'bf16'.*--overwrite"):
@@ -314,31 +316,31 @@ def test_a_cache_made_otherwise_is_not_replaced_unasked(make_folder, tiny, tmp_p
     assert extract(folder, backbone=tiny, out=out, precision="bf16", overwrite=True).facts["precision"] == "bf16"
 
 
-def test_a_cache_of_another_archive_is_not_replaced_unasked(make_folder, tiny, tmp_path):
-    one, other, out = make_folder(("ape",), 2), make_folder(("bee",), 2, "others"), tmp_path / "x.h5"
-    extract(one, backbone=tiny, out=out)
+def test_a_cache_of_another_archive_is_not_replaced_without_overwrite(make_folder, tiny, tmp_path):
+    archive, other_archive, out = make_folder(("ape",), 2), make_folder(("bee",), 2, "others"), tmp_path / "x.h5"
+    extract(archive, backbone=tiny, out=out)
     with pytest.raises(CacheMismatchError, match=r"others.*--overwrite"):
-        extract(other, backbone=tiny, out=out)
+        extract(other_archive, backbone=tiny, out=out)
 
 
-def test_an_out_that_is_no_hdf5_name_is_refused_before_any_work(make_folder, tiny, tmp_path, count):
+def test_an_out_without_the_suffix_h5_is_refused_before_any_work(make_folder, tiny, tmp_path, count_embedded):
     with pytest.raises(ConfigError, match=r"ends in \.h5"):
         extract(make_folder(), backbone=tiny, out=tmp_path / "x.npy")
-    assert count() == 0
+    assert count_embedded() == 0
 
 
-def test_a_cache_folder_that_cannot_be_made_is_one_line(make_folder, tiny, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_an_error(make_folder, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CacheError, match="cannot be created"):
         extract(make_folder(), backbone=tiny, cache=tmp_path / "file" / "cache")
 
 
-def test_an_unknown_setting_is_answered_with_the_nearest(make_folder):
+def test_an_unknown_setting_suggests_the_nearest_match(make_folder):
     with pytest.raises(ConfigError, match="'precision'"):
         extract(make_folder(), precison="fp32")
 
 
-def test_infinite_embeddings_are_a_status_and_not_an_answer(make_folder, tmp_path):
+def test_infinite_embeddings_get_a_status_and_no_features(make_folder, tmp_path):
     class Overflowing(Tiny):
         def forward(self, x):
             return super().forward(x) / (x.mean((1, 2, 3)) > 0.99).float()[:, None].sub(1).abs()
@@ -353,83 +355,87 @@ def test_infinite_embeddings_are_a_status_and_not_an_answer(make_folder, tmp_pat
     assert np.isnan(cache.features()[2]).all()
 
 
-def test_files_are_embedded_through_the_caches_of_the_folder(make_folder, tiny, tmp_path, embedded, log):
-    count, clear = embedded
+def test_embed_files_uses_the_caches_of_the_folder(make_folder, tiny, tmp_path, embedding_counter, log):
+    count_embedded, clear = embedding_counter
     folder = make_folder()
     cache = extract(folder, backbone=tiny, cache=tmp_path / "c")
     clear()
-    new = tmp_path / "new.jpg"
-    new.write_bytes(jpeg(99))
-    paths = [folder / "cow" / "05.jpg", new, folder / "ape" / "00.jpg", new, tmp_path / "none.jpg"]
+    new_path = tmp_path / "new.jpg"
+    new_path.write_bytes(jpeg(99))
+    paths = [folder / "cow" / "05.jpg", new_path, folder / "ape" / "00.jpg", new_path, tmp_path / "none.jpg"]
     features, status = embed_files(paths, tiny, ExtractionConfig(cache=tmp_path / "c"))
-    assert count() == 1
+    assert count_embedded() == 1
     assert status.tolist() == [0, 0, 0, 0, Status.MISSING]
     assert np.array_equal(features[[0, 2]], cache.features()[[17, 0]])
     assert np.array_equal(features[1], features[3])
     assert np.isnan(features[4]).all()
 
 
-def test_unreadable_images_are_tried_again_and_damaged_ones_are_not(make_folder, tiny, tmp_path, monkeypatch):
-    folder = old(make_folder(("ape",), 3))
+def test_unreadable_images_are_retried_and_damaged_images_are_not(make_folder, tiny, tmp_path, monkeypatch):
+    folder = make_files_old(make_folder(("ape",), 3))
     (folder / "ape" / "01.jpg").write_bytes(jpeg(1)[:99])
-    old(folder)
+    make_files_old(folder)
     read = data.SampleReader.read
-    tried = []
+    rows_read = []
 
-    def failing(self, row):
-        tried.append(row)
-        if row == 2 and len(tried) <= 3:
+    def read_or_fail(self, row):
+        rows_read.append(row)
+        if row == 2 and len(rows_read) <= 3:
             raise SampleError("the disk hiccuped", status=Status.UNREADABLE)
         return read(self, row)
 
-    monkeypatch.setattr(data.SampleReader, "read", failing)
+    monkeypatch.setattr(data.SampleReader, "read", read_or_fail)
     with logged_warning("1 unreadable, 1 damaged"):
         extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
-    tried_first = len(tried)
+    n_read_first = len(rows_read)
     with logged_warning("1 of 3 images have no features: 1 damaged"):
         cache = extract(folder, backbone=tiny, cache=tmp_path / "c", workers=1)
-    assert tried[tried_first:] == [2]
+    assert rows_read[n_read_first:] == [2]
     assert cache.status.tolist() == ["ok", "damaged", "ok"]
 
 
-def test_a_cache_of_several_outputs_serves_a_request_for_one_of_them(make_folder, tmp_path, embedded):
-    count, clear = embedded
+def test_a_cache_of_several_outputs_serves_a_request_for_one_of_them(make_folder, tmp_path, embedding_counter):
+    count_embedded, clear = embedding_counter
     folder = make_folder(("ape",), 3)
-    both = backbones.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:max"])
-    one = backbones.load(Tiny(), transform=tiny_transform, outputs=["conv:max"])
-    first = extract(folder, backbone=both, cache=tmp_path / "c")
+    two_outputs = backbones.load(Tiny(), transform=tiny_transform, outputs=["pooled", "conv:max"])
+    one_output = backbones.load(Tiny(), transform=tiny_transform, outputs=["conv:max"])
+    first_cache = extract(folder, backbone=two_outputs, cache=tmp_path / "c")
     clear()
-    second = extract(folder, backbone=one, cache=tmp_path / "c")
-    assert count() == 0
-    assert second.outputs == ("conv:max",)
-    assert np.array_equal(second.features(), first.features("conv:max"))
+    second_cache = extract(folder, backbone=one_output, cache=tmp_path / "c")
+    assert count_embedded() == 0
+    assert second_cache.outputs == ("conv:max",)
+    assert np.array_equal(second_cache.features(), first_cache.features("conv:max"))
 
 
-def test_the_first_output_asked_for_is_the_default_one_also_when_the_order_changes(make_folder, tmp_path, embedded):
-    count, clear = embedded
+def test_the_first_requested_output_is_the_default_of_the_cache(make_folder, tmp_path, embedding_counter):
+    count_embedded, clear = embedding_counter
     folder = make_folder(("ape",), 3)
     for outputs in (["pooled", "conv:max"], ["conv:max", "pooled"]):
         clear()
         net = backbones.load(Tiny(), transform=tiny_transform, outputs=outputs)
         assert extract(folder, backbone=net, cache=tmp_path / "c").outputs == tuple(outputs)
-    assert count() == 0
+    assert count_embedded() == 0
 
 
-def test_labels_of_another_table_do_not_replace_a_cache_that_was_made(make_folder, tiny, tmp_path):
+def test_each_table_of_labels_has_its_own_cache(make_folder, tiny, tmp_path):
     folder = make_folder(("ape", "bee"), 2)
     paths = [f"{label}/0{i}.jpg" for label in ("ape", "bee") for i in range(2)]
     for name in ("one", "two"):
-        rows = "".join(f"{path},{name}{at % 2}\n" for at, path in enumerate(paths))
+        rows = "".join(f"{path},{name}{position % 2}\n" for position, path in enumerate(paths))
         (tmp_path / f"{name}.csv").write_text(f"path,label\n{rows}")
-    made = [
+    caches = [
         extract(folder, backbone=tiny, cache=tmp_path / "c", labels=labels)
         for labels in (None, tmp_path / "one.csv", tmp_path / "two.csv")
     ]
-    assert len({cache.path for cache in made}) == 3
-    assert [FeatureCache(cache.path).classes for cache in made] == [("ape", "bee"), ("one0", "one1"), ("two0", "two1")]
+    assert len({cache.path for cache in caches}) == 3
+    assert [FeatureCache(cache.path).classes for cache in caches] == [
+        ("ape", "bee"),
+        ("one0", "one1"),
+        ("two0", "two1"),
+    ]
 
 
-def test_a_failure_before_anything_was_embedded_leaves_no_trace(make_folder, tmp_path):
+def test_a_failure_before_the_first_embedding_leaves_no_file(make_folder, tmp_path):
     class Leaking(Tiny):
         def forward(self, x):
             return super().forward(x) - super().forward(x).mean(0)
@@ -441,31 +447,31 @@ def test_a_failure_before_anything_was_embedded_leaves_no_trace(make_folder, tmp
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_the_device_and_the_precision_are_said(make_folder, tiny, tmp_path, log):
+def test_the_device_and_the_precision_are_logged(make_folder, tiny, tmp_path, log):
     extract(make_folder(("ape",), 2), backbone=tiny, cache=tmp_path / "c", device="auto")
     assert any("embedding on cpu in fp32" in text or "embedding on cuda" in text for text in log)
 
 
-def test_what_the_listing_found_faulty_for_good_is_not_looked_at_again(make_folder, tiny, tmp_path, log):
+def test_images_that_listing_found_permanently_unreadable_are_not_read(make_folder, tiny, tmp_path, log):
     folder = make_folder()
     (folder / "empty.jpg").touch()
-    old(folder)
-    made = extract(folder, backbone=tiny, cache=tmp_path / "cache")
-    assert made.bad_rows() == {"empty": 1}
+    make_files_old(folder)
+    first_cache = extract(folder, backbone=tiny, cache=tmp_path / "cache")
+    assert first_cache.bad_rows() == {"empty": 1}
     log.clear()
-    bars: list[Progress] = []
-    again = extract(folder, backbone=tiny, cache=tmp_path / "cache", progress=bars.append)
-    assert again.manifest == made.manifest
-    assert bars == []
+    progress_calls: list[Progress] = []
+    second_cache = extract(folder, backbone=tiny, cache=tmp_path / "cache", progress=progress_calls.append)
+    assert second_cache.manifest == first_cache.manifest
+    assert progress_calls == []
     assert not any("embedding on" in text for text in log)
 
 
-def test_embedding_is_only_said_where_something_is_embedded(make_folder, tiny, tmp_path, log):
+def test_embedding_is_logged_only_if_an_image_is_embedded(make_folder, tiny, tmp_path, log):
     folder = make_folder()
     extract(folder, backbone=tiny, cache=tmp_path / "cache")
     folder.rename(tmp_path / "moved")
-    bars: list[Progress] = []
+    progress_calls: list[Progress] = []
     log.clear()
-    extract(tmp_path / "moved", backbone=tiny, cache=tmp_path / "cache", progress=bars.append)
+    extract(tmp_path / "moved", backbone=tiny, cache=tmp_path / "cache", progress=progress_calls.append)
     assert any("no forward pass" in text for text in log)
-    assert not any("embedding" in text for text in [*log, *(progress.stage for progress in bars)])
+    assert not any("embedding" in text for text in [*log, *(progress.stage for progress in progress_calls)])

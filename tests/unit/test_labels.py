@@ -1,4 +1,4 @@
-"""What is known about each sample."""
+"""Labels of samples, and columns of strings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from featpipe.storage import StringColumn
         ([], ()),
     ],
 )
-def test_classes_are_ordered_by_code_point_or_by_value_when_all_are_whole_numbers(names, expected):
+def test_classes_are_ordered_by_code_point_or_by_value_if_all_are_integers(names, expected):
     assert order_classes(names) == expected
 
 
-def test_class_names_become_codes_and_come_back():
+def test_class_names_are_encoded_and_decoded():
     labels = Labels.from_class_names(["dog", None, "ape", "dog"])
     assert labels.values.tolist() == [1, -1, 0, 1]
     assert labels.known.tolist() == [True, False, True, True]
@@ -35,33 +35,33 @@ def test_class_names_become_codes_and_come_back():
     assert labels.take([3, 2]).y.tolist() == ["dog", "ape"]
 
 
-def test_an_empty_class_list_gives_unknown_labels_only():
+def test_unlabelled_samples_have_no_known_labels():
     labels = Labels.from_class_names([None, None])
     assert labels.y.tolist() == [None, None]
     assert not labels.known.any()
 
 
-def test_a_label_outside_the_given_classes_is_named():
+def test_the_error_for_a_label_outside_the_given_classes_names_it():
     with pytest.raises(ConfigError, match="'cat' is not one of the 2 classes"):
         Labels.from_class_names(["cat"], ["ape", "dog"])
 
 
-def test_sets_of_labels_become_a_matrix():
+def test_label_sets_become_a_binary_matrix():
     labels = Labels.from_label_sets([{"b", "a"}, None, set(), {"b"}])
     assert labels.classes == ("a", "b")
     assert labels.values.tolist() == [[1, 1], [-1, -1], [0, 0], [0, 1]]
     assert labels.known.tolist() == [True, False, True, True]
 
 
-def test_targets_keep_their_numbers_and_nan_is_unknown():
-    one = Labels.from_targets([1.5, float("nan"), -2], ["age"])
-    assert one.y[0] == 1.5
-    assert one.y.shape == (3,)
-    assert one.known.tolist() == [True, False, True]
+def test_regression_targets_keep_their_values_and_nan_is_unlabelled():
+    labels = Labels.from_targets([1.5, float("nan"), -2], ["age"])
+    assert labels.y[0] == 1.5
+    assert labels.y.shape == (3,)
+    assert labels.known.tolist() == [True, False, True]
     assert Labels.from_targets([[1, 2], [3, 4]], ["a", "b"]).y.shape == (2, 2)
 
 
-def test_equality_is_of_task_classes_and_values():
+def test_same_as_compares_task_classes_and_values():
     labels = Labels.from_targets([1.0, float("nan")], ["age"])
     assert labels.same_as(Labels.from_targets([1.0, float("nan")], ["age"]))
     assert not labels.same_as(Labels.from_targets([1.0, float("nan")], ["size"]))
@@ -71,7 +71,7 @@ def test_equality_is_of_task_classes_and_values():
 TEXTS = ["", "a", "naïve", "日本", "a\nb", "x" * 10_000, "\udcff.jpg"]
 
 
-def test_a_column_of_text_gives_back_what_went_in():
+def test_a_string_column_returns_its_strings():
     column = StringColumn.from_strings(TEXTS)
     expected = [*TEXTS[:-1], "\\udcff.jpg"]
     assert list(column) == expected
@@ -84,11 +84,11 @@ def test_a_column_of_text_gives_back_what_went_in():
         column[len(TEXTS)]
 
 
-def test_a_long_column_is_iterated_in_blocks():
+def test_a_long_string_column_is_iterated_completely():
     texts = [str(i) for i in range(150_000)]
     assert list(StringColumn.from_strings(texts)) == texts
 
 
-def test_an_empty_column_is_empty():
+def test_an_empty_string_column_is_empty():
     assert list(StringColumn.from_strings([])) == []
     assert StringColumn.from_strings([]) == StringColumn.from_strings([])

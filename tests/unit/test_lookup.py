@@ -17,18 +17,18 @@ def read_no_features(output: str) -> np.ndarray:
     raise AssertionError("a lookup reads no features")
 
 
-def source(digests: np.ndarray, stamps: np.ndarray | None = None, status: np.ndarray | int = 0) -> EmbeddingSource:
+def make_source(digests: np.ndarray, stamps: np.ndarray | None = None, status: np.ndarray | int = 0) -> EmbeddingSource:
     n = len(digests)
     stamps = np.zeros((n, 16), np.uint8) if stamps is None else stamps
     return EmbeddingSource(digests, stamps, np.broadcast_to(np.uint8(status), n).copy(), read_no_features)
 
 
-def rows(values: list[bytes], width: int) -> np.ndarray:
+def make_keys(values: list[bytes], width: int) -> np.ndarray:
     return np.frombuffer(b"".join(value.ljust(width, b"\0") for value in values), np.uint8).reshape(-1, width).copy()
 
 
-def crowded(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
-    """Keys that often begin with the same eight bytes, sometimes are all the same, and sometimes all zero."""
+def make_colliding_keys(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
+    """Make keys that often share their first eight bytes, and are sometimes equal or all zero."""
     values = rng.integers(0, 2, (n, width), np.uint8)
     values[:, :8] = rng.integers(0, 2, (n, 1), np.uint8) * rng.integers(0, 5, (n, 1), np.uint8)
     values[:, 8:-3] = 0
@@ -37,47 +37,57 @@ def crowded(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("make", ["random", "crowded"])
+@pytest.mark.parametrize("key_kind", ["random", "colliding"])
 @pytest.mark.parametrize("sources", [1, 5, 17])
-def test_lookups_agree_with_a_dict(make, sources, at_once):
+def test_lookups_agree_with_a_dict(key_kind, sources, at_once):
     rng = np.random.default_rng(sources)
-    n = 4000 // sources if make == "random" else 300 // sources + 3
+    n = 4000 // sources if key_kind == "random" else 300 // sources + 3
 
-    def some(n: int, width: int) -> np.ndarray:
-        return crowded(rng, n, width) if make == "crowded" else rng.integers(0, 256, (n, width), np.uint8)
+    def make_random_keys(n: int, width: int) -> np.ndarray:
+        return (
+            make_colliding_keys(rng, n, width)
+            if key_kind == "colliding"
+            else rng.integers(0, 256, (n, width), np.uint8)
+        )
 
     lookup, digests, stamps = EmbeddingLookup(), {}, {}
-    all_sources = [
-        EmbeddingSource(some(n, 32), some(n, 16), rng.integers(0, 13, n).astype(np.uint8), read_no_features)
+    sources_to_add = [
+        EmbeddingSource(
+            make_random_keys(n, 32), make_random_keys(n, 16), rng.integers(0, 13, n).astype(np.uint8), read_no_features
+        )
         for _ in range(sources)
     ]
     if at_once:
-        assert lookup.add(*all_sources) == 0
+        assert lookup.add(*sources_to_add) == 0
     else:
-        assert [lookup.add(added) for added in all_sources] == list(range(sources))
-    for number, added in enumerate(all_sources):
+        assert [lookup.add(source) for source in sources_to_add] == list(range(sources))
+    for number, source in enumerate(sources_to_add):
         for row in range(n):
-            if int(added.status[row]) in FINAL_CODES:
-                digests.setdefault(added.digests[row].tobytes(), set()).add((number, row))
-                stamps.setdefault(added.stamps[row].tobytes(), set()).add((number, row))
+            if int(source.status[row]) in FINAL_CODES:
+                digests.setdefault(source.digests[row].tobytes(), set()).add((number, row))
+                stamps.setdefault(source.stamps[row].tobytes(), set()).add((number, row))
     digests.pop(bytes(32), None)
     stamps.pop(bytes(16), None)
-    assert min(len(digests), len(stamps)) > (1000 if make == "random" else 20)
+    assert min(len(digests), len(stamps)) > (1000 if key_kind == "random" else 20)
 
-    every_digest = np.concatenate([*(s.digests for s in lookup.sources), some(500, 32), np.zeros((1, 32), np.uint8)])
+    every_digest = np.concatenate(
+        [*(s.digests for s in lookup.sources), make_random_keys(500, 32), np.zeros((1, 32), np.uint8)]
+    )
     for digest in map(np.ndarray.tobytes, every_digest):
-        found = lookup.find_by_digest(digest)
-        assert found in digests[digest] if digest in digests else found is None
+        match = lookup.find_by_digest(digest)
+        assert match in digests[digest] if digest in digests else match is None
 
-    every_stamp = np.concatenate([*(s.stamps for s in lookup.sources), some(500, 16), np.zeros((1, 16), np.uint8)])
+    every_stamp = np.concatenate(
+        [*(s.stamps for s in lookup.sources), make_random_keys(500, 16), np.zeros((1, 16), np.uint8)]
+    )
     every_stamp = every_stamp[rng.permutation(len(every_stamp))]
     found_source, found_row = lookup.find_by_stamp(every_stamp)
     assert (found_source.shape, found_row.shape) == ((len(every_stamp),), (len(every_stamp),))
-    for stamp, *found in zip(every_stamp, found_source.tolist(), found_row.tolist(), strict=True):
+    for stamp, *match in zip(every_stamp, found_source.tolist(), found_row.tolist(), strict=True):
         if stamp.tobytes() in stamps:
-            assert tuple(found) in stamps[stamp.tobytes()]
+            assert tuple(match) in stamps[stamp.tobytes()]
         else:
-            assert found[0] == -1
+            assert match[0] == -1
 
 
 def test_an_empty_lookup_finds_nothing():
@@ -87,36 +97,36 @@ def test_an_empty_lookup_finds_nothing():
     assert lookup.find_by_stamp(np.ones((0, 16), np.uint8))[0].shape == (0,)
 
 
-def test_an_empty_source_is_numbered_too():
+def test_an_empty_source_gets_a_number():
     lookup = EmbeddingLookup()
-    assert lookup.add(source(np.zeros((0, 32), np.uint8))) == 0
-    assert lookup.add(source(rows([b"a"], 32), rows([b"s"], 16))) == 1
+    assert lookup.add(make_source(np.zeros((0, 32), np.uint8))) == 0
+    assert lookup.add(make_source(make_keys([b"a"], 32), make_keys([b"s"], 16))) == 1
     assert lookup.find_by_digest(b"a".ljust(32, b"\0")) == (1, 0)
-    assert lookup.find_by_stamp(rows([b"s", b"t"], 16))[0].tolist() == [1, -1]
+    assert lookup.find_by_stamp(make_keys([b"s", b"t"], 16))[0].tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("position", range(3))
-def test_keys_that_differ_only_after_their_first_eight_bytes_are_told_apart(position):
+def test_keys_that_share_their_first_eight_bytes_are_distinguished(position):
     tails = [b"samehead" + bytes([i]) for i in range(3)]
     lookup = EmbeddingLookup()
-    lookup.add(source(rows(tails, 32), rows(tails, 16)))
+    lookup.add(make_source(make_keys(tails, 32), make_keys(tails, 16)))
     assert lookup.find_by_digest(tails[position].ljust(32, b"\0")) == (0, position)
-    assert [array.tolist() for array in lookup.find_by_stamp(rows([tails[position]], 16))] == [[0], [position]]
+    assert [array.tolist() for array in lookup.find_by_stamp(make_keys([tails[position]], 16))] == [[0], [position]]
     assert lookup.find_by_digest(b"samehead\x09".ljust(32, b"\0")) is None
-    assert lookup.find_by_stamp(rows([b"samehead\x09"], 16))[0].tolist() == [-1]
+    assert lookup.find_by_stamp(make_keys([b"samehead\x09"], 16))[0].tolist() == [-1]
 
 
-def test_keys_that_begin_with_zeros_are_keys():
+def test_keys_that_begin_with_zeros_are_found():
     late = bytes(15) + b"\x01"
     lookup = EmbeddingLookup()
-    lookup.add(source(rows([late], 32), rows([late], 16)))
+    lookup.add(make_source(make_keys([late], 32), make_keys([late], 16)))
     assert lookup.find_by_digest(late.ljust(32, b"\0")) == (0, 0)
-    assert lookup.find_by_stamp(rows([late], 16))[0].tolist() == [0]
+    assert lookup.find_by_stamp(make_keys([late], 16))[0].tolist() == [0]
 
 
-def test_zeros_never_match():
+def test_keys_of_zeros_never_match():
     lookup = EmbeddingLookup()
-    lookup.add(source(np.zeros((5, 32), np.uint8), np.zeros((5, 16), np.uint8)))
+    lookup.add(make_source(np.zeros((5, 32), np.uint8), np.zeros((5, 16), np.uint8)))
     assert lookup.find_by_digest(bytes(32)) is None
     assert lookup.find_by_stamp(np.zeros((5, 16), np.uint8))[0].tolist() == [-1] * 5
 
@@ -124,53 +134,55 @@ def test_zeros_never_match():
 @pytest.mark.parametrize("status", [*range(12), 255])
 def test_only_statuses_that_are_final_and_known_to_this_version_match(status):
     lookup = EmbeddingLookup()
-    lookup.add(source(rows([b"a"], 32), rows([b"s"], 16), status))
+    lookup.add(make_source(make_keys([b"a"], 32), make_keys([b"s"], 16), status))
     assert (lookup.find_by_digest(b"a".ljust(32, b"\0")) == (0, 0)) == (status in FINAL_CODES)
-    assert (lookup.find_by_stamp(rows([b"s"], 16))[0].tolist() == [0]) == (status in FINAL_CODES)
+    assert (lookup.find_by_stamp(make_keys([b"s"], 16))[0].tolist() == [0]) == (status in FINAL_CODES)
 
 
 def test_a_transient_row_does_not_hide_a_final_one():
     lookup = EmbeddingLookup()
-    lookup.add(source(rows([b"a"], 32), rows([b"s"], 16), Status.OUT_OF_MEMORY))
-    lookup.add(source(rows([b"a"], 32), rows([b"s"], 16)))
+    lookup.add(make_source(make_keys([b"a"], 32), make_keys([b"s"], 16), Status.OUT_OF_MEMORY))
+    lookup.add(make_source(make_keys([b"a"], 32), make_keys([b"s"], 16)))
     assert lookup.find_by_digest(b"a".ljust(32, b"\0")) == (1, 0)
-    assert lookup.find_by_stamp(rows([b"s"], 16))[0].tolist() == [1]
+    assert lookup.find_by_stamp(make_keys([b"s"], 16))[0].tolist() == [1]
 
 
-def test_among_equals_the_source_that_came_first_answers():
+def test_among_equal_keys_the_first_source_is_found():
     lookup = EmbeddingLookup()
     for _ in range(35):
-        lookup.add(source(rows([b"a", b"a"], 32), rows([b"s", b"s"], 16)))
+        lookup.add(make_source(make_keys([b"a", b"a"], 32), make_keys([b"s", b"s"], 16)))
     assert lookup.find_by_digest(b"a".ljust(32, b"\0")) == (0, 0)
-    assert [array.tolist() for array in lookup.find_by_stamp(rows([b"s"], 16))] == [[0], [0]]
+    assert [array.tolist() for array in lookup.find_by_stamp(make_keys([b"s"], 16))] == [[0], [0]]
 
 
-def test_lookups_while_another_thread_adds_find_all_that_was_there_before():
-    lookup, ready, wrong = EmbeddingLookup(), [0], []
+def test_lookups_find_all_earlier_sources_while_another_thread_adds():
+    lookup, n_ready, wrong_rows = EmbeddingLookup(), [0], []
 
-    def look() -> None:
-        while ready[0] < 150:
-            there = ready[0]
-            wrong.extend(i for i in range(there) if lookup.find_by_digest((b"%d" % i).ljust(32, b"\0")) != (i, 0))
-            found = lookup.find_by_stamp(rows([b"%d" % i for i in range(150)], 16))[0]
-            wrong.extend(i for i in range(there) if found[i] != i)
+    def look_up() -> None:
+        while n_ready[0] < 150:
+            n_added = n_ready[0]
+            wrong_rows.extend(
+                i for i in range(n_added) if lookup.find_by_digest((b"%d" % i).ljust(32, b"\0")) != (i, 0)
+            )
+            source_numbers = lookup.find_by_stamp(make_keys([b"%d" % i for i in range(150)], 16))[0]
+            wrong_rows.extend(i for i in range(n_added) if source_numbers[i] != i)
 
-    readers = [threading.Thread(target=look) for _ in range(2)]
+    readers = [threading.Thread(target=look_up) for _ in range(2)]
     for reader in readers:
         reader.start()
     for number in range(150):
-        lookup.add(source(rows([b"%d" % number], 32), rows([b"%d" % number], 16)))
-        ready[0] = number + 1
+        lookup.add(make_source(make_keys([b"%d" % number], 32), make_keys([b"%d" % number], 16)))
+        n_ready[0] = number + 1
     for reader in readers:
         reader.join()
-    assert wrong == []
+    assert wrong_rows == []
 
 
-def test_many_images_with_the_same_bytes_are_found_at_once():
-    digests = np.tile(rows([b"a"], 32), (50_000, 1))
+def test_many_equal_keys_are_found_quickly():
+    digests = np.tile(make_keys([b"a"], 32), (50_000, 1))
     lookup = EmbeddingLookup()
-    lookup.add(source(digests, np.tile(rows([b"s"], 16), (50_000, 1))))
+    lookup.add(make_source(digests, np.tile(make_keys([b"s"], 16), (50_000, 1))))
     assert lookup.find_by_digest(digests[0].tobytes()) == (0, 0)
-    found, row = lookup.find_by_stamp(np.tile(rows([b"s"], 16), (50_000, 1)))
-    assert (found == 0).all()
-    assert (row == 0).all()
+    source_numbers, source_rows = lookup.find_by_stamp(np.tile(make_keys([b"s"], 16), (50_000, 1)))
+    assert (source_numbers == 0).all()
+    assert (source_rows == 0).all()

@@ -1,4 +1,4 @@
-"""One row for every sample, in the archive's order, as it is made; a file is whole or absent."""
+"""Prediction of archives: one row for every sample, in order; a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ from featpipe.runtime import Progress
 from tests.support.logs import logged_warning
 from tests.support.networks import count_passes
 
-HOSTILE = ["new\nline", 'a "quoted", name', "comma,semi;colon", "🐝 émoji", "carriage\rreturn", "=1+1", " space ", "'"]
+HOSTILE_NAMES = [
+    "new\nline",
+    'a "quoted", name',
+    "comma,semi;colon",
+    "🐝 émoji",
+    "carriage\rreturn",
+    "=1+1",
+    " space ",
+    "'",
+]
 
 
 @pytest.fixture
@@ -42,8 +51,8 @@ def photos(model: Model, tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def forward(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counted once there is a model."""
+def forward_passes(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images of each forward pass after the model was trained."""
     return count_passes(monkeypatch)
 
 
@@ -67,16 +76,16 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 }
 
 
-def packed(photos: list[Path], kind: str, place: Path) -> Path:
-    """The images in an order that is not that of their names."""
+def pack_images(photos: list[Path], kind: str, folder: Path) -> Path:
+    """Pack images in an order that differs from that of their names."""
     order = np.random.default_rng(1).permutation(len(photos))
     if kind == "folder":
         return photos[0].parent.parent
-    path = place / f"packed.{kind}"
+    path = folder / f"packed.{kind}"
     if kind == "zip":
-        with zipfile.ZipFile(path, "w") as bundle:
+        with zipfile.ZipFile(path, "w") as archive:
             for i in order:
-                bundle.write(photos[i], f"{i:02}.jpg")
+                archive.write(photos[i], f"{i:02}.jpg")
     else:
         with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as tar:
             for i in order:
@@ -84,8 +93,8 @@ def packed(photos: list[Path], kind: str, place: Path) -> Path:
     return path
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes batches finish in another order than they began in."""
+def delay_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delay reads randomly, so that batches finish in another order than they started."""
     read, pause = Loader._read, np.random.default_rng(0)
 
     def delayed(self: Loader, row: int, seconds: Any) -> Any:
@@ -99,21 +108,21 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip"])
-def test_the_order_is_the_archive_s_with_any_number_of_workers(
+def test_predictions_keep_the_order_of_the_archive_for_any_number_of_workers(
     kind: str, model: Model, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slowly(monkeypatch)
-    place = packed(photos, kind, tmp_path)
+    delay_reads(monkeypatch)
+    packed_archive = pack_images(photos, kind, tmp_path)
     monkeypatch.setattr(Engine, "batch", 3)
-    index = archive.index(place)
+    index = archive.index(packed_archive)
     with index.open() as reader:
         data = [reader.read(row) for row in range(len(index))]
     expected = model.predict_proba(data)
     for workers in (1, 5):
-        found = list(stream(model, index, top=3, workers=workers))
-        assert [p.id for p in found] == list(index.ids)
-        assert np.array_equal([[dict(p.top)[name] for name in model.classes] for p in found], expected)
-        assert [p.label for p in found] == model.predict(data).tolist()
+        predictions = list(stream(model, index, top=3, workers=workers))
+        assert [p.id for p in predictions] == list(index.ids)
+        assert np.array_equal([[dict(p.top)[name] for name in model.classes] for p in predictions], expected)
+        assert [p.label for p in predictions] == model.predict(data).tolist()
 
 
 @pytest.mark.parametrize("suffix", READERS)
@@ -139,7 +148,7 @@ def test_every_kind_of_file_agrees_with_the_model(
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_a_sample_that_cannot_be_read_keeps_its_row_and_says_why(
+def test_an_unreadable_sample_keeps_its_row_with_the_reason(
     suffix: str, model: Model, photos: list[Path], tmp_path: Path
 ) -> None:
     photos[3].write_bytes(b"")
@@ -150,26 +159,26 @@ def test_a_sample_that_cannot_be_read_keeps_its_row_and_says_why(
         counts = predict(model, tmp_path / "photos", out)
     rows = READERS[suffix](out)
     assert counts == {"ok": 15, "empty": 1, "damaged": 1, "unsupported": 1}
-    bad = {row["id"]: row["status"] for row in rows if row["status"] != "ok"}
+    failed = {row["id"]: row["status"] for row in rows if row["status"] != "ok"}
     names = [str(path.relative_to(tmp_path / "photos")) for path in photos]
-    assert bad == {names[3]: "empty", names[4]: "damaged", names[9]: "unsupported"}
+    assert failed == {names[3]: "empty", names[4]: "damaged", names[9]: "unsupported"}
     assert [row["id"] for row in rows] == names
     for row in (rows[3], rows[4], rows[9]):
         assert not row["label"]
         assert not row["probability"]
-    good = [i for i in range(18) if i not in (3, 4, 9)]
-    assert [rows[i]["label"] for i in good] == model.predict([photos[i] for i in good]).tolist()
+    ok_rows = [i for i in range(18) if i not in (3, 4, 9)]
+    assert [rows[i]["label"] for i in ok_rows] == model.predict([photos[i] for i in ok_rows]).tolist()
 
 
-def test_an_archive_of_bad_images_alone_is_predicted(model: Model, tmp_path: Path) -> None:
+def test_an_archive_without_readable_images_is_predicted(model: Model, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     for i in range(20):
         (tmp_path / "bad" / f"{i:02}.jpg").write_bytes(b"no image")
-    found = list(stream(model, archive.index(tmp_path / "bad")))
-    assert found == [Prediction(f"{i:02}.jpg", "unsupported") for i in range(20)]
+    predictions = list(stream(model, archive.index(tmp_path / "bad")))
+    assert predictions == [Prediction(f"{i:02}.jpg", "unsupported") for i in range(20)]
 
 
-def test_an_embedding_that_is_not_finite_is_a_status(model: Model, photos: list[Path]) -> None:
+def test_an_embedding_that_is_not_finite_gives_a_status(model: Model, photos: list[Path]) -> None:
     network = model.backbone.network
 
     class Picky(nn.Module):
@@ -177,19 +186,19 @@ def test_an_embedding_that_is_not_finite_is_a_status(model: Model, photos: list[
             values = network(x)
             return torch.where(x.mean((1, 2, 3))[:, None] > limit, torch.nan, values)
 
-    brightness = [model.backbone.transform(torch.from_numpy(p)).mean() for p in pixels(photos)]
+    brightness = [model.backbone.transform(torch.from_numpy(p)).mean() for p in iter_pixels(photos)]
     limit = float(np.median(brightness))
     expected = model.predict(photos)
     model._backbone = backbones.load(Picky(), transform=model.backbone.transform.function)
     model._engine = None
-    found = list(stream(model, archive.index(photos[0].parent.parent)))
-    assert [p.status == "not-finite" for p in found] == [bool(b > limit) for b in brightness]
-    assert [p.label for p in found if p.status == "ok"] == [
+    predictions = list(stream(model, archive.index(photos[0].parent.parent)))
+    assert [p.status == "not-finite" for p in predictions] == [bool(b > limit) for b in brightness]
+    assert [p.label for p in predictions if p.status == "ok"] == [
         label for label, b in zip(expected, brightness, strict=True) if b <= limit
     ]
 
 
-def pixels(photos: list[Path]) -> Iterator[np.ndarray]:
+def iter_pixels(photos: list[Path]) -> Iterator[np.ndarray]:
     from featpipe.data import decode_image
 
     for path in photos:
@@ -200,70 +209,70 @@ def pixels(photos: list[Path]) -> Iterator[np.ndarray]:
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_hostile_names_survive(suffix: str, model: Model, photos: list[Path], tmp_path: Path) -> None:
-    place = tmp_path / "hostile.tar"
-    with tarfile.open(place, "w") as tar:
-        for name in HOSTILE:
+def test_hostile_names_are_written_unchanged(suffix: str, model: Model, photos: list[Path], tmp_path: Path) -> None:
+    archive_path = tmp_path / "hostile.tar"
+    with tarfile.open(archive_path, "w") as tar:
+        for name in HOSTILE_NAMES:
             tar.add(photos[0], f"{name}.jpg")
     out = tmp_path / f"out{suffix}"
-    predict(model, place, out)
-    assert [row["id"] for row in READERS[suffix](out)] == [f"{name}.jpg" for name in HOSTILE]
+    predict(model, archive_path, out)
+    assert [row["id"] for row in READERS[suffix](out)] == [f"{name}.jpg" for name in HOSTILE_NAMES]
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_an_interrupted_prediction_leaves_the_old_file(
+def test_an_interrupted_prediction_keeps_the_old_file(
     suffix: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / f"out{suffix}"
-    for before in (None, b"an older file"):
-        if before is not None:
-            out.write_bytes(before)
+    for old_bytes in (None, b"an older file"):
+        if old_bytes is not None:
+            out.write_bytes(old_bytes)
         for error in (KeyboardInterrupt(), RuntimeError("a bug")):
 
-            def stop(_: Progress, error: BaseException = error) -> None:
+            def raise_error(_: Progress, error: BaseException = error) -> None:
                 raise error
 
             with pytest.raises(type(error)):
-                predict(model, tmp_path / "photos", out, progress=stop)
-            assert (out.read_bytes() if out.exists() else None) == before
+                predict(model, tmp_path / "photos", out, progress=raise_error)
+            assert (out.read_bytes() if out.exists() else None) == old_bytes
         assert list(tmp_path.glob(".*")) == []
     predict(model, tmp_path / "photos", out)
     assert len(READERS[suffix](out)) == 18
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_an_error_in_one_line_and_leaves_no_file(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync = os.fsync
 
-    def full(descriptor: int) -> None:
+    def raise_disk_full(descriptor: int) -> None:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", raise_disk_full)
     with pytest.raises(CacheError, match=r"out\.csv\.parts: cannot be written \(No space left on device\)"):
         predict(model, tmp_path / "photos", tmp_path / "out.csv")
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_a_disk_that_is_full_in_the_end_leaves_the_finished_work(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: list[int]
+def test_a_disk_that_is_full_at_the_end_keeps_the_finished_work(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward_passes: list[int]
 ) -> None:
-    def full(path: Path, **_: object) -> None:
+    def raise_disk_full(path: Path, **_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featpipe.prediction.writers.atomic_write", full)
+        patch.setattr("featpipe.prediction.writers.atomic_write", raise_disk_full)
         with pytest.raises(ArchiveError, match=r"out\.csv: cannot be written \(No space left on device\); choose"):
             predict(model, tmp_path / "photos", tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
-    assert sum(forward) == 18
+    assert sum(forward_passes) == 18
     assert predict(model, tmp_path / "photos", tmp_path / "out.csv") == {"ok": 18}
-    assert sum(forward) == 18
+    assert sum(forward_passes) == 18
 
 
-def test_places_and_settings_that_cannot_be_used_are_one_line(model: Model, tmp_path: Path) -> None:
+def test_invalid_paths_and_settings_are_errors(model: Model, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.csv").mkdir()
@@ -286,7 +295,7 @@ def test_standard_output_gets_the_same_table(model: Model, tmp_path: Path, capsy
     assert capsys.readouterr().out.splitlines() == (tmp_path / "out.csv").read_text().splitlines()
 
 
-def test_a_backbone_that_cannot_be_had_is_told_before_the_first_line(
+def test_an_unavailable_backbone_is_an_error_before_the_first_line_of_output(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = load_model(model.save(tmp_path / "m.model"))
@@ -295,54 +304,54 @@ def test_a_backbone_that_cannot_be_had_is_told_before_the_first_line(
     assert capsys.readouterr().out == ""
 
 
-def test_a_reader_that_goes_away_is_no_other_error(
+def test_a_closed_standard_output_raises_a_broken_pipe_error(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w", buffering=1) as gone:
-        monkeypatch.setattr("sys.stdout", gone)
+    read_descriptor, write_descriptor = os.pipe()
+    os.close(read_descriptor)
+    with open(write_descriptor, "w", buffering=1) as broken_pipe:
+        monkeypatch.setattr("sys.stdout", broken_pipe)
         with pytest.raises(BrokenPipeError):
             predict(model, tmp_path / "photos")
         monkeypatch.undo()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write_descriptor)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_come_before_the_last_image_is_read(
+def test_predictions_are_streamed_before_the_last_image_is_read(
     model: Model, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = []
-    original = Loader._read
+    rows_read = []
+    read_row = Loader._read
 
-    def counted(self: Loader, row: int, seconds: Any) -> Any:
-        read.append(row)
-        return original(self, row, seconds)
+    def record_and_read(self: Loader, row: int, seconds: Any) -> Any:
+        rows_read.append(row)
+        return read_row(self, row, seconds)
 
-    monkeypatch.setattr(Loader, "_read", counted)
-    many = tmp_path / "many.csv"
-    many.write_text("path\n" + "\n".join(f"photos/{p.relative_to(tmp_path / 'photos')}" for p in photos * 30) + "\n")
+    monkeypatch.setattr(Loader, "_read", record_and_read)
+    table = tmp_path / "many.csv"
+    table.write_text("path\n" + "\n".join(f"photos/{p.relative_to(tmp_path / 'photos')}" for p in photos * 30) + "\n")
     monkeypatch.setattr(Engine, "batch", 2)
-    index = archive.index(many)
+    index = archive.index(table)
     predictions = stream(model, index, workers=2)
-    first = next(predictions)
-    time.sleep(0.3)  # the workers go ahead as far as they may
-    assert first.id == index.ids[0]
-    assert len(read) < 60
+    first_prediction = next(predictions)
+    time.sleep(0.3)  # the workers read ahead as far as they may
+    assert first_prediction.id == index.ids[0]
+    assert len(rows_read) < 60
     predictions.close()
-    assert len(read) < 80
+    assert len(rows_read) < 80
     assert len(index) == 540
 
 
 # -- other tasks -----------------------------------------------------------------------------------------------------
 
 
-def table_of(photos: list[Path], place: Path, columns: str, values: Callable[[int], str]) -> LabelTable:
-    lines = [f"photos/{p.relative_to(place / 'photos')},{values(i)}" for i, p in enumerate(photos)]
-    (place / "labels.csv").write_text("\n".join([f"path,{columns}", *lines]) + "\n")
-    return LabelTable(place / "labels.csv", label_column=columns)
+def write_label_table(photos: list[Path], folder: Path, columns: str, values: Callable[[int], str]) -> LabelTable:
+    lines = [f"photos/{p.relative_to(folder / 'photos')},{values(i)}" for i, p in enumerate(photos)]
+    (folder / "labels.csv").write_text("\n".join([f"path,{columns}", *lines]) + "\n")
+    return LabelTable(folder / "labels.csv", label_column=columns)
 
 
 @pytest.mark.parametrize("suffix", READERS)
@@ -350,7 +359,7 @@ def table_of(photos: list[Path], place: Path, columns: str, values: Callable[[in
 def test_a_regression_has_a_column_for_each_target(
     columns: str, suffix: str, tiny: Any, photos: list[Path], tmp_path: Path
 ) -> None:
-    labels = table_of(photos, tmp_path, columns, lambda i: ",".join([str(i + 0.5)] * (columns.count(",") + 1)))
+    labels = write_label_table(photos, tmp_path, columns, lambda i: ",".join([str(i + 0.5)] * (columns.count(",") + 1)))
     cache = extract(tmp_path / "photos", backbone=tiny, cache=tmp_path / "cache", labels=labels)
     model = train(cache, "linear", params={"epochs": 2}).attach(tiny)
     expected = model.predict(photos).reshape(18, -1)
@@ -361,19 +370,19 @@ def test_a_regression_has_a_column_for_each_target(
     rows, names = READERS[suffix](out), [f"predicted_{name}" for name in columns.split(",")]
     assert list(rows[0]) == ["id", "status", *names, "novelty"]
     assert [rows[7][name] or None for name in names] == [None] * len(names)
-    found = [[float(row[name]) for name in names] for i, row in enumerate(rows) if i != 7]
-    assert found == np.delete(expected, 7, axis=0).tolist()
+    predicted = [[float(row[name]) for name in names] for i, row in enumerate(rows) if i != 7]
+    assert predicted == np.delete(expected, 7, axis=0).tolist()
 
 
 @pytest.mark.parametrize("suffix", READERS)
-def test_several_labels_are_joined(suffix: str, tiny: Any, photos: list[Path], tmp_path: Path) -> None:
-    labels = table_of(photos, tmp_path, "labels", lambda i: ["a;b", "b", "c"][i // 6])
+def test_several_labels_are_joined_by_semicolons(suffix: str, tiny: Any, photos: list[Path], tmp_path: Path) -> None:
+    labels = write_label_table(photos, tmp_path, "labels", lambda i: ["a;b", "b", "c"][i // 6])
     cache = extract(tmp_path / "photos", backbone=tiny, cache=tmp_path / "cache", labels=labels)
     model = train(cache, params={"C": 100}).attach(tiny)
     predict(model, tmp_path / "photos", tmp_path / f"out{suffix}")
-    chosen = [";".join(np.array(model.classes)[row == 1]) for row in model.predict(photos)]
-    assert [row["label"] for row in READERS[suffix](tmp_path / f"out{suffix}")] == chosen
-    assert len(set(chosen)) > 2
+    expected = [";".join(np.array(model.classes)[row == 1]) for row in model.predict(photos)]
+    assert [row["label"] for row in READERS[suffix](tmp_path / f"out{suffix}")] == expected
+    assert len(set(expected)) > 2
 
 
 def test_a_loaded_model_predicts_the_same(model: Model, tmp_path: Path) -> None:
@@ -383,7 +392,7 @@ def test_a_loaded_model_predicts_the_same(model: Model, tmp_path: Path) -> None:
 
 
 def test_progress_ends_with_all_samples(model: Model, tmp_path: Path) -> None:
-    told: list[Progress] = []
-    predict(model, tmp_path / "photos", tmp_path / "out.csv", progress=told.append)
-    assert (told[-1].done, told[-1].total) == (18, 18)
-    assert told[-1].stage == "predicting"
+    progress_calls: list[Progress] = []
+    predict(model, tmp_path / "photos", tmp_path / "out.csv", progress=progress_calls.append)
+    assert (progress_calls[-1].done, progress_calls[-1].total) == (18, 18)
+    assert progress_calls[-1].stage == "predicting"

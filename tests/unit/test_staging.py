@@ -1,4 +1,4 @@
-"""What commit() acknowledged is found, whole, whatever happens after; what is not whole is not there."""
+"""The staging area: a committed part survives whatever happens later; an incomplete part is ignored."""
 
 from __future__ import annotations
 
@@ -21,175 +21,183 @@ import safetensors.numpy
 from featpipe.errors import CacheError
 from featpipe.storage import Part, StagingArea, lock_file, staging
 from tests.faults.disks import files_of_at_most, small_disk
-from tests.support.parts import MINE, arrays, holds
+from tests.support.parts import FINGERPRINT, has_arrays, make_arrays
 
-OTHERS = "2" * 64
+OTHER_FINGERPRINT = "2" * 64
 
 
 @pytest.fixture
-def parts(tmp_path) -> StagingArea:
-    found = StagingArea(tmp_path / "a.h5.parts", MINE)
-    found.directory.mkdir()
-    return found
+def area(tmp_path) -> StagingArea:
+    area = StagingArea(tmp_path / "a.h5.parts", FINGERPRINT)
+    area.directory.mkdir()
+    return area
 
 
-def record_of(part: Part) -> Path:
+def get_record_path(part: Part) -> Path:
     return part.path.with_suffix(".record")
 
 
-def sealed(facts: dict[str, object]) -> bytes:
-    """A record whose checksum fits, by hand."""
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return json.dumps({**facts, "check": hashlib.sha256(text.encode()).hexdigest()}).encode()
+def make_record(fields: dict[str, object]) -> bytes:
+    """Make a record with a valid checksum, independently of the code under test."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps({**fields, "check": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
-# ------------------------------------------------------------------------------------------- what is acknowledged
-def test_what_was_committed_is_found_with_all_its_arrays(parts):
-    given = {part.path: arrays(seed) for seed in range(5) for part in [parts.commit(arrays(seed, 3))]}
-    found = StagingArea(parts.directory, MINE).load_committed()
-    assert [part.path for part in found] == sorted(given)
-    assert all(holds(part, given[part.path]) for part in found)
+# ------------------------------------------------------------------------------------------------ committed parts
+def test_committed_parts_are_loaded_with_all_their_arrays(area):
+    committed_arrays = {
+        part.path: make_arrays(seed) for seed in range(5) for part in [area.commit(make_arrays(seed, 3))]
+    }
+    loaded_parts = StagingArea(area.directory, FINGERPRINT).load_committed()
+    assert [part.path for part in loaded_parts] == sorted(committed_arrays)
+    assert all(has_arrays(part, committed_arrays[part.path]) for part in loaded_parts)
 
 
-def test_a_part_and_its_record_are_what_the_specification_says(parts):
-    part = parts.commit(arrays())
+def test_a_part_and_its_record_follow_the_specification(area):
+    part = area.commit(make_arrays())
     data = part.path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     assert part.path.name == f"{digest[:24]}.part"
-    assert record_of(part).read_bytes() == sealed({
-        "file": part.path.name, "bytes": len(data), "sha256": digest, "fingerprint": MINE, "rows": 3,
+    assert get_record_path(part).read_bytes() == make_record({
+        "file": part.path.name, "bytes": len(data), "sha256": digest, "fingerprint": FINGERPRINT, "rows": 3,
     })  # fmt: skip
-    assert sorted(path.name for path in parts.directory.iterdir()) == [part.path.name, record_of(part).name]
+    assert sorted(path.name for path in area.directory.iterdir()) == [
+        part.path.name,
+        get_record_path(part).name,
+    ]
 
 
-def test_arrays_that_lie_otherwise_in_memory_are_committed_as_they_are(parts):
-    given = arrays(rows=4)
-    turned = {name: np.asfortranarray(value) for name, value in given.items()}
-    turned["status"] = np.repeat(given["status"], 2)[::2]
-    assert holds(parts.commit(turned), given)
+def test_arrays_of_any_memory_layout_are_committed(area):
+    part_arrays = make_arrays(rows=4)
+    other_layouts = {name: np.asfortranarray(value) for name, value in part_arrays.items()}
+    other_layouts["status"] = np.repeat(part_arrays["status"], 2)[::2]
+    assert has_arrays(area.commit(other_layouts), part_arrays)
 
 
-def test_the_same_content_twice_is_one_part(parts):
-    first, second = parts.commit(arrays()), parts.commit(arrays())
-    assert first == second
-    assert parts.load_committed() == [first]
-    assert len(list(parts.directory.iterdir())) == 2
+def test_committing_the_same_content_twice_gives_one_part(area):
+    part, same_part = area.commit(make_arrays()), area.commit(make_arrays())
+    assert part == same_part
+    assert area.load_committed() == [part]
+    assert len(list(area.directory.iterdir())) == 2
 
 
-def test_the_same_arrays_made_from_other_facts_are_another_part(parts):
-    """Images that all failed are the same arrays under every fingerprint; neither record may replace the other."""
-    others = StagingArea(parts.directory, OTHERS)
-    mine, theirs = parts.commit(arrays()), others.commit(arrays())
-    assert parts.load_committed() == [mine]
-    assert others.load_committed() == [theirs]
-    assert mine.path != theirs.path
+def test_equal_arrays_with_another_fingerprint_are_another_part(area):
+    """If all images failed, the arrays are equal under every fingerprint; neither record may replace the other."""
+    other_area = StagingArea(area.directory, OTHER_FINGERPRINT)
+    part, other_part = area.commit(make_arrays()), other_area.commit(make_arrays())
+    assert area.load_committed() == [part]
+    assert other_area.load_committed() == [other_part]
+    assert part.path != other_part.path
 
 
-def test_a_damaged_part_is_mended_by_committing_it_again(parts):
-    part = parts.commit(arrays())
-    for path in (part.path, record_of(part)):
+def test_committing_a_damaged_part_again_repairs_it(area):
+    part = area.commit(make_arrays())
+    for path in (part.path, get_record_path(part)):
         path.write_bytes(b"torn")
-        assert parts.load_committed() == []
-        parts.commit(arrays())
-        assert [holds(found, arrays()) for found in parts.load_committed()] == [True]
+        assert area.load_committed() == []
+        area.commit(make_arrays())
+        assert [has_arrays(loaded, make_arrays()) for loaded in area.load_committed()] == [True]
 
 
-def test_a_part_is_durable_before_its_record_is_there_and_the_record_before_it_is_acknowledged(parts, monkeypatch):
+def test_a_part_is_durable_before_its_record_and_the_record_before_commit_returns(area, monkeypatch):
     steps = []
     fsync, replace, link = os.fsync, os.replace, os.link
 
-    def kind(path: str | Path) -> str:
+    def describe_path(path: str | Path) -> str:
         path = Path(path)
         return "folder" if path.is_dir() else "record" if path.read_bytes()[:1] == b"{" else "part"
 
-    def saying(word: str, function, what=kind):
-        return lambda *given: (steps.append(f"{word} {what(given[0])}"), function(*given))[1]
+    def record_step(verb: str, function, describe=describe_path):
+        return lambda *args: (steps.append(f"{verb} {describe(args[0])}"), function(*args))[1]
 
-    monkeypatch.setattr(os, "fsync", saying("fsync", fsync, lambda fd: kind(os.readlink(f"/proc/self/fd/{fd}"))))
-    monkeypatch.setattr(os, "replace", saying("rename", replace))
-    monkeypatch.setattr(os, "link", saying("link", link))
-    parts.commit(arrays())
+    monkeypatch.setattr(
+        os, "fsync", record_step("fsync", fsync, lambda fd: describe_path(os.readlink(f"/proc/self/fd/{fd}")))
+    )
+    monkeypatch.setattr(os, "replace", record_step("rename", replace))
+    monkeypatch.setattr(os, "link", record_step("link", link))
+    area.commit(make_arrays())
     assert steps == ["fsync part", "rename part", "fsync folder", "fsync record", "link record", "fsync folder"]
 
 
-def test_a_new_folder_is_made_durable_with_its_name(tmp_path, monkeypatch):
+def test_the_parent_of_a_new_staging_folder_is_synced(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(staging, "fsync_directory", synced.append)
-    with StagingArea(tmp_path / "a.h5.parts", MINE).lock_for_writing():
+    with StagingArea(tmp_path / "a.h5.parts", FINGERPRINT).lock_for_writing():
         assert synced == [tmp_path]
 
 
-# ------------------------------------------------------------------------------------------------ what is not whole
-def test_no_folder_and_an_empty_folder_hold_nothing(tmp_path, parts):
-    assert parts.load_committed() == []
-    assert StagingArea(tmp_path / "nowhere", MINE).load_committed() == []
+# ----------------------------------------------------------------------------------------------- incomplete parts
+def test_a_missing_or_empty_folder_has_no_parts(tmp_path, area):
+    assert area.load_committed() == []
+    assert StagingArea(tmp_path / "nowhere", FINGERPRINT).load_committed() == []
 
 
-@pytest.mark.parametrize("which", ["part", "record"])
-def test_every_flipped_byte_is_found(parts, which):
-    part = parts.commit(arrays())
-    path = part.path if which == "part" else record_of(part)
+@pytest.mark.parametrize("kind", ["part", "record"])
+def test_every_flipped_byte_is_detected(area, kind):
+    part = area.commit(make_arrays())
+    path = part.path if kind == "part" else get_record_path(part)
     data = bytearray(path.read_bytes())
-    for place in range(len(data)):
-        data[place] ^= 0x01
+    for offset in range(len(data)):
+        data[offset] ^= 0x01
         path.write_bytes(data)
-        assert parts.load_committed() == [], f"byte {place} of the {which}"
-        data[place] ^= 0x01
+        assert area.load_committed() == [], f"byte {offset} of the {kind}"
+        data[offset] ^= 0x01
     path.write_bytes(data)
-    assert parts.load_committed() == [part]
+    assert area.load_committed() == [part]
 
 
-@pytest.mark.parametrize("which", ["part", "record"])
-def test_a_torn_or_missing_file_is_not_there_and_the_others_are(parts, which):
-    part, other = parts.commit(arrays(1)), parts.commit(arrays(2))
-    path = part.path if which == "part" else record_of(part)
+@pytest.mark.parametrize("kind", ["part", "record"])
+def test_a_torn_or_missing_file_is_ignored_and_the_other_parts_are_loaded(area, kind):
+    part, other_part = area.commit(make_arrays(1)), area.commit(make_arrays(2))
+    path = part.path if kind == "part" else get_record_path(part)
     data = path.read_bytes()
     for length in range(0, len(data), 7):
         path.write_bytes(data[:length])
-        assert parts.load_committed() == [other]
+        assert area.load_committed() == [other_part]
     path.write_bytes(data + b"\0")
-    assert parts.load_committed() == [other]
+    assert area.load_committed() == [other_part]
     path.unlink()
-    assert parts.load_committed() == [other]
+    assert area.load_committed() == [other_part]
 
 
-def test_a_part_under_another_name_is_not_there(parts):
-    part = parts.commit(arrays())
-    for path in (part.path, record_of(part)):
+def test_a_part_with_another_name_is_ignored(area):
+    part = area.commit(make_arrays())
+    for path in (part.path, get_record_path(part)):
         path.rename(path.with_name("0" * 24 + path.suffix))
-    assert parts.load_committed() == []
+    assert area.load_committed() == []
 
 
 @pytest.mark.parametrize("text", [
     b"", b"{}", b"[]", b"null", b"3", b'"a"', b"\xff", b"[" * 60_000, b'{"check":' * 6000, b"{" + b" " * 70_000 + b"}",
-    sealed({}), sealed({"fingerprint": MINE}), b'{"check": NaN, "a": NaN}', b'{"check": "", "a": 1e999}',
+    make_record({}), make_record({"fingerprint": FINGERPRINT}), b'{"check": NaN, "a": NaN}',
+    b'{"check": "", "a": 1e999}',
 ])  # fmt: skip
-def test_a_foreign_record_is_no_record(parts, text):
-    part = parts.commit(arrays())
-    (parts.directory / f"{'0' * 24}.record").write_bytes(text)
-    record_of(part).rename(parts.directory / "kept")
-    record_of(part).write_bytes(text)
-    assert parts.load_committed() == []
-    (parts.directory / "kept").replace(record_of(part))
-    assert parts.load_committed() == [part]
+def test_an_invalid_record_is_ignored(area, text):
+    part = area.commit(make_arrays())
+    (area.directory / f"{'0' * 24}.record").write_bytes(text)
+    get_record_path(part).rename(area.directory / "kept")
+    get_record_path(part).write_bytes(text)
+    assert area.load_committed() == []
+    (area.directory / "kept").replace(get_record_path(part))
+    assert area.load_committed() == [part]
 
 
-def planted(parts: StagingArea, data: bytes, **changes: object) -> None:
-    """A part of these bytes with a record that fits them, as somebody else could lay it here."""
+def plant_part(area: StagingArea, data: bytes, **changes: object) -> None:
+    """Write a part of these bytes with a matching record, as an attacker could."""
     digest = hashlib.sha256(data).hexdigest()
-    path = parts.directory / f"{digest[:24]}.part"
+    path = area.directory / f"{digest[:24]}.part"
     path.write_bytes(data)
-    facts = {"file": path.name, "bytes": len(data), "sha256": digest, "fingerprint": MINE, "rows": 3, **changes}
-    path.with_suffix(".record").write_bytes(sealed(facts))
+    fields = {"file": path.name, "bytes": len(data), "sha256": digest, "fingerprint": FINGERPRINT, "rows": 3, **changes}
+    path.with_suffix(".record").write_bytes(make_record(fields))
 
 
-def test_a_planted_part_that_fits_is_taken_as_any_other(parts):
-    """The control of the next tests: they refuse for the reason that they state."""
-    planted(parts, safetensors.numpy.save(arrays()))
-    assert [holds(part, arrays()) for part in parts.load_committed()] == [True]
+def test_a_planted_part_with_a_valid_record_is_loaded(area):
+    """Control for the next tests: they fail only for the reason under test."""
+    plant_part(area, safetensors.numpy.save(make_arrays()))
+    assert [has_arrays(part, make_arrays()) for part in area.load_committed()] == [True]
 
 
-MISFITS = {
+INVALID_ARRAYS = {
     "digest": np.zeros((4, 32), "u1"),
     "stamp": np.zeros((3, 32), "u1"),
     "status": np.zeros(3, "i8"),
@@ -199,135 +207,145 @@ MISFITS = {
 }
 
 
-def header(nbytes: int, text: bytes) -> bytes:
+ALWAYS_REQUIRED = ("digest", "stamp", "status")
+
+
+def make_header(nbytes: int, text: bytes) -> bytes:
     return nbytes.to_bytes(8, "little") + text
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"not safetensors", b"\xff" * 64, header(2**40, b"{}"), header(10**5, b"[" * 10**5), header(2, b"{}"),
-    *(safetensors.numpy.save({k: v for k, v in arrays().items() if k != name}) for name in list(MISFITS)[:3]),
-    *(safetensors.numpy.save({**arrays(), name: value}) for name, value in MISFITS.items()),
+    b"", b"not safetensors", b"\xff" * 64, make_header(2**40, b"{}"), make_header(10**5, b"[" * 10**5),
+    make_header(2, b"{}"),
+    *(safetensors.numpy.save({k: v for k, v in make_arrays().items() if k != name}) for name in ALWAYS_REQUIRED),
+    *(safetensors.numpy.save({**make_arrays(), name: value}) for name, value in INVALID_ARRAYS.items()),
 ])  # fmt: skip
-def test_a_planted_part_that_is_laid_out_otherwise_is_not_there(parts, data):
-    planted(parts, data)
-    assert parts.load_committed() == []
+def test_a_planted_part_with_an_invalid_layout_is_ignored(area, data):
+    plant_part(area, data)
+    assert area.load_committed() == []
 
 
 @pytest.mark.parametrize("changes", [
     {"rows": 2}, {"rows": "3"}, {"rows": None}, {"rows": -3}, {"rows": [3]}, {"rows": 1e300}, {"bytes": 0},
     {"bytes": None}, {"file": None}, {"file": "../../etc/passwd"}, {"sha256": None}, {"sha256": "0" * 64},
-    {"fingerprint": OTHERS}, {"fingerprint": None},
+    {"fingerprint": OTHER_FINGERPRINT}, {"fingerprint": None},
 ])  # fmt: skip
-def test_a_planted_record_that_does_not_fit_its_part_is_not_there(parts, changes):
-    planted(parts, safetensors.numpy.save(arrays()), **changes)
-    assert parts.load_committed() == []
+def test_a_planted_record_that_does_not_match_its_part_is_ignored(area, changes):
+    plant_part(area, safetensors.numpy.save(make_arrays()), **changes)
+    assert area.load_committed() == []
 
 
-@pytest.mark.parametrize("which", ["part", "record"])
-def test_links_and_pipes_in_place_of_a_file_are_not_followed(parts, tmp_path, which):
-    part = parts.commit(arrays())
-    path = part.path if which == "part" else record_of(part)
+@pytest.mark.parametrize("kind", ["part", "record"])
+def test_links_and_pipes_in_place_of_a_file_are_not_followed(area, tmp_path, kind):
+    part = area.commit(make_arrays())
+    path = part.path if kind == "part" else get_record_path(part)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert parts.load_committed() == []
+    assert area.load_committed() == []
     path.unlink()
     os.mkfifo(path)
-    assert parts.load_committed() == []
+    assert area.load_committed() == []
     path.unlink()
     path.mkdir()
-    assert parts.load_committed() == []
+    assert area.load_committed() == []
 
 
-def test_a_part_that_is_gone_or_changed_when_it_is_read_is_one_line(parts):
-    part = parts.commit(arrays())
-    for spoil in (lambda: part.path.write_bytes(b"torn"), part.path.unlink):
-        spoil()
-        with pytest.raises(CacheError, match="can no longer be read") as caught:
+def test_reading_a_part_that_was_removed_or_changed_is_an_error_in_one_line(area):
+    part = area.commit(make_arrays())
+    for damage in (lambda: part.path.write_bytes(b"torn"), part.path.unlink):
+        damage()
+        with pytest.raises(CacheError, match="can no longer be read") as error_info:
             part.read("status")
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error_info.value)
     with pytest.raises(CacheError, match="features/none"):
-        parts.commit(arrays()).read("features/none")
+        area.commit(make_arrays()).read("features/none")
 
 
 # ----------------------------------------------------------------------------------------------------- full disks
-def names(parts: StagingArea) -> set[str]:
-    return {path.name for path in parts.directory.iterdir()}
+def list_names(area: StagingArea) -> set[str]:
+    return {path.name for path in area.directory.iterdir()}
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 100, 300, 600])
-def test_a_write_that_fails_half_way_leaves_nothing_and_says_so(parts, nbytes):
-    earlier = parts.commit(arrays(1))
-    before = names(parts)
-    with files_of_at_most(nbytes), pytest.raises(CacheError, match="what was committed is kept") as caught:
-        parts.commit(arrays(2))
-    assert "\n" not in str(caught.value)
-    assert str(parts.directory) in str(caught.value)
-    assert names(parts) == before
-    assert parts.load_committed() == [earlier]
-    assert holds(parts.commit(arrays(2)), arrays(2))
+@pytest.mark.parametrize("max_bytes", [0, 1, 100, 300, 600])
+def test_an_interrupted_write_leaves_nothing_and_is_an_error(area, max_bytes):
+    committed_part = area.commit(make_arrays(1))
+    names_before = list_names(area)
+    with files_of_at_most(max_bytes), pytest.raises(CacheError, match="what was committed is kept") as error_info:
+        area.commit(make_arrays(2))
+    assert "\n" not in str(error_info.value)
+    assert str(area.directory) in str(error_info.value)
+    assert list_names(area) == names_before
+    assert area.load_committed() == [committed_part]
+    assert has_arrays(area.commit(make_arrays(2)), make_arrays(2))
 
 
-def failing(function, at: int, number: int):
+def fail_at_call(function, failing_call: int, error_number: int):
     calls = iter(range(1000))
 
-    def call(*given):
-        if next(calls) == at:
-            raise OSError(number, os.strerror(number))
-        return function(*given)
+    def call(*args):
+        if next(calls) == failing_call:
+            raise OSError(error_number, os.strerror(error_number))
+        return function(*args)
 
     return call
 
 
-STEPS = [("fsync", 0), ("replace", 0), ("fsync", 1), ("fsync", 2), ("link", 0), ("fsync", 3)]
+DISK_CALLS = [("fsync", 0), ("replace", 0), ("fsync", 1), ("fsync", 2), ("link", 0), ("fsync", 3)]
 
 
-@pytest.mark.parametrize(("call", "at"), STEPS)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-def test_a_disk_that_fails_at_any_step_leaves_nothing_half_visible(parts, monkeypatch, call, at, number):
-    earlier = parts.commit(arrays(1))
+@pytest.mark.parametrize(("function_name", "failing_call"), DISK_CALLS)
+@pytest.mark.parametrize("error_number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_fails_at_any_step_leaves_no_incomplete_part(
+    area, monkeypatch, function_name, failing_call, error_number
+):
+    committed_part = area.commit(make_arrays(1))
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, failing(getattr(os, call), at, number))
-        with pytest.raises(CacheError, match=os.strerror(number)):
-            parts.commit(arrays(2))
-    found = parts.load_committed()
-    assert earlier in found
-    assert all(holds(part, arrays(1 if part == earlier else 2)) for part in found)
-    assert not [name for name in names(parts) if name.endswith(".tmp")]
-    assert holds(parts.commit(arrays(2)), arrays(2))
-    assert len(parts.load_committed()) == 2
+        patch.setattr(os, function_name, fail_at_call(getattr(os, function_name), failing_call, error_number))
+        with pytest.raises(CacheError, match=os.strerror(error_number)):
+            area.commit(make_arrays(2))
+    loaded_parts = area.load_committed()
+    assert committed_part in loaded_parts
+    assert all(has_arrays(part, make_arrays(1 if part == committed_part else 2)) for part in loaded_parts)
+    assert not [name for name in list_names(area) if name.endswith(".tmp")]
+    assert has_arrays(area.commit(make_arrays(2)), make_arrays(2))
+    assert len(area.load_committed()) == 2
 
 
-def test_a_file_system_without_links_still_keeps_parts(parts, monkeypatch):
-    monkeypatch.setattr(os, "link", failing(os.link, 0, errno.EPERM))
-    part = parts.commit(arrays())
-    assert parts.load_committed() == [part]
-    assert not [name for name in names(parts) if name.endswith(".tmp")]
+def test_parts_are_committed_on_a_file_system_without_hard_links(area, monkeypatch):
+    monkeypatch.setattr(os, "link", fail_at_call(os.link, 0, errno.EPERM))
+    part = area.commit(make_arrays())
+    assert area.load_committed() == [part]
+    assert not [name for name in list_names(area) if name.endswith(".tmp")]
 
 
-def test_a_really_full_disk_keeps_what_was_committed_and_goes_on_when_there_is_room(tmp_path):
+def test_after_a_full_disk_committed_parts_remain_and_work_resumes_when_space_is_free(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
-        parts, committed = StagingArea(disk / "a.h5.parts", MINE), {}
-        parts.directory.mkdir()
+        area, committed = StagingArea(disk / "a.h5.parts", FINGERPRINT), {}
+        area.directory.mkdir()
 
         def fill() -> None:
             for seed in range(100):
-                committed[parts.commit(arrays(seed, 100)).path] = arrays(seed, 100)
+                committed[area.commit(make_arrays(seed, 100)).path] = make_arrays(seed, 100)
 
         with pytest.raises(CacheError, match="No space left"):
             fill()
         assert len(committed) >= 2
-        found = parts.load_committed()
-        assert [part.path for part in found] == sorted(committed)
-        assert all(holds(part, committed[part.path]) for part in found)
-        found[0].path.unlink()
-        assert holds(parts.commit(arrays(5000, 50)), arrays(5000, 50))
+        loaded_parts = area.load_committed()
+        assert [part.path for part in loaded_parts] == sorted(committed)
+        assert all(has_arrays(part, committed[part.path]) for part in loaded_parts)
+        loaded_parts[0].path.unlink()
+        assert has_arrays(area.commit(make_arrays(5000, 50)), make_arrays(5000, 50))
 
 
 @pytest.mark.parametrize(
-    "make", [StagingArea.lock_for_writing, lambda parts: contextlib.nullcontext(parts.commit(arrays()))]
+    "enter",
+    [
+        StagingArea.lock_for_writing,
+        lambda area: contextlib.nullcontext(area.commit(make_arrays())),
+    ],
 )
 @pytest.mark.parametrize("obstacle", ["file above", "file", "pipe", "dangling link"])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
+def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(tmp_path, enter, obstacle):
     path = tmp_path / "a.parts"
     if obstacle == "file above":
         path.write_text("in the way")
@@ -338,12 +356,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, make, obstacle):
         os.mkfifo(path)
     else:
         path.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CacheError, match="choose another --cache"), make(StagingArea(path, MINE)):
+    with pytest.raises(CacheError, match="choose another --cache"), enter(StagingArea(path, FINGERPRINT)):
         pass
 
 
 # ---------------------------------------------------------------------------------------------------------- locks
-HOLDING = """
+HOLD_LOCK_CODE = """
 import sys, time
 from pathlib import Path
 from featpipe.storage import StagingArea, lock_file
@@ -355,63 +373,63 @@ with StagingArea(path, "1" * 64).lock_for_writing() if sys.argv[1] == "parts" el
 
 
 @pytest.fixture
-def holder(tmp_path) -> Iterator[object]:
-    """Starts another process that holds a lock, and waits until it does."""
-    started = []
+def start_lock_holder(tmp_path) -> Iterator[object]:
+    """Start another process that holds a lock, and wait until it has the lock."""
+    processes = []
 
     def hold(kind: str, path: Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDING, kind, str(path)], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+            [sys.executable, "-c", HOLD_LOCK_CODE, kind, str(path)], stdout=subprocess.PIPE, text=True, cwd=tmp_path
         )
-        started.append(process)
+        processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process
 
     yield hold
-    for process in started:
+    for process in processes:
         process.kill()
         process.communicate()
 
 
 @pytest.mark.parametrize("kind", ["parts", "exclusive"])
-def test_a_second_writer_waits_until_the_first_is_gone_even_by_a_kill(tmp_path, holder, kind):
+def test_a_second_writer_waits_until_the_first_ends_or_is_killed(tmp_path, start_lock_holder, kind):
     path = tmp_path / "a.h5.parts"
-    first, entered = holder(kind, path), threading.Event()
+    holder_process, has_entered = start_lock_holder(kind, path), threading.Event()
 
     def enter() -> None:
-        with StagingArea(path, MINE).lock_for_writing() if kind == "parts" else lock_file(path):
-            entered.set()
+        with StagingArea(path, FINGERPRINT).lock_for_writing() if kind == "parts" else lock_file(path):
+            has_entered.set()
 
-    second = threading.Thread(target=enter, daemon=True)
-    second.start()
-    assert not entered.wait(0.3)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert entered.wait(10)
-    second.join()
+    waiting_thread = threading.Thread(target=enter, daemon=True)
+    waiting_thread.start()
+    assert not has_entered.wait(0.3)
+    holder_process.send_signal(signal.SIGKILL)
+    holder_process.wait()
+    assert has_entered.wait(10)
+    waiting_thread.join()
 
 
-def test_busy_tells_of_another_process_and_of_none(tmp_path, holder):
-    parts = StagingArea(tmp_path / "a.h5.parts", MINE)
-    assert not parts.is_locked()
-    process = holder("parts", parts.directory)
-    assert parts.is_locked()
+def test_is_locked_reports_whether_any_process_holds_the_lock(tmp_path, start_lock_holder):
+    area = StagingArea(tmp_path / "a.h5.parts", FINGERPRINT)
+    assert not area.is_locked()
+    process = start_lock_holder("parts", area.directory)
+    assert area.is_locked()
     process.kill()
     process.wait()
-    assert not parts.is_locked()
-    with parts.lock_for_writing():
-        assert parts.is_locked()
-    assert not parts.is_locked()
+    assert not area.is_locked()
+    with area.lock_for_writing():
+        assert area.is_locked()
+    assert not area.is_locked()
 
 
-def test_the_lock_is_free_after_an_error(parts):
-    with pytest.raises(KeyError), parts.lock_for_writing():
+def test_the_lock_is_free_after_an_error(area):
+    with pytest.raises(KeyError), area.lock_for_writing():
         raise KeyError
-    with parts.lock_for_writing():
+    with area.lock_for_writing():
         pass
 
 
-RACING = """
+RACE_CODE = """
 import os, sys, time
 from pathlib import Path
 from featpipe.storage import StagingArea
@@ -435,34 +453,34 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 """
 
 
-def test_writers_that_come_and_go_are_never_two_at_once(tmp_path):
-    """Each removes the folder under the others' feet when it is done."""
-    done = subprocess.run(
-        [sys.executable, "-c", RACING, str(tmp_path / "a.h5.parts"), str(tmp_path / "token")],
+def test_two_writers_never_hold_the_lock_at_once(tmp_path):
+    """Each writer removes the folder while the others wait for its lock."""
+    process = subprocess.run(
+        [sys.executable, "-c", RACE_CODE, str(tmp_path / "a.h5.parts"), str(tmp_path / "token")],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("[0, 0, 0, 0]\n", "")
+    assert (process.stdout, process.stderr) == ("[0, 0, 0, 0]\n", "")
 
 
-def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_lock_file_that_cannot_be_created_is_an_error_in_one_line(tmp_path):
     with pytest.raises(CacheError, match="cannot be locked"), lock_file(tmp_path / "nowhere" / "lock"):
         pass
 
 
 # -------------------------------------------------------------------------------------------------------- removing
-def test_remove_leaves_no_trace(parts):
-    with parts.lock_for_writing():
-        parts.commit(arrays(1))
-        StagingArea(parts.directory, OTHERS).commit(arrays(1))
-        (parts.directory / ".123.0123456789ab.tmp").write_bytes(b"of a writer that was killed")
-        parts.remove()
-        assert not parts.directory.exists()
-    assert not parts.directory.exists()
-    parts.remove()
+def test_remove_deletes_all_parts_and_the_folder(area):
+    with area.lock_for_writing():
+        area.commit(make_arrays(1))
+        StagingArea(area.directory, OTHER_FINGERPRINT).commit(make_arrays(1))
+        (area.directory / ".123.0123456789ab.tmp").write_bytes(b"of a writer that was killed")
+        area.remove()
+        assert not area.directory.exists()
+    assert not area.directory.exists()
+    area.remove()
 
 
-def test_remove_leaves_the_files_of_strangers(parts):
-    strange = {
+def test_remove_keeps_files_that_are_not_parts(area):
+    foreign_names = {
         "notes.txt",
         "film.part",
         "a.record",
@@ -472,19 +490,19 @@ def test_remove_leaves_the_files_of_strangers(parts):
         "lock.old",
         "A" * 24 + ".part",
     }
-    for name in strange:
-        (parts.directory / name).write_text("mine")
-    (parts.directory / f"{'0' * 24}.part").mkdir()
-    with parts.lock_for_writing():
-        parts.commit(arrays())
-        parts.remove()
-    assert names(parts) == strange | {f"{'0' * 24}.part"}
-    assert {(parts.directory / name).read_text() for name in strange} == {"mine"}
+    for name in foreign_names:
+        (area.directory / name).write_text("mine")
+    (area.directory / f"{'0' * 24}.part").mkdir()
+    with area.lock_for_writing():
+        area.commit(make_arrays())
+        area.remove()
+    assert list_names(area) == foreign_names | {f"{'0' * 24}.part"}
+    assert {(area.directory / name).read_text() for name in foreign_names} == {"mine"}
 
 
-def test_a_new_writer_removes_what_killed_ones_began_and_nothing_else(parts):
-    part = parts.commit(arrays())
-    (parts.directory / ".123.0123456789ab.tmp").write_bytes(b"torn")
-    (parts.directory / ".mine.tmp").write_bytes(b"mine")
-    with parts.lock_for_writing():
-        assert names(parts) == {part.path.name, record_of(part).name, "lock", ".mine.tmp"}
+def test_a_new_writer_removes_only_the_temporary_files_of_killed_writers(area):
+    part = area.commit(make_arrays())
+    (area.directory / ".123.0123456789ab.tmp").write_bytes(b"torn")
+    (area.directory / ".mine.tmp").write_bytes(b"mine")
+    with area.lock_for_writing():
+        assert list_names(area) == {part.path.name, get_record_path(part).name, "lock", ".mine.tmp"}
