@@ -30,7 +30,9 @@ def to_frame(cache: FeatureCache, kind: str, output: str | None) -> Any:
 def _to_pandas(cache: FeatureCache, output: str | None) -> Any:
     import pandas as pd
 
-    columns: dict[str, Any] = {"id": list(cache.ids), "status": _to_categorical(pd, cache.status)}
+    status_names, status_codes = np.unique(cache.status, return_inverse=True)
+    columns: dict[str, Any] = {"id": list(cache.ids)}
+    columns["status"] = pd.Categorical.from_codes(status_codes, status_names.tolist())
     columns["split"] = pd.Categorical.from_codes(cache.split.astype(np.int8), list(SPLIT_NAMES))
     labels = cache.label_table
     if cache.task == "classification":
@@ -51,11 +53,6 @@ def _to_pandas(cache: FeatureCache, output: str | None) -> Any:
 
 def _load_flat_features(cache: FeatureCache, output: str) -> NDArray[np.floating]:
     return cache.features(output).reshape(len(cache), math.prod(cache.shapes[output]))
-
-
-def _to_categorical(pd: Any, values: Any) -> Any:
-    categories, codes = np.unique(values, return_inverse=True)
-    return pd.Categorical.from_codes(codes, categories.tolist())
 
 
 def _to_arrow(cache: FeatureCache, output: str | None) -> Any:

@@ -94,6 +94,7 @@ class SampleTable:
         return int(np.count_nonzero(self.status == Status.OK))
 
     def same_as(self, other: SampleTable) -> bool:
+        """Whether all columns are equal."""
         return (
             self.ids == other.ids
             and np.array_equal(self.status, other.status)
@@ -200,7 +201,7 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
     if manifest["task"] in ("classification", "multilabel") and order_classes(classes) != tuple(classes):
         raise CacheFormatError("classes in the manifest are not sorted or not unique")
     if not 0 <= manifest["ok"] <= manifest["samples"]:
-        raise CacheFormatError(f"{manifest['ok']} of {manifest['samples']} samples cannot be ok")
+        raise CacheFormatError(f"the manifest counts {manifest['ok']} ok samples of {manifest['samples']}")
     for output, shape in manifest["outputs"].items():
         if not isinstance(shape, list) or not all(_is_instance(size, (int,)) and size >= 0 for size in shape):
             raise CacheFormatError(f"the manifest gives no shape for output {output!r}")
@@ -209,7 +210,7 @@ def parse_manifest(text: NDArray[Any] | None) -> dict[str, Any]:
 
 def _check_keys(document: object, expected_types: Mapping[str, type], where: str) -> None:
     if not isinstance(document, dict):
-        raise CacheFormatError(f"{where}: is not a JSON object")
+        raise CacheFormatError(f"{where}: not a JSON object")
     for key, expected_type in expected_types.items():
         if not _is_instance(document.get(key), (expected_type,)):
             raise CacheFormatError(f"{where}: {key} is missing or not of type {expected_type.__name__}")
@@ -240,12 +241,12 @@ def _reject_constant(text: str) -> None:
 
 
 def parse_shards(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
-    """Parse the shards of a manifest, and check that they cover all rows in order. None for a cache in one file."""
+    """Parse the shards of a manifest, and check that they cover all rows in order; empty for a cache in one file."""
     entries = manifest.get("shards")
     if entries is None or parse_version(manifest["format_version"]) < (1, 1):
         return ()
     if not isinstance(entries, list) or not entries:
-        raise CacheFormatError("shards in the manifest are not a list of shards")
+        raise CacheFormatError("shards in the manifest are not a non-empty list")
     itemsize = np.dtype(manifest["facts"]["storage"]).itemsize
     row_bytes = {output: itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
     shards, start = [], 0

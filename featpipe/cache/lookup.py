@@ -13,8 +13,8 @@ from featpipe.cache.reader import FeatureCache
 from featpipe.status import Status
 
 
-def _all_intact(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The check for sources that were verified as a whole."""
+def _accept_all(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Treat all rows as intact: the source was verified as a whole."""
     return np.ones(len(rows), bool)
 
 
@@ -37,7 +37,7 @@ class EmbeddingSource:
     stamps: NDArray[np.uint8]
     status: NDArray[np.uint8]
     features: Callable[[str], NDArray[np.floating]]
-    find_intact: Callable[[NDArray[np.int64]], NDArray[np.bool_]] = _all_intact
+    find_intact: Callable[[NDArray[np.int64]], NDArray[np.bool_]] = _accept_all
 
     @classmethod
     def from_cache(cls, cache: FeatureCache, outputs: Iterable[str]) -> EmbeddingSource:
@@ -96,16 +96,16 @@ class EmbeddingLookup:
             pending = pending[positions[pending] < len(index.keys)]
             pending = pending[index.keys[positions[pending]] == keys[pending]]
             candidates = index.source_numbers[positions[pending]], index.source_rows[positions[pending]]
-            is_match = self._have_stamps(*candidates, stamps[pending])
+            is_match = self._compare_stamps(*candidates, stamps[pending])
             source_numbers[pending[is_match]], source_rows[pending[is_match]] = (rows[is_match] for rows in candidates)
             pending = pending[~is_match]
             positions[pending] += 1
         return source_numbers, source_rows
 
-    def _have_stamps(
+    def _compare_stamps(
         self, source_numbers: NDArray[np.int32], source_rows: NDArray[np.int64], stamps: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
-        """Which of m rows of sources have these stamps, shape (m,)."""
+        """Compare the stamps of m rows of sources with ``stamps``; shape (m,)."""
         is_match = np.zeros(len(stamps), bool)
         for source_number in np.flatnonzero(np.bincount(source_numbers)):
             rows = np.flatnonzero(source_numbers == source_number)

@@ -7,7 +7,6 @@ import math
 import mmap
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -18,26 +17,6 @@ HUGE_PAGE_BYTES = 2**21  # file and memory aligned alike within a huge page: fas
 
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module does not define it
 _MAP_FAILED = ctypes.c_void_p(-1).value
-
-
-@dataclass(frozen=True)
-class FileSegment:
-    """The location in a file of the bytes of consecutive rows.
-
-    Attributes
-    ----------
-    file : int
-        Descriptor of an open file.
-    offset : int
-        Offset in the file, a multiple of ``PAGE_BYTES``.
-    start, nbytes : int
-        Position and size in the array, in bytes; ``start`` is a multiple of ``PAGE_BYTES``.
-    """
-
-    file: int
-    offset: int
-    start: int
-    nbytes: int
 
 
 def view_as_array(
@@ -70,19 +49,29 @@ def reserve_address_range(nbytes: int, offset: int) -> NDArray[np.uint8]:
     return buffer[padding : padding + nbytes]
 
 
-def map_into(buffer: NDArray[np.uint8], segment: FileSegment) -> None:
-    """Map a segment of a file into a reserved address range. The descriptor may be closed afterwards."""
-    if not segment.nbytes:
+def map_into(buffer: NDArray[np.uint8], start: int, descriptor: int, offset: int, nbytes: int) -> None:
+    """Map a segment of a file into a reserved address range.
+
+    Parameters
+    ----------
+    buffer : ndarray of uint8
+    start : int
+        Position in the buffer, a multiple of ``PAGE_BYTES``.
+    descriptor : int
+        Descriptor of the open file; it may be closed afterwards.
+    offset : int
+        Position in the file, a multiple of ``PAGE_BYTES``.
+    nbytes : int
+    """
+    if not nbytes:
         return
-    if segment.start + segment.nbytes > len(buffer) or segment.start % mmap.PAGESIZE or segment.offset % mmap.PAGESIZE:
+    if start + nbytes > len(buffer) or start % mmap.PAGESIZE or offset % mmap.PAGESIZE:
         raise ValueError("a segment must begin at a page boundary and lie within the array")
     libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
     libc_mmap.restype = ctypes.c_void_p
     libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
     flags = mmap.MAP_SHARED | _MAP_FIXED
-    address = libc_mmap(
-        buffer.ctypes.data + segment.start, segment.nbytes, mmap.PROT_READ, flags, segment.file, segment.offset
-    )
+    address = libc_mmap(buffer.ctypes.data + start, nbytes, mmap.PROT_READ, flags, descriptor, offset)
     if address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from featpipe.cache.format import Shard, check_columns, parse_manifest, parse_shards, parse_version, shards_directory
 from featpipe.cache.hdf5 import locate_arrays
-from featpipe.cache.mmap import FileSegment, map_into, reserve_address_range, view_as_array
+from featpipe.cache.mmap import map_into, reserve_address_range, view_as_array
 from featpipe.errors import CacheFormatError
+from featpipe.runtime import format_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,9 @@ def open_cache(path: Path, final_path: Path | None = None) -> CacheContents:
         columns = {name: view_as_array(buffer, *location) for name, location in locations.items()}
         manifest = parse_manifest(columns.get("manifest"))
         if manifest["format_version"] != attributes["format_version"]:
-            raise CacheFormatError("has another format version in its manifest")
+            raise CacheFormatError(
+                "the format version in the manifest differs from that of the file; the file is damaged"
+            )
         manifest_digest = hashlib.sha256(columns["manifest"].tobytes()).hexdigest()
         if parse_version(manifest["format_version"]) >= (1, 1) and manifest_digest != attributes["manifest_sha256"]:
             raise CacheFormatError("the manifest does not match its digest; the file is damaged")
@@ -88,7 +91,10 @@ def open_cache(path: Path, final_path: Path | None = None) -> CacheContents:
 def _map_shards(
     manifest: Mapping[str, Any], shards: Sequence[Shard], path: Path
 ) -> tuple[dict[str, NDArray[Any]], list[Path | None]]:
-    """Map the features of a sharded cache. Return them, and the path of each shard; a lost shard is None, and zeros."""
+    """Map the features of a sharded cache; return them and the path of each shard.
+
+    The path of a lost shard is None, and its rows are zeros.
+    """
     n, dtype = manifest["samples"], np.dtype(manifest["facts"]["storage"]).newbyteorder("<")
     row_bytes = {output: dtype.itemsize * math.prod(shape) for output, shape in manifest["outputs"].items()}
     buffers = {
@@ -102,7 +108,7 @@ def _map_shards(
                 continue
             for output, nbytes in row_bytes.items():
                 start, size = shard.start * nbytes, (shard.stop - shard.start) * nbytes
-                map_into(buffers[output], FileSegment(descriptor, shard.offsets[output], start, size))
+                map_into(buffers[output], start, descriptor, shard.offsets[output], size)
     columns = {f"features/{name}": buffers[name].view(dtype).reshape(n, *manifest["outputs"][name]) for name in buffers}
     return columns, shard_paths
 
@@ -137,8 +143,3 @@ def _wrap_format_errors(path: Path) -> Iterator[None]:
         raise CacheFormatError(f"{path}: {error}") from None
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CacheFormatError(f"{path}: is not a readable featpipe cache ({format_error(error)})") from None
-
-
-def format_error(error: BaseException) -> str:
-    """Format an error on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -95,8 +95,8 @@ class FeatureCache:
         if contents.lost_shards and not salvage:
             raise CacheFormatError(
                 f"{self.path}: {len(contents.lost_shards)} of its {len(contents.shards)} shards are missing "
-                f"or damaged, the first is {contents.lost_shards[0]!r}; bring them back, or "
-                f"`featpipe verify --repair {self.path}` embeds their rows again"
+                f"or damaged, such as {contents.lost_shards[0]!r}; restore them, or embed their rows again with "
+                f"`featpipe verify --repair {self.path}`"
             )
         self.manifest, self._columns = contents.manifest, contents.columns
         self._shards, self._shard_files = contents.shards, contents.shard_files
@@ -112,7 +112,7 @@ class FeatureCache:
                 if not contents.lost_shards or os.path.samestat(stat_before, os.stat(self.path)):
                     break
         except OSError as error:
-            raise CacheError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+            raise CacheError(f"{self.path}: cannot be read ({error.strerror or error}); grant access to it") from None
         return contents
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -186,7 +186,7 @@ class FeatureCache:
 
     @property
     def status(self) -> NDArray[np.str_]:
-        return np.array([_status_name(code) for code in range(256)])[self.status_codes]
+        return np.array([_get_status_name(code) for code in range(256)])[self.status_codes]
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -224,7 +224,7 @@ class FeatureCache:
     def _require(self, condition: bool, problem: str) -> None:
         """Check a condition on first use, because the check takes time proportional to n."""
         if not condition:
-            raise CacheFormatError(f"{self.path}: {problem}; the file is damaged, extract again")
+            raise CacheFormatError(f"{self.path}: {problem}; the file is damaged: extract again")
 
     @property
     def labels(self) -> NDArray[Any] | None:
@@ -343,9 +343,8 @@ class FeatureCache:
         row_indices = np.arange(len(self))[selection] if isinstance(selection, slice) else selection
         if seed is not None:
             row_indices = np.random.default_rng(seed).permutation(row_indices)
-        starts = range(
-            0, len(row_indices), size
-        )  # a generator expression, so that invalid arguments raise here and not at the first batch
+        starts = range(0, len(row_indices), size)
+        # a generator expression, so that invalid arguments raise here and not at the first batch
         return (
             (batch_rows, self.read(batch_rows, output, dtype))
             for batch_rows in (row_indices[start : start + size] for start in starts)
@@ -367,7 +366,7 @@ class FeatureCache:
     def bad_rows(self) -> dict[str, int]:
         """Count the rows without features, by reason."""
         counts = np.bincount(self.status_codes, minlength=1)
-        return {_status_name(code): int(count) for code, count in enumerate(counts) if count and code != Status.OK}
+        return {_get_status_name(code): int(count) for code, count in enumerate(counts) if count and code != Status.OK}
 
     def table(self) -> SampleTable:
         return SampleTable(self.ids, self.status_codes, self.digests, self.stamps, self.split, self.label_table)
@@ -404,14 +403,14 @@ class FeatureCache:
     def damaged_columns(self) -> list[str]:
         """List the datasets, except features, whose bytes do not match their digests."""
         column_digests: dict[str, str] = self.manifest["columns"] if self.has_checks else {}
-        damaged = [name for name, digest in column_digests.items() if not self._has_digest(name, digest)]
+        damaged = [
+            name
+            for name, digest in column_digests.items()
+            if name not in self._columns or compute_column_digest(self._columns[name]) != digest
+        ]
         if "samples/status" not in damaged and np.count_nonzero(self.ok) != self.manifest["ok"]:
             damaged.insert(0, "samples/status")
         return damaged
-
-    def _has_digest(self, name: str, digest: object) -> bool:
-        column = self._columns.get(name)
-        return column is not None and compute_column_digest(column) == digest
 
     def whole_rows(self, rows: NDArray[np.integer[Any]], output: str | None = None) -> NDArray[np.bool_]:
         """Find which rows are intact: digest, status and features match the checksum.
@@ -519,7 +518,6 @@ def _as_slice(row_indices: NDArray[np.intp]) -> slice | None:
 
 
 def _reopen_cache(path: Path, digest: str, salvage: bool) -> FeatureCache:
-    """Reopen a pickled cache."""
     cache = FeatureCache(path, salvage=salvage)
     if cache._manifest_digest != digest:
         raise CacheMismatchError(f"{path}: changed since this cache was pickled; open it again")
@@ -535,8 +533,8 @@ def _check_dtype(dtype: DTypeLike) -> None:
         raise ConfigError(f"dtype is {dtype!r}; features are floating-point numbers: float32, float16 or float64")
 
 
-def _status_name(code: int) -> str:
-    """The name of a status code; later versions of the format may add codes."""
+def _get_status_name(code: int) -> str:
+    """Get the name of a status code; later versions of the format may add codes."""
     return Status(code).word if code in _KNOWN_STATUSES else f"status-{code}"
 
 

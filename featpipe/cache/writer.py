@@ -30,10 +30,11 @@ from featpipe.cache.format import (
 )
 from featpipe.cache.hdf5 import create_hdf5
 from featpipe.cache.mmap import HUGE_PAGE_BYTES, PAGE_BYTES
-from featpipe.cache.open import format_error, open_cache
+from featpipe.cache.open import open_cache
 from featpipe.errors import CacheError, CacheFormatError
+from featpipe.runtime import format_error
 from featpipe.status import Status
-from featpipe.storage import compute_fingerprint, fsync_directory
+from featpipe.storage import compute_fingerprint, fsync_directory, make_temporary_path
 
 WRITE_BLOCK_BYTES = 32 * 2**20
 
@@ -71,18 +72,22 @@ def write_cache(
         cache is unchanged.
     """
     cache_writer = _CacheWriter(path, table, dict(shapes), dtype, gather)
-    old_shard_files = _find_existing_shards(path)
+    old_shard_files: set[Path] = set()
+    with suppress(OSError, CacheFormatError):  # an unreadable cache is replaced
+        old_shard_files = _list_shard_files(path)
     try:
         with _temporary_paths(path) as make_temporary_path:
             written_shards = [
                 cache_writer.write_shard(make_temporary_path(), start, stop)
-                for start, stop in cache_writer.shard_ranges(shard_bytes)
+                for start, stop in cache_writer.compute_shard_ranges(shard_bytes)
             ]
             temporary_path = make_temporary_path()
             with _create_durable(temporary_path) as file:
                 cache_writer.write_main(file, manifest, [shard for _, shard in written_shards])
             with _publish_shards(path, written_shards):
-                _raise_if_lost(open_cache(temporary_path, final_path=path).lost_shards)
+                lost_shards = open_cache(temporary_path, final_path=path).lost_shards
+                if lost_shards:
+                    raise CacheFormatError(f"its shard {lost_shards[0]} differs from what was written")
                 os.replace(temporary_path, path)
                 fsync_directory(path.parent)
     except CacheFormatError as error:
@@ -111,7 +116,7 @@ class _CacheWriter:
         itemsize = np.dtype(self.dtype).itemsize
         self.row_bytes = {output: itemsize * math.prod(shape) for output, shape in self.shapes.items()}
 
-    def shard_ranges(self, shard_bytes: int | None) -> list[tuple[int, int]]:
+    def compute_shard_ranges(self, shard_bytes: int | None) -> list[tuple[int, int]]:
         """Compute the range of rows (start, stop) of each shard; none if all rows go into one file.
 
         Each shard starts at a page boundary in the array of every output, so that consecutive shards can be mapped as
@@ -120,18 +125,16 @@ class _CacheWriter:
         total_row_bytes = sum(self.row_bytes.values())
         if shard_bytes is None or self.n * total_row_bytes <= shard_bytes:
             return []
-        row_alignment = self._aligned_row_count(HUGE_PAGE_BYTES)
+        row_alignment = self._compute_row_alignment(HUGE_PAGE_BYTES)
         if row_alignment * total_row_bytes > shard_bytes // 4:  # shard sizes would be too coarse
-            row_alignment = self._aligned_row_count(PAGE_BYTES)
+            row_alignment = self._compute_row_alignment(PAGE_BYTES)
         rows_per_shard = max(1, shard_bytes // total_row_bytes // row_alignment) * row_alignment
-        return (
-            [(start, min(self.n, start + rows_per_shard)) for start in range(0, self.n, rows_per_shard)]
-            if rows_per_shard < self.n
-            else []
-        )
+        if rows_per_shard >= self.n:
+            return []
+        return [(start, min(self.n, start + rows_per_shard)) for start in range(0, self.n, rows_per_shard)]
 
-    def _aligned_row_count(self, page_bytes: int) -> int:
-        """The smallest number of rows that fill whole pages in every output."""
+    def _compute_row_alignment(self, page_bytes: int) -> int:
+        """Compute the smallest number of rows that fill whole pages in every output."""
         return math.lcm(*(page_bytes // math.gcd(page_bytes, nbytes) for nbytes in self.row_bytes.values()))
 
     def iter_blocks(self, output: str, start: int, stop: int) -> Iterator[NDArray[np.floating]]:
@@ -236,7 +239,7 @@ def _temporary_paths(path: Path) -> Iterator[Callable[[], Path]]:
     paths: list[Path] = []
 
     def make_path() -> Path:
-        paths.append(folder / f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
+        paths.append(make_temporary_path(folder))
         return paths[-1]
 
     try:
@@ -275,28 +278,14 @@ def _publish_shards(path: Path, shards: Sequence[tuple[Path, Shard]]) -> Iterato
             fsync_directory(path.parent)
         yield
     except BaseException:
-        with suppress(
-            OSError, CacheFormatError
-        ):  # the error may follow the rename: keep the shards of the cache at path
+        # if the error came after the rename, the cache at ``path`` uses the new shards
+        with suppress(OSError, CacheFormatError):
             _remove_shards(path, new_files - _list_shard_files(path))
         raise
 
 
-def _raise_if_lost(lost_shards: Sequence[str]) -> None:
-    if lost_shards:
-        raise CacheFormatError(f"its shard {lost_shards[0]} differs from what was written")
-
-
-def _find_existing_shards(path: Path) -> set[Path]:
-    """Find the shards of the cache at ``path``, if it exists."""
-    try:
-        return _list_shard_files(path)
-    except (OSError, CacheFormatError):
-        return set()
-
-
 def _list_shard_files(path: Path) -> set[Path]:
-    """List the shards in the shard folder of ``path`` only: other folders may belong to other caches too."""
+    """List the shards of the cache at ``path`` that are in its own shard folder; other folders may have other users."""
     if not path.is_file():
         return set()
     folder = shards_directory(path)

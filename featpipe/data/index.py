@@ -194,15 +194,11 @@ def index(
         table = labels if isinstance(labels, LabelTable) else LabelTable(Path(labels))
         table_rows = read_table(table, require_labels=True)
         row_by_sample = match_table_rows(table.path, table_rows, unlabeled_index)
-        raw_labels, split = (
-            table_rows.raw_labels.take(row_by_sample),
-            bytes(table_rows.split[row] if row >= 0 else 0 for row in row_by_sample),
-        )
+        raw_labels = table_rows.raw_labels.take(row_by_sample)
+        split = bytes(table_rows.split[row] if row >= 0 else 0 for row in row_by_sample)
     else:
-        raw_labels, split = (
-            RawLabels.concatenate(group.raw_labels for group in groups),
-            b"".join(part.split for part in groups),
-        )
+        raw_labels = RawLabels.concatenate(group.raw_labels for group in groups)
+        split = b"".join(group.split for group in groups)
     return replace(unlabeled_index, labels=raw_labels.to_labels(), split=np.frombuffer(split, np.uint8))
 
 
@@ -225,7 +221,7 @@ def index_files(
     """
     if labels is not None and len(labels) != len(paths):
         raise ConfigError(f"{len(labels)} labels for {len(paths)} paths; give one for each, in the same order")
-    listing = list_files(_current_folder_source(), [Path(path).as_posix() for path in paths], limits, frozenset())
+    listing = list_files(_make_current_folder_source(), [Path(path).as_posix() for path in paths], limits, frozenset())
     unlabeled_index = _combine_listings([listing], limits, get_modality(modality))
     return unlabeled_index if labels is None else replace(unlabeled_index, labels=labels)
 
@@ -247,7 +243,7 @@ def _iter_groups(paths: Sequence[Path], limits: ArchiveLimits, modality: Modalit
             continue
         if kind == "sample":
             names = [path.as_posix() for path in group_paths]
-            listings = [list_files(_current_folder_source(), names, limits, modality.suffixes)]
+            listings = [list_files(_make_current_folder_source(), names, limits, modality.suffixes)]
         else:
             listings = [_list_archive(path, limits, modality.suffixes) for path in group_paths]
         n = sum(map(len, listings))
@@ -282,8 +278,8 @@ def _list_table(path: Path, limits: ArchiveLimits, modality: Modality) -> _Label
     return _LabeledGroup([listing], table_rows.raw_labels, table_rows.split)
 
 
-def _current_folder_source() -> ArchiveSource:
-    """The source of images that are passed as single paths."""
+def _make_current_folder_source() -> ArchiveSource:
+    """Make the source of images that are passed as single paths."""
     return ArchiveSource(Path(), "files", os.path.realpath("."))
 
 
@@ -316,9 +312,9 @@ def _list_archive(path: Path, limits: ArchiveLimits, suffixes: frozenset[str]) -
 def _no_samples_error(arguments: Sequence[PathLike], listings: Sequence[Listing], modality: Modality) -> ArchiveError:
     where = ", ".join(os.fspath(argument) for argument in arguments[:3]) or "no archive"
     ignored_counts = sum((listing.ignored for listing in listings), Counter[str]()).most_common(6)
-    found_text = ", ".join(f"{count} {ignored_kind}" for ignored_kind, count in ignored_counts) or "nothing at all"
+    ignored_text = ", ".join(f"{count} {ignored_kind}" for ignored_kind, count in ignored_counts) or "nothing at all"
     return ArchiveError(
-        f"{where}: no {modality.name}; found {found_text}; an {modality.name} is a file whose name ends in "
+        f"{where}: no {modality.name}; found {ignored_text}; an {modality.name} is a file whose name ends in "
         f"{', '.join(modality.decoded_suffixes)}"
     )
 
@@ -342,7 +338,7 @@ def _combine_listings(listings: Sequence[Listing], limits: ArchiveLimits, modali
     return Index(
         sources=sources,
         ids=id_column,
-        names=id_column if ids == names else _encode_names(names),  # usually equal; stored once then
+        names=id_column if ids == names else StringColumn.from_strings(names, "surrogateescape"),  # usually equal
         source=np.repeat(
             np.array([source_numbers[listing.source] for listing in listings], np.int32), list(map(len, listings))
         ),
@@ -362,17 +358,12 @@ def _concatenate_column(columns: Iterable[array[int]]) -> NDArray[np.int64]:
     return np.concatenate([np.frombuffer(column, np.int64) for column in columns])
 
 
-def _encode_names(names: Iterable[str]) -> StringColumn:
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(name) for name in encoded], out=offsets[1:])
-    return StringColumn(np.frombuffer(b"".join(encoded), np.uint8), offsets)
-
-
 def _make_id_prefixes(sources: Sequence[ArchiveSource]) -> dict[ArchiveSource, str]:
-    """The id prefix of each archive; empty if there is only one archive, and none for single images."""
+    """Make the id prefix of each archive; no prefix for a single archive or for single images."""
     source_parts = [
-        (source, Path(os.path.abspath(source.path)).parts) for source in sources if source != _current_folder_source()
+        (source, Path(os.path.abspath(source.path)).parts)
+        for source in sources
+        if source != _make_current_folder_source()
     ]
     duplicate_parts = next(
         (parts for parts, count in Counter(parts for _, parts in source_parts).items() if count > 1), None
@@ -407,11 +398,11 @@ def _make_ids_unique(ids: list[str]) -> list[str]:
 
 
 _FAULT_REASONS = {
-    Status.MISSING: "was not there when the archive was listed",
+    Status.MISSING: "did not exist when the archive was listed",
     Status.UNREADABLE: "cannot be read: encrypted, of an unknown compression, or without permission",
     Status.EMPTY: "empty: there are no bytes",
     Status.TOO_LARGE: "more bytes than the limit for one image",
-    Status.NOT_A_FILE: "a link, a device, a folder or a sparse file, expected a regular file",
+    Status.NOT_A_FILE: "a link, a device, a folder or a sparse file; expected a regular file",
 }
 
 
@@ -465,18 +456,15 @@ class SampleReader:
             if source.kind in ("folder", "files"):
                 path = os.path.join(os.fsencode(source.real_path), index.raw_name(row))
                 return read_file(path, index.limits.max_member_bytes)
-            return self._read_member(row)
+            size = int(index.size[row])
+            data = self._get_archive_reader(int(index.source[row])).read(int(index.offset[row]), size)
+            if len(data) != size:
+                raise SampleError(f"ends after {len(data)} of {size} bytes", status=Status.UNREADABLE)
+            return data
         except SampleError as error:
             raise self._make_sample_error(str(error), error.status, row) from error
         except MemoryError as error:
             raise self._make_sample_error("not enough memory to read it", Status.OUT_OF_MEMORY, row) from error
-
-    def _read_member(self, row: int) -> bytes:
-        index, size = self._index, int(self._index.size[row])
-        data = self._get_archive_reader(int(index.source[row])).read(int(index.offset[row]), size)
-        if len(data) != size:
-            raise SampleError(f"ends after {len(data)} of {size} bytes", status=Status.UNREADABLE)
-        return data
 
     def _make_sample_error(self, reason: str, status: Status, row: int) -> SampleError:
         archive = str(self._index.sources[self._index.source[row]].path)
@@ -495,7 +483,9 @@ class SampleReader:
         try:
             current_stat = os.stat(source.real_path)
         except OSError as error:
-            raise ArchiveError(f"{source.path}: cannot be opened: {error.strerror}") from error
+            raise ArchiveError(
+                f"{source.path}: cannot be opened: {error.strerror}; it existed when it was listed"
+            ) from error
         if (current_stat.st_size, current_stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
             raise ArchiveError(f"{source.path}: changed since it was listed; list it again")
         if source.kind == "zip":

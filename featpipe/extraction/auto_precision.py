@@ -64,7 +64,7 @@ def resolve_precision(
 def find_cached_choice(
     index: Index, backbone: Backbone | BackboneIdentity, settings: ExtractionConfig
 ) -> tuple[ExtractionConfig, PrecisionChoice] | None:
-    """The settings and the choice that the target cache records; None if it records none."""
+    """Find the settings and the choice that the target cache records; None if it records none."""
     for precision in PRECISIONS:
         candidate = replace(settings, precision=precision)
         facts = make_facts(backbone, candidate)
@@ -80,7 +80,7 @@ def find_cached_choice(
 
 
 def _load_probe_images(index: Index, backbone: Backbone) -> list[PreparedImage]:
-    """The first readable images of an archive."""
+    """Load the first readable images of an archive."""
     images: list[PreparedImage] = []
     loader = inference.Loader(
         index, np.arange(min(len(index), MAX_PROBE_ROWS)), backbone.transform.prepare, PROBE_IMAGES

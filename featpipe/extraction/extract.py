@@ -108,7 +108,7 @@ def extract_index(
     staging_area = make_staging_area(path, facts)
     make_writable_folder(path.parent, CacheError, "--cache or --out")
     if staging_area.is_locked():
-        logger.info(f"{path}: another extraction is writing this cache; waiting for it")
+        logger.info(f"{path}: another process is writing this cache; waiting for it")
     with staging_area.lock_for_writing():
         plan = ExtractionPlan.build(index, backbone, settings, path=path)
         plan.drop_damaged()

@@ -33,12 +33,12 @@ def load_backbone(settings: ExtractionConfig) -> Backbone:
 
 
 def find_modality(backbone: str | Backbone) -> str:
-    """The modality of a backbone; networks of the registry take images, so they are not loaded."""
+    """Find the modality of a backbone; networks of the registry take images, so they are not loaded."""
     return DEFAULT_MODALITY if isinstance(backbone, str) else backbone.modality
 
 
 def recall_backbone_identity(settings: ExtractionConfig) -> BackboneIdentity | None:
-    """The stored identity of the backbone, without importing torch; None if the backbone must be loaded.
+    """Read the stored identity of the backbone, without importing torch; None if the backbone must be loaded.
 
     If the process has already imported torch, the result is None: nothing would be saved, and torch may be configured
     to use other weights.
@@ -60,7 +60,7 @@ def load_and_remember_backbone(settings: ExtractionConfig) -> Backbone:
 
 
 def _make_backbone_request(settings: ExtractionConfig) -> BackboneRequest | None:
-    """The request that identifies the backbone; None if the identity depends on custom code."""
+    """Make the request that identifies the backbone; None if the identity depends on custom code."""
     if not isinstance(settings.backbone, str) or ":" in settings.backbone or settings.transform is not None:
         return None
     return BackboneRequest(settings.backbone, settings.weights, tuple(settings.outputs), settings.seed)

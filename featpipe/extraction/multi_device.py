@@ -20,39 +20,21 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featpipe import inference
-from featpipe.config import ExtractionConfig
-from featpipe.data import Index
 from featpipe.errors import CacheError, ConfigError, FeatpipeError
-from featpipe.extraction.worker import ExtractionWorker, WorkerMessage, create_engine
-from featpipe.storage import StagingArea
+from featpipe.extraction.worker import ExtractionTask, ExtractionWorker, WorkerMessage
 
 if TYPE_CHECKING:
     import torch
-
-    from featpipe.backbones import Backbone
 
 _Connection = Any  # typeshed declares another type for Pipe()
 _Process = subprocess.Popen[bytes]
 
 ROWS_PER_BLOCK = 256  # neighbouring rows go to one process, for nearly sequential reads
 SHUTDOWN_SECONDS = 30.0
-NOT_PICKLABLE = "cannot be sent to another process, as several devices need; use one device"
+NOT_PICKLABLE = "cannot be sent to another process, which is necessary for several devices; use one device"
 WORKER_CODE = "from featpipe.extraction.multi_device import run_worker_process; run_worker_process()"
-
-
-@dataclass(frozen=True)
-class _WorkerTask:
-    """The work of one process."""
-
-    index: Index
-    stamps: NDArray[np.uint8]
-    backbone: Backbone
-    config: ExtractionConfig
-    staging_area: StagingArea
-    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,33 +44,31 @@ class _WorkerFailure:
     error: FeatpipeError | str
 
 
-def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device], rows: NDArray[np.int64]) -> None:
-    """Embed rows on several devices.
+def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device]) -> None:
+    """Embed the rows of a task on several devices.
 
     Parameters
     ----------
     worker : ExtractionWorker
-        The work of each process; its callbacks run in this process.
+        Its task is divided among the processes; its callbacks run in this process.
     devices : sequence of torch.device
-    rows : ndarray of shape (m,), int64
 
     Raises
     ------
     CacheError
         If a process died. Committed parts are kept.
     """
+    task, rows = worker.task, worker.task.rows
     device_indices = np.arange(len(rows)) // ROWS_PER_BLOCK % len(devices)
     if len(rows) < ROWS_PER_BLOCK * len(devices):
-        device_indices = np.arange(len(rows)) % len(devices)
-    n_threads = worker.config.workers or max(1, inference.available_cores() // len(devices))
+        task, rows = worker.task, worker.task.rows
+    device_indices = np.arange(len(rows)) % len(devices)
+    n_threads = task.config.workers or max(1, inference.available_cores() // len(devices))
     tasks = [
-        _WorkerTask(
-            worker.index,
-            worker.stamps,
-            worker.backbone,
-            replace(worker.config, device=str(device), workers=n_threads, backbone=None, transform=None),
-            worker.staging_area,
-            rows[device_indices == device_index],
+        replace(
+            task,
+            config=replace(task.config, device=str(device), workers=n_threads, backbone=None, transform=None),
+            rows=rows[device_indices == device_index],
         )
         for device_index, device in enumerate(devices)
     ]
@@ -97,7 +77,7 @@ def embed_on_devices(worker: ExtractionWorker, devices: Sequence[torch.device], 
 
 
 @contextlib.contextmanager
-def _start_workers(tasks: Sequence[_WorkerTask]) -> Iterator[dict[_Connection, _Process]]:
+def _start_workers(tasks: Sequence[ExtractionTask]) -> Iterator[dict[_Connection, _Process]]:
     """Start one process per task; on exit all have committed their finished rows and ended."""
     processes: dict[_Connection, _Process] = {}
     try:
@@ -145,9 +125,7 @@ def _raise_if_failed(process: _Process) -> None:
     exit_code = process.returncode
     if exit_code:
         outcome = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
-        raise CacheError(
-            f"a process of this extraction {outcome}; what was finished is kept: run the same command again"
-        )
+        raise CacheError(f"a process of this extraction {outcome}; finished work is kept: run the same command again")
 
 
 def _stop_workers(processes: Mapping[_Connection, _Process]) -> None:
@@ -192,7 +170,8 @@ def run_worker_process() -> None:
         sys.path[:] = connection.recv()
         channel = _WorkerChannel(connection)
         try:
-            _run_task(_receive_task(connection), channel)
+            task = _receive_task(connection)
+            ExtractionWorker(task, channel.has_embedding, channel.send_message).run(task.create_engine())
         except (KeyboardInterrupt, BrokenPipeError, ConnectionError, EOFError):
             pass
         except FeatpipeError as error:
@@ -204,25 +183,12 @@ def run_worker_process() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # already ending
 
 
-def _receive_task(connection: _Connection) -> _WorkerTask:
+def _receive_task(connection: _Connection) -> ExtractionTask:
     try:
-        task: _WorkerTask = pickle.loads(connection.recv_bytes())  # noqa: S301  # sent by the parent process
+        task: ExtractionTask = pickle.loads(connection.recv_bytes())  # noqa: S301  # sent by the parent process
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"this network {NOT_PICKLABLE} ({error}); define it in a module of its own") from None
+        raise ConfigError(f"this network {NOT_PICKLABLE} ({error}); define it in an importable module") from None
     return task
-
-
-def _run_task(task: _WorkerTask, channel: _WorkerChannel) -> None:
-    worker = ExtractionWorker(
-        task.index,
-        task.stamps,
-        task.backbone,
-        task.config,
-        task.staging_area,
-        channel.has_embedding,
-        channel.send_message,
-    )
-    worker.run(lambda: create_engine(task.backbone, task.config, len(task.index)), task.rows)
 
 
 def _raise_interrupt(signal_number: int, frame: object) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def make_cache_path(
     index: Index, backbone: Backbone | BackboneIdentity, facts: Mapping[str, Any], settings: ExtractionConfig
 ) -> Path:
-    """The path of the cache: ``out``, or a name made from archive, backbone and facts."""
+    """Make the path of the cache: ``out``, or a name made from archive, backbone and facts."""
     if settings.out is not None:
         out = Path(settings.out)
         if out.suffix != ".h5":
@@ -41,14 +41,14 @@ def make_cache_path(
 
 
 def list_archive_paths(index: Index) -> list[str]:
-    """The absolute paths of the archives."""
+    """List the absolute paths of the archives."""
     return [os.path.abspath(source.path) for source in index.sources]
 
 
 def find_finished_cache(
     path: Path, facts: Mapping[str, Any], index: Index, settings: ExtractionConfig
 ) -> FeatureCache | None:
-    """The cache at ``path`` if it has the same archives and facts; None if there is no cache.
+    """Open the cache at ``path`` if it has the same archives and facts; None if there is no cache.
 
     Raises
     ------
@@ -62,11 +62,7 @@ def find_finished_cache(
     archive_paths = cache.manifest.get("archives")
     if not fact_differences and archive_paths == list_archive_paths(index):
         return cache
-    mismatch = (
-        "; ".join(fact_differences)
-        if fact_differences
-        else f"from {archive_paths}, asked for {list_archive_paths(index)}"
-    )
+    mismatch = "; ".join(fact_differences) or f"from {archive_paths}, asked for {list_archive_paths(index)}"
     raise CacheMismatchError(
         f"{path}: exists and differs from the request ({mismatch}); choose another --out, or pass --overwrite"
     )
@@ -80,7 +76,7 @@ def is_up_to_date(cache: FeatureCache, table: SampleTable, shapes: Mapping[str, 
 
 
 def find_compatible_caches(folder: Path, facts: Mapping[str, Any]) -> list[FeatureCache]:
-    """The caches of a folder with the same facts and at least the outputs of ``facts``."""
+    """Find the caches of a folder with the same facts and at least the outputs of ``facts``."""
     caches = []
     for path in sorted(folder.glob("*.h5")):
         try:

@@ -174,10 +174,11 @@ class ExtractionPlan:
             table = self.row_sources.to_table()
             if require_readable:
                 _raise_if_none_readable(table, self.index)
-            if self.existing_cache is not None and _differ_in_stamps_alone(self.existing_cache.table(), table):
+            old_table = None if self.existing_cache is None else self.existing_cache.table()
+            if old_table is not None and replace(old_table, stamps=table.stamps).same_as(table):  # only stamps differ
                 logger.info(
-                    f"{path}: images that had changed just before they were read last time are unchanged; writing "
-                    "their modification times, so that the next run need not read them"
+                    f"{path}: recently changed images had to be read again and are unchanged; writing their "
+                    "modification times, so that the next run need not read them"
                 )
             write_cache(
                 path,
@@ -194,12 +195,8 @@ class ExtractionPlan:
 
 
 def make_staging_area(path: Path, facts: dict[str, Any]) -> StagingArea:
-    """The staging area for the parts of an unfinished cache."""
+    """Make the staging area for the parts of an unfinished cache."""
     return StagingArea(parts_directory(path), compute_fingerprint(facts))
-
-
-def _differ_in_stamps_alone(old: SampleTable, new: SampleTable) -> bool:
-    return not old.same_as(new) and replace(old, stamps=new.stamps).same_as(new)
 
 
 def _raise_if_none_readable(table: SampleTable, index: Index) -> None:

@@ -95,6 +95,7 @@ class RowSources:
                 self.assign(np.array([row]), match[0], np.array([match[1]]))
 
     def to_table(self) -> SampleTable:
+        """Make the sample table of the cache."""
         index = self.index
         stamps = np.where((self.source_numbers >= 0)[:, None], self.stamps, 0).astype(np.uint8)
         return SampleTable(index.ids, self.status, self.digests, stamps, index.split, index.labels)

@@ -25,12 +25,12 @@ from featpipe.extraction.auto_precision import PrecisionChoice
 from featpipe.extraction.paths import list_archive_paths
 from featpipe.extraction.row_sources import RowSources, source_from_part
 from featpipe.extraction.worker import (
+    ExtractionTask,
     ExtractionWorker,
     PartCommitted,
     RowsRead,
     WorkerMessage,
     WorkerStarted,
-    create_engine,
 )
 from featpipe.runtime import Deadline, Progress, ProgressCallback
 from featpipe.status import Status
@@ -38,7 +38,6 @@ from featpipe.storage import StagingArea
 
 if TYPE_CHECKING:
     from featpipe.backbones import Backbone
-    from featpipe.inference import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -100,43 +99,30 @@ class ExtractionRun:
                 logger.info(f"{n - len(rows)} of {n} images are in a cache already")
             self._embed_rows(rows)
         if not self.n_embedded:
-            subject = f"all readable ones of {n} images" if self.row_sources.status.any() else f"all {n} images"
+            subject = f"all readable images of {n}" if self.row_sources.status.any() else f"all {n} images"
             logger.info(f"{subject} are in a cache already: no forward pass")
         self._raise_if_too_many_failures()
 
     def _embed_rows(self, rows: NDArray[np.int64]) -> None:
         self._start_time = perf_counter()
         self._n_total = len(rows)
-        backbone = self._require_network()
+        backbone = self.backbone
+        if isinstance(backbone, BackboneIdentity):
+            raise TypeError("rows must be embedded, but only the identity of the backbone is known")
         backbones.prove_frozen(backbone)
         devices = inference.resolve_devices(self.config.device)
-        worker = ExtractionWorker(
-            self.row_sources.index,
-            self.row_sources.stamps,
-            backbone,
-            self.config,
-            self.staging_area,
-            self.has_embedding,
-            self.handle_message,
+        task = ExtractionTask(
+            self.row_sources.index, self.row_sources.stamps, backbone, self.config, self.staging_area, rows
         )
+        worker = ExtractionWorker(task, self.has_embedding, self.handle_message)
         if len(devices) > 1:
-            multi_device.embed_on_devices(worker, devices, rows)
+            multi_device.embed_on_devices(worker, devices)
         else:
-            worker.run(self._make_engine, rows)
+            measured_engine = None if self.precision_choice is None else self.precision_choice.engine
+            worker.run(measured_engine or task.create_engine())
         self.row_sources.resolve_duplicates()
         self.seconds["total"] = perf_counter() - self._start_time
         self._report_timing()
-
-    def _make_engine(self) -> Engine:
-        """The engine that ``--precision auto`` measured, or a new one."""
-        if self.precision_choice is not None and self.precision_choice.engine is not None:
-            return self.precision_choice.engine
-        return create_engine(self._require_network(), self.config, len(self.row_sources.index))
-
-    def _require_network(self) -> Backbone:
-        if isinstance(self.backbone, BackboneIdentity):
-            raise TypeError("rows are unread, and the backbone is known by its identity alone")
-        return self.backbone
 
     def handle_message(self, message: WorkerMessage) -> None:
         """Update counts and row sources from a worker's message."""
@@ -173,23 +159,25 @@ class ExtractionRun:
             self.deadline.check()
 
     def _report_engine(self, message: WorkerStarted) -> None:
-        batches = f"batches of {message.batch_size}" if message.batch_size > 1 else "one at a time"
+        batches = f"batches of {message.batch_size}" if message.batch_size > 1 else "one image at a time"
         text = f"embedding on {message.device} in {self.config.precision} with {message.engine_name}, {batches}"
         if not message.has_work_estimate:
-            text += "; how much work an image is could not be counted: --batch says how many at a time"
+            text += "; the multiply-adds of this network cannot be counted: set the batch size with --batch"
         logger.info(text)
 
     @property
     def images_per_second(self) -> float | None:
-        """Throughput of the whole extraction, start-up of the engine excluded."""
+        """Throughput of the whole extraction, without the start-up of the engine."""
         seconds = self.seconds["total"] - self.seconds["preparing"]
         return round(self.n_embedded / seconds, 2) if seconds > 0 else None
 
     def _report_timing(self) -> None:
         if self.n_embedded:
             step_times = ", ".join(f"{name} {self.seconds[name]:.1f} s" for name in TIMED_STEPS[1:-1])
-            text = f"embedded {self.n_embedded} images, {self.images_per_second:,.1f} a second after "
-            logger.info(f"{text}{self.seconds['preparing']:.1f} s of preparing; of all workers: {step_times}")
+            logger.info(
+                f"embedded {self.n_embedded} images at {self.images_per_second:,.1f} images/s, after "
+                f"{self.seconds['preparing']:.1f} s of preparation; time of all workers: {step_times}"
+            )
 
     def has_embedding(self, digest: bytes) -> bool:
         """Whether an image with these bytes is embedded already, or is being embedded by another worker."""
@@ -214,7 +202,7 @@ class ExtractionRun:
         counts = self._count_failures()
         raise ArchiveError(
             f"{counts.total()} images have no features ({format_counts(counts)}), more than --max-bad "
-            f"{self.config.max_bad} allows; the finished work is kept: run again with a higher --max-bad to go on"
+            f"{self.config.max_bad} allows; finished work is kept: run again with a higher --max-bad to resume"
         )
 
     def report_failures(self) -> None:
@@ -222,9 +210,10 @@ class ExtractionRun:
         counts = self._count_failures()
         if counts:
             text = f"{counts.total()} of {len(self.row_sources.index)} images have no features: {format_counts(counts)}"
-            logger.warning(f"{text}; their rows stay, with the reason as status")
+            logger.warning(f"{text}; their rows have the reason as their status")
 
     def make_manifest(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the manifest of the cache, without the keys that the writer adds."""
         index, backbone = self.row_sources.index, self.backbone
         return {
             "facts": facts,
@@ -246,5 +235,5 @@ class ExtractionRun:
 
 
 def format_counts(counts: Counter[str]) -> str:
-    """``"3 missing, 1 truncated"``: the most frequent first."""
+    """Format counts in descending order, such as ``"3 missing, 1 damaged"``."""
     return ", ".join(f"{count} {word}" for word, count in counts.most_common())

@@ -87,21 +87,18 @@ class _PendingPart:
     n_bytes: int = 0
 
 
-@dataclass
-class ExtractionWorker:
-    """Reads, embeds and commits rows.
+@dataclass(frozen=True, eq=False)
+class ExtractionTask:
+    """The rows that one worker embeds; it can be pickled.
 
-    Parameters
+    Attributes
     ----------
     index : Index
     stamps : ndarray of shape (n, 16), uint8
     backbone : Backbone
     config : ExtractionConfig
     staging_area : StagingArea
-    has_embedding : callable
-        Returns whether an image with this digest is already embedded; called once per image, from several threads.
-    send_message : callable
-        Called with every :data:`WorkerMessage`, in order.
+    rows : ndarray of shape (m,), int64
     """
 
     index: Index
@@ -109,22 +106,50 @@ class ExtractionWorker:
     backbone: Backbone
     config: ExtractionConfig
     staging_area: StagingArea
+    rows: NDArray[np.int64]
+
+    def create_engine(self) -> Engine:
+        """Create the engine.
+
+        It is chosen for all images of the archive, not only for the remaining ones, so that a resumed run uses the same
+        engine.
+        """
+        device, config = inference.resolve_devices(self.config.device)[0], self.config
+        return inference.Engine(
+            self.backbone, device, config.precision, config.batch, kind=config.engine, images=len(self.index)
+        )
+
+
+@dataclass
+class ExtractionWorker:
+    """Reads, embeds and commits the rows of a task.
+
+    Parameters
+    ----------
+    task : ExtractionTask
+    has_embedding : callable
+        Returns whether an image with this digest is already embedded; called once per image, from several threads.
+    send_message : callable
+        Called with every :data:`WorkerMessage`, in order.
+    """
+
+    task: ExtractionTask
     has_embedding: Callable[[bytes], bool]
     send_message: Callable[[WorkerMessage], None]
     _pending: _PendingPart = field(default_factory=_PendingPart)
     _last_commit_time: float = 0.0
     _commit_seconds: float = 0.0
 
-    def run(self, make_engine: Callable[[], Engine], rows: NDArray[np.int64]) -> None:
-        """Embed some rows. When interrupted, commit the finished rows."""
-        engine = make_engine()
-        has_work_estimate = (
-            engine.multiply_adds is not None or self.config.batch is not None or engine.device.type != "cpu"
-        )
+    def run(self, engine: Engine) -> None:
+        """Embed the rows. When interrupted, commit the finished rows."""
+        task, config = self.task, self.task.config
+        has_work_estimate = engine.multiply_adds is not None or config.batch is not None or engine.device.type != "cpu"
         self.send_message(WorkerStarted(str(engine.device), engine.name, engine.batch, has_work_estimate))
         start_time = self._last_commit_time = perf_counter()
-        workers = self.config.workers or engine.workers
-        loader = inference.Loader(self.index, rows, engine.transform, engine.batch, self.has_embedding, engine.collate)
+        workers = config.workers or engine.workers
+        loader = inference.Loader(
+            task.index, task.rows, engine.transform, engine.batch, self.has_embedding, engine.collate
+        )
         busy_seconds = 0.0
         try:
             with (
@@ -142,9 +167,9 @@ class ExtractionWorker:
         self.send_message(WorkerFinished(self._commit_seconds, wait_seconds))
 
     def _collect(self, batch: DecodedBatch, features: Mapping[str, NDArray[np.float32]]) -> None:
-        pending = self._pending
+        pending, storage = self._pending, self.task.config.storage
         with np.errstate(over="ignore"):  # values too large for float16 become infinite; the row's status records it
-            stored_features = {name: value.astype(self.config.storage) for name, value in features.items()}
+            stored_features = {name: value.astype(storage) for name, value in features.items()}
         is_finite = np.ones(len(batch.positions), bool)
         for value in stored_features.values():
             is_finite &= np.isfinite(value.reshape(len(value), -1)).all(axis=1)
@@ -159,11 +184,11 @@ class ExtractionWorker:
                 pending.rows.append(row)
                 pending.digests.append(digest)
                 pending.status.append(int(status))
-                for name, shape in self.backbone.shapes.items():
+                for name, shape in self.task.backbone.shapes.items():
                     value = (
                         stored_features[name][feature_rows[position]]
                         if status == Status.OK
-                        else _make_nan_features(shape, self.config.storage)
+                        else np.full(shape, np.nan, storage)
                     )
                     pending.features.setdefault(name, []).append(value)
                     pending.n_bytes += value.nbytes
@@ -180,10 +205,10 @@ class ExtractionWorker:
             rows = np.array(pending.rows)
             digests = np.frombuffer(b"".join(pending.digests), np.uint8).reshape(-1, 32)
             features = {name: np.stack(values) for name, values in pending.features.items()}
-            part = self.staging_area.commit(
+            part = self.task.staging_area.commit(
                 {
                     "digest": digests,
-                    "stamp": self.stamps[rows],
+                    "stamp": self.task.stamps[rows],
                     "status": np.array(pending.status, np.uint8),
                     **{f"features/{name}": value for name, value in features.items()},
                 }
@@ -191,17 +216,3 @@ class ExtractionWorker:
             self.send_message(PartCommitted(part, rows, pending.digests))
         self._last_commit_time = perf_counter()
         self._commit_seconds += self._last_commit_time - start_time
-
-
-def create_engine(backbone: Backbone, config: ExtractionConfig, n_images: int) -> Engine:
-    """Create the engine for an extraction of an archive of ``n_images``.
-
-    ``n_images`` counts all images of the archive, not only the remaining ones, so that a resumed run uses the same
-    engine.
-    """
-    device = inference.resolve_devices(config.device)[0]
-    return inference.Engine(backbone, device, config.precision, config.batch, kind=config.engine, images=n_images)
-
-
-def _make_nan_features(shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    return np.full(shape, np.nan, dtype)

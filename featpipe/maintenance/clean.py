@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featpipe.cache import FeatureCache, parts_directory
+from featpipe.cache import FeatureCache, parts_directory, shards_directory
 from featpipe.errors import CacheError
 from featpipe.storage import PART_FILE_NAME, TEMPORARY_NAME, StagingArea
 
@@ -22,9 +22,7 @@ MIN_AGE_SECONDS = 3600  # a younger file may be a copy in progress, or belong to
 _PARTS_NAME = re.compile(r"\.(h5|csv|jsonl|parquet)\.parts$")  # parts of a cache or of a prediction file
 _SHARD_NAME = re.compile(r"[0-9a-f]{24}\.h5")
 _LOCK_NAME = re.compile(r"\.files-[0-9a-f]{8}\.lock")
-_FEATURE_MAPS_NAME = re.compile(
-    r"boundary-[0-9a-f]{16}\.h5"
-)  # the names that featpipe.finetuning.feature_map_cache gives
+_FEATURE_MAPS_NAME = re.compile(r"boundary-[0-9a-f]{16}\.h5")  # as named by featpipe.finetuning.feature_map_cache
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def remove_abandoned(abandoned: Iterable[AbandonedFiles]) -> list[AbandonedFiles
     }
     removed = []
     for item in abandoned:
-        with suppress(OSError, CacheError):  # in use by now, or no permission: left out of the result
+        with suppress(OSError, CacheError):  # in use by now, or no permission: omitted from the result
             if removers[item.kind](item):
                 removed.append(item)
     return removed
@@ -126,7 +124,7 @@ def _find_parts(folder: Path) -> Iterator[AbandonedFiles]:
             output_path = path.with_name(path.name.removesuffix(".parts"))
             rows = staging_area.count_recorded_rows()
             yield AbandonedFiles(
-                "parts", path, files, _total_bytes(files), _age_seconds([path, *files]), rows, output_path.is_file()
+                "parts", path, files, _sum_bytes(files), _compute_age([path, *files]), rows, output_path.is_file()
             )
 
 
@@ -143,25 +141,23 @@ def _remove_parts(item: AbandonedFiles) -> bool:
 
 def _find_feature_maps(folder: Path) -> Iterator[AbandonedFiles]:
     for path in sorted(folder.iterdir()):
-        if (
-            _FEATURE_MAPS_NAME.fullmatch(path.name)
-            and _is_old_file(path)
-            and not _staging_area_for_cache(path).is_locked()
-        ):
-            with suppress(CacheError):  # a file that does not open as a cache is left alone
+        if not _FEATURE_MAPS_NAME.fullmatch(path.name) or not _is_old_file(path):
+            continue
+        if not _make_staging_area(path).is_locked():
+            with suppress(CacheError):  # a file that does not open as a cache is kept
                 cache = FeatureCache(path, salvage=True)
                 files = (path, *cache.shard_files)
-                yield AbandonedFiles("maps", path, files, _total_bytes(files), _age_seconds([path]), len(cache))
+                yield AbandonedFiles("maps", path, files, _sum_bytes(files), _compute_age([path]), len(cache))
 
 
 def _remove_feature_maps(item: AbandonedFiles) -> bool:
     """Remove cached feature maps. A process that has the files open can still read them."""
-    staging_area = _staging_area_for_cache(item.path)
+    staging_area = _make_staging_area(item.path)
     if staging_area.is_locked() or not _is_old_file(item.path):
         return False
     with staging_area.lock_for_writing():
         item.path.unlink()
-        shards = item.path.with_name(item.path.name + ".shards")
+        shards = shards_directory(item.path)
         # a copy of the cache may still reference its shards
         for file in {*item.files} & {*_find_orphaned_shards(item.path.parent, shards)}:
             file.unlink()
@@ -176,7 +172,7 @@ def _find_shards(folder: Path) -> Iterator[AbandonedFiles]:
     orphans = _find_orphaned_shards(folder)
     for path in sorted({file.parent for file in orphans}):
         files = tuple(sorted(file for file in orphans if file.parent == path))
-        yield AbandonedFiles("shards", path, files, _total_bytes(files), _age_seconds(files))
+        yield AbandonedFiles("shards", path, files, _sum_bytes(files), _compute_age(files))
 
 
 def _find_orphaned_shards(folder: Path, locked_folder: Path | None = None) -> list[Path]:
@@ -189,7 +185,7 @@ def _find_orphaned_shards(folder: Path, locked_folder: Path | None = None) -> li
         file
         for path in folder.iterdir()
         if path.name.endswith(".h5.shards") and path.is_dir() and not path.is_symlink()
-        if path == locked_folder or not _staging_area_for_shards(path).is_locked()
+        if path == locked_folder or not _make_staging_area(path).is_locked()
         for file in path.iterdir()
         if _SHARD_NAME.fullmatch(file.name) and _is_old_file(file)
     ]
@@ -212,16 +208,13 @@ def _is_hdf5(path: Path) -> bool:
         return True  # unreadable: assume that it is
 
 
-def _staging_area_for_shards(shards: Path) -> StagingArea:
-    return _staging_area_for_cache(shards.with_name(shards.name.removesuffix(".shards")))
-
-
-def _staging_area_for_cache(cache: Path) -> StagingArea:
-    return StagingArea(parts_directory(cache), "")
+def _make_staging_area(path: Path) -> StagingArea:
+    """Make the staging area of a cache, given its path or that of its shard folder."""
+    return StagingArea(parts_directory(path.with_name(path.name.removesuffix(".shards"))), "")
 
 
 def _remove_shards(item: AbandonedFiles) -> bool:
-    staging_area = _staging_area_for_shards(item.path)
+    staging_area = _make_staging_area(item.path)
     if staging_area.is_locked():
         return False
     # the lock excludes writers of this cache, so search again under it
@@ -240,7 +233,7 @@ def _remove_shards(item: AbandonedFiles) -> bool:
 def _find_temporary_files(folder: Path) -> Iterator[AbandonedFiles]:
     for path in sorted(folder.iterdir()):
         if TEMPORARY_NAME.fullmatch(path.name) and _is_old_file(path) and not _is_alive(int(path.name.split(".")[1])):
-            yield AbandonedFiles("temporary", path, (path,), _total_bytes([path]), _age_seconds([path]))
+            yield AbandonedFiles("temporary", path, (path,), _sum_bytes([path]), _compute_age([path]))
 
 
 def _remove_file(item: AbandonedFiles) -> bool:
@@ -253,7 +246,7 @@ def _find_locks(folder: Path) -> Iterator[AbandonedFiles]:
         if _LOCK_NAME.fullmatch(path.name) and _is_old_file(path):
             with suppress(OSError):
                 os.close(_acquire_lock(path))
-                yield AbandonedFiles("lock", path, (path,), _total_bytes([path]), _age_seconds([path]))
+                yield AbandonedFiles("lock", path, (path,), _sum_bytes([path]), _compute_age([path]))
 
 
 def _remove_lock(item: AbandonedFiles) -> bool:
@@ -280,10 +273,8 @@ def _is_old_file(path: Path) -> bool:
     """Whether a path is a regular file that was created and last written long enough ago."""
     with suppress(OSError):
         file_stat = path.lstat()
-        return (
-            stat.S_ISREG(file_stat.st_mode)
-            and time.time() - max(file_stat.st_mtime, file_stat.st_ctime) > MIN_AGE_SECONDS
-        )
+        age_seconds = time.time() - max(file_stat.st_mtime, file_stat.st_ctime)
+        return stat.S_ISREG(file_stat.st_mode) and age_seconds > MIN_AGE_SECONDS
     return False
 
 
@@ -293,16 +284,16 @@ def _is_alive(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass  # the process of another user
     return True
 
 
-def _total_bytes(files: Iterable[Path]) -> int:
+def _sum_bytes(files: Iterable[Path]) -> int:
     return sum(file_stat.st_size for file_stat in _iter_stats(files))
 
 
-def _age_seconds(files: Iterable[Path]) -> float:
-    """Seconds since the most recent write to any of the files."""
+def _compute_age(files: Iterable[Path]) -> float:
+    """Compute the seconds since the most recent write to any of the files."""
     return max(0.0, time.time() - max((file_stat.st_mtime for file_stat in _iter_stats(files)), default=0.0))
 
 

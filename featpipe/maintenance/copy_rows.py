@@ -15,7 +15,7 @@ from featpipe.cache import FeatureCache, SampleTable, parts_directory
 from featpipe.errors import CacheError, CacheMismatchError, ConfigError
 from featpipe.runtime import Progress, ProgressCallback
 from featpipe.status import Status
-from featpipe.storage import StagingArea
+from featpipe.storage import StagingArea, make_writable_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RowCopier:
         source_indices, source_rows = self._source_indices[start:stop], self._source_rows[start:stop]
         for source_index in np.unique(source_indices):
             cache, rows = self._caches[source_index], np.flatnonzero(source_indices == source_index)
-            if not _intact_rows(cache, source_rows[rows], output).all():
+            if not _find_intact_rows(cache, source_rows[rows], output).all():
                 raise _make_damage_error(cache)
             values[rows] = cache.features(output)[source_rows[rows]]
         self._n_copied += stop - start
@@ -69,8 +69,8 @@ class RowCopier:
         return values
 
 
-def _intact_rows(cache: FeatureCache, rows: NDArray[np.integer], output: str) -> NDArray[np.bool_]:
-    """Which rows match their checksums. Without checksums, rows that are not ok must at least be NaN."""
+def _find_intact_rows(cache: FeatureCache, rows: NDArray[np.integer], output: str) -> NDArray[np.bool_]:
+    """Find which rows match their checksums; in any case, rows that are not ok must be NaN."""
     is_intact = cache.whole_rows(rows, output)
     bad_rows = np.flatnonzero(cache.status_codes[rows] != Status.OK)
     features = cache.features(output)[rows[bad_rows]]
@@ -83,7 +83,7 @@ def _make_damage_error(cache: FeatureCache) -> CacheError:
     damaged_blocks: list[NDArray[np.intp]] = []
     for start in range(0, len(cache), CHECK_BLOCK_ROWS):
         rows = np.arange(start, min(len(cache), start + CHECK_BLOCK_ROWS))
-        is_intact = np.all([_intact_rows(cache, rows, output) for output in cache.outputs], axis=0)
+        is_intact = np.all([_find_intact_rows(cache, rows, output) for output in cache.outputs], axis=0)
         damaged_blocks.append(rows[~is_intact])
     damaged_rows = np.concatenate(damaged_blocks)
     names = ", ".join(cache.ids[int(row)] for row in damaged_rows[:MAX_LISTED_IDS])
@@ -98,10 +98,10 @@ def check_columns(cache: FeatureCache) -> None:
     """Verify ids, labels and digests, which are small, before the first row is copied."""
     damaged_columns = cache.damaged_columns()
     if damaged_columns:
+        verb = "is" if len(damaged_columns) == 1 else "are"
         raise CacheError(
-            f"{cache.path}: {', '.join(damaged_columns)} "
-            f"{'is' if len(damaged_columns) == 1 else 'are'} damaged; "
-            "nothing was changed: see `featpipe verify`, or extract again"
+            f"{cache.path}: {', '.join(damaged_columns)} {verb} damaged; nothing was changed: "
+            "run `featpipe verify`, or extract again"
         )
 
 
@@ -110,10 +110,7 @@ def prepare_output_path(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.suffix != ".h5":
         raise ConfigError(f"--out {path}: a cache is an HDF5 file; give it a name that ends in .h5")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"{path.parent}: cannot be created ({error.strerror}); choose another --out") from None
+    make_writable_folder(path.parent, CacheError, "--out")
     return path
 
 
@@ -122,7 +119,7 @@ def lock_for_writing(path: Path, fingerprint: str) -> Iterator[None]:
     """Hold the writer's lock of a cache, as an extraction does. The parts of an unfinished extraction stay."""
     staging_area = StagingArea(parts_directory(path), fingerprint)
     if staging_area.is_locked():
-        logger.info(f"{path}: another process writes this cache; waiting for it")
+        logger.info(f"{path}: another process is writing this cache; waiting for it")
     with staging_area.lock_for_writing():
         yield
         if not any(staging_area.directory.glob("*.record")):

@@ -91,11 +91,9 @@ def _diff_samples(cache: FeatureCache, index: Index) -> SampleDiff:
     is_unchanged = source_indices >= 0
     cache_row_by_id = {sample_id: row for row, sample_id in enumerate(cache.ids)}
     cache_rows = np.array([cache_row_by_id.get(sample_id, -1) for sample_id in index.ids], np.int64)
-    is_same_fault = (index.fault != Status.OK) & (cache_rows >= 0)
-    is_same_fault &= (
-        cache.status_codes[cache_rows] == index.fault
-    )  # a failed image has no stamp; its status is unchanged
-    is_unchanged |= is_same_fault
+    # an image with a fault has no stamp; it is unchanged if its status is
+    has_fault = (index.fault != Status.OK) & (cache_rows >= 0)
+    is_unchanged |= has_fault & (cache.status_codes[cache_rows] == index.fault)
     is_present = np.zeros(len(cache), bool)
     is_present[source_row[source_indices >= 0]] = True
     is_present[cache_rows[cache_rows >= 0]] = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -92,7 +91,7 @@ def merge(
             logger.info(f"{path}: up to date, with the same rows")
         else:
             copier = RowCopier(sources, merged_rows.source_indices, merged_rows.source_rows, progress)
-            facts, manifest = first_source.facts, _manifest(sources)
+            facts, manifest = first_source.facts, _make_manifest(sources)
             write_cache(path, table, manifest, first_source.shapes, facts["storage"], copier.gather, shard_bytes)
     return FeatureCache(path)
 
@@ -113,7 +112,7 @@ def _check_compatible(caches: Sequence[FeatureCache]) -> None:
         if cache.task != labeled[0].task:
             raise CacheMismatchError(
                 f"{cache.path}: its labels are {cache.task}, those of {labeled[0].path} {labeled[0].task}; "
-                "extract both with labels of one kind"
+                "extract both with labels of the same task"
             )
         if cache.task == "regression" and cache.classes != labeled[0].classes:
             raise CacheMismatchError(
@@ -122,7 +121,7 @@ def _check_compatible(caches: Sequence[FeatureCache]) -> None:
             )
 
 
-def _manifest(caches: Sequence[FeatureCache]) -> dict[str, Any]:
+def _make_manifest(caches: Sequence[FeatureCache]) -> dict[str, Any]:
     first = caches[0].manifest
     archive_paths = [archive_path for cache in caches for archive_path in cache.manifest.get("archives") or []]
     return {
@@ -138,25 +137,19 @@ def _manifest(caches: Sequence[FeatureCache]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _ConcatenatedColumns:
-    """The concatenated columns of several caches."""
-
-    status: NDArray[np.uint8]
-    digests: NDArray[np.uint8]
-    stamps: NDArray[np.uint8]
-    split: NDArray[np.uint8]
-    labels: Labels
-
-    @classmethod
-    def from_caches(cls, caches: Sequence[FeatureCache]) -> _ConcatenatedColumns:
-        return cls(
-            np.concatenate([cache.status_codes for cache in caches]),
-            np.concatenate([cache.digests for cache in caches]),
-            np.concatenate([cache.stamps for cache in caches]),
-            np.concatenate([cache.split for cache in caches]),
-            _merge_labels([cache.label_table for cache in caches]),
-        )
+def _concatenate_tables(caches: Sequence[FeatureCache]) -> SampleTable:
+    n_id_bytes = np.cumsum([0, *(cache.ids.offsets[-1] for cache in caches)])
+    id_offsets = [cache.ids.offsets[1:] + start for cache, start in zip(caches, n_id_bytes[:-1], strict=True)]
+    return SampleTable(
+        StringColumn(
+            np.concatenate([cache.ids.data for cache in caches]), np.concatenate([np.zeros(1, np.int64), *id_offsets])
+        ),
+        np.concatenate([cache.status_codes for cache in caches]),
+        np.concatenate([cache.digests for cache in caches]),
+        np.concatenate([cache.stamps for cache in caches]),
+        np.concatenate([cache.split for cache in caches]),
+        _merge_labels([cache.label_table for cache in caches]),
+    )
 
 
 class _MergedRows:
@@ -169,58 +162,49 @@ class _MergedRows:
     """
 
     def __init__(self, caches: Sequence[FeatureCache]) -> None:
-        self._caches = caches
-        self._row_starts = np.cumsum([0, *map(len, caches)])
-        n_rows = int(self._row_starts[-1])
-        self._columns = _ConcatenatedColumns.from_caches(caches)
-        self._is_labeled = self._columns.labels.known
+        self._n_caches = len(caches)
+        self._table = _concatenate_tables(caches)
+        n_rows = len(self._table.ids)
+        self._is_labeled = self._table.labels.known
         self._is_kept = np.ones(n_rows, bool)
         self._feature_rows, self._label_rows, self._split_rows = np.arange(n_rows), np.arange(n_rows), np.arange(n_rows)
         self._new_names: dict[int, str] = {}
         self._resolve_duplicates()
-        feature_rows = self._feature_rows[self._is_kept]
-        self.source_indices = np.searchsorted(self._row_starts, feature_rows, "right") - 1
-        self.source_rows = feature_rows - self._row_starts[self.source_indices]
+        feature_rows, row_starts = self._feature_rows[self._is_kept], np.cumsum([0, *map(len, caches)])
+        self.source_indices = np.searchsorted(row_starts, feature_rows, "right") - 1
+        self.source_rows = feature_rows - row_starts[self.source_indices]
 
     def table(self) -> SampleTable:
-        columns, is_kept = self._columns, self._is_kept
-        feature_rows = self._feature_rows[is_kept]
+        table, is_kept = self._table, self._is_kept
+        feature_rows, ids = self._feature_rows[is_kept], table.ids
+        if self._new_names or not is_kept.all():
+            ids = StringColumn.from_strings(
+                self._new_names.get(row, sample_id)
+                for row, (sample_id, kept) in enumerate(zip(ids, is_kept.tolist(), strict=True))
+                if kept
+            )
         return SampleTable(
-            self._ids(),
-            columns.status[feature_rows],
-            columns.digests[is_kept],
-            columns.stamps[feature_rows],
-            columns.split[self._split_rows[is_kept]],
-            columns.labels.take(self._label_rows[is_kept]),
+            ids,
+            table.status[feature_rows],
+            table.digests[is_kept],
+            table.stamps[feature_rows],
+            table.split[self._split_rows[is_kept]],
+            table.labels.take(self._label_rows[is_kept]),
         )
 
     def describe(self) -> str:
         n_duplicates = int(np.count_nonzero(~self._is_kept))
-        text = f"{np.count_nonzero(self._is_kept):,} rows of {len(self._caches)} cache{'s' * (len(self._caches) != 1)}"
-        text += f"; {n_duplicates:,} that several of them hold stand once" if n_duplicates else ""
-        return text + (f"; {len(self._new_names):,} ids that name other images got a #2" if self._new_names else "")
-
-    def _ids(self) -> StringColumn:
-        if self._is_kept.all() and not self._new_names:
-            data_offsets = np.cumsum([0, *(cache.ids.offsets[-1] for cache in self._caches)])
-            offset_blocks = [
-                cache.ids.offsets[1:] + data_offset
-                for cache, data_offset in zip(self._caches, data_offsets, strict=False)
-            ]
-            offsets = np.concatenate([np.zeros(1, np.int64), *offset_blocks])
-            return StringColumn(np.concatenate([cache.ids.data for cache in self._caches]), offsets)
-        all_ids = (sample_id for cache in self._caches for sample_id in cache.ids)
-        is_kept = self._is_kept.tolist()
-        return StringColumn.from_strings(
-            self._new_names.get(row, sample_id) for row, sample_id in enumerate(all_ids) if is_kept[row]
+        text = f"{np.count_nonzero(self._is_kept):,} rows of {self._n_caches} cache{'s' * (self._n_caches != 1)}"
+        text += f"; {n_duplicates:,} duplicate rows were merged" if n_duplicates else ""
+        return text + (
+            f"; {len(self._new_names):,} ids of different images got a number such as #2" if self._new_names else ""
         )
 
     def _resolve_duplicates(self) -> None:
         """Merge the rows of the same sample, and rename different samples that share an id."""
         rows_by_id: dict[str, list[int]] = {}
         for row in self._find_repeated_ids():
-            cache_index = int(np.searchsorted(self._row_starts, row, "right")) - 1
-            sample_id = self._caches[cache_index].ids[row - int(self._row_starts[cache_index])]
+            sample_id = self._table.ids[row]
             group = rows_by_id.setdefault(sample_id, [])
             duplicate = next((candidate for candidate in group if self._is_same_sample(candidate, row)), None)
             if duplicate is None:
@@ -228,7 +212,7 @@ class _MergedRows:
             else:
                 self._merge_row(duplicate, row, sample_id)
         renamed_rows = [(row, sample_id) for sample_id, group in rows_by_id.items() for row in group[1:]]
-        used_names = {sample_id for cache in self._caches for sample_id in cache.ids} if renamed_rows else set()
+        used_names = set(self._table.ids) if renamed_rows else set()
         for row, sample_id in renamed_rows:
             suffix = 2
             while f"{sample_id}#{suffix}" in used_names:
@@ -238,7 +222,7 @@ class _MergedRows:
 
     def _find_repeated_ids(self) -> list[int]:
         """Find rows whose ids may be repeated, in ascending order. Comparing hashes avoids a set of all ids."""
-        hashes = np.concatenate([np.fromiter(map(hash, cache.ids), np.int64, len(cache)) for cache in self._caches])
+        hashes = np.fromiter(map(hash, self._table.ids), np.int64, len(self._table.ids))
         order = np.argsort(hashes, kind="stable")
         is_repeated = hashes[order][1:] == hashes[order][:-1]
         is_candidate = np.zeros(len(hashes), bool)
@@ -246,18 +230,18 @@ class _MergedRows:
         return np.flatnonzero(is_candidate).tolist()
 
     def _is_same_sample(self, first: int, row: int) -> bool:
-        if not np.array_equal(self._columns.digests[first], self._columns.digests[row]):
+        if not np.array_equal(self._table.digests[first], self._table.digests[row]):
             return False
         label_row = self._label_rows[first]
         if not (self._is_labeled[label_row] and self._is_labeled[row]):
             return True
-        values = self._columns.labels.values
+        values = self._table.labels.values
         return np.array_equal(values[label_row], values[row])
 
     def _merge_row(self, first: int, row: int, sample_id: str) -> None:
         """Merge a duplicate row: features, label and split come from the later cache where the first has none."""
         self._is_kept[row] = False
-        status, split = self._columns.status, self._columns.split
+        status, split = self._table.status, self._table.split
         if status[self._feature_rows[first]] != Status.OK and status[row] == Status.OK:
             self._feature_rows[first] = row
         if not self._is_labeled[self._label_rows[first]]:
@@ -267,8 +251,8 @@ class _MergedRows:
             self._split_rows[first] = row
         elif row_split not in (0, first_split):
             raise CacheMismatchError(
-                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} in one cache and "
-                f"{SPLIT_NAMES[row_split]} of another; extract both with one table that says which"
+                f"{sample_id}: is in split {SPLIT_NAMES[first_split]} in one cache and {SPLIT_NAMES[row_split]} in "
+                "another; extract both with the same table of splits"
             )
 
 

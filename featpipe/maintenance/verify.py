@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -146,9 +146,10 @@ def verify(
     if sample < 0:
         raise ConfigError(f"sample is {sample}; it must be at least 0")
     feature_cache = FeatureCache(cache, salvage=True)
-    verification = Verification(
-        str(feature_cache.path), len(feature_cache), feature_cache.has_checks, _compute_tolerance(feature_cache.facts)
-    )
+    facts = feature_cache.facts
+    tolerance = TOLERANCES.get(facts["precision"], max(TOLERANCES.values()))
+    tolerance += FLOAT16_STORAGE_TOLERANCE if facts["storage"] == "float16" else 0.0
+    verification = Verification(str(feature_cache.path), len(feature_cache), feature_cache.has_checks, tolerance)
     verification.columns = feature_cache.damaged_columns()
     verification.shards = list(feature_cache.lost_shards)
     is_intact = _find_intact_rows(feature_cache, progress)
@@ -236,13 +237,8 @@ def repair(
     return repaired
 
 
-def _compute_tolerance(facts: Mapping[str, Any]) -> float:
-    storage_tolerance = FLOAT16_STORAGE_TOLERANCE if facts["storage"] == "float16" else 0.0
-    return TOLERANCES.get(facts["precision"], max(TOLERANCES.values())) + storage_tolerance
-
-
 def _find_intact_rows(cache: FeatureCache, progress: ProgressCallback) -> NDArray[np.bool_]:
-    """Which rows match their checksums in all outputs, shape (n,)."""
+    """Find which rows match their checksums in all outputs, shape (n,)."""
     n = len(cache)
     is_intact = np.ones(n, bool)
     for start in range(0, n, CHECK_BLOCK_ROWS):
@@ -261,16 +257,10 @@ def _index_archives(cache: FeatureCache, archives: Sequence[str | os.PathLike[st
     archive_paths = [os.fspath(archive_path) for archive_path in archives] or list(cache.manifest.get("archives", ()))
     archive_kinds = cache.manifest.get("archive_kinds", ())
     if not archive_paths:
-        raise ArchiveError(f"{cache.path}: does not record where its images are; pass their archives with --archive")
-    if (
-        not archives
-        and set(archive_kinds) == {"files"}
-        and all(os.path.isdir(archive_path) for archive_path in archive_paths)
-    ):
-        file_index = data.index_files(
-            [os.path.join(archive_paths[0], name) for name in cache.ids], modality=cache.modality
-        )
-        return replace(file_index, ids=cache.ids)
+        raise ArchiveError(f"{cache.path}: does not record its archives; pass them with --archive")
+    if not archives and set(archive_kinds) == {"files"} and all(map(os.path.isdir, archive_paths)):
+        paths = [os.path.join(archive_paths[0], name) for name in cache.ids]
+        return replace(data.index_files(paths, modality=cache.modality), ids=cache.ids)
     return data.index(archive_paths, modality=cache.modality)
 
 
@@ -291,14 +281,13 @@ def _match_index_rows(index: Index, cache: FeatureCache, rows: NDArray[np.int64]
 
 
 def _load_backbone(cache: FeatureCache, custom_backbone: Any) -> Any:
-    """Load the backbone of a cache."""
     from featpipe import backbones
 
     backbone_spec = cache.manifest.get("backbone", {})
     if "augmentation" in cache.facts["backbone"].get("transform", {}):
         raise ConfigError(
-            f"{cache.path}: contains randomly augmented images for fine-tuning; only its checksums can be "
-            "verified; leave --sample and --repair out, or remove it: fine-tuning computes it again"
+            f"{cache.path}: contains feature maps of randomly augmented images; only its checksums can be verified: "
+            "omit --sample and --repair, or remove the file, which fine-tuning computes again"
         )
     return backbones.reload_backbone(custom_backbone, backbone_spec, cache.facts["backbone"], context=str(cache.path))
 
@@ -324,7 +313,9 @@ def _compare_embeddings(
         block_rows, distances = np.array(list(image_bytes), np.int64), np.zeros(len(image_bytes))
         for output in cache.outputs if image_bytes else ():
             recomputed, _ = embed_sample_list(SampleList(list(image_bytes.values()), cache.modality), engine, output)
-            distances = np.maximum(distances, _relative_distance(cache.features(output)[block_rows], recomputed))
+            distances = np.maximum(
+                distances, _compute_relative_distance(cache.features(output)[block_rows], recomputed)
+            )
         for row, row_distance in zip(block_rows.tolist(), distances.tolist(), strict=True):
             verification.farthest = max(verification.farthest or 0.0, row_distance)
             if not row_distance <= verification.tolerance:
@@ -346,8 +337,8 @@ def _read_unchanged_images(cache: FeatureCache, rows: NDArray[np.int64], index: 
     return image_bytes
 
 
-def _relative_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Distance between two embeddings of each row, relative to the larger norm; infinite if one is missing."""
+def _compute_relative_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Compute the distance of two embeddings for each row, relative to the larger norm; infinite if one is NaN."""
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (first, second))
     norms = np.maximum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
     with np.errstate(invalid="ignore"):

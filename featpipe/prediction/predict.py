@@ -1,10 +1,10 @@
 """Models + archives → a file of predictions, or standard output.
 
-An unfinished prediction stores embeddings, as parts beside the target file: the forward pass is the expensive step,
-heads process tens of thousands of embeddings a second. So another head, another number of classes or another file
-format resumes from the same parts and is never mixed with earlier predictions, and what protects an extraction from
-kills, full disks and power cuts protects this too. Until the file is complete the parts take about 5 kB an image; the
-image itself has about 100 kB.
+An unfinished prediction stores embeddings as parts beside the target file, because the forward pass is the expensive
+step: heads process tens of thousands of embeddings per second. A prediction with another head, another number of
+classes or another file format therefore resumes from the same parts and is never mixed with earlier predictions. The
+parts are as safe from kills, full disks and power cuts as those of an extraction. They take about 5 kB per image until
+the file is complete; an image has about 100 kB.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _PredictionJob:
             return self._write_predictions(rows)
 
     def _predict_to_file(self, path: Path) -> StatusCounts:
-        """Make the file, unless it is up to date."""
+        """Write the file, unless it is up to date."""
         request = PredictionRequest(self.models, self.index, self.config, path)
         finished_counts = self._find_finished_counts(request, path)
         if finished_counts is not None:
@@ -145,7 +145,7 @@ class _PredictionJob:
         return self._predict_via_staging(request, path)
 
     def _predict_via_staging(self, request: PredictionRequest, path: Path) -> StatusCounts:
-        """Make the file from parts beside it, and remove these."""
+        """Write the file from parts beside it, and remove the parts."""
         extraction_config, backbone = self._extraction_config, self.models[0].backbone
         staging_area = StagingArea(parts_directory(path), compute_fingerprint(make_facts(backbone, extraction_config)))
         had_to_wait = staging_area.is_locked()
@@ -166,8 +166,12 @@ class _PredictionJob:
         return self.config.extraction_config(self.models[0])
 
     def _embed_to_cache(self) -> IndexEmbeddings:
-        """The embeddings, by way of a cache."""
-        cache = self._reuse_embeddings()
+        """Embed the images into a cache, or reuse it."""
+        cache: FeatureCache | None = None
+        identity = self.models[0].backbone_identity
+        if identity is not None:  # the network need not be loaded if no image is new
+            config = self.config.extraction_config(self.models[0], identity.name)
+            cache = reuse_embeddings(self.index, identity, config, self.progress, require_readable=False)
         if cache is None:
             cache = extract_index(
                 self.index,
@@ -181,16 +185,8 @@ class _PredictionJob:
             cache.status_codes, cache.digests, lambda output, start, stop: cache.features(output)[start:stop]
         )
 
-    def _reuse_embeddings(self) -> FeatureCache | None:
-        """The cache, by the model's record of its backbone; None if the network must be loaded."""
-        identity = self.models[0].backbone_identity
-        if identity is None:
-            return None
-        settings = self.config.extraction_config(self.models[0], identity.name)
-        return reuse_embeddings(self.index, identity, settings, self.progress, require_readable=False)
-
     def _find_finished_counts(self, request: PredictionRequest, path: Path) -> StatusCounts | None:
-        """The counts of a file that is up to date; None if it must be made."""
+        """Read the counts of a file that is up to date; None if it must be written."""
         receipt = request.find_current_receipt(path, self.progress)
         if receipt is None:
             return None
@@ -241,7 +237,7 @@ class _PredictionJob:
         if max_bad_count is not None and n_bad > max_bad_count:
             raise ArchiveError(
                 f"{self.path}: {n_bad} images have no prediction, more than --max-bad {self.config.max_bad} allows; "
-                "repair them, or run again with a higher --max-bad"
+                "repair the images, or run again with a higher --max-bad"
             )
 
     def _report_failures(self, counts: Mapping[str, int]) -> None:
@@ -253,7 +249,7 @@ class _PredictionJob:
 
 
 def _check_writable(path: Path) -> None:
-    """Check before the work, without a file that a kill would leave behind; missing folders are made."""
+    """Check the path before the work without creating a file; missing folders are created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -273,7 +269,7 @@ def _remove_stale_parts(path: Path) -> None:
 
 
 def _check_same_embeddings(first: Model, other: Model, model_number: int) -> None:
-    """Refuse a model that needs another forward pass than the first one."""
+    """Refuse a model that needs other embeddings than the first one."""
     name = other.path or f"model {model_number}"
     if other.output != first.output:
         raise ConfigError(
@@ -298,4 +294,6 @@ def _check_stdout_options(model: Model, config: PredictConfig) -> None:
     unsupported = [name.replace("_", "-") for name, value in restricted_options.items() if value is not None]
     unsupported += ["several devices"] if "," in model.device else []
     if unsupported:
-        raise ConfigError(f"{unsupported[0]} requires --out or --cache: standard output keeps no finished work")
+        raise ConfigError(
+            f"{unsupported[0]} requires --out or --cache, because standard output stores no finished work"
+        )

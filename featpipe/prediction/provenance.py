@@ -1,8 +1,8 @@
-"""The receipt of a finished file of predictions: a small hidden file beside it, by which finished work is reused.
+"""The receipt of a finished prediction file: a small hidden file beside it, which allows reusing the predictions.
 
-Names and paths decide nothing. A file of predictions is current if the models, the options, the ids and every image's
-bytes are the same, and the file has the bytes that were written. Unchanged images are recognised by size and
-modification time; where these differ, the bytes are read. Without a receipt, images are predicted again.
+Names and paths do not matter. A prediction file is current if the models, the options, the ids and the bytes of every
+image are the same, and the file has the bytes that were written. Unchanged images are recognised by size and
+modification time; if these differ, the bytes are read. Without a receipt, images are predicted again.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ class PredictionReceipt:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether another attempt would give the same: an image with a transient status may be readable now."""
+        """Whether another run would give the same file; an image with a transient status may be readable now."""
         return not any(status.word in self.status for status in Status if status.transient)
 
 
 class PredictionRequest:
     """A request for predictions, and the digests that identify it.
 
-    Create it as soon as the images are listed, because it compares their times with the clock, and before a head is
-    loaded: a receipt that names the bytes of the heads' files is current without the import of scikit-learn.
+    Create it right after the images are listed, because it compares their times with the clock, and before a head is
+    loaded: if a receipt has the digests of the head files, it can be checked without importing scikit-learn.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class PredictionRequest:
     index : Index
     config : PredictConfig
     path : Path
-        Its suffix decides the file format.
+        Its suffix determines the file format.
     """
 
     def __init__(self, models: Sequence[Model], index: Index, config: PredictConfig, path: Path) -> None:
@@ -118,12 +118,12 @@ class PredictionRequest:
         return self._compute_digest([joblib.hash(model.head) for model in self._models])
 
     def _compute_digest(self, head_digests: Sequence[str | None]) -> str:
-        """Digest of the models and the options."""
+        """Compute the digest of the models and the options."""
         identity = {
             "format": RECEIPT_FORMAT,
             "featpipe": version("featpipe"),
             "models": [
-                {"head": head_digest, **_model_identity(model)}
+                {"head": head_digest, **_make_model_identity(model)}
                 for model, head_digest in zip(self._models, head_digests, strict=True)
             ],
             "columns": [asdict(columns) for columns in make_columns(self._models, self._config.sets)],
@@ -156,9 +156,9 @@ class PredictionRequest:
         _dump_receipt(path, receipt)
 
     def find_current_receipt(self, path: Path, progress: ProgressCallback) -> PredictionReceipt | None:
-        """The receipt of a file that is what would be written; None if it must be made.
+        """Find the receipt of a file that is up to date; None if the file must be written.
 
-        Images are read where their stamps differ, and the receipt is then updated.
+        Images whose stamps differ are read, and the receipt is then updated.
         """
         recorded = read_receipt(path)
         if recorded is None or not recorded.is_deterministic or recorded.ids != self._ids:
@@ -172,15 +172,15 @@ class PredictionRequest:
             return None
         updated = replace(recorded, stamps=self._stamps, unread=self._unread_digest or recorded.unread)
         if updated != recorded:
-            with suppress(OSError):  # only speed depends on it
+            with suppress(OSError):  # the update only saves time
                 _dump_receipt(path, updated)
         return updated
 
 
 def read_receipt(path: Path) -> PredictionReceipt | None:
-    """The receipt of a file, if the file has the bytes that were written; else None."""
+    """Read the receipt of a file; None unless the file has the bytes that were written."""
     try:
-        with open(receipt_path(path), "rb") as file:
+        with open(make_receipt_path(path), "rb") as file:
             document = json.loads(file.read(MAX_RECEIPT_BYTES))
         fields = PredictionReceipt.__dataclass_fields__.keys()
         receipt = PredictionReceipt(**{name: document[name] for name in fields if name in document})
@@ -188,17 +188,17 @@ def read_receipt(path: Path) -> PredictionReceipt | None:
         if document["format"] == RECEIPT_FORMAT and output.describes(path):
             return receipt
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass  # missing or damaged: the predictions are made again
+        pass  # missing or damaged: predict again
     return None
 
 
-def receipt_path(path: Path) -> Path:
-    """Hidden, so that globs and readers of whole folders skip it."""
+def make_receipt_path(path: Path) -> Path:
+    """Make the path of the receipt; it is hidden, so that globs and readers of whole folders skip it."""
     return path.with_name(f".{path.name}.made.json")
 
 
 def _dump_receipt(path: Path, receipt: PredictionReceipt) -> None:
-    with atomic_write(receipt_path(path), text=True, folder=find_parts_directory(path)) as file:
+    with atomic_write(make_receipt_path(path), text=True, folder=find_parts_directory(path)) as file:
         json.dump({"format": RECEIPT_FORMAT, **asdict(receipt)}, file, indent=1)
 
 
@@ -207,7 +207,7 @@ def _hash_image_digests(image_digests: NDArray[np.uint8]) -> str:
 
 
 def _hash_images(index: Index, progress: ProgressCallback) -> NDArray[np.uint8]:
-    """The digest of each image's bytes, shape (n, 32); zero where they cannot be read."""
+    """Compute the digest of each image's bytes, shape (n, 32); zero if they cannot be read."""
     digests = np.zeros((len(index), 32), np.uint8)
     with index.open() as reader:
         for row in range(len(index)):
@@ -217,8 +217,8 @@ def _hash_images(index: Index, progress: ProgressCallback) -> NDArray[np.uint8]:
     return digests
 
 
-def _model_identity(model: Model) -> dict[str, Any]:
-    """Everything but the head that decides a model's prediction for an embedding, and which embeddings it takes."""
+def _make_model_identity(model: Model) -> dict[str, Any]:
+    """Collect everything but the head that determines a model's predictions and its embeddings."""
     calibration = model.calibration
     return {
         "task": model.task,

@@ -40,7 +40,7 @@ def stream(
     index : Index
     progress : callable
     **options
-        ``top``, ``sets`` and ``workers`` of :class:`PredictConfig`. The others concern stored work.
+        ``top``, ``sets`` and ``workers`` of :class:`PredictConfig`. Its other fields concern stored work.
     """
     check_names("setting", options, StreamOptions.__annotations__)
     with closing(stream_all([model], index, PredictConfig.from_settings(options), progress)) as rows:
@@ -76,7 +76,7 @@ def stream_all(
 
 
 def _mark_not_finite(batch: DecodedBatch, X: NDArray[np.float32] | None) -> tuple[list[int], NDArray[np.float32]]:
-    """The status code of each row of a batch, and the finite embeddings."""
+    """Return the status code of each row of a batch, and the finite embeddings."""
     status = [int(code) for code in batch.status]
     if X is None:
         return status, np.zeros((0, 0), np.float32)

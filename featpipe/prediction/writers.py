@@ -49,14 +49,14 @@ class PredictionColumns:
 
     @property
     def names(self) -> list[str]:
-        columns = ["label", "probability", "top"] if self.targets is None else self._target_columns()
-        set_column = ["set"] if self.sets and self.targets is None else []
-        return [self.prefix + name for name in (*columns, *set_column, *(["novelty"] if self.novelty else []))]
-
-    def _target_columns(self) -> list[str]:
-        assert self.targets is not None
-        interval_columns = [f"{end}_{name}" for name in self.targets for end in ("low", "high")] if self.sets else []
-        return [*(f"predicted_{name}" for name in self.targets), *interval_columns]
+        """The names of the columns, with the prefix."""
+        if self.targets is None:
+            names, set_names = ["label", "probability", "top"], ["set"]
+        else:
+            names = [f"predicted_{name}" for name in self.targets]
+            set_names = [f"{end}_{name}" for name in self.targets for end in ("low", "high")]
+        names += [*(set_names if self.sets else []), *(["novelty"] if self.novelty else [])]
+        return [self.prefix + name for name in names]
 
     def values(self, prediction: Prediction) -> list[Any]:
         """The values of one sample, in the order of ``names``."""
@@ -94,7 +94,7 @@ def make_columns(models: Sequence[Model], sets: float | None) -> tuple[Predictio
     )
 
 
-def _column_names(columns: Sequence[PredictionColumns]) -> list[str]:
+def _list_column_names(columns: Sequence[PredictionColumns]) -> list[str]:
     return [*LEADING_COLUMNS, *(name for model_columns in columns for name in model_columns.names)]
 
 
@@ -105,7 +105,9 @@ def _to_record(predictions: Sequence[Prediction], columns: Sequence[PredictionCo
         for prediction, model_columns in zip(predictions, columns, strict=True)
         for value in model_columns.values(prediction)
     )
-    return dict(zip(_column_names(columns), (predictions[0].id, predictions[0].status, *model_values), strict=True))
+    return dict(
+        zip(_list_column_names(columns), (predictions[0].id, predictions[0].status, *model_values), strict=True)
+    )
 
 
 @contextmanager
@@ -148,19 +150,17 @@ class _LineFeedWriter:
 @contextmanager
 def _open_csv(path: Path | None, columns: Sequence[PredictionColumns]) -> Iterator[RowWriter]:
     with _open_atomic(path) as file:
-        writer = csv.DictWriter(_LineFeedWriter(file), _column_names(columns))
+        writer = csv.DictWriter(_LineFeedWriter(file), _list_column_names(columns))
         writer.writeheader()
 
         def write(predictions: Sequence[Prediction]) -> None:
             record = _to_record(predictions, columns)
-            writer.writerow({name: _to_csv_cell(value) for name, value in record.items()})
+            for name, value in record.items():
+                if isinstance(value, (dict, list)):
+                    record[name] = json.dumps(value, ensure_ascii=False)
+            writer.writerow(record)
 
         yield write
-
-
-def _to_csv_cell(value: Any) -> Any:
-    """Encode lists and dicts as JSON."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Deadline:
             unit = "" if str(self.limit)[-1].isalpha() else " seconds"
             raise TimeLimitError(
                 f"the time limit of {self.limit}{unit} has passed; finished work is kept: run the same command "
-                "again to go on"
+                "again to resume"
             )
 
 

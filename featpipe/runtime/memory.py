@@ -74,10 +74,10 @@ def available_bytes(root: str | os.PathLike[str] = "/") -> int:
         available = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(0, min([available, *_cgroup_free_bytes(root_path)]))
+    return max(0, min([available, *_iter_cgroup_free_bytes(root_path)]))
 
 
-def _cgroup_free_bytes(root_path: Path) -> Iterator[int]:
+def _iter_cgroup_free_bytes(root_path: Path) -> Iterator[int]:
     """Yield the free bytes of each control group of this process, of cgroup version 1 or 2."""
     try:
         lines = (root_path / "proc/self/cgroup").read_text().splitlines()
@@ -95,10 +95,10 @@ def _cgroup_free_bytes(root_path: Path) -> Iterator[int]:
         for group in (process_group, *process_group.parents):
             if not group.is_relative_to(hierarchy):
                 break
-            yield from _group_free_bytes(group, *file_names)
+            yield from _iter_group_free_bytes(group, *file_names)
 
 
-def _group_free_bytes(group: Path, limit: str, used: str) -> Iterator[int]:
+def _iter_group_free_bytes(group: Path, limit: str, used: str) -> Iterator[int]:
     """Yield the free bytes of one group if it has a limit. Reclaimable file pages count as free."""
     try:
         limit_text, used_bytes = (group / limit).read_text(), int((group / used).read_text())

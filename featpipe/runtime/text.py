@@ -1,4 +1,4 @@
-"""Text formatting: sizes, durations, aligned tables, printable names."""
+"""Text formatting: sizes, durations, aligned tables, errors, printable names."""
 
 from __future__ import annotations
 
@@ -65,8 +65,13 @@ def format_duration(seconds: float) -> str:
     return f"{whole_seconds // 3600} h" if whole_seconds < 2 * 86400 else f"{whole_seconds // 86400:,} days"
 
 
+def format_error(error: BaseException) -> str:
+    """Format the message of an error on one line of at most 200 characters; the type if there is no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def printable(text: str) -> str:
-    """Replace control characters and join lines: names from archives are not trusted."""
+    """Replace control characters and join lines; use it for names from archives, which are not trusted."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped,unused-ignore]
 
 MIN_PARALLEL_MULTIPLICATIONS = 1e7
+MIN_MULTITHREADED_MULTIPLICATIONS = 2e9
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,7 +41,7 @@ class BlasThreadPool:
         self._exit_stack = ExitStack()
 
     def __enter__(self) -> Self:
-        blas = _threadpool_controller().select(user_api="blas")
+        blas = _get_threadpool_controller().select(user_api="blas")
         if self.multiplications >= MIN_PARALLEL_MULTIPLICATIONS:
             self.n_threads = max([library.num_threads for library in blas.lib_controllers], default=1)
         self._exit_stack.enter_context(blas.limit(limits=1))
@@ -75,8 +76,8 @@ def map_in_parallel(function: Callable[[Item], Result], items: Sequence[Item]) -
     """Return ``function(item)`` for each item, in order.
 
     Items run concurrently, one per thread. The remainder, fewer items than threads, runs one by one with all BLAS
-    threads. Use this for work whose single passes are too small to keep several threads busy, and short enough to wait
-    for when another item fails.
+    threads. Use this for items that are too small to keep several threads busy and short enough to be
+    waited for if another item fails.
     """
     with BlasThreadPool(MIN_PARALLEL_MULTIPLICATIONS) as pool:
         parallel_count = len(items) - len(items) % pool.n_threads if pool.n_threads > 1 else 0
@@ -123,15 +124,13 @@ def _pop_result(tasks: deque[_PendingCall[Item, Result]]) -> Result:
 
 
 @cache
-def _threadpool_controller() -> Any:
-    """Cached, because the search for the loaded libraries takes milliseconds."""
+def _get_threadpool_controller() -> Any:
+    """Find the loaded BLAS libraries; cached, because the search takes milliseconds."""
     return ThreadpoolController()
 
 
-MIN_MULTITHREADED_MULTIPLICATIONS = 2e9
-
-_lock = Lock()
-_saved_thread_counts: list[int] = []  # one entry for each open context
+_torch_threads_lock = Lock()
+_saved_thread_counts: list[int] = []  # one entry for each open context of limit_torch_threads
 
 
 @contextmanager
@@ -150,14 +149,14 @@ def limit_torch_threads(multiplications: float) -> Iterator[None]:
     """
     import torch
 
-    with _lock:
+    with _torch_threads_lock:
         _saved_thread_counts.append(_saved_thread_counts[0] if _saved_thread_counts else torch.get_num_threads())
         if multiplications < MIN_MULTITHREADED_MULTIPLICATIONS and torch.get_num_threads() > 1:
             torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _lock:
+        with _torch_threads_lock:
             saved_thread_count = _saved_thread_counts.pop()
             if not _saved_thread_counts and torch.get_num_threads() != saved_thread_count:
                 torch.set_num_threads(saved_thread_count)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from featpipe.storage.atomic import atomic_write, check_writable, fsync_directory, make_writable_folder
+from featpipe.storage.atomic import (
+    TEMPORARY_NAME,
+    atomic_write,
+    check_writable,
+    fsync_directory,
+    make_temporary_path,
+    make_writable_folder,
+)
 from featpipe.storage.bundle import (
     HEAD_MEMBER,
     REPLAY_MEMORY_MEMBER,
@@ -15,7 +22,7 @@ from featpipe.storage.bundle import (
 )
 from featpipe.storage.hashing import compute_fingerprint, describe_differences, digest, digest_arrays
 from featpipe.storage.provenance import RACY_NANOSECONDS, Receipt, RecordStore, hash_file
-from featpipe.storage.staging import PART_FILE_NAME, TEMPORARY_NAME, Part, StagingArea, lock_file
+from featpipe.storage.staging import PART_FILE_NAME, Part, StagingArea, lock_file
 from featpipe.storage.string_column import StringColumn
 
 __all__ = [
@@ -44,5 +51,6 @@ __all__ = [
     "hash_file",
     "is_model_file",
     "lock_file",
+    "make_temporary_path",
     "make_writable_folder",
 ]

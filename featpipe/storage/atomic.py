@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from featpipe.errors import FeatpipeError
+
+TEMPORARY_NAME = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # process id, then a random number
 
 
 @contextlib.contextmanager
@@ -28,7 +31,7 @@ def atomic_write(path: Path, *, text: bool = False, folder: Path | None = None) 
         Folder of the temporary file, on the same file system as ``path``; the folder of ``path`` by default. If the
         process is killed, the temporary file stays there, so choose a folder that is cleaned up later.
     """
-    temporary = (folder or path.parent) / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
+    temporary = make_temporary_path(folder or path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "x", encoding="utf-8", newline="") if text else open(temporary, "xb") as file:
@@ -42,6 +45,11 @@ def atomic_write(path: Path, *, text: bool = False, folder: Path | None = None) 
             temporary.unlink(missing_ok=True)
 
 
+def make_temporary_path(folder: Path) -> Path:
+    """Make the path of a new temporary file; the name matches :data:`TEMPORARY_NAME`."""
+    return folder / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
+
+
 def check_writable(path: Path) -> None:
     """Check that a file can be written at a path, before long work starts. Missing folders are created.
 
@@ -51,7 +59,7 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{os.getpid()}.{os.urandom(6).hex()}.tmp")
+    temporary = make_temporary_path(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.touch(exist_ok=False)
     temporary.unlink()

@@ -82,7 +82,7 @@ class RecordStore:
         self.folder = folder
 
     def find(self, name: str, inputs: Any, file: Path | None = None) -> dict[str, Any] | None:
-        """The result recorded under a name, if its inputs are equal and its file is unchanged."""
+        """Find the result recorded under a name; None if its inputs differ or its file has changed."""
         try:
             record = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
             receipt = Receipt(record["made_from"], output_sha256=record["sha256"])
@@ -107,7 +107,7 @@ class RecordStore:
 
 
 def _to_json_value(value: Any) -> Any:
-    """The value after a round trip through JSON; other types become text."""
+    """Convert a value by a round trip through JSON; other types become text."""
     return json.loads(json.dumps(value, default=repr))
 
 

@@ -31,12 +31,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from featpipe.errors import CacheError
-from featpipe.storage.atomic import fsync_directory
-from featpipe.storage.hashing import compute_fingerprint as compute_fingerprint
+from featpipe.storage.atomic import TEMPORARY_NAME, fsync_directory, make_temporary_path
+from featpipe.storage.hashing import compute_fingerprint
 
 MAX_RECORD_BYTES = 64 * 1024
-
-TEMPORARY_NAME = re.compile(r"\.[0-9]+\.[0-9a-f]{12}\.tmp")  # process id, then a random number
 PART_FILE_NAME = re.compile(rf"{TEMPORARY_NAME.pattern}|[0-9a-f]{{24}}\.(part|record)|lock")
 _LINK_UNSUPPORTED_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _PART_COLUMNS = {"digest": ("U8", (32,)), "stamp": ("U8", (16,)), "status": ("U8", ())}
@@ -72,7 +70,8 @@ class Part:
                 return np.asarray(file.get_tensor(name))
         except (OSError, safetensors.SafetensorError) as error:
             raise CacheError(
-                f"{self.path}: {name} can no longer be read ({error}); run the same command again"
+                f"{self.path}: {name} can no longer be read ({error}); run the same command again, which embeds its "
+                "images again"
             ) from None
 
 
@@ -111,9 +110,8 @@ class StagingArea:
                 yield
                 return
             except BaseException:
-                if (
-                    not any(self.directory.glob("*.record")) and not self.repair_folder.exists()
-                ):  # nothing to resume from
+                has_work = any(self.directory.glob("*.record")) or self.repair_folder.exists()
+                if not has_work:
                     self.remove()
                 raise
             finally:
@@ -237,16 +235,14 @@ class StagingArea:
             with open(part_path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != record_fields["sha256"]:
                     return None
-            return (
-                Part(part_path, int(record_fields["rows"]))
-                if _has_valid_layout(part_path, record_fields["rows"])
-                else None
-            )
+            if not _has_valid_layout(part_path, record_fields["rows"]):
+                return None
+            return Part(part_path, int(record_fields["rows"]))
         except _DAMAGED_PART_ERRORS:
             return None  # a torn or foreign file is ignored; its images are embedded again
 
     def _publish(self, data: bytes, path: Path, move_into_place: Callable[[Path, Path], None]) -> None:
-        temporary = self.directory / f".{os.getpid()}.{os.urandom(6).hex()}.tmp"
+        temporary = make_temporary_path(self.directory)
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
@@ -326,7 +322,7 @@ def _has_valid_layout(path: Path, n_rows: int) -> bool:
 
 
 def _link_or_replace(temporary: Path, path: Path) -> None:
-    """Publish a record under a free name. An existing record of this name is of the same part, or damaged."""
+    """Publish a record. An existing record with this name belongs to the same part, or is damaged."""
     try:
         os.link(temporary, path)
     except FileExistsError:

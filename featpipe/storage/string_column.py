@@ -28,9 +28,9 @@ class StringColumn(Sequence[str]):
         self.offsets = offsets
 
     @classmethod
-    def from_strings(cls, texts: Iterable[str]) -> StringColumn:
-        """Build a column. Lone surrogates (undecodable file names) become backslash escapes."""
-        encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
+    def from_strings(cls, texts: Iterable[str], errors: str = "backslashreplace") -> StringColumn:
+        """Build a column. By default lone surrogates (undecodable file names) become backslash escapes."""
+        encoded = [text.encode("utf-8", errors) for text in texts]
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(text) for text in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
@@ -78,4 +78,4 @@ class StringColumn(Sequence[str]):
 
     def __repr__(self) -> str:
         preview = ", ".join(repr(text) for text in self[:3])
-        return f"Strings([{preview}{', …' if len(self) > 3 else ''}], n={len(self)})"
+        return f"StringColumn([{preview}{', …' if len(self) > 3 else ''}], n={len(self)})"

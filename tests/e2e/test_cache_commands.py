@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
 
 from featpipe import FeatureCache
-from tests.support.images import jpeg
+from tests.support.images import jpeg, make_files_old
 from tests.support.interrupts import start_and_hold
 from tests.support.networks import CUSTOM_NETWORK_CODE
 
@@ -25,11 +24,7 @@ def custom_network(tmp_path):
 
 @pytest.fixture
 def photos(make_folder):
-    folder = make_folder()
-    an_hour_ago = time.time() - 3600
-    for path in folder.rglob("*.jpg"):
-        os.utime(path, (an_hour_ago, an_hour_ago))
-    return folder
+    return make_files_old(make_folder())
 
 
 def test_merging_the_caches_of_two_folders_equals_one_extraction_of_both(
@@ -113,7 +108,7 @@ def test_info_why_compares_a_cache_with_the_arguments_of_an_extract_command(comm
     output = command("info", "a.h5", "--why", *extraction).stdout
     assert output.startswith("a.h5 matches the request\n")
     assert "\n18  are in the cache, with unchanged path, size and time\n" in output
-    assert "Samples, order, labels and splits are the cache's custom_network." in output
+    assert "Samples, order, labels and splits are the cache's own." in output
     (photos / "ape" / "00.jpg").write_bytes(jpeg(99))
     (photos / "ape" / "new.jpg").write_bytes(jpeg(98))
     shutil.rmtree(photos / "cow")

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import tarfile
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +23,7 @@ from featpipe.inference import Engine
 from featpipe.runtime import Progress
 from featpipe.status import Status
 from featpipe.storage import staging
-from tests.support.images import jpeg
+from tests.support.images import jpeg, make_files_old
 from tests.support.logs import logged_warning
 from tests.support.networks import Tiny, tiny_transform
 
@@ -41,14 +40,6 @@ def embedding_counter(monkeypatch):
 @pytest.fixture
 def count_embedded(embedding_counter):
     return embedding_counter[0]
-
-
-def make_files_old(folder):
-    """Set the modification times of the files to one hour ago, so that their stamps are trusted."""
-    an_hour_ago = time.time() - 3600
-    for path in folder.rglob("*"):
-        os.utime(path, (an_hour_ago, an_hour_ago))
-    return folder
 
 
 def compute_embeddings(folder, ids):

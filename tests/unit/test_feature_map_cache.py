@@ -175,7 +175,7 @@ def test_info_and_verify_read_the_cache_of_a_view_and_repair_refuses_it(tmp_path
     assert "view         number 1 of the augmented views" in format_cache(cache_to_dict(path))
     assert verify(path).whole
     with pytest.raises(
-        ConfigError, match="contains randomly augmented images for fine-tuning; only its checksums can be verified"
+        ConfigError, match="contains feature maps of randomly augmented images; only its checksums can be verified"
     ):
         verify(path, sample=1, backbone=ladder)
 

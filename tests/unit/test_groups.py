@@ -129,7 +129,7 @@ def test_a_merged_cache_is_matched_by_id(tmp_path: Path) -> None:
 
 def test_a_name_that_matches_images_of_two_archives_is_refused(tmp_path: Path) -> None:
     cache = make_cache_stub("s0.tar/k.jpg", "s1.tar/k.jpg", archives=["/x/s0.tar", "/x/s1.tar"], kinds=["tar", "tar"])
-    assert "'k.jpg' fits several samples, 's0.tar/k.jpg' and 's1.tar/k.jpg'; write their ids" in get_error(
+    assert "'k.jpg' matches several samples, 's0.tar/k.jpg' and 's1.tar/k.jpg'; use their ids" in get_error(
         visits(tmp_path, ["k.jpg"], ["p"]), cache
     )
 

@@ -689,7 +689,7 @@ def test_a_table_name_that_matches_several_samples_is_an_error(tmp_path: Path) -
     for shard in "01":
         write_tar(tmp_path / f"s{shard}.tar", [("k.jpg", b"x")])
     path = write_table(tmp_path / "t.csv", "path,label\nk.jpg,a\n")
-    assert "fits several samples" in indexing_error(tmp_path / "s{0..1}.tar", labels=path)
+    assert "matches several samples" in indexing_error(tmp_path / "s{0..1}.tar", labels=path)
 
 
 def test_an_id_takes_precedence_over_an_equal_path(tmp_path: Path) -> None:

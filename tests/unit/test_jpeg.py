@@ -60,7 +60,7 @@ def torchvision_sizes(monkeypatch):
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     seed=st.integers(0, 2**32),
-    is_smooth=st.booleans(),
+    coarse=st.booleans(),
     quality=st.integers(1, 100),
     subsampling=st.integers(0, 2),
     progressive=st.booleans(),

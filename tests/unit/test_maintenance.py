@@ -28,7 +28,7 @@ from featpipe.maintenance.diff import diff_with_cache, diff_with_request
 from featpipe.runtime import Progress
 from featpipe.status import Status
 from featpipe.storage import StagingArea, StringColumn, lock_file
-from tests.support.images import jpeg
+from tests.support.images import jpeg, make_files_old
 
 clean_module = import_module("featpipe.maintenance.clean")
 
@@ -265,7 +265,7 @@ def test_merging_concatenates_rows_and_keeps_duplicates_once(tmp_path, shard_byt
     assert np.array_equal(merged.digests[:60], a.digests)
     assert np.array_equal(merged.stamps[60:], b.stamps[20:])
     assert merged.bad_rows() == {"damaged": 1}
-    assert log == ["100 rows of 2 caches; 20 that several of them hold stand once"]
+    assert log == ["100 rows of 2 caches; 20 duplicate rows were merged"]
     assert merged.manifest["archives"] == ["/data/a", "/data/b"]
     assert [source["samples"] for source in merged.manifest["merged_from"]] == [60, 60]
     assert all(merged.whole_rows(np.arange(100), output).all() for output in merged.outputs)
@@ -340,7 +340,7 @@ def test_a_missing_label_split_or_feature_is_taken_from_another_cache(tmp_path):
 def test_a_sample_in_two_splits_is_an_error(tmp_path):
     a = make_cache(tmp_path / "a.h5", {"p": "one"}, split=[1])
     b = make_cache(tmp_path / "b.h5", {"p": "one"}, split=[3])
-    with pytest.raises(CacheMismatchError, match="p: is in split train in one cache and test of another"):
+    with pytest.raises(CacheMismatchError, match="p: is in split train in one cache and test in another"):
         merge([a, b], tmp_path / "c.h5")
     assert list_names(tmp_path) == ["a.h5", "b.h5"]
 
@@ -538,15 +538,8 @@ def test_a_missing_folder_is_an_error_in_one_line(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- diff
-def make_files_old(folder):
-    an_hour_ago = time.time() - 3600
-    for path in folder.rglob("*"):
-        os.utime(path, (an_hour_ago, an_hour_ago))
-
-
 def test_images_are_compared_with_a_cache_without_reading_them(make_folder, tiny, tmp_path, monkeypatch):
-    folder = make_folder()
-    make_files_old(folder)
+    folder = make_files_old(make_folder())
     settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
     cache = extract_index(data.index(folder), tiny, settings)
     monkeypatch.setattr(data.SampleReader, "read", None)
@@ -598,8 +591,7 @@ def test_two_caches_are_compared_by_their_facts(tmp_path):
 
 
 def test_a_row_with_a_transient_status_counts_as_changed(make_folder, tiny, tmp_path):
-    folder = make_folder()
-    make_files_old(folder)
+    folder = make_files_old(make_folder())
     settings = ExtractionConfig(backbone=tiny, cache=tmp_path / "cache")
     cache = extract_index(data.index(folder), tiny, settings)
     status = cache.status_codes.copy()

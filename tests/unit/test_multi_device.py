@@ -62,7 +62,7 @@ class KillsWorkers(Tiny):
 def test_a_killed_process_is_an_error_with_advice(make_folder, tmp_path):
     folder = make_folder()
     backbone = backbones.load(KillsWorkers(os.getpid()), transform=tiny_transform)
-    with pytest.raises(CacheError, match="was killed by signal 9; what was finished is kept"):
+    with pytest.raises(CacheError, match="was killed by signal 9; finished work is kept"):
         extract(folder, backbone=backbone, cache=tmp_path, device="cpu,cpu")
     cache = extract(folder, backbone=backbone, cache=tmp_path, device="cpu")
     assert np.isfinite(cache.features()).all()

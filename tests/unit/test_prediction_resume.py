@@ -19,7 +19,7 @@ import torch
 from featpipe import FeatureCache, Model, backbones, clean, data, extract, load_model, predict, train
 from featpipe.errors import ArchiveError, ConfigError, TimeLimitError
 from featpipe.extraction import worker
-from featpipe.extraction.worker import ExtractionWorker, create_engine
+from featpipe.extraction.worker import ExtractionWorker
 from featpipe.inference import Engine
 from featpipe.prediction import StatusCounts, provenance, stream
 from featpipe.runtime import Deadline, Progress, parse_duration
@@ -249,9 +249,11 @@ def test_images_with_new_times_and_the_same_bytes_are_not_predicted_again(
 ) -> None:
     for path in photos.rglob("*.jpg"):
         os.utime(path, (OLD_SECONDS + 5, OLD_SECONDS + 5))
-    receipt_before = json.loads(provenance.receipt_path(tmp_path / "p.csv").read_text())
+    receipt_before = json.loads(provenance.make_receipt_path(tmp_path / "p.csv").read_text())
     assert predict_again() == 0
-    assert json.loads(provenance.receipt_path(tmp_path / "p.csv").read_text())["stamps"] != receipt_before["stamps"]
+    assert (
+        json.loads(provenance.make_receipt_path(tmp_path / "p.csv").read_text())["stamps"] != receipt_before["stamps"]
+    )
     assert predict_again(check_content=True) == 0
 
 
@@ -300,7 +302,7 @@ def test_an_edited_file_or_a_missing_or_damaged_receipt_is_written_again(
     predict_again: Callable[..., int], model: Model, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "p.csv"
-    file_bytes, receipt = out.read_bytes(), provenance.receipt_path(out)
+    file_bytes, receipt = out.read_bytes(), provenance.make_receipt_path(out)
     for damage in (
         lambda: out.write_bytes(file_bytes[:-9]),
         lambda: out.write_bytes(file_bytes.replace(b"ape", b"bee", 1)),
@@ -501,10 +503,10 @@ def test_predicting_on_several_devices_writes_one_file(
 ) -> None:
     used_devices: list[str] = []
 
-    def embed(worker: ExtractionWorker, devices: Any, read_rows: Any) -> None:
+    def embed(worker: ExtractionWorker, devices: Any) -> None:
         used_devices.extend(map(str, devices))
-        worker.config = replace(worker.config, device="cpu")
-        worker.run(lambda: create_engine(worker.backbone, worker.config, len(worker.index)), read_rows)
+        worker.task = replace(worker.task, config=replace(worker.task.config, device="cpu"))
+        worker.run(worker.task.create_engine())
 
     monkeypatch.setattr("featpipe.extraction.run.multi_device.embed_on_devices", embed)
     model.device = "cpu,cpu"

@@ -24,6 +24,7 @@ from featpipe.data import Labels
 from featpipe.errors import CacheError, CacheFormatError
 from featpipe.status import Status
 from featpipe.storage import StringColumn
+from tests.support.caches import make_facts
 
 MIN_SHARD_BYTES = 65536  # bytes of a shard: one page of the largest kind
 WIDE_SHAPES = {"pooled": (1024,)}
@@ -34,12 +35,6 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "odd widths": {"pooled": (40,), "tokens": (3, 8)},
     "an output without numbers": {"pooled": (1024,), "nothing": (0,)},
 }
-
-
-def make_facts(shapes: dict[str, tuple[int, ...]], storage: str) -> dict[str, object]:
-    outputs = {name: {"node": name, "pool": "none"} for name in shapes}
-    backbone = {"name": "net", "source": "user", "weights": "0" * 64, "transform": {}, "outputs": outputs}
-    return {"backbone": backbone, "precision": "fp32", "storage": storage, "extraction": 1}
 
 
 class Content:
@@ -67,7 +62,7 @@ class Content:
         return self.features[output][start:stop]
 
     def write(self, path: Path, shard_bytes: int | None = MIN_SHARD_BYTES) -> FeatureCache:
-        manifest = {"facts": make_facts(self.shapes, self.storage), "created": "today"}
+        manifest = {"facts": make_facts(self.storage, self.shapes), "created": "today"}
         write_cache(path, self.table, manifest, self.shapes, self.storage, self.gather, shard_bytes)
         return FeatureCache(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +16,7 @@ from featpipe.errors import ArchiveError, CacheError, CacheFormatError, ConfigEr
 from featpipe.maintenance import TOLERANCES, repair, verify
 from featpipe.status import Status
 from tests.support.caches import flip_bit
-from tests.support.images import jpeg
+from tests.support.images import jpeg, make_files_old
 from tests.support.networks import Tiny, tiny_transform
 
 
@@ -27,9 +26,7 @@ def cache(make_folder, tiny, tmp_path, log) -> FeatureCache:
     folder = make_folder()
     (folder / "ape" / "bad.jpg").write_bytes(b"\xff\xd8 no picture")
     shutil.copy(folder / "ape" / "00.jpg", folder / "ape" / "twin.jpg")
-    for path in folder.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))  # long ago, so that time and size are trusted
-    return featpipe.extract(folder, backbone=tiny, out=tmp_path / "cache" / "a.h5")
+    return featpipe.extract(make_files_old(folder), backbone=tiny, out=tmp_path / "cache" / "a.h5")
 
 
 @pytest.fixture
@@ -139,9 +136,7 @@ def test_several_archives_are_found_by_their_ids(make_folder, tiny, tmp_path):
 
 
 def test_the_images_of_a_merged_cache_are_found_in_their_archives(cache, make_folder, tiny, tmp_path):
-    other_archive = make_folder(classes=("dog",), name="more")
-    for path in other_archive.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
+    other_archive = make_files_old(make_folder(classes=("dog",), name="more"))
     other_cache = featpipe.extract(other_archive, backbone=tiny, out=tmp_path / "b.h5")
     merged = featpipe.merge([cache.path, other_cache.path], tmp_path / "both.h5")
     assert verify(merged.path, sample=100, backbone=tiny).embedded == 19 + 6

@@ -42,14 +42,14 @@ class RawLabels:
 
     @classmethod
     def concatenate(cls, parts: Iterable[RawLabels]) -> RawLabels:
-        """Concatenate parts. Unlabelled parts adapt to the task of the others; different tasks raise an error."""
+        """Concatenate labels. Unlabelled parts take the task of the others; different tasks are an error."""
         combined = cls.unlabeled(0)
         for part in parts:
             if part.task != "none" and combined.task != "none":
                 if (part.task, part.targets) != (combined.task, combined.targets):
                     raise ArchiveError(
                         f"labels of different kinds: {combined.task} {list(combined.targets) or ''} and {part.task} "
-                        f"{list(part.targets) or ''}; give one table for all archives"
+                        f"{list(part.targets) or ''}; pass one table of labels for all archives"
                     )
             elif part.task != "none":
                 combined.task, combined.targets = part.task, part.targets
@@ -106,7 +106,7 @@ def labels_from_folders(listings: Sequence[Listing]) -> RawLabels:
 
 
 def _find_common_root(listings: Sequence[Listing]) -> str:
-    """The single top folder, with ``/``, if it holds all samples in subfolders; else the empty string."""
+    """Find the single top folder, with ``/``, if it holds all samples in subfolders; else return an empty string."""
     root, has_subfolders = "", False
     for i, name in enumerate(name for listing in listings for name in iter_normalized_names(listing)):
         if i == 0:
@@ -140,9 +140,11 @@ def labels_from_sidecars(listings: Sequence[Listing]) -> RawLabels | None:
     if not any(sidecars):
         return None
     where = str(listings[0].source.path)
-    has_targets = any(note is not None and note.is_target for note in sidecars)
+    has_targets = any(sidecar is not None and sidecar.is_target for sidecar in sidecars)
     return parse_label_column(
-        [None if note is None else note.value for note in sidecars], "target" if has_targets else "label", where=where
+        [None if sidecar is None else sidecar.value for sidecar in sidecars],
+        "target" if has_targets else "label",
+        where=where,
     )
 
 
@@ -194,5 +196,6 @@ def _split_labels(value: LabelValue, where: str) -> tuple[str, ...] | None:
 
 
 def _to_class_name(value: LabelValue) -> str:
-    is_integer = isinstance(value, float) and value == int(value)
-    return escape_name(str(int(value) if is_integer and isinstance(value, float) else value))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return escape_name(str(value))

@@ -133,25 +133,24 @@ def read_paths(path: Path) -> list[str]:
 def _parse_paths(path: Path, column: str, values: Sequence[LabelValue]) -> list[str]:
     paths = [str(value) if value is not None else "" for value in values]
     if "" in paths:
-        raise ArchiveError(f"{path}: row {paths.index('') + 1} has no {column!r}; give it one")
+        raise ArchiveError(f"{path}: row {paths.index('') + 1} has no {column!r}; complete the table")
     return paths
 
 
 def _parse_labels(table: LabelTable, names: Sequence[str], columns: dict[str, list[LabelValue]], n: int) -> RawLabels:
-    where = str(table.path)
     if not names:
         return RawLabels.unlabeled(n)
     if len(names) == 1:
-        return parse_label_column(columns[names[0]], names[0], where=where, task=table.task)
+        return parse_label_column(columns[names[0]], names[0], where=str(table.path), task=table.task)
     if table.task not in (None, "regression"):
-        raise ConfigError(f"{where}: several label columns are targets of a regression, not of {table.task}")
+        raise ConfigError(f"{table.path}: several label columns are regression targets, but the task is {table.task}")
     targets: list[RawLabel] = []
     for row in zip(*(columns[name] for name in names), strict=True):
         numbers = [parse_number(value) for value in row]
         valid_numbers = tuple(n for n in numbers if n is not None)
         for name, value, parsed in zip(names, row, numbers, strict=True):
             if value is not None and parsed is None:
-                raise ArchiveError(f"{where}: column {name!r} holds {str(value)[:60]!r}, expected numbers")
+                raise ArchiveError(f"{table.path}: column {name!r} holds {str(value)[:60]!r}, expected numbers")
         targets.append(valid_numbers if len(valid_numbers) == len(names) else None)
     return RawLabels("regression", targets, tuple(names))
 
@@ -177,8 +176,10 @@ def _require_column(
     column = _find_column(names, candidates) if requested is None else _find_column(names, (requested.lower(),))
     if column is None:
         expected = f"one of {', '.join(candidates)}" if requested is None else repr(requested)
-        found_names = ", ".join(repr(name[:60]) for name in names[:20]) or "none"
-        raise ArchiveError(f"{path}: no column of {description}; found {found_names}, expected {expected}; name it")
+        present_names = ", ".join(repr(name[:60]) for name in names[:20]) or "none"
+        raise ArchiveError(
+            f"{path}: no column of {description}; found {present_names}, expected {expected}; rename a column"
+        )
     return column
 
 
@@ -206,7 +207,7 @@ def _read_columns(path: Path, column_names: Sequence[str]) -> list[list[LabelVal
             positions, width = [names.index(name) for name in column_names], len(names)
             continue
         if len(cells) != width:
-            raise ArchiveError(f"{path}: line {line} has {len(cells)} cells, expected {width}; correct it")
+            raise ArchiveError(f"{path}: line {line} has {len(cells)} cells, expected {width}; correct the line")
         for column, position in zip(columns, positions, strict=True):
             column.append(cells[position].strip() or None)
     return columns
@@ -312,7 +313,7 @@ def match_table_rows(path: Path, table_rows: TableRows, index: Index, *, allow_u
 
 
 def _match_paths(path: Path, row_by_path: dict[str, int], index: Index, row_by_sample: list[int]) -> None:
-    roots = [list(_list_root_prefixes(source, path)) for source in index.sources]
+    roots = [list(_iter_root_prefixes(source, path)) for source in index.sources]
     sample_by_row: dict[int, int] = {}
     for sample, (name, source) in enumerate(zip(index.names, index.source.tolist(), strict=True)):
         if row_by_sample[sample] >= 0:
@@ -321,19 +322,16 @@ def _match_paths(path: Path, row_by_path: dict[str, int], index: Index, row_by_s
         candidates = (posixpath.normpath(posixpath.join(root, relative_name)) for root in roots[source])
         row = next((row_by_path[candidate] for candidate in candidates if candidate in row_by_path), -1)
         if row >= 0 and sample_by_row.setdefault(row, sample) != sample:
+            table_name = next(name for name, table_row in row_by_path.items() if table_row == row)
             raise ArchiveError(
-                f"{path}: {format_name(_find_name(row_by_path, row))} fits several samples, "
-                f"{format_name(index.ids[sample_by_row[row]])} and {format_name(index.ids[sample])}; write their ids"
+                f"{path}: {format_name(table_name)} matches several samples, "
+                f"{format_name(index.ids[sample_by_row[row]])} and {format_name(index.ids[sample])}; use their ids"
             )
         row_by_sample[sample] = row
 
 
-def _find_name(row_by_path: dict[str, int], row: int) -> str:
-    return next(name for name, table_row in row_by_path.items() if table_row == row)
-
-
-def _list_root_prefixes(source: ArchiveSource, path: Path) -> Iterator[str]:
-    """Possible prefixes of sample names in a table: empty, the path relative to the table, the absolute path."""
+def _iter_root_prefixes(source: ArchiveSource, path: Path) -> Iterator[str]:
+    """Yield the possible prefixes of sample names in a table: none, and the relative and absolute archive path."""
     yield ""
     if source.kind not in ("folder", "files"):
         return

@@ -12,8 +12,6 @@ from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, get_sample_key, is
 from featpipe.errors import ArchiveError, SampleError
 from featpipe.status import Status
 
-FileIdentity = tuple[int, int]
-
 
 def list_folder(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[str]) -> Listing:
     """List a folder by path components in code point order; links are followed, and cycles are detected."""
@@ -51,7 +49,7 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
     """Read a whole regular file; raises SampleError with a status if it cannot be read."""
     try:
         # Non-blocking, so that a pipe that replaced an image cannot block the reader.
-        descriptor = os.open(os.fsdecode(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(os.fsdecode(path), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise SampleError("not a regular file", status=Status.NOT_A_FILE)
@@ -73,11 +71,11 @@ def _list_names(listing: Listing, prefix: str) -> Iterator[str]:
     folder = os.path.join(listing.source.real_path, prefix)
     try:
         names = sorted(os.listdir(folder))
-        if not os.access(folder, os.X_OK):  # nothing in it can be told from a file
+        if not os.access(folder, os.X_OK):  # without search permission, files and folders in it cannot be distinguished
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ArchiveError(
-            f"{folder}: cannot be listed: {error.strerror}; grant access to it, or name its parts one by one"
+            f"{folder}: cannot be listed: {error.strerror}; grant access to it, or list its other parts as arguments"
         ) from error
     listing.count_members(len(names))
     if may_hold_sidecars(names):
@@ -126,7 +124,7 @@ def _add_missing_file(listing: Listing, name: str, error: OSError | ValueError) 
     listing.add(name, size=0, fault=Status.MISSING if is_missing else Status.UNREADABLE)
 
 
-def _get_identity(folder: str) -> FileIdentity:
+def _get_identity(folder: str) -> tuple[int, int]:
     try:
         folder_stat = os.stat(folder)
     except OSError as error:

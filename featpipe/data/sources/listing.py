@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, SidecarLabel, get_sample_key, is_sidecar
 from featpipe.errors import ArchiveError
+from featpipe.runtime import format_error
 from featpipe.status import Status
 
 Compression = Literal["", "gz", "bz2", "xz"]
@@ -131,7 +132,8 @@ class Listing:
         self._n_members += members
         if self._n_members > self.limits.max_members:
             raise ArchiveError(
-                f"{self.source.path}: more than {self.limits.max_members} members; raise the limit if this is intended"
+                f"{self.source.path}: more than {self.limits.max_members} members; raise `ArchiveLimits.max_members` "
+                "if this is intended"
             )
 
     def accepts(self, name: str) -> bool:
@@ -155,6 +157,7 @@ class Listing:
         return get_suffix(name) in self.suffixes
 
     def count_ignored(self, name: str) -> None:
+        """Count an ignored file by its suffix."""
         suffix = get_suffix(name)
         is_counted = suffix in self.ignored or len(self.ignored) < _MAX_IGNORED_SUFFIXES
         if len(suffix) > _MAX_SUFFIX_LENGTH or not suffix.isprintable() or not is_counted:
@@ -169,7 +172,7 @@ class Listing:
         try:
             sidecar = SidecarLabel.parse(get_suffix(name), data)
         except ValueError as error:
-            self.add_unreadable_sidecar(name, " ".join(str(error).split())[:200])
+            self.add_unreadable_sidecar(name, format_error(error))
             return
         if sidecar is None:
             self.count_ignored(name)

@@ -97,16 +97,9 @@ def _parse_json(data: bytes) -> SidecarLabel | None:
         return SidecarLabel(".json", None)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key!r} is {value}, expected a finite number")
-    is_target = key == "target" and isinstance(value, (int, float)) and not isinstance(value, bool)
-    return SidecarLabel(
-        ".json", value if isinstance(value, (int, float)) and is_target else _parse_label(key, value), is_target
-    )
-
-
-def _parse_label(key: str, value: object) -> str | int | float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    return _parse_class_name(key, value)
+        return SidecarLabel(".json", value, is_target=key == "target")
+    return SidecarLabel(".json", _parse_class_name(key, value))
 
 
 def _parse_class_name(key: str, value: object) -> str:

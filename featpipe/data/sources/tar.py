@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, format_name
 from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.errors import ArchiveError, SampleError
+from featpipe.runtime import format_error
 from featpipe.status import Status
 
 _TAR_BLOCK_BYTES = 512
@@ -114,8 +115,7 @@ def list_tar(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[s
             if listing.accepts(member.name):
                 if member.islnk():
                     target_by_row[len(listing)] = member.linkname
-                is_regular = member.isreg() and not member.issparse()
-                fault = Status.OK if is_regular else Status.NOT_A_FILE
+                fault = Status.OK if _is_regular(member) else Status.NOT_A_FILE
                 listing.add(
                     member.name,
                     offset=member.offset_data,
@@ -123,7 +123,7 @@ def list_tar(source: ArchiveSource, limits: ArchiveLimits, suffixes: frozenset[s
                     mtime_ns=source.mtime_ns,
                     fault=fault,
                 )
-            elif is_sidecar(member.name) and member.isreg() and not member.issparse():
+            elif is_sidecar(member.name) and _is_regular(member):
                 stream.seek(member.offset_data)
                 listing.add_sidecar(member.name, stream.read_fully(min(member.size, MAX_SIDECAR_BYTES + 1)))
     if target_by_row:
@@ -139,7 +139,7 @@ def _resolve_hard_links(listing: Listing, target_by_row: dict[int, str]) -> None
     with _open_stream(listing.source, listing.limits) as stream:
         scratch_listing = Listing(listing.source, listing.limits, listing.suffixes)
         for member in _iter_members(listing.source, stream):
-            if member.name in target_names and member.isreg() and not member.issparse():
+            if member.name in target_names and _is_regular(member):
                 location_by_name[member.name] = (member.offset_data, member.size)
             if member.isdir() or not scratch_listing.accepts(member.name):
                 continue
@@ -150,6 +150,10 @@ def _resolve_hard_links(listing: Listing, target_by_row: dict[int, str]) -> None
                 if member.name in target_names:
                     location_by_name[member.name] = (offset, size)
             row += 1
+
+
+def _is_regular(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
 
 
 def _open_stream(source: ArchiveSource, limits: ArchiveLimits) -> TarStream:
@@ -171,14 +175,14 @@ def _iter_members(source: ArchiveSource, stream: TarStream) -> Iterator[tarfile.
         raise
     except Exception as error:
         # Damaged or hostile headers and streams make tarfile and the decompressors raise almost anything.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ArchiveError(
-            f"{source.path}: damaged or truncated at about byte {stream.tell()}: {reason}; get the archive again"
+            f"{source.path}: damaged or truncated at about byte {stream.tell()}: {format_error(error)}; "
+            "get the archive again"
         ) from error
 
 
 def _check_extent(source: ArchiveSource, member: tarfile.TarInfo) -> None:
-    end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
+    end = member.offset_data + (member.size if _is_regular(member) else 0)
     if member.size < 0 or end >= 2**63:
         raise ArchiveError(
             f"{source.path}: {format_name(member.name)} declares {member.size} bytes; the archive may be malicious"
@@ -240,29 +244,21 @@ class TarReader:
 
 
 class PlainTarReader:
-    """Reads the members of an uncompressed tar by offset; without a lock on systems that have ``pread``."""
+    """Reads the members of an uncompressed tar by offset, without a lock."""
 
     def __init__(self, source: ArchiveSource) -> None:
         self._file = open(source.real_path, "rb", buffering=0)  # noqa: SIM115
-        self._lock = threading.Lock()
 
     def read(self, offset: int, size: int) -> bytes:
         chunks = []
         try:
-            while size > 0 and (chunk := self._read_at(offset, size)):
+            while size > 0 and (chunk := os.pread(self._file.fileno(), size, offset)):
                 chunks.append(chunk)
                 offset += len(chunk)
                 size -= len(chunk)
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}", status=Status.UNREADABLE) from error
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _read_at(self, offset: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), size, offset)
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.read(size) or b""
 
     def close(self) -> None:
         self._file.close()

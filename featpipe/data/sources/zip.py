@@ -10,6 +10,7 @@ import zlib
 from featpipe.data.sources.listing import ArchiveLimits, ArchiveSource, Listing, format_name
 from featpipe.data.sources.sidecars import MAX_SIDECAR_BYTES, is_sidecar
 from featpipe.errors import ArchiveError, SampleError
+from featpipe.runtime import format_error
 from featpipe.status import Status
 
 _LOCAL_HEADER_BYTES = 30
@@ -71,9 +72,8 @@ def _open_zip(source: ArchiveSource) -> zipfile.ZipFile:
         return zipfile.ZipFile(source.real_path)
     except Exception as error:
         # Damaged directories make zipfile raise almost anything.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ArchiveError(
-            f"{source.path}: not a readable zip, or truncated: {reason}; get the archive again"
+            f"{source.path}: not a readable zip, or truncated: {format_error(error)}; get the archive again"
         ) from error
 
 
@@ -98,7 +98,7 @@ def _check_entries(source: ArchiveSource, archive: zipfile.ZipFile, limits: Arch
     if total_bytes > max_bytes:
         raise ArchiveError(
             f"{source.path}: {source.size_bytes} bytes that decompress to {total_bytes}; "
-            f"at most {max_bytes} are allowed; raise the ratio if this is intended"
+            f"at most {max_bytes} are allowed; raise `ArchiveLimits.max_ratio` if this is intended"
         )
 
 
