@@ -65,6 +65,7 @@ COMMAND_SUMMARIES = {  # the group's help loads no command module; a test compar
     "verify": "Verify the checksums of a cache; repair damaged rows.",
     "backbones": "List the available backbones.",
     "heads": "List the available heads.",
+    "doctor": "Check the installation, this machine and the caches in DIR, by default `cache`.",
     "bench": "Benchmark extraction on this machine and find the bottleneck.",
     "completion": "Print the shell completion script.",
 }

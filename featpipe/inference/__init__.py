@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from featpipe.runtime import lazy_imports
 
 if TYPE_CHECKING:
-    from featpipe.inference.devices import available_cores, keep_freed_memory, resolve_device, resolve_devices
+    from featpipe.inference.devices import (
+        available_cores,
+        inspect_cuda,
+        keep_freed_memory,
+        resolve_device,
+        resolve_devices,
+    )
     from featpipe.inference.engine import Engine
     from featpipe.inference.flops import count_multiply_adds
     from featpipe.inference.loader import (
@@ -50,6 +56,7 @@ __all__ = [
     "embed_batches",
     "embed_sample_list",
     "has_openvino",
+    "inspect_cuda",
     "keep_freed_memory",
     "make_worker_transforms",
     "micro_batch_size",

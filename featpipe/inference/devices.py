@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -68,6 +69,29 @@ def resolve_devices(name: str = "auto") -> tuple[torch.device, ...]:
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
+
+
+@dataclass(frozen=True)
+class CudaSupport:
+    """What this build of torch can do with NVIDIA GPUs.
+
+    Attributes
+    ----------
+    build : str or None
+        Version of CUDA that torch is built for; None for CPUs alone.
+    memory_by_device : mapping from str to int
+        Name of each device, such as ``cuda:0 NVIDIA H200``, to its memory in bytes.
+    """
+
+    build: str | None
+    memory_by_device: Mapping[str, int]
+
+
+def inspect_cuda() -> CudaSupport:
+    """The CUDA devices that torch can use."""
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    memory = {f"cuda:{index} {device.name}": device.total_memory for index, device in enumerate(properties)}
+    return CudaSupport(torch.version.cuda, memory)
 
 
 def available_cores() -> int:
