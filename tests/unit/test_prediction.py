@@ -42,7 +42,7 @@ HOSTILE_NAMES = [
 
 @pytest.fixture
 def model(tiny: Any, make_folder: Any, tmp_path: Path) -> Model:
-    return train(extract(make_folder(), backbone=tiny, cache=tmp_path / "cache")).attach(tiny)
+    return train(extract(make_folder(), backbone=tiny, cache=tmp_path / "cache"), tune=False).attach(tiny)
 
 
 @pytest.fixture
