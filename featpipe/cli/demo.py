@@ -7,15 +7,16 @@ from time import perf_counter
 
 import click
 
-from featpipe.cli.options import JSON_OPTION, add_options
+from featpipe.cli.options import JSON_OPTION, OVERWRITE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 from featpipe.runtime import format_table
+from featpipe.storage import claim_folder
 
 
 @click.command()
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="Output folder.")
-@add_options(JSON_OPTION)
-def demo(out: str, as_json: bool) -> None:
+@add_options(OVERWRITE_OPTION, JSON_OPTION)
+def demo(out: str, overwrite: bool, as_json: bool) -> None:
     """Run the full pipeline on sample photos; needs no download.
 
     Tiles of seventeen photos are embedded with an ImageNet backbone; three heads are trained on the left half of each
@@ -27,6 +28,7 @@ def demo(out: str, as_json: bool) -> None:
     """
     from featpipe.demo import run_demo
 
+    claim_folder(Path(out), "demo", overwrite=overwrite)
     started = perf_counter()
     with Terminal() as terminal:
         result = run_demo(Path(out), terminal, get_command_line())

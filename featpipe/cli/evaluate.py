@@ -11,9 +11,11 @@ from featpipe.cli.options import (
     FINDINGS_OPTION,
     JSON_OPTION,
     MODEL_OPTIONS,
+    OVERWRITE_OPTION,
     WITHOUT_OPTION,
     add_options,
 )
+from featpipe.cli.outputs import claim_outputs
 from featpipe.cli.terminal import Terminal, get_command_line, print_json
 
 
@@ -32,7 +34,7 @@ from featpipe.cli.terminal import Terminal, get_command_line, print_json
 )
 @add_options(*MODEL_OPTIONS)
 @click.option("--report", metavar="PAGE.html", help="Write an HTML report.")
-@add_options(FINDINGS_OPTION, JSON_OPTION)
+@add_options(FINDINGS_OPTION, OVERWRITE_OPTION, JSON_OPTION)
 def evaluate(
     model: str,
     data: tuple[str, ...],
@@ -41,6 +43,7 @@ def evaluate(
     device: str,
     report: str | None,
     findings: str | None,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -58,6 +61,12 @@ def evaluate(
     from featpipe.model import load_model
     from featpipe.report import write_report
 
+    claim = claim_outputs(
+        model, *data, *against, settings["labels"], settings["without"], settings["trained_on"], overwrite=overwrite
+    )
+    if report:
+        claim.add(report, "--report")
+    claim.add_findings(findings)
     loaded_model = load_model(model, backbone=backbone, device=device)
     baselines = [load_model(path, backbone=backbone, device=device) for path in against]
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -66,6 +75,7 @@ def evaluate(
         if report:
             write_report(report, evaluation, command=get_command_line())
         finding_paths = write_findings(evaluation.findings, findings) if findings else []
+    claim.record()
     if as_json:
         print_json(evaluation.to_dict())
         return

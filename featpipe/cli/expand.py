@@ -14,11 +14,13 @@ from featpipe.cli.logging import log_message
 from featpipe.cli.options import (
     JSON_OPTION,
     MODEL_OPTIONS,
+    OVERWRITE_OPTION,
     RESUME_OPTION,
     add_options,
     parse_bytes,
     settings_option,
 )
+from featpipe.cli.outputs import claim_outputs
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.runtime import format_table
 
@@ -85,10 +87,11 @@ def _parse_merges(context: click.Context, option: click.Parameter, texts: Sequen
 @click.option(
     "--out", metavar="MODEL", help="File of the new model.  [default: MODEL with the suffix .N-classes.model]"
 )
-@add_options(JSON_OPTION)
+@add_options(OVERWRITE_OPTION, JSON_OPTION)
 def expand(
     model: str,
     data: tuple[str, ...],
+    overwrite: bool,
     backbone: str | None,
     device: str,
     settings: dict[str, Any],
@@ -110,6 +113,11 @@ def expand(
     from featpipe.incremental import expand as run
     from featpipe.model import load_model
 
+    claim = claim_outputs(
+        model, *data, *options["test"], *options["calibration"], options["labels"], overwrite=overwrite
+    )
+    if options["out"] is not None:
+        claim.add(options["out"])
     loaded_model = load_model(model, backbone=backbone, device=device)
     options |= {name: list(options[name]) for name in ("test", "calibration", "drop")}
     params = dict(settings)
@@ -117,8 +125,13 @@ def expand(
         params |= {"device": loaded_model.device} | ({"augmentation": augmentation} if augmentation else {})
     elif augmentation:
         raise click.UsageError("--augment needs --unfreeze: without it, training uses cached embeddings, not images")
+
+    def claim_path(model_path: Path, n_classes: int) -> Path:
+        return claim.add(_make_output_path(model_path, n_classes))
+
     with Terminal() as terminal:
-        expansion = run(loaded_model, list(data), params=params, place=_make_output_path, progress=terminal, **options)
+        expansion = run(loaded_model, list(data), params=params, place=claim_path, progress=terminal, **options)
+    claim.record()
     if as_json:
         print_json({"model": str(expansion.model.path), **expansion.to_dict()})
         return

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from featpipe.cli.options import IDENTITY_OPTIONS, JSON_OPTION, RUN_OPTIONS, add_options, make_extraction_settings
+from featpipe.cli.outputs import claim_outputs
 from featpipe.cli.terminal import Terminal, print_json
 
 
@@ -26,6 +27,8 @@ def extract(archives: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     from featpipe.extraction import extract as run
 
     extraction_settings = make_extraction_settings(settings)
+    if settings["out"] is not None:
+        claim_outputs(*archives, settings["labels"], overwrite=settings["overwrite"]).reject_input(settings["out"])
     with Terminal() as terminal:
         cache = run(list(archives), progress=terminal, **extraction_settings)
     if as_json:

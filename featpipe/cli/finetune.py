@@ -13,11 +13,13 @@ from featpipe.cli.logging import log_message
 from featpipe.cli.options import (
     JSON_OPTION,
     MODEL_OPTIONS,
+    OVERWRITE_OPTION,
     RESUME_OPTION,
     add_options,
     setting,
     settings_option,
 )
+from featpipe.cli.outputs import claim_outputs
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.config import FineTuneConfig
 from featpipe.runtime import format_table
@@ -74,10 +76,11 @@ _setting = partial(setting, FineTuneConfig)
 )
 @click.option("--tensorboard", metavar="DIR", help="Write losses and scores per epoch to this folder.")
 @click.option("--out", metavar="MODEL", help="File of the new model.  [default: MODEL with the suffix .tuned.model]")
-@add_options(JSON_OPTION)
+@add_options(OVERWRITE_OPTION, JSON_OPTION)
 def finetune(
     model: str,
     archives: tuple[str, ...],
+    overwrite: bool,
     backbone: str | None,
     settings: dict[str, Any],
     out: str | None,
@@ -97,8 +100,9 @@ def finetune(
     from featpipe.finetuning import finetune as run
     from featpipe.model import load_model
 
+    claim = claim_outputs(model, *archives, options["labels"], overwrite=overwrite)
+    out = str(claim.add(out or _make_output_path(Path(model))))
     loaded_model = load_model(model, backbone=backbone, device=options["device"])
-    out = out or str(_make_output_path(Path(model)))
     options = {name: value for name, value in options.items() if value is not None}
     if repeated := sorted(options.keys() & settings.keys()):
         flag = "augment" if repeated[0] == "augmentation" else repeated[0].replace("_", "-")
@@ -107,6 +111,7 @@ def finetune(
         finetuned = run(loaded_model, list(archives), out=out, progress=terminal, **options, **settings)
     if int(os.environ.get("RANK", "0")):  # of the processes that torchrun started, the first one prints
         return
+    claim.record()
     if as_json:
         print_json({"model": str(finetuned.model.path), **finetuned.to_dict()})
         return

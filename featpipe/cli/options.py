@@ -74,7 +74,8 @@ def parse_bytes(context: click.Context, option: click.Parameter, text: str | Non
 
 
 JSON_OPTION = _option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-OVERWRITE_OPTION = _option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
+OVERWRITE_CACHE_OPTION = _option("--overwrite", is_flag=True, help="Replace a cache at --out that has other contents.")
+OVERWRITE_OPTION = _option("--overwrite", is_flag=True, help="Replace output files that another command wrote.")
 RESUME_OPTION = _option(
     "--resume/--restart", default=True, show_default=True, help="Resume from the checkpoint beside --out, or restart."
 )
@@ -163,7 +164,7 @@ RUN_OPTIONS = (  # how and where a cache is computed
     *DEVICE_OPTIONS,
     CACHE_OPTION,
     _option("--out", metavar="FILE.h5", help="File of the cache.  [default: a generated name in --cache]"),
-    OVERWRITE_OPTION,
+    OVERWRITE_CACHE_OPTION,
     *THROUGHPUT_OPTIONS,
     *LIMIT_OPTIONS,
     CHECK_CONTENT_OPTION,

@@ -11,9 +11,11 @@ from featpipe.cli.options import (
     LIMIT_OPTIONS,
     MODEL_BACKBONE_OPTION,
     MULTI_DEVICE_OPTION,
+    OVERWRITE_OPTION,
     WORKERS_OPTION,
     add_options,
 )
+from featpipe.cli.outputs import claim_outputs
 from featpipe.cli.terminal import Terminal, print_json
 
 
@@ -29,7 +31,9 @@ from featpipe.cli.terminal import Terminal, print_json
 )
 @click.option("--sets", type=float, metavar="LEVEL", help="Add prediction sets with this coverage, such as 0.9.")
 @click.option("--cache", metavar="DIR", help="Folder of caches, to store and reuse the embeddings.  [default: none]")
-@add_options(MODEL_BACKBONE_OPTION, MULTI_DEVICE_OPTION, WORKERS_OPTION, *LIMIT_OPTIONS, CHECK_CONTENT_OPTION)
+@add_options(
+    MODEL_BACKBONE_OPTION, MULTI_DEVICE_OPTION, WORKERS_OPTION, *LIMIT_OPTIONS, CHECK_CONTENT_OPTION, OVERWRITE_OPTION
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the number of images per status as JSON.")
 def predict(
     model: str,
@@ -38,6 +42,7 @@ def predict(
     also: tuple[str, ...],
     backbone: str | None,
     device: str,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -56,12 +61,16 @@ def predict(
 
     if as_json and not out:
         raise click.UsageError("--json writes counts to standard output, like the predictions; give --out")
+    claim = claim_outputs(model, *archives, *also, overwrite=overwrite)
+    if out:
+        claim.add(out)
     first_model = open_model(model, device=device)
     if backbone is not None:
         first_model.attach(backbone)
     other_models = [open_model(path) for path in also]
     with Terminal() as terminal:
         counts = run(first_model, list(archives), out, also=other_models, progress=terminal, **settings)
+    claim.record()
     if as_json:
         print_json({"out": out, "samples": sum(counts.values()), "status": counts})
     elif out:

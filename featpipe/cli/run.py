@@ -6,7 +6,7 @@ import click
 
 from featpipe.cli.completion import NameParameter
 from featpipe.cli.logging import log_message
-from featpipe.cli.options import JSON_OPTION, add_options
+from featpipe.cli.options import JSON_OPTION, OVERWRITE_OPTION, add_options
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.runtime import format_table
 
@@ -43,9 +43,15 @@ def _print_recipes(context: click.Context, option: click.Parameter, requested: b
     callback=_print_recipes,
     help="List the built-in recipes.",
 )
-@add_options(JSON_OPTION)
+@add_options(OVERWRITE_OPTION, JSON_OPTION)
 def run(
-    recipe: str, archives: tuple[str, ...], settings: tuple[str, ...], out: str | None, dry_run: bool, as_json: bool
+    recipe: str,
+    archives: tuple[str, ...],
+    settings: tuple[str, ...],
+    out: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Run a recipe: from images to trained models and a report.
 
@@ -69,7 +75,7 @@ def run(
         print_json(plan.to_dict()) if as_json else click.echo(plan.table())
         return
     with Terminal() as terminal:
-        result = run_recipe(recipe, archives or None, changes=changes, out=out, progress=terminal)
+        result = run_recipe(recipe, archives or None, changes=changes, out=out, overwrite=overwrite, progress=terminal)
     if as_json:
         print_json(result.to_dict())
         return

@@ -16,12 +16,14 @@ from featpipe.cli.options import (
     CACHE_BACKBONE_OPTION,
     FINDINGS_OPTION,
     JSON_OPTION,
+    OVERWRITE_OPTION,
     WITHOUT_OPTION,
     add_options,
     parse_bytes,
     setting,
     settings_option,
 )
+from featpipe.cli.outputs import claim_outputs
 from featpipe.cli.terminal import Terminal, print_json
 from featpipe.config import TASKS, TrainingConfig
 from featpipe.runtime import format_duration, format_size, format_table
@@ -98,11 +100,12 @@ _setting = partial(setting, TrainingConfig)
 @click.option("--portable", is_flag=True, help="Include the weights of the backbone in the model file.")
 @add_options(CACHE_BACKBONE_OPTION, FINDINGS_OPTION)
 @click.option("--out", metavar="MODEL", help="File of the model.  [default: CACHE with the suffix .HEAD.model]")
-@add_options(JSON_OPTION)
+@add_options(OVERWRITE_OPTION, JSON_OPTION)
 def train(
     cache: str,
     heads: tuple[str, ...],
     out: str | None,
+    overwrite: bool,
     backbone: str | None,
     portable: bool,
     as_json: bool,
@@ -125,6 +128,9 @@ def train(
     from featpipe.training import compare_or_load, train_or_load
 
     settings["grid"] = {key: value if isinstance(value, tuple) else (value,) for key, value in settings["grid"].items()}
+    compares_heads = len(set(heads)) > 1 or "all" in heads
+    if compares_heads and (settings["params"] or settings["grid"] or settings["findings"]):
+        raise click.UsageError("--set, --grid and --findings need a single --head; several heads use their defaults")
     feature_cache = FeatureCache(cache)
     for name in heads:
         if name not in HEAD_REGISTRY and name != "all":
@@ -133,14 +139,14 @@ def train(
     def make_path(head: str) -> Path:
         return Path(out) if out else feature_cache.path.with_suffix(f".{re.sub('[^A-Za-z0-9]+', '-', head)}.model")
 
+    claim = claim_outputs(cache, settings["without"], *_list_table_paths(settings), overwrite=overwrite)
+    for name in HEAD_REGISTRY if "all" in heads else heads:
+        claim.add(make_path(name))
+    claim.add_findings(settings["findings"])
     Model.check_target(make_path(heads[0]))
     comparison: HeadComparison | None = None
     with Terminal() as terminal:
-        if len(set(heads)) > 1 or "all" in heads:
-            if settings["params"] or settings["grid"] or settings["findings"]:
-                raise click.UsageError(
-                    "--set, --grid and --findings need a single --head; several heads use their defaults"
-                )
+        if compares_heads:
             names = "all" if "all" in heads else heads
             config = TrainingConfig.from_settings(settings)
             comparison = compare_or_load(feature_cache, names, config, make_path, progress=terminal)
@@ -153,6 +159,7 @@ def train(
         if portable and backbone:
             model.attach(backbone)
         model.save(path, portable=portable)
+    claim.record()
     if as_json:
         print_json({"model": str(path), "scores": model.scores, "history": model.history})
         return
@@ -160,6 +167,11 @@ def train(
         log_message(_format_comparison(comparison), event="table")
     _print_estimate(model)
     click.echo(path)
+
+
+def _list_table_paths(settings: dict[str, Any]) -> list[str]:
+    """Paths of the tables of groups and times, which are given as TABLE:COLUMN."""
+    return [settings[name].rpartition(":")[0] for name in ("groups", "times") if settings[name]]
 
 
 def _print_estimate(model: Model) -> None:

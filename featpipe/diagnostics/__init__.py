@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from featpipe.diagnostics.extrapolation import LearningCurve, extrapolate_learning_curve
-from featpipe.diagnostics.finding import Finding, write_findings
+from featpipe.diagnostics.finding import FINDING_NAMES, Finding, write_findings
 from featpipe.diagnostics.label_errors import (
     MAX_FINDING_ROWS,
     LabeledPredictions,
@@ -14,6 +14,7 @@ from featpipe.diagnostics.near_duplicates import NEAR_DUPLICATE_COSINE, Duplicat
 from featpipe.diagnostics.nearest_neighbors import CenteredNormalizer, compute_outlier_scores, find_nearest_neighbors
 
 __all__ = [
+    "FINDING_NAMES",
     "MAX_FINDING_ROWS",
     "NEAR_DUPLICATE_COSINE",
     "CenteredNormalizer",

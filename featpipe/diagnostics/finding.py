@@ -12,6 +12,17 @@ from typing import Any
 from featpipe.errors import ConfigError
 from featpipe.storage import atomic_write
 
+FINDING_NAMES = (
+    "mistakes",
+    "unsure",
+    "confused",
+    "label_errors",
+    "errors",
+    "near_duplicates",
+    "outliers",
+    "short_classes",
+)
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
@@ -39,7 +39,15 @@ from featpipe.metrics import SELECTION_METRICS, Interval
 from featpipe.model import load_model
 from featpipe.report import ComparisonRow, write_report
 from featpipe.runtime import ProgressBar, ProgressCallback, ignore_progress, in_notebook
-from featpipe.storage import RecordStore, atomic_write, lock_file, make_writable_folder
+from featpipe.storage import (
+    RecordStore,
+    atomic_write,
+    claim_folder,
+    compute_fingerprint,
+    is_same_file,
+    lock_file,
+    make_writable_folder,
+)
 from featpipe.training import get_package_versions
 
 logger = logging.getLogger(__name__)
@@ -47,6 +55,7 @@ logger = logging.getLogger(__name__)
 TrialData = tuple[BackboneCaches, TrainTestSplit]
 
 RUNS_FOLDER = "runs"
+RESOLVED_RECIPE_NAME = "recipe.toml"  # in the folder of a run
 MAX_BASELINES = 4  # with which the report compares the best model, row by row
 
 
@@ -56,6 +65,7 @@ def run(
     *,
     changes: Mapping[str, Any] | None = None,
     out: str | os.PathLike[str] | None = None,
+    overwrite: bool = True,
     progress: ProgressCallback | None = None,
 ) -> RunResult:
     """Run a recipe: extract embeddings, train and score every head, and write a report.
@@ -72,6 +82,8 @@ def run(
         Overrides: ``{"heads.0.C": [0.1, 1]}``.
     out : path-like, optional
         Folder of the run. By default ``runs/NAME``.
+    overwrite : bool
+        Write to a folder that holds the run of another recipe, or other files; False raises a ConfigError for it.
     progress : callable, optional
         Receives :class:`featpipe.runtime.Progress`. By default, bars are shown in notebooks only.
 
@@ -98,6 +110,9 @@ def run(
         progress = ProgressBar() if in_notebook() else ignore_progress
     with lock_file(folder / ".lock"):
         context = ExperimentContext.from_recipe(parsed_recipe, folder, progress, get_tiles_folder(parsed_recipe))
+        is_unchanged_file = isinstance(recipe, (str, os.PathLike)) and not changes and archive is None
+        if not is_unchanged_file or not is_same_file(folder / RESOLVED_RECIPE_NAME, str(recipe)):
+            claim_folder(folder, _digest_recipe(context.recipe), overwrite=overwrite)
         max_images = context.recipe.samples.images
         caches = [
             extract_backbone(extraction, context.index, context.test_index, max_images, progress)
@@ -138,6 +153,12 @@ def _run_trials(
         results.append(trial_run.run())
         data[trial_run.trial.slug] = trial_run.caches, trial_run.split
     return _mark_best(results), data
+
+
+def _digest_recipe(recipe: Recipe) -> str:
+    """Digest of what a recipe runs; its name, its file and its question decide nothing."""
+    settings = asdict(replace(recipe, name="", where="", question=""))
+    return compute_fingerprint(json.loads(json.dumps(settings, default=str)))
 
 
 def get_run_folder(recipe: Recipe, out: str | os.PathLike[str] | None) -> Path:
@@ -275,7 +296,7 @@ def _write_report(
         title=recipe.report.title or recipe.question,
         comparison=[_make_comparison_row(result, run_result) for result in run_result.results],
         comparison_metric=run_result.best.metric,
-        command=shlex.join(["featpipe", "run", str(folder / "recipe.toml"), "--out", str(folder)]),
+        command=shlex.join(["featpipe", "run", str(folder / RESOLVED_RECIPE_NAME), "--out", str(folder)]),
     )
     if writes_findings:
         write_findings(evaluation.findings, folder / "findings")
@@ -331,7 +352,9 @@ def _write_outputs(run_result: RunResult) -> None:
     texts = {
         "results.json": json.dumps(run_result.to_dict(), indent=2, ensure_ascii=False) + "\n",
         "table.txt": run_result.table() + "\n",
-        "recipe.toml": recipe_to_toml(run_result.recipe, run_result.task, {**run_result.versions, **fingerprints}),
+        RESOLVED_RECIPE_NAME: recipe_to_toml(
+            run_result.recipe, run_result.task, {**run_result.versions, **fingerprints}
+        ),
     }
     for name, text in texts.items():
         with atomic_write(run_result.folder / name, text=True) as file:

@@ -38,6 +38,7 @@ from featpipe.storage import (
     digest,
     digest_arrays,
     hash_file,
+    make_receipt_path,
 )
 
 if TYPE_CHECKING:
@@ -190,11 +191,6 @@ def read_receipt(path: Path) -> PredictionReceipt | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass  # missing or damaged: predict again
     return None
-
-
-def make_receipt_path(path: Path) -> Path:
-    """Make the path of the receipt; it is hidden, so that globs and readers of whole folders skip it."""
-    return path.with_name(f".{path.name}.made.json")
 
 
 def _dump_receipt(path: Path, receipt: PredictionReceipt) -> None:

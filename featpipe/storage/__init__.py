@@ -21,6 +21,7 @@ from featpipe.storage.bundle import (
     is_model_file,
 )
 from featpipe.storage.hashing import compute_fingerprint, describe_differences, digest, digest_arrays
+from featpipe.storage.outputs import claim_folder, find_writer, is_same_file, make_receipt_path, record_output
 from featpipe.storage.provenance import RACY_NANOSECONDS, Receipt, RecordStore, hash_file
 from featpipe.storage.staging import PART_FILE_NAME, Part, StagingArea, lock_file
 from featpipe.storage.string_column import StringColumn
@@ -42,15 +43,20 @@ __all__ = [
     "StringColumn",
     "atomic_write",
     "check_writable",
+    "claim_folder",
     "compute_fingerprint",
     "convert_bundle_errors",
     "describe_differences",
     "digest",
     "digest_arrays",
+    "find_writer",
     "fsync_directory",
     "hash_file",
     "is_model_file",
+    "is_same_file",
     "lock_file",
+    "make_receipt_path",
     "make_temporary_path",
     "make_writable_folder",
+    "record_output",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import featpipe
 from featpipe import FeatureCache, load_model
 from featpipe.cache import SampleTable, write_cache
 from featpipe.cli import cli
@@ -53,7 +54,7 @@ def run(*arguments: object) -> Result:
 
 
 def train_as_json(*arguments: object) -> dict[str, Any]:
-    result = run("train", *arguments, "--json")
+    result = run("train", *arguments, "--overwrite", "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -107,17 +108,19 @@ def test_a_model_is_trained_again_when_the_request_or_the_file_changes(cache, tm
         ["--findings", findings], ["--findings", findings],
     ]  # fmt: skip
     for change in changes:
-        assert "fitting lda" in run(*command, *change).stderr, change
-    run(*command)
+        assert "fitting lda" in run(*command, *change, "--overwrite").stderr, change
+    run(*command, "--overwrite")
     assert "up to date" in run(*command, "--memory", "1G").stderr
-    run("expand", model_path, "--merge", "ant,bee=insect", "--out", model_path)
-    assert "fitting lda" in run(*command).stderr, "expand changed the model"
+    featpipe.expand(model_path, merge={"insect": ["ant", "bee"]}, out=model_path)
+    assert "fitting lda" in run(*command, "--overwrite").stderr, "expand changed the model"
     model_path.write_bytes(model_path.read_bytes()[:-100])
-    assert "fitting lda" in run(*command).stderr, "the file is damaged"
+    assert "fitting lda" in run(*command, "--overwrite").stderr, "the file is damaged"
 
 
 def test_a_grid_is_searched_and_the_selected_values_are_logged(cache):
-    result = run("train", cache, "--head", "knn", "--grid", "n_neighbors=1,7", "--metric", "macro_f1", "--cv", "3")
+    result = run(
+        "train", cache, "--head", "knn", "--grid", "n_neighbors=1,7", "--metric", "macro_f1", "--cv", "3", "--overwrite"
+    )
     assert "knn: n_neighbors=" in result.stderr
     assert "by macro_f1, best of 2 on 5 inner folds of 90 rows" in result.stderr
     result = train_as_json(cache, "--head", "ridge", "--tune", "--cv", "0")["history"]["chosen"]

@@ -149,7 +149,7 @@ ERRORS = {  # command line → part of its error line; exit code 1
     "backbones nothing": "unknown backbone 'nothing'",
     "heads forest": "unknown head 'forest'",
     "bench nothing": "nothing: does not exist",
-    "demo --out file": "cannot be written",
+    "demo --out file": "cannot be created",
 }
 USAGE_ERRORS = {  # command line → part of the last line; exit code 2
     "extrakt photos": "did you mean 'extract'",
